@@ -1,0 +1,198 @@
+"""One device, no engine in the way: the protocol at the price of a plain loop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from harness.accelerator.base import StepOpt, default_step_opt
+
+
+def best_device() -> torch.device:
+    """CUDA where there is one, else MPS, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def move(batch: Any, device: torch.device) -> Any:
+    """The batch with its tensors on `device`, in the same form; other leaves as they are."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return {name: move(value, device) for name, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(move(value, device) for value in batch))
+    if isinstance(batch, tuple | list):
+        return type(batch)(move(value, device) for value in batch)
+    return batch
+
+
+
+
+class SingleDevice:
+    """One CPU, CUDA or MPS device.
+
+    Parameters
+    ----------
+    device
+        torch device or its name; None takes CUDA, then MPS, then the CPU.
+    accumulate : >= 1
+        Micro-batches to an optimizer step; gradients are averaged over them.
+
+    Raises
+    ------
+    ValueError
+        If `accumulate` is below 1.
+
+    References
+    ----------
+    luz 0.5.0, ``accelerator``. Differs from luz: gradient accumulation lives here.
+    """
+
+    rank = 0
+    local_rank = 0
+    world_size = 1
+    is_main = True
+
+    def __init__(
+        self, device: str | torch.device | None = None, *, accumulate: int = 1
+    ) -> None:
+        if accumulate < 1:
+            msg = f"accelerator(accumulate): expected at least 1, got {accumulate!r}."
+            raise ValueError(f"{msg} Use 1 to step on every batch.")
+        self.device = best_device() if device is None else torch.device(device)
+        self.accumulate = accumulate
+        self.window = accumulate
+        self.steps: dict[str, int] = {}
+        self._optimizers: dict[str, torch.optim.Optimizer] = {}
+        self._done: dict[str, int] = {}
+        self._hooks: list[Any] = []
+        self._optimizing: AbstractContextManager[object] = nullcontext()
+
+    def prepare(
+        self,
+        model: nn.Module,
+        optimizers: Mapping[str, Any] | None = None,
+        loaders: Sequence[Any] = (),
+    ) -> tuple[nn.Module, dict[str, Any], list[Any]]:
+        """Place the model on the device; optimizers and loaders come back as they are."""
+        model.to(self.device)
+        self._optimizers = dict(optimizers or {})
+        self._done = dict.fromkeys(self._optimizers, 0)
+        self.steps = dict.fromkeys(self._optimizers, 0)
+        self.window = self.accumulate
+        for name, opt in self._optimizers.items():
+            self._place_state(opt)
+            self._hooks.append(opt.register_step_post_hook(self._counter(name)))
+        return model, self._optimizers, list(loaders)
+
+    def _place_state(self, opt: torch.optim.Optimizer) -> None:
+        """Move state that an optimizer already has beside its parameters."""
+        for state in opt.state.values():
+            for key, value in state.items():
+                if isinstance(value, Tensor) and value.dim() > 0:
+                    state[key] = value.to(self.device)
+
+    def _counter(self, name: str) -> Any:
+        """Count steps whoever calls them: the loop, or a model's own ``step``."""
+
+        def count(*_: object) -> None:
+            self.steps[name] += 1
+
+        return count
+
+    def _only(self, name: str | None) -> str:
+        """The optimizer meant by None."""
+        if name is not None:
+            return name
+        if len(self._optimizers) == 1:
+            return next(iter(self._optimizers))
+        msg = "accelerator: expected the name of one of several optimizers, got None."
+        raise ValueError(f"{msg} Choose from {list(self._optimizers)}.")
+
+    def optimizing(self, name: str | None = None) -> AbstractContextManager[object]:
+        """Nothing to hold on one device."""
+        return self._optimizing
+
+    def backward(self, loss: Tensor, name: str | None = None) -> None:
+        """Add the gradients of ``loss / window``; `loss` is a scalar with a graph."""
+        if self.window > 1:
+            loss = loss / self.window
+        loss.backward()  # type: ignore[no-untyped-call]
+        self._done[self._only(name)] += 1
+
+    def is_boundary(self, name: str | None = None) -> bool:
+        """True when as many backwards as the window holds have been done."""
+        return self._done[self._only(name)] >= self.window
+
+    def step(
+        self, name: str | None = None, step_opt: StepOpt = default_step_opt
+    ) -> bool:
+        """Step at a boundary and clear the gradients; True if the weights were changed."""
+        name = self._only(name)
+        if self._done[name] < self.window:
+            return False
+        opt = self._optimizers[name]
+        before = self.steps[name]
+        step_opt(opt)
+        opt.zero_grad()
+        self._done[name] = 0
+        return self.steps[name] > before
+
+    def clip(
+        self, max_norm: float, name: str | None = None, norm_type: float = 2.0
+    ) -> Tensor:
+        """Clip the total gradient norm of one optimizer's parameters."""
+        groups = self._optimizers[self._only(name)].param_groups
+        params = [param for group in groups for param in group["params"]]
+        return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type)
+
+    def to_device(self, batch: Any) -> Any:
+        """The batch on the device."""
+        return move(batch, self.device)
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """The tensor itself: there is one rank."""
+        return tensor
+
+    def reduce(
+        self, tensor: Tensor, op: Literal["sum", "mean", "max"] = "sum"
+    ) -> Tensor:
+        """The tensor itself: there is one rank."""
+        return tensor
+
+    def broadcast(self, value: Any, src: int = 0) -> Any:
+        """The value itself: there is one rank."""
+        return value
+
+    def any(self, flag: bool) -> bool:
+        """The flag itself: there is one rank."""
+        return flag
+
+    def barrier(self) -> None:
+        """Nobody to wait for."""
+
+    def whole_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
+        """All weights and buffers, detached, on the CPU."""
+        state = model.state_dict()
+        return {name: value.detach().cpu() for name, value in state.items()}
+
+    def save(self, folder: Path) -> None:
+        """Nothing of its own to keep: optimizers are in the checkpoint."""
+
+    def load(self, folder: Path) -> None:
+        """Nothing of its own was kept."""
+
+    def finish(self) -> None:
+        """Take the step counters off the optimizers."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()

@@ -1,0 +1,59 @@
+"""Base class of everything that listens to events."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from harness.events import check_event
+
+if TYPE_CHECKING:
+    from harness.context import Context
+
+
+class Callback:
+    """Something that acts on named events of a fit, an evaluation or a prediction.
+
+    Define a method for each event you listen to; inside, ``self.ctx`` is the context.
+    Keep only your own counters on ``self``: everything shared lives in the context.
+
+    Attributes
+    ----------
+    weight : float
+        Callbacks run in ascending order of weight, ties in the order given. The ready-made
+        ones that others build on (train/valid mode, metrics) run before 0, displays after.
+    ctx : Context
+        Set before the first event.
+
+    Raises
+    ------
+    ValueError
+        When the class is defined, if a method named ``on_...`` is no event.
+
+    References
+    ----------
+    luz 0.5.0, ``luz_callback``. Differs from luz: an unknown event is an error.
+
+    Examples
+    --------
+    >>> class Announce(Callback):
+    ...     weight = 10
+    ...
+    ...     def on_epoch_end(self) -> None:
+    ...         print(self.ctx.epoch, self.ctx.get_metric("loss", "train"))
+    """
+
+    weight: ClassVar[float] | float = 0
+    ctx: Context
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name in vars(cls):
+            if name.startswith("on_"):
+                check_event(f"class {cls.__name__}", name)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps of this callback: numbers, strings, tensors, lists, dicts."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what ``state_dict`` gave."""
