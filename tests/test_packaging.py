@@ -1,0 +1,129 @@
+"""The package says the same everywhere about what it is and what it needs."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import tomllib
+import zipfile
+from importlib.metadata import entry_points, version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+PACKAGES = ("harness", "tracking")
+IMPORTED_AS = {"pyyaml": "yaml"}
+
+
+@pytest.fixture(scope="module")
+def project(root: Path) -> dict[str, Any]:
+    return tomllib.loads((root / "pyproject.toml").read_text())["project"]
+
+
+@pytest.fixture(scope="module")
+def conda(root: Path) -> list[Any]:
+    return yaml.safe_load((root / "conda-env.yml").read_text())["dependencies"]
+
+
+def imported_modules(root: Path) -> set[str]:
+    """Top-level modules that the packages import anywhere, lazily too."""
+    found = set()
+    for package in PACKAGES:
+        for file in (root / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, ast.Import):
+                    found |= {alias.name.partition(".")[0] for alias in node.names}
+                elif isinstance(node, ast.ImportFrom) and not node.level:
+                    found.add((node.module or "").partition(".")[0])
+    return found - set(sys.stdlib_module_names) - set(PACKAGES)
+
+
+def dependency_modules(project: dict[str, Any]) -> set[str]:
+    names = {Requirement(text).name for text in project["dependencies"]}
+    return {IMPORTED_AS.get(name, name) for name in names}
+
+
+def test_conda_env_lists_the_same_set_as_pyproject(
+    project: dict[str, Any], conda: list[Any]
+) -> None:
+    pip = next(item["pip"] for item in conda if isinstance(item, dict))
+    assert pip == [*project["dependencies"], "--editable ."]
+
+
+def test_conda_env_has_python_of_pyproject(
+    project: dict[str, Any], conda: list[Any]
+) -> None:
+    assert f"python{project['requires-python']}" in conda
+
+
+def test_every_import_is_a_dependency(root: Path, project: dict[str, Any]) -> None:
+    assert imported_modules(root) - dependency_modules(project) == set()
+
+
+def test_every_dependency_is_imported(root: Path, project: dict[str, Any]) -> None:
+    assert dependency_modules(project) - imported_modules(root) == set()
+
+
+def test_every_dependency_has_a_reason_in_decisions(
+    root: Path, project: dict[str, Any]
+) -> None:
+    text = (root / "docs" / "decisions.md").read_text()
+    names = {Requirement(line).name for line in project["dependencies"]}
+    assert {name for name in names if f"| `{name}`" not in text} == set()
+
+
+def test_deepspeed_is_wanted_on_linux_only(project: dict[str, Any]) -> None:
+    (deepspeed,) = (
+        requirement
+        for requirement in map(Requirement, project["dependencies"])
+        if requirement.name == "deepspeed"
+    )
+    assert deepspeed.marker is not None
+    assert deepspeed.marker.evaluate({"sys_platform": "linux"})
+    assert not deepspeed.marker.evaluate({"sys_platform": "darwin"})
+
+
+def test_lower_bounds_allow_what_is_installed(project: dict[str, Any]) -> None:
+    for requirement in map(Requirement, project["dependencies"]):
+        if requirement.marker is None or requirement.marker.evaluate():
+            installed = version(requirement.name).partition("+")[0]
+            assert requirement.specifier.contains(installed), requirement
+
+
+def test_constraints_fit_the_lower_bounds(root: Path, project: dict[str, Any]) -> None:
+    bounds = {
+        requirement.name: requirement.specifier
+        for requirement in map(Requirement, project["dependencies"])
+    }
+    lines = (root / "scripts" / "constraints.txt").read_text().splitlines()
+    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    assert "torch" in {pin.name for pin in pins}
+    for pin in pins:
+        (only,) = pin.specifier
+        assert only.operator == "=="
+        assert bounds[pin.name].contains(only.version)
+
+
+def test_installed_version_and_command_are_those_of_pyproject(
+    project: dict[str, Any],
+) -> None:
+    (command,) = entry_points(group="console_scripts", name="harness")
+    assert command.value == project["scripts"]["harness"]
+    assert version("luz-harness") == project["version"]
+
+
+def test_wheel_holds_both_packages_typed_and_nothing_else(
+    root: Path, tmp_path: Path
+) -> None:
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path]
+    subprocess.run(build, cwd=root, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.partition("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == set(PACKAGES)
+    assert {"harness/py.typed", "tracking/py.typed"} <= set(names)
+    assert any(name.endswith("licenses/LICENSE") for name in names)
