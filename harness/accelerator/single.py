@@ -35,8 +35,6 @@ def move(batch: Any, device: torch.device) -> Any:
     return batch
 
 
-
-
 class SingleDevice:
     """One CPU, CUDA or MPS device.
 

@@ -1,0 +1,27 @@
+"""Ready-made callbacks, one concern a file."""
+
+from __future__ import annotations
+
+from harness.callbacks.csv_logger import CSVLogger
+from harness.callbacks.early_stopping import EarlyStopping
+from harness.callbacks.gradient_clip import GradientClip
+from harness.callbacks.interrupt import Interrupt
+from harness.callbacks.lr_scheduler import LRScheduler
+from harness.callbacks.metrics import Metrics
+from harness.callbacks.profile import Profile
+from harness.callbacks.progress import Progress
+from harness.callbacks.step_metrics import StepMetrics
+from harness.callbacks.train_valid import TrainValid
+
+__all__ = [
+    "CSVLogger",
+    "EarlyStopping",
+    "GradientClip",
+    "Interrupt",
+    "LRScheduler",
+    "Metrics",
+    "Profile",
+    "Progress",
+    "StepMetrics",
+    "TrainValid",
+]

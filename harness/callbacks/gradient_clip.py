@@ -1,0 +1,32 @@
+"""Clips gradients before each optimizer step."""
+
+from __future__ import annotations
+
+from harness.callback import Callback
+
+
+class GradientClip(Callback):
+    """Clips the total gradient norm of the stepping optimizer.
+
+    Parameters
+    ----------
+    max_norm : > 0
+        Norm that gradients are scaled down to.
+    norm_type : > 0 or inf
+        Which norm.
+
+    References
+    ----------
+    luz 0.5.0, ``luz_callback_gradient_clip``; torch ``clip_grad_norm_``.
+    """
+
+    def __init__(self, max_norm: float = 1.0, norm_type: float = 2.0) -> None:
+        if not max_norm > 0:
+            msg = f"GradientClip(max_norm): expected more than 0, got {max_norm!r}."
+            raise ValueError(f"{msg} Leave the callback out to clip nothing.")
+        self.max_norm, self.norm_type = max_norm, norm_type
+
+    def on_train_batch_before_step(self) -> None:
+        """Clip."""
+        assert self.ctx.accelerator is not None
+        self.ctx.accelerator.clip(self.max_norm, self.ctx.opt_name, self.norm_type)

@@ -1,0 +1,96 @@
+"""Steps torch learning-rate schedulers at an event."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from harness.callbacks.monitor import Monitor
+from harness.events import check_event
+
+
+class LRScheduler(Monitor):
+    """Builds a scheduler on an optimizer and steps it at an event.
+
+    Parameters
+    ----------
+    scheduler
+        Scheduler class or function, called with ``(optimizer, **options)``.
+    call_on
+        Event at which it steps: ``on_epoch_end``, or ``on_train_batch_after_step`` for
+        schedulers that count optimizer steps; never where the optimizer was skipped.
+    opt_name
+        Name of the optimizer; None: the only one.
+    monitor
+        Metric given to ``ReduceLROnPlateau``.
+    **options
+        Passed to the scheduler.
+
+    Notes
+    -----
+    The learning rate of each epoch is logged as ``lr`` records.
+
+    References
+    ----------
+    luz 0.5.0, ``luz_callback_lr_scheduler``.
+    """
+
+    weight = 20
+
+    def __init__(
+        self,
+        scheduler: Callable[..., Any],
+        *,
+        call_on: str = "on_epoch_end",
+        opt_name: str | None = None,
+        monitor: str = "valid/loss",
+        **options: Any,
+    ) -> None:
+        super().__init__(monitor)
+        check_event("LRScheduler(call_on)", call_on)
+        self._build, self._options = scheduler, options
+        self.call_on, self.opt_name = call_on, opt_name
+        self.scheduler: Any = None
+        if call_on != "on_epoch_end":
+            setattr(self, call_on, self._step)
+
+    def on_fit_begin(self) -> None:
+        """Build the scheduler."""
+        names = self.ctx.optimizers
+        name = self.opt_name or next(iter(names))
+        if name not in names or (self.opt_name is None and len(names) > 1):
+            msg = f"LRScheduler(opt_name): expected an optimizer, got {self.opt_name!r}."
+            raise ValueError(f"{msg} Choose from {list(names)}.")
+        opt = names[name]
+        self.opt_name = name
+        self.scheduler = self._build(getattr(opt, "optimizer", opt), **self._options)
+
+    def _step(self) -> None:
+        """Step once; at a batch event only when this optimizer is the present one."""
+        if "batch" in self.call_on and self.ctx.opt_name != self.opt_name:
+            return
+        if isinstance(self.scheduler, ReduceLROnPlateau):
+            self.scheduler.step(self.value())
+        else:
+            self.scheduler.step()
+
+    def on_epoch_end(self) -> None:
+        """Log the rate of this epoch; step if this is the event."""
+        groups = self.scheduler.optimizer.param_groups
+        rates = {str(n): float(group["lr"]) for n, group in enumerate(groups)}
+        rate = rates["0"] if len(rates) == 1 else rates
+        self.ctx.log("lr", "train", {self.opt_name: rate}, index=self.ctx.epoch)
+        if self.call_on == "on_epoch_end":
+            self._step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The scheduler's state."""
+        return {"scheduler": self.scheduler.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back the scheduler's state."""
+        self.scheduler.load_state_dict(state["scheduler"])
+
+

@@ -1,0 +1,58 @@
+"""How long each part of an epoch took, and how many samples a second it made."""
+
+from __future__ import annotations
+
+from time import perf_counter
+
+from harness.callback import Callback
+from harness.data import batch_rows
+
+
+class Profile(Callback):
+    """Logs ``profile`` records once an epoch: ``epoch_s``, ``batches``, ``samples_per_s``.
+
+    Times are in seconds of wall clock; work queued on a GPU counts when it is waited for.
+
+    References
+    ----------
+    luz 0.5.0, ``luz_callback_profile``. Differs from luz: times of a split, not of events.
+    """
+
+    weight = -1000
+
+    def _start(self) -> None:
+        self._began, self._batches, self._rows = perf_counter(), 0, 0
+
+    def _count(self) -> None:
+        self._batches += 1
+        self._rows += batch_rows(self.ctx.batch)
+
+    def _log(self, split: str) -> None:
+        took_s = perf_counter() - self._began
+        rate = self._rows / took_s if took_s > 0 else 0.0
+        values = {"epoch_s": took_s, "batches": self._batches, "samples_per_s": rate}
+        self.ctx.log("profile", split, values, index=self.ctx.epoch)
+
+    def on_train_begin(self) -> None:
+        """Start the clock."""
+        self._start()
+
+    def on_train_batch_end(self) -> None:
+        """Count the batch."""
+        self._count()
+
+    def on_train_end(self) -> None:
+        """Log the times."""
+        self._log("train")
+
+    def on_valid_begin(self) -> None:
+        """Start the clock."""
+        self._start()
+
+    def on_valid_batch_end(self) -> None:
+        """Count the batch."""
+        self._count()
+
+    def on_valid_end(self) -> None:
+        """Log the times."""
+        self._log("valid")

@@ -1,0 +1,29 @@
+"""Training mode for training batches, evaluation mode for all others."""
+
+from __future__ import annotations
+
+from harness.callback import Callback
+
+
+class TrainValid(Callback):
+    """Switches the model between ``train()`` and ``eval()``.
+
+    References
+    ----------
+    luz 0.5.0, ``luz_callback_train_valid``. Differs from luz: gradients are turned off by
+    the loop.
+    """
+
+    weight = -100
+
+    def on_train_begin(self) -> None:
+        """Training mode: dropout on, batch statistics followed."""
+        self.ctx.model.train()
+
+    def on_valid_begin(self) -> None:
+        """Evaluation mode."""
+        self.ctx.model.eval()
+
+    def on_predict_begin(self) -> None:
+        """Evaluation mode."""
+        self.ctx.model.eval()

@@ -1,0 +1,803 @@
+"""The context: one object that model, metrics and callbacks share.
+
+It holds state and has no training logic. What is logged goes to ``records`` and to the
+recorder that it was given, which is anything with a ``log`` method.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from numbers import Integral
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from harness.callback import Callback
+from harness.events import EVENTS, check_event, nearest
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import torch
+    from torch.utils.data import DataLoader
+
+    from harness.accelerator.base import Accelerator, StepOpt
+
+Handlers = dict[type[BaseException], Callable[[BaseException], object]]
+Records = dict[str, dict[str, list[Any]]]
+
+NO_LIMIT = 999_999_999
+"""``max_epochs`` where none was given."""
+
+
+class Recorder(Protocol):
+    """What the context tells of every logged value; ``tracking.Run`` is one."""
+
+    def log(
+        self,
+        what: str,
+        set: str,
+        value: Any,
+        index: int | None = None,
+        append: bool = True,
+        *,
+        epoch: int | None = None,
+        step: int | None = None,
+    ) -> None:
+        """Record one value."""
+
+    def log_steps(
+        self, set: str, values: Mapping[str, Any], step: int, epoch: int | None = None
+    ) -> None:
+        """Record values of a per-step series."""
+
+
+class _Nobody:
+    """The recorder of a context that nobody listens to."""
+
+    def log(self, *args: Any, **kwargs: Any) -> None:
+        """Forget."""
+
+    def log_steps(self, *args: Any, **kwargs: Any) -> None:
+        """Forget."""
+
+
+NOBODY: Recorder = _Nobody()
+
+
+def check_callbacks(callbacks: Iterable[Any]) -> tuple[Callback, ...]:
+    """The callbacks in running order: by weight, ties as given.
+
+    Raises
+    ------
+    TypeError
+        If one is no ``Callback``, a class instead of an instance included.
+    """
+    found = tuple(callbacks)
+    for place, item in enumerate(found):
+        if isinstance(item, type) and issubclass(item, Callback):
+            msg = f"callbacks[{place}]: expected an instance, got the class {item.__name__}."
+            raise TypeError(f"{msg} Write {item.__name__}(...).")
+        if not isinstance(item, Callback):
+            msg = f"callbacks[{place}]: expected a harness.Callback, got {item!r}."
+            raise TypeError(f"{msg} Derive its class from harness.Callback.")
+    return tuple(sorted(found, key=lambda callback: callback.weight))
+
+
+def check_epochs(min_epochs: Any, max_epochs: Any) -> tuple[int, int]:
+    """Whole numbers with ``0 <= min_epochs <= max_epochs`` and at least one epoch.
+
+    Raises
+    ------
+    TypeError
+        If one is no whole number.
+    ValueError
+        If they are out of range or order.
+    """
+    for name, value in (("min_epochs", min_epochs), ("max_epochs", max_epochs)):
+        if not isinstance(value, Integral) or isinstance(value, bool):
+            msg = f"epochs: expected {name} as a whole number, got {value!r}."
+            raise TypeError(f"{msg} Give an int, or a pair (min_epochs, max_epochs).")
+    if min_epochs < 0 or max_epochs < 1:
+        msg = f"epochs: expected at least 1 epoch, got ({min_epochs}, {max_epochs})."
+        raise ValueError(f"{msg} Give an int from 1, or a pair (min, max).")
+    if min_epochs > max_epochs:
+        msg = f"epochs: expected min_epochs <= max_epochs, got {min_epochs} > {max_epochs}."
+        raise ValueError(f"{msg} Swap them.")
+    return int(min_epochs), int(max_epochs)
+
+
+def check_optimizers(optimizers: Any) -> dict[str, Any]:
+    """Optimizers by name; a single one gets the name ``opt``.
+
+    Raises
+    ------
+    TypeError
+        If several come without names, or one is no optimizer.
+    """
+    if isinstance(optimizers, list | tuple | set):
+        kind = type(optimizers).__name__
+        msg = f"set_optimizers(): expected a dict of named optimizers, got a {kind}."
+        raise TypeError(f'{msg} Return {{"gen": ..., "disc": ...}}, or one optimizer.')
+    if not isinstance(optimizers, Mapping):
+        optimizers = {"opt": optimizers}
+    for name, opt in optimizers.items():
+        if not isinstance(opt, Optimizer) and not hasattr(opt, "param_groups"):
+            msg = f"set_optimizers(): expected a torch optimizer at {name!r}, got {opt!r}."
+            raise TypeError(f"{msg} Build it, for instance torch.optim.AdamW(params).")
+    if not optimizers:
+        msg = "set_optimizers(): expected at least one optimizer, got none."
+        raise TypeError(f"{msg} Return one, or a dict of named ones.")
+    return dict(optimizers)
+
+
+def interactive() -> bool:
+    """True where a person watches: a terminal, a notebook or a Python prompt."""
+    return hasattr(sys, "ps1") or sys.stderr.isatty()
+
+
+@dataclass(slots=True, init=False, eq=False, repr=False)
+class Context:
+    """State shared by model, metrics and callbacks during one call of fit, evaluate or predict.
+
+    Parameters
+    ----------
+    verbose
+        Whether to display; None: when a person watches.
+    accelerator
+        Places model and data; see ``harness.accelerator``.
+    callbacks
+        Instances of ``Callback``; kept in order of weight.
+    training
+        Whether training starts out on.
+    recorder
+        Told of every logged value; None: nobody.
+
+    Raises
+    ------
+    AttributeError
+        When an unknown field is set (the nearest name is offered), or a read-only one.
+
+    References
+    ----------
+    luz 0.5.0, ``context``. Differs from luz: fields of all contexts are declared once;
+    ``step``, ``steps`` and ``log_step`` are new; the recorder is told of every log call.
+    """
+
+    # Kept after training.
+    hparams: dict[str, Any]  #: keyword arguments that built `model`
+    opt_hparams: dict[str, Any]  #: keyword arguments that built `optimizers`
+    steps: dict[str, int]  #: optimizer steps finished, by optimizer name
+    _records: Records
+    _unread: list[tuple[Any, Any]]
+    _min_epochs: int
+    _max_epochs: int
+    _model: nn.Module | None
+    # For this call of fit, evaluate or predict.
+    buffers: dict[str, Any]  #: room for callbacks' temporary values
+    recorder: Recorder  #: told of every logged value
+    accelerator: Accelerator | None  #: device placement, backward, stepping, ranks
+    train_data: DataLoader[Any] | None  #: loader of the training data
+    valid_data: DataLoader[Any] | None  #: loader of the validation data
+    handlers: Handlers  #: exception type -> callable; a match ends the fit quietly
+    epoch_handlers: Handlers  #: exception type -> callable; a match ends the epoch quietly
+    metrics: Any  #: metric objects in use, by split
+    step_opt: StepOpt | None  #: called with the optimizer to step it
+    loss_fn: Callable[..., Tensor] | None  #: ``loss_fn(pred, target)``
+    backward: Callable[[Tensor], object] | None  #: called with the loss to go back from
+    _verbose: bool
+    _callbacks: tuple[Callback, ...]
+    _listeners: dict[str, tuple[Callable[[], object], ...]]
+    _optimizers: dict[str, Any]
+    # For this batch.
+    training: bool  #: True in the training part of an epoch
+    data: DataLoader[Any] | None  #: loader in use
+    epoch: int | None  #: present epoch, from 1
+    pred: Any  #: last prediction, as `model` gave it
+    loss: Any  #: last losses, detached, by optimizer name
+    loss_grad: Tensor | None  #: last loss with its graph
+    _iter: int | None
+    _batch: Any
+    _opt: Any
+    _opt_name: str | None
+
+    def __init__(
+        self,
+        *,
+        verbose: bool | None = None,
+        accelerator: Accelerator | None = None,
+        callbacks: Iterable[Callback] = (),
+        training: bool = True,
+        recorder: Recorder | None = None,
+    ) -> None:
+        self.hparams = {}
+        self.opt_hparams = {}
+        self.steps = {}
+        self._records = {"metrics": {"train": [], "valid": []}}
+        self._unread = []
+        self._min_epochs, self._max_epochs = 0, NO_LIMIT
+        self._model = None
+        self.clean()
+        self.recorder = recorder or NOBODY
+        self.accelerator = accelerator
+        self.set_verbose(verbose)
+        self.callbacks = callbacks  # type: ignore[assignment]
+        self.training = training
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        try:
+            object.__setattr__(self, name, value)
+        except AttributeError:
+            names = [name for name in dir(type(self)) if not name.startswith("_")]
+            if name in names:
+                raise
+            msg = f"Context.{name}: expected a field of the context, got {name!r}."
+            msg = f"{msg}{nearest(name, names)} Put your own values into ctx.buffers."
+            raise AttributeError(msg) from None
+
+    def __deepcopy__(self, memo: object) -> Context:
+        """Itself: a copy of a bound model shares the context."""
+        return self
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """None: a pickled model goes without its context."""
+        return type(None), ()
+
+    # --- logging
+
+    def log(
+        self,
+        what: str,
+        set: str,
+        value: Any,
+        index: int | None = None,
+        append: bool = True,
+    ) -> None:
+        """Log a value in memory, in the journal and, through it, in MLflow.
+
+        Parameters
+        ----------
+        what
+            What is logged, such as ``"metrics"`` or ``"notes"``.
+        set
+            Usually ``"train"`` or ``"valid"``.
+        value
+            A number, bool, string, None, small tensor or array, or dict or list of those.
+        index : >= 1
+            Place in the list of records; None adds at the end.
+        append
+            True adds to a value that is already there: dicts are merged, a name that both
+            hold takes the new value; other values become a list. False replaces it.
+
+        Raises
+        ------
+        TypeError
+            If the value holds something that cannot be recorded; its path is named.
+
+        References
+        ----------
+        luz 0.5.0, ``context$log``. Differs from luz: a gap before `index` is filled with None.
+        """
+        kept = _detached(value) if type(value) is not float else value
+        series = self._records.setdefault(what, {}).setdefault(set, [])
+        if index is None:
+            index = len(series) + 1
+        elif index < 1:
+            msg = f"ctx.log(index): expected an index from 1, got {index!r}."
+            raise ValueError(f"{msg} Leave it out to add at the end.")
+        self.recorder.log(
+            what, set, kept, index, append, epoch=self.epoch, step=self.step
+        )
+        while len(series) < index:
+            series.append(None)
+        current = series[index - 1]
+        series[index - 1] = _joined(current, kept) if append else kept
+        self._remember_tensors(series, index - 1)
+
+    def log_metric(self, name: str, value: Any) -> None:
+        """Log a metric of the present epoch under ``train`` or ``valid``, as `training` says.
+
+        Parameters
+        ----------
+        name
+            Name of the metric.
+        value
+            A number, a 0-d tensor, or a dict of those by optimizer name.
+        """
+        split = "train" if self.training else "valid"
+        self.log("metrics", split, {name: value}, index=self.epoch)
+
+    def log_step(self, values: Mapping[str, Any]) -> None:
+        """Log numbers of this optimizer step to the journal only; memory does not grow.
+
+        Parameters
+        ----------
+        values
+            Number or 0-d tensor by name; found as series ``<set>/<name>_step``.
+        """
+        split = "train" if self.training else "valid"
+        self.recorder.log_steps(split, values, self.step, self.epoch)
+
+    def get_log(self, what: str, set: str, index: int | None = None) -> Any:
+        """The value logged at `index` (from 1; None: the last); None where there is none."""
+        series = self.records.get(what, {}).get(set, [])
+        if index is None:
+            index = len(series)
+        return series[index - 1] if 1 <= index <= len(series) else None
+
+    def get_metrics(self, set: str, epoch: int | None = None) -> dict[str, Any]:
+        """All metrics of a set at an epoch (None: the last), by name."""
+        return self.get_log("metrics", set, epoch) or {}
+
+    def get_metric(self, name: str, set: str, epoch: int | None = None) -> Any:
+        """One metric at an epoch (None: the last); None where it was not logged."""
+        return self.get_metrics(set, epoch).get(name)
+
+    def get_formatted_metrics(
+        self, set: str, epoch: int | None = None
+    ) -> dict[str, str]:
+        """The metrics of a set at an epoch as text with four significant digits, by name."""
+        metrics = dict(_leaves(self.get_metrics(set, epoch)))
+        return {
+            name: f"{value:.4g}" if isinstance(value, int | float) else str(value)
+            for name, value in metrics.items()
+        }
+
+    def get_metrics_df(self) -> pd.DataFrame:
+        """All metrics as a DataFrame with the columns set, metric, epoch, value."""
+        return metrics_frame(self.records)
+
+    # --- state
+
+    def set_verbose(self, verbose: bool | None = None) -> None:
+        """Display or not; None: when a person watches."""
+        self._verbose = interactive() if verbose is None else bool(verbose)
+
+    def call_callbacks(self, name: str) -> None:
+        """Call every callback that listens to the event `name`, in order of weight.
+
+        Raises
+        ------
+        ValueError
+            If `name` is no event.
+        """
+        listeners = self._listeners.get(name)
+        if listeners is None:
+            check_event("call_callbacks", name)
+            return
+        for listener in listeners:
+            try:
+                listener()
+            except Exception as exc:
+                self.add_note(exc, f"{type(listener.__self__).__name__}.{name}")  # type: ignore[attr-defined]
+                raise
+
+    def add_note(self, exc: BaseException, where: str) -> None:
+        """Tell in a note of the exception where it was raised: callback or metric, epoch, iter."""
+        part = "training" if self.training else "not training"
+        exc.add_note(f"in {where}, epoch {self.epoch}, iter {self.iter}, {part}")
+
+    def clean(self) -> None:
+        """Drop everything that does not outlive the call: all but records, model and hparams."""
+        self.buffers, self.handlers, self.epoch_handlers = {}, {}, {}
+        self.recorder = NOBODY
+        self.accelerator = self.train_data = self.valid_data = self.data = None
+        self.metrics = self.step_opt = self.loss_fn = self.backward = None
+        self._verbose, self._callbacks, self._listeners = False, (), {}
+        self._optimizers = {}
+        self.training = False
+        self.epoch = self._iter = self._batch = self.pred = None
+        self.loss = self.loss_grad = self._opt = self._opt_name = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The model, the records, and the hparams that built model and optimizers.
+
+        The model is unbound from the context, so that both can be freed.
+        """
+        if self._model is not None:
+            bind_context(self._model, None)
+        return {
+            "model": self._model,
+            "records": self.records,
+            "ctx": {"hparams": self.hparams, "opt_hparams": self.opt_hparams},
+        }
+
+    def unsafe_set_records(self, records: Records) -> None:
+        """Replace all records; warns if training metrics are overwritten."""
+        if self._records.get("metrics", {}).get("train"):
+            msg = "unsafe_set_records: the records held training metrics; they are replaced."
+            warnings.warn(msg, stacklevel=2)
+        self._records, self._unread = records, []
+
+    # --- fields that are checked, derived or read-only
+
+    @property
+    def records(self) -> Records:
+        """What was logged: ``records[what][set][index - 1]``. Read-only."""
+        if self._unread:
+            for container, key in self._unread:
+                if isinstance(container[key], Tensor):
+                    container[key] = container[key].tolist()
+            self._unread.clear()
+        return self._records
+
+    @records.setter
+    def records(self, _: object) -> None:
+        msg = "ctx.records: expected no assignment, records are read-only."
+        raise AttributeError(f"{msg} Use ctx.log() or ctx.log_metric().")
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the accelerator. Read-only."""
+        if self.accelerator is None:
+            msg = "ctx.device: expected an accelerator, got None."
+            raise AttributeError(f"{msg} Set ctx.accelerator first.")
+        return self.accelerator.device
+
+    @device.setter
+    def device(self, _: object) -> None:
+        msg = "ctx.device: expected no assignment, the device is read-only."
+        raise AttributeError(f"{msg} Change ctx.accelerator.")
+
+    @property
+    def callbacks(self) -> tuple[Callback, ...]:
+        """Callbacks in running order; setting them binds the context to each."""
+        return self._callbacks
+
+    @callbacks.setter
+    def callbacks(self, new: Iterable[Callback]) -> None:
+        self._callbacks = check_callbacks(new)
+        for callback in self._callbacks:
+            callback.ctx = self
+        self._listeners = {
+            event: tuple(
+                getattr(callback, event)
+                for callback in self._callbacks
+                if hasattr(callback, event)
+            )
+            for event in EVENTS
+        }
+
+    @property
+    def verbose(self) -> bool:
+        """Whether to display; see ``set_verbose``."""
+        return self._verbose
+
+    @verbose.setter
+    def verbose(self, new: bool | None) -> None:
+        self.set_verbose(new)
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps finished; with several optimizers the most of one."""
+        steps = self.steps
+        if len(steps) == 1:
+            for count in steps.values():
+                return count
+        return max(steps.values(), default=0)
+
+    @property
+    def iter(self) -> int | None:
+        """Batch in this epoch, from 1."""
+        return self._iter
+
+    @iter.setter
+    def iter(self, new: int | None) -> None:
+        if type(new) is not int and new is not None:
+            if not isinstance(new, Integral) or isinstance(new, bool):
+                msg = f"ctx.iter: expected a whole number, got {new!r}."
+                raise TypeError(f"{msg} Count batches from 1.")
+            new = int(new)
+        self._iter = new
+
+    @property
+    def batch(self) -> Any:
+        """Present batch, ``(input, target)``, on the device."""
+        return self._batch
+
+    @batch.setter
+    def batch(self, new: Any) -> None:
+        self._batch = new
+
+    @property
+    def input(self) -> Any:
+        """First item of the batch: a tensor, tuple or mapping; the batch if it is no pair."""
+        batch = self._batch
+        return batch[0] if isinstance(batch, tuple | list) else batch
+
+    @input.setter
+    def input(self, new: Any) -> None:
+        batch = self._batch
+        pair = isinstance(batch, tuple | list)
+        self._batch = [new, *batch[1:]] if pair else new
+
+    @property
+    def target(self) -> Any:
+        """Second item of the batch; None where there is none."""
+        batch = self._batch
+        return (
+            batch[1] if isinstance(batch, tuple | list) and len(batch) > 1 else None
+        )
+
+    @target.setter
+    def target(self, new: Any) -> None:
+        batch = self._batch
+        rest = batch[2:] if isinstance(batch, tuple | list) else ()
+        self._batch = [self.input, new, *rest]
+
+    @property
+    def min_epochs(self) -> int:
+        """Epochs that run whatever a callback decides; 0 where none was given."""
+        return self._min_epochs
+
+    @min_epochs.setter
+    def min_epochs(self, new: int) -> None:
+        self._min_epochs, _ = check_epochs(new, self._max_epochs)
+
+    @property
+    def max_epochs(self) -> int:
+        """Epochs that run at most."""
+        return self._max_epochs
+
+    @max_epochs.setter
+    def max_epochs(self, new: int) -> None:
+        _, self._max_epochs = check_epochs(self._min_epochs, new)
+
+    @property
+    def optimizers(self) -> dict[str, Any]:
+        """Optimizers by name; a single one is called ``opt``."""
+        return self._optimizers
+
+    @optimizers.setter
+    def optimizers(self, new: Any) -> None:
+        self._optimizers = check_optimizers(new)
+
+    @property
+    def opt(self) -> Any:
+        """Present optimizer; the only one where none was set."""
+        if self._opt is not None:
+            return self._opt
+        if len(self._optimizers) == 1:
+            return next(iter(self._optimizers.values()))
+        names = list(self._optimizers)
+        msg = f"ctx.opt: expected an optimizer, but none is set. Have {names}."
+        raise AttributeError(f"{msg} Set ctx.opt, or use ctx.optimizers[name].")
+
+    @opt.setter
+    def opt(self, new: Any) -> None:
+        self._opt = new
+
+    @property
+    def opt_name(self) -> str:
+        """Name of the present optimizer; of the only one where none was set."""
+        if self._opt_name is not None:
+            return self._opt_name
+        if len(self._optimizers) == 1:
+            return next(iter(self._optimizers))
+        names = list(self._optimizers)
+        msg = f"ctx.opt_name: expected a name, but none is set. Have {names}."
+        raise AttributeError(f"{msg} Set ctx.opt_name first.")
+
+    @opt_name.setter
+    def opt_name(self, new: str | None) -> None:
+        self._opt_name = new
+
+    @property
+    def model(self) -> Any:
+        """The model; setting it binds the context to it, so that ``model.ctx`` is this."""
+        return self._model
+
+    @model.setter
+    def model(self, new: nn.Module | None) -> None:
+        self._model = new
+        if new is not None:
+            bind_context(new, self)
+
+    def _remember_tensors(self, container: Any, key: Any) -> None:
+        """Keep the places of logged tensors, to read them out when somebody asks."""
+        value = container[key]
+        if isinstance(value, Tensor):
+            self._unread.append((container, key))
+        elif isinstance(value, dict):
+            for name in value:
+                self._remember_tensors(value, name)
+        elif isinstance(value, list):
+            for place in range(len(value)):
+                self._remember_tensors(value, place)
+
+
+def bind_context(model: nn.Module, ctx: Context | None) -> None:
+    """Make `ctx` the model's ``self.ctx``, or take it off."""
+    if ctx is None:
+        model.__dict__.pop("ctx", None)
+    else:
+        model.__dict__["ctx"] = ctx
+
+
+def metrics_frame(records: Records) -> pd.DataFrame:
+    """Metric records as a DataFrame with the columns set, metric, epoch, value."""
+    import pandas as pd  # noqa: PLC0415  slow to import, seldom used
+
+    rows = [
+        (split, name, epoch, value)
+        for split, series in records.get("metrics", {}).items()
+        for epoch, metrics in enumerate(series, start=1)
+        for name, value in _leaves(metrics or {})
+    ]
+    return pd.DataFrame(rows, columns=["set", "metric", "epoch", "value"])
+
+
+def _leaves(metrics: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """Name and value of each leaf; nested names are joined by ``/``."""
+    for name, value in metrics.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{name}/")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _detached(value: Any) -> Any:
+    """The value with each tensor copied as it is now, off the graph, still on its device."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {name: _detached(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_detached(item) for item in value]
+    return value
+
+
+def _joined(current: Any, value: Any) -> Any:
+    """What ``log`` keeps where something was logged before."""
+    if current is None:
+        return value
+    if isinstance(current, dict) and isinstance(value, dict):
+        return {**current, **value}
+    old = current if isinstance(current, list) else [current]
+    return old + (value if isinstance(value, list) else [value])
+
+
+class FitContext(Context):
+    """Context of ``fit``: built model, named optimizers, prepared loaders.
+
+    Parameters
+    ----------
+    model
+        Placed on the device by the accelerator.
+    optimizers
+        One optimizer, or several by name.
+    loss_fn
+        ``loss_fn(pred, target)``; None where the model has its own ``step``.
+    hparams, opt_hparams
+        What built model and optimizers.
+    data, valid_data
+        Loaders; `valid_data` may be None.
+    epochs
+        Whole number, or pair ``(min_epochs, max_epochs)``.
+    verbose, accelerator, callbacks, recorder
+        As in ``Context``.
+
+    References
+    ----------
+    luz 0.5.0, ``fit_context``. Differs from luz: model, optimizers and loaders are built
+    by the learner and given.
+    """
+
+    __slots__ = ()
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        optimizers: Any,
+        loss_fn: Callable[..., Tensor] | None,
+        hparams: Mapping[str, Any],
+        opt_hparams: Mapping[str, Any],
+        data: DataLoader[Any],
+        valid_data: DataLoader[Any] | None,
+        epochs: int | tuple[int, int],
+        accelerator: Accelerator,
+        verbose: bool | None = None,
+        callbacks: Iterable[Callback] = (),
+        recorder: Recorder | None = None,
+        step_opt: StepOpt | None = None,
+    ) -> None:
+        Context.__init__(
+            self,
+            verbose=verbose,
+            accelerator=accelerator,
+            callbacks=callbacks,
+            training=True,
+            recorder=recorder,
+        )
+        pair = epochs if isinstance(epochs, tuple | list) else (0, epochs)
+        self._min_epochs, self._max_epochs = check_epochs(*pair)
+        self.hparams, self.opt_hparams = dict(hparams), dict(opt_hparams)
+        model, named, loaders = accelerator.prepare(
+            model, check_optimizers(optimizers), [data, valid_data]
+        )
+        self.model, self.optimizers = model, named
+        self.steps = accelerator.steps
+        self.loss_fn, self.step_opt = loss_fn, step_opt
+        self.train_data, self.valid_data = loaders
+        self.data = self.train_data
+
+
+class PredictContext(Context):
+    """Context of ``predict``: a model in evaluation mode and the data to predict.
+
+    Parameters
+    ----------
+    model
+        Placed on the device by the accelerator.
+    newdata
+        Loader of the data.
+    verbose, accelerator, callbacks, recorder
+        As in ``Context``.
+
+    References
+    ----------
+    luz 0.5.0, ``predict_context``.
+    """
+
+    __slots__ = ()
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        newdata: DataLoader[Any],
+        accelerator: Accelerator,
+        verbose: bool | None = None,
+        callbacks: Iterable[Callback] = (),
+        recorder: Recorder | None = None,
+    ) -> None:
+        Context.__init__(
+            self,
+            verbose=verbose,
+            accelerator=accelerator,
+            callbacks=callbacks,
+            training=False,
+            recorder=recorder,
+        )
+        model, _, loaders = accelerator.prepare(model, None, [None, newdata])
+        self.model = model
+        self.data = loaders[1]
+
+
+class EvaluateContext(PredictContext):
+    """Context of ``evaluate``: as ``PredictContext``, with epoch 1, losses and optimizer names.
+
+    Parameters
+    ----------
+    optimizers
+        The model's optimizers; only their names are used.
+    loss_fn
+        ``loss_fn(pred, target)``.
+    opt_hparams
+        What built the optimizers.
+
+    References
+    ----------
+    luz 0.5.0, ``evaluate_context``.
+    """
+
+    __slots__ = ()
+
+    def __init__(
+        self,
+        *,
+        optimizers: Any,
+        loss_fn: Callable[..., Tensor] | None,
+        opt_hparams: Mapping[str, Any],
+        **kwargs: Any,
+    ) -> None:
+        PredictContext.__init__(self, **kwargs)
+        self.epoch = 1
+        self.opt_hparams = dict(opt_hparams)
+        self.optimizers = check_optimizers(optimizers)
+        self.loss_fn = loss_fn
+        self.valid_data = self.data

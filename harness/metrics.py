@@ -1,0 +1,377 @@
+"""Metrics of a split: torchmetrics objects, plain functions, and the exact loss average."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+if TYPE_CHECKING:
+    from harness.accelerator.base import Accelerator
+
+GROUP = 32
+"""Batches whose predictions are given to a metric at once, where the result is equal."""
+
+GROUP_NUMEL = 1 << 22
+"""Numbers in predictions that wait for their group at most."""
+
+MAX_NAMED = 100
+"""Elements of a vector-valued metric that are logged by their own names at most."""
+
+
+@dataclass(frozen=True, kw_only=True, init=False)
+class MetricSet:
+    """Metrics for both splits, or for one alone.
+
+    Parameters
+    ----------
+    both
+        Metrics of training and validation: one, a list, or a dict by name.
+    train, valid
+        Metrics of one split alone, in the same forms.
+
+    References
+    ----------
+    luz 0.5.0, ``luz_metric_set``.
+    """
+
+    train: dict[str, Any]
+    valid: dict[str, Any]
+
+    def __init__(self, both: Any = None, *, train: Any = None, valid: Any = None) -> None:
+        common = named_metrics(both)
+        for split, own in (("train", train), ("valid", valid)):
+            names = named_metrics(own)
+            for name in names:
+                if name in common:
+                    msg = f"MetricSet({split}): expected new names, got {name!r} twice."
+                    raise ValueError(f"{msg} Give a dict with other names.")
+            object.__setattr__(self, split, common | names)
+
+
+def as_metric_set(metrics: Any) -> MetricSet:
+    """A ``MetricSet`` of whatever ``setup(metrics=...)`` was given."""
+    return metrics if isinstance(metrics, MetricSet) else MetricSet(metrics)
+
+
+def named_metrics(metrics: Any) -> dict[str, Any]:
+    """Checked metrics by name: the dict's key, else the class in snake case.
+
+    Raises
+    ------
+    TypeError
+        If one is neither a torchmetrics object nor a function.
+    ValueError
+        If two have the same name, or one is called ``loss``.
+    """
+    if metrics is None:
+        return {}
+    if isinstance(metrics, Mapping):
+        pairs = [(name, check_metric(item, name)) for name, item in metrics.items()]
+    else:
+        items = metrics if isinstance(metrics, list | tuple) else [metrics]
+        pairs = [(metric_name(check_metric(item, n)), item) for n, item in enumerate(items)]
+    found: dict[str, Any] = {}
+    for name, item in pairs:
+        if name in found or name == "loss":
+            msg = f"metrics: expected each name once ('loss' is taken), got {name!r}."
+            raise ValueError(f"{msg} Give a dict with other names.")
+        found[name] = item
+    return found
+
+
+def check_metric(item: Any, place: str | int) -> Any:
+    """The metric, if it is one; a class is refused."""
+    if isinstance(item, type):
+        msg = f"metrics[{place!r}]: expected an instance, got the class {item.__name__}."
+        raise TypeError(f"{msg} Write {item.__name__}(...).")
+    if not callable(item):
+        msg = f"metrics[{place!r}]: expected a metric, got {item!r}."
+        raise TypeError(f"{msg} Give a torchmetrics object or a function f(pred, target).")
+    return item
+
+
+def metric_name(item: Any) -> str:
+    """Class or function name in snake case; ``MulticlassAccuracy`` is ``multiclass_accuracy``."""
+    name = getattr(item, "__name__", type(item).__name__)
+    name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name)
+    return name.lower().strip("<>")
+
+
+class LossAverage:
+    """Mean loss over samples, exact over uneven batches, for each optimizer name.
+
+    Losses stay on their device until the mean is asked for; sums are float64.
+
+    References
+    ----------
+    luz 0.5.0, ``luz_metric_loss_average``. Differs from luz: batches count by their
+    samples, sums are float64.
+    """
+
+    fold_at = 1024
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._waiting: dict[str, list[Tensor]] = {}
+        self._rows: dict[str, list[int]] = {}
+        self._sums: dict[str, Tensor] = {}
+
+    def update(self, losses: Any, rows: int) -> None:
+        """Take in the losses of a batch of `rows` samples; a lone tensor is named ``opt``."""
+        if not isinstance(losses, dict):
+            losses = {"opt": losses}
+        for name, loss in losses.items():
+            waiting = self._waiting.setdefault(name, [])
+            waiting.append(loss)
+            self._rows.setdefault(name, []).append(rows)
+            if len(waiting) >= self.fold_at:
+                self._fold(name)
+
+    def _fold(self, name: str) -> None:
+        """Add what waits to the sums: (sum of losses, samples), float64 on the CPU or GPU."""
+        waiting, rows = self._waiting[name], self._rows[name]
+        if not waiting:
+            return
+        values = torch.stack([torch.as_tensor(loss).detach() for loss in waiting])
+        values = values.cpu() if values.device.type == "mps" else values
+        counts = torch.tensor(rows, dtype=torch.float64, device=values.device)
+        values = torch.where(counts > 0, values.double(), 0.0)
+        sums = torch.stack([(values * counts).sum(), counts.sum()])
+        self._sums[name] = self._sums[name] + sums if name in self._sums else sums
+        waiting.clear()
+        rows.clear()
+
+    def compute(self, accelerator: Accelerator | None = None) -> Any:
+        """The mean as a float, or a dict of means where there are several names."""
+        for name in self._waiting:
+            self._fold(name)
+        means = {}
+        for name, sums in self._sums.items():
+            if accelerator is not None and accelerator.world_size > 1:
+                sums = accelerator.reduce(sums, "sum")
+            total, count = sums.tolist()
+            means[name] = total / count if count else float("nan")
+        return next(iter(means.values())) if len(means) == 1 else means
+
+    def state_dict(self) -> dict[str, Any]:
+        """Sums and what waits, by name."""
+        return {
+            name: {
+                "waiting": [torch.as_tensor(loss) for loss in self._waiting[name]],
+                "rows": list(self._rows[name]),
+                "sums": self._sums.get(name),
+            }
+            for name in self._waiting
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what ``state_dict`` gave."""
+        self.reset()
+        for name, item in state.items():
+            self._waiting[name] = list(item["waiting"])
+            self._rows[name] = list(item["rows"])
+            if item["sums"] is not None:
+                self._sums[name] = item["sums"]
+
+
+class FunctionAverage(Metric):
+    """Mean of ``f(pred, target)`` over samples, each batch weighted by its rows."""
+
+    full_state_update = False
+
+    def __init__(self, function: Callable[[Any, Any], Any]) -> None:
+        super().__init__()
+        self.function = function
+        zero = torch.zeros((), dtype=torch.float64)
+        self.add_state("total", zero.clone(), dist_reduce_fx="sum")
+        self.add_state("rows", zero.clone(), dist_reduce_fx="sum")
+
+    def update(self, pred: Any, target: Any) -> None:
+        """Add the value of one batch."""
+        rows = len(target) if isinstance(target, Tensor) and target.dim() else 1
+        value = torch.as_tensor(self.function(pred, target), device=self.total.device)
+        self.total += value.detach().double() * rows
+        self.rows += rows
+
+    def compute(self) -> Tensor:
+        """The mean; NaN without samples."""
+        return self.total / self.rows
+
+
+def takes_groups(metric: Metric) -> bool:
+    """True if one update on several batches gives what an update on each would give.
+
+    Holds for torchmetrics' own classification and regression metrics, which sum over or
+    list samples; nothing is assumed of others.
+    """
+    home = type(metric).__module__
+    own = home.startswith(("torchmetrics.classification.", "torchmetrics.regression."))
+    by_sample = metric.full_state_update is False
+    reductions = metric._reductions.values()  # torchmetrics 1.9: no public way to ask
+    names = {getattr(fn, "__name__", None) for fn in reductions}
+    return own and by_sample and names <= {"dim_zero_sum", "dim_zero_cat"}
+
+
+class SplitMetrics:
+    """The metrics of one split while it runs.
+
+    Parameters
+    ----------
+    metrics
+        Metric objects and functions by name; copied, so that splits do not mix.
+    accelerator
+        Gives the device, and sums losses over ranks.
+    """
+
+    def __init__(self, metrics: Mapping[str, Any], accelerator: Accelerator) -> None:
+        self.loss = LossAverage()
+        self._accelerator = accelerator
+        self._metrics = {
+            name: _own_copy(item).to(accelerator.device) for name, item in metrics.items()
+        }
+        self._grouped = [n for n, item in self._metrics.items() if takes_groups(item)]
+        self._each = [n for n in self._metrics if n not in self._grouped]
+        self._waiting: list[tuple[Tensor, Tensor]] = []
+        self._waiting_numel = 0
+
+    def reset(self) -> None:
+        """Start an epoch."""
+        self.loss.reset()
+        self._waiting.clear()
+        self._waiting_numel = 0
+        for metric in self._metrics.values():
+            metric.reset()
+
+    def update(self, pred: Any, target: Any, losses: Any, rows: int) -> None:
+        """Take in one batch; predictions are kept off the graph."""
+        if losses is not None and losses != {}:
+            self.loss.update(losses, rows)
+        if not self._metrics or rows == 0:
+            return
+        pred, target = detach(pred), detach(target)
+        for name in self._each:
+            self._update_one(name, pred, target)
+        if self._grouped:
+            self._collect(pred, target)
+
+    def _collect(self, pred: Any, target: Any) -> None:
+        """Let a batch wait for its group; what cannot be joined goes by itself."""
+        if not (isinstance(pred, Tensor) and isinstance(target, Tensor)):
+            self._flush()
+            for name in self._grouped:
+                self._update_one(name, pred, target)
+            return
+        if self._waiting and _form(*self._waiting[-1]) != _form(pred, target):
+            self._flush()
+        self._waiting.append((pred, target))
+        self._waiting_numel += pred.numel()
+        if len(self._waiting) >= GROUP or self._waiting_numel >= GROUP_NUMEL:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Give the waiting batches to the metrics, joined."""
+        if not self._waiting:
+            return
+        preds, targets = zip(*self._waiting, strict=True)
+        pred, target = (preds[0], targets[0])
+        if len(preds) > 1:
+            pred, target = torch.cat(preds), torch.cat(targets)
+        self._waiting.clear()
+        self._waiting_numel = 0
+        for name in self._grouped:
+            self._update_one(name, pred, target)
+
+    def _update_one(self, name: str, pred: Any, target: Any) -> None:
+        """One update; an error gains the metric's name."""
+        try:
+            self._metrics[name].update(pred, target)
+        except Exception as exc:
+            exc.add_note(f"in metric {name!r}")
+            raise
+
+    def compute(self) -> dict[str, Any]:
+        """The loss and every metric, as numbers; read from the device here."""
+        self._flush()
+        values: dict[str, Any] = {}
+        loss = self.loss.compute(self._accelerator)
+        if loss != {}:
+            values["loss"] = loss
+        for name, metric in self._metrics.items():
+            try:
+                values[name] = plain(metric.compute())
+            except Exception as exc:
+                exc.add_note(f"in metric {name!r}")
+                raise
+        return values
+
+    def state_dict(self) -> dict[str, Any]:
+        """States of the loss average and the metrics, and the batches that wait."""
+        states = {}
+        for name, metric in self._metrics.items():
+            own = {key: getattr(metric, key) for key in metric._defaults}
+            states[name] = {"state": own, "updates": metric._update_count}
+        waiting = [list(pair) for pair in self._waiting]
+        return {"loss": self.loss.state_dict(), "metrics": states, "waiting": waiting}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what ``state_dict`` gave, on this device."""
+        self.reset()
+        place = self._accelerator.to_device
+        self.loss.load_state_dict(place(state["loss"]))
+        for name, item in state["metrics"].items():
+            metric = self._metrics[name]
+            for key, value in item["state"].items():
+                setattr(metric, key, place(value))
+            metric._update_count = item["updates"]
+            metric._computed = None
+        for pred, target in place(state["waiting"]):
+            self._waiting.append((pred, target))
+            self._waiting_numel += pred.numel()
+
+
+def _own_copy(item: Any) -> Metric:
+    """A fresh metric of the user's object or function."""
+    if isinstance(item, Metric):
+        metric = copy.deepcopy(item)
+        metric.reset()
+        return metric
+    return FunctionAverage(item)
+
+
+def _form(pred: Tensor, target: Tensor) -> Iterable[Any]:
+    """What two batches must share to be joined."""
+    return pred.shape[1:], target.shape[1:], pred.dtype, target.dtype, pred.dim()
+
+
+def detach(value: Any) -> Any:
+    """The value with each tensor off the graph, in the same form."""
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, Mapping):
+        return {name: detach(item) for name, item in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(detach(item) for item in value)
+    return value
+
+
+def plain(value: Any) -> Any:
+    """A metric's value as numbers: a float, a dict by name or place, or nested lists."""
+    if isinstance(value, Tensor):
+        if value.dim() == 1 and len(value) <= MAX_NAMED:
+            return {str(place): item for place, item in enumerate(value.tolist())}
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return {name: plain(item) for name, item in value.items()}
+    if isinstance(value, tuple | list):
+        return {str(place): plain(item) for place, item in enumerate(value)}
+    return value
