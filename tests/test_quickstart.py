@@ -1,0 +1,156 @@
+"""The README's first command, as a newcomer types it: in a fresh clone."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import duckdb
+import mlflow
+import pyarrow.parquet as pq
+import pytest
+
+GOAL = 0.97
+
+
+@dataclass(frozen=True)
+class Quickstart:
+    """A clone in which the quickstart ran."""
+
+    folder: Path
+    output: str
+
+    @property
+    def run_id(self) -> str:
+        found = re.search(r"harness runs show (\S+)", self.output)
+        assert found, self.output
+        return found.group(1)
+
+    def harness(self, *words: str) -> str:
+        """What a harness command prints in the clone."""
+        run = ["harness", *words]
+        done = subprocess.run(
+            run, cwd=self.folder, env=environment(), capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+
+def environment() -> dict[str, str]:
+    """This environment, with the commands of the running Python first."""
+    bin_folder = str(Path(sys.executable).parent)
+    path = os.pathsep.join([bin_folder, os.environ["PATH"]])
+    return {**os.environ, "PATH": path, "HARNESS_ENV": "active"}
+
+
+def clone(root: Path, folder: Path) -> Path:
+    """The tracked files as they are now, and new ones, in a repository of their own."""
+    listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    names = subprocess.run(listing, cwd=root, capture_output=True, check=True).stdout
+    for name in names.decode().split("\0"):
+        source = root / name
+        if name and source.is_file():
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(source.read_bytes())
+            target.chmod(source.stat().st_mode)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def quickstart(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Quickstart:
+    folder = clone(root, tmp_path_factory.mktemp("clone"))
+    done = subprocess.run(
+        ["scripts/quickstart"],
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return Quickstart(folder, done.stdout)
+
+
+def test_quickstart_reaches_the_goal(quickstart: Quickstart) -> None:
+    found = re.search(r"learnt: .* validation accuracy ([\d.]+)", quickstart.output)
+    assert found, quickstart.output
+    assert float(found.group(1)) >= GOAL
+
+
+def test_quickstart_tells_what_to_type_next(quickstart: Quickstart) -> None:
+    for command in ("harness ui", "harness runs show", "harness export"):
+        assert f"  {command}" in quickstart.output
+
+
+def test_quickstart_prints_no_traceback_or_warning(quickstart: Quickstart) -> None:
+    assert "Traceback" not in quickstart.output
+    assert "Warning" not in quickstart.output
+
+
+def test_run_is_listed_as_finished(quickstart: Quickstart) -> None:
+    (run,) = json.loads(quickstart.harness("runs", "list", "--json"))
+    assert (run["id"], run["status"]) == (quickstart.run_id, "finished")
+
+
+def test_parquet_reads_alike_in_pyarrow_and_duckdb(quickstart: Quickstart) -> None:
+    file = quickstart.folder / "digits.parquet"
+    table = pq.read_table(file)
+    query = f"select count(*), max(value) from '{file}' where name = 'accuracy'"
+    duck = duckdb.sql(query).fetchone()
+    values = [row["value"] for row in table.to_pylist() if row["name"] == "accuracy"]
+    assert duck == (len(values), max(values))
+    assert len(values) == 30
+
+
+def test_mlflow_has_the_history_of_the_parquet_file(quickstart: Quickstart) -> None:
+    quickstart.harness("sync")
+    store = f"sqlite:///{quickstart.folder}/mlflow.db"
+    client = mlflow.MlflowClient(store)
+    experiment = client.get_experiment_by_name("digits")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+    history = client.get_metric_history(run.info.run_id, "train/loss")
+    rows = pq.read_table(quickstart.folder / "digits.parquet").to_pylist()
+    wanted = [
+        (row["index"], row["value"])
+        for row in rows
+        if (row["what"], row["set"], row["name"]) == ("metrics", "train", "loss")
+    ]
+    found = sorted((metric.step, metric.value) for metric in history)
+    assert found == wanted
+    assert len(found) == 15
+
+
+def test_setup_without_a_new_enough_python_says_what_to_do(
+    root: Path, tmp_path: Path
+) -> None:
+    env = {**os.environ, "PYTHON": "/bin/false", "HARNESS_ENV": str(tmp_path / "env")}
+    done = subprocess.run(
+        ["scripts/setup"], cwd=root, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr == (
+        "scripts/setup: expected Python 3.11 or newer, found none. "
+        "Install it, or set PYTHON=/path/to/python.\n"
+    )
+    assert not (tmp_path / "env").exists()
+
+
+@pytest.mark.slow
+def test_quickstart_works_from_nothing_and_again(root: Path, tmp_path: Path) -> None:
+    """An environment of its own: needs the package registry and a few minutes."""
+    folder = clone(root, tmp_path / "clone")
+    env = {name: text for name, text in os.environ.items() if name != "HARNESS_ENV"}
+    for attempt in ("first", "second"):
+        done = subprocess.run(
+            ["scripts/quickstart"], cwd=folder, env=env, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert ("environment: ready" in done.stdout) is (attempt == "first")
