@@ -99,7 +99,7 @@ def test_public_name_is_documented(name: str) -> None:
 
 
 def test_generated_blocks_are_up_to_date() -> None:
-    check = [sys.executable, ROOT / "scripts" / "docs", "--check"]
+    check = [sys.executable, str(ROOT / "scripts" / "docs"), "--check"]
     done = subprocess.run(check, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -115,7 +115,7 @@ def test_stale_block_is_named(tmp_path: Path) -> None:
     (tmp_path / "scripts").mkdir()
     script = tmp_path / "scripts" / "docs"
     script.write_text((ROOT / "scripts" / "docs").read_text())
-    check = [sys.executable, script, "--check"]
+    check = [sys.executable, str(script), "--check"]
     done = subprocess.run(check, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stdout == "docs: events.md out of date. Run scripts/docs.\n"
@@ -138,7 +138,7 @@ def test_links_lead_somewhere(path: Path) -> None:
 def test_python_blocks_run(path: Path, tmp_path: Path) -> None:
     script = tmp_path / "blocks.py"
     script.write_text(python_of(path))
-    run = [sys.executable, "-W", "error::DeprecationWarning:__main__", script]
+    run = [sys.executable, "-W", "error::DeprecationWarning:__main__", str(script)]
     done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

@@ -119,8 +119,10 @@ def test_installed_version_and_command_are_those_of_pyproject(
 def test_wheel_holds_both_packages_typed_and_nothing_else(
     root: Path, tmp_path: Path
 ) -> None:
-    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path]
-    subprocess.run(build, cwd=root, check=True, capture_output=True)
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel"]
+    subprocess.run(
+        [*build, "-d", str(tmp_path)], cwd=root, check=True, capture_output=True
+    )
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.partition("/")[0] for name in names}

@@ -102,7 +102,7 @@ def test_parquet_reads_alike_in_pyarrow_and_duckdb(quickstart: Quickstart) -> No
     file = quickstart.folder / "digits.parquet"
     table = pq.read_table(file)
     query = f"select count(*), max(value) from '{file}' where name = 'accuracy'"
-    duck = duckdb.sql(query).fetchone()
+    duck = duckdb.connect().execute(query).fetchone()
     values = [row["value"] for row in table.to_pylist() if row["name"] == "accuracy"]
     assert duck == (len(values), max(values))
     assert len(values) == 30
