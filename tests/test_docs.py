@@ -118,7 +118,7 @@ def test_stale_block_is_named(tmp_path: Path) -> None:
     check = [sys.executable, str(script), "--check"]
     done = subprocess.run(check, capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stdout == "docs: events.md out of date. Run scripts/docs.\n"
+    assert done.stdout == "docs: events.md out of date. Run 'python scripts/docs'.\n"
     assert (tmp_path / "docs" / "events.md").read_text() == text
 
 
