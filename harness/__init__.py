@@ -1,0 +1,84 @@
+"""Train PyTorch models: luz's context and callbacks, DeepSpeed's ranks, records that stay.
+
+Names are imported when they are first used, so that ``import harness`` stays quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from harness import callbacks
+    from harness.accelerator.pick import accelerator
+    from harness.callback import Callback
+    from harness.context import Context, EvaluateContext, FitContext, PredictContext
+    from harness.errors import (
+        CheckpointError,
+        EarlyStop,
+        ExperimentError,
+        Interrupted,
+        SkipEpoch,
+    )
+    from harness.experiment import Experiment
+    from harness.fitted import Evaluation, Fitted
+    from harness.learner import Learner, load, setup
+    from harness.range_test import lr_finder
+    from harness.metrics import MetricSet
+
+_HOMES = {
+    "Callback": "callback",
+    "CheckpointError": "errors",
+    "Context": "context",
+    "EarlyStop": "errors",
+    "EvaluateContext": "context",
+    "Evaluation": "fitted",
+    "Experiment": "experiment",
+    "ExperimentError": "errors",
+    "FitContext": "context",
+    "Fitted": "fitted",
+    "Interrupted": "errors",
+    "Learner": "learner",
+    "MetricSet": "metrics",
+    "PredictContext": "context",
+    "SkipEpoch": "errors",
+    "accelerator": "accelerator",
+    "callbacks": "callbacks",
+    "load": "learner",
+    "lr_finder": "range_test",
+    "setup": "learner",
+}
+
+__all__ = [
+    "Callback",
+    "CheckpointError",
+    "Context",
+    "EarlyStop",
+    "EvaluateContext",
+    "Evaluation",
+    "Experiment",
+    "ExperimentError",
+    "FitContext",
+    "Fitted",
+    "Interrupted",
+    "Learner",
+    "MetricSet",
+    "PredictContext",
+    "SkipEpoch",
+    "accelerator",
+    "callbacks",
+    "load",
+    "lr_finder",
+    "setup",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        msg = f"module 'harness' has no attribute {name!r}"
+        raise AttributeError(msg)
+    module = importlib.import_module(f"harness.{home}")
+    value = module if home == name else getattr(module, name)
+    globals()[name] = value
+    return value

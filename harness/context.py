@@ -183,7 +183,9 @@ class Context:
     train_data: DataLoader[Any] | None  #: loader of the training data
     valid_data: DataLoader[Any] | None  #: loader of the validation data
     handlers: Handlers  #: exception type -> callable; a match ends the fit quietly
-    epoch_handlers: Handlers  #: exception type -> callable; a match ends the epoch quietly
+    epoch_handlers: (
+        Handlers  #: exception type -> callable; a match ends the epoch quietly
+    )
     metrics: Any  #: metric objects in use, by split
     step_opt: StepOpt | None  #: called with the optimizer to step it
     loss_fn: Callable[..., Tensor] | None  #: ``loss_fn(pred, target)``
@@ -518,9 +520,7 @@ class Context:
     def target(self) -> Any:
         """Second item of the batch; None where there is none."""
         batch = self._batch
-        return (
-            batch[1] if isinstance(batch, tuple | list) and len(batch) > 1 else None
-        )
+        return batch[1] if isinstance(batch, tuple | list) and len(batch) > 1 else None
 
     @target.setter
     def target(self, new: Any) -> None:

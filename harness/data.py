@@ -81,7 +81,9 @@ def whole_tensors(
         inner = torch.as_tensor(dataset.indices)
         rows = inner if rows is None else inner[rows]
         dataset = dataset.dataset
-    if type(dataset) is TensorDataset and all(type(t) is Tensor for t in dataset.tensors):
+    if type(dataset) is TensorDataset and all(
+        type(t) is Tensor for t in dataset.tensors
+    ):
         return dataset.tensors, rows
     return None
 
@@ -181,7 +183,9 @@ def train_loader(
     options = check_options(options)
     if isinstance(data, DataLoader):
         if options:
-            msg = f"dataloader_options: expected none with a DataLoader, got {options!r}."
+            msg = (
+                f"dataloader_options: expected none with a DataLoader, got {options!r}."
+            )
             raise ValueError(f"{msg} Set them where you make the DataLoader.")
         return check_batches(data, "data")
     dataset = as_dataset(data)
@@ -282,7 +286,9 @@ def split_data(data: Any, valid_frac: float) -> tuple[Dataset[Any], Dataset[Any]
     total = len(dataset)  # type: ignore[arg-type]
     held = int(total * valid_frac)
     if held in {0, total}:
-        msg = f"valid_data: expected rows on both sides, got {held} of {total} held out."
+        msg = (
+            f"valid_data: expected rows on both sides, got {held} of {total} held out."
+        )
         raise ValueError(f"{msg} Change the fraction.")
     rows = torch.randperm(total).tolist()
     return Subset(dataset, sorted(rows[held:])), Subset(dataset, sorted(rows[:held]))

@@ -1,19 +1,19 @@
 """Exceptions that somebody catches, and the signals that end an epoch or a fit quietly.
 
-    Exception
-    +-- Signal
-    |   +-- EarlyStop        ends the fit; the fit counts as finished
-    |   +-- SkipEpoch        ends the epoch; the fit goes on with the next one
-    +-- CheckpointError      a checkpoint or saved model that is torn, hostile or does not fit
-    +-- ExperimentError      an experiment that cannot be found or built
-    KeyboardInterrupt
-    +-- Interrupted          Ctrl-C or SIGTERM, raised at the end of a batch on all ranks
+Exception
++-- Signal
+|   +-- EarlyStop        ends the fit; the fit counts as finished
+|   +-- SkipEpoch        ends the epoch; the fit goes on with the next one
++-- CheckpointError      a checkpoint or saved model that is torn, hostile or does not fit
++-- ExperimentError      an experiment that cannot be found or built
+KeyboardInterrupt
++-- Interrupted          Ctrl-C or SIGTERM, raised at the end of a batch on all ranks
 """
 
 from __future__ import annotations
 
 
-class Signal(Exception):  # noqa: N818
+class Signal(Exception):
     """Raised to leave a loop on purpose; ``ctx.handlers`` says what follows."""
 
 

@@ -44,7 +44,9 @@ class MetricSet:
     train: dict[str, Any]
     valid: dict[str, Any]
 
-    def __init__(self, both: Any = None, *, train: Any = None, valid: Any = None) -> None:
+    def __init__(
+        self, both: Any = None, *, train: Any = None, valid: Any = None
+    ) -> None:
         common = named_metrics(both)
         for split, own in (("train", train), ("valid", valid)):
             names = named_metrics(own)
@@ -76,7 +78,9 @@ def named_metrics(metrics: Any) -> dict[str, Any]:
         pairs = [(name, check_metric(item, name)) for name, item in metrics.items()]
     else:
         items = metrics if isinstance(metrics, list | tuple) else [metrics]
-        pairs = [(metric_name(check_metric(item, n)), item) for n, item in enumerate(items)]
+        pairs = [
+            (metric_name(check_metric(item, n)), item) for n, item in enumerate(items)
+        ]
     found: dict[str, Any] = {}
     for name, item in pairs:
         if name in found or name == "loss":
@@ -89,11 +93,15 @@ def named_metrics(metrics: Any) -> dict[str, Any]:
 def check_metric(item: Any, place: str | int) -> Any:
     """The metric, if it is one; a class is refused."""
     if isinstance(item, type):
-        msg = f"metrics[{place!r}]: expected an instance, got the class {item.__name__}."
+        msg = (
+            f"metrics[{place!r}]: expected an instance, got the class {item.__name__}."
+        )
         raise TypeError(f"{msg} Write {item.__name__}(...).")
     if not callable(item):
         msg = f"metrics[{place!r}]: expected a metric, got {item!r}."
-        raise TypeError(f"{msg} Give a torchmetrics object or a function f(pred, target).")
+        raise TypeError(
+            f"{msg} Give a torchmetrics object or a function f(pred, target)."
+        )
     return item
 
 
@@ -237,7 +245,8 @@ class SplitMetrics:
         self.loss = LossAverage()
         self._accelerator = accelerator
         self._metrics = {
-            name: _own_copy(item).to(accelerator.device) for name, item in metrics.items()
+            name: _own_copy(item).to(accelerator.device)
+            for name, item in metrics.items()
         }
         self._grouped = [n for n, item in self._metrics.items() if takes_groups(item)]
         self._each = [n for n in self._metrics if n not in self._grouped]

@@ -38,7 +38,9 @@ class CSVLogger(Callback):
         if self.ctx.accelerator is not None and self.ctx.accelerator.is_main:
             frame = self.ctx.get_metrics_df()
             now = frame[frame["epoch"] == self.ctx.epoch]
-            rows = zip(now["epoch"], now["set"], now["metric"], now["value"], strict=True)
+            rows = zip(
+                now["epoch"], now["set"], now["metric"], now["value"], strict=True
+            )
             self._write([(e, s, m, repr(float(v))) for e, s, m, v in rows], "a")
 
     def _write(self, rows: list[tuple[object, ...]], mode: str) -> None:

@@ -61,7 +61,9 @@ class LRScheduler(Monitor):
         names = self.ctx.optimizers
         name = self.opt_name or next(iter(names))
         if name not in names or (self.opt_name is None and len(names) > 1):
-            msg = f"LRScheduler(opt_name): expected an optimizer, got {self.opt_name!r}."
+            msg = (
+                f"LRScheduler(opt_name): expected an optimizer, got {self.opt_name!r}."
+            )
             raise ValueError(f"{msg} Choose from {list(names)}.")
         opt = names[name]
         self.opt_name = name
@@ -92,5 +94,3 @@ class LRScheduler(Monitor):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back the scheduler's state."""
         self.scheduler.load_state_dict(state["scheduler"])
-
-

@@ -61,8 +61,12 @@ class Progress(Callback):
             self._bar.update(self.ctx.iter - self._bar.n)  # type: ignore[operator]
 
     def _losses(self) -> str:
-        losses = self.ctx.loss if isinstance(self.ctx.loss, dict) else {"": self.ctx.loss}
-        shown = [f"{float(value):.4g}" for value in losses.values() if value is not None]
+        losses = (
+            self.ctx.loss if isinstance(self.ctx.loss, dict) else {"": self.ctx.loss}
+        )
+        shown = [
+            f"{float(value):.4g}" for value in losses.values() if value is not None
+        ]
         return f"loss {' '.join(shown)}"
 
     def _stop(self) -> None:
@@ -110,7 +114,9 @@ class Progress(Callback):
         for split in ("train", "valid"):
             metrics = ctx.get_formatted_metrics(split, ctx.epoch)
             if metrics:
-                text = "  ".join(f"{name} {value:<7}" for name, value in metrics.items())
+                text = "  ".join(
+                    f"{name} {value:<7}" for name, value in metrics.items()
+                )
                 parts.append(f"{split}: {text}")
         width = len(str(ctx.max_epochs))
         took_s = perf_counter() - self._epoch_began

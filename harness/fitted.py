@@ -1,0 +1,144 @@
+"""What ``fit`` and ``evaluate`` give back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from harness.checkpoint import write_saved
+from harness.context import Records, metrics_frame
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from harness.learner import Learner
+
+
+def table(records: Records) -> str:
+    """The last value of each metric, one line each, sets side by side."""
+    frame = metrics_frame(records)
+    if frame.empty:
+        return "no metrics"
+    last = frame.groupby(["metric", "set"], sort=False)["value"].last().unstack()
+    return last.to_string(float_format=lambda value: f"{value:.4g}", na_rep="")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Losses and metrics of one evaluation.
+
+    Attributes
+    ----------
+    records : dict
+        ``records["metrics"]["valid"][0]`` holds the values by name.
+    """
+
+    records: Records
+
+    def get_metrics(self) -> pd.DataFrame:
+        """Values as a DataFrame with the columns set, metric, epoch, value."""
+        return metrics_frame(self.records)
+
+    def __getitem__(self, name: str) -> Any:
+        """One value by the metric's name."""
+        return self.records["metrics"]["valid"][0][name]
+
+    def __str__(self) -> str:
+        return f"Evaluation\n{table(self.records)}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fitted:
+    """A trained model with its records.
+
+    Attributes
+    ----------
+    model : nn.Module
+        The user's own module, on the CPU, with whole weights, in evaluation mode.
+    records : dict
+        What was logged: ``records[what][set][index - 1]``.
+    learner : Learner
+        What the model was built from.
+    hparams, opt_hparams : dict
+        What built the model and the optimizers.
+    run_id : str or None
+        The run that recorded the fit; None where tracking was off.
+    run_path : Path or None
+        Folder of that run.
+    signum : int or None
+        Signal that ended the fit early, 2 for Ctrl-C; None if none did.
+    """
+
+    model: nn.Module
+    records: Records
+    learner: Learner = field(repr=False)
+    hparams: Mapping[str, Any]
+    opt_hparams: Mapping[str, Any]
+    run_id: str | None = None
+    run_path: Path | None = None
+    signum: int | None = None
+
+    @property
+    def is_interrupted(self) -> bool:
+        """True if a signal ended the fit before its time."""
+        return self.signum is not None
+
+    def get_metrics(self) -> pd.DataFrame:
+        """Metrics of every epoch as a DataFrame with the columns set, metric, epoch, value."""
+        return metrics_frame(self.records)
+
+    def plot(self, path: str | Path | None = None) -> Any:
+        """Each metric by epoch, sets side by side, as a matplotlib ``Figure``.
+
+        Parameters
+        ----------
+        path
+            Where to save the picture; None: nowhere.
+        """
+        from tracking.plot import curves  # noqa: PLC0415  matplotlib is slow to import
+
+        rows = self.get_metrics().itertuples(index=False, name=None)
+        return curves(rows, path)
+
+    def evaluate(self, data: Any, **options: Any) -> Evaluation:
+        """Losses and metrics on `data`; options as in ``Learner.evaluate``."""
+        return self.learner.evaluate(self, data, **options)
+
+    def predict(self, data: Any, **options: Any) -> Any:
+        """The model's output for `data`; options as in ``Learner.predict``."""
+        return self.learner.predict(self, data, **options)
+
+    def save(self, path: str | Path) -> None:
+        """Write weights, hparams, records and the model's importable name into a folder.
+
+        Parameters
+        ----------
+        path
+            Folder to make; see ``harness.load``. An earlier saved model is replaced.
+
+        Raises
+        ------
+        CheckpointError
+            If something else is there, or an hparam is nothing that JSON can hold.
+        """
+        kind = self.learner.module
+        about = {
+            "module": f"{kind.__module__}:{getattr(kind, '__qualname__', '')}",
+            "hparams": dict(self.hparams),
+            "opt_hparams": dict(self.opt_hparams),
+            "records": self.records,
+            "run_id": self.run_id,
+        }
+        write_saved(Path(path), self.model.state_dict(), about)
+
+    def __str__(self) -> str:
+        count = sum(param.numel() for param in self.model.parameters())
+        epochs = len(self.records.get("metrics", {}).get("train", []))
+        name = type(self.model).__name__
+        head = f"Fitted {name}, {count:,} parameters, {epochs} epochs"
+        where = f"\nrun {self.run_id} in {self.run_path}" if self.run_id else ""
+        return f"{head}\n{table(self.records)}{where}"

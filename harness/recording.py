@@ -1,0 +1,117 @@
+"""How a fit is recorded: which run it goes into, and what that run says of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import tracking
+from harness.context import Context
+from harness.data import describe
+from tracking.schema import check_value
+
+if TYPE_CHECKING:
+    from harness.learner import Learner
+
+
+class Unrecorded:
+    """The recorder of a fit without tracking: checks values as a run would, keeps none."""
+
+    def log(self, what: str, set: str, value: Any, *_: Any, **__: Any) -> None:
+        """Check the value."""
+        check_value(what, set, value)
+
+    def log_steps(
+        self, set: str, values: Mapping[str, Any], *_: Any, **__: Any
+    ) -> None:
+        """Check the values."""
+        check_value("steps", set, values)
+
+
+@contextmanager
+def tracked(ctx: Context, tracker: Any) -> Iterator[tracking.Run | None]:
+    """Give the context its recorder, and the run behind it for as long as the fit lasts.
+
+    Parameters
+    ----------
+    ctx
+        Context of the fit.
+    tracker
+        As in ``Learner.fit``.
+
+    Raises
+    ------
+    TypeError
+        If `tracker` is none of the forms that ``Learner.fit`` names.
+    """
+    if tracker is False:
+        ctx.recorder = Unrecorded()
+        yield None
+        return
+    if isinstance(tracker, tracking.Run):
+        ctx.recorder = tracker
+        yield tracker
+        return
+    if tracker is None or tracker is True:
+        tracker = {}
+    if not isinstance(tracker, Mapping):
+        msg = f"fit(tracker): expected None, False, a dict or a Run, got {tracker!r}."
+        raise TypeError(f"{msg} A dict holds arguments of tracking.start().")
+    assert ctx.accelerator is not None
+    rank, share = ctx.accelerator.rank, ctx.accelerator.broadcast
+    options = dict(tracker)
+    options.setdefault("name", None)
+    if rank == 0:
+        run = tracking.start(**options)
+        share(run.id)
+    else:
+        run = tracking.start(**options | {"rank": rank, "run_id": share(None)})
+    with run:
+        ctx.recorder = run
+        yield run
+
+
+def describe_fit(
+    run: tracking.Run, ctx: Context, learner: Learner, seed: int | None
+) -> None:
+    """Record what is trained, on what data, how: params, dataset inputs, the model's form."""
+    accelerator, model = ctx.accelerator, ctx.model
+    assert accelerator is not None and ctx.train_data is not None
+    if not accelerator.is_main:
+        return
+    opt = next(iter(ctx.optimizers.values()))
+    params = {
+        "model": type(model).__name__,
+        "num_params": sum(param.numel() for param in model.parameters()),
+        "optimizer": type(getattr(opt, "optimizer", opt)).__name__,
+        "loss": _name(ctx.loss_fn),
+        "epochs": ctx.max_epochs,
+        "batch_size": ctx.train_data.batch_size,
+        "accumulate": accelerator.accumulate,
+        "accelerator": type(accelerator).__name__,
+        "device": str(accelerator.device),
+        "world_size": accelerator.world_size,
+        "seed": seed,
+    }
+    if ctx.min_epochs:
+        params["min_epochs"] = ctx.min_epochs
+    params |= dict(learner.hparams)
+    params |= {f"opt.{name}": value for name, value in learner.opt_hparams.items()}
+    run.log_params({name: as_param(value) for name, value in params.items()})
+    run.log_input("train", "training", **describe(ctx.train_data))
+    if ctx.valid_data is not None:
+        run.log_input("valid", "validation", **describe(ctx.valid_data))
+    run.set_tags({"luz.model": str(model)[:4000]})
+
+
+def as_param(value: Any) -> Any:
+    """The value if it can be a param as it is, else its text."""
+    return value if isinstance(value, str | int | float | bool) else str(value)
+
+
+def _name(thing: Any) -> str:
+    """Class or function name of a loss."""
+    if thing is None:
+        return "model.step"
+    return getattr(thing, "__name__", type(thing).__name__)
