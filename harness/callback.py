@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from harness.events import check_event
 
@@ -42,7 +42,7 @@ class Callback:
     ...         print(self.ctx.epoch, self.ctx.get_metric("loss", "train"))
     """
 
-    weight: ClassVar[float] | float = 0
+    weight: float = 0
     ctx: Context
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

@@ -226,7 +226,7 @@ class Context:
         self.recorder = recorder or NOBODY
         self.accelerator = accelerator
         self.set_verbose(verbose)
-        self.callbacks = callbacks  # type: ignore[assignment]
+        self.callbacks = callbacks
         self.training = training
 
     def __setattr__(self, name: str, value: Any) -> None:

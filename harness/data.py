@@ -68,7 +68,7 @@ class TensorLoader(DataLoader[Any]):
         order = torch.tensor(list(self.sampler))
         if rows is not None:
             order = rows[order]
-        for chosen in order.split(size)[:count]:
+        for chosen in torch.split(order, size)[:count]:
             yield [tensor[chosen] for tensor in tensors]
 
 

@@ -373,9 +373,12 @@ def setup(
         name = type(optimizer).__name__
         msg = f"setup(optimizer): expected a class, got an instance of {name}."
         raise TypeError(f"{msg} Give torch.optim.{name}; set_opt_hparams() sets lr.")
+    if isinstance(loss, type):
+        msg = f"setup(loss): expected an instance, got the class {loss.__name__}."
+        raise TypeError(f"{msg} Write {loss.__name__}().")
     learner = Learner(
         module=module,
-        loss=loss() if isinstance(loss, type) and issubclass(loss, nn.Module) else loss,
+        loss=loss,
         optimizer=optimizer,
         metrics=as_metric_set(metrics),
         backward=backward,

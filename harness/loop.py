@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -108,10 +108,11 @@ def train_batches(ctx: Context) -> Iterator[Any]:
         yield from loader
         return
     left, batches = num_batches(loader), iter(loader)
+    group: Iterable[Any]
     while left is None or left > 0:
         if left is None:
-            group = list(islice(batches, accelerator.accumulate))
-            size = len(group)
+            group = fetched = list(islice(batches, accelerator.accumulate))
+            size = len(fetched)
         else:
             size = min(accelerator.accumulate, left)
             group, left = islice(batches, size), left - size

@@ -196,6 +196,8 @@ class FunctionAverage(Metric):
     """Mean of ``f(pred, target)`` over samples, each batch weighted by its rows."""
 
     full_state_update = False
+    total: Tensor
+    rows: Tensor
 
     def __init__(self, function: Callable[[Any, Any], Any]) -> None:
         super().__init__()

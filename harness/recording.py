@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import tracking
 from harness.context import Context
 from harness.data import describe
-from tracking.schema import check_value
+from tracking.schema import leaves
 
 if TYPE_CHECKING:
     from harness.learner import Learner
@@ -20,13 +20,13 @@ class Unrecorded:
 
     def log(self, what: str, set: str, value: Any, *_: Any, **__: Any) -> None:
         """Check the value."""
-        check_value(what, set, value)
+        leaves(value, f"log({what!r}, {set!r})")
 
     def log_steps(
         self, set: str, values: Mapping[str, Any], *_: Any, **__: Any
     ) -> None:
         """Check the values."""
-        check_value("steps", set, values)
+        leaves(values, f"log_steps({set!r})")
 
 
 @contextmanager
