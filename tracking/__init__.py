@@ -1,0 +1,66 @@
+"""Tracking that never loses a logged value, with any framework or none.
+
+Examples
+--------
+>>> import tracking
+>>> with tracking.start(experiment="digits", deliver=False) as run:
+...     run.log_metric("valid", "accuracy", 0.97, index=1)
+>>> tracking.open(run.id).records().num_rows
+1
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from tracking.errors import (
+        DeliveryError,
+        RunBusyError,
+        RunClosedError,
+        RunNotFoundError,
+        TrackingError,
+        TrackingWarning,
+    )
+    from tracking.export import export
+    from tracking.read import PastRun, list_runs, open
+    from tracking.run import Run, start
+
+__all__ = [
+    "DeliveryError",
+    "PastRun",
+    "Run",
+    "RunBusyError",
+    "RunClosedError",
+    "RunNotFoundError",
+    "TrackingError",
+    "TrackingWarning",
+    "export",
+    "list_runs",
+    "open",
+    "start",
+]
+
+_HOMES: Final = {
+    "export": "tracking.export",
+    "PastRun": "tracking.read",
+    "list_runs": "tracking.read",
+    "open": "tracking.read",
+    "Run": "tracking.run",
+    "start": "tracking.run",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for when it is (PEP 562): Arrow alone takes 0.1 s."""
+    if name not in __all__:
+        raise AttributeError(f"module 'tracking' has no attribute {name!r}")
+    home = importlib.import_module(_HOMES.get(name, "tracking.errors"))
+    value = getattr(home, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

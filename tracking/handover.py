@@ -1,0 +1,130 @@
+"""The trainer's side of delivery: starting its process, and asking how far it is."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Final
+
+from tracking.capture import without_credentials
+from tracking.errors import DeliveryError, warn
+
+# The package's own folder goes to the end of the path, for a checkout that is not
+# installed; -P keeps the user's folder, and modules of his that hide others, out of it.
+_BOOT: Final = (
+    "import runpy, sys; sys.path.append(sys.argv.pop(1)); "
+    "runpy.run_module('tracking.delivery', run_name='__main__', alter_sys=True)"
+)
+_PACKAGES: Final = str(Path(__file__).resolve().parent.parent)
+_POLL_S: Final = 0.1
+
+
+class Handover:
+    """A delivery process that was started, or none.
+
+    Parameters
+    ----------
+    run_path
+        Folder of the run.
+    """
+
+    def __init__(self, run_path: Path) -> None:
+        self._run_path = run_path
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start the process, which goes on by itself, away from the terminal."""
+        if importlib.util.find_spec("mlflow") is None:
+            warn(
+                "start(deliver=True): expected mlflow to be installed, got no such "
+                f"package. The run is recorded in {self._run_path} only: install mlflow "
+                f"and run 'harness sync {self._run_path.name}', or pass deliver=False."
+            )
+            return
+        folder = self._run_path / "delivery"
+        try:
+            folder.mkdir(exist_ok=True)
+            with (folder / "log.txt").open("ab") as log:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-P", "-c", _BOOT, _PACKAGES, str(self._run_path)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                )
+        except OSError as error:
+            warn(
+                f"start(deliver=True): expected to start the delivery to MLflow, got "
+                f"{error}. The run is recorded all the same: 'harness sync "
+                f"{self._run_path.name}' delivers it."
+            )
+
+    def state(self) -> dict[str, Any]:
+        """What delivery last wrote about itself; empty if nothing yet."""
+        try:
+            found = json.loads((self._run_path / "delivery/state.json").read_bytes())
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def wait_for_run_id(self, timeout_s: float) -> str:
+        """Id of the MLflow run, once delivery has made it.
+
+        Raises
+        ------
+        DeliveryError
+            If it does not within ``timeout_s``, or nothing delivers.
+        """
+        deadline = time.monotonic() + timeout_s
+        while True:
+            state = self.state()
+            if state.get("mlflow_run_id"):
+                return str(state["mlflow_run_id"])
+            is_over = self._process is None or self._process.poll() is not None
+            if is_over or time.monotonic() > deadline:
+                why = state.get("error") or "no answer from it"
+                why = "no delivery process" if self._process is None else why
+                raise DeliveryError(
+                    f"Run.mlflow_run_id: expected delivery to make the MLflow run "
+                    f"within {timeout_s:g} s, got {why}. See "
+                    f"{self._run_path / 'delivery/log.txt'}; "
+                    f"'harness sync {self._run_path.name}' tries again."
+                )
+            time.sleep(_POLL_S)
+
+    def wait(self, wait_s: float) -> None:
+        """Wait for delivery to end, with a count on a terminal; tell what is left."""
+        if self._process is None:
+            return
+        deadline = time.monotonic() + wait_s
+        is_shown = False
+        while self._process.poll() is None and time.monotonic() < deadline:
+            behind = self.state().get("behind")
+            if behind and sys.stderr.isatty():
+                is_shown = True
+                sys.stderr.write(f"\rdelivering to MLflow: {behind} rows to go \x1b[K")
+                sys.stderr.flush()
+            time.sleep(_POLL_S)
+        if is_shown:
+            sys.stderr.write("\r\x1b[K")
+        self._tell_what_is_left()
+
+    def _tell_what_is_left(self) -> None:
+        """Say on stderr how much MLflow lacks, if it lacks any."""
+        assert self._process is not None
+        state = self.state()
+        behind, error = state.get("behind"), state.get("error")
+        if self._process.returncode == 0 and not behind:
+            return
+        left = "some rows" if behind is None else f"{behind} rows"
+        why = f" ({without_credentials(str(error))})" if error else ""
+        is_going = self._process.returncode is None
+        how = "delivery goes on in the background; " if is_going else ""
+        sys.stderr.write(
+            f"{left} of {self._run_path.name} are still to go to MLflow{why}: {how}"
+            f"'harness sync {self._run_path.name}' sends what is left.\n"
+        )

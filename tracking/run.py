@@ -1,0 +1,718 @@
+"""A live run: what is logged goes to its journal, and from there to MLflow."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import struct
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Literal
+
+from tracking import artifacts, capture
+from tracking.errors import warn
+from tracking.handover import Handover
+from tracking.journal import CAPACITY, Journal
+from tracking.read import highest_indices
+from tracking.rows import MARK, NO_COUNT, NO_EPOCH, SIZE
+from tracking.schema import (
+    FLOAT,
+    LATER,
+    OVERWRITE,
+    REWIND,
+    check_name,
+    copies_in,
+    leaves,
+    settled,
+)
+from tracking.store import Manifest, find_run, make_run, part_path, runs_folder
+from tracking.tensors import read_out
+
+_FLOATS: Final = frozenset([float])
+_STATUSES: Final = ("finished", "failed", "killed")
+_MAX_COUNT: Final = 2**63 - 1
+_MAX_EPOCH: Final = 2**31 - 1
+
+
+class Run:
+    """A run that is being recorded. Made by ``tracking.start``.
+
+    A context manager: leaving it finishes the run as ``finished``, as ``failed`` after
+    an exception, as ``killed`` after an interrupt or the exit of a signal's handler.
+    A run still open when the interpreter ends is finished then.
+
+    Any thread and any signal handler may log. A number, bool or string whose ``log``
+    call has returned survives the death of the process at any later instant; one that
+    is a tensor as soon as it is read out, a second later at most.
+
+    Parameters
+    ----------
+    path
+        Folder of the run.
+    manifest
+        Its manifest; None on a rank that does not write it.
+    rank : >= 0
+        Of this process.
+    durability
+        As for ``start``.
+
+    Attributes
+    ----------
+    id
+        Sortable, unique.
+    path
+        Folder of the run.
+    rank
+        Of this process.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        manifest: Manifest | None,
+        *,
+        rank: int = 0,
+        durability: Literal["process", "fsync"] = "process",
+    ) -> None:
+        self.id = path.name
+        self.path = path
+        self.rank = rank
+        self._manifest = manifest
+        self._pid = os.getpid()
+        self._status = "running"
+        # Rows whose values are still on a device: time, what, set, leaf, counts.
+        self._pending: deque[tuple[int, str, str, Any, dict[str, int | None]]] = deque()
+        self._reading = threading.RLock()
+        self._handover = Handover(path)
+        self._journal = Journal(
+            part_path(path, rank), durability=durability, on_tick=self._read_out
+        )
+        atexit.register(self._finish_at_exit)
+
+    # ------------------------------------------------------------------- logging
+
+    def log(
+        self,
+        what: str,
+        set: str,
+        value: object,
+        index: int | None = None,
+        append: bool = True,
+        *,
+        epoch: int | None = None,
+        step: int | None = None,
+    ) -> None:
+        """Record a value.
+
+        Parameters
+        ----------
+        what
+            What it is, e.g. ``"metrics"``.
+        set
+            What it was computed on, e.g. ``"train"``.
+        value
+            Number, bool, string, None, tensor or array of at most 1024 elements, or a
+            dictionary or list of those. Each leaf of a dictionary is a row of its own.
+        index
+            Position in the series of this ``what`` and ``set``, e.g. the epoch. None:
+            the next one; none at all if ``step`` is given.
+        append
+            False: values already logged at ``index`` are superseded.
+        epoch
+            Epoch it belongs to, from 1.
+        step
+            Optimizer steps finished.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If the value, or a part of it, cannot be recorded; nothing of it is, then.
+        RunClosedError
+            If the run has finished, or belongs to the process this was forked from.
+
+        References
+        ----------
+        luz 0.5.0, ``ctx$log``.
+        """
+        if append:
+            if type(value) is float:
+                if self._log_floats(what, set, (("", value),), index, epoch, step):
+                    return
+            elif type(value) is dict and value:
+                if _FLOATS.issuperset(map(type, value.values())) and self._log_floats(
+                    what, set, value.items(), index, epoch, step
+                ):
+                    return
+        self._log_any(what, set, value, index, append, epoch, step)
+
+    def log_metric(
+        self,
+        set: str,
+        name: str,
+        value: object,
+        index: int | None = None,
+        *,
+        epoch: int | None = None,
+        step: int | None = None,
+    ) -> None:
+        """Record one metric: ``log("metrics", set, {name: value}, index)``."""
+        if type(value) is not float or not self._log_floats(
+            "metrics", set, ((name, value),), index, epoch, step
+        ):
+            self._log_any("metrics", set, {name: value}, index, True, epoch, step)
+
+    def log_steps(
+        self,
+        set: str,
+        values: Mapping[str, object],
+        step: int,
+        epoch: int | None = None,
+    ) -> None:
+        """Record per-step values; they have a step, and no index.
+
+        Parameters
+        ----------
+        set
+            What they were computed on, e.g. ``"train"``.
+        values
+            By name.
+        step
+            Optimizer steps finished.
+        epoch
+            Epoch it belongs to, from 1.
+        """
+        self.log("steps", set, values, epoch=epoch, step=step)
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Record hyper-parameters; the names of nested ones are joined by ``/``."""
+        self._record("params", params, "Run.log_params")
+
+    def set_tags(self, tags: Mapping[str, Any]) -> None:
+        """Record tags; a later value of a tag replaces an earlier one."""
+        self._record("tags", tags, "Run.set_tags")
+
+    def log_input(self, name: str, context: str, **description: Any) -> None:
+        """Record a data set that went in.
+
+        Parameters
+        ----------
+        name
+            Of the data set.
+        context
+            What it served, e.g. ``"train"``.
+        **description
+            More about it, e.g. ``num_samples=1797, digest="3f2a"``.
+        """
+        check_name(context, "context", "Run.log_input")
+        described = [{"name": name, **description}]
+        self._record("inputs", {context: described}, "Run.log_input")
+
+    def log_artifact(
+        self, path: str | os.PathLike[str], name: str | None = None
+    ) -> None:
+        """Keep a copy of a file, or of all files in a folder.
+
+        Parameters
+        ----------
+        path
+            Of the file or folder.
+        name
+            Relative name below ``artifacts/``; None: that of ``path``.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is nothing at ``path``.
+        """
+        source = Path(path)
+        name = artifacts.relative_name(name or source.name, "Run.log_artifact")
+        if source.is_file():
+            self._keep(name, lambda target: artifacts.place_file(source, target))
+            return
+        if not source.is_dir():
+            raise FileNotFoundError(
+                f"Run.log_artifact: expected a file or folder, got {os.fspath(path)!r}, "
+                "where there is none. Write it first."
+            )
+        for file in sorted(file for file in source.rglob("*") if file.is_file()):
+            self.log_artifact(file, f"{name}/{file.relative_to(source).as_posix()}")
+
+    def log_figure(self, figure: Any, name: str) -> None:
+        """Keep a picture of a figure.
+
+        Parameters
+        ----------
+        figure
+            Of matplotlib, plotly or Pillow, or anything with ``savefig``.
+        name
+            Relative name below ``artifacts/``; its suffix is the format.
+        """
+        name = artifacts.relative_name(name, "Run.log_figure")
+        self._keep(name, lambda target: artifacts.place_figure(figure, target))
+
+    def log_text(self, text: str, name: str) -> None:
+        """Keep a text as a file below ``artifacts/``."""
+        name = artifacts.relative_name(name, "Run.log_text")
+        self._keep(name, lambda target: artifacts.place_text(text, target))
+
+    # ------------------------------------------------------- position and history
+
+    def flush(self) -> None:
+        """Read out the tensors that wait for it; all that is logged is durable then."""
+        self._read_out()
+
+    def position(self) -> int:
+        """``seq`` of the last row; what is logged later has a higher one."""
+        self._read_out()
+        return self._journal.last_seq()
+
+    def rewind(self, seq: int) -> None:
+        """Go back to a position: rows after it are superseded, and stay on record.
+
+        Parameters
+        ----------
+        seq : >= -1
+            What ``position`` gave.
+        """
+        if not -1 <= seq <= self.position():
+            raise ValueError(
+                f"Run.rewind: expected a position from -1 to {self.position()}, got "
+                f"{seq!r}. Give what Run.position() gave."
+            )
+        self._journal.write("", "", [("", REWIND, float(seq), None)])
+        self._restore_indices()
+
+    # ---------------------------------------------------------------- the run itself
+
+    @property
+    def name(self) -> str:
+        """Readable name of the run."""
+        return self._manifest.name if self._manifest else self.id
+
+    @property
+    def status(self) -> str:
+        """``running``, ``finished``, ``failed`` or ``killed``."""
+        return self._status
+
+    @property
+    def mlflow_run_id(self) -> str:
+        """Id of the MLflow run; waits until delivery has made it.
+
+        Raises
+        ------
+        DeliveryError
+            If it does not within 60 s, or the run is not delivered.
+        """
+        return self._handover.wait_for_run_id(60.0)
+
+    @property
+    def manifest(self) -> Manifest:
+        """What is known of the run as a whole; written by ``save_manifest``."""
+        if self._manifest is None:
+            return Manifest.read(self.path)
+        return self._manifest
+
+    def save_manifest(self, **extra: Any) -> None:
+        """Write the manifest, with more in its ``extra``; on rank 0 only."""
+        if self._manifest is None:
+            return
+        self._manifest.extra |= extra
+        try:
+            self._manifest.write(self.path)
+        except OSError as error:
+            warn(
+                f"run {self.id!r}: expected to write its manifest, got {error}. "
+                "Training goes on; make space before the run ends."
+            )
+
+    def finish(
+        self,
+        status: str = "finished",
+        error: BaseException | None = None,
+        wait_s: float = 10.0,
+    ) -> None:
+        """End the run; a second call does nothing.
+
+        Parameters
+        ----------
+        status
+            ``finished``, ``failed`` or ``killed``.
+        error
+            What ended a failed run.
+        wait_s : s
+            How long to wait for delivery, which goes on afterwards where it must.
+        """
+        if status not in _STATUSES:
+            raise ValueError(
+                f"Run.finish: expected one of {', '.join(_STATUSES)}, got {status!r}."
+            )
+        if self._status != "running" or os.getpid() != self._pid:
+            return
+        self._status = status
+        atexit.unregister(self._finish_at_exit)
+        self._read_out()
+        if self._manifest is not None:
+            self._manifest.status = status
+            self._manifest.ended = _now()
+            if error is not None:
+                message = str(error)[:10_000]
+                self._manifest.error = {
+                    "type": type(error).__name__,
+                    "message": message,
+                }
+            # Before the lock goes: a free lock and "running" would mean killed.
+            self.save_manifest()
+        self._journal.close()
+        self._handover.wait(wait_s)
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        status = _status_after(exc)
+        self.finish(status, exc if status == "failed" else None)
+
+    def __repr__(self) -> str:
+        return f"<Run {self.id} {self._status}>"
+
+    # ------------------------------------------------------------------- internals
+
+    def _log_floats(
+        self,
+        what: str,
+        set: str,
+        items: Iterable[tuple[str, float]],
+        index: int | None,
+        epoch: int | None,
+        step: int | None,
+    ) -> bool:
+        """Write floats under names known to the block; False if it takes more care."""
+        journal = self._journal
+        block, slot = journal.block, CAPACITY
+        try:
+            group = block.groups[what, set]
+            keys = group.ids
+            for name, _ in items:
+                if name not in keys:
+                    return False
+            at = group.series.index_for(index, step)
+            if step is None:
+                step = NO_COUNT
+            if epoch is None:
+                epoch = NO_EPOCH
+            now = time.time_ns() // 1000
+            for name, number in items:
+                for slot in block.slots:
+                    break  # see Block
+                if slot < CAPACITY:
+                    # fmt: off
+                    block.put(
+                        slot * SIZE, now, at, step, number, epoch, keys[name], FLOAT,
+                        0, MARK ^ slot,
+                    )
+                    # fmt: on
+                else:
+                    leaf = (name, FLOAT, number, None)
+                    journal.write_row(what, set, leaf, now, at, step, epoch)
+        except (KeyError, TypeError, struct.error):
+            block.void(slot)
+            return False
+        except BaseException:
+            block.void(slot)
+            raise
+        return True
+
+    def _log_any(
+        self,
+        what: str,
+        set: str,
+        value: object,
+        index: int | None,
+        append: bool,
+        epoch: int | None,
+        step: int | None,
+    ) -> None:
+        """Check everything, then write it."""
+        place = f"Run.log({what!r}, {set!r})"
+        check_name(what, "what", place)
+        check_name(set, "set", place)
+        index = _checked_count(index, "index", _MAX_COUNT, place)
+        epoch = _checked_count(epoch, "epoch", _MAX_EPOCH, place)
+        step = _checked_count(step, "step", _MAX_COUNT, place)
+        self._journal.check_open()
+        is_new = append or index is None
+        found = leaves(value, place)
+        at = self._journal.series(what, set).index_for(index, step)
+        counts = {"index": None if at == NO_COUNT else at, "epoch": epoch, "step": step}
+        if not is_new:
+            self._read_out()  # so that what waits comes before, and is superseded too
+            self._journal.write(what, set, [("", OVERWRITE, 0.0, None)], **counts)
+        self._write(what, set, found, counts)
+
+    def _record(self, what: str, values: Mapping[str, Any], place: str) -> None:
+        """Write what has neither set nor position."""
+        if not isinstance(values, Mapping):
+            raise TypeError(
+                f"{place}: expected a dictionary, got {values!r:.200}. Give each value "
+                "a name."
+            )
+        self._journal.check_open()
+        if values:
+            self._write(what, "", leaves(values, place), {})
+
+    def _write(
+        self, what: str, set: str, found: list[Any], counts: dict[str, int | None]
+    ) -> None:
+        """Write leaves, and set aside those that must be read out first."""
+        now = time.time_ns() // 1000
+        ready = [leaf for leaf in found if leaf[1] != LATER]
+        self._journal.write(what, set, ready, **counts, time_us=now)
+        self._pending.extend(
+            (now, what, set, leaf, counts) for leaf in found if leaf[1] == LATER
+        )
+
+    def _read_out(self) -> None:
+        """Write the rows whose values were on a device, all of them read in bulk."""
+        if not self._pending:
+            return
+        with self._reading:
+            batch = []
+            while self._pending:
+                batch.append(self._pending.popleft())
+            try:
+                values = read_out(
+                    copy for _, _, _, leaf, _ in batch for copy in copies_in(leaf[3])
+                )
+            except RuntimeError as error:  # as after an assertion on the device
+                names = sorted({f"{w}/{s}/{leaf[0]}" for _, w, s, leaf, _ in batch})
+                warn(
+                    f"run {self.id!r}: expected to read {len(batch)} tensors from their "
+                    f"device, got {error}. Lost: {', '.join(names[:10])}."
+                )
+                return
+            for now, what, set, (name, _, _, value), counts in batch:
+                leaf = settled(name, value, values, f"Run.log({what!r}, {set!r})")
+                self._journal.write(what, set, [leaf], **counts, time_us=now)
+
+    def _keep(self, name: str, place: Callable[[Path], dict[str, Any]]) -> None:
+        """Put an artifact in its place and on record; a failing disk is a warning."""
+        self._journal.check_open()
+        try:
+            described = place(self.path / "artifacts" / name)
+        except OSError as error:
+            warn(
+                f"run {self.id!r}: expected to write artifacts/{name}, got {error}. "
+                "Training goes on without it; make space."
+            )
+            return
+        self._record("artifacts", {name: [described]}, "Run.log_artifact")
+
+    def _restore_indices(self) -> None:
+        """Let automatic indices go on from the rows that count."""
+        highest = highest_indices(part_path(self.path, self.rank))
+        self._journal.reset_indices(highest)
+
+    def _finish_at_exit(self) -> None:
+        """Finish as the interpreter's end tells: an exception nobody caught, or none."""
+        error = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
+        status = _status_after(error)
+        self.finish(status, error if status == "failed" else None)
+
+
+def start(
+    *,
+    experiment: str | None = None,
+    name: str | None = None,
+    params: Mapping[str, Any] | None = None,
+    tags: Mapping[str, Any] | None = None,
+    note: str | None = None,
+    runs_dir: str | os.PathLike[str] | None = None,
+    durability: Literal["process", "fsync"] = "process",
+    deliver: bool = True,
+    delivery: Mapping[str, Any] | None = None,
+    rank: int = 0,
+    run_id: str | None = None,
+) -> Run:
+    """Start a run, or go on with one.
+
+    Parameters
+    ----------
+    experiment
+        Name of what the run belongs to; None: MLflow's own default.
+    name
+        Readable name; None: made from ``experiment`` and two words.
+    params, tags
+        Logged at once, as by ``Run.log_params`` and ``Run.set_tags``.
+    note
+        Description, Markdown; shown by MLflow.
+    runs_dir
+        Folder of runs; None: ``HARNESS_RUNS``, else ``./runs``.
+    durability
+        ``"process"``: what is logged survives the death of the process. ``"fsync"``:
+        also a power cut, at the price of a disk write for each row.
+    deliver
+        Whether the rows go to MLflow, by a process of their own.
+    delivery
+        Options of that, e.g. ``{"per_key": 10_000}``.
+    rank : >= 0
+        Of this process. Only rank 0 writes the manifest and delivers.
+    run_id
+        Run to join (rank above 0) or to go on with (rank 0).
+
+    Returns
+    -------
+    Run, a context manager
+
+    Raises
+    ------
+    OSError
+        If the folder of runs cannot be written.
+    RunBusyError
+        If another process writes this rank's part of the run.
+    RunNotFoundError
+        If there is no run ``run_id``.
+
+    Examples
+    --------
+    >>> with start(experiment="digits", deliver=False) as run:
+    ...     run.log("metrics", "train", {"loss": 0.31}, index=1, step=500)
+    """
+    if rank < 0 or (rank > 0 and run_id is None):
+        raise ValueError(
+            f"start(rank={rank}): expected rank 0, or a run_id to join, got "
+            f"run_id={run_id!r}. Start on rank 0 and give its run.id to the others."
+        )
+    if rank > 0:
+        assert run_id is not None
+        path = runs_folder(runs_dir) / run_id
+        run = Run(path, None, rank=rank, durability=durability)
+        run._restore_indices()
+    elif run_id is not None:
+        run = _go_on_with(find_run(run_id, runs_dir), durability)
+    else:
+        run = _start_new(runs_folder(runs_dir), experiment, name, durability)
+    if run._manifest is not None:
+        run._manifest.note = note or run._manifest.note
+        run._manifest.deliver = deliver
+        run._manifest.delivery = dict(delivery or run._manifest.delivery)
+        run._manifest.mlflow = run._manifest.mlflow or _active_mlflow_run()
+        run._manifest.write(run.path)
+    run.log_params(params or {})
+    run.set_tags(tags or {})
+    if run._manifest is not None and deliver:
+        run._handover.start()
+    return run
+
+
+def _start_new(
+    runs: Path,
+    experiment: str | None,
+    name: str | None,
+    durability: Literal["process", "fsync"],
+) -> Run:
+    """Run in a fresh folder, which goes again if it cannot be used."""
+    path, name = make_run(runs, experiment, name)
+    machine = capture.machine()
+    code = capture.code_state(Path.cwd())
+    manifest = Manifest(
+        id=path.name,
+        name=name,
+        experiment=experiment,
+        created=_now(),
+        command=capture.command(),
+        cwd=str(Path.cwd()),
+        pid=os.getpid(),
+        packages=capture.packages(),
+        git=code.summary,
+        **machine,
+    )
+    try:
+        run = Run(path, manifest, durability=durability)
+    except BaseException:
+        shutil.rmtree(path, ignore_errors=True)
+        raise
+    if code.diff:
+        run.log_text(code.diff, "code.diff")
+    return run
+
+
+def _go_on_with(path: Path, durability: Literal["process", "fsync"]) -> Run:
+    """A run that was ended before, or killed."""
+    manifest = Manifest.read(path)
+    run = Run(path, manifest, durability=durability)
+    manifest.resumed.append(
+        {
+            "time": _now(),
+            "status": manifest.status,
+            "command": capture.command(),
+            "host": capture.machine()["host"],
+            "pid": os.getpid(),
+            "git": capture.code_state(Path.cwd()).summary,
+        }
+    )
+    manifest.status, manifest.ended, manifest.error = "running", None, None
+    manifest.pid = os.getpid()
+    run._restore_indices()
+    return run
+
+
+def _active_mlflow_run() -> dict[str, Any]:
+    """The caller's own MLflow run, if one is active; MLflow is not imported for it."""
+    mlflow = sys.modules.get("mlflow")
+    active = mlflow.active_run() if hasattr(mlflow, "active_run") else None
+    if mlflow is None or active is None:
+        return {}
+    uri = capture.without_credentials(str(mlflow.get_tracking_uri()))
+    return {"run_id": active.info.run_id, "borrowed": True, "tracking_uri": uri}
+
+
+def _checked_count(
+    count: object, word: str, highest: int, place: str
+) -> int | None:
+    """An index, epoch or step as an int."""
+    if count is None:
+        return None
+    try:
+        number = count.__index__()  # type: ignore[attr-defined]
+    except AttributeError as error:
+        raise TypeError(
+            f"{place}: expected an integer or None as {word}, got {count!r}. "
+            f"Pass int({word})."
+        ) from error
+    if not -highest <= number <= highest:
+        raise ValueError(
+            f"{place}: expected {word} up to {highest}, got {number}. Count in units "
+            "that fit."
+        )
+    return int(number)
+
+
+def _status_after(error: BaseException | None) -> str:
+    """Status of a run that ended with an exception, or with none."""
+    if error is None:
+        return "finished"
+    if isinstance(error, KeyboardInterrupt):
+        return "killed"
+    if isinstance(error, SystemExit):
+        if not error.code:
+            return "finished"
+        # A shell's code for an end by a signal is 128 and its number.
+        is_signal = isinstance(error.code, int) and error.code > 128
+        return "killed" if is_signal else "failed"
+    return "failed"
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat()

@@ -1,0 +1,304 @@
+"""A sealed block: one Arrow IPC file, small, checked piece by piece when read.
+
+Any Arrow reader opens it. What it sees differs from the public schema in this, noted
+in the schema's metadata under ``luz``:
+
+- a column that holds one value throughout is left out and named in ``constant``;
+- ``seq`` (counted on from the row before, so mostly constant), ``time`` (us since
+  1970), ``index``, ``epoch`` and ``step`` hold the difference to the row before
+  (0 at a null), in the narrowest integer type; ``first`` holds where each starts;
+- ``value`` is float32 where every value, bit for bit, is a float32 one.
+
+``segments`` holds the end and the CRC-32 of the schema message and of each batch, so
+that a damaged file is read up to the damage, and no damaged byte reaches Arrow.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+
+from tracking.schema import NAMES, SCHEMA
+
+FORMAT: Final = 1
+CAPACITY: Final = 16384
+"""Rows of a block."""
+
+BATCH_ROWS: Final = 4096
+WORDS: Final = ("what", "set", "name", "kind")
+COUNTS: Final = ("seq", "time", "index", "epoch", "step")
+
+_SEGMENT: Final = "{:012x}:{:08x},"
+_SEGMENTS: Final = re.compile(rb"luz-segments=((?:[0-9a-f]{12}:[0-9a-f]{8},)+)")
+_NUM_ROWS: Final = re.compile(rb'"num_rows": (\d+)')
+_START: Final = 8  # after the magic "ARROW1" and its padding
+_END: Final = b"\xff\xff\xff\xff\0\0\0\0"  # a stream's end, after the last batch
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A part of a journal that could not be read.
+
+    Attributes
+    ----------
+    file
+        The file it is in.
+    offset
+        Bytes from its start to the first damaged one.
+    rows_lost
+        Rows that were there, or may have been, and could not be read.
+    reason
+        What was found.
+    """
+
+    file: Path
+    offset: int
+    rows_lost: int
+    reason: str
+
+
+def write(
+    table: pa.Table, path: Path, *, rank: int, damage: tuple[Damage, ...] = ()
+) -> None:
+    """Write rows as a sealed block, in place by one rename, on the disk when it returns.
+
+    Parameters
+    ----------
+    table
+        Rows in the public schema, of one rank, in order of ``seq``.
+    path
+        Of the new file.
+    rank
+        That of the rows.
+    damage
+        What was lost of the block before it was sealed; kept in the file.
+    """
+    columns, notes = _encoded(table)
+    notes |= {"format": FORMAT, "rank": rank, "num_rows": table.num_rows}
+    notes["damage"] = [[d.file.name, d.offset, d.rows_lost, d.reason] for d in damage]
+    data = _file_bytes(pa.table(columns), notes)
+    temporary = path.with_suffix(".sealing")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def read(path: Path) -> tuple[pa.Table, list[Damage]]:
+    """Rows of a sealed block in the public schema, and what is damaged in it.
+
+    Parameters
+    ----------
+    path
+        Of a file that ``write`` made, whole or not.
+
+    Returns
+    -------
+    rows before the first damage, and the damages, those from before sealing included
+    """
+    data = path.read_bytes()
+    ends, reason = _sound_segments(data)
+    if not ends:
+        return SCHEMA.empty_table(), [Damage(path, 0, CAPACITY, reason)]
+    stream = pa.BufferReader(data[_START : ends[-1]] + _END)
+    stored = pa.ipc.open_stream(stream).read_all()
+    notes = json.loads(stored.schema.metadata[b"luz"])
+    if notes["format"] != FORMAT:
+        raise ValueError(
+            f"{path}: expected format {FORMAT}, got {notes['format']}. "
+            "Read it with the version of luz-harness that wrote it, or a later one."
+        )
+    damage = [Damage(path.parent / file, *rest) for file, *rest in notes["damage"]]
+    if reason:
+        damage.append(Damage(path, ends[-1], notes["num_rows"] - stored.num_rows, reason))
+    return _decoded(stored, notes), damage
+
+
+def num_rows(path: Path) -> int:
+    """Rows that a sealed block holds, from its head alone; 0 if that is damaged."""
+    with path.open("rb") as file:
+        found = _NUM_ROWS.search(file.read(1 << 16)) or _NUM_ROWS.search(file.read())
+    return int(found[1]) if found else 0
+
+
+def _encoded(table: pa.Table) -> tuple[dict[str, pa.Array], dict[str, Any]]:
+    """Columns to be stored, and the notes that undo the encoding."""
+    constant: dict[str, Any] = {}
+    first: dict[str, int] = {}
+    columns: dict[str, pa.Array] = {}
+    for name in COUNTS:
+        _encode_count(table[name], name, columns, constant, first)
+    for name in WORDS:
+        _encode_words(table[name], name, columns, constant)
+    for name in ("value", "payload"):
+        column = table[name].combine_chunks()
+        if column.null_count == len(column):
+            constant[name] = None
+        else:
+            columns[name] = _narrow_floats(column) if name == "value" else column
+    return columns, {"constant": constant, "first": first}
+
+
+def _encode_count(
+    column: pa.ChunkedArray,
+    name: str,
+    columns: dict[str, pa.Array],
+    constant: dict[str, Any],
+    first: dict[str, int],
+) -> None:
+    """Store an integer column as differences; none if all are the same."""
+    whole = column.cast(pa.int64()).combine_chunks()
+    if whole.null_count == len(whole):
+        constant[name] = None
+        return
+    numbers = whole.drop_null().to_numpy()
+    with np.errstate(over="ignore"):  # wraps around; adding up wraps back
+        steps = np.diff(numbers, prepend=numbers[:1])
+    if name == "seq":  # mostly 1 apart; always stored, so that rows can be counted
+        steps[1:] -= 1
+    first[name] = int(numbers[0])
+    if name != "seq" and whole.null_count == 0 and not steps.any():
+        constant[name] = first[name]
+        return
+    mask = np.asarray(whole.is_null())
+    spread = np.zeros(len(whole), _narrowest(steps))
+    spread[~mask] = steps
+    columns[name] = pa.array(spread, mask=mask if whole.null_count else None)
+
+
+def _narrowest(numbers: np.ndarray[Any, np.dtype[np.int64]]) -> type[np.signedinteger]:
+    """Narrowest integer type that holds all of some numbers."""
+    low, high = numbers.min(), numbers.max()
+    for dtype in (np.int8, np.int16, np.int32):
+        if np.iinfo(dtype).min <= low and high <= np.iinfo(dtype).max:
+            return dtype
+    return np.int64
+
+
+def _encode_words(
+    column: pa.ChunkedArray,
+    name: str,
+    columns: dict[str, pa.Array],
+    constant: dict[str, Any],
+) -> None:
+    """Store a column of names as narrow dictionary codes; none if all are the same."""
+    coded = column.combine_chunks()
+    words = coded.dictionary
+    if len(words) == 1:
+        constant[name] = words[0].as_py()
+        return
+    width = pa.int8() if len(words) < 128 else pa.int16()
+    columns[name] = pa.DictionaryArray.from_arrays(coded.indices.cast(width), words)
+
+
+def _narrow_floats(column: pa.Array) -> pa.Array:
+    """Values as float32 if that loses no bit of any."""
+    wide = column.fill_null(0.0).to_numpy()
+    with np.errstate(all="ignore"):
+        narrow = wide.astype(np.float32)
+        same = np.array_equal(
+            narrow.astype(np.float64).view(np.int64), wide.view(np.int64)
+        )
+    if not same:
+        return column
+    mask = np.asarray(column.is_null()) if column.null_count else None
+    return pa.array(narrow, mask=mask)
+
+
+def _file_bytes(columns: pa.Table, notes: dict[str, Any]) -> bytes:
+    """The Arrow file, with the checksum of each of its pieces put in."""
+    batches = columns.to_batches(BATCH_ROWS)
+    blank = "luz-segments=" + _SEGMENT.format(0, 0) * (1 + len(batches))
+    schema = columns.schema.with_metadata(
+        {"luz-segments": blank, "luz": json.dumps(notes)}
+    )
+    sink = pa.BufferOutputStream()
+    options = pa.ipc.IpcWriteOptions(compression="zstd")
+    ends = [_START + schema.serialize().size]
+    with pa.ipc.new_file(sink, schema, options=options) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+            ends.append(sink.tell())
+    data = sink.getvalue().to_pybytes()
+    checks, start = "luz-segments=", _START
+    for end in ends:
+        checks += _SEGMENT.format(end, zlib.crc32(data[start:end]))
+        start = end
+    return data.replace(blank.encode(), checks.encode())
+
+
+def _sound_segments(data: bytes) -> tuple[list[int], str]:
+    """Ends of the pieces whose checksums hold, up to the first that does not; why."""
+    found = _SEGMENTS.search(data)
+    if not found:
+        return [], "no list of its pieces"
+    text = found[1].decode()
+    pieces = [(int(p[:12], 16), int(p[13:], 16)) for p in text.split(",")[:-1]]
+    blank = _SEGMENT.format(0, 0) * len(pieces)
+    head = data[: pieces[0][0]].replace(found[1], blank.encode())
+    ends: list[int] = []
+    start = _START
+    for end, check in pieces:
+        piece = (head if not ends else data)[start:end]
+        if len(piece) != end - start:
+            return ends, f"the file ends after {len(data)} bytes"
+        if zlib.crc32(piece) != check:
+            return ends, "a checksum does not hold"
+        ends.append(end)
+        start = end
+    if not data.endswith(b"ARROW1"):
+        return ends, "the end of the file is damaged"
+    return ends, ""
+
+
+def _decoded(stored: pa.Table, notes: dict[str, Any]) -> pa.Table:
+    """Rows in the public schema."""
+    constant, num_rows = notes["constant"], stored.num_rows
+    columns = []
+    for field in SCHEMA:
+        name = field.name
+        if name == "rank":
+            column = pa.array(np.full(num_rows, notes["rank"], np.int32))
+        elif name in constant and (constant[name] is None or name not in COUNTS):
+            column = _repeated(constant[name], field.type, num_rows)
+        elif name in COUNTS:
+            column = _added_up(stored, notes, name)
+        else:
+            column = stored[name]
+        columns.append(column.cast(field.type))
+    return pa.table(columns, schema=SCHEMA)
+
+
+def _added_up(stored: pa.Table, notes: dict[str, Any], name: str) -> pa.Array:
+    """An integer column from its differences."""
+    start = notes["first"][name]
+    if name in notes["constant"]:
+        return pa.array(np.full(stored.num_rows, start))
+    column = stored[name].combine_chunks()
+    steps = column.cast(pa.int64()).fill_null(0).to_numpy().copy()
+    mask = np.asarray(column.is_null()) if column.null_count else None
+    if name == "seq":
+        steps[1:] += 1
+    steps[:1] += start
+    return pa.array(np.cumsum(steps), mask=mask)
+
+
+def _repeated(value: str | None, type_: pa.DataType, num_rows: int) -> pa.Array:
+    """A column that holds one word, or nothing, throughout."""
+    if value is None:
+        return pa.nulls(num_rows, type_)
+    codes = pa.array(np.zeros(num_rows, np.int32))
+    return pa.DictionaryArray.from_arrays(codes, pa.array([value], NAMES.value_type))

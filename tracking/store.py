@@ -1,0 +1,291 @@
+"""The folder of runs: where it is, what a run's folder holds, finding a run again.
+
+A run is ``<runs>/<id>/``: ``run.json`` (its manifest), ``records/<rank>/`` (journal),
+``artifacts/``, ``checkpoints/``, ``delivery/``. The id sorts by time and ends in a name
+one can say: ``20261122-235901-digits-amber-fox-3f2a``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+import re
+import secrets
+import unicodedata
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+from tracking.errors import RunNotFoundError
+from tracking.journal import is_being_written
+
+FORMAT: Final = 1
+MANIFEST: Final = "run.json"
+
+_ADJECTIVES: Final = (
+    "amber azure bold brave brisk bright calm clear clever cosy crisp dapper deft "
+    "eager early fair fleet fond frank fresh gentle glad golden grand green happy "
+    "hardy honest jolly keen kind lively lucid lucky mellow merry mild misty neat "
+    "nimble noble placid plucky polite prompt proud quick quiet rapid ready rosy rustic "
+    "sharp silent silver smooth snug solar steady still sturdy sunny swift tidy warm"
+).split()
+_ANIMALS: Final = (
+    "ant badger bat bear beaver bee bison crane crow deer dove duck eagle eel egret elk "
+    "falcon ferret finch fox frog gecko goose hare hawk heron horse ibex ibis jay kite "
+    "koala lark lemur lion llama lynx magpie marten mole moose moth newt ocelot orca "
+    "osprey otter owl panda perch pike plover puffin quail raven robin salmon seal shark "
+    "snail sparrow stoat stork swan tapir tern toad trout turtle vole walrus weasel wolf"
+).split()
+
+
+@dataclass
+class Manifest:
+    """What is known of a run as a whole; ``run.json`` in its folder.
+
+    Attributes
+    ----------
+    created, ended
+        UTC, ISO 8601.
+    status
+        ``running``, ``finished``, ``failed`` or ``killed``, as the run itself wrote.
+    error
+        ``type`` and ``message`` of what ended a failed run.
+    command
+        Words of the command line, secrets masked.
+    git
+        ``commit, branch, dirty, remote``; None outside a repository.
+    mlflow
+        The caller's own MLflow run that was active at the start: ``run_id``,
+        ``borrowed``, ``tracking_uri``. Else empty.
+    deliver, delivery
+        Whether rows go to MLflow, and options of that.
+    resumed
+        One entry for each time that the run was gone on with.
+    extra
+        Anything that JSON holds; for those who build on this.
+    """
+
+    id: str
+    name: str
+    format: int = FORMAT
+    experiment: str | None = None
+    note: str | None = None
+    created: str = ""
+    ended: str | None = None
+    status: str = "running"
+    error: dict[str, str] | None = None
+    command: list[str] = field(default_factory=list)
+    cwd: str = ""
+    host: str = ""
+    user: str = ""
+    pid: int = 0
+    python: str = ""
+    platform: str = ""
+    devices: list[str] = field(default_factory=list)
+    packages: dict[str, str] = field(default_factory=dict)
+    git: dict[str, Any] | None = None
+    mlflow: dict[str, Any] = field(default_factory=dict)
+    deliver: bool = True
+    delivery: dict[str, Any] = field(default_factory=dict)
+    resumed: list[dict[str, Any]] = field(default_factory=list)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def write(self, run_path: Path) -> None:
+        """Write ``run.json`` of a run's folder, whole or not at all."""
+        text = json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False)
+        write_atomically(run_path / MANIFEST, text.encode(errors="replace") + b"\n")
+
+    @classmethod
+    def read(cls, run_path: Path) -> Manifest:
+        """Manifest of a run's folder.
+
+        Raises
+        ------
+        RunNotFoundError
+            If there is none.
+        ValueError
+            If it cannot be read.
+        """
+        path = run_path / MANIFEST
+        try:
+            found = json.loads(path.read_bytes())
+            fields = {f.name for f in dataclasses.fields(cls)}
+            manifest = cls(**{k: v for k, v in found.items() if k in fields})
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise RunNotFoundError(
+                f"run {run_path.name!r}: expected {MANIFEST} in it, got no such file. "
+                "Give the folder of a run, or its id."
+            ) from error
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"run {run_path.name!r}: expected JSON in {path}, got {error}. "
+                "Restore the file; the records beside it can be read without it."
+            ) from error
+        if manifest.format > FORMAT:
+            raise ValueError(
+                f"run {run_path.name!r}: expected format {FORMAT} or less, got "
+                f"{manifest.format}. Install a later version of luz-harness."
+            )
+        return manifest
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace a file's content; a reader sees the old or the new one, whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def runs_folder(runs_dir: str | os.PathLike[str] | None = None) -> Path:
+    """The folder of runs: the argument, else ``HARNESS_RUNS``, else ``./runs``."""
+    # The one place that this variable is read at.
+    chosen = runs_dir or os.environ.get("HARNESS_RUNS") or "runs"  # noqa: TID251
+    return Path(chosen).expanduser().absolute()
+
+
+def part_path(run_path: Path, rank: int) -> Path:
+    """Folder of one rank's part of a run's journal."""
+    return run_path / "records" / str(rank)
+
+
+def part_paths(run_path: Path) -> dict[int, Path]:
+    """Folders of a run's journal by rank, in order."""
+    records = run_path / "records"
+    if not records.is_dir():
+        return {}
+    ranks = sorted(int(p.name) for p in records.iterdir() if p.name.isdecimal())
+    return {rank: part_path(run_path, rank) for rank in ranks}
+
+
+def status_of(run_path: Path, manifest: Manifest) -> str:
+    """Status of a run; one that says ``running`` and that nobody writes was killed."""
+    if manifest.status == "running" and not is_being_written(part_path(run_path, 0)):
+        # It may have finished between the two looks.
+        written = Manifest.read(run_path).status
+        return "killed" if written == "running" else written
+    return manifest.status
+
+
+def make_run(
+    runs: Path, experiment: str | None, name: str | None, now: datetime | None = None
+) -> tuple[Path, str]:
+    """Make the folder of a new run.
+
+    Parameters
+    ----------
+    runs
+        Folder of runs, made if absent.
+    experiment, name
+        Names from which the run's is made.
+    now
+        Time of its start, UTC; None: now.
+
+    Returns
+    -------
+    folder and readable name of the run
+
+    Raises
+    ------
+    OSError
+        If the folder cannot be made.
+    """
+    if name is None:
+        words = f"{secrets.choice(_ADJECTIVES)}-{secrets.choice(_ANIMALS)}"
+        name = f"{experiment}-{words}" if experiment else words
+    stamp = (now or datetime.now(UTC)).strftime("%Y%m%d-%H%M%S")
+    try:
+        runs.mkdir(parents=True, exist_ok=True)
+        while True:
+            path = runs / f"{stamp}-{_slug(name)}-{secrets.token_hex(2)}"
+            try:
+                path.mkdir()
+            except FileExistsError:
+                if not path.is_dir():
+                    raise
+                continue
+            return path, name
+    except OSError as error:
+        raise type(error)(
+            error.errno,
+            f"start(runs_dir={str(runs)!r}): expected a folder that can be written, got "
+            f"{error.strerror}. Give another one, or set HARNESS_RUNS.",
+        ) from error
+
+
+def run_paths(runs_dir: str | os.PathLike[str] | None = None) -> list[Path]:
+    """Folders of all runs, newest first."""
+    runs = runs_folder(runs_dir)
+    if not runs.is_dir():
+        return []
+    found = [path for path in runs.iterdir() if (path / MANIFEST).is_file()]
+    return sorted(found, key=lambda path: path.name, reverse=True)
+
+
+def find_run(
+    ref: str | os.PathLike[str], runs_dir: str | os.PathLike[str] | None = None
+) -> Path:
+    """Folder of a run, by path, id, name, or a part of id or name that only it has.
+
+    Raises
+    ------
+    RunNotFoundError
+        If no run answers to ``ref``, or several do.
+    """
+    path = Path(ref).expanduser()
+    if (path / MANIFEST).is_file():
+        return path.absolute()
+    wanted = os.fspath(ref)
+    names = {path: Manifest.read(path).name for path in run_paths(runs_dir)}
+    tests: tuple[Callable[[Path, str], bool], ...] = (
+        lambda path, _: path.name == wanted,
+        lambda _, name: name == wanted,
+        lambda path, name: wanted in path.name or wanted in name,
+    )
+    for test in tests:
+        found = [path for path, name in names.items() if test(path, name)]
+        if len(found) == 1 and wanted:
+            return found[0]
+        if found:
+            raise RunNotFoundError(
+                f"open({wanted!r}): expected a part of one run's id or name, got one "
+                f"that {len(found)} have: {_listed(found)}. Give more of it."
+            )
+    raise RunNotFoundError(
+        f"open({wanted!r}): expected a run in {runs_folder(runs_dir)}, got none of that "
+        f"path, id or name. {_nearest(wanted, names)}"
+    )
+
+
+def _nearest(wanted: str, names: dict[Path, str]) -> str:
+    """What a user who mistyped a run may have meant."""
+    if not names:
+        return "There is no run there yet: give runs_dir, or set HARNESS_RUNS."
+    known = {name: path.name for path, name in names.items()}
+    known |= {path.name: path.name for path in names}
+    near = difflib.get_close_matches(wanted, known, n=3, cutoff=0.4)
+    if near:
+        return f"Nearest: {', '.join(dict.fromkeys(near))}."
+    return f"The latest: {_listed([*names][:3])}."
+
+
+def _listed(found: list[Path]) -> str:
+    """Ids of runs, ten at most."""
+    more = ", ..." if len(found) > 10 else ""
+    return ", ".join(path.name for path in found[:10]) + more
+
+
+def _slug(name: str) -> str:
+    """A name as a part of a folder's name."""
+    plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
+    return re.sub(r"[^a-z0-9]+", "-", plain.lower()).strip("-")[:48].strip("-") or "run"
