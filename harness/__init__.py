@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from harness.experiment import Experiment
     from harness.fitted import Evaluation, Fitted
     from harness.learner import Learner, load, setup
-    from harness.range_test import lr_finder
     from harness.metrics import MetricSet
+    from harness.range_test import lr_finder
 
 _HOMES = {
     "Callback": "callback",

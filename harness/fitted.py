@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from harness.checkpoint import write_saved
 from harness.context import Records, metrics_frame
+from harness.saved_model import write_saved
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -19,7 +19,6 @@ from harness.accelerator import Accelerator
 from harness.accelerator.pick import accelerator as pick_accelerator
 from harness.callback import Callback
 from harness.callbacks import Interrupt, Metrics, Profile, Progress, TrainValid
-from harness.checkpoint import import_module_class, read_saved
 from harness.context import (
     Context,
     EvaluateContext,
@@ -33,6 +32,7 @@ from harness.errors import CheckpointError
 from harness.fitted import Evaluation, Fitted
 from harness.metrics import MetricSet, as_metric_set
 from harness.recording import describe_fit, tracked
+from harness.saved_model import import_module_class, read_saved
 
 if TYPE_CHECKING:
     import tracking
