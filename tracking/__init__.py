@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     )
     from tracking.export import export
     from tracking.read import PastRun, list_runs, open
-    from tracking.run import Run, start
+    from tracking.run import Run
+    from tracking.starting import start
 
 __all__ = [
     "DeliveryError",
@@ -48,7 +49,7 @@ _HOMES: Final = {
     "list_runs": "tracking.read",
     "open": "tracking.read",
     "Run": "tracking.run",
-    "start": "tracking.run",
+    "start": "tracking.starting",
 }
 
 

@@ -236,10 +236,10 @@ class DiskBlock(Block):
             self.put = partial(ROW.pack_into, self._rows)
 
     @property
-    def is_durable(self) -> bool:
+    def is_durable(self) -> bool:  # noqa: D102
         return not self._late
 
-    def snapshot(self) -> tuple[bytes, bytes]:
+    def snapshot(self) -> tuple[bytes, bytes]:  # noqa: D102
         late = tuple(self._late)
         rows = os.pread(self._file, os.fstat(self._file).st_size, 0)
         text = os.pread(self._text, os.fstat(self._text).st_size, 0)
@@ -250,7 +250,7 @@ class DiskBlock(Block):
                 rows = rows[:offset] + data + rows[offset + SIZE :]
         return rows, text
 
-    def save_late(self) -> None:
+    def save_late(self) -> None:  # noqa: D102
         while self._late:
             offset, data = self._late[0]
             if offset is None:
@@ -259,7 +259,7 @@ class DiskBlock(Block):
                 self._write_row(offset, data)
             self._late.popleft()
 
-    def close(self, *, unlink: bool) -> None:
+    def close(self, *, unlink: bool) -> None:  # noqa: D102
         if isinstance(self._rows, mmap.mmap):
             self._rows.close()
         for fd in (self._text, self._file):

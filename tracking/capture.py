@@ -161,12 +161,12 @@ def without_credentials(text: str) -> str:
         return "***"
     if not parts.netloc:
         return text
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+    return urlunsplit(
+        (parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", "")
+    )
 
 
-def _ask_git(
-    folder: Path, asked: Mapping[str, Sequence[str]]
-) -> dict[str, str | None]:
+def _ask_git(folder: Path, asked: Mapping[str, Sequence[str]]) -> dict[str, str | None]:
     """What git answers to several questions at once; None where it does not."""
     deadline = time.monotonic() + GIT_TIMEOUT_S
     running = {}

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from tracking.capture import without_credentials
 from tracking.errors import DeliveryError, warn
+from tracking.state import State
 
 # The package's own folder goes to the end of the path, for a checkout that is not
 # installed; -P keeps the user's folder, and modules of his that hide others, out of it.
@@ -63,14 +63,6 @@ class Handover:
                 f"{self._run_path.name}' delivers it."
             )
 
-    def state(self) -> dict[str, Any]:
-        """What delivery last wrote about itself; empty if nothing yet."""
-        try:
-            found = json.loads((self._run_path / "delivery/state.json").read_bytes())
-        except (OSError, ValueError):
-            return {}
-        return found if isinstance(found, dict) else {}
-
     def wait_for_run_id(self, timeout_s: float) -> str:
         """Id of the MLflow run, once delivery has made it.
 
@@ -81,12 +73,12 @@ class Handover:
         """
         deadline = time.monotonic() + timeout_s
         while True:
-            state = self.state()
-            if state.get("mlflow_run_id"):
-                return str(state["mlflow_run_id"])
+            state = State.read(self._run_path)
+            if state and state.mlflow_run_id:
+                return state.mlflow_run_id
             is_over = self._process is None or self._process.poll() is not None
             if is_over or time.monotonic() > deadline:
-                why = state.get("error") or "no answer from it"
+                why = (state and state.error) or "no answer from it"
                 why = "no delivery process" if self._process is None else why
                 raise DeliveryError(
                     f"Run.mlflow_run_id: expected delivery to make the MLflow run "
@@ -96,35 +88,46 @@ class Handover:
                 )
             time.sleep(_POLL_S)
 
-    def wait(self, wait_s: float) -> None:
-        """Wait for delivery to end, with a count on a terminal; tell what is left."""
+    def wait(self, last_seq: int, wait_s: float) -> None:
+        """Wait until delivery has come to a row, with a count on a terminal.
+
+        Parameters
+        ----------
+        last_seq
+            The run's last row.
+        wait_s : s
+            At most so long; what is left then is told on stderr.
+        """
         if self._process is None:
             return
         deadline = time.monotonic() + wait_s
         is_shown = False
-        while self._process.poll() is None and time.monotonic() < deadline:
-            behind = self.state().get("behind")
-            if behind and sys.stderr.isatty():
+        while True:
+            is_over = self._process.poll() is not None
+            state = State.read(self._run_path) or State()
+            if state.delivered >= last_seq or state.phase == "done":
+                break
+            if is_over or state.phase == "gave up" or time.monotonic() > deadline:
+                self._tell_what_is_left(state)
+                break
+            if sys.stderr.isatty():
                 is_shown = True
-                sys.stderr.write(f"\rdelivering to MLflow: {behind} rows to go \x1b[K")
+                count = f"delivering to MLflow: {state.behind} rows to go"
+                sys.stderr.write(f"\r{count}\x1b[K")
                 sys.stderr.flush()
             time.sleep(_POLL_S)
         if is_shown:
             sys.stderr.write("\r\x1b[K")
-        self._tell_what_is_left()
 
-    def _tell_what_is_left(self) -> None:
-        """Say on stderr how much MLflow lacks, if it lacks any."""
+    def _tell_what_is_left(self, state: State) -> None:
+        """Say on stderr how much MLflow lacks."""
         assert self._process is not None
-        state = self.state()
-        behind, error = state.get("behind"), state.get("error")
-        if self._process.returncode == 0 and not behind:
-            return
-        left = "some rows" if behind is None else f"{behind} rows"
-        why = f" ({without_credentials(str(error))})" if error else ""
-        is_going = self._process.returncode is None
+        run_id = self._run_path.name
+        left = f"{state.behind} rows" if state.behind else "some rows"
+        why = f" ({without_credentials(state.error)})" if state.error else ""
+        is_going = self._process.returncode is None and state.phase != "gave up"
         how = "delivery goes on in the background; " if is_going else ""
         sys.stderr.write(
-            f"{left} of {self._run_path.name} are still to go to MLflow{why}: {how}"
-            f"'harness sync {self._run_path.name}' sends what is left.\n"
+            f"{left} of {run_id} are still to go to MLflow{why}: {how}"
+            f"'harness sync {run_id}' sends what is left.\n"
         )

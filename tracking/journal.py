@@ -114,7 +114,7 @@ class Journal:
         except BaseException:
             self._lock.release()
             raise
-        self._open = [self.block]  # in order; touched by the keeper alone
+        self._open: list[Block] = [self.block]  # in order; touched by the keeper alone
         self._tasks: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._to_seal: queue.SimpleQueue[Block | None] = queue.SimpleQueue()
         self._keeper = threading.Thread(
@@ -319,12 +319,15 @@ class Journal:
     def _make_next(self) -> None:
         """Make the block after the last one, in memory if the disk refuses."""
         last = self._open[-1]
+        number = last.number + 1
+        fresh: Block
         try:
-            last.next = DiskBlock(self.part, last.number + 1, is_synced=self._is_synced)
+            fresh = DiskBlock(self.part, number, is_synced=self._is_synced)
         except OSError as error:
             self._warn_of(error)
-            last.next = Block(last.number + 1)
-        self._open.append(last.next)
+            fresh = Block(number)
+        last.next = fresh
+        self._open.append(fresh)
 
     def _turn_over(self) -> None:
         """Leave the present block before it is full."""

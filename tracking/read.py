@@ -13,6 +13,7 @@ from pyarrow import compute as pc
 from tracking.journal import Damage, read_part
 from tracking.schema import CONTROL, SCHEMA, value_of
 from tracking.store import Manifest, find_run, part_paths, run_paths, status_of
+from tracking.superseding import Superseding
 
 
 class PastRun:
@@ -43,8 +44,9 @@ class PastRun:
 
     @property
     def status(self) -> str:
-        """``running``, ``finished``, ``failed`` or ``killed``: the last also if the
-        run says ``running`` and nobody writes it any more.
+        """``running``, ``finished``, ``failed`` or ``killed``.
+
+        The last also if the run says ``running`` and nobody writes it any more.
         """
         return status_of(self.path, self.manifest)
 
@@ -79,11 +81,12 @@ class PastRun:
         for part_rank, part in part_paths(self.path).items():
             if rank in (None, part_rank):
                 table = read_part(part)[0]
-                gone = superseded_rows(table)
+                alive = pa.array(_alive(table))
                 if superseded:
-                    table = table.append_column(schema.field("superseded"), [gone])
+                    gone = pc.invert(pc.or_(alive, _is_control(table)))
+                    table = table.append_column(schema.field("superseded"), gone)
                 else:
-                    table = without_superseded(table, gone)
+                    table = table.filter(alive)
                 tables.append(_having(table, what=what, set=set, name=name))
         return pa.concat_tables(tables).unify_dictionaries().combine_chunks()
 
@@ -183,45 +186,10 @@ def list_runs(runs_dir: str | os.PathLike[str] | None = None) -> list[PastRun]:
     return [PastRun(path) for path in run_paths(runs_dir)]
 
 
-def superseded_rows(table: pa.Table) -> pa.Array:
-    """Which rows of one rank's part do not count any more.
-
-    Parameters
-    ----------
-    table
-        All rows of the part in order of ``seq``, control rows included.
-
-    Returns
-    -------
-    bool, one for each row
-
-    Notes
-    -----
-    A rewind to ``s`` at ``c`` takes out the rows between the two, earlier rewinds and
-    overwrites among them, whose effect is undone by that. So the last is looked at
-    first.
-    """
-    seq = table["seq"].to_numpy()
-    gone = np.zeros(len(seq), bool)
-    for at in np.flatnonzero(_equal(table, "kind", "rewind"))[::-1]:
-        if not gone[at]:
-            gone[(seq > table["value"][int(at)].as_py()) & (seq < seq[at])] = True
-    overwrites = _equal(table, "kind", "overwrite") & ~gone
-    if overwrites.any():
-        gone |= _overwritten(table, seq, overwrites)
-    return pa.array(gone)
-
-
-def without_superseded(table: pa.Table, gone: pa.Array) -> pa.Table:
-    """Rows of a part that count: neither superseded nor control rows."""
-    is_control = pc.is_in(table["kind"].cast(pa.string()), pa.array(CONTROL))
-    return table.filter(pc.invert(pc.or_(is_control, gone)))
-
-
 def highest_indices(part: Path) -> dict[tuple[str, str], int]:
     """Highest index of each (what, set) among the rows of a part that count."""
     table = read_part(part)[0]
-    table = without_superseded(table, superseded_rows(table))
+    table = table.filter(pa.array(_alive(table)))
     table = table.filter(pc.is_valid(table["index"]))
     names = ["what", "set"]
     plain = pa.table(
@@ -231,23 +199,16 @@ def highest_indices(part: Path) -> dict[tuple[str, str], int]:
     return {(row["what"], row["set"]): row["index_max"] for row in highest}
 
 
-def _overwritten(table: pa.Table, seq: Any, overwrites: Any) -> Any:
-    """Mask of the rows that a later overwrite of their what, set and index hides."""
-    places = table.select(["what", "set"]).filter(pa.array(overwrites))
-    index = table["index"].fill_null(0).to_numpy()
-    has_index = np.asarray(pc.is_valid(table["index"]))
-    gone = np.zeros(len(seq), bool)
-    for what, set_ in {(row["what"], row["set"]) for row in places.to_pylist()}:
-        here = _equal(table, "what", what) & _equal(table, "set", set_) & has_index
-        ours = here & overwrites
-        # The last overwrite of each index, by which the sorted indices are looked up.
-        known, first = np.unique(index[ours][::-1], return_index=True)
-        last = seq[ours][::-1][first]
-        rows = np.flatnonzero(here)
-        at = np.minimum(np.searchsorted(known, index[rows]), len(known) - 1)
-        hidden = (known[at] == index[rows]) & (seq[rows] < last[at])
-        gone[rows[hidden]] = True
-    return gone
+def _alive(table: pa.Table) -> Any:
+    """Mask of the rows of a whole part that count."""
+    superseding = Superseding()
+    superseding.learn(table)
+    return superseding.alive(table)
+
+
+def _is_control(table: pa.Table) -> pa.ChunkedArray:
+    """Mask of the control rows."""
+    return pc.is_in(table["kind"].cast(pa.string()), pa.array(CONTROL))
 
 
 def _having(table: pa.Table, **wanted: str | None) -> pa.Table:

@@ -228,7 +228,9 @@ def _coded(words: list[str], place: Any) -> pa.DictionaryArray:
     """Column of ``words[place[i]]``, each word once in the dictionary."""
     distinct = {word: i for i, word in enumerate(dict.fromkeys(words))}
     codes = np.array([distinct[word] for word in words], np.int32)[place]
-    return pa.DictionaryArray.from_arrays(codes, pa.array([*distinct], NAMES.value_type))
+    return pa.DictionaryArray.from_arrays(
+        codes, pa.array([*distinct], NAMES.value_type)
+    )
 
 
 def _nullable(numbers: Any, null: int) -> pa.Array:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import os
-import shutil
 import struct
 import sys
 import threading
@@ -16,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Literal
 
-from tracking import artifacts, capture
+from tracking import artifacts
 from tracking.errors import warn
 from tracking.handover import Handover
 from tracking.journal import CAPACITY, Journal
@@ -32,7 +31,7 @@ from tracking.schema import (
     leaves,
     settled,
 )
-from tracking.store import Manifest, find_run, make_run, part_path, runs_folder
+from tracking.store import Manifest, part_path
 from tracking.tensors import read_out
 
 _FLOATS: Final = frozenset([float])
@@ -145,11 +144,13 @@ class Run:
             if type(value) is float:
                 if self._log_floats(what, set, (("", value),), index, epoch, step):
                     return
-            elif type(value) is dict and value:
-                if _FLOATS.issuperset(map(type, value.values())) and self._log_floats(
-                    what, set, value.items(), index, epoch, step
-                ):
-                    return
+            elif (
+                type(value) is dict
+                and value
+                and _FLOATS.issuperset(map(type, value.values()))
+                and self._log_floats(what, set, value.items(), index, epoch, step)
+            ):
+                return
         self._log_any(what, set, value, index, append, epoch, step)
 
     def log_metric(
@@ -287,7 +288,7 @@ class Run:
                 f"{seq!r}. Give what Run.position() gave."
             )
         self._journal.write("", "", [("", REWIND, float(seq), None)])
-        self._restore_indices()
+        self.restore_indices()
 
     # ---------------------------------------------------------------- the run itself
 
@@ -332,6 +333,10 @@ class Run:
                 "Training goes on; make space before the run ends."
             )
 
+    def deliver(self) -> None:
+        """Start the process that takes the rows to MLflow."""
+        self._handover.start()
+
     def finish(
         self,
         status: str = "finished",
@@ -360,7 +365,7 @@ class Run:
         self._read_out()
         if self._manifest is not None:
             self._manifest.status = status
-            self._manifest.ended = _now()
+            self._manifest.ended = now()
             if error is not None:
                 message = str(error)[:10_000]
                 self._manifest.error = {
@@ -369,8 +374,9 @@ class Run:
                 }
             # Before the lock goes: a free lock and "running" would mean killed.
             self.save_manifest()
+        last_seq = self._journal.last_seq()
         self._journal.close()
-        self._handover.wait(wait_s)
+        self._handover.wait(last_seq, wait_s)
 
     def __enter__(self) -> Run:
         return self
@@ -414,8 +420,8 @@ class Run:
                 epoch = NO_EPOCH
             now = time.time_ns() // 1000
             for name, number in items:
-                for slot in block.slots:
-                    break  # see Block
+                for slot in block.slots:  # noqa: B007 (see Block)
+                    break
                 if slot < CAPACITY:
                     # fmt: off
                     block.put(
@@ -519,7 +525,7 @@ class Run:
             return
         self._record("artifacts", {name: [described]}, "Run.log_artifact")
 
-    def _restore_indices(self) -> None:
+    def restore_indices(self) -> None:
         """Let automatic indices go on from the rows that count."""
         highest = highest_indices(part_path(self.path, self.rank))
         self._journal.reset_indices(highest)
@@ -531,156 +537,7 @@ class Run:
         self.finish(status, error if status == "failed" else None)
 
 
-def start(
-    *,
-    experiment: str | None = None,
-    name: str | None = None,
-    params: Mapping[str, Any] | None = None,
-    tags: Mapping[str, Any] | None = None,
-    note: str | None = None,
-    runs_dir: str | os.PathLike[str] | None = None,
-    durability: Literal["process", "fsync"] = "process",
-    deliver: bool = True,
-    delivery: Mapping[str, Any] | None = None,
-    rank: int = 0,
-    run_id: str | None = None,
-) -> Run:
-    """Start a run, or go on with one.
-
-    Parameters
-    ----------
-    experiment
-        Name of what the run belongs to; None: MLflow's own default.
-    name
-        Readable name; None: made from ``experiment`` and two words.
-    params, tags
-        Logged at once, as by ``Run.log_params`` and ``Run.set_tags``.
-    note
-        Description, Markdown; shown by MLflow.
-    runs_dir
-        Folder of runs; None: ``HARNESS_RUNS``, else ``./runs``.
-    durability
-        ``"process"``: what is logged survives the death of the process. ``"fsync"``:
-        also a power cut, at the price of a disk write for each row.
-    deliver
-        Whether the rows go to MLflow, by a process of their own.
-    delivery
-        Options of that, e.g. ``{"per_key": 10_000}``.
-    rank : >= 0
-        Of this process. Only rank 0 writes the manifest and delivers.
-    run_id
-        Run to join (rank above 0) or to go on with (rank 0).
-
-    Returns
-    -------
-    Run, a context manager
-
-    Raises
-    ------
-    OSError
-        If the folder of runs cannot be written.
-    RunBusyError
-        If another process writes this rank's part of the run.
-    RunNotFoundError
-        If there is no run ``run_id``.
-
-    Examples
-    --------
-    >>> with start(experiment="digits", deliver=False) as run:
-    ...     run.log("metrics", "train", {"loss": 0.31}, index=1, step=500)
-    """
-    if rank < 0 or (rank > 0 and run_id is None):
-        raise ValueError(
-            f"start(rank={rank}): expected rank 0, or a run_id to join, got "
-            f"run_id={run_id!r}. Start on rank 0 and give its run.id to the others."
-        )
-    if rank > 0:
-        assert run_id is not None
-        path = runs_folder(runs_dir) / run_id
-        run = Run(path, None, rank=rank, durability=durability)
-        run._restore_indices()
-    elif run_id is not None:
-        run = _go_on_with(find_run(run_id, runs_dir), durability)
-    else:
-        run = _start_new(runs_folder(runs_dir), experiment, name, durability)
-    if run._manifest is not None:
-        run._manifest.note = note or run._manifest.note
-        run._manifest.deliver = deliver
-        run._manifest.delivery = dict(delivery or run._manifest.delivery)
-        run._manifest.mlflow = run._manifest.mlflow or _active_mlflow_run()
-        run._manifest.write(run.path)
-    run.log_params(params or {})
-    run.set_tags(tags or {})
-    if run._manifest is not None and deliver:
-        run._handover.start()
-    return run
-
-
-def _start_new(
-    runs: Path,
-    experiment: str | None,
-    name: str | None,
-    durability: Literal["process", "fsync"],
-) -> Run:
-    """Run in a fresh folder, which goes again if it cannot be used."""
-    path, name = make_run(runs, experiment, name)
-    machine = capture.machine()
-    code = capture.code_state(Path.cwd())
-    manifest = Manifest(
-        id=path.name,
-        name=name,
-        experiment=experiment,
-        created=_now(),
-        command=capture.command(),
-        cwd=str(Path.cwd()),
-        pid=os.getpid(),
-        packages=capture.packages(),
-        git=code.summary,
-        **machine,
-    )
-    try:
-        run = Run(path, manifest, durability=durability)
-    except BaseException:
-        shutil.rmtree(path, ignore_errors=True)
-        raise
-    if code.diff:
-        run.log_text(code.diff, "code.diff")
-    return run
-
-
-def _go_on_with(path: Path, durability: Literal["process", "fsync"]) -> Run:
-    """A run that was ended before, or killed."""
-    manifest = Manifest.read(path)
-    run = Run(path, manifest, durability=durability)
-    manifest.resumed.append(
-        {
-            "time": _now(),
-            "status": manifest.status,
-            "command": capture.command(),
-            "host": capture.machine()["host"],
-            "pid": os.getpid(),
-            "git": capture.code_state(Path.cwd()).summary,
-        }
-    )
-    manifest.status, manifest.ended, manifest.error = "running", None, None
-    manifest.pid = os.getpid()
-    run._restore_indices()
-    return run
-
-
-def _active_mlflow_run() -> dict[str, Any]:
-    """The caller's own MLflow run, if one is active; MLflow is not imported for it."""
-    mlflow = sys.modules.get("mlflow")
-    active = mlflow.active_run() if hasattr(mlflow, "active_run") else None
-    if mlflow is None or active is None:
-        return {}
-    uri = capture.without_credentials(str(mlflow.get_tracking_uri()))
-    return {"run_id": active.info.run_id, "borrowed": True, "tracking_uri": uri}
-
-
-def _checked_count(
-    count: object, word: str, highest: int, place: str
-) -> int | None:
+def _checked_count(count: object, word: str, highest: int, place: str) -> int | None:
     """An index, epoch or step as an int."""
     if count is None:
         return None
@@ -714,5 +571,6 @@ def _status_after(error: BaseException | None) -> str:
     return "failed"
 
 
-def _now() -> str:
+def now() -> str:
+    """UTC, ISO 8601."""
     return datetime.now(UTC).isoformat()

@@ -223,7 +223,11 @@ def _digits(value: int, place: str) -> str:
 def _listed(value: Any, path: str, place: str) -> Any:
     """NumPy's, or a like library's, array or scalar as lists and Python numbers."""
     shape = getattr(value, "shape", None)
-    if isinstance(shape, tuple) and hasattr(value, "dtype") and hasattr(value, "tolist"):
+    if (
+        isinstance(shape, tuple)
+        and hasattr(value, "dtype")
+        and hasattr(value, "tolist")
+    ):
         _check_size(math.prod(shape), path, place)
         listed = value.tolist()
         if listed is None or isinstance(listed, float | int | str | list):
@@ -231,9 +235,7 @@ def _listed(value: Any, path: str, place: str) -> Any:
     raise _unloggable(value, path, place)
 
 
-def _plain(
-    value: Any, path: str, place: str, depth: int, found: list[Copy]
-) -> Any:
+def _plain(value: Any, path: str, place: str, depth: int, found: list[Copy]) -> Any:
     """JSON form of a value; tensors in it are copied, and also added to ``found``."""
     _check_depth(depth, path, place)
     if isinstance(value, float):

@@ -123,7 +123,9 @@ def read(path: Path) -> tuple[pa.Table, list[Damage]]:
         )
     damage = [Damage(path.parent / file, *rest) for file, *rest in notes["damage"]]
     if reason:
-        damage.append(Damage(path, ends[-1], notes["num_rows"] - stored.num_rows, reason))
+        damage.append(
+            Damage(path, ends[-1], notes["num_rows"] - stored.num_rows, reason)
+        )
     return _decoded(stored, notes), damage
 
 
@@ -232,7 +234,7 @@ def _file_bytes(columns: pa.Table, notes: dict[str, Any]) -> bytes:
         for batch in batches:
             writer.write_batch(batch)
             ends.append(sink.tell())
-    data = sink.getvalue().to_pybytes()
+    data: bytes = sink.getvalue().to_pybytes()
     checks, start = "luz-segments=", _START
     for end in ends:
         checks += _SEGMENT.format(end, zlib.crc32(data[start:end]))

@@ -26,20 +26,20 @@ from tracking.journal import is_being_written
 FORMAT: Final = 1
 MANIFEST: Final = "run.json"
 
-_ADJECTIVES: Final = (
-    "amber azure bold brave brisk bright calm clear clever cosy crisp dapper deft "
-    "eager early fair fleet fond frank fresh gentle glad golden grand green happy "
-    "hardy honest jolly keen kind lively lucid lucky mellow merry mild misty neat "
-    "nimble noble placid plucky polite prompt proud quick quiet rapid ready rosy rustic "
-    "sharp silent silver smooth snug solar steady still sturdy sunny swift tidy warm"
-).split()
-_ANIMALS: Final = (
-    "ant badger bat bear beaver bee bison crane crow deer dove duck eagle eel egret elk "
-    "falcon ferret finch fox frog gecko goose hare hawk heron horse ibex ibis jay kite "
-    "koala lark lemur lion llama lynx magpie marten mole moose moth newt ocelot orca "
-    "osprey otter owl panda perch pike plover puffin quail raven robin salmon seal shark "
-    "snail sparrow stoat stork swan tapir tern toad trout turtle vole walrus weasel wolf"
-).split()
+_ADJECTIVES: Final = """
+amber azure bold brave brisk bright calm clear clever cosy crisp dapper deft
+eager early fair fleet fond frank fresh gentle glad golden grand green happy
+hardy honest jolly keen kind lively lucid lucky mellow merry mild misty neat
+nimble noble placid plucky polite prompt proud quick quiet rapid ready rosy rustic
+sharp silent silver smooth snug solar steady still sturdy sunny swift tidy warm
+"""
+_ANIMALS: Final = """
+ant badger bat bear beaver bee bison crane crow deer dove duck eagle eel egret elk
+falcon ferret finch fox frog gecko goose hare hawk heron horse ibex ibis jay kite
+koala lark lemur lion llama lynx magpie marten mole moose moth newt ocelot orca
+osprey otter owl panda perch pike plover puffin quail raven robin salmon seal shark
+snail sparrow stoat stork swan tapir tern toad trout turtle vole walrus weasel wolf
+"""
 
 
 @dataclass
@@ -201,7 +201,9 @@ def make_run(
         If the folder cannot be made.
     """
     if name is None:
-        words = f"{secrets.choice(_ADJECTIVES)}-{secrets.choice(_ANIMALS)}"
+        words = (
+            f"{secrets.choice(_ADJECTIVES.split())}-{secrets.choice(_ANIMALS.split())}"
+        )
         name = f"{experiment}-{words}" if experiment else words
     stamp = (now or datetime.now(UTC)).strftime("%Y%m%d-%H%M%S")
     try:

@@ -59,7 +59,9 @@ def read_out(copies: Iterable[Copy]) -> dict[int, Any]:
         with _on_stream(stream):
             stack = sys.modules["torch"].stack([copy.tensor for copy in group])
             numbers = stack.tolist()
-        values |= {id(copy): number for copy, number in zip(group, numbers, strict=True)}
+        values |= {
+            id(copy): number for copy, number in zip(group, numbers, strict=True)
+        }
     return values
 
 
