@@ -1,6 +1,7 @@
-"""Who this process is among the ranks, and how ranks are started: the one reader of the environment.
+"""Who this process is among the ranks, and how ranks are started.
 
-The environment that launchers set is read here, turned into a ``Launch`` and passed down.
+The environment that launchers set is read here and nowhere else, turned into a ``Launch``
+and passed down.
 """
 
 from __future__ import annotations
@@ -10,17 +11,21 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-import psutil
 import torch
 
 DEFAULT_PORT = 29500
 """Port of rank 0 where the launcher names none; torch's and DeepSpeed's default."""
+
+
+LAUNCHER_PID = "HARNESS_LAUNCHER_PID"
+"""Variable by which ``launch`` tells ranks on its machine whose end is theirs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,6 +40,8 @@ class Launch:
         Where rank 0 listens; None without a launcher.
     by
         ``none``, ``torchrun`` (DeepSpeed's launcher sets the same names), ``slurm`` or ``mpi``.
+    launcher_pid
+        Process that ran ``launch`` on this machine; None where another one started ranks.
     """
 
     rank: int = 0
@@ -44,6 +51,7 @@ class Launch:
     address: str | None = None
     port: int | None = None
     by: str = "none"
+    launcher_pid: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse ranks that do not exist."""
@@ -120,6 +128,7 @@ def read_launch(env: Mapping[str, str] | None = None) -> Launch:
             address=address,
             port=port,
             by=by.partition(" ")[0],
+            launcher_pid=_number(env, LAUNCHER_PID) if LAUNCHER_PID in env else None,
         )
     return Launch()
 
@@ -299,52 +308,45 @@ def launch(command: Sequence[str]) -> int:
     if torch.version.cuda is None and torch.version.hip is None:
         # DeepSpeed's launcher warns on every start of a machine without devices.
         env.setdefault("DS_ACCELERATOR", "cpu")
-    process = subprocess.Popen(command, env=env)
+    env[LAUNCHER_PID] = str(os.getpid())
+    # A group of their own: whatever becomes of DeepSpeed's two launchers, every rank is
+    # reached by its group, and Ctrl-C reaches all of them once, from here.
+    process = subprocess.Popen(command, env=env, start_new_session=True)
     stopped: list[int] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         stopped.append(number)
-        for rank in _tree(process.pid):
-            _signal(rank, number)
+        _signal_group(process.pid, number)
 
     before = {
         number: signal.signal(number, pass_on)
         for number in (signal.SIGINT, signal.SIGTERM)
     }
     try:
-        # DeepSpeed's runner exits before the ranks do when it is signalled, so the whole
-        # tree is remembered while it can still be found.
-        tree = _tree(process.pid)
-        while process.poll() is None:
-            tree = _tree(process.pid) or tree
-            try:
-                process.wait(timeout=0.5)
-            except subprocess.TimeoutExpired:
-                continue
-        _, alive = psutil.wait_procs(tree, timeout=30 if stopped else 5)
-        for rank in alive:
-            _signal(rank, signal.SIGKILL)
+        code = process.wait()
+        _end_group(process.pid, patience_s=30.0 if stopped else 5.0)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     if stopped:
         return 128 + stopped[0]
     # A launcher that a signal ended reports a negative code, which a shell cannot show.
-    return process.returncode if process.returncode >= 0 else 128 - process.returncode
+    return code if code >= 0 else 128 - code
 
 
-def _tree(pid: int) -> list[psutil.Process]:
-    """The process and all below it; empty once it is gone."""
+def _signal_group(group: int, number: int) -> bool:
+    """Signal every process of the group; False if none is left."""
     try:
-        root = psutil.Process(pid)
-        return [root, *root.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return []
+        os.killpg(group, number)
+    except ProcessLookupError:
+        return False
+    return True
 
 
-def _signal(process: psutil.Process, number: int) -> None:
-    """Send a signal to a process that may have ended meanwhile."""
-    try:
-        process.send_signal(number)
-    except psutil.NoSuchProcess:
-        return
+def _end_group(group: int, *, patience_s: float) -> None:
+    """Wait for the group to end by itself, then end it."""
+    until = time.monotonic() + patience_s
+    while _signal_group(group, 0):
+        if time.monotonic() > until:
+            _signal_group(group, signal.SIGKILL)
+        time.sleep(0.1)

@@ -7,7 +7,7 @@ waits for a device; tensors on a CUDA device travel over NCCL.
 from __future__ import annotations
 
 import atexit
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
@@ -65,7 +65,7 @@ class Ranks:
         self.rank = launch.rank
         self.world_size = launch.world_size
         self.device = device
-        self.store: dist.Store | None = None
+        self.store: Any = None
         if not dist.is_initialized():
             self._connect(launch)
         elif dist.get_world_size() != launch.world_size:
@@ -76,9 +76,9 @@ class Ranks:
     def _connect(self, launch: Launch) -> None:
         """Make the process group; one rank needs neither launcher nor port."""
         if launch.world_size == 1:
-            self.store = dist.HashStore()
+            self.store = dist.HashStore()  # type: ignore[attr-defined]
         else:
-            self.store = dist.TCPStore(
+            self.store = dist.TCPStore(  # type: ignore[attr-defined]
                 launch.address or "127.0.0.1",
                 launch.port or 0,
                 launch.world_size,
@@ -88,7 +88,7 @@ class Ranks:
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
         dist.init_process_group(
             backend,
-            store=dist.PrefixStore("harness", self.store),
+            store=dist.PrefixStore("harness", self.store),  # type: ignore[attr-defined]
             rank=launch.rank,
             world_size=launch.world_size,
             timeout=TIMEOUT,
@@ -118,8 +118,8 @@ class Ranks:
         if self.world_size == 1:
             return [value]
         mine = torch.tensor([value])
-        theirs = torch.empty(self.world_size, dtype=torch.int64)
-        dist.all_gather(list(theirs.split(1)), mine)
+        theirs = [torch.empty_like(mine) for _ in range(self.world_size)]
+        dist.all_gather(theirs, mine)
         return [int(number) for number in theirs]
 
     def any(self, flag: bool) -> bool:
@@ -268,6 +268,6 @@ def move(value: Any, device: torch.device) -> Any:
         return value.detach().to(device)
     if isinstance(value, dict):
         return {name: move(item, device) for name, item in value.items()}
-    if isinstance(value, Sequence) and type(value) in {list, tuple}:
+    if type(value) is list or type(value) is tuple:
         return type(value)(move(item, device) for item in value)
     return value

@@ -37,7 +37,7 @@ CHUNK = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """This rank's part of one step.
+    """One rank's part of a step.
 
     Attributes
     ----------
@@ -94,6 +94,8 @@ class ShardedLoader:
         The ranks to divide it over.
     on_batch
         Called with each batch and its ``Share`` as it is handed out; gives the batch on.
+    on_begin
+        Called before each pass over the data.
 
     Notes
     -----
@@ -112,15 +114,23 @@ class ShardedLoader:
         loader: DataLoader[Any],
         ranks: Ranks,
         on_batch: Callable[[Any, Share], Any] = lambda batch, share: batch,
+        on_begin: Callable[[], None] | None = None,
     ) -> None:
         self._loader = loader
         self._ranks = ranks
         self._on_batch = on_batch
+        self._on_begin = on_begin
         self.share: Share | None = None
         self._source = _source(loader, ranks)
 
     def __iter__(self) -> Iterator[Any]:
-        for batch, share in self._source:
+        if self._on_begin is not None:
+            self._on_begin()
+        # The iterator is made at once, since making it draws a random number in torch.
+        return self._handed_out(iter(self._source))
+
+    def _handed_out(self, source: Iterator[tuple[Any, Share]]) -> Iterator[Any]:
+        for batch, share in source:
             self.share = share
             yield self._on_batch(batch, share)
 
@@ -211,30 +221,29 @@ class _Planned:
         self._tensors = found if fast and is_plain else None
 
     def __len__(self) -> int:
-        count = len(self._sampler)  # type: ignore[arg-type]
+        count = len(self._sampler)
         full, rest = divmod(count, self._size * self._ranks.world_size)
         return full + bool(rest and not self._drops)
 
     def __iter__(self) -> Iterator[tuple[Any, Share]]:
         self._shares.clear()
-        for batch in self._fetched():
-            yield batch, self._shares.popleft()
-
-    def _fetched(self) -> Iterator[Any]:
-        """Batches of this rank; whole tensors are indexed at once, as ``TensorLoader`` does."""
         if self._tensors is None:
-            yield from self._rebuilt
-            return
-        tensors, rows = self._tensors
+            return _with_shares(iter(self._rebuilt), self._shares)
         # torch's loader draws its base seed here, before the sampler draws.
         torch.empty((), dtype=torch.int64).random_(generator=self._loader.generator)
+        return _with_shares(self._indexed(*self._tensors), self._shares)
+
+    def _indexed(
+        self, tensors: Sequence[Tensor], rows: Tensor | None
+    ) -> Iterator[list[Tensor]]:
+        """Whole tensors indexed at once, as ``TensorLoader`` does."""
         for picks in self._picks():
             chosen = torch.tensor(picks)
             chosen = chosen if rows is None else rows[chosen]
             yield [tensor[chosen] for tensor in tensors]
 
     def _picks(self) -> Iterator[list[int]]:
-        """This rank's rows of each step; their shares queue up for ``__iter__``."""
+        """Rows of this rank in each step; their shares queue up for ``__iter__``."""
         ranks, size, place = self._ranks, self._size, 0
         for step in _steps(self._order(), size * ranks.world_size):
             if len(step) < size * ranks.world_size and self._drops:
@@ -258,13 +267,22 @@ class _Planned:
                 return
 
 
+def _with_shares(
+    batches: Iterator[Any], shares: deque[Share]
+) -> Iterator[tuple[Any, Share]]:
+    """Each batch with the share that queued up when its rows were picked."""
+    for batch in batches:
+        yield batch, shares.popleft()
+
+
 def _steps(pieces: Iterator[Tensor], size: int) -> Iterator[Tensor]:
     """The pieces cut anew into `size` rows each; the last one may be shorter."""
     held = torch.empty(0, dtype=torch.int64)
     for piece in pieces:
         held = torch.cat([held, piece])
         whole = len(held) // size * size
-        yield from held[:whole].split(size) if whole else ()
+        for first in range(0, whole, size):
+            yield held[first : first + size]
         held = held[whole:]
     if len(held):
         yield held
@@ -316,8 +334,7 @@ class _Batched:
 
     def __iter__(self) -> Iterator[tuple[Any, Share]]:
         self._shares.clear()
-        for batch in self._rebuilt:
-            yield batch, self._shares.popleft()
+        return _with_shares(iter(self._rebuilt), self._shares)
 
     def _picks(self) -> Iterator[list[Any]]:
         ranks, place = self._ranks, 0
@@ -448,5 +465,5 @@ class _Counted:
             yield last, share
 
     def _kept(self) -> Iterator[Any]:
-        """This rank's of every ``world_size`` batches."""
+        """The rank's own of every ``world_size`` batches."""
         return islice(self._loader, self._ranks.rank, None, self._ranks.world_size)

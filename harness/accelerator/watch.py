@@ -32,6 +32,8 @@ class Watch:
     ----------
     ranks
         Ranks to end with.
+    launcher
+        Process beside the parents whose end is this rank's.
 
     Notes
     -----
@@ -40,9 +42,10 @@ class Watch:
     fit answers by saving; after ``GRACE_S`` seconds it is ended.
     """
 
-    def __init__(self, ranks: Ranks) -> None:
+    def __init__(self, ranks: Ranks, launcher: int | None = None) -> None:
         self._ranks = ranks
-        self._parents = launchers(os.getppid())
+        self._launcher = launcher
+        self._parents = self._launchers()
         self._quiet = threading.Event()
         self._hook = sys.excepthook
         sys.excepthook = self._on_exception
@@ -84,13 +87,20 @@ class Watch:
     def _look(self) -> None:
         """Poll until told to stop."""
         while not self._quiet.wait(POLL_S):
-            if launchers(os.getppid()) != self._parents:
+            if self._launchers() != self._parents:
                 self._end("its launcher is gone", signal.SIGTERM)
                 return
             failed = self._ranks.failure()
             if failed is not None and failed[0] != self._ranks.rank:
                 self._end(f"rank {failed[0]} failed: {failed[1]}", None)
                 return
+
+    def _launchers(self) -> tuple[int, ...]:
+        """Processes that started this one, as far as they are alive."""
+        found = launchers(os.getppid())
+        if self._launcher is not None and is_alive(self._launcher):
+            found = (*found, self._launcher)
+        return found
 
     def _end(self, reason: str, ask: signal.Signals | None) -> None:
         """Give the program time to end by itself, then end it."""
@@ -117,3 +127,14 @@ def launchers(pid: int) -> tuple[int, ...]:
     except OSError:
         return (pid,)
     return pid, int(fields[1])
+
+
+def is_alive(pid: int) -> bool:
+    """True if there is such a process, even another user's."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

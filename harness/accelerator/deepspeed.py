@@ -1,0 +1,678 @@
+"""Many ranks by DeepSpeed: one engine for each named optimizer over one module.
+
+DeepSpeed knows one optimizer a model. Here each named optimizer has an engine of its own
+over the same module, and while its forward and backward run, parameters that it does not
+own ask for no gradient. The loop owns accumulation (``managed_gradient_accumulation`` is
+false), so every ``engine.step()`` is a boundary. The model is called as it is, by its own
+hooks, and never by ``engine(...)``: it stays the user's object.
+
+The one importer of ``deepspeed``.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import sys
+import warnings
+from argparse import Namespace
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from harness.accelerator.base import StepOpt, default_step_opt
+from harness.accelerator.checks import (
+    check_optimizers,
+    is_elementwise,
+    loader_facts,
+    model_facts,
+)
+from harness.accelerator.config import (
+    Setting,
+    check_config,
+    fill_config,
+    read_config,
+    zero_stage,
+)
+from harness.accelerator.launch import environment, read_launch
+from harness.accelerator.part import Part, parameters_below
+from harness.accelerator.plain import attributes, make_plain, whole_state
+from harness.accelerator.precision import autocast_of, hook_autocast, hook_inputs
+from harness.accelerator.ranks import Ranks
+from harness.accelerator.shard import ShardedLoader, Share
+from harness.accelerator.single import best_device, move
+from harness.accelerator.state import load_state, save_state
+from harness.accelerator.watch import Watch
+
+DEFAULT_NAME = "opt"
+"""Name of the optimizer that DeepSpeed's config describes."""
+
+
+class DeepSpeedAccelerator:
+    """Ranks that train one model together, by DeepSpeed.
+
+    Parameters
+    ----------
+    config
+        DeepSpeed's own config: a dict or a JSON file, in DeepSpeed's words; None is ZeRO 0.
+        ``"auto"`` values and missing batch sizes are filled in by ``prepare``.
+    device
+        ``cpu`` or ``cuda``; None takes CUDA where there is one.
+    accumulate : >= 1
+        Micro-batches to an optimizer step; ``gradient_accumulation_steps`` says the same.
+
+    Attributes
+    ----------
+    counted : int or None
+        Samples of the present batch that count on this rank: 0 where the batch only stands
+        in for a rank that has none left, None where the loader is not divided.
+    overflows : dict of int
+        Steps skipped since gradients overflowed, by optimizer name.
+
+    Raises
+    ------
+    ValueError
+        If the config is wrong, or there are fewer devices than ranks; on one rank, while
+        the others raise ``PeerError``.
+
+    Notes
+    -----
+    - Losses are means over samples. Where the ranks' batches differ in length, each loss
+      is weighted so that gradients are the mean over all samples.
+    - A parameter that a whole window gave no gradient counts as having a zero one: momentum
+      and weight decay go on. Plain torch leaves it alone.
+    - Buffers, such as the statistics of BatchNorm, are each rank's own in training; rank
+      0's are sent to all before other data than the training data is read.
+
+    References
+    ----------
+    DeepSpeed 0.19.8, ``runtime/engine.py``; https://www.deepspeed.ai/docs/config-json/.
+    """
+
+    def __init__(
+        self,
+        config: Mapping[str, Any] | str | Path | None = None,
+        *,
+        device: str | torch.device | None = None,
+        accumulate: int = 1,
+    ) -> None:
+        if accumulate < 1:
+            msg = f"accelerator(accumulate): expected at least 1, got {accumulate!r}."
+            raise ValueError(f"{msg} Use 1 to step on every batch.")
+        launch = read_launch()
+        self.rank, self.local_rank = launch.rank, launch.local_rank
+        self.world_size, self.is_main = launch.world_size, launch.rank == 0
+        self.device = own_device(device, launch.local_rank)
+        self.accumulate = self.window = accumulate
+        self.steps: dict[str, int] = {}
+        self.overflows: dict[str, int] = {}
+        self._ranks = Ranks(launch, self.device)
+        self._watch = None
+        if self.world_size > 1:
+            self._watch = Watch(self._ranks, launch.launcher_pid)
+        self._check_devices()
+        self._config = self._ranks.agree(lambda: self._checked(config))
+        advice = "Give every rank the same config."
+        self._ranks.same("accelerator", {"config": self._config}, advice)
+        self._clear()
+
+    def _clear(self) -> None:
+        """Forget what ``prepare`` made."""
+        self._model: nn.Module | None = None
+        self._filled: dict[str, Any] = {}
+        self._parts: dict[str, Part] = {}
+        self._active: Part | None = None
+        self._checked_graphs: set[str] = set()
+        self._dtypes: dict[str, torch.dtype] = {}
+        self._attributes: dict[nn.Module, frozenset[str]] = {}
+        self._hooks: list[Any] = []
+        self._held = ExitStack()
+        self._share: Share | None = None
+        self._handed: deque[tuple[Any, Share]] = deque(maxlen=self.accumulate + 8)
+
+    # ---------------------------------------------------------------- readiness
+
+    def _checked(self, config: Mapping[str, Any] | str | Path | None) -> dict[str, Any]:
+        """The config, if DeepSpeed and this machine can serve it."""
+        read = read_config(config)
+        check_config(read, self._setting())
+        return read
+
+    def _setting(self, **facts: Any) -> Setting:
+        """What fills ``"auto"`` values, as far as it is known."""
+        device, fields = self.device.type, known_fields()
+        return Setting(
+            world_size=self.world_size, device=device, fields=fields, **facts
+        )
+
+    def _check_devices(self) -> None:
+        """Two ranks on one device would wait for each other for ever."""
+        if self.device.type != "cuda" or self.world_size == 1:
+            return
+        found = torch.cuda.get_device_properties(self.device)
+        every = self._ranks.objects((socket.gethostname(), str(found.uuid)))
+
+        def check() -> None:
+            if len(set(every)) < len(every):
+                msg = f"accelerator: expected a device for each of {len(every)} ranks"
+                advice = "Start fewer ranks (--num_gpus), or give device='cpu'."
+                raise ValueError(f"{msg}, got {len(set(every))}. {advice}")
+
+        self._ranks.agree(check)
+
+    def prepare(
+        self,
+        model: nn.Module,
+        optimizers: Mapping[str, Any] | None = None,
+        loaders: Sequence[Any] = (),
+        *,
+        opt_hparams: Mapping[str, Any] | None = None,
+    ) -> tuple[nn.Module, dict[str, Any], list[Any]]:
+        """Place the model, make the engines, divide the loaders over the ranks.
+
+        Parameters
+        ----------
+        model
+            The same object comes back; call it as before.
+        optimizers
+            By name; empty where the config has the optimizer; None to evaluate only.
+        loaders
+            The first is the training loader. None stays None.
+        opt_hparams
+            Fills ``"auto"`` values of the config's optimizer.
+
+        Raises
+        ------
+        ValueError, TypeError
+            Before training, for what cannot work, on one rank; ``PeerError`` on the others.
+        """
+        self.finish()
+        self._model = model
+        opts = None if optimizers is None else dict(optimizers)
+        first = loaders[0] if loaders else None
+        setting = self._setting(
+            accumulate=self.accumulate,
+            batch_size=getattr(first, "batch_size", None),
+            num_parameters=sum(param.numel() for param in model.parameters()),
+            opt_hparams=opt_hparams or {},
+        )
+        self._filled = self._ranks.agree(lambda: self._ready(model, opts, setting))
+        facts = model_facts(model, opts or {}) | loader_facts(loaders)
+        self._ranks.same(
+            "prepare", facts, "Start every rank with the same code and data."
+        )
+        self._dtypes = {name: value.dtype for name, value in model.named_parameters()}
+        self._attributes = attributes(model)
+        if opts is None:
+            model.to(self.device)
+            self._send_from_main([*model.parameters(), *model.buffers()])
+        else:
+            self._make_engines(model, opts)
+        self._hook(model)
+        self.accumulate = self.window = int(self._filled["gradient_accumulation_steps"])
+        self.steps = dict.fromkeys(self._parts, 0)
+        self.overflows = dict.fromkeys(self._parts, 0)
+        facades: dict[str, Any] = {
+            name: part.facade for name, part in self._parts.items()
+        }
+        return model, facades, self._divided(loaders)
+
+    def _ready(
+        self, model: nn.Module, optimizers: Mapping[str, Any] | None, setting: Setting
+    ) -> dict[str, Any]:
+        """DeepSpeed's config for this model and data, if they can be trained."""
+        stage = zero_stage(self._config)
+        if optimizers is not None:
+            check_optimizers(model, optimizers, self._config, stage)
+        filled = fill_config(self._config, setting)
+        if all(is_elementwise(opt) for opt in (optimizers or {}).values()):
+            filled.setdefault("zero_allow_untested_optimizer", True)
+        # DeepSpeed refuses torch's optimizers with offload, as slow, unless told so.
+        filled.setdefault("zero_force_ds_cpu_optimizer", False)
+        return filled
+
+    def _make_engines(self, model: nn.Module, optimizers: Mapping[str, Any]) -> None:
+        """One engine for each optimizer."""
+        deepspeed = door()
+        hush()
+        # DeepSpeed reads it whenever it likes, at ZeRO 3 in the model's forward.
+        self._held.enter_context(environment(LOCAL_RANK=str(self.local_rank)))
+        deepspeed.utils.logger.setLevel(self._filled.get("log_level", "error").upper())
+        stage = zero_stage(self._filled)
+        trained = [param for param in model.parameters() if param.requires_grad]
+        owned = {
+            name: [param for group in opt.param_groups for param in group["params"]]
+            for name, opt in optimizers.items()
+        } or {DEFAULT_NAME: trained}
+        made = {}
+        for name in owned:
+            with quietly():
+                made[name], *_ = deepspeed.initialize(
+                    args=Namespace(device_rank=self.device.index or 0),
+                    model=model,
+                    optimizer=optimizers.get(name),
+                    model_parameters=None if optimizers else trained,
+                    config=dict(self._filled),
+                )
+        for name, engine in made.items():
+            part = Part(name, engine, model, owned[name], stage)
+            part.on_step = self._counter(name)
+            self._parts[name] = part
+
+    def _counter(self, name: str) -> Any:
+        """Count steps and overflows, whoever steps."""
+
+        def count(applied: bool) -> None:
+            counts = self.steps if applied else self.overflows
+            counts[name] += 1
+
+        return count
+
+    def _hook(self, model: nn.Module) -> None:
+        """Bring the model's forward into the config's precision."""
+        if self._filled.get("torch_autocast", {}).get("enabled", False):
+            self._hooks += hook_autocast(model, self._filled, self.device)
+        for part in self._parts.values():
+            dtype = next(iter(part.engine.module.parameters())).dtype
+            if dtype in {torch.bfloat16, torch.float16}:
+                self._hooks.append(hook_inputs(model, dtype))
+                break
+
+    def _divided(self, loaders: Sequence[Any]) -> list[Any]:
+        """The loaders, each giving this rank's part."""
+        if self.world_size == 1:
+            return list(loaders)
+        divided: list[Any] = []
+        for place, loader in enumerate(loaders):
+            if loader is None:
+                divided.append(None)
+                continue
+            begin = self._send_buffers if place else None
+            divided.append(
+                ShardedLoader(
+                    loader, self._ranks, on_batch=self._hand_out, on_begin=begin
+                )
+            )
+        return divided
+
+    def _hand_out(self, batch: Any, share: Share) -> Any:
+        """Remember what of the batch counts until it comes back to ``to_device``."""
+        self._handed.append((batch, share))
+        self._share = share
+        return batch
+
+    def _send_buffers(self) -> None:
+        """Give all ranks the buffers of rank 0, whose weights are the ones that are kept."""
+        if self._model is not None:
+            self._send_from_main(list(self._model.buffers()))
+
+    def _send_from_main(self, tensors: Sequence[Tensor]) -> None:
+        """Overwrite tensors with rank 0's."""
+        if self.world_size > 1 and tensors:
+            sent = self._ranks.broadcast([tensor.data for tensor in tensors])
+            for tensor, value in zip(tensors, sent, strict=True):
+                tensor.data.copy_(value)
+
+    # ------------------------------------------------------------ forward to step
+
+    def _part(self, name: str | None) -> Part:
+        """The optimizer meant by None: the present one, or the only one."""
+        if name is None and self._active is not None:
+            return self._active
+        if name is None and len(self._parts) == 1:
+            return next(iter(self._parts.values()))
+        if name not in self._parts:
+            msg = "accelerator: expected the name of a prepared optimizer"
+            raise ValueError(f"{msg}, got {name!r}. Choose from {list(self._parts)}.")
+        return self._parts[name]
+
+    @contextmanager
+    def optimizing(self, name: str | None = None) -> Iterator[None]:
+        """Hold the forward and backward of an optimizer: only what it owns gets gradients.
+
+        Raises
+        ------
+        ValueError
+            If `name` is no optimizer, or several are meant by None.
+        RuntimeError
+            At ZeRO 1 to 3, if parameters were frozen or unfrozen since ``prepare``.
+        """
+        if not self._parts or not torch.is_grad_enabled():
+            with autocast_of(self._filled, self.device):
+                yield
+            return
+        part = self._part(name)
+        part.check_frozen()
+        part.begin()
+        before, self._active = self._active, part
+        try:
+            with part.alone(), autocast_of(self._filled, self.device):
+                yield
+        finally:
+            self._active = before
+
+    def backward(self, loss: Tensor, name: str | None = None) -> None:
+        """Add the gradients of ``loss / window``, weighted by the rank's samples.
+
+        Parameters
+        ----------
+        loss : scalar with a graph
+            Mean over the samples of the rank's batch.
+        name
+            Optimizer; None: the one of the present ``optimizing``, or the only one.
+
+        Raises
+        ------
+        ValueError
+            If the loss is no scalar or has no graph, or its graph leads to parameters of
+            another optimizer.
+        RuntimeError
+            If there are several optimizers and ``optimizing`` does not hold the backward.
+        """
+        part = self._part(name)
+        self._check_loss(part, loss)
+        if self.window > 1:
+            loss = loss / self.window
+        weight = 1.0 if self._share is None else self._share.weight(self.world_size)
+        if weight != 1.0:
+            loss = loss * weight
+        part.backward(loss)
+
+    def _check_loss(self, part: Part, loss: Tensor) -> None:
+        """Refuse a loss that would give wrong gradients or none; graphs once an optimizer."""
+        place = f"backward({part.name!r})"
+        if loss.numel() != 1 or loss.grad_fn is None:
+            form = f"shape {tuple(loss.shape)}, grad_fn {loss.grad_fn}"
+            msg = f"{place}: expected a scalar with a graph, got {form}."
+            raise ValueError(f"{msg} Take the mean, and compute it with gradients on.")
+        if len(self._parts) == 1:
+            return
+        if self._active is not part:
+            active = None if self._active is None else self._active.name
+            msg = f"{place}: expected 'with accelerator.optimizing({part.name!r})' around it"
+            advice = "Put the optimizer's forward and backward inside."
+            raise RuntimeError(f"{msg}, got {active!r}. {advice}")
+        if part.name not in self._checked_graphs:
+            self._check_graph(place, part, loss)
+            self._checked_graphs.add(part.name)
+
+    def _check_graph(self, place: str, part: Part, loss: Tensor) -> None:
+        """Each optimizer needs a graph of its own."""
+        below = parameters_below(loss)
+        for other in self._parts.values():
+            if other is not part and below & other.owned_ids:
+                msg = f"{place}: expected a graph of its own, got one shared with"
+                advice = (
+                    f"Compute the loss of {part.name!r} anew inside its optimizing()."
+                )
+                raise ValueError(f"{msg} optimizer {other.name!r}. {advice}")
+
+    def is_boundary(self, name: str | None = None) -> bool:
+        """True when as many backwards as the window holds have been done."""
+        return self._part(name).done >= self.window
+
+    def step(
+        self, name: str | None = None, step_opt: StepOpt = default_step_opt
+    ) -> bool:
+        """Step at a boundary and clear the gradients; True if the weights were changed."""
+        part = self._part(name)
+        if part.done < self.window:
+            return False
+        return part.step(step_opt)
+
+    def clip(
+        self, max_norm: float, name: str | None = None, norm_type: float = 2.0
+    ) -> Tensor:
+        """Clip the total gradient norm in the coming ``step``.
+
+        Returns
+        -------
+        scalar
+            The norm found. Gradients are in parts on all ranks until ``step`` brings them
+            together, which fills it; NaN before, and after a step without a norm.
+
+        Raises
+        ------
+        ValueError
+            If `norm_type` is not 2.
+        """
+        if norm_type != 2.0:
+            msg = f"clip(norm_type): expected 2.0 under DeepSpeed, got {norm_type!r}."
+            raise ValueError(f"{msg} DeepSpeed knows the Euclidean norm only.")
+        return self._part(name).clip(max_norm)
+
+    # -------------------------------------------------------------------- ranks
+
+    @property
+    def counted(self) -> int | None:
+        """Samples of the present batch that count; None where the loader is not divided."""
+        return None if self._share is None else self._share.count
+
+    def to_device(self, batch: Any) -> Any:
+        """The batch on the device; it is the present batch from here on."""
+        for held in self._handed:
+            if held[0] is batch:
+                self._share = held[1]
+                self._handed.remove(held)
+                break
+        return move(batch, self.device)
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Tensors of all ranks one after another along dim 0; their lengths may differ.
+
+        While a batch only stands in (``counted`` is 0) this rank gives no rows.
+        """
+        if self.counted == 0:
+            tensor = tensor[:0] if tensor.dim() else tensor.reshape(1)[:0]
+        return self._ranks.gather(tensor)
+
+    def reduce(
+        self, tensor: Tensor, op: Literal["sum", "mean", "max"] = "sum"
+    ) -> Tensor:
+        """The tensor reduced over ranks; the same value on each."""
+        return self._ranks.reduce(tensor, op)
+
+    def broadcast(self, value: Any, src: int = 0) -> Any:
+        """The value that rank `src` holds."""
+        return self._ranks.broadcast(value, src)
+
+    def any(self, flag: bool) -> bool:
+        """True on every rank if it is on one."""
+        return self._ranks.any(flag)
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        self._ranks.barrier()
+
+    # ------------------------------------------------------------- whole and parts
+
+    def _whole(self, param: nn.Parameter) -> Tensor:
+        """The whole parameter, in float32 where an engine trains it in less."""
+        if param.dtype in {torch.bfloat16, torch.float16} and self._parts:
+            full = door().utils.safe_get_full_fp32_param(param)
+            if isinstance(full, Tensor):
+                return full.reshape(getattr(param, "ds_shape", param.shape))
+        if not hasattr(param, "ds_id"):
+            return param.data
+        with door().zero.GatheredParameters([param]):
+            return param.data.clone()
+
+    def whole_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
+        """All weights and buffers, whole, detached, on the CPU; empty except on rank 0."""
+        return whole_state(model, self._whole, self._dtypes, keep=self.is_main)
+
+    def _about(self) -> dict[str, Any]:
+        """What a saved state must fit, and the counts it carries."""
+        return {
+            "rank": self.rank,
+            "world_size": self.world_size,
+            "stage": zero_stage(self._filled),
+            "steps": dict(self.steps),
+            "overflows": dict(self.overflows),
+        }
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's weights, buffers, optimizer and engine state into `folder`.
+
+        Raises
+        ------
+        RuntimeError
+            Before ``prepare``, or inside a window: gradients are not saved.
+        """
+        for part in self._parts.values():
+            if part.done:
+                msg = f"save: expected the end of a window, got {part.done} micro-batches of"
+                raise RuntimeError(
+                    f"{msg} {part.name!r} not stepped. Save after the step."
+                )
+        save_state(folder, self._prepared(), self._engines(), self._about())
+        self._ranks.barrier()
+
+    def load(self, folder: Path) -> None:
+        """Take back what ``save`` wrote on the same number of ranks, at the same stage.
+
+        Raises
+        ------
+        CheckpointError
+            If files are missing or torn, or of another shape of training.
+        """
+        model = self._prepared()
+        about = self._ranks.agree(
+            lambda: load_state(folder, model, self._engines(), self._about())
+        )
+        self.steps.update(about["steps"])
+        self.overflows.update(about["overflows"])
+        for engine in self._engines().values():
+            kept = getattr(engine.optimizer, "persistent_parameters", None)
+            if kept:
+                # Small parameters stay whole on each rank: fetch them anew.
+                engine.empty_partition_cache()
+                kept[0].all_gather(kept)
+
+    def _prepared(self) -> nn.Module:
+        """The model that was prepared."""
+        if self._model is None:
+            msg = "accelerator: expected prepare(model, ...) first, got no model."
+            raise RuntimeError(f"{msg} Call prepare before save or load.")
+        return self._model
+
+    def _engines(self) -> dict[str, Any]:
+        """Engines by optimizer name."""
+        return {name: part.engine for name, part in self._parts.items()}
+
+    def finish(self) -> None:
+        """Release the engines; the model is a plain one with whole weights, on the CPU.
+
+        Every rank has to call it. The process group stays for the next fit.
+        """
+        for hook in self._hooks:
+            hook.remove()
+        if self._model is not None and self._parts:
+            put_in = make_plain(
+                self._model, self._whole, self._dtypes, self._attributes
+            )
+            for part in self._parts.values():
+                part.finish()
+            put_in()
+            self._model.cpu()
+        self._held.close()
+        self._clear()
+
+
+# ----------------------------------------------------------------- the door
+
+
+@cache
+def door() -> ModuleType:
+    """DeepSpeed, imported quietly, without MLflow, and without compiling at start."""
+    # DeepSpeed's autotuner imports MLflow, which takes a second and has no place in the
+    # training process; nothing else of it does.
+    had_mlflow = "mlflow" in sys.modules
+    if not had_mlflow:
+        sys.modules["mlflow"] = None  # type: ignore[assignment]
+    # Without a device DeepSpeed warns at each import that there is none.
+    named = {} if best_device().type == "cuda" else {"DS_ACCELERATOR": "cpu"}
+    try:
+        with environment(**named), quietly():
+            import deepspeed  # noqa: PLC0415  slow, and not on every system
+    finally:
+        if not had_mlflow:
+            del sys.modules["mlflow"]
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    installed = deepspeed.git_version_info.installed_ops
+    if not installed.get("deepspeed_shm_comm", False):
+        # It would be compiled when ranks first meet on a CPU: half a minute, and chatter.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    found: ModuleType = deepspeed
+    return found
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Let nothing warn: what DeepSpeed does at start concerns its own authors."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def hush() -> None:
+    """Keep DeepSpeed 0.19.8's use of torch 2.13's old names from warning on every step."""
+    warnings.filterwarnings(
+        "ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning
+    )
+
+
+@cache
+def known_fields() -> dict[str, frozenset[str]]:
+    """Keys that DeepSpeed knows in parts of its config, by the part's name."""
+    door()
+    from deepspeed.runtime import precision_config  # noqa: PLC0415  see door
+    from deepspeed.runtime.zero import config as zero_config  # noqa: PLC0415
+
+    models = {
+        "zero_optimization": zero_config.DeepSpeedZeroConfig,
+        "fp16": precision_config.DeepSpeedFP16Config,
+        "bf16": precision_config.DeepSpeedBF16Config,
+        "bfloat16": precision_config.DeepSpeedBF16Config,
+    }
+    return {name: _fields_of(model) for name, model in models.items()}
+
+
+def _fields_of(model: Any) -> frozenset[str]:
+    """Names and aliases of a pydantic model's fields."""
+    fields = model.model_fields
+    aliases = {field.alias for field in fields.values() if field.alias}
+    return frozenset(fields) | aliases
+
+
+def own_device(asked: str | torch.device | None, local_rank: int) -> torch.device:
+    """Device of this rank.
+
+    Raises
+    ------
+    ValueError
+        If DeepSpeed cannot use the kind, or there is none of it for this rank.
+    """
+    kind = torch.device(asked).type if asked is not None else best_device().type
+    if kind == "mps" and asked is None:
+        kind = "cpu"
+    if kind == "cpu":
+        return torch.device("cpu")
+    if kind != "cuda":
+        msg = f"accelerator(device): expected 'cpu' or 'cuda', got {str(asked)!r}."
+        raise ValueError(f"{msg} Leave it out to take what there is.")
+    count = torch.cuda.device_count()
+    # A scheduler may show each rank its own device alone.
+    index = local_rank if local_rank < count else 0
+    if index >= count:
+        msg = "accelerator(device): expected a CUDA device, got none."
+        raise ValueError(f"{msg} Use device='cpu', or see 'harness doctor'.")
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)

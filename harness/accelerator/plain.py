@@ -1,0 +1,100 @@
+"""From a model in parts on many ranks to whole weights, and to a plain module again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+Whole = Callable[[nn.Parameter], Tensor]
+"""Gives the whole values of a parameter, in full precision, on this rank's device."""
+
+
+def whole_state(
+    model: nn.Module, whole: Whole, dtypes: Mapping[str, torch.dtype], *, keep: bool
+) -> dict[str, Tensor]:
+    """State dict with whole weights on the CPU, in the dtypes that the user gave them.
+
+    Parameters
+    ----------
+    model
+        The model; its parameters may be empty, their values in parts elsewhere.
+    whole
+        Called for each parameter once, on all ranks in the same order.
+    dtypes
+        Dtypes of the parameters by name, before an engine changed them.
+    keep
+        False takes part in gathering and keeps nothing.
+    """
+    state: dict[str, Tensor] = {}
+    gathered: dict[int, Tensor] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if not isinstance(value, nn.Parameter):
+            if keep:
+                is_tensor = isinstance(value, Tensor)
+                state[name] = value.detach().cpu().clone() if is_tensor else value
+            continue
+        if id(value) not in gathered:
+            full = whole(value)
+            if keep:
+                dtype = dtypes.get(name, full.dtype)
+                full = full.detach().to("cpu", dtype, copy=True)
+            gathered[id(value)] = full if keep else value
+        if keep:
+            state[name] = gathered[id(value)]
+    return state
+
+
+def attributes(model: nn.Module) -> dict[nn.Module, frozenset[str]]:
+    """Names of the attributes of each module, to tell later which ones are new."""
+    return {module: frozenset(vars(module)) for module in model.modules()}
+
+
+def make_plain(
+    model: nn.Module,
+    whole: Whole,
+    dtypes: Mapping[str, torch.dtype],
+    before: Mapping[nn.Module, frozenset[str]],
+) -> Callable[[], None]:
+    """Gather whole weights; the function given puts them in as plain parameters.
+
+    Two steps, since the engines must be there to gather and gone before the parameters are
+    replaced.
+
+    Parameters
+    ----------
+    model, whole, dtypes
+        As in ``whole_state``.
+    before
+        What ``attributes`` gave before engines were made.
+    """
+    state = whole_state(model, whole, dtypes, keep=True)
+    named = list(model.named_parameters(remove_duplicate=False))
+    made: dict[int, nn.Parameter] = {}
+    for name, param in named:
+        if id(param) not in made:
+            made[id(param)] = nn.Parameter(state[name], param.requires_grad)
+
+    def put_in() -> None:
+        for module in model.modules():
+            # ZeRO 3 puts a dict of its own here, and marks on modules.
+            module._parameters = {
+                name: None if param is None else made[id(param)]
+                for name, param in module._parameters.items()
+            }
+            for name in _MARKS & (
+                vars(module).keys() - before.get(module, frozenset())
+            ):
+                delattr(module, name)
+
+    return put_in
+
+
+_MARKS = frozenset(
+    {"_external_params", "_original_parameters", "all_parameters"}
+    | {"applied_pre_backward_ref_cnt", "ds_external_parameters", "ds_grads_remaining"}
+    | {"ds_id", "ds_inflight_param_registry", "ds_recompute_parameters"}
+    | {"post_bwd_fn", "pre_bwd_fn"}
+)
+"""What ZeRO 3 of DeepSpeed 0.19.8 leaves on modules."""

@@ -1,0 +1,71 @@
+"""Hooks that bring a model's forward into the precision that DeepSpeed's config asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+AUTOCAST_DTYPES = {
+    "fp16": torch.float16,
+    "half": torch.float16,
+    "float16": torch.float16,
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+}
+"""DeepSpeed's names for the dtypes of ``torch_autocast``, without ``torch.``."""
+
+
+def autocast_of(
+    config: Mapping[str, Any], device: torch.device
+) -> AbstractContextManager[object]:
+    """Autocast as ``torch_autocast`` in the config says; nothing where it is off."""
+    auto = config.get("torch_autocast", {})
+    if not auto.get("enabled", False):
+        return nullcontext()
+    name = str(auto.get("dtype", "bfloat16")).removeprefix("torch.")
+    return torch.autocast(device.type, AUTOCAST_DTYPES[name])
+
+
+def hook_autocast(
+    model: nn.Module, config: Mapping[str, Any], device: torch.device
+) -> Any:
+    """Run the model's forward under autocast; gives the hooks."""
+    entered: list[AbstractContextManager[object]] = []
+
+    def enter(module: nn.Module, args: Any) -> None:
+        entered.append(autocast_of(config, device))
+        entered[-1].__enter__()
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        entered.pop().__exit__(None, None, None)
+
+    return [
+        model.register_forward_pre_hook(enter, prepend=True),
+        model.register_forward_hook(leave, always_call=True),
+    ]
+
+
+def hook_inputs(model: nn.Module, dtype: torch.dtype) -> Any:
+    """Give the model's forward floating inputs in the dtype of its weights."""
+
+    def cast(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        return as_dtype(args, dtype), as_dtype(kwargs, dtype)
+
+    return model.register_forward_pre_hook(cast, with_kwargs=True)
+
+
+def as_dtype(value: Any, dtype: torch.dtype) -> Any:
+    """The value with its floating tensors in a dtype, in the same form."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, Mapping):
+        return {name: as_dtype(item, dtype) for name, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(as_dtype(item, dtype) for item in value))
+    if isinstance(value, tuple | list):
+        return type(value)(as_dtype(item, dtype) for item in value)
+    return value
