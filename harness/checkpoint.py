@@ -1,117 +1,318 @@
-"""Saved models: a folder with tensors (safetensors) and JSON, read without running code."""
+"""One checkpoint: a folder of tensors and JSON, written whole or not at all.
+
+    step-000000120-e0003-b000040/
+        manifest.json            format, position, and size and SHA-256 of every other file
+        rank-0.json              state of the rank without its tensors
+        rank-0.safetensors       its tensors
+
+Files are written under a temporary name, flushed to the disk, and put in place by one
+rename, so that a save killed at any write leaves earlier checkpoints the newest. Reading
+executes nothing.
+"""
 
 from __future__ import annotations
 
-import importlib
+import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import load_file
+from torch import Tensor
 
 from harness.errors import CheckpointError
+from harness.tree import restore
 
 FORMAT = 1
-"""Version of the folder written by ``write_saved``."""
+"""Version of the folder."""
 
-WEIGHTS, ABOUT = "model.safetensors", "fitted.json"
+MANIFEST = "manifest.json"
+MAX_JSON_BYTES = 1 << 30
+"""Larger JSON files are refused unread."""
+
+PEER_WAIT_S = 600.0
+"""How long rank 0 waits for the files of the others."""
+
+_NAME = re.compile(r"step-\d{9}-e\d{4,}-b\d{6,}")
+_PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
-def write_saved(
-    path: Path, weights: Mapping[str, Tensor], about: Mapping[str, Any]
-) -> None:
-    """Write a saved model into a folder, put in place by one rename.
+@dataclass(frozen=True, kw_only=True)
+class Position:
+    """Where in a fit a checkpoint was taken.
 
-    Parameters
+    Attributes
     ----------
-    path
-        Folder; an earlier saved model there is replaced, anything else is left alone.
-    weights
-        Tensors by name.
-    about
-        What JSON can hold; see ``Fitted.save``.
-
-    Raises
-    ------
-    CheckpointError
-        If `path` holds something else, or `about` cannot be written as JSON.
+    epoch : >= 1
+        The epoch.
+    iter : >= 0
+        Training batches done in it.
+    step : >= 0
+        Optimizer steps finished since the start.
+    phase
+        ``train``: after that batch. ``valid``: before validation. ``epoch``: after the
+        epoch.
     """
-    if path.exists() and not (path / ABOUT).is_file():
-        msg = f"save({str(path)!r}): expected a new path or an earlier saved model."
-        raise CheckpointError(f"{msg} Found something else; choose another path.")
-    try:
-        text = json.dumps({"format": FORMAT, **about}, indent=1)
-    except TypeError as exc:
-        msg = f"save({str(path)!r}): expected hparams and records as JSON, got: {exc}."
-        raise CheckpointError(f"{msg} Use numbers, strings, lists and dicts.") from exc
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+    epoch: int
+    iter: int
+    step: int
+    phase: str
+
+    @property
+    def name(self) -> str:
+        """Name of the folder; later checkpoints sort after earlier ones."""
+        return f"step-{self.step:09d}-e{self.epoch:04d}-b{self.iter:06d}"
+
+
+# ---------------------------------------------------------------------- writing
+
+
+def begin(folder: Path, name: str) -> Path:
+    """An empty temporary folder for a checkpoint; on rank 0, before the others write."""
+    temporary = folder / f".{name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
+    return temporary
+
+
+def write_part(
+    temporary: Path, rank: int, plan: Any, tensors: Mapping[str, Tensor]
+) -> None:
+    """Write one rank's part; tensors lie on the CPU, contiguous."""
+    files = {
+        f"rank-{rank}.safetensors": write_tensors(
+            temporary / f"rank-{rank}.safetensors", tensors
+        ),
+        f"rank-{rank}.json": _write_json(temporary / f"rank-{rank}.json", plan),
+    }
+    # By this file rank 0 knows that the part is whole.
+    done = temporary / f"rank-{rank}.done"
+    _write_json(done.with_suffix(".tmp"), files)
+    done.with_suffix(".tmp").rename(done)
+
+
+def commit(
+    temporary: Path, place: Path, world_size: int, about: Mapping[str, Any]
+) -> None:
+    """Put a checkpoint in place when every rank's part is there; on rank 0.
+
+    Raises
+    ------
+    CheckpointError
+        If a part does not come within ``PEER_WAIT_S``, or a file is not as it was written.
+    """
+    files: dict[str, Any] = {}
+    until = time.monotonic() + PEER_WAIT_S
+    for rank in range(world_size):
+        done = temporary / f"rank-{rank}.done"
+        while not done.exists():
+            if time.monotonic() > until:
+                msg = f"save({str(place)!r}): expected a part of rank {rank}, got none."
+                raise CheckpointError(
+                    f"{msg} The rank died, or the folder is not shared."
+                )
+            time.sleep(0.01)
+        files |= json.loads(done.read_text(encoding="utf-8"))
+        done.unlink()
+    for name, facts in files.items():
+        if (temporary / name).stat().st_size != facts["bytes"]:
+            msg = f"save({str(place)!r}): expected {facts['bytes']} bytes in {name}."
+            raise CheckpointError(f"{msg} Make space and check the file system.")
+    manifest = {"format": FORMAT, "world_size": world_size, **about, "files": files}
+    _write_json(temporary / MANIFEST, manifest)
+    _sync_folder(temporary)
+    if place.exists():
+        shutil.rmtree(place)
+    temporary.rename(place)
+    _sync_folder(place.parent)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Write a safetensors file straight from memory; gives its size and SHA-256.
+
+    Notes
+    -----
+    ``safetensors.torch.save_file`` copies every tensor into a Python object while it holds
+    the interpreter lock, which stalls a training that goes on beside it; this does not.
+
+    References
+    ----------
+    safetensors format, https://github.com/huggingface/safetensors#format
+    """
+    header: dict[str, Any] = {}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        dtype, shape = _DTYPES[tensor.dtype], list(tensor.shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    digest, size = hashlib.sha256(), 0
+    with path.open("wb") as file:
+        chunks: Iterable[Any] = (len(text).to_bytes(8, "little"), text)
+        for chunk in chain(chunks, _bytes_of(tensors)):
+            file.write(chunk)
+            digest.update(chunk)
+            size += len(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def _bytes_of(tensors: Mapping[str, Tensor]) -> Iterator[Any]:
+    """Memory of each tensor, uncopied."""
+    for tensor in tensors.values():
+        flat = tensor.reshape(-1)
+        if flat.numel():
+            yield memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def _write_json(path: Path, value: Any) -> dict[str, Any]:
+    """Write JSON to the disk; gives its size and SHA-256."""
+    text = json.dumps(value, allow_nan=False).encode()
+    with path.open("wb") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make names in a folder durable."""
+    number = os.open(folder, os.O_RDONLY)
     try:
-        tensors = {name: value.contiguous().clone() for name, value in weights.items()}
-        save_file(tensors, temporary / WEIGHTS)
-        (temporary / ABOUT).write_text(text, encoding="utf-8")
-        if path.exists():
-            shutil.rmtree(path)
-        temporary.rename(path)
+        os.fsync(number)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        os.close(number)
 
 
-def read_saved(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights and description of a saved model.
+# ---------------------------------------------------------------------- reading
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints of a folder, newest first; half-written ones have other names."""
+    if not folder.is_dir():
+        return []
+    found = [item for item in folder.iterdir() if _NAME.fullmatch(item.name)]
+    return sorted(found, key=lambda item: item.name, reverse=True)
+
+
+def newest(folder: Path) -> tuple[Path | None, list[CheckpointError]]:
+    """The newest checkpoint that is whole, and what is wrong with newer ones."""
+    faults: list[CheckpointError] = []
+    for place in checkpoints(folder):
+        try:
+            check(place)
+        except CheckpointError as fault:
+            faults.append(fault)
+        else:
+            return place, faults
+    return None, faults
+
+
+def check(place: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint, after every file was compared with it.
 
     Raises
     ------
     CheckpointError
-        If the folder is missing, torn or of another format.
+        If it is of another format, a file is missing, of another size or content, or a
+        name leads elsewhere.
     """
-    about = _read_about(path)
-    try:
-        return load_file(path / WEIGHTS), about
-    except (SafetensorError, OSError) as exc:
-        msg = f"load({str(path)!r}): expected whole weights in {WEIGHTS}, got: {exc}."
-        raise CheckpointError(f"{msg} Take another copy.") from exc
+    manifest = read_manifest(place)
+    for name, facts in manifest["files"].items():
+        path = place / name
+        if path.is_symlink() or not path.is_file():
+            raise _torn(place, f"the file {name}", "none")
+        size = path.stat().st_size
+        if size != facts["bytes"]:
+            raise _torn(place, f"{facts['bytes']} bytes in {name}", f"{size}")
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != facts["sha256"]:
+            raise _torn(place, f"the SHA-256 of {name} to be {facts['sha256']}", found)
+    return manifest
 
 
-def import_module_class(path: Path, name: str) -> Callable[..., nn.Module]:
-    """The model class of a saved name; only a subclass of ``nn.Module`` is accepted.
+def read_manifest(place: Path) -> dict[str, Any]:
+    """The manifest, checked for its form alone.
 
     Raises
     ------
     CheckpointError
-        If there is no such class.
+        If it is missing, torn, of another format, or names files elsewhere.
     """
-    where, _, qualname = name.partition(":")
-    try:
-        found: Any = importlib.import_module(where)
-        for part in qualname.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError, ValueError) as exc:
-        msg = f"load({str(path)!r}): expected to import {name!r}, got: {exc}."
-        raise CheckpointError(f"{msg} Give the class as module=.") from exc
-    if not (isinstance(found, type) and issubclass(found, nn.Module)):
-        msg = f"load({str(path)!r}): expected {name!r} to be an nn.Module class."
-        raise CheckpointError(f"{msg} Give the class as module=.")
-    return found
+    manifest = _read_json(place, MANIFEST)
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        have = manifest.get("format") if isinstance(manifest, dict) else manifest
+        raise _torn(place, f"format {FORMAT}", repr(have))
+    files = manifest.get("files")
+    ranks = manifest.get("world_size")
+    if not isinstance(files, dict) or not isinstance(ranks, int) or ranks < 1:
+        raise _torn(place, "files and world_size in the manifest", "others")
+    for name, facts in files.items():
+        whole = isinstance(facts, dict) and {"bytes", "sha256"} <= facts.keys()
+        if not _PLAIN.fullmatch(name) or not whole:
+            raise _torn(place, "plain file names with size and hash", repr(name)[:80])
+    for rank in range(ranks):
+        if not {f"rank-{rank}.json", f"rank-{rank}.safetensors"} <= files.keys():
+            raise _torn(place, f"a part of rank {rank}", "none")
+    return manifest
 
 
-def _read_about(path: Path) -> dict[str, Any]:
-    """The checked JSON part."""
+def read_part(place: Path, rank: int) -> Any:
+    """The state of one rank; ``check`` the checkpoint first.
+
+    Raises
+    ------
+    CheckpointError
+        If it cannot be read.
+    """
+    plan = _read_json(place, f"rank-{rank}.json")
     try:
-        about = json.loads((path / ABOUT).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as exc:
-        msg = f"load({str(path)!r}): expected a saved model, could not read it: {exc}."
-        raise CheckpointError(f"{msg} Give a folder that Fitted.save() wrote.") from exc
-    needed = {"format", "module", "hparams", "opt_hparams", "records"}
-    if not isinstance(about, dict) or not needed <= about.keys():
-        msg = f"load({str(path)!r}): expected the keys {sorted(needed)} in {ABOUT}."
-        raise CheckpointError(f"{msg} Save the model again.")
-    if about["format"] != FORMAT:
-        msg = f"load({str(path)!r}): expected format {FORMAT}, got {about['format']!r}."
-        raise CheckpointError(f"{msg} Load it with the version that wrote it.")
-    return about
+        tensors = load_file(place / f"rank-{rank}.safetensors")
+        return restore(plan, tensors)
+    except (SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:
+        raise _torn(place, f"a readable part of rank {rank}", str(error)) from error
+
+
+def _read_json(place: Path, name: str) -> Any:
+    """A JSON file of a checkpoint."""
+    path = place / name
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise _torn(place, f"less than {MAX_JSON_BYTES} bytes in {name}", "more")
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise _torn(place, f"JSON in {name}", str(error)) from error
+
+
+def _torn(place: Path, expected: str, got: str) -> CheckpointError:
+    """The error for a checkpoint that is not what it should be."""
+    msg = f"checkpoint {str(place)!r}: expected {expected}, got {got}."
+    return CheckpointError(f"{msg} Take another checkpoint.")

@@ -11,13 +11,14 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Integral
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from harness.callback import Callback
 from harness.events import EVENTS, check_event, nearest
+from harness.randomness import generators_of, random_state
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 Handlers = dict[type[BaseException], Callable[[BaseException], object]]
 Records = dict[str, dict[str, list[Any]]]
+Phase = Literal["train", "valid", "epoch"]
 
 NO_LIMIT = 999_999_999
 """``max_epochs`` where none was given."""
@@ -54,8 +56,15 @@ class Recorder(Protocol):
     ) -> None:
         """Record values of a per-step series."""
 
+    def position(self) -> int:
+        """Number of the last row; later ones are higher."""
+        ...
 
-class _Nobody:
+    def rewind(self, seq: int) -> None:
+        """Take back what was recorded after a position."""
+
+
+class Nobody:
     """The recorder of a context that nobody listens to."""
 
     def log(self, *args: Any, **kwargs: Any) -> None:
@@ -64,8 +73,15 @@ class _Nobody:
     def log_steps(self, *args: Any, **kwargs: Any) -> None:
         """Forget."""
 
+    def position(self) -> int:
+        """Before the first row."""
+        return -1
 
-NOBODY: Recorder = _Nobody()
+    def rewind(self, seq: int) -> None:
+        """Nothing to take back."""
+
+
+NOBODY: Recorder = Nobody()
 
 
 def check_callbacks(callbacks: Iterable[Any]) -> tuple[Callback, ...]:
@@ -182,6 +198,10 @@ class Context:
     accelerator: Accelerator | None  #: device placement, backward, stepping, ranks
     train_data: DataLoader[Any] | None  #: loader of the training data
     valid_data: DataLoader[Any] | None  #: loader of the validation data
+    about: dict[str, Any]  #: what checkpoints say of this fit, to compare with later
+    resume: Any  #: checkpoint to go on from, until that is done
+    train_pass: Any  #: present pass over the training data
+    stop_signal: int | None  #: signal that ended the fit at the end of a batch
     handlers: Handlers  #: exception type -> callable; a match ends the fit quietly
     epoch_handlers: (
         Handlers  #: exception type -> callable; a match ends the epoch quietly
@@ -198,6 +218,7 @@ class Context:
     training: bool  #: True in the training part of an epoch
     data: DataLoader[Any] | None  #: loader in use
     epoch: int | None  #: present epoch, from 1
+    trained: int  #: training batches done in this epoch
     pred: Any  #: last prediction, as `model` gave it
     loss: Any  #: last losses, detached, by optimizer name
     loss_grad: Tensor | None  #: last loss with its graph
@@ -205,6 +226,7 @@ class Context:
     _batch: Any
     _opt: Any
     _opt_name: str | None
+    _before_valid: dict[str, Any] | None
 
     def __init__(
         self,
@@ -384,28 +406,122 @@ class Context:
 
     def clean(self) -> None:
         """Drop everything that does not outlive the call: all but records, model and hparams."""
+        self.about = {}
         self.buffers, self.handlers, self.epoch_handlers = {}, {}, {}
         self.recorder = NOBODY
         self.accelerator = self.train_data = self.valid_data = self.data = None
+        self.resume = self.train_pass = self.stop_signal = None
         self.metrics = self.step_opt = self.loss_fn = self.backward = None
         self._verbose, self._callbacks, self._listeners = False, (), {}
         self._optimizers = {}
-        self.training = False
+        self.training, self.trained = False, 0
+        self._before_valid = None
         self.epoch = self._iter = self._batch = self.pred = None
         self.loss = self.loss_grad = self._opt = self._opt_name = None
 
-    def state_dict(self) -> dict[str, Any]:
-        """The model, the records, and the hparams that built model and optimizers.
+    def state_dict(self, phase: Phase | None = None) -> dict[str, Any]:
+        """The model, the records, the hparams; during a fit all that the rest depends on.
 
-        The model is unbound from the context, so that both can be freed.
+        Outside a fit the model is unbound from the context, so that both can be freed.
+
+        Parameters
+        ----------
+        phase
+            Where in the epoch this is; None: as `training` says. See ``Position``.
+
+        Returns
+        -------
+        dict
+            ``model``, ``records`` and ``ctx`` (hparams and opt_hparams). During a fit also
+            ``position``, ``accelerator`` (weights, optimizers, gradients of an open
+            window), ``callbacks`` (metrics among them), ``random``, ``pass`` (position and
+            order of the loader) and ``journal``.
+
+        References
+        ----------
+        luz 0.5.0, ``context$state_dict``. Differs from luz: what a fit needs to go on
+        exactly is there as well.
         """
-        if self._model is not None:
-            bind_context(self._model, None)
-        return {
-            "model": self._model,
-            "records": self.records,
-            "ctx": {"hparams": self.hparams, "opt_hparams": self.opt_hparams},
+        hparams = {"hparams": self.hparams, "opt_hparams": self.opt_hparams}
+        state = {"model": self._model, "records": self.records, "ctx": hparams}
+        if self.train_pass is None or self.accelerator is None:
+            if self._model is not None:
+                bind_context(self._model, None)
+            return state
+        phase = phase or ("train" if self.training else "valid")
+        random = random_state(generators_of(self.train_data))
+        if phase == "valid" and self._before_valid is not None:
+            random = self._before_valid
+        return state | {
+            "position": {
+                "epoch": self.epoch,
+                "iter": self.trained,
+                "step": self.step,
+                "phase": phase,
+            },
+            "accelerator": self.accelerator.state_dict(),
+            "callbacks": [
+                [type(cb).__name__, cb.state_dict()] for cb in self.callbacks
+            ],
+            "random": random,
+            "pass": self.train_pass.state_dict() if phase == "train" else None,
+            "journal": self.recorder.position(),
         }
+
+    def load_state_dict(
+        self,
+        state: Mapping[str, Any],
+        restore_model: bool = True,
+        restore_optimizers: bool = True,
+        restore_records: bool = True,
+        restore_callbacks: bool = True,
+    ) -> list[str]:
+        """Take back what ``state_dict`` gave during a fit; loader and random state stay.
+
+        Parameters
+        ----------
+        state
+            From ``state_dict`` or a checkpoint.
+        restore_model, restore_optimizers, restore_records, restore_callbacks
+            What is taken; counters of steps belong to the optimizers.
+
+        Returns
+        -------
+        list of str
+            What did not fit: callbacks that have no state, or are no longer there.
+
+        Raises
+        ------
+        CheckpointError
+            If weights or optimizers do not fit.
+        """
+        assert self.accelerator is not None
+        wanted = {"model": restore_model, "optimizers": restore_optimizers}
+        parts = [part for part, is_wanted in wanted.items() if is_wanted]
+        self.accelerator.load_state_dict(state["accelerator"], parts)
+        if restore_records:
+            self._records, self._unread = state["records"], []
+            self.recorder.rewind(state["journal"])
+        return self._load_callbacks(state["callbacks"]) if restore_callbacks else []
+
+    def _load_callbacks(self, saved: Iterable[Any]) -> list[str]:
+        """Give each callback the state of its class and turn; tells what is left over."""
+        waiting: dict[str, list[Any]] = {}
+        for name, own in saved:
+            waiting.setdefault(name, []).append(own)
+        missing = []
+        for callback in self.callbacks:
+            name = type(callback).__name__
+            if waiting.get(name):
+                callback.load_state_dict(waiting[name].pop(0))
+            else:
+                missing.append(f"{name} is new and starts afresh")
+        left = [f"{name} is no longer there" for name in waiting if waiting[name]]
+        return missing + left
+
+    def mark_validation(self) -> None:
+        """Remember the random state before validation, where a resume begins it again."""
+        self._before_valid = random_state(generators_of(self.train_data))
 
     def unsafe_set_records(self, records: Records) -> None:
         """Replace all records; warns if training metrics are overwritten."""

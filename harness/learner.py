@@ -19,6 +19,7 @@ from harness.accelerator import Accelerator
 from harness.accelerator.pick import accelerator as pick_accelerator
 from harness.callback import Callback
 from harness.callbacks import Interrupt, Metrics, Profile, Progress, TrainValid
+from harness.callbacks.resuming import resume_of
 from harness.context import (
     Context,
     EvaluateContext,
@@ -31,8 +32,9 @@ from harness.data import eval_loader, split_data, train_loader
 from harness.errors import CheckpointError
 from harness.fitted import Evaluation, Fitted
 from harness.metrics import MetricSet, as_metric_set
-from harness.recording import describe_fit, tracked
+from harness.recording import code_commit, describe_fit, tracked
 from harness.saved_model import import_module_class, read_saved
+from harness.saver import about_fit
 
 if TYPE_CHECKING:
     import tracking
@@ -186,9 +188,13 @@ class Learner:
             callbacks=[*defaults, *own],
         )
         ctx.backward = self._backward_of(ctx)
+        ctx.about = {**about_fit(ctx), "code": code_commit()}
+        ctx.resume = resume_of(own)
+        if ctx.resume is not None:
+            ctx.resume.compare(ctx.about)
         with ExitStack() as stack:
             run = stack.enter_context(tracked(ctx, tracker))
-            if run is not None:
+            if run is not None and ctx.resume is None:
                 describe_fit(run, ctx, self, seed)
             loop.fit(ctx)
             if run is not None and interrupt.signum is not None:
@@ -210,8 +216,8 @@ class Learner:
         assert accelerator is not None
         weights = accelerator.whole_state_dict(ctx.model)
         accelerator.finish()
-        state = ctx.state_dict()
         ctx.clean()
+        state = ctx.state_dict()
         model = plain_model(state["model"], weights)
         return Fitted(
             model=model,
@@ -319,6 +325,7 @@ class Learner:
         accelerator = ctx.accelerator
         assert accelerator is not None
         accelerator.finish()
+        ctx.clean()
         ctx.state_dict()["model"].cpu()
 
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import islice
 from typing import Any
 
 import torch
 
 from harness.context import Context, Handlers
-from harness.data import num_batches
 from harness.errors import EarlyStop, SkipEpoch
 from harness.metrics import detach
+from harness.passes import TrainPass
 from harness.steps import call_model, default_step
 
 
@@ -29,7 +28,7 @@ def fit(ctx: Context) -> None:
     with told(ctx):
         with handled(ctx.handlers):
             ctx.call_callbacks("on_fit_begin")
-            for ctx.epoch in range(1, ctx.max_epochs + 1):
+            for ctx.epoch in range(first_epoch(ctx), ctx.max_epochs + 1):
                 with handled(ctx.epoch_handlers):
                     ctx.call_callbacks("on_epoch_begin")
                     train_epoch(ctx)
@@ -43,14 +42,19 @@ def train_epoch(ctx: Context) -> None:
     """The training part of an epoch."""
     assert ctx.accelerator is not None
     to_device, fire, step = ctx.accelerator.to_device, ctx.call_callbacks, step_of(ctx)
-    ctx.training, ctx.data = True, ctx.train_data
+    ctx.training, ctx.data, ctx.trained = True, ctx.train_data, 0
+    ctx.train_pass = TrainPass(ctx.train_data, ctx.accelerator, ctx.epoch or 1)
     fire("on_train_begin")
-    for ctx.iter, batch in enumerate(train_batches(ctx), start=1):
+    is_over = ctx.resume is not None and ctx.resume.position.phase == "valid"
+    batches = begin_pass(ctx)
+    for ctx.iter, batch in enumerate(batches, start=ctx.trained + 1):
         ctx.batch, ctx.loss = to_device(batch), {}
         fire("on_train_batch_begin")
         step()
+        ctx.trained = ctx.iter
         fire("on_train_batch_end")
-    fire("on_train_end")
+    if not is_over:
+        fire("on_train_end")
 
 
 def valid_epoch(ctx: Context) -> None:
@@ -58,6 +62,7 @@ def valid_epoch(ctx: Context) -> None:
     assert ctx.accelerator is not None and ctx.valid_data is not None
     to_device, fire, step = ctx.accelerator.to_device, ctx.call_callbacks, step_of(ctx)
     ctx.training, ctx.data = False, ctx.valid_data
+    ctx.mark_validation()
     fire("on_valid_begin")
     with torch.no_grad():
         for ctx.iter, batch in enumerate(ctx.valid_data, start=1):
@@ -97,29 +102,35 @@ def step_of(ctx: Context) -> Callable[[], object]:
     return own or (lambda: default_step(ctx))
 
 
-def train_batches(ctx: Context) -> Iterator[Any]:
-    """The training batches; the accelerator learns how many the present step averages.
+def first_epoch(ctx: Context) -> int:
+    """The epoch to begin with; what a checkpoint has is put back here or in ``begin_pass``."""
+    resume = ctx.resume
+    if resume is None:
+        return 1
+    if resume.is_exact and resume.position.phase != "epoch":
+        return int(resume.position.epoch)
+    ctx.resume = None
+    resume.restore(ctx)
+    if not resume.is_exact:
+        return 1
+    resume.restore_random(ctx)
+    return int(resume.position.epoch) + 1
 
-    Without a length the batches of a window are fetched together, to know a short last one.
-    """
-    accelerator, loader = ctx.accelerator, ctx.train_data
-    assert accelerator is not None and loader is not None
-    if accelerator.accumulate == 1:
-        yield from loader
-        return
-    left, batches = num_batches(loader), iter(loader)
-    group: Iterable[Any]
-    while left is None or left > 0:
-        if left is None:
-            group = fetched = list(islice(batches, accelerator.accumulate))
-            size = len(fetched)
-        else:
-            size = min(accelerator.accumulate, left)
-            group, left = islice(batches, size), left - size
-        if size == 0:
-            return
-        accelerator.window = size
-        yield from group
+
+def begin_pass(ctx: Context) -> Iterator[Any]:
+    """The training batches of the epoch, or those that a checkpoint left over."""
+    resume, ctx.resume = ctx.resume, None
+    if resume is None:
+        return ctx.train_pass.start()  # type: ignore[no-any-return]
+    resume.restore(ctx)
+    ctx.trained = resume.position.iter
+    if resume.position.phase == "valid":
+        resume.restore_random(ctx)
+        return iter(())
+    ctx.train_pass.load_state_dict(resume.state(ctx)["pass"], ctx.trained)
+    batches = ctx.train_pass.start()
+    resume.restore_random(ctx)
+    return batches  # type: ignore[no-any-return]
 
 
 @contextmanager

@@ -18,7 +18,7 @@ def random_state(generators: Iterable[torch.Generator] = ()) -> dict[str, Any]:
         "torch": torch.get_rng_state(),
         "generators": [generator.get_state() for generator in generators],
     }
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state_all()
     if torch.backends.mps.is_available():
         state["mps"] = torch.mps.get_rng_state()

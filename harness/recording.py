@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tracking
-from harness.context import Context
+from harness.context import Context, Nobody
 from harness.data import describe
+from tracking import capture
 from tracking.schema import leaves
 
 if TYPE_CHECKING:
     from harness.learner import Learner
 
 
-class Unrecorded:
+class Unrecorded(Nobody):
     """The recorder of a fit without tracking: checks values as a run would, keeps none."""
 
     def log(self, what: str, set: str, value: Any, *_: Any, **__: Any) -> None:
@@ -60,8 +62,7 @@ def tracked(ctx: Context, tracker: Any) -> Iterator[tracking.Run | None]:
         raise TypeError(f"{msg} A dict holds arguments of tracking.start().")
     assert ctx.accelerator is not None
     rank, share = ctx.accelerator.rank, ctx.accelerator.broadcast
-    options = dict(tracker)
-    options.setdefault("name", None)
+    options = dict(tracker) | earlier_run(ctx)
     if rank == 0:
         run = tracking.start(**options)
         share(run.id)
@@ -70,6 +71,25 @@ def tracked(ctx: Context, tracker: Any) -> Iterator[tracking.Run | None]:
     with run:
         ctx.recorder = run
         yield run
+
+
+def earlier_run(ctx: Context) -> dict[str, Any]:
+    """Arguments that open the run of the checkpoint that the fit goes on from."""
+    resume = ctx.resume
+    if resume is None or not resume.is_exact:
+        return {}
+    home = resume.place.parent.parent
+    for path in (home, Path(resume.manifest["run"].get("path") or home)):
+        if path.name == resume.manifest["run"]["id"] and path.is_dir():
+            return {"run_id": path.name, "runs_dir": path.parent}
+    return {}
+
+
+def code_commit() -> str | None:
+    """The git commit of the working folder, with a mark if there are changes."""
+    summary = capture.code_state(Path.cwd()).summary or {}
+    mark = " (changed)" if summary.get("dirty") else ""
+    return f"{summary['commit']}{mark}" if summary.get("commit") else None
 
 
 def describe_fit(

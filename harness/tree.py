@@ -56,6 +56,11 @@ def _plan(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         return _plan(value.item(), path, tensors)
     if isinstance(value, bytes):
         return {"$bytes": base64.b64encode(value).decode("ascii")}
+    return _container(value, path, tensors)
+
+
+def _container(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """The plan of a tuple, list or dict."""
     if isinstance(value, tuple):
         return {"$tuple": _items(value, path, tensors)}
     if isinstance(value, list):
@@ -74,7 +79,9 @@ def _items(value: Any, path: str, tensors: dict[str, Tensor]) -> list[Any]:
 def _mapping(value: Mapping[Any, Any], path: str, tensors: dict[str, Tensor]) -> Any:
     """The plan of a dict; keys that are no plain strings are kept in pairs."""
     if all(isinstance(key, str) and not key.startswith("$") for key in value):
-        return {key: _plan(item, f"{path}/{key}", tensors) for key, item in value.items()}
+        return {
+            key: _plan(item, f"{path}/{key}", tensors) for key, item in value.items()
+        }
     pairs = [
         [_plan(key, f"{path}/key{n}", tensors), _plan(item, f"{path}/{key}", tensors)]
         for n, (key, item) in enumerate(value.items())

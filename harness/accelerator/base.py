@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
@@ -115,12 +114,25 @@ class Accelerator(Protocol):
         """All weights and buffers, whole, detached, on the CPU; empty except on rank 0."""
         ...
 
-    def save(self, folder: Path) -> None:
-        """Write this rank's optimizer and engine state into `folder`."""
+    def state_dict(self) -> dict[str, Any]:
+        """Weights, buffers, optimizers, gradients of an open window, counters: the rank's part.
+
+        Tensors are live: copy them before the next step. The rest is what JSON can hold.
+        """
         ...
 
-    def load(self, folder: Path) -> None:
-        """Take back what ``save`` wrote on the same number of ranks."""
+    def load_state_dict(
+        self,
+        state: Mapping[str, Any],
+        parts: Sequence[str] = ("model", "optimizers"),
+    ) -> None:
+        """Take back what ``state_dict`` gave, all of it or one of the two parts.
+
+        Raises
+        ------
+        CheckpointError
+            If it is of another model, other optimizers, or another number of ranks.
+        """
         ...
 
     def finish(self) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from harness.accelerator.base import StepOpt, default_step_opt
+from harness.errors import CheckpointError
 
 
 def best_device() -> torch.device:
@@ -33,6 +33,48 @@ def move(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, tuple | list):
         return type(batch)(move(value, device) for value in batch)
     return batch
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """All weights and buffers, those left out of a ``state_dict`` too; live."""
+    return {**dict(model.named_buffers()), **dict(model.named_parameters())}
+
+
+def copy_tensors(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
+    """Copy saved weights and buffers into a model of the same names and shapes.
+
+    Raises
+    ------
+    CheckpointError
+        If a name or shape differs; it is named.
+    """
+    live = tensors_of(model)
+    for name in sorted(live.keys() | saved.keys()):
+        have = tuple(saved[name].shape) if name in saved else "none"
+        want = tuple(live[name].shape) if name in live else "none"
+        if have != want:
+            msg = f"resume: expected the tensor {name!r} of shape {want}, got {have}."
+            raise CheckpointError(f"{msg} Resume with the model that was saved.")
+    with torch.no_grad():
+        for name, value in live.items():
+            value.copy_(saved[name])
+
+
+def load_optimizer(opt: Any, saved: Mapping[str, Any], name: str) -> None:
+    """Give an optimizer its state.
+
+    Raises
+    ------
+    CheckpointError
+        If its parameter groups are others.
+    """
+    try:
+        opt.load_state_dict(saved)
+    except (ValueError, KeyError) as error:
+        msg = f"resume: expected the saved groups of optimizer {name!r}, got: {error}."
+        raise CheckpointError(
+            f"{msg} Resume with the learner that was saved."
+        ) from error
 
 
 class SingleDevice:
@@ -70,6 +112,7 @@ class SingleDevice:
         self.accumulate = accumulate
         self.window = accumulate
         self.steps: dict[str, int] = {}
+        self._model: nn.Module | None = None
         self._optimizers: dict[str, torch.optim.Optimizer] = {}
         self._done: dict[str, int] = {}
         self._hooks: list[Any] = []
@@ -82,7 +125,7 @@ class SingleDevice:
         loaders: Sequence[Any] = (),
     ) -> tuple[nn.Module, dict[str, Any], list[Any]]:
         """Place the model on the device; optimizers and loaders come back as they are."""
-        model.to(self.device)
+        self._model = model.to(self.device)
         self._optimizers = dict(optimizers or {})
         self._done = dict.fromkeys(self._optimizers, 0)
         self.steps = dict.fromkeys(self._optimizers, 0)
@@ -183,11 +226,53 @@ class SingleDevice:
         state = model.state_dict()
         return {name: value.detach().cpu() for name, value in state.items()}
 
-    def save(self, folder: Path) -> None:
-        """Nothing of its own to keep: optimizers are in the checkpoint."""
+    def state_dict(self) -> dict[str, Any]:
+        """Weights, buffers, optimizers, gradients of an open window, counters; live."""
+        model = self._model
+        assert model is not None
+        is_open = any(self._done.values())
+        return {
+            "world_size": 1,
+            "model": tensors_of(model),
+            "optimizers": {n: opt.state_dict() for n, opt in self._optimizers.items()},
+            "steps": dict(self.steps),
+            "done": dict(self._done),
+            "grads": {
+                name: param.grad
+                for name, param in model.named_parameters()
+                if is_open and param.grad is not None
+            },
+        }
 
-    def load(self, folder: Path) -> None:
-        """Nothing of its own was kept."""
+    def load_state_dict(
+        self,
+        state: Mapping[str, Any],
+        parts: Sequence[str] = ("model", "optimizers"),
+    ) -> None:
+        """Take back what ``state_dict`` gave, all of it or one of the two parts.
+
+        Raises
+        ------
+        CheckpointError
+            If it is of another model or other optimizers.
+        """
+        model = self._model
+        assert model is not None
+        if "model" in parts:
+            copy_tensors(model, state["model"])
+        if "optimizers" not in parts:
+            return
+        if set(state["optimizers"]) != set(self._optimizers):
+            have, want = sorted(state["optimizers"]), sorted(self._optimizers)
+            msg = f"resume: expected optimizers {want}, got {have}."
+            raise CheckpointError(f"{msg} Resume with the learner that was saved.")
+        for name, own in state["optimizers"].items():
+            load_optimizer(self._optimizers[name], own, name)
+        self.steps.update(state["steps"])
+        self._done.update(state["done"])
+        params = dict(model.named_parameters())
+        for name, grad in state["grads"].items():
+            params[name].grad = grad.to(self.device, copy=True)
 
     def finish(self) -> None:
         """Take the step counters off the optimizers."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 from types import FrameType
@@ -30,7 +31,7 @@ class Interrupt(Callback):
     luz 0.5.0, ``luz_callback_interrupt``. Differs from luz: the batch is finished first.
     """
 
-    weight = 900
+    weight = math.inf
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
     def __init__(self) -> None:
@@ -58,6 +59,7 @@ class Interrupt(Callback):
         if accelerator.world_size > 1:
             asked = self.ctx.iter % AGREE_EVERY == 0 and accelerator.any(asked)  # type: ignore[operator]
         if asked:
+            self.ctx.stop_signal = self.signum or signal.SIGINT
             raise Interrupted(self.signum or signal.SIGINT)
 
     def _restore(self) -> None:

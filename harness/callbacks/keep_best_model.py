@@ -1,0 +1,55 @@
+"""Ends the fit with the weights of its best epoch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from harness.callbacks.monitor import Mode, Monitor
+
+
+class KeepBestModel(Monitor):
+    """Ends the fit with the weights of the best epoch.
+
+    Parameters
+    ----------
+    monitor, mode, min_delta
+        What is best; see ``Monitor``.
+
+    References
+    ----------
+    luz 0.5.0, ``luz_callback_keep_best_model``.
+    """
+
+    weight = 40
+
+    def __init__(
+        self, monitor: str = "valid/loss", mode: Mode = "min", min_delta: float = 0.0
+    ) -> None:
+        super().__init__(monitor, mode, min_delta)
+        self.weights: dict[str, Tensor] = {}
+
+    def on_epoch_end(self) -> None:
+        """Copy the weights if they are the best so far."""
+        if self.improved():
+            assert self.ctx.accelerator is not None
+            state = self.ctx.accelerator.state_dict()["model"]
+            self.weights = {name: t.detach().clone() for name, t in state.items()}
+
+    def on_fit_end(self) -> None:
+        """Put the best weights back."""
+        if self.weights:
+            assert self.ctx.accelerator is not None
+            state = {**self.ctx.accelerator.state_dict(), "model": self.weights}
+            self.ctx.accelerator.load_state_dict(state, ["model"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Best value and weights."""
+        return super().state_dict() | {"weights": self.weights}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back best value and weights."""
+        super().load_state_dict(state)
+        assert self.ctx.accelerator is not None
+        self.weights = self.ctx.accelerator.to_device(state["weights"])

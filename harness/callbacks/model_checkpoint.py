@@ -1,0 +1,180 @@
+"""Saves checkpoints while the fit goes on."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+from harness.callbacks.monitor import Mode, Monitor
+from harness.checkpoint import Position
+from harness.context import Phase
+from harness.saver import Saver
+
+
+class ModelCheckpoint(Monitor):
+    """Saves a checkpoint at epoch ends, every so many steps or minutes, and on interrupt.
+
+    Each holds everything the rest of the fit depends on; see ``Context.state_dict``.
+
+    Parameters
+    ----------
+    path
+        Folder for checkpoints; None: ``checkpoints/`` of the run that records the fit.
+    every_n_epochs : >= 0
+        Epochs between two; 0: none at epoch ends.
+    every_n_steps, every_n_minutes : > 0
+        Optimizer steps, or minutes, between two within an epoch; None: none.
+    keep_last : >= 1
+        Newest checkpoints that stay.
+    keep_best : >= 0
+        Checkpoints of the best epochs that stay beside those, by `monitor` and `mode`.
+    monitor, mode
+        What is best; see ``Monitor``.
+
+    Notes
+    -----
+    On several ranks minutes are those of rank 0. A failed write is told in a warning, and
+    the next save tries again.
+
+    References
+    ----------
+    luz 0.5.0, ``luz_callback_model_checkpoint``. Differs from luz: whole state, not weights
+    alone.
+    """
+
+    weight = (
+        math.inf
+    )  # after every other callback: what they count belongs to the state
+
+    def __init__(
+        self,
+        path: str | Path | None = None,
+        *,
+        every_n_epochs: int = 1,
+        every_n_steps: int | None = None,
+        every_n_minutes: float | None = None,
+        keep_last: int = 1,
+        keep_best: int = 0,
+        monitor: str = "valid/loss",
+        mode: Mode = "min",
+    ) -> None:
+        super().__init__(monitor, mode)
+        for name, value, least in (
+            ("every_n_epochs", every_n_epochs, 0),
+            ("every_n_steps", every_n_steps, 1),
+            ("keep_last", keep_last, 1),
+            ("keep_best", keep_best, 0),
+        ):
+            if value is not None and value < least:
+                place = f"{type(self).__name__}({name})"
+                msg = f"{place}: expected at least {least}, got {value!r}."
+                raise ValueError(f"{msg} Leave it out for the default.")
+        self.path = Path(path) if path is not None else None
+        self.every_n_epochs, self.every_n_steps = every_n_epochs, every_n_steps
+        self.every_n_minutes = every_n_minutes
+        self.keep_last, self.keep_best = keep_last, keep_best
+        self.saver: Saver | None = None
+        self._ranked: list[list[Any]] = []
+        self._last_step = 0
+        self._last_time = 0.0
+
+    def on_fit_begin(self) -> None:
+        """Find the folder."""
+        folder = self.path
+        if folder is None:
+            run = getattr(self.ctx.recorder, "path", None)
+            if run is None:
+                msg = f"{type(self).__name__}(path): expected a folder, got None."
+                raise ValueError(
+                    f"{msg} Without a run there is no place for checkpoints."
+                )
+            folder = Path(run) / "checkpoints"
+        self.saver = Saver(folder, self.ctx)
+        self._last_time = monotonic()
+
+    def on_train_batch_end(self) -> None:
+        """Save if it is time."""
+        step = self.ctx.step
+        is_due = (
+            self.every_n_steps is not None
+            and step != self._last_step
+            and step % self.every_n_steps == 0
+        )
+        if self.every_n_minutes is not None and not is_due:
+            assert self.ctx.accelerator is not None
+            passed_s = monotonic() - self._last_time
+            is_due = self.ctx.accelerator.broadcast(
+                passed_s >= 60 * self.every_n_minutes
+            )
+        if is_due:
+            self._save("train")
+
+    def on_epoch_end(self) -> None:
+        """Save if it is time."""
+        epoch = self.ctx.epoch
+        assert epoch is not None
+        if self.every_n_epochs and epoch % self.every_n_epochs == 0:
+            if self.keep_best:
+                self._rank(epoch)
+            self._save("epoch")
+
+    def _rank(self, epoch: int) -> None:
+        """Keep the names of the best epochs."""
+        value = self.value()
+        name = self._name()
+        sign = 1 if self.mode == "min" else -1
+        self._ranked.append([sign * value, epoch, name])
+        self._ranked = sorted(self._ranked)[: self.keep_best]
+
+    def _name(self) -> str:
+        """Name that a checkpoint of this moment has."""
+        ctx = self.ctx
+        assert ctx.epoch is not None
+        return Position(
+            epoch=ctx.epoch, iter=ctx.trained, step=ctx.step, phase="epoch"
+        ).name
+
+    def on_interrupt(self) -> None:
+        """Save where the fit ended in an orderly way."""
+        if self.ctx.stop_signal is not None:
+            self._save("train" if self.ctx.training else "valid")
+
+    def on_fit_end(self) -> None:
+        """Wait for the last write."""
+        self._wait()
+
+    def on_exception(self) -> None:
+        """Wait for the last write."""
+        self._wait()
+
+    def _save(self, phase: Phase) -> None:
+        self._wait()
+        assert self.saver is not None
+        self._last_step, self._last_time = self.ctx.step, monotonic()
+        self.saver.save(phase)
+
+    def _wait(self) -> None:
+        """Wait for the write under way; warn if it failed, tidy up if it did not."""
+        if self.saver is None:
+            return
+        fault = self.saver.wait()
+        if fault is not None:
+            msg = f"checkpoint not written: {fault} Training goes on; the next save tries again."
+            warnings.warn(msg, stacklevel=2)
+        elif self.saver.saved:
+            self.saver.prune(self.keep_last, {name for *_, name in self._ranked})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which epochs are best, and when the last save was."""
+        return super().state_dict() | {
+            "ranked": self._ranked,
+            "last_step": self._last_step,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what is best, and when the last save was."""
+        super().load_state_dict(state)
+        self._ranked, self._last_step = state["ranked"], state["last_step"]
