@@ -277,7 +277,8 @@ def fill_config(config: Mapping[str, Any], setting: Setting) -> dict[str, Any]:
     filled = copy.deepcopy(dict(config))
     filled |= batch_sizes(filled, setting)
     filled["managed_gradient_accumulation"] = False
-    if filled.get("gradient_clipping") == "auto":
+    if filled.get("gradient_clipping", "auto") == "auto":
+        # DeepSpeed 0.19.8 clips at 1.0 where nothing is said; plain torch does not.
         filled["gradient_clipping"] = 0.0
     _fill_zero(filled.setdefault("zero_optimization", {}), setting)
     if "torch_autocast" in filled:

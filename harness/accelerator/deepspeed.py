@@ -294,10 +294,13 @@ class DeepSpeedAccelerator:
             if loader is None:
                 divided.append(None)
                 continue
-            begin = self._send_buffers if place else None
             divided.append(
                 ShardedLoader(
-                    loader, self._ranks, on_batch=self._hand_out, on_begin=begin
+                    loader,
+                    self._ranks,
+                    on_batch=self._hand_out,
+                    on_begin=self._send_buffers if place else lambda: None,
+                    on_end=self._put_away,
                 )
             )
         return divided
@@ -307,6 +310,10 @@ class DeepSpeedAccelerator:
         self._handed.append((batch, share))
         self._share = share
         return batch
+
+    def _put_away(self) -> None:
+        """After a pass there is no present batch."""
+        self._share = None
 
     def _send_buffers(self) -> None:
         """Give all ranks the buffers of rank 0, whose weights are the ones that are kept."""
@@ -606,10 +613,10 @@ def door() -> ModuleType:
         if not had_mlflow:
             del sys.modules["mlflow"]
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    installed = deepspeed.git_version_info.installed_ops
-    if not installed.get("deepspeed_shm_comm", False):
-        # It would be compiled when ranks first meet on a CPU: half a minute, and chatter.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Asked for its ops, DeepSpeed tries to compile each, with chatter. The one that it asks
+    # for itself, for ranks that meet on a CPU, would then be built: half a minute.
+    built = deepspeed.git_version_info.installed_ops.get("deepspeed_shm_comm", False)
+    vars(deepspeed.ops).setdefault("__compatible_ops__", {"deepspeed_shm_comm": built})
     found: ModuleType = deepspeed
     return found
 

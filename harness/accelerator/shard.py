@@ -94,8 +94,8 @@ class ShardedLoader:
         The ranks to divide it over.
     on_batch
         Called with each batch and its ``Share`` as it is handed out; gives the batch on.
-    on_begin
-        Called before each pass over the data.
+    on_begin, on_end
+        Called before and after each pass over the data.
 
     Notes
     -----
@@ -114,25 +114,28 @@ class ShardedLoader:
         loader: DataLoader[Any],
         ranks: Ranks,
         on_batch: Callable[[Any, Share], Any] = lambda batch, share: batch,
-        on_begin: Callable[[], None] | None = None,
+        on_begin: Callable[[], None] = lambda: None,
+        on_end: Callable[[], None] = lambda: None,
     ) -> None:
         self._loader = loader
         self._ranks = ranks
         self._on_batch = on_batch
-        self._on_begin = on_begin
+        self._on_begin, self._on_end = on_begin, on_end
         self.share: Share | None = None
         self._source = _source(loader, ranks)
 
     def __iter__(self) -> Iterator[Any]:
-        if self._on_begin is not None:
-            self._on_begin()
+        self._on_begin()
         # The iterator is made at once, since making it draws a random number in torch.
         return self._handed_out(iter(self._source))
 
     def _handed_out(self, source: Iterator[tuple[Any, Share]]) -> Iterator[Any]:
-        for batch, share in source:
-            self.share = share
-            yield self._on_batch(batch, share)
+        try:
+            for batch, share in source:
+                self.share = share
+                yield self._on_batch(batch, share)
+        finally:
+            self._on_end()
 
     def __len__(self) -> int:
         return len(self._source)
