@@ -60,15 +60,15 @@ def unmatched(
     counts_left = np.bincount(group[is_left], minlength=num_groups)
     counts_right = np.bincount(group[~is_left], minlength=num_groups)
     both = np.minimum(counts_left, counts_right)
-    extra_left = order[is_left][_occurrence(group[is_left]) >= both[group[is_left]]]
-    extra = order[~is_left][_occurrence(group[~is_left]) >= both[group[~is_left]]]
+    extra_left = order[is_left][occurrence(group[is_left]) >= both[group[is_left]]]
+    extra = order[~is_left][occurrence(group[~is_left]) >= both[group[~is_left]]]
     return np.sort(extra_left), np.sort(extra - len(left))
 
 
-def _occurrence(
+def occurrence(
     group: np.ndarray[Any, np.dtype[np.int64]],
 ) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """For sorted groups: how many of the same group come before each."""
+    """How many of the same group come before each, of groups in order."""
     starts = np.flatnonzero(np.diff(group, prepend=-1))
     lengths = np.diff(starts, append=len(group))
     return np.arange(len(group)) - np.repeat(starts, lengths)

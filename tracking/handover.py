@@ -23,6 +23,11 @@ _PACKAGES: Final = str(Path(__file__).resolve().parent.parent)
 _POLL_S: Final = 0.1
 
 
+def delivery_command(*arguments: str) -> list[str]:
+    """Command line of a delivery process, whatever the folder it is started in."""
+    return [sys.executable, "-P", "-c", _BOOT, _PACKAGES, *arguments]
+
+
 class Handover:
     """A delivery process that was started, or none.
 
@@ -50,7 +55,7 @@ class Handover:
             folder.mkdir(exist_ok=True)
             with (folder / "log.txt").open("ab") as log:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-P", "-c", _BOOT, _PACKAGES, str(self._run_path)],
+                    delivery_command(str(self._run_path)),
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,

@@ -59,7 +59,17 @@ class RefusedError(TrackingError):
 
 
 class GoneError(TrackingError):
-    """The run or experiment is not there, or in MLflow's bin."""
+    """The run or experiment is not there, or in MLflow's bin.
+
+    Attributes
+    ----------
+    is_binned
+        Whether it can be restored there.
+    """
+
+    def __init__(self, message: str, *, is_binned: bool = False) -> None:
+        super().__init__(message)
+        self.is_binned = is_binned
 
 
 class UnreachableError(TrackingError):
@@ -184,7 +194,8 @@ class Remote:
         if found is None or found.lifecycle_stage != "active":
             raise GoneError(
                 f"delivery: expected an active experiment in MLflow, got {name!r} in "
-                "its bin. Restore it there, or delete it for good."
+                "its bin. Restore it there, or delete it for good.",
+                is_binned=True,
             )
         return found.experiment_id
 
@@ -209,7 +220,8 @@ class Remote:
         if run.info.lifecycle_stage != "active":
             raise GoneError(
                 f"delivery: expected an active run in MLflow, got {run_id} in its bin. "
-                "Restore it there, or run 'harness sync' for a new one."
+                "Restore it there, or run 'harness sync' for a new one.",
+                is_binned=True,
             )
         return _seen(run)
 

@@ -1,0 +1,541 @@
+"""Takes one run's rows to MLflow, from the first to the last, and sets its status."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final, TypeVar
+
+import numpy as np
+import pyarrow as pa
+from pyarrow import compute as pc
+
+from tracking.description import STATUSES, as_ms
+from tracking.errors import TrackingError
+from tracking.journal import Tail, is_being_written
+from tracking.points import Stamps, points_of
+from tracking.reconciling import (
+    Difference,
+    Leftovers,
+    as_points,
+    chosen_points,
+    difference,
+    wanted_points,
+)
+from tracking.registering import Register
+from tracking.remote import GoneError, Point, UnreachableError
+from tracking.sender import BATCH, Sender
+from tracking.state import State
+from tracking.store import part_path, status_of
+from tracking.superseding import Place
+from tracking.survey import News, Survey
+from tracking.thinning import sent_at_once
+
+POLL_S: Final = 0.25
+FIRST_DELAY_S: Final = 0.25
+LONGEST_DELAY_S: Final = 15.0
+STEP_ROWS: Final = 4 * BATCH
+"""Rows sent before the journal is looked at again for what supersedes them."""
+
+T = TypeVar("T")
+
+
+class GaveUpError(TrackingError):
+    """MLflow did not answer for as long as it was to be waited for."""
+
+
+@dataclass
+class Progress:
+    """Where the sending of rows has got to, and what it must remember for the rest.
+
+    Attributes
+    ----------
+    tail
+        Gives the next rows.
+    num_held
+        Rows that were passed over for the places in `held`.
+    stamps
+        Times given so far.
+    counts
+        Points of each key so far; for thinning.
+    indices
+        Least and greatest index of what and set, among the rows done with.
+    leftovers
+        Points in MLflow that no row stands for.
+    held
+        Places that were overwritten after MLflow had them: sent when all is known.
+    """
+
+    tail: Tail
+    num_held: int = 0
+    stamps: Stamps = field(default_factory=Stamps)
+    counts: dict[str, int] = field(default_factory=dict)
+    indices: dict[tuple[str, str], list[int | None]] = field(default_factory=dict)
+    leftovers: Leftovers = field(default_factory=Leftovers)
+    held: set[Place] = field(default_factory=set)
+
+    def touches(self, place: Place) -> bool:
+        """Whether rows done with may be among those that an overwrite is about."""
+        what, set_, index = place
+        bounds = self.indices.get((what, set_))
+        if bounds is None or index is None or bounds[0] is None or bounds[1] is None:
+            return bounds is not None
+        return bounds[0] <= index <= bounds[1]
+
+    def note_indices(self, table: pa.Table) -> None:
+        """Take note of the places that rows are at."""
+        plain = table.select(["what", "set", "index"])
+        plain = pa.table(
+            {
+                "what": plain["what"].cast(pa.string()),
+                "set": plain["set"].cast(pa.string()),
+                "index": plain["index"],
+            }
+        )
+        found = plain.group_by(["what", "set"]).aggregate(
+            [("index", "min"), ("index", "max")]
+        )
+        for row in found.to_pylist():
+            key = row["what"], row["set"]
+            low, high = row["index_min"], row["index_max"]
+            bounds = self.indices.setdefault(key, [low, high])
+            bounds[0] = _least(bounds[0], low, min)
+            bounds[1] = _least(bounds[1], high, max)
+
+
+class Courier:
+    """Delivers one run; made for one process, which does nothing else.
+
+    Parameters
+    ----------
+    run_path
+        Folder of the run.
+    register
+        Finds and makes runs in MLflow.
+    patience_s : seconds
+        How long a server that does not answer is waited for, once the trainer is gone.
+    is_thorough
+        Whether all that MLflow has is compared with the journal in the end, as `sync`
+        does; else only where there is a reason to.
+    redact
+        Takes secrets out of a text.
+    log
+        Writes a line to the log.
+    """
+
+    def __init__(
+        self,
+        run_path: Path,
+        register: Register,
+        *,
+        patience_s: float,
+        is_thorough: bool = False,
+        redact: Callable[[str], str] = str,
+        log: Callable[[str], None] = print,
+    ) -> None:
+        self.run_path = run_path
+        self.state = State.read(run_path) or State()
+        self.num_sent = 0
+        self.num_present = 0
+        self._register = register
+        self._patience_s = patience_s
+        self._is_thorough = is_thorough
+        self._redact = redact
+        self.log = log
+        self._part = part_path(run_path, 0)
+        self._survey = Survey(self._part)
+        self._progress = Progress(Tail(self._part))
+        self._gauge = Tail(self._part)
+        self._per_key = register.manifest.delivery.get("per_key")
+        self._is_unsettled = is_thorough or self._per_key is not None
+        self._must_reconcile = False
+        self._deadline: float | None = None
+        self._saved_at = 0.0
+        self._next_artifact_at = 0.0
+        self._sender: Sender
+
+    def deliver(self, on_page: Callable[[], None] = lambda: None) -> None:
+        """Deliver all rows; while the trainer lives, those to come as well.
+
+        Parameters
+        ----------
+        on_page
+            Called once when the run's page in MLflow is there.
+
+        Raises
+        ------
+        GaveUpError
+            If MLflow could not be reached, or does not take the run.
+        """
+        self._enter("connecting")
+        for attempt in range(5):
+            try:
+                self._connect()
+                on_page()
+                self._loop()
+                return
+            except GoneError as error:
+                if error.is_binned or attempt == 4:
+                    raise self._given_up(error) from error
+                self.log(f"the run is gone from MLflow; making it anew ({error})")
+                self.state.mlflow_run_id = None
+
+    # ------------------------------------------------------------------ the loop
+
+    def _loop(self) -> None:
+        """Send what comes until the trainer has ended and all is sent."""
+        self._enter("delivering")
+        while True:
+            is_live = is_being_written(self._part)
+            is_busy = self._step(is_live)
+            self._save()
+            if is_busy:
+                continue
+            if is_live:
+                time.sleep(POLL_S)
+            elif self._end():
+                return
+
+    def _step(self, is_live: bool) -> bool:
+        """Send the next rows; whether there were any."""
+        self._consider(self._survey.look())
+        if is_live and self._sender.status != "RUNNING":
+            self._keep_trying(lambda: self._set_status("RUNNING"))
+        self._keep_trying(self._send_properties)
+        if self._must_reconcile:
+            self._keep_trying(self._reconcile)
+        is_busy = self._send_rows()
+        self._try_artifact()
+        return is_busy
+
+    def _consider(self, news: News) -> None:
+        """Find out whether what MLflow has already is superseded."""
+        for _, position in news.rewinds:
+            if position < self._progress.tail.after:
+                self._must_reconcile = True
+        for _, place in news.overwrites:
+            if self._progress.touches(place):
+                self._progress.held.add(place)
+                self._is_unsettled = True
+
+    def _send_rows(self) -> bool:
+        """Send the points of the next rows, as far as the survey has seen them."""
+        progress = self._progress
+        before = progress.tail.after
+        table = progress.tail.read(STEP_ROWS)
+        table = table.filter(pa.array(table["seq"].to_numpy() <= self._survey.last))
+        if not table.num_rows:
+            progress.tail.after = before
+            return False
+        progress.tail.after = last = table["seq"][-1].as_py()
+        alive = table.filter(pa.array(self._survey.superseding.alive(table)))
+        progress.note_indices(alive)
+        points = points_of(self._not_held(alive), self._survey.keys)
+        points = progress.stamps.settled(points)
+        wanted = self._not_left_over(self._thinned(points))
+        if wanted is None:
+            return True
+        seqs = points["seq"].to_numpy()
+        for start in range(0, max(len(wanted), 1), BATCH):
+            some = wanted[start : start + BATCH]
+            is_last = start + BATCH >= len(wanted)
+            upto = last if is_last else int(seqs[some[-1][0]])
+            self._send([point for _, point in some], upto)
+        return True
+
+    def _send(self, points: list[Point], upto: int | None) -> None:
+        """Send a batch, however long it takes."""
+        self._keep_trying(lambda: self._sender.send_points(points, upto))
+        self.num_sent += len(points)
+        if upto is not None:
+            self.state.delivered = upto
+        self._save()
+
+    def _not_held(self, table: pa.Table) -> pa.Table:
+        """Rows without those whose places wait for the end."""
+        held = self._progress.held
+        if not held:
+            return table
+        columns = (table[name].to_pylist() for name in ("what", "set", "index"))
+        free = [place not in held for place in zip(*columns, strict=True)]
+        self._progress.num_held += len(free) - sum(free)
+        return table.filter(pa.array(free, pa.bool_()))
+
+    def _thinned(self, points: pa.Table) -> list[tuple[int, Point]]:
+        """Points that are sent at once, with their places in the table."""
+        found = list(enumerate(as_points(points)))
+        if self._per_key is None:
+            return found
+        counts = self._progress.counts
+        ordinals = np.empty(len(found), np.int64)
+        for i, point in found:
+            ordinals[i] = counts.get(point.key, 0)
+            counts[point.key] = int(ordinals[i]) + 1
+        chosen = sent_at_once(ordinals, self._per_key)
+        return [found[i] for i in np.flatnonzero(chosen)]
+
+    def _not_left_over(
+        self, points: list[tuple[int, Point]]
+    ) -> list[tuple[int, Point]] | None:
+        """Points that MLflow lacks; None if a fresh run had to be made for them."""
+        leftovers = self._progress.leftovers
+        if not leftovers:
+            return points
+        lacking = []
+        for i, point in points:
+            stands_for = leftovers.take(point)
+            if stands_for is False and not self._register.is_borrowed:
+                self.log(f"{point.key} at {point.step} differs from what MLflow has")
+                self._keep_trying(self._move)
+                return None
+            if not stands_for:
+                lacking.append((i, point))
+        return lacking
+
+    # -------------------------------------------------------- properties, artifacts
+
+    def _send_properties(self) -> None:
+        """Send params, tags and inputs, and the tags that describe the run."""
+        keys = self._survey.keys
+        self.state.names = {key: list(one) for key, one in keys.mapped().items()}
+        self.state.flags = self._sender.flags(self._survey.properties())
+        more = self._register.tags(self.state.names)
+        self._sender.send_properties(self._survey.properties(), more)
+
+    def _try_artifact(self) -> None:
+        """Upload one artifact, if one is waiting and the store takes it."""
+        if time.monotonic() < self._next_artifact_at:
+            return
+        try:
+            self._upload(1)
+        except UnreachableError as error:
+            self.log(f"an artifact is waiting: {error}")
+            self._next_artifact_at = time.monotonic() + LONGEST_DELAY_S
+
+    def _upload(self, count: int | None = None) -> None:
+        """Upload artifacts that MLflow lacks."""
+        wanted, folder = self._survey.properties(), self.run_path / "artifacts"
+        for name in self._sender.missing_artifacts(wanted, folder)[:count]:
+            self._sender.send_artifact(wanted, folder, name)
+
+    # ------------------------------------------------------------- the end of a run
+
+    def _end(self) -> bool:
+        """Close the MLflow run; False if there is more to be done after all."""
+        is_unsettled = self._is_unsettled or bool(self._progress.leftovers)
+        if is_unsettled and self._keep_trying(self._settle):
+            return False
+        if is_being_written(self._part):
+            return False
+        manifest = self._register.read_manifest()
+        status = status_of(self.run_path, manifest)
+        if status == "running":
+            return False
+        if self._is_thorough:
+            self._keep_trying(
+                lambda: self._sender.note_artifacts(self._survey.properties())
+            )
+        self._keep_trying(self._send_properties)
+        ended = as_ms(manifest.ended) or self._survey.last_time_ms
+        if not self._register.is_borrowed:
+            self._keep_trying(lambda: self._set_status(STATUSES[status], ended))
+        self._keep_trying(self._upload)
+        self._keep_trying(self._send_properties)
+        if is_being_written(self._part):
+            return False
+        self._enter("done")
+        return True
+
+    def _set_status(self, status: str, end_ms: int | None = None) -> None:
+        """Set the MLflow run's status, unless it is the caller's own run."""
+        if not self._register.is_borrowed:
+            self._sender.set_status(status, end_ms)
+
+    def _settle(self) -> bool:
+        """Make MLflow equal to the journal; whether a fresh run had to be made."""
+        # A killed run may be resumed, and its leftovers then be replaced by equals.
+        is_open = not self._is_thorough and self._has_been_killed()
+        found = self._difference(is_final=not is_open)
+        self.num_present = found.num_present
+        leftovers, lacking, differs = found.leftovers, [], False
+        for point in as_points(found.missing):
+            stands_for = leftovers.take(point)
+            differs |= stands_for is False
+            if not stands_for:
+                lacking.append(point)
+        if (leftovers or differs) and not self._register.is_borrowed:
+            if is_open:
+                self._progress.leftovers = leftovers
+                self._is_unsettled = False
+                return False
+            self.log(f"{len(leftovers)} points in MLflow have no row any more")
+            self._move()
+            return True
+        for start in range(0, len(lacking), BATCH):
+            self._send(lacking[start : start + BATCH], None)
+        self._is_unsettled = False
+        self._progress.leftovers = Leftovers()
+        self._progress.held.clear()
+        self._progress.num_held = 0
+        return False
+
+    def _has_been_killed(self) -> bool:
+        """Whether the run ended without saying so, or saying that it was stopped."""
+        manifest = self._register.read_manifest()
+        return status_of(self.run_path, manifest) == "killed"
+
+    # ------------------------------------------------------------ runs that differ
+
+    def _reconcile(self) -> None:
+        """After a rewind: learn what MLflow has that no row stands for any more."""
+        self._progress.stamps = Stamps()
+        found = self._difference(is_final=False)
+        self._progress.leftovers = found.leftovers
+        self._must_reconcile = False
+        if self._progress.held:
+            return
+        lacking = self._not_left_over(list(enumerate(as_points(found.missing))))
+        for start in range(0, len(lacking or []), BATCH):
+            some = (lacking or [])[start : start + BATCH]
+            self._send([point for _, point in some], None)
+
+    def _difference(self, *, is_final: bool) -> Difference:
+        """Compare MLflow with the rows that have been sent."""
+        progress = self._progress
+        points = wanted_points(
+            self._part, self._survey, progress.tail.after, progress.stamps
+        )
+        if self._per_key is not None:
+            counted = pc.value_counts(points["key"]).to_pylist()
+            progress.counts = {one["values"]: one["counts"] for one in counted}
+        chosen = chosen_points(points, self._per_key, is_final=is_final)
+        history = self._register.remote.history(self._sender.run_id)
+        return difference(points, chosen, history, self._survey)
+
+    def _move(self) -> None:
+        """Go on with a fresh MLflow run, from the first row."""
+        old = self._sender.run_id
+        fresh = self._register.replace(old)
+        self.log(f"{old} is superseded by {fresh.run_id}")
+        self._begin_with(fresh.run_id, self._register.sender(fresh))
+        self.state.superseded.append(old)
+
+    # ---------------------------------------------------------------- connecting
+
+    def _connect(self) -> None:
+        """Find or make the MLflow run, and the place where to go on."""
+        self._survey.look()
+        sender = self._keep_trying(self._register.connect)
+        self._begin_with(sender.run_id, sender)
+        self._save(at_once=True)
+
+    def _begin_with(self, run_id: str, sender: Sender) -> None:
+        """Go on where an MLflow run ends."""
+        self._sender = sender
+        self._progress = Progress(Tail(self._part))
+        self._must_reconcile = False
+        self.state.mlflow_run_id = run_id
+        self.state.experiment_id = sender.experiment_id
+        self.state.tracking_uri = self._redact(self._register.remote.uri)
+        self.state.page = self._register.page(sender)
+        self.state.delivered = sender.delivered
+        if sender.delivered >= 0:
+            self._pass_over(sender.delivered)
+
+    def _pass_over(self, last: int) -> None:
+        """Come to the position that MLflow says it has been sent all rows to."""
+        progress, superseding = self._progress, self._survey.superseding
+        while progress.tail.after < last:
+            table = progress.tail.read(1 << 14)
+            table = table.filter(pa.array(table["seq"].to_numpy() <= last))
+            if not table.num_rows:
+                break
+            alive = table.filter(pa.array(superseding.alive(table)))
+            progress.note_indices(alive)
+            points = progress.stamps.settled(points_of(alive, self._survey.keys))
+            if self._per_key is not None:
+                for key in points["key"].to_pylist():
+                    progress.counts[key] = progress.counts.get(key, 0) + 1
+        progress.tail.after = last
+        # Which of the control rows an earlier process knew of is not known here.
+        self._must_reconcile = bool(superseding.rewinds)
+        for _, place in superseding.overwrites:
+            if progress.touches(place):
+                progress.held.add(place)
+                self._is_unsettled = True
+
+    # ------------------------------------------------------- patience and reporting
+
+    def _keep_trying(self, action: Callable[[], T]) -> T:
+        """Do something with MLflow, again and again until it answers.
+
+        Raises
+        ------
+        GaveUpError
+            If it does not, and the trainer has been gone for long enough.
+        """
+        delay_s = FIRST_DELAY_S
+        while True:
+            try:
+                result = action()
+            except UnreachableError as error:
+                if self._is_too_late():
+                    raise self._given_up(error) from error
+                self._note_trouble(error)
+                time.sleep(delay_s)
+                delay_s = min(2 * delay_s, LONGEST_DELAY_S)
+            else:
+                self._deadline = None
+                if self.state.error:
+                    self.log("MLflow answers again")
+                    self._enter("delivering")
+                return result
+
+    def _is_too_late(self) -> bool:
+        """Whether a server that does not answer need not be waited for any more."""
+        if is_being_written(self._part):
+            self._deadline = None
+            return False
+        if self._deadline is None:
+            self._deadline = time.monotonic() + self._patience_s
+        return time.monotonic() >= self._deadline
+
+    def _note_trouble(self, error: Exception) -> None:
+        """Tell why nothing goes on, once for each reason."""
+        text = self._redact(str(error))[:500]
+        if text != self.state.error:
+            self.log(f"waiting for MLflow: {text}")
+        self._enter("waiting", text)
+
+    def _given_up(self, error: Exception) -> GaveUpError:
+        """Error that ends the delivery, written down."""
+        text = self._redact(str(error))[:500]
+        self.log(f"giving up: {text}")
+        self._enter("gave up", text)
+        return GaveUpError(text)
+
+    def _enter(self, phase: str, error: str | None = None) -> None:
+        """Write down what is going on."""
+        self.state.phase, self.state.error = phase, error
+        self._save(at_once=True)
+
+    def _save(self, *, at_once: bool = False) -> None:
+        """Write the state, not too often."""
+        if not at_once and time.monotonic() - self._saved_at < 1.0:
+            return
+        self._saved_at = time.monotonic()
+        self._gauge.after = self.state.delivered
+        self.state.behind = self._gauge.behind() + self._progress.num_held
+        self.state.updated = datetime.now(UTC).isoformat()
+        self.state.write(self.run_path)
+
+
+def _least(
+    known: int | None, new: int | None, choose: Callable[..., int]
+) -> int | None:
+    """The lesser, or greater, of two numbers that may be absent."""
+    present = [number for number in (known, new) if number is not None]
+    return choose(present) if len(present) == 2 else None

@@ -1,0 +1,285 @@
+"""The process that takes a run to MLflow: ``python -m tracking.delivery RUN_PATH``.
+
+It tails the journal, so the trainer neither waits for it nor knows how far it is, and
+it goes on when the trainer is gone, however that ended. It ends by itself once all is
+delivered, or once a server has not answered for a while after the trainer's end.
+
+With ``--sync`` it delivers runs that have ended and compares all that MLflow has with
+the journal; with ``--read FOLDER`` it only writes down what MLflow has. Both tell on
+stdout what they did, a line of JSON for each run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import io
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+import pyarrow as pa
+
+from tracking.courier import Courier, GaveUpError
+from tracking.errors import TrackingError
+from tracking.redaction import redacted, secrets_in
+from tracking.registering import Register
+from tracking.remote import Remote, prepare_environment, resolved_uri
+from tracking.state import State
+from tracking.store import Manifest
+from tracking.thinning import check_options
+
+NICENESS: Final = 10
+LOCK_WAIT_S: Final = 10.0
+MAX_LOG_BYTES: Final = 1 << 20
+SYNC_PATIENCE_S: Final = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What the environment says, read once.
+
+    Attributes
+    ----------
+    tracking_uri, experiment_name, experiment_id
+        MLflow's own variables, None where they are not set.
+    cache
+        Folder of prepared databases.
+    secrets
+        Values that must not be told.
+    """
+
+    tracking_uri: str | None
+    experiment_name: str | None
+    experiment_id: str | None
+    cache: Path
+    secrets: tuple[str, ...]
+
+    @classmethod
+    def read(cls, environment: Mapping[str, str]) -> Settings:
+        """Settings from environment variables."""
+        cache = environment.get("XDG_CACHE_HOME") or "~/.cache"
+        return cls(
+            tracking_uri=environment.get("MLFLOW_TRACKING_URI") or None,
+            experiment_name=environment.get("MLFLOW_EXPERIMENT_NAME") or None,
+            experiment_id=environment.get("MLFLOW_EXPERIMENT_ID") or None,
+            cache=Path(cache).expanduser() / "luz-harness",
+            secrets=secrets_in(environment),
+        )
+
+    def redact(self, text: str) -> str:
+        """Text without what must not be told."""
+        return redacted(text, self.secrets)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the process; 0 if all is delivered, else 1."""
+    parser = argparse.ArgumentParser(prog="python -m tracking.delivery")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN_PATH")
+    parser.add_argument("--sync", action="store_true")
+    parser.add_argument("--read", type=Path, metavar="FOLDER")
+    parser.add_argument("--patience", type=float, metavar="SECONDS")
+    options = parser.parse_args(arguments)
+    # The one place that the environment is read at; MLflow reads it by itself.
+    settings = Settings.read(os.environ)  # noqa: TID251
+    prepare_environment()
+    report = sys.stdout
+    sys.stdout = sys.stderr = _Redacting(sys.stderr, settings.redact)
+    paths = [path.absolute() for path in options.runs]
+    if options.read:
+        return max(_read(path, options.read, settings, report) for path in paths)
+    if options.sync:
+        patience = options.patience
+        if patience is None:
+            patience = SYNC_PATIENCE_S
+        return max(_sync(path, settings, patience, report) for path in paths)
+    return max(_deliver(path, settings, options.patience) for path in paths)
+
+
+def _deliver(path: Path, settings: Settings, patience_s: float | None) -> int:
+    """Deliver a run that is being written."""
+    with _locked(path) as is_ours:
+        if not is_ours:
+            return 0
+        courier = _courier(path, settings, patience_s, is_thorough=False)
+        # Not before: the page is wanted soon, beside a trainer that takes all cores.
+        return _run(courier, path, lambda: _be_nice(NICENESS))
+
+
+def _sync(path: Path, settings: Settings, patience_s: float, report: Any) -> int:
+    """Deliver what MLflow lacks of a run, and tell."""
+    told: dict[str, Any] = {"run": path.name}
+    code = 1
+    with _locked(path) as is_ours:
+        if is_ours:
+            courier = _courier(path, settings, patience_s, is_thorough=True)
+            code = _run(courier, path, lambda: None)
+            told |= {"sent": courier.num_sent, "present": courier.num_present}
+        state = State.read(path) or State()
+        told |= {
+            "phase": state.phase if is_ours else "busy",
+            "error": state.error,
+            "behind": state.behind,
+            "flags": state.flags,
+            "tracking_uri": state.tracking_uri,
+            "experiment_id": state.experiment_id,
+            "mlflow_run_id": state.mlflow_run_id,
+            "page": state.page,
+        }
+    print(json.dumps(told), file=report, flush=True)
+    return code
+
+
+def _read(path: Path, folder: Path, settings: Settings, report: Any) -> int:
+    """Write down what MLflow has of a run: a file of its metrics, and a line."""
+    told: dict[str, Any] = {"run": path.name}
+    code = 1
+    try:
+        register = _register(path, settings)
+        run = register.find()
+        if run is None:
+            told["error"] = "there is no such run in MLflow"
+        else:
+            file = folder / f"{path.name}.arrow"
+            history = register.remote.history(run.run_id)
+            with pa.ipc.new_file(str(file), history.schema) as writer:
+                writer.write_table(history)
+            told |= {
+                "mlflow_run_id": run.run_id,
+                "experiment_id": run.experiment_id,
+                "tracking_uri": settings.redact(register.remote.uri),
+                "status": run.status,
+                "params": run.params,
+                "tags": run.tags,
+                "artifacts": register.remote.artifacts(run.run_id),
+            }
+            code = 0
+    except (TrackingError, OSError) as error:
+        told["error"] = settings.redact(str(error))
+    print(json.dumps(told), file=report, flush=True)
+    return code
+
+
+def _run(courier: Courier, path: Path, on_page: Callable[[], None]) -> int:
+    """Deliver, and write down what went wrong if something did."""
+    try:
+        courier.deliver(on_page)
+    except GaveUpError:
+        return 1
+    except Exception as error:  # noqa: BLE001 (nobody watches this process)
+        if not path.is_dir():  # the run was deleted
+            return 1
+        courier.log(traceback.format_exc())
+        courier.state.phase = "gave up"
+        courier.state.error = f"{type(error).__name__}: {error}"
+        courier.state.write(path)
+        return 1
+    return 0
+
+
+def _courier(
+    path: Path, settings: Settings, patience_s: float | None, *, is_thorough: bool
+) -> Courier:
+    """Courier of a run."""
+    register = _register(path, settings)
+    options = check_options(register.manifest.delivery)
+    return Courier(
+        path,
+        register,
+        patience_s=options.patience_s if patience_s is None else patience_s,
+        is_thorough=is_thorough,
+        redact=settings.redact,
+        log=lambda text: _log(path, settings.redact(text)),
+    )
+
+
+def _register(path: Path, settings: Settings) -> Register:
+    """Register of a run: in the store of the environment, else where it was before."""
+    manifest = Manifest.read(path)
+    state = State.read(path)
+    before = (state and state.tracking_uri) or manifest.mlflow.get("tracking_uri")
+    here = Path.cwd()
+    started_in = Path(manifest.cwd)
+    if settings.tracking_uri:
+        uri = resolved_uri(here, settings.tracking_uri)
+    else:
+        uri = before or resolved_uri(started_in if started_in.is_dir() else here, None)
+    if started_in.is_dir():
+        os.chdir(started_in)  # a new experiment's artifacts lie below it
+    return Register(
+        path,
+        lambda: Remote(uri, settings.cache),
+        experiment_name=settings.experiment_name,
+        experiment_id=settings.experiment_id,
+        redact=settings.redact,
+    )
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[bool]:
+    """Be the one process that delivers a run; False if another goes on doing so.
+
+    A process whose trainer ended may be about to leave while the run is resumed: it is
+    waited for a little. If it stays, it has seen the new trainer.
+    """
+    folder = path / "delivery"
+    folder.mkdir(exist_ok=True)
+    deadline = time.monotonic() + LOCK_WAIT_S
+    with (folder / "lock").open("a") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    yield False
+                    return
+                time.sleep(0.1)
+            else:
+                yield True
+                return
+
+
+def _be_nice(niceness: int) -> None:
+    """Leave the processor to others where they want it."""
+    with contextlib.suppress(OSError):
+        os.nice(niceness)
+
+
+def _log(path: Path, text: str) -> None:
+    """Add a line to the run's log, which does not grow without end."""
+    file = path / "delivery" / "log.txt"
+    with contextlib.suppress(OSError):
+        if file.exists() and file.stat().st_size > MAX_LOG_BYTES:
+            file.replace(file.with_name("log.old.txt"))
+        with file.open("a", encoding="utf-8", errors="replace") as log:
+            log.write(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {text.rstrip()}\n")
+
+
+class _Redacting(io.TextIOBase):
+    """A text stream that secrets do not get through."""
+
+    def __init__(self, stream: Any, redact: Callable[[str], str]) -> None:
+        super().__init__()
+        self._stream = stream
+        self._redact = redact
+
+    def write(self, text: str) -> int:
+        """Write a text without what must not be told."""
+        self._stream.write(self._redact(text))
+        return len(text)
+
+    def flush(self) -> None:
+        """Pass on what has been written."""
+        self._stream.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
