@@ -5,7 +5,10 @@ Nothing heavy is imported before a command runs, so that ``harness --help`` answ
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,12 @@ from typing import Any
 import click
 
 from tracking.cli import commands as tracking_commands
+
+RUNS_DIR = click.option(
+    "--runs-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder of runs; default HARNESS_RUNS or ./runs.",
+)
 
 
 class Group(click.Group):
@@ -91,34 +100,178 @@ def read_config(path: Path | None) -> dict[str, Any]:
 @click.option("--name", help="Name of the run.")
 @click.option("--experiment", help="MLflow experiment the run belongs to.")
 @click.option("--seed", type=int, help="Seed of all random generators.")
-@click.option("--runs-dir", type=click.Path(file_okay=False, path_type=Path),
-              help="Folder of runs; default HARNESS_RUNS or ./runs.")  # fmt: skip
+@RUNS_DIR
 @click.option("--no-track", is_flag=True, help="Record nothing.")
+@click.option("--checkpoint-every", type=click.IntRange(min=1), metavar="STEPS",
+              help="Also save a checkpoint every so many steps.")  # fmt: skip
+@click.option("--no-checkpoints", is_flag=True, help="Save no checkpoints.")
+@click.option("--resume", metavar="RUN", help="Go on with this run.")
 @click.option("--quiet", is_flag=True, help="Show no progress.")
 def fit(target: str, **options: Any) -> None:
-    """Train what NAME describes: an Experiment, or a function that returns one."""
-    from harness.errors import ExperimentError  # noqa: PLC0415  imports torch
+    """Train what NAME describes: an Experiment, or a function that returns one.
 
-    try:
-        experiment = experiment_of(target, options)
-    except ExperimentError as exc:
-        raise click.UsageError(str(exc)) from exc
+    A checkpoint is saved after each epoch and on Ctrl-C; 'harness resume RUN' goes on.
+    """
+    experiment = experiment_of(target, options)
+    fitted = train(experiment, options)
+    click.echo(str(fitted))
+    if fitted.signum is not None:
+        click.echo(f"go on with: harness resume {fitted.run_id}", err=True)
+        sys.exit(128 + fitted.signum)
+
+
+def train(experiment: Any, options: dict[str, Any]) -> Any:
+    """Fit as the options say; the model is saved in the run."""
+    from harness.callbacks import ModelCheckpoint, ResumeFromCheckpoint  # noqa: PLC0415
+    from harness.rerun import MODEL  # noqa: PLC0415  imports torch
+
     where = options["runs_dir"]
+    extra: list[Any] = []
+    if options["resume"] is not None:
+        run = run_of(options["resume"], where)
+        extra.append(ResumeFromCheckpoint(run.path / "checkpoints"))
+    if not (options["no_track"] or options["no_checkpoints"]):
+        extra.append(ModelCheckpoint(every_n_steps=options["checkpoint_every"]))
+    experiment = replace(experiment, callbacks=[*experiment.callbacks, *extra])
     tracker: Any = {"runs_dir": where} if where is not None else None
     if options["no_track"]:
         tracker = False
     fitted = experiment.fit(verbose=not options["quiet"], tracker=tracker)
-    click.echo(str(fitted))
-    if fitted.signum is not None:
-        sys.exit(128 + fitted.signum)
+    if fitted.run_path is not None and fitted.signum is None:
+        fitted.save(fitted.run_path / MODEL)
+    return fitted
+
+
+def run_of(ref: str, runs_dir: Path | None) -> Any:
+    """A run by path, id or part of its name; a usage error if there is none."""
+    import tracking  # noqa: PLC0415  keeps --help quick
+
+    try:
+        return tracking.open(ref, runs_dir=runs_dir)
+    except tracking.RunNotFoundError as exc:
+        raise click.UsageError(str(exc)) from exc
+
+
+@main.command()
+@click.argument("run")
+@RUNS_DIR
+@click.pass_context
+def resume(ctx: click.Context, run: str, runs_dir: Path | None) -> None:
+    """Go on with RUN from its last checkpoint, with the recorded command."""
+    past = run_of(run, runs_dir)
+    with recorded_folder(past):
+        options = ["--resume", str(past.path.absolute())]
+        options += ["--runs-dir", str(past.path.parent.absolute())]
+        ctx.invoke(fit, **parsed(past, options))
+
+
+@main.command()
+@click.argument("run")
+@RUNS_DIR
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def evaluate(run: str, runs_dir: Path | None, as_json: bool) -> None:
+    """Losses and metrics of what RUN trained, on its test data, else its validation data."""
+    import json  # noqa: PLC0415  keeps --help quick
+
+    from harness.rerun import fitted_of, test_data_of  # noqa: PLC0415  imports torch
+
+    past = run_of(run, runs_dir)
+    with recorded_folder(past):
+        options = parsed(past, [])
+        experiment = experiment_of(options.pop("target"), options)
+        data = test_data_of(experiment)
+        fitted = fitted_of(past.path.absolute(), experiment)
+    found = experiment.learner.evaluate(fitted, data, verbose=False)
+    values = found.records["metrics"]["valid"][0]
+    click.echo(json.dumps(values) if as_json else str(found))
+
+
+@main.command()
+@click.argument("run")
+@click.argument("data", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--to", required=True, type=click.Path(dir_okay=False, path_type=Path),
+              help="File to write: .npy, .csv or .parquet.")  # fmt: skip
+@RUNS_DIR
+def predict(run: str, data: Path, to: Path, runs_dir: Path | None) -> None:
+    """Predict the rows of DATA (.npy, .csv, .parquet) with what RUN trained."""
+    from harness.rerun import fitted_of, read_rows, write_rows  # noqa: PLC0415  torch
+
+    past = run_of(run, runs_dir)
+    rows = read_rows(data)
+    with recorded_folder(past):
+        options = parsed(past, [])
+        experiment = experiment_of(options.pop("target"), options)
+        fitted = fitted_of(past.path.absolute(), experiment)
+    pred = fitted.predict(rows, verbose=False)
+    write_rows(pred, to)
+    click.echo(f"{len(rows)} rows -> {to}")
+
+
+@main.command(
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True}
+)
+@click.option("--num-gpus", type=click.IntRange(min=1), help="Ranks on each machine.")
+@click.option("--num-nodes", type=click.IntRange(min=1), help="Machines to use.")
+@click.option("--hostfile", type=click.Path(path_type=Path),
+              help="Lines 'name slots=N', one for each machine.")  # fmt: skip
+@click.option("--master-port", type=int, help="Port of rank 0.")
+@click.option("--verbose-launcher", is_flag=True, help="Let DeepSpeed's launcher talk.")
+@click.argument("target", metavar="FILE.py:NAME | MODULE:NAME")
+@click.pass_context
+def launch(ctx: click.Context, /, target: str, **options: Any) -> None:
+    """The same as fit, on several ranks by DeepSpeed's launcher; further options go to fit."""
+    from harness.accelerator.launch import launch as start  # noqa: PLC0415
+    from harness.accelerator.launch import launch_command  # noqa: PLC0415
+
+    try:
+        command = launch_command(
+            ["-m", "harness.cli", "fit", target, *ctx.args],
+            num_gpus=options["num_gpus"],
+            num_nodes=options["num_nodes"],
+            hostfile=options["hostfile"],
+            master_port=options["master_port"],
+            verbose=options["verbose_launcher"],
+        )
+    except ValueError as exc:
+        raise click.UsageError(str(exc)) from exc
+    sys.exit(start(command))
+
+
+@contextmanager
+def recorded_folder(past: Any) -> Iterator[None]:
+    """Work in the folder in which the run was started, where it is still there."""
+    here, then = Path.cwd(), Path(past.manifest.cwd)
+    if then.is_dir():
+        os.chdir(then)
+    try:
+        yield
+    finally:
+        os.chdir(here)
+
+
+def parsed(past: Any, options: list[str]) -> dict[str, Any]:
+    """The recorded arguments of ``fit``, with these options instead of theirs."""
+    from harness.errors import ExperimentError  # noqa: PLC0415  keeps --help quick
+    from harness.rerun import fit_arguments, without_option  # noqa: PLC0415  torch
+
+    try:
+        recorded = fit_arguments(past.manifest.command, past.id)
+    except ExperimentError as exc:
+        raise click.UsageError(str(exc)) from exc
+    arguments = without_option(recorded, "--resume", "--runs-dir") + options
+    return dict(fit.make_context("fit", arguments).params)
 
 
 def experiment_of(target: str, options: dict[str, Any]) -> Any:
     """The experiment, with what the command line says instead of its own settings."""
+    from harness.errors import ExperimentError  # noqa: PLC0415  keeps --help quick
     from harness.experiment import build, find, literal  # noqa: PLC0415  imports torch
 
     given = {**read_config(options["config"]), **options["sets"]}
-    experiment = build(find(target), given)
+    try:
+        experiment = build(find(target), given)
+    except ExperimentError as exc:
+        raise click.UsageError(str(exc)) from exc
     if options["opts"]:
         opts = {name: literal(value) for name, value in options["opts"].items()}
         experiment = experiment.set_opt_hparams(**opts)
