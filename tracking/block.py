@@ -277,8 +277,9 @@ class DiskBlock(Block):
             return
         try:
             self._append(data)
-        except OSError:
+        except OSError as error:
             self._late.append((None, data))
+            _pass_on_if_foreign(error)
 
     def _append(self, data: bytes) -> None:
         """Append one entry; a part of it that was taken is for readers to skip."""
@@ -300,8 +301,9 @@ class DiskBlock(Block):
         row = ROW.pack(*fields)
         try:
             self._write_row(offset, row)
-        except OSError:
+        except OSError as error:
             self._late.append((offset, row))
+            _pass_on_if_foreign(error)
 
     def _write_row(self, offset: int, row: bytes) -> None:
         if os.pwrite(self._file, row, offset) != SIZE:
@@ -314,6 +316,12 @@ class DiskBlock(Block):
             return super()._is_marked(slot)
         mark = os.pread(self._file, 4, slot * SIZE + MARK_AT)
         return int.from_bytes(mark, "little") == MARK ^ slot
+
+
+def _pass_on_if_foreign(error: OSError) -> None:
+    """Raise again what no system call raised: a handler's TimeoutError, say."""
+    if error.errno is None:
+        raise error
 
 
 def sync_folder(folder: Path) -> None:

@@ -81,14 +81,14 @@ class PastRun:
         for part_rank, part in part_paths(self.path).items():
             if rank in (None, part_rank):
                 table = read_part(part)[0]
-                alive = pa.array(_alive(table))
+                alive = _alive(table)
                 if superseded:
-                    gone = pc.invert(pc.or_(alive, _is_control(table)))
-                    table = table.append_column(schema.field("superseded"), gone)
-                else:
-                    table = table.filter(alive)
+                    gone = ~(alive | _is_control(table))
+                    table = table.append_column(schema.field("superseded"), [gone])
+                elif not alive.all():
+                    table = table.filter(pa.array(alive))
                 tables.append(_having(table, what=what, set=set, name=name))
-        return pa.concat_tables(tables).unify_dictionaries().combine_chunks()
+        return pa.concat_tables(tables).unify_dictionaries()
 
     @property
     def damage(self) -> list[Damage]:
@@ -206,9 +206,9 @@ def _alive(table: pa.Table) -> Any:
     return superseding.alive(table)
 
 
-def _is_control(table: pa.Table) -> pa.ChunkedArray:
+def _is_control(table: pa.Table) -> Any:
     """Mask of the control rows."""
-    return pc.is_in(table["kind"].cast(pa.string()), pa.array(CONTROL))
+    return np.logical_or.reduce([_equal(table, "kind", kind) for kind in CONTROL])
 
 
 def _having(table: pa.Table, **wanted: str | None) -> pa.Table:

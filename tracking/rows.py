@@ -54,6 +54,7 @@ _DTYPE: Final = np.dtype(
         ("mark", "<u4"),
     ]
 )
+_END_OF_TIME: Final = 253_402_300_800_000_000  # us to the year 10000
 _ENTRY: Final = struct.Struct("<2sBxIII")  # sign, tag, number, length, checksum
 # 0xff occurs nowhere in UTF-8, so a reader finds the next entry after a torn one.
 _SIGN: Final = b"\xff\xfe"
@@ -118,8 +119,9 @@ def decode(
     slots = np.arange(num_slots, dtype=np.uint32)
     found = np.frombuffer(rows, _DTYPE, num_slots)
     whole = np.frombuffer(marks, _DTYPE, num_slots)["mark"] == (MARK ^ slots)
+    whole &= found["mark"] == (MARK ^ slots)
     # A row that lies on two pages may have lost the first of them to a power cut.
-    whole &= (found["mark"] == (MARK ^ slots)) & (found["time"] != 0)
+    whole &= (found["time"] > 0) & (found["time"] < _END_OF_TIME)
     keys, payloads, torn_at = _parse_text(text)
     time.sleep(0)  # a thread that logs goes first; so in _parse_text
 
@@ -179,7 +181,9 @@ def _has_its_text(
 def _damage(path: Path, rows: bytes, whole: Any) -> list[Damage]:
     """Torn rows, and a file that is too short or too long."""
     num_slots = len(whole)
-    raw = np.frombuffer(rows, np.int64, num_slots * SIZE // 8).reshape(num_slots, -1)
+    raw = np.frombuffer(rows, np.int64, num_slots * SIZE // 8).reshape(
+        num_slots, SIZE // 8
+    )
     torn = np.flatnonzero(raw.any(axis=1) & ~whole)
     damage = []
     if len(torn):

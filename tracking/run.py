@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import os
-import struct
 import sys
 import threading
 import time
@@ -408,35 +407,34 @@ class Run:
         journal = self._journal
         block, slot = journal.block, CAPACITY
         try:
-            group = block.groups[what, set]
+            group = block.groups.get((what, set))
+            if group is None:
+                return False
             keys = group.ids
             for name, _ in items:
                 if name not in keys:
                     return False
             at = group.series.index_for(index, step)
-            if step is None:
-                step = NO_COUNT
-            if epoch is None:
-                epoch = NO_EPOCH
             now = time.time_ns() // 1000
+            after = NO_COUNT if step is None else step
+            during = NO_EPOCH if epoch is None else epoch
             for name, number in items:
                 for slot in block.slots:  # noqa: B007 (see Block)
                     break
                 if slot < CAPACITY:
                     # fmt: off
                     block.put(
-                        slot * SIZE, now, at, step, number, epoch, keys[name], FLOAT,
-                        0, MARK ^ slot,
+                        slot * SIZE, now, at, after, number, during, keys[name],
+                        FLOAT, 0, MARK ^ slot,
                     )
                     # fmt: on
                 else:
                     leaf = (name, FLOAT, number, None)
-                    journal.write_row(what, set, leaf, now, at, step, epoch)
-        except (KeyError, TypeError, struct.error):
-            block.void(slot)
-            return False
+                    journal.write_row(what, set, leaf, now, at, after, during)
         except BaseException:
             block.void(slot)
+            # Either an argument is at fault, which is told here, or a handler raised.
+            _checked(what, set, index, epoch, step)
             raise
         return True
 
@@ -451,15 +449,10 @@ class Run:
         step: int | None,
     ) -> None:
         """Check everything, then write it."""
-        place = f"Run.log({what!r}, {set!r})"
-        check_name(what, "what", place)
-        check_name(set, "set", place)
-        index = _checked_count(index, "index", _MAX_COUNT, place)
-        epoch = _checked_count(epoch, "epoch", _MAX_EPOCH, place)
-        step = _checked_count(step, "step", _MAX_COUNT, place)
+        index, epoch, step = _checked(what, set, index, epoch, step)
         self._journal.check_open()
         is_new = append or index is None
-        found = leaves(value, place)
+        found = leaves(value, _place(what, set))
         at = self._journal.series(what, set).index_for(index, step)
         counts = {"index": None if at == NO_COUNT else at, "epoch": epoch, "step": step}
         if not is_new:
@@ -509,7 +502,7 @@ class Run:
                 )
                 return
             for now, what, set, (name, _, _, value), counts in batch:
-                leaf = settled(name, value, values, f"Run.log({what!r}, {set!r})")
+                leaf = settled(name, value, values, _place(what, set))
                 self._journal.write(what, set, [leaf], **counts, time_us=now)
 
     def _keep(self, name: str, place: Callable[[Path], dict[str, Any]]) -> None:
@@ -535,6 +528,25 @@ class Run:
         error = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
         status = _status_after(error)
         self.finish(status, error if status == "failed" else None)
+
+
+def _place(what: object, set: object) -> str:
+    """What messages about a logged value start with."""
+    return f"Run.log({what!r}, {set!r})"
+
+
+def _checked(
+    what: object, set: object, index: object, epoch: object, step: object
+) -> tuple[int | None, int | None, int | None]:
+    """Index, epoch and step as ints; raises if an argument cannot be recorded."""
+    place = _place(what, set)
+    check_name(what, "what", place)
+    check_name(set, "set", place)
+    return (
+        _checked_count(index, "index", _MAX_COUNT, place),
+        _checked_count(epoch, "epoch", _MAX_EPOCH, place),
+        _checked_count(step, "step", _MAX_COUNT, place),
+    )
 
 
 def _checked_count(count: object, word: str, highest: int, place: str) -> int | None:

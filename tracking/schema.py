@@ -206,7 +206,7 @@ def _nearest(value: int) -> float:
     try:
         return float(value)
     except OverflowError:
-        return math.copysign(math.inf, value)
+        return math.inf if value > 0 else -math.inf
 
 
 def _digits(value: int, place: str) -> str:

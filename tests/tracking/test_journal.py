@@ -1,0 +1,953 @@
+from __future__ import annotations
+
+import itertools
+import math
+import mmap
+import os
+import struct
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow as pa
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tracking import block as block_module
+from tracking import rows, sealed
+from tracking.block import Block, DiskBlock, Group, Series
+from tracking.errors import RunBusyError, RunClosedError, TrackingWarning
+from tracking.journal import (
+    CAPACITY,
+    Damage,
+    Journal,
+    Tail,
+    is_being_written,
+    read_block,
+    read_part,
+)
+from tracking.rows import SIZE
+from tracking.schema import FLOAT, SCHEMA, leaves, value_of
+
+
+@pytest.fixture
+def part(tmp_path):
+    return tmp_path / "a-run" / "records" / "0"
+
+
+def put(journal, value, **counts):
+    journal.write("metrics", "train", leaves(value, "test"), **counts)
+
+
+def floats(table):
+    return table["value"].to_pylist()
+
+
+def plain(table):
+    """Table with words in place of codes, whose order does not matter."""
+    words = dict.fromkeys(("what", "set", "name", "kind"), pa.string())
+    return table.cast(
+        pa.schema([f.with_type(words.get(f.name, f.type)) for f in table.schema])
+    )
+
+
+def same(first, second):
+    return plain(first).equals(plain(second))
+
+
+def run_script(script, *args, cwd):
+    return subprocess.run(
+        [sys.executable, "-c", script, *map(str, args)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+# ------------------------------------------------------------------------ writing
+
+
+def test_journal_rows_are_there_before_and_after_close(part):
+    journal = Journal(part)
+    put(journal, {"loss": 0.5, "name": "x"}, index=1, epoch=2, step=3)
+    before, damage = read_part(part)
+    journal.close()
+    after, damage_after = read_part(part)
+    assert same(before, after)
+    assert damage == damage_after == []
+    assert before.schema == SCHEMA
+    row = before.to_pylist()[0]
+    assert row.pop("time").timestamp() == pytest.approx(time.time(), abs=60)
+    assert row == {
+        "seq": 0,
+        "rank": 0,
+        "what": "metrics",
+        "set": "train",
+        "name": "loss",
+        "index": 1,
+        "epoch": 2,
+        "step": 3,
+        "value": 0.5,
+        "payload": None,
+        "kind": "float",
+    }
+    assert sorted(p.name for p in part.iterdir()) == ["000000.arrow", "lock"]
+
+
+def test_journal_full_blocks_are_sealed_as_it_goes(part):
+    journal = Journal(part)
+    journal.write("m", "s", (("x", FLOAT, float(i), None) for i in range(40_000)))
+    while not (part / "000001.arrow").exists():
+        time.sleep(0.01)
+    assert not (part / "000000.rows").exists()
+    assert floats(read_part(part)[0]) == list(range(40_000))
+    journal.close()
+    table, damage = read_part(part)
+    assert floats(table) == list(range(40_000))
+    assert table["seq"].to_pylist() == list(range(40_000))
+    assert damage == []
+
+
+def test_journal_reopened_goes_on_in_a_new_block(part):
+    for value in (1.0, 2.0):
+        journal = Journal(part)
+        put(journal, value)
+        journal.close()
+    table, damage = read_part(part)
+    assert table["seq"].to_pylist() == [0, CAPACITY]
+    assert damage == []
+
+
+def test_journal_folder_that_cannot_be_made_is_an_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="Not a directory"):
+        Journal(tmp_path / "file" / "0")
+
+
+def test_journal_unknown_durability_is_refused(part):
+    with pytest.raises(ValueError, match=r"expected 'process' or 'fsync', got 'max'"):
+        Journal(part, durability="max")  # type: ignore[arg-type]
+
+
+def test_journal_write_after_close_is_refused(part):
+    journal = Journal(part)
+    journal.close()
+    journal.close()
+    with pytest.raises(RunClosedError, match=r"expected a run that is open.*a-run"):
+        put(journal, 1.0)
+
+
+def test_journal_second_writer_in_this_process_is_refused(part):
+    journal = Journal(part)
+    with pytest.raises(RunBusyError, match=r"expected a run that nobody is writing"):
+        Journal(part)
+    assert is_being_written(part)
+    put(journal, 1.0)
+    journal.close()
+    assert not is_being_written(part)
+    assert floats(read_part(part)[0]) == [1.0]
+
+
+SECOND_WRITER = """
+import sys
+from pathlib import Path
+from tracking.journal import Journal, is_being_written
+print(is_being_written(Path(sys.argv[1])))
+Journal(Path(sys.argv[1]))
+"""
+
+
+def test_journal_second_writer_elsewhere_is_refused(part, root):
+    journal = Journal(part)
+    done = run_script(SECOND_WRITER, part, cwd=root)
+    assert done.stdout == "True\n"
+    assert f"got one held by process {os.getpid()} on" in done.stderr
+    assert "RunBusyError" in done.stderr
+    journal.close()
+
+
+def test_journal_threads_lose_and_mix_nothing(part):
+    journal = Journal(part)
+
+    def work(thread):
+        for i in range(4000):
+            put(journal, {"float": i + 0.5, "text": str(i)}, index=i, step=thread)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    journal.close()
+    table, damage = read_part(part)
+    assert damage == []
+    assert table.num_rows == 6 * 4000 * 2
+    found = {
+        (r["step"], r["index"], value_of(r["kind"], r["value"], r["payload"]))
+        for r in table.to_pylist()
+    }
+    wanted = {
+        (thread, i, value)
+        for thread in range(6)
+        for i in range(4000)
+        for value in (i + 0.5, str(i))
+    }
+    assert found == wanted
+
+
+def test_series_index_is_taken_once_among_threads():
+    series = Series()
+    taken: list[int] = []
+
+    def work():
+        taken.extend(series.next() for _ in range(5000))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(taken) == list(range(1, 20_001))
+
+
+def test_series_goes_on_after_the_highest_index_given():
+    series = Series()
+    assert series.next() == 1
+    assert series.index_for(7, None) == 7
+    assert series.index_for(3, None) == 3
+    assert [series.next(), series.next()] == [8, 9]
+    assert series.index_for(None, 5) == rows.NO_COUNT
+
+
+def test_block_slot_of_a_row_that_failed_is_no_hole(part):
+    journal = Journal(part)
+    put(journal, 1.0)
+    with pytest.raises(struct.error):
+        put(journal, 2.0, index="no integer")
+    put(journal, 3.0)
+    assert floats(Tail(part).read()) == [1.0, 3.0]
+    journal.close()
+    table, damage = read_part(part)
+    assert (floats(table), damage) == ([1.0, 3.0], [])
+
+
+def test_journal_many_texts_turn_the_block_over(part, monkeypatch):
+    journal = Journal(part)
+    text = "x" * 1_000_000
+    for _ in range(40):
+        put(journal, text)
+    while journal.block.number == 0:
+        time.sleep(0.01)
+    put(journal, "last")
+    journal.close()
+    table, damage = read_part(part)
+    assert damage == []
+    assert table["payload"].to_pylist() == [f'"{text}"'] * 40 + ['"last"']
+
+
+def test_journal_synced_to_disk_reads_the_same(part):
+    journal = Journal(part, durability="fsync")
+    put(journal, {"a": 1.0, "b": "text"})
+    assert read_part(part)[0].num_rows == 2
+    journal.close()
+    assert read_part(part)[0].num_rows == 2
+
+
+def test_disk_block_without_mapping_writes_by_call(tmp_path, monkeypatch):
+    # As on a filesystem where a mapping is not safe.
+    here = block_module._filesystem(tmp_path)
+    assert here
+    monkeypatch.setattr(block_module, "_UNMAPPED", frozenset([here]))
+    block = DiskBlock(tmp_path, 0, is_synced=False)
+    assert not isinstance(block._rows, mmap.mmap)
+    group = Group(Series())
+    key = block.key(group, "m", "s", "x")
+    block.put(0, 1, 2, 3, 0.5, 4, key, FLOAT, 0, rows.MARK)
+    block.void(0)
+    block.void(1)
+    found = read_block(tmp_path, 0)
+    assert found is not None
+    assert floats(found.table) == [0.5]
+    assert found.frontier == 2
+    assert rows.last_marked(block.snapshot()[0]) == 1
+    block.close(unlink=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------ death and forks
+
+KILLED = """
+import mmap, os, random, signal, sys, threading, time
+from pathlib import Path
+from tracking.run import Run
+
+folder, count, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+random.seed(seed)
+NAMES = ("float", "text", "dict", "signal")
+acks = mmap.mmap(-1, 8 * len(NAMES))
+signals = mmap.mmap(-1, 1 << 16)
+
+def acknowledge(name, i):
+    at = 8 * NAMES.index(name)
+    acks[at:at + 8] = i.to_bytes(8, "little")
+
+def child(path):
+    run = Run(path, None)
+    calls = iter(range(1, 1 << 60))
+    def handler(*_):
+        i = next(calls)
+        run.log("signal", "s", float(i), index=i)
+        signals[i] = 1  # one each: a handler may come in the middle of another
+        acknowledge("signal", i)
+    def log(name, value):
+        for i in range(1, 1 << 60):
+            run.log(name, "s", value(i), index=i)
+            acknowledge(name, i)
+    threading.Thread(target=log, args=("text", str), daemon=True).start()
+    both = lambda i: {"a": i + 0.5, "b": i % 2 == 0, "c": i}
+    threading.Thread(target=log, args=("dict", both), daemon=True).start()
+    signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.0007, 0.0007)
+    log("float", float)
+
+for n in range(count):
+    acks[:], signals[:] = bytes(len(acks)), bytes(len(signals))
+    path = folder / f"run-{n}"
+    pid = os.fork()
+    if not pid:
+        try:
+            child(path)
+        finally:
+            os._exit(1)
+    while not all(acks[8 * i] or acks[8 * i + 1] for i in range(len(NAMES))):
+        assert os.waitpid(pid, os.WNOHANG) == (0, 0), "the child died by itself"
+        time.sleep(0.0005)
+    time.sleep(random.random() * 0.15)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    counts = (int.from_bytes(acks[8 * i:8 * i + 8], "little") for i in range(3))
+    print(n, *counts, *(i for i in range(len(signals)) if signals[i]), flush=True)
+"""
+
+
+def check_survived(tmp_path, root, count):
+    done = run_script(KILLED, tmp_path, count, 20261122, cwd=root)
+    assert done.returncode == 0, done.stderr
+    lines = [[int(word) for word in line.split()] for line in done.stdout.splitlines()]
+    assert len(lines) == count
+    for n, num_floats, num_texts, num_dicts, *signals in lines:
+        part = tmp_path / f"run-{n}" / "records" / "0"
+        table, damage = read_part(part)
+        # At most the row that each thread was writing, which had not returned.
+        assert sum(d.rows_lost for d in damage) <= 3, damage
+        found: dict[tuple[str, str], list] = {}
+        for row in table.to_pylist():
+            value = value_of(row["kind"], row["value"], row["payload"])
+            found.setdefault((row["what"], row["name"]), []).append(value)
+        assert all(found["float", ""][i] == i + 1 for i in range(num_floats))
+        assert all(found["text", ""][i] == str(i + 1) for i in range(num_texts))
+        assert all(found["dict", "a"][i] == i + 1.5 for i in range(num_dicts))
+        assert all(found["dict", "b"][i] == (i % 2 == 1) for i in range(num_dicts))
+        assert all(found["dict", "c"][i] == i + 1 for i in range(num_dicts))
+        assert set(found["signal", ""]) >= {*map(float, signals)}
+        # Recovered, it holds the same.
+        journal = Journal(part)
+        put(journal, 1.0)
+        journal.close()
+        again = read_part(part)[0]
+        assert same(again.slice(0, table.num_rows), table)
+        assert again.num_rows == table.num_rows + 1
+
+
+def test_journal_killed_process_loses_nothing_acknowledged(tmp_path, root):
+    check_survived(tmp_path, root, 6)
+
+
+@pytest.mark.slow
+def test_journal_killed_200_times_loses_nothing_acknowledged(tmp_path, root):
+    check_survived(tmp_path, root, 200)
+
+
+FORKED = """
+import os, sys
+from pathlib import Path
+from tracking.journal import Journal
+part = Path(sys.argv[1])
+journal = Journal(part)
+row = [("x", 1, 1.0, None)]
+journal.write("m", "s", row)
+pid = os.fork()
+if not pid:
+    try:
+        journal.write("m", "s", row)
+    except Exception as error:
+        print(type(error).__name__, error, flush=True)
+    journal.close()
+    other = Journal(part.parent.parent / "other" / "0")
+    other.write("m", "s", row)
+    other.close()
+    os._exit(0)
+os.waitpid(pid, 0)
+journal.write("m", "s", row)
+journal.close()
+"""
+
+
+def test_journal_forked_child_leaves_it_alone(part, root):
+    done = run_script(FORKED, part, cwd=root)
+    assert done.returncode == 0, done.stderr
+    assert "RunClosedError Run.log: expected the process that started" in done.stdout
+    table, damage = read_part(part)
+    assert (floats(table), damage) == ([1.0, 1.0], [])
+    assert read_part(part.parent.parent / "other" / "0")[0].num_rows == 1
+
+
+RAISING_HANDLER = """
+import itertools, signal, sys
+from pathlib import Path
+from tracking.run import Run
+from tracking.journal import read_part
+run = Run(Path(sys.argv[1]), None)
+run.log("m", "s", {"x": 0.5, "t": "text"})
+class Interrupted(Exception):
+    pass
+def handler(*_):
+    raise Interrupted
+signal.signal(signal.SIGALRM, handler)
+interrupted = returned = 0
+while interrupted < 300:
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.0001 + interrupted * 1e-6)
+        while True:
+            run.log("m", "s", {"x": 0.5})
+            returned += 1
+    except Interrupted:
+        interrupted += 1
+# Nothing is missing below the last row: no hole holds up a reader.
+part = run.path / "records" / "0"
+block = run._journal.block
+marks, _ = block.snapshot()
+from tracking import rows
+assert not rows.has_holes(marks, rows.last_marked(marks) + 1)
+run.finish()
+table, damage = read_part(part)
+assert not damage, damage
+assert returned + 2 <= table.num_rows <= returned + 2 + interrupted
+print("ok")
+"""
+
+
+def test_journal_handler_that_raises_leaves_no_hole(tmp_path, root):
+    done = run_script(RAISING_HANDLER, tmp_path / "run", cwd=root)
+    assert done.stdout == "ok\n", done.stderr
+
+
+# ------------------------------------------------------------------------ full disk
+
+LIMITED = """
+import resource, sys, time, warnings
+from pathlib import Path
+from tracking.journal import Journal, read_part
+from tracking.schema import leaves
+part = Path(sys.argv[1])
+journal = Journal(part)
+caught = []
+warnings.showwarning = lambda message, *_: caught.append(str(message))
+warnings.simplefilter("always")
+def log(value):
+    journal.write("m", "s", leaves(value, ""))
+log({"x": 0.0})
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+for i in range(50_000):
+    log({"x": float(i)})
+    if i % 10 == 0:
+        log({"t": str(i)})
+time.sleep(0.6)
+assert len(caught) == 1, caught
+read = read_part(part)
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+deadline = time.monotonic() + 20
+while read_part(part)[0].num_rows < 55_001 and time.monotonic() < deadline:
+    time.sleep(0.1)
+durable = read_part(part)[0].num_rows
+log({"x": -1.0})
+kind = type(journal.block).__name__
+journal.close()
+table, damage = read_part(part)
+assert not damage, damage
+print(durable, table.num_rows, kind, read[0].num_rows >= 16384, caught)
+assert table["value"].drop_null().to_pylist() == [0.0, *map(float, range(50_000)), -1.0]
+assert table["payload"].drop_null().to_pylist() == [f'"{i}"' for i in range(0, 50_000, 10)]
+"""
+
+
+def test_journal_full_disk_warns_once_and_resumes(part, root):
+    done = run_script(LIMITED, part, cwd=root)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("55001 55002 DiskBlock"), done.stdout
+    assert "Training goes on, and what is logged is kept in memory" in done.stdout
+
+
+FULL = """
+import os, sys, time, warnings
+from pathlib import Path
+from tracking.journal import Journal, read_part
+warnings.simplefilter("ignore")
+folder = Path(sys.argv[1])
+journal = Journal(folder / "run" / "0")
+ballast = os.open(folder / "ballast", os.O_CREAT | os.O_WRONLY)
+try:
+    while True:
+        os.write(ballast, bytes(65536))
+except OSError:
+    pass
+for i in range(60_000):
+    journal.write("m", "s", [("x", 1, float(i), None)])
+os.unlink(folder / "ballast"); os.close(ballast)
+journal.close()
+table, damage = read_part(folder / "run" / "0")
+assert table["value"].to_pylist() == list(range(60_000)) and not damage, damage
+print("ok")
+"""
+
+
+def test_journal_on_a_full_filesystem_is_never_killed(tmp_path, root):
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(tmp_path)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount a small filesystem")
+    try:
+        done = run_script(FULL, tmp_path, cwd=root)
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+    assert done.stdout == "ok\n", done.stderr
+
+
+def test_journal_that_never_reaches_the_disk_tells_how_many_rows_are_lost(part):
+    journal = Journal(part)
+    put(journal, 1.0)
+    (part / "000000.arrow").mkdir()  # so that sealing fails, as root too
+    with pytest.warns(TrackingWarning, match="expected to write to the disk"):
+        journal.close()
+    # It is durable all the same: the open block was on the disk.
+    (part / "000000.arrow").rmdir()
+    assert floats(read_part(part)[0]) == [1.0]
+
+
+# -------------------------------------------------------------------------- damage
+
+
+def open_files(journal):
+    """Copies of the bytes of the open block, as a killed process leaves them."""
+    part, number = journal.part, journal.block.number
+    return [path.read_bytes() for path in rows.paths(part, number)]
+
+
+@pytest.fixture(scope="module")
+def torn(tmp_path_factory):
+    """The two files of an open block with 100 floats and 20 strings."""
+    journal = Journal(tmp_path_factory.mktemp("torn") / "0")
+    for i in range(100):
+        put(journal, float(i))
+        if i % 5 == 0:
+            put(journal, {"text": f"\xff wörd {i}"})
+    files = open_files(journal)
+    table = read_part(journal.part)[0]
+    journal.close()
+    return Torn(*files, table)
+
+
+class Torn(NamedTuple):
+    """Bytes of an open block's files, and its rows."""
+
+    rows: bytes
+    text: bytes
+    table: pa.Table
+
+    def __repr__(self):
+        return "Torn()"
+
+
+def left_behind(folder, row_bytes, text_bytes):
+    part = folder / "0"
+    part.mkdir(exist_ok=True)
+    for path, data in zip(rows.paths(part, 0), (row_bytes, text_bytes), strict=True):
+        path.write_bytes(data)
+    return part
+
+
+def check_recovers(part):
+    """Opening it for writing keeps what can be read, and the damage."""
+    table, damage = read_part(part)
+    Journal(part).close()
+    again, damage_again = read_part(part)
+    assert same(again, table)
+    assert [(d.file, d.rows_lost) for d in damage_again] == [
+        (d.file, d.rows_lost) for d in damage
+    ]
+
+
+cheap = settings(
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+
+@cheap
+@given(cut=st.integers(0, 130 * SIZE))
+def test_read_part_rows_cut_at_any_byte_are_read_up_to_it(cut, torn, tmp_path):
+    row_bytes, text_bytes, whole = torn
+    part = left_behind(tmp_path, row_bytes[:cut], text_bytes)
+    table, damage = read_part(part)
+    assert same(table, whole.slice(0, min(cut // SIZE, 120)))
+    assert [(d.file.name, d.offset, d.rows_lost) for d in damage] == [
+        ("000000.rows", cut, CAPACITY - cut // SIZE)
+    ]
+
+
+@cheap
+@given(data=st.data())
+def test_read_part_text_cut_at_any_byte_keeps_all_that_needs_none(data, torn, tmp_path):
+    row_bytes, text_bytes, whole = torn
+    cut = data.draw(st.integers(0, len(text_bytes) - 1))
+    part = left_behind(tmp_path, row_bytes, text_bytes[:cut])
+    table, damage = read_part(part)
+    seen = set(table["seq"].to_pylist())
+    kept = [row for row in whole.to_pylist() if row["seq"] in seen]
+    assert table.to_pylist() == kept
+    assert [d.rows_lost for d in damage] == [120 - table.num_rows]
+    if cut > 50:  # the first entry is the key of the floats
+        assert len(table["value"].drop_null()) == 100
+
+
+@cheap
+@given(at=st.integers(0, 121 * SIZE - 1), garbage=st.binary(min_size=1, max_size=200))
+def test_read_part_overwritten_rows_are_lost_alone(at, garbage, torn, tmp_path):
+    row_bytes, text_bytes, whole = torn
+    changed = row_bytes[:at] + garbage + row_bytes[at + len(garbage) :]
+    part = left_behind(tmp_path, changed[: len(row_bytes)], text_bytes)
+    table, _ = read_part(part)
+    hit = set(range(at // SIZE, (at + len(garbage) - 1) // SIZE + 1))
+    untouched = [row for row in whole.to_pylist() if row["seq"] not in hit]
+    found = [row for row in table.to_pylist() if row["seq"] not in hit]
+    assert found == untouched
+
+
+def test_read_part_garbage_after_the_end_is_named(torn, tmp_path):
+    row_bytes, text_bytes, whole = torn
+    part = left_behind(tmp_path, row_bytes + b"junk", text_bytes + b"\xff\xfejunk")
+    table, damage = read_part(part)
+    assert same(table, whole)
+    assert [(d.file.name, d.offset, d.rows_lost) for d in damage] == [
+        ("000000.rows", CAPACITY * SIZE, 0),
+        ("000000.text", len(text_bytes), 0),
+    ]
+    check_recovers(part)
+
+
+def test_read_part_text_torn_in_the_middle_is_read_on_after_it(torn, tmp_path):
+    row_bytes, text_bytes, whole = torn
+    part = left_behind(tmp_path, row_bytes, b"\xff\xfe\x01torn" + text_bytes)
+    table, damage = read_part(part)
+    assert same(table, whole)
+    assert [(d.offset, d.rows_lost) for d in damage] == [(0, 0)]
+
+
+@pytest.mark.parametrize("absent", ["rows", "text"])
+def test_read_part_absent_file_is_named(absent, torn, tmp_path):
+    row_bytes, text_bytes, _ = torn
+    part = left_behind(tmp_path, row_bytes, text_bytes)
+    (part / f"000000.{absent}").unlink()
+    table, damage = read_part(part)
+    assert table.num_rows == 0
+    if absent == "text":
+        assert [(d.file.name, d.rows_lost) for d in damage] == [("000000.text", 120)]
+        check_recovers(part)
+
+
+def test_read_part_row_torn_while_written_is_named(torn, tmp_path):
+    row_bytes, text_bytes, whole = torn
+    half = row_bytes[: 119 * SIZE + 30] + bytes(18) + row_bytes[120 * SIZE :]
+    part = left_behind(tmp_path, half, text_bytes)
+    table, damage = read_part(part)
+    assert same(table, whole.slice(0, 119))
+    assert damage == [
+        Damage(
+            part / "000000.rows",
+            119 * SIZE,
+            1,
+            "rows without their mark, torn while being written",
+        )
+    ]
+    check_recovers(part)
+
+
+def test_read_part_block_that_is_gone_is_named(part):
+    journal = Journal(part)
+    journal.write("m", "s", (("x", FLOAT, float(i), None) for i in range(40_000)))
+    journal.close()
+    (part / "000001.arrow").unlink()
+    table, damage = read_part(part)
+    assert table.num_rows == 40_000 - CAPACITY
+    assert damage == [
+        Damage(part / "000001.arrow", 0, CAPACITY, "the block is not there")
+    ]
+    assert Tail(part).read(5)["seq"].to_pylist() == [0, 1, 2, 3, 4]
+    tail = Tail(part, after=CAPACITY - 1)
+    assert tail.read(1)["seq"].to_pylist() == [2 * CAPACITY]
+
+
+def test_read_part_absent_folder_is_empty(tmp_path):
+    table, damage = read_part(tmp_path / "nothing")
+    assert (table.num_rows, damage) == (0, [])
+    assert Tail(tmp_path / "nothing").read().num_rows == 0
+    assert Tail(tmp_path / "nothing").behind() == 0
+
+
+# -------------------------------------------------------------------- sealed blocks
+
+
+def block_table(num_rows):
+    """Rows as a block may hold them, in all their variety."""
+    return pa.table(
+        {
+            "seq": pa.array([i + i // 7 for i in range(num_rows)]),
+            "rank": pa.array([3] * num_rows, pa.int32()),
+            "time": pa.array([1_700_000_000_000_000 + i * i for i in range(num_rows)]),
+            "what": ["metrics"] * num_rows,
+            "set": [("train", "valid")[i % 2] for i in range(num_rows)],
+            "name": [f"n{i % 300}" for i in range(num_rows)],
+            "index": pa.array(
+                [i if i % 3 else None for i in range(num_rows)], pa.int64()
+            ),
+            "epoch": pa.array([None] * num_rows, pa.int32()),
+            "step": pa.array([5] * num_rows, pa.int64()),
+            "value": pa.array([i / 3 if i % 5 else None for i in range(num_rows)]),
+            "payload": pa.array([None if i % 5 else f'"{i}"' for i in range(num_rows)]),
+            "kind": ["float" if i % 5 else "str" for i in range(num_rows)],
+        }
+    ).cast(SCHEMA)
+
+
+@pytest.fixture(scope="module")
+def sealed_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("sealed") / "000000.arrow"
+    table = block_table(10_000).combine_chunks()
+    sealed.write(table, path, rank=3)
+    return path.read_bytes(), table
+
+
+def test_sealed_block_is_an_arrow_file_for_anybody(sealed_file, tmp_path):
+    data, table = sealed_file
+    stored = pa.ipc.open_file(pa.BufferReader(data)).read_all()
+    assert stored.num_rows == 10_000
+    assert stored["value"].equals(table["value"])
+    assert stored["name"].to_pylist() == table["name"].to_pylist()
+    # Leaving out what is constant is what makes it small.
+    assert "rank" not in stored.column_names
+    assert "step" not in stored.column_names
+
+
+@cheap
+@given(data=st.data())
+def test_sealed_block_cut_at_any_byte_is_read_up_to_it(data, sealed_file, tmp_path):
+    whole, table = sealed_file
+    cut = data.draw(st.integers(0, len(whole) - 1))
+    path = tmp_path / "000000.arrow"
+    path.write_bytes(whole[:cut])
+    found, damage = sealed.read(path)
+    assert same(found, table.slice(0, found.num_rows))
+    assert found.num_rows in (0, 4096, 8192, 10_000)
+    (only,) = damage
+    assert only.offset <= cut
+    assert only.rows_lost in (10_000 - found.num_rows, CAPACITY)
+
+
+@cheap
+@given(data=st.data())
+def test_sealed_block_changed_at_any_byte_gives_no_false_row(
+    data, sealed_file, tmp_path
+):
+    whole, table = sealed_file
+    at = data.draw(st.integers(0, len(whole) - 1))
+    byte = data.draw(st.integers(1, 255))
+    path = tmp_path / "000000.arrow"
+    path.write_bytes(whole[:at] + bytes([whole[at] ^ byte]) + whole[at + 1 :])
+    found, damage = sealed.read(path)
+    assert same(found, table.slice(0, found.num_rows))
+    assert bool(damage) or found.num_rows == 10_000
+    assert sum(d.rows_lost for d in damage) >= 10_000 - found.num_rows
+
+
+def test_sealed_block_with_garbage_after_it_is_whole(sealed_file, tmp_path):
+    whole, table = sealed_file
+    path = tmp_path / "000000.arrow"
+    path.write_bytes(whole + b"garbage")
+    found, damage = sealed.read(path)
+    assert same(found, table)
+    assert [(d.rows_lost, d.reason) for d in damage] == [
+        (0, "the end of the file is damaged")
+    ]
+
+
+def test_sealed_block_of_a_later_format_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(sealed, "FORMAT", 2)
+    sealed.write(block_table(3), tmp_path / "000000.arrow", rank=3)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"expected format 1, got 2"):
+        sealed.read(tmp_path / "000000.arrow")
+
+
+counts = st.none() | st.integers(-(2**63) + 1, 2**63 - 1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(1, 2**62),
+            counts,
+            st.none() | st.integers(-(2**31) + 1, 2**31 - 1),
+            st.none() | st.floats() | st.floats(width=32),
+            st.text(st.characters(codec="utf-8"), max_size=3),
+        ),
+        max_size=20,
+    )
+)
+def test_sealed_block_gives_back_every_bit(tmp_path_factory, found):
+    count = len(found)
+    table = pa.table(
+        {
+            "seq": pa.array(range(0, 3 * count, 3)),
+            "rank": pa.array([0] * count, pa.int32()),
+            "time": pa.array([row[0] for row in found], pa.int64()),
+            "what": [row[4] for row in found],
+            "set": ["s"] * count,
+            "name": [row[4] for row in found][::-1],
+            "index": pa.array([row[1] for row in found], pa.int64()),
+            "epoch": pa.array([row[2] for row in found], pa.int32()),
+            "step": pa.array([row[1] for row in found][::-1], pa.int64()),
+            "value": pa.array([row[3] for row in found], pa.float64()),
+            "payload": pa.array([row[4] or None for row in found], pa.string()),
+            "kind": ["float"] * count,
+        }
+    ).cast(SCHEMA)
+    path = tmp_path_factory.mktemp("bits") / "000000.arrow"
+    sealed.write(table, path, rank=0)
+    again, damage = sealed.read(path)
+    assert damage == []
+    assert same(again.drop(["value"]), table.drop(["value"]))
+    assert [bits(v) for v in floats(again)] == [bits(v) for v in floats(table)]
+    assert sealed.num_rows(path) == count
+
+
+def bits(value):
+    return None if value is None else struct.pack("<d", value)
+
+
+def test_journal_nan_payloads_survive(part):
+    # Quiet and signalling, of either sign, and one that is a float32 too.
+    patterns = [0x7FF8000000000000, 0x7FF8000000000001, 0xFFF8000000000000]
+    patterns += [0x7FF0000000000001, 0x7FF8000020000000]
+    values = [struct.unpack("<d", p.to_bytes(8, "little"))[0] for p in patterns]
+    journal = Journal(part)
+    for value in values:
+        put(journal, value)
+    journal.close()
+    (path,) = part.glob("*.arrow")
+    stored = pa.ipc.open_file(pa.BufferReader(path.read_bytes())).read_all()
+    found = stored["value"].to_numpy().view("<u8").tolist()
+    assert found == patterns
+
+
+# ---------------------------------------------------------------------------- tail
+
+
+def test_tail_gives_each_row_once_in_order_while_it_grows(part):
+    journal = Journal(part)
+    tail = Tail(part)
+    seen: list[float] = []
+    counter = itertools.count()
+    for burst in (1, 10, 20_000, 5, 16_384, 30_000):
+        leaves_of = (("x", FLOAT, float(next(counter)), None) for _ in range(burst))
+        journal.write("m", "s", leaves_of)
+        assert tail.behind() == burst
+        while (table := tail.read(7000)).num_rows:
+            assert table.num_rows <= 7000
+            seen += floats(table)
+        assert tail.behind() == 0
+    journal.close()
+    put_more = Journal(part)
+    put(put_more, -1.0)
+    while (table := tail.read()).num_rows:
+        seen += floats(table)
+    put_more.close()
+    assert seen == [*range(sum((1, 10, 20_000, 5, 16_384, 30_000))), -1.0]
+
+
+def test_tail_starts_after_a_given_row(part):
+    journal = Journal(part)
+    journal.write("m", "s", (("x", FLOAT, float(i), None) for i in range(10)))
+    assert floats(Tail(part, after=6).read()) == [7, 8, 9]
+    assert Tail(part, after=6).behind() == 3
+    journal.close()
+    assert floats(Tail(part, after=6).read()) == [7, 8, 9]
+
+
+def test_tail_waits_for_a_row_that_is_being_written(part):
+    journal = Journal(part)
+    put(journal, 1.0)
+    for slot in journal.block.slots:  # as a thread that is just about to write
+        break
+    put(journal, 3.0)
+    tail = Tail(part)
+    assert floats(tail.read()) == [1.0]
+    assert tail.read().num_rows == 0
+    group = journal.group(journal.block, "metrics", "train")
+    now = time.time_ns() // 1000
+    key = group.ids[""]
+    journal.block.put(slot * SIZE, now, 1, 1, 2.0, 1, key, FLOAT, 0, rows.MARK ^ slot)
+    assert floats(tail.read()) == [2.0, 3.0]
+    journal.close()
+
+
+def test_tail_passes_a_row_that_can_not_come_any_more(part):
+    journal = Journal(part)
+    put(journal, 1.0)
+    for _ in journal.block.slots:
+        break
+    put(journal, 3.0)
+    tail = Tail(part)
+    assert floats(tail.read()) == [1.0]
+    journal.close()
+    assert floats(tail.read()) == [3.0]
+    assert read_part(part)[1] == []
+
+
+def test_memory_block_is_read_like_one_on_the_disk():
+    block = Block(4)
+    group = Group(Series())
+    key = block.key(group, "m", "s", "x")
+    block.add_payload(0, '"text"')
+    block.put(0, 1, 2, 3, math.nan, 4, key, 4, rows.HAS_TEXT, rows.MARK)
+    marks, text = block.snapshot()
+    found = rows.decode(Path("part"), 4, 0, marks, marks, text)
+    assert found.table["payload"].to_pylist() == ['"text"']
+    assert found.table["seq"].to_pylist() == [4 * CAPACITY]
+    assert not block.is_durable
+
+
+def test_warnings_as_errors_do_not_reach_the_writer(part, capsys):
+    journal = Journal(part)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        journal._warn_of(OSError(28, "No space left on device"))
+    assert "No space left on device" in capsys.readouterr().err
+    journal.close()
