@@ -146,7 +146,7 @@ def _read(path: Path, folder: Path, settings: Settings, report: Any) -> int:
         register = _register(path, settings)
         run = register.find()
         if run is None:
-            told["error"] = "there is no such run in MLflow"
+            told["error"] = "no such run there"
         else:
             file = folder / f"{path.name}.arrow"
             history = register.remote.history(run.run_id)
