@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -156,7 +155,7 @@ class Learner:
         luz 0.5.0, ``fit``.
         """
         check_epochs(*(epochs if isinstance(epochs, tuple | list) else (0, epochs)))
-        own, interrupt = check_callbacks(callbacks), Interrupt()
+        own = check_callbacks(callbacks)
         if seed is not None:
             seed_all(seed)
         if isinstance(valid_data, float | int) and not isinstance(valid_data, bool):
@@ -172,7 +171,7 @@ class Learner:
             TrainValid(),
             Metrics(self.metrics),
             Progress(),
-            interrupt,
+            Interrupt(),
         ]
         ctx = FitContext(
             model=model,
@@ -192,14 +191,17 @@ class Learner:
         ctx.resume = resume_of(own)
         if ctx.resume is not None:
             ctx.resume.compare(ctx.about)
-        with ExitStack() as stack:
-            run = stack.enter_context(tracked(ctx, tracker))
-            if run is not None and ctx.resume is None:
-                describe_fit(run, ctx, self, seed)
-            loop.fit(ctx)
-            if run is not None and interrupt.signum is not None:
-                stack.callback(run.finish, "killed")
-        return self._fitted(ctx, run, interrupt.signum)
+        try:
+            with tracked(ctx, tracker) as run:
+                if run is not None and ctx.resume is None:
+                    describe_fit(run, ctx, self, seed)
+                loop.fit(ctx)
+                if run is not None and ctx.stop_signal is not None:
+                    run.finish("killed")
+        except BaseException:
+            accelerator.finish()
+            raise
+        return self._fitted(ctx, run)
 
     def _backward_of(self, ctx: Context) -> Callable[[Tensor], object]:
         """How a loss goes back: the user's way, else the accelerator's."""
@@ -208,11 +210,9 @@ class Learner:
         assert accelerator is not None
         return own or (lambda loss: accelerator.backward(loss, ctx.opt_name))
 
-    def _fitted(
-        self, ctx: FitContext, run: tracking.Run | None, signum: int | None
-    ) -> Fitted:
+    def _fitted(self, ctx: FitContext, run: tracking.Run | None) -> Fitted:
         """The result, with the model off the context and on the CPU."""
-        accelerator = ctx.accelerator
+        accelerator, signum = ctx.accelerator, ctx.stop_signal
         assert accelerator is not None
         weights = accelerator.whole_state_dict(ctx.model)
         accelerator.finish()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from harness.context import Context, Handlers
-from harness.errors import EarlyStop, SkipEpoch
+from harness.errors import EarlyStop, Interrupted, SkipEpoch
 from harness.metrics import detach
 from harness.passes import TrainPass
 from harness.steps import call_model, default_step
@@ -23,7 +23,7 @@ def fit(ctx: Context) -> None:
     luz 0.5.0, ``fit.luz_module_generator``.
     """
     ctx.handlers |= {EarlyStop: lambda _: ctx.call_callbacks("on_early_stopping")}
-    ctx.handlers |= {KeyboardInterrupt: lambda _: ctx.call_callbacks("on_interrupt")}
+    ctx.handlers |= {Interrupted: lambda _: ctx.call_callbacks("on_interrupt")}
     ctx.epoch_handlers |= {SkipEpoch: lambda _: None}
     with told(ctx):
         with handled(ctx.handlers):
@@ -151,8 +151,8 @@ def told(ctx: Context) -> Iterator[None]:
     """Fire ``on_exception`` for what leaves the block, and note where it happened."""
     try:
         yield
-    except Exception as exc:
-        if not getattr(exc, "__notes__", None):
+    except BaseException as exc:
+        if isinstance(exc, Exception) and not getattr(exc, "__notes__", None):
             ctx.add_note(exc, "the model's step")
         ctx.call_callbacks("on_exception")
         raise
