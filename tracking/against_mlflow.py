@@ -121,21 +121,21 @@ def _points(
     lacking = lacking[chosen_points(points, per_key, is_final=is_final)[lacking]]
     absent = _by_place(points, lacking)
     surplus = history.take(extra).append_column("is_dead", [is_dead[extra]])
-    rest = []
+    rest, found = [], []
     for row in surplus.to_pylist():
         before = absent.get((row["key"], row["step"]))
         if before:
-            detail = _change(before.pop(0), row)
-            yield Finding("MLflow", "changed", _name(row), detail)
+            ours = before.pop(0)
+            change = Finding("MLflow", "changed", _name(row), _change(ours, row))
+            found.append((ours["seq"], change))
         else:
             rest.append(row)
-    for rows in absent.values():
-        for row in rows:
-            why = refused.get(row["key"])
-            detail = f"{row['value']!r}" + (
-                f", refused by MLflow: {why}" if why else ""
-            )
-            yield Finding("MLflow", "missing", _name(row), detail)
+    for row in (row for rows in absent.values() for row in rows):
+        why = refused.get(row["key"])
+        detail = f"{row['value']!r}" + (f", refused by MLflow: {why}" if why else "")
+        missing = Finding("MLflow", "missing", _name(row), detail)
+        found.append((row["seq"], missing))
+    yield from (finding for _, finding in sorted(found, key=lambda item: item[0]))
     if not manifest.mlflow.get("borrowed"):
         yield from _surplus(rest, identities(points, keys, _LOOSE), keys)
 

@@ -376,6 +376,7 @@ class Courier:
             return True
         for start in range(0, len(lacking), BATCH):
             self._send(lacking[start : start + BATCH], None)
+        self.num_present += len(lacking)
         self._is_unsettled = False
         self._progress.leftovers = Leftovers()
         self._progress.held.clear()

@@ -42,7 +42,7 @@ class Synced:
     sent
         Metric rows that were sent now.
     present
-        Metric rows that MLflow had before, as they should be.
+        Metric rows that MLflow has in the end, as they should be.
     behind
         Rows that MLflow still lacks.
     flags
