@@ -48,8 +48,9 @@ from harness.accelerator.precision import autocast_of, hook_autocast, hook_input
 from harness.accelerator.ranks import Ranks
 from harness.accelerator.shard import ShardedLoader, Share
 from harness.accelerator.single import best_device, move
-from harness.accelerator.state import load_state, save_state
+from harness.accelerator.state import put_state, take_state
 from harness.accelerator.watch import Watch
+from harness.errors import CheckpointError
 
 DEFAULT_NAME = "opt"
 """Name of the optimizer that DeepSpeed's config describes."""
@@ -515,59 +516,85 @@ class DeepSpeedAccelerator:
         """All weights and buffers, whole, detached, on the CPU; empty except on rank 0."""
         return whole_state(model, self._whole, self._dtypes, keep=self.is_main)
 
-    def _about(self) -> dict[str, Any]:
-        """What a saved state must fit, and the counts it carries."""
-        return {
-            "rank": self.rank,
-            "world_size": self.world_size,
-            "stage": zero_stage(self._filled),
-            "steps": dict(self.steps),
-            "overflows": dict(self.overflows),
-        }
+    def state_dict(self) -> dict[str, Any]:
+        """Weights, buffers, optimizers, gradients of an open window, counters of this rank.
 
-    def save(self, folder: Path) -> None:
-        """Write this rank's weights, buffers, optimizer and engine state into `folder`.
+        Tensors are live: copy them before the next step. The rest is what JSON can hold.
+        What all ranks share is given by rank 0 alone.
 
         Raises
         ------
         RuntimeError
-            Before ``prepare``, or inside a window: gradients are not saved.
+            Before ``prepare``, and in an open window with offloaded optimizer states.
         """
-        for part in self._parts.values():
-            if part.done:
-                msg = f"save: expected the end of a window, got {part.done} micro-batches of"
-                raise RuntimeError(
-                    f"{msg} {part.name!r} not stepped. Save after the step."
-                )
-        save_state(folder, self._prepared(), self._engines(), self._about())
-        self._ranks.barrier()
+        offload = self._filled.get("zero_optimization", {}).get("offload_optimizer", {})
+        is_open = any(part.done for part in self._parts.values())
+        if is_open and offload.get("device", "none") != "none":
+            msg = "state_dict: expected the end of a window with offload_optimizer"
+            raise RuntimeError(f"{msg}, got an open one. Save after an optimizer step.")
+        stage = zero_stage(self._filled)
+        state = take_state(self._prepared(), self._engines(), stage)
+        if not self.is_main:
+            state["shared"] = {}
+        return state | {
+            "world_size": self.world_size,
+            "stage": stage,
+            "steps": dict(self.steps),
+            "overflows": dict(self.overflows),
+            "done": {name: part.done for name, part in self._parts.items()},
+        }
 
-    def load(self, folder: Path) -> None:
-        """Take back what ``save`` wrote on the same number of ranks, at the same stage.
+    def load_state_dict(
+        self,
+        state: Mapping[str, Any],
+        parts: Sequence[str] = ("model", "optimizers"),
+    ) -> None:
+        """Take back what ``state_dict`` gave, all of it or one of the two parts.
+
+        Every rank has to call it.
 
         Raises
         ------
         CheckpointError
-            If files are missing or torn, or of another shape of training.
+            If it is of another model, other optimizers, another number of ranks, or
+            another ZeRO stage.
         """
-        model = self._prepared()
-        about = self._ranks.agree(
-            lambda: load_state(folder, model, self._engines(), self._about())
+        self._ranks.agree(lambda: self._check_shape(state))
+        stage, shared = zero_stage(self._filled), self._ranks.broadcast(state["shared"])
+        whole = {**state, "shared": shared}
+        self._ranks.agree(
+            lambda: put_state(self._prepared(), self._engines(), stage, whole, parts)
         )
-        self.steps.update(about["steps"])
-        self.overflows.update(about["overflows"])
+        if "optimizers" in parts:
+            self.steps.update(state["steps"])
+            self.overflows.update(state["overflows"])
+            for name, part in self._parts.items():
+                part.done = state["done"][name]
         for engine in self._engines().values():
             kept = getattr(engine.optimizer, "persistent_parameters", None)
             if kept:
-                # Small parameters stay whole on each rank: fetch them anew.
+                # Small parameters stay whole on each rank at ZeRO 3: fetch them anew.
                 engine.empty_partition_cache()
                 kept[0].all_gather(kept)
+
+    def _check_shape(self, state: Mapping[str, Any]) -> None:
+        """Parts fit together on the ranks and at the stage that they come from only."""
+        here = {"world_size": self.world_size, "stage": zero_stage(self._filled)}
+        for name, want in here.items():
+            if state.get(name) != want:
+                msg = (
+                    f"resume: expected a state of {name} {want}, got {state.get(name)}."
+                )
+                advice = (
+                    f"Resume with {name} {state.get(name)}, or take the weights only."
+                )
+                raise CheckpointError(f"{msg} {advice}")
 
     def _prepared(self) -> nn.Module:
         """The model that was prepared."""
         if self._model is None:
             msg = "accelerator: expected prepare(model, ...) first, got no model."
-            raise RuntimeError(f"{msg} Call prepare before save or load.")
+            raise RuntimeError(f"{msg} Call prepare before this.")
         return self._model
 
     def _engines(self) -> dict[str, Any]:

@@ -80,6 +80,13 @@ def deal(total: int, size: int, rank: int, world_size: int) -> tuple[int, int]:
     return rank * each + min(rank, more), each + (rank < more)
 
 
+_KNOWN = frozenset(
+    {"batch_sampler", "batch_size", "collate_fn", "dataset", "drop_last", "generator"}
+    | {"num_workers", "pin_memory", "sampler"}
+)
+"""Attributes that a divided loader shares with the original one."""
+
+
 class ShardedLoader:
     """One rank's part of a loader.
 
@@ -141,10 +148,11 @@ class ShardedLoader:
         return len(self._source)
 
     def __getattr__(self, name: str) -> Any:
-        """What the original loader knows: ``dataset``, ``batch_size``, ``sampler``, ..."""
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self._loader, name)
+        """What the original loader says of itself; its own position is not this one's."""
+        if name in _KNOWN:
+            return getattr(self._loader, name)
+        msg = f"{type(self).__name__!r} object has no attribute {name!r}"
+        raise AttributeError(msg)
 
     def set_epoch(self, epoch: int) -> None:
         """Tell the epoch to sampler and data set, where they ask for it."""

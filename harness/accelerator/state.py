@@ -1,140 +1,112 @@
-"""What engines hold that a checkpoint needs, as tensors and JSON: one part for each rank.
+"""What engines hold that a checkpoint needs, as live tensors and plain values.
 
 DeepSpeed's own checkpoints are read back by pickle, which runs code, and are not atomic.
-Here each rank writes plain tensors into a folder that the caller puts in place.
+Here each rank gives its part: what all ranks share comes from rank 0 alone.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from harness.errors import CheckpointError
 
-FORMAT = 1
-"""Version of the files written by ``save_state``."""
-
 _COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 """Counters of an engine."""
 
-_SCALES = (
-    "cur_scale",
-    "cur_iter",
-    "last_overflow_iter",
-    "cur_hysteresis",
-)
+_SCALES = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 """Numbers of a loss scaler, which some wrappers keep on themselves."""
 
 
-def save_state(
-    folder: Path, model: nn.Module, engines: Mapping[str, Any], about: Mapping[str, Any]
-) -> None:
-    """Write this rank's part of model and engines.
-
-    Parameters
-    ----------
-    folder
-        An existing folder, the same for all ranks.
-    model
-        The model that the engines train.
-    engines
-        Engines by optimizer name.
-    about
-        ``rank``, ``world_size``, ``stage`` and whatever else JSON holds; given back by
-        ``load_state``.
-    """
-    shared, own = _tensors(model, engines, int(about["stage"]))
-    rank = int(about["rank"])
-    if rank == 0 and shared:
-        save_file(_copied(shared), folder / "shared.safetensors")
-    save_file(_copied(own), folder / f"rank-{rank}.safetensors")
-    facts = {
-        "format": FORMAT,
-        "about": dict(about),
-        "engines": {name: _facts(engine) for name, engine in engines.items()},
-    }
-    (folder / f"rank-{rank}.json").write_text(json.dumps(facts), encoding="utf-8")
-
-
-def load_state(
-    folder: Path, model: nn.Module, engines: Mapping[str, Any], about: Mapping[str, Any]
+def take_state(
+    model: nn.Module, engines: Mapping[str, Any], stage: int
 ) -> dict[str, Any]:
-    """Take back what ``save_state`` wrote; gives its `about`.
+    """State of model and engines on this rank.
+
+    Returns
+    -------
+    dict
+        ``shared``: tensors that are the same on all ranks, ``own``: those of this rank;
+        both by part, ``model`` and ``optimizers``, and by name. ``facts``: the engines'
+        numbers by optimizer name. ``grads``: gradients of an open window.
+    """
+    live = live_tensors(model, engines)
+    shared = {0: ("weights", "optimizers"), 1: ("weights",), 2: ("weights",), 3: ()}[
+        stage
+    ]
+    return {
+        "shared": {kind: live[kind] for kind in shared},
+        "own": {kind: live[kind] for kind in live if kind not in shared},
+        "facts": {name: _facts(engine) for name, engine in engines.items()},
+        "grads": {
+            name: open_gradients(engine, stage) for name, engine in engines.items()
+        },
+    }
+
+
+def put_state(
+    model: nn.Module,
+    engines: Mapping[str, Any],
+    stage: int,
+    state: Mapping[str, Any],
+    parts: Sequence[str],
+) -> None:
+    """Take back what ``take_state`` gave, with the ``shared`` tensors of rank 0.
 
     Raises
     ------
     CheckpointError
-        If a file is missing or torn, or the state is of another number of ranks, ZeRO
-        stage, or model.
+        If the state is of another model or other optimizers.
     """
-    rank, stage = int(about["rank"]), int(about["stage"])
-    facts = _read_json(folder / f"rank-{rank}.json")
-    for name in ("world_size", "stage"):
-        if facts["about"].get(name) != about[name]:
-            msg = f"load({str(folder)!r}): expected a state of {name} {about[name]}"
-            advice = (
-                f"Resume with {name} {facts['about'].get(name)}, or take weights only."
-            )
-            raise CheckpointError(f"{msg}, got {facts['about'].get(name)}. {advice}")
-    if set(facts["engines"]) != set(engines):
-        msg = f"load({str(folder)!r}): expected optimizers {sorted(engines)}"
-        advice = "Resume with the learner that was saved."
-        raise CheckpointError(f"{msg}, got {sorted(facts['engines'])}. {advice}")
-    found = _read_tensors(folder / f"rank-{rank}.safetensors")
-    if stage < 3:
-        found |= _read_tensors(folder / "shared.safetensors")
-    for name, engine in engines.items():
-        _make_state(name, engine, found, facts["engines"][name])
-    shared, own = _tensors(model, engines, stage)
-    _copy_in(folder, {**shared, **own}, found)
-    for name, engine in engines.items():
-        _take_facts(engine, facts["engines"][name])
-    return dict(facts["about"])
+    found = {**state["shared"], **state["own"]}
+    kinds = [kind for kind in ("weights", "buffers") if "model" in parts]
+    if "optimizers" in parts:
+        if set(state["facts"]) != set(engines):
+            have, want = sorted(state["facts"]), sorted(engines)
+            msg = f"resume: expected optimizers {want}, got {have}."
+            raise CheckpointError(f"{msg} Resume with the learner that was saved.")
+        kinds.append("optimizers")
+        for name, engine in engines.items():
+            _make_entries(name, engine, found["optimizers"], state["facts"][name])
+    live = live_tensors(model, engines)
+    for kind in kinds:
+        _copy(live[kind], found[kind])
+    if "optimizers" in parts:
+        for name, engine in engines.items():
+            _put_facts(engine, state["facts"][name])
+            put_open_gradients(engine, stage, state["grads"][name])
 
 
 # ---------------------------------------------------------------------- tensors
 
 
-def _tensors(
-    model: nn.Module, engines: Mapping[str, Any], stage: int
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Live tensors by name: those that all ranks share, and this rank's own."""
-    own = {f"buffers/{name}": value for name, value in model.named_buffers()}
-    weights = {
-        f"weights/{name}": getattr(param, "ds_tensor", param).data
-        for name, param in model.named_parameters()
-    }
-    states: dict[str, Tensor] = {}
+def live_tensors(
+    model: nn.Module, engines: Mapping[str, Any]
+) -> dict[str, dict[str, Tensor]]:
+    """Weights (at ZeRO 3 this rank's parts), buffers and optimizer states, by name."""
+    optimizers: dict[str, Tensor] = {}
     for name, engine in engines.items():
-        for n, master in enumerate(masters(engine)):
-            states |= _of_master(f"optimizers/{name}/{n}", master, engine, model)
-    if stage == 3:
-        return {}, {**own, **weights, **states}
-    if stage == 0:
-        return {**weights, **states}, own
-    return weights, {**own, **states}
-
-
-def _of_master(
-    place: str, master: Tensor, engine: Any, model: nn.Module
-) -> dict[str, Tensor]:
-    """What the optimizer keeps for one tensor, and the tensor if it is no weight itself."""
-    state = base_of(engine).state.get(master, {})
-    found = {
-        f"{place}/{name}": value
-        for name, value in state.items()
-        if torch.is_tensor(value)
+        state = base_of(engine).state
+        for place, master in _masters(engine, name):
+            entries = state.get(master, {})
+            optimizers |= {
+                f"{place}/{key}": value
+                for key, value in entries.items()
+                if torch.is_tensor(value)
+            }
+            if not any(master is param for param in model.parameters()):
+                optimizers[f"{place}/master"] = master.data
+    return {
+        "weights": {
+            name: getattr(param, "ds_tensor", param).data
+            for name, param in model.named_parameters()
+        },
+        "buffers": dict(model.named_buffers()),
+        "optimizers": optimizers,
     }
-    if not any(master is param for param in model.parameters()):
-        found[f"{place}/master"] = master.data
-    return found
 
 
 def base_of(engine: Any) -> torch.optim.Optimizer:
@@ -145,70 +117,138 @@ def base_of(engine: Any) -> torch.optim.Optimizer:
     return found
 
 
-def masters(engine: Any) -> list[Tensor]:
-    """The tensors that the optimizer steps: this rank's parts of the weights in float32."""
+def _masters(engine: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that the optimizer steps, each with a name of its own."""
     divided = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)
-    if divided is not None:
-        return list(divided)
-    return [
-        param for group in base_of(engine).param_groups for param in group["params"]
-    ]
+    if divided is None:
+        groups = base_of(engine).param_groups
+        divided = [param for group in groups for param in group["params"]]
+    for n, master in enumerate(divided):
+        yield f"{name}/{n}", master
 
 
-def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors on the CPU that share no memory, as safetensors asks."""
-    return {
-        name: value.detach().to("cpu", copy=True).contiguous()
-        for name, value in tensors.items()
-    }
-
-
-def _make_state(
+def _make_entries(
     name: str, engine: Any, found: Mapping[str, Tensor], facts: Mapping[str, Any]
 ) -> None:
-    """Give the optimizer the entries it had, to be filled; torch makes them at the first step."""
+    """Give the optimizer the entries it had; torch makes them at the first step only."""
     state = base_of(engine).state
-    for n, master in enumerate(masters(engine)):
-        place = f"optimizers/{name}/{n}/"
+    masters = list(_masters(engine, name))
+    if len(masters) != len(facts["state"]):
+        msg = f"resume: expected {len(masters)} parts of optimizer {name!r}"
+        advice = "Resume with the learner that was saved."
+        raise CheckpointError(f"{msg}, got {len(facts['state'])}. {advice}")
+    for (place, master), numbers in zip(masters, facts["state"], strict=True):
         entries: dict[str, Any] = {
-            full.removeprefix(place): value
+            full.removeprefix(f"{place}/"): value
             for full, value in found.items()
-            if full.startswith(place) and full != f"{place}master"
+            if full.startswith(f"{place}/") and full != f"{place}/master"
         }
-        for entry, value in entries.items():
+        for key, value in entries.items():
             # A counter stays on the CPU, where torch keeps it.
             device = master.device if value.dim() else value.device
-            entries[entry] = value.to(device, copy=True)
-        numbers = facts["state"].get(str(n), {})
+            entries[key] = value.to(device, copy=True)
+        state.pop(master, None)
         if entries or numbers:
             state[master] = {**entries, **numbers}
 
 
-def _copy_in(
-    folder: Path, live: Mapping[str, Tensor], found: Mapping[str, Tensor]
-) -> None:
+def _copy(live: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
     """Copy saved tensors into live ones of the same names and shapes."""
-    for name in sorted(live.keys() ^ found.keys()):
-        have = "an unknown tensor" if name in found else "no tensor"
-        msg = f"load({str(folder)!r}): expected the saved model's tensors, got {have}"
-        raise CheckpointError(f"{msg} {name!r}. Resume with the code that was saved.")
-    for name, value in live.items():
-        if value.shape != found[name].shape:
-            msg = f"load({str(folder)!r}): expected {name!r} of shape {tuple(value.shape)}"
-            advice = "Resume with the code that was saved."
-            raise CheckpointError(f"{msg}, got {tuple(found[name].shape)}. {advice}")
+    for name in sorted(live.keys() | found.keys()):
+        have = tuple(found[name].shape) if name in found else "none"
+        want = tuple(live[name].shape) if name in live else "none"
+        if have != want:
+            msg = f"resume: expected the tensor {name!r} of shape {want}, got {have}."
+            raise CheckpointError(f"{msg} Resume with the code that was saved.")
     with torch.no_grad():
         for name, value in live.items():
             value.copy_(found[name])
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    """Tensors of a file."""
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        msg = f"load({str(path)!r}): expected a whole file of tensors, got {error}."
-        raise CheckpointError(f"{msg} Take an earlier checkpoint.") from error
+# ------------------------------------------------------ gradients of an open window
+
+
+def open_gradients(engine: Any, stage: int) -> dict[str, Any]:
+    """Gradients that wait for the rest of their window, wherever DeepSpeed keeps them.
+
+    References
+    ----------
+    DeepSpeed 0.19.8: ``bf16_optimizer.py``, ``zero/stage_1_and_2.py``, ``zero/stage3.py``.
+    """
+    wrapper = engine.optimizer
+    if hasattr(wrapper, "fp32_groups_gradients_flat"):
+        return {
+            "flat": list(wrapper.fp32_groups_gradients_flat),
+            "has": [list(has) for has in wrapper.fp32_groups_has_gradients],
+        }
+    if stage == 3:
+        return {
+            "flat": wrapper.grad_partitions_flat_buffer,
+            "micro": wrapper.micro_step_id,
+            "ran": bool(wrapper._epilogue_ran_this_backward),
+        }
+    if stage == 2:
+        return {
+            "lists": [
+                held and list(held) for held in _by_group(wrapper.all_grad_tensors)
+            ],
+            "flat": [
+                getattr(held, "flat_partition", None)
+                for held in _by_group(wrapper.averaged_gradients)
+            ],
+            "micro": wrapper.micro_step_id,
+        }
+    params = dict(engine.module.named_parameters())
+    return {
+        kind: {
+            name: getattr(param, kind)
+            for name, param in params.items()
+            if getattr(param, kind, None) is not None
+        }
+        for kind in ("grad", "grad_accum")
+    }
+
+
+def _by_group(held: Mapping[int, Any]) -> list[Any]:
+    """Values of a dict by group number; None where a group has none."""
+    return [held.get(n) for n in range(max(held, default=-1) + 1)]
+
+
+def put_open_gradients(engine: Any, stage: int, saved: Mapping[str, Any]) -> None:
+    """Take back what ``open_gradients`` gave."""
+    wrapper = engine.optimizer
+    if hasattr(wrapper, "fp32_groups_gradients_flat"):
+        for live, flat in zip(
+            wrapper.fp32_groups_gradients_flat, saved["flat"], strict=True
+        ):
+            live.copy_(flat)
+        for has, was in zip(
+            wrapper.fp32_groups_has_gradients, saved["has"], strict=True
+        ):
+            has[:] = was
+    elif stage == 3:
+        wrapper.grad_partitions_flat_buffer.copy_(saved["flat"])
+        wrapper.micro_step_id = saved["micro"]
+        wrapper._epilogue_ran_this_backward = saved["ran"]
+    elif stage == 2:
+        _put_divided(engine, saved)
+    else:
+        params = dict(engine.module.named_parameters())
+        for kind in ("grad", "grad_accum"):
+            for name, grad in saved[kind].items():
+                setattr(params[name], kind, grad.to(engine.device, copy=True))
+
+
+def _put_divided(engine: Any, saved: Mapping[str, Any]) -> None:
+    """Gradients as ZeRO 2 holds them: whole tensors, or flat ones in another dtype."""
+    wrapper = engine.optimizer
+    for n, held in enumerate(saved["lists"]):
+        copies = held and [grad.to(engine.device, copy=True) for grad in held]
+        wrapper.all_grad_tensors[n] = copies
+    for n, flat in enumerate(saved["flat"]):
+        if flat is not None:
+            wrapper._get_compact_grad_partition_buffer(n).flat_partition.copy_(flat)
+    wrapper.micro_step_id = saved["micro"]
 
 
 # ------------------------------------------------------------------------ facts
@@ -216,16 +256,14 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 def _facts(engine: Any) -> dict[str, Any]:
     """What an engine holds beside tensors."""
-    base = base_of(engine)
-    numbers = {}
-    for n, master in enumerate(masters(engine)):
-        state = base.state.get(master, {})
-        plain = {k: v for k, v in state.items() if not torch.is_tensor(v)}
-        if plain:
-            numbers[str(n)] = plain
+    state = base_of(engine).state
+    numbers = []
+    for _, master in _masters(engine, ""):
+        entries = state.get(master, {})
+        numbers.append({k: v for k, v in entries.items() if not torch.is_tensor(v)})
     groups = [
         {key: _plain(value) for key, value in group.items() if key != "params"}
-        for group in base.param_groups
+        for group in base_of(engine).param_groups
     ]
     scheduler = engine.lr_scheduler
     return {
@@ -241,17 +279,20 @@ def _facts(engine: Any) -> dict[str, Any]:
     }
 
 
-def _take_facts(engine: Any, facts: Mapping[str, Any]) -> None:
+def _put_facts(engine: Any, facts: Mapping[str, Any]) -> None:
     """Put the facts back."""
     for name, value in facts["counters"].items():
         setattr(engine, name, value)
-    for group, saved in zip(base_of(engine).param_groups, facts["groups"], strict=True):
+    groups = base_of(engine).param_groups
+    if len(groups) != len(facts["groups"]):
+        msg = f"resume: expected {len(groups)} parameter groups, got {len(facts['groups'])}."
+        raise CheckpointError(f"{msg} Resume with the learner that was saved.")
+    for group, saved in zip(groups, facts["groups"], strict=True):
         for key, value in saved.items():
-            before = group.get(key)
-            if torch.is_tensor(before):
-                before.fill_(value)
+            if torch.is_tensor(group.get(key)):
+                group[key].fill_(value)
             else:
-                group[key] = tuple(value) if isinstance(before, tuple) else value
+                group[key] = value
     for holder, saved in zip(_scale_holders(engine), facts["scales"], strict=True):
         for name, value in saved.items():
             setattr(holder, name, value)
@@ -283,19 +324,3 @@ def _scalers(engine: Any) -> Iterator[Any]:
 def _plain(value: Any) -> Any:
     """The value as JSON holds it."""
     return value.item() if torch.is_tensor(value) else value
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """The facts of a rank, checked for their form."""
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        if facts["format"] != FORMAT:
-            raise ValueError(f"format {facts['format']!r} instead of {FORMAT}")
-        if not isinstance(facts["about"], dict) or not isinstance(
-            facts["engines"], dict
-        ):
-            raise ValueError("facts of another form")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        msg = f"load({str(path)!r}): expected the facts of a rank, got {error}."
-        raise CheckpointError(f"{msg} Take an earlier checkpoint.") from error
-    return dict(facts)

@@ -7,6 +7,7 @@ for each rank, whose gradients are averaged by hand.
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from harness.accelerator import Accelerator, SingleDevice
+from harness.accelerator.ranks import PeerError
+from harness.errors import CheckpointError
+from harness.tree import flatten, restore
 
 Batch = tuple[Tensor, Tensor]
 Loss = Callable[[nn.Module, str, Batch], Tensor]
@@ -229,8 +234,10 @@ def averaged(found: list[list[Tensor]]) -> list[list[Tensor]]:
     """The mean over ranks, for each rank."""
     if len(found) == 1:
         return found
-    means = [sum(parts) / len(parts) for parts in zip(*found, strict=True)]
-    return [[mean.clone() for mean in means] for _ in found]  # type: ignore[union-attr]
+    means = [
+        torch.stack(parts).sum(0) / len(parts) for parts in zip(*found, strict=True)
+    ]
+    return [[mean.clone() for mean in means] for _ in found]
 
 
 def added(before: list[Tensor] | None, new: list[Tensor]) -> list[Tensor]:
@@ -310,7 +317,8 @@ def run_equal(
     loss_of: Loss = regression,
     sizes: Sequence[int] = (1, 1, 1),
     max_norm: float | None = None,
-    **tolerance: float,
+    rtol: float = 0.0,
+    atol: float = 0.0,
 ) -> None:
     """Train both ways and compare."""
     data = windows(lab.world, sizes)
@@ -323,22 +331,16 @@ def run_equal(
         lab, accelerator, build, optimizers, loss_of, data, max_norm=max_norm
     )
     assert bool(found) == (lab.rank == 0)
-    check_equal(found, wanted, **tolerance)
+    check_equal(found, wanted, rtol, atol)
     assert accelerator.steps == dict.fromkeys(optimizers(seeded(build)), len(sizes))
     accelerator.finish()
     # Other ranks keep their own buffers.
-    check_equal(dict(model.named_parameters()), Bare(wanted), **tolerance)
-
-
-class Bare(nn.Module):
-    """The parameters of a model without its buffers."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.held = dict(model.named_parameters())
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return self.held
+    torch.testing.assert_close(
+        dict(model.named_parameters()),
+        dict(wanted.named_parameters()),
+        rtol=rtol,
+        atol=atol,
+    )
 
 
 # ------------------------------------------------------------------------ training
@@ -375,8 +377,8 @@ def case_tied_weights_equal_plain_torch(lab: Lab) -> None:
 def case_clipping_equals_plain_torch(lab: Lab) -> None:
     # DeepSpeed multiplies by the inverse of (norm + 1e-6) / max_norm, of a norm taken over
     # flat parts: the same number but for rounding. ZeRO 0 clips as torch does.
-    tolerance = {"rtol": 2e-6, "atol": 1e-7} if lab.stage else {}
-    run_equal(lab, Net, adam, sizes=(1, 2), max_norm=0.05, **tolerance)
+    rtol, atol = (2e-6, 1e-7) if lab.stage else (0.0, 0.0)
+    run_equal(lab, Net, adam, sizes=(1, 2), max_norm=0.05, rtol=rtol, atol=atol)
 
 
 def case_clip_gives_the_norm_found(lab: Lab) -> None:
@@ -384,12 +386,12 @@ def case_clip_gives_the_norm_found(lab: Lab) -> None:
     wanted = seeded(Net)
     parts = [
         torch.autograd.grad(
-            regression(wanted, "opt", data[0][0][r]), wanted.parameters()
+            regression(wanted, "opt", data[0][0][r]), list(wanted.parameters())
         )
         for r in range(lab.world)
     ]
-    means = [sum(found) / lab.world for found in zip(*parts, strict=True)]
-    norm = torch.cat([mean.flatten() for mean in means]).norm()  # type: ignore[union-attr]
+    means = averaged([list(found) for found in parts])[0]
+    norm = torch.cat([mean.flatten() for mean in means]).norm()
     accelerator = lab.make()
     model = seeded(Net)
     model, _, _ = accelerator.prepare(model, adam(model))
@@ -517,55 +519,121 @@ def case_saved_and_loaded_goes_on_bit_for_bit(lab: Lab) -> None:
         accelerator = lab.make(accumulate=2)
         model = seeded(build)
         model, opts, _ = accelerator.prepare(model, optimizers(model))
-        folder = lab.folder / f"state-{build.__name__}"
-        state: dict[str, Any] = {}
+        state: Any = None
         for place, window in enumerate(data):
             if place == 2:
-                folder.mkdir(exist_ok=True)
-                accelerator.save(folder)
-                state = kept(model, opts) if lab.stage is None else {}
+                state = through_a_file(accelerator.state_dict(), lab)
             train_window(lab, accelerator, model, opts, loss_of, window)
-        wanted = {
-            name: value.clone()
-            for name, value in model_state(accelerator, model).items()
-        }
+        wanted = copied(model_state(accelerator, model))
         accelerator.finish()
 
         torch.manual_seed(99)
         model = build()
         model, opts, _ = accelerator.prepare(model, optimizers(model))
-        accelerator.load(folder)
-        if lab.stage is None:
-            given_back(state, model, opts)
-        else:
-            assert set(accelerator.steps.values()) == {2}
+        accelerator.load_state_dict(state)
+        assert set(accelerator.steps.values()) == {2}
         for window in data[2:]:
             train_window(lab, accelerator, model, opts, loss_of, window)
-        found = model_state(accelerator, model)
-        assert set(found) == set(wanted)
-        for name, value in wanted.items():
-            assert torch.equal(found[name], value), name
+        check_same(model_state(accelerator, model), wanted)
         accelerator.finish()
+
+
+def case_saved_in_an_open_window_goes_on_bit_for_bit(lab: Lab) -> None:
+    data = windows(lab.world, [3, 3])
+    accelerator = lab.make(accumulate=3)
+    states, found = [], []
+    for resumed in (False, True):
+        torch.manual_seed(99)
+        model = Net() if resumed else seeded(Net)
+        model, opts, _ = accelerator.prepare(model, two_rates(model))
+        if not resumed:
+            train_window(lab, accelerator, model, opts, regression, data[0])
+            train_part(lab, accelerator, model, data[1], (0, 1))
+            states.append(through_a_file(accelerator.state_dict(), lab))
+        else:
+            accelerator.load_state_dict(states[0])
+        train_part(lab, accelerator, model, data[1], (2,))
+        assert all(accelerator.step(name) for name in opts)
+        found.append(copied(model_state(accelerator, model)))
+        accelerator.finish()
+    check_same(found[1], found[0])
+
+
+def train_part(
+    lab: Lab,
+    accelerator: Accelerator,
+    model: nn.Module,
+    window: list[list[Batch]],
+    places: Sequence[int],
+) -> None:
+    """Backwards of some micro-batches of a window."""
+    accelerator.window = len(window)
+    for place in places:
+        for name in ("body", "head"):
+            with accelerator.optimizing(name):
+                loss = regression(model, name, window[place][lab.rank])
+                accelerator.backward(loss, name)
+
+
+def case_weights_alone_can_be_loaded(lab: Lab) -> None:
+    data = windows(lab.world, [1, 1])
+    accelerator = lab.make()
+    model = seeded(Normed)
+    model, opts, _ = accelerator.prepare(model, two_rates(model))
+    for window in data:
+        train_window(lab, accelerator, model, opts, regression, window)
+    state = through_a_file(accelerator.state_dict(), lab)
+    wanted = copied(model_state(accelerator, model))
+    accelerator.finish()
+    model = seeded(Normed)
+    model, opts, _ = accelerator.prepare(model, two_rates(model))
+    accelerator.load_state_dict(state, ("model",))
+    check_same(model_state(accelerator, model), wanted)
+    assert accelerator.steps == {"body": 0, "head": 0}
+    accelerator.finish()
+
+
+def case_state_of_another_model_is_refused(lab: Lab) -> None:
+    accelerator = lab.make()
+    model = seeded(Net)
+    accelerator.prepare(model, adam(model))
+    state = through_a_file(accelerator.state_dict(), lab)
+    accelerator.finish()
+    model = seeded(Normed)
+    accelerator.prepare(model, adam(model))
+    with pytest.raises((CheckpointError, PeerError), match="saved"):
+        accelerator.load_state_dict(state)
+    accelerator.finish()
+    model = seeded(Net)
+    accelerator.prepare(model, two_rates(model))
+    with pytest.raises((CheckpointError, PeerError), match="expected optimizers"):
+        accelerator.load_state_dict(state)
+    accelerator.finish()
+
+
+def through_a_file(state: Any, lab: Lab) -> Any:
+    """The state as a checkpoint gives it back: JSON and tensors."""
+    plan, tensors = flatten(state)
+    path = lab.folder / f"rank-{lab.rank}.safetensors"
+    save_file(copied(tensors), path)
+    return restore(json.loads(json.dumps(plan)), load_file(path))
+
+
+def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies that no later step changes."""
+    return {name: value.detach().clone() for name, value in tensors.items()}
+
+
+def check_same(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """The same names and bits."""
+    assert set(found) == set(wanted)
+    for name, value in wanted.items():
+        assert torch.equal(found[name], value), name
 
 
 def model_state(accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor]:
     """Whole weights on rank 0, this rank's buffers on each."""
     return {**accelerator.whole_state_dict(model), **dict(model.named_buffers())}
-
-
-def kept(model: nn.Module, opts: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint holds beside the accelerator's own."""
-    state = {name: opt.state_dict() for name, opt in opts.items()}
-    return copy.deepcopy({"model": model.state_dict(), "opts": state})
-
-
-def given_back(
-    state: dict[str, Any], model: nn.Module, opts: Mapping[str, Any]
-) -> None:
-    """Take it back."""
-    model.load_state_dict(state["model"])
-    for name, opt in opts.items():
-        opt.load_state_dict(state["opts"][name])
 
 
 # ---------------------------------------------------------------------------- data
@@ -637,7 +705,7 @@ def check_each_once(lab: Lab, loader: Any, count: int, place: int = 1) -> list[i
     return seen
 
 
-def case_evaluation_sees_each_row_once_in_order(lab: Lab) -> None:
+def talk_evaluation_sees_each_row_once_in_order(lab: Lab) -> None:
     for count in (1, 2, 7, 23, 24):
         for workers in (0,) if count != 23 else (0, 2):
             loader = DataLoader(Rows(count), batch_size=4, num_workers=workers)
@@ -648,13 +716,13 @@ def case_evaluation_sees_each_row_once_in_order(lab: Lab) -> None:
             assert batches == len(divided) == -(-count // (4 * lab.world))
 
 
-def case_tensors_are_divided_like_a_data_set(lab: Lab) -> None:
+def talk_tensors_are_divided_like_a_data_set(lab: Lab) -> None:
     rows = torch.arange(23)
     data = TensorDataset(rows[:, None].float(), rows)
     assert check_each_once(lab, DataLoader(data, batch_size=4), 23) == list(range(23))
 
 
-def case_shuffled_training_sees_each_row_once_in_one_process_order(lab: Lab) -> None:
+def talk_shuffled_training_sees_each_row_once_in_one_process_order(lab: Lab) -> None:
     orders = []
     for _ in range(2):
         torch.manual_seed(5 + 100 * lab.rank)
@@ -669,7 +737,7 @@ def case_shuffled_training_sees_each_row_once_in_one_process_order(lab: Lab) -> 
     assert orders == [[int(row) for row in whole]] * 2
 
 
-def case_next_epoch_has_another_order(lab: Lab) -> None:
+def talk_next_epoch_has_another_order(lab: Lab) -> None:
     torch.manual_seed(5)
     loader = DataLoader(Rows(23), batch_size=4, shuffle=True)
     accelerator, divided = prepared_loader(lab, loader, 0)
@@ -678,7 +746,7 @@ def case_next_epoch_has_another_order(lab: Lab) -> None:
     assert sorted(first) == sorted(second)
 
 
-def case_drop_last_drops_what_does_not_fill_every_rank(lab: Lab) -> None:
+def talk_drop_last_drops_what_does_not_fill_every_rank(lab: Lab) -> None:
     loader = DataLoader(Rows(23), batch_size=4, drop_last=True)
     accelerator, divided = prepared_loader(lab, loader, 0)
     seen, batches = rows_seen(accelerator, divided)
@@ -687,7 +755,7 @@ def case_drop_last_drops_what_does_not_fill_every_rank(lab: Lab) -> None:
     assert batches == len(divided) == full
 
 
-def case_streams_are_divided(lab: Lab) -> None:
+def talk_streams_are_divided(lab: Lab) -> None:
     for count in (1, 7, 23):
         loader = DataLoader(Stream(count), batch_size=4)
         assert check_each_once(lab, loader, count) == list(range(count))
@@ -706,23 +774,35 @@ class OwnOrder(torch.utils.data.Sampler[int]):
         return iter(range(self.count - 1, -1, -1))
 
 
-def case_own_samplers_are_respected(lab: Lab) -> None:
+def talk_own_samplers_are_respected(lab: Lab) -> None:
     loader = DataLoader(Rows(23), batch_size=4, sampler=OwnOrder(23))
     assert check_each_once(lab, loader, 23) == list(range(22, -1, -1))
     batches = [[3, 4], [0], [1, 2, 5], [6], [7, 8]]
     own: Any = DataLoader(Rows(9), batch_sampler=batches)
     assert check_each_once(lab, own, 9) == [row for rows in batches for row in rows]
+    sampler = torch.utils.data.BatchSampler(OwnOrder(9), 2, drop_last=False)
+    listed: Any = DataLoader(Lists(9), batch_size=None, sampler=sampler)
+    assert check_each_once(lab, listed, 9) == list(range(8, -1, -1))
     ready: Any = DataLoader(
-        Rows(9),
-        batch_size=None,
-        sampler=torch.utils.data.BatchSampler(OwnOrder(9), 2, False),
-        collate_fn=None,
+        Lists(9), batch_size=None, sampler=[[5], [0, 1, 2], [8], [6, 7]]
     )
-    assert ready.batch_size is None
+    assert sorted(seen_in(lab, ready)) == [0, 1, 2, 5, 6, 7, 8]
 
 
-def case_a_distributed_sampler_repeats_nothing(lab: Lab) -> None:
-    sampler = torch.utils.data.DistributedSampler(
+class Lists(Rows):
+    """The same rows, asked for by lists."""
+
+    def __getitem__(self, rows: Any) -> Any:
+        return torch.tensor(rows)[:, None].float(), torch.tensor(rows)
+
+
+def seen_in(lab: Lab, loader: Any) -> list[int]:
+    """All ranks' rows that count."""
+    return rows_seen(*prepared_loader(lab, loader))[0]
+
+
+def talk_a_distributed_sampler_repeats_nothing(lab: Lab) -> None:
+    sampler: Any = torch.utils.data.DistributedSampler(
         Rows(23), num_replicas=lab.world, rank=lab.rank, shuffle=True, seed=1
     )
     loader = DataLoader(Rows(23), batch_size=4, sampler=sampler)
@@ -730,12 +810,12 @@ def case_a_distributed_sampler_repeats_nothing(lab: Lab) -> None:
         check_each_once(lab, loader, 23)
 
 
-def case_ranks_that_run_dry_do_not_hang(lab: Lab) -> None:
+def talk_ranks_that_run_dry_do_not_hang(lab: Lab) -> None:
     loader = DataLoader(Divided(10, lab.rank, lab.world), batch_size=4)
     check_each_once(lab, loader, 10)
 
 
-def case_uneven_last_step_weighs_by_samples(lab: Lab) -> None:
+def talk_uneven_last_step_weighs_by_samples(lab: Lab) -> None:
     # Two ranks of 4 rows are one process of 8, the short last step included.
     torch.manual_seed(2)
     x, y = torch.randn(21, 5), torch.randn(21, 3)
@@ -762,7 +842,7 @@ def case_uneven_last_step_weighs_by_samples(lab: Lab) -> None:
 # ---------------------------------------------------------------------------- talk
 
 
-def case_gather_joins_uneven_tensors_in_order_of_rank(lab: Lab) -> None:
+def talk_gather_joins_uneven_tensors_in_order_of_rank(lab: Lab) -> None:
     accelerator = lab.make()
     for dtype in (torch.float32, torch.int64, torch.bool, torch.bfloat16):
         mine = torch.full((lab.rank + 1, 2), lab.rank % 2, dtype=dtype)
@@ -775,7 +855,7 @@ def case_gather_joins_uneven_tensors_in_order_of_rank(lab: Lab) -> None:
     assert accelerator.gather(torch.empty(0, 3)).shape == (0, 3)
 
 
-def case_reduce_leaves_the_input_alone(lab: Lab) -> None:
+def talk_reduce_leaves_the_input_alone(lab: Lab) -> None:
     accelerator = lab.make()
     mine = torch.tensor([1.0, float(lab.rank)])
     last, pairs = lab.world - 1, lab.world * (lab.world - 1) / 2
@@ -785,7 +865,7 @@ def case_reduce_leaves_the_input_alone(lab: Lab) -> None:
     assert mine.tolist() == [1.0, lab.rank]
 
 
-def case_broadcast_any_and_barrier_agree(lab: Lab) -> None:
+def talk_broadcast_any_and_barrier_agree(lab: Lab) -> None:
     accelerator = lab.make()
     value = {"a": [1, 2.5, "b"], "t": torch.arange(3)} if lab.rank == 0 else None
     found = accelerator.broadcast(value)
@@ -799,7 +879,7 @@ def case_broadcast_any_and_barrier_agree(lab: Lab) -> None:
     assert (accelerator.rank, accelerator.world_size) == (lab.rank, lab.world)
 
 
-def case_one_rank_is_chosen_by_name_or_refused(lab: Lab) -> None:
+def talk_one_rank_is_chosen_by_name_or_refused(lab: Lab) -> None:
     accelerator = lab.make()
     model = seeded(Gan)
     accelerator.prepare(model, players(model))
@@ -808,9 +888,16 @@ def case_one_rank_is_chosen_by_name_or_refused(lab: Lab) -> None:
     accelerator.finish()
 
 
-CASES: dict[str, Callable[[Lab], None]] = {
-    name.removeprefix("case_"): case
-    for name, case in list(globals().items())
-    if name.startswith("case_")
-}
-"""Every case, by name."""
+def _found(prefix: str) -> dict[str, Callable[[Lab], None]]:
+    """Cases by name."""
+    found = {n: case for n, case in list(globals().items()) if n.startswith(prefix)}
+    return {name.removeprefix(prefix): case for name, case in found.items()}
+
+
+TRAINING = _found("case_")
+"""Cases that depend on the ZeRO stage."""
+
+TALKING = _found("talk_")
+"""Cases of data and talk between ranks, which do not."""
+
+CASES = {**TRAINING, **TALKING}

@@ -61,13 +61,13 @@ def run_cases(
         for rank in range(world)
     ]
     until = time.monotonic() + PATIENCE_S
-    while any(rank.poll() is None for rank in ranks):
-        ended = [rank.poll() for rank in ranks]
+    while any(process.poll() is None for process in ranks):
+        ended = [process.poll() for process in ranks]
         if time.monotonic() > until or any(code not in (None, 0) for code in ended):
             time.sleep(2)
-            for rank in ranks:
-                rank.kill()
-                rank.wait()
+            for process in ranks:
+                process.kill()
+                process.wait()
             break
         time.sleep(0.05)
     found: dict[str, str] = {}
@@ -80,3 +80,22 @@ def run_cases(
             if said != "ok":
                 found[key] = found.get(key, "") + f"rank {rank}: {said}\n"
     return {f"{n}-{s}": found.get(f"{n}-{s}", "ok") for s in stages for n in names}
+
+
+class Launches:
+    """Launches of groups of cases, each started once."""
+
+    def __init__(self, folder: Path, module: str) -> None:
+        self._folder, self._module = folder, module
+        self._done: dict[tuple[int, tuple[int, ...]], dict[str, str]] = {}
+
+    def said(
+        self, world: int, stages: list[int], names: list[str], name: str, stage: int
+    ) -> str:
+        """How a case of a group went: "ok", or the tracebacks of the ranks."""
+        key = world, tuple(stages)
+        if key not in self._done:
+            own = self._folder / f"{world}-{'-'.join(map(str, stages))}"
+            own.mkdir()
+            self._done[key] = run_cases(own, self._module, world, stages, names)
+        return self._done[key][f"{name}-{stage}"]

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.harness.accelerator.cases import CASES, Lab
-from tests.harness.accelerator.launches import run_cases
+from tests.harness.accelerator.cases import TALKING, TRAINING, Lab
+from tests.harness.accelerator.launches import Launches
 
 STAGES = [0, 1, 2, 3]
 MODULE = "tests.harness.accelerator.cases"
@@ -20,23 +20,40 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize(
-    "stage", [None, *STAGES], ids=lambda s: f"zero{s}" if s is not None else "single"
-)
-@pytest.mark.parametrize("name", CASES)
-def test_contract_one_rank(name: str, stage: int | None, tmp_path: Path) -> None:
-    CASES[name](Lab(stage=stage, folder=tmp_path))
+def stage_id(stage: int | None) -> str:
+    """Name of a stage in a test's name."""
+    return "single" if stage is None else f"zero{stage}"
+
+
+@pytest.mark.parametrize("stage", [None, *STAGES], ids=stage_id)
+@pytest.mark.parametrize("name", TRAINING)
+def test_training_one_rank(name: str, stage: int | None, tmp_path: Path) -> None:
+    TRAINING[name](Lab(stage=stage, folder=tmp_path))
+
+
+@pytest.mark.parametrize("stage", [None, 0], ids=stage_id)
+@pytest.mark.parametrize("name", TALKING)
+def test_data_and_talk_one_rank(name: str, stage: int | None, tmp_path: Path) -> None:
+    TALKING[name](Lab(stage=stage, folder=tmp_path))
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Every case at every stage on two ranks, in one launch."""
-    folder = tmp_path_factory.mktemp("ranks")
-    return run_cases(folder, MODULE, 2, STAGES, list(CASES))
+def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> Launches:
+    """Runs each group of cases once, when the first of them is asked for."""
+    return Launches(tmp_path_factory.mktemp("ranks"), MODULE)
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("name", CASES)
-def test_contract_two_ranks(name: str, stage: int, two_ranks: dict[str, str]) -> None:
-    assert two_ranks[f"{name}-{stage}"] == "ok", two_ranks[f"{name}-{stage}"]
+@pytest.mark.parametrize("stage", STAGES, ids=stage_id)
+@pytest.mark.parametrize("name", TRAINING)
+def test_training_two_ranks(name: str, stage: int, on_ranks: Launches) -> None:
+    said = on_ranks.said(2, STAGES, list(TRAINING), name, stage)
+    assert said == "ok", said
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("name", TALKING)
+def test_data_and_talk_ranks(name: str, world: int, on_ranks: Launches) -> None:
+    said = on_ranks.said(world, [0], list(TALKING), name, 0)
+    assert said == "ok", said
