@@ -122,7 +122,7 @@ def describe_fit(
     run.log_input("train", "training", **describe(ctx.train_data))
     if ctx.valid_data is not None:
         run.log_input("valid", "validation", **describe(ctx.valid_data))
-    run.set_tags({"luz.model": str(model)[:4000]})
+    run.log_text(str(model), "model.txt")
 
 
 def as_param(value: Any) -> Any:

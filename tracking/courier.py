@@ -16,6 +16,7 @@ from pyarrow import compute as pc
 from tracking.description import STATUSES, as_ms
 from tracking.errors import TrackingError
 from tracking.journal import Tail, is_being_written
+from tracking.keepsakes import make_keepsakes
 from tracking.points import Stamps, points_of
 from tracking.reconciling import (
     Difference,
@@ -321,6 +322,16 @@ class Courier:
         for name in self._sender.missing_artifacts(wanted, folder)[:count]:
             self._sender.send_artifact(wanted, folder, name)
 
+    def _send_keepsakes(self) -> None:
+        """Make and upload the picture and the Parquet file of an ended run."""
+        try:
+            made = make_keepsakes(self.run_path)
+        except (ImportError, OSError, ValueError, RuntimeError) as error:
+            self.log(f"no picture or Parquet file of the run: {error}")
+            return
+        for path in made:
+            self._register.remote.send_artifact(self._sender.run_id, path, None)
+
     # ------------------------------------------------------------- the end of a run
 
     def _end(self) -> bool:
@@ -343,6 +354,8 @@ class Courier:
         if not self._register.is_borrowed:
             self._keep_trying(lambda: self._set_status(STATUSES[status], ended))
         self._keep_trying(self._upload)
+        if self.num_sent or not self._is_thorough:
+            self._keep_trying(self._send_keepsakes)
         self._keep_trying(self._send_properties)
         if is_being_written(self._part):
             return False
