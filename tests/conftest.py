@@ -13,6 +13,10 @@ ROOT = Path(__file__).resolve().parent.parent
 for name in [name for name in os.environ if name.startswith(("HARNESS_", "MLFLOW_"))]:
     del os.environ[name]
 
+# Several threads on cores that other processes want wait for one another at every
+# step, and the nets of the tests are too small to gain from them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 @pytest.fixture(scope="session")
 def root() -> Path:
