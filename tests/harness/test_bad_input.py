@@ -1,0 +1,243 @@
+"""Each mistake of a caller is told before any epoch runs, and leaves nothing behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torchmetrics import MeanMetric
+
+import harness
+import tracking
+from harness.callbacks import EarlyStopping
+
+X, Y = torch.randn(40, 3), torch.randn(40, 1)
+LOADER = DataLoader(TensorDataset(X, Y), batch_size=8)
+
+
+class Net(nn.Module):
+    def __init__(self, width: int = 1) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x)
+
+
+class Seen(harness.Callback):
+    """Tells whether an epoch began."""
+
+    def __init__(self) -> None:
+        self.epochs = 0
+
+    def on_epoch_begin(self) -> None:
+        self.epochs += 1
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(TensorDataset(X, Y))
+
+
+def learner(**options):
+    options = {"loss": nn.MSELoss(), "optimizer": torch.optim.SGD} | options
+    return harness.setup(Net, **options).set_opt_hparams(lr=0.1)
+
+
+SETUPS = {
+    "no loss": (ValueError, "expected a loss", {"loss": None}),
+    "no optimizer": (ValueError, "expected an optimizer", {"optimizer": None}),
+    "optimizer instance": (
+        TypeError,
+        "expected a class, got an instance of SGD",
+        {"optimizer": torch.optim.SGD(Net().parameters())},
+    ),
+    "loss class": (TypeError, "Write MSELoss", {"loss": nn.MSELoss}),
+    "metric class": (TypeError, "got the class MeanMetric", {"metrics": [MeanMetric]}),
+    "no metric": (TypeError, "expected a metric, got 'acc'", {"metrics": ["acc"]}),
+    "metric named loss": (ValueError, "'loss' is taken", {"metrics": {"loss": max}}),
+}
+
+
+@pytest.mark.parametrize("case", SETUPS)
+def test_setup_wrong_argument_is_told(case):
+    kind, match, options = SETUPS[case]
+    with pytest.raises(kind, match=match):
+        learner(**options)
+
+
+def test_setup_model_instance_is_told():
+    with pytest.raises(TypeError, match="got an instance of Net"):
+        harness.setup(Net(), loss=nn.MSELoss(), optimizer=torch.optim.SGD)
+
+
+def test_setup_factory_of_something_else_is_told_by_fit():
+    made = harness.setup(dict, loss=nn.MSELoss(), optimizer=torch.optim.SGD)
+    with pytest.raises(TypeError, match=r"expected an nn\.Module from it"):
+        made.fit((X, Y), 1, tracker=False)
+
+
+FITS = {
+    "epochs zero": (ValueError, "at least 1 epoch", {"epochs": 0}),
+    "epochs negative": (ValueError, "at least 1 epoch", {"epochs": -3}),
+    "epochs float": (TypeError, "a whole number, got 2.5", {"epochs": 2.5}),
+    "min over max": (ValueError, "min_epochs <= max_epochs", {"epochs": (5, 2)}),
+    "fraction 0": (ValueError, r"a fraction in \(0, 1\), got 0", {"valid_data": 0}),
+    "fraction 1": (ValueError, r"a fraction in \(0, 1\)", {"valid_data": 1.0}),
+    "fraction 1.5": (ValueError, r"a fraction in \(0, 1\)", {"valid_data": 1.5}),
+    "fraction of a loader": (
+        ValueError,
+        "got a DataLoader",
+        {"data": LOADER, "valid_data": 0.2},
+    ),
+    "fraction of a stream": (
+        ValueError,
+        "got a IterableDataset",
+        {"data": Stream(), "valid_data": 0.2},
+    ),
+    "empty data": (ValueError, "at least one row", {"data": (X[:0], Y[:0])}),
+    "lengths": (ValueError, r"lengths \[40, 39\]", {"data": (X, Y[:39])}),
+    "no data": (TypeError, r"data\[0\]: expected a tensor", {"data": "digits"}),
+    "option": (
+        ValueError,
+        r"got 'batchsize'\. Did you mean 'batch_size'",
+        {"dataloader_options": {"batchsize": 4}},
+    ),
+    "options of a loader": (
+        ValueError,
+        "expected none with a DataLoader",
+        {"data": LOADER, "dataloader_options": {"batch_size": 4}},
+    ),
+    "no batch": (
+        ValueError,
+        "at least one batch",
+        {"dataloader_options": {"batch_size": 64, "drop_last": True}},
+    ),
+    "callback class": (
+        TypeError,
+        r"got the class EarlyStopping\. Write EarlyStopping",
+        {"callbacks": [EarlyStopping]},
+    ),
+    "no callback": (TypeError, r"expected a harness\.Callback", {"callbacks": [3]}),
+    "tracker": (TypeError, "expected None, False, a dict or a Run", {"tracker": 5}),
+}
+
+
+@pytest.mark.parametrize("case", FITS)
+def test_fit_wrong_argument_is_told_before_any_epoch(case, tmp_path):
+    kind, match, options = FITS[case]
+    seen = Seen()
+    options = {
+        "data": (X, Y),
+        "epochs": 1,
+        "tracker": {"runs_dir": tmp_path / "runs", "deliver": False},
+    } | options
+    options["callbacks"] = [seen, *options.get("callbacks", [])]
+    with pytest.raises(kind, match=match):
+        learner().fit(options.pop("data"), **options)
+    assert seen.epochs == 0
+    assert not (tmp_path / "runs").exists()
+
+
+class Optimizers(Net):
+    def set_optimizers(self, kind="list", lr=0.1):
+        one = torch.optim.SGD(self.parameters(), lr=lr)
+        return {"list": [one, one], "none": {}, "other": {"a": 3}}[kind]
+
+
+@pytest.mark.parametrize(
+    ("kind", "match"),
+    [
+        ("list", "expected a dict of named optimizers, got a list"),
+        ("none", "at least one optimizer"),
+        ("other", "expected a torch optimizer at 'a', got 3"),
+    ],
+)
+def test_fit_wrong_optimizers_are_told(kind, match):
+    made = harness.setup(Optimizers, loss=nn.MSELoss()).set_opt_hparams(kind=kind)
+    with pytest.raises(TypeError, match=match):
+        made.fit((X, Y), 1, tracker=False)
+
+
+def test_fit_options_for_a_valid_loader_warn():
+    with pytest.warns(UserWarning, match="valid_data is a DataLoader"):
+        learner().fit(
+            (X, Y),
+            1,
+            LOADER,
+            dataloader_options={"batch_size": 4},
+            tracker=False,
+            verbose=False,
+        )
+
+
+def test_callback_unknown_event_is_told_when_defined():
+    with pytest.raises(
+        ValueError, match=r"'on_epoch_ends'\. Did you mean 'on_epoch_end'"
+    ):
+        type("Bad", (harness.Callback,), {"on_epoch_ends": lambda self: None})
+
+
+class Logs(harness.Callback):
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+    def on_train_begin(self) -> None:
+        self.ctx.log("notes", "train", self.value)
+
+
+@pytest.mark.parametrize("tracked", [True, False])
+def test_log_unloggable_value_names_its_path(tracked, tmp_path):
+    tracker = {"runs_dir": tmp_path, "deliver": False} if tracked else False
+    with pytest.raises(TypeError, match=r"value\['a'\]\['b'\]"):
+        learner().fit(
+            (X, Y), 1, callbacks=[Logs({"a": {"b": object()}})], tracker=tracker
+        )
+
+
+def test_fit_runs_folder_that_cannot_be_made_is_told(tmp_path):
+    (tmp_path / "file").write_text("here first")
+    seen = Seen()
+    with pytest.raises(OSError, match="file"):
+        learner().fit(
+            (X, Y),
+            1,
+            callbacks=[seen],
+            tracker={"runs_dir": tmp_path / "file" / "runs", "deliver": False},
+        )
+    assert seen.epochs == 0
+
+
+def test_export_unknown_run_is_told(tmp_path):
+    with pytest.raises(tracking.RunNotFoundError, match="nowhere"):
+        tracking.export("nowhere", tmp_path / "x.parquet")
+    assert not (tmp_path / "x.parquet").exists()
+
+
+def test_early_stopping_unknown_monitor_lists_what_was_logged():
+    with pytest.raises(ValueError, match="Logged so far: train/loss") as caught:
+        learner().fit(
+            (X, Y),
+            2,
+            callbacks=[EarlyStopping("valid/acc")],
+            tracker=False,
+            verbose=False,
+        )
+    assert "EarlyStopping.on_epoch_end, epoch 1" in caught.value.__notes__[0]
+
+
+def test_error_of_the_model_keeps_its_type_and_gains_a_note(tmp_path):
+    wrong = torch.randn(40, 4)
+    with pytest.raises(RuntimeError, match="mat1 and mat2") as caught:
+        learner().fit(
+            (wrong, Y),
+            1,
+            tracker={"runs_dir": tmp_path, "deliver": False},
+            verbose=False,
+        )
+    assert "epoch 1, iter 1, training" in caught.value.__notes__[0]
+    assert tracking.list_runs(tmp_path)[0].status == "failed"
+    assert Path(tmp_path).is_dir()
