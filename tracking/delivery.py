@@ -20,8 +20,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -30,9 +29,9 @@ import pyarrow as pa
 
 from tracking.courier import Courier, GaveUpError
 from tracking.errors import TrackingError
-from tracking.redaction import redacted, secrets_in
 from tracking.registering import Register
 from tracking.remote import Remote, prepare_environment, resolved_uri
+from tracking.settings import Settings
 from tracking.state import State
 from tracking.store import Manifest
 from tracking.thinning import check_options
@@ -43,43 +42,6 @@ MAX_LOG_BYTES: Final = 1 << 20
 SYNC_PATIENCE_S: Final = 10.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What the environment says, read once.
-
-    Attributes
-    ----------
-    tracking_uri, experiment_name, experiment_id
-        MLflow's own variables, None where they are not set.
-    cache
-        Folder of prepared databases.
-    secrets
-        Values that must not be told.
-    """
-
-    tracking_uri: str | None
-    experiment_name: str | None
-    experiment_id: str | None
-    cache: Path
-    secrets: tuple[str, ...]
-
-    @classmethod
-    def read(cls, environment: Mapping[str, str]) -> Settings:
-        """Settings from environment variables."""
-        cache = environment.get("XDG_CACHE_HOME") or "~/.cache"
-        return cls(
-            tracking_uri=environment.get("MLFLOW_TRACKING_URI") or None,
-            experiment_name=environment.get("MLFLOW_EXPERIMENT_NAME") or None,
-            experiment_id=environment.get("MLFLOW_EXPERIMENT_ID") or None,
-            cache=Path(cache).expanduser() / "luz-harness",
-            secrets=secrets_in(environment),
-        )
-
-    def redact(self, text: str) -> str:
-        """Text without what must not be told."""
-        return redacted(text, self.secrets)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the process; 0 if all is delivered, else 1."""
     parser = argparse.ArgumentParser(prog="python -m tracking.delivery")
@@ -88,8 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--read", type=Path, metavar="FOLDER")
     parser.add_argument("--patience", type=float, metavar="SECONDS")
     options = parser.parse_args(arguments)
-    # The one place that the environment is read at; MLflow reads it by itself.
-    settings = Settings.read(os.environ)  # noqa: TID251
+    settings = Settings.read()
     prepare_environment()
     report = sys.stdout
     sys.stdout = sys.stderr = _Redacting(sys.stderr, settings.redact)

@@ -1,0 +1,159 @@
+"""MLflow's page on a store: its server, started and ended again."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Final
+
+from tracking.errors import TrackingError
+
+HOST: Final = "127.0.0.1"
+START_S: Final = 120.0
+END_S: Final = 5.0
+
+
+class Server:
+    """An ``mlflow server`` with one worker, for as long as the context lasts.
+
+    Parameters
+    ----------
+    store
+        Tracking URI of a database or folder.
+    port
+        0: any that is free.
+    folder
+        Where it runs; below it lie artifacts that are sent to it.
+
+    Attributes
+    ----------
+    address
+        Where it answers.
+
+    Raises
+    ------
+    TrackingError
+        If the port is taken, or it does not come up.
+    """
+
+    def __init__(self, store: str, port: int = 0, folder: Path | None = None) -> None:
+        self.port = _free_port(port)
+        self.address = f"http://{HOST}:{self.port}"
+        self.process: subprocess.Popen[bytes]
+        self._store = store
+        self._folder = folder
+        self._output: IO[bytes]
+
+    def __enter__(self) -> Server:
+        self._output = tempfile.TemporaryFile()
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.end()
+        self._output.close()
+
+    def start(self) -> None:
+        """Start the server and wait until it answers."""
+        command = [sys.executable, "-m", "mlflow", "server", "--workers", "1"]
+        command += ["--host", HOST, "--port", str(self.port)]
+        command += ["--backend-store-uri", self._store]
+        environment = {"MLFLOW_DISABLE_TELEMETRY": "true", **_environment()}
+        # A group of its own: Ctrl-C reaches only us, and its workers end with it.
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=self._output,
+            stderr=subprocess.STDOUT,
+            cwd=self._folder,
+            env=environment,
+            start_new_session=True,
+        )
+        try:
+            self._wait()
+        except BaseException:
+            self.end()
+            raise
+
+    def wait(self) -> None:
+        """Wait for the server to end by itself, which it should not.
+
+        Raises
+        ------
+        TrackingError
+            If it has.
+        """
+        code = self.process.wait()
+        raise TrackingError(
+            f"ui: expected MLflow's server to run on, got its end with exit code {code}. "
+            f"It said: {self._last_words()}"
+        )
+
+    def end(self) -> None:
+        """End the server and its workers."""
+        for number, wait_s in ((signal.SIGTERM, END_S), (signal.SIGKILL, END_S)):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(wait_s)
+
+    def _wait(self) -> None:
+        """Wait until it answers."""
+        deadline = time.monotonic() + START_S
+        while not self._answers():
+            code = self.process.poll()
+            if code is not None or time.monotonic() > deadline:
+                why = "no answer" if code is None else f"exit code {code}"
+                raise TrackingError(
+                    f"ui: expected MLflow's server to answer at {self.address}, got "
+                    f"{why}. It said: {self._last_words()}"
+                )
+            time.sleep(0.1)
+
+    def _answers(self) -> bool:
+        """Whether the server is up."""
+        try:
+            with urllib.request.urlopen(f"{self.address}/health", timeout=5) as answer:
+                return bool(answer.status == 200)
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def _last_words(self) -> str:
+        """The end of what the server wrote."""
+        self._output.seek(0)
+        return self._output.read()[-1000:].decode(errors="replace").strip()
+
+
+def _environment() -> dict[str, str]:
+    """Variables of this process, for a child."""
+    return dict(os.environ)  # noqa: TID251 (passed on whole, not read)
+
+
+def _free_port(port: int) -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            raise TrackingError(
+                f"ui: expected port {port} of {HOST} to be free, got {error.strerror}. "
+                "Give another one with --port, or 0 for any."
+            ) from error
+        number: Any = probe.getsockname()[1]
+        return int(number)
