@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 from typing import Final
 
-from tracking.capture import without_credentials
 from tracking.errors import DeliveryError, warn
+from tracking.redaction import redacted
 from tracking.state import State
 
 # The package's own folder goes to the end of the path, for a checkout that is not
@@ -21,6 +21,8 @@ _BOOT: Final = (
 )
 _PACKAGES: Final = str(Path(__file__).resolve().parent.parent)
 _POLL_S: Final = 0.1
+# Python complains of a process object that goes while its process goes on.
+_STARTED: Final[list[subprocess.Popen[bytes]]] = []
 
 
 def delivery_command(*arguments: str) -> list[str]:
@@ -61,6 +63,7 @@ class Handover:
                     stderr=log,
                     start_new_session=True,
                 )
+            _STARTED.append(self._process)
         except OSError as error:
             warn(
                 f"start(deliver=True): expected to start the delivery to MLflow, got "
@@ -129,7 +132,7 @@ class Handover:
         assert self._process is not None
         run_id = self._run_path.name
         left = f"{state.behind} rows" if state.behind else "some rows"
-        why = f" ({without_credentials(state.error)})" if state.error else ""
+        why = f" ({redacted(state.error)})" if state.error else ""
         is_going = self._process.returncode is None and state.phase != "gave up"
         how = "delivery goes on in the background; " if is_going else ""
         sys.stderr.write(

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import itertools
 import math
 import mmap
 import os
@@ -11,27 +10,22 @@ import threading
 import time
 import warnings
 from pathlib import Path
-from typing import NamedTuple
 
 import pyarrow as pa
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from tracking import block as block_module
-from tracking import rows, sealed
+from tracking import rows
 from tracking.block import Block, DiskBlock, Group, Series
 from tracking.errors import RunBusyError, RunClosedError, TrackingWarning
 from tracking.journal import (
     CAPACITY,
-    Damage,
     Journal,
     Tail,
     is_being_written,
     read_block,
     read_part,
 )
-from tracking.rows import SIZE
 from tracking.schema import FLOAT, SCHEMA, leaves, value_of
 
 
@@ -540,316 +534,7 @@ def test_journal_that_never_reaches_the_disk_tells_how_many_rows_are_lost(part):
     assert floats(read_part(part)[0]) == [1.0]
 
 
-# -------------------------------------------------------------------------- damage
-
-
-def open_files(journal):
-    """Copies of the bytes of the open block, as a killed process leaves them."""
-    part, number = journal.part, journal.block.number
-    return [path.read_bytes() for path in rows.paths(part, number)]
-
-
-@pytest.fixture(scope="module")
-def torn(tmp_path_factory):
-    """The two files of an open block with 100 floats and 20 strings."""
-    journal = Journal(tmp_path_factory.mktemp("torn") / "0")
-    for i in range(100):
-        put(journal, float(i))
-        if i % 5 == 0:
-            put(journal, {"text": f"\xff wörd {i}"})
-    files = open_files(journal)
-    table = read_part(journal.part)[0]
-    journal.close()
-    return Torn(*files, table)
-
-
-class Torn(NamedTuple):
-    """Bytes of an open block's files, and its rows."""
-
-    rows: bytes
-    text: bytes
-    table: pa.Table
-
-    def __repr__(self):
-        return "Torn()"
-
-
-def left_behind(folder, row_bytes, text_bytes):
-    part = folder / "0"
-    part.mkdir(exist_ok=True)
-    for path, data in zip(rows.paths(part, 0), (row_bytes, text_bytes), strict=True):
-        path.write_bytes(data)
-    return part
-
-
-def check_recovers(part):
-    """Opening it for writing keeps what can be read, and the damage."""
-    table, damage = read_part(part)
-    Journal(part).close()
-    again, damage_again = read_part(part)
-    assert same(again, table)
-    assert [(d.file, d.rows_lost) for d in damage_again] == [
-        (d.file, d.rows_lost) for d in damage
-    ]
-
-
-cheap = settings(
-    max_examples=40,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-
-
-@cheap
-@given(cut=st.integers(0, 130 * SIZE))
-def test_read_part_rows_cut_at_any_byte_are_read_up_to_it(cut, torn, tmp_path):
-    row_bytes, text_bytes, whole = torn
-    part = left_behind(tmp_path, row_bytes[:cut], text_bytes)
-    table, damage = read_part(part)
-    assert same(table, whole.slice(0, min(cut // SIZE, 120)))
-    assert [(d.file.name, d.offset, d.rows_lost) for d in damage] == [
-        ("000000.rows", cut, CAPACITY - cut // SIZE)
-    ]
-
-
-@cheap
-@given(data=st.data())
-def test_read_part_text_cut_at_any_byte_keeps_all_that_needs_none(data, torn, tmp_path):
-    row_bytes, text_bytes, whole = torn
-    cut = data.draw(st.integers(0, len(text_bytes) - 1))
-    part = left_behind(tmp_path, row_bytes, text_bytes[:cut])
-    table, damage = read_part(part)
-    seen = set(table["seq"].to_pylist())
-    kept = [row for row in whole.to_pylist() if row["seq"] in seen]
-    assert table.to_pylist() == kept
-    assert [d.rows_lost for d in damage] == [120 - table.num_rows]
-    if cut > 50:  # the first entry is the key of the floats
-        assert len(table["value"].drop_null()) == 100
-
-
-@cheap
-@given(at=st.integers(0, 121 * SIZE - 1), garbage=st.binary(min_size=1, max_size=200))
-def test_read_part_overwritten_rows_are_lost_alone(at, garbage, torn, tmp_path):
-    row_bytes, text_bytes, whole = torn
-    changed = row_bytes[:at] + garbage + row_bytes[at + len(garbage) :]
-    part = left_behind(tmp_path, changed[: len(row_bytes)], text_bytes)
-    table, _ = read_part(part)
-    hit = set(range(at // SIZE, (at + len(garbage) - 1) // SIZE + 1))
-    untouched = [row for row in whole.to_pylist() if row["seq"] not in hit]
-    found = [row for row in table.to_pylist() if row["seq"] not in hit]
-    assert found == untouched
-
-
-def test_read_part_garbage_after_the_end_is_named(torn, tmp_path):
-    row_bytes, text_bytes, whole = torn
-    part = left_behind(tmp_path, row_bytes + b"junk", text_bytes + b"\xff\xfejunk")
-    table, damage = read_part(part)
-    assert same(table, whole)
-    assert [(d.file.name, d.offset, d.rows_lost) for d in damage] == [
-        ("000000.rows", CAPACITY * SIZE, 0),
-        ("000000.text", len(text_bytes), 0),
-    ]
-    check_recovers(part)
-
-
-def test_read_part_text_torn_in_the_middle_is_read_on_after_it(torn, tmp_path):
-    row_bytes, text_bytes, whole = torn
-    part = left_behind(tmp_path, row_bytes, b"\xff\xfe\x01torn" + text_bytes)
-    table, damage = read_part(part)
-    assert same(table, whole)
-    assert [(d.offset, d.rows_lost) for d in damage] == [(0, 0)]
-
-
-@pytest.mark.parametrize("absent", ["rows", "text"])
-def test_read_part_absent_file_is_named(absent, torn, tmp_path):
-    row_bytes, text_bytes, _ = torn
-    part = left_behind(tmp_path, row_bytes, text_bytes)
-    (part / f"000000.{absent}").unlink()
-    table, damage = read_part(part)
-    assert table.num_rows == 0
-    if absent == "text":
-        assert [(d.file.name, d.rows_lost) for d in damage] == [("000000.text", 120)]
-        check_recovers(part)
-
-
-def test_read_part_row_torn_while_written_is_named(torn, tmp_path):
-    row_bytes, text_bytes, whole = torn
-    half = row_bytes[: 119 * SIZE + 30] + bytes(18) + row_bytes[120 * SIZE :]
-    part = left_behind(tmp_path, half, text_bytes)
-    table, damage = read_part(part)
-    assert same(table, whole.slice(0, 119))
-    assert damage == [
-        Damage(
-            part / "000000.rows",
-            119 * SIZE,
-            1,
-            "rows without their mark, torn while being written",
-        )
-    ]
-    check_recovers(part)
-
-
-def test_read_part_block_that_is_gone_is_named(part):
-    journal = Journal(part)
-    journal.write("m", "s", (("x", FLOAT, float(i), None) for i in range(40_000)))
-    journal.close()
-    (part / "000001.arrow").unlink()
-    table, damage = read_part(part)
-    assert table.num_rows == 40_000 - CAPACITY
-    assert damage == [
-        Damage(part / "000001.arrow", 0, CAPACITY, "the block is not there")
-    ]
-    assert Tail(part).read(5)["seq"].to_pylist() == [0, 1, 2, 3, 4]
-    tail = Tail(part, after=CAPACITY - 1)
-    assert tail.read(1)["seq"].to_pylist() == [2 * CAPACITY]
-
-
-def test_read_part_absent_folder_is_empty(tmp_path):
-    table, damage = read_part(tmp_path / "nothing")
-    assert (table.num_rows, damage) == (0, [])
-    assert Tail(tmp_path / "nothing").read().num_rows == 0
-    assert Tail(tmp_path / "nothing").behind() == 0
-
-
-# -------------------------------------------------------------------- sealed blocks
-
-
-def block_table(num_rows):
-    """Rows as a block may hold them, in all their variety."""
-    return pa.table(
-        {
-            "seq": pa.array([i + i // 7 for i in range(num_rows)]),
-            "rank": pa.array([3] * num_rows, pa.int32()),
-            "time": pa.array([1_700_000_000_000_000 + i * i for i in range(num_rows)]),
-            "what": ["metrics"] * num_rows,
-            "set": [("train", "valid")[i % 2] for i in range(num_rows)],
-            "name": [f"n{i % 300}" for i in range(num_rows)],
-            "index": pa.array(
-                [i if i % 3 else None for i in range(num_rows)], pa.int64()
-            ),
-            "epoch": pa.array([None] * num_rows, pa.int32()),
-            "step": pa.array([5] * num_rows, pa.int64()),
-            "value": pa.array([i / 3 if i % 5 else None for i in range(num_rows)]),
-            "payload": pa.array([None if i % 5 else f'"{i}"' for i in range(num_rows)]),
-            "kind": ["float" if i % 5 else "str" for i in range(num_rows)],
-        }
-    ).cast(SCHEMA)
-
-
-@pytest.fixture(scope="module")
-def sealed_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("sealed") / "000000.arrow"
-    table = block_table(10_000).combine_chunks()
-    sealed.write(table, path, rank=3)
-    return path.read_bytes(), table
-
-
-def test_sealed_block_is_an_arrow_file_for_anybody(sealed_file, tmp_path):
-    data, table = sealed_file
-    stored = pa.ipc.open_file(pa.BufferReader(data)).read_all()
-    assert stored.num_rows == 10_000
-    assert stored["value"].equals(table["value"])
-    assert stored["name"].to_pylist() == table["name"].to_pylist()
-    # Leaving out what is constant is what makes it small.
-    assert "rank" not in stored.column_names
-    assert "step" not in stored.column_names
-
-
-@cheap
-@given(data=st.data())
-def test_sealed_block_cut_at_any_byte_is_read_up_to_it(data, sealed_file, tmp_path):
-    whole, table = sealed_file
-    cut = data.draw(st.integers(0, len(whole) - 1))
-    path = tmp_path / "000000.arrow"
-    path.write_bytes(whole[:cut])
-    found, damage = sealed.read(path)
-    assert same(found, table.slice(0, found.num_rows))
-    assert found.num_rows in (0, 4096, 8192, 10_000)
-    (only,) = damage
-    assert only.offset <= cut
-    assert only.rows_lost in (10_000 - found.num_rows, CAPACITY)
-
-
-@cheap
-@given(data=st.data())
-def test_sealed_block_changed_at_any_byte_gives_no_false_row(
-    data, sealed_file, tmp_path
-):
-    whole, table = sealed_file
-    at = data.draw(st.integers(0, len(whole) - 1))
-    byte = data.draw(st.integers(1, 255))
-    path = tmp_path / "000000.arrow"
-    path.write_bytes(whole[:at] + bytes([whole[at] ^ byte]) + whole[at + 1 :])
-    found, damage = sealed.read(path)
-    assert same(found, table.slice(0, found.num_rows))
-    assert bool(damage) or found.num_rows == 10_000
-    assert sum(d.rows_lost for d in damage) >= 10_000 - found.num_rows
-
-
-def test_sealed_block_with_garbage_after_it_is_whole(sealed_file, tmp_path):
-    whole, table = sealed_file
-    path = tmp_path / "000000.arrow"
-    path.write_bytes(whole + b"garbage")
-    found, damage = sealed.read(path)
-    assert same(found, table)
-    assert [(d.rows_lost, d.reason) for d in damage] == [
-        (0, "the end of the file is damaged")
-    ]
-
-
-def test_sealed_block_of_a_later_format_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(sealed, "FORMAT", 2)
-    sealed.write(block_table(3), tmp_path / "000000.arrow", rank=3)
-    monkeypatch.undo()
-    with pytest.raises(ValueError, match=r"expected format 1, got 2"):
-        sealed.read(tmp_path / "000000.arrow")
-
-
-counts = st.none() | st.integers(-(2**63) + 1, 2**63 - 1)
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    st.lists(
-        st.tuples(
-            st.integers(1, 2**62),
-            counts,
-            st.none() | st.integers(-(2**31) + 1, 2**31 - 1),
-            st.none() | st.floats() | st.floats(width=32),
-            st.text(st.characters(codec="utf-8"), max_size=3),
-        ),
-        max_size=20,
-    )
-)
-def test_sealed_block_gives_back_every_bit(tmp_path_factory, found):
-    count = len(found)
-    table = pa.table(
-        {
-            "seq": pa.array(range(0, 3 * count, 3)),
-            "rank": pa.array([0] * count, pa.int32()),
-            "time": pa.array([row[0] for row in found], pa.int64()),
-            "what": [row[4] for row in found],
-            "set": ["s"] * count,
-            "name": [row[4] for row in found][::-1],
-            "index": pa.array([row[1] for row in found], pa.int64()),
-            "epoch": pa.array([row[2] for row in found], pa.int32()),
-            "step": pa.array([row[1] for row in found][::-1], pa.int64()),
-            "value": pa.array([row[3] for row in found], pa.float64()),
-            "payload": pa.array([row[4] or None for row in found], pa.string()),
-            "kind": ["float"] * count,
-        }
-    ).cast(SCHEMA)
-    path = tmp_path_factory.mktemp("bits") / "000000.arrow"
-    sealed.write(table, path, rank=0)
-    again, damage = sealed.read(path)
-    assert damage == []
-    assert same(again.drop(["value"]), table.drop(["value"]))
-    assert [bits(v) for v in floats(again)] == [bits(v) for v in floats(table)]
-    assert sealed.num_rows(path) == count
-
-
-def bits(value):
-    return None if value is None else struct.pack("<d", value)
+# ---------------------------------------------------------------- values and blocks
 
 
 def test_journal_nan_payloads_survive(part):
@@ -865,70 +550,6 @@ def test_journal_nan_payloads_survive(part):
     stored = pa.ipc.open_file(pa.BufferReader(path.read_bytes())).read_all()
     found = stored["value"].to_numpy().view("<u8").tolist()
     assert found == patterns
-
-
-# ---------------------------------------------------------------------------- tail
-
-
-def test_tail_gives_each_row_once_in_order_while_it_grows(part):
-    journal = Journal(part)
-    tail = Tail(part)
-    seen: list[float] = []
-    counter = itertools.count()
-    for burst in (1, 10, 20_000, 5, 16_384, 30_000):
-        leaves_of = (("x", FLOAT, float(next(counter)), None) for _ in range(burst))
-        journal.write("m", "s", leaves_of)
-        assert tail.behind() == burst
-        while (table := tail.read(7000)).num_rows:
-            assert table.num_rows <= 7000
-            seen += floats(table)
-        assert tail.behind() == 0
-    journal.close()
-    put_more = Journal(part)
-    put(put_more, -1.0)
-    while (table := tail.read()).num_rows:
-        seen += floats(table)
-    put_more.close()
-    assert seen == [*range(sum((1, 10, 20_000, 5, 16_384, 30_000))), -1.0]
-
-
-def test_tail_starts_after_a_given_row(part):
-    journal = Journal(part)
-    journal.write("m", "s", (("x", FLOAT, float(i), None) for i in range(10)))
-    assert floats(Tail(part, after=6).read()) == [7, 8, 9]
-    assert Tail(part, after=6).behind() == 3
-    journal.close()
-    assert floats(Tail(part, after=6).read()) == [7, 8, 9]
-
-
-def test_tail_waits_for_a_row_that_is_being_written(part):
-    journal = Journal(part)
-    put(journal, 1.0)
-    for slot in journal.block.slots:  # as a thread that is just about to write
-        break
-    put(journal, 3.0)
-    tail = Tail(part)
-    assert floats(tail.read()) == [1.0]
-    assert tail.read().num_rows == 0
-    group = journal.group(journal.block, "metrics", "train")
-    now = time.time_ns() // 1000
-    key = group.ids[""]
-    journal.block.put(slot * SIZE, now, 1, 1, 2.0, 1, key, FLOAT, 0, rows.MARK ^ slot)
-    assert floats(tail.read()) == [2.0, 3.0]
-    journal.close()
-
-
-def test_tail_passes_a_row_that_can_not_come_any_more(part):
-    journal = Journal(part)
-    put(journal, 1.0)
-    for _ in journal.block.slots:
-        break
-    put(journal, 3.0)
-    tail = Tail(part)
-    assert floats(tail.read()) == [1.0]
-    journal.close()
-    assert floats(tail.read()) == [3.0]
-    assert read_part(part)[1] == []
 
 
 def test_memory_block_is_read_like_one_on_the_disk():

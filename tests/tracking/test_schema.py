@@ -44,6 +44,14 @@ json_like = st.recursive(
 )
 
 
+class Colour(enum.IntEnum):
+    RED = 1
+
+
+class Word(enum.StrEnum):
+    ONE = "one"
+
+
 def back(value):
     """What a value that becomes one row is read back as."""
     ((_, kind, number, payload),) = leaves(value, PLACE)
@@ -129,8 +137,8 @@ def test_leaves_large_integer_keeps_its_digits(value, number, digits):
         (np.array([[1, 2], [3, 4]]), "array", [[1, 2], [3, 4]]),
         (np.str_("x"), "str", "x"),
         ((1, np.float64(2.5)), "json", [1, 2.5]),
-        (enum.IntEnum("Colour", ["RED"]).RED, "int", 1),
-        (enum.StrEnum("Word", ["ONE"]).ONE, "str", "one"),
+        (Colour.RED, "int", 1),
+        (Word.ONE, "str", "one"),
     ],
 )
 def test_leaves_numpy_and_subclasses_are_what_they_hold(value, kind, plain):
@@ -212,7 +220,7 @@ def test_leaves_integer_that_python_does_not_write_out_is_refused():
 def test_leaves_tensor_is_left_for_later():
     import torch  # noqa: PLC0415
 
-    value = {"a": torch.tensor(1.5), "b": [torch.tensor([1, 2]), 3]}
+    value: dict = {"a": torch.tensor(1.5), "b": [torch.tensor([1, 2]), 3]}
     found = leaves(value, PLACE)
     assert [(name, kind) for name, kind, _, _ in found] == [("a", LATER), ("b", LATER)]
     value["a"].add_(1)

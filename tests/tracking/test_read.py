@@ -1,0 +1,194 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import tracking
+from tracking.errors import RunNotFoundError
+from tracking.read import PastRun, list_runs
+from tracking.run import Run
+from tracking.starting import start
+from tracking.store import part_path
+
+
+@pytest.fixture
+def run(tmp_path):
+    with start(
+        experiment="digits", name="a run", runs_dir=tmp_path, deliver=False
+    ) as r:
+        yield r
+
+
+def rows(table, *columns):
+    return [tuple(row[c] for c in columns) for row in table.to_pylist()]
+
+
+def test_records_are_filtered_by_what_set_and_name(run):
+    run.log("metrics", "train", {"loss": 1.0, "acc": 2.0}, index=1)
+    run.log("metrics", "valid", {"loss": 3.0}, index=1)
+    run.log("other", "train", {"loss": 4.0}, index=1)
+    past = PastRun(run.path)
+    whole = past.records()
+    assert [v for v in whole["value"].to_pylist() if v] == [1, 2, 3, 4]
+    assert past.records(what="metrics")["value"].to_pylist() == [1, 2, 3]
+    assert past.records(what="metrics", set="train")["value"].to_pylist() == [1, 2]
+    assert past.records("metrics", "train", "acc")["value"].to_pylist() == [2]
+    assert past.records(name="loss")["value"].to_pylist() == [1, 3, 4]
+    assert past.records(what="nothing").num_rows == 0
+    assert past.records(what="nothing").schema == whole.schema
+
+
+def test_records_overwritten_are_hidden_and_kept(run):
+    run.log("metrics", "train", {"loss": 1.0, "acc": 0.1}, index=1)
+    run.log("metrics", "train", {"loss": 2.0}, index=2)
+    run.log("metrics", "valid", {"loss": 9.0}, index=1)
+    run.log("metrics", "train", {"loss": 1.5}, index=1, append=False)
+    run.log("metrics", "train", {"acc": 0.2}, index=1)
+    past = PastRun(run.path)
+    assert rows(past.records("metrics", "train"), "name", "index", "value") == [
+        ("loss", 2, 2.0),
+        ("loss", 1, 1.5),
+        ("acc", 1, 0.2),
+    ]
+    shown = past.records("metrics", "train", superseded=True)
+    assert rows(shown, "kind", "index", "value", "superseded") == [
+        ("float", 1, 1.0, True),
+        ("float", 1, 0.1, True),
+        ("float", 2, 2.0, False),
+        ("overwrite", 1, None, False),
+        ("float", 1, 1.5, False),
+        ("float", 1, 0.2, False),
+    ]
+
+
+def test_records_rewound_are_hidden_and_overwrites_with_them_undone(run):
+    run.log("metrics", "train", 1.0, index=1)
+    here = run.position()
+    run.log("metrics", "train", 2.0, index=1, append=False)
+    run.log("metrics", "train", 3.0, index=2)
+    run.rewind(here)
+    run.log("metrics", "train", 4.0)
+    past = PastRun(run.path)
+    table = past.records("metrics")
+    assert rows(table, "index", "value") == [(1, 1.0), (2, 4.0)]
+    shown = past.records(superseded=True, what="metrics")
+    assert rows(shown, "value", "superseded") == [
+        (1.0, False),
+        (None, False),
+        (2.0, True),
+        (3.0, True),
+        (4.0, False),
+    ]
+
+
+def test_records_of_all_ranks_are_joined(run, tmp_path):
+    run.log("metrics", "train", 1.0, index=1)
+    with start(run_id=run.id, rank=2, runs_dir=tmp_path) as other:
+        other.log("metrics", "train", 2.0, index=1)
+    past = PastRun(run.path)
+    assert rows(past.records("metrics"), "rank", "value") == [(0, 1.0), (2, 2.0)]
+    assert past.records("metrics", rank=2)["value"].to_pylist() == [2.0]
+    assert past.wide().to_pylist() == [{"index": 1, "train": 1.0}]
+
+
+def test_wide_has_a_row_per_index_and_a_column_per_metric(run):
+    run.log("metrics", "train", {"loss": 1.0, "acc": True}, index=1)
+    run.log("metrics", "valid", {"loss": 3.0, "text": "not numeric"}, index=2)
+    run.log("metrics", "train", {"loss": 5.0}, index=2)
+    run.log("metrics", "train", {"loss": 6.0}, index=2)
+    run.log("metrics", "", {"lr": 0.1}, index=2)
+    run.log_steps("train", {"loss": 7.0}, step=3)
+    assert PastRun(run.path).wide().to_pylist() == [
+        {
+            "index": 1,
+            "train/loss": 1.0,
+            "train/acc": 1.0,
+            "valid/loss": None,
+            "lr": None,
+        },
+        {
+            "index": 2,
+            "train/loss": 6.0,
+            "train/acc": None,
+            "valid/loss": 3.0,
+            "lr": 0.1,
+        },
+    ]
+
+
+def test_summary_has_last_least_and_greatest(run):
+    for index, value in enumerate((3.0, 1.0, 2.0), start=1):
+        run.log_metric("valid", "loss", value, index)
+    assert PastRun(run.path).summary() == {
+        "valid/loss": {"last": 2.0, "min": 1.0, "max": 3.0, "count": 3}
+    }
+
+
+def test_params_and_tags_are_the_last_of_each(run):
+    run.log_params({"lr": 0.1, "net": {"layers": [1, 2]}, "big": 2**70, "none": None})
+    run.log_params({"lr": 0.2})
+    run.set_tags({"stage": "first"})
+    run.set_tags({"stage": "second", "n": 1})
+    past = PastRun(run.path)
+    assert past.params == {"lr": 0.2, "net/layers": [1, 2], "big": 2**70, "none": None}
+    assert past.tags == {"stage": "second", "n": 1}
+
+
+def test_empty_run_reads_as_empty(tmp_path):
+    Run(tmp_path / "x", None).finish()
+    past = PastRun(tmp_path / "x")
+    assert past.records().num_rows == 0
+    assert past.records(superseded=True).column_names[-1] == "superseded"
+    assert past.wide().num_rows == 0
+    assert (past.summary(), past.params, past.damage) == ({}, {}, [])
+
+
+def test_open_and_list_find_what_was_started(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("HARNESS_RUNS", str(tmp_path))
+    past = tracking.open("a run")
+    assert (past.id, past.name, past.path) == (run.id, "a run", run.path)
+    assert [found.id for found in tracking.list_runs()] == [run.id]
+    assert list_runs(tmp_path / "nowhere") == []
+    assert run.id in repr(past)
+    with pytest.raises(RunNotFoundError, match=r"Nearest: a run"):
+        tracking.open("a rum")
+
+
+def test_status_of_a_live_run_is_running_then_as_it_ended(tmp_path):
+    run = start(runs_dir=tmp_path, deliver=False)
+    past = PastRun(run.path)
+    assert past.status == "running"
+    run.finish("failed")
+    assert past.status == "failed"
+
+
+KILLED = """
+import os, signal, sys
+import tracking
+run = tracking.start(runs_dir=sys.argv[1], deliver=False)
+run.log("metrics", "train", 0.5)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_status_of_a_killed_run_is_killed(tmp_path, root):
+    line = [sys.executable, "-c", KILLED, str(tmp_path)]
+    assert subprocess.run(line, cwd=root, check=False).returncode == -9
+    (past,) = list_runs(tmp_path)
+    assert past.status == "killed"
+    assert past.manifest.status == "running"
+    assert past.records("metrics")["value"].to_pylist() == [0.5]
+
+
+def test_damage_of_all_ranks_is_told(run):
+    run.log("metrics", "train", 1.0)
+    run.finish()
+    path = part_path(run.path, 0) / "000000.arrow"
+    path.write_bytes(path.read_bytes()[:1500])
+    past = PastRun(run.path)
+    (damage,) = past.damage
+    assert damage.file == path
+    assert damage.rows_lost >= 1
+    assert past.records().num_rows == 0

@@ -1,0 +1,776 @@
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import types
+import warnings
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+
+from tracking import run as run_module
+from tracking.errors import (
+    DeliveryError,
+    RunBusyError,
+    RunClosedError,
+    RunNotFoundError,
+    TrackingWarning,
+)
+from tracking.read import PastRun
+from tracking.run import Run
+from tracking.starting import start
+from tracking.state import State
+from tracking.store import Manifest
+
+
+@pytest.fixture
+def runs(tmp_path):
+    return tmp_path / "runs"
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run without all that is about its start."""
+    run = Run(tmp_path / "a-run", None)
+    yield run
+    run.finish()
+
+
+def logged(run, *columns, **having):
+    table = PastRun(run.path).records(**having)
+    return [tuple(row[c] for c in columns) for row in table.to_pylist()]
+
+
+def run_script(script, *args, cwd, **options):
+    return subprocess.run(
+        [sys.executable, "-c", script, *map(str, args)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        **options,
+    )
+
+
+# --------------------------------------------------------------------------- logging
+
+
+def test_log_writes_what_set_name_and_counts(run):
+    run.log("metrics", "train", {"loss": 0.5}, index=3, epoch=3, step=70)
+    run.log("metrics", "train", {"loss": 0.25}, 4, epoch=4, step=80)  # the fast way
+    columns = ("what", "set", "name", "index", "epoch", "step", "value", "kind")
+    assert logged(run, *columns) == [
+        ("metrics", "train", "loss", 3, 3, 70, 0.5, "float"),
+        ("metrics", "train", "loss", 4, 4, 80, 0.25, "float"),
+    ]
+
+
+def test_log_without_index_takes_the_next_of_its_what_and_set(run):
+    for _ in range(2):
+        run.log("metrics", "train", {"loss": 0.5, "text": "x"})
+        run.log("metrics", "valid", 0.5)
+    run.log("metrics", "valid", 0.5, index=7)
+    run.log("metrics", "valid", 0.5)
+    run.log("metrics", "valid", 0.5, index=2)
+    run.log("metrics", "valid", 0.5)
+    assert logged(run, "index", set="train") == [(1,), (1,), (2,), (2,)]
+    assert logged(run, "index", set="valid") == [(1,), (2,), (7,), (8,), (2,), (9,)]
+
+
+def test_log_with_step_alone_has_no_index(run):
+    for step in (1, 2):
+        run.log("metrics", "train", {"loss": 0.5, "n": 1}, step=step)
+        run.log_steps("train", {"loss": 0.5}, step, epoch=1)
+    found = logged(run, "what", "name", "index", "epoch", "step")
+    assert found[:3] == [
+        ("metrics", "loss", None, None, 1),
+        ("metrics", "n", None, None, 1),
+        ("steps", "loss", None, 1, 1),
+    ]
+    assert found[3:] == [(*row[:4], 2) for row in found[:3]]
+
+
+def test_log_metric_is_log_of_one_name(run):
+    for value in (0.5, 0.25, 1, "x"):
+        run.log_metric("valid", "acc", value)
+    assert logged(run, "what", "set", "name", "index") == [
+        ("metrics", "valid", "acc", index) for index in (1, 2, 3, 4)
+    ]
+
+
+def test_log_time_is_that_of_the_call(run):
+    before = time.time()
+    run.log("metrics", "train", 0.5)
+    run.log("metrics", "train", 0.5)
+    after = time.time()
+    times = [row[0].timestamp() for row in logged(run, "time")]
+    assert before - 1e-5 <= times[0] <= times[1] <= after
+
+
+def test_log_refused_value_writes_nothing_of_it(run):
+    with pytest.raises(
+        TypeError, match=r"Run\.log\('metrics', 'train'\).*value\['b'\]"
+    ):
+        run.log("metrics", "train", {"a": 1.0, "b": object()})
+    with pytest.raises(ValueError, match="valid Unicode"):
+        run.log("metrics", "train", {"a": 1.0, "\ud800": 2.0})
+    assert logged(run, "name") == []
+
+
+@pytest.mark.parametrize("value", [0.5, {"a": 0.5}, 1])
+@pytest.mark.parametrize(
+    ("argument", "error", "match"),
+    [
+        ({"what": 1}, TypeError, "expected a string as what, got 1"),
+        ({"set": ["x"]}, TypeError, r"expected a string as set, got \['x'\]"),
+        ({"set": "\ud800"}, ValueError, "expected valid Unicode as set"),
+        ({"index": "1"}, TypeError, "expected an integer or None as index, got '1'"),
+        ({"index": 1.0}, TypeError, "expected an integer or None as index, got 1.0"),
+        ({"index": 2**63}, ValueError, "expected index up to 9223372036854775807"),
+        ({"epoch": 0.5}, TypeError, "expected an integer or None as epoch"),
+        ({"epoch": 2**31}, ValueError, "expected epoch up to 2147483647"),
+        ({"step": "x"}, TypeError, "expected an integer or None as step"),
+        ({"step": -(2**63) - 1}, ValueError, "expected step up to"),
+    ],
+)
+def test_log_refused_argument_writes_nothing(run, value, argument, error, match):
+    run.log("metrics", "train", value)
+    with pytest.raises(error, match=rf"Run\.log\(.*\): {match}"):
+        run.log(**{"what": "metrics", "set": "train", "value": value, **argument})
+    run.log("metrics", "train", value, step=5)
+    assert len(logged(run, "name")) == 2
+
+
+def test_log_counts_of_numpy_are_integers(run):
+    import numpy as np  # noqa: PLC0415
+
+    for value in (0.5, 0.5, 1):
+        run.log("m", "s", value, np.int64(3), epoch=np.int32(2), step=np.uint8(1))
+    assert logged(run, "index", "epoch", "step") == [(3, 2, 1)] * 3
+
+
+def test_log_from_a_handler_in_the_middle_of_log_is_no_different(run):
+    count = 0
+
+    def handler(*_):
+        nonlocal count
+        count += 1
+        run.log("handler", "s", {"float": 0.5, "text": "x", "new" + str(count): 1.0})
+
+    before = signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+    try:
+        for i in range(5000):
+            run.log("main", "s", {"a": float(i), "text": "y"}, index=i)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert count > 3
+    assert len(logged(run, "seq", what="handler")) == 3 * count
+    found = [value for (value,) in logged(run, "value", what="main", name="a")]
+    assert found == list(range(5000))
+
+
+# -------------------------------------------------------------------------- tensors
+
+
+def test_log_tensor_is_copied_at_once_and_read_later(run):
+    import torch  # noqa: PLC0415
+
+    loss = torch.tensor(1.0, requires_grad=True)
+    run.log("metrics", "train", {"loss": loss, "list": [loss], "plain": 1.0}, index=1)
+    with torch.no_grad():
+        loss.add_(5)
+    run.flush()
+    assert sorted(logged(run, "name", "value", "payload")) == [
+        ("list", None, "[1.0]"),
+        ("loss", 1.0, None),
+        ("plain", 1.0, None),
+    ]
+    assert len({row[0] for row in logged(run, "time")}) == 1
+
+
+def test_log_tensor_never_reads_a_scalar_in_the_caller(run):
+    import torch  # noqa: PLC0415
+    from torch.utils._python_dispatch import TorchDispatchMode  # noqa: PLC0415
+
+    class Recorded(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            called.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    called: list[str] = []
+    loss = torch.tensor(0.5)
+    with Recorded():
+        for index in range(1, 50):
+            run.log("metrics", "train", {"loss": loss, "vector": loss.expand(3)}, index)
+            run.log("metrics", "valid", loss)
+            run.log_metric("valid", "loss", loss)
+    assert called
+    assert not [name for name in called if "_local_scalar" in name or "item" in name]
+    with Recorded():
+        called.clear()
+        loss.item()
+    assert any("_local_scalar_dense" in name for name in called)  # it would be seen
+
+
+def test_log_tensor_is_durable_within_a_second_by_itself(run):
+    import torch  # noqa: PLC0415
+
+    run.log("metrics", "train", torch.tensor(2.0))
+    deadline = time.monotonic() + 10
+    while not logged(run, "value") and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert logged(run, "value", "index") == [(2.0, 1)]
+
+
+def test_log_tensor_is_superseded_by_a_later_overwrite(run):
+    import torch  # noqa: PLC0415
+
+    run.log("metrics", "train", torch.tensor(1.0), index=1)
+    run.log("metrics", "train", torch.tensor(2.0), index=1, append=False)
+    run.flush()
+    assert logged(run, "value") == [(2.0,)]
+
+
+def test_log_tensor_that_cannot_be_read_is_named_in_a_warning(run):
+    class Broken:
+        ndim = 1
+        dtype = device = None
+
+        def detach(self):
+            return self
+
+        clone = detach
+
+        def numel(self):
+            return 1
+
+        def is_complex(self):
+            return False
+
+        def tolist(self):
+            raise RuntimeError("CUDA error: device-side assert triggered")
+
+    run.log("metrics", "train", {"loss": Broken()})
+    with pytest.warns(
+        TrackingWarning, match=r"got CUDA error.*Lost: metrics/train/loss"
+    ):
+        run._read_out()
+
+
+# --------------------------------------------------------- params, tags, inputs, files
+
+
+def test_log_params_tags_and_inputs_are_rows(run):
+    run.log_params({"lr": 0.1, "net": {"act": "relu", "sizes": (1, 2)}})
+    run.set_tags({"stage": "x"})
+    run.log_input("digits", "train", num_samples=10)
+    run.log_params({})
+    assert logged(run, "what", "set", "name", "index", "value", "payload") == [
+        ("params", "", "lr", None, 0.1, None),
+        ("params", "", "net/act", None, None, '"relu"'),
+        ("params", "", "net/sizes", None, None, "[1,2]"),
+        ("tags", "", "stage", None, None, '"x"'),
+        *[
+            ("inputs", "", "train", None, None, payload)
+            for payload in ['[{"name":"digits","num_samples":10}]']
+        ],
+    ]
+
+
+def test_log_params_that_are_no_dictionary_are_refused(run):
+    with pytest.raises(
+        TypeError, match=r"Run\.log_params: expected a dictionary, got 3"
+    ):
+        run.log_params(3)
+    with pytest.raises(TypeError, match=r"Run\.set_tags: expected a number.*'a'"):
+        run.set_tags({"a": object()})
+
+
+def test_log_artifact_copies_a_file_or_a_folder(run, tmp_path):
+    (tmp_path / "x.txt").write_text("hello")
+    (tmp_path / "folder" / "deep").mkdir(parents=True)
+    (tmp_path / "folder" / "deep" / "y.txt").write_text("")
+    run.log_artifact(tmp_path / "x.txt")
+    run.log_artifact(str(tmp_path / "x.txt"), "other/z.txt")
+    run.log_artifact(tmp_path / "folder")
+    names = [name for (name,) in logged(run, "name", what="artifacts")]
+    assert names == ["x.txt", "other/z.txt", "folder/deep/y.txt"]
+    assert (run.path / "artifacts" / "other" / "z.txt").read_text() == "hello"
+    (described,) = json.loads(logged(run, "payload", name="x.txt")[0][0])
+    assert described["size_bytes"] == 5
+    assert described["sha256"].startswith("2cf24dba5fb0")
+    kept = [path for path in (run.path / "artifacts").rglob("*") if path.is_file()]
+    assert len(kept) == 3
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/x", "a/../../x", "a\0b"])
+def test_log_artifact_name_that_leads_out_is_refused(run, tmp_path, name):
+    (tmp_path / "x.txt").write_text("")
+    with pytest.raises(ValueError, match="expected a relative name without"):
+        run.log_artifact(tmp_path / "x.txt", name)
+    with pytest.raises(ValueError, match="expected a relative name without"):
+        run.log_text("", name)
+
+
+def test_log_artifact_that_is_not_there_is_refused(run, tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=r"expected a file or folder, got '.*no'"
+    ):
+        run.log_artifact(tmp_path / "no")
+
+
+def test_log_artifact_on_a_failing_disk_is_a_warning(run, tmp_path):
+    (tmp_path / "x.txt").write_text("")
+    (run.path / "artifacts").write_text("in the way")
+    with pytest.warns(TrackingWarning, match=r"expected to write artifacts/x\.txt"):
+        run.log_artifact(tmp_path / "x.txt")
+    assert logged(run, "name") == []
+
+
+def test_log_figure_saves_by_what_the_figure_can(run):
+    import matplotlib as mpl  # noqa: PLC0415
+
+    mpl.use("Agg")
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    figure = Figure()
+    figure.subplots().plot([1, 2])
+    run.log_figure(figure, "plots/curves.png")
+    data = (run.path / "artifacts" / "plots" / "curves.png").read_bytes()
+    assert data.startswith(b"\x89PNG")
+
+    class Plotly:
+        def write_html(self, path):
+            Path(path).write_text("<html>")
+
+    run.log_figure(Plotly(), "page.html")
+    assert (run.path / "artifacts" / "page.html").read_text() == "<html>"
+    with pytest.raises(TypeError, match=r"Run\.log_figure: expected a figure"):
+        run.log_figure(object(), "x.png")
+    assert sorted(p.name for p in (run.path / "artifacts").iterdir()) == [
+        "page.html",
+        "plots",
+    ]
+
+
+# ----------------------------------------------------------------- position, history
+
+
+def test_position_is_that_of_the_last_row(run):
+    import torch  # noqa: PLC0415
+
+    assert run.position() == -1
+    run.log("metrics", "train", {"a": 1.0, "b": 2.0})
+    assert run.position() == 1
+    run.log("metrics", "train", torch.tensor(1.0))
+    assert run.position() == 2
+
+
+def test_rewind_supersedes_and_lets_the_index_go_back(run):
+    run.log("metrics", "train", 1.0)
+    here = run.position()
+    run.log("metrics", "train", 2.0)
+    run.rewind(here)
+    run.log("metrics", "train", 3.0)
+    assert logged(run, "index", "value") == [(1, 1.0), (2, 3.0)]
+    run.rewind(-1)
+    run.log("metrics", "train", 4.0)
+    assert logged(run, "index", "value") == [(1, 4.0)]
+
+
+@pytest.mark.parametrize("seq", [-2, 5])
+def test_rewind_to_where_nothing_is_is_refused(run, seq):
+    run.log("metrics", "train", 1.0)
+    with pytest.raises(
+        ValueError, match=f"expected a position from -1 to 0, got {seq}"
+    ):
+        run.rewind(seq)
+
+
+# ---------------------------------------------------------------- start and going on
+
+
+def test_start_records_what_it_ran_on(runs):
+    run = start(
+        experiment="digits",
+        params={"lr": 0.1},
+        tags={"a": "b"},
+        note="*why*",
+        runs_dir=runs,
+        deliver=False,
+    )
+    manifest = Manifest.read(run.path)
+    assert manifest.status == run.status == "running"
+    assert manifest.id == run.id == run.path.name
+    assert manifest.name == run.name
+    assert manifest.experiment == "digits"
+    assert manifest.note == "*why*"
+    assert manifest.pid == os.getpid()
+    assert manifest.command[0] == sys.orig_argv[0]
+    assert manifest.packages["pyarrow"]
+    assert datetime.fromisoformat(manifest.created).tzinfo
+    assert manifest.deliver is False
+    assert manifest.mlflow == {}
+    run.save_manifest(seed=7)
+    run.finish()
+    ended = Manifest.read(run.path)
+    assert ended.status == run.status == "finished"
+    assert ended.extra == {"seed": 7}
+    assert ended.ended is not None
+    assert ended.ended > ended.created
+    past = PastRun(run.path)
+    assert (past.params, past.tags) == ({"lr": 0.1}, {"a": "b"})
+    assert run.id in repr(run)
+
+
+def test_start_dirty_code_is_an_artifact(runs, tmp_path, monkeypatch):
+    repo = tmp_path / "repo"
+    repo.mkdir()
+    git = ["git", "-c", "user.name=x", "-c", "user.email=x@x", "-C", str(repo)]
+    (repo / "train.py").write_text("a = 1\n")
+    for line in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "x"]):
+        subprocess.run([*git, *line], check=True)
+    (repo / "train.py").write_text("a = 2\n")
+    monkeypatch.chdir(repo)
+    with start(runs_dir=runs, deliver=False) as run:
+        pass
+    assert "+a = 2" in (run.path / "artifacts" / "code.diff").read_text()
+    assert logged(run, "name", what="artifacts") == [("code.diff",)]
+    git_state = Manifest.read(run.path).git
+    assert git_state is not None
+    assert git_state["dirty"] is True
+
+
+def test_start_again_goes_on_with_a_run(runs):
+    with start(runs_dir=runs, deliver=False) as run:
+        run.log("metrics", "train", 1.0)
+    with start(run_id=run.id, runs_dir=runs, deliver=False) as again:
+        assert again.path == run.path
+        assert Manifest.read(run.path).status == "running"
+        again.log("metrics", "train", 2.0)
+    assert logged(run, "index", "value", what="metrics") == [(1, 1.0), (2, 2.0)]
+    manifest = Manifest.read(run.path)
+    assert manifest.status == "finished"
+    (resumed,) = manifest.resumed
+    assert resumed["status"] == "finished"
+
+
+def test_start_on_a_run_being_written_is_refused_and_changes_nothing(runs):
+    with start(runs_dir=runs, deliver=False) as run:
+        before = (run.path / "run.json").read_bytes()
+        with pytest.raises(RunBusyError, match="expected a run that nobody is writing"):
+            start(run_id=run.id, runs_dir=runs, deliver=False)
+        assert (run.path / "run.json").read_bytes() == before
+
+
+def test_start_unknown_run_or_bad_rank_is_refused(runs):
+    with pytest.raises(RunNotFoundError, match="expected a run in"):
+        start(run_id="nobody", runs_dir=runs)
+    with pytest.raises(ValueError, match=r"start\(rank=1\): .* got run_id=None"):
+        start(rank=1, runs_dir=runs)
+    with pytest.raises(ValueError, match=r"start\(rank=-1\)"):
+        start(rank=-1, run_id="x", runs_dir=runs)
+    with pytest.raises(ValueError, match=r"start\(delivery=\): expected per_key"):
+        start(delivery={"perkey": 5}, runs_dir=runs)
+    assert not runs.exists()
+
+
+def test_start_that_cannot_use_its_folder_leaves_nothing(runs):
+    with pytest.raises(ValueError, match="expected 'process' or 'fsync'"):
+        start(durability="none", runs_dir=runs)  # type: ignore[arg-type]
+    assert list(runs.iterdir()) == []
+
+
+def test_start_joining_rank_writes_its_part_alone(runs):
+    with start(runs_dir=runs, deliver=False) as run:
+        manifest = (run.path / "run.json").read_bytes()
+        with start(run_id=run.id, rank=1, runs_dir=runs) as other:
+            other.log("metrics", "train", 1.0)
+            other.save_manifest(x=1)
+            assert other.manifest.id == run.id
+        assert (run.path / "run.json").read_bytes() == manifest
+        assert not (run.path / "delivery").exists()
+    assert logged(run, "rank", "value", what="metrics") == [(1, 1.0)]
+
+
+def test_start_notes_the_callers_active_mlflow_run(runs, monkeypatch):
+    # As MLflow's module looks to one who must not import it.
+    active = types.SimpleNamespace(info=types.SimpleNamespace(run_id="abc"))
+    fake = types.ModuleType("mlflow")
+    fake.active_run = lambda: active  # type: ignore[attr-defined]
+    fake.get_tracking_uri = lambda: "https://u:p@h/x"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "mlflow", fake)
+    with start(runs_dir=runs, deliver=False) as run:
+        pass
+    assert Manifest.read(run.path).mlflow == {
+        "run_id": "abc",
+        "borrowed": True,
+        "tracking_uri": "https://h/x",
+    }
+
+
+# --------------------------------------------------------------------- how a run ends
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (None, "finished"),
+        (ValueError("bad"), "failed"),
+        (KeyboardInterrupt(), "killed"),
+        (SystemExit(), "finished"),
+        (SystemExit(0), "finished"),
+        (SystemExit(1), "failed"),
+        (SystemExit("message"), "failed"),
+        (SystemExit(143), "killed"),
+    ],
+)
+def test_run_context_ends_as_the_block_did(runs, error, status):
+    run = start(runs_dir=runs, deliver=False)
+    if error is None:
+        with run:
+            pass
+    else:
+        with pytest.raises(type(error)), run:
+            raise error
+    manifest = Manifest.read(run.path)
+    assert manifest.status == run.status == status
+    if status == "failed":
+        told = {"type": type(error).__name__, "message": str(error)}
+        assert manifest.error == told
+    else:
+        assert manifest.error is None
+
+
+def test_finish_twice_keeps_the_first_and_log_after_it_is_refused(runs):
+    run = start(runs_dir=runs, deliver=False)
+    run.finish("failed")
+    run.finish("finished")
+    assert Manifest.read(run.path).status == "failed"
+    for value in (0.5, "text"):
+        with pytest.raises(RunClosedError, match="expected a run that is open"):
+            run.log("metrics", "train", value)
+    with pytest.raises(RunClosedError, match="expected a run that is open"):
+        run.set_tags({"a": 1})
+    with pytest.raises(ValueError, match="expected one of finished, failed, killed"):
+        run.finish("done")
+
+
+LEFT_OPEN = """
+import sys, tracking
+run = tracking.start(runs_dir=sys.argv[1], deliver=False)
+run.log("metrics", "train", 0.5)
+{end}
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "status"),
+    [
+        ("", "finished"),
+        ("raise ValueError('x')", "failed"),
+        ("raise KeyboardInterrupt", "killed"),
+    ],
+)
+def test_run_left_open_ends_as_the_interpreter_did(runs, root, end, status):
+    run_script(LEFT_OPEN.format(end=end), runs, cwd=root)
+    (path,) = runs.iterdir()
+    assert Manifest.read(path).status == status
+    assert PastRun(path).damage == []
+    assert sorted(p.suffix for p in (path / "records" / "0").iterdir()) == [
+        "",
+        ".arrow",
+    ]
+
+
+FORK_IN_RUN = """
+import os, sys, tracking
+with tracking.start(runs_dir=sys.argv[1], deliver=False) as run:
+    run.log("metrics", "train", 0.5)
+    pid = os.fork()
+    if pid:
+        os.waitpid(pid, 0)
+        assert tracking.open(run.path).status == "running"
+        run.log("metrics", "train", 0.25)
+"""
+
+
+def test_run_forked_child_leaving_the_block_ends_nothing(runs, root):
+    done = run_script(FORK_IN_RUN, runs, cwd=root)
+    assert done.returncode == 0, done.stderr
+    (path,) = runs.iterdir()
+    assert PastRun(path).records("metrics")["value"].to_pylist() == [0.5, 0.25]
+
+
+def test_run_threads_may_log_while_it_finishes(runs):
+    run = start(runs_dir=runs, deliver=False)
+    returned = [0] * 4
+
+    def work(n):
+        try:
+            while True:
+                run.log("metrics", str(n), {"x": 0.5})
+                returned[n] += 1
+        except RunClosedError:
+            pass
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.2)
+    run.finish()
+    for thread in threads:
+        thread.join()
+    past = PastRun(run.path)
+    for n in range(4):
+        assert past.records("metrics", str(n)).num_rows == returned[n]
+    assert past.damage == []
+
+
+# -------------------------------------------------------------------------- delivery
+
+
+class FakeProcess:
+    """A delivery process that says of itself what a test wants."""
+
+    def __init__(self, code):
+        self.returncode = code
+
+    def poll(self):
+        return self.returncode
+
+
+def delivering(run, code=None, **state):
+    run._handover._process = FakeProcess(code)
+    if state:
+        State(**state).write(run.path)
+
+
+def test_mlflow_run_id_is_what_delivery_wrote(run):
+    delivering(run, mlflow_run_id="abc", delivered=10**9)
+    assert run.mlflow_run_id == "abc"
+
+
+def test_mlflow_run_id_without_delivery_is_an_error(run):
+    with pytest.raises(DeliveryError, match=r"got no delivery process.*harness sync"):
+        _ = run.mlflow_run_id
+    delivering(run, code=1, error="refused", phase="gave up")
+    with pytest.raises(DeliveryError, match="got refused"):
+        _ = run.mlflow_run_id
+
+
+def test_finish_waits_for_delivery_and_says_nothing_when_all_is_there(runs, capsys):
+    run = start(runs_dir=runs, deliver=False)
+    delivering(run, delivered=0, behind=5)
+    run.log("metrics", "train", 0.5)
+    last = run.position()
+    timer = threading.Timer(0.3, lambda: State(delivered=last).write(run.path))
+    timer.start()
+    before = time.monotonic()
+    run.finish()
+    timer.join()
+    assert time.monotonic() - before < 9
+    assert capsys.readouterr().err == ""
+
+
+def test_finish_tells_what_is_left_after_its_wait(runs, capsys):
+    run = start(runs_dir=runs, deliver=False)
+    delivering(run, behind=12, error="refused by https://u:p@h", phase="waiting")
+    run.log("metrics", "train", 0.5)
+    run.finish(wait_s=0.1)
+    told = capsys.readouterr().err
+    assert told.startswith(f"12 rows of {run.id} are still to go to MLflow (refused by")
+    assert "delivery goes on in the background" in told
+    assert f"'harness sync {run.id}' sends what is left." in told
+    assert "u:p" not in told
+
+
+def test_start_without_mlflow_is_one_warning(runs, root, tmp_path):
+    script = """
+import sys, warnings
+sys.meta_path.insert(0, type("No", (), {"find_spec": staticmethod(
+    lambda name, *_: (_ for _ in ()).throw(ModuleNotFoundError(name))
+    if name == "mlflow" else None)})())
+import importlib.util
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *a: None if name == "mlflow" else found(name, *a)
+import tracking
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    with tracking.start(runs_dir=sys.argv[1]) as run:
+        run.log("metrics", "train", 0.5)
+print(len(caught), caught[0].message)
+"""
+    done = run_script(script, runs, cwd=root)
+    assert done.stdout.startswith("1 start(deliver=True): expected mlflow"), done.stderr
+    assert "harness sync" in done.stdout
+
+
+def test_start_process_that_cannot_be_started_is_a_warning(run, monkeypatch):
+    (run.path / "delivery").write_text("in the way")
+    with pytest.warns(TrackingWarning, match="expected to start the delivery"):
+        run.deliver()
+
+
+def test_save_manifest_on_a_failing_disk_is_a_warning(runs):
+    run = start(runs_dir=runs, deliver=False)
+    (run.path / "run.json").unlink()
+    (run.path / "run.json").mkdir()
+    with pytest.warns(TrackingWarning, match="expected to write its manifest"):
+        run.save_manifest(x=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TrackingWarning)
+        run.finish()
+
+
+# ------------------------------------------------------------------------------ size
+
+
+FLAT = """
+import os, sys
+from pathlib import Path
+from tracking.run import Run
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+run = Run(Path(sys.argv[1]), None)
+count = int(sys.argv[2])
+for step in range(100_000):
+    run.log_steps("train", {"loss": step / 7}, step)
+at_first = resident()
+for step in range(100_000, count):
+    run.log_steps("train", {"loss": step / 7}, step)
+print(resident() - at_first)
+run.finish()
+"""
+
+
+def check_flat(tmp_path, root, count):
+    done = run_script(FLAT, tmp_path / "run", count, cwd=root)
+    assert float(done.stdout) < 24, done.stderr
+    assert PastRun(tmp_path / "run").records().num_rows == count
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
+def test_log_steps_memory_stays_flat(tmp_path, root):
+    check_flat(tmp_path, root, 600_000)
+
+
+@pytest.mark.slow
+def test_log_steps_memory_stays_flat_over_5_million_rows(tmp_path, root):
+    check_flat(tmp_path, root, 5_000_000)
+
+
+def test_status_after_is_told_by_the_exception():
+    assert run_module._status_after(SystemExit(130)) == "killed"
+    assert math.isfinite(run_module._MAX_COUNT)

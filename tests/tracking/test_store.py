@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+
+import pytest
+
+from tracking.errors import RunNotFoundError
+from tracking.store import (
+    Manifest,
+    find_run,
+    make_run,
+    part_path,
+    part_paths,
+    run_paths,
+    runs_folder,
+    status_of,
+    write_atomically,
+)
+
+
+def add(runs, name, experiment=None, when=None):
+    path, name = make_run(runs, experiment, name, when)
+    Manifest(id=path.name, name=name).write(path)
+    return path
+
+
+def test_runs_folder_is_argument_then_variable_then_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HARNESS_RUNS", raising=False)
+    assert runs_folder() == tmp_path / "runs"
+    monkeypatch.setenv("HARNESS_RUNS", str(tmp_path / "there"))
+    assert runs_folder() == tmp_path / "there"
+    assert runs_folder("mine") == tmp_path / "mine"
+
+
+def test_make_run_id_sorts_by_time_and_says_its_name(tmp_path):
+    ids = [
+        make_run(tmp_path, "Ziffern & Größe", name, datetime(2026, 1, 1, h, tzinfo=UTC))
+        for h, name in ((1, None), (2, "zuerst"), (3, "anders"))
+    ]
+    names = [path.name for path, _ in ids]
+    assert names == sorted(names)
+    assert names[0].startswith("20260101-010000-ziffern-groe-")
+    assert names[1].startswith("20260101-020000-zuerst-")
+    assert ids[0][1].startswith("Ziffern & Größe-")
+    assert [name for _, name in ids[1:]] == ["zuerst", "anders"]
+    assert all(path.is_dir() for path, _ in ids)
+
+
+def test_make_run_name_without_a_letter_of_ascii_has_a_folder_too(tmp_path):
+    path, name = make_run(tmp_path, None, "数字")
+    assert path.name.split("-")[2] == "run"
+    assert name == "数字"
+
+
+def test_make_run_where_nothing_can_be_made_is_an_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        OSError, match=r"start\(runs_dir='.*file'\): expected a folder .* HARNESS_RUNS"
+    ):
+        make_run(tmp_path / "file", None, None)
+
+
+def test_manifest_comes_back_as_written(tmp_path):
+    manifest = Manifest(
+        id="x", name="Größe", experiment="e", command=["a", "b c"], extra={"seed": 7}
+    )
+    manifest.write(tmp_path)
+    assert Manifest.read(tmp_path) == manifest
+    assert [p.name for p in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_manifest_of_another_version_is_read_or_refused(tmp_path):
+    Manifest(id="x", name="x").write(tmp_path)
+    found = json.loads((tmp_path / "run.json").read_text())
+    (tmp_path / "run.json").write_text(json.dumps({**found, "new_field": 1}))
+    assert Manifest.read(tmp_path).name == "x"
+    (tmp_path / "run.json").write_text(json.dumps({**found, "format": 99}))
+    with pytest.raises(ValueError, match=r"expected format 1 or less, got 99"):
+        Manifest.read(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"id": "x"}'])
+def test_manifest_torn_is_an_error_that_says_what_can_be_read(tmp_path, text):
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(ValueError, match=r"expected JSON in .*run\.json, got"):
+        Manifest.read(tmp_path)
+
+
+def test_manifest_absent_is_no_run(tmp_path):
+    with pytest.raises(RunNotFoundError, match=r"expected run\.json in it"):
+        Manifest.read(tmp_path)
+
+
+def test_write_atomically_failure_leaves_the_old_file_and_nothing_else(tmp_path):
+    target = tmp_path / "target"
+    target.mkdir()  # a file cannot replace a folder, for root neither
+    with pytest.raises(OSError, match="target"):
+        write_atomically(target, b"new")
+    assert [p.name for p in tmp_path.iterdir()] == ["target"]
+
+
+def test_find_run_by_path_id_name_or_part_of_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runs = tmp_path / "runs"
+    one = add(runs, "amber fox")
+    two = add(runs, "amber")
+    assert find_run(one) == one
+    assert find_run(f"runs/{one.name}") == one
+    assert find_run(one.name) == one
+    assert find_run("amber fox") == one
+    assert find_run("amber") == two  # a whole name comes before a part of one
+    assert find_run("ber f") == one
+    assert find_run(one.name[-9:]) == one
+
+
+def test_find_run_part_of_several_names_them(tmp_path):
+    one, two = (add(tmp_path, name) for name in ("amber-fox", "amber-owl"))
+    with pytest.raises(
+        RunNotFoundError, match=r"expected a part of one run's id or name.*2 have"
+    ) as caught:
+        find_run("amber", tmp_path)
+    assert one.name in str(caught.value)
+    assert two.name in str(caught.value)
+
+
+def test_find_run_mistyped_offers_the_nearest(tmp_path):
+    add(tmp_path, "amber-fox")
+    add(tmp_path, "quiet-owl")
+    with pytest.raises(RunNotFoundError, match=r"got none .* Nearest: amber-fox"):
+        find_run("ambr-fox", tmp_path)
+    with pytest.raises(RunNotFoundError, match=r"got none .* The latest: .*-quiet-owl"):
+        find_run("0" * 40, tmp_path)
+
+
+def test_find_run_without_any_says_where_it_looked(tmp_path):
+    with pytest.raises(
+        RunNotFoundError, match=r"expected a run in .* no run there yet"
+    ):
+        find_run("x", tmp_path / "nowhere")
+
+
+def test_run_paths_are_newest_first_and_runs_only(tmp_path):
+    old = add(tmp_path, "b", when=datetime(2025, 1, 1, tzinfo=UTC))
+    new = add(tmp_path, "a", when=datetime(2026, 1, 1, tzinfo=UTC))
+    (tmp_path / "99999999-no-run").mkdir()
+    (tmp_path / "file").write_text("")
+    assert run_paths(tmp_path) == [new, old]
+    assert run_paths(tmp_path / "nowhere") == []
+
+
+def test_part_paths_are_in_order_of_rank(tmp_path):
+    for rank in (10, 2, 0):
+        part_path(tmp_path, rank).mkdir(parents=True)
+    (tmp_path / "records" / "other").mkdir()
+    assert list(part_paths(tmp_path)) == [0, 2, 10]
+    assert part_paths(tmp_path / "nowhere") == {}
+
+
+def test_status_of_a_run_nobody_writes_is_killed(tmp_path):
+    manifest = Manifest(id="x", name="x")
+    manifest.write(tmp_path)
+    assert status_of(tmp_path, manifest) == "killed"
+    finished = Manifest(id="x", name="x", status="finished")
+    assert status_of(tmp_path, finished) == "finished"
+    # It finished after the caller had read its manifest.
+    finished.write(tmp_path)
+    assert status_of(tmp_path, manifest) == "finished"
