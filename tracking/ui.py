@@ -22,6 +22,12 @@ HOST: Final = "127.0.0.1"
 START_S: Final = 120.0
 END_S: Final = 5.0
 
+# Jobs, for evaluations by language models, are ten processes more.
+_DEFAULTS: Final = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+}
+
 
 class Server:
     """An ``mlflow server`` with one worker, for as long as the context lasts.
@@ -73,7 +79,7 @@ class Server:
         command = [sys.executable, "-m", "mlflow", "server", "--workers", "1"]
         command += ["--host", HOST, "--port", str(self.port)]
         command += ["--backend-store-uri", self._store]
-        environment = {"MLFLOW_DISABLE_TELEMETRY": "true", **_environment()}
+        environment = {**_DEFAULTS, **_environment()}
         # A group of its own: Ctrl-C reaches only us, and its workers end with it.
         self.process = subprocess.Popen(
             command,
