@@ -524,7 +524,7 @@ class Context:
             name = type(callback).__name__
             if waiting.get(name):
                 callback.load_state_dict(waiting[name].pop(0))
-            else:
+            elif callback.state_dict():
                 missing.append(f"{name} is new and starts afresh")
         left = [f"{name} is no longer there" for name in waiting if waiting[name]]
         return missing + left
