@@ -9,7 +9,9 @@ import pkgutil
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -132,9 +134,15 @@ def test_links_lead_somewhere(path: Path) -> None:
 # ---------------------------------------------------------------- everything runs
 
 
-@pytest.mark.parametrize(
-    "path", [path for path in PAGES if python_of(path)], ids=lambda path: path.name
-)
+def shown() -> Iterator[Any]:
+    """Pages with code; only the door is quick enough for every run."""
+    for path in PAGES:
+        if python_of(path):
+            marks = [] if path.name == "README.md" else [pytest.mark.slow]
+            yield pytest.param(path, id=path.name, marks=marks)
+
+
+@pytest.mark.parametrize("path", list(shown()))
 def test_python_blocks_run(path: Path, tmp_path: Path) -> None:
     script = tmp_path / "blocks.py"
     script.write_text(python_of(path))
@@ -144,7 +152,10 @@ def test_python_blocks_run(path: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", modules())
-def test_docstring_examples_run(name: str) -> None:
+def test_docstring_examples_run(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     failures, _ = doctest.testmod(importlib.import_module(name))
     assert failures == 0
 
