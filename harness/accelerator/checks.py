@@ -60,6 +60,11 @@ def check_optimizers(
             msg = f"prepare({name!r}): expected an optimizer that treats elements one by one"
             advice = 'If it does, set "zero_allow_untested_optimizer": true.'
             raise ValueError(f"{msg} at ZeRO {stage}, got {kind}. {advice}")
+        if not any(
+            p.requires_grad for group in opt.param_groups for p in group["params"]
+        ):
+            msg = f"prepare({name!r}): expected parameters to train, got frozen ones only."
+            raise ValueError(f"{msg} Set requires_grad on some, or leave {name!r} out.")
     _check_ownership(model, optimizers)
 
 

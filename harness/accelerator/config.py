@@ -232,11 +232,13 @@ def _check_precision(config: Mapping[str, Any], setting: Setting) -> None:
         if config[name]["enabled"] == "auto":
             msg = f"accelerator(config): expected {name}.enabled true or false, got 'auto'."
             raise ValueError(f"{msg} Nothing tells which is meant: write it out.")
-    autocast = str(config.get("torch_autocast", {}).get("dtype", "bfloat16"))
-    half = "fp16" in asked or ("torch_autocast" in asked and autocast == "float16")
-    if half and setting.device == "cpu":
-        msg = "accelerator(config): expected bf16 or no fp16 on the CPU, got fp16."
-        raise ValueError(f'{msg} Use "bf16": {{"enabled": true}}.')
+    dtype = str(config.get("torch_autocast", {}).get("dtype", "bfloat16"))
+    is_half = "torch_autocast" in asked and dtype.removeprefix("torch.") in _HALF
+    if setting.device == "cpu" and (is_half or "fp16" in asked):
+        msg = (
+            "accelerator(config): expected bf16 or full precision on the CPU, got fp16."
+        )
+        raise ValueError(f'{msg} Use "bf16": {{"enabled": true}} or a CUDA device.')
 
 
 def _check_modes(config: Mapping[str, Any], stage: int) -> None:

@@ -252,6 +252,10 @@ class DeepSpeedAccelerator:
             name: [param for group in opt.param_groups for param in group["params"]]
             for name, opt in optimizers.items()
         } or {DEFAULT_NAME: trained}
+        for opt in optimizers.values() if stage else ():
+            # ZeRO 1 and 2 stumble over a group whose parameters are all frozen.
+            for group in opt.param_groups:
+                group["params"] = [p for p in group["params"] if p.requires_grad]
         made = {}
         for name in owned:
             with quietly():
@@ -503,10 +507,12 @@ class DeepSpeedAccelerator:
 
     def _whole(self, param: nn.Parameter) -> Tensor:
         """The whole parameter, in float32 where an engine trains it in less."""
-        if param.dtype in {torch.bfloat16, torch.float16} and self._parts:
-            full = door().utils.safe_get_full_fp32_param(param)
-            if isinstance(full, Tensor):
-                return full.reshape(getattr(param, "ds_shape", param.shape))
+        owner = next(
+            (p for p in self._parts.values() if id(param) in p.owned_ids), None
+        )
+        precise = None if owner is None else owner.full_precision(param)
+        if precise is not None:
+            return precise
         if not hasattr(param, "ds_id"):
             return param.data
         with door().zero.GatheredParameters([param]):

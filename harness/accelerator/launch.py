@@ -299,10 +299,18 @@ def launch_command(
     return [*command, *argv]
 
 
-def launch(command: Sequence[str]) -> int:
+def launch(command: Sequence[str], *, patience_s: float = 5.0) -> int:
     """Run what ``launch_command`` gave and wait for it; its exit code, never 0 on a failure.
 
-    Ctrl-C and SIGTERM are passed to every rank, and no process is left behind.
+    Ctrl-C and SIGTERM are passed to every rank, which have half a minute to save; no
+    process is left behind.
+
+    Parameters
+    ----------
+    command
+        Command line.
+    patience_s : >= 0
+        Seconds that processes may outlive the command.
     """
     env = dict(os.environ)  # noqa: TID251 - the one place
     if torch.version.cuda is None and torch.version.hip is None:
@@ -324,7 +332,7 @@ def launch(command: Sequence[str]) -> int:
     }
     try:
         code = process.wait()
-        _end_group(process.pid, patience_s=30.0 if stopped else 5.0)
+        _end_group(process.pid, patience_s=30.0 if stopped else patience_s)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

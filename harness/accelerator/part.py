@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.accelerator.base import StepOpt
-from harness.accelerator.state import base_of
+from harness.accelerator.state import base_of, masters
 
 
 class Part:
@@ -149,9 +149,26 @@ class Part:
                 for param, grad in kept:
                     param.grad = grad
         self.done = 0
+        self._forget_gradients()
         applied = bool(self.engine.was_step_applied()) and self._base_stepped
         self._was_stepped = applied
         self.on_step(applied)
+
+    def _forget_gradients(self) -> None:
+        """Clear what ZeRO 3 and offload keep of a window.
+
+        DeepSpeed 0.19.8 overwrites it in the next one, but not where a parameter gets no
+        gradient: its old one would be applied again.
+        """
+        wrapper = self.engine.optimizer
+        held = getattr(wrapper, "grad_partitions_flat_buffer", None)
+        kept = [] if held is None else [held]
+        kept += [
+            master.grad for master in masters(self.engine) if master.grad is not None
+        ]
+        kept += getattr(wrapper, "accumulated_grads_in_cpu", {}).values()
+        for gradient in kept:
+            gradient.zero_()
 
     on_step: Callable[[bool], None] = staticmethod(lambda applied: None)
     """Called after each step with whether the weights were changed."""
@@ -182,6 +199,25 @@ class Part:
         if self._clip is not None and not hasattr(self.engine.optimizer, "clip_grad"):
             max_norm, found = self._clip
             found.copy_(nn.utils.clip_grad_norm_(self._owned, max_norm))
+
+    def full_precision(self, param: Any) -> Tensor | None:
+        """The whole parameter in float32, from its parts on all ranks; None where it is so.
+
+        DeepSpeed's ``safe_get_full_fp32_param`` knows the last engine only at ZeRO 3.
+        """
+        if param.dtype not in {torch.bfloat16, torch.float16}:
+            return None
+        found: Any = None
+        if self.stage == 3:
+            found = self.engine.optimizer.get_full_hp_param(param).reshape(
+                param.ds_shape
+            )
+        elif getattr(param, "_hp_mapping", None) is not None or hasattr(
+            param, "_dp_group"
+        ):
+            found = param.get_full_hp_param()
+        assert found is None or isinstance(found, Tensor)
+        return found
 
     def finish(self) -> None:
         """Let go of the engine."""

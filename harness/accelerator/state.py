@@ -117,13 +117,19 @@ def base_of(engine: Any) -> torch.optim.Optimizer:
     return found
 
 
-def _masters(engine: Any, name: str) -> Iterator[tuple[str, Tensor]]:
-    """The tensors that the optimizer steps, each with a name of its own."""
+def masters(engine: Any) -> list[Tensor]:
+    """The tensors that the optimizer steps: this rank's parts of the weights in float32."""
     divided = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)
-    if divided is None:
-        groups = base_of(engine).param_groups
-        divided = [param for group in groups for param in group["params"]]
-    for n, master in enumerate(divided):
+    if divided is not None:
+        return list(divided)
+    return [
+        param for group in base_of(engine).param_groups for param in group["params"]
+    ]
+
+
+def _masters(engine: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    """The same, each with a name of its own."""
+    for n, master in enumerate(masters(engine)):
         yield f"{name}/{n}", master
 
 
