@@ -298,10 +298,10 @@ def batch_rows(batch: Any) -> int:
     """Samples in a batch: the first dim of its first tensor, 1 where there is none."""
     if isinstance(batch, Tensor):
         return batch.shape[0] if batch.dim() else 1
+    if isinstance(batch, tuple | list):
+        return batch_rows(batch[0]) if batch else 1
     if isinstance(batch, Mapping):
-        batch = list(batch.values())
-    if isinstance(batch, tuple | list) and batch:
-        return batch_rows(batch[0])
+        return batch_rows(list(batch.values()))
     return 1
 
 

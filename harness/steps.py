@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch import Tensor
+
 from harness.accelerator import default_step_opt
 from harness.context import Context
 
 
 def call_model(model: Callable[..., Any], input: Any) -> Any:
     """``model(input)``; a tuple or list is spread, a mapping goes by names."""
+    if isinstance(input, Tensor):
+        return model(input)
     if isinstance(input, tuple | list):
         return model(*input)
     if isinstance(input, Mapping):

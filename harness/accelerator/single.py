@@ -25,13 +25,13 @@ def best_device() -> torch.device:
 def move(batch: Any, device: torch.device) -> Any:
     """The batch with its tensors on `device`, in the same form; other leaves as they are."""
     if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, Mapping):
-        return {name: move(value, device) for name, value in batch.items()}
+        return batch if batch.device == device else batch.to(device, non_blocking=True)
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(move(value, device) for value in batch))
     if isinstance(batch, tuple | list):
-        return type(batch)(move(value, device) for value in batch)
+        return type(batch)([move(value, device) for value in batch])
+    if isinstance(batch, Mapping):
+        return {name: move(value, device) for name, value in batch.items()}
     return batch
 
 
@@ -108,7 +108,9 @@ class SingleDevice:
         if accumulate < 1:
             msg = f"accelerator(accumulate): expected at least 1, got {accumulate!r}."
             raise ValueError(f"{msg} Use 1 to step on every batch.")
-        self.device = best_device() if device is None else torch.device(device)
+        # As tensors tell it, with its number: then a batch that is there is not moved.
+        found = best_device() if device is None else torch.device(device)
+        self.device = torch.empty(0, device=found).device
         self.accumulate = accumulate
         self.window = accumulate
         self.steps: dict[str, int] = {}
