@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+import numpy as np
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from harness.callback import Callback
+from harness.errors import EarlyStop, Signal
 from harness.events import EVENTS, check_event, nearest
 from harness.randomness import generators_of, random_state
 
@@ -30,6 +32,9 @@ if TYPE_CHECKING:
 Handlers = dict[type[BaseException], Callable[[BaseException], object]]
 Records = dict[str, dict[str, list[Any]]]
 Phase = Literal["train", "valid", "epoch"]
+
+ARRAYS = (Tensor, np.ndarray, np.generic)
+"""What is logged as it is and becomes plain numbers when somebody reads the records."""
 
 NO_LIMIT = 999_999_999
 """``max_epochs`` where none was given."""
@@ -306,7 +311,7 @@ class Context:
         luz 0.5.0, ``context$log``. Differs from luz: a gap before `index` is filled with None.
         """
         kept = _detached(value) if type(value) is not float else value
-        series = self._records.setdefault(what, {}).setdefault(set, [])
+        series = self._records.get(what, {}).get(set, [])
         if index is None:
             index = len(series) + 1
         elif index < 1:
@@ -315,6 +320,7 @@ class Context:
         self.recorder.log(
             what, set, kept, index, append, epoch=self.epoch, step=self.step
         )
+        series = self._records.setdefault(what, {}).setdefault(set, series)
         while len(series) < index:
             series.append(None)
         current = series[index - 1]
@@ -332,7 +338,7 @@ class Context:
             A number, a 0-d tensor, or a dict of those by optimizer name.
         """
         split, epoch = ("train" if self.training else "valid"), self.epoch
-        series = self._records["metrics"].get(split)
+        series = self._records.get("metrics", {}).get(split)
         if type(value) is float and series is not None and epoch == len(series):
             # The common call, at a third of the price: the epoch's dict is there already.
             current = series[-1]
@@ -402,12 +408,18 @@ class Context:
         if listeners is None:
             check_event("call_callbacks", name)
             return
+        raised: Signal | None = None
         for listener in listeners:
             try:
                 listener()
+            except Signal as signal:
+                if raised is None or isinstance(signal, EarlyStop):
+                    raised = signal
             except Exception as exc:
                 self.add_note(exc, f"{type(listener.__self__).__name__}.{name}")  # type: ignore[attr-defined]
                 raise
+        if raised is not None:
+            raise raised
 
     def add_note(self, exc: BaseException, where: str) -> None:
         """Tell in a note of the exception where it was raised: callback or metric, epoch, iter."""
@@ -500,6 +512,9 @@ class Context:
         list of str
             What did not fit: callbacks that have no state, or are no longer there.
 
+        A signal that one raises (``EarlyStop``, ``SkipEpoch``) goes on when all have heard
+        the event, ``EarlyStop`` first; any other exception goes on at once.
+
         Raises
         ------
         CheckpointError
@@ -547,7 +562,7 @@ class Context:
         """What was logged: ``records[what][set][index - 1]``. Read-only."""
         if self._unread:
             for container, key in self._unread:
-                if isinstance(container[key], Tensor):
+                if isinstance(container[key], ARRAYS):
                     container[key] = container[key].tolist()
             self._unread.clear()
         return self._records
@@ -723,9 +738,9 @@ class Context:
             bind_context(new, self)
 
     def _remember_tensors(self, container: Any, key: Any) -> None:
-        """Keep the places of logged tensors, to read them out when somebody asks."""
+        """Keep the places of logged tensors and arrays, to read them out when somebody asks."""
         value = container[key]
-        if isinstance(value, Tensor):
+        if isinstance(value, ARRAYS):
             self._unread.append((container, key))
         elif isinstance(value, dict):
             for name in value:
@@ -766,9 +781,11 @@ def _leaves(metrics: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str,
 
 
 def _detached(value: Any) -> Any:
-    """The value with each tensor copied as it is now, off the graph, still on its device."""
+    """The value as it is now, containers copied; tensors off the graph, still on their device."""
     if isinstance(value, Tensor):
         return value.detach().clone()
+    if isinstance(value, np.ndarray | np.generic):
+        return value.copy()
     if isinstance(value, dict):
         return {name: _detached(item) for name, item in value.items()}
     if isinstance(value, list | tuple):

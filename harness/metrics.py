@@ -11,6 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+from torchmetrics.classification import (
+    MulticlassConfusionMatrix,
+    MulticlassExactMatch,
+    MulticlassStatScores,
+)
 
 if TYPE_CHECKING:
     from harness.accelerator.base import Accelerator
@@ -218,14 +223,23 @@ class FunctionAverage(Metric):
         return self.total / self.rows
 
 
+BY_LABEL = (MulticlassStatScores, MulticlassConfusionMatrix, MulticlassExactMatch)
+"""Classification metrics that look at each sample alone: the largest outputs decide."""
+
+
 def takes_groups(metric: Metric) -> bool:
     """True if one update on several batches gives what an update on each would give.
 
-    Holds for torchmetrics' own classification and regression metrics, which sum over or
-    list samples; nothing is assumed of others.
+    Holds for torchmetrics' own regression metrics that sum over or list samples, and for
+    multiclass ones that compare labels; nothing is assumed of others. Binary and
+    multilabel metrics and those on probabilities guess from the whole batch whether they
+    were given logits (torchmetrics 1.9, ``normalize_logits_if_needed``).
     """
     home = type(metric).__module__
-    own = home.startswith(("torchmetrics.classification.", "torchmetrics.regression."))
+    own = home.startswith("torchmetrics.classification.") and isinstance(
+        metric, BY_LABEL
+    )
+    own = own or home.startswith("torchmetrics.regression.")
     by_sample = metric.full_state_update is False
     reductions = metric._reductions.values()  # torchmetrics 1.9: no public way to ask
     names = {getattr(fn, "__name__", None) for fn in reductions}

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import pytest
+
+from harness.events import (
+    EVENTS,
+    EXTRA_EVENTS,
+    FIT_EVENTS,
+    PREDICT_EVENTS,
+    check_event,
+    nearest,
+)
+
+
+def test_events_of_a_fit_stand_in_firing_order() -> None:
+    # DESIGN.md, section 2
+    assert list(FIT_EVENTS) == [
+        "on_fit_begin",
+        "on_epoch_begin",
+        "on_train_begin",
+        "on_train_batch_begin",
+        "on_train_batch_after_pred",
+        "on_train_batch_after_loss",
+        "on_train_batch_before_backward",
+        "on_train_batch_before_step",
+        "on_train_batch_after_step",
+        "on_train_batch_end",
+        "on_train_end",
+        "on_valid_begin",
+        "on_valid_batch_begin",
+        "on_valid_batch_after_pred",
+        "on_valid_batch_after_loss",
+        "on_valid_batch_end",
+        "on_valid_end",
+        "on_epoch_end",
+        "on_fit_end",
+    ]
+
+
+def test_events_of_a_prediction_stand_in_firing_order() -> None:
+    assert list(PREDICT_EVENTS) == [
+        "on_predict_begin",
+        "on_predict_batch_begin",
+        "on_predict_batch_end",
+        "on_predict_end",
+    ]
+
+
+def test_events_together_are_each_named_once() -> None:
+    parts = [*FIT_EVENTS, *PREDICT_EVENTS, *EXTRA_EVENTS]
+    assert list(EVENTS) == parts
+    assert len(parts) == len(set(parts)) == 26
+
+
+def test_check_event_that_exists_says_nothing() -> None:
+    check_event("here", "on_fit_end")
+
+
+def test_check_event_with_a_typo_offers_the_nearest() -> None:
+    with pytest.raises(
+        ValueError, match=r"here: expected an event, got 'on_fit_ends'."
+    ):
+        check_event("here", "on_fit_ends")
+    with pytest.raises(ValueError, match="Did you mean 'on_fit_end'"):
+        check_event("here", "on_fit_ends")
+
+
+def test_nearest_without_anything_alike_is_empty() -> None:
+    assert nearest("zzz", ["loss", "accuracy"]) == ""
+    assert nearest("los", ["loss", "accuracy"]) == " Did you mean 'loss'?"
