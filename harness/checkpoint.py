@@ -1,6 +1,6 @@
 """One checkpoint: a folder of tensors and JSON, written whole or not at all.
 
-    step-000000120-e0003-b000040/
+    000007-epoch-3-batch-40-step-120/
         manifest.json            format, position, and size and SHA-256 of every other file
         rank-0.json              state of the rank without its tensors
         rank-0.safetensors       its tensors
@@ -12,6 +12,7 @@ executes nothing.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -19,7 +20,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -30,35 +31,21 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from harness.errors import CheckpointError
-from harness.tree import restore
+from harness.tree import DTYPES, restore
 
 FORMAT = 1
 """Version of the folder."""
 
 MANIFEST = "manifest.json"
-MAX_JSON_BYTES = 1 << 30
+MAX_JSON_BYTES = 1 << 28
 """Larger JSON files are refused unread."""
 
 PEER_WAIT_S = 600.0
 """How long rank 0 waits for the files of the others."""
 
-_NAME = re.compile(r"step-\d{9}-e\d{4,}-b\d{6,}")
+_NAME = re.compile(r"(\d{6,15})-epoch-\d+-batch-\d+-step-\d+")
+_SCRAP = re.compile(rf"\.{_NAME.pattern}\.(tmp|removed)")
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint64: "U64",
-    torch.uint32: "U32",
-    torch.uint16: "U16",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,21 +70,33 @@ class Position:
     step: int
     phase: str
 
-    @property
-    def name(self) -> str:
-        """Name of the folder; later checkpoints sort after earlier ones."""
-        return f"step-{self.step:09d}-e{self.epoch:04d}-b{self.iter:06d}"
+    def __str__(self) -> str:
+        return f"epoch {self.epoch}, batch {self.iter}, step {self.step}"
 
 
 # ---------------------------------------------------------------------- writing
 
 
-def begin(folder: Path, name: str) -> Path:
-    """An empty temporary folder for a checkpoint; on rank 0, before the others write."""
-    temporary = folder / f".{name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+def begin(folder: Path, position: Position) -> Path:
+    """An empty temporary folder for a checkpoint; on rank 0, before the others write.
+
+    Its name begins with a number above those that are there, so that the one saved last
+    is the newest, also after a fit went back to an earlier one.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for item in folder.iterdir():
+        if _SCRAP.fullmatch(item.name):  # of a save or removal that was killed
+            shutil.rmtree(item, ignore_errors=True)
+    serial = max([_serial(place) for place in checkpoints(folder)], default=0) + 1
+    where = f"epoch-{position.epoch}-batch-{position.iter}-step-{position.step}"
+    temporary = folder / f".{serial:06d}-{where}.tmp"
+    temporary.mkdir()
     return temporary
+
+
+def place_of(temporary: Path) -> Path:
+    """Where ``commit`` puts the checkpoint of a temporary folder."""
+    return temporary.with_name(temporary.name[1:].removesuffix(".tmp"))
 
 
 def write_part(
@@ -116,9 +115,13 @@ def write_part(
     done.with_suffix(".tmp").rename(done)
 
 
-def commit(
-    temporary: Path, place: Path, world_size: int, about: Mapping[str, Any]
-) -> None:
+def give_up(temporary: Path, rank: int) -> None:
+    """Tell rank 0 that a part does not come."""
+    with contextlib.suppress(OSError):
+        (temporary / f"rank-{rank}.failed").touch()
+
+
+def commit(temporary: Path, world_size: int, about: Mapping[str, Any]) -> Path:
     """Put a checkpoint in place when every rank's part is there; on rank 0.
 
     Raises
@@ -126,15 +129,17 @@ def commit(
     CheckpointError
         If a part does not come within ``PEER_WAIT_S``, or a file is not as it was written.
     """
+    place = place_of(temporary)
     files: dict[str, Any] = {}
     until = time.monotonic() + PEER_WAIT_S
     for rank in range(world_size):
         done = temporary / f"rank-{rank}.done"
         while not done.exists():
-            if time.monotonic() > until:
+            has_failed = (temporary / f"rank-{rank}.failed").exists()
+            if has_failed or time.monotonic() > until:
                 msg = f"save({str(place)!r}): expected a part of rank {rank}, got none."
                 raise CheckpointError(
-                    f"{msg} The rank died, or the folder is not shared."
+                    f"{msg} It could not write, has died, or the folder is not shared."
                 )
             time.sleep(0.01)
         files |= json.loads(done.read_text(encoding="utf-8"))
@@ -146,10 +151,9 @@ def commit(
     manifest = {"format": FORMAT, "world_size": world_size, **about, "files": files}
     _write_json(temporary / MANIFEST, manifest)
     _sync_folder(temporary)
-    if place.exists():
-        shutil.rmtree(place)
     temporary.rename(place)
     _sync_folder(place.parent)
+    return place
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -168,7 +172,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     end = 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.numel() * tensor.element_size()
-        dtype, shape = _DTYPES[tensor.dtype], list(tensor.shape)
+        dtype, shape = DTYPES[tensor.dtype], list(tensor.shape)
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
@@ -219,7 +223,20 @@ def checkpoints(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     found = [item for item in folder.iterdir() if _NAME.fullmatch(item.name)]
-    return sorted(found, key=lambda item: item.name, reverse=True)
+    return sorted(found, key=_serial, reverse=True)
+
+
+def _serial(place: Path) -> int:
+    """The number that a checkpoint's name begins with."""
+    return int(place.name.partition("-")[0])
+
+
+def remove(place: Path) -> None:
+    """Remove a checkpoint; its name goes first, so that a half removed one is not found."""
+    away = place.with_name(f".{place.name}.removed")
+    shutil.rmtree(away, ignore_errors=True)
+    place.rename(away)
+    shutil.rmtree(away, ignore_errors=True)
 
 
 def newest(folder: Path) -> tuple[Path | None, list[CheckpointError]]:
@@ -254,8 +271,9 @@ def check(place: Path) -> dict[str, Any]:
             raise _torn(place, f"{facts['bytes']} bytes in {name}", f"{size}")
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != facts["sha256"]:
-            raise _torn(place, f"the SHA-256 of {name} to be {facts['sha256']}", found)
+        if found != facts.get("sha256"):
+            expected = f"the SHA-256 of {name} to be {facts.get('sha256')}"
+            raise _torn(place, expected, found)
     return manifest
 
 
@@ -271,12 +289,16 @@ def read_manifest(place: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         have = manifest.get("format") if isinstance(manifest, dict) else manifest
         raise _torn(place, f"format {FORMAT}", repr(have))
-    files = manifest.get("files")
-    ranks = manifest.get("world_size")
-    if not isinstance(files, dict) or not isinstance(ranks, int) or ranks < 1:
-        raise _torn(place, "files and world_size in the manifest", "others")
+    kinds = {"files": dict, "world_size": int, "position": dict, "run": dict}
+    for key, kind in {**kinds, "about": dict}.items():
+        if not isinstance(manifest.get(key), kind):
+            got = repr(manifest.get(key))[:80]
+            raise _torn(place, f"{key} in the manifest as a {kind.__name__}", got)
+    files, ranks = manifest["files"], manifest["world_size"]
+    if set(manifest["position"]) != {f.name for f in fields(Position)} or ranks < 1:
+        raise _torn(place, "a position and 1 rank or more in the manifest", "others")
     for name, facts in files.items():
-        whole = isinstance(facts, dict) and {"bytes", "sha256"} <= facts.keys()
+        whole = isinstance(facts, dict) and isinstance(facts.get("bytes"), int)
         if not _PLAIN.fullmatch(name) or not whole:
             raise _torn(place, "plain file names with size and hash", repr(name)[:80])
     for rank in range(ranks):
@@ -297,7 +319,14 @@ def read_part(place: Path, rank: int) -> Any:
     try:
         tensors = load_file(place / f"rank-{rank}.safetensors")
         return restore(plan, tensors)
-    except (SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:
+    except (
+        SafetensorError,
+        OSError,
+        ValueError,
+        TypeError,
+        LookupError,
+        RuntimeError,
+    ) as error:
         raise _torn(place, f"a readable part of rank {rank}", str(error)) from error
 
 
@@ -305,6 +334,8 @@ def _read_json(place: Path, name: str) -> Any:
     """A JSON file of a checkpoint."""
     path = place / name
     try:
+        if path.is_symlink() or not path.is_file():
+            raise _torn(place, f"the file {name}", "none")
         if path.stat().st_size > MAX_JSON_BYTES:
             raise _torn(place, f"less than {MAX_JSON_BYTES} bytes in {name}", "more")
         return json.loads(path.read_text(encoding="utf-8"))

@@ -6,9 +6,10 @@ recorder that it was given, which is anything with a ``log`` method.
 
 from __future__ import annotations
 
+import copy
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -160,6 +161,80 @@ def interactive() -> bool:
     return hasattr(sys, "ps1") or sys.stderr.isatty()
 
 
+_IN_VALIDATION = (
+    "on_valid_begin",
+    "on_valid_batch_begin",
+    "on_valid_batch_after_pred",
+    "on_valid_batch_after_loss",
+    "on_valid_batch_end",
+)
+"""Events that fire again when a fit stopped in validation goes on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BeforeValid:
+    """What validation changes, as it was before.
+
+    Attributes
+    ----------
+    random
+        State of all random generators.
+    journal
+        Position of the recorder.
+    lengths
+        Of each series of records.
+    callbacks
+        States of those that listen to validation.
+    """
+
+    random: dict[str, Any]
+    journal: int
+    lengths: dict[str, dict[str, int]]
+    callbacks: dict[str, dict[str, Any]]
+
+    def put_in(self, state: dict[str, Any]) -> None:
+        """Take a state in the middle of validation back to its beginning."""
+        state["random"], state["journal"] = self.random, self.journal
+        state["callbacks"] = state["callbacks"] | self.callbacks
+        state["records"] = {
+            what: {
+                split: series[: sets[split]]
+                for split, series in found.items()
+                if split in sets
+            }
+            for what, found in state["records"].items()
+            if (sets := self.lengths.get(what)) is not None
+        }
+
+
+def by_name(callbacks: Iterable[Callback]) -> Iterator[tuple[str, Callback]]:
+    """Callbacks with the names they have in a state: class, and number from the second on."""
+    counts: dict[str, int] = {}
+    for callback in callbacks:
+        name = type(callback).__name__
+        counts[name] = counts.get(name, 0) + 1
+        yield (name if counts[name] == 1 else f"{name}.{counts[name]}"), callback
+
+
+def extra_state(model: nn.Module | None) -> dict[str, Any]:
+    """What modules hold beside tensors, by module name: their ``get_extra_state``."""
+    return {name: module.get_extra_state() for name, module in _with_extra(model)}
+
+
+def put_extra_state(model: nn.Module | None, state: Mapping[str, Any]) -> None:
+    """Take back what ``extra_state`` gave."""
+    for name, module in _with_extra(model):
+        if name in state:
+            module.set_extra_state(state[name])
+
+
+def _with_extra(model: nn.Module | None) -> Iterator[tuple[str, nn.Module]]:
+    """Modules that have more state than tensors."""
+    for name, module in model.named_modules() if model is not None else ():
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            yield name, module
+
+
 @dataclass(slots=True, init=False, eq=False, repr=False)
 class Context:
     """State shared by model, metrics and callbacks during one call of fit, evaluate or predict.
@@ -231,7 +306,7 @@ class Context:
     _batch: Any
     _opt: Any
     _opt_name: str | None
-    _before_valid: dict[str, Any] | None
+    _before_valid: BeforeValid | None
 
     def __init__(
         self,
@@ -399,6 +474,9 @@ class Context:
     def call_callbacks(self, name: str) -> None:
         """Call every callback that listens to the event `name`, in order of weight.
 
+        A signal that one raises (``EarlyStop``, ``SkipEpoch``) goes on when all have heard
+        the event, ``EarlyStop`` first; any other exception goes on at once.
+
         Raises
         ------
         ValueError
@@ -465,29 +543,37 @@ class Context:
         exactly is there as well.
         """
         hparams = {"hparams": self.hparams, "opt_hparams": self.opt_hparams}
-        state = {"model": self._model, "records": self.records, "ctx": hparams}
+        state: dict[str, Any] = {"model": self._model, "records": self.records}
+        state["ctx"] = hparams
         if self.train_pass is None or self.accelerator is None:
             if self._model is not None:
                 bind_context(self._model, None)
             return state
         phase = phase or ("train" if self.training else "valid")
-        random = random_state(generators_of(self.train_data))
-        if phase == "valid" and self._before_valid is not None:
-            random = self._before_valid
-        return state | {
-            "position": {
-                "epoch": self.epoch,
-                "iter": self.trained,
-                "step": self.step,
-                "phase": phase,
-            },
+        loaders = (self.train_data, self.valid_data, self._model)
+        state |= {
+            "position": self.position(phase),
             "accelerator": self.accelerator.state_dict(),
-            "callbacks": [
-                [type(cb).__name__, cb.state_dict()] for cb in self.callbacks
-            ],
-            "random": random,
+            "extra": extra_state(self._model),
+            "callbacks": {
+                name: cb.state_dict() for name, cb in by_name(self.callbacks)
+            },
+            "random": random_state(generators_of(*loaders)),
             "pass": self.train_pass.state_dict() if phase == "train" else None,
             "journal": self.recorder.position(),
+            "run": getattr(self.recorder, "id", None),
+        }
+        if phase == "valid" and self._before_valid is not None:
+            self._before_valid.put_in(state)
+        return state
+
+    def position(self, phase: Phase) -> dict[str, Any]:
+        """Epoch, batches done in it, steps finished and phase, as in ``Position``."""
+        return {
+            "epoch": self.epoch,
+            "iter": self.trained,
+            "step": self.step,
+            "phase": phase,
         }
 
     def load_state_dict(
@@ -512,9 +598,6 @@ class Context:
         list of str
             What did not fit: callbacks that have no state, or are no longer there.
 
-        A signal that one raises (``EarlyStop``, ``SkipEpoch``) goes on when all have heard
-        the event, ``EarlyStop`` first; any other exception goes on at once.
-
         Raises
         ------
         CheckpointError
@@ -524,29 +607,59 @@ class Context:
         wanted = {"model": restore_model, "optimizers": restore_optimizers}
         parts = [part for part, is_wanted in wanted.items() if is_wanted]
         self.accelerator.load_state_dict(state["accelerator"], parts)
+        if restore_model:
+            put_extra_state(self._model, state["extra"])
         if restore_records:
             self._records, self._unread = state["records"], []
-            self.recorder.rewind(state["journal"])
+            self._rewind(state["run"], state["journal"])
         return self._load_callbacks(state["callbacks"]) if restore_callbacks else []
 
-    def _load_callbacks(self, saved: Iterable[Any]) -> list[str]:
+    def _rewind(self, run_id: str | None, position: int) -> None:
+        """Bring the recorder to the records: back in the same run, anew in another one."""
+        if run_id is not None and run_id == getattr(self.recorder, "id", None):
+            self.recorder.rewind(position)
+            return
+        for what, sets in self._records.items():
+            for split, series in sets.items():
+                for index, value in enumerate(series, start=1):
+                    if value is not None:
+                        self.recorder.log(what, split, value, index, epoch=index)
+
+    def _load_callbacks(self, saved: Mapping[str, Any]) -> list[str]:
         """Give each callback the state of its class and turn; tells what is left over."""
-        waiting: dict[str, list[Any]] = {}
-        for name, own in saved:
-            waiting.setdefault(name, []).append(own)
-        missing = []
-        for callback in self.callbacks:
-            name = type(callback).__name__
-            if waiting.get(name):
-                callback.load_state_dict(waiting[name].pop(0))
+        named = dict(by_name(self.callbacks))
+        notes = []
+        for name, callback in named.items():
+            if name in saved:
+                callback.load_state_dict(saved[name])
             elif callback.state_dict():
-                missing.append(f"{name} is new and starts afresh")
-        left = [f"{name} is no longer there" for name in waiting if waiting[name]]
-        return missing + left
+                notes.append(f"{name} is new and starts afresh")
+        gone = (name for name in saved if saved[name] and name not in named)
+        return notes + [f"{name} is no longer there" for name in gone]
 
     def mark_validation(self) -> None:
-        """Remember the random state before validation, where a resume begins it again."""
-        self._before_valid = random_state(generators_of(self.train_data))
+        """Remember what a resume in the middle of validation begins it again from."""
+        if self.train_pass is None:
+            return
+        loaders = (self.train_data, self.valid_data, self._model)
+        involved = {
+            listener.__self__  # type: ignore[attr-defined]
+            for event in _IN_VALIDATION
+            for listener in self._listeners[event]
+        }
+        self._before_valid = BeforeValid(
+            random=random_state(generators_of(*loaders)),
+            journal=self.recorder.position(),
+            lengths={
+                what: {split: len(series) for split, series in sets.items()}
+                for what, sets in self._records.items()
+            },
+            callbacks={
+                name: copy.deepcopy(cb.state_dict())
+                for name, cb in by_name(self.callbacks)
+                if cb in involved
+            },
+        )
 
     def unsafe_set_records(self, records: Records) -> None:
         """Replace all records; warns if training metrics are overwritten."""

@@ -11,6 +11,7 @@ from torch import nn
 
 from harness.context import Records, metrics_frame
 from harness.saved_model import write_saved
+from harness.weights import WeightsReport, put_weights, save_weights
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -134,6 +135,33 @@ class Fitted:
             "run_id": self.run_id,
         }
         write_saved(Path(path), self.model.state_dict(), about)
+
+    def save_weights(self, path: str | Path) -> None:
+        """Write the weights alone into a safetensors file."""
+        save_weights(self.model, Path(path))
+
+    def load_weights(self, path: str | Path, *, strict: bool = True) -> WeightsReport:
+        """Put other weights into the model, by name.
+
+        Parameters
+        ----------
+        path
+            File of ``save_weights`` or any other safetensors file, folder of ``save``, or
+            checkpoint, saved on any number of ranks.
+        strict
+            Refuse names or shapes that differ; False takes what fits.
+
+        Returns
+        -------
+        WeightsReport
+            Names that were ``loaded``, ``missing``, ``unexpected`` and ``misshapen``.
+
+        Raises
+        ------
+        CheckpointError
+            If there are no weights at `path`, or, with `strict`, they do not fit.
+        """
+        return put_weights(self.model, Path(path), strict=strict)
 
     def __str__(self) -> str:
         count = sum(param.numel() for param in self.model.parameters())

@@ -34,6 +34,7 @@ from harness.metrics import MetricSet, as_metric_set
 from harness.recording import code_commit, describe_fit, tracked
 from harness.saved_model import import_module_class, read_saved
 from harness.saver import about_fit
+from harness.weights import put_weights
 
 if TYPE_CHECKING:
     import tracking
@@ -165,7 +166,10 @@ class Learner:
         if valid_data is not None:
             valid = eval_loader(valid_data, dataloader_options)
         accelerator = accelerator or pick_accelerator()
+        resume = resume_of(own)
         model = self.build_model()
+        if resume is not None and resume.is_weights_only:
+            put_weights(model, resume.place)
         defaults = [
             Profile(),
             TrainValid(),
@@ -188,12 +192,12 @@ class Learner:
         )
         ctx.backward = self._backward_of(ctx)
         ctx.about = {**about_fit(ctx), "code": code_commit()}
-        ctx.resume = resume_of(own)
-        if ctx.resume is not None:
-            ctx.resume.compare(ctx.about)
         try:
+            if resume is not None and not resume.is_weights_only:
+                resume.check(ctx)
+                ctx.resume = resume
             with tracked(ctx, tracker) as run:
-                if run is not None and ctx.resume is None:
+                if run is not None and (resume is None or not resume.is_exact):
                     describe_fit(run, ctx, self, seed)
                 loop.fit(ctx)
                 if run is not None and ctx.stop_signal is not None:

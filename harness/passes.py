@@ -7,10 +7,25 @@ from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from torch.utils.data import IterableDataset
+from torch.utils.data import (
+    BatchSampler,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 from harness.data import num_batches
-from harness.randomness import generators_of, random_state, set_random_state
+from harness.randomness import (
+    generators_of,
+    host_state,
+    random_state,
+    seeded_host_state,
+    set_host_state,
+    set_random_state,
+)
 
 if TYPE_CHECKING:
     from harness.accelerator.base import Accelerator
@@ -33,6 +48,8 @@ class TrainPass:
     Without a length, the batches of a window are fetched together, to know a short last
     one. A loader with ``state_dict`` and ``load_state_dict`` goes on by those; any other
     begins again from the random state it had, and passes over the batches already done.
+    Where the order may depend on numbers drawn on the way, those are kept apart from what
+    the model draws (``_Apart``), so that passing over draws the same.
     """
 
     def __init__(self, loader: Any, accelerator: Accelerator, epoch: int) -> None:
@@ -42,13 +59,13 @@ class TrainPass:
         tell_epoch(loader, epoch)
         self._generators = generators_of(loader)
         self._began: Mapping[str, Any] | None = None
-        self._done = 0
+        self._done, self._left, self._epoch = 0, 0, epoch
 
     def state_dict(self) -> dict[str, Any]:
-        """Random state before the first batch, and the batches that were fetched ahead."""
+        """Random state before the first batch, or the loader's own state."""
         return {
             "began": self._began,
-            "ahead": list(self._ahead),
+            "ahead": list(self._ahead) if self._own else len(self._ahead),
             "window": self._accelerator.window,
             "loader": self._loader.state_dict() if self._own else None,
         }
@@ -56,20 +73,28 @@ class TrainPass:
     def load_state_dict(self, state: Mapping[str, Any], done: int) -> None:
         """Begin after `done` batches; the random state of that moment is set afterwards."""
         self._began, self._done = state["began"], done
-        self._ahead.extend(state["ahead"])
         self._accelerator.window = state["window"]
-        if self._own and state["loader"] is not None:
+        if self._own:
+            self._ahead.extend(state["ahead"])
             self._loader.load_state_dict(state["loader"])
-        else:
-            set_random_state(self._began, self._generators)
+            return
+        if getattr(self._loader, "persistent_workers", False) and self._epoch > 1:
+            iter(
+                self._loader
+            )  # starts workers, which draws; later epochs only reset them
+        set_random_state(state["began"], self._generators)
+        self._left = state["ahead"]
 
     def start(self) -> Iterator[Any]:
         """Make the loader's iterator, past what is done; the batches follow from it."""
         if self._began is None:
             self._began = random_state(self._generators)
         batches: Iterator[Any] = iter(self._loader)
-        if self._done and not self._own:
-            skip(batches, self._done + len(self._ahead))
+        if not self._own:
+            if draws_on_the_way(self._loader):
+                batches = _Apart(batches)
+            skip(batches, self._done)
+            self._ahead.extend(islice(batches, self._left))
         if self._accelerator.accumulate == 1:
             return batches
         return self._windows(batches)
@@ -106,6 +131,60 @@ def tell_epoch(loader: Any, epoch: int) -> None:
         if part is not None and hasattr(part, "set_epoch"):
             part.set_epoch(epoch - 1)
             return
+
+
+def draws_on_the_way(loader: Any) -> bool:
+    """True if the order of the data may depend on numbers drawn between batches.
+
+    torch's samplers draw theirs before the first batch, and worker processes have
+    generators of their own.
+    """
+    dataset, workers = (
+        getattr(loader, "dataset", None),
+        getattr(loader, "num_workers", 0),
+    )
+    if isinstance(dataset, IterableDataset):
+        return workers == 0
+    batches = getattr(loader, "batch_sampler", None)
+    samplers = [getattr(loader, "sampler", None)]
+    if batches is not None:
+        samplers = [getattr(batches, "sampler", None)]
+        if type(batches) is not BatchSampler:
+            return True
+    return not all(isinstance(item, KNOWN) for item in samplers)
+
+
+KNOWN = (
+    DistributedSampler,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
+"""Samplers that draw all their random numbers before the first batch."""
+
+
+class _Apart:
+    """An iterator whose random numbers are a stream of their own.
+
+    The stream is seeded by the global generators; what is drawn outside afterwards does
+    not change it, nor the other way round. Devices' generators are left alone.
+    """
+
+    def __init__(self, batches: Iterator[Any]) -> None:
+        self._batches, self._inside = batches, seeded_host_state()
+
+    def __iter__(self) -> _Apart:
+        return self
+
+    def __next__(self) -> Any:
+        outside = host_state()
+        set_host_state(self._inside)
+        try:
+            return next(self._batches)
+        finally:
+            self._inside = host_state()
+            set_host_state(outside)
 
 
 def skip(batches: Any, count: int) -> None:

@@ -3,21 +3,49 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+Generator = (
+    torch.Generator | np.random.Generator | np.random.RandomState | random.Random
+)
+"""A generator of one's own, as a data set, a sampler or a model may hold it."""
 
-def random_state(generators: Iterable[torch.Generator] = ()) -> dict[str, Any]:
-    """State of Python's, NumPy's and torch's generators, all devices and `generators`."""
-    state: dict[str, Any] = {
+
+def host_state() -> dict[str, Any]:
+    """State of Python's, NumPy's and torch's generators, without devices."""
+    return {
         "python": random.getstate(),
         "numpy": np.random.get_state(),
         "torch": torch.get_rng_state(),
-        "generators": [generator.get_state() for generator in generators],
     }
+
+
+def set_host_state(state: Mapping[str, Any]) -> None:
+    """Take back what ``host_state`` gave."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+
+
+def seeded_host_state() -> dict[str, Any]:
+    """State of generators seeded by one draw from each of those that ``host_state`` holds."""
+    seeds = random.getrandbits(64), int(np.random.randint(2**32, dtype=np.uint32))
+    seed = int(torch.empty((), dtype=torch.int64).random_())
+    return {
+        "python": random.Random(seeds[0]).getstate(),
+        "numpy": np.random.RandomState(seeds[1]).get_state(),
+        "torch": torch.Generator().manual_seed(seed).get_state(),
+    }
+
+
+def random_state(generators: Iterable[Generator] = ()) -> dict[str, Any]:
+    """State of Python's, NumPy's and torch's generators, all devices and `generators`."""
+    state = host_state()
+    state["generators"] = [_state_of(generator) for generator in generators]
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state_all()
     if torch.backends.mps.is_available():
@@ -26,32 +54,81 @@ def random_state(generators: Iterable[torch.Generator] = ()) -> dict[str, Any]:
 
 
 def set_random_state(
-    state: Mapping[str, Any], generators: Iterable[torch.Generator] = ()
-) -> None:
-    """Take back what ``random_state`` gave, as far as this machine has the devices."""
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
+    state: Mapping[str, Any], generators: Sequence[Generator] = ()
+) -> list[str]:
+    """Take back what ``random_state`` gave, as far as this machine has the devices.
+
+    Returns
+    -------
+    list of str
+        What was not taken back.
+    """
+    set_host_state(state)
+    missing = []
+    if len(generators) != len(state["generators"]):
+        have, want = len(generators), len(state["generators"])
+        missing.append(f"{want} generators of loaders and model then, {have} now")
     for generator, own in zip(generators, state["generators"], strict=False):
-        generator.set_state(own)
-    if "cuda" in state and torch.cuda.is_available():
-        for device, own in enumerate(state["cuda"][: torch.cuda.device_count()]):
-            torch.cuda.set_rng_state(own, device)
+        _set_state(generator, own)
+    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    saved = state.get("cuda", [])
+    for device, own in enumerate(saved[:devices]):
+        torch.cuda.set_rng_state(own, device)
+    if len(saved) != devices:
+        missing.append(f"generators of {len(saved)} GPUs then, {devices} now")
     if "mps" in state and torch.backends.mps.is_available():
         torch.mps.set_rng_state(state["mps"])
+    return missing
 
 
-def generators_of(loader: Any) -> list[torch.Generator]:
-    """Generators that a loader and its samplers were given, each once."""
-    found: list[torch.Generator] = []
-    todo, seen = [loader], set()
+def _state_of(generator: Generator) -> Any:
+    """State of one generator."""
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    if isinstance(generator, np.random.Generator):
+        return generator.bit_generator.state
+    if isinstance(generator, np.random.RandomState):
+        return generator.get_state()
+    return generator.getstate()
+
+
+def _set_state(generator: Generator, state: Any) -> None:
+    """Set the state of one generator."""
+    if isinstance(generator, torch.Generator):
+        generator.set_state(state)
+    elif isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = state
+    elif isinstance(generator, np.random.RandomState):
+        generator.set_state(state)
+    else:
+        generator.setstate(state)
+
+
+def generators_of(*roots: Any) -> list[Generator]:
+    """Generators that loaders, their samplers and data sets, and models hold, each once."""
+    found: list[Generator] = []
+    todo, seen = list(roots), set()
     while todo:
         thing = todo.pop(0)
         if thing is None or id(thing) in seen:
             continue
         seen.add(id(thing))
-        own = getattr(thing, "generator", None)
-        if isinstance(own, torch.Generator) and all(own is not item for item in found):
-            found.append(own)
-        todo += [getattr(thing, name, None) for name in ("sampler", "batch_sampler")]
+        found += [own for own in _attributes(thing) if all(own is not f for f in found)]
+        todo += [getattr(thing, name, None) for name in _PARTS]
+        if isinstance(thing, torch.nn.Module):
+            todo += thing.children()
     return found
+
+
+_PARTS = ("sampler", "batch_sampler", "dataset", "transform")
+"""Attributes of loaders, samplers and data sets that may hold generators in turn."""
+
+
+def _attributes(thing: Any) -> Iterator[Generator]:
+    """Generators among the attributes of an object."""
+    for value in (
+        getattr(thing, "generator", None),
+        *getattr(thing, "__dict__", {}).values(),
+    ):
+        if isinstance(value, Generator):
+            yield value

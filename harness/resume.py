@@ -59,41 +59,76 @@ class Resume:
         return all(self._wanted.values())
 
     @property
+    def is_weights_only(self) -> bool:
+        """True if the model alone is taken, which any number of ranks can."""
+        return [part for part, is_on in self._wanted.items() if is_on] == ["model"]
+
+    @property
     def _wanted(self) -> dict[str, bool]:
         """What is taken, by part."""
         parts = ("model", "optimizers", "records", "callbacks")
         return {part: getattr(self, f"restore_{part}") for part in parts}
 
     def state(self, ctx: Context) -> Mapping[str, Any]:
-        """The part of this rank.
-
-        Raises
-        ------
-        CheckpointError
-            If it was saved on another number of ranks.
-        """
+        """The part of this rank."""
         assert ctx.accelerator is not None
-        ranks, saved = ctx.accelerator.world_size, self.manifest["world_size"]
-        if ranks != saved:
-            place = f"resume({str(self.place)!r})"
-            msg = f"{place}: expected the {saved} ranks it was saved on, got {ranks}."
-            advice = (
-                f"Resume on {saved}, or begin anew with the weights of a saved model."
-            )
-            raise CheckpointError(f"{msg} {advice}")
         if self._state is None:
-            self._state = read_part(self.place, ctx.accelerator.rank)
+            state = read_part(self.place, ctx.accelerator.rank)
+            self._state = {**state, "run": self.manifest["run"].get("id")}
         return self._state
 
-    def compare(self, now: Mapping[str, Any]) -> None:
-        """Tell what differs between the fit that was saved and this one.
+    def check(self, ctx: Context) -> None:
+        """Compare the checkpoint with the fit that is to go on from it, before any change.
 
         Raises
         ------
         CheckpointError
-            If something differs and `strict` is set.
+            If it was saved on another number of ranks, or of another model or other
+            optimizers; with `strict`, if anything differs.
         """
-        then = self.manifest.get("about", {})
+        assert ctx.accelerator is not None
+        place = f"resume({str(self.place)!r})"
+        ranks, saved = ctx.accelerator.world_size, self.manifest["world_size"]
+        if ranks != saved:
+            msg = f"{place}: expected the {saved} ranks it was saved on, got {ranks}."
+            raise CheckpointError(
+                f"{msg} Resume on {saved}, or take the weights alone: "
+                "ResumeFromCheckpoint(path, restore_optimizers=False, "
+                "restore_records=False, restore_callbacks=False)."
+            )
+        self._check_form(ctx, place)
+        self._compare(ctx.about, place)
+
+    def _check_form(self, ctx: Context, place: str) -> None:
+        """Names and shapes of weights, names of optimizers."""
+        assert ctx.accelerator is not None
+        state = self.state(ctx)
+        try:
+            weights = state["accelerator"].get("model", {})
+            then = {name: tuple(value.shape) for name, value in weights.items()}
+            opts = set(state["accelerator"].get("optimizers", {}))
+            parts = [state[key] for key in _PARTS]
+        except (KeyError, TypeError, AttributeError) as error:
+            msg = f"{place}: expected the state of a fit, got none: {error!r}."
+            raise CheckpointError(f"{msg} Take another checkpoint.") from error
+        del parts
+        live = ctx.accelerator.state_dict().get("model", {})
+        now = {name: tuple(value.shape) for name, value in live.items()}
+        for name in sorted(then.keys() | now.keys()):
+            if self.restore_model and then.get(name) != now.get(name):
+                want, got = now.get(name, "none"), then.get(name, "none")
+                msg = (
+                    f"{place}: expected the tensor {name!r} of shape {want}, got {got}."
+                )
+                raise CheckpointError(f"{msg} Resume with the model that was saved.")
+        if self.restore_optimizers and opts and opts != set(ctx.optimizers):
+            names, saved_names = sorted(ctx.optimizers), sorted(opts)
+            msg = f"{place}: expected optimizers {names}, got {saved_names}."
+            raise CheckpointError(f"{msg} Resume with the learner that was saved.")
+
+    def _compare(self, now: Mapping[str, Any], place: str) -> None:
+        """Put into the report what differs between then and now; with `strict` refuse it."""
+        then = self.manifest["about"]
         for name in sorted({*then, *now}):
             if then.get(name) != now.get(name):
                 detail = f"{then.get(name)!r} then, {now.get(name)!r} now"
@@ -102,10 +137,10 @@ class Resume:
             f"{name}: {text}" for name, state, text in self.report if state == "differs"
         ]
         if self.strict and differing:
-            msg = f"resume({str(self.place)!r}, strict): expected no difference, got "
-            raise CheckpointError(
-                f"{msg}{'; '.join(differing)}. Mend it or drop strict."
+            msg = (
+                f"{place}, strict: expected no difference, got {'; '.join(differing)}."
             )
+            raise CheckpointError(f"{msg} Mend it or drop strict.")
 
     def restore(self, ctx: Context) -> None:
         """Put the state into the context, its accelerator and callbacks.
@@ -113,31 +148,44 @@ class Resume:
         Raises
         ------
         CheckpointError
-            If it does not fit the model, the optimizers or the ranks.
+            If it does not fit the model or the optimizers.
         """
         wanted = {f"restore_{part}": is_on for part, is_on in self._wanted.items()}
         notes = ctx.load_state_dict(self.state(ctx), **wanted)
         for part, is_on in self._wanted.items():
             self.report.append((part, "restored" if is_on else "left out", ""))
-        self.report += [("callbacks", "differs", note) for note in notes]
+        self.report += [("callbacks", "absent", note) for note in notes]
+        if not self.is_exact:
+            self._tell(ctx)
 
     def restore_random(self, ctx: Context) -> None:
-        """Set all random generators to where they were."""
-        set_random_state(self.state(ctx)["random"], generators_of(ctx.train_data))
-        self._state = None
+        """Set all random generators to where they were; the last thing of a resume."""
+        loaders = (ctx.train_data, ctx.valid_data, ctx.model)
+        missing = set_random_state(self.state(ctx)["random"], generators_of(*loaders))
         self.report.append(("random generators", "restored", ""))
+        self.report += [("random generators", "absent", note) for note in missing]
         done = f"{self.position.iter} batches done"
         self.report.append(("loader position", "restored", done))
+        workers = getattr(ctx.train_data, "persistent_workers", False)
+        if workers and self.position.epoch > 1:
+            note = "persistent workers begin afresh: what they draw differs"
+            self.report.append(("loader workers", "absent", note))
+        self._tell(ctx)
+
+    def _tell(self, ctx: Context) -> None:
+        """Show the report to who watches; forget the state."""
+        self._state = None
         if ctx.verbose and ctx.accelerator is not None and ctx.accelerator.is_main:
             sys.stderr.write(f"{self}\n")
 
     def __str__(self) -> str:
-        where = self.position
-        head = (
-            f"resumed from {self.place.name}: epoch {where.epoch}, batch {where.iter}"
-        )
         lines = [
             f"  {part:<20} {state:<9} {text}".rstrip()
             for part, state, text in self.report
         ]
-        return "\n".join([f"{head}, step {where.step}", *lines])
+        head = f"resumed from {self.place.name}: {self.position}"
+        return "\n".join([head, *lines])
+
+
+_PARTS = ("accelerator", "callbacks", "extra", "journal", "pass", "random", "records")
+"""What the state of a rank must have."""

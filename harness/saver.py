@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
-import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from harness.checkpoint import Position, begin, checkpoints, commit, write_part
+from harness.checkpoint import (
+    Position,
+    begin,
+    checkpoints,
+    commit,
+    give_up,
+    place_of,
+    remove,
+    write_part,
+)
 from harness.context import Context, Phase
+from harness.data import whole_tensors
 from harness.tree import flatten
 
 
@@ -27,15 +37,39 @@ def about_fit(ctx: Context) -> dict[str, Any]:
         "hparams": str(ctx.hparams),
         "opt_hparams": str(ctx.opt_hparams),
         "rows": _length(getattr(data, "dataset", None)),
+        "data": _digest(getattr(data, "dataset", None)),
         "batch_size": getattr(data, "batch_size", None),
         "num_workers": getattr(data, "num_workers", None),
         "accumulate": ctx.accelerator.accumulate,
-        "device": ctx.accelerator.device.type,
+        "device": device_name(ctx.accelerator.device),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "numpy": np.__version__,
     }
+
+
+def device_name(device: torch.device) -> str:
+    """What the device is, with the model of a GPU and the code a CPU can run."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        return f"cpu {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    return device.type
+
+
+def _digest(dataset: Any) -> str | None:
+    """Digest of a thousand rows, where they are at hand in tensors."""
+    found = whole_tensors(dataset)
+    if found is None:
+        return None
+    digest = hashlib.sha256()
+    for tensor in found[0]:
+        some = tensor[:: max(1, len(tensor) // 1000)].detach().cpu().contiguous()
+        digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
+        if some.numel():
+            digest.update(some.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _length(dataset: Any) -> int | None:
@@ -60,49 +94,75 @@ class Saver:
     -----
     ``save`` copies the tensors to the CPU, into memory that it keeps for the next time, and
     gives them to a thread that writes. It waits only for an earlier write still under way.
-    A failed write is told once; the training goes on and the next save tries again.
+    What goes wrong with a write is given by ``wait``, once; the next save tries again.
     """
 
     def __init__(self, folder: Path, ctx: Context) -> None:
         self.folder, self._ctx = folder, ctx
         self._copies: dict[str, Tensor] = {}
+        self._temporary: Path | None = None
         self._thread: threading.Thread | None = None
         self._fault: Exception | None = None
-        self.saved: list[str] = []
 
-    def save(self, phase: Phase) -> str:
-        """Take a checkpoint of the present moment; gives its name.
+    def begin(self, phase: Phase) -> str | None:
+        """Make room for a checkpoint of the present moment.
 
         Parameters
         ----------
         phase
             As in ``Position``.
+
+        Returns
+        -------
+        name of the checkpoint; None on all ranks if there is no room, see ``wait``
         """
         self.wait()
-        ctx = self._ctx
-        accelerator = ctx.accelerator
+        ctx, accelerator = self._ctx, self._ctx.accelerator
         assert accelerator is not None
-        state = ctx.state_dict(phase)
-        del state["model"]
-        position = Position(**state["position"])
-        plan, live = flatten(state)
-        tensors = self._copied(live)
-        manifest = {
-            "position": state["position"],
-            "run": {"id": getattr(ctx.recorder, "id", None), "path": self._run_path()},
-            "about": ctx.about,
-        }
-        temporary = self.folder / f".{position.name}.tmp"
+        path = None
         if accelerator.is_main:
-            begin(self.folder, position.name)
-        accelerator.barrier()
+            try:
+                path = str(begin(self.folder, Position(**ctx.position(phase))))
+            except OSError as error:
+                self._fault = error
+        path = accelerator.broadcast(path)
+        self._temporary = Path(path) if path is not None else None
+        return place_of(self._temporary).name if self._temporary else None
+
+    def save(self, phase: Phase) -> None:
+        """Take the checkpoint that ``begin`` made room for.
+
+        Raises
+        ------
+        TypeError
+            If a callback's state holds what cannot be written; its path is named.
+        """
+        state, accelerator = self._ctx.state_dict(phase), self._ctx.accelerator
+        assert self._temporary is not None and accelerator is not None
+        del state["model"]
+        run = {"id": state.pop("run"), "path": self._run_path()}
+        manifest = {"position": state["position"], "run": run, "about": self._ctx.about}
+        plan, live = flatten(state)
+        self._start(self._write, plan, self._copied(live), manifest)
+
+    def warm(self) -> None:
+        """Get the memory for copies beside the training: the first save finds it there."""
+        assert self._ctx.accelerator is not None
+        _, live = flatten(self._ctx.accelerator.state_dict(), "state/accelerator")
+        shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in live.items()}
+
+        def touch() -> None:
+            for name, (shape, dtype) in shapes.items():
+                self._copies[name] = torch.empty(shape, dtype=dtype).zero_()
+
+        self._start(touch)
+
+    def _start(self, work: Callable[..., None], *args: Any) -> None:
+        """Do it in the background; a second Ctrl-C does not wait for it."""
         self._thread = threading.Thread(
-            target=self._write,
-            args=(temporary, position.name, plan, tensors, manifest),
-            name="checkpoint",
+            target=work, args=args, name="checkpoint", daemon=True
         )
         self._thread.start()
-        return position.name
 
     def _run_path(self) -> str | None:
         """Folder of the run, so that a resume finds it again."""
@@ -124,27 +184,21 @@ class Saver:
         return copies
 
     def _write(
-        self,
-        temporary: Path,
-        name: str,
-        plan: Any,
-        tensors: Mapping[str, Tensor],
-        manifest: Mapping[str, Any],
+        self, plan: Any, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]
     ) -> None:
         """Write and put in place; runs in the background."""
-        accelerator = self._ctx.accelerator
-        assert accelerator is not None
+        accelerator, temporary = self._ctx.accelerator, self._temporary
+        assert accelerator is not None and temporary is not None
         try:
             write_part(temporary, accelerator.rank, plan, tensors)
             if accelerator.is_main:
-                commit(temporary, self.folder / name, accelerator.world_size, manifest)
+                commit(temporary, accelerator.world_size, manifest)
         except Exception as error:  # noqa: BLE001  told by wait(), in the training thread
+            give_up(temporary, accelerator.rank)
             self._fault = error
-        else:
-            self.saved.append(name)
 
     def wait(self) -> Exception | None:
-        """Wait for the write under way; gives what went wrong with it, once."""
+        """Wait for what is under way; gives what went wrong with it, once."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -159,11 +213,3 @@ class Saver:
         for place in checkpoints(self.folder)[keep_last:]:
             if place.name not in keep:
                 remove(place)
-
-
-def remove(place: Path) -> None:
-    """Remove a checkpoint; its name goes first, so that a half removed one is not found."""
-    away = place.with_name(f".{place.name}.removed")
-    shutil.rmtree(away, ignore_errors=True)
-    place.rename(away)
-    shutil.rmtree(away, ignore_errors=True)

@@ -15,6 +15,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""Dtypes that are written, by their safetensors names."""
+
 _FLOATS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
@@ -47,8 +66,7 @@ def _plan(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         value = float(value)
         return value if math.isfinite(value) else {"$float": repr(value)}
     if isinstance(value, Tensor):
-        tensors[path] = value.detach()
-        return {"$tensor": path}
+        return _tensor(value.detach(), path, tensors)
     if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
         tensors[path] = torch.from_numpy(np.ascontiguousarray(value))
         return {"$array": path}
@@ -57,6 +75,22 @@ def _plan(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, bytes):
         return {"$bytes": base64.b64encode(value).decode("ascii")}
     return _container(value, path, tensors)
+
+
+def _tensor(value: Tensor, path: str, tensors: dict[str, Tensor]) -> Any:
+    """The plan of a tensor: its name, and what safetensors lacks: complex, order of dims."""
+    if value.is_complex():
+        return {"$complex": _tensor(torch.view_as_real(value), path, tensors)}
+    if value.layout != torch.strided or value.dtype not in DTYPES:
+        msg = f"{path}: expected a dense tensor of a common dtype, got {value.dtype}"
+        raise TypeError(f"{msg}, {value.layout}. Convert it in state_dict().")
+    order = sorted(range(value.dim()), key=value.stride().__getitem__, reverse=True)
+    if not value.is_contiguous() and value.permute(order).is_contiguous():
+        # Channels last, say: kernels round differently for another order.
+        tensors[path] = value.permute(order)
+        return {"$permuted": [path, order]}
+    tensors[path] = value
+    return {"$tensor": path}
 
 
 def _container(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
@@ -113,6 +147,12 @@ def _special(key: str, value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if key in {"$tensor", "$array"} and isinstance(value, str) and value in tensors:
         found = tensors[value]
         return found if key == "$tensor" else found.numpy()
+    if key == "$permuted" and isinstance(value, list) and len(value) == 2:
+        name, order = value
+        inverse = sorted(range(len(order)), key=order.__getitem__)
+        return tensors[name].permute(inverse)
+    if key == "$complex":
+        return torch.view_as_complex(restore(value, tensors).contiguous())
     if key == "$float" and value in _FLOATS:
         return _FLOATS[value]
     if key == "$bytes" and isinstance(value, str):

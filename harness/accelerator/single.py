@@ -229,10 +229,9 @@ class SingleDevice:
         return {name: value.detach().cpu() for name, value in state.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights, buffers, optimizers, gradients of an open window, counters; live."""
+        """Weights, buffers, optimizers, gradients, counters, what is frozen; live."""
         model = self._model
         assert model is not None
-        is_open = any(self._done.values())
         return {
             "world_size": 1,
             "model": tensors_of(model),
@@ -242,8 +241,9 @@ class SingleDevice:
             "grads": {
                 name: param.grad
                 for name, param in model.named_parameters()
-                if is_open and param.grad is not None
+                if param.grad is not None
             },
+            "frozen": [n for n, p in model.named_parameters() if not p.requires_grad],
         }
 
     def load_state_dict(
@@ -272,9 +272,10 @@ class SingleDevice:
             load_optimizer(self._optimizers[name], own, name)
         self.steps.update(state["steps"])
         self._done.update(state["done"])
-        params = dict(model.named_parameters())
-        for name, grad in state["grads"].items():
-            params[name].grad = grad.to(self.device, copy=True)
+        for name, param in model.named_parameters():
+            grad = state["grads"].get(name)
+            param.grad = None if grad is None else grad.to(self.device, copy=True)
+            param.requires_grad_(name not in state["frozen"])
 
     def finish(self) -> None:
         """Take the step counters off the optimizers."""

@@ -28,20 +28,33 @@ class CSVLogger(Callback):
         self.path = Path(path)
 
     def on_fit_begin(self) -> None:
-        """Begin the file."""
-        if self.ctx.accelerator is not None and self.ctx.accelerator.is_main:
+        """Begin the file; that of a fit that is gone on with stays until there is more."""
+        self._is_begun = False
+        if self.ctx.resume is None and self._is_writer:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._write([("epoch", "set", "metric", "value")], "w")
 
+    @property
+    def _is_writer(self) -> bool:
+        """One rank writes."""
+        return self.ctx.accelerator is not None and self.ctx.accelerator.is_main
+
     def on_epoch_end(self) -> None:
-        """Add the epoch's metrics."""
-        if self.ctx.accelerator is not None and self.ctx.accelerator.is_main:
-            frame = self.ctx.get_metrics_df()
-            now = frame[frame["epoch"] == self.ctx.epoch]
-            rows = zip(
-                now["epoch"], now["set"], now["metric"], now["value"], strict=True
-            )
-            self._write([(e, s, m, repr(float(v))) for e, s, m, v in rows], "a")
+        """Add the epoch's metrics; the first time all that are on record."""
+        if not self._is_writer:
+            return
+        frame = self.ctx.get_metrics_df()
+        if self._is_begun:
+            frame = frame[frame["epoch"] == self.ctx.epoch]
+        frame = frame.sort_values("epoch", kind="stable")
+        columns = (frame[name] for name in ("epoch", "set", "metric", "value"))
+        rows = zip(*columns, strict=True)
+        lines: list[tuple[object, ...]]
+        lines = [(e, s, m, repr(float(v))) for e, s, m, v in rows]
+        if not self._is_begun:
+            lines.insert(0, ("epoch", "set", "metric", "value"))
+        self._write(lines, "a" if self._is_begun else "w")
+        self._is_begun = True
 
     def _write(self, rows: list[tuple[object, ...]], mode: str) -> None:
         with self.path.open(mode, newline="", encoding="utf-8") as file:

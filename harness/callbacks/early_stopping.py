@@ -49,6 +49,11 @@ class EarlyStopping(Monitor):
         if baseline is not None:
             self.best = baseline
 
+    def on_epoch_begin(self) -> None:
+        """End a fit that is gone on with from where it had ended already."""
+        if self.waited >= self.patience and self.ctx.epoch > self.ctx.min_epochs:  # type: ignore[operator]
+            raise EarlyStop(self.monitor)
+
     def on_epoch_end(self) -> None:
         """Count epochs without improvement; end the fit when there are enough."""
         self.waited = 0 if self.improved() else self.waited + 1

@@ -73,9 +73,10 @@ class Metrics(Callback):
         self._log("valid")
 
     def state_dict(self) -> dict[str, Any]:
-        """States of the metrics of both splits."""
+        """States of the training metrics; validation is begun again when it was stopped."""
         metrics = self.ctx.metrics or {}
-        return {split: item.state_dict() for split, item in metrics.items()}
+        is_used = self.ctx.training and "train" in metrics
+        return {"train": metrics["train"].state_dict()} if is_used else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back the states."""

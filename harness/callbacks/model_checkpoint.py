@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
 from harness.callbacks.monitor import Mode, Monitor
-from harness.checkpoint import Position
 from harness.context import Phase
 from harness.saver import Saver
 
@@ -80,6 +80,7 @@ class ModelCheckpoint(Monitor):
         self._ranked: list[list[Any]] = []
         self._last_step = 0
         self._last_time = 0.0
+        self._has_saved = False
 
     def on_fit_begin(self) -> None:
         """Find the folder."""
@@ -93,11 +94,15 @@ class ModelCheckpoint(Monitor):
                 )
             folder = Path(run) / "checkpoints"
         self.saver = Saver(folder, self.ctx)
-        self._last_time = monotonic()
+        self._last_time, self._has_saved, self._is_warm = monotonic(), False, False
 
     def on_train_batch_end(self) -> None:
         """Save if it is time."""
         step = self.ctx.step
+        if step and not self._is_warm:
+            assert self.saver is not None
+            self.saver.warm()  # optimizers have their state after the first step
+            self._is_warm = True
         is_due = (
             self.every_n_steps is not None
             and step != self._last_step
@@ -117,25 +122,13 @@ class ModelCheckpoint(Monitor):
         epoch = self.ctx.epoch
         assert epoch is not None
         if self.every_n_epochs and epoch % self.every_n_epochs == 0:
-            if self.keep_best:
-                self._rank(epoch)
             self._save("epoch")
 
-    def _rank(self, epoch: int) -> None:
+    def _rank(self, name: str) -> None:
         """Keep the names of the best epochs."""
-        value = self.value()
-        name = self._name()
         sign = 1 if self.mode == "min" else -1
-        self._ranked.append([sign * value, epoch, name])
+        self._ranked.append([sign * self.value(), self.ctx.epoch, name])
         self._ranked = sorted(self._ranked)[: self.keep_best]
-
-    def _name(self) -> str:
-        """Name that a checkpoint of this moment has."""
-        ctx = self.ctx
-        assert ctx.epoch is not None
-        return Position(
-            epoch=ctx.epoch, iter=ctx.trained, step=ctx.step, phase="epoch"
-        ).name
 
     def on_interrupt(self) -> None:
         """Save where the fit ended in an orderly way."""
@@ -147,14 +140,20 @@ class ModelCheckpoint(Monitor):
         self._wait()
 
     def on_exception(self) -> None:
-        """Wait for the last write."""
-        self._wait()
+        """Wait for the last write, unless somebody insists on leaving at once."""
+        if not isinstance(sys.exception(), KeyboardInterrupt):
+            self._wait()
 
     def _save(self, phase: Phase) -> None:
         self._wait()
         assert self.saver is not None
         self._last_step, self._last_time = self.ctx.step, monotonic()
-        self.saver.save(phase)
+        name = self.saver.begin(phase)
+        if name is not None:
+            if phase == "epoch" and self.keep_best:
+                self._rank(name)
+            self.saver.save(phase)
+            self._has_saved = True
 
     def _wait(self) -> None:
         """Wait for the write under way; warn if it failed, tidy up if it did not."""
@@ -164,7 +163,7 @@ class ModelCheckpoint(Monitor):
         if fault is not None:
             msg = f"checkpoint not written: {fault} Training goes on; the next save tries again."
             warnings.warn(msg, stacklevel=2)
-        elif self.saver.saved:
+        elif self._has_saved:
             self.saver.prune(self.keep_last, {name for *_, name in self._ranked})
 
     def state_dict(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from time import perf_counter
+from typing import Any
 
 from harness.callback import Callback
 from harness.data import batch_rows
@@ -20,6 +21,9 @@ class Profile(Callback):
 
     weight = -1000
 
+    def __init__(self) -> None:
+        self._start()
+
     def _start(self) -> None:
         self._began, self._batches, self._rows = perf_counter(), 0, 0
 
@@ -32,6 +36,19 @@ class Profile(Callback):
         rate = self._rows / took_s if took_s > 0 else 0.0
         values = {"epoch_s": took_s, "batches": self._batches, "samples_per_s": rate}
         self.ctx.log("profile", split, values, index=self.ctx.epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was counted of the training part so far."""
+        if not self.ctx.training:
+            return {}
+        took_s = perf_counter() - self._began
+        return {"took_s": took_s, "batches": self._batches, "rows": self._rows}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what was counted; the time between does not count."""
+        if state:
+            self._began = perf_counter() - state["took_s"]
+            self._batches, self._rows = state["batches"], state["rows"]
 
     def on_train_begin(self) -> None:
         """Start the clock."""
