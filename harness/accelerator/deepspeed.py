@@ -716,3 +716,25 @@ def own_device(asked: str | torch.device | None, local_rank: int) -> torch.devic
         raise ValueError(f"{msg} Use device='cpu', or see 'harness doctor'.")
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
+
+
+def ops() -> dict[str, str]:
+    """What becomes of each of DeepSpeed's compiled ops here: how it is there, or is not.
+
+    Asked for them, DeepSpeed tries compilers, with chatter on both outputs.
+
+    Returns
+    -------
+    dict
+        ``built``, ``can be built`` or ``cannot be built``, by name of the op.
+    """
+    built = door().git_version_info.installed_ops
+    from deepspeed.ops.op_builder.all_ops import ALL_OPS  # noqa: PLC0415  see door
+
+    found = {}
+    for name, builder in ALL_OPS.items():
+        if name == "deepspeed_not_implemented":
+            continue
+        can = "can be built" if builder.is_compatible(False) else "cannot be built"
+        found[name] = "built" if built.get(name, False) else can
+    return found

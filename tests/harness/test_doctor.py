@@ -1,0 +1,102 @@
+"""What the doctor finds, on this machine and where things are missing."""
+
+from __future__ import annotations
+
+import http.server
+import socket
+import threading
+from pathlib import Path
+
+import pytest
+
+from harness import doctor
+from harness.doctor import examine
+
+
+@pytest.fixture(scope="module")
+def findings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, doctor.Finding]:
+    """A whole examination, by part."""
+    folder = tmp_path_factory.mktemp("doctor")
+    found = examine(folder / "runs", f"sqlite:///{folder}/mlflow.db")
+    assert not (folder / "mlflow.db").exists()
+    assert not (folder / "runs").exists()
+    return {one.part: one for one in found}
+
+
+def test_examine_looks_at_every_part(findings: dict[str, doctor.Finding]) -> None:
+    assert list(findings)[:10] == [
+        "Python",
+        "devices",
+        "precision",
+        "ranks",
+        "DeepSpeed",
+        "DeepSpeed's ops",
+        "compiler",
+        "MPI",
+        "MLflow",
+        "MLflow store",
+    ]
+    assert {"disk"} <= set(findings)
+
+
+def test_examine_says_what_to_do_about_each_lack(
+    findings: dict[str, doctor.Finding],
+) -> None:
+    for one in findings.values():
+        assert one.detail
+        assert bool(one.advice) == (one.state != "ok"), one
+
+
+def test_examine_is_quiet(
+    findings: dict[str, doctor.Finding], capfd: pytest.CaptureFixture[str]
+) -> None:
+    list(doctor._deepspeed())
+    assert capfd.readouterr() == ("", "")
+
+
+def test_ops_that_cannot_be_built_are_a_lack() -> None:
+    found = doctor._ops({"cpu_adam": "cannot be built", "async_io": "built"})
+    assert found.state == "lack"
+    assert found.detail.startswith("built: async_io; cannot be built: cpu_adam")
+    assert doctor._ops({"cpu_adam": "can be built"}).state == "ok"
+
+
+def test_store_in_a_missing_folder_is_broken(tmp_path: Path) -> None:
+    found = doctor._store(f"sqlite:///{tmp_path}/none/mlflow.db")
+    assert found.state == "broken"
+    assert "no such folder" in found.detail
+
+
+def test_server_that_does_not_answer_is_a_lack() -> None:
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        uri = f"http://someone:secret@127.0.0.1:{held.getsockname()[1]}"
+        found = doctor._store(uri)
+    assert found.state == "lack"
+    assert "harness sync" in found.advice
+    assert "secret" not in found.detail
+
+
+@pytest.mark.parametrize(("path", "extra"), [("", ""), ("/closed", " (answers 404)")])
+def test_server_that_answers_is_well(path: str, extra: str) -> None:
+    class Healthy(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200 if self.path == "/health" else 404)
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None:
+            return
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Healthy) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        uri = f"http://127.0.0.1:{server.server_port}{path}"
+        found = doctor._store(uri)
+        thread.join()
+    assert (found.state, found.detail) == ("ok", uri + extra)
+
+
+def test_little_disk_is_a_lack(tmp_path: Path) -> None:
+    found = doctor._disk(tmp_path / "runs", little_bytes=2**70)
+    assert found.state == "lack"
+    assert "GB free for" in found.detail
