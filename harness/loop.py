@@ -26,10 +26,10 @@ def fit(ctx: Context) -> None:
     ctx.handlers |= {Interrupted: lambda _: ctx.call_callbacks("on_interrupt")}
     ctx.epoch_handlers |= {SkipEpoch: lambda _: None}
     with told(ctx):
-        with handled(ctx.handlers):
+        with handled(lambda: ctx.handlers):
             ctx.call_callbacks("on_fit_begin")
             for ctx.epoch in range(first_epoch(ctx), ctx.max_epochs + 1):
-                with handled(ctx.epoch_handlers):
+                with handled(lambda: ctx.epoch_handlers):
                     ctx.call_callbacks("on_epoch_begin")
                     train_epoch(ctx)
                     if ctx.valid_data is not None:
@@ -134,11 +134,12 @@ def begin_pass(ctx: Context) -> Iterator[Any]:
 
 
 @contextmanager
-def handled(handlers: Handlers) -> Iterator[None]:
+def handled(get_handlers: Callable[[], Handlers]) -> Iterator[None]:
     """End the block quietly on an exception that a handler is for, after it ran."""
     try:
         yield
     except BaseException as exc:
+        handlers = get_handlers()
         kinds = (kind for kind in handlers if isinstance(exc, kind))
         kind = next(kinds, None)
         if kind is None:
@@ -152,7 +153,9 @@ def told(ctx: Context) -> Iterator[None]:
     try:
         yield
     except BaseException as exc:
-        if isinstance(exc, Exception) and not getattr(exc, "__notes__", None):
-            ctx.add_note(exc, "the model's step")
+        notes = getattr(exc, "__notes__", [])
+        is_told = any(", epoch " in note for note in notes)
+        if isinstance(exc, Exception) and not is_told:
+            ctx.add_note(exc, "the loop")
         ctx.call_callbacks("on_exception")
         raise

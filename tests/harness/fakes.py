@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from types import MethodType
 from typing import Any
 
 import torch
@@ -82,7 +83,7 @@ class At(harness.Callback):
 
     def __init__(self, event: str, function: Any, weight: float = 0) -> None:
         self.weight = weight
-        setattr(self, event, lambda: function(self.ctx))
+        setattr(self, event, MethodType(lambda self: function(self.ctx), self))
 
 
 def _writer(event: str) -> Any:
