@@ -102,6 +102,9 @@ def read_config(path: Path | None) -> dict[str, Any]:
 @click.option("--seed", type=int, help="Seed of all random generators.")
 @RUNS_DIR
 @click.option("--no-track", is_flag=True, help="Record nothing.")
+@click.option(
+    "--no-deliver", is_flag=True, help="Leave MLflow alone; 'harness sync' sends later."
+)
 @click.option("--checkpoint-every", type=click.IntRange(min=1), metavar="STEPS",
               help="Also save a checkpoint every so many steps.")  # fmt: skip
 @click.option("--no-checkpoints", is_flag=True, help="Save no checkpoints.")
@@ -133,7 +136,7 @@ def train(experiment: Any, options: dict[str, Any]) -> Any:
     if not (options["no_track"] or options["no_checkpoints"]):
         extra.append(ModelCheckpoint(every_n_steps=options["checkpoint_every"]))
     experiment = replace(experiment, callbacks=[*experiment.callbacks, *extra])
-    tracker: Any = {"runs_dir": where} if where is not None else None
+    tracker: Any = {"runs_dir": where, "deliver": not options["no_deliver"]}
     if options["no_track"]:
         tracker = False
     fitted = experiment.fit(verbose=not options["quiet"], tracker=tracker)

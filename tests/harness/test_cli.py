@@ -1,0 +1,214 @@
+"""The command: real processes where signals or imports matter, click's runner elsewhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from click.testing import CliRunner
+
+import tracking
+from harness.cli import main
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = """
+import time
+import torch
+from torch import nn
+import harness
+
+class Slow(harness.Callback):
+    def __init__(self, pause):
+        self.pause = pause
+    def on_train_batch_end(self):
+        time.sleep(self.pause)
+
+class Net(nn.Module):
+    def __init__(self, hidden=2):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(3, hidden), nn.Dropout(0.5), nn.Linear(hidden, 1))
+    def forward(self, x):
+        return self.body(x)
+
+def experiment(hidden: int = 2, pause: float = 0.0, fail: bool = False):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(40, 3, generator=generator)
+    learner = harness.setup(Net, loss=nn.MSELoss(), optimizer=torch.optim.SGD)
+    learner = learner.set_hparams(hidden=hidden).set_opt_hparams(lr=0.1)
+    return harness.Experiment(
+        learner=learner, data=(x, torch.zeros(40, 2 if fail else 1).T if fail else x[:, :1]),
+        valid_data=0.25, epochs=4, seed=3, callbacks=[Slow(pause)],
+        dataloader_options={"batch_size": 10}, name="line",
+    )
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    (tmp_path / "exp_cli.py").write_text(SCRIPT)
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    sys.modules.pop("exp_cli", None)
+    if str(tmp_path) in sys.path:
+        sys.path.remove(str(tmp_path))
+
+
+FIT = [sys.executable, "-m", "harness.cli", "fit", "exp_cli.py:experiment"]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+def run(*words: str):
+    return CliRunner().invoke(main, list(words), catch_exceptions=False)
+
+
+def test_help_is_quick_to_import_and_names_every_command():
+    code = (
+        "import sys; from harness.cli import main\n"
+        "try: main(['--help'])\nexcept SystemExit: pass\n"
+        "heavy = {'torch', 'mlflow', 'pyarrow', 'pandas', 'deepspeed'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    for name in main.commands:
+        assert name in done.stdout
+
+
+def test_fit_untracked_takes_set_opt_and_epochs(folder):
+    done = run(
+        "fit", "exp_cli.py:experiment", "--no-track", "--set", "hidden=5", "--quiet",
+        "--opt", "lr=0.5", "--epochs", "1,2", "--seed", "7",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert "Fitted Net, 26 parameters, 2 epochs" in done.output
+    assert not (folder / "runs").exists()
+
+
+def test_fit_config_file_is_overruled_by_set(folder):
+    (folder / "own.yaml").write_text("hidden: 3\npause: 0\n")
+    words = [
+        "fit",
+        "exp_cli:experiment",
+        "--no-track",
+        "--quiet",
+        "--config",
+        "own.yaml",
+    ]
+    assert "16 parameters" in run(*words).output
+    assert "21 parameters" in run(*words, "--set", "hidden=4").output
+
+
+def test_fit_then_evaluate_and_predict_use_the_trained_model(folder):
+    words = ["--runs-dir", "runs", "--quiet", "--name", "first", "--no-deliver"]
+    subprocess.run([*FIT, *words], env=environment(), check=True, capture_output=True)
+    (past,) = tracking.list_runs("runs")
+    assert past.status == "finished"
+    assert {"hidden": 2, "opt.lr": 0.1, "seed": 3}.items() <= past.params.items()
+
+    found = json.loads(run("evaluate", "first", "--json").output)
+    last = past.records(what="metrics", set="valid", name="loss").to_pylist()[-1]
+    assert found == {"loss": last["value"]}
+
+    rows = np.arange(12, dtype=np.float32).reshape(4, 3)
+    np.save("rows.npy", rows)
+    pd.DataFrame(rows).to_csv("rows.csv", index=False)
+    done = run("predict", "first", "rows.npy", "--to", "out.npy")
+    assert "4 rows -> out.npy" in done.output
+    run("predict", "first", "rows.csv", "--to", "out.csv")
+    assert np.load("out.npy").shape == (4, 1)
+    np.testing.assert_allclose(pd.read_csv("out.csv"), np.load("out.npy"), rtol=1e-6)
+
+
+USAGE = {
+    "unknown file": (["fit", "nothing.py:experiment"], "found no 'nothing.py'"),
+    "unknown name": (["fit", "exp_cli.py:experimnt"], "Did you mean 'experiment'"),
+    "unknown parameter": (
+        ["fit", "exp_cli.py:experiment", "--set", "hiden=3"],
+        "Did you mean 'hidden'",
+    ),
+    "no value": (["fit", "exp_cli.py:experiment", "--set", "hidden"], "NAME=VALUE"),
+    "wrong type": (["fit", "exp_cli.py:experiment", "--set", "hidden=x"], "got 'x'"),
+    "epochs": (["fit", "exp_cli.py:experiment", "--epochs", "ten"], "got 'ten'"),
+    "unknown run": (["resume", "nowhere"], "nowhere"),
+    "run to resume": (["fit", "exp_cli.py:experiment", "--resume", "no"], "'no'"),
+}
+
+
+@pytest.mark.parametrize("case", USAGE)
+def test_wrong_usage_ends_with_2_and_one_clear_line(case, folder):
+    words, text = USAGE[case]
+    done = run(*words)
+    assert done.exit_code == 2
+    assert text in done.output.splitlines()[-1]
+    assert not (folder / "runs").exists()
+
+
+def test_fit_failing_training_ends_with_1_and_marks_the_run(folder):
+    done = run("fit", "exp_cli.py:experiment", "--set", "fail=true", "--quiet")
+    assert done.exit_code == 1
+    (line,) = [line for line in done.output.splitlines() if line.startswith("error: ")]
+    assert "equal length" in line
+    with pytest.raises(ValueError, match="equal length"):
+        run("--debug", "fit", "exp_cli.py:experiment", "--set", "fail=true")
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
+)
+def test_fit_signal_in_mid_epoch_keeps_the_record_and_resumes_exactly(
+    number, code, folder
+):
+    with subprocess.Popen(
+        [*FIT, "--set", "pause=0.15", "--name", "stopped", "--no-deliver"],
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as child:
+        assert child.stderr is not None
+        for line in child.stderr:
+            if line.startswith("epoch 2/4"):
+                break
+        time.sleep(0.2)
+        child.send_signal(number)
+        told = child.stderr.read()
+        assert child.wait(60) == code
+    assert "interrupted in epoch 3" in told
+    assert "go on with: harness resume" in told
+    past = tracking.open("stopped", runs_dir="runs")
+    assert past.status == "killed"
+    loss = past.records(what="metrics", set="train", name="loss")
+    assert loss["index"].to_pylist() == [1, 2]
+    assert past.damage == []
+
+    assert run("resume", "stopped").exit_code == 0
+    whole = [
+        "fit", "exp_cli.py:experiment", "--set", "pause=0", "--name", "whole", "--quiet",
+        "--no-deliver",
+    ]  # fmt: skip
+    assert run(*whole).exit_code == 0
+    found = [
+        past.records(what="metrics")
+        .select(["set", "name", "index", "value"])
+        .to_pylist()
+        for past in (past, tracking.open("whole", runs_dir="runs"))
+    ]
+    assert found[0] == found[1]
+    assert len(found[0]) == 8
