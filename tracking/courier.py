@@ -16,7 +16,6 @@ from pyarrow import compute as pc
 from tracking.description import STATUSES, as_ms
 from tracking.errors import TrackingError
 from tracking.journal import Tail, is_being_written
-from tracking.keepsakes import make_keepsakes
 from tracking.points import Stamps, points_of
 from tracking.reconciling import (
     Difference,
@@ -121,6 +120,8 @@ class Courier:
     is_thorough
         Whether all that MLflow has is compared with the journal in the end, as `sync`
         does; else only where there is a reason to.
+    make_keepsakes
+        Makes files that the MLflow run is to have once the run has ended.
     redact
         Takes secrets out of a text.
     log
@@ -134,6 +135,7 @@ class Courier:
         *,
         patience_s: float,
         is_thorough: bool = False,
+        make_keepsakes: Callable[[Path], list[Path]] = lambda path: [],
         redact: Callable[[str], str] = str,
         log: Callable[[str], None] = print,
     ) -> None:
@@ -144,6 +146,7 @@ class Courier:
         self._register = register
         self._patience_s = patience_s
         self._is_thorough = is_thorough
+        self._make_keepsakes = make_keepsakes
         self._redact = redact
         self.log = log
         self._part = part_path(run_path, 0)
@@ -171,6 +174,8 @@ class Courier:
         GaveUpError
             If MLflow could not be reached, or does not take the run.
         """
+        if self.state.tracking_uri != self._register.uri:
+            self.state = State(tracking_uri=self._register.uri)
         self._enter("connecting")
         for attempt in range(5):
             try:
@@ -323,9 +328,9 @@ class Courier:
             self._sender.send_artifact(wanted, folder, name)
 
     def _send_keepsakes(self) -> None:
-        """Make and upload the picture and the Parquet file of an ended run."""
+        """Make and upload what an ended run shows of itself."""
         try:
-            made = make_keepsakes(self.run_path)
+            made = self._make_keepsakes(self.run_path)
         except (ImportError, OSError, ValueError, RuntimeError) as error:
             self.log(f"no picture or Parquet file of the run: {error}")
             return
@@ -405,7 +410,6 @@ class Courier:
 
     def _reconcile(self) -> None:
         """After a rewind: learn what MLflow has that no row stands for any more."""
-        self._progress.stamps = Stamps()
         found = self._difference(is_final=False)
         self._progress.leftovers = found.leftovers
         self._must_reconcile = False
@@ -419,6 +423,7 @@ class Courier:
     def _difference(self, *, is_final: bool) -> Difference:
         """Compare MLflow with the rows that have been sent."""
         progress = self._progress
+        progress.stamps = Stamps()  # all are given anew
         points = wanted_points(
             self._part, self._survey, progress.tail.after, progress.stamps
         )
@@ -453,7 +458,6 @@ class Courier:
         self._must_reconcile = False
         self.state.mlflow_run_id = run_id
         self.state.experiment_id = sender.experiment_id
-        self.state.tracking_uri = self._redact(self._register.remote.uri)
         self.state.page = self._register.page(sender)
         self.state.delivered = sender.delivered
         if sender.delivered >= 0:
@@ -468,7 +472,7 @@ class Courier:
             if not table.num_rows:
                 break
             alive = table.filter(pa.array(superseding.alive(table)))
-            progress.note_indices(alive)
+            progress.note_indices(table)  # what is dead now may have been sent
             points = progress.stamps.settled(points_of(alive, self._survey.keys))
             if self._per_key is not None:
                 for key in points["key"].to_pylist():

@@ -22,6 +22,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,6 +30,7 @@ import pyarrow as pa
 
 from tracking.courier import Courier, GaveUpError
 from tracking.errors import TrackingError
+from tracking.keepsakes import make_keepsakes
 from tracking.registering import Register
 from tracking.remote import Remote, prepare_environment, resolved_uri
 from tracking.settings import Settings
@@ -39,7 +41,6 @@ from tracking.thinning import check_options
 NICENESS: Final = 10
 LOCK_WAIT_S: Final = 10.0
 MAX_LOG_BYTES: Final = 1 << 20
-SYNC_PATIENCE_S: Final = 10.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--sync", action="store_true")
     parser.add_argument("--read", type=Path, metavar="FOLDER")
     parser.add_argument("--patience", type=float, metavar="SECONDS")
+    parser.add_argument("--lock-wait", type=float, default=LOCK_WAIT_S)
     options = parser.parse_args(arguments)
     settings = Settings.read()
     prepare_environment()
@@ -57,17 +59,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     paths = [path.absolute() for path in options.runs]
     if options.read:
         return max(_read(path, options.read, settings, report) for path in paths)
-    if options.sync:
-        patience = options.patience
-        if patience is None:
-            patience = SYNC_PATIENCE_S
-        return max(_sync(path, settings, patience, report) for path in paths)
-    return max(_deliver(path, settings, options.patience) for path in paths)
+    deliver = partial(_sync, report=report) if options.sync else _deliver
+    return max(
+        deliver(path, settings, options.patience, options.lock_wait) for path in paths
+    )
 
 
-def _deliver(path: Path, settings: Settings, patience_s: float | None) -> int:
+def _deliver(
+    path: Path, settings: Settings, patience_s: float | None, lock_wait_s: float
+) -> int:
     """Deliver a run that is being written."""
-    with _locked(path) as is_ours:
+    with _locked(path, lock_wait_s) as is_ours:
         if not is_ours:
             return 0
         courier = _courier(path, settings, patience_s, is_thorough=False)
@@ -75,11 +77,17 @@ def _deliver(path: Path, settings: Settings, patience_s: float | None) -> int:
         return _run(courier, path, lambda: _be_nice(NICENESS))
 
 
-def _sync(path: Path, settings: Settings, patience_s: float, report: Any) -> int:
+def _sync(
+    path: Path,
+    settings: Settings,
+    patience_s: float | None,
+    lock_wait_s: float,
+    report: Any,
+) -> int:
     """Deliver what MLflow lacks of a run, and tell."""
     told: dict[str, Any] = {"run": path.name}
     code = 1
-    with _locked(path) as is_ours:
+    with _locked(path, lock_wait_s) as is_ours:
         if is_ours:
             courier = _courier(path, settings, patience_s, is_thorough=True)
             code = _run(courier, path, lambda: None)
@@ -116,7 +124,7 @@ def _read(path: Path, folder: Path, settings: Settings, report: Any) -> int:
             told |= {
                 "mlflow_run_id": run.run_id,
                 "experiment_id": run.experiment_id,
-                "tracking_uri": settings.redact(register.remote.uri),
+                "tracking_uri": register.uri,
                 "status": run.status,
                 "params": run.params,
                 "tags": run.tags,
@@ -157,6 +165,7 @@ def _courier(
         register,
         patience_s=options.patience_s if patience_s is None else patience_s,
         is_thorough=is_thorough,
+        make_keepsakes=make_keepsakes,
         redact=settings.redact,
         log=lambda text: _log(path, settings.redact(text)),
     )
@@ -177,7 +186,8 @@ def _register(path: Path, settings: Settings) -> Register:
         os.chdir(started_in)  # a new experiment's artifacts lie below it
     return Register(
         path,
-        lambda: Remote(uri, settings.cache),
+        uri,
+        lambda uri: Remote(uri, settings.cache),
         experiment_name=settings.experiment_name,
         experiment_id=settings.experiment_id,
         redact=settings.redact,
@@ -185,7 +195,7 @@ def _register(path: Path, settings: Settings) -> Register:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[bool]:
+def _locked(path: Path, wait_s: float) -> Iterator[bool]:
     """Be the one process that delivers a run; False if another goes on doing so.
 
     A process whose trainer ended may be about to leave while the run is resumed: it is
@@ -193,7 +203,7 @@ def _locked(path: Path) -> Iterator[bool]:
     """
     folder = path / "delivery"
     folder.mkdir(exist_ok=True)
-    deadline = time.monotonic() + LOCK_WAIT_S
+    deadline = time.monotonic() + wait_s
     with (folder / "lock").open("a") as file:
         while True:
             try:

@@ -26,21 +26,25 @@ def make_keepsakes(run_path: Path) -> list[Path]:
 
     Returns
     -------
-    Files written; without a picture where there is nothing to draw.
+    Files written; without a picture where there is nothing to draw. A file of the
+    user's that has one of the names stays.
     """
     folder = run_path / "artifacts"
     folder.mkdir(exist_ok=True)
     run = PastRun(run_path)
     table = run.records()
-    pq.write_table(table, folder / RECORDS, compression="zstd")
-    made = [folder / RECORDS]
+    logged = set(run.records(what="artifacts")["name"].to_pylist())
+    made = []
+    if RECORDS not in logged:
+        pq.write_table(table, folder / RECORDS, compression="zstd")
+        made.append(folder / RECORDS)
     metrics = table.filter(pc.equal(table["what"].cast(pa.string()), "metrics"))
     rows = [
         (row["set"], row["name"], row["index"], row["value"])
         for row in metrics.to_pylist()
         if row["value"] is not None and row["index"] is not None
     ]
-    if rows:
+    if rows and CURVES not in logged:
         curves(rows, folder / CURVES)
         made.append(folder / CURVES)
     return made

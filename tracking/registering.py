@@ -33,8 +33,10 @@ class Register:
     ----------
     run_path
         Folder of the run.
+    uri
+        Tracking URI of the store.
     open_remote
-        Opens the store.
+        Opens it.
     experiment_name, experiment_id
         What MLflow's own variables say; for a run that names no experiment.
     redact
@@ -42,6 +44,8 @@ class Register:
 
     Attributes
     ----------
+    uri
+        Tracking URI of the store, without credentials.
     manifest
         Of the run, as last read.
     remote
@@ -53,7 +57,8 @@ class Register:
     def __init__(
         self,
         run_path: Path,
-        open_remote: Callable[[], Remote],
+        uri: str,
+        open_remote: Callable[[str], Remote],
         *,
         experiment_name: str | None = None,
         experiment_id: str | None = None,
@@ -62,7 +67,9 @@ class Register:
         self.manifest = Manifest.read(run_path)
         self.remote: Remote
         self.is_borrowed = bool(self.manifest.mlflow.get("borrowed"))
+        self.uri = redact(uri)
         self._run_path = run_path
+        self._secret_uri = uri
         self._open_remote = open_remote
         self._is_open = False
         self._experiment_name = self.manifest.experiment or experiment_name
@@ -84,7 +91,7 @@ class Register:
     def find(self) -> RemoteRun | None:
         """The MLflow run, if there is one that has not been superseded."""
         if not self._is_open:
-            self.remote = self._open_remote()
+            self.remote = self._open_remote(self._secret_uri)
             self._is_open = True
         if self.is_borrowed:
             return self.remote.run(self.manifest.mlflow["run_id"])
@@ -121,17 +128,16 @@ class Register:
 
     def page(self, sender: Sender) -> str | None:
         """Address of the run's page; None for a store without a server."""
-        uri = self._redact(self.remote.uri)
-        if not uri.startswith(("http://", "https://")):
+        if not self.uri.startswith(("http://", "https://")):
             return None
-        return page(uri, sender.experiment_id, sender.run_id)
+        return page(self.uri, sender.experiment_id, sender.run_id)
 
     def _known(self) -> RemoteRun | None:
         """The run that an earlier delivery used, if it is in this store and in use."""
         state = State.read(self._run_path)
         if state is None or state.mlflow_run_id is None:
             return None
-        if state.tracking_uri != self._redact(self.remote.uri):
+        if state.tracking_uri != self.uri:
             return None
         try:
             run = self.remote.run(state.mlflow_run_id)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import importlib.metadata
 import json
 import os
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import pyarrow as pa
 
 from tracking.errors import TrackingError
-from tracking.template import ensure_database
+from tracking.template import alone, ensure_database
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -51,6 +52,7 @@ _DEFAULTS: Final = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
 }
+_SQL: Final = "mlflow.store.tracking.sqlalchemy_store"
 _REFUSALS: Final = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST")
 
 
@@ -174,12 +176,16 @@ class Remote:
 
     def __init__(self, uri: str, cache: Path) -> None:
         self.uri = uri
+        path = sqlite_path(uri)
         with _translated():
-            path = sqlite_path(uri)
-            if path is not None:
-                version = importlib.metadata.version("mlflow")
-                ensure_database(path, cache, version, _build_database)
-            self._client = _client(uri)
+            import_mlflow(_SQL if path else "mlflow")
+            if path is None or path.exists():
+                self._client = _client(uri)
+                return
+            version = importlib.metadata.version("mlflow")
+            with alone(cache) as folder:
+                ensure_database(path, folder, version, _build_database)
+                self._client = _client(uri)  # makes the default experiment, too
 
     def experiment_id(self, name: str | None, id_: str | None = None) -> str:
         """Id of an experiment, made if need be; without a name MLflow's default one."""
@@ -331,27 +337,33 @@ def prepare_environment() -> None:
         os.environ.setdefault(name, value)  # noqa: TID251 (before MLflow reads it)
 
 
-def _client(uri: str) -> MlflowClient:
-    """Client of a store; the first one takes more than a second of imports.
+def import_mlflow(module: str) -> None:
+    """Import a module of MLflow's, which takes more than a second the first time.
 
     Without the garbage collector's rounds and without pandas, which MLflow can do
     without (mlflow-skinny has none), that is half of what it takes otherwise.
     """
+    if module in sys.modules:
+        return
     collecting = gc.isenabled()
     gc.disable()
-    without_pandas = "mlflow" not in sys.modules and "pandas" not in sys.modules
+    without_pandas = "pandas" not in sys.modules
     if without_pandas:
         sys.modules["pandas"] = None  # type: ignore[assignment]
     try:
-        from mlflow import MlflowClient  # noqa: PLC0415 (slow)
-
-        client = MlflowClient(uri)
+        importlib.import_module(module)
     finally:
         if without_pandas:
             del sys.modules["pandas"]
         if collecting:
             gc.enable()
-    return client
+
+
+def _client(uri: str) -> MlflowClient:
+    """Client of a store."""
+    from mlflow import MlflowClient  # noqa: PLC0415 (slow)
+
+    return MlflowClient(uri)
 
 
 def _build_database(path: Path) -> None:

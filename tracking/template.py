@@ -28,7 +28,7 @@ def ensure_database(
     path
         Where the database is to be.
     cache
-        Folder of prepared databases, made if need be.
+        Folder of prepared databases.
     version
         Of MLflow; a prepared database serves this one only.
     build
@@ -46,27 +46,33 @@ def ensure_database(
     if _has_content(path):
         return False
     path.parent.mkdir(parents=True, exist_ok=True)
+    template = cache / f"mlflow-{version}.db"
+    if not template.exists():
+        fresh = template.with_suffix(f".{os.getpid()}")
+        fresh.unlink(missing_ok=True)
+        build(fresh)
+        _drop_experiments(fresh)
+        fresh.replace(template)
+    return _put(template, path)
+
+
+@contextlib.contextmanager
+def alone(cache: Path) -> Iterator[Path]:
+    """Be the one process of this user that makes a database.
+
+    Yields
+    ------
+    folder for prepared databases: ``cache``, or a temporary one if that cannot be had
+    """
     with contextlib.ExitStack() as stack:
         try:
-            template = _template(cache, version, build)
-        except OSError:  # a cache that cannot be written: prepare it for this once
+            cache.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context((cache / "lock").open("a"))
+            fcntl.flock(lock, fcntl.LOCK_EX)  # dropped by the kernel if we die
+            folder = cache
+        except OSError:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            template = _template(folder, version, build)
-        return _put(template, path)
-
-
-def _template(cache: Path, version: str, build: Callable[[Path], None]) -> Path:
-    """Prepared database of a version, made at the first call on this machine."""
-    cache.mkdir(parents=True, exist_ok=True)
-    template = cache / f"mlflow-{version}.db"
-    with _locked(cache / "lock"):
-        if not template.exists():
-            fresh = template.with_suffix(f".{os.getpid()}")
-            fresh.unlink(missing_ok=True)
-            build(fresh)
-            _drop_experiments(fresh)
-            fresh.replace(template)
-    return template
+        yield folder
 
 
 def _drop_experiments(path: Path) -> None:
@@ -83,13 +89,12 @@ def _put(template: Path, path: Path) -> bool:
     fresh = path.with_name(f"{path.name}.{os.getpid()}.new")
     try:
         shutil.copyfile(template, fresh)
-        if path.exists():  # empty, as tempfile or touch leaves it
-            fresh.replace(path)
-            return True
         try:
             os.link(fresh, path)
         except FileExistsError:
-            return False
+            if _has_content(path):
+                return False
+            fresh.replace(path)  # empty, as touch leaves it
         except OSError:  # a filesystem without hard links
             fresh.replace(path)
         return True
@@ -103,10 +108,3 @@ def _has_content(path: Path) -> bool:
         return path.stat().st_size > 0
     return False
 
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a file's lock, waited for; the kernel drops it if the process dies."""
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
