@@ -48,6 +48,7 @@ class TensorLoader(DataLoader[Any]):
             tensors is None
             or self.num_workers
             or self.pin_memory
+            or self.batch_size is None
             or type(self.batch_sampler) is not BatchSampler
             or not isinstance(self.sampler, known)
             or self.collate_fn is not torch_collate
@@ -59,11 +60,11 @@ class TensorLoader(DataLoader[Any]):
     def _batches(
         self, tensors: Sequence[Tensor], rows: Tensor | None
     ) -> Iterator[list[Tensor]]:
-        """Batches in the sampler's order; contiguous rows are sliced, others indexed."""
+        """Batches in the sampler's order, always copies: a model may change its input."""
         size, count = self.batch_size or 1, len(self)
         if rows is None and isinstance(self.sampler, SequentialSampler):
             for start in range(0, count * size, size):
-                yield [tensor[start : start + size] for tensor in tensors]
+                yield [tensor[start : start + size].clone() for tensor in tensors]
             return
         order = torch.tensor(list(self.sampler))
         if rows is not None:
@@ -94,7 +95,7 @@ def as_tensor(value: Any, place: str) -> Tensor:
     Raises
     ------
     TypeError
-        If the value is no array.
+        If the value is no array of numbers.
     """
     if isinstance(value, Tensor):
         return value
@@ -102,7 +103,15 @@ def as_tensor(value: Any, place: str) -> Tensor:
         kind = type(value).__name__
         msg = f"{place}: expected a tensor or array, got {kind}."
         raise TypeError(f"{msg} Give a DataLoader, Dataset, tensors or arrays.")
-    tensor = torch.as_tensor(value.__array__())
+    array = value.__array__()
+    if array.dtype.kind not in "biufc":
+        msg = f"{place}: expected numbers, got an array of {array.dtype}."
+        raise TypeError(f"{msg} Turn categories into numbers first.")
+    with warnings.catch_warnings():
+        # A read-only array, as pandas and np.load(mmap_mode="r") give, is shared too:
+        # batches are copies, so that nothing writes to it.
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        tensor = torch.as_tensor(array)
     is_double = tensor.dtype == torch.float64
     return tensor.to(torch.get_default_dtype()) if is_double else tensor
 
@@ -128,11 +137,18 @@ def as_dataset(data: Any, place: str = "data") -> Dataset[Any]:
         if len(set(lengths)) > 1:
             msg = f"{place}: expected tensors of equal length, got lengths {lengths}."
             raise ValueError(f"{msg} Each needs one row for each sample.")
+        if lengths[0] == 0:
+            raise no_rows(place)
         dataset = TensorDataset(*tensors)
     if not isinstance(dataset, IterableDataset) and len(dataset) == 0:  # type: ignore[arg-type]
-        msg = f"{place}: expected at least one row, got none."
-        raise ValueError(f"{msg} Check how the data was loaded or filtered.")
+        raise no_rows(place)
     return dataset
+
+
+def no_rows(place: str) -> ValueError:
+    """Error for data without a row."""
+    msg = f"{place}: expected at least one row, got none."
+    return ValueError(f"{msg} Check how the data was loaded or filtered.")
 
 
 LOADER_OPTIONS = tuple(
@@ -306,7 +322,7 @@ def batch_rows(batch: Any) -> int:
 
 
 def describe(loader: DataLoader[Any]) -> dict[str, Any]:
-    """What a run records of its data: class, rows, batches, shapes and a digest of a sample."""
+    """What a run records of its data: class, rows, shapes, types and batches."""
     dataset = loader.dataset
     about: dict[str, Any] = {"dataset": type(dataset).__name__}
     found = whole_tensors(dataset)
