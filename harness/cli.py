@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +238,31 @@ def launch(ctx: click.Context, /, target: str, **options: Any) -> None:
     except ValueError as exc:
         raise click.UsageError(str(exc)) from exc
     sys.exit(start(command))
+
+
+@main.command()
+@click.option("--runs-dir", default="runs", envvar="HARNESS_RUNS", show_default=True,
+              help="Folder of runs.")  # fmt: skip
+@click.option("--tracking-uri", envvar="MLFLOW_TRACKING_URI", hidden=True)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def doctor(runs_dir: str, tracking_uri: str | None, as_json: bool) -> None:
+    """What this machine can do, and what to do about each lack; exit code 1 if broken."""
+    import json  # noqa: PLC0415  keeps --help quick
+
+    from harness.doctor import examine  # noqa: PLC0415  imports torch
+
+    found = examine(runs_dir, tracking_uri)
+    if as_json:
+        click.echo(json.dumps([asdict(finding) for finding in found], indent=1))
+    else:
+        colours = {"ok": "green", "lack": "yellow", "broken": "red"}
+        for finding in found:
+            state = click.style(f"{finding.state:<7}", fg=colours[finding.state])
+            click.echo(f"{state} {finding.part:<16} {finding.detail}")
+            if finding.advice:
+                click.echo(f"{'':24} -> {finding.advice}")
+    if any(finding.state == "broken" for finding in found):
+        sys.exit(1)
 
 
 @contextmanager

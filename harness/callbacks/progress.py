@@ -46,6 +46,7 @@ class Progress(Callback):
             desc=f"epoch {self.ctx.epoch:>{width}}/{self.ctx.max_epochs} {split}",
             leave=False,
             dynamic_ncols=True,
+            unit=" batches",
             mininterval=REDRAW_S,
             bar_format="{desc} {percentage:3.0f}% {bar} {n_fmt}/{total_fmt} "
             "{rate_fmt} eta {remaining}{postfix}",
