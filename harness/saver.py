@@ -148,6 +148,8 @@ class Saver:
     def warm(self) -> None:
         """Get the memory for copies beside the training: the first save finds it there."""
         assert self._ctx.accelerator is not None
+        if self._copies or self._thread is not None:
+            return
         _, live = flatten(self._ctx.accelerator.state_dict(), "state/accelerator")
         shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in live.items()}
 
@@ -159,6 +161,7 @@ class Saver:
 
     def _start(self, work: Callable[..., None], *args: Any) -> None:
         """Do it in the background; a second Ctrl-C does not wait for it."""
+        assert self._thread is None
         self._thread = threading.Thread(
             target=work, args=args, name="checkpoint", daemon=True
         )

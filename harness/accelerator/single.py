@@ -225,8 +225,10 @@ class SingleDevice:
 
     def whole_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
         """All weights and buffers, detached, on the CPU."""
-        state = model.state_dict()
-        return {name: value.detach().cpu() for name, value in state.items()}
+        return {
+            name: value.detach().cpu() if isinstance(value, Tensor) else value
+            for name, value in model.state_dict().items()
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Weights, buffers, optimizers, gradients, counters, what is frozen; live."""

@@ -1,0 +1,227 @@
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.harness.exact import (
+    BATCHES,
+    CASES,
+    EPOCHS,
+    WITH_WORKERS,
+    Case,
+    differences,
+    fit,
+    rewritten,
+)
+
+SHOWN = (5, 8)
+"""Batches after which the quick form stops: within windows of both epochs."""
+
+
+def check_exact(case: Case, tmp_path: Path, stops: list[tuple[str, int]]) -> None:
+    unbroken = fit(case, tmp_path / "unbroken")
+    for event, after in stops:
+        folder = tmp_path / f"{event}-{after}"
+        broken = fit(case, folder, (event, after))
+        assert broken["signum"] == 15
+        resumed = fit(case, folder)
+        assert resumed["signum"] is None
+        assert differences(resumed, unbroken) == [], f"stopped at {event} {after}"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_resume_after_some_batches_equals_the_unbroken_fit(
+    name: str, tmp_path: Path
+) -> None:
+    check_exact(CASES[name], tmp_path, [("on_train_batch_end", k) for k in SHOWN])
+
+
+@pytest.mark.parametrize("name", ["adam-onecycle-metrics", "accumulation"])
+def test_resume_at_the_ends_of_epochs_equals_the_unbroken_fit(
+    name: str, tmp_path: Path
+) -> None:
+    ends = [BATCHES, EPOCHS * BATCHES]
+    check_exact(CASES[name], tmp_path, [("on_train_batch_end", k) for k in ends])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*CASES, *WITH_WORKERS])
+def test_resume_after_any_batch_equals_the_unbroken_fit(
+    name: str, tmp_path: Path
+) -> None:
+    stops = [("on_train_batch_end", k) for k in range(1, EPOCHS * BATCHES + 1)]
+    check_exact((CASES | WITH_WORKERS)[name], tmp_path, stops)
+
+
+@pytest.mark.parametrize("name", WITH_WORKERS)
+def test_resume_with_worker_processes_equals_the_unbroken_fit(
+    name: str, tmp_path: Path
+) -> None:
+    check_exact(WITH_WORKERS[name], tmp_path, [("on_train_batch_end", 9)])
+
+
+@pytest.mark.parametrize("name", ["adam-onecycle-metrics", "callbacks"])
+def test_resume_after_a_stop_in_validation_equals_the_unbroken_fit(
+    name: str, tmp_path: Path
+) -> None:
+    stops = [("on_valid_batch_end", k) for k in (1, 3, 6)]
+    check_exact(CASES[name], tmp_path, stops)
+
+
+# ------------------------------------------------ without one piece the result differs
+
+State = dict[str, Any]
+
+
+def drop(*path: str, value: Any = None) -> Callable[[State], None]:
+    """Put an empty value, or `value`, in the place of one piece of the state."""
+
+    def change(state: State) -> None:
+        *above, last = path
+        for key in above:
+            state = state[key]
+        if value is None:
+            state.pop(last)
+        else:
+            state[last] = copy.deepcopy(value)
+
+    return change
+
+
+def zero_buffers(state: State) -> None:
+    for name, tensor in state["accelerator"]["model"].items():
+        if "running" in name:
+            tensor.zero_()
+
+
+def other_generator(place: int, value: Any) -> Callable[[State], None]:
+    def change(state: State) -> None:
+        state["random"]["generators"][place] = value
+
+    return change
+
+
+def earlier(state: State) -> None:
+    state["position"]["iter"] -= 1
+
+
+def no_moments(state: State) -> None:
+    for group in state["accelerator"]["optimizers"].values():
+        group["state"] = {}
+
+
+def other_rate(state: State) -> None:
+    state["accelerator"]["optimizers"]["opt"]["param_groups"][0]["lr"] *= 2
+
+
+NEW = torch.Generator().manual_seed(99).get_state()
+PIECES = {
+    "weights": ("stream", lambda s: s["accelerator"]["model"]["head.bias"].zero_()),
+    "buffers": ("frozen", zero_buffers),
+    "extra state": ("channels-last", drop("extra", "")),
+    "frozen": ("frozen", drop("accelerator", "frozen", value=["head.bias"])),
+    "optimizer state": ("augmented", no_moments),
+    "optimizer options": ("augmented", other_rate),
+    "one of two optimizers": ("two-optimizers", no_moments),
+    "gradients": ("accumulation", drop("accelerator", "grads", value={})),
+    "gradients of an own step": ("own-step", drop("accelerator", "grads", value={})),
+    "place in the window": (
+        "accumulation",
+        drop("accelerator", "done", value={"opt": 0}),
+    ),
+    "size of the window": ("own-position", drop("pass", "window", value=1)),
+    "batches fetched ahead": ("accumulation-unsized", drop("pass", "ahead", value=1)),
+    "steps": ("frozen", drop("accelerator", "steps", value={"opt": 0})),
+    "scheduler": ("adam-onecycle-metrics", drop("callbacks", "LRScheduler")),
+    "metrics": ("adam-onecycle-metrics", drop("callbacks", "Metrics")),
+    "profile": ("augmented", drop("callbacks", "Profile")),
+    "best weights": ("callbacks", drop("callbacks", "KeepBestModel")),
+    "patience": ("callbacks", drop("callbacks", "EarlyStopping")),
+    "plateau": ("callbacks", drop("callbacks", "LRScheduler")),
+    "a user's callback": ("callbacks", drop("callbacks", "CountsValidation")),
+    "records": (
+        "augmented",
+        drop("records", value={"metrics": {"train": [], "valid": []}}),
+    ),
+    "Python's generator": (
+        "augmented",
+        drop("random", "python", value=random.Random(9).getstate()),
+    ),
+    "NumPy's generator": (
+        "augmented",
+        drop("random", "numpy", value=np.random.RandomState(9).get_state()),
+    ),
+    "torch's generator": ("own-loader", drop("random", "torch", value=NEW)),
+    "a loader's generator": ("own-loader", other_generator(0, NEW)),
+    "a model's generator": ("channels-last", other_generator(0, NEW)),
+    "a data set's generator 1": (
+        "own-generators",
+        other_generator(0, random.Random(9).getstate()),
+    ),
+    "a data set's generator 2": (
+        "own-generators",
+        other_generator(1, np.random.default_rng(9).bit_generator.state),
+    ),
+    "a data set's generator 3": (
+        "own-generators",
+        other_generator(2, np.random.RandomState(9).get_state()),
+    ),
+    "a data set's generator 4": ("own-generators", other_generator(3, NEW)),
+    "order": ("adam-onecycle-metrics", drop("pass", "began", "torch", value=NEW)),
+    "order of a stream": ("stream", drop("pass", "began", "torch", value=NEW)),
+    "order of a lazy sampler": (
+        "lazy-sampler",
+        drop("pass", "began", "torch", value=NEW),
+    ),
+    "order of a weighted sampler": (
+        "weighted-sampler",
+        drop("pass", "began", "torch", value=NEW),
+    ),
+    "order by a loader's generator": (
+        "own-loader",
+        drop("pass", "began", "generators", value=[NEW]),
+    ),
+    "position": ("stream", earlier),
+    "a loader's own position": (
+        "own-position",
+        drop("pass", "loader", value={"passes": 0, "at": 0}),
+    ),
+}
+
+
+@pytest.mark.parametrize("piece", PIECES)
+def test_resume_without_one_piece_of_the_state_differs(
+    piece: str, tmp_path: Path, whole: dict[str, Any]
+) -> None:
+    name, change = PIECES[piece]
+    case = CASES[name]
+    if name not in whole:
+        whole[name] = fit(case, tmp_path / "unbroken")
+    stop = ("on_train_batch_end", 8)
+    fit(case, tmp_path / "broken", stop)
+    rewritten(tmp_path / "broken" / "saved", change)
+    assert differences(fit(case, tmp_path / "broken"), whole[name]) != []
+
+
+@pytest.fixture(scope="module")
+def whole() -> dict[str, Any]:
+    """Outcomes of unbroken fits."""
+    return {}
+
+
+def test_resume_from_a_state_put_together_again_equals_the_unbroken_fit(
+    tmp_path: Path,
+) -> None:
+    """The ground of the tests above: rewriting alone changes nothing."""
+    case = CASES["callbacks"]
+    unbroken = fit(case, tmp_path / "unbroken")
+    fit(case, tmp_path / "broken", ("on_train_batch_end", 9))
+    rewritten(tmp_path / "broken" / "saved", lambda state: None)
+    assert differences(fit(case, tmp_path / "broken"), unbroken) == []
