@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
+from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import (
     MulticlassConfusionMatrix,
     MulticlassExactMatch,
@@ -79,6 +79,8 @@ def named_metrics(metrics: Any) -> dict[str, Any]:
     """
     if metrics is None:
         return {}
+    if isinstance(metrics, MetricCollection):
+        metrics = dict(metrics.items())
     if isinstance(metrics, Mapping):
         pairs = [(name, check_metric(item, name)) for name, item in metrics.items()]
     else:
@@ -102,7 +104,7 @@ def check_metric(item: Any, place: str | int) -> Any:
             f"metrics[{place!r}]: expected an instance, got the class {item.__name__}."
         )
         raise TypeError(f"{msg} Write {item.__name__}(...).")
-    if not callable(item):
+    if not callable(item) or isinstance(item, MetricCollection):
         msg = f"metrics[{place!r}]: expected a metric, got {item!r}."
         raise TypeError(
             f"{msg} Give a torchmetrics object or a function f(pred, target)."
@@ -145,7 +147,7 @@ class LossAverage:
             losses = {"opt": losses}
         for name, loss in losses.items():
             waiting = self._waiting.setdefault(name, [])
-            waiting.append(loss)
+            waiting.append(loss.detach() if isinstance(loss, Tensor) else loss)
             self._rows.setdefault(name, []).append(rows)
             if len(waiting) >= self.fold_at:
                 self._fold(name)

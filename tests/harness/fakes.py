@@ -17,6 +17,8 @@ from harness.events import EVENTS
 class Line(nn.Module):
     """``y = w x + b`` from fixed starting values."""
 
+    ctx: Any
+
     def __init__(self, w: float = 0.0, b: float = 0.0) -> None:
         super().__init__()
         self.w = nn.Parameter(torch.tensor(w))
@@ -28,6 +30,8 @@ class Line(nn.Module):
 
 class Net(nn.Module):
     """A little of everything random: initial weights and dropout."""
+
+    ctx: Any
 
     def __init__(self, hidden: int = 4, classes: int = 3, drop: float = 0.5) -> None:
         super().__init__()

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -16,14 +18,13 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+import harness.data
 from harness.data import (
     TensorLoader,
-    as_dataset,
     batch_rows,
     describe,
     eval_loader,
     num_batches,
-    split_data,
     train_loader,
 )
 
@@ -58,7 +59,7 @@ def nested(data):
 
 
 def weighted():
-    return WeightedRandomSampler(torch.arange(1.0, ROWS + 1), 31)
+    return WeightedRandomSampler([float(n) for n in range(1, ROWS + 1)], 31)
 
 
 LOADERS = {
@@ -175,6 +176,14 @@ def test_tensor_loader_with_workers_is_torchs():
 
 
 # --- forms of data
+
+
+def as_dataset(data) -> Any:
+    return harness.data.as_dataset(data)
+
+
+def split_data(data, frac) -> Any:
+    return harness.data.split_data(data, frac)
 
 
 def test_as_dataset_of_one_tensor_has_rows_of_one():
@@ -331,8 +340,8 @@ def test_eval_loader_goes_in_order_and_keeps_the_short_last_batch():
 
 
 def test_eval_loader_leaves_out_what_concerns_order():
-    options = {"batch_size": 3, "shuffle": True, "drop_last": True}
-    options |= {"generator": torch.Generator()}
+    options: dict[str, Any] = {"batch_size": 3, "shuffle": True, "drop_last": True}
+    options["generator"] = torch.Generator()
     loader = eval_loader(torch.arange(7), options)
     assert [batch[0].tolist() for batch in loader] == [[0, 1, 2], [3, 4, 5], [6]]
     for order in ({"sampler": [0]}, {"batch_sampler": [[0]]}):

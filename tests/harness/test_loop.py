@@ -491,7 +491,7 @@ def test_exception_in_evaluate_and_predict_is_told():
 
 @pytest.mark.parametrize("assign", [True, False])
 def test_handlers_end_the_fit_quietly_after_they_ran(assign):
-    caught = []
+    caught: list[Exception] = []
 
     def install(ctx):
         mine = {ZeroDivisionError: caught.append}
@@ -505,7 +505,7 @@ def test_handlers_end_the_fit_quietly_after_they_ran(assign):
 
 @pytest.mark.parametrize("event", ["on_fit_begin", "on_epoch_begin"])
 def test_epoch_handlers_end_the_epoch_and_the_next_begins(event):
-    caught = []
+    caught: list[Exception] = []
 
     def install(ctx):
         ctx.epoch_handlers = {**ctx.epoch_handlers, ZeroDivisionError: caught.append}
@@ -527,7 +527,7 @@ def test_epoch_handlers_end_the_epoch_and_the_next_begins(event):
 
 
 def test_handlers_for_a_base_class_catch_what_derives_from_it():
-    caught = []
+    caught: list[Exception] = []
 
     def install(ctx):
         ctx.handlers[ArithmeticError] = caught.append
@@ -545,7 +545,7 @@ def test_handlers_for_something_else_let_it_pass():
 
 
 def test_handlers_of_ones_own_replace_the_ready_made():
-    caught = []
+    caught: list[Exception] = []
 
     def install(ctx):
         ctx.handlers[harness.EarlyStop] = caught.append
@@ -560,7 +560,7 @@ def test_handlers_of_ones_own_replace_the_ready_made():
 
 
 def test_handlers_of_early_stop_may_look_at_it():
-    caught = []
+    caught: list[Exception] = []
 
     def install(ctx):
         ctx.epoch_handlers[harness.EarlyStop] = caught.append
