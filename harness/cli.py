@@ -117,10 +117,19 @@ def fit(target: str, **options: Any) -> None:
     """
     experiment = experiment_of(target, options)
     fitted = train(experiment, options)
-    click.echo(str(fitted))
+    if is_main():
+        click.echo(str(fitted))
     if fitted.signum is not None:
-        click.echo(f"go on with: harness resume {fitted.run_id}", err=True)
+        if is_main():
+            click.echo(f"go on with: harness resume {fitted.run_id}", err=True)
         sys.exit(128 + fitted.signum)
+
+
+def is_main() -> bool:
+    """True on the rank that prints and saves."""
+    from harness.accelerator.launch import read_launch  # noqa: PLC0415  imports torch
+
+    return read_launch().rank == 0
 
 
 def train(experiment: Any, options: dict[str, Any]) -> Any:
@@ -140,7 +149,7 @@ def train(experiment: Any, options: dict[str, Any]) -> Any:
     if options["no_track"]:
         tracker = False
     fitted = experiment.fit(verbose=not options["quiet"], tracker=tracker)
-    if fitted.run_path is not None and fitted.signum is None:
+    if fitted.run_path is not None and fitted.signum is None and is_main():
         fitted.save(fitted.run_path / MODEL)
     return fitted
 
