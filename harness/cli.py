@@ -16,6 +16,7 @@ from typing import Any
 import click
 
 from tracking.cli import commands as tracking_commands
+from tracking.cli import runs
 
 RUNS_DIR = click.option(
     "--runs-dir",
@@ -107,8 +108,12 @@ def read_config(path: Path | None) -> dict[str, Any]:
 )
 @click.option("--checkpoint-every", type=click.IntRange(min=1), metavar="STEPS",
               help="Also save a checkpoint every so many steps.")  # fmt: skip
+@click.option("--keep-checkpoints", type=click.IntRange(min=1), default=1,
+              show_default=True, metavar="N", help="Newest checkpoints that stay.")  # fmt: skip
 @click.option("--no-checkpoints", is_flag=True, help="Save no checkpoints.")
 @click.option("--resume", metavar="RUN", help="Go on with this run.")
+@click.option("--strict", is_flag=True,
+              help="With --resume: refuse differences in code, data or versions.")  # fmt: skip
 @click.option("--quiet", is_flag=True, help="Show no progress.")
 def fit(target: str, **options: Any) -> None:
     """Train what NAME describes: an Experiment, or a function that returns one.
@@ -141,9 +146,15 @@ def train(experiment: Any, options: dict[str, Any]) -> Any:
     extra: list[Any] = []
     if options["resume"] is not None:
         run = run_of(options["resume"], where)
-        extra.append(ResumeFromCheckpoint(run.path / "checkpoints"))
+        folder, strict = run.path / "checkpoints", options["strict"]
+        extra.append(ResumeFromCheckpoint(folder, strict=strict))
     if not (options["no_track"] or options["no_checkpoints"]):
-        extra.append(ModelCheckpoint(every_n_steps=options["checkpoint_every"]))
+        extra.append(
+            ModelCheckpoint(
+                every_n_steps=options["checkpoint_every"],
+                keep_last=options["keep_checkpoints"],
+            )
+        )
     experiment = replace(experiment, callbacks=[*experiment.callbacks, *extra])
     tracker: Any = {"runs_dir": where, "deliver": not options["no_deliver"]}
     if options["no_track"]:
@@ -166,15 +177,41 @@ def run_of(ref: str, runs_dir: Path | None) -> Any:
 
 @main.command()
 @click.argument("run")
+@click.option("--strict", is_flag=True,
+              help="Refuse differences in code, data or versions.")  # fmt: skip
 @RUNS_DIR
 @click.pass_context
-def resume(ctx: click.Context, run: str, runs_dir: Path | None) -> None:
+def resume(ctx: click.Context, run: str, strict: bool, runs_dir: Path | None) -> None:
     """Go on with RUN from its last checkpoint, with the recorded command."""
     past = run_of(run, runs_dir)
     with recorded_folder(past):
         options = ["--resume", str(past.path.absolute())]
         options += ["--runs-dir", str(past.path.parent.absolute())]
+        options += ["--strict"] if strict else []
         ctx.invoke(fit, **parsed(past, options))
+
+
+@runs.command("fork")
+@click.argument("run")
+@click.option("--at", "step", type=click.IntRange(min=0), required=True, metavar="STEP",
+              help="Optimizer steps done at the checkpoint.")  # fmt: skip
+@click.option("--name", help="Name of the new run.")
+@RUNS_DIR
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def fork_command(
+    run: str, step: int, name: str | None, runs_dir: Path | None, as_json: bool
+) -> None:
+    """Make a run that shares RUN's records up to a checkpoint and goes its own way."""
+    import json  # noqa: PLC0415  keeps --help quick
+
+    from harness.fork import fork_run  # noqa: PLC0415  imports torch
+
+    run_of(run, runs_dir)
+    child = fork_run(run, step, name=name, runs_dir=runs_dir)
+    if as_json:
+        click.echo(json.dumps({"run": child.id, "path": str(child.path)}))
+    else:
+        click.echo(f"{child.id}\ngo on with: harness resume {child.id}")
 
 
 @main.command()

@@ -113,7 +113,9 @@ def generators_of(*roots: Any) -> list[Generator]:
         if thing is None or id(thing) in seen:
             continue
         seen.add(id(thing))
-        found += [own for own in _attributes(thing) if all(own is not f for f in found)]
+        for own in _attributes(thing):
+            if all(own is not other for other in found):
+                found.append(own)
         todo += [getattr(thing, name, None) for name in _PARTS]
         if isinstance(thing, torch.nn.Module):
             todo += thing.children()

@@ -40,6 +40,8 @@ def run_tags(
         "luz.devices": ", ".join(manifest.devices),
         "luz.dirty": str(git.get("dirty", "")).lower(),
         "luz.error": _error(manifest),
+        # No mlflow.parentRunId: MLflow's page folds nested runs up under their parent.
+        "luz.forked_from": manifest.extra.get("forked_from", {}).get("run", ""),
     }
     if not manifest.mlflow.get("borrowed"):
         found |= {
@@ -59,6 +61,10 @@ def description(manifest: Manifest, run_path: Path) -> str:
     lines = [manifest.note, ""] if manifest.note else []
     if manifest.error:
         lines += [f"**Failed**: `{_error(manifest)}`", ""]
+    origin = manifest.extra.get("forked_from")
+    if origin:
+        step = origin.get("step")
+        lines += [f"**Forked** from `{origin.get('run')}` at step {step}", ""]
     lines += [
         f"**Ran** `{shlex.join(manifest.command)}`",
         f"in `{manifest.cwd}` on {manifest.host}, Python {manifest.python}",
