@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import itertools
 import json
 import mmap
@@ -166,6 +167,9 @@ class Block:
         """Rows and texts as they are now."""
         return bytes(self._rows), b"".join(data for _, data in self._late)
 
+    def settle(self) -> None:
+        """Hold no file any more, now that all rows are there."""
+
     def save_late(self) -> None:
         """Write what an earlier failure kept in memory; OSError if it fails again."""
 
@@ -239,7 +243,14 @@ class DiskBlock(Block):
     def is_durable(self) -> bool:  # noqa: D102
         return not self._late
 
+    def settle(self) -> None:  # noqa: D102
+        if not self._late and self._file >= 0:
+            self.close(unlink=False)
+
     def snapshot(self) -> tuple[bytes, bytes]:  # noqa: D102
+        if self._file < 0:
+            rows_path, text_path = self._paths
+            return rows_path.read_bytes(), text_path.read_bytes()
         late = tuple(self._late)
         rows = os.pread(self._file, os.fstat(self._file).st_size, 0)
         text = os.pread(self._text, os.fstat(self._text).st_size, 0)
@@ -344,21 +355,25 @@ def _mapped(fd: int, folder: Path) -> bytearray | mmap.mmap:
     if _filesystem(folder) in _UNMAPPED:
         return bytearray()
     try:
-        return mmap.mmap(fd, CAPACITY * SIZE)
+        mapped = mmap.mmap(fd, CAPACITY * SIZE)
     except OSError:
         return bytearray()
+    for at in range(0, CAPACITY * SIZE, mmap.PAGESIZE):
+        mapped[at] = 0  # each page's first write is slow: not left to the callers
+    return mapped
 
 
+@functools.lru_cache
 def _filesystem(folder: Path) -> str:
     """Type of the filesystem that a folder is on; empty if the system does not tell."""
     try:
         mounts = Path("/proc/self/mountinfo").read_text().splitlines()
     except OSError:
         return ""
-    depth, found = -1, ""
+    depth, found, folder = -1, "", folder.resolve()
     for line in mounts:  # a later mount hides an earlier one at the same place
         mount, _, source = line.partition(" - ")
         point = Path(mount.split()[4].replace("\\040", " "))
-        if len(point.parts) >= depth and folder.resolve().is_relative_to(point):
+        if len(point.parts) >= depth and folder.is_relative_to(point):
             depth, found = len(point.parts), source.split()[0].partition(".")[0]
     return found

@@ -7,6 +7,7 @@ kept in memory; the *sealer* turns full blocks into Arrow files.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import queue
@@ -237,7 +238,10 @@ class Journal:
         """
         while block.next is None:
             self.check_open()
-            if threading.current_thread() is self._keeper:
+            if (
+                threading.current_thread() is self._keeper
+                or not self._keeper.is_alive()
+            ):
                 self._make_next()
             else:
                 self._tasks.put("make")
@@ -314,7 +318,8 @@ class Journal:
             self._mend()
             if self._on_tick and time.monotonic() >= next_tick:
                 next_tick = time.monotonic() + TICK_S
-                self._on_tick()
+                with contextlib.suppress(RunClosedError):  # just now
+                    self._on_tick()
 
     def _make_next(self) -> None:
         """Make the block after the last one, in memory if the disk refuses."""
@@ -341,6 +346,8 @@ class Journal:
         while self._open[0].number < self.block.number:
             block = self._open.pop(0)
             block.retire()
+            if not self._has_holes(block):
+                block.settle()
             self._to_seal.put(block)
 
     def _mend(self) -> None:
@@ -405,21 +412,40 @@ class Journal:
 
     def _seal(self, block: Block, *, must: bool) -> bool:
         """Seal a block; False if it has to wait for a row or for the disk."""
-        assert block.limit is not None
-        marks, text = block.snapshot()
-        if rows.has_holes(marks, block.limit) and not must:
+        if self._has_holes(block) and not must:
             return False
-        found = rows.decode(self.part, block.number, self.rank, marks, marks, text)
+        marks, text = block.snapshot()
+        number = block.number
+        found = rows.decode(
+            self.part, number, self.rank, marks, marks, text, self._pause
+        )
         # What nothing was lost by, as a text that was written again, is not told.
         damage = tuple(d for d in found.damage if d.rows_lost)
-        path = self.part / f"{block.number:06d}.arrow"
+        path = self.part / f"{number:06d}.arrow"
         try:
-            sealed.write(found.table, path, rank=self.rank, damage=damage)
+            sealed.write(
+                found.table, path, rank=self.rank, damage=damage, pause=self._pause
+            )
             block.close(unlink=True)
         except OSError as error:
             self._warn_of(error)
             return False
         return True
+
+    @staticmethod
+    def _has_holes(block: Block) -> bool:
+        """Whether a row of a retired block is still to come."""
+        assert block.limit is not None
+        return rows.has_holes(block.snapshot()[0], block.limit)
+
+    def _pause(self) -> None:
+        """Let a thread that logs have the interpreter for a while.
+
+        Sealing takes milliseconds. The interpreter's own switch between threads comes
+        after 5 ms, and a lock that is let go without a sleep is taken back at once.
+        """
+        if not self._why_closed:
+            time.sleep(0.0003)
 
     def _warn_of_loss(self, blocks: list[Block]) -> None:
         """Tell of rows that never reached the disk, at the end."""

@@ -11,8 +11,8 @@ from __future__ import annotations
 import itertools
 import json
 import struct
-import time
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -103,8 +103,18 @@ def entry(tag: int, number: int, text: str) -> bytes:
     return _ENTRY.pack(_SIGN, tag, number, len(data), _check(tag, number, data)) + data
 
 
+def no_pause() -> None:
+    """Do nothing where others could be let go first."""
+
+
 def decode(
-    part: Path, number: int, rank: int, marks: bytes, rows: bytes, text: bytes
+    part: Path,
+    number: int,
+    rank: int,
+    marks: bytes,
+    rows: bytes,
+    text: bytes,
+    pause: Callable[[], None] = no_pause,
 ) -> Decoded:
     """Rows of an open block from the bytes of its files.
 
@@ -114,32 +124,36 @@ def decode(
         Which block it is.
     marks, rows, text
         Bytes of the files; ``marks`` is an earlier reading of ``rows``.
+    pause
+        Called every half a millisecond or so: where the interpreter lock can be let go.
     """
     num_slots = min(len(marks), len(rows), CAPACITY * SIZE) // SIZE
-    slots = np.arange(num_slots, dtype=np.uint32)
     found = np.frombuffer(rows, _DTYPE, num_slots)
-    whole = np.frombuffer(marks, _DTYPE, num_slots)["mark"] == (MARK ^ slots)
-    whole &= found["mark"] == (MARK ^ slots)
+    whole = _whole(np.frombuffer(marks, _DTYPE, num_slots)["mark"])
+    if marks is not rows:
+        whole &= _whole(found["mark"])
     # A row that lies on two pages may have lost the first of them to a power cut.
     whole &= (found["time"] > 0) & (found["time"] < _END_OF_TIME)
-    keys, payloads, torn_at = _parse_text(text)
-    time.sleep(0)  # a thread that logs goes first; so in _parse_text
+    pause()
+    keys, payloads, torn_at = _parse_text(text, pause)
 
-    row, slot = found[whole], slots[whole]
+    slot = np.flatnonzero(whole)
+    row = found if len(slot) == num_slots else found[slot]
     known = _has_its_text(row, slot, keys, payloads)
+    lost = len(row) - int(known.sum())
     final = whole.copy()
     final[slot[~known]] = False
     frontier = num_slots if final.all() else int(final.argmin())
     damage = _damage(paths(part, number)[0], rows, whole)
-    lost = int((~known).sum())
     if torn_at is not None or lost:
         offset = len(text) if torn_at is None else torn_at
         reason = "texts that rows refer to are torn or absent"
         damage.append(Damage(paths(part, number)[1], offset, lost, reason))
-    time.sleep(0)
+    pause()
     kept = known & (row["kind"] != VOID)
-    first_seq = number * CAPACITY
-    table = _as_table(row[kept], slot[kept], first_seq, rank, keys, payloads)
+    if not kept.all():
+        row, slot = row[kept], slot[kept]
+    table = _as_table(row, slot, number * CAPACITY, rank, keys, payloads, pause)
     return Decoded(table, frontier, damage)
 
 
@@ -147,21 +161,23 @@ def num_marked(part: Path, number: int) -> int:
     """Rows that an open block holds, those not readable for want of text included."""
     data = paths(part, number)[0].read_bytes()
     found = np.frombuffer(data, _DTYPE, min(len(data) // SIZE, CAPACITY))
-    whole = found["mark"] == (MARK ^ np.arange(len(found), dtype=np.uint32))
-    return int((whole & (found["kind"] != VOID)).sum())
+    return int((_whole(found["mark"]) & (found["kind"] != VOID)).sum())
 
 
 def last_marked(rows: bytes) -> int:
     """Highest slot that is written; -1 if none is."""
-    found = np.frombuffer(rows, _DTYPE, CAPACITY)["mark"]
-    marked = np.flatnonzero(found == (MARK ^ np.arange(CAPACITY, dtype=np.uint32)))
+    marked = np.flatnonzero(_whole(np.frombuffer(rows, _DTYPE, CAPACITY)["mark"]))
     return int(marked[-1]) if len(marked) else -1
 
 
 def has_holes(rows: bytes, limit: int) -> bool:
     """Whether a slot below ``limit`` has no row yet."""
-    found = np.frombuffer(rows, _DTYPE, limit)["mark"]
-    return bool((found != (MARK ^ np.arange(limit, dtype=np.uint32))).any())
+    return not _whole(np.frombuffer(rows, _DTYPE, limit)["mark"]).all()
+
+
+def _whole(marks: Any) -> Any:
+    """Mask of the slots, from 0, whose mark is in place."""
+    return (marks ^ np.uint32(MARK)) == np.arange(len(marks), dtype=np.uint32)
 
 
 def _has_its_text(
@@ -171,8 +187,11 @@ def _has_its_text(
     payloads: dict[int, str],
 ) -> Any:
     """Mask of the rows whose key, payload and kind are known."""
-    known = np.isin(row["key"], np.fromiter(keys, np.uint32, len(keys)))
-    known = (known | (row["kind"] == VOID)) & (row["kind"] < len(KINDS))
+    highest = max(keys, default=-1) + 1
+    is_key = np.zeros(highest + 1, bool)  # the last is for all that are higher
+    is_key[list(keys)] = True
+    known = is_key[np.minimum(row["key"], highest)] | (row["kind"] == VOID)
+    known &= row["kind"] < len(KINDS)
     for at in np.flatnonzero(row["flags"] & HAS_TEXT):
         known[at] &= int(slot[at]) in payloads
     return known
@@ -181,11 +200,10 @@ def _has_its_text(
 def _damage(path: Path, rows: bytes, whole: Any) -> list[Damage]:
     """Torn rows, and a file that is too short or too long."""
     num_slots = len(whole)
-    raw = np.frombuffer(rows, np.int64, num_slots * SIZE // 8).reshape(
-        num_slots, SIZE // 8
-    )
-    torn = np.flatnonzero(raw.any(axis=1) & ~whole)
     damage = []
+    empty = np.flatnonzero(~whole)
+    raw = np.frombuffer(rows, np.int64, num_slots * SIZE // 8)
+    torn = empty[raw.reshape(num_slots, SIZE // 8)[empty].any(axis=1)]
     if len(torn):
         reason = "rows without their mark, torn while being written"
         damage.append(Damage(path, int(torn[0]) * SIZE, len(torn), reason))
@@ -204,47 +222,71 @@ def _as_table(
     rank: int,
     keys: dict[int, tuple[str, str, str]],
     payloads: dict[int, str],
+    pause: Callable[[], None],
 ) -> pa.Table:
     """Rows in the public schema."""
-    used, place = np.unique(row["key"], return_inverse=True)
-    words = [keys[int(key)] for key in used]
-    kinds, kind_place = np.unique(row["kind"], return_inverse=True)
-    valued = np.isin(row["kind"], VALUED)
-    texts: list[str | None] = [None] * len(row)
-    for at in np.flatnonzero(row["flags"] & HAS_TEXT):
-        texts[at] = payloads[int(slot[at])]
+    kind, key = row["kind"], row["key"]
     columns = [
-        pa.array(slot.astype(np.int64) + first_seq),
+        pa.array(slot + first_seq),
         pa.array(np.full(len(row), rank, np.int32)),
-        pa.array(row["time"]).cast(SCHEMA.field("time").type),
-        *(_coded([word[i] for word in words], place) for i in range(3)),
+        pa.array(row["time"].copy()).view(SCHEMA.field("time").type),
+        *(_coded({k: v[i] for k, v in keys.items()}, key) for i in range(3)),
+    ]
+    pause()
+    columns += [
         _nullable(row["index"], NO_COUNT),
         _nullable(row["epoch"], NO_EPOCH),
         _nullable(row["step"], NO_COUNT),
-        pa.array(row["value"], mask=None if valued.all() else ~valued),
-        pa.array(texts, pa.string()),
-        _coded([KINDS[kind] for kind in kinds], kind_place),
+        _values(row["value"], kind),
+        _payloads(row["flags"], slot, payloads),
+        _coded(dict(enumerate(KINDS)), kind),
     ]
+    pause()
     return pa.table(columns, schema=SCHEMA)
 
 
-def _coded(words: list[str], place: Any) -> pa.DictionaryArray:
-    """Column of ``words[place[i]]``, each word once in the dictionary."""
-    distinct = {word: i for i, word in enumerate(dict.fromkeys(words))}
-    codes = np.array([distinct[word] for word in words], np.int32)[place]
-    return pa.DictionaryArray.from_arrays(
-        codes, pa.array([*distinct], NAMES.value_type)
-    )
+def _coded(words: dict[int, str], numbers: Any) -> pa.DictionaryArray:
+    """Column of ``words[numbers[i]]``, each word that is used once in the dictionary."""
+    used: Any = np.flatnonzero(np.bincount(numbers)) if len(numbers) else []
+    distinct: dict[str, int] = {}
+    codes = np.zeros(len(used) and used[-1] + 1, np.int32)
+    for number in used:
+        codes[number] = distinct.setdefault(words[int(number)], len(distinct))
+    names = pa.array([*distinct], NAMES.value_type)
+    return pa.DictionaryArray.from_arrays(codes[numbers], names)
+
+
+def _values(values: Any, kinds: Any) -> pa.Array:
+    """Numbers; null in a row of a kind that has none."""
+    is_valued = np.zeros(len(KINDS), bool)
+    is_valued[list(VALUED)] = True
+    valued = is_valued[kinds]
+    return pa.array(values.copy(), mask=None if valued.all() else ~valued)
+
+
+def _payloads(flags: Any, slot: Any, payloads: dict[int, str]) -> pa.Array:
+    """Texts; null in a row that has none."""
+    having = np.flatnonzero(flags & HAS_TEXT)
+    if not len(having):
+        return pa.nulls(len(flags), pa.string())
+    places = np.zeros(len(flags), np.int32)
+    places[having] = np.arange(len(having))
+    absent = np.ones(len(flags), bool)
+    absent[having] = False
+    texts = pa.array([payloads[int(number)] for number in slot[having]], pa.string())
+    return texts.take(pa.array(places, mask=absent))
 
 
 def _nullable(numbers: Any, null: int) -> pa.Array:
     """Integers, with what stands for null as null."""
     absent = numbers == null
-    return pa.array(numbers, mask=absent if absent.any() else None)
+    if absent.all():
+        return pa.nulls(len(numbers), pa.from_numpy_dtype(numbers.dtype))
+    return pa.array(numbers.copy(), mask=absent if absent.any() else None)
 
 
 def _parse_text(
-    data: bytes,
+    data: bytes, pause: Callable[[], None]
 ) -> tuple[dict[int, tuple[str, str, str]], dict[int, str], int | None]:
     """Keys and payloads of a text file, and where the first torn entry is."""
     keys: dict[int, tuple[str, str, str]] = {}
@@ -267,7 +309,7 @@ def _parse_text(
         else:
             payloads[number] = text.decode()
         if count % 256 == 0:
-            time.sleep(0)
+            pause()
     return keys, payloads, torn_at
 
 

@@ -375,6 +375,11 @@ class Run:
             self.save_manifest()
         last_seq = self._journal.last_seq()
         self._journal.close()
+        if self._pending:
+            warn(
+                f"run {self.id!r}: expected no logging while it finishes, got "
+                f"{len(self._pending)} tensors, which are lost. Log before finish()."
+            )
         self._handover.wait(last_seq, wait_s)
 
     def __enter__(self) -> Run:
@@ -415,7 +420,7 @@ class Run:
                 if name not in keys:
                     return False
             at = group.series.index_for(index, step)
-            now = time.time_ns() // 1000
+            put, now = block.put, time.time_ns() // 1000
             after = NO_COUNT if step is None else step
             during = NO_EPOCH if epoch is None else epoch
             for name, number in items:
@@ -423,7 +428,7 @@ class Run:
                     break
                 if slot < CAPACITY:
                     # fmt: off
-                    block.put(
+                    put(
                         slot * SIZE, now, at, after, number, during, keys[name],
                         FLOAT, 0, MARK ^ slot,
                     )

@@ -19,6 +19,7 @@ import json
 import os
 import re
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -66,7 +67,12 @@ class Damage:
 
 
 def write(
-    table: pa.Table, path: Path, *, rank: int, damage: tuple[Damage, ...] = ()
+    table: pa.Table,
+    path: Path,
+    *,
+    rank: int,
+    damage: tuple[Damage, ...] = (),
+    pause: Callable[[], None] | None = None,
 ) -> None:
     """Write rows as a sealed block, in place by one rename, on the disk when it returns.
 
@@ -80,10 +86,14 @@ def write(
         That of the rows.
     damage
         What was lost of the block before it was sealed; kept in the file.
+    pause
+        Called where the interpreter lock can be let go.
     """
     columns, notes = _encoded(table)
     notes |= {"format": FORMAT, "rank": rank, "num_rows": table.num_rows}
     notes["damage"] = [[d.file.name, d.offset, d.rows_lost, d.reason] for d in damage]
+    if pause:
+        pause()
     data = _file_bytes(pa.table(columns), notes)
     temporary = path.with_suffix(".sealing")
     try:

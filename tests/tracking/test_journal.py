@@ -171,7 +171,7 @@ def test_journal_threads_lose_and_mix_nothing(part):
     journal = Journal(part)
 
     def work(thread):
-        for i in range(4000):
+        for i in range(2500):
             put(journal, {"float": i + 0.5, "text": str(i)}, index=i, step=thread)
 
     threads = [threading.Thread(target=work, args=(n,)) for n in range(6)]
@@ -182,7 +182,7 @@ def test_journal_threads_lose_and_mix_nothing(part):
     journal.close()
     table, damage = read_part(part)
     assert damage == []
-    assert table.num_rows == 6 * 4000 * 2
+    assert table.num_rows == 6 * 2500 * 2
     found = {
         (r["step"], r["index"], value_of(r["kind"], r["value"], r["payload"]))
         for r in table.to_pylist()
@@ -190,7 +190,7 @@ def test_journal_threads_lose_and_mix_nothing(part):
     wanted = {
         (thread, i, value)
         for thread in range(6)
-        for i in range(4000)
+        for i in range(2500)
         for value in (i + 0.5, str(i))
     }
     assert found == wanted
@@ -361,7 +361,7 @@ def check_survived(tmp_path, root, count):
 
 
 def test_journal_killed_process_loses_nothing_acknowledged(tmp_path, root):
-    check_survived(tmp_path, root, 6)
+    check_survived(tmp_path, root, 4)
 
 
 @pytest.mark.slow
@@ -416,7 +416,7 @@ def handler(*_):
     raise Interrupted
 signal.signal(signal.SIGALRM, handler)
 interrupted = returned = 0
-while interrupted < 300:
+while interrupted < 150:
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.0001 + interrupted * 1e-6)
         while True:

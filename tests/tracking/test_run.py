@@ -579,7 +579,6 @@ run.log("metrics", "train", 0.5)
     [
         ("", "finished"),
         ("raise ValueError('x')", "failed"),
-        ("raise KeyboardInterrupt", "killed"),
     ],
 )
 def test_run_left_open_ends_as_the_interpreter_did(runs, root, end, status):
@@ -763,7 +762,7 @@ def check_flat(tmp_path, root, count):
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
 def test_log_steps_memory_stays_flat(tmp_path, root):
-    check_flat(tmp_path, root, 600_000)
+    check_flat(tmp_path, root, 300_000)
 
 
 @pytest.mark.slow
