@@ -5,10 +5,9 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
-from tracking.journal import Tail
 from tracking.read import PastRun
-from tracking.state import State
-from tracking.store import part_path, part_paths
+from tracking.state import State, rows_to_go
+from tracking.store import part_paths
 
 
 def brief(run: PastRun) -> dict[str, Any]:
@@ -80,9 +79,9 @@ def duration_s(run: PastRun) -> float | None:
 
 def behind(run: PastRun, state: State | None) -> int | None:
     """Rows that MLflow lacks; None if the run is not delivered at all."""
-    if state is None:
-        return Tail(part_path(run.path, 0)).behind() if run.manifest.deliver else None
-    return max(state.behind, Tail(part_path(run.path, 0), state.delivered).behind())
+    if state is None and not run.manifest.deliver:
+        return None
+    return rows_to_go(run.path, state or State())
 
 
 def _mlflow(state: State | None) -> dict[str, Any] | None:

@@ -50,6 +50,7 @@ HISTORY: Final = pa.schema(
 _DEFAULTS: Final = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
 }
 _SQL: Final = "mlflow.store.tracking.sqlalchemy_store"

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from tracking.store import write_atomically
+from tracking.journal import Tail
+from tracking.store import part_path, write_atomically
 
 STATE: Final = "delivery/state.json"
 
@@ -77,3 +78,16 @@ class State:
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, text.encode(errors="replace"))
+
+
+def rows_to_go(run_path: Path, state: State) -> int:
+    """Rows that MLflow lacks at this moment.
+
+    Parameters
+    ----------
+    run_path
+        Folder of the run.
+    state
+        As delivery last wrote it.
+    """
+    return max(state.behind, Tail(part_path(run_path, 0), state.delivered).behind())

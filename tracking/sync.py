@@ -22,7 +22,7 @@ from tracking.errors import DeliveryError
 from tracking.handover import Handover, delivery_command
 from tracking.journal import is_being_written
 from tracking.read import PastRun
-from tracking.state import State
+from tracking.state import State, rows_to_go
 from tracking.store import part_path
 
 DEFAULT_PATIENCE_S: Final = 10.0
@@ -106,9 +106,10 @@ def sync(
     went before, or MLflow's default for the folder that they were started in.
     """
     runs = list(runs)
-    at_once = {run.id: _without_process(run.path) for run in runs}
+    at_once = {run.id: _begun_again(run.path) for run in runs}
     ended = [run.path for run in runs if at_once[run.id] is None]
-    lines = _told("--sync", "--patience", str(patience_s), paths=ended)
+    wait = ["--patience", str(patience_s), "--lock-wait", str(patience_s)]
+    lines = _told("--sync", *wait, paths=ended)
     done = {line["run"]: Synced(**line) for line in lines}
     return [at_once[run.id] or done[run.id] for run in runs]
 
@@ -146,21 +147,18 @@ def is_being_delivered(run_path: Path) -> bool:
     return False
 
 
-def _without_process(run_path: Path) -> Synced | None:
-    """What can be told of a run that needs no process of ours; else None."""
-    phase = None
-    if is_being_delivered(run_path):
-        phase = "busy"
-    elif is_being_written(part_path(run_path, 0)):
-        Handover(run_path).start()
-        phase = "started"
-    if phase is None:
+def _begun_again(run_path: Path) -> Synced | None:
+    """What can be told of a run that is being written, and so is delivered by itself."""
+    if not is_being_written(part_path(run_path, 0)):
         return None
+    phase = "busy" if is_being_delivered(run_path) else "started"
+    if phase == "started":
+        Handover(run_path).start()
     state = State.read(run_path) or State()
     return Synced(
         run=run_path.name,
         phase=phase,
-        behind=state.behind,
+        behind=rows_to_go(run_path, state),
         error=state.error,
         flags=state.flags,
         mlflow_run_id=state.mlflow_run_id,

@@ -184,7 +184,7 @@ class Proxy:
         Requests that were not passed on, or whose answer was not.
     """
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, listen: int = 0) -> None:
         self.mode = "pass"
         self.refused = b"\0"
         self.num_faults = 0
@@ -204,9 +204,10 @@ class Proxy:
             def log_message(self, *_: Any) -> None:
                 pass
 
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", listen), Handler)
         self._server.daemon_threads = True
-        self.address = f"http://127.0.0.1:{self._server.server_address[1]}"
+        self.port = int(self._server.server_address[1])
+        self.address = f"http://127.0.0.1:{self.port}"
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
         self._thread.start()
 
@@ -266,11 +267,23 @@ class Proxy:
 
 
 @pytest.fixture
-def proxy(server: Server) -> Iterator[Proxy]:
-    """A connection to the server that can be made bad."""
-    made = Proxy(server.port)
-    yield made
-    made.close()
+def connect() -> Iterator[Callable[..., Proxy]]:
+    """Makes connections to a server that can be made bad."""
+    made: list[Proxy] = []
+
+    def make(*ports: int) -> Proxy:
+        made.append(Proxy(*ports))
+        return made[-1]
+
+    yield make
+    for proxy in made:
+        proxy.close()
+
+
+@pytest.fixture
+def proxy(server: Server, connect: Callable[..., Proxy]) -> Proxy:
+    """A connection to the server."""
+    return connect(server.port)
 
 
 @pytest.fixture

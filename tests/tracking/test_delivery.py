@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import math
 import os
 import sqlite3
 import subprocess
 import sys
-import time
 from contextlib import closing
 from datetime import datetime
 from pathlib import Path
@@ -19,6 +19,9 @@ import pytest
 import tracking
 from tracking.courier import GaveUpError
 from tracking.handover import delivery_command
+from tracking.registering import Register
+from tracking.remote import resolved_uri
+from tracking.settings import Settings
 from tracking.state import State
 from tracking.thinning import check_options
 
@@ -109,7 +112,18 @@ def test_names_that_mlflow_refuses_are_mapped_and_the_mapping_kept(
     record, deliver, store, in_mlflow, client
 ):
     run = record()
-    names = ["a#b", "a%b", "", "x" * 300, "../up", "/abs", "a//b", "ü", ".", "two\nlines"]
+    names = [
+        "a#b",
+        "a%b",
+        "",
+        "x" * 300,
+        "../up",
+        "/abs",
+        "a//b",
+        "ü",
+        ".",
+        "two\nlines",
+    ]
     for number, name in enumerate(names):
         run.run.log("metrics", "train", {name: float(number)}, index=1)
     run.run.log("metrics", "train/a", {"b": 100.0}, index=1)
@@ -219,7 +233,9 @@ def test_data_set_in_two_contexts_is_shown_in_both(record, deliver, store, clien
     made = deliver(run.path, store)
     inputs = run_of(client, store, made.state).inputs.dataset_inputs
     found = {i.tags[0].value: (i.dataset.name, i.dataset.profile) for i in inputs}
-    assert found == {c: ("digits", '{"num_samples": 1797}') for c in ("train", "valid")}
+    assert found == dict.fromkeys(
+        ("train", "valid"), ("digits", '{"num_samples": 1797}')
+    )
 
 
 def test_run_page_tells_what_ran_and_where_its_records_are(
@@ -518,7 +534,7 @@ def test_thinned_series_keeps_its_ends_and_never_exceeds_the_number(
         assert steps[0] == 0
         assert steps[-1] == 1499
         assert 50 <= len(steps) <= 100
-        assert max(b - a for a, b in zip(steps, steps[1:], strict=False)) <= 64
+        assert max(b - a for a, b in itertools.pairwise(steps)) <= 64
     assert sum(key == "valid/loss" for key, *_ in found) == 1
     again = deliver(run.path, store, is_thorough=True)
     assert again.num_sent == 0
@@ -634,7 +650,11 @@ def start_trainer(folder: Path, **variables: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", TRAINER],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(Path(tracking.__file__).parents[1]), **variables},
+        env={
+            **os.environ,
+            "PYTHONPATH": str(Path(tracking.__file__).parents[1]),
+            **variables,
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -656,11 +676,17 @@ def test_run_is_delivered_by_a_process_of_its_own(
     assert names - {"mlruns"} == {"mlflow.db", "runs"}
 
 
+@pytest.mark.parametrize(
+    "is_prepared", [True, pytest.param(False, marks=pytest.mark.slow)]
+)
 def test_four_that_make_one_fresh_store_at_once_all_succeed(
-    tmp_path, remote_class, client
+    tmp_path, remote_class, client, cache, is_prepared
 ):
     store = f"sqlite:///{tmp_path}/mlflow.db"
-    cache = tmp_path / "cache"  # empty: the prepared database too is made at once
+    if is_prepared:
+        remote_class(f"sqlite:///{tmp_path}/other.db", cache)
+    else:
+        cache = tmp_path / "cache"
     children = []
     for number in range(4):
         child = os.fork()
@@ -719,15 +745,56 @@ def test_secrets_are_in_no_file_and_no_tag(record, store, tmp_path):
 
 
 def test_experiment_of_the_environment_is_used_where_the_run_names_none(
-    record, store, client, tmp_path
+    record, store, client, cache, remote_class
 ):
     run = record(experiment=None)
     run.run.finish()
-    variables = {"MLFLOW_TRACKING_URI": store, "MLFLOW_EXPERIMENT_NAME": "theirs"}
-    started = time.monotonic()
-    subprocess.run(
-        delivery_command(str(run.path)), env={**os.environ, **variables}, check=True
+    settings = Settings.read({"MLFLOW_EXPERIMENT_NAME": "theirs"})
+    register = Register(
+        run.path,
+        store,
+        lambda uri: remote_class(uri, cache),
+        experiment_name=settings.experiment_name,
+        experiment_id=settings.experiment_id,
     )
-    assert time.monotonic() - started < 60  # it does not linger
-    found = client(store).get_experiment(State.read(run.path).experiment_id)
-    assert found.name == "theirs"
+    sender = register.connect()
+    assert client(store).get_experiment(sender.experiment_id).name == "theirs"
+
+
+def test_settings_come_from_the_environment():
+    found = Settings.read(
+        {
+            "MLFLOW_TRACKING_URI": "http://u:p@host",
+            "MLFLOW_EXPERIMENT_ID": "7",
+            "XDG_CACHE_HOME": "/c",
+            "MLFLOW_TRACKING_TOKEN": "t0k3nt0k3n",
+            "SHORT_TOKEN": "abc",
+        }
+    )
+    assert found.tracking_uri == "http://u:p@host"
+    assert (found.experiment_name, found.experiment_id) == (None, "7")
+    assert found.cache == Path("/c/luz-harness")
+    assert found.redact("http://u:p@host t0k3nt0k3n abc") == "http://host *** abc"
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        (None, "sqlite:////w/a b/mlflow.db"),
+        ("sqlite:///x.db", "sqlite:////w/a b/x.db"),
+        ("sqlite:///x.db?timeout=5", "sqlite:////w/a b/x.db?timeout=5"),
+        ("sqlite:////abs/x.db", "sqlite:////abs/x.db"),
+        ("http://host:5000", "http://host:5000"),
+        ("postgresql://u:p@h/db", "postgresql://u:p@h/db"),
+        ("databricks", "databricks"),
+        ("mlruns", "file:///w/a%20b/mlruns"),
+    ],
+)
+def test_store_is_found_as_mlflow_finds_it(given, wanted):
+    assert resolved_uri(Path("/w/a b"), given) == wanted
+
+
+def test_folder_of_files_that_mlflow_still_uses_is_its_default(tmp_path):
+    (tmp_path / "mlruns" / "0").mkdir(parents=True)
+    (tmp_path / "mlruns" / "0" / "meta.yaml").touch()
+    assert resolved_uri(tmp_path, None) == (tmp_path / "mlruns").as_uri()
