@@ -212,7 +212,14 @@ class Learner:
         own = self.backward or getattr(ctx.model, "backward", None)
         accelerator = ctx.accelerator
         assert accelerator is not None
-        return own or (lambda loss: accelerator.backward(loss, ctx.opt_name))
+        if own is None:
+            return lambda loss: accelerator.backward(loss, ctx.opt_name)
+
+        def backward(loss: Tensor) -> None:
+            with accelerator.counting(ctx.opt_name):
+                own(loss)
+
+        return backward
 
     def _fitted(self, ctx: FitContext, run: tracking.Run | None) -> Fitted:
         """The result, with the model off the context and on the CPU."""
@@ -356,7 +363,8 @@ def setup(
         torchmetrics objects or functions ``f(pred, target)``: one, a list, a dict by name,
         or a ``MetricSet``.
     backward
-        Called with the loss in place of the accelerator's ``backward``.
+        Called with the loss in place of ``ctx.accelerator.backward(loss, ctx.opt_name)``,
+        which it may call; on one device ``loss.backward()`` serves as well.
 
     Returns
     -------

@@ -68,6 +68,13 @@ class Accelerator(Protocol):
         """Add the gradients of ``loss / window``; `loss` is a scalar with a graph."""
         ...
 
+    def counting(self, name: str | None = None) -> AbstractContextManager[object]:
+        """Count one backward of ``loss`` made inside in the user's own way.
+
+        One device takes any way; DeepSpeed needs ``backward`` to be called.
+        """
+        ...
+
     def is_boundary(self, name: str | None = None) -> bool:
         """True when as many backwards as the window holds have been done."""
         ...

@@ -426,6 +426,23 @@ class DeepSpeedAccelerator:
                 )
                 raise ValueError(f"{msg} optimizer {other.name!r}. {advice}")
 
+    @contextmanager
+    def counting(self, name: str | None = None) -> Iterator[None]:
+        """See that ``backward`` is called inside; it counts.
+
+        Raises
+        ------
+        RuntimeError
+            If it was not called: gradients that DeepSpeed does not know of would be lost.
+        """
+        part = self._part(name)
+        before = part.done
+        yield
+        if part.done == before:
+            msg = "backward(loss): expected a call of ctx.accelerator.backward, got none"
+            advice = "Call ctx.accelerator.backward(loss, ctx.opt_name) in it."
+            raise RuntimeError(f"{msg} under DeepSpeed. {advice}")
+
     def is_boundary(self, name: str | None = None) -> bool:
         """True when as many backwards as the window holds have been done."""
         return self._part(name).done >= self.window

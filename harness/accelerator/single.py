@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -77,6 +77,32 @@ def load_optimizer(opt: Any, saved: Mapping[str, Any], name: str) -> None:
         ) from error
 
 
+def others(optimizers: Mapping[str, Any]) -> dict[str, list[Tensor]]:
+    """For each optimizer the parameters that only others own."""
+    owned = {
+        name: {id(p): p for group in opt.param_groups for p in group["params"]}
+        for name, opt in optimizers.items()
+    }
+    every = {key: param for params in owned.values() for key, param in params.items()}
+    return {
+        name: [param for key, param in every.items() if key not in params]
+        for name, params in owned.items()
+    }
+
+
+@contextmanager
+def without_gradients(params: Sequence[Tensor]) -> Iterator[None]:
+    """Let these parameters ask for no gradients inside."""
+    asking = [param for param in params if param.requires_grad]
+    for param in asking:
+        param.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for param in asking:
+            param.requires_grad_(True)
+
+
 class SingleDevice:
     """One CPU, CUDA or MPS device.
 
@@ -118,7 +144,8 @@ class SingleDevice:
         self._optimizers: dict[str, torch.optim.Optimizer] = {}
         self._done: dict[str, int] = {}
         self._hooks: list[Any] = []
-        self._optimizing: AbstractContextManager[object] = nullcontext()
+        self._others: dict[str, list[Tensor]] = {}
+        self._nothing: AbstractContextManager[object] = nullcontext()
 
     def prepare(
         self,
@@ -129,6 +156,7 @@ class SingleDevice:
         """Place the model on the device; optimizers and loaders come back as they are."""
         self._model = model.to(self.device)
         self._optimizers = dict(optimizers or {})
+        self._others = others(self._optimizers)
         self._done = dict.fromkeys(self._optimizers, 0)
         self.steps = dict.fromkeys(self._optimizers, 0)
         self.window = self.accumulate
@@ -162,8 +190,19 @@ class SingleDevice:
         raise ValueError(f"{msg} Choose from {list(self._optimizers)}.")
 
     def optimizing(self, name: str | None = None) -> AbstractContextManager[object]:
-        """Nothing to hold on one device."""
-        return self._optimizing
+        """Hold the forward and backward of one optimizer: only what it owns gets gradients."""
+        if len(self._optimizers) < 2 or not torch.is_grad_enabled():
+            return self._nothing
+        return without_gradients(self._others[self._only(name)])
+
+    @contextmanager
+    def counting(self, name: str | None = None) -> Iterator[None]:
+        """Count one backward, whoever makes it inside: this accelerator or the user."""
+        name = self._only(name)
+        before = self._done[name]
+        yield
+        if self._done[name] == before:
+            self._done[name] += 1
 
     def backward(self, loss: Tensor, name: str | None = None) -> None:
         """Add the gradients of ``loss / window``; `loss` is a scalar with a graph."""
