@@ -151,8 +151,10 @@ def _special(key: str, value: Any, tensors: Mapping[str, Tensor]) -> Any:
         name, order = value
         inverse = sorted(range(len(order)), key=order.__getitem__)
         return tensors[name].permute(inverse)
-    if key == "$complex":
-        return torch.view_as_complex(restore(value, tensors).contiguous())
+    if key == "$complex" and isinstance(value, dict):
+        return torch.view_as_complex(
+            torch.as_tensor(restore(value, tensors)).contiguous()
+        )
     if key == "$float" and value in _FLOATS:
         return _FLOATS[value]
     if key == "$bytes" and isinstance(value, str):

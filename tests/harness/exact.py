@@ -79,6 +79,8 @@ class TwoParts(Net):
 class OwnStep(Net):
     """Accumulates by itself, over three batches, and clears gradients late."""
 
+    count: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("count", torch.zeros((), dtype=torch.int64), False)
@@ -92,7 +94,7 @@ class OwnStep(Net):
             if int(self.count) % 3 == 0:
                 ctx.opt.zero_grad()
             (loss / 3).backward()
-            self.count += 1
+            self.count.add_(1)
             if int(self.count) % 3 == 0:
                 ctx.opt.step()
 
