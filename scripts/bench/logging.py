@@ -220,7 +220,9 @@ def run_synced(folder: Path) -> Iterator[Loop]:
 def count_tensorboard(folder: Path) -> int:
     home = "tensorboard.backend.event_processing.event_accumulator"
     accumulator = importlib.import_module(home)
-    events = accumulator.EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0})
+    events = accumulator.EventAccumulator(
+        str(folder), size_guidance={"scalars": 0, "tensors": 0}
+    )
     events.Reload()
     tags = events.Tags()
     return sum(len(events.Scalars(tag)) for tag in tags["scalars"])

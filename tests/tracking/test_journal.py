@@ -372,11 +372,12 @@ def test_journal_killed_200_times_loses_nothing_acknowledged(tmp_path, root):
 FORKED = """
 import os, sys
 from pathlib import Path
-from tracking.journal import Journal
+from tracking.journal import Journal, is_being_written
 part = Path(sys.argv[1])
 journal = Journal(part)
 row = [("x", 1, 1.0, None)]
 journal.write("m", "s", row)
+ended, tell = os.pipe()
 pid = os.fork()
 if not pid:
     try:
@@ -387,10 +388,13 @@ if not pid:
     other = Journal(part.parent.parent / "other" / "0")
     other.write("m", "s", row)
     other.close()
+    os.read(ended, 1)
+    print("held", is_being_written(part), flush=True)
     os._exit(0)
-os.waitpid(pid, 0)
 journal.write("m", "s", row)
 journal.close()
+os.write(tell, b".")
+os.waitpid(pid, 0)
 """
 
 
@@ -398,6 +402,7 @@ def test_journal_forked_child_leaves_it_alone(part, root):
     done = run_script(FORKED, part, cwd=root)
     assert done.returncode == 0, done.stderr
     assert "RunClosedError Run.log: expected the process that started" in done.stdout
+    assert "held False" in done.stdout
     table, damage = read_part(part)
     assert (floats(table), damage) == ([1.0, 1.0], [])
     assert read_part(part.parent.parent / "other" / "0")[0].num_rows == 1
@@ -441,6 +446,32 @@ print("ok")
 def test_journal_handler_that_raises_leaves_no_hole(tmp_path, root):
     done = run_script(RAISING_HANDLER, tmp_path / "run", cwd=root)
     assert done.stdout == "ok\n", done.stderr
+
+
+TIMEOUT = """
+import signal, sys
+from pathlib import Path
+from tracking.run import Run
+run = Run(Path(sys.argv[1]), None)
+def handler(*_):
+    raise TimeoutError("the user's own")
+signal.signal(signal.SIGALRM, handler)
+raised = 0
+for n in range(60):
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.0003 + n * 1e-5)
+        while True:
+            run.log("m", "s", "a text, whose write is a system call")
+    except TimeoutError:
+        raised += 1
+run.finish()
+print(raised)
+"""
+
+
+def test_journal_handlers_own_oserror_reaches_the_caller(tmp_path, root):
+    done = run_script(TIMEOUT, tmp_path / "run", cwd=root)
+    assert done.stdout == "60\n", done.stderr
 
 
 # ------------------------------------------------------------------------ full disk
@@ -550,6 +581,18 @@ def test_journal_nan_payloads_survive(part):
     stored = pa.ipc.open_file(pa.BufferReader(path.read_bytes())).read_all()
     found = stored["value"].to_numpy().view("<u8").tolist()
     assert found == patterns
+
+
+def test_disk_block_settled_holds_no_file_and_reads_the_same(tmp_path):
+    block = DiskBlock(tmp_path, 0, is_synced=False)
+    key = block.key(Group(Series()), "m", "s", "x")
+    block.put(0, 1, 2, 3, 0.5, 4, key, FLOAT, 0, rows.MARK)
+    before = block.snapshot()
+    held = len(list(Path("/dev/fd").iterdir()))
+    block.settle()
+    assert len(list(Path("/dev/fd").iterdir())) == held - 3  # a mapping has its own
+    assert block.snapshot() == before
+    block.close(unlink=True)
 
 
 def test_memory_block_is_read_like_one_on_the_disk():

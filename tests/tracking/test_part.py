@@ -187,6 +187,16 @@ def test_read_part_row_torn_while_written_is_named(torn, tmp_path):
     check_recovers(part)
 
 
+def test_read_part_row_without_its_first_page_is_no_row(torn, tmp_path):
+    # After a power cut: the page that holds a row's time never reached the disk.
+    row_bytes, text_bytes, whole = torn
+    lost = row_bytes[: 85 * SIZE] + bytes(16) + row_bytes[85 * SIZE + 16 :]
+    table, damage = read_part(left_behind(tmp_path, lost, text_bytes))
+    assert 85 not in table["seq"].to_pylist()
+    assert table.num_rows == whole.num_rows - 1
+    assert [(d.offset, d.rows_lost) for d in damage] == [(85 * SIZE, 1)]
+
+
 def test_read_part_block_that_is_gone_is_named(part):
     journal = Journal(part)
     journal.write("m", "s", (("x", FLOAT, float(i), None) for i in range(40_000)))

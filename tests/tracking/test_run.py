@@ -23,11 +23,12 @@ from tracking.errors import (
     RunNotFoundError,
     TrackingWarning,
 )
+from tracking.journal import Tail
 from tracking.read import PastRun
 from tracking.run import Run
 from tracking.starting import start
 from tracking.state import State
-from tracking.store import Manifest
+from tracking.store import Manifest, part_path
 
 
 @pytest.fixture
@@ -147,6 +148,15 @@ def test_log_refused_argument_writes_nothing(run, value, argument, error, match)
         run.log(**{"what": "metrics", "set": "train", "value": value, **argument})
     run.log("metrics", "train", value, step=5)
     assert len(logged(run, "name")) == 2
+
+
+def test_log_refused_argument_holds_up_no_reader(run):
+    run.log("m", "s", 0.5)
+    with pytest.raises(TypeError, match="as step"):
+        run.log("m", "s", 0.5, step="x")
+    run.log("m", "s", 0.25)
+    found = Tail(part_path(run.path, 0)).read()
+    assert found["value"].to_pylist() == [0.5, 0.25]
 
 
 def test_log_counts_of_numpy_are_integers(run):
