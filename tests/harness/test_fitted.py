@@ -1,0 +1,188 @@
+"""What fit and evaluate give back: printed, drawn, saved, loaded; nothing loaded runs code."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import struct
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+import harness
+from harness.saved_model import ABOUT, WEIGHTS
+from tests.harness.fakes import Net, net_learner, points
+
+DATA = points(40)
+
+
+@pytest.fixture(scope="module")
+def fitted() -> harness.Fitted:
+    learner = net_learner(
+        metrics={"hits": lambda p, t: (p.argmax(1) == t).float().mean()}
+    )
+    options = {"seed": 1, "tracker": False, "verbose": False}
+    return learner.set_hparams(hidden=5).fit(DATA, 3, 0.25, **options)
+
+
+@pytest.fixture
+def saved(fitted, tmp_path) -> Path:
+    fitted.save(tmp_path / "net")
+    return tmp_path / "net"
+
+
+def test_fitted_get_metrics_has_a_row_for_each_set_metric_and_epoch(fitted):
+    frame = fitted.get_metrics()
+    assert list(frame.columns) == ["set", "metric", "epoch", "value"]
+    found = set(zip(frame["set"], frame["metric"], frame["epoch"], strict=True))
+    expected = {
+        (split, metric, epoch)
+        for split in ("train", "valid")
+        for metric in ("loss", "hits")
+        for epoch in (1, 2, 3)
+    }
+    assert found == expected
+    assert fitted.records["metrics"]["valid"][2]["loss"] == frame["value"][frame.index[
+        (frame["set"] == "valid") & (frame["metric"] == "loss") & (frame["epoch"] == 3)
+    ]].item()  # fmt: skip
+
+
+def test_fitted_printed_names_model_size_epochs_and_last_values(fitted):
+    text = str(fitted)
+    # 2 x 5 + 5 in the first layer, 5 x 3 + 3 in the second.
+    assert "Fitted Net, 33 parameters, 3 epochs" in text
+    assert f"{fitted.records['metrics']['train'][-1]['loss']:.4g}" in text
+
+
+def test_fitted_model_is_plain_and_free(fitted):
+    assert type(fitted.model) is Net
+    assert not fitted.model.training
+    assert not hasattr(fitted.model, "ctx")
+
+
+def test_fitted_plot_writes_a_picture_with_a_chart_for_each_metric(fitted, tmp_path):
+    figure = fitted.plot(tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert [axes.get_title() for axes in figure.axes] == ["loss", "hits"]
+    assert [line.get_label() for line in figure.axes[0].lines] == ["train", "valid"]
+    train = [one["loss"] for one in fitted.records["metrics"]["train"]]
+    assert list(figure.axes[0].lines[0].get_ydata()) == train
+
+
+def test_evaluation_by_hand(fitted):
+    with torch.no_grad():
+        pred = fitted.model(DATA[0])
+    loss = nn.functional.cross_entropy(pred, DATA[1]).item()
+    hits = (pred.argmax(1) == DATA[1]).float().mean().item()
+    found = fitted.evaluate(DATA, verbose=False)
+    assert found["loss"] == pytest.approx(loss, rel=1e-6)
+    assert found["hits"] == pytest.approx(hits, rel=1e-6)
+    assert "hits" in str(found)
+    assert isinstance(found.get_metrics(), pd.DataFrame)
+
+
+def test_load_gives_the_same_model_records_and_hparams(fitted, saved):
+    again = harness.load(saved)
+    assert torch.equal(again.predict(DATA[0]), fitted.predict(DATA[0]))
+    assert again.records == fitted.records
+    assert again.hparams == {"hidden": 5}
+    assert again.opt_hparams == {"lr": 0.1}
+
+
+def test_load_class_given_is_used(saved):
+    class Other(Net):
+        pass
+
+    assert type(harness.load(saved, module=Other).model) is Other
+
+
+def test_load_is_evaluated_by_a_learner(fitted, saved):
+    found = net_learner().evaluate(harness.load(saved), DATA, verbose=False)
+    assert found["loss"] == fitted.evaluate(DATA, verbose=False)["loss"]
+
+
+def test_save_replaces_an_earlier_model_only(fitted, saved, tmp_path):
+    fitted.save(saved)
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter").write_text("mine")
+    with pytest.raises(harness.CheckpointError, match="Found something else"):
+        fitted.save(tmp_path / "thesis")
+    assert (tmp_path / "thesis" / "chapter").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["net", "thesis"]
+
+
+def test_save_hparam_that_is_no_json_is_told(tmp_path):
+    learner = net_learner()
+    learner = harness.setup(
+        lambda drop: Net(), loss=learner.loss, optimizer=torch.optim.SGD
+    ).set_hparams(drop=nn.Dropout)
+    fitted = learner.fit(DATA, 1, tracker=False, verbose=False)
+    with pytest.raises(
+        harness.CheckpointError, match="expected hparams and records as"
+    ):
+        fitted.save(tmp_path / "net")
+    assert list(tmp_path.iterdir()) == []
+
+
+class Canary:
+    """Leaves a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def edit(place: Path, **changes: object) -> None:
+    about = json.loads((place / ABOUT).read_text())
+    (place / ABOUT).write_text(json.dumps(about | changes))
+
+
+def forge_header(place: Path) -> None:
+    header = json.dumps(
+        {"x": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}
+    ).encode()
+    (place / WEIGHTS).write_bytes(struct.pack("<Q", len(header)) + header)
+
+
+HARMS = {
+    "missing": (shutil.rmtree, "could not read it"),
+    "no weights": (lambda p: (p / WEIGHTS).unlink(), "expected whole weights"),
+    "torn weights": (
+        lambda p: (p / WEIGHTS).write_bytes((p / WEIGHTS).read_bytes()[:-7]),
+        "expected whole weights",
+    ),
+    "pickled weights": (
+        lambda p: (p / WEIGHTS).write_bytes(pickle.dumps(Canary(p / "ran"))),
+        "expected whole weights",
+    ),
+    "absurd size": (forge_header, "expected whole weights"),
+    "torn json": (
+        lambda p: (p / ABOUT).write_text((p / ABOUT).read_text()[:-20]),
+        "could not read it",
+    ),
+    "no json": (lambda p: (p / ABOUT).write_bytes(b"\x80\x04K\x01."), "could not read"),
+    "other json": (lambda p: (p / ABOUT).write_text("[]"), "expected the keys"),
+    "newer format": (lambda p: edit(p, format=99), "expected format 1, got 99"),
+    "no class": (lambda p: edit(p, module="os:nothing"), "expected to import"),
+    "no model": (lambda p: edit(p, module="os:system"), r"to be an nn\.Module class"),
+    "other model": (
+        lambda p: edit(p, module="torch.nn:Identity", hparams={}),
+        "expected weights that fit",
+    ),
+    "other hparams": (lambda p: edit(p, hparams={"hidden": 9}), "weights that fit"),
+}
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_load_torn_or_hostile_is_refused_and_runs_nothing(harm, saved):
+    damage, match = HARMS[harm]
+    damage(saved)
+    with pytest.raises(harness.CheckpointError, match=match):
+        harness.load(saved)
+    assert not (saved / "ran").exists()
