@@ -98,6 +98,9 @@ def check_callbacks(callbacks: Iterable[Any]) -> tuple[Callback, ...]:
     TypeError
         If one is no ``Callback``, a class instead of an instance included.
     """
+    if not isinstance(callbacks, Iterable):
+        msg = f"callbacks: expected a list of callbacks, got {callbacks!r}."
+        raise TypeError(f"{msg} Write [...] around it.")
     found = tuple(callbacks)
     for place, item in enumerate(found):
         if isinstance(item, type) and issubclass(item, Callback):
@@ -107,6 +110,22 @@ def check_callbacks(callbacks: Iterable[Any]) -> tuple[Callback, ...]:
             msg = f"callbacks[{place}]: expected a harness.Callback, got {item!r}."
             raise TypeError(f"{msg} Derive its class from harness.Callback.")
     return tuple(sorted(found, key=lambda callback: callback.weight))
+
+
+def as_pair(epochs: Any) -> tuple[Any, Any]:
+    """``(min_epochs, max_epochs)`` of a number or pair, not checked further.
+
+    Raises
+    ------
+    ValueError
+        If there are other than two.
+    """
+    if not isinstance(epochs, tuple | list):
+        return 0, epochs
+    if len(epochs) != 2:
+        msg = f"epochs: expected a pair (min_epochs, max_epochs), got {epochs!r}."
+        raise ValueError(f"{msg} Give an int, or a pair.")
+    return epochs[0], epochs[1]
 
 
 def check_epochs(min_epochs: Any, max_epochs: Any) -> tuple[int, int]:
@@ -969,8 +988,7 @@ class FitContext(Context):
             training=True,
             recorder=recorder,
         )
-        pair = epochs if isinstance(epochs, tuple | list) else (0, epochs)
-        self._min_epochs, self._max_epochs = check_epochs(*pair)
+        self._min_epochs, self._max_epochs = check_epochs(*as_pair(epochs))
         self.hparams, self.opt_hparams = dict(hparams), dict(opt_hparams)
         model, named, loaders = accelerator.prepare(
             model, check_optimizers(optimizers), [data, valid_data]

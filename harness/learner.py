@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from harness.context import (
     EvaluateContext,
     FitContext,
     PredictContext,
+    as_pair,
     check_callbacks,
     check_epochs,
 )
@@ -31,7 +33,7 @@ from harness.data import eval_loader, split_data, train_loader
 from harness.errors import CheckpointError
 from harness.fitted import Evaluation, Fitted
 from harness.metrics import MetricSet, as_metric_set
-from harness.recording import code_commit, describe_fit, tracked
+from harness.recording import Unrecorded, code_commit, describe_fit, tracked
 from harness.saved_model import import_module_class, read_saved
 from harness.saver import about_fit
 from harness.weights import put_weights
@@ -64,6 +66,11 @@ class Learner:
     backward: Callable[[Tensor], object] | None = None
     hparams: Mapping[str, Any]
     opt_hparams: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        """Guard what is shared by learners made of one another."""
+        for name in ("hparams", "opt_hparams"):
+            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
 
     def set_hparams(self, **hparams: Any) -> Learner:
         """A learner whose model is built with these keyword arguments, added to earlier ones."""
@@ -155,7 +162,7 @@ class Learner:
         ----------
         luz 0.5.0, ``fit``.
         """
-        check_epochs(*(epochs if isinstance(epochs, tuple | list) else (0, epochs)))
+        check_epochs(*as_pair(epochs))
         own = check_callbacks(callbacks)
         if seed is not None:
             seed_all(seed)
@@ -283,6 +290,7 @@ class Learner:
             opt_hparams=fitted.opt_hparams,
             accelerator=accelerator,
             verbose=verbose,
+            recorder=Unrecorded(),
             callbacks=[TrainValid(), Metrics(measured), *check_callbacks(callbacks)],
         )
         loop.evaluate(ctx)
@@ -325,6 +333,7 @@ class Learner:
             newdata=eval_loader(data, dataloader_options, "data"),
             accelerator=accelerator,
             verbose=verbose,
+            recorder=Unrecorded(),
             callbacks=[TrainValid(), *check_callbacks(callbacks)],
         )
         preds = joined(loop.predict(ctx))
@@ -451,7 +460,8 @@ def joined(parts: Sequence[Any]) -> Any:
     if isinstance(first, Mapping):
         return {name: joined([part[name] for part in parts]) for name in first}
     if isinstance(first, tuple):
-        return tuple(joined(items) for items in zip(*parts, strict=True))
+        items = [joined(items) for items in zip(*parts, strict=True)]
+        return type(first)(*items) if hasattr(first, "_fields") else tuple(items)
     return list(parts)
 
 

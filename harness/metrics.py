@@ -386,6 +386,8 @@ def detach(value: Any) -> Any:
         return value.detach()
     if isinstance(value, Mapping):
         return {name: detach(item) for name, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(detach, value))
     if isinstance(value, tuple | list):
         return type(value)(detach(item) for item in value)
     return value
