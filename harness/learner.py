@@ -204,7 +204,7 @@ class Learner:
                 resume.check(ctx)
                 ctx.resume = resume
             with tracked(ctx, tracker) as run:
-                if run is not None and (resume is None or not resume.is_exact):
+                if run is not None and not (resume and resume.goes_on_with(run)):
                     describe_fit(run, ctx, self, seed)
                 loop.fit(ctx)
                 if run is not None and ctx.stop_signal is not None:

@@ -79,8 +79,9 @@ def earlier_run(ctx: Context) -> dict[str, Any]:
     if resume is None or not resume.is_exact:
         return {}
     home = resume.place.parent.parent
-    for path in (home, Path(resume.manifest["run"].get("path") or home)):
-        if path.name == resume.manifest["run"]["id"] and path.is_dir():
+    run = resume.manifest["run"]
+    for path in (home, Path(str(run.get("path") or home))):
+        if path.name == run.get("id") and path.is_dir():
             return {"run_id": path.name, "runs_dir": path.parent}
     return {}
 

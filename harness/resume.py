@@ -69,6 +69,10 @@ class Resume:
         parts = ("model", "optimizers", "records", "callbacks")
         return {part: getattr(self, f"restore_{part}") for part in parts}
 
+    def goes_on_with(self, run: Any) -> bool:
+        """True if `run` is the one that recorded the fit so far."""
+        return bool(run.id == self.manifest["run"].get("id"))
+
     def state(self, ctx: Context) -> Mapping[str, Any]:
         """The part of this rank."""
         assert ctx.accelerator is not None
