@@ -9,19 +9,35 @@ from __future__ import annotations
 import copy
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Integral
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from harness.callback import Callback
+from harness.checks import as_pair, check_callbacks, check_epochs, check_optimizers
 from harness.errors import EarlyStop, Signal
 from harness.events import EVENTS, check_event, nearest
+from harness.fit_state import (
+    IN_VALIDATION,
+    BeforeValid,
+    by_name,
+    extra_state,
+    put_extra_state,
+)
 from harness.randomness import generators_of, random_state
+from harness.records import (
+    ARRAYS,
+    NOBODY,
+    Recorder,
+    Records,
+    detached,
+    joined,
+    leaves,
+    metrics_frame,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,227 +47,15 @@ if TYPE_CHECKING:
     from harness.accelerator.base import Accelerator, StepOpt
 
 Handlers = dict[type[BaseException], Callable[[BaseException], object]]
-Records = dict[str, dict[str, list[Any]]]
 Phase = Literal["train", "valid", "epoch"]
-
-ARRAYS = (Tensor, np.ndarray, np.generic)
-"""What is logged as it is and becomes plain numbers when somebody reads the records."""
 
 NO_LIMIT = 999_999_999
 """``max_epochs`` where none was given."""
 
 
-class Recorder(Protocol):
-    """What the context tells of every logged value; ``tracking.Run`` is one."""
-
-    def log(
-        self,
-        what: str,
-        set: str,
-        value: Any,
-        index: int | None = None,
-        append: bool = True,
-        *,
-        epoch: int | None = None,
-        step: int | None = None,
-    ) -> None:
-        """Record one value."""
-
-    def log_steps(
-        self, set: str, values: Mapping[str, Any], step: int, epoch: int | None = None
-    ) -> None:
-        """Record values of a per-step series."""
-
-    def position(self) -> int:
-        """Number of the last row; later ones are higher."""
-        ...
-
-    def rewind(self, seq: int) -> None:
-        """Take back what was recorded after a position."""
-
-
-class Nobody:
-    """The recorder of a context that nobody listens to."""
-
-    def log(self, *args: Any, **kwargs: Any) -> None:
-        """Forget."""
-
-    def log_steps(self, *args: Any, **kwargs: Any) -> None:
-        """Forget."""
-
-    def position(self) -> int:
-        """Before the first row."""
-        return -1
-
-    def rewind(self, seq: int) -> None:
-        """Nothing to take back."""
-
-
-NOBODY: Recorder = Nobody()
-
-
-def check_callbacks(callbacks: Iterable[Any]) -> tuple[Callback, ...]:
-    """The callbacks in running order: by weight, ties as given.
-
-    Raises
-    ------
-    TypeError
-        If one is no ``Callback``, a class instead of an instance included.
-    """
-    if not isinstance(callbacks, Iterable):
-        msg = f"callbacks: expected a list of callbacks, got {callbacks!r}."
-        raise TypeError(f"{msg} Write [...] around it.")
-    found = tuple(callbacks)
-    for place, item in enumerate(found):
-        if isinstance(item, type) and issubclass(item, Callback):
-            msg = f"callbacks[{place}]: expected an instance, got the class {item.__name__}."
-            raise TypeError(f"{msg} Write {item.__name__}(...).")
-        if not isinstance(item, Callback):
-            msg = f"callbacks[{place}]: expected a harness.Callback, got {item!r}."
-            raise TypeError(f"{msg} Derive its class from harness.Callback.")
-    return tuple(sorted(found, key=lambda callback: callback.weight))
-
-
-def as_pair(epochs: Any) -> tuple[Any, Any]:
-    """``(min_epochs, max_epochs)`` of a number or pair, not checked further.
-
-    Raises
-    ------
-    ValueError
-        If there are other than two.
-    """
-    if not isinstance(epochs, tuple | list):
-        return 0, epochs
-    if len(epochs) != 2:
-        msg = f"epochs: expected a pair (min_epochs, max_epochs), got {epochs!r}."
-        raise ValueError(f"{msg} Give an int, or a pair.")
-    return epochs[0], epochs[1]
-
-
-def check_epochs(min_epochs: Any, max_epochs: Any) -> tuple[int, int]:
-    """Whole numbers with ``0 <= min_epochs <= max_epochs`` and at least one epoch.
-
-    Raises
-    ------
-    TypeError
-        If one is no whole number.
-    ValueError
-        If they are out of range or order.
-    """
-    for name, value in (("min_epochs", min_epochs), ("max_epochs", max_epochs)):
-        if not isinstance(value, Integral) or isinstance(value, bool):
-            msg = f"epochs: expected {name} as a whole number, got {value!r}."
-            raise TypeError(f"{msg} Give an int, or a pair (min_epochs, max_epochs).")
-    if min_epochs < 0 or max_epochs < 1:
-        msg = f"epochs: expected at least 1 epoch, got ({min_epochs}, {max_epochs})."
-        raise ValueError(f"{msg} Give an int from 1, or a pair (min, max).")
-    if min_epochs > max_epochs:
-        msg = f"epochs: expected min_epochs <= max_epochs, got {min_epochs} > {max_epochs}."
-        raise ValueError(f"{msg} Swap them.")
-    return int(min_epochs), int(max_epochs)
-
-
-def check_optimizers(optimizers: Any) -> dict[str, Any]:
-    """Optimizers by name; a single one gets the name ``opt``.
-
-    Raises
-    ------
-    TypeError
-        If several come without names, or one is no optimizer.
-    """
-    if isinstance(optimizers, list | tuple | set):
-        kind = type(optimizers).__name__
-        msg = f"set_optimizers(): expected a dict of named optimizers, got a {kind}."
-        raise TypeError(f'{msg} Return {{"gen": ..., "disc": ...}}, or one optimizer.')
-    if not isinstance(optimizers, Mapping):
-        optimizers = {"opt": optimizers}
-    for name, opt in optimizers.items():
-        if not isinstance(opt, Optimizer) and not hasattr(opt, "param_groups"):
-            msg = f"set_optimizers(): expected a torch optimizer at {name!r}, got {opt!r}."
-            raise TypeError(f"{msg} Build it, for instance torch.optim.AdamW(params).")
-    if not optimizers:
-        msg = "set_optimizers(): expected at least one optimizer, got none."
-        raise TypeError(f"{msg} Return one, or a dict of named ones.")
-    return dict(optimizers)
-
-
 def interactive() -> bool:
     """True where a person watches: a terminal, a notebook or a Python prompt."""
     return hasattr(sys, "ps1") or sys.stderr.isatty()
-
-
-_IN_VALIDATION = (
-    "on_valid_begin",
-    "on_valid_batch_begin",
-    "on_valid_batch_after_pred",
-    "on_valid_batch_after_loss",
-    "on_valid_batch_end",
-)
-"""Events that fire again when a fit stopped in validation goes on."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class BeforeValid:
-    """What validation changes, as it was before.
-
-    Attributes
-    ----------
-    random
-        State of all random generators.
-    journal
-        Position of the recorder.
-    lengths
-        Of each series of records.
-    callbacks
-        States of those that listen to validation.
-    """
-
-    random: dict[str, Any]
-    journal: int
-    lengths: dict[str, dict[str, int]]
-    callbacks: dict[str, dict[str, Any]]
-
-    def put_in(self, state: dict[str, Any]) -> None:
-        """Take a state in the middle of validation back to its beginning."""
-        state["random"], state["journal"] = self.random, self.journal
-        state["callbacks"] = state["callbacks"] | self.callbacks
-        state["records"] = {
-            what: {
-                split: series[: sets[split]]
-                for split, series in found.items()
-                if split in sets
-            }
-            for what, found in state["records"].items()
-            if (sets := self.lengths.get(what)) is not None
-        }
-
-
-def by_name(callbacks: Iterable[Callback]) -> Iterator[tuple[str, Callback]]:
-    """Callbacks with the names they have in a state: class, and number from the second on."""
-    counts: dict[str, int] = {}
-    for callback in callbacks:
-        name = type(callback).__name__
-        counts[name] = counts.get(name, 0) + 1
-        yield (name if counts[name] == 1 else f"{name}.{counts[name]}"), callback
-
-
-def extra_state(model: nn.Module | None) -> dict[str, Any]:
-    """What modules hold beside tensors, by module name: their ``get_extra_state``."""
-    return {name: module.get_extra_state() for name, module in _with_extra(model)}
-
-
-def put_extra_state(model: nn.Module | None, state: Mapping[str, Any]) -> None:
-    """Take back what ``extra_state`` gave."""
-    for name, module in _with_extra(model):
-        if name in state:
-            module.set_extra_state(state[name])
-
-
-def _with_extra(model: nn.Module | None) -> Iterator[tuple[str, nn.Module]]:
-    """Modules that have more state than tensors."""
-    for name, module in model.named_modules() if model is not None else ():
-        if type(module).get_extra_state is not nn.Module.get_extra_state:
-            yield name, module
 
 
 @dataclass(slots=True, init=False, eq=False, repr=False)
@@ -404,7 +208,7 @@ class Context:
         ----------
         luz 0.5.0, ``context$log``. Differs from luz: a gap before `index` is filled with None.
         """
-        kept = _detached(value) if type(value) is not float else value
+        kept = detached(value) if type(value) is not float else value
         series = self._records.get(what, {}).get(set, [])
         if index is None:
             index = len(series) + 1
@@ -418,7 +222,7 @@ class Context:
         while len(series) < index:
             series.append(None)
         current = series[index - 1]
-        series[index - 1] = _joined(current, kept) if append else kept
+        series[index - 1] = joined(current, kept) if append else kept
         self._remember_tensors(series, index - 1)
 
     def log_metric(self, name: str, value: Any) -> None:
@@ -474,7 +278,7 @@ class Context:
         self, set: str, epoch: int | None = None
     ) -> dict[str, str]:
         """The metrics of a set at an epoch as text with four significant digits, by name."""
-        metrics = dict(_leaves(self.get_metrics(set, epoch)))
+        metrics = dict(leaves(self.get_metrics(set, epoch)))
         return {
             name: f"{value:.4g}" if isinstance(value, int | float) else str(value)
             for name, value in metrics.items()
@@ -663,7 +467,7 @@ class Context:
         loaders = (self.train_data, self.valid_data, self._model)
         involved = {
             listener.__self__  # type: ignore[attr-defined]
-            for event in _IN_VALIDATION
+            for event in IN_VALIDATION
             for listener in self._listeners[event]
         }
         self._before_valid = BeforeValid(
@@ -888,51 +692,6 @@ def bind_context(model: nn.Module, ctx: Context | None) -> None:
         model.__dict__.pop("ctx", None)
     else:
         model.__dict__["ctx"] = ctx
-
-
-def metrics_frame(records: Records) -> pd.DataFrame:
-    """Metric records as a DataFrame with the columns set, metric, epoch, value."""
-    import pandas as pd  # noqa: PLC0415  slow to import, seldom used
-
-    rows = [
-        (split, name, epoch, value)
-        for split, series in records.get("metrics", {}).items()
-        for epoch, metrics in enumerate(series, start=1)
-        for name, value in _leaves(metrics or {})
-    ]
-    return pd.DataFrame(rows, columns=["set", "metric", "epoch", "value"])
-
-
-def _leaves(metrics: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    """Name and value of each leaf; nested names are joined by ``/``."""
-    for name, value in metrics.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{name}/")
-        else:
-            yield f"{prefix}{name}", value
-
-
-def _detached(value: Any) -> Any:
-    """The value as it is now, containers copied; tensors off the graph, still on their device."""
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, np.ndarray | np.generic):
-        return value.copy()
-    if isinstance(value, dict):
-        return {name: _detached(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_detached(item) for item in value]
-    return value
-
-
-def _joined(current: Any, value: Any) -> Any:
-    """What ``log`` keeps where something was logged before."""
-    if current is None:
-        return value
-    if isinstance(current, dict) and isinstance(value, dict):
-        return {**current, **value}
-    old = current if isinstance(current, list) else [current]
-    return old + (value if isinstance(value, list) else [value])
 
 
 class FitContext(Context):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from harness.context import Records, metrics_frame
+from harness.records import Records, metrics_frame
 from harness.saved_model import write_saved
 from harness.weights import WeightsReport, put_weights, save_weights
 

@@ -20,14 +20,12 @@ from harness.accelerator.pick import accelerator as pick_accelerator
 from harness.callback import Callback
 from harness.callbacks import Interrupt, Metrics, Profile, Progress, TrainValid
 from harness.callbacks.resuming import resume_of
+from harness.checks import as_pair, check_callbacks, check_epochs
 from harness.context import (
     Context,
     EvaluateContext,
     FitContext,
     PredictContext,
-    as_pair,
-    check_callbacks,
-    check_epochs,
 )
 from harness.data import eval_loader, split_data, train_loader
 from harness.errors import CheckpointError

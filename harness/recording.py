@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tracking
-from harness.context import Context, Nobody
+from harness.context import Context
 from harness.data import describe
+from harness.records import Nobody
 from tracking import capture
 from tracking.schema import leaves
 
