@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import subprocess
 import sys
@@ -23,6 +24,14 @@ _PACKAGES: Final = str(Path(__file__).resolve().parent.parent)
 _POLL_S: Final = 0.1
 # Python complains of a process object that goes while its process goes on.
 _STARTED: Final[list[subprocess.Popen[bytes]]] = []
+
+
+@atexit.register
+def _let_go() -> None:
+    """Leave the processes that outlive this one, without Python's complaint of it."""
+    for process in _STARTED:
+        if process.poll() is None:
+            process.returncode = 0
 
 
 def delivery_command(*arguments: str) -> list[str]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from pyarrow import compute as pc
 
 from tracking import block as block_module
 from tracking import rows
@@ -331,6 +332,11 @@ for n in range(count):
 """
 
 
+def values(table, what, name, column="value"):
+    rows = pc.and_(pc.equal(table["what"], what), pc.equal(table["name"], name))
+    return table.filter(rows)[column].to_pylist()
+
+
 def check_survived(tmp_path, root, count):
     done = run_script(KILLED, tmp_path, count, 20261122, cwd=root)
     assert done.returncode == 0, done.stderr
@@ -341,16 +347,18 @@ def check_survived(tmp_path, root, count):
         table, damage = read_part(part)
         # At most the row that each thread was writing, which had not returned.
         assert sum(d.rows_lost for d in damage) <= 3, damage
-        found: dict[tuple[str, str], list] = {}
-        for row in table.to_pylist():
-            value = value_of(row["kind"], row["value"], row["payload"])
-            found.setdefault((row["what"], row["name"]), []).append(value)
-        assert all(found["float", ""][i] == i + 1 for i in range(num_floats))
-        assert all(found["text", ""][i] == str(i + 1) for i in range(num_texts))
-        assert all(found["dict", "a"][i] == i + 1.5 for i in range(num_dicts))
-        assert all(found["dict", "b"][i] == (i % 2 == 1) for i in range(num_dicts))
-        assert all(found["dict", "c"][i] == i + 1 for i in range(num_dicts))
-        assert set(found["signal", ""]) >= {*map(float, signals)}
+        assert values(table, "float", "")[:num_floats] == [*range(1, num_floats + 1)]
+        assert values(table, "dict", "a")[:num_dicts] == [
+            i + 0.5 for i in range(1, num_dicts + 1)
+        ]
+        assert values(table, "dict", "b")[:num_dicts] == [
+            float(i % 2 == 0) for i in range(1, num_dicts + 1)
+        ]
+        assert values(table, "dict", "c")[:num_dicts] == [*range(1, num_dicts + 1)]
+        assert values(table, "text", "", "payload")[:num_texts] == [
+            f'"{i}"' for i in range(1, num_texts + 1)
+        ]
+        assert set(values(table, "signal", "")) >= {*map(float, signals)}
         # Recovered, it holds the same.
         journal = Journal(part)
         put(journal, 1.0)
