@@ -121,6 +121,7 @@ def _points(
     lacking = lacking[chosen_points(points, per_key, is_final=is_final)[lacking]]
     absent = _by_place(points, lacking)
     surplus = history.take(extra).append_column("is_dead", [is_dead[extra]])
+    surplus = surplus.sort_by([(k, "ascending") for k in ("key", "step", "time_ms")])
     rest, found = [], []
     for row in surplus.to_pylist():
         before = absent.get((row["key"], row["step"]))

@@ -62,7 +62,11 @@ class Server:
 
     def __enter__(self) -> Server:
         self._output = tempfile.TemporaryFile()
-        self.start()
+        try:
+            self.start()
+        except BaseException:
+            self._output.close()
+            raise
         return self
 
     def __exit__(

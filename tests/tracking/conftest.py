@@ -248,7 +248,9 @@ class Proxy:
         self._reply(handler, reply.status, text)
 
     def close(self) -> None:
-        """Stop listening."""
+        """Stop listening; again, if need be."""
+        if not self._thread.is_alive():
+            return
         self.released.set()
         self._server.shutdown()
         self._server.server_close()

@@ -72,9 +72,9 @@ def is_equal(in_mlflow, in_journal):
 # ------------------------------------------------------------------ a bad connection
 
 
-@pytest.mark.parametrize("mode", ["error", "hang", "drop"])
+@pytest.mark.parametrize("mode", ["gone", "error", "hang", "drop"])
 def test_server_that_fails_for_a_while_gets_every_row_once(
-    record, delivering, proxy, server, until, is_equal, monkeypatch, mode
+    record, delivering, proxy, server, connect, until, is_equal, monkeypatch, mode
 ):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1" if mode == "hang" else "20")
     run = record()
@@ -82,11 +82,16 @@ def test_server_that_fails_for_a_while_gets_every_row_once(
     work = delivering(run.path, proxy.address)
     until(lambda: work.state.delivered >= 399)
     proxy.mode = mode
+    if mode == "gone":
+        proxy.close()
     run.log_curve(2000, first=200)
     run.run.log_params({"late": 1})
-    until(lambda: proxy.num_faults >= 2 and work.state.phase == "waiting")
+    until(lambda: proxy.num_faults >= 2 or mode == "gone")
+    until(lambda: work.state.phase == "waiting")
     assert work.state.behind > 0
     assert work.state.error
+    if mode == "gone":
+        connect(server.port, proxy.port)
     proxy.mode = "pass"
     proxy.released.set()
     run.log_curve(200, first=2200)
