@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from typing import Any
 
 from harness.callback import Callback
+
+
+def as_text(value: Any) -> str:
+    """Numbers with all their digits as floats, anything else as Python prints it."""
+    return repr(float(value)) if isinstance(value, int | float) else str(value)
 
 
 class CSVLogger(Callback):
@@ -50,7 +56,7 @@ class CSVLogger(Callback):
         columns = (frame[name] for name in ("epoch", "set", "metric", "value"))
         rows = zip(*columns, strict=True)
         lines: list[tuple[object, ...]]
-        lines = [(e, s, m, repr(float(v))) for e, s, m, v in rows]
+        lines = [(e, s, m, as_text(v)) for e, s, m, v in rows]
         if not self._is_begun:
             lines.insert(0, ("epoch", "set", "metric", "value"))
         self._write(lines, "a" if self._is_begun else "w")

@@ -47,7 +47,12 @@ class EarlyStopping(Monitor):
         self.patience = patience
         self.waited = 0
         if baseline is not None:
-            self.best = baseline
+            self.best = self.begin_at = baseline
+
+    def on_fit_begin(self) -> None:
+        """Begin anew."""
+        self.forget()
+        self.waited = 0
 
     def on_epoch_begin(self) -> None:
         """End a fit that is gone on with from where it had ended already."""

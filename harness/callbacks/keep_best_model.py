@@ -30,6 +30,11 @@ class KeepBestModel(Monitor):
         super().__init__(monitor, mode, min_delta)
         self.weights: dict[str, Tensor] = {}
 
+    def on_fit_begin(self) -> None:
+        """Begin anew."""
+        self.forget()
+        self.weights = {}
+
     def on_epoch_end(self) -> None:
         """Copy the weights if they are the best so far."""
         if self.improved():

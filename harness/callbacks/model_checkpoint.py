@@ -83,7 +83,9 @@ class ModelCheckpoint(Monitor):
         self._has_saved = False
 
     def on_fit_begin(self) -> None:
-        """Find the folder."""
+        """Begin anew; find the folder."""
+        self.forget()
+        self._ranked, self._last_step = [], 0
         folder = self.path
         if folder is None:
             run = getattr(self.ctx.recorder, "path", None)

@@ -57,7 +57,12 @@ class Monitor(Callback):
             msg = f"{name}(min_delta): expected a number from 0, got {min_delta!r}."
             raise ValueError(f"{msg} Give the size of the change alone.")
         self.monitor, self.mode, self.min_delta = monitor, mode, min_delta
-        self.best = inf if mode == "min" else -inf
+        self.begin_at = inf if mode == "min" else -inf
+        self.best = self.begin_at
+
+    def forget(self) -> None:
+        """Begin anew, as a callback does that serves a second fit."""
+        self.best = self.begin_at
 
     def value(self) -> float:
         """The watched value of this epoch."""

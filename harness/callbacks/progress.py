@@ -37,6 +37,7 @@ class Progress(Callback):
         return self.ctx.verbose and (accelerator is None or accelerator.is_main)
 
     def _start(self, split: str) -> None:
+        self._stop()  # one that a skipped epoch left
         self._began = self._drawn = perf_counter()
         if not self._shows or not sys.stderr.isatty():
             return

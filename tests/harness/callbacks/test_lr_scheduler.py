@@ -1,0 +1,186 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.optim.lr_scheduler import (
+    CosineAnnealingLR,
+    LambdaLR,
+    OneCycleLR,
+    ReduceLROnPlateau,
+    StepLR,
+)
+
+import harness
+from harness.accelerator import SingleDevice
+from harness.callbacks import LRScheduler
+from tests.harness.fakes import At, line_learner, slope
+from tests.harness.test_loop import Pair
+
+OFF: dict[str, Any] = {"tracker": False, "verbose": False}
+
+
+def rates(callback, *others, epochs=4, learner=None, **options):
+    """Learning rate of each batch, two an epoch, and what was logged."""
+    seen = []
+    note = At(
+        "on_train_batch_begin", lambda ctx: seen.append(ctx.opt.param_groups[0]["lr"])
+    )
+    learner = learner or line_learner().set_opt_hparams(lr=1e-3)
+    options = {"dataloader_options": {"batch_size": 2}} | options
+    fitted = learner.fit(
+        slope(4), epochs, callbacks=[note, callback, *others], **OFF | options
+    )
+    return seen, fitted.records["lr"]["train"]
+
+
+def by_torch(kind, steps, **options):
+    """The rates that torch's scheduler gives by itself."""
+    opt = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+    scheduler = kind(opt, **options)
+    found = []
+    for _ in range(steps):
+        found.append(opt.param_groups[0]["lr"])
+        opt.step()
+        scheduler.step()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (StepLR, {"step_size": 2, "gamma": 0.5}),
+        (CosineAnnealingLR, {"T_max": 4}),
+        (LambdaLR, {"lr_lambda": lambda n: 1 / (n + 1)}),
+    ],
+)
+def test_scheduler_steps_at_epoch_ends_as_torchs(kind, options):
+    seen, logged = rates(LRScheduler(kind, **options))
+    expected = by_torch(kind, 4, **options)
+    assert seen == [rate for rate in expected for _ in range(2)]
+    assert logged == [{"opt": rate} for rate in expected]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (StepLR, {"step_size": 3, "gamma": 0.5}),
+        (OneCycleLR, {"max_lr": 0.01, "total_steps": 9, "cycle_momentum": False}),
+    ],
+)
+def test_scheduler_steps_after_optimizer_steps_as_torchs(kind, options):
+    event = "on_train_batch_after_step"
+    seen, _ = rates(LRScheduler(kind, call_on=event, **options))
+    assert seen == by_torch(kind, 8, **options)
+
+
+def test_scheduler_counts_only_steps_that_were_made():
+    event = "on_train_batch_after_step"
+    callback = LRScheduler(StepLR, call_on=event, step_size=1, gamma=0.5)
+    seen, _ = rates(callback, accelerator=SingleDevice("cpu", accumulate=2))
+    assert seen == [1e-3, 1e-3, 5e-4, 5e-4, 2.5e-4, 2.5e-4, 1.25e-4, 1.25e-4]
+
+
+def plateau(values, monitor="valid/watched", **options):
+    callback = LRScheduler(
+        ReduceLROnPlateau, monitor=monitor, patience=0, factor=0.5, **options
+    )
+
+    def log(ctx):
+        value = {"watched": values[ctx.epoch - 1]}
+        ctx.log("metrics", "valid", value, index=ctx.epoch)
+
+    seen, _ = rates(callback, At("on_train_end", log))
+    return seen[::2]
+
+
+def test_scheduler_on_a_plateau_is_given_the_metric():
+    assert plateau([3.0, 2.0, 2.5, 1.0]) == [1e-3, 1e-3, 1e-3, 5e-4]
+    assert plateau([3.0, 2.0, 2.5, 1.0], mode="max") == [1e-3, 1e-3, 5e-4, 2.5e-4]
+
+
+def test_scheduler_on_a_plateau_of_something_unknown_is_told():
+    with pytest.raises(
+        ValueError,
+        match=r"LRScheduler\(monitor='valid/acc'\): expected a logged metric",
+    ):
+        plateau([1.0] * 4, monitor="valid/acc")
+
+
+def test_scheduler_of_one_of_several_optimizers_leaves_the_others():
+    seen = []
+    note = At(
+        "on_train_batch_end",
+        lambda ctx: seen.append(
+            [opt.param_groups[0]["lr"] for opt in ctx.optimizers.values()]
+        ),
+        weight=100,
+    )
+    callback = LRScheduler(
+        StepLR,
+        call_on="on_train_batch_after_step",
+        opt_name="b",
+        step_size=1,
+        gamma=0.5,
+    )
+    learner = harness.setup(Pair).set_opt_hparams(lr=1e-3)
+    options = {"batch_size": 2}
+    fitted = learner.fit(
+        slope(4), 1, callbacks=[note, callback], dataloader_options=options, **OFF
+    )
+    assert seen == [[1e-3, 5e-4], [1e-3, 2.5e-4]]
+    assert fitted.records["lr"]["train"] == [{"b": 2.5e-4}]
+
+
+def test_scheduler_of_each_of_several_optimizers_logs_both():
+    both = [LRScheduler(StepLR, opt_name=n, step_size=1, gamma=0.5) for n in ("a", "b")]
+    learner = harness.setup(Pair).set_opt_hparams(lr=1e-3)
+    fitted = learner.fit(slope(4), 2, callbacks=both, **OFF)
+    assert fitted.records["lr"]["train"] == [
+        {"a": 1e-3, "b": 1e-3},
+        {"a": 5e-4, "b": 5e-4},
+    ]
+
+
+def test_scheduler_of_several_parameter_groups_logs_each_rate():
+    def two_groups(params, lr):
+        w, b = params
+        groups = [{"params": [w]}, {"params": [b], "lr": 10 * lr}]
+        return torch.optim.SGD(groups, lr=lr)
+
+    learner = line_learner(optimizer=two_groups).set_opt_hparams(lr=1e-3)
+    _, logged = rates(LRScheduler(StepLR, step_size=1, gamma=0.5), learner=learner)
+    assert logged[1] == {"opt": {"0": 5e-4, "1": 5e-3}}
+
+
+@pytest.mark.parametrize("name", [None, "c"])
+def test_scheduler_without_a_known_optimizer_is_told_before_any_epoch(name):
+    callback = LRScheduler(StepLR, opt_name=name, step_size=1)
+    learner = harness.setup(Pair).set_opt_hparams(lr=1e-3)
+    with pytest.raises(
+        ValueError,
+        match=rf"LRScheduler\(opt_name\): .*got {name!r}. Choose from \['a', 'b'\]",
+    ):
+        learner.fit(slope(4), 1, callbacks=[callback], **OFF)
+
+
+def test_scheduler_event_is_checked():
+    with pytest.raises(
+        ValueError, match=r"LRScheduler\(call_on\): .*Did you mean 'on_epoch_end'"
+    ):
+        LRScheduler(StepLR, call_on="on_epoch_ends", step_size=1)
+
+
+def test_scheduler_begins_anew_with_each_fit():
+    callback = LRScheduler(StepLR, step_size=1, gamma=0.5)
+    assert rates(callback) == rates(callback)
+
+
+def test_scheduler_state_goes_round():
+    first, second = (LRScheduler(StepLR, step_size=1, gamma=0.5) for _ in range(2))
+    rates(first, epochs=3)
+    rates(second, epochs=1)
+    second.load_state_dict(first.state_dict())
+    assert second.scheduler.last_epoch == 3
+    assert second.state_dict() == first.state_dict()

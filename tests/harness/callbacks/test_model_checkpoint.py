@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import harness
+import tracking
+from harness.callbacks import KeepBestModel, ModelCheckpoint
+from harness.checkpoint import check, checkpoints, newest, read_part
+from harness.fitted import Fitted
+from tests.harness.exact import CASES, Case, sgd
+
+
+def train(
+    *own: Any, epochs: int = 2, case: Case = CASES["augmented"], **options: Any
+) -> Fitted:
+    return case.learner().fit(
+        case.data(),
+        epochs,
+        case.valid,
+        callbacks=own,
+        dataloader_options=case.options,
+        verbose=False,
+        **{"tracker": False, "seed": 7} | options,
+    )
+
+
+def steps(folder: Path) -> list[int]:
+    return [check(place)["position"]["step"] for place in checkpoints(folder)]
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ({}, [12]),
+        ({"keep_last": 5}, [12, 6]),
+        ({"keep_last": 5, "every_n_epochs": 2}, [12]),
+        ({"keep_last": 9, "every_n_steps": 4}, [12, 12, 8, 6, 4]),
+        ({"keep_last": 2, "every_n_steps": 4, "every_n_epochs": 0}, [12, 8]),
+        (
+            {"keep_last": 99, "every_n_minutes": 1e-9, "every_n_epochs": 0},
+            [*range(12, 0, -1)],
+        ),
+        ({"keep_last": 99, "every_n_minutes": 60.0, "every_n_epochs": 0}, []),
+    ],
+)
+def test_model_checkpoint_saves_when_it_is_time_and_keeps_the_newest(
+    options: dict[str, Any], found: list[int], tmp_path: Path
+) -> None:
+    train(ModelCheckpoint(tmp_path, **options))
+    assert steps(tmp_path) == found
+
+
+def test_model_checkpoint_keeps_the_best_epochs_beside_the_last(tmp_path: Path) -> None:
+    saves = ModelCheckpoint(tmp_path, keep_best=2, monitor="train/loss", mode="max")
+    fitted = train(saves, epochs=5)
+    losses = [row["loss"] for row in fitted.records["metrics"]["train"]]
+    best = sorted(range(5), key=lambda n: -losses[n])[:2]
+    kept = {check(place)["position"]["epoch"] for place in checkpoints(tmp_path)}
+    assert kept == {5, *(n + 1 for n in best)}
+
+
+def test_model_checkpoint_without_a_path_saves_in_the_run(tmp_path: Path) -> None:
+    tracker = {"runs_dir": tmp_path, "deliver": False}
+    fitted = train(ModelCheckpoint(), tracker=tracker)
+    assert fitted.run_path is not None
+    place, _ = newest(fitted.run_path / "checkpoints")
+    assert place is not None
+    assert check(place)["run"] == {"id": fitted.run_id, "path": str(fitted.run_path)}
+
+
+def test_model_checkpoint_without_path_or_run_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"ModelCheckpoint\(path\): expected a folder"):
+        train(ModelCheckpoint())
+
+
+@pytest.mark.parametrize(
+    "option", ["every_n_epochs", "every_n_steps", "keep_last", "keep_best"]
+)
+def test_model_checkpoint_with_a_number_out_of_range_is_refused(option: str) -> None:
+    with pytest.raises(
+        ValueError, match=rf"ModelCheckpoint\({option}\): expected at least"
+    ):
+        ModelCheckpoint(**{option: -1})
+
+
+def test_model_checkpoint_of_a_folder_that_cannot_be_written_warns_and_trains_on(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.warns(UserWarning, match="checkpoint not written: .*Training goes on"):
+        fitted = train(ModelCheckpoint(tmp_path / "file" / "saved"))
+    assert len(fitted.records["metrics"]["train"]) == 2
+
+
+def test_model_checkpoint_tries_again_after_a_failed_write(tmp_path: Path) -> None:
+    """The folder is a file at the first epoch's end, and gone at the second's."""
+    folder = tmp_path / "saved"
+    folder.write_text("in the way")
+
+    class Clear(harness.Callback):
+        def on_train_begin(self) -> None:
+            if self.ctx.epoch == 2:
+                folder.unlink()
+
+    with pytest.warns(UserWarning, match="the next save tries again"):
+        train(ModelCheckpoint(folder), Clear())
+    assert steps(folder) == [12]
+
+
+def test_model_checkpoint_with_a_state_that_cannot_be_written_names_it(
+    tmp_path: Path,
+) -> None:
+    class Odd(harness.Callback):
+        def state_dict(self) -> dict[str, Any]:
+            return {"seen": {1, 2}}
+
+    with pytest.raises(TypeError, match="state/callbacks/Odd/seen: expected numbers"):
+        train(ModelCheckpoint(tmp_path), Odd())
+
+
+def test_model_checkpoint_changes_nothing_of_the_training(tmp_path: Path) -> None:
+    case = CASES["adam-onecycle-metrics"]
+    plain = train(*case.callbacks(tmp_path), case=case)
+    saving = ModelCheckpoint(tmp_path, every_n_steps=1)
+    saved = train(saving, *case.callbacks(tmp_path), case=case)
+    for name, value in plain.model.state_dict().items():
+        assert value.equal(saved.model.state_dict()[name])
+    assert plain.records["metrics"] == saved.records["metrics"]
+
+
+def test_model_checkpoint_holds_the_weights_of_its_moment(tmp_path: Path) -> None:
+    """The copy is taken at once, though it is written while training goes on."""
+    seen: dict[int, Any] = {}
+
+    class Look(harness.Callback):
+        def on_train_batch_end(self) -> None:
+            seen[self.ctx.step] = self.ctx.model.head.bias.detach().clone()
+
+    train(ModelCheckpoint(tmp_path, every_n_steps=1, keep_last=99), Look())
+    for place in checkpoints(tmp_path):
+        state = read_part(place, 0)
+        saved = state["accelerator"]["model"]["head.bias"]
+        assert saved.equal(seen[state["position"]["step"]])
+
+
+def test_model_checkpoint_of_a_fit_that_fails_is_awaited(tmp_path: Path) -> None:
+    class Fails(harness.Callback):
+        def on_train_batch_end(self) -> None:
+            if self.ctx.step == 3:
+                raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough"):
+        train(ModelCheckpoint(tmp_path, every_n_steps=2), Fails())
+    assert steps(tmp_path) == [2]
+    assert [name for name in os.listdir(tmp_path) if name.endswith(".tmp")] == []
+
+
+def test_fit_whose_folder_is_read_only_keeps_the_former_checkpoint(
+    tmp_path: Path,
+) -> None:
+    if os.geteuid() == 0:
+        pytest.skip("root may write anywhere")
+    train(ModelCheckpoint(tmp_path))
+    tmp_path.chmod(0o500)
+    with pytest.warns(UserWarning, match="checkpoint not written"):
+        train(ModelCheckpoint(tmp_path))
+    assert steps(tmp_path) == [12]
+
+
+def test_keep_best_model_puts_the_best_epochs_weights_in(tmp_path: Path) -> None:
+    seen: dict[int, Any] = {}
+
+    class Look(harness.Callback):
+        def on_epoch_end(self) -> None:
+            seen[self.ctx.epoch or 0] = self.ctx.model.head.bias.detach().clone()
+
+    fitted = train(KeepBestModel("train/loss", "max"), Look(), epochs=4)
+    losses = [row["loss"] for row in fitted.records["metrics"]["train"]]
+    best = 1 + max(range(4), key=losses.__getitem__)
+    assert best != 4
+    assert fitted.model.head.bias.equal(seen[best])
+
+
+def test_saved_run_is_not_run_by_warnings(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(ModelCheckpoint(tmp_path), case=Case(learner=sgd))
+    assert tracking.list_runs(tmp_path) == []

@@ -1,0 +1,224 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import harness
+import tracking
+from harness.callbacks import AutoResume, EarlyStopping, ResumeFromCheckpoint
+from harness.checkpoint import checkpoints, newest
+from harness.errors import CheckpointError
+from harness.fitted import Fitted
+from tests.harness.exact import CASES, Case, Stop, TwoParts, rewritten
+
+
+def train(
+    *own: Any, case: Case = CASES["augmented"], epochs: int = 2, **options: Any
+) -> Fitted:
+    return case.learner().fit(
+        options.pop("data", None) or case.data(),
+        epochs,
+        case.valid,
+        callbacks=own,
+        dataloader_options=case.options,
+        **{"tracker": False, "seed": 7, "verbose": False} | options,
+    )
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A folder with the checkpoint of a fit that was stopped after eight batches."""
+    train(AutoResume(tmp_path / "saved"), Stop("on_train_batch_end", 8))
+    return tmp_path / "saved"
+
+
+def losses(fitted: Fitted) -> list[float]:
+    return [row["loss"] for row in fitted.records["metrics"]["train"]]
+
+
+def test_auto_resume_goes_on_then_empties_its_folder(saved: Path) -> None:
+    assert len(checkpoints(saved)) == 1
+    fitted = train(AutoResume(saved))
+    assert losses(fitted) == losses(train())
+    assert checkpoints(saved) == []
+
+
+def test_resume_from_checkpoint_takes_a_folder_or_one_checkpoint(saved: Path) -> None:
+    [place] = checkpoints(saved)
+    for path in (saved, place):
+        assert losses(train(ResumeFromCheckpoint(path))) == losses(train())
+    assert checkpoints(saved) == [place]
+
+
+def test_resume_from_checkpoint_passes_over_torn_ones_with_a_warning(
+    saved: Path,
+) -> None:
+    with pytest.warns(UserWarning, match="passed over: checkpoint"):
+        (saved / "000099-epoch-9-batch-9-step-9").mkdir()
+        fitted = train(ResumeFromCheckpoint(saved))
+    assert losses(fitted) == losses(train())
+
+
+def test_resume_without_a_checkpoint_is_refused_unless_it_may_be_missing(
+    tmp_path: Path,
+) -> None:
+    match = "expected a whole checkpoint, found none.*set missing_ok=True"
+    for path in (tmp_path, tmp_path / "none"):
+        with pytest.raises(CheckpointError, match=match):
+            train(ResumeFromCheckpoint(path))
+        fitted = train(ResumeFromCheckpoint(path, missing_ok=True))
+        assert losses(fitted) == losses(train())
+
+
+def test_resume_of_the_records_alone_begins_a_new_run_with_them(
+    saved: Path, tmp_path: Path
+) -> None:
+    parts = {"restore_model": False, "restore_optimizers": False}
+    tracker = {"runs_dir": tmp_path / "runs", "deliver": False}
+    callback = ResumeFromCheckpoint(saved, restore_callbacks=False, **parts)
+    train(callback, epochs=1, tracker=tracker)
+    [run] = tracking.list_runs(tmp_path / "runs")
+    assert run.wide().num_rows == 1
+    assert run.params["optimizer"] == "SGD"
+
+
+def test_resume_of_weights_and_optimizers_begins_at_epoch_one(saved: Path) -> None:
+    parts = {"restore_records": False, "restore_callbacks": False}
+    fitted = train(ResumeFromCheckpoint(saved, **parts))
+    assert len(losses(fitted)) == 2
+    assert losses(fitted)[0] < losses(train())[0]
+
+
+def test_resume_of_an_early_stopped_fit_trains_no_further(tmp_path: Path) -> None:
+    def own() -> list[harness.Callback]:
+        stopping = EarlyStopping("train/loss", patience=1, baseline=-1.0)
+        return [stopping, harness.callbacks.ModelCheckpoint(tmp_path)]
+
+    first = train(*own(), epochs=9)
+    assert len(losses(first)) == 1
+    again = train(*own(), ResumeFromCheckpoint(tmp_path), epochs=9)
+    assert losses(again) == losses(first)
+
+
+def test_resume_of_a_finished_fit_with_more_epochs_goes_on(tmp_path: Path) -> None:
+    train(harness.callbacks.ModelCheckpoint(tmp_path))
+    longer = train(ResumeFromCheckpoint(tmp_path), epochs=4)
+    assert losses(longer) == losses(train(epochs=4))
+
+
+# --------------------------------------------------------------- it explains itself
+
+
+def test_resume_tells_what_is_restored_absent_and_different(
+    saved: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"batch_size": 4, "drop_last": True}
+    other = Case(
+        learner=lambda: CASES["augmented"].learner().set_opt_hparams(lr=0.5),
+        data=CASES["augmented"].data,
+        options=options,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "__version__", "0.0.1")
+        train(
+            EarlyStopping("train/loss"),
+            ResumeFromCheckpoint(saved),
+            case=other,
+            verbose=True,
+        )
+    told = " ".join(capsys.readouterr().err.split())
+    assert (
+        "resumed from 000002-epoch-2-batch-2-step-8: epoch 2, batch 2, step 8" in told
+    )
+    assert "opt_hparams differs \"{'lr': 0.05, 'momentum': 0.9}\" then," in told
+    assert "torch differs" in told
+    assert "'0.0.1' now" in told
+    assert "callbacks absent EarlyStopping is new and starts afresh" in told
+    assert "callbacks absent AutoResume is no longer there" in told
+    for part in ("model", "optimizers", "records", "callbacks", "random generators"):
+        assert f"{part} restored" in told
+    assert "loader position restored 2 batches done" in told
+
+
+@pytest.mark.parametrize("change", ["opt_hparams", "data"])
+def test_strict_resume_refuses_differences_before_the_run_is_touched(
+    change: str, tmp_path: Path
+) -> None:
+    case = CASES["adam-onecycle-metrics"]
+    tracker = {"runs_dir": tmp_path / "runs", "deliver": False}
+    stop = Stop("on_train_batch_end", 8)
+    train(AutoResume(tmp_path / "saved"), stop, case=case, tracker=tracker)
+    [run] = tracking.list_runs(tmp_path / "runs")
+    before = run.records(superseded=True), run.manifest
+    data = case.data()
+    other = case
+    if change == "data":
+        data = (data[0] + 1e-6, data[1])
+    else:
+        other = Case(learner=lambda: case.learner().set_opt_hparams(lr=0.5))
+    strict = ResumeFromCheckpoint(tmp_path / "saved", strict=True)
+    match = rf"strict: expected no difference, got {change}: .*Mend it or drop strict"
+    with pytest.raises(CheckpointError, match=match):
+        train(strict, case=other, data=data, tracker=tracker)
+    assert (run.records(superseded=True), run.manifest) == before
+    assert train(strict, case=case, tracker=tracker).run_id == run.id
+
+
+@pytest.mark.parametrize(
+    ("learner", "match"),
+    [
+        (
+            lambda: harness.setup(TwoParts, loss=nn.CrossEntropyLoss()),
+            r"expected optimizers \['body', 'head'\], got \['opt'\]",
+        ),
+        (
+            lambda: harness.setup(
+                lambda: nn.Linear(4, 3),
+                loss=nn.CrossEntropyLoss(),
+                optimizer=torch.optim.SGD,
+            ).set_opt_hparams(lr=0.1),
+            r"expected the tensor 'bias' of shape \(3,\), got none",
+        ),
+    ],
+)
+def test_resume_with_another_model_is_refused_before_the_run_is_touched(
+    learner: Any, match: str, saved: Path, tmp_path: Path
+) -> None:
+    tracker = {"runs_dir": tmp_path / "runs", "deliver": False}
+    other = Case(learner=learner, data=CASES["augmented"].data)
+    with pytest.raises(CheckpointError, match=match):
+        train(ResumeFromCheckpoint(saved), case=other, tracker=tracker)
+    assert tracking.list_runs(tmp_path / "runs") == []
+
+
+def test_resume_on_another_number_of_ranks_is_refused_with_the_way_that_works(
+    saved: Path, tmp_path: Path
+) -> None:
+    place, _ = newest(saved)
+    assert place is not None
+    manifest = (place / "manifest.json").read_text()
+    for kind in ("json", "safetensors"):
+        (place / f"rank-1.{kind}").write_bytes((place / f"rank-0.{kind}").read_bytes())
+    two = manifest.replace('"world_size": 1', '"world_size": 2')
+    files = '"files": {"rank-1.json"'
+    rank0 = manifest.split('"files": {')[1].rstrip("}") + "}"
+    both = rank0 + ", " + rank0.replace("rank-0", "rank-1")
+    (place / "manifest.json").write_text(
+        two.split('"files": {')[0] + '"files": {' + both + "}}"
+    )
+    assert files not in manifest
+    tracker = {"runs_dir": tmp_path / "runs", "deliver": False}
+    match = "expected the 2 ranks it was saved on, got 1.*take the weights alone"
+    with pytest.raises(CheckpointError, match=match):
+        train(ResumeFromCheckpoint(saved), tracker=tracker)
+    assert tracking.list_runs(tmp_path / "runs") == []
+
+
+def test_resume_of_something_else_that_is_whole_is_refused(saved: Path) -> None:
+    rewritten(saved, lambda state: state.pop("random"))
+    with pytest.raises(CheckpointError, match="expected the state of a fit, got none"):
+        train(ResumeFromCheckpoint(saved))
