@@ -24,6 +24,7 @@ from harness.checkpoint import newest
 from harness.weights import save_weights
 from tests.harness.exact import CASES, WITH_WORKERS, Case, Stop, same_bits
 from tracking.state import State
+from tracking.sync import sync
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
@@ -332,7 +333,7 @@ def delivered(folder: Path, monkeypatch: pytest.MonkeyPatch, *kills: Case) -> st
         )
     assert in_child(None, lambda: train(folder, every=2, deliver=True))
     [run] = tracking.list_runs(folder / "runs")
-    [done] = tracking.sync([run], 60.0)
+    [done] = sync([run], 60.0)
     assert done.behind == 0
     state = State.read(run.path)
     assert state is not None

@@ -157,7 +157,7 @@ def test_model_checkpoint_of_a_fit_that_fails_is_awaited(tmp_path: Path) -> None
     with pytest.raises(RuntimeError, match="enough"):
         train(ModelCheckpoint(tmp_path, every_n_steps=2), Fails())
     assert steps(tmp_path) == [2]
-    assert [name for name in os.listdir(tmp_path) if name.endswith(".tmp")] == []
+    assert [path for path in tmp_path.iterdir() if path.suffix == ".tmp"] == []
 
 
 def test_fit_whose_folder_is_read_only_keeps_the_former_checkpoint(

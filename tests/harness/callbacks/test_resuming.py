@@ -57,8 +57,8 @@ def test_resume_from_checkpoint_takes_a_folder_or_one_checkpoint(saved: Path) ->
 def test_resume_from_checkpoint_passes_over_torn_ones_with_a_warning(
     saved: Path,
 ) -> None:
+    (saved / "000099-epoch-9-batch-9-step-9").mkdir()
     with pytest.warns(UserWarning, match="passed over: checkpoint"):
-        (saved / "000099-epoch-9-batch-9-step-9").mkdir()
         fitted = train(ResumeFromCheckpoint(saved))
     assert losses(fitted) == losses(train())
 
