@@ -93,7 +93,7 @@ class Block:
     """An open block in memory: what is written to when the disk cannot be.
 
     Any thread or signal handler writes without a lock, in this order: ``slots`` gives
-    a slot (``for slot in block.slots: break``), ``key`` and ``add_payload`` write what
+    a slot (``for slot in block.slots``), ``key`` and ``add_payload`` write what
     the row refers to, ``put`` writes the row.
 
     Parameters
@@ -120,7 +120,8 @@ class Block:
     -----
     CPython looks for signals and for other threads after calls and backward jumps, not
     between the steps of ``for``: so no slot is taken without its taker knowing, and a
-    handler that raises cannot leave a hole. With ``next(slots)`` it could.
+    handler that raises cannot leave a hole. With ``next(slots)`` it could. In
+    ``zip(values, slots)`` the values come first: no slot is taken after the last one.
     """
 
     def __init__(self, number: int) -> None:
@@ -160,8 +161,9 @@ class Block:
     def retire(self) -> None:
         """Let no more slots be taken."""
         if self.limit is None:
-            slots, self.slots = self.slots, itertools.count(CAPACITY)
-            self.limit = min(next(slots), CAPACITY)
+            # All that are left, in one step that no other thread comes between.
+            left = list(itertools.islice(self.slots, CAPACITY))
+            self.limit = min(left[0], CAPACITY)
 
     def snapshot(self) -> tuple[bytes, bytes]:
         """Rows and texts as they are now."""

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -141,13 +141,13 @@ class Run:
         """
         if append:
             if type(value) is float:
-                if self._log_floats(what, set, (("", value),), index, epoch, step):
+                if self._log_float(what, set, "", value, index, epoch, step):
                     return
             elif (
                 type(value) is dict
                 and value
                 and _FLOATS.issuperset(map(type, value.values()))
-                and self._log_floats(what, set, value.items(), index, epoch, step)
+                and self._log_floats(what, set, value, index, epoch, step)
             ):
                 return
         self._log_any(what, set, value, index, append, epoch, step)
@@ -163,8 +163,8 @@ class Run:
         step: int | None = None,
     ) -> None:
         """Record one metric: ``log("metrics", set, {name: value}, index)``."""
-        if type(value) is not float or not self._log_floats(
-            "metrics", set, ((name, value),), index, epoch, step
+        if type(value) is not float or not self._log_float(
+            "metrics", set, name, value, index, epoch, step
         ):
             self._log_any("metrics", set, {name: value}, index, True, epoch, step)
 
@@ -399,33 +399,72 @@ class Run:
 
     # ------------------------------------------------------------------- internals
 
+    def _log_float(
+        self,
+        what: str,
+        set: str,
+        name: str,
+        number: float,
+        index: int | None,
+        epoch: int | None,
+        step: int | None,
+    ) -> bool:
+        """Write a float under a name known to the block; False if it takes more care.
+
+        As ``_log_floats``, at two thirds of the price for the most common call.
+        """
+        journal = self._journal
+        block, slot = journal.block, CAPACITY  # how slots are taken: see Block
+        try:
+            group = block.groups.get((what, set))
+            if group is None or name not in group.ids:
+                return False
+            at = group.series.index_for(index, step)
+            now = time.time_ns() // 1000
+            after = NO_COUNT if step is None else step
+            during = NO_EPOCH if epoch is None else epoch
+            for slot in block.slots:  # noqa: B007
+                break
+            if slot < CAPACITY:
+                # fmt: off
+                block.put(
+                    slot * SIZE, now, at, after, number, during, group.ids[name],
+                    FLOAT, 0, MARK ^ slot,
+                )
+                # fmt: on
+            else:
+                leaf = (name, FLOAT, number, None)
+                journal.write_row(what, set, leaf, now, at, after, during)
+        except BaseException:
+            block.void(slot)
+            _checked(what, set, index, epoch, step)
+            raise
+        return True
+
     def _log_floats(
         self,
         what: str,
         set: str,
-        items: Iterable[tuple[str, float]],
+        values: dict[str, float],
         index: int | None,
         epoch: int | None,
         step: int | None,
     ) -> bool:
         """Write floats under names known to the block; False if it takes more care."""
         journal = self._journal
-        block, slot = journal.block, CAPACITY
+        block, slot = journal.block, CAPACITY  # how slots are taken: see Block
         try:
             group = block.groups.get((what, set))
             if group is None:
                 return False
             keys = group.ids
-            for name, _ in items:
-                if name not in keys:
-                    return False
+            if not values.keys() <= keys.keys():
+                return False
             at = group.series.index_for(index, step)
             put, now = block.put, time.time_ns() // 1000
             after = NO_COUNT if step is None else step
             during = NO_EPOCH if epoch is None else epoch
-            for name, number in items:
-                for slot in block.slots:  # noqa: B007 (see Block)
-                    break
+            for (name, number), slot in zip(values.items(), block.slots, strict=False):
                 if slot < CAPACITY:
                     # fmt: off
                     put(

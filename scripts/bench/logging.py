@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import importlib
 import importlib.util
+import logging
 import mmap
 import os
 import signal
@@ -251,6 +252,7 @@ def mlflow_client(folder: Path):
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
     from mlflow import MlflowClient
 
+    logging.getLogger("mlflow").setLevel(logging.ERROR)
     client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
     experiment = client.create_experiment("bench", str(folder / "artifacts"))
     return client, client.create_run(experiment).info.run_id
@@ -273,12 +275,13 @@ def mlflow_async(folder: Path) -> Iterator[Loop]:
 
     def loop(n):
         for i in range(n):
-            last = client.log_metric(run_id, "loss", 0.5, step=i, synchronous=False)
-        waiting.append(last)
+            done = client.log_metric(run_id, "loss", 0.5, step=i, synchronous=False)
+            waiting.append(done)
 
     waiting: list = []
     yield loop
-    waiting[-1].wait()
+    for done in waiting:
+        done.wait()
 
 
 @contender("MLflow, log_batch of 1000", 3_000, needs="mlflow", count=count_mlflow)
