@@ -278,12 +278,13 @@ class Learner:
         ----------
         luz 0.5.0, ``evaluate``.
         """
+        check_loss(f"evaluate({type(fitted.model).__name__})", fitted.model, self)
         accelerator = accelerator or pick_accelerator()
         measured = self.metrics if metrics is None else as_metric_set(metrics)
         ctx = EvaluateContext(
             model=fitted.model,
             newdata=eval_loader(data, dataloader_options, "data"),
-            optimizers=self.build_optimizers(fitted.model),
+            optimizers=self._named_optimizers(fitted.model),
             loss_fn=self.loss_fn_of(fitted.model, accelerator.device),
             opt_hparams=fitted.opt_hparams,
             accelerator=accelerator,
@@ -294,6 +295,12 @@ class Learner:
         loop.evaluate(ctx)
         self._release(ctx)
         return Evaluation(records=ctx.records)
+
+    def _named_optimizers(self, model: nn.Module) -> Any:
+        """Optimizers for their names alone; a stand-in where there are none."""
+        if self.optimizer is None and not hasattr(model, "set_optimizers"):
+            return torch.optim.SGD([nn.Parameter(torch.zeros(()))])
+        return self.build_optimizers(model)
 
     def predict(
         self,
@@ -419,20 +426,22 @@ def setup(
 def check_whole(model: Any, learner: Learner) -> None:
     """Raise if neither the learner nor the model says how to compare or how to step."""
     name = model.__name__ if isinstance(model, type) else type(model).__name__
-    if (
-        learner.loss is None
-        and not hasattr(model, "loss")
-        and not hasattr(model, "step")
-    ):
-        msg = (
-            f"setup({name}): expected a loss, got none, and {name} has no loss or step."
-        )
-        raise ValueError(f"{msg} Give loss=..., or define {name}.loss(pred, target).")
+    check_loss(f"setup({name})", model, learner)
     if learner.optimizer is None and not hasattr(model, "set_optimizers"):
         msg = f"setup({name}): expected an optimizer, got none."
         raise ValueError(
             f"{msg} Give optimizer=..., or define {name}.set_optimizers()."
         )
+
+
+def check_loss(place: str, model: Any, learner: Learner) -> None:
+    """Raise if neither the learner nor the model says how to compare."""
+    name = model.__name__ if isinstance(model, type) else type(model).__name__
+    own = hasattr(model, "loss") or hasattr(model, "step")
+    if learner.loss is None and not own:
+        msg = f"{place}: expected a loss, got none, and {name} has no loss or step."
+        advice = f"Give setup(loss=...), or define {name}.loss(pred, target)."
+        raise ValueError(f"{msg} {advice}")
 
 
 def seed_all(seed: int) -> None:

@@ -50,16 +50,19 @@ def write_saved(
         msg = f"save({str(path)!r}): expected hparams and records as JSON, got: {exc}."
         raise CheckpointError(f"{msg} Use numbers, strings, lists and dicts.") from exc
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside = path.with_name(f".{path.name}.{os.getpid()}.earlier")
     temporary.mkdir(parents=True)
     try:
         tensors = {name: value.contiguous().clone() for name, value in weights.items()}
         save_file(tensors, temporary / WEIGHTS)
         (temporary / ABOUT).write_text(text, encoding="utf-8")
         if path.exists():
-            shutil.rmtree(path)
+            # Aside first: a kill at any moment leaves the earlier model or the new one.
+            path.rename(aside)
         temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def read_saved(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -91,7 +94,7 @@ def import_module_class(path: Path, name: str) -> Callable[..., nn.Module]:
         found: Any = importlib.import_module(where)
         for part in qualname.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError, ValueError) as exc:
+    except (ImportError, AttributeError, SyntaxError, TypeError, ValueError) as exc:
         msg = f"load({str(path)!r}): expected to import {name!r}, got: {exc}."
         raise CheckpointError(f"{msg} Give the class as module=.") from exc
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
@@ -104,13 +107,17 @@ def _read_about(path: Path) -> dict[str, Any]:
     """The checked JSON part."""
     try:
         about = json.loads((path / ABOUT).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as exc:
+    except (OSError, RecursionError, ValueError) as exc:
         msg = f"load({str(path)!r}): expected a saved model, could not read it: {exc}."
         raise CheckpointError(f"{msg} Give a folder that Fitted.save() wrote.") from exc
     needed = {"format", "module", "hparams", "opt_hparams", "records"}
     if not isinstance(about, dict) or not needed <= about.keys():
         msg = f"load({str(path)!r}): expected the keys {sorted(needed)} in {ABOUT}."
         raise CheckpointError(f"{msg} Save the model again.")
+    for key in ("hparams", "opt_hparams", "records"):
+        if not isinstance(about[key], dict):
+            msg = f"load({str(path)!r}): expected {key!r} by name, got {about[key]!r}."
+            raise CheckpointError(f"{msg} Save the model again.")
     if about["format"] != FORMAT:
         msg = f"load({str(path)!r}): expected format {FORMAT}, got {about['format']!r}."
         raise CheckpointError(f"{msg} Load it with the version that wrote it.")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import shutil
 import struct
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -100,6 +102,46 @@ def test_load_class_given_is_used(saved):
     assert type(harness.load(saved, module=Other).model) is Other
 
 
+class Judging(Net):
+    def loss(self, pred, target):
+        return nn.functional.cross_entropy(pred, target)
+
+
+def test_load_with_a_loss_of_the_models_own_is_evaluated(fitted, saved):
+    found = harness.load(saved, module=Judging).evaluate(DATA, verbose=False)
+    assert found["loss"] == fitted.evaluate(DATA, verbose=False)["loss"]
+
+
+def test_load_without_a_loss_tells_how_to_evaluate(saved):
+    with pytest.raises(
+        ValueError, match=r"evaluate\(Net\): expected a loss, .*Give setup\(loss="
+    ):
+        harness.load(saved).evaluate(DATA)
+
+
+def test_save_of_values_that_are_special_goes_round(tmp_path):
+    class Odd(harness.Callback):
+        def on_epoch_end(self):
+            values = {"a": [math.nan, -math.inf], "b": None, "c": torch.tensor([1, 2])}
+            self.ctx.log("notes", "train", values | {"d": {"é": True}})
+
+    fitted = net_learner().fit(DATA, 1, callbacks=[Odd()], tracker=False, verbose=False)
+    fitted.save(tmp_path / "net")
+    assert repr(harness.load(tmp_path / "net").records) == repr(fitted.records)
+
+
+def test_save_of_tied_and_low_precision_weights_goes_round(tmp_path):
+    fitted = harness.setup(Tied, loss=nn.MSELoss(), optimizer=torch.optim.SGD).fit(
+        torch.ones(2, 2), 1, tracker=False, verbose=False
+    )
+    fitted.save(tmp_path / "tied")
+    again = harness.load(tmp_path / "tied", module=Tied).model
+    assert again.one.weight is again.two.weight
+    for name, value in fitted.model.state_dict().items():
+        assert again.state_dict()[name].dtype == value.dtype
+        assert torch.equal(again.state_dict()[name], value)
+
+
 def test_load_is_evaluated_by_a_learner(fitted, saved):
     found = net_learner().evaluate(harness.load(saved), DATA, verbose=False)
     assert found["loss"] == fitted.evaluate(DATA, verbose=False)["loss"]
@@ -138,6 +180,24 @@ class Canary:
         return Path.touch, (self.path,)
 
 
+class Tied(nn.Module):
+    """Two names for one weight, and a buffer of half precision."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(2, 2), nn.Linear(2, 2)
+        self.two.weight = self.one.weight
+        self.register_buffer("pair", torch.tensor([1.5, math.pi], dtype=torch.bfloat16))
+
+    def forward(self, x):
+        return self.two(self.one(x))
+
+    def step(self):
+        self.ctx.pred = self(self.ctx.input)
+
+    ctx: Any
+
+
 def edit(place: Path, **changes: object) -> None:
     about = json.loads((place / ABOUT).read_text())
     (place / ABOUT).write_text(json.dumps(about | changes))
@@ -168,6 +228,10 @@ HARMS = {
     ),
     "no json": (lambda p: (p / ABOUT).write_bytes(b"\x80\x04K\x01."), "could not read"),
     "other json": (lambda p: (p / ABOUT).write_text("[]"), "expected the keys"),
+    "deep json": (lambda p: (p / ABOUT).write_text("[" * 10**6), "could not read it"),
+    "no hparams": (lambda p: edit(p, hparams=[1]), "expected 'hparams' by name"),
+    "no records": (lambda p: edit(p, records=5), "expected 'records' by name, got 5"),
+    "module above": (lambda p: edit(p, module="..os:path"), "expected to import"),
     "newer format": (lambda p: edit(p, format=99), "expected format 1, got 99"),
     "no class": (lambda p: edit(p, module="os:nothing"), "expected to import"),
     "no model": (lambda p: edit(p, module="os:system"), r"to be an nn\.Module class"),
