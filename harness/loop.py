@@ -10,7 +10,7 @@ import torch
 
 from harness.context import Context, Handlers
 from harness.errors import EarlyStop, Interrupted, SkipEpoch
-from harness.metrics import detach
+from harness.metrics import detach, each_tensor
 from harness.passes import TrainPass
 from harness.steps import call_model, default_step
 
@@ -80,7 +80,7 @@ def evaluate(ctx: Context) -> None:
 
 
 def predict(ctx: Context) -> list[Any]:
-    """The model's output for each batch of ``ctx.data``, detached."""
+    """The model's output for each batch of ``ctx.data``, all ranks' rows, detached."""
     assert ctx.accelerator is not None and ctx.data is not None
     own = getattr(ctx.model, "predict", None)
     preds = []
@@ -91,7 +91,7 @@ def predict(ctx: Context) -> list[Any]:
             ctx.call_callbacks("on_predict_batch_begin")
             ctx.pred = own(ctx.input) if own else call_model(ctx.model, ctx.input)
             ctx.call_callbacks("on_predict_batch_end")
-            preds.append(detach(ctx.pred))
+            preds.append(each_tensor(detach(ctx.pred), ctx.accelerator.gather))
         ctx.call_callbacks("on_predict_end")
     return preds
 

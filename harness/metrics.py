@@ -283,13 +283,29 @@ class SplitMetrics:
         """Take in one batch; predictions are kept off the graph."""
         if losses is not None and losses != {}:
             self.loss.update(losses, rows)
-        if not self._metrics or rows == 0:
+        if not self._metrics:
             return
         pred, target = detach(pred), detach(target)
+        if rows == 0:
+            self._take_nothing(pred, target)
+            return
         for name in self._each:
             self._update_one(name, pred, target)
         if self._grouped:
             self._collect(pred, target)
+
+    def _take_nothing(self, pred: Any, target: Any) -> None:
+        """Let metrics that list samples know of their form on a rank that has none.
+
+        Ranks exchange lists tensor by tensor: one without any would leave the others waiting.
+        """
+        for name, metric in self._metrics.items():
+            if any(isinstance(state, list) for state in metric._defaults.values()):
+                pred, target = (
+                    each_tensor(pred, _no_rows),
+                    each_tensor(target, _no_rows),
+                )
+                self._update_one(name, pred, target)
 
     def _collect(self, pred: Any, target: Any) -> None:
         """Let a batch wait for its group; what cannot be joined goes by itself."""
@@ -382,15 +398,25 @@ def _form(pred: Tensor, target: Tensor) -> Iterable[Any]:
 
 def detach(value: Any) -> Any:
     """The value with each tensor off the graph, in the same form."""
+    return each_tensor(value, Tensor.detach)
+
+
+def each_tensor(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The value with each tensor changed, in the same form."""
     if isinstance(value, Tensor):
-        return value.detach()
+        return change(value)
     if isinstance(value, Mapping):
-        return {name: detach(item) for name, item in value.items()}
+        return {name: each_tensor(item, change) for name, item in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*map(detach, value))
+        return type(value)(*(each_tensor(item, change) for item in value))
     if isinstance(value, tuple | list):
-        return type(value)(detach(item) for item in value)
+        return type(value)(each_tensor(item, change) for item in value)
     return value
+
+
+def _no_rows(tensor: Tensor) -> Tensor:
+    """The tensor's form without its rows."""
+    return tensor[:0] if tensor.dim() else tensor
 
 
 def plain(value: Any) -> Any:

@@ -35,6 +35,9 @@ class Accelerator(Protocol):
         Micro-batches in the present step; the loop sets a smaller number for a short last one.
     steps : dict of int
         Optimizer steps finished, by optimizer name; steps skipped on overflow do not count.
+    counted : int or None
+        Samples of the present batch that count on this rank: 0 where the batch only stands
+        in for a rank that has none left; None where every sample counts.
     """
 
     device: torch.device
@@ -45,6 +48,11 @@ class Accelerator(Protocol):
     accumulate: int
     window: int
     steps: dict[str, int]
+
+    @property
+    def counted(self) -> int | None:
+        """Samples of the present batch that count; None where all do."""
+        ...
 
     def prepare(
         self,
@@ -96,7 +104,10 @@ class Accelerator(Protocol):
         ...
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """Tensors of all ranks one after another along dim 0; their lengths may differ."""
+        """Tensors of all ranks one after another along dim 0; their lengths may differ.
+
+        While ``counted`` is 0 this rank gives no rows.
+        """
         ...
 
     def reduce(

@@ -50,6 +50,7 @@ from harness.accelerator.shard import ShardedLoader, Share
 from harness.accelerator.single import best_device, move
 from harness.accelerator.state import put_state, take_state
 from harness.accelerator.watch import Watch
+from harness.data import num_batches
 from harness.errors import CheckpointError
 
 DEFAULT_NAME = "opt"
@@ -223,7 +224,9 @@ class DeepSpeedAccelerator:
         facades: dict[str, Any] = {
             name: part.facade for name, part in self._parts.items()
         }
-        return model, facades, self._divided(loaders)
+        divided = self._divided(loaders)
+        self._ranks.agree(lambda: self._check_batches(divided))
+        return model, facades, divided
 
     def _ready(
         self, model: nn.Module, optimizers: Mapping[str, Any] | None, setting: Setting
@@ -309,6 +312,16 @@ class DeepSpeedAccelerator:
                 )
             )
         return divided
+
+    def _check_batches(self, loaders: Sequence[Any]) -> None:
+        """Rows that fill one process's batch may not fill all ranks'."""
+        for place, loader in enumerate(loaders):
+            if loader is not None and num_batches(loader) == 0:
+                sizes = f"{self.world_size} ranks x {loader.batch_size} rows"
+                msg = f"prepare: expected at least one batch of {sizes} in data {place}"
+                got = f"got {len(loader.dataset)} rows with drop_last"
+                advice = "Make batch_size smaller or set drop_last=False."
+                raise ValueError(f"{msg}, {got}. {advice}")
 
     def _hand_out(self, batch: Any, share: Share) -> Any:
         """Remember what of the batch counts until it comes back to ``to_device``."""
@@ -439,7 +452,9 @@ class DeepSpeedAccelerator:
         before = part.done
         yield
         if part.done == before:
-            msg = "backward(loss): expected a call of ctx.accelerator.backward, got none"
+            msg = (
+                "backward(loss): expected a call of ctx.accelerator.backward, got none"
+            )
             advice = "Call ctx.accelerator.backward(loss, ctx.opt_name) in it."
             raise RuntimeError(f"{msg} under DeepSpeed. {advice}")
 

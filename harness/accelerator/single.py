@@ -127,6 +127,7 @@ class SingleDevice:
     local_rank = 0
     world_size = 1
     is_main = True
+    counted: int | None = None
 
     def __init__(
         self, device: str | torch.device | None = None, *, accumulate: int = 1

@@ -41,7 +41,9 @@ class Metrics(Callback):
 
     def _update(self, split: str) -> None:
         ctx = self.ctx
-        rows = batch_rows(ctx.batch)
+        assert ctx.accelerator is not None
+        # A batch that only stands in, for a rank with no sample left, counts for nothing.
+        rows = 0 if ctx.accelerator.counted == 0 else batch_rows(ctx.batch)
         ctx.metrics[split].update(ctx.pred, ctx.target, ctx.loss, rows)
 
     def _log(self, split: str) -> None:

@@ -98,6 +98,16 @@ def case_batch_size_against_ranks(lab: Lab) -> None:
     )
 
 
+def case_data_that_fills_no_step(lab: Lab) -> None:
+    loader = DataLoader(Rows(7), batch_size=4, drop_last=True)
+    model = seeded(Net)
+    on_one_rank(
+        lab,
+        "at least one batch of 2 ranks x 4 rows in data 0, got 7 rows with drop_last",
+        lambda: lab.make().prepare(model, adam(model), [loader]),
+    )
+
+
 def case_state_of_another_number_of_ranks(lab: Lab) -> None:
     accelerator = lab.make()
     model = seeded(Net)
