@@ -20,10 +20,21 @@ from harness.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
+import signal
 import time
 import torch
 from torch import nn
 import harness
+
+class Breaks(harness.Callback):
+    def __init__(self, way):
+        self.way = way
+    def on_train_batch_begin(self):
+        if self.ctx.epoch == 2 and self.ctx.iter == 2:
+            if self.way == "error":
+                raise ArithmeticError("no such number")
+            for _ in range(int(self.way)):
+                signal.raise_signal(signal.SIGINT)
 
 class Slow(harness.Callback):
     def __init__(self, pause):
@@ -38,14 +49,14 @@ class Net(nn.Module):
     def forward(self, x):
         return self.body(x)
 
-def experiment(hidden: int = 2, pause: float = 0.0, fail: bool = False):
+def experiment(hidden: int = 2, pause: float = 0.0, fail: bool = False, way: str = "0"):
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(40, 3, generator=generator)
     learner = harness.setup(Net, loss=nn.MSELoss(), optimizer=torch.optim.SGD)
     learner = learner.set_hparams(hidden=hidden).set_opt_hparams(lr=0.1)
     return harness.Experiment(
         learner=learner, data=(x, torch.zeros(40, 2 if fail else 1).T if fail else x[:, :1]),
-        valid_data=0.25, epochs=4, seed=3, callbacks=[Slow(pause)],
+        valid_data=0.25, epochs=4, seed=3, callbacks=[Slow(pause), Breaks(way)],
         dataloader_options={"batch_size": 10}, name="line",
     )
 """
@@ -167,6 +178,70 @@ def test_fit_failing_training_ends_with_1_and_marks_the_run(folder):
     assert "equal length" in line
     with pytest.raises(ValueError, match="equal length"):
         run("--debug", "fit", "exp_cli.py:experiment", "--set", "fail=true")
+
+
+def test_fit_failing_in_mid_epoch_ends_with_1_and_keeps_the_record(folder):
+    words = ["--set", "way=error", "--quiet", "--no-deliver", "--name", "broken"]
+    done = run("fit", "exp_cli.py:experiment", *words)
+    assert done.exit_code == 1
+    (line,) = done.output.splitlines()
+    assert line == (
+        "error: ArithmeticError: no such number "
+        "(in Breaks.on_train_batch_begin, epoch 2, iter 2, training)"
+    )
+    past = tracking.open("broken")
+    assert past.status == "failed"
+    loss = past.records(what="metrics", set="train", name="loss")
+    assert loss["index"].to_pylist() == [1]
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_fit_interrupted_ends_with_130_and_a_run_marked_killed(times, folder):
+    words = ["--set", f"way={times}", "--quiet", "--no-deliver", "--name", "stopped"]
+    before = signal.getsignal(signal.SIGINT)
+    done = run("fit", "exp_cli.py:experiment", *words)
+    assert done.exit_code == 130
+    assert ("go on with: harness resume" in done.output) == (times == 1)
+    past = tracking.open("stopped")
+    assert past.status == "killed"
+    loss = past.records(what="metrics", set="train", name="loss")
+    assert loss["index"].to_pylist() == [1]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_fit_names_go_into_the_run(folder):
+    words = ["--name", "mine", "--experiment", "lines", "--epochs", "1", "--no-deliver"]
+    assert run("fit", "exp_cli.py:experiment", *words, "--quiet").exit_code == 0
+    (past,) = tracking.list_runs()
+    assert (past.name, past.manifest.experiment) == ("mine", "lines")
+    assert past.params["epochs"] == 1
+
+
+def test_fit_shows_epochs_unless_quiet(folder):
+    words = ["fit", "exp_cli.py:experiment", "--no-track", "--epochs", "2"]
+    shown = [line.split()[:2] for line in run(*words).stderr.splitlines()]
+    assert shown == [["epoch", "1/2"], ["epoch", "2/2"]]
+    assert run(*words, "--quiet").stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [("[1, 2]", "expected settings by name, got [1, 2]"), ("a: [", "expected YAML")],
+)
+def test_fit_config_file_that_holds_no_settings_ends_with_2(text, match, folder):
+    (folder / "own.yaml").write_text(text)
+    done = run("fit", "exp_cli.py:experiment", "--config", "own.yaml", "--no-track")
+    assert done.exit_code == 2
+    assert match in done.output
+
+
+def test_fit_optimizer_option_that_does_not_exist_ends_with_one_line(folder):
+    words = ["--no-track", "--quiet", "--opt", "momentun=0.9"]
+    done = run("fit", "exp_cli.py:experiment", *words)
+    assert done.exit_code == 1
+    (line,) = done.output.splitlines()
+    assert line.startswith("error: ")
+    assert "momentun" in line
 
 
 @pytest.mark.parametrize(
