@@ -372,6 +372,7 @@ def test_hundred_kills_at_random_instants_lose_and_double_nothing(
     run.run.finish()
     made = deliver(run.path, store)
     assert made.state.superseded == []
+    assert made.num_sent < first  # the rest is the work of those that were killed
     points = {point[:3] for point in made_points(store, made)}
     wanted = tracking.open(run.path).records(what="metrics")
     assert len(points) == wanted.num_rows == len(made_points(store, made))
@@ -396,7 +397,7 @@ def test_server_killed_again_and_again_gets_every_row_once(
     with Server(f"sqlite:///{folder}/mlflow.db", folder=folder) as server:
         run = record()
         work = delivering(run.path, server.address)
-        for turn in range(4):
+        for turn in range(3):
             run.log_curve(3000, first=3000 * turn)
             until(lambda turn=turn: (work.state or State()).delivered > 6000 * turn)
             os.killpg(server.process.pid, signal.SIGKILL)

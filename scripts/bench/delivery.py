@@ -1,0 +1,128 @@
+#!/usr/bin/env python3
+"""How fast a run gets into MLflow, beside MLflow's own bulk call with the same points.
+
+    python scripts/bench/delivery.py [--points 20000] [--rounds 3]
+
+Everything in one run: bare ``log_batch`` of 1000 points into a sqlite database, our
+delivery of as many journalled points into one, and how soon a run's page is there.
+"""
+
+# ruff: noqa: E402
+from __future__ import annotations
+
+import sys
+
+# The bench beside this one must not hide the standard library's logging.
+sys.path = [path for path in sys.path if not path.endswith("scripts/bench")]
+
+import argparse
+import contextlib
+import gc
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import tracking
+from tracking.courier import Courier
+from tracking.delivery import settle_down
+from tracking.registering import Register
+from tracking.remote import Point, Remote, prepare_environment
+
+KEYS = 10
+
+
+def journal(folder: Path, num_points: int) -> Path:
+    """A run with so many points, of ten metrics."""
+    run = tracking.start(runs_dir=folder / "runs", deliver=False)
+    for i in range(num_points // KEYS):
+        values = {f"m{k}": 1.0 / (1 + i + k) for k in range(KEYS)}
+        run.log("metrics", "train", values, index=i)
+    run.finish()
+    return run.path
+
+
+def bare_s(folder: Path, cache: Path, num_points: int) -> float:
+    """Seconds of nothing but ``log_batch``."""
+    remote = Remote(f"sqlite:///{folder}/bare.db", cache)
+    run = remote.create_run(remote.experiment_id("bench"), "bare", 1, {})
+    now = time.time_ns() // 1_000_000
+    points = [
+        Point(f"train/m{k}", 1.0 / (1 + i + k), now + i, i)
+        for i in range(num_points // KEYS)
+        for k in range(KEYS)
+    ]
+    start = time.perf_counter()
+    for first in range(0, num_points, 1000):
+        remote.send(run.run_id, points[first : first + 1000])
+    return time.perf_counter() - start
+
+
+def delivered_s(folder: Path, cache: Path, num_points: int) -> float:
+    """Seconds of a delivery, from reading the journal to the end of the MLflow run."""
+    path = journal(folder, num_points)
+    uri = f"sqlite:///{folder}/delivered.db"
+    remote = Remote(uri, cache)
+    courier = Courier(
+        path,
+        Register(path, uri, lambda _: remote),
+        patience_s=0,
+        log=lambda text: None,
+    )
+    start = time.perf_counter()
+    courier.deliver()
+    seconds = time.perf_counter() - start
+    assert courier.num_sent == num_points
+    return seconds
+
+
+def page_s(folder: Path) -> float:
+    """Seconds from the start of a run to its page in a store that was not there."""
+    with contextlib.chdir(folder):
+        start = time.perf_counter()
+        with tracking.start(experiment="bench", runs_dir="runs") as run:
+            assert run.mlflow_run_id
+            return time.perf_counter() - start
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--points", type=int, default=20_000)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    prepare_environment()
+    collecting = gc.get_threshold()
+    times: dict[str, list[float]] = {"bare log_batch": [], "delivery": [], "page": []}
+    with tempfile.TemporaryDirectory() as name:
+        os.environ["XDG_CACHE_HOME"] = name
+        cache = Path(name) / "luz-harness"
+        for number in range(options.rounds + 1):
+            folder = Path(name) / str(number)
+            folder.mkdir()
+            bare = bare_s(folder, cache, options.points)
+            settle_down(0)  # as the process does
+            delivered = delivered_s(folder, cache, options.points)
+            gc.unfreeze()
+            gc.set_threshold(*collecting)
+            page = page_s(folder)
+            if number:  # the first round warms up
+                times["bare log_batch"].append(bare)
+                times["delivery"].append(delivered)
+                times["page"].append(page)
+    print(
+        f"{options.points} points of {KEYS} metrics, median of {options.rounds} rounds"
+    )
+    for word in ("bare log_batch", "delivery"):
+        rates = [options.points / seconds for seconds in times[word]]
+        print(f"{word:>16}: {statistics.median(rates):8,.0f} points/s")
+    ratios = [
+        a / b for a, b in zip(times["delivery"], times["bare log_batch"], strict=True)
+    ]
+    print(f"{'delivery / bare':>16}: {statistics.median(ratios):8.2f} of its time")
+    print(f"{'page after':>16}: {statistics.median(times['page']):8.2f} s")
+
+
+if __name__ == "__main__":
+    main()
