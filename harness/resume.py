@@ -106,18 +106,16 @@ class Resume:
     def _check_form(self, ctx: Context, place: str) -> None:
         """Names and shapes of weights, names of optimizers."""
         assert ctx.accelerator is not None
-        state = self.state(ctx)
-        try:
-            weights = state["accelerator"].get("model", {})
-            then = {name: tuple(value.shape) for name, value in weights.items()}
-            opts = set(state["accelerator"].get("optimizers", {}))
-            parts = [state[key] for key in _PARTS]
-        except (KeyError, TypeError, AttributeError) as error:
-            msg = f"{place}: expected the state of a fit, got none: {error!r}."
-            raise CheckpointError(f"{msg} Take another checkpoint.") from error
-        del parts
-        live = ctx.accelerator.state_dict().get("model", {})
-        now = {name: tuple(value.shape) for name, value in live.items()}
+        live, saved = ctx.accelerator.state_dict(), self._saved(ctx, place)
+        if live.keys() != saved.keys():
+            name = type(ctx.accelerator).__name__
+            msg = f"{place}: expected the state of {name}, got that of another one."
+            raise CheckpointError(f"{msg} Resume with the accelerator that was saved.")
+        then, now = (
+            {name: tuple(value.shape) for name, value in state.get("model", {}).items()}
+            for state in (saved, live)
+        )
+        opts = set(saved.get("optimizers", {}))
         for name in sorted(then.keys() | now.keys()):
             if self.restore_model and then.get(name) != now.get(name):
                 want, got = now.get(name, "none"), then.get(name, "none")
@@ -129,6 +127,15 @@ class Resume:
             names, saved_names = sorted(ctx.optimizers), sorted(opts)
             msg = f"{place}: expected optimizers {names}, got {saved_names}."
             raise CheckpointError(f"{msg} Resume with the learner that was saved.")
+
+    def _saved(self, ctx: Context, place: str) -> dict[str, Any]:
+        """The accelerator's part of the state, if the state is that of a fit."""
+        state = self.state(ctx)
+        lacking = [name for name in _PARTS if name not in state]
+        if lacking or not isinstance(state["accelerator"], dict):
+            msg = f"{place}: expected the state of a fit, got none: no {lacking}."
+            raise CheckpointError(f"{msg} Take another checkpoint.")
+        return dict(state["accelerator"])
 
     def _compare(self, now: Mapping[str, Any], place: str) -> None:
         """Put into the report what differs between then and now; with `strict` refuse it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import hashlib
 import platform
 import threading
@@ -41,6 +42,7 @@ def about_fit(ctx: Context) -> dict[str, Any]:
         "batch_size": getattr(data, "batch_size", None),
         "num_workers": getattr(data, "num_workers", None),
         "accumulate": ctx.accelerator.accumulate,
+        "accelerator": type(ctx.accelerator).__name__,
         "device": device_name(ctx.accelerator.device),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -101,7 +103,7 @@ class Saver:
         self.folder, self._ctx = folder, ctx
         self._copies: dict[str, Tensor] = {}
         self._temporary: Path | None = None
-        self._thread: threading.Thread | None = None
+        self._under_way: threading.Event | None = None
         self._fault: Exception | None = None
 
     def begin(self, phase: Phase) -> str | None:
@@ -148,7 +150,7 @@ class Saver:
     def warm(self) -> None:
         """Get the memory for copies beside the training: the first save finds it there."""
         assert self._ctx.accelerator is not None
-        if self._copies or self._thread is not None:
+        if self._copies or self._under_way is not None:
             return
         _, live = flatten(self._ctx.accelerator.state_dict(), "state/accelerator")
         shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in live.items()}
@@ -160,12 +162,18 @@ class Saver:
         self._start(touch)
 
     def _start(self, work: Callable[..., None], *args: Any) -> None:
-        """Do it in the background; a second Ctrl-C does not wait for it."""
-        assert self._thread is None
-        self._thread = threading.Thread(
-            target=work, args=args, name="checkpoint", daemon=True
-        )
-        self._thread.start()
+        """Do it in the background, where a second Ctrl-C does not wait for it."""
+        assert self._under_way is None
+        is_done = self._under_way = threading.Event()
+
+        def do() -> None:
+            try:
+                work(*args)
+            finally:
+                is_done.set()
+
+        # Thread.start() would wait until the thread runs, on busy cores for long.
+        _thread.start_new_thread(do, ())
 
     def _run_path(self) -> str | None:
         """Folder of the run, so that a resume finds it again."""
@@ -202,9 +210,9 @@ class Saver:
 
     def wait(self) -> Exception | None:
         """Wait for what is under way; gives what went wrong with it, once."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        if self._under_way is not None:
+            self._under_way.wait()
+            self._under_way = None
         fault, self._fault = self._fault, None
         return fault
 

@@ -1,0 +1,190 @@
+"""What a checkpoint costs: stall of the training thread, and time to go on.
+
+Usage: python scripts/bench/checkpoint.py [--sizes 10 100 1000] [--rounds 5] [--threads 1]
+       [--no-resume]
+
+Stall: seconds that one save takes from the training thread, for so many MB of parameters,
+against ``torch.save`` of the same state in the step, in turns in one process. Resume:
+seconds from the start of the command to the end of the first new step, against a fresh fit.
+"""
+
+from __future__ import annotations
+
+# ruff: noqa: E402
+import sys
+
+# logging.py beside this file must not hide the standard library's.
+sys.path = [path for path in sys.path if not path.endswith("scripts/bench")]
+
+import argparse
+import os
+import shutil
+import statistics
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import harness
+from harness.accelerator import SingleDevice
+from harness.context import FitContext
+from harness.data import train_loader
+from harness.passes import TrainPass
+from harness.saver import Saver
+
+PIECE_MB = 4
+
+
+class Net(nn.Module):
+    """So many MB of weights, of which a step touches little."""
+
+    def __init__(self, size_mb: int = 10) -> None:
+        super().__init__()
+        count = max(1, size_mb // PIECE_MB)
+        numbers = size_mb * 250_000 // count
+        self.parts = nn.ParameterList(torch.zeros(numbers) for _ in range(count))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * sum(part[0] for part in self.parts)
+
+
+def context(size_mb: int) -> FitContext:
+    """A fit in mid-epoch, as the callback that saves meets it."""
+    model = Net(size_mb)
+    ctx = FitContext(
+        model=model,
+        optimizers=torch.optim.SGD(model.parameters(), lr=0.1),
+        loss_fn=nn.functional.mse_loss,
+        hparams={},
+        opt_hparams={},
+        data=train_loader((torch.zeros(64), torch.zeros(64))),
+        valid_data=None,
+        epochs=1,
+        accelerator=SingleDevice("cpu"),
+        verbose=False,
+    )
+    assert ctx.accelerator is not None
+    ctx.epoch, ctx.trained = 1, 1
+    ctx.train_pass = TrainPass(ctx.train_data, ctx.accelerator, 1)
+    ctx.train_pass.start()
+    return ctx
+
+
+def stalls(size_mb: int, rounds: int, folder: Path) -> dict[str, list[float]]:
+    """Seconds of each save, by way of saving; each waits for what the last one left."""
+    ctx = context(size_mb)
+    saver, found = (
+        Saver(folder / "saved", ctx),
+        {"first": [], "harness": [], "torch": []},
+    )
+    saver.warm()
+    saver.wait()
+    for turn in range(rounds + 1):
+        began = time.perf_counter()
+        assert saver.begin("train") is not None
+        saver.save("train")
+        took_s = time.perf_counter() - began
+        found["harness" if turn else "first"].append(took_s)
+        fault = saver.wait()
+        assert fault is None, fault
+        saver.prune(1, set())
+        assert ctx.accelerator is not None
+        began = time.perf_counter()
+        torch.save(ctx.accelerator.state_dict(), folder / "torch.pt")
+        if turn:
+            found["torch"].append(time.perf_counter() - began)
+    return found
+
+
+def print_stalls(sizes: list[int], rounds: int) -> None:
+    print("stall of the training thread, s (median; ratio to torch.save in the step)")
+    print(f"{'MB':>6} {'first':>9} {'harness':>9} {'torch':>9} {'ratio':>7}")
+    for size_mb in sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            found = stalls(size_mb, rounds, Path(folder))
+        median = {name: statistics.median(times) for name, times in found.items()}
+        ratio = median["harness"] / median["torch"]
+        times = " ".join(f"{median[name]:9.4f}" for name in found)
+        print(f"{size_mb:>6} {times} {ratio:7.3f}", flush=True)
+
+
+# ------------------------------------------------------------------ time to go on
+
+
+class Mark(harness.Callback):
+    """Notes when a step was finished; asks for the end after the second."""
+
+    def on_train_batch_end(self) -> None:
+        with Path("marks").open("a") as file:
+            file.write(f"{time.time()}\n")
+        if self.ctx.step == 2 and Path("asked").exists():
+            os.kill(os.getpid(), 15)
+
+
+def experiment() -> harness.Experiment:
+    """Ten MB of weights, a thousand steps an epoch."""
+    data = (torch.zeros(32_000), torch.zeros(32_000))
+    learner = harness.setup(Net, loss=nn.MSELoss(), optimizer=torch.optim.SGD)
+    learner = learner.set_opt_hparams(lr=0.1)
+    return harness.Experiment(
+        learner=learner, data=data, epochs=1, seed=1, callbacks=[Mark()]
+    )
+
+
+def timed(folder: Path, *words: str) -> tuple[float, str]:
+    """Seconds from the start of a command to its first step, and what it said."""
+    (folder / "marks").unlink(missing_ok=True)
+    began = time.time()
+    process: Any = subprocess.Popen(
+        [sys.executable, "-m", "harness.cli", *words],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while process.poll() is None and not (folder / "marks").exists():
+        time.sleep(0.005)
+    if "asked" not in {path.name for path in folder.iterdir()}:
+        process.terminate()
+    said = process.communicate()[1]
+    first = (folder / "marks").read_text().split()[0]
+    return float(first) - began, said
+
+
+def print_resume(rounds: int) -> None:
+    fresh, resumed = [], []
+    for _ in range(rounds):
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            shutil.copy2(__file__, folder / "exp.py")
+            (folder / "asked").touch()
+            words = ("fit", "exp.py:experiment", "--quiet", "--no-deliver")
+            took_s, said = timed(folder, *words)
+            fresh.append(took_s)
+            (folder / "asked").unlink()
+            resumed.append(timed(folder, "resume", said.split()[-1])[0])
+    one, two = statistics.median(fresh), statistics.median(resumed)
+    print("from the command to the end of the first new step, s (median)")
+    print(f"fresh {one:.2f}  resume {two:.2f}  ratio {two / one:.2f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[10, 100, 1000])
+    parser.add_argument("--rounds", type=int, default=5)
+    # Threads that wait for one another on busy cores make a copy many times slower.
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--no-resume", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    print_stalls(options.sizes, options.rounds)
+    if not options.no_resume:
+        print_resume(options.rounds)
+
+
+if __name__ == "__main__":
+    main()
