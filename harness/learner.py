@@ -205,8 +205,6 @@ class Learner:
                 if run is not None and not (resume and resume.goes_on_with(run)):
                     describe_fit(run, ctx, self, seed)
                 loop.fit(ctx)
-                if run is not None and ctx.stop_signal is not None:
-                    run.finish("killed")
         except BaseException:
             accelerator.finish()
             raise

@@ -72,6 +72,8 @@ def tracked(ctx: Context, tracker: Any) -> Iterator[tracking.Run | None]:
     with run:
         ctx.recorder = run
         yield run
+        if ctx.stop_signal is not None:
+            run.finish("killed")
 
 
 def earlier_run(ctx: Context) -> dict[str, Any]:

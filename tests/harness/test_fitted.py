@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 import torch
 from torch import nn
+from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 import harness
 from harness.saved_model import ABOUT, WEIGHTS
@@ -58,6 +59,38 @@ def test_fitted_printed_names_model_size_epochs_and_last_values(fitted):
     # 2 x 5 + 5 in the first layer, 5 x 3 + 3 in the second.
     assert "Fitted Net, 33 parameters, 3 epochs" in text
     assert f"{fitted.records['metrics']['train'][-1]['loss']:.4g}" in text
+
+
+def test_fitted_printed_without_metrics_says_so():
+    class Silent(Net):
+        def step(self):
+            self.ctx.pred = None
+
+    learner = harness.setup(Silent, optimizer=torch.optim.SGD)
+    fitted = learner.fit(DATA, 1, tracker=False, verbose=False)
+    assert str(fitted).splitlines() == [
+        "Fitted Silent, 27 parameters, 0 epochs",
+        "no metrics",
+    ]
+    with pytest.raises(ValueError, match="expected at least one numeric metric"):
+        fitted.plot()
+
+
+def test_fitted_printed_and_drawn_with_metrics_that_are_no_numbers(tmp_path):
+    metrics = {
+        "confusion": MulticlassConfusionMatrix(3),
+        "each": MulticlassAccuracy(3, average=None),
+    }
+    fitted = net_learner(metrics=metrics).fit(DATA, 2, tracker=False, verbose=False)
+    assert str(fitted.records["metrics"]["train"][1]["confusion"]) in str(fitted)
+    titles = [axes.get_title() for axes in fitted.plot(tmp_path / "c.png").axes]
+    assert titles == ["loss", "each/0", "each/1", "each/2"]
+
+
+def test_fitted_printed_tells_its_run(tmp_path):
+    tracker = {"runs_dir": tmp_path, "deliver": False}
+    fitted = net_learner().fit(DATA, 1, tracker=tracker, verbose=False)
+    assert f"run {fitted.run_id} in {fitted.run_path}" in str(fitted)
 
 
 def test_fitted_model_is_plain_and_free(fitted):

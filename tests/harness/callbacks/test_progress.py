@@ -6,6 +6,7 @@ import pty
 import re
 import struct
 import termios
+import time
 from contextlib import redirect_stderr
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import harness
 from harness.accelerator import SingleDevice
 from harness.callbacks import EarlyStopping, Progress
+from harness.callbacks.progress import REDRAW_S
 from tests.harness.fakes import At, line_learner, slope
 
 TIME = re.compile(r" +\d+\.\d\d s")
@@ -125,3 +127,11 @@ def test_progress_of_a_fit_that_fails_leaves_the_terminal_usable():
     with pytest.raises(ArithmeticError):
         on_a_terminal(At("on_train_batch_end", fail))
     assert progress[0]._bar is None
+
+
+def test_progress_on_a_terminal_moves_its_bar_and_shows_the_loss():
+    def wait(_: Any) -> None:
+        time.sleep(REDRAW_S)  # so that a redraw is due at the end of the batch
+
+    text = on_a_terminal(At("on_train_batch_begin", wait), epochs=1)
+    assert re.search(r"epoch 1/1 train +100% .* 1/1 .*loss 2\b", text)
