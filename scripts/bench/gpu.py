@@ -1,0 +1,273 @@
+#!/usr/bin/env python3
+"""Tokens per second of a small GPT: plain torch, bare DeepSpeed and harness, in one run.
+
+    python scripts/bench/gpu.py                       one GPU, bf16, ZeRO 0 to 3
+    deepspeed --num_gpus 4 scripts/bench/gpu.py       the same on four
+    python scripts/bench/gpu.py --tiny                a trial on the CPU, for the script only
+
+Plain torch trains under autocast; bare DeepSpeed and harness have bf16 weights with float32
+masters. harness runs with a torchmetrics accuracy and tracking on. Rounds are interleaved;
+the figure is the median, the ratio is to bare DeepSpeed at the same stage. Target: 0.98.
+"""
+
+from __future__ import annotations
+
+# ruff: noqa: E402
+import sys
+
+# This folder has a logging.py of its own, which would stand in for Python's.
+sys.path = [path for path in sys.path if not path.endswith("scripts/bench")]
+
+import argparse
+import gc
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.classification import MulticlassAccuracy
+
+import harness
+from harness.accelerator.deepspeed import door, hush, own_device
+from harness.accelerator.launch import environment, read_launch
+from harness.accelerator.ranks import Ranks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    layers: int = 12
+    heads: int = 12
+    width: int = 768
+    vocabulary: int = 32_000
+    length: int = 1024
+    batch: int = 8
+    warmup: int = 5
+    steps: int = 20
+
+
+TINY = Size(
+    layers=2, heads=2, width=32, vocabulary=64, length=16, batch=4, warmup=2, steps=6
+)
+
+
+class Block(nn.Module):
+    def __init__(self, size: Size) -> None:
+        super().__init__()
+        self.heads = size.heads
+        self.before = nn.LayerNorm(size.width)
+        self.qkv = nn.Linear(size.width, 3 * size.width)
+        self.out = nn.Linear(size.width, size.width)
+        self.after = nn.LayerNorm(size.width)
+        self.mlp = nn.Sequential(
+            nn.Linear(size.width, 4 * size.width),
+            nn.GELU(),
+            nn.Linear(4 * size.width, size.width),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        parts = self.qkv(self.before(x)).split(width, dim=2)
+        form = (batch, length, self.heads, width // self.heads)
+        q, k, v = (part.view(form).transpose(1, 2) for part in parts)
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(mixed.transpose(1, 2).reshape(batch, length, width))
+        return x + self.mlp(self.after(x))
+
+
+class Gpt(nn.Module):
+    def __init__(self, size: Size) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(size.vocabulary, size.width)
+        self.places = nn.Embedding(size.length, size.width)
+        self.blocks = nn.Sequential(*(Block(size) for _ in range(size.layers)))
+        self.last = nn.LayerNorm(size.width)
+        self.head = nn.Linear(size.width, size.vocabulary, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.tokens(ids) + self.places(
+            torch.arange(ids.shape[1], device=ids.device)
+        )
+        # Classes come second, where losses and metrics look for them.
+        return self.head(self.last(self.blocks(x))).transpose(1, 2)
+
+
+class Clock:
+    """Time of the steps after the warm-up, the device's work included."""
+
+    def __init__(self, size: Size, device: torch.device) -> None:
+        self.size, self.device = size, device
+        self.done, self.begun, self.seconds = 0, 0.0, float("nan")
+
+    def tick(self) -> bool:
+        """One step is done; True when it was the last one."""
+        self.done += 1
+        if self.done == self.size.warmup:
+            self.begun = self.now()
+        if self.done == self.size.warmup + self.size.steps:
+            self.seconds = self.now() - self.begun
+            return True
+        return False
+
+    def now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+def loss_fn(pred: Tensor, target: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(pred.float(), target)
+
+
+def data(size: Size, world_size: int) -> TensorDataset:
+    drawn = torch.Generator().manual_seed(0)
+    rows = (size.warmup + size.steps + 1) * size.batch * world_size
+    ids = torch.randint(size.vocabulary, (rows, size.length + 1), generator=drawn)
+    return TensorDataset(ids[:, :-1], ids[:, 1:])
+
+
+def config(stage: int, size: Size) -> dict:
+    return {
+        "train_micro_batch_size_per_gpu": size.batch,
+        "bf16": {"enabled": True},
+        "gradient_clipping": 0.0,
+        "zero_optimization": {"stage": stage},
+    }
+
+
+def build(size: Size) -> Gpt:
+    torch.manual_seed(0)
+    return Gpt(size)
+
+
+def batches(size: Size, device: torch.device, ranks: Ranks):
+    """Each rank's own rows, as a hand-written loop would take them."""
+    loader = DataLoader(data(size, ranks.world_size), size.batch, drop_last=True)
+    for place, batch in enumerate(loader):
+        if place % ranks.world_size == ranks.rank:
+            yield [part.to(device, non_blocking=True) for part in batch]
+
+
+def plain(size: Size, device: torch.device, ranks: Ranks) -> float:
+    model: nn.Module = build(size).to(device)
+    if ranks.world_size > 1:
+        ids = [device.index] if device.type == "cuda" else None
+        model = nn.parallel.DistributedDataParallel(model, device_ids=ids)
+    opt = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    clock = Clock(size, device)
+    for ids, target in batches(size, device, ranks):
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = loss_fn(model(ids), target)
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        if clock.tick():
+            break
+    return clock.seconds
+
+
+def bare(stage: int) -> Callable[[Size, torch.device, Ranks], float]:
+    def run(size: Size, device: torch.device, ranks: Ranks) -> float:
+        model = build(size)
+        opt = torch.optim.AdamW(model.parameters(), lr=1e-4)
+        clock = Clock(size, device)
+        with environment(LOCAL_RANK=str(read_launch().local_rank)):
+            engine, *_ = door().initialize(
+                model=model, optimizer=opt, config=config(stage, size)
+            )
+            for ids, target in batches(size, device, ranks):
+                engine.backward(loss_fn(engine(ids), target))
+                engine.step()
+                if clock.tick():
+                    break
+            engine.destroy()
+        return clock.seconds
+
+    return run
+
+
+class Timer(harness.Callback):
+    weight = 10_000
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+
+    def on_train_batch_end(self) -> None:
+        if self.clock.tick():
+            raise harness.EarlyStop
+
+
+def ours(stage: int) -> Callable[[Size, torch.device, Ranks], float]:
+    def run(size: Size, device: torch.device, ranks: Ranks) -> float:
+        clock = Clock(size, device)
+        metrics = {"accuracy": MulticlassAccuracy(size.vocabulary, average="micro")}
+        learner = harness.setup(
+            Gpt, loss=loss_fn, optimizer=torch.optim.AdamW, metrics=metrics
+        )
+        accelerator = harness.accelerator(config(stage, size), device=device.type)
+        with tempfile.TemporaryDirectory() as folder:
+            learner.set_hparams(size=size).set_opt_hparams(lr=1e-4).fit(
+                data(size, ranks.world_size),
+                epochs=1,
+                callbacks=[Timer(clock)],
+                accelerator=accelerator,
+                dataloader_options={"batch_size": size.batch, "shuffle": False},
+                seed=0,
+                tracker={"runs_dir": Path(folder) / "runs", "deliver": False},
+                verbose=False,
+            )
+        return clock.seconds
+
+    return run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tiny", action="store_true", help="a trial on the CPU")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--stages", default="0,1,2,3")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    size = TINY if options.tiny else Size()
+    launch = read_launch()
+    device = own_device("cpu" if options.tiny else "cuda", launch.local_rank)
+    door()
+    hush()
+    ranks = Ranks(launch, device)
+    stages = [int(stage) for stage in options.stages.split(",")]
+    contenders: dict[str, Callable[[Size, torch.device, Ranks], float]] = {
+        "torch": plain
+    }
+    for stage in stages:
+        contenders |= {
+            f"DeepSpeed, ZeRO {stage}": bare(stage),
+            f"harness, ZeRO {stage}": ours(stage),
+        }
+    tokens = size.steps * size.batch * size.length * ranks.world_size
+    rates: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(options.rounds):
+        for name, run in contenders.items():
+            rates[name].append(tokens / run(size, device, ranks))
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    if ranks.rank:
+        return
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    print(f"{ranks.world_size} rank(s), {name}, torch {torch.__version__}, {size}")
+    print(f"{'':24} {'tokens/s':>12} {'ratio':>8}")
+    for name, found in rates.items():
+        pairs = zip(
+            found, rates.get(name.replace("harness", "DeepSpeed"), found), strict=True
+        )
+        ratio = statistics.median(mine / theirs for mine, theirs in pairs)
+        shown = f"{ratio:8.3f}" if name.startswith("harness") else " " * 8
+        print(f"{name:24} {statistics.median(found):12,.0f} {shown}")
+
+
+if __name__ == "__main__":
+    main()
