@@ -571,7 +571,8 @@ def train_part(
     for place in places:
         for name in ("body", "head"):
             with accelerator.optimizing(name):
-                loss = regression(model, name, window[place][lab.rank])
+                batch = accelerator.to_device(window[place][lab.rank])
+                loss = regression(model, name, batch)
                 accelerator.backward(loss, name)
 
 
