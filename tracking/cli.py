@@ -66,7 +66,12 @@ def list_(runs_dir: Path | None, as_json: bool, limit: int) -> None:
     """List runs, newest first."""
     from tracking.overview import brief  # noqa: PLC0415 (Arrow)
 
-    found = [brief(run) for run in _all(runs_dir)[: limit or None]]
+    found = []
+    for run in _all(runs_dir)[: limit or None]:
+        try:
+            found.append(brief(run))
+        except ValueError as error:  # a manifest that somebody spoilt
+            click.echo(f"warning: {error}", err=True)
     if as_json:
         print_json(found)
         return

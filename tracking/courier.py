@@ -35,6 +35,7 @@ from tracking.survey import News, Survey
 from tracking.thinning import sent_at_once
 
 POLL_S: Final = 0.25
+LONGEST_POLL_S: Final = 1.0
 FIRST_DELAY_S: Final = 0.25
 LONGEST_DELAY_S: Final = 15.0
 STEP_ROWS: Final = 4 * BATCH
@@ -194,14 +195,17 @@ class Courier:
     def _loop(self) -> None:
         """Send what comes until the trainer has ended and all is sent."""
         self._enter("delivering")
+        poll_s = POLL_S
         while True:
             is_live = is_being_written(self._part)
             is_busy = self._step(is_live)
             self._save()
             if is_busy:
+                poll_s = POLL_S
                 continue
             if is_live:
-                time.sleep(POLL_S)
+                time.sleep(poll_s)
+                poll_s = min(1.2 * poll_s, LONGEST_POLL_S)
             elif self._end():
                 return
 
@@ -231,6 +235,8 @@ class Courier:
         """Send the points of the next rows, as far as the survey has seen them."""
         progress = self._progress
         before = progress.tail.after
+        if before >= self._survey.last:
+            return False
         table = progress.tail.read(STEP_ROWS)
         table = table.filter(pa.array(table["seq"].to_numpy() <= self._survey.last))
         if not table.num_rows:
@@ -545,8 +551,10 @@ class Courier:
         if not at_once and time.monotonic() - self._saved_at < 1.0:
             return
         self._saved_at = time.monotonic()
-        self._gauge.after = self.state.delivered
-        self.state.behind = self._gauge.behind() + self._progress.num_held
+        self.state.behind = self._progress.num_held
+        if self.state.delivered < self._survey.last or at_once:
+            self._gauge.after = self.state.delivered
+            self.state.behind += self._gauge.behind()
         self.state.updated = datetime.now(UTC).isoformat()
         self.state.write(self.run_path)
 

@@ -107,4 +107,3 @@ def _has_content(path: Path) -> bool:
     with contextlib.suppress(OSError):
         return path.stat().st_size > 0
     return False
-

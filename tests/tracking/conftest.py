@@ -30,7 +30,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent  # one for all workers
+    fonts = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     with pytest.MonkeyPatch.context() as patch:
+        # Elsewhere matplotlib would look for its fonts anew, which takes seconds.
+        patch.setenv(
+            "MPLCONFIGDIR", os.environ.get("MPLCONFIGDIR", f"{fonts}/matplotlib")
+        )
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         patch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
         patch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
@@ -177,7 +182,8 @@ class Proxy:
     Attributes
     ----------
     mode
-        ``pass``; ``error`` (answers 500), ``hang`` (takes the request, answers not),
+        ``pass``; ``gone`` (does not answer, nor listen once closed); ``error`` (answers
+        500), ``hang`` (takes the request, answers not),
         ``drop`` (the server has done it, but its answer gets lost), ``refuse 400`` (what
         holds the text `refused` is refused).
     num_faults
@@ -216,6 +222,9 @@ class Proxy:
     ) -> None:
         """Answer a request as the mode says."""
         mode = self.mode
+        if mode == "gone":
+            handler.close_connection = True
+            return
         if mode == "error":
             self.num_faults += 1
             self._reply(handler, 500, b"out of order")
