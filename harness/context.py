@@ -268,7 +268,8 @@ class Context:
 
     def get_metrics(self, set: str, epoch: int | None = None) -> dict[str, Any]:
         """All metrics of a set at an epoch (None: the last), by name."""
-        return self.get_log("metrics", set, epoch) or {}
+        found = self.get_log("metrics", set, epoch)
+        return found if isinstance(found, dict) else {}
 
     def get_metric(self, name: str, set: str, epoch: int | None = None) -> Any:
         """One metric at an epoch (None: the last); None where it was not logged."""

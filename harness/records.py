@@ -74,7 +74,8 @@ def metrics_frame(records: Records) -> pd.DataFrame:
         (split, name, epoch, value)
         for split, series in records.get("metrics", {}).items()
         for epoch, metrics in enumerate(series, start=1)
-        for name, value in leaves(metrics or {})
+        if isinstance(metrics, Mapping)
+        for name, value in leaves(metrics)
     ]
     return pd.DataFrame(rows, columns=["set", "metric", "epoch", "value"])
 

@@ -413,6 +413,15 @@ def test_get_metrics_where_none_were_logged_is_empty(logged):
     assert logged.get_metrics("train", 9) == {}
 
 
+def test_get_metrics_passes_over_what_has_no_names(ctx):
+    ctx.log("metrics", "train", 0.5)
+    ctx.log("metrics", "train", {"loss": 1.0})
+    assert ctx.get_metrics("train", 1) == {}
+    assert ctx.get_metric("loss", "train", 1) is None
+    assert ctx.get_metrics_df().values.tolist() == [["train", "loss", 2, 1.0]]
+    assert ctx.get_log("metrics", "train", 1) == 0.5
+
+
 def test_get_metric_of_a_name_set_and_epoch(logged):
     assert logged.get_metric("loss", "valid", 1) == 2.0
     assert logged.get_metric("loss", "train", 2) == 0.5
