@@ -501,10 +501,10 @@ class DeepSpeedAccelerator:
 
     def to_device(self, batch: Any) -> Any:
         """The batch on the device; it is the present batch from here on."""
-        for held in self._handed:
-            if held[0] is batch:
-                self._share = held[1]
-                self._handed.remove(held)
+        for place, (held, share) in enumerate(self._handed):
+            if held is batch:
+                self._share = share
+                del self._handed[place]
                 break
         return move(batch, self.device)
 

@@ -816,6 +816,13 @@ def talk_ranks_that_run_dry_do_not_hang(lab: Lab) -> None:
     check_each_once(lab, loader, 10)
 
 
+def talk_batches_fetched_ahead_keep_their_share(lab: Lab) -> None:
+    accelerator, divided = prepared_loader(lab, DataLoader(Rows(9), batch_size=4))
+    ahead = list(divided)
+    rows = [accelerator.gather(accelerator.to_device(batch)[1]) for batch in ahead]
+    assert torch.cat(rows).tolist() == list(range(9))
+
+
 def talk_uneven_last_step_weighs_by_samples(lab: Lab) -> None:
     # Two ranks of 4 rows are one process of 8, the short last step included.
     torch.manual_seed(2)
