@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import (
     MulticlassConfusionMatrix,
@@ -248,6 +248,11 @@ def takes_groups(metric: Metric) -> bool:
     return own and by_sample and names <= {"dim_zero_sum", "dim_zero_cat"}
 
 
+def _alone() -> bool:
+    """Answer to torchmetrics whether there are other ranks: no."""
+    return False
+
+
 class SplitMetrics:
     """The metrics of one split while it runs.
 
@@ -266,6 +271,11 @@ class SplitMetrics:
             name: _own_copy(item).to(accelerator.device)
             for name, item in metrics.items()
         }
+        if accelerator.world_size == 1:
+            # A process group that others left behind is none of this fit's business.
+            for part in nn.ModuleList(self._metrics.values()).modules():
+                if isinstance(part, Metric):
+                    part.distributed_available_fn = _alone
         self._grouped = [n for n, item in self._metrics.items() if takes_groups(item)]
         self._each = [n for n in self._metrics if n not in self._grouped]
         self._waiting: list[tuple[Tensor, Tensor]] = []

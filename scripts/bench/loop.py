@@ -12,11 +12,16 @@ same round; the figure is the median.
 
 from __future__ import annotations
 
+# ruff: noqa: E402
+import sys
+
+# logging.py beside this file must not hide the standard library's.
+sys.path = [path for path in sys.path if not path.endswith("scripts/bench")]
+
 import argparse
 import os
 import pty
 import statistics
-import sys
 import tempfile
 import threading
 import time

@@ -587,3 +587,21 @@ def test_state_of_grouped_regression_goes_on_bit_for_bit():
             fresh.load_state_dict(metrics[1].state_dict())
             metrics[1] = fresh
     assert metrics[1].compute() == metrics[0].compute()
+
+
+def test_split_metrics_on_one_rank_never_meets_a_process_group():
+    # A group that waits for a second rank: any exchange would hang, then raise.
+    store = torch.distributed.HashStore()
+    if torch.distributed.is_initialized():
+        pytest.skip("another test's process group is there")
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        calls = []
+        metric = MulticlassAccuracy(num_classes=3)
+        metric.dist_sync_fn = lambda *args, **kwargs: calls.append(args)
+        split = SplitMetrics({"accuracy": metric}, SingleDevice("cpu"))
+        split.update(torch.eye(3), torch.arange(3), {"opt": torch.tensor(1.0)}, 3)
+        assert split.compute() == {"loss": 1.0, "accuracy": 1.0}
+        assert calls == []
+    finally:
+        torch.distributed.destroy_process_group()
