@@ -11,6 +11,7 @@ import torch
 import torchmetrics.classification
 import torchmetrics.regression
 from torch import nn
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.aggregation import MeanMetric
 from torchmetrics.classification import (
@@ -591,7 +592,7 @@ def test_state_of_grouped_regression_goes_on_bit_for_bit():
 
 def test_split_metrics_on_one_rank_never_meets_a_process_group():
     # A group that waits for a second rank: any exchange would hang, then raise.
-    store = torch.distributed.HashStore()
+    store = HashStore()
     if torch.distributed.is_initialized():
         pytest.skip("another test's process group is there")
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
