@@ -19,6 +19,7 @@ import tracking
 from tracking.courier import Courier
 from tracking.names import plain_key
 from tracking.registering import Register
+from tracking.state import State
 from tracking.ui import Server
 
 Points = list[tuple[str, int, float, int]]
@@ -114,6 +115,34 @@ def deliver(courier: Callable[..., Courier]) -> Callable[..., Courier]:
         return made
 
     return run
+
+
+class Delivering:
+    """A courier at work in a thread, beside a run that is written in this one."""
+
+    def __init__(self, made: Courier) -> None:
+        self.courier = made
+        self.thread = threading.Thread(target=made.deliver, daemon=True)
+        self.thread.start()
+
+    @property
+    def state(self) -> State:
+        return State.read(self.courier.run_path) or State()
+
+    def join(self) -> State:
+        self.thread.join(60)
+        assert not self.thread.is_alive()
+        return self.courier.state
+
+
+@pytest.fixture
+def delivering(courier: Callable[..., Courier]) -> Callable[..., Delivering]:
+    """Begins to deliver a run, in a thread."""
+
+    def start(path: Path, store: str, **options: Any) -> Delivering:
+        return Delivering(courier(path, store, **{"patience_s": 60.0, **options}))
+
+    return start
 
 
 @pytest.fixture

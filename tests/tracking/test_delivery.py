@@ -10,6 +10,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+import threading
 from contextlib import closing
 from datetime import datetime
 from pathlib import Path
@@ -497,6 +498,47 @@ def test_overwrite_of_what_mlflow_has_ends_in_one_history(
     assert second.state.behind == 0
 
 
+def test_overwrite_while_the_run_goes_on_is_settled_at_its_end(
+    record, delivering, store, until, in_mlflow, in_journal
+):
+    run = record()
+    run.run.log("metrics", "valid", {"loss": 3.0}, index=1, append=False)
+    work = delivering(run.path, store)
+    until(lambda: work.state.delivered >= 1)
+    first = work.state.mlflow_run_id
+    run.run.log("metrics", "valid", {"loss": 2.0}, index=1, append=False)
+    run.run.log("metrics", "valid", {"loss": 9.0}, index=2, append=False)
+    until(lambda: work.state.delivered >= run.run.position())
+    assert [point[1:3] for point in in_mlflow(store, first)] == [(1, 3.0), (2, 9.0)]
+    until(lambda: work.state.behind == 1)
+    run.run.finish(wait_s=0)
+    state = work.join()
+    assert state.superseded == [first]
+    assert in_mlflow(store, state.mlflow_run_id) == in_journal(run.path)
+
+
+def test_rewind_while_the_run_goes_on_moves_at_the_first_difference(
+    record, delivering, store, until, in_mlflow, in_journal
+):
+    run = record()
+    run.log_curve(5)
+    position = run.run.position()
+    run.log_curve(5, first=5)
+    work = delivering(run.path, store)
+    until(lambda: work.state.delivered >= run.run.position())
+    first = work.state.mlflow_run_id
+    run.run.rewind(position)
+    run.log_curve(2, first=5)
+    until(lambda: work.state.delivered >= run.run.position())
+    assert work.state.mlflow_run_id == first
+    assert len(in_mlflow(store, first)) == 20
+    run.log_curve(3, first=7, scale=2.0)
+    until(lambda: work.state.mlflow_run_id != first)
+    run.run.finish(wait_s=0)
+    state = work.join()
+    assert in_mlflow(store, state.mlflow_run_id) == in_journal(run.path)
+
+
 def test_move_that_was_cut_short_is_finished_by_the_next_delivery(
     record, deliver, store, in_mlflow, in_journal, client
 ):
@@ -704,6 +746,20 @@ def test_four_that_make_one_fresh_store_at_once_all_succeed(
     assert {run.info.run_name for run in all_runs(client, store)} == {
         f"run {number}" for number in range(4)
     }
+
+
+def test_fresh_store_is_made_by_one_at_a_time(tmp_path, remote_class, cache):
+    cache.mkdir(parents=True, exist_ok=True)
+    path = tmp_path / "mlflow.db"
+    other = threading.Thread(target=remote_class, args=(f"sqlite:///{path}", cache))
+    with (cache / "lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        other.start()
+        other.join(0.5)
+        assert other.is_alive()
+        assert not path.exists()
+    other.join(60)
+    assert path.exists()
 
 
 def test_process_leaves_at_once_when_another_delivers_the_run(record, store):

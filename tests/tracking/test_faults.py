@@ -14,7 +14,6 @@ import socket
 import sqlite3
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -28,32 +27,6 @@ from tracking.sync import sync
 from tracking.ui import Server
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(tracking.__file__).parents[1])}
-
-
-class Delivering:
-    """A courier at work in a thread, beside a run that is written in this one."""
-
-    def __init__(self, made):
-        self.courier = made
-        self.thread = threading.Thread(target=made.deliver, daemon=True)
-        self.thread.start()
-
-    @property
-    def state(self):
-        return State.read(self.courier.run_path) or State()
-
-    def join(self):
-        self.thread.join(60)
-        assert not self.thread.is_alive()
-        return self.courier.state
-
-
-@pytest.fixture
-def delivering(courier):
-    def start(path, store, **options):
-        return Delivering(courier(path, store, **{"patience_s": 60.0, **options}))
-
-    return start
 
 
 @pytest.fixture
