@@ -186,7 +186,7 @@ def test_damage_of_all_ranks_is_told(run):
     run.log("metrics", "train", 1.0)
     run.finish()
     path = part_path(run.path, 0) / "000000.arrow"
-    path.write_bytes(path.read_bytes()[:1500])
+    path.write_bytes(path.read_bytes()[:600])  # inside the one batch
     past = PastRun(run.path)
     (damage,) = past.damage
     assert damage.file == path
