@@ -749,13 +749,13 @@ def test_four_that_make_one_fresh_store_at_once_all_succeed(
 
 
 def test_fresh_store_is_made_by_one_at_a_time(tmp_path, remote_class, cache):
-    cache.mkdir(parents=True, exist_ok=True)
+    remote_class(f"sqlite:///{tmp_path}/other.db", cache)  # prepares one
     path = tmp_path / "mlflow.db"
     other = threading.Thread(target=remote_class, args=(f"sqlite:///{path}", cache))
     with (cache / "lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         other.start()
-        other.join(0.5)
+        other.join(1.0)
         assert other.is_alive()
         assert not path.exists()
     other.join(60)
