@@ -116,9 +116,8 @@ class DeepSpeedAccelerator:
         self.steps: dict[str, int] = {}
         self.overflows: dict[str, int] = {}
         self._ranks = Ranks(launch, self.device)
-        self._watch = None
-        if self.world_size > 1:
-            self._watch = Watch(self._ranks, launch.launcher_pid)
+        if self.world_size > 1 and not Watch.is_on():
+            Watch(self._ranks, launch.launcher_pid)
         self._check_devices()
         self._config = self._ranks.agree(lambda: self._checked(config))
         advice = "Give every rank the same config."
@@ -642,18 +641,23 @@ class DeepSpeedAccelerator:
     def finish(self) -> None:
         """Release the engines; the model is a plain one with whole weights, on the CPU.
 
-        Every rank has to call it. The process group stays for the next fit.
+        Every rank has to call it. The process group stays for the next fit. While an
+        exception is handled and there are several ranks, nothing is gathered, for the
+        others may never come: the model is of no further use then.
         """
         for hook in self._hooks:
             hook.remove()
         if self._model is not None and self._parts:
-            put_in = make_plain(
-                self._model, self._whole, self._dtypes, self._attributes
-            )
+            put_in = None
+            if self.world_size == 1 or sys.exception() is None:
+                put_in = make_plain(
+                    self._model, self._whole, self._dtypes, self._attributes
+                )
             for part in self._parts.values():
                 part.finish()
-            put_in()
-            self._model.cpu()
+            if put_in is not None:
+                put_in()
+                self._model.cpu()
         self._held.close()
         self._clear()
 

@@ -49,18 +49,12 @@ class Watch:
         self._quiet = threading.Event()
         self._hook = sys.excepthook
         sys.excepthook = self._on_exception
-        self._thread = threading.Thread(
-            target=self._look, name="harness-watch", daemon=True
-        )
-        self._thread.start()
+        threading.Thread(target=self._look, name="harness-watch", daemon=True).start()
 
-    def stop(self) -> None:
-        """Watch no longer."""
-        self._quiet.set()
-        self._thread.join()
-        # Bound methods are made anew at each access, so they are compared, not identified.
-        if sys.excepthook == self._on_exception:
-            sys.excepthook = self._hook
+    @staticmethod
+    def is_on() -> bool:
+        """True if this process is watched already; once is enough."""
+        return isinstance(getattr(sys.excepthook, "__self__", None), Watch)
 
     def _on_exception(
         self,

@@ -816,6 +816,21 @@ def talk_ranks_that_run_dry_do_not_hang(lab: Lab) -> None:
     check_each_once(lab, loader, 10)
 
 
+def talk_validation_sees_the_buffers_of_rank_0(lab: Lab) -> None:
+    accelerator = lab.make()
+    model = seeded(Normed)
+    loaders = [DataLoader(Rows(8), batch_size=1) for _ in range(2)]
+    _, _, (train, valid) = accelerator.prepare(model, adam(model), loaders)
+    model(torch.full((4, 5), float(lab.rank)))
+    means = model.get_buffer("norm.running_mean")
+    before = accelerator.broadcast(means.clone())
+    next(iter(train))
+    assert torch.equal(means, before) == (lab.rank == 0)
+    next(iter(valid))
+    assert torch.equal(means, before)
+    accelerator.finish()
+
+
 def talk_batches_fetched_ahead_keep_their_share(lab: Lab) -> None:
     accelerator, divided = prepared_loader(lab, DataLoader(Rows(9), batch_size=4))
     ahead = list(divided)

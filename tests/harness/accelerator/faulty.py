@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+import harness
 from harness.accelerator.deepspeed import DeepSpeedAccelerator
 
 STEPS = {"well": 4, "wait": 10_000}
@@ -22,7 +23,42 @@ def boom() -> None:
     raise ValueError("boom on purpose")
 
 
+class Raise(harness.Callback):
+    """Raises on one rank alone, some batches into the fit."""
+
+    def on_train_batch_end(self) -> None:
+        accelerator = self.ctx.accelerator
+        assert accelerator is not None
+        if self.ctx.iter == 5 and accelerator.rank == 1:
+            boom()
+
+
+def in_a_fit(folder: Path) -> None:
+    """The same in a tracked fit that saves checkpoints."""
+    (folder / f"pid-{os.environ['RANK']}").write_text(str(os.getpid()))
+    learner = harness.setup(
+        lambda: torch.nn.Linear(3, 1),
+        loss=torch.nn.MSELoss(),
+        optimizer=torch.optim.AdamW,
+    )
+    resume = harness.callbacks.AutoResume(folder / "saved", every_n_steps=2)
+    learner.fit(
+        (torch.randn(400, 3), torch.randn(400, 1)),
+        callbacks=[resume, Raise()],
+        accelerator=harness.accelerator(
+            {"zero_optimization": {"stage": 3}}, device="cpu"
+        ),
+        dataloader_options={"batch_size": 4},
+        seed=1,
+        tracker={"runs_dir": folder / "runs", "deliver": False},
+        verbose=False,
+    )
+
+
 def main(folder: Path, how: str) -> None:
+    if how == "fit":
+        in_a_fit(folder)
+        return
     stage = 7 if how == "config" else 2
     rank = os.environ["RANK"]
     (folder / f"pid-{rank}").write_text(str(os.getpid()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -136,6 +137,16 @@ def test_one_rank_raises_under_torchrun(start: object) -> None:
     check_traceback_comes_first(run.text().partition("torch/distributed/elastic")[0])
 
 
+def test_one_rank_raises_in_a_fit_and_the_run_is_failed(start: object) -> None:
+    assert callable(start)
+    run = start(torchrun, "fit")
+    assert run.code() != 0
+    run.check_nothing_left()
+    check_traceback_comes_first(run.text().partition("torch/distributed/elastic")[0])
+    (folder,) = (run.folder / "runs").iterdir()
+    assert json.loads((folder / "run.json").read_text())["status"] == "failed"
+
+
 def test_one_rank_raises_under_launch(start: object) -> None:
     assert callable(start)
     run = start(by_harness, "raise")
@@ -192,6 +203,33 @@ def test_a_good_run_is_quiet_and_ends_well(start: object) -> None:
     assert said[0] == said[1]
     assert len(said[0]) == 1
     assert said[0][0].startswith("sum ")
+
+
+@pytest.mark.slow
+def test_example_gives_the_same_by_deepspeed_and_by_launch(tmp_path: Path) -> None:
+    script = str(ROOT / "scripts" / "examples" / "train_deepspeed.py")
+    # As `deepspeed --num_gpus 2 ...` does, with the --local_rank that it adds.
+    plainly = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus=2"]
+    plainly += ["--quiet", f"--master_port={free_port()}", script, "--epochs=1"]
+    port = free_port()
+    launched = launch_command([script, "--epochs=1"], num_gpus=2, master_port=port)
+    said = []
+    for command in (plainly, launched):
+        done = subprocess.run(
+            command,
+            env=environment() | {"HARNESS_RUNS": str(tmp_path / "runs")},
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=tmp_path,
+            timeout=300,
+        )
+        lines = done.stdout.splitlines()
+        said.append(
+            [line for line in lines if line.startswith(("ranks", "validation"))]
+        )
+    assert said[0] == said[1]
+    assert said[0][0] == "ranks: 2, ZeRO: 2"
 
 
 @pytest.mark.slow
