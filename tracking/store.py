@@ -14,6 +14,7 @@ import os
 import re
 import secrets
 import unicodedata
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -25,6 +26,8 @@ from tracking.journal import is_being_written
 
 FORMAT: Final = 1
 MANIFEST: Final = "run.json"
+SECONDS: Final = len("20261122-235901")
+"""Characters of an id that tell its time."""
 
 _ADJECTIVES: Final = """
 amber azure bold brave brisk bright calm clear clever cosy crisp dapper deft
@@ -231,7 +234,22 @@ def run_paths(runs_dir: str | os.PathLike[str] | None = None) -> list[Path]:
     if not runs.is_dir():
         return []
     found = [path for path in runs.iterdir() if (path / MANIFEST).is_file()]
-    return sorted(found, key=lambda path: path.name, reverse=True)
+    seconds = Counter(path.name[:SECONDS] for path in found)
+
+    def age(path: Path) -> tuple[str, str, str]:
+        # Ids tell the second; only runs of the same one need to be asked for more.
+        is_alone = seconds[path.name[:SECONDS]] == 1
+        return path.name[:SECONDS], "" if is_alone else _created(path), path.name
+
+    return sorted(found, key=age, reverse=True)
+
+
+def _created(path: Path) -> str:
+    """When a run was created, as its manifest tells; empty if that cannot be read."""
+    try:
+        return Manifest.read(path).created
+    except (OSError, ValueError, RunNotFoundError):
+        return ""
 
 
 def find_run(

@@ -167,3 +167,12 @@ def test_status_of_a_run_nobody_writes_is_killed(tmp_path):
     # It finished after the caller had read its manifest.
     finished.write(tmp_path)
     assert status_of(tmp_path, manifest) == "finished"
+
+
+def test_runs_of_one_second_are_listed_newest_first(tmp_path):
+    ids = [f"20261122-235901-{name}-0000" for name in ("zebra", "ant", "mole")]
+    for ms, run_id in enumerate(ids):
+        (tmp_path / run_id).mkdir()
+        created = f"2026-11-22T23:59:01.00{ms}000+00:00"
+        Manifest(id=run_id, name=run_id, created=created).write(tmp_path / run_id)
+    assert [path.name for path in run_paths(tmp_path)] == ids[::-1]
