@@ -122,6 +122,8 @@ def check_kills(folder: Path, case: Case, num_kills: int, seed: int) -> None:
     check_same(broken, folder / "unbroken")
 
 
+# Slow: it forks, which after tests that started ranks in this process may not end.
+@pytest.mark.slow
 def test_fit_killed_at_random_instants_goes_on_to_the_same_end(tmp_path: Path) -> None:
     check_kills(tmp_path, CASE, num_kills=4, seed=0)
 
