@@ -12,7 +12,7 @@ from torchmetrics.regression import MeanSquaredError
 import harness
 from harness.accelerator import SingleDevice
 from harness.callbacks import GradientClip, StepMetrics
-from tests.harness.fakes import At, Line, Tape, line_learner, net_learner, points, slope
+from tests.harness.fakes import At, Line, Tape, line_learner, slope
 
 BATCH = [
     "on_train_batch_begin",
@@ -656,33 +656,44 @@ def test_step_opt_of_ones_own_is_called_with_the_optimizer():
     assert "on_train_batch_after_step" not in events
 
 
-def test_step_reads_nothing_from_the_device():
-    # On the meta device nothing can be read: any reading in a batch is an error.
-    def end(ctx):
-        if ctx.iter == 40:
-            ctx.model.to_empty(device="cpu")
-            raise harness.EarlyStop
+class Unreadable(Line):
+    """On the meta device nothing can be read: any reading is an error."""
 
+    def __init__(self):
+        with torch.device("meta"):
+            super().__init__()
+
+
+def leave(ctx):
+    """End the fit after some batches, before the metrics of the epoch are read."""
+    if ctx.iter == 40:
+        ctx.model.to_empty(device="cpu")
+        raise harness.EarlyStop
+
+
+@pytest.mark.parametrize("callbacks", [[], [StepMetrics()], [GradientClip(1.0)]])
+def test_step_reads_nothing_from_the_device(callbacks):
     metrics = {"mse": MeanSquaredError(), "own": lambda pred, target: pred.mean()}
-    fitted, _ = fit(
-        line_learner(metrics=metrics),
+    learner = harness.setup(
+        Unreadable, loss=nn.MSELoss(), optimizer=torch.optim.SGD, metrics=metrics
+    )
+    fitted, events = fit(
+        learner,
         slope(200),
         1,
-        StepMetrics(),
-        At("on_train_batch_end", end),
+        *callbacks,
+        At("on_train_batch_end", leave),
         accelerator=SingleDevice("meta"),
     )
+    assert events.count("on_train_batch_after_step") == 40
     assert fitted.records["metrics"]["train"] == []
 
 
-def test_step_with_clipping_reads_nothing_from_the_device():
-    def end(ctx):
-        if ctx.iter == 3:
-            ctx.model.to_empty(device="cpu")
-            raise harness.EarlyStop
-
-    callbacks = [GradientClip(1.0), At("on_train_batch_end", end)]
-    fit(net_learner(), points(8), 1, *callbacks, accelerator=SingleDevice("meta"))
+def test_step_that_reads_from_the_device_would_be_noticed():
+    learner = harness.setup(Unreadable, loss=nn.MSELoss(), optimizer=torch.optim.SGD)
+    read = At("on_train_batch_after_step", lambda ctx: float(ctx.loss["opt"]))
+    with pytest.raises(RuntimeError, match="meta"):
+        fit(learner, slope(200), 1, read, accelerator=SingleDevice("meta"))
 
 
 def test_validation_keeps_no_graph():
