@@ -104,14 +104,22 @@ def _from_file(path: Path) -> types.ModuleType:
         near = [str(item) for item in path.parent.glob("*.py")] if path.parent else []
         msg = f"harness fit: expected a Python file, found no {str(path)!r}."
         raise ExperimentError(f"{msg}{nearest(str(path), near)}")
+    name = path.stem
+    if name in sys.stdlib_module_names or hasattr(sys.modules.get(name), "__path__"):
+        msg = f"harness fit: expected a file with a name of its own, got {path.name!r}."
+        raise ExperimentError(f"{msg} It hides the module {name!r}: rename the file.")
     folder = str(path.resolve().parent)
     if folder not in sys.path:
         sys.path.insert(0, folder)
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
     return module
 
 

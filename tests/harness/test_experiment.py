@@ -10,7 +10,10 @@ import torch
 from torch import nn
 
 import harness
+import tracking
+from harness.accelerator import SingleDevice
 from harness.experiment import arguments, build, find, typed
+from tests.harness.fakes import At, line_learner, slope
 
 SOURCE = """
 import torch
@@ -141,3 +144,88 @@ def test_experiment_set_opt_hparams_reaches_its_learner(script):
     made = find(f"{script}:ready").set_opt_hparams(lr=0.5)
     assert made.learner.opt_hparams == {"lr": 0.5}
     assert find(f"{script}:ready").learner.opt_hparams == {}
+
+
+@pytest.mark.parametrize("name", ["json.py", "torch.py", "harness.py"])
+def test_find_file_that_hides_a_module_is_refused(name, tmp_path):
+    (tmp_path / name).write_text("ready = 1")
+    before = sys.modules[name.removesuffix(".py")]
+    with pytest.raises(harness.ExperimentError, match=r"hides the module .*: rename"):
+        find(f"{tmp_path / name}:ready")
+    assert sys.modules[name.removesuffix(".py")] is before
+
+
+def test_find_file_that_fails_tells_its_own_error_and_leaves_no_module(tmp_path):
+    (tmp_path / "falls_over.py").write_text("ready = 1 / 0")
+    before = list(sys.path)
+    with pytest.raises(ZeroDivisionError):
+        find(f"{tmp_path / 'falls_over.py'}:ready")
+    assert "falls_over" not in sys.modules
+    sys.path[:] = before
+
+
+def test_find_module_that_lacks_another_tells_which(tmp_path):
+    (tmp_path / "needs_more.py").write_text("import no_such_thing_anywhere")
+    before = list(sys.path)
+    sys.path.insert(0, str(tmp_path))
+    with pytest.raises(ModuleNotFoundError, match="no_such_thing_anywhere"):
+        find("needs_more:ready")
+    sys.path[:] = before
+
+
+def test_find_file_may_import_its_neighbours(script):
+    (script.parent / "neighbour_of_script.py").write_text("value = 5")
+    script.write_text(SOURCE + "\nfrom neighbour_of_script import value\n")
+    assert find(f"{script}:value") == 5
+    sys.modules.pop("neighbour_of_script")
+
+
+def test_arguments_of_a_function_with_open_end_take_any_name():
+    def anything(first, *rest, **more):
+        return first
+
+    given = {"first": "1", "width": "2", "name": "x"}
+    assert arguments(anything, given) == {"first": 1, "width": 2, "name": "x"}
+
+
+def test_arguments_from_a_config_keep_their_types():
+    def build(sizes: list[int], rate: float):
+        return sizes
+
+    assert arguments(build, {"sizes": [1, 2], "rate": 0.5}) == {
+        "sizes": [1, 2],
+        "rate": 0.5,
+    }
+
+
+def test_experiment_fit_passes_everything_on(tmp_path):
+    seen = []
+
+    def note(ctx):
+        seen.append((ctx.min_epochs, ctx.max_epochs, ctx.train_data.batch_size))
+        seen.append((ctx.valid_data is not None, ctx.accelerator.accumulate))
+
+    made = harness.Experiment(
+        learner=line_learner(),
+        data=slope(8),
+        valid_data=slope(4),
+        epochs=(1, 2),
+        callbacks=[At("on_fit_begin", note)],
+        name="mine",
+        experiment="lines",
+        seed=5,
+        dataloader_options={"batch_size": 3},
+        accelerator=SingleDevice("cpu", accumulate=2),
+    )
+    fitted = made.fit(verbose=False, tracker={"runs_dir": tmp_path, "deliver": False})
+    assert seen == [(1, 2, 3), (True, 2)]
+    past = tracking.open(fitted.run_path)
+    assert (past.name, past.manifest.experiment) == ("mine", "lines")
+    assert past.params["seed"] == 5
+
+
+def test_experiment_fit_without_tracking_records_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = harness.Experiment(learner=line_learner(), data=slope(2), epochs=1)
+    assert made.fit(verbose=False, tracker=False).run_id is None
+    assert list(tmp_path.iterdir()) == []
