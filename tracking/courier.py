@@ -460,6 +460,8 @@ class Courier:
     def _begin_with(self, run_id: str, sender: Sender) -> None:
         """Go on where an MLflow run ends."""
         self._sender = sender
+        if self._is_thorough:
+            sender.refused.clear()  # all is tried once more
         self._progress = Progress(Tail(self._part))
         self._must_reconcile = False
         self.state.mlflow_run_id = run_id

@@ -147,7 +147,11 @@ class Sender:
         """Tags about flags and changed params, if there are any."""
         flags = self.flags(wanted)
         found = {"luz.flags": flags, "luz.changed_params": wanted.changed}
-        return {name: fitting(value) for name, value in found.items() if value}
+        return {
+            name: fitting(value)
+            for name, value in found.items()
+            if value or name in self.tags
+        }
 
     def _send_batch(self, points: Sequence[Point], tags: dict[str, str]) -> None:
         """Send points and tags; points that MLflow refuses are left out."""

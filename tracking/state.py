@@ -76,7 +76,7 @@ class State:
         text = json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False)
         path = run_path / STATE
         with contextlib.suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(exist_ok=True)  # not the run, which may be deleted
             write_atomically(path, text.encode(errors="replace"))
 
 

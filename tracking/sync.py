@@ -11,6 +11,7 @@ import fcntl
 import json
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -132,6 +133,16 @@ def read_mlflow(run: PastRun) -> InMlflow:
         with pa.OSFile(str(Path(folder) / f"{told.pop('run')}.arrow")) as file:
             history = pa.ipc.open_file(file).read_all()
     return InMlflow(history=history, **told)
+
+
+def wait_for_delivery(run_path: Path, timeout_s: float) -> bool:
+    """Wait until no process delivers a run any more; whether that came about."""
+    deadline = time.monotonic() + timeout_s
+    while is_being_delivered(run_path):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def is_being_delivered(run_path: Path) -> bool:

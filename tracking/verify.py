@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 from tracking.against_file import against_file, exports_of
 from tracking.against_mlflow import against_mlflow
 from tracking.finding import Finding
 from tracking.read import PastRun
-from tracking.sync import read_mlflow
+from tracking.sync import read_mlflow, wait_for_delivery
+
+DELIVERY_S: Final = 30.0
+"""A run that has just ended is waited for so long, until all of it is delivered."""
 
 __all__ = ["Finding", "Verification", "verify"]
 
@@ -74,7 +78,7 @@ def verify(
         A run, ended or not.
     files
         Parquet files that it was exported to, alone or with others; None: those among
-        its artifacts that hold records.
+        its artifacts that hold records, once it has ended.
     mlflow
         Whether to compare with MLflow, which has the rows of rank 0.
 
@@ -89,11 +93,16 @@ def verify(
     ValueError
         If a file holds no records.
     """
+    is_live = run.status == "running"
+    if not is_live:
+        wait_for_delivery(run.path, DELIVERY_S)
     found = Verification(run.id)
     for damage in run.damage:
         lost = f"{damage.rows_lost} rows of {damage.file.name}"
         found.findings.append(Finding("journal", "missing", lost, damage.reason))
-    for file in exports_of(run) if files is None else files:
+    if files is None:
+        files = [] if is_live else exports_of(run)
+    for file in files:
         differing, here, there = against_file(run, file)
         found.findings += differing
         found.num_rows[file.name] = here, there

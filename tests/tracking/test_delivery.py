@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from tracking.registering import Register
 from tracking.remote import resolved_uri
 from tracking.settings import Settings
 from tracking.state import State
+from tracking.sync import wait_for_delivery
 from tracking.thinning import check_options
 
 CURVE = 30
@@ -166,7 +168,9 @@ def test_row_that_mlflow_refuses_holds_up_nothing(
     flags = json.loads(run_of(client, store, made.state).data.tags["luz.flags"])
     assert "not this one" in flags["refused"]["train/bad"]
     change(store, "DROP TRIGGER no")
-    deliver(run.path, store, is_thorough=True)
+    again = deliver(run.path, store, is_thorough=True)
+    assert again.state.flags == {}
+    assert run_of(client, store, again.state).data.tags["luz.flags"] == "{}"
     assert in_mlflow(store, made.state.mlflow_run_id) == in_journal(run.path)
 
 
@@ -776,6 +780,26 @@ def test_process_leaves_at_once_when_another_delivers_the_run(record, store):
         )
     assert process.returncode == 0
     assert State.read(run.path) is None
+
+
+def test_delivery_that_goes_on_is_waited_for_but_not_for_ever(record):
+    run = record()
+    (run.path / "delivery").mkdir()
+    assert wait_for_delivery(run.path, 0.0)
+    with (run.path / "delivery" / "lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert not wait_for_delivery(run.path, 0.0)
+        threading.Timer(0.2, fcntl.flock, (lock, fcntl.LOCK_UN)).start()
+        assert wait_for_delivery(run.path, 60.0)
+
+
+def test_run_that_was_deleted_does_not_come_back(record, deliver, store):
+    run = record()
+    run.run.finish()
+    made = deliver(run.path, store)
+    shutil.rmtree(run.path)
+    made.state.write(run.path)
+    assert not run.path.exists()
 
 
 def test_secrets_are_in_no_file_and_no_tag(record, store, tmp_path):
