@@ -289,9 +289,9 @@ def _chosen(names: tuple[str, ...], runs_dir: Path | None) -> list[PastRun]:
 
 def _store(runs_dir: Path | None) -> tuple[str, str]:
     """Tracking URI of the store that runs went to, and the newest run's experiment."""
-    from tracking.remote import resolved_uri  # noqa: PLC0415 (Arrow)
     from tracking.settings import Settings  # noqa: PLC0415 (beside it)
     from tracking.state import State  # noqa: PLC0415 (beside it)
+    from tracking.uris import resolved_uri  # noqa: PLC0415 (beside it)
 
     settings = Settings.read()
     states = (State.read(run.path) for run in _all(runs_dir))

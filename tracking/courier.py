@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -14,9 +12,10 @@ import pyarrow as pa
 from pyarrow import compute as pc
 
 from tracking.description import STATUSES, as_ms
-from tracking.errors import TrackingError
 from tracking.journal import Tail, is_being_written
+from tracking.patience import LONGEST_DELAY_S, Patience
 from tracking.points import Stamps, points_of
+from tracking.progress import Progress
 from tracking.reconciling import (
     Difference,
     Leftovers,
@@ -30,81 +29,18 @@ from tracking.remote import GoneError, Point, UnreachableError
 from tracking.sender import BATCH, Sender
 from tracking.state import State
 from tracking.store import part_path, status_of
-from tracking.superseding import Place
 from tracking.survey import News, Survey
 from tracking.thinning import sent_at_once
 
+STAMPED_ROWS: Final = 1 << 16
+"""Rows before the last one sent whose times are looked at for repetitions."""
+
 POLL_S: Final = 0.25
 LONGEST_POLL_S: Final = 1.0
-FIRST_DELAY_S: Final = 0.25
-LONGEST_DELAY_S: Final = 15.0
 STEP_ROWS: Final = 4 * BATCH
 """Rows sent before the journal is looked at again for what supersedes them."""
 
 T = TypeVar("T")
-
-
-class GaveUpError(TrackingError):
-    """MLflow did not answer for as long as it was to be waited for."""
-
-
-@dataclass
-class Progress:
-    """Where the sending of rows has got to, and what it must remember for the rest.
-
-    Attributes
-    ----------
-    tail
-        Gives the next rows.
-    num_held
-        Rows that were passed over for the places in `held`.
-    stamps
-        Times given so far.
-    counts
-        Points of each key so far; for thinning.
-    indices
-        Least and greatest index of what and set, among the rows done with.
-    leftovers
-        Points in MLflow that no row stands for.
-    held
-        Places that were overwritten after MLflow had them: sent when all is known.
-    """
-
-    tail: Tail
-    num_held: int = 0
-    stamps: Stamps = field(default_factory=Stamps)
-    counts: dict[str, int] = field(default_factory=dict)
-    indices: dict[tuple[str, str], list[int | None]] = field(default_factory=dict)
-    leftovers: Leftovers = field(default_factory=Leftovers)
-    held: set[Place] = field(default_factory=set)
-
-    def touches(self, place: Place) -> bool:
-        """Whether rows done with may be among those that an overwrite is about."""
-        what, set_, index = place
-        bounds = self.indices.get((what, set_))
-        if bounds is None or index is None or bounds[0] is None or bounds[1] is None:
-            return bounds is not None
-        return bounds[0] <= index <= bounds[1]
-
-    def note_indices(self, table: pa.Table) -> None:
-        """Take note of the places that rows are at."""
-        plain = table.select(["what", "set", "index"])
-        plain = pa.table(
-            {
-                "what": plain["what"].cast(pa.string()),
-                "set": plain["set"].cast(pa.string()),
-                "index": plain["index"],
-            }
-        )
-        found = plain.group_by(["what", "set"]).aggregate(
-            [("index", "min"), ("index", "max")]
-        )
-        for row in found.to_pylist():
-            key = row["what"], row["set"]
-            low, high = row["index_min"], row["index_max"]
-            bounds = self.indices.setdefault(key, [low, high])
-            bounds[0] = _least(bounds[0], low, min)
-            bounds[1] = _least(bounds[1], high, max)
 
 
 class Courier:
@@ -141,15 +77,23 @@ class Courier:
         log: Callable[[str], None] = print,
     ) -> None:
         self.run_path = run_path
-        self.state = State.read(run_path) or State()
+        state = State.read(run_path)
+        if state is None or state.tracking_uri != register.uri:
+            state = State(tracking_uri=register.uri)
+        self.state = state
         self.num_sent = 0
         self.num_present = 0
         self._register = register
-        self._patience_s = patience_s
         self._is_thorough = is_thorough
         self._make_keepsakes = make_keepsakes
-        self._redact = redact
-        self.log = log
+        self._patience = Patience(
+            run_path,
+            state,
+            limit_s=patience_s,
+            rows_to_go=self._rows_to_go,
+            redact=redact,
+            log=log,
+        )
         self._part = part_path(run_path, 0)
         self._survey = Survey(self._part)
         self._progress = Progress(Tail(self._part))
@@ -157,8 +101,6 @@ class Courier:
         self._per_key = register.manifest.delivery.get("per_key")
         self._is_unsettled = is_thorough or self._per_key is not None
         self._must_reconcile = False
-        self._deadline: float | None = None
-        self._saved_at = 0.0
         self._next_artifact_at = 0.0
         self._sender: Sender
 
@@ -175,31 +117,32 @@ class Courier:
         GaveUpError
             If MLflow could not be reached, or does not take the run.
         """
-        if self.state.tracking_uri != self._register.uri:
-            self.state = State(tracking_uri=self._register.uri)
-        self._enter("connecting")
+        self._patience.enter("connecting")
         for attempt in range(5):
             try:
                 self._connect()
-                on_page()
+                if attempt == 0:
+                    on_page()
                 self._loop()
                 return
             except GoneError as error:
                 if error.is_binned or attempt == 4:
-                    raise self._given_up(error) from error
-                self.log(f"the run is gone from MLflow; making it anew ({error})")
+                    raise self._patience.give_up(error) from error
+                self._patience.log(
+                    f"the run is gone from MLflow; making it anew ({error})"
+                )
                 self.state.mlflow_run_id = None
 
     # ------------------------------------------------------------------ the loop
 
     def _loop(self) -> None:
         """Send what comes until the trainer has ended and all is sent."""
-        self._enter("delivering")
+        self._patience.enter("delivering")
         poll_s = POLL_S
         while True:
             is_live = is_being_written(self._part)
             is_busy = self._step(is_live)
-            self._save()
+            self._patience.save()
             if is_busy:
                 poll_s = POLL_S
                 continue
@@ -213,10 +156,10 @@ class Courier:
         """Send the next rows; whether there were any."""
         self._consider(self._survey.look())
         if is_live and self._sender.status != "RUNNING":
-            self._keep_trying(lambda: self._set_status("RUNNING"))
-        self._keep_trying(self._send_properties)
+            self._patience.try_(lambda: self._set_status("RUNNING"))
+        self._patience.try_(self._send_properties)
         if self._must_reconcile:
-            self._keep_trying(self._reconcile)
+            self._patience.try_(self._reconcile)
         is_busy = self._send_rows()
         self._try_artifact()
         return is_busy
@@ -260,11 +203,11 @@ class Courier:
 
     def _send(self, points: list[Point], upto: int | None) -> None:
         """Send a batch, however long it takes."""
-        self._keep_trying(lambda: self._sender.send_points(points, upto))
+        self._patience.try_(lambda: self._sender.send_points(points, upto))
         self.num_sent += len(points)
         if upto is not None:
             self.state.delivered = upto
-        self._save()
+        self._patience.save()
 
     def _not_held(self, table: pa.Table) -> pa.Table:
         """Rows without those whose places wait for the end."""
@@ -300,8 +243,10 @@ class Courier:
         for i, point in points:
             stands_for = leftovers.take(point)
             if stands_for is False and not self._register.is_borrowed:
-                self.log(f"{point.key} at {point.step} differs from what MLflow has")
-                self._keep_trying(self._move)
+                self._patience.log(
+                    f"{point.key} at {point.step} differs from what MLflow has"
+                )
+                self._patience.try_(self._move)
                 return None
             if not stands_for:
                 lacking.append((i, point))
@@ -324,7 +269,7 @@ class Courier:
         try:
             self._upload(1)
         except UnreachableError as error:
-            self.log(f"an artifact is waiting: {error}")
+            self._patience.log(f"an artifact is waiting: {error}")
             self._next_artifact_at = time.monotonic() + LONGEST_DELAY_S
 
     def _upload(self, count: int | None = None) -> None:
@@ -338,7 +283,7 @@ class Courier:
         try:
             made = self._make_keepsakes(self.run_path)
         except (ImportError, OSError, ValueError, RuntimeError) as error:
-            self.log(f"no picture or Parquet file of the run: {error}")
+            self._patience.log(f"no picture or Parquet file of the run: {error}")
             return
         for path in made:
             self._register.remote.send_artifact(self._sender.run_id, path, None)
@@ -348,7 +293,7 @@ class Courier:
     def _end(self) -> bool:
         """Close the MLflow run; False if there is more to be done after all."""
         is_unsettled = self._is_unsettled or bool(self._progress.leftovers)
-        if is_unsettled and self._keep_trying(self._settle):
+        if is_unsettled and self._patience.try_(self._settle):
             return False
         if is_being_written(self._part):
             return False
@@ -357,20 +302,20 @@ class Courier:
         if status == "running":
             return False
         if self._is_thorough:
-            self._keep_trying(
+            self._patience.try_(
                 lambda: self._sender.note_artifacts(self._survey.properties())
             )
-        self._keep_trying(self._send_properties)
+        self._patience.try_(self._send_properties)
         ended = as_ms(manifest.ended) or self._survey.last_time_ms
         if not self._register.is_borrowed:
-            self._keep_trying(lambda: self._set_status(STATUSES[status], ended))
-        self._keep_trying(self._upload)
+            self._patience.try_(lambda: self._set_status(STATUSES[status], ended))
+        self._patience.try_(self._upload)
         if self.num_sent or not self._is_thorough:
-            self._keep_trying(self._send_keepsakes)
-        self._keep_trying(self._send_properties)
+            self._patience.try_(self._send_keepsakes)
+        self._patience.try_(self._send_properties)
         if is_being_written(self._part):
             return False
-        self._enter("done")
+        self._patience.enter("done")
         return True
 
     def _set_status(self, status: str, end_ms: int | None = None) -> None:
@@ -395,7 +340,9 @@ class Courier:
                 self._progress.leftovers = leftovers
                 self._is_unsettled = False
                 return False
-            self.log(f"{len(leftovers)} points in MLflow have no row any more")
+            self._patience.log(
+                f"{len(leftovers)} points in MLflow have no row any more"
+            )
             self._move()
             return True
         for start in range(0, len(lacking), BATCH):
@@ -444,7 +391,7 @@ class Courier:
         """Go on with a fresh MLflow run, from the first row."""
         old = self._sender.run_id
         fresh = self._register.replace(old)
-        self.log(f"{old} is superseded by {fresh.run_id}")
+        self._patience.log(f"{old} is superseded by {fresh.run_id}")
         self._begin_with(fresh.run_id, self._register.sender(fresh))
         self.state.superseded.append(old)
 
@@ -453,9 +400,9 @@ class Courier:
     def _connect(self) -> None:
         """Find or make the MLflow run, and the place where to go on."""
         self._survey.look()
-        sender = self._keep_trying(self._register.connect)
+        sender = self._patience.try_(self._register.connect)
         self._begin_with(sender.run_id, sender)
-        self._save(at_once=True)
+        self._patience.save(at_once=True)
 
     def _begin_with(self, run_id: str, sender: Sender) -> None:
         """Go on where an MLflow run ends."""
@@ -479,8 +426,11 @@ class Courier:
             table = table.filter(pa.array(table["seq"].to_numpy() <= last))
             if not table.num_rows:
                 break
-            alive = table.filter(pa.array(superseding.alive(table)))
             progress.note_indices(table)  # what is dead now may have been sent
+            is_far = table["seq"][-1].as_py() < last - STAMPED_ROWS
+            if is_far and self._per_key is None:
+                continue
+            alive = table.filter(pa.array(superseding.alive(table)))
             points = progress.stamps.settled(points_of(alive, self._survey.keys))
             if self._per_key is not None:
                 for key in points["key"].to_pylist():
@@ -493,77 +443,12 @@ class Courier:
                 progress.held.add(place)
                 self._is_unsettled = True
 
-    # ------------------------------------------------------- patience and reporting
-
-    def _keep_trying(self, action: Callable[[], T]) -> T:
-        """Do something with MLflow, again and again until it answers.
-
-        Raises
-        ------
-        GaveUpError
-            If it does not, and the trainer has been gone for long enough.
-        """
-        delay_s = FIRST_DELAY_S
-        while True:
-            try:
-                result = action()
-            except UnreachableError as error:
-                if self._is_too_late():
-                    raise self._given_up(error) from error
-                self._note_trouble(error)
-                time.sleep(delay_s)
-                delay_s = min(2 * delay_s, LONGEST_DELAY_S)
-            else:
-                self._deadline = None
-                if self.state.error:
-                    self.log("MLflow answers again")
-                    self._enter("delivering")
-                return result
-
-    def _is_too_late(self) -> bool:
-        """Whether a server that does not answer need not be waited for any more."""
-        if is_being_written(self._part):
-            self._deadline = None
-            return False
-        if self._deadline is None:
-            self._deadline = time.monotonic() + self._patience_s
-        return time.monotonic() >= self._deadline
-
-    def _note_trouble(self, error: Exception) -> None:
-        """Tell why nothing goes on, once for each reason."""
-        text = self._redact(str(error))[:500]
-        if text != self.state.error:
-            self.log(f"waiting for MLflow: {text}")
-        self._enter("waiting", text)
-
-    def _given_up(self, error: Exception) -> GaveUpError:
-        """Error that ends the delivery, written down."""
-        text = self._redact(str(error))[:500]
-        self.log(f"giving up: {text}")
-        self._enter("gave up", text)
-        return GaveUpError(text)
-
-    def _enter(self, phase: str, error: str | None = None) -> None:
-        """Write down what is going on."""
-        self.state.phase, self.state.error = phase, error
-        self._save(at_once=True)
-
-    def _save(self, *, at_once: bool = False) -> None:
-        """Write the state, not too often."""
-        if not at_once and time.monotonic() - self._saved_at < 1.0:
-            return
-        self._saved_at = time.monotonic()
-        self.state.behind = self._progress.num_held
-        if self.state.delivered < self._survey.last or at_once:
+    def _rows_to_go(self) -> int:
+        """Rows that MLflow lacks."""
+        count, last = self._progress.num_held, self._survey.last
+        # Reading the open block takes milliseconds: not where none are known of.
+        is_idle = self.state.phase == "delivering" and 0 <= last <= self.state.delivered
+        if not is_idle:
             self._gauge.after = self.state.delivered
-            self.state.behind += self._gauge.behind()
-        self.state.updated = datetime.now(UTC).isoformat()
-        self.state.write(self.run_path)
-
-
-def _least(
-    known: int | None, new: int | None, choose: Callable[..., int]
-) -> int | None:
-    """The lesser, or greater, of two numbers that may be absent."""
-    present = [number for number in (known, new) if number is not None]
-    return choose(present) if len(present) == 2 else None
+            count += self._gauge.behind()
+        return count

@@ -29,15 +29,17 @@ from typing import Any, Final
 
 import pyarrow as pa
 
-from tracking.courier import Courier, GaveUpError
+from tracking.courier import Courier
 from tracking.errors import TrackingError
 from tracking.keepsakes import make_keepsakes
+from tracking.patience import GaveUpError
 from tracking.registering import Register
-from tracking.remote import Remote, prepare_environment, resolved_uri
+from tracking.remote import Remote, prepare_environment
 from tracking.settings import Settings
 from tracking.state import State
 from tracking.store import Manifest
 from tracking.thinning import check_options
+from tracking.uris import resolved_uri
 
 NICENESS: Final = 10
 LOCK_WAIT_S: Final = 10.0
@@ -75,7 +77,7 @@ def _deliver(
             return 0
         courier = _courier(path, settings, patience_s, is_thorough=False)
         # Not before: the page is wanted soon, beside a trainer that takes all cores.
-        return _run(courier, path, lambda: settle_down(NICENESS))
+        return _run(courier, path, lambda: settle_down(NICENESS), settings.redact)
 
 
 def _sync(
@@ -91,7 +93,7 @@ def _sync(
     with _locked(path, lock_wait_s) as is_ours:
         if is_ours:
             courier = _courier(path, settings, patience_s, is_thorough=True)
-            code = _run(courier, path, lambda: settle_down(0))
+            code = _run(courier, path, lambda: settle_down(0), settings.redact)
             told |= {"sent": courier.num_sent, "present": courier.num_present}
         state = State.read(path) or State()
         told |= {
@@ -138,7 +140,12 @@ def _read(path: Path, folder: Path, settings: Settings, report: Any) -> int:
     return code
 
 
-def _run(courier: Courier, path: Path, on_page: Callable[[], None]) -> int:
+def _run(
+    courier: Courier,
+    path: Path,
+    on_page: Callable[[], None],
+    redact: Callable[[str], str],
+) -> int:
     """Deliver, and write down what went wrong if something did."""
     try:
         courier.deliver(on_page)
@@ -147,9 +154,9 @@ def _run(courier: Courier, path: Path, on_page: Callable[[], None]) -> int:
     except Exception as error:  # noqa: BLE001 (nobody watches this process)
         if not path.is_dir():  # the run was deleted
             return 1
-        courier.log(traceback.format_exc())
+        _log(path, redact(traceback.format_exc()))
         courier.state.phase = "gave up"
-        courier.state.error = f"{type(error).__name__}: {error}"
+        courier.state.error = redact(f"{type(error).__name__}: {error}")
         courier.state.write(path)
         return 1
     return 0

@@ -19,14 +19,14 @@ from pathlib import Path
 import pytest
 
 import tracking
-from tracking.courier import GaveUpError
 from tracking.handover import delivery_command
+from tracking.patience import GaveUpError
 from tracking.registering import Register
-from tracking.remote import resolved_uri
 from tracking.settings import Settings
 from tracking.state import State
 from tracking.sync import wait_for_delivery
 from tracking.thinning import check_options
+from tracking.uris import resolved_uri
 
 CURVE = 30
 

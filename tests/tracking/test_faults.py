@@ -20,8 +20,8 @@ from pathlib import Path
 import pytest
 
 import tracking
-from tracking.courier import GaveUpError
 from tracking.handover import delivery_command
+from tracking.patience import GaveUpError
 from tracking.state import State
 from tracking.sync import sync
 from tracking.ui import Server
