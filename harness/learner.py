@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -206,7 +207,7 @@ class Learner:
                     describe_fit(run, ctx, self, seed)
                 loop.fit(ctx)
         except BaseException:
-            accelerator.finish()
+            accelerator.finish(failed=True)
             raise
         return self._fitted(ctx, run)
 
@@ -290,8 +291,8 @@ class Learner:
             recorder=Unrecorded(),
             callbacks=[TrainValid(), Metrics(measured), *check_callbacks(callbacks)],
         )
-        loop.evaluate(ctx)
-        self._release(ctx)
+        with lent_model(ctx):
+            loop.evaluate(ctx)
         return Evaluation(records=ctx.records)
 
     def _named_optimizers(self, model: nn.Module) -> Any:
@@ -339,17 +340,8 @@ class Learner:
             recorder=Unrecorded(),
             callbacks=[TrainValid(), *check_callbacks(callbacks)],
         )
-        preds = joined(loop.predict(ctx))
-        self._release(ctx)
-        return preds
-
-    def _release(self, ctx: Context) -> None:
-        """Give the model back as it was: off the context, on the CPU."""
-        accelerator = ctx.accelerator
-        assert accelerator is not None
-        accelerator.finish()
-        ctx.clean()
-        ctx.state_dict()["model"].cpu()
+        with lent_model(ctx):
+            return joined(loop.predict(ctx))
 
 
 def setup(
@@ -447,6 +439,20 @@ def seed_all(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+@contextmanager
+def lent_model(ctx: Context) -> Iterator[None]:
+    """Give the model back as it was, off the context and on the CPU, however it ends."""
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:
+        assert ctx.accelerator is not None
+        ctx.accelerator.finish(failed=failed)
+        ctx.clean()
+        ctx.state_dict()["model"].cpu()
 
 
 def plain_model(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:

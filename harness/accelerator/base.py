@@ -153,6 +153,12 @@ class Accelerator(Protocol):
         """
         ...
 
-    def finish(self) -> None:
-        """Release what ``prepare`` took: engines, hooks, process groups."""
+    def finish(self, *, failed: bool = False) -> None:
+        """Release what ``prepare`` took: engines, hooks.
+
+        Parameters
+        ----------
+        failed
+            This rank ends alone, for the others may never come: nothing is gathered.
+        """
         ...

@@ -638,18 +638,22 @@ class DeepSpeedAccelerator:
         """Engines by optimizer name."""
         return {name: part.engine for name, part in self._parts.items()}
 
-    def finish(self) -> None:
+    def finish(self, *, failed: bool = False) -> None:
         """Release the engines; the model is a plain one with whole weights, on the CPU.
 
-        Every rank has to call it. The process group stays for the next fit. While an
-        exception is handled and there are several ranks, nothing is gathered, for the
-        others may never come: the model is of no further use then.
+        Every rank has to call it. The process group stays for the next fit.
+
+        Parameters
+        ----------
+        failed
+            This rank ends alone: with several ranks nothing is gathered, for the others
+            may never come, and the model is of no further use.
         """
         for hook in self._hooks:
             hook.remove()
         if self._model is not None and self._parts:
             put_in = None
-            if self.world_size == 1 or sys.exception() is None:
+            if self.world_size == 1 or not failed:
                 put_in = make_plain(
                     self._model, self._whole, self._dtypes, self._attributes
                 )

@@ -319,7 +319,7 @@ class SingleDevice:
             param.grad = None if grad is None else grad.to(self.device, copy=True)
             param.requires_grad_(name not in state["frozen"])
 
-    def finish(self) -> None:
+    def finish(self, *, failed: bool = False) -> None:
         """Take the step counters off the optimizers."""
         for hook in self._hooks:
             hook.remove()

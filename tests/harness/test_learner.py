@@ -654,6 +654,16 @@ def test_evaluate_leaves_weights_and_mode():
         _ = fitted.model.ctx
 
 
+@pytest.mark.parametrize("call", ["evaluate", "predict"])
+def test_a_failing_pass_gives_the_model_back(call):
+    fitted = net_learner().fit(points(8), 1, **OFF)
+    event = "on_valid_end" if call == "evaluate" else "on_predict_end"
+    with pytest.raises(ZeroDivisionError):
+        getattr(fitted, call)(points(8), callbacks=[At(event, lambda _: 1 / 0)])
+    with pytest.raises(AttributeError):
+        _ = fitted.model.ctx
+
+
 def test_evaluate_leaves_the_records_of_the_fit():
     fitted = line_learner().fit(slope(2), 1, slope(2), **OFF)
     before = [dict(item) for item in fitted.records["metrics"]["valid"]]
