@@ -12,6 +12,7 @@ import pyarrow as pa
 from pyarrow import compute as pc
 
 from tracking.description import STATUSES, as_ms
+from tracking.ending import status_of
 from tracking.journal import Tail, is_being_written
 from tracking.patience import LONGEST_DELAY_S, Patience
 from tracking.points import Stamps, points_of
@@ -28,7 +29,7 @@ from tracking.registering import Register
 from tracking.remote import GoneError, Point, UnreachableError
 from tracking.sender import BATCH, Sender
 from tracking.state import State
-from tracking.store import part_path, status_of
+from tracking.store import part_path
 from tracking.survey import News, Survey
 from tracking.thinning import sent_at_once
 

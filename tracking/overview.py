@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
+from tracking.ending import error_of
 from tracking.read import PastRun
 from tracking.state import State, rows_to_go
 from tracking.store import part_paths
@@ -40,7 +41,7 @@ def overview(run: PastRun) -> dict[str, Any]:
     return {
         **brief(run),
         "note": manifest.note,
-        "error": manifest.error,
+        "error": error_of(run.path, manifest),
         "command": manifest.command,
         "cwd": manifest.cwd,
         "host": manifest.host,

@@ -10,9 +10,10 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import compute as pc
 
+from tracking.ending import status_of
 from tracking.journal import Damage, read_part
 from tracking.schema import CONTROL, SCHEMA, value_of
-from tracking.store import Manifest, find_run, part_paths, run_paths, status_of
+from tracking.store import Manifest, find_run, part_paths, run_paths
 from tracking.superseding import Superseding
 
 

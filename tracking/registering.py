@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from tracking.description import as_ms, page, run_tags
+from tracking.ending import error_of
 from tracking.remote import (
     MAX_TAG_LENGTH,
     GoneError,
@@ -79,6 +80,7 @@ class Register:
     def read_manifest(self) -> Manifest:
         """The manifest as it is now."""
         self.manifest = Manifest.read(self._run_path)
+        self.manifest.error = error_of(self._run_path, self.manifest)
         return self.manifest
 
     def connect(self) -> Sender:

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any, Final, Literal
 
 from tracking import artifacts
+from tracking.ending import describe_error, leave_failure
 from tracking.errors import warn
 from tracking.handover import Handover
 from tracking.journal import CAPACITY, Journal
@@ -366,13 +367,11 @@ class Run:
             self._manifest.status = status
             self._manifest.ended = now()
             if error is not None:
-                message = str(error)[:10_000]
-                self._manifest.error = {
-                    "type": type(error).__name__,
-                    "message": message,
-                }
+                self._manifest.error = describe_error(error)
             # Before the lock goes: a free lock and "running" would mean killed.
             self.save_manifest()
+        elif error is not None:
+            leave_failure(part_path(self.path, self.rank), error, now())
         last_seq = self._journal.last_seq()
         self._journal.close()
         if self._pending:

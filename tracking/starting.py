@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tracking import capture
+from tracking.ending import forget_failures, status_of
 from tracking.run import Run, now
 from tracking.store import Manifest, find_run, make_run, runs_folder
 from tracking.thinning import check_options
@@ -139,11 +140,12 @@ def _start_new(
 def _go_on_with(path: Path, durability: Literal["process", "fsync"]) -> Run:
     """A run that was ended before, or killed."""
     manifest = Manifest.read(path)
+    status = status_of(path, manifest)
     run = Run(path, manifest, durability=durability)
     manifest.resumed.append(
         {
             "time": now(),
-            "status": manifest.status,
+            "status": status,
             "command": capture.command(),
             "host": capture.machine()["host"],
             "pid": os.getpid(),
@@ -151,6 +153,7 @@ def _go_on_with(path: Path, durability: Literal["process", "fsync"]) -> Run:
         }
     )
     manifest.status, manifest.ended, manifest.error = "running", None, None
+    forget_failures(path)
     manifest.pid = os.getpid()
     run.restore_indices()
     return run

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, Final
 
 from tracking.errors import RunNotFoundError
-from tracking.journal import is_being_written
 
 FORMAT: Final = 1
 MANIFEST: Final = "run.json"
@@ -169,15 +168,6 @@ def part_paths(run_path: Path) -> dict[int, Path]:
         return {}
     ranks = sorted(int(p.name) for p in records.iterdir() if p.name.isdecimal())
     return {rank: part_path(run_path, rank) for rank in ranks}
-
-
-def status_of(run_path: Path, manifest: Manifest) -> str:
-    """Status of a run; one that says ``running`` and that nobody writes was killed."""
-    if manifest.status == "running" and not is_being_written(part_path(run_path, 0)):
-        # It may have finished between the two looks.
-        written = Manifest.read(run_path).status
-        return "killed" if written == "running" else written
-    return manifest.status
 
 
 def make_run(

@@ -287,13 +287,9 @@ def check_command(folder: Path, signum: int) -> None:
     assert all(same_bits(states[0][key], states[1][key]) for key in states[1])
 
 
-def test_fit_command_ended_by_sigterm_is_finished_by_resume(tmp_path: Path) -> None:
-    check_command(tmp_path, signal.SIGTERM)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGUSR1])
-def test_fit_command_ended_by_other_signals_is_finished_by_resume(
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_fit_command_ended_by_a_signal_is_finished_by_resume(
     signum: signal.Signals, tmp_path: Path
 ) -> None:
     check_command(tmp_path, signum)

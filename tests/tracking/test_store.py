@@ -14,7 +14,6 @@ from tracking.store import (
     part_paths,
     run_paths,
     runs_folder,
-    status_of,
     write_atomically,
 )
 
@@ -156,17 +155,6 @@ def test_part_paths_are_in_order_of_rank(tmp_path):
     (tmp_path / "records" / "other").mkdir()
     assert list(part_paths(tmp_path)) == [0, 2, 10]
     assert part_paths(tmp_path / "nowhere") == {}
-
-
-def test_status_of_a_run_nobody_writes_is_killed(tmp_path):
-    manifest = Manifest(id="x", name="x")
-    manifest.write(tmp_path)
-    assert status_of(tmp_path, manifest) == "killed"
-    finished = Manifest(id="x", name="x", status="finished")
-    assert status_of(tmp_path, finished) == "finished"
-    # It finished after the caller had read its manifest.
-    finished.write(tmp_path)
-    assert status_of(tmp_path, manifest) == "finished"
 
 
 def test_runs_of_one_second_are_listed_newest_first(tmp_path):

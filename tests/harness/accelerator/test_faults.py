@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -13,10 +12,12 @@ from pathlib import Path
 
 import pytest
 
+import tracking
 from harness.accelerator.launch import launch_command
 from harness.accelerator.watch import launchers
 from tests.harness.accelerator import refusals
 from tests.harness.accelerator.launches import ROOT, Launches, free_port, started
+from tracking.overview import overview
 
 FAULTY = Path(__file__).with_name("faulty.py")
 
@@ -144,7 +145,9 @@ def test_one_rank_raises_in_a_fit_and_the_run_is_failed(start: object) -> None:
     run.check_nothing_left()
     check_traceback_comes_first(run.text().partition("torch/distributed/elastic")[0])
     (folder,) = (run.folder / "runs").iterdir()
-    assert json.loads((folder / "run.json").read_text())["status"] == "failed"
+    past = tracking.open(folder)
+    error = {"type": "ValueError", "message": "boom on purpose (rank 1)"}
+    assert (past.status, overview(past)["error"]) == ("failed", error)
 
 
 def test_one_rank_raises_under_launch(start: object) -> None:

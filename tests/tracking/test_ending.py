@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import pytest
+
+import tracking
+from tracking.ending import FAILURE, error_of, status_of
+from tracking.overview import overview
+from tracking.store import Manifest, part_path
+
+
+@pytest.fixture
+def ranks(tmp_path):
+    """Runs of ranks 0 and 1 of one run."""
+    first = tracking.start(runs_dir=tmp_path, deliver=False)
+    second = tracking.start(runs_dir=tmp_path, rank=1, run_id=first.id, deliver=False)
+    yield first, second
+    second.finish()
+    first.finish()
+
+
+def test_status_of_a_run_nobody_writes_is_killed(tmp_path):
+    manifest = Manifest(id="x", name="x")
+    manifest.write(tmp_path)
+    assert status_of(tmp_path, manifest) == "killed"
+    finished = Manifest(id="x", name="x", status="finished")
+    assert status_of(tmp_path, finished) == "finished"
+    # It finished after the caller had read its manifest.
+    finished.write(tmp_path)
+    assert status_of(tmp_path, manifest) == "finished"
+
+
+def test_rank_that_failed_tells_why_where_rank_0_could_not(ranks):
+    first, second = ranks
+    second.finish("failed", ValueError("boom"))
+    first._journal.close()  # as a kill leaves it: no word in the manifest
+    past = tracking.open(first.path)
+    assert past.status == "failed"
+    assert overview(past)["error"] == {"type": "ValueError", "message": "boom (rank 1)"}
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_error_is_the_first_of_all_ranks(ranks, order):
+    kinds = [RuntimeError("connection closed"), ValueError("boom")]
+    for rank in order:
+        ranks[rank].finish("failed", kinds[rank])
+    found = error_of(ranks[0].path, Manifest.read(ranks[0].path))
+    assert found is not None
+    assert found["type"] == type(kinds[order[0]]).__name__
+
+
+def test_killed_rank_is_no_failure(ranks):
+    first, second = ranks
+    second.finish("killed")
+    first._journal.close()
+    assert tracking.open(first.path).status == "killed"
+
+
+def test_going_on_forgets_failures(ranks, tmp_path):
+    first, second = ranks
+    second.finish("failed", ValueError("boom"))
+    first._journal.close()
+    with tracking.start(runs_dir=tmp_path, run_id=first.id, deliver=False):
+        pass
+    past = tracking.open(first.path)
+    assert past.status == "finished"
+    assert overview(past)["error"] is None
+    assert past.manifest.resumed[0]["status"] == "failed"
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"message": "torn'])
+def test_spoilt_word_of_a_rank_is_passed_over(ranks, text):
+    first, second = ranks
+    (part_path(second.path, 1) / FAILURE).write_text(text)
+    first._journal.close()
+    assert tracking.open(first.path).status == "killed"
