@@ -9,9 +9,7 @@ import pkgutil
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import click
 import pytest
@@ -100,12 +98,6 @@ def test_public_name_is_documented(name: str) -> None:
     assert re.search(rf"`{re.escape(name)}`|## `{re.escape(name)}`", text)
 
 
-def test_generated_blocks_are_up_to_date() -> None:
-    check = [sys.executable, str(ROOT / "scripts" / "docs"), "--check"]
-    done = subprocess.run(check, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
 def test_stale_block_is_named(tmp_path: Path) -> None:
     for name in ("docs", "scripts", "harness", "tracking"):
         (tmp_path / name).symlink_to(ROOT / name)
@@ -134,15 +126,11 @@ def test_links_lead_somewhere(path: Path) -> None:
 # ---------------------------------------------------------------- everything runs
 
 
-def shown() -> Iterator[Any]:
-    """Pages with code; only the door is quick enough for every run."""
-    for path in PAGES:
-        if python_of(path):
-            marks = [] if path.name == "README.md" else [pytest.mark.slow]
-            yield pytest.param(path, id=path.name, marks=marks)
+SHOWN = [path for path in PAGES if python_of(path)]
 
 
-@pytest.mark.parametrize("path", list(shown()))
+@pytest.mark.slow
+@pytest.mark.parametrize("path", SHOWN, ids=lambda path: path.name)
 def test_python_blocks_run(path: Path, tmp_path: Path) -> None:
     script = tmp_path / "blocks.py"
     script.write_text(python_of(path))

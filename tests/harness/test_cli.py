@@ -245,7 +245,11 @@ def test_fit_optimizer_option_that_does_not_exist_ends_with_one_line(folder):
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
+    ("number", "code"),
+    [
+        (signal.SIGINT, 130),
+        pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow),
+    ],
 )
 def test_fit_signal_in_mid_epoch_keeps_the_record_and_resumes_exactly(
     number, code, folder

@@ -418,6 +418,7 @@ def test_journal_forked_child_leaves_it_alone(part, root):
 
 RAISING_HANDLER = """
 import itertools, signal, sys
+sys.settrace(None)  # a tracer would swallow what the handler raises
 from pathlib import Path
 from tracking.run import Run
 from tracking.journal import read_part
@@ -458,6 +459,7 @@ def test_journal_handler_that_raises_leaves_no_hole(tmp_path, root):
 
 TIMEOUT = """
 import signal, sys
+sys.settrace(None)  # a tracer would swallow what the handler raises
 from pathlib import Path
 from tracking.run import Run
 run = Run(Path(sys.argv[1]), None)
