@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from torchmetrics.classification import (
     MulticlassExactMatch,
     MulticlassStatScores,
 )
+
+from harness.errors import CheckpointError
 
 if TYPE_CHECKING:
     from harness.accelerator.base import Accelerator
@@ -197,6 +200,15 @@ class LossAverage:
             self._rows[name] = list(item["rows"])
             if item["sums"] is not None:
                 self._sums[name] = item["sums"]
+
+    def join(self, state: Mapping[str, Any]) -> None:
+        """Take in what another rank's ``state_dict`` gave."""
+        for name, item in state.items():
+            self._waiting.setdefault(name, []).extend(item["waiting"])
+            self._rows.setdefault(name, []).extend(item["rows"])
+            if item["sums"] is not None:
+                sums = self._sums.get(name)
+                self._sums[name] = item["sums"] if sums is None else sums + item["sums"]
 
 
 class FunctionAverage(Metric):
@@ -390,6 +402,42 @@ class SplitMetrics:
         for pred, target in place(state["waiting"]):
             self._waiting.append((pred, target))
             self._waiting_numel += pred.numel()
+
+    def join(self, state: Mapping[str, Any]) -> None:
+        """Take in what another rank's ``state_dict`` gave, as well as what is there.
+
+        Raises
+        ------
+        CheckpointError
+            If a metric does not say how states of ranks are joined.
+        """
+        place = self._accelerator.to_device
+        self.loss.join(place(state["loss"]))
+        for name, item in state["metrics"].items():
+            metric = self._metrics[name]
+            for key, value in item["state"].items():
+                reduction = getattr(metric._reductions[key], "__name__", "none")
+                if reduction not in _JOINS:
+                    msg = f"resume: expected metric {name!r} to sum or list its states"
+                    raise CheckpointError(
+                        f"{msg}, got {reduction!r}. Resume from the end of an epoch, or "
+                        "on as many ranks as it was saved on."
+                    )
+                join = _JOINS[reduction]
+                setattr(metric, key, join(getattr(metric, key), place(value)))
+            metric._update_count += item["updates"]
+        for pred, target in place(state["waiting"]):
+            self._waiting.append((pred, target))
+            self._waiting_numel += pred.numel()
+
+
+_JOINS: dict[str, Callable[[Any, Any], Any]] = {
+    "dim_zero_sum": operator.add,
+    "dim_zero_cat": operator.add,
+    "dim_zero_max": torch.maximum,
+    "dim_zero_min": torch.minimum,
+}
+"""How states of two ranks become one, by torchmetrics' reduction; lists are appended."""
 
 
 def _own_copy(item: Any) -> Metric:

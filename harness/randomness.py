@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -51,6 +52,18 @@ def random_state(generators: Iterable[Generator] = ()) -> dict[str, Any]:
     if torch.backends.mps.is_available():
         state["mps"] = torch.mps.get_rng_state()
     return state
+
+
+def other_random_state(state: Mapping[str, Any], rank: int) -> dict[str, Any]:
+    """For a rank that there was not: the state of another, with streams of its own."""
+    text = state["torch"].numpy().tobytes() + str(rank).encode()
+    seed = int.from_bytes(hashlib.sha256(text).digest()[:4])
+    return {
+        **state,
+        "python": random.Random(seed).getstate(),
+        "numpy": np.random.RandomState(seed).get_state(),
+        "torch": torch.Generator().manual_seed(seed).get_state(),
+    }
 
 
 def set_random_state(

@@ -42,8 +42,8 @@ class Recorder(Protocol):
         """Number of the last row; later ones are higher."""
         ...
 
-    def rewind(self, seq: int) -> None:
-        """Take back what was recorded after a position."""
+    def rewind(self, seq: int, rank: int | None = None) -> None:
+        """Take back what was recorded after a position, by this rank or another one."""
 
 
 class Nobody:
@@ -59,7 +59,7 @@ class Nobody:
         """Before the first row."""
         return -1
 
-    def rewind(self, seq: int) -> None:
+    def rewind(self, seq: int, rank: int | None = None) -> None:
         """Nothing to take back."""
 
 

@@ -12,6 +12,7 @@ from harness.checkpoint import Position, check, read_part
 from harness.context import Context
 from harness.errors import CheckpointError
 from harness.randomness import generators_of, set_random_state
+from harness.reshape import check_shapes, moved, reshaped
 
 
 @dataclass(kw_only=True)
@@ -42,6 +43,7 @@ class Resume:
     strict: bool = False
     report: list[tuple[str, str, str]] = field(default_factory=list)
     _state: Mapping[str, Any] | None = None
+    _moved: Position | None = None
 
     @classmethod
     def of(cls, place: Path, **options: Any) -> Resume:
@@ -50,8 +52,8 @@ class Resume:
 
     @property
     def position(self) -> Position:
-        """Where it was taken."""
-        return Position(**self.manifest["position"])
+        """Where it was taken, counted in batches of the ranks that there are now."""
+        return self._moved or Position(**self.manifest["position"])
 
     @property
     def is_exact(self) -> bool:
@@ -71,13 +73,17 @@ class Resume:
 
     def goes_on_with(self, run: Any) -> bool:
         """True if `run` is the one that recorded the fit so far."""
-        return bool(run.id == self.manifest["run"].get("id"))
+        found = getattr(run, "id", None)
+        return found is not None and bool(found == self.manifest["run"].get("id"))
 
     def state(self, ctx: Context) -> Mapping[str, Any]:
         """The part of this rank."""
         assert ctx.accelerator is not None
         if self._state is None:
-            state = read_part(self.place, ctx.accelerator.rank)
+            if self._moved is None:
+                state = read_part(self.place, ctx.accelerator.rank)
+            else:
+                state = reshaped(self._parts(str(self.place)), ctx)
             self._state = {**state, "run": self.manifest["run"].get("id")}
         return self._state
 
@@ -87,26 +93,32 @@ class Resume:
         Raises
         ------
         CheckpointError
-            If it was saved on another number of ranks, or of another model or other
-            optimizers; with `strict`, if anything differs.
+            If it is of another model or other optimizers, or was saved on another number
+            of ranks or by another accelerator where that matters; with `strict`, if
+            anything differs.
         """
         assert ctx.accelerator is not None
         place = f"resume({str(self.place)!r})"
         ranks, saved = ctx.accelerator.world_size, self.manifest["world_size"]
+        about, live = self.manifest["about"], ctx.accelerator.state_dict()
+        is_same = ranks == saved and about["accelerator"] == ctx.about["accelerator"]
+        if is_same:
+            state = _checked(self.state(ctx), place)["accelerator"]
+            is_same = state.get("stage") == live.get("stage")
+        if not is_same:
+            parts, self._state = self._parts(place), None
+            check_shapes(place, parts, live)
+            self._moved = moved(place, self.position, parts, about, ctx)
         if ranks != saved:
-            msg = f"{place}: expected the {saved} ranks it was saved on, got {ranks}."
-            raise CheckpointError(
-                f"{msg} Resume on {saved}, or take the weights alone: "
-                "ResumeFromCheckpoint(path, restore_optimizers=False, "
-                "restore_records=False, restore_callbacks=False)."
-            )
+            self.report.append(("ranks", "differs", f"{saved} then, {ranks} now"))
         self._check_form(ctx, place)
         self._compare(ctx.about, place)
 
     def _check_form(self, ctx: Context, place: str) -> None:
         """Names and shapes of weights, names of optimizers."""
         assert ctx.accelerator is not None
-        live, saved = ctx.accelerator.state_dict(), self._saved(ctx, place)
+        live = ctx.accelerator.state_dict()
+        saved = _checked(self.state(ctx), place)["accelerator"]
         if live.keys() != saved.keys():
             name = type(ctx.accelerator).__name__
             msg = f"{place}: expected the state of {name}, got that of another one."
@@ -128,14 +140,10 @@ class Resume:
             msg = f"{place}: expected optimizers {names}, got {saved_names}."
             raise CheckpointError(f"{msg} Resume with the learner that was saved.")
 
-    def _saved(self, ctx: Context, place: str) -> dict[str, Any]:
-        """The accelerator's part of the state, if the state is that of a fit."""
-        state = self.state(ctx)
-        lacking = [name for name in _PARTS if name not in state]
-        if lacking or not isinstance(state["accelerator"], dict):
-            msg = f"{place}: expected the state of a fit, got none: no {lacking}."
-            raise CheckpointError(f"{msg} Take another checkpoint.")
-        return dict(state["accelerator"])
+    def _parts(self, place: str) -> list[dict[str, Any]]:
+        """The states of all ranks that saved."""
+        ranks = range(self.manifest["world_size"])
+        return [_checked(read_part(self.place, rank), place) for rank in ranks]
 
     def _compare(self, now: Mapping[str, Any], place: str) -> None:
         """Put into the report what differs between then and now; with `strict` refuse it."""
@@ -163,11 +171,20 @@ class Resume:
         """
         wanted = {f"restore_{part}": is_on for part, is_on in self._wanted.items()}
         notes = ctx.load_state_dict(self.state(ctx), **wanted)
+        if self.restore_records and self.goes_on_with(ctx.recorder):
+            self._rewind_others(ctx)
         for part, is_on in self._wanted.items():
             self.report.append((part, "restored" if is_on else "left out", ""))
         self.report += [("callbacks", "absent", note) for note in notes]
         if not self.is_exact:
             self._tell(ctx)
+
+    def _rewind_others(self, ctx: Context) -> None:
+        """Take back what ranks recorded that there are no longer."""
+        assert ctx.accelerator is not None
+        gone = range(ctx.accelerator.world_size, self.manifest["world_size"])
+        for rank in gone if ctx.accelerator.is_main else ():
+            ctx.recorder.rewind(read_part(self.place, rank)["journal"], rank)
 
     def restore_random(self, ctx: Context) -> None:
         """Set all random generators to where they were; the last thing of a resume."""
@@ -196,6 +213,15 @@ class Resume:
         ]
         head = f"resumed from {self.place.name}: {self.position}"
         return "\n".join([head, *lines])
+
+
+def _checked(state: Any, place: str) -> dict[str, Any]:
+    """The state, if it is that of a fit."""
+    lacking = [name for name in _PARTS if name not in state]
+    if lacking or not isinstance(state["accelerator"], dict):
+        msg = f"{place}: expected the state of a fit, got none: no {lacking}."
+        raise CheckpointError(f"{msg} Take another checkpoint.")
+    return dict(state)
 
 
 _PARTS = ("accelerator", "callbacks", "extra", "journal", "pass", "random", "records")

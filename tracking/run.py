@@ -274,14 +274,20 @@ class Run:
         self._read_out()
         return self._journal.last_seq()
 
-    def rewind(self, seq: int) -> None:
+    def rewind(self, seq: int, rank: int | None = None) -> None:
         """Go back to a position: rows after it are superseded, and stay on record.
 
         Parameters
         ----------
         seq : >= -1
             What ``position`` gave.
+        rank
+            Rank whose rows these are, if there is no longer such a rank; None: this one.
         """
+        if rank not in (None, self.rank):
+            with Run(self.path, None, rank=rank) as other:
+                other.rewind(seq)
+            return
         if not -1 <= seq <= self.position():
             raise ValueError(
                 f"Run.rewind: expected a position from -1 to {self.position()}, got "

@@ -81,7 +81,10 @@ class Metrics(Callback):
         return {"train": metrics["train"].state_dict()} if is_used else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back the states."""
+        """Take back the states; a list of them comes from several ranks."""
         for split, item in state.items():
             self._start(split)
-            self.ctx.metrics[split].load_state_dict(item)
+            first, *others = item if isinstance(item, list) else [item]
+            self.ctx.metrics[split].load_state_dict(first)
+            for other in others:
+                self.ctx.metrics[split].join(other)

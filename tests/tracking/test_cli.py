@@ -276,8 +276,13 @@ def test_server_that_does_not_come_up_says_why(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ui_shows_the_page_until_it_is_interrupted(tmp_path, store, number):
+    # A shell's job in the background, as these tests may be, is born deaf to Ctrl-C.
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from tracking.cli import ui; ui()"
+    )
     process = subprocess.Popen(
-        [sys.executable, "-c", "from tracking.cli import ui; ui()", "--port", "0"],
+        [sys.executable, "-c", code, "--port", "0"],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(Path(tracking.__file__).parents[1])},
         stdout=subprocess.PIPE,

@@ -1,0 +1,136 @@
+"""Fits that are broken off on some ranks and go on on another number of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC
+
+import harness
+from harness.callbacks import AutoResume
+from tests.harness.accelerator.cases import Lab
+
+ROWS, EPOCHS = 45, 2
+X = torch.randn(ROWS, 4, generator=torch.Generator().manual_seed(0))
+X[:, 0] = torch.arange(ROWS) / ROWS
+Y = torch.arange(ROWS) % 3
+
+
+class BrokenOff(Exception):
+    """What ends a fit on all ranks alike."""
+
+
+class Net(nn.Module):
+    """Two named optimizers, one of them with a state of its own form."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(4, 8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.body(x)))
+
+    def set_optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        return {
+            "body": torch.optim.AdamW(self.body.parameters(), lr=0.01),
+            "head": torch.optim.SGD(self.head.parameters(), lr=0.1, momentum=0.9),
+        }
+
+
+class Look(harness.Callback):
+    """Keeps the rows of each batch, and what the model said of them; may break off."""
+
+    weight = 1000
+
+    def __init__(self, after: int = 0) -> None:
+        self.left = after
+        self.seen: dict[int, list[Tensor]] = {}
+
+    def on_train_batch_end(self) -> None:
+        ctx = self.ctx
+        assert ctx.accelerator is not None
+        assert ctx.epoch is not None
+        rows = ctx.accelerator.counted
+        pred, number = ctx.pred.detach(), (ctx.input[:, :1] * ROWS).round()
+        both = torch.cat([number, pred], 1)[:rows]
+        self.seen.setdefault(ctx.epoch, []).append(both)
+        ctx.log("looked", "train", {"rows": len(both)})
+        self.left -= 1
+        if self.left == 0:
+            raise BrokenOff
+
+
+def learner() -> harness.Learner:
+    """What is trained in each shape."""
+    metrics = {
+        "accuracy": MulticlassAccuracy(num_classes=3, average="micro"),
+        "auroc": MulticlassAUROC(num_classes=3),
+    }
+    return harness.setup(Net, loss=nn.CrossEntropyLoss(), metrics=metrics)
+
+
+def fit(
+    folder: Path, accelerator: Any, batch_size: int, after: int = 0
+) -> tuple[Any, Look]:
+    """Fit with a checkpoint at every second step, or go on from there."""
+    torch.set_num_threads(1)
+    look = Look(after)
+    fitted = None
+    try:
+        fitted = learner().fit(
+            (X, Y),
+            EPOCHS,
+            callbacks=[look, AutoResume(folder / "saved", every_n_steps=2)],
+            accelerator=accelerator,
+            dataloader_options={"batch_size": batch_size, "drop_last": False},
+            seed=7,
+            tracker={"runs_dir": folder / "runs", "deliver": False},
+            verbose=False,
+        )
+    except BrokenOff:
+        assert after
+    return fitted, look
+
+
+def note(folder: Path, name: str, fitted: Any, look: Look, rank: int) -> None:
+    """Write down what a fit ended with, for the test to compare."""
+    found = {f"seen-{epoch}": torch.cat(rows) for epoch, rows in look.seen.items()}
+    if fitted is not None:
+        found |= dict(fitted.model.state_dict())
+        for epoch, values in enumerate(fitted.records["metrics"]["train"], start=1):
+            found[f"loss-{epoch}"] = torch.tensor(values["loss"]["head"])
+            for what in ("accuracy", "auroc"):
+                found[f"{what}-{epoch}"] = torch.tensor(values[what])
+    save_file(found, folder / f"{name}-{rank}.safetensors")
+
+
+def whole(lab: Lab) -> None:
+    """An unbroken fit on two ranks."""
+    fitted, look = fit(lab.folder / "whole", lab.make(), 4)
+    note(lab.folder, "whole", fitted, look, lab.rank)
+
+
+def broken(lab: Lab) -> None:
+    """A fit on two ranks that one process is to go on with."""
+    _, look = fit(lab.folder, lab.make(), 4, after=3)
+    note(lab.folder, "broken", None, look, lab.rank)
+
+
+def gone_on(lab: Lab) -> None:
+    """A fit of one process goes on on two ranks."""
+    fitted, look = fit(lab.folder, lab.make(), 4)
+    note(lab.folder, "gone_on", fitted, look, lab.rank)
+
+
+CASES: dict[str, Callable[[Lab], None]] = {
+    "whole": whole,
+    "broken": broken,
+    "gone_on": gone_on,
+}
+"""Every case, by name."""
