@@ -442,7 +442,8 @@ class Journal:
         """Let a thread that logs have the interpreter for a while.
 
         Sealing takes milliseconds. The interpreter's own switch between threads comes
-        after 5 ms, and a lock that is let go without a sleep is taken back at once.
+        after 5 ms, and a lock that is let go without a sleep is taken back at once. Each
+        pause may cost the sealer as long: with many more of them it falls behind.
         """
         if not self._why_closed:
             time.sleep(0.0003)

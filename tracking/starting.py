@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import pyarrow as pa
+
 from tracking import capture
 from tracking.ending import forget_failures, status_of
 from tracking.run import Run, now
@@ -102,6 +104,9 @@ def start(
     run.set_tags(tags or {})
     if rank == 0 and deliver:
         run.deliver()
+    # At its first array pyarrow imports pandas, half a second: better now, beside the
+    # delivery process that starts, than when the first block is sealed.
+    pa.array([])
     return run
 
 

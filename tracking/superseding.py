@@ -52,7 +52,7 @@ class Superseding:
         -------
         whether there were any
         """
-        control = table.filter(pc.is_in(table["kind"].cast(pa.string()), _CONTROL))
+        control = table.filter(_is_control(table))
         if not control.num_rows:
             return False
         for row in control.to_pylist():
@@ -75,7 +75,7 @@ class Superseding:
         # A row belongs to the last stretch that starts before it.
         at = np.searchsorted(starts, seq, side="left") - 1
         alive: np.ndarray[Any, np.dtype[np.bool_]] = seq <= ends[at]
-        alive &= ~np.asarray(pc.is_in(table["kind"].cast(pa.string()), _CONTROL))
+        alive &= ~np.asarray(_is_control(table))
         if self._last:
             alive &= ~self._overwritten(table, seq)
         return alive
@@ -110,4 +110,6 @@ class Superseding:
         return concerned
 
 
-_CONTROL: Final = pa.array(CONTROL)
+def _is_control(table: pa.Table) -> pa.ChunkedArray:
+    """Which rows say something of other rows."""
+    return pc.is_in(table["kind"].cast(pa.string()), pa.array(CONTROL))
