@@ -4,7 +4,8 @@ Usage: python scripts/bench/checkpoint.py [--sizes 10 100 1000] [--rounds 5] [--
        [--no-resume]
 
 Stall: seconds that one save takes from the training thread, for so many MB of parameters,
-against ``torch.save`` of the same state in the step, in turns in one process. Resume:
+against ``torch.save`` of the same state in the step and ``save_checkpoint`` of a DeepSpeed
+engine (ZeRO 0, one rank) over such a model, in turns in one process. Resume:
 seconds from the start of the command to the end of the first new step, against a fresh fit.
 """
 
@@ -31,6 +32,7 @@ from torch import nn
 
 import harness
 from harness.accelerator import SingleDevice
+from harness.accelerator.deepspeed import DeepSpeedAccelerator
 from harness.context import FitContext
 from harness.data import train_loader
 from harness.passes import TrainPass
@@ -77,10 +79,9 @@ def context(size_mb: int) -> FitContext:
 def stalls(size_mb: int, rounds: int, folder: Path) -> dict[str, list[float]]:
     """Seconds of each save, by way of saving; each waits for what the last one left."""
     ctx = context(size_mb)
-    saver, found = (
-        Saver(folder / "saved", ctx),
-        {"first": [], "harness": [], "torch": []},
-    )
+    saver, engine = Saver(folder / "saved", ctx), engine_of(size_mb)
+    found: dict[str, list[float]] = {"first": [], "harness": [], "torch": []}
+    found["deepspeed"] = []
     saver.warm()
     saver.wait()
     for turn in range(rounds + 1):
@@ -97,12 +98,28 @@ def stalls(size_mb: int, rounds: int, folder: Path) -> dict[str, list[float]]:
         torch.save(ctx.accelerator.state_dict(), folder / "torch.pt")
         if turn:
             found["torch"].append(time.perf_counter() - began)
+        began = time.perf_counter()
+        engine.save_checkpoint(str(folder / "engine"), tag="last")
+        if turn:
+            found["deepspeed"].append(time.perf_counter() - began)
     return found
+
+
+def engine_of(size_mb: int) -> Any:
+    """A DeepSpeed engine over such a model."""
+    accelerator = DeepSpeedAccelerator(
+        {"zero_optimization": {"stage": 0}}, device="cpu"
+    )
+    model = Net(size_mb)
+    accelerator.prepare(model, {"opt": torch.optim.SGD(model.parameters(), lr=0.1)})
+    return accelerator._engines()["opt"]
 
 
 def print_stalls(sizes: list[int], rounds: int) -> None:
     print("stall of the training thread, s (median; ratio to torch.save in the step)")
-    print(f"{'MB':>6} {'first':>9} {'harness':>9} {'torch':>9} {'ratio':>7}")
+    print(
+        f"{'MB':>6} {'first':>9} {'harness':>9} {'torch':>9} {'deepspeed':>9} {'ratio':>7}"
+    )
     for size_mb in sizes:
         with tempfile.TemporaryDirectory() as folder:
             found = stalls(size_mb, rounds, Path(folder))
