@@ -13,6 +13,8 @@ class Profile(Callback):
     """Logs ``profile`` records once an epoch: ``epoch_s``, ``batches``, ``samples_per_s``.
 
     Times are in seconds of wall clock; work queued on a GPU counts when it is waited for.
+    Once there are steps that were skipped since gradients overflowed, ``overflows`` counts
+    them from the beginning of the fit, over all optimizers.
 
     References
     ----------
@@ -35,6 +37,9 @@ class Profile(Callback):
         took_s = perf_counter() - self._began
         rate = self._rows / took_s if took_s > 0 else 0.0
         values = {"epoch_s": took_s, "batches": self._batches, "samples_per_s": rate}
+        overflows = getattr(self.ctx.accelerator, "overflows", {})
+        if split == "train" and any(overflows.values()):
+            values["overflows"] = sum(overflows.values())
         self.ctx.log("profile", split, values, index=self.ctx.epoch)
 
     def state_dict(self) -> dict[str, Any]:

@@ -15,7 +15,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import harness
 from harness.accelerator.deepspeed import DeepSpeedAccelerator, door
+from harness.callbacks import LRScheduler
 from tests.harness.accelerator.cases import (
     Gan,
     Lab,
@@ -422,6 +424,36 @@ def test_overflow_is_skipped_and_counted(stage: int, make: Any) -> None:
     )
     train_window(lab, accelerator, model, opts, regression, window)
     assert (accelerator.steps, accelerator.overflows) == ({"opt": 1}, {"opt": 1})
+
+
+class Overflow(harness.Callback):
+    """Lets the gradients of the second batch overflow."""
+
+    def on_train_batch_before_backward(self) -> None:
+        if self.ctx.iter == 2:
+            assert self.ctx.loss_grad is not None
+            self.ctx.loss_grad = torch.mul(self.ctx.loss_grad, float("inf"))
+
+
+def test_fit_records_overflows(make: Any) -> None:
+    accelerator = make(1, bf16={"enabled": True, "check_grad_overflow": True})
+    step_lr = torch.optim.lr_scheduler.StepLR
+    scheduler = LRScheduler(step_lr, call_on="on_train_batch_after_step", step_size=1)
+    learner = harness.setup(
+        lambda: nn.Linear(3, 1), loss=nn.MSELoss(), optimizer=torch.optim.AdamW
+    )
+    fitted = learner.fit(
+        (torch.ones(16, 3), torch.ones(16, 1)),
+        2,
+        callbacks=[Overflow(), scheduler],
+        accelerator=accelerator,
+        dataloader_options={"batch_size": 4},
+        tracker=False,
+        verbose=False,
+    )
+    counts = [epoch["overflows"] for epoch in fitted.records["profile"]["train"]]
+    assert counts == [1, 2]
+    assert scheduler.scheduler.last_epoch == 2 * 3
 
 
 @pytest.mark.parametrize("offload", [False, True])
