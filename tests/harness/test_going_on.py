@@ -311,12 +311,19 @@ def histories(folder: Path, run_id: str) -> dict[str, list[tuple[int, float]]]:
 
 
 class Pause(harness.Callback):
-    """Gives delivery time to send what there is."""
+    """Waits until delivery has sent what there is."""
 
     def on_train_batch_end(self) -> None:
-        if self.ctx.step == 8:
-            self.ctx.recorder.position()
-            time.sleep(6)
+        if self.ctx.step != 8:
+            return
+        run: Any = self.ctx.recorder
+        position, until = run.position(), time.monotonic() + 90
+        while time.monotonic() < until:
+            state = State.read(run.path)
+            if state is not None and state.delivered >= position:
+                return
+            time.sleep(0.05)
+        raise TimeoutError("delivery sends nothing")
 
 
 def delivered(folder: Path, monkeypatch: pytest.MonkeyPatch, *kills: Case) -> str:

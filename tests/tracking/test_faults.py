@@ -310,38 +310,56 @@ def test_killed_delivery_is_begun_again_by_sync_while_the_run_goes_on(
 # ------------------------------------------------------------------- the long form
 
 
-def killed_after(made, seconds):
-    """Let a courier work in a process of its own, and kill it."""
+def killed_when(made, is_time):
+    """Let a courier work in a process of its own, and kill it; how long it had."""
+    began = time.monotonic()
     child = os.fork()
     if child == 0:
         with contextlib.suppress(BaseException):
             made.deliver()
         os._exit(0)
-    time.sleep(seconds)
+    while not is_time(seconds := time.monotonic() - began):
+        time.sleep(0.001)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
+    return seconds
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
-def test_hundred_kills_at_random_instants_lose_and_double_nothing(
+def test_kills_at_random_instants_lose_and_double_nothing(
     record, courier, deliver, store, is_equal, seed
 ):
     draw = random.Random(seed)
     run = record()
-    first = 0
-    for _ in range(100):
+    for first in (0, 200):  # the first time the store is made, too
+        run.log_curve(200, first=first)
+        position = run.run.position()
+
+        def is_delivered(seconds, position=position):
+            assert seconds < 60
+            state = State.read(run.path)
+            return state is not None and state.delivered >= position
+
+        longest_s = 1.2 * killed_when(courier(run.path, store), is_delivered)
+    first = 400
+
+    def kill_one():
+        limit_s = draw.uniform(0, longest_s)
+        killed_when(courier(run.path, store), lambda seconds: seconds > limit_s)
+
+    for _ in range(60):
         count = draw.randrange(1, 400)
         run.log_curve(count, first=first)
         first += count
         if draw.random() < 0.2:  # resumed, and the same once more
             position = run.run.position()
             run.log_curve(50, first=first)
-            killed_after(courier(run.path, store), draw.uniform(0, 0.4))
+            kill_one()
             run.run.rewind(position)
             run.log_curve(50, first=first)
             first += 50
-        killed_after(courier(run.path, store), draw.uniform(0, 0.4))
+        kill_one()
     run.run.finish()
     made = deliver(run.path, store)
     assert made.state.superseded == []
