@@ -348,7 +348,7 @@ def test_kills_at_random_instants_lose_and_double_nothing(
         limit_s = draw.uniform(0, longest_s)
         killed_when(courier(run.path, store), lambda seconds: seconds > limit_s)
 
-    for _ in range(60):
+    for _ in range(40):
         count = draw.randrange(1, 400)
         run.log_curve(count, first=first)
         first += count
