@@ -42,6 +42,7 @@ def check_shapes(place: str, parts: Sequence[Mapping[str, Any]], live: Any) -> N
     CheckpointError
         If weights or optimizer states are divided, or an optimizer step is under way.
     """
+    advice = f"Resume on {len(parts)} ranks as it was saved, or {WEIGHTS_ALONE}"
     for what, state in (("was saved", parts[0]["accelerator"]), ("is", live)):
         if not any(form <= state.keys() for form in _FORMS) and not state.get("stage"):
             msg = f"{place}: expected the state of one device or of engines, got"
@@ -51,14 +52,12 @@ def check_shapes(place: str, parts: Sequence[Mapping[str, Any]], live: Any) -> N
         if state.get("stage", 0) or _has_masters(state):
             msg = f"{place}: expected one ZeRO stage and number of ranks, or ZeRO 0 in"
             got = f"full precision, got stage {state.get('stage', 0)} where it {what}"
-            advice = f"Resume on {len(parts)} ranks as it was saved, or {WEIGHTS_ALONE}"
             raise CheckpointError(f"{msg} {got}. {advice}")
     for part in parts:
         if any(part["accelerator"]["done"].values()):
             msg = (
                 f"{place}: expected the end of an accumulation window, got an open one."
             )
-            advice = f"Resume on {len(parts)} ranks as it was saved, or {WEIGHTS_ALONE}"
             raise CheckpointError(f"{msg} {advice}")
 
 

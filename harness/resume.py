@@ -44,6 +44,7 @@ class Resume:
     report: list[tuple[str, str, str]] = field(default_factory=list)
     _state: Mapping[str, Any] | None = None
     _moved: Position | None = None
+    _gone: dict[int, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, place: Path, **options: Any) -> Resume:
@@ -80,12 +81,13 @@ class Resume:
         """The part of this rank."""
         assert ctx.accelerator is not None
         if self._state is None:
-            if self._moved is None:
-                state = read_part(self.place, ctx.accelerator.rank)
-            else:
-                state = reshaped(self._parts(str(self.place)), ctx)
-            self._state = {**state, "run": self.manifest["run"].get("id")}
+            self._keep(read_part(self.place, ctx.accelerator.rank))
+        assert self._state is not None
         return self._state
+
+    def _keep(self, state: Mapping[str, Any]) -> None:
+        """Hold the state of this rank until it is restored."""
+        self._state = {**state, "run": self.manifest["run"].get("id")}
 
     def check(self, ctx: Context) -> None:
         """Compare the checkpoint with the fit that is to go on from it, before any change.
@@ -101,23 +103,26 @@ class Resume:
         place = f"resume({str(self.place)!r})"
         ranks, saved = ctx.accelerator.world_size, self.manifest["world_size"]
         about, live = self.manifest["about"], ctx.accelerator.state_dict()
-        is_same = ranks == saved and about["accelerator"] == ctx.about["accelerator"]
+        kind = ctx.about["accelerator"]
+        is_same = ranks == saved and about.get("accelerator", kind) == kind
         if is_same:
             state = _checked(self.state(ctx), place)["accelerator"]
             is_same = state.get("stage") == live.get("stage")
         if not is_same:
-            parts, self._state = self._parts(place), None
+            parts = [
+                _checked(read_part(self.place, rank), place) for rank in range(saved)
+            ]
             check_shapes(place, parts, live)
             self._moved = moved(place, self.position, parts, about, ctx)
+            self._gone = {n: parts[n]["journal"] for n in range(ranks, saved)}
+            self._keep(reshaped(parts, ctx))
         if ranks != saved:
             self.report.append(("ranks", "differs", f"{saved} then, {ranks} now"))
-        self._check_form(ctx, place)
+        self._check_form(ctx, live, place)
         self._compare(ctx.about, place)
 
-    def _check_form(self, ctx: Context, place: str) -> None:
+    def _check_form(self, ctx: Context, live: Mapping[str, Any], place: str) -> None:
         """Names and shapes of weights, names of optimizers."""
-        assert ctx.accelerator is not None
-        live = ctx.accelerator.state_dict()
         saved = _checked(self.state(ctx), place)["accelerator"]
         if live.keys() != saved.keys():
             name = type(ctx.accelerator).__name__
@@ -139,11 +144,6 @@ class Resume:
             names, saved_names = sorted(ctx.optimizers), sorted(opts)
             msg = f"{place}: expected optimizers {names}, got {saved_names}."
             raise CheckpointError(f"{msg} Resume with the learner that was saved.")
-
-    def _parts(self, place: str) -> list[dict[str, Any]]:
-        """The states of all ranks that saved."""
-        ranks = range(self.manifest["world_size"])
-        return [_checked(read_part(self.place, rank), place) for rank in ranks]
 
     def _compare(self, now: Mapping[str, Any], place: str) -> None:
         """Put into the report what differs between then and now; with `strict` refuse it."""
@@ -171,20 +171,16 @@ class Resume:
         """
         wanted = {f"restore_{part}": is_on for part, is_on in self._wanted.items()}
         notes = ctx.load_state_dict(self.state(ctx), **wanted)
-        if self.restore_records and self.goes_on_with(ctx.recorder):
-            self._rewind_others(ctx)
+        assert ctx.accelerator is not None
+        is_ours = self.restore_records and self.goes_on_with(ctx.recorder)
+        if is_ours and ctx.accelerator.is_main:
+            for rank, seq in self._gone.items():
+                ctx.recorder.rewind(seq, rank)
         for part, is_on in self._wanted.items():
             self.report.append((part, "restored" if is_on else "left out", ""))
         self.report += [("callbacks", "absent", note) for note in notes]
         if not self.is_exact:
             self._tell(ctx)
-
-    def _rewind_others(self, ctx: Context) -> None:
-        """Take back what ranks recorded that there are no longer."""
-        assert ctx.accelerator is not None
-        gone = range(ctx.accelerator.world_size, self.manifest["world_size"])
-        for rank in gone if ctx.accelerator.is_main else ():
-            ctx.recorder.rewind(read_part(self.place, rank)["journal"], rank)
 
     def restore_random(self, ctx: Context) -> None:
         """Set all random generators to where they were; the last thing of a resume."""
