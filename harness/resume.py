@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from harness.accelerator.forms import is_same_form
 from harness.checkpoint import Position, check, read_part
 from harness.context import Context
 from harness.errors import CheckpointError
 from harness.randomness import generators_of, set_random_state
-from harness.reshape import check_shapes, moved, reshaped
+from harness.reshape import check_forms, moved, reshaped
 
 
 @dataclass(kw_only=True)
@@ -107,15 +108,18 @@ class Resume:
         is_same = ranks == saved and about.get("accelerator", kind) == kind
         if is_same:
             state = _checked(self.state(ctx), place)["accelerator"]
-            is_same = state.get("stage") == live.get("stage")
+            is_same = is_same_form(state, live)
         if not is_same:
             parts = [
                 _checked(read_part(self.place, rank), place) for rank in range(saved)
             ]
-            check_shapes(place, parts, live)
+            check_forms(place, parts, live)
             self._moved = moved(place, self.position, parts, about, ctx)
             self._gone = {n: parts[n]["journal"] for n in range(ranks, saved)}
-            self._keep(reshaped(parts, ctx))
+            self._keep(reshaped(place, parts, live, ctx))
+            then, now = parts[0]["accelerator"].get("stage"), live.get("stage")
+            if None not in {then, now} and then != now:
+                self.report.append(("ZeRO stage", "differs", f"{then} then, {now} now"))
         if ranks != saved:
             self.report.append(("ranks", "differs", f"{saved} then, {ranks} now"))
         self._check_form(ctx, live, place)

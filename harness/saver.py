@@ -43,6 +43,7 @@ def about_fit(ctx: Context) -> dict[str, Any]:
         "num_workers": getattr(data, "num_workers", None),
         "accumulate": ctx.accelerator.accumulate,
         "accelerator": type(ctx.accelerator).__name__,
+        "dtype": _dtype(model),
         "device": device_name(ctx.accelerator.device),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -72,6 +73,11 @@ def _digest(dataset: Any) -> str | None:
         if some.numel():
             digest.update(some.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _dtype(model: Any) -> str:
+    """Dtype of the weights, which an engine may have changed."""
+    return str(next((param.dtype for param in model.parameters()), None))
 
 
 def _length(dataset: Any) -> int | None:

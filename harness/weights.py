@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from harness.accelerator.whole import Whole, shapes_of
 from harness.checkpoint import MANIFEST, check, read_part, write_tensors
 from harness.errors import CheckpointError
 from harness.saved_model import ABOUT, read_saved
@@ -129,33 +129,14 @@ def _read(path: Path, model: nn.Module) -> dict[str, Tensor]:
 
 def _of_checkpoint(place: Path, model: nn.Module) -> dict[str, Tensor]:
     """Whole weights of a checkpoint; parts of several ranks are put together."""
-    ranks = check(place)["world_size"]
-    first = read_part(place, 0)["accelerator"]
-    if "model" in first:
-        found = dict(first["model"])
-    else:
-        kinds = {**first["shared"], **first["own"]}
-        parts = [kinds["weights"]]
-        if "weights" in first["own"]:
-            others = (read_part(place, rank) for rank in range(1, ranks))
-            parts += [part["accelerator"]["own"]["weights"] for part in others]
-        found = {**_joined(parts, model), **kinds["buffers"]}
+    ranks = range(check(place)["world_size"])
+    try:
+        states = [read_part(place, rank)["accelerator"] for rank in ranks]
+        found = Whole(states, shapes_of(model)).state_dict()
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        msg = f"load_weights({str(place)!r}): expected weights, got none: {error!r}."
+        raise CheckpointError(f"{msg} Take another checkpoint.") from error
     # Buffers that a state dict leaves out are in a checkpoint all the same.
     kept = _tensors_of(model)
     left_out = {name for name, _ in model.named_buffers() if name not in kept}
     return {name: value for name, value in found.items() if name not in left_out}
-
-
-def _joined(
-    parts: Sequence[Mapping[str, Tensor]], model: nn.Module
-) -> dict[str, Tensor]:
-    """Weights of which each rank holds a flat part, the last one padded (ZeRO 3)."""
-    shapes = {name: param.shape for name, param in model.named_parameters()}
-    whole = {}
-    for name, value in parts[0].items():
-        shape = shapes.get(name, value.shape)
-        if value.shape != shape:
-            flat = torch.cat([part[name].reshape(-1) for part in parts])
-            value = flat[: shape.numel()].reshape(shape)
-        whole[name] = value
-    return whole

@@ -40,8 +40,15 @@ def check_optimizers(
     ------
     ValueError
         If there are none, or two places name one, or two own the same parameter, or one
-        needs a closure or cannot be divided.
+        needs a closure or cannot be divided, or a parameter of the model has no dims.
     """
+    for name, param in model.named_parameters():
+        if param.dim() == 0 and not hasattr(param, "ds_id"):
+            msg = f"prepare: expected parameters with dims, got {name!r} of shape ()."
+            advice = (
+                "DeepSpeed 0.19.8 cannot send it to other ranks: give it shape (1,)."
+            )
+            raise ValueError(f"{msg} {advice}")
     if "optimizer" in config and optimizers:
         msg = f"prepare: expected one place for the optimizer, got {list(optimizers)}"
         advice = "Take it out of the config, or out of the learner."

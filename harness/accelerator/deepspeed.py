@@ -579,6 +579,7 @@ class DeepSpeedAccelerator:
             "steps": dict(self.steps),
             "overflows": dict(self.overflows),
             "done": {name: part.done for name, part in self._parts.items()},
+            "layouts": {n: part.layout(self.rank) for n, part in self._parts.items()},
         }
 
     def load_state_dict(

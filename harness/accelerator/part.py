@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.accelerator.base import StepOpt
+from harness.accelerator.layout import engine_layout
 from harness.accelerator.state import base_of, masters
 
 
@@ -47,6 +48,9 @@ class Part:
         stage: int,
     ) -> None:
         self.name, self.engine, self.stage = name, engine, stage
+        self._model = model
+        self._layout: Tensor | None = None
+        self._stepped = 0
         self.done = 0
         self._owned = list(owned)
         mine = set(map(id, owned))
@@ -209,15 +213,23 @@ class Part:
             return None
         found: Any = None
         if self.stage == 3:
-            found = self.engine.optimizer.get_full_hp_param(param).reshape(
-                param.ds_shape
-            )
+            # None where the parameter is frozen.
+            found = self.engine.optimizer.get_full_hp_param(param)
+            found = None if found is None else found.reshape(param.ds_shape)
         elif getattr(param, "_hp_mapping", None) is not None or hasattr(
             param, "_dp_group"
         ):
             found = param.get_full_hp_param()
         assert found is None or isinstance(found, Tensor)
         return found
+
+    def layout(self, rank: int) -> Tensor:
+        """Which pieces of parameters the optimizer steps on this rank."""
+        stepped = masters(self.engine)
+        if self._layout is None or self._stepped != len(stepped):
+            self._stepped = len(stepped)
+            self._layout = engine_layout(self._model, self.engine, stepped, rank)
+        return self._layout
 
     def finish(self) -> None:
         """Let go of the engine."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.accelerator.base import StepOpt, default_step_opt
+from harness.accelerator.layout import plain_layout
 from harness.errors import CheckpointError
 
 
@@ -36,8 +37,8 @@ def move(batch: Any, device: torch.device) -> Any:
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """All weights and buffers, those left out of a ``state_dict`` too; live."""
-    return {**dict(model.named_buffers()), **dict(model.named_parameters())}
+    """All weights, then all buffers, those left out of a ``state_dict`` too; live."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def copy_tensors(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
@@ -61,7 +62,7 @@ def copy_tensors(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
 
 
 def load_optimizer(opt: Any, saved: Mapping[str, Any], name: str) -> None:
-    """Give an optimizer its state.
+    """Give an optimizer its state, in the dtypes that it had.
 
     Raises
     ------
@@ -75,6 +76,13 @@ def load_optimizer(opt: Any, saved: Mapping[str, Any], name: str) -> None:
         raise CheckpointError(
             f"{msg} Resume with the learner that was saved."
         ) from error
+    # torch brings the state to the dtype of the parameter, which may be less precise.
+    params = [param for group in opt.param_groups for param in group["params"]]
+    for n, entry in saved["state"].items():
+        live = opt.state[params[int(n)]]
+        for key, value in entry.items():
+            if isinstance(value, Tensor):
+                live[key] = value.to(live[key].device, copy=True)
 
 
 def others(optimizers: Mapping[str, Any]) -> dict[str, list[Tensor]]:
@@ -146,6 +154,7 @@ class SingleDevice:
         self._done: dict[str, int] = {}
         self._hooks: list[Any] = []
         self._others: dict[str, list[Tensor]] = {}
+        self._layouts: dict[str, Tensor] = {}
         self._nothing: AbstractContextManager[object] = nullcontext()
 
     def prepare(
@@ -158,6 +167,7 @@ class SingleDevice:
         self._model = model.to(self.device)
         self._optimizers = dict(optimizers or {})
         self._others = others(self._optimizers)
+        self._layouts = {}
         self._done = dict.fromkeys(self._optimizers, 0)
         self.steps = dict.fromkeys(self._optimizers, 0)
         self.window = self.accumulate
@@ -278,6 +288,7 @@ class SingleDevice:
             "world_size": 1,
             "model": tensors_of(model),
             "optimizers": {n: opt.state_dict() for n, opt in self._optimizers.items()},
+            "layouts": {name: self._layout(name) for name in self._optimizers},
             "steps": dict(self.steps),
             "done": dict(self._done),
             "grads": {
@@ -287,6 +298,16 @@ class SingleDevice:
             },
             "frozen": [n for n, p in model.named_parameters() if not p.requires_grad],
         }
+
+    def _layout(self, name: str) -> Tensor:
+        """Which parameters the optimizer steps; made anew if it got more of them."""
+        groups = self._optimizers[name].param_groups
+        found = self._layouts.get(name)
+        if found is None or len(found) != sum(len(group["params"]) for group in groups):
+            assert self._model is not None
+            params = [param for group in groups for param in group["params"]]
+            found = self._layouts[name] = plain_layout(self._model, params)
+        return found
 
     def load_state_dict(
         self,

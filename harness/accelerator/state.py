@@ -18,7 +18,7 @@ _COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 """Counters of an engine."""
 
 _SCALES = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-"""Numbers of a loss scaler, which some wrappers keep on themselves."""
+"""Numbers of a loss scale that moves."""
 
 
 def take_state(
@@ -273,13 +273,16 @@ def _facts(engine: Any) -> dict[str, Any]:
     ]
     scheduler = engine.lr_scheduler
     return {
+        "wrapper": type(engine.optimizer).__name__,
         "counters": {name: getattr(engine, name) for name in _COUNTERS},
         "groups": groups,
         "state": numbers,
-        "scales": [
-            {name: getattr(holder, name) for name in _SCALES if hasattr(holder, name)}
-            for holder in _scale_holders(engine)
-        ],
+        "scale": {
+            name: getattr(scale, name)
+            for scale in _moving_scales(engine)
+            for name in _SCALES
+            if hasattr(scale, name)
+        },
         "scalers": [scaler.state_dict() for scaler in _scalers(engine)],
         "scheduler": None if scheduler is None else scheduler.state_dict(),
     }
@@ -299,21 +302,22 @@ def _put_facts(engine: Any, facts: Mapping[str, Any]) -> None:
                 group[key].fill_(value)
             else:
                 group[key] = value
-    for holder, saved in zip(_scale_holders(engine), facts["scales"], strict=True):
-        for name, value in saved.items():
-            setattr(holder, name, value)
-    for scaler, saved in zip(_scalers(engine), facts["scalers"], strict=True):
+    for scale in _moving_scales(engine):
+        for name in facts["scale"].keys() & vars(scale).keys():
+            setattr(scale, name, facts["scale"][name])
+    # In another precision there may be fewer.
+    for scaler, saved in zip(_scalers(engine), facts["scalers"], strict=False):
         scaler.load_state_dict(saved)
     if facts["scheduler"] is not None:
         engine.lr_scheduler.load_state_dict(facts["scheduler"])
 
 
-def _scale_holders(engine: Any) -> Iterator[Any]:
-    """Objects that hold numbers of the loss scaling."""
-    yield engine.optimizer
-    scaler = getattr(engine.optimizer, "loss_scaler", None)
-    if scaler is not None:
-        yield scaler
+def _moving_scales(engine: Any) -> Iterator[Any]:
+    """What holds the numbers of a loss scale that moves, if there is one."""
+    for name in ("loss_scaler", "loss_scale_config"):
+        scale = getattr(engine.optimizer, name, None)
+        if getattr(scale, "last_overflow_iter", None) is not None:
+            yield scale
 
 
 def _scalers(engine: Any) -> Iterator[Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC
 
 import harness
+from harness.accelerator.whole import Whole, shapes_of
 from harness.callbacks import AutoResume
 from tests.harness.accelerator.cases import Lab
 
@@ -26,19 +29,30 @@ class BrokenOff(Exception):
 
 
 class Net(nn.Module):
-    """Two named optimizers, one of them with a state of its own form."""
+    """Two named optimizers, two groups, a single number, a buffer, and what nobody trains."""
+
+    batches: Tensor
 
     def __init__(self) -> None:
         super().__init__()
+        self.fixed = nn.Linear(4, 4)
+        self.fixed.requires_grad_(False)
         self.body = nn.Linear(4, 8)
+        self.scale = nn.Parameter(torch.tensor([1.5]))
         self.head = nn.Linear(8, 3)
+        self.register_buffer("batches", torch.zeros(1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.tanh(self.body(x)))
+        if self.training:
+            self.batches.add_(1)
+        hidden = torch.tanh(self.body(x + self.fixed(x)))
+        return self.head(hidden * self.scale)
 
     def set_optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        free = {"params": [self.body.bias, self.scale], "weight_decay": 0.0}
+        groups = [{"params": [self.body.weight, *self.fixed.parameters()]}, free]
         return {
-            "body": torch.optim.AdamW(self.body.parameters(), lr=0.01),
+            "body": torch.optim.AdamW(groups, lr=0.01, weight_decay=0.1),
             "head": torch.optim.SGD(self.head.parameters(), lr=0.1, momentum=0.9),
         }
 
@@ -51,6 +65,13 @@ class Look(harness.Callback):
     def __init__(self, after: int = 0) -> None:
         self.left = after
         self.seen: dict[int, list[Tensor]] = {}
+        self.begun: Whole | None = None
+
+    def on_train_batch_begin(self) -> None:
+        assert self.ctx.accelerator is not None
+        if self.begun is None and self.ctx.accelerator.world_size == 1:
+            state = copy.deepcopy(dict(self.ctx.accelerator.state_dict()))
+            self.begun = Whole([state], shapes_of(self.ctx.model))
 
     def on_train_batch_end(self) -> None:
         ctx = self.ctx
@@ -112,7 +133,7 @@ def note(folder: Path, name: str, fitted: Any, look: Look, rank: int) -> None:
 
 def whole(lab: Lab) -> None:
     """An unbroken fit on two ranks."""
-    fitted, look = fit(lab.folder / "whole", lab.make(), 4)
+    fitted, look = fit(lab.folder, lab.make(), 4)
     note(lab.folder, "whole", fitted, look, lab.rank)
 
 
@@ -128,9 +149,37 @@ def gone_on(lab: Lab) -> None:
     note(lab.folder, "gone_on", fitted, look, lab.rank)
 
 
+def other_stage(lab: Lab) -> None:
+    """A fit on two ranks goes on at another stage."""
+    _, look = fit(lab.folder, lab.make(), 4, after=3)
+    note(lab.folder, "first", None, look, lab.rank)
+    assert lab.stage is not None
+    other = replace(lab, stage=(lab.stage + 1) % 4)
+    fitted, look = fit(lab.folder, other.make(), 4)
+    note(lab.folder, "last", fitted, look, lab.rank)
+
+
+def two(lab: Lab) -> None:
+    """A fit on two ranks that three are to go on with."""
+    _, look = fit(lab.folder, lab.make(), 6, after=3)
+    note(lab.folder, "two", None, look, lab.rank)
+
+
+def three(lab: Lab) -> None:
+    """A fit of two ranks goes on on three."""
+    fitted, look = fit(lab.folder, lab.make(), 4)
+    note(lab.folder, "three", fitted, look, lab.rank)
+
+
 CASES: dict[str, Callable[[Lab], None]] = {
     "whole": whole,
     "broken": broken,
     "gone_on": gone_on,
+    "other_stage": other_stage,
+    "two": two,
+    "three": three,
 }
 """Every case, by name."""
+
+PAIRS = ["whole", "broken", "gone_on", "other_stage"]
+"""Those of two ranks."""

@@ -143,6 +143,14 @@ def test_optimizer_of_frozen_parameters_is_refused(make: Any) -> None:
         make(1).prepare(model, opts)
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_parameter_without_dims_is_refused(stage: int, make: Any) -> None:
+    model = Net()
+    model.scale = nn.Parameter(torch.tensor(1.0))
+    with pytest.raises(ValueError, match=r"got 'scale' of shape \(\).*shape \(1,\)"):
+        make(stage).prepare(model, adam(model))
+
+
 class Rowwise(torch.optim.SGD):
     """An optimizer of the user's own."""
 

@@ -1,0 +1,105 @@
+"""Which piece of which parameter lies where in the tensors that an optimizer steps.
+
+A plain optimizer steps the parameters themselves. DeepSpeed steps flat tensors in which many
+parameters lie one after another, and of which each rank may hold a part.
+
+A layout is an int64 tensor of shape (pieces, 5), each row: number of the stepped tensor,
+number of the parameter as ``Module.parameters`` counts, where the piece begins in the stepped
+tensor, where it begins in the flattened parameter, and its length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_Piece = tuple[int, Tensor, int, int, int]
+
+
+def plain_layout(model: nn.Module, stepped: Sequence[Tensor]) -> Tensor:
+    """Layout of an optimizer that steps whole parameters, one by one."""
+    return _numbered(model, _whole_pieces(stepped))
+
+
+def engine_layout(
+    model: nn.Module, engine: Any, stepped: Sequence[Tensor], rank: int
+) -> Tensor:
+    """Layout of what an engine's optimizer steps on one rank.
+
+    Parameters
+    ----------
+    model
+        The engine's model.
+    engine
+        DeepSpeed's engine.
+    stepped
+        The tensors that its optimizer steps.
+    rank
+        This rank.
+
+    References
+    ----------
+    DeepSpeed 0.19.8: ``zero/stage3.py``, ``set_grad_positions``; ``zero/stage_1_and_2.py``,
+    ``bf16_optimizer.py`` and ``fp16/fused_optimizer.py``, where parameters become views of a
+    flat tensor; ``fp16/unfused_optimizer.py``.
+    """
+    wrapper = engine.optimizer
+    if hasattr(wrapper, "grad_position"):
+        return _numbered(model, _partitioned_pieces(wrapper, rank))
+    for kind in ("bit16", "bf16", "fp16"):
+        flats = getattr(wrapper, f"{kind}_groups_flat", None)
+        if flats is not None:
+            groups = getattr(wrapper, f"{kind}_groups")
+            return _numbered(model, _flat_pieces(groups, flats, stepped, rank))
+    copied = getattr(wrapper, "fp16_groups", None)
+    whole = stepped if copied is None else [p for group in copied for p in group]
+    return _numbered(model, _whole_pieces(whole))
+
+
+def _numbered(model: nn.Module, pieces: Iterable[_Piece]) -> Tensor:
+    """The layout, with parameters by their numbers."""
+    numbers = {id(param): n for n, param in enumerate(model.parameters())}
+    rows = [
+        (n, numbers[id(param)], at, start, length)
+        for n, param, at, start, length in pieces
+        if id(param) in numbers
+    ]
+    return torch.tensor(rows, dtype=torch.int64).reshape(-1, 5)
+
+
+def _whole_pieces(params: Sequence[Tensor]) -> Iterator[_Piece]:
+    """Each parameter is stepped by itself."""
+    for n, param in enumerate(params):
+        yield n, param, 0, 0, param.numel()
+
+
+def _flat_pieces(
+    groups: Sequence[Sequence[Tensor]],
+    flats: Sequence[Tensor],
+    stepped: Sequence[Tensor],
+    rank: int,
+) -> Iterator[_Piece]:
+    """Each group lies in one flat tensor; ranks step equal parts of it, or all of it."""
+    for n, (params, flat) in enumerate(zip(groups, flats, strict=True)):
+        size = stepped[n].numel()
+        first = 0 if size == flat.numel() else rank * size
+        for param in params:
+            begin = (param.data_ptr() - flat.data_ptr()) // flat.element_size()
+            start = max(first - begin, 0)
+            end = min(first + size - begin, param.numel())
+            if start < end:
+                yield n, param, begin + start - first, start, end - start
+
+
+def _partitioned_pieces(wrapper: Any, rank: int) -> Iterator[_Piece]:
+    """Of each parameter a rank steps one part (ZeRO 3); the last part may be shorter."""
+    for params in wrapper.fp16_groups:
+        for param in params:
+            n, at, size = wrapper.grad_position[wrapper.get_param_id(param)]
+            start = rank * size
+            length = min(size, param.ds_numel - start)
+            if length > 0:
+                yield n, param, at, start, length
