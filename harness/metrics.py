@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import operator
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -19,6 +18,16 @@ from torchmetrics.classification import (
 )
 
 from harness.errors import CheckpointError
+from harness.metric_state import (
+    attributes_of,
+    join_states,
+    lists_samples,
+    parts_of,
+    put_changed,
+    put_states,
+    take_changed,
+    take_states,
+)
 
 if TYPE_CHECKING:
     from harness.accelerator.base import Accelerator
@@ -288,6 +297,7 @@ class SplitMetrics:
             for part in nn.ModuleList(self._metrics.values()).modules():
                 if isinstance(part, Metric):
                     part.distributed_available_fn = _alone
+        self._before = {n: attributes_of(item) for n, item in self._metrics.items()}
         self._grouped = [n for n, item in self._metrics.items() if takes_groups(item)]
         self._each = [n for n in self._metrics if n not in self._grouped]
         self._waiting: list[tuple[Tensor, Tensor]] = []
@@ -322,7 +332,7 @@ class SplitMetrics:
         Ranks exchange lists tensor by tensor: one without any would leave the others waiting.
         """
         for name, metric in self._metrics.items():
-            if any(isinstance(state, list) for state in metric._defaults.values()):
+            if lists_samples(metric):
                 pred, target = (
                     each_tensor(pred, _no_rows),
                     each_tensor(target, _no_rows),
@@ -379,27 +389,60 @@ class SplitMetrics:
                 raise
         return values
 
-    def state_dict(self) -> dict[str, Any]:
-        """States of the loss average and the metrics, and the batches that wait."""
-        states = {}
-        for name, metric in self._metrics.items():
-            own = {key: getattr(metric, key) for key in metric._defaults}
-            states[name] = {"state": own, "updates": metric._update_count}
-        waiting = [list(pair) for pair in self._waiting]
-        return {"loss": self.loss.state_dict(), "metrics": states, "waiting": waiting}
+    def state_dict(self, *, is_running: bool = True) -> dict[str, Any]:
+        """What an epoch has counted, the batches that wait, and what outlasts epochs.
+
+        Parameters
+        ----------
+        is_running
+            False leaves out what the next epoch resets.
+        """
+        changed = {
+            name: take_changed(metric, self._before[name])
+            for name, metric in self._metrics.items()
+        }
+        outlasting = {"changed": {n: found for n, found in changed.items() if found}}
+        if not is_running:
+            return outlasting
+        return {
+            **outlasting,
+            "loss": self.loss.state_dict(),
+            "metrics": {n: take_states(metric) for n, metric in self._metrics.items()},
+            "waiting": [list(pair) for pair in self._waiting],
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what ``state_dict`` gave, on this device."""
+        """Take back what ``state_dict`` gave, on this device.
+
+        Raises
+        ------
+        CheckpointError
+            If an epoch was under way with other metrics.
+        """
         self.reset()
-        place = self._accelerator.to_device
-        self.loss.load_state_dict(place(state["loss"]))
-        for name, item in state["metrics"].items():
-            metric = self._metrics[name]
-            for key, value in item["state"].items():
-                setattr(metric, key, place(value))
-            metric._update_count = item["updates"]
-            metric._computed = None
-        for pred, target in place(state["waiting"]):
+        state = self._accelerator.to_device(state)
+        for name, metric in self._metrics.items():
+            put_changed(metric, state["changed"].get(name, {}))
+        if "loss" not in state:
+            return
+        self.loss.load_state_dict(state["loss"])
+        self._check_names(state["metrics"])
+        for name, metric in self._metrics.items():
+            put_states(metric, state["metrics"][name])
+        self._take_waiting(state["waiting"])
+
+    def _check_names(self, saved: Mapping[str, Mapping[str, Any]]) -> None:
+        """Raise unless the metrics are those that were saved."""
+        then = {name: sorted(parts) for name, parts in saved.items()}
+        now = {name: sorted(parts_of(item)) for name, item in self._metrics.items()}
+        if then != now:
+            msg = f"resume: expected the metrics {then} in the middle of an epoch"
+            advice = "Resume with these, or from the end of an epoch."
+            raise CheckpointError(f"{msg}, got {now}. {advice}")
+
+    def _take_waiting(self, pairs: Iterable[Any]) -> None:
+        """Let saved batches wait for their group."""
+        for pred, target in pairs:
             self._waiting.append((pred, target))
             self._waiting_numel += pred.numel()
 
@@ -411,33 +454,13 @@ class SplitMetrics:
         CheckpointError
             If a metric does not say how states of ranks are joined.
         """
-        place = self._accelerator.to_device
-        self.loss.join(place(state["loss"]))
-        for name, item in state["metrics"].items():
-            metric = self._metrics[name]
-            for key, value in item["state"].items():
-                reduction = getattr(metric._reductions[key], "__name__", "none")
-                if reduction not in _JOINS:
-                    msg = f"resume: expected metric {name!r} to sum or list its states"
-                    raise CheckpointError(
-                        f"{msg}, got {reduction!r}. Resume from the end of an epoch, or "
-                        "on as many ranks as it was saved on."
-                    )
-                join = _JOINS[reduction]
-                setattr(metric, key, join(getattr(metric, key), place(value)))
-            metric._update_count += item["updates"]
-        for pred, target in place(state["waiting"]):
-            self._waiting.append((pred, target))
-            self._waiting_numel += pred.numel()
-
-
-_JOINS: dict[str, Callable[[Any, Any], Any]] = {
-    "dim_zero_sum": operator.add,
-    "dim_zero_cat": operator.add,
-    "dim_zero_max": torch.maximum,
-    "dim_zero_min": torch.minimum,
-}
-"""How states of two ranks become one, by torchmetrics' reduction; lists are appended."""
+        if "loss" not in state:
+            return
+        state = self._accelerator.to_device(state)
+        self.loss.join(state["loss"])
+        for name, metric in self._metrics.items():
+            join_states(metric, state["metrics"][name])
+        self._take_waiting(state["waiting"])
 
 
 def _own_copy(item: Any) -> Metric:

@@ -75,10 +75,12 @@ class Metrics(Callback):
         self._log("valid")
 
     def state_dict(self) -> dict[str, Any]:
-        """States of the training metrics; validation is begun again when it was stopped."""
-        metrics = self.ctx.metrics or {}
-        is_used = self.ctx.training and "train" in metrics
-        return {"train": metrics["train"].state_dict()} if is_used else {}
+        """States of both splits; validation is begun again when it was stopped."""
+        is_training = self.ctx.training
+        return {
+            split: metrics.state_dict(is_running=is_training and split == "train")
+            for split, metrics in (self.ctx.metrics or {}).items()
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back the states; a list of them comes from several ranks."""

@@ -20,6 +20,12 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC
+from torchmetrics.wrappers import (
+    BootStrapper,
+    ClasswiseWrapper,
+    MinMaxMetric,
+    Running,
+)
 
 import harness
 from harness.accelerator import SingleDevice
@@ -260,6 +266,21 @@ def adam(module: Any = Net, **options: Any) -> harness.Learner:
     return learner.set_opt_hparams(lr=0.01, **options)
 
 
+def wrapped() -> harness.Learner:
+    """A learner whose metrics count in others below them, or over all epochs."""
+    accuracy = MulticlassAccuracy(num_classes=3)
+    metrics = {
+        "classwise": ClasswiseWrapper(MulticlassAccuracy(num_classes=3, average=None)),
+        "best": MinMaxMetric(accuracy),
+        "resampled": BootStrapper(accuracy, num_bootstraps=3),
+        "latest": Running(accuracy, window=3),
+        "both": accuracy + MulticlassAUROC(num_classes=3),
+    }
+    return harness.setup(
+        Net, loss=nn.CrossEntropyLoss(), optimizer=torch.optim.Adam, metrics=metrics
+    )
+
+
 def sgd(module: Any = Net) -> harness.Learner:
     """A learner with momentum and nothing to measure but the loss."""
     learner = harness.setup(
@@ -317,6 +338,7 @@ CASES = {
         accumulate=2,
         callbacks=lambda folder: [one_cycle(opt_name="head", cycle_momentum=False)],
     ),
+    "wrapped-metrics": Case(learner=wrapped),
     "accumulation": Case(learner=adam, accumulate=4, callbacks=scheduled),
     "accumulation-unsized": Case(
         data=lambda: loader(Stream()), options=None, accumulate=4

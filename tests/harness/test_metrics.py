@@ -31,6 +31,7 @@ from torchmetrics.regression import (
 )
 
 from harness.accelerator import SingleDevice
+from harness.errors import CheckpointError
 from harness.metrics import (
     GROUP,
     LossAverage,
@@ -575,6 +576,14 @@ def test_state_taken_in_the_middle_of_a_group_goes_on_bit_for_bit(at):
     second.load_state_dict(state)
     feed(second, batches[at:])
     assert second.compute() == unbroken.compute()
+
+
+def test_state_of_an_epoch_with_other_metrics_is_refused():
+    first = split_metrics({"acc": MulticlassAccuracy(CLASSES)})
+    second = split_metrics({"f1": MulticlassF1Score(CLASSES)})
+    second.load_state_dict(first.state_dict(is_running=False))  # between two epochs
+    with pytest.raises(CheckpointError, match=r"the metrics \{'acc'.*got \{'f1'"):
+        second.load_state_dict(first.state_dict())
 
 
 def test_state_of_grouped_regression_goes_on_bit_for_bit():

@@ -43,7 +43,9 @@ def test_resume_after_some_batches_equals_the_unbroken_fit(
     check_exact(CASES[name], tmp_path, [("on_train_batch_end", k) for k in SHOWN])
 
 
-@pytest.mark.parametrize("name", ["adam-onecycle-metrics", "accumulation"])
+@pytest.mark.parametrize(
+    "name", ["adam-onecycle-metrics", "accumulation", "wrapped-metrics"]
+)
 def test_resume_at_the_ends_of_epochs_equals_the_unbroken_fit(
     name: str, tmp_path: Path
 ) -> None:
