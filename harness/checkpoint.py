@@ -84,10 +84,12 @@ def begin(folder: Path, position: Position) -> Path:
     is the newest, also after a fit went back to an earlier one.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    serial = 1
     for item in folder.iterdir():
-        if _SCRAP.fullmatch(item.name):  # of a save or removal that was killed
+        if _NAME.fullmatch(item.name):
+            serial = max(serial, _serial(item.name) + 1)
+        elif _SCRAP.fullmatch(item.name):  # of a save or removal that was killed
             shutil.rmtree(item, ignore_errors=True)
-    serial = max([_serial(place) for place in checkpoints(folder)], default=0) + 1
     where = f"epoch-{position.epoch}-batch-{position.iter}-step-{position.step}"
     temporary = folder / f".{serial:06d}-{where}.tmp"
     temporary.mkdir()
@@ -223,12 +225,12 @@ def checkpoints(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     found = [item for item in folder.iterdir() if _NAME.fullmatch(item.name)]
-    return sorted(found, key=_serial, reverse=True)
+    return sorted(found, key=lambda place: _serial(place.name), reverse=True)
 
 
-def _serial(place: Path) -> int:
+def _serial(name: str) -> int:
     """The number that a checkpoint's name begins with."""
-    return int(place.name.partition("-")[0])
+    return int(name.partition("-")[0])
 
 
 def remove(place: Path) -> None:

@@ -34,6 +34,9 @@ DTYPES = {
 }
 """Dtypes that are written, by their safetensors names."""
 
+_PLAIN = frozenset({int, bool, str, type(None)})
+"""Types whose values are their own plans."""
+
 _FLOATS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
@@ -106,7 +109,9 @@ def _container(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def _items(value: Any, path: str, tensors: dict[str, Tensor]) -> list[Any]:
-    """Plans of the items of a list."""
+    """Plans of the items of a list; Python's random state is a long one of plain numbers."""
+    if _PLAIN.issuperset(map(type, value)):
+        return list(value)
     return [_plan(item, f"{path}/{n}", tensors) for n, item in enumerate(value)]
 
 
