@@ -259,7 +259,20 @@ class Journal:
     def last_seq(self) -> int:
         """Highest ``seq`` written; if the open block is empty, one below its first."""
         block = self.block
-        return block.number * CAPACITY + rows.last_marked(block.snapshot()[0])
+        while True:
+            first = block.number * CAPACITY
+            if block.limit is None:
+                # While it is read, it may be left, sealed and its files closed.
+                try:
+                    last = rows.last_marked(block.snapshot()[0])
+                except OSError:
+                    if block.limit is None:
+                        raise
+                if block.limit is None:
+                    return first + last
+            if block.next is None:
+                return first + block.limit - 1
+            block = block.next
 
     def close(self) -> None:
         """Seal what is open and let go of the part; safe to call twice."""
@@ -272,11 +285,12 @@ class Journal:
         self._tasks.put("stop")
         self._keeper.join()
         for block in self._open:
+            block.retire()
             if block.number <= last.number:
-                block.retire()
                 self._to_seal.put(block)
             else:
                 block.close(unlink=True)
+        self.block.limit = last.limit  # for last_seq
         self._to_seal.put(None)
         self._sealer.join()
         self._lock.release()

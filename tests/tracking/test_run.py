@@ -23,7 +23,7 @@ from tracking.errors import (
     RunNotFoundError,
     TrackingWarning,
 )
-from tracking.journal import Tail
+from tracking.journal import CAPACITY, Tail
 from tracking.read import PastRun
 from tracking.run import Run
 from tracking.starting import start
@@ -384,6 +384,8 @@ def test_position_is_that_of_the_last_row(run):
     assert run.position() == 1
     run.log("metrics", "train", torch.tensor(1.0))
     assert run.position() == 2
+    run.finish()
+    assert run.position() == 2
 
 
 def test_rewind_supersedes_and_lets_the_index_go_back(run):
@@ -644,6 +646,22 @@ def test_run_threads_may_log_while_it_finishes(runs):
     for n in range(4):
         assert past.records("metrics", str(n)).num_rows == returned[n]
     assert past.damage == []
+
+
+def test_position_is_told_while_its_block_is_sealed_and_closed(run, until):
+    block = run._journal.block
+    run.log("metrics", "train", {"x": 0.5})
+
+    def late():
+        del block.snapshot
+        for _ in range(CAPACITY):
+            run.log("metrics", "train", {"x": 0.5})
+        until(lambda: (run.path / "records" / "0" / "000000.arrow").exists())
+        until(lambda: block._file < 0)
+        return block.snapshot()
+
+    block.snapshot = late
+    assert run.position() == CAPACITY
 
 
 # -------------------------------------------------------------------------- delivery
