@@ -84,7 +84,7 @@ def converted(
         raise CheckpointError(
             f"{msg} Resume on as many ranks and at the ZeRO stage as it was saved."
         ) from None
-    except (LookupError, TypeError, ValueError, RuntimeError) as error:
+    except (LookupError, AttributeError, TypeError, ValueError, RuntimeError) as error:
         msg = f"{place}: expected a state whose parts fit together, got: {error!r}."
         raise CheckpointError(f"{msg} Take another checkpoint.") from error
     steps, done = states[0]["steps"], dict.fromkeys(live["done"], 0)
@@ -149,6 +149,12 @@ def _engines(
     facts, tensors = {}, {}
     for name, layout in live["layouts"].items():
         numbers: list[dict[str, Any]] = [{} for _ in live["facts"][name]["state"]]
+        # What has no piece of any parameter is padding.
+        tensors |= {
+            full: torch.zeros_like(value, device="cpu")
+            for full, value in (held or {}).items()
+            if full.startswith(f"{name}/") and full.endswith("/master")
+        }
         for n, rows in _by_stepped(layout):
             master = (held or {}).get(f"{name}/{n}/master")
             shape = _shape(whole, rows) if master is None else master.shape
@@ -211,15 +217,16 @@ def _entry(
             if isinstance(value, Pieces)
         ]
         if not pieces:
-            entry[key] = _common(f"{key!r} of optimizer {name!r}", values)
+            is_whole = shape in (None, _shape(whole, rows))
+            entry[key] = _common(f"{key!r} of optimizer {name!r}", values, is_whole)
         elif shape is not None:
             entry[key] = _filled(shape, pieces[0][0].dtype, pieces)
     return entry
 
 
-def _common(what: str, values: Sequence[Any]) -> Any:
-    """The one value for parameters that are stepped together."""
-    if len(values) == 1:
+def _common(what: str, values: Sequence[Any], is_whole: bool) -> Any:
+    """The one value for a parameter, or for the parameters that are stepped together."""
+    if len(values) == 1 and is_whole:
         return values[0]
     numbers = [value for value in values if value is not None]
     if any(isinstance(value, Tensor) and value.dim() for value in numbers):

@@ -45,7 +45,14 @@ def is_equal(in_mlflow, in_journal):
 # ------------------------------------------------------------------ a bad connection
 
 
-@pytest.mark.parametrize("mode", ["gone", "error", "hang", "drop"])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        "gone",
+        "hang",
+        *(pytest.param(m, marks=pytest.mark.slow) for m in ("error", "drop")),
+    ],
+)
 def test_server_that_fails_for_a_while_gets_every_row_once(
     record, delivering, proxy, server, connect, until, is_equal, monkeypatch, mode
 ):

@@ -92,7 +92,7 @@ def check_recovers(part):
 
 
 cheap = settings(
-    max_examples=40,
+    max_examples=20,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

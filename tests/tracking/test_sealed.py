@@ -29,7 +29,7 @@ def same(first, second):
 
 
 cheap = settings(
-    max_examples=40,
+    max_examples=20,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
@@ -129,7 +129,7 @@ def test_sealed_block_of_a_later_format_is_refused(tmp_path, monkeypatch):
 counts = st.none() | st.integers(-(2**63) + 1, 2**63 - 1)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     st.lists(
         st.tuples(

@@ -49,8 +49,12 @@ class Net(nn.Module):
         return self.head(hidden * self.scale)
 
     def set_optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        free = {"params": [self.body.bias, self.scale], "weight_decay": 0.0}
-        groups = [{"params": [self.body.weight, *self.fixed.parameters()]}, free]
+        weights = [self.body.weight, *self.fixed.parameters()]
+        groups = [
+            {"params": weights},
+            {"params": [self.body.bias], "weight_decay": 0.0},
+            {"params": [self.scale], "lr": 0.001},  # too little for two ranks
+        ]
         return {
             "body": torch.optim.AdamW(groups, lr=0.01, weight_decay=0.1),
             "head": torch.optim.SGD(self.head.parameters(), lr=0.1, momentum=0.9),
