@@ -14,8 +14,6 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric, SumMetric
 
-from harness.errors import CheckpointError
-
 _KINDS = (bool, int, float, str, Tensor)
 """Attributes beside states that are kept where a metric changes them, as ``MinMaxMetric`` does."""
 
@@ -91,34 +89,42 @@ def put_states(metric: Metric, saved: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def join_states(metric: Metric, saved: Mapping[str, Mapping[str, Any]]) -> None:
-    """Take in what ``take_states`` gave on another rank, as well as what is there.
-
-    Raises
-    ------
-    CheckpointError
-        If a part does not say how states of ranks are joined.
-    """
+    """Take in what ``take_states`` gave on another rank, as well as what is there."""
     for path, part in parts_of(metric).items():
         for key, value in saved[path]["state"].items():
-            reduction = getattr(part._reductions[key], "__name__", "none")
-            if reduction not in _JOINS:
-                kind = type(part).__name__
-                msg = f"resume: expected metric {kind!r} to sum or list its states"
-                raise CheckpointError(
-                    f"{msg}, got {reduction!r}. Resume from the end of an epoch, or "
-                    "on as many ranks as it was saved on."
-                )
-            setattr(part, key, _JOINS[reduction](getattr(part, key), value))
+            join = _JOINS[_reduction(part, key)]
+            setattr(part, key, join(getattr(part, key), value))
         part._update_count += saved[path]["updates"]
+
+
+def joins_not(metric: Metric) -> list[str]:
+    """Reductions of a metric's states by which those of two ranks cannot be joined."""
+    found = {
+        _reduction(part, key)
+        for part in parts_of(metric).values()
+        for key in _states_of(part)
+    }
+    return sorted(found - _JOINS.keys())
+
+
+def _reduction(part: Metric, key: str) -> str:
+    """Name of what torchmetrics brings a state of all ranks together by."""
+    return getattr(part._reductions[key], "__name__", "none")
+
+
+def _listed(one: Any, other: Any) -> list[Tensor]:
+    """Two lists of samples as one; torchmetrics may have made a tensor of either."""
+    lists = (state if isinstance(state, list) else [state] for state in (one, other))
+    return [tensor for state in lists for tensor in state]
 
 
 _JOINS: dict[str, Callable[[Any, Any], Any]] = {
     "dim_zero_sum": operator.add,
-    "dim_zero_cat": operator.add,
+    "dim_zero_cat": _listed,
     "dim_zero_max": torch.maximum,
     "dim_zero_min": torch.minimum,
 }
-"""How states of two ranks become one, by torchmetrics' reduction; lists are appended."""
+"""How states of two ranks become one, by torchmetrics' reduction."""
 
 
 def emptied(saved: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -21,6 +21,7 @@ from harness.errors import CheckpointError
 from harness.metric_state import (
     attributes_of,
     join_states,
+    joins_not,
     lists_samples,
     parts_of,
     put_changed,
@@ -426,34 +427,18 @@ class SplitMetrics:
         if "loss" not in state:
             return
         self.loss.load_state_dict(state["loss"])
-        self._check_names(state["metrics"])
+        check_saved(self._metrics, state["metrics"])
         for name, metric in self._metrics.items():
             put_states(metric, state["metrics"][name])
         self._take_waiting(state["waiting"])
 
-    def _check_names(self, saved: Mapping[str, Mapping[str, Any]]) -> None:
-        """Raise unless the metrics are those that were saved."""
-        then = {name: sorted(parts) for name, parts in saved.items()}
-        now = {name: sorted(parts_of(item)) for name, item in self._metrics.items()}
-        if then != now:
-            msg = f"resume: expected the metrics {then} in the middle of an epoch"
-            advice = "Resume with these, or from the end of an epoch."
-            raise CheckpointError(f"{msg}, got {now}. {advice}")
-
     def _take_waiting(self, pairs: Iterable[Any]) -> None:
         """Let saved batches wait for their group."""
         for pred, target in pairs:
-            self._waiting.append((pred, target))
-            self._waiting_numel += pred.numel()
+            self._collect(pred, target)
 
     def join(self, state: Mapping[str, Any]) -> None:
-        """Take in what another rank's ``state_dict`` gave, as well as what is there.
-
-        Raises
-        ------
-        CheckpointError
-            If a metric does not say how states of ranks are joined.
-        """
+        """Take in what another rank's ``state_dict`` gave, as well as what is there."""
         if "loss" not in state:
             return
         state = self._accelerator.to_device(state)
@@ -461,6 +446,48 @@ class SplitMetrics:
         for name, metric in self._metrics.items():
             join_states(metric, state["metrics"][name])
         self._take_waiting(state["waiting"])
+
+
+def check_saved(
+    metrics: Mapping[str, Any],
+    saved: Mapping[str, Mapping[str, Any]],
+    *,
+    is_joined: bool = False,
+) -> None:
+    """Raise unless metrics can take what was saved in the middle of an epoch.
+
+    Parameters
+    ----------
+    metrics
+        Metric objects and functions by name.
+    saved
+        What ``take_states`` gave, by name.
+    is_joined
+        Whether states of several ranks are to become one.
+
+    Raises
+    ------
+    CheckpointError
+        If the metrics are others, or one does not say how states of ranks are joined.
+    """
+    objects = {
+        name: item if isinstance(item, Metric) else FunctionAverage(item)
+        for name, item in metrics.items()
+    }
+    then = {name: sorted(parts) for name, parts in saved.items()}
+    now = {name: sorted(parts_of(item)) for name, item in objects.items()}
+    if then != now:
+        msg = f"resume: expected the metrics {then} in the middle of an epoch"
+        advice = "Resume with these, or from the end of an epoch."
+        raise CheckpointError(f"{msg}, got {now}. {advice}")
+    for name, item in objects.items() if is_joined else ():
+        reductions = joins_not(item)
+        if reductions:
+            msg = f"resume: expected metric {name!r} to sum or list its states"
+            raise CheckpointError(
+                f"{msg}, got {reductions}. Resume from the end of an epoch, or on as many "
+                "ranks as it was saved on."
+            )
 
 
 def _own_copy(item: Any) -> Metric:

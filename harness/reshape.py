@@ -25,17 +25,19 @@ WEIGHTS_ALONE = (
 """What always works."""
 
 
-def check_forms(place: str, parts: Sequence[Mapping[str, Any]], live: Any) -> None:
+def check_forms(
+    parts: Sequence[Mapping[str, Any]], live: Mapping[str, Any], *, is_exact: bool
+) -> None:
     """Raise if the parts of a checkpoint cannot be given to the live accelerator's ranks.
 
     Parameters
     ----------
-    place
-        Which resume, for the error.
     parts
         States of all ranks.
     live
         State of the live accelerator.
+    is_exact
+        Whether the fit is to go on where it was.
 
     Raises
     ------
@@ -44,20 +46,22 @@ def check_forms(place: str, parts: Sequence[Mapping[str, Any]], live: Any) -> No
     """
     for state in (*(part["accelerator"] for part in parts), live):
         if not is_known(state):
-            msg = f"{place}: expected states of one device or of engines, got"
-            raise CheckpointError(
-                f"{msg} {sorted(state)}. Resume with the accelerator that was saved."
-            )
-        if any(state["done"].values()):
-            msg = (
-                f"{place}: expected the end of an accumulation window, got an open one."
-            )
+            msg = f"resume: expected states of one device or of engines, got {sorted(state)}"
+            raise CheckpointError(f"{msg}. Resume with the accelerator that was saved.")
+        if is_exact and any(state["done"].values()):
+            msg = "resume: expected the end of an accumulation window, got an open one."
             advice = f"Resume on {len(parts)} ranks as it was saved, or {WEIGHTS_ALONE}"
             raise CheckpointError(f"{msg} {advice}")
 
 
+def is_dealt_alike(world_size: int, about: Mapping[str, Any], ctx: Context) -> bool:
+    """True if each rank goes on with the batches that it would have had."""
+    assert ctx.accelerator is not None
+    is_same_size = about["batch_size"] == ctx.about["batch_size"]
+    return ctx.accelerator.world_size == world_size and is_same_size
+
+
 def moved(
-    place: str,
     position: Position,
     parts: Sequence[Mapping[str, Any]],
     about: Mapping[str, Any],
@@ -67,8 +71,6 @@ def moved(
 
     Parameters
     ----------
-    place
-        Which resume, for the error.
     position, parts, about
         What the checkpoint says.
     ctx
@@ -80,7 +82,7 @@ def moved(
         If the samples done do not make whole batches, or nobody can tell which they were.
     """
     assert ctx.accelerator is not None
-    if position.phase == "epoch":
+    if position.phase == "epoch" or is_dealt_alike(len(parts), about, ctx):
         return position
     then = len(parts) * (about["batch_size"] or 1)
     now = ctx.accelerator.world_size * (ctx.about["batch_size"] or 1)
@@ -93,34 +95,38 @@ def moved(
     )
     own = parts[0]["pass"]["loader"] is not None
     if own or (rows is None and (about["num_workers"] or ctx.about["num_workers"])):
-        msg = f"{place}: expected an order of samples that does not depend on the ranks"
+        msg = "resume: expected an order of samples that does not depend on the ranks"
         kind = "a loader that keeps its own position" if own else "a stream by workers"
         raise CheckpointError(f"{msg}, got {kind}. {advice}")
     if rest or done % ctx.accelerator.accumulate:
-        msg = f"{place}: expected samples done to fill whole steps of {now} rows"
+        msg = f"resume: expected samples done to fill whole steps of {now} rows"
         got = f"{position.iter} batches of {then}"
         raise CheckpointError(f"{msg}, got {got}. Change batch_size. {advice}")
     return replace(position, iter=done)
 
 
 def reshaped(
-    place: str,
     parts: Sequence[Mapping[str, Any]],
     live: Mapping[str, Any],
     ctx: Context,
+    wanted: Sequence[str],
+    *,
+    is_alike: bool,
 ) -> dict[str, Any]:
     """The state of this rank.
 
     Parameters
     ----------
-    place
-        Which resume, for the error.
     parts
         States of all ranks of the checkpoint.
     live
         State of the live accelerator.
     ctx
         Context of the fit.
+    wanted
+        Parts of the accelerator's state that are wanted.
+    is_alike
+        Whether each rank goes on with the batches that it would have had.
 
     Raises
     ------
@@ -129,20 +135,20 @@ def reshaped(
     """
     accelerator = ctx.accelerator
     assert accelerator is not None
+    assert ctx.model is not None
     rank, world_size = accelerator.rank, accelerator.world_size
     first, is_old = parts[0], rank < len(parts)
     own = parts[rank] if is_old else first
     random = own["random"] if is_old else other_random_state(first["random"], rank)
     metrics = [part["callbacks"].get("Metrics", {}) for part in parts]
     mine = [metrics[n] for n in range(rank, len(parts), world_size)]
-    train_pass = first["pass"]
-    if train_pass is not None:
+    train_pass = own["pass"] if is_alike else first["pass"]
+    if train_pass is not None and not is_alike:
         train_pass = {**train_pass, "window": accelerator.accumulate, "ahead": 0}
-    assert ctx.model is not None
     states = [part["accelerator"] for part in parts]
     return {
         **first,
-        "accelerator": converted(place, states, ctx.model, live, rank),
+        "accelerator": converted(states, ctx.model, live, rank, wanted),
         "callbacks": {**first["callbacks"], "Metrics": _joined(mine, metrics[0])},
         "random": random,
         "pass": train_pass,

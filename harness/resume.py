@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from harness.accelerator.forms import is_same_form
+from harness.accelerator.forms import check_same, is_same_form
+from harness.accelerator.whole import UNREADABLE
 from harness.checkpoint import Position, check, read_part
 from harness.context import Context
 from harness.errors import CheckpointError
+from harness.fit_state import by_name
+from harness.metrics import check_saved
 from harness.randomness import generators_of, set_random_state
-from harness.reshape import check_forms, moved, reshaped
+from harness.reshape import check_forms, is_dealt_alike, moved, reshaped
 
 
 @dataclass(kw_only=True)
@@ -93,63 +96,61 @@ class Resume:
     def check(self, ctx: Context) -> None:
         """Compare the checkpoint with the fit that is to go on from it, before any change.
 
+        Every rank has to call it.
+
         Raises
         ------
         CheckpointError
-            If it is of another model or other optimizers, or was saved on another number
-            of ranks or by another accelerator where that matters; with `strict`, if
-            anything differs.
+            If it is of another model, other optimizers or metrics, or in a form that cannot
+            be brought into that of the fit; with `strict`, if anything differs.
         """
         assert ctx.accelerator is not None
-        place = f"resume({str(self.place)!r})"
+        error = None
+        try:
+            self._check(ctx)
+        except CheckpointError as found:
+            text = str(found).removeprefix("resume: ")
+            error = CheckpointError(f"resume({str(self.place)!r}): {text}")
+        except UNREADABLE as found:
+            msg = f"resume({str(self.place)!r}): expected the state of a fit, got one that"
+            error = CheckpointError(f"{msg} lacks {found!r}. Take another checkpoint.")
+        # One rank that stops alone would leave the others waiting for it.
+        if ctx.accelerator.any(error is not None):
+            msg = f"resume({str(self.place)!r}): expected a checkpoint that fits all ranks"
+            raise error or CheckpointError(f"{msg}, got one that another rank refuses.")
+
+    def _check(self, ctx: Context) -> None:
+        """The same, on this rank alone."""
+        assert ctx.accelerator is not None
         ranks, saved = ctx.accelerator.world_size, self.manifest["world_size"]
         about, live = self.manifest["about"], ctx.accelerator.state_dict()
         kind = ctx.about["accelerator"]
+        wanted = [part for part in ("model", "optimizers") if self._wanted[part]]
+        is_alike = is_dealt_alike(saved, about, ctx) or self.position.phase == "epoch"
         is_same = ranks == saved and about.get("accelerator", kind) == kind
         if is_same:
-            state = _checked(self.state(ctx), place)["accelerator"]
+            state = _checked(self.state(ctx))["accelerator"]
             is_same = is_same_form(state, live)
-        if not is_same:
-            parts = [
-                _checked(read_part(self.place, rank), place) for rank in range(saved)
-            ]
-            check_forms(place, parts, live)
-            self._moved = moved(place, self.position, parts, about, ctx)
+        if is_same and (is_alike or not self.is_exact):
+            check_same(state, live, wanted)
+            parts = [dict(self.state(ctx))]
+        else:
+            parts = [_checked(read_part(self.place, rank)) for rank in range(saved)]
+            check_forms(parts, live, is_exact=self.is_exact)
+            if self.is_exact:
+                self._moved = moved(self.position, parts, about, ctx)
             self._gone = {n: parts[n]["journal"] for n in range(ranks, saved)}
-            self._keep(reshaped(place, parts, live, ctx))
+            self._keep(reshaped(parts, live, ctx, wanted, is_alike=is_alike))
             then, now = parts[0]["accelerator"].get("stage"), live.get("stage")
             if None not in {then, now} and then != now:
                 self.report.append(("ZeRO stage", "differs", f"{then} then, {now} now"))
+        if self.is_exact:
+            _check_metrics(parts, ctx, is_joined=ranks < saved)
         if ranks != saved:
             self.report.append(("ranks", "differs", f"{saved} then, {ranks} now"))
-        self._check_form(ctx, live, place)
-        self._compare(ctx.about, place)
+        self._compare(ctx.about)
 
-    def _check_form(self, ctx: Context, live: Mapping[str, Any], place: str) -> None:
-        """Names and shapes of weights, names of optimizers."""
-        saved = _checked(self.state(ctx), place)["accelerator"]
-        if live.keys() != saved.keys():
-            name = type(ctx.accelerator).__name__
-            msg = f"{place}: expected the state of {name}, got that of another one."
-            raise CheckpointError(f"{msg} Resume with the accelerator that was saved.")
-        then, now = (
-            {name: tuple(value.shape) for name, value in state.get("model", {}).items()}
-            for state in (saved, live)
-        )
-        opts = set(saved.get("optimizers", {}))
-        for name in sorted(then.keys() | now.keys()):
-            if self.restore_model and then.get(name) != now.get(name):
-                want, got = now.get(name, "none"), then.get(name, "none")
-                msg = (
-                    f"{place}: expected the tensor {name!r} of shape {want}, got {got}."
-                )
-                raise CheckpointError(f"{msg} Resume with the model that was saved.")
-        if self.restore_optimizers and opts and opts != set(ctx.optimizers):
-            names, saved_names = sorted(ctx.optimizers), sorted(opts)
-            msg = f"{place}: expected optimizers {names}, got {saved_names}."
-            raise CheckpointError(f"{msg} Resume with the learner that was saved.")
-
-    def _compare(self, now: Mapping[str, Any], place: str) -> None:
+    def _compare(self, now: Mapping[str, Any]) -> None:
         """Put into the report what differs between then and now; with `strict` refuse it."""
         then = self.manifest["about"]
         for name in sorted({*then, *now}):
@@ -160,9 +161,8 @@ class Resume:
             f"{name}: {text}" for name, state, text in self.report if state == "differs"
         ]
         if self.strict and differing:
-            msg = (
-                f"{place}, strict: expected no difference, got {'; '.join(differing)}."
-            )
+            got = "; ".join(differing)
+            msg = f"resume: strict: expected no difference, got {got}."
             raise CheckpointError(f"{msg} Mend it or drop strict.")
 
     def restore(self, ctx: Context) -> None:
@@ -215,11 +215,23 @@ class Resume:
         return "\n".join([head, *lines])
 
 
-def _checked(state: Any, place: str) -> dict[str, Any]:
+def _check_metrics(
+    parts: Sequence[Mapping[str, Any]], ctx: Context, *, is_joined: bool
+) -> None:
+    """Raise if an epoch was under way with other metrics, or theirs cannot be joined."""
+    callbacks: dict[str, Any] = dict(by_name(ctx.callbacks))
+    for part in parts:
+        saved = part["callbacks"].get("Metrics", {}).get("train", {})
+        if "metrics" in saved:
+            metrics = callbacks["Metrics"].metric_set.train
+            check_saved(metrics, saved["metrics"], is_joined=is_joined)
+
+
+def _checked(state: Any) -> dict[str, Any]:
     """The state, if it is that of a fit."""
     lacking = [name for name in _PARTS if name not in state]
     if lacking or not isinstance(state["accelerator"], dict):
-        msg = f"{place}: expected the state of a fit, got none: no {lacking}."
+        msg = f"resume: expected the state of a fit, got none: no {lacking}."
         raise CheckpointError(f"{msg} Take another checkpoint.")
     return dict(state)
 

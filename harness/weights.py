@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from harness.accelerator.whole import Whole, shapes_of
+from harness.accelerator.whole import UNREADABLE, Whole
 from harness.checkpoint import MANIFEST, check, read_part, write_tensors
 from harness.errors import CheckpointError
 from harness.saved_model import ABOUT, read_saved
@@ -132,8 +132,8 @@ def _of_checkpoint(place: Path, model: nn.Module) -> dict[str, Tensor]:
     ranks = range(check(place)["world_size"])
     try:
         states = [read_part(place, rank)["accelerator"] for rank in ranks]
-        found = Whole(states, shapes_of(model)).state_dict()
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        found = Whole(states).state_dict()
+    except UNREADABLE as error:
         msg = f"load_weights({str(place)!r}): expected weights, got none: {error!r}."
         raise CheckpointError(f"{msg} Take another checkpoint.") from error
     # Buffers that a state dict leaves out are in a checkpoint all the same.

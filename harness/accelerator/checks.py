@@ -19,7 +19,10 @@ ELEMENTWISE = frozenset(
     | {"RMSprop", "Rprop", "SGD"}
 )
 """Optimizers of torch 2.13 that update each element by itself, so that ZeRO may divide
-them anywhere. Adafactor and Muon look at whole matrices."""
+them anywhere."""
+
+BY_MATRIX = frozenset({"Adafactor", "Muon"})
+"""Those that look at whole matrices: what they keep depends on the shape."""
 
 
 def is_elementwise(opt: Any) -> bool:

@@ -50,6 +50,7 @@ from harness.accelerator.shard import ShardedLoader, Share
 from harness.accelerator.single import best_device, move
 from harness.accelerator.state import put_state, take_state
 from harness.accelerator.watch import Watch
+from harness.accelerator.whole import shapes_of
 from harness.data import num_batches
 from harness.errors import CheckpointError
 
@@ -132,6 +133,7 @@ class DeepSpeedAccelerator:
         self._active: Part | None = None
         self._checked_graphs: set[str] = set()
         self._dtypes: dict[str, torch.dtype] = {}
+        self._shapes: dict[str, list[int]] = {}
         self._attributes: dict[nn.Module, frozenset[str]] = {}
         self._hooks: list[Any] = []
         self._held = ExitStack()
@@ -210,6 +212,7 @@ class DeepSpeedAccelerator:
             "prepare", facts, "Start every rank with the same code and data."
         )
         self._dtypes = {name: value.dtype for name, value in model.named_parameters()}
+        self._shapes = {name: list(shape) for name, shape in shapes_of(model).items()}
         self._attributes = attributes(model)
         if opts is None:
             model.to(self.device)
@@ -258,6 +261,10 @@ class DeepSpeedAccelerator:
             # ZeRO 1 and 2 stumble over a group whose parameters are all frozen.
             for group in opt.param_groups:
                 group["params"] = [p for p in group["params"] if p.requires_grad]
+        groups = {
+            name: [dict(group) for group in opt.param_groups if group["params"]]
+            for name, opt in optimizers.items()
+        } or {DEFAULT_NAME: [{"params": trained}]}
         made = {}
         for name in owned:
             with quietly():
@@ -269,7 +276,7 @@ class DeepSpeedAccelerator:
                     config=dict(self._filled),
                 )
         for name, engine in made.items():
-            part = Part(name, engine, model, owned[name], stage)
+            part = Part(name, engine, model, owned[name], stage, groups[name])
             part.on_step = self._counter(name)
             self._parts[name] = part
 
@@ -570,7 +577,8 @@ class DeepSpeedAccelerator:
             msg = "state_dict: expected the end of a window with offload_optimizer"
             raise RuntimeError(f"{msg}, got an open one. Save after an optimizer step.")
         stage = zero_stage(self._filled)
-        state = take_state(self._prepared(), self._engines(), stage)
+        model = self._prepared()
+        state = take_state(model, self._engines(), stage)
         if not self.is_main:
             state["shared"] = {}
         return state | {
@@ -580,6 +588,9 @@ class DeepSpeedAccelerator:
             "overflows": dict(self.overflows),
             "done": {name: part.done for name, part in self._parts.items()},
             "layouts": {n: part.layout(self.rank) for n, part in self._parts.items()},
+            "members": {name: part.members for name, part in self._parts.items()},
+            "shapes": self._shapes,
+            "frozen": [n for n, p in model.named_parameters() if not p.requires_grad],
         }
 
     def load_state_dict(
@@ -608,6 +619,10 @@ class DeepSpeedAccelerator:
             self.overflows.update(state["overflows"])
             for name, part in self._parts.items():
                 part.done = state["done"][name]
+            for name, param in self._prepared().named_parameters():
+                # Later than at the fit's begin they can be frozen at ZeRO 0 alone.
+                if stage == 0:
+                    param.requires_grad_(name not in state["frozen"])
         for engine in self._engines().values():
             kept = getattr(engine.optimizer, "persistent_parameters", None)
             if kept:

@@ -10,7 +10,7 @@ tensor, where it begins in the flattened parameter, and its length.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ def engine_layout(
     flat tensor; ``fp16/unfused_optimizer.py``.
     """
     wrapper = engine.optimizer
-    if hasattr(wrapper, "grad_position"):
+    if hasattr(wrapper, "fp32_partitioned_groups_flat"):
         return _numbered(model, _partitioned_pieces(wrapper, rank))
     for kind in ("bit16", "bf16", "fp16"):
         flats = getattr(wrapper, f"{kind}_groups_flat", None)
@@ -57,6 +57,15 @@ def engine_layout(
     copied = getattr(wrapper, "fp16_groups", None)
     whole = stepped if copied is None else [p for group in copied for p in group]
     return _numbered(model, _whole_pieces(whole))
+
+
+def members(model: nn.Module, groups: Iterable[Mapping[str, Any]]) -> list[list[int]]:
+    """Numbers of the parameters in each of an optimizer's groups."""
+    numbers = {id(param): n for n, param in enumerate(model.parameters())}
+    return [
+        [numbers[id(param)] for param in group["params"] if id(param) in numbers]
+        for group in groups
+    ]
 
 
 def _numbered(model: nn.Module, pieces: Iterable[_Piece]) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.accelerator.base import StepOpt
-from harness.accelerator.layout import engine_layout
+from harness.accelerator.layout import engine_layout, members
 from harness.accelerator.state import base_of, masters
 
 
@@ -30,11 +30,16 @@ class Part:
         Parameters that the optimizer steps.
     stage : 0..3
         ZeRO stage.
+    groups
+        The optimizer's parameter groups, with the parameters that were there before
+        the engine was made.
 
     Attributes
     ----------
     done : >= 0
         Micro-batches since the last step.
+    members
+        Numbers of the parameters in each group.
     facade
         What the loop and schedulers see as the optimizer.
     """
@@ -46,9 +51,11 @@ class Part:
         model: nn.Module,
         owned: Sequence[Tensor],
         stage: int,
+        groups: Sequence[Mapping[str, Any]],
     ) -> None:
         self.name, self.engine, self.stage = name, engine, stage
         self._model = model
+        self.members = members(model, groups)
         self._layout: Tensor | None = None
         self._stepped = 0
         self.done = 0

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.accelerator.base import StepOpt, default_step_opt
-from harness.accelerator.layout import plain_layout
+from harness.accelerator.layout import members, plain_layout
 from harness.errors import CheckpointError
 
 
@@ -154,7 +154,7 @@ class SingleDevice:
         self._done: dict[str, int] = {}
         self._hooks: list[Any] = []
         self._others: dict[str, list[Tensor]] = {}
-        self._layouts: dict[str, Tensor] = {}
+        self._known_layouts: dict[str, tuple[Tensor, list[list[int]]]] = {}
         self._nothing: AbstractContextManager[object] = nullcontext()
 
     def prepare(
@@ -167,7 +167,7 @@ class SingleDevice:
         self._model = model.to(self.device)
         self._optimizers = dict(optimizers or {})
         self._others = others(self._optimizers)
-        self._layouts = {}
+        self._known_layouts = {}
         self._done = dict.fromkeys(self._optimizers, 0)
         self.steps = dict.fromkeys(self._optimizers, 0)
         self.window = self.accumulate
@@ -288,7 +288,9 @@ class SingleDevice:
             "world_size": 1,
             "model": tensors_of(model),
             "optimizers": {n: opt.state_dict() for n, opt in self._optimizers.items()},
-            "layouts": {name: self._layout(name) for name in self._optimizers},
+            "layouts": {n: layout for n, (layout, _) in self._layouts().items()},
+            "members": {n: groups for n, (_, groups) in self._layouts().items()},
+            "kinds": {n: type(opt).__name__ for n, opt in self._optimizers.items()},
             "steps": dict(self.steps),
             "done": dict(self._done),
             "grads": {
@@ -299,15 +301,18 @@ class SingleDevice:
             "frozen": [n for n, p in model.named_parameters() if not p.requires_grad],
         }
 
-    def _layout(self, name: str) -> Tensor:
-        """Which parameters the optimizer steps; made anew if it got more of them."""
-        groups = self._optimizers[name].param_groups
-        found = self._layouts.get(name)
-        if found is None or len(found) != sum(len(group["params"]) for group in groups):
-            assert self._model is not None
-            params = [param for group in groups for param in group["params"]]
-            found = self._layouts[name] = plain_layout(self._model, params)
-        return found
+    def _layouts(self) -> dict[str, tuple[Tensor, list[list[int]]]]:
+        """Which parameters each optimizer steps; made anew if it got more of them."""
+        assert self._model is not None
+        for name, opt in self._optimizers.items():
+            params = [param for group in opt.param_groups for param in group["params"]]
+            found = self._known_layouts.get(name)
+            if found is None or len(found[0]) != len(params):
+                self._known_layouts[name] = (
+                    plain_layout(self._model, params),
+                    members(self._model, opt.param_groups),
+                )
+        return self._known_layouts
 
     def load_state_dict(
         self,

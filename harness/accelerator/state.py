@@ -68,12 +68,19 @@ def put_state(
             have, want = sorted(state["facts"]), sorted(engines)
             msg = f"resume: expected optimizers {want}, got {have}."
             raise CheckpointError(f"{msg} Resume with the learner that was saved.")
-        kinds.append("optimizers")
         for name, engine in engines.items():
             _make_entries(name, engine, found["optimizers"], state["facts"][name])
     live = live_tensors(model, engines)
     for kind in kinds:
         _copy(live[kind], found[kind])
+    # What optimizers step in the place of the weights goes with the weights.
+    for is_master, part in ((True, "model"), (False, "optimizers")):
+        if part in parts:
+            tensors = (
+                {n: value for n, value in of.items() if is_master == is_copy(n)}
+                for of in (live["optimizers"], found["optimizers"])
+            )
+            _copy(*tensors)
     if "optimizers" in parts:
         for name, engine in engines.items():
             _put_facts(engine, state["facts"][name])
@@ -107,6 +114,11 @@ def live_tensors(
         "buffers": dict(model.named_buffers()),
         "optimizers": optimizers,
     }
+
+
+def is_copy(name: str) -> bool:
+    """True for the name of what an optimizer steps in the place of weights."""
+    return name.endswith("/master")
 
 
 def base_of(engine: Any) -> torch.optim.Optimizer:
@@ -273,7 +285,8 @@ def _facts(engine: Any) -> dict[str, Any]:
     ]
     scheduler = engine.lr_scheduler
     return {
-        "wrapper": type(engine.optimizer).__name__,
+        "kind": type(base_of(engine)).__name__,
+        "form": [type(engine.optimizer).__name__, _dtype(engine)],
         "counters": {name: getattr(engine, name) for name in _COUNTERS},
         "groups": groups,
         "state": numbers,
@@ -286,6 +299,11 @@ def _facts(engine: Any) -> dict[str, Any]:
         "scalers": [scaler.state_dict() for scaler in _scalers(engine)],
         "scheduler": None if scheduler is None else scheduler.state_dict(),
     }
+
+
+def _dtype(engine: Any) -> str:
+    """Dtype of the weights, which an engine may have changed."""
+    return str(next(engine.module.parameters()).dtype)
 
 
 def _put_facts(engine: Any, facts: Mapping[str, Any]) -> None:

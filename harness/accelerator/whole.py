@@ -6,12 +6,15 @@ pieces of each parameter are found where they lie.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Size, Tensor, nn
+
+UNREADABLE = (LookupError, AttributeError, TypeError, ValueError, RuntimeError)
+"""What is raised by states whose parts do not fit together."""
 
 
 def shapes_of(model: nn.Module) -> dict[str, Size]:
@@ -23,15 +26,19 @@ def shapes_of(model: nn.Module) -> dict[str, Size]:
 
 
 class Pieces:
-    """A flattened tensor in pieces, which lie where they were read.
+    """A tensor in pieces, which lie where they were read.
 
     Parameters
     ----------
+    shape
+        Of the whole.
     pieces
-        Where each begins in the whole, and the piece, of one dim.
+        Where each begins in the flattened whole, and the piece, of one dim; one may reach
+        beyond the end.
     """
 
-    def __init__(self, *pieces: tuple[int, Tensor]) -> None:
+    def __init__(self, shape: Size, pieces: Iterable[tuple[int, Tensor]] = ()) -> None:
+        self.shape = shape
         self._pieces = list(pieces)
 
     def add(self, start: int, piece: Tensor) -> None:
@@ -43,9 +50,21 @@ class Pieces:
         """Dtype of the pieces."""
         return self._pieces[0][1].dtype
 
+    def check(self) -> None:
+        """Raise ``ValueError`` unless the pieces follow each other to the end."""
+        at = 0
+        for start, piece in sorted(self._pieces, key=itemgetter(0)):
+            if start != at:
+                msg = f"a piece at {at} of {tuple(self.shape)}, got one at {start}"
+                raise ValueError(msg)
+            at += len(piece)
+        if at < self.shape.numel():
+            msg = f"{self.shape.numel()} elements of {tuple(self.shape)}, got {at}"
+            raise ValueError(msg)
+
     def read(self, start: int, length: int) -> Tensor:
         """Elements from `start` on, as many as there are up to `length`."""
-        end = start + length
+        end = min(start + length, self.shape.numel())
         found = [
             piece[max(start - at, 0) : end - at]
             for at, piece in sorted(self._pieces, key=itemgetter(0))
@@ -55,19 +74,9 @@ class Pieces:
             return torch.empty(0)
         return found[0] if len(found) == 1 else torch.cat(found)
 
-    def shape(self, wanted: Size | None) -> Size:
-        """The wanted shape, if the whole can have it; else its flat one."""
-        size = sum(len(piece) for _, piece in self._pieces)
-        if wanted is None:
-            return Size([size])
-        # Of equal parts on all ranks the last one is padded.
-        fits = 0 <= size - wanted.numel() < max(1, len(self._pieces))
-        return wanted if fits else Size([size])
-
-    def whole(self, wanted: Size | None) -> Tensor:
-        """All elements, in the wanted shape if they can have it."""
-        shape = self.shape(wanted)
-        return self.read(0, shape.numel()).reshape(shape)
+    def whole(self) -> Tensor:
+        """All elements, in their shape."""
+        return self.read(0, self.shape.numel()).reshape(self.shape)
 
 
 class Whole:
@@ -77,52 +86,62 @@ class Whole:
     ----------
     states
         States of the accelerator on all ranks.
-    shapes
-        What ``shapes_of`` the live model gives.
 
     Attributes
     ----------
     weights
-        Parameters by name, in their order; those that an optimizer steps in more precision,
-        in that one.
+        Parameters by name; those that an optimizer steps in more precision, in that one.
     buffers
         Buffers by name.
+    kinds
+        Class of each optimizer.
     groups
-        Options of each optimizer's parameter groups.
+        Each optimizer's parameter groups: options, and names of the parameters.
     entries
         Optimizer states by name of the optimizer, name of the parameter and key: ``Pieces``
         where each element of the parameter has its own, else the value.
-    live
-        Names of the live model's parameters, as live layouts count them.
+
+    Raises
+    ------
+    LookupError, AttributeError, TypeError, ValueError
+        If the states do not fit together.
     """
 
-    def __init__(
-        self, states: Sequence[Mapping[str, Any]], shapes: Mapping[str, Size]
-    ) -> None:
-        self.shapes, self.live = shapes, list(shapes)
+    def __init__(self, states: Sequence[Mapping[str, Any]]) -> None:
         first = states[0]
-        names, self.weights, self.buffers = _tensors(states, shapes)
-        self.groups = groups_of(first)
-        self.entries: dict[str, dict[str, dict[str, Any]]] = {
-            n: {} for n in self.groups
-        }
+        self._names, self.weights, self.buffers = _tensors(states)
+        for pieces in self.weights.values():
+            pieces.check()
+        # Without layouts, as of other makes, the weights can be had all the same.
+        has_layouts = "layouts" in first
+        self.kinds = kinds_of(first) if has_layouts else {}
+        self.groups = groups_of(first, self._names) if has_layouts else {}
+        self.entries: dict[str, dict[str, dict[str, Any]]] = {n: {} for n in self.kinds}
         is_divided = "optimizers" in first.get("own", {})
         for state in states if is_divided else states[:1]:
-            # Without layouts, as of other makes, the weights can be had all the same.
-            layouts = state.get("layouts", {})
-            stepped = _stepped(state) if layouts else {}
-            for name, layout in layouts.items():
-                for n, number, *place in layout.tolist():
-                    values = stepped[name].get(n, {})
-                    self._add(name, names[number], values, *place)
+            if has_layouts:
+                self._take(state)
         for by_param in self.entries.values():
             for name, entry in by_param.items():
+                for value in entry.values():
+                    if isinstance(value, Pieces):
+                        value.check()
                 if "master" in entry:
                     self.weights[name] = entry.pop("master")
 
+    def _take(self, state: Mapping[str, Any]) -> None:
+        """Take the pieces that one rank's optimizers step."""
+        stepped = _stepped(state)
+        for name, entries in self.entries.items():
+            layout = state["layouts"][name]
+            for n, number, *place in layout.tolist():
+                param = self._names[number]
+                values = stepped[name].get(n, {})
+                self._add(entries.setdefault(param, {}), param, values, *place)
+
     def _add(
         self,
-        optimizer: str,
+        entry: dict[str, Any],
         param: str,
         values: Mapping[str, Any],
         at: int,
@@ -130,60 +149,75 @@ class Whole:
         length: int,
     ) -> None:
         """Take a piece of a parameter from what an optimizer keeps for a stepped tensor."""
-        entry = self.entries[optimizer].setdefault(param, {})
+        shape = self.weights[param].shape
         size = values["master"].numel() if "master" in values else length
+        if min(at, start, length) < 0 or at + length > size:
+            msg = f"a piece of {size} elements, got {length} from {at} on"
+            raise ValueError(msg)
         for key, value in values.items():
             # Counters have no dims, and neither have parameters that DeepSpeed can train.
             if isinstance(value, Tensor) and value.dim() and value.numel() == size:
                 piece = value.reshape(-1)[at : at + length]
-                entry.setdefault(key, Pieces()).add(start, piece)
+                entry.setdefault(key, Pieces(shape)).add(start, piece)
             else:
                 entry.setdefault(key, value)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Whole parameters and buffers; flat, where they cannot have the model's shape."""
-        found = {
-            name: pieces.whole(self.shapes.get(name))
-            for name, pieces in self.weights.items()
-        }
+        """Whole parameters and buffers."""
+        found = {name: pieces.whole() for name, pieces in self.weights.items()}
         return found | self.buffers
 
 
 def _tensors(
-    states: Sequence[Mapping[str, Any]], shapes: Mapping[str, Size]
+    states: Sequence[Mapping[str, Any]],
 ) -> tuple[list[str], dict[str, Pieces], dict[str, Tensor]]:
     """Names in the order of layouts, parameters and buffers."""
     first = states[0]
     if "model" in first:
-        names, parts = list(first["model"]), [first["model"]]
-        weights = [name for name in names if name in shapes]
-        buffers = {n: value for n, value in parts[0].items() if n not in shapes}
+        # Which are buffers does not matter: nothing of theirs is divided.
+        names, parts, buffers = list(first["model"]), [first["model"]], {}
+        is_divided = False
     else:
         kinds = {**first["shared"], **first["own"]}
-        names = weights = list(kinds["weights"])
-        buffers = dict(kinds["buffers"])
+        names, buffers = list(kinds["weights"]), dict(kinds["buffers"])
         is_divided = "weights" in first["own"]
         parts = [state["own"]["weights"] for state in states] if is_divided else []
         parts = parts or [kinds["weights"]]
-    found = {}
-    for name in weights:
-        size = parts[0][name].numel()
-        pieces = [(n * size, part[name].reshape(-1)) for n, part in enumerate(parts)]
-        found[name] = Pieces(*pieces)
-    return names, found, buffers
+    weights = {}
+    for name in names:
+        one = parts[0][name]
+        shape = Size(first["shapes"][name]) if is_divided else one.shape
+        weights[name] = Pieces(
+            shape,
+            [(n * one.numel(), part[name].reshape(-1)) for n, part in enumerate(parts)],
+        )
+    return names, weights, buffers
 
 
-def groups_of(state: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Options of each optimizer's parameter groups."""
+def kinds_of(state: Mapping[str, Any]) -> dict[str, str]:
+    """Class of each optimizer, by its name."""
     if "facts" in state:
-        return {name: facts["groups"] for name, facts in state["facts"].items()}
-    return {
-        name: [
-            {key: value for key, value in group.items() if key != "params"}
-            for group in own["param_groups"]
+        return {name: facts["kind"] for name, facts in state["facts"].items()}
+    return dict(state.get("kinds", {}))
+
+
+def groups_of(
+    state: Mapping[str, Any], names: Sequence[str]
+) -> dict[str, list[tuple[dict[str, Any], list[str]]]]:
+    """Options of each optimizer's parameter groups, and names of their parameters."""
+    optimizers = state["facts"] if "facts" in state else state.get("optimizers", {})
+    key = "groups" if "facts" in state else "param_groups"
+    found = {}
+    for optimizer, own in optimizers.items():
+        members = state["members"][optimizer]
+        found[optimizer] = [
+            (
+                {name: value for name, value in group.items() if name != "params"},
+                [names[number] for number in numbers],
+            )
+            for group, numbers in zip(own[key], members, strict=True)
         ]
-        for name, own in state.get("optimizers", {}).items()
-    }
+    return found
 
 
 def _stepped(state: Mapping[str, Any]) -> dict[str, dict[int, dict[str, Any]]]:

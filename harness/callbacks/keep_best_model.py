@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from harness.accelerator.forms import of_weights
 from harness.callbacks.monitor import Mode, Monitor
 
 
@@ -39,15 +40,22 @@ class KeepBestModel(Monitor):
         """Copy the weights if they are the best so far."""
         if self.improved():
             assert self.ctx.accelerator is not None
-            state = self.ctx.accelerator.state_dict()["model"]
-            self.weights = {name: t.detach().clone() for name, t in state.items()}
+            state = self.ctx.accelerator.whole_state_dict(self.ctx.model)
+            self.weights = {
+                name: value.clone()
+                for name, value in state.items()
+                if isinstance(value, Tensor)
+            }
 
     def on_fit_end(self) -> None:
         """Put the best weights back."""
-        if self.weights:
-            assert self.ctx.accelerator is not None
-            state = {**self.ctx.accelerator.state_dict(), "model": self.weights}
-            self.ctx.accelerator.load_state_dict(state, ["model"])
+        accelerator = self.ctx.accelerator
+        assert accelerator is not None
+        weights = accelerator.broadcast(self.weights)
+        if weights:
+            state = accelerator.state_dict()
+            best = of_weights(weights, self.ctx.model, state, accelerator.rank)
+            accelerator.load_state_dict(best, ["model"])
 
     def state_dict(self) -> dict[str, Any]:
         """Best value and weights."""
@@ -56,5 +64,4 @@ class KeepBestModel(Monitor):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back best value and weights."""
         super().load_state_dict(state)
-        assert self.ctx.accelerator is not None
-        self.weights = self.ctx.accelerator.to_device(state["weights"])
+        self.weights = state["weights"]

@@ -129,7 +129,8 @@ def test_put_weights_of_a_checkpoint_of_three_ranks_are_whole(
             own["weights"] = parts
         elif rank == 0:
             shared["weights"] = weights
-        states.append({"shared": shared, "own": own})
+        shapes = {name: list(value.shape) for name, value in weights.items()}
+        states.append({"shared": shared, "own": own, "shapes": shapes})
     place = checkpoint_of_ranks(tmp_path, states)
     other = Net()
     assert put_weights(other, place).is_whole

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC
 
 import harness
-from harness.accelerator.whole import Whole, shapes_of
+from harness.accelerator.whole import Whole
 from harness.callbacks import AutoResume
 from tests.harness.accelerator.cases import Lab
 
@@ -75,7 +75,7 @@ class Look(harness.Callback):
         assert self.ctx.accelerator is not None
         if self.begun is None and self.ctx.accelerator.world_size == 1:
             state = copy.deepcopy(dict(self.ctx.accelerator.state_dict()))
-            self.begun = Whole([state], shapes_of(self.ctx.model))
+            self.begun = Whole([state])
 
     def on_train_batch_end(self) -> None:
         ctx = self.ctx

@@ -14,7 +14,7 @@ from torchmetrics.functional.classification import multiclass_auroc
 
 import tracking
 from harness.accelerator import SingleDevice
-from harness.accelerator.whole import Pieces, Whole, shapes_of
+from harness.accelerator.whole import Pieces, Whole
 from harness.checkpoint import newest, read_part
 from harness.errors import CheckpointError
 from tests.harness.accelerator import reshapes
@@ -174,7 +174,7 @@ def test_every_form_goes_on_in_another(
     saved = copy.deepcopy(read_part(place, 0)["accelerator"])
     fitted, look = reshapes.fit(tmp_path, made(last, tmp_path), 8)
     assert len(look.seen[1]) == 4
-    check_same(look.begun, Whole([saved], shapes_of(reshapes.Net())))
+    check_same(look.begun, Whole([saved]))
     in_full = "bf16" not in first + last
     for name, value in unbroken.items():
         found = fitted.model.state_dict()[name]
@@ -195,11 +195,12 @@ def check_same(found: Whole | None, saved: Whole) -> None:
             assert live.keys() == entry.keys()
             for key in entry:
                 assert torch.equal(flat(live[key]), flat(entry[key])), (opt, name, key)
-        assert saved.groups[opt] == found.groups[opt]
+        groups = ([options for options, _ in of.groups[opt]] for of in (saved, found))
+        assert next(groups) == next(groups)
 
 
 def flat(value: Any) -> Tensor:
-    return value.whole(None) if isinstance(value, Pieces) else torch.as_tensor(value)
+    return value.whole() if isinstance(value, Pieces) else torch.as_tensor(value)
 
 
 def test_other_batch_size_goes_on_where_samples_fill_whole_steps(
@@ -214,7 +215,7 @@ def test_other_batch_size_goes_on_where_samples_fill_whole_steps(
 
 REFUSED = {
     "odd": (0, None, 1, 5, "got 2 batches of 8"),
-    "window": (3, None, 3, 8, "got 2 batches of 8"),
+    "window": (3, None, 3, 4, "got 2 batches of 8"),
 }
 
 
