@@ -62,10 +62,10 @@ def _same(value: Any, old: Any) -> bool:
 
 def put_changed(metric: Metric, saved: Mapping[str, Mapping[str, Any]]) -> None:
     """Take back what ``take_changed`` gave; parts that are gone are passed over."""
-    parts = parts_of(metric)
+    parts, known = parts_of(metric), attributes_of(metric)
     for path in saved.keys() & parts.keys():
-        for name, value in saved[path].items():
-            setattr(parts[path], name, value)
+        for name in saved[path].keys() & known[path].keys():
+            setattr(parts[path], name, saved[path][name])
 
 
 def take_states(metric: Metric) -> dict[str, dict[str, Any]]:
@@ -82,8 +82,9 @@ def take_states(metric: Metric) -> dict[str, dict[str, Any]]:
 def put_states(metric: Metric, saved: Mapping[str, Mapping[str, Any]]) -> None:
     """Take back what ``take_states`` gave."""
     for path, part in parts_of(metric).items():
-        for key, value in saved[path]["state"].items():
-            setattr(part, key, value)
+        state = saved[path]["state"]  # of an ``emptied`` one the lists alone
+        for key in state.keys() & set(_states_of(part)):
+            setattr(part, key, state[key])
         part._update_count = saved[path]["updates"]
         part._computed = None
 
@@ -112,8 +113,10 @@ def _reduction(part: Metric, key: str) -> str:
     return getattr(part._reductions[key], "__name__", "none")
 
 
-def _listed(one: Any, other: Any) -> list[Tensor]:
-    """Two lists of samples as one; torchmetrics may have made a tensor of either."""
+def _listed(one: Any, other: Any) -> Any:
+    """Two lists of samples as one; either may be a tensor."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.cat([one, other])
     lists = (state if isinstance(state, list) else [state] for state in (one, other))
     return [tensor for state in lists for tensor in state]
 

@@ -174,7 +174,10 @@ class Resume:
             If it does not fit the model or the optimizers.
         """
         wanted = {f"restore_{part}": is_on for part, is_on in self._wanted.items()}
-        notes = ctx.load_state_dict(self.state(ctx), **wanted)
+        state = dict(self.state(ctx))
+        if not self.is_exact:  # an epoch that is begun anew counts anew
+            state["callbacks"] = {**state["callbacks"], "Metrics": {}}
+        notes = ctx.load_state_dict(state, **wanted)
         assert ctx.accelerator is not None
         is_ours = self.restore_records and self.goes_on_with(ctx.recorder)
         if is_ours and ctx.accelerator.is_main:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Size, Tensor, nn
 
-from harness.accelerator.checks import BY_MATRIX
+from harness.accelerator.checks import BY_MATRIX, ELEMENTWISE
 from harness.accelerator.state import is_copy
 from harness.accelerator.whole import Pieces, Whole, groups_of, kinds_of, shapes_of
 from harness.errors import CheckpointError
@@ -288,7 +288,8 @@ class _Target:
             if not pieces:
                 value = entry[key] = lead.get(key)
                 is_whole = len(rows) == 1 and shape in (None, self._shape(rows))
-                if isinstance(value, Tensor) and value.dim() and not is_whole:
+                may_be_other = is_whole and self._whole.kinds[name] not in ELEMENTWISE
+                if isinstance(value, Tensor) and value.dim() and not may_be_other:
                     msg = f"resume: expected a value for each element in {key!r} of"
                     got = f"optimizer {name!r}, got shape {tuple(value.shape)}"
                     advice = "Resume on as many ranks and at the ZeRO stage of before."

@@ -308,8 +308,8 @@ def _dtype(engine: Any) -> str:
 
 def _put_facts(engine: Any, facts: Mapping[str, Any]) -> None:
     """Put the facts back."""
-    for name, value in facts["counters"].items():
-        setattr(engine, name, value)
+    for name in _COUNTERS:
+        setattr(engine, name, int(facts["counters"][name]))
     groups = base_of(engine).param_groups
     if len(groups) != len(facts["groups"]):
         msg = f"resume: expected {len(groups)} parameter groups, got {len(facts['groups'])}."
@@ -321,7 +321,7 @@ def _put_facts(engine: Any, facts: Mapping[str, Any]) -> None:
             else:
                 group[key] = value
     for scale in _moving_scales(engine):
-        for name in facts["scale"].keys() & vars(scale).keys():
+        for name in facts["scale"].keys() & vars(scale).keys() & set(_SCALES):
             setattr(scale, name, facts["scale"][name])
     # In another precision there may be fewer.
     for scaler, saved in zip(_scalers(engine), facts["scalers"], strict=False):

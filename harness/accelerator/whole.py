@@ -136,8 +136,13 @@ class Whole:
             layout = state["layouts"][name]
             for n, number, *place in layout.tolist():
                 param = self._names[number]
-                values = stepped[name].get(n, {})
-                self._add(entries.setdefault(param, {}), param, values, *place)
+                values = stepped[name].get(n)
+                # Only one device leaves out what has no state yet.
+                if values is None and ("facts" in state or not 0 <= n < len(layout)):
+                    msg = f"{name} steps {len(stepped[name])} tensors, got number {n}"
+                    raise LookupError(msg)
+                entry = entries.setdefault(param, {})
+                self._add(entry, param, values or {}, *place)
 
     def _add(
         self,
@@ -150,7 +155,7 @@ class Whole:
     ) -> None:
         """Take a piece of a parameter from what an optimizer keeps for a stepped tensor."""
         shape = self.weights[param].shape
-        size = values["master"].numel() if "master" in values else length
+        size = values["master"].numel() if "master" in values else shape.numel()
         if min(at, start, length) < 0 or at + length > size:
             msg = f"a piece of {size} elements, got {length} from {at} on"
             raise ValueError(msg)

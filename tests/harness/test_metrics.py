@@ -38,6 +38,7 @@ from harness.metrics import (
     MetricSet,
     SplitMetrics,
     as_metric_set,
+    check_saved,
     metric_name,
     named_metrics,
     plain,
@@ -584,6 +585,24 @@ def test_state_of_an_epoch_with_other_metrics_is_refused():
     second.load_state_dict(first.state_dict(is_running=False))  # between two epochs
     with pytest.raises(CheckpointError, match=r"the metrics \{'acc'.*got \{'f1'"):
         second.load_state_dict(first.state_dict())
+
+
+def test_states_of_ranks_that_cannot_be_joined_are_refused():
+    items = {"acc": MulticlassAccuracy(CLASSES), "corr": PearsonCorrCoef()}
+    saved = split_metrics(items).state_dict()["metrics"]
+    check_saved(items, saved)
+    with pytest.raises(CheckpointError, match=r"'corr' to sum or list its states, got"):
+        check_saved(items, saved, is_joined=True)
+
+
+def test_batches_that_wait_on_ranks_are_joined_whatever_their_form():
+    first, second, both = (split_metrics([MulticlassAccuracy(4)]) for _ in range(3))
+    for metrics, width in ((first, 3), (second, 5)):
+        pred, target = torch.rand(6, 4, width), torch.randint(4, (6, width))
+        for one in (metrics, both):
+            one.update(pred, target, None, 6)
+    first.join(second.state_dict())
+    assert first.compute() == both.compute()
 
 
 def test_state_of_grouped_regression_goes_on_bit_for_bit():

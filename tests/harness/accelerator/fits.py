@@ -19,6 +19,7 @@ from torchmetrics.wrappers import ClasswiseWrapper
 
 import harness
 from harness.accelerator import SingleDevice
+from harness.callbacks import KeepBestModel
 from tests.harness.accelerator.cases import Lab
 
 CLASSES = 4
@@ -110,6 +111,18 @@ def case_evaluation_equals_scikit_learns(lab: Lab) -> None:
         ][0]
         for name, value in wanted.items():
             assert abs(said[name] - value) < 1e-5, (rows, name, said[name], value)
+
+
+def case_keep_best_ends_with_the_best_weights(lab: Lab) -> None:
+    def kept(accelerator: Any) -> Any:
+        best = KeepBestModel("train/loss", mode="max")  # the first epoch's
+        return fitted(lab, accelerator, 24 // accelerator.world_size, callbacks=[best])
+
+    found = kept(lab.make()).model.state_dict()
+    for name, value in kept(SingleDevice("cpu")).model.state_dict().items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
+    last = fitted(lab, lab.make(), 24 // lab.world).model.state_dict()
+    assert not torch.allclose(found["layers.0.weight"], last["layers.0.weight"])
 
 
 def case_lists_of_a_rank_without_samples_do_not_hang(lab: Lab) -> None:

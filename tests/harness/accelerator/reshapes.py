@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +16,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC
 
 import harness
 from harness.accelerator.whole import Whole
-from harness.callbacks import AutoResume
+from harness.callbacks import AutoResume, ResumeFromCheckpoint
 from tests.harness.accelerator.cases import Lab
 
 ROWS, EPOCHS = 45, 2
@@ -49,9 +50,9 @@ class Net(nn.Module):
         return self.head(hidden * self.scale)
 
     def set_optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        weights = [self.body.weight, *self.fixed.parameters()]
         groups = [
-            {"params": weights},
+            {"params": self.fixed.parameters()},  # left out at ZeRO 1 to 3
+            {"params": [self.body.weight]},
             {"params": [self.body.bias], "weight_decay": 0.0},
             {"params": [self.scale], "lr": 0.001},  # too little for two ranks
         ]
@@ -121,6 +122,24 @@ def fit(
     except BrokenOff:
         assert after
     return fitted, look
+
+
+def begun(folder: Path, accelerator: Any, make: Any = Net, **options: Any) -> Whole:
+    """What a fit begins with that takes a part of what lies in the folder."""
+    look = Look(after=1)
+    resume = ResumeFromCheckpoint(folder / "saved", **options)
+    with contextlib.suppress(BrokenOff):
+        harness.setup(make, loss=nn.CrossEntropyLoss()).fit(
+            (X, Y),
+            EPOCHS,
+            callbacks=[look, resume],
+            accelerator=accelerator,
+            dataloader_options={"batch_size": 8},
+            tracker=False,
+            verbose=False,
+        )
+    assert look.begun is not None
+    return look.begun
 
 
 def note(folder: Path, name: str, fitted: Any, look: Look, rank: int) -> None:

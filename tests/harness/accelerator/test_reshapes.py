@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import copy
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_auroc
 
 import tracking
 from harness.accelerator import SingleDevice
 from harness.accelerator.whole import Pieces, Whole
-from harness.checkpoint import newest, read_part
+from harness.checkpoint import (
+    Position,
+    begin,
+    commit,
+    newest,
+    read_manifest,
+    read_part,
+    write_part,
+)
 from harness.errors import CheckpointError
+from harness.tree import flatten
 from tests.harness.accelerator import reshapes
 from tests.harness.accelerator.cases import Lab
 from tests.harness.accelerator.launches import run_cases
@@ -131,6 +142,7 @@ def test_two_ranks_go_on_as_three(tmp_path: Path) -> None:
 
 BF16: Any = {"bf16": {"enabled": True}}
 SMALL: Any = {"zero_optimization": {"sub_group_size": 8}}
+OFFLOAD: Any = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
 
 FORMS: dict[str, tuple[int | None, Any]] = {
     "device": (None, {}),
@@ -141,6 +153,7 @@ FORMS: dict[str, tuple[int | None, Any]] = {
     "stage 0 bf16": (0, BF16),
     "stage 1 bf16": (1, BF16),
     "stage 2": (2, {}),
+    "stage 1 offload": (1, OFFLOAD),
     "stage 3 bf16": (3, BF16),
     "stage 3 small": (3, SMALL),
 }
@@ -195,7 +208,11 @@ def check_same(found: Whole | None, saved: Whole) -> None:
             assert live.keys() == entry.keys()
             for key in entry:
                 assert torch.equal(flat(live[key]), flat(entry[key])), (opt, name, key)
-        groups = ([options for options, _ in of.groups[opt]] for of in (saved, found))
+        # ZeRO 1 to 3 leave out a group that is frozen as a whole.
+        groups = (
+            [own for own in of.groups[opt] if "fixed.bias" not in own[1]]
+            for of in (saved, found)
+        )
         assert next(groups) == next(groups)
 
 
@@ -203,11 +220,141 @@ def flat(value: Any) -> Tensor:
     return value.whole() if isinstance(value, Pieces) else torch.as_tensor(value)
 
 
-def test_other_batch_size_goes_on_where_samples_fill_whole_steps(
-    tmp_path: Path,
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folders of fits of each form that were broken off."""
+    done: dict[str, Path] = {}
+
+    def get(form: str) -> Path:
+        if form not in done:
+            done[form] = tmp_path_factory.mktemp("saved")
+            reshapes.fit(done[form], made(form, done[form]), 8, after=3)
+        return done[form]
+
+    return get
+
+
+def whole_of(folder: Path) -> Whole:
+    place, _ = newest(folder / "saved")
+    assert place is not None
+    return Whole([read_part(place, 0)["accelerator"]])
+
+
+PARTS: list[Any] = [("device", "stage 1"), ("stage 3", "stage 3")]
+PARTS += [
+    pytest.param(*pair, marks=pytest.mark.slow)
+    for pair in (
+        ("stage 1", "stage 1"),
+        ("stage 1 bf16", "stage 1 bf16"),
+        ("stage 3", "device"),
+    )
+]
+
+
+@pytest.mark.parametrize(("first", "last"), PARTS)
+def test_model_or_optimizers_alone_are_taken(first: str, last: str, saved: Any) -> None:
+    then = whole_of(saved(first))
+    accelerator = made(last, saved(first))
+    model = reshapes.begun(saved(first), accelerator, restore_optimizers=False)
+    assert torch.equal(*(flat(of.weights["head.weight"]) for of in (then, model)))
+    assert not any(model.entries["head"].values())
+    opts = reshapes.begun(saved(first), accelerator, restore_model=False)
+    assert not torch.equal(*(flat(of.weights["head.weight"]) for of in (then, opts)))
+    moments = (
+        of.entries["head"]["head.weight"]["momentum_buffer"] for of in (then, opts)
+    )
+    assert torch.equal(*map(flat, moments))
+
+
+class Turned(reshapes.Net):
+    """As many numbers in another shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fixed.weight = nn.Parameter(torch.zeros(2, 8), requires_grad=False)
+
+
+class Counting(reshapes.Net):
+    """One more buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("more", torch.zeros(2))
+
+
+class Stepped(reshapes.Net):
+    """Another kind of optimizer for a part."""
+
+    def set_optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        head = torch.optim.RMSprop(self.head.parameters())
+        return {**super().set_optimizers(), "head": head}
+
+
+OTHERS = {
+    Turned: "'fixed.weight' of shape (2, 8), got (4, 4)",
+    Counting: "'more' of shape (2,), got none",
+    Stepped: "'head': 'RMSprop'}, got {'body': 'AdamW', 'head': 'SGD'}",
+}
+
+
+@pytest.mark.parametrize(("first", "last"), PARTS)
+@pytest.mark.parametrize("other", list(OTHERS))
+def test_another_model_or_optimizer_is_refused(
+    other: Any, first: str, last: str, saved: Any
 ) -> None:
-    _, before = reshapes.fit(tmp_path, Lab(stage=0, folder=tmp_path).make(), 6, after=3)
-    fitted, look = reshapes.fit(tmp_path, SingleDevice("cpu", accumulate=2), 3)
+    with pytest.raises(CheckpointError, match=re.escape(OTHERS[other])):
+        reshapes.begun(saved(first), made(last, saved(first)), other)
+
+
+def test_scheduler_of_the_config_that_was_not_there_is_refused(saved: Any) -> None:
+    params = {"warmup_num_steps": 8, "warmup_type": "linear"}
+    scheduler = {"type": "WarmupLR", "params": params}
+    folder = saved("stage 1")
+    with pytest.raises(CheckpointError, match=r"for \['body', 'head'\], got \[\]"):
+        reshapes.begun(folder, Lab(stage=1, folder=folder).make(scheduler=scheduler))
+
+
+COLUMNS = ["stepped", "param", "at", "start", "length"]
+SPOILT = [(name, value) for name in COLUMNS for value in (-1, 2**62)]
+
+
+@pytest.mark.parametrize(("column", "value"), [*SPOILT, ("length", 5), ("start", 3)])
+@pytest.mark.parametrize(
+    "first",
+    [
+        "stage 1",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("device", "stage 3")),
+    ],
+)
+def test_forged_layout_is_refused(
+    first: str, column: str, value: int, saved: Any, tmp_path: Path
+) -> None:
+    place, _ = newest(saved(first) / "saved")
+    assert place is not None
+    state = copy.deepcopy(read_part(place, 0))
+    state["accelerator"]["layouts"]["body"][-1, COLUMNS.index(column)] = value
+    temporary = begin(
+        tmp_path / "saved", Position(epoch=1, iter=2, step=2, phase="train")
+    )
+    write_part(temporary, 0, *flatten(state))
+    manifest = read_manifest(place)
+    commit(temporary, 1, {n: manifest[n] for n in ("position", "run", "about")})
+    with pytest.raises(CheckpointError, match="Take another checkpoint"):
+        reshapes.begun(tmp_path, made("stage 2", tmp_path))
+
+
+SIZES = [(("stage 0", "device"), 6, 3, 2), (("device", "device"), 8, 4, 1)]
+SIZES += [(("stage 3", "stage 3"), 8, 4, 1)]
+
+
+@pytest.mark.parametrize(("forms", "then", "now", "accumulate"), SIZES)
+def test_other_batch_size_goes_on_where_samples_fill_whole_steps(
+    forms: tuple[str, str], then: int, now: int, accumulate: int, tmp_path: Path
+) -> None:
+    _, before = reshapes.fit(tmp_path, made(forms[0], tmp_path), then, after=3)
+    stage, _ = FORMS[forms[1]]
+    accelerator = Lab(stage=stage, folder=tmp_path).make(accumulate)
+    fitted, look = reshapes.fit(tmp_path, accelerator, now)
     rows = torch.cat([*before.seen[1][:2], *look.seen[1]])[:, 0]
     assert rows.long().sort().values.tolist() == list(range(ROWS))
     assert len(fitted.records["metrics"]["train"]) == 2
