@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -703,7 +704,7 @@ class FitContext(Context):
     model
         Placed on the device by the accelerator.
     optimizers
-        One optimizer, or several by name.
+        One optimizer, or several by name; None: the accelerator's config has one.
     loss_fn
         ``loss_fn(pred, target)``; None where the model has its own ``step``.
     hparams, opt_hparams
@@ -750,9 +751,11 @@ class FitContext(Context):
         )
         self._min_epochs, self._max_epochs = check_epochs(*as_pair(epochs))
         self.hparams, self.opt_hparams = dict(hparams), dict(opt_hparams)
-        model, named, loaders = accelerator.prepare(
-            model, check_optimizers(optimizers), [data, valid_data]
-        )
+        prepare: Callable[..., Any] = accelerator.prepare
+        if optimizers is None:
+            prepare = partial(prepare, opt_hparams=self.opt_hparams)
+        named = {} if optimizers is None else check_optimizers(optimizers)
+        model, named, loaders = prepare(model, named, [data, valid_data])
         self.model, self.optimizers = model, named
         self.steps = accelerator.steps
         self.loss_fn, self.step_opt = loss_fn, step_opt

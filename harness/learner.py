@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -60,7 +60,7 @@ class Learner:
 
     module: Callable[..., nn.Module]
     loss: Callable[..., Tensor] | None = None
-    optimizer: Callable[..., Optimizer] | None = None
+    optimizer: Callable[..., Optimizer] | Literal["config"] | None = None
     metrics: MetricSet = field(default_factory=MetricSet)
     backward: Callable[[Tensor], object] | None = None
     hparams: Mapping[str, Any]
@@ -95,8 +95,13 @@ class Learner:
         return model
 
     def build_optimizers(self, model: nn.Module) -> Any:
-        """Optimizers of a model: from ``setup(optimizer=...)``, else the model's own."""
+        """Optimizers of a model: from ``setup(optimizer=...)``, else the model's own.
+
+        None if the accelerator makes them by its config.
+        """
         own = getattr(model, "set_optimizers", None)
+        if self.optimizer == "config":
+            return None
         if self.optimizer is not None:
             return self.optimizer(model.parameters(), **self.opt_hparams)
         assert own is not None
@@ -173,6 +178,13 @@ class Learner:
             valid = eval_loader(valid_data, dataloader_options)
         accelerator = accelerator or pick_accelerator()
         resume = resume_of(own)
+        has_one = getattr(accelerator, "has_optimizer", False)
+        if self.optimizer == "config" and not has_one:
+            msg = "fit: expected an optimizer in the accelerator's config, got none."
+            raise ValueError(
+                f"{msg} Give DeepSpeedAccelerator a config with one, or setup(optimizer=...)"
+                " a class."
+            )
         model = self.build_model()
         if resume is not None and resume.is_weights_only:
             put_weights(model, resume.place)
@@ -297,7 +309,8 @@ class Learner:
 
     def _named_optimizers(self, model: nn.Module) -> Any:
         """Optimizers for their names alone; a stand-in where there are none."""
-        if self.optimizer is None and not hasattr(model, "set_optimizers"):
+        has_own = self.optimizer is None and hasattr(model, "set_optimizers")
+        if not has_own and not callable(self.optimizer):
             return torch.optim.SGD([nn.Parameter(torch.zeros(()))])
         return self.build_optimizers(model)
 
@@ -348,7 +361,7 @@ def setup(
     module: Callable[..., nn.Module],
     *,
     loss: Callable[..., Tensor] | None = None,
-    optimizer: Callable[..., Optimizer] | None = None,
+    optimizer: Callable[..., Optimizer] | Literal["config"] | None = None,
     metrics: Any = None,
     backward: Callable[[Tensor], object] | None = None,
 ) -> Learner:
@@ -362,7 +375,8 @@ def setup(
         ``loss(pred, target)``, a scalar; None: the model's own ``loss`` or ``step``.
     optimizer
         Optimizer class, called with ``(parameters, **opt_hparams)``; None: the model's own
-        ``set_optimizers(**opt_hparams)``, which may return several by name.
+        ``set_optimizers(**opt_hparams)``, which may return several by name; ``"config"``:
+        the one in the config of a ``DeepSpeedAccelerator``.
     metrics
         torchmetrics objects or functions ``f(pred, target)``: one, a list, a dict by name,
         or a ``MetricSet``.
@@ -396,6 +410,9 @@ def setup(
         name = type(optimizer).__name__
         msg = f"setup(optimizer): expected a class, got an instance of {name}."
         raise TypeError(f"{msg} Give torch.optim.{name}; set_opt_hparams() sets lr.")
+    if optimizer is not None and optimizer != "config" and not callable(optimizer):
+        msg = f"setup(optimizer): expected a class or 'config', got {optimizer!r}."
+        raise TypeError(f"{msg} Give torch.optim.AdamW, say.")
     if isinstance(loss, type):
         msg = f"setup(loss): expected an instance, got the class {loss.__name__}."
         raise TypeError(f"{msg} Write {loss.__name__}().")

@@ -142,6 +142,11 @@ class DeepSpeedAccelerator:
 
     # ---------------------------------------------------------------- readiness
 
+    @property
+    def has_optimizer(self) -> bool:
+        """True if the config has an optimizer, which DeepSpeed builds."""
+        return "optimizer" in self._config
+
     def _checked(self, config: Mapping[str, Any] | str | Path | None) -> dict[str, Any]:
         """The config, if DeepSpeed and this machine can serve it."""
         read = read_config(config)

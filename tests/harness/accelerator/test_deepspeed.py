@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 import harness
+from harness.accelerator import SingleDevice
 from harness.accelerator.deepspeed import DeepSpeedAccelerator, door
-from harness.callbacks import LRScheduler
+from harness.callbacks import LRScheduler, ModelCheckpoint, ResumeFromCheckpoint
 from tests.harness.accelerator.cases import (
     Gan,
     Lab,
@@ -149,6 +150,40 @@ def test_parameter_without_dims_is_refused(stage: int, make: Any) -> None:
     model.scale = nn.Parameter(torch.tensor(1.0))
     with pytest.raises(ValueError, match=r"got 'scale' of shape \(\).*shape \(1,\)"):
         make(stage).prepare(model, adam(model))
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_optimizer_of_the_config_trains_and_goes_on(
+    stage: int, make: Any, tmp_path: Path
+) -> None:
+    params = {"lr": "auto", "torch_adam": True, "adam_w_mode": False}
+    config = {"optimizer": {"type": "Adam", "params": params}}
+    data = torch.randn(32, 5), torch.randn(32, 3)
+
+    def fit(optimizer: Any, accelerator: Any, epochs: int, **options: Any) -> Any:
+        learner = harness.setup(Net, loss=nn.MSELoss(), optimizer=optimizer)
+        fitted = learner.set_opt_hparams(lr=0.05).fit(
+            data,
+            epochs,
+            accelerator=accelerator,
+            tracker=False,
+            verbose=False,
+            seed=1,
+            **options,
+        )
+        return fitted.model.state_dict()
+
+    wanted = fit(torch.optim.Adam, SingleDevice("cpu"), 3)
+    found = fit("config", make(stage, **config), 3)
+    saving = [ModelCheckpoint(tmp_path / "saved")]
+    fit("config", make(stage, **config), 1, callbacks=saving)
+    going_on = [ResumeFromCheckpoint(tmp_path / "saved")]
+    gone_on = fit("config", make(2, **config), 3, callbacks=going_on)
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(gone_on[name], value, rtol=1e-5, atol=1e-7)
+    with pytest.raises(ValueError, match="an optimizer in the accelerator's config"):
+        fit("config", SingleDevice("cpu"), 1)
 
 
 class Rowwise(torch.optim.SGD):
