@@ -155,15 +155,18 @@ def _make_entries(
         msg = f"resume: expected {len(masters)} parts of optimizer {name!r}"
         advice = "Resume with the learner that was saved."
         raise CheckpointError(f"{msg}, got {len(facts['state'])}. {advice}")
+    by_place: dict[str, dict[str, Any]] = {place: {} for place, _ in masters}
+    for full, value in found.items():
+        place, _, key = full.rpartition("/")
+        if place in by_place and not is_copy(full):
+            by_place[place][key] = value
+    # Counters stay on the CPU, where torch keeps them unless a kernel reads them.
+    groups = base_of(engine).param_groups
+    is_moved = any(group.get("fused") or group.get("capturable") for group in groups)
     for (place, master), numbers in zip(masters, facts["state"], strict=True):
-        entries: dict[str, Any] = {
-            full.removeprefix(f"{place}/"): value
-            for full, value in found.items()
-            if full.startswith(f"{place}/") and full != f"{place}/master"
-        }
+        entries = by_place[place]
         for key, value in entries.items():
-            # A counter stays on the CPU, where torch keeps it.
-            device = master.device if value.dim() else value.device
+            device = master.device if value.dim() or is_moved else value.device
             entries[key] = value.to(device, copy=True)
         state.pop(master, None)
         if entries or numbers:
