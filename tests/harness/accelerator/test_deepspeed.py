@@ -186,6 +186,22 @@ def test_optimizer_of_the_config_trains_and_goes_on(
         fit("config", SingleDevice("cpu"), 1)
 
 
+def test_state_has_what_was_frozen_and_sets_no_other_attribute(make: Any) -> None:
+    first, last = make(0), make(0)
+    model, _ = prepared(first)
+    model.head.requires_grad_(False)
+    state = first.state_dict()
+    other, _ = prepared(last)
+    (engine,) = last._engines().values()
+    was = engine.optimizer
+    for facts in state["facts"].values():
+        facts["counters"] = {**facts["counters"], "optimizer": 1}
+    last.load_state_dict(state)
+    assert engine.optimizer is was
+    frozen = [name for name, p in other.named_parameters() if not p.requires_grad]
+    assert frozen == ["head.weight", "head.bias"]
+
+
 class Rowwise(torch.optim.SGD):
     """An optimizer of the user's own."""
 
