@@ -67,7 +67,7 @@ def moved(
     about: Mapping[str, Any],
     ctx: Context,
 ) -> Position:
-    """Where the fit goes on, counted in batches of the ranks that there are now.
+    """Where a fit goes on whose batches are dealt in another way, counted in these.
 
     Parameters
     ----------
@@ -82,8 +82,6 @@ def moved(
         If the samples done do not make whole batches, or nobody can tell which they were.
     """
     assert ctx.accelerator is not None
-    if position.phase == "epoch" or is_dealt_alike(len(parts), about, ctx):
-        return position
     then = len(parts) * (about["batch_size"] or 1)
     now = ctx.accelerator.world_size * (ctx.about["batch_size"] or 1)
     done, rest = divmod(position.iter * then, now)

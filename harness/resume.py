@@ -137,7 +137,7 @@ class Resume:
         else:
             parts = [_checked(read_part(self.place, rank)) for rank in range(saved)]
             check_forms(parts, live, is_exact=self.is_exact)
-            if self.is_exact:
+            if self.is_exact and not is_alike:
                 self._moved = moved(self.position, parts, about, ctx)
             self._gone = {n: parts[n]["journal"] for n in range(ranks, saved)}
             self._keep(reshaped(parts, live, ctx, wanted, is_alike=is_alike))

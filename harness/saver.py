@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from harness.accelerator.whole import dtype_of
 from harness.checkpoint import (
     Position,
     begin,
@@ -43,7 +44,7 @@ def about_fit(ctx: Context) -> dict[str, Any]:
         "num_workers": getattr(data, "num_workers", None),
         "accumulate": ctx.accelerator.accumulate,
         "accelerator": type(ctx.accelerator).__name__,
-        "dtype": _dtype(model),
+        "dtype": dtype_of(model),
         "device": device_name(ctx.accelerator.device),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -73,11 +74,6 @@ def _digest(dataset: Any) -> str | None:
         if some.numel():
             digest.update(some.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def _dtype(model: Any) -> str:
-    """Dtype of the weights, which an engine may have changed."""
-    return str(next((param.dtype for param in model.parameters()), None))
 
 
 def _length(dataset: Any) -> int | None:

@@ -12,7 +12,14 @@ from torch import Size, Tensor, nn
 
 from harness.accelerator.checks import BY_MATRIX, ELEMENTWISE
 from harness.accelerator.state import is_copy
-from harness.accelerator.whole import Pieces, Whole, groups_of, kinds_of, shapes_of
+from harness.accelerator.whole import (
+    Pieces,
+    Whole,
+    check_shapes,
+    groups_of,
+    kinds_of,
+    shapes_of,
+)
 from harness.errors import CheckpointError
 
 _FORMS = (
@@ -330,17 +337,6 @@ def _shapes_in(state: Mapping[str, Any]) -> dict[str, Sequence[int]]:
         return {name: value.shape for name, value in state["model"].items()}
     buffers = {name: value.shape for name, value in state["own"]["buffers"].items()}
     return {**state["shapes"], **buffers}
-
-
-def check_shapes(
-    then: Mapping[str, Sequence[int]], now: Mapping[str, Sequence[int]]
-) -> None:
-    """Raise unless names and shapes of tensors are the same."""
-    for name in sorted(now.keys() | then.keys()):
-        want, got = (tuple(of[name]) if name in of else "none" for of in (now, then))
-        if want != got:
-            msg = f"resume: expected the tensor {name!r} of shape {want}, got {got}."
-            raise CheckpointError(f"{msg} Resume with the model that was saved.")
 
 
 def check_kinds(saved: Mapping[str, Any], live: Mapping[str, Any]) -> None:

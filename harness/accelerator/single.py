@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from harness.accelerator.base import StepOpt, default_step_opt
 from harness.accelerator.layout import members, plain_layout
+from harness.accelerator.whole import copy_tensors
 from harness.errors import CheckpointError
 
 
@@ -39,26 +40,6 @@ def move(batch: Any, device: torch.device) -> Any:
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """All weights, then all buffers, those left out of a ``state_dict`` too; live."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
-
-
-def copy_tensors(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
-    """Copy saved weights and buffers into a model of the same names and shapes.
-
-    Raises
-    ------
-    CheckpointError
-        If a name or shape differs; it is named.
-    """
-    live = tensors_of(model)
-    for name in sorted(live.keys() | saved.keys()):
-        have = tuple(saved[name].shape) if name in saved else "none"
-        want = tuple(live[name].shape) if name in live else "none"
-        if have != want:
-            msg = f"resume: expected the tensor {name!r} of shape {want}, got {have}."
-            raise CheckpointError(f"{msg} Resume with the model that was saved.")
-    with torch.no_grad():
-        for name, value in live.items():
-            value.copy_(saved[name])
 
 
 def load_optimizer(opt: Any, saved: Mapping[str, Any], name: str) -> None:
@@ -329,7 +310,7 @@ class SingleDevice:
         model = self._model
         assert model is not None
         if "model" in parts:
-            copy_tensors(model, state["model"])
+            copy_tensors(tensors_of(model), state["model"])
         if "optimizers" not in parts:
             return
         if set(state["optimizers"]) != set(self._optimizers):

@@ -12,10 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from harness.accelerator.whole import copy_tensors, dtype_of
 from harness.errors import CheckpointError
 
 _COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 """Counters of an engine."""
+
+_SAME_CODE = "Resume with the code that was saved."
 
 _SCALES = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 """Numbers of a loss scale that moves."""
@@ -72,15 +75,15 @@ def put_state(
             _make_entries(name, engine, found["optimizers"], state["facts"][name])
     live = live_tensors(model, engines)
     for kind in kinds:
-        _copy(live[kind], found[kind])
+        copy_tensors(live[kind], found[kind], _SAME_CODE)
     # What optimizers step in the place of the weights goes with the weights.
     for is_master, part in ((True, "model"), (False, "optimizers")):
         if part in parts:
-            tensors = (
+            now, then = (
                 {n: value for n, value in of.items() if is_master == is_copy(n)}
                 for of in (live["optimizers"], found["optimizers"])
             )
-            _copy(*tensors)
+            copy_tensors(now, then, _SAME_CODE)
     if "optimizers" in parts:
         for name, engine in engines.items():
             _put_facts(engine, state["facts"][name])
@@ -171,19 +174,6 @@ def _make_entries(
         state.pop(master, None)
         if entries or numbers:
             state[master] = {**entries, **numbers}
-
-
-def _copy(live: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
-    """Copy saved tensors into live ones of the same names and shapes."""
-    for name in sorted(live.keys() | found.keys()):
-        have = tuple(found[name].shape) if name in found else "none"
-        want = tuple(live[name].shape) if name in live else "none"
-        if have != want:
-            msg = f"resume: expected the tensor {name!r} of shape {want}, got {have}."
-            raise CheckpointError(f"{msg} Resume with the code that was saved.")
-    with torch.no_grad():
-        for name, value in live.items():
-            value.copy_(found[name])
 
 
 # ------------------------------------------------------ gradients of an open window
@@ -289,7 +279,7 @@ def _facts(engine: Any) -> dict[str, Any]:
     scheduler = engine.lr_scheduler
     return {
         "kind": type(base_of(engine)).__name__,
-        "form": [type(engine.optimizer).__name__, _dtype(engine)],
+        "form": [type(engine.optimizer).__name__, dtype_of(engine.module)],
         "counters": {name: getattr(engine, name) for name in _COUNTERS},
         "groups": groups,
         "state": numbers,
@@ -302,11 +292,6 @@ def _facts(engine: Any) -> dict[str, Any]:
         "scalers": [scaler.state_dict() for scaler in _scalers(engine)],
         "scheduler": None if scheduler is None else scheduler.state_dict(),
     }
-
-
-def _dtype(engine: Any) -> str:
-    """Dtype of the weights, which an engine may have changed."""
-    return str(next(engine.module.parameters()).dtype)
 
 
 def _put_facts(engine: Any, facts: Mapping[str, Any]) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Size, Tensor, nn
 
+from harness.errors import CheckpointError
+
 UNREADABLE = (LookupError, AttributeError, TypeError, ValueError, RuntimeError)
 """What is raised by states whose parts do not fit together."""
 
@@ -23,6 +25,35 @@ def shapes_of(model: nn.Module) -> dict[str, Size]:
         name: getattr(param, "ds_shape", param.shape)
         for name, param in model.named_parameters()
     }
+
+
+def check_shapes(
+    then: Mapping[str, Sequence[int]],
+    now: Mapping[str, Sequence[int]],
+    advice: str = "Resume with the model that was saved.",
+) -> None:
+    """Raise ``CheckpointError`` unless names and shapes of tensors are the same."""
+    for name in sorted(now.keys() | then.keys()):
+        want, got = (tuple(of[name]) if name in of else "none" for of in (now, then))
+        if want != got:
+            msg = f"resume: expected the tensor {name!r} of shape {want}, got {got}."
+            raise CheckpointError(f"{msg} {advice}")
+
+
+def copy_tensors(
+    live: Mapping[str, Tensor], saved: Mapping[str, Tensor], *advice: str
+) -> None:
+    """Copy saved tensors into live ones, after ``check_shapes``."""
+    then, now = ({name: t.shape for name, t in of.items()} for of in (saved, live))
+    check_shapes(then, now, *advice)
+    with torch.no_grad():
+        for name, value in live.items():
+            value.copy_(saved[name])
+
+
+def dtype_of(model: nn.Module) -> str:
+    """Dtype of the weights, which an engine may have changed."""
+    return str(next((param.dtype for param in model.parameters()), None))
 
 
 class Pieces:

@@ -6,6 +6,7 @@ import contextlib
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -154,53 +155,32 @@ def note(folder: Path, name: str, fitted: Any, look: Look, rank: int) -> None:
     save_file(found, folder / f"{name}-{rank}.safetensors")
 
 
-def whole(lab: Lab) -> None:
-    """An unbroken fit on two ranks."""
+def ended(lab: Lab, name: str) -> None:
+    """A fit from its begin, or one that goes on with what lies in the folder."""
     fitted, look = fit(lab.folder, lab.make(), 4)
-    note(lab.folder, "whole", fitted, look, lab.rank)
+    note(lab.folder, name, fitted, look, lab.rank)
 
 
-def broken(lab: Lab) -> None:
-    """A fit on two ranks that one process is to go on with."""
-    _, look = fit(lab.folder, lab.make(), 4, after=3)
-    note(lab.folder, "broken", None, look, lab.rank)
-
-
-def gone_on(lab: Lab) -> None:
-    """A fit of one process goes on on two ranks."""
-    fitted, look = fit(lab.folder, lab.make(), 4)
-    note(lab.folder, "gone_on", fitted, look, lab.rank)
+def broken_off(lab: Lab, name: str, batch_size: int = 4) -> None:
+    """A fit that other ranks or another stage are to go on with."""
+    _, look = fit(lab.folder, lab.make(), batch_size, after=3)
+    note(lab.folder, name, None, look, lab.rank)
 
 
 def other_stage(lab: Lab) -> None:
-    """A fit on two ranks goes on at another stage."""
-    _, look = fit(lab.folder, lab.make(), 4, after=3)
-    note(lab.folder, "first", None, look, lab.rank)
+    """A fit goes on at another stage."""
+    broken_off(lab, "first")
     assert lab.stage is not None
-    other = replace(lab, stage=(lab.stage + 1) % 4)
-    fitted, look = fit(lab.folder, other.make(), 4)
-    note(lab.folder, "last", fitted, look, lab.rank)
-
-
-def two(lab: Lab) -> None:
-    """A fit on two ranks that three are to go on with."""
-    _, look = fit(lab.folder, lab.make(), 6, after=3)
-    note(lab.folder, "two", None, look, lab.rank)
-
-
-def three(lab: Lab) -> None:
-    """A fit of two ranks goes on on three."""
-    fitted, look = fit(lab.folder, lab.make(), 4)
-    note(lab.folder, "three", fitted, look, lab.rank)
+    ended(replace(lab, stage=(lab.stage + 1) % 4), "last")
 
 
 CASES: dict[str, Callable[[Lab], None]] = {
-    "whole": whole,
-    "broken": broken,
-    "gone_on": gone_on,
+    "whole": partial(ended, name="whole"),
+    "broken": partial(broken_off, name="broken"),
+    "gone_on": partial(ended, name="gone_on"),
     "other_stage": other_stage,
-    "two": two,
-    "three": three,
+    "two": partial(broken_off, name="two", batch_size=6),
+    "three": partial(ended, name="three"),
 }
 """Every case, by name."""
 
