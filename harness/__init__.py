@@ -9,8 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from harness import callbacks
-    from harness.accelerator.pick import accelerator
+    from harness import accelerators, callbacks
+    from harness.accelerators.select import accelerator
     from harness.callback import Callback
     from harness.context import Context, EvaluateContext, FitContext, PredictContext
     from harness.errors import (
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from harness.experiment import Experiment
     from harness.fitted import Evaluation, Fitted
     from harness.learner import Learner, load, setup
-    from harness.metrics import MetricSet
+    from harness.metrics.sets import MetricSet
     from harness.range_test import lr_finder
 
 _HOMES = {
@@ -39,10 +39,11 @@ _HOMES = {
     "Fitted": "fitted",
     "Interrupted": "errors",
     "Learner": "learner",
-    "MetricSet": "metrics",
+    "MetricSet": "metrics.sets",
     "PredictContext": "context",
     "SkipEpoch": "errors",
-    "accelerator": "accelerator",
+    "accelerator": "accelerators.select",
+    "accelerators": "accelerators",
     "callbacks": "callbacks",
     "load": "learner",
     "lr_finder": "range_test",
@@ -66,6 +67,7 @@ __all__ = [
     "PredictContext",
     "SkipEpoch",
     "accelerator",
+    "accelerators",
     "callbacks",
     "load",
     "lr_finder",

@@ -18,17 +18,16 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor, nn
 
 from harness.callback import Callback
-from harness.checks import as_pair, check_callbacks, check_epochs, check_optimizers
-from harness.errors import EarlyStop, Signal
-from harness.events import EVENTS, check_event, nearest
-from harness.fit_state import (
+from harness.checkpoint.rng import generators_of, random_state
+from harness.checkpoint.state import (
     IN_VALIDATION,
     BeforeValid,
     by_name,
     extra_state,
     put_extra_state,
 )
-from harness.randomness import generators_of, random_state
+from harness.errors import EarlyStop, Signal
+from harness.events import EVENTS, check_event, nearest
 from harness.records import (
     ARRAYS,
     NOBODY,
@@ -39,13 +38,19 @@ from harness.records import (
     leaves,
     metrics_frame,
 )
+from harness.setup_checks import (
+    as_pair,
+    check_callbacks,
+    check_epochs,
+    check_optimizers,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
     import torch
     from torch.utils.data import DataLoader
 
-    from harness.accelerator.base import Accelerator, StepOpt
+    from harness.accelerators.base import Accelerator, StepOpt
 
 Handlers = dict[type[BaseException], Callable[[BaseException], object]]
 Phase = Literal["train", "valid", "epoch"]

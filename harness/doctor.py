@@ -151,8 +151,8 @@ def _deepspeed() -> Iterator[Finding]:
         return
     version = importlib.metadata.version("deepspeed")
     text = (
-        "import json; from harness.accelerator import deepspeed as door; "
-        "print(); print(json.dumps(door.ops()))"
+        "import json; from harness.accelerators.deepspeed import library; "
+        "print(); print(json.dumps(library.ops()))"
     )
     try:
         done = subprocess.run(

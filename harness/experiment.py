@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from harness.accelerator.base import Accelerator
+from harness.accelerators.base import Accelerator
 from harness.callback import Callback
 from harness.errors import ExperimentError
 from harness.events import nearest

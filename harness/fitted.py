@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from harness.checkpoint.saved_model import write_saved
+from harness.checkpoint.weights import WeightsReport, put_weights, save_weights
 from harness.records import Records, metrics_frame
-from harness.saved_model import write_saved
-from harness.weights import WeightsReport, put_weights, save_weights
 
 if TYPE_CHECKING:
     import pandas as pd

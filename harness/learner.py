@@ -16,26 +16,26 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from harness import loop
-from harness.accelerator import Accelerator
-from harness.accelerator.pick import accelerator as pick_accelerator
+from harness.accelerators.base import Accelerator
+from harness.accelerators.select import accelerator as pick_accelerator
 from harness.callback import Callback
 from harness.callbacks import Interrupt, Metrics, Profile, Progress, TrainValid
 from harness.callbacks.resuming import resume_of
-from harness.checks import as_pair, check_callbacks, check_epochs
+from harness.checkpoint.saved_model import import_module_class, read_saved
+from harness.checkpoint.weights import put_weights
+from harness.checkpoint.writer import about_fit
 from harness.context import (
     Context,
     EvaluateContext,
     FitContext,
     PredictContext,
 )
-from harness.data import eval_loader, split_data, train_loader
+from harness.data.loaders import eval_loader, split_data, train_loader
 from harness.errors import CheckpointError
 from harness.fitted import Evaluation, Fitted
-from harness.metrics import MetricSet, as_metric_set
-from harness.recording import Unrecorded, code_commit, describe_fit, tracked
-from harness.saved_model import import_module_class, read_saved
-from harness.saver import about_fit
-from harness.weights import put_weights
+from harness.metrics.sets import MetricSet, as_metric_set
+from harness.run_binding import Unrecorded, code_commit, describe_fit, tracked
+from harness.setup_checks import as_pair, check_callbacks, check_epochs
 
 if TYPE_CHECKING:
     import tracking

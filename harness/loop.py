@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from harness.context import Context, Handlers
+from harness.data.train_pass import TrainPass
 from harness.errors import EarlyStop, Interrupted, SkipEpoch
-from harness.metrics import detach, each_tensor
-from harness.passes import TrainPass
+from harness.metrics.split import detach, each_tensor
 from harness.steps import call_model, default_step
 
 

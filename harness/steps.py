@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from harness.accelerator import default_step_opt
+from harness.accelerators.base import default_step_opt
 from harness.context import Context
 
 

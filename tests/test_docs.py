@@ -16,7 +16,8 @@ import pytest
 
 import harness
 import tracking
-from harness import cli, context, events
+from harness import context, events
+from harness.cli import main as cli
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -152,7 +153,7 @@ def test_docstring_examples_run(
 def test_help_imports_nothing_heavy(words: list[str]) -> None:
     program = f"""
 import json, sys
-from harness.cli import main
+from harness.cli.main import main
 try:
     main({words!r})
 finally:

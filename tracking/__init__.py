@@ -15,6 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
+    from tracking.api import start
     from tracking.errors import (
         DeliveryError,
         RunBusyError,
@@ -23,10 +24,9 @@ if TYPE_CHECKING:
         TrackingError,
         TrackingWarning,
     )
-    from tracking.export import export
+    from tracking.exporter import export
     from tracking.read import PastRun, list_runs, open
     from tracking.run import Run
-    from tracking.starting import start
 
 __all__ = [
     "DeliveryError",
@@ -44,12 +44,12 @@ __all__ = [
 ]
 
 _HOMES: Final = {
-    "export": "tracking.export",
+    "export": "tracking.exporter",
     "PastRun": "tracking.read",
     "list_runs": "tracking.read",
     "open": "tracking.read",
     "Run": "tracking.run",
-    "start": "tracking.starting",
+    "start": "tracking.api",
 }
 
 

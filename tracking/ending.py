@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from tracking.journal import is_being_written
+from tracking.journal.reader import is_being_written
 from tracking.store import Manifest, part_path, part_paths, write_atomically
 
 FAILURE: Final = "failure.json"

@@ -11,8 +11,8 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import compute as pc
 
-from tracking import sealed
-from tracking.part import numbers, read_block
+from tracking.journal import segment as sealed
+from tracking.journal.reader import numbers, read_block
 from tracking.read import PastRun
 from tracking.run import now
 from tracking.store import make_run, part_path

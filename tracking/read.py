@@ -11,10 +11,11 @@ import pyarrow as pa
 from pyarrow import compute as pc
 
 from tracking.ending import status_of
-from tracking.journal import Damage, read_part
+from tracking.journal.reader import read_part
+from tracking.journal.segment import Damage
+from tracking.journal.tombstones import Superseding
 from tracking.schema import CONTROL, SCHEMA, value_of
 from tracking.store import Manifest, find_run, part_paths, run_paths
-from tracking.superseding import Superseding
 
 
 class PastRun:

@@ -15,12 +15,13 @@ from types import TracebackType
 from typing import Any, Final, Literal
 
 from tracking import artifacts
+from tracking.delivery.process import Handover
 from tracking.ending import describe_error, leave_failure
 from tracking.errors import warn
-from tracking.handover import Handover
-from tracking.journal import CAPACITY, Journal
+from tracking.journal.row_format import MARK, NO_COUNT, NO_EPOCH, SIZE
+from tracking.journal.segment import CAPACITY
+from tracking.journal.writer import Journal
 from tracking.read import highest_indices
-from tracking.rows import MARK, NO_COUNT, NO_EPOCH, SIZE
 from tracking.schema import (
     FLOAT,
     LATER,

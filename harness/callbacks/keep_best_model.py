@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from harness.accelerator.forms import of_weights
 from harness.callbacks.monitor import Mode, Monitor
+from harness.reshard.convert import of_weights
 
 
 class KeepBestModel(Monitor):

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from harness.callback import Callback
-from harness.data import batch_rows
-from harness.metrics import MetricSet, SplitMetrics
+from harness.data.loaders import batch_rows
+from harness.metrics.sets import MetricSet
+from harness.metrics.split import SplitMetrics
 
 
 class Metrics(Callback):

@@ -10,8 +10,8 @@ from time import monotonic
 from typing import Any
 
 from harness.callbacks.monitor import Mode, Monitor
+from harness.checkpoint.writer import Saver
 from harness.context import Phase
-from harness.saver import Saver
 
 
 class ModelCheckpoint(Monitor):

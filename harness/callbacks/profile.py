@@ -6,7 +6,7 @@ from time import perf_counter
 from typing import Any
 
 from harness.callback import Callback
-from harness.data import batch_rows
+from harness.data.loaders import batch_rows
 
 
 class Profile(Callback):

@@ -9,7 +9,7 @@ from typing import Any
 from tqdm import tqdm
 
 from harness.callback import Callback
-from harness.data import num_batches
+from harness.data.loaders import num_batches
 
 REDRAW_S = 0.1
 """Seconds between two redraws of a bar at least."""

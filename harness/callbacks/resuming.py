@@ -9,9 +9,9 @@ from typing import Any
 
 from harness.callback import Callback
 from harness.callbacks.model_checkpoint import ModelCheckpoint
-from harness.checkpoint import MANIFEST, checkpoints, newest, remove
+from harness.checkpoint.format import MANIFEST, checkpoints, newest, remove
+from harness.checkpoint.resume import Resume
 from harness.errors import CheckpointError
-from harness.resume import Resume
 
 
 class ResumeFromCheckpoint(Callback):

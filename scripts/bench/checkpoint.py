@@ -31,12 +31,12 @@ import torch
 from torch import nn
 
 import harness
-from harness.accelerator import SingleDevice
-from harness.accelerator.deepspeed import DeepSpeedAccelerator
+from harness.accelerators.deepspeed.accelerator import DeepSpeedAccelerator
+from harness.accelerators.single import SingleDevice
+from harness.checkpoint.writer import Saver
 from harness.context import FitContext
-from harness.data import train_loader
-from harness.passes import TrainPass
-from harness.saver import Saver
+from harness.data.loaders import train_loader
+from harness.data.train_pass import TrainPass
 
 PIECE_MB = 4
 

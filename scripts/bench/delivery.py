@@ -25,10 +25,10 @@ import time
 from pathlib import Path
 
 import tracking
-from tracking.courier import Courier
-from tracking.delivery import settle_down
-from tracking.registering import Register
-from tracking.remote import Point, Remote, prepare_environment
+from tracking.delivery.__main__ import settle_down
+from tracking.delivery.worker import Courier
+from tracking.mlflow_store.client import Point, Remote, prepare_environment
+from tracking.mlflow_store.runs import Register
 
 KEYS = 10
 

@@ -33,9 +33,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 import harness
-from harness.accelerator.deepspeed import door, hush, own_device
-from harness.accelerator.launch import environment, read_launch
-from harness.accelerator.ranks import Ranks
+from harness.accelerators.deepspeed.library import door, hush, own_device
+from harness.accelerators.distributed.environment import environment, read_launch
+from harness.accelerators.distributed.group import Ranks
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,7 @@ from torchmetrics.wrappers import (
 )
 
 import harness
-from harness.accelerator import SingleDevice
+from harness.accelerators.single import SingleDevice
 from harness.callbacks import (
     AutoResume,
     CSVLogger,
@@ -37,9 +37,9 @@ from harness.callbacks import (
     KeepBestModel,
     LRScheduler,
 )
-from harness.checkpoint import check, newest, read_part, write_part
-from harness.randomness import random_state
-from harness.tree import flatten
+from harness.checkpoint.format import check, newest, read_part, write_part
+from harness.checkpoint.rng import random_state
+from harness.pytree import flatten
 
 ROWS, BATCH, EPOCHS = 22, 4, 2
 BATCHES = 6  # the last one short

@@ -15,7 +15,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import harness
-from harness.accelerator import SingleDevice, default_step_opt
+from harness.accelerators.base import default_step_opt
+from harness.accelerators.single import SingleDevice
 from harness.context import (
     NO_LIMIT,
     Context,

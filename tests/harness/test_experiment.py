@@ -11,7 +11,7 @@ from torch import nn
 
 import harness
 import tracking
-from harness.accelerator import SingleDevice
+from harness.accelerators.single import SingleDevice
 from harness.experiment import arguments, build, find, typed
 from tests.harness.fakes import At, line_learner, slope
 

@@ -17,7 +17,7 @@ from torch import nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 import harness
-from harness.saved_model import ABOUT, WEIGHTS
+from harness.checkpoint.saved_model import ABOUT, WEIGHTS
 from tests.harness.fakes import Net, net_learner, points
 
 DATA = points(40)

@@ -13,7 +13,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.regression import MeanSquaredError
 
 import harness
-from harness.accelerator import SingleDevice
+from harness.accelerators.single import SingleDevice
 from harness.callbacks import EarlyStopping
 from tests.harness.fakes import At, Line, Net, line_learner, net_learner, points, slope
 

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from torchmetrics.regression import MeanSquaredError
 
 import harness
-from harness.accelerator import SingleDevice
+from harness.accelerators.single import SingleDevice
 from harness.callbacks import GradientClip, StepMetrics
 from tests.harness.fakes import At, Line, Tape, line_learner, slope
 

@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 
 import tracking
-from tracking.courier import Courier
-from tracking.names import plain_key
-from tracking.registering import Register
-from tracking.state import State
-from tracking.ui import Server
+from tracking.delivery.state import State
+from tracking.delivery.worker import Courier
+from tracking.mlflow_store.keys import plain_key
+from tracking.mlflow_store.runs import Register
+from tracking.mlflow_store.server import Server
 
 Points = list[tuple[str, int, float, int]]
 
@@ -46,12 +46,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def remote_class() -> Any:
-    """`tracking.remote.Remote`, with MLflow imported; its imports warn of others' code."""
+    """The client of MLflow, with MLflow imported; its imports warn of code of others."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import mlflow.store.tracking.sqlalchemy_store  # noqa: F401, PLC0415
 
-        from tracking.remote import Remote  # noqa: PLC0415
+        from tracking.mlflow_store.client import Remote  # noqa: PLC0415
     return Remote
 
 

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 import tracking
+from tracking.cli.overview import overview
 from tracking.ending import FAILURE, error_of, status_of
-from tracking.overview import overview
 from tracking.store import Manifest, part_path
 
 

@@ -6,10 +6,10 @@ import sys
 import pytest
 
 import tracking
+from tracking.api import start
 from tracking.errors import RunNotFoundError
 from tracking.read import PastRun, list_runs
 from tracking.run import Run
-from tracking.starting import start
 from tracking.store import part_path
 
 

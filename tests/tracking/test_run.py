@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 
 from tracking import run as run_module
+from tracking.api import start
+from tracking.delivery.state import State
 from tracking.errors import (
     DeliveryError,
     RunBusyError,
@@ -23,11 +25,10 @@ from tracking.errors import (
     RunNotFoundError,
     TrackingWarning,
 )
-from tracking.journal import CAPACITY, Tail
+from tracking.journal.reader import Tail
+from tracking.journal.segment import CAPACITY
 from tracking.read import PastRun
 from tracking.run import Run
-from tracking.starting import start
-from tracking.state import State
 from tracking.store import Manifest, part_path
 
 

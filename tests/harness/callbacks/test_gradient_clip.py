@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import harness
-from harness.accelerator import SingleDevice
+from harness.accelerators.single import SingleDevice
 from harness.callbacks import GradientClip
 from tests.harness.fakes import Net, line_learner, net_learner, points, slope
 from tests.harness.test_loop import Pair

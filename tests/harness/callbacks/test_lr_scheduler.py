@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import (
 )
 
 import harness
-from harness.accelerator import SingleDevice
+from harness.accelerators.single import SingleDevice
 from harness.callbacks import LRScheduler
 from tests.harness.fakes import At, line_learner, slope
 from tests.harness.test_loop import Pair

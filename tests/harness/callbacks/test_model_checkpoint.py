@@ -10,7 +10,7 @@ import pytest
 import harness
 import tracking
 from harness.callbacks import KeepBestModel, ModelCheckpoint
-from harness.checkpoint import check, checkpoints, newest, read_part
+from harness.checkpoint.format import check, checkpoints, newest, read_part
 from harness.fitted import Fitted
 from tests.harness.exact import CASES, Case, sgd
 

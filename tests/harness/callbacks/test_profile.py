@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from harness.accelerator import SingleDevice
+from harness.accelerators.single import SingleDevice
 from tests.harness.fakes import line_learner, slope
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import harness
-from harness.accelerator import SingleDevice
+from harness.accelerators.single import SingleDevice
 from harness.callbacks import EarlyStopping, Progress
 from harness.callbacks.progress import REDRAW_S
 from tests.harness.fakes import At, line_learner, slope

@@ -10,7 +10,7 @@ from torch import nn
 import harness
 import tracking
 from harness.callbacks import AutoResume, EarlyStopping, ResumeFromCheckpoint
-from harness.checkpoint import checkpoints
+from harness.checkpoint.format import checkpoints
 from harness.errors import CheckpointError
 from harness.fitted import Fitted
 from tests.harness.exact import CASES, Case, Stop, TwoParts, rewritten

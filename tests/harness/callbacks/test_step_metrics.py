@@ -6,7 +6,7 @@ import pytest
 
 import harness
 import tracking
-from harness.accelerator import SingleDevice
+from harness.accelerators.single import SingleDevice
 from harness.callbacks import StepMetrics
 from tests.harness.fakes import At, line_learner, slope
 from tests.harness.test_loop import Pair

@@ -1,0 +1,331 @@
+"""One named optimizer under DeepSpeed: its engine, and what of the model it owns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from harness.accelerators.base import StepOpt
+from harness.accelerators.deepspeed.state import base_of, masters
+from harness.reshard.layout import engine_layout, members
+
+
+class Part:
+    """An engine with the parameters that its optimizer owns.
+
+    Parameters
+    ----------
+    name
+        Name of the optimizer.
+    engine
+        DeepSpeed's engine over the whole model, in unmanaged accumulation.
+    model
+        The model.
+    owned
+        Parameters that the optimizer steps.
+    stage : 0..3
+        ZeRO stage.
+    groups
+        The optimizer's parameter groups, with the parameters that were there before
+        the engine was made.
+
+    Attributes
+    ----------
+    done : >= 0
+        Micro-batches since the last step.
+    members
+        Numbers of the parameters in each group.
+    facade
+        What the loop and schedulers see as the optimizer.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        engine: Any,
+        model: nn.Module,
+        owned: Sequence[Tensor],
+        stage: int,
+        groups: Sequence[Mapping[str, Any]],
+    ) -> None:
+        self.name, self.engine, self.stage = name, engine, stage
+        self._model = model
+        self.members = members(model, groups)
+        self._layout: Tensor | None = None
+        self._stepped = 0
+        self.done = 0
+        self._owned = list(owned)
+        mine = set(map(id, owned))
+        self.owned_ids = frozenset(mine)
+        self._others = [p for p in model.parameters() if id(p) not in mine]
+        self._trained = [param.requires_grad for param in owned]
+        self._base = base_of(engine)
+        self._hook = self._base.register_step_pre_hook(self._before_base_step)
+        self._base_stepped = False
+        self._clip: tuple[float, Tensor] | None = None
+        self._is_fresh = False
+        self._was_stepped = False
+        self.facade = EngineOptimizer(self._base, self._engine_step)
+
+    # --------------------------------------------------------- forward, backward
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Let only the owned parameters ask for gradients."""
+        asking = [param for param in self._others if param.requires_grad]
+        for param in asking:
+            param.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for param in asking:
+                param.requires_grad_(True)
+
+    def check_frozen(self) -> None:
+        """Refuse what ZeRO would not notice: parameters frozen or unfrozen after ``prepare``.
+
+        Raises
+        ------
+        RuntimeError
+            At ZeRO 1 to 3, if an owned parameter changed its ``requires_grad``.
+        """
+        now = [param.requires_grad for param in self._owned]
+        if self.stage == 0 or now == self._trained:
+            return
+        change = "unfrozen" if sum(now) > sum(self._trained) else "frozen"
+        msg = f"optimizing({self.name!r}): expected the same trained parameters as at fit's"
+        got = f"begin at ZeRO {self.stage}, got some {change} later"
+        advice = "Choose them before fit and fit in two parts, or use ZeRO 0."
+        raise RuntimeError(f"{msg} {got}. {advice}")
+
+    def begin(self) -> None:
+        """Tell ZeRO that a forward begins; its counts of micro-batches hang on it.
+
+        DeepSpeed tells itself in ``engine.forward``, which is never called here: the model
+        is. Without it ZeRO 3 forgets all but the last micro-batch of a window.
+        """
+        if self.stage and not self._is_fresh:
+            clear = getattr(self.engine.optimizer, "clear_backward_seen_flag", None)
+            if clear is not None:
+                clear()
+            self._is_fresh = True
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of the loss as it is, already divided by the window."""
+        self.begin()
+        # DeepSpeed hangs this on the outputs of engine.forward.
+        handle = loss.register_hook(  # type: ignore[no-untyped-call]
+            lambda _: self.engine._backward_prologue()
+        )
+        try:
+            self.engine.backward(loss, scale_wrt_gas=False)
+        finally:
+            handle.remove()
+        self._is_fresh = False
+        self.done += 1
+
+    # -------------------------------------------------------------------- step
+
+    def clip(self, max_norm: float) -> Tensor:
+        """Clip at the next step; the norm found fills the tensor then."""
+        found = torch.full((), math.nan, device=self.engine.device)
+        self._clip = (max_norm, found)
+        return found
+
+    def step(self, step_opt: StepOpt) -> bool:
+        """Step through the user's ``step_opt``; True if weights were changed."""
+        self._was_stepped = False
+        step_opt(self.facade)
+        return self._was_stepped
+
+    def _engine_step(self) -> None:
+        """Reduce what is left to reduce, step, and clear the gradients."""
+        if self.done == 0:
+            msg = f"step({self.name!r}): expected accelerator.backward(loss) first, got none."
+            raise RuntimeError(f"{msg} Call it in the place of loss.backward().")
+        self._base_stepped = False
+        # Without ZeRO, DeepSpeed reduces and clears the gradients of the whole module.
+        kept = [(p, p.grad) for p in self._others] if self.stage == 0 else []
+        with self.alone(), self._clipping():
+            for param, _ in kept:
+                param.grad = None
+            try:
+                self.engine.step()
+            finally:
+                for param, grad in kept:
+                    param.grad = grad
+        self.done = 0
+        self._forget_gradients()
+        applied = bool(self.engine.was_step_applied()) and self._base_stepped
+        self._was_stepped = applied
+        self.on_step(applied)
+
+    def _forget_gradients(self) -> None:
+        """Clear what ZeRO 3 and offload keep of a window.
+
+        DeepSpeed 0.19.8 overwrites it in the next one, but not where a parameter gets no
+        gradient: its old one would be applied again.
+        """
+        wrapper = self.engine.optimizer
+        held = getattr(wrapper, "grad_partitions_flat_buffer", None)
+        kept = [] if held is None else [held]
+        kept += [
+            master.grad for master in masters(self.engine) if master.grad is not None
+        ]
+        kept += getattr(wrapper, "accumulated_grads_in_cpu", {}).values()
+        for gradient in kept:
+            gradient.zero_()
+
+    on_step: Callable[[bool], None] = staticmethod(lambda applied: None)
+    """Called after each step with whether the weights were changed."""
+
+    @contextmanager
+    def _clipping(self) -> Iterator[None]:
+        """Clip in this step, by DeepSpeed where it keeps the gradients."""
+        if self._clip is None:
+            yield
+            return
+        max_norm, found = self._clip
+        wrapper = self.engine.optimizer
+        if hasattr(wrapper, "clip_grad"):
+            before, wrapper.clip_grad = wrapper.clip_grad, max_norm
+            try:
+                yield
+            finally:
+                wrapper.clip_grad = before
+            norm = self.engine.get_global_grad_norm()
+            found.fill_(math.nan if norm is None else float(norm))
+        else:
+            yield
+        self._clip = None
+
+    def _before_base_step(self, *_: object) -> None:
+        """Note that the optimizer itself is called: gradient scalers may leave that out."""
+        self._base_stepped = True
+        if self._clip is not None and not hasattr(self.engine.optimizer, "clip_grad"):
+            max_norm, found = self._clip
+            found.copy_(nn.utils.clip_grad_norm_(self._owned, max_norm))
+
+    def full_precision(self, param: Any) -> Tensor | None:
+        """The whole parameter in float32, from its parts on all ranks; None where it is so.
+
+        DeepSpeed's ``safe_get_full_fp32_param`` knows the last engine only at ZeRO 3.
+        """
+        if param.dtype not in {torch.bfloat16, torch.float16}:
+            return None
+        found: Any = None
+        if self.stage == 3:
+            # None where the parameter is frozen.
+            found = self.engine.optimizer.get_full_hp_param(param)
+            found = None if found is None else found.reshape(param.ds_shape)
+        elif getattr(param, "_hp_mapping", None) is not None or hasattr(
+            param, "_dp_group"
+        ):
+            found = param.get_full_hp_param()
+        assert found is None or isinstance(found, Tensor)
+        return found
+
+    def layout(self, rank: int) -> Tensor:
+        """Which pieces of parameters the optimizer steps on this rank."""
+        stepped = masters(self.engine)
+        if self._layout is None or self._stepped != len(stepped):
+            self._stepped = len(stepped)
+            self._layout = engine_layout(self._model, self.engine, stepped, rank)
+        return self._layout
+
+    def finish(self) -> None:
+        """Let go of the engine."""
+        self._hook.remove()
+        for hook in ("module_forward_pre_hook", "module_forward_post_hook"):
+            getattr(self.engine, hook).remove()
+        self.engine.destroy()
+
+
+class EngineOptimizer(torch.optim.Optimizer):
+    """What the loop, callbacks and schedulers see as the optimizer.
+
+    ``step`` steps the engine; ``param_groups``, with the learning rates, are those of the
+    torch optimizer below it; ``zero_grad`` has nothing to do, since the engine clears the
+    gradients that it used.
+    """
+
+    def __init__(self, base: torch.optim.Optimizer, step: Callable[[], None]) -> None:
+        # Optimizer.__init__ would make parameter groups of its own.
+        self._base, self._step = base, step
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """Groups of the torch optimizer, live."""
+        return self._base.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """State of the torch optimizer: this rank's part."""
+        return self._base.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """Defaults of the torch optimizer."""
+        return self._base.defaults
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Step the engine.
+
+        Raises
+        ------
+        TypeError
+            If a closure is given: gradients are there already.
+        """
+        if closure is not None:
+            msg = f"step(closure): expected None under DeepSpeed, got {closure!r}."
+            raise TypeError(f"{msg} Call accelerator.backward(loss) before the step.")
+        self._step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Do nothing: the engine clears what it used."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of the torch optimizer: this rank's part."""
+        return self._base.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take back this rank's part."""
+        self._base.load_state_dict(state_dict)
+
+    def register_step_pre_hook(self, hook: Any) -> Any:
+        """Run a hook before the torch optimizer's step."""
+        return self._base.register_step_pre_hook(hook)
+
+    def register_step_post_hook(self, hook: Any) -> Any:
+        """Run a hook after the torch optimizer's step."""
+        return self._base.register_step_post_hook(hook)
+
+    def __getstate__(self) -> Any:
+        msg = (
+            "DeepSpeed optimizer: expected accelerator.save(), got pickle or deepcopy."
+        )
+        raise TypeError(f"{msg} Its state lies in parts on all ranks.")
+
+
+def parameters_below(loss: Tensor) -> set[int]:
+    """Identities of the parameters that the graph of a loss leads to.
+
+    Hidden ones, below reentrant checkpointing or a custom function, are not found.
+    """
+    found: set[int] = set()
+    seen: set[Any] = set()
+    waiting = [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        waiting += [following for following, _ in node.next_functions]
+    return found

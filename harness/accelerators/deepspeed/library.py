@@ -1,0 +1,130 @@
+"""The only importer of DeepSpeed."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from harness.accelerators.distributed.environment import environment
+from harness.accelerators.single import best_device
+
+# ----------------------------------------------------------------- the door
+
+
+@cache
+def door() -> ModuleType:
+    """DeepSpeed, imported quietly, without MLflow, and without compiling at start."""
+    # DeepSpeed's autotuner imports MLflow, which takes a second and has no place in the
+    # training process; nothing else of it does.
+    had_mlflow = "mlflow" in sys.modules
+    if not had_mlflow:
+        sys.modules["mlflow"] = None  # type: ignore[assignment]
+    # Without a device DeepSpeed warns at each import that there is none.
+    named = {} if best_device().type == "cuda" else {"DS_ACCELERATOR": "cpu"}
+    try:
+        with environment(**named), quietly():
+            import deepspeed  # noqa: PLC0415  slow, and not on every system
+    finally:
+        if not had_mlflow:
+            del sys.modules["mlflow"]
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # Asked for its ops, DeepSpeed tries to compile each, with chatter. The one that it asks
+    # for itself, for ranks that meet on a CPU, would then be built: half a minute.
+    built = deepspeed.git_version_info.installed_ops.get("deepspeed_shm_comm", False)
+    vars(deepspeed.ops).setdefault("__compatible_ops__", {"deepspeed_shm_comm": built})
+    found: ModuleType = deepspeed
+    return found
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Let nothing warn: what DeepSpeed does at start concerns its own authors."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def hush() -> None:
+    """Keep DeepSpeed 0.19.8's use of torch 2.13's old names from warning on every step."""
+    warnings.filterwarnings(
+        "ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning
+    )
+
+
+@cache
+def known_fields() -> dict[str, frozenset[str]]:
+    """Keys that DeepSpeed knows in parts of its config, by the part's name."""
+    door()
+    from deepspeed.runtime import precision_config  # noqa: PLC0415  see door
+    from deepspeed.runtime.zero import config as zero_config  # noqa: PLC0415
+
+    models = {
+        "zero_optimization": zero_config.DeepSpeedZeroConfig,
+        "fp16": precision_config.DeepSpeedFP16Config,
+        "bf16": precision_config.DeepSpeedBF16Config,
+        "bfloat16": precision_config.DeepSpeedBF16Config,
+    }
+    return {name: _fields_of(model) for name, model in models.items()}
+
+
+def _fields_of(model: Any) -> frozenset[str]:
+    """Names and aliases of a pydantic model's fields."""
+    fields = model.model_fields
+    aliases = {field.alias for field in fields.values() if field.alias}
+    return frozenset(fields) | aliases
+
+
+def own_device(asked: str | torch.device | None, local_rank: int) -> torch.device:
+    """Device of this rank.
+
+    Raises
+    ------
+    ValueError
+        If DeepSpeed cannot use the kind, or there is none of it for this rank.
+    """
+    kind = torch.device(asked).type if asked is not None else best_device().type
+    if kind == "mps" and asked is None:
+        kind = "cpu"
+    if kind == "cpu":
+        return torch.device("cpu")
+    if kind != "cuda":
+        msg = f"accelerator(device): expected 'cpu' or 'cuda', got {str(asked)!r}."
+        raise ValueError(f"{msg} Leave it out to take what there is.")
+    count = torch.cuda.device_count()
+    # A scheduler may show each rank its own device alone.
+    index = local_rank if local_rank < count else 0
+    if index >= count:
+        msg = "accelerator(device): expected a CUDA device, got none."
+        raise ValueError(f"{msg} Use device='cpu', or see 'harness doctor'.")
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def ops() -> dict[str, str]:
+    """What becomes of each of DeepSpeed's compiled ops here: how it is there, or is not.
+
+    Asked for them, DeepSpeed tries compilers, with chatter on both outputs.
+
+    Returns
+    -------
+    dict
+        ``built``, ``can be built`` or ``cannot be built``, by name of the op.
+    """
+    built = door().git_version_info.installed_ops
+    from deepspeed.ops.op_builder.all_ops import ALL_OPS  # noqa: PLC0415  see door
+
+    found = {}
+    for name, builder in ALL_OPS.items():
+        if name == "deepspeed_not_implemented":
+            continue
+        can = "can be built" if builder.is_compatible(False) else "cannot be built"
+        found[name] = "built" if built.get(name, False) else can
+    return found

@@ -1,0 +1,342 @@
+"""What engines hold that a checkpoint needs, as live tensors and plain values.
+
+DeepSpeed's own checkpoints are read back by pickle, which runs code, and are not atomic.
+Here each rank gives its part: what all ranks share comes from rank 0 alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from harness.errors import CheckpointError
+from harness.reshard.consolidated import copy_tensors, dtype_of
+
+_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+"""Counters of an engine."""
+
+_SAME_CODE = "Resume with the code that was saved."
+
+_SCALES = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+"""Numbers of a loss scale that moves."""
+
+
+def take_state(
+    model: nn.Module, engines: Mapping[str, Any], stage: int
+) -> dict[str, Any]:
+    """State of model and engines on this rank.
+
+    Returns
+    -------
+    dict
+        ``shared``: tensors that are the same on all ranks, ``own``: those of this rank;
+        both by part, ``model`` and ``optimizers``, and by name. ``facts``: the engines'
+        numbers by optimizer name. ``grads``: gradients of an open window.
+    """
+    live = live_tensors(model, engines)
+    shared = {0: ("weights", "optimizers"), 1: ("weights",), 2: ("weights",), 3: ()}[
+        stage
+    ]
+    return {
+        "shared": {kind: live[kind] for kind in shared},
+        "own": {kind: live[kind] for kind in live if kind not in shared},
+        "facts": {name: _facts(engine) for name, engine in engines.items()},
+        "grads": {
+            name: open_gradients(engine, stage) for name, engine in engines.items()
+        },
+    }
+
+
+def put_state(
+    model: nn.Module,
+    engines: Mapping[str, Any],
+    stage: int,
+    state: Mapping[str, Any],
+    parts: Sequence[str],
+) -> None:
+    """Take back what ``take_state`` gave, with the ``shared`` tensors of rank 0.
+
+    Raises
+    ------
+    CheckpointError
+        If the state is of another model or other optimizers.
+    """
+    found = {**state["shared"], **state["own"]}
+    kinds = [kind for kind in ("weights", "buffers") if "model" in parts]
+    if "optimizers" in parts:
+        if set(state["facts"]) != set(engines):
+            have, want = sorted(state["facts"]), sorted(engines)
+            msg = f"resume: expected optimizers {want}, got {have}."
+            raise CheckpointError(f"{msg} Resume with the learner that was saved.")
+        for name, engine in engines.items():
+            _make_entries(name, engine, found["optimizers"], state["facts"][name])
+    live = live_tensors(model, engines)
+    for kind in kinds:
+        copy_tensors(live[kind], found[kind], _SAME_CODE)
+    # What optimizers step in the place of the weights goes with the weights.
+    for is_master, part in ((True, "model"), (False, "optimizers")):
+        if part in parts:
+            now, then = (
+                {n: value for n, value in of.items() if is_master == is_copy(n)}
+                for of in (live["optimizers"], found["optimizers"])
+            )
+            copy_tensors(now, then, _SAME_CODE)
+    if "optimizers" in parts:
+        for name, engine in engines.items():
+            _put_facts(engine, state["facts"][name])
+            put_open_gradients(engine, stage, state["grads"][name])
+
+
+# ---------------------------------------------------------------------- tensors
+
+
+def live_tensors(
+    model: nn.Module, engines: Mapping[str, Any]
+) -> dict[str, dict[str, Tensor]]:
+    """Weights (at ZeRO 3 this rank's parts), buffers and optimizer states, by name."""
+    optimizers: dict[str, Tensor] = {}
+    for name, engine in engines.items():
+        state = base_of(engine).state
+        for place, master in _masters(engine, name):
+            entries = state.get(master, {})
+            optimizers |= {
+                f"{place}/{key}": value
+                for key, value in entries.items()
+                if torch.is_tensor(value)
+            }
+            if not any(master is param for param in model.parameters()):
+                optimizers[f"{place}/master"] = master.data
+    return {
+        "weights": {
+            name: getattr(param, "ds_tensor", param).data
+            for name, param in model.named_parameters()
+        },
+        "buffers": dict(model.named_buffers()),
+        "optimizers": optimizers,
+    }
+
+
+def is_copy(name: str) -> bool:
+    """True for the name of what an optimizer steps in the place of weights."""
+    return name.endswith("/master")
+
+
+def base_of(engine: Any) -> torch.optim.Optimizer:
+    """The torch optimizer that an engine's wrappers step."""
+    wrapped = getattr(engine.optimizer, "optimizer", None)
+    found = engine.basic_optimizer if wrapped is None else wrapped
+    assert isinstance(found, torch.optim.Optimizer)
+    return found
+
+
+def masters(engine: Any) -> list[Tensor]:
+    """The tensors that the optimizer steps: this rank's parts of the weights in float32."""
+    divided = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)
+    if divided is not None:
+        return list(divided)
+    return [
+        param for group in base_of(engine).param_groups for param in group["params"]
+    ]
+
+
+def _masters(engine: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    """The same, each with a name of its own."""
+    for n, master in enumerate(masters(engine)):
+        yield f"{name}/{n}", master
+
+
+def _make_entries(
+    name: str, engine: Any, found: Mapping[str, Tensor], facts: Mapping[str, Any]
+) -> None:
+    """Give the optimizer the entries it had; torch makes them at the first step only."""
+    state = base_of(engine).state
+    masters = list(_masters(engine, name))
+    if len(masters) != len(facts["state"]):
+        msg = f"resume: expected {len(masters)} parts of optimizer {name!r}"
+        advice = "Resume with the learner that was saved."
+        raise CheckpointError(f"{msg}, got {len(facts['state'])}. {advice}")
+    by_place: dict[str, dict[str, Any]] = {place: {} for place, _ in masters}
+    for full, value in found.items():
+        place, _, key = full.rpartition("/")
+        if place in by_place and not is_copy(full):
+            by_place[place][key] = value
+    # Counters stay on the CPU, where torch keeps them unless a kernel reads them.
+    groups = base_of(engine).param_groups
+    is_moved = any(group.get("fused") or group.get("capturable") for group in groups)
+    for (place, master), numbers in zip(masters, facts["state"], strict=True):
+        entries = by_place[place]
+        for key, value in entries.items():
+            device = master.device if value.dim() or is_moved else value.device
+            entries[key] = value.to(device, copy=True)
+        state.pop(master, None)
+        if entries or numbers:
+            state[master] = {**entries, **numbers}
+
+
+# ------------------------------------------------------ gradients of an open window
+
+
+def open_gradients(engine: Any, stage: int) -> dict[str, Any]:
+    """Gradients that wait for the rest of their window, wherever DeepSpeed keeps them.
+
+    References
+    ----------
+    DeepSpeed 0.19.8: ``bf16_optimizer.py``, ``zero/stage_1_and_2.py``, ``zero/stage3.py``.
+    """
+    wrapper = engine.optimizer
+    if hasattr(wrapper, "fp32_groups_gradients_flat"):
+        return {
+            "flat": list(wrapper.fp32_groups_gradients_flat),
+            "has": [list(has) for has in wrapper.fp32_groups_has_gradients],
+        }
+    if stage == 3:
+        return {
+            "flat": wrapper.grad_partitions_flat_buffer,
+            "micro": wrapper.micro_step_id,
+            "ran": bool(wrapper._epilogue_ran_this_backward),
+        }
+    if stage == 2:
+        return {
+            "lists": [
+                held and list(held) for held in _by_group(wrapper.all_grad_tensors)
+            ],
+            "flat": [
+                getattr(held, "flat_partition", None)
+                for held in _by_group(wrapper.averaged_gradients)
+            ],
+            "micro": wrapper.micro_step_id,
+        }
+    params = dict(engine.module.named_parameters())
+    return {
+        kind: {
+            name: getattr(param, kind)
+            for name, param in params.items()
+            if getattr(param, kind, None) is not None
+        }
+        for kind in ("grad", "grad_accum")
+    }
+
+
+def _by_group(held: Mapping[int, Any]) -> list[Any]:
+    """Values of a dict by group number; None where a group has none."""
+    return [held.get(n) for n in range(max(held, default=-1) + 1)]
+
+
+def put_open_gradients(engine: Any, stage: int, saved: Mapping[str, Any]) -> None:
+    """Take back what ``open_gradients`` gave."""
+    wrapper = engine.optimizer
+    if hasattr(wrapper, "fp32_groups_gradients_flat"):
+        for live, flat in zip(
+            wrapper.fp32_groups_gradients_flat, saved["flat"], strict=True
+        ):
+            live.copy_(flat)
+        for has, was in zip(
+            wrapper.fp32_groups_has_gradients, saved["has"], strict=True
+        ):
+            has[:] = was
+    elif stage == 3:
+        wrapper.grad_partitions_flat_buffer.copy_(saved["flat"])
+        wrapper.micro_step_id = saved["micro"]
+        wrapper._epilogue_ran_this_backward = saved["ran"]
+    elif stage == 2:
+        _put_divided(engine, saved)
+    else:
+        params = dict(engine.module.named_parameters())
+        for kind in ("grad", "grad_accum"):
+            for name, grad in saved[kind].items():
+                setattr(params[name], kind, grad.to(engine.device, copy=True))
+
+
+def _put_divided(engine: Any, saved: Mapping[str, Any]) -> None:
+    """Gradients as ZeRO 2 holds them: whole tensors, or flat ones in another dtype."""
+    wrapper = engine.optimizer
+    for n, held in enumerate(saved["lists"]):
+        copies = held and [grad.to(engine.device, copy=True) for grad in held]
+        wrapper.all_grad_tensors[n] = copies
+    for n, flat in enumerate(saved["flat"]):
+        if flat is not None:
+            wrapper._get_compact_grad_partition_buffer(n).flat_partition.copy_(flat)
+    wrapper.micro_step_id = saved["micro"]
+
+
+# ------------------------------------------------------------------------ facts
+
+
+def _facts(engine: Any) -> dict[str, Any]:
+    """What an engine holds beside tensors."""
+    state = base_of(engine).state
+    numbers = []
+    for _, master in _masters(engine, ""):
+        entries = state.get(master, {})
+        numbers.append({k: v for k, v in entries.items() if not torch.is_tensor(v)})
+    groups = [
+        {key: _plain(value) for key, value in group.items() if key != "params"}
+        for group in base_of(engine).param_groups
+    ]
+    scheduler = engine.lr_scheduler
+    return {
+        "kind": type(base_of(engine)).__name__,
+        "form": [type(engine.optimizer).__name__, dtype_of(engine.module)],
+        "counters": {name: getattr(engine, name) for name in _COUNTERS},
+        "groups": groups,
+        "state": numbers,
+        "scale": {
+            name: getattr(scale, name)
+            for scale in _moving_scales(engine)
+            for name in _SCALES
+            if hasattr(scale, name)
+        },
+        "scalers": [scaler.state_dict() for scaler in _scalers(engine)],
+        "scheduler": None if scheduler is None else scheduler.state_dict(),
+    }
+
+
+def _put_facts(engine: Any, facts: Mapping[str, Any]) -> None:
+    """Put the facts back."""
+    for name in _COUNTERS:
+        setattr(engine, name, int(facts["counters"][name]))
+    groups = base_of(engine).param_groups
+    if len(groups) != len(facts["groups"]):
+        msg = f"resume: expected {len(groups)} parameter groups, got {len(facts['groups'])}."
+        raise CheckpointError(f"{msg} Resume with the learner that was saved.")
+    for group, saved in zip(groups, facts["groups"], strict=True):
+        for key, value in saved.items():
+            if torch.is_tensor(group.get(key)):
+                group[key].fill_(value)
+            else:
+                group[key] = value
+    for scale in _moving_scales(engine):
+        for name in facts["scale"].keys() & vars(scale).keys() & set(_SCALES):
+            setattr(scale, name, facts["scale"][name])
+    # In another precision there may be fewer.
+    for scaler, saved in zip(_scalers(engine), facts["scalers"], strict=False):
+        scaler.load_state_dict(saved)
+    if facts["scheduler"] is not None:
+        engine.lr_scheduler.load_state_dict(facts["scheduler"])
+
+
+def _moving_scales(engine: Any) -> Iterator[Any]:
+    """What holds the numbers of a loss scale that moves, if there is one."""
+    for name in ("loss_scaler", "loss_scale_config"):
+        scale = getattr(engine.optimizer, name, None)
+        if getattr(scale, "last_overflow_iter", None) is not None:
+            yield scale
+
+
+def _scalers(engine: Any) -> Iterator[Any]:
+    """The gradient scalers of torch under autocast with float16."""
+    for holder, name in (
+        (engine, "torch_autocast_z0_gradscaler"),
+        (engine.optimizer, "torch_autocast_gradscaler"),
+    ):
+        scaler = getattr(holder, name, None)
+        if scaler is not None:
+            yield scaler
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON holds it."""
+    return value.item() if torch.is_tensor(value) else value

@@ -1,0 +1,1 @@
+"""Several ranks: who they are, how they start, talk and end."""

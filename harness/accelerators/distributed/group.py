@@ -1,0 +1,273 @@
+"""Talk between ranks: the one user of ``torch.distributed``.
+
+Small values travel over gloo on the CPU, so that asking "does anyone want to stop?" never
+waits for a device; tensors on a CUDA device travel over NCCL.
+"""
+
+from __future__ import annotations
+
+import atexit
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from harness.accelerators.distributed.environment import Launch, has_agent_store
+
+T = TypeVar("T")
+
+FAILED = "harness/failed"
+"""Key in the store under which the rank that failed first says why."""
+
+TIMEOUT = timedelta(minutes=30)
+"""How long a rank waits for the others; longer than a slow checkpoint of one of them."""
+
+MEETING_TIMEOUT = timedelta(minutes=5)
+"""How long the first rank waits for the last one to start."""
+
+_OPS = {"sum": dist.ReduceOp.SUM, "mean": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
+
+
+class PeerError(RuntimeError):
+    """Another rank failed, and says why itself; this one ends with it.
+
+    Attributes
+    ----------
+    rank
+        The rank that failed.
+    """
+
+    def __init__(self, rank: int, reason: str) -> None:
+        super().__init__(f"rank {rank} failed: {reason}")
+        self.rank = rank
+
+
+class Ranks:
+    """The ranks of one launch and what they tell each other.
+
+    Parameters
+    ----------
+    launch
+        What the launcher told this process.
+    device
+        Where this rank's tensors are.
+
+    Notes
+    -----
+    The process group is made once in a process and left to the next fit; a group that is
+    there already is used and left to its owner.
+    """
+
+    def __init__(self, launch: Launch, device: torch.device) -> None:
+        self.rank = launch.rank
+        self.world_size = launch.world_size
+        self.device = device
+        self.store: Any = None
+        if not dist.is_initialized():
+            self._connect(launch)
+        elif dist.get_world_size() != launch.world_size:
+            msg = f"accelerator: expected a process group of {launch.world_size} ranks"
+            advice = "Call torch.distributed.destroy_process_group() first."
+            raise ValueError(f"{msg}, got one of {dist.get_world_size()}. {advice}")
+
+    def _connect(self, launch: Launch) -> None:
+        """Make the process group; one rank needs neither launcher nor port."""
+        if launch.world_size == 1:
+            self.store = dist.HashStore()  # type: ignore[attr-defined]
+        else:
+            self.store = dist.TCPStore(  # type: ignore[attr-defined]
+                launch.address or "127.0.0.1",
+                launch.port or 0,
+                launch.world_size,
+                is_master=launch.rank == 0 and not has_agent_store(),
+                timeout=MEETING_TIMEOUT,
+            )
+        backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+        dist.init_process_group(
+            backend,
+            store=dist.PrefixStore("harness", self.store),  # type: ignore[attr-defined]
+            rank=launch.rank,
+            world_size=launch.world_size,
+            timeout=TIMEOUT,
+        )
+        atexit.register(disconnect)
+
+    # ------------------------------------------------------------------ values
+
+    def objects(self, value: T) -> list[T]:
+        """The value of each rank, in order of rank."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def broadcast(self, value: Any, src: int = 0) -> Any:
+        """The value that rank `src` holds, with its tensors on this rank's device."""
+        if self.world_size == 1:
+            return value
+        held = [move(value, torch.device("cpu")) if self.rank == src else None]
+        dist.broadcast_object_list(held, src=src, device=torch.device("cpu"))
+        return value if self.rank == src else move(held[0], self.device)
+
+    def numbers(self, value: int) -> list[int]:
+        """The count of each rank, in order of rank; quicker than ``objects``."""
+        if self.world_size == 1:
+            return [value]
+        mine = torch.tensor([value])
+        theirs = [torch.empty_like(mine) for _ in range(self.world_size)]
+        dist.all_gather(theirs, mine)
+        return [int(number) for number in theirs]
+
+    def any(self, flag: bool) -> bool:
+        """True on every rank if it is on one."""
+        if self.world_size == 1:
+            return flag
+        found = torch.tensor([int(flag)])
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        return bool(found.item())
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        self.any(False)
+
+    def share_order(self, order: Tensor | None) -> Tensor:
+        """Rank 0's int64 vector; the others give None."""
+        if order is not None and self.world_size == 1:
+            return order
+        length = torch.tensor([0 if order is None else len(order)])
+        dist.broadcast(length, src=0)
+        if order is None:
+            order = torch.empty(int(length.item()), dtype=torch.int64)
+        if len(order):
+            dist.broadcast(order, src=0)
+        return order
+
+    # ----------------------------------------------------------------- tensors
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Tensors of all ranks one after another along dim 0; their lengths may differ."""
+        tensor = tensor.detach()
+        if tensor.dim() == 0:
+            tensor = tensor.reshape(1)
+        if self.world_size == 1:
+            return tensor
+        lengths = self.numbers(len(tensor))
+        row = tensor.shape[1:]
+        longest = torch.zeros(
+            (max(lengths), *row), dtype=tensor.dtype, device=tensor.device
+        )
+        longest[: len(tensor)] = tensor
+        # As bytes, any dtype passes any backend; an empty row has none to pass.
+        sent = longest.reshape(-1).view(torch.uint8)
+        received = [torch.empty_like(sent) for _ in lengths]
+        if sent.numel():
+            dist.all_gather(received, sent)
+        parts = [part.view(tensor.dtype).reshape(longest.shape) for part in received]
+        return torch.cat([part[:n] for part, n in zip(parts, lengths, strict=True)])
+
+    def reduce(
+        self, tensor: Tensor, op: Literal["sum", "mean", "max"] = "sum"
+    ) -> Tensor:
+        """The tensor reduced over ranks; the same value on each, the input left alone."""
+        if op not in _OPS:
+            msg = f"reduce(op): expected one of {', '.join(_OPS)}, got {op!r}."
+            raise ValueError(f"{msg} Use one of these.")
+        total = tensor.detach().clone()
+        if op == "mean" and not (total.is_floating_point() or total.is_complex()):
+            total = total.to(torch.get_default_dtype())
+        if self.world_size > 1:
+            dist.all_reduce(total, op=_OPS[op])
+        return total / self.world_size if op == "mean" else total
+
+    # ------------------------------------------------------------------ errors
+
+    def agree(self, check: Callable[[], T]) -> T:
+        """The result of a check that holds on every rank; one error on one rank otherwise.
+
+        Raises
+        ------
+        Exception
+            Whatever `check` raised, on the lowest rank where it did.
+        PeerError
+            On the other ranks.
+        """
+        result, error = _attempt(check)
+        reasons = self.objects(None if error is None else describe(error))
+        first = next((n for n, reason in enumerate(reasons) if reason), None)
+        if first is None:
+            assert result is not None
+            return result[0]
+        if error is not None and first == self.rank:
+            raise error
+        raise PeerError(first, reasons[first] or "")
+
+    def same(self, place: str, facts: dict[str, Any], advice: str) -> None:
+        """Raise where a fact differs between ranks.
+
+        Raises
+        ------
+        ValueError
+            On the lowest rank; ``PeerError`` on the others. Names what differs and where.
+        """
+        every = self.objects(facts)
+
+        def compare() -> None:
+            for name, value in every[0].items():
+                for rank, other in enumerate(every):
+                    if other.get(name) != value:
+                        msg = f"{place}: expected the same {name} on every rank"
+                        got = f"got {value!r} on rank 0 and {other.get(name)!r}"
+                        raise ValueError(f"{msg}, {got} on rank {rank}. {advice}")
+
+        self.agree(compare)
+
+    def tell_failure(self, error: BaseException) -> None:
+        """Leave word for the others why this rank ends, unless another was first."""
+        if self.store is not None and self.failure() is None:
+            self.store.set(FAILED, f"{self.rank}:{describe(error)}")
+
+    def failure(self) -> tuple[int, str] | None:
+        """Rank and reason of the rank that failed first, as far as this one can tell."""
+        if self.store is None or self.world_size == 1:
+            return None
+        try:
+            if not self.store.check([FAILED]):
+                return None
+            rank, _, reason = self.store.get(FAILED).decode().partition(":")
+        except (RuntimeError, ConnectionError):  # the rank that held the store is gone
+            return 0, "ended without a word"
+        return int(rank), reason
+
+
+def _attempt(check: Callable[[], T]) -> tuple[tuple[T] | None, Exception | None]:
+    """The result in a tuple, or the exception."""
+    try:
+        return (check(),), None
+    except Exception as error:  # noqa: BLE001 - it is raised again on one rank, by agree
+        return None, error
+
+
+def describe(error: BaseException) -> str:
+    """Class and text of an exception, in one line."""
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
+
+
+def disconnect() -> None:
+    """Release the process group at exit, unless its owner already did."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def move(value: Any, device: torch.device) -> Any:
+    """The value with its tensors on `device`, in the same form."""
+    if isinstance(value, Tensor):
+        return value.detach().to(device)
+    if isinstance(value, dict):
+        return {name: move(item, device) for name, item in value.items()}
+    if type(value) is list or type(value) is tuple:
+        return type(value)(move(item, device) for item in value)
+    return value

@@ -1,0 +1,480 @@
+"""Loaders divided over ranks: each sample once, the same number of batches on every rank.
+
+A step takes one batch for each rank from the loader's own order, which rank 0 draws and
+tells the others, so that any sampler, however it draws, gives one order to all. The ranks'
+batches lie one after another in that order: gathering them rank by rank restores it.
+
+In the last step, samples that do not fill every rank's batch are dealt out evenly. A rank
+that gets none still takes part, since the others wait for it in collectives: it is handed
+samples of the step that count for nothing, and its ``Share`` says so.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    Sampler,
+    default_collate,
+)
+
+from harness.accelerators.distributed.group import Ranks
+from harness.data.loaders import batch_rows, whole_tensors
+
+CHUNK = 1 << 16
+"""Rows of the order that rank 0 tells at once: half a megabyte."""
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """One rank's part of a step.
+
+    Attributes
+    ----------
+    start : >= 0
+        Place of the rank's first sample in the order of the whole loader.
+    count : >= 0
+        Samples of this rank that count; 0 where the batch only stands in.
+    total : >= 1
+        Samples of all ranks in the step.
+    """
+
+    start: int
+    count: int
+    total: int
+
+    def weight(self, world_size: int) -> float:
+        """Factor of a mean loss for which averaging over ranks gives the mean over samples."""
+        return self.count * world_size / self.total
+
+
+def deal(total: int, size: int, rank: int, world_size: int) -> tuple[int, int]:
+    """First sample and number of samples of a rank in a step of `total` samples.
+
+    Parameters
+    ----------
+    total : in 1..size * world_size
+        Samples in the step.
+    size : >= 1
+        Samples that fill a rank's batch.
+    rank, world_size
+        The rank and how many there are.
+
+    Examples
+    --------
+    >>> [deal(7, 3, rank, 3) for rank in range(3)]
+    [(0, 3), (3, 2), (5, 2)]
+    """
+    assert 1 <= total <= size * world_size
+    each, more = divmod(total, world_size)
+    return rank * each + min(rank, more), each + (rank < more)
+
+
+_KNOWN = frozenset(
+    {"batch_sampler", "batch_size", "collate_fn", "dataset", "drop_last", "generator"}
+    | {"num_workers", "pin_memory", "sampler"}
+)
+"""Attributes that a divided loader shares with the original one."""
+
+
+class ShardedLoader:
+    """One rank's part of a loader.
+
+    Iterating gives batches in the form of the original loader. ``share`` tells what of the
+    last batch counts.
+
+    Parameters
+    ----------
+    loader
+        Loader as one process would use it; its ``batch_size`` is each rank's.
+    ranks
+        The ranks to divide it over.
+    on_batch
+        Called with each batch and its ``Share`` as it is handed out; gives the batch on.
+    on_begin, on_end
+        Called before and after each pass over the data.
+
+    Notes
+    -----
+    - Map-style data: rank 0 draws the order, from the loader's own sampler.
+    - A batch sampler of the user's own, or ``batch_size=None``: a step takes one ready
+      batch for each rank.
+    - Iterable data: each rank reads the whole stream and keeps its part. A data set that
+      gives each rank samples of its own says so by an attribute ``sharded = True``; ranks
+      may then run dry at different steps.
+    - torch's ``DistributedSampler`` repeats samples to even the ranks out; its order is
+      kept and the repetitions are left out.
+    """
+
+    def __init__(
+        self,
+        loader: DataLoader[Any],
+        ranks: Ranks,
+        on_batch: Callable[[Any, Share], Any] = lambda batch, share: batch,
+        on_begin: Callable[[], None] = lambda: None,
+        on_end: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._loader = loader
+        self._ranks = ranks
+        self._on_batch = on_batch
+        self._on_begin, self._on_end = on_begin, on_end
+        self.share: Share | None = None
+        self._source = _source(loader, ranks)
+
+    def __iter__(self) -> Iterator[Any]:
+        self._on_begin()
+        # The iterator is made at once, since making it draws a random number in torch.
+        return self._handed_out(iter(self._source))
+
+    def _handed_out(self, source: Iterator[tuple[Any, Share]]) -> Iterator[Any]:
+        try:
+            for batch, share in source:
+                self.share = share
+                yield self._on_batch(batch, share)
+        finally:
+            self._on_end()
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getattr__(self, name: str) -> Any:
+        """What the original loader says of itself; its own position is not this one's."""
+        if name in _KNOWN:
+            return getattr(self._loader, name)
+        msg = f"{type(self).__name__!r} object has no attribute {name!r}"
+        raise AttributeError(msg)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell the epoch to sampler and data set, where they ask for it."""
+        for part in (self.sampler, self.batch_sampler, self.dataset):
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(epoch)
+
+
+def _source(loader: DataLoader[Any], ranks: Ranks) -> Any:
+    """Where the rank's batches and shares come from."""
+    if _is_divided(loader):
+        return _Counted(loader, ranks, every=False)
+    if loader.batch_size is not None and isinstance(loader.dataset, IterableDataset):
+        return _Streamed(loader, ranks)
+    batches = loader.sampler if loader.batch_size is None else loader.batch_sampler
+    if type(batches) is BatchSampler:
+        return _Planned(loader, batches, ranks)
+    if loader.batch_size is None and loader.batch_sampler is not None:
+        return _Batched(loader, loader.batch_sampler, ranks)
+    return _Counted(loader, ranks, every=True)
+
+
+def _is_divided(loader: DataLoader[Any]) -> bool:
+    """True if the loader gives each rank samples of its own already."""
+    samplers = (loader.sampler, loader.batch_sampler)
+    return getattr(loader.dataset, "sharded", False) or any(
+        hasattr(part, "num_replicas") and not isinstance(part, DistributedSampler)
+        for part in samplers
+    )
+
+
+def _rebuilt(loader: DataLoader[Any], **changes: Any) -> DataLoader[Any]:
+    """A loader like it, with another order or data set."""
+    options: dict[str, Any] = {
+        name: getattr(loader, name)
+        for name in (
+            "num_workers",
+            "collate_fn",
+            "pin_memory",
+            "timeout",
+            "worker_init_fn",
+            "multiprocessing_context",
+            "generator",
+            "prefetch_factor",
+            "persistent_workers",
+            "pin_memory_device",
+        )
+    }
+    return DataLoader(**({"dataset": loader.dataset} | options | changes))
+
+
+# ------------------------------------------------------------------ map-style data
+
+
+class _Planned:
+    """Rows in an order that all ranks know, dealt out step by step."""
+
+    def __init__(
+        self, loader: DataLoader[Any], batches: BatchSampler, ranks: Ranks
+    ) -> None:
+        self._ranks = ranks
+        self._sampler = _whole_order(batches.sampler)
+        self._size = batches.batch_size
+        self._drops = batches.drop_last
+        self._shares: deque[Share] = deque()
+        self._loader = loader
+        order = _Order(self._picks)
+        if loader.batch_size is None:
+            self._rebuilt = _rebuilt(loader, batch_size=None, sampler=order)
+        else:
+            self._rebuilt = _rebuilt(loader, batch_sampler=order)
+        found = whole_tensors(loader.dataset)
+        fast = found is not None and not loader.num_workers and not loader.pin_memory
+        is_plain = (
+            loader.batch_size is not None and loader.collate_fn is default_collate
+        )
+        self._tensors = found if fast and is_plain else None
+
+    def __len__(self) -> int:
+        count = len(self._sampler)
+        full, rest = divmod(count, self._size * self._ranks.world_size)
+        return full + bool(rest and not self._drops)
+
+    def __iter__(self) -> Iterator[tuple[Any, Share]]:
+        self._shares.clear()
+        if self._tensors is None:
+            return _with_shares(iter(self._rebuilt), self._shares)
+        # torch's loader draws its base seed here, before the sampler draws.
+        torch.empty((), dtype=torch.int64).random_(generator=self._loader.generator)
+        return _with_shares(self._indexed(*self._tensors), self._shares)
+
+    def _indexed(
+        self, tensors: Sequence[Tensor], rows: Tensor | None
+    ) -> Iterator[list[Tensor]]:
+        """Whole tensors indexed at once, as ``TensorLoader`` does."""
+        for picks in self._picks():
+            chosen = torch.tensor(picks)
+            chosen = chosen if rows is None else rows[chosen]
+            yield [tensor[chosen] for tensor in tensors]
+
+    def _picks(self) -> Iterator[list[int]]:
+        """Rows of this rank in each step; their shares queue up for ``__iter__``."""
+        ranks, size, place = self._ranks, self._size, 0
+        for step in _steps(self._order(), size * ranks.world_size):
+            if len(step) < size * ranks.world_size and self._drops:
+                return
+            start, count = deal(len(step), size, ranks.rank, ranks.world_size)
+            self._shares.append(Share(place + start, count, len(step)))
+            place += len(step)
+            yield (step[start : start + count] if count else step[:size]).tolist()
+
+    def _order(self) -> Iterator[Tensor]:
+        """Rank 0's order in pieces, on every rank."""
+        if self._ranks.rank:
+            while len(piece := self._ranks.share_order(None)):
+                yield piece
+            return
+        drawn = iter(self._sampler)
+        while True:
+            piece = torch.tensor(list(islice(drawn, CHUNK)), dtype=torch.int64)
+            yield self._ranks.share_order(piece)
+            if not len(piece):
+                return
+
+
+def _with_shares(
+    batches: Iterator[Any], shares: deque[Share]
+) -> Iterator[tuple[Any, Share]]:
+    """Each batch with the share that queued up when its rows were picked."""
+    for batch in batches:
+        yield batch, shares.popleft()
+
+
+def _steps(pieces: Iterator[Tensor], size: int) -> Iterator[Tensor]:
+    """The pieces cut anew into `size` rows each; the last one may be shorter."""
+    held = torch.empty(0, dtype=torch.int64)
+    for piece in pieces:
+        held = torch.cat([held, piece])
+        whole = len(held) // size * size
+        for first in range(0, whole, size):
+            yield held[first : first + size]
+        held = held[whole:]
+    if len(held):
+        yield held
+
+
+class _Order(Sampler[list[int]]):
+    """What picks rows for a rebuilt loader."""
+
+    def __init__(self, picks: Callable[[], Iterator[list[int]]]) -> None:
+        self._picks = picks
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return self._picks()
+
+
+class _WholeOrder(Sampler[int]):
+    """The order of a ``DistributedSampler`` before it repeats and divides it."""
+
+    def __init__(self, sampler: DistributedSampler[Any]) -> None:
+        self._sampler = sampler
+
+    def __len__(self) -> int:
+        return len(self._sampler.dataset)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[int]:
+        # torch 2.13, DistributedSampler.__iter__
+        if not self._sampler.shuffle:
+            return iter(range(len(self)))
+        drawn = torch.Generator().manual_seed(self._sampler.seed + self._sampler.epoch)
+        return iter(torch.randperm(len(self), generator=drawn).tolist())
+
+
+def _whole_order(sampler: Any) -> Any:
+    """The sampler, or the order behind it where it divides by itself."""
+    return _WholeOrder(sampler) if isinstance(sampler, DistributedSampler) else sampler
+
+
+class _Batched:
+    """Ready batches of rows from the user's own batch sampler, one for each rank a step."""
+
+    def __init__(self, loader: DataLoader[Any], batches: Any, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._batches = batches
+        self._shares: deque[Share] = deque()
+        self._rebuilt = _rebuilt(loader, batch_sampler=_Order(self._picks))
+
+    def __len__(self) -> int:
+        return -(-len(self._batches) // self._ranks.world_size)
+
+    def __iter__(self) -> Iterator[tuple[Any, Share]]:
+        self._shares.clear()
+        return _with_shares(iter(self._rebuilt), self._shares)
+
+    def _picks(self) -> Iterator[list[Any]]:
+        ranks, place = self._ranks, 0
+        drawn = iter(self._batches) if ranks.rank == 0 else iter(())
+        many = max(1, CHUNK // (1024 * ranks.world_size)) * ranks.world_size
+        while batches := ranks.broadcast([list(rows) for rows in islice(drawn, many)]):
+            for first in range(0, len(batches), ranks.world_size):
+                step = batches[first : first + ranks.world_size]
+                sizes = [len(rows) for rows in step]
+                mine = step[ranks.rank] if ranks.rank < len(step) else []
+                start = place + sum(sizes[: ranks.rank])
+                self._shares.append(Share(start, len(mine), sum(sizes)))
+                place += sum(sizes)
+                yield mine or step[0]
+
+
+# ------------------------------------------------------------------ streams
+
+
+@dataclass(slots=True)
+class _Marked:
+    """A sample of a stream with the share of the step that it came in."""
+
+    sample: Any
+    share: Share
+
+
+class _Streamed:
+    """Samples of a stream that every rank reads whole, dealt out step by step."""
+
+    def __init__(self, loader: DataLoader[Any], ranks: Ranks) -> None:
+        self._loader = loader
+        self._ranks = ranks
+        size = loader.batch_size or 1
+        part = _StreamPart(
+            loader.dataset, size, loader.drop_last, ranks.rank, ranks.world_size
+        )
+        self._rebuilt = _rebuilt(
+            loader,
+            dataset=part,
+            batch_size=size,
+            collate_fn=_CollateMarked(loader.collate_fn),
+        )
+
+    def __len__(self) -> int:
+        count = len(self._loader.dataset)  # type: ignore[arg-type]
+        size = (self._loader.batch_size or 1) * self._ranks.world_size
+        return count // size if self._loader.drop_last else -(-count // size)
+
+    def __iter__(self) -> Iterator[tuple[Any, Share]]:
+        return iter(self._rebuilt)
+
+
+class _StreamPart(IterableDataset[_Marked]):
+    """One rank's samples of a stream; in a worker, of that worker's part of it."""
+
+    def __init__(
+        self, dataset: Any, size: int, drops: bool, rank: int, world_size: int
+    ) -> None:
+        self._dataset = dataset
+        self._size = size
+        self._drops = drops
+        self._rank = rank
+        self._world_size = world_size
+
+    def __iter__(self) -> Iterator[_Marked]:
+        samples, place = iter(self._dataset), 0
+        whole = self._size * self._world_size
+        while step := list(islice(samples, whole)):
+            if len(step) < whole and self._drops:
+                return
+            start, count = deal(len(step), self._size, self._rank, self._world_size)
+            share = Share(place + start, count, len(step))
+            place += len(step)
+            for sample in step[start : start + count] or step[: self._size]:
+                yield _Marked(sample, share)
+
+
+class _CollateMarked:
+    """The user's collate function, with the share carried past it."""
+
+    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
+        self._collate = collate
+
+    def __call__(self, marked: Sequence[_Marked]) -> tuple[Any, Share]:
+        return self._collate([one.sample for one in marked]), marked[0].share
+
+
+class _Counted:
+    """Ready batches whose samples are counted as they come, one for each rank a step.
+
+    With `every`, each rank's loader gives all batches and the rank keeps each
+    ``world_size``-th; without, it gives the rank's own, and ranks may run dry early.
+    """
+
+    def __init__(self, loader: DataLoader[Any], ranks: Ranks, *, every: bool) -> None:
+        self._loader = loader
+        self._ranks = ranks
+        self._every = every
+
+    def __len__(self) -> int:
+        count = len(self._loader)
+        if self._every:
+            return -(-count // self._ranks.world_size)
+        return max(self._ranks.numbers(count))
+
+    def __iter__(self) -> Iterator[tuple[Any, Share]]:
+        ranks, place = self._ranks, 0
+        own = self._kept() if self._every else iter(self._loader)
+        last: Any = None
+        while True:
+            batch = next(own, None)
+            counts = ranks.numbers(-1 if batch is None else batch_rows(batch))
+            alive = [rank for rank, count in enumerate(counts) if count >= 0]
+            if not alive:
+                return
+            if len(alive) < ranks.world_size and ranks.any(
+                batch is None and last is None
+            ):
+                # A rank that never had a batch stands in with another one's.
+                lent = ranks.broadcast(batch, src=alive[0])
+                last = lent if last is None else last
+            counts = [max(count, 0) for count in counts]
+            start = place + sum(counts[: ranks.rank])
+            share = Share(start, counts[ranks.rank], max(1, sum(counts)))
+            place += sum(counts)
+            last = last if batch is None else batch
+            yield last, share
+
+    def _kept(self) -> Iterator[Any]:
+        """The rank's own of every ``world_size`` batches."""
+        return islice(self._loader, self._ranks.rank, None, self._ranks.world_size)

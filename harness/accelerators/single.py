@@ -1,0 +1,333 @@
+"""One device, no engine in the way: the protocol at the price of a plain loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from harness.accelerators.base import StepOpt, default_step_opt
+from harness.errors import CheckpointError
+from harness.reshard.consolidated import copy_tensors
+from harness.reshard.layout import members, plain_layout
+
+
+def best_device() -> torch.device:
+    """CUDA where there is one, else MPS, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def move(batch: Any, device: torch.device) -> Any:
+    """The batch with its tensors on `device`, in the same form; other leaves as they are."""
+    if isinstance(batch, Tensor):
+        return batch if batch.device == device else batch.to(device, non_blocking=True)
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(move(value, device) for value in batch))
+    if isinstance(batch, tuple | list):
+        return type(batch)([move(value, device) for value in batch])
+    if isinstance(batch, Mapping):
+        return {name: move(value, device) for name, value in batch.items()}
+    return batch
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """All weights, then all buffers, those left out of a ``state_dict`` too; live."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def load_optimizer(opt: Any, saved: Mapping[str, Any], name: str) -> None:
+    """Give an optimizer its state, in the dtypes that it had.
+
+    Raises
+    ------
+    CheckpointError
+        If its parameter groups are others.
+    """
+    try:
+        opt.load_state_dict(saved)
+    except (ValueError, KeyError) as error:
+        msg = f"resume: expected the saved groups of optimizer {name!r}, got: {error}."
+        raise CheckpointError(
+            f"{msg} Resume with the learner that was saved."
+        ) from error
+    # torch brings the state to the dtype of the parameter, which may be less precise.
+    params = [param for group in opt.param_groups for param in group["params"]]
+    for n, entry in saved["state"].items():
+        live = opt.state[params[int(n)]]
+        for key, value in entry.items():
+            if isinstance(value, Tensor):
+                live[key] = value.to(live[key].device, copy=True)
+
+
+def others(optimizers: Mapping[str, Any]) -> dict[str, list[Tensor]]:
+    """For each optimizer the parameters that only others own."""
+    owned = {
+        name: {id(p): p for group in opt.param_groups for p in group["params"]}
+        for name, opt in optimizers.items()
+    }
+    every = {key: param for params in owned.values() for key, param in params.items()}
+    return {
+        name: [param for key, param in every.items() if key not in params]
+        for name, params in owned.items()
+    }
+
+
+@contextmanager
+def without_gradients(params: Sequence[Tensor]) -> Iterator[None]:
+    """Let these parameters ask for no gradients inside."""
+    asking = [param for param in params if param.requires_grad]
+    for param in asking:
+        param.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for param in asking:
+            param.requires_grad_(True)
+
+
+class SingleDevice:
+    """One CPU, CUDA or MPS device.
+
+    Parameters
+    ----------
+    device
+        torch device or its name; None takes CUDA, then MPS, then the CPU.
+    accumulate : >= 1
+        Micro-batches to an optimizer step; gradients are averaged over them.
+
+    Raises
+    ------
+    ValueError
+        If `accumulate` is below 1.
+
+    References
+    ----------
+    luz 0.5.0, ``accelerator``. Differs from luz: gradient accumulation lives here.
+    """
+
+    rank = 0
+    local_rank = 0
+    world_size = 1
+    is_main = True
+    counted: int | None = None
+
+    def __init__(
+        self, device: str | torch.device | None = None, *, accumulate: int = 1
+    ) -> None:
+        if accumulate < 1:
+            msg = f"accelerator(accumulate): expected at least 1, got {accumulate!r}."
+            raise ValueError(f"{msg} Use 1 to step on every batch.")
+        # As tensors tell it, with its number: then a batch that is there is not moved.
+        found = best_device() if device is None else torch.device(device)
+        self.device = torch.empty(0, device=found).device
+        self.accumulate = accumulate
+        self.window = accumulate
+        self.steps: dict[str, int] = {}
+        self._model: nn.Module | None = None
+        self._optimizers: dict[str, torch.optim.Optimizer] = {}
+        self._done: dict[str, int] = {}
+        self._hooks: list[Any] = []
+        self._others: dict[str, list[Tensor]] = {}
+        self._known_layouts: dict[str, tuple[Tensor, list[list[int]]]] = {}
+        self._nothing: AbstractContextManager[object] = nullcontext()
+
+    def prepare(
+        self,
+        model: nn.Module,
+        optimizers: Mapping[str, Any] | None = None,
+        loaders: Sequence[Any] = (),
+    ) -> tuple[nn.Module, dict[str, Any], list[Any]]:
+        """Place the model on the device; optimizers and loaders come back as they are."""
+        self._model = model.to(self.device)
+        self._optimizers = dict(optimizers or {})
+        self._others = others(self._optimizers)
+        self._known_layouts = {}
+        self._done = dict.fromkeys(self._optimizers, 0)
+        self.steps = dict.fromkeys(self._optimizers, 0)
+        self.window = self.accumulate
+        for name, opt in self._optimizers.items():
+            self._place_state(opt)
+            self._hooks.append(opt.register_step_post_hook(self._counter(name)))
+        return model, self._optimizers, list(loaders)
+
+    def _place_state(self, opt: torch.optim.Optimizer) -> None:
+        """Move state that an optimizer already has beside its parameters."""
+        for state in opt.state.values():
+            for key, value in state.items():
+                if isinstance(value, Tensor) and value.dim() > 0:
+                    state[key] = value.to(self.device)
+
+    def _counter(self, name: str) -> Any:
+        """Count steps whoever calls them: the loop, or a model's own ``step``."""
+
+        def count(*_: object) -> None:
+            self.steps[name] += 1
+
+        return count
+
+    def _only(self, name: str | None) -> str:
+        """The optimizer meant by None."""
+        if name is not None:
+            return name
+        if len(self._optimizers) == 1:
+            return next(iter(self._optimizers))
+        msg = "accelerator: expected the name of one of several optimizers, got None."
+        raise ValueError(f"{msg} Choose from {list(self._optimizers)}.")
+
+    def optimizing(self, name: str | None = None) -> AbstractContextManager[object]:
+        """Hold the forward and backward of one optimizer: only what it owns gets gradients."""
+        if len(self._optimizers) < 2 or not torch.is_grad_enabled():
+            return self._nothing
+        return without_gradients(self._others[self._only(name)])
+
+    @contextmanager
+    def counting(self, name: str | None = None) -> Iterator[None]:
+        """Count one backward, whoever makes it inside: this accelerator or the user."""
+        name = self._only(name)
+        before = self._done[name]
+        yield
+        if self._done[name] == before:
+            self._done[name] += 1
+
+    def backward(self, loss: Tensor, name: str | None = None) -> None:
+        """Add the gradients of ``loss / window``; `loss` is a scalar with a graph."""
+        if self.window > 1:
+            loss = loss / self.window
+        loss.backward()  # type: ignore[no-untyped-call]
+        self._done[self._only(name)] += 1
+
+    def is_boundary(self, name: str | None = None) -> bool:
+        """True when as many backwards as the window holds have been done."""
+        return self._done[self._only(name)] >= self.window
+
+    def step(
+        self, name: str | None = None, step_opt: StepOpt = default_step_opt
+    ) -> bool:
+        """Step at a boundary and clear the gradients; True if the weights were changed."""
+        name = self._only(name)
+        if self._done[name] < self.window:
+            return False
+        opt = self._optimizers[name]
+        before = self.steps[name]
+        step_opt(opt)
+        opt.zero_grad()
+        self._done[name] = 0
+        return self.steps[name] > before
+
+    def clip(
+        self, max_norm: float, name: str | None = None, norm_type: float = 2.0
+    ) -> Tensor:
+        """Clip the total gradient norm of one optimizer's parameters."""
+        groups = self._optimizers[self._only(name)].param_groups
+        params = [param for group in groups for param in group["params"]]
+        return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type)
+
+    def to_device(self, batch: Any) -> Any:
+        """The batch on the device."""
+        return move(batch, self.device)
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """The tensor itself: there is one rank."""
+        return tensor
+
+    def reduce(
+        self, tensor: Tensor, op: Literal["sum", "mean", "max"] = "sum"
+    ) -> Tensor:
+        """The tensor itself: there is one rank."""
+        return tensor
+
+    def broadcast(self, value: Any, src: int = 0) -> Any:
+        """The value itself: there is one rank."""
+        return value
+
+    def any(self, flag: bool) -> bool:
+        """The flag itself: there is one rank."""
+        return flag
+
+    def barrier(self) -> None:
+        """Nobody to wait for."""
+
+    def whole_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
+        """All weights and buffers, detached, on the CPU."""
+        return {
+            name: value.detach().cpu() if isinstance(value, Tensor) else value
+            for name, value in model.state_dict().items()
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights, buffers, optimizers, gradients, counters, what is frozen; live."""
+        model = self._model
+        assert model is not None
+        return {
+            "world_size": 1,
+            "model": tensors_of(model),
+            "optimizers": {n: opt.state_dict() for n, opt in self._optimizers.items()},
+            "layouts": {n: layout for n, (layout, _) in self._layouts().items()},
+            "members": {n: groups for n, (_, groups) in self._layouts().items()},
+            "kinds": {n: type(opt).__name__ for n, opt in self._optimizers.items()},
+            "steps": dict(self.steps),
+            "done": dict(self._done),
+            "grads": {
+                name: param.grad
+                for name, param in model.named_parameters()
+                if param.grad is not None
+            },
+            "frozen": [n for n, p in model.named_parameters() if not p.requires_grad],
+        }
+
+    def _layouts(self) -> dict[str, tuple[Tensor, list[list[int]]]]:
+        """Which parameters each optimizer steps; made anew if it got more of them."""
+        assert self._model is not None
+        for name, opt in self._optimizers.items():
+            params = [param for group in opt.param_groups for param in group["params"]]
+            found = self._known_layouts.get(name)
+            if found is None or len(found[0]) != len(params):
+                self._known_layouts[name] = (
+                    plain_layout(self._model, params),
+                    members(self._model, opt.param_groups),
+                )
+        return self._known_layouts
+
+    def load_state_dict(
+        self,
+        state: Mapping[str, Any],
+        parts: Sequence[str] = ("model", "optimizers"),
+    ) -> None:
+        """Take back what ``state_dict`` gave, all of it or one of the two parts.
+
+        Raises
+        ------
+        CheckpointError
+            If it is of another model or other optimizers.
+        """
+        model = self._model
+        assert model is not None
+        if "model" in parts:
+            copy_tensors(tensors_of(model), state["model"])
+        if "optimizers" not in parts:
+            return
+        if set(state["optimizers"]) != set(self._optimizers):
+            have, want = sorted(state["optimizers"]), sorted(self._optimizers)
+            msg = f"resume: expected optimizers {want}, got {have}."
+            raise CheckpointError(f"{msg} Resume with the learner that was saved.")
+        for name, own in state["optimizers"].items():
+            load_optimizer(self._optimizers[name], own, name)
+        self.steps.update(state["steps"])
+        self._done.update(state["done"])
+        for name, param in model.named_parameters():
+            grad = state["grads"].get(name)
+            param.grad = None if grad is None else grad.to(self.device, copy=True)
+            param.requires_grad_(name not in state["frozen"])
+
+    def finish(self, *, failed: bool = False) -> None:
+        """Take the step counters off the optimizers."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()

@@ -1,0 +1,1 @@
+"""Checkpoints: what a fit needs to resume exactly."""

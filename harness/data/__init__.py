@@ -1,0 +1,1 @@
+"""Data: from what the user passes to batches."""

@@ -1,0 +1,1 @@
+"""Metrics of a fit: torchmetrics objects, plain functions, and the loss average."""

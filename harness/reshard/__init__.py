@@ -1,0 +1,1 @@
+"""Resume a checkpoint on other ranks, ZeRO stages or precisions."""

@@ -1,0 +1,636 @@
+"""What is DeepSpeed's alone: refusals, precision, offload, its own optimizers, overflow."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import harness
+from harness.accelerators.deepspeed.accelerator import DeepSpeedAccelerator
+from harness.accelerators.deepspeed.library import door
+from harness.accelerators.single import SingleDevice
+from harness.callbacks import LRScheduler, ModelCheckpoint, ResumeFromCheckpoint
+from tests.harness.accelerators.cases import (
+    Gan,
+    Lab,
+    Net,
+    adam,
+    adversarial,
+    check_equal,
+    plain,
+    regression,
+    seeded,
+    train_window,
+    two_rates,
+    windows,
+)
+
+STAGES = [0, 1, 2, 3]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def make() -> Iterator[Any]:
+    """Accelerators at a stage, finished afterwards."""
+    with ExitStack() as stack:
+
+        def made(stage: int = 0, accumulate: int = 1, **config: Any) -> Any:
+            zero = {"stage": stage, **config.pop("zero_optimization", {})}
+            found = DeepSpeedAccelerator(
+                {"zero_optimization": zero, **config},
+                device="cpu",
+                accumulate=accumulate,
+            )
+            stack.callback(found.finish)
+            return found
+
+        yield made
+
+
+def prepared(accelerator: Any, build: Any = Net, optimizers: Any = adam) -> Any:
+    """Model and optimizers, ready."""
+    model = seeded(build)
+    return accelerator.prepare(model, optimizers(model))[:2]
+
+
+# ----------------------------------------------------------------- refused at start
+
+
+def test_accumulate_below_one_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"accumulate\): expected at least 1, got 0"):
+        DeepSpeedAccelerator({}, device="cpu", accumulate=0)
+
+
+def test_device_that_deepspeed_lacks_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"expected 'cpu' or 'cuda', got 'meta'"):
+        DeepSpeedAccelerator({}, device="meta")
+
+
+def test_missing_cuda_is_refused() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(ValueError, match=r"expected a CUDA device, got none"):
+        DeepSpeedAccelerator({}, device="cuda")
+
+
+def test_wrong_config_is_refused() -> None:
+    with pytest.raises(ValueError, match="Did you mean 'zero_optimization'"):
+        DeepSpeedAccelerator({"zero_optimisation": {}}, device="cpu")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_lbfgs_is_refused(stage: int, make: Any) -> None:
+    model = Net()
+    opt = torch.optim.LBFGS(model.parameters())
+    with pytest.raises(
+        ValueError, match=r"prepare\('opt'\): expected an optimizer without"
+    ):
+        make(stage).prepare(model, {"opt": opt})
+
+
+def test_parameters_with_two_owners_are_refused(make: Any) -> None:
+    model = Net()
+    opts = {
+        "a": torch.optim.SGD(model.parameters(), lr=1),
+        "b": torch.optim.SGD(model.head.parameters(), lr=1),
+    }
+    with pytest.raises(
+        ValueError, match=r"one optimizer for 'head.weight', got 'a' and 'b'"
+    ):
+        make().prepare(model, opts)
+
+
+def test_parameters_of_another_model_are_refused(make: Any) -> None:
+    opt = torch.optim.SGD(Net().parameters(), lr=1)
+    with pytest.raises(
+        ValueError, match=r"expected parameters of the model, got one of shape"
+    ):
+        make().prepare(Net(), {"opt": opt})
+
+
+def test_optimizer_in_two_places_is_refused(make: Any) -> None:
+    config = {"optimizer": {"type": "SGD", "params": {"lr": 0.1}}}
+    with pytest.raises(ValueError, match=r"one place for the optimizer, got \['opt'\]"):
+        prepared(make(1, **config))
+
+
+def test_no_optimizer_is_refused(make: Any) -> None:
+    with pytest.raises(
+        ValueError, match="an optimizer in the learner or in the config, got none"
+    ):
+        make().prepare(Net(), {})
+
+
+def test_optimizer_of_frozen_parameters_is_refused(make: Any) -> None:
+    model = Net()
+    opts = two_rates(model)
+    model.head.requires_grad_(False)
+    with pytest.raises(
+        ValueError, match=r"prepare\('head'\): expected parameters to train"
+    ):
+        make(1).prepare(model, opts)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_parameter_without_dims_is_refused(stage: int, make: Any) -> None:
+    model = Net()
+    model.scale = nn.Parameter(torch.tensor(1.0))
+    with pytest.raises(ValueError, match=r"got 'scale' of shape \(\).*shape \(1,\)"):
+        make(stage).prepare(model, adam(model))
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_optimizer_of_the_config_trains_and_goes_on(
+    stage: int, make: Any, tmp_path: Path
+) -> None:
+    params = {"lr": "auto", "torch_adam": True, "adam_w_mode": False}
+    config = {"optimizer": {"type": "Adam", "params": params}}
+    data = torch.randn(32, 5), torch.randn(32, 3)
+
+    def fit(optimizer: Any, accelerator: Any, epochs: int, **options: Any) -> Any:
+        learner = harness.setup(Net, loss=nn.MSELoss(), optimizer=optimizer)
+        fitted = learner.set_opt_hparams(lr=0.05).fit(
+            data,
+            epochs,
+            accelerator=accelerator,
+            tracker=False,
+            verbose=False,
+            seed=1,
+            **options,
+        )
+        return fitted.model.state_dict()
+
+    wanted = fit(torch.optim.Adam, SingleDevice("cpu"), 3)
+    found = fit("config", make(stage, **config), 3)
+    saving = [ModelCheckpoint(tmp_path / "saved")]
+    fit("config", make(stage, **config), 1, callbacks=saving)
+    going_on = [ResumeFromCheckpoint(tmp_path / "saved")]
+    gone_on = fit("config", make(2, **config), 3, callbacks=going_on)
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(gone_on[name], value, rtol=1e-5, atol=1e-7)
+    with pytest.raises(ValueError, match="an optimizer in the accelerator's config"):
+        fit("config", SingleDevice("cpu"), 1)
+
+
+def test_state_has_what_was_frozen_and_sets_no_other_attribute(make: Any) -> None:
+    first, last = make(0), make(0)
+    model, _ = prepared(first)
+    model.head.requires_grad_(False)
+    state = first.state_dict()
+    other, _ = prepared(last)
+    (engine,) = last._engines().values()
+    was = engine.optimizer
+    for facts in state["facts"].values():
+        facts["counters"] = {**facts["counters"], "optimizer": 1}
+    last.load_state_dict(state)
+    assert engine.optimizer is was
+    frozen = [name for name, p in other.named_parameters() if not p.requires_grad]
+    assert frozen == ["head.weight", "head.bias"]
+
+
+class Rowwise(torch.optim.SGD):
+    """An optimizer of the user's own."""
+
+
+def test_unknown_optimizer_is_refused_where_zero_divides_it(make: Any) -> None:
+    def own(model: nn.Module) -> Any:
+        return {"opt": Rowwise(model.parameters(), lr=0.1)}
+
+    with pytest.raises(ValueError, match=r"elements one by one at ZeRO 2, got Rowwise"):
+        prepared(make(2), Net, own)
+    prepared(make(0), Net, own)
+    prepared(make(2, zero_allow_untested_optimizer=True), Net, own)
+
+
+def test_batch_size_of_the_loader_is_checked(make: Any) -> None:
+    data = torch.utils.data.TensorDataset(torch.zeros(8, 5))
+    loader = torch.utils.data.DataLoader(data, batch_size=4)
+    model = Net()
+    accelerator = make(train_micro_batch_size_per_gpu=2)
+    with pytest.raises(ValueError, match=r"= 4, the loader's batch size, got 2"):
+        accelerator.prepare(model, adam(model), [loader])
+
+
+# ------------------------------------------------------------- refused on the way
+
+
+def test_graph_shared_by_two_optimizers_is_refused(make: Any) -> None:
+    accelerator = make(1)
+    model, _ = prepared(accelerator, Net, two_rates)
+    x, y = windows(1, [1])[0][0][0]
+    pred = model(x)
+    with (
+        pytest.raises(
+            ValueError, match=r"graph of its own, got one shared with optimizer 'head'"
+        ),
+        accelerator.optimizing("body"),
+    ):
+        accelerator.backward((pred - y).square().mean(), "body")
+
+
+def test_backward_outside_its_section_is_refused(make: Any) -> None:
+    accelerator = make(1)
+    model, _ = prepared(accelerator, Net, two_rates)
+    loss = regression(model, "body", windows(1, [1])[0][0][0])
+    with pytest.raises(
+        RuntimeError, match=r"with accelerator.optimizing\('body'\)' around it"
+    ):
+        accelerator.backward(loss, "body")
+
+
+@pytest.mark.parametrize("make_loss", [lambda x: x, lambda x: x.detach().mean()])
+def test_loss_that_is_none_is_refused(make: Any, make_loss: Any) -> None:
+    accelerator = make(0)
+    model, _ = prepared(accelerator)
+    loss = make_loss(model(torch.zeros(2, 5)))
+    with pytest.raises(
+        ValueError, match=r"backward\('opt'\): expected a scalar with a graph"
+    ):
+        accelerator.backward(loss)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_parameters_unfrozen_later_are_refused(stage: int, make: Any) -> None:
+    def frozen() -> nn.Module:
+        net = Net()
+        net.body.requires_grad_(False)
+        return net
+
+    accelerator = make(stage)
+    model, _ = prepared(accelerator, frozen)
+    model.body.requires_grad_(True)
+    with (
+        pytest.raises(RuntimeError, match=rf"at ZeRO {stage}, got some unfrozen later"),
+        accelerator.optimizing(),
+    ):
+        raise AssertionError("not reached")
+    model.body.requires_grad_(False)
+    model.head.requires_grad_(False)
+    with (
+        pytest.raises(RuntimeError, match="got some frozen later"),
+        accelerator.optimizing(),
+    ):
+        raise AssertionError("not reached")
+
+
+def test_step_of_the_optimizer_itself_without_backward_is_refused(make: Any) -> None:
+    _, opts = prepared(make(1))
+    with pytest.raises(
+        RuntimeError, match=r"expected accelerator.backward\(loss\) first"
+    ):
+        opts["opt"].step()
+
+
+def test_closure_is_refused(make: Any) -> None:
+    _, opts = prepared(make(1))
+    with pytest.raises(
+        TypeError, match=r"step\(closure\): expected None under DeepSpeed"
+    ):
+        opts["opt"].step(lambda: 1.0)
+
+
+def test_other_norms_are_refused(make: Any) -> None:
+    accelerator = make(1)
+    prepared(accelerator)
+    with pytest.raises(
+        ValueError, match=r"clip\(norm_type\): expected 2.0 under DeepSpeed"
+    ):
+        accelerator.clip(1.0, norm_type=1.0)
+
+
+def test_optimizer_is_not_pickled(make: Any) -> None:
+    _, opts = prepared(make(1))
+    with pytest.raises(TypeError, match="got pickle or deepcopy"):
+        pickle.dumps(opts["opt"])
+
+
+def test_unprepared_accelerator_says_so(make: Any) -> None:
+    with pytest.raises(RuntimeError, match="expected prepare"):
+        make().state_dict()
+
+
+# ------------------------------------------------------------------- its own ways
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_optimizer_of_the_config_trains(stage: int, make: Any) -> None:
+    data = windows(1, [2, 1])
+    wanted = plain(
+        Net,
+        lambda model: {
+            "opt": torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
+        },
+        regression,
+        data,
+        each_micro=stage >= 2,
+    )
+    params = {"lr": "auto", "momentum": 0.9}
+    accelerator = make(stage, 2, optimizer={"type": "SGD", "params": params})
+    model = seeded(Net)
+    model, opts, _ = accelerator.prepare(model, {}, opt_hparams={"lr": 0.3})
+    assert list(opts) == ["opt"]
+    for window in data:
+        train_window(Lab(stage, Path()), accelerator, model, opts, regression, window)
+    check_equal(accelerator.whole_state_dict(model), wanted)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_scheduler_of_the_config_steps_with_the_optimizer(
+    stage: int, make: Any
+) -> None:
+    params = {"warmup_max_lr": 0.1, "warmup_num_steps": 4, "warmup_type": "linear"}
+    accelerator = make(stage, scheduler={"type": "WarmupLR", "params": params})
+    model, opts = prepared(accelerator)
+    rates = []
+    for window in windows(1, [1, 1, 1]):
+        train_window(Lab(stage, Path()), accelerator, model, opts, regression, window)
+        rates.append(opts["opt"].param_groups[0]["lr"])
+    assert rates == pytest.approx([0.0, 0.025, 0.05])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_clipping_by_the_config_equals_clip(stage: int, make: Any) -> None:
+    data = windows(1, [1, 2])
+    wanted = plain(Net, adam, regression, data, each_micro=stage >= 2, max_norm=0.05)
+    accelerator = make(stage, 2, gradient_clipping=0.05)
+    model, opts = prepared(accelerator)
+    for window in data:
+        train_window(Lab(stage, Path()), accelerator, model, opts, regression, window)
+    check_equal(accelerator.whole_state_dict(model), wanted, rtol=2e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_offload_equals_plain_torch(stage: int, make: Any) -> None:
+    data = windows(1, [1, 3, 2])
+    wanted = plain(Net, adam, regression, data, each_micro=stage >= 2)
+    zero = {"offload_optimizer": {"device": "cpu"}}
+    accelerator = make(stage, 3, zero_optimization=zero)
+    model, opts = prepared(accelerator)
+    for window in data:
+        train_window(Lab(stage, Path()), accelerator, model, opts, regression, window)
+    check_equal(accelerator.whole_state_dict(model), wanted)
+
+
+def test_open_window_with_offload_is_not_saved(make: Any) -> None:
+    accelerator = make(2, 2, zero_optimization={"offload_optimizer": {"device": "cpu"}})
+    model, _ = prepared(accelerator)
+    with accelerator.optimizing():
+        accelerator.backward(regression(model, "opt", windows(1, [1])[0][0][0]))
+    with pytest.raises(RuntimeError, match="expected the end of a window with offload"):
+        accelerator.state_dict()
+
+
+@pytest.mark.parametrize("build", ["net", "gan"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_bf16_is_near_full_precision(stage: int, build: str, make: Any) -> None:
+    data = windows(1, [1, 2, 2])
+    kinds: Any = {"net": (Net, two_rates, regression), "gan": (Gan, slow, in_bf16)}
+    made, optimizers, loss_of = kinds[build]
+    wanted = plain(
+        made,
+        optimizers,
+        adversarial if build == "gan" else loss_of,
+        data,
+        each_micro=False,
+    )
+    accelerator = make(stage, 2, bf16={"enabled": True})
+    model, opts = prepared(accelerator, made, optimizers)
+    assert {param.dtype for param in model.parameters()} == {torch.bfloat16}
+    for window in data:
+        train_window(Lab(stage, Path()), accelerator, model, opts, loss_of, window)
+    found = accelerator.whole_state_dict(model)
+    start = seeded(made).state_dict()
+    for name, value in wanted.state_dict().items():
+        assert found[name].dtype == torch.float32
+        moved = (value - start[name]).abs().max()
+        assert (found[name] - value).abs().max() < 0.1 * moved + 4e-3, name
+    accelerator.finish()
+    assert {param.dtype for param in model.parameters()} == {torch.float32}
+
+
+def slow(model: nn.Module) -> dict[str, torch.optim.Optimizer]:
+    """Players whose steps follow the size of the gradient: Adam's follow its sign."""
+    gan: Any = model
+    return {
+        "disc": torch.optim.SGD(gan.disc.parameters(), lr=0.1),
+        "gen": torch.optim.SGD(gan.gen.parameters(), lr=0.1),
+    }
+
+
+def in_bf16(model: nn.Module, name: str, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """As ``adversarial``; parts that are called by themselves take what they are given."""
+    return adversarial(model, name, (batch[0].bfloat16(), batch[1]))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_autocast_is_torchs(stage: int, make: Any) -> None:
+    data = windows(1, [1, 2])
+
+    def under_autocast(model: nn.Module, name: str, batch: Any) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return regression(model, name, batch)
+
+    wanted = plain(Net, adam, under_autocast, data, each_micro=stage >= 2)
+    accelerator = make(stage, 2, torch_autocast={"enabled": True, "dtype": "bfloat16"})
+    model, opts = prepared(accelerator)
+    for window in data:
+        train_window(Lab(stage, Path()), accelerator, model, opts, regression, window)
+    # Gradients travel in bfloat16 under DeepSpeed's autocast.
+    check_equal(accelerator.whole_state_dict(model), wanted, rtol=2e-2, atol=6e-3)
+    assert model(data[0][0][0][0]).dtype == torch.bfloat16
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_autocast_is_left_where_the_forward_raises(make: Any) -> None:
+    accelerator = make(0, torch_autocast={"enabled": True})
+    model, _ = prepared(accelerator)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        model(torch.zeros(2, 3))
+    assert not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_overflow_is_skipped_and_counted(stage: int, make: Any) -> None:
+    accelerator = make(stage, bf16={"enabled": True, "check_grad_overflow": True})
+    model, opts = prepared(accelerator)
+    lab, (window, *_) = Lab(stage, Path()), windows(1, [1])
+    before = accelerator.whole_state_dict(model)
+    with accelerator.optimizing("opt"):
+        loss = regression(model, "opt", window[0][0]) * float("inf")
+        accelerator.backward(loss, "opt")
+    changed = accelerator.step("opt")
+    assert (changed, accelerator.steps, accelerator.overflows) == (
+        False,
+        {"opt": 0},
+        {"opt": 1},
+    )
+    torch.testing.assert_close(
+        accelerator.whole_state_dict(model), before, rtol=0, atol=0
+    )
+    train_window(lab, accelerator, model, opts, regression, window)
+    assert (accelerator.steps, accelerator.overflows) == ({"opt": 1}, {"opt": 1})
+
+
+class Overflow(harness.Callback):
+    """Lets the gradients of the second batch overflow."""
+
+    def on_train_batch_before_backward(self) -> None:
+        if self.ctx.iter == 2:
+            assert self.ctx.loss_grad is not None
+            self.ctx.loss_grad = torch.mul(self.ctx.loss_grad, float("inf"))
+
+
+def test_fit_records_overflows(make: Any) -> None:
+    accelerator = make(1, bf16={"enabled": True, "check_grad_overflow": True})
+    step_lr = torch.optim.lr_scheduler.StepLR
+    scheduler = LRScheduler(step_lr, call_on="on_train_batch_after_step", step_size=1)
+    learner = harness.setup(
+        lambda: nn.Linear(3, 1), loss=nn.MSELoss(), optimizer=torch.optim.AdamW
+    )
+    fitted = learner.fit(
+        (torch.ones(16, 3), torch.ones(16, 1)),
+        2,
+        callbacks=[Overflow(), scheduler],
+        accelerator=accelerator,
+        dataloader_options={"batch_size": 4},
+        tracker=False,
+        verbose=False,
+    )
+    counts = [epoch["overflows"] for epoch in fitted.records["profile"]["train"]]
+    assert counts == [1, 2]
+    assert scheduler.scheduler.last_epoch == 2 * 3
+
+
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("stage", STAGES)
+def test_parameter_without_gradient_counts_as_zero(
+    stage: int, offload: bool, make: Any
+) -> None:
+    class Half(Net):
+        def forward(self, x: Tensor, use_body: bool = True) -> Tensor:
+            hidden = self.body(x) if use_body else x.sum(1, keepdim=True).repeat(1, 7)
+            return self.head(torch.tanh(hidden))
+
+    def sgd(model: nn.Module) -> Any:
+        return {"opt": torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5)}
+
+    if offload and stage == 0:
+        pytest.skip("nothing is offloaded without ZeRO")
+    zero = {"offload_optimizer": {"device": "cpu"}} if offload else {}
+    accelerator = make(stage, 2, zero_optimization=zero)
+    model, _ = prepared(accelerator, Half, sgd)
+    wanted = seeded(Half)
+    opt = sgd(wanted)["opt"]
+    uses = [(True, True), (False, True), (True, False), (False, False), (True, True)]
+    for window, used in zip(windows(1, [2] * 5), uses, strict=True):
+        opt.zero_grad(set_to_none=False)
+        for ((x, y),), use_body in zip(window, used, strict=True):
+            ((wanted(x, use_body) - y).square().mean() / 2).backward()
+            with accelerator.optimizing():
+                accelerator.backward((model(x, use_body) - y).square().mean())
+        opt.step()
+        assert accelerator.step()
+    check_equal(accelerator.whole_state_dict(model), wanted)
+
+
+def test_users_step_opt_is_called_with_the_optimizer(make: Any) -> None:
+    accelerator = make(1)
+    model, opts = prepared(accelerator)
+    seen: list[Any] = []
+
+    def step_opt(opt: Any) -> None:
+        seen.append(opt)
+
+    with accelerator.optimizing():
+        accelerator.backward(regression(model, "opt", windows(1, [1])[0][0][0]))
+    assert not accelerator.step("opt", step_opt)
+    assert seen == [opts["opt"]]
+    assert accelerator.steps == {"opt": 0}
+    assert accelerator.step("opt")
+
+
+def test_evaluation_needs_no_engine(make: Any) -> None:
+    accelerator = make(3)
+    model = seeded(Net)
+    found, opts, _ = accelerator.prepare(model, None, [None])
+    assert found is model
+    assert opts == {}
+    with torch.no_grad(), accelerator.optimizing("opt"):
+        torch.testing.assert_close(
+            model(torch.ones(2, 5)), seeded(Net)(torch.ones(2, 5))
+        )
+
+
+def test_validation_between_training_batches_changes_nothing(make: Any) -> None:
+    data = windows(1, [2, 2])
+    for stage in STAGES:
+        wanted = plain(Net, adam, regression, data, each_micro=stage >= 2)
+        accelerator = make(stage, 2)
+        model, opts = prepared(accelerator)
+        for window in data:
+            with torch.no_grad():
+                model.eval()
+                model(torch.zeros(3, 5))
+                model.train()
+            train_window(
+                Lab(stage, Path()), accelerator, model, opts, regression, window
+            )
+        check_equal(accelerator.whole_state_dict(model), wanted)
+        accelerator.finish()
+
+
+def test_nothing_is_said_and_mlflow_stays_away(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import sys, torch\n"
+        "from harness.accelerators.deepspeed.accelerator import DeepSpeedAccelerator\n"
+        "for stage in range(4):\n"
+        "    acc = DeepSpeedAccelerator({'zero_optimization': {'stage': stage}}, device='cpu')\n"
+        "    model = torch.nn.Linear(2, 1)\n"
+        "    opt = torch.optim.AdamW(model.parameters())\n"
+        "    acc.prepare(model, {'opt': opt})\n"
+        "    acc.backward(model(torch.ones(3, 2)).mean())\n"
+        "    assert acc.step()\n"
+        "    acc.finish()\n"
+        "assert 'mlflow' not in sys.modules\n"
+    )
+    root = Path(__file__).resolve().parents[4]
+    done = subprocess.run(
+        [sys.executable, "-W", "default", script],
+        env={"PYTHONPATH": str(root), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_log_level_in_the_config_asks_for_chatter(make: Any) -> None:
+    try:
+        prepared(make(1, log_level="info"))
+        assert door().utils.logger.level == 20
+    finally:
+        prepared(make(1))
+    assert door().utils.logger.level == 40
+
+
+def test_warnings_of_the_users_own_are_left_alone(make: Any) -> None:
+    prepared(make(3))
+    with pytest.warns(FutureWarning, match="mine"):
+        warnings.warn("mine", FutureWarning, stacklevel=1)

@@ -1,0 +1,91 @@
+"""A training on several ranks that goes wrong as asked.
+
+``faulty.py FOLDER HOW``; each rank writes its process id into the folder first.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import harness
+from harness.accelerators.deepspeed.accelerator import DeepSpeedAccelerator
+
+STEPS = {"well": 4, "wait": 10_000}
+
+
+def boom() -> None:
+    raise ValueError("boom on purpose")
+
+
+class Raise(harness.Callback):
+    """Raises on one rank alone, some batches into the fit."""
+
+    def on_train_batch_end(self) -> None:
+        accelerator = self.ctx.accelerator
+        assert accelerator is not None
+        if self.ctx.iter == 5 and accelerator.rank == 1:
+            boom()
+
+
+def in_a_fit(folder: Path) -> None:
+    """The same in a tracked fit that saves checkpoints."""
+    (folder / f"pid-{os.environ['RANK']}").write_text(str(os.getpid()))
+    learner = harness.setup(
+        lambda: torch.nn.Linear(3, 1),
+        loss=torch.nn.MSELoss(),
+        optimizer=torch.optim.AdamW,
+    )
+    resume = harness.callbacks.AutoResume(folder / "saved", every_n_steps=2)
+    learner.fit(
+        (torch.randn(400, 3), torch.randn(400, 1)),
+        callbacks=[resume, Raise()],
+        accelerator=harness.accelerator(
+            {"zero_optimization": {"stage": 3}}, device="cpu"
+        ),
+        dataloader_options={"batch_size": 4},
+        seed=1,
+        tracker={"runs_dir": folder / "runs", "deliver": False},
+        verbose=False,
+    )
+
+
+def main(folder: Path, how: str) -> None:
+    if how == "fit":
+        in_a_fit(folder)
+        return
+    stage = 7 if how == "config" else 2
+    rank = os.environ["RANK"]
+    (folder / f"pid-{rank}").write_text(str(os.getpid()))
+    accelerator = DeepSpeedAccelerator(
+        {"zero_optimization": {"stage": stage}}, device="cpu"
+    )
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 1)
+    opt = torch.optim.AdamW(model.parameters(), lr=0.1)
+    accelerator.prepare(model, {"opt": opt})
+    for step in range(STEPS.get(how, 10_000)):
+        accelerator.backward(model(torch.full((2, 3), float(accelerator.rank))).mean())
+        accelerator.step()
+        (folder / f"steps-{rank}").write_text(str(step + 1))
+        if how == "wait":
+            time.sleep(0.05)
+        if step == 2 and accelerator.rank == 1:
+            if how == "raise":
+                boom()
+            if how == "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+    weights = accelerator.whole_state_dict(model)
+    if accelerator.is_main:
+        total = sum(float(value.sum()) for value in weights.values())
+        sys.stdout.write(f"sum {total:.6f}\n")
+    accelerator.finish()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])

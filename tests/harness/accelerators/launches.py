@@ -1,0 +1,101 @@
+"""Starts workers and reads what they wrote."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[3]
+
+PATIENCE_S = 240
+"""Seconds after which a launch is taken for hung."""
+
+
+def free_port() -> int:
+    """A port that was free a moment ago."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def rank_environment(rank: int, world: int, port: int) -> dict[str, str]:
+    """What a launcher sets for a rank on this machine."""
+    return dict(os.environ) | {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+
+
+def started(
+    command: list[str], env: dict[str, str], log: Path
+) -> subprocess.Popen[bytes]:
+    """A process that writes what it says into a file."""
+    with log.open("w") as out:
+        return subprocess.Popen(
+            command, env=env, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT
+        )
+
+
+def run_cases(
+    folder: Path, module: str, world: int, stages: list[int], names: list[str]
+) -> dict[str, str]:
+    """How each case went on all ranks: "ok", or the tracebacks."""
+    port = free_port()
+    command = [sys.executable, "-m", "tests.harness.accelerators.worker", str(folder)]
+    command += [module, ",".join(map(str, stages)), *names]
+    ranks = [
+        started(
+            command, rank_environment(rank, world, port), folder / f"log-{rank}.txt"
+        )
+        for rank in range(world)
+    ]
+    until = time.monotonic() + PATIENCE_S
+    while any(process.poll() is None for process in ranks):
+        ended = [process.poll() for process in ranks]
+        if time.monotonic() > until or any(code not in (None, 0) for code in ended):
+            time.sleep(2)
+            for process in ranks:
+                process.kill()
+                process.wait()
+            break
+        time.sleep(0.05)
+    found: dict[str, str] = {}
+    for rank in range(world):
+        path = folder / f"rank-{rank}.json"
+        done = json.loads(path.read_text()) if path.exists() else {}
+        text = (folder / f"log-{rank}.txt").read_text()
+        for key in [f"{name}-{stage}" for stage in stages for name in names]:
+            said = done.get(key, f"not run or not finished:\n{text[-3000:]}")
+            if said != "ok":
+                found[key] = found.get(key, "") + f"rank {rank}: {said}\n"
+    return {f"{n}-{s}": found.get(f"{n}-{s}", "ok") for s in stages for n in names}
+
+
+class Launches:
+    """Launches of groups of cases, each started once."""
+
+    def __init__(self, folder: Path, module: str) -> None:
+        self._folder, self._module = folder, module
+        self._done: dict[tuple[int, tuple[int, ...]], dict[str, str]] = {}
+
+    def said(
+        self, world: int, stages: list[int], names: list[str], name: str, stage: int
+    ) -> str:
+        """How a case of a group went: "ok", or the tracebacks of the ranks."""
+        key = world, tuple(stages)
+        if key not in self._done:
+            own = self._folder / f"{world}-{'-'.join(map(str, stages))}"
+            own.mkdir()
+            self._done[key] = run_cases(own, self._module, world, stages, names)
+        return self._done[key][f"{name}-{stage}"]

@@ -1,0 +1,95 @@
+"""Fits on several ranks that are broken off and go on bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import harness
+from harness.callbacks import AutoResume
+from tests.harness import exact
+from tests.harness.accelerators.cases import Lab
+
+BATCHES = 3  # of two ranks; the last one is short on both
+NAMES = ["two-optimizers", "accumulation", "augmented", "weighted-sampler", "stream"]
+
+
+class BrokenOff(Exception):
+    """What ends a fit on all ranks alike."""
+
+
+class BreakOff(harness.Callback):
+    """Ends the fit after a number of batches."""
+
+    weight = 1000
+
+    def __init__(self, after: int) -> None:
+        self.left = after
+
+    def on_train_batch_end(self) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise BrokenOff
+
+
+def fit(lab: Lab, case: exact.Case, folder: Path, after: int = 0) -> dict[str, Any]:
+    """Fit, or go on with what lies in the folder; gives all that it ended with."""
+    torch.set_num_threads(1)
+    look = exact.Look()
+    accelerator = lab.make(accumulate=case.accumulate)
+    is_first = accelerator.broadcast(not (folder / "saved").exists())
+    resume = AutoResume(folder / "saved", every_n_steps=1)
+    callbacks = [*case.callbacks(folder), look, resume, BreakOff(after)]
+    fitted = case.learner().fit(
+        case.data(),
+        case.epochs,
+        case.valid,
+        callbacks=callbacks,
+        accelerator=accelerator,
+        dataloader_options=case.options,
+        seed=7 if is_first else 1234,
+        tracker=False,
+        verbose=False,
+    )
+    records = {what: v for what, v in fitted.records.items() if what != "profile"}
+    # ZeRO 3 pads parts of weights with whatever lay in memory; the whole weights tell.
+    parts = ("/own/weights/", "/master")
+    tensors = {
+        name: value
+        for name, value in look.state["tensors"].items()
+        if lab.stage != 3 or not any(part in name for part in parts)
+    }
+    return {
+        **look.state,
+        "tensors": tensors,
+        "weights": fitted.model.state_dict(),
+        "records": records,
+        "batches": [],
+        "csv": "",
+    }
+
+
+def resumed(lab: Lab, name: str) -> None:
+    """Break off after each batch, go on, and compare with the unbroken fit."""
+    case = exact.CASES[name]
+    whole = fit(lab, case, lab.folder / "whole")
+    for after in range(1, exact.EPOCHS * BATCHES + 1):
+        folder = lab.folder / f"broken-{after}"
+        try:
+            fit(lab, case, folder, after)
+        except BrokenOff:
+            found = fit(lab, case, folder)
+        else:
+            raise AssertionError("it was not broken off")
+        differ = exact.differences(whole, found)
+        assert not differ, (name, after, differ)
+
+
+CASES: dict[str, Callable[[Lab], None]] = {
+    name: partial(resumed, name=name) for name in NAMES
+}
+"""Every case, by name."""

@@ -1,0 +1,155 @@
+"""One device beyond the contract suite of all accelerators: choice, placing, mistakes."""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import harness
+from harness.accelerators.base import default_step_opt
+from harness.accelerators.single import SingleDevice, best_device, move
+from tests.harness.fakes import Line
+
+Pair = namedtuple("Pair", "left right")
+
+
+def prepared(**optimizers: Any) -> tuple[SingleDevice, Line]:
+    accelerator, model = SingleDevice("cpu"), Line()
+    named = {name: make(model) for name, make in optimizers.items()}
+    accelerator.prepare(model, named or {"opt": sgd(model)})
+    return accelerator, model
+
+
+def sgd(model: nn.Module) -> torch.optim.SGD:
+    return torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def test_accelerator_of_a_process_started_alone_is_one_device():
+    found = harness.accelerator(device="cpu", accumulate=3)
+    assert type(found) is SingleDevice
+    assert (found.device, found.accumulate) == (torch.device("cpu"), 3)
+    assert (found.rank, found.local_rank, found.world_size) == (0, 0, 1)
+    assert found.is_main
+
+
+def test_accelerator_takes_the_best_device_by_default():
+    assert harness.accelerator().device.type == best_device().type
+
+
+def test_accelerator_is_a_function_beside_its_package():
+    assert harness.accelerators.SingleDevice is SingleDevice
+    assert isinstance(harness.accelerator(device="cpu"), SingleDevice)
+
+
+@pytest.mark.parametrize("accumulate", [0, -1])
+def test_accumulate_below_one_is_refused(accumulate):
+    with pytest.raises(
+        ValueError, match=r"accelerator\(accumulate\): .*at least 1, got"
+    ):
+        SingleDevice("cpu", accumulate=accumulate)
+
+
+def test_move_keeps_the_form_of_a_batch():
+    x = torch.ones(2)
+    batch = {"a": (x, [x]), "b": Pair(x, "text"), "c": None}
+    moved = move(batch, torch.device("meta"))
+    assert [type(moved[name]) for name in "abc"] == [tuple, Pair, type(None)]
+    assert type(moved["a"][1]) is list
+    for tensor in (moved["a"][0], moved["a"][1][0], moved["b"].left):
+        assert tensor.device.type == "meta"
+    assert moved["b"].right == "text"
+
+
+def test_to_device_leaves_a_batch_that_is_there():
+    x = torch.ones(2)
+    assert SingleDevice("cpu").to_device([x])[0] is x
+
+
+def test_name_of_one_of_several_optimizers_must_be_told():
+    accelerator, model = prepared(a=sgd, b=sgd)
+    with pytest.raises(ValueError, match=r"one of several .*Choose from \['a', 'b'\]"):
+        accelerator.backward(model(torch.ones(1)).sum())
+
+
+def test_step_before_the_window_is_full_does_nothing():
+    accelerator, model = prepared()
+    accelerator.window = 2
+    accelerator.backward(model(torch.ones(1)).sum())
+    assert not accelerator.is_boundary()
+    assert not accelerator.step()
+    assert model.w.item() == 0.0
+
+
+def test_step_of_ones_own_that_does_not_step_is_told():
+    accelerator, model = prepared()
+    accelerator.backward(model(torch.ones(1)).sum())
+    assert not accelerator.step(step_opt=lambda opt: None)
+    assert accelerator.steps == {"opt": 0}
+    assert model.w.grad is None
+
+
+def test_step_default_calls_the_optimizer():
+    accelerator, model = prepared()
+    accelerator.backward(model(torch.ones(1)).sum())
+    assert accelerator.step(step_opt=default_step_opt)
+    assert model.w.item() == pytest.approx(-0.1)
+    assert accelerator.steps == {"opt": 1}
+
+
+def test_optimizing_without_gradients_freezes_nothing():
+    accelerator, model = prepared(a=sgd, b=sgd)
+    with torch.no_grad(), accelerator.optimizing("a"):
+        assert model.w.requires_grad
+
+
+def test_optimizing_gives_gradients_back_after_an_error():
+    model = Line()
+    halves = {
+        "w": torch.optim.SGD([model.w], lr=0.1),
+        "b": torch.optim.SGD([model.b], lr=0.1),
+    }
+    accelerator = SingleDevice("cpu")
+    accelerator.prepare(model, halves)
+
+    def fail() -> None:
+        with accelerator.optimizing("w"):
+            assert (model.w.requires_grad, model.b.requires_grad) == (True, False)
+            raise ArithmeticError
+
+    with pytest.raises(ArithmeticError):
+        fail()
+    assert (model.w.requires_grad, model.b.requires_grad) == (True, True)
+
+
+def test_optimizers_that_share_a_parameter_both_train_it():
+    accelerator, model = prepared(a=sgd, b=sgd)
+    for name in ("a", "b"):
+        with accelerator.optimizing(name):
+            accelerator.backward(model(torch.ones(1)).sum(), name)
+        assert accelerator.step(name)
+    assert model.w.item() == pytest.approx(-0.2)
+
+
+def test_counting_counts_one_backward_whoever_makes_it():
+    accelerator, model = prepared()
+    for own in (True, False):
+        with accelerator.counting():
+            loss = model(torch.ones(1)).sum()
+            loss.backward() if own else accelerator.backward(loss)
+        assert accelerator.is_boundary()
+        assert accelerator.step()
+        assert not accelerator.is_boundary()
+
+
+def test_finish_takes_the_counters_off():
+    model, accelerator = Line(), SingleDevice("cpu")
+    opt = sgd(model)
+    accelerator.prepare(model, {"opt": opt})
+    opt.step()
+    accelerator.finish()
+    opt.step()
+    assert accelerator.steps == {"opt": 1}

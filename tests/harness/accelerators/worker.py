@@ -1,0 +1,47 @@
+"""One rank of a launch that runs cases in turn and writes how each went.
+
+``python -m tests.harness.accelerators.worker FOLDER MODULE STAGES [NAME ...]``
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import traceback
+import warnings
+from pathlib import Path
+
+import torch
+
+from tests.harness.accelerators.cases import Lab
+
+
+def main(folder: Path, module: str, stages: list[int], names: list[str]) -> int:
+    """Run the cases at each stage; stop at the first that fails, for ranks must agree."""
+    warnings.simplefilter("error")
+    torch.set_num_threads(1)
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    cases = importlib.import_module(module).CASES
+    done: dict[str, str] = {}
+    for stage in stages:
+        for name in names or cases:
+            key = f"{name}-{stage}"
+            own = folder / key
+            own.mkdir(exist_ok=True)
+            try:
+                cases[name](Lab(stage=stage, folder=own, rank=rank, world=world))
+                done[key] = "ok"
+            except BaseException:  # noqa: BLE001  written down; the parent judges
+                done[key] = traceback.format_exc()
+            (folder / f"rank-{rank}.json").write_text(json.dumps(done))
+            if done[key] != "ok":
+                sys.stdout.flush()
+                os._exit(1)
+    return 0
+
+
+if __name__ == "__main__":
+    folder, module, stages, *names = sys.argv[1:]
+    sys.exit(main(Path(folder), module, [int(s) for s in stages.split(",")], names))

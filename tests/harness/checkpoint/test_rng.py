@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset
+
+from harness.checkpoint.rng import (
+    generators_of,
+    host_state,
+    random_state,
+    seeded_host_state,
+    set_host_state,
+    set_random_state,
+)
+
+
+def draws() -> list[float]:
+    return [random.random(), np.random.random(), torch.rand(()).item()]
+
+
+def generators() -> dict[str, Any]:
+    return {
+        "torch": torch.Generator().manual_seed(1),
+        "numpy": np.random.default_rng(2),
+        "numpy's older": np.random.RandomState(3),
+        "python": random.Random(4),
+    }
+
+
+def draw(generator: Any) -> float:
+    if isinstance(generator, torch.Generator):
+        return torch.rand((), generator=generator).item()
+    if isinstance(generator, np.random.RandomState):
+        return float(generator.random_sample())
+    return float(generator.random())
+
+
+def test_set_random_state_brings_all_generators_back() -> None:
+    own = list(generators().values())
+    state = random_state(own)
+    first = draws(), [draw(one) for one in own]
+    assert draws() != first[0]
+    assert set_random_state(state, own) == []
+    assert (draws(), [draw(one) for one in own]) == first
+
+
+def test_set_random_state_tells_what_is_missing() -> None:
+    own = list(generators().values())
+    state = random_state(own) | {"cuda": [torch.zeros(16, dtype=torch.uint8)] * 99}
+    found = set_random_state(state, own[:1])
+    assert found[0] == "4 generators of loaders and model then, 1 now"
+    assert found[1].startswith("generators of 99 GPUs then, ")
+
+
+def test_seeded_host_state_depends_on_each_generator_and_changes_it() -> None:
+    begin = host_state()
+    states = []
+    for change in (
+        lambda: None,
+        random.random,
+        np.random.random,
+        lambda: torch.rand(1),
+    ):
+        set_host_state(begin)
+        change()
+        before = draws()
+        set_host_state(begin)
+        change()
+        set_host_state(seeded_host_state())
+        states.append(draws())
+        assert states[-1] != before
+    for place in range(3):
+        assert len({state[place] for state in states}) == 2
+
+
+@pytest.mark.parametrize("kind", generators())
+def test_generators_of_finds_those_of_loaders_data_sets_and_models_once(
+    kind: str,
+) -> None:
+    one, two, three = (generators()[kind] for _ in range(3))
+
+    class Data(TensorDataset):
+        def __init__(self) -> None:
+            super().__init__(torch.zeros(4))
+            self.noise, self.same = one, one
+
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(1, 1)
+            self.inner.noise = two  # type: ignore[assignment]
+
+    data = Data()
+    shuffled = torch.Generator()
+    loader = DataLoader(data, sampler=RandomSampler(data, generator=shuffled))
+    loader.own = three  # type: ignore[attr-defined]
+    found = generators_of(loader, None, Noisy())
+    assert len(found) == 4
+    assert {id(item) for item in found} == {id(g) for g in (one, two, three, shuffled)}

@@ -1,0 +1,464 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    TensorDataset,
+    WeightedRandomSampler,
+)
+
+from harness.data import loaders
+from harness.data.loaders import (
+    TensorLoader,
+    batch_rows,
+    describe,
+    eval_loader,
+    num_batches,
+    train_loader,
+)
+
+ROWS = 23
+
+
+def dataset(rows=ROWS):
+    x = torch.arange(rows * 2.0).view(rows, 2)
+    return TensorDataset(x, torch.arange(rows), x.to(torch.uint8)[:, :1])
+
+
+class Squares(Dataset):
+    """A data set of its own kind."""
+
+    def __len__(self):
+        return 7
+
+    def __getitem__(self, place):
+        return torch.tensor(float(place)), torch.tensor(float(place) ** 2)
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return ((torch.tensor(float(n)), torch.tensor(float(n))) for n in range(5))
+
+
+# --- TensorLoader against torch's DataLoader
+
+
+def nested(data):
+    return Subset(Subset(data, range(20, 0, -1)), [3, 1, 19, -2, 3, 7, 8, 0])
+
+
+def weighted():
+    return WeightedRandomSampler([float(n) for n in range(1, ROWS + 1)], 31)
+
+
+LOADERS = {
+    "in order": lambda kind, size: kind(dataset(), batch_size=size),
+    "in order, whole batches": lambda kind, size: kind(
+        dataset(), batch_size=size, drop_last=True
+    ),
+    "shuffled": lambda kind, size: kind(dataset(), batch_size=size, shuffle=True),
+    "shuffled, whole batches": lambda kind, size: kind(
+        dataset(), batch_size=size, shuffle=True, drop_last=True
+    ),
+    "shuffled, own generator": lambda kind, size: kind(
+        dataset(),
+        batch_size=size,
+        shuffle=True,
+        generator=torch.Generator().manual_seed(5),
+    ),
+    "subset": lambda kind, size: kind(
+        Subset(dataset(), [4, 2, 20, 2, -1]), batch_size=size, shuffle=True
+    ),
+    "nested subset in order": lambda kind, size: kind(
+        nested(dataset()), batch_size=size
+    ),
+    "weighted": lambda kind, size: kind(dataset(), batch_size=size, sampler=weighted()),
+    "with replacement": lambda kind, size: kind(
+        dataset(),
+        batch_size=size,
+        sampler=RandomSampler(dataset(), replacement=True, num_samples=40),
+    ),
+    "fewer than all": lambda kind, size: kind(
+        dataset(), batch_size=size, sampler=RandomSampler(dataset(), num_samples=9)
+    ),
+    "more than all": lambda kind, size: kind(
+        dataset(), batch_size=size, sampler=RandomSampler(dataset(), num_samples=60)
+    ),
+    "hand-made sampler": lambda kind, size: kind(
+        dataset(), batch_size=size, sampler=[5, 3, 3, 9]
+    ),
+    "hand-made batches": lambda kind, size: kind(
+        dataset(),
+        batch_sampler=BatchSampler(SequentialSampler(dataset()), size, drop_last=False),
+    ),
+    "no batches": lambda kind, size: kind(dataset(), batch_size=None),
+    "own collate": lambda kind, size: kind(dataset(), batch_size=size, collate_fn=len),
+    "own data set": lambda kind, size: kind(Squares(), batch_size=size, shuffle=True),
+    "stream": lambda kind, size: kind(Stream(), batch_size=size),
+}
+
+
+def passes(make, kind, size):
+    """Batches of two passes and the state of the global generator after each batch."""
+    torch.manual_seed(11)
+    loader = make(kind, size)
+    found = []
+    for _ in range(2):
+        batches = iter(loader)
+        found.append(torch.get_rng_state())
+        for batch in batches:
+            found += [batch, torch.get_rng_state()]
+    return found
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, list | tuple):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+@pytest.mark.parametrize("size", [1, 4, 23, 50])
+@pytest.mark.parametrize("name", LOADERS)
+def test_tensor_loader_gives_what_torchs_loader_gives_and_draws_as_much(name, size):
+    make = LOADERS[name]
+    expected = passes(make, DataLoader, size)
+    assert same(passes(make, TensorLoader, size), expected)
+
+
+def test_tensor_loader_with_an_own_generator_leaves_it_as_torchs_does():
+    states = []
+    for kind in (DataLoader, TensorLoader):
+        generator = torch.Generator().manual_seed(5)
+        loader = kind(dataset(), batch_size=4, shuffle=True, generator=generator)
+        states.append([[list(loader), generator.get_state()] for _ in range(2)])
+    assert same(states[1], states[0])
+
+
+def test_tensor_loader_left_in_the_middle_draws_as_much():
+    states = []
+    for kind in (DataLoader, TensorLoader):
+        torch.manual_seed(1)
+        loader = kind(dataset(), batch_size=4, shuffle=True)
+        next(iter(loader))
+        iter(loader)
+        states.append(torch.get_rng_state())
+    assert torch.equal(states[0], states[1])
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_tensor_loader_batches_are_copies_of_the_data(shuffle):
+    data = dataset()
+    before = data.tensors[0].clone()
+    for batch in TensorLoader(data, batch_size=4, shuffle=shuffle):
+        batch[0].zero_()
+    assert torch.equal(data.tensors[0], before)
+
+
+def test_tensor_loader_with_workers_is_torchs():
+    torch.manual_seed(3)
+    expected = list(DataLoader(dataset(), batch_size=8, shuffle=True))
+    torch.manual_seed(3)
+    loader = TensorLoader(dataset(), batch_size=8, shuffle=True, num_workers=1)
+    assert same(list(loader), expected)
+
+
+# --- forms of data
+
+
+def as_dataset(data) -> Any:
+    return loaders.as_dataset(data)
+
+
+def split_data(data, frac) -> Any:
+    return loaders.split_data(data, frac)
+
+
+def test_as_dataset_of_one_tensor_has_rows_of_one():
+    assert [len(row) for row in as_dataset(torch.zeros(3, 2))] == [1, 1, 1]
+
+
+def test_as_dataset_of_several_zips_them():
+    rows = list(as_dataset((torch.arange(2.0), torch.tensor([5, 6]))))
+    assert rows == [(0.0, 5), (1.0, 6)]
+
+
+def test_as_dataset_that_is_one_is_itself():
+    data = Squares()
+    assert as_dataset(data) is data
+
+
+def test_as_dataset_of_double_arrays_takes_the_default_float_type():
+    data = as_dataset((np.zeros((2, 3)), np.arange(2), np.zeros(2, np.float32)))
+    assert [t.dtype for t in data.tensors] == [
+        torch.float32,
+        torch.int64,
+        torch.float32,
+    ]
+
+
+def test_as_dataset_of_double_tensors_leaves_them():
+    (tensor,) = as_dataset(torch.zeros(2, dtype=torch.float64)).tensors
+    assert tensor.dtype == torch.float64
+
+
+def test_as_dataset_of_a_frame_and_a_series():
+    frame = pd.DataFrame({"a": [1.0, 2.0], "b": [3.0, 4.0]})
+    x, y = as_dataset((frame, frame["a"])).tensors
+    assert x.tolist() == [[1.0, 3.0], [2.0, 4.0]]
+    assert y.tolist() == [1.0, 2.0]
+
+
+def test_as_dataset_of_a_file_mapped_read_only_is_shared_and_never_written(tmp_path):
+    np.save(tmp_path / "x.npy", np.arange(6.0, dtype=np.float32))
+    array = np.load(tmp_path / "x.npy", mmap_mode="r")
+    data = as_dataset(array)
+    assert data.tensors[0].data_ptr() == array.ctypes.data
+    for (batch,) in TensorLoader(data, batch_size=2):
+        batch.zero_()
+    assert array.tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_as_dataset_unequal_lengths_are_refused():
+    with pytest.raises(
+        ValueError,
+        match=r"data: expected tensors of equal length, got lengths \[3, 2\]",
+    ):
+        as_dataset((torch.zeros(3), torch.zeros(2)))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "place"),
+    [
+        ("text", r"data\[0\]: .*got str"),
+        (None, r"data\[0\]: .*got NoneType"),
+        ([1, 2, 3], r"data\[0\]: .*got int"),
+        ((torch.zeros(2), [1, 2]), r"data\[1\]: .*got list"),
+        (np.array(["a", "b"]), r"data\[0\]: expected numbers"),
+    ],
+)
+def test_as_dataset_of_something_else_is_refused(wrong, place):
+    with pytest.raises(TypeError, match=place):
+        as_dataset(wrong)
+
+
+@pytest.mark.parametrize("empty", [torch.zeros(0, 2), Subset(dataset(), [])])
+def test_as_dataset_without_rows_is_refused(empty):
+    with pytest.raises(ValueError, match="data: expected at least one row, got none"):
+        as_dataset(empty)
+
+
+def test_as_dataset_without_tensors_is_refused():
+    with pytest.raises(ValueError, match="data: expected at least one tensor"):
+        as_dataset(())
+
+
+def test_as_dataset_of_a_number_is_refused():
+    with pytest.raises(ValueError, match="expected at least one row"):
+        as_dataset(torch.tensor(1.0))
+
+
+# --- loaders of training and of the rest
+
+
+def sizes(loader):
+    return [batch_rows(batch) for batch in loader]
+
+
+def test_train_loader_shuffles_and_drops_the_short_last_batch():
+    torch.manual_seed(0)
+    loader = train_loader(torch.arange(100))
+    rows = torch.cat([batch[0] for batch in loader])
+    assert sizes(loader) == [32, 32, 32]
+    assert sorted(rows.tolist()) != rows.tolist()
+    assert len(set(rows.tolist())) == 96
+
+
+def test_train_loader_of_less_than_a_batch_keeps_it():
+    assert sizes(train_loader(torch.arange(5))) == [5]
+
+
+def test_train_loader_options_replace_the_defaults():
+    options = {"batch_size": 3, "shuffle": False, "drop_last": False}
+    loader = train_loader(torch.arange(7), options)
+    assert [batch[0].tolist() for batch in loader] == [[0, 1, 2], [3, 4, 5], [6]]
+
+
+def test_train_loader_with_a_sampler_takes_its_order():
+    loader = train_loader(torch.arange(7), {"sampler": [3, 1], "batch_size": 2})
+    assert [batch[0].tolist() for batch in loader] == [[3, 1]]
+
+
+def test_train_loader_with_a_batch_sampler_takes_its_batches():
+    loader = train_loader(torch.arange(7), {"batch_sampler": [[3, 1], [2]]})
+    assert [batch[0].tolist() for batch in loader] == [[3, 1], [2]]
+
+
+def test_train_loader_of_a_stream_takes_it_in_order():
+    loader = train_loader(Stream(), {"batch_size": 2})
+    assert [batch[0].tolist() for batch in loader] == [[0, 1], [2, 3], [4]]
+
+
+def test_train_loader_that_is_one_is_itself():
+    loader = DataLoader(dataset())
+    assert train_loader(loader) is loader
+
+
+def test_train_loader_options_for_a_ready_loader_are_refused():
+    with pytest.raises(
+        ValueError, match="dataloader_options: expected none with a DataLoader, got"
+    ):
+        train_loader(DataLoader(dataset()), {"batch_size": 3})
+
+
+def test_train_loader_unknown_option_is_refused_with_the_nearest():
+    with pytest.raises(ValueError, match=r"got 'batchsize'. Did you mean 'batch_size'"):
+        train_loader(dataset(), {"batchsize": 3})
+
+
+def test_train_loader_without_a_whole_batch_is_refused():
+    with pytest.raises(ValueError, match="data: expected at least one batch, got none"):
+        train_loader(torch.arange(3), {"batch_size": 4, "drop_last": True})
+
+
+def test_eval_loader_goes_in_order_and_keeps_the_short_last_batch():
+    loader = eval_loader(torch.arange(70))
+    assert sizes(loader) == [32, 32, 6]
+    assert torch.cat([batch[0] for batch in loader]).tolist() == list(range(70))
+
+
+def test_eval_loader_leaves_out_what_concerns_order():
+    options: dict[str, Any] = {"batch_size": 3, "shuffle": True, "drop_last": True}
+    options["generator"] = torch.Generator()
+    loader = eval_loader(torch.arange(7), options)
+    assert [batch[0].tolist() for batch in loader] == [[0, 1, 2], [3, 4, 5], [6]]
+    for order in ({"sampler": [0]}, {"batch_sampler": [[0]]}):
+        assert sizes(eval_loader(torch.arange(7), order)) == [7]
+
+
+def test_eval_loader_options_for_a_ready_loader_are_ignored_with_a_warning():
+    loader = DataLoader(dataset())
+    with pytest.warns(UserWarning, match="valid_data is a DataLoader"):
+        assert eval_loader(loader, {"batch_size": 3}) is loader
+
+
+def test_eval_loader_unknown_option_is_refused():
+    with pytest.raises(
+        ValueError, match="expected arguments of DataLoader, got 'nope'"
+    ):
+        eval_loader(dataset(), {"nope": 3})
+
+
+def test_eval_loader_names_its_argument():
+    with pytest.raises(ValueError, match="valid_data: expected at least one row"):
+        eval_loader(torch.zeros(0))
+    with pytest.raises(ValueError, match="data: expected at least one row"):
+        eval_loader(torch.zeros(0), place="data")
+
+
+# --- splits
+
+
+def test_split_data_gives_every_row_to_one_side():
+    torch.manual_seed(0)
+    train, valid = split_data(torch.arange(10), 0.3)
+    rows = [[int(row[0]) for row in part] for part in (train, valid)]
+    assert [len(part) for part in rows] == [7, 3]
+    assert sorted(rows[0] + rows[1]) == list(range(10))
+
+
+def test_split_data_follows_torchs_seed():
+    splits = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        splits.append([int(row[0]) for row in split_data(torch.arange(50), 0.5)[1]])
+    assert splits[0] == splits[1] != splits[2]
+
+
+def test_split_data_of_a_dataset_and_of_pairs():
+    train, valid = split_data(Squares(), 0.5)
+    assert (len(train), len(valid)) == (4, 3)
+    train, valid = split_data((torch.zeros(4), torch.ones(4)), 0.25)
+    assert valid[0] == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("frac", [0, 1, 1.5, -0.1, float("nan")])
+def test_split_data_share_out_of_range_is_refused(frac):
+    with pytest.raises(
+        ValueError, match=r"valid_data: expected a fraction in \(0, 1\)"
+    ):
+        split_data(torch.arange(10), frac)
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [(DataLoader(dataset()), "DataLoader"), (Stream(), "IterableDataset")],
+)
+def test_split_data_of_what_cannot_be_split_is_refused(data, kind):
+    with pytest.raises(
+        ValueError, match=f"valid_data: expected data that can be split, got a .*{kind}"
+    ):
+        split_data(data, 0.5)
+
+
+@pytest.mark.parametrize("frac", [0.01, 0.001])
+def test_split_data_that_leaves_a_side_empty_is_refused(frac):
+    with pytest.raises(ValueError, match="expected rows on both sides, got 0 of 10"):
+        split_data(torch.arange(10), frac)
+
+
+# --- rows, counts, descriptions
+
+
+@pytest.mark.parametrize(
+    ("batch", "rows"),
+    [
+        (torch.zeros(3, 2), 3),
+        (torch.tensor(1.0), 1),
+        ((torch.zeros(3), torch.zeros(3)), 3),
+        ([(torch.zeros(4), torch.zeros(2)), torch.zeros(4)], 4),
+        ({"ids": torch.zeros(5, 7)}, 5),
+        (({"ids": torch.zeros(5, 7)}, torch.zeros(5)), 5),
+        ("text", 1),
+        ((), 1),
+        ({}, 1),
+    ],
+)
+def test_batch_rows_are_those_of_its_first_tensor(batch, rows):
+    assert batch_rows(batch) == rows
+
+
+def test_num_batches_of_a_stream_is_unknown():
+    assert num_batches(DataLoader(Stream(), batch_size=2)) is None
+    assert num_batches(DataLoader(dataset(), batch_size=2)) == 12
+
+
+def test_describe_tells_what_the_data_is():
+    assert describe(train_loader(dataset(), {"batch_size": 4})) == {
+        "dataset": "TensorDataset",
+        "rows": 23,
+        "shapes": [[2], [], [1]],
+        "dtypes": ["torch.float32", "torch.int64", "torch.uint8"],
+        "batches": 5,
+        "batch_size": 4,
+    }
+    about = describe(DataLoader(nested(dataset()), batch_size=3))
+    assert (about["rows"], about["batches"]) == (8, 3)
+    assert describe(DataLoader(Squares()))["rows"] == 7
+    assert describe(DataLoader(Stream())) == {
+        "dataset": "Stream",
+        "batches": None,
+        "batch_size": 1,
+    }

@@ -1,0 +1,280 @@
+"""Which run a fit goes into, and what that run says of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torchmetrics.classification import MulticlassAccuracy
+
+import harness
+import tracking
+from harness.accelerators.single import SingleDevice
+from harness.context import Context
+from harness.run_binding import Unrecorded, as_param, code_commit
+from tests.harness.fakes import At, Line, line_learner, net_learner, points, slope
+
+
+@pytest.fixture
+def options(tmp_path) -> dict[str, Any]:
+    return {
+        "tracker": {"runs_dir": tmp_path / "runs", "deliver": False},
+        "accelerator": SingleDevice("cpu"),
+        "verbose": False,
+    }
+
+
+def metrics_of(past) -> list[tuple[Any, ...]]:
+    """Set, name, index, epoch, step and value of each metric row."""
+    table = past.records(what="metrics")
+    names = ("set", "name", "index", "epoch", "step", "value")
+    return list(zip(*(table[name].to_pylist() for name in names), strict=True))
+
+
+# --- forms of tracker
+
+
+def test_fit_by_default_goes_into_a_run_where_the_environment_says(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HARNESS_RUNS", str(tmp_path / "here"))
+    tracker = {"deliver": False}
+    fitted = line_learner().fit(slope(2), 1, tracker=tracker, verbose=False)
+    (past,) = tracking.list_runs()
+    assert past.path == fitted.run_path == tmp_path / "here" / past.id
+    assert fitted.run_id == past.id
+    assert past.status == "finished"
+
+
+def test_fit_without_tracking_leaves_no_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fitted = line_learner().fit(slope(2), 1, tracker=False, verbose=False)
+    assert (fitted.run_id, fitted.run_path) == (None, None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_fit_into_a_run_of_the_users_leaves_it_open(tmp_path):
+    with tracking.start(runs_dir=tmp_path, deliver=False) as run:
+        fitted = line_learner().fit(slope(2), 1, tracker=run, verbose=False)
+        assert fitted.run_id == run.id
+        assert run.status == "running"
+        run.log("notes", "after", "still open")
+    past = tracking.open(run.path)
+    assert past.status == "finished"
+    assert past.records(what="notes").num_rows == 1
+    assert past.records(what="metrics").num_rows == 1
+
+
+def test_fit_into_a_run_of_the_users_that_is_interrupted_leaves_it_open(tmp_path):
+    stop = At("on_train_batch_end", lambda _: signal.raise_signal(signal.SIGINT))
+    with tracking.start(runs_dir=tmp_path, deliver=False) as run:
+        options: Any = {"tracker": run, "callbacks": [stop], "verbose": False}
+        assert line_learner().fit(slope(2), 1, **options).is_interrupted
+        run.log("notes", "after", "still open")
+    assert tracking.open(run.path).records(what="notes").num_rows == 1
+
+
+def test_fit_tracker_options_reach_the_run(tmp_path):
+    tracker = {
+        "runs_dir": tmp_path,
+        "deliver": False,
+        "name": "mine",
+        "experiment": "lines",
+        "tags": {"colour": "blue"},
+        "params": {"extra": 3},
+    }
+    fitted = line_learner().fit(slope(2), 1, tracker=tracker, verbose=False)
+    past = tracking.open(fitted.run_path)
+    assert (past.name, past.manifest.experiment) == ("mine", "lines")
+    assert past.tags["colour"] == "blue"
+    assert past.params["extra"] == 3
+
+
+# --- status
+
+
+def test_run_of_a_fit_that_fails_is_marked_so_with_its_error(options, tmp_path):
+    fail = At("on_train_batch_end", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        line_learner().fit(slope(2), 1, callbacks=[fail], **options)
+    (past,) = tracking.list_runs(tmp_path / "runs")
+    assert past.status == "failed"
+    assert "division by zero" in str(past.manifest.error)
+
+
+def test_run_of_a_fit_that_is_interrupted_is_marked_killed(options, tmp_path):
+    stop = At("on_train_batch_end", lambda _: signal.raise_signal(signal.SIGINT))
+    fitted = line_learner().fit(slope(2), 1, callbacks=[stop], **options)
+    assert fitted.is_interrupted
+    assert tracking.open(fitted.run_path).status == "killed"
+
+
+def test_run_of_a_fit_that_stops_early_is_finished(options):
+    def stop(_: Context) -> None:
+        raise harness.EarlyStop
+
+    fitted = line_learner().fit(
+        slope(2), 5, callbacks=[At("on_epoch_end", stop)], **options
+    )
+    assert tracking.open(fitted.run_path).status == "finished"
+
+
+def test_run_folder_that_cannot_be_made_is_told_before_any_epoch(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    begun: list[Context] = []
+    with pytest.raises(OSError, match="file"):
+        line_learner().fit(
+            slope(2),
+            1,
+            callbacks=[At("on_epoch_begin", begun.append)],
+            tracker={"runs_dir": tmp_path / "file" / "runs", "deliver": False},
+        )
+    assert begun == []
+
+
+# --- what the run holds
+
+
+def test_run_holds_the_metrics_that_fitted_has(options):
+    learner = net_learner(metrics=[MulticlassAccuracy(3)])
+    fitted = learner.fit(
+        points(40), 2, 0.5, dataloader_options={"batch_size": 5}, **options
+    )
+    expected = [
+        (split, name, epoch, epoch, 4 * epoch, value)
+        for epoch in (1, 2)
+        for split in ("train", "valid")
+        for name, value in fitted.records["metrics"][split][epoch - 1].items()
+    ]
+    assert metrics_of(tracking.open(fitted.run_path)) == expected
+    assert len(expected) == 8
+
+
+def test_run_holds_what_callbacks_log_and_overwrite(options):
+    def log(ctx: Context) -> None:
+        ctx.log("notes", "train", {"a": torch.tensor(1.5), "b": {"c": "text"}})
+        ctx.log("other", "train", torch.tensor(1.0), index=1)
+        ctx.log("other", "train", 2.0, index=1, append=False)
+
+    fitted = line_learner().fit(
+        slope(2), 1, callbacks=[At("on_fit_end", log)], **options
+    )
+    past = tracking.open(fitted.run_path)
+    notes = past.records(what="notes").to_pylist()
+    # Tensors are read out later than other values are written.
+    found = [(r["name"], r["value"], r["payload"]) for r in notes]
+    assert sorted(found) == [
+        ("a", 1.5, None),
+        ("b/c", None, '"text"'),
+    ]
+    assert past.records(what="other")["value"].to_pylist() == [2.0]
+
+
+def test_run_tells_params_of_model_optimizer_and_data(options):
+    learner = line_learner().set_hparams(w=2.0).set_opt_hparams(momentum=0.5)
+    fitted = learner.fit(
+        slope(8), (1, 2), seed=7, dataloader_options={"batch_size": 4}, **options
+    )
+    assert tracking.open(fitted.run_path).params == {
+        "model": "Line",
+        "num_params": 2,
+        "optimizer": "SGD",
+        "loss": "MSELoss",
+        "epochs": 2,
+        "min_epochs": 1,
+        "batch_size": 4,
+        "accumulate": 1,
+        "accelerator": "SingleDevice",
+        "device": "cpu",
+        "world_size": 1,
+        "seed": 7,
+        "w": 2.0,
+        "opt.lr": 0.01,
+        "opt.momentum": 0.5,
+    }
+
+
+def test_run_tells_hparams_that_are_no_numbers_as_text(options):
+    def make(sizes: tuple[int, ...], kind: type) -> Line:
+        return Line()
+
+    learner = harness.setup(
+        make, loss=nn.functional.mse_loss, optimizer=torch.optim.SGD
+    )
+    learner = learner.set_hparams(sizes=(1, 2), kind=Line)
+    params = tracking.open(learner.fit(slope(2), 1, **options).run_path).params
+    assert params["sizes"] == "(1, 2)"
+    assert params["kind"] == str(Line)
+    assert params["loss"] == "mse_loss"
+    assert params["seed"] == "None"
+
+
+def test_run_tells_its_data(options):
+    fitted = net_learner().fit(points(40), 1, points(8), **options)
+    inputs = tracking.open(fitted.run_path).records(what="inputs").to_pylist()
+    found = {row["name"]: json.loads(row["payload"])[0] for row in inputs}
+    assert list(found) == ["training", "validation"]
+    assert found["training"]["rows"] == 40
+    assert found["training"]["shapes"] == [[2], []]
+    assert found["validation"]["rows"] == 8
+
+
+def test_run_keeps_the_model_as_text(options):
+    fitted = net_learner().fit(points(8), 1, **options)
+    assert fitted.run_path is not None
+    text = (fitted.run_path / "artifacts" / "model.txt").read_text()
+    assert text == str(fitted.model)
+
+
+def test_run_of_a_model_with_its_own_step_names_it(options):
+    class Own(Line):
+        def step(self) -> None:
+            self.ctx.pred = None
+
+    fitted = harness.setup(Own, optimizer=torch.optim.SGD).fit(slope(2), 1, **options)
+    assert tracking.open(fitted.run_path).params["loss"] == "model.step"
+
+
+# --- parts
+
+
+@pytest.mark.parametrize(
+    ("value", "param"),
+    [(1, 1), (0.5, 0.5), (True, True), ("a", "a"), (None, "None"), ([1], "[1]")],
+)
+def test_as_param_keeps_what_a_param_can_be(value, param):
+    assert as_param(value) == param
+    assert type(as_param(value)) is type(param)
+
+
+def test_code_commit_outside_a_repository_is_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert code_commit() is None
+
+
+def test_code_commit_is_that_of_the_working_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    who = "-c user.name=a -c user.email=a@b"
+    for command in ("init -q", f"{who} commit -q --allow-empty -m first"):
+        assert os.system(f"git {command}") == 0
+    commit = (tmp_path / ".git" / "refs" / "heads").iterdir()
+    name = next(commit).read_text().strip()
+    assert code_commit() == name
+    Path("new.py").write_text("x = 1\n")
+    assert os.system("git add new.py") == 0
+    assert code_commit() == f"{name} (changed)"
+
+
+def test_unrecorded_checks_values_as_a_run_would():
+    recorder = Unrecorded()
+    recorder.log("notes", "train", {"a": [1, None, torch.ones(2)]})
+    with pytest.raises(TypeError, match=r"log\('notes', 'train'\): .* at value\['a'\]"):
+        recorder.log("notes", "train", {"a": object()})
+    with pytest.raises(TypeError, match=r"log_steps\('train'\): .*value\['loss'\]"):
+        recorder.log_steps("train", {"loss": object()})

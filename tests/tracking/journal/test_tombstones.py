@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import pyarrow as pa
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tracking.journal.tombstones import Superseding
+from tracking.schema import SCHEMA
+
+
+def table_of(rows):
+    """Rows given as (kind, index or position), one ``seq`` after the other."""
+    columns = {name: [] for name in SCHEMA.names}
+    for seq, (kind, number) in enumerate(rows):
+        is_rewind = kind == "rewind"
+        row = dict.fromkeys(SCHEMA.names)
+        row |= {"seq": seq, "rank": 0, "time": seq, "kind": kind, "name": "x"}
+        row |= {"what": "" if is_rewind else "metrics", "set": "train"}
+        row |= (
+            {"value": float(number)} if is_rewind else {"index": number, "value": 0.0}
+        )
+        for name, value in row.items():
+            columns[name].append(value)
+    return pa.table(columns, schema=SCHEMA)
+
+
+def alive_by_replay(rows):
+    """Rows that count, by keeping the whole history after each row."""
+    after = [[]]  # what counts after 0, 1, ... rows
+    for seq, (kind, number) in enumerate(rows):
+        now = list(after[-1])
+        if kind == "rewind":
+            now = list(after[max(-1, min(number, seq - 1)) + 1])
+        elif kind == "overwrite":
+            now = [other for other in now if rows[other][1] != number]
+        else:
+            now.append(seq)
+        after.append(now)
+    return after[-1]
+
+
+def alive(rows, cuts=()):
+    superseding = Superseding()
+    table = table_of(rows)
+    start = 0
+    for end in [*sorted(cuts), len(rows)]:
+        superseding.learn(table.slice(start, end - start))
+        start = max(start, end)
+    return [seq for seq, is_alive in enumerate(superseding.alive(table)) if is_alive]
+
+
+def test_rewind_supersedes_what_came_after_the_position():
+    rows = [("float", 1), ("float", 2), ("float", 3), ("rewind", 0), ("float", 2)]
+    assert alive(rows) == [0, 4]
+
+
+def test_overwrite_supersedes_its_index_alone():
+    rows = [("float", 1), ("float", 2), ("overwrite", 1), ("float", 1)]
+    assert alive(rows) == [1, 3]
+
+
+def test_rewind_undoes_the_overwrites_after_its_position():
+    rows = [("float", 1), ("overwrite", 1), ("float", 1), ("rewind", 0)]
+    assert alive(rows) == [0]
+
+
+def test_rewind_into_an_abandoned_stretch_brings_it_back():
+    rows = [("float", n) for n in range(5)] + [("rewind", 1), ("float", 9)]
+    assert alive([*rows, ("rewind", 3)]) == [0, 1, 2, 3]
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["float", "float", "overwrite", "rewind"]),
+            st.integers(-1, 12),
+        ),
+        max_size=14,
+    ),
+    st.lists(st.integers(0, 14), max_size=3),
+)
+def test_rows_that_count_are_those_of_a_replay(rows, cuts):
+    cuts = [min(cut, len(rows)) for cut in cuts]
+    assert alive(rows, cuts) == alive_by_replay(rows)

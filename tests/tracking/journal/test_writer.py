@@ -1,0 +1,626 @@
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import struct
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from pyarrow import compute as pc
+
+from tracking.errors import RunBusyError, RunClosedError, TrackingWarning
+from tracking.journal import block as block_module
+from tracking.journal import row_format as rows
+from tracking.journal.block import Block, DiskBlock, Group, Series
+from tracking.journal.reader import Tail, is_being_written, read_block, read_part
+from tracking.journal.segment import CAPACITY
+from tracking.journal.writer import Journal
+from tracking.schema import FLOAT, SCHEMA, leaves, value_of
+
+
+@pytest.fixture
+def part(tmp_path):
+    return tmp_path / "a-run" / "records" / "0"
+
+
+def put(journal, value, **counts):
+    journal.write("metrics", "train", leaves(value, "test"), **counts)
+
+
+def floats(table):
+    return table["value"].to_pylist()
+
+
+def plain(table):
+    """Table with words in place of codes, whose order does not matter."""
+    words = dict.fromkeys(("what", "set", "name", "kind"), pa.string())
+    return table.cast(
+        pa.schema([f.with_type(words.get(f.name, f.type)) for f in table.schema])
+    )
+
+
+def same(first, second):
+    return plain(first).equals(plain(second))
+
+
+def run_script(script, *args, cwd):
+    return subprocess.run(
+        [sys.executable, "-c", script, *map(str, args)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+# ------------------------------------------------------------------------ writing
+
+
+def test_journal_rows_are_there_before_and_after_close(part):
+    journal = Journal(part)
+    put(journal, {"loss": 0.5, "name": "x"}, index=1, epoch=2, step=3)
+    before, damage = read_part(part)
+    journal.close()
+    after, damage_after = read_part(part)
+    assert same(before, after)
+    assert damage == damage_after == []
+    assert before.schema == SCHEMA
+    row = before.to_pylist()[0]
+    assert row.pop("time").timestamp() == pytest.approx(time.time(), abs=60)
+    assert row == {
+        "seq": 0,
+        "rank": 0,
+        "what": "metrics",
+        "set": "train",
+        "name": "loss",
+        "index": 1,
+        "epoch": 2,
+        "step": 3,
+        "value": 0.5,
+        "payload": None,
+        "kind": "float",
+    }
+    assert sorted(p.name for p in part.iterdir()) == ["000000.arrow", "lock"]
+
+
+def test_journal_full_blocks_are_sealed_as_it_goes(part):
+    journal = Journal(part)
+    journal.write("m", "s", (("x", FLOAT, float(i), None) for i in range(40_000)))
+    while not (part / "000001.arrow").exists():
+        time.sleep(0.01)
+    assert not (part / "000000.rows").exists()
+    assert floats(read_part(part)[0]) == list(range(40_000))
+    journal.close()
+    table, damage = read_part(part)
+    assert floats(table) == list(range(40_000))
+    assert table["seq"].to_pylist() == list(range(40_000))
+    assert damage == []
+
+
+def test_journal_reopened_goes_on_in_a_new_block(part):
+    for value in (1.0, 2.0):
+        journal = Journal(part)
+        put(journal, value)
+        journal.close()
+    table, damage = read_part(part)
+    assert table["seq"].to_pylist() == [0, CAPACITY]
+    assert damage == []
+
+
+def test_journal_folder_that_cannot_be_made_is_an_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="Not a directory"):
+        Journal(tmp_path / "file" / "0")
+
+
+def test_journal_unknown_durability_is_refused(part):
+    with pytest.raises(ValueError, match=r"expected 'process' or 'fsync', got 'max'"):
+        Journal(part, durability="max")  # type: ignore[arg-type]
+
+
+def test_journal_write_after_close_is_refused(part):
+    journal = Journal(part)
+    journal.close()
+    journal.close()
+    with pytest.raises(RunClosedError, match=r"expected a run that is open.*a-run"):
+        put(journal, 1.0)
+
+
+def test_journal_second_writer_in_this_process_is_refused(part):
+    journal = Journal(part)
+    with pytest.raises(RunBusyError, match=r"expected a run that nobody is writing"):
+        Journal(part)
+    assert is_being_written(part)
+    put(journal, 1.0)
+    journal.close()
+    assert not is_being_written(part)
+    assert floats(read_part(part)[0]) == [1.0]
+
+
+SECOND_WRITER = """
+import sys
+from pathlib import Path
+from tracking.journal.reader import is_being_written
+from tracking.journal.writer import Journal
+print(is_being_written(Path(sys.argv[1])))
+Journal(Path(sys.argv[1]))
+"""
+
+
+def test_journal_second_writer_elsewhere_is_refused(part, root):
+    journal = Journal(part)
+    done = run_script(SECOND_WRITER, part, cwd=root)
+    assert done.stdout == "True\n"
+    assert f"got one held by process {os.getpid()} on" in done.stderr
+    assert "RunBusyError" in done.stderr
+    journal.close()
+
+
+def test_journal_threads_lose_and_mix_nothing(part):
+    journal = Journal(part)
+
+    def work(thread):
+        for i in range(2500):
+            put(journal, {"float": i + 0.5, "text": str(i)}, index=i, step=thread)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    journal.close()
+    table, damage = read_part(part)
+    assert damage == []
+    assert table.num_rows == 6 * 2500 * 2
+    found = {
+        (r["step"], r["index"], value_of(r["kind"], r["value"], r["payload"]))
+        for r in table.to_pylist()
+    }
+    wanted = {
+        (thread, i, value)
+        for thread in range(6)
+        for i in range(2500)
+        for value in (i + 0.5, str(i))
+    }
+    assert found == wanted
+
+
+def test_series_index_is_taken_once_among_threads():
+    series = Series()
+    taken: list[int] = []
+
+    def work():
+        taken.extend(series.next() for _ in range(5000))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(taken) == list(range(1, 20_001))
+
+
+def test_series_goes_on_after_the_highest_index_given():
+    series = Series()
+    assert series.next() == 1
+    assert series.index_for(7, None) == 7
+    assert series.index_for(3, None) == 3
+    assert [series.next(), series.next()] == [8, 9]
+    assert series.index_for(None, 5) == rows.NO_COUNT
+
+
+def test_block_slot_of_a_row_that_failed_is_no_hole(part):
+    journal = Journal(part)
+    put(journal, 1.0)
+    with pytest.raises(struct.error):
+        put(journal, 2.0, index="no integer")
+    put(journal, 3.0)
+    assert floats(Tail(part).read()) == [1.0, 3.0]
+    journal.close()
+    table, damage = read_part(part)
+    assert (floats(table), damage) == ([1.0, 3.0], [])
+
+
+def test_journal_many_texts_turn_the_block_over(part, monkeypatch):
+    journal = Journal(part)
+    text = "x" * 1_000_000
+    for _ in range(40):
+        put(journal, text)
+    while journal.block.number == 0:
+        time.sleep(0.01)
+    put(journal, "last")
+    journal.close()
+    table, damage = read_part(part)
+    assert damage == []
+    assert table["payload"].to_pylist() == [f'"{text}"'] * 40 + ['"last"']
+
+
+def test_journal_synced_to_disk_reads_the_same(part):
+    journal = Journal(part, durability="fsync")
+    put(journal, {"a": 1.0, "b": "text"})
+    assert read_part(part)[0].num_rows == 2
+    journal.close()
+    assert read_part(part)[0].num_rows == 2
+
+
+def test_disk_block_without_mapping_writes_by_call(tmp_path, monkeypatch):
+    # As on a filesystem where a mapping is not safe.
+    here = block_module._filesystem(tmp_path)
+    assert here
+    monkeypatch.setattr(block_module, "_UNMAPPED", frozenset([here]))
+    block = DiskBlock(tmp_path, 0, is_synced=False)
+    assert not isinstance(block._rows, mmap.mmap)
+    group = Group(Series())
+    key = block.key(group, "m", "s", "x")
+    block.put(0, 1, 2, 3, 0.5, 4, key, FLOAT, 0, rows.MARK)
+    block.void(0)
+    block.void(1)
+    found = read_block(tmp_path, 0)
+    assert found is not None
+    assert floats(found.table) == [0.5]
+    assert found.frontier == 2
+    assert rows.last_marked(block.snapshot()[0]) == 1
+    block.close(unlink=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------ death and forks
+
+KILLED = """
+import mmap, os, random, signal, sys, threading, time
+from pathlib import Path
+from tracking.run import Run
+
+folder, count, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+random.seed(seed)
+NAMES = ("float", "text", "dict", "signal")
+acks = mmap.mmap(-1, 8 * len(NAMES))
+signals = mmap.mmap(-1, 1 << 16)
+
+def acknowledge(name, i):
+    at = 8 * NAMES.index(name)
+    acks[at:at + 8] = i.to_bytes(8, "little")
+
+def child(path):
+    run = Run(path, None)
+    calls = iter(range(1, 1 << 60))
+    def handler(*_):
+        i = next(calls)
+        run.log("signal", "s", float(i), index=i)
+        signals[i] = 1  # one each: a handler may come in the middle of another
+        acknowledge("signal", i)
+    def log(name, value):
+        for i in range(1, 1 << 60):
+            run.log(name, "s", value(i), index=i)
+            acknowledge(name, i)
+    threading.Thread(target=log, args=("text", str), daemon=True).start()
+    both = lambda i: {"a": i + 0.5, "b": i % 2 == 0, "c": i}
+    threading.Thread(target=log, args=("dict", both), daemon=True).start()
+    signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.0007, 0.0007)
+    log("float", float)
+
+for n in range(count):
+    acks[:], signals[:] = bytes(len(acks)), bytes(len(signals))
+    path = folder / f"run-{n}"
+    pid = os.fork()
+    if not pid:
+        try:
+            child(path)
+        finally:
+            os._exit(1)
+    while not all(acks[8 * i] or acks[8 * i + 1] for i in range(len(NAMES))):
+        assert os.waitpid(pid, os.WNOHANG) == (0, 0), "the child died by itself"
+        time.sleep(0.0005)
+    time.sleep(random.random() * 0.15)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    counts = (int.from_bytes(acks[8 * i:8 * i + 8], "little") for i in range(3))
+    print(n, *counts, *(i for i in range(len(signals)) if signals[i]), flush=True)
+"""
+
+
+def values(table, what, name, column="value"):
+    rows = pc.and_(pc.equal(table["what"], what), pc.equal(table["name"], name))
+    return table.filter(rows)[column].to_pylist()
+
+
+def check_survived(tmp_path, root, count):
+    done = run_script(KILLED, tmp_path, count, 20261122, cwd=root)
+    assert done.returncode == 0, done.stderr
+    lines = [[int(word) for word in line.split()] for line in done.stdout.splitlines()]
+    assert len(lines) == count
+    for n, num_floats, num_texts, num_dicts, *signals in lines:
+        part = tmp_path / f"run-{n}" / "records" / "0"
+        table, damage = read_part(part)
+        # At most the row that each thread was writing, which had not returned.
+        assert sum(d.rows_lost for d in damage) <= 3, damage
+        assert values(table, "float", "")[:num_floats] == [*range(1, num_floats + 1)]
+        assert values(table, "dict", "a")[:num_dicts] == [
+            i + 0.5 for i in range(1, num_dicts + 1)
+        ]
+        assert values(table, "dict", "b")[:num_dicts] == [
+            float(i % 2 == 0) for i in range(1, num_dicts + 1)
+        ]
+        assert values(table, "dict", "c")[:num_dicts] == [*range(1, num_dicts + 1)]
+        assert values(table, "text", "", "payload")[:num_texts] == [
+            f'"{i}"' for i in range(1, num_texts + 1)
+        ]
+        assert set(values(table, "signal", "")) >= {*map(float, signals)}
+        # Recovered, it holds the same.
+        journal = Journal(part)
+        put(journal, 1.0)
+        journal.close()
+        again = read_part(part)[0]
+        assert same(again.slice(0, table.num_rows), table)
+        assert again.num_rows == table.num_rows + 1
+
+
+def test_journal_killed_process_loses_nothing_acknowledged(tmp_path, root):
+    check_survived(tmp_path, root, 4)
+
+
+@pytest.mark.slow
+def test_journal_killed_200_times_loses_nothing_acknowledged(tmp_path, root):
+    check_survived(tmp_path, root, 200)
+
+
+FORKED = """
+import os, sys
+from pathlib import Path
+from tracking.journal.reader import is_being_written
+from tracking.journal.writer import Journal
+part = Path(sys.argv[1])
+journal = Journal(part)
+row = [("x", 1, 1.0, None)]
+journal.write("m", "s", row)
+ended, tell = os.pipe()
+pid = os.fork()
+if not pid:
+    try:
+        journal.write("m", "s", row)
+    except Exception as error:
+        print(type(error).__name__, error, flush=True)
+    journal.close()
+    other = Journal(part.parent.parent / "other" / "0")
+    other.write("m", "s", row)
+    other.close()
+    os.read(ended, 1)
+    print("held", is_being_written(part), flush=True)
+    os._exit(0)
+journal.write("m", "s", row)
+journal.close()
+os.write(tell, b".")
+os.waitpid(pid, 0)
+"""
+
+
+def test_journal_forked_child_leaves_it_alone(part, root):
+    done = run_script(FORKED, part, cwd=root)
+    assert done.returncode == 0, done.stderr
+    assert "RunClosedError Run.log: expected the process that started" in done.stdout
+    assert "held False" in done.stdout
+    table, damage = read_part(part)
+    assert (floats(table), damage) == ([1.0, 1.0], [])
+    assert read_part(part.parent.parent / "other" / "0")[0].num_rows == 1
+
+
+RAISING_HANDLER = """
+import itertools, signal, sys
+sys.settrace(None)  # a tracer would swallow what the handler raises
+from pathlib import Path
+from tracking.run import Run
+from tracking.journal.reader import read_part
+run = Run(Path(sys.argv[1]), None)
+run.log("m", "s", {"x": 0.5, "t": "text"})
+class Interrupted(Exception):
+    pass
+def handler(*_):
+    raise Interrupted
+signal.signal(signal.SIGALRM, handler)
+interrupted = returned = 0
+while interrupted < 150:
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.0001 + interrupted * 1e-6)
+        while True:
+            run.log("m", "s", {"x": 0.5})
+            returned += 1
+    except Interrupted:
+        interrupted += 1
+# Nothing is missing below the last row: no hole holds up a reader.
+part = run.path / "records" / "0"
+block = run._journal.block
+marks, _ = block.snapshot()
+from tracking.journal import row_format as rows
+assert not rows.has_holes(marks, rows.last_marked(marks) + 1)
+run.finish()
+table, damage = read_part(part)
+assert not damage, damage
+assert returned + 2 <= table.num_rows <= returned + 2 + interrupted
+print("ok")
+"""
+
+
+def test_journal_handler_that_raises_leaves_no_hole(tmp_path, root):
+    done = run_script(RAISING_HANDLER, tmp_path / "run", cwd=root)
+    assert done.stdout == "ok\n", done.stderr
+
+
+TIMEOUT = """
+import signal, sys
+sys.settrace(None)  # a tracer would swallow what the handler raises
+from pathlib import Path
+from tracking.run import Run
+run = Run(Path(sys.argv[1]), None)
+def handler(*_):
+    raise TimeoutError("the user's own")
+signal.signal(signal.SIGALRM, handler)
+raised = 0
+for n in range(60):
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.0003 + n * 1e-5)
+        while True:
+            run.log("m", "s", "a text, whose write is a system call")
+    except TimeoutError:
+        raised += 1
+run.finish()
+print(raised)
+"""
+
+
+def test_journal_handlers_own_oserror_reaches_the_caller(tmp_path, root):
+    done = run_script(TIMEOUT, tmp_path / "run", cwd=root)
+    assert done.stdout == "60\n", done.stderr
+
+
+# ------------------------------------------------------------------------ full disk
+
+LIMITED = """
+import resource, sys, time, warnings
+from pathlib import Path
+from tracking.journal.reader import read_part
+from tracking.journal.writer import Journal
+from tracking.schema import leaves
+part = Path(sys.argv[1])
+journal = Journal(part)
+caught = []
+warnings.showwarning = lambda message, *_: caught.append(str(message))
+warnings.simplefilter("always")
+def log(value):
+    journal.write("m", "s", leaves(value, ""))
+log({"x": 0.0})
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+for i in range(50_000):
+    log({"x": float(i)})
+    if i % 10 == 0:
+        log({"t": str(i)})
+time.sleep(0.6)
+assert len(caught) == 1, caught
+read = read_part(part)
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+deadline = time.monotonic() + 20
+while read_part(part)[0].num_rows < 55_001 and time.monotonic() < deadline:
+    time.sleep(0.1)
+durable = read_part(part)[0].num_rows
+log({"x": -1.0})
+kind = type(journal.block).__name__
+journal.close()
+table, damage = read_part(part)
+assert not damage, damage
+print(durable, table.num_rows, kind, read[0].num_rows >= 16384, caught)
+assert table["value"].drop_null().to_pylist() == [0.0, *map(float, range(50_000)), -1.0]
+assert table["payload"].drop_null().to_pylist() == [f'"{i}"' for i in range(0, 50_000, 10)]
+"""
+
+
+def test_journal_full_disk_warns_once_and_resumes(part, root):
+    done = run_script(LIMITED, part, cwd=root)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("55001 55002 DiskBlock"), done.stdout
+    assert "Training goes on, and what is logged is kept in memory" in done.stdout
+
+
+FULL = """
+import os, sys, time, warnings
+from pathlib import Path
+from tracking.journal.reader import read_part
+from tracking.journal.writer import Journal
+warnings.simplefilter("ignore")
+folder = Path(sys.argv[1])
+journal = Journal(folder / "run" / "0")
+ballast = os.open(folder / "ballast", os.O_CREAT | os.O_WRONLY)
+try:
+    while True:
+        os.write(ballast, bytes(65536))
+except OSError:
+    pass
+for i in range(60_000):
+    journal.write("m", "s", [("x", 1, float(i), None)])
+os.unlink(folder / "ballast"); os.close(ballast)
+journal.close()
+table, damage = read_part(folder / "run" / "0")
+assert table["value"].to_pylist() == list(range(60_000)) and not damage, damage
+print("ok")
+"""
+
+
+def test_journal_on_a_full_filesystem_is_never_killed(tmp_path, root):
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(tmp_path)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount a small filesystem")
+    try:
+        done = run_script(FULL, tmp_path, cwd=root)
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+    assert done.stdout == "ok\n", done.stderr
+
+
+def test_journal_that_never_reaches_the_disk_tells_how_many_rows_are_lost(part):
+    journal = Journal(part)
+    put(journal, 1.0)
+    (part / "000000.arrow").mkdir()  # so that sealing fails, as root too
+    with pytest.warns(TrackingWarning, match="expected to write to the disk"):
+        journal.close()
+    # It is durable all the same: the open block was on the disk.
+    (part / "000000.arrow").rmdir()
+    assert floats(read_part(part)[0]) == [1.0]
+
+
+# ---------------------------------------------------------------- values and blocks
+
+
+def test_journal_nan_payloads_survive(part):
+    # Quiet and signalling, of either sign, and one that is a float32 too.
+    patterns = [0x7FF8000000000000, 0x7FF8000000000001, 0xFFF8000000000000]
+    patterns += [0x7FF0000000000001, 0x7FF8000020000000]
+    values = [struct.unpack("<d", p.to_bytes(8, "little"))[0] for p in patterns]
+    journal = Journal(part)
+    for value in values:
+        put(journal, value)
+    journal.close()
+    (path,) = part.glob("*.arrow")
+    stored = pa.ipc.open_file(pa.BufferReader(path.read_bytes())).read_all()
+    found = stored["value"].to_numpy().view("<u8").tolist()
+    assert found == patterns
+
+
+def test_disk_block_settled_holds_no_file_and_reads_the_same(tmp_path):
+    block = DiskBlock(tmp_path, 0, is_synced=False)
+    key = block.key(Group(Series()), "m", "s", "x")
+    block.put(0, 1, 2, 3, 0.5, 4, key, FLOAT, 0, rows.MARK)
+    before = block.snapshot()
+    held = len(list(Path("/dev/fd").iterdir()))
+    block.settle()
+    assert len(list(Path("/dev/fd").iterdir())) == held - 3  # a mapping has its own
+    assert block.snapshot() == before
+    block.close(unlink=True)
+
+
+def test_memory_block_is_read_like_one_on_the_disk():
+    block = Block(4)
+    group = Group(Series())
+    key = block.key(group, "m", "s", "x")
+    block.add_payload(0, '"text"')
+    block.put(0, 1, 2, 3, math.nan, 4, key, 4, rows.HAS_TEXT, rows.MARK)
+    marks, text = block.snapshot()
+    found = rows.decode(Path("part"), 4, 0, marks, marks, text)
+    assert found.table["payload"].to_pylist() == ['"text"']
+    assert found.table["seq"].to_pylist() == [4 * CAPACITY]
+    assert not block.is_durable
+
+
+def test_warnings_as_errors_do_not_reach_the_writer(part, capsys):
+    journal = Journal(part)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        journal._warn_of(OSError(28, "No space left on device"))
+    assert "No space left on device" in capsys.readouterr().err
+    journal.close()

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from tracking.mlflow_store.keys import MAX_KEY_LENGTH, Keys, is_valid, plain_key
+
+
+@pytest.mark.parametrize(
+    ("series", "key"),
+    [
+        (("metrics", "train", "loss"), "train/loss"),
+        (("steps", "train", "loss"), "train/loss_step"),
+        (("profile", "fit", "epoch_s"), "profile/fit/epoch_s"),
+        (("metrics", "", "loss"), "loss"),
+        (("metrics", "train", ""), "train"),
+        (("params", "", "lr"), "lr"),
+    ],
+)
+def test_plain_key_joins_what_there_is(series, key):
+    assert plain_key(series) == key
+    assert Keys().of(series) == key
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", ".", "..", "/a", "a/", "a//b", "a/../b", "../a", "a\n", "a#", "x" * 251],
+)
+def test_name_that_mlflow_refuses_is_not_valid(name):
+    assert not is_valid(name)
+
+
+word = st.text(st.sampled_from("ab/.#_ -:ü0"), max_size=6)
+
+
+@given(st.lists(st.tuples(st.sampled_from(["metrics", "steps", "x"]), word, word)))
+@example([("metrics", "train/a", "b"), ("metrics", "train", "a/b")])
+@example([("metrics", "train", "loss_step"), ("steps", "train", "loss")])
+@example([("metrics", "", ""), ("metrics", "#", ""), ("metrics", "", "#")])
+def test_keys_are_valid_and_one_for_each_series(found):
+    keys = Keys()
+    given = {series: keys.of(series) for series in found}
+    assert all(is_valid(key) for key in given.values())
+    assert len(set(given.values())) == len(given)
+    assert {series: Keys().of(series) for series in found[:1]} == dict(
+        list(given.items())[:1]
+    )
+    again = Keys()
+    assert {series: again.of(series) for series in found} == given
+    mapped = keys.mapped()
+    assert all(given[series] == key for key, series in mapped.items())
+    assert all(
+        key == plain_key(series) for series, key in given.items() if key not in mapped
+    )
+
+
+def test_key_that_was_given_is_never_given_again():
+    keys = Keys()
+    odd = keys.of(("metrics", "train", "a#b"))
+    other = keys.of(("metrics", "", odd))
+    assert other != odd
+
+
+def test_reserved_beginning_is_not_given():
+    assert Keys(reserved="luz.").of(("tags", "", "luz.run_id")) != "luz.run_id"
+
+
+@given(st.text(max_size=400))
+def test_any_text_gets_a_key(name):
+    key = Keys().of(("metrics", "train", name))
+    assert is_valid(key)
+    assert len(key) <= MAX_KEY_LENGTH

@@ -1,0 +1,265 @@
+from __future__ import annotations
+
+import importlib
+import math
+import struct
+import subprocess
+import sys
+
+import duckdb
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.feather
+import pyarrow.parquet
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tracking
+from tracking.api import start
+from tracking.errors import RunNotFoundError
+from tracking.exporter import export
+from tracking.read import PastRun
+from tracking.run import Run
+from tracking.schema import value_of
+
+NASTY = {
+    "nan": math.nan,
+    "inf": math.inf,
+    "-inf": -math.inf,
+    "-0": -0.0,
+    "subnormal": 5e-324,
+    "largest": sys.float_info.max,
+    "third": 1 / 3,
+    "2**53+1": 2**53 + 1,
+    "2**70": 2**70,
+    "true": True,
+    "none": None,
+    "empty": "",
+    "quoted": 'a "b", c\n\td\x00e',
+    "ünï ☃": "ünï ☃ 🦊",
+    "n" * 3000: 1.0,
+    "deep/a/b/c": [1, [2.5, {"x": None}]],
+}
+
+
+@pytest.fixture
+def run(tmp_path):
+    with start(name="one", runs_dir=tmp_path / "runs", deliver=False) as run:
+        for name, value in NASTY.items():
+            run.log("metrics", "train", {name: value}, index=1, epoch=1, step=7)
+        yield run
+
+
+def sql(query):
+    found = duckdb.sql(query)
+    assert found is not None
+    return found
+
+
+def bits(value):
+    return None if value is None else struct.pack("<d", value)
+
+
+def check_nasty(rows):
+    """Rows of any reader, as dictionaries, hold what was logged, bit for bit."""
+    found = {row["name"]: row for row in rows if row["what"] == "metrics"}
+    assert found.keys() == NASTY.keys()
+    for name, value in NASTY.items():
+        row = found[name]
+        back = value_of(row["kind"], row["value"], row["payload"])
+        assert type(back) is type(value)
+        if isinstance(value, float):
+            assert bits(row["value"]) == bits(value), name
+        else:
+            assert back == value
+        assert (row["index"], row["epoch"], row["step"]) == (1, 1, 7)
+
+
+def test_export_parquet_is_exact_for_duckdb(run, tmp_path):
+    path = tmp_path / "x.parquet"
+    assert export(run, path) == len(PastRun(run.path).records())
+    found = sql(f"select * exclude (time) from '{path}'")
+    names = found.columns
+    check_nasty(dict(zip(names, row, strict=True)) for row in found.fetchall())
+    assert sql(f"select distinct run from '{path}'").fetchall() == [(run.id,)]
+
+
+def test_export_parquet_arrow_and_feather_equal_the_records(run, tmp_path):
+    records = PastRun(run.path).records()
+    for name, read in (
+        ("x.parquet", pyarrow.parquet.read_table),
+        ("x.arrow", pyarrow.feather.read_table),
+        ("x.FEATHER", pyarrow.feather.read_table),
+    ):
+        export([run.path], tmp_path / name)
+        table = read(tmp_path / name)
+        assert table.column_names == ["run", *records.column_names]
+        assert table.drop(["run"]).schema.equals(records.schema)
+        check_nasty(table.to_pylist())
+
+
+def test_export_csv_keeps_numbers_exact(run, tmp_path):
+    export(PastRun(run.path), tmp_path / "x.csv")
+    found = sql(f"from read_csv('{tmp_path / 'x.csv'}', all_varchar=true)")
+    names = found.columns
+    rows = [dict(zip(names, row, strict=True)) for row in found.fetchall()]
+    values = {r["name"]: r["value"] for r in rows if r["what"] == "metrics"}
+    for name, value in NASTY.items():
+        if isinstance(value, float):
+            assert bits(float(values[name])) == bits(value), name
+
+
+def test_export_several_runs_to_one_file_or_a_partitioned_folder(run, tmp_path):
+    with start(name="two", runs_dir=tmp_path / "runs", deliver=False) as other:
+        other.log("metrics", "train", 2.0)
+    runs = [PastRun(run.path), PastRun(other.path)]
+    counts = {past.id: len(past.records()) for past in runs}
+    assert export(runs, tmp_path / "both.parquet") == sum(counts.values())
+    for _ in range(2):  # again, the same: nothing is doubled
+        assert export(runs, tmp_path / "set") == sum(counts.values())
+    for source in (
+        f"'{tmp_path}/both.parquet'",
+        f"read_parquet('{tmp_path}/set/*/*.parquet', hive_partitioning=true)",
+    ):
+        found = sql(f"select run, count(*) from {source} group by run")
+        assert dict(found.fetchall()) == counts
+    table = pyarrow.parquet.read_table(tmp_path / "set")
+    assert table.num_rows == sum(counts.values())
+
+
+def test_export_of_a_live_run_holds_what_was_logged_so_far(tmp_path):
+    import torch  # noqa: PLC0415
+
+    run = start(runs_dir=tmp_path, deliver=False)
+    run.log("metrics", "train", torch.tensor(2.0))
+    export(run, tmp_path / "x.parquet")
+    table = pyarrow.parquet.read_table(tmp_path / "x.parquet")
+    assert 2.0 in table["value"].to_pylist()
+    run.finish()
+
+
+def test_export_superseded_rows_if_asked(run, tmp_path):
+    run.log("metrics", "valid", 1.0, index=1)
+    run.log("metrics", "valid", 2.0, index=1, append=False)
+    export(run, tmp_path / "x.parquet", superseded=True)
+    table = pyarrow.parquet.read_table(tmp_path / "x.parquet")
+    gone = table.filter(table["superseded"])
+    assert gone["value"].to_pylist() == [1.0]
+    export(run, tmp_path / "x.parquet")
+    table = pyarrow.parquet.read_table(tmp_path / "x.parquet")
+    assert "superseded" not in table.column_names
+
+
+def test_export_to_a_uri_goes_through_arrows_filesystems(run, tmp_path):
+    export(run, f"file://{tmp_path}/new/folder/x.parquet")
+    table = pyarrow.parquet.read_table(tmp_path / "new" / "folder" / "x.parquet")
+    check_nasty(table.to_pylist())
+
+
+def test_export_failing_leaves_the_old_file(run, tmp_path):
+    target = tmp_path / "x.parquet"
+    target.mkdir()
+    with pytest.raises(OSError, match="directory"):
+        export(run, target)
+    assert {p.name for p in tmp_path.iterdir()} == {"runs", "x.parquet"}
+
+
+def test_export_unknown_format_is_refused(run, tmp_path):
+    with pytest.raises(ValueError, match=r"ends in \.parquet, \.csv.*got '\.xlsx'"):
+        export(run, tmp_path / "x.xlsx")
+
+
+def test_export_without_runs_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="expected at least one run, got none"):
+        export([], tmp_path / "x.parquet")
+
+
+def test_export_of_an_unknown_run_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("HARNESS_RUNS", str(tmp_path))
+    with pytest.raises(RunNotFoundError, match="expected a run in"):
+        export("nobody", tmp_path / "x.parquet")
+    assert list(tmp_path.iterdir()) == []
+
+
+CALLED = """
+import sys
+sys.path.insert(0, ".")
+{first}
+import tracking
+print(tracking.export(sys.argv[1], sys.argv[2]))
+from tracking.exporter import export
+print(tracking.export(sys.argv[1], sys.argv[2]))
+print("pyarrow" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize("first", ["", "from tracking.exporter import export"])
+def test_export_is_a_function_before_and_after_its_module_is_imported(
+    run, tmp_path, root, first
+):
+    line = [sys.executable, "-c", CALLED.format(first=first)]
+    line += [str(run.path), str(tmp_path / "x.parquet")]
+    done = subprocess.run(line, cwd=root, capture_output=True, text=True, check=False)
+    count = PastRun(run.path).records().num_rows
+    assert done.stdout.split() == [str(count), str(count), "True"], done.stderr
+
+
+def test_tracking_import_loads_no_arrow(root):
+    script = "import sys, tracking; dir(tracking); print('pyarrow' in sys.modules)"
+    line = [sys.executable, "-c", script]
+    done = subprocess.run(line, cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+def test_tracking_has_each_public_name():
+    for name in tracking.__all__:
+        assert getattr(tracking, name) is not None
+    with pytest.raises(AttributeError, match="has no attribute 'no_such'"):
+        importlib.import_module("tracking").no_such  # noqa: B018
+
+
+names = st.text(st.characters(codec="utf-8"), max_size=20)
+values = (
+    st.floats()
+    | st.integers(-(2**63), 2**64).map(
+        lambda n: struct.unpack("<d", (n % 2**64).to_bytes(8, "little"))[0]
+    )
+    | st.integers()
+    | st.booleans()
+    | st.none()
+    | names
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(
+        st.tuples(names, names, st.dictionaries(names, values, max_size=4)), max_size=8
+    )
+)
+def test_export_any_value_comes_back_bit_for_bit(tmp_path_factory, logged):
+    folder = tmp_path_factory.mktemp("any")
+    run = Run(folder / "run", None)
+    expected = []
+    for index, (what, set_, value) in enumerate(logged, start=1):
+        run.log(what, set_, value, index)
+        leaves = value.items() if value else [("", {})]
+        expected += [(what, set_, name, index, leaf) for name, leaf in leaves]
+    run.finish()
+    export(PastRun(run.path), folder / "x.parquet")
+    table = pyarrow.parquet.read_table(folder / "x.parquet")
+    found = [
+        (
+            *(row[column] for column in ("what", "set", "name", "index")),
+            value_of(row["kind"], row["value"], row["payload"]),
+        )
+        for row in table.to_pylist()
+    ]
+    assert [row[:4] for row in found] == [row[:4] for row in expected]
+    for (*_, back), (*_, value) in zip(found, expected, strict=True):
+        if isinstance(value, float):
+            assert bits(back) == bits(value)
+        else:
+            assert (type(back), back) == (type(value), value)
+    assert isinstance(table, pa.Table)

@@ -1,0 +1,176 @@
+"""Starting a run, or going on with one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+
+from tracking import capture
+from tracking.delivery.thinning import check_options
+from tracking.ending import forget_failures, status_of
+from tracking.run import Run, now
+from tracking.store import Manifest, find_run, make_run, runs_folder
+
+
+def start(
+    *,
+    experiment: str | None = None,
+    name: str | None = None,
+    params: Mapping[str, Any] | None = None,
+    tags: Mapping[str, Any] | None = None,
+    note: str | None = None,
+    runs_dir: str | os.PathLike[str] | None = None,
+    durability: Literal["process", "fsync"] = "process",
+    deliver: bool = True,
+    delivery: Mapping[str, Any] | None = None,
+    rank: int = 0,
+    run_id: str | None = None,
+) -> Run:
+    """Start a run, or go on with one.
+
+    Parameters
+    ----------
+    experiment
+        Name of what the run belongs to; None: MLflow's own default.
+    name
+        Readable name; None: made from ``experiment`` and two words.
+    params, tags
+        Logged at once, as by ``Run.log_params`` and ``Run.set_tags``.
+    note
+        Description, Markdown; shown by MLflow.
+    runs_dir
+        Folder of runs; None: ``HARNESS_RUNS``, else ``./runs``.
+    durability
+        ``"process"``: what is logged survives the death of the process. ``"fsync"``:
+        also a power cut, at the price of a disk write for each row.
+    deliver
+        Whether the rows go to MLflow, by a process of their own.
+    delivery
+        Options of that, e.g. ``{"per_key": 10_000}``.
+    rank : >= 0
+        Of this process. Only rank 0 writes the manifest and delivers.
+    run_id
+        Run to join (rank above 0) or to go on with (rank 0).
+
+    Returns
+    -------
+    Run, a context manager
+
+    Raises
+    ------
+    OSError
+        If the folder of runs cannot be written.
+    RunBusyError
+        If another process writes this rank's part of the run.
+    RunNotFoundError
+        If there is no run ``run_id``.
+    ValueError, TypeError
+        If an argument is wrong.
+
+    Examples
+    --------
+    >>> with start(experiment="digits", deliver=False) as run:
+    ...     run.log("metrics", "train", {"loss": 0.31}, index=1, step=500)
+    """
+    check_options(delivery)
+    if rank < 0 or (rank > 0 and run_id is None):
+        raise ValueError(
+            f"start(rank={rank}): expected rank 0, or a run_id to join, got "
+            f"run_id={run_id!r}. Start on rank 0 and give its run.id to the others."
+        )
+    if rank > 0:
+        assert run_id is not None
+        path = runs_folder(runs_dir) / run_id
+        run = Run(path, None, rank=rank, durability=durability)
+        run.restore_indices()
+    elif run_id is not None:
+        run = _go_on_with(find_run(run_id, runs_dir), durability)
+    else:
+        run = _start_new(runs_folder(runs_dir), experiment, name, durability)
+    if rank == 0:
+        manifest = run.manifest
+        manifest.note = note or manifest.note
+        manifest.deliver = deliver
+        manifest.delivery = dict(delivery or manifest.delivery)
+        manifest.mlflow = manifest.mlflow or _active_mlflow_run()
+        run.save_manifest()
+    run.log_params(params or {})
+    run.set_tags(tags or {})
+    if rank == 0 and deliver:
+        run.deliver()
+    # At its first array pyarrow imports pandas, half a second: better now, beside the
+    # delivery process that starts, than when the first block is sealed.
+    pa.array([])
+    return run
+
+
+def _start_new(
+    runs: Path,
+    experiment: str | None,
+    name: str | None,
+    durability: Literal["process", "fsync"],
+) -> Run:
+    """Run in a fresh folder, which goes again if it cannot be used."""
+    path, name = make_run(runs, experiment, name)
+    machine = capture.machine()
+    code = capture.code_state(Path.cwd())
+    manifest = Manifest(
+        id=path.name,
+        name=name,
+        experiment=experiment,
+        created=now(),
+        command=capture.command(),
+        cwd=str(Path.cwd()),
+        pid=os.getpid(),
+        packages=capture.packages(),
+        git=code.summary,
+        **machine,
+    )
+    try:
+        run = Run(path, manifest, durability=durability)
+    except BaseException:
+        shutil.rmtree(path, ignore_errors=True)
+        raise
+    if code.diff:
+        run.log_text(code.diff, "code.diff")
+    return run
+
+
+def _go_on_with(path: Path, durability: Literal["process", "fsync"]) -> Run:
+    """A run that was ended before, or killed."""
+    manifest = Manifest.read(path)
+    status = status_of(path, manifest)
+    run = Run(path, manifest, durability=durability)
+    manifest.resumed.append(
+        {
+            "time": now(),
+            "status": status,
+            "command": capture.command(),
+            "host": capture.machine()["host"],
+            "pid": os.getpid(),
+            "git": capture.code_state(Path.cwd()).summary,
+        }
+    )
+    manifest.status, manifest.ended, manifest.error = "running", None, None
+    forget_failures(path)
+    manifest.pid = os.getpid()
+    run.restore_indices()
+    return run
+
+
+def _active_mlflow_run() -> dict[str, Any]:
+    """The caller's own MLflow run, if one is active; MLflow is not imported for it."""
+    mlflow = sys.modules.get("mlflow")
+    if mlflow is None or not hasattr(mlflow, "active_run"):
+        return {}
+    active = mlflow.active_run()
+    if active is None:
+        return {}
+    uri = capture.without_credentials(str(mlflow.get_tracking_uri()))
+    return {"run_id": active.info.run_id, "borrowed": True, "tracking_uri": uri}

@@ -1,0 +1,1 @@
+"""Delivery: a separate process sends the journal to MLflow."""

@@ -1,0 +1,270 @@
+"""The process that takes a run to MLflow: ``python -m tracking.delivery RUN_PATH``.
+
+It tails the journal, so the trainer neither waits for it nor knows how far it is, and
+it goes on when the trainer is gone, however that ended. It ends by itself once all is
+delivered, or once a server has not answered for a while after the trainer's end.
+
+With ``--sync`` it delivers runs that have ended and compares all that MLflow has with
+the journal; with ``--read FOLDER`` it only writes down what MLflow has. Both tell on
+stdout what they did, a line of JSON for each run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import gc
+import io
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import pyarrow as pa
+
+from tracking.delivery.retry import GaveUpError
+from tracking.delivery.state import State
+from tracking.delivery.summaries import make_keepsakes
+from tracking.delivery.thinning import check_options
+from tracking.delivery.worker import Courier
+from tracking.errors import TrackingError
+from tracking.mlflow_store.client import Remote, prepare_environment
+from tracking.mlflow_store.runs import Register
+from tracking.mlflow_store.uris import resolved_uri
+from tracking.settings import Settings
+from tracking.store import Manifest
+
+NICENESS: Final = 10
+LOCK_WAIT_S: Final = 10.0
+MAX_LOG_BYTES: Final = 1 << 20
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the process; 0 if all is delivered, else 1."""
+    parser = argparse.ArgumentParser(prog="python -m tracking.delivery")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN_PATH")
+    parser.add_argument("--sync", action="store_true")
+    parser.add_argument("--read", type=Path, metavar="FOLDER")
+    parser.add_argument("--patience", type=float, metavar="SECONDS")
+    parser.add_argument("--lock-wait", type=float, default=LOCK_WAIT_S)
+    options = parser.parse_args(arguments)
+    settings = Settings.read()
+    prepare_environment()
+    report = sys.stdout
+    sys.stdout = sys.stderr = _Redacting(sys.stderr, settings.redact)
+    paths = [path.absolute() for path in options.runs]
+    if options.read:
+        return max(_read(path, options.read, settings, report) for path in paths)
+    deliver = partial(_sync, report=report) if options.sync else _deliver
+    return max(
+        deliver(path, settings, options.patience, options.lock_wait) for path in paths
+    )
+
+
+def _deliver(
+    path: Path, settings: Settings, patience_s: float | None, lock_wait_s: float
+) -> int:
+    """Deliver a run that is being written."""
+    with _locked(path, lock_wait_s) as is_ours:
+        if not is_ours:
+            return 0
+        courier = _courier(path, settings, patience_s, is_thorough=False)
+        # Not before: the page is wanted soon, beside a trainer that takes all cores.
+        return _run(courier, path, lambda: settle_down(NICENESS), settings.redact)
+
+
+def _sync(
+    path: Path,
+    settings: Settings,
+    patience_s: float | None,
+    lock_wait_s: float,
+    report: Any,
+) -> int:
+    """Deliver what MLflow lacks of a run, and tell."""
+    told: dict[str, Any] = {"run": path.name}
+    code = 1
+    with _locked(path, lock_wait_s) as is_ours:
+        if is_ours:
+            courier = _courier(path, settings, patience_s, is_thorough=True)
+            code = _run(courier, path, lambda: settle_down(0), settings.redact)
+            told |= {"sent": courier.num_sent, "present": courier.num_present}
+        state = State.read(path) or State()
+        told |= {
+            "phase": state.phase if is_ours else "busy",
+            "error": state.error,
+            "behind": state.behind,
+            "flags": state.flags,
+            "tracking_uri": state.tracking_uri,
+            "experiment_id": state.experiment_id,
+            "mlflow_run_id": state.mlflow_run_id,
+            "page": state.page,
+        }
+    print(json.dumps(told), file=report, flush=True)
+    return code
+
+
+def _read(path: Path, folder: Path, settings: Settings, report: Any) -> int:
+    """Write down what MLflow has of a run: a file of its metrics, and a line."""
+    told: dict[str, Any] = {"run": path.name}
+    code = 1
+    try:
+        register = _register(path, settings)
+        run = register.find()
+        if run is None:
+            told["error"] = "no such run there"
+        else:
+            file = folder / f"{path.name}.arrow"
+            history = register.remote.history(run.run_id)
+            with pa.ipc.new_file(str(file), history.schema) as writer:
+                writer.write_table(history)
+            told |= {
+                "mlflow_run_id": run.run_id,
+                "experiment_id": run.experiment_id,
+                "tracking_uri": register.uri,
+                "status": run.status,
+                "params": run.params,
+                "tags": run.tags,
+                "artifacts": register.remote.artifacts(run.run_id),
+            }
+            code = 0
+    except (TrackingError, OSError) as error:
+        told["error"] = settings.redact(str(error))
+    print(json.dumps(told), file=report, flush=True)
+    return code
+
+
+def _run(
+    courier: Courier,
+    path: Path,
+    on_page: Callable[[], None],
+    redact: Callable[[str], str],
+) -> int:
+    """Deliver, and write down what went wrong if something did."""
+    try:
+        courier.deliver(on_page)
+    except GaveUpError:
+        return 1
+    except Exception as error:  # noqa: BLE001 (nobody watches this process)
+        if not path.is_dir():  # the run was deleted
+            return 1
+        _log(path, redact(traceback.format_exc()))
+        courier.state.phase = "gave up"
+        courier.state.error = redact(f"{type(error).__name__}: {error}")
+        courier.state.write(path)
+        return 1
+    return 0
+
+
+def _courier(
+    path: Path, settings: Settings, patience_s: float | None, *, is_thorough: bool
+) -> Courier:
+    """Courier of a run."""
+    register = _register(path, settings)
+    options = check_options(register.manifest.delivery)
+    return Courier(
+        path,
+        register,
+        patience_s=options.patience_s if patience_s is None else patience_s,
+        is_thorough=is_thorough,
+        make_keepsakes=make_keepsakes,
+        redact=settings.redact,
+        log=lambda text: _log(path, settings.redact(text)),
+    )
+
+
+def _register(path: Path, settings: Settings) -> Register:
+    """Register of a run: in the store of the environment, else where it was before."""
+    manifest = Manifest.read(path)
+    state = State.read(path)
+    before = (state and state.tracking_uri) or manifest.mlflow.get("tracking_uri")
+    here = Path.cwd()
+    started_in = Path(manifest.cwd)
+    if settings.tracking_uri:
+        uri = resolved_uri(here, settings.tracking_uri)
+    else:
+        uri = before or resolved_uri(started_in if started_in.is_dir() else here, None)
+    if started_in.is_dir():
+        os.chdir(started_in)  # a new experiment's artifacts lie below it
+    return Register(
+        path,
+        uri,
+        lambda uri: Remote(uri, settings.cache),
+        experiment_name=settings.experiment_name,
+        experiment_id=settings.experiment_id,
+        redact=settings.redact,
+    )
+
+
+@contextlib.contextmanager
+def _locked(path: Path, wait_s: float) -> Iterator[bool]:
+    """Be the one process that delivers a run; False if another goes on doing so.
+
+    A process whose trainer ended may be about to leave while the run is resumed: it is
+    waited for a little. If it stays, it has seen the new trainer.
+    """
+    folder = path / "delivery"
+    folder.mkdir(exist_ok=True)
+    deadline = time.monotonic() + wait_s
+    with (folder / "lock").open("a") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    yield False
+                    return
+                time.sleep(0.1)
+            else:
+                yield True
+                return
+
+
+def settle_down(niceness: int) -> None:
+    """Leave the processor to others where they want it, and use less of it.
+
+    A quarter of the time that MLflow takes for a batch is the garbage collector's, which
+    looks through all that was imported again and again.
+    """
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 50)
+    with contextlib.suppress(OSError):
+        os.nice(niceness)
+
+
+def _log(path: Path, text: str) -> None:
+    """Add a line to the run's log, which does not grow without end."""
+    file = path / "delivery" / "log.txt"
+    with contextlib.suppress(OSError):
+        if file.exists() and file.stat().st_size > MAX_LOG_BYTES:
+            file.replace(file.with_name("log.old.txt"))
+        with file.open("a", encoding="utf-8", errors="replace") as log:
+            log.write(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {text.rstrip()}\n")
+
+
+class _Redacting(io.TextIOBase):
+    """A text stream that secrets do not get through."""
+
+    def __init__(self, stream: Any, redact: Callable[[str], str]) -> None:
+        super().__init__()
+        self._stream = stream
+        self._redact = redact
+
+    def write(self, text: str) -> int:
+        """Write a text without what must not be told."""
+        self._stream.write(self._redact(text))
+        return len(text)
+
+    def flush(self) -> None:
+        """Pass on what has been written."""
+        self._stream.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

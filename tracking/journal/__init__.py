@@ -1,0 +1,1 @@
+"""The journal: rows that survive the process that logs them."""

@@ -1,0 +1,118 @@
+"""What MLflow's page tells of a run: tags and a description from its manifest."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Final
+
+from tracking.mlflow_store.client import MAX_TAG_LENGTH
+from tracking.store import Manifest
+
+STATUSES: Final = {"finished": "FINISHED", "failed": "FAILED", "killed": "KILLED"}
+"""MLflow's word for the status of a run that has ended."""
+
+
+def run_tags(
+    manifest: Manifest, run_path: Path, redact: Callable[[str], str]
+) -> dict[str, str]:
+    """Tags that describe a run, as MLflow's page expects them and more of our own.
+
+    Parameters
+    ----------
+    manifest
+        Of the run.
+    run_path
+        Folder of the run.
+    redact
+        Takes secrets out of a text.
+    """
+    git = manifest.git or {}
+    found = {
+        "luz.run_id": manifest.id,
+        "luz.path": str(run_path),
+        "luz.command": shlex.join(manifest.command),
+        "luz.host": manifest.host,
+        "luz.python": manifest.python,
+        "luz.platform": manifest.platform,
+        "luz.devices": ", ".join(manifest.devices),
+        "luz.dirty": str(git.get("dirty", "")).lower(),
+        "luz.error": _error(manifest),
+        # No mlflow.parentRunId: MLflow's page folds nested runs up under their parent.
+        "luz.forked_from": manifest.extra.get("forked_from", {}).get("run", ""),
+    }
+    if not manifest.mlflow.get("borrowed"):
+        found |= {
+            "mlflow.user": manifest.user,
+            "mlflow.source.name": _source(manifest.command),
+            "mlflow.source.type": "LOCAL",
+            "mlflow.source.git.commit": git.get("commit") or "",
+            "mlflow.source.git.branch": git.get("branch") or "",
+            "mlflow.source.git.repoURL": git.get("remote") or "",
+            "mlflow.note.content": description(manifest, run_path),
+        }
+    return {k: redact(v)[:MAX_TAG_LENGTH] for k, v in found.items() if v}
+
+
+def description(manifest: Manifest, run_path: Path) -> str:
+    """What ran, where and on what code, and where its records lie; Markdown."""
+    lines = [manifest.note, ""] if manifest.note else []
+    if manifest.error:
+        lines += [f"**Failed**: `{_error(manifest)}`", ""]
+    origin = manifest.extra.get("forked_from")
+    if origin:
+        step = origin.get("step")
+        lines += [f"**Forked** from `{origin.get('run')}` at step {step}", ""]
+    lines += [
+        f"**Ran** `{shlex.join(manifest.command)}`",
+        f"in `{manifest.cwd}` on {manifest.host}, Python {manifest.python}",
+    ]
+    for again in manifest.resumed:
+        where = f"on {again.get('host')} at {str(again.get('time'))[:19]}"
+        lines.append(f"- gone on with {where}, after it was {again.get('status')}")
+    git = manifest.git
+    if git and git.get("commit"):
+        dirty = ", with changes (artifact `code.diff`)" if git.get("dirty") else ""
+        branch = f" on {git['branch']}" if git.get("branch") else ""
+        lines += ["", f"**Code** `{git['commit'][:12]}`{branch}{dirty}"]
+    lines += [
+        "",
+        f"**Records** `{run_path}`: `harness runs show {manifest.id}`, "
+        f"`harness export {manifest.id} --to records.parquet`",
+    ]
+    return "  \n".join(lines)
+
+
+def as_ms(moment: str | None) -> int | None:
+    """Milliseconds since 1970 of a time in ISO 8601."""
+    return round(datetime.fromisoformat(moment).timestamp() * 1000) if moment else None
+
+
+def _error(manifest: Manifest) -> str:
+    """What ended a failed run, in a line."""
+    error = manifest.error or {}
+    text = ": ".join(filter(None, [error.get("type"), error.get("message")]))
+    return " ".join(text.split())[:1000]
+
+
+def _source(command: list[str]) -> str:
+    """The script or module that a command runs."""
+    for word, following in zip(command[1:], [*command[2:], ""], strict=True):
+        if word == "-m":
+            return following
+        if not word.startswith("-"):
+            return word
+    return command[0] if command else ""
+
+
+def page(server: str, experiment_id: str, run_id: str | None = None) -> str:
+    """Address of an experiment's charts, or of a run's page, in MLflow's UI.
+
+    The page (3.17) opens in its view for language models unless told otherwise.
+    """
+    place = f"{server.rstrip('/')}/#/experiments/{experiment_id}/runs"
+    if run_id is None:
+        return f"{place}?workflowType=machine_learning&compareRunsMode=CHART"
+    return f"{place}/{run_id}/model-metrics"

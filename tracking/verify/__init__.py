@@ -1,0 +1,1 @@
+"""Compare a journal with its exported files and with MLflow."""
