@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor, nn
 
 from harness.callback import Callback
-from harness.checkpoint.rng import generators_of, random_state
 from harness.checkpoint.state import (
     IN_VALIDATION,
     BeforeValid,
@@ -38,6 +37,7 @@ from harness.records import (
     leaves,
     metrics_frame,
 )
+from harness.rng import find_generators, get_rng_state
 from harness.setup_checks import (
     as_pair,
     check_callbacks,
@@ -388,7 +388,7 @@ class Context:
             "callbacks": {
                 name: cb.state_dict() for name, cb in by_name(self.callbacks)
             },
-            "random": random_state(generators_of(*loaders)),
+            "random": get_rng_state(find_generators(*loaders)),
             "pass": self.train_pass.state_dict() if phase == "train" else None,
             "journal": self.recorder.position(),
             "run": getattr(self.recorder, "id", None),
@@ -478,7 +478,7 @@ class Context:
             for listener in self._listeners[event]
         }
         self._before_valid = BeforeValid(
-            random=random_state(generators_of(*loaders)),
+            random=get_rng_state(find_generators(*loaders)),
             journal=self.recorder.position(),
             lengths={
                 what: {split: len(series) for split, series in sets.items()}

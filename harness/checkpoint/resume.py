@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from harness.checkpoint.format import Position, check, read_part
-from harness.checkpoint.rng import generators_of, set_random_state
 from harness.checkpoint.state import by_name
 from harness.context import Context
 from harness.errors import CheckpointError
@@ -20,6 +19,7 @@ from harness.metrics.split import check_saved
 from harness.reshard.consolidated import UNREADABLE
 from harness.reshard.convert import check_same, is_same_form
 from harness.reshard.plan import check_forms, is_dealt_alike, moved, reshaped
+from harness.rng import find_generators, set_rng_state
 
 
 @dataclass(kw_only=True)
@@ -199,7 +199,7 @@ class Resume:
     def restore_random(self, ctx: Context) -> None:
         """Set all random generators to where they were; the last thing of a resume."""
         loaders = (ctx.train_data, ctx.valid_data, ctx.model)
-        missing = set_random_state(self.state(ctx)["random"], generators_of(*loaders))
+        missing = set_rng_state(self.state(ctx)["random"], find_generators(*loaders))
         self.report.append(("random generators", "restored", ""))
         self.report += [("random generators", "absent", note) for note in missing]
         done = f"{self.position.iter} batches done"

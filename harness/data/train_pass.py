@@ -17,15 +17,15 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from harness.checkpoint.rng import (
-    generators_of,
-    host_state,
-    random_state,
-    seeded_host_state,
-    set_host_state,
-    set_random_state,
-)
 from harness.data.loaders import num_batches
+from harness.rng import (
+    find_generators,
+    get_cpu_rng_state,
+    get_rng_state,
+    set_cpu_rng_state,
+    set_rng_state,
+    spawn_cpu_rng_state,
+)
 
 if TYPE_CHECKING:
     from harness.accelerators.base import Accelerator
@@ -57,7 +57,7 @@ class TrainPass:
         self._ahead: deque[Any] = deque()
         self._own = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
         tell_epoch(loader, epoch)
-        self._generators = generators_of(loader)
+        self._generators = find_generators(loader)
         self._began: Mapping[str, Any] | None = None
         self._done, self._left, self._epoch = 0, 0, epoch
 
@@ -82,13 +82,13 @@ class TrainPass:
             iter(
                 self._loader
             )  # starts workers, which draws; later epochs only reset them
-        set_random_state(state["began"], self._generators)
+        set_rng_state(state["began"], self._generators)
         self._left = state["ahead"]
 
     def start(self) -> Iterator[Any]:
         """Make the loader's iterator, past what is done; the batches follow from it."""
         if self._began is None:
-            self._began = random_state(self._generators)
+            self._began = get_rng_state(self._generators)
         batches: Iterator[Any] = iter(self._loader)
         if not self._own:
             if draws_on_the_way(self._loader):
@@ -172,19 +172,19 @@ class _Apart:
     """
 
     def __init__(self, batches: Iterator[Any]) -> None:
-        self._batches, self._inside = batches, seeded_host_state()
+        self._batches, self._inside = batches, spawn_cpu_rng_state()
 
     def __iter__(self) -> _Apart:
         return self
 
     def __next__(self) -> Any:
-        outside = host_state()
-        set_host_state(self._inside)
+        outside = get_cpu_rng_state()
+        set_cpu_rng_state(self._inside)
         try:
             return next(self._batches)
         finally:
-            self._inside = host_state()
-            set_host_state(outside)
+            self._inside = get_cpu_rng_state()
+            set_cpu_rng_state(outside)
 
 
 def skip(batches: Any, count: int) -> None:

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from harness.checkpoint.format import Position
-from harness.checkpoint.rng import other_random_state
 from harness.context import Context
 from harness.errors import CheckpointError
 from harness.metrics.state import emptied
 from harness.reshard.convert import converted, is_known
+from harness.rng import derive_rng_state
 
 WEIGHTS_ALONE = (
     "take the weights alone: ResumeFromCheckpoint(path, restore_optimizers=False, "
@@ -137,7 +137,7 @@ def reshaped(
     rank, world_size = accelerator.rank, accelerator.world_size
     first, is_old = parts[0], rank < len(parts)
     own = parts[rank] if is_old else first
-    random = own["random"] if is_old else other_random_state(first["random"], rank)
+    random = own["random"] if is_old else derive_rng_state(first["random"], rank)
     metrics = [part["callbacks"].get("Metrics", {}) for part in parts]
     mine = [metrics[n] for n in range(rank, len(parts), world_size)]
     train_pass = own["pass"] if is_alike else first["pass"]

@@ -38,8 +38,8 @@ from harness.callbacks import (
     LRScheduler,
 )
 from harness.checkpoint.format import check, newest, read_part, write_part
-from harness.checkpoint.rng import random_state
 from harness.pytree import flatten
+from harness.rng import get_rng_state
 
 ROWS, BATCH, EPOCHS = 22, 4, 2
 BATCHES = 6  # the last one short
@@ -407,7 +407,7 @@ class Look(harness.Callback):
     def on_fit_end(self) -> None:
         accelerator = self.ctx.accelerator
         assert accelerator is not None
-        plan, tensors = flatten([accelerator.state_dict(), random_state()])
+        plan, tensors = flatten([accelerator.state_dict(), get_rng_state()])
         copies = {name: value.clone() for name, value in tensors.items()}
         self.state = {"plan": plan, "tensors": copies}
 

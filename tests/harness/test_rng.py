@@ -9,13 +9,13 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
-from harness.checkpoint.rng import (
-    generators_of,
-    host_state,
-    random_state,
-    seeded_host_state,
-    set_host_state,
-    set_random_state,
+from harness.rng import (
+    find_generators,
+    get_cpu_rng_state,
+    get_rng_state,
+    set_cpu_rng_state,
+    set_rng_state,
+    spawn_cpu_rng_state,
 )
 
 
@@ -42,23 +42,23 @@ def draw(generator: Any) -> float:
 
 def test_set_random_state_brings_all_generators_back() -> None:
     own = list(generators().values())
-    state = random_state(own)
+    state = get_rng_state(own)
     first = draws(), [draw(one) for one in own]
     assert draws() != first[0]
-    assert set_random_state(state, own) == []
+    assert set_rng_state(state, own) == []
     assert (draws(), [draw(one) for one in own]) == first
 
 
 def test_set_random_state_tells_what_is_missing() -> None:
     own = list(generators().values())
-    state = random_state(own) | {"cuda": [torch.zeros(16, dtype=torch.uint8)] * 99}
-    found = set_random_state(state, own[:1])
-    assert found[0] == "4 generators of loaders and model then, 1 now"
-    assert found[1].startswith("generators of 99 GPUs then, ")
+    state = get_rng_state(own) | {"cuda": [torch.zeros(16, dtype=torch.uint8)] * 99}
+    found = set_rng_state(state, own[:1])
+    assert found[0] == "4 generators of loaders and model were saved, 1 found"
+    assert found[1].startswith("generators of 99 GPUs were saved, ")
 
 
-def test_seeded_host_state_depends_on_each_generator_and_changes_it() -> None:
-    begin = host_state()
+def test_spawn_cpu_rng_state_depends_on_each_generator_and_changes_it() -> None:
+    begin = get_cpu_rng_state()
     states = []
     for change in (
         lambda: None,
@@ -66,12 +66,12 @@ def test_seeded_host_state_depends_on_each_generator_and_changes_it() -> None:
         np.random.random,
         lambda: torch.rand(1),
     ):
-        set_host_state(begin)
+        set_cpu_rng_state(begin)
         change()
         before = draws()
-        set_host_state(begin)
+        set_cpu_rng_state(begin)
         change()
-        set_host_state(seeded_host_state())
+        set_cpu_rng_state(spawn_cpu_rng_state())
         states.append(draws())
         assert states[-1] != before
     for place in range(3):
@@ -79,7 +79,7 @@ def test_seeded_host_state_depends_on_each_generator_and_changes_it() -> None:
 
 
 @pytest.mark.parametrize("kind", generators())
-def test_generators_of_finds_those_of_loaders_data_sets_and_models_once(
+def test_find_generators_finds_those_of_loaders_data_sets_and_models_once(
     kind: str,
 ) -> None:
     one, two, three = (generators()[kind] for _ in range(3))
@@ -99,6 +99,6 @@ def test_generators_of_finds_those_of_loaders_data_sets_and_models_once(
     shuffled = torch.Generator()
     loader = DataLoader(data, sampler=RandomSampler(data, generator=shuffled))
     loader.own = three  # type: ignore[attr-defined]
-    found = generators_of(loader, None, Noisy())
+    found = find_generators(loader, None, Noisy())
     assert len(found) == 4
     assert {id(item) for item in found} == {id(g) for g in (one, two, three, shuffled)}

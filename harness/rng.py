@@ -1,4 +1,4 @@
-"""State of every random generator that a training draws from."""
+"""State of the random generators that a training draws from."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import torch
 Generator = (
     torch.Generator | np.random.Generator | np.random.RandomState | random.Random
 )
-"""A generator of one's own, as a data set, a sampler or a model may hold it."""
+"""A generator that a data set, sampler or model may hold as an attribute."""
 
 
-def host_state() -> dict[str, Any]:
-    """State of Python's, NumPy's and torch's generators, without devices."""
+def get_cpu_rng_state() -> dict[str, Any]:
+    """State of Python's, NumPy's and torch's global CPU generators."""
     return {
         "python": random.getstate(),
         "numpy": np.random.get_state(),
@@ -25,15 +25,15 @@ def host_state() -> dict[str, Any]:
     }
 
 
-def set_host_state(state: Mapping[str, Any]) -> None:
-    """Take back what ``host_state`` gave."""
+def set_cpu_rng_state(state: Mapping[str, Any]) -> None:
+    """Restore what ``get_cpu_rng_state`` returned."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
 
 
-def seeded_host_state() -> dict[str, Any]:
-    """State of generators seeded by one draw from each of those that ``host_state`` holds."""
+def spawn_cpu_rng_state() -> dict[str, Any]:
+    """State of new CPU generators; each is seeded by one draw from its global one."""
     seeds = random.getrandbits(64), int(np.random.randint(2**32, dtype=np.uint32))
     seed = int(torch.empty((), dtype=torch.int64).random_())
     return {
@@ -43,10 +43,10 @@ def seeded_host_state() -> dict[str, Any]:
     }
 
 
-def random_state(generators: Iterable[Generator] = ()) -> dict[str, Any]:
-    """State of Python's, NumPy's and torch's generators, all devices and `generators`."""
-    state = host_state()
-    state["generators"] = [_state_of(generator) for generator in generators]
+def get_rng_state(generators: Iterable[Generator] = ()) -> dict[str, Any]:
+    """State of the global generators, of all devices, and of `generators`."""
+    state = get_cpu_rng_state()
+    state["generators"] = [_get_state(generator) for generator in generators]
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state_all()
     if torch.backends.mps.is_available():
@@ -54,8 +54,8 @@ def random_state(generators: Iterable[Generator] = ()) -> dict[str, Any]:
     return state
 
 
-def other_random_state(state: Mapping[str, Any], rank: int) -> dict[str, Any]:
-    """For a rank that there was not: the state of another, with streams of its own."""
+def derive_rng_state(state: Mapping[str, Any], rank: int) -> dict[str, Any]:
+    """State for a new rank: that of another rank, with different CPU streams."""
     text = state["torch"].numpy().tobytes() + str(rank).encode()
     seed = int.from_bytes(hashlib.sha256(text).digest()[:4])
     return {
@@ -66,21 +66,23 @@ def other_random_state(state: Mapping[str, Any], rank: int) -> dict[str, Any]:
     }
 
 
-def set_random_state(
+def set_rng_state(
     state: Mapping[str, Any], generators: Sequence[Generator] = ()
 ) -> list[str]:
-    """Take back what ``random_state`` gave, as far as this machine has the devices.
+    """Restore what ``get_rng_state`` returned, for the devices that this machine has.
 
     Returns
     -------
     list of str
-        What was not taken back.
+        What could not be restored, for the resume report.
     """
-    set_host_state(state)
+    set_cpu_rng_state(state)
     missing = []
     if len(generators) != len(state["generators"]):
         have, want = len(generators), len(state["generators"])
-        missing.append(f"{want} generators of loaders and model then, {have} now")
+        missing.append(
+            f"{want} generators of loaders and model were saved, {have} found"
+        )
     for generator, own in zip(generators, state["generators"], strict=False):
         _set_state(generator, own)
     devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -88,14 +90,13 @@ def set_random_state(
     for device, own in enumerate(saved[:devices]):
         torch.cuda.set_rng_state(own, device)
     if len(saved) != devices:
-        missing.append(f"generators of {len(saved)} GPUs then, {devices} now")
+        missing.append(f"generators of {len(saved)} GPUs were saved, {devices} found")
     if "mps" in state and torch.backends.mps.is_available():
         torch.mps.set_rng_state(state["mps"])
     return missing
 
 
-def _state_of(generator: Generator) -> Any:
-    """State of one generator."""
+def _get_state(generator: Generator) -> Any:
     if isinstance(generator, torch.Generator):
         return generator.get_state()
     if isinstance(generator, np.random.Generator):
@@ -106,7 +107,6 @@ def _state_of(generator: Generator) -> Any:
 
 
 def _set_state(generator: Generator, state: Any) -> None:
-    """Set the state of one generator."""
     if isinstance(generator, torch.Generator):
         generator.set_state(state)
     elif isinstance(generator, np.random.Generator):
@@ -117,8 +117,8 @@ def _set_state(generator: Generator, state: Any) -> None:
         generator.setstate(state)
 
 
-def generators_of(*roots: Any) -> list[Generator]:
-    """Generators that loaders, their samplers and data sets, and models hold, each once."""
+def find_generators(*roots: Any) -> list[Generator]:
+    """Generators held by loaders, their samplers and data sets, and models; each once."""
     found: list[Generator] = []
     todo, seen = list(roots), set()
     while todo:
@@ -126,21 +126,20 @@ def generators_of(*roots: Any) -> list[Generator]:
         if thing is None or id(thing) in seen:
             continue
         seen.add(id(thing))
-        for own in _attributes(thing):
+        for own in _own_generators(thing):
             if all(own is not other for other in found):
                 found.append(own)
-        todo += [getattr(thing, name, None) for name in _PARTS]
+        todo += [getattr(thing, name, None) for name in _HOLDERS]
         if isinstance(thing, torch.nn.Module):
             todo += thing.children()
     return found
 
 
-_PARTS = ("sampler", "batch_sampler", "dataset", "transform")
-"""Attributes of loaders, samplers and data sets that may hold generators in turn."""
+_HOLDERS = ("sampler", "batch_sampler", "dataset", "transform")
+"""Attributes of loaders, samplers and data sets whose values may hold generators."""
 
 
-def _attributes(thing: Any) -> Iterator[Generator]:
-    """Generators among the attributes of an object."""
+def _own_generators(thing: Any) -> Iterator[Generator]:
     for value in (
         getattr(thing, "generator", None),
         *getattr(thing, "__dict__", {}).values(),
