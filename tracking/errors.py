@@ -22,6 +22,10 @@ class RunClosedError(TrackingError):
     """The run has finished, or belongs to the process this one was forked from."""
 
 
+class InvalidFileError(TrackingError, ValueError):
+    """A file of a run is damaged, or its fields do not have the expected types."""
+
+
 class DeliveryError(TrackingError):
     """Delivery to MLflow did not get there in the time it was given."""
 

@@ -19,14 +19,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
-from tracking.errors import RunNotFoundError
+import msgspec
+
+from tracking.errors import InvalidFileError, RunNotFoundError
 
 FORMAT: Final = 1
 MANIFEST: Final = "run.json"
 SECONDS: Final = len("20261122-235901")
 """Characters of an id that tell its time."""
+
+_T = TypeVar("_T")
 
 _ADJECTIVES: Final = """
 amber azure bold brave brisk bright calm clear clever cosy crisp dapper deft
@@ -103,36 +107,95 @@ class Manifest:
 
     @classmethod
     def read(cls, run_path: Path) -> Manifest:
-        """Manifest of a run's folder.
+        """Read the manifest from a run's folder.
 
         Raises
         ------
         RunNotFoundError
-            If there is none.
-        ValueError
-            If it cannot be read.
+            If the folder has no ``run.json``.
+        InvalidFileError
+            If the file is damaged, or a later version wrote it.
         """
-        path = run_path / MANIFEST
         try:
-            found = json.loads(path.read_bytes())
-            fields = {f.name for f in dataclasses.fields(cls)}
-            manifest = cls(**{k: v for k, v in found.items() if k in fields})
+            return read_json(
+                run_path / MANIFEST,
+                cls,
+                advice="Restore the file; the records beside it can be read without it.",
+                latest_format=FORMAT,
+            )
         except (FileNotFoundError, NotADirectoryError) as error:
             raise RunNotFoundError(
                 f"run {run_path.name!r}: expected {MANIFEST} in it, got no such file. "
                 "Give the folder of a run, or its id."
             ) from error
-        except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"run {run_path.name!r}: expected JSON in {path}, got {error}. "
-                "Restore the file; the records beside it can be read without it."
-            ) from error
-        if manifest.format > FORMAT:
-            raise ValueError(
-                f"run {run_path.name!r}: expected format {FORMAT} or less, got "
-                f"{manifest.format}. Install a later version of luz-harness."
-            )
-        return manifest
+
+
+def read_json(
+    path: Path, as_type: type[_T], *, advice: str, latest_format: int | None = None
+) -> _T:
+    """Read a JSON file and check every field against a dataclass.
+
+    Parameters
+    ----------
+    path
+        File to read.
+    as_type
+        Dataclass or other type that ``msgspec.convert`` knows. Fields of the file that
+        it does not have are ignored.
+    advice
+        What to do when the file is invalid; ends the error message.
+    latest_format
+        Highest known value of the file's field ``format``; None: it has no such field.
+
+    Raises
+    ------
+    OSError
+        If the file cannot be read.
+    InvalidFileError
+        If it is not JSON, nests too deeply, has a later format, or has a field of
+        another type than the dataclass. The message names the field.
+    """
+    content = _load_json(path, advice)
+    if latest_format is not None:
+        _check_format(path, content, latest_format)
+    try:
+        return msgspec.convert(content, as_type)
+    except msgspec.ValidationError as error:
+        raise InvalidFileError(f"{path}: {_mismatch(error)}. {advice}") from error
+
+
+def _load_json(path: Path, advice: str) -> object:
+    try:
+        content: object = json.loads(path.read_bytes())
+    except RecursionError as error:
+        raise InvalidFileError(
+            f"{path}: expected JSON, got values nested too deeply to read. {advice}"
+        ) from error
+    except ValueError as error:
+        raise InvalidFileError(
+            f"{path}: expected JSON, got {error}. {advice}"
+        ) from error
+    return content
+
+
+def _check_format(path: Path, content: object, latest: int) -> None:
+    found = content.get("format") if isinstance(content, dict) else None
+    if isinstance(found, int) and found > latest:
+        raise InvalidFileError(
+            f"{path}: expected format {latest} or less, got {found}. "
+            "Install a later version of luz-harness."
+        )
+
+
+def _mismatch(error: msgspec.ValidationError) -> str:
+    """Rewrite a message of msgspec in the form of ours: field, expected, got."""
+    problem, _, where = str(error).replace("`", "").partition(" - at $")
+    place = f"field {where.removeprefix('.')!r}" if where else "the whole file"
+    if found := re.fullmatch("Expected (.+), got (.+)", problem):
+        return f"expected {found[1]} in {place}, got {found[2]}"
+    if found := re.fullmatch("Object missing required field (.+)", problem):
+        return f"expected field {found[1]!r} in {place}, got none"
+    return f"expected other content in {place}, got: {problem}"
 
 
 def write_atomically(path: Path, data: bytes) -> None:

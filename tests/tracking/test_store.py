@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from tracking.errors import RunNotFoundError
+from tracking.errors import InvalidFileError, RunNotFoundError
 from tracking.store import (
     Manifest,
     find_run,
@@ -80,11 +80,37 @@ def test_manifest_of_another_version_is_read_or_refused(tmp_path):
         Manifest.read(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"id": "x"}'])
-def test_manifest_torn_is_an_error_that_says_what_can_be_read(tmp_path, text):
-    (tmp_path / "run.json").write_text(text)
-    with pytest.raises(ValueError, match=r"expected JSON in .*run\.json, got"):
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("", "expected JSON, got Expecting value"),
+        ("{", "expected JSON, got Expecting property name"),
+        ('{"id": "\xff"}', "expected JSON, got .*decode"),
+        ("[" * 100_000, "expected JSON, got values nested too deeply"),
+        ("[]", "expected object in the whole file, got array"),
+        ('{"id": "x"}', "expected field 'name' in the whole file, got none"),
+        ('{"id": "x", "name": 1}', "expected str in field 'name', got int"),
+        (
+            '{"id": "x", "name": "x", "resumed": [{}, 1]}',
+            r"expected object in field 'resumed\[1\]', got int",
+        ),
+        (
+            '{"id": "x", "name": "x", "packages": {"a": 1}}',
+            r"expected str in field 'packages\[\.\.\.\]', got int",
+        ),
+        ('{"id": "x", "name": "x", "format": "1"}', "expected int in field 'format'"),
+    ],
+)
+def test_manifest_that_is_invalid_names_file_field_and_types(tmp_path, text, problem):
+    (tmp_path / "run.json").write_text(text, encoding="latin-1")
+    with pytest.raises(InvalidFileError, match=rf"run\.json: {problem}.*Restore"):
         Manifest.read(tmp_path)
+
+
+def test_manifest_keeps_what_strict_json_does_not_have(tmp_path):
+    manifest = Manifest(id="x", name="x", extra={"best": float("-inf"), "seed": 2**80})
+    manifest.write(tmp_path)
+    assert Manifest.read(tmp_path) == manifest
 
 
 def test_manifest_absent_is_no_run(tmp_path):

@@ -325,4 +325,5 @@ def test_list_goes_on_past_a_run_whose_manifest_is_spoilt(call, two):
     (two[0].path / "run.json").write_text("{")
     result = call("runs", "list", "--json")
     assert [one["id"] for one in json.loads(result.stdout)] == [two[1].id]
-    assert f"warning: run '{two[0].id}': expected JSON" in result.stderr
+    assert "warning: " in result.stderr
+    assert f"{two[0].id}/run.json: expected JSON" in result.stderr
