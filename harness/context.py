@@ -263,7 +263,7 @@ class Context:
             Number or 0-d tensor by name; found as series ``<set>/<name>_step``.
         """
         split = "train" if self.training else "valid"
-        self.recorder.log_steps(split, values, self.step, self.epoch)
+        self.recorder.log_step(values, step=self.step, set=split, epoch=self.epoch)
 
     def get_log(self, what: str, set: str, index: int | None = None) -> Any:
         """The value logged at `index` (from 1; None: the last); None where there is none."""

@@ -33,8 +33,13 @@ class Recorder(Protocol):
     ) -> None:
         """Record one value."""
 
-    def log_steps(
-        self, set: str, values: Mapping[str, Any], step: int, epoch: int | None = None
+    def log_step(
+        self,
+        values: Mapping[str, Any],
+        step: int,
+        *,
+        set: str = "train",
+        epoch: int | None = None,
     ) -> None:
         """Record values of a per-step series."""
 
@@ -52,7 +57,7 @@ class Nobody:
     def log(self, *args: Any, **kwargs: Any) -> None:
         """Forget."""
 
-    def log_steps(self, *args: Any, **kwargs: Any) -> None:
+    def log_step(self, *args: Any, **kwargs: Any) -> None:
         """Forget."""
 
     def position(self) -> int:

@@ -25,11 +25,11 @@ class Unrecorded(Nobody):
         """Check the value."""
         leaves(value, f"log({what!r}, {set!r})")
 
-    def log_steps(
-        self, set: str, values: Mapping[str, Any], *_: Any, **__: Any
+    def log_step(
+        self, values: Mapping[str, Any], *_: Any, set: str = "train", **__: Any
     ) -> None:
         """Check the values."""
-        leaves(values, f"log_steps({set!r})")
+        leaves(values, f"log_step(set={set!r})")
 
 
 @contextmanager

@@ -3,8 +3,8 @@
 Examples
 --------
 >>> import tracking
->>> with tracking.start(experiment="digits", deliver=False) as run:
-...     run.log_metric("valid", "accuracy", 0.97, index=1)
+>>> with tracking.start(experiment="digits", delivery=False) as run:
+...     run.log_metric("accuracy", 0.97, set="valid", index=1)
 >>> tracking.open(run.id).records().num_rows
 1
 """

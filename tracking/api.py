@@ -27,8 +27,7 @@ def start(
     note: str | None = None,
     runs_dir: str | os.PathLike[str] | None = None,
     durability: Literal["process", "fsync"] = "process",
-    deliver: bool = True,
-    delivery: Mapping[str, Any] | None = None,
+    delivery: bool | Mapping[str, Any] = True,
     rank: int = 0,
     run_id: str | None = None,
 ) -> Run:
@@ -49,10 +48,9 @@ def start(
     durability
         ``"process"``: what is logged survives the death of the process. ``"fsync"``:
         also a power cut, at the price of a disk write for each row.
-    deliver
-        Whether the rows go to MLflow, by a process of their own.
     delivery
-        Options of that, e.g. ``{"per_key": 10_000}``.
+        True: a separate process sends the records to MLflow. A dict: the same, with
+        options, e.g. ``{"per_key": 10_000}``. False: nothing is sent to MLflow.
     rank : >= 0
         Of this process. Only rank 0 writes the manifest and delivers.
     run_id
@@ -75,10 +73,10 @@ def start(
 
     Examples
     --------
-    >>> with start(experiment="digits", deliver=False) as run:
+    >>> with start(experiment="digits", delivery=False) as run:
     ...     run.log("metrics", "train", {"loss": 0.31}, index=1, step=500)
     """
-    check_options(delivery)
+    options = _delivery_options(delivery)
     if rank < 0 or (rank > 0 and run_id is None):
         raise ValueError(
             f"start(rank={rank}): expected rank 0, or a run_id to join, got "
@@ -96,18 +94,31 @@ def start(
     if rank == 0:
         manifest = run.manifest
         manifest.note = note or manifest.note
-        manifest.deliver = deliver
-        manifest.delivery = dict(delivery or manifest.delivery)
+        manifest.deliver = delivery is not False
+        manifest.delivery = options or manifest.delivery
         manifest.mlflow = manifest.mlflow or _active_mlflow_run()
         run.save_manifest()
     run.log_params(params or {})
     run.set_tags(tags or {})
-    if rank == 0 and deliver:
+    if rank == 0 and delivery is not False:
         run.deliver()
     # At its first array pyarrow imports pandas, half a second: better now, beside the
     # delivery process that starts, than when the first block is sealed.
     pa.array([])
     return run
+
+
+def _delivery_options(delivery: bool | Mapping[str, Any]) -> dict[str, Any]:
+    """Options of delivery, checked; none for True and False."""
+    if isinstance(delivery, bool):
+        return {}
+    if not isinstance(delivery, Mapping):
+        raise TypeError(
+            f"start(delivery=): expected True, False or a dict of options, got "
+            f"{delivery!r}. Use for example delivery={{'per_key': 10_000}}."
+        )
+    check_options(delivery)
+    return dict(delivery)
 
 
 def _start_new(

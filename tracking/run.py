@@ -156,39 +156,54 @@ class Run:
 
     def log_metric(
         self,
-        set: str,
         name: str,
         value: object,
-        index: int | None = None,
         *,
+        set: str = "train",
+        index: int | None = None,
         epoch: int | None = None,
         step: int | None = None,
     ) -> None:
-        """Record one metric: ``log("metrics", set, {name: value}, index)``."""
+        """Record one metric.
+
+        The same as ``log("metrics", set, {name: value}, index)``.
+
+        Parameters
+        ----------
+        name
+            Name of the metric, e.g. ``"accuracy"``.
+        value
+            As in ``log``.
+        set
+            What the metric was computed on, e.g. ``"valid"``.
+        index, epoch, step
+            As in ``log``.
+        """
         if type(value) is not float or not self._log_float(
             "metrics", set, name, value, index, epoch, step
         ):
             self._log_any("metrics", set, {name: value}, index, True, epoch, step)
 
-    def log_steps(
+    def log_step(
         self,
-        set: str,
         values: Mapping[str, object],
         step: int,
+        *,
+        set: str = "train",
         epoch: int | None = None,
     ) -> None:
-        """Record per-step values; they have a step, and no index.
+        """Record values of one optimizer step. They have a step and no index.
 
         Parameters
         ----------
-        set
-            What they were computed on, e.g. ``"train"``.
         values
-            By name.
+            Values by name, e.g. ``{"loss": 0.2}``.
         step
             Optimizer steps finished.
+        set
+            What the values were computed on, e.g. ``"train"``.
         epoch
-            Epoch it belongs to, from 1.
+            Epoch that the step belongs to, from 1.
         """
         self.log("steps", set, values, epoch=epoch, step=step)
 

@@ -156,7 +156,7 @@ def train(experiment: Any, options: dict[str, Any]) -> Any:
             )
         )
     experiment = replace(experiment, callbacks=[*experiment.callbacks, *extra])
-    tracker: Any = {"runs_dir": where, "deliver": not options["no_deliver"]}
+    tracker: Any = {"runs_dir": where, "delivery": not options["no_deliver"]}
     if options["no_track"]:
         tracker = False
     fitted = experiment.fit(verbose=not options["quiet"], tracker=tracker)

@@ -35,7 +35,7 @@ KEYS = 10
 
 def journal(folder: Path, num_points: int) -> Path:
     """A run with so many points, of ten metrics."""
-    run = tracking.start(runs_dir=folder / "runs", deliver=False)
+    run = tracking.start(runs_dir=folder / "runs", delivery=False)
     for i in range(num_points // KEYS):
         values = {f"m{k}": 1.0 / (1 + i + k) for k in range(KEYS)}
         run.log("metrics", "train", values, index=i)

@@ -217,7 +217,7 @@ def ours(stage: int) -> Callable[[Size, torch.device, Ranks], float]:
                 accelerator=accelerator,
                 dataloader_options={"batch_size": size.batch, "shuffle": False},
                 seed=0,
-                tracker={"runs_dir": Path(folder) / "runs", "deliver": False},
+                tracker={"runs_dir": Path(folder) / "runs", "delivery": False},
                 verbose=False,
             )
         return clock.seconds

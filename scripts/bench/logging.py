@@ -130,7 +130,7 @@ def count_run(folder: Path) -> int:
 
 
 def one_run(folder: Path, **options: Any) -> tracking.Run:
-    return tracking.start(runs_dir=folder, deliver=False, **options)
+    return tracking.start(runs_dir=folder, delivery=False, **options)
 
 
 @contender("Run.log, 1 scalar", 200_000, count=count_run)
@@ -162,7 +162,7 @@ def run_metric(folder: Path) -> Iterator[Loop]:
 
         def loop(n):
             for i in range(n):
-                run.log_metric("train", "loss", 0.5, i, step=i)
+                run.log_metric("loss", 0.5, set="train", index=i, step=i)
 
         yield loop
 
@@ -450,7 +450,7 @@ def disk(args: argparse.Namespace) -> None:
                     value = loss.item()
                     mean = 0.9 * mean + 0.1 * value
                     logged = value if kind.startswith("float32") else mean
-                    run.log_steps("train", {"loss": logged}, step, epoch)
+                    run.log_step({"loss": logged}, step, set="train", epoch=epoch)
                 run.log("metrics", "train", {"loss": mean}, epoch, epoch=epoch)
             run.finish()
             files = list(part_path(run.path, 0).glob("*.arrow"))
@@ -468,8 +468,8 @@ def export(args: argparse.Namespace) -> None:
         start = time.perf_counter()
         for step in range(250_000):
             values = {"loss": losses[step], "norm": norms[step], "lr": 1e-3, "acc": 0.5}
-            run.log_steps("train", values, step, step // 1000)
-        print(f"  logged by log_steps            {time.perf_counter() - start:6.3f}")
+            run.log_step(values, step, set="train", epoch=step // 1000)
+        print(f"  logged by log_step             {time.perf_counter() - start:6.3f}")
         run.finish()
         path = Path(folder) / "x.parquet"
         past = tracking.open(run.path)
@@ -497,10 +497,10 @@ import tracking
 def resident():
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
-run = tracking.start(runs_dir=sys.argv[1], deliver=False)
+run = tracking.start(runs_dir=sys.argv[1], delivery=False)
 start, shown = time.perf_counter(), []
 for step in range(5_000_001):
-    run.log_steps("train", {"loss": step / 7}, step)
+    run.log_step({"loss": step / 7}, step)
     if step in (100_000, 1_000_000, 2_000_000, 3_000_000, 4_000_000, 5_000_000):
         shown.append(f"{step // 1000}k: {resident():.0f}")
 print("  resident MB after", ", ".join(shown), f"({time.perf_counter() - start:.1f} s)")
@@ -509,7 +509,7 @@ run.finish()
 
 
 def memory(args: argparse.Namespace) -> None:
-    print("\nMemory over five million rows of log_steps")
+    print("\nMemory over five million rows of log_step")
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, "-c", MEMORY, folder], check=True)
 
@@ -545,7 +545,7 @@ def delivery(args: argparse.Namespace) -> None:
         start = time.perf_counter()
         for step in range(number // 4):
             values = {"loss": 0.5 + step, "norm": 1.0, "lr": 1e-3, "acc": 0.5}
-            run.log_steps("train", values, step)
+            run.log_step(values, step, set="train")
         logged = time.perf_counter() - start
         run.finish(wait_s=300)
         taken = time.perf_counter() - start

@@ -127,7 +127,7 @@ def main() -> None:
     steps = epochs * (len(TRAIN) // 32)
     raws = []
     with tempfile.TemporaryDirectory() as folder:
-        run = tracking.start(runs_dir=folder, deliver=False)
+        run = tracking.start(runs_dir=folder, delivery=False)
         quiet = [
             ("quiet, no tracking", False, False),
             ("tracking + progress", run, True),

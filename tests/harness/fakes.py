@@ -125,8 +125,8 @@ class Ear:
             said | {"index": index, "append": append, "epoch": epoch, "step": step}
         )
 
-    def log_steps(
-        self, set: str, values: Any, step: int, epoch: int | None = None
+    def log_step(
+        self, values: Any, step: int, *, set: str = "train", epoch: int | None = None
     ) -> None:
         self.steps.append((set, dict(values), step, epoch))
 

@@ -133,7 +133,7 @@ def test_fit_wrong_argument_is_told_before_any_epoch(case, tmp_path):
     options = {
         "data": (X, Y),
         "epochs": 1,
-        "tracker": {"runs_dir": tmp_path / "runs", "deliver": False},
+        "tracker": {"runs_dir": tmp_path / "runs", "delivery": False},
     } | options
     options["callbacks"] = [seen, *options.get("callbacks", [])]
     with pytest.raises(kind, match=match):
@@ -191,7 +191,7 @@ class Logs(harness.Callback):
 
 @pytest.mark.parametrize("tracked", [True, False])
 def test_log_unloggable_value_names_its_path(tracked, tmp_path):
-    tracker = {"runs_dir": tmp_path, "deliver": False} if tracked else False
+    tracker = {"runs_dir": tmp_path, "delivery": False} if tracked else False
     with pytest.raises(TypeError, match=r"value\['a'\]\['b'\]"):
         learner().fit(
             (X, Y), 1, callbacks=[Logs({"a": {"b": object()}})], tracker=tracker
@@ -206,7 +206,7 @@ def test_fit_runs_folder_that_cannot_be_made_is_told(tmp_path):
             (X, Y),
             1,
             callbacks=[seen],
-            tracker={"runs_dir": tmp_path / "file" / "runs", "deliver": False},
+            tracker={"runs_dir": tmp_path / "file" / "runs", "delivery": False},
         )
     assert seen.epochs == 0
 
@@ -235,7 +235,7 @@ def test_error_of_the_model_keeps_its_type_and_gains_a_note(tmp_path):
         learner().fit(
             (wrong, Y),
             1,
-            tracker={"runs_dir": tmp_path, "deliver": False},
+            tracker={"runs_dir": tmp_path, "delivery": False},
             verbose=False,
         )
     assert "epoch 1, iter 1, training" in caught.value.__notes__[0]

@@ -217,7 +217,7 @@ def test_experiment_fit_passes_everything_on(tmp_path):
         dataloader_options={"batch_size": 3},
         accelerator=SingleDevice("cpu", accumulate=2),
     )
-    fitted = made.fit(verbose=False, tracker={"runs_dir": tmp_path, "deliver": False})
+    fitted = made.fit(verbose=False, tracker={"runs_dir": tmp_path, "delivery": False})
     assert seen == [(1, 2, 3), (True, 2)]
     past = tracking.open(fitted.run_path)
     assert (past.name, past.manifest.experiment) == ("mine", "lines")

@@ -88,7 +88,7 @@ def test_fitted_printed_and_drawn_with_metrics_that_are_no_numbers(tmp_path):
 
 
 def test_fitted_printed_tells_its_run(tmp_path):
-    tracker = {"runs_dir": tmp_path, "deliver": False}
+    tracker = {"runs_dir": tmp_path, "delivery": False}
     fitted = net_learner().fit(DATA, 1, tracker=tracker, verbose=False)
     assert f"run {fitted.run_id} in {fitted.run_path}" in str(fitted)
 

@@ -217,7 +217,7 @@ def test_fit_without_a_seed_goes_on_with_the_callers_generators():
 def test_fit_gives_the_same_bits_tracked_or_not(tmp_path):
     data = points(40)
     learner = net_learner(metrics=[MulticlassAccuracy(3)])
-    tracker = {"runs_dir": tmp_path, "deliver": False}
+    tracker = {"runs_dir": tmp_path, "delivery": False}
     off = learner.fit(data, 2, 0.2, seed=1, **OFF)
     on = learner.fit(data, 2, 0.2, seed=1, tracker=tracker, verbose=False)
     assert equal_bits(on.model, off.model)

@@ -24,7 +24,7 @@ from tests.harness.fakes import At, Line, line_learner, net_learner, points, slo
 @pytest.fixture
 def options(tmp_path) -> dict[str, Any]:
     return {
-        "tracker": {"runs_dir": tmp_path / "runs", "deliver": False},
+        "tracker": {"runs_dir": tmp_path / "runs", "delivery": False},
         "accelerator": SingleDevice("cpu"),
         "verbose": False,
     }
@@ -44,7 +44,7 @@ def test_fit_by_default_goes_into_a_run_where_the_environment_says(
     tmp_path, monkeypatch
 ):
     monkeypatch.setenv("HARNESS_RUNS", str(tmp_path / "here"))
-    tracker = {"deliver": False}
+    tracker = {"delivery": False}
     fitted = line_learner().fit(slope(2), 1, tracker=tracker, verbose=False)
     (past,) = tracking.list_runs()
     assert past.path == fitted.run_path == tmp_path / "here" / past.id
@@ -60,7 +60,7 @@ def test_fit_without_tracking_leaves_no_file(tmp_path, monkeypatch):
 
 
 def test_fit_into_a_run_of_the_users_leaves_it_open(tmp_path):
-    with tracking.start(runs_dir=tmp_path, deliver=False) as run:
+    with tracking.start(runs_dir=tmp_path, delivery=False) as run:
         fitted = line_learner().fit(slope(2), 1, tracker=run, verbose=False)
         assert fitted.run_id == run.id
         assert run.status == "running"
@@ -73,7 +73,7 @@ def test_fit_into_a_run_of_the_users_leaves_it_open(tmp_path):
 
 def test_fit_into_a_run_of_the_users_that_is_interrupted_leaves_it_open(tmp_path):
     stop = At("on_train_batch_end", lambda _: signal.raise_signal(signal.SIGINT))
-    with tracking.start(runs_dir=tmp_path, deliver=False) as run:
+    with tracking.start(runs_dir=tmp_path, delivery=False) as run:
         options: Any = {"tracker": run, "callbacks": [stop], "verbose": False}
         assert line_learner().fit(slope(2), 1, **options).is_interrupted
         run.log("notes", "after", "still open")
@@ -83,7 +83,7 @@ def test_fit_into_a_run_of_the_users_that_is_interrupted_leaves_it_open(tmp_path
 def test_fit_tracker_options_reach_the_run(tmp_path):
     tracker = {
         "runs_dir": tmp_path,
-        "deliver": False,
+        "delivery": False,
         "name": "mine",
         "experiment": "lines",
         "tags": {"colour": "blue"},
@@ -133,7 +133,7 @@ def test_run_folder_that_cannot_be_made_is_told_before_any_epoch(tmp_path):
             slope(2),
             1,
             callbacks=[At("on_epoch_begin", begun.append)],
-            tracker={"runs_dir": tmp_path / "file" / "runs", "deliver": False},
+            tracker={"runs_dir": tmp_path / "file" / "runs", "delivery": False},
         )
     assert begun == []
 
@@ -276,5 +276,5 @@ def test_unrecorded_checks_values_as_a_run_would():
     recorder.log("notes", "train", {"a": [1, None, torch.ones(2)]})
     with pytest.raises(TypeError, match=r"log\('notes', 'train'\): .* at value\['a'\]"):
         recorder.log("notes", "train", {"a": object()})
-    with pytest.raises(TypeError, match=r"log_steps\('train'\): .*value\['loss'\]"):
-        recorder.log_steps("train", {"loss": object()})
+    with pytest.raises(TypeError, match=r"log_step\(set='train'\): .*value\['loss'\]"):
+        recorder.log_step({"loss": object()}, 1)

@@ -83,10 +83,14 @@ def record(
     monkeypatch.chdir(tmp_path)  # no repository, whose state would be asked for
     runs: list[tracking.Run] = []
 
-    def start(**options: Any) -> Recorded:
-        options = {"experiment": "digits", "deliver": False, **options}
-        runs.append(tracking.start(runs_dir=tmp_path / "runs", **options))
-        return Recorded(runs[-1])
+    def start(delivery: dict[str, Any] | None = None, **options: Any) -> Recorded:
+        options = {"experiment": "digits", "delivery": False, **options}
+        run = tracking.start(runs_dir=tmp_path / "runs", **options)
+        runs.append(run)
+        if delivery is not None:
+            run.manifest.delivery = delivery
+            run.save_manifest()
+        return Recorded(run)
 
     yield start
     for run in runs:

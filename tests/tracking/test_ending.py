@@ -11,8 +11,8 @@ from tracking.store import Manifest, part_path
 @pytest.fixture
 def ranks(tmp_path):
     """Runs of ranks 0 and 1 of one run."""
-    first = tracking.start(runs_dir=tmp_path, deliver=False)
-    second = tracking.start(runs_dir=tmp_path, rank=1, run_id=first.id, deliver=False)
+    first = tracking.start(runs_dir=tmp_path, delivery=False)
+    second = tracking.start(runs_dir=tmp_path, rank=1, run_id=first.id, delivery=False)
     yield first, second
     second.finish()
     first.finish()
@@ -59,7 +59,7 @@ def test_going_on_forgets_failures(ranks, tmp_path):
     first, second = ranks
     second.finish("failed", ValueError("boom"))
     first._journal.close()
-    with tracking.start(runs_dir=tmp_path, run_id=first.id, deliver=False):
+    with tracking.start(runs_dir=tmp_path, run_id=first.id, delivery=False):
         pass
     past = tracking.open(first.path)
     assert past.status == "finished"

@@ -45,7 +45,7 @@ NASTY = {
 
 @pytest.fixture
 def run(tmp_path):
-    with start(name="one", runs_dir=tmp_path / "runs", deliver=False) as run:
+    with start(name="one", runs_dir=tmp_path / "runs", delivery=False) as run:
         for name, value in NASTY.items():
             run.log("metrics", "train", {name: value}, index=1, epoch=1, step=7)
         yield run
@@ -111,7 +111,7 @@ def test_export_csv_keeps_numbers_exact(run, tmp_path):
 
 
 def test_export_several_runs_to_one_file_or_a_partitioned_folder(run, tmp_path):
-    with start(name="two", runs_dir=tmp_path / "runs", deliver=False) as other:
+    with start(name="two", runs_dir=tmp_path / "runs", delivery=False) as other:
         other.log("metrics", "train", 2.0)
     runs = [PastRun(run.path), PastRun(other.path)]
     counts = {past.id: len(past.records()) for past in runs}
@@ -131,7 +131,7 @@ def test_export_several_runs_to_one_file_or_a_partitioned_folder(run, tmp_path):
 def test_export_of_a_live_run_holds_what_was_logged_so_far(tmp_path):
     import torch  # noqa: PLC0415
 
-    run = start(runs_dir=tmp_path, deliver=False)
+    run = start(runs_dir=tmp_path, delivery=False)
     run.log("metrics", "train", torch.tensor(2.0))
     export(run, tmp_path / "x.parquet")
     table = pyarrow.parquet.read_table(tmp_path / "x.parquet")

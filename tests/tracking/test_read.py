@@ -16,7 +16,7 @@ from tracking.store import part_path
 @pytest.fixture
 def run(tmp_path):
     with start(
-        experiment="digits", name="a run", runs_dir=tmp_path, deliver=False
+        experiment="digits", name="a run", runs_dir=tmp_path, delivery=False
     ) as r:
         yield r
 
@@ -99,7 +99,7 @@ def test_wide_has_a_row_per_index_and_a_column_per_metric(run):
     run.log("metrics", "train", {"loss": 5.0}, index=2)
     run.log("metrics", "train", {"loss": 6.0}, index=2)
     run.log("metrics", "", {"lr": 0.1}, index=2)
-    run.log_steps("train", {"loss": 7.0}, step=3)
+    run.log_step({"loss": 7.0}, step=3)
     assert PastRun(run.path).wide().to_pylist() == [
         {
             "index": 1,
@@ -120,7 +120,7 @@ def test_wide_has_a_row_per_index_and_a_column_per_metric(run):
 
 def test_summary_has_last_least_and_greatest(run):
     for index, value in enumerate((3.0, 1.0, 2.0), start=1):
-        run.log_metric("valid", "loss", value, index)
+        run.log_metric("loss", value, set="valid", index=index)
     assert PastRun(run.path).summary() == {
         "valid/loss": {"last": 2.0, "min": 1.0, "max": 3.0, "count": 3}
     }
@@ -157,7 +157,7 @@ def test_open_and_list_find_what_was_started(run, tmp_path, monkeypatch):
 
 
 def test_status_of_a_live_run_is_running_then_as_it_ended(tmp_path):
-    run = start(runs_dir=tmp_path, deliver=False)
+    run = start(runs_dir=tmp_path, delivery=False)
     past = PastRun(run.path)
     assert past.status == "running"
     run.finish("failed")
@@ -167,7 +167,7 @@ def test_status_of_a_live_run_is_running_then_as_it_ended(tmp_path):
 KILLED = """
 import os, signal, sys
 import tracking
-run = tracking.start(runs_dir=sys.argv[1], deliver=False)
+run = tracking.start(runs_dir=sys.argv[1], delivery=False)
 run.log("metrics", "train", 0.5)
 os.kill(os.getpid(), signal.SIGKILL)
 """

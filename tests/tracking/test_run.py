@@ -90,7 +90,7 @@ def test_log_without_index_takes_the_next_of_its_what_and_set(run):
 def test_log_with_step_alone_has_no_index(run):
     for step in (1, 2):
         run.log("metrics", "train", {"loss": 0.5, "n": 1}, step=step)
-        run.log_steps("train", {"loss": 0.5}, step, epoch=1)
+        run.log_step({"loss": 0.5}, step, epoch=1)
     found = logged(run, "what", "name", "index", "epoch", "step")
     assert found[:3] == [
         ("metrics", "loss", None, None, 1),
@@ -100,9 +100,20 @@ def test_log_with_step_alone_has_no_index(run):
     assert found[3:] == [(*row[:4], 2) for row in found[:3]]
 
 
+def test_log_metric_and_log_step_are_of_training_by_default(run):
+    run.log_metric("acc", 0.5)
+    run.log_step({"loss": 0.5}, step=1)
+    run.log_step({"loss": 0.25}, step=2, set="valid")
+    assert logged(run, "what", "set", "name") == [
+        ("metrics", "train", "acc"),
+        ("steps", "train", "loss"),
+        ("steps", "valid", "loss"),
+    ]
+
+
 def test_log_metric_is_log_of_one_name(run):
     for value in (0.5, 0.25, 1, "x"):
-        run.log_metric("valid", "acc", value)
+        run.log_metric("acc", value, set="valid")
     assert logged(run, "what", "set", "name", "index") == [
         ("metrics", "valid", "acc", index) for index in (1, 2, 3, 4)
     ]
@@ -224,7 +235,7 @@ def test_log_tensor_never_reads_a_scalar_in_the_caller(run):
         for index in range(1, 50):
             run.log("metrics", "train", {"loss": loss, "vector": loss.expand(3)}, index)
             run.log("metrics", "valid", loss)
-            run.log_metric("valid", "loss", loss)
+            run.log_metric("loss", loss, set="valid")
     assert called
     assert not [name for name in called if "_local_scalar" in name or "item" in name]
     with Recorded():
@@ -420,7 +431,7 @@ def test_start_records_what_it_ran_on(runs):
         tags={"a": "b"},
         note="*why*",
         runs_dir=runs,
-        deliver=False,
+        delivery=False,
     )
     manifest = Manifest.read(run.path)
     assert manifest.status == run.status == "running"
@@ -455,7 +466,7 @@ def test_start_dirty_code_is_an_artifact(runs, tmp_path, monkeypatch):
         subprocess.run([*git, *line], check=True)
     (repo / "train.py").write_text("a = 2\n")
     monkeypatch.chdir(repo)
-    with start(runs_dir=runs, deliver=False) as run:
+    with start(runs_dir=runs, delivery=False) as run:
         pass
     assert "+a = 2" in (run.path / "artifacts" / "code.diff").read_text()
     assert logged(run, "name", what="artifacts") == [("code.diff",)]
@@ -465,9 +476,9 @@ def test_start_dirty_code_is_an_artifact(runs, tmp_path, monkeypatch):
 
 
 def test_start_again_goes_on_with_a_run(runs):
-    with start(runs_dir=runs, deliver=False) as run:
+    with start(runs_dir=runs, delivery=False) as run:
         run.log("metrics", "train", 1.0)
-    with start(run_id=run.id, runs_dir=runs, deliver=False) as again:
+    with start(run_id=run.id, runs_dir=runs, delivery=False) as again:
         assert again.path == run.path
         assert Manifest.read(run.path).status == "running"
         again.log("metrics", "train", 2.0)
@@ -479,10 +490,10 @@ def test_start_again_goes_on_with_a_run(runs):
 
 
 def test_start_on_a_run_being_written_is_refused_and_changes_nothing(runs):
-    with start(runs_dir=runs, deliver=False) as run:
+    with start(runs_dir=runs, delivery=False) as run:
         before = (run.path / "run.json").read_bytes()
         with pytest.raises(RunBusyError, match="expected a run that nobody is writing"):
-            start(run_id=run.id, runs_dir=runs, deliver=False)
+            start(run_id=run.id, runs_dir=runs, delivery=False)
         assert (run.path / "run.json").read_bytes() == before
 
 
@@ -495,7 +506,23 @@ def test_start_unknown_run_or_bad_rank_is_refused(runs):
         start(rank=-1, run_id="x", runs_dir=runs)
     with pytest.raises(ValueError, match=r"start\(delivery=\): expected per_key"):
         start(delivery={"perkey": 5}, runs_dir=runs)
+    with pytest.raises(TypeError, match=r"start\(delivery=\): expected True, False"):
+        start(delivery=None, runs_dir=runs)  # type: ignore[arg-type]
     assert not runs.exists()
+
+
+def test_start_delivery_options_stay_with_the_run(runs):
+    with start(runs_dir=runs, delivery=False) as run:
+        assert Manifest.read(run.path).deliver is False
+    (run.path / "delivery").write_text("in the way of a delivery process")
+    for delivery in ({"per_key": 5}, True):
+        with pytest.warns(
+            TrackingWarning, match=r"start\(delivery=True\): expected to"
+        ):
+            again = start(run_id=run.id, runs_dir=runs, delivery=delivery)
+        again.finish()
+        manifest = Manifest.read(run.path)
+        assert (manifest.deliver, manifest.delivery) == (True, {"per_key": 5})
 
 
 def test_start_that_cannot_use_its_folder_leaves_nothing(runs):
@@ -505,7 +532,7 @@ def test_start_that_cannot_use_its_folder_leaves_nothing(runs):
 
 
 def test_start_joining_rank_writes_its_part_alone(runs):
-    with start(runs_dir=runs, deliver=False) as run:
+    with start(runs_dir=runs, delivery=False) as run:
         manifest = (run.path / "run.json").read_bytes()
         with start(run_id=run.id, rank=1, runs_dir=runs) as other:
             other.log("metrics", "train", 1.0)
@@ -523,7 +550,7 @@ def test_start_notes_the_callers_active_mlflow_run(runs, monkeypatch):
     fake.active_run = lambda: active  # type: ignore[attr-defined]
     fake.get_tracking_uri = lambda: "https://u:p@h/x"  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "mlflow", fake)
-    with start(runs_dir=runs, deliver=False) as run:
+    with start(runs_dir=runs, delivery=False) as run:
         pass
     assert Manifest.read(run.path).mlflow == {
         "run_id": "abc",
@@ -549,7 +576,7 @@ def test_start_notes_the_callers_active_mlflow_run(runs, monkeypatch):
     ],
 )
 def test_run_context_ends_as_the_block_did(runs, error, status):
-    run = start(runs_dir=runs, deliver=False)
+    run = start(runs_dir=runs, delivery=False)
     if error is None:
         with run:
             pass
@@ -566,7 +593,7 @@ def test_run_context_ends_as_the_block_did(runs, error, status):
 
 
 def test_finish_twice_keeps_the_first_and_log_after_it_is_refused(runs):
-    run = start(runs_dir=runs, deliver=False)
+    run = start(runs_dir=runs, delivery=False)
     run.finish("failed")
     run.finish("finished")
     assert Manifest.read(run.path).status == "failed"
@@ -581,7 +608,7 @@ def test_finish_twice_keeps_the_first_and_log_after_it_is_refused(runs):
 
 LEFT_OPEN = """
 import sys, tracking
-run = tracking.start(runs_dir=sys.argv[1], deliver=False)
+run = tracking.start(runs_dir=sys.argv[1], delivery=False)
 run.log("metrics", "train", 0.5)
 {end}
 """
@@ -607,7 +634,7 @@ def test_run_left_open_ends_as_the_interpreter_did(runs, root, end, status):
 
 FORK_IN_RUN = """
 import os, sys, tracking
-with tracking.start(runs_dir=sys.argv[1], deliver=False) as run:
+with tracking.start(runs_dir=sys.argv[1], delivery=False) as run:
     run.log("metrics", "train", 0.5)
     pid = os.fork()
     if pid:
@@ -625,7 +652,7 @@ def test_run_forked_child_leaving_the_block_ends_nothing(runs, root):
 
 
 def test_run_threads_may_log_while_it_finishes(runs):
-    run = start(runs_dir=runs, deliver=False)
+    run = start(runs_dir=runs, delivery=False)
     returned = [0] * 4
 
     def work(n):
@@ -698,7 +725,7 @@ def test_mlflow_run_id_without_delivery_is_an_error(run):
 
 
 def test_finish_waits_for_delivery_and_says_nothing_when_all_is_there(runs, capsys):
-    run = start(runs_dir=runs, deliver=False)
+    run = start(runs_dir=runs, delivery=False)
     delivering(run, delivered=0, behind=5)
     run.log("metrics", "train", 0.5)
     last = run.position()
@@ -712,7 +739,7 @@ def test_finish_waits_for_delivery_and_says_nothing_when_all_is_there(runs, caps
 
 
 def test_finish_tells_what_is_left_after_its_wait(runs, capsys):
-    run = start(runs_dir=runs, deliver=False)
+    run = start(runs_dir=runs, delivery=False)
     delivering(run, behind=12, error="refused by https://u:p@h", phase="waiting")
     run.log("metrics", "train", 0.5)
     run.finish(wait_s=0.1)
@@ -740,7 +767,9 @@ with warnings.catch_warnings(record=True) as caught:
 print(len(caught), caught[0].message)
 """
     done = run_script(script, runs, cwd=root)
-    assert done.stdout.startswith("1 start(deliver=True): expected mlflow"), done.stderr
+    assert done.stdout.startswith("1 start(delivery=True): expected mlflow"), (
+        done.stderr
+    )
     assert "harness sync" in done.stdout
 
 
@@ -751,7 +780,7 @@ def test_start_process_that_cannot_be_started_is_a_warning(run, monkeypatch):
 
 
 def test_save_manifest_on_a_failing_disk_is_a_warning(runs):
-    run = start(runs_dir=runs, deliver=False)
+    run = start(runs_dir=runs, delivery=False)
     (run.path / "run.json").unlink()
     (run.path / "run.json").mkdir()
     with pytest.warns(TrackingWarning, match="expected to write its manifest"):
@@ -776,10 +805,10 @@ def resident():
 run = Run(Path(sys.argv[1]), None)
 count = int(sys.argv[2])
 for step in range(100_000):
-    run.log_steps("train", {"loss": step / 7}, step)
+    run.log_step({"loss": step / 7}, step)
 at_first = resident()
 for step in range(100_000, count):
-    run.log_steps("train", {"loss": step / 7}, step)
+    run.log_step({"loss": step / 7}, step)
 print(resident() - at_first)
 run.finish()
 """
@@ -792,12 +821,12 @@ def check_flat(tmp_path, root, count):
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
-def test_log_steps_memory_stays_flat(tmp_path, root):
+def test_log_step_memory_stays_flat(tmp_path, root):
     check_flat(tmp_path, root, 300_000)
 
 
 @pytest.mark.slow
-def test_log_steps_memory_stays_flat_over_5_million_rows(tmp_path, root):
+def test_log_step_memory_stays_flat_over_5_million_rows(tmp_path, root):
     check_flat(tmp_path, root, 5_000_000)
 
 

@@ -56,9 +56,9 @@ class Handover:
         """Start the process, which goes on by itself, away from the terminal."""
         if importlib.util.find_spec("mlflow") is None:
             warn(
-                "start(deliver=True): expected mlflow to be installed, got no such "
+                "start(delivery=True): expected mlflow to be installed, got no such "
                 f"package. The run is recorded in {self._run_path} only: install mlflow "
-                f"and run 'harness sync {self._run_path.name}', or pass deliver=False."
+                f"and run 'harness sync {self._run_path.name}', or pass delivery=False."
             )
             return
         folder = self._run_path / "delivery"
@@ -75,7 +75,7 @@ class Handover:
             _STARTED.append(self._process)
         except OSError as error:
             warn(
-                f"start(deliver=True): expected to start the delivery to MLflow, got "
+                f"start(delivery=True): expected to start the delivery to MLflow, got "
                 f"{error}. The run is recorded all the same: 'harness sync "
                 f"{self._run_path.name}' delivers it."
             )

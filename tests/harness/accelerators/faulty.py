@@ -50,7 +50,7 @@ def in_a_fit(folder: Path) -> None:
         ),
         dataloader_options={"batch_size": 4},
         seed=1,
-        tracker={"runs_dir": folder / "runs", "deliver": False},
+        tracker={"runs_dir": folder / "runs", "delivery": False},
         verbose=False,
     )
 

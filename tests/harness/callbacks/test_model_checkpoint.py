@@ -65,7 +65,7 @@ def test_model_checkpoint_keeps_the_best_epochs_beside_the_last(tmp_path: Path) 
 
 
 def test_model_checkpoint_without_a_path_saves_in_the_run(tmp_path: Path) -> None:
-    tracker = {"runs_dir": tmp_path, "deliver": False}
+    tracker = {"runs_dir": tmp_path, "delivery": False}
     fitted = train(ModelCheckpoint(), tracker=tracker)
     assert fitted.run_path is not None
     place, _ = newest(fitted.run_path / "checkpoints")

@@ -78,7 +78,7 @@ def test_resume_of_the_records_alone_begins_a_new_run_with_them(
     saved: Path, tmp_path: Path
 ) -> None:
     parts = {"restore_model": False, "restore_optimizers": False}
-    tracker = {"runs_dir": tmp_path / "runs", "deliver": False}
+    tracker = {"runs_dir": tmp_path / "runs", "delivery": False}
     callback = ResumeFromCheckpoint(saved, restore_callbacks=False, **parts)
     train(callback, epochs=1, tracker=tracker)
     [run] = tracking.list_runs(tmp_path / "runs")
@@ -149,7 +149,7 @@ def test_strict_resume_refuses_differences_before_the_run_is_touched(
     change: str, tmp_path: Path
 ) -> None:
     case = CASES["adam-onecycle-metrics"]
-    tracker = {"runs_dir": tmp_path / "runs", "deliver": False}
+    tracker = {"runs_dir": tmp_path / "runs", "delivery": False}
     stop = Stop("on_train_batch_end", 8)
     train(AutoResume(tmp_path / "saved"), stop, case=case, tracker=tracker)
     [run] = tracking.list_runs(tmp_path / "runs")
@@ -188,7 +188,7 @@ def test_strict_resume_refuses_differences_before_the_run_is_touched(
 def test_resume_with_another_model_is_refused_before_the_run_is_touched(
     learner: Any, match: str, saved: Path, tmp_path: Path
 ) -> None:
-    tracker = {"runs_dir": tmp_path / "runs", "deliver": False}
+    tracker = {"runs_dir": tmp_path / "runs", "delivery": False}
     other = Case(learner=learner, data=CASES["augmented"].data)
     with pytest.raises(CheckpointError, match=match):
         train(ResumeFromCheckpoint(saved), case=other, tracker=tracker)

@@ -19,7 +19,7 @@ def recorded(tmp_path, learner, callback, *others, **options):
         slope(4),
         2,
         callbacks=[callback, *others],
-        tracker={"runs_dir": tmp_path, "deliver": False},
+        tracker={"runs_dir": tmp_path, "delivery": False},
         verbose=False,
         **options,
     )

@@ -49,7 +49,7 @@ def train(
         accelerator=harness.accelerator(device="cpu", accumulate=case.accumulate),
         dataloader_options=case.options,
         seed=7,
-        tracker={"runs_dir": folder / "runs", "deliver": False} | tracker,
+        tracker={"runs_dir": folder / "runs", "delivery": False} | tracker,
         verbose=False,
     )
     save_weights(fitted.model, folder / "weights.safetensors")
@@ -145,7 +145,7 @@ def test_run_that_went_on_keeps_its_id_and_what_was_superseded(tmp_path: Path) -
     first = train(tmp_path, stopping, every=None)
     # Rows after the checkpoint, as a process that is killed later would leave them.
     with tracking.start(
-        run_id=first.run_id, runs_dir=tmp_path / "runs", deliver=False
+        run_id=first.run_id, runs_dir=tmp_path / "runs", delivery=False
     ) as run:
         run.log("metrics", "train", {"loss": 99.0}, index=2)
     second = train(tmp_path, every=None)
@@ -334,9 +334,9 @@ def delivered(folder: Path, monkeypatch: pytest.MonkeyPatch, *kills: Case) -> st
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
     for case in kills:
         assert not in_child(
-            None, lambda case=case: train(folder, case, 2, deliver=True)
+            None, lambda case=case: train(folder, case, 2, delivery=True)
         )
-    assert in_child(None, lambda: train(folder, every=2, deliver=True))
+    assert in_child(None, lambda: train(folder, every=2, delivery=True))
     [run] = tracking.list_runs(folder / "runs")
     [done] = sync([run], 60.0)
     assert done.behind == 0

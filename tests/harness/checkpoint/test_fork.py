@@ -28,7 +28,7 @@ def train(runs: Path, *own: Any, epochs: int = EPOCHS) -> Fitted:
         callbacks=[*CASE.callbacks(runs), *own],
         dataloader_options=CASE.options,
         seed=7,
-        tracker={"runs_dir": runs, "deliver": False},
+        tracker={"runs_dir": runs, "delivery": False},
         verbose=False,
     )
 
@@ -115,7 +115,7 @@ def test_fork_of_a_run_that_is_being_written_is_refused(
     parent: tracking.PastRun, tmp_path: Path
 ) -> None:
     with (
-        tracking.start(run_id=parent.id, runs_dir=tmp_path, deliver=False),
+        tracking.start(run_id=parent.id, runs_dir=tmp_path, delivery=False),
         pytest.raises(ValueError, match="expected a run that has ended"),
     ):
         fork_run(parent.path, 9)

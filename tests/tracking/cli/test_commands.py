@@ -130,7 +130,7 @@ def test_show_names_damage(call, two):
 
 def test_json_writes_what_it_has_no_word_for_as_text(call, record):
     run = record()
-    run.run.log_metric("train", "loss", float("nan"), index=1)
+    run.run.log_metric("loss", float("nan"), set="train", index=1)
     run.run.finish()
     found = json.loads(
         call("runs", "show", run.run.id, "--json").output,
@@ -200,8 +200,8 @@ def test_verify_is_silent_where_all_is_equal(call, two):
 
 def test_verify_names_rows_and_ends_with_1(call, two, tmp_path):
     call("export", two[0].id, "--to", "a.parquet")
-    again = tracking.start(run_id=two[0].id, runs_dir=tmp_path / "runs", deliver=False)
-    again.log_metric("train", "late", 1.0, index=9)
+    again = tracking.start(run_id=two[0].id, runs_dir=tmp_path / "runs", delivery=False)
+    again.log_metric("late", 1.0, set="train", index=9)
     again.finish()
     words = ("verify", two[0].id, "--no-mlflow", "--file", "a.parquet")
     result = call(*words, code=1)

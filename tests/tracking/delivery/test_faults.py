@@ -124,7 +124,7 @@ def test_rows_that_a_server_refuses_are_found_by_halving(
 ):
     run = record()
     run.log_curve(300)
-    run.run.log_metric("train", "odd", 1.0, index=1)
+    run.run.log_metric("odd", 1.0, set="train", index=1)
     run.log_curve(300, first=300)
     run.run.finish()
     proxy.mode, proxy.refused = "refuse 400", b'"key": "train/odd"'

@@ -54,7 +54,7 @@ def test_every_row_arrives_once_with_its_own_time(
 ):
     run = record()
     run.log_curve(2500)
-    run.run.log_steps("train", {"loss": 0.5}, step=7)
+    run.run.log_step({"loss": 0.5}, step=7)
     run.run.log("profile", "fit", {"epoch_s": 1.5}, index=1)
     run.run.log("metrics", "valid", {"ok": True, "n": 3}, index=2)
     run.run.log("metrics", "valid", "a word", index=2)
@@ -100,8 +100,8 @@ def test_values_that_mlflow_cannot_hold_are_flagged(
 def test_equal_values_of_one_instant_are_all_kept(record, deliver, store, in_mlflow):
     run = record()
     for _ in range(50):
-        run.run.log_metric("train", "loss", 0.5, index=1)
-        run.run.log_metric("train", "nan", math.nan, index=1)
+        run.run.log_metric("loss", 0.5, set="train", index=1)
+        run.run.log_metric("nan", math.nan, set="train", index=1)
     run.run.finish()
     made = deliver(run.path, store)
     points = in_mlflow(store, made.state.mlflow_run_id)
@@ -159,7 +159,7 @@ def test_row_that_mlflow_refuses_holds_up_nothing(
     )
     run = record()
     run.log_curve(100)
-    run.run.log_metric("train", "bad", 1.0, index=1)
+    run.run.log_metric("bad", 1.0, set="train", index=1)
     run.log_curve(100, first=100)
     run.run.finish()
     made = deliver(run.path, store)
@@ -380,12 +380,12 @@ def test_batch_whose_mark_was_lost_is_not_doubled(
 
 def test_what_is_superseded_already_is_never_sent(record, deliver, store, in_mlflow):
     run = record()
-    run.run.log_metric("valid", "loss", 3.0, index=1)
+    run.run.log_metric("loss", 3.0, set="valid", index=1)
     run.run.log("metrics", "valid", {"loss": 2.0}, index=1, append=False)
     position = run.run.position()
-    run.run.log_metric("valid", "loss", 9.0, index=2)
+    run.run.log_metric("loss", 9.0, set="valid", index=2)
     run.run.rewind(position)
-    run.run.log_metric("valid", "loss", 1.0, index=2)
+    run.run.log_metric("loss", 1.0, set="valid", index=2)
     run.run.finish()
     made = deliver(run.path, store)
     found = in_mlflow(store, made.state.mlflow_run_id)
@@ -486,12 +486,12 @@ def test_overwrite_of_what_mlflow_has_ends_in_one_history(
     record, deliver, store, in_mlflow, in_journal, client, value, is_same_run
 ):
     run = record()
-    run.run.log_metric("valid", "loss", 3.0, index=1)
+    run.run.log_metric("loss", 3.0, set="valid", index=1)
     run.run.finish("killed")
     first = deliver(run.path, store)
     again = record(run_id=run.run.id)
     again.run.log("metrics", "valid", {"loss": value}, index=1, append=False)
-    again.run.log_metric("valid", "loss", 1.0, index=2)
+    again.run.log_metric("loss", 1.0, set="valid", index=2)
     again.run.finish()
     second = deliver(run.path, store)
     is_same = second.state.mlflow_run_id == first.state.mlflow_run_id
@@ -569,7 +569,7 @@ def test_thinned_series_keeps_its_ends_and_never_exceeds_the_number(
 ):
     run = record(delivery={"per_key": 100})
     run.log_curve(1500)
-    run.run.log_metric("valid", "loss", 1.0, index=1)
+    run.run.log_metric("loss", 1.0, set="valid", index=1)
     run.run.finish()
     made = deliver(run.path, store)
     found = in_mlflow(store, made.state.mlflow_run_id)
@@ -685,7 +685,7 @@ print(run.id, flush=True)
 for i in range(40):
     run.log("metrics", "train", {"loss": 1 / (i + 1)}, index=i)
 mlflow_run_id = run.mlflow_run_id
-run.log_metric("train", "last", 1.0, index=40)
+run.log_metric("last", 1.0, set="train", index=40)
 run.finish(wait_s=60)
 assert "mlflow" not in sys.modules
 print(mlflow_run_id)
