@@ -18,6 +18,8 @@ from typing import Literal
 
 import torch
 
+from tracking.redaction import redact
+
 State = Literal["ok", "lack", "broken"]
 
 LITTLE_BYTES = 5 * 2**30
@@ -242,8 +244,7 @@ def _mlflow() -> Finding:
 def _store(uri: str | None) -> Finding:
     """Whether MLflow's store is within reach; nothing is written there."""
     uri = uri or "sqlite:///mlflow.db"
-    # A URI may hold a password before the @.
-    shown = uri.partition("://")[0] + "://" + uri.partition("://")[2].rpartition("@")[2]
+    shown = redact(uri)
     if uri.startswith(("http://", "https://")):
         return _server(uri, shown)
     path = Path(uri.removeprefix("sqlite:///").removeprefix("file://"))

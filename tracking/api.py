@@ -14,6 +14,7 @@ import pyarrow as pa
 from tracking import capture
 from tracking.delivery.thinning import check_options
 from tracking.ending import forget_failures, status_of
+from tracking.redaction import strip_url
 from tracking.run import Run, now
 from tracking.store import Manifest, find_run, make_run, runs_folder
 
@@ -183,5 +184,5 @@ def _active_mlflow_run() -> dict[str, Any]:
     active = mlflow.active_run()
     if active is None:
         return {}
-    uri = capture.without_credentials(str(mlflow.get_tracking_uri()))
+    uri = strip_url(str(mlflow.get_tracking_uri()))
     return {"run_id": active.info.run_id, "borrowed": True, "tracking_uri": uri}

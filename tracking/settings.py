@@ -1,4 +1,4 @@
-"""What the environment says about delivery, read at one place."""
+"""Settings of delivery from environment variables. They are read only here."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tracking.redaction import redacted, secrets_in
+from tracking.redaction import collect_secrets, redact
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The environment's part in delivery.
+    """Settings of delivery.
 
     Attributes
     ----------
     tracking_uri, experiment_name, experiment_id
-        MLflow's own variables; None where they are not set.
+        Values of MLflow's own variables; None if a variable is not set.
     cache
         Folder of prepared databases.
     secrets
-        Values that must not be told.
+        Values to mask in every text that is written.
     """
 
     tracking_uri: str | None
@@ -32,18 +32,24 @@ class Settings:
 
     @classmethod
     def read(cls, environment: Mapping[str, str] | None = None) -> Settings:
-        """Settings from environment variables; None: those of this process."""
+        """Read the settings.
+
+        Parameters
+        ----------
+        environment
+            Environment variables; None: those of this process.
+        """
         if environment is None:
-            environment = os.environ  # noqa: TID251 (the one place)
+            environment = os.environ  # noqa: TID251  read only here
         cache = environment.get("XDG_CACHE_HOME") or "~/.cache"
         return cls(
             tracking_uri=environment.get("MLFLOW_TRACKING_URI") or None,
             experiment_name=environment.get("MLFLOW_EXPERIMENT_NAME") or None,
             experiment_id=environment.get("MLFLOW_EXPERIMENT_ID") or None,
             cache=Path(cache).expanduser() / "luz-harness",
-            secrets=secrets_in(environment),
+            secrets=collect_secrets(environment),
         )
 
     def redact(self, text: str) -> str:
-        """Text without what must not be told."""
-        return redacted(text, self.secrets)
+        """Mask the secrets in a text, and remove credentials from its URLs."""
+        return redact(text, self.secrets)

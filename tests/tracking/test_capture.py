@@ -13,9 +13,7 @@ from tracking.capture import (
     code_state,
     command,
     machine,
-    masked,
     packages,
-    without_credentials,
 )
 
 
@@ -117,29 +115,6 @@ def test_code_state_of_a_slow_git_is_given_up(repo, tmp_path_factory, monkeypatc
 
 def test_command_is_that_of_this_process():
     assert command()[0] == sys.orig_argv[0]
-
-
-def test_masked_hides_what_is_named_like_a_secret():
-    line = ["x.py", "--api-key", "k", "--hub_token=t", "PASSWORD=p", "--lr", "0.1"]
-    assert masked(line) == [
-        *("x.py", "--api-key", "***", "--hub_token=***", "PASSWORD=***", "--lr", "0.1")
-    ]
-    assert masked(["--token", "--lr"]) == ["--token", "--lr"]
-    assert masked(["http://u:p@h/x"]) == ["http://h/x"]
-
-
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("https://me:pw@example.org:8080/x", "https://example.org:8080/x"),
-        ("https://token@example.org/x?key=1", "https://example.org/x"),
-        ("sqlite:///mlflow.db", "sqlite:///mlflow.db"),
-        ("no url", "no url"),
-        ("http://[broken", "***"),
-    ],
-)
-def test_without_credentials(text, shown):
-    assert without_credentials(text) == shown
 
 
 def test_machine_tells_host_and_python():

@@ -12,7 +12,7 @@ from typing import Final
 
 from tracking.delivery.state import State
 from tracking.errors import DeliveryError, warn
-from tracking.redaction import redacted
+from tracking.redaction import redact
 
 # The package's own folder goes to the end of the path, for a checkout that is not
 # installed; -P keeps the user's folder, and modules of his that hide others, out of it.
@@ -141,7 +141,7 @@ class Handover:
         assert self._process is not None
         run_id = self._run_path.name
         left = f"{state.behind} rows" if state.behind else "some rows"
-        why = f" ({redacted(state.error)})" if state.error else ""
+        why = f" ({redact(state.error)})" if state.error else ""
         is_going = self._process.returncode is None and state.phase != "gave up"
         how = "delivery goes on in the background; " if is_going else ""
         sys.stderr.write(
