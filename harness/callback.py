@@ -51,6 +51,14 @@ class Callback:
             if name.startswith("on_"):
                 check_event(f"class {cls.__name__}", name)
 
+    def after_fit(self) -> None:
+        """Act on a finished fit; this is not an event.
+
+        ``fit`` calls it when every rank has its result, just before it returns. So this is
+        the place to delete what only an unfinished fit needs. An exception becomes a
+        warning, because the result must reach the caller.
+        """
+
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps of this callback: numbers, strings, tensors, lists, dicts."""
         return {}

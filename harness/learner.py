@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -29,6 +30,7 @@ from harness.context import (
     EvaluateContext,
     FitContext,
     PredictContext,
+    bind_context,
 )
 from harness.data.loaders import eval_loader, split_data, train_loader
 from harness.errors import CheckpointError
@@ -218,10 +220,14 @@ class Learner:
                 if run is not None and not (resume and resume.goes_on_with(run)):
                     describe_fit(run, ctx, self, seed)
                 loop.fit(ctx)
+            fitted = self._fitted(ctx, run)
         except BaseException:
             accelerator.finish(failed=True)
             raise
-        return self._fitted(ctx, run)
+        call_after_fit(ctx)
+        ctx.clean()
+        bind_context(fitted.model, None)
+        return fitted
 
     def _backward_of(self, ctx: Context) -> Callable[[Tensor], object]:
         """How a loss goes back: the user's way, else the accelerator's."""
@@ -238,23 +244,20 @@ class Learner:
         return backward
 
     def _fitted(self, ctx: FitContext, run: tracking.Run | None) -> Fitted:
-        """The result, with the model off the context and on the CPU."""
-        accelerator, signum = ctx.accelerator, ctx.stop_signal
+        """Gather the weights and build the result, with the model on the CPU."""
+        accelerator = ctx.accelerator
         assert accelerator is not None
         weights = accelerator.whole_state_dict(ctx.model)
         accelerator.finish()
-        ctx.clean()
-        state = ctx.state_dict()
-        model = plain_model(state["model"], weights)
         return Fitted(
-            model=model,
-            records=state["records"],
+            model=plain_model(ctx.model, weights),
+            records=ctx.records,
             learner=self,
-            hparams=state["ctx"]["hparams"],
-            opt_hparams=state["ctx"]["opt_hparams"],
+            hparams=ctx.hparams,
+            opt_hparams=ctx.opt_hparams,
             run_id=run.id if run is not None else None,
             run_path=run.path if run is not None else None,
-            signum=signum,
+            signum=ctx.stop_signal,
         )
 
     def evaluate(
@@ -470,6 +473,21 @@ def lent_model(ctx: Context) -> Iterator[None]:
         ctx.accelerator.finish(failed=failed)
         ctx.clean()
         ctx.state_dict()["model"].cpu()
+
+
+def call_after_fit(ctx: Context) -> None:
+    """Call ``after_fit`` of every callback once every rank has its result.
+
+    A failure becomes a warning, because it must not keep the result from the caller.
+    """
+    assert ctx.accelerator is not None
+    try:
+        ctx.accelerator.barrier()
+        for callback in ctx.callbacks:
+            callback.after_fit()
+    except Exception as error:  # noqa: BLE001  any failure, the result is complete
+        msg = f"fit: expected after_fit to succeed, got {error!r}. The result is complete."
+        warnings.warn(msg, stacklevel=3)
 
 
 def plain_model(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:

@@ -71,16 +71,27 @@ class ResumeFromCheckpoint(Callback):
 
 
 class AutoResume(ModelCheckpoint):
-    """Saves checkpoints, and goes on from them when the same script is run again.
+    """Save checkpoints, and resume from them when the same script runs again.
 
     Parameters
     ----------
     path
         Folder of the checkpoints; emptied when the fit has finished.
     every_n_steps
-        Also save every so many optimizer steps.
+        Also save after every so many optimizer steps.
     **options
         As in ``ModelCheckpoint``.
+
+    Notes
+    -----
+    The folder is emptied just before ``fit`` returns, when every rank has gathered its
+    result. If the fit is killed before that, or gathering the weights fails, the
+    checkpoints are still there. The next start then resumes the finished fit: it trains
+    nothing more (or only what came after the last checkpoint), returns the same result,
+    and empties the folder.
+
+    After ``fit`` has returned, the result exists in memory only. Save it, or use a
+    ``ModelCheckpoint`` as well to keep checkpoints of a finished fit.
 
     References
     ----------
@@ -97,13 +108,15 @@ class AutoResume(ModelCheckpoint):
         assert self.path is not None
         return find(self.path, True, "AutoResume")
 
-    def on_fit_end(self) -> None:
-        """Empty the folder, if the fit came to its own end."""
-        super().on_fit_end()
+    def after_fit(self) -> None:
+        """Empty the folder on rank 0, unless a signal interrupted the fit.
+
+        The newest checkpoint goes last: if this is killed, a fit can still resume from it.
+        """
         accelerator = self.ctx.accelerator
         assert accelerator is not None and self.saver is not None
         if self.ctx.stop_signal is None and accelerator.is_main:
-            for place in checkpoints(self.saver.folder):
+            for place in reversed(checkpoints(self.saver.folder)):
                 remove(place)
 
 

@@ -33,21 +33,30 @@ class Raise(harness.Callback):
             boom()
 
 
-def in_a_fit(folder: Path) -> None:
-    """The same in a tracked fit that saves checkpoints."""
+class FailsToGather(DeepSpeedAccelerator):
+    """Rank 1 cannot gather the weights at the end of a fit."""
+
+    def whole_state_dict(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        if self.rank == 1:
+            boom()
+        return super().whole_state_dict(model)
+
+
+def in_a_fit(folder: Path, how: str) -> None:
+    """A tracked fit that saves checkpoints; it fails in training, or at its end."""
     (folder / f"pid-{os.environ['RANK']}").write_text(str(os.getpid()))
     learner = harness.setup(
         lambda: torch.nn.Linear(3, 1),
         loss=torch.nn.MSELoss(),
         optimizer=torch.optim.AdamW,
     )
+    kind = FailsToGather if how == "gather" else DeepSpeedAccelerator
     resume = harness.callbacks.AutoResume(folder / "saved", every_n_steps=2)
     learner.fit(
         (torch.randn(400, 3), torch.randn(400, 1)),
-        callbacks=[resume, Raise()],
-        accelerator=harness.accelerator(
-            {"zero_optimization": {"stage": 3}}, device="cpu"
-        ),
+        epochs=1,
+        callbacks=[resume, Raise()] if how == "fit" else [resume],
+        accelerator=kind({"zero_optimization": {"stage": 3}}, device="cpu"),
         dataloader_options={"batch_size": 4},
         seed=1,
         tracker={"runs_dir": folder / "runs", "delivery": False},
@@ -56,8 +65,8 @@ def in_a_fit(folder: Path) -> None:
 
 
 def main(folder: Path, how: str) -> None:
-    if how == "fit":
-        in_a_fit(folder)
+    if how in {"fit", "gather", "finish"}:
+        in_a_fit(folder, how)
         return
     stage = 7 if how == "config" else 2
     rank = os.environ["RANK"]

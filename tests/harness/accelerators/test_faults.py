@@ -15,6 +15,7 @@ import pytest
 import tracking
 from harness.accelerators.distributed.launcher import launch_command
 from harness.accelerators.distributed.watchdog import launchers
+from harness.checkpoint.format import checkpoints, newest
 from tests.harness.accelerators import refusals
 from tests.harness.accelerators.launches import ROOT, Launches, free_port, started
 from tracking.cli.overview import overview
@@ -148,6 +149,22 @@ def test_one_rank_raises_in_a_fit_and_the_run_is_failed(start: object) -> None:
     past = tracking.open(folder)
     error = {"type": "ValueError", "message": "boom on purpose (rank 1)"}
     assert (past.status, overview(past)["error"]) == ("failed", error)
+
+
+def test_one_rank_that_cannot_gather_the_weights_leaves_the_checkpoints(
+    start: object,
+) -> None:
+    assert callable(start)
+    run = start(torchrun, "gather")
+    assert run.code() != 0
+    run.check_nothing_left()
+    check_traceback_comes_first(run.text().partition("torch/distributed/elastic")[0])
+    place, faults = newest(run.folder / "saved")
+    assert place is not None
+    assert faults == []
+    again = start(torchrun, "finish")
+    assert again.code() == 0, again.text()
+    assert checkpoints(run.folder / "saved") == []
 
 
 def test_one_rank_raises_under_launch(start: object) -> None:

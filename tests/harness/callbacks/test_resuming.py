@@ -1,19 +1,21 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import harness
 import tracking
+from harness.accelerators.single import SingleDevice
 from harness.callbacks import AutoResume, EarlyStopping, ResumeFromCheckpoint
 from harness.checkpoint.format import checkpoints
 from harness.errors import CheckpointError
 from harness.fitted import Fitted
-from tests.harness.exact import CASES, Case, Stop, TwoParts, rewritten
+from tests.harness.exact import CASES, Case, Stop, TwoParts, rewritten, same_bits
 
 
 def train(
@@ -38,6 +40,13 @@ def saved(tmp_path: Path) -> Path:
 
 def losses(fitted: Fitted) -> list[float]:
     return [row["loss"] for row in fitted.records["metrics"]["train"]]
+
+
+def assert_same_result(one: Fitted, two: Fitted) -> None:
+    """Records of metrics and weights are equal bit for bit."""
+    assert one.records["metrics"] == two.records["metrics"]
+    for name, value in one.model.state_dict().items():
+        assert same_bits(value, two.model.state_dict()[name])
 
 
 def test_auto_resume_goes_on_then_empties_its_folder(saved: Path) -> None:
@@ -199,3 +208,87 @@ def test_resume_of_something_else_that_is_whole_is_refused(saved: Path) -> None:
     rewritten(saved, lambda state: state.pop("random"))
     with pytest.raises(CheckpointError, match="expected the state of a fit, got none"):
         train(ResumeFromCheckpoint(saved))
+
+
+# ------------------------------------------------------- nothing is lost at the end
+
+
+class FailsToGather(SingleDevice):
+    """Cannot gather the weights at the end of a fit, as when memory runs out."""
+
+    def whole_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
+        raise MemoryError("no room for the weights")
+
+
+class At(harness.Callback):
+    """Calls a function after the fit, before `AutoResume` acts."""
+
+    def __init__(self, function: Callable[[], object]) -> None:
+        self._function = function
+
+    def after_fit(self) -> None:
+        self._function()
+
+
+class CountBatches(harness.Callback):
+    count = 0
+
+    def on_train_batch_end(self) -> None:
+        self.count += 1
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("every_n_epochs", [1, 2])
+def test_auto_resume_keeps_its_checkpoints_when_gathering_the_weights_fails(
+    every_n_epochs: int, tmp_path: Path
+) -> None:
+    options = {"every_n_epochs": every_n_epochs}
+    with pytest.raises(MemoryError, match="no room for the weights"):
+        train(
+            AutoResume(tmp_path, **options),
+            accelerator=FailsToGather("cpu"),
+            epochs=3,
+        )
+    assert len(checkpoints(tmp_path)) == 1
+    count = CountBatches()
+    fitted = train(AutoResume(tmp_path, **options), count, epochs=3)
+    assert count.count == (0 if every_n_epochs == 1 else 6)
+    assert_same_result(fitted, train(epochs=3))
+    assert checkpoints(tmp_path) == []
+
+
+def test_auto_resume_of_a_fit_killed_before_its_folder_was_emptied_returns_the_result(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(AutoResume(tmp_path), At(interrupt))
+    count = CountBatches()
+    fitted = train(AutoResume(tmp_path), count)
+    assert count.count == 0
+    assert_same_result(fitted, train())
+    assert checkpoints(tmp_path) == []
+
+
+def test_auto_resume_sees_its_folder_full_until_the_result_exists(
+    tmp_path: Path,
+) -> None:
+    seen: list[int] = []
+    callback = AutoResume(tmp_path, every_n_steps=1, keep_last=3)
+    train(callback, At(lambda: seen.append(len(checkpoints(tmp_path)))))
+    assert seen == [3]
+    assert checkpoints(tmp_path) == []
+
+
+def test_fit_whose_folder_cannot_be_emptied_warns_and_returns_the_result(
+    tmp_path: Path,
+) -> None:
+    def block_removal() -> None:
+        [place] = checkpoints(tmp_path)
+        (tmp_path / f".{place.name}.removed").write_text("in the way")
+
+    with pytest.warns(UserWarning, match="The result is complete"):
+        fitted = train(AutoResume(tmp_path), At(block_removal))
+    assert_same_result(fitted, train())
