@@ -12,7 +12,7 @@ from harness.context import Context
 from harness.data.loaders import describe
 from harness.records import Nobody
 from tracking import capture
-from tracking.schema import leaves
+from tracking.schema import flatten_value
 
 if TYPE_CHECKING:
     from harness.learner import Learner
@@ -23,13 +23,13 @@ class Unrecorded(Nobody):
 
     def log(self, what: str, set: str, value: Any, *_: Any, **__: Any) -> None:
         """Check the value."""
-        leaves(value, f"log({what!r}, {set!r})")
+        flatten_value(value, f"log({what!r}, {set!r})")
 
     def log_step(
         self, values: Mapping[str, Any], *_: Any, set: str = "train", **__: Any
     ) -> None:
         """Check the values."""
-        leaves(values, f"log_step(set={set!r})")
+        flatten_value(values, f"log_step(set={set!r})")
 
 
 @contextmanager

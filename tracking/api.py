@@ -13,10 +13,10 @@ import pyarrow as pa
 
 from tracking import capture
 from tracking.delivery.thinning import check_options
-from tracking.ending import forget_failures, status_of
+from tracking.ending import get_status, remove_failures
 from tracking.redaction import strip_url
 from tracking.run import Run, now
-from tracking.store import Manifest, find_run, make_run, runs_folder
+from tracking.store import Manifest, create_run_dir, find_run, runs_folder
 
 
 def start(
@@ -129,7 +129,7 @@ def _start_new(
     durability: Literal["process", "fsync"],
 ) -> Run:
     """Run in a fresh folder, which goes again if it cannot be used."""
-    path, name = make_run(runs, experiment, name)
+    path, name = create_run_dir(runs, experiment, name)
     machine = capture.machine()
     code = capture.code_state(Path.cwd())
     manifest = Manifest(
@@ -157,7 +157,7 @@ def _start_new(
 def _go_on_with(path: Path, durability: Literal["process", "fsync"]) -> Run:
     """A run that was ended before, or killed."""
     manifest = Manifest.read(path)
-    status = status_of(path, manifest)
+    status = get_status(path, manifest)
     run = Run(path, manifest, durability=durability)
     manifest.resumed.append(
         {
@@ -170,7 +170,7 @@ def _go_on_with(path: Path, durability: Literal["process", "fsync"]) -> Run:
         }
     )
     manifest.status, manifest.ended, manifest.error = "running", None, None
-    forget_failures(path)
+    remove_failures(path)
     manifest.pid = os.getpid()
     run.restore_indices()
     return run

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 
-def relative_name(name: str, place: str) -> str:
+def check_artifact_name(name: str, place: str) -> str:
     """Name of an artifact below its folder, checked not to lead out of it."""
     path = PurePosixPath(name)
     if not path.parts or path.is_absolute() or ".." in path.parts or "\0" in name:
@@ -20,7 +20,7 @@ def relative_name(name: str, place: str) -> str:
     return str(path)
 
 
-def place_file(source: Path, target: Path) -> dict[str, Any]:
+def copy_artifact(source: Path, target: Path) -> dict[str, Any]:
     """Copy a file to its place; its size and SHA-256."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(target)
@@ -33,7 +33,7 @@ def place_file(source: Path, target: Path) -> dict[str, Any]:
     return description(target)
 
 
-def place_text(text: str, target: Path) -> dict[str, Any]:
+def write_text_artifact(text: str, target: Path) -> dict[str, Any]:
     """Write a text to its place; its size and SHA-256."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(target)
@@ -46,7 +46,7 @@ def place_text(text: str, target: Path) -> dict[str, Any]:
     return description(target)
 
 
-def place_figure(figure: Any, target: Path) -> dict[str, Any]:
+def write_figure_artifact(figure: Any, target: Path) -> dict[str, Any]:
     """Save a figure to its place; its size and SHA-256.
 
     Parameters

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from tracking.journal.reader import is_being_written
-from tracking.store import Manifest, part_path, part_paths, write_atomically
+from tracking.store import Manifest, get_rank_dir, list_rank_dirs, write_atomically
 
 FAILURE: Final = "failure.json"
 """Beside the journal of a rank that failed, other than rank 0: ``type, message, time``."""
@@ -19,25 +19,25 @@ def describe_error(error: BaseException) -> dict[str, str]:
     return {"type": type(error).__name__, "message": str(error)[:10_000]}
 
 
-def leave_failure(part: Path, error: BaseException, time: str) -> None:
+def write_failure(rank_dir: Path, error: BaseException, time: str) -> None:
     """Tell why a rank failed; rank 0 may be ended before it can say anything."""
     text = json.dumps(describe_error(error) | {"time": time})
     with suppress(OSError):  # a full disk must not hide the error itself
-        write_atomically(part / FAILURE, text.encode(errors="replace"))
+        write_atomically(rank_dir / FAILURE, text.encode(errors="replace"))
 
 
-def forget_failures(run_path: Path) -> None:
+def remove_failures(run_path: Path) -> None:
     """Begin anew, as a run that is gone on with does."""
-    for part in part_paths(run_path).values():
-        (part / FAILURE).unlink(missing_ok=True)
+    for rank_dir in list_rank_dirs(run_path).values():
+        (rank_dir / FAILURE).unlink(missing_ok=True)
 
 
-def status_of(run_path: Path, manifest: Manifest) -> str:
+def get_status(run_path: Path, manifest: Manifest) -> str:
     """Status of a run; one that says ``running`` and that nobody writes was killed.
 
     It failed if another rank did, which had rank 0 ended.
     """
-    if manifest.status == "running" and not is_being_written(part_path(run_path, 0)):
+    if manifest.status == "running" and not is_being_written(get_rank_dir(run_path, 0)):
         # It may have finished between the two looks.
         written = Manifest.read(run_path).status
         if written != "running":
@@ -46,7 +46,7 @@ def status_of(run_path: Path, manifest: Manifest) -> str:
     return manifest.status
 
 
-def error_of(run_path: Path, manifest: Manifest) -> dict[str, str] | None:
+def get_first_error(run_path: Path, manifest: Manifest) -> dict[str, str] | None:
     """What failed first, on whichever rank: ``type`` and ``message``."""
     found = _failures(run_path)
     if manifest.error is not None:
@@ -60,9 +60,9 @@ def error_of(run_path: Path, manifest: Manifest) -> dict[str, str] | None:
 def _failures(run_path: Path) -> list[dict[str, str]]:
     """What other ranks left; each message names its rank."""
     found = []
-    for rank, part in part_paths(run_path).items():
+    for rank, rank_dir in list_rank_dirs(run_path).items():
         try:
-            failure = json.loads((part / FAILURE).read_bytes())
+            failure = json.loads((rank_dir / FAILURE).read_bytes())
             failure["message"] = f"{failure['message']} (rank {rank})"
             found.append({what: failure[what] for what in ("type", "message", "time")})
         except (OSError, ValueError, KeyError, TypeError):

@@ -12,10 +12,10 @@ import pyarrow as pa
 from pyarrow import compute as pc
 
 from tracking.journal import segment as sealed
-from tracking.journal.reader import numbers, read_block
+from tracking.journal.reader import list_blocks, read_block
 from tracking.read import PastRun
 from tracking.run import now
-from tracking.store import make_run, part_path
+from tracking.store import create_run_dir, get_rank_dir
 
 
 def fork(
@@ -53,12 +53,14 @@ def fork(
             "written. End it first."
         )
     manifest = parent.manifest
-    path, name = make_run(
+    path, name = create_run_dir(
         parent.path.parent, manifest.experiment, name or f"{manifest.name}-fork"
     )
     try:
         for rank, position in positions.items():
-            _copy_rows(part_path(parent.path, rank), part_path(path, rank), position)
+            _copy_rows(
+                get_rank_dir(parent.path, rank), get_rank_dir(path, rank), position
+            )
         child = dataclasses.replace(
             manifest,
             id=path.name,
@@ -82,7 +84,7 @@ def fork(
 def _copy_rows(source: Path, target: Path, position: int) -> None:
     """Rows up to a position, control rows among them, in sealed blocks."""
     target.mkdir(parents=True)
-    for number in numbers(source):
+    for number in list_blocks(source):
         view = read_block(source, number)
         assert view is not None
         kept = view.table.filter(pc.less_equal(view.table["seq"], pa.scalar(position)))

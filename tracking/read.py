@@ -10,12 +10,12 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import compute as pc
 
-from tracking.ending import status_of
-from tracking.journal.reader import read_part
+from tracking.ending import get_status
+from tracking.journal.reader import read_records
 from tracking.journal.segment import Damage
-from tracking.journal.tombstones import Superseding
-from tracking.schema import CONTROL, SCHEMA, value_of
-from tracking.store import Manifest, find_run, part_paths, run_paths
+from tracking.journal.tombstones import Tombstones
+from tracking.schema import CONTROL, SCHEMA, parse_value
+from tracking.store import Manifest, find_run, list_rank_dirs, run_paths
 
 
 class PastRun:
@@ -50,7 +50,7 @@ class PastRun:
 
         The last also if the run says ``running`` and nobody writes it any more.
         """
-        return status_of(self.path, self.manifest)
+        return get_status(self.path, self.manifest)
 
     def records(
         self,
@@ -80,9 +80,9 @@ class PastRun:
         if superseded:
             schema = SCHEMA.append(pa.field("superseded", pa.bool_(), nullable=False))
         tables = [schema.empty_table()]
-        for part_rank, part in part_paths(self.path).items():
-            if rank in (None, part_rank):
-                table = read_part(part)[0]
+        for dir_rank, rank_dir in list_rank_dirs(self.path).items():
+            if rank in (None, dir_rank):
+                table = read_records(rank_dir)[0]
                 alive = _alive(table)
                 if superseded:
                     gone = ~(alive | _is_control(table))
@@ -95,8 +95,8 @@ class PastRun:
     @property
     def damage(self) -> list[Damage]:
         """What could not be read of the records; empty if all is well."""
-        parts = part_paths(self.path).values()
-        return [damage for part in parts for damage in read_part(part)[1]]
+        parts = list_rank_dirs(self.path).values()
+        return [damage for rank_dir in parts for damage in read_records(rank_dir)[1]]
 
     @property
     def params(self) -> dict[str, Any]:
@@ -158,7 +158,7 @@ class PastRun:
             ["name", "kind", "value", "payload"]
         )
         return {
-            row["name"]: value_of(row["kind"], row["value"], row["payload"])
+            row["name"]: parse_value(row["kind"], row["value"], row["payload"])
             for row in table.to_pylist()
         }
 
@@ -188,9 +188,9 @@ def list_runs(runs_dir: str | os.PathLike[str] | None = None) -> list[PastRun]:
     return [PastRun(path) for path in run_paths(runs_dir)]
 
 
-def highest_indices(part: Path) -> dict[tuple[str, str], int]:
+def find_highest_indices(rank_dir: Path) -> dict[tuple[str, str], int]:
     """Highest index of each (what, set) among the rows of a part that count."""
-    table = read_part(part)[0]
+    table = read_records(rank_dir)[0]
     table = table.filter(pa.array(_alive(table)))
     table = table.filter(pc.is_valid(table["index"]))
     names = ["what", "set"]
@@ -203,9 +203,9 @@ def highest_indices(part: Path) -> dict[tuple[str, str], int]:
 
 def _alive(table: pa.Table) -> Any:
     """Mask of the rows of a whole part that count."""
-    superseding = Superseding()
-    superseding.learn(table)
-    return superseding.alive(table)
+    tombstones = Tombstones()
+    tombstones.add(table)
+    return tombstones.mask_live(table)
 
 
 def _is_control(table: pa.Table) -> Any:

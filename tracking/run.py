@@ -16,24 +16,24 @@ from typing import Any, Final, Literal
 
 from tracking import artifacts
 from tracking.delivery.process import Handover
-from tracking.ending import describe_error, leave_failure
+from tracking.ending import describe_error, write_failure
 from tracking.errors import warn
 from tracking.journal.row_format import MARK, NO_COUNT, NO_EPOCH, SIZE
 from tracking.journal.segment import CAPACITY
 from tracking.journal.writer import Journal
-from tracking.read import highest_indices
+from tracking.read import find_highest_indices
 from tracking.schema import (
+    DEFERRED,
     FLOAT,
-    LATER,
     OVERWRITE,
     REWIND,
     check_name,
-    copies_in,
-    leaves,
-    settled,
+    find_copies,
+    finish_leaf,
+    flatten_value,
 )
-from tracking.store import Manifest, part_path
-from tracking.tensors import read_out
+from tracking.store import Manifest, get_rank_dir
+from tracking.tensors import fetch_values
 
 _FLOATS: Final = frozenset([float])
 _STATUSES: Final = ("finished", "failed", "killed")
@@ -92,7 +92,7 @@ class Run:
         self._reading = threading.RLock()
         self._handover = Handover(path)
         self._journal = Journal(
-            part_path(path, rank), durability=durability, on_tick=self._read_out
+            get_rank_dir(path, rank), durability=durability, on_tick=self._read_out
         )
         atexit.register(self._finish_at_exit)
 
@@ -249,9 +249,9 @@ class Run:
             If there is nothing at ``path``.
         """
         source = Path(path)
-        name = artifacts.relative_name(name or source.name, "Run.log_artifact")
+        name = artifacts.check_artifact_name(name or source.name, "Run.log_artifact")
         if source.is_file():
-            self._keep(name, lambda target: artifacts.place_file(source, target))
+            self._keep(name, lambda target: artifacts.copy_artifact(source, target))
             return
         if not source.is_dir():
             raise FileNotFoundError(
@@ -271,13 +271,13 @@ class Run:
         name
             Relative name below ``artifacts/``; its suffix is the format.
         """
-        name = artifacts.relative_name(name, "Run.log_figure")
-        self._keep(name, lambda target: artifacts.place_figure(figure, target))
+        name = artifacts.check_artifact_name(name, "Run.log_figure")
+        self._keep(name, lambda target: artifacts.write_figure_artifact(figure, target))
 
     def log_text(self, text: str, name: str) -> None:
         """Keep a text as a file below ``artifacts/``."""
-        name = artifacts.relative_name(name, "Run.log_text")
-        self._keep(name, lambda target: artifacts.place_text(text, target))
+        name = artifacts.check_artifact_name(name, "Run.log_text")
+        self._keep(name, lambda target: artifacts.write_text_artifact(text, target))
 
     # ------------------------------------------------------- position and history
 
@@ -393,7 +393,7 @@ class Run:
             # Before the lock goes: a free lock and "running" would mean killed.
             self.save_manifest()
         elif error is not None:
-            leave_failure(part_path(self.path, self.rank), error, now())
+            write_failure(get_rank_dir(self.path, self.rank), error, now())
         last_seq = self._journal.last_seq()
         self._journal.close()
         if self._pending:
@@ -517,7 +517,7 @@ class Run:
         index, epoch, step = _checked(what, set, index, epoch, step)
         self._journal.check_open()
         is_new = append or index is None
-        found = leaves(value, _place(what, set))
+        found = flatten_value(value, _place(what, set))
         at = self._journal.series(what, set).index_for(index, step)
         counts = {"index": None if at == NO_COUNT else at, "epoch": epoch, "step": step}
         if not is_new:
@@ -534,17 +534,17 @@ class Run:
             )
         self._journal.check_open()
         if values:
-            self._write(what, "", leaves(values, place), {})
+            self._write(what, "", flatten_value(values, place), {})
 
     def _write(
         self, what: str, set: str, found: list[Any], counts: dict[str, int | None]
     ) -> None:
         """Write leaves, and set aside those that must be read out first."""
         now = time.time_ns() // 1000
-        ready = [leaf for leaf in found if leaf[1] != LATER]
+        ready = [leaf for leaf in found if leaf[1] != DEFERRED]
         self._journal.write(what, set, ready, **counts, time_us=now)
         self._pending.extend(
-            (now, what, set, leaf, counts) for leaf in found if leaf[1] == LATER
+            (now, what, set, leaf, counts) for leaf in found if leaf[1] == DEFERRED
         )
 
     def _read_out(self) -> None:
@@ -556,8 +556,8 @@ class Run:
             while self._pending:
                 batch.append(self._pending.popleft())
             try:
-                values = read_out(
-                    copy for _, _, _, leaf, _ in batch for copy in copies_in(leaf[3])
+                values = fetch_values(
+                    copy for _, _, _, leaf, _ in batch for copy in find_copies(leaf[3])
                 )
             except RuntimeError as error:  # as after an assertion on the device
                 names = sorted({f"{w}/{s}/{leaf[0]}" for _, w, s, leaf, _ in batch})
@@ -567,7 +567,7 @@ class Run:
                 )
                 return
             for now, what, set, (name, _, _, value), counts in batch:
-                leaf = settled(name, value, values, _place(what, set))
+                leaf = finish_leaf(name, value, values, _place(what, set))
                 self._journal.write(what, set, [leaf], **counts, time_us=now)
 
     def _keep(self, name: str, place: Callable[[Path], dict[str, Any]]) -> None:
@@ -585,7 +585,7 @@ class Run:
 
     def restore_indices(self) -> None:
         """Let automatic indices go on from the rows that count."""
-        highest = highest_indices(part_path(self.path, self.rank))
+        highest = find_highest_indices(get_rank_dir(self.path, self.rank))
         self._journal.reset_indices(highest)
 
     def _finish_at_exit(self) -> None:

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import pyarrow as pa
 
-from tracking.tensors import Copy, copied, is_tensor
+from tracking.tensors import TensorCopy, copy_tensor, is_tensor
 
 KINDS: Final = (
     "void",
@@ -31,7 +31,7 @@ KINDS: Final = (
     "rewind",
 )
 VOID, FLOAT, INT, BOOL, STR, NONE, ARRAY, JSON, OVERWRITE, REWIND = range(len(KINDS))
-LATER: Final = -1
+DEFERRED: Final = -1
 """Kind of a leaf whose tensors are still to be read out; never written."""
 
 VALUED: Final = (FLOAT, INT, BOOL, REWIND)
@@ -64,10 +64,10 @@ SCHEMA: Final = pa.schema(
 )
 
 Leaf = tuple[str, int, float, Any]
-"""Name, kind, number, payload: JSON text, None, or under LATER what is still to do."""
+"""Name, kind, number, payload: JSON text, None, or under DEFERRED what is still to do."""
 
 
-def leaves(value: object, place: str) -> list[Leaf]:
+def flatten_value(value: object, place: str) -> list[Leaf]:
     """Rows that a logged value becomes, the whole value checked.
 
     Parameters
@@ -105,9 +105,9 @@ def check_name(name: object, word: str, place: str) -> None:
         )
 
 
-def settled(name: str, value: Any, values: Mapping[int, Any], place: str) -> Leaf:
+def finish_leaf(name: str, value: Any, values: Mapping[int, Any], place: str) -> Leaf:
     """Leaf of a value whose copies have been read out into ``values``."""
-    if not isinstance(value, Copy):
+    if not isinstance(value, TensorCopy):
         return name, JSON, 0.0, _json(_filled(value, values), "value", place)
     number = values[id(value)]
     if isinstance(number, list):
@@ -115,26 +115,26 @@ def settled(name: str, value: Any, values: Mapping[int, Any], place: str) -> Lea
     return _scalar(name, number, place)
 
 
-def copies_in(value: Any) -> Iterator[Copy]:
+def find_copies(value: Any) -> Iterator[TensorCopy]:
     """Copies of tensors inside a leaf's payload, in order."""
-    if isinstance(value, Copy):
+    if isinstance(value, TensorCopy):
         yield value
     elif isinstance(value, list):
         for item in value:
-            yield from copies_in(item)
+            yield from find_copies(item)
     elif isinstance(value, dict):
         for item in value.values():
-            yield from copies_in(item)
+            yield from find_copies(item)
 
 
-def value_of(kind: str, value: float | None, payload: str | None) -> Any:
+def parse_value(kind: str, value: float | None, payload: str | None) -> Any:
     """Python value that a row holds; the inverse of ``leaves`` for one leaf.
 
     Examples
     --------
-    >>> value_of("int", 9007199254740992.0, "9007199254740993")
+    >>> parse_value("int", 9007199254740992.0, "9007199254740993")
     9007199254740993
-    >>> value_of("json", None, '[1,{"$numberDouble":"-Infinity"}]')
+    >>> parse_value("json", None, '[1,{"$numberDouble":"-Infinity"}]')
     [1, -inf]
     """
     if kind == "float":
@@ -171,12 +171,12 @@ def _leaf(name: str, value: object, path: str, place: str) -> Leaf:
         return _scalar(name, value, place)
     if is_tensor(value):
         _check_tensor(value, path, place)
-        return name, LATER, 0.0, copied(value)
+        return name, DEFERRED, 0.0, copy_tensor(value)
     if isinstance(value, list | tuple):
-        found: list[Copy] = []
+        found: list[TensorCopy] = []
         plain = _plain(value, path, place, 0, found)
         if found:
-            return name, LATER, 0.0, plain
+            return name, DEFERRED, 0.0, plain
         return name, JSON, 0.0, _json(plain, path, place)
     array = _listed(value, path, place)
     if isinstance(array, list):
@@ -235,7 +235,9 @@ def _listed(value: Any, path: str, place: str) -> Any:
     raise _unloggable(value, path, place)
 
 
-def _plain(value: Any, path: str, place: str, depth: int, found: list[Copy]) -> Any:
+def _plain(
+    value: Any, path: str, place: str, depth: int, found: list[TensorCopy]
+) -> Any:
     """JSON form of a value; tensors in it are copied, and also added to ``found``."""
     _check_depth(depth, path, place)
     if isinstance(value, float):
@@ -257,13 +259,13 @@ def _plain(value: Any, path: str, place: str, depth: int, found: list[Copy]) -> 
         return _plain_mapping(value, path, place, depth, found)
     if is_tensor(value):
         _check_tensor(value, path, place)
-        found.append(copied(value))
+        found.append(copy_tensor(value))
         return found[-1]
     return _plain(_listed(value, path, place), path, place, depth + 1, found)
 
 
 def _plain_mapping(
-    value: Mapping[Any, Any], path: str, place: str, depth: int, found: list[Copy]
+    value: Mapping[Any, Any], path: str, place: str, depth: int, found: list[TensorCopy]
 ) -> dict[str, Any]:
     """JSON form of a dictionary inside a list."""
     plain = {}
@@ -279,7 +281,7 @@ def _plain_mapping(
 
 def _filled(value: Any, values: Mapping[int, Any]) -> Any:
     """JSON form in which each copy is replaced by what was read out of it."""
-    if isinstance(value, Copy):
+    if isinstance(value, TensorCopy):
         return _plain(values[id(value)], "value", "", 0, [])
     if isinstance(value, list):
         return [_filled(item, values) for item in value]

@@ -219,21 +219,21 @@ def runs_folder(runs_dir: str | os.PathLike[str] | None = None) -> Path:
     return Path(chosen).expanduser().absolute()
 
 
-def part_path(run_path: Path, rank: int) -> Path:
+def get_rank_dir(run_path: Path, rank: int) -> Path:
     """Folder of one rank's part of a run's journal."""
     return run_path / "records" / str(rank)
 
 
-def part_paths(run_path: Path) -> dict[int, Path]:
+def list_rank_dirs(run_path: Path) -> dict[int, Path]:
     """Folders of a run's journal by rank, in order."""
     records = run_path / "records"
     if not records.is_dir():
         return {}
     ranks = sorted(int(p.name) for p in records.iterdir() if p.name.isdecimal())
-    return {rank: part_path(run_path, rank) for rank in ranks}
+    return {rank: get_rank_dir(run_path, rank) for rank in ranks}
 
 
-def make_run(
+def create_run_dir(
     runs: Path, experiment: str | None, name: str | None, now: datetime | None = None
 ) -> tuple[Path, str]:
     """Make the folder of a new run.

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Copy:
+class TensorCopy:
     """A tensor's value when it was logged, and the stream that is making the copy."""
 
     tensor: Any
@@ -28,16 +28,16 @@ def is_tensor(value: object) -> bool:
     return all(hasattr(value, name) for name in ("detach", "clone", "numel", "tolist"))
 
 
-def copied(tensor: Any) -> Copy:
-    """Copy of a tensor on its own device; waits for no device."""
+def copy_tensor(tensor: Any) -> TensorCopy:
+    """TensorCopy of a tensor on its own device; waits for no device."""
     clone = tensor.detach().clone()
     stream = None
     if getattr(clone, "is_cuda", False):
         stream = sys.modules["torch"].cuda.current_stream(clone.device)
-    return Copy(clone, stream)
+    return TensorCopy(clone, stream)
 
 
-def read_out(copies: Iterable[Copy]) -> dict[int, Any]:
+def fetch_values(copies: Iterable[TensorCopy]) -> dict[int, Any]:
     """Python values of copies, keyed by the ``id`` of each.
 
     Notes
@@ -46,7 +46,7 @@ def read_out(copies: Iterable[Copy]) -> dict[int, Any]:
     for the device rather than one each. The stream that made a copy also reads it,
     so that no event is needed to order the two.
     """
-    groups: defaultdict[Any, list[Copy]] = defaultdict(list)
+    groups: defaultdict[Any, list[TensorCopy]] = defaultdict(list)
     values: dict[int, Any] = {}
     for copy in copies:
         if copy.tensor.ndim == 0:

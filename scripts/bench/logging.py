@@ -40,7 +40,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 import tracking
-from tracking.store import part_path
+from tracking.store import get_rank_dir
 
 Loop = Callable[[int], object]
 
@@ -453,7 +453,7 @@ def disk(args: argparse.Namespace) -> None:
                     run.log_step({"loss": logged}, step, set="train", epoch=epoch)
                 run.log("metrics", "train", {"loss": mean}, epoch, epoch=epoch)
             run.finish()
-            files = list(part_path(run.path, 0).glob("*.arrow"))
+            files = list(get_rank_dir(run.path, 0).glob("*.arrow"))
             size = sum(file.stat().st_size for file in files)
             points = tracking.open(run.path).records().num_rows
             print(f"  {kind:28} {size / points:6.2f} ({points} points)")

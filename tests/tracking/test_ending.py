@@ -4,8 +4,8 @@ import pytest
 
 import tracking
 from tracking.cli.overview import overview
-from tracking.ending import FAILURE, error_of, status_of
-from tracking.store import Manifest, part_path
+from tracking.ending import FAILURE, get_first_error, get_status
+from tracking.store import Manifest, get_rank_dir
 
 
 @pytest.fixture
@@ -21,12 +21,12 @@ def ranks(tmp_path):
 def test_status_of_a_run_nobody_writes_is_killed(tmp_path):
     manifest = Manifest(id="x", name="x")
     manifest.write(tmp_path)
-    assert status_of(tmp_path, manifest) == "killed"
+    assert get_status(tmp_path, manifest) == "killed"
     finished = Manifest(id="x", name="x", status="finished")
-    assert status_of(tmp_path, finished) == "finished"
+    assert get_status(tmp_path, finished) == "finished"
     # It finished after the caller had read its manifest.
     finished.write(tmp_path)
-    assert status_of(tmp_path, manifest) == "finished"
+    assert get_status(tmp_path, manifest) == "finished"
 
 
 def test_rank_that_failed_tells_why_where_rank_0_could_not(ranks):
@@ -43,7 +43,7 @@ def test_error_is_the_first_of_all_ranks(ranks, order):
     kinds = [RuntimeError("connection closed"), ValueError("boom")]
     for rank in order:
         ranks[rank].finish("failed", kinds[rank])
-    found = error_of(ranks[0].path, Manifest.read(ranks[0].path))
+    found = get_first_error(ranks[0].path, Manifest.read(ranks[0].path))
     assert found is not None
     assert found["type"] == type(kinds[order[0]]).__name__
 
@@ -70,6 +70,6 @@ def test_going_on_forgets_failures(ranks, tmp_path):
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"message": "torn'])
 def test_spoilt_word_of_a_rank_is_passed_over(ranks, text):
     first, second = ranks
-    (part_path(second.path, 1) / FAILURE).write_text(text)
+    (get_rank_dir(second.path, 1) / FAILURE).write_text(text)
     first._journal.close()
     assert tracking.open(first.path).status == "killed"

@@ -21,7 +21,7 @@ from tracking.errors import RunNotFoundError
 from tracking.exporter import export
 from tracking.read import PastRun
 from tracking.run import Run
-from tracking.schema import value_of
+from tracking.schema import parse_value
 
 NASTY = {
     "nan": math.nan,
@@ -67,7 +67,7 @@ def check_nasty(rows):
     assert found.keys() == NASTY.keys()
     for name, value in NASTY.items():
         row = found[name]
-        back = value_of(row["kind"], row["value"], row["payload"])
+        back = parse_value(row["kind"], row["value"], row["payload"])
         assert type(back) is type(value)
         if isinstance(value, float):
             assert bits(row["value"]) == bits(value), name
@@ -252,7 +252,7 @@ def test_export_any_value_comes_back_bit_for_bit(tmp_path_factory, logged):
     found = [
         (
             *(row[column] for column in ("what", "set", "name", "index")),
-            value_of(row["kind"], row["value"], row["payload"]),
+            parse_value(row["kind"], row["value"], row["payload"]),
         )
         for row in table.to_pylist()
     ]

@@ -10,7 +10,7 @@ from tracking.api import start
 from tracking.errors import RunNotFoundError
 from tracking.read import PastRun, list_runs
 from tracking.run import Run
-from tracking.store import part_path
+from tracking.store import get_rank_dir
 
 
 @pytest.fixture
@@ -185,7 +185,7 @@ def test_status_of_a_killed_run_is_killed(tmp_path, root):
 def test_damage_of_all_ranks_is_told(run):
     run.log("metrics", "train", 1.0)
     run.finish()
-    path = part_path(run.path, 0) / "000000.arrow"
+    path = get_rank_dir(run.path, 0) / "000000.arrow"
     path.write_bytes(path.read_bytes()[:600])  # inside the one batch
     past = PastRun(run.path)
     (damage,) = past.damage

@@ -25,11 +25,11 @@ from tracking.errors import (
     RunNotFoundError,
     TrackingWarning,
 )
-from tracking.journal.reader import Tail
+from tracking.journal.reader import JournalReader
 from tracking.journal.segment import CAPACITY
 from tracking.read import PastRun
 from tracking.run import Run
-from tracking.store import Manifest, part_path
+from tracking.store import Manifest, get_rank_dir
 
 
 @pytest.fixture
@@ -167,7 +167,7 @@ def test_log_refused_argument_holds_up_no_reader(run):
     with pytest.raises(TypeError, match="as step"):
         run.log("m", "s", 0.5, step="x")
     run.log("m", "s", 0.25)
-    found = Tail(part_path(run.path, 0)).read()
+    found = JournalReader(get_rank_dir(run.path, 0)).read()
     assert found["value"].to_pylist() == [0.5, 0.25]
 
 

@@ -10,15 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tracking.schema import (
+    DEFERRED,
     KINDS,
-    LATER,
     MAX_ELEMENTS,
-    copies_in,
-    leaves,
-    settled,
-    value_of,
+    find_copies,
+    finish_leaf,
+    flatten_value,
+    parse_value,
 )
-from tracking.tensors import read_out
+from tracking.tensors import fetch_values
 
 PLACE = "Run.log('metrics', 'train')"
 
@@ -54,9 +54,11 @@ class Word(enum.StrEnum):
 
 def back(value):
     """What a value that becomes one row is read back as."""
-    ((_, kind, number, payload),) = leaves(value, PLACE)
+    ((_, kind, number, payload),) = flatten_value(value, PLACE)
     name = KINDS[kind]
-    return value_of(name, number if name in ("float", "int", "bool") else None, payload)
+    return parse_value(
+        name, number if name in ("float", "int", "bool") else None, payload
+    )
 
 
 @given(scalars)
@@ -75,7 +77,7 @@ def test_leaves_list_comes_back_as_it_went_in(value):
 
 def test_leaves_list_with_nonfinite_numbers_is_extended_json():
     value = [math.nan, math.inf, -math.inf, -0.0, 5e-324]
-    ((_, _, _, payload),) = leaves(value, PLACE)
+    ((_, _, _, payload),) = flatten_value(value, PLACE)
     assert json.loads(payload)[:3] == [
         {"$numberDouble": "NaN"},
         {"$numberDouble": "Infinity"},
@@ -95,7 +97,10 @@ def test_leaves_users_own_notation_is_not_taken_for_ours():
 
 def test_leaves_dictionary_gives_one_row_per_leaf():
     value = {"loss": 0.5, "acc": {"top1": 1, "top5": True}, "note": "x", "none": None}
-    found = [(name, KINDS[kind], number) for name, kind, number, _ in leaves(value, "")]
+    found = [
+        (name, KINDS[kind], number)
+        for name, kind, number, _ in flatten_value(value, "")
+    ]
     assert found == [
         ("loss", "float", 0.5),
         ("acc/top1", "int", 1.0),
@@ -107,7 +112,7 @@ def test_leaves_dictionary_gives_one_row_per_leaf():
 
 @pytest.mark.parametrize("value", [{}, {"a": {}}])
 def test_leaves_empty_dictionary_is_a_row_itself(value):
-    ((_, kind, _, payload),) = leaves(value, PLACE)
+    ((_, kind, _, payload),) = flatten_value(value, PLACE)
     assert (KINDS[kind], payload) == ("json", "{}")
 
 
@@ -122,7 +127,7 @@ def test_leaves_empty_dictionary_is_a_row_itself(value):
     ],
 )
 def test_leaves_large_integer_keeps_its_digits(value, number, digits):
-    assert leaves(value, PLACE) == [("", KINDS.index("int"), number, digits)]
+    assert flatten_value(value, PLACE) == [("", KINDS.index("int"), number, digits)]
 
 
 @pytest.mark.parametrize(
@@ -142,14 +147,14 @@ def test_leaves_large_integer_keeps_its_digits(value, number, digits):
     ],
 )
 def test_leaves_numpy_and_subclasses_are_what_they_hold(value, kind, plain):
-    ((_, code, _, _),) = leaves(value, PLACE)
+    ((_, code, _, _),) = flatten_value(value, PLACE)
     assert KINDS[code] == kind
     assert back(value) == plain
 
 
 def test_leaves_array_is_copied_at_once():
     array = np.ones(3)
-    found = leaves(array, PLACE)
+    found = flatten_value(array, PLACE)
     array += 1
     assert found[0][3] == "[1.0,1.0,1.0]"
 
@@ -175,57 +180,60 @@ def test_leaves_unloggable_value_names_its_path(value, path):
     with pytest.raises(
         TypeError, match=r"Run\.log\('metrics', 'train'\): expected a number.*" + path
     ):
-        leaves(value, PLACE)
+        flatten_value(value, PLACE)
 
 
 def test_leaves_key_that_is_no_string_is_refused():
     with pytest.raises(TypeError, match=r"expected a string as key in value\['a'\]"):
-        leaves({"a": {1: 0.5}}, PLACE)
+        flatten_value({"a": {1: 0.5}}, PLACE)
     with pytest.raises(TypeError, match=r"expected a string as key in value\[0\]"):
-        leaves([{1: 0.5}], PLACE)
+        flatten_value([{1: 0.5}], PLACE)
 
 
 def test_leaves_name_that_utf8_cannot_hold_is_refused():
     with pytest.raises(ValueError, match=r"expected valid Unicode as key in value"):
-        leaves({"\udc00": 0.5}, PLACE)
+        flatten_value({"\udc00": 0.5}, PLACE)
 
 
 def test_leaves_large_array_is_sent_to_artifacts():
-    assert leaves(np.zeros(MAX_ELEMENTS), PLACE)
+    assert flatten_value(np.zeros(MAX_ELEMENTS), PLACE)
     with pytest.raises(ValueError, match=r"at most 1024 elements.*use log_artifact"):
-        leaves(np.zeros(MAX_ELEMENTS + 1), PLACE)
+        flatten_value(np.zeros(MAX_ELEMENTS + 1), PLACE)
 
 
 def test_leaves_large_text_is_sent_to_artifacts():
     with pytest.raises(ValueError, match=r"at most 1048576 bytes.*use log_artifact"):
-        leaves("x" * (1 << 20), PLACE)
+        flatten_value("x" * (1 << 20), PLACE)
 
 
 def test_leaves_value_that_holds_itself_is_refused():
     value: dict = {}
     value["a"] = value
     with pytest.raises(ValueError, match=r"at most 100 levels of nesting"):
-        leaves(value, PLACE)
+        flatten_value(value, PLACE)
     items: list = []
     items.append(items)
     with pytest.raises(ValueError, match=r"at most 100 levels of nesting"):
-        leaves(items, PLACE)
+        flatten_value(items, PLACE)
 
 
 def test_leaves_integer_that_python_does_not_write_out_is_refused():
     with pytest.raises(ValueError, match=r"expected an integer that Python writes out"):
-        leaves(10**5000, PLACE)
+        flatten_value(10**5000, PLACE)
 
 
 def test_leaves_tensor_is_left_for_later():
     import torch  # noqa: PLC0415
 
     value: dict = {"a": torch.tensor(1.5), "b": [torch.tensor([1, 2]), 3]}
-    found = leaves(value, PLACE)
-    assert [(name, kind) for name, kind, _, _ in found] == [("a", LATER), ("b", LATER)]
+    found = flatten_value(value, PLACE)
+    assert [(name, kind) for name, kind, _, _ in found] == [
+        ("a", DEFERRED),
+        ("b", DEFERRED),
+    ]
     value["a"].add_(1)
-    values = read_out(copy for leaf in found for copy in copies_in(leaf[3]))
-    done = [settled(name, rest, values, PLACE) for name, _, _, rest in found]
+    values = fetch_values(copy for leaf in found for copy in find_copies(leaf[3]))
+    done = [finish_leaf(name, rest, values, PLACE) for name, _, _, rest in found]
     assert [(KINDS[kind], number) for _, kind, number, _ in done] == [
         ("float", 1.5),
         ("json", 0.0),
@@ -245,12 +253,12 @@ def test_leaves_tensor_of_each_dtype_comes_back_exactly():
         "nan": torch.tensor(math.nan),
         "matrix": torch.tensor([[0.5, math.inf]]),
     }
-    found = leaves(values, PLACE)
-    read = read_out(copy for leaf in found for copy in copies_in(leaf[3]))
+    found = flatten_value(values, PLACE)
+    read = fetch_values(copy for leaf in found for copy in find_copies(leaf[3]))
     done = {}
     for name, _, _, rest in found:
-        _, kind, number, payload = settled(name, rest, read, PLACE)
-        done[name] = value_of(KINDS[kind], number, payload)
+        _, kind, number, payload = finish_leaf(name, rest, read, PLACE)
+        done[name] = parse_value(KINDS[kind], number, payload)
     assert math.isnan(done.pop("nan"))
     assert done == {
         name: value.tolist() for name, value in values.items() if name != "nan"
@@ -261,6 +269,6 @@ def test_leaves_complex_or_large_tensor_is_refused():
     import torch  # noqa: PLC0415
 
     with pytest.raises(TypeError, match=r"expected a number"):
-        leaves(torch.tensor(1j), PLACE)
+        flatten_value(torch.tensor(1j), PLACE)
     with pytest.raises(ValueError, match=r"at most 1024 elements"):
-        leaves([torch.zeros(2000)], PLACE)
+        flatten_value([torch.zeros(2000)], PLACE)

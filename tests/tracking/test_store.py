@@ -8,10 +8,10 @@ import pytest
 from tracking.errors import InvalidFileError, RunNotFoundError
 from tracking.store import (
     Manifest,
+    create_run_dir,
     find_run,
-    make_run,
-    part_path,
-    part_paths,
+    get_rank_dir,
+    list_rank_dirs,
     run_paths,
     runs_folder,
     write_atomically,
@@ -19,7 +19,7 @@ from tracking.store import (
 
 
 def add(runs, name, experiment=None, when=None):
-    path, name = make_run(runs, experiment, name, when)
+    path, name = create_run_dir(runs, experiment, name, when)
     Manifest(id=path.name, name=name).write(path)
     return path
 
@@ -35,7 +35,9 @@ def test_runs_folder_is_argument_then_variable_then_here(tmp_path, monkeypatch):
 
 def test_make_run_id_sorts_by_time_and_says_its_name(tmp_path):
     ids = [
-        make_run(tmp_path, "Ziffern & Größe", name, datetime(2026, 1, 1, h, tzinfo=UTC))
+        create_run_dir(
+            tmp_path, "Ziffern & Größe", name, datetime(2026, 1, 1, h, tzinfo=UTC)
+        )
         for h, name in ((1, None), (2, "zuerst"), (3, "anders"))
     ]
     names = [path.name for path, _ in ids]
@@ -48,7 +50,7 @@ def test_make_run_id_sorts_by_time_and_says_its_name(tmp_path):
 
 
 def test_make_run_name_without_a_letter_of_ascii_has_a_folder_too(tmp_path):
-    path, name = make_run(tmp_path, None, "数字")
+    path, name = create_run_dir(tmp_path, None, "数字")
     assert path.name.split("-")[2] == "run"
     assert name == "数字"
 
@@ -58,7 +60,7 @@ def test_make_run_where_nothing_can_be_made_is_an_error(tmp_path):
     with pytest.raises(
         OSError, match=r"start\(runs_dir='.*file'\): expected a folder .* HARNESS_RUNS"
     ):
-        make_run(tmp_path / "file", None, None)
+        create_run_dir(tmp_path / "file", None, None)
 
 
 def test_manifest_comes_back_as_written(tmp_path):
@@ -175,12 +177,12 @@ def test_run_paths_are_newest_first_and_runs_only(tmp_path):
     assert run_paths(tmp_path / "nowhere") == []
 
 
-def test_part_paths_are_in_order_of_rank(tmp_path):
+def test_list_rank_dirs_is_in_order_of_rank(tmp_path):
     for rank in (10, 2, 0):
-        part_path(tmp_path, rank).mkdir(parents=True)
+        get_rank_dir(tmp_path, rank).mkdir(parents=True)
     (tmp_path / "records" / "other").mkdir()
-    assert list(part_paths(tmp_path)) == [0, 2, 10]
-    assert part_paths(tmp_path / "nowhere") == {}
+    assert list(list_rank_dirs(tmp_path)) == [0, 2, 10]
+    assert list_rank_dirs(tmp_path / "nowhere") == {}
 
 
 def test_runs_of_one_second_are_listed_newest_first(tmp_path):

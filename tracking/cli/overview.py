@@ -6,9 +6,9 @@ from datetime import UTC, datetime
 from typing import Any
 
 from tracking.delivery.state import State, rows_to_go
-from tracking.ending import error_of
+from tracking.ending import get_first_error
 from tracking.read import PastRun
-from tracking.store import part_paths
+from tracking.store import list_rank_dirs
 
 
 def brief(run: PastRun) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def overview(run: PastRun) -> dict[str, Any]:
     return {
         **brief(run),
         "note": manifest.note,
-        "error": error_of(run.path, manifest),
+        "error": get_first_error(run.path, manifest),
         "command": manifest.command,
         "cwd": manifest.cwd,
         "host": manifest.host,
@@ -51,7 +51,7 @@ def overview(run: PastRun) -> dict[str, Any]:
         "tags": run.tags,
         "metrics": run.summary(),
         "rows": table.num_rows,
-        "ranks": len(part_paths(run.path)),
+        "ranks": len(list_rank_dirs(run.path)),
         "damage": [
             {
                 "file": str(damage.file),

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import pyarrow as pa
 
 from tracking.delivery.reconcile import Leftovers
-from tracking.journal.reader import Tail
+from tracking.journal.reader import JournalReader
 from tracking.journal.tombstones import Place
 from tracking.mlflow_store.points import Stamps
 
@@ -35,7 +35,7 @@ class Progress:
         Places that were overwritten after MLflow had them: sent when all is known.
     """
 
-    tail: Tail
+    tail: JournalReader
     num_held: int = 0
     stamps: Stamps = field(default_factory=Stamps)
     counts: dict[str, int] = field(default_factory=dict)

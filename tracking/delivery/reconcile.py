@@ -18,7 +18,7 @@ import pyarrow as pa
 from tracking.delivery.compare import identities, occurrence, unmatched
 from tracking.delivery.scan import Survey
 from tracking.delivery.thinning import Mask, sent_at_once, sent_in_the_end
-from tracking.journal.reader import Tail
+from tracking.journal.reader import JournalReader
 from tracking.mlflow_store.client import Point
 from tracking.mlflow_store.points import POINTS, Stamps, points_of
 
@@ -90,13 +90,15 @@ class Difference:
     num_present: int
 
 
-def wanted_points(part: Path, survey: Survey, upto: int, stamps: Stamps) -> pa.Table:
+def wanted_points(
+    rank_dir: Path, survey: Survey, upto: int, stamps: Stamps
+) -> pa.Table:
     """Points of all rows that count up to a position, in order."""
-    tail = Tail(part)
+    tail = JournalReader(rank_dir)
     tables = [POINTS.empty_table()]
     while (table := tail.read(1 << 14)).num_rows:
         seq = table["seq"].to_numpy()
-        counts = survey.superseding.alive(table) & (seq <= upto)
+        counts = survey.tombstones.mask_live(table) & (seq <= upto)
         points = points_of(table.filter(pa.array(counts)), survey.keys)
         tables.append(stamps.settled(points))
         if seq[-1] >= upto:

@@ -12,7 +12,7 @@ from tracking.delivery.state import State
 from tracking.errors import TrackingError
 from tracking.journal.reader import is_being_written
 from tracking.mlflow_store.client import UnreachableError
-from tracking.store import part_path
+from tracking.store import get_rank_dir
 
 FIRST_DELAY_S: Final = 0.25
 LONGEST_DELAY_S: Final = 15.0
@@ -58,7 +58,7 @@ class Patience:
         self.state = state
         self.log = log
         self._run_path = run_path
-        self._part = part_path(run_path, 0)
+        self._rank_dir = get_rank_dir(run_path, 0)
         self._limit_s = limit_s
         self._rows_to_go = rows_to_go
         self._redact = redact
@@ -114,7 +114,7 @@ class Patience:
 
     def _is_too_late(self) -> bool:
         """Whether a server that does not answer need not be waited for any more."""
-        if is_being_written(self._part):
+        if is_being_written(self._rank_dir):
             self._deadline = None
             return False
         if self._deadline is None:

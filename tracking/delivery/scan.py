@@ -18,12 +18,12 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import compute as pc
 
-from tracking.journal.reader import Tail
-from tracking.journal.tombstones import Place, Superseding
+from tracking.journal.reader import JournalReader
+from tracking.journal.tombstones import Place, Tombstones
 from tracking.mlflow_store.client import MAX_PARAM_LENGTH, MAX_TAG_LENGTH
 from tracking.mlflow_store.keys import Keys
 from tracking.mlflow_store.points import NOT_METRICS, is_metric, series_of
-from tracking.schema import SCHEMA, value_of
+from tracking.schema import SCHEMA, parse_value
 
 Flags = dict[str, dict[str, Any]]
 """By reason: how many values of each key, or of what kind, MLflow does not hold."""
@@ -72,12 +72,12 @@ class Survey:
 
     Parameters
     ----------
-    part
+    rank_dir
         Folder of the part; it may not be there yet.
 
     Attributes
     ----------
-    superseding
+    tombstones
         Which rows count.
     keys, param_keys, tag_keys
         MLflow's keys, given in the journal's order.
@@ -89,34 +89,34 @@ class Survey:
         Rows seen.
     """
 
-    def __init__(self, part: Path) -> None:
-        self.superseding = Superseding()
+    def __init__(self, rank_dir: Path) -> None:
+        self.tombstones = Tombstones()
         self.keys = Keys()
         self.param_keys = Keys()
         self.tag_keys = Keys(reserved="luz.")
         self.last = -1
         self.last_time_ms = 0
         self.num_rows = 0
-        self._tail = Tail(part)
+        self._tail = JournalReader(rank_dir)
         self._flags: Flags = {}
         self._special = [SCHEMA.empty_table()]
         self._properties: Properties | None = None
 
     def look(self) -> News:
         """Read what has been written since the last look."""
-        known = len(self.superseding.rewinds), len(self.superseding.overwrites)
+        known = len(self.tombstones.rewinds), len(self.tombstones.overwrites)
         while (table := self._tail.read(_READ_ROWS)).num_rows:
             self._take_in(table)
         return News(
-            self.superseding.rewinds[known[0] :],
-            self.superseding.overwrites[known[1] :],
+            self.tombstones.rewinds[known[0] :],
+            self.tombstones.overwrites[known[1] :],
         )
 
     def properties(self) -> Properties:
         """Params, tags, artifacts, inputs and flags, by the rows that count."""
         if self._properties is None:
             table = pa.concat_tables(self._special).unify_dictionaries()
-            table = table.filter(pa.array(self.superseding.alive(table)))
+            table = table.filter(pa.array(self.tombstones.mask_live(table)))
             self._properties = self._folded(table)
         return self._properties
 
@@ -133,7 +133,7 @@ class Survey:
         special = table.filter(pc.is_in(table["what"].cast(pa.string()), _SPECIAL))
         if special.num_rows:
             self._special.append(special)
-        if self.superseding.learn(table) or special.num_rows or is_flagged:
+        if self.tombstones.add(table) or special.num_rows or is_flagged:
             self._properties = None
 
     def _flag(self, metrics: pa.Table) -> bool:
@@ -156,7 +156,7 @@ class Survey:
         for reason, counts in self._flags.items():
             found.flags[reason] = dict(counts)
         for row in table.to_pylist():
-            value = value_of(row["kind"], row["value"], row["payload"])
+            value = parse_value(row["kind"], row["value"], row["payload"])
             if row["what"] == "params":
                 self._add_param(found, row["name"], as_text(value, row))
             elif row["what"] == "tags":

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from tracking.journal.reader import Tail
-from tracking.store import part_path, write_atomically
+from tracking.journal.reader import JournalReader
+from tracking.store import get_rank_dir, write_atomically
 
 STATE: Final = "delivery/state.json"
 
@@ -90,4 +90,7 @@ def rows_to_go(run_path: Path, state: State) -> int:
     state
         As delivery last wrote it.
     """
-    return max(state.behind, Tail(part_path(run_path, 0), state.delivered).behind())
+    return max(
+        state.behind,
+        JournalReader(get_rank_dir(run_path, 0), state.delivered).count_unread(),
+    )

@@ -24,7 +24,7 @@ from tracking.delivery.state import State, rows_to_go
 from tracking.errors import DeliveryError
 from tracking.journal.reader import is_being_written
 from tracking.read import PastRun
-from tracking.store import part_path
+from tracking.store import get_rank_dir
 
 DEFAULT_PATIENCE_S: Final = 10.0
 
@@ -160,7 +160,7 @@ def is_being_delivered(run_path: Path) -> bool:
 
 def _begun_again(run_path: Path) -> Synced | None:
     """What can be told of a run that is being written, and so is delivered by itself."""
-    if not is_being_written(part_path(run_path, 0)):
+    if not is_being_written(get_rank_dir(run_path, 0)):
         return None
     phase = "busy" if is_being_delivered(run_path) else "started"
     if phase == "started":

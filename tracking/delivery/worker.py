@@ -24,14 +24,14 @@ from tracking.delivery.retry import LONGEST_DELAY_S, Patience
 from tracking.delivery.scan import News, Survey
 from tracking.delivery.state import State
 from tracking.delivery.thinning import sent_at_once
-from tracking.ending import status_of
-from tracking.journal.reader import Tail, is_being_written
+from tracking.ending import get_status
+from tracking.journal.reader import JournalReader, is_being_written
 from tracking.mlflow_store.client import GoneError, Point, UnreachableError
 from tracking.mlflow_store.points import Stamps, points_of
 from tracking.mlflow_store.runs import Register
 from tracking.mlflow_store.tags import STATUSES, as_ms
 from tracking.mlflow_store.writer import BATCH, Sender
-from tracking.store import part_path
+from tracking.store import get_rank_dir
 
 STAMPED_ROWS: Final = 1 << 16
 """Rows before the last one sent whose times are looked at for repetitions."""
@@ -95,10 +95,10 @@ class Courier:
             redact=redact,
             log=log,
         )
-        self._part = part_path(run_path, 0)
-        self._survey = Survey(self._part)
-        self._progress = Progress(Tail(self._part))
-        self._gauge = Tail(self._part)
+        self._rank_dir = get_rank_dir(run_path, 0)
+        self._survey = Survey(self._rank_dir)
+        self._progress = Progress(JournalReader(self._rank_dir))
+        self._gauge = JournalReader(self._rank_dir)
         self._per_key = register.manifest.delivery.get("per_key")
         self._is_unsettled = is_thorough or self._per_key is not None
         self._must_reconcile = False
@@ -141,7 +141,7 @@ class Courier:
         self._patience.enter("delivering")
         poll_s = POLL_S
         while True:
-            is_live = is_being_written(self._part)
+            is_live = is_being_written(self._rank_dir)
             is_busy = self._step(is_live)
             self._patience.save()
             if is_busy:
@@ -187,7 +187,7 @@ class Courier:
             progress.tail.after = before
             return False
         progress.tail.after = last = table["seq"][-1].as_py()
-        alive = table.filter(pa.array(self._survey.superseding.alive(table)))
+        alive = table.filter(pa.array(self._survey.tombstones.mask_live(table)))
         progress.note_indices(alive)
         points = points_of(self._not_held(alive), self._survey.keys)
         points = progress.stamps.settled(points)
@@ -296,10 +296,10 @@ class Courier:
         is_unsettled = self._is_unsettled or bool(self._progress.leftovers)
         if is_unsettled and self._patience.try_(self._settle):
             return False
-        if is_being_written(self._part):
+        if is_being_written(self._rank_dir):
             return False
         manifest = self._register.read_manifest()
-        status = status_of(self.run_path, manifest)
+        status = get_status(self.run_path, manifest)
         if status == "running":
             return False
         if self._is_thorough:
@@ -314,7 +314,7 @@ class Courier:
         if self.num_sent or not self._is_thorough:
             self._patience.try_(self._send_keepsakes)
         self._patience.try_(self._send_properties)
-        if is_being_written(self._part):
+        if is_being_written(self._rank_dir):
             return False
         self._patience.enter("done")
         return True
@@ -358,7 +358,7 @@ class Courier:
     def _has_been_killed(self) -> bool:
         """Whether the run ended without saying so, or saying that it was stopped."""
         manifest = self._register.read_manifest()
-        return status_of(self.run_path, manifest) == "killed"
+        return get_status(self.run_path, manifest) == "killed"
 
     # ------------------------------------------------------------ runs that differ
 
@@ -379,7 +379,7 @@ class Courier:
         progress = self._progress
         progress.stamps = Stamps()  # all are given anew
         points = wanted_points(
-            self._part, self._survey, progress.tail.after, progress.stamps
+            self._rank_dir, self._survey, progress.tail.after, progress.stamps
         )
         if self._per_key is not None:
             counted = pc.value_counts(points["key"]).to_pylist()
@@ -410,7 +410,7 @@ class Courier:
         self._sender = sender
         if self._is_thorough:
             sender.refused.clear()  # all is tried once more
-        self._progress = Progress(Tail(self._part))
+        self._progress = Progress(JournalReader(self._rank_dir))
         self._must_reconcile = False
         self.state.mlflow_run_id = run_id
         self.state.experiment_id = sender.experiment_id
@@ -421,7 +421,7 @@ class Courier:
 
     def _pass_over(self, last: int) -> None:
         """Come to the position that MLflow says it has been sent all rows to."""
-        progress, superseding = self._progress, self._survey.superseding
+        progress, tombstones = self._progress, self._survey.tombstones
         while progress.tail.after < last:
             table = progress.tail.read(1 << 14)
             table = table.filter(pa.array(table["seq"].to_numpy() <= last))
@@ -431,15 +431,15 @@ class Courier:
             is_far = table["seq"][-1].as_py() < last - STAMPED_ROWS
             if is_far and self._per_key is None:
                 continue
-            alive = table.filter(pa.array(superseding.alive(table)))
+            alive = table.filter(pa.array(tombstones.mask_live(table)))
             points = progress.stamps.settled(points_of(alive, self._survey.keys))
             if self._per_key is not None:
                 for key in points["key"].to_pylist():
                     progress.counts[key] = progress.counts.get(key, 0) + 1
         progress.tail.after = last
         # Which of the control rows an earlier process knew of is not known here.
-        self._must_reconcile = bool(superseding.rewinds)
-        for _, place in superseding.overwrites:
+        self._must_reconcile = bool(tombstones.rewinds)
+        for _, place in tombstones.overwrites:
             if progress.touches(place):
                 progress.held.add(place)
                 self._is_unsettled = True
@@ -451,5 +451,5 @@ class Courier:
         is_idle = self.state.phase == "delivering" and 0 <= last <= self.state.delivered
         if not is_idle:
             self._gauge.after = self.state.delivered
-            count += self._gauge.behind()
+            count += self._gauge.count_unread()
         return count

@@ -192,7 +192,7 @@ class DiskBlock(Block):
 
     Parameters
     ----------
-    part
+    rank_dir
         Folder of the part.
     number
         Of the block, which must be new.
@@ -205,9 +205,9 @@ class DiskBlock(Block):
         If the files cannot be made whole; nothing is left of them then.
     """
 
-    def __init__(self, part: Path, number: int, *, is_synced: bool) -> None:
+    def __init__(self, rank_dir: Path, number: int, *, is_synced: bool) -> None:
         super().__init__(number)
-        self._paths = paths(part, number)
+        self._paths = paths(rank_dir, number)
         self._is_synced = is_synced
         self._text, self._file = -1, -1
         try:

@@ -37,7 +37,7 @@ class Lock:
 
     Parameters
     ----------
-    part
+    rank_dir
         Folder of the part.
 
     Raises
@@ -46,24 +46,24 @@ class Lock:
         If a process, this one included, holds it already.
     """
 
-    def __init__(self, part: Path) -> None:
-        self._part = part.resolve()
-        if self._part in _HELD:
-            raise _busy(part, f"process {os.getpid()} (this one)")
-        self._fd = os.open(_lock_file(part), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+    def __init__(self, rank_dir: Path) -> None:
+        self._rank_dir = rank_dir.resolve()
+        if self._rank_dir in _HELD:
+            raise _busy(rank_dir, f"process {os.getpid()} (this one)")
+        self._fd = os.open(_lock_file(rank_dir), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
         try:
-            _acquire(self._fd, part)
+            _acquire(self._fd, rank_dir)
         except RunBusyError:
             os.close(self._fd)
             raise
         os.ftruncate(self._fd, 0)
         os.pwrite(self._fd, f"{os.getpid()} on {socket.gethostname()}".encode(), 0)
-        _HELD.add(self._part)
+        _HELD.add(self._rank_dir)
 
     def release(self) -> None:
         """Let others write."""
-        if self._part in _HELD:
-            _HELD.discard(self._part)
+        if self._rank_dir in _HELD:
+            _HELD.discard(self._rank_dir)
             os.close(self._fd)
 
 
@@ -72,12 +72,12 @@ def forget_locks() -> None:
     _HELD.clear()
 
 
-def is_being_written(part: Path) -> bool:
+def is_being_written(rank_dir: Path) -> bool:
     """Whether a live process holds a part for writing."""
-    if part.resolve() in _HELD:
+    if rank_dir.resolve() in _HELD:
         return True
     try:
-        fd = os.open(_lock_file(part), os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(_lock_file(rank_dir), os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return False
     try:
@@ -89,16 +89,16 @@ def is_being_written(part: Path) -> bool:
     return False
 
 
-def numbers(part: Path) -> list[int]:
+def list_blocks(rank_dir: Path) -> list[int]:
     """Numbers of the blocks that are there, in order."""
-    if not part.is_dir():
+    if not rank_dir.is_dir():
         return []
-    found = (_BLOCK.fullmatch(path.name) for path in part.iterdir())
+    found = (_BLOCK.fullmatch(path.name) for path in rank_dir.iterdir())
     return sorted({int(match[1]) for match in found if match})
 
 
 @dataclass(frozen=True)
-class BlockView:
+class BlockContent:
     """A block as a reader finds it.
 
     Attributes
@@ -119,7 +119,7 @@ class BlockView:
     is_sealed: bool
 
 
-def read_block(part: Path, number: int) -> BlockView | None:
+def read_block(rank_dir: Path, number: int) -> BlockContent | None:
     """A block, sealed or open; None if it is not there.
 
     Notes
@@ -129,29 +129,29 @@ def read_block(part: Path, number: int) -> BlockView | None:
     """
     for _ in range(3):
         try:
-            table, damage = sealed.read(part / f"{number:06d}.arrow")
-            return BlockView(table, damage, CAPACITY, is_sealed=True)
+            table, damage = sealed.read(rank_dir / f"{number:06d}.arrow")
+            return BlockContent(table, damage, CAPACITY, is_sealed=True)
         except FileNotFoundError:
             pass
         try:
-            found = rows.read_files(part, number)
+            found = rows.read_files(rank_dir, number)
         except FileNotFoundError:
             continue
-        if (part / f"{number:06d}.arrow").exists():
+        if (rank_dir / f"{number:06d}.arrow").exists():
             continue
-        decoded = rows.decode(part, number, _rank(part), *found)
-        return BlockView(
+        decoded = rows.decode(rank_dir, number, _rank(rank_dir), *found)
+        return BlockContent(
             decoded.table, decoded.damage, decoded.frontier, is_sealed=False
         )
     return None
 
 
-def read_part(part: Path) -> tuple[pa.Table, list[Damage]]:
+def read_records(rank_dir: Path) -> tuple[pa.Table, list[Damage]]:
     """All rows of a part, superseded and control rows included, and its damages.
 
     Parameters
     ----------
-    part
+    rank_dir
         Folder of the part, being written or not.
 
     Returns
@@ -163,14 +163,14 @@ def read_part(part: Path) -> tuple[pa.Table, list[Damage]]:
     While the part is being written, rows that are not whole yet are left out without
     a word; nothing is known to be lost then.
     """
-    is_live = is_being_written(part)
+    is_live = is_being_written(rank_dir)
     tables, damage = [SCHEMA.empty_table()], []
-    present = numbers(part)
+    present = list_blocks(rank_dir)
     for number in range(present[-1] + 1 if present else 0):
-        view = read_block(part, number)
+        view = read_block(rank_dir, number)
         if view is None:
             if not is_live:
-                path = part / f"{number:06d}.arrow"
+                path = rank_dir / f"{number:06d}.arrow"
                 damage.append(Damage(path, 0, CAPACITY, "the block is not there"))
             continue
         tables.append(view.table)
@@ -179,12 +179,12 @@ def read_part(part: Path) -> tuple[pa.Table, list[Damage]]:
     return pa.concat_tables(tables).unify_dictionaries(), damage
 
 
-class Tail:
+class JournalReader:
     """Rows of a part as they come, in order, each once.
 
     Parameters
     ----------
-    part
+    rank_dir
         Folder of the part; it may not be there yet.
     after
         ``seq`` of the last row that is not wanted any more; -1 for all.
@@ -195,10 +195,10 @@ class Tail:
     given, for that row may still come. Once its writer is gone, it is passed over.
     """
 
-    def __init__(self, part: Path, after: int = -1) -> None:
-        self.part = part
+    def __init__(self, rank_dir: Path, after: int = -1) -> None:
+        self.rank_dir = rank_dir
         self.after = after
-        self._sealed: tuple[int, BlockView] | None = None
+        self._sealed: tuple[int, BlockContent] | None = None
         self._counts: dict[int, int] = {}
 
     def read(self, max_rows: int = 10_000) -> pa.Table:
@@ -215,8 +215,8 @@ class Tail:
         """
         while True:
             # In this order: a writer that ends in between has written all by then.
-            is_live = is_being_written(self.part)
-            present = numbers(self.part)
+            is_live = is_being_written(self.rank_dir)
+            present = list_blocks(self.rank_dir)
             number = (self.after + 1) // CAPACITY
             if number not in present:
                 later = [n for n in present if n > number]
@@ -235,11 +235,11 @@ class Tail:
                 return SCHEMA.empty_table()
             self.after = (number + 1) * CAPACITY - 1
 
-    def behind(self) -> int:
+    def count_unread(self) -> int:
         """Rows that are there and have not been read."""
         first = (self.after + 1) // CAPACITY
         count = 0
-        for number in numbers(self.part):
+        for number in list_blocks(self.rank_dir):
             if number == first:
                 table = self._view(number).table
                 count += pc.sum(pc.greater(table["seq"], self.after)).as_py() or 0
@@ -247,13 +247,13 @@ class Tail:
                 count += self._count(number)
         return count
 
-    def _view(self, number: int) -> BlockView:
+    def _view(self, number: int) -> BlockContent:
         """A block; a sealed one is kept, for it is read in several goes."""
         if self._sealed and self._sealed[0] == number:
             return self._sealed[1]
-        view = read_block(self.part, number)
+        view = read_block(self.rank_dir, number)
         if view is None:  # removed by hand between two looks
-            return BlockView(SCHEMA.empty_table(), [], CAPACITY, is_sealed=True)
+            return BlockContent(SCHEMA.empty_table(), [], CAPACITY, is_sealed=True)
         self._sealed = (number, view) if view.is_sealed else None
         return view
 
@@ -262,17 +262,19 @@ class Tail:
         if number in self._counts:
             return self._counts[number]
         try:
-            self._counts[number] = sealed.num_rows(self.part / f"{number:06d}.arrow")
+            self._counts[number] = sealed.num_rows(
+                self.rank_dir / f"{number:06d}.arrow"
+            )
             return self._counts[number]
         except FileNotFoundError:
             pass
         try:
-            return rows.num_marked(self.part, number)
+            return rows.num_marked(self.rank_dir, number)
         except FileNotFoundError:  # sealed just now
-            return self._count(number) if number in numbers(self.part) else 0
+            return self._count(number) if number in list_blocks(self.rank_dir) else 0
 
 
-def _after(view: BlockView, after: int, number: int, *, is_live: bool) -> pa.Table:
+def _after(view: BlockContent, after: int, number: int, *, is_live: bool) -> pa.Table:
     """Rows of a block past ``after`` that are certain."""
     wanted = pc.greater(view.table["seq"], after)
     if is_live and not view.is_sealed:
@@ -281,16 +283,16 @@ def _after(view: BlockView, after: int, number: int, *, is_live: bool) -> pa.Tab
     return view.table.filter(wanted)
 
 
-def _rank(part: Path) -> int:
+def _rank(rank_dir: Path) -> int:
     """Rank that a part is of: the name of its folder."""
-    return int(part.name) if part.name.isdecimal() else 0
+    return int(rank_dir.name) if rank_dir.name.isdecimal() else 0
 
 
-def _lock_file(part: Path) -> Path:
-    return part / "lock"
+def _lock_file(rank_dir: Path) -> Path:
+    return rank_dir / "lock"
 
 
-def _acquire(fd: int, part: Path) -> None:
+def _acquire(fd: int, rank_dir: Path) -> None:
     """Take the lock; a reader that looks at it holds it for an instant only."""
     for attempt in range(50):
         try:
@@ -301,11 +303,11 @@ def _acquire(fd: int, part: Path) -> None:
                 return  # no locks on this filesystem: the caller must take care
             if attempt < 49:
                 time.sleep(0.01)
-    raise _busy(part, f"process {os.pread(fd, 300, 0).decode(errors='replace')}")
+    raise _busy(rank_dir, f"process {os.pread(fd, 300, 0).decode(errors='replace')}")
 
 
-def _busy(part: Path, holder: str) -> RunBusyError:
+def _busy(rank_dir: Path, holder: str) -> RunBusyError:
     return RunBusyError(
-        f"Journal({str(part)!r}): expected a run that nobody is writing, got one held "
+        f"Journal({str(rank_dir)!r}): expected a run that nobody is writing, got one held "
         f"by {holder}. End that process, or start a run of its own here."
     )

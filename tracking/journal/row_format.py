@@ -79,12 +79,12 @@ class Decoded:
     damage: list[Damage]
 
 
-def paths(part: Path, number: int) -> tuple[Path, Path]:
+def paths(rank_dir: Path, number: int) -> tuple[Path, Path]:
     """Files of an open block: rows and text."""
-    return part / f"{number:06d}.rows", part / f"{number:06d}.text"
+    return rank_dir / f"{number:06d}.rows", rank_dir / f"{number:06d}.text"
 
 
-def read_files(part: Path, number: int) -> tuple[bytes, bytes, bytes]:
+def read_files(rank_dir: Path, number: int) -> tuple[bytes, bytes, bytes]:
     """Marks, rows and text of an open block, consistent while it is being written.
 
     Notes
@@ -92,7 +92,7 @@ def read_files(part: Path, number: int) -> tuple[bytes, bytes, bytes]:
     The rows are read twice: one whose mark is in the first reading is whole in the
     second. The text is read last: it holds all that such rows refer to.
     """
-    rows, text = paths(part, number)
+    rows, text = paths(rank_dir, number)
     marks = rows.read_bytes()
     return marks, rows.read_bytes(), text.read_bytes() if text.exists() else b""
 
@@ -108,7 +108,7 @@ def no_pause() -> None:
 
 
 def decode(
-    part: Path,
+    rank_dir: Path,
     number: int,
     rank: int,
     marks: bytes,
@@ -120,7 +120,7 @@ def decode(
 
     Parameters
     ----------
-    part, number, rank
+    rank_dir, number, rank
         Which block it is.
     marks, rows, text
         Bytes of the files; ``marks`` is an earlier reading of ``rows``.
@@ -144,11 +144,11 @@ def decode(
     final = whole.copy()
     final[slot[~known]] = False
     frontier = num_slots if final.all() else int(final.argmin())
-    damage = _damage(paths(part, number)[0], rows, whole)
+    damage = _damage(paths(rank_dir, number)[0], rows, whole)
     if torn_at is not None or lost:
         offset = len(text) if torn_at is None else torn_at
         reason = "texts that rows refer to are torn or absent"
-        damage.append(Damage(paths(part, number)[1], offset, lost, reason))
+        damage.append(Damage(paths(rank_dir, number)[1], offset, lost, reason))
     pause()
     kept = known & (row["kind"] != VOID)
     if not kept.all():
@@ -157,9 +157,9 @@ def decode(
     return Decoded(table, frontier, damage)
 
 
-def num_marked(part: Path, number: int) -> int:
+def num_marked(rank_dir: Path, number: int) -> int:
     """Rows that an open block holds, those not readable for want of text included."""
-    data = paths(part, number)[0].read_bytes()
+    data = paths(rank_dir, number)[0].read_bytes()
     found = np.frombuffer(data, _DTYPE, min(len(data) // SIZE, CAPACITY))
     return int((_whole(found["mark"]) & (found["kind"] != VOID)).sum())
 

@@ -24,7 +24,7 @@ _ENDLESS: Final = np.iinfo(np.int64).max
 
 
 @dataclass
-class Superseding:
+class Tombstones:
     """The control rows of one part, learnt in order.
 
     Attributes
@@ -40,7 +40,7 @@ class Superseding:
     _stretches: list[tuple[int, int]] = field(default_factory=lambda: [(-1, _ENDLESS)])
     _last: dict[Place, int] = field(default_factory=dict)
 
-    def learn(self, table: pa.Table) -> bool:
+    def add(self, table: pa.Table) -> bool:
         """Take in the control rows of a table, which goes on where the last ended.
 
         Parameters
@@ -67,7 +67,7 @@ class Superseding:
         self._last = {place: seq for seq, place in kept}
         return True
 
-    def alive(self, table: pa.Table) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    def mask_live(self, table: pa.Table) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """Mask of the rows that count; control rows do not."""
         seq = table["seq"].to_numpy()
         starts = np.array([start for start, _ in self._stretches])

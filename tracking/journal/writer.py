@@ -23,14 +23,14 @@ from tracking.journal import row_format as rows
 from tracking.journal import segment as sealed
 from tracking.journal.block import Block, DiskBlock, Group, Series
 from tracking.journal.reader import (
-    BlockView,
+    BlockContent,
+    JournalReader,
     Lock,
-    Tail,
     forget_locks,
     is_being_written,
-    numbers,
+    list_blocks,
     read_block,
-    read_part,
+    read_records,
 )
 from tracking.journal.row_format import HAS_TEXT, MARK, NO_COUNT, NO_EPOCH, SIZE
 from tracking.journal.segment import CAPACITY, Damage
@@ -38,14 +38,14 @@ from tracking.schema import Leaf
 
 __all__ = [
     "CAPACITY",
-    "BlockView",
+    "BlockContent",
     "Damage",
     "Journal",
-    "Tail",
+    "JournalReader",
     "is_being_written",
-    "numbers",
+    "list_blocks",
     "read_block",
-    "read_part",
+    "read_records",
 ]
 
 MAX_TEXT_BYTES: Final = 32 << 20
@@ -62,7 +62,7 @@ class Journal:
 
     Parameters
     ----------
-    part
+    rank_dir
         Folder of the part, made if absent; what an earlier process left open in it is
         recovered and sealed first.
     durability
@@ -87,7 +87,7 @@ class Journal:
 
     def __init__(
         self,
-        part: Path,
+        rank_dir: Path,
         *,
         durability: Literal["process", "fsync"] = "process",
         on_tick: Callable[[], None] | None = None,
@@ -97,8 +97,8 @@ class Journal:
                 f"Journal(durability=): expected 'process' or 'fsync', got "
                 f"{durability!r}. Choose one of the two."
             )
-        self.part = part
-        self.rank = int(part.name) if part.name.isdecimal() else 0
+        self.rank_dir = rank_dir
+        self.rank = int(rank_dir.name) if rank_dir.name.isdecimal() else 0
         self._is_synced = durability == "fsync"
         self._on_tick = on_tick
         self._why_closed = ""
@@ -106,13 +106,13 @@ class Journal:
         self._has_unsealed = False
         self._mend_at = 0.0
         self._series: dict[tuple[str, str], Series] = {}
-        part.mkdir(parents=True, exist_ok=True)
-        self._lock = Lock(part)
+        rank_dir.mkdir(parents=True, exist_ok=True)
+        self._lock = Lock(rank_dir)
         try:
-            recover(part)
-            present = numbers(part)
+            recover(rank_dir)
+            present = list_blocks(rank_dir)
             first = present[-1] + 1 if present else 0
-            self.block: Block = DiskBlock(part, first, is_synced=self._is_synced)
+            self.block: Block = DiskBlock(rank_dir, first, is_synced=self._is_synced)
         except BaseException:
             self._lock.release()
             raise
@@ -165,7 +165,7 @@ class Journal:
         what, set
             Of the rows; valid Unicode.
         leaves
-            Name, kind, number and payload of each row, as ``schema.leaves`` gives.
+            Name, kind, number and payload of each row, as ``schema.flatten_value`` gives.
         index, epoch, step
             None is null.
         time_us : us since 1970
@@ -280,7 +280,7 @@ class Journal:
         if self._why_closed:
             return
         last = self._close_door(
-            f"Run.log: expected a run that is open, got {self.part.parent.parent.name!r}"
+            f"Run.log: expected a run that is open, got {self.rank_dir.parent.parent.name!r}"
             ", which has finished. Log before finish(), or start another run."
         )
         self._tasks.put("stop")
@@ -342,7 +342,7 @@ class Journal:
         number = last.number + 1
         fresh: Block
         try:
-            fresh = DiskBlock(self.part, number, is_synced=self._is_synced)
+            fresh = DiskBlock(self.rank_dir, number, is_synced=self._is_synced)
         except OSError as error:
             self._warn_of(error)
             fresh = Block(number)
@@ -384,7 +384,7 @@ class Journal:
     def _leave_memory(self) -> None:
         """Go on in a block on the disk; those before it are sealed there."""
         number = self._open[-1].number + 1
-        fresh = DiskBlock(self.part, number, is_synced=self._is_synced)
+        fresh = DiskBlock(self.rank_dir, number, is_synced=self._is_synced)
         self._open[-1].next = fresh
         for block in self._open:
             block.retire()
@@ -398,7 +398,7 @@ class Journal:
         if not self._is_in_trouble:
             self._is_in_trouble = True
             warn(
-                f"Journal({str(self.part)!r}): expected to write to the disk, got "
+                f"Journal({str(self.rank_dir)!r}): expected to write to the disk, got "
                 f"{error}. Training goes on, and what is logged is kept in memory and "
                 "written later: make space before the process ends."
             )
@@ -432,11 +432,11 @@ class Journal:
         marks, text = block.snapshot()
         number = block.number
         found = rows.decode(
-            self.part, number, self.rank, marks, marks, text, self._pause
+            self.rank_dir, number, self.rank, marks, marks, text, self._pause
         )
         # What nothing was lost by, as a text that was written again, is not told.
         damage = tuple(d for d in found.damage if d.rows_lost)
-        path = self.part / f"{number:06d}.arrow"
+        path = self.rank_dir / f"{number:06d}.arrow"
         try:
             sealed.write(
                 found.table, path, rank=self.rank, damage=damage, pause=self._pause
@@ -468,30 +468,30 @@ class Journal:
         num_lost = sum(block.limit or 0 for block in blocks if not block.is_durable)
         if num_lost:
             warn(
-                f"Journal({str(self.part)!r}): expected to write to the disk, got none "
+                f"Journal({str(self.rank_dir)!r}): expected to write to the disk, got none "
                 f"of it until the end: up to {num_lost} rows are lost. Make space before "
                 "the next run."
             )
 
 
-def recover(part: Path) -> None:
+def recover(rank_dir: Path) -> None:
     """Seal what an earlier writer left open; the part must be locked.
 
     Parameters
     ----------
-    part
+    rank_dir
         Folder of the part. What cannot be read is noted in the sealed block.
     """
-    for stray in (*part.glob("*.new"), *part.glob("*.sealing")):
+    for stray in (*rank_dir.glob("*.new"), *rank_dir.glob("*.sealing")):
         stray.unlink()
-    for number in numbers(part):
-        path = part / f"{number:06d}.arrow"
+    for number in list_blocks(rank_dir):
+        path = rank_dir / f"{number:06d}.arrow"
         if not path.exists():
-            view = read_block(part, number)
+            view = read_block(rank_dir, number)
             assert view is not None
-            rank = int(part.name) if part.name.isdecimal() else 0
+            rank = int(rank_dir.name) if rank_dir.name.isdecimal() else 0
             sealed.write(view.table, path, rank=rank, damage=tuple(view.damage))
-        for open_file in rows.paths(part, number):
+        for open_file in rows.paths(rank_dir, number):
             open_file.unlink(missing_ok=True)
 
 

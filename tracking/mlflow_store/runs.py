@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from tracking.delivery.state import State
-from tracking.ending import error_of
+from tracking.ending import get_first_error
 from tracking.mlflow_store.client import (
     MAX_TAG_LENGTH,
     GoneError,
@@ -80,7 +80,7 @@ class Register:
     def read_manifest(self) -> Manifest:
         """The manifest as it is now."""
         self.manifest = Manifest.read(self._run_path)
-        self.manifest.error = error_of(self._run_path, self.manifest)
+        self.manifest.error = get_first_error(self._run_path, self.manifest)
         return self.manifest
 
     def connect(self) -> Sender:

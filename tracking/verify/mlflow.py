@@ -15,10 +15,10 @@ from tracking.delivery.compare import Rows, identities, unmatched
 from tracking.delivery.reconcile import chosen_points, timing_keys, wanted_points
 from tracking.delivery.scan import Flags, Survey
 from tracking.delivery.sync import InMlflow
-from tracking.journal.reader import Tail, is_being_written
+from tracking.journal.reader import JournalReader, is_being_written
 from tracking.mlflow_store.points import POINTS, Stamps, points_of
 from tracking.read import PastRun
-from tracking.store import part_path
+from tracking.store import get_rank_dir
 from tracking.verify.finding import Finding
 
 _NOTES: Final = {
@@ -60,18 +60,18 @@ def against_mlflow(run: PastRun, there: InMlflow) -> Compared:
     there
         What MLflow has.
     """
-    part = part_path(run.path, 0)
-    survey = Survey(part)
+    rank_dir = get_rank_dir(run.path, 0)
+    survey = Survey(rank_dir)
     survey.look()
     upto = survey.last
-    if is_being_written(part):
+    if is_being_written(rank_dir):
         upto = int(there.tags.get("luz.delivered", "-1"))
-    points = wanted_points(part, survey, upto, Stamps())
+    points = wanted_points(rank_dir, survey, upto, Stamps())
     history = _ours(there.history, survey)
     found = Compared(num_here=points.num_rows, num_there=history.num_rows)
     found.notes = notes_of(survey.properties().flags)
     if upto < survey.last:
-        left = Tail(part, upto).behind()
+        left = JournalReader(rank_dir, upto).count_unread()
         found.notes.append(f"{left} rows have still to be delivered")
     found.findings = [
         *_points(run, points, history, survey, _refused(there.tags)),
@@ -144,10 +144,10 @@ def _points(
 def _superseded_points(run: PastRun, survey: Survey) -> pa.Table:
     """Points of the rows that do not count any more, as they may have been sent."""
     tables = [POINTS.empty_table()]
-    if survey.superseding.rewinds or survey.superseding.overwrites:
-        tail = Tail(part_path(run.path, 0))
+    if survey.tombstones.rewinds or survey.tombstones.overwrites:
+        tail = JournalReader(get_rank_dir(run.path, 0))
         while (table := tail.read(1 << 14)).num_rows:
-            dead = table.filter(pa.array(~survey.superseding.alive(table)))
+            dead = table.filter(pa.array(~survey.tombstones.mask_live(table)))
             tables.append(points_of(dead, survey.keys))
     return pa.concat_tables(tables).unify_dictionaries()
 

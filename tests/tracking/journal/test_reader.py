@@ -10,20 +10,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tracking.journal import row_format as rows
-from tracking.journal.reader import Tail, read_part
+from tracking.journal.reader import JournalReader, read_records
 from tracking.journal.row_format import SIZE
 from tracking.journal.segment import CAPACITY, Damage
 from tracking.journal.writer import Journal
-from tracking.schema import FLOAT, leaves
+from tracking.schema import FLOAT, flatten_value
 
 
 @pytest.fixture
-def part(tmp_path):
+def rank_dir(tmp_path):
     return tmp_path / "a-run" / "records" / "0"
 
 
 def put(journal, value, **counts):
-    journal.write("metrics", "train", leaves(value, "test"), **counts)
+    journal.write("metrics", "train", flatten_value(value, "test"), **counts)
 
 
 def floats(table):
@@ -55,8 +55,8 @@ class Torn(NamedTuple):
 
 def open_files(journal):
     """Copies of the bytes of the open block, as a killed process leaves them."""
-    part, number = journal.part, journal.block.number
-    return [path.read_bytes() for path in rows.paths(part, number)]
+    rank_dir, number = journal.rank_dir, journal.block.number
+    return [path.read_bytes() for path in rows.paths(rank_dir, number)]
 
 
 @pytest.fixture(scope="module")
@@ -68,25 +68,27 @@ def torn(tmp_path_factory):
         if i % 5 == 0:
             put(journal, {"text": f"\xff wörd {i}"})
     files = open_files(journal)
-    table = read_part(journal.part)[0]
+    table = read_records(journal.rank_dir)[0]
     journal.close()
     row_bytes, text_bytes = files
     return Torn(row_bytes, text_bytes, table)
 
 
 def left_behind(folder, row_bytes, text_bytes):
-    part = folder / "0"
-    part.mkdir(exist_ok=True)
-    for path, data in zip(rows.paths(part, 0), (row_bytes, text_bytes), strict=True):
+    rank_dir = folder / "0"
+    rank_dir.mkdir(exist_ok=True)
+    for path, data in zip(
+        rows.paths(rank_dir, 0), (row_bytes, text_bytes), strict=True
+    ):
         path.write_bytes(data)
-    return part
+    return rank_dir
 
 
-def check_recovers(part):
+def check_recovers(rank_dir):
     """Opening it for writing keeps what can be read, and the damage."""
-    table, damage = read_part(part)
-    Journal(part).close()
-    again, damage_again = read_part(part)
+    table, damage = read_records(rank_dir)
+    Journal(rank_dir).close()
+    again, damage_again = read_records(rank_dir)
     assert same(again, table)
     assert [(d.file, d.rows_lost) for d in damage_again] == [
         (d.file, d.rows_lost) for d in damage
@@ -104,8 +106,8 @@ cheap = settings(
 @given(cut=st.integers(0, 130 * SIZE))
 def test_read_part_rows_cut_at_any_byte_are_read_up_to_it(cut, torn, tmp_path):
     row_bytes, text_bytes, whole = torn
-    part = left_behind(tmp_path, row_bytes[:cut], text_bytes)
-    table, damage = read_part(part)
+    rank_dir = left_behind(tmp_path, row_bytes[:cut], text_bytes)
+    table, damage = read_records(rank_dir)
     assert same(table, whole.slice(0, min(cut // SIZE, 120)))
     assert [(d.file.name, d.offset, d.rows_lost) for d in damage] == [
         ("000000.rows", cut, CAPACITY - cut // SIZE)
@@ -117,8 +119,8 @@ def test_read_part_rows_cut_at_any_byte_are_read_up_to_it(cut, torn, tmp_path):
 def test_read_part_text_cut_at_any_byte_keeps_all_that_needs_none(data, torn, tmp_path):
     row_bytes, text_bytes, whole = torn
     cut = data.draw(st.integers(0, len(text_bytes) - 1))
-    part = left_behind(tmp_path, row_bytes, text_bytes[:cut])
-    table, damage = read_part(part)
+    rank_dir = left_behind(tmp_path, row_bytes, text_bytes[:cut])
+    table, damage = read_records(rank_dir)
     seen = set(table["seq"].to_pylist())
     kept = [row for row in whole.to_pylist() if row["seq"] in seen]
     assert table.to_pylist() == kept
@@ -132,8 +134,8 @@ def test_read_part_text_cut_at_any_byte_keeps_all_that_needs_none(data, torn, tm
 def test_read_part_overwritten_rows_are_lost_alone(at, garbage, torn, tmp_path):
     row_bytes, text_bytes, whole = torn
     changed = row_bytes[:at] + garbage + row_bytes[at + len(garbage) :]
-    part = left_behind(tmp_path, changed[: len(row_bytes)], text_bytes)
-    table, _ = read_part(part)
+    rank_dir = left_behind(tmp_path, changed[: len(row_bytes)], text_bytes)
+    table, _ = read_records(rank_dir)
     hit = set(range(at // SIZE, (at + len(garbage) - 1) // SIZE + 1))
     untouched = [row for row in whole.to_pylist() if row["seq"] not in hit]
     found = [row for row in table.to_pylist() if row["seq"] not in hit]
@@ -142,20 +144,20 @@ def test_read_part_overwritten_rows_are_lost_alone(at, garbage, torn, tmp_path):
 
 def test_read_part_garbage_after_the_end_is_named(torn, tmp_path):
     row_bytes, text_bytes, whole = torn
-    part = left_behind(tmp_path, row_bytes + b"junk", text_bytes + b"\xff\xfejunk")
-    table, damage = read_part(part)
+    rank_dir = left_behind(tmp_path, row_bytes + b"junk", text_bytes + b"\xff\xfejunk")
+    table, damage = read_records(rank_dir)
     assert same(table, whole)
     assert [(d.file.name, d.offset, d.rows_lost) for d in damage] == [
         ("000000.rows", CAPACITY * SIZE, 0),
         ("000000.text", len(text_bytes), 0),
     ]
-    check_recovers(part)
+    check_recovers(rank_dir)
 
 
 def test_read_part_text_torn_in_the_middle_is_read_on_after_it(torn, tmp_path):
     row_bytes, text_bytes, whole = torn
-    part = left_behind(tmp_path, row_bytes, b"\xff\xfe\x01torn" + text_bytes)
-    table, damage = read_part(part)
+    rank_dir = left_behind(tmp_path, row_bytes, b"\xff\xfe\x01torn" + text_bytes)
+    table, damage = read_records(rank_dir)
     assert same(table, whole)
     assert [(d.offset, d.rows_lost) for d in damage] == [(0, 0)]
 
@@ -163,79 +165,79 @@ def test_read_part_text_torn_in_the_middle_is_read_on_after_it(torn, tmp_path):
 @pytest.mark.parametrize("absent", ["rows", "text"])
 def test_read_part_absent_file_is_named(absent, torn, tmp_path):
     row_bytes, text_bytes, _ = torn
-    part = left_behind(tmp_path, row_bytes, text_bytes)
-    (part / f"000000.{absent}").unlink()
-    table, damage = read_part(part)
+    rank_dir = left_behind(tmp_path, row_bytes, text_bytes)
+    (rank_dir / f"000000.{absent}").unlink()
+    table, damage = read_records(rank_dir)
     assert table.num_rows == 0
     if absent == "text":
         assert [(d.file.name, d.rows_lost) for d in damage] == [("000000.text", 120)]
-        check_recovers(part)
+        check_recovers(rank_dir)
 
 
 def test_read_part_row_torn_while_written_is_named(torn, tmp_path):
     row_bytes, text_bytes, whole = torn
     half = row_bytes[: 119 * SIZE + 30] + bytes(18) + row_bytes[120 * SIZE :]
-    part = left_behind(tmp_path, half, text_bytes)
-    table, damage = read_part(part)
+    rank_dir = left_behind(tmp_path, half, text_bytes)
+    table, damage = read_records(rank_dir)
     assert same(table, whole.slice(0, 119))
     assert damage == [
         Damage(
-            part / "000000.rows",
+            rank_dir / "000000.rows",
             119 * SIZE,
             1,
             "rows without their mark, torn while being written",
         )
     ]
-    check_recovers(part)
+    check_recovers(rank_dir)
 
 
 def test_read_part_row_without_its_first_page_is_no_row(torn, tmp_path):
     # After a power cut: the page that holds a row's time never reached the disk.
     row_bytes, text_bytes, whole = torn
     lost = row_bytes[: 85 * SIZE] + bytes(16) + row_bytes[85 * SIZE + 16 :]
-    table, damage = read_part(left_behind(tmp_path, lost, text_bytes))
+    table, damage = read_records(left_behind(tmp_path, lost, text_bytes))
     assert 85 not in table["seq"].to_pylist()
     assert table.num_rows == whole.num_rows - 1
     assert [(d.offset, d.rows_lost) for d in damage] == [(85 * SIZE, 1)]
 
 
-def test_read_part_block_that_is_gone_is_named(part):
-    journal = Journal(part)
+def test_read_part_block_that_is_gone_is_named(rank_dir):
+    journal = Journal(rank_dir)
     journal.write("m", "s", (("x", FLOAT, float(i), None) for i in range(40_000)))
     journal.close()
-    (part / "000001.arrow").unlink()
-    table, damage = read_part(part)
+    (rank_dir / "000001.arrow").unlink()
+    table, damage = read_records(rank_dir)
     assert table.num_rows == 40_000 - CAPACITY
     assert damage == [
-        Damage(part / "000001.arrow", 0, CAPACITY, "the block is not there")
+        Damage(rank_dir / "000001.arrow", 0, CAPACITY, "the block is not there")
     ]
-    assert Tail(part).read(5)["seq"].to_pylist() == [0, 1, 2, 3, 4]
-    tail = Tail(part, after=CAPACITY - 1)
+    assert JournalReader(rank_dir).read(5)["seq"].to_pylist() == [0, 1, 2, 3, 4]
+    tail = JournalReader(rank_dir, after=CAPACITY - 1)
     assert tail.read(1)["seq"].to_pylist() == [2 * CAPACITY]
 
 
 def test_read_part_absent_folder_is_empty(tmp_path):
-    table, damage = read_part(tmp_path / "nothing")
+    table, damage = read_records(tmp_path / "nothing")
     assert (table.num_rows, damage) == (0, [])
-    assert Tail(tmp_path / "nothing").read().num_rows == 0
-    assert Tail(tmp_path / "nothing").behind() == 0
+    assert JournalReader(tmp_path / "nothing").read().num_rows == 0
+    assert JournalReader(tmp_path / "nothing").count_unread() == 0
 
 
-def test_tail_gives_each_row_once_in_order_while_it_grows(part):
-    journal = Journal(part)
-    tail = Tail(part)
+def test_tail_gives_each_row_once_in_order_while_it_grows(rank_dir):
+    journal = Journal(rank_dir)
+    tail = JournalReader(rank_dir)
     seen: list[float] = []
     counter = itertools.count()
     for burst in (1, 10, 20_000, 5, 16_384, 30_000):
         leaves_of = (("x", FLOAT, float(next(counter)), None) for _ in range(burst))
         journal.write("m", "s", leaves_of)
-        assert tail.behind() == burst
+        assert tail.count_unread() == burst
         while (table := tail.read(7000)).num_rows:
             assert table.num_rows <= 7000
             seen += floats(table)
-        assert tail.behind() == 0
+        assert tail.count_unread() == 0
     journal.close()
-    put_more = Journal(part)
+    put_more = Journal(rank_dir)
     put(put_more, -1.0)
     while (table := tail.read()).num_rows:
         seen += floats(table)
@@ -243,23 +245,23 @@ def test_tail_gives_each_row_once_in_order_while_it_grows(part):
     assert seen == [*range(sum((1, 10, 20_000, 5, 16_384, 30_000))), -1.0]
 
 
-def test_tail_starts_after_a_given_row(part):
-    journal = Journal(part)
+def test_tail_starts_after_a_given_row(rank_dir):
+    journal = Journal(rank_dir)
     journal.write("m", "s", (("x", FLOAT, float(i), None) for i in range(10)))
-    assert floats(Tail(part, after=6).read()) == [7, 8, 9]
-    assert Tail(part, after=6).behind() == 3
+    assert floats(JournalReader(rank_dir, after=6).read()) == [7, 8, 9]
+    assert JournalReader(rank_dir, after=6).count_unread() == 3
     journal.close()
-    assert floats(Tail(part, after=6).read()) == [7, 8, 9]
+    assert floats(JournalReader(rank_dir, after=6).read()) == [7, 8, 9]
 
 
-def test_tail_waits_for_a_row_that_is_being_written(part):
-    journal = Journal(part)
+def test_tail_waits_for_a_row_that_is_being_written(rank_dir):
+    journal = Journal(rank_dir)
     put(journal, 1.0)
     # As a thread that is just about to write.
     for slot in journal.block.slots:  # noqa: B007
         break
     put(journal, 3.0)
-    tail = Tail(part)
+    tail = JournalReader(rank_dir)
     assert floats(tail.read()) == [1.0]
     assert tail.read().num_rows == 0
     group = journal.group(journal.block, "metrics", "train")
@@ -270,14 +272,14 @@ def test_tail_waits_for_a_row_that_is_being_written(part):
     journal.close()
 
 
-def test_tail_passes_a_row_that_can_not_come_any_more(part):
-    journal = Journal(part)
+def test_tail_passes_a_row_that_can_not_come_any_more(rank_dir):
+    journal = Journal(rank_dir)
     put(journal, 1.0)
     for _ in journal.block.slots:
         break
     put(journal, 3.0)
-    tail = Tail(part)
+    tail = JournalReader(rank_dir)
     assert floats(tail.read()) == [1.0]
     journal.close()
     assert floats(tail.read()) == [3.0]
-    assert read_part(part)[1] == []
+    assert read_records(rank_dir)[1] == []

@@ -4,7 +4,7 @@ import pyarrow as pa
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tracking.journal.tombstones import Superseding
+from tracking.journal.tombstones import Tombstones
 from tracking.schema import SCHEMA
 
 
@@ -40,13 +40,13 @@ def alive_by_replay(rows):
 
 
 def alive(rows, cuts=()):
-    superseding = Superseding()
+    tombstones = Tombstones()
     table = table_of(rows)
     start = 0
     for end in [*sorted(cuts), len(rows)]:
-        superseding.learn(table.slice(start, end - start))
+        tombstones.add(table.slice(start, end - start))
         start = max(start, end)
-    return [seq for seq, is_alive in enumerate(superseding.alive(table)) if is_alive]
+    return [seq for seq, is_alive in enumerate(tombstones.mask_live(table)) if is_alive]
 
 
 def test_rewind_supersedes_what_came_after_the_position():

@@ -19,19 +19,24 @@ from tracking.errors import RunBusyError, RunClosedError, TrackingWarning
 from tracking.journal import block as block_module
 from tracking.journal import row_format as rows
 from tracking.journal.block import Block, DiskBlock, Group, Series
-from tracking.journal.reader import Tail, is_being_written, read_block, read_part
+from tracking.journal.reader import (
+    JournalReader,
+    is_being_written,
+    read_block,
+    read_records,
+)
 from tracking.journal.segment import CAPACITY
 from tracking.journal.writer import Journal
-from tracking.schema import FLOAT, SCHEMA, leaves, value_of
+from tracking.schema import FLOAT, SCHEMA, flatten_value, parse_value
 
 
 @pytest.fixture
-def part(tmp_path):
+def rank_dir(tmp_path):
     return tmp_path / "a-run" / "records" / "0"
 
 
 def put(journal, value, **counts):
-    journal.write("metrics", "train", leaves(value, "test"), **counts)
+    journal.write("metrics", "train", flatten_value(value, "test"), **counts)
 
 
 def floats(table):
@@ -64,12 +69,12 @@ def run_script(script, *args, cwd):
 # ------------------------------------------------------------------------ writing
 
 
-def test_journal_rows_are_there_before_and_after_close(part):
-    journal = Journal(part)
+def test_journal_rows_are_there_before_and_after_close(rank_dir):
+    journal = Journal(rank_dir)
     put(journal, {"loss": 0.5, "name": "x"}, index=1, epoch=2, step=3)
-    before, damage = read_part(part)
+    before, damage = read_records(rank_dir)
     journal.close()
-    after, damage_after = read_part(part)
+    after, damage_after = read_records(rank_dir)
     assert same(before, after)
     assert damage == damage_after == []
     assert before.schema == SCHEMA
@@ -88,29 +93,29 @@ def test_journal_rows_are_there_before_and_after_close(part):
         "payload": None,
         "kind": "float",
     }
-    assert sorted(p.name for p in part.iterdir()) == ["000000.arrow", "lock"]
+    assert sorted(p.name for p in rank_dir.iterdir()) == ["000000.arrow", "lock"]
 
 
-def test_journal_full_blocks_are_sealed_as_it_goes(part):
-    journal = Journal(part)
+def test_journal_full_blocks_are_sealed_as_it_goes(rank_dir):
+    journal = Journal(rank_dir)
     journal.write("m", "s", (("x", FLOAT, float(i), None) for i in range(40_000)))
-    while not (part / "000001.arrow").exists():
+    while not (rank_dir / "000001.arrow").exists():
         time.sleep(0.01)
-    assert not (part / "000000.rows").exists()
-    assert floats(read_part(part)[0]) == list(range(40_000))
+    assert not (rank_dir / "000000.rows").exists()
+    assert floats(read_records(rank_dir)[0]) == list(range(40_000))
     journal.close()
-    table, damage = read_part(part)
+    table, damage = read_records(rank_dir)
     assert floats(table) == list(range(40_000))
     assert table["seq"].to_pylist() == list(range(40_000))
     assert damage == []
 
 
-def test_journal_reopened_goes_on_in_a_new_block(part):
+def test_journal_reopened_goes_on_in_a_new_block(rank_dir):
     for value in (1.0, 2.0):
-        journal = Journal(part)
+        journal = Journal(rank_dir)
         put(journal, value)
         journal.close()
-    table, damage = read_part(part)
+    table, damage = read_records(rank_dir)
     assert table["seq"].to_pylist() == [0, CAPACITY]
     assert damage == []
 
@@ -121,28 +126,28 @@ def test_journal_folder_that_cannot_be_made_is_an_error(tmp_path):
         Journal(tmp_path / "file" / "0")
 
 
-def test_journal_unknown_durability_is_refused(part):
+def test_journal_unknown_durability_is_refused(rank_dir):
     with pytest.raises(ValueError, match=r"expected 'process' or 'fsync', got 'max'"):
-        Journal(part, durability="max")  # type: ignore[arg-type]
+        Journal(rank_dir, durability="max")  # type: ignore[arg-type]
 
 
-def test_journal_write_after_close_is_refused(part):
-    journal = Journal(part)
+def test_journal_write_after_close_is_refused(rank_dir):
+    journal = Journal(rank_dir)
     journal.close()
     journal.close()
     with pytest.raises(RunClosedError, match=r"expected a run that is open.*a-run"):
         put(journal, 1.0)
 
 
-def test_journal_second_writer_in_this_process_is_refused(part):
-    journal = Journal(part)
+def test_journal_second_writer_in_this_process_is_refused(rank_dir):
+    journal = Journal(rank_dir)
     with pytest.raises(RunBusyError, match=r"expected a run that nobody is writing"):
-        Journal(part)
-    assert is_being_written(part)
+        Journal(rank_dir)
+    assert is_being_written(rank_dir)
     put(journal, 1.0)
     journal.close()
-    assert not is_being_written(part)
-    assert floats(read_part(part)[0]) == [1.0]
+    assert not is_being_written(rank_dir)
+    assert floats(read_records(rank_dir)[0]) == [1.0]
 
 
 SECOND_WRITER = """
@@ -155,17 +160,17 @@ Journal(Path(sys.argv[1]))
 """
 
 
-def test_journal_second_writer_elsewhere_is_refused(part, root):
-    journal = Journal(part)
-    done = run_script(SECOND_WRITER, part, cwd=root)
+def test_journal_second_writer_elsewhere_is_refused(rank_dir, root):
+    journal = Journal(rank_dir)
+    done = run_script(SECOND_WRITER, rank_dir, cwd=root)
     assert done.stdout == "True\n"
     assert f"got one held by process {os.getpid()} on" in done.stderr
     assert "RunBusyError" in done.stderr
     journal.close()
 
 
-def test_journal_threads_lose_and_mix_nothing(part):
-    journal = Journal(part)
+def test_journal_threads_lose_and_mix_nothing(rank_dir):
+    journal = Journal(rank_dir)
 
     def work(thread):
         for i in range(2500):
@@ -177,11 +182,11 @@ def test_journal_threads_lose_and_mix_nothing(part):
     for thread in threads:
         thread.join()
     journal.close()
-    table, damage = read_part(part)
+    table, damage = read_records(rank_dir)
     assert damage == []
     assert table.num_rows == 6 * 2500 * 2
     found = {
-        (r["step"], r["index"], value_of(r["kind"], r["value"], r["payload"]))
+        (r["step"], r["index"], parse_value(r["kind"], r["value"], r["payload"]))
         for r in table.to_pylist()
     }
     wanted = {
@@ -217,20 +222,20 @@ def test_series_goes_on_after_the_highest_index_given():
     assert series.index_for(None, 5) == rows.NO_COUNT
 
 
-def test_block_slot_of_a_row_that_failed_is_no_hole(part):
-    journal = Journal(part)
+def test_block_slot_of_a_row_that_failed_is_no_hole(rank_dir):
+    journal = Journal(rank_dir)
     put(journal, 1.0)
     with pytest.raises(struct.error):
         put(journal, 2.0, index="no integer")
     put(journal, 3.0)
-    assert floats(Tail(part).read()) == [1.0, 3.0]
+    assert floats(JournalReader(rank_dir).read()) == [1.0, 3.0]
     journal.close()
-    table, damage = read_part(part)
+    table, damage = read_records(rank_dir)
     assert (floats(table), damage) == ([1.0, 3.0], [])
 
 
-def test_journal_many_texts_turn_the_block_over(part, monkeypatch):
-    journal = Journal(part)
+def test_journal_many_texts_turn_the_block_over(rank_dir, monkeypatch):
+    journal = Journal(rank_dir)
     text = "x" * 1_000_000
     for _ in range(40):
         put(journal, text)
@@ -238,17 +243,17 @@ def test_journal_many_texts_turn_the_block_over(part, monkeypatch):
         time.sleep(0.01)
     put(journal, "last")
     journal.close()
-    table, damage = read_part(part)
+    table, damage = read_records(rank_dir)
     assert damage == []
     assert table["payload"].to_pylist() == [f'"{text}"'] * 40 + ['"last"']
 
 
-def test_journal_synced_to_disk_reads_the_same(part):
-    journal = Journal(part, durability="fsync")
+def test_journal_synced_to_disk_reads_the_same(rank_dir):
+    journal = Journal(rank_dir, durability="fsync")
     put(journal, {"a": 1.0, "b": "text"})
-    assert read_part(part)[0].num_rows == 2
+    assert read_records(rank_dir)[0].num_rows == 2
     journal.close()
-    assert read_part(part)[0].num_rows == 2
+    assert read_records(rank_dir)[0].num_rows == 2
 
 
 def test_disk_block_without_mapping_writes_by_call(tmp_path, monkeypatch):
@@ -339,8 +344,8 @@ def check_survived(tmp_path, root, count):
     lines = [[int(word) for word in line.split()] for line in done.stdout.splitlines()]
     assert len(lines) == count
     for n, num_floats, num_texts, num_dicts, *signals in lines:
-        part = tmp_path / f"run-{n}" / "records" / "0"
-        table, damage = read_part(part)
+        rank_dir = tmp_path / f"run-{n}" / "records" / "0"
+        table, damage = read_records(rank_dir)
         # At most the row that each thread was writing, which had not returned.
         assert sum(d.rows_lost for d in damage) <= 3, damage
         assert values(table, "float", "")[:num_floats] == [*range(1, num_floats + 1)]
@@ -356,10 +361,10 @@ def check_survived(tmp_path, root, count):
         ]
         assert set(values(table, "signal", "")) >= {*map(float, signals)}
         # Recovered, it holds the same.
-        journal = Journal(part)
+        journal = Journal(rank_dir)
         put(journal, 1.0)
         journal.close()
-        again = read_part(part)[0]
+        again = read_records(rank_dir)[0]
         assert same(again.slice(0, table.num_rows), table)
         assert again.num_rows == table.num_rows + 1
 
@@ -378,8 +383,8 @@ import os, sys
 from pathlib import Path
 from tracking.journal.reader import is_being_written
 from tracking.journal.writer import Journal
-part = Path(sys.argv[1])
-journal = Journal(part)
+rank_dir = Path(sys.argv[1])
+journal = Journal(rank_dir)
 row = [("x", 1, 1.0, None)]
 journal.write("m", "s", row)
 ended, tell = os.pipe()
@@ -390,11 +395,11 @@ if not pid:
     except Exception as error:
         print(type(error).__name__, error, flush=True)
     journal.close()
-    other = Journal(part.parent.parent / "other" / "0")
+    other = Journal(rank_dir.parent.parent / "other" / "0")
     other.write("m", "s", row)
     other.close()
     os.read(ended, 1)
-    print("held", is_being_written(part), flush=True)
+    print("held", is_being_written(rank_dir), flush=True)
     os._exit(0)
 journal.write("m", "s", row)
 journal.close()
@@ -403,14 +408,14 @@ os.waitpid(pid, 0)
 """
 
 
-def test_journal_forked_child_leaves_it_alone(part, root):
-    done = run_script(FORKED, part, cwd=root)
+def test_journal_forked_child_leaves_it_alone(rank_dir, root):
+    done = run_script(FORKED, rank_dir, cwd=root)
     assert done.returncode == 0, done.stderr
     assert "RunClosedError Run.log: expected the process that started" in done.stdout
     assert "held False" in done.stdout
-    table, damage = read_part(part)
+    table, damage = read_records(rank_dir)
     assert (floats(table), damage) == ([1.0, 1.0], [])
-    assert read_part(part.parent.parent / "other" / "0")[0].num_rows == 1
+    assert read_records(rank_dir.parent.parent / "other" / "0")[0].num_rows == 1
 
 
 RAISING_HANDLER = """
@@ -418,7 +423,7 @@ import itertools, signal, sys
 sys.settrace(None)  # a tracer would swallow what the handler raises
 from pathlib import Path
 from tracking.run import Run
-from tracking.journal.reader import read_part
+from tracking.journal.reader import read_records
 run = Run(Path(sys.argv[1]), None)
 run.log("m", "s", {"x": 0.5, "t": "text"})
 class Interrupted(Exception):
@@ -436,13 +441,13 @@ while interrupted < 150:
     except Interrupted:
         interrupted += 1
 # Nothing is missing below the last row: no hole holds up a reader.
-part = run.path / "records" / "0"
+rank_dir = run.path / "records" / "0"
 block = run._journal.block
 marks, _ = block.snapshot()
 from tracking.journal import row_format as rows
 assert not rows.has_holes(marks, rows.last_marked(marks) + 1)
 run.finish()
-table, damage = read_part(part)
+table, damage = read_records(rank_dir)
 assert not damage, damage
 assert returned + 2 <= table.num_rows <= returned + 2 + interrupted
 print("ok")
@@ -486,16 +491,16 @@ def test_journal_handlers_own_oserror_reaches_the_caller(tmp_path, root):
 LIMITED = """
 import resource, sys, time, warnings
 from pathlib import Path
-from tracking.journal.reader import read_part
+from tracking.journal.reader import read_records
 from tracking.journal.writer import Journal
-from tracking.schema import leaves
-part = Path(sys.argv[1])
-journal = Journal(part)
+from tracking.schema import flatten_value
+rank_dir = Path(sys.argv[1])
+journal = Journal(rank_dir)
 caught = []
 warnings.showwarning = lambda message, *_: caught.append(str(message))
 warnings.simplefilter("always")
 def log(value):
-    journal.write("m", "s", leaves(value, ""))
+    journal.write("m", "s", flatten_value(value, ""))
 log({"x": 0.0})
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
 for i in range(50_000):
@@ -504,16 +509,16 @@ for i in range(50_000):
         log({"t": str(i)})
 time.sleep(0.6)
 assert len(caught) == 1, caught
-read = read_part(part)
+read = read_records(rank_dir)
 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
 deadline = time.monotonic() + 20
-while read_part(part)[0].num_rows < 55_001 and time.monotonic() < deadline:
+while read_records(rank_dir)[0].num_rows < 55_001 and time.monotonic() < deadline:
     time.sleep(0.1)
-durable = read_part(part)[0].num_rows
+durable = read_records(rank_dir)[0].num_rows
 log({"x": -1.0})
 kind = type(journal.block).__name__
 journal.close()
-table, damage = read_part(part)
+table, damage = read_records(rank_dir)
 assert not damage, damage
 print(durable, table.num_rows, kind, read[0].num_rows >= 16384, caught)
 assert table["value"].drop_null().to_pylist() == [0.0, *map(float, range(50_000)), -1.0]
@@ -521,8 +526,8 @@ assert table["payload"].drop_null().to_pylist() == [f'"{i}"' for i in range(0, 5
 """
 
 
-def test_journal_full_disk_warns_once_and_resumes(part, root):
-    done = run_script(LIMITED, part, cwd=root)
+def test_journal_full_disk_warns_once_and_resumes(rank_dir, root):
+    done = run_script(LIMITED, rank_dir, cwd=root)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("55001 55002 DiskBlock"), done.stdout
     assert "Training goes on, and what is logged is kept in memory" in done.stdout
@@ -531,7 +536,7 @@ def test_journal_full_disk_warns_once_and_resumes(part, root):
 FULL = """
 import os, sys, time, warnings
 from pathlib import Path
-from tracking.journal.reader import read_part
+from tracking.journal.reader import read_records
 from tracking.journal.writer import Journal
 warnings.simplefilter("ignore")
 folder = Path(sys.argv[1])
@@ -546,7 +551,7 @@ for i in range(60_000):
     journal.write("m", "s", [("x", 1, float(i), None)])
 os.unlink(folder / "ballast"); os.close(ballast)
 journal.close()
-table, damage = read_part(folder / "run" / "0")
+table, damage = read_records(folder / "run" / "0")
 assert table["value"].to_pylist() == list(range(60_000)) and not damage, damage
 print("ok")
 """
@@ -563,30 +568,30 @@ def test_journal_on_a_full_filesystem_is_never_killed(tmp_path, root):
     assert done.stdout == "ok\n", done.stderr
 
 
-def test_journal_that_never_reaches_the_disk_tells_how_many_rows_are_lost(part):
-    journal = Journal(part)
+def test_journal_that_never_reaches_the_disk_tells_how_many_rows_are_lost(rank_dir):
+    journal = Journal(rank_dir)
     put(journal, 1.0)
-    (part / "000000.arrow").mkdir()  # so that sealing fails, as root too
+    (rank_dir / "000000.arrow").mkdir()  # so that sealing fails, as root too
     with pytest.warns(TrackingWarning, match="expected to write to the disk"):
         journal.close()
     # It is durable all the same: the open block was on the disk.
-    (part / "000000.arrow").rmdir()
-    assert floats(read_part(part)[0]) == [1.0]
+    (rank_dir / "000000.arrow").rmdir()
+    assert floats(read_records(rank_dir)[0]) == [1.0]
 
 
 # ---------------------------------------------------------------- values and blocks
 
 
-def test_journal_nan_payloads_survive(part):
+def test_journal_nan_payloads_survive(rank_dir):
     # Quiet and signalling, of either sign, and one that is a float32 too.
     patterns = [0x7FF8000000000000, 0x7FF8000000000001, 0xFFF8000000000000]
     patterns += [0x7FF0000000000001, 0x7FF8000020000000]
     values = [struct.unpack("<d", p.to_bytes(8, "little"))[0] for p in patterns]
-    journal = Journal(part)
+    journal = Journal(rank_dir)
     for value in values:
         put(journal, value)
     journal.close()
-    (path,) = part.glob("*.arrow")
+    (path,) = rank_dir.glob("*.arrow")
     stored = pa.ipc.open_file(pa.BufferReader(path.read_bytes())).read_all()
     found = stored["value"].to_numpy().view("<u8").tolist()
     assert found == patterns
@@ -617,8 +622,8 @@ def test_memory_block_is_read_like_one_on_the_disk():
     assert not block.is_durable
 
 
-def test_warnings_as_errors_do_not_reach_the_writer(part, capsys):
-    journal = Journal(part)
+def test_warnings_as_errors_do_not_reach_the_writer(rank_dir, capsys):
+    journal = Journal(rank_dir)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         journal._warn_of(OSError(28, "No space left on device"))
