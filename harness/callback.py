@@ -13,21 +13,21 @@ if TYPE_CHECKING:
 class Callback:
     """Something that acts on named events of a fit, an evaluation or a prediction.
 
-    Define a method for each event you listen to; inside, ``self.ctx`` is the context.
+    Define a method for each event that you need. Inside it, ``self.ctx`` is the context.
     Keep only your own counters on ``self``: everything shared lives in the context.
 
     Attributes
     ----------
     weight : float
-        Callbacks run in ascending order of weight, ties in the order given. The ready-made
-        ones that others build on (train/valid mode, metrics) run before 0, displays after.
+        Callbacks run in ascending order of weight, ties in the order given. Callbacks that
+        others build on (train/valid mode, metrics) have weights below 0, displays above 0.
     ctx : Context
         Set before the first event.
 
     Raises
     ------
     ValueError
-        When the class is defined, if a method named ``on_...`` is no event.
+        When the class is defined, if a method named ``on_...`` is not an event.
 
     References
     ----------
@@ -51,6 +51,19 @@ class Callback:
             if name.startswith("on_"):
                 check_event(f"class {cls.__name__}", name)
 
+    def check(self, ctx: Context) -> None:
+        """Refuse a fit that this callback cannot work in.
+
+        Called once for each callback before the first epoch of a fit, with the finished
+        context. Override it to raise where something is missing, such as a monitored metric
+        or validation data. The default accepts everything.
+
+        Parameters
+        ----------
+        ctx
+            Context of the fit; no event has fired yet.
+        """
+
     def after_fit(self) -> None:
         """Act on a finished fit; this is not an event.
 
@@ -60,8 +73,8 @@ class Callback:
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps of this callback: numbers, strings, tensors, lists, dicts."""
+        """Return what a checkpoint keeps: numbers, strings, tensors, lists and dicts."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what ``state_dict`` gave."""
+        """Restore what ``state_dict`` returned."""

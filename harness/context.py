@@ -39,10 +39,10 @@ from harness.records import (
 )
 from harness.rng import find_generators, get_rng_state
 from harness.setup_checks import (
-    as_pair,
     check_callbacks,
     check_epochs,
     check_optimizers,
+    parse_epochs,
 )
 
 if TYPE_CHECKING:
@@ -754,7 +754,7 @@ class FitContext(Context):
             training=True,
             recorder=recorder,
         )
-        self._min_epochs, self._max_epochs = check_epochs(*as_pair(epochs))
+        self._min_epochs, self._max_epochs = parse_epochs(epochs)
         self.hparams, self.opt_hparams = dict(hparams), dict(opt_hparams)
         prepare: Callable[..., Any] = accelerator.prepare
         if optimizers is None:

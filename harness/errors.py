@@ -3,9 +3,9 @@
 Exception
 +-- Signal
 |   +-- EarlyStop        ends the fit; the fit counts as finished
-|   +-- SkipEpoch        ends the epoch; the fit goes on with the next one
-+-- CheckpointError      a checkpoint or saved model that is torn, hostile or does not fit
-+-- ExperimentError      an experiment that cannot be found or built
+|   +-- SkipEpoch        ends the epoch; the fit continues with the next one
++-- CheckpointError      a checkpoint or saved model is damaged, unsafe or does not fit
++-- ExperimentError      an experiment cannot be found or built
 KeyboardInterrupt
 +-- Interrupted          Ctrl-C or SIGTERM, raised at the end of a batch on all ranks
 """
@@ -14,27 +14,27 @@ from __future__ import annotations
 
 
 class Signal(Exception):
-    """Raised to leave a loop on purpose; ``ctx.handlers`` says what follows."""
+    """Raised to leave a loop on purpose; a handler in ``ctx.handlers`` decides what follows."""
 
 
 class EarlyStop(Signal):
-    """Ends the fit quietly; raise it from any callback, on every rank alike."""
+    """Ends the fit without an error; raise it from any callback, on every rank."""
 
 
 class SkipEpoch(Signal):
-    """Ends the present epoch quietly; raise it from any callback, on every rank alike."""
+    """Ends the current epoch without an error; raise it from any callback, on every rank."""
 
 
 class CheckpointError(Exception):
-    """A checkpoint or saved model that cannot be trusted or does not fit."""
+    """A checkpoint or saved model is damaged, unsafe or does not fit."""
 
 
 class ExperimentError(Exception):
-    """An experiment that cannot be found, or whose parameters do not fit it."""
+    """An experiment cannot be found, or its parameters are wrong."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """The fit was asked to end by a signal, and did so at the end of a batch.
+    """A signal asked the fit to end, and it ended at the end of a batch.
 
     Parameters
     ----------

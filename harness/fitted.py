@@ -1,4 +1,4 @@
-"""What ``fit`` and ``evaluate`` give back."""
+"""Results: ``Fitted`` of a fit and ``Evaluation`` of an evaluation."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from harness.records import Records, metrics_frame
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
     from harness.learner import Learner
 
 
-def table(records: Records) -> str:
-    """The last value of each metric, one line each, sets side by side."""
+def format_metrics(records: Records) -> str:
+    """Return the last value of each metric as a table with a column for each set."""
     frame = metrics_frame(records)
     if frame.empty:
         return "no metrics"
@@ -41,15 +42,15 @@ class Evaluation:
     records: Records
 
     def get_metrics(self) -> pd.DataFrame:
-        """Values as a DataFrame with the columns set, metric, epoch, value."""
+        """Return the values as a DataFrame with the columns set, metric, epoch, value."""
         return metrics_frame(self.records)
 
     def __getitem__(self, name: str) -> Any:
-        """One value by the metric's name."""
+        """Return one value by the metric's name."""
         return self.records["metrics"]["valid"][0][name]
 
     def __str__(self) -> str:
-        return f"Evaluation\n{table(self.records)}"
+        return f"Evaluation\n{format_metrics(self.records)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,19 +60,19 @@ class Fitted:
     Attributes
     ----------
     model : nn.Module
-        The user's own module, on the CPU, with whole weights, in evaluation mode.
+        The user's own module, on the CPU, with full weights, in evaluation mode.
     records : dict
         What was logged: ``records[what][set][index - 1]``.
     learner : Learner
-        What the model was built from.
+        Definition of the training.
     hparams, opt_hparams : dict
-        What built the model and the optimizers.
+        Keyword arguments of the model and the optimizers.
     run_id : str or None
-        The run that recorded the fit; None where tracking was off.
+        Run that recorded the fit; None if tracking was off.
     run_path : Path or None
         Folder of that run.
     signum : int or None
-        Signal that ended the fit early, 2 for Ctrl-C; None if none did.
+        Signal that ended the fit early, 2 for Ctrl-C; None without a signal.
     """
 
     model: nn.Module
@@ -85,46 +86,51 @@ class Fitted:
 
     @property
     def is_interrupted(self) -> bool:
-        """True if a signal ended the fit before its time."""
+        """True if a signal ended the fit early."""
         return self.signum is not None
 
     def get_metrics(self) -> pd.DataFrame:
-        """Metrics of every epoch as a DataFrame with the columns set, metric, epoch, value."""
+        """Return all metrics as a DataFrame with the columns set, metric, epoch, value."""
         return metrics_frame(self.records)
 
-    def plot(self, path: str | Path | None = None) -> Any:
-        """Each metric by epoch, sets side by side, as a matplotlib ``Figure``.
+    def plot(self, path: str | Path | None = None) -> Figure:
+        """Plot each metric by epoch; sets share a panel.
 
         Parameters
         ----------
         path
-            Where to save the picture; None: nowhere.
+            Where to save the picture; None: do not save it.
+
+        Returns
+        -------
+        matplotlib ``Figure``
         """
         from tracking.plot import curves  # noqa: PLC0415  matplotlib is slow to import
 
         rows = self.get_metrics().itertuples(index=False, name=None)
-        return curves(rows, path)
+        figure: Figure = curves(rows, path)
+        return figure
 
     def evaluate(self, data: Any, **options: Any) -> Evaluation:
-        """Losses and metrics on `data`; options as in ``Learner.evaluate``."""
+        """Compute losses and metrics on `data`; options as in ``Learner.evaluate``."""
         return self.learner.evaluate(self, data, **options)
 
     def predict(self, data: Any, **options: Any) -> Any:
-        """The model's output for `data`; options as in ``Learner.predict``."""
+        """Return the model's output for `data`; options as in ``Learner.predict``."""
         return self.learner.predict(self, data, **options)
 
     def save(self, path: str | Path) -> None:
-        """Write weights, hparams, records and the model's importable name into a folder.
+        """Save weights, hparams, records and the importable name of the model in a folder.
 
         Parameters
         ----------
         path
-            Folder to make; see ``harness.load``. An earlier saved model is replaced.
+            Folder to create, for ``harness.load``. A model saved there before is replaced.
 
         Raises
         ------
         CheckpointError
-            If something else is there, or an hparam is nothing that JSON can hold.
+            If the folder holds something else, or JSON cannot hold an hparam.
         """
         kind = self.learner.module
         about = {
@@ -137,11 +143,11 @@ class Fitted:
         write_saved(Path(path), self.model.state_dict(), about)
 
     def save_weights(self, path: str | Path) -> None:
-        """Write the weights alone into a safetensors file."""
+        """Save only the weights, in a safetensors file."""
         save_weights(self.model, Path(path))
 
     def load_weights(self, path: str | Path, *, strict: bool = True) -> WeightsReport:
-        """Put other weights into the model, by name.
+        """Load other weights into the model, by name.
 
         Parameters
         ----------
@@ -149,7 +155,7 @@ class Fitted:
             File of ``save_weights`` or any other safetensors file, folder of ``save``, or
             checkpoint, saved on any number of ranks.
         strict
-            Refuse names or shapes that differ; False takes what fits.
+            Refuse different names or shapes; False loads the weights that fit.
 
         Returns
         -------
@@ -169,4 +175,4 @@ class Fitted:
         name = type(self.model).__name__
         head = f"Fitted {name}, {count:,} parameters, {epochs} epochs"
         where = f"\nrun {self.run_id} in {self.run_path}" if self.run_id else ""
-        return f"{head}\n{table(self.records)}{where}"
+        return f"{head}\n{format_metrics(self.records)}{where}"

@@ -1,4 +1,4 @@
-"""``setup`` makes a ``Learner``; a learner fits, evaluates and predicts."""
+"""``setup`` makes a ``Learner``, which fits, evaluates and predicts."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 
 from harness import loop
 from harness.accelerators.base import Accelerator
@@ -36,8 +37,22 @@ from harness.data.loaders import eval_loader, split_data, train_loader
 from harness.errors import CheckpointError
 from harness.fitted import Evaluation, Fitted
 from harness.metrics.sets import MetricSet, as_metric_set
-from harness.run_binding import Unrecorded, code_commit, describe_fit, tracked
-from harness.setup_checks import as_pair, check_callbacks, check_epochs
+from harness.run_binding import (
+    Unrecorded,
+    check_tracker,
+    get_code_commit,
+    log_description,
+    start_tracking,
+)
+from harness.setup_checks import (
+    check_callbacks,
+    check_config_optimizer,
+    check_definition,
+    check_loss,
+    check_model,
+    check_setup,
+    parse_epochs,
+)
 
 if TYPE_CHECKING:
     import tracking
@@ -48,14 +63,14 @@ Data = Any
 
 @dataclass(frozen=True, kw_only=True)
 class Learner:
-    """Everything that defines a training but the data. Made by ``setup``; never changes.
+    """Everything that defines a training except the data. Made by ``setup``; immutable.
 
     Attributes
     ----------
     module
         ``nn.Module`` class or factory, called with ``**hparams``.
     loss, optimizer, metrics, backward
-        As given to ``setup``.
+        As passed to ``setup``.
     hparams, opt_hparams : dict
         Keyword arguments for module and optimizer.
     """
@@ -69,51 +84,52 @@ class Learner:
     opt_hparams: Mapping[str, Any]
 
     def __post_init__(self) -> None:
-        """Guard what is shared by learners made of one another."""
+        """Make the hparams read-only, since learners share them."""
         for name in ("hparams", "opt_hparams"):
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
 
     def set_hparams(self, **hparams: Any) -> Learner:
-        """A learner whose model is built with these keyword arguments, added to earlier ones."""
+        """Return a learner with more keyword arguments for the model."""
         return replace(self, hparams={**self.hparams, **hparams})
 
     def set_opt_hparams(self, **opt_hparams: Any) -> Learner:
-        """A learner whose optimizers are built with these, added to earlier ones."""
+        """Return a learner with more keyword arguments for the optimizers."""
         return replace(self, opt_hparams={**self.opt_hparams, **opt_hparams})
 
     def build_model(self) -> nn.Module:
-        """A fresh model.
+        """Build a new model.
 
         Raises
         ------
         TypeError
-            If `module` gives no ``nn.Module``.
+            If `module` does not return an ``nn.Module``.
+        ValueError
+            If neither the learner nor the model has a loss, or an optimizer.
         """
-        model = self.module(**self.hparams)
-        if not isinstance(model, nn.Module):
-            msg = f"setup(module): expected an nn.Module from it, got {model!r}."
-            raise TypeError(f"{msg} Give the class or a function that returns a model.")
-        check_whole(model, self)
+        model = check_model(self.module(**self.hparams))
+        check_definition(model, self.loss, self.optimizer)
         return model
 
     def build_optimizers(self, model: nn.Module) -> Any:
-        """Optimizers of a model: from ``setup(optimizer=...)``, else the model's own.
+        """Build the optimizers of a model, as ``setup(optimizer=...)`` or the model says.
 
-        None if the accelerator makes them by its config.
+        Returns
+        -------
+        One optimizer, several by name, or None if the accelerator makes them from its config.
         """
-        own = getattr(model, "set_optimizers", None)
         if self.optimizer == "config":
             return None
         if self.optimizer is not None:
             return self.optimizer(model.parameters(), **self.opt_hparams)
+        own = getattr(model, "set_optimizers", None)
         assert own is not None
         return own(**self.opt_hparams)
 
-    def loss_fn_of(
+    def get_loss_fn(
         self, model: nn.Module, device: torch.device
     ) -> Callable[..., Tensor] | None:
-        """The loss in force, on the device: from ``setup(loss=...)``, else the model's own."""
-        loss: Any = self.loss if self.loss is not None else getattr(model, "loss", None)
+        """Return the loss, from ``setup(loss=...)`` or the model, on the device."""
+        loss = self.loss if self.loss is not None else getattr(model, "loss", None)
         return loss.to(device) if isinstance(loss, nn.Module) else loss
 
     def fit(
@@ -129,31 +145,32 @@ class Learner:
         seed: int | None = None,
         tracker: tracking.Run | Mapping[str, Any] | bool | None = None,
     ) -> Fitted:
-        """Train a fresh model.
+        """Train a new model.
 
         Parameters
         ----------
         data
             DataLoader, Dataset, tensor, array, or several of equal length; batches are
-            ``(input, target)``. Batches of 32, shuffled, a short last one dropped.
+            ``(input, target)``. By default batches have 32 rows and are shuffled, and a
+            short last batch is dropped.
         epochs : >= 1
             Number, or pair ``(min_epochs, max_epochs)``.
         valid_data
             Share of `data` in (0, 1), data in one of the same forms, or None.
         callbacks
-            Instances of ``harness.Callback``, beside the default ones.
+            Instances of ``harness.Callback``, added to the default ones.
         accelerator
-            None: one device, or DeepSpeed where several ranks were launched.
+            None: one device, or DeepSpeed if several ranks were launched.
         verbose
-            Show progress; None: when a person watches.
+            Show progress; None: in a terminal, a notebook or a Python prompt.
         dataloader_options
             Arguments of torch's ``DataLoader``.
         seed
-            Seeds Python's, NumPy's and torch's generators first; None leaves them.
+            Seed for Python's, NumPy's and torch's generators, set first; None leaves them.
         tracker
-            None: a new run in ``./runs`` and in MLflow's own default. A dict: the same with
-            these arguments of ``tracking.start``. False: none. A ``tracking.Run``: that
-            one; it is left open.
+            None: a new run in ``./runs`` and in MLflow's default store. A dict: the same
+            with these arguments of ``tracking.start``. False: no tracking. A
+            ``tracking.Run``: that run, which stays open.
 
         Returns
         -------
@@ -168,39 +185,22 @@ class Learner:
         ----------
         luz 0.5.0, ``fit``.
         """
-        check_epochs(*as_pair(epochs))
-        own = check_callbacks(callbacks)
+        parse_epochs(epochs)
+        callbacks = check_callbacks(callbacks)
+        check_tracker(tracker)
         if seed is not None:
             seed_all(seed)
-        if isinstance(valid_data, float | int) and not isinstance(valid_data, bool):
-            data, valid_data = split_data(data, valid_data)
-        train = train_loader(data, dataloader_options)
-        valid = None
-        if valid_data is not None:
-            valid = eval_loader(valid_data, dataloader_options)
+        train, valid = build_loaders(data, valid_data, dataloader_options)
         accelerator = accelerator or pick_accelerator()
-        resume = resume_of(own)
-        has_one = getattr(accelerator, "has_optimizer", False)
-        if self.optimizer == "config" and not has_one:
-            msg = "fit: expected an optimizer in the accelerator's config, got none."
-            raise ValueError(
-                f"{msg} Give DeepSpeedAccelerator a config with one, or setup(optimizer=...)"
-                " a class."
-            )
+        check_config_optimizer(self.optimizer, accelerator)
+        resume = resume_of(callbacks)
         model = self.build_model()
         if resume is not None and resume.is_weights_only:
             put_weights(model, resume.place)
-        defaults = [
-            Profile(),
-            TrainValid(),
-            Metrics(self.metrics),
-            Progress(),
-            Interrupt(),
-        ]
         ctx = FitContext(
             model=model,
             optimizers=self.build_optimizers(model),
-            loss_fn=self.loss_fn_of(model, accelerator.device),
+            loss_fn=self.get_loss_fn(model, accelerator.device),
             hparams=self.hparams,
             opt_hparams=self.opt_hparams,
             data=train,
@@ -208,19 +208,19 @@ class Learner:
             epochs=epochs,
             accelerator=accelerator,
             verbose=verbose,
-            callbacks=[*defaults, *own],
+            callbacks=[*default_callbacks(self.metrics), *callbacks],
         )
-        ctx.backward = self._backward_of(ctx)
-        ctx.about = {**about_fit(ctx), "code": code_commit()}
+        ctx.backward = self._get_backward(ctx)
+        ctx.about = {**about_fit(ctx), "code": get_code_commit()}
         try:
             if resume is not None and not resume.is_weights_only:
                 resume.check(ctx)
                 ctx.resume = resume
-            with tracked(ctx, tracker) as run:
+            with start_tracking(ctx, tracker) as run:
                 if run is not None and not (resume and resume.goes_on_with(run)):
-                    describe_fit(run, ctx, self, seed)
+                    log_description(run, ctx, seed)
                 loop.fit(ctx)
-            fitted = self._fitted(ctx, run)
+            fitted = self._make_fitted(ctx, run)
         except BaseException:
             accelerator.finish(failed=True)
             raise
@@ -229,8 +229,8 @@ class Learner:
         bind_context(fitted.model, None)
         return fitted
 
-    def _backward_of(self, ctx: Context) -> Callable[[Tensor], object]:
-        """How a loss goes back: the user's way, else the accelerator's."""
+    def _get_backward(self, ctx: Context) -> Callable[[Tensor], object]:
+        """Return the user's backward if there is one, or else the accelerator's."""
         own = self.backward or getattr(ctx.model, "backward", None)
         accelerator = ctx.accelerator
         assert accelerator is not None
@@ -243,14 +243,17 @@ class Learner:
 
         return backward
 
-    def _fitted(self, ctx: FitContext, run: tracking.Run | None) -> Fitted:
+    def _make_fitted(self, ctx: FitContext, run: tracking.Run | None) -> Fitted:
         """Gather the weights and build the result, with the model on the CPU."""
-        accelerator = ctx.accelerator
+        accelerator, model = ctx.accelerator, ctx.model
         assert accelerator is not None
-        weights = accelerator.whole_state_dict(ctx.model)
+        weights = accelerator.whole_state_dict(model)
         accelerator.finish()
+        model.cpu()
+        if weights:
+            model.load_state_dict(weights)
         return Fitted(
-            model=plain_model(ctx.model, weights),
+            model=model.eval(),
             records=ctx.records,
             learner=self,
             hparams=ctx.hparams,
@@ -271,16 +274,16 @@ class Learner:
         verbose: bool | None = None,
         dataloader_options: Mapping[str, Any] | None = None,
     ) -> Evaluation:
-        """Losses and metrics of a trained model on new data.
+        """Compute losses and metrics of a trained model on new data.
 
         Parameters
         ----------
         fitted
-            What ``fit`` gave.
+            Result of ``fit``.
         data
-            As in ``fit``; in order, the short last batch included.
+            As in ``fit``; read in order, with the short last batch.
         metrics
-            Other metrics than the learner's; None: the learner's for validation.
+            Metrics in place of the learner's; None: the learner's for validation.
         callbacks, accelerator, verbose, dataloader_options
             As in ``fit``.
 
@@ -292,26 +295,26 @@ class Learner:
         ----------
         luz 0.5.0, ``evaluate``.
         """
-        check_loss(f"evaluate({type(fitted.model).__name__})", fitted.model, self)
+        check_loss(f"evaluate({type(fitted.model).__name__})", fitted.model, self.loss)
         accelerator = accelerator or pick_accelerator()
         measured = self.metrics if metrics is None else as_metric_set(metrics)
         ctx = EvaluateContext(
             model=fitted.model,
             newdata=eval_loader(data, dataloader_options, "data"),
-            optimizers=self._named_optimizers(fitted.model),
-            loss_fn=self.loss_fn_of(fitted.model, accelerator.device),
+            optimizers=self._build_optimizers_for_names(fitted.model),
+            loss_fn=self.get_loss_fn(fitted.model, accelerator.device),
             opt_hparams=fitted.opt_hparams,
             accelerator=accelerator,
             verbose=verbose,
             recorder=Unrecorded(),
             callbacks=[TrainValid(), Metrics(measured), *check_callbacks(callbacks)],
         )
-        with lent_model(ctx):
+        with restore_model_after(ctx):
             loop.evaluate(ctx)
         return Evaluation(records=ctx.records)
 
-    def _named_optimizers(self, model: nn.Module) -> Any:
-        """Optimizers for their names alone; a stand-in where there are none."""
+    def _build_optimizers_for_names(self, model: nn.Module) -> Any:
+        """Build optimizers whose names are used; a placeholder if there are none."""
         has_own = self.optimizer is None and hasattr(model, "set_optimizers")
         if not has_own and not callable(self.optimizer):
             return torch.optim.SGD([nn.Parameter(torch.zeros(()))])
@@ -327,12 +330,12 @@ class Learner:
         verbose: bool | None = None,
         dataloader_options: Mapping[str, Any] | None = None,
     ) -> Any:
-        """The model's output for each row of `data`, in order, on the CPU.
+        """Return the model's output for each row of `data`, in order, on the CPU.
 
         Parameters
         ----------
         fitted
-            What ``fit`` gave.
+            Result of ``fit``.
         data
             As in ``fit``; targets are ignored.
         callbacks, accelerator, verbose, dataloader_options
@@ -340,8 +343,8 @@ class Learner:
 
         Returns
         -------
-        tensor, first dim the rows of `data`; tuples and dicts of tensors where the model
-        gives those; a list by batch for anything else
+        tensor whose first dim is the rows of `data`; tuples and dicts of tensors if the
+        model returns those; a list with one item a batch for anything else
 
         References
         ----------
@@ -356,7 +359,7 @@ class Learner:
             recorder=Unrecorded(),
             callbacks=[TrainValid(), *check_callbacks(callbacks)],
         )
-        with lent_model(ctx):
+        with restore_model_after(ctx):
             return joined(loop.predict(ctx))
 
 
@@ -368,24 +371,25 @@ def setup(
     metrics: Any = None,
     backward: Callable[[Tensor], object] | None = None,
 ) -> Learner:
-    """Say how a model is trained.
+    """Define how a model is trained.
 
     Parameters
     ----------
     module
         ``nn.Module`` class, or a function that returns a model.
     loss
-        ``loss(pred, target)``, a scalar; None: the model's own ``loss`` or ``step``.
+        ``loss(pred, target)``, which returns a scalar; None: the model's own ``loss`` or
+        ``step``.
     optimizer
-        Optimizer class, called with ``(parameters, **opt_hparams)``; None: the model's own
-        ``set_optimizers(**opt_hparams)``, which may return several by name; ``"config"``:
-        the one in the config of a ``DeepSpeedAccelerator``.
+        Optimizer class, called with ``(parameters, **opt_hparams)``. None: the model's own
+        ``set_optimizers(**opt_hparams)``, which may return several by name. ``"config"``:
+        the optimizer in the config of a ``DeepSpeedAccelerator``.
     metrics
         torchmetrics objects or functions ``f(pred, target)``: one, a list, a dict by name,
         or a ``MetricSet``.
     backward
-        Called with the loss in place of ``ctx.accelerator.backward(loss, ctx.opt_name)``,
-        which it may call; on one device ``loss.backward()`` serves as well.
+        Called with the loss instead of ``ctx.accelerator.backward(loss, ctx.opt_name)``,
+        which it may call; on one device it may also call ``loss.backward()``.
 
     Returns
     -------
@@ -394,31 +398,15 @@ def setup(
     Raises
     ------
     TypeError
-        If something has the wrong kind.
+        If an argument has the wrong type.
     ValueError
         If there is no loss or no optimizer.
 
     References
     ----------
-    luz 0.5.0, ``setup``. Differs from luz: the class itself is left unchanged.
+    luz 0.5.0, ``setup``. Differs from luz: the class itself is not changed.
     """
-    if isinstance(module, nn.Module):
-        name = type(module).__name__
-        msg = f"setup(module): expected a class or factory, got an instance of {name}."
-        raise TypeError(f"{msg} Give {name} itself; arguments go to set_hparams().")
-    if not callable(module):
-        msg = f"setup(module): expected an nn.Module class or factory, got {module!r}."
-        raise TypeError(f"{msg} Give the class of your model.")
-    if isinstance(optimizer, Optimizer):
-        name = type(optimizer).__name__
-        msg = f"setup(optimizer): expected a class, got an instance of {name}."
-        raise TypeError(f"{msg} Give torch.optim.{name}; set_opt_hparams() sets lr.")
-    if optimizer is not None and optimizer != "config" and not callable(optimizer):
-        msg = f"setup(optimizer): expected a class or 'config', got {optimizer!r}."
-        raise TypeError(f"{msg} Give torch.optim.AdamW, say.")
-    if isinstance(loss, type):
-        msg = f"setup(loss): expected an instance, got the class {loss.__name__}."
-        raise TypeError(f"{msg} Write {loss.__name__}().")
+    check_setup(module, loss, optimizer)
     learner = Learner(
         module=module,
         loss=loss,
@@ -429,41 +417,35 @@ def setup(
         opt_hparams={},
     )
     if isinstance(module, type):
-        check_whole(module, learner)
+        check_definition(module, loss, optimizer)
     return learner
 
 
-def check_whole(model: Any, learner: Learner) -> None:
-    """Raise if neither the learner nor the model says how to compare or how to step."""
-    name = model.__name__ if isinstance(model, type) else type(model).__name__
-    check_loss(f"setup({name})", model, learner)
-    if learner.optimizer is None and not hasattr(model, "set_optimizers"):
-        msg = f"setup({name}): expected an optimizer, got none."
-        raise ValueError(
-            f"{msg} Give optimizer=..., or define {name}.set_optimizers()."
-        )
+def build_loaders(
+    data: Data, valid_data: Data | float | None, options: Mapping[str, Any] | None
+) -> tuple[DataLoader[Any], DataLoader[Any] | None]:
+    """Return the loaders of training and validation data; a fraction splits `data`."""
+    if isinstance(valid_data, float | int) and not isinstance(valid_data, bool):
+        data, valid_data = split_data(data, valid_data)
+    train = train_loader(data, options)
+    return train, None if valid_data is None else eval_loader(valid_data, options)
 
 
-def check_loss(place: str, model: Any, learner: Learner) -> None:
-    """Raise if neither the learner nor the model says how to compare."""
-    name = model.__name__ if isinstance(model, type) else type(model).__name__
-    own = hasattr(model, "loss") or hasattr(model, "step")
-    if learner.loss is None and not own:
-        msg = f"{place}: expected a loss, got none, and {name} has no loss or step."
-        advice = f"Give setup(loss=...), or define {name}.loss(pred, target)."
-        raise ValueError(f"{msg} {advice}")
+def default_callbacks(metrics: MetricSet) -> list[Callback]:
+    """Return the callbacks of every fit."""
+    return [Profile(), TrainValid(), Metrics(metrics), Progress(), Interrupt()]
 
 
 def seed_all(seed: int) -> None:
-    """Seed Python's, NumPy's and torch's generators, on all devices."""
+    """Seed Python's, NumPy's and torch's generators, the latter on all devices."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
 @contextmanager
-def lent_model(ctx: Context) -> Iterator[None]:
-    """Give the model back as it was, off the context and on the CPU, however it ends."""
+def restore_model_after(ctx: Context) -> Iterator[None]:
+    """Take the model off the context and back to the CPU, also after an error."""
     failed = True
     try:
         yield
@@ -490,14 +472,6 @@ def call_after_fit(ctx: Context) -> None:
         warnings.warn(msg, stacklevel=3)
 
 
-def plain_model(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
-    """The model on the CPU with whole weights, in evaluation mode."""
-    model.cpu()
-    if weights:
-        model.load_state_dict(weights)
-    return model.eval()
-
-
 def joined(parts: Sequence[Any]) -> Any:
     """Outputs of batches as one, in the same form, on the CPU."""
     first = parts[0] if parts else None
@@ -512,25 +486,25 @@ def joined(parts: Sequence[Any]) -> Any:
 
 
 def load(path: str | Path, module: Callable[..., nn.Module] | None = None) -> Fitted:
-    """A fitted model that ``Fitted.save`` wrote, on the CPU.
+    """Load a fitted model that ``Fitted.save`` wrote, on the CPU.
 
     Parameters
     ----------
     path
         The folder.
     module
-        Model class or factory; None: the importable one that was saved.
+        Model class or factory; None: import the one whose name was saved.
 
     Returns
     -------
     Fitted
-        It predicts, and evaluates if the model has a loss of its own; for another loss or
+        It predicts, and evaluates if the model defines a loss. For another loss or
         metrics use ``Learner.evaluate`` of a learner from ``setup``.
 
     Raises
     ------
     CheckpointError
-        If the folder is missing, torn or of another format, or the class cannot be
+        If the folder is missing, damaged or of another format, or the class cannot be
         imported or does not fit the weights.
     """
     path = Path(path)
@@ -544,7 +518,7 @@ def load(path: str | Path, module: Callable[..., nn.Module] | None = None) -> Fi
         model.load_state_dict(weights)
     except (RuntimeError, TypeError) as exc:
         msg = f"load({str(path)!r}): expected weights that fit {module!r}, got: {exc}."
-        raise CheckpointError(f"{msg} Give the right class as module=.") from exc
+        raise CheckpointError(f"{msg} Pass the right class as module=.") from exc
     return Fitted(
         model=model.eval(),
         records=about["records"],

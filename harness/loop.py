@@ -25,11 +25,12 @@ def fit(ctx: Context) -> None:
     ctx.handlers |= {EarlyStop: lambda _: ctx.call_callbacks("on_early_stopping")}
     ctx.handlers |= {Interrupted: lambda _: ctx.call_callbacks("on_interrupt")}
     ctx.epoch_handlers |= {SkipEpoch: lambda _: None}
-    with told(ctx):
-        with handled(lambda: ctx.handlers):
+    run_callback_checks(ctx)
+    with report_exceptions(ctx):
+        with suppress_handled(lambda: ctx.handlers):
             ctx.call_callbacks("on_fit_begin")
-            for ctx.epoch in range(first_epoch(ctx), ctx.max_epochs + 1):
-                with handled(lambda: ctx.epoch_handlers):
+            for ctx.epoch in range(start_epoch(ctx), ctx.max_epochs + 1):
+                with suppress_handled(lambda: ctx.epoch_handlers):
                     ctx.call_callbacks("on_epoch_begin")
                     train_epoch(ctx)
                     if ctx.valid_data is not None:
@@ -39,14 +40,14 @@ def fit(ctx: Context) -> None:
 
 
 def train_epoch(ctx: Context) -> None:
-    """The training part of an epoch."""
+    """Train on all batches of an epoch."""
     assert ctx.accelerator is not None
-    to_device, fire, step = ctx.accelerator.to_device, ctx.call_callbacks, step_of(ctx)
+    to_device, fire, step = ctx.accelerator.to_device, ctx.call_callbacks, get_step(ctx)
     ctx.training, ctx.data, ctx.trained = True, ctx.train_data, 0
     ctx.train_pass = TrainPass(ctx.train_data, ctx.accelerator, ctx.epoch or 1)
     fire("on_train_begin")
     is_over = ctx.resume is not None and ctx.resume.position.phase == "valid"
-    batches = begin_pass(ctx)
+    batches = start_batches(ctx)
     for ctx.iter, batch in enumerate(batches, start=ctx.trained + 1):
         ctx.batch, ctx.loss = to_device(batch), {}
         fire("on_train_batch_begin")
@@ -58,9 +59,9 @@ def train_epoch(ctx: Context) -> None:
 
 
 def valid_epoch(ctx: Context) -> None:
-    """The validation part of an epoch, or an evaluation."""
+    """Validate after an epoch, or evaluate."""
     assert ctx.accelerator is not None and ctx.valid_data is not None
-    to_device, fire, step = ctx.accelerator.to_device, ctx.call_callbacks, step_of(ctx)
+    to_device, fire, step = ctx.accelerator.to_device, ctx.call_callbacks, get_step(ctx)
     ctx.training, ctx.data = False, ctx.valid_data
     ctx.mark_validation()
     fire("on_valid_begin")
@@ -74,17 +75,17 @@ def valid_epoch(ctx: Context) -> None:
 
 
 def evaluate(ctx: Context) -> None:
-    """Losses and metrics of ``ctx.valid_data``, logged as epoch 1 of the set ``valid``."""
-    with told(ctx):
+    """Log the losses and metrics of ``ctx.valid_data`` as epoch 1 of the set ``valid``."""
+    with report_exceptions(ctx):
         valid_epoch(ctx)
 
 
 def predict(ctx: Context) -> list[Any]:
-    """The model's output for each batch of ``ctx.data``, all ranks' rows, detached."""
+    """Return the model's output for each batch of ``ctx.data``, detached, of all ranks."""
     assert ctx.accelerator is not None and ctx.data is not None
     own = getattr(ctx.model, "predict", None)
     preds = []
-    with told(ctx), torch.no_grad():
+    with report_exceptions(ctx), torch.no_grad():
         ctx.call_callbacks("on_predict_begin")
         for ctx.iter, batch in enumerate(ctx.data, start=1):
             ctx.batch = ctx.accelerator.to_device(batch)
@@ -96,14 +97,27 @@ def predict(ctx: Context) -> list[Any]:
     return preds
 
 
-def step_of(ctx: Context) -> Callable[[], object]:
-    """The model's own ``step``, else the default one."""
+def get_step(ctx: Context) -> Callable[[], object]:
+    """Return the model's own ``step``, or else the default one."""
     own = getattr(ctx.model, "step", None)
     return own or (lambda: default_step(ctx))
 
 
-def first_epoch(ctx: Context) -> int:
-    """The epoch to begin with; what a checkpoint has is put back here or in ``begin_pass``."""
+def run_callback_checks(ctx: Context) -> None:
+    """Let each callback refuse a fit that it cannot work in."""
+    for callback in ctx.callbacks:
+        try:
+            callback.check(ctx)
+        except Exception as exc:
+            exc.add_note(f"in {type(callback).__name__}.check, before the first epoch")
+            raise
+
+
+def start_epoch(ctx: Context) -> int:
+    """Return the first epoch to run, after restoring a checkpoint taken between epochs.
+
+    A checkpoint taken inside an epoch is restored by ``start_batches``.
+    """
     resume = ctx.resume
     if resume is None:
         return 1
@@ -117,8 +131,8 @@ def first_epoch(ctx: Context) -> int:
     return int(resume.position.epoch) + 1
 
 
-def begin_pass(ctx: Context) -> Iterator[Any]:
-    """The training batches of the epoch, or those that a checkpoint left over."""
+def start_batches(ctx: Context) -> Iterator[Any]:
+    """Return the training batches of the epoch; after a resume, only the remaining ones."""
     resume, ctx.resume = ctx.resume, None
     if resume is None:
         return ctx.train_pass.start()  # type: ignore[no-any-return]
@@ -134,8 +148,8 @@ def begin_pass(ctx: Context) -> Iterator[Any]:
 
 
 @contextmanager
-def handled(get_handlers: Callable[[], Handlers]) -> Iterator[None]:
-    """End the block quietly on an exception that a handler is for, after it ran."""
+def suppress_handled(get_handlers: Callable[[], Handlers]) -> Iterator[None]:
+    """Suppress exceptions that have a registered handler, after calling the handler."""
     try:
         yield
     except BaseException as exc:
@@ -148,14 +162,14 @@ def handled(get_handlers: Callable[[], Handlers]) -> Iterator[None]:
 
 
 @contextmanager
-def told(ctx: Context) -> Iterator[None]:
-    """Fire ``on_exception`` for what leaves the block, and note where it happened."""
+def report_exceptions(ctx: Context) -> Iterator[None]:
+    """Fire ``on_exception`` for an exception, and add a note of where it happened."""
     try:
         yield
     except BaseException as exc:
         notes = getattr(exc, "__notes__", [])
-        is_told = any(", epoch " in note for note in notes)
-        if isinstance(exc, Exception) and not is_told:
+        has_note = any(", epoch " in note for note in notes)
+        if isinstance(exc, Exception) and not has_note:
             ctx.add_note(exc, "the loop")
         ctx.call_callbacks("on_exception")
         raise

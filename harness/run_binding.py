@@ -1,11 +1,13 @@
-"""How a fit is recorded: which run it goes into, and what that run says of it."""
+"""Tracking of a fit: which run records it, and the description that the run keeps."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import Tensor
 
 import tracking
 from harness.context import Context
@@ -14,12 +16,9 @@ from harness.records import Nobody
 from tracking import capture
 from tracking.schema import flatten_value
 
-if TYPE_CHECKING:
-    from harness.learner import Learner
-
 
 class Unrecorded(Nobody):
-    """The recorder of a fit without tracking: checks values as a run would, keeps none."""
+    """Recorder of a fit without tracking: checks values as a run does, and drops them."""
 
     def log(self, what: str, set: str, value: Any, *_: Any, **__: Any) -> None:
         """Check the value."""
@@ -32,21 +31,32 @@ class Unrecorded(Nobody):
         flatten_value(values, f"log_step(set={set!r})")
 
 
-@contextmanager
-def tracked(ctx: Context, tracker: Any) -> Iterator[tracking.Run | None]:
-    """Give the context its recorder, and the run behind it for as long as the fit lasts.
-
-    Parameters
-    ----------
-    ctx
-        Context of the fit.
-    tracker
-        As in ``Learner.fit``.
+def check_tracker(tracker: object) -> None:
+    """Check the argument of ``Learner.fit``.
 
     Raises
     ------
     TypeError
-        If `tracker` is none of the forms that ``Learner.fit`` names.
+        If `tracker` has none of the documented forms.
+    """
+    is_known = tracker is None or isinstance(tracker, bool | Mapping | tracking.Run)
+    if not is_known:
+        msg = f"fit(tracker): expected None, False, a dict or a Run, got {tracker!r}."
+        raise TypeError(f"{msg} A dict holds arguments of tracking.start().")
+
+
+@contextmanager
+def start_tracking(
+    ctx: Context, tracker: tracking.Run | Mapping[str, Any] | bool | None
+) -> Iterator[tracking.Run | None]:
+    """Record the fit in a run while the block runs; give None if tracking is off.
+
+    Parameters
+    ----------
+    ctx
+        Context of the fit; gets its recorder.
+    tracker
+        As in ``Learner.fit``.
     """
     if tracker is False:
         ctx.recorder = Unrecorded()
@@ -56,14 +66,10 @@ def tracked(ctx: Context, tracker: Any) -> Iterator[tracking.Run | None]:
         ctx.recorder = tracker
         yield tracker
         return
-    if tracker is None or tracker is True:
-        tracker = {}
-    if not isinstance(tracker, Mapping):
-        msg = f"fit(tracker): expected None, False, a dict or a Run, got {tracker!r}."
-        raise TypeError(f"{msg} A dict holds arguments of tracking.start().")
+    given = tracker if isinstance(tracker, Mapping) else {}
     assert ctx.accelerator is not None
     rank, share = ctx.accelerator.rank, ctx.accelerator.broadcast
-    options = dict(tracker) | earlier_run(ctx)
+    options = dict(given) | find_resumed_run(ctx)
     if rank == 0:
         run = tracking.start(**options)
         share(run.id)
@@ -76,8 +82,8 @@ def tracked(ctx: Context, tracker: Any) -> Iterator[tracking.Run | None]:
             run.finish("killed")
 
 
-def earlier_run(ctx: Context) -> dict[str, Any]:
-    """Arguments that open the run of the checkpoint that the fit goes on from."""
+def find_resumed_run(ctx: Context) -> dict[str, Any]:
+    """Return arguments that open the run that the fit resumes; none if there is no run."""
     resume = ctx.resume
     if resume is None or not resume.is_exact:
         return {}
@@ -89,17 +95,15 @@ def earlier_run(ctx: Context) -> dict[str, Any]:
     return {}
 
 
-def code_commit() -> str | None:
-    """The git commit of the working folder, with a mark if there are changes."""
+def get_code_commit() -> str | None:
+    """Return the git commit of the working folder, marked if there are changes."""
     summary = capture.code_state(Path.cwd()).summary or {}
     mark = " (changed)" if summary.get("dirty") else ""
     return f"{summary['commit']}{mark}" if summary.get("commit") else None
 
 
-def describe_fit(
-    run: tracking.Run, ctx: Context, learner: Learner, seed: int | None
-) -> None:
-    """Record what is trained, on what data, how: params, dataset inputs, the model's form."""
+def log_description(run: tracking.Run, ctx: Context, seed: int | None) -> None:
+    """Log what is trained on what data: params, dataset inputs and the printed model."""
     accelerator, model = ctx.accelerator, ctx.model
     assert accelerator is not None and ctx.train_data is not None
     if not accelerator.is_main:
@@ -109,7 +113,7 @@ def describe_fit(
         "model": type(model).__name__,
         "num_params": sum(param.numel() for param in model.parameters()),
         "optimizer": type(getattr(opt, "optimizer", opt)).__name__,
-        "loss": _name(ctx.loss_fn),
+        "loss": _name_loss(ctx.loss_fn),
         "epochs": ctx.max_epochs,
         "batch_size": ctx.train_data.batch_size,
         "accumulate": accelerator.accumulate,
@@ -120,8 +124,8 @@ def describe_fit(
     }
     if ctx.min_epochs:
         params["min_epochs"] = ctx.min_epochs
-    params |= dict(learner.hparams)
-    params |= {f"opt.{name}": value for name, value in learner.opt_hparams.items()}
+    params |= ctx.hparams
+    params |= {f"opt.{name}": value for name, value in ctx.opt_hparams.items()}
     run.log_params({name: as_param(value) for name, value in params.items()})
     run.log_input("train", "training", **describe(ctx.train_data))
     if ctx.valid_data is not None:
@@ -129,13 +133,12 @@ def describe_fit(
     run.log_text(str(model), "model.txt")
 
 
-def as_param(value: Any) -> Any:
-    """The value if it can be a param as it is, else its text."""
+def as_param(value: Any) -> str | int | float | bool:
+    """Return the value if it can be a param as it is, or else its text."""
     return value if isinstance(value, str | int | float | bool) else str(value)
 
 
-def _name(thing: Any) -> str:
-    """Class or function name of a loss."""
-    if thing is None:
+def _name_loss(loss: Callable[..., Tensor] | None) -> str:
+    if loss is None:
         return "model.step"
-    return getattr(thing, "__name__", type(thing).__name__)
+    return getattr(loss, "__name__", type(loss).__name__)

@@ -1,4 +1,8 @@
-"""Checks of what is put into the context."""
+"""What is refused before training starts. Each check raises an error that says what to do.
+
+Options of a single callback are checked in its constructor, with ``check_at_least``; what
+a callback needs of the fit is checked in its ``check`` method.
+"""
 
 from __future__ import annotations
 
@@ -6,79 +10,191 @@ from collections.abc import Iterable, Mapping
 from numbers import Integral
 from typing import Any
 
+from torch import nn
 from torch.optim import Optimizer
 
 from harness.callback import Callback
 
 
-def check_callbacks(callbacks: Iterable[Any]) -> tuple[Callback, ...]:
-    """The callbacks in running order: by weight, ties as given.
+def check_setup(module: object, loss: object, optimizer: object) -> None:
+    """Check the arguments of ``setup`` that a model is built from.
 
     Raises
     ------
     TypeError
-        If one is no ``Callback``, a class instead of an instance included.
+        If the module or the optimizer is an instance, the loss is a class, or one of them
+        cannot be called.
+    """
+    if isinstance(module, nn.Module):
+        name = type(module).__name__
+        msg = f"setup(module): expected a class or factory, got an instance of {name}."
+        raise TypeError(
+            f"{msg} Pass {name} itself, and its arguments to set_hparams()."
+        )
+    if not callable(module):
+        msg = f"setup(module): expected an nn.Module class or factory, got {module!r}."
+        raise TypeError(f"{msg} Pass the class of your model.")
+    if isinstance(optimizer, Optimizer):
+        name = type(optimizer).__name__
+        msg = f"setup(optimizer): expected a class, got an instance of {name}."
+        raise TypeError(
+            f"{msg} Pass torch.optim.{name}, and its options to set_opt_hparams()."
+        )
+    if optimizer is not None and optimizer != "config" and not callable(optimizer):
+        msg = f"setup(optimizer): expected a class or 'config', got {optimizer!r}."
+        raise TypeError(f"{msg} Pass for example torch.optim.AdamW.")
+    if isinstance(loss, type):
+        msg = f"setup(loss): expected an instance, got the class {loss.__name__}."
+        raise TypeError(f"{msg} Write {loss.__name__}().")
+
+
+def check_model(model: object) -> nn.Module:
+    """Return what ``setup(module=...)`` built, if it is a model.
+
+    Raises
+    ------
+    TypeError
+        If it is not an ``nn.Module``.
+    """
+    if not isinstance(model, nn.Module):
+        msg = f"setup(module): expected it to return an nn.Module, got {model!r}."
+        raise TypeError(f"{msg} Pass the class, or a function that returns a model.")
+    return model
+
+
+def check_loss(place: str, model: nn.Module | type, loss: object) -> None:
+    """Check that the learner or the model defines a loss.
+
+    Parameters
+    ----------
+    place
+        Where the model is used, for the message.
+    model
+        The model or its class.
+    loss
+        What ``setup(loss=...)`` was given.
+
+    Raises
+    ------
+    ValueError
+        If there is no loss.
+    """
+    if loss is None and not hasattr(model, "loss") and not hasattr(model, "step"):
+        name = model.__name__ if isinstance(model, type) else type(model).__name__
+        msg = f"{place}: expected a loss, got none, and {name} has no loss or step."
+        advice = f"Pass setup(loss=...), or define {name}.loss(pred, target)."
+        raise ValueError(f"{msg} {advice}")
+
+
+def check_definition(model: nn.Module | type, loss: object, optimizer: object) -> None:
+    """Check that the learner or the model defines a loss and an optimizer.
+
+    Raises
+    ------
+    ValueError
+        If there is no loss or no optimizer.
+    """
+    name = model.__name__ if isinstance(model, type) else type(model).__name__
+    check_loss(f"setup({name})", model, loss)
+    if optimizer is None and not hasattr(model, "set_optimizers"):
+        msg = f"setup({name}): expected an optimizer, got none."
+        raise ValueError(
+            f"{msg} Pass optimizer=..., or define {name}.set_optimizers()."
+        )
+
+
+def check_config_optimizer(optimizer: object, accelerator: object) -> None:
+    """Check that the accelerator's config has the optimizer that ``"config"`` asks for.
+
+    Raises
+    ------
+    ValueError
+        If it has none.
+    """
+    if optimizer == "config" and not getattr(accelerator, "has_optimizer", False):
+        msg = "fit: expected an optimizer in the accelerator's config, got none."
+        raise ValueError(
+            f"{msg} Add one to the config of DeepSpeedAccelerator, or pass a class to"
+            " setup(optimizer=...)."
+        )
+
+
+def check_callbacks(callbacks: Iterable[object]) -> tuple[Callback, ...]:
+    """Return the callbacks in running order: by weight, ties in the order given.
+
+    Raises
+    ------
+    TypeError
+        If one is not a ``Callback``, or is a class instead of an instance.
     """
     if not isinstance(callbacks, Iterable):
         msg = f"callbacks: expected a list of callbacks, got {callbacks!r}."
         raise TypeError(f"{msg} Write [...] around it.")
-    found = tuple(callbacks)
-    for place, item in enumerate(found):
+    found = []
+    for place, item in enumerate(callbacks):
         if isinstance(item, type) and issubclass(item, Callback):
             msg = f"callbacks[{place}]: expected an instance, got the class {item.__name__}."
             raise TypeError(f"{msg} Write {item.__name__}(...).")
         if not isinstance(item, Callback):
             msg = f"callbacks[{place}]: expected a harness.Callback, got {item!r}."
             raise TypeError(f"{msg} Derive its class from harness.Callback.")
+        found.append(item)
     return tuple(sorted(found, key=lambda callback: callback.weight))
 
 
-def as_pair(epochs: Any) -> tuple[Any, Any]:
-    """``(min_epochs, max_epochs)`` of a number or pair, not checked further.
-
-    Raises
-    ------
-    ValueError
-        If there are other than two.
-    """
-    if not isinstance(epochs, tuple | list):
-        return 0, epochs
-    if len(epochs) != 2:
-        msg = f"epochs: expected a pair (min_epochs, max_epochs), got {epochs!r}."
-        raise ValueError(f"{msg} Give an int, or a pair.")
-    return epochs[0], epochs[1]
-
-
-def check_epochs(min_epochs: Any, max_epochs: Any) -> tuple[int, int]:
-    """Whole numbers with ``0 <= min_epochs <= max_epochs`` and at least one epoch.
+def parse_epochs(epochs: object) -> tuple[int, int]:
+    """Return ``(min_epochs, max_epochs)`` of a number or a pair.
 
     Raises
     ------
     TypeError
-        If one is no whole number.
+        If one is not a whole number.
+    ValueError
+        If there are more or fewer than two, or they are out of range or order.
+    """
+    if not isinstance(epochs, tuple | list):
+        return check_epochs(0, epochs)
+    if len(epochs) != 2:
+        msg = f"epochs: expected a pair (min_epochs, max_epochs), got {epochs!r}."
+        raise ValueError(f"{msg} Pass an int, or a pair.")
+    return check_epochs(*epochs)
+
+
+def check_epochs(min_epochs: object, max_epochs: object) -> tuple[int, int]:
+    """Return both as ints, if ``0 <= min_epochs <= max_epochs`` and `max_epochs` is not 0.
+
+    Raises
+    ------
+    TypeError
+        If one is not a whole number.
     ValueError
         If they are out of range or order.
     """
-    for name, value in (("min_epochs", min_epochs), ("max_epochs", max_epochs)):
-        if not isinstance(value, Integral) or isinstance(value, bool):
-            msg = f"epochs: expected {name} as a whole number, got {value!r}."
-            raise TypeError(f"{msg} Give an int, or a pair (min_epochs, max_epochs).")
-    if min_epochs < 0 or max_epochs < 1:
-        msg = f"epochs: expected at least 1 epoch, got ({min_epochs}, {max_epochs})."
-        raise ValueError(f"{msg} Give an int from 1, or a pair (min, max).")
-    if min_epochs > max_epochs:
-        msg = f"epochs: expected min_epochs <= max_epochs, got {min_epochs} > {max_epochs}."
+    low = _check_whole_number("min_epochs", min_epochs)
+    high = _check_whole_number("max_epochs", max_epochs)
+    if low < 0 or high < 1:
+        msg = f"epochs: expected at least 1 epoch, got ({low}, {high})."
+        raise ValueError(f"{msg} Pass an int from 1, or a pair (min, max).")
+    if low > high:
+        msg = f"epochs: expected min_epochs <= max_epochs, got {low} > {high}."
         raise ValueError(f"{msg} Swap them.")
-    return int(min_epochs), int(max_epochs)
+    return low, high
+
+
+def _check_whole_number(name: str, value: object) -> int:
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        msg = f"epochs: expected {name} as a whole number, got {value!r}."
+        raise TypeError(f"{msg} Pass an int, or a pair (min_epochs, max_epochs).")
+    return int(value)
 
 
 def check_optimizers(optimizers: Any) -> dict[str, Any]:
-    """Optimizers by name; a single one gets the name ``opt``.
+    """Return the optimizers by name; a single one gets the name ``opt``.
 
     Raises
     ------
     TypeError
-        If several come without names, or one is no optimizer.
+        If several come without names, one is not an optimizer, or there is none.
     """
     if isinstance(optimizers, list | tuple | set):
         kind = type(optimizers).__name__
@@ -89,8 +205,32 @@ def check_optimizers(optimizers: Any) -> dict[str, Any]:
     for name, opt in optimizers.items():
         if not isinstance(opt, Optimizer) and not hasattr(opt, "param_groups"):
             msg = f"set_optimizers(): expected a torch optimizer at {name!r}, got {opt!r}."
-            raise TypeError(f"{msg} Build it, for instance torch.optim.AdamW(params).")
+            raise TypeError(f"{msg} Return for example torch.optim.AdamW(params).")
     if not optimizers:
         msg = "set_optimizers(): expected at least one optimizer, got none."
         raise TypeError(f"{msg} Return one, or a dict of named ones.")
     return dict(optimizers)
+
+
+def check_at_least(place: str, value: float | None, least: float, advice: str) -> None:
+    """Check an option of a callback; None passes.
+
+    Parameters
+    ----------
+    place
+        Class and option, such as ``"StepMetrics(every)"``.
+    value
+        What was given.
+    least
+        Smallest value that is allowed.
+    advice
+        Last sentence of the message.
+
+    Raises
+    ------
+    ValueError
+        If `value` is below `least`.
+    """
+    if value is not None and not value >= least:
+        msg = f"{place}: expected at least {least}, got {value!r}."
+        raise ValueError(f"{msg} {advice}")

@@ -1,4 +1,4 @@
-"""One batch: predict, compare, go back, step."""
+"""One batch: prediction, loss, backward, optimizer step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from harness.context import Context
 
 
 def call_model(model: Callable[..., Any], input: Any) -> Any:
-    """``model(input)``; a tuple or list is spread, a mapping goes by names."""
+    """Call the model; a tuple or list becomes arguments, a mapping keyword arguments."""
     if isinstance(input, Tensor):
         return model(input)
     if isinstance(input, tuple | list):
@@ -23,7 +23,7 @@ def call_model(model: Callable[..., Any], input: Any) -> Any:
 
 
 def train_step(ctx: Context) -> None:
-    """One training step of the present optimizer."""
+    """Run one training step of the current optimizer."""
     name, accelerator, fire = ctx.opt_name, ctx.accelerator, ctx.call_callbacks
     assert accelerator and ctx.loss_fn and ctx.backward
     with accelerator.optimizing(name):
@@ -41,7 +41,7 @@ def train_step(ctx: Context) -> None:
 
 
 def valid_step(ctx: Context) -> None:
-    """One validation step for the name of the present optimizer."""
+    """Compute the loss of one validation batch under the name of the current optimizer."""
     assert ctx.loss_fn is not None
     ctx.pred = call_model(ctx.model, ctx.input)
     ctx.call_callbacks("on_valid_batch_after_pred")
@@ -51,12 +51,12 @@ def valid_step(ctx: Context) -> None:
 
 
 def default_step(ctx: Context) -> None:
-    """The step of a model that has none: once for each named optimizer.
+    """Run the step of a model that defines none: once for each named optimizer.
 
     References
     ----------
     luz 0.5.0, default ``step`` of ``luz_module``. Differs from luz: gradients are cleared
-    after the step, so that they can add up over a window of batches.
+    after the step, so that they can accumulate over a window of batches.
     """
     one_step = train_step if ctx.training else valid_step
     for ctx.opt_name, ctx.opt in ctx.optimizers.items():

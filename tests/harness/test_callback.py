@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 import harness
 from harness.events import EVENTS
+from tests.harness.fakes import Tape, line_learner, slope
+
+OFF: dict[str, Any] = {"tracker": False, "verbose": False}
 
 
 def test_callback_method_that_is_no_event_is_refused_when_defined() -> None:
@@ -40,3 +45,39 @@ def test_callback_has_no_state_unless_it_says_so() -> None:
     assert callback.state_dict() == {}
     callback.load_state_dict({"anything": 1})
     assert callback.state_dict() == {}
+
+
+class Checks(Tape):
+    """Notes the context of its check among the events."""
+
+    def check(self, ctx: harness.Context) -> None:
+        assert ctx.model is not None and ctx.optimizers and ctx.train_data is not None
+        assert (ctx.epoch, ctx.max_epochs) == (None, 2)
+        self.events.append("check")
+
+
+class Refuses(harness.Callback):
+    def check(self, ctx: harness.Context) -> None:
+        if ctx.valid_data is None:
+            raise ValueError("Refuses: expected validation data, got none.")
+
+
+def test_check_runs_once_before_the_first_event_of_a_fit() -> None:
+    tape = Checks()
+    line_learner().fit(slope(2), 2, callbacks=[tape], **OFF)
+    assert tape.events[:2] == ["check", "on_fit_begin"]
+    assert tape.events.count("check") == 1
+
+
+def test_check_that_raises_ends_the_fit_before_any_event() -> None:
+    tape = Tape()
+    with pytest.raises(ValueError, match="expected validation data") as caught:
+        line_learner().fit(slope(2), 1, callbacks=[tape, Refuses()], **OFF)
+    assert tape.events == []
+    assert caught.value.__notes__ == ["in Refuses.check, before the first epoch"]
+    line_learner().fit(slope(2), 1, slope(2), callbacks=[Refuses()], **OFF)
+
+
+def test_check_is_not_part_of_an_evaluation() -> None:
+    fitted = line_learner().fit(slope(2), 1, **OFF)
+    fitted.evaluate(slope(2), callbacks=[Refuses()], verbose=False)

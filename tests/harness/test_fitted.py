@@ -147,7 +147,7 @@ def test_load_with_a_loss_of_the_models_own_is_evaluated(fitted, saved):
 
 def test_load_without_a_loss_tells_how_to_evaluate(saved):
     with pytest.raises(
-        ValueError, match=r"evaluate\(Net\): expected a loss, .*Give setup\(loss="
+        ValueError, match=r"evaluate\(Net\): expected a loss, .*Pass setup\(loss="
     ):
         harness.load(saved).evaluate(DATA)
 

@@ -17,7 +17,7 @@ import harness
 import tracking
 from harness.accelerators.single import SingleDevice
 from harness.context import Context
-from harness.run_binding import Unrecorded, as_param, code_commit
+from harness.run_binding import Unrecorded, as_param, get_code_commit
 from tests.harness.fakes import At, Line, line_learner, net_learner, points, slope
 
 
@@ -253,22 +253,22 @@ def test_as_param_keeps_what_a_param_can_be(value, param):
     assert type(as_param(value)) is type(param)
 
 
-def test_code_commit_outside_a_repository_is_none(tmp_path, monkeypatch):
+def test_get_code_commit_outside_a_repository_is_none(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert code_commit() is None
+    assert get_code_commit() is None
 
 
-def test_code_commit_is_that_of_the_working_folder(tmp_path, monkeypatch):
+def test_get_code_commit_is_that_of_the_working_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     who = "-c user.name=a -c user.email=a@b"
     for command in ("init -q", f"{who} commit -q --allow-empty -m first"):
         assert os.system(f"git {command}") == 0
     commit = (tmp_path / ".git" / "refs" / "heads").iterdir()
     name = next(commit).read_text().strip()
-    assert code_commit() == name
+    assert get_code_commit() == name
     Path("new.py").write_text("x = 1\n")
     assert os.system("git add new.py") == 0
-    assert code_commit() == f"{name} (changed)"
+    assert get_code_commit() == f"{name} (changed)"
 
 
 def test_unrecorded_checks_values_as_a_run_would():

@@ -1,4 +1,4 @@
-"""Each mistake of a caller is told before any epoch runs, and leaves nothing behind."""
+"""Mistakes of a caller raise an error before any epoch runs, and leave nothing behind."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_setup_model_instance_is_told():
 
 def test_setup_factory_of_something_else_is_told_by_fit():
     made = harness.setup(dict, loss=nn.MSELoss(), optimizer=torch.optim.SGD)
-    with pytest.raises(TypeError, match=r"expected an nn\.Module from it"):
+    with pytest.raises(TypeError, match=r"to return an nn\.Module, got {}"):
         made.fit((X, Y), 1, tracker=False)
 
 
