@@ -51,7 +51,8 @@ class Checks(Tape):
     """Notes the context of its check among the events."""
 
     def check(self, ctx: harness.Context) -> None:
-        assert ctx.model is not None and ctx.optimizers and ctx.train_data is not None
+        assert ctx.optimizers
+        assert ctx.train_data is not None
         assert (ctx.epoch, ctx.max_epochs) == (None, 2)
         self.events.append("check")
 
