@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any, Final, Literal
 
 from tracking import artifacts
-from tracking.delivery.process import Handover
+from tracking.delivery.process import DeliveryProcess
 from tracking.ending import describe_error, write_failure
 from tracking.errors import warn
 from tracking.journal.row_format import MARK, NO_COUNT, NO_EPOCH, SIZE
@@ -90,7 +90,7 @@ class Run:
         # Rows whose values are still on a device: time, what, set, leaf, counts.
         self._pending: deque[tuple[int, str, str, Any, dict[str, int | None]]] = deque()
         self._reading = threading.RLock()
-        self._handover = Handover(path)
+        self._delivery = DeliveryProcess(path)
         self._journal = Journal(
             get_rank_dir(path, rank), durability=durability, on_tick=self._read_out
         )
@@ -333,7 +333,7 @@ class Run:
         DeliveryError
             If it does not within 60 s, or the run is not delivered.
         """
-        return self._handover.wait_for_run_id(60.0)
+        return self._delivery.wait_for_run_id(60.0)
 
     @property
     def manifest(self) -> Manifest:
@@ -357,7 +357,7 @@ class Run:
 
     def deliver(self) -> None:
         """Start the process that takes the rows to MLflow."""
-        self._handover.start()
+        self._delivery.start()
 
     def finish(
         self,
@@ -401,7 +401,7 @@ class Run:
                 f"run {self.id!r}: expected no logging while it finishes, got "
                 f"{len(self._pending)} tensors, which are lost. Log before finish()."
             )
-        self._handover.wait(last_seq, wait_s)
+        self._delivery.wait(last_seq, wait_s)
 
     def __enter__(self) -> Run:
         return self

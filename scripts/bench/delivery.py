@@ -25,10 +25,10 @@ import time
 from pathlib import Path
 
 import tracking
-from tracking.delivery.__main__ import settle_down
-from tracking.delivery.worker import Courier
-from tracking.mlflow_store.client import Point, Remote, prepare_environment
-from tracking.mlflow_store.runs import Register
+from tracking.delivery.__main__ import lower_priority
+from tracking.delivery.worker import DeliveryWorker
+from tracking.mlflow_store.client import Point, StoreClient, prepare_environment
+from tracking.mlflow_store.runs import RunResolver
 
 KEYS = 10
 
@@ -45,7 +45,7 @@ def journal(folder: Path, num_points: int) -> Path:
 
 def bare_s(folder: Path, cache: Path, num_points: int) -> float:
     """Seconds of nothing but ``log_batch``."""
-    remote = Remote(f"sqlite:///{folder}/bare.db", cache)
+    remote = StoreClient(f"sqlite:///{folder}/bare.db", cache)
     run = remote.create_run(remote.experiment_id("bench"), "bare", 1, {})
     now = time.time_ns() // 1_000_000
     points = [
@@ -63,17 +63,17 @@ def delivered_s(folder: Path, cache: Path, num_points: int) -> float:
     """Seconds of a delivery, from reading the journal to the end of the MLflow run."""
     path = journal(folder, num_points)
     uri = f"sqlite:///{folder}/delivered.db"
-    remote = Remote(uri, cache)
-    courier = Courier(
+    remote = StoreClient(uri, cache)
+    worker = DeliveryWorker(
         path,
-        Register(path, uri, lambda _: remote),
+        RunResolver(path, uri, lambda _: remote),
         patience_s=0,
         log=lambda text: None,
     )
     start = time.perf_counter()
-    courier.deliver()
+    worker.deliver()
     seconds = time.perf_counter() - start
-    assert courier.num_sent == num_points
+    assert worker.num_sent == num_points
     return seconds
 
 
@@ -102,7 +102,7 @@ def main() -> None:
             folder = Path(name) / str(number)
             folder.mkdir()
             bare = bare_s(folder, cache, options.points)
-            settle_down(0)  # as the process does
+            lower_priority(0)  # as the process does
             delivered = delivered_s(folder, cache, options.points)
             gc.unfreeze()
             gc.set_threshold(*collecting)

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 
 import tracking
-from tracking.delivery.state import State
-from tracking.delivery.worker import Courier
+from tracking.delivery.state import DeliveryState
+from tracking.delivery.worker import DeliveryWorker
 from tracking.mlflow_store.keys import plain_key
-from tracking.mlflow_store.runs import Register
+from tracking.mlflow_store.runs import RunResolver
 from tracking.mlflow_store.server import Server
 
 Points = list[tuple[str, int, float, int]]
@@ -51,8 +51,8 @@ def remote_class() -> Any:
         warnings.simplefilter("ignore")
         import mlflow.store.tracking.sqlalchemy_store  # noqa: F401, PLC0415
 
-        from tracking.mlflow_store.client import Remote  # noqa: PLC0415
-    return Remote
+        from tracking.mlflow_store.client import StoreClient  # noqa: PLC0415
+    return StoreClient
 
 
 @pytest.fixture
@@ -98,23 +98,23 @@ def record(
 
 
 @pytest.fixture
-def courier(cache: Path, remote_class: Any) -> Callable[..., Courier]:
-    """Makes the courier of a run, as the delivery process does."""
+def worker(cache: Path, remote_class: Any) -> Callable[..., DeliveryWorker]:
+    """Makes the worker of a run, as the delivery process does."""
 
-    def make(path: Path, store: str, **options: Any) -> Courier:
-        register = Register(path, store, lambda uri: remote_class(uri, cache))
+    def make(path: Path, store: str, **options: Any) -> DeliveryWorker:
+        resolver = RunResolver(path, store, lambda uri: remote_class(uri, cache))
         options = {"patience_s": 0.0, "log": lambda text: None, **options}
-        return Courier(path, register, **options)
+        return DeliveryWorker(path, resolver, **options)
 
     return make
 
 
 @pytest.fixture
-def deliver(courier: Callable[..., Courier]) -> Callable[..., Courier]:
+def deliver(worker: Callable[..., DeliveryWorker]) -> Callable[..., DeliveryWorker]:
     """Delivers a run to the end, in this process."""
 
-    def run(path: Path, store: str, **options: Any) -> Courier:
-        made = courier(path, store, **options)
+    def run(path: Path, store: str, **options: Any) -> DeliveryWorker:
+        made = worker(path, store, **options)
         made.deliver()
         return made
 
@@ -122,29 +122,29 @@ def deliver(courier: Callable[..., Courier]) -> Callable[..., Courier]:
 
 
 class Delivering:
-    """A courier at work in a thread, beside a run that is written in this one."""
+    """A worker at work in a thread, beside a run that is written in this one."""
 
-    def __init__(self, made: Courier) -> None:
-        self.courier = made
+    def __init__(self, made: DeliveryWorker) -> None:
+        self.worker = made
         self.thread = threading.Thread(target=made.deliver, daemon=True)
         self.thread.start()
 
     @property
-    def state(self) -> State:
-        return State.read(self.courier.run_path) or State()
+    def state(self) -> DeliveryState:
+        return DeliveryState.read(self.worker.run_path) or DeliveryState()
 
-    def join(self) -> State:
-        self.thread.join(60)
+    def join(self) -> DeliveryState:
+        self.thread.join(300)
         assert not self.thread.is_alive()
-        return self.courier.state
+        return self.worker.state
 
 
 @pytest.fixture
-def delivering(courier: Callable[..., Courier]) -> Callable[..., Delivering]:
+def delivering(worker: Callable[..., DeliveryWorker]) -> Callable[..., Delivering]:
     """Begins to deliver a run, in a thread."""
 
     def start(path: Path, store: str, **options: Any) -> Delivering:
-        return Delivering(courier(path, store, **{"patience_s": 60.0, **options}))
+        return Delivering(worker(path, store, **{"patience_s": 60.0, **options}))
 
     return start
 
@@ -334,7 +334,7 @@ def proxy(server: Server, connect: Callable[..., Proxy]) -> Proxy:
 def until() -> Callable[..., None]:
     """Waits until something is so."""
 
-    def wait(is_so: Callable[[], Any], timeout_s: float = 60.0) -> None:
+    def wait(is_so: Callable[[], Any], timeout_s: float = 300.0) -> None:
         deadline = time.monotonic() + timeout_s
         while not is_so():
             assert time.monotonic() < deadline, "it did not come about"

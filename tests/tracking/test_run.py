@@ -17,7 +17,7 @@ import pytest
 
 from tracking import run as run_module
 from tracking.api import start
-from tracking.delivery.state import State
+from tracking.delivery.state import DeliveryState
 from tracking.errors import (
     DeliveryError,
     RunBusyError,
@@ -706,9 +706,9 @@ class FakeProcess:
 
 
 def delivering(run, code=None, **state):
-    run._handover._process = FakeProcess(code)
+    run._delivery._process = FakeProcess(code)
     if state:
-        State(**state).write(run.path)
+        DeliveryState(**state).write(run.path)
 
 
 def test_mlflow_run_id_is_what_delivery_wrote(run):
@@ -729,7 +729,7 @@ def test_finish_waits_for_delivery_and_says_nothing_when_all_is_there(runs, caps
     delivering(run, delivered=0, behind=5)
     run.log("metrics", "train", 0.5)
     last = run.position()
-    timer = threading.Timer(0.3, lambda: State(delivered=last).write(run.path))
+    timer = threading.Timer(0.3, lambda: DeliveryState(delivered=last).write(run.path))
     timer.start()
     before = time.monotonic()
     run.finish()

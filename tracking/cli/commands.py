@@ -244,15 +244,15 @@ def verify(
 def ui(port: int, opens: bool, runs_dir: Path | None, as_json: bool) -> None:
     """Show MLflow's page on the store the runs went to, until Ctrl-C."""
     from tracking.mlflow_store.server import Server  # noqa: PLC0415 (beside it)
-    from tracking.mlflow_store.tags import page  # noqa: PLC0415 (Arrow)
+    from tracking.mlflow_store.tags import page_url  # noqa: PLC0415 (Arrow)
 
     store, experiment_id = _store(runs_dir)
     if store.startswith(("http://", "https://")):
-        _announce(page(store, experiment_id), opens, as_json)
+        _announce(page_url(store, experiment_id), opens, as_json)
         return
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt), Server(store, port) as server:
-        _announce(page(server.address, experiment_id), opens, as_json)
+        _announce(page_url(server.address, experiment_id), opens, as_json)
         server.wait()
 
 
@@ -289,17 +289,17 @@ def _chosen(names: tuple[str, ...], runs_dir: Path | None) -> list[PastRun]:
 
 def _store(runs_dir: Path | None) -> tuple[str, str]:
     """Tracking URI of the store that runs went to, and the newest run's experiment."""
-    from tracking.delivery.state import State  # noqa: PLC0415 (beside it)
-    from tracking.mlflow_store.uris import resolved_uri  # noqa: PLC0415 (beside it)
+    from tracking.delivery.state import DeliveryState  # noqa: PLC0415 (beside it)
+    from tracking.mlflow_store.uris import resolve_uri  # noqa: PLC0415 (beside it)
     from tracking.settings import Settings  # noqa: PLC0415 (beside it)
 
     settings = Settings.read()
-    states = (State.read(run.path) for run in _all(runs_dir))
+    states = (DeliveryState.read(run.path) for run in _all(runs_dir))
     latest = next((state for state in states if state and state.mlflow_run_id), None)
     uri = settings.tracking_uri
     if uri is None and latest is not None:
         return latest.tracking_uri, latest.experiment_id or "0"
-    uri = resolved_uri(Path.cwd(), uri)
+    uri = resolve_uri(Path.cwd(), uri)
     is_there = latest is not None and latest.tracking_uri == settings.redact(uri)
     return uri, (latest.experiment_id or "0") if latest and is_there else "0"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
-from tracking.delivery.state import State, rows_to_go
+from tracking.delivery.state import DeliveryState, rows_behind
 from tracking.ending import get_first_error
 from tracking.read import PastRun
 from tracking.store import list_rank_dirs
@@ -14,7 +14,7 @@ from tracking.store import list_rank_dirs
 def brief(run: PastRun) -> dict[str, Any]:
     """What a list of runs tells of one."""
     manifest = run.manifest
-    state = State.read(run.path)
+    state = DeliveryState.read(run.path)
     return {
         "id": run.id,
         "name": manifest.name,
@@ -36,7 +36,7 @@ def overview(run: PastRun) -> dict[str, Any]:
     metrics, rows, ranks, damage, mlflow``
     """
     manifest = run.manifest
-    state = State.read(run.path)
+    state = DeliveryState.read(run.path)
     table = run.records()
     return {
         **brief(run),
@@ -78,14 +78,14 @@ def duration_s(run: PastRun) -> float | None:
     return None
 
 
-def behind(run: PastRun, state: State | None) -> int | None:
+def behind(run: PastRun, state: DeliveryState | None) -> int | None:
     """Rows that MLflow lacks; None if the run is not delivered at all."""
     if state is None and not run.manifest.deliver:
         return None
-    return rows_to_go(run.path, state or State())
+    return rows_behind(run.path, state or DeliveryState())
 
 
-def _mlflow(state: State | None) -> dict[str, Any] | None:
+def _mlflow(state: DeliveryState | None) -> dict[str, Any] | None:
     """Where a run is in MLflow."""
     if state is None:
         return None

@@ -30,14 +30,14 @@ from typing import Any, Final
 import pyarrow as pa
 
 from tracking.delivery.retry import GaveUpError
-from tracking.delivery.state import State
-from tracking.delivery.summaries import make_keepsakes
+from tracking.delivery.state import DeliveryState
+from tracking.delivery.summaries import write_summaries
 from tracking.delivery.thinning import check_options
-from tracking.delivery.worker import Courier
+from tracking.delivery.worker import DeliveryWorker
 from tracking.errors import TrackingError
-from tracking.mlflow_store.client import Remote, prepare_environment
-from tracking.mlflow_store.runs import Register
-from tracking.mlflow_store.uris import resolved_uri
+from tracking.mlflow_store.client import StoreClient, prepare_environment
+from tracking.mlflow_store.runs import RunResolver
+from tracking.mlflow_store.uris import resolve_uri
 from tracking.settings import Settings
 from tracking.store import Manifest
 
@@ -75,9 +75,9 @@ def _deliver(
     with _locked(path, lock_wait_s) as is_ours:
         if not is_ours:
             return 0
-        courier = _courier(path, settings, patience_s, is_thorough=False)
+        worker = _make_worker(path, settings, patience_s, is_thorough=False)
         # Not before: the page is wanted soon, beside a trainer that takes all cores.
-        return _run(courier, path, lambda: settle_down(NICENESS), settings.redact)
+        return _run(worker, path, lambda: lower_priority(NICENESS), settings.redact)
 
 
 def _sync(
@@ -92,10 +92,10 @@ def _sync(
     code = 1
     with _locked(path, lock_wait_s) as is_ours:
         if is_ours:
-            courier = _courier(path, settings, patience_s, is_thorough=True)
-            code = _run(courier, path, lambda: settle_down(0), settings.redact)
-            told |= {"sent": courier.num_sent, "present": courier.num_present}
-        state = State.read(path) or State()
+            worker = _make_worker(path, settings, patience_s, is_thorough=True)
+            code = _run(worker, path, lambda: lower_priority(0), settings.redact)
+            told |= {"sent": worker.num_sent, "present": worker.num_present}
+        state = DeliveryState.read(path) or DeliveryState()
         told |= {
             "phase": state.phase if is_ours else "busy",
             "error": state.error,
@@ -115,23 +115,23 @@ def _read(path: Path, folder: Path, settings: Settings, report: Any) -> int:
     told: dict[str, Any] = {"run": path.name}
     code = 1
     try:
-        register = _register(path, settings)
-        run = register.find()
+        resolver = _resolver(path, settings)
+        run = resolver.find()
         if run is None:
             told["error"] = "no such run there"
         else:
             file = folder / f"{path.name}.arrow"
-            history = register.remote.history(run.run_id)
+            history = resolver.remote.history(run.run_id)
             with pa.ipc.new_file(str(file), history.schema) as writer:
                 writer.write_table(history)
             told |= {
                 "mlflow_run_id": run.run_id,
                 "experiment_id": run.experiment_id,
-                "tracking_uri": register.uri,
+                "tracking_uri": resolver.uri,
                 "status": run.status,
                 "params": run.params,
                 "tags": run.tags,
-                "artifacts": register.remote.artifacts(run.run_id),
+                "artifacts": resolver.remote.artifacts(run.run_id),
             }
             code = 0
     except (TrackingError, OSError) as error:
@@ -141,61 +141,61 @@ def _read(path: Path, folder: Path, settings: Settings, report: Any) -> int:
 
 
 def _run(
-    courier: Courier,
+    worker: DeliveryWorker,
     path: Path,
     on_page: Callable[[], None],
     redact: Callable[[str], str],
 ) -> int:
     """Deliver, and write down what went wrong if something did."""
     try:
-        courier.deliver(on_page)
+        worker.deliver(on_page)
     except GaveUpError:
         return 1
     except Exception as error:  # noqa: BLE001 (nobody watches this process)
         if not path.is_dir():  # the run was deleted
             return 1
         _log(path, redact(traceback.format_exc()))
-        courier.state.phase = "gave up"
-        courier.state.error = redact(f"{type(error).__name__}: {error}")
-        courier.state.write(path)
+        worker.state.phase = "gave up"
+        worker.state.error = redact(f"{type(error).__name__}: {error}")
+        worker.state.write(path)
         return 1
     return 0
 
 
-def _courier(
+def _make_worker(
     path: Path, settings: Settings, patience_s: float | None, *, is_thorough: bool
-) -> Courier:
-    """Courier of a run."""
-    register = _register(path, settings)
-    options = check_options(register.manifest.delivery)
-    return Courier(
+) -> DeliveryWorker:
+    """Worker of a run."""
+    resolver = _resolver(path, settings)
+    options = check_options(resolver.manifest.delivery)
+    return DeliveryWorker(
         path,
-        register,
+        resolver,
         patience_s=options.patience_s if patience_s is None else patience_s,
         is_thorough=is_thorough,
-        make_keepsakes=make_keepsakes,
+        write_summaries=write_summaries,
         redact=settings.redact,
         log=lambda text: _log(path, settings.redact(text)),
     )
 
 
-def _register(path: Path, settings: Settings) -> Register:
-    """Register of a run: in the store of the environment, else where it was before."""
+def _resolver(path: Path, settings: Settings) -> RunResolver:
+    """Resolver of a run: in the store of the environment, else where it was before."""
     manifest = Manifest.read(path)
-    state = State.read(path)
+    state = DeliveryState.read(path)
     before = (state and state.tracking_uri) or manifest.mlflow.get("tracking_uri")
     here = Path.cwd()
     started_in = Path(manifest.cwd)
     if settings.tracking_uri:
-        uri = resolved_uri(here, settings.tracking_uri)
+        uri = resolve_uri(here, settings.tracking_uri)
     else:
-        uri = before or resolved_uri(started_in if started_in.is_dir() else here, None)
+        uri = before or resolve_uri(started_in if started_in.is_dir() else here, None)
     if started_in.is_dir():
         os.chdir(started_in)  # a new experiment's artifacts lie below it
-    return Register(
+    return RunResolver(
         path,
         uri,
-        lambda uri: Remote(uri, settings.cache),
+        lambda uri: StoreClient(uri, settings.cache),
         experiment_name=settings.experiment_name,
         experiment_id=settings.experiment_id,
         redact=settings.redact,
@@ -226,7 +226,7 @@ def _locked(path: Path, wait_s: float) -> Iterator[bool]:
                 return
 
 
-def settle_down(niceness: int) -> None:
+def lower_priority(niceness: int) -> None:
     """Leave the processor to others where they want it, and use less of it.
 
     A quarter of the time that MLflow takes for a batch is the garbage collector's, which

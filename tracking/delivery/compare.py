@@ -13,7 +13,7 @@ Rows = np.ndarray[Any, np.dtype[np.int64]]
 _NAN_BITS = np.array([np.nan]).view(np.int64)[0]
 
 
-def identities(table: pa.Table, keys: list[str], columns: list[str]) -> Rows:
+def row_ids(table: pa.Table, keys: list[str], columns: list[str]) -> Rows:
     """What makes a row itself, as a row of integers that compare as the values do.
 
     Parameters
@@ -40,7 +40,7 @@ def identities(table: pa.Table, keys: list[str], columns: list[str]) -> Rows:
     return np.column_stack(found) if len(key) else np.empty((0, 1 + len(columns)), int)
 
 
-def unmatched(
+def unmatched_rows(
     left: Rows, right: Rows
 ) -> tuple[np.ndarray[Any, np.dtype[np.int64]], np.ndarray[Any, np.dtype[np.int64]]]:
     """Places of the rows on each side that the other has no partner for.
@@ -60,12 +60,16 @@ def unmatched(
     counts_left = np.bincount(group[is_left], minlength=num_groups)
     counts_right = np.bincount(group[~is_left], minlength=num_groups)
     both = np.minimum(counts_left, counts_right)
-    extra_left = order[is_left][occurrence(group[is_left]) >= both[group[is_left]]]
-    extra = order[~is_left][occurrence(group[~is_left]) >= both[group[~is_left]]]
+    extra_left = order[is_left][
+        occurrence_numbers(group[is_left]) >= both[group[is_left]]
+    ]
+    extra = order[~is_left][
+        occurrence_numbers(group[~is_left]) >= both[group[~is_left]]
+    ]
     return np.sort(extra_left), np.sort(extra - len(left))
 
 
-def occurrence(
+def occurrence_numbers(
     group: np.ndarray[Any, np.dtype[np.int64]],
 ) -> np.ndarray[Any, np.dtype[np.int64]]:
     """How many of the same group come before each, of groups in order."""

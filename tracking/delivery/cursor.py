@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 
 import pyarrow as pa
 
-from tracking.delivery.reconcile import Leftovers
+from tracking.delivery.reconcile import StalePoints
 from tracking.journal.reader import JournalReader
 from tracking.journal.tombstones import Place
-from tracking.mlflow_store.points import Stamps
+from tracking.mlflow_store.points import UniqueTimestamps
 
 
 @dataclass
-class Progress:
+class Cursor:
     """Where the sending of rows has got to, and what it must remember for the rest.
 
     Attributes
@@ -37,10 +37,10 @@ class Progress:
 
     tail: JournalReader
     num_held: int = 0
-    stamps: Stamps = field(default_factory=Stamps)
+    stamps: UniqueTimestamps = field(default_factory=UniqueTimestamps)
     counts: dict[str, int] = field(default_factory=dict)
     indices: dict[tuple[str, str], list[int | None]] = field(default_factory=dict)
-    leftovers: Leftovers = field(default_factory=Leftovers)
+    leftovers: StalePoints = field(default_factory=StalePoints)
     held: set[Place] = field(default_factory=set)
 
     def touches(self, place: Place) -> bool:

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Final
 
-from tracking.delivery.state import State
+from tracking.delivery.state import DeliveryState
 from tracking.errors import DeliveryError, warn
 from tracking.redaction import redact
 
@@ -39,7 +39,7 @@ def delivery_command(*arguments: str) -> list[str]:
     return [sys.executable, "-P", "-c", _BOOT, _PACKAGES, *arguments]
 
 
-class Handover:
+class DeliveryProcess:
     """A delivery process that was started, or none.
 
     Parameters
@@ -90,7 +90,7 @@ class Handover:
         """
         deadline = time.monotonic() + timeout_s
         while True:
-            state = State.read(self._run_path)
+            state = DeliveryState.read(self._run_path)
             if state and state.mlflow_run_id:
                 return state.mlflow_run_id
             is_over = self._process is None or self._process.poll() is not None
@@ -121,7 +121,7 @@ class Handover:
         is_shown = False
         while True:
             is_over = self._process.poll() is not None
-            state = State.read(self._run_path) or State()
+            state = DeliveryState.read(self._run_path) or DeliveryState()
             if state.delivered >= last_seq or state.phase == "done":
                 break
             if is_over or state.phase == "gave up" or time.monotonic() > deadline:
@@ -136,7 +136,7 @@ class Handover:
         if is_shown:
             sys.stderr.write("\r\x1b[K")
 
-    def _tell_what_is_left(self, state: State) -> None:
+    def _tell_what_is_left(self, state: DeliveryState) -> None:
         """Say on stderr how much MLflow lacks."""
         assert self._process is not None
         run_id = self._run_path.name

@@ -15,19 +15,19 @@ from typing import Final
 import numpy as np
 import pyarrow as pa
 
-from tracking.delivery.compare import identities, occurrence, unmatched
-from tracking.delivery.scan import Survey
+from tracking.delivery.compare import occurrence_numbers, row_ids, unmatched_rows
+from tracking.delivery.scan import JournalScan
 from tracking.delivery.thinning import Mask, sent_at_once, sent_in_the_end
 from tracking.journal.reader import JournalReader
 from tracking.mlflow_store.client import Point
-from tracking.mlflow_store.points import POINTS, Stamps, points_of
+from tracking.mlflow_store.points import POINTS, UniqueTimestamps, points_table
 
 TIMINGS: Final = ("profile",)
 """``what`` of the rows that a replay measures anew: the first measurement is kept."""
 
 
 @dataclass
-class Leftovers:
+class StalePoints:
     """Points in MLflow that no row which counts stands for.
 
     Attributes
@@ -72,7 +72,7 @@ class Leftovers:
 
 
 @dataclass(frozen=True)
-class Difference:
+class Comparison:
     """How MLflow and the journal differ.
 
     Attributes
@@ -86,29 +86,29 @@ class Difference:
     """
 
     missing: pa.Table
-    leftovers: Leftovers
+    leftovers: StalePoints
     num_present: int
 
 
-def wanted_points(
-    rank_dir: Path, survey: Survey, upto: int, stamps: Stamps
+def expected_points(
+    rank_dir: Path, scan: JournalScan, upto: int, stamps: UniqueTimestamps
 ) -> pa.Table:
     """Points of all rows that count up to a position, in order."""
     tail = JournalReader(rank_dir)
     tables = [POINTS.empty_table()]
     while (table := tail.read(1 << 14)).num_rows:
         seq = table["seq"].to_numpy()
-        counts = survey.tombstones.mask_live(table) & (seq <= upto)
-        points = points_of(table.filter(pa.array(counts)), survey.keys)
+        counts = scan.tombstones.mask_live(table) & (seq <= upto)
+        points = points_table(table.filter(pa.array(counts)), scan.keys)
         tables.append(stamps.settled(points))
         if seq[-1] >= upto:
             break
     return pa.concat_tables(tables).unify_dictionaries()
 
 
-def difference(
-    points: pa.Table, chosen: Mask, history: pa.Table, survey: Survey
-) -> Difference:
+def compare_points(
+    points: pa.Table, chosen: Mask, history: pa.Table, scan: JournalScan
+) -> Comparison:
     """Compare what MLflow has with what it should have, by key, step and value.
 
     Parameters
@@ -119,36 +119,36 @@ def difference(
         Which of them MLflow is to have now; the others it may have.
     history
         What MLflow has. Keys that are none of the run's are left out.
-    survey
+    scan
         Of the journal.
     """
-    keys = list(survey.keys.given.values())
+    keys = list(scan.keys.given.values())
     columns = ["step", "value"]
-    found = identities(history, keys, columns)
+    found = row_ids(history, keys, columns)
     ours = found[:, 0] >= 0
     history, found = history.filter(pa.array(ours)), found[ours]
-    lacking, left = unmatched(identities(points, keys, columns), found)
-    leftovers = Leftovers(timing_keys(survey))
+    lacking, left = unmatched_rows(row_ids(points, keys, columns), found)
+    leftovers = StalePoints(timing_keys(scan))
     for row in history.take(left).select(["key", "step", "value"]).to_pylist():
         leftovers.add(**row)
     lacking = lacking[chosen[lacking]]
-    return Difference(points.take(lacking), leftovers, len(found) - len(left))
+    return Comparison(points.take(lacking), leftovers, len(found) - len(left))
 
 
-def timing_keys(survey: Survey) -> frozenset[str]:
+def timing_keys(scan: JournalScan) -> frozenset[str]:
     """Keys of the series that a replay measures anew."""
-    given = survey.keys.given.items()
+    given = scan.keys.given.items()
     return frozenset(key for (what, _, _), key in given if what in TIMINGS)
 
 
-def chosen_points(points: pa.Table, per_key: int | None, *, is_final: bool) -> Mask:
+def thinning_mask(points: pa.Table, per_key: int | None, *, is_final: bool) -> Mask:
     """Which points are sent: all, or a number of each series; see `thinning`."""
     if per_key is None:
         return np.ones(points.num_rows, bool)
     code = points["key"].combine_chunks().indices.to_numpy()
     order = np.argsort(code, kind="stable")
     ordinals = np.empty(len(code), np.int64)
-    ordinals[order] = occurrence(code[order])
+    ordinals[order] = occurrence_numbers(code[order])
     if not is_final:
         return sent_at_once(ordinals, per_key)
     chosen = np.zeros(len(code), bool)
@@ -158,7 +158,7 @@ def chosen_points(points: pa.Table, per_key: int | None, *, is_final: bool) -> M
     return chosen
 
 
-def as_points(table: pa.Table) -> list[Point]:
+def point_list(table: pa.Table) -> list[Point]:
     """Points as they are sent."""
     columns = (table[name].to_pylist() for name in ("key", "value", "time_ms", "step"))
     return [Point(*row) for row in zip(*columns, strict=True)]

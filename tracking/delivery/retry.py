@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final, TypeVar
 
-from tracking.delivery.state import State
+from tracking.delivery.state import DeliveryState
 from tracking.errors import TrackingError
 from tracking.journal.reader import is_being_written
 from tracking.mlflow_store.client import UnreachableError
@@ -25,7 +25,7 @@ class GaveUpError(TrackingError):
     """MLflow did not answer for as long as it was to be waited for."""
 
 
-class Patience:
+class RetryPolicy:
     """How long one run's delivery waits for MLflow, and what it tells of itself.
 
     Parameters
@@ -48,10 +48,10 @@ class Patience:
     def __init__(
         self,
         run_path: Path,
-        state: State,
+        state: DeliveryState,
         *,
         limit_s: float,
-        rows_to_go: Callable[[], int],
+        rows_behind: Callable[[], int],
         redact: Callable[[str], str],
         log: Callable[[str], None],
     ) -> None:
@@ -60,7 +60,7 @@ class Patience:
         self._run_path = run_path
         self._rank_dir = get_rank_dir(run_path, 0)
         self._limit_s = limit_s
-        self._rows_to_go = rows_to_go
+        self._rows_behind = rows_behind
         self._redact = redact
         self._deadline: float | None = None
         self._saved_at = 0.0
@@ -108,7 +108,7 @@ class Patience:
         if not at_once and now - self._saved_at < SAVE_EVERY_S:
             return
         self._saved_at = now
-        self.state.behind = self._rows_to_go()
+        self.state.behind = self._rows_behind()
         self.state.updated = datetime.now(UTC).isoformat()
         self.state.write(self._run_path)
 

@@ -21,8 +21,8 @@ from pyarrow import compute as pc
 from tracking.journal.reader import JournalReader
 from tracking.journal.tombstones import Place, Tombstones
 from tracking.mlflow_store.client import MAX_PARAM_LENGTH, MAX_TAG_LENGTH
-from tracking.mlflow_store.keys import Keys
-from tracking.mlflow_store.points import NOT_METRICS, is_metric, series_of
+from tracking.mlflow_store.keys import KeyMap
+from tracking.mlflow_store.points import NOT_METRICS, distinct_series, is_metric
 from tracking.schema import SCHEMA, parse_value
 
 Flags = dict[str, dict[str, Any]]
@@ -34,7 +34,7 @@ _MAX_NAME: Final = 500
 
 
 @dataclass
-class Properties:
+class RunProperties:
     """What MLflow is to know of a run besides its metrics.
 
     Attributes
@@ -60,14 +60,14 @@ class Properties:
 
 
 @dataclass
-class News:
+class ControlRows:
     """Control rows that were not known before."""
 
     rewinds: list[tuple[int, int]]
     overwrites: list[tuple[int, Place]]
 
 
-class Survey:
+class JournalScan:
     """All that has been written of a part so far.
 
     Parameters
@@ -91,28 +91,28 @@ class Survey:
 
     def __init__(self, rank_dir: Path) -> None:
         self.tombstones = Tombstones()
-        self.keys = Keys()
-        self.param_keys = Keys()
-        self.tag_keys = Keys(reserved="luz.")
+        self.keys = KeyMap()
+        self.param_keys = KeyMap()
+        self.tag_keys = KeyMap(reserved="luz.")
         self.last = -1
         self.last_time_ms = 0
         self.num_rows = 0
         self._tail = JournalReader(rank_dir)
         self._flags: Flags = {}
         self._special = [SCHEMA.empty_table()]
-        self._properties: Properties | None = None
+        self._properties: RunProperties | None = None
 
-    def look(self) -> News:
+    def look(self) -> ControlRows:
         """Read what has been written since the last look."""
         known = len(self.tombstones.rewinds), len(self.tombstones.overwrites)
         while (table := self._tail.read(_READ_ROWS)).num_rows:
             self._take_in(table)
-        return News(
+        return ControlRows(
             self.tombstones.rewinds[known[0] :],
             self.tombstones.overwrites[known[1] :],
         )
 
-    def properties(self) -> Properties:
+    def properties(self) -> RunProperties:
         """Params, tags, artifacts, inputs and flags, by the rows that count."""
         if self._properties is None:
             table = pa.concat_tables(self._special).unify_dictionaries()
@@ -127,7 +127,7 @@ class Survey:
         self.last_time_ms = max(self.last_time_ms, last_us // 1000)
         self.num_rows += table.num_rows
         metrics = table.filter(pa.array(is_metric(table)))
-        for series in series_of(metrics)[0]:
+        for series in distinct_series(metrics)[0]:
             self.keys.of(series)
         is_flagged = self._flag(metrics)
         special = table.filter(pc.is_in(table["what"].cast(pa.string()), _SPECIAL))
@@ -142,7 +142,7 @@ class Survey:
         large = np.asarray(pc.is_valid(metrics["payload"]))
         for reason, mask in (("infinite", infinite), ("large_int", large)):
             found = metrics.filter(pa.array(mask))
-            series, place = series_of(found)
+            series, place = distinct_series(found)
             counts = np.bincount(place, minlength=len(series))
             by_key = self._flags.setdefault(reason, {}) if series else {}
             for one, count in zip(series, counts.tolist(), strict=True):
@@ -150,9 +150,9 @@ class Survey:
                 by_key[key] = by_key.get(key, 0) + count
         return bool(infinite.any() or large.any())
 
-    def _folded(self, table: pa.Table) -> Properties:
+    def _folded(self, table: pa.Table) -> RunProperties:
         """Properties from the rows that are no metrics."""
-        found = Properties()
+        found = RunProperties()
         for reason, counts in self._flags.items():
             found.flags[reason] = dict(counts)
         for row in table.to_pylist():
@@ -167,7 +167,7 @@ class Survey:
                 _add_input(found, row["name"], _first(value))
         return found
 
-    def _add_param(self, found: Properties, name: str, text: str) -> None:
+    def _add_param(self, found: RunProperties, name: str, text: str) -> None:
         """Add a param; the first value counts, as in MLflow."""
         key = self.param_keys.of(("params", "", name))
         if len(text) > MAX_PARAM_LENGTH:
@@ -179,7 +179,7 @@ class Survey:
         elif key in found.changed:
             found.changed[key] = text
 
-    def _add_tag(self, found: Properties, name: str, text: str) -> None:
+    def _add_tag(self, found: RunProperties, name: str, text: str) -> None:
         """Set a tag."""
         key = self.tag_keys.of(("tags", "", name))
         if len(text) > MAX_TAG_LENGTH:
@@ -205,7 +205,7 @@ def _first(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _add_input(found: Properties, context: str, described: dict[str, Any]) -> None:
+def _add_input(found: RunProperties, context: str, described: dict[str, Any]) -> None:
     """Add a data set; MLflow keeps one context for each name and digest."""
     more = {k: v for k, v in described.items() if k not in ("name", "digest", "source")}
     text = json.dumps(described, sort_keys=True, default=str)

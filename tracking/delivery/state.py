@@ -20,7 +20,7 @@ STATE: Final = "delivery/state.json"
 
 
 @dataclass
-class State:
+class DeliveryState:
     """How far a run's delivery has got.
 
     Attributes
@@ -63,7 +63,7 @@ class State:
     superseded: list[str] = field(default_factory=list)
 
     @classmethod
-    def read(cls, run_path: Path) -> State | None:
+    def read(cls, run_path: Path) -> DeliveryState | None:
         """State of a run's delivery; None if it has written none that can be read."""
         with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
             found = json.loads((run_path / STATE).read_bytes())
@@ -80,7 +80,7 @@ class State:
             write_atomically(path, text.encode(errors="replace"))
 
 
-def rows_to_go(run_path: Path, state: State) -> int:
+def rows_behind(run_path: Path, state: DeliveryState) -> int:
     """Rows that MLflow lacks at this moment.
 
     Parameters

@@ -14,7 +14,7 @@ from tracking.read import PastRun
 CURVES, RECORDS = "curves.png", "records.parquet"
 
 
-def make_keepsakes(run_path: Path) -> list[Path]:
+def write_summaries(run_path: Path) -> list[Path]:
     """Write ``curves.png`` and ``records.parquet`` below the run's artifacts.
 
     Made by the delivery process, so that training never waits for a picture.

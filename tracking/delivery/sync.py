@@ -19,8 +19,8 @@ from typing import Any, Final
 
 import pyarrow as pa
 
-from tracking.delivery.process import Handover, delivery_command
-from tracking.delivery.state import State, rows_to_go
+from tracking.delivery.process import DeliveryProcess, delivery_command
+from tracking.delivery.state import DeliveryState, rows_behind
 from tracking.errors import DeliveryError
 from tracking.journal.reader import is_being_written
 from tracking.read import PastRun
@@ -30,7 +30,7 @@ DEFAULT_PATIENCE_S: Final = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Synced:
+class SyncResult:
     """What `sync` did for a run.
 
     Attributes
@@ -64,7 +64,7 @@ class Synced:
 
 
 @dataclass(frozen=True, kw_only=True)
-class InMlflow:
+class MlflowContents:
     """What MLflow has of a run.
 
     Attributes
@@ -87,7 +87,7 @@ class InMlflow:
 
 def sync(
     runs: Iterable[PastRun], patience_s: float = DEFAULT_PATIENCE_S
-) -> list[Synced]:
+) -> list[SyncResult]:
     """Deliver what MLflow lacks of runs, compared row by row.
 
     Parameters
@@ -111,11 +111,11 @@ def sync(
     ended = [run.path for run in runs if at_once[run.id] is None]
     wait = ["--patience", str(patience_s), "--lock-wait", str(patience_s)]
     lines = _told("--sync", *wait, paths=ended)
-    done = {line["run"]: Synced(**line) for line in lines}
+    done = {line["run"]: SyncResult(**line) for line in lines}
     return [at_once[run.id] or done[run.id] for run in runs]
 
 
-def read_mlflow(run: PastRun) -> InMlflow:
+def read_mlflow(run: PastRun) -> MlflowContents:
     """What MLflow has of a run.
 
     Raises
@@ -132,7 +132,7 @@ def read_mlflow(run: PastRun) -> InMlflow:
             )
         with pa.OSFile(str(Path(folder) / f"{told.pop('run')}.arrow")) as file:
             history = pa.ipc.open_file(file).read_all()
-    return InMlflow(history=history, **told)
+    return MlflowContents(history=history, **told)
 
 
 def wait_for_delivery(run_path: Path, timeout_s: float) -> bool:
@@ -158,18 +158,18 @@ def is_being_delivered(run_path: Path) -> bool:
     return False
 
 
-def _begun_again(run_path: Path) -> Synced | None:
+def _begun_again(run_path: Path) -> SyncResult | None:
     """What can be told of a run that is being written, and so is delivered by itself."""
     if not is_being_written(get_rank_dir(run_path, 0)):
         return None
     phase = "busy" if is_being_delivered(run_path) else "started"
     if phase == "started":
-        Handover(run_path).start()
-    state = State.read(run_path) or State()
-    return Synced(
+        DeliveryProcess(run_path).start()
+    state = DeliveryState.read(run_path) or DeliveryState()
+    return SyncResult(
         run=run_path.name,
         phase=phase,
-        behind=rows_to_go(run_path, state),
+        behind=rows_behind(run_path, state),
         error=state.error,
         flags=state.flags,
         mlflow_run_id=state.mlflow_run_id,

@@ -24,7 +24,7 @@ DEFAULT_PATIENCE_S: Final = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class DeliveryOptions:
     """How a run is delivered.
 
     Attributes
@@ -39,7 +39,7 @@ class Options:
     patience_s: float = DEFAULT_PATIENCE_S
 
 
-def check_options(options: Mapping[str, Any] | None) -> Options:
+def check_options(options: Mapping[str, Any] | None) -> DeliveryOptions:
     """Options of delivery from what the user gave.
 
     Raises
@@ -51,7 +51,7 @@ def check_options(options: Mapping[str, Any] | None) -> Options:
     """
     given = dict(options or {})
     for name in given:
-        if name not in Options.__dataclass_fields__:
+        if name not in DeliveryOptions.__dataclass_fields__:
             raise ValueError(
                 f"start(delivery=): expected per_key or patience_s, got {name!r}. "
                 "Use one of the two."
@@ -60,7 +60,7 @@ def check_options(options: Mapping[str, Any] | None) -> Options:
     if per_key is not None:
         _check_number("per_key", per_key, int, 2)
     _check_number("patience_s", patience_s, (int, float), 0)
-    return Options(per_key=per_key, patience_s=float(patience_s))
+    return DeliveryOptions(per_key=per_key, patience_s=float(patience_s))
 
 
 def _check_number(name: str, value: Any, kind: Any, least: int) -> None:

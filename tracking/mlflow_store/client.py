@@ -90,7 +90,7 @@ class Point(NamedTuple):
 
 
 @dataclass(frozen=True)
-class RemoteRun:
+class MlflowRun:
     """What MLflow knows of a run, its histories aside."""
 
     run_id: str
@@ -104,7 +104,7 @@ class RemoteRun:
     keys: tuple[str, ...]
 
 
-class Remote:
+class StoreClient:
     """A store of MLflow's: a tracking server, or a database.
 
     Parameters
@@ -151,7 +151,7 @@ class Remote:
             )
         return found.experiment_id
 
-    def find_runs(self, experiment_id: str, tag: str, value: str) -> list[RemoteRun]:
+    def find_runs(self, experiment_id: str, tag: str, value: str) -> list[MlflowRun]:
         """Runs in an experiment that have a tag, newest first, those in the bin not."""
         with _translated():
             runs = self._client.search_runs(
@@ -159,7 +159,7 @@ class Remote:
             )
         return [_seen(run) for run in runs]
 
-    def run(self, run_id: str) -> RemoteRun:
+    def run(self, run_id: str) -> MlflowRun:
         """State of a run.
 
         Raises
@@ -179,7 +179,7 @@ class Remote:
 
     def create_run(
         self, experiment_id: str, name: str, start_ms: int, tags: Mapping[str, str]
-    ) -> RemoteRun:
+    ) -> MlflowRun:
         """Make a run."""
         with _translated():
             run = self._client.create_run(experiment_id, start_ms, dict(tags), name)
@@ -332,10 +332,10 @@ def _read_sqlite(path: Path, run_id: str) -> pa.Table:
     return pa.table(arrays, schema=HISTORY)
 
 
-def _seen(run: Any) -> RemoteRun:
+def _seen(run: Any) -> MlflowRun:
     """An MLflow run in our words."""
     info, data = run.info, run.data
-    return RemoteRun(
+    return MlflowRun(
         run_id=info.run_id,
         experiment_id=info.experiment_id,
         name=info.run_name or "",

@@ -17,7 +17,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Final
 
-Series = tuple[str, str, str]
+SeriesId = tuple[str, str, str]
 """What, set and name of a record."""
 
 MAX_KEY_LENGTH: Final = 250
@@ -26,7 +26,7 @@ _REFUSED: Final = re.compile(r"[^/\w.\- :]+")
 
 
 @dataclass
-class Keys:
+class KeyMap:
     """The key of each series in one of MLflow's name spaces.
 
     Attributes
@@ -38,10 +38,10 @@ class Keys:
     """
 
     reserved: str = "\0"
-    given: dict[Series, str] = field(default_factory=dict)
-    _taken: dict[str, Series] = field(default_factory=dict)
+    given: dict[SeriesId, str] = field(default_factory=dict)
+    _taken: dict[str, SeriesId] = field(default_factory=dict)
 
-    def of(self, series: Series) -> str:
+    def of(self, series: SeriesId) -> str:
         """Key of a series, the same at every call."""
         key = self.given.get(series)
         if key is None:
@@ -50,11 +50,11 @@ class Keys:
             self._taken[key] = series
         return key
 
-    def mapped(self) -> dict[str, Series]:
+    def mapped(self) -> dict[str, SeriesId]:
         """Series by key, where the key is not simply the series' own name."""
         return {k: s for s, k in self.given.items() if k != plain_key(s)}
 
-    def _new_key(self, series: Series) -> str:
+    def _new_key(self, series: SeriesId) -> str:
         """Plain key of a series if it is to be had, else one with a hash."""
         plain = plain_key(series)
         is_reserved = plain.startswith(self.reserved)
@@ -63,7 +63,7 @@ class Keys:
         return _hashed(plain, series, self._taken)
 
 
-def plain_key(series: Series) -> str:
+def plain_key(series: SeriesId) -> str:
     """Key that a series has if MLflow takes it and no other series has it.
 
     Examples
@@ -92,7 +92,7 @@ def is_valid(key: str) -> bool:
     )
 
 
-def _hashed(plain: str, series: Series, taken: Collection[str]) -> str:
+def _hashed(plain: str, series: SeriesId, taken: Collection[str]) -> str:
     """Readable form of a key with a hash of the series behind it."""
     readable = _REFUSED.sub("_", plain)[:200]
     parts = [part for part in readable.split("/") if part not in ("", ".", "..")]

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import compute as pc
 
-from tracking.mlflow_store.keys import Keys, Series
+from tracking.mlflow_store.keys import KeyMap, SeriesId
 
 NOT_METRICS: Final = ("params", "tags", "artifacts", "inputs")
 """``what`` of the rows that are something else to MLflow."""
@@ -34,7 +34,7 @@ POINTS: Final = pa.schema(
 _NUMERIC: Final = pa.array(["float", "int", "bool"])
 
 
-def series_of(table: pa.Table) -> tuple[list[Series], np.ndarray[Any, Any]]:
+def distinct_series(table: pa.Table) -> tuple[list[SeriesId], np.ndarray[Any, Any]]:
     """Series in a table in order of first appearance, and each row's place in them."""
     if not table.num_rows:
         return [], np.empty(0, np.int64)
@@ -57,7 +57,7 @@ def is_metric(table: pa.Table) -> np.ndarray[Any, np.dtype[np.bool_]]:
     return np.asarray(pc.and_not(pc.is_in(kind, _NUMERIC), other))
 
 
-def points_of(table: pa.Table, keys: Keys) -> pa.Table:
+def points_table(table: pa.Table, keys: KeyMap) -> pa.Table:
     """Points that a table's numeric rows are, in its order, as `POINTS` has them.
 
     Parameters
@@ -69,7 +69,7 @@ def points_of(table: pa.Table, keys: Keys) -> pa.Table:
     """
     where = np.flatnonzero(is_metric(table))
     rows = table.take(where)
-    series, place = series_of(rows)
+    series, place = distinct_series(rows)
     words = pa.array([keys.of(one) for one in series], pa.string())
     by_step = np.array([what == "steps" for what, _, _ in series], bool)[place]
     index, step = rows["index"], rows["step"]
@@ -93,7 +93,7 @@ def points_of(table: pa.Table, keys: Keys) -> pa.Table:
 
 
 @dataclass
-class Stamps:
+class UniqueTimestamps:
     """Times that tell repeated points apart.
 
     Of two equal points in one millisecond the later gets the next that is free. Only

@@ -6,18 +6,18 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
-from tracking.delivery.state import State
+from tracking.delivery.state import DeliveryState
 from tracking.ending import get_first_error
 from tracking.mlflow_store.client import (
     MAX_TAG_LENGTH,
     GoneError,
-    Remote,
-    RemoteRun,
+    MlflowRun,
+    StoreClient,
     UnreachableError,
     as_json,
 )
-from tracking.mlflow_store.tags import as_ms, page, run_tags
-from tracking.mlflow_store.writer import Sender
+from tracking.mlflow_store.tags import as_ms, page_url, run_tags
+from tracking.mlflow_store.writer import RunWriter
 from tracking.store import Manifest
 
 RUN_TAG: Final = "luz.run_id"
@@ -27,7 +27,7 @@ DELIVERED: Final = "luz.delivered"
 _MAX_NAME: Final = 200
 
 
-class Register:
+class RunResolver:
     """Finds and makes the MLflow run of a run.
 
     Parameters
@@ -59,14 +59,14 @@ class Register:
         self,
         run_path: Path,
         uri: str,
-        open_remote: Callable[[str], Remote],
+        open_remote: Callable[[str], StoreClient],
         *,
         experiment_name: str | None = None,
         experiment_id: str | None = None,
         redact: Callable[[str], str] = str,
     ) -> None:
         self.manifest = Manifest.read(run_path)
-        self.remote: Remote
+        self.remote: StoreClient
         self.is_borrowed = bool(self.manifest.mlflow.get("borrowed"))
         self.uri = redact(uri)
         self._run_path = run_path
@@ -83,14 +83,14 @@ class Register:
         self.manifest.error = get_first_error(self._run_path, self.manifest)
         return self.manifest
 
-    def connect(self) -> Sender:
+    def connect(self) -> RunWriter:
         """The MLflow run to be filled, made if there is none."""
         found = self.find()
         if found is None:
             found = self._create(self.remote_experiment(), {})
-        return self.sender(found)
+        return self.writer(found)
 
-    def find(self) -> RemoteRun | None:
+    def find(self) -> MlflowRun | None:
         """The MLflow run, if there is one that has not been superseded."""
         if not self._is_open:
             self.remote = self._open_remote(self._secret_uri)
@@ -106,12 +106,12 @@ class Register:
         except GoneError as error:  # in the bin: it may be restored any time
             raise UnreachableError(str(error)) from error
 
-    def sender(self, run: RemoteRun) -> Sender:
-        """Sender that fills an MLflow run."""
+    def writer(self, run: MlflowRun) -> RunWriter:
+        """Writer that fills an MLflow run."""
         mark = f"{DELIVERED}.{self.manifest.id}" if self.is_borrowed else DELIVERED
-        return Sender(self.remote, run, mark)
+        return RunWriter(self.remote, run, mark)
 
-    def replace(self, old_id: str) -> RemoteRun:
+    def replace(self, old_id: str) -> MlflowRun:
         """Make a fresh MLflow run instead of one that shows what is superseded."""
         old = self.remote.run(old_id)
         runs = self.remote.find_runs(old.experiment_id, SUPERSEDES, old_id)
@@ -128,15 +128,15 @@ class Register:
             found["luz.names" if i == 1 else f"luz.names.{i}"] = some
         return found
 
-    def page(self, sender: Sender) -> str | None:
+    def page_url(self, writer: RunWriter) -> str | None:
         """Address of the run's page; None for a store without a server."""
         if not self.uri.startswith(("http://", "https://")):
             return None
-        return page(self.uri, sender.experiment_id, sender.run_id)
+        return page_url(self.uri, writer.experiment_id, writer.run_id)
 
-    def _known(self) -> RemoteRun | None:
+    def _known(self) -> MlflowRun | None:
         """The run that an earlier delivery used, if it is in this store and in use."""
-        state = State.read(self._run_path)
+        state = DeliveryState.read(self._run_path)
         if state is None or state.mlflow_run_id is None:
             return None
         if state.tracking_uri != self.uri:
@@ -148,7 +148,7 @@ class Register:
         is_ours = run.tags.get(RUN_TAG) == self.manifest.id
         return run if is_ours and SUPERSEDED_BY not in run.tags else None
 
-    def _searched(self, experiment_id: str) -> RemoteRun | None:
+    def _searched(self, experiment_id: str) -> MlflowRun | None:
         """The run by its tag."""
         runs = self.remote.find_runs(experiment_id, RUN_TAG, self.manifest.id)
         runs = [run for run in runs if SUPERSEDED_BY not in run.tags]
@@ -160,7 +160,7 @@ class Register:
                 self._retire(old, run)
         return next(iter(by_id.values()), None)
 
-    def _create(self, experiment_id: str, more: Mapping[str, str]) -> RemoteRun:
+    def _create(self, experiment_id: str, more: Mapping[str, str]) -> MlflowRun:
         """Make a run in MLflow."""
         tags = run_tags(self.manifest, self._run_path, self._redact)
         start_ms = as_ms(self.manifest.created) or 0
@@ -168,7 +168,7 @@ class Register:
             experiment_id, self.manifest.name, start_ms, {**tags, **more}
         )
 
-    def _retire(self, old: RemoteRun, fresh: RemoteRun) -> None:
+    def _retire(self, old: MlflowRun, fresh: MlflowRun) -> None:
         """Mark a run as superseded."""
         self.remote.send(old.run_id, (), {SUPERSEDED_BY: fresh.run_id})
         name = f"{self.manifest.name} (superseded)"

@@ -107,7 +107,7 @@ def _source(command: list[str]) -> str:
     return command[0] if command else ""
 
 
-def page(server: str, experiment_id: str, run_id: str | None = None) -> str:
+def page_url(server: str, experiment_id: str, run_id: str | None = None) -> str:
     """Address of an experiment's charts, or of a run's page, in MLflow's UI.
 
     The page (3.17) opens in its view for language models unless told otherwise.

@@ -7,7 +7,7 @@ import urllib.parse
 from pathlib import Path
 
 
-def resolved_uri(folder: Path, given: str | None) -> str:
+def resolve_uri(folder: Path, given: str | None) -> str:
     """Address of the store that MLflow would use in a folder.
 
     Parameters

@@ -11,15 +11,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from tracking.delivery.scan import Properties
+from tracking.delivery.scan import RunProperties
 from tracking.mlflow_store.client import (
     MAX_BATCH,
     MAX_PARAMS,
     MAX_TAG_LENGTH,
+    MlflowRun,
     Point,
     RefusedError,
-    Remote,
-    RemoteRun,
+    StoreClient,
     UnreachableError,
     as_json,
 )
@@ -30,7 +30,7 @@ BATCH: Final = MAX_BATCH - 20
 T = TypeVar("T")
 
 
-class Sender:
+class RunWriter:
     """Fills one MLflow run.
 
     Parameters
@@ -48,7 +48,7 @@ class Sender:
         Why MLflow took something not, by key or name; part of the run's flags.
     """
 
-    def __init__(self, remote: Remote, run: RemoteRun, mark: str) -> None:
+    def __init__(self, remote: StoreClient, run: MlflowRun, mark: str) -> None:
         self.remote = remote
         self.run_id = run.run_id
         self.experiment_id = run.experiment_id
@@ -78,7 +78,7 @@ class Sender:
         """
         self._send_batch(points, {} if upto is None else {self._mark: str(upto)})
 
-    def send_properties(self, wanted: Properties, more: Mapping[str, str]) -> None:
+    def send_properties(self, wanted: RunProperties, more: Mapping[str, str]) -> None:
         """Send the params, tags and inputs that MLflow lacks.
 
         Parameters
@@ -102,7 +102,7 @@ class Sender:
                 self._halved(self._send_inputs, [described])
                 self._inputs.append(described)
 
-    def missing_artifacts(self, wanted: Properties, folder: Path) -> list[str]:
+    def missing_artifacts(self, wanted: RunProperties, folder: Path) -> list[str]:
         """Names of the artifacts to be uploaded; those whose file is gone are flagged."""
         missing = []
         for name, described in wanted.artifacts.items():
@@ -114,7 +114,7 @@ class Sender:
                 self.refused[name] = "the file is not in the run's folder"
         return missing
 
-    def send_artifact(self, wanted: Properties, folder: Path, name: str) -> None:
+    def send_artifact(self, wanted: RunProperties, folder: Path, name: str) -> None:
         """Upload one artifact."""
         parent = name.rpartition("/")[0] or None
         try:
@@ -124,7 +124,7 @@ class Sender:
             self.refused[name] = str(error)[:200]
         self._artifacts[name] = wanted.artifacts.get(name)
 
-    def note_artifacts(self, wanted: Properties) -> None:
+    def note_artifacts(self, wanted: RunProperties) -> None:
         """Take the artifacts that MLflow has, by name and size, as uploaded."""
         present = self.remote.artifacts(self.run_id)
         for name, described in wanted.artifacts.items():
@@ -138,17 +138,17 @@ class Sender:
         self.remote.set_status(self.run_id, status, end_ms, name)
         self.status = status
 
-    def flags(self, wanted: Properties) -> dict[str, Any]:
+    def flags(self, wanted: RunProperties) -> dict[str, Any]:
         """What MLflow holds otherwise than the journal, or not at all."""
         refused = {"refused": self.refused} if self.refused else {}
         return {**wanted.flags, **refused}
 
-    def _own_tags(self, wanted: Properties) -> dict[str, str]:
+    def _own_tags(self, wanted: RunProperties) -> dict[str, str]:
         """Tags about flags and changed params, if there are any."""
         flags = self.flags(wanted)
         found = {"luz.flags": flags, "luz.changed_params": wanted.changed}
         return {
-            name: fitting(value)
+            name: json_within_limit(value)
             for name, value in found.items()
             if value or name in self.tags
         }
@@ -199,7 +199,7 @@ class Sender:
         self.remote.run(self.run_id)
 
 
-def fitting(value: Mapping[str, Any]) -> str:
+def json_within_limit(value: Mapping[str, Any]) -> str:
     """JSON of a dictionary, with as much of it as a tag can hold."""
     for limit in (10_000, 300, 100, 30, 10, 3, 1):
         text = as_json(_cut(value, limit))

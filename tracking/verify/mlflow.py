@@ -11,12 +11,12 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import compute as pc
 
-from tracking.delivery.compare import Rows, identities, unmatched
-from tracking.delivery.reconcile import chosen_points, timing_keys, wanted_points
-from tracking.delivery.scan import Flags, Survey
-from tracking.delivery.sync import InMlflow
+from tracking.delivery.compare import Rows, row_ids, unmatched_rows
+from tracking.delivery.reconcile import expected_points, thinning_mask, timing_keys
+from tracking.delivery.scan import Flags, JournalScan
+from tracking.delivery.sync import MlflowContents
 from tracking.journal.reader import JournalReader, is_being_written
-from tracking.mlflow_store.points import POINTS, Stamps, points_of
+from tracking.mlflow_store.points import POINTS, UniqueTimestamps, points_table
 from tracking.read import PastRun
 from tracking.store import get_rank_dir
 from tracking.verify.finding import Finding
@@ -50,7 +50,7 @@ class Compared:
     num_there: int = 0
 
 
-def against_mlflow(run: PastRun, there: InMlflow) -> Compared:
+def against_mlflow(run: PastRun, there: MlflowContents) -> Compared:
     """Compare a run's rows of rank 0 with what MLflow has.
 
     Parameters
@@ -61,21 +61,21 @@ def against_mlflow(run: PastRun, there: InMlflow) -> Compared:
         What MLflow has.
     """
     rank_dir = get_rank_dir(run.path, 0)
-    survey = Survey(rank_dir)
-    survey.look()
-    upto = survey.last
+    scan = JournalScan(rank_dir)
+    scan.look()
+    upto = scan.last
     if is_being_written(rank_dir):
         upto = int(there.tags.get("luz.delivered", "-1"))
-    points = wanted_points(rank_dir, survey, upto, Stamps())
-    history = _ours(there.history, survey)
+    points = expected_points(rank_dir, scan, upto, UniqueTimestamps())
+    history = _ours(there.history, scan)
     found = Compared(num_here=points.num_rows, num_there=history.num_rows)
-    found.notes = notes_of(survey.properties().flags)
-    if upto < survey.last:
+    found.notes = notes_of(scan.properties().flags)
+    if upto < scan.last:
         left = JournalReader(rank_dir, upto).count_unread()
         found.notes.append(f"{left} rows have still to be delivered")
     found.findings = [
-        *_points(run, points, history, survey, _refused(there.tags)),
-        *_properties(survey, there),
+        *_points(run, points, history, scan, _refused(there.tags)),
+        *_properties(scan, there),
     ]
     return found
 
@@ -90,9 +90,9 @@ def notes_of(flags: Flags) -> list[str]:
     ]
 
 
-def _ours(history: pa.Table, survey: Survey) -> pa.Table:
+def _ours(history: pa.Table, scan: JournalScan) -> pa.Table:
     """The part of a history that the journal is about."""
-    keys = pa.array(list(survey.keys.given.values()), pa.string())
+    keys = pa.array(list(scan.keys.given.values()), pa.string())
     return history.filter(pc.is_in(history["key"], keys))
 
 
@@ -100,25 +100,25 @@ def _points(
     run: PastRun,
     points: pa.Table,
     history: pa.Table,
-    survey: Survey,
+    scan: JournalScan,
     refused: Mapping[str, str],
 ) -> Iterator[Finding]:
     """Points that are not the same in both."""
-    keys = list(survey.keys.given.values())
-    here, there = (identities(table, keys, _EXACT) for table in (points, history))
-    lacking, extra = unmatched(here, there)
-    dead = _superseded_points(run, survey)
+    keys = list(scan.keys.given.values())
+    here, there = (row_ids(table, keys, _EXACT) for table in (points, history))
+    lacking, extra = unmatched_rows(here, there)
+    dead = _superseded_points(run, scan)
     is_dead = np.zeros(history.num_rows, bool)
     if dead.num_rows and len(extra):
-        not_dead, _ = unmatched(there[extra], identities(dead, keys, _EXACT))
+        not_dead, _ = unmatched_rows(there[extra], row_ids(dead, keys, _EXACT))
         is_dead[np.delete(extra, not_dead)] = True
         lacking, extra = _without_first_attempts(
-            points, history, lacking, extra, is_dead, survey
+            points, history, lacking, extra, is_dead, scan
         )
     manifest = run.manifest
     is_final = run.status in ("finished", "failed")
     per_key = manifest.delivery.get("per_key")
-    lacking = lacking[chosen_points(points, per_key, is_final=is_final)[lacking]]
+    lacking = lacking[thinning_mask(points, per_key, is_final=is_final)[lacking]]
     absent = _by_place(points, lacking)
     surplus = history.take(extra).append_column("is_dead", [is_dead[extra]])
     surplus = surplus.sort_by([(k, "ascending") for k in ("key", "step", "time_ms")])
@@ -138,17 +138,17 @@ def _points(
         found.append((row["seq"], missing))
     yield from (finding for _, finding in sorted(found, key=lambda item: item[0]))
     if not manifest.mlflow.get("borrowed"):
-        yield from _surplus(rest, identities(points, keys, _LOOSE), keys)
+        yield from _surplus(rest, row_ids(points, keys, _LOOSE), keys)
 
 
-def _superseded_points(run: PastRun, survey: Survey) -> pa.Table:
+def _superseded_points(run: PastRun, scan: JournalScan) -> pa.Table:
     """Points of the rows that do not count any more, as they may have been sent."""
     tables = [POINTS.empty_table()]
-    if survey.tombstones.rewinds or survey.tombstones.overwrites:
+    if scan.tombstones.rewinds or scan.tombstones.overwrites:
         tail = JournalReader(get_rank_dir(run.path, 0))
         while (table := tail.read(1 << 14)).num_rows:
-            dead = table.filter(pa.array(~survey.tombstones.mask_live(table)))
-            tables.append(points_of(dead, survey.keys))
+            dead = table.filter(pa.array(~scan.tombstones.mask_live(table)))
+            tables.append(points_table(dead, scan.keys))
     return pa.concat_tables(tables).unify_dictionaries()
 
 
@@ -158,19 +158,19 @@ def _without_first_attempts(
     lacking: Rows,
     extra: Rows,
     is_dead: np.ndarray[Any, np.dtype[np.bool_]],
-    survey: Survey,
+    scan: JournalScan,
 ) -> tuple[Rows, Rows]:
     """Leave out the points that a superseded, equal one stands for in MLflow.
 
     They have the time of the first attempt. Of a series of times any value will do.
     """
-    keys, timings = list(survey.keys.given.values()), timing_keys(survey)
+    keys, timings = list(scan.keys.given.values()), timing_keys(scan)
     first = extra[is_dead[extra]]
     is_timing = np.array([key in timings for key in keys] + [False])
-    ids = [identities(table, keys, _LOOSE) for table in (points, history)]
+    ids = [row_ids(table, keys, _LOOSE) for table in (points, history)]
     for one in ids:
         one[is_timing[one[:, 0]], 2] = 0
-    still, over = unmatched(ids[0][lacking], ids[1][first])
+    still, over = unmatched_rows(ids[0][lacking], ids[1][first])
     paired = np.delete(first, over)
     return lacking[still], np.setdiff1d(extra, paired)
 
@@ -191,7 +191,7 @@ def _surplus(
     table = pa.Table.from_pylist(rows, pa.schema([("key", pa.string()), *schema]))
     unique = np.unique(known, axis=0)
     known_too = {tuple(one) for one in unique.tolist()} if rows else set()
-    ids = identities(table, keys, _LOOSE).tolist() if rows else []
+    ids = row_ids(table, keys, _LOOSE).tolist() if rows else []
     for row, one in zip(rows, ids, strict=True):
         kind = "superseded" if row["is_dead"] else "unknown"
         if tuple(one) in known_too:
@@ -199,9 +199,9 @@ def _surplus(
         yield Finding("MLflow", kind, _name(row), f"{row['value']!r}")
 
 
-def _properties(survey: Survey, there: InMlflow) -> Iterator[Finding]:
+def _properties(scan: JournalScan, there: MlflowContents) -> Iterator[Finding]:
     """Params, tags and artifacts that are not the same in both."""
-    wanted = survey.properties()
+    wanted = scan.properties()
     sizes = {n: d.get("size_bytes") for n, d in wanted.artifacts.items()}
     for word, ours, theirs in (
         ("param", wanted.params, there.params),

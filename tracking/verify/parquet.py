@@ -11,7 +11,7 @@ import pyarrow as pa
 from pyarrow import compute as pc
 from pyarrow import parquet
 
-from tracking.delivery.compare import Rows, unmatched
+from tracking.delivery.compare import Rows, unmatched_rows
 from tracking.read import PastRun
 from tracking.schema import SCHEMA
 from tracking.verify.finding import Finding
@@ -53,7 +53,7 @@ def against_file(run: PastRun, file: Path) -> tuple[list[Finding], int, int]:
 def _differences(ours: pa.Table, theirs: pa.Table, place: str) -> Iterator[Finding]:
     """Rows that are not the same in both."""
     known, found = _places(ours), _places(theirs)
-    lacking, extra = unmatched(known, found)
+    lacking, extra = unmatched_rows(known, found)
     for row in ours.take(lacking).to_pylist():
         yield Finding(place, "missing", _name(row))
     shared = np.setdiff1d(np.arange(len(known)), lacking)

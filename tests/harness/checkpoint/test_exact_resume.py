@@ -23,7 +23,7 @@ from harness.callbacks import AutoResume
 from harness.checkpoint.format import newest
 from harness.checkpoint.weights import save_weights
 from tests.harness.exact import CASES, WITH_WORKERS, Case, Stop, same_bits
-from tracking.delivery.state import State
+from tracking.delivery.state import DeliveryState
 from tracking.delivery.sync import sync
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
@@ -319,7 +319,7 @@ class Pause(harness.Callback):
         run: Any = self.ctx.recorder
         position, until = run.position(), time.monotonic() + 90
         while time.monotonic() < until:
-            state = State.read(run.path)
+            state = DeliveryState.read(run.path)
             if state is not None and state.delivered >= position:
                 return
             time.sleep(0.05)
@@ -340,7 +340,7 @@ def delivered(folder: Path, monkeypatch: pytest.MonkeyPatch, *kills: Case) -> st
     [run] = tracking.list_runs(folder / "runs")
     [done] = sync([run], 60.0)
     assert done.behind == 0
-    state = State.read(run.path)
+    state = DeliveryState.read(run.path)
     assert state is not None
     assert state.mlflow_run_id is not None
     return state.mlflow_run_id

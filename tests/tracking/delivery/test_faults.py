@@ -22,7 +22,7 @@ import pytest
 import tracking
 from tracking.delivery.process import delivery_command
 from tracking.delivery.retry import GaveUpError
-from tracking.delivery.state import State
+from tracking.delivery.state import DeliveryState
 from tracking.delivery.sync import sync
 from tracking.mlflow_store.server import Server
 
@@ -34,7 +34,7 @@ def is_equal(in_mlflow, in_journal):
     """Whether MLflow's points are the journal's, each once."""
 
     def compare(path, store):
-        state = State.read(path)
+        state = DeliveryState.read(path)
         points = in_mlflow(store, state.mlflow_run_id)
         assert points == in_journal(path)
         return bool(points)
@@ -136,15 +136,15 @@ def test_rows_that_a_server_refuses_are_found_by_halving(
 
 
 def test_dead_server_is_given_up_a_while_after_the_trainers_end(
-    record, courier, proxy, is_equal, deliver, server
+    record, worker, proxy, is_equal, deliver, server
 ):
     run = record()
     run.log_curve(100)
     run.run.finish()
     proxy.mode = "error"
     with pytest.raises(GaveUpError, match="500"):
-        courier(run.path, proxy.address, patience_s=0.3).deliver()
-    state = State.read(run.path)
+        worker(run.path, proxy.address, patience_s=0.3).deliver()
+    state = DeliveryState.read(run.path)
     assert (state.phase, state.behind) == ("gave up", 200)
     proxy.mode = "pass"
     deliver(run.path, proxy.address, is_thorough=True)
@@ -162,7 +162,7 @@ def test_artifact_that_cannot_be_stored_holds_up_no_row(
     with pytest.raises(GaveUpError, match="400"):
         deliver(run.path, proxy.address)
     assert is_equal(run.path, server.address)
-    state = State.read(run.path)
+    state = DeliveryState.read(run.path)
     found = client(server.address)
     assert found.get_run(state.mlflow_run_id).info.status == "FINISHED"
     assert found.list_artifacts(state.mlflow_run_id) == []
@@ -268,13 +268,13 @@ def test_delivery_outlives_a_killed_trainer_and_closes_its_run(
     trainer, until, is_equal, remote_class, client, tmp_path
 ):
     process, path = trainer
-    until(lambda: (State.read(path) or State()).delivered >= 20)
+    until(lambda: (DeliveryState.read(path) or DeliveryState()).delivered >= 20)
     process.kill()
     process.wait()
     until(lambda: delivery_of(path) is None)
     store = f"sqlite:///{tmp_path}/mlflow.db"
     assert is_equal(path, store)
-    state = State.read(path)
+    state = DeliveryState.read(path)
     assert state.phase == "done"
     assert client(store).get_run(state.mlflow_run_id).info.status == "KILLED"
 
@@ -283,7 +283,7 @@ def test_killed_trainer_and_delivery_leave_what_sync_finishes(
     trainer, until, is_equal, remote_class, tmp_path
 ):
     process, path = trainer
-    until(lambda: (State.read(path) or State()).delivered >= 20)
+    until(lambda: (DeliveryState.read(path) or DeliveryState()).delivered >= 20)
     process.kill()
     os.kill(delivery_of(path), signal.SIGKILL)
     process.wait()
@@ -299,7 +299,7 @@ def test_killed_delivery_is_begun_again_by_sync_while_the_run_goes_on(
     run = record()
     run.log_curve(10)
     process = subprocess.Popen(delivery_command(str(run.path)))
-    until(lambda: (State.read(run.path) or State()).delivered >= 19)
+    until(lambda: (DeliveryState.read(run.path) or DeliveryState()).delivered >= 19)
     (busy,) = sync([tracking.open(run.path)])
     assert busy.phase == "busy"
     process.kill()
@@ -307,9 +307,9 @@ def test_killed_delivery_is_begun_again_by_sync_while_the_run_goes_on(
     run.log_curve(10, first=10)
     (again,) = sync([tracking.open(run.path)])
     assert (again.phase, again.behind) == ("started", 20)
-    until(lambda: State.read(run.path).delivered >= 39)
+    until(lambda: DeliveryState.read(run.path).delivered >= 39)
     run.run.finish(wait_s=0)
-    until(lambda: State.read(run.path).phase == "done")
+    until(lambda: DeliveryState.read(run.path).phase == "done")
     until(lambda: delivery_of(run.path) is None)
     assert is_equal(run.path, store)
 
@@ -318,7 +318,7 @@ def test_killed_delivery_is_begun_again_by_sync_while_the_run_goes_on(
 
 
 def killed_when(made, is_time):
-    """Let a courier work in a process of its own, and kill it; how long it had."""
+    """Let a worker work in a process of its own, and kill it; how long it had."""
     began = time.monotonic()
     child = os.fork()
     if child == 0:
@@ -335,7 +335,7 @@ def killed_when(made, is_time):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_kills_at_random_instants_lose_and_double_nothing(
-    record, courier, deliver, store, is_equal, seed
+    record, worker, deliver, store, is_equal, seed
 ):
     draw = random.Random(seed)
     run = record()
@@ -345,15 +345,15 @@ def test_kills_at_random_instants_lose_and_double_nothing(
 
         def is_delivered(seconds, position=position):
             assert seconds < 60
-            state = State.read(run.path)
+            state = DeliveryState.read(run.path)
             return state is not None and state.delivered >= position
 
-        longest_s = 1.2 * killed_when(courier(run.path, store), is_delivered)
+        longest_s = 1.2 * killed_when(worker(run.path, store), is_delivered)
     first = 400
 
     def kill_one():
         limit_s = draw.uniform(0, longest_s)
-        killed_when(courier(run.path, store), lambda seconds: seconds > limit_s)
+        killed_when(worker(run.path, store), lambda seconds: seconds > limit_s)
 
     for _ in range(40):
         count = draw.randrange(1, 400)
@@ -397,7 +397,11 @@ def test_server_killed_again_and_again_gets_every_row_once(
         work = delivering(run.path, server.address)
         for turn in range(3):
             run.log_curve(3000, first=3000 * turn)
-            until(lambda turn=turn: (work.state or State()).delivered > 6000 * turn)
+            until(
+                lambda turn=turn: (
+                    (work.state or DeliveryState()).delivered > 6000 * turn
+                )
+            )
             os.killpg(server.process.pid, signal.SIGKILL)
             server.process.wait()
             run.log_curve(10, first=100_000 + 10 * turn)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tracking.delivery.thinning import (
-    Options,
+    DeliveryOptions,
     check_options,
     sent_at_once,
     sent_in_the_end,
@@ -37,4 +37,4 @@ def test_points_sent_at_once_grow_with_the_doublings_only():
 
 
 def test_defaults_are_everything_and_a_minute():
-    assert check_options(None) == Options(per_key=None, patience_s=60.0)
+    assert check_options(None) == DeliveryOptions(per_key=None, patience_s=60.0)

@@ -21,11 +21,11 @@ import pytest
 import tracking
 from tracking.delivery.process import delivery_command
 from tracking.delivery.retry import GaveUpError
-from tracking.delivery.state import State
+from tracking.delivery.state import DeliveryState
 from tracking.delivery.sync import wait_for_delivery
 from tracking.delivery.thinning import check_options
-from tracking.mlflow_store.runs import Register
-from tracking.mlflow_store.uris import resolved_uri
+from tracking.mlflow_store.runs import RunResolver
+from tracking.mlflow_store.uris import resolve_uri
 from tracking.settings import Settings
 
 CURVE = 30
@@ -350,7 +350,7 @@ def test_borrowed_run_takes_the_rows_and_stays_the_callers(
 
 
 def test_delivery_goes_on_where_mlflow_says_it_was(
-    record, courier, store, in_mlflow, in_journal, deliver
+    record, worker, store, in_mlflow, in_journal, deliver
 ):
     run = record()
     run.log_curve(1000)
@@ -395,7 +395,7 @@ def test_what_is_superseded_already_is_never_sent(record, deliver, store, in_mlf
 
 @pytest.mark.parametrize("is_live", [True, False])
 def test_equal_replay_after_a_rewind_is_not_sent_twice(
-    record, courier, deliver, store, in_mlflow, is_live
+    record, worker, deliver, store, in_mlflow, is_live
 ):
     run = record()
     run.log_curve(20)
@@ -649,7 +649,7 @@ def test_experiment_in_the_bin_is_told(record, deliver, store, client):
     other.run.finish()
     with pytest.raises(GaveUpError, match="active experiment in MLflow, got 'digits'"):
         deliver(other.path, store)
-    assert State.read(other.path).phase == "gave up"
+    assert DeliveryState.read(other.path).phase == "gave up"
 
 
 def test_database_of_another_version_is_left_alone_and_told(
@@ -779,7 +779,7 @@ def test_process_leaves_at_once_when_another_delivers_the_run(record, store):
             check=False,
         )
     assert process.returncode == 0
-    assert State.read(run.path) is None
+    assert DeliveryState.read(run.path) is None
 
 
 def test_delivery_that_goes_on_is_waited_for_but_not_for_ever(record):
@@ -816,7 +816,7 @@ def test_secrets_are_in_no_file_and_no_tag(record, store, tmp_path):
         check=False,
     )
     assert process.returncode == 1
-    state = State.read(run.path)
+    state = DeliveryState.read(run.path)
     assert state.tracking_uri == "http://127.0.0.1:9/"
     assert "127.0.0.1" in state.error
     written = b"".join(p.read_bytes() for p in run.path.rglob("*") if p.is_file())
@@ -830,15 +830,15 @@ def test_experiment_of_the_environment_is_used_where_the_run_names_none(
     run = record(experiment=None)
     run.run.finish()
     settings = Settings.read({"MLFLOW_EXPERIMENT_NAME": "theirs"})
-    register = Register(
+    resolver = RunResolver(
         run.path,
         store,
         lambda uri: remote_class(uri, cache),
         experiment_name=settings.experiment_name,
         experiment_id=settings.experiment_id,
     )
-    sender = register.connect()
-    assert client(store).get_experiment(sender.experiment_id).name == "theirs"
+    writer = resolver.connect()
+    assert client(store).get_experiment(writer.experiment_id).name == "theirs"
 
 
 def test_settings_come_from_the_environment():
@@ -871,10 +871,10 @@ def test_settings_come_from_the_environment():
     ],
 )
 def test_store_is_found_as_mlflow_finds_it(given, wanted):
-    assert resolved_uri(Path("/w/a b"), given) == wanted
+    assert resolve_uri(Path("/w/a b"), given) == wanted
 
 
 def test_folder_of_files_that_mlflow_still_uses_is_its_default(tmp_path):
     (tmp_path / "mlruns" / "0").mkdir(parents=True)
     (tmp_path / "mlruns" / "0" / "meta.yaml").touch()
-    assert resolved_uri(tmp_path, None) == (tmp_path / "mlruns").as_uri()
+    assert resolve_uri(tmp_path, None) == (tmp_path / "mlruns").as_uri()

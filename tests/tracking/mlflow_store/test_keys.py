@@ -4,7 +4,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tracking.mlflow_store.keys import MAX_KEY_LENGTH, Keys, is_valid, plain_key
+from tracking.mlflow_store.keys import MAX_KEY_LENGTH, KeyMap, is_valid, plain_key
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,7 @@ from tracking.mlflow_store.keys import MAX_KEY_LENGTH, Keys, is_valid, plain_key
 )
 def test_plain_key_joins_what_there_is(series, key):
     assert plain_key(series) == key
-    assert Keys().of(series) == key
+    assert KeyMap().of(series) == key
 
 
 @pytest.mark.parametrize(
@@ -39,14 +39,14 @@ word = st.text(st.sampled_from("ab/.#_ -:ü0"), max_size=6)
 @example([("metrics", "train", "loss_step"), ("steps", "train", "loss")])
 @example([("metrics", "", ""), ("metrics", "#", ""), ("metrics", "", "#")])
 def test_keys_are_valid_and_one_for_each_series(found):
-    keys = Keys()
+    keys = KeyMap()
     given = {series: keys.of(series) for series in found}
     assert all(is_valid(key) for key in given.values())
     assert len(set(given.values())) == len(given)
-    assert {series: Keys().of(series) for series in found[:1]} == dict(
+    assert {series: KeyMap().of(series) for series in found[:1]} == dict(
         list(given.items())[:1]
     )
-    again = Keys()
+    again = KeyMap()
     assert {series: again.of(series) for series in found} == given
     mapped = keys.mapped()
     assert all(given[series] == key for key, series in mapped.items())
@@ -56,18 +56,18 @@ def test_keys_are_valid_and_one_for_each_series(found):
 
 
 def test_key_that_was_given_is_never_given_again():
-    keys = Keys()
+    keys = KeyMap()
     odd = keys.of(("metrics", "train", "a#b"))
     other = keys.of(("metrics", "", odd))
     assert other != odd
 
 
 def test_reserved_beginning_is_not_given():
-    assert Keys(reserved="luz.").of(("tags", "", "luz.run_id")) != "luz.run_id"
+    assert KeyMap(reserved="luz.").of(("tags", "", "luz.run_id")) != "luz.run_id"
 
 
 @given(st.text(max_size=400))
 def test_any_text_gets_a_key(name):
-    key = Keys().of(("metrics", "train", name))
+    key = KeyMap().of(("metrics", "train", name))
     assert is_valid(key)
     assert len(key) <= MAX_KEY_LENGTH

@@ -13,9 +13,9 @@ import pytest
 from pyarrow import parquet
 
 import tracking
-from tracking.delivery.sync import InMlflow
+from tracking.delivery.sync import MlflowContents
 from tracking.errors import DeliveryError
-from tracking.mlflow_store.runs import Register
+from tracking.mlflow_store.runs import RunResolver
 from tracking.verify.mlflow import against_mlflow
 from tracking.verify.parquet import against_file
 from tracking.verify.verify import verify
@@ -31,17 +31,17 @@ def read_back(remote_class, cache):
     """What MLflow has of a run, read in this process."""
 
     def read(path, store):
-        register = Register(path, store, lambda uri: remote_class(uri, cache))
-        run = register.find()
-        return InMlflow(
-            history=register.remote.history(run.run_id),
+        resolver = RunResolver(path, store, lambda uri: remote_class(uri, cache))
+        run = resolver.find()
+        return MlflowContents(
+            history=resolver.remote.history(run.run_id),
             mlflow_run_id=run.run_id,
             experiment_id=run.experiment_id,
             tracking_uri=store,
             status=run.status,
             params=run.params,
             tags=run.tags,
-            artifacts=register.remote.artifacts(run.run_id),
+            artifacts=resolver.remote.artifacts(run.run_id),
         )
 
     return read
