@@ -25,16 +25,17 @@ from harness.checkpoint.state import (
     extra_state,
     put_extra_state,
 )
+from harness.data.batch import input_of, target_of, with_input, with_target
 from harness.errors import EarlyStop, Signal
 from harness.events import EVENTS, check_event, nearest
+from harness.pytree import named_leaves
 from harness.records import (
     ARRAYS,
     NOBODY,
     Recorder,
     Records,
-    detached,
-    joined,
-    leaves,
+    append_logged,
+    copy_logged,
     metrics_frame,
 )
 from harness.rng import find_generators, get_rng_state
@@ -214,7 +215,7 @@ class Context:
         ----------
         luz 0.5.0, ``context$log``. Differs from luz: a gap before `index` is filled with None.
         """
-        kept = detached(value) if type(value) is not float else value
+        kept = copy_logged(value) if type(value) is not float else value
         series = self._records.get(what, {}).get(set, [])
         if index is None:
             index = len(series) + 1
@@ -228,7 +229,7 @@ class Context:
         while len(series) < index:
             series.append(None)
         current = series[index - 1]
-        series[index - 1] = joined(current, kept) if append else kept
+        series[index - 1] = append_logged(current, kept) if append else kept
         self._remember_tensors(series, index - 1)
 
     def log_metric(self, name: str, value: Any) -> None:
@@ -285,7 +286,7 @@ class Context:
         self, set: str, epoch: int | None = None
     ) -> dict[str, str]:
         """The metrics of a set at an epoch as text with four significant digits, by name."""
-        metrics = dict(leaves(self.get_metrics(set, epoch)))
+        metrics = dict(named_leaves(self.get_metrics(set, epoch)))
         return {
             name: f"{value:.4g}" if isinstance(value, int | float) else str(value)
             for name, value in metrics.items()
@@ -591,26 +592,20 @@ class Context:
     @property
     def input(self) -> Any:
         """First item of the batch: a tensor, tuple or mapping; the batch if it is no pair."""
-        batch = self._batch
-        return batch[0] if isinstance(batch, tuple | list) else batch
+        return input_of(self._batch)
 
     @input.setter
     def input(self, new: Any) -> None:
-        batch = self._batch
-        pair = isinstance(batch, tuple | list)
-        self._batch = [new, *batch[1:]] if pair else new
+        self._batch = with_input(self._batch, new)
 
     @property
     def target(self) -> Any:
         """Second item of the batch; None where there is none."""
-        batch = self._batch
-        return batch[1] if isinstance(batch, tuple | list) and len(batch) > 1 else None
+        return target_of(self._batch)
 
     @target.setter
     def target(self, new: Any) -> None:
-        batch = self._batch
-        rest = batch[2:] if isinstance(batch, tuple | list) else ()
-        self._batch = [self.input, new, *rest]
+        self._batch = with_target(self._batch, new)
 
     @property
     def min_epochs(self) -> int:

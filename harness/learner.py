@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,6 +33,7 @@ from harness.context import (
     PredictContext,
     bind_context,
 )
+from harness.data.batch import join
 from harness.data.loaders import eval_loader, split_data, train_loader
 from harness.errors import CheckpointError
 from harness.fitted import Evaluation, Fitted
@@ -360,7 +361,7 @@ class Learner:
             callbacks=[TrainValid(), *check_callbacks(callbacks)],
         )
         with restore_model_after(ctx):
-            return joined(loop.predict(ctx))
+            return join(loop.predict(ctx))
 
 
 def setup(
@@ -470,19 +471,6 @@ def call_after_fit(ctx: Context) -> None:
     except Exception as error:  # noqa: BLE001  any failure, the result is complete
         msg = f"fit: expected after_fit to succeed, got {error!r}. The result is complete."
         warnings.warn(msg, stacklevel=3)
-
-
-def joined(parts: Sequence[Any]) -> Any:
-    """Outputs of batches as one, in the same form, on the CPU."""
-    first = parts[0] if parts else None
-    if isinstance(first, Tensor) and first.dim():
-        return torch.cat([part.cpu() for part in parts])
-    if isinstance(first, Mapping):
-        return {name: joined([part[name] for part in parts]) for name in first}
-    if isinstance(first, tuple):
-        items = [joined(items) for items in zip(*parts, strict=True)]
-        return type(first)(*items) if hasattr(first, "_fields") else tuple(items)
-    return list(parts)
 
 
 def load(path: str | Path, module: Callable[..., nn.Module] | None = None) -> Fitted:

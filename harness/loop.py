@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from harness.context import Context, Handlers
+from harness.data.batch import detach
 from harness.data.train_pass import TrainPass
 from harness.errors import EarlyStop, Interrupted, SkipEpoch
-from harness.metrics.split import detach, each_tensor
+from harness.pytree import map_tensors
 from harness.steps import call_model, default_step
 
 
@@ -92,7 +93,7 @@ def predict(ctx: Context) -> list[Any]:
             ctx.call_callbacks("on_predict_batch_begin")
             ctx.pred = own(ctx.input) if own else call_model(ctx.model, ctx.input)
             ctx.call_callbacks("on_predict_batch_end")
-            preds.append(each_tensor(detach(ctx.pred), ctx.accelerator.gather))
+            preds.append(map_tensors(detach(ctx.pred), ctx.accelerator.gather))
         ctx.call_callbacks("on_predict_end")
     return preds
 

@@ -1,19 +1,150 @@
-"""Nested state as JSON and tensors, so that reading it back can execute nothing.
+"""Nested values: walk their tensors, and write them as JSON and tensors.
 
-Numbers, strings, bools, None, bytes, tensors, NumPy arrays, and lists, tuples and dicts of
-those. What JSON lacks is written as an object with one key that begins with ``$``.
+A container is a list, tuple, named tuple, mapping, dataclass or ``PackedSequence``, or a
+subclass of one. Everything else is a leaf.
+
+``flatten`` and ``restore`` are the form of checkpoints: numbers, strings, bools, None, bytes,
+tensors, NumPy arrays, and lists, tuples and dicts of those. Values that JSON cannot hold are
+written as an object with one key that begins with ``$``, so reading never runs code.
 """
 
 from __future__ import annotations
 
 import base64
+import contextlib
+import copy
+import dataclasses
 import math
-from collections.abc import Mapping
+from collections import UserDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+# ---------------------------------------------------------------- walking tensors
+
+_LEAVES = frozenset({str, bytes, int, float, bool, type(None)})
+"""Common types of leaves, known without further checks."""
+
+
+def items_of(value: Any) -> Sequence[Any] | None:
+    """Items of a container, in order; None for a leaf."""
+    kind = type(value)
+    if kind is list or kind is tuple:
+        return value  # type: ignore[no-any-return]
+    if kind is dict:
+        return list(value.values())
+    if kind in _LEAVES:
+        return None
+    if isinstance(value, Mapping):
+        return list(value.values())
+    if isinstance(value, PackedSequence):
+        # The other fields say which row is where, and have no values of the user's.
+        return (value.data,)
+    if isinstance(value, tuple | list):
+        return value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [getattr(value, name) for name in _fields_of(value)]
+    return None
+
+
+def with_items(value: Any, items: Sequence[Any]) -> Any:
+    """A container of the same type with other items; `value` itself stays as it is.
+
+    A mapping that is neither a ``dict`` nor a ``UserDict`` becomes a dict, because a copy
+    of it could share its items.
+    """
+    kind = type(value)
+    if kind is list or kind is tuple:
+        return kind(items)
+    if kind is dict:
+        return dict(zip(value, items, strict=True))
+    if isinstance(value, Mapping):
+        return _with_values(value, items)
+    if isinstance(value, PackedSequence):
+        return value._replace(data=items[0])
+    if isinstance(value, tuple):
+        return kind(*items) if hasattr(value, "_fields") else kind(items)
+    if isinstance(value, list):
+        changed = copy.copy(value)
+        changed[:] = items
+        return changed
+    return _with_fields(value, items)
+
+
+def _with_values(value: Mapping[Any, Any], items: Sequence[Any]) -> Mapping[Any, Any]:
+    pairs = dict(zip(value, items, strict=True))
+    if not isinstance(value, dict | UserDict):
+        return pairs
+    changed = copy.copy(value)
+    for key, item in pairs.items():
+        changed[key] = item
+    return changed
+
+
+def _with_fields(value: Any, items: Sequence[Any]) -> Any:
+    """The dataclass with other fields; itself where no field changes."""
+    pairs = list(zip(_fields_of(value), items, strict=True))
+    if all(item is getattr(value, name) for name, item in pairs):
+        return value
+    changed = copy.copy(value)
+    for name, item in pairs:
+        object.__setattr__(changed, name, item)  # a frozen one has no other way
+    return changed
+
+
+def _fields_of(value: Any) -> list[str]:
+    names = (field.name for field in dataclasses.fields(value))
+    return [name for name in names if hasattr(value, name)]
+
+
+def map_tensors(value: Any, function: Callable[[Tensor], Any]) -> Any:
+    """The value with ``function(tensor)`` in place of each tensor, in the same form.
+
+    Parameters
+    ----------
+    value
+        Tensor, container or anything else; other leaves are kept as they are.
+    function
+        Called with each tensor, in order; of a ``PackedSequence``, with its data alone.
+
+    Examples
+    --------
+    >>> map_tensors({"a": torch.ones(2), "b": "text"}, lambda tensor: tensor.shape)
+    {'a': torch.Size([2]), 'b': 'text'}
+    """
+    if isinstance(value, Tensor):
+        return function(value)
+    items = items_of(value)
+    if items is None:
+        return value
+    return with_items(value, [map_tensors(item, function) for item in items])
+
+
+def iter_tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors of a nested value, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    else:
+        for item in items_of(value) or ():
+            yield from iter_tensors(item)
+
+
+def named_leaves(
+    value: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, Any]]:
+    """Name and value of each leaf of nested mappings; nested names are joined by ``/``."""
+    for name, item in value.items():
+        if isinstance(item, Mapping):
+            yield from named_leaves(item, f"{prefix}{name}/")
+        else:
+            yield f"{prefix}{name}", item
+
+
+# --------------------------------------------------------------- JSON and tensors
 
 DTYPES = {
     torch.float64: "F64",
@@ -35,32 +166,32 @@ DTYPES = {
 """Dtypes that are written, by their safetensors names."""
 
 _PLAIN = frozenset({int, bool, str, type(None)})
-"""Types whose values are their own plans."""
+"""Types whose values are written as they are."""
 
 _FLOATS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
 def flatten(tree: Any, place: str = "state") -> tuple[Any, dict[str, Tensor]]:
-    """A plan that JSON can hold, and the tensors it refers to by name.
+    """A plan that JSON can hold, and the tensors that it refers to by name.
 
     Parameters
     ----------
     tree
         Nested state.
     place
-        Name of the whole, for messages and names of tensors.
+        Name of the state, for messages and for the names of tensors.
 
     Raises
     ------
     TypeError
-        If something in it is of another kind; its path is named.
+        If a value is of another kind; the message names its path.
     """
     tensors: dict[str, Tensor] = {}
-    return _plan(tree, place, tensors), tensors
+    return _encode(tree, place, tensors), tensors
 
 
-def _plan(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """The plan of one value; tensors are put aside under their path."""
+def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """The plan of one value; its tensors are added to `tensors` under their paths."""
     if value is None or isinstance(value, bool | str):
         return value
     if isinstance(value, int):
@@ -69,72 +200,78 @@ def _plan(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         value = float(value)
         return value if math.isfinite(value) else {"$float": repr(value)}
     if isinstance(value, Tensor):
-        return _tensor(value.detach(), path, tensors)
+        return _encode_tensor(value.detach(), path, tensors)
     if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
         tensors[path] = torch.from_numpy(np.ascontiguousarray(value))
         return {"$array": path}
     if isinstance(value, np.generic):
-        return _plan(value.item(), path, tensors)
+        return _encode(value.item(), path, tensors)
     if isinstance(value, bytes):
         return {"$bytes": base64.b64encode(value).decode("ascii")}
-    return _container(value, path, tensors)
+    return _encode_container(value, path, tensors)
 
 
-def _tensor(value: Tensor, path: str, tensors: dict[str, Tensor]) -> Any:
-    """The plan of a tensor: its name, and what safetensors lacks: complex, order of dims."""
+def _encode_tensor(value: Tensor, path: str, tensors: dict[str, Tensor]) -> Any:
+    """The tensor's name, with what safetensors cannot hold: complex, order of dims."""
     if value.is_complex():
-        return {"$complex": _tensor(torch.view_as_real(value), path, tensors)}
+        return {"$complex": _encode_tensor(torch.view_as_real(value), path, tensors)}
     if value.layout != torch.strided or value.dtype not in DTYPES:
         msg = f"{path}: expected a dense tensor of a common dtype, got {value.dtype}"
         raise TypeError(f"{msg}, {value.layout}. Convert it in state_dict().")
     order = sorted(range(value.dim()), key=value.stride().__getitem__, reverse=True)
     if not value.is_contiguous() and value.permute(order).is_contiguous():
-        # Channels last, say: kernels round differently for another order.
+        # For example channels last: kernels round differently for another order.
         tensors[path] = value.permute(order)
         return {"$permuted": [path, order]}
     tensors[path] = value
     return {"$tensor": path}
 
 
-def _container(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """The plan of a tuple, list or dict."""
+def _encode_container(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, tuple):
-        return {"$tuple": _items(value, path, tensors)}
+        return {"$tuple": _encode_items(value, path, tensors)}
     if isinstance(value, list):
-        return _items(value, path, tensors)
+        return _encode_items(value, path, tensors)
     if isinstance(value, Mapping):
-        return _mapping(value, path, tensors)
+        return _encode_mapping(value, path, tensors)
     msg = f"{path}: expected numbers, strings, tensors, lists or dicts, got {value!r}."
-    raise TypeError(f"{msg} Turn it into those in state_dict().")
+    raise TypeError(f"{msg} Convert it in state_dict().")
 
 
-def _items(value: Any, path: str, tensors: dict[str, Tensor]) -> list[Any]:
-    """Plans of the items of a list; Python's random state is a long one of plain numbers."""
+def _encode_items(
+    value: Sequence[Any], path: str, tensors: dict[str, Tensor]
+) -> list[Any]:
+    # Python's random state is a tuple of 625 plain numbers: no plan for each of them.
     if _PLAIN.issuperset(map(type, value)):
         return list(value)
-    return [_plan(item, f"{path}/{n}", tensors) for n, item in enumerate(value)]
+    return [_encode(item, f"{path}/{n}", tensors) for n, item in enumerate(value)]
 
 
-def _mapping(value: Mapping[Any, Any], path: str, tensors: dict[str, Tensor]) -> Any:
-    """The plan of a dict; keys that are no plain strings are kept in pairs."""
+def _encode_mapping(
+    value: Mapping[Any, Any], path: str, tensors: dict[str, Tensor]
+) -> Any:
+    """The plan of a mapping; keys that JSON cannot hold are written as pairs."""
     if all(isinstance(key, str) and not key.startswith("$") for key in value):
         return {
-            key: _plan(item, f"{path}/{key}", tensors) for key, item in value.items()
+            key: _encode(item, f"{path}/{key}", tensors) for key, item in value.items()
         }
     pairs = [
-        [_plan(key, f"{path}/key{n}", tensors), _plan(item, f"{path}/{key}", tensors)]
+        [
+            _encode(key, f"{path}/key{n}", tensors),
+            _encode(item, f"{path}/{key}", tensors),
+        ]
         for n, (key, item) in enumerate(value.items())
     ]
     return {"$dict": pairs}
 
 
 def restore(plan: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The state that ``flatten`` took apart.
+    """The state that ``flatten`` wrote.
 
     Raises
     ------
     ValueError
-        If the plan has an unknown form or names a tensor that is not there.
+        If the plan has an unknown form or names a tensor that does not exist.
     """
     if isinstance(plan, list):
         return [restore(item, tensors) for item in plan]
@@ -143,30 +280,44 @@ def restore(plan: Any, tensors: Mapping[str, Tensor]) -> Any:
     if len(plan) == 1:
         ((key, value),) = plan.items()
         if key.startswith("$"):
-            return _special(key, value, tensors)
+            return _decode(key, value, tensors)
     return {key: restore(item, tensors) for key, item in plan.items()}
 
 
-def _special(key: str, value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The value behind an object with a ``$`` key."""
-    if key in {"$tensor", "$array"} and isinstance(value, str) and value in tensors:
-        found = tensors[value]
-        return found if key == "$tensor" else found.numpy()
-    if key == "$permuted" and isinstance(value, list) and len(value) == 2:
-        name, order = value
-        inverse = sorted(range(len(order)), key=order.__getitem__)
-        return tensors[name].permute(inverse)
-    if key == "$complex" and isinstance(value, dict):
-        return torch.view_as_complex(
-            torch.as_tensor(restore(value, tensors)).contiguous()
-        )
-    if key == "$float" and value in _FLOATS:
-        return _FLOATS[value]
-    if key == "$bytes" and isinstance(value, str):
-        return base64.b64decode(value, validate=True)
-    if key == "$tuple" and isinstance(value, list):
-        return tuple(restore(item, tensors) for item in value)
-    if key == "$dict" and isinstance(value, list):
-        return {restore(k, tensors): restore(item, tensors) for k, item in value}
+def _decode(key: str, value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The value behind an object whose only key begins with ``$``."""
+    kind, decoder = _DECODERS.get(key, (None, None))
+    if decoder is not None and type(value) is kind:
+        # LookupError: a tensor or a number that does not exist.
+        with contextlib.suppress(LookupError):
+            return decoder(value, tensors)
     msg = f"state: expected a known form, got {key!r}: {str(value)[:80]!r}."
-    raise ValueError(f"{msg} The file is torn or from another version.")
+    raise ValueError(f"{msg} The file is damaged or from another version.")
+
+
+def _decode_permuted(value: list[Any], tensors: Mapping[str, Tensor]) -> Tensor:
+    name, order = value
+    return tensors[name].permute(sorted(range(len(order)), key=order.__getitem__))
+
+
+def _decode_complex(value: dict[str, Any], tensors: Mapping[str, Tensor]) -> Tensor:
+    pairs = torch.as_tensor(restore(value, tensors))
+    return torch.view_as_complex(pairs.contiguous())
+
+
+_DECODERS: dict[str, tuple[type, Callable[[Any, Mapping[str, Tensor]], Any]]] = {
+    "$tensor": (str, lambda value, tensors: tensors[value]),
+    "$array": (str, lambda value, tensors: tensors[value].numpy()),
+    "$permuted": (list, _decode_permuted),
+    "$complex": (dict, _decode_complex),
+    "$float": (str, lambda value, tensors: _FLOATS[value]),
+    "$bytes": (str, lambda value, tensors: base64.b64decode(value, validate=True)),
+    "$tuple": (list, lambda value, tensors: tuple(restore(value, tensors))),
+    "$dict": (
+        list,
+        lambda value, tensors: {
+            restore(key, tensors): restore(item, tensors) for key, item in value
+        },
+    ),
+}
+"""For each ``$`` key, the JSON type behind it and what reads it."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from torch import Tensor
+
+from harness.pytree import named_leaves
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -80,34 +82,25 @@ def metrics_frame(records: Records) -> pd.DataFrame:
         for split, series in records.get("metrics", {}).items()
         for epoch, metrics in enumerate(series, start=1)
         if isinstance(metrics, Mapping)
-        for name, value in leaves(metrics)
+        for name, value in named_leaves(metrics)
     ]
     return pd.DataFrame(rows, columns=["set", "metric", "epoch", "value"])
 
 
-def leaves(metrics: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    """Name and value of each leaf; nested names are joined by ``/``."""
-    for name, value in metrics.items():
-        if isinstance(value, Mapping):
-            yield from leaves(value, f"{prefix}{name}/")
-        else:
-            yield f"{prefix}{name}", value
-
-
-def detached(value: Any) -> Any:
-    """The value as it is now, containers copied; tensors off the graph, still on their device."""
+def copy_logged(value: Any) -> Any:
+    """The value as it is now: tensors detached, on their device; tuples become lists."""
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, np.ndarray | np.generic):
         return value.copy()
     if isinstance(value, dict):
-        return {name: detached(item) for name, item in value.items()}
+        return {name: copy_logged(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [detached(item) for item in value]
+        return [copy_logged(item) for item in value]
     return value
 
 
-def joined(current: Any, value: Any) -> Any:
+def append_logged(current: Any, value: Any) -> Any:
     """What ``log`` keeps where something was logged before."""
     if current is None:
         return value

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.accelerators.base import StepOpt, default_step_opt
+from harness.data.batch import move
 from harness.errors import CheckpointError
 from harness.reshard.consolidated import copy_tensors
 from harness.reshard.layout import members, plain_layout
@@ -22,19 +23,6 @@ def best_device() -> torch.device:
     if torch.backends.mps.is_available():
         return torch.device("mps")
     return torch.device("cpu")
-
-
-def move(batch: Any, device: torch.device) -> Any:
-    """The batch with its tensors on `device`, in the same form; other leaves as they are."""
-    if isinstance(batch, Tensor):
-        return batch if batch.device == device else batch.to(device, non_blocking=True)
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(move(value, device) for value in batch))
-    if isinstance(batch, tuple | list):
-        return type(batch)([move(value, device) for value in batch])
-    if isinstance(batch, Mapping):
-        return {name: move(value, device) for name, value in batch.items()}
-    return batch
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from harness.callback import Callback
-from harness.data.loaders import batch_rows
+from harness.data.batch import num_rows
 from harness.metrics.sets import MetricSet
 from harness.metrics.split import SplitMetrics
 
@@ -44,7 +44,7 @@ class Metrics(Callback):
         ctx = self.ctx
         assert ctx.accelerator is not None
         # A batch that only stands in, for a rank with no sample left, counts for nothing.
-        rows = 0 if ctx.accelerator.counted == 0 else batch_rows(ctx.batch)
+        rows = 0 if ctx.accelerator.counted == 0 else num_rows(ctx.batch)
         ctx.metrics[split].update(ctx.pred, ctx.target, ctx.loss, rows)
 
     def _log(self, split: str) -> None:

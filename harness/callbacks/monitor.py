@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from math import inf
 from typing import Any, Literal
 
 from harness.callback import Callback
 from harness.context import Context
+from harness.pytree import named_leaves
 
 Mode = Literal["min", "max"]
 
 
 def logged_names(ctx: Context) -> dict[str, float]:
     """What was logged at the present epoch, by monitor name."""
-    found: dict[str, float] = {}
-
-    def collect(name: str, value: Any) -> None:
-        if isinstance(value, Mapping):
-            for key, item in value.items():
-                collect(f"{name}/{key}", item)
-        elif isinstance(value, int | float):
-            found[name] = float(value)
-
-    for split in ctx.records["metrics"]:
-        collect(split, ctx.get_metrics(split, ctx.epoch))
-    return found
+    return {
+        f"{split}/{name}": float(value)
+        for split in ctx.records["metrics"]
+        for name, value in named_leaves(ctx.get_metrics(split, ctx.epoch))
+        if isinstance(value, int | float)
+    }
 
 
 class Monitor(Callback):

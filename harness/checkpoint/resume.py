@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from harness.checkpoint.format import Position, check, read_part
 from harness.checkpoint.state import by_name
 from harness.context import Context
 from harness.errors import CheckpointError
 from harness.metrics.split import check_saved
+from harness.pytree import map_tensors
 from harness.reshard.consolidated import UNREADABLE
 from harness.reshard.convert import check_same, is_same_form
 from harness.reshard.plan import check_forms, is_dealt_alike, moved, reshaped
@@ -147,7 +147,7 @@ class Resume:
                 self._moved = moved(self.position, parts, about, ctx)
             self._gone = {n: parts[n]["journal"] for n in range(ranks, saved)}
             state = reshaped(parts, live, ctx, wanted, is_alike=is_alike)
-            self._keep(tree_map_only(Tensor, Tensor.clone, state))
+            self._keep(map_tensors(state, Tensor.clone))
             then, now = parts[0]["accelerator"].get("stage"), live.get("stage")
             if None not in {then, now} and then != now:
                 self.report.append(("ZeRO stage", "differs", f"{then} then, {now} now"))

@@ -310,17 +310,6 @@ def split_data(data: Any, valid_frac: float) -> tuple[Dataset[Any], Dataset[Any]
     return Subset(dataset, sorted(rows[held:])), Subset(dataset, sorted(rows[:held]))
 
 
-def batch_rows(batch: Any) -> int:
-    """Samples in a batch: the first dim of its first tensor, 1 where there is none."""
-    if isinstance(batch, Tensor):
-        return batch.shape[0] if batch.dim() else 1
-    if isinstance(batch, tuple | list):
-        return batch_rows(batch[0]) if batch else 1
-    if isinstance(batch, Mapping):
-        return batch_rows(list(batch.values()))
-    return 1
-
-
 def describe(loader: DataLoader[Any]) -> dict[str, Any]:
     """What a run records of its data: class, rows, shapes, types and batches."""
     dataset = loader.dataset

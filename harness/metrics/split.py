@@ -15,6 +15,7 @@ from torchmetrics.classification import (
     MulticlassStatScores,
 )
 
+from harness.data.batch import detach
 from harness.errors import CheckpointError
 from harness.metrics.loss import LossAverage
 from harness.metrics.sets import MAX_NAMED
@@ -29,6 +30,7 @@ from harness.metrics.state import (
     take_changed,
     take_states,
 )
+from harness.pytree import map_tensors
 
 if TYPE_CHECKING:
     from harness.accelerators.base import Accelerator
@@ -154,8 +156,8 @@ class SplitMetrics:
         for name, metric in self._metrics.items():
             if lists_samples(metric):
                 pred, target = (
-                    each_tensor(pred, _no_rows),
-                    each_tensor(target, _no_rows),
+                    map_tensors(pred, _no_rows),
+                    map_tensors(target, _no_rows),
                 )
                 self._update_one(name, pred, target)
 
@@ -321,24 +323,6 @@ def _own_copy(item: Any) -> Metric:
 def _form(pred: Tensor, target: Tensor) -> Iterable[Any]:
     """What two batches must share to be joined."""
     return pred.shape[1:], target.shape[1:], pred.dtype, target.dtype, pred.dim()
-
-
-def detach(value: Any) -> Any:
-    """The value with each tensor off the graph, in the same form."""
-    return each_tensor(value, Tensor.detach)
-
-
-def each_tensor(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The value with each tensor changed, in the same form."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {name: each_tensor(item, change) for name, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(each_tensor(item, change) for item in value))
-    if isinstance(value, tuple | list):
-        return type(value)(each_tensor(item, change) for item in value)
-    return value
 
 
 def _no_rows(tensor: Tensor) -> Tensor:

@@ -2,14 +2,24 @@ from __future__ import annotations
 
 import json
 import math
-from collections import OrderedDict
+from collections import OrderedDict, UserDict, defaultdict, namedtuple
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.nn.utils.rnn import pack_sequence
 
-from harness.pytree import DTYPES, flatten, restore
+from harness.pytree import (
+    DTYPES,
+    flatten,
+    iter_tensors,
+    map_tensors,
+    named_leaves,
+    restore,
+)
 
 VALUES: dict[str, Any] = {
     "none": None,
@@ -86,8 +96,150 @@ def test_flatten_of_anything_else_names_its_path(value: Any, match: str) -> None
 
 
 @pytest.mark.parametrize(
-    "plan", [{"$float": "1"}, {"$tensor": "x"}, {"$what": 1}, {"$tuple": 3}]
+    "plan",
+    [
+        {"$float": "1"},
+        {"$float": 1.0},
+        {"$tensor": "x"},
+        {"$array": "x"},
+        {"$permuted": ["x", [0]]},
+        {"$complex": {"$tensor": "x"}},
+        {"$bytes": 1},
+        {"$dict": {}},
+        {"$what": 1},
+        {"$tuple": 3},
+    ],
+    ids=str,
 )
 def test_restore_of_an_unknown_form_is_refused(plan: Any) -> None:
     with pytest.raises(ValueError, match="expected a known form"):
         restore(plan, {})
+
+
+# --- containers
+
+
+class Output(OrderedDict):  # type: ignore[type-arg]
+    """As transformers' ModelOutput: its keys are attributes too."""
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        super().__setitem__(key, value)
+        super().__setattr__(key, value)
+
+
+class Encoding(UserDict):  # type: ignore[type-arg]
+    """As transformers' BatchEncoding: attributes are looked up among the items."""
+
+    def __init__(self, data: Any, n_sequences: int = 1) -> None:
+        super().__init__(data)
+        self.n_sequences = n_sequences
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self.data[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+class Shared(Mapping):  # type: ignore[type-arg]
+    """A mapping that a copy would share its items with."""
+
+    def __init__(self, items: dict[str, Any]) -> None:
+        self._items = items
+
+    def __getitem__(self, key: str) -> Any:
+        return self._items[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+
+class Boxes(list):  # type: ignore[type-arg]
+    """A list with an attribute."""
+
+    size = (0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    x: Any
+    label: str
+    hidden: int = field(init=False, default=3)
+
+
+Pair = namedtuple("Pair", "left right")
+
+CONTAINERS: dict[str, Callable[[Any], Any]] = {
+    "list": lambda x: [x, "text"],
+    "tuple": lambda x: (x, 1),
+    "named tuple": lambda x: Pair(x, None),
+    "return type": lambda x: torch.return_types.max((x, x)),
+    "dict": lambda x: {"a": x},
+    "ordered dict": lambda x: OrderedDict(a=x),
+    "default dict": lambda x: defaultdict(list, a=x),
+    "model output": lambda x: Output(a=x),
+    "encoding": lambda x: Encoding({"a": x}, n_sequences=2),
+    "data class": lambda x: Point(x, "label"),
+    "own list": lambda x: Boxes([x]),
+    "packed": lambda x: pack_sequence([x, x[:1]]),
+    "nested": lambda x: {"a": [(x, Point([x], "label"))]},
+}
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_map_tensors_keeps_the_type_and_leaves_the_value_alone(name: str) -> None:
+    x = torch.arange(2.0)
+    value = CONTAINERS[name](x)
+    before = [tensor.clone() for tensor in iter_tensors(value)]
+    found = map_tensors(value, lambda tensor: tensor + 1)
+    assert type(found) is type(value)
+    after = list(iter_tensors(found))
+    assert len(after) == len(before) > 0
+    for now, then, kept in zip(after, before, iter_tensors(value), strict=True):
+        assert torch.equal(now, then + 1)
+        assert torch.equal(kept, then)
+
+
+def test_map_tensors_keeps_what_a_container_has_beside_its_items() -> None:
+    x = torch.ones(1)
+    boxes = Boxes([x])
+    boxes.size = (2, 3)
+    double = [x, Encoding({"a": x}, 2), Output(a=x), Point(x, "p"), boxes]
+    _, encoding, output, point, found = map_tensors(double, lambda t: t * 2)
+    assert encoding.n_sequences == 2
+    assert encoding["a"].item() == 2
+    assert output.a is output["a"]
+    assert (point.x.item(), point.label, point.hidden) == (2, "p", 3)
+    assert found.size == (2, 3)
+
+
+def test_map_tensors_of_an_unknown_mapping_is_a_dict() -> None:
+    value = Shared({"a": torch.ones(1)})
+    found = map_tensors(value, lambda t: t * 2)
+    assert found == {"a": torch.tensor([2.0])}
+    assert value["a"].item() == 1
+
+
+@pytest.mark.parametrize("value", ["text", None, 3, b"x", range(2), Point, {1}, object])
+def test_map_tensors_leaves_other_values_as_they_are(value: Any) -> None:
+    assert map_tensors(value, torch.neg) is value
+
+
+def test_map_tensors_keeps_a_data_class_in_which_nothing_changes() -> None:
+    point = Point(torch.ones(1), "p")
+    assert map_tensors(point, lambda tensor: tensor) is point
+
+
+def test_iter_tensors_goes_in_order() -> None:
+    a, b, c = (torch.tensor(float(n)) for n in range(3))
+    found = list(iter_tensors({"first": [a, "text"], "then": Point(b, ""), "last": c}))
+    assert [tensor.item() for tensor in found] == [0, 1, 2]
+
+
+def test_named_leaves_joins_names_by_slashes() -> None:
+    value = {"loss": 1, "f1": {"0": 2, "1": {"x": [3]}}, "none": {}}
+    found = [("loss", 1), ("f1/0", 2), ("f1/1/x", [3])]
+    assert list(named_leaves(value)) == found

@@ -55,7 +55,7 @@ from harness.accelerators.distributed.environment import environment, read_launc
 from harness.accelerators.distributed.group import Ranks
 from harness.accelerators.distributed.sharded_loader import ShardedLoader, Share
 from harness.accelerators.distributed.watchdog import Watch
-from harness.accelerators.single import move
+from harness.data.batch import move
 from harness.data.loaders import num_batches
 from harness.errors import CheckpointError
 from harness.reshard.consolidated import shapes_of

@@ -7,7 +7,9 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from harness.pytree import map_tensors
 
 AUTOCAST_DTYPES = {
     "fp16": torch.float16,
@@ -60,12 +62,4 @@ def hook_inputs(model: nn.Module, dtype: torch.dtype) -> Any:
 
 def as_dtype(value: Any, dtype: torch.dtype) -> Any:
     """The value with its floating tensors in a dtype, in the same form."""
-    if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
-    if isinstance(value, Mapping):
-        return {name: as_dtype(item, dtype) for name, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(as_dtype(item, dtype) for item in value))
-    if isinstance(value, tuple | list):
-        return type(value)(as_dtype(item, dtype) for item in value)
-    return value
+    return map_tensors(value, lambda x: x.to(dtype) if x.is_floating_point() else x)

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from harness.accelerators.distributed.environment import Launch, has_agent_store
+from harness.pytree import map_tensors
 
 T = TypeVar("T")
 
@@ -109,9 +110,9 @@ class Ranks:
         """The value that rank `src` holds, with its tensors on this rank's device."""
         if self.world_size == 1:
             return value
-        held = [move(value, torch.device("cpu")) if self.rank == src else None]
+        held = [_detach_to(value, torch.device("cpu")) if self.rank == src else None]
         dist.broadcast_object_list(held, src=src, device=torch.device("cpu"))
-        return value if self.rank == src else move(held[0], self.device)
+        return value if self.rank == src else _detach_to(held[0], self.device)
 
     def numbers(self, value: int) -> list[int]:
         """The count of each rank, in order of rank; quicker than ``objects``."""
@@ -262,12 +263,5 @@ def disconnect() -> None:
         dist.destroy_process_group()
 
 
-def move(value: Any, device: torch.device) -> Any:
-    """The value with its tensors on `device`, in the same form."""
-    if isinstance(value, Tensor):
-        return value.detach().to(device)
-    if isinstance(value, dict):
-        return {name: move(item, device) for name, item in value.items()}
-    if type(value) is list or type(value) is tuple:
-        return type(value)(move(item, device) for item in value)
-    return value
+def _detach_to(value: Any, device: torch.device) -> Any:
+    return map_tensors(value, lambda tensor: tensor.detach().to(device))

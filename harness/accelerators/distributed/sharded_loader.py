@@ -29,7 +29,8 @@ from torch.utils.data import (
 )
 
 from harness.accelerators.distributed.group import Ranks
-from harness.data.loaders import batch_rows, whole_tensors
+from harness.data.batch import num_rows
+from harness.data.loaders import whole_tensors
 
 CHUNK = 1 << 16
 """Rows of the order that rank 0 tells at once: half a megabyte."""
@@ -458,7 +459,7 @@ class _Counted:
         last: Any = None
         while True:
             batch = next(own, None)
-            counts = ranks.numbers(-1 if batch is None else batch_rows(batch))
+            counts = ranks.numbers(-1 if batch is None else num_rows(batch))
             alive = [rank for rank, count in enumerate(counts) if count >= 0]
             if not alive:
                 return

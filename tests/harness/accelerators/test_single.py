@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import namedtuple
 from typing import Any
 
 import pytest
@@ -11,10 +10,8 @@ from torch import nn
 
 import harness
 from harness.accelerators.base import default_step_opt
-from harness.accelerators.single import SingleDevice, best_device, move
+from harness.accelerators.single import SingleDevice, best_device
 from tests.harness.fakes import Line
-
-Pair = namedtuple("Pair", "left right")
 
 
 def prepared(**optimizers: Any) -> tuple[SingleDevice, Line]:
@@ -51,17 +48,6 @@ def test_accumulate_below_one_is_refused(accumulate):
         ValueError, match=r"accelerator\(accumulate\): .*at least 1, got"
     ):
         SingleDevice("cpu", accumulate=accumulate)
-
-
-def test_move_keeps_the_form_of_a_batch():
-    x = torch.ones(2)
-    batch = {"a": (x, [x]), "b": Pair(x, "text"), "c": None}
-    moved = move(batch, torch.device("meta"))
-    assert [type(moved[name]) for name in "abc"] == [tuple, Pair, type(None)]
-    assert type(moved["a"][1]) is list
-    for tensor in (moved["a"][0], moved["a"][1][0], moved["b"].left):
-        assert tensor.device.type == "meta"
-    assert moved["b"].right == "text"
 
 
 def test_to_device_leaves_a_batch_that_is_there():

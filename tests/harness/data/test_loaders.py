@@ -19,9 +19,9 @@ from torch.utils.data import (
 )
 
 from harness.data import loaders
+from harness.data.batch import num_rows
 from harness.data.loaders import (
     TensorLoader,
-    batch_rows,
     describe,
     eval_loader,
     num_batches,
@@ -274,7 +274,7 @@ def test_as_dataset_of_a_number_is_refused():
 
 
 def sizes(loader):
-    return [batch_rows(batch) for batch in loader]
+    return [num_rows(batch) for batch in loader]
 
 
 def test_train_loader_shuffles_and_drops_the_short_last_batch():
@@ -420,24 +420,6 @@ def test_split_data_that_leaves_a_side_empty_is_refused(frac):
 
 
 # --- rows, counts, descriptions
-
-
-@pytest.mark.parametrize(
-    ("batch", "rows"),
-    [
-        (torch.zeros(3, 2), 3),
-        (torch.tensor(1.0), 1),
-        ((torch.zeros(3), torch.zeros(3)), 3),
-        ([(torch.zeros(4), torch.zeros(2)), torch.zeros(4)], 4),
-        ({"ids": torch.zeros(5, 7)}, 5),
-        (({"ids": torch.zeros(5, 7)}, torch.zeros(5)), 5),
-        ("text", 1),
-        ((), 1),
-        ({}, 1),
-    ],
-)
-def test_batch_rows_are_those_of_its_first_tensor(batch, rows):
-    assert batch_rows(batch) == rows
 
 
 def test_num_batches_of_a_stream_is_unknown():
