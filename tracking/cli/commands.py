@@ -231,9 +231,9 @@ def verify(
         for line in (line for one in found for line in told(one)):
             click.echo(line)
     for one in found:
-        if one.findings:
+        if one.mismatches:
             click.echo(f"error: {one.message()}", err=True)
-    if failed or any(one.findings for one in found):
+    if failed or any(one.mismatches for one in found):
         sys.exit(1)
 
 

@@ -142,7 +142,7 @@ def verified(found: Any) -> dict[str, Any]:
         "run": found.run,
         "is_equal": found.is_equal,
         "message": found.message(),
-        "findings": [vars(finding) for finding in found.findings],
+        "mismatches": [vars(mismatch) for mismatch in found.mismatches],
         "notes": found.notes,
         "num_rows": found.num_rows,
     }
@@ -151,7 +151,7 @@ def verified(found: Any) -> dict[str, Any]:
 def told(found: Any) -> list[str]:
     """What a comparison found, a line each; nothing if all is equal."""
     notes = [f"note: {found.run}: {note}" for note in found.notes]
-    return notes + [str(finding) for finding in found.findings]
+    return notes + [str(mismatch) for mismatch in found.mismatches]
 
 
 def keys(found: Iterable[dict[str, Any]]) -> list[str]:

@@ -1,10 +1,9 @@
-"""A journal's rows against what MLflow has of them, point by point."""
+"""Compare a journal with what MLflow has of it, point by point."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
@@ -19,11 +18,11 @@ from tracking.journal.reader import JournalReader, is_being_written
 from tracking.mlflow_store.points import POINTS, UniqueTimestamps, points_table
 from tracking.read import PastRun
 from tracking.store import get_rank_dir
-from tracking.verify.finding import Finding
+from tracking.verify import Comparison, Mismatch
 
 _NOTES: Final = {
-    "infinite": "{key}: {count} values are infinite; MLflow has the largest float",
-    "large_int": "{key}: {count} integers have more digits than MLflow's floats hold",
+    "infinite": "{key}: MLflow stores infinite values as the largest float ({count} times)",
+    "large_int": "{key}: MLflow stores large integers as floats, rounded ({count} times)",
     "long_param": "param {key}: MLflow has the first 6000 of {count} characters",
     "long_tag": "tag {key}: MLflow has the first 8000 of {count} characters",
     "changed_param": "param {key} was logged with several values; MLflow has the first",
@@ -31,34 +30,18 @@ _NOTES: Final = {
 _EXACT: Final = ["time_ms", "step", "value"]
 _LOOSE: Final = ["step", "value"]
 
-
-@dataclass
-class Compared:
-    """What the comparison gave.
-
-    Attributes
-    ----------
-    num_here, num_there
-        Points that the journal gives, and that MLflow has of the same keys.
-    notes
-        What MLflow cannot hold as it is, or does not hold yet.
-    """
-
-    findings: list[Finding] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    num_here: int = 0
-    num_there: int = 0
+Point = dict[str, Any]
 
 
-def against_mlflow(run: PastRun, there: MlflowContents) -> Compared:
+def compare_with_mlflow(run: PastRun, there: MlflowContents) -> Comparison:
     """Compare a run's rows of rank 0 with what MLflow has.
 
     Parameters
     ----------
     run
-        Ended or not; of one that is being written, what has been sent is compared.
+        Any run. If it is still being written, only the rows sent so far are compared.
     there
-        What MLflow has.
+        What MLflow has of it.
     """
     rank_dir = get_rank_dir(run.path, 0)
     scan = JournalScan(rank_dir)
@@ -67,21 +50,23 @@ def against_mlflow(run: PastRun, there: MlflowContents) -> Compared:
     if is_being_written(rank_dir):
         upto = int(there.tags.get("luz.delivered", "-1"))
     points = expected_points(rank_dir, scan, upto, UniqueTimestamps())
-    history = _ours(there.history, scan)
-    found = Compared(num_here=points.num_rows, num_there=history.num_rows)
-    found.notes = notes_of(scan.properties().flags)
-    if upto < scan.last:
-        left = JournalReader(rank_dir, upto).count_unread()
-        found.notes.append(f"{left} rows have still to be delivered")
-    found.findings = [
-        *_points(run, points, history, scan, _refused(there.tags)),
-        *_properties(scan, there),
+    # MLflow's run may hold metrics of others too.
+    keys = pa.array(list(scan.keys.given.values()), pa.string())
+    history = there.history.filter(pc.is_in(there.history["key"], keys))
+    mismatches = [
+        *_compare_points(run, points, history, scan, _read_refusals(there.tags)),
+        *_compare_properties(scan, there),
     ]
-    return found
+    notes = describe_flags(scan.properties().flags)
+    if upto < scan.last:
+        notes.append(
+            f"{JournalReader(rank_dir, upto).count_unread()} rows have still to be delivered"
+        )
+    return Comparison(mismatches, notes, points.num_rows, history.num_rows)
 
 
-def notes_of(flags: Flags) -> list[str]:
-    """What MLflow holds otherwise than the journal, in words."""
+def describe_flags(flags: Flags) -> list[str]:
+    """Describe in words what MLflow cannot store exactly."""
     return [
         _NOTES[reason].format(key=key, count=count)
         for reason, counts in flags.items()
@@ -90,117 +75,140 @@ def notes_of(flags: Flags) -> list[str]:
     ]
 
 
-def _ours(history: pa.Table, scan: JournalScan) -> pa.Table:
-    """The part of a history that the journal is about."""
-    keys = pa.array(list(scan.keys.given.values()), pa.string())
-    return history.filter(pc.is_in(history["key"], keys))
-
-
-def _points(
+def _compare_points(
     run: PastRun,
     points: pa.Table,
     history: pa.Table,
     scan: JournalScan,
     refused: Mapping[str, str],
-) -> Iterator[Finding]:
-    """Points that are not the same in both."""
+) -> Iterator[Mismatch]:
+    """Compare the points of metrics: first what is missing or changed, then the surplus."""
     keys = list(scan.keys.given.values())
     here, there = (row_ids(table, keys, _EXACT) for table in (points, history))
-    lacking, extra = unmatched_rows(here, there)
-    dead = _superseded_points(run, scan)
-    is_dead = np.zeros(history.num_rows, bool)
-    if dead.num_rows and len(extra):
-        not_dead, _ = unmatched_rows(there[extra], row_ids(dead, keys, _EXACT))
-        is_dead[np.delete(extra, not_dead)] = True
-        lacking, extra = _without_first_attempts(
-            points, history, lacking, extra, is_dead, scan
+    missing, extra = unmatched_rows(here, there)
+    superseded = _superseded_points(run, scan)
+    is_superseded = np.zeros(history.num_rows, bool)
+    if superseded.num_rows and len(extra):
+        others, _ = unmatched_rows(there[extra], row_ids(superseded, keys, _EXACT))
+        is_superseded[np.delete(extra, others)] = True
+        missing, extra = _accept_first_attempts(
+            points, history, missing, extra, is_superseded, scan
         )
-    manifest = run.manifest
-    is_final = run.status in ("finished", "failed")
-    per_key = manifest.delivery.get("per_key")
-    lacking = lacking[thinning_mask(points, per_key, is_final=is_final)[lacking]]
-    absent = _by_place(points, lacking)
-    surplus = history.take(extra).append_column("is_dead", [is_dead[extra]])
+    missing = missing[_is_wanted(run, points)[missing]]
+    surplus = history.take(extra).append_column("is_superseded", [is_superseded[extra]])
     surplus = surplus.sort_by([(k, "ascending") for k in ("key", "step", "time_ms")])
-    rest, found = [], []
-    for row in surplus.to_pylist():
-        before = absent.get((row["key"], row["step"]))
-        if before:
-            ours = before.pop(0)
-            change = Finding("MLflow", "changed", _name(row), _change(ours, row))
-            found.append((ours["seq"], change))
+    pairs, lost, rest = _pair_by_place(
+        points.take(missing).to_pylist(), surplus.to_pylist()
+    )
+    yield from _describe_missing(pairs, lost, refused)
+    if not run.manifest.mlflow.get("borrowed"):
+        yield from _describe_surplus(rest, row_ids(points, keys, _LOOSE), keys)
+
+
+def _is_wanted(run: PastRun, points: pa.Table) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Which points MLflow should have after thinning."""
+    is_final = run.status in ("finished", "failed")
+    per_key = run.manifest.delivery.get("per_key")
+    return thinning_mask(points, per_key, is_final=is_final)
+
+
+def _pair_by_place(
+    missing: list[Point], surplus: list[Point]
+) -> tuple[list[tuple[Point, Point]], list[Point], list[Point]]:
+    """Pair points with the same key and step.
+
+    Returns
+    -------
+    pairs, unpaired missing points, unpaired surplus points
+    """
+    places: dict[tuple[str, int], list[Point]] = {}
+    for point in missing:
+        places.setdefault((point["key"], point["step"]), []).append(point)
+    pairs, rest = [], []
+    for point in surplus:
+        candidates = places.get((point["key"], point["step"]))
+        if candidates:
+            pairs.append((candidates.pop(0), point))
         else:
-            rest.append(row)
-    for row in (row for rows in absent.values() for row in rows):
-        why = refused.get(row["key"])
-        detail = f"{row['value']!r}" + (f", refused by MLflow: {why}" if why else "")
-        missing = Finding("MLflow", "missing", _name(row), detail)
-        found.append((row["seq"], missing))
-    yield from (finding for _, finding in sorted(found, key=lambda item: item[0]))
-    if not manifest.mlflow.get("borrowed"):
-        yield from _surplus(rest, row_ids(points, keys, _LOOSE), keys)
+            rest.append(point)
+    return pairs, [point for left in places.values() for point in left], rest
+
+
+def _describe_missing(
+    pairs: list[tuple[Point, Point]], missing: list[Point], refused: Mapping[str, str]
+) -> Iterator[Mismatch]:
+    """Points that MLflow has with other values, or not at all, in order of logging."""
+    found = [
+        (ours["seq"], "changed", ours, _describe_change(ours, theirs))
+        for ours, theirs in pairs
+    ]
+    for point in missing:
+        reason = refused.get(point["key"])
+        detail = f"{point['value']!r}"
+        detail += f", refused by MLflow: {reason}" if reason else ""
+        found.append((point["seq"], "missing", point, detail))
+    for _, kind, point, detail in sorted(found, key=lambda item: item[0]):
+        yield Mismatch("MLflow", kind, _describe(point), detail)
 
 
 def _superseded_points(run: PastRun, scan: JournalScan) -> pa.Table:
-    """Points of the rows that do not count any more, as they may have been sent."""
+    """Points of superseded rows, as they may have been sent."""
     tables = [POINTS.empty_table()]
     if scan.tombstones.rewinds or scan.tombstones.overwrites:
-        tail = JournalReader(get_rank_dir(run.path, 0))
-        while (table := tail.read(1 << 14)).num_rows:
-            dead = table.filter(pa.array(~scan.tombstones.mask_live(table)))
-            tables.append(points_table(dead, scan.keys))
+        reader = JournalReader(get_rank_dir(run.path, 0))
+        while (table := reader.read(1 << 14)).num_rows:
+            superseded = table.filter(pa.array(~scan.tombstones.mask_live(table)))
+            tables.append(points_table(superseded, scan.keys))
     return pa.concat_tables(tables).unify_dictionaries()
 
 
-def _without_first_attempts(
+def _accept_first_attempts(
     points: pa.Table,
     history: pa.Table,
-    lacking: Rows,
+    missing: Rows,
     extra: Rows,
-    is_dead: np.ndarray[Any, np.dtype[np.bool_]],
+    is_superseded: np.ndarray[Any, np.dtype[np.bool_]],
     scan: JournalScan,
 ) -> tuple[Rows, Rows]:
-    """Leave out the points that a superseded, equal one stands for in MLflow.
+    """Drop missing points for which MLflow has an equal, superseded point.
 
-    They have the time of the first attempt. Of a series of times any value will do.
+    After a replay MLflow keeps the point of the first attempt, with its time. In a
+    series of durations the value may differ too.
+
+    Returns
+    -------
+    the remaining missing points and extra points
     """
     keys, timings = list(scan.keys.given.values()), timing_keys(scan)
-    first = extra[is_dead[extra]]
+    first_attempts = extra[is_superseded[extra]]
     is_timing = np.array([key in timings for key in keys] + [False])
     ids = [row_ids(table, keys, _LOOSE) for table in (points, history)]
-    for one in ids:
-        one[is_timing[one[:, 0]], 2] = 0
-    still, over = unmatched_rows(ids[0][lacking], ids[1][first])
-    paired = np.delete(first, over)
-    return lacking[still], np.setdiff1d(extra, paired)
+    for rows in ids:
+        rows[is_timing[rows[:, 0]], 2] = 0
+    still_missing, unused = unmatched_rows(ids[0][missing], ids[1][first_attempts])
+    accepted = np.delete(first_attempts, unused)
+    return missing[still_missing], np.setdiff1d(extra, accepted)
 
 
-def _by_place(points: pa.Table, where: Rows) -> dict[tuple[str, int], list[Any]]:
-    """Some of the points, by key and step, in order."""
-    found: dict[tuple[str, int], list[Any]] = {}
-    for row in points.take(where).to_pylist():
-        found.setdefault((row["key"], row["step"]), []).append(row)
-    return found
-
-
-def _surplus(
-    rows: list[dict[str, Any]], known: Rows, keys: list[str]
-) -> Iterator[Finding]:
-    """Points that MLflow has beyond those of the journal."""
+def _describe_surplus(
+    points: list[Point], expected: Rows, keys: list[str]
+) -> Iterator[Mismatch]:
+    """Points that MLflow has and the journal does not ask for."""
+    if not points:
+        return
     schema = [(name, POINTS.field(name).type) for name in ("step", "value")]
-    table = pa.Table.from_pylist(rows, pa.schema([("key", pa.string()), *schema]))
-    unique = np.unique(known, axis=0)
-    known_too = {tuple(one) for one in unique.tolist()} if rows else set()
-    ids = row_ids(table, keys, _LOOSE).tolist() if rows else []
-    for row, one in zip(rows, ids, strict=True):
-        kind = "superseded" if row["is_dead"] else "unknown"
-        if tuple(one) in known_too:
-            kind = "doubled"
-        yield Finding("MLflow", kind, _name(row), f"{row['value']!r}")
+    table = pa.Table.from_pylist(points, pa.schema([("key", pa.string()), *schema]))
+    known = {tuple(row) for row in np.unique(expected, axis=0).tolist()}
+    ids = row_ids(table, keys, _LOOSE).tolist()
+    for point, row in zip(points, ids, strict=True):
+        kind = "superseded" if point["is_superseded"] else "unknown"
+        if tuple(row) in known:
+            kind = "duplicate"
+        yield Mismatch("MLflow", kind, _describe(point), f"{point['value']!r}")
 
 
-def _properties(scan: JournalScan, there: MlflowContents) -> Iterator[Finding]:
-    """Params, tags and artifacts that are not the same in both."""
+def _compare_properties(scan: JournalScan, there: MlflowContents) -> Iterator[Mismatch]:
+    """Compare params, tags and the sizes of artifacts."""
     wanted = scan.properties()
     sizes = {n: d.get("size_bytes") for n, d in wanted.artifacts.items()}
     for word, ours, theirs in (
@@ -211,14 +219,13 @@ def _properties(scan: JournalScan, there: MlflowContents) -> Iterator[Finding]:
         for key, value in ours.items():
             other = theirs.get(key)
             if other is None:
-                yield Finding("MLflow", "missing", f"{word} {key}")
+                yield Mismatch("MLflow", "missing", f"{word} {key}")
             elif other != value:
                 detail = f"{value!r} is {other!r}"
-                yield Finding("MLflow", "changed", f"{word} {key}", detail)
+                yield Mismatch("MLflow", "changed", f"{word} {key}", detail)
 
 
-def _change(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
-    """How two points at one place differ."""
+def _describe_change(ours: Point, theirs: Point) -> str:
     return ", ".join(
         f"{name} {ours[name]!r} is {theirs[name]!r}"
         for name in ("value", "time_ms")
@@ -226,13 +233,12 @@ def _change(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
     )
 
 
-def _name(row: dict[str, Any]) -> str:
-    """What and where a point is."""
-    return f"{row['key']} at step {row['step']}"
+def _describe(point: Point) -> str:
+    return f"{point['key']} at step {point['step']}"
 
 
-def _refused(tags: Mapping[str, str]) -> dict[str, str]:
-    """What MLflow refused, as delivery noted it."""
+def _read_refusals(tags: Mapping[str, str]) -> dict[str, str]:
+    """Reasons by key for which MLflow refused points, as delivery recorded them."""
     try:
         found = json.loads(tags.get("luz.flags", "{}")).get("refused", {})
     except ValueError:

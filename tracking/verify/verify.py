@@ -1,4 +1,4 @@
-"""A run's journal against its exported files and MLflow, row by row."""
+"""Verify that exported files and MLflow hold the records of a run's journal."""
 
 from __future__ import annotations
 
@@ -9,62 +9,68 @@ from typing import Final
 
 from tracking.delivery.sync import read_mlflow, wait_for_delivery
 from tracking.read import PastRun
-from tracking.verify.finding import Finding
-from tracking.verify.mlflow import against_mlflow
-from tracking.verify.parquet import against_file, exports_of
+from tracking.verify import Comparison, Mismatch
+from tracking.verify.mlflow import compare_with_mlflow
+from tracking.verify.parquet import compare_with_file, find_exports
 
 DELIVERY_S: Final = 30.0
-"""A run that has just ended is waited for so long, until all of it is delivered."""
-
-__all__ = ["Finding", "Verification", "verify"]
+"""Seconds to wait for the delivery of a run that has just ended."""
 
 
 @dataclass
 class Verification:
-    """What comparing a run's records gave.
+    """Result of verifying one run.
 
     Attributes
     ----------
     run
         Id of the run.
-    findings
+    mismatches
         Rows that are not the same everywhere.
     notes
-        What MLflow cannot hold as it is, and so holds otherwise.
+        What MLflow cannot store exactly, or has not received yet.
     num_rows
-        By place: rows in the journal that should be there, and rows that are there.
+        By place: rows that the journal says should be there, and rows that are there.
     """
 
     run: str
-    findings: list[Finding] = field(default_factory=list)
+    mismatches: list[Mismatch] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     num_rows: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def is_equal(self) -> bool:
         """Whether every row is the same everywhere."""
-        return not self.findings
+        return not self.mismatches
 
     def message(self) -> str:
-        """What is amiss, in a line; empty if nothing is."""
-        if not self.findings:
+        """One line that describes the first mismatch; empty if there is none."""
+        if not self.mismatches:
             return ""
-        first = self.findings[0]
+        first = self.mismatches[0]
         if first.place == "journal":
             return (
-                f"verify: run {self.run} expected a whole journal, got damage: "
-                f"{first.row} {first.kind} ({first.detail}). What is before it is whole."
+                f"verify: run {self.run} expected an undamaged journal, got damage: "
+                f"{first.row} {first.kind} ({first.detail}). The rows before it are "
+                "intact."
             )
-        rows = "metric rows" if first.place == "MLflow" else "rows"
-        here, there = self.num_rows[first.place]
-        mend = f"Run 'harness sync {self.run}'."
-        if first.place != "MLflow":
-            mend = f"Run 'harness export {self.run} --to {first.place}'."
+        expected, found = self.num_rows[first.place]
+        if first.place == "MLflow":
+            rows, advice = "metric rows", f"Run 'harness sync {self.run}'."
+        else:
+            command = f"harness export {self.run} --to {first.place}"
+            rows, advice = "rows", f"Run '{command}'."
         return (
-            f"verify: run {self.run} expected equal records, got {here} {rows} in the "
-            f"journal and {there} in {first.place}; first {first.kind} {first.row}. "
-            f"{mend}"
+            f"verify: run {self.run} expected equal records, got {expected} {rows} in "
+            f"the journal and {found} in {first.place}; first {first.kind} {first.row}. "
+            f"{advice}"
         )
+
+    def add(self, place: str, comparison: Comparison) -> None:
+        """Add the result of comparing with one place."""
+        self.mismatches += comparison.mismatches
+        self.notes += comparison.notes
+        self.num_rows[place] = comparison.num_expected, comparison.num_found
 
 
 def verify(
@@ -75,16 +81,16 @@ def verify(
     Parameters
     ----------
     run
-        A run, ended or not.
+        Any run, also one that is still being written.
     files
-        Parquet files that it was exported to, alone or with others; None: those among
-        its artifacts that hold records, once it has ended.
+        Parquet files that hold records of the run. None: the exports among its
+        artifacts, if the run has ended.
     mlflow
         Whether to compare with MLflow, which has the rows of rank 0.
 
     Returns
     -------
-    rows that are missing, doubled, changed, superseded, or unknown to the journal
+    every row that is missing, duplicate, changed, superseded or unknown
 
     Raises
     ------
@@ -96,19 +102,14 @@ def verify(
     is_live = run.status == "running"
     if not is_live:
         wait_for_delivery(run.path, DELIVERY_S)
-    found = Verification(run.id)
+    result = Verification(run.id)
     for damage in run.damage:
         lost = f"{damage.rows_lost} rows of {damage.file.name}"
-        found.findings.append(Finding("journal", "missing", lost, damage.reason))
+        result.mismatches.append(Mismatch("journal", "missing", lost, damage.reason))
     if files is None:
-        files = [] if is_live else exports_of(run)
+        files = [] if is_live else find_exports(run)
     for file in files:
-        differing, here, there = against_file(run, file)
-        found.findings += differing
-        found.num_rows[file.name] = here, there
+        result.add(file.name, compare_with_file(run, file))
     if mlflow:
-        compared = against_mlflow(run, read_mlflow(run))
-        found.findings += compared.findings
-        found.notes += compared.notes
-        found.num_rows["MLflow"] = compared.num_here, compared.num_there
-    return found
+        result.add("MLflow", compare_with_mlflow(run, read_mlflow(run)))
+    return result

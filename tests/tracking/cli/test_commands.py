@@ -210,7 +210,7 @@ def test_verify_names_rows_and_ends_with_1(call, two, tmp_path):
     assert result.stderr.startswith(f"error: verify: run {two[0].id} expected equal")
     (found,) = json.loads(call(*words, "--json", code=1).stdout)
     assert found["is_equal"] is False
-    assert found["findings"][0]["kind"] == "missing"
+    assert found["mismatches"][0]["kind"] == "missing"
     assert found["num_rows"] == {"a.parquet": [13, 12]}
 
 

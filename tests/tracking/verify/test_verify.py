@@ -16,8 +16,9 @@ import tracking
 from tracking.delivery.sync import MlflowContents
 from tracking.errors import DeliveryError
 from tracking.mlflow_store.runs import RunResolver
-from tracking.verify.mlflow import against_mlflow
-from tracking.verify.parquet import against_file
+from tracking.verify import Comparison
+from tracking.verify.mlflow import compare_with_mlflow
+from tracking.verify.parquet import compare_with_file
 from tracking.verify.verify import verify
 
 
@@ -49,11 +50,11 @@ def read_back(remote_class, cache):
 
 @pytest.fixture
 def compared(read_back):
-    """Findings of a comparison with MLflow, as text."""
+    """Mismatches with MLflow, as text, and the whole comparison."""
 
     def compare(path, store):
-        found = against_mlflow(tracking.open(path), read_back(path, store))
-        return [str(finding) for finding in found.findings], found
+        found = compare_with_mlflow(tracking.open(path), read_back(path, store))
+        return [str(mismatch) for mismatch in found.mismatches], found
 
     return compare
 
@@ -75,10 +76,10 @@ def finished(record, deliver, store):
 
 
 def test_clean_run_gives_nothing(finished, store, compared):
-    findings, found = compared(finished, store)
-    assert findings == []
+    mismatches, found = compared(finished, store)
+    assert mismatches == []
     assert found.notes == []
-    assert found.num_here == found.num_there == 105
+    assert found.num_expected == found.num_found == 105
 
 
 def test_each_row_that_differs_is_named(finished, store, compared):
@@ -94,19 +95,19 @@ def test_each_row_that_differs_is_named(finished, store, compared):
     for value, later in ((77, 2), ("value", 1)):
         insert = "INSERT INTO metrics (key,value,timestamp,run_uuid,step,is_nan) "
         change(store, f"{insert} {copied.format(value, later)} {where}")
-    findings, found = compared(finished, store)
+    mismatches, found = compared(finished, store)
     run = tracking.open(finished)
     (row,) = run.records(what="metrics", name="accuracy").slice(4, 1).to_pylist()
     sent_ms = math.floor(round(row["time"].timestamp() * 1e6) / 1000)
-    assert findings == [
+    assert mismatches == [
         "changed in MLflow: train/loss at step 3: value 0.25 is 9.0",
         f"changed in MLflow: train/accuracy at step 4: time_ms {sent_ms} is 5",
         "missing in MLflow: train/loss at step 7: 0.125",
         "missing in MLflow: valid/nan at step 1: nan",
-        "doubled in MLflow: train/accuracy at step 10: 0.01",
+        "duplicate in MLflow: train/accuracy at step 10: 0.01",
         "unknown in MLflow: train/accuracy at step 10: 77.0",
     ]
-    assert (found.num_here, found.num_there) == (105, 105)
+    assert (found.num_expected, found.num_found) == (105, 105)
 
 
 def test_params_tags_and_artifacts_are_compared_too(finished, store, compared, client):
@@ -115,14 +116,16 @@ def test_params_tags_and_artifacts_are_compared_too(finished, store, compared, c
     run = next(iter(client(store).search_runs(["1"])))
     artifacts = run.info.artifact_uri.removeprefix("file://")
     (Path(artifacts) / "notes" / "a.txt").write_text("other")
-    findings, _ = compared(finished, store)
-    assert findings == [
+    mismatches, _ = compared(finished, store)
+    assert mismatches == [
         "changed in MLflow: param lr: '0.1' is '7'",
         "missing in MLflow: tag a",
     ]
     (Path(artifacts) / "notes" / "a.txt").write_text("longer than before")
-    findings, _ = compared(finished, store)
-    assert findings[-1] == ("changed in MLflow: bytes of artifact notes/a.txt: 5 is 18")
+    mismatches, _ = compared(finished, store)
+    assert mismatches[-1] == (
+        "changed in MLflow: bytes of artifact notes/a.txt: 5 is 18"
+    )
 
 
 def test_metrics_of_others_in_the_same_run_do_not_matter(
@@ -142,11 +145,11 @@ def test_what_mlflow_cannot_hold_is_a_note(record, deliver, store, compared):
     run.run.set_tags({"t": "y" * 8001})
     run.run.finish()
     deliver(run.path, store)
-    findings, found = compared(run.path, store)
-    assert findings == []
+    mismatches, found = compared(run.path, store)
+    assert mismatches == []
     assert found.notes == [
-        "train/loss: 1 values are infinite; MLflow has the largest float",
-        "train/n: 1 integers have more digits than MLflow's floats hold",
+        "train/loss: MLflow stores infinite values as the largest float (1 times)",
+        "train/n: MLflow stores large integers as floats, rounded (1 times)",
         "param p: MLflow has the first 6000 of 6001 characters",
         "param q was logged with several values; MLflow has the first",
         "tag t: MLflow has the first 8000 of 8001 characters",
@@ -165,8 +168,8 @@ def test_row_that_mlflow_refused_is_missing_with_the_reason(
     run.run.log_metric("bad", 1.0, set="train", index=1)
     run.run.finish()
     deliver(run.path, store)
-    (finding,), _ = compared(run.path, store)
-    assert finding.startswith(
+    (mismatch,), _ = compared(run.path, store)
+    assert mismatch.startswith(
         "missing in MLflow: train/bad at step 1: 1.0, refused by MLflow: "
     )
 
@@ -203,8 +206,8 @@ def test_points_left_by_a_rewind_are_called_superseded(
     again = record(run_id=run.run.id)
     again.run.rewind(position)
     again.run.finish("killed")
-    findings, _ = compared(run.path, store)
-    assert findings == [
+    mismatches, _ = compared(run.path, store)
+    assert mismatches == [
         "superseded in MLflow: train/accuracy at step 2: 0.002",
         "superseded in MLflow: train/loss at step 2: 0.3333333333333333",
     ]
@@ -215,9 +218,9 @@ def test_thinned_run_lacks_nothing(record, deliver, store, compared):
     run.log_curve(500)
     run.run.finish()
     deliver(run.path, store)
-    findings, found = compared(run.path, store)
-    assert findings == []
-    assert found.num_there <= 80
+    mismatches, found = compared(run.path, store)
+    assert mismatches == []
+    assert found.num_found <= 80
     change(store, "DELETE FROM metrics WHERE key = 'train/loss' AND step = 499")
     assert compared(run.path, store)[0] == [
         "missing in MLflow: train/loss at step 499: 0.002"
@@ -233,8 +236,8 @@ def test_run_that_goes_on_is_compared_as_far_as_it_was_sent(
     deliver(run.path, store)
     again = record(run_id=run.run.id)
     again.log_curve(10, first=10)
-    findings, found = compared(run.path, store)
-    assert findings == []
+    mismatches, found = compared(run.path, store)
+    assert mismatches == []
     assert found.notes == ["20 rows have still to be delivered"]
 
 
@@ -290,7 +293,7 @@ def rewrite(file, changed):
 
 def test_equal_file_gives_nothing(exported):
     run, file = exported
-    assert against_file(run, file) == ([], 14, 14)
+    assert compare_with_file(run, file) == Comparison([], [], 14, 14)
     found = verify(run, [file], mlflow=False)
     assert (found.is_equal, found.message()) == (True, "")
 
@@ -318,9 +321,9 @@ def test_each_row_of_a_file_that_differs_is_named(exported):
         return table.take(kept)
 
     rewrite(file, spoil)
-    findings, here, there = against_file(run, file)
-    assert (here, there) == (14, 14)
-    assert [str(finding) for finding in findings] == [
+    found = compare_with_file(run, file)
+    assert (found.num_expected, found.num_found) == (14, 14)
+    assert [str(mismatch) for mismatch in found.mismatches] == [
         "missing in both.parquet: metrics/train/loss at index 1, step 10, rank 0, seq 3",
         "missing in both.parquet: metrics/train/loss at index 2, step 20, rank 0, seq 5",
         "changed in both.parquet: metrics/train/accuracy at index 0, step 0, rank 0, "
@@ -329,7 +332,7 @@ def test_each_row_of_a_file_that_differs_is_named(exported):
         "value -0.0 is 0.0",
         "unknown in both.parquet: metrics/train/loss at index 2, step 20, rank 0, "
         "seq 999",
-        "doubled in both.parquet: metrics/train/accuracy at index 1, step 10, rank 0, "
+        "duplicate in both.parquet: metrics/train/accuracy at index 1, step 10, rank 0, "
         "seq 4",
     ]
     message = verify(run, [file], mlflow=False).message()
@@ -344,8 +347,8 @@ def test_export_with_superseded_rows_is_compared_with_them(record, tmp_path):
     run.run.finish()
     file = tmp_path / "all.parquet"
     tracking.export(run.path, file, superseded=True)
-    findings, here, there = against_file(tracking.open(run.path), file)
-    assert (findings, here, there) == ([], 7, 7)
+    found = compare_with_file(tracking.open(run.path), file)
+    assert found == Comparison([], [], 7, 7)
 
 
 def test_file_without_records_is_refused(exported, tmp_path):
@@ -356,7 +359,7 @@ def test_file_without_records_is_refused(exported, tmp_path):
         verify(run, [file], mlflow=False)
 
 
-def test_damaged_journal_is_a_finding(record):
+def test_damaged_journal_is_a_mismatch(record):
     run = record()
     run.log_curve(4)
     run.run.finish()
@@ -365,4 +368,4 @@ def test_damaged_journal_is_a_finding(record):
     block.write_bytes(data[: len(data) // 2])
     found = verify(tracking.open(run.path), [], mlflow=False)
     assert not found.is_equal
-    assert "expected a whole journal, got damage: 8 rows" in found.message()
+    assert "expected an undamaged journal, got damage: 8 rows" in found.message()
