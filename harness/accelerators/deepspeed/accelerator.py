@@ -38,6 +38,7 @@ from harness.accelerators.deepspeed.library import (
     known_fields,
     own_device,
     quietly,
+    unchanged_optimizers,
 )
 from harness.accelerators.deepspeed.precision import (
     autocast_of,
@@ -278,7 +279,7 @@ class DeepSpeedAccelerator:
         } or {DEFAULT_NAME: [{"params": trained}]}
         made = {}
         for name in owned:
-            with quietly():
+            with quietly(), unchanged_optimizers():
                 made[name], *_ = deepspeed.initialize(
                     args=Namespace(device_rank=self.device.index or 0),
                     model=model,

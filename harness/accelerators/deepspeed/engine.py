@@ -57,6 +57,7 @@ class Part:
         self._model = model
         self.members = members(model, groups)
         self._layout: Tensor | None = None
+        self._places: dict[int, tuple[int, int, int]] | None = None
         self._stepped = 0
         self.done = 0
         self._owned = list(owned)
@@ -218,6 +219,8 @@ class Part:
         """
         if param.dtype not in {torch.bfloat16, torch.float16}:
             return None
+        if self.stage == 0:
+            return self._whole_master(param)
         found: Any = None
         if self.stage == 3:
             # None where the parameter is frozen.
@@ -229,6 +232,20 @@ class Part:
             found = param.get_full_hp_param()
         assert found is None or isinstance(found, Tensor)
         return found
+
+    def _whole_master(self, param: Tensor) -> Tensor | None:
+        """The float32 copy that is stepped at ZeRO 0; None where the parameter is frozen."""
+        if self._places is None:
+            params = list(self._model.parameters())
+            self._places = {
+                id(params[number]): (n, at, length)
+                for n, number, at, _, length in self.layout(rank=0).tolist()
+            }
+        if id(param) not in self._places:
+            return None
+        n, at, length = self._places[id(param)]
+        master = masters(self.engine)[n].detach().reshape(-1)
+        return master[at : at + length].reshape(param.shape)
 
     def layout(self, rank: int) -> Tensor:
         """Which pieces of parameters the optimizer steps on this rank."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
 from typing import Any
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from harness.accelerators.distributed.environment import environment
 from harness.accelerators.single import best_device
@@ -57,6 +58,86 @@ def hush() -> None:
     warnings.filterwarnings(
         "ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning
     )
+
+
+@contextmanager
+def unchanged_optimizers() -> Iterator[None]:
+    """Let DeepSpeed initialize without changing the optimizers that it is given.
+
+    DeepSpeed 0.19.8 changes them in two ways, both to allocate their state:
+
+    - At ZeRO 0 with 16-bit weights it steps once with zero gradients. That decays the
+      float32 masters, counts as Adam's first step, and runs the user's hooks.
+    - At ZeRO 1 to 3 it replaces Adagrad by a new one with a single parameter group, the
+      default options and no hooks.
+
+    Optimizers of torch and DeepSpeed allocate their state at the first real step anyway.
+
+    Raises
+    ------
+    RuntimeError
+        If an optimizer steps inside, as another version of DeepSpeed may do.
+
+    References
+    ----------
+    DeepSpeed 0.19.8: ``initialize_optimizer_states`` in ``fp16/fused_optimizer.py``,
+    ``fp16/unfused_optimizer.py``, ``zero/stage_1_and_2.py`` and ``zero/stage3.py``.
+    """
+    changes = _initializers()
+    before = [wrapper.initialize_optimizer_states for wrapper in changes]
+    hook = register_optimizer_step_pre_hook(_refuse_step)
+    for wrapper, initialize in changes.items():
+        wrapper.initialize_optimizer_states = initialize
+    try:
+        yield
+    finally:
+        hook.remove()
+        for wrapper, method in zip(changes, before, strict=True):
+            wrapper.initialize_optimizer_states = method
+
+
+def _initializers() -> dict[Any, Callable[[Any], None]]:
+    """For each of DeepSpeed's wrappers, what initializes it without a change."""
+    door()
+    from deepspeed.runtime.fp16 import fused_optimizer, unfused_optimizer  # noqa: PLC0415  see door
+    from deepspeed.runtime.zero import stage3, stage_1_and_2  # noqa: PLC0415
+
+    def forget_state(wrapper: Any) -> None:
+        # What Adagrad made for the 16-bit weights; it steps their float32 masters now.
+        wrapper.optimizer.state.clear()
+
+    return {
+        fused_optimizer.FP16_Optimizer: forget_state,
+        unfused_optimizer.FP16_UnfusedOptimizer: forget_state,
+        **{
+            wrapper: _keep_optimizer(wrapper.initialize_optimizer_states)
+            for wrapper in (
+                stage_1_and_2.DeepSpeedZeroOptimizer,
+                stage3.DeepSpeedZeroOptimizer_Stage3,
+            )
+        },
+    }
+
+
+def _keep_optimizer(initialize: Callable[[Any], None]) -> Callable[[Any], None]:
+    """The method, with the optimizer put back where it was replaced."""
+
+    def kept(wrapper: Any) -> None:
+        own = wrapper.optimizer
+        initialize(wrapper)
+        if wrapper.optimizer is not own:
+            own.state.clear()
+            own.state.update(wrapper.optimizer.state)
+            wrapper.optimizer = own
+
+    return kept
+
+
+def _refuse_step(optimizer: Any, *_: object) -> None:
+    """Raise: a step before training would be silent and wrong."""
+    kind, version = type(optimizer).__name__, door().__version__
+    msg = f"prepare: expected no step while DeepSpeed {version} initializes"
+    raise RuntimeError(f"{msg}, got one of {kind}. Use DeepSpeed 0.19.8.")
 
 
 @cache
