@@ -53,7 +53,7 @@ def in_a_fit(folder: Path, how: str) -> None:
     kind = FailsToGather if how == "gather" else DeepSpeedAccelerator
     resume = harness.callbacks.AutoResume(folder / "saved", every_n_steps=2)
     learner.fit(
-        (torch.randn(400, 3), torch.randn(400, 1)),
+        (torch.randn(80, 3), torch.randn(80, 1)),
         epochs=1,
         callbacks=[resume, Raise()] if how == "fit" else [resume],
         accelerator=kind({"zero_optimization": {"stage": 3}}, device="cpu"),
