@@ -1,7 +1,6 @@
 """The context: one object that model, metrics and callbacks share.
 
-It holds state and has no training logic. What is logged goes to ``records`` and to the
-recorder that it was given, which is anything with a ``log`` method.
+It holds state and has no training logic. Logged values go to ``records`` and to ``run``.
 """
 
 from __future__ import annotations
@@ -31,8 +30,7 @@ from harness.events import EVENTS, check_event, nearest
 from harness.pytree import named_leaves
 from harness.records import (
     ARRAYS,
-    NOBODY,
-    Recorder,
+    NullRun,
     Records,
     append_logged,
     copy_logged,
@@ -51,6 +49,7 @@ if TYPE_CHECKING:
     import torch
     from torch.utils.data import DataLoader
 
+    import tracking
     from harness.accelerators.base import Accelerator, StepOpt
 
 Handlers = dict[type[BaseException], Callable[[BaseException], object]]
@@ -79,8 +78,8 @@ class Context:
         Instances of ``Callback``; kept in order of weight.
     training
         Whether training starts out on.
-    recorder
-        Told of every logged value; None: nobody.
+    run
+        Records every logged value; None: no run.
 
     Raises
     ------
@@ -90,7 +89,7 @@ class Context:
     References
     ----------
     luz 0.5.0, ``context``. Differs from luz: fields of all contexts are declared once;
-    ``step``, ``steps`` and ``log_step`` are new; the recorder is told of every log call.
+    ``step``, ``steps`` and ``log_step`` are new; every log call goes to ``run`` too.
     """
 
     # Kept after training.
@@ -104,7 +103,9 @@ class Context:
     _model: nn.Module | None
     # For this call of fit, evaluate or predict.
     buffers: dict[str, Any]  #: room for callbacks' temporary values
-    recorder: Recorder  #: told of every logged value
+    run: (
+        tracking.Run | NullRun
+    )  #: run that records the call; drops everything if tracking is off
     accelerator: Accelerator | None  #: device placement, backward, stepping, ranks
     train_data: DataLoader[Any] | None  #: loader of the training data
     valid_data: DataLoader[Any] | None  #: loader of the validation data
@@ -145,7 +146,7 @@ class Context:
         accelerator: Accelerator | None = None,
         callbacks: Iterable[Callback] = (),
         training: bool = True,
-        recorder: Recorder | None = None,
+        run: tracking.Run | NullRun | None = None,
     ) -> None:
         self.hparams = {}
         self.opt_hparams = {}
@@ -155,7 +156,7 @@ class Context:
         self._min_epochs, self._max_epochs = 0, NO_LIMIT
         self._model = None
         self.clean()
-        self.recorder = recorder or NOBODY
+        self.run = run or NullRun()
         self.accelerator = accelerator
         self.set_verbose(verbose)
         self.callbacks = callbacks
@@ -222,9 +223,7 @@ class Context:
         elif index < 1:
             msg = f"ctx.log(index): expected an index from 1, got {index!r}."
             raise ValueError(f"{msg} Leave it out to add at the end.")
-        self.recorder.log(
-            what, set, kept, index, append, epoch=self.epoch, step=self.step
-        )
+        self.run.log(what, set, kept, index, append, epoch=self.epoch, step=self.step)
         series = self._records.setdefault(what, {}).setdefault(set, series)
         while len(series) < index:
             series.append(None)
@@ -248,7 +247,7 @@ class Context:
             # The common call, at a third of the price: the epoch's dict is there already.
             current = series[-1]
             if type(current) is dict:
-                self.recorder.log(
+                self.run.log(
                     "metrics", split, {name: value}, epoch, epoch=epoch, step=self.step
                 )
                 current[name] = value
@@ -264,7 +263,7 @@ class Context:
             Number or 0-d tensor by name; found as series ``<set>/<name>_step``.
         """
         split = "train" if self.training else "valid"
-        self.recorder.log_step(values, step=self.step, set=split, epoch=self.epoch)
+        self.run.log_step(values, step=self.step, set=split, epoch=self.epoch)
 
     def get_log(self, what: str, set: str, index: int | None = None) -> Any:
         """The value logged at `index` (from 1; None: the last); None where there is none."""
@@ -339,7 +338,7 @@ class Context:
         """Drop everything that does not outlive the call: all but records, model and hparams."""
         self.about = {}
         self.buffers, self.handlers, self.epoch_handlers = {}, {}, {}
-        self.recorder = NOBODY
+        self.run = NullRun()
         self.accelerator = self.train_data = self.valid_data = self.data = None
         self.resume = self.train_pass = self.stop_signal = None
         self.metrics = self.step_opt = self.loss_fn = self.backward = None
@@ -391,8 +390,8 @@ class Context:
             },
             "random": get_rng_state(find_generators(*loaders)),
             "pass": self.train_pass.state_dict() if phase == "train" else None,
-            "journal": self.recorder.position(),
-            "run": getattr(self.recorder, "id", None),
+            "journal": self.run.position(),
+            "run": self.run.id,
         }
         if phase == "valid" and self._before_valid is not None:
             self._before_valid.put_in(state)
@@ -447,14 +446,14 @@ class Context:
 
     def _rewind(self, run_id: str | None, position: int) -> None:
         """Bring the recorder to the records: back in the same run, anew in another one."""
-        if run_id is not None and run_id == getattr(self.recorder, "id", None):
-            self.recorder.rewind(position)
+        if run_id is not None and run_id == self.run.id:
+            self.run.rewind(position)
             return
         for what, sets in self._records.items():
             for split, series in sets.items():
                 for index, value in enumerate(series, start=1):
                     if value is not None:
-                        self.recorder.log(what, split, value, index, epoch=index)
+                        self.run.log(what, split, value, index, epoch=index)
 
     def _load_callbacks(self, saved: Mapping[str, Any]) -> list[str]:
         """Give each callback the state of its class and turn; tells what is left over."""
@@ -480,7 +479,7 @@ class Context:
         }
         self._before_valid = BeforeValid(
             random=get_rng_state(find_generators(*loaders)),
-            journal=self.recorder.position(),
+            journal=self.run.position(),
             lengths={
                 what: {split: len(series) for split, series in sets.items()}
                 for what, sets in self._records.items()
@@ -713,7 +712,7 @@ class FitContext(Context):
         Loaders; `valid_data` may be None.
     epochs
         Whole number, or pair ``(min_epochs, max_epochs)``.
-    verbose, accelerator, callbacks, recorder
+    verbose, accelerator, callbacks, run
         As in ``Context``.
 
     References
@@ -738,7 +737,7 @@ class FitContext(Context):
         accelerator: Accelerator,
         verbose: bool | None = None,
         callbacks: Iterable[Callback] = (),
-        recorder: Recorder | None = None,
+        run: tracking.Run | NullRun | None = None,
         step_opt: StepOpt | None = None,
     ) -> None:
         Context.__init__(
@@ -747,7 +746,7 @@ class FitContext(Context):
             accelerator=accelerator,
             callbacks=callbacks,
             training=True,
-            recorder=recorder,
+            run=run,
         )
         self._min_epochs, self._max_epochs = parse_epochs(epochs)
         self.hparams, self.opt_hparams = dict(hparams), dict(opt_hparams)
@@ -772,7 +771,7 @@ class PredictContext(Context):
         Placed on the device by the accelerator.
     newdata
         Loader of the data.
-    verbose, accelerator, callbacks, recorder
+    verbose, accelerator, callbacks, run
         As in ``Context``.
 
     References
@@ -790,7 +789,7 @@ class PredictContext(Context):
         accelerator: Accelerator,
         verbose: bool | None = None,
         callbacks: Iterable[Callback] = (),
-        recorder: Recorder | None = None,
+        run: tracking.Run | NullRun | None = None,
     ) -> None:
         Context.__init__(
             self,
@@ -798,7 +797,7 @@ class PredictContext(Context):
             accelerator=accelerator,
             callbacks=callbacks,
             training=False,
-            recorder=recorder,
+            run=run,
         )
         model, _, loaders = accelerator.prepare(model, None, [None, newdata])
         self.model = model

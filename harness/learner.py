@@ -39,10 +39,10 @@ from harness.errors import CheckpointError
 from harness.fitted import Evaluation, Fitted
 from harness.metrics.sets import MetricSet, as_metric_set
 from harness.run_binding import (
-    Unrecorded,
     check_tracker,
     get_code_commit,
     log_description,
+    make_null_run,
     start_tracking,
 )
 from harness.setup_checks import (
@@ -217,11 +217,12 @@ class Learner:
             if resume is not None and not resume.is_weights_only:
                 resume.check(ctx)
                 ctx.resume = resume
-            with start_tracking(ctx, tracker) as run:
-                if run is not None and not (resume and resume.goes_on_with(run)):
-                    log_description(run, ctx, seed)
+            with start_tracking(ctx, tracker):
+                is_described = resume is not None and resume.is_recorded_in(ctx.run)
+                if ctx.run.id is not None and not is_described:
+                    log_description(ctx, seed)
                 loop.fit(ctx)
-            fitted = self._make_fitted(ctx, run)
+            fitted = self._make_fitted(ctx)
         except BaseException:
             accelerator.finish(failed=True)
             raise
@@ -244,7 +245,7 @@ class Learner:
 
         return backward
 
-    def _make_fitted(self, ctx: FitContext, run: tracking.Run | None) -> Fitted:
+    def _make_fitted(self, ctx: FitContext) -> Fitted:
         """Gather the weights and build the result, with the model on the CPU."""
         accelerator, model = ctx.accelerator, ctx.model
         assert accelerator is not None
@@ -259,8 +260,8 @@ class Learner:
             learner=self,
             hparams=ctx.hparams,
             opt_hparams=ctx.opt_hparams,
-            run_id=run.id if run is not None else None,
-            run_path=run.path if run is not None else None,
+            run_id=ctx.run.id,
+            run_path=ctx.run.path,
             signum=ctx.stop_signal,
         )
 
@@ -307,7 +308,7 @@ class Learner:
             opt_hparams=fitted.opt_hparams,
             accelerator=accelerator,
             verbose=verbose,
-            recorder=Unrecorded(),
+            run=make_null_run(),
             callbacks=[TrainValid(), Metrics(measured), *check_callbacks(callbacks)],
         )
         with restore_model_after(ctx):
@@ -357,7 +358,7 @@ class Learner:
             newdata=eval_loader(data, dataloader_options, "data"),
             accelerator=accelerator,
             verbose=verbose,
-            recorder=Unrecorded(),
+            run=make_null_run(),
             callbacks=[TrainValid(), *check_callbacks(callbacks)],
         )
         with restore_model_after(ctx):

@@ -1,9 +1,9 @@
-"""Records: what is logged in memory, and whom the context tells of it."""
+"""Records of logged values in memory, and the run of a fit without tracking."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
@@ -16,61 +16,59 @@ if TYPE_CHECKING:
 Records = dict[str, dict[str, list[Any]]]
 
 ARRAYS = (Tensor, np.ndarray, np.generic)
-"""What is logged as it is and becomes plain numbers when somebody reads the records."""
+"""Types that are logged unread and become plain numbers when the records are read."""
 
 
-class Recorder(Protocol):
-    """What the context tells of every logged value; ``tracking.Run`` is one."""
+class NullRun:
+    """A run that takes every call of a ``tracking.Run`` and records nothing.
 
-    def log(
-        self,
-        what: str,
-        set: str,
-        value: Any,
-        index: int | None = None,
-        append: bool = True,
-        *,
-        epoch: int | None = None,
-        step: int | None = None,
+    It stands in ``ctx.run`` where tracking is off, so that a model or callback may call
+    ``ctx.run.log_figure(...)`` without asking first.
+
+    Parameters
+    ----------
+    check_value
+        Called with each logged value and the name of the call. It raises for a value that
+        a run would refuse. None: every value is accepted.
+
+    Attributes
+    ----------
+    id, path, mlflow_run_id
+        None: there is no run.
+    """
+
+    id: None = None
+    path: None = None
+    mlflow_run_id: None = None
+
+    def __init__(
+        self, check_value: Callable[[object, str], object] | None = None
     ) -> None:
-        """Record one value."""
+        self._check_value = check_value or (lambda value, place: None)
+
+    def log(self, what: str, set: str, value: Any, *_: Any, **__: Any) -> None:
+        """Check the value and drop it."""
+        self._check_value(value, f"log({what!r}, {set!r})")
+
+    def log_metric(self, name: str, value: Any, **_: Any) -> None:
+        """Check the value and drop it."""
+        self._check_value({name: value}, "log_metric")
 
     def log_step(
-        self,
-        values: Mapping[str, Any],
-        step: int,
-        *,
-        set: str = "train",
-        epoch: int | None = None,
+        self, values: Mapping[str, Any], step: int, *, set: str = "train", **_: Any
     ) -> None:
-        """Record values of a per-step series."""
+        """Check the values and drop them."""
+        self._check_value(values, f"log_step(set={set!r})")
 
     def position(self) -> int:
-        """Number of the last row; later ones are higher."""
-        ...
-
-    def rewind(self, seq: int, rank: int | None = None) -> None:
-        """Take back what was recorded after a position, by this rank or another one."""
-
-
-class Nobody:
-    """The recorder of a context that nobody listens to."""
-
-    def log(self, *args: Any, **kwargs: Any) -> None:
-        """Forget."""
-
-    def log_step(self, *args: Any, **kwargs: Any) -> None:
-        """Forget."""
-
-    def position(self) -> int:
-        """Before the first row."""
+        """Position before the first row."""
         return -1
 
-    def rewind(self, seq: int, rank: int | None = None) -> None:
-        """Nothing to take back."""
+    def _drop(self, *_: Any, **__: Any) -> None:
+        pass
 
-
-NOBODY: Recorder = Nobody()
+    log_params = set_tags = log_input = log_artifact = log_figure = log_text = _drop
+    flush = rewind = restore_indices = save_manifest = deliver = finish = _drop
 
 
 def metrics_frame(records: Records) -> pd.DataFrame:

@@ -12,23 +12,9 @@ from torch import Tensor
 import tracking
 from harness.context import Context
 from harness.data.loaders import describe
-from harness.records import Nobody
+from harness.records import NullRun
 from tracking import capture
 from tracking.schema import flatten_value
-
-
-class Unrecorded(Nobody):
-    """Recorder of a fit without tracking: checks values as a run does, and drops them."""
-
-    def log(self, what: str, set: str, value: Any, *_: Any, **__: Any) -> None:
-        """Check the value."""
-        flatten_value(value, f"log({what!r}, {set!r})")
-
-    def log_step(
-        self, values: Mapping[str, Any], *_: Any, set: str = "train", **__: Any
-    ) -> None:
-        """Check the values."""
-        flatten_value(values, f"log_step(set={set!r})")
 
 
 def check_tracker(tracker: object) -> None:
@@ -45,26 +31,31 @@ def check_tracker(tracker: object) -> None:
         raise TypeError(f"{msg} A dict holds arguments of tracking.start().")
 
 
+def make_null_run() -> NullRun:
+    """Make the run of a call without tracking; it refuses what a real run would refuse."""
+    return NullRun(flatten_value)
+
+
 @contextmanager
 def start_tracking(
     ctx: Context, tracker: tracking.Run | Mapping[str, Any] | bool | None
-) -> Iterator[tracking.Run | None]:
-    """Record the fit in a run while the block runs; give None if tracking is off.
+) -> Iterator[None]:
+    """Set ``ctx.run`` to the run that records the fit, and finish it after the block.
 
     Parameters
     ----------
     ctx
-        Context of the fit; gets its recorder.
+        Context of the fit.
     tracker
         As in ``Learner.fit``.
     """
     if tracker is False:
-        ctx.recorder = Unrecorded()
-        yield None
+        ctx.run = make_null_run()
+        yield
         return
     if isinstance(tracker, tracking.Run):
-        ctx.recorder = tracker
-        yield tracker
+        ctx.run = tracker
+        yield
         return
     given = tracker if isinstance(tracker, Mapping) else {}
     assert ctx.accelerator is not None
@@ -76,8 +67,8 @@ def start_tracking(
     else:
         run = tracking.start(**options | {"rank": rank, "run_id": share(None)})
     with run:
-        ctx.recorder = run
-        yield run
+        ctx.run = run
+        yield
         if ctx.stop_signal is not None:
             run.finish("killed")
 
@@ -102,9 +93,9 @@ def get_code_commit() -> str | None:
     return f"{summary['commit']}{mark}" if summary.get("commit") else None
 
 
-def log_description(run: tracking.Run, ctx: Context, seed: int | None) -> None:
+def log_description(ctx: Context, seed: int | None) -> None:
     """Log what is trained on what data: params, dataset inputs and the printed model."""
-    accelerator, model = ctx.accelerator, ctx.model
+    accelerator, model, run = ctx.accelerator, ctx.model, ctx.run
     assert accelerator is not None and ctx.train_data is not None
     if not accelerator.is_main:
         return

@@ -88,7 +88,7 @@ class ModelCheckpoint(Monitor):
         self._ranked, self._last_step = [], 0
         folder = self.path
         if folder is None:
-            run = getattr(self.ctx.recorder, "path", None)
+            run = self.ctx.run.path
             if run is None:
                 msg = f"{type(self).__name__}(path): expected a folder, got None."
                 raise ValueError(

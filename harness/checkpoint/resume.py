@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -16,10 +16,14 @@ from harness.context import Context
 from harness.errors import CheckpointError
 from harness.metrics.split import check_saved
 from harness.pytree import map_tensors
+from harness.records import NullRun
 from harness.reshard.consolidated import UNREADABLE
 from harness.reshard.convert import check_same, is_same_form
 from harness.reshard.plan import check_forms, is_dealt_alike, moved, reshaped
 from harness.rng import find_generators, set_rng_state
+
+if TYPE_CHECKING:
+    import tracking
 
 
 @dataclass(kw_only=True)
@@ -79,10 +83,9 @@ class Resume:
         parts = ("model", "optimizers", "records", "callbacks")
         return {part: getattr(self, f"restore_{part}") for part in parts}
 
-    def goes_on_with(self, run: Any) -> bool:
-        """True if `run` is the one that recorded the fit so far."""
-        found = getattr(run, "id", None)
-        return found is not None and bool(found == self.manifest["run"].get("id"))
+    def is_recorded_in(self, run: tracking.Run | NullRun) -> bool:
+        """Whether `run` recorded the fit that the checkpoint is from."""
+        return run.id is not None and bool(run.id == self.manifest["run"].get("id"))
 
     def state(self, ctx: Context) -> Mapping[str, Any]:
         """The part of this rank."""
@@ -186,10 +189,10 @@ class Resume:
             state["callbacks"] = {**state["callbacks"], "Metrics": {}}
         notes = ctx.load_state_dict(state, **wanted)
         assert ctx.accelerator is not None
-        is_ours = self.restore_records and self.goes_on_with(ctx.recorder)
+        is_ours = self.restore_records and self.is_recorded_in(ctx.run)
         if is_ours and ctx.accelerator.is_main:
             for rank, seq in self._gone.items():
-                ctx.recorder.rewind(seq, rank)
+                ctx.run.rewind(seq, rank)
         for part, is_on in self._wanted.items():
             self.report.append((part, "restored" if is_on else "left out", ""))
         self.report += [("callbacks", "absent", note) for note in notes]

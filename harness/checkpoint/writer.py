@@ -179,7 +179,7 @@ class Saver:
 
     def _run_path(self) -> str | None:
         """Folder of the run, so that a resume finds it again."""
-        path = getattr(self._ctx.recorder, "path", None)
+        path = self._ctx.run.path
         return None if path is None else str(Path(path).absolute())
 
     def _copied(self, live: Mapping[str, Tensor]) -> dict[str, Tensor]:

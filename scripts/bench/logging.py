@@ -172,7 +172,7 @@ def context_metric(folder: Path) -> Iterator[Loop]:
     from harness.context import Context
 
     with one_run(folder) as run:
-        context = Context(recorder=run)
+        context = Context(run=run)
         context.epoch = 1
 
         def loop(n):

@@ -1,4 +1,4 @@
-"""Small real parts for tests: a two-parameter model, data, a tape of events, a recorder."""
+"""Small real parts for tests: a two-parameter model, data, a tape of events, a run."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import harness
 from harness.events import EVENTS
+from harness.records import NullRun
 
 
 class Line(nn.Module):
@@ -101,13 +102,13 @@ for _event in EVENTS:
     setattr(Tape, _event, _writer(_event))
 
 
-class Ear:
-    """A recorder that keeps each call."""
+class Ear(NullRun):
+    """A run that remembers each call."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.heard: list[dict[str, Any]] = []
         self.steps: list[tuple[Any, ...]] = []
-        self.rewound: list[int] = []
 
     def log(
         self,
@@ -132,6 +133,3 @@ class Ear:
 
     def position(self) -> int:
         return len(self.heard)
-
-    def rewind(self, seq: int) -> None:
-        self.rewound.append(seq)

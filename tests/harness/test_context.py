@@ -201,7 +201,7 @@ def test_log_copies_arrays_at_once(ctx):
 
 def test_log_takes_tensors_off_the_graph(ctx):
     weight = torch.tensor(1.0, requires_grad=True)
-    ctx.recorder = ear = Ear()
+    ctx.run = ear = Ear()
     ctx.log("notes", "train", weight * 2)
     assert not ear.heard[0]["value"].requires_grad
     assert ctx.get_log("notes", "train") == 2.0
@@ -231,8 +231,8 @@ def test_log_tensors_overwritten_or_merged_are_read_out(ctx):
     assert records["last"]["train"] == [6.0]
 
 
-def test_log_tells_the_recorder_each_call(ctx):
-    ctx.recorder = ear = Ear()
+def test_log_reaches_the_run_each_call(ctx):
+    ctx.run = ear = Ear()
     ctx.epoch = 2
     ctx.steps = {"opt": 7}
     ctx.log("notes", "train", "hello")
@@ -259,12 +259,12 @@ def test_log_tells_the_recorder_each_call(ctx):
     ]
 
 
-def test_log_that_the_recorder_refuses_leaves_no_trace(ctx):
+def test_log_that_the_run_refuses_leaves_no_trace(ctx):
     class Refusing(Ear):
         def log(self, *args, **kwargs):
             raise TypeError("no")
 
-    ctx.recorder = Refusing()
+    ctx.run = Refusing()
     before = copy.deepcopy(ctx.records)
     with pytest.raises(TypeError, match="no"):
         ctx.log("notes", "train", 1.0, index=4)
@@ -312,9 +312,9 @@ def test_log_metric_twice_keeps_the_new_value(ctx):
     assert ctx.get_metrics("train") == {"loss": 3.0}
 
 
-def test_log_metric_tells_the_recorder_each_call_alike(ctx):
+def test_log_metric_reaches_the_run_each_call_alike(ctx):
     # The first call of an epoch and the later ones go different ways inside.
-    ctx.recorder = ear = Ear()
+    ctx.run = ear = Ear()
     ctx.epoch, ctx.steps = 1, {"opt": 5}
     ctx.log_metric("loss", 1.0)
     ctx.log_metric("accuracy", 0.5)
@@ -341,8 +341,8 @@ def test_log_metric_without_an_epoch_adds_at_the_end(ctx):
     assert ctx.records["metrics"]["train"] == [{"loss": 1.0}, {"loss": 2.0}]
 
 
-def test_log_step_goes_to_the_recorder_alone(ctx):
-    ctx.recorder = ear = Ear()
+def test_log_step_goes_to_the_run_alone(ctx):
+    ctx.run = ear = Ear()
     ctx.epoch, ctx.steps = 2, {"opt": 30}
     ctx.log_step({"loss": 1.5})
     ctx.training = False
@@ -554,7 +554,7 @@ def test_clean_empties_buffers_handlers_callbacks_and_optimizers():
     ctx = fit_context(callbacks=[Tape()])
     ctx.buffers["mine"] = 1
     ctx.handlers = ctx.epoch_handlers = {ValueError: print}
-    ctx.recorder = ear = Ear()
+    ctx.run = ear = Ear()
     ctx.clean()
     assert (ctx.buffers, ctx.handlers, ctx.epoch_handlers) == ({}, {}, {})
     assert (ctx.callbacks, ctx.optimizers) == ((), {})

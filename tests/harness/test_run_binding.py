@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import signal
@@ -17,7 +18,8 @@ import harness
 import tracking
 from harness.accelerators.single import SingleDevice
 from harness.context import Context
-from harness.run_binding import Unrecorded, as_param, get_code_commit
+from harness.records import NullRun
+from harness.run_binding import as_param, get_code_commit, make_null_run
 from tests.harness.fakes import At, Line, line_learner, net_learner, points, slope
 
 
@@ -271,10 +273,42 @@ def test_get_code_commit_is_that_of_the_working_folder(tmp_path, monkeypatch):
     assert get_code_commit() == f"{name} (changed)"
 
 
-def test_unrecorded_checks_values_as_a_run_would():
-    recorder = Unrecorded()
-    recorder.log("notes", "train", {"a": [1, None, torch.ones(2)]})
+def test_null_run_refuses_what_a_run_would():
+    run = make_null_run()
+    run.log("notes", "train", {"a": [1, None, torch.ones(2)]})
     with pytest.raises(TypeError, match=r"log\('notes', 'train'\): .* at value\['a'\]"):
-        recorder.log("notes", "train", {"a": object()})
+        run.log("notes", "train", {"a": object()})
     with pytest.raises(TypeError, match=r"log_step\(set='train'\): .*value\['loss'\]"):
-        recorder.log_step({"loss": object()}, 1)
+        run.log_step({"loss": object()}, 1)
+    with pytest.raises(TypeError, match=r"log_metric: .* at value\['loss'\]"):
+        run.log_metric("loss", object())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        for name, thing in vars(tracking.Run).items()
+        if callable(thing) and name[0] != "_"
+    ],
+)
+def test_null_run_takes_every_call_of_a_run(name):
+    given = inspect.signature(getattr(tracking.Run, name)).parameters
+    arguments = {
+        name: 0
+        for name, parameter in given.items()
+        if parameter.default is parameter.empty and name not in {"self", "description"}
+    }
+    result = getattr(NullRun(), name)(**arguments)
+    assert result == (-1 if name == "position" else None)
+
+
+def test_fit_without_tracking_takes_calls_on_the_run():
+    class Draw(harness.Callback):
+        def on_epoch_end(self) -> None:
+            self.ctx.run.log_figure("a figure", "curves.png")
+            self.ctx.run.set_tags({"done": self.ctx.epoch})
+            assert self.ctx.run.id is None
+
+    fitted = line_learner().fit(slope(8), 1, callbacks=[Draw()], tracker=False)
+    assert fitted.run_id is None

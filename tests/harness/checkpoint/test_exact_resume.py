@@ -316,7 +316,7 @@ class Pause(harness.Callback):
     def on_train_batch_end(self) -> None:
         if self.ctx.step != 8:
             return
-        run: Any = self.ctx.recorder
+        run: Any = self.ctx.run
         position, until = run.position(), time.monotonic() + 90
         while time.monotonic() < until:
             state = DeliveryState.read(run.path)
