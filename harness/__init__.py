@@ -76,6 +76,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version  # noqa: PLC0415 (slow to import)
+
+        return version("luz-harness")
     home = _HOMES.get(name)
     if home is None:
         msg = f"module 'harness' has no attribute {name!r}"

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 import tomllib
 import zipfile
 from importlib.metadata import entry_points, version
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import yaml
 from packaging.requirements import Requirement
+
+import harness
+import tracking
 
 PACKAGES = ("harness", "tracking")
 IMPORTED_AS = {"pyyaml": "yaml"}
@@ -94,18 +99,65 @@ def test_lower_bounds_allow_what_is_installed(project: dict[str, Any]) -> None:
             assert requirement.specifier.contains(installed), requirement
 
 
+def requirements(file: Path) -> list[Requirement]:
+    """The lines of a constraints file."""
+    lines = file.read_text().splitlines()
+    return [Requirement(line) for line in lines if line and not line.startswith("#")]
+
+
+def lower_bounds(project: dict[str, Any]) -> dict[str, str]:
+    """The lowest allowed version of each dependency."""
+    found = {}
+    for requirement in map(Requirement, project["dependencies"]):
+        (only,) = requirement.specifier
+        assert only.operator == ">=", requirement
+        found[requirement.name] = only.version
+    return found
+
+
 def test_constraints_fit_the_lower_bounds(root: Path, project: dict[str, Any]) -> None:
     bounds = {
         requirement.name: requirement.specifier
         for requirement in map(Requirement, project["dependencies"])
     }
-    lines = (root / "scripts" / "constraints.txt").read_text().splitlines()
-    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    pins = requirements(root / "scripts" / "constraints.txt")
     assert "torch" in {pin.name for pin in pins}
     for pin in pins:
         (only,) = pin.specifier
         assert only.operator == "=="
         assert bounds[pin.name].contains(only.version)
+
+
+def test_lowest_constraints_are_the_lower_bounds(
+    root: Path, project: dict[str, Any]
+) -> None:
+    pins = requirements(root / "scripts" / "constraints-lowest.txt")
+    lowest = {pin.name: str(pin.specifier) for pin in pins}
+    # A CPU build of an older torch cannot be had everywhere: see docs/decisions.md.
+    bounds = lower_bounds(project) | {"torch": lowest["torch"].removeprefix("==")}
+    assert {name: f"=={bound}" for name, bound in bounds.items()} == {
+        name: pin for name, pin in lowest.items() if name in bounds
+    }
+
+
+def test_workflow_has_the_python_versions_of_the_classifiers(
+    root: Path, project: dict[str, Any]
+) -> None:
+    workflow = yaml.safe_load((root / ".github" / "workflows" / "ci.yml").read_text())
+    prefix = "Programming Language :: Python :: 3."
+    stated = [line for line in project["classifiers"] if line.startswith(prefix)]
+    job = workflow["jobs"]["test"]
+    assert job["strategy"]["matrix"]["python"] == [
+        line.rpartition(" ")[2] for line in stated
+    ]
+    assert job["steps"][-1] == {"run": ".ci/run"}
+
+
+def test_pre_commit_runs_scripts_check(root: Path) -> None:
+    config = yaml.safe_load((root / ".pre-commit-config.yaml").read_text())
+    (hook,) = config["repos"][0]["hooks"]
+    assert hook["entry"] == "scripts/check"
+    assert os.access(root / hook["entry"], os.X_OK)
 
 
 def test_installed_version_and_command_are_those_of_pyproject(
@@ -114,6 +166,13 @@ def test_installed_version_and_command_are_those_of_pyproject(
     (command,) = entry_points(group="console_scripts", name="harness")
     assert command.value == project["scripts"]["harness"]
     assert version("luz-harness") == project["version"]
+
+
+@pytest.mark.parametrize("package", [harness, tracking], ids=PACKAGES)
+def test_version_of_package_is_that_of_pyproject(
+    package: ModuleType, project: dict[str, Any]
+) -> None:
+    assert package.__version__ == project["version"]
 
 
 def test_wheel_holds_both_packages_typed_and_nothing_else(

@@ -55,6 +55,10 @@ _HOMES: Final = {
 
 def __getattr__(name: str) -> Any:
     """Import what is asked for when it is (PEP 562): Arrow alone takes 0.1 s."""
+    if name == "__version__":
+        from importlib.metadata import version  # noqa: PLC0415 (slow to import)
+
+        return version("luz-harness")
     if name not in __all__:
         raise AttributeError(f"module 'tracking' has no attribute {name!r}")
     home = importlib.import_module(_HOMES.get(name, "tracking.errors"))
