@@ -1,4 +1,4 @@
-"""An experiment: a learner with its data, found by file and name, built from settings."""
+"""An experiment: a learner with its data, loaded by file and name, built from settings."""
 
 from __future__ import annotations
 
@@ -34,8 +34,10 @@ class Experiment:
         As in ``Learner.fit``.
     test_data
         Data for ``harness evaluate``; None: `valid_data`.
-    name, experiment
-        Of the run, and of the MLflow experiment it belongs to.
+    name
+        Name of the run.
+    mlflow_experiment
+        MLflow experiment of the run.
     """
 
     learner: Learner
@@ -45,25 +47,25 @@ class Experiment:
     epochs: int | tuple[int, int] = 10
     callbacks: Iterable[Callback] = ()
     name: str | None = None
-    experiment: str | None = None
+    mlflow_experiment: str | None = None
     seed: int | None = None
     dataloader_options: Mapping[str, Any] | None = None
     accelerator: Accelerator | None = None
 
     def __post_init__(self) -> None:
-        """Check what fit would only find later."""
+        """Refuse anything but a learner here, before the command line uses it."""
         if not isinstance(self.learner, Learner):
             msg = f"Experiment(learner): expected a Learner, got {self.learner!r}."
-            raise TypeError(f"{msg} Make one with harness.setup().")
+            raise TypeError(f"{msg} Create one with harness.setup().")
 
     def set_opt_hparams(self, **opt_hparams: Any) -> Experiment:
-        """The experiment with other keyword arguments for its optimizers."""
+        """Return an experiment with more keyword arguments for its optimizers."""
         return replace(self, learner=self.learner.set_opt_hparams(**opt_hparams))
 
     def fit(self, *, verbose: bool | None = None, tracker: Any = None) -> Fitted:
         """Train; `verbose` and `tracker` as in ``Learner.fit``."""
         if tracker is None or isinstance(tracker, Mapping):
-            own = {"name": self.name, "experiment": self.experiment}
+            own = {"name": self.name, "experiment": self.mlflow_experiment}
             tracker = own | dict(tracker or {})
         return self.learner.fit(
             self.data,
@@ -78,8 +80,8 @@ class Experiment:
         )
 
 
-def find(target: str) -> Any:
-    """The object that ``FILE.py:NAME`` or ``package.module:NAME`` names.
+def load_target(target: str) -> Any:
+    """Import the object that ``FILE.py:NAME`` or ``package.module:NAME`` names.
 
     Raises
     ------
@@ -89,24 +91,28 @@ def find(target: str) -> Any:
     where, _, name = target.rpartition(":")
     if not where or not name:
         msg = f"harness fit: expected FILE.py:NAME or MODULE:NAME, got {target!r}."
-        raise ExperimentError(f"{msg} NAME is an Experiment or a function giving one.")
-    module = _from_file(Path(where)) if where.endswith(".py") else _from_name(where)
+        raise ExperimentError(
+            f"{msg} NAME is an Experiment, or a function that returns one."
+        )
+    module = (
+        _import_file(Path(where)) if where.endswith(".py") else _import_module(where)
+    )
     if not hasattr(module, name):
         names = [key for key in vars(module) if not key.startswith("_")]
-        msg = f"{where}: expected {name!r} in it, found no such name."
+        msg = f"{where}: expected the name {name!r}, found no such name."
         raise ExperimentError(f"{msg}{nearest(name, names)}")
     return getattr(module, name)
 
 
-def _from_file(path: Path) -> types.ModuleType:
-    """The module in a file, imported under its own name from its own folder."""
+def _import_file(path: Path) -> types.ModuleType:
+    """Import a file under its own name, with its folder on the path."""
     if not path.is_file():
         near = [str(item) for item in path.parent.glob("*.py")] if path.parent else []
-        msg = f"harness fit: expected a Python file, found no {str(path)!r}."
+        msg = f"harness fit: expected an existing Python file, got {str(path)!r}."
         raise ExperimentError(f"{msg}{nearest(str(path), near)}")
     name = path.stem
     if name in sys.stdlib_module_names or hasattr(sys.modules.get(name), "__path__"):
-        msg = f"harness fit: expected a file with a name of its own, got {path.name!r}."
+        msg = f"harness fit: expected a unique file name, got {path.name!r}."
         raise ExperimentError(f"{msg} It hides the module {name!r}: rename the file.")
     folder = str(path.resolve().parent)
     if folder not in sys.path:
@@ -123,8 +129,8 @@ def _from_file(path: Path) -> types.ModuleType:
     return module
 
 
-def _from_name(name: str) -> types.ModuleType:
-    """The importable module, the working folder included."""
+def _import_module(name: str) -> types.ModuleType:
+    """Import a module, also from the working folder."""
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:
@@ -132,25 +138,25 @@ def _from_name(name: str) -> types.ModuleType:
     except ModuleNotFoundError as exc:
         if exc.name is None or not name.startswith(exc.name):
             raise
-        msg = f"harness fit: expected an importable module, found no {name!r}."
-        raise ExperimentError(f"{msg} A file needs its suffix: FILE.py:NAME.") from exc
+        msg = f"harness fit: expected an importable module, got {name!r}."
+        raise ExperimentError(f"{msg} For a file, write FILE.py:NAME.") from exc
 
 
-def build(target: Any, settings: Mapping[str, Any]) -> Experiment:
-    """The experiment that `target` is or returns.
+def build_experiment(target: object, settings: Mapping[str, object]) -> Experiment:
+    """Return the experiment that `target` is or returns.
 
     Parameters
     ----------
     target
         ``Experiment``, or function that returns one.
     settings
-        Arguments of the function by name; text is read as its annotations say.
+        Arguments of the function by name; text is converted by its annotations.
 
     Raises
     ------
     ExperimentError
-        If a name is no parameter (the nearest is offered), a value does not fit, or what
-        comes back is no ``Experiment``.
+        If a name is not a parameter (the nearest is offered), a value does not fit its
+        annotation, or the function does not return an ``Experiment``.
     """
     if isinstance(target, Experiment):
         if settings:
@@ -161,43 +167,66 @@ def build(target: Any, settings: Mapping[str, Any]) -> Experiment:
         return target
     if not callable(target):
         msg = f"harness fit: expected an Experiment or a function, got {target!r}."
-        raise ExperimentError(f"{msg} Name a function that returns an Experiment.")
-    made = target(**arguments(target, settings))
+        raise ExperimentError(
+            f"{msg} NAME must be a function that returns an Experiment."
+        )
+    made = target(**parse_arguments(target, settings))
     if not isinstance(made, Experiment):
         name = getattr(target, "__name__", "it")
-        msg = f"{name}(): expected a harness.Experiment back, got {made!r}."
+        msg = f"{name}(): expected it to return a harness.Experiment, got {made!r}."
         raise ExperimentError(
             f"{msg} Return harness.Experiment(learner=..., data=...)."
         )
     return made
 
 
-def arguments(
-    function: Callable[..., Any], settings: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The settings as arguments of the function, typed by its signature."""
+def parse_arguments(
+    function: Callable[..., object], settings: Mapping[str, object]
+) -> dict[str, object]:
+    """Convert settings to arguments of a function, by its signature.
+
+    Raises
+    ------
+    ExperimentError
+        If a setting is not a parameter, does not fit its annotation, or a parameter without
+        a default has no setting.
+    """
     parameters = inspect.signature(function).parameters
     hints = typing.get_type_hints(function)
     name = getattr(function, "__name__", "experiment")
-    open_end = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    found = {}
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    found: dict[str, object] = {}
     for key, value in settings.items():
-        if key not in parameters and not open_end:
+        if key not in parameters and not takes_any:
             msg = f"--set {key}: expected a parameter of {name}(), got {key!r}."
             choices = ", ".join(parameters) or "none"
-            raise ExperimentError(f"{msg}{nearest(key, parameters)} It has: {choices}.")
-        found[key] = typed(key, value, hints.get(key, Any))
+            raise ExperimentError(
+                f"{msg}{nearest(key, parameters)} Its parameters: {choices}."
+            )
+        found[key] = parse_value(key, value, hints.get(key))
     for key, parameter in parameters.items():
-        if parameter.default is parameter.empty and key not in found:
-            if parameter.kind in {parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL}:
-                continue
+        is_variadic = parameter.kind in {
+            parameter.VAR_KEYWORD,
+            parameter.VAR_POSITIONAL,
+        }
+        if (
+            parameter.default is parameter.empty
+            and key not in found
+            and not is_variadic
+        ):
             msg = f"{name}(): expected a value for {key!r}, got none."
-            raise ExperimentError(f"{msg} Give --set {key}=VALUE.")
+            raise ExperimentError(f"{msg} Add --set {key}=VALUE.")
     return found
 
 
-def typed(key: str, value: Any, hint: Any) -> Any:
-    """Text as the annotation says; without one, as a Python literal if it is one."""
+def parse_value(key: str, value: object, hint: object) -> object:
+    """Convert the text of a setting by an annotation, or as a Python literal without one.
+
+    Raises
+    ------
+    ExperimentError
+        If the text does not fit the annotation.
+    """
     if not isinstance(value, str):
         return value
     kinds = [kind for kind in typing.get_args(hint) if kind is not types.NoneType]
@@ -207,22 +236,28 @@ def typed(key: str, value: Any, hint: Any) -> Any:
     kind = kinds[0] if is_union and len(kinds) == 1 else hint
     if kind is str:
         return value
-    if kind is bool and value.lower() in {"true", "false", "yes", "no", "1", "0"}:
-        return value.lower() in {"true", "yes", "1"}
-    if kind in {int, float}:
+    if kind is bool:
+        return _parse_bool(key, value)
+    if kind is int or kind is float:
         try:
-            return kind(value)
+            return int(value) if kind is int else float(value)
         except ValueError:
             msg = f"--set {key}: expected {kind.__name__}, got {value!r}."
             raise ExperimentError(f"{msg} Write for example --set {key}=1.") from None
-    if kind is bool:
-        msg = f"--set {key}: expected true or false, got {value!r}."
-        raise ExperimentError(f"{msg} Write --set {key}=true.")
-    return literal(value)
+    return parse_literal(value)
 
 
-def literal(text: str) -> Any:
-    """A Python literal, or the text itself."""
+def _parse_bool(key: str, text: str) -> bool:
+    if text.lower() in {"true", "yes", "1"}:
+        return True
+    if text.lower() in {"false", "no", "0"}:
+        return False
+    msg = f"--set {key}: expected true or false, got {text!r}."
+    raise ExperimentError(f"{msg} Write --set {key}=true.")
+
+
+def parse_literal(text: str) -> object:
+    """Return the value of a Python literal, or the text if it is not one."""
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):

@@ -212,6 +212,33 @@ def check_optimizers(optimizers: Any) -> dict[str, Any]:
     return dict(optimizers)
 
 
+def check_monitor(place: str, monitor: str, has_valid_data: bool) -> None:
+    """Check that a fit can log a monitored metric.
+
+    Parameters
+    ----------
+    place
+        Callback and option, for the message.
+    monitor
+        ``<set>/<metric>`` or ``<set>/<metric>/<optimizer>``.
+    has_valid_data
+        Whether the fit validates. Only the loss is refused without it: a callback may log
+        any other metric under ``valid``.
+
+    Raises
+    ------
+    ValueError
+        If the name has no set, or the validation loss has no data.
+    """
+    if "/" not in monitor:
+        msg = f"{place}: expected '<set>/<metric>', got {monitor!r}."
+        raise ValueError(f"{msg} Write for example 'valid/{monitor}'.")
+    is_valid_loss = monitor == "valid/loss" or monitor.startswith("valid/loss/")
+    if is_valid_loss and not has_valid_data:
+        msg = f"{place}: expected validation data, got none."
+        raise ValueError(f"{msg} Pass valid_data=..., or monitor 'train/loss'.")
+
+
 def check_at_least(place: str, value: float | None, least: float, advice: str) -> None:
     """Check an option of a callback; None passes.
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
-from typing import Any
 
 from harness.callback import Callback
 
 
-def as_text(value: Any) -> str:
-    """Numbers with all their digits as floats, anything else as Python prints it."""
+def format_value(value: object) -> str:
+    """Return a number as a float with all its digits, anything else as Python prints it."""
     return repr(float(value)) if isinstance(value, int | float) else str(value)
 
 
@@ -20,12 +19,12 @@ class CSVLogger(Callback):
     Parameters
     ----------
     path
-        File to write; an earlier one is replaced when the fit begins.
+        File to write; an existing file is replaced when the fit begins.
 
     References
     ----------
     luz 0.5.0, ``luz_callback_csv_logger``. Differs from luz: one metric a line, so that
-    metrics that begin later need no new column.
+    a metric that is first logged later needs no new column.
     """
 
     weight = 60
@@ -34,7 +33,7 @@ class CSVLogger(Callback):
         self.path = Path(path)
 
     def on_fit_begin(self) -> None:
-        """Begin the file; that of a fit that is gone on with stays until there is more."""
+        """Create the file; a resumed fit keeps the old one until it has an epoch to add."""
         self._is_begun = False
         if self.ctx.resume is None and self._is_writer:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -42,11 +41,10 @@ class CSVLogger(Callback):
 
     @property
     def _is_writer(self) -> bool:
-        """One rank writes."""
         return self.ctx.accelerator is not None and self.ctx.accelerator.is_main
 
     def on_epoch_end(self) -> None:
-        """Add the epoch's metrics; the first time all that are on record."""
+        """Add the epoch's metrics; the first time, those of earlier epochs too."""
         if not self._is_writer:
             return
         frame = self.ctx.get_metrics_df()
@@ -56,7 +54,7 @@ class CSVLogger(Callback):
         columns = (frame[name] for name in ("epoch", "set", "metric", "value"))
         rows = zip(*columns, strict=True)
         lines: list[tuple[object, ...]]
-        lines = [(e, s, m, as_text(v)) for e, s, m, v in rows]
+        lines = [(e, s, m, format_value(v)) for e, s, m, v in rows]
         if not self._is_begun:
             lines.insert(0, ("epoch", "set", "metric", "value"))
         self._write(lines, "a" if self._is_begun else "w")

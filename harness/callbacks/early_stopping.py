@@ -1,4 +1,4 @@
-"""Ends the fit when a metric no longer gets better."""
+"""Ends the fit when a metric stops improving."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 from harness.callbacks.monitor import Mode, Monitor
 from harness.errors import EarlyStop
+from harness.setup_checks import check_at_least
 
 
 class EarlyStopping(Monitor):
@@ -14,15 +15,16 @@ class EarlyStopping(Monitor):
     Parameters
     ----------
     monitor, mode, min_delta
-        What is watched; see ``Monitor``.
+        Metric to watch; see ``Monitor``.
     patience : >= 1
-        Epochs without improvement that are borne.
+        Epochs to wait without improvement.
     baseline
-        Value that must be bettered from the start; None: any first value counts.
+        Value that the first epoch must improve on; None: any first value is the best.
 
     Notes
     -----
-    Never before ``min_epochs``. ``on_early_stopping`` fires, then ``on_fit_end``.
+    The fit never ends before ``min_epochs``. ``on_early_stopping`` fires, then
+    ``on_fit_end``.
 
     References
     ----------
@@ -41,35 +43,38 @@ class EarlyStopping(Monitor):
         baseline: float | None = None,
     ) -> None:
         super().__init__(monitor, mode, min_delta)
-        if patience < 1:
-            msg = f"EarlyStopping(patience): expected at least 1, got {patience!r}."
-            raise ValueError(f"{msg} Give the epochs to wait for a better value.")
+        check_at_least(
+            "EarlyStopping(patience)",
+            patience,
+            1,
+            "Pass the number of epochs to wait without improvement.",
+        )
         self.patience = patience
         self.waited = 0
         if baseline is not None:
-            self.best = self.begin_at = baseline
+            self.best = self.initial_best = baseline
 
     def on_fit_begin(self) -> None:
-        """Begin anew."""
-        self.forget()
+        """Reset the counters of an earlier fit."""
+        self.reset()
         self.waited = 0
 
     def on_epoch_begin(self) -> None:
-        """End a fit that is gone on with from where it had ended already."""
+        """End a resumed fit that had already stopped early."""
         if self.waited >= self.patience and self.ctx.epoch > self.ctx.min_epochs:  # type: ignore[operator]
             raise EarlyStop(self.monitor)
 
     def on_epoch_end(self) -> None:
-        """Count epochs without improvement; end the fit when there are enough."""
-        self.waited = 0 if self.improved() else self.waited + 1
+        """Count epochs without improvement; end the fit after `patience` of them."""
+        self.waited = 0 if self.update_best() else self.waited + 1
         if self.waited >= self.patience and self.ctx.epoch >= self.ctx.min_epochs:  # type: ignore[operator]
             raise EarlyStop(self.monitor)
 
     def state_dict(self) -> dict[str, Any]:
-        """Best value and epochs waited."""
+        """Return the best value and the number of epochs waited."""
         return super().state_dict() | {"waited": self.waited}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back best value and epochs waited."""
+        """Restore the best value and the number of epochs waited."""
         super().load_state_dict(state)
         self.waited = state["waited"]

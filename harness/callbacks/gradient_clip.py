@@ -11,9 +11,9 @@ class GradientClip(Callback):
     Parameters
     ----------
     max_norm : > 0
-        Norm that gradients are scaled down to.
+        Largest norm; larger gradients are scaled down to it.
     norm_type : > 0 or inf
-        Which norm.
+        Order of the norm.
 
     References
     ----------
@@ -23,10 +23,10 @@ class GradientClip(Callback):
     def __init__(self, max_norm: float = 1.0, norm_type: float = 2.0) -> None:
         if not max_norm > 0:
             msg = f"GradientClip(max_norm): expected more than 0, got {max_norm!r}."
-            raise ValueError(f"{msg} Leave the callback out to clip nothing.")
+            raise ValueError(f"{msg} Remove the callback to clip nothing.")
         self.max_norm, self.norm_type = max_norm, norm_type
 
     def on_train_batch_before_step(self) -> None:
-        """Clip."""
+        """Clip the gradients of the current optimizer."""
         assert self.ctx.accelerator is not None
         self.ctx.accelerator.clip(self.max_norm, self.ctx.opt_name, self.norm_type)

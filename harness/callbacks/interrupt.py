@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end the fit at the end of a batch, with everything kept."""
+"""Ends the fit at the end of a batch on Ctrl-C or SIGTERM; everything logged is kept."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from typing import Any
 from harness.callback import Callback
 from harness.errors import Interrupted
 
-AGREE_EVERY = 10
-"""Batches between two agreements of several ranks on whether to end."""
+CHECK_EVERY = 10
+"""Batches between two checks of several ranks whether one of them got a signal."""
 
 
 class Interrupt(Callback):
-    """Turns a first Ctrl-C, SIGTERM or SIGUSR1 into an ordered end; a second leaves at once.
+    """Ends the fit after the batch on Ctrl-C, SIGTERM or SIGUSR1; a second signal ends it now.
 
-    On several ranks the end is agreed every ``AGREE_EVERY`` batches, so that no rank is left
-    waiting. Outside the main thread nothing is installed.
+    Several ranks check for signals together, every ``CHECK_EVERY`` batches, so that they end
+    at the same batch. Outside the main thread, no signal handler is installed.
 
     Attributes
     ----------
     signum : int or None
-        The signal that asked for the end.
+        First signal received.
 
     References
     ----------
@@ -39,47 +39,48 @@ class Interrupt(Callback):
         self._before: dict[signal.Signals, Any] = {}
 
     def on_fit_begin(self) -> None:
-        """Listen to the signals."""
+        """Install the signal handlers."""
         self.signum = None
         if threading.current_thread() is threading.main_thread():
             for number in self.signals:
-                self._before[number] = signal.signal(number, self._asked)
+                self._before[number] = signal.signal(number, self._on_signal)
 
-    def _asked(self, signum: int, _: FrameType | None) -> None:
-        """Remember the first signal; leave at the second."""
+    def _on_signal(self, signum: int, _: FrameType | None) -> None:
+        """Remember the first signal; raise at the second."""
         if self.signum is not None:
             self._restore()
             raise KeyboardInterrupt
         self.signum = signum
 
-    def _end_if_asked(self) -> None:
+    def _stop_if_signalled(self) -> None:
         """Raise at the same batch on every rank."""
-        accelerator, asked = self.ctx.accelerator, self.signum is not None
-        assert accelerator is not None
+        accelerator, has_signal = self.ctx.accelerator, self.signum is not None
+        assert accelerator is not None and self.ctx.iter is not None
         if accelerator.world_size > 1:
-            asked = self.ctx.iter % AGREE_EVERY == 0 and accelerator.any(asked)  # type: ignore[operator]
-        if asked:
+            is_due = self.ctx.iter % CHECK_EVERY == 0
+            has_signal = is_due and accelerator.any(has_signal)
+        if has_signal:
             self.ctx.stop_signal = self.signum or signal.SIGINT
             raise Interrupted(self.signum or signal.SIGINT)
 
     def _restore(self) -> None:
-        """Give the signals back."""
+        """Restore the earlier signal handlers."""
         while self._before:
             number, handler = self._before.popitem()
             signal.signal(number, handler)
 
     def on_train_batch_end(self) -> None:
-        """End here if asked."""
-        self._end_if_asked()
+        """End the fit here after a signal."""
+        self._stop_if_signalled()
 
     def on_valid_batch_end(self) -> None:
-        """End here if asked."""
-        self._end_if_asked()
+        """End the fit here after a signal."""
+        self._stop_if_signalled()
 
     def on_fit_end(self) -> None:
-        """Give the signals back."""
+        """Restore the earlier signal handlers."""
         self._restore()
 
     def on_exception(self) -> None:
-        """Give the signals back."""
+        """Restore the earlier signal handlers."""
         self._restore()

@@ -1,4 +1,4 @@
-"""Ends the fit with the weights of its best epoch."""
+"""Restores the weights of the best epoch at the end of the fit."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from harness.reshard.convert import of_weights
 
 
 class KeepBestModel(Monitor):
-    """Ends the fit with the weights of the best epoch.
+    """Restores the weights of the best epoch at the end of the fit.
 
     Parameters
     ----------
     monitor, mode, min_delta
-        What is best; see ``Monitor``.
+        Metric that decides which epoch is best; see ``Monitor``.
 
     References
     ----------
@@ -32,13 +32,13 @@ class KeepBestModel(Monitor):
         self.weights: dict[str, Tensor] = {}
 
     def on_fit_begin(self) -> None:
-        """Begin anew."""
-        self.forget()
+        """Reset what an earlier fit left."""
+        self.reset()
         self.weights = {}
 
     def on_epoch_end(self) -> None:
-        """Copy the weights if they are the best so far."""
-        if self.improved():
+        """Copy the weights if this epoch is the best so far."""
+        if self.update_best():
             assert self.ctx.accelerator is not None
             state = self.ctx.accelerator.whole_state_dict(self.ctx.model)
             self.weights = {
@@ -48,7 +48,7 @@ class KeepBestModel(Monitor):
             }
 
     def on_fit_end(self) -> None:
-        """Put the best weights back."""
+        """Restore the best weights."""
         accelerator = self.ctx.accelerator
         assert accelerator is not None
         weights = accelerator.broadcast(self.weights)
@@ -58,10 +58,10 @@ class KeepBestModel(Monitor):
             accelerator.load_state_dict(best, ["model"])
 
     def state_dict(self) -> dict[str, Any]:
-        """Best value and weights."""
+        """Return the best value and weights."""
         return super().state_dict() | {"weights": self.weights}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back best value and weights."""
+        """Restore the best value and weights."""
         super().load_state_dict(state)
         self.weights = state["weights"]

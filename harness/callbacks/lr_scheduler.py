@@ -1,4 +1,4 @@
-"""Steps torch learning-rate schedulers at an event."""
+"""Steps a torch learning-rate scheduler at an event."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from harness.callbacks.monitor import Monitor
+from harness.context import Context
 from harness.events import check_event
 
 
@@ -20,13 +21,19 @@ class LRScheduler(Monitor):
         Scheduler class or function, called with ``(optimizer, **options)``.
     call_on
         Event at which it steps: ``on_epoch_end``, or ``on_train_batch_after_step`` for
-        schedulers that count optimizer steps; never where the optimizer was skipped.
+        schedulers that count optimizer steps (a skipped optimizer step does not count).
     opt_name
         Name of the optimizer; None: the only one.
     monitor
-        Metric given to ``ReduceLROnPlateau``.
+        Metric for ``ReduceLROnPlateau``.
     **options
-        Passed to the scheduler.
+        Arguments of the scheduler.
+
+    Raises
+    ------
+    ValueError
+        Before the first epoch, if there is no such optimizer, or a ``ReduceLROnPlateau``
+        would step before its metric is logged.
 
     Notes
     -----
@@ -56,30 +63,41 @@ class LRScheduler(Monitor):
         if call_on != "on_epoch_end":
             setattr(self, call_on, self._step)
 
+    def check(self, ctx: Context) -> None:
+        """Refuse an unknown optimizer, and a plateau whose metric is not logged in time."""
+        names = list(ctx.optimizers)
+        is_known = self.opt_name in names or (self.opt_name is None and len(names) == 1)
+        if not is_known:
+            got = repr(self.opt_name)
+            msg = (
+                f"LRScheduler(opt_name): expected the name of an optimizer, got {got}."
+            )
+            raise ValueError(f"{msg} Choose from {names}.")
+        kind = self._build
+        if not (isinstance(kind, type) and issubclass(kind, ReduceLROnPlateau)):
+            return
+        super().check(ctx)
+        if self.call_on.startswith("on_train_batch"):
+            msg = f"LRScheduler(call_on): expected an event after training, got {self.call_on!r}."
+            raise ValueError(f"{msg} Use 'on_epoch_end' with ReduceLROnPlateau.")
+
     def on_fit_begin(self) -> None:
         """Build the scheduler."""
-        names = self.ctx.optimizers
-        name = self.opt_name or next(iter(names))
-        if name not in names or (self.opt_name is None and len(names) > 1):
-            msg = (
-                f"LRScheduler(opt_name): expected an optimizer, got {self.opt_name!r}."
-            )
-            raise ValueError(f"{msg} Choose from {list(names)}.")
-        opt = names[name]
-        self.opt_name = name
+        self.opt_name = self.opt_name or next(iter(self.ctx.optimizers))
+        opt = self.ctx.optimizers[self.opt_name]
         self.scheduler = self._build(getattr(opt, "optimizer", opt), **self._options)
 
     def _step(self) -> None:
-        """Step once; at a batch event only when this optimizer is the present one."""
+        """Step once; at a batch event only if this optimizer is the current one."""
         if "batch" in self.call_on and self.ctx.opt_name != self.opt_name:
             return
         if isinstance(self.scheduler, ReduceLROnPlateau):
-            self.scheduler.step(self.value())
+            self.scheduler.step(self.get_value())
         else:
             self.scheduler.step()
 
     def on_epoch_end(self) -> None:
-        """Log the rate of this epoch; step if this is the event."""
+        """Log the rate of this epoch; step if `call_on` is this event."""
         groups = self.scheduler.optimizer.param_groups
         rates = {str(n): float(group["lr"]) for n, group in enumerate(groups)}
         rate = rates["0"] if len(rates) == 1 else rates
@@ -88,9 +106,9 @@ class LRScheduler(Monitor):
             self._step()
 
     def state_dict(self) -> dict[str, Any]:
-        """The scheduler's state."""
+        """Return the scheduler's state."""
         return {"scheduler": self.scheduler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back the scheduler's state."""
+        """Restore the scheduler's state."""
         self.scheduler.load_state_dict(state["scheduler"])

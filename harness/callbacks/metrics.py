@@ -1,4 +1,4 @@
-"""Keeps the metrics of both splits up to date and logs them once an epoch."""
+"""Updates the metrics of both splits and logs them once an epoch."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from harness.metrics.split import SplitMetrics
 
 
 class Metrics(Callback):
-    """Resets, updates and logs losses and metrics; they lie in ``ctx.metrics`` by split.
+    """Resets, updates and logs losses and metrics, which are in ``ctx.metrics`` by split.
 
     Parameters
     ----------
     metrics
-        What both splits measure.
+        Metrics of both splits.
 
     References
     ----------
@@ -43,7 +43,7 @@ class Metrics(Callback):
     def _update(self, split: str) -> None:
         ctx = self.ctx
         assert ctx.accelerator is not None
-        # A batch that only stands in, for a rank with no sample left, counts for nothing.
+        # A rank without samples left gets a stand-in batch, which must not count.
         rows = 0 if ctx.accelerator.counted == 0 else num_rows(ctx.batch)
         ctx.metrics[split].update(ctx.pred, ctx.target, ctx.loss, rows)
 
@@ -52,31 +52,31 @@ class Metrics(Callback):
             self.ctx.log_metric(name, value)
 
     def on_train_begin(self) -> None:
-        """Start from nothing."""
+        """Reset the metrics."""
         self._start("train")
 
     def on_train_batch_end(self) -> None:
-        """Take in the batch."""
+        """Update with the batch."""
         self._update("train")
 
     def on_train_end(self) -> None:
-        """Log the epoch's values."""
+        """Log the values of the epoch."""
         self._log("train")
 
     def on_valid_begin(self) -> None:
-        """Start from nothing."""
+        """Reset the metrics."""
         self._start("valid")
 
     def on_valid_batch_end(self) -> None:
-        """Take in the batch."""
+        """Update with the batch."""
         self._update("valid")
 
     def on_valid_end(self) -> None:
-        """Log the values."""
+        """Log the values of the epoch."""
         self._log("valid")
 
     def state_dict(self) -> dict[str, Any]:
-        """States of both splits; validation is begun again when it was stopped."""
+        """Return the states of both splits; a resumed fit repeats an interrupted validation."""
         is_training = self.ctx.training
         return {
             split: metrics.state_dict(is_running=is_training and split == "train")
@@ -84,7 +84,7 @@ class Metrics(Callback):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back the states; a list of them comes from several ranks."""
+        """Restore the states; a list has one state for each rank that saved."""
         for split, item in state.items():
             self._start(split)
             first, *others = item if isinstance(item, list) else [item]

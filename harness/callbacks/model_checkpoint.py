@@ -11,7 +11,8 @@ from typing import Any
 
 from harness.callbacks.monitor import Mode, Monitor
 from harness.checkpoint.writer import Saver
-from harness.context import Phase
+from harness.context import Context, Phase
+from harness.setup_checks import check_at_least
 
 
 class ModelCheckpoint(Monitor):
@@ -68,10 +69,8 @@ class ModelCheckpoint(Monitor):
             ("keep_last", keep_last, 1),
             ("keep_best", keep_best, 0),
         ):
-            if value is not None and value < least:
-                place = f"{type(self).__name__}({name})"
-                msg = f"{place}: expected at least {least}, got {value!r}."
-                raise ValueError(f"{msg} Leave it out for the default.")
+            place = f"{type(self).__name__}({name})"
+            check_at_least(place, value, least, "Leave it out for the default.")
         self.path = Path(path) if path is not None else None
         self.every_n_epochs, self.every_n_steps = every_n_epochs, every_n_steps
         self.every_n_minutes = every_n_minutes
@@ -82,19 +81,22 @@ class ModelCheckpoint(Monitor):
         self._last_time = 0.0
         self._has_saved = False
 
+    def check(self, ctx: Context) -> None:
+        """Refuse a fit without a folder for checkpoints, or without the monitored loss."""
+        if self.path is None and ctx.run.path is None:
+            msg = f"{type(self).__name__}(path): expected a folder, got None."
+            raise ValueError(f"{msg} A fit without a run has no default folder.")
+        if self.keep_best:
+            super().check(ctx)
+
     def on_fit_begin(self) -> None:
         """Begin anew; find the folder."""
-        self.forget()
+        self.reset()
         self._ranked, self._last_step = [], 0
         folder = self.path
         if folder is None:
-            run = self.ctx.run.path
-            if run is None:
-                msg = f"{type(self).__name__}(path): expected a folder, got None."
-                raise ValueError(
-                    f"{msg} Without a run there is no place for checkpoints."
-                )
-            folder = Path(run) / "checkpoints"
+            assert self.ctx.run.path is not None  # refused in check
+            folder = Path(self.ctx.run.path) / "checkpoints"
         self.saver = Saver(folder, self.ctx)
         self._last_time, self._has_saved, self._is_warm = monotonic(), False, False
 
@@ -129,7 +131,7 @@ class ModelCheckpoint(Monitor):
     def _rank(self, name: str) -> None:
         """Keep the names of the best epochs."""
         sign = 1 if self.mode == "min" else -1
-        self._ranked.append([sign * self.value(), self.ctx.epoch, name])
+        self._ranked.append([sign * self.get_value(), self.ctx.epoch, name])
         self._ranked = sorted(self._ranked)[: self.keep_best]
 
     def on_interrupt(self) -> None:

@@ -1,4 +1,4 @@
-"""The value that a callback watches: ``<set>/<metric>`` or ``<set>/<metric>/<optimizer>``."""
+"""Base of callbacks that watch a metric, ``<set>/<metric>`` or ``<set>/<metric>/<optimizer>``."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any, Literal
 from harness.callback import Callback
 from harness.context import Context
 from harness.pytree import named_leaves
+from harness.setup_checks import check_monitor
 
 Mode = Literal["min", "max"]
 
 
-def logged_names(ctx: Context) -> dict[str, float]:
-    """What was logged at the present epoch, by monitor name."""
+def get_logged_metrics(ctx: Context) -> dict[str, float]:
+    """Return the metrics logged at the current epoch, by monitor name."""
     return {
         f"{split}/{name}": float(value)
         for split in ctx.records["metrics"]
@@ -28,16 +29,17 @@ class Monitor(Callback):
     Parameters
     ----------
     monitor
-        ``valid/loss``, say: ``<set>/<metric>``, or ``<set>/<metric>/<optimizer>``.
+        ``<set>/<metric>`` or ``<set>/<metric>/<optimizer>``, for example ``valid/loss``.
     mode
-        ``"min"`` where less is better, ``"max"`` where more is.
+        ``"min"`` if lower is better, ``"max"`` if higher is better.
     min_delta : >= 0
-        Change that counts as better, in units of the metric.
+        Smallest change that is an improvement, in units of the metric.
 
     Raises
     ------
     ValueError
-        At the end of the first epoch, if the metric was not logged; names are listed.
+        Before the first epoch, if the name has no set, or validation data is missing. At
+        the end of the first epoch, if the metric was not logged; the message lists what was.
     """
 
     def __init__(
@@ -49,27 +51,34 @@ class Monitor(Callback):
             raise ValueError(f"{msg} Use 'min' for losses, 'max' for accuracies.")
         if min_delta < 0:
             msg = f"{name}(min_delta): expected a number from 0, got {min_delta!r}."
-            raise ValueError(f"{msg} Give the size of the change alone.")
+            raise ValueError(f"{msg} Pass the size of the change without a sign.")
         self.monitor, self.mode, self.min_delta = monitor, mode, min_delta
-        self.begin_at = inf if mode == "min" else -inf
-        self.best = self.begin_at
+        self.initial_best = inf if mode == "min" else -inf
+        self.best = self.initial_best
 
-    def forget(self) -> None:
-        """Begin anew, as a callback does that serves a second fit."""
-        self.best = self.begin_at
+    @property
+    def _place(self) -> str:
+        return f"{type(self).__name__}(monitor={self.monitor!r})"
 
-    def value(self) -> float:
-        """The watched value of this epoch."""
-        logged = logged_names(self.ctx)
+    def check(self, ctx: Context) -> None:
+        """Refuse a monitor that cannot be logged in this fit."""
+        check_monitor(self._place, self.monitor, ctx.valid_data is not None)
+
+    def reset(self) -> None:
+        """Forget the best value, so that the callback can serve another fit."""
+        self.best = self.initial_best
+
+    def get_value(self) -> float:
+        """Return the monitored value of this epoch."""
+        logged = get_logged_metrics(self.ctx)
         if self.monitor not in logged:
-            place = f"{type(self).__name__}(monitor={self.monitor!r})"
-            msg = f"{place}: expected a logged metric, got {self.monitor!r}."
+            msg = f"{self._place}: expected a logged metric, got {self.monitor!r}."
             raise ValueError(f"{msg} Logged so far: {', '.join(logged) or 'nothing'}.")
         return logged[self.monitor]
 
-    def improved(self) -> bool:
-        """True if this epoch's value is the best so far; it is kept then."""
-        value = self.value()
+    def update_best(self) -> bool:
+        """Return True and keep this epoch's value if it is the best so far."""
+        value = self.get_value()
         gain = self.best - value if self.mode == "min" else value - self.best
         if gain > self.min_delta:
             self.best = value
@@ -77,9 +86,9 @@ class Monitor(Callback):
         return False
 
     def state_dict(self) -> dict[str, Any]:
-        """The best value so far."""
+        """Return the best value so far."""
         return {"best": self.best}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back the best value."""
+        """Restore the best value."""
         self.best = state["best"]

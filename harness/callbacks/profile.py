@@ -1,4 +1,4 @@
-"""How long each part of an epoch took, and how many samples a second it made."""
+"""Logs how long each split of an epoch took, and its samples per second."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from harness.data.batch import num_rows
 class Profile(Callback):
     """Logs ``profile`` records once an epoch: ``epoch_s``, ``batches``, ``samples_per_s``.
 
-    Times are in seconds of wall clock; work queued on a GPU counts when it is waited for.
-    Once there are steps that were skipped since gradients overflowed, ``overflows`` counts
-    them from the beginning of the fit, over all optimizers.
+    Times are wall-clock seconds; work queued on a GPU counts when the program waits for it.
+    ``overflows`` is the number of steps since the beginning of the fit, over all optimizers,
+    that were skipped because gradients overflowed; it is logged once there is one.
 
     References
     ----------
@@ -43,14 +43,14 @@ class Profile(Callback):
         self.ctx.log("profile", split, values, index=self.ctx.epoch)
 
     def state_dict(self) -> dict[str, Any]:
-        """What was counted of the training part so far."""
+        """Return what was counted of the training split so far."""
         if not self.ctx.training:
             return {}
         took_s = perf_counter() - self._began
         return {"took_s": took_s, "batches": self._batches, "rows": self._rows}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what was counted; the time between does not count."""
+        """Restore what was counted; the time since the save does not count."""
         if state:
             self._began = perf_counter() - state["took_s"]
             self._batches, self._rows = state["batches"], state["rows"]

@@ -1,20 +1,22 @@
-"""Per-step series: the loss and learning rate of single optimizer steps."""
+"""Records the loss and learning rate of single optimizer steps."""
 
 from __future__ import annotations
 
 from harness.callback import Callback
+from harness.setup_checks import check_at_least
 
 
 class StepMetrics(Callback):
     """Records the loss and learning rate every `every` optimizer steps.
 
-    They go to the journal (and MLflow, as ``train/loss_step``), not into ``ctx.records``, so
-    memory does not grow; losses are copied on their device and read out off the step.
+    Values go to the journal (and to MLflow as ``train/loss_step``) but not into
+    ``ctx.records``, so memory does not grow. Losses are copied on their device and read
+    later, not in the step.
 
     Parameters
     ----------
     every : >= 1
-        Optimizer steps between two records.
+        Optimizer steps from one record to the next.
 
     Raises
     ------
@@ -25,13 +27,11 @@ class StepMetrics(Callback):
     weight = 10
 
     def __init__(self, every: int = 1) -> None:
-        if every < 1:
-            msg = f"StepMetrics(every): expected at least 1, got {every!r}."
-            raise ValueError(f"{msg} Use 1 for every step.")
+        check_at_least("StepMetrics(every)", every, 1, "Use 1 for every step.")
         self.every = every
 
     def on_train_batch_after_step(self) -> None:
-        """Record the step that was finished."""
+        """Record the finished step."""
         ctx = self.ctx
         if ctx.step % self.every:
             return

@@ -1,4 +1,4 @@
-"""Training mode for training batches, evaluation mode for all others."""
+"""Puts the model into training or evaluation mode."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ class TrainValid(Callback):
 
     References
     ----------
-    luz 0.5.0, ``luz_callback_train_valid``. Differs from luz: gradients are turned off by
-    the loop.
+    luz 0.5.0, ``luz_callback_train_valid``. Differs from luz: the loop turns gradients
+    off.
     """
 
     weight = -100
 
     def on_train_begin(self) -> None:
-        """Training mode: dropout on, batch statistics followed."""
+        """Training mode: dropout is on, batch statistics are updated."""
         self.ctx.model.train()
 
     def on_valid_begin(self) -> None:

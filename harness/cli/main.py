@@ -339,17 +339,22 @@ def parsed(past: Any, options: list[str]) -> dict[str, Any]:
 def experiment_of(target: str, options: dict[str, Any]) -> Any:
     """The experiment, with what the command line says instead of its own settings."""
     from harness.errors import ExperimentError  # noqa: PLC0415  keeps --help quick
-    from harness.experiment import build, find, literal  # noqa: PLC0415  imports torch
+    from harness.experiment import (  # noqa: PLC0415  imports torch
+        build_experiment,
+        load_target,
+        parse_literal,
+    )
 
     given = {**read_config(options["config"]), **options["sets"]}
     try:
-        experiment = build(find(target), given)
+        experiment = build_experiment(load_target(target), given)
     except ExperimentError as exc:
         raise click.UsageError(str(exc)) from exc
     if options["opts"]:
-        opts = {name: literal(value) for name, value in options["opts"].items()}
+        opts = {name: parse_literal(value) for name, value in options["opts"].items()}
         experiment = experiment.set_opt_hparams(**opts)
-    own = {key: options[key] for key in ("name", "experiment", "seed")}
+    own = {key: options[key] for key in ("name", "seed")}
+    own["mlflow_experiment"] = options["experiment"]
     own["epochs"] = epochs_of(options["epochs"])
     return replace(
         experiment, **{key: value for key, value in own.items() if value is not None}

@@ -61,6 +61,6 @@ def experiment(
         data=digits(),
         valid_data=0.2,
         epochs=epochs,
-        experiment="digits",
+        mlflow_experiment="digits",
         seed=seed,
     )

@@ -12,7 +12,12 @@ from torch import nn
 import harness
 import tracking
 from harness.accelerators.single import SingleDevice
-from harness.experiment import arguments, build, find, typed
+from harness.experiment import (
+    build_experiment,
+    load_target,
+    parse_arguments,
+    parse_value,
+)
 from tests.harness.fakes import At, line_learner, slope
 
 SOURCE = """
@@ -41,67 +46,71 @@ def script(tmp_path, request):
     sys.modules.pop(path.stem, None)
 
 
-def test_find_file_and_name_gives_the_object(script):
-    assert find(f"{script}:ready").epochs == 3
+def test_load_target_file_and_name_gives_the_object(script):
+    assert load_target(f"{script}:ready").epochs == 3
 
 
-def test_find_module_and_name_gives_the_object():
-    assert find("torch.nn:Identity") is nn.Identity
+def test_load_target_module_and_name_gives_the_object():
+    assert load_target("torch.nn:Identity") is nn.Identity
 
 
 @pytest.mark.parametrize(
     ("target", "match"),
     [
         ("nothing", "expected FILE.py:NAME or MODULE:NAME, got 'nothing'"),
-        ("missing.py:ready", "found no 'missing.py'"),
-        ("no_such_module_at_all:ready", "found no 'no_such_module_at_all'"),
+        ("missing.py:ready", "got 'missing.py'"),
+        ("no_such_module_at_all:ready", "got 'no_such_module_at_all'"),
         ("torch.nn:Identty", r"found no such name\. Did you mean 'Identity'"),
     ],
 )
-def test_find_what_is_not_there_is_told(target, match):
+def test_load_target_that_does_not_exist_raises(target, match):
     with pytest.raises(harness.ExperimentError, match=match):
-        find(target)
+        load_target(target)
 
 
-def test_find_similar_file_is_offered(script):
+def test_load_target_similar_file_is_offered(script):
     wrong = script.with_name(script.name.replace("script", "scirpt"))
     with pytest.raises(harness.ExperimentError, match=r"Did you mean '.*script_"):
-        find(f"{wrong}:ready")
+        load_target(f"{wrong}:ready")
 
 
-def test_build_function_takes_settings_by_signature(script):
-    made = build(find(f"{script}:build"), {"width": "5", "name": "7"})
+def test_build_experiment_function_takes_settings_by_signature(script):
+    made = build_experiment(load_target(f"{script}:build"), {"width": "5", "name": "7"})
     assert made.data.shape == (4, 5)
     assert made.name == "7"
 
 
-def test_build_experiment_with_settings_is_refused(script):
+def test_build_experiment_experiment_with_settings_is_refused(script):
     with pytest.raises(harness.ExperimentError, match="expected a function"):
-        build(find(f"{script}:ready"), {"width": "1"})
+        build_experiment(load_target(f"{script}:ready"), {"width": "1"})
 
 
-def test_build_other_result_is_refused(script):
-    with pytest.raises(harness.ExperimentError, match="Experiment back, got 3"):
-        build(find(f"{script}:wrong"), {})
+def test_build_experiment_other_result_is_refused(script):
+    with pytest.raises(
+        harness.ExperimentError, match=r"return a harness\.Experiment, got 3"
+    ):
+        build_experiment(load_target(f"{script}:wrong"), {})
 
 
-def test_build_something_else_is_refused():
+def test_build_experiment_something_else_is_refused():
     with pytest.raises(harness.ExperimentError, match="an Experiment or a function"):
-        build(3, {})
+        build_experiment(3, {})
 
 
-def test_arguments_unknown_name_offers_the_nearest(script):
-    with pytest.raises(harness.ExperimentError, match=r"Did you mean 'width'.*It has"):
-        arguments(find(f"{script}:build"), {"widht": "1"})
+def test_parse_arguments_unknown_name_offers_the_nearest(script):
+    with pytest.raises(
+        harness.ExperimentError, match=r"Did you mean 'width'.*Its parameters"
+    ):
+        parse_arguments(load_target(f"{script}:build"), {"widht": "1"})
 
 
-def test_arguments_without_default_must_be_given():
+def test_parse_arguments_without_default_must_be_given():
     def needs(rows: int):
         return rows
 
-    with pytest.raises(harness.ExperimentError, match=r"Give --set rows=VALUE"):
-        arguments(needs, {})
-    assert arguments(needs, {"rows": "3"}) == {"rows": 3}
+    with pytest.raises(harness.ExperimentError, match=r"Add --set rows=VALUE"):
+        parse_arguments(needs, {})
+    assert parse_arguments(needs, {"rows": "3"}) == {"rows": 3}
 
 
 @pytest.mark.parametrize(
@@ -120,8 +129,8 @@ def test_arguments_without_default_must_be_given():
         (7, str, 7),
     ],
 )
-def test_typed_text_follows_the_annotation(value, hint, found):
-    got = typed("name", value, hint)
+def test_parse_value_text_follows_the_annotation(value, hint, found):
+    got = parse_value("name", value, hint)
     assert got == found
     assert type(got) is type(found)
 
@@ -130,9 +139,9 @@ def test_typed_text_follows_the_annotation(value, hint, found):
     ("value", "hint", "match"),
     [("x", int, "expected int, got 'x'"), ("maybe", bool, "expected true or false")],
 )
-def test_typed_text_that_does_not_fit_is_told(value, hint, match):
+def test_parse_value_of_wrong_text_raises(value, hint, match):
     with pytest.raises(harness.ExperimentError, match=match):
-        typed("name", value, hint)
+        parse_value("name", value, hint)
 
 
 def test_experiment_without_learner_is_refused():
@@ -141,58 +150,58 @@ def test_experiment_without_learner_is_refused():
 
 
 def test_experiment_set_opt_hparams_reaches_its_learner(script):
-    made = find(f"{script}:ready").set_opt_hparams(lr=0.5)
+    made = load_target(f"{script}:ready").set_opt_hparams(lr=0.5)
     assert made.learner.opt_hparams == {"lr": 0.5}
-    assert find(f"{script}:ready").learner.opt_hparams == {}
+    assert load_target(f"{script}:ready").learner.opt_hparams == {}
 
 
 @pytest.mark.parametrize("name", ["json.py", "torch.py", "harness.py"])
-def test_find_file_that_hides_a_module_is_refused(name, tmp_path):
+def test_load_target_file_that_hides_a_module_is_refused(name, tmp_path):
     (tmp_path / name).write_text("ready = 1")
     before = sys.modules[name.removesuffix(".py")]
     with pytest.raises(harness.ExperimentError, match=r"hides the module .*: rename"):
-        find(f"{tmp_path / name}:ready")
+        load_target(f"{tmp_path / name}:ready")
     assert sys.modules[name.removesuffix(".py")] is before
 
 
-def test_find_file_that_fails_tells_its_own_error_and_leaves_no_module(tmp_path):
+def test_load_target_file_that_fails_tells_its_own_error_and_leaves_no_module(tmp_path):
     (tmp_path / "falls_over.py").write_text("ready = 1 / 0")
     before = list(sys.path)
     with pytest.raises(ZeroDivisionError):
-        find(f"{tmp_path / 'falls_over.py'}:ready")
+        load_target(f"{tmp_path / 'falls_over.py'}:ready")
     assert "falls_over" not in sys.modules
     sys.path[:] = before
 
 
-def test_find_module_that_lacks_another_tells_which(tmp_path):
+def test_load_target_module_that_lacks_another_tells_which(tmp_path):
     (tmp_path / "needs_more.py").write_text("import no_such_thing_anywhere")
     before = list(sys.path)
     sys.path.insert(0, str(tmp_path))
     with pytest.raises(ModuleNotFoundError, match="no_such_thing_anywhere"):
-        find("needs_more:ready")
+        load_target("needs_more:ready")
     sys.path[:] = before
 
 
-def test_find_file_may_import_its_neighbours(script):
+def test_load_target_file_may_import_its_neighbours(script):
     (script.parent / "neighbour_of_script.py").write_text("value = 5")
     script.write_text(SOURCE + "\nfrom neighbour_of_script import value\n")
-    assert find(f"{script}:value") == 5
+    assert load_target(f"{script}:value") == 5
     sys.modules.pop("neighbour_of_script")
 
 
-def test_arguments_of_a_function_with_open_end_take_any_name():
+def test_parse_arguments_of_a_function_with_open_end_take_any_name():
     def anything(first, *rest, **more):
         return first
 
     given = {"first": "1", "width": "2", "name": "x"}
-    assert arguments(anything, given) == {"first": 1, "width": 2, "name": "x"}
+    assert parse_arguments(anything, given) == {"first": 1, "width": 2, "name": "x"}
 
 
-def test_arguments_from_a_config_keep_their_types():
+def test_parse_arguments_from_a_config_keep_their_types():
     def build(sizes: list[int], rate: float):
         return sizes
 
-    assert arguments(build, {"sizes": [1, 2], "rate": 0.5}) == {
+    assert parse_arguments(build, {"sizes": [1, 2], "rate": 0.5}) == {
         "sizes": [1, 2],
         "rate": 0.5,
     }
@@ -212,7 +221,7 @@ def test_experiment_fit_passes_everything_on(tmp_path):
         epochs=(1, 2),
         callbacks=[At("on_fit_begin", note)],
         name="mine",
-        experiment="lines",
+        mlflow_experiment="lines",
         seed=5,
         dataloader_options={"batch_size": 3},
         accelerator=SingleDevice("cpu", accumulate=2),

@@ -112,6 +112,24 @@ def test_early_stopping_metric_that_was_not_logged_is_told():
         epochs_run([1, 2], EarlyStopping("valid/acc"))
 
 
+@pytest.mark.parametrize(
+    ("monitor", "match"),
+    [
+        (
+            "loss",
+            "expected '<set>/<metric>', got 'loss'. Write for example 'valid/loss'",
+        ),
+        ("valid/loss", "expected validation data, got none. Pass valid_data"),
+        ("valid/loss/gen", "expected validation data, got none"),
+    ],
+)
+def test_early_stopping_monitor_that_cannot_be_logged_is_refused(monitor, match):
+    tape = Tape()
+    with pytest.raises(ValueError, match=match):
+        line_learner().fit(slope(2), 1, callbacks=[EarlyStopping(monitor), tape], **OFF)
+    assert tape.events == []
+
+
 @pytest.mark.parametrize("patience", [0, -1])
 def test_early_stopping_patience_below_one_is_refused(patience):
     with pytest.raises(ValueError, match=r"\(patience\): expected at least 1, got"):

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import (
 import harness
 from harness.accelerators.single import SingleDevice
 from harness.callbacks import LRScheduler
-from tests.harness.fakes import At, line_learner, slope
+from tests.harness.fakes import At, Tape, line_learner, slope
 from tests.harness.test_loop import Pair
 
 OFF: dict[str, Any] = {"tracker": False, "verbose": False}
@@ -156,13 +156,36 @@ def test_scheduler_of_several_parameter_groups_logs_each_rate():
 
 @pytest.mark.parametrize("name", [None, "c"])
 def test_scheduler_without_a_known_optimizer_is_told_before_any_epoch(name):
+    tape = Tape()
     callback = LRScheduler(StepLR, opt_name=name, step_size=1)
     learner = harness.setup(Pair).set_opt_hparams(lr=1e-3)
     with pytest.raises(
         ValueError,
         match=rf"LRScheduler\(opt_name\): .*got {name!r}. Choose from \['a', 'b'\]",
     ):
-        learner.fit(slope(4), 1, callbacks=[callback], **OFF)
+        learner.fit(slope(4), 1, callbacks=[callback, tape], **OFF)
+    assert tape.events == []
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"monitor": "accuracy"}, "expected '<set>/<metric>', got 'accuracy'"),
+        ({}, r"LRScheduler\(monitor='valid/loss'\): expected validation data"),
+        (
+            {"monitor": "train/loss", "call_on": "on_train_batch_after_step"},
+            r"LRScheduler\(call_on\): expected an event after training",
+        ),
+    ],
+)
+def test_scheduler_on_a_plateau_that_cannot_work_is_refused_before_training(
+    options, match
+):
+    tape = Tape()
+    callback = LRScheduler(ReduceLROnPlateau, **options)
+    with pytest.raises(ValueError, match=match):
+        line_learner().fit(slope(4), 1, callbacks=[callback, tape], **OFF)
+    assert tape.events == []
 
 
 def test_scheduler_event_is_checked():

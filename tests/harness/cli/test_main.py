@@ -148,7 +148,7 @@ def test_fit_then_evaluate_and_predict_use_the_trained_model(folder):
 
 
 USAGE = {
-    "unknown file": (["fit", "nothing.py:experiment"], "found no 'nothing.py'"),
+    "unknown file": (["fit", "nothing.py:experiment"], "got 'nothing.py'"),
     "unknown name": (["fit", "exp_cli.py:experimnt"], "Did you mean 'experiment'"),
     "unknown parameter": (
         ["fit", "exp_cli.py:experiment", "--set", "hiden=3"],
