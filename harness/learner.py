@@ -34,7 +34,7 @@ from harness.context import (
     bind_context,
 )
 from harness.data.batch import join
-from harness.data.loaders import eval_loader, split_data, train_loader
+from harness.data.loaders import make_eval_loader, make_train_loader, split_data
 from harness.errors import CheckpointError
 from harness.fitted import Evaluation, Fitted
 from harness.metrics.sets import MetricSet, as_metric_set
@@ -302,7 +302,7 @@ class Learner:
         measured = self.metrics if metrics is None else as_metric_set(metrics)
         ctx = EvaluateContext(
             model=fitted.model,
-            newdata=eval_loader(data, dataloader_options, "data"),
+            newdata=make_eval_loader(data, dataloader_options, "data"),
             optimizers=self._build_optimizers_for_names(fitted.model),
             loss_fn=self.get_loss_fn(fitted.model, accelerator.device),
             opt_hparams=fitted.opt_hparams,
@@ -355,7 +355,7 @@ class Learner:
         accelerator = accelerator or pick_accelerator()
         ctx = PredictContext(
             model=fitted.model,
-            newdata=eval_loader(data, dataloader_options, "data"),
+            newdata=make_eval_loader(data, dataloader_options, "data"),
             accelerator=accelerator,
             verbose=verbose,
             run=make_null_run(),
@@ -429,8 +429,8 @@ def build_loaders(
     """Return the loaders of training and validation data; a fraction splits `data`."""
     if isinstance(valid_data, float | int) and not isinstance(valid_data, bool):
         data, valid_data = split_data(data, valid_data)
-    train = train_loader(data, options)
-    return train, None if valid_data is None else eval_loader(valid_data, options)
+    train = make_train_loader(data, options)
+    return train, None if valid_data is None else make_eval_loader(valid_data, options)
 
 
 def default_callbacks(metrics: MetricSet) -> list[Callback]:

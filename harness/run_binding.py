@@ -11,7 +11,7 @@ from torch import Tensor
 
 import tracking
 from harness.context import Context
-from harness.data.loaders import describe
+from harness.data.loaders import describe_data
 from harness.records import NullRun
 from tracking import capture
 from tracking.schema import flatten_value
@@ -118,9 +118,9 @@ def log_description(ctx: Context, seed: int | None) -> None:
     params |= ctx.hparams
     params |= {f"opt.{name}": value for name, value in ctx.opt_hparams.items()}
     run.log_params({name: as_param(value) for name, value in params.items()})
-    run.log_input("train", "training", **describe(ctx.train_data))
+    run.log_input("train", "training", **describe_data(ctx.train_data))
     if ctx.valid_data is not None:
-        run.log_input("valid", "validation", **describe(ctx.valid_data))
+        run.log_input("valid", "validation", **describe_data(ctx.valid_data))
     run.log_text(str(model), "model.txt")
 
 

@@ -87,7 +87,7 @@ class Metrics(Callback):
         """Restore the states; a list has one state for each rank that saved."""
         for split, item in state.items():
             self._start(split)
-            first, *others = item if isinstance(item, list) else [item]
+            first, *rest = item if isinstance(item, list) else [item]
             self.ctx.metrics[split].load_state_dict(first)
-            for other in others:
-                self.ctx.metrics[split].join(other)
+            for other in rest:
+                self.ctx.metrics[split].merge(other)

@@ -50,7 +50,7 @@ class Monitor(Callback):
             msg = f"{name}(mode): expected 'min' or 'max', got {mode!r}."
             raise ValueError(f"{msg} Use 'min' for losses, 'max' for accuracies.")
         if min_delta < 0:
-            msg = f"{name}(min_delta): expected a number from 0, got {min_delta!r}."
+            msg = f"{name}(min_delta): expected a number >= 0, got {min_delta!r}."
             raise ValueError(f"{msg} Pass the size of the change without a sign.")
         self.monitor, self.mode, self.min_delta = monitor, mode, min_delta
         self.initial_best = inf if mode == "min" else -inf

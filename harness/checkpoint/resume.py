@@ -14,7 +14,7 @@ from harness.checkpoint.format import Position, check, read_part
 from harness.checkpoint.state import by_name
 from harness.context import Context
 from harness.errors import CheckpointError
-from harness.metrics.split import check_saved
+from harness.metrics.state import check_saved_metrics
 from harness.pytree import map_tensors
 from harness.records import NullRun
 from harness.reshard.consolidated import UNREADABLE
@@ -155,7 +155,7 @@ class Resume:
             if None not in {then, now} and then != now:
                 self.report.append(("ZeRO stage", "differs", f"{then} then, {now} now"))
         if self.is_exact:
-            _check_metrics(parts, ctx, is_joined=ranks < saved)
+            _check_metrics(parts, ctx, is_merged=ranks < saved)
         if ranks != saved:
             self.report.append(("ranks", "differs", f"{saved} then, {ranks} now"))
         self._compare(ctx.about)
@@ -229,7 +229,7 @@ class Resume:
 
 
 def _check_metrics(
-    parts: Sequence[Mapping[str, Any]], ctx: Context, *, is_joined: bool
+    parts: Sequence[Mapping[str, Any]], ctx: Context, *, is_merged: bool
 ) -> None:
     """Raise if an epoch was under way with other metrics, or theirs cannot be joined."""
     callbacks: dict[str, Any] = dict(by_name(ctx.callbacks))
@@ -237,7 +237,7 @@ def _check_metrics(
         saved = part["callbacks"].get("Metrics", {}).get("train", {})
         if "metrics" in saved:
             metrics = callbacks["Metrics"].metric_set.train
-            check_saved(metrics, saved["metrics"], is_joined=is_joined)
+            check_saved_metrics(metrics, saved["metrics"], is_merged=is_merged)
 
 
 def _checked(state: Any) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from harness.checkpoint.format import (
     write_part,
 )
 from harness.context import Context, Phase
-from harness.data.loaders import whole_tensors
+from harness.data.loaders import unwrap_tensors
 from harness.pytree import flatten
 from harness.reshard.consolidated import dtype_of
 
@@ -64,7 +64,7 @@ def device_name(device: torch.device) -> str:
 
 def _digest(dataset: Any) -> str | None:
     """Digest of a thousand rows, where they are at hand in tensors."""
-    found = whole_tensors(dataset)
+    found = unwrap_tensors(dataset)
     if found is None:
         return None
     digest = hashlib.sha256()

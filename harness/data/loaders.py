@@ -1,4 +1,4 @@
-"""From what the user calls data to loaders of batches ``(input, target)``."""
+"""Loaders of batches, made from the data that the user passes."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ from torch.utils.data import default_collate as torch_collate
 from harness.events import nearest
 
 BATCH_SIZE = 32
-"""Rows in a batch where ``dataloader_options`` names no ``batch_size``."""
+"""Rows in a batch unless ``dataloader_options`` has a ``batch_size``."""
 
 
 class TensorLoader(DataLoader[Any]):
-    """A ``DataLoader`` that fetches a whole batch of tensors by one indexing.
+    """A ``DataLoader`` that fetches all rows of a batch by one indexing of each tensor.
 
-    Order of the rows, values of the batches and random numbers drawn are those of torch's
-    ``DataLoader`` with the same arguments and seed, which takes over wherever worker
-    processes, a hand-made sampler or a collate function are asked for.
+    The order of the rows, the values and the random numbers drawn are those of torch's
+    ``DataLoader`` with the same arguments and seed. With worker processes, a custom sampler
+    or a collate function it works as torch's.
 
     References
     ----------
-    torch 2.13, ``_BaseDataLoaderIter.__init__`` draws the base seed when the iterator is
-    made, ``RandomSampler.__iter__`` its own at the first batch.
+    torch 2.13: ``_BaseDataLoaderIter.__init__`` draws the base seed when the iterator is
+    made, and ``RandomSampler.__iter__`` draws its own seed at the first batch.
     """
 
     def __iter__(self) -> Any:
-        tensors = whole_tensors(self.dataset)
+        tensors = unwrap_tensors(self.dataset)
         known = RandomSampler | SequentialSampler | WeightedRandomSampler
         if (
             tensors is None
@@ -60,7 +60,7 @@ class TensorLoader(DataLoader[Any]):
     def _batches(
         self, tensors: Sequence[Tensor], rows: Tensor | None
     ) -> Iterator[list[Tensor]]:
-        """Batches in the sampler's order, always copies: a model may change its input."""
+        """Batches in the order of the sampler; copies, because a model may change its input."""
         size, count = self.batch_size or 1, len(self)
         if rows is None and isinstance(self.sampler, SequentialSampler):
             for start in range(0, count * size, size):
@@ -73,10 +73,15 @@ class TensorLoader(DataLoader[Any]):
             yield [tensor[chosen] for tensor in tensors]
 
 
-def whole_tensors(
+def unwrap_tensors(
     dataset: Dataset[Any],
 ) -> tuple[tuple[Tensor, ...], Tensor | None] | None:
-    """Tensors behind a data set and the rows taken of them (None: all); None if it has none."""
+    """Tensors of a ``TensorDataset``, also behind a ``Subset``, and the rows of the subset.
+
+    Returns
+    -------
+    Tensors, and the indices of their rows (None: all rows); None for other data sets.
+    """
     rows: Tensor | None = None
     while type(dataset) is Subset:
         inner = torch.as_tensor(dataset.indices)
@@ -90,12 +95,12 @@ def whole_tensors(
 
 
 def as_tensor(value: Any, place: str) -> Tensor:
-    """A tensor of the value; float64 arrays take torch's default float type.
+    """The value as a tensor; float64 arrays become torch's default float dtype.
 
     Raises
     ------
     TypeError
-        If the value is no array of numbers.
+        If the value is not an array of numbers.
     """
     if isinstance(value, Tensor):
         return value
@@ -106,10 +111,10 @@ def as_tensor(value: Any, place: str) -> Tensor:
     array = value.__array__()
     if array.dtype.kind not in "biufc":
         msg = f"{place}: expected numbers, got an array of {array.dtype}."
-        raise TypeError(f"{msg} Turn categories into numbers first.")
+        raise TypeError(f"{msg} Convert categories to numbers first.")
     with warnings.catch_warnings():
-        # A read-only array, as pandas and np.load(mmap_mode="r") give, is shared too:
-        # batches are copies, so that nothing writes to it.
+        # Read-only arrays (pandas, np.load(mmap_mode="r")) are shared as well: batches
+        # are copies, so nothing writes to the array.
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
         tensor = torch.as_tensor(array)
     is_double = tensor.dtype == torch.float64
@@ -117,14 +122,14 @@ def as_tensor(value: Any, place: str) -> Tensor:
 
 
 def as_dataset(data: Any, place: str = "data") -> Dataset[Any]:
-    """A data set of a Dataset, one tensor or array, or several with equal lengths.
+    """`data` as a data set: a Dataset, a tensor or array, or several of equal length.
 
     Raises
     ------
     TypeError
-        If `data` is none of those.
+        If `data` is anything else.
     ValueError
-        If lengths differ, or there is no row.
+        If lengths differ, or if there are no rows.
     """
     if isinstance(data, Dataset):
         dataset = data
@@ -138,14 +143,14 @@ def as_dataset(data: Any, place: str = "data") -> Dataset[Any]:
             msg = f"{place}: expected tensors of equal length, got lengths {lengths}."
             raise ValueError(f"{msg} Each needs one row for each sample.")
         if lengths[0] == 0:
-            raise no_rows(place)
+            raise empty_data_error(place)
         dataset = TensorDataset(*tensors)
     if not isinstance(dataset, IterableDataset) and len(dataset) == 0:  # type: ignore[arg-type]
-        raise no_rows(place)
+        raise empty_data_error(place)
     return dataset
 
 
-def no_rows(place: str) -> ValueError:
+def empty_data_error(place: str) -> ValueError:
     """Error for data without a row."""
     msg = f"{place}: expected at least one row, got none."
     return ValueError(f"{msg} Check how the data was loaded or filtered.")
@@ -156,7 +161,7 @@ LOADER_OPTIONS = tuple(
     for name in inspect.signature(DataLoader.__init__).parameters
     if name not in {"self", "dataset"}
 )
-"""Names that ``dataloader_options`` may hold: the arguments of torch's ``DataLoader``."""
+"""Options that ``dataloader_options`` may have: the arguments of torch's ``DataLoader``."""
 
 
 def check_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -165,7 +170,7 @@ def check_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
     Raises
     ------
     ValueError
-        If one is no argument of torch's ``DataLoader``.
+        If an option is not an argument of torch's ``DataLoader``.
     """
     for name in options or {}:
         if name not in LOADER_OPTIONS:
@@ -174,15 +179,15 @@ def check_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
     return dict(options or {})
 
 
-def train_loader(
+def make_train_loader(
     data: Any, options: Mapping[str, Any] | None = None
 ) -> DataLoader[Any]:
-    """Loader of training data: shuffled, batches of 32, a short last batch dropped.
+    """Make the training loader: shuffled batches of 32, without a short last batch.
 
     Parameters
     ----------
     data
-        DataLoader (taken as it is), Dataset, tensor, array, or several of equal length.
+        DataLoader (used as it is), Dataset, tensor, array, or several of equal length.
     options
         Arguments of torch's ``DataLoader`` that replace the defaults.
 
@@ -194,7 +199,7 @@ def train_loader(
     References
     ----------
     luz 0.5.0, ``apply_dataloader_options``. Differs from luz: data shorter than one batch
-    keeps its short batch, unless ``drop_last`` is given.
+    keeps its short batch unless ``drop_last`` is given.
     """
     options = check_options(options)
     if isinstance(data, DataLoader):
@@ -205,24 +210,24 @@ def train_loader(
             raise ValueError(f"{msg} Set them where you make the DataLoader.")
         return check_batches(data, "data")
     dataset = as_dataset(data)
-    if not isinstance(dataset, IterableDataset) and not _own_order(options):
+    if not isinstance(dataset, IterableDataset) and not _has_own_order(options):
         long = len(dataset) >= options.get("batch_size", BATCH_SIZE)  # type: ignore[arg-type]
         options = {"shuffle": "sampler" not in options, "drop_last": long} | options
-    return check_batches(_loader(dataset, options), "data")
+    return check_batches(_make_loader(dataset, options), "data")
 
 
-def eval_loader(
+def make_eval_loader(
     data: Any, options: Mapping[str, Any] | None = None, place: str = "valid_data"
 ) -> DataLoader[Any]:
-    """Loader of validation or prediction data: in order, whole, batches of 32.
+    """Make a validation or prediction loader: batches of 32, all rows, in order.
 
     Parameters
     ----------
     data
-        As in ``train_loader``.
+        As in ``make_train_loader``.
     options
-        As in ``train_loader``; what concerns order (``shuffle``, samplers, ``drop_last``)
-        is left out. A ready DataLoader ignores them with a warning.
+        As in ``make_train_loader``, but those about order (``shuffle``, samplers,
+        ``drop_last``) are ignored. With a DataLoader all are ignored, with a warning.
     place
         Name of the argument, for messages.
     """
@@ -234,28 +239,27 @@ def eval_loader(
         return check_batches(data, place)
     order = {"shuffle", "sampler", "batch_sampler", "drop_last", "generator"}
     options = {name: value for name, value in options.items() if name not in order}
-    return check_batches(_loader(as_dataset(data, place), options), place)
+    return check_batches(_make_loader(as_dataset(data, place), options), place)
 
 
-def _own_order(options: Mapping[str, Any]) -> bool:
+def _has_own_order(options: Mapping[str, Any]) -> bool:
     """True if the user decides how rows go into batches."""
     return "batch_sampler" in options or options.get("batch_size", 1) is None
 
 
-def _loader(dataset: Dataset[Any], options: dict[str, Any]) -> DataLoader[Any]:
-    """The loader, in batches of 32 unless told otherwise."""
-    if not _own_order(options):
+def _make_loader(dataset: Dataset[Any], options: dict[str, Any]) -> DataLoader[Any]:
+    if not _has_own_order(options):
         options = {"batch_size": BATCH_SIZE} | options
     return TensorLoader(dataset, **options)
 
 
 def check_batches(loader: DataLoader[Any], place: str) -> DataLoader[Any]:
-    """The loader, if it has at least one batch or cannot tell.
+    """The loader, if it has at least one batch or its length is unknown.
 
     Raises
     ------
     ValueError
-        If it knows that it has none.
+        If the loader has no batch.
     """
     if num_batches(loader) == 0:
         msg = f"{place}: expected at least one batch, got none."
@@ -264,7 +268,7 @@ def check_batches(loader: DataLoader[Any], place: str) -> DataLoader[Any]:
 
 
 def num_batches(loader: Any) -> int | None:
-    """Batches in a loader; None where it cannot tell."""
+    """Batches in a loader; None if its length is unknown."""
     try:
         return len(loader)
     except TypeError:
@@ -272,20 +276,22 @@ def num_batches(loader: Any) -> int | None:
 
 
 def split_data(data: Any, valid_frac: float) -> tuple[Dataset[Any], Dataset[Any]]:
-    """Training and validation part of `data`, drawn at random with torch's global generator.
+    """Split `data` at random into training and validation data.
+
+    The rows are drawn with torch's global generator.
 
     Parameters
     ----------
     data
         Dataset with a length, tensor, array, or several of equal length.
     valid_frac : in (0, 1)
-        Share of the rows that goes to validation.
+        Fraction of the rows that goes to validation.
 
     Raises
     ------
     ValueError
-        If the share is out of range or leaves a part empty, or `data` is a DataLoader or
-        has no length.
+        If the fraction is out of range, if a side would be empty, or if `data` is a
+        DataLoader or has no length.
 
     References
     ----------
@@ -300,21 +306,21 @@ def split_data(data: Any, valid_frac: float) -> tuple[Dataset[Any], Dataset[Any]
         raise ValueError(f"{msg} Give the validation data itself.")
     dataset = as_dataset(data)
     total = len(dataset)  # type: ignore[arg-type]
-    held = int(total * valid_frac)
-    if held in {0, total}:
-        msg = (
-            f"valid_data: expected rows on both sides, got {held} of {total} held out."
-        )
-        raise ValueError(f"{msg} Change the fraction.")
+    num_valid = int(total * valid_frac)
+    if num_valid in {0, total}:
+        msg = "valid_data: expected training and validation rows"
+        got = f"{num_valid} of {total} rows for validation"
+        raise ValueError(f"{msg}, got {got}. Change the fraction.")
     rows = torch.randperm(total).tolist()
-    return Subset(dataset, sorted(rows[held:])), Subset(dataset, sorted(rows[:held]))
+    train, valid = rows[num_valid:], rows[:num_valid]
+    return Subset(dataset, sorted(train)), Subset(dataset, sorted(valid))
 
 
-def describe(loader: DataLoader[Any]) -> dict[str, Any]:
-    """What a run records of its data: class, rows, shapes, types and batches."""
+def describe_data(loader: DataLoader[Any]) -> dict[str, Any]:
+    """What a run records about its data: class, rows, shapes, dtypes and batches."""
     dataset = loader.dataset
     about: dict[str, Any] = {"dataset": type(dataset).__name__}
-    found = whole_tensors(dataset)
+    found = unwrap_tensors(dataset)
     if found is not None:
         tensors, rows = found
         about["rows"] = len(tensors[0]) if rows is None else len(rows)

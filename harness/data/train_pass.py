@@ -1,4 +1,4 @@
-"""One pass over the training data: its windows, and how it begins in the middle."""
+"""One pass over the training data: accumulation windows, and a start in the middle."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class TrainPass:
-    """Batches of one epoch; the accelerator learns how many each optimizer step averages.
+    """The batches of one epoch, with the accumulation window that each belongs to.
 
     Parameters
     ----------
@@ -41,120 +41,124 @@ class TrainPass:
     accelerator
         Its ``window`` is set before the first batch of each optimizer step.
     epoch : >= 1
-        Told to samplers and data sets that have ``set_epoch``.
+        Passed to samplers and data sets that have ``set_epoch``.
 
     Notes
     -----
-    Without a length, the batches of a window are fetched together, to know a short last
-    one. A loader with ``state_dict`` and ``load_state_dict`` goes on by those; any other
-    begins again from the random state it had, and passes over the batches already done.
-    Where the order may depend on numbers drawn on the way, those are kept apart from what
-    the model draws (``_Apart``), so that passing over draws the same.
+    Without a length, the batches of a window are fetched together, because the last window
+    may be short. A loader with ``state_dict`` and ``load_state_dict`` resumes by those. Any
+    other loader restarts from its random state before the epoch, and the batches that are
+    done are skipped. If the order may depend on random numbers drawn between batches, the
+    loader draws from its own stream (``_OwnRandomStream``), so skipping draws the same
+    numbers as training did.
     """
 
     def __init__(self, loader: Any, accelerator: Accelerator, epoch: int) -> None:
         self._loader, self._accelerator = loader, accelerator
-        self._ahead: deque[Any] = deque()
-        self._own = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
-        tell_epoch(loader, epoch)
+        self._prefetched: deque[Any] = deque()
+        self._has_state = hasattr(loader, "state_dict") and hasattr(
+            loader, "load_state_dict"
+        )
+        set_epoch(loader, epoch)
         self._generators = find_generators(loader)
-        self._began: Mapping[str, Any] | None = None
-        self._done, self._left, self._epoch = 0, 0, epoch
+        self._start_state: Mapping[str, Any] | None = None
+        self._num_done, self._num_to_prefetch, self._epoch = 0, 0, epoch
 
     def state_dict(self) -> dict[str, Any]:
-        """Random state before the first batch, or the loader's own state."""
+        """Random state before the first batch, or the state of the loader."""
+        ahead = list(self._prefetched) if self._has_state else len(self._prefetched)
         return {
-            "began": self._began,
-            "ahead": list(self._ahead) if self._own else len(self._ahead),
+            "began": self._start_state,
+            "ahead": ahead,
             "window": self._accelerator.window,
-            "loader": self._loader.state_dict() if self._own else None,
+            "loader": self._loader.state_dict() if self._has_state else None,
         }
 
-    def load_state_dict(self, state: Mapping[str, Any], done: int) -> None:
-        """Begin after `done` batches; the random state of that moment is set afterwards."""
-        self._began, self._done = state["began"], done
+    def load_state_dict(self, state: Mapping[str, Any], num_done: int) -> None:
+        """Start after `num_done` batches; the caller then restores the random state."""
+        self._start_state, self._num_done = state["began"], num_done
         self._accelerator.window = state["window"]
-        if self._own:
-            self._ahead.extend(state["ahead"])
+        if self._has_state:
+            self._prefetched.extend(state["ahead"])
             self._loader.load_state_dict(state["loader"])
             return
         if getattr(self._loader, "persistent_workers", False) and self._epoch > 1:
-            iter(
-                self._loader
-            )  # starts workers, which draws; later epochs only reset them
+            # Starting workers draws a number; later epochs only reset them.
+            iter(self._loader)
         set_rng_state(state["began"], self._generators)
-        self._left = state["ahead"]
+        self._num_to_prefetch = state["ahead"]
 
     def start(self) -> Iterator[Any]:
-        """Make the loader's iterator, past what is done; the batches follow from it."""
-        if self._began is None:
-            self._began = get_rng_state(self._generators)
+        """Make the loader's iterator and skip what is done; yields the other batches."""
+        if self._start_state is None:
+            self._start_state = get_rng_state(self._generators)
         batches: Iterator[Any] = iter(self._loader)
-        if not self._own:
-            if draws_on_the_way(self._loader):
-                batches = _Apart(batches)
-            skip(batches, self._done)
-            self._ahead.extend(islice(batches, self._left))
+        if not self._has_state:
+            if draws_between_batches(self._loader):
+                batches = _OwnRandomStream(batches)
+            skip_batches(batches, self._num_done)
+            self._prefetched.extend(islice(batches, self._num_to_prefetch))
         if self._accelerator.accumulate == 1:
             return batches
-        return self._windows(batches)
+        if num_batches(self._loader) is None:
+            return self._prefetch_windows(batches)
+        return self._count_windows(batches)
 
-    def _windows(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """The batches, with the window told before the first one of each."""
-        accelerator, done = self._accelerator, self._done
-        size, total = accelerator.accumulate, num_batches(self._loader)
-        into = done % size
+    def _count_windows(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """Batches of a loader with a length; a resume may start inside a window."""
+        size, num_done = self._accelerator.accumulate, self._num_done
+        total = num_batches(self._loader)
+        assert total is not None
+        while num_done < total:
+            start = num_done // size * size
+            self._accelerator.window = min(size, total - start)
+            left = start + self._accelerator.window - num_done
+            yield from islice(batches, left)
+            num_done += left
+
+    def _prefetch_windows(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """Batches of a loader without a length, fetched a window at a time."""
         while True:
-            if total is not None:
-                window = min(size, total - (done - into))
-                left = window - into
-                if left <= 0:
-                    return
-                accelerator.window = window
-                yield from islice(batches, left)
-                done += left
-            else:
-                if not self._ahead:
-                    self._ahead.extend(islice(batches, size))
-                    accelerator.window = len(self._ahead)
-                if not self._ahead:
-                    return
-                while self._ahead:
-                    yield self._ahead.popleft()
-            into = 0
+            if not self._prefetched:
+                self._prefetched.extend(islice(batches, self._accelerator.accumulate))
+                self._accelerator.window = len(self._prefetched)
+            if not self._prefetched:
+                return
+            while self._prefetched:
+                yield self._prefetched.popleft()
 
 
-def tell_epoch(loader: Any, epoch: int) -> None:
-    """Call ``set_epoch``, from 0 as torch counts, where a loader or its parts have it."""
-    parts = (loader, getattr(loader, "sampler", None), getattr(loader, "dataset", None))
-    for part in parts:
+def set_epoch(loader: Any, epoch: int) -> None:
+    """Call the first ``set_epoch`` of loader, sampler and data set; torch counts from 0."""
+    for part in (
+        loader,
+        getattr(loader, "sampler", None),
+        getattr(loader, "dataset", None),
+    ):
         if part is not None and hasattr(part, "set_epoch"):
             part.set_epoch(epoch - 1)
             return
 
 
-def draws_on_the_way(loader: Any) -> bool:
+def draws_between_batches(loader: Any) -> bool:
     """True if the order of the data may depend on numbers drawn between batches.
 
-    torch's samplers draw theirs before the first batch, and worker processes have
-    generators of their own.
+    torch's samplers draw theirs before the first batch, and worker processes have their
+    own generators.
     """
-    dataset, workers = (
-        getattr(loader, "dataset", None),
-        getattr(loader, "num_workers", 0),
-    )
-    if isinstance(dataset, IterableDataset):
-        return workers == 0
+    if isinstance(getattr(loader, "dataset", None), IterableDataset):
+        return bool(getattr(loader, "num_workers", 0) == 0)
     batches = getattr(loader, "batch_sampler", None)
-    samplers = [getattr(loader, "sampler", None)]
-    if batches is not None:
-        samplers = [getattr(batches, "sampler", None)]
-        if type(batches) is not BatchSampler:
-            return True
-    return not all(isinstance(item, KNOWN) for item in samplers)
+    if batches is None:
+        sampler = getattr(loader, "sampler", None)
+    elif type(batches) is BatchSampler:
+        sampler = batches.sampler
+    else:
+        return True
+    return not isinstance(sampler, UPFRONT_SAMPLERS)
 
 
-KNOWN = (
+UPFRONT_SAMPLERS = (
     DistributedSampler,
     RandomSampler,
     SequentialSampler,
@@ -164,17 +168,17 @@ KNOWN = (
 """Samplers that draw all their random numbers before the first batch."""
 
 
-class _Apart:
-    """An iterator whose random numbers are a stream of their own.
+class _OwnRandomStream:
+    """An iterator that draws from a random stream of its own.
 
-    The stream is seeded by the global generators; what is drawn outside afterwards does
-    not change it, nor the other way round. Devices' generators are left alone.
+    The global generators seed the stream once. After that, numbers drawn inside and outside
+    do not affect each other. Generators of devices are not involved.
     """
 
     def __init__(self, batches: Iterator[Any]) -> None:
         self._batches, self._inside = batches, spawn_cpu_rng_state()
 
-    def __iter__(self) -> _Apart:
+    def __iter__(self) -> _OwnRandomStream:
         return self
 
     def __next__(self) -> Any:
@@ -187,8 +191,8 @@ class _Apart:
             set_cpu_rng_state(outside)
 
 
-def skip(batches: Any, count: int) -> None:
-    """Pass over batches: by their indices where nothing else depends on the fetching."""
+def skip_batches(batches: Any, count: int) -> None:
+    """Skip batches; only their indices are drawn if the order depends on nothing else."""
     # torch 2.13: the iterator of a loader without workers; there is no public way.
     is_plain = type(batches).__name__ == "_SingleProcessDataLoaderIter"
     if is_plain and not isinstance(batches._dataset, IterableDataset):

@@ -1,41 +1,43 @@
-"""The exact average of losses over rows."""
+"""Exact averages over rows: of losses, and of functions used as metrics."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torchmetrics import Metric
 
 if TYPE_CHECKING:
     from harness.accelerators.base import Accelerator
 
 
 class LossAverage:
-    """Mean loss over samples, exact over uneven batches, for each optimizer name.
+    """Mean loss over rows, exact for batches of any size, for each optimizer name.
 
-    Losses stay on their device until the mean is asked for; sums are float64.
+    Losses stay on their device until the mean is computed; sums are float64.
 
     References
     ----------
-    luz 0.5.0, ``luz_metric_loss_average``. Differs from luz: batches count by their
-    samples, sums are float64.
+    luz 0.5.0, ``luz_metric_loss_average``. Differs from luz: batches are weighted by their
+    rows, sums are float64.
     """
 
     fold_at = 1024
+    """Losses of one name that are kept before they are added to the sum."""
 
     def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Remove all losses."""
         self._waiting: dict[str, list[Tensor]] = {}
         self._rows: dict[str, list[int]] = {}
         self._sums: dict[str, Tensor] = {}
 
     def update(self, losses: Any, rows: int) -> None:
-        """Take in the losses of a batch of `rows` samples; a lone tensor is named ``opt``."""
+        """Add the losses of a batch of `rows` rows; a single tensor is named ``opt``."""
         if not isinstance(losses, dict):
             losses = {"opt": losses}
         for name, loss in losses.items():
@@ -46,12 +48,12 @@ class LossAverage:
                 self._fold(name)
 
     def _fold(self, name: str) -> None:
-        """Add what waits to the sums: (sum of losses, samples), float64 on the CPU or GPU."""
+        """Add the waiting losses to the sums: (sum of losses, rows), float64."""
         waiting, rows = self._waiting[name], self._rows[name]
         if not waiting:
             return
         values = torch.stack([torch.as_tensor(loss).detach() for loss in waiting])
-        values = values.cpu() if values.device.type == "mps" else values
+        values = values.cpu() if values.device.type == "mps" else values  # no float64
         counts = torch.tensor(rows, dtype=torch.float64, device=values.device)
         values = torch.where(counts > 0, values.double(), 0.0)
         sums = torch.stack([(values * counts).sum(), counts.sum()])
@@ -60,7 +62,7 @@ class LossAverage:
         rows.clear()
 
     def compute(self, accelerator: Accelerator | None = None) -> Any:
-        """The mean as a float, or a dict of means where there are several names."""
+        """The mean as a float, or a dict of means if there are several names."""
         for name in self._waiting:
             self._fold(name)
         means = {}
@@ -72,7 +74,7 @@ class LossAverage:
         return next(iter(means.values())) if len(means) == 1 else means
 
     def state_dict(self) -> dict[str, Any]:
-        """Sums and what waits, by name."""
+        """Sums and waiting losses, by name."""
         return {
             name: {
                 "waiting": [torch.as_tensor(loss) for loss in self._waiting[name]],
@@ -83,7 +85,7 @@ class LossAverage:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what ``state_dict`` gave."""
+        """Replace the losses by those of a ``state_dict``."""
         self.reset()
         for name, item in state.items():
             self._waiting[name] = list(item["waiting"])
@@ -91,11 +93,42 @@ class LossAverage:
             if item["sums"] is not None:
                 self._sums[name] = item["sums"]
 
-    def join(self, state: Mapping[str, Any]) -> None:
-        """Take in what another rank's ``state_dict`` gave."""
+    def merge(self, state: Mapping[str, Any]) -> None:
+        """Add the losses of another rank's ``state_dict``."""
         for name, item in state.items():
             self._waiting.setdefault(name, []).extend(item["waiting"])
             self._rows.setdefault(name, []).extend(item["rows"])
             if item["sums"] is not None:
                 sums = self._sums.get(name)
                 self._sums[name] = item["sums"] if sums is None else sums + item["sums"]
+
+
+class FunctionAverage(Metric):
+    """Mean of ``f(pred, target)`` over rows: each batch is weighted by its rows."""
+
+    full_state_update = False
+    total: Tensor
+    rows: Tensor
+
+    def __init__(self, function: Callable[[Any, Any], Any]) -> None:
+        super().__init__()
+        self.function = function
+        zero = torch.zeros((), dtype=torch.float64)
+        self.add_state("total", zero.clone(), dist_reduce_fx="sum")
+        self.add_state("rows", zero.clone(), dist_reduce_fx="sum")
+
+    def update(self, pred: Any, target: Any) -> None:
+        """Add the value of one batch."""
+        rows = len(target) if isinstance(target, Tensor) and target.dim() else 1
+        value = torch.as_tensor(self.function(pred, target), device=self.total.device)
+        self.total += value.detach().double() * rows
+        self.rows += rows
+
+    def compute(self) -> Tensor:
+        """The mean; NaN without rows."""
+        return self.total / self.rows
+
+
+def as_metric(item: Any) -> Metric:
+    """The metric itself, or the average of a function."""
+    return item if isinstance(item, Metric) else FunctionAverage(item)

@@ -1,31 +1,28 @@
-"""The metrics of a fit by name: which are for training, which for validation."""
+"""Metrics of training and of validation, by name."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torchmetrics import MetricCollection
 
-if TYPE_CHECKING:
-    pass
-
 MAX_NAMED = 100
-"""Elements of a vector-valued metric that are logged by their own names at most."""
+"""A metric with a vector of more elements is logged as a list, not element by element."""
 
 
 @dataclass(frozen=True, kw_only=True, init=False)
 class MetricSet:
-    """Metrics for both splits, or for one alone.
+    """Metrics of training, of validation, or of both.
 
     Parameters
     ----------
     both
         Metrics of training and validation: one, a list, or a dict by name.
     train, valid
-        Metrics of one split alone, in the same forms.
+        Metrics of this split only: one, a list, or a dict by name.
 
     References
     ----------
@@ -38,9 +35,9 @@ class MetricSet:
     def __init__(
         self, both: Any = None, *, train: Any = None, valid: Any = None
     ) -> None:
-        common = named_metrics(both)
+        common = name_metrics(both)
         for split, own in (("train", train), ("valid", valid)):
-            names = named_metrics(own)
+            names = name_metrics(own)
             for name in names:
                 if name in common:
                     msg = f"MetricSet({split}): expected new names, got {name!r} twice."
@@ -49,19 +46,19 @@ class MetricSet:
 
 
 def as_metric_set(metrics: Any) -> MetricSet:
-    """A ``MetricSet`` of whatever ``setup(metrics=...)`` was given."""
+    """The argument of ``setup(metrics=...)`` as a ``MetricSet``."""
     return metrics if isinstance(metrics, MetricSet) else MetricSet(metrics)
 
 
-def named_metrics(metrics: Any) -> dict[str, Any]:
-    """Checked metrics by name: the dict's key, else the class in snake case.
+def name_metrics(metrics: Any) -> dict[str, Any]:
+    """Metrics by name: the key in a dict, otherwise the class name in snake case.
 
     Raises
     ------
     TypeError
-        If one is neither a torchmetrics object nor a function.
+        If an item is not a torchmetrics object or a function.
     ValueError
-        If two have the same name, or one is called ``loss``.
+        If two have the same name, or if one is called ``loss``.
     """
     if metrics is None:
         return {}
@@ -84,7 +81,7 @@ def named_metrics(metrics: Any) -> dict[str, Any]:
 
 
 def check_metric(item: Any, place: str | int) -> Any:
-    """The metric, if it is one; a class is refused."""
+    """The item, if it is a metric or a function; raise ``TypeError`` otherwise."""
     if isinstance(item, type):
         msg = (
             f"metrics[{place!r}]: expected an instance, got the class {item.__name__}."

@@ -1,7 +1,7 @@
-"""What a torchmetrics object has counted so far, as tensors and plain values.
+"""State of a torchmetrics object, as tensors and plain values.
 
-``Metric.state_dict`` leaves out states unless each was asked to be kept, and update counts.
-A wrapper, or a sum of metrics, counts in the metrics below it.
+``Metric.state_dict`` has only states that were made persistent, and no update counts. A
+wrapper or a sum of metrics keeps its state in the metrics below it.
 """
 
 from __future__ import annotations
@@ -14,126 +14,135 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric, SumMetric
 
-_KINDS = (bool, int, float, str, Tensor)
-"""Attributes beside states that are kept where a metric changes them, as ``MinMaxMetric`` does."""
+from harness.errors import CheckpointError
+from harness.metrics.loss import as_metric
 
-_OF_ALL = frozenset(vars(SumMetric()))
-"""Attributes of every metric; torchmetrics keeps its caches and the update count there."""
+_KEPT_TYPES = (bool, int, float, str, Tensor)
+"""Attributes beside states are kept if a metric changes them, as ``MinMaxMetric`` does."""
+
+_COMMON_ATTRIBUTES = frozenset(vars(SumMetric()))
+"""Attributes of every metric: torchmetrics' caches, the update count and the like."""
 
 
-def parts_of(metric: Metric) -> dict[str, Metric]:
-    """The metric and those below it, by path; its own path is empty."""
+def submetrics_of(metric: Metric) -> dict[str, Metric]:
+    """The metric and all metrics below it, by path; its own path is empty."""
     return {
-        path: part for path, part in metric.named_modules() if isinstance(part, Metric)
+        path: submetric
+        for path, submetric in metric.named_modules()
+        if isinstance(submetric, Metric)
     }
 
 
-def attributes_of(metric: Metric) -> dict[str, dict[str, Any]]:
-    """Plain attributes of each part that are no states, by path and name."""
+def plain_attributes(metric: Metric) -> dict[str, dict[str, Any]]:
+    """Plain attributes that are not states, of the metric and those below, by path and name."""
     return {
         path: {
             name: value.clone() if isinstance(value, Tensor) else value
-            for name, value in vars(part).items()
-            if isinstance(value, _KINDS) and name not in {*part._defaults, *_OF_ALL}
+            for name, value in vars(submetric).items()
+            if isinstance(value, _KEPT_TYPES)
+            and name not in {*submetric._defaults, *_COMMON_ATTRIBUTES}
         }
-        for path, part in parts_of(metric).items()
+        for path, submetric in submetrics_of(metric).items()
     }
 
 
-def take_changed(
+def get_changed_attributes(
     metric: Metric, before: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-    """Attributes of each part that are others than ``attributes_of`` gave before."""
+    """Attributes that differ from those that ``plain_attributes`` gave before."""
     found = {}
-    for path, own in attributes_of(metric).items():
+    for path, own in plain_attributes(metric).items():
         old = before.get(path, {})
-        changed = {name: v for name, v in own.items() if not _same(v, old.get(name))}
+        changed = {
+            name: value
+            for name, value in own.items()
+            if not _is_equal(value, old.get(name))
+        }
         if changed:
             found[path] = changed
     return found
 
 
-def _same(value: Any, old: Any) -> bool:
-    """True if an attribute is what it was."""
+def _is_equal(value: Any, old: Any) -> bool:
     if isinstance(value, Tensor) and isinstance(old, Tensor):
         return torch.equal(value, old)
     return type(value) is type(old) and bool(value == old)
 
 
-def put_changed(metric: Metric, saved: Mapping[str, Mapping[str, Any]]) -> None:
-    """Take back what ``take_changed`` gave; parts that are gone are passed over."""
-    parts, known = parts_of(metric), attributes_of(metric)
-    for path in saved.keys() & parts.keys():
+def set_attributes(metric: Metric, saved: Mapping[str, Mapping[str, Any]]) -> None:
+    """Set attributes from ``get_changed_attributes``; those that no longer exist are skipped."""
+    submetrics, known = submetrics_of(metric), plain_attributes(metric)
+    for path in saved.keys() & submetrics.keys():
         for name in saved[path].keys() & known[path].keys():
-            setattr(parts[path], name, saved[path][name])
+            setattr(submetrics[path], name, saved[path][name])
 
 
-def take_states(metric: Metric) -> dict[str, dict[str, Any]]:
-    """States and number of updates of each part, by path; live."""
+def get_states(metric: Metric) -> dict[str, dict[str, Any]]:
+    """States and number of updates, by path; not copied."""
     return {
         path: {
-            "state": {key: getattr(part, key) for key in _states_of(part)},
-            "updates": part._update_count,
+            "state": {key: getattr(submetric, key) for key in _states_of(submetric)},
+            "updates": submetric._update_count,
         }
-        for path, part in parts_of(metric).items()
+        for path, submetric in submetrics_of(metric).items()
     }
 
 
-def put_states(metric: Metric, saved: Mapping[str, Mapping[str, Any]]) -> None:
-    """Take back what ``take_states`` gave."""
-    for path, part in parts_of(metric).items():
-        state = saved[path]["state"]  # of an ``emptied`` one the lists alone
-        for key in state.keys() & set(_states_of(part)):
-            setattr(part, key, state[key])
-        part._update_count = saved[path]["updates"]
-        part._computed = None
+def set_states(metric: Metric, saved: Mapping[str, Mapping[str, Any]]) -> None:
+    """Replace the states by those from ``get_states`` or ``drop_samples``."""
+    for path, submetric in submetrics_of(metric).items():
+        state = saved[path]["state"]  # from ``drop_samples``: lists alone
+        for key in state.keys() & set(_states_of(submetric)):
+            setattr(submetric, key, state[key])
+        submetric._update_count = saved[path]["updates"]
+        submetric._computed = None
 
 
-def join_states(metric: Metric, saved: Mapping[str, Mapping[str, Any]]) -> None:
-    """Take in what ``take_states`` gave on another rank, as well as what is there."""
-    for path, part in parts_of(metric).items():
+def merge_states(metric: Metric, saved: Mapping[str, Mapping[str, Any]]) -> None:
+    """Add the states that ``get_states`` gave on another rank."""
+    for path, submetric in submetrics_of(metric).items():
         for key, value in saved[path]["state"].items():
-            join = _JOINS[_reduction(part, key)]
-            setattr(part, key, join(getattr(part, key), value))
-        part._update_count += saved[path]["updates"]
+            merge = _MERGES[_reduction_of(submetric, key)]
+            setattr(submetric, key, merge(getattr(submetric, key), value))
+        submetric._update_count += saved[path]["updates"]
 
 
-def joins_not(metric: Metric) -> list[str]:
-    """Reductions of a metric's states by which those of two ranks cannot be joined."""
+def unmergeable(metric: Metric) -> list[str]:
+    """Reductions of a metric's states that cannot merge the states of two ranks."""
     found = {
-        _reduction(part, key)
-        for part in parts_of(metric).values()
-        for key in _states_of(part)
+        _reduction_of(submetric, key)
+        for submetric in submetrics_of(metric).values()
+        for key in _states_of(submetric)
     }
-    return sorted(found - _JOINS.keys())
+    return sorted(found - _MERGES.keys())
 
 
-def _reduction(part: Metric, key: str) -> str:
-    """Name of what torchmetrics brings a state of all ranks together by."""
-    return getattr(part._reductions[key], "__name__", "none")
+def _reduction_of(submetric: Metric, key: str) -> str:
+    """Name of the function by which torchmetrics reduces a state over ranks."""
+    return getattr(submetric._reductions[key], "__name__", "none")
 
 
-def _listed(one: Any, other: Any) -> Any:
-    """Two lists of samples as one; either may be a tensor."""
+def _concatenate(one: Any, other: Any) -> Any:
+    """Samples of two ranks; torchmetrics keeps them as a list, or as one tensor."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return torch.cat([one, other])
     lists = (state if isinstance(state, list) else [state] for state in (one, other))
     return [tensor for state in lists for tensor in state]
 
 
-_JOINS: dict[str, Callable[[Any, Any], Any]] = {
+_MERGES: dict[str, Callable[[Any, Any], Any]] = {
     "dim_zero_sum": operator.add,
-    "dim_zero_cat": _listed,
+    "dim_zero_cat": _concatenate,
     "dim_zero_max": torch.maximum,
     "dim_zero_min": torch.minimum,
 }
-"""How states of two ranks become one, by torchmetrics' reduction."""
+"""How the states of two ranks are merged, by torchmetrics' reduction."""
 
 
-def emptied(saved: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """What ``take_states`` gave, as lists of samples without their samples.
+def drop_samples(saved: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """States from ``get_states`` for a rank without rows: only lists, of empty tensors.
 
-    Ranks exchange lists tensor by tensor: one without any would leave the others waiting.
+    Ranks exchange lists tensor by tensor: a rank with an empty list would block the others.
     """
     found = {}
     for path, item in saved.items():
@@ -146,15 +155,55 @@ def emptied(saved: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]
     return found
 
 
-def lists_samples(metric: Metric) -> bool:
-    """True if the metric, or one below it, keeps lists of samples."""
+def check_saved_metrics(
+    metrics: Mapping[str, Any],
+    saved: Mapping[str, Mapping[str, Any]],
+    *,
+    is_merged: bool = False,
+) -> None:
+    """Raise unless metrics can load the states that were saved in the middle of an epoch.
+
+    Parameters
+    ----------
+    metrics
+        Metric objects and functions by name.
+    saved
+        States from ``get_states``, by name.
+    is_merged
+        Whether the states of several ranks will be merged.
+
+    Raises
+    ------
+    CheckpointError
+        If these are other metrics, or if the states of one cannot be merged.
+    """
+    objects = {name: as_metric(item) for name, item in metrics.items()}
+    then = {name: sorted(states) for name, states in saved.items()}
+    now = {name: sorted(submetrics_of(item)) for name, item in objects.items()}
+    if then != now:
+        msg = (
+            f"resume: expected the metrics {then} in the middle of an epoch, got {now}."
+        )
+        raise CheckpointError(f"{msg} Use these metrics, or the end of an epoch.")
+    for name, item in objects.items() if is_merged else ():
+        reductions = unmergeable(item)
+        if reductions:
+            msg = f"resume: expected metric {name!r} to sum or list its states"
+            raise CheckpointError(
+                f"{msg}, got {reductions}. Resume from the end of an epoch, or on the "
+                "number of ranks that saved the checkpoint."
+            )
+
+
+def has_sample_lists(metric: Metric) -> bool:
+    """True if the metric or one below it keeps its samples in lists."""
     return any(
         isinstance(default, list)
-        for part in parts_of(metric).values()
-        for default in part._defaults.values()
+        for submetric in submetrics_of(metric).values()
+        for default in submetric._defaults.values()
     )
 
 
-def _states_of(part: Metric) -> list[str]:
-    """Names of the states of a part's own; some wrappers show those of the metric below."""
-    return [key for key in part._defaults if key in vars(part)]
+def _states_of(submetric: Metric) -> list[str]:
+    """Names of a metric's own states; some wrappers also show states of the metric below."""
+    return [key for key in submetric._defaults if key in vars(submetric)]

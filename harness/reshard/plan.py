@@ -14,7 +14,7 @@ import torch
 from harness.checkpoint.format import Position
 from harness.context import Context
 from harness.errors import CheckpointError
-from harness.metrics.state import emptied
+from harness.metrics.state import drop_samples
 from harness.reshard.convert import converted, is_known
 from harness.rng import derive_rng_state
 
@@ -171,6 +171,8 @@ def _emptied(state: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "changed": state["changed"],
         "loss": dict.fromkeys(state["loss"], nothing),
-        "metrics": {name: emptied(item) for name, item in state["metrics"].items()},
+        "metrics": {
+            name: drop_samples(item) for name, item in state["metrics"].items()
+        },
         "waiting": [],
     }

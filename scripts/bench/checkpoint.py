@@ -35,7 +35,7 @@ from harness.accelerators.deepspeed.accelerator import DeepSpeedAccelerator
 from harness.accelerators.single import SingleDevice
 from harness.checkpoint.writer import Saver
 from harness.context import FitContext
-from harness.data.loaders import train_loader
+from harness.data.loaders import make_train_loader
 from harness.data.train_pass import TrainPass
 
 PIECE_MB = 4
@@ -63,7 +63,7 @@ def context(size_mb: int) -> FitContext:
         loss_fn=nn.functional.mse_loss,
         hparams={},
         opt_hparams={},
-        data=train_loader((torch.zeros(64), torch.zeros(64))),
+        data=make_train_loader((torch.zeros(64), torch.zeros(64))),
         valid_data=None,
         epochs=1,
         accelerator=SingleDevice("cpu"),

@@ -30,7 +30,7 @@ from torch.utils.data import (
 
 from harness.accelerators.distributed.group import Ranks
 from harness.data.batch import num_rows
-from harness.data.loaders import whole_tensors
+from harness.data.loaders import unwrap_tensors
 
 CHUNK = 1 << 16
 """Rows of the order that rank 0 tells at once: half a megabyte."""
@@ -225,7 +225,7 @@ class _Planned:
             self._rebuilt = _rebuilt(loader, batch_size=None, sampler=order)
         else:
             self._rebuilt = _rebuilt(loader, batch_sampler=order)
-        found = whole_tensors(loader.dataset)
+        found = unwrap_tensors(loader.dataset)
         fast = found is not None and not loader.num_workers and not loader.pin_memory
         is_plain = (
             loader.batch_size is not None and loader.collate_fn is default_collate

@@ -144,7 +144,7 @@ def test_early_stopping_mode_is_checked():
 
 
 def test_early_stopping_negative_min_delta_is_refused():
-    with pytest.raises(ValueError, match=r"\(min_delta\): expected a number from 0"):
+    with pytest.raises(ValueError, match=r"\(min_delta\): expected a number >= 0"):
         EarlyStopping(min_delta=-0.1)
 
 

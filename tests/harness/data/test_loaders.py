@@ -22,10 +22,10 @@ from harness.data import loaders
 from harness.data.batch import num_rows
 from harness.data.loaders import (
     TensorLoader,
-    describe,
-    eval_loader,
+    describe_data,
+    make_eval_loader,
+    make_train_loader,
     num_batches,
-    train_loader,
 )
 
 ROWS = 23
@@ -37,7 +37,7 @@ def dataset(rows=ROWS):
 
 
 class Squares(Dataset):
-    """A data set of its own kind."""
+    """A map-style data set of another class."""
 
     def __len__(self):
         return 7
@@ -109,7 +109,7 @@ LOADERS = {
 }
 
 
-def passes(make, kind, size):
+def iterate_twice(make, kind, size):
     """Batches of two passes and the state of the global generator after each batch."""
     torch.manual_seed(11)
     loader = make(kind, size)
@@ -132,13 +132,13 @@ def same(a, b):
 
 @pytest.mark.parametrize("size", [1, 4, 23, 50])
 @pytest.mark.parametrize("name", LOADERS)
-def test_tensor_loader_gives_what_torchs_loader_gives_and_draws_as_much(name, size):
+def test_tensor_loader_equals_torchs_loader_in_batches_and_draws(name, size):
     make = LOADERS[name]
-    expected = passes(make, DataLoader, size)
-    assert same(passes(make, TensorLoader, size), expected)
+    expected = iterate_twice(make, DataLoader, size)
+    assert same(iterate_twice(make, TensorLoader, size), expected)
 
 
-def test_tensor_loader_with_an_own_generator_leaves_it_as_torchs_does():
+def test_tensor_loader_draws_from_its_generator_as_torchs_loader():
     states = []
     for kind in (DataLoader, TensorLoader):
         generator = torch.Generator().manual_seed(5)
@@ -147,7 +147,7 @@ def test_tensor_loader_with_an_own_generator_leaves_it_as_torchs_does():
     assert same(states[1], states[0])
 
 
-def test_tensor_loader_left_in_the_middle_draws_as_much():
+def test_tensor_loader_stopped_early_draws_as_torchs_loader():
     states = []
     for kind in (DataLoader, TensorLoader):
         torch.manual_seed(1)
@@ -167,7 +167,7 @@ def test_tensor_loader_batches_are_copies_of_the_data(shuffle):
     assert torch.equal(data.tensors[0], before)
 
 
-def test_tensor_loader_with_workers_is_torchs():
+def test_tensor_loader_with_workers_equals_torchs_loader():
     torch.manual_seed(3)
     expected = list(DataLoader(dataset(), batch_size=8, shuffle=True))
     torch.manual_seed(3)
@@ -175,7 +175,7 @@ def test_tensor_loader_with_workers_is_torchs():
     assert same(list(loader), expected)
 
 
-# --- forms of data
+# --- kinds of data
 
 
 def as_dataset(data) -> Any:
@@ -195,7 +195,7 @@ def test_as_dataset_of_several_zips_them():
     assert rows == [(0.0, 5), (1.0, 6)]
 
 
-def test_as_dataset_that_is_one_is_itself():
+def test_as_dataset_of_a_dataset_is_itself():
     data = Squares()
     assert as_dataset(data) is data
 
@@ -277,95 +277,95 @@ def sizes(loader):
     return [num_rows(batch) for batch in loader]
 
 
-def test_train_loader_shuffles_and_drops_the_short_last_batch():
+def test_make_train_loader_shuffles_and_drops_the_short_last_batch():
     torch.manual_seed(0)
-    loader = train_loader(torch.arange(100))
+    loader = make_train_loader(torch.arange(100))
     rows = torch.cat([batch[0] for batch in loader])
     assert sizes(loader) == [32, 32, 32]
     assert sorted(rows.tolist()) != rows.tolist()
     assert len(set(rows.tolist())) == 96
 
 
-def test_train_loader_of_less_than_a_batch_keeps_it():
-    assert sizes(train_loader(torch.arange(5))) == [5]
+def test_make_train_loader_of_less_than_a_batch_keeps_it():
+    assert sizes(make_train_loader(torch.arange(5))) == [5]
 
 
-def test_train_loader_options_replace_the_defaults():
+def test_make_train_loader_options_replace_the_defaults():
     options = {"batch_size": 3, "shuffle": False, "drop_last": False}
-    loader = train_loader(torch.arange(7), options)
+    loader = make_train_loader(torch.arange(7), options)
     assert [batch[0].tolist() for batch in loader] == [[0, 1, 2], [3, 4, 5], [6]]
 
 
-def test_train_loader_with_a_sampler_takes_its_order():
-    loader = train_loader(torch.arange(7), {"sampler": [3, 1], "batch_size": 2})
+def test_make_train_loader_with_a_sampler_takes_its_order():
+    loader = make_train_loader(torch.arange(7), {"sampler": [3, 1], "batch_size": 2})
     assert [batch[0].tolist() for batch in loader] == [[3, 1]]
 
 
-def test_train_loader_with_a_batch_sampler_takes_its_batches():
-    loader = train_loader(torch.arange(7), {"batch_sampler": [[3, 1], [2]]})
+def test_make_train_loader_with_a_batch_sampler_takes_its_batches():
+    loader = make_train_loader(torch.arange(7), {"batch_sampler": [[3, 1], [2]]})
     assert [batch[0].tolist() for batch in loader] == [[3, 1], [2]]
 
 
-def test_train_loader_of_a_stream_takes_it_in_order():
-    loader = train_loader(Stream(), {"batch_size": 2})
+def test_make_train_loader_of_a_stream_takes_it_in_order():
+    loader = make_train_loader(Stream(), {"batch_size": 2})
     assert [batch[0].tolist() for batch in loader] == [[0, 1], [2, 3], [4]]
 
 
-def test_train_loader_that_is_one_is_itself():
+def test_make_train_loader_of_a_loader_is_itself():
     loader = DataLoader(dataset())
-    assert train_loader(loader) is loader
+    assert make_train_loader(loader) is loader
 
 
-def test_train_loader_options_for_a_ready_loader_are_refused():
+def test_make_train_loader_options_for_a_ready_loader_are_refused():
     with pytest.raises(
         ValueError, match="dataloader_options: expected none with a DataLoader, got"
     ):
-        train_loader(DataLoader(dataset()), {"batch_size": 3})
+        make_train_loader(DataLoader(dataset()), {"batch_size": 3})
 
 
-def test_train_loader_unknown_option_is_refused_with_the_nearest():
+def test_make_train_loader_unknown_option_is_refused_with_the_nearest():
     with pytest.raises(ValueError, match=r"got 'batchsize'. Did you mean 'batch_size'"):
-        train_loader(dataset(), {"batchsize": 3})
+        make_train_loader(dataset(), {"batchsize": 3})
 
 
-def test_train_loader_without_a_whole_batch_is_refused():
+def test_make_train_loader_without_a_whole_batch_is_refused():
     with pytest.raises(ValueError, match="data: expected at least one batch, got none"):
-        train_loader(torch.arange(3), {"batch_size": 4, "drop_last": True})
+        make_train_loader(torch.arange(3), {"batch_size": 4, "drop_last": True})
 
 
-def test_eval_loader_goes_in_order_and_keeps_the_short_last_batch():
-    loader = eval_loader(torch.arange(70))
+def test_make_eval_loader_keeps_the_order_and_the_short_last_batch():
+    loader = make_eval_loader(torch.arange(70))
     assert sizes(loader) == [32, 32, 6]
     assert torch.cat([batch[0] for batch in loader]).tolist() == list(range(70))
 
 
-def test_eval_loader_leaves_out_what_concerns_order():
+def test_make_eval_loader_ignores_options_about_order():
     options: dict[str, Any] = {"batch_size": 3, "shuffle": True, "drop_last": True}
     options["generator"] = torch.Generator()
-    loader = eval_loader(torch.arange(7), options)
+    loader = make_eval_loader(torch.arange(7), options)
     assert [batch[0].tolist() for batch in loader] == [[0, 1, 2], [3, 4, 5], [6]]
     for order in ({"sampler": [0]}, {"batch_sampler": [[0]]}):
-        assert sizes(eval_loader(torch.arange(7), order)) == [7]
+        assert sizes(make_eval_loader(torch.arange(7), order)) == [7]
 
 
-def test_eval_loader_options_for_a_ready_loader_are_ignored_with_a_warning():
+def test_make_eval_loader_options_for_a_ready_loader_are_ignored_with_a_warning():
     loader = DataLoader(dataset())
     with pytest.warns(UserWarning, match="valid_data is a DataLoader"):
-        assert eval_loader(loader, {"batch_size": 3}) is loader
+        assert make_eval_loader(loader, {"batch_size": 3}) is loader
 
 
-def test_eval_loader_unknown_option_is_refused():
+def test_make_eval_loader_unknown_option_is_refused():
     with pytest.raises(
         ValueError, match="expected arguments of DataLoader, got 'nope'"
     ):
-        eval_loader(dataset(), {"nope": 3})
+        make_eval_loader(dataset(), {"nope": 3})
 
 
-def test_eval_loader_names_its_argument():
+def test_make_eval_loader_names_its_argument():
     with pytest.raises(ValueError, match="valid_data: expected at least one row"):
-        eval_loader(torch.zeros(0))
+        make_eval_loader(torch.zeros(0))
     with pytest.raises(ValueError, match="data: expected at least one row"):
-        eval_loader(torch.zeros(0), place="data")
+        make_eval_loader(torch.zeros(0), place="data")
 
 
 # --- splits
@@ -395,7 +395,7 @@ def test_split_data_of_a_dataset_and_of_pairs():
 
 
 @pytest.mark.parametrize("frac", [0, 1, 1.5, -0.1, float("nan")])
-def test_split_data_share_out_of_range_is_refused(frac):
+def test_split_data_fraction_out_of_range_is_refused(frac):
     with pytest.raises(
         ValueError, match=r"valid_data: expected a fraction in \(0, 1\)"
     ):
@@ -415,7 +415,9 @@ def test_split_data_of_what_cannot_be_split_is_refused(data, kind):
 
 @pytest.mark.parametrize("frac", [0.01, 0.001])
 def test_split_data_that_leaves_a_side_empty_is_refused(frac):
-    with pytest.raises(ValueError, match="expected rows on both sides, got 0 of 10"):
+    with pytest.raises(
+        ValueError, match="expected training and validation rows, got 0 of 10"
+    ):
         split_data(torch.arange(10), frac)
 
 
@@ -427,8 +429,8 @@ def test_num_batches_of_a_stream_is_unknown():
     assert num_batches(DataLoader(dataset(), batch_size=2)) == 12
 
 
-def test_describe_tells_what_the_data_is():
-    assert describe(train_loader(dataset(), {"batch_size": 4})) == {
+def test_describe_data_has_class_rows_shapes_and_batches():
+    assert describe_data(make_train_loader(dataset(), {"batch_size": 4})) == {
         "dataset": "TensorDataset",
         "rows": 23,
         "shapes": [[2], [], [1]],
@@ -436,10 +438,10 @@ def test_describe_tells_what_the_data_is():
         "batches": 5,
         "batch_size": 4,
     }
-    about = describe(DataLoader(nested(dataset()), batch_size=3))
+    about = describe_data(DataLoader(nested(dataset()), batch_size=3))
     assert (about["rows"], about["batches"]) == (8, 3)
-    assert describe(DataLoader(Squares()))["rows"] == 7
-    assert describe(DataLoader(Stream())) == {
+    assert describe_data(DataLoader(Squares()))["rows"] == 7
+    assert describe_data(DataLoader(Stream())) == {
         "dataset": "Stream",
         "batches": None,
         "batch_size": 1,

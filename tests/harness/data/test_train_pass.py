@@ -17,7 +17,12 @@ from torch.utils.data import (
 )
 
 from harness.accelerators.single import SingleDevice
-from harness.data.train_pass import TrainPass, draws_on_the_way, skip, tell_epoch
+from harness.data.train_pass import (
+    TrainPass,
+    draws_between_batches,
+    set_epoch,
+    skip_batches,
+)
 from tests.harness.exact import LazySampler, Stream
 
 DATA = TensorDataset(torch.arange(10))
@@ -47,7 +52,7 @@ def windows(
 
 
 @pytest.mark.parametrize("is_sized", [True, False])
-def test_start_tells_the_window_of_each_step_and_a_shorter_last_one(
+def test_start_sets_the_window_of_each_step_and_a_shorter_last_one(
     is_sized: bool,
 ) -> None:
     sized, unsized = DataLoader(DATA), DataLoader(Count(10))
@@ -80,7 +85,7 @@ def test_start_in_the_middle_gives_the_batches_and_windows_that_are_left(
 
 
 @pytest.mark.parametrize(
-    ("loader", "is_apart"),
+    ("loader", "is_expected"),
     [
         (DataLoader(DATA, shuffle=True), False),
         (DataLoader(DATA, batch_size=None, sampler=SequentialSampler(DATA)), False),
@@ -96,13 +101,13 @@ def test_start_in_the_middle_gives_the_batches_and_windows_that_are_left(
         ([1, 2, 3], True),
     ],
 )
-def test_draws_on_the_way_holds_where_the_order_may_be_drawn_late(
-    loader: Any, is_apart: bool
+def test_draws_between_batches_holds_if_the_order_may_be_drawn_late(
+    loader: Any, is_expected: bool
 ) -> None:
-    assert draws_on_the_way(loader) is is_apart
+    assert draws_between_batches(loader) is is_expected
 
 
-def test_start_keeps_the_numbers_of_a_stream_apart_from_the_models() -> None:
+def test_start_draws_for_a_stream_apart_from_the_model() -> None:
     def order(noise: int) -> list[list[int]]:
         torch.manual_seed(3), random.seed(3), np.random.seed(3)
         loader, found = DataLoader(Stream(), batch_size=4), []
@@ -119,7 +124,7 @@ def test_start_keeps_the_numbers_of_a_stream_apart_from_the_models() -> None:
     assert drawn[:6] != drawn[6:]  # each epoch has an order of its own
 
 
-def test_skip_passes_over_indices_without_fetching_rows() -> None:
+def test_skip_batches_draws_indices_without_fetching_rows() -> None:
     class Rows(TensorDataset):
         fetched = 0
 
@@ -128,12 +133,12 @@ def test_skip_passes_over_indices_without_fetching_rows() -> None:
             return super().__getitem__(row)
 
     batches = iter(DataLoader(Rows(torch.arange(10)), batch_size=2))
-    skip(batches, 3)
+    skip_batches(batches, 3)
     assert Rows.fetched == 0
     assert next(batches)[0].tolist() == [6, 7]
 
 
-def test_tell_epoch_counts_from_zero_for_the_first_that_asks() -> None:
+def test_set_epoch_counts_from_zero_for_the_first_that_asks() -> None:
     class Asks:
         epoch = -1
 
@@ -143,6 +148,6 @@ def test_tell_epoch_counts_from_zero_for_the_first_that_asks() -> None:
     class Loader:
         sampler, dataset = Asks(), Asks()
 
-    tell_epoch(Loader, 5)
+    set_epoch(Loader, 5)
     assert (Loader.sampler.epoch, Loader.dataset.epoch) == (4, -1)
-    tell_epoch([1], 5)
+    set_epoch([1], 5)

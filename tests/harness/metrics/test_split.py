@@ -3,7 +3,6 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
-from functools import partial
 from typing import Any
 
 import pytest
@@ -12,11 +11,10 @@ import torchmetrics.classification
 import torchmetrics.regression
 from torch import nn
 from torch.distributed import HashStore  # type: ignore[attr-defined]
-from torchmetrics import Metric, MetricCollection
+from torchmetrics import Metric
 from torchmetrics.aggregation import MeanMetric
 from torchmetrics.classification import (
     BinaryAccuracy,
-    BinaryAUROC,
     MulticlassAccuracy,
     MulticlassAUROC,
     MulticlassConfusionMatrix,
@@ -32,210 +30,27 @@ from torchmetrics.regression import (
 
 from harness.accelerators.single import SingleDevice
 from harness.errors import CheckpointError
-from harness.metrics.loss import LossAverage
-from harness.metrics.sets import MetricSet, as_metric_set, metric_name, named_metrics
-from harness.metrics.split import GROUP, SplitMetrics, check_saved, plain, takes_groups
+from harness.metrics.sets import name_metrics
+from harness.metrics.split import GROUP_BATCHES, SplitMetrics, as_numbers, can_group
 from harness.pytree import flatten, restore
 
-LISTED = "Metric .* will save all"  # torchmetrics, of metrics that list their samples
+LISTED = "Metric .* will save all"  # torchmetrics, for metrics that list their samples
 pytestmark = pytest.mark.filterwarnings(f"ignore:{LISTED}")
 
 CLASSES = 4
-# Uneven, with single rows, and more batches than one group holds.
+# Uneven, with single rows, and more batches than one group.
 SIZES = [3, 1, 7, 1, 5, 2, 8] * 10
-assert len(SIZES) > 2 * GROUP
+assert len(SIZES) > 2 * GROUP_BATCHES
 
 
 def split_metrics(metrics) -> SplitMetrics:
-    return SplitMetrics(named_metrics(metrics), SingleDevice("cpu"))
-
-
-# --- the loss average
-
-
-def test_loss_average_over_uneven_batches_is_by_samples():
-    # (1.0 * 3 + 4.0 * 1 + 0.5 * 8) / 12 = 11 / 12
-    average = LossAverage()
-    for loss, rows in ((1.0, 3), (4.0, 1), (0.5, 8)):
-        average.update({"opt": torch.tensor(loss)}, rows)
-    assert average.compute() == 11 / 12
-
-
-def test_loss_average_is_kept_for_each_name():
-    # gen (1 * 2 + 4 * 1) / 3 = 2, disc (10 * 2 + 1 * 1) / 3 = 7
-    average = LossAverage()
-    average.update({"gen": torch.tensor(1.0), "disc": torch.tensor(10.0)}, 2)
-    average.update({"gen": torch.tensor(4.0), "disc": torch.tensor(1.0)}, 1)
-    assert average.compute() == {"gen": 2.0, "disc": 7.0}
-
-
-def test_loss_average_of_many_small_losses_is_exact_to_float64():
-    # float32 losses; fsum is exact and rounds once.
-    generator = torch.Generator().manual_seed(0)
-    losses = torch.rand(2500, generator=generator) * 1e4
-    rows = torch.randint(1, 9, (2500,), generator=generator).tolist()
-    average = LossAverage()
-    for loss, count in zip(losses, rows, strict=True):
-        average.update({"opt": loss}, count)
-    products = (a * b for a, b in zip(losses.tolist(), rows, strict=True))
-    exact = math.fsum(products) / sum(rows)
-    assert average.compute() == pytest.approx(exact, rel=1e-13)
-
-
-def test_loss_average_asked_twice_gives_the_same_and_goes_on():
-    average = LossAverage()
-    average.update({"opt": torch.tensor(1.0)}, 1)
-    assert average.compute() == average.compute() == 1.0
-    average.update({"opt": torch.tensor(2.0)}, 3)
-    assert average.compute() == 1.75  # (1 + 2 * 3) / 4
-
-
-def test_loss_average_takes_a_lone_loss_and_plain_numbers():
-    average = LossAverage()
-    average.update(torch.tensor(1.0), 1)
-    average.update(3.0, 1)
-    assert average.compute() == 2.0
-
-
-def test_loss_average_passes_over_batches_without_rows():
-    average = LossAverage()
-    average.update({"opt": torch.tensor(math.nan)}, 0)
-    average.update({"opt": torch.tensor(2.0)}, 4)
-    assert average.compute() == 2.0
-
-
-def test_loss_average_of_no_rows_is_nan_and_of_nothing_is_empty():
-    average = LossAverage()
-    assert average.compute() == {}
-    average.update({"opt": torch.tensor(1.0)}, 0)
-    assert math.isnan(average.compute())
-
-
-def test_loss_average_tells_infinite_and_nan_losses():
-    average = LossAverage()
-    average.update({"opt": torch.tensor(1.0)}, 1)
-    average.update({"opt": torch.tensor(math.inf)}, 1)
-    assert average.compute() == math.inf
-    average.update({"opt": torch.tensor(math.nan)}, 1)
-    assert math.isnan(average.compute())
-
-
-def test_loss_average_of_half_precision_is_summed_in_float64():
-    average = LossAverage()
-    for _ in range(1000):
-        average.update({"opt": torch.tensor(1000.0, dtype=torch.bfloat16)}, 1)
-    assert average.compute() == 1000.0
-
-
-def test_loss_average_holds_no_graph():
-    average = LossAverage()
-    average.update({"opt": torch.tensor(1.0, requires_grad=True) * 2}, 1)
-    (waiting,) = average.state_dict()["opt"]["waiting"]
-    assert waiting.grad_fn is None
-    assert not waiting.requires_grad
-
-
-def test_loss_average_reset_forgets():
-    average = LossAverage()
-    average.update({"opt": torch.tensor(9.0)}, 1)
-    average.reset()
-    assert average.compute() == {}
-
-
-# --- names and what is no metric
-
-
-@pytest.mark.parametrize(
-    ("metric", "name"),
-    [
-        (MulticlassAccuracy(3), "multiclass_accuracy"),
-        (MulticlassF1Score(3), "multiclass_f1_score"),
-        (BinaryAUROC(), "binary_auroc"),
-        (MulticlassAUROC(3), "multiclass_auroc"),
-        (R2Score(), "r2_score"),
-        (nn.L1Loss(), "l1_loss"),
-        (nn.functional.mse_loss, "mse_loss"),
-        (lambda pred, target: 0, "lambda"),
-        (partial(nn.functional.mse_loss), "partial"),
-    ],
-)
-def test_metric_name_is_the_class_in_snake_case(metric, name):
-    assert metric_name(metric) == name
-    assert list(named_metrics([metric])) == [name]
-
-
-def test_named_metrics_takes_the_keys_of_a_dict():
-    metrics = {"top": MulticlassAccuracy(3), "own": nn.functional.mse_loss}
-    assert named_metrics(metrics) == metrics
-
-
-def test_named_metrics_takes_one_alone_or_none():
-    metric = MeanSquaredError()
-    assert named_metrics(metric) == {"mean_squared_error": metric}
-    assert named_metrics(None) == {}
-
-
-def test_named_metrics_takes_a_collection_apart():
-    collection = MetricCollection({"mse": MeanSquaredError(), "r2": R2Score()})
-    found = named_metrics(collection)
-    assert {name: type(item) for name, item in found.items()} == {
-        "mse": MeanSquaredError,
-        "r2": R2Score,
-    }
-
-
-@pytest.mark.parametrize("form", [lambda m: [m], lambda m: {"a": m}])
-def test_named_metrics_with_a_collection_among_others_is_refused(form):
-    collection = MetricCollection([MeanSquaredError()])
-    with pytest.raises(TypeError, match="expected a metric, got MetricCollection"):
-        named_metrics(form(collection))
-
-
-def test_named_metrics_with_one_name_twice_is_refused():
-    with pytest.raises(ValueError, match=r"each name once .* got 'mean_squared_error'"):
-        named_metrics([MeanSquaredError(), MeanSquaredError()])
-
-
-def test_named_metrics_called_loss_is_refused():
-    with pytest.raises(ValueError, match=r"'loss' is taken\), got 'loss'"):
-        named_metrics({"loss": MeanSquaredError()})
-
-
-def test_named_metrics_class_instead_of_instance_is_refused():
-    with pytest.raises(
-        TypeError, match=r"metrics\['mse'\]: .*Write MeanSquaredError\("
-    ):
-        named_metrics({"mse": MeanSquaredError})
-
-
-def test_named_metrics_that_are_none_are_refused():
-    with pytest.raises(TypeError, match=r"metrics\[1\]: expected a metric, got 'acc'"):
-        named_metrics([MeanSquaredError(), "acc"])
-
-
-def test_metric_set_joins_common_and_own():
-    mse, r2, top = MeanSquaredError(), R2Score(), MulticlassAccuracy(3)
-    metrics = MetricSet([mse], train={"r2": r2}, valid={"top": top})
-    assert metrics.train == {"mean_squared_error": mse, "r2": r2}
-    assert metrics.valid == {"mean_squared_error": mse, "top": top}
-
-
-def test_metric_set_own_name_that_is_common_is_refused():
-    with pytest.raises(ValueError, match=r"MetricSet\(valid\): .*got 'm' twice"):
-        MetricSet({"m": MeanSquaredError()}, valid={"m": R2Score()})
-
-
-def test_as_metric_set_takes_any_form():
-    given = MetricSet()
-    assert as_metric_set(given) is given
-    assert list(as_metric_set([MeanSquaredError()]).train) == ["mean_squared_error"]
-    assert as_metric_set(None).valid == {}
+    return SplitMetrics(name_metrics(metrics), SingleDevice("cpu"))
 
 
 # --- functions
 
 
-def test_function_is_averaged_by_samples():
+def test_function_is_averaged_by_rows():
     # |pred - target| means: 1 over 3 rows, 5 over 1 row: (3 + 5) / 4 = 2
     metrics = split_metrics({"mae": nn.functional.l1_loss})
     metrics.update(torch.ones(3), torch.zeros(3), None, 3)
@@ -243,13 +58,13 @@ def test_function_is_averaged_by_samples():
     assert metrics.compute() == {"mae": 2.0}
 
 
-def test_function_may_give_a_number():
+def test_function_may_return_a_number():
     metrics = split_metrics({"rows": lambda pred, target: len(pred)})
     metrics.update(torch.ones(3), torch.zeros(3), None, 3)
     assert metrics.compute() == {"rows": 3.0}
 
 
-def test_function_without_samples_is_nan():
+def test_function_without_rows_is_nan():
     metrics = split_metrics({"f": nn.functional.l1_loss})
     with pytest.warns(UserWarning, match="before the ``update`` method"):
         assert math.isnan(metrics.compute()["f"])
@@ -276,7 +91,7 @@ VALUES |= dict.fromkeys(
 )
 
 
-def made(kind: type[Metric], **options: Any) -> Metric:
+def make(kind: type[Metric], **options: Any) -> Metric:
     parameters = inspect.signature(kind.__init__).parameters
     needed = {name: VALUES[name] for name in parameters if name in VALUES}
     return kind(**needed | options)
@@ -294,10 +109,10 @@ def grouped_cases():
             try:
                 with warnings.catch_warnings():
                     warnings.filterwarnings("ignore", LISTED)
-                    metric = made(kind, **options)
+                    metric = make(kind, **options)
             except ValueError:  # not every average is every metric's
                 continue
-            if takes_groups(metric):
+            if can_group(metric):
                 words = [f"{name}={value}" for name, value in options.items()]
                 name = " ".join([kind.__name__, *words])
                 yield pytest.param(kind, options, id=name)
@@ -307,7 +122,7 @@ GROUPED = list(grouped_cases())
 
 
 def inputs(kind: type[Metric]):
-    """Batches; some lie within [0, 1] as probabilities do, some beyond as logits do."""
+    """Batches, some within [0, 1] like probabilities, some beyond like logits."""
     generator = torch.Generator().manual_seed(1)
     name = kind.__name__
     for place, rows in enumerate(SIZES):
@@ -336,7 +151,7 @@ def inputs(kind: type[Metric]):
         yield pred, target
 
 
-def test_grouped_classes_are_those_that_decide_sample_by_sample():
+def test_can_group_is_true_for_classes_that_look_at_single_rows():
     kinds = {case.values[0].__name__ for case in GROUPED}
     assert len(kinds) > 25
     assert {"MulticlassAccuracy", "MulticlassF1Score", "MeanSquaredError"} <= kinds
@@ -344,13 +159,13 @@ def test_grouped_classes_are_those_that_decide_sample_by_sample():
 
 
 @pytest.mark.parametrize(("kind", "options"), GROUPED)
-def test_groups_give_what_single_updates_give(kind, options):
-    single = made(kind, **options)
-    metrics = split_metrics({"m": made(kind, **options)})
+def test_groups_equal_single_updates(kind, options):
+    single = make(kind, **options)
+    metrics = split_metrics({"m": make(kind, **options)})
     for pred, target in inputs(kind):
         single.update(pred, target)
         metrics.update(pred, target, None, len(target))
-    found, expected = metrics.compute()["m"], plain(single.compute())
+    found, expected = metrics.compute()["m"], as_numbers(single.compute())
     if kind.__module__.startswith("torchmetrics.classification"):
         assert repr(found) == repr(expected)  # so that NaN equals NaN
     else:  # sums of the same float32 numbers, in another order
@@ -370,13 +185,13 @@ def test_groups_give_what_single_updates_give(kind, options):
     ],
     ids=lambda metric: type(metric).__name__,
 )
-def test_metrics_that_look_at_a_whole_batch_are_not_grouped(metric):
+def test_can_group_is_false_for_metrics_that_look_at_a_whole_batch(metric):
     # Binary and curve metrics take values beyond [0, 1] in a batch as a sign of logits
-    # (torchmetrics 1.9, normalize_logits_if_needed); of others nothing is known.
-    assert not takes_groups(metric)
+    # (torchmetrics 1.9, normalize_logits_if_needed); nothing is known of others.
+    assert not can_group(metric)
 
 
-def test_binary_metric_of_logits_is_that_of_single_updates():
+def test_binary_metric_of_logits_equals_single_updates():
     # 0.3 alone is taken as a probability, below 0.5; beside 5.0 as a logit, above.
     metrics = split_metrics([BinaryAccuracy()])
     single = BinaryAccuracy()
@@ -387,7 +202,7 @@ def test_binary_metric_of_logits_is_that_of_single_updates():
     assert single.compute() == 1.0
 
 
-def test_groups_of_batches_of_other_forms_are_not_joined():
+def test_groups_do_not_mix_batches_of_different_shapes():
     metrics = split_metrics({"acc": MulticlassAccuracy(CLASSES, average="micro")})
     single = MulticlassAccuracy(CLASSES, average="micro")
     generator = torch.Generator().manual_seed(0)
@@ -407,7 +222,7 @@ def test_groups_of_batches_of_other_forms_are_not_joined():
     assert metrics.compute() == {"acc": single.compute().item()}
 
 
-def test_groups_keep_predictions_off_the_graph():
+def test_groups_detach_predictions():
     metrics = split_metrics([MeanSquaredError()])
     metrics.update(torch.ones(2, requires_grad=True) * 2, torch.ones(2), None, 2)
     ((pred, _),) = metrics.state_dict()["waiting"]
@@ -416,7 +231,7 @@ def test_groups_keep_predictions_off_the_graph():
 
 def test_groups_are_bounded_in_size():
     metrics = split_metrics([MeanSquaredError()])
-    for _ in range(GROUP + 1):
+    for _ in range(GROUP_BATCHES + 1):
         metrics.update(torch.ones(2), torch.ones(2), None, 2)
     assert len(metrics.state_dict()["waiting"]) == 1
     big = torch.ones(1 << 22)
@@ -446,7 +261,7 @@ def test_split_metrics_copies_what_it_is_given():
     assert mine.compute() == 1.0
 
 
-def test_split_metrics_reset_starts_from_nothing():
+def test_split_metrics_reset_removes_all_batches():
     metrics = split_metrics([MeanSquaredError(), SpearmanCorrCoef()])
     for factor in (100.0, 1.0):
         metrics.reset()
@@ -458,7 +273,7 @@ def test_split_metrics_reset_starts_from_nothing():
     assert found["loss"] == 1.0
 
 
-def test_split_metrics_passes_over_batches_without_rows():
+def test_split_metrics_ignores_batches_without_rows():
     metrics = split_metrics([MeanSquaredError()])
     metrics.update(torch.ones(2), torch.zeros(2), {"opt": torch.tensor(1.0)}, 2)
     empty = torch.zeros(0)
@@ -494,7 +309,7 @@ def test_split_metrics_names_the_metric_that_failed_to_compute():
     assert caught.value.__notes__ == ["in metric 'bad'"]
 
 
-def test_split_metrics_takes_predictions_that_are_no_tensors():
+def test_split_metrics_accepts_predictions_that_are_tuples():
     class Pairs(MeanMetric):
         def update(self, pred, target):  # type: ignore[override]
             super().update(pred[0] - target)
@@ -505,7 +320,7 @@ def test_split_metrics_takes_predictions_that_are_no_tensors():
     assert metrics.compute() == {"p": 4.0, "mse": 10.0}
 
 
-def test_split_metrics_vector_is_named_by_place_and_matrix_is_nested():
+def test_split_metrics_vector_is_named_by_position_and_matrix_is_nested():
     metrics = split_metrics(
         {
             "each": MulticlassAccuracy(3, average=None),
@@ -531,8 +346,8 @@ def test_split_metrics_vector_is_named_by_place_and_matrix_is_nested():
         (3, 3),
     ],
 )
-def test_plain_turns_values_into_numbers(value, found):
-    assert plain(value) == found
+def test_as_numbers_converts_values(value, found):
+    assert as_numbers(value) == found
 
 
 # --- state
@@ -555,16 +370,18 @@ def feed(metrics: SplitMetrics, batches) -> None:
         metrics.update(pred, target, losses, len(target))
 
 
-@pytest.mark.parametrize("at", [0, 1, 5, GROUP - 1, GROUP, GROUP + 7, 69])
-def test_state_taken_in_the_middle_of_a_group_goes_on_bit_for_bit(at):
+@pytest.mark.parametrize(
+    "at", [0, 1, 5, GROUP_BATCHES - 1, GROUP_BATCHES, GROUP_BATCHES + 7, 69]
+)
+def test_state_taken_in_the_middle_of_a_group_continues_bit_for_bit(at):
     batches = list(inputs(MulticlassAccuracy))
     unbroken, first, second = whole_set(), whole_set(), whole_set()
     feed(unbroken, batches)
     feed(first, batches[:at])
     plan, tensors = flatten(first.state_dict())
     state = restore(plan, {name: t.clone() for name, t in tensors.items()})
-    feed(first, batches[at : at + 3])  # what comes later is not in the state
-    feed(second, batches[:11])  # what was there before is replaced
+    feed(first, batches[at : at + 3])  # later batches are not in the state
+    feed(second, batches[:11])  # earlier batches are replaced
     second.load_state_dict(state)
     feed(second, batches[at:])
     assert second.compute() == unbroken.compute()
@@ -578,25 +395,17 @@ def test_state_of_an_epoch_with_other_metrics_is_refused():
         second.load_state_dict(first.state_dict())
 
 
-def test_states_of_ranks_that_cannot_be_joined_are_refused():
-    items = {"acc": MulticlassAccuracy(CLASSES), "corr": PearsonCorrCoef()}
-    saved = split_metrics(items).state_dict()["metrics"]
-    check_saved(items, saved)
-    with pytest.raises(CheckpointError, match=r"'corr' to sum or list its states, got"):
-        check_saved(items, saved, is_joined=True)
-
-
-def test_batches_that_wait_on_ranks_are_joined_whatever_their_form():
+def test_merge_adds_waiting_batches_of_any_shape():
     first, second, both = (split_metrics([MulticlassAccuracy(4)]) for _ in range(3))
     for metrics, width in ((first, 3), (second, 5)):
         pred, target = torch.rand(6, 4, width), torch.randint(4, (6, width))
         for one in (metrics, both):
             one.update(pred, target, None, 6)
-    first.join(second.state_dict())
+    first.merge(second.state_dict())
     assert first.compute() == both.compute()
 
 
-def test_state_of_grouped_regression_goes_on_bit_for_bit():
+def test_state_of_grouped_regression_continues_bit_for_bit():
     batches = list(inputs(MeanSquaredError))
     metrics = [split_metrics([MeanSquaredError(), R2Score()]) for _ in range(2)]
     for place, (pred, target) in enumerate(batches):
@@ -609,11 +418,10 @@ def test_state_of_grouped_regression_goes_on_bit_for_bit():
     assert metrics[1].compute() == metrics[0].compute()
 
 
-def test_split_metrics_on_one_rank_never_meets_a_process_group():
-    # A group that waits for a second rank: any exchange would hang, then raise.
+def test_split_metrics_on_one_rank_uses_no_process_group():
     store = HashStore()
     if torch.distributed.is_initialized():
-        pytest.skip("another test's process group is there")
+        pytest.skip("another test left a process group")
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         calls = []

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from harness.metrics.loss import LossAverage
+
+
+def test_loss_average_of_uneven_batches_is_weighted_by_rows():
+    # (1.0 * 3 + 4.0 * 1 + 0.5 * 8) / 12 = 11 / 12
+    average = LossAverage()
+    for loss, rows in ((1.0, 3), (4.0, 1), (0.5, 8)):
+        average.update({"opt": torch.tensor(loss)}, rows)
+    assert average.compute() == 11 / 12
+
+
+def test_loss_average_is_separate_for_each_name():
+    # gen (1 * 2 + 4 * 1) / 3 = 2, disc (10 * 2 + 1 * 1) / 3 = 7
+    average = LossAverage()
+    average.update({"gen": torch.tensor(1.0), "disc": torch.tensor(10.0)}, 2)
+    average.update({"gen": torch.tensor(4.0), "disc": torch.tensor(1.0)}, 1)
+    assert average.compute() == {"gen": 2.0, "disc": 7.0}
+
+
+def test_loss_average_of_many_small_losses_is_exact_to_float64():
+    # float32 losses; fsum is exact and rounds once.
+    generator = torch.Generator().manual_seed(0)
+    losses = torch.rand(2500, generator=generator) * 1e4
+    rows = torch.randint(1, 9, (2500,), generator=generator).tolist()
+    average = LossAverage()
+    for loss, count in zip(losses, rows, strict=True):
+        average.update({"opt": loss}, count)
+    products = (a * b for a, b in zip(losses.tolist(), rows, strict=True))
+    exact = math.fsum(products) / sum(rows)
+    assert average.compute() == pytest.approx(exact, rel=1e-13)
+
+
+def test_loss_average_computed_twice_is_the_same_and_continues():
+    average = LossAverage()
+    average.update({"opt": torch.tensor(1.0)}, 1)
+    assert average.compute() == average.compute() == 1.0
+    average.update({"opt": torch.tensor(2.0)}, 3)
+    assert average.compute() == 1.75  # (1 + 2 * 3) / 4
+
+
+def test_loss_average_accepts_a_single_loss_and_numbers():
+    average = LossAverage()
+    average.update(torch.tensor(1.0), 1)
+    average.update(3.0, 1)
+    assert average.compute() == 2.0
+
+
+def test_loss_average_ignores_batches_without_rows():
+    average = LossAverage()
+    average.update({"opt": torch.tensor(math.nan)}, 0)
+    average.update({"opt": torch.tensor(2.0)}, 4)
+    assert average.compute() == 2.0
+
+
+def test_loss_average_of_no_rows_is_nan_and_of_nothing_is_empty():
+    average = LossAverage()
+    assert average.compute() == {}
+    average.update({"opt": torch.tensor(1.0)}, 0)
+    assert math.isnan(average.compute())
+
+
+def test_loss_average_of_infinite_and_nan_losses_is_infinite_and_nan():
+    average = LossAverage()
+    average.update({"opt": torch.tensor(1.0)}, 1)
+    average.update({"opt": torch.tensor(math.inf)}, 1)
+    assert average.compute() == math.inf
+    average.update({"opt": torch.tensor(math.nan)}, 1)
+    assert math.isnan(average.compute())
+
+
+def test_loss_average_of_half_precision_is_summed_in_float64():
+    average = LossAverage()
+    for _ in range(1000):
+        average.update({"opt": torch.tensor(1000.0, dtype=torch.bfloat16)}, 1)
+    assert average.compute() == 1000.0
+
+
+def test_loss_average_holds_no_graph():
+    average = LossAverage()
+    average.update({"opt": torch.tensor(1.0, requires_grad=True) * 2}, 1)
+    (waiting,) = average.state_dict()["opt"]["waiting"]
+    assert waiting.grad_fn is None
+    assert not waiting.requires_grad
+
+
+def test_loss_average_reset_removes_all_losses():
+    average = LossAverage()
+    average.update({"opt": torch.tensor(9.0)}, 1)
+    average.reset()
+    assert average.compute() == {}
