@@ -13,10 +13,16 @@ import pyarrow as pa
 
 from tracking import capture
 from tracking.delivery.thinning import check_options
-from tracking.ending import get_status, remove_failures
 from tracking.redaction import strip_url
 from tracking.run import Run, now
-from tracking.store import Manifest, create_run_dir, find_run, runs_folder
+from tracking.store import (
+    Manifest,
+    create_run_dir,
+    find_run,
+    get_status,
+    remove_failures,
+    runs_folder,
+)
 
 
 def start(

@@ -1,4 +1,4 @@
-"""Errors and warnings of tracking that somebody may want to catch."""
+"""Errors and warnings of tracking that a caller may want to catch."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import warnings
 
 
 class TrackingError(Exception):
-    """What goes wrong in tracking alone; the base of the classes here."""
+    """Base of the errors here."""
 
 
 class RunBusyError(TrackingError):
-    """Another process, or this one, is writing the run already."""
+    """A process, possibly this one, is already writing the run."""
 
 
 class RunNotFoundError(TrackingError, LookupError):
-    """No run, or more than one, answers to the name that was given."""
+    """No run matches a name, or more than one does."""
 
 
 class RunClosedError(TrackingError):
-    """The run has finished, or belongs to the process this one was forked from."""
+    """The run has finished, or belongs to the process that forked this one."""
 
 
 class InvalidFileError(TrackingError, ValueError):
@@ -27,15 +27,15 @@ class InvalidFileError(TrackingError, ValueError):
 
 
 class DeliveryError(TrackingError):
-    """Delivery to MLflow did not get there in the time it was given."""
+    """Records were not delivered to MLflow in time."""
 
 
 class TrackingWarning(UserWarning):
-    """Something that needs looking at while training goes on."""
+    """A problem that does not stop training."""
 
 
 def warn(message: str) -> None:
-    """Warn, and never raise, whatever the filters say: training goes on."""
+    """Warn without raising, even if filters turn warnings into errors."""
     try:
         warnings.warn(message, TrackingWarning, stacklevel=3)
     except TrackingWarning:

@@ -11,8 +11,8 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import compute as pc
 
-from tracking.journal import segment as sealed
 from tracking.journal.reader import list_blocks, read_block
+from tracking.journal.segment import write_segment
 from tracking.read import PastRun
 from tracking.run import now
 from tracking.store import create_run_dir, get_rank_dir
@@ -89,7 +89,7 @@ def _copy_rows(source: Path, target: Path, position: int) -> None:
         assert view is not None
         kept = view.table.filter(pc.less_equal(view.table["seq"], pa.scalar(position)))
         if kept.num_rows:
-            sealed.write(
+            write_segment(
                 kept,
                 target / f"{number:06d}.arrow",
                 rank=int(target.name),

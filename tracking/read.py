@@ -1,4 +1,4 @@
-"""Runs of the past, and of now, read: their records as Arrow tables."""
+"""Read runs, finished or still being written: their records as Arrow tables."""
 
 from __future__ import annotations
 
@@ -10,19 +10,18 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import compute as pc
 
-from tracking.ending import get_status
 from tracking.journal.reader import read_records
 from tracking.journal.segment import Damage
 from tracking.journal.tombstones import Tombstones
 from tracking.schema import CONTROL, SCHEMA, parse_value
-from tracking.store import Manifest, find_run, list_rank_dirs, run_paths
+from tracking.store import Manifest, find_run, get_status, list_rank_dirs, run_paths
 
 
 class PastRun:
-    """A run as it stands on the disk; reading changes nothing there.
+    """A run on the disk; reading changes nothing there.
 
-    Made by ``tracking.open``. What it tells is read anew on each call, so that a run
-    which is still being written can be watched.
+    Returned by ``tracking.open``. Every call reads the files again, so that a run can be
+    watched while it is being written.
 
     Parameters
     ----------
@@ -36,7 +35,7 @@ class PastRun:
 
     @property
     def manifest(self) -> Manifest:
-        """What is known of the run as a whole."""
+        """Facts about the run as a whole."""
         return Manifest.read(self.path)
 
     @property
@@ -48,7 +47,7 @@ class PastRun:
     def status(self) -> str:
         """``running``, ``finished``, ``failed`` or ``killed``.
 
-        The last also if the run says ``running`` and nobody writes it any more.
+        A run that says ``running`` but that no process writes was ``killed``.
         """
         return get_status(self.path, self.manifest)
 
@@ -60,21 +59,21 @@ class PastRun:
         superseded: bool = False,
         rank: int | None = None,
     ) -> pa.Table:
-        """Rows of the run, in order of rank and ``seq``.
+        """Read the rows of the run, in order of rank and ``seq``.
 
         Parameters
         ----------
         what, set, name
-            Only rows that have these; None: any.
+            Only rows with these values; None: any.
         superseded
-            True: also rows that were overwritten or rewound, and the control rows that
-            say so; a column ``superseded`` tells the former.
+            Include rows that were overwritten or rewound, and the control rows that did
+            so; the column ``superseded`` is true for the former.
         rank
-            Only rows of this rank; None: of all.
+            Only rows of this rank; None: all ranks.
 
         Returns
         -------
-        Table in the schema of ``tracking.schema``
+        table in the schema of ``tracking.schema``
         """
         schema = SCHEMA
         if superseded:
@@ -83,38 +82,41 @@ class PastRun:
         for dir_rank, rank_dir in list_rank_dirs(self.path).items():
             if rank in (None, dir_rank):
                 table = read_records(rank_dir)[0]
-                alive = _alive(table)
+                is_live = _mask_live(table)
                 if superseded:
-                    gone = ~(alive | _is_control(table))
-                    table = table.append_column(schema.field("superseded"), [gone])
-                elif not alive.all():
-                    table = table.filter(pa.array(alive))
-                tables.append(_having(table, what=what, set=set, name=name))
+                    is_superseded = ~(is_live | _mask_control(table))
+                    table = table.append_column(
+                        schema.field("superseded"), [is_superseded]
+                    )
+                elif not is_live.all():
+                    table = table.filter(pa.array(is_live))
+                tables.append(_filter_rows(table, what=what, set=set, name=name))
         return pa.concat_tables(tables).unify_dictionaries()
 
     @property
     def damage(self) -> list[Damage]:
-        """What could not be read of the records; empty if all is well."""
-        parts = list_rank_dirs(self.path).values()
-        return [damage for rank_dir in parts for damage in read_records(rank_dir)[1]]
+        """Damage in the files of the records; empty if there is none."""
+        rank_dirs = list_rank_dirs(self.path).values()
+        return [one for rank_dir in rank_dirs for one in read_records(rank_dir)[1]]
 
     @property
     def params(self) -> dict[str, Any]:
-        """Hyper-parameters; of each the last value."""
+        """Last value of each hyper-parameter."""
         return self._last_values("params")
 
     @property
     def tags(self) -> dict[str, Any]:
-        """Tags; of each the last value."""
+        """Last value of each tag."""
         return self._last_values("tags")
 
     def wide(self) -> pa.Table:
-        """Metrics with a row for each index and a column for each ``<set>/<name>``.
+        """Return metrics with a row for each index and a column for each ``<set>/<name>``.
 
         Returns
         -------
-        Table with ``index`` and one float64 column for each numeric metric; null where
-        it has no value. Of several values at one index the last of the lowest rank.
+        table with ``index`` and one float64 column for each numeric metric; null where
+        it has no value. If there are several values at one index, the last one of the
+        lowest rank is taken.
         """
         table = self.records(what="metrics")
         table = table.filter(
@@ -122,10 +124,10 @@ class PastRun:
         )
         index = table["index"].to_numpy()
         rows, row = np.unique(index, return_inverse=True)
-        # Ranks come in rising order: written backwards, the lowest rank's is left.
+        # Ranks are in rising order: written backwards, the lowest rank's value remains.
         order = np.argsort(-table["rank"].to_numpy(), kind="stable")
         columns: dict[str, pa.Array] = {"index": pa.array(rows)}
-        for key, found in _by_key(table):
+        for key, found in _mask_by_key(table):
             at = order[found[order]]
             values = np.zeros(len(rows))
             values[row[at]] = table["value"].to_numpy()[at]
@@ -135,7 +137,7 @@ class PastRun:
         return pa.table(columns)
 
     def summary(self) -> dict[str, dict[str, float]]:
-        """Of each metric ``<set>/<name>``: ``last``, ``min``, ``max``, ``count``."""
+        """Return ``last``, ``min``, ``max`` and ``count`` of each metric ``<set>/<name>``."""
         wide = self.wide()
         found = {}
         for key in wide.column_names[1:]:
@@ -153,7 +155,6 @@ class PastRun:
         return f"<PastRun {self.id}>"
 
     def _last_values(self, what: str) -> dict[str, Any]:
-        """Last value of each name."""
         table = self.records(what=what, rank=0).select(
             ["name", "kind", "value", "payload"]
         )
@@ -166,32 +167,32 @@ class PastRun:
 def open(
     ref: str | os.PathLike[str], runs_dir: str | os.PathLike[str] | None = None
 ) -> PastRun:
-    """A run of the past, or one that is being written.
+    """Open a run, finished or being written.
 
     Parameters
     ----------
     ref
-        Its folder, id or name, or a part of id or name that no other run has.
+        Its folder, id or name, or any piece of an id or name that is unique among runs.
     runs_dir
         Folder of runs; None: ``HARNESS_RUNS``, else ``./runs``.
 
     Raises
     ------
     RunNotFoundError
-        If no run answers to ``ref``, or several do.
+        If no run matches ``ref``, or several do.
     """
     return PastRun(find_run(ref, runs_dir))
 
 
 def list_runs(runs_dir: str | os.PathLike[str] | None = None) -> list[PastRun]:
-    """All runs of a folder, newest first."""
+    """Return all runs of a folder, newest first."""
     return [PastRun(path) for path in run_paths(runs_dir)]
 
 
 def find_highest_indices(rank_dir: Path) -> dict[tuple[str, str], int]:
-    """Highest index of each (what, set) among the rows of a part that count."""
+    """Return the highest index of each (what, set) among a rank's live rows."""
     table = read_records(rank_dir)[0]
-    table = table.filter(pa.array(_alive(table)))
+    table = table.filter(pa.array(_mask_live(table)))
     table = table.filter(pc.is_valid(table["index"]))
     names = ["what", "set"]
     plain = pa.table(
@@ -201,39 +202,39 @@ def find_highest_indices(rank_dir: Path) -> dict[tuple[str, str], int]:
     return {(row["what"], row["set"]): row["index_max"] for row in highest}
 
 
-def _alive(table: pa.Table) -> Any:
-    """Mask of the rows of a whole part that count."""
+def _mask_live(table: pa.Table) -> Any:
+    """Mask of the live rows among all rows of a rank."""
     tombstones = Tombstones()
     tombstones.add(table)
     return tombstones.mask_live(table)
 
 
-def _is_control(table: pa.Table) -> Any:
-    """Mask of the control rows."""
-    return np.logical_or.reduce([_equal(table, "kind", kind) for kind in CONTROL])
+def _mask_control(table: pa.Table) -> Any:
+    return np.logical_or.reduce([_mask_equal(table, "kind", kind) for kind in CONTROL])
 
 
-def _having(table: pa.Table, **wanted: str | None) -> pa.Table:
-    """Rows that have these words in their columns; None is any."""
+def _filter_rows(table: pa.Table, **wanted: str | None) -> pa.Table:
+    """Keep the rows with these words in their columns; None matches any."""
     for column, word in wanted.items():
         if word is not None:
-            table = table.filter(pa.array(_equal(table, column, word)))
+            table = table.filter(pa.array(_mask_equal(table, column, word)))
     return table
 
 
-def _equal(table: pa.Table, column: str, word: str) -> Any:
-    """Mask of the rows with a word in a column of words."""
+def _mask_equal(table: pa.Table, column: str, word: str) -> Any:
     return np.asarray(pc.equal(table[column], word), bool)
 
 
-def _by_key(table: pa.Table) -> list[tuple[str, Any]]:
-    """Mask of the rows of each ``<set>/<name>``, in order of first appearance."""
+def _mask_by_key(table: pa.Table) -> list[tuple[str, Any]]:
+    """Return a mask of the rows of each ``<set>/<name>``, in order of appearance."""
     pairs = table.select(["set", "name"])
     plain = pa.table({n: pairs[n].cast(pa.string()) for n in pairs.column_names})
     distinct = plain.group_by(["set", "name"], use_threads=False).aggregate([])
     found = []
     for row in distinct.to_pylist():
         key = "/".join(word for word in (row["set"], row["name"]) if word)
-        mask = _equal(table, "set", row["set"]) & _equal(table, "name", row["name"])
+        mask = _mask_equal(table, "set", row["set"]) & _mask_equal(
+            table, "name", row["name"]
+        )
         found.append((key, mask))
     return found

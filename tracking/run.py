@@ -16,9 +16,8 @@ from typing import Any, Final, Literal
 
 from tracking import artifacts
 from tracking.delivery.process import DeliveryProcess
-from tracking.ending import describe_error, write_failure
 from tracking.errors import warn
-from tracking.journal.row_format import MARK, NO_COUNT, NO_EPOCH, SIZE
+from tracking.journal.row_format import MARK, NO_COUNT, NO_EPOCH, ROW_BYTES
 from tracking.journal.segment import CAPACITY
 from tracking.journal.writer import Journal
 from tracking.read import find_highest_indices
@@ -28,12 +27,12 @@ from tracking.schema import (
     OVERWRITE,
     REWIND,
     check_name,
+    fetch_values,
     find_copies,
     finish_leaf,
     flatten_value,
 )
-from tracking.store import Manifest, get_rank_dir
-from tracking.tensors import fetch_values
+from tracking.store import Manifest, describe_error, get_rank_dir, write_failure
 
 _FLOATS: Final = frozenset([float])
 _STATUSES: Final = ("finished", "failed", "killed")
@@ -440,7 +439,7 @@ class Run:
             group = block.groups.get((what, set))
             if group is None or name not in group.ids:
                 return False
-            at = group.series.index_for(index, step)
+            at = group.auto_index.choose(index, step)
             now = time.time_ns() // 1000
             after = NO_COUNT if step is None else step
             during = NO_EPOCH if epoch is None else epoch
@@ -449,7 +448,7 @@ class Run:
             if slot < CAPACITY:
                 # fmt: off
                 block.put(
-                    slot * SIZE, now, at, after, number, during, group.ids[name],
+                    slot * ROW_BYTES, now, at, after, number, during, group.ids[name],
                     FLOAT, 0, MARK ^ slot,
                 )
                 # fmt: on
@@ -481,7 +480,7 @@ class Run:
             keys = group.ids
             if not values.keys() <= keys.keys():
                 return False
-            at = group.series.index_for(index, step)
+            at = group.auto_index.choose(index, step)
             put, now = block.put, time.time_ns() // 1000
             after = NO_COUNT if step is None else step
             during = NO_EPOCH if epoch is None else epoch
@@ -489,7 +488,7 @@ class Run:
                 if slot < CAPACITY:
                     # fmt: off
                     put(
-                        slot * SIZE, now, at, after, number, during, keys[name],
+                        slot * ROW_BYTES, now, at, after, number, during, keys[name],
                         FLOAT, 0, MARK ^ slot,
                     )
                     # fmt: on
@@ -518,7 +517,7 @@ class Run:
         self._journal.check_open()
         is_new = append or index is None
         found = flatten_value(value, _place(what, set))
-        at = self._journal.series(what, set).index_for(index, step)
+        at = self._journal.get_auto_index(what, set).choose(index, step)
         counts = {"index": None if at == NO_COUNT else at, "epoch": epoch, "step": step}
         if not is_new:
             self._read_out()  # so that what waits comes before, and is superseded too

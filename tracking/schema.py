@@ -1,22 +1,28 @@
-"""What one record is: its columns, its kinds, and how a value becomes rows.
+"""The schema of records: columns, kinds, and how a logged value becomes rows.
 
 A logged value becomes one row or, for a dictionary, one row per leaf, whose name is
-the path to it joined by ``/``. Numbers and booleans go into ``value``, exact as
-float64; an integer that float64 cannot hold keeps its digits in ``payload``. All else
-is JSON in ``payload``, where NaN and the infinities, which JSON lacks, are written
-``{"$numberDouble": "NaN"}`` as MongoDB's Extended JSON (version 2) does.
+the path to it with ``/`` between the keys. Numbers and booleans go into ``value``,
+exact as float64; an integer beyond float64's range of exact integers keeps its digits
+in ``payload``. Everything else is JSON in ``payload``. JSON has no NaN and infinities:
+they are written as ``{"$numberDouble": "NaN"}``, as in MongoDB's Extended JSON
+(version 2).
+
+A tensor is copied on its device when it is logged, and read from there in bulk later.
+torch is never imported here: a tensor can only come from a process that has imported it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 import pyarrow as pa
-
-from tracking.tensors import TensorCopy, copy_tensor, is_tensor
 
 KINDS: Final = (
     "void",
@@ -32,13 +38,13 @@ KINDS: Final = (
 )
 VOID, FLOAT, INT, BOOL, STR, NONE, ARRAY, JSON, OVERWRITE, REWIND = range(len(KINDS))
 DEFERRED: Final = -1
-"""Kind of a leaf whose tensors are still to be read out; never written."""
+"""Kind of a leaf whose tensors have not been read from their device; never written."""
 
 VALUED: Final = (FLOAT, INT, BOOL, REWIND)
 """Kinds whose ``value`` is not null."""
 
 CONTROL: Final = ("overwrite", "rewind")
-"""Kinds that say something about earlier rows and hold no value of the user's."""
+"""Kinds that change the meaning of earlier rows and have no value of the user's."""
 
 MAX_ELEMENTS: Final = 1024
 MAX_PAYLOAD_BYTES: Final = 1 << 20
@@ -64,11 +70,28 @@ SCHEMA: Final = pa.schema(
 )
 
 Leaf = tuple[str, int, float, Any]
-"""Name, kind, number, payload: JSON text, None, or under DEFERRED what is still to do."""
+"""Name, kind, number, payload. The payload is JSON text, None, or for ``DEFERRED`` a
+``TensorCopy`` or a JSON value that contains some."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorCopy:
+    """A tensor's value when it was logged.
+
+    Attributes
+    ----------
+    tensor
+        The copy, on the device of the original.
+    stream
+        CUDA stream that makes the copy; None on other devices.
+    """
+
+    tensor: Any
+    stream: Any
 
 
 def flatten_value(value: object, place: str) -> list[Leaf]:
-    """Rows that a logged value becomes, the whole value checked.
+    """Check a logged value and turn it into the leaves that become rows.
 
     Parameters
     ----------
@@ -76,20 +99,20 @@ def flatten_value(value: object, place: str) -> list[Leaf]:
         Number, bool, string, None, tensor or array of at most 1024 elements, or a
         dictionary (string keys), list or tuple of those.
     place
-        What messages start with, e.g. ``Run.log('metrics', 'train')``.
+        Start of error messages, e.g. ``Run.log('metrics', 'train')``.
 
     Returns
     -------
-    one leaf, or one per leaf of a dictionary; an empty dictionary is a leaf itself
+    one leaf, or one per leaf of a dictionary; an empty dictionary is itself a leaf
 
     Raises
     ------
     TypeError
-        If something else is found; the message names where.
+        If the value contains another type; the message gives the path to it.
     ValueError
         If it is too large, too deep or not valid Unicode.
     """
-    return list(_walk(value, "", "value", place, 0))
+    return list(_flatten(value, "", "value", place, 0))
 
 
 def check_name(name: object, word: str, place: str) -> None:
@@ -106,17 +129,18 @@ def check_name(name: object, word: str, place: str) -> None:
 
 
 def finish_leaf(name: str, value: Any, values: Mapping[int, Any], place: str) -> Leaf:
-    """Leaf of a value whose copies have been read out into ``values``."""
+    """Make the leaf of a deferred value from the results of ``fetch_values``."""
     if not isinstance(value, TensorCopy):
-        return name, JSON, 0.0, _json(_filled(value, values), "value", place)
+        return name, JSON, 0.0, _dump_json(_fill_copies(value, values), "value", place)
     number = values[id(value)]
     if isinstance(number, list):
-        return name, ARRAY, 0.0, _json(_plain(number, "value", place, 0, []), "", place)
-    return _scalar(name, number, place)
+        plain = _to_plain(number, "value", place, 0, [])
+        return name, ARRAY, 0.0, _dump_json(plain, "", place)
+    return _make_scalar(name, number, place)
 
 
 def find_copies(value: Any) -> Iterator[TensorCopy]:
-    """Copies of tensors inside a leaf's payload, in order."""
+    """Yield the tensor copies in a deferred leaf's payload, in order."""
     if isinstance(value, TensorCopy):
         yield value
     elif isinstance(value, list):
@@ -128,7 +152,7 @@ def find_copies(value: Any) -> Iterator[TensorCopy]:
 
 
 def parse_value(kind: str, value: float | None, payload: str | None) -> Any:
-    """Python value that a row holds; the inverse of ``leaves`` for one leaf.
+    """Return the Python value of a row; the inverse of ``flatten_value`` for one leaf.
 
     Examples
     --------
@@ -143,15 +167,14 @@ def parse_value(kind: str, value: float | None, payload: str | None) -> Any:
         return bool(value)
     if kind == "int" and payload is None:
         return None if value is None else int(value)
-    return None if payload is None else _restored(json.loads(payload))
+    return None if payload is None else _from_plain(json.loads(payload))
 
 
-def _walk(
+def _flatten(
     value: object, name: str, path: str, place: str, depth: int
 ) -> Iterator[Leaf]:
-    """Leaves of a value, depth first."""
     if not isinstance(value, Mapping):
-        yield _leaf(name, value, path, place)
+        yield _make_leaf(name, value, path, place)
         return
     _check_depth(depth, path, place)
     if not value:
@@ -162,31 +185,30 @@ def _walk(
             continue
         check_name(key, f"key in {path}", place)
         below = f"{name}/{key}" if name else key
-        yield from _walk(item, below, f"{path}[{key!r}]", place, depth + 1)
+        yield from _flatten(item, below, f"{path}[{key!r}]", place, depth + 1)
 
 
-def _leaf(name: str, value: object, path: str, place: str) -> Leaf:
-    """One leaf of anything but a dictionary."""
+def _make_leaf(name: str, value: object, path: str, place: str) -> Leaf:
     if value is None or isinstance(value, float | int | str):
-        return _scalar(name, value, place)
+        return _make_scalar(name, value, place)
     if is_tensor(value):
         _check_tensor(value, path, place)
         return name, DEFERRED, 0.0, copy_tensor(value)
     if isinstance(value, list | tuple):
         found: list[TensorCopy] = []
-        plain = _plain(value, path, place, 0, found)
+        plain = _to_plain(value, path, place, 0, found)
         if found:
             return name, DEFERRED, 0.0, plain
-        return name, JSON, 0.0, _json(plain, path, place)
-    array = _listed(value, path, place)
+        return name, JSON, 0.0, _dump_json(plain, path, place)
+    array = _to_list(value, path, place)
     if isinstance(array, list):
-        plain = _plain(array, path, place, 0, [])
-        return name, ARRAY, 0.0, _json(plain, path, place)
-    return _scalar(name, array, place)
+        plain = _to_plain(array, path, place, 0, [])
+        return name, ARRAY, 0.0, _dump_json(plain, path, place)
+    return _make_scalar(name, array, place)
 
 
-def _scalar(name: str, value: Any, place: str) -> Leaf:
-    """Leaf of a number, bool, string or None; subclasses of them count as they do."""
+def _make_scalar(name: str, value: Any, place: str) -> Leaf:
+    """Make the leaf of a number, bool, string or None, or of a subclass of those."""
     if isinstance(value, bool):
         return name, BOOL, float(value), None
     if isinstance(value, float):
@@ -195,33 +217,32 @@ def _scalar(name: str, value: Any, place: str) -> Leaf:
         value = int(value)
         if -EXACT <= value <= EXACT:
             return name, INT, float(value), None
-        return name, INT, _nearest(value), _digits(value, place)
+        return name, INT, _round_to_float(value), _format_int(value, place)
     if value is None:
         return name, NONE, 0.0, "null"
-    return name, STR, 0.0, _json(str.__str__(value), "value", place)
+    return name, STR, 0.0, _dump_json(str.__str__(value), "value", place)
 
 
-def _nearest(value: int) -> float:
-    """float64 nearest to an integer: an infinity beyond its range, as IEEE 754 has."""
+def _round_to_float(value: int) -> float:
+    """Round an integer to float64: to an infinity beyond its range, as IEEE 754 says."""
     try:
         return float(value)
     except OverflowError:
         return math.inf if value > 0 else -math.inf
 
 
-def _digits(value: int, place: str) -> str:
-    """Digits of an integer."""
+def _format_int(value: int, place: str) -> str:
     try:
         return str(value)
     except ValueError as error:  # sys.set_int_max_str_digits, 4300 by default
         raise ValueError(
-            f"{place}: expected an integer that Python writes out, got one of "
-            f"{value.bit_length()} bits. Pass it as hex(value)."
+            f"{place}: expected an integer that Python can convert to decimal, got one "
+            f"of {value.bit_length()} bits. Pass it as hex(value)."
         ) from error
 
 
-def _listed(value: Any, path: str, place: str) -> Any:
-    """NumPy's, or a like library's, array or scalar as lists and Python numbers."""
+def _to_list(value: Any, path: str, place: str) -> Any:
+    """Convert an array or scalar of NumPy, or of a similar library, to Python values."""
     shape = getattr(value, "shape", None)
     if (
         isinstance(shape, tuple)
@@ -232,86 +253,89 @@ def _listed(value: Any, path: str, place: str) -> Any:
         listed = value.tolist()
         if listed is None or isinstance(listed, float | int | str | list):
             return listed
-    raise _unloggable(value, path, place)
+    raise _type_error(value, path, place)
 
 
-def _plain(
+def _to_plain(
     value: Any, path: str, place: str, depth: int, found: list[TensorCopy]
 ) -> Any:
-    """JSON form of a value; tensors in it are copied, and also added to ``found``."""
+    """Convert a value to JSON types; tensors are copied, and also added to ``found``."""
     _check_depth(depth, path, place)
     if isinstance(value, float):
         value = float(value)
-        return value if math.isfinite(value) else {"$numberDouble": _spelt(value)}
+        return (
+            value
+            if math.isfinite(value)
+            else {"$numberDouble": _spell_special_float(value)}
+        )
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, int):
-        _digits(value, place)
+        _format_int(value, place)
         return int(value)
     if isinstance(value, str):
         return str.__str__(value)
     if isinstance(value, list | tuple):
         return [
-            _plain(item, f"{path}[{i}]", place, depth + 1, found)
+            _to_plain(item, f"{path}[{i}]", place, depth + 1, found)
             for i, item in enumerate(value)
         ]
     if isinstance(value, Mapping):
-        return _plain_mapping(value, path, place, depth, found)
+        return _mapping_to_plain(value, path, place, depth, found)
     if is_tensor(value):
         _check_tensor(value, path, place)
         found.append(copy_tensor(value))
         return found[-1]
-    return _plain(_listed(value, path, place), path, place, depth + 1, found)
+    return _to_plain(_to_list(value, path, place), path, place, depth + 1, found)
 
 
-def _plain_mapping(
+def _mapping_to_plain(
     value: Mapping[Any, Any], path: str, place: str, depth: int, found: list[TensorCopy]
 ) -> dict[str, Any]:
-    """JSON form of a dictionary inside a list."""
+    """Convert a dictionary inside a list to JSON types."""
     plain = {}
     for key, item in value.items():
         if not isinstance(key, str):
             check_name(key, f"key in {path}", place)
-        plain[key] = _plain(item, f"{path}[{key!r}]", place, depth + 1, found)
-    # A user's own dictionary that looks like our notation is marked as literal.
+        plain[key] = _to_plain(item, f"{path}[{key!r}]", place, depth + 1, found)
+    # Mark a user's dictionary that looks like our notation as literal.
     if plain.keys() in ({"$numberDouble"}, {"$literal"}):
         return {"$literal": plain}
     return plain
 
 
-def _filled(value: Any, values: Mapping[int, Any]) -> Any:
-    """JSON form in which each copy is replaced by what was read out of it."""
+def _fill_copies(value: Any, values: Mapping[int, Any]) -> Any:
+    """Replace each tensor copy in a JSON value by the value read from it."""
     if isinstance(value, TensorCopy):
-        return _plain(values[id(value)], "value", "", 0, [])
+        return _to_plain(values[id(value)], "value", "", 0, [])
     if isinstance(value, list):
-        return [_filled(item, values) for item in value]
+        return [_fill_copies(item, values) for item in value]
     if isinstance(value, dict):
-        return {key: _filled(item, values) for key, item in value.items()}
+        return {key: _fill_copies(item, values) for key, item in value.items()}
     return value
 
 
-def _restored(plain: Any) -> Any:
-    """What JSON in our notation stands for."""
+def _from_plain(plain: Any) -> Any:
+    """Undo ``_to_plain``."""
     if isinstance(plain, list):
-        return [_restored(item) for item in plain]
+        return [_from_plain(item) for item in plain]
     if not isinstance(plain, dict):
         return plain
     if plain.keys() == {"$numberDouble"}:
         return float(plain["$numberDouble"])
     if plain.keys() == {"$literal"}:
         plain = plain["$literal"]
-    return {key: _restored(item) for key, item in plain.items()}
+    return {key: _from_plain(item) for key, item in plain.items()}
 
 
-def _spelt(value: float) -> str:
-    """Extended JSON's name of a value that JSON cannot write."""
+def _spell_special_float(value: float) -> str:
     if math.isnan(value):
         return "NaN"
     return "Infinity" if value > 0 else "-Infinity"
 
 
-def _json(plain: Any, path: str, place: str) -> str:
-    """JSON text, as readable as UTF-8 allows, of bounded size."""
+def _dump_json(plain: Any, path: str, place: str) -> str:
+    """Write JSON text of limited size, unescaped where UTF-8 allows."""
     text = json.dumps(plain, ensure_ascii=False, separators=(",", ":"))
     try:
         size_bytes = len(text.encode())
@@ -327,14 +351,12 @@ def _json(plain: Any, path: str, place: str) -> str:
 
 
 def _check_tensor(value: Any, path: str, place: str) -> None:
-    """Raise unless a tensor is small and real."""
     _check_size(int(value.numel()), path, place)
     if value.is_complex():
-        raise _unloggable(value, path, place)
+        raise _type_error(value, path, place)
 
 
 def _check_size(num_elements: int, path: str, place: str) -> None:
-    """Raise if an array has too many elements for a record."""
     if num_elements > MAX_ELEMENTS:
         raise ValueError(
             f"{place}: expected at most {MAX_ELEMENTS} elements at {path}, "
@@ -343,18 +365,71 @@ def _check_size(num_elements: int, path: str, place: str) -> None:
 
 
 def _check_depth(depth: int, path: str, place: str) -> None:
-    """Raise if a value nests too deep, as one that holds itself does."""
+    """Raise if a value nests too deeply, as one that contains itself does."""
     if depth > MAX_DEPTH:
         raise ValueError(
             f"{place}: expected at most {MAX_DEPTH} levels of nesting, got more at "
-            f"{path[:60]}... Flatten it, or see whether it holds itself."
+            f"{path[:60]}... Flatten it, or check whether it contains itself."
         )
 
 
-def _unloggable(value: object, path: str, place: str) -> TypeError:
-    """Error for a value that no record can hold."""
+def _type_error(value: object, path: str, place: str) -> TypeError:
     return TypeError(
         f"{place}: expected a number, bool, string, None, small tensor or array, or a "
         f"dict or list of those, got {value!r:.200} at {path}. "
         "Convert it, or save it to a file and use log_artifact."
     )
+
+
+# ----------------------------------------------------------------------- tensors
+
+
+def is_tensor(value: object) -> bool:
+    """Whether ``value`` has a tensor's ``detach``, ``clone``, ``numel``, ``tolist``."""
+    return all(hasattr(value, name) for name in ("detach", "clone", "numel", "tolist"))
+
+
+def copy_tensor(tensor: Any) -> TensorCopy:
+    """TensorCopy of a tensor on its own device; waits for no device."""
+    clone = tensor.detach().clone()
+    stream = None
+    if getattr(clone, "is_cuda", False):
+        stream = sys.modules["torch"].cuda.current_stream(clone.device)
+    return TensorCopy(clone, stream)
+
+
+def fetch_values(copies: Iterable[TensorCopy]) -> dict[int, Any]:
+    """Read copies from their devices; the values are keyed by the ``id`` of each copy.
+
+    Notes
+    -----
+    Scalars of one device, dtype and stream are stacked and fetched together: one wait
+    for the device instead of one each. The stream that made a copy also reads it, so
+    that no event is needed to order the two.
+    """
+    groups: defaultdict[Any, list[TensorCopy]] = defaultdict(list)
+    values: dict[int, Any] = {}
+    for copy in copies:
+        if copy.tensor.ndim == 0:
+            kind = (copy.tensor.device, copy.tensor.dtype, copy.stream)
+            groups[kind].append(copy)
+        else:
+            with _on_stream(copy.stream):
+                values[id(copy)] = copy.tensor.tolist()
+    for (_, _, stream), group in groups.items():
+        with _on_stream(stream):
+            stack = sys.modules["torch"].stack([copy.tensor for copy in group])
+            numbers = stack.tolist()
+        values |= {
+            id(copy): number for copy, number in zip(group, numbers, strict=True)
+        }
+    return values
+
+
+def _on_stream(stream: Any) -> contextlib.AbstractContextManager[Any]:
+    if stream is None:
+        return contextlib.nullcontext()
+    context: contextlib.AbstractContextManager[Any] = sys.modules["torch"].cuda.stream(
+        stream
+    )
+    return context

@@ -1,12 +1,13 @@
-"""The folder of runs: where it is, what a run's folder holds, finding a run again.
+"""The folder of runs: where it is, what it contains, how a run is found and how it ended.
 
 A run is ``<runs>/<id>/``: ``run.json`` (its manifest), ``records/<rank>/`` (journal),
-``artifacts/``, ``checkpoints/``, ``delivery/``. The id sorts by time and ends in a name
-one can say: ``20261122-235901-digits-amber-fox-3f2a``.
+``artifacts/``, ``checkpoints/``, ``delivery/``. The id sorts by time and ends in a
+readable name: ``20261122-235901-digits-amber-fox-3f2a``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -23,12 +24,16 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 
+from tracking import durable
 from tracking.errors import InvalidFileError, RunNotFoundError
 
 FORMAT: Final = 1
 MANIFEST: Final = "run.json"
+FAILURE: Final = "failure.json"
+"""Written beside the journal of a rank other than 0 that failed."""
+
 SECONDS: Final = len("20261122-235901")
-"""Characters of an id that tell its time."""
+"""Characters of an id that encode its time."""
 
 _T = TypeVar("_T")
 
@@ -50,7 +55,7 @@ snail sparrow stoat stork swan tapir tern toad trout turtle vole walrus weasel w
 
 @dataclass
 class Manifest:
-    """What is known of a run as a whole; ``run.json`` in its folder.
+    """Facts about a run as a whole, stored in its ``run.json``.
 
     Attributes
     ----------
@@ -59,20 +64,20 @@ class Manifest:
     status
         ``running``, ``finished``, ``failed`` or ``killed``, as the run itself wrote.
     error
-        ``type`` and ``message`` of what ended a failed run.
+        ``type`` and ``message`` of the exception that ended a failed run.
     command
         Words of the command line, secrets masked.
     git
         ``commit, branch, dirty, remote``; None outside a repository.
     mlflow
         The caller's own MLflow run that was active at the start: ``run_id``,
-        ``borrowed``, ``tracking_uri``. Else empty.
+        ``borrowed``, ``tracking_uri``. Empty if there was none.
     deliver, delivery
-        Whether rows go to MLflow, and options of that.
+        Whether rows are sent to MLflow, and the options for it.
     resumed
-        One entry for each time that the run was gone on with.
+        One entry for each time that the run was resumed.
     extra
-        Anything that JSON holds; for those who build on this.
+        Any JSON value, for packages that build on this one.
     """
 
     id: str
@@ -101,9 +106,10 @@ class Manifest:
     extra: dict[str, Any] = field(default_factory=dict)
 
     def write(self, run_path: Path) -> None:
-        """Write ``run.json`` of a run's folder, whole or not at all."""
+        """Replace ``run.json`` in a run's folder."""
         text = json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False)
-        write_atomically(run_path / MANIFEST, text.encode(errors="replace") + b"\n")
+        data = text.encode(errors="replace") + b"\n"
+        durable.write_atomically(run_path / MANIFEST, data)
 
     @classmethod
     def read(cls, run_path: Path) -> Manifest:
@@ -198,39 +204,38 @@ def _mismatch(error: msgspec.ValidationError) -> str:
     return f"expected other content in {place}, got: {problem}"
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace a file's content; a reader sees the old or the new one, whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+# ----------------------------------------------------------------------- folders
 
 
 def runs_folder(runs_dir: str | os.PathLike[str] | None = None) -> Path:
-    """The folder of runs: the argument, else ``HARNESS_RUNS``, else ``./runs``."""
-    # The one place that this variable is read at.
+    """Return the folder of runs: the argument, else ``HARNESS_RUNS``, else ``./runs``."""
+    # The only place that reads this variable.
     chosen = runs_dir or os.environ.get("HARNESS_RUNS") or "runs"  # noqa: TID251
     return Path(chosen).expanduser().absolute()
 
 
 def get_rank_dir(run_path: Path, rank: int) -> Path:
-    """Folder of one rank's part of a run's journal."""
+    """Return the folder of one rank's records."""
     return run_path / "records" / str(rank)
 
 
 def list_rank_dirs(run_path: Path) -> dict[int, Path]:
-    """Folders of a run's journal by rank, in order."""
+    """Return the folders of a run's records by rank, in order."""
     records = run_path / "records"
     if not records.is_dir():
         return {}
     ranks = sorted(int(p.name) for p in records.iterdir() if p.name.isdecimal())
     return {rank: get_rank_dir(run_path, rank) for rank in ranks}
+
+
+def get_lock_path(rank_dir: Path) -> Path:
+    """Return the lock file that the writer of a rank's records holds."""
+    return rank_dir / "lock"
+
+
+def is_being_written(rank_dir: Path) -> bool:
+    """Whether a live process is writing a rank's records."""
+    return durable.is_locked(get_lock_path(rank_dir))
 
 
 def create_run_dir(
@@ -242,10 +247,12 @@ def create_run_dir(
     ----------
     runs
         Folder of runs, made if absent.
-    experiment, name
-        Names from which the run's is made.
+    experiment
+        Begins the readable name if ``name`` is None.
+    name
+        Readable name; None: two random words.
     now
-        Time of its start, UTC; None: now.
+        Start time, UTC; None: the present.
 
     Returns
     -------
@@ -276,13 +283,13 @@ def create_run_dir(
     except OSError as error:
         raise type(error)(
             error.errno,
-            f"start(runs_dir={str(runs)!r}): expected a folder that can be written, got "
-            f"{error.strerror}. Give another one, or set HARNESS_RUNS.",
+            f"start(runs_dir={str(runs)!r}): expected a writable folder, got "
+            f"{error.strerror}. Pass another one, or set HARNESS_RUNS.",
         ) from error
 
 
 def run_paths(runs_dir: str | os.PathLike[str] | None = None) -> list[Path]:
-    """Folders of all runs, newest first."""
+    """Return the folders of all runs, newest first."""
     runs = runs_folder(runs_dir)
     if not runs.is_dir():
         return []
@@ -290,7 +297,7 @@ def run_paths(runs_dir: str | os.PathLike[str] | None = None) -> list[Path]:
     seconds = Counter(path.name[:SECONDS] for path in found)
 
     def age(path: Path) -> tuple[str, str, str]:
-        # Ids tell the second; only runs of the same one need to be asked for more.
+        # An id has whole seconds: only runs of the same second need their manifest.
         is_alone = seconds[path.name[:SECONDS]] == 1
         return path.name[:SECONDS], "" if is_alone else _created(path), path.name
 
@@ -298,7 +305,7 @@ def run_paths(runs_dir: str | os.PathLike[str] | None = None) -> list[Path]:
 
 
 def _created(path: Path) -> str:
-    """When a run was created, as its manifest tells; empty if that cannot be read."""
+    """Return the creation time in the manifest; empty if it cannot be read."""
     try:
         return Manifest.read(path).created
     except (OSError, ValueError, RunNotFoundError):
@@ -308,12 +315,19 @@ def _created(path: Path) -> str:
 def find_run(
     ref: str | os.PathLike[str], runs_dir: str | os.PathLike[str] | None = None
 ) -> Path:
-    """Folder of a run, by path, id, name, or a part of id or name that only it has.
+    """Find the folder of a run.
+
+    Parameters
+    ----------
+    ref
+        Path, id, name, or any piece of an id or name that is unique among the runs.
+    runs_dir
+        Folder of runs, see ``runs_folder``.
 
     Raises
     ------
     RunNotFoundError
-        If no run answers to ``ref``, or several do.
+        If no run matches ``ref``, or several do.
     """
     path = Path(ref).expanduser()
     if (path / MANIFEST).is_file():
@@ -331,34 +345,106 @@ def find_run(
             return found[0]
         if found:
             raise RunNotFoundError(
-                f"open({wanted!r}): expected a part of one run's id or name, got one "
-                f"that {len(found)} have: {_listed(found)}. Give more of it."
+                f"open({wanted!r}): expected the id or name of one run, got a match "
+                f"with {len(found)}: {_join_ids(found)}. Give more of it."
             )
     raise RunNotFoundError(
-        f"open({wanted!r}): expected a run in {runs_folder(runs_dir)}, got none of that "
-        f"path, id or name. {_nearest(wanted, names)}"
+        f"open({wanted!r}): expected a run in {runs_folder(runs_dir)}, got none with "
+        f"this path, id or name. {_suggest(wanted, names)}"
     )
 
 
-def _nearest(wanted: str, names: dict[Path, str]) -> str:
-    """What a user who mistyped a run may have meant."""
+def _suggest(wanted: str, names: dict[Path, str]) -> str:
     if not names:
-        return "There is no run there yet: give runs_dir, or set HARNESS_RUNS."
+        return "The folder has no runs yet: pass runs_dir, or set HARNESS_RUNS."
     known = {name: path.name for path, name in names.items()}
     known |= {path.name: path.name for path in names}
     near = difflib.get_close_matches(wanted, known, n=3, cutoff=0.4)
     if near:
         return f"Nearest: {', '.join(dict.fromkeys(near))}."
-    return f"The latest: {_listed([*names][:3])}."
+    return f"The latest: {_join_ids([*names][:3])}."
 
 
-def _listed(found: list[Path]) -> str:
-    """Ids of runs, ten at most."""
+def _join_ids(found: list[Path]) -> str:
     more = ", ..." if len(found) > 10 else ""
     return ", ".join(path.name for path in found[:10]) + more
 
 
 def _slug(name: str) -> str:
-    """A name as a part of a folder's name."""
+    """Turn a name into letters, digits and dashes for a folder's name."""
     plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
     return re.sub(r"[^a-z0-9]+", "-", plain.lower()).strip("-")[:48].strip("-") or "run"
+
+
+# ------------------------------------------------------------------ how a run ended
+
+
+@dataclass
+class Failure:
+    """Exception that ended one rank, stored in its ``failure.json``.
+
+    Attributes
+    ----------
+    time
+        UTC, ISO 8601.
+    """
+
+    type: str
+    message: str
+    time: str
+
+
+def describe_error(error: BaseException) -> dict[str, str]:
+    """Return type and message of an exception, as a manifest stores them."""
+    return {"type": type(error).__name__, "message": str(error)[:10_000]}
+
+
+def write_failure(rank_dir: Path, error: BaseException, time: str) -> None:
+    """Record why a rank failed; rank 0 may be killed before it can do so itself."""
+    text = json.dumps(describe_error(error) | {"time": time})
+    with contextlib.suppress(OSError):  # a full disk must not hide the error itself
+        durable.write_atomically(rank_dir / FAILURE, text.encode(errors="replace"))
+
+
+def remove_failures(run_path: Path) -> None:
+    """Remove the failures of all ranks, as a resumed run does first."""
+    for rank_dir in list_rank_dirs(run_path).values():
+        (rank_dir / FAILURE).unlink(missing_ok=True)
+
+
+def get_status(run_path: Path, manifest: Manifest) -> str:
+    """Return the status of a run.
+
+    A run that says ``running`` although no process writes it has ``failed`` if a rank
+    left a failure, since that may have ended rank 0 too; otherwise it was ``killed``.
+    """
+    if manifest.status == "running" and not is_being_written(get_rank_dir(run_path, 0)):
+        # It may have finished since the caller read the manifest.
+        written = Manifest.read(run_path).status
+        if written != "running":
+            return written
+        return "failed" if _read_failures(run_path) else "killed"
+    return manifest.status
+
+
+def get_first_error(run_path: Path, manifest: Manifest) -> dict[str, str] | None:
+    """Return ``type`` and ``message`` of the earliest failure on any rank, if any."""
+    found = _read_failures(run_path)
+    if manifest.error is not None:
+        kind, message = (manifest.error.get(key, "") for key in ("type", "message"))
+        found.append(Failure(kind, message, manifest.ended or ""))
+    if not found:
+        return None
+    first = min(found, key=lambda failure: failure.time)
+    return {"type": first.type, "message": first.message}
+
+
+def _read_failures(run_path: Path) -> list[Failure]:
+    """Read the failures of ranks other than 0; each message names its rank."""
+    found = []
+    for rank, rank_dir in list_rank_dirs(run_path).items():
+        with contextlib.suppress(OSError, InvalidFileError):
+            failure = read_json(rank_dir / FAILURE, Failure, advice="Remove the file.")
+            failure.message += f" (rank {rank})"
+            found.append(failure)
+    return found

@@ -5,16 +5,20 @@ from datetime import UTC, datetime
 
 import pytest
 
+import tracking
+from tracking.cli.overview import overview
 from tracking.errors import InvalidFileError, RunNotFoundError
 from tracking.store import (
+    FAILURE,
     Manifest,
     create_run_dir,
     find_run,
+    get_first_error,
     get_rank_dir,
+    get_status,
     list_rank_dirs,
     run_paths,
     runs_folder,
-    write_atomically,
 )
 
 
@@ -58,7 +62,8 @@ def test_make_run_name_without_a_letter_of_ascii_has_a_folder_too(tmp_path):
 def test_make_run_where_nothing_can_be_made_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(
-        OSError, match=r"start\(runs_dir='.*file'\): expected a folder .* HARNESS_RUNS"
+        OSError,
+        match=r"start\(runs_dir='.*file'\): expected a writable folder.* HARNESS_RUNS",
     ):
         create_run_dir(tmp_path / "file", None, None)
 
@@ -120,14 +125,6 @@ def test_manifest_absent_is_no_run(tmp_path):
         Manifest.read(tmp_path)
 
 
-def test_write_atomically_failure_leaves_the_old_file_and_nothing_else(tmp_path):
-    target = tmp_path / "target"
-    target.mkdir()  # a file cannot replace a folder, for root neither
-    with pytest.raises(OSError, match="target"):
-        write_atomically(target, b"new")
-    assert [p.name for p in tmp_path.iterdir()] == ["target"]
-
-
 def test_find_run_by_path_id_name_or_part_of_them(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     runs = tmp_path / "runs"
@@ -145,7 +142,7 @@ def test_find_run_by_path_id_name_or_part_of_them(tmp_path, monkeypatch):
 def test_find_run_part_of_several_names_them(tmp_path):
     one, two = (add(tmp_path, name) for name in ("amber-fox", "amber-owl"))
     with pytest.raises(
-        RunNotFoundError, match=r"expected a part of one run's id or name.*2 have"
+        RunNotFoundError, match=r"expected the id or name of one run.*with 2"
     ) as caught:
         find_run("amber", tmp_path)
     assert one.name in str(caught.value)
@@ -162,9 +159,7 @@ def test_find_run_mistyped_offers_the_nearest(tmp_path):
 
 
 def test_find_run_without_any_says_where_it_looked(tmp_path):
-    with pytest.raises(
-        RunNotFoundError, match=r"expected a run in .* no run there yet"
-    ):
+    with pytest.raises(RunNotFoundError, match=r"expected a run in .* has no runs yet"):
         find_run("x", tmp_path / "nowhere")
 
 
@@ -192,3 +187,73 @@ def test_runs_of_one_second_are_listed_newest_first(tmp_path):
         created = f"2026-11-22T23:59:01.00{ms}000+00:00"
         Manifest(id=run_id, name=run_id, created=created).write(tmp_path / run_id)
     assert [path.name for path in run_paths(tmp_path)] == ids[::-1]
+
+
+# ------------------------------------------------------------------ how a run ended
+
+
+@pytest.fixture
+def ranks(tmp_path):
+    """Runs of ranks 0 and 1 of one run."""
+    first = tracking.start(runs_dir=tmp_path, delivery=False)
+    second = tracking.start(runs_dir=tmp_path, rank=1, run_id=first.id, delivery=False)
+    yield first, second
+    second.finish()
+    first.finish()
+
+
+def test_status_of_a_run_nobody_writes_is_killed(tmp_path):
+    manifest = Manifest(id="x", name="x")
+    manifest.write(tmp_path)
+    assert get_status(tmp_path, manifest) == "killed"
+    finished = Manifest(id="x", name="x", status="finished")
+    assert get_status(tmp_path, finished) == "finished"
+    # It finished after the caller had read its manifest.
+    finished.write(tmp_path)
+    assert get_status(tmp_path, manifest) == "finished"
+
+
+def test_rank_that_failed_tells_why_where_rank_0_could_not(ranks):
+    first, second = ranks
+    second.finish("failed", ValueError("boom"))
+    first._journal.close()  # as a kill leaves it: no word in the manifest
+    past = tracking.open(first.path)
+    assert past.status == "failed"
+    assert overview(past)["error"] == {"type": "ValueError", "message": "boom (rank 1)"}
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_error_is_the_first_of_all_ranks(ranks, order):
+    kinds = [RuntimeError("connection closed"), ValueError("boom")]
+    for rank in order:
+        ranks[rank].finish("failed", kinds[rank])
+    found = get_first_error(ranks[0].path, Manifest.read(ranks[0].path))
+    assert found is not None
+    assert found["type"] == type(kinds[order[0]]).__name__
+
+
+def test_killed_rank_is_no_failure(ranks):
+    first, second = ranks
+    second.finish("killed")
+    first._journal.close()
+    assert tracking.open(first.path).status == "killed"
+
+
+def test_resumed_run_removes_failures(ranks, tmp_path):
+    first, second = ranks
+    second.finish("failed", ValueError("boom"))
+    first._journal.close()
+    with tracking.start(runs_dir=tmp_path, run_id=first.id, delivery=False):
+        pass
+    past = tracking.open(first.path)
+    assert past.status == "finished"
+    assert overview(past)["error"] is None
+    assert past.manifest.resumed[0]["status"] == "failed"
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"message": "torn'])
+def test_invalid_failure_file_is_ignored(ranks, text):
+    first, second = ranks
+    (get_rank_dir(second.path, 1) / FAILURE).write_text(text)
+    first._journal.close()
+    assert tracking.open(first.path).status == "killed"

@@ -6,9 +6,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from tracking.delivery.state import DeliveryState, rows_behind
-from tracking.ending import get_first_error
 from tracking.read import PastRun
-from tracking.store import list_rank_dirs
+from tracking.store import get_first_error, list_rank_dirs
 
 
 def brief(run: PastRun) -> dict[str, Any]:

@@ -10,9 +10,8 @@ from typing import Final, TypeVar
 
 from tracking.delivery.state import DeliveryState
 from tracking.errors import TrackingError
-from tracking.journal.reader import is_being_written
 from tracking.mlflow_store.client import UnreachableError
-from tracking.store import get_rank_dir
+from tracking.store import get_rank_dir, is_being_written
 
 FIRST_DELAY_S: Final = 0.25
 LONGEST_DELAY_S: Final = 15.0

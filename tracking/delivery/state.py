@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from tracking.durable import write_atomically
 from tracking.journal.reader import JournalReader
-from tracking.store import get_rank_dir, write_atomically
+from tracking.store import get_rank_dir
 
 STATE: Final = "delivery/state.json"
 

@@ -22,9 +22,8 @@ import pyarrow as pa
 from tracking.delivery.process import DeliveryProcess, delivery_command
 from tracking.delivery.state import DeliveryState, rows_behind
 from tracking.errors import DeliveryError
-from tracking.journal.reader import is_being_written
 from tracking.read import PastRun
-from tracking.store import get_rank_dir
+from tracking.store import get_rank_dir, is_being_written
 
 DEFAULT_PATIENCE_S: Final = 10.0
 

@@ -24,14 +24,13 @@ from tracking.delivery.retry import LONGEST_DELAY_S, RetryPolicy
 from tracking.delivery.scan import ControlRows, JournalScan
 from tracking.delivery.state import DeliveryState
 from tracking.delivery.thinning import sent_at_once
-from tracking.ending import get_status
-from tracking.journal.reader import JournalReader, is_being_written
+from tracking.journal.reader import JournalReader
 from tracking.mlflow_store.client import GoneError, Point, UnreachableError
 from tracking.mlflow_store.points import UniqueTimestamps, points_table
 from tracking.mlflow_store.runs import RunResolver
 from tracking.mlflow_store.tags import STATUSES, as_ms
 from tracking.mlflow_store.writer import BATCH, RunWriter
-from tracking.store import get_rank_dir
+from tracking.store import get_rank_dir, get_status, is_being_written
 
 STAMPED_ROWS: Final = 1 << 16
 """Rows before the last one sent whose times are looked at for repetitions."""

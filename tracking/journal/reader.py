@@ -1,18 +1,13 @@
-"""One rank's part of a journal, read: whole, torn, or while it is being written.
+"""Read one rank's records: complete, torn, or while they are being written.
 
-A part is a folder of blocks numbered from 0: ``000012.arrow`` when sealed, a pair
-``000012.rows`` and ``000012.text`` before. ``seq`` is block * CAPACITY + slot. Reading
-changes nothing on the disk.
+The folder of a rank contains blocks numbered from 0: ``000012.arrow`` when sealed, a
+pair ``000012.rows`` and ``000012.text`` before. ``seq`` is block * CAPACITY + slot.
+Reading changes nothing on the disk.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import os
 import re
-import socket
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -20,81 +15,12 @@ from typing import Final
 import pyarrow as pa
 from pyarrow import compute as pc
 
-from tracking.errors import RunBusyError
-from tracking.journal import row_format as rows
-from tracking.journal import segment as sealed
-from tracking.journal.segment import CAPACITY, Damage
+from tracking.journal import row_format
+from tracking.journal.segment import CAPACITY, Damage, read_num_rows, read_segment
 from tracking.schema import SCHEMA
+from tracking.store import is_being_written
 
 _BLOCK: Final = re.compile(r"(\d{6,})\.(arrow|rows)")
-# Paths of the parts that this process writes. Their locks must not be touched here:
-# a process loses a POSIX lock when it closes any descriptor of the file.
-_HELD: Final[set[Path]] = set()
-
-
-class Lock:
-    """A part held for writing, until released or until the process ends.
-
-    Parameters
-    ----------
-    rank_dir
-        Folder of the part.
-
-    Raises
-    ------
-    RunBusyError
-        If a process, this one included, holds it already.
-    """
-
-    def __init__(self, rank_dir: Path) -> None:
-        self._rank_dir = rank_dir.resolve()
-        if self._rank_dir in _HELD:
-            raise _busy(rank_dir, f"process {os.getpid()} (this one)")
-        self._fd = os.open(_lock_file(rank_dir), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
-        try:
-            _acquire(self._fd, rank_dir)
-        except RunBusyError:
-            os.close(self._fd)
-            raise
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, f"{os.getpid()} on {socket.gethostname()}".encode(), 0)
-        _HELD.add(self._rank_dir)
-
-    def release(self) -> None:
-        """Let others write."""
-        if self._rank_dir in _HELD:
-            _HELD.discard(self._rank_dir)
-            os.close(self._fd)
-
-
-def forget_locks() -> None:
-    """Tell a forked child that it holds nothing."""
-    _HELD.clear()
-
-
-def is_being_written(rank_dir: Path) -> bool:
-    """Whether a live process holds a part for writing."""
-    if rank_dir.resolve() in _HELD:
-        return True
-    try:
-        fd = os.open(_lock_file(rank_dir), os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        fcntl.lockf(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno in (errno.EACCES, errno.EAGAIN)
-    finally:
-        os.close(fd)
-    return False
-
-
-def list_blocks(rank_dir: Path) -> list[int]:
-    """Numbers of the blocks that are there, in order."""
-    if not rank_dir.is_dir():
-        return []
-    found = (_BLOCK.fullmatch(path.name) for path in rank_dir.iterdir())
-    return sorted({int(match[1]) for match in found if match})
 
 
 @dataclass(frozen=True)
@@ -106,11 +32,12 @@ class BlockContent:
     table
         Rows that can be read, in the public schema.
     damage
-        What is amiss with a sealed block, or would be with one nobody writes.
+        Damage of a sealed block; in an open one, rows that are being written look the
+        same, so this counts only if the block has no writer.
     frontier
         Slots below it will not change.
     is_sealed
-        Whether no row can come any more.
+        Whether no more rows can come.
     """
 
     table: pa.Table
@@ -119,27 +46,47 @@ class BlockContent:
     is_sealed: bool
 
 
+def get_segment_path(rank_dir: Path, number: int) -> Path:
+    """Return the file of a sealed block."""
+    return rank_dir / f"{number:06d}.arrow"
+
+
+def get_rank(rank_dir: Path) -> int:
+    """Return the rank whose records a folder contains: its name."""
+    return int(rank_dir.name) if rank_dir.name.isdecimal() else 0
+
+
+def list_blocks(rank_dir: Path) -> list[int]:
+    """Return the numbers of the existing blocks, in order."""
+    if not rank_dir.is_dir():
+        return []
+    found = (_BLOCK.fullmatch(path.name) for path in rank_dir.iterdir())
+    return sorted({int(match[1]) for match in found if match})
+
+
 def read_block(rank_dir: Path, number: int) -> BlockContent | None:
-    """A block, sealed or open; None if it is not there.
+    """Read a block, sealed or open; None if it does not exist.
 
     Notes
     -----
-    The writer may seal a block, and remove the open pair, between two looks here. So
-    each is tried twice.
+    The writer may seal the block and remove the open pair while this looks for them, so
+    both are tried more than once.
     """
+    segment_path = get_segment_path(rank_dir, number)
     for _ in range(3):
         try:
-            table, damage = sealed.read(rank_dir / f"{number:06d}.arrow")
+            table, damage = read_segment(segment_path)
             return BlockContent(table, damage, CAPACITY, is_sealed=True)
         except FileNotFoundError:
             pass
         try:
-            found = rows.read_files(rank_dir, number)
+            found = row_format.read_block_files(rank_dir, number)
         except FileNotFoundError:
             continue
-        if (rank_dir / f"{number:06d}.arrow").exists():
+        if segment_path.exists():
             continue
-        decoded = rows.decode(rank_dir, number, _rank(rank_dir), *found)
+        rank = get_rank(rank_dir)
+        decoded = row_format.decode_block(rank_dir, number, rank, *found)
         return BlockContent(
             decoded.table, decoded.damage, decoded.frontier, is_sealed=False
         )
@@ -147,12 +94,12 @@ def read_block(rank_dir: Path, number: int) -> BlockContent | None:
 
 
 def read_records(rank_dir: Path) -> tuple[pa.Table, list[Damage]]:
-    """All rows of a part, superseded and control rows included, and its damages.
+    """Read all rows of a rank, including superseded and control rows.
 
     Parameters
     ----------
     rank_dir
-        Folder of the part, being written or not.
+        Folder of the rank's records, which may be being written.
 
     Returns
     -------
@@ -160,39 +107,39 @@ def read_records(rank_dir: Path) -> tuple[pa.Table, list[Damage]]:
 
     Notes
     -----
-    While the part is being written, rows that are not whole yet are left out without
-    a word; nothing is known to be lost then.
+    While the records are being written, incomplete rows are left out and are not
+    reported as damage.
     """
     is_live = is_being_written(rank_dir)
     tables, damage = [SCHEMA.empty_table()], []
     present = list_blocks(rank_dir)
     for number in range(present[-1] + 1 if present else 0):
-        view = read_block(rank_dir, number)
-        if view is None:
+        content = read_block(rank_dir, number)
+        if content is None:
             if not is_live:
-                path = rank_dir / f"{number:06d}.arrow"
-                damage.append(Damage(path, 0, CAPACITY, "the block is not there"))
+                path = get_segment_path(rank_dir, number)
+                damage.append(Damage(path, 0, CAPACITY, "the block is missing"))
             continue
-        tables.append(view.table)
-        if view.is_sealed or not is_live:
-            damage += view.damage
+        tables.append(content.table)
+        if content.is_sealed or not is_live:
+            damage += content.damage
     return pa.concat_tables(tables).unify_dictionaries(), damage
 
 
 class JournalReader:
-    """Rows of a part as they come, in order, each once.
+    """Reads a rank's rows as they are written: in order, each once.
 
     Parameters
     ----------
     rank_dir
-        Folder of the part; it may not be there yet.
+        Folder of the rank's records; it may not exist yet.
     after
-        ``seq`` of the last row that is not wanted any more; -1 for all.
+        ``seq`` of the last row to skip; -1 for none.
 
     Notes
     -----
-    While the part is being written, nothing after a row that is not whole yet is
-    given, for that row may still come. Once its writer is gone, it is passed over.
+    While the records are being written, the reader stops at a row that is incomplete,
+    since it may still be completed. Once there is no writer, it skips such a row.
     """
 
     def __init__(self, rank_dir: Path, after: int = -1) -> None:
@@ -202,19 +149,20 @@ class JournalReader:
         self._counts: dict[int, int] = {}
 
     def read(self, max_rows: int = 10_000) -> pa.Table:
-        """Next rows, at most ``max_rows``; an empty table if there are none yet.
+        """Read the next rows; an empty table if there are none yet.
 
         Parameters
         ----------
         max_rows : >= 1
-            Fewer may come although there are more: ask again until none do.
+            Fewer rows may be returned although there are more: call again until none
+            are.
 
         Returns
         -------
-        rows in the public schema, control rows included
+        rows in the public schema, including control rows
         """
         while True:
-            # In this order: a writer that ends in between has written all by then.
+            # In this order: a writer that ends in between has written everything.
             is_live = is_being_written(self.rank_dir)
             present = list_blocks(self.rank_dir)
             number = (self.after + 1) // CAPACITY
@@ -224,90 +172,63 @@ class JournalReader:
                     return SCHEMA.empty_table()
                 self.after = later[0] * CAPACITY - 1
                 continue
-            view = self._view(number)
-            table = _after(view, self.after, number, is_live=is_live)
+            content = self._read_block(number)
+            table = _select_rows(content, self.after, number, is_live=is_live)
             if table.num_rows:
                 table = table.slice(0, max_rows)
                 self.after = table["seq"][-1].as_py()
                 return table
-            is_done = view.is_sealed or view.frontier == CAPACITY or not is_live
+            is_done = content.is_sealed or content.frontier == CAPACITY or not is_live
             if not is_done or number == present[-1]:
                 return SCHEMA.empty_table()
             self.after = (number + 1) * CAPACITY - 1
 
     def count_unread(self) -> int:
-        """Rows that are there and have not been read."""
+        """Count the rows that exist and have not been read."""
         first = (self.after + 1) // CAPACITY
         count = 0
         for number in list_blocks(self.rank_dir):
             if number == first:
-                table = self._view(number).table
+                table = self._read_block(number).table
                 count += pc.sum(pc.greater(table["seq"], self.after)).as_py() or 0
             elif number > first:
-                count += self._count(number)
+                count += self._count_rows(number)
         return count
 
-    def _view(self, number: int) -> BlockContent:
-        """A block; a sealed one is kept, for it is read in several goes."""
+    def _read_block(self, number: int) -> BlockContent:
+        """Read a block; a sealed one is kept, since it is read in several steps."""
         if self._sealed and self._sealed[0] == number:
             return self._sealed[1]
-        view = read_block(self.rank_dir, number)
-        if view is None:  # removed by hand between two looks
+        content = read_block(self.rank_dir, number)
+        if content is None:  # somebody removed it after it was listed
             return BlockContent(SCHEMA.empty_table(), [], CAPACITY, is_sealed=True)
-        self._sealed = (number, view) if view.is_sealed else None
-        return view
+        self._sealed = (number, content) if content.is_sealed else None
+        return content
 
-    def _count(self, number: int) -> int:
-        """Rows of a block that none has been read of."""
+    def _count_rows(self, number: int) -> int:
+        """Count the rows of a block of which none was read."""
         if number in self._counts:
             return self._counts[number]
         try:
-            self._counts[number] = sealed.num_rows(
-                self.rank_dir / f"{number:06d}.arrow"
-            )
+            path = get_segment_path(self.rank_dir, number)
+            self._counts[number] = read_num_rows(path)
             return self._counts[number]
         except FileNotFoundError:
             pass
         try:
-            return rows.num_marked(self.rank_dir, number)
-        except FileNotFoundError:  # sealed just now
-            return self._count(number) if number in list_blocks(self.rank_dir) else 0
+            return row_format.count_rows(self.rank_dir, number)
+        except FileNotFoundError:  # it was sealed after the first look
+            return (
+                self._count_rows(number) if number in list_blocks(self.rank_dir) else 0
+            )
 
 
-def _after(view: BlockContent, after: int, number: int, *, is_live: bool) -> pa.Table:
-    """Rows of a block past ``after`` that are certain."""
-    wanted = pc.greater(view.table["seq"], after)
-    if is_live and not view.is_sealed:
-        end = number * CAPACITY + view.frontier
-        wanted = pc.and_(wanted, pc.less(view.table["seq"], end))
-    return view.table.filter(wanted)
-
-
-def _rank(rank_dir: Path) -> int:
-    """Rank that a part is of: the name of its folder."""
-    return int(rank_dir.name) if rank_dir.name.isdecimal() else 0
-
-
-def _lock_file(rank_dir: Path) -> Path:
-    return rank_dir / "lock"
-
-
-def _acquire(fd: int, rank_dir: Path) -> None:
-    """Take the lock; a reader that looks at it holds it for an instant only."""
-    for attempt in range(50):
-        try:
-            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                return  # no locks on this filesystem: the caller must take care
-            if attempt < 49:
-                time.sleep(0.01)
-    raise _busy(rank_dir, f"process {os.pread(fd, 300, 0).decode(errors='replace')}")
-
-
-def _busy(rank_dir: Path, holder: str) -> RunBusyError:
-    return RunBusyError(
-        f"Journal({str(rank_dir)!r}): expected a run that nobody is writing, got one held "
-        f"by {holder}. End that process, or start a run of its own here."
-    )
+def _select_rows(
+    content: BlockContent, after: int, number: int, *, is_live: bool
+) -> pa.Table:
+    """Select the rows of a block past ``after`` that will not change."""
+    wanted = pc.greater(content.table["seq"], after)
+    if is_live and not content.is_sealed:
+        end = number * CAPACITY + content.frontier
+        wanted = pc.and_(wanted, pc.less(content.table["seq"], end))
+    return content.table.filter(wanted)

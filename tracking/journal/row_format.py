@@ -1,9 +1,9 @@
-"""Bytes of an open block: its layout, and reading it back, torn or whole.
+"""The bytes of an open block: their layout, and how they are read, torn or complete.
 
-``000012.rows`` holds ``CAPACITY`` rows of 48 bytes, zeros where none is yet. The last
-field of a row tells that it is whole: a process killed while writing leaves a row
-without its mark. ``000012.text`` is appended to: one entry for each new (what, set,
-name), which rows then refer to by a number, and one for each payload.
+``000012.rows`` contains ``CAPACITY`` rows of 48 bytes; unused ones are zeros. The last
+field of a row is its mark, written last: a process that is killed while writing leaves a
+row without its mark. ``000012.text`` is appended to: one entry for each new (what, set,
+name), which rows then refer to by number, and one for each payload.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from tracking.schema import KINDS, NAMES, SCHEMA, VALUED, VOID
 ROW: Final = struct.Struct("<qqqdiIHHI")
 """time (us since 1970), index, step, value, epoch, key, kind, flags, mark."""
 
-SIZE: Final = ROW.size
+ROW_BYTES: Final = ROW.size
 MARK: Final = 0x9E2A6C5B
-"""A row's mark is this, xor its slot."""
+"""The mark of a row is this number xor its slot."""
 
-MARK_AT: Final = SIZE - 4
+MARK_AT: Final = ROW_BYTES - 4
 NO_COUNT: Final = -(2**63)
 """Null of ``index`` and ``step``."""
 
 NO_EPOCH: Final = -(2**31)
 HAS_TEXT: Final = 1
-"""Flag of a row that has a payload."""
+"""Flag of a row with a payload."""
 
 KEY, PAYLOAD = 1, 2
 """Tags of a text: a name, or the payload of the row in a slot."""
@@ -62,16 +62,16 @@ _SIGN: Final = b"\xff\xfe"
 
 @dataclass(frozen=True)
 class Decoded:
-    """What an open block holds.
+    """Content of an open block.
 
     Attributes
     ----------
     table
-        Its whole rows, in order.
+        Its complete rows, in order.
     frontier
-        First slot that is not whole yet: rows before it are final.
+        First slot that is not complete: rows before it are final.
     damage
-        What cannot be read, if the block's writer is gone.
+        What cannot be read, if the block has no writer any more.
     """
 
     table: pa.Table
@@ -79,108 +79,111 @@ class Decoded:
     damage: list[Damage]
 
 
-def paths(rank_dir: Path, number: int) -> tuple[Path, Path]:
-    """Files of an open block: rows and text."""
+def get_block_paths(rank_dir: Path, number: int) -> tuple[Path, Path]:
+    """Return the files of an open block: rows and text."""
     return rank_dir / f"{number:06d}.rows", rank_dir / f"{number:06d}.text"
 
 
-def read_files(rank_dir: Path, number: int) -> tuple[bytes, bytes, bytes]:
-    """Marks, rows and text of an open block, consistent while it is being written.
+def read_block_files(rank_dir: Path, number: int) -> tuple[bytes, bytes, bytes]:
+    """Read marks, rows and text of an open block while it may be being written.
 
     Notes
     -----
-    The rows are read twice: one whose mark is in the first reading is whole in the
-    second. The text is read last: it holds all that such rows refer to.
+    The rows are read twice: a row whose mark is in the first reading is complete in the
+    second. The text is read last: it contains everything that such rows refer to.
     """
-    rows, text = paths(rank_dir, number)
+    rows, text = get_block_paths(rank_dir, number)
     marks = rows.read_bytes()
     return marks, rows.read_bytes(), text.read_bytes() if text.exists() else b""
 
 
-def entry(tag: int, number: int, text: str) -> bytes:
-    """A text as it stands in the file."""
+def encode_text(tag: int, number: int, text: str) -> bytes:
+    """Encode a text as an entry of the file."""
     data = text.encode()
-    return _ENTRY.pack(_SIGN, tag, number, len(data), _check(tag, number, data)) + data
+    return (
+        _ENTRY.pack(_SIGN, tag, number, len(data), _checksum(tag, number, data)) + data
+    )
 
 
-def no_pause() -> None:
-    """Do nothing where others could be let go first."""
+def _no_pause() -> None:
+    pass
 
 
-def decode(
+def decode_block(
     rank_dir: Path,
     number: int,
     rank: int,
     marks: bytes,
     rows: bytes,
     text: bytes,
-    pause: Callable[[], None] = no_pause,
+    pause: Callable[[], None] = _no_pause,
 ) -> Decoded:
-    """Rows of an open block from the bytes of its files.
+    """Decode the bytes of an open block's files.
 
     Parameters
     ----------
     rank_dir, number, rank
-        Which block it is.
+        Identify the block.
     marks, rows, text
         Bytes of the files; ``marks`` is an earlier reading of ``rows``.
     pause
-        Called every half a millisecond or so: where the interpreter lock can be let go.
+        Called about every half millisecond, so that other threads can run.
     """
-    num_slots = min(len(marks), len(rows), CAPACITY * SIZE) // SIZE
+    num_slots = min(len(marks), len(rows), CAPACITY * ROW_BYTES) // ROW_BYTES
     found = np.frombuffer(rows, _DTYPE, num_slots)
-    whole = _whole(np.frombuffer(marks, _DTYPE, num_slots)["mark"])
+    is_complete = _has_mark(np.frombuffer(marks, _DTYPE, num_slots)["mark"])
     if marks is not rows:
-        whole &= _whole(found["mark"])
-    # A row that lies on two pages may have lost the first of them to a power cut.
-    whole &= (found["time"] > 0) & (found["time"] < _END_OF_TIME)
+        is_complete &= _has_mark(found["mark"])
+    # A power cut may lose the first page of a row that lies on two.
+    is_complete &= (found["time"] > 0) & (found["time"] < _END_OF_TIME)
     pause()
-    keys, payloads, torn_at = _parse_text(text, pause)
+    keys, payloads, torn_at = _parse_texts(text, pause)
 
-    slot = np.flatnonzero(whole)
+    slot = np.flatnonzero(is_complete)
     row = found if len(slot) == num_slots else found[slot]
-    known = _has_its_text(row, slot, keys, payloads)
-    lost = len(row) - int(known.sum())
-    final = whole.copy()
-    final[slot[~known]] = False
-    frontier = num_slots if final.all() else int(final.argmin())
-    damage = _damage(paths(rank_dir, number)[0], rows, whole)
-    if torn_at is not None or lost:
+    is_known = _has_texts(row, slot, keys, payloads)
+    num_lost = len(row) - int(is_known.sum())
+    is_final = is_complete.copy()
+    is_final[slot[~is_known]] = False
+    frontier = num_slots if is_final.all() else int(is_final.argmin())
+    rows_path, text_path = get_block_paths(rank_dir, number)
+    damage = _find_damage(rows_path, rows, is_complete)
+    if torn_at is not None or num_lost:
         offset = len(text) if torn_at is None else torn_at
         reason = "texts that rows refer to are torn or absent"
-        damage.append(Damage(paths(rank_dir, number)[1], offset, lost, reason))
+        damage.append(Damage(text_path, offset, num_lost, reason))
     pause()
-    kept = known & (row["kind"] != VOID)
+    kept = is_known & (row["kind"] != VOID)
     if not kept.all():
         row, slot = row[kept], slot[kept]
-    table = _as_table(row, slot, number * CAPACITY, rank, keys, payloads, pause)
+    table = _build_table(row, slot, number * CAPACITY, rank, keys, payloads, pause)
     return Decoded(table, frontier, damage)
 
 
-def num_marked(rank_dir: Path, number: int) -> int:
-    """Rows that an open block holds, those not readable for want of text included."""
-    data = paths(rank_dir, number)[0].read_bytes()
-    found = np.frombuffer(data, _DTYPE, min(len(data) // SIZE, CAPACITY))
-    return int((_whole(found["mark"]) & (found["kind"] != VOID)).sum())
+def count_rows(rank_dir: Path, number: int) -> int:
+    """Count the rows of an open block, including those whose text is missing."""
+    data = get_block_paths(rank_dir, number)[0].read_bytes()
+    found = np.frombuffer(data, _DTYPE, min(len(data) // ROW_BYTES, CAPACITY))
+    return int((_has_mark(found["mark"]) & (found["kind"] != VOID)).sum())
 
 
-def last_marked(rows: bytes) -> int:
-    """Highest slot that is written; -1 if none is."""
-    marked = np.flatnonzero(_whole(np.frombuffer(rows, _DTYPE, CAPACITY)["mark"]))
+def find_last_slot(rows: bytes) -> int:
+    """Return the highest slot that is written; -1 if none is."""
+    marked = np.flatnonzero(_has_mark(np.frombuffer(rows, _DTYPE, CAPACITY)["mark"]))
     return int(marked[-1]) if len(marked) else -1
 
 
 def has_holes(rows: bytes, limit: int) -> bool:
     """Whether a slot below ``limit`` has no row yet."""
-    return not _whole(np.frombuffer(rows, _DTYPE, limit)["mark"]).all()
+    return not _has_mark(np.frombuffer(rows, _DTYPE, limit)["mark"]).all()
 
 
-def _whole(marks: Any) -> Any:
-    """Mask of the slots, from 0, whose mark is in place."""
+def _has_mark(marks: Any) -> Any:
+    """Mask of the slots, counted from 0, that have their mark."""
     return (marks ^ np.uint32(MARK)) == np.arange(len(marks), dtype=np.uint32)
 
 
-def _has_its_text(
+def _has_texts(
     row: Any,
     slot: Any,
     keys: dict[int, tuple[str, str, str]],
@@ -188,34 +191,34 @@ def _has_its_text(
 ) -> Any:
     """Mask of the rows whose key, payload and kind are known."""
     highest = max(keys, default=-1) + 1
-    is_key = np.zeros(highest + 1, bool)  # the last is for all that are higher
+    is_key = np.zeros(highest + 1, bool)  # the last stands for all higher ones
     is_key[list(keys)] = True
-    known = is_key[np.minimum(row["key"], highest)] | (row["kind"] == VOID)
-    known &= row["kind"] < len(KINDS)
+    is_known = is_key[np.minimum(row["key"], highest)] | (row["kind"] == VOID)
+    is_known &= row["kind"] < len(KINDS)
     for at in np.flatnonzero(row["flags"] & HAS_TEXT):
-        known[at] &= int(slot[at]) in payloads
-    return known
+        is_known[at] &= int(slot[at]) in payloads
+    return is_known
 
 
-def _damage(path: Path, rows: bytes, whole: Any) -> list[Damage]:
-    """Torn rows, and a file that is too short or too long."""
-    num_slots = len(whole)
+def _find_damage(path: Path, rows: bytes, is_complete: Any) -> list[Damage]:
+    """Find torn rows, and a file that is too short or too long."""
+    num_slots = len(is_complete)
     damage = []
-    empty = np.flatnonzero(~whole)
-    raw = np.frombuffer(rows, np.int64, num_slots * SIZE // 8)
-    torn = empty[raw.reshape(num_slots, SIZE // 8)[empty].any(axis=1)]
+    empty = np.flatnonzero(~is_complete)
+    raw = np.frombuffer(rows, np.int64, num_slots * ROW_BYTES // 8)
+    torn = empty[raw.reshape(num_slots, ROW_BYTES // 8)[empty].any(axis=1)]
     if len(torn):
         reason = "rows without their mark, torn while being written"
-        damage.append(Damage(path, int(torn[0]) * SIZE, len(torn), reason))
+        damage.append(Damage(path, int(torn[0]) * ROW_BYTES, len(torn), reason))
     if num_slots < CAPACITY:
         reason = "the file is cut short: at most so many rows were there"
         damage.append(Damage(path, len(rows), CAPACITY - num_slots, reason))
-    elif len(rows) > CAPACITY * SIZE:
-        damage.append(Damage(path, CAPACITY * SIZE, 0, "more bytes than rows"))
+    elif len(rows) > CAPACITY * ROW_BYTES:
+        damage.append(Damage(path, CAPACITY * ROW_BYTES, 0, "more bytes than rows"))
     return damage
 
 
-def _as_table(
+def _build_table(
     row: Any,
     slot: Any,
     first_seq: int,
@@ -224,29 +227,28 @@ def _as_table(
     payloads: dict[int, str],
     pause: Callable[[], None],
 ) -> pa.Table:
-    """Rows in the public schema."""
     kind, key = row["kind"], row["key"]
     columns = [
         pa.array(slot + first_seq),
         pa.array(np.full(len(row), rank, np.int32)),
         pa.array(row["time"].copy()).view(SCHEMA.field("time").type),
-        *(_coded({k: v[i] for k, v in keys.items()}, key) for i in range(3)),
+        *(_encode_words({k: v[i] for k, v in keys.items()}, key) for i in range(3)),
     ]
     pause()
     columns += [
-        _nullable(row["index"], NO_COUNT),
-        _nullable(row["epoch"], NO_EPOCH),
-        _nullable(row["step"], NO_COUNT),
-        _values(row["value"], kind),
-        _payloads(row["flags"], slot, payloads),
-        _coded(dict(enumerate(KINDS)), kind),
+        _make_nullable(row["index"], NO_COUNT),
+        _make_nullable(row["epoch"], NO_EPOCH),
+        _make_nullable(row["step"], NO_COUNT),
+        _make_values(row["value"], kind),
+        _make_payloads(row["flags"], slot, payloads),
+        _encode_words(dict(enumerate(KINDS)), kind),
     ]
     pause()
     return pa.table(columns, schema=SCHEMA)
 
 
-def _coded(words: dict[int, str], numbers: Any) -> pa.DictionaryArray:
-    """Column of ``words[numbers[i]]``, each word that is used once in the dictionary."""
+def _encode_words(words: dict[int, str], numbers: Any) -> pa.DictionaryArray:
+    """Make the column of ``words[numbers[i]]``; only words in use enter the dictionary."""
     used: Any = np.flatnonzero(np.bincount(numbers)) if len(numbers) else []
     distinct: dict[str, int] = {}
     codes = np.zeros(len(used) and used[-1] + 1, np.int32)
@@ -256,16 +258,16 @@ def _coded(words: dict[int, str], numbers: Any) -> pa.DictionaryArray:
     return pa.DictionaryArray.from_arrays(codes[numbers], names)
 
 
-def _values(values: Any, kinds: Any) -> pa.Array:
-    """Numbers; null in a row of a kind that has none."""
+def _make_values(values: Any, kinds: Any) -> pa.Array:
+    """Make the column ``value``; null in rows of a kind that has no number."""
     is_valued = np.zeros(len(KINDS), bool)
     is_valued[list(VALUED)] = True
     valued = is_valued[kinds]
     return pa.array(values.copy(), mask=None if valued.all() else ~valued)
 
 
-def _payloads(flags: Any, slot: Any, payloads: dict[int, str]) -> pa.Array:
-    """Texts; null in a row that has none."""
+def _make_payloads(flags: Any, slot: Any, payloads: dict[int, str]) -> pa.Array:
+    """Make the column ``payload``; null in rows that have none."""
     having = np.flatnonzero(flags & HAS_TEXT)
     if not len(having):
         return pa.nulls(len(flags), pa.string())
@@ -277,18 +279,18 @@ def _payloads(flags: Any, slot: Any, payloads: dict[int, str]) -> pa.Array:
     return texts.take(pa.array(places, mask=absent))
 
 
-def _nullable(numbers: Any, null: int) -> pa.Array:
-    """Integers, with what stands for null as null."""
+def _make_nullable(numbers: Any, null: int) -> pa.Array:
+    """Make a column of integers, in which ``null`` stands for null."""
     absent = numbers == null
     if absent.all():
         return pa.nulls(len(numbers), pa.from_numpy_dtype(numbers.dtype))
     return pa.array(numbers.copy(), mask=absent if absent.any() else None)
 
 
-def _parse_text(
+def _parse_texts(
     data: bytes, pause: Callable[[], None]
 ) -> tuple[dict[int, tuple[str, str, str]], dict[int, str], int | None]:
-    """Keys and payloads of a text file, and where the first torn entry is."""
+    """Parse a file of texts into keys, payloads and the offset of the first torn entry."""
     keys: dict[int, tuple[str, str, str]] = {}
     payloads: dict[int, str] = {}
     torn_at, at = None, 0
@@ -314,17 +316,17 @@ def _parse_text(
 
 
 def _parse_entry(data: bytes, at: int) -> tuple[int, int, bytes] | None:
-    """Tag, number and text of the entry at an offset; None if it is torn."""
+    """Return tag, number and text of the entry at an offset; None if it is torn."""
     start = at + _ENTRY.size
     if len(data) < start:
         return None
     sign, tag, number, length, check = _ENTRY.unpack_from(data, at)
     text = data[start : start + length]
-    if sign != _SIGN or len(text) != length or _check(tag, number, text) != check:
+    if sign != _SIGN or len(text) != length or _checksum(tag, number, text) != check:
         return None
     return tag, number, text
 
 
-def _check(tag: int, number: int, data: bytes) -> int:
-    """Checksum of a text and of what is said about it."""
+def _checksum(tag: int, number: int, data: bytes) -> int:
+    """Checksum of a text, its tag, number and length."""
     return zlib.crc32(data, zlib.crc32(struct.pack("<BII", tag, number, len(data))))

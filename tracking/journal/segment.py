@@ -1,22 +1,22 @@
-"""A sealed block: one Arrow IPC file, small, checked piece by piece when read.
+"""A sealed block: one small Arrow IPC file, whose pieces are checked when it is read.
 
-Any Arrow reader opens it. What it sees differs from the public schema in this, noted
-in the schema's metadata under ``luz``:
+Any Arrow reader can open it. It differs from the public schema as follows; the schema's
+metadata under ``luz`` says how to undo it:
 
-- a column that holds one value throughout is left out and named in ``constant``;
-- ``seq`` (counted on from the row before, so mostly constant), ``time`` (us since
-  1970), ``index``, ``epoch`` and ``step`` hold the difference to the row before
-  (0 at a null), in the narrowest integer type; ``first`` holds where each starts;
-- ``value`` is float32 where every value, bit for bit, is a float32 one.
+- a column with the same value in every row is left out; ``constant`` has its value;
+- ``seq``, ``time`` (us since 1970), ``index``, ``epoch`` and ``step`` contain the
+  difference from the previous row (0 at a null), in the narrowest integer type;
+  ``first`` has their first values; 1 is subtracted from the differences of ``seq``, so
+  that they are mostly 0;
+- ``value`` is float32 if that keeps every bit of every value.
 
-``segments`` holds the end and the CRC-32 of the schema message and of each batch, so
-that a damaged file is read up to the damage, and no damaged byte reaches Arrow.
+``luz-segments`` has the end and the CRC-32 of the schema message and of each batch: a
+damaged file is read up to the damage, and no damaged byte reaches Arrow.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import zlib
 from collections.abc import Callable
@@ -27,11 +27,12 @@ from typing import Any, Final
 import numpy as np
 import pyarrow as pa
 
+from tracking import durable
 from tracking.schema import NAMES, SCHEMA
 
 FORMAT: Final = 1
 CAPACITY: Final = 16384
-"""Rows of a block."""
+"""Rows that a block can take."""
 
 BATCH_ROWS: Final = 4096
 WORDS: Final = ("what", "set", "name", "kind")
@@ -46,18 +47,14 @@ _END: Final = b"\xff\xff\xff\xff\0\0\0\0"  # a stream's end, after the last batc
 
 @dataclass(frozen=True)
 class Damage:
-    """A part of a journal that could not be read.
+    """Damage in a file of a journal.
 
     Attributes
     ----------
-    file
-        The file it is in.
     offset
-        Bytes from its start to the first damaged one.
+        Position of the first damaged byte in the file.
     rows_lost
-        Rows that were there, or may have been, and could not be read.
-    reason
-        What was found.
+        Rows that the file contained, or may have contained, and that cannot be read.
     """
 
     file: Path
@@ -66,7 +63,7 @@ class Damage:
     reason: str
 
 
-def write(
+def write_segment(
     table: pa.Table,
     path: Path,
     *,
@@ -74,53 +71,51 @@ def write(
     damage: tuple[Damage, ...] = (),
     pause: Callable[[], None] | None = None,
 ) -> None:
-    """Write rows as a sealed block, in place by one rename, on the disk when it returns.
+    """Write rows as a sealed block; the file is complete and on the disk afterwards.
 
     Parameters
     ----------
     table
         Rows in the public schema, of one rank, in order of ``seq``.
     path
-        Of the new file.
+        File to write.
     rank
-        That of the rows.
+        Rank of the rows.
     damage
-        What was lost of the block before it was sealed; kept in the file.
+        What the block lost before it was sealed; stored in the file.
     pause
-        Called where the interpreter lock can be let go.
+        Called between the steps, so that other threads can run.
     """
-    columns, notes = _encoded(table)
+    columns, notes = _encode(table)
     notes |= {"format": FORMAT, "rank": rank, "num_rows": table.num_rows}
     notes["damage"] = [[d.file.name, d.offset, d.rows_lost, d.reason] for d in damage]
     if pause:
         pause()
-    data = _file_bytes(pa.table(columns), notes)
-    temporary = path.with_suffix(".sealing")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    data = _build_file(pa.table(columns), notes)
+    with durable.replace_file(path, temporary=path.with_suffix(".sealing")) as fresh:
+        durable.write_synced(fresh, [data])
 
 
-def read(path: Path) -> tuple[pa.Table, list[Damage]]:
-    """Rows of a sealed block in the public schema, and what is damaged in it.
+def read_segment(path: Path) -> tuple[pa.Table, list[Damage]]:
+    """Read the rows of a sealed block, and its damage.
 
     Parameters
     ----------
     path
-        Of a file that ``write`` made, whole or not.
+        File that ``write_segment`` made, complete or damaged.
 
     Returns
     -------
-    rows before the first damage, and the damages, those from before sealing included
+    rows before the first damage, in the public schema, and all damage, including what
+    happened before sealing
+
+    Raises
+    ------
+    ValueError
+        If another version of the format is in the file.
     """
     data = path.read_bytes()
-    ends, reason = _sound_segments(data)
+    ends, reason = _check_pieces(data)
     if not ends:
         return SCHEMA.empty_table(), [Damage(path, 0, CAPACITY, reason)]
     stream = pa.BufferReader(data[_START : ends[-1]] + _END)
@@ -136,18 +131,18 @@ def read(path: Path) -> tuple[pa.Table, list[Damage]]:
         damage.append(
             Damage(path, ends[-1], notes["num_rows"] - stored.num_rows, reason)
         )
-    return _decoded(stored, notes), damage
+    return _decode(stored, notes), damage
 
 
-def num_rows(path: Path) -> int:
-    """Rows that a sealed block holds, from its head alone; 0 if that is damaged."""
+def read_num_rows(path: Path) -> int:
+    """Read the number of rows from the head of a sealed block; 0 if it is damaged."""
     with path.open("rb") as file:
         found = _NUM_ROWS.search(file.read(1 << 16)) or _NUM_ROWS.search(file.read())
     return int(found[1]) if found else 0
 
 
-def _encoded(table: pa.Table) -> tuple[dict[str, pa.Array], dict[str, Any]]:
-    """Columns to be stored, and the notes that undo the encoding."""
+def _encode(table: pa.Table) -> tuple[dict[str, pa.Array], dict[str, Any]]:
+    """Encode the columns; the notes say how to undo it."""
     constant: dict[str, Any] = {}
     first: dict[str, int] = {}
     columns: dict[str, pa.Array] = {}
@@ -171,28 +166,29 @@ def _encode_count(
     constant: dict[str, Any],
     first: dict[str, int],
 ) -> None:
-    """Store an integer column as differences; none if all are the same."""
+    """Store an integer column as differences, or as a constant."""
     whole = column.cast(pa.int64()).combine_chunks()
     if whole.null_count == len(whole):
         constant[name] = None
         return
     numbers = whole.drop_null().to_numpy()
-    with np.errstate(over="ignore"):  # wraps around; adding up wraps back
+    with np.errstate(over="ignore"):  # wraps around; the sum wraps back
         steps = np.diff(numbers, prepend=numbers[:1])
-    if name == "seq":  # mostly 1 apart; always stored, so that rows can be counted
+    if name == "seq":  # always stored, so that rows can be counted
         steps[1:] -= 1
     first[name] = int(numbers[0])
     if name != "seq" and whole.null_count == 0 and not steps.any():
         constant[name] = first[name]
         return
     mask = np.asarray(whole.is_null())
-    spread = np.zeros(len(whole), _narrowest(steps))
+    spread = np.zeros(len(whole), _find_narrowest(steps))
     spread[~mask] = steps
     columns[name] = pa.array(spread, mask=mask if whole.null_count else None)
 
 
-def _narrowest(numbers: np.ndarray[Any, np.dtype[np.int64]]) -> type[np.signedinteger]:
-    """Narrowest integer type that holds all of some numbers."""
+def _find_narrowest(
+    numbers: np.ndarray[Any, np.dtype[np.int64]],
+) -> type[np.signedinteger]:
     low, high = numbers.min(), numbers.max()
     for dtype in (np.int8, np.int16, np.int32):
         if np.iinfo(dtype).min <= low and high <= np.iinfo(dtype).max:
@@ -206,7 +202,7 @@ def _encode_words(
     columns: dict[str, pa.Array],
     constant: dict[str, Any],
 ) -> None:
-    """Store a column of names as narrow dictionary codes; none if all are the same."""
+    """Store a column of names as narrow dictionary codes, or as a constant."""
     coded = column.combine_chunks()
     words = coded.dictionary
     if len(words) == 1:
@@ -217,7 +213,7 @@ def _encode_words(
 
 
 def _narrow_floats(column: pa.Array) -> pa.Array:
-    """Values as float32 if that loses no bit of any."""
+    """Convert values to float32 if that keeps every bit of every value."""
     wide = column.fill_null(0.0).to_numpy()
     with np.errstate(all="ignore"):
         narrow = wide.astype(np.float32)
@@ -230,8 +226,8 @@ def _narrow_floats(column: pa.Array) -> pa.Array:
     return pa.array(narrow, mask=mask)
 
 
-def _file_bytes(columns: pa.Table, notes: dict[str, Any]) -> bytes:
-    """The Arrow file, with the checksum of each of its pieces put in."""
+def _build_file(columns: pa.Table, notes: dict[str, Any]) -> bytes:
+    """Build the Arrow file with the checksums of its pieces."""
     batches = columns.to_batches(BATCH_ROWS)
     blank = "luz-segments=" + _SEGMENT.format(0, 0) * (1 + len(batches))
     schema = columns.schema.with_metadata(
@@ -252,11 +248,11 @@ def _file_bytes(columns: pa.Table, notes: dict[str, Any]) -> bytes:
     return data.replace(blank.encode(), checks.encode())
 
 
-def _sound_segments(data: bytes) -> tuple[list[int], str]:
-    """Ends of the pieces whose checksums hold, up to the first that does not; why."""
+def _check_pieces(data: bytes) -> tuple[list[int], str]:
+    """Return the ends of the pieces before the first damaged one, and what is wrong."""
     found = _SEGMENTS.search(data)
     if not found:
-        return [], "no list of its pieces"
+        return [], "the list of its pieces is missing"
     text = found[1].decode()
     pieces = [(int(p[:12], 16), int(p[13:], 16)) for p in text.split(",")[:-1]]
     blank = _SEGMENT.format(0, 0) * len(pieces)
@@ -268,7 +264,7 @@ def _sound_segments(data: bytes) -> tuple[list[int], str]:
         if len(piece) != end - start:
             return ends, f"the file ends after {len(data)} bytes"
         if zlib.crc32(piece) != check:
-            return ends, "a checksum does not hold"
+            return ends, "a checksum does not match"
         ends.append(end)
         start = end
     if not data.endswith(b"ARROW1"):
@@ -276,8 +272,7 @@ def _sound_segments(data: bytes) -> tuple[list[int], str]:
     return ends, ""
 
 
-def _decoded(stored: pa.Table, notes: dict[str, Any]) -> pa.Table:
-    """Rows in the public schema."""
+def _decode(stored: pa.Table, notes: dict[str, Any]) -> pa.Table:
     constant, num_rows = notes["constant"], stored.num_rows
     columns = []
     for field in SCHEMA:
@@ -285,17 +280,16 @@ def _decoded(stored: pa.Table, notes: dict[str, Any]) -> pa.Table:
         if name == "rank":
             column = pa.array(np.full(num_rows, notes["rank"], np.int32))
         elif name in constant and (constant[name] is None or name not in COUNTS):
-            column = _repeated(constant[name], field.type, num_rows)
+            column = _repeat_word(constant[name], field.type, num_rows)
         elif name in COUNTS:
-            column = _added_up(stored, notes, name)
+            column = _sum_differences(stored, notes, name)
         else:
             column = stored[name]
         columns.append(column.cast(field.type))
     return pa.table(columns, schema=SCHEMA)
 
 
-def _added_up(stored: pa.Table, notes: dict[str, Any], name: str) -> pa.Array:
-    """An integer column from its differences."""
+def _sum_differences(stored: pa.Table, notes: dict[str, Any], name: str) -> pa.Array:
     start = notes["first"][name]
     if name in notes["constant"]:
         return pa.array(np.full(stored.num_rows, start))
@@ -308,8 +302,8 @@ def _added_up(stored: pa.Table, notes: dict[str, Any], name: str) -> pa.Array:
     return pa.array(np.cumsum(steps), mask=mask)
 
 
-def _repeated(value: str | None, type_: pa.DataType, num_rows: int) -> pa.Array:
-    """A column that holds one word, or nothing, throughout."""
+def _repeat_word(value: str | None, type_: pa.DataType, num_rows: int) -> pa.Array:
+    """Make a column with the same word, or null, in every row."""
     if value is None:
         return pa.nulls(num_rows, type_)
     codes = pa.array(np.zeros(num_rows, np.int32))

@@ -1,9 +1,9 @@
-"""Which rows still count: what ``overwrite`` and ``rewind`` say about earlier ones.
+"""Find the live rows: those that no ``overwrite`` or ``rewind`` row supersedes.
 
 An overwrite supersedes the earlier rows of its (what, set, index). A rewind to a
-position brings the history back to what it was there: later rows are superseded, the
-overwrites among them undone. So the rows that count form a chain of stretches, each
-from a rewind up to the position that the next one went back to.
+position restores the history at that position: later rows are superseded, and the
+overwrites among them are undone. So the live rows form a chain of ranges, each from one
+rewind up to the position that the next one returned to.
 """
 
 from __future__ import annotations
@@ -18,30 +18,32 @@ from pyarrow import compute as pc
 from tracking.schema import CONTROL
 
 Place = tuple[str, str, int | None]
-"""What, set and index that an overwrite is about."""
+"""What, set and index of an overwrite."""
 
 _ENDLESS: Final = np.iinfo(np.int64).max
 
 
 @dataclass
 class Tombstones:
-    """The control rows of one part, learnt in order.
+    """The control rows of one rank, added in order.
 
     Attributes
     ----------
     rewinds
-        Position of each rewind row, and the position it goes back to.
+        Position of each rewind row, and the position that it returns to.
     overwrites
         Position of each overwrite row, and its place.
     """
 
     rewinds: list[tuple[int, int]] = field(default_factory=list)
     overwrites: list[tuple[int, Place]] = field(default_factory=list)
-    _stretches: list[tuple[int, int]] = field(default_factory=lambda: [(-1, _ENDLESS)])
-    _last: dict[Place, int] = field(default_factory=dict)
+    _live_ranges: list[tuple[int, int]] = field(
+        default_factory=lambda: [(-1, _ENDLESS)]
+    )
+    _last_overwrites: dict[Place, int] = field(default_factory=dict)
 
     def add(self, table: pa.Table) -> bool:
-        """Take in the control rows of a table, which goes on where the last ended.
+        """Add the control rows of the table that follows the last one.
 
         Parameters
         ----------
@@ -50,7 +52,7 @@ class Tombstones:
 
         Returns
         -------
-        whether there were any
+        whether the table has any
         """
         control = table.filter(_is_control(table))
         if not control.num_rows:
@@ -62,54 +64,54 @@ class Tombstones:
             else:
                 place = (row["what"], row["set"], row["index"])
                 self.overwrites.append((row["seq"], place))
-        self._stretches = self._chain()
-        kept = ((seq, place) for seq, place in self.overwrites if self._counts(seq))
-        self._last = {place: seq for seq, place in kept}
+        self._live_ranges = self._find_live_ranges()
+        self._last_overwrites = {
+            place: seq for seq, place in self.overwrites if self._is_in_live_range(seq)
+        }
         return True
 
     def mask_live(self, table: pa.Table) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        """Mask of the rows that count; control rows do not."""
+        """Mask of the live rows; control rows are not live."""
         seq = table["seq"].to_numpy()
-        starts = np.array([start for start, _ in self._stretches])
-        ends = np.array([end for _, end in self._stretches])
-        # A row belongs to the last stretch that starts before it.
+        starts = np.array([start for start, _ in self._live_ranges])
+        ends = np.array([end for _, end in self._live_ranges])
+        # A row belongs to the last range that starts before it.
         at = np.searchsorted(starts, seq, side="left") - 1
-        alive: np.ndarray[Any, np.dtype[np.bool_]] = seq <= ends[at]
-        alive &= ~np.asarray(_is_control(table))
-        if self._last:
-            alive &= ~self._overwritten(table, seq)
-        return alive
+        is_live: np.ndarray[Any, np.dtype[np.bool_]] = seq <= ends[at]
+        is_live &= ~np.asarray(_is_control(table))
+        if self._last_overwrites:
+            is_live &= ~self._find_overwritten(table, seq)
+        return is_live
 
-    def _chain(self) -> list[tuple[int, int]]:
-        """Stretches that count: after the first position, up to the second."""
-        stretches, end = [], _ENDLESS
+    def _find_live_ranges(self) -> list[tuple[int, int]]:
+        """Live ranges: after the first position, up to and including the second."""
+        ranges, end = [], _ENDLESS
         for seq, position in reversed(self.rewinds):
             if seq <= end:
-                stretches.append((seq, end))
+                ranges.append((seq, end))
                 end = position
-        return [(-1, end), *reversed(stretches)]
+        return [(-1, end), *reversed(ranges)]
 
-    def _counts(self, seq: int) -> bool:
-        """Whether a position lies in a stretch that counts."""
-        return any(start < seq <= end for start, end in self._stretches)
+    def _is_in_live_range(self, seq: int) -> bool:
+        return any(start < seq <= end for start, end in self._live_ranges)
 
-    def _overwritten(
+    def _find_overwritten(
         self, table: pa.Table, seq: np.ndarray[Any, np.dtype[np.int64]]
     ) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        """Mask of the rows that an overwrite supersedes."""
-        pairs = {(what, set_) for what, set_, _ in self._last}
-        concerned = np.zeros(len(seq), bool)
+        pairs = {(what, set_) for what, set_, _ in self._last_overwrites}
+        is_overwritten = np.zeros(len(seq), bool)
         for what, set_ in pairs:
             same = pc.and_(pc.equal(table["what"], what), pc.equal(table["set"], set_))
-            concerned |= np.asarray(same)
-        where = np.flatnonzero(concerned)
+            is_overwritten |= np.asarray(same)
+        where = np.flatnonzero(is_overwritten)
         rows = table.select(["what", "set", "index"]).take(where)
         columns = (rows[name].to_pylist() for name in ("what", "set", "index"))
-        last = [self._last.get(place, -1) for place in zip(*columns, strict=True)]
-        concerned[where] = seq[where] < np.array(last, np.int64)
-        return concerned
+        last = [
+            self._last_overwrites.get(place, -1) for place in zip(*columns, strict=True)
+        ]
+        is_overwritten[where] = seq[where] < np.array(last, np.int64)
+        return is_overwritten
 
 
 def _is_control(table: pa.Table) -> pa.ChunkedArray:
-    """Which rows say something of other rows."""
     return pc.is_in(table["kind"].cast(pa.string()), pa.array(CONTROL))

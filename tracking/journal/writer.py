@@ -1,8 +1,8 @@
-"""Writing a journal: durable at once, without a lock, recovered after a crash.
+"""Write a journal: each row durable at once, without a lock, recovered after a crash.
 
-The callers of ``write`` only ever put rows into the open block. Two threads do the
-rest: the *keeper* makes the next block ahead of need and writes down what a full disk
-kept in memory; the *sealer* turns full blocks into Arrow files.
+Callers of ``write`` only put rows into the open block. Two threads do the rest: the
+*keeper* makes the next block in advance and writes to the disk what had to stay in
+memory while it was full; the *sealer* turns full blocks into Arrow files.
 """
 
 from __future__ import annotations
@@ -18,35 +18,20 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Final, Literal
 
-from tracking.errors import RunClosedError, warn
-from tracking.journal import row_format as rows
-from tracking.journal import segment as sealed
-from tracking.journal.block import Block, DiskBlock, Group, Series
+from tracking.durable import LockHeldError, ProcessLock
+from tracking.errors import RunBusyError, RunClosedError, warn
+from tracking.journal import row_format
+from tracking.journal.block import AutoIndex, Block, DiskBlock, KeyGroup
 from tracking.journal.reader import (
-    BlockContent,
-    JournalReader,
-    Lock,
-    forget_locks,
-    is_being_written,
+    get_rank,
+    get_segment_path,
     list_blocks,
     read_block,
-    read_records,
 )
-from tracking.journal.row_format import HAS_TEXT, MARK, NO_COUNT, NO_EPOCH, SIZE
-from tracking.journal.segment import CAPACITY, Damage
+from tracking.journal.row_format import HAS_TEXT, MARK, NO_COUNT, NO_EPOCH, ROW_BYTES
+from tracking.journal.segment import CAPACITY, write_segment
 from tracking.schema import Leaf
-
-__all__ = [
-    "CAPACITY",
-    "BlockContent",
-    "Damage",
-    "Journal",
-    "JournalReader",
-    "is_being_written",
-    "list_blocks",
-    "read_block",
-    "read_records",
-]
+from tracking.store import get_lock_path
 
 MAX_TEXT_BYTES: Final = 32 << 20
 """A block whose texts grow larger than this takes no more rows."""
@@ -54,17 +39,17 @@ MAX_TEXT_BYTES: Final = 32 << 20
 TICK_S: Final = 0.25
 RETRY_S: Final = 1.0
 
-_WRITERS: Final[weakref.WeakSet[Journal]] = weakref.WeakSet()
+_JOURNALS: Final[weakref.WeakSet[Journal]] = weakref.WeakSet()
 
 
 class Journal:
-    """The writer of one rank's part of a run's journal.
+    """Writer of one rank's records.
 
     Parameters
     ----------
     rank_dir
-        Folder of the part, made if absent; what an earlier process left open in it is
-        recovered and sealed first.
+        Folder of the rank's records, made if absent. What an earlier process left open
+        in it is recovered and sealed first.
     durability
         ``"process"``: a row survives the death of the process. ``"fsync"``: also that
         of the machine.
@@ -76,13 +61,13 @@ class Journal:
     OSError
         If the folder cannot be written.
     RunBusyError
-        If another journal is writing this part.
+        If another journal is writing there.
 
     Attributes
     ----------
     block
-        The block that takes rows now. Replaced by any thread when full; a caller that
-        holds on to an earlier one comes to it by ``roll``.
+        The block that takes rows now. Any thread replaces it when it is full; a caller
+        that still has an earlier one calls ``roll``.
     """
 
     def __init__(
@@ -98,16 +83,15 @@ class Journal:
                 f"{durability!r}. Choose one of the two."
             )
         self.rank_dir = rank_dir
-        self.rank = int(rank_dir.name) if rank_dir.name.isdecimal() else 0
+        self.rank = get_rank(rank_dir)
         self._is_synced = durability == "fsync"
         self._on_tick = on_tick
         self._why_closed = ""
-        self._is_in_trouble = False
-        self._has_unsealed = False
-        self._mend_at = 0.0
-        self._series: dict[tuple[str, str], Series] = {}
+        self._has_warned = False
+        self._retry_at = 0.0
+        self._auto_indices: dict[tuple[str, str], AutoIndex] = {}
         rank_dir.mkdir(parents=True, exist_ok=True)
-        self._lock = Lock(rank_dir)
+        self._lock = _lock(rank_dir)
         try:
             recover(rank_dir)
             present = list_blocks(rank_dir)
@@ -116,35 +100,32 @@ class Journal:
         except BaseException:
             self._lock.release()
             raise
-        self._open: list[Block] = [self.block]  # in order; touched by the keeper alone
+        self._open: list[Block] = [self.block]  # in order; only the keeper changes it
         self._tasks: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self._to_seal: queue.SimpleQueue[Block | None] = queue.SimpleQueue()
+        self._sealer = _Sealer(rank_dir, self.rank, self._warn_of)
         self._keeper = threading.Thread(
-            target=self._keep, name="tracking-keeper", daemon=True
-        )
-        self._sealer = threading.Thread(
-            target=self._seal_all, name="tracking-sealer", daemon=True
+            target=self._run_keeper, name="tracking-keeper", daemon=True
         )
         self._keeper.start()
-        self._sealer.start()
-        _WRITERS.add(self)
+        _JOURNALS.add(self)
 
     # ------------------------------------------------------------------- callers
 
-    def series(self, what: str, set: str) -> Series:
-        """The automatic index of one (what, set)."""
-        return self._series.setdefault((what, set), Series())
+    def get_auto_index(self, what: str, set: str) -> AutoIndex:
+        """Return the automatic index of one (what, set)."""
+        return self._auto_indices.setdefault((what, set), AutoIndex())
 
     def reset_indices(self, highest: Mapping[tuple[str, str], int]) -> None:
-        """Let automatic indices go on from these; others start again from 1."""
-        for pair in {*self._series, *highest}:
-            self.series(*pair).reset(highest.get(pair, 0))
+        """Continue automatic indices after these; others restart from 1."""
+        for pair in {*self._auto_indices, *highest}:
+            self.get_auto_index(*pair).reset(highest.get(pair, 0))
 
-    def group(self, block: Block, what: str, set: str) -> Group:
-        """One (what, set) in a block."""
+    def get_group(self, block: Block, what: str, set: str) -> KeyGroup:
+        """Return the names of one (what, set) in a block."""
         found = block.groups.get((what, set))
         if found is None:
-            found = block.groups.setdefault((what, set), Group(self.series(what, set)))
+            group = KeyGroup(self.get_auto_index(what, set))
+            found = block.groups.setdefault((what, set), group)
         return found
 
     def write(
@@ -163,9 +144,10 @@ class Journal:
         Parameters
         ----------
         what, set
-            Of the rows; valid Unicode.
+            Valid Unicode.
         leaves
-            Name, kind, number and payload of each row, as ``schema.flatten_value`` gives.
+            Name, kind, number and payload of each row, as ``schema.flatten_value``
+            returns them.
         index, epoch, step
             None is null.
         time_us : us since 1970
@@ -195,7 +177,7 @@ class Journal:
         step: int,
         epoch: int,
     ) -> None:
-        """Write one row; nulls as ``rows`` has them, all else as ``write``."""
+        """Write one row, as ``write``; nulls are those of ``row_format``."""
         name, kind, number, payload = leaf
         block, slot = self.block, CAPACITY
         try:
@@ -204,17 +186,17 @@ class Journal:
                     break
                 self.roll(block)
                 return self.write_row(what, set, leaf, time_us, index, step, epoch)
-            group = self.group(block, what, set)
+            group = self.get_group(block, what, set)
             key = group.ids.get(name)
             if key is None:
-                key = block.key(group, what, set, name)
+                key = block.add_key(group, what, set, name)
             flags = 0
             if payload is not None:
                 flags = HAS_TEXT
                 block.add_payload(slot, payload)
             # fmt: off
             block.put(
-                slot * SIZE, time_us, index, step, number, epoch, key, kind, flags,
+                slot * ROW_BYTES, time_us, index, step, number, epoch, key, kind, flags,
                 MARK ^ slot,
             )
             # fmt: on
@@ -225,7 +207,7 @@ class Journal:
             self._tasks.put("too much text")
 
     def roll(self, block: Block) -> None:
-        """Go on to the block after a full one.
+        """Replace a full block by the next one.
 
         Raises
         ------
@@ -234,8 +216,8 @@ class Journal:
 
         Notes
         -----
-        No lock: every thread and handler sets the same successor. One that comes late
-        sets an earlier block back, which is full and so is left again at once.
+        No lock: every thread and handler sets the same successor. A late one may set an
+        earlier block again; it is full, so the next caller rolls at once.
         """
         while block.next is None:
             self.check_open()
@@ -243,13 +225,13 @@ class Journal:
                 threading.current_thread() is self._keeper
                 or not self._keeper.is_alive()
             ):
-                self._make_next()
+                self._make_next_block()
             else:
                 self._tasks.put("make")
                 time.sleep(0.0005)
         self.block = block.next
-        if self._why_closed:  # meanwhile, so the door has just been overwritten
-            self._close_door(self._why_closed)
+        if self._why_closed:  # closed meanwhile: the line above undid it
+            self._refuse_rows(self._why_closed)
         self._tasks.put("rolled")
 
     def check_open(self) -> None:
@@ -258,14 +240,14 @@ class Journal:
             raise RunClosedError(self._why_closed)
 
     def last_seq(self) -> int:
-        """Highest ``seq`` written; if the open block is empty, one below its first."""
+        """Return the highest ``seq`` written, or one below the empty open block."""
         block = self.block
         while True:
             first = block.number * CAPACITY
             if block.limit is None:
-                # While it is read, it may be left, sealed and its files closed.
+                # While it is read, it may be retired, sealed, and its files closed.
                 try:
-                    last = rows.last_marked(block.snapshot()[0])
+                    last = row_format.find_last_slot(block.snapshot()[0])
                 except OSError:
                     if block.limit is None:
                         raise
@@ -276,47 +258,48 @@ class Journal:
             block = block.next
 
     def close(self) -> None:
-        """Seal what is open and let go of the part; safe to call twice."""
+        """Seal the open blocks and release the folder; safe to call twice."""
         if self._why_closed:
             return
-        last = self._close_door(
-            f"Run.log: expected a run that is open, got {self.rank_dir.parent.parent.name!r}"
-            ", which has finished. Log before finish(), or start another run."
+        last = self._refuse_rows(
+            "Run.log: expected a run that is open, got "
+            f"{self.rank_dir.parent.parent.name!r}, which has finished. "
+            "Log before finish(), or start another run."
         )
+        self._sealer.is_hurried = True
         self._tasks.put("stop")
         self._keeper.join()
         for block in self._open:
             block.retire()
             if block.number <= last.number:
-                self._to_seal.put(block)
+                self._sealer.add(block)
             else:
                 block.close(unlink=True)
         self.block.limit = last.limit  # for last_seq
-        self._to_seal.put(None)
-        self._sealer.join()
+        self._sealer.close()
         self._lock.release()
-        _WRITERS.discard(self)
+        _JOURNALS.discard(self)
 
-    def disown(self) -> None:
-        """Close a forked child's copy, which must leave the files alone."""
-        self._close_door(
+    def close_in_child(self) -> None:
+        """Close the copy in a forked child, which must not touch the files."""
+        self._refuse_rows(
             f"Run.log: expected the process that started the run, got its fork "
             f"(process {os.getpid()}). Log from the parent, or start a run here."
         )
 
-    def _close_door(self, why: str) -> Block:
-        """Refuse further rows; the block that took the last ones."""
+    def _refuse_rows(self, why: str) -> Block:
+        """Refuse further rows; returns the block that took the last ones."""
         self._why_closed = why
         last = self.block
-        door = Block(last.number)
-        door.slots = itertools.count(CAPACITY)
-        self.block = door
+        full = Block(last.number)
+        full.slots = itertools.count(CAPACITY)
+        self.block = full
         return last
 
     # -------------------------------------------------------------------- keeper
 
-    def _keep(self) -> None:
-        """Thread: make blocks ahead, write down what is in memory, pass on what is full."""
+    def _run_keeper(self) -> None:
+        """Thread: make blocks, retry what failed, pass full blocks to the sealer."""
         next_tick = 0.0
         while True:
             try:
@@ -326,17 +309,17 @@ class Journal:
             if task == "stop":
                 return
             if self.block.number >= self._open[-1].number:
-                self._make_next()
+                self._make_next_block()
             if self.block.text_bytes > MAX_TEXT_BYTES:
-                self._turn_over()
-            self._pass_on()
-            self._mend()
+                self._retire_open_block()
+            self._seal_full_blocks()
+            self._retry_pending()
             if self._on_tick and time.monotonic() >= next_tick:
                 next_tick = time.monotonic() + TICK_S
-                with contextlib.suppress(RunClosedError):  # just now
+                with contextlib.suppress(RunClosedError):  # closed meanwhile
                     self._on_tick()
 
-    def _make_next(self) -> None:
+    def _make_next_block(self) -> None:
         """Make the block after the last one, in memory if the disk refuses."""
         last = self._open[-1]
         number = last.number + 1
@@ -349,40 +332,40 @@ class Journal:
         last.next = fresh
         self._open.append(fresh)
 
-    def _turn_over(self) -> None:
-        """Leave the present block before it is full."""
+    def _retire_open_block(self) -> None:
+        """Roll to the next block before the open one is full."""
         block = self.block
         block.retire()
         if block.next is not None:
             self.roll(block)
 
-    def _pass_on(self) -> None:
-        """Hand blocks that callers have left to the sealer."""
+    def _seal_full_blocks(self) -> None:
+        """Pass the blocks before the open one to the sealer."""
         while self._open[0].number < self.block.number:
             block = self._open.pop(0)
             block.retire()
-            if not self._has_holes(block):
-                block.settle()
-            self._to_seal.put(block)
+            if not _has_holes(block):
+                block.release_files()
+            self._sealer.add(block)
 
-    def _mend(self) -> None:
-        """Write down what is in memory only, if the disk takes it again."""
+    def _retry_pending(self) -> None:
+        """Write to the disk what is only in memory, if the disk takes it again."""
         if all(block.is_durable for block in self._open):
-            self._is_in_trouble &= self._has_unsealed
+            self._has_warned &= self._sealer.has_waiting
             return
-        if time.monotonic() < self._mend_at:
+        if time.monotonic() < self._retry_at:
             return
-        self._mend_at = time.monotonic() + RETRY_S
+        self._retry_at = time.monotonic() + RETRY_S
         try:
             for block in self._open:
-                block.save_late()
+                block.write_pending()
             if not all(block.is_durable for block in self._open):
-                self._leave_memory()
+                self._return_to_disk()
         except OSError as error:
             self._warn_of(error)
 
-    def _leave_memory(self) -> None:
-        """Go on in a block on the disk; those before it are sealed there."""
+    def _return_to_disk(self) -> None:
+        """Continue in a block on the disk; earlier ones in memory are sealed there."""
         number = self._open[-1].number + 1
         fresh = DiskBlock(self.rank_dir, number, is_synced=self._is_synced)
         self._open[-1].next = fresh
@@ -391,27 +374,59 @@ class Journal:
         self._open.append(fresh)
         if not self._why_closed:
             self.block = fresh
-        self._pass_on()
+        self._seal_full_blocks()
 
     def _warn_of(self, error: OSError) -> None:
-        """Warn, once until all is well again."""
-        if not self._is_in_trouble:
-            self._is_in_trouble = True
+        """Warn once, until the disk can be written again."""
+        if not self._has_warned:
+            self._has_warned = True
             warn(
                 f"Journal({str(self.rank_dir)!r}): expected to write to the disk, got "
-                f"{error}. Training goes on, and what is logged is kept in memory and "
-                "written later: make space before the process ends."
+                f"{error}. Training continues, and what is logged is kept in memory and "
+                "written later: free some space before the process ends."
             )
 
-    # -------------------------------------------------------------------- sealer
 
-    def _seal_all(self) -> None:
-        """Thread: turn blocks that are passed on into Arrow files."""
+class _Sealer:
+    """Thread that turns full blocks into Arrow files.
+
+    Attributes
+    ----------
+    has_waiting
+        Whether blocks wait for a missing row or for the disk.
+    is_hurried
+        Set when nothing is logged any more: the thread makes no pauses then.
+    """
+
+    def __init__(
+        self, rank_dir: Path, rank: int, warn_of: Callable[[OSError], None]
+    ) -> None:
+        self.has_waiting = False
+        self.is_hurried = False
+        self._rank_dir = rank_dir
+        self._rank = rank
+        self._warn_of = warn_of
+        self._queue: queue.SimpleQueue[Block | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(
+            target=self._run, name="tracking-sealer", daemon=True
+        )
+        self._thread.start()
+
+    def add(self, block: Block) -> None:
+        """Seal a retired block soon."""
+        self._queue.put(block)
+
+    def close(self) -> None:
+        """Seal what was added and end the thread; it gives up after ``RETRY_S``."""
+        self._queue.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
         waiting: list[Block] = []
         deadline: float | None = None
         while deadline is None or waiting:
             try:
-                block = self._to_seal.get(timeout=RETRY_S if deadline is None else 0.01)
+                block = self._queue.get(timeout=RETRY_S if deadline is None else 0.01)
                 if block is None:
                     deadline = time.monotonic() + RETRY_S
                 else:
@@ -420,26 +435,25 @@ class Journal:
                 pass
             must = deadline is not None and time.monotonic() > deadline
             waiting = [block for block in waiting if not self._seal(block, must=must)]
-            self._has_unsealed = bool(waiting)
+            self.has_waiting = bool(waiting)
             if must:
                 break
         self._warn_of_loss(waiting)
 
     def _seal(self, block: Block, *, must: bool) -> bool:
         """Seal a block; False if it has to wait for a row or for the disk."""
-        if self._has_holes(block) and not must:
+        if _has_holes(block) and not must:
             return False
         marks, text = block.snapshot()
-        number = block.number
-        found = rows.decode(
-            self.rank_dir, number, self.rank, marks, marks, text, self._pause
+        found = row_format.decode_block(
+            self._rank_dir, block.number, self._rank, marks, marks, text, self._pause
         )
-        # What nothing was lost by, as a text that was written again, is not told.
+        # Damage without a lost row, such as a text written twice, is not worth a note.
         damage = tuple(d for d in found.damage if d.rows_lost)
-        path = self.rank_dir / f"{number:06d}.arrow"
+        path = get_segment_path(self._rank_dir, block.number)
         try:
-            sealed.write(
-                found.table, path, rank=self.rank, damage=damage, pause=self._pause
+            write_segment(
+                found.table, path, rank=self._rank, damage=damage, pause=self._pause
             )
             block.close(unlink=True)
         except OSError as error:
@@ -447,59 +461,66 @@ class Journal:
             return False
         return True
 
-    @staticmethod
-    def _has_holes(block: Block) -> bool:
-        """Whether a row of a retired block is still to come."""
-        assert block.limit is not None
-        return rows.has_holes(block.snapshot()[0], block.limit)
-
     def _pause(self) -> None:
-        """Let a thread that logs have the interpreter for a while.
+        """Let other threads run.
 
-        Sealing takes milliseconds. The interpreter's own switch between threads comes
-        after 5 ms, and a lock that is let go without a sleep is taken back at once. Each
-        pause may cost the sealer as long: with many more of them it falls behind.
+        Sealing takes milliseconds. The interpreter switches threads only every 5 ms, and
+        a thread that releases its lock without a sleep takes it back at once. Each pause
+        may cost the sealer as much: with many more of them it would fall behind.
         """
-        if not self._why_closed:
+        if not self.is_hurried:
             time.sleep(0.0003)
 
     def _warn_of_loss(self, blocks: list[Block]) -> None:
-        """Tell of rows that never reached the disk, at the end."""
         num_lost = sum(block.limit or 0 for block in blocks if not block.is_durable)
         if num_lost:
             warn(
-                f"Journal({str(self.rank_dir)!r}): expected to write to the disk, got none "
-                f"of it until the end: up to {num_lost} rows are lost. Make space before "
-                "the next run."
+                f"Journal({str(self._rank_dir)!r}): expected to write to the disk, which "
+                f"failed until the end: up to {num_lost} rows are lost. Free some space "
+                "before the next run."
             )
 
 
 def recover(rank_dir: Path) -> None:
-    """Seal what an earlier writer left open; the part must be locked.
+    """Seal what an earlier writer left open; the folder must be locked.
 
     Parameters
     ----------
     rank_dir
-        Folder of the part. What cannot be read is noted in the sealed block.
+        Folder of the rank's records. What cannot be read is noted in the sealed block.
     """
     for stray in (*rank_dir.glob("*.new"), *rank_dir.glob("*.sealing")):
         stray.unlink()
     for number in list_blocks(rank_dir):
-        path = rank_dir / f"{number:06d}.arrow"
+        path = get_segment_path(rank_dir, number)
         if not path.exists():
-            view = read_block(rank_dir, number)
-            assert view is not None
-            rank = int(rank_dir.name) if rank_dir.name.isdecimal() else 0
-            sealed.write(view.table, path, rank=rank, damage=tuple(view.damage))
-        for open_file in rows.paths(rank_dir, number):
+            content = read_block(rank_dir, number)
+            assert content is not None
+            damage = tuple(content.damage)
+            write_segment(content.table, path, rank=get_rank(rank_dir), damage=damage)
+        for open_file in row_format.get_block_paths(rank_dir, number):
             open_file.unlink(missing_ok=True)
 
 
-def _after_fork() -> None:
-    """Leave the parent's journals alone."""
-    forget_locks()
-    for journal in tuple(_WRITERS):
-        journal.disown()
+def _lock(rank_dir: Path) -> ProcessLock:
+    try:
+        return ProcessLock(get_lock_path(rank_dir))
+    except LockHeldError as error:
+        raise RunBusyError(
+            f"Journal({str(rank_dir)!r}): expected a run that nobody is writing, got one "
+            f"held by {error}. End that process, or start another run here."
+        ) from error
 
 
-os.register_at_fork(after_in_child=_after_fork)
+def _has_holes(block: Block) -> bool:
+    """Whether a row of a retired block is still to come."""
+    assert block.limit is not None
+    return row_format.has_holes(block.snapshot()[0], block.limit)
+
+
+def _close_in_child() -> None:
+    for journal in tuple(_JOURNALS):
+        journal.close_in_child()
+
+
+os.register_at_fork(after_in_child=_close_in_child)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Final
 
 from tracking.delivery.state import DeliveryState
-from tracking.ending import get_first_error
 from tracking.mlflow_store.client import (
     MAX_TAG_LENGTH,
     GoneError,
@@ -18,7 +17,7 @@ from tracking.mlflow_store.client import (
 )
 from tracking.mlflow_store.tags import as_ms, page_url, run_tags
 from tracking.mlflow_store.writer import RunWriter
-from tracking.store import Manifest
+from tracking.store import Manifest, get_first_error
 
 RUN_TAG: Final = "luz.run_id"
 SUPERSEDES: Final = "luz.supersedes"

@@ -14,10 +14,10 @@ from tracking.delivery.compare import Rows, row_ids, unmatched_rows
 from tracking.delivery.reconcile import expected_points, thinning_mask, timing_keys
 from tracking.delivery.scan import Flags, JournalScan
 from tracking.delivery.sync import MlflowContents
-from tracking.journal.reader import JournalReader, is_being_written
+from tracking.journal.reader import JournalReader
 from tracking.mlflow_store.points import POINTS, UniqueTimestamps, points_table
 from tracking.read import PastRun
-from tracking.store import get_rank_dir
+from tracking.store import get_rank_dir, is_being_written
 from tracking.verify import Comparison, Mismatch
 
 _NOTES: Final = {

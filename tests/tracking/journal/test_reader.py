@@ -9,9 +9,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tracking.journal import row_format as rows
+from tests.tracking.tables import floats, same
+from tracking.journal import row_format
 from tracking.journal.reader import JournalReader, read_records
-from tracking.journal.row_format import SIZE
+from tracking.journal.row_format import ROW_BYTES
 from tracking.journal.segment import CAPACITY, Damage
 from tracking.journal.writer import Journal
 from tracking.schema import FLOAT, flatten_value
@@ -24,22 +25,6 @@ def rank_dir(tmp_path):
 
 def put(journal, value, **counts):
     journal.write("metrics", "train", flatten_value(value, "test"), **counts)
-
-
-def floats(table):
-    return table["value"].to_pylist()
-
-
-def plain(table):
-    """Table with words in place of codes, whose order does not matter."""
-    words = dict.fromkeys(("what", "set", "name", "kind"), pa.string())
-    return table.cast(
-        pa.schema([f.with_type(words.get(f.name, f.type)) for f in table.schema])
-    )
-
-
-def same(first, second):
-    return plain(first).equals(plain(second))
 
 
 class Torn(NamedTuple):
@@ -56,7 +41,7 @@ class Torn(NamedTuple):
 def open_files(journal):
     """Copies of the bytes of the open block, as a killed process leaves them."""
     rank_dir, number = journal.rank_dir, journal.block.number
-    return [path.read_bytes() for path in rows.paths(rank_dir, number)]
+    return [path.read_bytes() for path in row_format.get_block_paths(rank_dir, number)]
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +63,7 @@ def left_behind(folder, row_bytes, text_bytes):
     rank_dir = folder / "0"
     rank_dir.mkdir(exist_ok=True)
     for path, data in zip(
-        rows.paths(rank_dir, 0), (row_bytes, text_bytes), strict=True
+        row_format.get_block_paths(rank_dir, 0), (row_bytes, text_bytes), strict=True
     ):
         path.write_bytes(data)
     return rank_dir
@@ -103,14 +88,14 @@ cheap = settings(
 
 
 @cheap
-@given(cut=st.integers(0, 130 * SIZE))
+@given(cut=st.integers(0, 130 * ROW_BYTES))
 def test_read_part_rows_cut_at_any_byte_are_read_up_to_it(cut, torn, tmp_path):
     row_bytes, text_bytes, whole = torn
     rank_dir = left_behind(tmp_path, row_bytes[:cut], text_bytes)
     table, damage = read_records(rank_dir)
-    assert same(table, whole.slice(0, min(cut // SIZE, 120)))
+    assert same(table, whole.slice(0, min(cut // ROW_BYTES, 120)))
     assert [(d.file.name, d.offset, d.rows_lost) for d in damage] == [
-        ("000000.rows", cut, CAPACITY - cut // SIZE)
+        ("000000.rows", cut, CAPACITY - cut // ROW_BYTES)
     ]
 
 
@@ -130,13 +115,15 @@ def test_read_part_text_cut_at_any_byte_keeps_all_that_needs_none(data, torn, tm
 
 
 @cheap
-@given(at=st.integers(0, 121 * SIZE - 1), garbage=st.binary(min_size=1, max_size=200))
+@given(
+    at=st.integers(0, 121 * ROW_BYTES - 1), garbage=st.binary(min_size=1, max_size=200)
+)
 def test_read_part_overwritten_rows_are_lost_alone(at, garbage, torn, tmp_path):
     row_bytes, text_bytes, whole = torn
     changed = row_bytes[:at] + garbage + row_bytes[at + len(garbage) :]
     rank_dir = left_behind(tmp_path, changed[: len(row_bytes)], text_bytes)
     table, _ = read_records(rank_dir)
-    hit = set(range(at // SIZE, (at + len(garbage) - 1) // SIZE + 1))
+    hit = set(range(at // ROW_BYTES, (at + len(garbage) - 1) // ROW_BYTES + 1))
     untouched = [row for row in whole.to_pylist() if row["seq"] not in hit]
     found = [row for row in table.to_pylist() if row["seq"] not in hit]
     assert found == untouched
@@ -148,7 +135,7 @@ def test_read_part_garbage_after_the_end_is_named(torn, tmp_path):
     table, damage = read_records(rank_dir)
     assert same(table, whole)
     assert [(d.file.name, d.offset, d.rows_lost) for d in damage] == [
-        ("000000.rows", CAPACITY * SIZE, 0),
+        ("000000.rows", CAPACITY * ROW_BYTES, 0),
         ("000000.text", len(text_bytes), 0),
     ]
     check_recovers(rank_dir)
@@ -176,14 +163,14 @@ def test_read_part_absent_file_is_named(absent, torn, tmp_path):
 
 def test_read_part_row_torn_while_written_is_named(torn, tmp_path):
     row_bytes, text_bytes, whole = torn
-    half = row_bytes[: 119 * SIZE + 30] + bytes(18) + row_bytes[120 * SIZE :]
+    half = row_bytes[: 119 * ROW_BYTES + 30] + bytes(18) + row_bytes[120 * ROW_BYTES :]
     rank_dir = left_behind(tmp_path, half, text_bytes)
     table, damage = read_records(rank_dir)
     assert same(table, whole.slice(0, 119))
     assert damage == [
         Damage(
             rank_dir / "000000.rows",
-            119 * SIZE,
+            119 * ROW_BYTES,
             1,
             "rows without their mark, torn while being written",
         )
@@ -194,11 +181,11 @@ def test_read_part_row_torn_while_written_is_named(torn, tmp_path):
 def test_read_part_row_without_its_first_page_is_no_row(torn, tmp_path):
     # After a power cut: the page that holds a row's time never reached the disk.
     row_bytes, text_bytes, whole = torn
-    lost = row_bytes[: 85 * SIZE] + bytes(16) + row_bytes[85 * SIZE + 16 :]
+    lost = row_bytes[: 85 * ROW_BYTES] + bytes(16) + row_bytes[85 * ROW_BYTES + 16 :]
     table, damage = read_records(left_behind(tmp_path, lost, text_bytes))
     assert 85 not in table["seq"].to_pylist()
     assert table.num_rows == whole.num_rows - 1
-    assert [(d.offset, d.rows_lost) for d in damage] == [(85 * SIZE, 1)]
+    assert [(d.offset, d.rows_lost) for d in damage] == [(85 * ROW_BYTES, 1)]
 
 
 def test_read_part_block_that_is_gone_is_named(rank_dir):
@@ -209,7 +196,7 @@ def test_read_part_block_that_is_gone_is_named(rank_dir):
     table, damage = read_records(rank_dir)
     assert table.num_rows == 40_000 - CAPACITY
     assert damage == [
-        Damage(rank_dir / "000001.arrow", 0, CAPACITY, "the block is not there")
+        Damage(rank_dir / "000001.arrow", 0, CAPACITY, "the block is missing")
     ]
     assert JournalReader(rank_dir).read(5)["seq"].to_pylist() == [0, 1, 2, 3, 4]
     tail = JournalReader(rank_dir, after=CAPACITY - 1)
@@ -264,10 +251,12 @@ def test_tail_waits_for_a_row_that_is_being_written(rank_dir):
     tail = JournalReader(rank_dir)
     assert floats(tail.read()) == [1.0]
     assert tail.read().num_rows == 0
-    group = journal.group(journal.block, "metrics", "train")
+    group = journal.get_group(journal.block, "metrics", "train")
     now = time.time_ns() // 1000
     key = group.ids[""]
-    journal.block.put(slot * SIZE, now, 1, 1, 2.0, 1, key, FLOAT, 0, rows.MARK ^ slot)
+    journal.block.put(
+        slot * ROW_BYTES, now, 1, 1, 2.0, 1, key, FLOAT, 0, row_format.MARK ^ slot
+    )
     assert floats(tail.read()) == [2.0, 3.0]
     journal.close()
 

@@ -7,26 +7,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tracking.journal import segment as sealed
+from tests.tracking.tables import floats, same
+from tracking.journal import segment
 from tracking.journal.segment import CAPACITY
 from tracking.schema import SCHEMA
-
-
-def floats(table):
-    return table["value"].to_pylist()
-
-
-def plain(table):
-    """Table with words in place of codes, whose order does not matter."""
-    words = dict.fromkeys(("what", "set", "name", "kind"), pa.string())
-    return table.cast(
-        pa.schema([f.with_type(words.get(f.name, f.type)) for f in table.schema])
-    )
-
-
-def same(first, second):
-    return plain(first).equals(plain(second))
-
 
 cheap = settings(
     max_examples=20,
@@ -61,7 +45,7 @@ def block_table(num_rows):
 def sealed_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("sealed") / "000000.arrow"
     table = block_table(10_000).combine_chunks()
-    sealed.write(table, path, rank=3)
+    segment.write_segment(table, path, rank=3)
     return path.read_bytes(), table
 
 
@@ -83,7 +67,7 @@ def test_sealed_block_cut_at_any_byte_is_read_up_to_it(data, sealed_file, tmp_pa
     cut = data.draw(st.integers(0, len(whole) - 1))
     path = tmp_path / "000000.arrow"
     path.write_bytes(whole[:cut])
-    found, damage = sealed.read(path)
+    found, damage = segment.read_segment(path)
     assert same(found, table.slice(0, found.num_rows))
     assert found.num_rows in (0, 4096, 8192, 10_000)
     (only,) = damage
@@ -101,7 +85,7 @@ def test_sealed_block_changed_at_any_byte_gives_no_false_row(
     byte = data.draw(st.integers(1, 255))
     path = tmp_path / "000000.arrow"
     path.write_bytes(whole[:at] + bytes([whole[at] ^ byte]) + whole[at + 1 :])
-    found, damage = sealed.read(path)
+    found, damage = segment.read_segment(path)
     assert same(found, table.slice(0, found.num_rows))
     assert bool(damage) or found.num_rows == 10_000
     assert sum(d.rows_lost for d in damage) >= 10_000 - found.num_rows
@@ -111,19 +95,20 @@ def test_sealed_block_with_garbage_after_it_is_whole(sealed_file, tmp_path):
     whole, table = sealed_file
     path = tmp_path / "000000.arrow"
     path.write_bytes(whole + b"garbage")
-    found, damage = sealed.read(path)
+    found, damage = segment.read_segment(path)
     assert same(found, table)
     assert [(d.rows_lost, d.reason) for d in damage] == [
         (0, "the end of the file is damaged")
     ]
 
 
-def test_sealed_block_of_a_later_format_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(sealed, "FORMAT", 2)
-    sealed.write(block_table(3), tmp_path / "000000.arrow", rank=3)
-    monkeypatch.undo()
+def test_sealed_block_of_a_later_format_is_refused(tmp_path):
+    columns, notes = segment._encode(block_table(3))
+    notes |= {"format": 2, "rank": 3, "num_rows": 3, "damage": []}
+    data = segment._build_file(pa.table(columns), notes)
+    (tmp_path / "000000.arrow").write_bytes(data)
     with pytest.raises(ValueError, match=r"expected format 1, got 2"):
-        sealed.read(tmp_path / "000000.arrow")
+        segment.read_segment(tmp_path / "000000.arrow")
 
 
 counts = st.none() | st.integers(-(2**63) + 1, 2**63 - 1)
@@ -161,12 +146,12 @@ def test_sealed_block_gives_back_every_bit(tmp_path_factory, found):
         }
     ).cast(SCHEMA)
     path = tmp_path_factory.mktemp("bits") / "000000.arrow"
-    sealed.write(table, path, rank=0)
-    again, damage = sealed.read(path)
+    segment.write_segment(table, path, rank=0)
+    again, damage = segment.read_segment(path)
     assert damage == []
     assert same(again.drop(["value"]), table.drop(["value"]))
     assert [bits(v) for v in floats(again)] == [bits(v) for v in floats(table)]
-    assert sealed.num_rows(path) == count
+    assert segment.read_num_rows(path) == count
 
 
 def bits(value):

@@ -15,19 +15,25 @@ import pyarrow as pa
 import pytest
 from pyarrow import compute as pc
 
+from tests.tracking.tables import floats, same
 from tracking.errors import RunBusyError, RunClosedError, TrackingWarning
-from tracking.journal import block as block_module
-from tracking.journal import row_format as rows
-from tracking.journal.block import Block, DiskBlock, Group, Series
+from tracking.journal import row_format
+from tracking.journal.block import (
+    AutoIndex,
+    Block,
+    DiskBlock,
+    KeyGroup,
+    get_filesystem,
+)
 from tracking.journal.reader import (
     JournalReader,
-    is_being_written,
     read_block,
     read_records,
 )
 from tracking.journal.segment import CAPACITY
 from tracking.journal.writer import Journal
 from tracking.schema import FLOAT, SCHEMA, flatten_value, parse_value
+from tracking.store import is_being_written
 
 
 @pytest.fixture
@@ -37,22 +43,6 @@ def rank_dir(tmp_path):
 
 def put(journal, value, **counts):
     journal.write("metrics", "train", flatten_value(value, "test"), **counts)
-
-
-def floats(table):
-    return table["value"].to_pylist()
-
-
-def plain(table):
-    """Table with words in place of codes, whose order does not matter."""
-    words = dict.fromkeys(("what", "set", "name", "kind"), pa.string())
-    return table.cast(
-        pa.schema([f.with_type(words.get(f.name, f.type)) for f in table.schema])
-    )
-
-
-def same(first, second):
-    return plain(first).equals(plain(second))
 
 
 def run_script(script, *args, cwd):
@@ -153,7 +143,7 @@ def test_journal_second_writer_in_this_process_is_refused(rank_dir):
 SECOND_WRITER = """
 import sys
 from pathlib import Path
-from tracking.journal.reader import is_being_written
+from tracking.store import is_being_written
 from tracking.journal.writer import Journal
 print(is_being_written(Path(sys.argv[1])))
 Journal(Path(sys.argv[1]))
@@ -198,12 +188,12 @@ def test_journal_threads_lose_and_mix_nothing(rank_dir):
     assert found == wanted
 
 
-def test_series_index_is_taken_once_among_threads():
-    series = Series()
+def test_auto_index_is_taken_once_among_threads():
+    index = AutoIndex()
     taken: list[int] = []
 
     def work():
-        taken.extend(series.next() for _ in range(5000))
+        taken.extend(index.next() for _ in range(5000))
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
@@ -213,13 +203,13 @@ def test_series_index_is_taken_once_among_threads():
     assert sorted(taken) == list(range(1, 20_001))
 
 
-def test_series_goes_on_after_the_highest_index_given():
-    series = Series()
-    assert series.next() == 1
-    assert series.index_for(7, None) == 7
-    assert series.index_for(3, None) == 3
-    assert [series.next(), series.next()] == [8, 9]
-    assert series.index_for(None, 5) == rows.NO_COUNT
+def test_auto_index_continues_after_the_highest_index_given():
+    index = AutoIndex()
+    assert index.next() == 1
+    assert index.choose(7, None) == 7
+    assert index.choose(3, None) == 3
+    assert [index.next(), index.next()] == [8, 9]
+    assert index.choose(None, 5) == row_format.NO_COUNT
 
 
 def test_block_slot_of_a_row_that_failed_is_no_hole(rank_dir):
@@ -234,7 +224,7 @@ def test_block_slot_of_a_row_that_failed_is_no_hole(rank_dir):
     assert (floats(table), damage) == ([1.0, 3.0], [])
 
 
-def test_journal_many_texts_turn_the_block_over(rank_dir, monkeypatch):
+def test_journal_many_texts_turn_the_block_over(rank_dir):
     journal = Journal(rank_dir)
     text = "x" * 1_000_000
     for _ in range(40):
@@ -256,23 +246,21 @@ def test_journal_synced_to_disk_reads_the_same(rank_dir):
     assert read_records(rank_dir)[0].num_rows == 2
 
 
-def test_disk_block_without_mapping_writes_by_call(tmp_path, monkeypatch):
-    # As on a filesystem where a mapping is not safe.
-    here = block_module._filesystem(tmp_path)
+def test_disk_block_without_mapping_writes_by_call(tmp_path):
+    here = get_filesystem(tmp_path)
     assert here
-    monkeypatch.setattr(block_module, "_UNMAPPED", frozenset([here]))
-    block = DiskBlock(tmp_path, 0, is_synced=False)
+    block = DiskBlock(tmp_path, 0, is_synced=False, unmapped=frozenset([here]))
     assert not isinstance(block._rows, mmap.mmap)
-    group = Group(Series())
-    key = block.key(group, "m", "s", "x")
-    block.put(0, 1, 2, 3, 0.5, 4, key, FLOAT, 0, rows.MARK)
+    group = KeyGroup(AutoIndex())
+    key = block.add_key(group, "m", "s", "x")
+    block.put(0, 1, 2, 3, 0.5, 4, key, FLOAT, 0, row_format.MARK)
     block.void(0)
     block.void(1)
     found = read_block(tmp_path, 0)
     assert found is not None
     assert floats(found.table) == [0.5]
     assert found.frontier == 2
-    assert rows.last_marked(block.snapshot()[0]) == 1
+    assert row_format.find_last_slot(block.snapshot()[0]) == 1
     block.close(unlink=True)
     assert list(tmp_path.iterdir()) == []
 
@@ -381,7 +369,7 @@ def test_journal_killed_200_times_loses_nothing_acknowledged(tmp_path, root):
 FORKED = """
 import os, sys
 from pathlib import Path
-from tracking.journal.reader import is_being_written
+from tracking.store import is_being_written
 from tracking.journal.writer import Journal
 rank_dir = Path(sys.argv[1])
 journal = Journal(rank_dir)
@@ -444,8 +432,8 @@ while interrupted < 150:
 rank_dir = run.path / "records" / "0"
 block = run._journal.block
 marks, _ = block.snapshot()
-from tracking.journal import row_format as rows
-assert not rows.has_holes(marks, rows.last_marked(marks) + 1)
+from tracking.journal import row_format
+assert not row_format.has_holes(marks, row_format.find_last_slot(marks) + 1)
 run.finish()
 table, damage = read_records(rank_dir)
 assert not damage, damage
@@ -507,8 +495,9 @@ for i in range(50_000):
     log({"x": float(i)})
     if i % 10 == 0:
         log({"t": str(i)})
-time.sleep(0.6)
-assert len(caught) == 1, caught
+deadline = time.monotonic() + 20
+while not caught and time.monotonic() < deadline:
+    time.sleep(0.01)
 read = read_records(rank_dir)
 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
 deadline = time.monotonic() + 20
@@ -520,6 +509,7 @@ kind = type(journal.block).__name__
 journal.close()
 table, damage = read_records(rank_dir)
 assert not damage, damage
+assert len(caught) == 1, caught
 print(durable, table.num_rows, kind, read[0].num_rows >= 16384, caught)
 assert table["value"].drop_null().to_pylist() == [0.0, *map(float, range(50_000)), -1.0]
 assert table["payload"].drop_null().to_pylist() == [f'"{i}"' for i in range(0, 50_000, 10)]
@@ -530,7 +520,7 @@ def test_journal_full_disk_warns_once_and_resumes(rank_dir, root):
     done = run_script(LIMITED, rank_dir, cwd=root)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("55001 55002 DiskBlock"), done.stdout
-    assert "Training goes on, and what is logged is kept in memory" in done.stdout
+    assert "Training continues, and what is logged is kept in memory" in done.stdout
 
 
 FULL = """
@@ -599,11 +589,11 @@ def test_journal_nan_payloads_survive(rank_dir):
 
 def test_disk_block_settled_holds_no_file_and_reads_the_same(tmp_path):
     block = DiskBlock(tmp_path, 0, is_synced=False)
-    key = block.key(Group(Series()), "m", "s", "x")
-    block.put(0, 1, 2, 3, 0.5, 4, key, FLOAT, 0, rows.MARK)
+    key = block.add_key(KeyGroup(AutoIndex()), "m", "s", "x")
+    block.put(0, 1, 2, 3, 0.5, 4, key, FLOAT, 0, row_format.MARK)
     before = block.snapshot()
     held = len(list(Path("/dev/fd").iterdir()))
-    block.settle()
+    block.release_files()
     assert len(list(Path("/dev/fd").iterdir())) == held - 3  # a mapping has its own
     assert block.snapshot() == before
     block.close(unlink=True)
@@ -611,12 +601,12 @@ def test_disk_block_settled_holds_no_file_and_reads_the_same(tmp_path):
 
 def test_memory_block_is_read_like_one_on_the_disk():
     block = Block(4)
-    group = Group(Series())
-    key = block.key(group, "m", "s", "x")
+    group = KeyGroup(AutoIndex())
+    key = block.add_key(group, "m", "s", "x")
     block.add_payload(0, '"text"')
-    block.put(0, 1, 2, 3, math.nan, 4, key, 4, rows.HAS_TEXT, rows.MARK)
+    block.put(0, 1, 2, 3, math.nan, 4, key, 4, row_format.HAS_TEXT, row_format.MARK)
     marks, text = block.snapshot()
-    found = rows.decode(Path("part"), 4, 0, marks, marks, text)
+    found = row_format.decode_block(Path("part"), 4, 0, marks, marks, text)
     assert found.table["payload"].to_pylist() == ['"text"']
     assert found.table["seq"].to_pylist() == [4 * CAPACITY]
     assert not block.is_durable

@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from tracking.durable import (
+    LockHeldError,
+    ProcessLock,
+    hold_lock,
+    is_locked,
+    replace_file,
+    replace_folder,
+    write_atomically,
+)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+# ------------------------------------------------------------------------- files
+
+
+def test_write_atomically_failure_leaves_the_old_file_and_nothing_else(tmp_path):
+    target = tmp_path / "target"
+    target.mkdir()  # a file cannot replace a folder, for root neither
+    with pytest.raises(OSError, match="target"):
+        write_atomically(target, b"new")
+    assert [p.name for p in tmp_path.iterdir()] == ["target"]
+
+
+def test_replace_file_shows_the_new_content_only_after_the_block(tmp_path):
+    target = tmp_path / "curve.png"
+    target.write_text("old")
+    with replace_file(target, sync=True) as temporary:
+        temporary.write_text("new")
+        assert temporary.suffix == ".png"
+        assert temporary.parent == tmp_path
+        assert target.read_text() == "old"
+    assert target.read_text() == "new"
+    assert names(tmp_path) == ["curve.png"]
+
+
+@pytest.mark.parametrize("error", [OSError, ValueError, KeyboardInterrupt])
+def test_replace_file_that_raises_keeps_the_old_content(tmp_path, error):
+    target = tmp_path / "target"
+    target.write_text("old")
+    with pytest.raises(error), replace_file(target) as temporary:  # noqa: PT012
+        temporary.write_text("half")
+        raise error
+    assert target.read_text() == "old"
+    assert names(tmp_path) == ["target"]
+
+
+def test_replace_folder_replaces_all_files(tmp_path):
+    for name in ("first", "second"):
+        with replace_folder(tmp_path / "made" / "folder") as temporary:
+            (temporary / name).write_text("x")
+    assert names(tmp_path / "made") == ["folder"]
+    assert names(tmp_path / "made" / "folder") == ["second"]
+
+
+def test_replace_folder_that_raises_keeps_the_earlier_one(tmp_path):
+    target = tmp_path / "folder"
+    with replace_folder(target) as temporary:
+        (temporary / "first").write_text("x")
+    with pytest.raises(ValueError, match="full"), replace_folder(target) as temporary:  # noqa: PT012
+        (temporary / "second").write_text("x")
+        raise ValueError("full")
+    assert names(tmp_path) == ["folder"]
+    assert names(target) == ["first"]
+
+
+# ------------------------------------------------------------------------- locks
+
+TRY = """
+import sys
+from pathlib import Path
+from tracking.durable import LockHeldError, ProcessLock, hold_lock, is_locked
+path = Path(sys.argv[1])
+print(is_locked(path))
+try:
+    ProcessLock(path)
+except LockHeldError as error:
+    print(error)
+with hold_lock(path.with_name("other"), 0) as is_held:
+    print(is_held)
+"""
+
+
+def run_script(script, path, cwd):
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(path)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    return done.stdout.splitlines()
+
+
+def test_process_lock_is_seen_by_this_and_other_processes(tmp_path, root):
+    path = tmp_path / "lock"
+    assert not is_locked(path)
+    lock = ProcessLock(path)
+    assert is_locked(path)
+    with pytest.raises(LockHeldError, match=r"process \d+ \(this one\)"):
+        ProcessLock(path)
+    seen, holder, _ = run_script(TRY, path, root)
+    assert seen == "True"
+    assert holder.startswith(f"process {os.getpid()} on ")
+    lock.release()
+    lock.release()
+    assert not is_locked(path)
+    assert run_script(TRY, path, root) == ["False", "True"]
+
+
+FORKED = """
+import os, sys
+from pathlib import Path
+from tracking.durable import ProcessLock, is_locked
+paths = Path(sys.argv[1], "released"), Path(sys.argv[1], "held")
+locks = [ProcessLock(path) for path in paths]
+released, release = os.pipe()
+pid = os.fork()
+if not pid:
+    os.read(released, 1)
+    locks[0].release()  # does nothing in the child
+    print([is_locked(path) for path in paths], flush=True)
+    os._exit(0)
+locks[0].release()
+os.write(release, b".")
+os.waitpid(pid, 0)
+"""
+
+
+def test_process_lock_is_not_held_by_a_forked_child(tmp_path, root):
+    assert run_script(FORKED, tmp_path, cwd=root) == ["[False, True]"]
+
+
+def test_hold_lock_excludes_others_until_the_block_ends(tmp_path, root):
+    path = tmp_path / "other"
+    with hold_lock(path) as is_held:
+        assert is_held
+        with hold_lock(path, timeout_s=0) as is_held_twice:
+            assert not is_held_twice
+        assert run_script(TRY, tmp_path / "lock", root)[-1] == "False"
+    assert run_script(TRY, tmp_path / "lock", root)[-1] == "True"
+
+
+@pytest.mark.parametrize("timeout_s", [None, 60])
+def test_hold_lock_waits_for_the_holder(tmp_path, timeout_s):
+    path = tmp_path / "lock"
+    holding, release = threading.Event(), threading.Event()
+
+    def hold():
+        with hold_lock(path):
+            holding.set()
+            release.wait(60)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    holding.wait(60)
+    threading.Timer(0.05, release.set).start()
+    with hold_lock(path, timeout_s) as is_held:
+        assert is_held
+        assert release.is_set()
+    holder.join()

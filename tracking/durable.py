@@ -1,0 +1,254 @@
+"""Files that survive a crash: atomic replacement, waiting for the disk, and locks.
+
+The only module that renames a file into place, calls ``fsync`` or takes a lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+with contextlib.suppress(ImportError):  # Windows, where harness must still import
+    import fcntl
+
+# Lock files that this process holds. Nothing here may open one of them again: a process
+# loses its POSIX lock when it closes any descriptor of the file.
+_HELD: Final[set[Path]] = set()
+
+
+# ------------------------------------------------------------------------- files
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace a file's content; a reader sees all of the old or all of the new one."""
+    with replace_file(path) as temporary:
+        write_synced(temporary, [data])
+
+
+@contextlib.contextmanager
+def replace_file(
+    path: Path, *, temporary: Path | None = None, sync: bool = False
+) -> Iterator[Path]:
+    """Replace a file by what the block writes, if the block succeeds.
+
+    Parameters
+    ----------
+    path
+        File to replace; its folder must exist.
+    temporary
+        Where the block writes; None: a hidden file beside ``path`` with the same suffix,
+        which some writers take the format from.
+    sync
+        Wait until the content is on the disk before renaming. Not needed after
+        ``write_synced``.
+
+    Yields
+    ------
+    path that the block must write to; removed if the block raises
+    """
+    temporary = temporary or _temporary(path)
+    try:
+        yield temporary
+        if sync:
+            _sync_path(temporary)
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def replace_folder(path: Path, *, temporary: Path | None = None) -> Iterator[Path]:
+    """Replace a folder by the one that the block fills, if the block succeeds.
+
+    An earlier folder is renamed before the new one takes its place, and then removed. A
+    kill at any moment leaves the earlier or the new one whole, if not always under its
+    name.
+
+    Parameters
+    ----------
+    path
+        Folder to replace; its parents are made.
+    temporary
+        Folder that the block fills, made here; None: a hidden one beside ``path``.
+
+    Yields
+    ------
+    empty folder; removed if the block raises
+    """
+    temporary = temporary or _temporary(path)
+    earlier = path.with_name(f".{path.name}.{os.getpid()}.earlier")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if path.exists():
+            path.rename(earlier)
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(earlier, ignore_errors=True)
+
+
+def move_folder(source: Path, target: Path) -> None:
+    """Rename a folder whose files are on the disk; durable when this returns."""
+    sync_folder(source)
+    source.rename(target)
+    sync_folder(target.parent)
+
+
+def write_synced(path: Path, chunks: Iterable[Any]) -> None:
+    """Write bytes-like chunks to a file and wait until they are on the disk."""
+    with path.open("wb") as file:
+        for chunk in chunks:
+            file.write(chunk)
+        file.flush()
+        sync(file.fileno())
+
+
+def sync(fd: int) -> None:
+    """Wait until an open file's content is on the disk."""
+    os.fsync(fd)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until a folder's list of names is on the disk."""
+    _sync_path(folder)
+
+
+def _sync_path(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        sync(fd)
+    finally:
+        os.close(fd)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{os.getpid()}-{path.name}")
+
+
+# ------------------------------------------------------------------------- locks
+
+
+class LockHeldError(Exception):
+    """Somebody holds the lock already; the message says who."""
+
+
+class ProcessLock:
+    """A lock file, held until ``release`` or until the process ends.
+
+    A POSIX record lock: unlike that of ``hold_lock``, it is not inherited by a forked
+    child, which may outlive the process. It contains the holder's process id and host.
+
+    Parameters
+    ----------
+    path
+        Lock file, made if absent; it is never removed.
+
+    Raises
+    ------
+    LockHeldError
+        If a process, this one included, holds it.
+    OSError
+        If the file cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path.resolve()
+        if self._path in _HELD:
+            raise LockHeldError(f"process {os.getpid()} (this one)")
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+        try:
+            _lock_record(self._fd)
+        except LockHeldError:
+            os.close(self._fd)
+            raise
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, f"{os.getpid()} on {socket.gethostname()}".encode(), 0)
+        _HELD.add(self._path)
+
+    def release(self) -> None:
+        """Release the lock; safe to call twice, and in a forked child."""
+        if self._path in _HELD:
+            _HELD.discard(self._path)
+            os.close(self._fd)
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a live process, this one included, holds a ``ProcessLock``."""
+    if path.resolve() in _HELD:
+        return True
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.lockf(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in (errno.EACCES, errno.EAGAIN)
+    finally:
+        os.close(fd)
+    return False
+
+
+def _lock_record(fd: int) -> None:
+    """Take the POSIX lock; ``is_locked`` elsewhere holds it for an instant only."""
+    for attempt in range(50):
+        try:
+            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                return  # no locks on this filesystem: the caller must take care
+            if attempt < 49:
+                time.sleep(0.01)
+    raise LockHeldError(f"process {os.pread(fd, 300, 0).decode(errors='replace')}")
+
+
+@contextlib.contextmanager
+def hold_lock(path: Path, timeout_s: float | None = None) -> Iterator[bool]:
+    """Hold a lock file during the block.
+
+    The kernel releases it when the process ends. A forked child inherits it.
+
+    Parameters
+    ----------
+    path
+        Lock file, made if absent; it is never removed.
+    timeout_s
+        Seconds to wait for another holder; None: without limit.
+
+    Yields
+    ------
+    whether the lock was acquired
+    """
+    with path.open("a") as file:
+        yield _lock_file(file.fileno(), timeout_s)
+
+
+def _lock_file(fd: int, timeout_s: float | None) -> bool:
+    if timeout_s is None:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        return True
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.1)
+        else:
+            return True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_HELD.clear)  # a child holds no record lock
