@@ -154,7 +154,7 @@ def _deepspeed() -> Iterator[Finding]:
     version = importlib.metadata.version("deepspeed")
     text = (
         "import json; from harness.accelerators.deepspeed import library; "
-        "print(); print(json.dumps(library.ops()))"
+        "print(); print(json.dumps(library.list_ops()))"
     )
     try:
         done = subprocess.run(

@@ -240,7 +240,7 @@ class Learner:
             return lambda loss: accelerator.backward(loss, ctx.opt_name)
 
         def backward(loss: Tensor) -> None:
-            with accelerator.counting(ctx.opt_name):
+            with accelerator.counting_backward(ctx.opt_name):
                 own(loss)
 
         return backward
@@ -249,7 +249,7 @@ class Learner:
         """Gather the weights and build the result, with the model on the CPU."""
         accelerator, model = ctx.accelerator, ctx.model
         assert accelerator is not None
-        weights = accelerator.whole_state_dict(model)
+        weights = accelerator.full_state_dict(model)
         accelerator.finish()
         model.cpu()
         if weights:

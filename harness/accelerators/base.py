@@ -76,7 +76,9 @@ class Accelerator(Protocol):
         """Add the gradients of ``loss / window``; `loss` is a scalar with a graph."""
         ...
 
-    def counting(self, name: str | None = None) -> AbstractContextManager[object]:
+    def counting_backward(
+        self, name: str | None = None
+    ) -> AbstractContextManager[object]:
         """Count one backward of ``loss`` made inside in the user's own way.
 
         One device takes any way; DeepSpeed needs ``backward`` to be called.
@@ -128,7 +130,7 @@ class Accelerator(Protocol):
         """Wait until every rank is here."""
         ...
 
-    def whole_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
+    def full_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
         """All weights and buffers, whole, detached, on the CPU; empty except on rank 0."""
         ...
 

@@ -13,7 +13,7 @@ from harness.accelerators.base import StepOpt, default_step_opt
 from harness.data.batch import move
 from harness.errors import CheckpointError
 from harness.reshard.consolidated import copy_tensors
-from harness.reshard.layout import members, plain_layout
+from harness.reshard.layout import group_members, make_plain_layout
 
 
 def best_device() -> torch.device:
@@ -25,12 +25,12 @@ def best_device() -> torch.device:
     return torch.device("cpu")
 
 
-def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """All weights, then all buffers, those left out of a ``state_dict`` too; live."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def load_optimizer(opt: Any, saved: Mapping[str, Any], name: str) -> None:
+def load_optimizer_state(opt: Any, saved: Mapping[str, Any], name: str) -> None:
     """Give an optimizer its state, in the dtypes that it had.
 
     Raises
@@ -54,7 +54,7 @@ def load_optimizer(opt: Any, saved: Mapping[str, Any], name: str) -> None:
                 live[key] = value.to(live[key].device, copy=True)
 
 
-def others(optimizers: Mapping[str, Any]) -> dict[str, list[Tensor]]:
+def parameters_of_others(optimizers: Mapping[str, Any]) -> dict[str, list[Tensor]]:
     """For each optimizer the parameters that only others own."""
     owned = {
         name: {id(p): p for group in opt.param_groups for p in group["params"]}
@@ -68,7 +68,7 @@ def others(optimizers: Mapping[str, Any]) -> dict[str, list[Tensor]]:
 
 
 @contextmanager
-def without_gradients(params: Sequence[Tensor]) -> Iterator[None]:
+def freeze_parameters(params: Sequence[Tensor]) -> Iterator[None]:
     """Let these parameters ask for no gradients inside."""
     asking = [param for param in params if param.requires_grad]
     for param in asking:
@@ -135,7 +135,7 @@ class SingleDevice:
         """Place the model on the device; optimizers and loaders come back as they are."""
         self._model = model.to(self.device)
         self._optimizers = dict(optimizers or {})
-        self._others = others(self._optimizers)
+        self._others = parameters_of_others(self._optimizers)
         self._known_layouts = {}
         self._done = dict.fromkeys(self._optimizers, 0)
         self.steps = dict.fromkeys(self._optimizers, 0)
@@ -173,10 +173,10 @@ class SingleDevice:
         """Hold the forward and backward of one optimizer: only what it owns gets gradients."""
         if len(self._optimizers) < 2 or not torch.is_grad_enabled():
             return self._nothing
-        return without_gradients(self._others[self._only(name)])
+        return freeze_parameters(self._others[self._only(name)])
 
     @contextmanager
-    def counting(self, name: str | None = None) -> Iterator[None]:
+    def counting_backward(self, name: str | None = None) -> Iterator[None]:
         """Count one backward, whoever makes it inside: this accelerator or the user."""
         name = self._only(name)
         before = self._done[name]
@@ -242,7 +242,7 @@ class SingleDevice:
     def barrier(self) -> None:
         """Nobody to wait for."""
 
-    def whole_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
+    def full_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
         """All weights and buffers, detached, on the CPU."""
         return {
             name: value.detach().cpu() if isinstance(value, Tensor) else value
@@ -255,7 +255,7 @@ class SingleDevice:
         assert model is not None
         return {
             "world_size": 1,
-            "model": tensors_of(model),
+            "model": named_tensors(model),
             "optimizers": {n: opt.state_dict() for n, opt in self._optimizers.items()},
             "layouts": {n: layout for n, (layout, _) in self._layouts().items()},
             "members": {n: groups for n, (_, groups) in self._layouts().items()},
@@ -278,8 +278,8 @@ class SingleDevice:
             found = self._known_layouts.get(name)
             if found is None or len(found[0]) != len(params):
                 self._known_layouts[name] = (
-                    plain_layout(self._model, params),
-                    members(self._model, opt.param_groups),
+                    make_plain_layout(self._model, params),
+                    group_members(self._model, opt.param_groups),
                 )
         return self._known_layouts
 
@@ -298,7 +298,7 @@ class SingleDevice:
         model = self._model
         assert model is not None
         if "model" in parts:
-            copy_tensors(tensors_of(model), state["model"])
+            copy_tensors(named_tensors(model), state["model"])
         if "optimizers" not in parts:
             return
         if set(state["optimizers"]) != set(self._optimizers):
@@ -306,7 +306,7 @@ class SingleDevice:
             msg = f"resume: expected optimizers {want}, got {have}."
             raise CheckpointError(f"{msg} Resume with the learner that was saved.")
         for name, own in state["optimizers"].items():
-            load_optimizer(self._optimizers[name], own, name)
+            load_optimizer_state(self._optimizers[name], own, name)
         self.steps.update(state["steps"])
         self._done.update(state["done"])
         for name, param in model.named_parameters():

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from harness.callbacks.monitor import Mode, Monitor
-from harness.reshard.convert import of_weights
+from harness.reshard.convert import convert_weights
 
 
 class KeepBestModel(Monitor):
@@ -40,7 +40,7 @@ class KeepBestModel(Monitor):
         """Copy the weights if this epoch is the best so far."""
         if self.update_best():
             assert self.ctx.accelerator is not None
-            state = self.ctx.accelerator.whole_state_dict(self.ctx.model)
+            state = self.ctx.accelerator.full_state_dict(self.ctx.model)
             self.weights = {
                 name: value.clone()
                 for name, value in state.items()
@@ -54,7 +54,7 @@ class KeepBestModel(Monitor):
         weights = accelerator.broadcast(self.weights)
         if weights:
             state = accelerator.state_dict()
-            best = of_weights(weights, self.ctx.model, state, accelerator.rank)
+            best = convert_weights(weights, self.ctx.model, state, accelerator.rank)
             accelerator.load_state_dict(best, ["model"])
 
     def state_dict(self) -> dict[str, Any]:

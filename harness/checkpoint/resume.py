@@ -17,9 +17,14 @@ from harness.errors import CheckpointError
 from harness.metrics.state import check_saved_metrics
 from harness.pytree import map_tensors
 from harness.records import NullRun
-from harness.reshard.consolidated import UNREADABLE
-from harness.reshard.convert import check_same, is_same_form
-from harness.reshard.plan import check_forms, is_dealt_alike, moved, reshaped
+from harness.reshard.consolidated import STATE_ERRORS
+from harness.reshard.convert import check_same, has_same_layout
+from harness.reshard.plan import (
+    check_convertible,
+    convert_position,
+    has_same_batches,
+    reshard_state,
+)
 from harness.rng import find_generators, set_rng_state
 
 if TYPE_CHECKING:
@@ -117,7 +122,7 @@ class Resume:
         except CheckpointError as found:
             text = str(found).removeprefix("resume: ")
             error = CheckpointError(f"resume({str(self.place)!r}): {text}")
-        except UNREADABLE as found:
+        except STATE_ERRORS as found:
             msg = f"resume({str(self.place)!r}): expected the state of a fit, got one that"
             error = CheckpointError(f"{msg} lacks {found!r}. Take another checkpoint.")
         # One rank that stops alone would leave the others waiting for it.
@@ -132,11 +137,11 @@ class Resume:
         about, live = self.manifest["about"], ctx.accelerator.state_dict()
         kind = ctx.about["accelerator"]
         wanted = [part for part in ("model", "optimizers") if self._wanted[part]]
-        is_alike = is_dealt_alike(saved, about, ctx) or self.position.phase == "epoch"
+        is_alike = has_same_batches(saved, about, ctx) or self.position.phase == "epoch"
         is_same = ranks == saved and about.get("accelerator", kind) == kind
         if is_same:
             state = _checked(self.state(ctx))["accelerator"]
-            is_same = is_same_form(state, live)
+            is_same = has_same_layout(state, live)
         if is_same and (is_alike or not self.is_exact):
             check_same(state, live, wanted)
             parts = [dict(self.state(ctx))]
@@ -145,11 +150,11 @@ class Resume:
                 _checked(read_part(self.place, rank, is_mapped=True))
                 for rank in range(saved)
             ]
-            check_forms(parts, live, is_exact=self.is_exact)
+            check_convertible(parts, live, is_exact=self.is_exact)
             if self.is_exact and not is_alike:
-                self._moved = moved(self.position, parts, about, ctx)
+                self._moved = convert_position(self.position, parts, about, ctx)
             self._gone = {n: parts[n]["journal"] for n in range(ranks, saved)}
-            state = reshaped(parts, live, ctx, wanted, is_alike=is_alike)
+            state = reshard_state(parts, live, ctx, wanted, is_alike=is_alike)
             self._keep(map_tensors(state, Tensor.clone))
             then, now = parts[0]["accelerator"].get("stage"), live.get("stage")
             if None not in {then, now} and then != now:

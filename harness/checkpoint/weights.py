@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from harness.checkpoint.format import MANIFEST, check, read_part, write_tensors
 from harness.checkpoint.saved_model import ABOUT, read_saved
 from harness.errors import CheckpointError
-from harness.reshard.consolidated import UNREADABLE, Whole
+from harness.reshard.consolidated import STATE_ERRORS, ConsolidatedState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,14 +128,14 @@ def _read(path: Path, model: nn.Module) -> dict[str, Tensor]:
 
 
 def _of_checkpoint(place: Path, model: nn.Module) -> dict[str, Tensor]:
-    """Whole weights of a checkpoint; parts of several ranks are put together."""
+    """ConsolidatedState weights of a checkpoint; parts of several ranks are put together."""
     ranks = range(check(place)["world_size"])
     try:
         states = [
             read_part(place, rank, is_mapped=True)["accelerator"] for rank in ranks
         ]
-        found = Whole(states).state_dict()
-    except UNREADABLE as error:
+        found = ConsolidatedState(states).state_dict()
+    except STATE_ERRORS as error:
         msg = f"load_weights({str(place)!r}): expected weights, got none: {error!r}."
         raise CheckpointError(f"{msg} Take another checkpoint.") from error
     # Buffers that a state dict leaves out are in a checkpoint all the same.

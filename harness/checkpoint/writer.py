@@ -27,7 +27,7 @@ from harness.checkpoint.format import (
 from harness.context import Context, Phase
 from harness.data.loaders import unwrap_tensors
 from harness.pytree import flatten
-from harness.reshard.consolidated import dtype_of
+from harness.reshard.consolidated import weights_dtype
 
 
 def about_fit(ctx: Context) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def about_fit(ctx: Context) -> dict[str, Any]:
         "num_workers": getattr(data, "num_workers", None),
         "accumulate": ctx.accelerator.accumulate,
         "accelerator": type(ctx.accelerator).__name__,
-        "dtype": dtype_of(model),
+        "dtype": weights_dtype(model),
         "device": device_name(ctx.accelerator.device),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),

@@ -269,11 +269,11 @@ def predict(run: str, data: Path, to: Path, runs_dir: Path | None) -> None:
 @click.pass_context
 def launch(ctx: click.Context, /, target: str, **options: Any) -> None:
     """The same as fit, on several ranks by DeepSpeed's launcher; further options go to fit."""
+    from harness.accelerators.distributed.launcher import build_launch_command  # noqa: PLC0415
     from harness.accelerators.distributed.launcher import launch as start  # noqa: PLC0415
-    from harness.accelerators.distributed.launcher import launch_command  # noqa: PLC0415
 
     try:
-        command = launch_command(
+        command = build_launch_command(
             ["-m", "harness.cli", "fit", target, *ctx.args],
             num_gpus=options["num_gpus"],
             num_nodes=options["num_nodes"],

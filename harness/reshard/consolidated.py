@@ -15,11 +15,11 @@ from torch import Size, Tensor, nn
 
 from harness.errors import CheckpointError
 
-UNREADABLE = (LookupError, AttributeError, TypeError, ValueError, RuntimeError)
+STATE_ERRORS = (LookupError, AttributeError, TypeError, ValueError, RuntimeError)
 """What is raised by states whose parts do not fit together."""
 
 
-def shapes_of(model: nn.Module) -> dict[str, Size]:
+def parameter_shapes(model: nn.Module) -> dict[str, Size]:
     """Shapes of a model's whole parameters, by name, as ``Module.parameters`` counts them."""
     return {
         name: getattr(param, "ds_shape", param.shape)
@@ -51,12 +51,12 @@ def copy_tensors(
             value.copy_(saved[name])
 
 
-def dtype_of(model: nn.Module) -> str:
+def weights_dtype(model: nn.Module) -> str:
     """Dtype of the weights, which an engine may have changed."""
     return str(next((param.dtype for param in model.parameters()), None))
 
 
-class Pieces:
+class TensorPieces:
     """A tensor in pieces, which lie where they were read.
 
     Parameters
@@ -110,7 +110,7 @@ class Pieces:
         return self.read(0, self.shape.numel()).reshape(self.shape)
 
 
-class Whole:
+class ConsolidatedState:
     """What all ranks of a checkpoint hold together; nothing is copied until it is read.
 
     Parameters
@@ -129,7 +129,7 @@ class Whole:
     groups
         Each optimizer's parameter groups: options, and names of the parameters.
     entries
-        Optimizer states by name of the optimizer, name of the parameter and key: ``Pieces``
+        Optimizer states by name of the optimizer, name of the parameter and key: ``TensorPieces``
         where each element of the parameter has its own, else the value.
 
     Raises
@@ -145,8 +145,8 @@ class Whole:
             pieces.check()
         # Without layouts, as of other makes, the weights can be had all the same.
         has_layouts = "layouts" in first
-        self.kinds = kinds_of(first) if has_layouts else {}
-        self.groups = groups_of(first, self._names) if has_layouts else {}
+        self.kinds = optimizer_classes(first) if has_layouts else {}
+        self.groups = named_groups(first, self._names) if has_layouts else {}
         self.entries: dict[str, dict[str, dict[str, Any]]] = {n: {} for n in self.kinds}
         is_divided = "optimizers" in first.get("own", {})
         for state in states if is_divided else states[:1]:
@@ -155,7 +155,7 @@ class Whole:
         for by_param in self.entries.values():
             for name, entry in by_param.items():
                 for value in entry.values():
-                    if isinstance(value, Pieces):
+                    if isinstance(value, TensorPieces):
                         value.check()
                 if "master" in entry:
                     self.weights[name] = entry.pop("master")
@@ -194,7 +194,7 @@ class Whole:
             # Counters have no dims, and neither have parameters that DeepSpeed can train.
             if isinstance(value, Tensor) and value.dim() and value.numel() == size:
                 piece = value.reshape(-1)[at : at + length]
-                entry.setdefault(key, Pieces(shape)).add(start, piece)
+                entry.setdefault(key, TensorPieces(shape)).add(start, piece)
             else:
                 entry.setdefault(key, value)
 
@@ -206,7 +206,7 @@ class Whole:
 
 def _tensors(
     states: Sequence[Mapping[str, Any]],
-) -> tuple[list[str], dict[str, Pieces], dict[str, Tensor]]:
+) -> tuple[list[str], dict[str, TensorPieces], dict[str, Tensor]]:
     """Names in the order of layouts, parameters and buffers."""
     first = states[0]
     if "model" in first:
@@ -223,21 +223,21 @@ def _tensors(
     for name in names:
         one = parts[0][name]
         shape = Size(first["shapes"][name]) if is_divided else one.shape
-        weights[name] = Pieces(
+        weights[name] = TensorPieces(
             shape,
             [(n * one.numel(), part[name].reshape(-1)) for n, part in enumerate(parts)],
         )
     return names, weights, buffers
 
 
-def kinds_of(state: Mapping[str, Any]) -> dict[str, str]:
+def optimizer_classes(state: Mapping[str, Any]) -> dict[str, str]:
     """Class of each optimizer, by its name."""
     if "facts" in state:
         return {name: facts["kind"] for name, facts in state["facts"].items()}
     return dict(state.get("kinds", {}))
 
 
-def groups_of(
+def named_groups(
     state: Mapping[str, Any], names: Sequence[str]
 ) -> dict[str, list[tuple[dict[str, Any], list[str]]]]:
     """Options of each optimizer's parameter groups, and names of their parameters."""

@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Size, Tensor, nn
 
-from harness.accelerators.deepspeed.state import is_copy
+from harness.accelerators.deepspeed.state import is_master_name
 from harness.accelerators.deepspeed.validation import BY_MATRIX, ELEMENTWISE
 from harness.errors import CheckpointError
 from harness.reshard.consolidated import (
-    Pieces,
-    Whole,
+    ConsolidatedState,
+    TensorPieces,
     check_shapes,
-    groups_of,
-    kinds_of,
-    shapes_of,
+    named_groups,
+    optimizer_classes,
+    parameter_shapes,
 )
 
 _FORMS = (
@@ -32,14 +32,14 @@ _Row = list[int]
 """A row of a layout."""
 
 
-def is_known(state: Mapping[str, Any]) -> bool:
+def is_convertible(state: Mapping[str, Any]) -> bool:
     """True if the state is that of one device or of engines."""
     return any(form <= state.keys() for form in _FORMS)
 
 
-def is_same_form(saved: Mapping[str, Any], live: Mapping[str, Any]) -> bool:
+def has_same_layout(saved: Mapping[str, Any], live: Mapping[str, Any]) -> bool:
     """True if a rank's saved state has the stage, precision and parts of the live one."""
-    if not is_known(live):  # an accelerator of the user's own
+    if not is_convertible(live):  # an accelerator of the user's own
         return saved.keys() == live.keys()
     if "shared" not in saved or "shared" not in live:
         are_single = "shared" not in saved and "shared" not in live
@@ -54,7 +54,7 @@ def is_same_form(saved: Mapping[str, Any], live: Mapping[str, Any]) -> bool:
     )
 
 
-def converted(
+def convert_state(
     states: Sequence[Mapping[str, Any]],
     model: nn.Module,
     live: Mapping[str, Any],
@@ -84,7 +84,7 @@ def converted(
     LookupError, AttributeError, TypeError, ValueError, RuntimeError
         If the states do not fit together.
     """
-    target = _Target(Whole(states), live, model, rank)
+    target = _StateBuilder(ConsolidatedState(states), live, model, rank)
     if "model" in parts:
         target.check_model()
     found = dict(live)
@@ -96,7 +96,7 @@ def converted(
     return found | make(states[0], parts)
 
 
-def of_weights(
+def convert_weights(
     weights: Mapping[str, Tensor], model: nn.Module, live: Mapping[str, Any], rank: int
 ) -> dict[str, Any]:
     """The state of one rank of the live accelerator with other weights.
@@ -106,7 +106,7 @@ def of_weights(
     weights
         Whole weights and buffers, by name; buffers that are not there stay as they are.
     model, live, rank
-        As in ``converted``.
+        As in ``convert_state``.
 
     Raises
     ------
@@ -114,18 +114,26 @@ def of_weights(
         If they are of another model.
     """
     buffers = {n: weights.get(n, buffer) for n, buffer in model.named_buffers()}
-    params = {name: weights[name] for name in shapes_of(model) if name in weights}
-    return converted([{"model": {**params, **buffers}}], model, live, rank, ["model"])
+    params = {
+        name: weights[name] for name in parameter_shapes(model) if name in weights
+    }
+    return convert_state(
+        [{"model": {**params, **buffers}}], model, live, rank, ["model"]
+    )
 
 
-class _Target:
+class _StateBuilder:
     """The live accelerator that a checkpoint is put together for."""
 
     def __init__(
-        self, whole: Whole, live: Mapping[str, Any], model: nn.Module, rank: int
+        self,
+        whole: ConsolidatedState,
+        live: Mapping[str, Any],
+        model: nn.Module,
+        rank: int,
     ) -> None:
         self._whole, self._live, self._rank = whole, live, rank
-        self._shapes = shapes_of(model)
+        self._shapes = parameter_shapes(model)
         self._names = list(self._shapes)
         self._buffers = {name: buffer.shape for name, buffer in model.named_buffers()}
 
@@ -140,8 +148,8 @@ class _Target:
 
     def check_optimizers(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Raise if the checkpoint is of other optimizers, or they cannot be divided anew."""
-        check_kinds(states[0], self._live)
-        kinds = kinds_of(self._live)
+        check_same_optimizers(states[0], self._live)
+        kinds = optimizer_classes(self._live)
         is_divided = states[0].get("stage") or self._live.get("stage")
         for name in sorted(kinds):
             if is_divided and kinds[name] in BY_MATRIX:
@@ -176,7 +184,7 @@ class _Target:
         """State of an optimizer of one device."""
         entries = {
             n: self._entry(name, rows, self._shape(rows))
-            for n, rows in _by_stepped(layout)
+            for n, rows in _group_rows(layout)
         }
         own = self._live["optimizers"][name]["param_groups"]
         groups = [
@@ -188,7 +196,7 @@ class _Target:
     def _groups(self, name: str) -> list[dict[str, Any]]:
         """Options for each live parameter group: of the one that had its parameters."""
         found = []
-        for own, params in groups_of(self._live, self._names)[name]:
+        for own, params in named_groups(self._live, self._names)[name]:
             options = [
                 then
                 for then, members in self._whole.groups[name]
@@ -210,7 +218,7 @@ class _Target:
             made["buffers"] = {n: self._tensor(n) for n in self._buffers}
             tensors |= self._copies(tensors)
         if "optimizers" in parts:
-            tensors = {n: value for n, value in tensors.items() if is_copy(n)}
+            tensors = {n: value for n, value in tensors.items() if is_master_name(n)}
             for name in live["layouts"]:
                 entries, numbers = self._entries(name, tensors, is_held=is_held)
                 tensors |= entries
@@ -247,7 +255,7 @@ class _Target:
         """What optimizers step in the place of weights; all but their pieces is padding."""
         made = {}
         for name, layout in self._live["layouts"].items():
-            for n, rows in _by_stepped(layout):
+            for n, rows in _group_rows(layout):
                 full = f"{name}/{n}/master"
                 if full in live:
                     pieces = [
@@ -262,7 +270,7 @@ class _Target:
         """What an engine's optimizer keeps: tensors by name, numbers by stepped tensor."""
         tensors = {}
         numbers: list[dict[str, Any]] = [{} for _ in self._live["facts"][name]["state"]]
-        for n, rows in _by_stepped(self._live["layouts"][name]):
+        for n, rows in _group_rows(self._live["layouts"][name]):
             copy = copies.get(f"{name}/{n}/master")
             shape = self._shape(rows) if copy is None else copy.shape
             entry = self._entry(name, rows, shape if is_held else None)
@@ -290,7 +298,7 @@ class _Target:
             pieces = [
                 (own[key], row)
                 for own, row in zip(found, rows, strict=True)
-                if isinstance(own.get(key), Pieces)
+                if isinstance(own.get(key), TensorPieces)
             ]
             if not pieces:
                 value = entry[key] = lead.get(key)
@@ -323,12 +331,12 @@ def check_same(
     CheckpointError
         If names or shapes of tensors, or names or classes of optimizers, are others.
     """
-    if not is_known(live):
+    if not is_convertible(live):
         return
     if "model" in parts:
         check_shapes(_shapes_in(saved), _shapes_in(live))
     if "optimizers" in parts:
-        check_kinds(saved, live)
+        check_same_optimizers(saved, live)
 
 
 def _shapes_in(state: Mapping[str, Any]) -> dict[str, Sequence[int]]:
@@ -339,9 +347,9 @@ def _shapes_in(state: Mapping[str, Any]) -> dict[str, Sequence[int]]:
     return {**state["shapes"], **buffers}
 
 
-def check_kinds(saved: Mapping[str, Any], live: Mapping[str, Any]) -> None:
+def check_same_optimizers(saved: Mapping[str, Any], live: Mapping[str, Any]) -> None:
     """Raise if optimizers have other names or classes, or the config's schedulers differ."""
-    then, now = kinds_of(saved), kinds_of(live)
+    then, now = optimizer_classes(saved), optimizer_classes(live)
     if then != now:
         msg = f"resume: expected the optimizers {now}, got {then}."
         raise CheckpointError(
@@ -359,7 +367,7 @@ def check_kinds(saved: Mapping[str, Any], live: Mapping[str, Any]) -> None:
         )
 
 
-def _by_stepped(layout: Tensor) -> Iterator[tuple[int, list[_Row]]]:
+def _group_rows(layout: Tensor) -> Iterator[tuple[int, list[_Row]]]:
     """Rows of a layout for each stepped tensor."""
     rows = sorted(layout.tolist())
     for n, found in groupby(rows, key=itemgetter(0)):
@@ -367,7 +375,9 @@ def _by_stepped(layout: Tensor) -> Iterator[tuple[int, list[_Row]]]:
 
 
 def _filled(
-    shape: Size, dtype: torch.dtype, pieces: Iterable[tuple[Pieces, Sequence[int]]]
+    shape: Size,
+    dtype: torch.dtype,
+    pieces: Iterable[tuple[TensorPieces, Sequence[int]]],
 ) -> Tensor:
     """A tensor of zeros with pieces put where their rows of the layout say."""
     made = torch.zeros(shape, dtype=dtype)

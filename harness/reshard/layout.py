@@ -19,12 +19,12 @@ from torch import Tensor, nn
 _Piece = tuple[int, Tensor, int, int, int]
 
 
-def plain_layout(model: nn.Module, stepped: Sequence[Tensor]) -> Tensor:
+def make_plain_layout(model: nn.Module, stepped: Sequence[Tensor]) -> Tensor:
     """Layout of an optimizer that steps whole parameters, one by one."""
-    return _numbered(model, _whole_pieces(stepped))
+    return _make_layout(model, _whole_pieces(stepped))
 
 
-def engine_layout(
+def make_engine_layout(
     model: nn.Module, engine: Any, stepped: Sequence[Tensor], rank: int
 ) -> Tensor:
     """Layout of what an engine's optimizer steps on one rank.
@@ -48,18 +48,20 @@ def engine_layout(
     """
     wrapper = engine.optimizer
     if hasattr(wrapper, "fp32_partitioned_groups_flat"):
-        return _numbered(model, _partitioned_pieces(wrapper, rank))
+        return _make_layout(model, _partitioned_pieces(wrapper, rank))
     for kind in ("bit16", "bf16", "fp16"):
         flats = getattr(wrapper, f"{kind}_groups_flat", None)
         if flats is not None:
             groups = getattr(wrapper, f"{kind}_groups")
-            return _numbered(model, _flat_pieces(groups, flats, stepped, rank))
+            return _make_layout(model, _flat_pieces(groups, flats, stepped, rank))
     copied = getattr(wrapper, "fp16_groups", None)
     whole = stepped if copied is None else [p for group in copied for p in group]
-    return _numbered(model, _whole_pieces(whole))
+    return _make_layout(model, _whole_pieces(whole))
 
 
-def members(model: nn.Module, groups: Iterable[Mapping[str, Any]]) -> list[list[int]]:
+def group_members(
+    model: nn.Module, groups: Iterable[Mapping[str, Any]]
+) -> list[list[int]]:
     """Numbers of the parameters in each of an optimizer's groups."""
     numbers = {id(param): n for n, param in enumerate(model.parameters())}
     return [
@@ -68,7 +70,7 @@ def members(model: nn.Module, groups: Iterable[Mapping[str, Any]]) -> list[list[
     ]
 
 
-def _numbered(model: nn.Module, pieces: Iterable[_Piece]) -> Tensor:
+def _make_layout(model: nn.Module, pieces: Iterable[_Piece]) -> Tensor:
     """The layout, with parameters by their numbers."""
     numbers = {id(param): n for n, param in enumerate(model.parameters())}
     rows = [

@@ -15,7 +15,7 @@ from harness.checkpoint.format import Position
 from harness.context import Context
 from harness.errors import CheckpointError
 from harness.metrics.state import drop_samples
-from harness.reshard.convert import converted, is_known
+from harness.reshard.convert import convert_state, is_convertible
 from harness.rng import derive_rng_state
 
 WEIGHTS_ALONE = (
@@ -25,7 +25,7 @@ WEIGHTS_ALONE = (
 """What always works."""
 
 
-def check_forms(
+def check_convertible(
     parts: Sequence[Mapping[str, Any]], live: Mapping[str, Any], *, is_exact: bool
 ) -> None:
     """Raise if the parts of a checkpoint cannot be given to the live accelerator's ranks.
@@ -45,7 +45,7 @@ def check_forms(
         If an accelerator is not one of the package's, or an optimizer step is under way.
     """
     for state in (*(part["accelerator"] for part in parts), live):
-        if not is_known(state):
+        if not is_convertible(state):
             msg = f"resume: expected states of one device or of engines, got {sorted(state)}"
             raise CheckpointError(f"{msg}. Resume with the accelerator that was saved.")
         if is_exact and any(state["done"].values()):
@@ -54,14 +54,14 @@ def check_forms(
             raise CheckpointError(f"{msg} {advice}")
 
 
-def is_dealt_alike(world_size: int, about: Mapping[str, Any], ctx: Context) -> bool:
+def has_same_batches(world_size: int, about: Mapping[str, Any], ctx: Context) -> bool:
     """True if each rank goes on with the batches that it would have had."""
     assert ctx.accelerator is not None
     is_same_size = about["batch_size"] == ctx.about["batch_size"]
     return ctx.accelerator.world_size == world_size and is_same_size
 
 
-def moved(
+def convert_position(
     position: Position,
     parts: Sequence[Mapping[str, Any]],
     about: Mapping[str, Any],
@@ -103,7 +103,7 @@ def moved(
     return replace(position, iter=done)
 
 
-def reshaped(
+def reshard_state(
     parts: Sequence[Mapping[str, Any]],
     live: Mapping[str, Any],
     ctx: Context,
@@ -146,7 +146,7 @@ def reshaped(
     states = [part["accelerator"] for part in parts]
     return {
         **first,
-        "accelerator": converted(states, ctx.model, live, rank, wanted),
+        "accelerator": convert_state(states, ctx.model, live, rank, wanted),
         "callbacks": {**first["callbacks"], "Metrics": _joined(mine, metrics[0])},
         "random": random,
         "pass": train_pass,
@@ -160,10 +160,10 @@ def _joined(
     """States of metrics of several ranks, to be joined; of none, their form alone."""
     if mine:
         return {split: [state[split] for state in mine] for split in mine[0]}
-    return {split: [_emptied(state)] for split, state in first.items()}
+    return {split: [_empty_metrics(state)] for split, state in first.items()}
 
 
-def _emptied(state: Mapping[str, Any]) -> dict[str, Any]:
+def _empty_metrics(state: Mapping[str, Any]) -> dict[str, Any]:
     """The form of the states, without samples."""
     if "loss" not in state:
         return dict(state)

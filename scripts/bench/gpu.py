@@ -33,9 +33,13 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 import harness
-from harness.accelerators.deepspeed.library import door, hush, own_device
-from harness.accelerators.distributed.environment import environment, read_launch
-from harness.accelerators.distributed.group import Ranks
+from harness.accelerators.deepspeed.library import (
+    choose_rank_device,
+    import_deepspeed,
+    silence_deepspeed_warnings,
+)
+from harness.accelerators.distributed.environment import read_launch, set_environment
+from harness.accelerators.distributed.group import RankGroup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +148,7 @@ def build(size: Size) -> Gpt:
     return Gpt(size)
 
 
-def batches(size: Size, device: torch.device, ranks: Ranks):
+def batches(size: Size, device: torch.device, ranks: RankGroup):
     """Each rank's own rows, as a hand-written loop would take them."""
     loader = DataLoader(data(size, ranks.world_size), size.batch, drop_last=True)
     for place, batch in enumerate(loader):
@@ -152,7 +156,7 @@ def batches(size: Size, device: torch.device, ranks: Ranks):
             yield [part.to(device, non_blocking=True) for part in batch]
 
 
-def plain(size: Size, device: torch.device, ranks: Ranks) -> float:
+def plain(size: Size, device: torch.device, ranks: RankGroup) -> float:
     model: nn.Module = build(size).to(device)
     if ranks.world_size > 1:
         ids = [device.index] if device.type == "cuda" else None
@@ -170,13 +174,13 @@ def plain(size: Size, device: torch.device, ranks: Ranks) -> float:
     return clock.seconds
 
 
-def bare(stage: int) -> Callable[[Size, torch.device, Ranks], float]:
-    def run(size: Size, device: torch.device, ranks: Ranks) -> float:
+def bare(stage: int) -> Callable[[Size, torch.device, RankGroup], float]:
+    def run(size: Size, device: torch.device, ranks: RankGroup) -> float:
         model = build(size)
         opt = torch.optim.AdamW(model.parameters(), lr=1e-4)
         clock = Clock(size, device)
-        with environment(LOCAL_RANK=str(read_launch().local_rank)):
-            engine, *_ = door().initialize(
+        with set_environment(LOCAL_RANK=str(read_launch().local_rank)):
+            engine, *_ = import_deepspeed().initialize(
                 model=model, optimizer=opt, config=config(stage, size)
             )
             for ids, target in batches(size, device, ranks):
@@ -201,8 +205,8 @@ class Timer(harness.Callback):
             raise harness.EarlyStop
 
 
-def ours(stage: int) -> Callable[[Size, torch.device, Ranks], float]:
-    def run(size: Size, device: torch.device, ranks: Ranks) -> float:
+def ours(stage: int) -> Callable[[Size, torch.device, RankGroup], float]:
+    def run(size: Size, device: torch.device, ranks: RankGroup) -> float:
         clock = Clock(size, device)
         metrics = {"accuracy": MulticlassAccuracy(size.vocabulary, average="micro")}
         learner = harness.setup(
@@ -234,12 +238,12 @@ def main() -> None:
     options = parser.parse_args()
     size = TINY if options.tiny else Size()
     launch = read_launch()
-    device = own_device("cpu" if options.tiny else "cuda", launch.local_rank)
-    door()
-    hush()
-    ranks = Ranks(launch, device)
+    device = choose_rank_device("cpu" if options.tiny else "cuda", launch.local_rank)
+    import_deepspeed()
+    silence_deepspeed_warnings()
+    ranks = RankGroup(launch, device)
     stages = [int(stage) for stage in options.stages.split(",")]
-    contenders: dict[str, Callable[[Size, torch.device, Ranks], float]] = {
+    contenders: dict[str, Callable[[Size, torch.device, RankGroup], float]] = {
         "torch": plain
     }
     for stage in stages:

@@ -24,42 +24,46 @@ from torch import Tensor, nn
 
 from harness.accelerators.base import StepOpt, default_step_opt
 from harness.accelerators.deepspeed.config import (
-    Setting,
+    ConfigFacts,
     check_config,
     fill_config,
     read_config,
     zero_stage,
 )
-from harness.accelerators.deepspeed.engine import Part, parameters_below
-from harness.accelerators.deepspeed.gather import attributes, make_plain, whole_state
+from harness.accelerators.deepspeed.engine import NamedEngine, parameters_in_graph
+from harness.accelerators.deepspeed.gather import (
+    gather_plain_parameters,
+    gather_state_dict,
+    list_attributes,
+)
 from harness.accelerators.deepspeed.library import (
-    door,
-    hush,
+    choose_rank_device,
+    ignore_warnings,
+    import_deepspeed,
     known_fields,
-    own_device,
-    quietly,
+    silence_deepspeed_warnings,
     unchanged_optimizers,
 )
 from harness.accelerators.deepspeed.precision import (
-    autocast_of,
     hook_autocast,
     hook_inputs,
+    make_autocast,
 )
-from harness.accelerators.deepspeed.state import put_state, take_state
+from harness.accelerators.deepspeed.state import capture_state, restore_state
 from harness.accelerators.deepspeed.validation import (
     check_optimizers,
+    describe_loaders,
+    describe_model,
     is_elementwise,
-    loader_facts,
-    model_facts,
 )
-from harness.accelerators.distributed.environment import environment, read_launch
-from harness.accelerators.distributed.group import Ranks
-from harness.accelerators.distributed.sharded_loader import ShardedLoader, Share
-from harness.accelerators.distributed.watchdog import Watch
+from harness.accelerators.distributed.environment import read_launch, set_environment
+from harness.accelerators.distributed.group import RankGroup
+from harness.accelerators.distributed.sharded_loader import RankShare, ShardedLoader
+from harness.accelerators.distributed.watchdog import Watchdog
 from harness.data.batch import move
 from harness.data.loaders import num_batches
 from harness.errors import CheckpointError
-from harness.reshard.consolidated import shapes_of
+from harness.reshard.consolidated import parameter_shapes
 
 DEFAULT_NAME = "opt"
 """Name of the optimizer that DeepSpeed's config describes."""
@@ -119,33 +123,35 @@ class DeepSpeedAccelerator:
         launch = read_launch()
         self.rank, self.local_rank = launch.rank, launch.local_rank
         self.world_size, self.is_main = launch.world_size, launch.rank == 0
-        self.device = own_device(device, launch.local_rank)
+        self.device = choose_rank_device(device, launch.local_rank)
         self.accumulate = self.window = accumulate
         self.steps: dict[str, int] = {}
         self.overflows: dict[str, int] = {}
-        self._ranks = Ranks(launch, self.device)
-        if self.world_size > 1 and not Watch.is_on():
-            Watch(self._ranks, launch.launcher_pid)
+        self._ranks = RankGroup(launch, self.device)
+        if self.world_size > 1 and not Watchdog.is_running():
+            Watchdog(self._ranks, launch.launcher_pid)
         self._check_devices()
-        self._config = self._ranks.agree(lambda: self._checked(config))
+        self._config = self._ranks.check_on_every_rank(lambda: self._checked(config))
         advice = "Give every rank the same config."
-        self._ranks.same("accelerator", {"config": self._config}, advice)
+        self._ranks.check_same("accelerator", {"config": self._config}, advice)
         self._clear()
 
     def _clear(self) -> None:
         """Forget what ``prepare`` made."""
         self._model: nn.Module | None = None
         self._filled: dict[str, Any] = {}
-        self._parts: dict[str, Part] = {}
-        self._active: Part | None = None
+        self._named_engines: dict[str, NamedEngine] = {}
+        self._active: NamedEngine | None = None
         self._checked_graphs: set[str] = set()
         self._dtypes: dict[str, torch.dtype] = {}
         self._shapes: dict[str, list[int]] = {}
         self._attributes: dict[nn.Module, frozenset[str]] = {}
         self._hooks: list[Any] = []
         self._held = ExitStack()
-        self._share: Share | None = None
-        self._handed: deque[tuple[Any, Share]] = deque(maxlen=self.accumulate + 8)
+        self._share: RankShare | None = None
+        self._recent_shares: deque[tuple[Any, RankShare]] = deque(
+            maxlen=self.accumulate + 8
+        )
 
     # ---------------------------------------------------------------- readiness
 
@@ -160,10 +166,10 @@ class DeepSpeedAccelerator:
         check_config(read, self._setting())
         return read
 
-    def _setting(self, **facts: Any) -> Setting:
+    def _setting(self, **facts: Any) -> ConfigFacts:
         """What fills ``"auto"`` values, as far as it is known."""
         device, fields = self.device.type, known_fields()
-        return Setting(
+        return ConfigFacts(
             world_size=self.world_size, device=device, fields=fields, **facts
         )
 
@@ -172,7 +178,7 @@ class DeepSpeedAccelerator:
         if self.device.type != "cuda" or self.world_size == 1:
             return
         found = torch.cuda.get_device_properties(self.device)
-        every = self._ranks.objects((socket.gethostname(), str(found.uuid)))
+        every = self._ranks.gather_objects((socket.gethostname(), str(found.uuid)))
 
         def check() -> None:
             if len(set(every)) < len(every):
@@ -180,7 +186,7 @@ class DeepSpeedAccelerator:
                 advice = "Start fewer ranks (--num_gpus), or give device='cpu'."
                 raise ValueError(f"{msg}, got {len(set(every))}. {advice}")
 
-        self._ranks.agree(check)
+        self._ranks.check_on_every_rank(check)
 
     def prepare(
         self,
@@ -218,14 +224,18 @@ class DeepSpeedAccelerator:
             num_parameters=sum(param.numel() for param in model.parameters()),
             opt_hparams=opt_hparams or {},
         )
-        self._filled = self._ranks.agree(lambda: self._ready(model, opts, setting))
-        facts = model_facts(model, opts or {}) | loader_facts(loaders)
-        self._ranks.same(
+        self._filled = self._ranks.check_on_every_rank(
+            lambda: self._check_and_fill(model, opts, setting)
+        )
+        facts = describe_model(model, opts or {}) | describe_loaders(loaders)
+        self._ranks.check_same(
             "prepare", facts, "Start every rank with the same code and data."
         )
         self._dtypes = {name: value.dtype for name, value in model.named_parameters()}
-        self._shapes = {name: list(shape) for name, shape in shapes_of(model).items()}
-        self._attributes = attributes(model)
+        self._shapes = {
+            name: list(shape) for name, shape in parameter_shapes(model).items()
+        }
+        self._attributes = list_attributes(model)
         if opts is None:
             model.to(self.device)
             self._send_from_main([*model.parameters(), *model.buffers()])
@@ -233,17 +243,20 @@ class DeepSpeedAccelerator:
             self._make_engines(model, opts)
         self._hook(model)
         self.accumulate = self.window = int(self._filled["gradient_accumulation_steps"])
-        self.steps = dict.fromkeys(self._parts, 0)
-        self.overflows = dict.fromkeys(self._parts, 0)
+        self.steps = dict.fromkeys(self._named_engines, 0)
+        self.overflows = dict.fromkeys(self._named_engines, 0)
         facades: dict[str, Any] = {
-            name: part.facade for name, part in self._parts.items()
+            name: part.facade for name, part in self._named_engines.items()
         }
-        divided = self._divided(loaders)
-        self._ranks.agree(lambda: self._check_batches(divided))
+        divided = self._shard_loaders(loaders)
+        self._ranks.check_on_every_rank(lambda: self._check_batches(divided))
         return model, facades, divided
 
-    def _ready(
-        self, model: nn.Module, optimizers: Mapping[str, Any] | None, setting: Setting
+    def _check_and_fill(
+        self,
+        model: nn.Module,
+        optimizers: Mapping[str, Any] | None,
+        setting: ConfigFacts,
     ) -> dict[str, Any]:
         """DeepSpeed's config for this model and data, if they can be trained."""
         stage = zero_stage(self._config)
@@ -258,10 +271,10 @@ class DeepSpeedAccelerator:
 
     def _make_engines(self, model: nn.Module, optimizers: Mapping[str, Any]) -> None:
         """One engine for each optimizer."""
-        deepspeed = door()
-        hush()
+        deepspeed = import_deepspeed()
+        silence_deepspeed_warnings()
         # DeepSpeed reads it whenever it likes, at ZeRO 3 in the model's forward.
-        self._held.enter_context(environment(LOCAL_RANK=str(self.local_rank)))
+        self._held.enter_context(set_environment(LOCAL_RANK=str(self.local_rank)))
         deepspeed.utils.logger.setLevel(self._filled.get("log_level", "error").upper())
         stage = zero_stage(self._filled)
         trained = [param for param in model.parameters() if param.requires_grad]
@@ -279,7 +292,7 @@ class DeepSpeedAccelerator:
         } or {DEFAULT_NAME: [{"params": trained}]}
         made = {}
         for name in owned:
-            with quietly(), unchanged_optimizers():
+            with ignore_warnings(), unchanged_optimizers():
                 made[name], *_ = deepspeed.initialize(
                     args=Namespace(device_rank=self.device.index or 0),
                     model=model,
@@ -288,9 +301,9 @@ class DeepSpeedAccelerator:
                     config=dict(self._filled),
                 )
         for name, engine in made.items():
-            part = Part(name, engine, model, owned[name], stage, groups[name])
+            part = NamedEngine(name, engine, model, owned[name], stage, groups[name])
             part.on_step = self._counter(name)
-            self._parts[name] = part
+            self._named_engines[name] = part
 
     def _counter(self, name: str) -> Any:
         """Count steps and overflows, whoever steps."""
@@ -305,13 +318,13 @@ class DeepSpeedAccelerator:
         """Bring the model's forward into the config's precision."""
         if self._filled.get("torch_autocast", {}).get("enabled", False):
             self._hooks += hook_autocast(model, self._filled, self.device)
-        for part in self._parts.values():
+        for part in self._named_engines.values():
             dtype = next(iter(part.engine.module.parameters())).dtype
             if dtype in {torch.bfloat16, torch.float16}:
                 self._hooks.append(hook_inputs(model, dtype))
                 break
 
-    def _divided(self, loaders: Sequence[Any]) -> list[Any]:
+    def _shard_loaders(self, loaders: Sequence[Any]) -> list[Any]:
         """The loaders, each giving this rank's part."""
         if self.world_size == 1:
             return list(loaders)
@@ -324,9 +337,9 @@ class DeepSpeedAccelerator:
                 ShardedLoader(
                     loader,
                     self._ranks,
-                    on_batch=self._hand_out,
+                    on_batch=self._record_share,
                     on_begin=self._send_buffers if place else lambda: None,
-                    on_end=self._put_away,
+                    on_end=self._clear_share,
                 )
             )
         return divided
@@ -341,13 +354,13 @@ class DeepSpeedAccelerator:
                 advice = "Make batch_size smaller or set drop_last=False."
                 raise ValueError(f"{msg}, {got}. {advice}")
 
-    def _hand_out(self, batch: Any, share: Share) -> Any:
+    def _record_share(self, batch: Any, share: RankShare) -> Any:
         """Remember what of the batch counts until it comes back to ``to_device``."""
-        self._handed.append((batch, share))
+        self._recent_shares.append((batch, share))
         self._share = share
         return batch
 
-    def _put_away(self) -> None:
+    def _clear_share(self) -> None:
         """After a pass there is no present batch."""
         self._share = None
 
@@ -365,16 +378,18 @@ class DeepSpeedAccelerator:
 
     # ------------------------------------------------------------ forward to step
 
-    def _part(self, name: str | None) -> Part:
+    def _named_engine(self, name: str | None) -> NamedEngine:
         """The optimizer meant by None: the present one, or the only one."""
         if name is None and self._active is not None:
             return self._active
-        if name is None and len(self._parts) == 1:
-            return next(iter(self._parts.values()))
-        if name not in self._parts:
+        if name is None and len(self._named_engines) == 1:
+            return next(iter(self._named_engines.values()))
+        if name not in self._named_engines:
             msg = "accelerator: expected the name of a prepared optimizer"
-            raise ValueError(f"{msg}, got {name!r}. Choose from {list(self._parts)}.")
-        return self._parts[name]
+            raise ValueError(
+                f"{msg}, got {name!r}. Choose from {list(self._named_engines)}."
+            )
+        return self._named_engines[name]
 
     @contextmanager
     def optimizing(self, name: str | None = None) -> Iterator[None]:
@@ -387,16 +402,16 @@ class DeepSpeedAccelerator:
         RuntimeError
             At ZeRO 1 to 3, if parameters were frozen or unfrozen since ``prepare``.
         """
-        if not self._parts or not torch.is_grad_enabled():
-            with autocast_of(self._filled, self.device):
+        if not self._named_engines or not torch.is_grad_enabled():
+            with make_autocast(self._filled, self.device):
                 yield
             return
-        part = self._part(name)
+        part = self._named_engine(name)
         part.check_frozen()
-        part.begin()
+        part.begin_forward()
         before, self._active = self._active, part
         try:
-            with part.alone(), autocast_of(self._filled, self.device):
+            with part.freeze_others(), make_autocast(self._filled, self.device):
                 yield
         finally:
             self._active = before
@@ -419,7 +434,7 @@ class DeepSpeedAccelerator:
         RuntimeError
             If there are several optimizers and ``optimizing`` does not hold the backward.
         """
-        part = self._part(name)
+        part = self._named_engine(name)
         self._check_loss(part, loss)
         if self.window > 1:
             loss = loss / self.window
@@ -428,14 +443,14 @@ class DeepSpeedAccelerator:
             loss = loss * weight
         part.backward(loss)
 
-    def _check_loss(self, part: Part, loss: Tensor) -> None:
+    def _check_loss(self, part: NamedEngine, loss: Tensor) -> None:
         """Refuse a loss that would give wrong gradients or none; graphs once an optimizer."""
         place = f"backward({part.name!r})"
         if loss.numel() != 1 or loss.grad_fn is None:
             form = f"shape {tuple(loss.shape)}, grad_fn {loss.grad_fn}"
             msg = f"{place}: expected a scalar with a graph, got {form}."
             raise ValueError(f"{msg} Take the mean, and compute it with gradients on.")
-        if len(self._parts) == 1:
+        if len(self._named_engines) == 1:
             return
         if self._active is not part:
             active = None if self._active is None else self._active.name
@@ -446,10 +461,10 @@ class DeepSpeedAccelerator:
             self._check_graph(place, part, loss)
             self._checked_graphs.add(part.name)
 
-    def _check_graph(self, place: str, part: Part, loss: Tensor) -> None:
+    def _check_graph(self, place: str, part: NamedEngine, loss: Tensor) -> None:
         """Each optimizer needs a graph of its own."""
-        below = parameters_below(loss)
-        for other in self._parts.values():
+        below = parameters_in_graph(loss)
+        for other in self._named_engines.values():
             if other is not part and below & other.owned_ids:
                 msg = f"{place}: expected a graph of its own, got one shared with"
                 advice = (
@@ -458,7 +473,7 @@ class DeepSpeedAccelerator:
                 raise ValueError(f"{msg} optimizer {other.name!r}. {advice}")
 
     @contextmanager
-    def counting(self, name: str | None = None) -> Iterator[None]:
+    def counting_backward(self, name: str | None = None) -> Iterator[None]:
         """See that ``backward`` is called inside; it counts.
 
         Raises
@@ -466,7 +481,7 @@ class DeepSpeedAccelerator:
         RuntimeError
             If it was not called: gradients that DeepSpeed does not know of would be lost.
         """
-        part = self._part(name)
+        part = self._named_engine(name)
         before = part.done
         yield
         if part.done == before:
@@ -478,13 +493,13 @@ class DeepSpeedAccelerator:
 
     def is_boundary(self, name: str | None = None) -> bool:
         """True when as many backwards as the window holds have been done."""
-        return self._part(name).done >= self.window
+        return self._named_engine(name).done >= self.window
 
     def step(
         self, name: str | None = None, step_opt: StepOpt = default_step_opt
     ) -> bool:
         """Step at a boundary and clear the gradients; True if the weights were changed."""
-        part = self._part(name)
+        part = self._named_engine(name)
         if part.done < self.window:
             return False
         return part.step(step_opt)
@@ -508,7 +523,7 @@ class DeepSpeedAccelerator:
         if norm_type != 2.0:
             msg = f"clip(norm_type): expected 2.0 under DeepSpeed, got {norm_type!r}."
             raise ValueError(f"{msg} DeepSpeed knows the Euclidean norm only.")
-        return self._part(name).clip(max_norm)
+        return self._named_engine(name).clip(max_norm)
 
     # -------------------------------------------------------------------- ranks
 
@@ -519,10 +534,10 @@ class DeepSpeedAccelerator:
 
     def to_device(self, batch: Any) -> Any:
         """The batch on the device; it is the present batch from here on."""
-        for place, (held, share) in enumerate(self._handed):
+        for place, (held, share) in enumerate(self._recent_shares):
             if held is batch:
                 self._share = share
-                del self._handed[place]
+                del self._recent_shares[place]
                 break
         return move(batch, self.device)
 
@@ -558,19 +573,19 @@ class DeepSpeedAccelerator:
     def _whole(self, param: nn.Parameter) -> Tensor:
         """The whole parameter, in float32 where an engine trains it in less."""
         owner = next(
-            (p for p in self._parts.values() if id(param) in p.owned_ids), None
+            (p for p in self._named_engines.values() if id(param) in p.owned_ids), None
         )
-        precise = None if owner is None else owner.full_precision(param)
+        precise = None if owner is None else owner.read_full_precision(param)
         if precise is not None:
             return precise
         if not hasattr(param, "ds_id"):
             return param.data
-        with door().zero.GatheredParameters([param]):
+        with import_deepspeed().zero.GatheredParameters([param]):
             return param.data.clone()
 
-    def whole_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
+    def full_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
         """All weights and buffers, whole, detached, on the CPU; empty except on rank 0."""
-        return whole_state(model, self._whole, self._dtypes, keep=self.is_main)
+        return gather_state_dict(model, self._whole, self._dtypes, keep=self.is_main)
 
     def state_dict(self) -> dict[str, Any]:
         """Weights, buffers, optimizers, gradients of an open window, counters of this rank.
@@ -584,13 +599,13 @@ class DeepSpeedAccelerator:
             Before ``prepare``, and in an open window with offloaded optimizer states.
         """
         offload = self._filled.get("zero_optimization", {}).get("offload_optimizer", {})
-        is_open = any(part.done for part in self._parts.values())
+        is_open = any(part.done for part in self._named_engines.values())
         if is_open and offload.get("device", "none") != "none":
             msg = "state_dict: expected the end of a window with offload_optimizer"
             raise RuntimeError(f"{msg}, got an open one. Save after an optimizer step.")
         stage = zero_stage(self._filled)
         model = self._prepared()
-        state = take_state(model, self._engines(), stage)
+        state = capture_state(model, self._deepspeed_engines(), stage)
         if not self.is_main:
             state["shared"] = {}
         return state | {
@@ -598,9 +613,13 @@ class DeepSpeedAccelerator:
             "stage": stage,
             "steps": dict(self.steps),
             "overflows": dict(self.overflows),
-            "done": {name: part.done for name, part in self._parts.items()},
-            "layouts": {n: part.layout(self.rank) for n, part in self._parts.items()},
-            "members": {name: part.members for name, part in self._parts.items()},
+            "done": {name: part.done for name, part in self._named_engines.items()},
+            "layouts": {
+                n: part.layout(self.rank) for n, part in self._named_engines.items()
+            },
+            "members": {
+                name: part.members for name, part in self._named_engines.items()
+            },
             "shapes": self._shapes,
             "frozen": [n for n, p in model.named_parameters() if not p.requires_grad],
         }
@@ -620,29 +639,31 @@ class DeepSpeedAccelerator:
             If it is of another model, other optimizers, another number of ranks, or
             another ZeRO stage.
         """
-        self._ranks.agree(lambda: self._check_shape(state))
+        self._ranks.check_on_every_rank(lambda: self._check_origin(state))
         stage, shared = zero_stage(self._filled), self._ranks.broadcast(state["shared"])
         whole = {**state, "shared": shared}
-        self._ranks.agree(
-            lambda: put_state(self._prepared(), self._engines(), stage, whole, parts)
+        self._ranks.check_on_every_rank(
+            lambda: restore_state(
+                self._prepared(), self._deepspeed_engines(), stage, whole, parts
+            )
         )
         if "optimizers" in parts:
             self.steps.update(state["steps"])
             self.overflows.update(state["overflows"])
-            for name, part in self._parts.items():
+            for name, part in self._named_engines.items():
                 part.done = state["done"][name]
             for name, param in self._prepared().named_parameters():
                 # Later than at the fit's begin they can be frozen at ZeRO 0 alone.
                 if stage == 0:
                     param.requires_grad_(name not in state["frozen"])
-        for engine in self._engines().values():
+        for engine in self._deepspeed_engines().values():
             kept = getattr(engine.optimizer, "persistent_parameters", None)
             if kept:
                 # Small parameters stay whole on each rank at ZeRO 3: fetch them anew.
                 engine.empty_partition_cache()
                 kept[0].all_gather(kept)
 
-    def _check_shape(self, state: Mapping[str, Any]) -> None:
+    def _check_origin(self, state: Mapping[str, Any]) -> None:
         """Parts fit together on the ranks and at the stage that they come from only."""
         here = {"world_size": self.world_size, "stage": zero_stage(self._filled)}
         for name, want in here.items():
@@ -662,9 +683,9 @@ class DeepSpeedAccelerator:
             raise RuntimeError(f"{msg} Call prepare before this.")
         return self._model
 
-    def _engines(self) -> dict[str, Any]:
+    def _deepspeed_engines(self) -> dict[str, Any]:
         """Engines by optimizer name."""
-        return {name: part.engine for name, part in self._parts.items()}
+        return {name: part.engine for name, part in self._named_engines.items()}
 
     def finish(self, *, failed: bool = False) -> None:
         """Release the engines; the model is a plain one with whole weights, on the CPU.
@@ -679,16 +700,16 @@ class DeepSpeedAccelerator:
         """
         for hook in self._hooks:
             hook.remove()
-        if self._model is not None and self._parts:
-            put_in = None
+        if self._model is not None and self._named_engines:
+            install = None
             if self.world_size == 1 or not failed:
-                put_in = make_plain(
+                install = gather_plain_parameters(
                     self._model, self._whole, self._dtypes, self._attributes
                 )
-            for part in self._parts.values():
+            for part in self._named_engines.values():
                 part.finish()
-            if put_in is not None:
-                put_in()
+            if install is not None:
+                install()
                 self._model.cpu()
         self._held.close()
         self._clear()

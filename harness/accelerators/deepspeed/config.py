@@ -108,7 +108,7 @@ _BUCKETS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting:
+class ConfigFacts:
     """What fills ``"auto"``: facts of learner, loaders, machine and launch.
 
     Attributes
@@ -161,7 +161,7 @@ def read_config(config: Mapping[str, Any] | str | Path | None) -> dict[str, Any]
         msg = f"{place}: expected a JSON file or a dict, got no such file."
         raise ValueError(f"{msg} Check the path.")
     try:
-        read = json.loads(path.read_text(), object_pairs_hook=_without_doubles)
+        read = json.loads(path.read_text(), object_pairs_hook=_refuse_duplicates)
     except ValueError as error:
         msg = f"{place}: expected JSON with each key once, got {error}."
         raise ValueError(f"{msg} Mend the file.") from error
@@ -171,7 +171,7 @@ def read_config(config: Mapping[str, Any] | str | Path | None) -> dict[str, Any]
     return read
 
 
-def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A dict of the pairs; a key that comes twice would hide its first value."""
     found = dict(pairs)
     if len(found) < len(pairs):
@@ -181,7 +181,7 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def check_config(config: Mapping[str, Any], setting: Setting) -> None:
+def check_config(config: Mapping[str, Any], setting: ConfigFacts) -> None:
     """Refuse what DeepSpeed would ignore, misread, or stop at half-way.
 
     Raises
@@ -218,7 +218,7 @@ def _check_keys(prefix: str, found: Mapping[str, Any], known: Collection[str]) -
             raise ValueError(f"{msg}{nearest(name, known)} {advice}")
 
 
-def _check_precision(config: Mapping[str, Any], setting: Setting) -> None:
+def _check_precision(config: Mapping[str, Any], setting: ConfigFacts) -> None:
     """At most one of fp16, bf16 and autocast, on a device that has it."""
     asked = [
         name
@@ -255,7 +255,7 @@ def _check_modes(config: Mapping[str, Any], stage: int) -> None:
         raise ValueError(f"{msg} Compile the model with torch.compile instead.")
 
 
-def fill_config(config: Mapping[str, Any], setting: Setting) -> dict[str, Any]:
+def fill_config(config: Mapping[str, Any], setting: ConfigFacts) -> dict[str, Any]:
     """The config with every ``"auto"`` replaced, ready for DeepSpeed.
 
     Parameters
@@ -277,7 +277,7 @@ def fill_config(config: Mapping[str, Any], setting: Setting) -> dict[str, Any]:
         known that would fill an ``"auto"``.
     """
     filled = copy.deepcopy(dict(config))
-    filled |= batch_sizes(filled, setting)
+    filled |= complete_batch_sizes(filled, setting)
     filled["managed_gradient_accumulation"] = False
     if filled.get("gradient_clipping", "auto") == "auto":
         # DeepSpeed 0.19.8 clips at 1.0 where nothing is said; plain torch does not.
@@ -287,13 +287,15 @@ def fill_config(config: Mapping[str, Any], setting: Setting) -> dict[str, Any]:
         filled["torch_autocast"].setdefault("dtype", "bfloat16")
     for part in ("optimizer", "scheduler"):
         _fill_params(filled.get(part, {}).get("params", {}), setting.opt_hparams)
-    for place in _autos(filled):
+    for place in _find_autos(filled):
         msg = f"accelerator(config): expected a value for {place}, got 'auto'."
         raise ValueError(f"{msg} Nothing here can fill it: write the value.")
     return filled
 
 
-def batch_sizes(config: Mapping[str, Any], setting: Setting) -> dict[str, int]:
+def complete_batch_sizes(
+    config: Mapping[str, Any], setting: ConfigFacts
+) -> dict[str, int]:
     """DeepSpeed's three batch sizes, completed from each other, loader and `accumulate`.
 
     Raises
@@ -339,7 +341,7 @@ def _count(config: Mapping[str, Any], name: str) -> int | None:
     return value
 
 
-def _fill_zero(zero: dict[str, Any], setting: Setting) -> None:
+def _fill_zero(zero: dict[str, Any], setting: ConfigFacts) -> None:
     """Bucket sizes; no bucket needs to hold more than the whole model."""
     for name, default in _BUCKETS.items():
         if zero.get(name) == "auto":
@@ -360,11 +362,11 @@ def _fill_params(params: dict[str, Any], known: Mapping[str, Any]) -> None:
             del params[name]
 
 
-def _autos(part: Any, place: str = "") -> Iterator[str]:
+def _find_autos(part: Any, place: str = "") -> Iterator[str]:
     """Places that still say ``"auto"``; DeepSpeed fills one of them itself."""
     if isinstance(part, Mapping):
         for name, value in part.items():
             if name != "keep_in_fp32_modules":
-                yield from _autos(value, f"{place}.{name}".lstrip("."))
+                yield from _find_autos(value, f"{place}.{name}".lstrip("."))
     elif part == "auto":
         yield place

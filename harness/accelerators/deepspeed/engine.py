@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from harness.accelerators.base import StepOpt
-from harness.accelerators.deepspeed.state import base_of, masters
-from harness.reshard.layout import engine_layout, members
+from harness.accelerators.deepspeed.state import base_optimizer, master_weights
+from harness.reshard.layout import group_members, make_engine_layout
 
 
-class Part:
+class NamedEngine:
     """An engine with the parameters that its optimizer owns.
 
     Parameters
@@ -55,7 +55,7 @@ class Part:
     ) -> None:
         self.name, self.engine, self.stage = name, engine, stage
         self._model = model
-        self.members = members(model, groups)
+        self.members = group_members(model, groups)
         self._layout: Tensor | None = None
         self._places: dict[int, tuple[int, int, int]] | None = None
         self._stepped = 0
@@ -65,8 +65,8 @@ class Part:
         self.owned_ids = frozenset(mine)
         self._others = [p for p in model.parameters() if id(p) not in mine]
         self._trained = [param.requires_grad for param in owned]
-        self._base = base_of(engine)
-        self._hook = self._base.register_step_pre_hook(self._before_base_step)
+        self._base = base_optimizer(engine)
+        self._hook = self._base.register_step_pre_hook(self._on_base_step)
         self._base_stepped = False
         self._clip: tuple[float, Tensor] | None = None
         self._is_fresh = False
@@ -76,7 +76,7 @@ class Part:
     # --------------------------------------------------------- forward, backward
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
+    def freeze_others(self) -> Iterator[None]:
         """Let only the owned parameters ask for gradients."""
         asking = [param for param in self._others if param.requires_grad]
         for param in asking:
@@ -104,7 +104,7 @@ class Part:
         advice = "Choose them before fit and fit in two parts, or use ZeRO 0."
         raise RuntimeError(f"{msg} {got}. {advice}")
 
-    def begin(self) -> None:
+    def begin_forward(self) -> None:
         """Tell ZeRO that a forward begins; its counts of micro-batches hang on it.
 
         DeepSpeed tells itself in ``engine.forward``, which is never called here: the model
@@ -118,7 +118,7 @@ class Part:
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of the loss as it is, already divided by the window."""
-        self.begin()
+        self.begin_forward()
         # DeepSpeed hangs this on the outputs of engine.forward.
         handle = loss.register_hook(  # type: ignore[no-untyped-call]
             lambda _: self.engine._backward_prologue()
@@ -152,7 +152,7 @@ class Part:
         self._base_stepped = False
         # Without ZeRO, DeepSpeed reduces and clears the gradients of the whole module.
         kept = [(p, p.grad) for p in self._others] if self.stage == 0 else []
-        with self.alone(), self._clipping():
+        with self.freeze_others(), self._clipping():
             for param, _ in kept:
                 param.grad = None
             try:
@@ -161,12 +161,12 @@ class Part:
                 for param, grad in kept:
                     param.grad = grad
         self.done = 0
-        self._forget_gradients()
+        self._clear_gradients()
         applied = bool(self.engine.was_step_applied()) and self._base_stepped
         self._was_stepped = applied
         self.on_step(applied)
 
-    def _forget_gradients(self) -> None:
+    def _clear_gradients(self) -> None:
         """Clear what ZeRO 3 and offload keep of a window.
 
         DeepSpeed 0.19.8 overwrites it in the next one, but not where a parameter gets no
@@ -176,7 +176,9 @@ class Part:
         held = getattr(wrapper, "grad_partitions_flat_buffer", None)
         kept = [] if held is None else [held]
         kept += [
-            master.grad for master in masters(self.engine) if master.grad is not None
+            master.grad
+            for master in master_weights(self.engine)
+            if master.grad is not None
         ]
         kept += getattr(wrapper, "accumulated_grads_in_cpu", {}).values()
         for gradient in kept:
@@ -205,14 +207,14 @@ class Part:
             yield
         self._clip = None
 
-    def _before_base_step(self, *_: object) -> None:
+    def _on_base_step(self, *_: object) -> None:
         """Note that the optimizer itself is called: gradient scalers may leave that out."""
         self._base_stepped = True
         if self._clip is not None and not hasattr(self.engine.optimizer, "clip_grad"):
             max_norm, found = self._clip
             found.copy_(nn.utils.clip_grad_norm_(self._owned, max_norm))
 
-    def full_precision(self, param: Any) -> Tensor | None:
+    def read_full_precision(self, param: Any) -> Tensor | None:
         """The whole parameter in float32, from its parts on all ranks; None where it is so.
 
         DeepSpeed's ``safe_get_full_fp32_param`` knows the last engine only at ZeRO 3.
@@ -244,15 +246,15 @@ class Part:
         if id(param) not in self._places:
             return None
         n, at, length = self._places[id(param)]
-        master = masters(self.engine)[n].detach().reshape(-1)
+        master = master_weights(self.engine)[n].detach().reshape(-1)
         return master[at : at + length].reshape(param.shape)
 
     def layout(self, rank: int) -> Tensor:
         """Which pieces of parameters the optimizer steps on this rank."""
-        stepped = masters(self.engine)
+        stepped = master_weights(self.engine)
         if self._layout is None or self._stepped != len(stepped):
             self._stepped = len(stepped)
-            self._layout = engine_layout(self._model, self.engine, stepped, rank)
+            self._layout = make_engine_layout(self._model, self.engine, stepped, rank)
         return self._layout
 
     def finish(self) -> None:
@@ -329,7 +331,7 @@ class EngineOptimizer(torch.optim.Optimizer):
         raise TypeError(f"{msg} Its state lies in parts on all ranks.")
 
 
-def parameters_below(loss: Tensor) -> set[int]:
+def parameters_in_graph(loss: Tensor) -> set[int]:
     """Identities of the parameters that the graph of a loss leads to.
 
     Hidden ones, below reentrant checkpointing or a custom function, are not found.

@@ -7,12 +7,16 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-Whole = Callable[[nn.Parameter], Tensor]
+ReadParameter = Callable[[nn.Parameter], Tensor]
 """Gives the whole values of a parameter, in full precision, on this rank's device."""
 
 
-def whole_state(
-    model: nn.Module, whole: Whole, dtypes: Mapping[str, torch.dtype], *, keep: bool
+def gather_state_dict(
+    model: nn.Module,
+    whole: ReadParameter,
+    dtypes: Mapping[str, torch.dtype],
+    *,
+    keep: bool,
 ) -> dict[str, Tensor]:
     """State dict with whole weights on the CPU, in the dtypes that the user gave them.
 
@@ -46,14 +50,14 @@ def whole_state(
     return state
 
 
-def attributes(model: nn.Module) -> dict[nn.Module, frozenset[str]]:
+def list_attributes(model: nn.Module) -> dict[nn.Module, frozenset[str]]:
     """Names of the attributes of each module, to tell later which ones are new."""
     return {module: frozenset(vars(module)) for module in model.modules()}
 
 
-def make_plain(
+def gather_plain_parameters(
     model: nn.Module,
-    whole: Whole,
+    whole: ReadParameter,
     dtypes: Mapping[str, torch.dtype],
     before: Mapping[nn.Module, frozenset[str]],
 ) -> Callable[[], None]:
@@ -65,18 +69,18 @@ def make_plain(
     Parameters
     ----------
     model, whole, dtypes
-        As in ``whole_state``.
+        As in ``gather_state_dict``.
     before
-        What ``attributes`` gave before engines were made.
+        What ``list_attributes`` gave before engines were made.
     """
-    state = whole_state(model, whole, dtypes, keep=True)
+    state = gather_state_dict(model, whole, dtypes, keep=True)
     named = list(model.named_parameters(remove_duplicate=False))
     made: dict[int, nn.Parameter] = {}
     for name, param in named:
         if id(param) not in made:
             made[id(param)] = nn.Parameter(state[name], param.requires_grad)
 
-    def put_in() -> None:
+    def install() -> None:
         for module in model.modules():
             # ZeRO 3 puts a dict of its own here, and marks on modules.
             module._parameters = {
@@ -88,7 +92,7 @@ def make_plain(
             ):
                 delattr(module, name)
 
-    return put_in
+    return install
 
 
 _MARKS = frozenset(

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from harness.accelerators.distributed.environment import environment
+from harness.accelerators.distributed.environment import set_environment
 from harness.accelerators.single import best_device
 
 # ----------------------------------------------------------------- the door
 
 
 @cache
-def door() -> ModuleType:
+def import_deepspeed() -> ModuleType:
     """DeepSpeed, imported quietly, without MLflow, and without compiling at start."""
     # DeepSpeed's autotuner imports MLflow, which takes a second and has no place in the
     # training process; nothing else of it does.
@@ -31,7 +31,7 @@ def door() -> ModuleType:
     # Without a device DeepSpeed warns at each import that there is none.
     named = {} if best_device().type == "cuda" else {"DS_ACCELERATOR": "cpu"}
     try:
-        with environment(**named), quietly():
+        with set_environment(**named), ignore_warnings():
             import deepspeed  # noqa: PLC0415  slow, and not on every system
     finally:
         if not had_mlflow:
@@ -46,14 +46,14 @@ def door() -> ModuleType:
 
 
 @contextmanager
-def quietly() -> Iterator[None]:
+def ignore_warnings() -> Iterator[None]:
     """Let nothing warn: what DeepSpeed does at start concerns its own authors."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
-def hush() -> None:
+def silence_deepspeed_warnings() -> None:
     """Keep DeepSpeed 0.19.8's use of torch 2.13's old names from warning on every step."""
     warnings.filterwarnings(
         "ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning
@@ -98,7 +98,7 @@ def unchanged_optimizers() -> Iterator[None]:
 
 def _initializers() -> dict[Any, Callable[[Any], None]]:
     """For each of DeepSpeed's wrappers, what initializes it without a change."""
-    door()
+    import_deepspeed()
     from deepspeed.runtime.fp16 import fused_optimizer, unfused_optimizer  # noqa: PLC0415  see door
     from deepspeed.runtime.zero import stage3, stage_1_and_2  # noqa: PLC0415
 
@@ -135,7 +135,7 @@ def _keep_optimizer(initialize: Callable[[Any], None]) -> Callable[[Any], None]:
 
 def _refuse_step(optimizer: Any, *_: object) -> None:
     """Raise: a step before training would be silent and wrong."""
-    kind, version = type(optimizer).__name__, door().__version__
+    kind, version = type(optimizer).__name__, import_deepspeed().__version__
     msg = f"prepare: expected no step while DeepSpeed {version} initializes"
     raise RuntimeError(f"{msg}, got one of {kind}. Use DeepSpeed 0.19.8.")
 
@@ -143,7 +143,7 @@ def _refuse_step(optimizer: Any, *_: object) -> None:
 @cache
 def known_fields() -> dict[str, frozenset[str]]:
     """Keys that DeepSpeed knows in parts of its config, by the part's name."""
-    door()
+    import_deepspeed()
     from deepspeed.runtime import precision_config  # noqa: PLC0415  see door
     from deepspeed.runtime.zero import config as zero_config  # noqa: PLC0415
 
@@ -163,7 +163,9 @@ def _fields_of(model: Any) -> frozenset[str]:
     return frozenset(fields) | aliases
 
 
-def own_device(asked: str | torch.device | None, local_rank: int) -> torch.device:
+def choose_rank_device(
+    asked: str | torch.device | None, local_rank: int
+) -> torch.device:
     """Device of this rank.
 
     Raises
@@ -189,7 +191,7 @@ def own_device(asked: str | torch.device | None, local_rank: int) -> torch.devic
     return torch.device("cuda", index)
 
 
-def ops() -> dict[str, str]:
+def list_ops() -> dict[str, str]:
     """What becomes of each of DeepSpeed's compiled ops here: how it is there, or is not.
 
     Asked for them, DeepSpeed tries compilers, with chatter on both outputs.
@@ -199,7 +201,7 @@ def ops() -> dict[str, str]:
     dict
         ``built``, ``can be built`` or ``cannot be built``, by name of the op.
     """
-    built = door().git_version_info.installed_ops
+    built = import_deepspeed().git_version_info.installed_ops
     from deepspeed.ops.op_builder.all_ops import ALL_OPS  # noqa: PLC0415  see door
 
     found = {}

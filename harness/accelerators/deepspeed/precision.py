@@ -21,7 +21,7 @@ AUTOCAST_DTYPES = {
 """DeepSpeed's names for the dtypes of ``torch_autocast``, without ``torch.``."""
 
 
-def autocast_of(
+def make_autocast(
     config: Mapping[str, Any], device: torch.device
 ) -> AbstractContextManager[object]:
     """Autocast as ``torch_autocast`` in the config says; nothing where it is off."""
@@ -39,7 +39,7 @@ def hook_autocast(
     entered: list[AbstractContextManager[object]] = []
 
     def enter(module: nn.Module, args: Any) -> None:
-        entered.append(autocast_of(config, device))
+        entered.append(make_autocast(config, device))
         entered[-1].__enter__()
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:

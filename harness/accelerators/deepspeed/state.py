@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.errors import CheckpointError
-from harness.reshard.consolidated import copy_tensors, dtype_of
+from harness.reshard.consolidated import copy_tensors, weights_dtype
 
 _COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 """Counters of an engine."""
@@ -24,7 +24,7 @@ _SCALES = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 """Numbers of a loss scale that moves."""
 
 
-def take_state(
+def capture_state(
     model: nn.Module, engines: Mapping[str, Any], stage: int
 ) -> dict[str, Any]:
     """State of model and engines on this rank.
@@ -36,7 +36,7 @@ def take_state(
         both by part, ``model`` and ``optimizers``, and by name. ``facts``: the engines'
         numbers by optimizer name. ``grads``: gradients of an open window.
     """
-    live = live_tensors(model, engines)
+    live = collect_tensors(model, engines)
     shared = {0: ("weights", "optimizers"), 1: ("weights",), 2: ("weights",), 3: ()}[
         stage
     ]
@@ -45,19 +45,20 @@ def take_state(
         "own": {kind: live[kind] for kind in live if kind not in shared},
         "facts": {name: _facts(engine) for name, engine in engines.items()},
         "grads": {
-            name: open_gradients(engine, stage) for name, engine in engines.items()
+            name: capture_open_gradients(engine, stage)
+            for name, engine in engines.items()
         },
     }
 
 
-def put_state(
+def restore_state(
     model: nn.Module,
     engines: Mapping[str, Any],
     stage: int,
     state: Mapping[str, Any],
     parts: Sequence[str],
 ) -> None:
-    """Take back what ``take_state`` gave, with the ``shared`` tensors of rank 0.
+    """Take back what ``capture_state`` gave, with the ``shared`` tensors of rank 0.
 
     Raises
     ------
@@ -72,35 +73,35 @@ def put_state(
             msg = f"resume: expected optimizers {want}, got {have}."
             raise CheckpointError(f"{msg} Resume with the learner that was saved.")
         for name, engine in engines.items():
-            _make_entries(name, engine, found["optimizers"], state["facts"][name])
-    live = live_tensors(model, engines)
+            _create_entries(name, engine, found["optimizers"], state["facts"][name])
+    live = collect_tensors(model, engines)
     for kind in kinds:
         copy_tensors(live[kind], found[kind], _SAME_CODE)
     # What optimizers step in the place of the weights goes with the weights.
     for is_master, part in ((True, "model"), (False, "optimizers")):
         if part in parts:
             now, then = (
-                {n: value for n, value in of.items() if is_master == is_copy(n)}
+                {n: value for n, value in of.items() if is_master == is_master_name(n)}
                 for of in (live["optimizers"], found["optimizers"])
             )
             copy_tensors(now, then, _SAME_CODE)
     if "optimizers" in parts:
         for name, engine in engines.items():
-            _put_facts(engine, state["facts"][name])
-            put_open_gradients(engine, stage, state["grads"][name])
+            _restore_facts(engine, state["facts"][name])
+            restore_open_gradients(engine, stage, state["grads"][name])
 
 
 # ---------------------------------------------------------------------- tensors
 
 
-def live_tensors(
+def collect_tensors(
     model: nn.Module, engines: Mapping[str, Any]
 ) -> dict[str, dict[str, Tensor]]:
     """Weights (at ZeRO 3 this rank's parts), buffers and optimizer states, by name."""
     optimizers: dict[str, Tensor] = {}
     for name, engine in engines.items():
-        state = base_of(engine).state
-        for place, master in _masters(engine, name):
+        state = base_optimizer(engine).state
+        for place, master in _named_masters(engine, name):
             entries = state.get(master, {})
             optimizers |= {
                 f"{place}/{key}": value
@@ -119,12 +120,12 @@ def live_tensors(
     }
 
 
-def is_copy(name: str) -> bool:
+def is_master_name(name: str) -> bool:
     """True for the name of what an optimizer steps in the place of weights."""
     return name.endswith("/master")
 
 
-def base_of(engine: Any) -> torch.optim.Optimizer:
+def base_optimizer(engine: Any) -> torch.optim.Optimizer:
     """The torch optimizer that an engine's wrappers step."""
     wrapped = getattr(engine.optimizer, "optimizer", None)
     found = engine.basic_optimizer if wrapped is None else wrapped
@@ -132,41 +133,43 @@ def base_of(engine: Any) -> torch.optim.Optimizer:
     return found
 
 
-def masters(engine: Any) -> list[Tensor]:
+def master_weights(engine: Any) -> list[Tensor]:
     """The tensors that the optimizer steps: this rank's parts of the weights in float32."""
     divided = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)
     if divided is not None:
         return list(divided)
     return [
-        param for group in base_of(engine).param_groups for param in group["params"]
+        param
+        for group in base_optimizer(engine).param_groups
+        for param in group["params"]
     ]
 
 
-def _masters(engine: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+def _named_masters(engine: Any, name: str) -> Iterator[tuple[str, Tensor]]:
     """The same, each with a name of its own."""
-    for n, master in enumerate(masters(engine)):
+    for n, master in enumerate(master_weights(engine)):
         yield f"{name}/{n}", master
 
 
-def _make_entries(
+def _create_entries(
     name: str, engine: Any, found: Mapping[str, Tensor], facts: Mapping[str, Any]
 ) -> None:
     """Give the optimizer the entries it had; torch makes them at the first step only."""
-    state = base_of(engine).state
-    masters = list(_masters(engine, name))
-    if len(masters) != len(facts["state"]):
-        msg = f"resume: expected {len(masters)} parts of optimizer {name!r}"
+    state = base_optimizer(engine).state
+    master_weights = list(_named_masters(engine, name))
+    if len(master_weights) != len(facts["state"]):
+        msg = f"resume: expected {len(master_weights)} parts of optimizer {name!r}"
         advice = "Resume with the learner that was saved."
         raise CheckpointError(f"{msg}, got {len(facts['state'])}. {advice}")
-    by_place: dict[str, dict[str, Any]] = {place: {} for place, _ in masters}
+    by_place: dict[str, dict[str, Any]] = {place: {} for place, _ in master_weights}
     for full, value in found.items():
         place, _, key = full.rpartition("/")
-        if place in by_place and not is_copy(full):
+        if place in by_place and not is_master_name(full):
             by_place[place][key] = value
     # Counters stay on the CPU, where torch keeps them unless a kernel reads them.
-    groups = base_of(engine).param_groups
+    groups = base_optimizer(engine).param_groups
     is_moved = any(group.get("fused") or group.get("capturable") for group in groups)
-    for (place, master), numbers in zip(masters, facts["state"], strict=True):
+    for (place, master), numbers in zip(master_weights, facts["state"], strict=True):
         entries = by_place[place]
         for key, value in entries.items():
             device = master.device if value.dim() or is_moved else value.device
@@ -179,7 +182,7 @@ def _make_entries(
 # ------------------------------------------------------ gradients of an open window
 
 
-def open_gradients(engine: Any, stage: int) -> dict[str, Any]:
+def capture_open_gradients(engine: Any, stage: int) -> dict[str, Any]:
     """Gradients that wait for the rest of their window, wherever DeepSpeed keeps them.
 
     References
@@ -225,8 +228,8 @@ def _by_group(held: Mapping[int, Any]) -> list[Any]:
     return [held.get(n) for n in range(max(held, default=-1) + 1)]
 
 
-def put_open_gradients(engine: Any, stage: int, saved: Mapping[str, Any]) -> None:
-    """Take back what ``open_gradients`` gave."""
+def restore_open_gradients(engine: Any, stage: int, saved: Mapping[str, Any]) -> None:
+    """Take back what ``capture_open_gradients`` gave."""
     wrapper = engine.optimizer
     if hasattr(wrapper, "fp32_groups_gradients_flat"):
         for live, flat in zip(
@@ -242,7 +245,7 @@ def put_open_gradients(engine: Any, stage: int, saved: Mapping[str, Any]) -> Non
         wrapper.micro_step_id = saved["micro"]
         wrapper._epilogue_ran_this_backward = saved["ran"]
     elif stage == 2:
-        _put_divided(engine, saved)
+        _restore_divided(engine, saved)
     else:
         params = dict(engine.module.named_parameters())
         for kind in ("grad", "grad_accum"):
@@ -250,7 +253,7 @@ def put_open_gradients(engine: Any, stage: int, saved: Mapping[str, Any]) -> Non
                 setattr(params[name], kind, grad.to(engine.device, copy=True))
 
 
-def _put_divided(engine: Any, saved: Mapping[str, Any]) -> None:
+def _restore_divided(engine: Any, saved: Mapping[str, Any]) -> None:
     """Gradients as ZeRO 2 holds them: whole tensors, or flat ones in another dtype."""
     wrapper = engine.optimizer
     for n, held in enumerate(saved["lists"]):
@@ -267,25 +270,25 @@ def _put_divided(engine: Any, saved: Mapping[str, Any]) -> None:
 
 def _facts(engine: Any) -> dict[str, Any]:
     """What an engine holds beside tensors."""
-    state = base_of(engine).state
+    state = base_optimizer(engine).state
     numbers = []
-    for _, master in _masters(engine, ""):
+    for _, master in _named_masters(engine, ""):
         entries = state.get(master, {})
         numbers.append({k: v for k, v in entries.items() if not torch.is_tensor(v)})
     groups = [
         {key: _plain(value) for key, value in group.items() if key != "params"}
-        for group in base_of(engine).param_groups
+        for group in base_optimizer(engine).param_groups
     ]
     scheduler = engine.lr_scheduler
     return {
-        "kind": type(base_of(engine)).__name__,
-        "form": [type(engine.optimizer).__name__, dtype_of(engine.module)],
+        "kind": type(base_optimizer(engine)).__name__,
+        "form": [type(engine.optimizer).__name__, weights_dtype(engine.module)],
         "counters": {name: getattr(engine, name) for name in _COUNTERS},
         "groups": groups,
         "state": numbers,
         "scale": {
             name: getattr(scale, name)
-            for scale in _moving_scales(engine)
+            for scale in _dynamic_scales(engine)
             for name in _SCALES
             if hasattr(scale, name)
         },
@@ -294,11 +297,11 @@ def _facts(engine: Any) -> dict[str, Any]:
     }
 
 
-def _put_facts(engine: Any, facts: Mapping[str, Any]) -> None:
+def _restore_facts(engine: Any, facts: Mapping[str, Any]) -> None:
     """Put the facts back."""
     for name in _COUNTERS:
         setattr(engine, name, int(facts["counters"][name]))
-    groups = base_of(engine).param_groups
+    groups = base_optimizer(engine).param_groups
     if len(groups) != len(facts["groups"]):
         msg = f"resume: expected {len(groups)} parameter groups, got {len(facts['groups'])}."
         raise CheckpointError(f"{msg} Resume with the learner that was saved.")
@@ -308,7 +311,7 @@ def _put_facts(engine: Any, facts: Mapping[str, Any]) -> None:
                 group[key].fill_(value)
             else:
                 group[key] = value
-    for scale in _moving_scales(engine):
+    for scale in _dynamic_scales(engine):
         for name in facts["scale"].keys() & vars(scale).keys() & set(_SCALES):
             setattr(scale, name, facts["scale"][name])
     # In another precision there may be fewer.
@@ -318,7 +321,7 @@ def _put_facts(engine: Any, facts: Mapping[str, Any]) -> None:
         engine.lr_scheduler.load_state_dict(facts["scheduler"])
 
 
-def _moving_scales(engine: Any) -> Iterator[Any]:
+def _dynamic_scales(engine: Any) -> Iterator[Any]:
     """What holds the numbers of a loss scale that moves, if there is one."""
     for name in ("loss_scaler", "loss_scale_config"):
         scale = getattr(engine.optimizer, name, None)

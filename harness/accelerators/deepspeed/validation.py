@@ -102,7 +102,7 @@ def _check_ownership(model: nn.Module, optimizers: Mapping[str, Any]) -> None:
                 raise ValueError(f"{msg}, got one of shape {shape}. {advice}")
 
 
-def model_facts(model: nn.Module, optimizers: Mapping[str, Any]) -> dict[str, Any]:
+def describe_model(model: nn.Module, optimizers: Mapping[str, Any]) -> dict[str, Any]:
     """What must be the same on every rank of model, optimizers and code."""
     shapes = [(name, str(p.dtype), *p.shape) for name, p in model.named_parameters()]
     facts: dict[str, Any] = {
@@ -123,7 +123,7 @@ def model_facts(model: nn.Module, optimizers: Mapping[str, Any]) -> dict[str, An
     return facts
 
 
-def loader_facts(loaders: Sequence[Any]) -> dict[str, Any]:
+def describe_loaders(loaders: Sequence[Any]) -> dict[str, Any]:
     """What must be the same on every rank of the data."""
     facts: dict[str, Any] = {}
     for place, loader in enumerate(loaders):

@@ -105,7 +105,7 @@ def read_launch(env: Mapping[str, str] | None = None) -> Launch:
             raise ValueError(f"{msg}, got none. {advice}")
         here = next((name for name in locals_ if name in env), None)
         local_world = world if here is None else _number(env, here)
-        address, port = _meeting_point(env, by, world, local_world)
+        address, port = _rendezvous(env, by, world, local_world)
         return Launch(
             rank=_number(env, rank),
             local_rank=_number(env, local_rank),
@@ -128,7 +128,7 @@ def _number(env: Mapping[str, str], name: str) -> int:
     return int(found.group(1))
 
 
-def _meeting_point(
+def _rendezvous(
     env: Mapping[str, str], by: str, world: int, local_world: int
 ) -> tuple[str | None, int]:
     """Address and port of rank 0; known without MASTER_ADDR on one machine and under Slurm."""
@@ -151,7 +151,7 @@ def _first_host(nodes: str) -> str | None:
 
 
 @contextmanager
-def environment(**values: str) -> Iterator[None]:
+def set_environment(**values: str) -> Iterator[None]:
     """Set variables for libraries that can be told in no other way, and put them back."""
     before = {name: os.environ.get(name) for name in values}  # noqa: TID251
     os.environ.update(values)  # noqa: TID251

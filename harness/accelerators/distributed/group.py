@@ -26,7 +26,7 @@ FAILED = "harness/failed"
 TIMEOUT = timedelta(minutes=30)
 """How long a rank waits for the others; longer than a slow checkpoint of one of them."""
 
-MEETING_TIMEOUT = timedelta(minutes=5)
+RENDEZVOUS_TIMEOUT = timedelta(minutes=5)
 """How long the first rank waits for the last one to start."""
 
 _OPS = {"sum": dist.ReduceOp.SUM, "mean": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
@@ -46,7 +46,7 @@ class PeerError(RuntimeError):
         self.rank = rank
 
 
-class Ranks:
+class RankGroup:
     """The ranks of one launch and what they tell each other.
 
     Parameters
@@ -84,7 +84,7 @@ class Ranks:
                 launch.port or 0,
                 launch.world_size,
                 is_master=launch.rank == 0 and not has_agent_store(),
-                timeout=MEETING_TIMEOUT,
+                timeout=RENDEZVOUS_TIMEOUT,
             )
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
         dist.init_process_group(
@@ -98,7 +98,7 @@ class Ranks:
 
     # ------------------------------------------------------------------ values
 
-    def objects(self, value: T) -> list[T]:
+    def gather_objects(self, value: T) -> list[T]:
         """The value of each rank, in order of rank."""
         if self.world_size == 1:
             return [value]
@@ -114,8 +114,8 @@ class Ranks:
         dist.broadcast_object_list(held, src=src, device=torch.device("cpu"))
         return value if self.rank == src else _detach_to(held[0], self.device)
 
-    def numbers(self, value: int) -> list[int]:
-        """The count of each rank, in order of rank; quicker than ``objects``."""
+    def gather_counts(self, value: int) -> list[int]:
+        """The count of each rank, in order of rank; quicker than ``gather_objects``."""
         if self.world_size == 1:
             return [value]
         mine = torch.tensor([value])
@@ -135,7 +135,7 @@ class Ranks:
         """Wait until every rank is here."""
         self.any(False)
 
-    def share_order(self, order: Tensor | None) -> Tensor:
+    def broadcast_order(self, order: Tensor | None) -> Tensor:
         """Rank 0's int64 vector; the others give None."""
         if order is not None and self.world_size == 1:
             return order
@@ -156,7 +156,7 @@ class Ranks:
             tensor = tensor.reshape(1)
         if self.world_size == 1:
             return tensor
-        lengths = self.numbers(len(tensor))
+        lengths = self.gather_counts(len(tensor))
         row = tensor.shape[1:]
         longest = torch.zeros(
             (max(lengths), *row), dtype=tensor.dtype, device=tensor.device
@@ -186,7 +186,7 @@ class Ranks:
 
     # ------------------------------------------------------------------ errors
 
-    def agree(self, check: Callable[[], T]) -> T:
+    def check_on_every_rank(self, check: Callable[[], T]) -> T:
         """The result of a check that holds on every rank; one error on one rank otherwise.
 
         Raises
@@ -196,8 +196,8 @@ class Ranks:
         PeerError
             On the other ranks.
         """
-        result, error = _attempt(check)
-        reasons = self.objects(None if error is None else describe(error))
+        result, error = _try(check)
+        reasons = self.gather_objects(None if error is None else describe(error))
         first = next((n for n, reason in enumerate(reasons) if reason), None)
         if first is None:
             assert result is not None
@@ -206,7 +206,7 @@ class Ranks:
             raise error
         raise PeerError(first, reasons[first] or "")
 
-    def same(self, place: str, facts: dict[str, Any], advice: str) -> None:
+    def check_same(self, place: str, facts: dict[str, Any], advice: str) -> None:
         """Raise where a fact differs between ranks.
 
         Raises
@@ -214,7 +214,7 @@ class Ranks:
         ValueError
             On the lowest rank; ``PeerError`` on the others. Names what differs and where.
         """
-        every = self.objects(facts)
+        every = self.gather_objects(facts)
 
         def compare() -> None:
             for name, value in every[0].items():
@@ -224,14 +224,14 @@ class Ranks:
                         got = f"got {value!r} on rank 0 and {other.get(name)!r}"
                         raise ValueError(f"{msg}, {got} on rank {rank}. {advice}")
 
-        self.agree(compare)
+        self.check_on_every_rank(compare)
 
-    def tell_failure(self, error: BaseException) -> None:
+    def report_failure(self, error: BaseException) -> None:
         """Leave word for the others why this rank ends, unless another was first."""
-        if self.store is not None and self.failure() is None:
+        if self.store is not None and self.first_failure() is None:
             self.store.set(FAILED, f"{self.rank}:{describe(error)}")
 
-    def failure(self) -> tuple[int, str] | None:
+    def first_failure(self) -> tuple[int, str] | None:
         """Rank and reason of the rank that failed first, as far as this one can tell."""
         if self.store is None or self.world_size == 1:
             return None
@@ -244,7 +244,7 @@ class Ranks:
         return int(rank), reason
 
 
-def _attempt(check: Callable[[], T]) -> tuple[tuple[T] | None, Exception | None]:
+def _try(check: Callable[[], T]) -> tuple[tuple[T] | None, Exception | None]:
     """The result in a tuple, or the exception."""
     try:
         return (check(),), None

@@ -21,7 +21,7 @@ LAUNCHER_PID = "HARNESS_LAUNCHER_PID"
 # ------------------------------------------------------------------ starting ranks
 
 
-def check_hostfile(path: str | Path) -> dict[str, int]:
+def read_hostfile(path: str | Path) -> dict[str, int]:
     """Slots by host of a hostfile, in its order.
 
     Parameters
@@ -64,7 +64,7 @@ def check_hostfile(path: str | Path) -> dict[str, int]:
     return slots
 
 
-def launch_command(
+def build_launch_command(
     argv: Sequence[str],
     *,
     num_gpus: int | None = None,
@@ -101,7 +101,7 @@ def launch_command(
 
     Examples
     --------
-    >>> launch_command(["train.py", "--lr=1"], num_gpus=2)[-4:]
+    >>> build_launch_command(["train.py", "--lr=1"], num_gpus=2)[-4:]
     ['--no_local_rank', '--num_gpus=2', 'train.py', '--lr=1']
     """
     if not argv or argv == ["-m"]:
@@ -112,7 +112,7 @@ def launch_command(
             msg = f"launch({name}): expected at least 1, got {count!r}."
             raise ValueError(f"{msg} Leave it out to take all there are.")
     if hostfile is not None:
-        check_hostfile(hostfile)
+        read_hostfile(hostfile)
     options = {
         "num_gpus": num_gpus,
         "num_nodes": num_nodes,
@@ -132,8 +132,8 @@ def launch_command(
     return [*command, *argv]
 
 
-def launch(command: Sequence[str], *, patience_s: float = 5.0) -> int:
-    """Run what ``launch_command`` gave and wait for it; its exit code, never 0 on a failure.
+def launch(command: Sequence[str], *, grace_s: float = 5.0) -> int:
+    """Run what ``build_launch_command`` gave and wait for it; its exit code, never 0 on a failure.
 
     Ctrl-C and SIGTERM are passed to every rank, which have half a minute to save; no
     process is left behind.
@@ -142,7 +142,7 @@ def launch(command: Sequence[str], *, patience_s: float = 5.0) -> int:
     ----------
     command
         Command line.
-    patience_s : >= 0
+    grace_s : >= 0
         Seconds that processes may outlive the command.
     """
     env = dict(os.environ)  # noqa: TID251 - the one place
@@ -155,17 +155,17 @@ def launch(command: Sequence[str], *, patience_s: float = 5.0) -> int:
     process = subprocess.Popen(command, env=env, start_new_session=True)
     stopped: list[int] = []
 
-    def pass_on(number: int, frame: FrameType | None) -> None:
+    def forward_signal(number: int, frame: FrameType | None) -> None:
         stopped.append(number)
         _signal_group(process.pid, number)
 
     before = {
-        number: signal.signal(number, pass_on)
+        number: signal.signal(number, forward_signal)
         for number in (signal.SIGINT, signal.SIGTERM)
     }
     try:
         code = process.wait()
-        _end_group(process.pid, patience_s=30.0 if stopped else patience_s)
+        _end_group(process.pid, grace_s=30.0 if stopped else grace_s)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -184,9 +184,9 @@ def _signal_group(group: int, number: int) -> bool:
     return True
 
 
-def _end_group(group: int, *, patience_s: float) -> None:
+def _end_group(group: int, *, grace_s: float) -> None:
     """Wait for the group to end by itself, then end it."""
-    until = time.monotonic() + patience_s
+    until = time.monotonic() + grace_s
     while _signal_group(group, 0):
         if time.monotonic() > until:
             _signal_group(group, signal.SIGKILL)

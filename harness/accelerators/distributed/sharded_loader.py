@@ -6,7 +6,7 @@ batches lie one after another in that order: gathering them rank by rank restore
 
 In the last step, samples that do not fill every rank's batch are dealt out evenly. A rank
 that gets none still takes part, since the others wait for it in collectives: it is handed
-samples of the step that count for nothing, and its ``Share`` says so.
+samples of the step that count for nothing, and its ``RankShare`` says so.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch.utils.data import (
     default_collate,
 )
 
-from harness.accelerators.distributed.group import Ranks
+from harness.accelerators.distributed.group import RankGroup
 from harness.data.batch import num_rows
 from harness.data.loaders import unwrap_tensors
 
@@ -37,7 +37,7 @@ CHUNK = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class RankShare:
     """One rank's part of a step.
 
     Attributes
@@ -59,7 +59,7 @@ class Share:
         return self.count * world_size / self.total
 
 
-def deal(total: int, size: int, rank: int, world_size: int) -> tuple[int, int]:
+def assign_rows(total: int, size: int, rank: int, world_size: int) -> tuple[int, int]:
     """First sample and number of samples of a rank in a step of `total` samples.
 
     Parameters
@@ -101,7 +101,7 @@ class ShardedLoader:
     ranks
         The ranks to divide it over.
     on_batch
-        Called with each batch and its ``Share`` as it is handed out; gives the batch on.
+        Called with each batch and its ``RankShare`` as it is handed out; gives the batch on.
     on_begin, on_end
         Called before and after each pass over the data.
 
@@ -120,8 +120,8 @@ class ShardedLoader:
     def __init__(
         self,
         loader: DataLoader[Any],
-        ranks: Ranks,
-        on_batch: Callable[[Any, Share], Any] = lambda batch, share: batch,
+        ranks: RankGroup,
+        on_batch: Callable[[Any, RankShare], Any] = lambda batch, share: batch,
         on_begin: Callable[[], None] = lambda: None,
         on_end: Callable[[], None] = lambda: None,
     ) -> None:
@@ -129,15 +129,15 @@ class ShardedLoader:
         self._ranks = ranks
         self._on_batch = on_batch
         self._on_begin, self._on_end = on_begin, on_end
-        self.share: Share | None = None
-        self._source = _source(loader, ranks)
+        self.share: RankShare | None = None
+        self._source = _make_source(loader, ranks)
 
     def __iter__(self) -> Iterator[Any]:
         self._on_begin()
         # The iterator is made at once, since making it draws a random number in torch.
-        return self._handed_out(iter(self._source))
+        return self._iterate(iter(self._source))
 
-    def _handed_out(self, source: Iterator[tuple[Any, Share]]) -> Iterator[Any]:
+    def _iterate(self, source: Iterator[tuple[Any, RankShare]]) -> Iterator[Any]:
         try:
             for batch, share in source:
                 self.share = share
@@ -162,18 +162,18 @@ class ShardedLoader:
                 part.set_epoch(epoch)
 
 
-def _source(loader: DataLoader[Any], ranks: Ranks) -> Any:
+def _make_source(loader: DataLoader[Any], ranks: RankGroup) -> Any:
     """Where the rank's batches and shares come from."""
     if _is_divided(loader):
-        return _Counted(loader, ranks, every=False)
+        return _BatchSource(loader, ranks, every=False)
     if loader.batch_size is not None and isinstance(loader.dataset, IterableDataset):
-        return _Streamed(loader, ranks)
+        return _StreamSource(loader, ranks)
     batches = loader.sampler if loader.batch_size is None else loader.batch_sampler
     if type(batches) is BatchSampler:
-        return _Planned(loader, batches, ranks)
+        return _RowSource(loader, batches, ranks)
     if loader.batch_size is None and loader.batch_sampler is not None:
-        return _Batched(loader, loader.batch_sampler, ranks)
-    return _Counted(loader, ranks, every=True)
+        return _BatchSamplerSource(loader, loader.batch_sampler, ranks)
+    return _BatchSource(loader, ranks, every=True)
 
 
 def _is_divided(loader: DataLoader[Any]) -> bool:
@@ -185,7 +185,7 @@ def _is_divided(loader: DataLoader[Any]) -> bool:
     )
 
 
-def _rebuilt(loader: DataLoader[Any], **changes: Any) -> DataLoader[Any]:
+def _copy_loader(loader: DataLoader[Any], **changes: Any) -> DataLoader[Any]:
     """A loader like it, with another order or data set."""
     options: dict[str, Any] = {
         name: getattr(loader, name)
@@ -208,23 +208,23 @@ def _rebuilt(loader: DataLoader[Any], **changes: Any) -> DataLoader[Any]:
 # ------------------------------------------------------------------ map-style data
 
 
-class _Planned:
+class _RowSource:
     """Rows in an order that all ranks know, dealt out step by step."""
 
     def __init__(
-        self, loader: DataLoader[Any], batches: BatchSampler, ranks: Ranks
+        self, loader: DataLoader[Any], batches: BatchSampler, ranks: RankGroup
     ) -> None:
         self._ranks = ranks
-        self._sampler = _whole_order(batches.sampler)
+        self._sampler = _undivided_sampler(batches.sampler)
         self._size = batches.batch_size
         self._drops = batches.drop_last
-        self._shares: deque[Share] = deque()
+        self._shares: deque[RankShare] = deque()
         self._loader = loader
-        order = _Order(self._picks)
+        order = _RowSampler(self._rows_of_rank)
         if loader.batch_size is None:
-            self._rebuilt = _rebuilt(loader, batch_size=None, sampler=order)
+            self._rank_loader = _copy_loader(loader, batch_size=None, sampler=order)
         else:
-            self._rebuilt = _rebuilt(loader, batch_sampler=order)
+            self._rank_loader = _copy_loader(loader, batch_sampler=order)
         found = unwrap_tensors(loader.dataset)
         fast = found is not None and not loader.num_workers and not loader.pin_memory
         is_plain = (
@@ -237,57 +237,57 @@ class _Planned:
         full, rest = divmod(count, self._size * self._ranks.world_size)
         return full + bool(rest and not self._drops)
 
-    def __iter__(self) -> Iterator[tuple[Any, Share]]:
+    def __iter__(self) -> Iterator[tuple[Any, RankShare]]:
         self._shares.clear()
         if self._tensors is None:
-            return _with_shares(iter(self._rebuilt), self._shares)
+            return _pair_with_shares(iter(self._rank_loader), self._shares)
         # torch's loader draws its base seed here, before the sampler draws.
         torch.empty((), dtype=torch.int64).random_(generator=self._loader.generator)
-        return _with_shares(self._indexed(*self._tensors), self._shares)
+        return _pair_with_shares(self._index_tensors(*self._tensors), self._shares)
 
-    def _indexed(
+    def _index_tensors(
         self, tensors: Sequence[Tensor], rows: Tensor | None
     ) -> Iterator[list[Tensor]]:
         """Whole tensors indexed at once, as ``TensorLoader`` does."""
-        for picks in self._picks():
+        for picks in self._rows_of_rank():
             chosen = torch.tensor(picks)
             chosen = chosen if rows is None else rows[chosen]
             yield [tensor[chosen] for tensor in tensors]
 
-    def _picks(self) -> Iterator[list[int]]:
+    def _rows_of_rank(self) -> Iterator[list[int]]:
         """Rows of this rank in each step; their shares queue up for ``__iter__``."""
         ranks, size, place = self._ranks, self._size, 0
-        for step in _steps(self._order(), size * ranks.world_size):
+        for step in _regroup(self._order(), size * ranks.world_size):
             if len(step) < size * ranks.world_size and self._drops:
                 return
-            start, count = deal(len(step), size, ranks.rank, ranks.world_size)
-            self._shares.append(Share(place + start, count, len(step)))
+            start, count = assign_rows(len(step), size, ranks.rank, ranks.world_size)
+            self._shares.append(RankShare(place + start, count, len(step)))
             place += len(step)
             yield (step[start : start + count] if count else step[:size]).tolist()
 
     def _order(self) -> Iterator[Tensor]:
         """Rank 0's order in pieces, on every rank."""
         if self._ranks.rank:
-            while len(piece := self._ranks.share_order(None)):
+            while len(piece := self._ranks.broadcast_order(None)):
                 yield piece
             return
         drawn = iter(self._sampler)
         while True:
             piece = torch.tensor(list(islice(drawn, CHUNK)), dtype=torch.int64)
-            yield self._ranks.share_order(piece)
+            yield self._ranks.broadcast_order(piece)
             if not len(piece):
                 return
 
 
-def _with_shares(
-    batches: Iterator[Any], shares: deque[Share]
-) -> Iterator[tuple[Any, Share]]:
+def _pair_with_shares(
+    batches: Iterator[Any], shares: deque[RankShare]
+) -> Iterator[tuple[Any, RankShare]]:
     """Each batch with the share that queued up when its rows were picked."""
     for batch in batches:
         yield batch, shares.popleft()
 
 
-def _steps(pieces: Iterator[Tensor], size: int) -> Iterator[Tensor]:
+def _regroup(pieces: Iterator[Tensor], size: int) -> Iterator[Tensor]:
     """The pieces cut anew into `size` rows each; the last one may be shorter."""
     held = torch.empty(0, dtype=torch.int64)
     for piece in pieces:
@@ -300,17 +300,17 @@ def _steps(pieces: Iterator[Tensor], size: int) -> Iterator[Tensor]:
         yield held
 
 
-class _Order(Sampler[list[int]]):
+class _RowSampler(Sampler[list[int]]):
     """What picks rows for a rebuilt loader."""
 
     def __init__(self, picks: Callable[[], Iterator[list[int]]]) -> None:
-        self._picks = picks
+        self._rows_of_rank = picks
 
     def __iter__(self) -> Iterator[list[int]]:
-        return self._picks()
+        return self._rows_of_rank()
 
 
-class _WholeOrder(Sampler[int]):
+class _UndividedSampler(Sampler[int]):
     """The order of a ``DistributedSampler`` before it repeats and divides it."""
 
     def __init__(self, sampler: DistributedSampler[Any]) -> None:
@@ -327,28 +327,34 @@ class _WholeOrder(Sampler[int]):
         return iter(torch.randperm(len(self), generator=drawn).tolist())
 
 
-def _whole_order(sampler: Any) -> Any:
+def _undivided_sampler(sampler: Any) -> Any:
     """The sampler, or the order behind it where it divides by itself."""
-    return _WholeOrder(sampler) if isinstance(sampler, DistributedSampler) else sampler
+    return (
+        _UndividedSampler(sampler)
+        if isinstance(sampler, DistributedSampler)
+        else sampler
+    )
 
 
-class _Batched:
+class _BatchSamplerSource:
     """Ready batches of rows from the user's own batch sampler, one for each rank a step."""
 
-    def __init__(self, loader: DataLoader[Any], batches: Any, ranks: Ranks) -> None:
+    def __init__(self, loader: DataLoader[Any], batches: Any, ranks: RankGroup) -> None:
         self._ranks = ranks
         self._batches = batches
-        self._shares: deque[Share] = deque()
-        self._rebuilt = _rebuilt(loader, batch_sampler=_Order(self._picks))
+        self._shares: deque[RankShare] = deque()
+        self._rank_loader = _copy_loader(
+            loader, batch_sampler=_RowSampler(self._rows_of_rank)
+        )
 
     def __len__(self) -> int:
         return -(-len(self._batches) // self._ranks.world_size)
 
-    def __iter__(self) -> Iterator[tuple[Any, Share]]:
+    def __iter__(self) -> Iterator[tuple[Any, RankShare]]:
         self._shares.clear()
-        return _with_shares(iter(self._rebuilt), self._shares)
+        return _pair_with_shares(iter(self._rank_loader), self._shares)
 
-    def _picks(self) -> Iterator[list[Any]]:
+    def _rows_of_rank(self) -> Iterator[list[Any]]:
         ranks, place = self._ranks, 0
         drawn = iter(self._batches) if ranks.rank == 0 else iter(())
         many = max(1, CHUNK // (1024 * ranks.world_size)) * ranks.world_size
@@ -358,7 +364,7 @@ class _Batched:
                 sizes = [len(rows) for rows in step]
                 mine = step[ranks.rank] if ranks.rank < len(step) else []
                 start = place + sum(sizes[: ranks.rank])
-                self._shares.append(Share(start, len(mine), sum(sizes)))
+                self._shares.append(RankShare(start, len(mine), sum(sizes)))
                 place += sum(sizes)
                 yield mine or step[0]
 
@@ -367,28 +373,28 @@ class _Batched:
 
 
 @dataclass(slots=True)
-class _Marked:
+class _SharedSample:
     """A sample of a stream with the share of the step that it came in."""
 
     sample: Any
-    share: Share
+    share: RankShare
 
 
-class _Streamed:
+class _StreamSource:
     """Samples of a stream that every rank reads whole, dealt out step by step."""
 
-    def __init__(self, loader: DataLoader[Any], ranks: Ranks) -> None:
+    def __init__(self, loader: DataLoader[Any], ranks: RankGroup) -> None:
         self._loader = loader
         self._ranks = ranks
         size = loader.batch_size or 1
-        part = _StreamPart(
+        part = _RankStream(
             loader.dataset, size, loader.drop_last, ranks.rank, ranks.world_size
         )
-        self._rebuilt = _rebuilt(
+        self._rank_loader = _copy_loader(
             loader,
             dataset=part,
             batch_size=size,
-            collate_fn=_CollateMarked(loader.collate_fn),
+            collate_fn=_CollateShared(loader.collate_fn),
         )
 
     def __len__(self) -> int:
@@ -396,11 +402,11 @@ class _Streamed:
         size = (self._loader.batch_size or 1) * self._ranks.world_size
         return count // size if self._loader.drop_last else -(-count // size)
 
-    def __iter__(self) -> Iterator[tuple[Any, Share]]:
-        return iter(self._rebuilt)
+    def __iter__(self) -> Iterator[tuple[Any, RankShare]]:
+        return iter(self._rank_loader)
 
 
-class _StreamPart(IterableDataset[_Marked]):
+class _RankStream(IterableDataset[_SharedSample]):
     """One rank's samples of a stream; in a worker, of that worker's part of it."""
 
     def __init__(
@@ -412,37 +418,41 @@ class _StreamPart(IterableDataset[_Marked]):
         self._rank = rank
         self._world_size = world_size
 
-    def __iter__(self) -> Iterator[_Marked]:
+    def __iter__(self) -> Iterator[_SharedSample]:
         samples, place = iter(self._dataset), 0
         whole = self._size * self._world_size
         while step := list(islice(samples, whole)):
             if len(step) < whole and self._drops:
                 return
-            start, count = deal(len(step), self._size, self._rank, self._world_size)
-            share = Share(place + start, count, len(step))
+            start, count = assign_rows(
+                len(step), self._size, self._rank, self._world_size
+            )
+            share = RankShare(place + start, count, len(step))
             place += len(step)
             for sample in step[start : start + count] or step[: self._size]:
-                yield _Marked(sample, share)
+                yield _SharedSample(sample, share)
 
 
-class _CollateMarked:
+class _CollateShared:
     """The user's collate function, with the share carried past it."""
 
     def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
         self._collate = collate
 
-    def __call__(self, marked: Sequence[_Marked]) -> tuple[Any, Share]:
+    def __call__(self, marked: Sequence[_SharedSample]) -> tuple[Any, RankShare]:
         return self._collate([one.sample for one in marked]), marked[0].share
 
 
-class _Counted:
+class _BatchSource:
     """Ready batches whose samples are counted as they come, one for each rank a step.
 
     With `every`, each rank's loader gives all batches and the rank keeps each
     ``world_size``-th; without, it gives the rank's own, and ranks may run dry early.
     """
 
-    def __init__(self, loader: DataLoader[Any], ranks: Ranks, *, every: bool) -> None:
+    def __init__(
+        self, loader: DataLoader[Any], ranks: RankGroup, *, every: bool
+    ) -> None:
         self._loader = loader
         self._ranks = ranks
         self._every = every
@@ -451,15 +461,15 @@ class _Counted:
         count = len(self._loader)
         if self._every:
             return -(-count // self._ranks.world_size)
-        return max(self._ranks.numbers(count))
+        return max(self._ranks.gather_counts(count))
 
-    def __iter__(self) -> Iterator[tuple[Any, Share]]:
+    def __iter__(self) -> Iterator[tuple[Any, RankShare]]:
         ranks, place = self._ranks, 0
-        own = self._kept() if self._every else iter(self._loader)
+        own = self._own_batches() if self._every else iter(self._loader)
         last: Any = None
         while True:
             batch = next(own, None)
-            counts = ranks.numbers(-1 if batch is None else num_rows(batch))
+            counts = ranks.gather_counts(-1 if batch is None else num_rows(batch))
             alive = [rank for rank, count in enumerate(counts) if count >= 0]
             if not alive:
                 return
@@ -471,11 +481,11 @@ class _Counted:
                 last = lent if last is None else last
             counts = [max(count, 0) for count in counts]
             start = place + sum(counts[: ranks.rank])
-            share = Share(start, counts[ranks.rank], max(1, sum(counts)))
+            share = RankShare(start, counts[ranks.rank], max(1, sum(counts)))
             place += sum(counts)
             last = last if batch is None else batch
             yield last, share
 
-    def _kept(self) -> Iterator[Any]:
+    def _own_batches(self) -> Iterator[Any]:
         """The rank's own of every ``world_size`` batches."""
         return islice(self._loader, self._ranks.rank, None, self._ranks.world_size)

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-from harness.accelerators.distributed.group import PeerError, Ranks, disconnect
+from harness.accelerators.distributed.group import PeerError, RankGroup, disconnect
 
 POLL_S = 0.5
 """Seconds between two looks at the launcher and at the other ranks."""
@@ -20,7 +20,7 @@ GRACE_S = 10.0
 """Seconds that a rank has to end by itself, saving what it can, before it is ended."""
 
 
-class Watch:
+class Watchdog:
     """Ends this rank with the others.
 
     An exception that leaves the program prints its traceback, unless it only follows from
@@ -42,19 +42,19 @@ class Watch:
     fit answers by saving; after ``GRACE_S`` seconds it is ended.
     """
 
-    def __init__(self, ranks: Ranks, launcher: int | None = None) -> None:
+    def __init__(self, ranks: RankGroup, launcher: int | None = None) -> None:
         self._ranks = ranks
         self._launcher = launcher
         self._parents = self._launchers()
         self._quiet = threading.Event()
         self._hook = sys.excepthook
         sys.excepthook = self._on_exception
-        threading.Thread(target=self._look, name="harness-watch", daemon=True).start()
+        threading.Thread(target=self._poll, name="harness-watch", daemon=True).start()
 
     @staticmethod
-    def is_on() -> bool:
+    def is_running() -> bool:
         """True if this process is watched already; once is enough."""
-        return isinstance(getattr(sys.excepthook, "__self__", None), Watch)
+        return isinstance(getattr(sys.excepthook, "__self__", None), Watchdog)
 
     def _on_exception(
         self,
@@ -68,9 +68,9 @@ class Watch:
         atexit.unregister(disconnect)
         if isinstance(error, PeerError):
             return
-        first = self._ranks.failure()
+        first = self._ranks.first_failure()
         if first is None or first[0] == self._ranks.rank:
-            self._ranks.tell_failure(error)
+            self._ranks.report_failure(error)
             self._hook(kind, error, traceback)
         else:
             rank, reason = first
@@ -78,25 +78,25 @@ class Watch:
             print(text, file=sys.stderr)  # noqa: T201 - in the place of a traceback
         sys.stderr.flush()
 
-    def _look(self) -> None:
+    def _poll(self) -> None:
         """Poll until told to stop."""
         while not self._quiet.wait(POLL_S):
             if self._launchers() != self._parents:
-                self._end("its launcher is gone", signal.SIGTERM)
+                self._end_process("its launcher is gone", signal.SIGTERM)
                 return
-            failed = self._ranks.failure()
+            failed = self._ranks.first_failure()
             if failed is not None and failed[0] != self._ranks.rank:
-                self._end(f"rank {failed[0]} failed: {failed[1]}", None)
+                self._end_process(f"rank {failed[0]} failed: {failed[1]}", None)
                 return
 
     def _launchers(self) -> tuple[int, ...]:
         """Processes that started this one, as far as they are alive."""
-        found = launchers(os.getppid())
+        found = find_launchers(os.getppid())
         if self._launcher is not None and is_alive(self._launcher):
             found = (*found, self._launcher)
         return found
 
-    def _end(self, reason: str, ask: signal.Signals | None) -> None:
+    def _end_process(self, reason: str, ask: signal.Signals | None) -> None:
         """Give the program time to end by itself, then end it."""
         if ask is not None:
             os.kill(os.getpid(), ask)
@@ -105,7 +105,7 @@ class Watch:
         os._exit(1)
 
 
-def launchers(pid: int) -> tuple[int, ...]:
+def find_launchers(pid: int) -> tuple[int, ...]:
     """The parent process, and DeepSpeed's outer launcher where the parent is its inner one.
 
     DeepSpeed starts ranks by two processes, of which either may be killed: ``runner``, the

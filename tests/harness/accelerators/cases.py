@@ -275,7 +275,7 @@ def trained(
     model, opts, _ = accelerator.prepare(model, optimizers(model))
     for window in data:
         train_window(lab, accelerator, model, opts, loss_of, window, max_norm)
-    return model, accelerator.whole_state_dict(model)
+    return model, accelerator.full_state_dict(model)
 
 
 def train_window(
@@ -433,7 +433,7 @@ def case_scheduler_on_the_prepared_optimizer_changes_the_rate(lab: Lab) -> None:
         train_window(lab, accelerator, model, prepared, regression, window)
         scheduler.step()
     assert prepared["opt"].param_groups[0]["lr"] == pytest.approx(1e-3)
-    check_equal(accelerator.whole_state_dict(model), models[0])
+    check_equal(accelerator.full_state_dict(model), models[0])
     accelerator.finish()
 
 
@@ -447,7 +447,7 @@ def case_step_before_the_boundary_changes_nothing(lab: Lab) -> None:
         accelerator.backward(regression(model, "opt", data[0][0][lab.rank]))
     assert not accelerator.is_boundary()
     assert not accelerator.step()
-    check_equal(accelerator.whole_state_dict(model), seeded(Net))
+    check_equal(accelerator.full_state_dict(model), seeded(Net))
     assert accelerator.steps == {"opt": 0}
     accelerator.finish()
 
@@ -497,7 +497,7 @@ def case_frozen_parameters_stay_frozen(lab: Lab) -> None:
     model, opts, _ = accelerator.prepare(model, {"opt": opt})
     for window in windows(lab.world, [1, 1]):
         train_window(lab, accelerator, model, opts, regression, window)
-    found = accelerator.whole_state_dict(model)
+    found = accelerator.full_state_dict(model)
     for name, value in found.items():
         assert torch.equal(value, start[name]) == name.startswith("body"), name
     accelerator.finish()
@@ -635,7 +635,7 @@ def check_same(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> Non
 
 def model_state(accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor]:
     """Whole weights on rank 0, this rank's buffers on each."""
-    return {**accelerator.whole_state_dict(model), **dict(model.named_buffers())}
+    return {**accelerator.full_state_dict(model), **dict(model.named_buffers())}
 
 
 # ---------------------------------------------------------------------------- data
@@ -858,7 +858,7 @@ def talk_uneven_last_step_weighs_by_samples(lab: Lab) -> None:
         with accelerator.optimizing("opt"):
             accelerator.backward(regression(model, "opt", accelerator.to_device(batch)))
         assert accelerator.step("opt")
-    found = accelerator.whole_state_dict(model)
+    found = accelerator.full_state_dict(model)
     check_equal(found, reference, rtol=1e-5, atol=1e-6)
     accelerator.finish()
 

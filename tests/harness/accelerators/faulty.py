@@ -36,10 +36,10 @@ class Raise(harness.Callback):
 class FailsToGather(DeepSpeedAccelerator):
     """Rank 1 cannot gather the weights at the end of a fit."""
 
-    def whole_state_dict(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    def full_state_dict(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         if self.rank == 1:
             boom()
-        return super().whole_state_dict(model)
+        return super().full_state_dict(model)
 
 
 def in_a_fit(folder: Path, how: str) -> None:
@@ -89,7 +89,7 @@ def main(folder: Path, how: str) -> None:
                 boom()
             if how == "die":
                 os.kill(os.getpid(), signal.SIGKILL)
-    weights = accelerator.whole_state_dict(model)
+    weights = accelerator.full_state_dict(model)
     if accelerator.is_main:
         total = sum(float(value.sum()) for value in weights.values())
         sys.stdout.write(f"sum {total:.6f}\n")

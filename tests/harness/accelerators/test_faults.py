@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 import tracking
-from harness.accelerators.distributed.launcher import launch_command
-from harness.accelerators.distributed.watchdog import launchers
+from harness.accelerators.distributed.launcher import build_launch_command
+from harness.accelerators.distributed.watchdog import find_launchers
 from harness.checkpoint.format import checkpoints, newest
 from tests.harness.accelerators import refusals
 from tests.harness.accelerators.launches import ROOT, Launches, free_port, started
@@ -49,7 +49,7 @@ def torchrun(folder: Path, how: str) -> list[str]:
 def by_deepspeed(folder: Path, how: str) -> list[str]:
     """Two ranks by DeepSpeed's launcher."""
     script = [str(FAULTY), str(folder), how]
-    return launch_command(script, num_gpus=2, master_port=free_port())
+    return build_launch_command(script, num_gpus=2, master_port=free_port())
 
 
 def by_harness(folder: Path, how: str) -> list[str]:
@@ -232,7 +232,9 @@ def test_example_gives_the_same_by_deepspeed_and_by_launch(tmp_path: Path) -> No
     plainly = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus=2"]
     plainly += ["--quiet", f"--master_port={free_port()}", script, "--epochs=1"]
     port = free_port()
-    launched = launch_command([script, "--epochs=1"], num_gpus=2, master_port=port)
+    launched = build_launch_command(
+        [script, "--epochs=1"], num_gpus=2, master_port=port
+    )
     said = []
     for command in (plainly, launched):
         done = subprocess.run(
@@ -275,7 +277,7 @@ def test_parents_of_a_plain_process_are_its_parent() -> None:
         check=True,
     )
     assert done.stdout.strip() == f"({os.getpid()},)"
-    assert launchers(2**22 + 1) == (2**22 + 1,)
+    assert find_launchers(2**22 + 1) == (2**22 + 1,)
 
 
 @pytest.fixture(scope="module")

@@ -64,7 +64,7 @@ def trained(accelerator: Any, optimizers: Any, data: Any) -> dict[str, Tensor]:
     for window in data:
         lab = Lab(0, Path())
         train_window(lab, accelerator, model, opts, regression, window)
-    return accelerator.whole_state_dict(model)
+    return accelerator.full_state_dict(model)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -106,7 +106,7 @@ def trained_until_stepped(accelerator: Any) -> dict[str, Tensor]:
             accelerator.backward(regression(model, "opt", batch))
         if accelerator.step():
             break
-    return accelerator.whole_state_dict(model)
+    return accelerator.full_state_dict(model)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -123,7 +123,7 @@ def test_fused_adam_of_the_config_trains(stage: int, make: Any) -> None:
         return {"opt": torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0)}
 
     wanted = plain(Net, adam, regression, data, each_micro=False)
-    check_equal(accelerator.whole_state_dict(model), wanted, rtol=1e-3, atol=1e-4)
+    check_equal(accelerator.full_state_dict(model), wanted, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -157,7 +157,7 @@ def test_whole_weights_come_back_on_the_cpu(make: Any) -> None:
     model = seeded(Net)
     accelerator.prepare(model, sgd(model))
     assert next(model.parameters()).device.type == "cuda"
-    found = accelerator.whole_state_dict(model)
+    found = accelerator.full_state_dict(model)
     assert {value.device.type for value in found.values()} == {"cpu"}
     accelerator.finish()
     assert {param.device.type for param in model.parameters()} == {"cpu"}

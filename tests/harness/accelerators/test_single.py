@@ -123,7 +123,7 @@ def test_optimizers_that_share_a_parameter_both_train_it():
 def test_counting_counts_one_backward_whoever_makes_it():
     accelerator, model = prepared()
     for own in (True, False):
-        with accelerator.counting():
+        with accelerator.counting_backward():
             loss = model(torch.ones(1)).sum()
             loss.backward() if own else accelerator.backward(loss)
         assert accelerator.is_boundary()

@@ -216,7 +216,7 @@ def test_resume_of_something_else_that_is_whole_is_refused(saved: Path) -> None:
 class FailsToGather(SingleDevice):
     """Cannot gather the weights at the end of a fit, as when memory runs out."""
 
-    def whole_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
+    def full_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
         raise MemoryError("no room for the weights")
 
 

@@ -17,7 +17,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC
 
 import harness
 from harness.callbacks import AutoResume, ResumeFromCheckpoint
-from harness.reshard.consolidated import Whole
+from harness.reshard.consolidated import ConsolidatedState
 from tests.harness.accelerators.cases import Lab
 
 ROWS, EPOCHS = 45, 2
@@ -71,13 +71,13 @@ class Look(harness.Callback):
     def __init__(self, after: int = 0) -> None:
         self.left = after
         self.seen: dict[int, list[Tensor]] = {}
-        self.begun: Whole | None = None
+        self.begun: ConsolidatedState | None = None
 
     def on_train_batch_begin(self) -> None:
         assert self.ctx.accelerator is not None
         if self.begun is None and self.ctx.accelerator.world_size == 1:
             state = copy.deepcopy(dict(self.ctx.accelerator.state_dict()))
-            self.begun = Whole([state])
+            self.begun = ConsolidatedState([state])
 
     def on_train_batch_end(self) -> None:
         ctx = self.ctx
@@ -125,7 +125,9 @@ def fit(
     return fitted, look
 
 
-def begun(folder: Path, accelerator: Any, make: Any = Net, **options: Any) -> Whole:
+def begun(
+    folder: Path, accelerator: Any, make: Any = Net, **options: Any
+) -> ConsolidatedState:
     """What a fit begins with that takes a part of what lies in the folder."""
     look = Look(after=1)
     resume = ResumeFromCheckpoint(folder / "saved", **options)

@@ -27,7 +27,7 @@ from harness.checkpoint.format import (
 )
 from harness.errors import CheckpointError
 from harness.pytree import flatten
-from harness.reshard.consolidated import Pieces, Whole
+from harness.reshard.consolidated import ConsolidatedState, TensorPieces
 from tests.harness.accelerators.cases import Lab
 from tests.harness.accelerators.launches import run_cases
 from tests.harness.reshard import cases as reshapes
@@ -187,14 +187,14 @@ def test_every_form_goes_on_in_another(
     saved = copy.deepcopy(read_part(place, 0)["accelerator"])
     fitted, look = reshapes.fit(tmp_path, made(last, tmp_path), 8)
     assert len(look.seen[1]) == 4
-    check_same(look.begun, Whole([saved]))
+    check_same(look.begun, ConsolidatedState([saved]))
     in_full = "bf16" not in first + last
     for name, value in unbroken.items():
         found = fitted.model.state_dict()[name]
         torch.testing.assert_close(found, value, rtol=0, atol=0 if in_full else 2e-2)
 
 
-def check_same(found: Whole | None, saved: Whole) -> None:
+def check_same(found: ConsolidatedState | None, saved: ConsolidatedState) -> None:
     """Each bit of weights and optimizer states is the one that was saved."""
     assert found is not None
     for name, want in saved.state_dict().items():
@@ -217,7 +217,7 @@ def check_same(found: Whole | None, saved: Whole) -> None:
 
 
 def flat(value: Any) -> Tensor:
-    return value.whole() if isinstance(value, Pieces) else torch.as_tensor(value)
+    return value.whole() if isinstance(value, TensorPieces) else torch.as_tensor(value)
 
 
 @pytest.fixture(scope="module")
@@ -234,10 +234,10 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return get
 
 
-def whole_of(folder: Path) -> Whole:
+def whole_of(folder: Path) -> ConsolidatedState:
     place, _ = newest(folder / "saved")
     assert place is not None
-    return Whole([read_part(place, 0)["accelerator"]])
+    return ConsolidatedState([read_part(place, 0)["accelerator"]])
 
 
 PARTS: list[Any] = [("device", "stage 1"), ("stage 3", "stage 3")]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import harness
 from harness.accelerators.deepspeed.accelerator import DeepSpeedAccelerator
-from harness.accelerators.deepspeed.library import door
+from harness.accelerators.deepspeed.library import import_deepspeed
 from harness.accelerators.single import SingleDevice
 from harness.callbacks import LRScheduler, ModelCheckpoint, ResumeFromCheckpoint
 from tests.harness.accelerators.cases import (
@@ -193,7 +193,7 @@ def test_state_has_what_was_frozen_and_sets_no_other_attribute(make: Any) -> Non
     model.head.requires_grad_(False)
     state = first.state_dict()
     other, _ = prepared(last)
-    (engine,) = last._engines().values()
+    (engine,) = last._deepspeed_engines().values()
     was = engine.optimizer
     for facts in state["facts"].values():
         facts["counters"] = {**facts["counters"], "optimizer": 1}
@@ -346,7 +346,7 @@ def test_optimizer_of_the_config_trains(stage: int, make: Any) -> None:
     assert list(opts) == ["opt"]
     for window in data:
         train_window(Lab(stage, Path()), accelerator, model, opts, regression, window)
-    check_equal(accelerator.whole_state_dict(model), wanted)
+    check_equal(accelerator.full_state_dict(model), wanted)
 
 
 @pytest.mark.parametrize("stage", [1, 3])
@@ -371,7 +371,7 @@ def test_clipping_by_the_config_equals_clip(stage: int, make: Any) -> None:
     model, opts = prepared(accelerator)
     for window in data:
         train_window(Lab(stage, Path()), accelerator, model, opts, regression, window)
-    check_equal(accelerator.whole_state_dict(model), wanted, rtol=2e-6, atol=1e-7)
+    check_equal(accelerator.full_state_dict(model), wanted, rtol=2e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -383,7 +383,7 @@ def test_offload_equals_plain_torch(stage: int, make: Any) -> None:
     model, opts = prepared(accelerator)
     for window in data:
         train_window(Lab(stage, Path()), accelerator, model, opts, regression, window)
-    check_equal(accelerator.whole_state_dict(model), wanted)
+    check_equal(accelerator.full_state_dict(model), wanted)
 
 
 def test_open_window_with_offload_is_not_saved(make: Any) -> None:
@@ -413,7 +413,7 @@ def test_bf16_is_near_full_precision(stage: int, build: str, make: Any) -> None:
     assert {param.dtype for param in model.parameters()} == {torch.bfloat16}
     for window in data:
         train_window(Lab(stage, Path()), accelerator, model, opts, loss_of, window)
-    found = accelerator.whole_state_dict(model)
+    found = accelerator.full_state_dict(model)
     start = seeded(made).state_dict()
     for name, value in wanted.state_dict().items():
         assert found[name].dtype == torch.float32
@@ -451,7 +451,7 @@ def test_autocast_is_torchs(stage: int, make: Any) -> None:
     for window in data:
         train_window(Lab(stage, Path()), accelerator, model, opts, regression, window)
     # Gradients travel in bfloat16 under DeepSpeed's autocast.
-    check_equal(accelerator.whole_state_dict(model), wanted, rtol=2e-2, atol=6e-3)
+    check_equal(accelerator.full_state_dict(model), wanted, rtol=2e-2, atol=6e-3)
     assert model(data[0][0][0][0]).dtype == torch.bfloat16
     assert not torch.is_autocast_enabled("cpu")
 
@@ -469,7 +469,7 @@ def test_overflow_is_skipped_and_counted(stage: int, make: Any) -> None:
     accelerator = make(stage, bf16={"enabled": True, "check_grad_overflow": True})
     model, opts = prepared(accelerator)
     lab, (window, *_) = Lab(stage, Path()), windows(1, [1])
-    before = accelerator.whole_state_dict(model)
+    before = accelerator.full_state_dict(model)
     with accelerator.optimizing("opt"):
         loss = regression(model, "opt", window[0][0]) * float("inf")
         accelerator.backward(loss, "opt")
@@ -480,7 +480,7 @@ def test_overflow_is_skipped_and_counted(stage: int, make: Any) -> None:
         {"opt": 1},
     )
     torch.testing.assert_close(
-        accelerator.whole_state_dict(model), before, rtol=0, atol=0
+        accelerator.full_state_dict(model), before, rtol=0, atol=0
     )
     train_window(lab, accelerator, model, opts, regression, window)
     assert (accelerator.steps, accelerator.overflows) == ({"opt": 1}, {"opt": 1})
@@ -545,7 +545,7 @@ def test_parameter_without_gradient_counts_as_zero(
                 accelerator.backward((model(x, use_body) - y).square().mean())
         opt.step()
         assert accelerator.step()
-    check_equal(accelerator.whole_state_dict(model), wanted)
+    check_equal(accelerator.full_state_dict(model), wanted)
 
 
 def test_users_step_opt_is_called_with_the_optimizer(make: Any) -> None:
@@ -590,7 +590,7 @@ def test_validation_between_training_batches_changes_nothing(make: Any) -> None:
             train_window(
                 Lab(stage, Path()), accelerator, model, opts, regression, window
             )
-        check_equal(accelerator.whole_state_dict(model), wanted)
+        check_equal(accelerator.full_state_dict(model), wanted)
         accelerator.finish()
 
 
@@ -624,10 +624,10 @@ def test_nothing_is_said_and_mlflow_stays_away(tmp_path: Path) -> None:
 def test_log_level_in_the_config_asks_for_chatter(make: Any) -> None:
     try:
         prepared(make(1, log_level="info"))
-        assert door().utils.logger.level == 20
+        assert import_deepspeed().utils.logger.level == 20
     finally:
         prepared(make(1))
-    assert door().utils.logger.level == 40
+    assert import_deepspeed().utils.logger.level == 40
 
 
 def test_warnings_of_the_users_own_are_left_alone(make: Any) -> None:

@@ -10,23 +10,23 @@ import pytest
 
 from harness.accelerators.deepspeed.config import (
     KEYS,
-    Setting,
-    batch_sizes,
+    ConfigFacts,
     check_config,
+    complete_batch_sizes,
     fill_config,
     read_config,
 )
-from harness.accelerators.deepspeed.library import door, known_fields
+from harness.accelerators.deepspeed.library import import_deepspeed, known_fields
 
 
-def setting(**facts: Any) -> Setting:
+def setting(**facts: Any) -> ConfigFacts:
     """Two ranks on the CPU, unless told otherwise."""
     usual: dict[str, Any] = {"world_size": 2, "device": "cpu", "fields": known_fields()}
-    return Setting(**usual | facts)
+    return ConfigFacts(**usual | facts)
 
 
 def test_keys_are_those_that_deepspeed_reads() -> None:
-    door()
+    import_deepspeed()
     from deepspeed.runtime.config import DeepSpeedConfig  # noqa: PLC0415
 
     asked: set[str] = set()
@@ -149,7 +149,7 @@ def test_fp16_on_a_gpu_is_let_pass() -> None:
 def test_batch_sizes_complete_each_other(
     config: dict[str, Any], facts: dict[str, Any], sizes: tuple[int, int, int]
 ) -> None:
-    assert tuple(batch_sizes(config, setting(**facts)).values()) == sizes
+    assert tuple(complete_batch_sizes(config, setting(**facts)).values()) == sizes
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_batch_sizes_that_contradict_each_other_are_refused(
     config: dict[str, Any], facts: dict[str, Any], match: str
 ) -> None:
     with pytest.raises(ValueError, match=match):
-        batch_sizes(config, setting(**facts))
+        complete_batch_sizes(config, setting(**facts))
 
 
 def test_auto_values_are_filled() -> None:

@@ -82,7 +82,7 @@ def trained_by(
     model, opts, _ = accelerator.prepare(model, build(model))
     for window in windows(1, [1, 1, 1]):
         train_window(Lab(0, Path()), accelerator, model, opts, regression, window)
-    return accelerator.whole_state_dict(model)
+    return accelerator.full_state_dict(model)
 
 
 def trained_by_torch(
@@ -91,9 +91,9 @@ def trained_by_torch(
     """Whole weights after three steps of plain torch, bf16 with masters in float32."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     model = seeded(Net).to(dtype)
-    masters = seeded(Net).to(dtype).float()
-    opt = build(masters)
-    pairs = list(zip(masters.parameters(), model.parameters(), strict=True))
+    master_weights = seeded(Net).to(dtype).float()
+    opt = build(master_weights)
+    pairs = list(zip(master_weights.parameters(), model.parameters(), strict=True))
     for ((x, y),) in (window[0] for window in windows(1, [1, 1, 1])):
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
             loss = regression(model, "opt", (x.to(dtype), y))
@@ -107,7 +107,7 @@ def trained_by_torch(
         with torch.no_grad():
             for master, weight in pairs:
                 weight.copy_(master)
-    return masters.state_dict()
+    return master_weights.state_dict()
 
 
 @pytest.mark.parametrize(

@@ -10,14 +10,14 @@ import pytest
 
 from harness.accelerators.distributed.environment import (
     Launch,
-    environment,
     has_agent_store,
     read_launch,
+    set_environment,
 )
 from harness.accelerators.distributed.launcher import (
-    check_hostfile,
+    build_launch_command,
     launch,
-    launch_command,
+    read_hostfile,
 )
 
 TORCHRUN = {
@@ -110,7 +110,7 @@ def test_launcher_that_says_half_is_refused(env: dict[str, str], match: str) -> 
 
 def test_environment_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
-    with environment(TORCHELASTIC_USE_AGENT_STORE="True", HARNESS_TEST="1"):
+    with set_environment(TORCHELASTIC_USE_AGENT_STORE="True", HARNESS_TEST="1"):
         assert has_agent_store()
     assert not has_agent_store()
 
@@ -118,7 +118,7 @@ def test_environment_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_hostfile_is_read(tmp_path: Path) -> None:
     path = tmp_path / "hosts"
     path.write_text("# ours\nnode0 slots=4\n\nnode1   slots=2 # slow\n")
-    assert check_hostfile(path) == {"node0": 4, "node1": 2}
+    assert read_hostfile(path) == {"node0": 4, "node1": 2}
 
 
 @pytest.mark.parametrize(
@@ -139,13 +139,13 @@ def test_hostfile_that_is_wrong_is_refused(
     if text is not None:
         path.write_text(text)
     with pytest.raises(ValueError, match=match):
-        launch_command(["train.py"], hostfile=path)
+        build_launch_command(["train.py"], hostfile=path)
 
 
 def test_command_is_deepspeeds(tmp_path: Path) -> None:
     hosts = tmp_path / "hosts"
     hosts.write_text("node0 slots=4\n")
-    found = launch_command(
+    found = build_launch_command(
         ["-m", "harness", "fit", "x.py:e"],
         num_gpus=2,
         num_nodes=1,
@@ -167,16 +167,16 @@ def test_command_is_deepspeeds(tmp_path: Path) -> None:
         "fit",
         "x.py:e",
     ]
-    assert "--quiet" not in launch_command(["x.py"], verbose=True)
+    assert "--quiet" not in build_launch_command(["x.py"], verbose=True)
 
 
 def test_command_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match=r"expected a script or -m module, got \[\]"):
-        launch_command([])
+        build_launch_command([])
     with pytest.raises(
         ValueError, match=r"launch\(num_gpus\): expected at least 1, got 0"
     ):
-        launch_command(["x.py"], num_gpus=0)
+        build_launch_command(["x.py"], num_gpus=0)
 
 
 @pytest.mark.parametrize(("code", "wanted"), [("0", 0), ("3", 3), ("kill", 137)])
@@ -199,7 +199,7 @@ def test_launch_leaves_no_process_behind(tmp_path: Path) -> None:
     )
     caller = (
         "import sys; from harness.accelerators.distributed import launcher as l\n"
-        f"sys.exit(l.launch([sys.executable, '-c', {starting!r}], patience_s=0))"
+        f"sys.exit(l.launch([sys.executable, '-c', {starting!r}], grace_s=0))"
     )
     done = subprocess.run([sys.executable, "-c", caller], timeout=60, check=False)
     assert done.returncode == 4
