@@ -1,25 +1,31 @@
-"""What a person sees: a bar for each split and a line for each epoch."""
+"""Shows progress: a bar for each split while it runs, and a line for each epoch."""
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Sequence
 from time import perf_counter
-from typing import Any
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING
 
 from harness.callback import Callback
 from harness.data.loaders import num_batches
 
+if TYPE_CHECKING:
+    from harness.callbacks.progress_bar import ProgressBar
+
 REDRAW_S = 0.1
-"""Seconds between two redraws of a bar at least."""
+"""Seconds that pass at least before a bar is drawn again."""
+
+DEFAULT_WIDTH = 80
+"""Columns of a terminal that does not know its size."""
 
 
 class Progress(Callback):
-    """Shows a bar that is redrawn ten times a second, and the metrics of each epoch.
+    """Shows a bar, redrawn at most ten times a second, and the metrics of each epoch.
 
-    Where nobody watches (no terminal) only the epoch lines are written. Silent unless
-    ``ctx.verbose``, and on every rank but the first.
+    Without a terminal, only the epoch lines are written. Nothing is shown unless
+    ``ctx.verbose`` is set, and nothing on ranks other than 0.
 
     References
     ----------
@@ -27,42 +33,48 @@ class Progress(Callback):
     """
 
     weight = 1000
+    clock = staticmethod(perf_counter)
 
     def __init__(self) -> None:
-        self._bar: tqdm[Any] | None = None
+        self._bar: ProgressBar | None = None
+        self._began = -REDRAW_S
 
     @property
-    def _shows(self) -> bool:
+    def _is_shown(self) -> bool:
         accelerator = self.ctx.accelerator
         return self.ctx.verbose and (accelerator is None or accelerator.is_main)
 
     def _start(self, split: str) -> None:
-        self._stop()  # one that a skipped epoch left
-        self._began = self._drawn = perf_counter()
-        if not self._shows or not sys.stderr.isatty():
+        self._stop()  # a skipped epoch does not end its split
+        if not self._is_shown or not is_terminal():
             return
-        width = len(str(self.ctx.max_epochs))
-        self._bar = tqdm(
-            total=num_batches(self.ctx.data),
-            desc=f"epoch {self.ctx.epoch:>{width}}/{self.ctx.max_epochs} {split}",
-            leave=False,
-            dynamic_ncols=True,
-            unit=" batches",
-            mininterval=REDRAW_S,
-            bar_format="{desc} {percentage:3.0f}% {bar} {n_fmt}/{total_fmt} "
-            "{rate_fmt} eta {remaining}{postfix}",
-        )
+        from harness.callbacks.progress_bar import ProgressBar  # noqa: PLC0415  imports rich
+
+        now = self.clock()
+        # If splits are shorter than a redraw, their bars are only drawn when one is due.
+        is_due = now - self._began >= REDRAW_S
+        self._began = now
+        ctx = self.ctx
+        width = len(str(ctx.max_epochs))
+        title = f"epoch {ctx.epoch:>{width}}/{ctx.max_epochs} {split}"
+        bar = ProgressBar(title, num_batches(ctx.data), now)
+        if not bar.is_supported:
+            return
+        self._bar = bar
+        if is_due:
+            bar.draw(0, "", now, get_terminal_width())
 
     def _advance(self) -> None:
-        if self._bar is None:
+        bar, done = self._bar, self.ctx.iter
+        if bar is None or done is None:
             return
-        now = perf_counter()
-        if now - self._drawn >= REDRAW_S:
-            self._drawn = now
-            self._bar.set_postfix_str(self._losses(), refresh=False)
-            self._bar.update(self.ctx.iter - self._bar.n)  # type: ignore[operator]
+        if bar.done_before is None:
+            bar.done_before = done - 1  # a resumed pass does not start at batch 1
+        now = self.clock()
+        if now - bar.drawn_at >= REDRAW_S:
+            bar.draw(done, self._format_losses(), now, get_terminal_width())
 
-    def _losses(self) -> str:
+    def _format_losses(self) -> str:
         losses = (
             self.ctx.loss if isinstance(self.ctx.loss, dict) else {"": self.ctx.loss}
         )
@@ -73,27 +85,23 @@ class Progress(Callback):
 
     def _stop(self) -> None:
         if self._bar is not None:
-            self._bar.close()
+            self._bar.erase()
             self._bar = None
-
-    def on_fit_begin(self) -> None:
-        """Start the clock."""
-        self._fit_began = perf_counter()
 
     def on_epoch_begin(self) -> None:
         """Start the epoch's clock."""
-        self._epoch_began = perf_counter()
+        self._epoch_began = self.clock()
 
     def on_train_begin(self) -> None:
         """Draw the bar."""
         self._start("train")
 
     def on_train_batch_end(self) -> None:
-        """Move the bar, if it is time."""
+        """Redraw the bar if it is time."""
         self._advance()
 
     def on_train_end(self) -> None:
-        """Wipe the bar."""
+        """Erase the bar."""
         self._stop()
 
     def on_valid_begin(self) -> None:
@@ -101,42 +109,41 @@ class Progress(Callback):
         self._start("valid")
 
     def on_valid_batch_end(self) -> None:
-        """Move the bar, if it is time."""
+        """Redraw the bar if it is time."""
         self._advance()
 
     def on_valid_end(self) -> None:
-        """Wipe the bar."""
+        """Erase the bar."""
         self._stop()
 
     def on_epoch_end(self) -> None:
-        """Write the epoch's metrics in one line."""
-        if not self._shows:
+        """Write the epoch's metrics."""
+        if not self._is_shown:
             return
-        ctx, parts = self.ctx, []
+        ctx = self.ctx
+        width = len(str(ctx.max_epochs))
+        took_s = self.clock() - self._epoch_began
+        pieces = [("", f"epoch {ctx.epoch:>{width}}/{ctx.max_epochs}  {took_s:5.2f} s")]
         for split in ("train", "valid"):
             metrics = ctx.get_formatted_metrics(split, ctx.epoch)
-            if metrics:
-                text = "  ".join(
-                    f"{name} {value:<7}" for name, value in metrics.items()
-                )
-                parts.append(f"{split}: {text}")
-        width = len(str(ctx.max_epochs))
-        took_s = perf_counter() - self._epoch_began
-        self._write(
-            f"epoch {ctx.epoch:>{width}}/{ctx.max_epochs}  {took_s:5.2f} s  "
-            + "| ".join(parts)
-        )
+            for place, (name, value) in enumerate(metrics.items()):
+                text = f"{name} {value:<7}"
+                is_next_split = place == 0 and len(pieces) > 1
+                gap = "| " if is_next_split else "  "
+                pieces.append((gap, text if place else f"{split}: {text}"))
+        for line in wrap(pieces, get_terminal_width() if is_terminal() else None):
+            self._write(line)
 
     def on_early_stopping(self) -> None:
         """Say why the fit ended."""
         self._stop()
-        if self._shows:
+        if self._is_shown:
             self._write(f"stopped early after epoch {self.ctx.epoch}")
 
     def on_interrupt(self) -> None:
         """Say where the fit ended."""
         self._stop()
-        if self._shows:
+        if self._is_shown:
             where = f"epoch {self.ctx.epoch}, batch {self.ctx.iter}"
             self._write(f"interrupted in {where}; everything logged so far is kept")
 
@@ -147,3 +154,36 @@ class Progress(Callback):
     def _write(self, line: str) -> None:
         sys.stderr.write(line.rstrip() + "\n")
         sys.stderr.flush()
+
+
+def is_terminal() -> bool:
+    """Return whether progress is shown in a terminal."""
+    return sys.stderr.isatty()
+
+
+def get_terminal_width() -> int:
+    """Return the columns of the terminal that shows progress."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns or DEFAULT_WIDTH
+    except (OSError, ValueError):
+        return DEFAULT_WIDTH
+
+
+def wrap(pieces: Sequence[tuple[str, str]], width: int | None) -> list[str]:
+    """Join pieces of text into lines that break only between pieces.
+
+    Parameters
+    ----------
+    pieces
+        Pairs of the gap before a piece and its text.
+    width
+        Columns of a line; None: no limit.
+    """
+    lines = [""]
+    for gap, text in pieces:
+        longer = lines[-1] + gap + text
+        if width is not None and lines[-1] and len(longer.rstrip()) > width:
+            lines.append(f"  {text}")
+        else:
+            lines[-1] = longer
+    return lines

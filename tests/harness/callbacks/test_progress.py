@@ -6,7 +6,6 @@ import pty
 import re
 import struct
 import termios
-import time
 from contextlib import redirect_stderr
 from typing import Any
 
@@ -16,6 +15,7 @@ import harness
 from harness.accelerators.single import SingleDevice
 from harness.callbacks import EarlyStopping, Progress
 from harness.callbacks.progress import REDRAW_S
+from harness.callbacks.progress_bar import ProgressBar, format_duration
 from tests.harness.fakes import At, line_learner, slope
 
 TIME = re.compile(r" +\d+\.\d\d s")
@@ -67,14 +67,41 @@ def test_progress_tells_of_an_early_stop(capsys):
     assert found[2:] == ["stopped early after epoch 2"]
 
 
-def on_a_terminal(*callbacks: Any, epochs: int = 2) -> str:
-    """What a fit writes to a terminal."""
+class Clock:
+    """A clock that moves by a step each time somebody looks at it."""
+
+    def __init__(self, step_s: float) -> None:
+        self.now, self.step_s = 0.0, step_s
+
+    def __call__(self) -> float:
+        self.now += self.step_s
+        return self.now
+
+
+def get_progress(ctx: Any) -> Progress:
+    (progress,) = (cb for cb in ctx.callbacks if isinstance(cb, Progress))
+    return progress
+
+
+def fit_in_terminal(
+    *callbacks: Any, epochs: int = 2, step_s: float = 0.25, width: int = 80
+) -> str:
+    """What a fit writes to a terminal, if `step_s` passes between looks at the clock."""
     main, side = pty.openpty()
-    fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
+    clock = Clock(step_s)
+    set_clock = At(
+        "on_fit_begin", lambda ctx: setattr(get_progress(ctx), "clock", clock)
+    )
     text = ""
     with os.fdopen(side, "w") as terminal, redirect_stderr(terminal):
         line_learner().fit(
-            slope(2), epochs, slope(2), callbacks=callbacks, verbose=None, tracker=False
+            slope(2),
+            epochs,
+            slope(2),
+            callbacks=[set_clock, *callbacks],
+            verbose=None,
+            tracker=False,
         )
         terminal.flush()
         os.set_blocking(main, False)
@@ -87,24 +114,42 @@ def on_a_terminal(*callbacks: Any, epochs: int = 2) -> str:
     return text
 
 
+ERASE = "\r\x1b[2K"
+COLOUR = re.compile(r"\x1b\[[\d;]*m")
+
+
+def frames(text: str) -> list[str]:
+    """Each bar that was drawn."""
+    drawn = [frame.partition("\n")[0] for frame in COLOUR.sub("", text).split(ERASE)]
+    return [frame for frame in drawn if "\u2501" in frame]
+
+
 def screen(text: str) -> list[str]:
-    """Lines that are left to see when every carriage return has overwritten its line."""
-    shown = []
-    for line in text.replace("\x1b[A", "").split("\n"):
-        cells: list[str] = []
-        for part in line.split("\r"):
-            cells[: len(part)] = list(part)
-        shown.append("".join(cells).rstrip())
-    return [line for line in shown if line]
+    """Lines that are left to see when every bar is erased."""
+    lines = [line.split(ERASE)[-1] for line in text.replace("\r\n", "\n").split("\n")]
+    return [line.rstrip() for line in lines if line.strip()]
 
 
-def test_progress_on_a_terminal_draws_bars_and_wipes_them():
-    text = on_a_terminal()
-    for bar in ("epoch 1/2 train", "epoch 1/2 valid", "epoch 2/2 train"):
-        assert bar in text
+def test_progress_in_a_terminal_draws_bars_and_erases_them():
+    text = fit_in_terminal()
+    titles = [frame.split("%")[0].rsplit(maxsplit=1)[0] for frame in frames(text)]
+    assert titles == [
+        *["epoch 1/2 train"] * 2,
+        *["epoch 1/2 valid"] * 2,
+        *["epoch 2/2 train"] * 2,
+        *["epoch 2/2 valid"] * 2,
+    ]
     left = screen(text)
     assert [line.split()[:2] for line in left] == [["epoch", "1/2"], ["epoch", "2/2"]]
     assert all("train: loss" in line and "%" not in line for line in left)
+
+
+def test_progress_of_short_splits_is_drawn_at_most_ten_times_a_second():
+    epochs, step_s = 50, 0.004
+    text = fit_in_terminal(epochs=epochs, step_s=step_s)
+    looks = 6 * epochs  # two an epoch for the line, and two for each split
+    assert 1 <= len(frames(text)) <= looks * step_s / REDRAW_S + 1
+    assert len(screen(text)) == epochs
 
 
 def skip(ctx: Any) -> None:
@@ -113,25 +158,70 @@ def skip(ctx: Any) -> None:
 
 
 def test_progress_of_a_skipped_epoch_leaves_no_bar_behind():
-    left = screen(on_a_terminal(At("on_train_batch_end", skip)))
+    left = screen(fit_in_terminal(At("on_train_batch_end", skip)))
     assert [line.split()[:2] for line in left] == [["epoch", "2/2"]]
 
 
 def test_progress_of_a_fit_that_fails_leaves_the_terminal_usable():
-    progress: list[Any] = []
+    progress: list[Progress] = []
 
     def fail(ctx: Any) -> None:
-        progress.extend(cb for cb in ctx.callbacks if isinstance(cb, Progress))
+        progress.append(get_progress(ctx))
         raise ArithmeticError
 
     with pytest.raises(ArithmeticError):
-        on_a_terminal(At("on_train_batch_end", fail))
+        fit_in_terminal(At("on_train_batch_end", fail))
     assert progress[0]._bar is None
 
 
-def test_progress_on_a_terminal_moves_its_bar_and_shows_the_loss():
-    def wait(_: Any) -> None:
-        time.sleep(REDRAW_S)  # so that a redraw is due at the end of the batch
+def test_progress_in_a_terminal_shows_the_loss_and_fills_the_line():
+    first, last = frames(fit_in_terminal(epochs=1))[:2]
+    assert re.fullmatch(r"epoch 1/1 train +0% \u2501+ 0/1", first.rstrip())
+    assert re.fullmatch(
+        r"epoch 1/1 train 100% \u2501+ 1/1 4\.0 batches/s eta 00:00 loss 2", last
+    )
+    assert len(last) == 80
 
-    text = on_a_terminal(At("on_train_batch_begin", wait), epochs=1)
-    assert re.search(r"epoch 1/1 train +100% .* 1/1 .*loss 2\b", text)
+
+@pytest.mark.parametrize("width", [40, 60])
+def test_progress_in_a_narrow_terminal_leaves_out_what_does_not_fit(width):
+    for frame in frames(fit_in_terminal(width=width)):
+        assert len(frame) == width
+        assert re.search(r"\d/1( |$)", frame)
+        assert "\u2026" not in frame
+
+
+def log_many(ctx: Any) -> None:
+    for name in "abcdefgh":
+        ctx.log_metric(f"metric_{name}", 1234.5)
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_progress_line_of_many_metrics_breaks_between_metrics(width):
+    text = fit_in_terminal(At("on_train_end", log_many), epochs=1, width=width)
+    left = screen(text)
+    assert len(left) > 1
+    assert all(len(line) <= width for line in left)
+    assert all(line.startswith("  ") for line in left[1:])
+    assert re.findall(r"metric_(\w) +1234\b", " ".join(left)) == list("abcdefgh")
+
+
+def test_progress_line_without_a_terminal_is_one_line(capsys):
+    assert len(lines(capsys, At("on_train_end", log_many), epochs=1)) == 1
+
+
+def test_progress_in_a_terminal_that_cannot_erase_writes_lines_only(monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    text = fit_in_terminal()
+    assert frames(text) == []
+    assert len(screen(text)) == 2
+
+
+def test_progress_rate_of_a_resumed_pass_counts_fresh_batches():
+    bar = ProgressBar("epoch 1/1 train", 100, 0.0)
+    bar.done_before = 50
+    # 10 fresh batches in 20 s; the 40 that are left take 80 s.
+    assert bar._format_details(60, "loss 1", 20.0, 70) == (
+        "60/100 2.0 s/batch eta 01:20 loss 1"
+    )
+    assert format_duration(3 * 3600 + 62) == "3:01:02"
