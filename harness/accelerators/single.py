@@ -10,19 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from harness.accelerators.base import StepOpt, default_step_opt
+from harness.accelerators.devices import choose_device
 from harness.data.batch import move
 from harness.errors import CheckpointError
 from harness.reshard.consolidated import copy_tensors
 from harness.reshard.layout import group_members, make_plain_layout
-
-
-def best_device() -> torch.device:
-    """CUDA where there is one, else MPS, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    if torch.backends.mps.is_available():
-        return torch.device("mps")
-    return torch.device("cpu")
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -113,7 +105,7 @@ class SingleDevice:
             msg = f"accelerator(accumulate): expected at least 1, got {accumulate!r}."
             raise ValueError(f"{msg} Use 1 to step on every batch.")
         # As tensors tell it, with its number: then a batch that is there is not moved.
-        found = best_device() if device is None else torch.device(device)
+        found = choose_device() if device is None else torch.device(device)
         self.device = torch.empty(0, device=found).device
         self.accumulate = accumulate
         self.window = accumulate

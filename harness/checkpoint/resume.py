@@ -11,6 +11,12 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from harness.checkpoint.format import Position, check, read_part
+from harness.checkpoint.resharding import (
+    check_convertible,
+    convert_position,
+    has_same_batches,
+    reshard_state,
+)
 from harness.checkpoint.state import by_name
 from harness.context import Context
 from harness.errors import CheckpointError
@@ -19,12 +25,6 @@ from harness.pytree import map_tensors
 from harness.records import NullRun
 from harness.reshard.consolidated import STATE_ERRORS
 from harness.reshard.convert import check_same, has_same_layout
-from harness.reshard.plan import (
-    check_convertible,
-    convert_position,
-    has_same_batches,
-    reshard_state,
-)
 from harness.rng import find_generators, set_rng_state
 
 if TYPE_CHECKING:

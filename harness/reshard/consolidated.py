@@ -56,6 +56,11 @@ def weights_dtype(model: nn.Module) -> str:
     return str(next((param.dtype for param in model.parameters()), None))
 
 
+def is_master_name(name: str) -> bool:
+    """True for the name of what an optimizer steps in the place of weights."""
+    return name.endswith("/master")
+
+
 class TensorPieces:
     """A tensor in pieces, which lie where they were read.
 

@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Size, Tensor, nn
 
-from harness.accelerators.deepspeed.state import is_master_name
-from harness.accelerators.deepspeed.validation import BY_MATRIX, ELEMENTWISE
 from harness.errors import CheckpointError
 from harness.reshard.consolidated import (
     ConsolidatedState,
     TensorPieces,
     check_shapes,
+    is_master_name,
     named_groups,
     optimizer_classes,
     parameter_shapes,
 )
+from harness.reshard.layout import BY_MATRIX, ELEMENTWISE
 
 _FORMS = (
     {"model", "optimizers", "layouts", "steps", "done"},

@@ -16,6 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+ELEMENTWISE = frozenset(
+    {"Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam"}
+    | {"RMSprop", "Rprop", "SGD"}
+)
+"""Optimizers of torch 2.13 that update each element by itself, so that ZeRO may divide
+them anywhere."""
+
+BY_MATRIX = frozenset({"Adafactor", "Muon"})
+"""Those that look at whole matrices: what they keep depends on the shape."""
+
 _Piece = tuple[int, Tensor, int, int, int]
 
 

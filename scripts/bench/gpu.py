@@ -34,10 +34,10 @@ from torchmetrics.classification import MulticlassAccuracy
 
 import harness
 from harness.accelerators.deepspeed.library import (
-    choose_rank_device,
     import_deepspeed,
     silence_deepspeed_warnings,
 )
+from harness.accelerators.devices import choose_rank_device
 from harness.accelerators.distributed.environment import read_launch, set_environment
 from harness.accelerators.distributed.group import RankGroup
 

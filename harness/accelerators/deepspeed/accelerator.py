@@ -5,8 +5,6 @@ over the same module, and while its forward and backward run, parameters that it
 own ask for no gradient. The loop owns accumulation (``managed_gradient_accumulation`` is
 false), so every ``engine.step()`` is a boundary. The model is called as it is, by its own
 hooks, and never by ``engine(...)``: it stays the user's object.
-
-The one importer of ``deepspeed``.
 """
 
 from __future__ import annotations
@@ -37,7 +35,6 @@ from harness.accelerators.deepspeed.gather import (
     list_attributes,
 )
 from harness.accelerators.deepspeed.library import (
-    choose_rank_device,
     ignore_warnings,
     import_deepspeed,
     known_fields,
@@ -56,6 +53,7 @@ from harness.accelerators.deepspeed.validation import (
     describe_model,
     is_elementwise,
 )
+from harness.accelerators.devices import choose_rank_device
 from harness.accelerators.distributed.environment import read_launch, set_environment
 from harness.accelerators.distributed.group import RankGroup
 from harness.accelerators.distributed.sharded_loader import RankShare, ShardedLoader

@@ -11,11 +11,10 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from harness.accelerators.devices import choose_device
 from harness.accelerators.distributed.environment import set_environment
-from harness.accelerators.single import best_device
 
 # ----------------------------------------------------------------- the door
 
@@ -29,7 +28,7 @@ def import_deepspeed() -> ModuleType:
     if not had_mlflow:
         sys.modules["mlflow"] = None  # type: ignore[assignment]
     # Without a device DeepSpeed warns at each import that there is none.
-    named = {} if best_device().type == "cuda" else {"DS_ACCELERATOR": "cpu"}
+    named = {} if choose_device().type == "cuda" else {"DS_ACCELERATOR": "cpu"}
     try:
         with set_environment(**named), ignore_warnings():
             import deepspeed  # noqa: PLC0415  slow, and not on every system
@@ -161,34 +160,6 @@ def _fields_of(model: Any) -> frozenset[str]:
     fields = model.model_fields
     aliases = {field.alias for field in fields.values() if field.alias}
     return frozenset(fields) | aliases
-
-
-def choose_rank_device(
-    asked: str | torch.device | None, local_rank: int
-) -> torch.device:
-    """Device of this rank.
-
-    Raises
-    ------
-    ValueError
-        If DeepSpeed cannot use the kind, or there is none of it for this rank.
-    """
-    kind = torch.device(asked).type if asked is not None else best_device().type
-    if kind == "mps" and asked is None:
-        kind = "cpu"
-    if kind == "cpu":
-        return torch.device("cpu")
-    if kind != "cuda":
-        msg = f"accelerator(device): expected 'cpu' or 'cuda', got {str(asked)!r}."
-        raise ValueError(f"{msg} Leave it out to take what there is.")
-    count = torch.cuda.device_count()
-    # A scheduler may show each rank its own device alone.
-    index = local_rank if local_rank < count else 0
-    if index >= count:
-        msg = "accelerator(device): expected a CUDA device, got none."
-        raise ValueError(f"{msg} Use device='cpu', or see 'harness doctor'.")
-    torch.cuda.set_device(index)
-    return torch.device("cuda", index)
 
 
 def list_ops() -> dict[str, str]:

@@ -13,7 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from harness.errors import CheckpointError
-from harness.reshard.consolidated import copy_tensors, weights_dtype
+from harness.reshard.consolidated import (
+    copy_tensors,
+    is_master_name,
+    weights_dtype,
+)
 
 _COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 """Counters of an engine."""
@@ -118,11 +122,6 @@ def collect_tensors(
         "buffers": dict(model.named_buffers()),
         "optimizers": optimizers,
     }
-
-
-def is_master_name(name: str) -> bool:
-    """True for the name of what an optimizer steps in the place of weights."""
-    return name.endswith("/master")
 
 
 def base_optimizer(engine: Any) -> torch.optim.Optimizer:

@@ -14,15 +14,7 @@ import torch
 from torch import nn
 from torch.utils.data import IterableDataset, Subset
 
-ELEMENTWISE = frozenset(
-    {"Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam"}
-    | {"RMSprop", "Rprop", "SGD"}
-)
-"""Optimizers of torch 2.13 that update each element by itself, so that ZeRO may divide
-them anywhere."""
-
-BY_MATRIX = frozenset({"Adafactor", "Muon"})
-"""Those that look at whole matrices: what they keep depends on the shape."""
+from harness.reshard.layout import ELEMENTWISE
 
 
 def is_elementwise(opt: Any) -> bool:

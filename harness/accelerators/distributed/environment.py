@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from harness.accelerators.distributed.launcher import LAUNCHER_PID
+LAUNCHER_PID = "HARNESS_LAUNCHER_PID"
+"""Variable in which ``launch`` tells the ranks its process id; they end when it ends."""
 
 DEFAULT_PORT = 29500
 """Port of rank 0 where the launcher names none; torch's and DeepSpeed's default."""

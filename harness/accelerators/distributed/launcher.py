@@ -14,11 +14,7 @@ from types import FrameType
 
 import torch
 
-LAUNCHER_PID = "HARNESS_LAUNCHER_PID"
-"""Variable by which ``launch`` tells ranks on its machine whose end is theirs."""
-
-
-# ------------------------------------------------------------------ starting ranks
+from harness.accelerators.distributed.environment import LAUNCHER_PID
 
 
 def read_hostfile(path: str | Path) -> dict[str, int]:

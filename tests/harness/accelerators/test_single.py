@@ -10,7 +10,8 @@ from torch import nn
 
 import harness
 from harness.accelerators.base import default_step_opt
-from harness.accelerators.single import SingleDevice, best_device
+from harness.accelerators.devices import choose_device
+from harness.accelerators.single import SingleDevice
 from tests.harness.fakes import Line
 
 
@@ -34,7 +35,7 @@ def test_accelerator_of_a_process_started_alone_is_one_device():
 
 
 def test_accelerator_takes_the_best_device_by_default():
-    assert harness.accelerator().device.type == best_device().type
+    assert harness.accelerator().device.type == choose_device().type
 
 
 def test_accelerator_is_a_function_beside_its_package():
