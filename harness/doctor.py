@@ -1,4 +1,4 @@
-"""What this machine can do for training, and what to do about what it lacks."""
+"""Check this machine before training: devices, DeepSpeed, MLflow, disk."""
 
 from __future__ import annotations
 
@@ -20,55 +20,54 @@ import torch
 
 from tracking.redaction import redact
 
-State = Literal["ok", "lack", "broken"]
+MIN_FREE_BYTES = 5 * 2**30
+"""With less free disk than this, checkpoints of a larger model do not fit."""
 
-LITTLE_BYTES = 5 * 2**30
-"""Free disk below which checkpoints of a model of some size do not fit."""
+SERVER_TIMEOUT_S = 3.0
+"""Seconds to wait for a tracking server."""
 
-ANSWER_S = 3.0
-"""Seconds that a tracking server has to answer."""
-
-OPS_S = 120.0
-"""Seconds for DeepSpeed to try its ops."""
+OPS_TIMEOUT_S = 120.0
+"""Seconds to wait for DeepSpeed to check its ops."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Finding:
-    """One thing that was looked at.
+@dataclass(frozen=True, slots=True)
+class Check:
+    """The result of one check.
 
     Attributes
     ----------
-    part
-        What it is: ``devices``, ``DeepSpeed``, ``disk``, ...
+    name
+        What was checked: ``devices``, ``DeepSpeed``, ``disk``, ...
     state
-        ``ok``; ``lack``: works without, at a cost; ``broken``: something will fail.
+        ``ok``; ``limited``: training works, but slower or with fewer options; ``broken``:
+        something will fail.
     detail
-        What was found and, for a lack, what it costs.
+        What was found and, if limited, what does not work.
     advice
-        What to do about it; empty where all is well.
+        How to improve it; empty if the state is ``ok``.
     """
 
-    part: str
-    state: State
+    name: str
+    state: Literal["ok", "limited", "broken"]
     detail: str
     advice: str = ""
 
 
 def examine(
     runs_dir: str | Path = "runs", tracking_uri: str | None = None
-) -> list[Finding]:
-    """Everything worth knowing before a training is started here.
+) -> list[Check]:
+    """Run every check.
 
     Parameters
     ----------
     runs_dir
-        Where runs would be written.
+        Folder that runs will be written to.
     tracking_uri
-        MLflow's tracking URI; None: its own default, ``sqlite:///mlflow.db``.
+        MLflow's tracking URI; None means MLflow's default, ``sqlite:///mlflow.db``.
 
     Returns
     -------
-    list of Finding
+    list of Check
         In a fixed order.
     """
     return [
@@ -86,14 +85,12 @@ def examine(
     ]
 
 
-def _python() -> Finding:
-    """Versions of what everything stands on."""
+def _python() -> Check:
     detail = f"Python {platform.python_version()}, torch {torch.__version__}"
-    return Finding(part="Python", state="ok", detail=detail)
+    return Check("Python", "ok", detail)
 
 
-def _devices() -> Finding:
-    """What computes."""
+def _devices() -> Check:
     if torch.cuda.is_available():
         found = [
             f"{at.name} ({at.total_memory / 2**30:.0f} GB)"
@@ -101,55 +98,53 @@ def _devices() -> Finding:
                 torch.cuda.get_device_properties, range(torch.cuda.device_count())
             )
         ]
-        return Finding(part="devices", state="ok", detail=", ".join(found))
+        return Check("devices", "ok", ", ".join(found))
     if torch.backends.mps.is_available():
-        return Finding(part="devices", state="ok", detail="Apple GPU, by MPS")
+        return Check("devices", "ok", "Apple GPU (MPS)")
     detail = (
         f"CPU only, {torch.get_num_threads()} threads: no fp16, no FusedAdam, no NCCL"
     )
     if torch.version.cuda or torch.version.hip:
-        advice = "torch was built for a GPU: install its driver, or look at nvidia-smi."
+        advice = (
+            "torch is built for a GPU. Install the GPU's driver and check nvidia-smi."
+        )
     else:
-        advice = "With a GPU in the machine, install torch for it: https://pytorch.org."
-    return Finding(part="devices", state="lack", detail=detail, advice=advice)
+        advice = "If this machine has a GPU, install torch for it: https://pytorch.org."
+    return Check("devices", "limited", detail, advice)
 
 
-def _precision() -> Finding:
-    """Dtypes to train in."""
+def _precision() -> Check:
     if torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
-        detail = "fp16 and float32; bf16 would be emulated"
+        detail = "fp16 and float32; bf16 is emulated and slow"
         advice = 'Write "fp16": {"enabled": true} in DeepSpeed\'s config.'
-        return Finding(part="precision", state="lack", detail=detail, advice=advice)
+        return Check("precision", "limited", detail, advice)
     detail = (
         "bf16, fp16 and float32" if torch.cuda.is_available() else "bf16 and float32"
     )
-    return Finding(part="precision", state="ok", detail=detail)
+    return Check("precision", "ok", detail)
 
 
-def _communication() -> Finding:
-    """How ranks talk."""
-    there = {
+def _communication() -> Check:
+    available = {
         "gloo": torch.distributed.is_available()
         and torch.distributed.is_gloo_available(),
         "nccl": torch.distributed.is_available()
         and torch.distributed.is_nccl_available(),
     }
-    have = [name for name, is_there in there.items() if is_there]
-    if not there["gloo"] or (torch.cuda.is_available() and not there["nccl"]):
-        detail = f"{', '.join(have) or 'neither gloo nor nccl'}: one rank only"
-        advice = (
-            "Install a build of torch with both; several ranks need gloo, GPUs nccl."
-        )
-        return Finding(part="ranks", state="broken", detail=detail, advice=advice)
-    return Finding(part="ranks", state="ok", detail=", ".join(have))
+    names = [name for name, is_available in available.items() if is_available]
+    if not available["gloo"] or (torch.cuda.is_available() and not available["nccl"]):
+        detail = f"{', '.join(names) or 'neither gloo nor nccl'}: one rank only"
+        advice = "Install a build of torch with gloo, and with nccl if there are GPUs."
+        return Check("ranks", "broken", detail, advice)
+    return Check("ranks", "ok", ", ".join(names))
 
 
-def _deepspeed() -> Iterator[Finding]:
-    """DeepSpeed and its ops, tried in a process of its own, which may say what it likes."""
+def _deepspeed() -> Iterator[Check]:
+    """Check DeepSpeed in a separate process, because it prints while it checks its ops."""
     if importlib.util.find_spec("deepspeed") is None:
-        detail = "not installed: one rank only"
+        detail = "not installed: training runs on one rank only"
         advice = "pip install deepspeed (Linux)."
-        yield Finding(part="DeepSpeed", state="lack", detail=detail, advice=advice)
+        yield Check("DeepSpeed", "limited", detail, advice)
         return
     version = importlib.metadata.version("deepspeed")
     text = (
@@ -161,27 +156,26 @@ def _deepspeed() -> Iterator[Finding]:
             [sys.executable, "-c", text],
             capture_output=True,
             text=True,
-            timeout=OPS_S,
+            timeout=OPS_TIMEOUT_S,
             check=True,
         )
         ops: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
     except subprocess.CalledProcessError as error:
-        last = (error.stderr.strip().splitlines() or ["no word"])[-1]
-        advice = "Reinstall deepspeed and torch in versions that fit."
+        last = (error.stderr.strip().splitlines() or ["no message"])[-1]
+        advice = "Reinstall deepspeed and torch in versions that work together."
         detail = f"{version}, cannot be imported: {last}"
-        yield Finding(part="DeepSpeed", state="broken", detail=detail, advice=advice)
+        yield Check("DeepSpeed", "broken", detail, advice)
         return
     except (subprocess.TimeoutExpired, ValueError, IndexError) as error:
-        detail = f"{version}; its ops could not be tried: {type(error).__name__}"
-        advice = "Run 'ds_report' to see more."
-        yield Finding(part="DeepSpeed", state="lack", detail=detail, advice=advice)
+        detail = f"{version}; its ops could not be checked: {type(error).__name__}"
+        advice = "Run 'ds_report' for details."
+        yield Check("DeepSpeed", "limited", detail, advice)
         return
-    yield Finding(part="DeepSpeed", state="ok", detail=version)
+    yield Check("DeepSpeed", "ok", version)
     yield _ops(ops)
 
 
-def _ops(ops: dict[str, str]) -> Finding:
-    """Which of DeepSpeed's ops can be used."""
+def _ops(ops: dict[str, str]) -> Check:
     by_state: dict[str, list[str]] = {}
     for name, state in ops.items():
         by_state.setdefault(state, []).append(name)
@@ -192,14 +186,14 @@ def _ops(ops: dict[str, str]) -> Finding:
     ]
     usable = by_state.get("built", []) + by_state.get("can be built", [])
     if {"cpu_adam", "fused_adam"} & set(usable):
-        return Finding(part="DeepSpeed's ops", state="ok", detail="; ".join(parts))
-    detail = "; ".join(parts) + ". No optimizer of DeepSpeed's own; torch's work."
+        return Check("DeepSpeed's ops", "ok", "; ".join(parts))
+    detail = "; ".join(parts) + ". DeepSpeed's own optimizers do not work; torch's do."
     advice = "Install a C++ compiler and ninja, and on a GPU the CUDA toolkit (nvcc)."
-    return Finding(part="DeepSpeed's ops", state="lack", detail=detail, advice=advice)
+    return Check("DeepSpeed's ops", "limited", detail, advice)
 
 
-def _compiler() -> Finding:
-    """What builds DeepSpeed's ops and torch.compile's kernels."""
+def _compiler() -> Check:
+    """Check the tools that build DeepSpeed's ops and torch.compile's kernels."""
     needed = {
         "C++ compiler": shutil.which("c++")
         or shutil.which("g++")
@@ -210,39 +204,33 @@ def _compiler() -> Finding:
         needed["nvcc"] = shutil.which("nvcc")
     missing = [name for name, found in needed.items() if not found]
     if not missing:
-        return Finding(part="compiler", state="ok", detail=", ".join(needed))
+        return Check("compiler", "ok", ", ".join(needed))
     detail = f"no {', no '.join(missing)}: no offload to the CPU, no FusedAdam, no torch.compile"
     advice = (
         "Install build-essential (or a conda compiler), ninja and the CUDA toolkit."
     )
-    return Finding(part="compiler", state="lack", detail=detail, advice=advice)
+    return Check("compiler", "limited", detail, advice)
 
 
-def _mpi() -> Finding:
-    """Whether ranks can be started by MPI."""
+def _mpi() -> Check:
     starter = shutil.which("mpirun") or shutil.which("mpiexec")
     if starter is not None:
-        return Finding(part="MPI", state="ok", detail=starter)
-    detail = "no mpirun: ranks cannot be started by MPI"
-    advice = (
-        "Nothing, unless you want mpirun: torchrun, deepspeed and srun need no MPI."
-    )
-    return Finding(part="MPI", state="lack", detail=detail, advice=advice)
+        return Check("MPI", "ok", starter)
+    detail = "no mpirun: MPI cannot start ranks"
+    advice = "Install MPI only if you want mpirun; torchrun, deepspeed and srun do not need it."
+    return Check("MPI", "limited", detail, advice)
 
 
-def _mlflow() -> Finding:
-    """Whether runs can be shown."""
+def _mlflow() -> Check:
     if importlib.util.find_spec("mlflow") is None:
-        detail = "not installed: runs are recorded, but not shown"
-        advice = "pip install mlflow, then 'harness sync' sends what was recorded."
-        return Finding(part="MLflow", state="lack", detail=detail, advice=advice)
-    return Finding(
-        part="MLflow", state="ok", detail=importlib.metadata.version("mlflow")
-    )
+        detail = "not installed: runs are recorded, but MLflow cannot show them"
+        advice = "Run pip install mlflow, then 'harness sync' to send recorded runs."
+        return Check("MLflow", "limited", detail, advice)
+    return Check("MLflow", "ok", importlib.metadata.version("mlflow"))
 
 
-def _store(uri: str | None) -> Finding:
-    """Whether MLflow's store is within reach; nothing is written there."""
+def _store(uri: str | None) -> Check:
+    """Check that MLflow's store can be reached, without writing to it."""
     uri = uri or "sqlite:///mlflow.db"
     shown = redact(uri)
     if uri.startswith(("http://", "https://")):
@@ -250,55 +238,51 @@ def _store(uri: str | None) -> Finding:
     path = Path(uri.removeprefix("sqlite:///").removeprefix("file://"))
     folder = path.parent
     if uri.startswith("sqlite:") and not folder.is_dir():
-        detail = f"{shown}: no such folder as {folder}"
-        advice = f"Make {folder}, or change MLFLOW_TRACKING_URI."
-        return Finding(
-            part="MLflow store", state="broken", detail=detail, advice=advice
-        )
-    detail = shown if path.exists() else f"{shown} (made by the first run)"
-    return Finding(part="MLflow store", state="ok", detail=detail)
+        detail = f"{shown}: the folder {folder} does not exist"
+        advice = f"Create {folder}, or change MLFLOW_TRACKING_URI."
+        return Check("MLflow store", "broken", detail, advice)
+    detail = shown if path.exists() else f"{shown} (the first run creates it)"
+    return Check("MLflow store", "ok", detail)
 
 
-def _server(uri: str, shown: str) -> Finding:
-    """Whether a tracking server answers."""
+def _server(uri: str, shown: str) -> Check:
     try:
-        with urllib.request.urlopen(uri.rstrip("/") + "/health", timeout=ANSWER_S):
-            return Finding(part="MLflow store", state="ok", detail=shown)
+        with urllib.request.urlopen(
+            uri.rstrip("/") + "/health", timeout=SERVER_TIMEOUT_S
+        ):
+            return Check("MLflow store", "ok", shown)
     except urllib.error.HTTPError as error:
-        # It answers; what it wants, for example a password, concerns MLflow.
+        # It runs. Whether it wants a password, for example, is MLflow's concern.
         detail = f"{shown} (answers {error.code})"
-        return Finding(part="MLflow store", state="ok", detail=detail)
+        return Check("MLflow store", "ok", detail)
     except (OSError, ValueError) as error:
-        detail = f"{shown} does not answer ({error}): runs are recorded and sent later"
-        advice = "Start the server, then 'harness sync' sends what was recorded."
-        return Finding(part="MLflow store", state="lack", detail=detail, advice=advice)
+        detail = f"{shown} does not answer ({error}): records are sent later"
+        advice = "Start the server, then run 'harness sync' to send recorded runs."
+        return Check("MLflow store", "limited", detail, advice)
 
 
-def _disk(runs_dir: Path, little_bytes: int = LITTLE_BYTES) -> Finding:
-    """Room for runs and their checkpoints."""
+def _disk(runs_dir: Path, min_free_bytes: int = MIN_FREE_BYTES) -> Check:
     folder = runs_dir.absolute()
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     detail = f"{free / 2**30:.1f} GB free for {runs_dir}"
-    if free < little_bytes:
-        advice = (
-            "Make room, or set HARNESS_RUNS to a larger disk; checkpoints are large."
-        )
-        return Finding(part="disk", state="lack", detail=detail, advice=advice)
-    return Finding(part="disk", state="ok", detail=detail)
+    if free < min_free_bytes:
+        advice = "Free some space, or set HARNESS_RUNS to a folder on a larger disk."
+        return Check("disk", "limited", detail, advice)
+    return Check("disk", "ok", detail)
 
 
-def _shared_memory() -> Iterator[Finding]:
-    """Room through which data workers hand over batches, and NCCL ranks talk."""
+def _shared_memory() -> Iterator[Check]:
+    """Check the memory that workers of data loaders and NCCL ranks share."""
     folder = Path("/dev/shm")
     if not folder.is_dir():
         return
     total = shutil.disk_usage(folder).total
     detail = f"{total / 2**30:.1f} GB"
     if total < 2**29:
-        detail += ": data loaders with workers and NCCL may fail"
-        advice = "In a container, start it with --shm-size=1g or more."
-        yield Finding(part="shared memory", state="lack", detail=detail, advice=advice)
+        detail += ": NCCL and data loaders with workers may fail"
+        advice = "Start the container with --shm-size=1g or more."
+        yield Check("shared memory", "limited", detail, advice)
     else:
-        yield Finding(part="shared memory", state="ok", detail=detail)
+        yield Check("shared memory", "ok", detail)

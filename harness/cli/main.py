@@ -299,15 +299,15 @@ def doctor(runs_dir: str, tracking_uri: str | None, as_json: bool) -> None:
 
     found = examine(runs_dir, tracking_uri)
     if as_json:
-        click.echo(json.dumps([asdict(finding) for finding in found], indent=1))
+        click.echo(json.dumps([asdict(check) for check in found], indent=1))
     else:
-        colours = {"ok": "green", "lack": "yellow", "broken": "red"}
-        for finding in found:
-            state = click.style(f"{finding.state:<7}", fg=colours[finding.state])
-            click.echo(f"{state} {finding.part:<16} {finding.detail}")
-            if finding.advice:
-                click.echo(f"{'':24} -> {finding.advice}")
-    if any(finding.state == "broken" for finding in found):
+        colours = {"ok": "green", "limited": "yellow", "broken": "red"}
+        for check in found:
+            state = click.style(f"{check.state:<7}", fg=colours[check.state])
+            click.echo(f"{state} {check.name:<16} {check.detail}")
+            if check.advice:
+                click.echo(f"{'':24} -> {check.advice}")
+    if any(check.state == "broken" for check in found):
         sys.exit(1)
 
 

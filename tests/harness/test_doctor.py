@@ -14,17 +14,17 @@ from harness.doctor import examine
 
 
 @pytest.fixture(scope="module")
-def findings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, doctor.Finding]:
-    """A whole examination, by part."""
+def checks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, doctor.Check]:
+    """All checks, by name."""
     folder = tmp_path_factory.mktemp("doctor")
     found = examine(folder / "runs", f"sqlite:///{folder}/mlflow.db")
     assert not (folder / "mlflow.db").exists()
     assert not (folder / "runs").exists()
-    return {one.part: one for one in found}
+    return {one.name: one for one in found}
 
 
-def test_examine_looks_at_every_part(findings: dict[str, doctor.Finding]) -> None:
-    assert list(findings)[:10] == [
+def test_examine_looks_at_everything(checks: dict[str, doctor.Check]) -> None:
+    assert list(checks)[:10] == [
         "Python",
         "devices",
         "precision",
@@ -36,27 +36,27 @@ def test_examine_looks_at_every_part(findings: dict[str, doctor.Finding]) -> Non
         "MLflow",
         "MLflow store",
     ]
-    assert {"disk"} <= set(findings)
+    assert {"disk"} <= set(checks)
 
 
-def test_examine_says_what_to_do_about_each_lack(
-    findings: dict[str, doctor.Finding],
+def test_examine_says_what_to_do_about_each_limitation(
+    checks: dict[str, doctor.Check],
 ) -> None:
-    for one in findings.values():
+    for one in checks.values():
         assert one.detail
         assert bool(one.advice) == (one.state != "ok"), one
 
 
 def test_examine_is_quiet(
-    findings: dict[str, doctor.Finding], capfd: pytest.CaptureFixture[str]
+    checks: dict[str, doctor.Check], capfd: pytest.CaptureFixture[str]
 ) -> None:
     list(doctor._deepspeed())
     assert capfd.readouterr() == ("", "")
 
 
-def test_ops_that_cannot_be_built_are_a_lack() -> None:
+def test_ops_that_cannot_be_built_are_a_limitation() -> None:
     found = doctor._ops({"cpu_adam": "cannot be built", "async_io": "built"})
-    assert found.state == "lack"
+    assert found.state == "limited"
     assert found.detail.startswith("built: async_io; cannot be built: cpu_adam")
     assert doctor._ops({"cpu_adam": "can be built"}).state == "ok"
 
@@ -64,15 +64,15 @@ def test_ops_that_cannot_be_built_are_a_lack() -> None:
 def test_store_in_a_missing_folder_is_broken(tmp_path: Path) -> None:
     found = doctor._store(f"sqlite:///{tmp_path}/none/mlflow.db")
     assert found.state == "broken"
-    assert "no such folder" in found.detail
+    assert "does not exist" in found.detail
 
 
-def test_server_that_does_not_answer_is_a_lack() -> None:
+def test_server_that_does_not_answer_is_a_limitation() -> None:
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
         uri = f"http://someone:secret@127.0.0.1:{held.getsockname()[1]}"
         found = doctor._store(uri)
-    assert found.state == "lack"
+    assert found.state == "limited"
     assert "harness sync" in found.advice
     assert "secret" not in found.detail
 
@@ -96,7 +96,7 @@ def test_server_that_answers_is_well(path: str, extra: str) -> None:
     assert (found.state, found.detail) == ("ok", uri + extra)
 
 
-def test_little_disk_is_a_lack(tmp_path: Path) -> None:
-    found = doctor._disk(tmp_path / "runs", little_bytes=2**70)
-    assert found.state == "lack"
+def test_little_disk_is_a_limitation(tmp_path: Path) -> None:
+    found = doctor._disk(tmp_path / "runs", min_free_bytes=2**70)
+    assert found.state == "limited"
     assert "GB free for" in found.detail

@@ -295,7 +295,7 @@ def test_fit_signal_in_mid_epoch_keeps_the_record_and_resumes_exactly(
 
 def test_doctor_tells_each_part_as_text_and_json(folder):
     done = run("doctor", "--json")
-    found = {item["part"]: item for item in json.loads(done.output)}
+    found = {item["name"]: item for item in json.loads(done.output)}
     assert {"devices", "disk"} <= found.keys()
     assert done.exit_code == any(item["state"] == "broken" for item in found.values())
     for item in found.values():
