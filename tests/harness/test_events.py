@@ -10,31 +10,11 @@ from harness.events import (
     check_event,
     nearest,
 )
+from tests.harness.event_lists import ONE_EPOCH_FIT
 
 
 def test_events_of_a_fit_stand_in_firing_order() -> None:
-    # DESIGN.md, section 2
-    assert list(FIT_EVENTS) == [
-        "on_fit_begin",
-        "on_epoch_begin",
-        "on_train_begin",
-        "on_train_batch_begin",
-        "on_train_batch_after_pred",
-        "on_train_batch_after_loss",
-        "on_train_batch_before_backward",
-        "on_train_batch_before_step",
-        "on_train_batch_after_step",
-        "on_train_batch_end",
-        "on_train_end",
-        "on_valid_begin",
-        "on_valid_batch_begin",
-        "on_valid_batch_after_pred",
-        "on_valid_batch_after_loss",
-        "on_valid_batch_end",
-        "on_valid_end",
-        "on_epoch_end",
-        "on_fit_end",
-    ]
+    assert list(FIT_EVENTS) == ONE_EPOCH_FIT
 
 
 def test_events_of_a_prediction_stand_in_firing_order() -> None:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import signal
-from itertools import chain
 
 import pytest
 import torch
@@ -12,42 +11,19 @@ from torchmetrics.regression import MeanSquaredError
 import harness
 from harness.accelerators.single import SingleDevice
 from harness.callbacks import GradientClip, StepMetrics
+from tests.harness.event_lists import (
+    ACCUMULATED_BATCH,
+    BATCH,
+    ONE_EPOCH_FIT,
+    STEP,
+    VALID_BATCH,
+    VALID_STEP,
+    epoch,
+    train_part,
+    valid_part,
+    whole_fit,
+)
 from tests.harness.fakes import At, Line, Tape, line_learner, slope
-
-BATCH = [
-    "on_train_batch_begin",
-    "on_train_batch_after_pred",
-    "on_train_batch_after_loss",
-    "on_train_batch_before_backward",
-    "on_train_batch_before_step",
-    "on_train_batch_after_step",
-    "on_train_batch_end",
-]
-HELD = [  # a batch in an open window: no step
-    "on_train_batch_begin",
-    "on_train_batch_after_pred",
-    "on_train_batch_after_loss",
-    "on_train_batch_before_backward",
-    "on_train_batch_end",
-]
-VALID_BATCH = [
-    "on_valid_batch_begin",
-    "on_valid_batch_after_pred",
-    "on_valid_batch_after_loss",
-    "on_valid_batch_end",
-]
-
-
-def train_part(*batches):
-    return ["on_train_begin", *chain.from_iterable(batches), "on_train_end"]
-
-
-def valid_part(*batches):
-    return ["on_valid_begin", *chain.from_iterable(batches), "on_valid_end"]
-
-
-def epoch(*parts):
-    return ["on_epoch_begin", *chain.from_iterable(parts), "on_epoch_end"]
 
 
 def fit(learner, data, epochs=1, *callbacks, **options):
@@ -64,61 +40,21 @@ def fit(learner, data, epochs=1, *callbacks, **options):
 # --- the literal list of events
 
 
-def test_fit_without_validation_fires_these_events():
-    _, events = fit(line_learner(), slope(4), 2)
-    assert events == [
-        "on_fit_begin",
-        "on_epoch_begin",
-        "on_train_begin",
-        "on_train_batch_begin",
-        "on_train_batch_after_pred",
-        "on_train_batch_after_loss",
-        "on_train_batch_before_backward",
-        "on_train_batch_before_step",
-        "on_train_batch_after_step",
-        "on_train_batch_end",
-        "on_train_batch_begin",
-        "on_train_batch_after_pred",
-        "on_train_batch_after_loss",
-        "on_train_batch_before_backward",
-        "on_train_batch_before_step",
-        "on_train_batch_after_step",
-        "on_train_batch_end",
-        "on_train_end",
-        "on_epoch_end",
-        *epoch(train_part(BATCH, BATCH)),
-        "on_fit_end",
-    ]
-
-
 def test_fit_with_validation_fires_these_events():
+    _, events = fit(line_learner(), slope(2), 1, valid_data=slope(2))
+    assert events == ONE_EPOCH_FIT
+
+
+def test_fit_without_validation_fires_the_training_events():
+    _, events = fit(line_learner(), slope(4), 2)
+    one = epoch(train_part(BATCH, BATCH))
+    assert events == whole_fit(one, one)
+
+
+def test_fit_with_several_batches_repeats_the_batch_events():
     _, events = fit(line_learner(), slope(2), 2, valid_data=slope(3))
-    assert events == [
-        "on_fit_begin",
-        "on_epoch_begin",
-        "on_train_begin",
-        "on_train_batch_begin",
-        "on_train_batch_after_pred",
-        "on_train_batch_after_loss",
-        "on_train_batch_before_backward",
-        "on_train_batch_before_step",
-        "on_train_batch_after_step",
-        "on_train_batch_end",
-        "on_train_end",
-        "on_valid_begin",
-        "on_valid_batch_begin",
-        "on_valid_batch_after_pred",
-        "on_valid_batch_after_loss",
-        "on_valid_batch_end",
-        "on_valid_batch_begin",
-        "on_valid_batch_after_pred",
-        "on_valid_batch_after_loss",
-        "on_valid_batch_end",
-        "on_valid_end",
-        "on_epoch_end",
-        *epoch(train_part(BATCH), valid_part(VALID_BATCH, VALID_BATCH)),
-        "on_fit_end",
-    ]
+    one = epoch(train_part(BATCH), valid_part(VALID_BATCH, VALID_BATCH))
+    assert events == whole_fit(one, one)
 
 
 class Pair(nn.Module):
@@ -151,34 +87,9 @@ def test_fit_with_named_optimizers_fires_the_step_events_for_each():
     ]
     learner = harness.setup(Pair)
     _, events = fit(learner, slope(2), 1, *spies, valid_data=slope(2))
-    assert events == [
-        "on_fit_begin",
-        "on_epoch_begin",
-        "on_train_begin",
-        "on_train_batch_begin",
-        "on_train_batch_after_pred",
-        "on_train_batch_after_loss",
-        "on_train_batch_before_backward",
-        "on_train_batch_before_step",
-        "on_train_batch_after_step",
-        "on_train_batch_after_pred",
-        "on_train_batch_after_loss",
-        "on_train_batch_before_backward",
-        "on_train_batch_before_step",
-        "on_train_batch_after_step",
-        "on_train_batch_end",
-        "on_train_end",
-        "on_valid_begin",
-        "on_valid_batch_begin",
-        "on_valid_batch_after_pred",
-        "on_valid_batch_after_loss",
-        "on_valid_batch_after_pred",
-        "on_valid_batch_after_loss",
-        "on_valid_batch_end",
-        "on_valid_end",
-        "on_epoch_end",
-        "on_fit_end",
-    ]
+    train = [BATCH[0], *STEP, *STEP, BATCH[-1]]
+    valid = [VALID_BATCH[0], *VALID_STEP, *VALID_STEP, VALID_BATCH[-1]]
+    assert events == whole_fit(epoch(train_part(train), valid_part(valid)))
     assert seen == [
         ("on_train_batch_after_loss", "a"),
         ("on_train_batch_after_step", "a"),
@@ -259,7 +170,7 @@ def test_accumulation_steps_once_a_window_and_a_short_one_at_the_end(data):
         accelerator=SingleDevice("cpu", accumulate=2),
         dataloader_options={"batch_size": 1},
     )
-    batches = [HELD, BATCH, HELD, BATCH, BATCH]
+    batches = [ACCUMULATED_BATCH, BATCH, ACCUMULATED_BATCH, BATCH, BATCH]
     assert events == ["on_fit_begin", *epoch(train_part(*batches)), "on_fit_end"]
     assert windows == [2, 2, 2, 2, 1]
     assert steps == [0, 1, 1, 2, 3]
@@ -291,7 +202,7 @@ def test_accumulation_starts_a_new_window_each_epoch():
         accelerator=SingleDevice("cpu", accumulate=4),
         dataloader_options={"batch_size": 1},
     )
-    part = epoch(train_part(HELD, HELD, BATCH))
+    part = epoch(train_part(ACCUMULATED_BATCH, ACCUMULATED_BATCH, BATCH))
     assert events == ["on_fit_begin", *part, *part, "on_fit_end"]
 
 
