@@ -1,6 +1,6 @@
-"""Train PyTorch models: luz's context and callbacks, DeepSpeed's ranks, records that stay.
+"""Train PyTorch models with luz's context and callbacks, on one device or with DeepSpeed.
 
-Names are imported when they are first used, so that ``import harness`` stays quick.
+Names are imported on first use, so that ``import harness`` is quick.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The events of a fit and of a prediction, each once, in firing order."""
+"""The events of a fit and of a prediction, in firing order."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ from collections.abc import Iterable
 from typing import Final
 
 FIT_EVENTS: Final[dict[str, str]] = {
-    "on_fit_begin": "once, when model, optimizers and loaders are ready",
+    "on_fit_begin": "once, after model, optimizers and loaders are ready",
     "on_epoch_begin": "before each epoch; `ctx.epoch` is set",
     "on_train_begin": "before the training part of an epoch; model in training mode",
-    "on_train_batch_begin": "a training batch lies on the device in `ctx.batch`",
+    "on_train_batch_begin": "`ctx.batch` holds a training batch on the device",
     "on_train_batch_after_pred": "`ctx.pred` is set; once for each optimizer",
     "on_train_batch_after_loss": "`ctx.loss_grad` and `ctx.loss` are set",
-    "on_train_batch_before_backward": "last chance to change `ctx.loss_grad`",
-    "on_train_batch_before_step": "gradients of a full window are there: clip here",
-    "on_train_batch_after_step": "the optimizer stepped: step a scheduler here",
+    "on_train_batch_before_backward": "last event that can change `ctx.loss_grad`",
+    "on_train_batch_before_step": "gradients of all accumulated batches are ready: clip here",
+    "on_train_batch_after_step": "the optimizer has stepped: step a scheduler here",
     "on_train_batch_end": "the training batch is done",
     "on_train_end": "all training batches of the epoch are done",
     "on_valid_begin": "before the validation part; model in evaluation mode",
-    "on_valid_batch_begin": "a validation batch lies on the device in `ctx.batch`",
+    "on_valid_batch_begin": "`ctx.batch` holds a validation batch on the device",
     "on_valid_batch_after_pred": "`ctx.pred` is set",
     "on_valid_batch_after_loss": "`ctx.loss` is set",
     "on_valid_batch_end": "the validation batch is done",
     "on_valid_end": "all validation batches are done; metrics are logged",
-    "on_epoch_end": "metrics of the epoch are logged: decide, save, print here",
-    "on_fit_end": "once, after the last epoch, also after an early stop or interrupt",
+    "on_epoch_end": "metrics of the epoch are logged: decide, save or print here",
+    "on_fit_end": "once, after the last epoch, and after an early stop or interrupt",
 }
-"""Events of ``fit`` (the validation ones serve ``evaluate`` too) and when they fire."""
+"""Events of ``fit`` and when they fire; ``evaluate`` fires the validation ones."""
 
 PREDICT_EVENTS: Final[dict[str, str]] = {
     "on_predict_begin": "once, before the first batch; model in evaluation mode",
-    "on_predict_batch_begin": "a batch lies on the device in `ctx.batch`",
+    "on_predict_batch_begin": "`ctx.batch` holds a batch on the device",
     "on_predict_batch_end": "`ctx.pred` is set",
     "on_predict_end": "once, after the last batch",
 }
@@ -40,28 +40,28 @@ PREDICT_EVENTS: Final[dict[str, str]] = {
 EXTRA_EVENTS: Final[dict[str, str]] = {
     "on_interrupt": "after Ctrl-C or SIGTERM ended the fit at the end of a batch",
     "on_early_stopping": "after `EarlyStop` ended the fit",
-    "on_exception": "an exception is about to leave the loop",
+    "on_exception": "before an exception leaves the loop",
 }
-"""Events that fire where they happen."""
+"""Events that fire at any time."""
 
 EVENTS: Final[dict[str, str]] = {**FIT_EVENTS, **PREDICT_EVENTS, **EXTRA_EVENTS}
-"""All events; the key is the method name of a callback."""
+"""All events; the key is the name of the callback's method."""
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
-    """``" Did you mean 'x'?"`` for the choice most like `name`, else an empty string."""
+    """Return ``" Did you mean 'x'?"`` for the most similar choice, or an empty string."""
     found = difflib.get_close_matches(name, list(choices), n=1)
     return f" Did you mean {found[0]!r}?" if found else ""
 
 
 def check_event(place: str, name: str) -> None:
-    """Raise where `name` is no event.
+    """Check that `name` is an event.
 
     Raises
     ------
     ValueError
-        If `name` is not in ``EVENTS``; the nearest event is offered.
+        If `name` is not in ``EVENTS``; the message offers the nearest one.
     """
     if name not in EVENTS:
         msg = f"{place}: expected an event, got {name!r}.{nearest(name, EVENTS)}"
-        raise ValueError(f"{msg} All events are in harness.events.EVENTS.")
+        raise ValueError(f"{msg} harness.events.EVENTS lists all events.")

@@ -1,4 +1,4 @@
-"""Learning-rate range test: train briefly with a growing rate, watch the loss."""
+"""Learning-rate range test: train briefly with a growing rate and record the loss."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from harness.errors import EarlyStop
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
     from harness.learner import Learner
 
 
 @dataclass(frozen=True, kw_only=True)
-class LRFound:
-    """Learning rates that were tried and the loss at each.
+class LRFinderResult:
+    """Result of ``lr_finder``: the learning rates and the loss at each.
 
     Attributes
     ----------
     lrs : list of float
-        One rate for each optimizer step, growing.
+        Rate of each optimizer step, growing.
     losses : list of float
-        Loss of the batch of that step, smoothed by an exponential mean.
+        Loss of the batch of each step, smoothed by an exponential mean.
     """
 
     lrs: list[float]
@@ -33,20 +34,20 @@ class LRFound:
 
     @property
     def suggestion(self) -> float:
-        """The rate at which the loss falls fastest."""
+        """Rate at which the loss falls fastest."""
         if len(self.losses) < 3:
             return self.lrs[0]
         falls = [b - a for a, b in zip(self.losses, self.losses[1:], strict=False)]
         return self.lrs[falls.index(min(falls))]
 
     def to_frame(self) -> pd.DataFrame:
-        """A DataFrame with the columns lr, loss."""
-        import pandas as pd  # noqa: PLC0415  slow to import, seldom used
+        """Return a DataFrame with the columns lr, loss."""
+        import pandas as pd  # noqa: PLC0415  slow to import, rarely used
 
         return pd.DataFrame({"lr": self.lrs, "loss": self.losses})
 
-    def plot(self, path: str | Path | None = None) -> Any:
-        """Loss against learning rate as a matplotlib ``Figure``; saved if `path` is given."""
+    def plot(self, path: str | Path | None = None) -> Figure:
+        """Plot loss against learning rate, and save the picture if `path` is given."""
         from matplotlib.figure import Figure  # noqa: PLC0415  takes half a second
 
         figure = Figure(figsize=(5.2, 3.6), layout="constrained")
@@ -64,7 +65,7 @@ class LRFound:
 
 
 class _Sweep(Callback):
-    """Raises the rate after each step; ends when the loss has run away."""
+    """Raises the rate after each step; ends the fit when the loss diverges."""
 
     def __init__(self, start_lr: float, end_lr: float, num_steps: int) -> None:
         self.lrs: list[float] = []
@@ -73,12 +74,12 @@ class _Sweep(Callback):
         self.factor = (end_lr / start_lr) ** (1 / max(1, num_steps - 1))
         self.mean = 0.0
 
-    def _set(self, rate: float) -> None:
+    def _set_lr(self, rate: float) -> None:
         for group in self.ctx.opt.param_groups:
             group["lr"] = rate
 
     def on_fit_begin(self) -> None:
-        self._set(self.start_lr)
+        self._set_lr(self.start_lr)
 
     def on_train_batch_after_step(self) -> None:
         loss = float(self.ctx.loss[self.ctx.opt_name])
@@ -88,7 +89,7 @@ class _Sweep(Callback):
         self.lrs.append(self.start_lr * self.factor ** (done - 1))
         if done >= self.num_steps or not self.losses[-1] <= 4 * min(self.losses):
             raise EarlyStop
-        self._set(self.start_lr * self.factor**done)
+        self._set_lr(self.start_lr * self.factor**done)
 
 
 def lr_finder(
@@ -100,30 +101,30 @@ def lr_finder(
     num_steps: int = 100,
     dataloader_options: Mapping[str, Any] | None = None,
     seed: int | None = None,
-) -> LRFound:
-    """Train a fresh model briefly with a growing learning rate.
+) -> LRFinderResult:
+    """Train a new model briefly with a growing learning rate.
 
     Parameters
     ----------
     learner
-        With a single optimizer.
+        Learner with a single optimizer.
     data
         As in ``Learner.fit``.
     start_lr, end_lr : > 0
         First and last rate.
     num_steps : >= 1
-        Optimizer steps between them; fewer if the loss runs away.
+        Optimizer steps to take; fewer if the loss diverges.
     dataloader_options, seed
         As in ``Learner.fit``.
 
     Returns
     -------
-    LRFound
+    LRFinderResult
 
     Raises
     ------
     ValueError
-        If the rates are not in order.
+        If ``0 < start_lr < end_lr`` does not hold.
 
     References
     ----------
@@ -133,7 +134,7 @@ def lr_finder(
         msg = (
             f"lr_finder: expected 0 < start_lr < end_lr, got {start_lr!r}, {end_lr!r}."
         )
-        raise ValueError(f"{msg} Give for example 1e-7 and 1.")
+        raise ValueError(f"{msg} Pass for example 1e-7 and 1.")
     sweep = _Sweep(start_lr, end_lr, num_steps)
     learner.fit(
         data,
@@ -144,4 +145,4 @@ def lr_finder(
         seed=seed,
         tracker=False,
     )
-    return LRFound(lrs=sweep.lrs, losses=sweep.losses)
+    return LRFinderResult(lrs=sweep.lrs, losses=sweep.losses)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import harness
-from harness.range_test import LRFound
+from harness.range_test import LRFinderResult
 from tests.harness.fakes import line_learner, slope
 
 
@@ -37,7 +37,7 @@ def test_lr_finder_first_loss_is_that_of_the_untrained_model():
 
 
 def test_lr_finder_suggestion_is_where_the_loss_falls_fastest(tmp_path):
-    found = LRFound(lrs=[1e-3, 1e-2, 1e-1, 1.0], losses=[2.0, 1.9, 0.5, 3.0])
+    found = LRFinderResult(lrs=[1e-3, 1e-2, 1e-1, 1.0], losses=[2.0, 1.9, 0.5, 3.0])
     assert found.suggestion == 1e-2
     assert found.to_frame()["loss"].tolist() == found.losses
     found.plot(tmp_path / "lr.png")
