@@ -104,6 +104,13 @@ def move_folder(source: Path, target: Path) -> None:
     sync_folder(target.parent)
 
 
+def remove_folder(path: Path, *, aside: Path) -> None:
+    """Remove a folder; it is renamed to ``aside`` first, and never seen half removed."""
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
 def write_synced(path: Path, chunks: Iterable[Any]) -> None:
     """Write bytes-like chunks to a file and wait until they are on the disk."""
     with path.open("wb") as file:

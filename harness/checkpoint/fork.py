@@ -15,6 +15,7 @@ from harness.checkpoint.format import (
     read_part,
 )
 from harness.errors import CheckpointError
+from tracking.durable import replace_folder
 from tracking.fork import fork
 
 
@@ -81,11 +82,12 @@ def _at(folder: Path, run_id: str, step: int) -> Path:
 
 def _copy(place: Path, child: tracking.PastRun) -> None:
     """Copy a checkpoint into a run, as its own; in place by one rename."""
-    folder = child.path / "checkpoints"
-    temporary = folder / f".{place.name}.tmp"
-    shutil.copytree(place, temporary)
-    manifest = json.loads((temporary / MANIFEST).read_text(encoding="utf-8"))
-    manifest["run"] = {"id": child.id, "path": str(child.path.absolute())}
-    (temporary / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
-    check(temporary)
-    temporary.rename(folder / place.name)
+    target = child.path / "checkpoints" / place.name
+    # A fit of the child removes a folder of this name that a killed fork left.
+    unfinished = target.with_name(f".{place.name}.tmp")
+    with replace_folder(target, temporary=unfinished) as temporary:
+        shutil.copytree(place, temporary, dirs_exist_ok=True)
+        manifest = json.loads((temporary / MANIFEST).read_text(encoding="utf-8"))
+        manifest["run"] = {"id": child.id, "path": str(child.path.absolute())}
+        (temporary / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+        check(temporary)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import re
 import shutil
 import time
@@ -32,6 +31,12 @@ from torch import Tensor
 
 from harness.errors import CheckpointError
 from harness.pytree import DTYPES, restore
+from tracking.durable import (
+    move_folder,
+    remove_folder,
+    replace_file,
+    write_synced,
+)
 
 FORMAT = 1
 """Version of the folder."""
@@ -113,8 +118,8 @@ def write_part(
     }
     # By this file rank 0 knows that the part is whole.
     done = temporary / f"rank-{rank}.done"
-    _write_json(done.with_suffix(".tmp"), files)
-    done.with_suffix(".tmp").rename(done)
+    with replace_file(done) as fresh:
+        _write_json(fresh, files)
 
 
 def give_up(temporary: Path, rank: int) -> None:
@@ -152,9 +157,7 @@ def commit(temporary: Path, world_size: int, about: Mapping[str, Any]) -> Path:
             raise CheckpointError(f"{msg} Make space and check the file system.")
     manifest = {"format": FORMAT, "world_size": world_size, **about, "files": files}
     _write_json(temporary / MANIFEST, manifest)
-    _sync_folder(temporary)
-    temporary.rename(place)
-    _sync_folder(place.parent)
+    move_folder(temporary, place)
     return place
 
 
@@ -178,16 +181,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    digest, size = hashlib.sha256(), 0
-    with path.open("wb") as file:
-        chunks: Iterable[Any] = (len(text).to_bytes(8, "little"), text)
-        for chunk in chain(chunks, _bytes_of(tensors)):
-            file.write(chunk)
-            digest.update(chunk)
-            size += len(chunk)
-        file.flush()
-        os.fsync(file.fileno())
-    return {"bytes": size, "sha256": digest.hexdigest()}
+    start_of_file: Iterable[Any] = (len(text).to_bytes(8, "little"), text)
+    return _write_hashed(path, chain(start_of_file, _bytes_of(tensors)))
 
 
 def _bytes_of(tensors: Mapping[str, Tensor]) -> Iterator[Any]:
@@ -199,22 +194,23 @@ def _bytes_of(tensors: Mapping[str, Tensor]) -> Iterator[Any]:
 
 
 def _write_json(path: Path, value: Any) -> dict[str, Any]:
-    """Write JSON to the disk; gives its size and SHA-256."""
-    text = json.dumps(value, allow_nan=False).encode()
-    with path.open("wb") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    return {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
+    """Write JSON to the disk; returns its size and SHA-256."""
+    return _write_hashed(path, [json.dumps(value, allow_nan=False).encode()])
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make names in a folder durable."""
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
+def _write_hashed(path: Path, chunks: Iterable[Any]) -> dict[str, Any]:
+    """Write a file to the disk; returns its size and SHA-256."""
+    digest, size_bytes = hashlib.sha256(), 0
+
+    def hash_chunks() -> Iterator[Any]:
+        nonlocal size_bytes
+        for chunk in chunks:
+            digest.update(chunk)
+            size_bytes += len(chunk)
+            yield chunk
+
+    write_synced(path, hash_chunks())
+    return {"bytes": size_bytes, "sha256": digest.hexdigest()}
 
 
 # ---------------------------------------------------------------------- reading
@@ -234,11 +230,8 @@ def _serial(name: str) -> int:
 
 
 def remove(place: Path) -> None:
-    """Remove a checkpoint; its name goes first, so that a half removed one is not found."""
-    away = place.with_name(f".{place.name}.removed")
-    shutil.rmtree(away, ignore_errors=True)
-    place.rename(away)
-    shutil.rmtree(away, ignore_errors=True)
+    """Remove a checkpoint; ``begin`` finishes a removal that was killed."""
+    remove_folder(place, aside=place.with_name(f".{place.name}.removed"))
 
 
 def newest(folder: Path) -> tuple[Path | None, list[CheckpointError]]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from harness.errors import CheckpointError
+from tracking.durable import replace_folder
 
 FORMAT = 1
 """Version of the folder written by ``write_saved``."""
@@ -49,20 +48,10 @@ def write_saved(
     except TypeError as exc:
         msg = f"save({str(path)!r}): expected hparams and records as JSON, got: {exc}."
         raise CheckpointError(f"{msg} Use numbers, strings, lists and dicts.") from exc
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    aside = path.with_name(f".{path.name}.{os.getpid()}.earlier")
-    temporary.mkdir(parents=True)
-    try:
+    with replace_folder(path) as temporary:
         tensors = {name: value.contiguous().clone() for name, value in weights.items()}
         save_file(tensors, temporary / WEIGHTS)
         (temporary / ABOUT).write_text(text, encoding="utf-8")
-        if path.exists():
-            # Aside first: a kill at any moment leaves the earlier model or the new one.
-            path.rename(aside)
-        temporary.rename(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 def read_saved(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from harness.checkpoint.format import MANIFEST, check, read_part, write_tensors
 from harness.checkpoint.saved_model import ABOUT, read_saved
 from harness.errors import CheckpointError
 from harness.reshard.consolidated import STATE_ERRORS, ConsolidatedState
+from tracking.durable import replace_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,18 +55,14 @@ class WeightsReport:
 
 def save_weights(model: nn.Module, path: Path) -> None:
     """Write the state dict of a model into one safetensors file, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {
         name: value.detach().cpu().contiguous()
         for name, value in model.state_dict().items()
         if isinstance(value, Tensor)
     }
-    try:
+    with replace_file(path) as temporary:
         write_tensors(temporary, state)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def put_weights(model: nn.Module, path: Path, *, strict: bool = True) -> WeightsReport:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from harness.errors import CheckpointError, ExperimentError
 from harness.experiment import Experiment
 from harness.fitted import Fitted
 from harness.learner import load, seed_all
+from tracking.durable import replace_file
 
 MODEL = "model"
 """Folder of a run in which ``harness fit`` saves the trained model."""
@@ -130,22 +130,25 @@ def write_rows(pred: Tensor, path: Path) -> None:
     if not isinstance(pred, Tensor):
         msg = f"predict: expected a tensor from the model, got {type(pred).__name__}."
         raise ValueError(f"{msg} Predict in Python: Fitted.predict().")
-    array = pred.float().numpy() if pred.is_floating_point() else pred.numpy()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")
-    if path.suffix == ".npy":
-        np.save(temporary, array)
-    elif path.suffix in {".csv", ".parquet"}:
-        import pandas as pd  # noqa: PLC0415  slow to import
-
-        flat = array.reshape(len(array), -1)
-        frame = pd.DataFrame(flat, columns=[f"pred_{n}" for n in range(flat.shape[1])])
-        if path.suffix == ".csv":
-            frame.to_csv(temporary, index=False)
-        else:
-            frame.to_parquet(temporary)
-    else:
+    if path.suffix not in {".npy", ".csv", ".parquet"}:
         msg = (
             f"--to {str(path)!r}: expected .npy, .csv or .parquet, got {path.suffix!r}."
         )
         raise ValueError(f"{msg} Choose one of those.")
-    temporary.replace(path)
+    array = pred.float().numpy() if pred.is_floating_point() else pred.numpy()
+    with replace_file(path) as temporary:
+        if path.suffix == ".npy":
+            np.save(temporary, array)
+        else:
+            _write_frame(array, temporary)
+
+
+def _write_frame(array: np.ndarray[Any, Any], path: Path) -> None:
+    import pandas as pd  # noqa: PLC0415  slow to import
+
+    flat = array.reshape(len(array), -1)
+    frame = pd.DataFrame(flat, columns=[f"pred_{n}" for n in range(flat.shape[1])])
+    if path.suffix == ".csv":
+        frame.to_csv(path, index=False)
+    else:
+        frame.to_parquet(path)

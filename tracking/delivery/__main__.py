@@ -13,15 +13,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
 import gc
 import io
 import json
 import os
 import sys
-import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -34,6 +32,7 @@ from tracking.delivery.state import DeliveryState
 from tracking.delivery.summaries import write_summaries
 from tracking.delivery.thinning import check_options
 from tracking.delivery.worker import DeliveryWorker
+from tracking.durable import hold_lock
 from tracking.errors import TrackingError
 from tracking.mlflow_store.client import StoreClient, prepare_environment
 from tracking.mlflow_store.runs import RunResolver
@@ -72,7 +71,7 @@ def _deliver(
     path: Path, settings: Settings, patience_s: float | None, lock_wait_s: float
 ) -> int:
     """Deliver a run that is being written."""
-    with _locked(path, lock_wait_s) as is_ours:
+    with _hold_run(path, lock_wait_s) as is_ours:
         if not is_ours:
             return 0
         worker = _make_worker(path, settings, patience_s, is_thorough=False)
@@ -90,7 +89,7 @@ def _sync(
     """Deliver what MLflow lacks of a run, and tell."""
     told: dict[str, Any] = {"run": path.name}
     code = 1
-    with _locked(path, lock_wait_s) as is_ours:
+    with _hold_run(path, lock_wait_s) as is_ours:
         if is_ours:
             worker = _make_worker(path, settings, patience_s, is_thorough=True)
             code = _run(worker, path, lambda: lower_priority(0), settings.redact)
@@ -202,28 +201,15 @@ def _resolver(path: Path, settings: Settings) -> RunResolver:
     )
 
 
-@contextlib.contextmanager
-def _locked(path: Path, wait_s: float) -> Iterator[bool]:
-    """Be the one process that delivers a run; False if another goes on doing so.
+def _hold_run(path: Path, wait_s: float) -> contextlib.AbstractContextManager[bool]:
+    """Lock a run's delivery; gives False if another process keeps delivering it.
 
-    A process whose trainer ended may be about to leave while the run is resumed: it is
-    waited for a little. If it stays, it has seen the new trainer.
+    A process whose trainer ended may be about to exit while the run is resumed, so this
+    waits a little. If that process stays, it has seen the new trainer.
     """
     folder = path / "delivery"
     folder.mkdir(exist_ok=True)
-    deadline = time.monotonic() + wait_s
-    with (folder / "lock").open("a") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    yield False
-                    return
-                time.sleep(0.1)
-            else:
-                yield True
-                return
+    return hold_lock(folder / "lock", wait_s)
 
 
 def lower_priority(niceness: int) -> None:

@@ -6,8 +6,6 @@ threads get into the caller's.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import subprocess
 import tempfile
@@ -21,6 +19,7 @@ import pyarrow as pa
 
 from tracking.delivery.process import DeliveryProcess, delivery_command
 from tracking.delivery.state import DeliveryState, rows_behind
+from tracking.durable import hold_lock
 from tracking.errors import DeliveryError
 from tracking.read import PastRun
 from tracking.store import get_rank_dir, is_being_written
@@ -146,15 +145,11 @@ def wait_for_delivery(run_path: Path, timeout_s: float) -> bool:
 
 def is_being_delivered(run_path: Path) -> bool:
     """Whether a process delivers a run at this moment."""
-    with (
-        contextlib.suppress(OSError),
-        (run_path / "delivery" / "lock").open("a") as file,
-    ):
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+    try:
+        with hold_lock(run_path / "delivery" / "lock", timeout_s=0) as is_held:
+            return not is_held
+    except OSError:  # nothing was ever delivered
+        return False
 
 
 def _begun_again(run_path: Path) -> SyncResult | None:

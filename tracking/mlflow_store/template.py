@@ -9,13 +9,14 @@ put in place whole or not at all.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 import sqlite3
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from tracking.durable import hold_lock, replace_file
 
 
 def ensure_database(
@@ -48,11 +49,10 @@ def ensure_database(
     path.parent.mkdir(parents=True, exist_ok=True)
     template = cache / f"mlflow-{version}.db"
     if not template.exists():
-        fresh = template.with_suffix(f".{os.getpid()}")
-        fresh.unlink(missing_ok=True)
-        build(fresh)
-        _drop_experiments(fresh)
-        fresh.replace(template)
+        with replace_file(template) as fresh:
+            fresh.unlink(missing_ok=True)
+            build(fresh)
+            _drop_experiments(fresh)
     return _put(template, path)
 
 
@@ -67,8 +67,7 @@ def alone(cache: Path) -> Iterator[Path]:
     with contextlib.ExitStack() as stack:
         try:
             cache.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context((cache / "lock").open("a"))
-            fcntl.flock(lock, fcntl.LOCK_EX)  # dropped by the kernel if we die
+            stack.enter_context(hold_lock(cache / "lock"))
             folder = cache
         except OSError:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
