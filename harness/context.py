@@ -6,6 +6,7 @@ It holds state and has no training logic. Logged values go to ``records`` and to
 from __future__ import annotations
 
 import copy
+import operator
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -24,7 +25,7 @@ from harness.checkpoint.state import (
     extra_state,
     put_extra_state,
 )
-from harness.data.batch import input_of, target_of, with_input, with_target
+from harness.data.batch import input_of, num_rows, target_of, with_input, with_target
 from harness.errors import EarlyStop, Signal
 from harness.events import EVENTS, check_event, nearest
 from harness.pytree import named_leaves
@@ -135,6 +136,8 @@ class Context:
     loss_grad: Tensor | None  #: last loss with its graph
     _iter: int | None
     _batch: Any
+    _rows: int | None
+    _has_warned_of_rows: bool
     _opt: Any
     _opt_name: str | None
     _before_valid: BeforeValid | None
@@ -345,7 +348,8 @@ class Context:
         self._verbose, self._callbacks, self._listeners = False, (), {}
         self._optimizers = {}
         self.training, self.trained = False, 0
-        self._before_valid = None
+        self._before_valid = self._rows = None
+        self._has_warned_of_rows = False
         self.epoch = self._iter = self._batch = self.pred = None
         self.loss = self.loss_grad = self._opt = self._opt_name = None
 
@@ -586,7 +590,34 @@ class Context:
 
     @batch.setter
     def batch(self, new: Any) -> None:
-        self._batch = new
+        self._batch, self._rows = new, None
+
+    @property
+    def rows(self) -> int:
+        """Rows that the batch counts for in averages; set it to count tokens, for example."""
+        if self._rows is not None:
+            return self._rows
+        rows = num_rows(self.input, self.target, self.pred)
+        if rows is not None:
+            return rows
+        if not self._has_warned_of_rows:
+            self._has_warned_of_rows = True
+            kind = type(self._batch).__name__
+            msg = f"ctx.rows: expected tensors or lists in the batch, got {kind}."
+            advice = "Each batch counts as one row. Set ctx.rows in a step or callback."
+            warnings.warn(f"{msg} {advice}", stacklevel=2)
+        return 1
+
+    @rows.setter
+    def rows(self, new: int) -> None:
+        try:
+            rows = operator.index(new)
+        except TypeError:
+            rows = -1
+        if rows < 0:
+            msg = f"ctx.rows: expected a whole number >= 0, got {new!r}."
+            raise ValueError(f"{msg} Pass how many rows the batch counts for.")
+        self._rows = rows
 
     @property
     def input(self) -> Any:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from harness.context import Context, Handlers
-from harness.data.batch import detach
+from harness.data.batch import copy_by_value
 from harness.data.train_pass import TrainPass
 from harness.errors import EarlyStop, Interrupted, SkipEpoch
 from harness.pytree import map_tensors
 from harness.steps import call_model, default_step
+
+if TYPE_CHECKING:
+    from harness.accelerators.base import Accelerator
 
 
 def fit(ctx: Context) -> None:
@@ -93,9 +96,16 @@ def predict(ctx: Context) -> list[Any]:
             ctx.call_callbacks("on_predict_batch_begin")
             ctx.pred = own(ctx.input) if own else call_model(ctx.model, ctx.input)
             ctx.call_callbacks("on_predict_batch_end")
-            preds.append(map_tensors(detach(ctx.pred), ctx.accelerator.gather))
+            preds.append(gather_output(ctx.pred, ctx.accelerator))
         ctx.call_callbacks("on_predict_end")
     return preds
+
+
+def gather_output(pred: Any, accelerator: Accelerator) -> Any:
+    """Return a copy of a prediction, of all ranks, on the CPU."""
+    return map_tensors(
+        copy_by_value(pred), lambda tensor: accelerator.gather(tensor).cpu()
+    )
 
 
 def get_step(ctx: Context) -> Callable[[], object]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from harness.callback import Callback
-from harness.data.batch import num_rows
 from harness.metrics.sets import MetricSet
 from harness.metrics.split import SplitMetrics
 
@@ -44,7 +43,7 @@ class Metrics(Callback):
         ctx = self.ctx
         assert ctx.accelerator is not None
         # A rank without samples left gets a stand-in batch, which must not count.
-        rows = 0 if ctx.accelerator.counted == 0 else num_rows(ctx.batch)
+        rows = 0 if ctx.accelerator.counted == 0 else ctx.rows
         ctx.metrics[split].update(ctx.pred, ctx.target, ctx.loss, rows)
 
     def _log(self, split: str) -> None:

@@ -6,7 +6,6 @@ from time import perf_counter
 from typing import Any
 
 from harness.callback import Callback
-from harness.data.batch import num_rows
 
 
 class Profile(Callback):
@@ -31,7 +30,7 @@ class Profile(Callback):
 
     def _count(self) -> None:
         self._batches += 1
-        self._rows += num_rows(self.ctx.batch)
+        self._rows += self.ctx.rows
 
     def _log(self, split: str) -> None:
         took_s = perf_counter() - self._began

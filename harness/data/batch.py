@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from harness.pytree import items_of, map_tensors, with_items
+from harness.pytree import items_of, iter_tensors, map_tensors, with_items
 
 
 def input_of(batch: Any) -> Any:
     """The first item of a tuple or list; any other batch is itself the input."""
-    return batch[0] if isinstance(batch, tuple | list) else batch
+    return batch[0] if isinstance(batch, tuple | list) and batch else batch
 
 
 def target_of(batch: Any) -> Any:
@@ -33,15 +36,100 @@ def with_target(batch: Any, new: Any) -> list[Any]:
     return [input_of(batch), new, *rest]
 
 
-def num_rows(batch: Any) -> int:
-    """Rows in a batch: the first dim of its first tensor, 1 if there is none."""
-    if isinstance(batch, Tensor):
-        return batch.shape[0] if batch.dim() else 1
-    if isinstance(batch, tuple | list):
-        return num_rows(batch[0]) if batch else 1
-    if isinstance(batch, Mapping):
-        return num_rows(list(batch.values()))
-    return 1
+_SURE, _BY_LENGTH, _GUESS = range(3)
+"""How far a number of rows can be trusted."""
+
+_PLAIN = frozenset({str, bytes, int, float, bool, type(None)})
+
+
+def num_rows(input: Any, target: Any = None, pred: Any = None) -> int | None:
+    """Number of rows of a batch; None if it cannot be known.
+
+    Parameters
+    ----------
+    input, target
+        As from ``input_of`` and ``target_of``.
+    pred
+        Output of the model, if there is one.
+
+    Returns
+    -------
+    The first dim of the first tensor or array in target, input or prediction. If there is
+    none: the length of the first list or other sized object that is not text.
+
+    Notes
+    -----
+    Some collate functions return a list with one item for each row, for example images of
+    different sizes or dicts of boxes. Such a list counts by its length. A list of tensors
+    with the same dtype and the same first dim may be either rows or several inputs of one
+    batch, so it is used only if nothing else tells.
+    """
+    if type(target) is Tensor and target.dim():
+        return len(target)
+    found = [pair for value in (target, input, pred) for pair in _find_rows(value)]
+    return min(found, key=itemgetter(0))[1] if found else None
+
+
+def _find_rows(value: Any) -> Iterator[tuple[int, int]]:
+    """Possible numbers of rows, each after how far it can be trusted."""
+    items = items_of(value)
+    if isinstance(value, PackedSequence):
+        yield _SURE, int(value.batch_sizes[0])
+    elif _is_array(value):
+        if value.ndim:
+            yield _SURE, _first_dim(value)
+    elif items is None:
+        if _is_sized(value):
+            yield _BY_LENGTH, len(value)
+    elif found := _rows_of_list(value):
+        yield found
+    else:
+        for item in items:
+            yield from _find_rows(item)
+
+
+def _rows_of_list(value: Any) -> tuple[int, int] | None:
+    """Rows of a list as a whole; None to look at its items, or if it is not a list."""
+    if not value or not isinstance(value, tuple | list) or hasattr(value, "_fields"):
+        return None
+    if _PLAIN.issuperset(map(type, value)):
+        return _BY_LENGTH, len(value)
+    if all(map(_is_array, value)):
+        if len({(getattr(item, "dtype", None), item.ndim) for item in value}) > 1:
+            return None
+        dims = {_first_dim(item) for item in value}
+        is_one_batch = value[0].ndim > 0 and len(dims) == 1
+        return (_GUESS, dims.pop()) if is_one_batch else (_SURE, len(value))
+    names = {_names_of(item) for item in value}
+    if len(names) == 1 and names != {None}:
+        return _SURE, len(value)
+    if any(True for _ in iter_tensors(value)):
+        return None
+    return _BY_LENGTH, len(value)
+
+
+def _names_of(value: Any) -> tuple[Any, ...] | None:
+    """Keys of a mapping, or names of the fields of a named tuple or dataclass."""
+    if isinstance(value, Mapping):
+        return tuple(value)
+    if dataclasses.is_dataclass(value):
+        return tuple(field.name for field in dataclasses.fields(value))
+    return getattr(value, "_fields", None)
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, Tensor) or isinstance(getattr(value, "shape", None), tuple)
+
+
+def _first_dim(array: Any) -> int:
+    if not array.ndim:
+        return 0
+    # Of a nested tensor only the first size is known.
+    return int(array.size(0) if isinstance(array, Tensor) else array.shape[0])
+
+
+def _is_sized(value: Any) -> bool:
+    return hasattr(value, "__len__") and not isinstance(value, str | bytes | type)
 
 
 def move(batch: Any, device: torch.device) -> Any:
@@ -71,6 +159,22 @@ _WITHOUT_TO = frozenset({tuple, list, dict, str, int, float, bool, type(None)})
 def detach(value: Any) -> Any:
     """The value with its tensors detached from the graph, in the same form."""
     return map_tensors(value, Tensor.detach)
+
+
+def copy_by_value(value: Any) -> Any:
+    """A detached copy, which later changes of the original do not reach.
+
+    Whatever outlives its batch is held as a copy, because models, loaders and callbacks may
+    reuse their tensors.
+    """
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, np.ndarray):
+        return value.copy()
+    items = items_of(value)
+    if items is None:
+        return value
+    return with_items(value, [copy_by_value(item) for item in items])
 
 
 def join(outputs: Sequence[Any]) -> Any:

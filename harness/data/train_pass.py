@@ -17,6 +17,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from harness.data.batch import copy_by_value
 from harness.data.loaders import num_batches
 from harness.rng import (
     find_generators,
@@ -97,12 +98,16 @@ class TrainPass:
             if draws_between_batches(self._loader):
                 batches = _OwnRandomStream(batches)
             skip_batches(batches, self._num_done)
-            self._prefetched.extend(islice(batches, self._num_to_prefetch))
+            self._prefetch(batches, self._num_to_prefetch)
         if self._accelerator.accumulate == 1:
             return batches
         if num_batches(self._loader) is None:
             return self._prefetch_windows(batches)
         return self._count_windows(batches)
+
+    def _prefetch(self, batches: Iterator[Any], count: int) -> None:
+        """Fetch copies of the next batches; a loader may reuse its tensors."""
+        self._prefetched.extend(map(copy_by_value, islice(batches, count)))
 
     def _count_windows(self, batches: Iterator[Any]) -> Iterator[Any]:
         """Batches of a loader with a length; a resume may start inside a window."""
@@ -120,7 +125,7 @@ class TrainPass:
         """Batches of a loader without a length, fetched a window at a time."""
         while True:
             if not self._prefetched:
-                self._prefetched.extend(islice(batches, self._accelerator.accumulate))
+                self._prefetch(batches, self._accelerator.accumulate)
                 self._accelerator.window = len(self._prefetched)
             if not self._prefetched:
                 return

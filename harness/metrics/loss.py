@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from harness.data.batch import copy_by_value
+
 if TYPE_CHECKING:
     from harness.accelerators.base import Accelerator
 
@@ -37,12 +39,12 @@ class LossAverage:
         self._sums: dict[str, Tensor] = {}
 
     def update(self, losses: Any, rows: int) -> None:
-        """Add the losses of a batch of `rows` rows; a single tensor is named ``opt``."""
+        """Add copies of the losses of a batch of `rows` rows; a single tensor is ``opt``."""
         if not isinstance(losses, dict):
             losses = {"opt": losses}
         for name, loss in losses.items():
             waiting = self._waiting.setdefault(name, [])
-            waiting.append(loss.detach() if isinstance(loss, Tensor) else loss)
+            waiting.append(copy_by_value(loss))
             self._rows.setdefault(name, []).append(rows)
             if len(waiting) >= self.fold_at:
                 self._fold(name)
@@ -117,9 +119,8 @@ class FunctionAverage(Metric):
         self.add_state("total", zero.clone(), dist_reduce_fx="sum")
         self.add_state("rows", zero.clone(), dist_reduce_fx="sum")
 
-    def update(self, pred: Any, target: Any) -> None:
-        """Add the value of one batch."""
-        rows = len(target) if isinstance(target, Tensor) and target.dim() else 1
+    def update(self, pred: Any, target: Any, rows: int) -> None:
+        """Add the value of one batch of `rows` rows."""
         value = torch.as_tensor(self.function(pred, target), device=self.total.device)
         self.total += value.detach().double() * rows
         self.rows += rows

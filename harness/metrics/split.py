@@ -15,8 +15,8 @@ from torchmetrics.classification import (
     MulticlassStatScores,
 )
 
-from harness.data.batch import detach
-from harness.metrics.loss import LossAverage, as_metric
+from harness.data.batch import copy_by_value, detach
+from harness.metrics.loss import FunctionAverage, LossAverage, as_metric
 from harness.metrics.sets import MAX_NAMED
 from harness.metrics.state import (
     check_saved_metrics,
@@ -97,6 +97,9 @@ class SplitMetrics:
             name for name, item in self._metrics.items() if can_group(item)
         ]
         self._ungrouped = [name for name in self._metrics if name not in self._grouped]
+        self._keeps_batches = bool(self._grouped) or any(
+            map(has_sample_lists, self._metrics.values())
+        )
         self._waiting: list[tuple[Tensor, Tensor]] = []
         self._waiting_numel = 0
 
@@ -109,17 +112,18 @@ class SplitMetrics:
             metric.reset()
 
     def update(self, pred: Any, target: Any, losses: Any, rows: int) -> None:
-        """Add one batch; predictions and targets are detached."""
+        """Add one batch; what metrics keep of it are detached copies."""
         if losses is not None and losses != {}:
             self.loss.update(losses, rows)
         if not self._metrics:
             return
-        pred, target = detach(pred), detach(target)
+        take = copy_by_value if self._keeps_batches else detach
+        pred, target = take(pred), take(target)
         if rows == 0:
             self._update_without_rows(pred, target)
             return
         for name in self._ungrouped:
-            self._update_one(name, pred, target)
+            self._update_one(name, pred, target, rows)
         if self._grouped:
             self._enqueue(pred, target)
 
@@ -162,10 +166,14 @@ class SplitMetrics:
         for name in self._grouped:
             self._update_one(name, pred, target)
 
-    def _update_one(self, name: str, pred: Any, target: Any) -> None:
+    def _update_one(self, name: str, pred: Any, target: Any, rows: int = 0) -> None:
         """Update one metric; an exception gets a note with its name."""
+        metric = self._metrics[name]
         try:
-            self._metrics[name].update(pred, target)
+            if isinstance(metric, FunctionAverage):
+                metric.update(pred, target, rows)
+            else:
+                metric.update(pred, target)
         except Exception as exc:
             exc.add_note(f"in metric {name!r}")
             raise

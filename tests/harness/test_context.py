@@ -782,6 +782,39 @@ def test_target_set_changes_the_batch(ctx):
     assert list(ctx.batch) == ["x", "other", "weight"]
 
 
+def test_rows_are_those_of_the_batch_or_the_prediction(ctx):
+    ctx.batch = {"text": ["a", "b", "c"], "x": torch.zeros(3, 2)}
+    assert ctx.rows == 3
+    ctx.batch, ctx.pred = object(), torch.zeros(5)
+    assert ctx.rows == 5
+
+
+def test_rows_that_are_set_hold_for_one_batch(ctx):
+    ctx.batch = torch.zeros(3)
+    ctx.rows = torch.tensor(70)
+    assert ctx.rows == 70
+    ctx.input = torch.zeros(2)
+    assert ctx.rows == 70
+    ctx.batch = torch.zeros(4)
+    assert ctx.rows == 4
+
+
+@pytest.mark.parametrize("value", [-1, 1.5, "3", None, torch.tensor([1.0, 2.0])])
+def test_rows_that_are_no_count_are_refused(ctx, value):
+    with pytest.raises(
+        ValueError, match=r"ctx.rows: expected a whole number >= 0, got"
+    ):
+        ctx.rows = value
+
+
+def test_rows_that_cannot_be_known_warn_once(ctx):
+    ctx.batch = object()
+    with pytest.warns(UserWarning, match="ctx.rows: expected tensors or lists in the"):
+        assert ctx.rows == 1
+    ctx.batch = object()
+    assert ctx.rows == 1
+
+
 def test_input_of_a_lone_tensor_is_the_batch_itself(ctx):
     ctx.batch = torch.ones(3)
     assert ctx.input is ctx.batch

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.regression import MeanSquaredError
@@ -397,6 +397,35 @@ def test_module_may_be_a_function():
     assert fitted.predict(torch.ones(1)).item() == 4.0
 
 
+@pytest.mark.parametrize("is_text_first", [True, False])
+def test_averages_weight_batches_by_rows_whatever_comes_first(is_text_first):
+    class Rows(torch.utils.data.Dataset):
+        def __len__(self):
+            return 5
+
+        def __getitem__(self, row):
+            items = {"text": f"row {row}", "x": torch.full((1,), float(row))}
+            return items if is_text_first else dict(reversed(items.items()))
+
+    class Mean(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(1))
+
+        def forward(self, text, x):
+            return x + 0 * self.w
+
+    learner = harness.setup(
+        Mean,
+        loss=lambda pred, target: pred.mean(),
+        optimizer=torch.optim.SGD,
+        metrics={"mean": lambda pred, target: pred.mean()},
+    )
+    loader = DataLoader(Rows(), batch_size=4)
+    fitted = learner.fit(loader, 1, valid_data=loader, **OFF)
+    assert fitted.records["metrics"]["valid"] == [{"loss": 2.0, "mean": 2.0}]
+
+
 # --- epochs
 
 
@@ -764,6 +793,27 @@ def test_predict_joins_what_the_model_gives(name):
     found = fitted.predict(x, dataloader_options={"batch_size": 2})
     assert type(found) is type(expected(x))
     assert str(found) == str(expected(x))
+
+
+@pytest.mark.parametrize("name", ["tensor", "dict", "array"])
+def test_predict_keeps_outputs_by_value(name):
+    forms = {"tensor": lambda y: y, "dict": lambda y: {"y": y}, "array": Tensor.numpy}
+
+    class Reuses(Line):
+        """A model that writes each output into the same memory."""
+
+        def predict(self, x):
+            self.room = getattr(self, "room", torch.zeros(2))
+            return forms[name](self.room.copy_(x))
+
+    learner = harness.setup(Reuses, loss=nn.MSELoss(), optimizer=torch.optim.SGD)
+    fitted = learner.set_opt_hparams(lr=0.0).fit(slope(2), 1, **OFF)
+    found = fitted.predict(torch.arange(6.0), dataloader_options={"batch_size": 2})
+    found = found["y"] if name == "dict" else found
+    values = [
+        float(y) for batch in found for y in (batch if name == "array" else [batch])
+    ]
+    assert values == [0, 1, 2, 3, 4, 5]
 
 
 def test_predict_switches_dropout_off():

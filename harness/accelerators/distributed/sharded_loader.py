@@ -29,7 +29,7 @@ from torch.utils.data import (
 )
 
 from harness.accelerators.distributed.group import RankGroup
-from harness.data.batch import num_rows
+from harness.data.batch import input_of, num_rows, target_of
 from harness.data.loaders import unwrap_tensors
 
 CHUNK = 1 << 16
@@ -469,7 +469,7 @@ class _BatchSource:
         last: Any = None
         while True:
             batch = next(own, None)
-            counts = ranks.gather_counts(-1 if batch is None else num_rows(batch))
+            counts = ranks.gather_counts(-1 if batch is None else _count_rows(batch))
             alive = [rank for rank, count in enumerate(counts) if count >= 0]
             if not alive:
                 return
@@ -489,3 +489,9 @@ class _BatchSource:
     def _own_batches(self) -> Iterator[Any]:
         """The rank's own of every ``world_size`` batches."""
         return islice(self._loader, self._ranks.rank, None, self._ranks.world_size)
+
+
+def _count_rows(batch: Any) -> int:
+    """Rows of a batch before the model has seen it; 1 if they cannot be known."""
+    rows = num_rows(input_of(batch), target_of(batch))
+    return 1 if rows is None else rows

@@ -4,11 +4,13 @@ from collections import OrderedDict, namedtuple
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.utils.rnn import pack_sequence
 
 from harness.data.batch import (
+    copy_by_value,
     detach,
     input_of,
     join,
@@ -83,23 +85,84 @@ def test_with_target_replaces_the_second_item_or_adds_it(batch, found):
 
 # --- rows
 
+T = torch.zeros
+IMAGES, SIZED_IMAGES = [T(3, 8, 8)] * 5, [T(3, n, 8) for n in range(1, 6)]
+BOXES = [{"boxes": T(2, 4), "labels": T(2)}] * 5
+
+
+class Opaque:
+    """A batch object that tells nothing."""
+
+
+class Sized:
+    def __len__(self) -> int:
+        return 6
+
 
 @pytest.mark.parametrize(
     ("batch", "rows"),
     [
-        (torch.zeros(3, 2), 3),
-        (torch.tensor(1.0), 1),
-        ((torch.zeros(3), torch.zeros(3)), 3),
-        ([(torch.zeros(4), torch.zeros(2)), torch.zeros(4)], 4),
-        ({"ids": torch.zeros(5, 7)}, 5),
-        (({"ids": torch.zeros(5, 7)}, torch.zeros(5)), 5),
-        ("text", 1),
-        ((), 1),
-        ({}, 1),
+        (T(3, 2), 3),
+        ((T(3), T(3)), 3),
+        ([(T(4), T(2)), T(4)], 4),
+        ({"ids": T(5, 7)}, 5),
+        (({"ids": T(5, 7)}, T(5)), 5),
+        # text first
+        ({"text": ["a"] * 4, "x": T(4, 1)}, 4),
+        (({"text": "one", "x": T(4, 1)}, None), 4),
+        ((["a", "b"], T(2)), 2),
+        # the target decides
+        ((T(6, 2), T(12)), 12),
+        ((T(3), torch.tensor(1.0)), 3),
+        ((T(3, 2), {"a": T(3), "b": T(3, 5)}), 3),
+        ((T(3, 2), (T(3), T(3, 5))), 3),
+        ((T(3, 2), (480, 640)), 3),
+        ((T(3, 2), Graph(T(3))), 3),
+        # one item for each row
+        ((IMAGES, T(5)), 5),
+        ((IMAGES, [1, 2, 3, 4, 5]), 5),
+        ((IMAGES, ["a", "b", "c", "d", "e"]), 5),
+        ((IMAGES, BOXES), 5),
+        ((tuple(IMAGES), tuple(BOXES)), 5),
+        ((IMAGES, [Graph(T(2))] * 5), 5),
+        ([[T(2), T(3), T(4)]], 3),
+        ([[torch.tensor(1.0)] * 6], 6),
+        (([["a"], ["b", "c"]], None), 2),
+        # several inputs of one batch
+        (([T(4, 2), T(4, 2)], None), 4),
+        ((T(7, 2), torch.zeros(2, 9, dtype=torch.int64)), 2),
+        (((T(7, 2), torch.zeros(2, 9, dtype=torch.int64)), None), 7),
+        ((Pair(T(4), T(4)), None), 4),
+        # other objects
+        (np.zeros((3, 2)), 3),
+        (Sized(), 6),
+        ((pack_sequence([T(5), T(3)]), None), 2),
+        ((T(0, 3), T(0)), 0),
     ],
+    ids=str,
 )
-def test_num_rows_is_that_of_the_first_tensor(batch, rows):
-    assert num_rows(batch) == rows
+def test_num_rows_finds_the_rows_of_a_batch(batch, rows):
+    assert num_rows(input_of(batch), target_of(batch)) == rows
+
+
+@pytest.mark.parametrize(
+    "batch", ["text", (), {}, None, Opaque(), 3, torch.tensor(1.0), (Opaque(), "a")]
+)
+def test_num_rows_that_cannot_be_known_is_none(batch):
+    assert num_rows(input_of(batch), target_of(batch)) is None
+
+
+@pytest.mark.parametrize("input", [Opaque(), IMAGES, None])
+def test_num_rows_asks_the_prediction_last(input):
+    assert num_rows(input, None, {"loss": torch.tensor(1.0), "logits": T(5, 2)}) == 5
+    assert num_rows(T(4, 2), None, T(7)) == 4
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_num_rows_of_nested_tensors():
+    for layout in (torch.strided, torch.jagged):
+        nested = torch.nested.nested_tensor([T(2), T(3)], layout=layout)
+        assert num_rows(nested) == 2
 
 
 # --- moving and detaching
@@ -149,6 +212,21 @@ def test_detach_takes_tensors_off_the_graph_in_any_form():
     assert not any(tensor.requires_grad for tensor in tensors)
     assert x.requires_grad
     assert packed.data.requires_grad
+
+
+# --- copies
+
+
+def test_copy_by_value_shares_no_memory():
+    x, array = torch.ones(2, requires_grad=True), np.ones(2)
+    found = copy_by_value({"x": [x], "graph": Graph(x), "array": array, "text": "a"})
+    with torch.no_grad():
+        x.zero_()
+    array[:] = 0
+    assert found["x"][0].tolist() == found["graph"].nodes.tolist() == [1, 1]
+    assert not found["x"][0].requires_grad
+    assert found["array"].tolist() == [1, 1]
+    assert found["text"] == "a"
 
 
 # --- joining outputs

@@ -68,6 +68,18 @@ def test_start_without_accumulation_fetches_nothing_ahead() -> None:
     assert data.asked == 1
 
 
+def test_start_keeps_a_window_of_batches_by_value() -> None:
+    class Reuses:
+        """A loader without a length that fills one tensor again and again."""
+
+        def __iter__(self) -> Iterator[list[torch.Tensor]]:
+            room = torch.zeros(1)
+            for number in range(5):
+                yield [room.fill_(number)]
+
+    assert windows(Reuses(), 2) == [(0, 2), (1, 2), (2, 2), (3, 2), (4, 1)]
+
+
 @pytest.mark.parametrize("done", range(11))
 @pytest.mark.parametrize("is_sized", [True, False])
 def test_start_in_the_middle_gives_the_batches_and_windows_that_are_left(

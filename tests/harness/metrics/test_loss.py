@@ -95,3 +95,11 @@ def test_loss_average_reset_removes_all_losses():
     average.update({"opt": torch.tensor(9.0)}, 1)
     average.reset()
     assert average.compute() == {}
+
+
+def test_loss_average_keeps_losses_by_value():
+    average, loss = LossAverage(), torch.zeros(())
+    for number in (1.0, 2.0, 3.0):
+        average.update({"opt": loss.fill_(number)}, 1)
+    loss.zero_()
+    assert average.compute() == 2.0

@@ -58,6 +58,15 @@ def test_function_is_averaged_by_rows():
     assert metrics.compute() == {"mae": 2.0}
 
 
+@pytest.mark.parametrize("target", [None, ["a", "b", "c"], torch.tensor(0.0)])
+def test_function_is_averaged_by_the_rows_that_are_given(target):
+    # 1 over 3 rows and 5 over 1 row: (3 + 5) / 4 = 2
+    metrics = split_metrics({"mean": lambda pred, target: pred["x"].mean()})
+    metrics.update({"x": torch.ones(3)}, target, None, 3)
+    metrics.update({"x": torch.full((1,), 5.0)}, target, None, 1)
+    assert metrics.compute() == {"mean": 2.0}
+
+
 def test_function_may_return_a_number():
     metrics = split_metrics({"rows": lambda pred, target: len(pred)})
     metrics.update(torch.ones(3), torch.zeros(3), None, 3)
@@ -227,6 +236,30 @@ def test_groups_detach_predictions():
     metrics.update(torch.ones(2, requires_grad=True) * 2, torch.ones(2), None, 2)
     ((pred, _),) = metrics.state_dict()["waiting"]
     assert not pred.requires_grad
+
+
+def test_what_metrics_keep_is_held_by_value():
+    class Keeps(Metric):
+        """A metric of the user's that lists what it gets."""
+
+        def __init__(self):
+            super().__init__()
+            self.add_state("seen", [], dist_reduce_fx="cat")
+
+        def update(self, pred, target):
+            self.seen.append(pred["all"][0])
+
+        def compute(self):
+            return torch.cat(self.seen)
+
+    one, other = split_metrics([MeanSquaredError()]), split_metrics({"k": Keeps()})
+    pred, target = torch.zeros(2), torch.zeros(2)
+    for number in (1.0, 2.0):
+        one.update(pred.fill_(number), target.fill_(0.0), None, 2)
+        other.update({"all": [pred]}, target, None, 2)
+    pred.zero_(), target.fill_(9.0)
+    assert one.compute() == {"mean_squared_error": 2.5}  # (1 + 1 + 4 + 4) / 4
+    assert list(other.compute()["k"].values()) == [1, 1, 2, 2]
 
 
 def test_groups_are_bounded_in_size():
