@@ -1,111 +1,144 @@
-"""What a recorded run can do again: resume, evaluate, predict."""
+"""The commands ``evaluate`` and ``predict``, which use the model that a run trained."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from torch import Tensor
+import click
 
-from harness.data.loaders import split_data
-from harness.errors import CheckpointError, ExperimentError
-from harness.experiment import Experiment
-from harness.fitted import Fitted
-from harness.learner import load, seed_all
+from harness.cli.train import (
+    MODEL,
+    load_experiment,
+    parse_recorded_fit,
+    working_folder_of,
+)
+from tracking.cli.commands import json_option, open_run, runs_dir_option
 from tracking.durable import replace_file
 
-MODEL = "model"
-"""Folder of a run in which ``harness fit`` saves the trained model."""
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from harness.experiment import Experiment
+    from harness.fitted import Fitted
+    from tracking import PastRun
 
 
-def fit_arguments(command: Sequence[str], run_id: str) -> list[str]:
-    """Arguments of the ``harness fit`` that a run recorded.
+@click.command()
+@click.argument("run")
+@runs_dir_option
+@json_option
+def evaluate(run: str, runs_dir: Path | None, as_json: bool) -> None:
+    """Evaluate the model of RUN on its test or validation data."""
+    past = open_run(run, runs_dir)
+    with working_folder_of(past):
+        experiment = reload_experiment(past)
+        data = get_test_data(experiment)
+        fitted = load_fitted(past, experiment)
+    found = experiment.learner.evaluate(fitted, data, verbose=False)
+    values = found.records["metrics"]["valid"][0]
+    click.echo(json.dumps(values) if as_json else str(found))
 
-    Raises
-    ------
-    ExperimentError
-        If the run was started otherwise.
+
+@click.command()
+@click.argument("run")
+@click.argument("data", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--to", required=True, type=click.Path(dir_okay=False, path_type=Path),
+              help="File to write to.")  # fmt: skip
+@runs_dir_option
+def predict(run: str, data: Path, to: Path, runs_dir: Path | None) -> None:
+    """Predict the rows of DATA with the model of RUN.
+
+    DATA and the file to write are .npy, .csv or .parquet files.
     """
-    words = list(command)
-    for place, word in enumerate(words):
-        if (
-            word == "fit"
-            and place > 0
-            and Path(words[place - 1]).stem in {"harness", "cli"}
-        ):
-            return words[place + 1 :]
-    shown = " ".join(words)[:120]
-    msg = f"run {run_id!r}: expected a command 'harness fit ...', got {shown!r}."
-    raise ExperimentError(f"{msg} Run that script again; AutoResume lets it go on.")
+    past = open_run(run, runs_dir)
+    rows = read_rows(data)
+    with working_folder_of(past):
+        fitted = load_fitted(past, reload_experiment(past))
+    write_rows(fitted.predict(rows, verbose=False), to)
+    click.echo(f"{len(rows)} rows -> {to}")
 
 
-def without_option(arguments: Sequence[str], *names: str) -> list[str]:
-    """The arguments without options that take one value."""
-    kept, skip = [], False
-    for word in arguments:
-        name, equals, _ = word.partition("=")
-        if skip:
-            skip = False
-        elif name in names:
-            skip = not equals
-        else:
-            kept.append(word)
-    return kept
+# ------------------------------------------------------------------- what ran before
 
 
-def fitted_of(path: Path, experiment: Experiment) -> Fitted:
-    """What a run trained, with the learner of its experiment.
+def reload_experiment(past: PastRun) -> Experiment:
+    """Build the experiment of a run again, from its recorded command."""
+    options = parse_recorded_fit(past, [])
+    return load_experiment(options.pop("target"), options)
+
+
+def load_fitted(past: PastRun, experiment: Experiment) -> Fitted:
+    """Load the model that a run trained.
 
     Raises
     ------
     CheckpointError
         If the run has no trained model.
     """
-    place = path / MODEL
+    from harness.errors import CheckpointError  # noqa: PLC0415  next to learner
+    from harness.learner import load  # noqa: PLC0415  imports torch
+
+    place = past.path.absolute() / MODEL
     if not place.is_dir():
-        msg = f"run {path.name!r}: expected a trained model in {str(place)!r}, found none."
-        raise CheckpointError(f"{msg} Finish it with 'harness resume {path.name}'.")
+        msg = (
+            f"run {past.id!r}: expected a trained model in {str(place)!r}, found none."
+        )
+        raise CheckpointError(f"{msg} Finish the run with 'harness resume {past.id}'.")
     return load(place, experiment.learner.module)
 
 
-def test_data_of(experiment: Experiment) -> Any:
-    """Data to evaluate on: for tests, else the validation data of the fit.
+def get_test_data(experiment: Experiment) -> Any:
+    """Test data of an experiment; its validation data if it has none.
 
     Raises
     ------
     ExperimentError
         If the experiment has neither, or split its data without a seed.
     """
+    from harness.data.loaders import split_data  # noqa: PLC0415  imports torch
+    from harness.errors import ExperimentError  # noqa: PLC0415  next to learner
+    from harness.learner import seed_all  # noqa: PLC0415  imports torch
+
     if experiment.test_data is not None:
         return experiment.test_data
-    held = experiment.valid_data
-    if held is None:
+    valid_data = experiment.valid_data
+    if valid_data is None:
         msg = "evaluate: expected test_data or valid_data in the experiment, got none."
         raise ExperimentError(f"{msg} Add test_data to the Experiment.")
-    if not isinstance(held, float):
-        return held
+    if not isinstance(valid_data, float):
+        return valid_data
     if experiment.seed is None:
-        msg = "evaluate: expected a seed, got none, so the split cannot be made again."
+        msg = "evaluate: expected a seed, got none, so the split cannot be repeated."
         raise ExperimentError(f"{msg} Give the Experiment a seed, or test_data.")
     seed_all(experiment.seed)
-    return split_data(experiment.data, held)[1]
+    return split_data(experiment.data, valid_data)[1]
 
 
-def read_rows(path: Path) -> Tensor:
-    """Rows to predict, of a ``.npy``, ``.csv`` or ``.parquet`` file.
+# --------------------------------------------------------------------------- files
+
+
+def read_rows(path: Path) -> torch.Tensor:
+    """Read the rows of a ``.npy``, ``.csv`` or ``.parquet`` file.
+
+    Returns
+    -------
+    (rows, ...), int64 or float32
 
     Raises
     ------
     ValueError
-        If the file is of another kind or holds no numbers.
+        If the file has another suffix or holds something else than numbers.
     """
+    import numpy as np  # noqa: PLC0415  keeps --help quick
+    import torch  # noqa: PLC0415  keeps --help quick
+
     if path.suffix == ".npy":
         array = np.load(path, allow_pickle=False)
     elif path.suffix in {".csv", ".parquet"}:
-        import pandas as pd  # noqa: PLC0415  slow to import
+        import pandas as pd  # noqa: PLC0415  keeps --help quick
 
         read = pd.read_csv if path.suffix == ".csv" else pd.read_parquet
         array = read(path).to_numpy()
@@ -114,26 +147,28 @@ def read_rows(path: Path) -> Tensor:
         raise ValueError(f"{msg} Convert the file.")
     if array.dtype.kind not in "biuf":
         msg = f"predict({str(path)!r}): expected numbers, got {array.dtype}."
-        raise ValueError(f"{msg} Leave out other columns.")
-    is_whole = array.dtype.kind in "iu"
-    return torch.as_tensor(array, dtype=torch.int64 if is_whole else torch.float32)
+        raise ValueError(f"{msg} Remove the other columns.")
+    is_integer = array.dtype.kind in "iu"
+    return torch.as_tensor(array, dtype=torch.int64 if is_integer else torch.float32)
 
 
-def write_rows(pred: Tensor, path: Path) -> None:
+def write_rows(pred: Any, path: Path) -> None:
     """Write predictions as ``.npy``, or flattened to columns as ``.csv`` or ``.parquet``.
 
     Raises
     ------
     ValueError
-        If `path` has another suffix, or the model gives no tensor.
+        If `path` has another suffix, or the prediction is not a tensor.
     """
-    if not isinstance(pred, Tensor):
+    import numpy as np  # noqa: PLC0415  keeps --help quick
+    import torch  # noqa: PLC0415  keeps --help quick
+
+    if not isinstance(pred, torch.Tensor):
         msg = f"predict: expected a tensor from the model, got {type(pred).__name__}."
         raise ValueError(f"{msg} Predict in Python: Fitted.predict().")
     if path.suffix not in {".npy", ".csv", ".parquet"}:
-        msg = (
-            f"--to {str(path)!r}: expected .npy, .csv or .parquet, got {path.suffix!r}."
-        )
+        suffix = path.suffix
+        msg = f"--to {str(path)!r}: expected .npy, .csv or .parquet, got {suffix!r}."
         raise ValueError(f"{msg} Choose one of those.")
     array = pred.float().numpy() if pred.is_floating_point() else pred.numpy()
     with replace_file(path) as temporary:
@@ -144,7 +179,7 @@ def write_rows(pred: Tensor, path: Path) -> None:
 
 
 def _write_frame(array: np.ndarray[Any, Any], path: Path) -> None:
-    import pandas as pd  # noqa: PLC0415  slow to import
+    import pandas as pd  # noqa: PLC0415  keeps --help quick
 
     flat = array.reshape(len(array), -1)
     frame = pd.DataFrame(flat, columns=[f"pred_{n}" for n in range(flat.shape[1])])

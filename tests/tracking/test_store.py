@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 import pytest
 
 import tracking
-from tracking.cli.overview import overview
+from tracking.cli.describe import describe_run
 from tracking.errors import InvalidFileError, RunNotFoundError
 from tracking.store import (
     FAILURE,
@@ -219,7 +219,10 @@ def test_rank_that_failed_tells_why_where_rank_0_could_not(ranks):
     first._journal.close()  # as a kill leaves it: no word in the manifest
     past = tracking.open(first.path)
     assert past.status == "failed"
-    assert overview(past)["error"] == {"type": "ValueError", "message": "boom (rank 1)"}
+    assert describe_run(past)["error"] == {
+        "type": "ValueError",
+        "message": "boom (rank 1)",
+    }
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
@@ -247,7 +250,7 @@ def test_resumed_run_removes_failures(ranks, tmp_path):
         pass
     past = tracking.open(first.path)
     assert past.status == "finished"
-    assert overview(past)["error"] is None
+    assert describe_run(past)["error"] is None
     assert past.manifest.resumed[0]["status"] == "failed"
 
 

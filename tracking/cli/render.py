@@ -1,4 +1,4 @@
-"""What commands print: tables for a terminal, JSON for programs, runs in words."""
+"""Print results: tables for a terminal, JSON for programs, one line per run."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ import click
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from tracking.verify.verify import Verification
 
-def new_table(*columns: str) -> Table:
-    """An empty table."""
-    from rich.box import SIMPLE_HEAD  # noqa: PLC0415 (20 ms)
-    from rich.table import Table  # noqa: PLC0415 (20 ms)
+
+def make_table(*columns: str) -> Table:
+    """Make an empty table."""
+    from rich.box import SIMPLE_HEAD  # noqa: PLC0415  takes 20 ms
+    from rich.table import Table  # noqa: PLC0415  takes 20 ms
 
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for column in columns:
@@ -26,8 +28,8 @@ def new_table(*columns: str) -> Table:
 
 
 def print_table(table: Table) -> None:
-    """Print a table as wide as the terminal; in a pipe, as wide as it is."""
-    from rich.console import Console  # noqa: PLC0415 (20 ms)
+    """Print a table, at the width of the terminal; in a pipe, at its full width."""
+    from rich.console import Console  # noqa: PLC0415  takes 20 ms
 
     console = Console(markup=False, highlight=False)
     if not console.is_terminal:
@@ -36,16 +38,15 @@ def print_table(table: Table) -> None:
 
 
 def print_json(value: Any) -> None:
-    """Print JSON; what it cannot hold, such as NaN, as a string."""
-    click.echo(json.dumps(_plain(value), indent=2, ensure_ascii=False))
+    """Print JSON; values that JSON cannot hold, such as NaN, become strings."""
+    click.echo(json.dumps(_to_json(value), indent=2, ensure_ascii=False))
 
 
-def _plain(value: Any) -> Any:
-    """A value in JSON's terms."""
+def _to_json(value: Any) -> Any:
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): _to_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [_to_json(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if value is None or isinstance(value, bool | int | float | str):
@@ -53,112 +54,146 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
-def facts(found: dict[str, Any]) -> Table:
-    """What is known of a run, a line each."""
-    git, mlflow = found["git"] or {}, found["mlflow"] or {}
-    started, took = when(found)
+def make_runs_table(runs: Iterable[dict[str, Any]]) -> Table:
+    """One row for each run, from ``summarize_run``."""
+    table = make_table("run", "status", "experiment", "started", "duration", "MLflow")
+    for run in runs:
+        table.add_row(
+            run["id"],
+            run["status"],
+            run["experiment"] or "",
+            format_time(run["created"]),
+            format_duration(run["duration_s"]),
+            format_behind(run["behind"]),
+        )
+    return table
+
+
+def make_details_table(run: dict[str, Any]) -> Table:
+    """One line for each thing known about a run, from ``describe_run``."""
+    git, mlflow = run["git"] or {}, run["mlflow"] or {}
     lines = {
-        "run": found["id"],
-        "name": found["name"],
-        "status": found["status"],
-        "error": ": ".join((found["error"] or {}).values()),
-        "experiment": found["experiment"],
-        "note": found["note"],
-        "started": f"{started} on {found['host']}",
-        "took": took,
-        "resumed": len(found["resumed"]) or "",
-        "command": " ".join(found["command"]),
-        "in": found["cwd"],
-        "code": " ".join(str(git[k]) for k in ("commit", "branch") if git.get(k)),
-        "changed": "yes" if git.get("dirty") else "",
-        "records": f"{found['rows']} rows in {found['path']}",
+        "run": run["id"],
+        "name": run["name"],
+        "status": run["status"],
+        "error": ": ".join((run["error"] or {}).values()),
+        "experiment": run["experiment"],
+        "note": run["note"],
+        "started": f"{format_time(run['created'])} on {run['host']}",
+        "duration": format_duration(run["duration_s"]),
+        "resumed": f"{len(run['resumed'])} times" if run["resumed"] else "",
+        "command": " ".join(run["command"]),
+        "folder": run["cwd"],
+        "commit": " ".join(str(git[k]) for k in ("commit", "branch") if git.get(k)),
+        "changes": "uncommitted, see code.diff" if git.get("dirty") else "",
+        "records": f"{run['rows']} rows in {run['path']}",
         "damage": "\n".join(
-            f"{one['rows_lost']} rows lost in {one['file']} at {one['offset']}: "
-            f"{one['reason']}"
-            for one in found["damage"]
+            f"{damage['rows_lost']} rows lost in {damage['file']} at "
+            f"{damage['offset']}: {damage['reason']}"
+            for damage in run["damage"]
         ),
-        "MLflow": left(found["behind"]),
-        "why": mlflow.get("error"),
+        "MLflow": format_behind(run["behind"]),
+        "MLflow error": mlflow.get("error"),
         "page": mlflow.get("page") or (mlflow and "harness ui"),
     }
-    table = new_table("", "")
+    table = make_table("", "")
     table.show_header = False
-    for word, text in lines.items():
+    for label, text in lines.items():
         if text:
-            table.add_row(word, str(text))
+            table.add_row(label, str(text))
     return table
 
 
-def values(found: dict[str, Any], title: str) -> Table:
-    """Params, or metrics with their last and extreme values."""
-    if title == "param":
-        table = new_table(title, "value")
-        for key, value in found.items():
-            table.add_row(key, word(value))
-        return table
-    table = new_table(title, "last", "least", "greatest", "values")
-    for key, one in found.items():
-        words = (word(one[name]) for name in ("last", "min", "max", "count"))
-        table.add_row(key, *words)
+def make_params_table(params: dict[str, Any]) -> Table:
+    """One row for each param."""
+    table = make_table("param", "value")
+    for name, value in params.items():
+        table.add_row(name, format_value(value))
     return table
 
 
-def when(found: dict[str, Any]) -> tuple[str, str]:
-    """When a run started, in local time, and how long it took."""
-    created, took = found["created"], found["duration_s"]
-    started = ""
-    if created:
-        started = f"{datetime.fromisoformat(created).astimezone():%Y-%m-%d %H:%M:%S}"
-    if took is None:
-        return started, ""
-    minutes, seconds = divmod(took, 60)
+def make_metrics_table(metrics: dict[str, dict[str, Any]]) -> Table:
+    """One row for each metric, with its last and extreme values."""
+    columns = ("last", "min", "max", "count")
+    table = make_table("metric", *columns)
+    for name, values in metrics.items():
+        table.add_row(name, *(format_value(values[column]) for column in columns))
+    return table
+
+
+def make_comparison_table(runs: list[dict[str, Any]]) -> Table:
+    """Params that differ between runs, and the last value of every metric."""
+    table = make_table("", *(run["id"] for run in runs))
+    for name in _collect_keys(run["params"] for run in runs):
+        texts = [format_value(run["params"].get(name, "")) for run in runs]
+        if len(set(texts)) > 1:
+            table.add_row(name, *texts)
+    for name in _collect_keys(run["metrics"] for run in runs):
+        last = [run["metrics"].get(name, {}).get("last", "") for run in runs]
+        table.add_row(name, *map(format_value, last))
+    return table
+
+
+def _collect_keys(dicts: Iterable[dict[str, Any]]) -> list[str]:
+    """Keys of several dictionaries, in order of first appearance."""
+    return list(dict.fromkeys(key for one in dicts for key in one))
+
+
+def format_value(value: Any) -> str:
+    """Format a param or metric for a table."""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def format_time(moment: str) -> str:
+    """Format a time in ISO 8601 as local time; empty if it is unknown."""
+    if not moment:
+        return ""
+    return f"{datetime.fromisoformat(moment).astimezone():%Y-%m-%d %H:%M:%S}"
+
+
+def format_duration(duration_s: float | None) -> str:
+    """Format a duration as ``12.3 s`` or ``1:02:03``; empty if it is unknown."""
+    if duration_s is None:
+        return ""
+    minutes, seconds = divmod(duration_s, 60)
     if not minutes:
-        return started, f"{seconds:.1f} s"
+        return f"{seconds:.1f} s"
     hours, minutes = divmod(int(minutes), 60)
-    return started, f"{hours}:{minutes:02d}:{int(seconds):02d}"
+    return f"{hours}:{minutes:02d}:{int(seconds):02d}"
 
 
-def left(behind: int | None) -> str:
-    """How far MLflow is behind, in words."""
+def format_behind(behind: int | None) -> str:
+    """Describe how many rows MLflow is missing."""
     if behind is None:
         return "not delivered"
-    return f"{behind} rows to go" if behind else "all there"
+    return f"{behind} rows to send" if behind else "delivered"
 
 
-def synced(done: dict[str, Any]) -> str:
-    """What sync did for a run, in a line."""
-    if done["phase"] == "done":
+def format_sync(done: dict[str, Any]) -> str:
+    """Describe in one line what sync did for a run."""
+    run, phase = done["run"], done["phase"]
+    if phase == "done":
         sent = f"{done['sent']} rows sent, " if done["sent"] else ""
-        return f"{done['run']}: {sent}MLflow has all {done['present']}"
-    if done["phase"] == "gave up":
-        return f"{done['run']}: {done['behind']} rows still to go: {done['error']}"
-    word = {"busy": "is being delivered", "started": "is being delivered again"}
-    return f"{done['run']}: {word[done['phase']]}, {done['behind']} rows to go"
+        return f"{run}: {sent}MLflow has all {done['present']}"
+    if phase == "gave up":
+        return f"{run}: {done['behind']} rows still to send: {done['error']}"
+    status = {"busy": "delivery is running", "started": "delivery was restarted"}
+    return f"{run}: {status[phase]}, {done['behind']} rows to send"
 
 
-def verified(found: Any) -> dict[str, Any]:
-    """A comparison in JSON's terms."""
+def verification_to_json(result: Verification) -> dict[str, Any]:
+    """Convert the result of ``verify`` to plain values."""
     return {
-        "run": found.run,
-        "is_equal": found.is_equal,
-        "message": found.message(),
-        "mismatches": [vars(mismatch) for mismatch in found.mismatches],
-        "notes": found.notes,
-        "num_rows": found.num_rows,
+        "run": result.run,
+        "is_equal": result.is_equal,
+        "message": result.message(),
+        "mismatches": [vars(mismatch) for mismatch in result.mismatches],
+        "notes": result.notes,
+        "num_rows": result.num_rows,
     }
 
 
-def told(found: Any) -> list[str]:
-    """What a comparison found, a line each; nothing if all is equal."""
-    notes = [f"note: {found.run}: {note}" for note in found.notes]
-    return notes + [str(mismatch) for mismatch in found.mismatches]
-
-
-def keys(found: Iterable[dict[str, Any]]) -> list[str]:
-    """Keys of several dictionaries, in order of first appearance."""
-    return list(dict.fromkeys(key for one in found for key in one))
-
-
-def word(value: Any) -> str:
-    """A value as it stands in a table."""
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+def format_verification(result: Verification) -> str:
+    """Lines for the notes and mismatches of ``verify``; empty if all is equal."""
+    notes = [f"note: {result.run}: {note}" for note in result.notes]
+    return "".join(f"{line}\n" for line in [*notes, *result.mismatches])

@@ -18,7 +18,7 @@ from harness.accelerators.distributed.watchdog import find_launchers
 from harness.checkpoint.format import checkpoints, newest
 from tests.harness.accelerators import refusals
 from tests.harness.accelerators.launches import ROOT, Launches, free_port, started
-from tracking.cli.overview import overview
+from tracking.cli.describe import describe_run
 
 FAULTY = Path(__file__).with_name("faulty.py")
 
@@ -148,7 +148,7 @@ def test_one_rank_raises_in_a_fit_and_the_run_is_failed(start: object) -> None:
     (folder,) = (run.folder / "runs").iterdir()
     past = tracking.open(folder)
     error = {"type": "ValueError", "message": "boom on purpose (rank 1)"}
-    assert (past.status, overview(past)["error"]) == ("failed", error)
+    assert (past.status, describe_run(past)["error"]) == ("failed", error)
 
 
 def test_one_rank_that_cannot_gather_the_weights_leaves_the_checkpoints(

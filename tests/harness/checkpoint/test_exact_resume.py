@@ -269,7 +269,7 @@ def check_command(folder: Path, signum: int) -> None:
     options = ("--set", f"signum={signum}", "--no-deliver", "--quiet")
     asked = command(folder / "broken", "fit", "exp.py:experiment", *options)
     assert asked.returncode == 128 + signum, asked.stderr
-    found = re.search(r"go on with: harness resume (\S+)", asked.stderr)
+    found = re.search(r"resume with: harness resume (\S+)", asked.stderr)
     assert found is not None
     assert tracking.open(found[1], folder / "broken" / "runs").status == "killed"
     resumed = command(folder / "broken", "resume", found[1])

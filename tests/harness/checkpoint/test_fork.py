@@ -130,7 +130,7 @@ def test_fork_command_makes_the_run_and_names_it(
     child = tracking.open(json.loads(done.output)["run"], tmp_path)
     assert child.manifest.extra["forked_from"]["run"] == parent.id
     shown = CliRunner().invoke(main, words)
-    assert "go on with: harness resume " in shown.output
+    assert "resume with: harness resume " in shown.output
     refused = CliRunner().invoke(main, [*words[:4], "8", *words[5:]])
     assert refused.exit_code == 1
     assert "expected a step with a checkpoint, got 8" in refused.output

@@ -116,7 +116,7 @@ def test_show_tells_how_far_mlflow_is_behind_and_why(call, record):
     manifest.write(run.path)
     run.log_curve(5)
     run.run.finish()
-    assert "10 rows to go" in call("runs", "show", run.run.id).output
+    assert "10 rows to send" in call("runs", "show", run.run.id).output
     assert json.loads(call("runs", "list", "--json").output)[0]["behind"] == 10
 
 
@@ -234,7 +234,7 @@ def test_sync_without_a_server_tells_what_is_left(call, two, monkeypatch):
         port = probe.getsockname()[1]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
     result = call("sync", two[0].id, "--patience", "0", code=1)
-    assert result.output.startswith(f"{two[0].id}: 12 rows still to go: ")
+    assert result.output.startswith(f"{two[0].id}: 12 rows still to send: ")
     assert "refused" in result.output
 
 

@@ -1,4 +1,4 @@
-"""A run in a few words and numbers, as commands show it."""
+"""Describe a run as plain values, for tables and JSON."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from tracking.read import PastRun
 from tracking.store import get_first_error, list_rank_dirs
 
 
-def brief(run: PastRun) -> dict[str, Any]:
-    """What a list of runs tells of one."""
+def summarize_run(run: PastRun) -> dict[str, Any]:
+    """Values that ``harness runs list`` shows of a run."""
     manifest = run.manifest
     state = DeliveryState.read(run.path)
     return {
@@ -20,25 +20,24 @@ def brief(run: PastRun) -> dict[str, Any]:
         "status": run.status,
         "experiment": manifest.experiment,
         "created": manifest.created,
-        "duration_s": duration_s(run),
-        "behind": behind(run, state),
+        "duration_s": _measure_duration_s(run),
+        "behind": _count_rows_behind(run, state),
         "path": str(run.path),
     }
 
 
-def overview(run: PastRun) -> dict[str, Any]:
-    """All that `harness runs show` tells.
+def describe_run(run: PastRun) -> dict[str, Any]:
+    """Values that ``harness runs show`` shows of a run.
 
     Returns
     -------
-    what `brief` has, and ``note, error, command, cwd, host, git, resumed, params, tags,
-    metrics, rows, ranks, damage, mlflow``
+    the values of ``summarize_run``, and ``note, error, command, cwd, host, git, resumed,
+    params, tags, metrics, rows, ranks, damage, mlflow``
     """
     manifest = run.manifest
     state = DeliveryState.read(run.path)
-    table = run.records()
     return {
-        **brief(run),
+        **summarize_run(run),
         "note": manifest.note,
         "error": get_first_error(run.path, manifest),
         "command": manifest.command,
@@ -49,7 +48,7 @@ def overview(run: PastRun) -> dict[str, Any]:
         "params": run.params,
         "tags": run.tags,
         "metrics": run.summary(),
-        "rows": table.num_rows,
+        "rows": run.records().num_rows,
         "ranks": len(list_rank_dirs(run.path)),
         "damage": [
             {
@@ -60,12 +59,12 @@ def overview(run: PastRun) -> dict[str, Any]:
             }
             for damage in run.damage
         ],
-        "mlflow": _mlflow(state),
+        "mlflow": _describe_delivery(state),
     }
 
 
-def duration_s(run: PastRun) -> float | None:
-    """Seconds from the start to the end, or to now; None if nobody knows the end."""
+def _measure_duration_s(run: PastRun) -> float | None:
+    """Seconds from start to end, or to now while it runs; None if the end is unknown."""
     manifest = run.manifest
     if not manifest.created:
         return None
@@ -77,15 +76,14 @@ def duration_s(run: PastRun) -> float | None:
     return None
 
 
-def behind(run: PastRun, state: DeliveryState | None) -> int | None:
-    """Rows that MLflow lacks; None if the run is not delivered at all."""
+def _count_rows_behind(run: PastRun, state: DeliveryState | None) -> int | None:
+    """Rows that MLflow has not received; None if the run is not delivered at all."""
     if state is None and not run.manifest.deliver:
         return None
     return rows_behind(run.path, state or DeliveryState())
 
 
-def _mlflow(state: DeliveryState | None) -> dict[str, Any] | None:
-    """Where a run is in MLflow."""
+def _describe_delivery(state: DeliveryState | None) -> dict[str, Any] | None:
     if state is None:
         return None
     return {

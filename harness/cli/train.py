@@ -1,0 +1,276 @@
+"""The commands ``fit``, ``resume`` and ``launch``, and the experiment that they train."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tracking.cli.commands import open_run, runs_dir_option
+
+if TYPE_CHECKING:
+    from harness.experiment import Experiment
+    from harness.fitted import Fitted
+    from tracking import PastRun
+
+MODEL = "model"
+"""Folder of a run in which ``harness fit`` saves the trained model."""
+
+
+def _parse_pairs(
+    _: Any, option: click.Parameter, pairs: tuple[str, ...]
+) -> dict[str, str]:
+    """Convert ``NAME=VALUE`` pairs to a dict; a usage error where there is no ``=``."""
+    found = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            msg = f"expected NAME=VALUE, got {pair!r}."
+            raise click.BadParameter(msg, param=option)
+        found[name] = value
+    return found
+
+
+# ----------------------------------------------------------------------- commands
+
+
+@click.command()
+@click.argument("target", metavar="FILE.py:NAME | MODULE:NAME")
+@click.option("--set", "sets", multiple=True, callback=_parse_pairs, metavar="NAME=VALUE",
+              help="Argument of the function NAME; can be repeated.")  # fmt: skip
+@click.option("--opt", "opts", multiple=True, callback=_parse_pairs, metavar="NAME=VALUE",
+              help="Optimizer option, e.g. lr=0.01; can be repeated.")  # fmt: skip
+@click.option("--config", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+              help="YAML file with arguments; --set overrides it.")  # fmt: skip
+@click.option("--epochs", help="Number of epochs, or MIN,MAX.")
+@click.option("--name", help="Name of the run.")
+@click.option("--experiment", help="MLflow experiment of the run.")
+@click.option("--seed", type=int, help="Seed of all random generators.")
+@runs_dir_option
+@click.option("--no-track", is_flag=True, help="Do not record the run.")
+@click.option("--no-deliver", is_flag=True,
+              help="Send nothing to MLflow; 'harness sync' can send it later.")  # fmt: skip
+@click.option("--checkpoint-every", type=click.IntRange(min=1), metavar="STEPS",
+              help="Also save a checkpoint every STEPS steps.")  # fmt: skip
+@click.option("--keep-checkpoints", type=click.IntRange(min=1), default=1,
+              show_default=True, metavar="N", help="Number of checkpoints to keep.")  # fmt: skip
+@click.option("--no-checkpoints", is_flag=True, help="Save no checkpoints.")
+@click.option("--resume", metavar="RUN", help="Continue this run.")
+@click.option("--strict", is_flag=True,
+              help="With --resume: refuse changes in code, data or versions.")  # fmt: skip
+@click.option("--quiet", is_flag=True, help="Show no progress.")
+def fit(target: str, **options: Any) -> None:
+    """Train the experiment that NAME describes.
+
+    NAME is an Experiment, or a function that returns one. A checkpoint is saved after
+    each epoch and on Ctrl-C; 'harness resume RUN' continues from it.
+    """
+    fitted = train(load_experiment(target, options), options)
+    if is_main():
+        click.echo(str(fitted))
+    if fitted.signum is not None:
+        if is_main():
+            click.echo(f"resume with: harness resume {fitted.run_id}", err=True)
+        sys.exit(128 + fitted.signum)
+
+
+@click.command()
+@click.argument("run")
+@click.option("--strict", is_flag=True,
+              help="Refuse changes in code, data or versions.")  # fmt: skip
+@runs_dir_option
+@click.pass_context
+def resume(ctx: click.Context, run: str, strict: bool, runs_dir: Path | None) -> None:
+    """Resume RUN from its last checkpoint, with its recorded command."""
+    past = open_run(run, runs_dir)
+    with working_folder_of(past):
+        options = ["--resume", str(past.path.absolute())]
+        options += ["--runs-dir", str(past.path.parent.absolute())]
+        options += ["--strict"] if strict else []
+        ctx.invoke(fit, **parse_recorded_fit(past, options))
+
+
+@click.command(
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True}
+)
+@click.option("--num-gpus", type=click.IntRange(min=1), help="Ranks per machine.")
+@click.option("--num-nodes", type=click.IntRange(min=1), help="Number of machines.")
+@click.option("--hostfile", type=click.Path(path_type=Path),
+              help="File with one line 'name slots=N' per machine.")  # fmt: skip
+@click.option("--master-port", type=int, help="Port of rank 0.")
+@click.option("--verbose-launcher", is_flag=True,
+              help="Show the output of DeepSpeed's launcher.")  # fmt: skip
+@click.argument("target", metavar="FILE.py:NAME | MODULE:NAME")
+@click.pass_context
+def launch(ctx: click.Context, /, target: str, **options: Any) -> None:
+    """Train on several GPUs or machines by DeepSpeed's launcher.
+
+    All other options are passed on to 'harness fit'.
+    """
+    from harness.accelerators.distributed.launcher import build_launch_command  # noqa: PLC0415  imports torch
+    from harness.accelerators.distributed.launcher import launch as start  # noqa: PLC0415  imports torch
+
+    is_verbose = options.pop("verbose_launcher")
+    arguments = ["-m", "harness.cli", "fit", target, *ctx.args]
+    try:
+        command = build_launch_command(arguments, verbose=is_verbose, **options)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    sys.exit(start(command))
+
+
+def is_main() -> bool:
+    """Whether this rank is the one that prints and saves."""
+    from harness.accelerators.distributed.environment import read_launch  # noqa: PLC0415  imports torch
+
+    return read_launch().rank == 0
+
+
+def train(experiment: Experiment, options: dict[str, Any]) -> Fitted:
+    """Fit an experiment with the options of ``harness fit``, and save the model."""
+    from harness.callbacks import ModelCheckpoint, ResumeFromCheckpoint  # noqa: PLC0415  imports torch
+
+    callbacks = list(experiment.callbacks)
+    if options["resume"] is not None:
+        checkpoints = (
+            open_run(options["resume"], options["runs_dir"]).path / "checkpoints"
+        )
+        callbacks.append(ResumeFromCheckpoint(checkpoints, strict=options["strict"]))
+    if not (options["no_track"] or options["no_checkpoints"]):
+        callbacks.append(
+            ModelCheckpoint(
+                every_n_steps=options["checkpoint_every"],
+                keep_last=options["keep_checkpoints"],
+            )
+        )
+    tracker: dict[str, Any] | bool = {
+        "runs_dir": options["runs_dir"],
+        "delivery": not options["no_deliver"],
+    }
+    if options["no_track"]:
+        tracker = False
+    experiment = replace(experiment, callbacks=callbacks)
+    fitted = experiment.fit(verbose=not options["quiet"], tracker=tracker)
+    if fitted.run_path is not None and fitted.signum is None and is_main():
+        fitted.save(fitted.run_path / MODEL)
+    return fitted
+
+
+# ----------------------------------------------------------------- the experiment
+
+
+def load_experiment(target: str, options: dict[str, Any]) -> Experiment:
+    """Build the experiment, and apply the options of ``harness fit`` to it."""
+    from harness.errors import ExperimentError  # noqa: PLC0415  next to experiment
+    from harness.experiment import (  # noqa: PLC0415  imports torch
+        build_experiment,
+        load_target,
+        parse_literal,
+    )
+
+    arguments = {**_read_config(options["config"]), **options["sets"]}
+    try:
+        experiment = build_experiment(load_target(target), arguments)
+    except ExperimentError as error:
+        raise click.UsageError(str(error)) from error
+    if options["opts"]:
+        opts = {name: parse_literal(value) for name, value in options["opts"].items()}
+        experiment = experiment.set_opt_hparams(**opts)
+    changes = {
+        "name": options["name"],
+        "mlflow_experiment": options["experiment"],
+        "seed": options["seed"],
+        "epochs": _parse_epochs(options["epochs"]),
+    }
+    given = {key: value for key, value in changes.items() if value is not None}
+    return replace(experiment, **given)
+
+
+def _read_config(path: Path | None) -> dict[str, Any]:
+    """Read the arguments in a YAML file."""
+    if path is None:
+        return {}
+    import yaml  # noqa: PLC0415  keeps --help quick
+
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        msg = f"--config {path}: expected YAML, got: {error}."
+        raise click.UsageError(msg) from error
+    if not isinstance(found, dict):
+        msg = f"--config {path}: expected arguments by name, got {found!r}."
+        raise click.UsageError(f"{msg} Write lines like 'hidden: 128'.")
+    return found
+
+
+def _parse_epochs(text: str | None) -> int | tuple[int, int] | None:
+    """Convert ``10`` or ``5,10`` to numbers."""
+    if text is None:
+        return None
+    try:
+        low, *high = (int(part) for part in text.split(","))
+        return (low, *high) if len(high) == 1 else low  # type: ignore[return-value]
+    except ValueError:
+        msg = f"--epochs: expected a number or MIN,MAX, got {text!r}."
+        raise click.UsageError(f"{msg} Write for example --epochs 10.") from None
+
+
+# ------------------------------------------------------------ the recorded command
+
+
+@contextmanager
+def working_folder_of(past: PastRun) -> Iterator[None]:
+    """Work in the folder that a run was started in, if that still exists."""
+    current, recorded = Path.cwd(), Path(past.manifest.cwd)
+    if recorded.is_dir():
+        os.chdir(recorded)
+    try:
+        yield
+    finally:
+        os.chdir(current)
+
+
+def parse_recorded_fit(past: PastRun, options: list[str]) -> dict[str, Any]:
+    """Parse the recorded arguments of ``fit``; `options` replace --resume and --runs-dir."""
+    recorded = find_fit_arguments(past.manifest.command, past.id)
+    arguments = remove_options(recorded, "--resume", "--runs-dir") + options
+    parent = click.get_current_context()
+    return dict(fit.make_context("fit", arguments, parent).params)
+
+
+def find_fit_arguments(command: Sequence[str], run_id: str) -> list[str]:
+    """Arguments of ``harness fit`` in the command that a run recorded.
+
+    Raises
+    ------
+    click.UsageError
+        If the run was started by another command.
+    """
+    for place, word in enumerate(command):
+        if word == "fit" and place > 0:
+            program = Path(command[place - 1]).stem
+            if program in {"harness", "cli"}:
+                return list(command[place + 1 :])
+    shown = " ".join(command)[:120]
+    msg = f"run {run_id!r}: expected a command 'harness fit ...', got {shown!r}."
+    raise click.UsageError(f"{msg} Run that script again; AutoResume continues it.")
+
+
+def remove_options(arguments: Sequence[str], *names: str) -> list[str]:
+    """Remove options that take one value."""
+    kept, skip = [], False
+    for word in arguments:
+        name, equals, _ = word.partition("=")
+        if skip:
+            skip = False
+        elif name in names:
+            skip = not equals
+        else:
+            kept.append(word)
+    return kept

@@ -1,0 +1,179 @@
+"""Training by command: options, signals, and resuming."""
+
+from __future__ import annotations
+
+import signal
+
+import click
+import pytest
+
+import tracking
+from harness.cli.train import find_fit_arguments, remove_options
+
+
+def test_fit_untracked_takes_set_opt_and_epochs(call, folder):
+    done = call(
+        "fit", "exp_cli.py:experiment", "--no-track", "--set", "hidden=5", "--quiet",
+        "--opt", "lr=0.5", "--epochs", "1,2", "--seed", "7",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert "Fitted Net, 26 parameters, 2 epochs" in done.output
+    assert not (folder / "runs").exists()
+
+
+def test_fit_config_file_is_overruled_by_set(call, folder):
+    (folder / "own.yaml").write_text("hidden: 3\npause: 0\n")
+    words = [
+        "fit",
+        "exp_cli:experiment",
+        "--no-track",
+        "--quiet",
+        "--config",
+        "own.yaml",
+    ]
+    assert "16 parameters" in call(*words).output
+    assert "21 parameters" in call(*words, "--set", "hidden=4").output
+
+
+USAGE = {
+    "unknown file": (["fit", "nothing.py:experiment"], "got 'nothing.py'"),
+    "unknown name": (["fit", "exp_cli.py:experimnt"], "Did you mean 'experiment'"),
+    "unknown parameter": (
+        ["fit", "exp_cli.py:experiment", "--set", "hiden=3"],
+        "Did you mean 'hidden'",
+    ),
+    "no value": (["fit", "exp_cli.py:experiment", "--set", "hidden"], "NAME=VALUE"),
+    "wrong type": (["fit", "exp_cli.py:experiment", "--set", "hidden=x"], "got 'x'"),
+    "epochs": (["fit", "exp_cli.py:experiment", "--epochs", "ten"], "got 'ten'"),
+    "unknown run": (["resume", "nowhere"], "nowhere"),
+    "run to resume": (["fit", "exp_cli.py:experiment", "--resume", "no"], "'no'"),
+}
+
+
+@pytest.mark.parametrize("case", USAGE)
+def test_wrong_usage_ends_with_2_and_one_clear_line(call, case, folder):
+    words, text = USAGE[case]
+    done = call(*words)
+    assert done.exit_code == 2
+    assert text in done.output.splitlines()[-1]
+    assert not (folder / "runs").exists()
+
+
+def test_fit_failing_in_mid_epoch_ends_with_1_and_keeps_the_record(call, folder):
+    words = ["--set", "way=error", "--quiet", "--no-deliver", "--name", "broken"]
+    done = call("fit", "exp_cli.py:experiment", *words)
+    assert done.exit_code == 1
+    (line,) = done.output.splitlines()
+    assert line == (
+        "error: ArithmeticError: no such number "
+        "(in Breaks.on_train_batch_begin, epoch 2, iter 2, training)"
+    )
+    past = tracking.open("broken")
+    assert past.status == "failed"
+    loss = past.records(what="metrics", set="train", name="loss")
+    assert loss["index"].to_pylist() == [1]
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_fit_interrupted_ends_with_130_and_a_run_marked_killed(call, times, folder):
+    words = ["--set", f"way={times}", "--quiet", "--no-deliver", "--name", "stopped"]
+    before = signal.getsignal(signal.SIGINT)
+    done = call("fit", "exp_cli.py:experiment", *words)
+    assert done.exit_code == 130
+    assert ("resume with: harness resume" in done.output) == (times == 1)
+    past = tracking.open("stopped")
+    assert past.status == "killed"
+    loss = past.records(what="metrics", set="train", name="loss")
+    assert loss["index"].to_pylist() == [1]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_fit_names_go_into_the_run(call, folder):
+    words = ["--name", "mine", "--experiment", "lines", "--epochs", "1", "--no-deliver"]
+    assert call("fit", "exp_cli.py:experiment", *words, "--quiet").exit_code == 0
+    (past,) = tracking.list_runs()
+    assert (past.name, past.manifest.experiment) == ("mine", "lines")
+    assert past.params["epochs"] == 1
+
+
+def test_fit_shows_epochs_unless_quiet(call, folder):
+    words = ["fit", "exp_cli.py:experiment", "--no-track", "--epochs", "2"]
+    shown = [line.split()[:2] for line in call(*words).stderr.splitlines()]
+    assert shown == [["epoch", "1/2"], ["epoch", "2/2"]]
+    assert call(*words, "--quiet").stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [("[1, 2]", "expected arguments by name, got [1, 2]"), ("a: [", "expected YAML")],
+)
+def test_fit_config_file_that_holds_no_arguments_ends_with_2(call, text, match, folder):
+    (folder / "own.yaml").write_text(text)
+    done = call("fit", "exp_cli.py:experiment", "--config", "own.yaml", "--no-track")
+    assert done.exit_code == 2
+    assert match in done.output
+
+
+def test_fit_optimizer_option_that_does_not_exist_ends_with_one_line(call, folder):
+    words = ["--no-track", "--quiet", "--opt", "momentun=0.9"]
+    done = call("fit", "exp_cli.py:experiment", *words)
+    assert done.exit_code == 1
+    (line,) = done.output.splitlines()
+    assert line.startswith("error: ")
+    assert "momentun" in line
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        (signal.SIGINT, 130),
+        pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow),
+    ],
+)
+def test_fit_signal_in_mid_epoch_keeps_the_record_and_resumes_exactly(
+    call, start, number, code, folder
+):
+    words = ["--set", "pause=0.15", "--name", "stopped", "--no-deliver"]
+    with start("fit", "exp_cli.py:experiment", *words) as child:
+        assert child.stderr is not None
+        for line in child.stderr:
+            if line == "in epoch 3\n":
+                break
+        child.send_signal(number)
+        shown = child.stderr.read()
+        assert child.wait(60) == code
+    assert "interrupted in epoch 3" in shown
+    assert "resume with: harness resume" in shown
+    past = tracking.open("stopped", runs_dir="runs")
+    assert past.status == "killed"
+    loss = past.records(what="metrics", set="train", name="loss")
+    assert loss["index"].to_pylist() == [1, 2]
+    assert past.damage == []
+
+    assert call("resume", "stopped").exit_code == 0
+    whole = [
+        "fit", "exp_cli.py:experiment", "--set", "pause=0", "--name", "whole", "--quiet",
+        "--no-deliver",
+    ]  # fmt: skip
+    assert call(*whole).exit_code == 0
+    found = [
+        past.records(what="metrics")
+        .select(["set", "name", "index", "value"])
+        .to_pylist()
+        for past in (past, tracking.open("whole", runs_dir="runs"))
+    ]
+    assert found[0] == found[1]
+    assert len(found[0]) == 8
+
+
+def test_find_fit_arguments_of_another_command_is_a_usage_error():
+    command = ["python", "-m", "harness.cli", "fit", "exp.py:x", "--epochs", "2"]
+    assert find_fit_arguments(command, "r") == ["exp.py:x", "--epochs", "2"]
+    with pytest.raises(click.UsageError, match=r"run 'r': .* got 'python fit\.py'"):
+        find_fit_arguments(["python", "fit.py"], "r")
+
+
+def test_remove_options_takes_their_values_too():
+    arguments = ["a", "--resume", "x", "--epochs=3", "--runs-dir=y", "b"]
+    kept = remove_options(arguments, "--resume", "--runs-dir")
+    assert kept == ["a", "--epochs=3", "b"]
