@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import doctest
 import importlib
 import json
@@ -22,6 +23,7 @@ from harness.cli import main as cli
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(\w+)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+PLACE = re.compile(r"`((?:harness|tracking)/[\w/]*(?:\.py|/))(?:::([\w.]+))?`")
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 
 
@@ -97,6 +99,30 @@ def test_command_says_what_it_does(command: str) -> None:
 def test_public_name_is_documented(name: str) -> None:
     text = "\n".join(path.read_text() for path in PAGES)
     assert re.search(rf"`{re.escape(name)}`|## `{re.escape(name)}`", text)
+
+
+def defined_names(path: Path) -> set[str]:
+    """Classes, functions and methods of a module, such as `Run` and `Run.log`."""
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            found.add(node.name)
+            inner = node.body if isinstance(node, ast.ClassDef) else []
+            methods = [item for item in inner if isinstance(item, ast.FunctionDef)]
+            found |= {f"{node.name}.{method.name}" for method in methods}
+    return found
+
+
+def test_architecture_names_what_exists() -> None:
+    mentioned = PLACE.findall(page("architecture.md"))
+    assert len(mentioned) > 30
+    missing = [
+        f"{path}::{name}"
+        for path, name in mentioned
+        if not (ROOT / path).exists()
+        or (name and name not in defined_names(ROOT / path))
+    ]
+    assert missing == []
 
 
 def test_stale_block_is_named(tmp_path: Path) -> None:
