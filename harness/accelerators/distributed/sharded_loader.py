@@ -73,7 +73,7 @@ def assign_rows(total: int, size: int, rank: int, world_size: int) -> tuple[int,
 
     Examples
     --------
-    >>> [deal(7, 3, rank, 3) for rank in range(3)]
+    >>> [assign_rows(7, 3, rank, 3) for rank in range(3)]
     [(0, 3), (3, 2), (5, 2)]
     """
     assert 1 <= total <= size * world_size
