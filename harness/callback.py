@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from harness.events import check_event
+from harness.pytree import StateDict
 
 if TYPE_CHECKING:
     from harness.context import Context
@@ -45,7 +46,7 @@ class Callback:
     weight: float = 0
     ctx: Context
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
         for name in vars(cls):
             if name.startswith("on_"):
@@ -72,9 +73,9 @@ class Callback:
         warning, because the result must reach the caller.
         """
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Return what a checkpoint keeps: numbers, strings, tensors, lists and dicts."""
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Restore what ``state_dict`` returned."""

@@ -16,10 +16,12 @@ from typing import Any
 
 from harness.accelerators.base import Accelerator
 from harness.callback import Callback
+from harness.data.loaders import Data
 from harness.errors import ExperimentError
 from harness.events import nearest
 from harness.fitted import Fitted
 from harness.learner import Learner
+from harness.run_binding import Tracker
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,15 +43,15 @@ class Experiment:
     """
 
     learner: Learner
-    data: Any
-    valid_data: Any = None
-    test_data: Any = None
+    data: Data
+    valid_data: Data = None
+    test_data: Data = None
     epochs: int | tuple[int, int] = 10
     callbacks: Iterable[Callback] = ()
     name: str | None = None
     mlflow_experiment: str | None = None
     seed: int | None = None
-    dataloader_options: Mapping[str, Any] | None = None
+    dataloader_options: Mapping[str, object] | None = None
     accelerator: Accelerator | None = None
 
     def __post_init__(self) -> None:
@@ -58,11 +60,11 @@ class Experiment:
             msg = f"Experiment(learner): expected a Learner, got {self.learner!r}."
             raise TypeError(f"{msg} Create one with harness.setup().")
 
-    def set_opt_hparams(self, **opt_hparams: Any) -> Experiment:
+    def set_opt_hparams(self, **opt_hparams: object) -> Experiment:
         """Return an experiment with more keyword arguments for its optimizers."""
         return replace(self, learner=self.learner.set_opt_hparams(**opt_hparams))
 
-    def fit(self, *, verbose: bool | None = None, tracker: Any = None) -> Fitted:
+    def fit(self, *, verbose: bool | None = None, tracker: Tracker = None) -> Fitted:
         """Train; `verbose` and `tracker` as in ``Learner.fit``."""
         if tracker is None or isinstance(tracker, Mapping):
             own = {"name": self.name, "experiment": self.mlflow_experiment}

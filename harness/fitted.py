@@ -11,6 +11,7 @@ from torch import nn
 
 from harness.checkpoint.saved_model import write_saved
 from harness.checkpoint.weights import WeightsReport, put_weights, save_weights
+from harness.data.loaders import Data
 from harness.records import Records, metrics_frame
 
 if TYPE_CHECKING:
@@ -78,8 +79,8 @@ class Fitted:
     model: nn.Module
     records: Records
     learner: Learner = field(repr=False)
-    hparams: Mapping[str, Any]
-    opt_hparams: Mapping[str, Any]
+    hparams: Mapping[str, object]
+    opt_hparams: Mapping[str, object]
     run_id: str | None = None
     run_path: Path | None = None
     signum: int | None = None
@@ -111,11 +112,11 @@ class Fitted:
         figure: Figure = curves(rows, path)
         return figure
 
-    def evaluate(self, data: Any, **options: Any) -> Evaluation:
+    def evaluate(self, data: Data, **options: Any) -> Evaluation:
         """Compute losses and metrics on `data`; options as in ``Learner.evaluate``."""
         return self.learner.evaluate(self, data, **options)
 
-    def predict(self, data: Any, **options: Any) -> Any:
+    def predict(self, data: Data, **options: Any) -> Any:
         """Return the model's output for `data`; options as in ``Learner.predict``."""
         return self.learner.predict(self, data, **options)
 

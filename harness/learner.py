@@ -34,11 +34,12 @@ from harness.context import (
     bind_context,
 )
 from harness.data.batch import join
-from harness.data.loaders import make_eval_loader, make_train_loader, split_data
+from harness.data.loaders import Data, make_eval_loader, make_train_loader, split_data
 from harness.errors import CheckpointError
 from harness.fitted import Evaluation, Fitted
 from harness.metrics.sets import MetricSet, as_metric_set
 from harness.run_binding import (
+    Tracker,
     check_tracker,
     get_code_commit,
     log_description,
@@ -56,10 +57,7 @@ from harness.setup_checks import (
 )
 
 if TYPE_CHECKING:
-    import tracking
-
-Data = Any
-"""DataLoader, Dataset, tensor, array, or a tuple or list of those with equal lengths."""
+    pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,19 +79,19 @@ class Learner:
     optimizer: Callable[..., Optimizer] | Literal["config"] | None = None
     metrics: MetricSet = field(default_factory=MetricSet)
     backward: Callable[[Tensor], object] | None = None
-    hparams: Mapping[str, Any]
-    opt_hparams: Mapping[str, Any]
+    hparams: Mapping[str, object]
+    opt_hparams: Mapping[str, object]
 
     def __post_init__(self) -> None:
         """Make the hparams read-only, since learners share them."""
         for name in ("hparams", "opt_hparams"):
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
 
-    def set_hparams(self, **hparams: Any) -> Learner:
+    def set_hparams(self, **hparams: object) -> Learner:
         """Return a learner with more keyword arguments for the model."""
         return replace(self, hparams={**self.hparams, **hparams})
 
-    def set_opt_hparams(self, **opt_hparams: Any) -> Learner:
+    def set_opt_hparams(self, **opt_hparams: object) -> Learner:
         """Return a learner with more keyword arguments for the optimizers."""
         return replace(self, opt_hparams={**self.opt_hparams, **opt_hparams})
 
@@ -111,7 +109,7 @@ class Learner:
         check_definition(model, self.loss, self.optimizer)
         return model
 
-    def build_optimizers(self, model: nn.Module) -> Any:
+    def build_optimizers(self, model: nn.Module) -> object:
         """Build the optimizers of a model, as ``setup(optimizer=...)`` or the model says.
 
         Returns
@@ -137,14 +135,14 @@ class Learner:
         self,
         data: Data,
         epochs: int | tuple[int, int] = 10,
-        valid_data: Data | float | None = None,
+        valid_data: Data = None,
         *,
         callbacks: Iterable[Callback] = (),
         accelerator: Accelerator | None = None,
         verbose: bool | None = None,
-        dataloader_options: Mapping[str, Any] | None = None,
+        dataloader_options: Mapping[str, object] | None = None,
         seed: int | None = None,
-        tracker: tracking.Run | Mapping[str, Any] | bool | None = None,
+        tracker: Tracker = None,
     ) -> Fitted:
         """Train a new model.
 
@@ -270,11 +268,11 @@ class Learner:
         fitted: Fitted,
         data: Data,
         *,
-        metrics: Any = None,
+        metrics: object = None,
         callbacks: Iterable[Callback] = (),
         accelerator: Accelerator | None = None,
         verbose: bool | None = None,
-        dataloader_options: Mapping[str, Any] | None = None,
+        dataloader_options: Mapping[str, object] | None = None,
     ) -> Evaluation:
         """Compute losses and metrics of a trained model on new data.
 
@@ -315,7 +313,7 @@ class Learner:
             loop.evaluate(ctx)
         return Evaluation(records=ctx.records)
 
-    def _build_optimizers_for_names(self, model: nn.Module) -> Any:
+    def _build_optimizers_for_names(self, model: nn.Module) -> object:
         """Build optimizers whose names are used; a placeholder if there are none."""
         has_own = self.optimizer is None and hasattr(model, "set_optimizers")
         if not has_own and not callable(self.optimizer):
@@ -330,7 +328,7 @@ class Learner:
         callbacks: Iterable[Callback] = (),
         accelerator: Accelerator | None = None,
         verbose: bool | None = None,
-        dataloader_options: Mapping[str, Any] | None = None,
+        dataloader_options: Mapping[str, object] | None = None,
     ) -> Any:
         """Return the model's output for each row of `data`, in order, on the CPU.
 
@@ -370,7 +368,7 @@ def setup(
     *,
     loss: Callable[..., Tensor] | None = None,
     optimizer: Callable[..., Optimizer] | Literal["config"] | None = None,
-    metrics: Any = None,
+    metrics: object = None,
     backward: Callable[[Tensor], object] | None = None,
 ) -> Learner:
     """Define how a model is trained.
@@ -424,7 +422,7 @@ def setup(
 
 
 def build_loaders(
-    data: Data, valid_data: Data | float | None, options: Mapping[str, Any] | None
+    data: Data, valid_data: Data, options: Mapping[str, object] | None
 ) -> tuple[DataLoader[Any], DataLoader[Any] | None]:
     """Return the loaders of training and validation data; a fraction splits `data`."""
     if isinstance(valid_data, float | int) and not isinstance(valid_data, bool):

@@ -146,6 +146,9 @@ def named_leaves(
 
 # --------------------------------------------------------------- JSON and tensors
 
+StateDict = dict[str, Any]
+"""State by name: numbers, strings, tensors, and lists, tuples and dicts of those."""
+
 DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",

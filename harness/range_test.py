@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from harness.callback import Callback
+from harness.data.loaders import Data
 from harness.errors import EarlyStop
 
 if TYPE_CHECKING:
@@ -94,12 +95,12 @@ class _Sweep(Callback):
 
 def lr_finder(
     learner: Learner,
-    data: Any,
+    data: Data,
     *,
     start_lr: float = 1e-7,
     end_lr: float = 1.0,
     num_steps: int = 100,
-    dataloader_options: Mapping[str, Any] | None = None,
+    dataloader_options: Mapping[str, object] | None = None,
     seed: int | None = None,
 ) -> LRFinderResult:
     """Train a new model briefly with a growing learning rate.

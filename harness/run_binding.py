@@ -16,6 +16,9 @@ from harness.records import NullRun
 from tracking import capture
 from tracking.schema import flatten_value
 
+Tracker = tracking.Run | Mapping[str, object] | bool | None
+"""Where a fit is recorded; see ``Learner.fit``."""
+
 
 def check_tracker(tracker: object) -> None:
     """Check the argument of ``Learner.fit``.
@@ -37,9 +40,7 @@ def make_null_run() -> NullRun:
 
 
 @contextmanager
-def start_tracking(
-    ctx: Context, tracker: tracking.Run | Mapping[str, Any] | bool | None
-) -> Iterator[None]:
+def start_tracking(ctx: Context, tracker: Tracker) -> Iterator[None]:
     """Set ``ctx.run`` to the run that records the fit, and finish it after the block.
 
     Parameters
@@ -60,7 +61,7 @@ def start_tracking(
     given = tracker if isinstance(tracker, Mapping) else {}
     assert ctx.accelerator is not None
     rank, share = ctx.accelerator.rank, ctx.accelerator.broadcast
-    options = dict(given) | find_resumed_run(ctx)
+    options: dict[str, Any] = dict(given) | find_resumed_run(ctx)
     if rank == 0:
         run = tracking.start(**options)
         share(run.id)
@@ -124,7 +125,7 @@ def log_description(ctx: Context, seed: int | None) -> None:
     run.log_text(str(model), "model.txt")
 
 
-def as_param(value: Any) -> str | int | float | bool:
+def as_param(value: object) -> str | int | float | bool:
     """Return the value if it can be a param as it is, or else its text."""
     return value if isinstance(value, str | int | float | bool) else str(value)
 

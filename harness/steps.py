@@ -11,7 +11,7 @@ from harness.accelerators.base import default_step_opt
 from harness.context import Context
 
 
-def call_model(model: Callable[..., Any], input: Any) -> Any:
+def call_model(model: Callable[..., Any], input: object) -> Any:
     """Call the model; a tuple or list becomes arguments, a mapping keyword arguments."""
     if isinstance(input, Tensor):
         return model(input)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from harness.callbacks.monitor import Mode, Monitor
 from harness.errors import EarlyStop
+from harness.pytree import StateDict
 from harness.setup_checks import check_at_least
 
 
@@ -70,11 +69,11 @@ class EarlyStopping(Monitor):
         if self.waited >= self.patience and self.ctx.epoch >= self.ctx.min_epochs:  # type: ignore[operator]
             raise EarlyStop(self.monitor)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Return the best value and the number of epochs waited."""
         return super().state_dict() | {"waited": self.waited}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Restore the best value and the number of epochs waited."""
         super().load_state_dict(state)
         self.waited = state["waited"]

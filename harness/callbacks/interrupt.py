@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType
-from typing import Any
 
 from harness.callback import Callback
 from harness.errors import Interrupted
+
+Handler = Callable[[int, FrameType | None], object] | int | None
 
 CHECK_EVERY = 10
 """Batches between two checks of several ranks whether one of them got a signal."""
@@ -36,7 +38,7 @@ class Interrupt(Callback):
 
     def __init__(self) -> None:
         self.signum: int | None = None
-        self._before: dict[signal.Signals, Any] = {}
+        self._before: dict[signal.Signals, Handler] = {}
 
     def on_fit_begin(self) -> None:
         """Install the signal handlers."""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from harness.callbacks.monitor import Mode, Monitor
+from harness.pytree import StateDict
 from harness.reshard.convert import convert_weights
 
 
@@ -57,11 +56,11 @@ class KeepBestModel(Monitor):
             best = convert_weights(weights, self.ctx.model, state, accelerator.rank)
             accelerator.load_state_dict(best, ["model"])
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Return the best value and weights."""
         return super().state_dict() | {"weights": self.weights}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Restore the best value and weights."""
         super().load_state_dict(state)
         self.weights = state["weights"]

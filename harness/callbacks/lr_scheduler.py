@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
+from torch.optim.lr_scheduler import LRScheduler as TorchScheduler
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from harness.callbacks.monitor import Monitor
 from harness.context import Context
 from harness.events import check_event
+from harness.pytree import StateDict
 
 
 class LRScheduler(Monitor):
@@ -45,21 +46,21 @@ class LRScheduler(Monitor):
     """
 
     weight = 20
+    scheduler: TorchScheduler  #: built when the fit begins
 
     def __init__(
         self,
-        scheduler: Callable[..., Any],
+        scheduler: Callable[..., TorchScheduler],
         *,
         call_on: str = "on_epoch_end",
         opt_name: str | None = None,
         monitor: str = "valid/loss",
-        **options: Any,
+        **options: object,
     ) -> None:
         super().__init__(monitor)
         check_event("LRScheduler(call_on)", call_on)
         self._build, self._options = scheduler, options
         self.call_on, self.opt_name = call_on, opt_name
-        self.scheduler: Any = None
         if call_on != "on_epoch_end":
             setattr(self, call_on, self._step)
 
@@ -105,10 +106,10 @@ class LRScheduler(Monitor):
         if self.call_on == "on_epoch_end":
             self._step()
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Return the scheduler's state."""
         return {"scheduler": self.scheduler.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Restore the scheduler's state."""
         self.scheduler.load_state_dict(state["scheduler"])

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from harness.callback import Callback
 from harness.metrics.sets import MetricSet
 from harness.metrics.split import SplitMetrics
+from harness.pytree import StateDict
 
 
 class Metrics(Callback):
@@ -74,7 +73,7 @@ class Metrics(Callback):
         """Log the values of the epoch."""
         self._log("valid")
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Return the states of both splits; a resumed fit repeats an interrupted validation."""
         is_training = self.ctx.training
         return {
@@ -82,7 +81,7 @@ class Metrics(Callback):
             for split, metrics in (self.ctx.metrics or {}).items()
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Restore the states; a list has one state for each rank that saved."""
         for split, item in state.items():
             self._start(split)

@@ -12,6 +12,7 @@ from typing import Any
 from harness.callbacks.monitor import Mode, Monitor
 from harness.checkpoint.writer import Saver
 from harness.context import Context, Phase
+from harness.pytree import StateDict
 from harness.setup_checks import check_at_least
 
 
@@ -170,14 +171,14 @@ class ModelCheckpoint(Monitor):
         elif self._has_saved:
             self.saver.prune(self.keep_last, {name for *_, name in self._ranked})
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Which epochs are best, and when the last save was."""
         return super().state_dict() | {
             "ranked": self._ranked,
             "last_step": self._last_step,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Take back what is best, and when the last save was."""
         super().load_state_dict(state)
         self._ranked, self._last_step = state["ranked"], state["last_step"]

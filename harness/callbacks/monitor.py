@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from math import inf
-from typing import Any, Literal
+from typing import Literal
 
 from harness.callback import Callback
 from harness.context import Context
-from harness.pytree import named_leaves
+from harness.pytree import StateDict, named_leaves
 from harness.setup_checks import check_monitor
 
 Mode = Literal["min", "max"]
@@ -85,10 +85,10 @@ class Monitor(Callback):
             return True
         return False
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Return the best value so far."""
         return {"best": self.best}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Restore the best value."""
         self.best = state["best"]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from time import perf_counter
-from typing import Any
 
 from harness.callback import Callback
+from harness.pytree import StateDict
 
 
 class Profile(Callback):
@@ -41,14 +41,14 @@ class Profile(Callback):
             values["overflows"] = sum(overflows.values())
         self.ctx.log("profile", split, values, index=self.ctx.epoch)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Return what was counted of the training split so far."""
         if not self.ctx.training:
             return {}
         took_s = perf_counter() - self._began
         return {"took_s": took_s, "batches": self._batches, "rows": self._rows}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Restore what was counted; the time since the save does not count."""
         if state:
             self._began = perf_counter() - state["took_s"]

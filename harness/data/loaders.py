@@ -24,6 +24,9 @@ from torch.utils.data import default_collate as torch_collate
 
 from harness.events import nearest
 
+Data = object
+"""DataLoader, Dataset, tensor, array, or a tuple or list of tensors or arrays of one length."""
+
 BATCH_SIZE = 32
 """Rows in a batch unless ``dataloader_options`` has a ``batch_size``."""
 

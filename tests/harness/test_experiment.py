@@ -76,6 +76,7 @@ def test_load_target_similar_file_is_offered(script):
 
 def test_build_experiment_function_takes_settings_by_signature(script):
     made = build_experiment(load_target(f"{script}:build"), {"width": "5", "name": "7"})
+    assert isinstance(made.data, torch.Tensor)
     assert made.data.shape == (4, 5)
     assert made.name == "7"
 
