@@ -12,7 +12,7 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from tracking import capture
-from tracking.delivery.thinning import check_options
+from tracking.delivery.options import check_options
 from tracking.redaction import strip_url
 from tracking.run import Run, now
 from tracking.store import (

@@ -25,8 +25,7 @@ import time
 from pathlib import Path
 
 import tracking
-from tracking.delivery.__main__ import lower_priority
-from tracking.delivery.worker import DeliveryWorker
+from tracking.delivery.worker import DeliveryWorker, lower_priority
 from tracking.mlflow_store.client import Point, StoreClient, prepare_environment
 from tracking.mlflow_store.runs import RunResolver
 
@@ -68,7 +67,6 @@ def delivered_s(folder: Path, cache: Path, num_points: int) -> float:
         path,
         RunResolver(path, uri, lambda _: remote),
         patience_s=0,
-        log=lambda text: None,
     )
     start = time.perf_counter()
     worker.deliver()

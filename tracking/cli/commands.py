@@ -242,7 +242,7 @@ def ui(port: int, opens: bool, runs_dir: Path | None, as_json: bool) -> None:
     Prints the address of the page and serves it until Ctrl-C.
     """
     from tracking.mlflow_store.server import Server  # noqa: PLC0415  next to page_url
-    from tracking.mlflow_store.tags import page_url  # noqa: PLC0415  imports Arrow
+    from tracking.mlflow_store.uris import page_url  # noqa: PLC0415  imports Arrow
 
     store, experiment_id = _find_store(runs_dir)
     if store.startswith(("http://", "https://")):

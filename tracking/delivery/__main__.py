@@ -1,37 +1,37 @@
-"""The process that takes a run to MLflow: ``python -m tracking.delivery RUN_PATH``.
+"""The delivery process: ``python -m tracking.delivery RUN_PATH``.
 
-It tails the journal, so the trainer neither waits for it nor knows how far it is, and
-it goes on when the trainer is gone, however that ended. It ends by itself once all is
-delivered, or once a server has not answered for a while after the trainer's end.
+It reads the journal while training writes it, so training neither waits for delivery
+nor knows how far it is. It continues when training has ended, however that ended, and
+exits when all is delivered, or when a server has not answered for a while.
 
-With ``--sync`` it delivers runs that have ended and compares all that MLflow has with
-the journal; with ``--read FOLDER`` it only writes down what MLflow has. Both tell on
-stdout what they did, a line of JSON for each run.
+With ``--sync`` it delivers runs that have ended, and compares all that MLflow has with
+the journal. With ``--read FOLDER`` it only writes down what MLflow has. Both print one
+line of JSON for each run to stdout.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import gc
-import io
+import dataclasses
 import json
+import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import pyarrow as pa
 
+from tracking.delivery.log import configure_logging, log_to_file
+from tracking.delivery.options import check_options
+from tracking.delivery.process import lock_path
 from tracking.delivery.retry import GaveUpError
 from tracking.delivery.state import DeliveryState
 from tracking.delivery.summaries import write_summaries
-from tracking.delivery.thinning import check_options
-from tracking.delivery.worker import DeliveryWorker
+from tracking.delivery.sync import SyncResult
+from tracking.delivery.worker import DeliveryWorker, lower_priority
 from tracking.durable import hold_lock
 from tracking.errors import TrackingError
 from tracking.mlflow_store.client import StoreClient, prepare_environment
@@ -40,13 +40,16 @@ from tracking.mlflow_store.uris import resolve_uri
 from tracking.settings import Settings
 from tracking.store import Manifest
 
-NICENESS: Final = 10
 LOCK_WAIT_S: Final = 10.0
-MAX_LOG_BYTES: Final = 1 << 20
+"""A process whose training has ended may be about to exit while the run is resumed."""
+
+NICENESS: Final = 10
+
+_log = logging.getLogger("tracking.delivery")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the process; 0 if all is delivered, else 1."""
+    """Run the process; return 0 if all is delivered, else 1."""
     parser = argparse.ArgumentParser(prog="python -m tracking.delivery")
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN_PATH")
     parser.add_argument("--sync", action="store_true")
@@ -55,133 +58,127 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--lock-wait", type=float, default=LOCK_WAIT_S)
     options = parser.parse_args(arguments)
     settings = Settings.read()
+    configure_logging()
     prepare_environment()
-    report = sys.stdout
-    sys.stdout = sys.stderr = _Redacting(sys.stderr, settings.redact)
     paths = [path.absolute() for path in options.runs]
-    if options.read:
-        return max(_read(path, options.read, settings, report) for path in paths)
-    deliver = partial(_sync, report=report) if options.sync else _deliver
-    return max(
-        deliver(path, settings, options.patience, options.lock_wait) for path in paths
-    )
+    try:
+        if options.read:
+            return max(_read(path, options.read, settings) for path in paths)
+        return max(_deliver(path, settings, options) for path in paths)
+    except Exception:  # noqa: BLE001 (the default message would show secrets)
+        sys.stderr.write(settings.redact(traceback.format_exc()))
+        return 1
 
 
-def _deliver(
-    path: Path, settings: Settings, patience_s: float | None, lock_wait_s: float
-) -> int:
-    """Deliver a run that is being written."""
-    with _hold_run(path, lock_wait_s) as is_ours:
-        if not is_ours:
-            return 0
-        worker = _make_worker(path, settings, patience_s, is_thorough=False)
-        # Not before: the page is wanted soon, beside a trainer that takes all cores.
-        return _run(worker, path, lambda: lower_priority(NICENESS), settings.redact)
-
-
-def _sync(
-    path: Path,
-    settings: Settings,
-    patience_s: float | None,
-    lock_wait_s: float,
-    report: Any,
-) -> int:
-    """Deliver what MLflow lacks of a run, and tell."""
-    told: dict[str, Any] = {"run": path.name}
-    code = 1
-    with _hold_run(path, lock_wait_s) as is_ours:
-        if is_ours:
-            worker = _make_worker(path, settings, patience_s, is_thorough=True)
-            code = _run(worker, path, lambda: lower_priority(0), settings.redact)
-            told |= {"sent": worker.num_sent, "present": worker.num_present}
-        state = DeliveryState.read(path) or DeliveryState()
-        told |= {
-            "phase": state.phase if is_ours else "busy",
-            "error": state.error,
-            "behind": state.behind,
-            "flags": state.flags,
-            "tracking_uri": state.tracking_uri,
-            "experiment_id": state.experiment_id,
-            "mlflow_run_id": state.mlflow_run_id,
-            "page": state.page,
-        }
-    print(json.dumps(told), file=report, flush=True)
+def _deliver(path: Path, settings: Settings, options: argparse.Namespace) -> int:
+    """Deliver a run, unless another process does; with ``--sync``, report it."""
+    lock = lock_path(path)
+    lock.parent.mkdir(exist_ok=True)
+    with hold_lock(lock, options.lock_wait) as is_held:
+        if not is_held:
+            code, changes = int(options.sync), {"phase": "busy"}
+        else:
+            with log_to_file(path, settings.redact):
+                code, changes = _run_worker(path, settings, options)
+        if options.sync:
+            state = DeliveryState.read_or_none(path) or DeliveryState()
+            result = SyncResult.from_state(path.name, state, **changes)
+            _report(dataclasses.asdict(result))
     return code
 
 
-def _read(path: Path, folder: Path, settings: Settings, report: Any) -> int:
-    """Write down what MLflow has of a run: a file of its metrics, and a line."""
-    told: dict[str, Any] = {"run": path.name}
+def _run_worker(
+    path: Path, settings: Settings, options: argparse.Namespace
+) -> tuple[int, dict[str, Any]]:
+    """Deliver a run.
+
+    Returns
+    -------
+    exit code, and the number of points sent and present
+    """
+    worker = None
     code = 1
     try:
-        resolver = _resolver(path, settings)
-        run = resolver.find()
+        worker = _make_worker(path, settings, options)
+        # Not before the page exists: it is wanted soon, and training may use all cores.
+        niceness = 0 if options.sync else NICENESS
+        worker.deliver(on_page=lambda: lower_priority(niceness))
+        code = 0
+    except GaveUpError:
+        pass
+    except Exception as error:  # nobody watches this process
+        _record_failure(path, settings.redact(f"{type(error).__name__}: {error}"))
+    if worker is None:
+        return code, {}
+    return code, {"sent": worker.num_sent, "present": worker.num_present}
+
+
+def _record_failure(path: Path, error: str) -> None:
+    """Log an unexpected error, and show it in the run's state."""
+    if not path.is_dir():  # the run was deleted
+        return
+    _log.exception("giving up")
+    state = DeliveryState.read_or_none(path) or DeliveryState()
+    state.phase, state.error = "gave up", error
+    state.write(path)
+
+
+def _read(path: Path, folder: Path, settings: Settings) -> int:
+    """Write down what MLflow has of a run: its points into a file, the rest to stdout."""
+    report: dict[str, Any] = {"run": path.name}
+    code = 1
+    try:
+        resolver = _make_resolver(path, settings)
+        run = resolver.find(_known_id(path, resolver))
         if run is None:
-            told["error"] = "no such run there"
+            report["error"] = "no such run there"
         else:
-            file = folder / f"{path.name}.arrow"
-            history = resolver.remote.history(run.run_id)
-            with pa.ipc.new_file(str(file), history.schema) as writer:
-                writer.write_table(history)
-            told |= {
+            history = resolver.client.history(run.run_id)
+            with pa.ipc.new_file(folder / f"{path.name}.arrow", history.schema) as file:
+                file.write_table(history)
+            report |= {
                 "mlflow_run_id": run.run_id,
                 "experiment_id": run.experiment_id,
                 "tracking_uri": resolver.uri,
                 "status": run.status,
                 "params": run.params,
                 "tags": run.tags,
-                "artifacts": resolver.remote.artifacts(run.run_id),
+                "artifacts": resolver.client.artifacts(run.run_id),
             }
             code = 0
     except (TrackingError, OSError) as error:
-        told["error"] = settings.redact(str(error))
-    print(json.dumps(told), file=report, flush=True)
+        report["error"] = settings.redact(str(error))
+    _report(report)
     return code
 
 
-def _run(
-    worker: DeliveryWorker,
-    path: Path,
-    on_page: Callable[[], None],
-    redact: Callable[[str], str],
-) -> int:
-    """Deliver, and write down what went wrong if something did."""
-    try:
-        worker.deliver(on_page)
-    except GaveUpError:
-        return 1
-    except Exception as error:  # noqa: BLE001 (nobody watches this process)
-        if not path.is_dir():  # the run was deleted
-            return 1
-        _log(path, redact(traceback.format_exc()))
-        worker.state.phase = "gave up"
-        worker.state.error = redact(f"{type(error).__name__}: {error}")
-        worker.state.write(path)
-        return 1
-    return 0
+def _report(values: dict[str, Any]) -> None:
+    """Print a line of JSON for the process that started this one."""
+    sys.stdout.write(f"{json.dumps(values)}\n")
+    sys.stdout.flush()
 
 
 def _make_worker(
-    path: Path, settings: Settings, patience_s: float | None, *, is_thorough: bool
+    path: Path, settings: Settings, options: argparse.Namespace
 ) -> DeliveryWorker:
-    """Worker of a run."""
-    resolver = _resolver(path, settings)
-    options = check_options(resolver.manifest.delivery)
+    resolver = _make_resolver(path, settings)
+    patience_s = options.patience
+    if patience_s is None:
+        patience_s = check_options(resolver.manifest.delivery).patience_s
     return DeliveryWorker(
         path,
         resolver,
-        patience_s=options.patience_s if patience_s is None else patience_s,
-        is_thorough=is_thorough,
+        patience_s=patience_s,
+        is_sync=options.sync,
         write_summaries=write_summaries,
         redact=settings.redact,
-        log=lambda text: _log(path, settings.redact(text)),
     )
 
 
-def _resolver(path: Path, settings: Settings) -> RunResolver:
-    """Resolver of a run: in the store of the environment, else where it was before."""
+def _make_resolver(path: Path, settings: Settings) -> RunResolver:
+    """Resolver for the store of the environment, else the one that was used before."""
     manifest = Manifest.read(path)
-    state = DeliveryState.read(path)
+    state = DeliveryState.read_or_none(path)
     before = (state and state.tracking_uri) or manifest.mlflow.get("tracking_uri")
     here = Path.cwd()
     started_in = Path(manifest.cwd)
@@ -190,7 +187,7 @@ def _resolver(path: Path, settings: Settings) -> RunResolver:
     else:
         uri = before or resolve_uri(started_in if started_in.is_dir() else here, None)
     if started_in.is_dir():
-        os.chdir(started_in)  # a new experiment's artifacts lie below it
+        os.chdir(started_in)  # the artifacts of a new experiment are stored below it
     return RunResolver(
         path,
         uri,
@@ -201,55 +198,11 @@ def _resolver(path: Path, settings: Settings) -> RunResolver:
     )
 
 
-def _hold_run(path: Path, wait_s: float) -> contextlib.AbstractContextManager[bool]:
-    """Lock a run's delivery; gives False if another process keeps delivering it.
-
-    A process whose trainer ended may be about to exit while the run is resumed, so this
-    waits a little. If that process stays, it has seen the new trainer.
-    """
-    folder = path / "delivery"
-    folder.mkdir(exist_ok=True)
-    return hold_lock(folder / "lock", wait_s)
-
-
-def lower_priority(niceness: int) -> None:
-    """Leave the processor to others where they want it, and use less of it.
-
-    A quarter of the time that MLflow takes for a batch is the garbage collector's, which
-    looks through all that was imported again and again.
-    """
-    gc.freeze()
-    gc.set_threshold(100_000, 20, 50)
-    with contextlib.suppress(OSError):
-        os.nice(niceness)
-
-
-def _log(path: Path, text: str) -> None:
-    """Add a line to the run's log, which does not grow without end."""
-    file = path / "delivery" / "log.txt"
-    with contextlib.suppress(OSError):
-        if file.exists() and file.stat().st_size > MAX_LOG_BYTES:
-            file.replace(file.with_name("log.old.txt"))
-        with file.open("a", encoding="utf-8", errors="replace") as log:
-            log.write(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {text.rstrip()}\n")
-
-
-class _Redacting(io.TextIOBase):
-    """A text stream that secrets do not get through."""
-
-    def __init__(self, stream: Any, redact: Callable[[str], str]) -> None:
-        super().__init__()
-        self._stream = stream
-        self._redact = redact
-
-    def write(self, text: str) -> int:
-        """Write a text without what must not be told."""
-        self._stream.write(self._redact(text))
-        return len(text)
-
-    def flush(self) -> None:
-        """Pass on what has been written."""
-        self._stream.flush()
+def _known_id(path: Path, resolver: RunResolver) -> str | None:
+    """Id of the MLflow run that an earlier delivery to this store used."""
+    state = DeliveryState.read_or_none(path)
+    is_same_store = state is not None and state.tracking_uri == resolver.uri
+    return state.mlflow_run_id if state and is_same_store else None
 
 
 if __name__ == "__main__":

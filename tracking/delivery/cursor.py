@@ -1,80 +1,158 @@
-"""How far a run's rows have been sent, and what must be remembered for the rest."""
+"""Position of a delivery in the journal: what has been sent, and what comes next."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections import deque
+from typing import Final
 
+import numpy as np
 import pyarrow as pa
 
-from tracking.delivery.reconcile import StalePoints
-from tracking.journal.reader import JournalReader
+from tracking.delivery.scan import JournalScan
+from tracking.delivery.thinning import Ordinals, count_within_groups, mask_early
 from tracking.journal.tombstones import Place
-from tracking.mlflow_store.points import UniqueTimestamps
+from tracking.mlflow_store.keys import KeyMap
+from tracking.mlflow_store.points import UniqueTimestamps, points_table
+
+COMPARED_ROWS: Final = 1 << 16
+"""Rows before the position whose times are compared with those of new points."""
+
+_COLUMNS: Final = (
+    "seq",
+    "time",
+    "what",
+    "set",
+    "name",
+    "index",
+    "step",
+    "value",
+    "kind",
+)
+"""Columns that are kept of rows to send."""
 
 
-@dataclass
 class Cursor:
-    """Where the sending of rows has got to, and what it must remember for the rest.
+    """Position in the journal up to which MLflow has all rows, and the next rows.
+
+    Parameters
+    ----------
+    position
+        ``seq`` of the last row that MLflow has; -1 for none.
+    per_key
+        Maximum number of points of each metric; None: all points.
 
     Attributes
     ----------
-    tail
-        Gives the next rows.
-    num_held
-        Rows that were passed over for the places in `held`.
-    stamps
-        Times given so far.
+    timestamps
+        Times given to the points so far.
     counts
-        Points of each key so far; for thinning.
-    indices
-        Least and greatest index of what and set, among the rows done with.
-    leftovers
-        Points in MLflow that no row stands for.
-    held
-        Places that were overwritten after MLflow had them: sent when all is known.
+        Number of points of each key so far, for thinning.
+    num_pending
+        Rows that have been read and not sent.
     """
 
-    tail: JournalReader
-    num_held: int = 0
-    stamps: UniqueTimestamps = field(default_factory=UniqueTimestamps)
-    counts: dict[str, int] = field(default_factory=dict)
-    indices: dict[tuple[str, str], list[int | None]] = field(default_factory=dict)
-    leftovers: StalePoints = field(default_factory=StalePoints)
-    held: set[Place] = field(default_factory=set)
+    def __init__(self, position: int = -1, per_key: int | None = None) -> None:
+        self.position = position
+        self.per_key = per_key
+        self.timestamps = UniqueTimestamps()
+        self.counts: dict[str, int] = {}
+        self.num_pending = 0
+        self._pending: deque[pa.Table] = deque()
+        self._index_bounds: dict[tuple[str, str], list[int]] = {}
 
-    def touches(self, place: Place) -> bool:
-        """Whether rows done with may be among those that an overwrite is about."""
-        what, set_, index = place
-        bounds = self.indices.get((what, set_))
-        if bounds is None or index is None or bounds[0] is None or bounds[1] is None:
-            return bounds is not None
-        return bounds[0] <= index <= bounds[1]
+    def push(self, rows: pa.Table, scan: JournalScan) -> None:
+        """Add the next rows of the journal. Those up to the position are not sent again.
 
-    def note_indices(self, table: pa.Table) -> None:
-        """Take note of the places that rows are at."""
-        plain = table.select(["what", "set", "index"])
-        plain = pa.table(
-            {
-                "what": plain["what"].cast(pa.string()),
-                "set": plain["set"].cast(pa.string()),
-                "index": plain["index"],
-            }
-        )
-        found = plain.group_by(["what", "set"]).aggregate(
-            [("index", "min"), ("index", "max")]
-        )
+        Parameters
+        ----------
+        rows
+            In the public schema, in order of ``seq``.
+        scan
+            Which has read them.
+        """
+        num_sent = int((rows["seq"].to_numpy() <= self.position).sum())
+        if num_sent:
+            self._pass_over(rows.slice(0, num_sent), scan)
+        if num_sent < rows.num_rows:
+            self._pending.append(rows.slice(num_sent).select(_COLUMNS))
+            self.num_pending += rows.num_rows - num_sent
+
+    def peek(self, max_rows: int) -> pa.Table | None:
+        """Next rows to send, at most ``max_rows``; None if there are none."""
+        return self._pending[0].slice(0, max_rows) if self._pending else None
+
+    def advance(self, position: int) -> None:
+        """Drop the rows up to a position: they have been sent."""
+        self.position = position
+        while self._pending:
+            rows = self._pending.popleft()
+            num_sent = int((rows["seq"].to_numpy() <= position).sum())
+            self.num_pending -= num_sent
+            if num_sent < rows.num_rows:
+                self._pending.appendleft(rows.slice(num_sent))
+                return
+
+    def next_points(self, rows: pa.Table, keys: KeyMap) -> pa.Table:
+        """Convert live rows to the points that are sent now, in the same order."""
+        points = self.timestamps.assign(points_table(rows, keys))
+        if self.per_key is None:
+            return points
+        ordinals = self._count_points(points)
+        return points.filter(pa.array(mask_early(ordinals, self.per_key)))
+
+    def restart_counts(self, points: pa.Table, timestamps: UniqueTimestamps) -> None:
+        """Forget the points so far; take others for them.
+
+        Parameters
+        ----------
+        points
+            All points up to the position.
+        timestamps
+            Which gave them their times.
+        """
+        self.timestamps = timestamps
+        self.counts = {}
+        if self.per_key is not None:
+            self._count_points(points)
+
+    def note_places(self, rows: pa.Table) -> None:
+        """Remember the places of rows that are sent; see `may_have_sent`."""
+        words = {name: rows[name].cast(pa.string()) for name in ("what", "set")}
+        places = pa.table({**words, "index": rows["index"]}).group_by(["what", "set"])
+        found = places.aggregate([("index", "min"), ("index", "max")])
         for row in found.to_pylist():
-            key = row["what"], row["set"]
-            low, high = row["index_min"], row["index_max"]
-            bounds = self.indices.setdefault(key, [low, high])
-            bounds[0] = _least(bounds[0], low, min)
-            bounds[1] = _least(bounds[1], high, max)
+            series = row["what"], row["set"]
+            bounds = self._index_bounds.setdefault(series, [])
+            if row["index_min"] is not None:
+                bounds += [row["index_min"], row["index_max"]]
+                bounds[:] = min(bounds), max(bounds)
 
+    def may_have_sent(self, place: Place) -> bool:
+        """Whether rows that have been sent may be among those of a place."""
+        what, set_, index = place
+        bounds = self._index_bounds.get((what, set_))
+        if bounds is None or index is None:
+            return bounds is not None
+        return bool(bounds) and bounds[0] <= index <= bounds[1]
 
-def _least(
-    known: int | None, new: int | None, choose: Callable[..., int]
-) -> int | None:
-    """The lesser, or greater, of two numbers that may be absent."""
-    present = [number for number in (known, new) if number is not None]
-    return choose(present) if len(present) == 2 else None
+    def _pass_over(self, rows: pa.Table, scan: JournalScan) -> None:
+        """Take note of rows that an earlier delivery sent."""
+        self.note_places(rows)  # superseded ones too: they may have been sent
+        is_far = rows["seq"][-1].as_py() < self.position - COMPARED_ROWS
+        if is_far and self.per_key is None:
+            return
+        live = rows.filter(pa.array(scan.tombstones.mask_live(rows)))
+        points = self.timestamps.assign(points_table(live, scan.keys))
+        if self.per_key is not None:
+            self._count_points(points)
+
+    def _count_points(self, points: pa.Table) -> Ordinals:
+        """Place of each point in its series; counts them too."""
+        column = points["key"].combine_chunks()
+        code, keys = column.indices.to_numpy(), column.dictionary.to_pylist()
+        before = np.array([self.counts.get(key, 0) for key in keys], np.int64)
+        ordinals = count_within_groups(code) + before[code]
+        added = np.bincount(code, minlength=len(keys)).tolist()
+        for key, count in zip(keys, added, strict=True):
+            self.counts[key] = self.counts.get(key, 0) + count
+        return ordinals

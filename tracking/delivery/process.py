@@ -1,4 +1,4 @@
-"""The trainer's side of delivery: starting its process, and asking how far it is."""
+"""Start the delivery process beside training, ask for its progress, and wait for it."""
 
 from __future__ import annotations
 
@@ -11,36 +11,61 @@ from pathlib import Path
 from typing import Final
 
 from tracking.delivery.state import DeliveryState
+from tracking.durable import hold_lock
 from tracking.errors import DeliveryError, warn
 from tracking.redaction import redact
 
-# The package's own folder goes to the end of the path, for a checkout that is not
-# installed; -P keeps the user's folder, and modules of his that hide others, out of it.
+# The folder of the packages goes to the end of the path, for a checkout that is not
+# installed. -P keeps the user's folder out of it: its modules could hide others.
 _BOOT: Final = (
     "import runpy, sys; sys.path.append(sys.argv.pop(1)); "
     "runpy.run_module('tracking.delivery', run_name='__main__', alter_sys=True)"
 )
 _PACKAGES: Final = str(Path(__file__).resolve().parents[2])
 _POLL_S: Final = 0.1
-# Python complains of a process object that goes while its process goes on.
+# Python warns about a process object that is deleted while its process runs.
 _STARTED: Final[list[subprocess.Popen[bytes]]] = []
 
 
 @atexit.register
-def _let_go() -> None:
-    """Leave the processes that outlive this one, without Python's complaint of it."""
+def _detach() -> None:
+    """Keep Python from warning about processes that outlive this one."""
     for process in _STARTED:
         if process.poll() is None:
             process.returncode = 0
 
 
 def delivery_command(*arguments: str) -> list[str]:
-    """Command line of a delivery process, whatever the folder it is started in."""
+    """Command line that starts a delivery process from any working directory."""
     return [sys.executable, "-P", "-c", _BOOT, _PACKAGES, *arguments]
 
 
+def lock_path(run_path: Path) -> Path:
+    """Lock file that a process holds while it delivers a run."""
+    return run_path / "delivery" / "lock"
+
+
+def is_being_delivered(run_path: Path) -> bool:
+    """Whether a process delivers a run now."""
+    try:
+        with hold_lock(lock_path(run_path), timeout_s=0.0) as is_held:
+            return not is_held
+    except OSError:
+        return False
+
+
+def wait_for_delivery(run_path: Path, timeout_s: float) -> bool:
+    """Wait until no process delivers a run; False if one still does at the timeout."""
+    deadline = time.monotonic() + timeout_s
+    while is_being_delivered(run_path):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_POLL_S)
+    return True
+
+
 class DeliveryProcess:
-    """A delivery process that was started, or none.
+    """The delivery process of a run, seen from the training process.
 
     Parameters
     ----------
@@ -53,7 +78,7 @@ class DeliveryProcess:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start the process, which goes on by itself, away from the terminal."""
+        """Start the process, detached from this one and its terminal."""
         if importlib.util.find_spec("mlflow") is None:
             warn(
                 "start(delivery=True): expected mlflow to be installed, got no such "
@@ -61,71 +86,75 @@ class DeliveryProcess:
                 f"and run 'harness sync {self._run_path.name}', or pass delivery=False."
             )
             return
-        folder = self._run_path / "delivery"
+        log = self._run_path / "delivery" / "log.txt"
         try:
-            folder.mkdir(exist_ok=True)
-            with (folder / "log.txt").open("ab") as log:
-                self._process = subprocess.Popen(
+            log.parent.mkdir(exist_ok=True)
+            with log.open(
+                "ab"
+            ) as output:  # for what Python writes if it fails to start
+                process = subprocess.Popen(
                     delivery_command(str(self._run_path)),
                     stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
+                    stdout=output,
+                    stderr=output,
                     start_new_session=True,
                 )
-            _STARTED.append(self._process)
         except OSError as error:
             warn(
-                f"start(delivery=True): expected to start the delivery to MLflow, got "
-                f"{error}. The run is recorded all the same: 'harness sync "
-                f"{self._run_path.name}' delivers it."
+                f"start(delivery=True): expected to start the delivery process, got "
+                f"{error}. The run is recorded: 'harness sync {self._run_path.name}' "
+                "delivers it."
             )
+            return
+        self._process = process
+        _STARTED.append(process)
 
     def wait_for_run_id(self, timeout_s: float) -> str:
-        """Id of the MLflow run, once delivery has made it.
+        """Wait until delivery has created the MLflow run; return its id.
 
         Raises
         ------
         DeliveryError
-            If it does not within ``timeout_s``, or nothing delivers.
+            If delivery does not create it in time, or has ended.
         """
         deadline = time.monotonic() + timeout_s
         while True:
-            state = DeliveryState.read(self._run_path)
+            state = DeliveryState.read_or_none(self._run_path)
             if state and state.mlflow_run_id:
                 return state.mlflow_run_id
-            is_over = self._process is None or self._process.poll() is not None
-            if is_over or time.monotonic() > deadline:
-                why = (state and state.error) or "no answer from it"
-                why = "no delivery process" if self._process is None else why
+            has_ended = self._process is None or self._process.poll() is not None
+            if has_ended or time.monotonic() > deadline:
+                reason = (state and state.error) or "no answer from it"
+                reason = "no delivery process" if self._process is None else reason
                 raise DeliveryError(
-                    f"Run.mlflow_run_id: expected delivery to make the MLflow run "
-                    f"within {timeout_s:g} s, got {why}. See "
+                    f"Run.mlflow_run_id: expected delivery to create the MLflow run "
+                    f"within {timeout_s:g} s, got {reason}. See "
                     f"{self._run_path / 'delivery/log.txt'}; "
                     f"'harness sync {self._run_path.name}' tries again."
                 )
             time.sleep(_POLL_S)
 
     def wait(self, last_seq: int, wait_s: float) -> None:
-        """Wait until delivery has come to a row, with a count on a terminal.
+        """Wait until delivery has sent all rows; show the progress on a terminal.
 
         Parameters
         ----------
         last_seq
-            The run's last row.
-        wait_s : s
-            At most so long; what is left then is told on stderr.
+            ``seq`` of the run's last row.
+        wait_s : seconds
+            Maximum time to wait. A message on stderr then says what is left.
         """
         if self._process is None:
             return
         deadline = time.monotonic() + wait_s
         is_shown = False
         while True:
-            is_over = self._process.poll() is not None
-            state = DeliveryState.read(self._run_path) or DeliveryState()
+            has_ended = self._process.poll() is not None
+            state = DeliveryState.read_or_none(self._run_path) or DeliveryState()
             if state.delivered >= last_seq or state.phase == "done":
                 break
-            if is_over or state.phase == "gave up" or time.monotonic() > deadline:
-                self._tell_what_is_left(state)
+            if has_ended or state.phase == "gave up" or time.monotonic() > deadline:
+                self._report_unsent(state)
                 break
             if sys.stderr.isatty():
                 is_shown = True
@@ -136,15 +165,15 @@ class DeliveryProcess:
         if is_shown:
             sys.stderr.write("\r\x1b[K")
 
-    def _tell_what_is_left(self, state: DeliveryState) -> None:
-        """Say on stderr how much MLflow lacks."""
+    def _report_unsent(self, state: DeliveryState) -> None:
+        """Say on stderr what MLflow does not have yet."""
         assert self._process is not None
         run_id = self._run_path.name
-        left = f"{state.behind} rows" if state.behind else "some rows"
-        why = f" ({redact(state.error)})" if state.error else ""
-        is_going = self._process.returncode is None and state.phase != "gave up"
-        how = "delivery goes on in the background; " if is_going else ""
+        count = f"{state.behind} rows" if state.behind else "some rows"
+        reason = f" ({redact(state.error)})" if state.error else ""
+        continues = self._process.returncode is None and state.phase != "gave up"
+        how = "delivery continues in the background; " if continues else ""
         sys.stderr.write(
-            f"{left} of {run_id} are still to go to MLflow{why}: {how}"
-            f"'harness sync {run_id}' sends what is left.\n"
+            f"{count} of {run_id} are not in MLflow yet{reason}: {how}"
+            f"'harness sync {run_id}' sends the rest.\n"
         )

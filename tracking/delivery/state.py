@@ -1,7 +1,7 @@
-"""What delivery last wrote about itself: ``delivery/state.json`` of a run.
+"""State of a run's delivery: ``delivery/state.json`` in the run's folder.
 
-It is a courtesy to readers. What has been delivered is known by MLflow itself, and a
-run whose file is lost is delivered as well.
+It informs readers. Delivery itself does not depend on it: MLflow knows how far a run has
+been delivered, so a run whose file is lost is delivered as well.
 """
 
 from __future__ import annotations
@@ -9,20 +9,28 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
 from tracking.durable import write_atomically
+from tracking.errors import InvalidFileError
 from tracking.journal.reader import JournalReader
-from tracking.store import get_rank_dir
+from tracking.store import get_rank_dir, read_json
 
 STATE: Final = "delivery/state.json"
+SAVE_EVERY_S: Final = 1.0
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass
 class DeliveryState:
-    """How far a run's delivery has got.
+    """How far a run's delivery is.
 
     Attributes
     ----------
@@ -30,19 +38,23 @@ class DeliveryState:
         ``connecting``, ``delivering``, ``waiting`` (for a server that does not
         answer), ``done``, or ``gave up``.
     tracking_uri
-        Store that the run goes to; without credentials.
+        Store that the run goes to, without credentials.
     mlflow_run_id
-        None until there is one.
+        None before the MLflow run exists.
     page
         Address of the run's page for a browser; None for a database without server.
     delivered
-        Every row up to this ``seq`` is in MLflow, or is not meant for it.
+        MLflow has every row up to this ``seq`` that is meant for it.
     behind
-        Rows to go when this was written.
+        Rows still to send when this was written.
     error
-        Why it is waiting, or gave up.
+        Why delivery is waiting, or gave up.
+    pid
+        Not used.
+    updated
+        When this was written; UTC, ISO 8601.
     flags
-        What MLflow could not hold as it was: number of rows, or names, by reason.
+        What MLflow does not store exactly: by reason, number of rows for each key.
     names
         Series by key in MLflow, where the two differ.
     superseded
@@ -65,15 +77,33 @@ class DeliveryState:
 
     @classmethod
     def read(cls, run_path: Path) -> DeliveryState | None:
-        """State of a run's delivery; None if it has written none that can be read."""
-        with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
-            found = json.loads((run_path / STATE).read_bytes())
-            names = {f.name for f in dataclasses.fields(cls)}
-            return cls(**{k: v for k, v in found.items() if k in names})
-        return None
+        """Read the state of a run's delivery; None if the file does not exist.
+
+        Raises
+        ------
+        InvalidFileError
+            If the file is damaged, or a field has the wrong type.
+        """
+        try:
+            return read_json(
+                run_path / STATE,
+                cls,
+                advice=f"Delete the file and run 'harness sync {run_path.name}'.",
+            )
+        except OSError:
+            return None
+
+    @classmethod
+    def read_or_none(cls, run_path: Path) -> DeliveryState | None:
+        """Read the state as `read` does; log an invalid file and return None."""
+        try:
+            return cls.read(run_path)
+        except InvalidFileError as error:
+            _log.warning("%s", error)
+            return None
 
     def write(self, run_path: Path) -> None:
-        """Write the file, whole or, on a full disk, not at all."""
+        """Write the file atomically. If the disk is full, the old file stays."""
         text = json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False)
         path = run_path / STATE
         with contextlib.suppress(OSError):
@@ -81,17 +111,52 @@ class DeliveryState:
             write_atomically(path, text.encode(errors="replace"))
 
 
-def rows_behind(run_path: Path, state: DeliveryState) -> int:
-    """Rows that MLflow lacks at this moment.
+class StateFile:
+    """Keeps a run's ``state.json`` up to date.
 
     Parameters
     ----------
     run_path
         Folder of the run.
     state
-        As delivery last wrote it.
+        What to write; the caller changes it.
+    count_behind
+        Counts the rows that are still to be sent.
     """
-    return max(
-        state.behind,
-        JournalReader(get_rank_dir(run_path, 0), state.delivered).count_unread(),
-    )
+
+    def __init__(
+        self, run_path: Path, state: DeliveryState, count_behind: Callable[[], int]
+    ) -> None:
+        self.run_path = run_path
+        self.state = state
+        self._count_behind = count_behind
+        self._saved_at = 0.0
+
+    def set_phase(self, phase: str, error: str | None = None) -> None:
+        """Change the phase, and write the file at once."""
+        self.state.phase, self.state.error = phase, error
+        self.save(at_once=True)
+
+    def save(self, *, at_once: bool = False) -> None:
+        """Write the file, at most once in `SAVE_EVERY_S`."""
+        now = time.monotonic()
+        if not at_once and now - self._saved_at < SAVE_EVERY_S:
+            return
+        self._saved_at = now
+        self.state.behind = self._count_behind()
+        self.state.updated = datetime.now(UTC).isoformat()
+        self.state.write(self.run_path)
+
+
+def rows_behind(run_path: Path, state: DeliveryState) -> int:
+    """Count the rows that MLflow does not have yet.
+
+    Parameters
+    ----------
+    run_path
+        Folder of the run.
+    state
+        State of its delivery, as last written.
+    """
+    reader = JournalReader(get_rank_dir(run_path, 0), state.delivered)
+    return max(state.behind, reader.count_unread())

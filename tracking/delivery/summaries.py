@@ -1,4 +1,4 @@
-"""What an ended run shows of itself: its curves as a picture, its records as Parquet."""
+"""Summaries of an ended run: its curves as a picture, its records as Parquet."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ CURVES, RECORDS = "curves.png", "records.parquet"
 
 
 def write_summaries(run_path: Path) -> list[Path]:
-    """Write ``curves.png`` and ``records.parquet`` below the run's artifacts.
+    """Write ``curves.png`` and ``records.parquet`` into the run's artifacts.
 
-    Made by the delivery process, so that training never waits for a picture.
+    The delivery process does this, so that training never waits for a picture.
 
     Parameters
     ----------
@@ -26,18 +26,21 @@ def write_summaries(run_path: Path) -> list[Path]:
 
     Returns
     -------
-    Files written; without a picture where there is nothing to draw. A file of the
-    user's that has one of the names stays.
+    files that were written; no picture if there is nothing to draw
+
+    Notes
+    -----
+    A file that the user logged under one of these names is kept.
     """
     folder = run_path / "artifacts"
     folder.mkdir(exist_ok=True)
     run = PastRun(run_path)
     table = run.records()
     logged = set(run.records(what="artifacts")["name"].to_pylist())
-    made = []
+    written = []
     if RECORDS not in logged:
         pq.write_table(table, folder / RECORDS, compression="zstd")
-        made.append(folder / RECORDS)
+        written.append(folder / RECORDS)
     metrics = table.filter(pc.equal(table["what"].cast(pa.string()), "metrics"))
     rows = [
         (row["set"], row["name"], row["index"], row["value"])
@@ -46,5 +49,5 @@ def write_summaries(run_path: Path) -> list[Path]:
     ]
     if rows and CURVES not in logged:
         curves(rows, folder / CURVES)
-        made.append(folder / CURVES)
-    return made
+        written.append(folder / CURVES)
+    return written

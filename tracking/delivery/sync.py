@@ -1,7 +1,7 @@
-"""Delivering runs that have ended, and reading back what MLflow has of them.
+"""Deliver runs that have ended, and read back what MLflow has of them.
 
-MLflow is imported by a process of its own here too: neither its variables nor its
-threads get into the caller's.
+A separate process imports MLflow here too, so that MLflow's variables and threads stay
+out of the caller's process.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +16,12 @@ from typing import Any, Final
 
 import pyarrow as pa
 
-from tracking.delivery.process import DeliveryProcess, delivery_command
+from tracking.delivery.process import (
+    DeliveryProcess,
+    delivery_command,
+    is_being_delivered,
+)
 from tracking.delivery.state import DeliveryState, rows_behind
-from tracking.durable import hold_lock
 from tracking.errors import DeliveryError
 from tracking.read import PastRun
 from tracking.store import get_rank_dir, is_being_written
@@ -29,23 +31,24 @@ DEFAULT_PATIENCE_S: Final = 10.0
 
 @dataclass(frozen=True, kw_only=True)
 class SyncResult:
-    """What `sync` did for a run.
+    """What `sync` did with a run.
 
     Attributes
     ----------
     run
         Id of the run.
     phase
-        ``done``; ``gave up``, see ``error``; ``busy`` if another process delivers it at
-        this moment; ``started`` if it is still being written and now is again delivered.
+        ``done``; ``gave up``, see ``error``; ``busy`` if another process is delivering
+        the run; ``started`` if the run is being written and its delivery was started
+        again.
     sent
-        Metric rows that were sent now.
+        Points that were sent now.
     present
-        Metric rows that MLflow has in the end, as they should be.
+        Points that MLflow has as it should.
     behind
-        Rows that MLflow still lacks.
+        Rows that MLflow does not have yet.
     flags
-        What MLflow cannot hold as it is.
+        What MLflow does not store exactly.
     """
 
     run: str
@@ -60,6 +63,21 @@ class SyncResult:
     tracking_uri: str | None = None
     page: str | None = None
 
+    @classmethod
+    def from_state(cls, run: str, state: DeliveryState, **changes: Any) -> SyncResult:
+        """Result from the state of a run's delivery."""
+        values = {
+            "phase": state.phase,
+            "behind": state.behind,
+            "error": state.error,
+            "flags": state.flags,
+            "mlflow_run_id": state.mlflow_run_id,
+            "experiment_id": state.experiment_id,
+            "tracking_uri": state.tracking_uri,
+            "page": state.page,
+        }
+        return cls(run=run, **{**values, **changes})
+
 
 @dataclass(frozen=True, kw_only=True)
 class MlflowContents:
@@ -68,7 +86,7 @@ class MlflowContents:
     Attributes
     ----------
     history
-        All values of all metrics: key, time_ms, step, value.
+        All points: key, time_ms, step, value.
     artifacts
         Size in bytes by path.
     """
@@ -86,14 +104,14 @@ class MlflowContents:
 def sync(
     runs: Iterable[PastRun], patience_s: float = DEFAULT_PATIENCE_S
 ) -> list[SyncResult]:
-    """Deliver what MLflow lacks of runs, compared row by row.
+    """Send what MLflow is missing of runs, compared row by row.
 
     Parameters
     ----------
     runs
-        Runs, in any state.
+        Runs in any state.
     patience_s : seconds
-        How long a server that does not answer is waited for, per run.
+        How long to wait for a server that does not answer, for each run.
 
     Returns
     -------
@@ -101,90 +119,65 @@ def sync(
 
     Notes
     -----
-    Runs go to the store of ``MLFLOW_TRACKING_URI``; without it, to the one where they
-    went before, or MLflow's default for the folder that they were started in.
+    Runs go to the store of ``MLFLOW_TRACKING_URI``. Without it they go where they went
+    before, or to MLflow's default store of the folder that they were started in.
     """
     runs = list(runs)
-    at_once = {run.id: _begun_again(run.path) for run in runs}
-    ended = [run.path for run in runs if at_once[run.id] is None]
-    wait = ["--patience", str(patience_s), "--lock-wait", str(patience_s)]
-    lines = _told("--sync", *wait, paths=ended)
-    done = {line["run"]: SyncResult(**line) for line in lines}
-    return [at_once[run.id] or done[run.id] for run in runs]
+    live = {
+        run.id: _restart_delivery(run.path)
+        for run in runs
+        if is_being_written(get_rank_dir(run.path, 0))
+    }
+    ended = [run.path for run in runs if run.id not in live]
+    waits = ["--patience", str(patience_s), "--lock-wait", str(patience_s)]
+    reports = _run_delivery("--sync", *waits, paths=ended)
+    done = {report["run"]: SyncResult(**report) for report in reports}
+    return [live.get(run.id) or done[run.id] for run in runs]
 
 
 def read_mlflow(run: PastRun) -> MlflowContents:
-    """What MLflow has of a run.
+    """Read what MLflow has of a run.
 
     Raises
     ------
     DeliveryError
-        If it has none, or cannot be reached.
+        If MLflow does not have the run, or does not answer.
     """
     with tempfile.TemporaryDirectory() as folder:
-        (told,) = _told("--read", folder, paths=[run.path])
-        if told.get("error"):
+        (report,) = _run_delivery("--read", folder, paths=[run.path])
+        if report.get("error"):
             raise DeliveryError(
-                f"run {run.id}: expected it in MLflow, got {told['error']}. "
+                f"run {run.id}: expected it in MLflow, got {report['error']}. "
                 f"Run 'harness sync {run.id}'."
             )
-        with pa.OSFile(str(Path(folder) / f"{told.pop('run')}.arrow")) as file:
+        with pa.OSFile(str(Path(folder) / f"{report.pop('run')}.arrow")) as file:
             history = pa.ipc.open_file(file).read_all()
-    return MlflowContents(history=history, **told)
+    return MlflowContents(history=history, **report)
 
 
-def wait_for_delivery(run_path: Path, timeout_s: float) -> bool:
-    """Wait until no process delivers a run any more; whether that came about."""
-    deadline = time.monotonic() + timeout_s
-    while is_being_delivered(run_path):
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.1)
-    return True
-
-
-def is_being_delivered(run_path: Path) -> bool:
-    """Whether a process delivers a run at this moment."""
-    try:
-        with hold_lock(run_path / "delivery" / "lock", timeout_s=0) as is_held:
-            return not is_held
-    except OSError:  # nothing was ever delivered
-        return False
-
-
-def _begun_again(run_path: Path) -> SyncResult | None:
-    """What can be told of a run that is being written, and so is delivered by itself."""
-    if not is_being_written(get_rank_dir(run_path, 0)):
-        return None
-    phase = "busy" if is_being_delivered(run_path) else "started"
-    if phase == "started":
+def _restart_delivery(run_path: Path) -> SyncResult:
+    """Deliver a run that is being written, if no process does so."""
+    phase = "busy"
+    if not is_being_delivered(run_path):
+        phase = "started"
         DeliveryProcess(run_path).start()
-    state = DeliveryState.read(run_path) or DeliveryState()
-    return SyncResult(
-        run=run_path.name,
-        phase=phase,
-        behind=rows_behind(run_path, state),
-        error=state.error,
-        flags=state.flags,
-        mlflow_run_id=state.mlflow_run_id,
-        experiment_id=state.experiment_id,
-        tracking_uri=state.tracking_uri,
-        page=state.page,
-    )
+    state = DeliveryState.read_or_none(run_path) or DeliveryState()
+    behind = rows_behind(run_path, state)
+    return SyncResult.from_state(run_path.name, state, phase=phase, behind=behind)
 
 
-def _told(*options: str, paths: Sequence[Path]) -> list[dict[str, Any]]:
-    """What a delivery process tells of some runs."""
+def _run_delivery(*options: str, paths: Sequence[Path]) -> list[dict[str, Any]]:
+    """Run a delivery process for some runs; return its reports, one for each run."""
     if not paths:
         return []
     command = delivery_command(*options, *map(str, paths))
     process = subprocess.run(
         command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
     )
-    lines = [json.loads(line) for line in process.stdout.splitlines()]
-    if len(lines) != len(paths):
+    reports = [json.loads(line) for line in process.stdout.splitlines()]
+    if len(reports) != len(paths):
         raise DeliveryError(
-            f"delivery of {paths[len(lines)].name}: expected a report, got exit code "
+            f"delivery of {paths[len(reports)].name}: expected a report, got exit code "
             f"{process.returncode}: {process.stderr[-2000:].strip()}"
         )
-    return lines
+    return reports

@@ -1,9 +1,9 @@
-"""MLflow as this package sees it: the one module that imports it.
+"""Client of an MLflow store. This is the only module that imports MLflow.
 
-What can go wrong is told apart as delivery must: a row that MLflow refuses
-(`RefusedError`), a run that is no longer there (`GoneError`), and everything else,
-which may be over a minute later (`UnreachableError`). The fluent API is never used, so
-no active run, tracking URI or variable of the user's changes.
+Every failure becomes one of three errors: MLflow refuses what was sent
+(`RefusedError`), the run or experiment does not exist any more (`GoneError`), or
+anything else, which may work when tried again (`UnreachableError`). The fluent API is
+never used, so the user's active run, tracking URI and environment do not change.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 MAX_BATCH: Final = 1000
-"""Metrics, params and tags of one call together."""
+"""Metrics, params and tags together in one call."""
 
 MAX_PARAMS: Final = 100
 MAX_PARAM_LENGTH: Final = 6000
@@ -47,7 +47,7 @@ HISTORY: Final = pa.schema(
     ]
 )
 
-# Retries are delivery's own: with MLflow's seven one call blocks for minutes.
+# Delivery retries by itself: with MLflow's seven retries one call blocks for minutes.
 _DEFAULTS: Final = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
@@ -59,25 +59,25 @@ _REFUSALS: Final = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST
 
 
 class RefusedError(TrackingError):
-    """MLflow does not take what was sent, however often it is sent."""
+    """MLflow refuses what was sent; trying again does not help."""
 
 
 class GoneError(TrackingError):
-    """The run or experiment is not there, or in MLflow's bin.
+    """The run or experiment does not exist, or is deleted.
 
     Attributes
     ----------
-    is_binned
-        Whether it can be restored there.
+    is_restorable
+        Whether it is only marked as deleted and can be restored in MLflow.
     """
 
-    def __init__(self, message: str, *, is_binned: bool = False) -> None:
+    def __init__(self, message: str, *, is_restorable: bool = False) -> None:
         super().__init__(message)
-        self.is_binned = is_binned
+        self.is_restorable = is_restorable
 
 
 class UnreachableError(TrackingError):
-    """MLflow could not be reached, or could not do its work now."""
+    """MLflow did not answer, or failed; trying again may help."""
 
 
 class Point(NamedTuple):
@@ -91,7 +91,7 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True)
 class MlflowRun:
-    """What MLflow knows of a run, its histories aside."""
+    """A run as MLflow has it, without the histories of its metrics."""
 
     run_id: str
     experiment_id: str
@@ -105,85 +105,88 @@ class MlflowRun:
 
 
 class StoreClient:
-    """A store of MLflow's: a tracking server, or a database.
+    """Client of one MLflow store: a tracking server or a database.
 
     Parameters
     ----------
     uri
-        As `resolved_uri` gives it.
+        From `resolve_uri`.
     cache
         Folder for prepared databases.
 
     Raises
     ------
     UnreachableError
-        If it cannot be opened.
+        If the store cannot be opened.
     """
 
     def __init__(self, uri: str, cache: Path) -> None:
         self.uri = uri
         path = sqlite_path(uri)
-        with _translated():
+        with _translate_errors():
             import_mlflow(_SQL if path else "mlflow")
             if path is None or path.exists():
-                self._client = _client(uri)
+                self._client = _open_client(uri)
                 return
             version = importlib.metadata.version("mlflow")
             with alone(cache) as folder:
                 ensure_database(path, folder, version, _build_database)
-                self._client = _client(uri)  # makes the default experiment, too
+                self._client = _open_client(uri)  # makes the default experiment, too
 
     def experiment_id(self, name: str | None, id_: str | None = None) -> str:
-        """Id of an experiment, made if need be; without a name MLflow's default one."""
-        with _translated():
+        """Id of an experiment, created if needed.
+
+        Without a name: ``id_``, or else MLflow's default experiment.
+        """
+        with _translate_errors():
             if name is None:
                 return id_ or "0"
             found = self._client.get_experiment_by_name(name)
             if found is None:
-                with contextlib.suppress(RefusedError), _translated(exists=True):
+                with contextlib.suppress(RefusedError), _translate_errors(exists=True):
                     return self._client.create_experiment(name)
                 found = self._client.get_experiment_by_name(name)
         if found is None or found.lifecycle_stage != "active":
             raise GoneError(
-                f"delivery: expected an active experiment in MLflow, got {name!r} in "
-                "its bin. Restore it there, or delete it for good.",
-                is_binned=True,
+                f"delivery: expected an active experiment in MLflow, got {name!r}, which "
+                "is deleted. Restore it there, or delete it permanently.",
+                is_restorable=True,
             )
         return found.experiment_id
 
     def find_runs(self, experiment_id: str, tag: str, value: str) -> list[MlflowRun]:
-        """Runs in an experiment that have a tag, newest first, those in the bin not."""
-        with _translated():
+        """Active runs of an experiment that have a tag, newest first."""
+        with _translate_errors():
             runs = self._client.search_runs(
                 [experiment_id], f"tags.`{tag}` = '{value}'", max_results=100
             )
-        return [_seen(run) for run in runs]
+        return [_as_mlflow_run(run) for run in runs]
 
     def run(self, run_id: str) -> MlflowRun:
-        """State of a run.
+        """Read a run.
 
         Raises
         ------
         GoneError
-            If it is not there, or in MLflow's bin.
+            If it does not exist, or is deleted.
         """
-        with _translated():
+        with _translate_errors():
             run = self._client.get_run(run_id)
         if run.info.lifecycle_stage != "active":
             raise GoneError(
-                f"delivery: expected an active run in MLflow, got {run_id} in its bin. "
-                "Restore it there, or run 'harness sync' for a new one.",
-                is_binned=True,
+                f"delivery: expected an active run in MLflow, got {run_id}, which is "
+                "deleted. Restore it there, or run 'harness sync' for a new one.",
+                is_restorable=True,
             )
-        return _seen(run)
+        return _as_mlflow_run(run)
 
     def create_run(
         self, experiment_id: str, name: str, start_ms: int, tags: Mapping[str, str]
     ) -> MlflowRun:
-        """Make a run."""
-        with _translated():
+        """Create a run."""
+        with _translate_errors():
             run = self._client.create_run(experiment_id, start_ms, dict(tags), name)
-        return _seen(run)
+        return _as_mlflow_run(run)
 
     def send(
         self,
@@ -191,10 +194,10 @@ class StoreClient:
         points: Sequence[Point] = (),
         tags: Mapping[str, str] | None = None,
     ) -> None:
-        """Send metrics, and tags after them; at most 1000 of both, 100 of tags."""
+        """Send metrics, then tags: at most 1000 together, of them 100 tags."""
         from mlflow.entities import Metric, RunTag  # noqa: PLC0415 (slow)
 
-        with _translated():
+        with _translate_errors():
             self._client.log_batch(
                 run_id,
                 metrics=[Metric(p.key, p.value, p.time_ms, p.step) for p in points],
@@ -202,38 +205,43 @@ class StoreClient:
             )
 
     def send_params(self, run_id: str, params: Mapping[str, str]) -> None:
-        """Send at most 100 params; one that MLflow has with another value fails all."""
+        """Send at most 100 params.
+
+        All fail if MLflow has one of them with another value.
+        """
         from mlflow.entities import Param  # noqa: PLC0415 (slow)
 
-        with _translated():
+        with _translate_errors():
             self._client.log_batch(
                 run_id, params=[Param(key, value) for key, value in params.items()]
             )
 
     def send_artifact(self, run_id: str, file: Path, folder: str | None) -> None:
-        """Upload a file into a folder of the run's artifacts, over what is there."""
-        with _translated():
+        """Upload a file into a folder of the run's artifacts; replace an existing one."""
+        with _translate_errors():
             self._client.log_artifact(run_id, str(file), folder)
 
     def send_input(
         self, run_id: str, dataset: Mapping[str, str], tags: Mapping[str, str]
     ) -> None:
-        """Note a dataset that the run used."""
+        """Add a data set to the run's inputs."""
         from mlflow.entities import (  # noqa: PLC0415 (slow)
             Dataset,
             DatasetInput,
             InputTag,
         )
 
-        marks = [InputTag(key, value) for key, value in tags.items()]
-        with _translated():
-            self._client.log_inputs(run_id, [DatasetInput(Dataset(**dataset), marks)])
+        input_tags = [InputTag(key, value) for key, value in tags.items()]
+        with _translate_errors():
+            self._client.log_inputs(
+                run_id, [DatasetInput(Dataset(**dataset), input_tags)]
+            )
 
     def set_status(
         self, run_id: str, status: str, end_ms: int | None, name: str | None = None
     ) -> None:
-        """Set a run's status, and its name if one is given."""
-        with _translated():
+        """Set a run's status, and its name if ``name`` is given."""
+        with _translate_errors():
             if end_ms is not None:
                 self._client.set_terminated(run_id, status, end_ms)
                 status = ""
@@ -241,18 +249,18 @@ class StoreClient:
                 self._client.update_run(run_id, status or None, name)
 
     def history(self, run_id: str) -> pa.Table:
-        """All values of all metrics of a run, as `HISTORY` has them, in no order."""
+        """Read all points of a run, in any order, as a table with the schema `HISTORY`."""
         path = sqlite_path(self.uri)
         if path is not None:
-            # Beside MLflow's own reading, which takes 40 us a point; let go of this
-            # when MLflow reads in bulk. Another layout of the table is an error here.
+            # MLflow's own client takes 40 us a point. Remove this when MLflow reads in
+            # bulk. If a later version changes the table, sqlite raises an error here.
             with contextlib.suppress(sqlite3.Error):
                 return _read_sqlite(path, run_id)
         return self._read_by_key(run_id)
 
     def _read_by_key(self, run_id: str) -> pa.Table:
-        """All values of a run's metrics by MLflow's own means."""
-        with _translated():
+        """Read all points with MLflow's client."""
+        with _translate_errors():
             keys = self._client.get_run(run_id).data.metrics
             found = [
                 (point.key, point.timestamp, point.step, point.value)
@@ -265,7 +273,7 @@ class StoreClient:
     def artifacts(self, run_id: str, folder: str | None = None) -> dict[str, int]:
         """Size in bytes of each artifact of a run, by path."""
         found: dict[str, int] = {}
-        with _translated():
+        with _translate_errors():
             for item in self._client.list_artifacts(run_id, folder):
                 if item.is_dir:
                     found |= self.artifacts(run_id, item.path)
@@ -275,19 +283,22 @@ class StoreClient:
 
 
 def prepare_environment() -> None:
-    """Set what MLflow reads from the environment, where the user has not.
+    """Set defaults for MLflow's environment variables that the user has not set.
 
-    For a process of our own; telemetry is off unless the user turned it on.
+    Only for the delivery process. Telemetry is off unless the user turned it on.
     """
+    environment = os.environ  # noqa: TID251 (before MLflow reads it)
     for name, value in _DEFAULTS.items():
-        os.environ.setdefault(name, value)  # noqa: TID251 (before MLflow reads it)
+        environment.setdefault(name, value)
+    # MLflow's log records reach our handlers, which redact them, and no others.
+    environment["MLFLOW_CONFIGURE_LOGGING"] = "false"
 
 
 def import_mlflow(module: str) -> None:
-    """Import a module of MLflow's, which takes more than a second the first time.
+    """Import a module of MLflow faster than a plain import does.
 
-    Without the garbage collector's rounds and without pandas, which MLflow can do
-    without (mlflow-skinny has none), that is half of what it takes otherwise.
+    The import takes more than a second. Without garbage collection and without pandas,
+    which MLflow does not need (mlflow-skinny has none), it takes half the time.
     """
     if module in sys.modules:
         return
@@ -305,20 +316,19 @@ def import_mlflow(module: str) -> None:
             gc.enable()
 
 
-def _client(uri: str) -> MlflowClient:
-    """Client of a store."""
+def _open_client(uri: str) -> MlflowClient:
     from mlflow import MlflowClient  # noqa: PLC0415 (slow)
 
     return MlflowClient(uri)
 
 
 def _build_database(path: Path) -> None:
-    """Make a database by MLflow's own means."""
-    _client(sqlite_uri(path)).get_experiment("0")
+    """Create a database with MLflow, which runs all its migrations."""
+    _open_client(sqlite_uri(path)).get_experiment("0")
 
 
 def _read_sqlite(path: Path, run_id: str) -> pa.Table:
-    """All values of a run's metrics from the database itself."""
+    """Read all points of a run from the database file."""
     uri = f"file:{urllib.parse.quote(str(path))}?mode=ro"
     query = (
         "SELECT key, timestamp, step, CASE WHEN is_nan THEN NULL ELSE value END "
@@ -332,8 +342,7 @@ def _read_sqlite(path: Path, run_id: str) -> pa.Table:
     return pa.table(arrays, schema=HISTORY)
 
 
-def _seen(run: Any) -> MlflowRun:
-    """An MLflow run in our words."""
+def _as_mlflow_run(run: Any) -> MlflowRun:
     info, data = run.info, run.data
     return MlflowRun(
         run_id=info.run_id,
@@ -349,13 +358,13 @@ def _seen(run: Any) -> MlflowRun:
 
 
 @contextlib.contextmanager
-def _translated(exists: bool = False) -> Iterator[None]:
-    """Raise what goes wrong inside as one of this module's errors."""
+def _translate_errors(exists: bool = False) -> Iterator[None]:
+    """Turn every exception inside the block into one of this module's errors."""
     try:
         yield
     except (RefusedError, GoneError, UnreachableError):
         raise
-    except Exception as error:  # drivers raise errors of their own
+    except Exception as error:  # database drivers raise their own errors
         code = getattr(error, "error_code", None)
         text = f"{type(error).__name__}: {error}"
         if code in _REFUSALS or (exists and code == "RESOURCE_ALREADY_EXISTS"):

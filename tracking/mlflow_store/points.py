@@ -1,7 +1,8 @@
-"""The points that MLflow is to have: numeric rows of the journal in MLflow's terms.
+"""Metric points for MLflow, made from the numeric rows of the journal.
 
-MLflow keeps times in milliseconds, infinities as the largest floats, and equal points
-of one millisecond once. So a point that repeats another gets the next free millisecond.
+MLflow stores times in milliseconds and infinities as the largest floats. It stores two
+equal points of the same millisecond once, so a repeated point gets the next free
+millisecond.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import compute as pc
 
+from tracking.mlflow_store.client import Point
 from tracking.mlflow_store.keys import KeyMap, SeriesId
 
-NOT_METRICS: Final = ("params", "tags", "artifacts", "inputs")
-"""``what`` of the rows that are something else to MLflow."""
+NON_METRICS: Final = ("params", "tags", "artifacts", "inputs")
+"""``what`` of the rows that MLflow does not store as metrics."""
 
 POINTS: Final = pa.schema(
     [
@@ -26,16 +28,20 @@ POINTS: Final = pa.schema(
         pa.field("time_ms", pa.int64()),
         pa.field("step", pa.int64()),
         pa.field("value", pa.float64()),
-        pa.field("row", pa.int64()),
     ]
 )
-"""Columns of points; ``row`` is the place in the table they were made of."""
+"""Columns of a table of points."""
 
 _NUMERIC: Final = pa.array(["float", "int", "bool"])
 
 
 def distinct_series(table: pa.Table) -> tuple[list[SeriesId], np.ndarray[Any, Any]]:
-    """Series in a table in order of first appearance, and each row's place in them."""
+    """List the series in a table, and number each row's series.
+
+    Returns
+    -------
+    series in order of first appearance, and for each row its place in that list
+    """
     if not table.num_rows:
         return [], np.empty(0, np.int64)
     code = np.zeros(table.num_rows, np.int64)
@@ -50,27 +56,31 @@ def distinct_series(table: pa.Table) -> tuple[list[SeriesId], np.ndarray[Any, An
     return series, rank[inverse]
 
 
-def is_metric(table: pa.Table) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Mask of the rows that are points to MLflow."""
+def mask_metrics(table: pa.Table) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Mask of the rows that MLflow stores as metric points."""
     what, kind = (table[name].cast(pa.string()) for name in ("what", "kind"))
-    other = pc.is_in(what, pa.array(NOT_METRICS))
+    other = pc.is_in(what, pa.array(NON_METRICS))
     return np.asarray(pc.and_not(pc.is_in(kind, _NUMERIC), other))
 
 
 def points_table(table: pa.Table, keys: KeyMap) -> pa.Table:
-    """Points that a table's numeric rows are, in its order, as `POINTS` has them.
+    """Convert the numeric rows of a table to points, in the same order.
 
     Parameters
     ----------
     table
-        Rows in the public schema, only such as count.
+        Live rows in the public schema; the columns ``rank``, ``epoch`` and ``payload``
+        may be absent.
     keys
         Of MLflow's metrics; new series are added.
+
+    Returns
+    -------
+    table with the schema `POINTS`
     """
-    where = np.flatnonzero(is_metric(table))
-    rows = table.take(where)
+    rows = table.filter(pa.array(mask_metrics(table)))
     series, place = distinct_series(rows)
-    words = pa.array([keys.of(one) for one in series], pa.string())
+    words = pa.array([keys.key_for(one) for one in series], pa.string())
     by_step = np.array([what == "steps" for what, _, _ in series], bool)[place]
     index, step = rows["index"], rows["step"]
     chosen = pc.if_else(
@@ -87,25 +97,30 @@ def points_table(table: pa.Table, keys: KeyMap) -> pa.Table:
         pa.array(time_us // 1000),
         chosen.combine_chunks() if isinstance(chosen, pa.ChunkedArray) else chosen,
         pa.array(value),
-        pa.array(where),
     ]
     return pa.table(arrays, schema=POINTS)
 
 
+def point_list(table: pa.Table) -> list[Point]:
+    """Points of a table as objects, in the same order."""
+    columns = (table[name].to_pylist() for name in ("key", "value", "time_ms", "step"))
+    return [Point(*row) for row in zip(*columns, strict=True)]
+
+
 @dataclass
 class UniqueTimestamps:
-    """Times that tell repeated points apart.
+    """Gives equal points of the same millisecond different times.
 
-    Of two equal points in one millisecond the later gets the next that is free. Only
-    the last few ten thousand points are remembered, which no millisecond exceeds.
+    The later of two equal points gets the next free millisecond. Only the last few ten
+    thousand points are remembered: no millisecond has more.
     """
 
     window: int = 32_768
     _recent: dict[tuple[Any, ...], None] = field(default_factory=dict)
     _older: dict[tuple[Any, ...], None] = field(default_factory=dict)
 
-    def settled(self, points: pa.Table) -> pa.Table:
-        """Points with times that differ where nothing else does."""
+    def assign(self, points: pa.Table) -> pa.Table:
+        """Replace the times of points that repeat an earlier one."""
         step, value = (points[name].to_pylist() for name in ("step", "value"))
         key, times = points["key"].to_pylist(), points["time_ms"].to_pylist()
         for i, (name, number, at, time_ms) in enumerate(

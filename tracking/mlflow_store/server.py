@@ -1,4 +1,4 @@
-"""MLflow's page on a store: its server, started and ended again."""
+"""Start and stop MLflow's server on a store."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HOST: Final = "127.0.0.1"
 START_S: Final = 120.0
 END_S: Final = 5.0
 
-# Jobs, for evaluations by language models, are ten processes more.
+# Job execution (evaluations by language models) would start ten more processes.
 _DEFAULTS: Final = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
@@ -30,26 +30,26 @@ _DEFAULTS: Final = {
 
 
 class Server:
-    """An ``mlflow server`` with one worker, for as long as the context lasts.
+    """An ``mlflow server`` with one worker, running inside a ``with`` block.
 
     Parameters
     ----------
     store
         Tracking URI of a database or folder.
     port
-        0: any that is free.
+        0: any free port.
     folder
-        Where it runs; below it lie artifacts that are sent to it.
+        Its working directory; artifacts that it receives are stored below it.
 
     Attributes
     ----------
     address
-        Where it answers.
+        URL of the server.
 
     Raises
     ------
     TrackingError
-        If the port is taken, or it does not come up.
+        If the port is taken, or the server does not start.
     """
 
     def __init__(self, store: str, port: int = 0, folder: Path | None = None) -> None:
@@ -84,7 +84,7 @@ class Server:
         command += ["--host", HOST, "--port", str(self.port)]
         command += ["--backend-store-uri", self._store]
         environment = {**_DEFAULTS, **_environment()}
-        # A group of its own: Ctrl-C reaches only us, and its workers end with it.
+        # In its own process group: Ctrl-C reaches only us, and `end` reaches its workers.
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -101,21 +101,21 @@ class Server:
             raise
 
     def wait(self) -> None:
-        """Wait for the server to end by itself, which it should not.
+        """Wait for the server to end.
 
         Raises
         ------
         TrackingError
-            If it has.
+            When it ends, which it should not do by itself.
         """
         code = self.process.wait()
         raise TrackingError(
-            f"ui: expected MLflow's server to run on, got its end with exit code {code}. "
-            f"It said: {self._last_words()}"
+            f"ui: expected MLflow's server to keep running, got exit code {code}. "
+            f"Its output: {self._read_output()}"
         )
 
     def end(self) -> None:
-        """End the server and its workers."""
+        """Stop the server and its workers."""
         for number, wait_s in ((signal.SIGTERM, END_S), (signal.SIGKILL, END_S)):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, number)
@@ -123,7 +123,6 @@ class Server:
                 self.process.wait(wait_s)
 
     def _wait(self) -> None:
-        """Wait until it answers."""
         deadline = time.monotonic() + START_S
         while not self._answers():
             code = self.process.poll()
@@ -131,31 +130,29 @@ class Server:
                 why = "no answer" if code is None else f"exit code {code}"
                 raise TrackingError(
                     f"ui: expected MLflow's server to answer at {self.address}, got "
-                    f"{why}. It said: {self._last_words()}"
+                    f"{why}. Its output: {self._read_output()}"
                 )
             time.sleep(0.1)
 
     def _answers(self) -> bool:
-        """Whether the server is up."""
         try:
             with urllib.request.urlopen(f"{self.address}/health", timeout=5) as answer:
                 return bool(answer.status == 200)
         except (urllib.error.URLError, OSError):
             return False
 
-    def _last_words(self) -> str:
-        """The end of what the server wrote."""
+    def _read_output(self) -> str:
+        """Last 1000 bytes that the server wrote."""
         self._output.seek(0)
         return self._output.read()[-1000:].decode(errors="replace").strip()
 
 
 def _environment() -> dict[str, str]:
-    """Variables of this process, for a child."""
-    return dict(os.environ)  # noqa: TID251 (passed on whole, not read)
+    return dict(os.environ)  # noqa: TID251 (passed on unread)
 
 
 def _free_port(port: int) -> int:
-    """A port that nobody listens on."""
+    """Check that a port is free; choose one for 0."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -163,7 +160,7 @@ def _free_port(port: int) -> int:
         except OSError as error:
             raise TrackingError(
                 f"ui: expected port {port} of {HOST} to be free, got {error.strerror}. "
-                "Give another one with --port, or 0 for any."
+                "Choose another one with --port, or 0 for any free port."
             ) from error
         number: Any = probe.getsockname()[1]
         return int(number)

@@ -1,4 +1,4 @@
-"""What MLflow's page tells of a run: tags and a description from its manifest."""
+"""Tags and description of a run for MLflow's page, from the run's manifest."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from tracking.mlflow_store.client import MAX_TAG_LENGTH
 from tracking.store import Manifest
 
 STATUSES: Final = {"finished": "FINISHED", "failed": "FAILED", "killed": "KILLED"}
-"""MLflow's word for the status of a run that has ended."""
+"""MLflow's status of a run that has ended, by ours."""
 
 
 def run_tags(
     manifest: Manifest, run_path: Path, redact: Callable[[str], str]
 ) -> dict[str, str]:
-    """Tags that describe a run, as MLflow's page expects them and more of our own.
+    """Tags that describe a run: those that MLflow's page shows, and ours (``luz.*``).
 
     Parameters
     ----------
@@ -27,7 +27,7 @@ def run_tags(
     run_path
         Folder of the run.
     redact
-        Takes secrets out of a text.
+        Masks the secrets in a text.
     """
     git = manifest.git or {}
     found = {
@@ -40,7 +40,7 @@ def run_tags(
         "luz.devices": ", ".join(manifest.devices),
         "luz.dirty": str(git.get("dirty", "")).lower(),
         "luz.error": _error(manifest),
-        # No mlflow.parentRunId: MLflow's page folds nested runs up under their parent.
+        # No mlflow.parentRunId: MLflow's page collapses nested runs under their parent.
         "luz.forked_from": manifest.extra.get("forked_from", {}).get("run", ""),
     }
     if not manifest.mlflow.get("borrowed"):
@@ -57,7 +57,7 @@ def run_tags(
 
 
 def description(manifest: Manifest, run_path: Path) -> str:
-    """What ran, where and on what code, and where its records lie; Markdown."""
+    """Describe in Markdown what ran, where, on what code, and where the records are."""
     lines = [manifest.note, ""] if manifest.note else []
     if manifest.error:
         lines += [f"**Failed**: `{_error(manifest)}`", ""]
@@ -69,9 +69,9 @@ def description(manifest: Manifest, run_path: Path) -> str:
         f"**Ran** `{shlex.join(manifest.command)}`",
         f"in `{manifest.cwd}` on {manifest.host}, Python {manifest.python}",
     ]
-    for again in manifest.resumed:
-        where = f"on {again.get('host')} at {str(again.get('time'))[:19]}"
-        lines.append(f"- gone on with {where}, after it was {again.get('status')}")
+    for resume in manifest.resumed:
+        where = f"on {resume.get('host')} at {str(resume.get('time'))[:19]}"
+        lines.append(f"- resumed {where}; the status was {resume.get('status')}")
     git = manifest.git
     if git and git.get("commit"):
         dirty = ", with changes (artifact `code.diff`)" if git.get("dirty") else ""
@@ -85,34 +85,23 @@ def description(manifest: Manifest, run_path: Path) -> str:
     return "  \n".join(lines)
 
 
-def as_ms(moment: str | None) -> int | None:
-    """Milliseconds since 1970 of a time in ISO 8601."""
+def to_ms(moment: str | None) -> int | None:
+    """Convert a time in ISO 8601 to milliseconds since 1970."""
     return round(datetime.fromisoformat(moment).timestamp() * 1000) if moment else None
 
 
 def _error(manifest: Manifest) -> str:
-    """What ended a failed run, in a line."""
+    """Error of a failed run in one line."""
     error = manifest.error or {}
     text = ": ".join(filter(None, [error.get("type"), error.get("message")]))
     return " ".join(text.split())[:1000]
 
 
 def _source(command: list[str]) -> str:
-    """The script or module that a command runs."""
+    """Script or module that a command runs."""
     for word, following in zip(command[1:], [*command[2:], ""], strict=True):
         if word == "-m":
             return following
         if not word.startswith("-"):
             return word
     return command[0] if command else ""
-
-
-def page_url(server: str, experiment_id: str, run_id: str | None = None) -> str:
-    """Address of an experiment's charts, or of a run's page, in MLflow's UI.
-
-    The page (3.17) opens in its view for language models unless told otherwise.
-    """
-    place = f"{server.rstrip('/')}/#/experiments/{experiment_id}/runs"
-    if run_id is None:
-        return f"{place}?workflowType=machine_learning&compareRunsMode=CHART"
-    return f"{place}/{run_id}/model-metrics"

@@ -1,4 +1,4 @@
-"""Addresses of MLflow's stores, as MLflow reads them."""
+"""Addresses of MLflow's stores and pages."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from pathlib import Path
 
 
 def resolve_uri(folder: Path, given: str | None) -> str:
-    """Address of the store that MLflow would use in a folder.
+    """Resolve the tracking URI that MLflow would use in a folder.
 
     Parameters
     ----------
     folder
-        Where training was started.
+        Working directory of the training.
     given
-        Tracking URI, such as `MLFLOW_TRACKING_URI` holds; without one MLflow's default.
+        Tracking URI, for example from ``MLFLOW_TRACKING_URI``; None: MLflow's default.
 
     Returns
     -------
-    a URI that means the same in any folder; credentials in it are kept
+    a URI that means the same in every folder, with its credentials
     """
     if not given:
         if _has_file_store(folder / "mlruns"):
@@ -36,9 +36,9 @@ def resolve_uri(folder: Path, given: str | None) -> str:
 
 
 def _has_file_store(folder: Path) -> bool:
-    """Whether MLflow's older store of plain files is in use there.
+    """Whether the folder holds runs of MLflow's older file store.
 
-    MLflow (3.17, `_has_existing_mlruns_data`) then takes it as the default.
+    MLflow (3.17, `_has_existing_mlruns_data`) then uses it as the default.
     """
     return any(path.parent.name.isdigit() for path in folder.glob("*/meta.yaml"))
 
@@ -46,18 +46,29 @@ def _has_file_store(folder: Path) -> bool:
 def sqlite_uri(path: Path) -> str:
     """URI of a database file.
 
-    Only what would end the path is quoted: from a wholly quoted one MLflow (3.17)
-    also makes an empty folder of that quoted name.
+    Only characters that would end the path are quoted: if all are, MLflow (3.17) also
+    creates an empty folder with the quoted name.
     """
     text = str(Path(os.path.abspath(path)))  # noqa: PTH100 (keeps symbolic links)
     return "sqlite:///" + text.replace("%", "%25").replace("?", "%3F")
 
 
 def sqlite_path(uri: str) -> Path | None:
-    """Database file that a URI names, if it names one."""
+    """Database file of a URI; None if the URI is of another kind."""
     if not uri.startswith("sqlite:///"):
         return None
     path = uri.removeprefix("sqlite:///").partition("?")[0]
     if not path or path.startswith(":"):
         return None
     return Path(urllib.parse.unquote(path))
+
+
+def page_url(server: str, experiment_id: str, run_id: str | None = None) -> str:
+    """Address of an experiment's charts, or of a run's page, in MLflow's UI.
+
+    Without ``workflowType`` the UI (3.17) opens in its view for language models.
+    """
+    base = f"{server.rstrip('/')}/#/experiments/{experiment_id}/runs"
+    if run_id is None:
+        return f"{base}?workflowType=machine_learning&compareRunsMode=CHART"
+    return f"{base}/{run_id}/model-metrics"

@@ -1,7 +1,8 @@
-"""One MLflow run being filled: what it has, what it lacks, and sending that.
+"""Write into one MLflow run: send what it does not have yet.
 
-Nothing here waits or tries again: an `UnreachableError` goes up to who does. What
-MLflow refuses is found by halving, noted, and left out, so that it holds up nothing.
+Nothing here waits or tries again: an `UnreachableError` reaches the caller. What MLflow
+refuses is found by bisecting a batch, recorded, and left out, so that it does not hold
+up the rest.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from tracking.delivery.scan import RunProperties
 from tracking.mlflow_store.client import (
     MAX_BATCH,
     MAX_PARAMS,
@@ -23,87 +23,143 @@ from tracking.mlflow_store.client import (
     UnreachableError,
     as_json,
 )
+from tracking.mlflow_store.properties import RunProperties
 
 BATCH: Final = MAX_BATCH - 20
-"""Points of one call; the rest is for tags that are to be written with them."""
+"""Points in one call; the rest of a call is for the tags that go with them."""
+
+_MAX_REASON: Final = 200
 
 T = TypeVar("T")
 
 
 class RunWriter:
-    """Fills one MLflow run.
+    """Writes into one MLflow run.
 
     Parameters
     ----------
-    remote
-        Store that the run is in.
+    client
+        Of the store that has the run.
     run
-        As MLflow has it now.
-    mark
-        Tag that tells how far the run's rows have been sent.
+        The run as MLflow has it now.
+    watermark_tag
+        Tag with the ``seq`` up to which all rows have been sent.
+    is_borrowed
+        Whether the run is the caller's, so that its status stays as it is.
 
     Attributes
     ----------
     refused
-        Why MLflow took something not, by key or name; part of the run's flags.
+        Why MLflow refused something, by key or name; part of the run's flags.
     """
 
-    def __init__(self, remote: StoreClient, run: MlflowRun, mark: str) -> None:
-        self.remote = remote
+    def __init__(
+        self,
+        client: StoreClient,
+        run: MlflowRun,
+        watermark_tag: str,
+        *,
+        is_borrowed: bool = False,
+    ) -> None:
+        self.client = client
         self.run_id = run.run_id
         self.experiment_id = run.experiment_id
         self.status = run.status
         self.tags = dict(run.tags)
-        self.refused: dict[str, str] = _refused_before(run.tags)
-        self._mark = mark
+        self.refused = read_refusals(run.tags)
+        self._watermark_tag = watermark_tag
+        self._is_borrowed = is_borrowed
         self._params = dict(run.params)
         self._inputs: list[Any] = []
         self._artifacts: dict[str, Any] = {}
 
     @property
     def delivered(self) -> int:
-        """``seq`` of the last row that MLflow says it has; -1 before the first."""
-        text = self.tags.get(self._mark, "-1")
+        """``seq`` up to which MLflow has all rows, by its own tag; -1 for none."""
+        text = self.tags.get(self._watermark_tag, "-1")
         return int(text) if text.lstrip("-").isdigit() else -1
 
     def send_points(self, points: Sequence[Point], upto: int | None = None) -> None:
-        """Send points, at most `BATCH`; a point that MLflow refuses is left out.
+        """Send at most `BATCH` points; leave out those that MLflow refuses.
 
         Parameters
         ----------
         points
             In any order.
         upto
-            Position that all rows have been sent to with these; None: not told.
+            ``seq`` up to which all rows have been sent with these points; stored in
+            the same call. None: the watermark stays.
         """
-        self._send_batch(points, {} if upto is None else {self._mark: str(upto)})
+        self._send_batch(
+            points, {} if upto is None else {self._watermark_tag: str(upto)}
+        )
 
     def send_properties(self, wanted: RunProperties, more: Mapping[str, str]) -> None:
-        """Send the params, tags and inputs that MLflow lacks.
+        """Send the params, tags and inputs that MLflow does not have.
 
         Parameters
         ----------
         wanted
-            What the journal says.
+            Properties from the journal.
         more
-            Tags of our own.
+            Tags that describe the run.
         """
         params = {k: v for k, v in wanted.params.items() if k not in self._params}
-        for some in _in_parts(params, MAX_PARAMS):
-            self._halved(self._send_params, list(some.items()))
+        for some in _split(params, MAX_PARAMS):
+            self._bisect(self._send_params, list(some.items()))
             self._params |= some
-        tags = {**wanted.tags, **more, **self._own_tags(wanted)}
+        tags = {**wanted.tags, **more, **self._flag_tags(wanted)}
         tags = {k: v for k, v in tags.items() if self.tags.get(k) != v}
-        for some in _in_parts(tags, MAX_PARAMS):
-            self._halved(self._send_tags, list(some.items()))
+        for some in _split(tags, MAX_PARAMS):
+            self._bisect(self._send_tags, list(some.items()))
             self.tags |= some
         for described in wanted.inputs:
             if described not in self._inputs:
-                self._halved(self._send_inputs, [described])
+                self._bisect(self._send_inputs, [described])
                 self._inputs.append(described)
 
-    def missing_artifacts(self, wanted: RunProperties, folder: Path) -> list[str]:
-        """Names of the artifacts to be uploaded; those whose file is gone are flagged."""
+    def upload_artifacts(
+        self, wanted: RunProperties, folder: Path, max_files: int | None = None
+    ) -> None:
+        """Upload the artifacts that MLflow does not have.
+
+        Parameters
+        ----------
+        wanted
+            Properties from the journal.
+        folder
+            With the files. An artifact without a file is recorded as refused.
+        max_files
+            Maximum number of files to upload; None: all.
+        """
+        for name in self._list_missing_artifacts(wanted, folder)[:max_files]:
+            try:
+                parent = name.rpartition("/")[0] or None
+                self.client.send_artifact(self.run_id, folder / name, parent)
+            except RefusedError as error:
+                self._check_run()
+                self.refused[name] = str(error)[:_MAX_REASON]
+            self._artifacts[name] = wanted.artifacts[name]
+
+    def recognize_artifacts(self, wanted: RunProperties) -> None:
+        """Treat artifacts that MLflow has under the same name and size as uploaded."""
+        present = self.client.artifacts(self.run_id)
+        for name, described in wanted.artifacts.items():
+            if present.get(name) == described.get("size_bytes"):
+                self._artifacts[name] = described
+
+    def set_status(self, status: str, end_ms: int | None = None) -> None:
+        """Set the run's status, and the time of its end if it has ended."""
+        if not self._is_borrowed:
+            self.client.set_status(self.run_id, status, end_ms)
+        self.status = status
+
+    def flags(self, wanted: RunProperties) -> dict[str, Any]:
+        """What MLflow stores inexactly, or refused."""
+        refused = {"refused": self.refused} if self.refused else {}
+        return {**wanted.flags, **refused}
+
+    def _list_missing_artifacts(self, wanted: RunProperties, folder: Path) -> list[str]:
         missing = []
         for name, described in wanted.artifacts.items():
             if self._artifacts.get(name) == described or name in self.refused:
@@ -114,39 +170,12 @@ class RunWriter:
                 self.refused[name] = "the file is not in the run's folder"
         return missing
 
-    def send_artifact(self, wanted: RunProperties, folder: Path, name: str) -> None:
-        """Upload one artifact."""
-        parent = name.rpartition("/")[0] or None
-        try:
-            self.remote.send_artifact(self.run_id, folder / name, parent)
-        except RefusedError as error:
-            self._check_run()
-            self.refused[name] = str(error)[:200]
-        self._artifacts[name] = wanted.artifacts.get(name)
-
-    def note_artifacts(self, wanted: RunProperties) -> None:
-        """Take the artifacts that MLflow has, by name and size, as uploaded."""
-        present = self.remote.artifacts(self.run_id)
-        for name, described in wanted.artifacts.items():
-            if present.get(name) == described.get("size_bytes"):
-                self._artifacts[name] = described
-
-    def set_status(
-        self, status: str, end_ms: int | None = None, name: str | None = None
-    ) -> None:
-        """Set the run's status."""
-        self.remote.set_status(self.run_id, status, end_ms, name)
-        self.status = status
-
-    def flags(self, wanted: RunProperties) -> dict[str, Any]:
-        """What MLflow holds otherwise than the journal, or not at all."""
-        refused = {"refused": self.refused} if self.refused else {}
-        return {**wanted.flags, **refused}
-
-    def _own_tags(self, wanted: RunProperties) -> dict[str, str]:
+    def _flag_tags(self, wanted: RunProperties) -> dict[str, str]:
         """Tags about flags and changed params, if there are any."""
-        flags = self.flags(wanted)
-        found = {"luz.flags": flags, "luz.changed_params": wanted.changed}
+        found = {
+            "luz.flags": self.flags(wanted),
+            "luz.changed_params": wanted.changed,
+        }
         return {
             name: json_within_limit(value)
             for name, value in found.items()
@@ -154,15 +183,15 @@ class RunWriter:
         }
 
     def _send_batch(self, points: Sequence[Point], tags: dict[str, str]) -> None:
-        """Send points and tags; points that MLflow refuses are left out."""
+        """Send points and tags; leave out points that MLflow refuses."""
         try:
-            self.remote.send(self.run_id, points, tags)
+            self.client.send(self.run_id, points, tags)
         except RefusedError as error:
             self._check_run()
             if not points:
                 raise UnreachableError(str(error)) from error
             if len(points) == 1:
-                self.refused[points[0].key] = str(error)[:200]
+                self.refused[points[0].key] = str(error)[:_MAX_REASON]
                 self._send_batch([], tags)
                 return
             half = len(points) // 2
@@ -171,36 +200,36 @@ class RunWriter:
         else:
             self.tags |= tags
 
-    def _halved(self, send: Callable[[list[T]], None], items: list[T]) -> None:
-        """Send items; those that MLflow refuses are left out and noted."""
+    def _bisect(self, send: Callable[[list[T]], None], items: list[T]) -> None:
+        """Send items; leave out and record those that MLflow refuses."""
         try:
             send(items)
         except RefusedError as error:
             self._check_run()
             if len(items) == 1:
-                self.refused[_name_of(items[0])] = str(error)[:200]
+                self.refused[_name_of(items[0])] = str(error)[:_MAX_REASON]
                 return
             half = len(items) // 2
-            self._halved(send, items[:half])
-            self._halved(send, items[half:])
+            self._bisect(send, items[:half])
+            self._bisect(send, items[half:])
 
     def _send_params(self, params: list[tuple[str, str]]) -> None:
-        self.remote.send_params(self.run_id, dict(params))
+        self.client.send_params(self.run_id, dict(params))
 
     def _send_tags(self, tags: list[tuple[str, str]]) -> None:
-        self.remote.send(self.run_id, (), dict(tags))
+        self.client.send(self.run_id, (), dict(tags))
 
     def _send_inputs(self, inputs: list[Any]) -> None:
         for dataset, tags in inputs:
-            self.remote.send_input(self.run_id, dataset, tags)
+            self.client.send_input(self.run_id, dataset, tags)
 
     def _check_run(self) -> None:
-        """Raise if what was refused is the run itself, for it is in MLflow's bin."""
-        self.remote.run(self.run_id)
+        """Raise `GoneError` if MLflow refuses everything because the run is deleted."""
+        self.client.run(self.run_id)
 
 
 def json_within_limit(value: Mapping[str, Any]) -> str:
-    """JSON of a dictionary, with as much of it as a tag can hold."""
+    """JSON of a dictionary, with as many entries as fit into a tag."""
     for limit in (10_000, 300, 100, 30, 10, 3, 1):
         text = as_json(_cut(value, limit))
         if len(text) <= MAX_TAG_LENGTH:
@@ -208,8 +237,17 @@ def json_within_limit(value: Mapping[str, Any]) -> str:
     return as_json({"...": len(value)})
 
 
+def read_refusals(tags: Mapping[str, str]) -> dict[str, str]:
+    """Why MLflow refused something, by key or name, as recorded in a run's tags."""
+    try:
+        found = json.loads(tags.get("luz.flags", "{}")).get("refused", {})
+    except (ValueError, AttributeError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def _cut(value: Any, limit: int) -> Any:
-    """A value with at most so many entries at each level, the rest counted."""
+    """Keep at most ``limit`` entries at each level, and count the others."""
     if isinstance(value, str):
         return value[: 20 * limit]
     if not isinstance(value, Mapping):
@@ -219,20 +257,11 @@ def _cut(value: Any, limit: int) -> Any:
 
 
 def _name_of(item: Any) -> str:
-    """What a param, tag or data set is called."""
+    """Name of a param, tag or data set."""
     return item[0] if isinstance(item[0], str) else str(item[0].get("name"))
 
 
-def _in_parts(items: Mapping[str, str], size: int) -> list[dict[str, str]]:
-    """A dictionary in several of at most ``size`` entries."""
+def _split(items: Mapping[str, str], size: int) -> list[dict[str, str]]:
+    """Split a dictionary into several of at most ``size`` entries."""
     pairs = list(items.items())
     return [dict(pairs[i : i + size]) for i in range(0, len(pairs), size)]
-
-
-def _refused_before(tags: Mapping[str, str]) -> dict[str, str]:
-    """What an earlier delivery noted as refused."""
-    try:
-        found = json.loads(tags.get("luz.flags", "{}")).get("refused", {})
-    except (ValueError, AttributeError):
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
@@ -10,12 +9,20 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import compute as pc
 
-from tracking.delivery.compare import Rows, row_ids, unmatched_rows
-from tracking.delivery.reconcile import expected_points, thinning_mask, timing_keys
-from tracking.delivery.scan import Flags, JournalScan
+from tracking.delivery.reconcile import (
+    Rows,
+    expected_points,
+    row_ids,
+    timing_keys,
+    unmatched_rows,
+)
+from tracking.delivery.scan import JournalScan
 from tracking.delivery.sync import MlflowContents
+from tracking.delivery.thinning import mask_points
 from tracking.journal.reader import JournalReader
 from tracking.mlflow_store.points import POINTS, UniqueTimestamps, points_table
+from tracking.mlflow_store.properties import Flags
+from tracking.mlflow_store.writer import read_refusals
 from tracking.read import PastRun
 from tracking.store import get_rank_dir, is_being_written
 from tracking.verify import Comparison, Mismatch
@@ -45,20 +52,20 @@ def compare_with_mlflow(run: PastRun, there: MlflowContents) -> Comparison:
     """
     rank_dir = get_rank_dir(run.path, 0)
     scan = JournalScan(rank_dir)
-    scan.look()
-    upto = scan.last
+    scan.read_all()
+    upto = scan.last_seq
     if is_being_written(rank_dir):
         upto = int(there.tags.get("luz.delivered", "-1"))
-    points = expected_points(rank_dir, scan, upto, UniqueTimestamps())
+    points = expected_points(scan, upto, UniqueTimestamps())
     # MLflow's run may hold metrics of others too.
-    keys = pa.array(list(scan.keys.given.values()), pa.string())
+    keys = pa.array(list(scan.keys.by_series.values()), pa.string())
     history = there.history.filter(pc.is_in(there.history["key"], keys))
     mismatches = [
-        *_compare_points(run, points, history, scan, _read_refusals(there.tags)),
+        *_compare_points(run, points, history, scan, read_refusals(there.tags)),
         *_compare_properties(scan, there),
     ]
     notes = describe_flags(scan.properties().flags)
-    if upto < scan.last:
+    if upto < scan.last_seq:
         notes.append(
             f"{JournalReader(rank_dir, upto).count_unread()} rows have still to be delivered"
         )
@@ -83,7 +90,7 @@ def _compare_points(
     refused: Mapping[str, str],
 ) -> Iterator[Mismatch]:
     """Compare the points of metrics: first what is missing or changed, then the surplus."""
-    keys = list(scan.keys.given.values())
+    keys = list(scan.keys.by_series.values())
     here, there = (row_ids(table, keys, _EXACT) for table in (points, history))
     missing, extra = unmatched_rows(here, there)
     superseded = _superseded_points(run, scan)
@@ -109,7 +116,7 @@ def _is_wanted(run: PastRun, points: pa.Table) -> np.ndarray[Any, np.dtype[np.bo
     """Which points MLflow should have after thinning."""
     is_final = run.status in ("finished", "failed")
     per_key = run.manifest.delivery.get("per_key")
-    return thinning_mask(points, per_key, is_final=is_final)
+    return mask_points(points, per_key, is_final=is_final)
 
 
 def _pair_by_place(
@@ -179,7 +186,7 @@ def _accept_first_attempts(
     -------
     the remaining missing points and extra points
     """
-    keys, timings = list(scan.keys.given.values()), timing_keys(scan)
+    keys, timings = list(scan.keys.by_series.values()), timing_keys(scan)
     first_attempts = extra[is_superseded[extra]]
     is_timing = np.array([key in timings for key in keys] + [False])
     ids = [row_ids(table, keys, _LOOSE) for table in (points, history)]
@@ -235,12 +242,3 @@ def _describe_change(ours: Point, theirs: Point) -> str:
 
 def _describe(point: Point) -> str:
     return f"{point['key']} at step {point['step']}"
-
-
-def _read_refusals(tags: Mapping[str, str]) -> dict[str, str]:
-    """Reasons by key for which MLflow refused points, as delivery recorded them."""
-    try:
-        found = json.loads(tags.get("luz.flags", "{}")).get("refused", {})
-    except ValueError:
-        return {}
-    return dict(found)

@@ -11,7 +11,7 @@ import pyarrow as pa
 from pyarrow import compute as pc
 from pyarrow import parquet
 
-from tracking.delivery.compare import Rows, unmatched_rows
+from tracking.delivery.reconcile import Rows, unmatched_rows
 from tracking.read import PastRun
 from tracking.schema import SCHEMA
 from tracking.verify import Comparison, Mismatch

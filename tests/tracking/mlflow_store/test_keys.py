@@ -20,7 +20,7 @@ from tracking.mlflow_store.keys import MAX_KEY_LENGTH, KeyMap, is_valid, plain_k
 )
 def test_plain_key_joins_what_there_is(series, key):
     assert plain_key(series) == key
-    assert KeyMap().of(series) == key
+    assert KeyMap().key_for(series) == key
 
 
 @pytest.mark.parametrize(
@@ -40,15 +40,15 @@ word = st.text(st.sampled_from("ab/.#_ -:ü0"), max_size=6)
 @example([("metrics", "", ""), ("metrics", "#", ""), ("metrics", "", "#")])
 def test_keys_are_valid_and_one_for_each_series(found):
     keys = KeyMap()
-    given = {series: keys.of(series) for series in found}
+    given = {series: keys.key_for(series) for series in found}
     assert all(is_valid(key) for key in given.values())
     assert len(set(given.values())) == len(given)
-    assert {series: KeyMap().of(series) for series in found[:1]} == dict(
+    assert {series: KeyMap().key_for(series) for series in found[:1]} == dict(
         list(given.items())[:1]
     )
     again = KeyMap()
-    assert {series: again.of(series) for series in found} == given
-    mapped = keys.mapped()
+    assert {series: again.key_for(series) for series in found} == given
+    mapped = keys.renamed()
     assert all(given[series] == key for key, series in mapped.items())
     assert all(
         key == plain_key(series) for series, key in given.items() if key not in mapped
@@ -57,17 +57,20 @@ def test_keys_are_valid_and_one_for_each_series(found):
 
 def test_key_that_was_given_is_never_given_again():
     keys = KeyMap()
-    odd = keys.of(("metrics", "train", "a#b"))
-    other = keys.of(("metrics", "", odd))
+    odd = keys.key_for(("metrics", "train", "a#b"))
+    other = keys.key_for(("metrics", "", odd))
     assert other != odd
 
 
 def test_reserved_beginning_is_not_given():
-    assert KeyMap(reserved="luz.").of(("tags", "", "luz.run_id")) != "luz.run_id"
+    assert (
+        KeyMap(reserved_prefix="luz.").key_for(("tags", "", "luz.run_id"))
+        != "luz.run_id"
+    )
 
 
 @given(st.text(max_size=400))
 def test_any_text_gets_a_key(name):
-    key = KeyMap().of(("metrics", "train", name))
+    key = KeyMap().key_for(("metrics", "train", name))
     assert is_valid(key)
     assert len(key) <= MAX_KEY_LENGTH

@@ -1,0 +1,65 @@
+"""Options of delivery that the user can give."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+DEFAULT_PATIENCE_S: Final = 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeliveryOptions:
+    """How a run is delivered.
+
+    Attributes
+    ----------
+    per_key
+        Maximum number of points that MLflow gets of each metric; None: all points.
+    patience_s : seconds
+        How long to wait for a server that does not answer, after training has ended.
+    """
+
+    per_key: int | None = None
+    patience_s: float = DEFAULT_PATIENCE_S
+
+
+def check_options(options: Mapping[str, Any] | None) -> DeliveryOptions:
+    """Check the options that the user gave.
+
+    Raises
+    ------
+    TypeError
+        If a value is of the wrong type.
+    ValueError
+        If a name is unknown, or a number too small.
+    """
+    given = dict(options or {})
+    for name in given:
+        if name not in DeliveryOptions.__dataclass_fields__:
+            raise ValueError(
+                f"start(delivery=): expected per_key or patience_s, got {name!r}. "
+                "Use one of the two."
+            )
+    per_key = given.get("per_key")
+    patience_s = given.get("patience_s", DEFAULT_PATIENCE_S)
+    if per_key is not None:
+        _check_number("per_key", per_key, int, 2)
+    _check_number("patience_s", patience_s, (int, float), 0)
+    return DeliveryOptions(per_key=per_key, patience_s=float(patience_s))
+
+
+def _check_number(name: str, value: Any, kind: Any, least: int) -> None:
+    place = f"start(delivery={{{name!r}: ...}})"
+    word = "a whole number" if kind is int else "a number"
+    if isinstance(value, bool) or not isinstance(value, kind):
+        raise TypeError(
+            f"{place}: expected {word} of at least {least}, got {value!r}. "
+            "Leave it out for the default."
+        )
+    if not value >= least:
+        raise ValueError(
+            f"{place}: expected {word} of at least {least}, got {value!r}. "
+            "Leave it out for the default."
+        )
