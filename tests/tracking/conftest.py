@@ -40,7 +40,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         patch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
         patch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-        patch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+        patch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
         yield folder / "cache" / "luz-harness"
 
 
@@ -103,7 +103,7 @@ def worker(cache: Path, remote_class: Any) -> Callable[..., DeliveryWorker]:
 
     def make(path: Path, store: str, **options: Any) -> DeliveryWorker:
         resolver = RunResolver(path, store, lambda uri: remote_class(uri, cache))
-        options = {"patience_s": 0.0, "log": lambda text: None, **options}
+        options = {"patience_s": 0.0, **options}
         return DeliveryWorker(path, resolver, **options)
 
     return make

@@ -744,9 +744,9 @@ def test_finish_tells_what_is_left_after_its_wait(runs, capsys):
     run.log("metrics", "train", 0.5)
     run.finish(wait_s=0.1)
     told = capsys.readouterr().err
-    assert told.startswith(f"12 rows of {run.id} are still to go to MLflow (refused by")
-    assert "delivery goes on in the background" in told
-    assert f"'harness sync {run.id}' sends what is left." in told
+    assert told.startswith(f"12 rows of {run.id} are not in MLflow yet (refused by")
+    assert "delivery continues in the background" in told
+    assert f"'harness sync {run.id}' sends the rest." in told
     assert "u:p" not in told
 
 

@@ -106,7 +106,7 @@ def _run_worker(
         code = 0
     except GaveUpError:
         pass
-    except Exception as error:  # nobody watches this process
+    except Exception as error:  # noqa: BLE001 (nobody watches this process)
         _record_failure(path, settings.redact(f"{type(error).__name__}: {error}"))
     if worker is None:
         return code, {}

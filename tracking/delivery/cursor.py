@@ -151,7 +151,7 @@ class Cursor:
         column = points["key"].combine_chunks()
         code, keys = column.indices.to_numpy(), column.dictionary.to_pylist()
         before = np.array([self.counts.get(key, 0) for key in keys], np.int64)
-        ordinals = count_within_groups(code) + before[code]
+        ordinals: Ordinals = count_within_groups(code) + before[code]
         added = np.bincount(code, minlength=len(keys)).tolist()
         for key, count in zip(keys, added, strict=True):
             self.counts[key] = self.counts.get(key, 0) + count

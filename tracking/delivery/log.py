@@ -24,10 +24,9 @@ class RedactingFormatter(logging.Formatter):
         Masks the secrets in a text.
     """
 
-    converter = time.gmtime
-
     def __init__(self, redact: Callable[[str], str]) -> None:
         super().__init__("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S")
+        self.converter = time.gmtime
         self._redact = redact
 
     def format(self, record: logging.LogRecord) -> str:

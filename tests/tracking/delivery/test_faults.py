@@ -56,7 +56,7 @@ def is_equal(in_mlflow, in_journal):
 def test_server_that_fails_for_a_while_gets_every_row_once(
     record, delivering, proxy, server, connect, until, is_equal, monkeypatch, mode
 ):
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1" if mode == "hang" else "20")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1" if mode == "hang" else "60")
     run = record()
     run.log_curve(200)
     work = delivering(run.path, proxy.address)
@@ -72,6 +72,7 @@ def test_server_that_fails_for_a_while_gets_every_row_once(
     assert work.state.error
     if mode == "gone":
         connect(server.port, proxy.port)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
     proxy.mode = "pass"
     proxy.released.set()
     run.log_curve(200, first=2200)
@@ -147,7 +148,7 @@ def test_dead_server_is_given_up_a_while_after_the_trainers_end(
     state = DeliveryState.read(run.path)
     assert (state.phase, state.behind) == ("gave up", 200)
     proxy.mode = "pass"
-    deliver(run.path, proxy.address, is_thorough=True)
+    deliver(run.path, proxy.address, is_sync=True)
     assert is_equal(run.path, server.address)
 
 
@@ -167,7 +168,7 @@ def test_artifact_that_cannot_be_stored_holds_up_no_row(
     assert found.get_run(state.mlflow_run_id).info.status == "FINISHED"
     assert found.list_artifacts(state.mlflow_run_id) == []
     proxy.mode = "pass"
-    deliver(run.path, proxy.address, is_thorough=True)
+    deliver(run.path, proxy.address, is_sync=True)
     (item,) = found.list_artifacts(state.mlflow_run_id)
     assert (item.path, item.file_size) == ("note.txt", 24)
 
@@ -219,7 +220,7 @@ def test_full_disk_under_the_state_file_stops_nothing(record, deliver, store, cl
     folder = run.path / "delivery"
     folder.mkdir(exist_ok=True)
     # What is written here fails as on a full disk.
-    (folder / f".state.json.{os.getpid()}.tmp").symlink_to("/dev/full")
+    (folder / f".{os.getpid()}-state.json").symlink_to("/dev/full")
     made = deliver(run.path, store)
     assert made.num_sent == 200
     assert client(store).get_run(made.state.mlflow_run_id).info.status == "FINISHED"
@@ -374,7 +375,7 @@ def test_kills_at_random_instants_lose_and_double_nothing(
     wanted = tracking.open(run.path).records(what="metrics")
     assert len(points) == wanted.num_rows == len(made_points(store, made))
     assert made.num_sent < wanted.num_rows  # the rest is the work of those killed
-    assert deliver(run.path, store, is_thorough=True).num_sent == 0
+    assert deliver(run.path, store, is_sync=True).num_sent == 0
 
 
 def made_points(store, made):

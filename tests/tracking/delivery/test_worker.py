@@ -19,11 +19,10 @@ from pathlib import Path
 import pytest
 
 import tracking
-from tracking.delivery.process import delivery_command
+from tracking.delivery.options import check_options
+from tracking.delivery.process import delivery_command, wait_for_delivery
 from tracking.delivery.retry import GaveUpError
 from tracking.delivery.state import DeliveryState
-from tracking.delivery.sync import wait_for_delivery
-from tracking.delivery.thinning import check_options
 from tracking.mlflow_store.runs import RunResolver
 from tracking.mlflow_store.uris import resolve_uri
 from tracking.settings import Settings
@@ -106,7 +105,7 @@ def test_equal_values_of_one_instant_are_all_kept(record, deliver, store, in_mlf
     made = deliver(run.path, store)
     points = in_mlflow(store, made.state.mlflow_run_id)
     assert len(points) == 100
-    again = deliver(run.path, store, is_thorough=True)
+    again = deliver(run.path, store, is_sync=True)
     assert again.num_sent == 0
     assert len(in_mlflow(store, made.state.mlflow_run_id)) == 100
 
@@ -168,7 +167,7 @@ def test_row_that_mlflow_refuses_holds_up_nothing(
     flags = json.loads(run_of(client, store, made.state).data.tags["luz.flags"])
     assert "not this one" in flags["refused"]["train/bad"]
     change(store, "DROP TRIGGER no")
-    again = deliver(run.path, store, is_thorough=True)
+    again = deliver(run.path, store, is_sync=True)
     assert again.state.flags == {}
     assert run_of(client, store, again.state).data.tags["luz.flags"] == "{}"
     assert in_mlflow(store, made.state.mlflow_run_id) == in_journal(run.path)
@@ -319,7 +318,7 @@ def test_run_that_is_gone_on_with_is_running_again_in_the_same_mlflow_run(
     assert in_mlflow(store, second.state.mlflow_run_id) == in_journal(run.path)
     found = run_of(client, store, second.state)
     assert found.info.status == "FINISHED"
-    assert "gone on with" in found.data.tags["mlflow.note.content"]
+    assert "resumed on" in found.data.tags["mlflow.note.content"]
 
 
 def test_borrowed_run_takes_the_rows_and_stays_the_callers(
@@ -411,7 +410,7 @@ def test_equal_replay_after_a_rewind_is_not_sent_twice(
     again.run.log("profile", "fit", {"epoch_s": 1.5}, index=1)  # never the same twice
     again.log_curve(1, first=40)
     again.run.finish()
-    second = deliver(run.path, store, is_thorough=not is_live)
+    second = deliver(run.path, store, is_sync=not is_live)
     assert second.state.mlflow_run_id == first.state.mlflow_run_id
     after = in_mlflow(store, first.state.mlflow_run_id)
     assert [p for p in after if p[1] != 40] == before
@@ -440,7 +439,7 @@ def test_differing_replay_moves_to_a_fresh_run_without_a_zigzag(
     assert old.info.run_name == f"{run.run.name} (superseded)"
     assert second.state.superseded == [first.state.mlflow_run_id]
     assert run_of(client, store, second.state).info.status == "FINISHED"
-    third = deliver(run.path, store, is_thorough=True)
+    third = deliver(run.path, store, is_sync=True)
     assert (third.num_sent, third.state.mlflow_run_id) == (0, fresh)
 
 
@@ -476,7 +475,7 @@ def test_run_killed_in_its_replay_keeps_its_place_until_it_is_synced(
     again.run.finish("killed")
     second = deliver(run.path, store)
     assert second.state.mlflow_run_id == first.state.mlflow_run_id
-    synced = deliver(run.path, store, is_thorough=True)
+    synced = deliver(run.path, store, is_sync=True)
     assert synced.state.mlflow_run_id != first.state.mlflow_run_id
     assert in_mlflow(store, synced.state.mlflow_run_id) == in_journal(run.path)
 
@@ -582,7 +581,7 @@ def test_thinned_series_keeps_its_ends_and_never_exceeds_the_number(
         assert 50 <= len(steps) <= 100
         assert max(b - a for a, b in itertools.pairwise(steps)) <= 64
     assert sum(key == "valid/loss" for key, *_ in found) == 1
-    again = deliver(run.path, store, is_thorough=True)
+    again = deliver(run.path, store, is_sync=True)
     assert again.num_sent == 0
 
 
@@ -635,7 +634,7 @@ def test_run_in_the_bin_is_left_there_and_a_new_one_made_by_sync(
     run.run.finish()
     first = deliver(run.path, store)
     client(store).delete_run(first.state.mlflow_run_id)
-    second = deliver(run.path, store, is_thorough=True)
+    second = deliver(run.path, store, is_sync=True)
     assert second.state.mlflow_run_id != first.state.mlflow_run_id
     assert in_mlflow(store, second.state.mlflow_run_id) == in_journal(run.path)
 
@@ -647,7 +646,7 @@ def test_experiment_in_the_bin_is_told(record, deliver, store, client):
     client(store).delete_experiment(made.state.experiment_id)
     other = record()
     other.run.finish()
-    with pytest.raises(GaveUpError, match="active experiment in MLflow, got 'digits'"):
+    with pytest.raises(GaveUpError, match="got 'digits', which is deleted"):
         deliver(other.path, store)
     assert DeliveryState.read(other.path).phase == "gave up"
 

@@ -35,14 +35,14 @@ def read_back(remote_class, cache):
         resolver = RunResolver(path, store, lambda uri: remote_class(uri, cache))
         run = resolver.find()
         return MlflowContents(
-            history=resolver.remote.history(run.run_id),
+            history=resolver.client.history(run.run_id),
             mlflow_run_id=run.run_id,
             experiment_id=run.experiment_id,
             tracking_uri=store,
             status=run.status,
             params=run.params,
             tags=run.tags,
-            artifacts=resolver.remote.artifacts(run.run_id),
+            artifacts=resolver.client.artifacts(run.run_id),
         )
 
     return read

@@ -8,7 +8,7 @@ import pyarrow as pa
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tracking.delivery.compare import row_ids, unmatched_rows
+from tracking.delivery.reconcile import row_ids, unmatched_rows
 
 rows = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2)), max_size=12)
 
