@@ -112,7 +112,7 @@ def engine_of(size_mb: int) -> Any:
     )
     model = Net(size_mb)
     accelerator.prepare(model, {"opt": torch.optim.SGD(model.parameters(), lr=0.1)})
-    return accelerator._deepspeed_engines()["opt"]
+    return accelerator._engines.deepspeed_engines["opt"]
 
 
 def print_stalls(sizes: list[int], rounds: int) -> None:

@@ -1,17 +1,15 @@
-"""Many ranks by DeepSpeed: one engine for each named optimizer over one module.
+"""Training on many ranks with DeepSpeed: one engine for each named optimizer.
 
-DeepSpeed knows one optimizer a model. Here each named optimizer has an engine of its own
-over the same module, and while its forward and backward run, parameters that it does not
-own ask for no gradient. The loop owns accumulation (``managed_gradient_accumulation`` is
-false), so every ``engine.step()`` is a boundary. The model is called as it is, by its own
-hooks, and never by ``engine(...)``: it stays the user's object.
+DeepSpeed supports one optimizer per model. Here each named optimizer has its own engine over
+the same module. While its forward and backward run, parameters that it does not own require
+no gradient. The loop decides when to step (``managed_gradient_accumulation`` is false), so
+every ``engine.step()`` is a boundary. The model is called directly and never through
+``engine(...)``, so it stays the user's object.
 """
 
 from __future__ import annotations
 
 import socket
-from argparse import Namespace
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -24,84 +22,77 @@ from harness.accelerators.base import StepOpt, default_step_opt
 from harness.accelerators.deepspeed.config import (
     ConfigFacts,
     check_config,
-    fill_config,
     read_config,
     zero_stage,
 )
-from harness.accelerators.deepspeed.engine import NamedEngine, parameters_in_graph
+from harness.accelerators.deepspeed.engine_set import EngineSet, create_engines
 from harness.accelerators.deepspeed.gather import (
     gather_plain_parameters,
     gather_state_dict,
     list_attributes,
 )
-from harness.accelerators.deepspeed.library import (
-    ignore_warnings,
-    import_deepspeed,
-    known_fields,
-    silence_deepspeed_warnings,
-    unchanged_optimizers,
+from harness.accelerators.deepspeed.library import import_deepspeed, known_fields
+from harness.accelerators.deepspeed.precision import hook_precision, make_autocast
+from harness.accelerators.deepspeed.state import (
+    capture_state,
+    check_closed_window,
+    check_origin,
+    fetch_persistent,
+    restore_state,
 )
-from harness.accelerators.deepspeed.precision import (
-    hook_autocast,
-    hook_inputs,
-    make_autocast,
-)
-from harness.accelerators.deepspeed.state import capture_state, restore_state
 from harness.accelerators.deepspeed.validation import (
-    check_optimizers,
+    check_devices,
+    check_num_batches,
+    complete_config,
     describe_loaders,
     describe_model,
-    is_elementwise,
 )
 from harness.accelerators.devices import choose_rank_device
 from harness.accelerators.distributed.environment import read_launch, set_environment
 from harness.accelerators.distributed.group import RankGroup
-from harness.accelerators.distributed.sharded_loader import RankShare, ShardedLoader
+from harness.accelerators.distributed.sharded_loader import shard_loaders
+from harness.accelerators.distributed.shares import ShareTracker
 from harness.accelerators.distributed.watchdog import Watchdog
 from harness.data.batch import move
-from harness.data.loaders import num_batches
-from harness.errors import CheckpointError
 from harness.reshard.consolidated import parameter_shapes
-
-DEFAULT_NAME = "opt"
-"""Name of the optimizer that DeepSpeed's config describes."""
 
 
 class DeepSpeedAccelerator:
-    """Ranks that train one model together, by DeepSpeed.
+    """Ranks that train one model together with DeepSpeed.
 
     Parameters
     ----------
     config
-        DeepSpeed's own config: a dict or a JSON file, in DeepSpeed's words; None is ZeRO 0.
-        ``"auto"`` values and missing batch sizes are filled in by ``prepare``.
+        DeepSpeed's own config: a dict or a JSON file, in DeepSpeed's words. None means ZeRO
+        0. ``prepare`` fills in ``"auto"`` values and missing batch sizes.
     device
-        ``cpu`` or ``cuda``; None takes CUDA where there is one.
+        ``cpu`` or ``cuda``; None takes CUDA if there is any.
     accumulate : >= 1
-        Micro-batches to an optimizer step; ``gradient_accumulation_steps`` says the same.
+        Micro-batches per optimizer step, the same as ``gradient_accumulation_steps``.
 
     Attributes
     ----------
     counted : int or None
-        Samples of the present batch that count on this rank: 0 where the batch only stands
-        in for a rank that has none left, None where the loader is not divided.
+        Samples of the present batch that count on this rank. 0 means that the batch is a
+        placeholder because the rank has no samples left; None, that the loader is not
+        divided over ranks.
     overflows : dict of int
-        Steps skipped since gradients overflowed, by optimizer name.
+        Steps skipped because gradients overflowed, by optimizer name.
 
     Raises
     ------
     ValueError
-        If the config is wrong, or there are fewer devices than ranks; on one rank, while
-        the others raise ``PeerError``.
+        If the config is wrong, or there are fewer devices than ranks. One rank raises it,
+        and the others raise ``PeerError``.
 
     Notes
     -----
-    - Losses are means over samples. Where the ranks' batches differ in length, each loss
-      is weighted so that gradients are the mean over all samples.
-    - A parameter that a whole window gave no gradient counts as having a zero one: momentum
-      and weight decay go on. Plain torch leaves it alone.
-    - Buffers, such as the statistics of BatchNorm, are each rank's own in training; rank
-      0's are sent to all before other data than the training data is read.
+    - Losses are means over samples. If the ranks' batches differ in length, each loss is
+      weighted so that gradients are the mean over all samples.
+    - A parameter without a gradient in a whole window is stepped with a zero gradient, so
+      its momentum and weight decay still apply. Plain torch does not step it.
+    - Each rank has its own buffers in training, such as the statistics of BatchNorm. All
+      ranks get those of rank 0 before data other than the training data is read.
 
     References
     ----------
@@ -129,8 +120,10 @@ class DeepSpeedAccelerator:
         if self.world_size > 1 and not Watchdog.is_running():
             Watchdog(self._ranks, launch.launcher_pid)
         self._check_devices()
-        self._config = self._ranks.check_on_every_rank(lambda: self._checked(config))
-        advice = "Give every rank the same config."
+        self._config = self._ranks.check_on_every_rank(
+            lambda: self._read_config(config)
+        )
+        advice = "Pass the same config on every rank."
         self._ranks.check_same("accelerator", {"config": self._config}, advice)
         self._clear()
 
@@ -138,53 +131,39 @@ class DeepSpeedAccelerator:
         """Forget what ``prepare`` made."""
         self._model: nn.Module | None = None
         self._filled: dict[str, Any] = {}
-        self._named_engines: dict[str, NamedEngine] = {}
-        self._active: NamedEngine | None = None
-        self._checked_graphs: set[str] = set()
+        self._engines = EngineSet()
         self._dtypes: dict[str, torch.dtype] = {}
         self._shapes: dict[str, list[int]] = {}
         self._attributes: dict[nn.Module, frozenset[str]] = {}
         self._hooks: list[Any] = []
-        self._held = ExitStack()
-        self._share: RankShare | None = None
-        self._recent_shares: deque[tuple[Any, RankShare]] = deque(
-            maxlen=self.accumulate + 8
-        )
+        self._cleanup = ExitStack()
+        self._shares = ShareTracker(num_recent=self.accumulate + 8)
 
-    # ---------------------------------------------------------------- readiness
+    # ------------------------------------------------------------------ prepare
 
     @property
     def has_optimizer(self) -> bool:
-        """True if the config has an optimizer, which DeepSpeed builds."""
+        """True if the config describes the optimizer, which DeepSpeed then builds."""
         return "optimizer" in self._config
 
-    def _checked(self, config: Mapping[str, Any] | str | Path | None) -> dict[str, Any]:
-        """The config, if DeepSpeed and this machine can serve it."""
+    def _read_config(
+        self, config: Mapping[str, Any] | str | Path | None
+    ) -> dict[str, Any]:
         read = read_config(config)
-        check_config(read, self._setting())
+        check_config(read, self._collect_facts())
         return read
 
-    def _setting(self, **facts: Any) -> ConfigFacts:
-        """What fills ``"auto"`` values, as far as it is known."""
+    def _collect_facts(self, **facts: Any) -> ConfigFacts:
         device, fields = self.device.type, known_fields()
         return ConfigFacts(
             world_size=self.world_size, device=device, fields=fields, **facts
         )
 
     def _check_devices(self) -> None:
-        """Two ranks on one device would wait for each other for ever."""
-        if self.device.type != "cuda" or self.world_size == 1:
-            return
-        found = torch.cuda.get_device_properties(self.device)
-        every = self._ranks.gather_objects((socket.gethostname(), str(found.uuid)))
-
-        def check() -> None:
-            if len(set(every)) < len(every):
-                msg = f"accelerator: expected a device for each of {len(every)} ranks"
-                advice = "Start fewer ranks (--num_gpus), or give device='cpu'."
-                raise ValueError(f"{msg}, got {len(set(every))}. {advice}")
-
-        self._ranks.check_on_every_rank(check)
+        if self.device.type == "cuda" and self.world_size > 1:
+            uuid = str(torch.cuda.get_device_properties(self.device).uuid)
+            devices = self._ranks.gather_objects((socket.gethostname(), uuid))
+            self._ranks.check_on_every_rank(lambda: check_devices(devices))
 
     def prepare(
         self,
@@ -194,181 +173,85 @@ class DeepSpeedAccelerator:
         *,
         opt_hparams: Mapping[str, Any] | None = None,
     ) -> tuple[nn.Module, dict[str, Any], list[Any]]:
-        """Place the model, make the engines, divide the loaders over the ranks.
+        """Place the model, create the engines, divide the loaders over the ranks.
 
         Parameters
         ----------
         model
-            The same object comes back; call it as before.
+            The same object is returned; call it as before.
         optimizers
-            By name; empty where the config has the optimizer; None to evaluate only.
+            By name. Empty if the config describes the optimizer; None to evaluate only.
         loaders
             The first is the training loader. None stays None.
         opt_hparams
-            Fills ``"auto"`` values of the config's optimizer.
+            Values for ``"auto"`` in the config's optimizer.
 
         Raises
         ------
         ValueError, TypeError
-            Before training, for what cannot work, on one rank; ``PeerError`` on the others.
+            If the training cannot work. One rank raises it, the others ``PeerError``.
         """
         self.finish()
         self._model = model
         opts = None if optimizers is None else dict(optimizers)
         first = loaders[0] if loaders else None
-        setting = self._setting(
+        facts = self._collect_facts(
             accumulate=self.accumulate,
             batch_size=getattr(first, "batch_size", None),
             num_parameters=sum(param.numel() for param in model.parameters()),
             opt_hparams=opt_hparams or {},
         )
         self._filled = self._ranks.check_on_every_rank(
-            lambda: self._check_and_fill(model, opts, setting)
+            lambda: complete_config(self._config, model, opts, facts)
         )
-        facts = describe_model(model, opts or {}) | describe_loaders(loaders)
         self._ranks.check_same(
-            "prepare", facts, "Start every rank with the same code and data."
+            "prepare",
+            describe_model(model, opts or {}) | describe_loaders(loaders),
+            "Start every rank with the same code and data.",
         )
-        self._dtypes = {name: value.dtype for name, value in model.named_parameters()}
-        self._shapes = {
-            name: list(shape) for name, shape in parameter_shapes(model).items()
-        }
-        self._attributes = list_attributes(model)
+        self._record_model(model)
         if opts is None:
             model.to(self.device)
             self._send_from_main([*model.parameters(), *model.buffers()])
         else:
-            self._make_engines(model, opts)
-        self._hook(model)
-        self.accumulate = self.window = int(self._filled["gradient_accumulation_steps"])
-        self.steps = dict.fromkeys(self._named_engines, 0)
-        self.overflows = dict.fromkeys(self._named_engines, 0)
-        facades: dict[str, Any] = {
-            name: part.facade for name, part in self._named_engines.items()
-        }
-        divided = self._shard_loaders(loaders)
-        self._ranks.check_on_every_rank(lambda: self._check_batches(divided))
-        return model, facades, divided
-
-    def _check_and_fill(
-        self,
-        model: nn.Module,
-        optimizers: Mapping[str, Any] | None,
-        setting: ConfigFacts,
-    ) -> dict[str, Any]:
-        """DeepSpeed's config for this model and data, if they can be trained."""
-        stage = zero_stage(self._config)
-        if optimizers is not None:
-            check_optimizers(model, optimizers, self._config, stage)
-        filled = fill_config(self._config, setting)
-        if all(is_elementwise(opt) for opt in (optimizers or {}).values()):
-            filled.setdefault("zero_allow_untested_optimizer", True)
-        # DeepSpeed refuses torch's optimizers with offload, as slow, unless told so.
-        filled.setdefault("zero_force_ds_cpu_optimizer", False)
-        return filled
-
-    def _make_engines(self, model: nn.Module, optimizers: Mapping[str, Any]) -> None:
-        """One engine for each optimizer."""
-        deepspeed = import_deepspeed()
-        silence_deepspeed_warnings()
-        # DeepSpeed reads it whenever it likes, at ZeRO 3 in the model's forward.
-        self._held.enter_context(set_environment(LOCAL_RANK=str(self.local_rank)))
-        deepspeed.utils.logger.setLevel(self._filled.get("log_level", "error").upper())
-        stage = zero_stage(self._filled)
-        trained = [param for param in model.parameters() if param.requires_grad]
-        owned = {
-            name: [param for group in opt.param_groups for param in group["params"]]
-            for name, opt in optimizers.items()
-        } or {DEFAULT_NAME: trained}
-        for opt in optimizers.values() if stage else ():
-            # ZeRO 1 and 2 stumble over a group whose parameters are all frozen.
-            for group in opt.param_groups:
-                group["params"] = [p for p in group["params"] if p.requires_grad]
-        groups = {
-            name: [dict(group) for group in opt.param_groups if group["params"]]
-            for name, opt in optimizers.items()
-        } or {DEFAULT_NAME: [{"params": trained}]}
-        made = {}
-        for name in owned:
-            with ignore_warnings(), unchanged_optimizers():
-                made[name], *_ = deepspeed.initialize(
-                    args=Namespace(device_rank=self.device.index or 0),
-                    model=model,
-                    optimizer=optimizers.get(name),
-                    model_parameters=None if optimizers else trained,
-                    config=dict(self._filled),
-                )
-        for name, engine in made.items():
-            part = NamedEngine(name, engine, model, owned[name], stage, groups[name])
-            part.on_step = self._counter(name)
-            self._named_engines[name] = part
-
-    def _counter(self, name: str) -> Any:
-        """Count steps and overflows, whoever steps."""
-
-        def count(applied: bool) -> None:
-            counts = self.steps if applied else self.overflows
-            counts[name] += 1
-
-        return count
-
-    def _hook(self, model: nn.Module) -> None:
-        """Bring the model's forward into the config's precision."""
-        if self._filled.get("torch_autocast", {}).get("enabled", False):
-            self._hooks += hook_autocast(model, self._filled, self.device)
-        for part in self._named_engines.values():
-            dtype = next(iter(part.engine.module.parameters())).dtype
-            if dtype in {torch.bfloat16, torch.float16}:
-                self._hooks.append(hook_inputs(model, dtype))
-                break
-
-    def _shard_loaders(self, loaders: Sequence[Any]) -> list[Any]:
-        """The loaders, each giving this rank's part."""
-        if self.world_size == 1:
-            return list(loaders)
-        divided: list[Any] = []
-        for place, loader in enumerate(loaders):
-            if loader is None:
-                divided.append(None)
-                continue
-            divided.append(
-                ShardedLoader(
-                    loader,
-                    self._ranks,
-                    on_batch=self._record_share,
-                    on_begin=self._send_buffers if place else lambda: None,
-                    on_end=self._clear_share,
-                )
+            # DeepSpeed reads it at any time, for example in the model's forward at ZeRO 3.
+            variables = set_environment(LOCAL_RANK=str(self.local_rank))
+            self._cleanup.enter_context(variables)
+            self._engines = create_engines(
+                model, opts, self._filled, self.device, self._count_step
             )
-        return divided
+        engines = self._engines.deepspeed_engines.values()
+        self._hooks = hook_precision(model, engines, self._filled, self.device)
+        self.accumulate = self.window = int(self._filled["gradient_accumulation_steps"])
+        self.steps = dict.fromkeys(self._engines.names, 0)
+        self.overflows = dict.fromkeys(self._engines.names, 0)
+        facades: dict[str, Any] = {e.name: e.facade for e in self._engines}
+        sharded = shard_loaders(
+            loaders, self._ranks, self._shares, before_eval=self._send_buffers
+        )
+        self._ranks.check_on_every_rank(
+            lambda: check_num_batches(sharded, self.world_size)
+        )
+        return model, facades, sharded
 
-    def _check_batches(self, loaders: Sequence[Any]) -> None:
-        """Rows that fill one process's batch may not fill all ranks'."""
-        for place, loader in enumerate(loaders):
-            if loader is not None and num_batches(loader) == 0:
-                sizes = f"{self.world_size} ranks x {loader.batch_size} rows"
-                msg = f"prepare: expected at least one batch of {sizes} in data {place}"
-                got = f"got {len(loader.dataset)} rows with drop_last"
-                advice = "Make batch_size smaller or set drop_last=False."
-                raise ValueError(f"{msg}, {got}. {advice}")
+    def _record_model(self, model: nn.Module) -> None:
+        """Record what engines will change about the model."""
+        self._dtypes = {name: value.dtype for name, value in model.named_parameters()}
+        shapes = parameter_shapes(model)
+        self._shapes = {name: list(shape) for name, shape in shapes.items()}
+        self._attributes = list_attributes(model)
 
-    def _record_share(self, batch: Any, share: RankShare) -> Any:
-        """Remember what of the batch counts until it comes back to ``to_device``."""
-        self._recent_shares.append((batch, share))
-        self._share = share
-        return batch
-
-    def _clear_share(self) -> None:
-        """After a pass there is no present batch."""
-        self._share = None
+    def _count_step(self, name: str, applied: bool) -> None:
+        counts = self.steps if applied else self.overflows
+        counts[name] += 1
 
     def _send_buffers(self) -> None:
-        """Give all ranks the buffers of rank 0, whose weights are the ones that are kept."""
+        """Send rank 0's buffers to all ranks: those are saved and returned."""
         if self._model is not None:
             self._send_from_main(list(self._model.buffers()))
 
     def _send_from_main(self, tensors: Sequence[Tensor]) -> None:
-        """Overwrite tensors with rank 0's."""
+        """Overwrite tensors with those of rank 0."""
         if self.world_size > 1 and tensors:
             sent = self._ranks.broadcast([tensor.data for tensor in tensors])
             for tensor, value in zip(tensors, sent, strict=True):
@@ -376,43 +259,24 @@ class DeepSpeedAccelerator:
 
     # ------------------------------------------------------------ forward to step
 
-    def _named_engine(self, name: str | None) -> NamedEngine:
-        """The optimizer meant by None: the present one, or the only one."""
-        if name is None and self._active is not None:
-            return self._active
-        if name is None and len(self._named_engines) == 1:
-            return next(iter(self._named_engines.values()))
-        if name not in self._named_engines:
-            msg = "accelerator: expected the name of a prepared optimizer"
-            raise ValueError(
-                f"{msg}, got {name!r}. Choose from {list(self._named_engines)}."
-            )
-        return self._named_engines[name]
-
     @contextmanager
     def optimizing(self, name: str | None = None) -> Iterator[None]:
-        """Hold the forward and backward of an optimizer: only what it owns gets gradients.
+        """Run the forward and backward of one optimizer inside.
+
+        Only parameters that it owns get gradients.
 
         Raises
         ------
         ValueError
-            If `name` is no optimizer, or several are meant by None.
+            If `name` is not an optimizer, or None could mean several.
         RuntimeError
             At ZeRO 1 to 3, if parameters were frozen or unfrozen since ``prepare``.
         """
-        if not self._named_engines or not torch.is_grad_enabled():
-            with make_autocast(self._filled, self.device):
-                yield
-            return
-        part = self._named_engine(name)
-        part.check_frozen()
-        part.begin_forward()
-        before, self._active = self._active, part
-        try:
-            with part.freeze_others(), make_autocast(self._filled, self.device):
-                yield
-        finally:
-            self._active = before
+        with ExitStack() as stack:
+            if len(self._engines) and torch.is_grad_enabled():
+                stack.enter_context(self._engines.activate(name))
+            stack.enter_context(make_autocast(self._filled, self.device))
+            yield
 
     def backward(self, loss: Tensor, name: str | None = None) -> None:
         """Add the gradients of ``loss / window``, weighted by the rank's samples.
@@ -422,96 +286,66 @@ class DeepSpeedAccelerator:
         loss : scalar with a graph
             Mean over the samples of the rank's batch.
         name
-            Optimizer; None: the one of the present ``optimizing``, or the only one.
+            Optimizer; None means that of the present ``optimizing``, or the only one.
 
         Raises
         ------
         ValueError
-            If the loss is no scalar or has no graph, or its graph leads to parameters of
+            If the loss is not a scalar with a graph, or its graph contains parameters of
             another optimizer.
         RuntimeError
-            If there are several optimizers and ``optimizing`` does not hold the backward.
+            If there are several optimizers and it is not called inside ``optimizing``.
         """
-        part = self._named_engine(name)
-        self._check_loss(part, loss)
+        engine = self._engines.find(name)
+        self._engines.check_loss(engine, loss)
         if self.window > 1:
             loss = loss / self.window
-        weight = 1.0 if self._share is None else self._share.weight(self.world_size)
+        share = self._shares.present
+        weight = 1.0 if share is None else share.weight(self.world_size)
         if weight != 1.0:
             loss = loss * weight
-        part.backward(loss)
-
-    def _check_loss(self, part: NamedEngine, loss: Tensor) -> None:
-        """Refuse a loss that would give wrong gradients or none; graphs once an optimizer."""
-        place = f"backward({part.name!r})"
-        if loss.numel() != 1 or loss.grad_fn is None:
-            form = f"shape {tuple(loss.shape)}, grad_fn {loss.grad_fn}"
-            msg = f"{place}: expected a scalar with a graph, got {form}."
-            raise ValueError(f"{msg} Take the mean, and compute it with gradients on.")
-        if len(self._named_engines) == 1:
-            return
-        if self._active is not part:
-            active = None if self._active is None else self._active.name
-            msg = f"{place}: expected 'with accelerator.optimizing({part.name!r})' around it"
-            advice = "Put the optimizer's forward and backward inside."
-            raise RuntimeError(f"{msg}, got {active!r}. {advice}")
-        if part.name not in self._checked_graphs:
-            self._check_graph(place, part, loss)
-            self._checked_graphs.add(part.name)
-
-    def _check_graph(self, place: str, part: NamedEngine, loss: Tensor) -> None:
-        """Each optimizer needs a graph of its own."""
-        below = parameters_in_graph(loss)
-        for other in self._named_engines.values():
-            if other is not part and below & other.owned_ids:
-                msg = f"{place}: expected a graph of its own, got one shared with"
-                advice = (
-                    f"Compute the loss of {part.name!r} anew inside its optimizing()."
-                )
-                raise ValueError(f"{msg} optimizer {other.name!r}. {advice}")
+        engine.backward(loss)
 
     @contextmanager
     def counting_backward(self, name: str | None = None) -> Iterator[None]:
-        """See that ``backward`` is called inside; it counts.
+        """Check that ``backward`` is called inside.
 
         Raises
         ------
         RuntimeError
-            If it was not called: gradients that DeepSpeed does not know of would be lost.
+            If it was not called: DeepSpeed would not know of the gradients.
         """
-        part = self._named_engine(name)
-        before = part.done
+        engine = self._engines.find(name)
+        before = engine.done
         yield
-        if part.done == before:
-            msg = (
-                "backward(loss): expected a call of ctx.accelerator.backward, got none"
-            )
+        if engine.done == before:
+            msg = "backward(loss): expected a call of ctx.accelerator.backward"
             advice = "Call ctx.accelerator.backward(loss, ctx.opt_name) in it."
-            raise RuntimeError(f"{msg} under DeepSpeed. {advice}")
+            raise RuntimeError(f"{msg}, got none under DeepSpeed. {advice}")
 
     def is_boundary(self, name: str | None = None) -> bool:
-        """True when as many backwards as the window holds have been done."""
-        return self._named_engine(name).done >= self.window
+        """True when the window has as many backwards as it should."""
+        return self._engines.find(name).done >= self.window
 
     def step(
         self, name: str | None = None, step_opt: StepOpt = default_step_opt
     ) -> bool:
-        """Step at a boundary and clear the gradients; True if the weights were changed."""
-        part = self._named_engine(name)
-        if part.done < self.window:
+        """Step at a boundary and clear the gradients; True if weights changed."""
+        engine = self._engines.find(name)
+        if engine.done < self.window:
             return False
-        return part.step(step_opt)
+        return engine.step(step_opt)
 
     def clip(
         self, max_norm: float, name: str | None = None, norm_type: float = 2.0
     ) -> Tensor:
-        """Clip the total gradient norm in the coming ``step``.
+        """Clip the total gradient norm in the next ``step``.
 
         Returns
         -------
         scalar
-            The norm found. Gradients are in parts on all ranks until ``step`` brings them
-            together, which fills it; NaN before, and after a step without a norm.
+            The norm before clipping. It is NaN until ``step``, which combines the gradients
+            of all ranks, and after a step without a norm.
 
         Raises
         ------
@@ -520,29 +354,26 @@ class DeepSpeedAccelerator:
         """
         if norm_type != 2.0:
             msg = f"clip(norm_type): expected 2.0 under DeepSpeed, got {norm_type!r}."
-            raise ValueError(f"{msg} DeepSpeed knows the Euclidean norm only.")
-        return self._named_engine(name).clip(max_norm)
+            raise ValueError(f"{msg} DeepSpeed supports only the Euclidean norm.")
+        return self._engines.find(name).clip(max_norm)
 
     # -------------------------------------------------------------------- ranks
 
     @property
     def counted(self) -> int | None:
-        """Samples of the present batch that count; None where the loader is not divided."""
-        return None if self._share is None else self._share.count
+        """Samples of the present batch that count; None if the loader is not divided."""
+        share = self._shares.present
+        return None if share is None else share.count
 
     def to_device(self, batch: Any) -> Any:
-        """The batch on the device; it is the present batch from here on."""
-        for place, (held, share) in enumerate(self._recent_shares):
-            if held is batch:
-                self._share = share
-                del self._recent_shares[place]
-                break
+        """Move the batch to the device and make it the present one."""
+        self._shares.select(batch)
         return move(batch, self.device)
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """Tensors of all ranks one after another along dim 0; their lengths may differ.
+        """Concatenate the tensors of all ranks along dim 0; their lengths may differ.
 
-        While a batch only stands in (``counted`` is 0) this rank gives no rows.
+        A rank whose batch is a placeholder (``counted`` is 0) adds no rows.
         """
         if self.counted == 0:
             tensor = tensor[:0] if tensor.dim() else tensor.reshape(1)[:0]
@@ -563,16 +394,14 @@ class DeepSpeedAccelerator:
         return self._ranks.any(flag)
 
     def barrier(self) -> None:
-        """Wait until every rank is here."""
+        """Wait until every rank gets here."""
         self._ranks.barrier()
 
-    # ------------------------------------------------------------- whole and parts
+    # -------------------------------------------------------------------- state
 
-    def _whole(self, param: nn.Parameter) -> Tensor:
-        """The whole parameter, in float32 where an engine trains it in less."""
-        owner = next(
-            (p for p in self._named_engines.values() if id(param) in p.owned_ids), None
-        )
+    def _read_whole(self, param: nn.Parameter) -> Tensor:
+        """The whole parameter, in float32 if an engine trains it in less."""
+        owner = self._engines.find_owner(param)
         precise = None if owner is None else owner.read_full_precision(param)
         if precise is not None:
             return precise
@@ -582,28 +411,26 @@ class DeepSpeedAccelerator:
             return param.data.clone()
 
     def full_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
-        """All weights and buffers, whole, detached, on the CPU; empty except on rank 0."""
-        return gather_state_dict(model, self._whole, self._dtypes, keep=self.is_main)
+        """Whole weights and buffers, detached, on the CPU; empty except on rank 0."""
+        return gather_state_dict(
+            model, self._read_whole, self._dtypes, keep=self.is_main
+        )
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights, buffers, optimizers, gradients of an open window, counters of this rank.
+        """Weights, buffers, optimizers, open gradients and counters of this rank.
 
-        Tensors are live: copy them before the next step. The rest is what JSON can hold.
-        What all ranks share is given by rank 0 alone.
+        Tensors are live: copy them before the next step. Everything else is plain JSON.
+        Only rank 0 returns the tensors that all ranks share.
 
         Raises
         ------
         RuntimeError
             Before ``prepare``, and in an open window with offloaded optimizer states.
         """
-        offload = self._filled.get("zero_optimization", {}).get("offload_optimizer", {})
-        is_open = any(part.done for part in self._named_engines.values())
-        if is_open and offload.get("device", "none") != "none":
-            msg = "state_dict: expected the end of a window with offload_optimizer"
-            raise RuntimeError(f"{msg}, got an open one. Save after an optimizer step.")
+        check_closed_window(self._filled, self._engines)
         stage = zero_stage(self._filled)
-        model = self._prepared()
-        state = capture_state(model, self._deepspeed_engines(), stage)
+        model = self._prepared_model()
+        state = capture_state(model, self._engines.deepspeed_engines, stage)
         if not self.is_main:
             state["shared"] = {}
         return state | {
@@ -611,13 +438,9 @@ class DeepSpeedAccelerator:
             "stage": stage,
             "steps": dict(self.steps),
             "overflows": dict(self.overflows),
-            "done": {name: part.done for name, part in self._named_engines.items()},
-            "layouts": {
-                n: part.layout(self.rank) for n, part in self._named_engines.items()
-            },
-            "members": {
-                name: part.members for name, part in self._named_engines.items()
-            },
+            "done": {engine.name: engine.done for engine in self._engines},
+            "layouts": {e.name: e.layout(self.rank) for e in self._engines},
+            "members": {engine.name: engine.members for engine in self._engines},
             "shapes": self._shapes,
             "frozen": [n for n, p in model.named_parameters() if not p.requires_grad],
         }
@@ -627,87 +450,65 @@ class DeepSpeedAccelerator:
         state: Mapping[str, Any],
         parts: Sequence[str] = ("model", "optimizers"),
     ) -> None:
-        """Take back what ``state_dict`` gave, all of it or one of the two parts.
+        """Restore what ``state_dict`` returned, all of it or one of the two parts.
 
-        Every rank has to call it.
+        Every rank must call it.
 
         Raises
         ------
         CheckpointError
-            If it is of another model, other optimizers, another number of ranks, or
+            If it is from another model, other optimizers, another number of ranks or
             another ZeRO stage.
         """
-        self._ranks.check_on_every_rank(lambda: self._check_origin(state))
-        stage, shared = zero_stage(self._filled), self._ranks.broadcast(state["shared"])
-        whole = {**state, "shared": shared}
+        stage, engines = zero_stage(self._filled), self._engines.deepspeed_engines
+        here = {"world_size": self.world_size, "stage": stage}
+        self._ranks.check_on_every_rank(lambda: check_origin(state, here))
+        shared = self._ranks.broadcast(state["shared"])
+        complete = {**state, "shared": shared}
+        model = self._prepared_model()
         self._ranks.check_on_every_rank(
-            lambda: restore_state(
-                self._prepared(), self._deepspeed_engines(), stage, whole, parts
-            )
+            lambda: restore_state(model, engines, stage, complete, parts)
         )
         if "optimizers" in parts:
             self.steps.update(state["steps"])
             self.overflows.update(state["overflows"])
-            for name, part in self._named_engines.items():
-                part.done = state["done"][name]
-            for name, param in self._prepared().named_parameters():
-                # Later than at the fit's begin they can be frozen at ZeRO 0 alone.
-                if stage == 0:
+            for engine in self._engines:
+                engine.done = state["done"][engine.name]
+            if stage == 0:  # only there can parameters be frozen after the fit begins
+                for name, param in model.named_parameters():
                     param.requires_grad_(name not in state["frozen"])
-        for engine in self._deepspeed_engines().values():
-            kept = getattr(engine.optimizer, "persistent_parameters", None)
-            if kept:
-                # Small parameters stay whole on each rank at ZeRO 3: fetch them anew.
-                engine.empty_partition_cache()
-                kept[0].all_gather(kept)
+        for engine in engines.values():
+            fetch_persistent(engine)
 
-    def _check_origin(self, state: Mapping[str, Any]) -> None:
-        """Parts fit together on the ranks and at the stage that they come from only."""
-        here = {"world_size": self.world_size, "stage": zero_stage(self._filled)}
-        for name, want in here.items():
-            if state.get(name) != want:
-                msg = (
-                    f"resume: expected a state of {name} {want}, got {state.get(name)}."
-                )
-                advice = (
-                    f"Resume with {name} {state.get(name)}, or take the weights only."
-                )
-                raise CheckpointError(f"{msg} {advice}")
-
-    def _prepared(self) -> nn.Module:
-        """The model that was prepared."""
+    def _prepared_model(self) -> nn.Module:
         if self._model is None:
             msg = "accelerator: expected prepare(model, ...) first, got no model."
             raise RuntimeError(f"{msg} Call prepare before this.")
         return self._model
 
-    def _deepspeed_engines(self) -> dict[str, Any]:
-        """Engines by optimizer name."""
-        return {name: part.engine for name, part in self._named_engines.items()}
-
     def finish(self, *, failed: bool = False) -> None:
         """Release the engines; the model is a plain one with whole weights, on the CPU.
 
-        Every rank has to call it. The process group stays for the next fit.
+        Every rank must call it. The process group is kept for the next fit.
 
         Parameters
         ----------
         failed
-            This rank ends alone: with several ranks nothing is gathered, for the others
-            may never come, and the model is of no further use.
+            This rank ends alone and the others may not call it. With several ranks,
+            nothing is gathered, and the model cannot be used any more.
         """
         for hook in self._hooks:
             hook.remove()
-        if self._model is not None and self._named_engines:
+        if self._model is not None and len(self._engines):
             install = None
             if self.world_size == 1 or not failed:
                 install = gather_plain_parameters(
-                    self._model, self._whole, self._dtypes, self._attributes
+                    self._model, self._read_whole, self._dtypes, self._attributes
                 )
-            for part in self._named_engines.values():
-                part.finish()
+            for engine in self._engines:
+                engine.finish()
             if install is not None:
                 install()
                 self._model.cpu()
-        self._held.close()
+        self._cleanup.close()
         self._clear()

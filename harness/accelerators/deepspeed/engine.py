@@ -31,8 +31,10 @@ class NamedEngine:
     stage : 0..3
         ZeRO stage.
     groups
-        The optimizer's parameter groups, with the parameters that were there before
-        the engine was made.
+        The optimizer's parameter groups, with their parameters as they were before the
+        engine was made.
+    on_step
+        Called after each step with the name and whether weights changed.
 
     Attributes
     ----------
@@ -52,7 +54,9 @@ class NamedEngine:
         owned: Sequence[Tensor],
         stage: int,
         groups: Sequence[Mapping[str, Any]],
+        on_step: Callable[[str, bool], None],
     ) -> None:
+        self._on_step = on_step
         self.name, self.engine, self.stage = name, engine, stage
         self._model = model
         self.members = group_members(model, groups)
@@ -164,7 +168,7 @@ class NamedEngine:
         self._clear_gradients()
         applied = bool(self.engine.was_step_applied()) and self._base_stepped
         self._was_stepped = applied
-        self.on_step(applied)
+        self._on_step(self.name, applied)
 
     def _clear_gradients(self) -> None:
         """Clear what ZeRO 3 and offload keep of a window.
@@ -183,9 +187,6 @@ class NamedEngine:
         kept += getattr(wrapper, "accumulated_grads_in_cpu", {}).values()
         for gradient in kept:
             gradient.zero_()
-
-    on_step: Callable[[bool], None] = staticmethod(lambda applied: None)
-    """Called after each step with whether the weights were changed."""
 
     @contextmanager
     def _clipping(self) -> Iterator[None]:
@@ -331,7 +332,7 @@ class EngineOptimizer(torch.optim.Optimizer):
         raise TypeError(f"{msg} Its state lies in parts on all ranks.")
 
 
-def parameters_in_graph(loss: Tensor) -> set[int]:
+def find_parameters(loss: Tensor) -> set[int]:
     """Identities of the parameters that the graph of a loss leads to.
 
     Hidden ones, below reentrant checkpointing or a custom function, are not found.

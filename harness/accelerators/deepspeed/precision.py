@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -30,6 +30,25 @@ def make_autocast(
         return nullcontext()
     name = str(auto.get("dtype", "bfloat16")).removeprefix("torch.")
     return torch.autocast(device.type, AUTOCAST_DTYPES[name])
+
+
+def hook_precision(
+    model: nn.Module,
+    engines: Iterable[Any],
+    config: Mapping[str, Any],
+    device: torch.device,
+) -> list[Any]:
+    """Run the model's forward in the config's precision; returns the hooks."""
+    hooks: list[Any] = []
+    if config.get("torch_autocast", {}).get("enabled", False):
+        hooks += hook_autocast(model, config, device)
+    # Engines of one model have one dtype.
+    engine = next(iter(engines), None)
+    if engine is not None:
+        dtype = next(iter(engine.module.parameters())).dtype
+        if dtype in {torch.bfloat16, torch.float16}:
+            hooks.append(hook_inputs(model, dtype))
+    return hooks
 
 
 def hook_autocast(

@@ -6,7 +6,7 @@ Here each rank gives its part: what all ranks share comes from rank 0 alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -53,6 +53,46 @@ def capture_state(
             for name, engine in engines.items()
         },
     }
+
+
+def check_closed_window(config: Mapping[str, Any], engines: Iterable[Any]) -> None:
+    """Check that no gradients wait in memory that cannot be captured.
+
+    Raises
+    ------
+    RuntimeError
+        In an open window with offloaded optimizer states.
+    """
+    offload = config.get("zero_optimization", {}).get("offload_optimizer", {})
+    is_open = any(engine.done for engine in engines)
+    if is_open and offload.get("device", "none") != "none":
+        msg = "state_dict: expected the end of a window with offload_optimizer"
+        raise RuntimeError(f"{msg}, got an open one. Save after an optimizer step.")
+
+
+def check_origin(state: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Check that a rank's state fits the number of ranks and the stage.
+
+    Raises
+    ------
+    CheckpointError
+        If it is from another number of ranks or another stage: a rank's tensors have other
+        sizes there.
+    """
+    for name, wanted in here.items():
+        found = state.get(name)
+        if found != wanted:
+            msg = f"resume: expected a state of {name} {wanted}, got {found}."
+            advice = f"Resume with {name} {found}, or take the weights only."
+            raise CheckpointError(f"{msg} {advice}")
+
+
+def fetch_persistent(engine: Any) -> None:
+    """Gather again the small parameters that each rank keeps whole at ZeRO 3."""
+    kept = getattr(engine.optimizer, "persistent_parameters", None)
+    if kept:
+        engine.empty_partition_cache()
+        kept[0].all_gather(kept)
 
 
 def restore_state(

@@ -1,4 +1,4 @@
-"""What is refused before training: optimizers that cannot work, ranks that differ."""
+"""Checks before training with DeepSpeed: model, optimizers, devices, equal ranks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import platform
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.utils.data import IterableDataset, Subset
 
+from harness.accelerators.deepspeed.config import ConfigFacts, fill_config, zero_stage
+from harness.data.loaders import num_batches
 from harness.reshard.layout import ELEMENTWISE
 
 
@@ -23,60 +25,138 @@ def is_elementwise(opt: Any) -> bool:
     return kind.__name__ in ELEMENTWISE and kind is getattr(torch.optim, kind.__name__)
 
 
-def check_optimizers(
-    model: nn.Module,
-    optimizers: Mapping[str, Any],
+def complete_config(
     config: Mapping[str, Any],
-    stage: int,
-) -> None:
-    """Refuse optimizers that cannot work under DeepSpeed, before an engine is made.
+    model: nn.Module,
+    optimizers: Mapping[str, Any] | None,
+    facts: ConfigFacts,
+) -> dict[str, Any]:
+    """Check that this model can be trained, and complete the config for it.
+
+    Parameters
+    ----------
+    config
+        DeepSpeed's config as the user wrote it.
+    model
+        The model.
+    optimizers
+        By name; None to evaluate only.
+    facts
+        Values for ``"auto"``.
 
     Raises
     ------
     ValueError
-        If there are none, or two places name one, or two own the same parameter, or one
-        needs a closure or cannot be divided, or a parameter of the model has no dims.
+        If model or optimizers cannot be trained, or the config cannot be completed.
+    """
+    if optimizers is not None:
+        check_model(model)
+        check_optimizers(model, optimizers, config)
+    filled = fill_config(config, facts)
+    if all(is_elementwise(opt) for opt in (optimizers or {}).values()):
+        filled.setdefault("zero_allow_untested_optimizer", True)
+    # By default DeepSpeed refuses torch's optimizers with offload, because they are slow.
+    filled.setdefault("zero_force_ds_cpu_optimizer", False)
+    return filled
+
+
+def check_devices(devices: Sequence[Hashable]) -> None:
+    """Check that each rank has its own device; two ranks on one would wait forever.
+
+    Raises
+    ------
+    ValueError
+        If two of the ranks' devices are the same.
+    """
+    found = len(set(devices))
+    if found < len(devices):
+        msg = f"accelerator: expected a device for each of {len(devices)} ranks"
+        advice = "Start fewer ranks (--num_gpus), or pass device='cpu'."
+        raise ValueError(f"{msg}, got {found}. {advice}")
+
+
+def check_num_batches(loaders: Sequence[Any], world_size: int) -> None:
+    """Check that the data fills a batch on every rank.
+
+    Raises
+    ------
+    ValueError
+        If a loader that drops a short last step has no batch left.
+    """
+    for place, loader in enumerate(loaders):
+        if loader is not None and num_batches(loader) == 0:
+            sizes = f"{world_size} ranks x {loader.batch_size} rows"
+            msg = f"prepare: expected at least one batch of {sizes} in data {place}"
+            got = f"got {len(loader.dataset)} rows with drop_last"
+            advice = "Make batch_size smaller or set drop_last=False."
+            raise ValueError(f"{msg}, {got}. {advice}")
+
+
+def check_model(model: nn.Module) -> None:
+    """Check that DeepSpeed can train the model.
+
+    Raises
+    ------
+    ValueError
+        If a parameter has no dims: DeepSpeed 0.19.8 cannot send it to other ranks.
     """
     for name, param in model.named_parameters():
         if param.dim() == 0 and not hasattr(param, "ds_id"):
             msg = f"prepare: expected parameters with dims, got {name!r} of shape ()."
-            advice = (
-                "DeepSpeed 0.19.8 cannot send it to other ranks: give it shape (1,)."
-            )
+            advice = "DeepSpeed cannot send it to other ranks: make its shape (1,)."
             raise ValueError(f"{msg} {advice}")
+
+
+def check_optimizers(
+    model: nn.Module, optimizers: Mapping[str, Any], config: Mapping[str, Any]
+) -> None:
+    """Check that DeepSpeed can step the optimizers.
+
+    Raises
+    ------
+    ValueError
+        If there are none, or both learner and config have one, or two own the same
+        parameter, or one needs a closure, cannot be divided or has only frozen parameters.
+    """
+    _check_one_source(optimizers, config)
+    for name, opt in optimizers.items():
+        _check_optimizer(name, opt, config)
+    _check_ownership(model, optimizers)
+
+
+def _check_one_source(optimizers: Mapping[str, Any], config: Mapping[str, Any]) -> None:
     if "optimizer" in config and optimizers:
         msg = f"prepare: expected one place for the optimizer, got {list(optimizers)}"
-        advice = "Take it out of the config, or out of the learner."
+        advice = "Remove it from the config or from the learner."
         raise ValueError(f"{msg} in the learner and one in the config. {advice}")
     if "optimizer" not in config and not optimizers:
         msg = (
             "prepare: expected an optimizer in the learner or in the config, got none."
         )
-        raise ValueError(f"{msg} Give one, or None for optimizers to evaluate only.")
-    for name, opt in optimizers.items():
-        if isinstance(opt, torch.optim.LBFGS):
-            msg = f"prepare({name!r}): expected an optimizer without a closure, got LBFGS."
-            raise ValueError(f"{msg} DeepSpeed cannot step it: train on one device.")
-        if stage and not is_elementwise(opt) and not _is_allowed(config):
-            kind = type(opt).__name__
-            msg = f"prepare({name!r}): expected an optimizer that treats elements one by one"
-            advice = 'If it does, set "zero_allow_untested_optimizer": true.'
-            raise ValueError(f"{msg} at ZeRO {stage}, got {kind}. {advice}")
-        if not any(
-            p.requires_grad for group in opt.param_groups for p in group["params"]
-        ):
-            msg = f"prepare({name!r}): expected parameters to train, got frozen ones only."
-            raise ValueError(f"{msg} Set requires_grad on some, or leave {name!r} out.")
-    _check_ownership(model, optimizers)
+        raise ValueError(f"{msg} Pass one, or optimizers=None to evaluate only.")
 
 
-def _is_allowed(config: Mapping[str, Any]) -> bool:
-    """True if the user vouches for the optimizer."""
-    return bool(config.get("zero_allow_untested_optimizer", False))
+def _check_optimizer(name: str, opt: Any, config: Mapping[str, Any]) -> None:
+    if isinstance(opt, torch.optim.LBFGS):
+        msg = f"prepare({name!r}): expected an optimizer without a closure, got LBFGS."
+        raise ValueError(f"{msg} DeepSpeed cannot step it: train on one device.")
+    stage = zero_stage(config)
+    is_allowed = config.get("zero_allow_untested_optimizer", False)
+    if stage and not is_elementwise(opt) and not is_allowed:
+        kind = type(opt).__name__
+        msg = (
+            f"prepare({name!r}): expected an optimizer that treats elements one by one"
+        )
+        advice = 'If it does, set "zero_allow_untested_optimizer": true.'
+        raise ValueError(f"{msg} at ZeRO {stage}, got {kind}. {advice}")
+    params = (param for group in opt.param_groups for param in group["params"])
+    if not any(param.requires_grad for param in params):
+        msg = f"prepare({name!r}): expected parameters to train, got frozen ones only."
+        raise ValueError(f"{msg} Set requires_grad on some, or remove {name!r}.")
 
 
 def _check_ownership(model: nn.Module, optimizers: Mapping[str, Any]) -> None:
-    """Each parameter belongs to one optimizer, and to the model."""
+    """Check that each parameter belongs to one optimizer, and to the model."""
     names = {id(param): name for name, param in model.named_parameters()}
     owner: dict[int, str] = {}
     for opt_name, opt in optimizers.items():

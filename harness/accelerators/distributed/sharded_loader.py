@@ -29,56 +29,16 @@ from torch.utils.data import (
 )
 
 from harness.accelerators.distributed.group import RankGroup
+from harness.accelerators.distributed.shares import (
+    RankShare,
+    ShareTracker,
+    assign_rows,
+)
 from harness.data.batch import input_of, num_rows, target_of
 from harness.data.loaders import unwrap_tensors
 
 CHUNK = 1 << 16
 """Rows of the order that rank 0 tells at once: half a megabyte."""
-
-
-@dataclass(frozen=True, slots=True)
-class RankShare:
-    """One rank's part of a step.
-
-    Attributes
-    ----------
-    start : >= 0
-        Place of the rank's first sample in the order of the whole loader.
-    count : >= 0
-        Samples of this rank that count; 0 where the batch only stands in.
-    total : >= 1
-        Samples of all ranks in the step.
-    """
-
-    start: int
-    count: int
-    total: int
-
-    def weight(self, world_size: int) -> float:
-        """Factor of a mean loss for which averaging over ranks gives the mean over samples."""
-        return self.count * world_size / self.total
-
-
-def assign_rows(total: int, size: int, rank: int, world_size: int) -> tuple[int, int]:
-    """First sample and number of samples of a rank in a step of `total` samples.
-
-    Parameters
-    ----------
-    total : in 1..size * world_size
-        Samples in the step.
-    size : >= 1
-        Samples that fill a rank's batch.
-    rank, world_size
-        The rank and how many there are.
-
-    Examples
-    --------
-    >>> [assign_rows(7, 3, rank, 3) for rank in range(3)]
-    [(0, 3), (3, 2), (5, 2)]
-    """
-    assert 1 <= total <= size * world_size
-    each, more = divmod(total, world_size)
-    return rank * each + min(rank, more), each + (rank < more)
 
 
 _KNOWN = frozenset(
@@ -160,6 +120,41 @@ class ShardedLoader:
         for part in (self.sampler, self.batch_sampler, self.dataset):
             if hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)
+
+
+def shard_loaders(
+    loaders: Sequence[Any],
+    ranks: RankGroup,
+    shares: ShareTracker,
+    before_eval: Callable[[], None],
+) -> list[Any]:
+    """Divide loaders over ranks.
+
+    Parameters
+    ----------
+    loaders
+        The first is the training loader. None stays None.
+    ranks
+        The ranks; with one rank, the loaders are returned as they are.
+    shares
+        Records the share of each batch.
+    before_eval
+        Called before each pass over a loader other than the training loader.
+    """
+    if ranks.world_size == 1:
+        return list(loaders)
+    return [
+        None
+        if loader is None
+        else ShardedLoader(
+            loader,
+            ranks,
+            on_batch=shares.record,
+            on_begin=before_eval if place else lambda: None,
+            on_end=shares.clear,
+        )
+        for place, loader in enumerate(loaders)
+    ]
 
 
 def _make_source(loader: DataLoader[Any], ranks: RankGroup) -> Any:

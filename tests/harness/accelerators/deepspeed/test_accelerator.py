@@ -193,7 +193,7 @@ def test_state_has_what_was_frozen_and_sets_no_other_attribute(make: Any) -> Non
     model.head.requires_grad_(False)
     state = first.state_dict()
     other, _ = prepared(last)
-    (engine,) = last._deepspeed_engines().values()
+    (engine,) = last._engines.deepspeed_engines.values()
     was = engine.optimizer
     for facts in state["facts"].values():
         facts["counters"] = {**facts["counters"], "optimizer": 1}

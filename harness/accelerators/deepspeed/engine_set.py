@@ -1,0 +1,205 @@
+"""The engines of one model, by the name of their optimizer."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from harness.accelerators.deepspeed.config import zero_stage
+from harness.accelerators.deepspeed.engine import NamedEngine, find_parameters
+from harness.accelerators.deepspeed.library import (
+    ignore_warnings,
+    import_deepspeed,
+    silence_deepspeed_warnings,
+    unchanged_optimizers,
+)
+
+DEFAULT_NAME = "opt"
+"""Name of the optimizer that DeepSpeed's config describes."""
+
+
+class EngineSet:
+    """The engines of one model, of which at most one is active.
+
+    Parameters
+    ----------
+    engines
+        One for each named optimizer; none if the model is only evaluated.
+    """
+
+    def __init__(self, engines: Sequence[NamedEngine] = ()) -> None:
+        self._by_name = {engine.name: engine for engine in engines}
+        self._active: NamedEngine | None = None
+        self._checked_graphs: set[str] = set()
+
+    def __iter__(self) -> Iterator[NamedEngine]:
+        return iter(self._by_name.values())
+
+    def __len__(self) -> int:
+        return len(self._by_name)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the optimizers."""
+        return list(self._by_name)
+
+    @property
+    def deepspeed_engines(self) -> dict[str, Any]:
+        """DeepSpeed's engines by the name of their optimizer."""
+        return {engine.name: engine.engine for engine in self}
+
+    def find(self, name: str | None) -> NamedEngine:
+        """The engine of an optimizer; None means the active one, or the only one.
+
+        Raises
+        ------
+        ValueError
+            If there is no such optimizer, or None could mean several.
+        """
+        if name is None and self._active is not None:
+            return self._active
+        if name is None and len(self) == 1:
+            return next(iter(self))
+        if name not in self._by_name:
+            msg = "accelerator: expected the name of a prepared optimizer"
+            raise ValueError(f"{msg}, got {name!r}. Choose from {self.names}.")
+        return self._by_name[name]
+
+    def find_owner(self, param: Tensor) -> NamedEngine | None:
+        """The engine whose optimizer steps a parameter."""
+        return next((e for e in self if id(param) in e.owned_ids), None)
+
+    @contextmanager
+    def activate(self, name: str | None) -> Iterator[None]:
+        """Run the forward and backward of one optimizer inside.
+
+        Raises
+        ------
+        RuntimeError
+            At ZeRO 1 to 3, if parameters were frozen or unfrozen since ``prepare``.
+        """
+        engine = self.find(name)
+        engine.check_frozen()
+        engine.begin_forward()
+        before, self._active = self._active, engine
+        try:
+            with engine.freeze_others():
+                yield
+        finally:
+            self._active = before
+
+    def check_loss(self, engine: NamedEngine, loss: Tensor) -> None:
+        """Refuse a loss whose gradients would be wrong or missing.
+
+        The graph is checked at the first loss of each optimizer only.
+
+        Raises
+        ------
+        ValueError
+            If the loss is not a scalar with a graph, or its graph contains parameters of
+            another optimizer.
+        RuntimeError
+            If there are several optimizers and this one is not active.
+        """
+        place = f"backward({engine.name!r})"
+        if loss.numel() != 1 or loss.grad_fn is None:
+            got = f"shape {tuple(loss.shape)}, grad_fn {loss.grad_fn}"
+            msg = f"{place}: expected a scalar with a graph, got {got}."
+            raise ValueError(f"{msg} Take the mean, and compute it with gradients on.")
+        if len(self) == 1:
+            return
+        if self._active is not engine:
+            active = None if self._active is None else self._active.name
+            section = f"'with accelerator.optimizing({engine.name!r})'"
+            msg = f"{place}: expected {section} around it, got {active!r}."
+            advice = "Put the optimizer's forward and backward inside."
+            raise RuntimeError(f"{msg} {advice}")
+        if engine.name not in self._checked_graphs:
+            self._check_graph(place, engine, loss)
+            self._checked_graphs.add(engine.name)
+
+    def _check_graph(self, place: str, engine: NamedEngine, loss: Tensor) -> None:
+        used = find_parameters(loss)
+        for other in self:
+            if other is not engine and used & other.owned_ids:
+                msg = f"{place}: expected a graph of its own, got one shared with"
+                advice = f"Compute the loss of {engine.name!r} inside its optimizing()."
+                raise ValueError(f"{msg} optimizer {other.name!r}. {advice}")
+
+
+def create_engines(
+    model: nn.Module,
+    optimizers: Mapping[str, Any],
+    config: Mapping[str, Any],
+    device: torch.device,
+    on_step: Callable[[str, bool], None],
+) -> EngineSet:
+    """Make one engine for each optimizer.
+
+    Parameters
+    ----------
+    model
+        The model.
+    optimizers
+        By name; empty if the config describes the optimizer.
+    config
+        DeepSpeed's config without ``"auto"``.
+    device
+        Device of this rank.
+    on_step
+        Called after each step with the optimizer's name and whether weights changed.
+    """
+    deepspeed = import_deepspeed()
+    silence_deepspeed_warnings()
+    deepspeed.utils.logger.setLevel(config.get("log_level", "error").upper())
+    stage = zero_stage(config)
+    trained: list[Tensor] = [
+        param for param in model.parameters() if param.requires_grad
+    ]
+    owned = _list_owned(optimizers) or {DEFAULT_NAME: trained}
+    if stage:
+        _drop_frozen(optimizers)
+    groups = _copy_groups(optimizers) or {DEFAULT_NAME: [{"params": trained}]}
+    # DeepSpeed changes the model in each call, so all groups are copied before the first.
+    made = {}
+    for name in owned:
+        with ignore_warnings(), unchanged_optimizers():
+            made[name], *_ = deepspeed.initialize(
+                args=Namespace(device_rank=device.index or 0),
+                model=model,
+                optimizer=optimizers.get(name),
+                model_parameters=None if optimizers else trained,
+                config=dict(config),
+            )
+    return EngineSet(
+        [
+            NamedEngine(name, engine, model, owned[name], stage, groups[name], on_step)
+            for name, engine in made.items()
+        ]
+    )
+
+
+def _list_owned(optimizers: Mapping[str, Any]) -> dict[str, list[Tensor]]:
+    return {
+        name: [param for group in opt.param_groups for param in group["params"]]
+        for name, opt in optimizers.items()
+    }
+
+
+def _drop_frozen(optimizers: Mapping[str, Any]) -> None:
+    """ZeRO 1 and 2 fail on a parameter group whose parameters are all frozen."""
+    for opt in optimizers.values():
+        for group in opt.param_groups:
+            group["params"] = [p for p in group["params"] if p.requires_grad]
+
+
+def _copy_groups(optimizers: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    return {
+        name: [dict(group) for group in opt.param_groups if group["params"]]
+        for name, opt in optimizers.items()
+    }

@@ -1,0 +1,92 @@
+"""Which rows of a step belong to which rank."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class RankShare:
+    """One rank's part of a step.
+
+    Attributes
+    ----------
+    start : >= 0
+        Place of the rank's first sample in the order of the whole loader.
+    count : >= 0
+        Samples of this rank that count. 0 means that the rank has no samples left in this
+        step and its batch is a placeholder.
+    total : >= 1
+        Samples of all ranks in the step.
+    """
+
+    start: int
+    count: int
+    total: int
+
+    def weight(self, world_size: int) -> float:
+        """Factor for a mean loss, so that the average over ranks is the mean over samples."""
+        return self.count * world_size / self.total
+
+
+def assign_rows(total: int, size: int, rank: int, world_size: int) -> tuple[int, int]:
+    """First sample and number of samples of a rank in a step of `total` samples.
+
+    Parameters
+    ----------
+    total : in 1..size * world_size
+        Samples in the step.
+    size : >= 1
+        Samples that fill a rank's batch.
+    rank, world_size
+        The rank, and the number of ranks.
+
+    Examples
+    --------
+    >>> [assign_rows(7, 3, rank, 3) for rank in range(3)]
+    [(0, 3), (3, 2), (5, 2)]
+    """
+    assert 1 <= total <= size * world_size
+    each, more = divmod(total, world_size)
+    return rank * each + min(rank, more), each + (rank < more)
+
+
+class ShareTracker:
+    """Knows the share of the present batch.
+
+    Loaders may be read ahead, so a share is kept until its batch goes to the device.
+
+    Parameters
+    ----------
+    num_recent : >= 1
+        Batches that may be read ahead.
+
+    Attributes
+    ----------
+    present : RankShare or None
+        Share of the present batch; None if the loader is not divided over ranks.
+    """
+
+    def __init__(self, num_recent: int) -> None:
+        self.present: RankShare | None = None
+        self._recent: deque[tuple[Any, RankShare]] = deque(maxlen=num_recent)
+
+    def record(self, batch: Any, share: RankShare) -> Any:
+        """Make a batch from a loader the present one; returns the batch."""
+        self._recent.append((batch, share))
+        self.present = share
+        return batch
+
+    def select(self, batch: Any) -> None:
+        """Make a recorded batch the present one again."""
+        for place, (recorded, share) in enumerate(self._recent):
+            if recorded is batch:
+                self.present = share
+                del self._recent[place]
+                break
+
+    def clear(self) -> None:
+        """Forget the present batch, at the end of a pass."""
+        self.present = None
