@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from harness import accelerators, callbacks
     from harness.accelerators.select import accelerator
     from harness.callback import Callback
-    from harness.context import Context, EvaluateContext, FitContext, PredictContext
+    from harness.context import Context
     from harness.errors import (
         CheckpointError,
         EarlyStop,
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from harness.experiment import Experiment
     from harness.fitted import Evaluation, Fitted
     from harness.learner import Learner, load, setup
+    from harness.loop import EvaluateContext, FitContext, PredictContext
     from harness.metrics.sets import MetricSet
     from harness.range_test import lr_finder
 
@@ -31,16 +32,16 @@ _HOMES = {
     "CheckpointError": "errors",
     "Context": "context",
     "EarlyStop": "errors",
-    "EvaluateContext": "context",
+    "EvaluateContext": "loop",
     "Evaluation": "fitted",
     "Experiment": "experiment",
     "ExperimentError": "errors",
-    "FitContext": "context",
+    "FitContext": "loop",
     "Fitted": "fitted",
     "Interrupted": "errors",
     "Learner": "learner",
     "MetricSet": "metrics.sets",
-    "PredictContext": "context",
+    "PredictContext": "loop",
     "SkipEpoch": "errors",
     "accelerator": "accelerators.select",
     "accelerators": "accelerators",

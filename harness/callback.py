@@ -1,10 +1,12 @@
-"""Base class of everything that listens to events."""
+"""Base class of callbacks, and the call of all that listen to an event."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
-from harness.events import check_event
+from harness.errors import EarlyStop, Signal
+from harness.events import EVENTS, check_event
 from harness.pytree import StateDict
 
 if TYPE_CHECKING:
@@ -79,3 +81,48 @@ class Callback:
 
     def load_state_dict(self, state: StateDict) -> None:
         """Restore what ``state_dict`` returned."""
+
+
+class Listeners:
+    """Methods of callbacks that listen to each event.
+
+    Parameters
+    ----------
+    callbacks
+        In running order.
+    """
+
+    def __init__(self, callbacks: Iterable[Callback] = ()) -> None:
+        callbacks = tuple(callbacks)
+        self._by_event: dict[str, tuple[Callable[[], object], ...]] = {
+            event: tuple(
+                getattr(callback, event)
+                for callback in callbacks
+                if hasattr(callback, event)
+            )
+            for event in EVENTS
+        }
+
+    def call(self, event: str) -> None:
+        """Call all listeners of an event.
+
+        A signal is raised again when all have been called, ``EarlyStop`` before others. Any
+        other exception leaves at once, with a note that names the callback and the event.
+        """
+        listeners = self._by_event.get(event)
+        if listeners is None:
+            check_event("call_callbacks", event)
+            return
+        raised: Signal | None = None
+        for listener in listeners:
+            try:
+                listener()
+            except Signal as signal:
+                if raised is None or isinstance(signal, EarlyStop):
+                    raised = signal
+            except Exception as exc:
+                callback: Callback = listener.__self__  # type: ignore[attr-defined]
+                callback.ctx.add_note(exc, f"{type(callback).__name__}.{event}")
+                raise
+        if raised is not None:
+            raise raised

@@ -26,17 +26,12 @@ from harness.callbacks.resuming import resume_of
 from harness.checkpoint.saved_model import import_module_class, read_saved
 from harness.checkpoint.weights import put_weights
 from harness.checkpoint.writer import about_fit
-from harness.context import (
-    Context,
-    EvaluateContext,
-    FitContext,
-    PredictContext,
-    bind_context,
-)
+from harness.context import Context, bind_context
 from harness.data.batch import join
 from harness.data.loaders import Data, make_eval_loader, make_train_loader, split_data
 from harness.errors import CheckpointError
 from harness.fitted import Evaluation, Fitted
+from harness.loop import EvaluateContext, FitContext, PredictContext
 from harness.metrics.sets import MetricSet, as_metric_set
 from harness.run_binding import (
     Tracker,

@@ -1,22 +1,177 @@
-"""The loops: fit, evaluate, predict. Everything else hangs on the events fired here."""
+"""The loops fit, evaluate and predict, and their contexts.
+
+Everything else reacts to the events that the loops fire.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
+from harness.accelerators.base import Accelerator, StepOpt
+from harness.callback import Callback
+from harness.checkpoint.state import mark_validation
 from harness.context import Context, Handlers
 from harness.data.batch import copy_by_value
 from harness.data.train_pass import TrainPass
 from harness.errors import EarlyStop, Interrupted, SkipEpoch
 from harness.pytree import map_tensors
+from harness.records import NullRun
+from harness.setup_checks import check_optimizers, parse_epochs
 from harness.steps import call_model, default_step
 
 if TYPE_CHECKING:
-    from harness.accelerators.base import Accelerator
+    import tracking
+
+
+class FitContext(Context):
+    """Context of ``fit``: model, named optimizers and loaders, all prepared.
+
+    Parameters
+    ----------
+    model
+        The accelerator places it on the device.
+    optimizers
+        One optimizer, or several by name; None: from the accelerator's config.
+    loss_fn
+        ``loss_fn(pred, target)``; None if the model has its own ``step``.
+    hparams, opt_hparams
+        Arguments that built the model and the optimizers.
+    data, valid_data
+        Loaders; `valid_data` may be None.
+    epochs
+        Whole number, or pair ``(min_epochs, max_epochs)``.
+    verbose, accelerator, callbacks, run
+        As in ``Context``.
+
+    References
+    ----------
+    luz 0.5.0, ``fit_context``. Differs from luz: the learner builds model, optimizers and
+    loaders.
+    """
+
+    __slots__ = ()
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        optimizers: Any,
+        loss_fn: Callable[..., Tensor] | None,
+        hparams: Mapping[str, Any],
+        opt_hparams: Mapping[str, Any],
+        data: DataLoader[Any],
+        valid_data: DataLoader[Any] | None,
+        epochs: int | tuple[int, int],
+        accelerator: Accelerator,
+        verbose: bool | None = None,
+        callbacks: Iterable[Callback] = (),
+        run: tracking.Run | NullRun | None = None,
+        step_opt: StepOpt | None = None,
+    ) -> None:
+        Context.__init__(
+            self,
+            verbose=verbose,
+            accelerator=accelerator,
+            callbacks=callbacks,
+            training=True,
+            run=run,
+        )
+        self._min_epochs, self._max_epochs = parse_epochs(epochs)
+        self.hparams, self.opt_hparams = dict(hparams), dict(opt_hparams)
+        prepare: Callable[..., Any] = accelerator.prepare
+        if optimizers is None:
+            prepare = partial(prepare, opt_hparams=self.opt_hparams)
+        named = {} if optimizers is None else check_optimizers(optimizers)
+        model, named, loaders = prepare(model, named, [data, valid_data])
+        self.model, self.optimizers = model, named
+        self.steps = accelerator.steps
+        self.loss_fn, self.step_opt = loss_fn, step_opt
+        self.train_data, self.valid_data = loaders
+        self.data = self.train_data
+
+
+class PredictContext(Context):
+    """Context of ``predict``: a model in evaluation mode and the data to predict.
+
+    Parameters
+    ----------
+    model
+        The accelerator places it on the device.
+    newdata
+        Loader of the data.
+    verbose, accelerator, callbacks, run
+        As in ``Context``.
+
+    References
+    ----------
+    luz 0.5.0, ``predict_context``.
+    """
+
+    __slots__ = ()
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        newdata: DataLoader[Any],
+        accelerator: Accelerator,
+        verbose: bool | None = None,
+        callbacks: Iterable[Callback] = (),
+        run: tracking.Run | NullRun | None = None,
+    ) -> None:
+        Context.__init__(
+            self,
+            verbose=verbose,
+            accelerator=accelerator,
+            callbacks=callbacks,
+            training=False,
+            run=run,
+        )
+        model, _, loaders = accelerator.prepare(model, None, [None, newdata])
+        self.model = model
+        self.data = loaders[1]
+
+
+class EvaluateContext(PredictContext):
+    """Context of ``evaluate``: a ``PredictContext`` with epoch 1, loss and optimizer names.
+
+    Parameters
+    ----------
+    optimizers
+        The model's optimizers, for their names.
+    loss_fn
+        ``loss_fn(pred, target)``.
+    opt_hparams
+        Arguments that built the optimizers.
+
+    References
+    ----------
+    luz 0.5.0, ``evaluate_context``.
+    """
+
+    __slots__ = ()
+
+    def __init__(
+        self,
+        *,
+        optimizers: Any,
+        loss_fn: Callable[..., Tensor] | None,
+        opt_hparams: Mapping[str, Any],
+        **kwargs: Any,
+    ) -> None:
+        PredictContext.__init__(self, **kwargs)
+        self.epoch = 1
+        self.opt_hparams = dict(opt_hparams)
+        self.optimizers = check_optimizers(optimizers)
+        self.loss_fn = loss_fn
+        self.valid_data = self.data
 
 
 def fit(ctx: Context) -> None:
@@ -67,7 +222,7 @@ def valid_epoch(ctx: Context) -> None:
     assert ctx.accelerator is not None and ctx.valid_data is not None
     to_device, fire, step = ctx.accelerator.to_device, ctx.call_callbacks, get_step(ctx)
     ctx.training, ctx.data = False, ctx.valid_data
-    ctx.mark_validation()
+    mark_validation(ctx)
     fire("on_valid_begin")
     with torch.no_grad():
         for ctx.iter, batch in enumerate(ctx.valid_data, start=1):
@@ -145,17 +300,19 @@ def start_epoch(ctx: Context) -> int:
 def start_batches(ctx: Context) -> Iterator[Any]:
     """Return the training batches of the epoch; after a resume, only the remaining ones."""
     resume, ctx.resume = ctx.resume, None
+    train_pass = ctx.train_pass
+    assert train_pass is not None
     if resume is None:
-        return ctx.train_pass.start()  # type: ignore[no-any-return]
+        return train_pass.start()
     resume.restore(ctx)
     ctx.trained = resume.position.iter
     if resume.position.phase == "valid":
         resume.restore_random(ctx)
         return iter(())
-    ctx.train_pass.load_state_dict(resume.state(ctx)["pass"], ctx.trained)
-    batches = ctx.train_pass.start()
+    train_pass.load_state_dict(resume.state(ctx)["pass"], ctx.trained)
+    batches = train_pass.start()
     resume.restore_random(ctx)
-    return batches  # type: ignore[no-any-return]
+    return batches
 
 
 @contextmanager

@@ -19,6 +19,70 @@ ARRAYS = (Tensor, np.ndarray, np.generic)
 """Types that are logged unread and become plain numbers when the records are read."""
 
 
+class RecordBook:
+    """Logged values in memory; tensors stay on their device until the records are read.
+
+    Parameters
+    ----------
+    records
+        Initial records; None: none.
+    """
+
+    def __init__(self, records: Records | None = None) -> None:
+        if records is None:
+            records = {"metrics": {"train": [], "valid": []}}
+        self._records = records
+        self._unread: list[tuple[Any, Any]] = []  # containers and keys of tensors
+
+    def get_series(self, what: str, set: str) -> list[Any]:
+        """The series of a set, with its tensors unread; an empty list if there is none."""
+        return self._records.get(what, {}).get(set, [])
+
+    def get_last_dict(
+        self, what: str, set: str, index: int | None
+    ) -> dict[str, Any] | None:
+        """The dict at an index, if it is the last of its series; None otherwise."""
+        series = self._records.get(what, {}).get(set)
+        if series and len(series) == index and type(series[-1]) is dict:
+            return series[-1]
+        return None
+
+    def add(self, what: str, set: str, value: Any, index: int, append: bool) -> None:
+        """Add a value at an index from 1, or replace what is there."""
+        series = self._records.setdefault(what, {}).setdefault(set, [])
+        while len(series) < index:
+            series.append(None)
+        current = series[index - 1]
+        series[index - 1] = append_logged(current, value) if append else value
+        self._remember_tensors(series, index - 1)
+
+    def _remember_tensors(self, container: Any, key: Any) -> None:
+        value = container[key]
+        if isinstance(value, ARRAYS):
+            self._unread.append((container, key))
+        elif isinstance(value, dict):
+            for name in value:
+                self._remember_tensors(value, name)
+        elif isinstance(value, list):
+            for place in range(len(value)):
+                self._remember_tensors(value, place)
+
+    def read(self) -> Records:
+        """All records, with tensors and arrays as plain numbers."""
+        for container, key in self._unread:
+            if isinstance(container[key], ARRAYS):
+                container[key] = container[key].tolist()
+        self._unread.clear()
+        return self._records
+
+    def count(self) -> dict[str, dict[str, int]]:
+        """Length of each series; nothing is read from a device."""
+        return {
+            what: {split: len(series) for split, series in sets.items()}
+            for what, sets in self._records.items()
+        }
+
+
 class NullRun:
     """A run that takes every call of a ``tracking.Run`` and records nothing.
 
@@ -85,8 +149,16 @@ def metrics_frame(records: Records) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["set", "metric", "epoch", "value"])
 
 
+def format_metrics(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """Format metrics with four significant digits, by name; nested names are joined."""
+    return {
+        name: f"{value:.4g}" if isinstance(value, int | float) else str(value)
+        for name, value in named_leaves(metrics)
+    }
+
+
 def copy_logged(value: Any) -> Any:
-    """The value as it is now: tensors detached, on their device; tuples become lists."""
+    """Copy a value: tensors are detached and stay on their device; tuples become lists."""
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, np.ndarray | np.generic):
@@ -99,7 +171,7 @@ def copy_logged(value: Any) -> Any:
 
 
 def append_logged(current: Any, value: Any) -> Any:
-    """What ``log`` keeps where something was logged before."""
+    """Add a value to what was logged before at the same index."""
     if current is None:
         return value
     if isinstance(current, dict) and isinstance(value, dict):

@@ -6,14 +6,16 @@ a callback needs of the fit is checked in its ``check`` method.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping
 from numbers import Integral
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 from torch.optim import Optimizer
 
 from harness.callback import Callback
+from harness.events import nearest
 
 
 def check_setup(module: object, loss: object, optimizer: object) -> None:
@@ -186,6 +188,66 @@ def _check_whole_number(name: str, value: object) -> int:
         msg = f"epochs: expected {name} as a whole number, got {value!r}."
         raise TypeError(f"{msg} Pass an int, or a pair (min_epochs, max_epochs).")
     return int(value)
+
+
+def refuse_field(context: type, name: str, error: AttributeError) -> NoReturn:
+    """Raise because setting a field of the context failed with `error`.
+
+    Raises
+    ------
+    AttributeError
+        For an unknown field it offers the nearest name, for a read-only one what to set
+        instead. Otherwise it is `error`.
+    """
+    if name in _READ_ONLY:
+        msg = f"ctx.{name}: expected no assignment, the field is read-only."
+        raise AttributeError(f"{msg} {_READ_ONLY[name]}") from None
+    names = [name for name in dir(context) if not name.startswith("_")]
+    if name in names:
+        raise error
+    msg = f"Context.{name}: expected a field of the context, got {name!r}."
+    msg += f"{nearest(name, names)} Put your own values into ctx.buffers."
+    raise AttributeError(msg) from None
+
+
+_READ_ONLY = {
+    "device": "Change ctx.accelerator.",
+    "records": "Use ctx.log() or ctx.log_metric().",
+    "step": "Change ctx.steps.",
+}
+"""What to do instead of setting a read-only field of the context."""
+
+
+def check_iter(new: object) -> int:
+    """Return a batch number as an int.
+
+    Raises
+    ------
+    TypeError
+        If it is not a whole number.
+    """
+    if not isinstance(new, Integral) or isinstance(new, bool):
+        msg = f"ctx.iter: expected a whole number, got {new!r}."
+        raise TypeError(f"{msg} Count batches from 1.")
+    return int(new)
+
+
+def check_rows(new: object) -> int:
+    """Return a number of rows as an int.
+
+    Raises
+    ------
+    ValueError
+        If it is not a whole number from 0.
+    """
+    try:
+        rows = operator.index(new)  # type: ignore[arg-type]
+    except TypeError:
+        rows = -1
+    if rows < 0:
+        msg = f"ctx.rows: expected a whole number >= 0, got {new!r}."
+        raise ValueError(f"{msg} Pass how many rows the batch counts for.")
+    return rows
 
 
 def check_optimizers(optimizers: Any) -> dict[str, Any]:

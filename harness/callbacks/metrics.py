@@ -38,15 +38,19 @@ class Metrics(Callback):
             )
         ctx.metrics[split].reset()
 
+    def _get(self, split: str) -> SplitMetrics:
+        assert self.ctx.metrics is not None
+        return self.ctx.metrics[split]
+
     def _update(self, split: str) -> None:
         ctx = self.ctx
         assert ctx.accelerator is not None
         # A rank without samples left gets a stand-in batch, which must not count.
         rows = 0 if ctx.accelerator.counted == 0 else ctx.rows
-        ctx.metrics[split].update(ctx.pred, ctx.target, ctx.loss, rows)
+        self._get(split).update(ctx.pred, ctx.target, ctx.loss, rows)
 
     def _log(self, split: str) -> None:
-        for name, value in self.ctx.metrics[split].compute().items():
+        for name, value in self._get(split).compute().items():
             self.ctx.log_metric(name, value)
 
     def on_train_begin(self) -> None:
@@ -86,6 +90,6 @@ class Metrics(Callback):
         for split, item in state.items():
             self._start(split)
             first, *rest = item if isinstance(item, list) else [item]
-            self.ctx.metrics[split].load_state_dict(first)
+            self._get(split).load_state_dict(first)
             for other in rest:
-                self.ctx.metrics[split].merge(other)
+                self._get(split).merge(other)

@@ -10,8 +10,9 @@ from time import monotonic
 from typing import Any
 
 from harness.callbacks.monitor import Mode, Monitor
+from harness.checkpoint.format import Phase
 from harness.checkpoint.writer import Saver
-from harness.context import Context, Phase
+from harness.context import Context
 from harness.pytree import StateDict
 from harness.setup_checks import check_at_least
 
@@ -19,7 +20,8 @@ from harness.setup_checks import check_at_least
 class ModelCheckpoint(Monitor):
     """Saves a checkpoint at epoch ends, every so many steps or minutes, and on interrupt.
 
-    Each holds everything the rest of the fit depends on; see ``Context.state_dict``.
+    Each holds everything the rest of the fit depends on; see
+    ``harness.checkpoint.state``.
 
     Parameters
     ----------

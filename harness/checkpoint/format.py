@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -53,6 +53,10 @@ _SCRAP = re.compile(rf"\.{_NAME.pattern}\.(tmp|removed)")
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
+Phase = Literal["train", "valid", "epoch"]
+"""Where in an epoch: after a training batch, before validation, after the epoch."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Position:
     """Where in a fit a checkpoint was taken.
@@ -73,7 +77,7 @@ class Position:
     epoch: int
     iter: int
     step: int
-    phase: str
+    phase: Phase
 
     def __str__(self) -> str:
         return f"epoch {self.epoch}, batch {self.iter}, step {self.step}"

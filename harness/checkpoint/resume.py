@@ -17,7 +17,7 @@ from harness.checkpoint.resharding import (
     has_same_batches,
     reshard_state,
 )
-from harness.checkpoint.state import by_name
+from harness.checkpoint.state import get_generators, name_callbacks, restore_state
 from harness.context import Context
 from harness.errors import CheckpointError
 from harness.metrics.state import check_saved_metrics
@@ -25,7 +25,7 @@ from harness.pytree import map_tensors
 from harness.records import NullRun
 from harness.reshard.consolidated import STATE_ERRORS
 from harness.reshard.convert import check_same, has_same_layout
-from harness.rng import find_generators, set_rng_state
+from harness.rng import set_rng_state
 
 if TYPE_CHECKING:
     import tracking
@@ -188,11 +188,11 @@ class Resume:
         CheckpointError
             If it does not fit the model or the optimizers.
         """
-        wanted = {f"restore_{part}": is_on for part, is_on in self._wanted.items()}
+        parts = [part for part, is_on in self._wanted.items() if is_on]
         state = dict(self.state(ctx))
         if not self.is_exact:  # an epoch that is begun anew counts anew
             state["callbacks"] = {**state["callbacks"], "Metrics": {}}
-        notes = ctx.load_state_dict(state, **wanted)
+        notes = restore_state(ctx, state, parts)
         assert ctx.accelerator is not None
         is_ours = self.restore_records and self.is_recorded_in(ctx.run)
         if is_ours and ctx.accelerator.is_main:
@@ -206,8 +206,7 @@ class Resume:
 
     def restore_random(self, ctx: Context) -> None:
         """Set all random generators to where they were; the last thing of a resume."""
-        loaders = (ctx.train_data, ctx.valid_data, ctx.model)
-        missing = set_rng_state(self.state(ctx)["random"], find_generators(*loaders))
+        missing = set_rng_state(self.state(ctx)["random"], get_generators(ctx))
         self.report.append(("random generators", "restored", ""))
         self.report += [("random generators", "absent", note) for note in missing]
         done = f"{self.position.iter} batches done"
@@ -237,7 +236,7 @@ def _check_metrics(
     parts: Sequence[Mapping[str, Any]], ctx: Context, *, is_merged: bool
 ) -> None:
     """Raise if an epoch was under way with other metrics, or theirs cannot be joined."""
-    callbacks: dict[str, Any] = dict(by_name(ctx.callbacks))
+    callbacks: dict[str, Any] = dict(name_callbacks(ctx.callbacks))
     for part in parts:
         saved = part["callbacks"].get("Metrics", {}).get("train", {})
         if "metrics" in saved:

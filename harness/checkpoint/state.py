@@ -1,27 +1,151 @@
-"""Parts of a fit's state: callbacks by name, modules' extra state, what validation changes."""
+"""Capture and restore the state of a fit: everything that the rest of it depends on."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
 
 from harness.callback import Callback
+from harness.checkpoint.format import Phase, Position
+from harness.context import Context
+from harness.records import RecordBook
+from harness.rng import Generator, find_generators, get_rng_state
 
-IN_VALIDATION = (
+VALIDATION_EVENTS = (
     "on_valid_begin",
     "on_valid_batch_begin",
     "on_valid_batch_after_pred",
     "on_valid_batch_after_loss",
     "on_valid_batch_end",
 )
-"""Events that fire again when a fit stopped in validation goes on."""
+"""Events that fire again when a fit that stopped in validation resumes."""
+
+
+def get_position(ctx: Context, phase: Phase) -> Position:
+    """Where in the fit this is."""
+    assert ctx.epoch is not None
+    return Position(epoch=ctx.epoch, iter=ctx.trained, step=ctx.step, phase=phase)
+
+
+def get_generators(ctx: Context) -> list[Generator]:
+    """Random generators that the fit's loaders and model hold as attributes."""
+    return find_generators(ctx.train_data, ctx.valid_data, ctx.model)
+
+
+def capture_state(ctx: Context, phase: Phase) -> dict[str, Any]:
+    """Capture all that the rest of a fit depends on; tensors are live.
+
+    Parameters
+    ----------
+    ctx
+        Context of a running fit.
+    phase
+        Where in the epoch this is; see ``Position``.
+
+    Returns
+    -------
+    dict
+        ``records``, ``ctx`` (hparams and opt_hparams), ``position``, ``accelerator``
+        (weights, optimizers, gradients of an open window), ``extra`` (state of modules
+        beside tensors), ``callbacks`` (metrics among them), ``random``, ``pass`` (position
+        and order of the loader), ``journal`` (position in the run) and ``run`` (its id).
+    """
+    assert ctx.accelerator is not None and ctx.train_pass is not None
+    state = {
+        "records": ctx.records,
+        "ctx": {"hparams": ctx.hparams, "opt_hparams": ctx.opt_hparams},
+        "position": asdict(get_position(ctx, phase)),
+        "accelerator": ctx.accelerator.state_dict(),
+        "extra": get_extra_states(ctx.model),
+        "callbacks": {
+            name: callback.state_dict()
+            for name, callback in name_callbacks(ctx.callbacks)
+        },
+        "random": get_rng_state(get_generators(ctx)),
+        "pass": ctx.train_pass.state_dict() if phase == "train" else None,
+        "journal": ctx.run.position(),
+        "run": ctx.run.id,
+    }
+    if phase == "valid" and ctx.valid_start is not None:
+        ctx.valid_start.rewind(state)
+    return state
+
+
+def restore_state(
+    ctx: Context, state: Mapping[str, Any], parts: Iterable[str]
+) -> list[str]:
+    """Restore what ``capture_state`` returned; loader and random state are not restored.
+
+    Parameters
+    ----------
+    ctx
+        Context of a fit.
+    state
+        From ``capture_state`` or a checkpoint.
+    parts
+        Any of ``model``, ``optimizers``, ``records`` and ``callbacks``. Step counters
+        belong to the optimizers.
+
+    Returns
+    -------
+    list of str
+        What did not match: callbacks without a state, and states without a callback.
+
+    Raises
+    ------
+    CheckpointError
+        If weights or optimizers do not fit.
+    """
+    assert ctx.accelerator is not None
+    wanted = set(parts)
+    accelerator_parts = [part for part in ("model", "optimizers") if part in wanted]
+    ctx.accelerator.load_state_dict(state["accelerator"], accelerator_parts)
+    if "model" in wanted:
+        set_extra_states(ctx.model, state["extra"])
+    if "records" in wanted:
+        ctx.record_book = RecordBook(state["records"])
+        _restore_journal(ctx, state["run"], state["journal"])
+    if "callbacks" in wanted:
+        return _restore_callbacks(ctx.callbacks, state["callbacks"])
+    return []
+
+
+def _restore_journal(ctx: Context, run_id: str | None, position: int) -> None:
+    """Go back in the run that recorded the fit; record everything again in another one."""
+    if run_id is not None and run_id == ctx.run.id:
+        ctx.run.rewind(position)
+        return
+    for what, sets in ctx.records.items():
+        for split, series in sets.items():
+            for index, value in enumerate(series, start=1):
+                if value is not None:
+                    ctx.run.log(what, split, value, index, epoch=index)
+
+
+def _restore_callbacks(
+    callbacks: Iterable[Callback], saved: Mapping[str, Any]
+) -> list[str]:
+    """Restore each callback by its name; return what is left over."""
+    named = dict(name_callbacks(callbacks))
+    notes = []
+    for name, callback in named.items():
+        if name in saved:
+            callback.load_state_dict(saved[name])
+        elif callback.state_dict():
+            notes.append(f"{name} is new and starts afresh")
+    gone = (name for name in saved if saved[name] and name not in named)
+    return notes + [f"{name} is no longer there" for name in gone]
+
+
+# ------------------------------------------------------------------- validation
 
 
 @dataclass(frozen=True, kw_only=True)
-class BeforeValid:
+class ValidationStart:
     """What validation changes, as it was before.
 
     Attributes
@@ -29,11 +153,11 @@ class BeforeValid:
     random
         State of all random generators.
     journal
-        Position of the recorder.
+        Position in the run.
     lengths
-        Of each series of records.
+        Length of each series of records.
     callbacks
-        States of those that listen to validation.
+        States of the callbacks that listen to validation.
     """
 
     random: dict[str, Any]
@@ -41,8 +165,8 @@ class BeforeValid:
     lengths: dict[str, dict[str, int]]
     callbacks: dict[str, dict[str, Any]]
 
-    def put_in(self, state: dict[str, Any]) -> None:
-        """Take a state in the middle of validation back to its beginning."""
+    def rewind(self, state: dict[str, Any]) -> None:
+        """Take a state captured in the middle of validation back to its beginning."""
         state["random"], state["journal"] = self.random, self.journal
         state["callbacks"] = state["callbacks"] | self.callbacks
         state["records"] = {
@@ -56,8 +180,27 @@ class BeforeValid:
         }
 
 
-def by_name(callbacks: Iterable[Callback]) -> Iterator[tuple[str, Callback]]:
-    """Callbacks with the names they have in a state: class, and number from the second on."""
+def mark_validation(ctx: Context) -> None:
+    """Remember in a fit what a resume in the middle of validation starts again from."""
+    if ctx.train_pass is None:
+        return
+    ctx.valid_start = ValidationStart(
+        random=get_rng_state(get_generators(ctx)),
+        journal=ctx.run.position(),
+        lengths=ctx.record_book.count(),
+        callbacks={
+            name: copy.deepcopy(callback.state_dict())
+            for name, callback in name_callbacks(ctx.callbacks)
+            if any(hasattr(callback, event) for event in VALIDATION_EVENTS)
+        },
+    )
+
+
+# ---------------------------------------------------------- callbacks and modules
+
+
+def name_callbacks(callbacks: Iterable[Callback]) -> Iterator[tuple[str, Callback]]:
+    """Pair callbacks with their names in a state: the class, numbered from the second on."""
     counts: dict[str, int] = {}
     for callback in callbacks:
         name = type(callback).__name__
@@ -65,20 +208,21 @@ def by_name(callbacks: Iterable[Callback]) -> Iterator[tuple[str, Callback]]:
         yield (name if counts[name] == 1 else f"{name}.{counts[name]}"), callback
 
 
-def extra_state(model: nn.Module | None) -> dict[str, Any]:
-    """What modules hold beside tensors, by module name: their ``get_extra_state``."""
-    return {name: module.get_extra_state() for name, module in _with_extra(model)}
+def get_extra_states(model: nn.Module) -> dict[str, Any]:
+    """State of modules beside tensors, by module name: their ``get_extra_state``."""
+    return {
+        name: module.get_extra_state() for name, module in _modules_with_extra(model)
+    }
 
 
-def put_extra_state(model: nn.Module | None, state: Mapping[str, Any]) -> None:
-    """Take back what ``extra_state`` gave."""
-    for name, module in _with_extra(model):
+def set_extra_states(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Restore what ``get_extra_states`` returned."""
+    for name, module in _modules_with_extra(model):
         if name in state:
             module.set_extra_state(state[name])
 
 
-def _with_extra(model: nn.Module | None) -> Iterator[tuple[str, nn.Module]]:
-    """Modules that have more state than tensors."""
-    for name, module in model.named_modules() if model is not None else ():
+def _modules_with_extra(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             yield name, module

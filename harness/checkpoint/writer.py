@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from harness.checkpoint.format import (
-    Position,
+    Phase,
     begin,
     checkpoints,
     commit,
@@ -24,7 +24,8 @@ from harness.checkpoint.format import (
     remove,
     write_part,
 )
-from harness.context import Context, Phase
+from harness.checkpoint.state import capture_state, get_position
+from harness.context import Context
 from harness.data.loaders import unwrap_tensors
 from harness.pytree import flatten
 from harness.reshard.consolidated import weights_dtype
@@ -126,7 +127,7 @@ class Saver:
         path = None
         if accelerator.is_main:
             try:
-                path = str(begin(self.folder, Position(**ctx.position(phase))))
+                path = str(begin(self.folder, get_position(ctx, phase)))
             except OSError as error:
                 self._fault = error
         path = accelerator.broadcast(path)
@@ -141,9 +142,8 @@ class Saver:
         TypeError
             If a callback's state holds what cannot be written; its path is named.
         """
-        state, accelerator = self._ctx.state_dict(phase), self._ctx.accelerator
-        assert self._temporary is not None and accelerator is not None
-        del state["model"]
+        assert self._temporary is not None
+        state = capture_state(self._ctx, phase)
         run = {"id": state.pop("run"), "path": self._run_path()}
         manifest = {"position": state["position"], "run": run, "about": self._ctx.about}
         plan, live = flatten(state)

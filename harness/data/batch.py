@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from operator import itemgetter
 from typing import Any
@@ -68,6 +69,14 @@ def num_rows(input: Any, target: Any = None, pred: Any = None) -> int | None:
         return len(target)
     found = [pair for value in (target, input, pred) for pair in _find_rows(value)]
     return min(found, key=itemgetter(0))[1] if found else None
+
+
+def warn_unknown_rows(batch: Any) -> None:
+    """Warn that the rows of a batch cannot be known, and count as one."""
+    kind = type(batch).__name__
+    msg = f"ctx.rows: expected tensors or lists in the batch, got {kind}."
+    advice = "Each batch counts as one row. Set ctx.rows in a step or callback."
+    warnings.warn(f"{msg} {advice}", stacklevel=3)
 
 
 def _find_rows(value: Any) -> Iterator[tuple[int, int]]:

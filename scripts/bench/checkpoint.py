@@ -34,9 +34,9 @@ import harness
 from harness.accelerators.deepspeed.accelerator import DeepSpeedAccelerator
 from harness.accelerators.single import SingleDevice
 from harness.checkpoint.writer import Saver
-from harness.context import FitContext
 from harness.data.loaders import make_train_loader
 from harness.data.train_pass import TrainPass
+from harness.loop import FitContext
 
 PIECE_MB = 4
 

@@ -9,9 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import harness
+from harness.accelerators.single import SingleDevice
 from harness.events import EVENTS
+from harness.loop import FitContext
 from harness.records import NullRun
 
 
@@ -72,6 +75,24 @@ def net_learner(**options: Any) -> harness.Learner:
     options.setdefault("loss", nn.CrossEntropyLoss())
     options.setdefault("optimizer", torch.optim.SGD)
     return harness.setup(Net, **options).set_opt_hparams(lr=0.1)
+
+
+def fit_context(**options: Any) -> FitContext:
+    """The context of a fit of a line to four points."""
+    model = options.pop("model", None) or Line()
+    options = {
+        "model": model,
+        "optimizers": torch.optim.SGD(model.parameters(), lr=0.1),
+        "loss_fn": nn.MSELoss(),
+        "hparams": {"w": 0.0},
+        "opt_hparams": {"lr": 0.1},
+        "data": DataLoader(TensorDataset(*slope(4)), batch_size=2),
+        "valid_data": None,
+        "epochs": 3,
+        "accelerator": SingleDevice("cpu"),
+        "verbose": False,
+    } | options
+    return FitContext(**options)
 
 
 class Tape(harness.Callback):

@@ -5,12 +5,13 @@ import signal
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torchmetrics.regression import MeanSquaredError
 
 import harness
 from harness.accelerators.single import SingleDevice
 from harness.callbacks import GradientClip, StepMetrics
+from harness.loop import EvaluateContext, PredictContext
 from tests.harness.event_lists import (
     ACCUMULATED_BATCH,
     BATCH,
@@ -23,7 +24,7 @@ from tests.harness.event_lists import (
     valid_part,
     whole_fit,
 )
-from tests.harness.fakes import At, Line, Tape, line_learner, slope
+from tests.harness.fakes import At, Line, Tape, fit_context, line_learner, slope
 
 
 def fit(learner, data, epochs=1, *callbacks, **options):
@@ -627,3 +628,74 @@ def test_epoch_is_told_to_samplers_and_data_sets_from_zero():
     data.told = []
     fit(line_learner(), DataLoader(data, batch_size=2), 3, dataloader_options=None)
     assert data.told == [0, 1, 2]
+
+
+# --- the contexts of fit, evaluate and predict
+
+
+def test_fit_context_is_whole():
+    loader = DataLoader(TensorDataset(*slope(4)), batch_size=2)
+    valid = DataLoader(TensorDataset(*slope(2)))
+    model = Line()
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    ctx = fit_context(model=model, optimizers=opt, data=loader, valid_data=valid)
+    assert ctx.model is model
+    assert model.ctx is ctx
+    assert ctx.optimizers == {"opt": opt}
+    assert (ctx.hparams, ctx.opt_hparams) == ({"w": 0.0}, {"lr": 0.1})
+    assert (ctx.data, ctx.train_data, ctx.valid_data) == (loader, loader, valid)
+    assert isinstance(ctx.loss_fn, nn.MSELoss)
+    assert (ctx.min_epochs, ctx.max_epochs) == (0, 3)
+    assert (ctx.training, ctx.step) == (True, 0)
+    assert ctx.device == torch.device("cpu")
+
+
+def test_fit_context_takes_a_pair_of_epochs():
+    ctx = fit_context(epochs=(2, 5))
+    assert (ctx.min_epochs, ctx.max_epochs) == (2, 5)
+
+
+def test_fit_context_counts_steps_of_the_optimizer_itself():
+    ctx = fit_context()
+    ctx.opt.step()
+    ctx.opt.step()
+    assert (ctx.step, ctx.steps) == (2, {"opt": 2})
+
+
+def test_fit_context_takes_a_step_of_ones_own():
+    def own(opt):
+        opt.step()
+
+    assert fit_context(step_opt=own).step_opt is own
+
+
+def predict_options():
+    return {
+        "model": Line(),
+        "newdata": DataLoader(TensorDataset(*slope(4))),
+        "accelerator": SingleDevice("cpu"),
+        "verbose": False,
+    }
+
+
+def test_predict_context_holds_model_and_data():
+    options = predict_options()
+    ctx = PredictContext(**options)
+    assert ctx.model is options["model"]
+    assert ctx.model.ctx is ctx
+    assert ctx.data is options["newdata"]
+    assert (ctx.training, ctx.epoch) == (False, None)
+
+
+def test_evaluate_context_is_epoch_one_with_losses_and_names():
+    options = predict_options()
+    opt = torch.optim.SGD(options["model"].parameters(), lr=0.1)
+    ctx = EvaluateContext(
+        **options, optimizers=opt, loss_fn=torch.sum, opt_hparams={"lr": 0.1}
+    )
+    assert ctx.epoch == 1
+    assert ctx.opt_name == "opt"
+    assert ctx.loss_fn is torch.sum
+    assert ctx.opt_hparams == {"lr": 0.1}
+    assert ctx.valid_data is ctx.data is options["newdata"]
+    assert ctx.training is False
