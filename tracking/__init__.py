@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tracking.api import start
     from tracking.errors import (
         DeliveryError,
+        InvalidFileError,
         RunBusyError,
         RunClosedError,
         RunNotFoundError,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DeliveryError",
+    "InvalidFileError",
     "PastRun",
     "Run",
     "RunBusyError",

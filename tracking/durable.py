@@ -65,6 +65,31 @@ def replace_file(
         raise
 
 
+def copy_if_absent(source: Path, path: Path) -> bool:
+    """Copy a file in one step, unless ``path`` has content; returns whether it did."""
+    temporary = _temporary(path)
+    try:
+        shutil.copyfile(source, temporary)
+        try:
+            os.link(temporary, path)  # unlike a rename, it replaces nothing
+        except FileExistsError:
+            if has_content(path):
+                return False
+            temporary.replace(path)  # empty, as touch leaves it
+        except OSError:  # a filesystem without hard links
+            temporary.replace(path)
+        return True
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def has_content(path: Path) -> bool:
+    """Whether a file exists and is not empty."""
+    with contextlib.suppress(OSError):
+        return path.stat().st_size > 0
+    return False
+
+
 @contextlib.contextmanager
 def replace_folder(path: Path, *, temporary: Path | None = None) -> Iterator[Path]:
     """Replace a folder by the one that the block fills, if the block succeeds.

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import csv, dataset, feather, fs, parquet
 
+from tracking.durable import replace_file
 from tracking.read import PastRun
 from tracking.read import open as open_run
 from tracking.run import Run
@@ -72,12 +73,8 @@ def export(
     if not isinstance(system, fs.LocalFileSystem):
         _write(table, suffix, system, place)
         return int(table.num_rows)
-    temporary = f"{parent}/.{os.getpid()}-{place.rpartition('/')[2]}"
-    try:
-        _write(table, suffix, system, temporary)
-        Path(temporary).replace(place)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    with replace_file(Path(place)) as temporary:
+        _write(table, suffix, system, str(temporary))
     return int(table.num_rows)
 
 

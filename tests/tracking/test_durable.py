@@ -10,6 +10,7 @@ import pytest
 from tracking.durable import (
     LockHeldError,
     ProcessLock,
+    copy_if_absent,
     hold_lock,
     is_locked,
     replace_file,
@@ -54,6 +55,20 @@ def test_replace_file_that_raises_keeps_the_old_content(tmp_path, error):
         raise error
     assert target.read_text() == "old"
     assert names(tmp_path) == ["target"]
+
+
+def test_copy_if_absent_replaces_only_an_empty_file(tmp_path):
+    source, path = tmp_path / "source", tmp_path / "path"
+    source.write_text("new")
+    assert copy_if_absent(source, path)
+    assert path.read_text() == "new"
+    path.write_text("theirs")
+    assert not copy_if_absent(source, path)
+    assert path.read_text() == "theirs"
+    path.write_text("")
+    assert copy_if_absent(source, path)
+    assert path.read_text() == "new"
+    assert names(tmp_path) == ["path", "source"]
 
 
 def test_replace_folder_replaces_all_files(tmp_path):

@@ -9,14 +9,12 @@ put in place whole or not at all.
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
 import sqlite3
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tracking.durable import hold_lock, replace_file
+from tracking.durable import copy_if_absent, has_content, hold_lock, replace_file
 
 
 def ensure_database(
@@ -44,7 +42,7 @@ def ensure_database(
     OSError
         If it cannot be written.
     """
-    if _has_content(path):
+    if has_content(path):
         return False
     path.parent.mkdir(parents=True, exist_ok=True)
     template = cache / f"mlflow-{version}.db"
@@ -53,7 +51,7 @@ def ensure_database(
             fresh.unlink(missing_ok=True)
             build(fresh)
             _drop_experiments(fresh)
-    return _put(template, path)
+    return copy_if_absent(template, path)
 
 
 @contextlib.contextmanager
@@ -81,28 +79,3 @@ def _drop_experiments(path: Path) -> None:
     """
     with contextlib.closing(sqlite3.connect(path)) as database, database:
         database.execute("DELETE FROM experiments")
-
-
-def _put(template: Path, path: Path) -> bool:
-    """Copy a database to a place in one step, unless one has appeared there."""
-    fresh = path.with_name(f"{path.name}.{os.getpid()}.new")
-    try:
-        shutil.copyfile(template, fresh)
-        try:
-            os.link(fresh, path)
-        except FileExistsError:
-            if _has_content(path):
-                return False
-            fresh.replace(path)  # empty, as touch leaves it
-        except OSError:  # a filesystem without hard links
-            fresh.replace(path)
-        return True
-    finally:
-        fresh.unlink(missing_ok=True)
-
-
-def _has_content(path: Path) -> bool:
-    """Whether a file is there and not empty."""
-    with contextlib.suppress(OSError):
-        return path.stat().st_size > 0
-    return False

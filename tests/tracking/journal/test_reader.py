@@ -89,7 +89,7 @@ cheap = settings(
 
 @cheap
 @given(cut=st.integers(0, 130 * ROW_BYTES))
-def test_read_part_rows_cut_at_any_byte_are_read_up_to_it(cut, torn, tmp_path):
+def test_read_records_rows_cut_at_any_byte_are_read_up_to_it(cut, torn, tmp_path):
     row_bytes, text_bytes, whole = torn
     rank_dir = left_behind(tmp_path, row_bytes[:cut], text_bytes)
     table, damage = read_records(rank_dir)
@@ -101,7 +101,9 @@ def test_read_part_rows_cut_at_any_byte_are_read_up_to_it(cut, torn, tmp_path):
 
 @cheap
 @given(data=st.data())
-def test_read_part_text_cut_at_any_byte_keeps_all_that_needs_none(data, torn, tmp_path):
+def test_read_records_text_cut_at_any_byte_keeps_all_that_needs_none(
+    data, torn, tmp_path
+):
     row_bytes, text_bytes, whole = torn
     cut = data.draw(st.integers(0, len(text_bytes) - 1))
     rank_dir = left_behind(tmp_path, row_bytes, text_bytes[:cut])
@@ -118,7 +120,7 @@ def test_read_part_text_cut_at_any_byte_keeps_all_that_needs_none(data, torn, tm
 @given(
     at=st.integers(0, 121 * ROW_BYTES - 1), garbage=st.binary(min_size=1, max_size=200)
 )
-def test_read_part_overwritten_rows_are_lost_alone(at, garbage, torn, tmp_path):
+def test_read_records_overwritten_rows_are_lost_alone(at, garbage, torn, tmp_path):
     row_bytes, text_bytes, whole = torn
     changed = row_bytes[:at] + garbage + row_bytes[at + len(garbage) :]
     rank_dir = left_behind(tmp_path, changed[: len(row_bytes)], text_bytes)
@@ -129,7 +131,7 @@ def test_read_part_overwritten_rows_are_lost_alone(at, garbage, torn, tmp_path):
     assert found == untouched
 
 
-def test_read_part_garbage_after_the_end_is_named(torn, tmp_path):
+def test_read_records_garbage_after_the_end_is_named(torn, tmp_path):
     row_bytes, text_bytes, whole = torn
     rank_dir = left_behind(tmp_path, row_bytes + b"junk", text_bytes + b"\xff\xfejunk")
     table, damage = read_records(rank_dir)
@@ -141,7 +143,7 @@ def test_read_part_garbage_after_the_end_is_named(torn, tmp_path):
     check_recovers(rank_dir)
 
 
-def test_read_part_text_torn_in_the_middle_is_read_on_after_it(torn, tmp_path):
+def test_read_records_text_torn_in_the_middle_is_read_on_after_it(torn, tmp_path):
     row_bytes, text_bytes, whole = torn
     rank_dir = left_behind(tmp_path, row_bytes, b"\xff\xfe\x01torn" + text_bytes)
     table, damage = read_records(rank_dir)
@@ -150,7 +152,7 @@ def test_read_part_text_torn_in_the_middle_is_read_on_after_it(torn, tmp_path):
 
 
 @pytest.mark.parametrize("absent", ["rows", "text"])
-def test_read_part_absent_file_is_named(absent, torn, tmp_path):
+def test_read_records_absent_file_is_named(absent, torn, tmp_path):
     row_bytes, text_bytes, _ = torn
     rank_dir = left_behind(tmp_path, row_bytes, text_bytes)
     (rank_dir / f"000000.{absent}").unlink()
@@ -161,7 +163,7 @@ def test_read_part_absent_file_is_named(absent, torn, tmp_path):
         check_recovers(rank_dir)
 
 
-def test_read_part_row_torn_while_written_is_named(torn, tmp_path):
+def test_read_records_row_torn_while_written_is_named(torn, tmp_path):
     row_bytes, text_bytes, whole = torn
     half = row_bytes[: 119 * ROW_BYTES + 30] + bytes(18) + row_bytes[120 * ROW_BYTES :]
     rank_dir = left_behind(tmp_path, half, text_bytes)
@@ -178,7 +180,7 @@ def test_read_part_row_torn_while_written_is_named(torn, tmp_path):
     check_recovers(rank_dir)
 
 
-def test_read_part_row_without_its_first_page_is_no_row(torn, tmp_path):
+def test_read_records_row_without_its_first_page_is_no_row(torn, tmp_path):
     # After a power cut: the page that holds a row's time never reached the disk.
     row_bytes, text_bytes, whole = torn
     lost = row_bytes[: 85 * ROW_BYTES] + bytes(16) + row_bytes[85 * ROW_BYTES + 16 :]
@@ -188,7 +190,7 @@ def test_read_part_row_without_its_first_page_is_no_row(torn, tmp_path):
     assert [(d.offset, d.rows_lost) for d in damage] == [(85 * ROW_BYTES, 1)]
 
 
-def test_read_part_block_that_is_gone_is_named(rank_dir):
+def test_read_records_block_that_is_gone_is_named(rank_dir):
     journal = Journal(rank_dir)
     journal.write("m", "s", (("x", FLOAT, float(i), None) for i in range(40_000)))
     journal.close()
@@ -199,40 +201,40 @@ def test_read_part_block_that_is_gone_is_named(rank_dir):
         Damage(rank_dir / "000001.arrow", 0, CAPACITY, "the block is missing")
     ]
     assert JournalReader(rank_dir).read(5)["seq"].to_pylist() == [0, 1, 2, 3, 4]
-    tail = JournalReader(rank_dir, after=CAPACITY - 1)
-    assert tail.read(1)["seq"].to_pylist() == [2 * CAPACITY]
+    reader = JournalReader(rank_dir, after=CAPACITY - 1)
+    assert reader.read(1)["seq"].to_pylist() == [2 * CAPACITY]
 
 
-def test_read_part_absent_folder_is_empty(tmp_path):
+def test_read_records_absent_folder_is_empty(tmp_path):
     table, damage = read_records(tmp_path / "nothing")
     assert (table.num_rows, damage) == (0, [])
     assert JournalReader(tmp_path / "nothing").read().num_rows == 0
     assert JournalReader(tmp_path / "nothing").count_unread() == 0
 
 
-def test_tail_gives_each_row_once_in_order_while_it_grows(rank_dir):
+def test_journal_reader_gives_each_row_once_in_order_while_it_grows(rank_dir):
     journal = Journal(rank_dir)
-    tail = JournalReader(rank_dir)
+    reader = JournalReader(rank_dir)
     seen: list[float] = []
     counter = itertools.count()
     for burst in (1, 10, 20_000, 5, 16_384, 30_000):
-        leaves_of = (("x", FLOAT, float(next(counter)), None) for _ in range(burst))
-        journal.write("m", "s", leaves_of)
-        assert tail.count_unread() == burst
-        while (table := tail.read(7000)).num_rows:
+        leaves = (("x", FLOAT, float(next(counter)), None) for _ in range(burst))
+        journal.write("m", "s", leaves)
+        assert reader.count_unread() == burst
+        while (table := reader.read(7000)).num_rows:
             assert table.num_rows <= 7000
             seen += floats(table)
-        assert tail.count_unread() == 0
+        assert reader.count_unread() == 0
     journal.close()
     put_more = Journal(rank_dir)
     put(put_more, -1.0)
-    while (table := tail.read()).num_rows:
+    while (table := reader.read()).num_rows:
         seen += floats(table)
     put_more.close()
     assert seen == [*range(sum((1, 10, 20_000, 5, 16_384, 30_000))), -1.0]
 
 
-def test_tail_starts_after_a_given_row(rank_dir):
+def test_journal_reader_starts_after_a_given_row(rank_dir):
     journal = Journal(rank_dir)
     journal.write("m", "s", (("x", FLOAT, float(i), None) for i in range(10)))
     assert floats(JournalReader(rank_dir, after=6).read()) == [7, 8, 9]
@@ -241,34 +243,34 @@ def test_tail_starts_after_a_given_row(rank_dir):
     assert floats(JournalReader(rank_dir, after=6).read()) == [7, 8, 9]
 
 
-def test_tail_waits_for_a_row_that_is_being_written(rank_dir):
+def test_journal_reader_waits_for_a_row_that_is_being_written(rank_dir):
     journal = Journal(rank_dir)
     put(journal, 1.0)
     # As a thread that is just about to write.
     for slot in journal.block.slots:  # noqa: B007
         break
     put(journal, 3.0)
-    tail = JournalReader(rank_dir)
-    assert floats(tail.read()) == [1.0]
-    assert tail.read().num_rows == 0
+    reader = JournalReader(rank_dir)
+    assert floats(reader.read()) == [1.0]
+    assert reader.read().num_rows == 0
     group = journal.get_group(journal.block, "metrics", "train")
     now = time.time_ns() // 1000
     key = group.ids[""]
     journal.block.put(
         slot * ROW_BYTES, now, 1, 1, 2.0, 1, key, FLOAT, 0, row_format.MARK ^ slot
     )
-    assert floats(tail.read()) == [2.0, 3.0]
+    assert floats(reader.read()) == [2.0, 3.0]
     journal.close()
 
 
-def test_tail_passes_a_row_that_can_not_come_any_more(rank_dir):
+def test_journal_reader_passes_a_row_that_can_not_come_any_more(rank_dir):
     journal = Journal(rank_dir)
     put(journal, 1.0)
     for _ in journal.block.slots:
         break
     put(journal, 3.0)
-    tail = JournalReader(rank_dir)
-    assert floats(tail.read()) == [1.0]
+    reader = JournalReader(rank_dir)
+    assert floats(reader.read()) == [1.0]
     journal.close()
-    assert floats(tail.read()) == [3.0]
+    assert floats(reader.read()) == [3.0]
     assert read_records(rank_dir)[1] == []

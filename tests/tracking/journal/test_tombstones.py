@@ -24,9 +24,9 @@ def table_of(rows):
     return pa.table(columns, schema=SCHEMA)
 
 
-def alive_by_replay(rows):
-    """Rows that count, by keeping the whole history after each row."""
-    after = [[]]  # what counts after 0, 1, ... rows
+def live_by_replay(rows):
+    """Live rows, by keeping the whole history after each row."""
+    after = [[]]  # live rows after 0, 1, ... rows
     for seq, (kind, number) in enumerate(rows):
         now = list(after[-1])
         if kind == "rewind":
@@ -39,34 +39,34 @@ def alive_by_replay(rows):
     return after[-1]
 
 
-def alive(rows, cuts=()):
+def find_live(rows, cuts=()):
     tombstones = Tombstones()
     table = table_of(rows)
     start = 0
     for end in [*sorted(cuts), len(rows)]:
         tombstones.add(table.slice(start, end - start))
         start = max(start, end)
-    return [seq for seq, is_alive in enumerate(tombstones.mask_live(table)) if is_alive]
+    return [seq for seq, is_live in enumerate(tombstones.mask_live(table)) if is_live]
 
 
 def test_rewind_supersedes_what_came_after_the_position():
     rows = [("float", 1), ("float", 2), ("float", 3), ("rewind", 0), ("float", 2)]
-    assert alive(rows) == [0, 4]
+    assert find_live(rows) == [0, 4]
 
 
 def test_overwrite_supersedes_its_index_alone():
     rows = [("float", 1), ("float", 2), ("overwrite", 1), ("float", 1)]
-    assert alive(rows) == [1, 3]
+    assert find_live(rows) == [1, 3]
 
 
 def test_rewind_undoes_the_overwrites_after_its_position():
     rows = [("float", 1), ("overwrite", 1), ("float", 1), ("rewind", 0)]
-    assert alive(rows) == [0]
+    assert find_live(rows) == [0]
 
 
-def test_rewind_into_an_abandoned_stretch_brings_it_back():
+def test_rewind_into_an_abandoned_range_brings_it_back():
     rows = [("float", n) for n in range(5)] + [("rewind", 1), ("float", 9)]
-    assert alive([*rows, ("rewind", 3)]) == [0, 1, 2, 3]
+    assert find_live([*rows, ("rewind", 3)]) == [0, 1, 2, 3]
 
 
 @given(
@@ -79,6 +79,6 @@ def test_rewind_into_an_abandoned_stretch_brings_it_back():
     ),
     st.lists(st.integers(0, 14), max_size=3),
 )
-def test_rows_that_count_are_those_of_a_replay(rows, cuts):
+def test_live_rows_are_those_of_a_replay(rows, cuts):
     cuts = [min(cut, len(rows)) for cut in cuts]
-    assert alive(rows, cuts) == alive_by_replay(rows)
+    assert find_live(rows, cuts) == live_by_replay(rows)

@@ -86,11 +86,10 @@ def test_journal_rows_are_there_before_and_after_close(rank_dir):
     assert sorted(p.name for p in rank_dir.iterdir()) == ["000000.arrow", "lock"]
 
 
-def test_journal_full_blocks_are_sealed_as_it_goes(rank_dir):
+def test_journal_full_blocks_are_sealed_while_it_is_written(rank_dir, until):
     journal = Journal(rank_dir)
     journal.write("m", "s", (("x", FLOAT, float(i), None) for i in range(40_000)))
-    while not (rank_dir / "000001.arrow").exists():
-        time.sleep(0.01)
+    until(lambda: (rank_dir / "000001.arrow").exists())
     assert not (rank_dir / "000000.rows").exists()
     assert floats(read_records(rank_dir)[0]) == list(range(40_000))
     journal.close()
@@ -100,7 +99,7 @@ def test_journal_full_blocks_are_sealed_as_it_goes(rank_dir):
     assert damage == []
 
 
-def test_journal_reopened_goes_on_in_a_new_block(rank_dir):
+def test_journal_reopened_continues_in_a_new_block(rank_dir):
     for value in (1.0, 2.0):
         journal = Journal(rank_dir)
         put(journal, value)
@@ -224,13 +223,12 @@ def test_block_slot_of_a_row_that_failed_is_no_hole(rank_dir):
     assert (floats(table), damage) == ([1.0, 3.0], [])
 
 
-def test_journal_many_texts_turn_the_block_over(rank_dir):
+def test_journal_many_texts_start_a_new_block(rank_dir, until):
     journal = Journal(rank_dir)
     text = "x" * 1_000_000
     for _ in range(40):
         put(journal, text)
-    while journal.block.number == 0:
-        time.sleep(0.01)
+    until(lambda: journal.block.number > 0)
     put(journal, "last")
     journal.close()
     table, damage = read_records(rank_dir)
@@ -558,7 +556,7 @@ def test_journal_on_a_full_filesystem_is_never_killed(tmp_path, root):
     assert done.stdout == "ok\n", done.stderr
 
 
-def test_journal_that_never_reaches_the_disk_tells_how_many_rows_are_lost(rank_dir):
+def test_journal_that_never_reaches_the_disk_says_how_many_rows_are_lost(rank_dir):
     journal = Journal(rank_dir)
     put(journal, 1.0)
     (rank_dir / "000000.arrow").mkdir()  # so that sealing fails, as root too
@@ -587,7 +585,7 @@ def test_journal_nan_payloads_survive(rank_dir):
     assert found == patterns
 
 
-def test_disk_block_settled_holds_no_file_and_reads_the_same(tmp_path):
+def test_disk_block_with_released_files_holds_none_and_reads_the_same(tmp_path):
     block = DiskBlock(tmp_path, 0, is_synced=False)
     key = block.add_key(KeyGroup(AutoIndex()), "m", "s", "x")
     block.put(0, 1, 2, 3, 0.5, 4, key, FLOAT, 0, row_format.MARK)
