@@ -1,4 +1,4 @@
-"""The README's first command, as a newcomer types it: in a fresh clone."""
+"""The README's first command, run in a fresh clone as a newcomer would."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def quickstart(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Quicksta
 
 
 def test_quickstart_reaches_the_goal(quickstart: Quickstart) -> None:
-    found = re.search(r"learnt: .* validation accuracy ([\d.]+)", quickstart.output)
+    found = re.search(r"result: validation accuracy ([\d.]+)", quickstart.output)
     assert found, quickstart.output
     assert float(found.group(1)) >= GOAL
 

@@ -1,12 +1,11 @@
-"""What a checkpoint costs: stall of the training thread, and time to go on.
+"""Cost of a checkpoint: stall of the training thread, and time to resume.
 
-Usage: python scripts/bench/checkpoint.py [--sizes 10 100 1000] [--rounds 5] [--threads 1]
-       [--no-resume]
+    python scripts/bench/checkpoint.py [--sizes 10 100 1000] [--rounds 5] [--no-resume]
 
-Stall: seconds that one save takes from the training thread, for so many MB of parameters,
-against ``torch.save`` of the same state in the step and ``save_checkpoint`` of a DeepSpeed
-engine (ZeRO 0, one rank) over such a model, in turns in one process. Resume:
-seconds from the start of the command to the end of the first new step, against a fresh fit.
+Stall: seconds that one save blocks the training thread, by MB of parameters. It is compared
+with ``torch.save`` of the same state and with ``save_checkpoint`` of a DeepSpeed engine
+(ZeRO 0, one rank), alternating in one process. Resume: seconds from the start of the
+command to the end of the first new step, compared with a fresh fit.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from __future__ import annotations
 # ruff: noqa: E402
 import sys
 
-# logging.py beside this file must not hide the standard library's.
+# The logging.py in this folder must not hide the standard library's.
 sys.path = [path for path in sys.path if not path.endswith("scripts/bench")]
 
 import argparse
@@ -42,7 +41,7 @@ PIECE_MB = 4
 
 
 class Net(nn.Module):
-    """So many MB of weights, of which a step touches little."""
+    """A model of the given size; a step uses little of it."""
 
     def __init__(self, size_mb: int = 10) -> None:
         super().__init__()
@@ -55,7 +54,7 @@ class Net(nn.Module):
 
 
 def context(size_mb: int) -> FitContext:
-    """A fit in mid-epoch, as the callback that saves meets it."""
+    """A fit in the middle of an epoch, as the checkpoint callback sees it."""
     model = Net(size_mb)
     ctx = FitContext(
         model=model,
@@ -77,7 +76,7 @@ def context(size_mb: int) -> FitContext:
 
 
 def stalls(size_mb: int, rounds: int, folder: Path) -> dict[str, list[float]]:
-    """Seconds of each save, by way of saving; each waits for what the last one left."""
+    """Seconds of each save, by method. Each waits for the background write of the last."""
     ctx = context(size_mb)
     saver, engine = Saver(folder / "saved", ctx), engine_of(size_mb)
     found: dict[str, list[float]] = {"first": [], "harness": [], "torch": []}
@@ -106,7 +105,7 @@ def stalls(size_mb: int, rounds: int, folder: Path) -> dict[str, list[float]]:
 
 
 def engine_of(size_mb: int) -> Any:
-    """A DeepSpeed engine over such a model."""
+    """A DeepSpeed engine with a model of the same size."""
     accelerator = DeepSpeedAccelerator(
         {"zero_optimization": {"stage": 0}}, device="cpu"
     )
@@ -116,7 +115,7 @@ def engine_of(size_mb: int) -> Any:
 
 
 def print_stalls(sizes: list[int], rounds: int) -> None:
-    print("stall of the training thread, s (median; ratio to torch.save in the step)")
+    print("stall of the training thread, s (median; ratio to torch.save)")
     print(
         f"{'MB':>6} {'first':>9} {'harness':>9} {'torch':>9} {'deepspeed':>9} {'ratio':>7}"
     )
@@ -129,11 +128,11 @@ def print_stalls(sizes: list[int], rounds: int) -> None:
         print(f"{size_mb:>6} {times} {ratio:7.3f}", flush=True)
 
 
-# ------------------------------------------------------------------ time to go on
+# ------------------------------------------------------------------ time to resume
 
 
 class Mark(harness.Callback):
-    """Notes when a step was finished; asks for the end after the second."""
+    """Records when each step ended; interrupts a first fit after its second step."""
 
     def on_train_batch_end(self) -> None:
         with Path("marks").open("a") as file:
@@ -153,7 +152,7 @@ def experiment() -> harness.Experiment:
 
 
 def timed(folder: Path, *words: str) -> tuple[float, str]:
-    """Seconds from the start of a command to its first step, and what it said."""
+    """Seconds from the start of a command to its first step, and its stderr."""
     (folder / "marks").unlink(missing_ok=True)
     began = time.time()
     process: Any = subprocess.Popen(
@@ -190,10 +189,12 @@ def print_resume(rounds: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sizes", type=int, nargs="+", default=[10, 100, 1000])
     parser.add_argument("--rounds", type=int, default=5)
-    # Threads that wait for one another on busy cores make a copy many times slower.
+    # On busy cores, threads wait for each other, and a copy is many times slower.
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--no-resume", action="store_true")
     options = parser.parse_args()

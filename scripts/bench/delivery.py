@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""How fast a run gets into MLflow, beside MLflow's own bulk call with the same points.
+"""Speed of delivery to MLflow, compared with MLflow's own bulk call for the same points.
 
     python scripts/bench/delivery.py [--points 20000] [--rounds 3]
 
-Everything in one run: bare ``log_batch`` of 1000 points into a sqlite database, our
-delivery of as many journalled points into one, and how soon a run's page is there.
+Measures bare ``log_batch`` calls of 1000 points into a sqlite database, our delivery of the
+same number of points from a journal, and the time until a run's page exists.
 """
 
 # ruff: noqa: E402
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 
-# The bench beside this one must not hide the standard library's logging.
+# The logging.py in this folder must not hide the standard library's.
 sys.path = [path for path in sys.path if not path.endswith("scripts/bench")]
 
 import argparse
@@ -33,7 +33,7 @@ KEYS = 10
 
 
 def journal(folder: Path, num_points: int) -> Path:
-    """A run with so many points, of ten metrics."""
+    """A run with this many points, of ten metrics."""
     run = tracking.start(runs_dir=folder / "runs", delivery=False)
     for i in range(num_points // KEYS):
         values = {f"m{k}": 1.0 / (1 + i + k) for k in range(KEYS)}
@@ -43,7 +43,7 @@ def journal(folder: Path, num_points: int) -> Path:
 
 
 def bare_s(folder: Path, cache: Path, num_points: int) -> float:
-    """Seconds of nothing but ``log_batch``."""
+    """Seconds of ``log_batch`` alone."""
     remote = StoreClient(f"sqlite:///{folder}/bare.db", cache)
     run = remote.create_run(remote.experiment_id("bench"), "bare", 1, {})
     now = time.time_ns() // 1_000_000
@@ -59,7 +59,7 @@ def bare_s(folder: Path, cache: Path, num_points: int) -> float:
 
 
 def delivered_s(folder: Path, cache: Path, num_points: int) -> float:
-    """Seconds of a delivery, from reading the journal to the end of the MLflow run."""
+    """Seconds of a delivery, from the journal to the finished MLflow run."""
     path = journal(folder, num_points)
     uri = f"sqlite:///{folder}/delivered.db"
     remote = StoreClient(uri, cache)
@@ -76,7 +76,7 @@ def delivered_s(folder: Path, cache: Path, num_points: int) -> float:
 
 
 def page_s(folder: Path) -> float:
-    """Seconds from the start of a run to its page in a store that was not there."""
+    """Seconds from the start of a run to its page in a new store."""
     with contextlib.chdir(folder):
         start = time.perf_counter()
         with tracking.start(experiment="bench", runs_dir="runs") as run:
@@ -86,7 +86,9 @@ def page_s(folder: Path) -> float:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--points", type=int, default=20_000)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()

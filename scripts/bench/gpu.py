@@ -2,12 +2,12 @@
 """Tokens per second of a small GPT: plain torch, bare DeepSpeed and harness, in one run.
 
     python scripts/bench/gpu.py                       one GPU, bf16, ZeRO 0 to 3
-    deepspeed --num_gpus 4 scripts/bench/gpu.py       the same on four
-    python scripts/bench/gpu.py --tiny                a trial on the CPU, for the script only
+    deepspeed --num_gpus 4 scripts/bench/gpu.py       the same on four GPUs
+    python scripts/bench/gpu.py --tiny                a small run on the CPU, to test the script
 
-Plain torch trains under autocast; bare DeepSpeed and harness have bf16 weights with float32
-masters. harness runs with a torchmetrics accuracy and tracking on. Rounds are interleaved;
-the figure is the median, the ratio is to bare DeepSpeed at the same stage. Target: 0.98.
+Plain torch trains under autocast; bare DeepSpeed and harness use bf16 weights with float32
+masters. harness runs with a torchmetrics accuracy and with tracking. Rounds are interleaved.
+The figure is the median; the ratio is to bare DeepSpeed at the same stage. Target: 0.98.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 # ruff: noqa: E402
 import sys
 
-# This folder has a logging.py of its own, which would stand in for Python's.
+# The logging.py in this folder must not hide the standard library's.
 sys.path = [path for path in sys.path if not path.endswith("scripts/bench")]
 
 import argparse
@@ -101,14 +101,14 @@ class Gpt(nn.Module):
 
 
 class Clock:
-    """Time of the steps after the warm-up, the device's work included."""
+    """Time of the steps after the warm-up, including the work on the device."""
 
     def __init__(self, size: Size, device: torch.device) -> None:
         self.size, self.device = size, device
         self.done, self.begun, self.seconds = 0, 0.0, float("nan")
 
     def tick(self) -> bool:
-        """One step is done; True when it was the last one."""
+        """Count one step; True if it was the last."""
         self.done += 1
         if self.done == self.size.warmup:
             self.begun = self.now()
@@ -149,7 +149,7 @@ def build(size: Size) -> Gpt:
 
 
 def batches(size: Size, device: torch.device, ranks: RankGroup):
-    """Each rank's own rows, as a hand-written loop would take them."""
+    """The rows of this rank, as a hand-written loop would read them."""
     loader = DataLoader(data(size, ranks.world_size), size.batch, drop_last=True)
     for place, batch in enumerate(loader):
         if place % ranks.world_size == ranks.rank:

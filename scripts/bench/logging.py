@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What logging costs, beside other ways to log: a registry of contenders in one run.
+"""Cost of logging, compared with other loggers in one run.
 
     python scripts/bench/logging.py [--rounds 5] [--only calls stall disk export memory
                                      kill delivery] [--contenders run list ...]
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 
-# This file's own name must not hide the standard library's logging.
+# This file must not hide the standard library's logging.
 sys.path = [path for path in sys.path if not path.endswith("scripts/bench")]
 
 import argparse
@@ -47,7 +47,7 @@ Loop = Callable[[int], object]
 
 @dataclass(frozen=True)
 class Contender:
-    """A way to log: its loop of calls, made in a folder, and how it counts survivors."""
+    """A logger: how to make its loop of calls, and how to count the values that survive."""
 
     name: str
     calls: int
@@ -248,7 +248,7 @@ def count_mlflow(folder: Path) -> int:
 
 
 def mlflow_client(folder: Path):
-    """Client and run on a fresh sqlite store."""
+    """An MLflow client and run in a new sqlite store."""
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
     from mlflow import MlflowClient
 
@@ -515,7 +515,7 @@ def memory(args: argparse.Namespace) -> None:
 
 
 def kill(args: argparse.Namespace) -> None:
-    print("\nSIGKILL right after so many calls had returned: how many survive")
+    print("\nValues that survive SIGKILL right after the last call returned")
     for c in CONTENDERS:
         if not (c.is_there and c.count and chosen(c, args)):
             continue

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""What the loop costs: harness.fit against a loop written by hand, in one run.
+"""Cost of the loop: Learner.fit compared with a hand-written loop, in one run.
 
     python scripts/bench/loop.py [--rounds 7] [--epochs 10]
 
-The work is an MLP 64-128-10 on scikit-learn's digits, batches of 32, validation each epoch,
-one thread. The hand-written loop counts loss and accuracy by hand and tracks nothing;
-harness runs with a torchmetrics accuracy, tracking into a journal, and progress on (drawn
-on a pseudo-terminal that is read and thrown away). Each ratio is to the raw loop of the
-same round; the figure is the median.
+The work is an MLP 64-128-10 on scikit-learn's digits: batches of 32, validation after each
+epoch, one thread. The hand-written loop computes loss and accuracy itself and tracks nothing.
+harness runs with a torchmetrics accuracy, with and without a journal and a progress bar
+(drawn on a pseudo-terminal). Each ratio is to the raw loop of the same round; the figure is
+the median.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 # ruff: noqa: E402
 import sys
 
-# logging.py beside this file must not hide the standard library's.
+# The logging.py in this folder must not hide the standard library's.
 sys.path = [path for path in sys.path if not path.endswith("scripts/bench")]
 
 import argparse

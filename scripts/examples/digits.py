@@ -1,7 +1,7 @@
 """Handwritten digits: 1,797 real images of 8 x 8 pixels, ten classes.
 
-Train it:            harness fit scripts/examples/digits.py:experiment
-with other numbers:  harness fit scripts/examples/digits.py:experiment --set hidden=256
+Train:                  harness fit scripts/examples/digits.py:experiment
+with another width:     harness fit scripts/examples/digits.py:experiment --set hidden=256
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Net(nn.Module):
 
 
 def digits() -> tuple[Tensor, Tensor]:
-    """All images, scaled to 0..1, and the digit that each one shows."""
+    """All images, scaled to 0..1, and their digits."""
     data = load_digits()
     images = torch.tensor(data.images, dtype=torch.float32) / 16
     return images.unsqueeze(1), torch.tensor(data.target)

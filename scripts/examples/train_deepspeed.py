@@ -4,7 +4,7 @@ On two GPUs:     deepspeed --num_gpus 2 scripts/examples/train_deepspeed.py
 on CPU ranks:    torchrun --nproc-per-node 2 scripts/examples/train_deepspeed.py
 on one device:   python scripts/examples/train_deepspeed.py --stage 1
 
-A step takes 32 rows, however many ranks share them.
+Each step uses 32 rows in total, on any number of ranks.
 """
 
 from __future__ import annotations
@@ -39,22 +39,22 @@ class Net(nn.Module):
 
 
 def digits() -> tuple[Tensor, Tensor]:
-    """All 1,797 images, scaled to 0..1, and the digit that each one shows."""
+    """All 1,797 images, scaled to 0..1, and their digits."""
     data = load_digits()
     return torch.tensor(data.data, dtype=torch.float32) / 16, torch.tensor(data.target)
 
 
 def main() -> None:
-    """Train, and say on rank 0 how it went."""
+    """Train, and print the accuracy on rank 0."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--stage", type=int, default=2, help="ZeRO stage, 0 to 3")
     parser.add_argument("--bf16", action="store_true", help="train in bfloat16")
     parser.add_argument("--epochs", type=int, default=5)
-    # DeepSpeed's launcher adds it; the accelerator reads the environment instead.
+    # Added by DeepSpeed's launcher; the accelerator reads the environment instead.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
 
-    # DeepSpeed's own config, in DeepSpeed's words. "auto" is filled from what follows.
+    # DeepSpeed's own config. "auto" values are filled in from the learner and the loader.
     accelerator = harness.accelerator(
         {
             "train_batch_size": "auto",
@@ -74,7 +74,7 @@ def main() -> None:
         valid_data=0.2,
         accelerator=accelerator,
         dataloader_options={"batch_size": max(1, 32 // accelerator.world_size)},
-        # One seed for all ranks: they hold out the same rows.
+        # All ranks need the same seed, so that they hold out the same rows.
         seed=2,
         tracker={"experiment": "digits-deepspeed"},
     )
