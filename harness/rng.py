@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+
+from harness.pytree import StateDict
 
 Generator = (
     torch.Generator | np.random.Generator | np.random.RandomState | random.Random
@@ -16,7 +18,7 @@ Generator = (
 """A generator that a data set, sampler or model may hold as an attribute."""
 
 
-def get_cpu_rng_state() -> dict[str, Any]:
+def get_cpu_rng_state() -> StateDict:
     """State of Python's, NumPy's and torch's global CPU generators."""
     return {
         "python": random.getstate(),
@@ -25,14 +27,14 @@ def get_cpu_rng_state() -> dict[str, Any]:
     }
 
 
-def set_cpu_rng_state(state: Mapping[str, Any]) -> None:
+def set_cpu_rng_state(state: StateDict) -> None:
     """Restore what ``get_cpu_rng_state`` returned."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
 
 
-def spawn_cpu_rng_state() -> dict[str, Any]:
+def spawn_cpu_rng_state() -> StateDict:
     """State of new CPU generators; each is seeded by one draw from its global one."""
     seeds = random.getrandbits(64), int(np.random.randint(2**32, dtype=np.uint32))
     seed = int(torch.empty((), dtype=torch.int64).random_())
@@ -43,7 +45,7 @@ def spawn_cpu_rng_state() -> dict[str, Any]:
     }
 
 
-def get_rng_state(generators: Iterable[Generator] = ()) -> dict[str, Any]:
+def get_rng_state(generators: Iterable[Generator] = ()) -> StateDict:
     """State of the global generators, of all devices, and of `generators`."""
     state = get_cpu_rng_state()
     state["generators"] = [_get_state(generator) for generator in generators]
@@ -54,7 +56,7 @@ def get_rng_state(generators: Iterable[Generator] = ()) -> dict[str, Any]:
     return state
 
 
-def derive_rng_state(state: Mapping[str, Any], rank: int) -> dict[str, Any]:
+def derive_rng_state(state: StateDict, rank: int) -> StateDict:
     """State for a new rank: that of another rank, with different CPU streams."""
     text = state["torch"].numpy().tobytes() + str(rank).encode()
     seed = int.from_bytes(hashlib.sha256(text).digest()[:4])
@@ -66,9 +68,7 @@ def derive_rng_state(state: Mapping[str, Any], rank: int) -> dict[str, Any]:
     }
 
 
-def set_rng_state(
-    state: Mapping[str, Any], generators: Sequence[Generator] = ()
-) -> list[str]:
+def set_rng_state(state: StateDict, generators: Sequence[Generator] = ()) -> list[str]:
     """Restore what ``get_rng_state`` returned, for the devices that this machine has.
 
     Returns

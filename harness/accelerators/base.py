@@ -9,6 +9,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from harness.pytree import StateDict
+
 StepOpt = Callable[[Any], object]
 """Steps the optimizer that it is given; see ``Context.step_opt``."""
 
@@ -134,7 +136,7 @@ class Accelerator(Protocol):
         """All weights and buffers, whole, detached, on the CPU; empty except on rank 0."""
         ...
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Weights, buffers, optimizers, gradients of an open window, counters: the rank's part.
 
         Tensors are live: copy them before the next step. The rest is what JSON can hold.
@@ -143,7 +145,7 @@ class Accelerator(Protocol):
 
     def load_state_dict(
         self,
-        state: Mapping[str, Any],
+        state: StateDict,
         parts: Sequence[str] = ("model", "optimizers"),
     ) -> None:
         """Take back what ``state_dict`` gave, all of it or one of the two parts.

@@ -13,6 +13,7 @@ from harness.accelerators.base import StepOpt, default_step_opt
 from harness.accelerators.devices import choose_device
 from harness.data.batch import move
 from harness.errors import CheckpointError
+from harness.pytree import StateDict
 from harness.reshard.consolidated import copy_tensors
 from harness.reshard.layout import group_members, make_plain_layout
 
@@ -22,7 +23,7 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def load_optimizer_state(opt: Any, saved: Mapping[str, Any], name: str) -> None:
+def load_optimizer_state(opt: Any, saved: StateDict, name: str) -> None:
     """Give an optimizer its state, in the dtypes that it had.
 
     Raises
@@ -241,7 +242,7 @@ class SingleDevice:
             for name, value in model.state_dict().items()
         }
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Weights, buffers, optimizers, gradients, counters, what is frozen; live."""
         model = self._model
         assert model is not None
@@ -277,7 +278,7 @@ class SingleDevice:
 
     def load_state_dict(
         self,
-        state: Mapping[str, Any],
+        state: StateDict,
         parts: Sequence[str] = ("model", "optimizers"),
     ) -> None:
         """Take back what ``state_dict`` gave, all of it or one of the two parts.

@@ -15,6 +15,7 @@ from harness.checkpoint.format import Position
 from harness.context import Context
 from harness.errors import CheckpointError
 from harness.metrics.state import drop_samples
+from harness.pytree import StateDict
 from harness.reshard.convert import convert_state, is_convertible
 from harness.rng import derive_rng_state
 
@@ -26,7 +27,7 @@ WEIGHTS_ALONE = (
 
 
 def check_convertible(
-    parts: Sequence[Mapping[str, Any]], live: Mapping[str, Any], *, is_exact: bool
+    parts: Sequence[StateDict], live: StateDict, *, is_exact: bool
 ) -> None:
     """Raise if the parts of a checkpoint cannot be given to the live accelerator's ranks.
 
@@ -63,7 +64,7 @@ def has_same_batches(world_size: int, about: Mapping[str, Any], ctx: Context) ->
 
 def convert_position(
     position: Position,
-    parts: Sequence[Mapping[str, Any]],
+    parts: Sequence[StateDict],
     about: Mapping[str, Any],
     ctx: Context,
 ) -> Position:
@@ -104,13 +105,13 @@ def convert_position(
 
 
 def reshard_state(
-    parts: Sequence[Mapping[str, Any]],
-    live: Mapping[str, Any],
+    parts: Sequence[StateDict],
+    live: StateDict,
     ctx: Context,
     wanted: Sequence[str],
     *,
     is_alike: bool,
-) -> dict[str, Any]:
+) -> StateDict:
     """The state of this rank.
 
     Parameters
@@ -154,16 +155,14 @@ def reshard_state(
     }
 
 
-def _joined(
-    mine: Sequence[Mapping[str, Any]], first: Mapping[str, Any]
-) -> dict[str, Any]:
+def _joined(mine: Sequence[StateDict], first: StateDict) -> StateDict:
     """States of metrics of several ranks, to be joined; of none, their form alone."""
     if mine:
         return {split: [state[split] for state in mine] for split in mine[0]}
     return {split: [_empty_metrics(state)] for split, state in first.items()}
 
 
-def _empty_metrics(state: Mapping[str, Any]) -> dict[str, Any]:
+def _empty_metrics(state: StateDict) -> StateDict:
     """The form of the states, without samples."""
     if "loss" not in state:
         return dict(state)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from torch import nn
 
 from harness.callback import Callback
 from harness.checkpoint.format import Phase, Position
 from harness.context import Context
+from harness.pytree import StateDict
 from harness.records import RecordBook
 from harness.rng import Generator, find_generators, get_rng_state
 
@@ -36,7 +36,7 @@ def get_generators(ctx: Context) -> list[Generator]:
     return find_generators(ctx.train_data, ctx.valid_data, ctx.model)
 
 
-def capture_state(ctx: Context, phase: Phase) -> dict[str, Any]:
+def capture_state(ctx: Context, phase: Phase) -> StateDict:
     """Capture all that the rest of a fit depends on; tensors are live.
 
     Parameters
@@ -75,9 +75,7 @@ def capture_state(ctx: Context, phase: Phase) -> dict[str, Any]:
     return state
 
 
-def restore_state(
-    ctx: Context, state: Mapping[str, Any], parts: Iterable[str]
-) -> list[str]:
+def restore_state(ctx: Context, state: StateDict, parts: Iterable[str]) -> list[str]:
     """Restore what ``capture_state`` returned; loader and random state are not restored.
 
     Parameters
@@ -126,9 +124,7 @@ def _restore_journal(ctx: Context, run_id: str | None, position: int) -> None:
                     ctx.run.log(what, split, value, index, epoch=index)
 
 
-def _restore_callbacks(
-    callbacks: Iterable[Callback], saved: Mapping[str, Any]
-) -> list[str]:
+def _restore_callbacks(callbacks: Iterable[Callback], saved: StateDict) -> list[str]:
     """Restore each callback by its name; return what is left over."""
     named = dict(name_callbacks(callbacks))
     notes = []
@@ -160,12 +156,12 @@ class ValidationStart:
         States of the callbacks that listen to validation.
     """
 
-    random: dict[str, Any]
+    random: StateDict
     journal: int
     lengths: dict[str, dict[str, int]]
-    callbacks: dict[str, dict[str, Any]]
+    callbacks: dict[str, StateDict]
 
-    def rewind(self, state: dict[str, Any]) -> None:
+    def rewind(self, state: StateDict) -> None:
         """Take a state captured in the middle of validation back to its beginning."""
         state["random"], state["journal"] = self.random, self.journal
         state["callbacks"] = state["callbacks"] | self.callbacks
@@ -208,14 +204,14 @@ def name_callbacks(callbacks: Iterable[Callback]) -> Iterator[tuple[str, Callbac
         yield (name if counts[name] == 1 else f"{name}.{counts[name]}"), callback
 
 
-def get_extra_states(model: nn.Module) -> dict[str, Any]:
+def get_extra_states(model: nn.Module) -> StateDict:
     """State of modules beside tensors, by module name: their ``get_extra_state``."""
     return {
         name: module.get_extra_state() for name, module in _modules_with_extra(model)
     }
 
 
-def set_extra_states(model: nn.Module, state: Mapping[str, Any]) -> None:
+def set_extra_states(model: nn.Module, state: StateDict) -> None:
     """Restore what ``get_extra_states`` returned."""
     for name, module in _modules_with_extra(model):
         if name in state:

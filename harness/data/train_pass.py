@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from torch.utils.data import (
 
 from harness.data.batch import copy_by_value
 from harness.data.loaders import num_batches
+from harness.pytree import StateDict
 from harness.rng import (
     find_generators,
     get_cpu_rng_state,
@@ -62,10 +63,10 @@ class TrainPass:
         )
         set_epoch(loader, epoch)
         self._generators = find_generators(loader)
-        self._start_state: Mapping[str, Any] | None = None
+        self._start_state: StateDict | None = None
         self._num_done, self._num_to_prefetch, self._epoch = 0, 0, epoch
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Random state before the first batch, or the state of the loader."""
         ahead = list(self._prefetched) if self._has_state else len(self._prefetched)
         return {
@@ -75,7 +76,7 @@ class TrainPass:
             "loader": self._loader.state_dict() if self._has_state else None,
         }
 
-    def load_state_dict(self, state: Mapping[str, Any], num_done: int) -> None:
+    def load_state_dict(self, state: StateDict, num_done: int) -> None:
         """Start after `num_done` batches; the caller then restores the random state."""
         self._start_state, self._num_done = state["began"], num_done
         self._accelerator.window = state["window"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from harness.data.batch import copy_by_value
+from harness.pytree import StateDict
 
 if TYPE_CHECKING:
     from harness.accelerators.base import Accelerator
@@ -75,7 +76,7 @@ class LossAverage:
             means[name] = total / count if count else float("nan")
         return next(iter(means.values())) if len(means) == 1 else means
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Sums and waiting losses, by name."""
         return {
             name: {
@@ -86,7 +87,7 @@ class LossAverage:
             for name in self._waiting
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Replace the losses by those of a ``state_dict``."""
         self.reset()
         for name, item in state.items():
@@ -95,7 +96,7 @@ class LossAverage:
             if item["sums"] is not None:
                 self._sums[name] = item["sums"]
 
-    def merge(self, state: Mapping[str, Any]) -> None:
+    def merge(self, state: StateDict) -> None:
         """Add the losses of another rank's ``state_dict``."""
         for name, item in state.items():
             self._waiting.setdefault(name, []).extend(item["waiting"])

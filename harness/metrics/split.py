@@ -28,7 +28,7 @@ from harness.metrics.state import (
     set_attributes,
     set_states,
 )
-from harness.pytree import map_tensors
+from harness.pytree import StateDict, map_tensors
 
 if TYPE_CHECKING:
     from harness.accelerators.base import Accelerator
@@ -178,10 +178,10 @@ class SplitMetrics:
             exc.add_note(f"in metric {name!r}")
             raise
 
-    def compute(self) -> dict[str, Any]:
+    def compute(self) -> StateDict:
         """The loss and every metric as numbers, read from the device."""
         self._flush()
-        values: dict[str, Any] = {}
+        values: StateDict = {}
         loss = self.loss.compute(self._accelerator)
         if loss != {}:
             values["loss"] = loss
@@ -193,7 +193,7 @@ class SplitMetrics:
                 raise
         return values
 
-    def state_dict(self, *, is_running: bool = True) -> dict[str, Any]:
+    def state_dict(self, *, is_running: bool = True) -> StateDict:
         """States of this epoch, waiting batches, and attributes that outlast epochs.
 
         Parameters
@@ -216,7 +216,7 @@ class SplitMetrics:
             "waiting": [list(pair) for pair in self._waiting],
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Load a ``state_dict``; its tensors are moved to this device.
 
         Raises
@@ -240,7 +240,7 @@ class SplitMetrics:
         for pred, target in pairs:
             self._enqueue(pred, target)
 
-    def merge(self, state: Mapping[str, Any]) -> None:
+    def merge(self, state: StateDict) -> None:
         """Add the ``state_dict`` of another rank."""
         if "loss" not in state:
             return

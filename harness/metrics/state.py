@@ -16,6 +16,7 @@ from torchmetrics import Metric, SumMetric
 
 from harness.errors import CheckpointError
 from harness.metrics.loss import as_metric
+from harness.pytree import StateDict
 
 _KEPT_TYPES = (bool, int, float, str, Tensor)
 """Attributes beside states are kept if a metric changes them, as ``MinMaxMetric`` does."""
@@ -33,7 +34,7 @@ def submetrics_of(metric: Metric) -> dict[str, Metric]:
     }
 
 
-def plain_attributes(metric: Metric) -> dict[str, dict[str, Any]]:
+def plain_attributes(metric: Metric) -> dict[str, StateDict]:
     """Plain attributes that are not states, of the metric and those below, by path and name."""
     return {
         path: {
@@ -47,8 +48,8 @@ def plain_attributes(metric: Metric) -> dict[str, dict[str, Any]]:
 
 
 def get_changed_attributes(
-    metric: Metric, before: Mapping[str, Mapping[str, Any]]
-) -> dict[str, dict[str, Any]]:
+    metric: Metric, before: Mapping[str, StateDict]
+) -> dict[str, StateDict]:
     """Attributes that differ from those that ``plain_attributes`` gave before."""
     found = {}
     for path, own in plain_attributes(metric).items():
@@ -69,7 +70,7 @@ def _is_equal(value: Any, old: Any) -> bool:
     return type(value) is type(old) and bool(value == old)
 
 
-def set_attributes(metric: Metric, saved: Mapping[str, Mapping[str, Any]]) -> None:
+def set_attributes(metric: Metric, saved: Mapping[str, StateDict]) -> None:
     """Set attributes from ``get_changed_attributes``; those that no longer exist are skipped."""
     submetrics, known = submetrics_of(metric), plain_attributes(metric)
     for path in saved.keys() & submetrics.keys():
@@ -77,7 +78,7 @@ def set_attributes(metric: Metric, saved: Mapping[str, Mapping[str, Any]]) -> No
             setattr(submetrics[path], name, saved[path][name])
 
 
-def get_states(metric: Metric) -> dict[str, dict[str, Any]]:
+def get_states(metric: Metric) -> dict[str, StateDict]:
     """States and number of updates, by path; not copied."""
     return {
         path: {
@@ -88,7 +89,7 @@ def get_states(metric: Metric) -> dict[str, dict[str, Any]]:
     }
 
 
-def set_states(metric: Metric, saved: Mapping[str, Mapping[str, Any]]) -> None:
+def set_states(metric: Metric, saved: Mapping[str, StateDict]) -> None:
     """Replace the states by those from ``get_states`` or ``drop_samples``."""
     for path, submetric in submetrics_of(metric).items():
         state = saved[path]["state"]  # from ``drop_samples``: lists alone
@@ -98,7 +99,7 @@ def set_states(metric: Metric, saved: Mapping[str, Mapping[str, Any]]) -> None:
         submetric._computed = None
 
 
-def merge_states(metric: Metric, saved: Mapping[str, Mapping[str, Any]]) -> None:
+def merge_states(metric: Metric, saved: Mapping[str, StateDict]) -> None:
     """Add the states that ``get_states`` gave on another rank."""
     for path, submetric in submetrics_of(metric).items():
         for key, value in saved[path]["state"].items():
@@ -139,7 +140,7 @@ _MERGES: dict[str, Callable[[Any, Any], Any]] = {
 """How the states of two ranks are merged, by torchmetrics' reduction."""
 
 
-def drop_samples(saved: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def drop_samples(saved: Mapping[str, StateDict]) -> dict[str, StateDict]:
     """States from ``get_states`` for a rank without rows: only lists, of empty tensors.
 
     Ranks exchange lists tensor by tensor: a rank with an empty list would block the others.
@@ -157,7 +158,7 @@ def drop_samples(saved: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, 
 
 def check_saved_metrics(
     metrics: Mapping[str, Any],
-    saved: Mapping[str, Mapping[str, Any]],
+    saved: Mapping[str, StateDict],
     *,
     is_merged: bool = False,
 ) -> None:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from operator import itemgetter
-from typing import Any
 
 import torch
 from torch import Size, Tensor, nn
 
 from harness.errors import CheckpointError
+from harness.pytree import StateDict
 
 STATE_ERRORS = (LookupError, AttributeError, TypeError, ValueError, RuntimeError)
 """What is raised by states whose parts do not fit together."""
@@ -143,7 +143,7 @@ class ConsolidatedState:
         If the states do not fit together.
     """
 
-    def __init__(self, states: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(self, states: Sequence[StateDict]) -> None:
         first = states[0]
         self._names, self.weights, self.buffers = _tensors(states)
         for pieces in self.weights.values():
@@ -152,7 +152,7 @@ class ConsolidatedState:
         has_layouts = "layouts" in first
         self.kinds = optimizer_classes(first) if has_layouts else {}
         self.groups = named_groups(first, self._names) if has_layouts else {}
-        self.entries: dict[str, dict[str, dict[str, Any]]] = {n: {} for n in self.kinds}
+        self.entries: dict[str, dict[str, StateDict]] = {n: {} for n in self.kinds}
         is_divided = "optimizers" in first.get("own", {})
         for state in states if is_divided else states[:1]:
             if has_layouts:
@@ -165,7 +165,7 @@ class ConsolidatedState:
                 if "master" in entry:
                     self.weights[name] = entry.pop("master")
 
-    def _take(self, state: Mapping[str, Any]) -> None:
+    def _take(self, state: StateDict) -> None:
         """Take the pieces that one rank's optimizers step."""
         stepped = _stepped(state)
         for name, entries in self.entries.items():
@@ -182,9 +182,9 @@ class ConsolidatedState:
 
     def _add(
         self,
-        entry: dict[str, Any],
+        entry: StateDict,
         param: str,
-        values: Mapping[str, Any],
+        values: StateDict,
         at: int,
         start: int,
         length: int,
@@ -210,7 +210,7 @@ class ConsolidatedState:
 
 
 def _tensors(
-    states: Sequence[Mapping[str, Any]],
+    states: Sequence[StateDict],
 ) -> tuple[list[str], dict[str, TensorPieces], dict[str, Tensor]]:
     """Names in the order of layouts, parameters and buffers."""
     first = states[0]
@@ -235,7 +235,7 @@ def _tensors(
     return names, weights, buffers
 
 
-def optimizer_classes(state: Mapping[str, Any]) -> dict[str, str]:
+def optimizer_classes(state: StateDict) -> dict[str, str]:
     """Class of each optimizer, by its name."""
     if "facts" in state:
         return {name: facts["kind"] for name, facts in state["facts"].items()}
@@ -243,8 +243,8 @@ def optimizer_classes(state: Mapping[str, Any]) -> dict[str, str]:
 
 
 def named_groups(
-    state: Mapping[str, Any], names: Sequence[str]
-) -> dict[str, list[tuple[dict[str, Any], list[str]]]]:
+    state: StateDict, names: Sequence[str]
+) -> dict[str, list[tuple[StateDict, list[str]]]]:
     """Options of each optimizer's parameter groups, and names of their parameters."""
     optimizers = state["facts"] if "facts" in state else state.get("optimizers", {})
     key = "groups" if "facts" in state else "param_groups"
@@ -261,7 +261,7 @@ def named_groups(
     return found
 
 
-def _stepped(state: Mapping[str, Any]) -> dict[str, dict[int, dict[str, Any]]]:
+def _stepped(state: StateDict) -> dict[str, dict[int, StateDict]]:
     """What each optimizer keeps for each tensor that it steps, by name and number."""
     if "facts" not in state:
         return {

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from operator import itemgetter
-from typing import Any
 
 import torch
 from torch import Size, Tensor, nn
 
 from harness.errors import CheckpointError
+from harness.pytree import StateDict
 from harness.reshard.consolidated import (
     ConsolidatedState,
     TensorPieces,
@@ -32,12 +32,12 @@ _Row = list[int]
 """A row of a layout."""
 
 
-def is_convertible(state: Mapping[str, Any]) -> bool:
+def is_convertible(state: StateDict) -> bool:
     """True if the state is that of one device or of engines."""
     return any(form <= state.keys() for form in _FORMS)
 
 
-def has_same_layout(saved: Mapping[str, Any], live: Mapping[str, Any]) -> bool:
+def has_same_layout(saved: StateDict, live: StateDict) -> bool:
     """True if a rank's saved state has the stage, precision and parts of the live one."""
     if not is_convertible(live):  # an accelerator of the user's own
         return saved.keys() == live.keys()
@@ -55,12 +55,12 @@ def has_same_layout(saved: Mapping[str, Any], live: Mapping[str, Any]) -> bool:
 
 
 def convert_state(
-    states: Sequence[Mapping[str, Any]],
+    states: Sequence[StateDict],
     model: nn.Module,
-    live: Mapping[str, Any],
+    live: StateDict,
     rank: int,
     parts: Sequence[str] = ("model", "optimizers"),
-) -> dict[str, Any]:
+) -> StateDict:
     """The state of one rank of the live accelerator, between two optimizer steps.
 
     Parameters
@@ -97,8 +97,8 @@ def convert_state(
 
 
 def convert_weights(
-    weights: Mapping[str, Tensor], model: nn.Module, live: Mapping[str, Any], rank: int
-) -> dict[str, Any]:
+    weights: Mapping[str, Tensor], model: nn.Module, live: StateDict, rank: int
+) -> StateDict:
     """The state of one rank of the live accelerator with other weights.
 
     Parameters
@@ -128,7 +128,7 @@ class _StateBuilder:
     def __init__(
         self,
         whole: ConsolidatedState,
-        live: Mapping[str, Any],
+        live: StateDict,
         model: nn.Module,
         rank: int,
     ) -> None:
@@ -146,7 +146,7 @@ class _StateBuilder:
         then |= {name: buffer.shape for name, buffer in buffers.items()}
         check_shapes(then, {**self._shapes, **self._buffers})
 
-    def check_optimizers(self, states: Sequence[Mapping[str, Any]]) -> None:
+    def check_optimizers(self, states: Sequence[StateDict]) -> None:
         """Raise if the checkpoint is of other optimizers, or they cannot be divided anew."""
         check_same_optimizers(states[0], self._live)
         kinds = optimizer_classes(self._live)
@@ -168,9 +168,9 @@ class _StateBuilder:
 
     # -------------------------------------------------------------------- forms
 
-    def single(self, _: Mapping[str, Any], parts: Sequence[str]) -> dict[str, Any]:
+    def single(self, _: StateDict, parts: Sequence[str]) -> StateDict:
         """Tensors and optimizers as one device takes them."""
-        found: dict[str, Any] = {"grads": {}}
+        found: StateDict = {"grads": {}}
         if "model" in parts:
             found["model"] = self._whole.state_dict()
         if "optimizers" in parts:
@@ -180,7 +180,7 @@ class _StateBuilder:
             }
         return found
 
-    def _optimizer(self, name: str, layout: Tensor) -> dict[str, Any]:
+    def _optimizer(self, name: str, layout: Tensor) -> StateDict:
         """State of an optimizer of one device."""
         entries = {
             n: self._entry(name, rows, self._shape(rows))
@@ -193,7 +193,7 @@ class _StateBuilder:
         state = {n: entry for n, entry in entries.items() if entry}
         return {"state": state, "param_groups": groups}
 
-    def _groups(self, name: str) -> list[dict[str, Any]]:
+    def _groups(self, name: str) -> list[StateDict]:
         """Options for each live parameter group: of the one that had its parameters."""
         found = []
         for own, params in named_groups(self._live, self._names)[name]:
@@ -206,7 +206,7 @@ class _StateBuilder:
             found.append(options[0] if options else own)
         return found
 
-    def engines(self, saved: Mapping[str, Any], parts: Sequence[str]) -> dict[str, Any]:
+    def engines(self, saved: StateDict, parts: Sequence[str]) -> StateDict:
         """Tensors and facts as the engines of one rank take them."""
         live = self._live
         made = {**live["shared"], **live["own"]}
@@ -222,8 +222,9 @@ class _StateBuilder:
             for name in live["layouts"]:
                 entries, numbers = self._entries(name, tensors, is_held=is_held)
                 tensors |= entries
+                former = saved["facts"] if "facts" in saved else live["facts"]
                 facts[name] = {
-                    **saved.get("facts", live["facts"])[name],
+                    **former[name],
                     "form": live["facts"][name]["form"],
                     "groups": self._groups(name),
                     "state": numbers,
@@ -266,10 +267,10 @@ class _StateBuilder:
 
     def _entries(
         self, name: str, copies: Mapping[str, Tensor], *, is_held: bool
-    ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    ) -> tuple[dict[str, Tensor], list[StateDict]]:
         """What an engine's optimizer keeps: tensors by name, numbers by stepped tensor."""
         tensors = {}
-        numbers: list[dict[str, Any]] = [{} for _ in self._live["facts"][name]["state"]]
+        numbers: list[StateDict] = [{} for _ in self._live["facts"][name]["state"]]
         for n, rows in _group_rows(self._live["layouts"][name]):
             copy = copies.get(f"{name}/{n}/master")
             shape = self._shape(rows) if copy is None else copy.shape
@@ -285,15 +286,13 @@ class _StateBuilder:
         """Shape of a stepped tensor that is a parameter itself."""
         return self._shapes[self._names[rows[0][1]]]
 
-    def _entry(
-        self, name: str, rows: Sequence[_Row], shape: Size | None
-    ) -> dict[str, Any]:
+    def _entry(self, name: str, rows: Sequence[_Row], shape: Size | None) -> StateDict:
         """What an optimizer keeps for one stepped tensor; no shape leaves out its values."""
         entries = self._whole.entries[name]
         found = [entries.get(self._names[row[1]], {}) for row in rows]
         # A parameter without gradients may have counted fewer steps by itself.
         lead = max(found, key=lambda own: float(own.get("step", 0)))
-        entry: dict[str, Any] = {}
+        entry: StateDict = {}
         for key in dict.fromkeys(key for own in (lead, *found) for key in own):
             pieces = [
                 (own[key], row)
@@ -314,9 +313,7 @@ class _StateBuilder:
         return entry
 
 
-def check_same(
-    saved: Mapping[str, Any], live: Mapping[str, Any], parts: Sequence[str]
-) -> None:
+def check_same(saved: StateDict, live: StateDict, parts: Sequence[str]) -> None:
     """Raise if a state of the live form is of another model or other optimizers.
 
     Parameters
@@ -339,7 +336,7 @@ def check_same(
         check_same_optimizers(saved, live)
 
 
-def _shapes_in(state: Mapping[str, Any]) -> dict[str, Sequence[int]]:
+def _shapes_in(state: StateDict) -> dict[str, Sequence[int]]:
     """Shapes of weights and buffers; parts of weights have those of the whole."""
     if "model" in state:
         return {name: value.shape for name, value in state["model"].items()}
@@ -347,7 +344,7 @@ def _shapes_in(state: Mapping[str, Any]) -> dict[str, Sequence[int]]:
     return {**state["shapes"], **buffers}
 
 
-def check_same_optimizers(saved: Mapping[str, Any], live: Mapping[str, Any]) -> None:
+def check_same_optimizers(saved: StateDict, live: StateDict) -> None:
     """Raise if optimizers have other names or classes, or the config's schedulers differ."""
     then, now = optimizer_classes(saved), optimizer_classes(live)
     if then != now:

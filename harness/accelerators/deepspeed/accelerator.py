@@ -54,6 +54,7 @@ from harness.accelerators.distributed.sharded_loader import shard_loaders
 from harness.accelerators.distributed.shares import ShareTracker
 from harness.accelerators.distributed.watchdog import Watchdog
 from harness.data.batch import move
+from harness.pytree import StateDict
 from harness.reshard.consolidated import parameter_shapes
 
 
@@ -416,7 +417,7 @@ class DeepSpeedAccelerator:
             model, self._read_whole, self._dtypes, keep=self.is_main
         )
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Weights, buffers, optimizers, open gradients and counters of this rank.
 
         Tensors are live: copy them before the next step. Everything else is plain JSON.
@@ -447,7 +448,7 @@ class DeepSpeedAccelerator:
 
     def load_state_dict(
         self,
-        state: Mapping[str, Any],
+        state: StateDict,
         parts: Sequence[str] = ("model", "optimizers"),
     ) -> None:
         """Restore what ``state_dict`` returned, all of it or one of the two parts.

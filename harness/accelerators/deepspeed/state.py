@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.errors import CheckpointError
+from harness.pytree import StateDict
 from harness.reshard.consolidated import (
     copy_tensors,
     is_master_name,
@@ -30,7 +31,7 @@ _SCALES = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 def capture_state(
     model: nn.Module, engines: Mapping[str, Any], stage: int
-) -> dict[str, Any]:
+) -> StateDict:
     """State of model and engines on this rank.
 
     Returns
@@ -70,7 +71,7 @@ def check_closed_window(config: Mapping[str, Any], engines: Iterable[Any]) -> No
         raise RuntimeError(f"{msg}, got an open one. Save after an optimizer step.")
 
 
-def check_origin(state: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+def check_origin(state: StateDict, here: StateDict) -> None:
     """Check that a rank's state fits the number of ranks and the stage.
 
     Raises
@@ -99,7 +100,7 @@ def restore_state(
     model: nn.Module,
     engines: Mapping[str, Any],
     stage: int,
-    state: Mapping[str, Any],
+    state: StateDict,
     parts: Sequence[str],
 ) -> None:
     """Take back what ``capture_state`` gave, with the ``shared`` tensors of rank 0.
@@ -191,7 +192,7 @@ def _named_masters(engine: Any, name: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def _create_entries(
-    name: str, engine: Any, found: Mapping[str, Tensor], facts: Mapping[str, Any]
+    name: str, engine: Any, found: Mapping[str, Tensor], facts: StateDict
 ) -> None:
     """Give the optimizer the entries it had; torch makes them at the first step only."""
     state = base_optimizer(engine).state
@@ -200,7 +201,7 @@ def _create_entries(
         msg = f"resume: expected {len(master_weights)} parts of optimizer {name!r}"
         advice = "Resume with the learner that was saved."
         raise CheckpointError(f"{msg}, got {len(facts['state'])}. {advice}")
-    by_place: dict[str, dict[str, Any]] = {place: {} for place, _ in master_weights}
+    by_place: dict[str, StateDict] = {place: {} for place, _ in master_weights}
     for full, value in found.items():
         place, _, key = full.rpartition("/")
         if place in by_place and not is_master_name(full):
@@ -221,7 +222,7 @@ def _create_entries(
 # ------------------------------------------------------ gradients of an open window
 
 
-def capture_open_gradients(engine: Any, stage: int) -> dict[str, Any]:
+def capture_open_gradients(engine: Any, stage: int) -> StateDict:
     """Gradients that wait for the rest of their window, wherever DeepSpeed keeps them.
 
     References
@@ -267,7 +268,7 @@ def _by_group(held: Mapping[int, Any]) -> list[Any]:
     return [held.get(n) for n in range(max(held, default=-1) + 1)]
 
 
-def restore_open_gradients(engine: Any, stage: int, saved: Mapping[str, Any]) -> None:
+def restore_open_gradients(engine: Any, stage: int, saved: StateDict) -> None:
     """Take back what ``capture_open_gradients`` gave."""
     wrapper = engine.optimizer
     if hasattr(wrapper, "fp32_groups_gradients_flat"):
@@ -292,7 +293,7 @@ def restore_open_gradients(engine: Any, stage: int, saved: Mapping[str, Any]) ->
                 setattr(params[name], kind, grad.to(engine.device, copy=True))
 
 
-def _restore_divided(engine: Any, saved: Mapping[str, Any]) -> None:
+def _restore_divided(engine: Any, saved: StateDict) -> None:
     """Gradients as ZeRO 2 holds them: whole tensors, or flat ones in another dtype."""
     wrapper = engine.optimizer
     for n, held in enumerate(saved["lists"]):
@@ -307,7 +308,7 @@ def _restore_divided(engine: Any, saved: Mapping[str, Any]) -> None:
 # ------------------------------------------------------------------------ facts
 
 
-def _facts(engine: Any) -> dict[str, Any]:
+def _facts(engine: Any) -> StateDict:
     """What an engine holds beside tensors."""
     state = base_optimizer(engine).state
     numbers = []
@@ -336,7 +337,7 @@ def _facts(engine: Any) -> dict[str, Any]:
     }
 
 
-def _restore_facts(engine: Any, facts: Mapping[str, Any]) -> None:
+def _restore_facts(engine: Any, facts: StateDict) -> None:
     """Put the facts back."""
     for name in _COUNTERS:
         setattr(engine, name, int(facts["counters"][name]))
