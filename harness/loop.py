@@ -62,10 +62,10 @@ class FitContext(Context):
         self,
         *,
         model: nn.Module,
-        optimizers: Any,
+        optimizers: object,
         loss_fn: Callable[..., Tensor] | None,
-        hparams: Mapping[str, Any],
-        opt_hparams: Mapping[str, Any],
+        hparams: Mapping[str, object],
+        opt_hparams: Mapping[str, object],
         data: DataLoader[Any],
         valid_data: DataLoader[Any] | None,
         epochs: int | tuple[int, int],
@@ -256,7 +256,7 @@ def predict(ctx: Context) -> list[Any]:
     return preds
 
 
-def gather_output(pred: Any, accelerator: Accelerator) -> Any:
+def gather_output(pred: object, accelerator: Accelerator) -> Any:
     """Return a copy of a prediction, of all ranks, on the CPU."""
     return map_tensors(
         copy_by_value(pred), lambda tensor: accelerator.gather(tensor).cpu()

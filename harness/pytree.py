@@ -75,7 +75,9 @@ def with_items(value: Any, items: Sequence[Any]) -> Any:
     return _with_fields(value, items)
 
 
-def _with_values(value: Mapping[Any, Any], items: Sequence[Any]) -> Mapping[Any, Any]:
+def _with_values(
+    value: Mapping[object, object], items: Sequence[object]
+) -> Mapping[Any, Any]:
     pairs = dict(zip(value, items, strict=True))
     if not isinstance(value, dict | UserDict):
         return pairs
@@ -85,7 +87,7 @@ def _with_values(value: Mapping[Any, Any], items: Sequence[Any]) -> Mapping[Any,
     return changed
 
 
-def _with_fields(value: Any, items: Sequence[Any]) -> Any:
+def _with_fields(value: object, items: Sequence[object]) -> Any:
     """The dataclass with other fields; itself where no field changes."""
     pairs = list(zip(_fields_of(value), items, strict=True))
     if all(item is getattr(value, name) for name, item in pairs):
@@ -101,7 +103,7 @@ def _fields_of(value: Any) -> list[str]:
     return [name for name in names if hasattr(value, name)]
 
 
-def map_tensors(value: Any, function: Callable[[Tensor], Any]) -> Any:
+def map_tensors(value: object, function: Callable[[Tensor], object]) -> Any:
     """The value with ``function(tensor)`` in place of each tensor, in the same form.
 
     Parameters
@@ -124,7 +126,7 @@ def map_tensors(value: Any, function: Callable[[Tensor], Any]) -> Any:
     return with_items(value, [map_tensors(item, function) for item in items])
 
 
-def iter_tensors(value: Any) -> Iterator[Tensor]:
+def iter_tensors(value: object) -> Iterator[Tensor]:
     """The tensors of a nested value, in order."""
     if isinstance(value, Tensor):
         yield value
@@ -134,7 +136,7 @@ def iter_tensors(value: Any) -> Iterator[Tensor]:
 
 
 def named_leaves(
-    value: Mapping[str, Any], prefix: str = ""
+    value: Mapping[str, object], prefix: str = ""
 ) -> Iterator[tuple[str, Any]]:
     """Name and value of each leaf of nested mappings; nested names are joined by ``/``."""
     for name, item in value.items():
@@ -174,7 +176,7 @@ _PLAIN = frozenset({int, bool, str, type(None)})
 _FLOATS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
-def flatten(tree: Any, place: str = "state") -> tuple[Any, dict[str, Tensor]]:
+def flatten(tree: object, place: str = "state") -> tuple[Any, dict[str, Tensor]]:
     """A plan that JSON can hold, and the tensors that it refers to by name.
 
     Parameters
@@ -193,7 +195,7 @@ def flatten(tree: Any, place: str = "state") -> tuple[Any, dict[str, Tensor]]:
     return _encode(tree, place, tensors), tensors
 
 
-def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+def _encode(value: object, path: str, tensors: dict[str, Tensor]) -> Any:
     """The plan of one value; its tensors are added to `tensors` under their paths."""
     if value is None or isinstance(value, bool | str):
         return value
@@ -230,7 +232,7 @@ def _encode_tensor(value: Tensor, path: str, tensors: dict[str, Tensor]) -> Any:
     return {"$tensor": path}
 
 
-def _encode_container(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+def _encode_container(value: object, path: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, tuple):
         return {"$tuple": _encode_items(value, path, tensors)}
     if isinstance(value, list):
@@ -242,7 +244,7 @@ def _encode_container(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def _encode_items(
-    value: Sequence[Any], path: str, tensors: dict[str, Tensor]
+    value: Sequence[object], path: str, tensors: dict[str, Tensor]
 ) -> list[Any]:
     # Python's random state is a tuple of 625 plain numbers: no plan for each of them.
     if _PLAIN.issuperset(map(type, value)):
@@ -251,7 +253,7 @@ def _encode_items(
 
 
 def _encode_mapping(
-    value: Mapping[Any, Any], path: str, tensors: dict[str, Tensor]
+    value: Mapping[object, object], path: str, tensors: dict[str, Tensor]
 ) -> Any:
     """The plan of a mapping; keys that JSON cannot hold are written as pairs."""
     if all(isinstance(key, str) and not key.startswith("$") for key in value):
@@ -268,7 +270,7 @@ def _encode_mapping(
     return {"$dict": pairs}
 
 
-def restore(plan: Any, tensors: Mapping[str, Tensor]) -> Any:
+def restore(plan: object, tensors: Mapping[str, Tensor]) -> Any:
     """The state that ``flatten`` wrote.
 
     Raises
@@ -287,7 +289,7 @@ def restore(plan: Any, tensors: Mapping[str, Tensor]) -> Any:
     return {key: restore(item, tensors) for key, item in plan.items()}
 
 
-def _decode(key: str, value: Any, tensors: Mapping[str, Tensor]) -> Any:
+def _decode(key: str, value: object, tensors: Mapping[str, Tensor]) -> Any:
     """The value behind an object whose only key begins with ``$``."""
     kind, decoder = _DECODERS.get(key, (None, None))
     if decoder is not None and type(value) is kind:
@@ -303,12 +305,12 @@ def _decode_permuted(value: list[Any], tensors: Mapping[str, Tensor]) -> Tensor:
     return tensors[name].permute(sorted(range(len(order)), key=order.__getitem__))
 
 
-def _decode_complex(value: dict[str, Any], tensors: Mapping[str, Tensor]) -> Tensor:
+def _decode_complex(value: dict[str, object], tensors: Mapping[str, Tensor]) -> Tensor:
     pairs = torch.as_tensor(restore(value, tensors))
     return torch.view_as_complex(pairs.contiguous())
 
 
-_DECODERS: dict[str, tuple[type, Callable[[Any, Mapping[str, Tensor]], Any]]] = {
+_DECODERS: dict[str, tuple[type, Callable[[Any, Mapping[str, Tensor]], object]]] = {
     "$tensor": (str, lambda value, tensors: tensors[value]),
     "$array": (str, lambda value, tensors: tensors[value].numpy()),
     "$permuted": (list, _decode_permuted),

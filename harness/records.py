@@ -110,16 +110,21 @@ class NullRun:
     ) -> None:
         self._check_value = check_value or (lambda value, place: None)
 
-    def log(self, what: str, set: str, value: Any, *_: Any, **__: Any) -> None:
+    def log(self, what: str, set: str, value: object, *_: object, **__: object) -> None:
         """Check the value and drop it."""
         self._check_value(value, f"log({what!r}, {set!r})")
 
-    def log_metric(self, name: str, value: Any, **_: Any) -> None:
+    def log_metric(self, name: str, value: object, **_: object) -> None:
         """Check the value and drop it."""
         self._check_value({name: value}, "log_metric")
 
     def log_step(
-        self, values: Mapping[str, Any], step: int, *, set: str = "train", **_: Any
+        self,
+        values: Mapping[str, object],
+        step: int,
+        *,
+        set: str = "train",
+        **_: object,
     ) -> None:
         """Check the values and drop them."""
         self._check_value(values, f"log_step(set={set!r})")
@@ -128,7 +133,7 @@ class NullRun:
         """Position before the first row."""
         return -1
 
-    def _drop(self, *_: Any, **__: Any) -> None:
+    def _drop(self, *_: object, **__: object) -> None:
         pass
 
     log_params = set_tags = log_input = log_artifact = log_figure = log_text = _drop
@@ -149,7 +154,7 @@ def metrics_frame(records: Records) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["set", "metric", "epoch", "value"])
 
 
-def format_metrics(metrics: Mapping[str, Any]) -> dict[str, str]:
+def format_metrics(metrics: Mapping[str, object]) -> dict[str, str]:
     """Format metrics with four significant digits, by name; nested names are joined."""
     return {
         name: f"{value:.4g}" if isinstance(value, int | float) else str(value)
@@ -157,7 +162,7 @@ def format_metrics(metrics: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def copy_logged(value: Any) -> Any:
+def copy_logged(value: object) -> Any:
     """Copy a value: tensors are detached and stay on their device; tuples become lists."""
     if isinstance(value, Tensor):
         return value.detach().clone()
@@ -170,7 +175,7 @@ def copy_logged(value: Any) -> Any:
     return value
 
 
-def append_logged(current: Any, value: Any) -> Any:
+def append_logged(current: object, value: object) -> Any:
     """Add a value to what was logged before at the same index."""
     if current is None:
         return value

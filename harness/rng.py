@@ -117,7 +117,7 @@ def _set_state(generator: Generator, state: Any) -> None:
         generator.setstate(state)
 
 
-def find_generators(*roots: Any) -> list[Generator]:
+def find_generators(*roots: object) -> list[Generator]:
     """Generators held by loaders, their samplers and data sets, and models; each once."""
     found: list[Generator] = []
     todo, seen = list(roots), set()
@@ -139,7 +139,7 @@ _HOLDERS = ("sampler", "batch_sampler", "dataset", "transform")
 """Attributes of loaders, samplers and data sets whose values may hold generators."""
 
 
-def _own_generators(thing: Any) -> Iterator[Generator]:
+def _own_generators(thing: object) -> Iterator[Generator]:
     for value in (
         getattr(thing, "generator", None),
         *getattr(thing, "__dict__", {}).values(),

@@ -59,8 +59,8 @@ class Accelerator(Protocol):
     def prepare(
         self,
         model: nn.Module,
-        optimizers: Mapping[str, Any] | None = None,
-        loaders: Sequence[Any] = (),
+        optimizers: Mapping[str, object] | None = None,
+        loaders: Sequence[object] = (),
     ) -> tuple[nn.Module, dict[str, Any], list[Any]]:
         """Place the model, take over the optimizers, shard the loaders.
 
@@ -103,7 +103,7 @@ class Accelerator(Protocol):
         """Clip the total gradient norm, before ``step``; gives the norm found, a scalar."""
         ...
 
-    def to_device(self, batch: Any) -> Any:
+    def to_device(self, batch: object) -> Any:
         """The batch with its tensors on ``device``; tuples, lists and mappings keep their form."""
         ...
 
@@ -120,7 +120,7 @@ class Accelerator(Protocol):
         """The tensor reduced over ranks; the same value on each."""
         ...
 
-    def broadcast(self, value: Any, src: int = 0) -> Any:
+    def broadcast(self, value: object, src: int = 0) -> Any:
         """The value that rank `src` holds: numbers, strings, lists, dicts, tensors."""
         ...
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -14,7 +13,7 @@ from harness.accelerators.single import SingleDevice
 
 
 def accelerator(
-    config: Mapping[str, Any] | str | Path | None = None,
+    config: Mapping[str, object] | str | Path | None = None,
     *,
     device: str | torch.device | None = None,
     accumulate: int = 1,

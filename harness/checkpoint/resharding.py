@@ -55,7 +55,9 @@ def check_convertible(
             raise CheckpointError(f"{msg} {advice}")
 
 
-def has_same_batches(world_size: int, about: Mapping[str, Any], ctx: Context) -> bool:
+def has_same_batches(
+    world_size: int, about: Mapping[str, object], ctx: Context
+) -> bool:
     """True if each rank goes on with the batches that it would have had."""
     assert ctx.accelerator is not None
     is_same_size = about["batch_size"] == ctx.about["batch_size"]

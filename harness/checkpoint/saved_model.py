@@ -22,7 +22,7 @@ WEIGHTS, ABOUT = "model.safetensors", "fitted.json"
 
 
 def write_saved(
-    path: Path, weights: Mapping[str, Tensor], about: Mapping[str, Any]
+    path: Path, weights: Mapping[str, Tensor], about: Mapping[str, object]
 ) -> None:
     """Write a saved model into a folder, put in place by one rename.
 
@@ -80,7 +80,7 @@ def import_module_class(path: Path, name: str) -> Callable[..., nn.Module]:
     """
     where, _, qualname = name.partition(":")
     try:
-        found: Any = importlib.import_module(where)
+        found: object = importlib.import_module(where)
         for part in qualname.split("."):
             found = getattr(found, part)
     except (ImportError, AttributeError, SyntaxError, TypeError, ValueError) as exc:

@@ -85,7 +85,7 @@ def restore_state(ctx: Context, state: StateDict, parts: Iterable[str]) -> list[
     state
         From ``capture_state`` or a checkpoint.
     parts
-        Any of ``model``, ``optimizers``, ``records`` and ``callbacks``. Step counters
+        object of ``model``, ``optimizers``, ``records`` and ``callbacks``. Step counters
         belong to the optimizers.
 
     Returns

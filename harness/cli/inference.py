@@ -152,7 +152,7 @@ def read_rows(path: Path) -> torch.Tensor:
     return torch.as_tensor(array, dtype=torch.int64 if is_integer else torch.float32)
 
 
-def write_rows(pred: Any, path: Path) -> None:
+def write_rows(pred: object, path: Path) -> None:
     """Write predictions as ``.npy``, or flattened to columns as ``.csv`` or ``.parquet``.
 
     Raises

@@ -24,7 +24,7 @@ MODEL = "model"
 
 
 def _parse_pairs(
-    _: Any, option: click.Parameter, pairs: tuple[str, ...]
+    _: object, option: click.Parameter, pairs: tuple[str, ...]
 ) -> dict[str, str]:
     """Convert ``NAME=VALUE`` pairs to a dict; a usage error where there is no ``=``."""
     found = {}
@@ -65,7 +65,7 @@ def _parse_pairs(
 @click.option("--strict", is_flag=True,
               help="With --resume: refuse changes in code, data or versions.")  # fmt: skip
 @click.option("--quiet", is_flag=True, help="Show no progress.")
-def fit(target: str, **options: Any) -> None:
+def fit(target: str, **options: object) -> None:
     """Train the experiment that NAME describes.
 
     NAME is an Experiment, or a function that returns one. A checkpoint is saved after

@@ -16,22 +16,22 @@ from torch.nn.utils.rnn import PackedSequence
 from harness.pytree import items_of, iter_tensors, map_tensors, with_items
 
 
-def input_of(batch: Any) -> Any:
+def input_of(batch: object) -> Any:
     """The first item of a tuple or list; any other batch is itself the input."""
     return batch[0] if isinstance(batch, tuple | list) and batch else batch
 
 
-def target_of(batch: Any) -> Any:
+def target_of(batch: object) -> Any:
     """The second item of a tuple or list; None where there is none."""
     return batch[1] if isinstance(batch, tuple | list) and len(batch) > 1 else None
 
 
-def with_input(batch: Any, new: Any) -> Any:
+def with_input(batch: object, new: object) -> Any:
     """The batch with another input."""
     return [new, *batch[1:]] if isinstance(batch, tuple | list) else new
 
 
-def with_target(batch: Any, new: Any) -> list[Any]:
+def with_target(batch: object, new: object) -> list[Any]:
     """The batch with another target, as a list."""
     rest = batch[2:] if isinstance(batch, tuple | list) else ()
     return [input_of(batch), new, *rest]
@@ -43,7 +43,7 @@ _SURE, _BY_LENGTH, _GUESS = range(3)
 _PLAIN = frozenset({str, bytes, int, float, bool, type(None)})
 
 
-def num_rows(input: Any, target: Any = None, pred: Any = None) -> int | None:
+def num_rows(input: object, target: object = None, pred: object = None) -> int | None:
     """Number of rows of a batch; None if it cannot be known.
 
     Parameters
@@ -71,7 +71,7 @@ def num_rows(input: Any, target: Any = None, pred: Any = None) -> int | None:
     return min(found, key=itemgetter(0))[1] if found else None
 
 
-def warn_unknown_rows(batch: Any) -> None:
+def warn_unknown_rows(batch: object) -> None:
     """Warn that the rows of a batch cannot be known, and count as one."""
     kind = type(batch).__name__
     msg = f"ctx.rows: expected tensors or lists in the batch, got {kind}."
@@ -97,7 +97,7 @@ def _find_rows(value: Any) -> Iterator[tuple[int, int]]:
             yield from _find_rows(item)
 
 
-def _rows_of_list(value: Any) -> tuple[int, int] | None:
+def _rows_of_list(value: object) -> tuple[int, int] | None:
     """Rows of a list as a whole; None to look at its items, or if it is not a list."""
     if not value or not isinstance(value, tuple | list) or hasattr(value, "_fields"):
         return None
@@ -117,7 +117,7 @@ def _rows_of_list(value: Any) -> tuple[int, int] | None:
     return _BY_LENGTH, len(value)
 
 
-def _names_of(value: Any) -> tuple[Any, ...] | None:
+def _names_of(value: object) -> tuple[Any, ...] | None:
     """Keys of a mapping, or names of the fields of a named tuple or dataclass."""
     if isinstance(value, Mapping):
         return tuple(value)
@@ -126,7 +126,7 @@ def _names_of(value: Any) -> tuple[Any, ...] | None:
     return getattr(value, "_fields", None)
 
 
-def _is_array(value: Any) -> bool:
+def _is_array(value: object) -> bool:
     return isinstance(value, Tensor) or isinstance(getattr(value, "shape", None), tuple)
 
 
@@ -137,7 +137,7 @@ def _first_dim(array: Any) -> int:
     return int(array.size(0) if isinstance(array, Tensor) else array.shape[0])
 
 
-def _is_sized(value: Any) -> bool:
+def _is_sized(value: object) -> bool:
     return hasattr(value, "__len__") and not isinstance(value, str | bytes | type)
 
 
@@ -157,7 +157,7 @@ def move(batch: Any, device: torch.device) -> Any:
     return with_items(batch, [move(item, device) for item in items])
 
 
-def _has_own_move(batch: Any) -> bool:
+def _has_own_move(batch: object) -> bool:
     return callable(getattr(batch, "to", None)) and not isinstance(batch, type)
 
 
@@ -165,12 +165,12 @@ _WITHOUT_TO = frozenset({tuple, list, dict, str, int, float, bool, type(None)})
 """Common types without a method ``to``, known without looking for it."""
 
 
-def detach(value: Any) -> Any:
+def detach(value: object) -> Any:
     """The value with its tensors detached from the graph, in the same form."""
     return map_tensors(value, Tensor.detach)
 
 
-def copy_by_value(value: Any) -> Any:
+def copy_by_value(value: object) -> Any:
     """A detached copy, which later changes of the original do not reach.
 
     Whatever outlives its batch is held as a copy, because models, loaders and callbacks may

@@ -97,7 +97,7 @@ def unwrap_tensors(
     return None
 
 
-def as_tensor(value: Any, place: str) -> Tensor:
+def as_tensor(value: object, place: str) -> Tensor:
     """The value as a tensor; float64 arrays become torch's default float dtype.
 
     Raises
@@ -124,7 +124,7 @@ def as_tensor(value: Any, place: str) -> Tensor:
     return tensor.to(torch.get_default_dtype()) if is_double else tensor
 
 
-def as_dataset(data: Any, place: str = "data") -> Dataset[Any]:
+def as_dataset(data: object, place: str = "data") -> Dataset[Any]:
     """`data` as a data set: a Dataset, a tensor or array, or several of equal length.
 
     Raises
@@ -167,7 +167,7 @@ LOADER_OPTIONS = tuple(
 """Options that ``dataloader_options`` may have: the arguments of torch's ``DataLoader``."""
 
 
-def check_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
+def check_options(options: Mapping[str, object] | None) -> dict[str, Any]:
     """The options as a dict.
 
     Raises
@@ -183,7 +183,7 @@ def check_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def make_train_loader(
-    data: Any, options: Mapping[str, Any] | None = None
+    data: object, options: Mapping[str, object] | None = None
 ) -> DataLoader[Any]:
     """Make the training loader: shuffled batches of 32, without a short last batch.
 
@@ -220,7 +220,7 @@ def make_train_loader(
 
 
 def make_eval_loader(
-    data: Any, options: Mapping[str, Any] | None = None, place: str = "valid_data"
+    data: object, options: Mapping[str, object] | None = None, place: str = "valid_data"
 ) -> DataLoader[Any]:
     """Make a validation or prediction loader: batches of 32, all rows, in order.
 
@@ -245,7 +245,7 @@ def make_eval_loader(
     return check_batches(_make_loader(as_dataset(data, place), options), place)
 
 
-def _has_own_order(options: Mapping[str, Any]) -> bool:
+def _has_own_order(options: Mapping[str, object]) -> bool:
     """True if the user decides how rows go into batches."""
     return "batch_sampler" in options or options.get("batch_size", 1) is None
 
@@ -278,7 +278,7 @@ def num_batches(loader: Any) -> int | None:
         return None
 
 
-def split_data(data: Any, valid_frac: float) -> tuple[Dataset[Any], Dataset[Any]]:
+def split_data(data: object, valid_frac: float) -> tuple[Dataset[Any], Dataset[Any]]:
     """Split `data` at random into training and validation data.
 
     The rows are drawn with torch's global generator.
@@ -322,7 +322,7 @@ def split_data(data: Any, valid_frac: float) -> tuple[Dataset[Any], Dataset[Any]
 def describe_data(loader: DataLoader[Any]) -> dict[str, Any]:
     """What a run records about its data: class, rows, shapes, dtypes and batches."""
     dataset = loader.dataset
-    about: dict[str, Any] = {"dataset": type(dataset).__name__}
+    about: dict[str, object] = {"dataset": type(dataset).__name__}
     found = unwrap_tensors(dataset)
     if found is not None:
         tensors, rows = found

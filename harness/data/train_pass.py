@@ -134,7 +134,7 @@ class TrainPass:
                 yield self._prefetched.popleft()
 
 
-def set_epoch(loader: Any, epoch: int) -> None:
+def set_epoch(loader: object, epoch: int) -> None:
     """Call the first ``set_epoch`` of loader, sampler and data set; torch counts from 0."""
     for part in (
         loader,
@@ -146,7 +146,7 @@ def set_epoch(loader: Any, epoch: int) -> None:
             return
 
 
-def draws_between_batches(loader: Any) -> bool:
+def draws_between_batches(loader: object) -> bool:
     """True if the order of the data may depend on numbers drawn between batches.
 
     torch's samplers draw theirs before the first batch, and worker processes have their
@@ -181,7 +181,7 @@ class _OwnRandomStream:
     do not affect each other. Generators of devices are not involved.
     """
 
-    def __init__(self, batches: Iterator[Any]) -> None:
+    def __init__(self, batches: Iterator[object]) -> None:
         self._batches, self._inside = batches, spawn_cpu_rng_state()
 
     def __iter__(self) -> _OwnRandomStream:

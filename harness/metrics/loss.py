@@ -39,7 +39,7 @@ class LossAverage:
         self._rows: dict[str, list[int]] = {}
         self._sums: dict[str, Tensor] = {}
 
-    def update(self, losses: Any, rows: int) -> None:
+    def update(self, losses: object, rows: int) -> None:
         """Add copies of the losses of a batch of `rows` rows; a single tensor is ``opt``."""
         if not isinstance(losses, dict):
             losses = {"opt": losses}
@@ -113,14 +113,14 @@ class FunctionAverage(Metric):
     total: Tensor
     rows: Tensor
 
-    def __init__(self, function: Callable[[Any, Any], Any]) -> None:
+    def __init__(self, function: Callable[[Any, Any], object]) -> None:
         super().__init__()
         self.function = function
         zero = torch.zeros((), dtype=torch.float64)
         self.add_state("total", zero.clone(), dist_reduce_fx="sum")
         self.add_state("rows", zero.clone(), dist_reduce_fx="sum")
 
-    def update(self, pred: Any, target: Any, rows: int) -> None:
+    def update(self, pred: object, target: object, rows: int) -> None:
         """Add the value of one batch of `rows` rows."""
         value = torch.as_tensor(self.function(pred, target), device=self.total.device)
         self.total += value.detach().double() * rows

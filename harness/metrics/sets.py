@@ -33,7 +33,7 @@ class MetricSet:
     valid: dict[str, Any]
 
     def __init__(
-        self, both: Any = None, *, train: Any = None, valid: Any = None
+        self, both: object = None, *, train: object = None, valid: object = None
     ) -> None:
         common = name_metrics(both)
         for split, own in (("train", train), ("valid", valid)):
@@ -45,12 +45,12 @@ class MetricSet:
             object.__setattr__(self, split, common | names)
 
 
-def as_metric_set(metrics: Any) -> MetricSet:
+def as_metric_set(metrics: object) -> MetricSet:
     """The argument of ``setup(metrics=...)`` as a ``MetricSet``."""
     return metrics if isinstance(metrics, MetricSet) else MetricSet(metrics)
 
 
-def name_metrics(metrics: Any) -> dict[str, Any]:
+def name_metrics(metrics: object) -> dict[str, Any]:
     """Metrics by name: the key in a dict, otherwise the class name in snake case.
 
     Raises
@@ -71,7 +71,7 @@ def name_metrics(metrics: Any) -> dict[str, Any]:
         pairs = [
             (metric_name(check_metric(item, n)), item) for n, item in enumerate(items)
         ]
-    found: dict[str, Any] = {}
+    found: dict[str, object] = {}
     for name, item in pairs:
         if name in found or name == "loss":
             msg = f"metrics: expected each name once ('loss' is taken), got {name!r}."
@@ -80,7 +80,7 @@ def name_metrics(metrics: Any) -> dict[str, Any]:
     return found
 
 
-def check_metric(item: Any, place: str | int) -> Any:
+def check_metric(item: object, place: str | int) -> Any:
     """The item, if it is a metric or a function; raise ``TypeError`` otherwise."""
     if isinstance(item, type):
         msg = (
@@ -95,7 +95,7 @@ def check_metric(item: Any, place: str | int) -> Any:
     return item
 
 
-def metric_name(item: Any) -> str:
+def metric_name(item: object) -> str:
     """Class or function name in snake case; ``MulticlassAccuracy`` is ``multiclass_accuracy``."""
     name = getattr(item, "__name__", type(item).__name__)
     name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name)

@@ -78,7 +78,7 @@ class SplitMetrics:
         Its device is used, and it sums losses over ranks.
     """
 
-    def __init__(self, metrics: Mapping[str, Any], accelerator: Accelerator) -> None:
+    def __init__(self, metrics: Mapping[str, object], accelerator: Accelerator) -> None:
         self.loss = LossAverage()
         self._accelerator = accelerator
         self._metrics = {
@@ -111,7 +111,7 @@ class SplitMetrics:
         for metric in self._metrics.values():
             metric.reset()
 
-    def update(self, pred: Any, target: Any, losses: Any, rows: int) -> None:
+    def update(self, pred: object, target: object, losses: object, rows: int) -> None:
         """Add one batch; what metrics keep of it are detached copies."""
         if losses is not None and losses != {}:
             self.loss.update(losses, rows)
@@ -127,7 +127,7 @@ class SplitMetrics:
         if self._grouped:
             self._enqueue(pred, target)
 
-    def _update_without_rows(self, pred: Any, target: Any) -> None:
+    def _update_without_rows(self, pred: object, target: object) -> None:
         """Give an empty batch to metrics that list samples.
 
         Ranks exchange lists tensor by tensor: a rank with an empty list would block the
@@ -139,7 +139,7 @@ class SplitMetrics:
                 target = map_tensors(target, _without_rows)
                 self._update_one(name, pred, target)
 
-    def _enqueue(self, pred: Any, target: Any) -> None:
+    def _enqueue(self, pred: object, target: object) -> None:
         """Keep a batch for the next group; batches without tensors are used at once."""
         if not (isinstance(pred, Tensor) and isinstance(target, Tensor)):
             self._flush()
@@ -166,7 +166,9 @@ class SplitMetrics:
         for name in self._grouped:
             self._update_one(name, pred, target)
 
-    def _update_one(self, name: str, pred: Any, target: Any, rows: int = 0) -> None:
+    def _update_one(
+        self, name: str, pred: object, target: object, rows: int = 0
+    ) -> None:
         """Update one metric; an exception gets a note with its name."""
         metric = self._metrics[name]
         try:
@@ -251,7 +253,7 @@ class SplitMetrics:
         self._enqueue_all(state["waiting"])
 
 
-def _fresh_copy(item: Any) -> Metric:
+def _fresh_copy(item: object) -> Metric:
     metric = copy.deepcopy(item) if isinstance(item, Metric) else as_metric(item)
     metric.reset()
     return metric
@@ -266,7 +268,7 @@ def _without_rows(tensor: Tensor) -> Tensor:
     return tensor[:0] if tensor.dim() else tensor
 
 
-def as_numbers(value: Any) -> Any:
+def as_numbers(value: object) -> Any:
     """The value of a metric: a number, a dict by name or position, or nested lists."""
     if isinstance(value, Tensor):
         if value.dim() == 1 and len(value) <= MAX_NAMED:

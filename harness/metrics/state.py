@@ -64,7 +64,7 @@ def get_changed_attributes(
     return found
 
 
-def _is_equal(value: Any, old: Any) -> bool:
+def _is_equal(value: object, old: object) -> bool:
     if isinstance(value, Tensor) and isinstance(old, Tensor):
         return torch.equal(value, old)
     return type(value) is type(old) and bool(value == old)
@@ -123,7 +123,7 @@ def _reduction_of(submetric: Metric, key: str) -> str:
     return getattr(submetric._reductions[key], "__name__", "none")
 
 
-def _concatenate(one: Any, other: Any) -> Any:
+def _concatenate(one: object, other: object) -> Any:
     """Samples of two ranks; torchmetrics keeps them as a list, or as one tensor."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return torch.cat([one, other])
@@ -131,7 +131,7 @@ def _concatenate(one: Any, other: Any) -> Any:
     return [tensor for state in lists for tensor in state]
 
 
-_MERGES: dict[str, Callable[[Any, Any], Any]] = {
+_MERGES: dict[str, Callable[[Any, Any], object]] = {
     "dim_zero_sum": operator.add,
     "dim_zero_cat": _concatenate,
     "dim_zero_max": torch.maximum,
@@ -157,7 +157,7 @@ def drop_samples(saved: Mapping[str, StateDict]) -> dict[str, StateDict]:
 
 
 def check_saved_metrics(
-    metrics: Mapping[str, Any],
+    metrics: Mapping[str, object],
     saved: Mapping[str, StateDict],
     *,
     is_merged: bool = False,

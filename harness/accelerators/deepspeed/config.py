@@ -134,11 +134,11 @@ class ConfigFacts:
     accumulate: int = 1
     batch_size: int | None = None
     num_parameters: int = 0
-    opt_hparams: Mapping[str, Any] = field(default_factory=dict)
+    opt_hparams: Mapping[str, object] = field(default_factory=dict)
     fields: Mapping[str, Collection[str]] = field(default_factory=dict)
 
 
-def read_config(config: Mapping[str, Any] | str | Path | None) -> dict[str, Any]:
+def read_config(config: Mapping[str, object] | str | Path | None) -> dict[str, Any]:
     """The config as a dict of its own.
 
     Parameters
@@ -171,7 +171,7 @@ def read_config(config: Mapping[str, Any] | str | Path | None) -> dict[str, Any]
     return read
 
 
-def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _refuse_duplicates(pairs: list[tuple[str, object]]) -> dict[str, Any]:
     """A dict of the pairs; a key that comes twice would hide its first value."""
     found = dict(pairs)
     if len(found) < len(pairs):
@@ -181,7 +181,7 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def check_config(config: Mapping[str, Any], setting: ConfigFacts) -> None:
+def check_config(config: Mapping[str, object], setting: ConfigFacts) -> None:
     """Refuse what DeepSpeed would ignore, misread, or stop at half-way.
 
     Raises
@@ -209,7 +209,9 @@ def zero_stage(config: Mapping[str, Any]) -> Any:
     return config.get("zero_optimization", {}).get("stage", 0)
 
 
-def _check_keys(prefix: str, found: Mapping[str, Any], known: Collection[str]) -> None:
+def _check_keys(
+    prefix: str, found: Mapping[str, object], known: Collection[str]
+) -> None:
     """Refuse unknown keys, offering the nearest."""
     for name in found:
         if name not in known:
@@ -294,7 +296,7 @@ def fill_config(config: Mapping[str, Any], setting: ConfigFacts) -> dict[str, An
 
 
 def complete_batch_sizes(
-    config: Mapping[str, Any], setting: ConfigFacts
+    config: Mapping[str, object], setting: ConfigFacts
 ) -> dict[str, int]:
     """DeepSpeed's three batch sizes, completed from each other, loader and `accumulate`.
 
@@ -330,7 +332,7 @@ def complete_batch_sizes(
     return dict(zip(_SIZES, (product, micro, steps), strict=True))
 
 
-def _count(config: Mapping[str, Any], name: str) -> int | None:
+def _count(config: Mapping[str, object], name: str) -> int | None:
     """The size, None where it is missing or ``"auto"``."""
     value = config.get(name, "auto")
     if value == "auto":
@@ -353,7 +355,7 @@ def _fill_zero(zero: dict[str, Any], setting: ConfigFacts) -> None:
     zero["reduce_bucket_size"] = min(int(wanted), size)
 
 
-def _fill_params(params: dict[str, Any], known: Mapping[str, Any]) -> None:
+def _fill_params(params: dict[str, object], known: Mapping[str, object]) -> None:
     """``"auto"`` from the learner's hyper-parameters, else DeepSpeed's own default."""
     for name, value in list(params.items()):
         if value == "auto" and name in known:
@@ -362,7 +364,7 @@ def _fill_params(params: dict[str, Any], known: Mapping[str, Any]) -> None:
             del params[name]
 
 
-def _find_autos(part: Any, place: str = "") -> Iterator[str]:
+def _find_autos(part: object, place: str = "") -> Iterator[str]:
     """Places that still say ``"auto"``; DeepSpeed fills one of them itself."""
     if isinstance(part, Mapping):
         for name, value in part.items():

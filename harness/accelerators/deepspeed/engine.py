@@ -293,7 +293,7 @@ class EngineOptimizer(torch.optim.Optimizer):
         """Defaults of the torch optimizer."""
         return self._base.defaults
 
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
         """Step the engine.
 
         Raises
@@ -313,7 +313,7 @@ class EngineOptimizer(torch.optim.Optimizer):
         """State of the torch optimizer: this rank's part."""
         return self._base.state_dict()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, object]) -> None:
         """Take back this rank's part."""
         self._base.load_state_dict(state_dict)
 
@@ -338,7 +338,7 @@ def find_parameters(loss: Tensor) -> set[int]:
     Hidden ones, below reentrant checkpointing or a custom function, are not found.
     """
     found: set[int] = set()
-    seen: set[Any] = set()
+    seen: set[object] = set()
     waiting = [loss.grad_fn]
     while waiting:
         node = waiting.pop()

@@ -132,7 +132,7 @@ def _keep_optimizer(initialize: Callable[[Any], None]) -> Callable[[Any], None]:
     return kept
 
 
-def _refuse_step(optimizer: Any, *_: object) -> None:
+def _refuse_step(optimizer: object, *_: object) -> None:
     """Raise: a step before training would be silent and wrong."""
     kind, version = type(optimizer).__name__, import_deepspeed().__version__
     msg = f"prepare: expected no step while DeepSpeed {version} initializes"

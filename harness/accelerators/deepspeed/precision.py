@@ -52,16 +52,16 @@ def hook_precision(
 
 
 def hook_autocast(
-    model: nn.Module, config: Mapping[str, Any], device: torch.device
+    model: nn.Module, config: Mapping[str, object], device: torch.device
 ) -> Any:
     """Run the model's forward under autocast; gives the hooks."""
     entered: list[AbstractContextManager[object]] = []
 
-    def enter(module: nn.Module, args: Any) -> None:
+    def enter(module: nn.Module, args: object) -> None:
         entered.append(make_autocast(config, device))
         entered[-1].__enter__()
 
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
+    def leave(module: nn.Module, args: object, output: object) -> None:
         entered.pop().__exit__(None, None, None)
 
     return [
@@ -73,12 +73,12 @@ def hook_autocast(
 def hook_inputs(model: nn.Module, dtype: torch.dtype) -> Any:
     """Give the model's forward floating inputs in the dtype of its weights."""
 
-    def cast(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    def cast(module: nn.Module, args: object, kwargs: object) -> Any:
         return as_dtype(args, dtype), as_dtype(kwargs, dtype)
 
     return model.register_forward_pre_hook(cast, with_kwargs=True)
 
 
-def as_dtype(value: Any, dtype: torch.dtype) -> Any:
+def as_dtype(value: object, dtype: torch.dtype) -> Any:
     """The value with its floating tensors in a dtype, in the same form."""
     return map_tensors(value, lambda x: x.to(dtype) if x.is_floating_point() else x)

@@ -30,7 +30,7 @@ _SCALES = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def capture_state(
-    model: nn.Module, engines: Mapping[str, Any], stage: int
+    model: nn.Module, engines: Mapping[str, object], stage: int
 ) -> StateDict:
     """State of model and engines on this rank.
 
@@ -98,7 +98,7 @@ def fetch_persistent(engine: Any) -> None:
 
 def restore_state(
     model: nn.Module,
-    engines: Mapping[str, Any],
+    engines: Mapping[str, object],
     stage: int,
     state: StateDict,
     parts: Sequence[str],
@@ -140,7 +140,7 @@ def restore_state(
 
 
 def collect_tensors(
-    model: nn.Module, engines: Mapping[str, Any]
+    model: nn.Module, engines: Mapping[str, object]
 ) -> dict[str, dict[str, Tensor]]:
     """Weights (at ZeRO 3 this rank's parts), buffers and optimizer states, by name."""
     optimizers: dict[str, Tensor] = {}
@@ -185,14 +185,14 @@ def master_weights(engine: Any) -> list[Tensor]:
     ]
 
 
-def _named_masters(engine: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+def _named_masters(engine: object, name: str) -> Iterator[tuple[str, Tensor]]:
     """The same, each with a name of its own."""
     for n, master in enumerate(master_weights(engine)):
         yield f"{name}/{n}", master
 
 
 def _create_entries(
-    name: str, engine: Any, found: Mapping[str, Tensor], facts: StateDict
+    name: str, engine: object, found: Mapping[str, Tensor], facts: StateDict
 ) -> None:
     """Give the optimizer the entries it had; torch makes them at the first step only."""
     state = base_optimizer(engine).state
@@ -263,7 +263,7 @@ def capture_open_gradients(engine: Any, stage: int) -> StateDict:
     }
 
 
-def _by_group(held: Mapping[int, Any]) -> list[Any]:
+def _by_group(held: Mapping[int, object]) -> list[Any]:
     """Values of a dict by group number; None where a group has none."""
     return [held.get(n) for n in range(max(held, default=-1) + 1)]
 
@@ -380,6 +380,6 @@ def _scalers(engine: Any) -> Iterator[Any]:
             yield scaler
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Any:
     """The value as JSON holds it."""
     return value.item() if torch.is_tensor(value) else value

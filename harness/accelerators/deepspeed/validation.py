@@ -19,16 +19,16 @@ from harness.data.loaders import num_batches
 from harness.reshard.layout import ELEMENTWISE
 
 
-def is_elementwise(opt: Any) -> bool:
+def is_elementwise(opt: object) -> bool:
     """True for torch's own optimizers that ZeRO may divide."""
     kind = type(opt)
     return kind.__name__ in ELEMENTWISE and kind is getattr(torch.optim, kind.__name__)
 
 
 def complete_config(
-    config: Mapping[str, Any],
+    config: Mapping[str, object],
     model: nn.Module,
-    optimizers: Mapping[str, Any] | None,
+    optimizers: Mapping[str, object] | None,
     facts: ConfigFacts,
 ) -> dict[str, Any]:
     """Check that this model can be trained, and complete the config for it.
@@ -108,7 +108,7 @@ def check_model(model: nn.Module) -> None:
 
 
 def check_optimizers(
-    model: nn.Module, optimizers: Mapping[str, Any], config: Mapping[str, Any]
+    model: nn.Module, optimizers: Mapping[str, object], config: Mapping[str, object]
 ) -> None:
     """Check that DeepSpeed can step the optimizers.
 
@@ -124,7 +124,9 @@ def check_optimizers(
     _check_ownership(model, optimizers)
 
 
-def _check_one_source(optimizers: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+def _check_one_source(
+    optimizers: Mapping[str, object], config: Mapping[str, object]
+) -> None:
     if "optimizer" in config and optimizers:
         msg = f"prepare: expected one place for the optimizer, got {list(optimizers)}"
         advice = "Remove it from the config or from the learner."

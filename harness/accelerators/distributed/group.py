@@ -263,5 +263,5 @@ def disconnect() -> None:
         dist.destroy_process_group()
 
 
-def _detach_to(value: Any, device: torch.device) -> Any:
+def _detach_to(value: object, device: torch.device) -> Any:
     return map_tensors(value, lambda tensor: tensor.detach().to(device))

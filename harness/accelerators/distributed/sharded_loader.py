@@ -81,7 +81,7 @@ class ShardedLoader:
         self,
         loader: DataLoader[Any],
         ranks: RankGroup,
-        on_batch: Callable[[Any, RankShare], Any] = lambda batch, share: batch,
+        on_batch: Callable[[Any, RankShare], object] = lambda batch, share: batch,
         on_begin: Callable[[], None] = lambda: None,
         on_end: Callable[[], None] = lambda: None,
     ) -> None:
@@ -97,7 +97,7 @@ class ShardedLoader:
         # The iterator is made at once, since making it draws a random number in torch.
         return self._iterate(iter(self._source))
 
-    def _iterate(self, source: Iterator[tuple[Any, RankShare]]) -> Iterator[Any]:
+    def _iterate(self, source: Iterator[tuple[object, RankShare]]) -> Iterator[Any]:
         try:
             for batch, share in source:
                 self.share = share
@@ -275,7 +275,7 @@ class _RowSource:
 
 
 def _pair_with_shares(
-    batches: Iterator[Any], shares: deque[RankShare]
+    batches: Iterator[object], shares: deque[RankShare]
 ) -> Iterator[tuple[Any, RankShare]]:
     """Each batch with the share that queued up when its rows were picked."""
     for batch in batches:
@@ -308,7 +308,7 @@ class _RowSampler(Sampler[list[int]]):
 class _UndividedSampler(Sampler[int]):
     """The order of a ``DistributedSampler`` before it repeats and divides it."""
 
-    def __init__(self, sampler: DistributedSampler[Any]) -> None:
+    def __init__(self, sampler: DistributedSampler[object]) -> None:
         self._sampler = sampler
 
     def __len__(self) -> int:
@@ -322,7 +322,7 @@ class _UndividedSampler(Sampler[int]):
         return iter(torch.randperm(len(self), generator=drawn).tolist())
 
 
-def _undivided_sampler(sampler: Any) -> Any:
+def _undivided_sampler(sampler: object) -> Any:
     """The sampler, or the order behind it where it divides by itself."""
     return (
         _UndividedSampler(sampler)
@@ -371,7 +371,7 @@ class _BatchSamplerSource:
 class _SharedSample:
     """A sample of a stream with the share of the step that it came in."""
 
-    sample: Any
+    sample: object
     share: RankShare
 
 
@@ -431,7 +431,7 @@ class _RankStream(IterableDataset[_SharedSample]):
 class _CollateShared:
     """The user's collate function, with the share carried past it."""
 
-    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
+    def __init__(self, collate: Callable[[list[object]], object]) -> None:
         self._collate = collate
 
     def __call__(self, marked: Sequence[_SharedSample]) -> tuple[Any, RankShare]:
@@ -461,7 +461,7 @@ class _BatchSource:
     def __iter__(self) -> Iterator[tuple[Any, RankShare]]:
         ranks, place = self._ranks, 0
         own = self._own_batches() if self._every else iter(self._loader)
-        last: Any = None
+        last: object = None
         while True:
             batch = next(own, None)
             counts = ranks.gather_counts(-1 if batch is None else _count_rows(batch))
@@ -486,7 +486,7 @@ class _BatchSource:
         return islice(self._loader, self._ranks.rank, None, self._ranks.world_size)
 
 
-def _count_rows(batch: Any) -> int:
+def _count_rows(batch: object) -> int:
     """Rows of a batch before the model has seen it; 1 if they cannot be known."""
     rows = num_rows(input_of(batch), target_of(batch))
     return 1 if rows is None else rows

@@ -71,15 +71,15 @@ class ShareTracker:
 
     def __init__(self, num_recent: int) -> None:
         self.present: RankShare | None = None
-        self._recent: deque[tuple[Any, RankShare]] = deque(maxlen=num_recent)
+        self._recent: deque[tuple[object, RankShare]] = deque(maxlen=num_recent)
 
-    def record(self, batch: Any, share: RankShare) -> Any:
+    def record(self, batch: object, share: RankShare) -> Any:
         """Make a batch from a loader the present one; returns the batch."""
         self._recent.append((batch, share))
         self.present = share
         return batch
 
-    def select(self, batch: Any) -> None:
+    def select(self, batch: object) -> None:
         """Make a recorded batch the present one again."""
         for place, (recorded, share) in enumerate(self._recent):
             if recorded is batch:
