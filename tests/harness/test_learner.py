@@ -438,7 +438,7 @@ def test_epochs_as_a_pair_hold_back_early_stopping():
     class Best(EarlyStopping):
         """Nothing is ever better."""
 
-        def improved(self):
+        def update_best(self):
             return False
 
     for pair, ran in (((0, 5), 1), ((3, 5), 3), ((5, 5), 5)):
