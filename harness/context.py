@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from harness.callback import Callback, Listeners
 from harness.data.batch import (
+    Batch,
     input_of,
     num_rows,
     target_of,
@@ -22,6 +23,8 @@ from harness.data.batch import (
     with_input,
     with_target,
 )
+from harness.data.loaders import Loader
+from harness.pytree import StateDict
 from harness.records import (
     NullRun,
     RecordBook,
@@ -43,7 +46,6 @@ if TYPE_CHECKING:
     import pandas as pd
     import torch
     from torch.optim import Optimizer
-    from torch.utils.data import DataLoader
 
     import tracking
     from harness.accelerators.base import Accelerator, StepOpt
@@ -93,9 +95,9 @@ class Context:
     buffers: dict[str, Any]  #: temporary values of callbacks
     run: tracking.Run | NullRun  #: run that records the call, or one that drops all
     accelerator: Accelerator | None  #: device placement, backward, stepping, ranks
-    train_data: DataLoader[Any] | None  #: loader of the training data
-    valid_data: DataLoader[Any] | None  #: loader of the validation data
-    about: dict[str, Any]  #: description of the fit, which a resume compares
+    train_data: Loader | None  #: loader of the training data
+    valid_data: Loader | None  #: loader of the validation data
+    about: StateDict  #: description of the fit, which a resume compares
     resume: Resume | None  #: checkpoint to resume from, until it is restored
     train_pass: TrainPass | None  #: current pass over the training data
     valid_start: ValidationStart | None  #: state before the current validation
@@ -112,14 +114,14 @@ class Context:
     _optimizers: dict[str, Optimizer]
     # For this batch.
     training: bool  #: True in the training part of an epoch
-    data: DataLoader[Any] | None  #: loader in use
+    data: Loader | None  #: loader in use
     epoch: int | None  #: current epoch, from 1
     trained: int  #: training batches finished in this epoch
     pred: Any  #: last prediction of `model`
     loss: Any  #: last losses, detached, by optimizer name
     loss_grad: Tensor | None  #: last loss with its graph
     _iter: int | None
-    _batch: Any
+    _batch: Batch
     _rows: int | None
     _has_warned_of_rows: bool
     _opt: Optimizer | None
@@ -162,7 +164,7 @@ class Context:
         self,
         what: str,
         set: str,
-        value: Any,
+        value: object,
         index: int | None = None,
         append: bool = True,
     ) -> None:
@@ -200,7 +202,7 @@ class Context:
         self.run.log(what, set, kept, index, append, epoch=self.epoch, step=self.step)
         self.record_book.add(what, set, kept, index, append)
 
-    def log_metric(self, name: str, value: Any) -> None:
+    def log_metric(self, name: str, value: object) -> None:
         """Log a metric of the current epoch; `training` decides between train and valid.
 
         Parameters
@@ -221,7 +223,7 @@ class Context:
             return
         self.log("metrics", split, {name: value}, index=epoch)
 
-    def log_step(self, values: Mapping[str, Any]) -> None:
+    def log_step(self, values: Mapping[str, object]) -> None:
         """Log numbers of this optimizer step to the journal only; memory does not grow.
 
         Parameters
@@ -308,7 +310,7 @@ class Context:
         self.epoch = self._iter = self._batch = self.pred = None
         self.loss = self.loss_grad = self._opt = self._opt_name = None
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Return ``model``, ``records`` and ``ctx`` (both hparams); unbind the model.
 
         During a fit the model stays bound. A checkpoint holds more: see
@@ -382,12 +384,12 @@ class Context:
         self._iter = new if type(new) is int or new is None else check_iter(new)
 
     @property
-    def batch(self) -> Any:
+    def batch(self) -> Batch:
         """Current batch, ``(input, target)``, on the device."""
         return self._batch
 
     @batch.setter
-    def batch(self, new: Any) -> None:
+    def batch(self, new: Batch) -> None:
         self._batch, self._rows = new, None
 
     @property
@@ -411,7 +413,7 @@ class Context:
         return input_of(self._batch)
 
     @input.setter
-    def input(self, new: Any) -> None:
+    def input(self, new: object) -> None:
         self._batch = with_input(self._batch, new)
 
     @property
@@ -420,7 +422,7 @@ class Context:
         return target_of(self._batch)
 
     @target.setter
-    def target(self, new: Any) -> None:
+    def target(self, new: object) -> None:
         self._batch = with_target(self._batch, new)
 
     @property
@@ -447,7 +449,7 @@ class Context:
         return self._optimizers
 
     @optimizers.setter
-    def optimizers(self, new: Any) -> None:
+    def optimizers(self, new: object) -> None:
         self._optimizers = check_optimizers(new)
 
     @property

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
 
 from harness import loop
 from harness.accelerators.base import Accelerator
@@ -28,7 +27,13 @@ from harness.checkpoint.weights import put_weights
 from harness.checkpoint.writer import about_fit
 from harness.context import Context, bind_context
 from harness.data.batch import join
-from harness.data.loaders import Data, make_eval_loader, make_train_loader, split_data
+from harness.data.loaders import (
+    Data,
+    Loader,
+    make_eval_loader,
+    make_train_loader,
+    split_data,
+)
 from harness.errors import CheckpointError
 from harness.fitted import Evaluation, Fitted
 from harness.loop import EvaluateContext, FitContext, PredictContext
@@ -418,7 +423,7 @@ def setup(
 
 def build_loaders(
     data: Data, valid_data: Data, options: Mapping[str, object] | None
-) -> tuple[DataLoader[Any], DataLoader[Any] | None]:
+) -> tuple[Loader, Loader | None]:
     """Return the loaders of training and validation data; a fraction splits `data`."""
     if isinstance(valid_data, float | int) and not isinstance(valid_data, bool):
         data, valid_data = split_data(data, valid_data)

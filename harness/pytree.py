@@ -195,7 +195,7 @@ def flatten(tree: object, place: str = "state") -> tuple[Any, dict[str, Tensor]]
     return _encode(tree, place, tensors), tensors
 
 
-def _encode(value: object, path: str, tensors: dict[str, Tensor]) -> Any:
+def _encode(value: object, path: str, tensors: dict[str, Tensor]) -> object:
     """The plan of one value; its tensors are added to `tensors` under their paths."""
     if value is None or isinstance(value, bool | str):
         return value
@@ -216,7 +216,7 @@ def _encode(value: object, path: str, tensors: dict[str, Tensor]) -> Any:
     return _encode_container(value, path, tensors)
 
 
-def _encode_tensor(value: Tensor, path: str, tensors: dict[str, Tensor]) -> Any:
+def _encode_tensor(value: Tensor, path: str, tensors: dict[str, Tensor]) -> object:
     """The tensor's name, with what safetensors cannot hold: complex, order of dims."""
     if value.is_complex():
         return {"$complex": _encode_tensor(torch.view_as_real(value), path, tensors)}
@@ -232,7 +232,7 @@ def _encode_tensor(value: Tensor, path: str, tensors: dict[str, Tensor]) -> Any:
     return {"$tensor": path}
 
 
-def _encode_container(value: object, path: str, tensors: dict[str, Tensor]) -> Any:
+def _encode_container(value: object, path: str, tensors: dict[str, Tensor]) -> object:
     if isinstance(value, tuple):
         return {"$tuple": _encode_items(value, path, tensors)}
     if isinstance(value, list):
@@ -254,7 +254,7 @@ def _encode_items(
 
 def _encode_mapping(
     value: Mapping[object, object], path: str, tensors: dict[str, Tensor]
-) -> Any:
+) -> object:
     """The plan of a mapping; keys that JSON cannot hold are written as pairs."""
     if all(isinstance(key, str) and not key.startswith("$") for key in value):
         return {

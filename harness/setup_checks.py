@@ -250,7 +250,7 @@ def check_rows(new: object) -> int:
     return rows
 
 
-def check_optimizers(optimizers: Any) -> dict[str, Any]:
+def check_optimizers(optimizers: object) -> dict[str, Any]:
     """Return the optimizers by name; a single one gets the name ``opt``.
 
     Raises

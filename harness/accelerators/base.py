@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from harness.data.batch import Batch
 from harness.pytree import StateDict
 
 StepOpt = Callable[[Any], object]
@@ -103,7 +104,7 @@ class Accelerator(Protocol):
         """Clip the total gradient norm, before ``step``; gives the norm found, a scalar."""
         ...
 
-    def to_device(self, batch: object) -> Any:
+    def to_device(self, batch: Batch) -> Batch:
         """The batch with its tensors on ``device``; tuples, lists and mappings keep their form."""
         ...
 

@@ -8,10 +8,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from harness.accelerators.base import StepOpt, default_step_opt
 from harness.accelerators.devices import choose_device
-from harness.data.batch import move
+from harness.data.batch import Batch, move
 from harness.errors import CheckpointError
 from harness.pytree import StateDict
 from harness.reshard.consolidated import copy_tensors
@@ -114,7 +115,7 @@ class SingleDevice:
         self._model: nn.Module | None = None
         self._optimizers: dict[str, torch.optim.Optimizer] = {}
         self._done: dict[str, int] = {}
-        self._hooks: list[Any] = []
+        self._hooks: list[RemovableHandle] = []
         self._others: dict[str, list[Tensor]] = {}
         self._known_layouts: dict[str, tuple[Tensor, list[list[int]]]] = {}
         self._nothing: AbstractContextManager[object] = nullcontext()
@@ -210,7 +211,7 @@ class SingleDevice:
         params = [param for group in groups for param in group["params"]]
         return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type)
 
-    def to_device(self, batch: Any) -> Any:
+    def to_device(self, batch: Batch) -> Batch:
         """The batch on the device."""
         return move(batch, self.device)
 
@@ -224,7 +225,7 @@ class SingleDevice:
         """The tensor itself: there is one rank."""
         return tensor
 
-    def broadcast(self, value: Any, src: int = 0) -> Any:
+    def broadcast(self, value: object, src: int = 0) -> Any:
         """The value itself: there is one rank."""
         return value
 

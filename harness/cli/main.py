@@ -9,7 +9,6 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -26,7 +25,7 @@ STATE_COLOURS = {"ok": "green", "limited": "yellow", "broken": "red"}
 class CommandGroup(click.Group):
     """A click group whose failures print one line; ``--debug`` shows the traceback."""
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def invoke(self, ctx: click.Context) -> object:
         """Run the command; map exceptions to exit codes 1 and 130."""
         try:
             return super().invoke(ctx)

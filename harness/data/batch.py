@@ -15,6 +15,9 @@ from torch.nn.utils.rnn import PackedSequence
 
 from harness.pytree import items_of, iter_tensors, map_tensors, with_items
 
+Batch = Any
+"""What a loader yields: usually ``(input, target)``, but it may be any object."""
+
 
 def input_of(batch: object) -> Any:
     """The first item of a tuple or list; any other batch is itself the input."""
@@ -26,12 +29,12 @@ def target_of(batch: object) -> Any:
     return batch[1] if isinstance(batch, tuple | list) and len(batch) > 1 else None
 
 
-def with_input(batch: object, new: object) -> Any:
+def with_input(batch: Batch, new: object) -> Batch:
     """The batch with another input."""
     return [new, *batch[1:]] if isinstance(batch, tuple | list) else new
 
 
-def with_target(batch: object, new: object) -> list[Any]:
+def with_target(batch: object, new: object) -> list[object]:
     """The batch with another target, as a list."""
     rest = batch[2:] if isinstance(batch, tuple | list) else ()
     return [input_of(batch), new, *rest]
@@ -141,7 +144,7 @@ def _is_sized(value: object) -> bool:
     return hasattr(value, "__len__") and not isinstance(value, str | bytes | type)
 
 
-def move(batch: Any, device: torch.device) -> Any:
+def move(batch: Batch, device: torch.device) -> Batch:
     """The batch with its tensors on `device`, in the same form.
 
     An object with a method ``to`` is moved by ``to(device)``; other objects are kept as

@@ -24,6 +24,9 @@ from torch.utils.data import default_collate as torch_collate
 
 from harness.events import nearest
 
+Loader = DataLoader[Any]
+"""Loader of batches of any form."""
+
 Data = object
 """DataLoader, Dataset, tensor, array, or a tuple or list of tensors or arrays of one length."""
 
@@ -184,7 +187,7 @@ def check_options(options: Mapping[str, object] | None) -> dict[str, Any]:
 
 def make_train_loader(
     data: object, options: Mapping[str, object] | None = None
-) -> DataLoader[Any]:
+) -> Loader:
     """Make the training loader: shuffled batches of 32, without a short last batch.
 
     Parameters
@@ -221,7 +224,7 @@ def make_train_loader(
 
 def make_eval_loader(
     data: object, options: Mapping[str, object] | None = None, place: str = "valid_data"
-) -> DataLoader[Any]:
+) -> Loader:
     """Make a validation or prediction loader: batches of 32, all rows, in order.
 
     Parameters
@@ -250,13 +253,13 @@ def _has_own_order(options: Mapping[str, object]) -> bool:
     return "batch_sampler" in options or options.get("batch_size", 1) is None
 
 
-def _make_loader(dataset: Dataset[Any], options: dict[str, Any]) -> DataLoader[Any]:
+def _make_loader(dataset: Dataset[Any], options: dict[str, Any]) -> Loader:
     if not _has_own_order(options):
         options = {"batch_size": BATCH_SIZE} | options
     return TensorLoader(dataset, **options)
 
 
-def check_batches(loader: DataLoader[Any], place: str) -> DataLoader[Any]:
+def check_batches(loader: Loader, place: str) -> Loader:
     """The loader, if it has at least one batch or its length is unknown.
 
     Raises
@@ -319,7 +322,7 @@ def split_data(data: object, valid_frac: float) -> tuple[Dataset[Any], Dataset[A
     return Subset(dataset, sorted(train)), Subset(dataset, sorted(valid))
 
 
-def describe_data(loader: DataLoader[Any]) -> dict[str, Any]:
+def describe_data(loader: Loader) -> dict[str, Any]:
     """What a run records about its data: class, rows, shapes, dtypes and batches."""
     dataset = loader.dataset
     about: dict[str, object] = {"dataset": type(dataset).__name__}

@@ -17,7 +17,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from harness.data.batch import copy_by_value
+from harness.data.batch import Batch, copy_by_value
 from harness.data.loaders import num_batches
 from harness.pytree import StateDict
 from harness.rng import (
@@ -57,7 +57,7 @@ class TrainPass:
 
     def __init__(self, loader: Any, accelerator: Accelerator, epoch: int) -> None:
         self._loader, self._accelerator = loader, accelerator
-        self._prefetched: deque[Any] = deque()
+        self._prefetched: deque[Batch] = deque()
         self._has_state = hasattr(loader, "state_dict") and hasattr(
             loader, "load_state_dict"
         )
@@ -90,11 +90,11 @@ class TrainPass:
         set_rng_state(state["began"], self._generators)
         self._num_to_prefetch = state["ahead"]
 
-    def start(self) -> Iterator[Any]:
+    def start(self) -> Iterator[Batch]:
         """Make the loader's iterator and skip what is done; yields the other batches."""
         if self._start_state is None:
             self._start_state = get_rng_state(self._generators)
-        batches: Iterator[Any] = iter(self._loader)
+        batches: Iterator[Batch] = iter(self._loader)
         if not self._has_state:
             if draws_between_batches(self._loader):
                 batches = _OwnRandomStream(batches)
@@ -106,11 +106,11 @@ class TrainPass:
             return self._prefetch_windows(batches)
         return self._count_windows(batches)
 
-    def _prefetch(self, batches: Iterator[Any], count: int) -> None:
+    def _prefetch(self, batches: Iterator[Batch], count: int) -> None:
         """Fetch copies of the next batches; a loader may reuse its tensors."""
         self._prefetched.extend(map(copy_by_value, islice(batches, count)))
 
-    def _count_windows(self, batches: Iterator[Any]) -> Iterator[Any]:
+    def _count_windows(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Batches of a loader with a length; a resume may start inside a window."""
         size, num_done = self._accelerator.accumulate, self._num_done
         total = num_batches(self._loader)
@@ -122,7 +122,7 @@ class TrainPass:
             yield from islice(batches, left)
             num_done += left
 
-    def _prefetch_windows(self, batches: Iterator[Any]) -> Iterator[Any]:
+    def _prefetch_windows(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Batches of a loader without a length, fetched a window at a time."""
         while True:
             if not self._prefetched:
@@ -187,7 +187,7 @@ class _OwnRandomStream:
     def __iter__(self) -> _OwnRandomStream:
         return self
 
-    def __next__(self) -> Any:
+    def __next__(self) -> Batch:
         outside = get_cpu_rng_state()
         set_cpu_rng_state(self._inside)
         try:

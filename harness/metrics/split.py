@@ -259,7 +259,7 @@ def _fresh_copy(item: object) -> Metric:
     return metric
 
 
-def _shape_of(pred: Tensor, target: Tensor) -> tuple[Any, ...]:
+def _shape_of(pred: Tensor, target: Tensor) -> tuple[object, ...]:
     """What two batches must have in common to be concatenated."""
     return pred.shape[1:], target.shape[1:], pred.dtype, target.dtype, pred.dim()
 

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from harness.accelerators.base import StepOpt, default_step_opt
 from harness.accelerators.deepspeed.config import (
@@ -53,7 +54,7 @@ from harness.accelerators.distributed.group import RankGroup
 from harness.accelerators.distributed.sharded_loader import shard_loaders
 from harness.accelerators.distributed.shares import ShareTracker
 from harness.accelerators.distributed.watchdog import Watchdog
-from harness.data.batch import move
+from harness.data.batch import Batch, move
 from harness.pytree import StateDict
 from harness.reshard.consolidated import parameter_shapes
 
@@ -102,7 +103,7 @@ class DeepSpeedAccelerator:
 
     def __init__(
         self,
-        config: Mapping[str, Any] | str | Path | None = None,
+        config: Mapping[str, object] | str | Path | None = None,
         *,
         device: str | torch.device | None = None,
         accumulate: int = 1,
@@ -136,7 +137,7 @@ class DeepSpeedAccelerator:
         self._dtypes: dict[str, torch.dtype] = {}
         self._shapes: dict[str, list[int]] = {}
         self._attributes: dict[nn.Module, frozenset[str]] = {}
-        self._hooks: list[Any] = []
+        self._hooks: list[RemovableHandle] = []
         self._cleanup = ExitStack()
         self._shares = ShareTracker(num_recent=self.accumulate + 8)
 
@@ -148,7 +149,7 @@ class DeepSpeedAccelerator:
         return "optimizer" in self._config
 
     def _read_config(
-        self, config: Mapping[str, Any] | str | Path | None
+        self, config: Mapping[str, object] | str | Path | None
     ) -> dict[str, Any]:
         read = read_config(config)
         check_config(read, self._collect_facts())
@@ -172,7 +173,7 @@ class DeepSpeedAccelerator:
         optimizers: Mapping[str, Any] | None = None,
         loaders: Sequence[Any] = (),
         *,
-        opt_hparams: Mapping[str, Any] | None = None,
+        opt_hparams: Mapping[str, object] | None = None,
     ) -> tuple[nn.Module, dict[str, Any], list[Any]]:
         """Place the model, create the engines, divide the loaders over the ranks.
 
@@ -366,7 +367,7 @@ class DeepSpeedAccelerator:
         share = self._shares.present
         return None if share is None else share.count
 
-    def to_device(self, batch: Any) -> Any:
+    def to_device(self, batch: Batch) -> Batch:
         """Move the batch to the device and make it the present one."""
         self._shares.select(batch)
         return move(batch, self.device)
@@ -386,7 +387,7 @@ class DeepSpeedAccelerator:
         """The tensor reduced over ranks; the same value on each."""
         return self._ranks.reduce(tensor, op)
 
-    def broadcast(self, value: Any, src: int = 0) -> Any:
+    def broadcast(self, value: object, src: int = 0) -> Any:
         """The value that rank `src` holds."""
         return self._ranks.broadcast(value, src)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from harness.accelerators.deepspeed.config import zero_stage
 from harness.accelerators.deepspeed.engine import NamedEngine, find_parameters
@@ -134,8 +135,8 @@ class EngineSet:
 
 def create_engines(
     model: nn.Module,
-    optimizers: Mapping[str, Any],
-    config: Mapping[str, Any],
+    optimizers: Mapping[str, Optimizer],
+    config: Mapping[str, object],
     device: torch.device,
     on_step: Callable[[str, bool], None],
 ) -> EngineSet:
@@ -156,7 +157,7 @@ def create_engines(
     """
     deepspeed = import_deepspeed()
     silence_deepspeed_warnings()
-    deepspeed.utils.logger.setLevel(config.get("log_level", "error").upper())
+    deepspeed.utils.logger.setLevel(str(config.get("log_level", "error")).upper())
     stage = zero_stage(config)
     trained: list[Tensor] = [
         param for param in model.parameters() if param.requires_grad
@@ -184,21 +185,23 @@ def create_engines(
     )
 
 
-def _list_owned(optimizers: Mapping[str, Any]) -> dict[str, list[Tensor]]:
+def _list_owned(optimizers: Mapping[str, Optimizer]) -> dict[str, list[Tensor]]:
     return {
         name: [param for group in opt.param_groups for param in group["params"]]
         for name, opt in optimizers.items()
     }
 
 
-def _drop_frozen(optimizers: Mapping[str, Any]) -> None:
+def _drop_frozen(optimizers: Mapping[str, Optimizer]) -> None:
     """ZeRO 1 and 2 fail on a parameter group whose parameters are all frozen."""
     for opt in optimizers.values():
         for group in opt.param_groups:
             group["params"] = [p for p in group["params"] if p.requires_grad]
 
 
-def _copy_groups(optimizers: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+def _copy_groups(
+    optimizers: Mapping[str, Optimizer],
+) -> dict[str, list[dict[str, Any]]]:
     return {
         name: [dict(group) for group in opt.param_groups if group["params"]]
         for name, opt in optimizers.items()

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 from torch.utils.data import IterableDataset, Subset
 
 from harness.accelerators.deepspeed.config import ConfigFacts, fill_config, zero_stage
@@ -28,9 +29,9 @@ def is_elementwise(opt: object) -> bool:
 def complete_config(
     config: Mapping[str, object],
     model: nn.Module,
-    optimizers: Mapping[str, object] | None,
+    optimizers: Mapping[str, Optimizer] | None,
     facts: ConfigFacts,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Check that this model can be trained, and complete the config for it.
 
     Parameters
@@ -108,7 +109,7 @@ def check_model(model: nn.Module) -> None:
 
 
 def check_optimizers(
-    model: nn.Module, optimizers: Mapping[str, object], config: Mapping[str, object]
+    model: nn.Module, optimizers: Mapping[str, Optimizer], config: Mapping[str, object]
 ) -> None:
     """Check that DeepSpeed can step the optimizers.
 
@@ -125,7 +126,7 @@ def check_optimizers(
 
 
 def _check_one_source(
-    optimizers: Mapping[str, object], config: Mapping[str, object]
+    optimizers: Mapping[str, Optimizer], config: Mapping[str, object]
 ) -> None:
     if "optimizer" in config and optimizers:
         msg = f"prepare: expected one place for the optimizer, got {list(optimizers)}"
@@ -157,7 +158,7 @@ def _check_optimizer(name: str, opt: Any, config: Mapping[str, Any]) -> None:
         raise ValueError(f"{msg} Set requires_grad on some, or remove {name!r}.")
 
 
-def _check_ownership(model: nn.Module, optimizers: Mapping[str, Any]) -> None:
+def _check_ownership(model: nn.Module, optimizers: Mapping[str, Optimizer]) -> None:
     """Check that each parameter belongs to one optimizer, and to the model."""
     names = {id(param): name for name, param in model.named_parameters()}
     owner: dict[int, str] = {}
@@ -176,10 +177,12 @@ def _check_ownership(model: nn.Module, optimizers: Mapping[str, Any]) -> None:
                 raise ValueError(f"{msg}, got one of shape {shape}. {advice}")
 
 
-def describe_model(model: nn.Module, optimizers: Mapping[str, Any]) -> dict[str, Any]:
+def describe_model(
+    model: nn.Module, optimizers: Mapping[str, Optimizer]
+) -> dict[str, object]:
     """What must be the same on every rank of model, optimizers and code."""
     shapes = [(name, str(p.dtype), *p.shape) for name, p in model.named_parameters()]
-    facts: dict[str, Any] = {
+    facts: dict[str, object] = {
         "Python": platform.python_version(),
         "torch": torch.__version__,
         "model class": type(model).__qualname__,
@@ -197,9 +200,9 @@ def describe_model(model: nn.Module, optimizers: Mapping[str, Any]) -> dict[str,
     return facts
 
 
-def describe_loaders(loaders: Sequence[Any]) -> dict[str, Any]:
+def describe_loaders(loaders: Sequence[Any]) -> dict[str, object]:
     """What must be the same on every rank of the data."""
-    facts: dict[str, Any] = {}
+    facts: dict[str, object] = {}
     for place, loader in enumerate(loaders):
         if loader is None:
             facts[f"data {place}"] = None

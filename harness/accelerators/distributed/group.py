@@ -7,7 +7,7 @@ waits for a device; tensors on a CUDA device travel over NCCL.
 from __future__ import annotations
 
 import atexit
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
@@ -206,7 +206,7 @@ class RankGroup:
             raise error
         raise PeerError(first, reasons[first] or "")
 
-    def check_same(self, place: str, facts: dict[str, Any], advice: str) -> None:
+    def check_same(self, place: str, facts: Mapping[str, object], advice: str) -> None:
         """Raise where a fact differs between ranks.
 
         Raises

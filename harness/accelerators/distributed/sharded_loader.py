@@ -34,8 +34,8 @@ from harness.accelerators.distributed.shares import (
     ShareTracker,
     assign_rows,
 )
-from harness.data.batch import input_of, num_rows, target_of
-from harness.data.loaders import unwrap_tensors
+from harness.data.batch import Batch, input_of, num_rows, target_of
+from harness.data.loaders import Loader, unwrap_tensors
 
 CHUNK = 1 << 16
 """Rows of the order that rank 0 tells at once: half a megabyte."""
@@ -79,9 +79,9 @@ class ShardedLoader:
 
     def __init__(
         self,
-        loader: DataLoader[Any],
+        loader: Loader,
         ranks: RankGroup,
-        on_batch: Callable[[Any, RankShare], object] = lambda batch, share: batch,
+        on_batch: Callable[[Batch, RankShare], object] = lambda batch, share: batch,
         on_begin: Callable[[], None] = lambda: None,
         on_end: Callable[[], None] = lambda: None,
     ) -> None:
@@ -92,12 +92,12 @@ class ShardedLoader:
         self.share: RankShare | None = None
         self._source = _make_source(loader, ranks)
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Batch]:
         self._on_begin()
         # The iterator is made at once, since making it draws a random number in torch.
         return self._iterate(iter(self._source))
 
-    def _iterate(self, source: Iterator[tuple[object, RankShare]]) -> Iterator[Any]:
+    def _iterate(self, source: Iterator[tuple[Batch, RankShare]]) -> Iterator[Batch]:
         try:
             for batch, share in source:
                 self.share = share
@@ -157,7 +157,7 @@ def shard_loaders(
     ]
 
 
-def _make_source(loader: DataLoader[Any], ranks: RankGroup) -> Any:
+def _make_source(loader: Loader, ranks: RankGroup) -> Any:
     """Where the rank's batches and shares come from."""
     if _is_divided(loader):
         return _BatchSource(loader, ranks, every=False)
@@ -171,7 +171,7 @@ def _make_source(loader: DataLoader[Any], ranks: RankGroup) -> Any:
     return _BatchSource(loader, ranks, every=True)
 
 
-def _is_divided(loader: DataLoader[Any]) -> bool:
+def _is_divided(loader: Loader) -> bool:
     """True if the loader gives each rank samples of its own already."""
     samplers = (loader.sampler, loader.batch_sampler)
     return getattr(loader.dataset, "sharded", False) or any(
@@ -180,7 +180,7 @@ def _is_divided(loader: DataLoader[Any]) -> bool:
     )
 
 
-def _copy_loader(loader: DataLoader[Any], **changes: Any) -> DataLoader[Any]:
+def _copy_loader(loader: Loader, **changes: object) -> Loader:
     """A loader like it, with another order or data set."""
     options: dict[str, Any] = {
         name: getattr(loader, name)
@@ -206,9 +206,7 @@ def _copy_loader(loader: DataLoader[Any], **changes: Any) -> DataLoader[Any]:
 class _RowSource:
     """Rows in an order that all ranks know, dealt out step by step."""
 
-    def __init__(
-        self, loader: DataLoader[Any], batches: BatchSampler, ranks: RankGroup
-    ) -> None:
+    def __init__(self, loader: Loader, batches: BatchSampler, ranks: RankGroup) -> None:
         self._ranks = ranks
         self._sampler = _undivided_sampler(batches.sampler)
         self._size = batches.batch_size
@@ -232,7 +230,7 @@ class _RowSource:
         full, rest = divmod(count, self._size * self._ranks.world_size)
         return full + bool(rest and not self._drops)
 
-    def __iter__(self) -> Iterator[tuple[Any, RankShare]]:
+    def __iter__(self) -> Iterator[tuple[Batch, RankShare]]:
         self._shares.clear()
         if self._tensors is None:
             return _pair_with_shares(iter(self._rank_loader), self._shares)
@@ -276,7 +274,7 @@ class _RowSource:
 
 def _pair_with_shares(
     batches: Iterator[object], shares: deque[RankShare]
-) -> Iterator[tuple[Any, RankShare]]:
+) -> Iterator[tuple[Batch, RankShare]]:
     """Each batch with the share that queued up when its rows were picked."""
     for batch in batches:
         yield batch, shares.popleft()
@@ -334,7 +332,7 @@ def _undivided_sampler(sampler: object) -> Any:
 class _BatchSamplerSource:
     """Ready batches of rows from the user's own batch sampler, one for each rank a step."""
 
-    def __init__(self, loader: DataLoader[Any], batches: Any, ranks: RankGroup) -> None:
+    def __init__(self, loader: Loader, batches: Any, ranks: RankGroup) -> None:
         self._ranks = ranks
         self._batches = batches
         self._shares: deque[RankShare] = deque()
@@ -345,7 +343,7 @@ class _BatchSamplerSource:
     def __len__(self) -> int:
         return -(-len(self._batches) // self._ranks.world_size)
 
-    def __iter__(self) -> Iterator[tuple[Any, RankShare]]:
+    def __iter__(self) -> Iterator[tuple[Batch, RankShare]]:
         self._shares.clear()
         return _pair_with_shares(iter(self._rank_loader), self._shares)
 
@@ -378,7 +376,7 @@ class _SharedSample:
 class _StreamSource:
     """Samples of a stream that every rank reads whole, dealt out step by step."""
 
-    def __init__(self, loader: DataLoader[Any], ranks: RankGroup) -> None:
+    def __init__(self, loader: Loader, ranks: RankGroup) -> None:
         self._loader = loader
         self._ranks = ranks
         size = loader.batch_size or 1
@@ -397,7 +395,7 @@ class _StreamSource:
         size = (self._loader.batch_size or 1) * self._ranks.world_size
         return count // size if self._loader.drop_last else -(-count // size)
 
-    def __iter__(self) -> Iterator[tuple[Any, RankShare]]:
+    def __iter__(self) -> Iterator[tuple[Batch, RankShare]]:
         return iter(self._rank_loader)
 
 
@@ -434,7 +432,7 @@ class _CollateShared:
     def __init__(self, collate: Callable[[list[object]], object]) -> None:
         self._collate = collate
 
-    def __call__(self, marked: Sequence[_SharedSample]) -> tuple[Any, RankShare]:
+    def __call__(self, marked: Sequence[_SharedSample]) -> tuple[Batch, RankShare]:
         return self._collate([one.sample for one in marked]), marked[0].share
 
 
@@ -445,9 +443,7 @@ class _BatchSource:
     ``world_size``-th; without, it gives the rank's own, and ranks may run dry early.
     """
 
-    def __init__(
-        self, loader: DataLoader[Any], ranks: RankGroup, *, every: bool
-    ) -> None:
+    def __init__(self, loader: Loader, ranks: RankGroup, *, every: bool) -> None:
         self._loader = loader
         self._ranks = ranks
         self._every = every
@@ -458,7 +454,7 @@ class _BatchSource:
             return -(-count // self._ranks.world_size)
         return max(self._ranks.gather_counts(count))
 
-    def __iter__(self) -> Iterator[tuple[Any, RankShare]]:
+    def __iter__(self) -> Iterator[tuple[Batch, RankShare]]:
         ranks, place = self._ranks, 0
         own = self._own_batches() if self._every else iter(self._loader)
         last: object = None
@@ -481,7 +477,7 @@ class _BatchSource:
             last = last if batch is None else batch
             yield last, share
 
-    def _own_batches(self) -> Iterator[Any]:
+    def _own_batches(self) -> Iterator[Batch]:
         """The rank's own of every ``world_size`` batches."""
         return islice(self._loader, self._ranks.rank, None, self._ranks.world_size)
 
