@@ -325,7 +325,7 @@ class EngineOptimizer(torch.optim.Optimizer):
         """Run a hook after the torch optimizer's step."""
         return self._base.register_step_post_hook(hook)
 
-    def __getstate__(self) -> object:
+    def __getstate__(self) -> Any:
         msg = (
             "DeepSpeed optimizer: expected accelerator.save(), got pickle or deepcopy."
         )
