@@ -106,10 +106,10 @@ class Fitted:
         -------
         matplotlib ``Figure``
         """
-        from tracking.plot import curves  # noqa: PLC0415  matplotlib is slow to import
+        from tracking.plot import plot_curves  # noqa: PLC0415  matplotlib is slow to import
 
         rows = self.get_metrics().itertuples(index=False, name=None)
-        figure: Figure = curves(rows, path)
+        figure: Figure = plot_curves(rows, path)
         return figure
 
     def evaluate(self, data: Data, **options: Any) -> Evaluation:

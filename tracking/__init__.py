@@ -1,4 +1,4 @@
-"""Tracking that never loses a logged value, with any framework or none.
+"""Experiment tracking that never loses a logged value, with or without a framework.
 
 Examples
 --------
@@ -56,7 +56,7 @@ _HOMES: Final = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for when it is (PEP 562): Arrow alone takes 0.1 s."""
+    """Import a public name on first use (PEP 562): Arrow alone takes 0.1 s."""
     if name == "__version__":
         from importlib.metadata import version  # noqa: PLC0415 (slow to import)
 

@@ -1,4 +1,4 @@
-"""Starting a run, or going on with one."""
+"""Start a run, or continue one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pyarrow as pa
 from tracking import capture
 from tracking.delivery.options import check_options
 from tracking.redaction import strip_url
-from tracking.run import Run, now
+from tracking.run import Run, utc_now
 from tracking.store import (
     Manifest,
     create_run_dir,
@@ -38,43 +38,43 @@ def start(
     rank: int = 0,
     run_id: str | None = None,
 ) -> Run:
-    """Start a run, or go on with one.
+    """Start a run, or continue one.
 
     Parameters
     ----------
     experiment
-        Name of what the run belongs to; None: MLflow's own default.
+        Name of the MLflow experiment; None: MLflow's own default.
     name
-        Readable name; None: made from ``experiment`` and two words.
+        Readable name of the run; None: made from ``experiment`` and two random words.
     params, tags
         Logged at once, as by ``Run.log_params`` and ``Run.set_tags``.
     note
-        Description, Markdown; shown by MLflow.
+        Description in Markdown, which MLflow shows.
     runs_dir
         Folder of runs; None: ``HARNESS_RUNS``, else ``./runs``.
     durability
-        ``"process"``: what is logged survives the death of the process. ``"fsync"``:
-        also a power cut, at the price of a disk write for each row.
+        ``"process"``: logged values survive if the process is killed. ``"fsync"``: they
+        also survive a power cut, at the cost of one disk write for each row.
     delivery
         True: a separate process sends the records to MLflow. A dict: the same, with
         options, e.g. ``{"per_key": 10_000}``. False: nothing is sent to MLflow.
     rank : >= 0
-        Of this process. Only rank 0 writes the manifest and delivers.
+        Rank of this process. Only rank 0 writes the manifest and sends to MLflow.
     run_id
-        Run to join (rank above 0) or to go on with (rank 0).
+        Run to join (on a rank above 0) or to continue (on rank 0).
 
     Returns
     -------
-    Run, a context manager
+    a run, to be used as a context manager
 
     Raises
     ------
     OSError
         If the folder of runs cannot be written.
     RunBusyError
-        If another process writes this rank's part of the run.
+        If another process writes the records of this rank.
     RunNotFoundError
-        If there is no run ``run_id``.
+        If ``run_id`` names no run.
     ValueError, TypeError
         If an argument is wrong.
 
@@ -83,11 +83,11 @@ def start(
     >>> with start(experiment="digits", delivery=False) as run:
     ...     run.log("metrics", "train", {"loss": 0.31}, index=1, step=500)
     """
-    options = _delivery_options(delivery)
+    options = _check_delivery(delivery)
     if rank < 0 or (rank > 0 and run_id is None):
         raise ValueError(
             f"start(rank={rank}): expected rank 0, or a run_id to join, got "
-            f"run_id={run_id!r}. Start on rank 0 and give its run.id to the others."
+            f"run_id={run_id!r}. Start on rank 0 and pass its run.id to the others."
         )
     if rank > 0:
         assert run_id is not None
@@ -95,7 +95,7 @@ def start(
         run = Run(path, None, rank=rank, durability=durability)
         run.restore_indices()
     elif run_id is not None:
-        run = _go_on_with(find_run(run_id, runs_dir), durability)
+        run = _continue(find_run(run_id, runs_dir), durability)
     else:
         run = _start_new(runs_folder(runs_dir), experiment, name, durability)
     if rank == 0:
@@ -109,14 +109,14 @@ def start(
     run.set_tags(tags or {})
     if rank == 0 and delivery is not False:
         run.deliver()
-    # At its first array pyarrow imports pandas, half a second: better now, beside the
-    # delivery process that starts, than when the first block is sealed.
+    # pyarrow imports pandas with its first array, which takes half a second. Do it now,
+    # while the delivery process starts, and not when the first block is sealed.
     pa.array([])
     return run
 
 
-def _delivery_options(delivery: bool | Mapping[str, Any]) -> dict[str, Any]:
-    """Options of delivery, checked; none for True and False."""
+def _check_delivery(delivery: bool | Mapping[str, Any]) -> dict[str, Any]:
+    """Check the argument and return the options of delivery; none for True and False."""
     if isinstance(delivery, bool):
         return {}
     if not isinstance(delivery, Mapping):
@@ -134,7 +134,7 @@ def _start_new(
     name: str | None,
     durability: Literal["process", "fsync"],
 ) -> Run:
-    """Run in a fresh folder, which goes again if it cannot be used."""
+    """Create a run; its folder is removed again if that fails."""
     path, name = create_run_dir(runs, experiment, name)
     machine = capture.machine()
     code = capture.code_state(Path.cwd())
@@ -142,7 +142,7 @@ def _start_new(
         id=path.name,
         name=name,
         experiment=experiment,
-        created=now(),
+        created=utc_now(),
         command=capture.command(),
         cwd=str(Path.cwd()),
         pid=os.getpid(),
@@ -160,14 +160,14 @@ def _start_new(
     return run
 
 
-def _go_on_with(path: Path, durability: Literal["process", "fsync"]) -> Run:
-    """A run that was ended before, or killed."""
+def _continue(path: Path, durability: Literal["process", "fsync"]) -> Run:
+    """Continue a run that has finished, failed or was killed."""
     manifest = Manifest.read(path)
     status = get_status(path, manifest)
     run = Run(path, manifest, durability=durability)
     manifest.resumed.append(
         {
-            "time": now(),
+            "time": utc_now(),
             "status": status,
             "command": capture.command(),
             "host": capture.machine()["host"],
@@ -183,7 +183,7 @@ def _go_on_with(path: Path, durability: Literal["process", "fsync"]) -> Run:
 
 
 def _active_mlflow_run() -> dict[str, Any]:
-    """The caller's own MLflow run, if one is active; MLflow is not imported for it."""
+    """The caller's active MLflow run, if any; this never imports MLflow."""
     mlflow = sys.modules.get("mlflow")
     if mlflow is None or not hasattr(mlflow, "active_run"):
         return {}

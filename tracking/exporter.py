@@ -1,4 +1,4 @@
-"""Records as files that other tools read: Parquet, CSV, Arrow, one or many runs."""
+"""Export the records of runs to Parquet, CSV or Arrow."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def export(
     Parameters
     ----------
     runs
-        Runs, or what ``tracking.open`` finds them by.
+        Runs, or references that ``tracking.open`` understands.
     path
-        File whose suffix is .parquet, .csv, .arrow or .feather; without one of these a
-        folder, in which each run has its own Parquet file under ``run=<id>/``. A URI
-        (``s3://...``, ``gs://...``, ``file:///...``) goes where ``pyarrow.fs`` takes it.
+        File whose suffix is .parquet, .csv, .arrow or .feather. A path without a suffix
+        is a folder that gets one Parquet file per run under ``run=<id>/``. It may be a
+        URI that ``pyarrow.fs`` knows (``s3://...``, ``gs://...``, ``file:///...``).
     superseded
-        As for ``PastRun.records``.
+        Whether to include superseded rows, as in ``PastRun.records``.
 
     Returns
     -------
@@ -45,27 +45,27 @@ def export(
     Raises
     ------
     RunNotFoundError
-        If there is no such run; nothing is written then.
+        If a run does not exist. Nothing is written then.
     ValueError
-        If ``runs`` is empty, or the suffix is another.
+        If ``runs`` is empty, or the suffix is unknown.
 
     Notes
     -----
-    The first column is ``run``, the id. An existing local file is replaced when the new
-    one is whole. Of a folder the runs that are written are replaced.
+    The first column, ``run``, is the id of the run. A local file is replaced only when
+    the new one is complete. In a folder, the files of the exported runs are replaced.
     """
-    found = _past_runs(runs)
+    found = _open_runs(runs)
     target = os.fspath(path)
     suffix = os.path.splitext(target)[1].lower()  # noqa: PTH122 (a URI, perhaps)
     if suffix and suffix not in SUFFIXES:
         raise ValueError(
             f"export({target!r}): expected a path that ends in {', '.join(SUFFIXES)}, or "
-            f"a folder's, got {suffix!r}. Choose one of these formats."
+            f"a folder, got {suffix!r}. Choose one of these formats."
         )
-    system, place = _place(target)
+    system, place = _resolve_target(target)
     if not suffix:
         return sum(_write_partition(run, system, place, superseded) for run in found)
-    table = pa.concat_tables([_table(run, superseded) for run in found])
+    table = pa.concat_tables([_read_table(run, superseded) for run in found])
     table = table.unify_dictionaries()
     parent = place.rpartition("/")[0]
     if parent:
@@ -78,8 +78,8 @@ def export(
     return int(table.num_rows)
 
 
-def _past_runs(runs: Any) -> list[PastRun]:
-    """Runs as they are on the disk."""
+def _open_runs(runs: Any) -> list[PastRun]:
+    """Open all runs for reading."""
     if isinstance(runs, PastRun | Run | str | os.PathLike):
         runs = [runs]
     found = []
@@ -90,20 +90,20 @@ def _past_runs(runs: Any) -> list[PastRun]:
         else:
             found.append(run if isinstance(run, PastRun) else open_run(run))
     if not found:
-        raise ValueError("export: expected at least one run, got none. Give a run.")
+        raise ValueError("export: expected at least one run, got none. Pass a run.")
     return found
 
 
-def _place(target: str) -> tuple[Any, str]:
-    """Filesystem and path of a target."""
+def _resolve_target(target: str) -> tuple[Any, str]:
+    """Find the file system of a target, and the path in it."""
     if "://" in target:
         system, place = fs.FileSystem.from_uri(target)
         return system, place
     return fs.LocalFileSystem(), str(Path(target).expanduser().absolute())
 
 
-def _table(run: PastRun, superseded: bool) -> pa.Table:
-    """Records of a run with its id in front."""
+def _read_table(run: PastRun, superseded: bool) -> pa.Table:
+    """Read the records of a run, with its id as first column."""
     table = run.records(superseded=superseded)
     codes = pa.array(np.zeros(table.num_rows, np.int32))
     column = pa.DictionaryArray.from_arrays(codes, [run.id])
@@ -111,18 +111,17 @@ def _table(run: PastRun, superseded: bool) -> pa.Table:
 
 
 def _write(table: pa.Table, suffix: str, system: Any, place: str) -> None:
-    """Write one file."""
     with system.open_output_stream(place) as sink:
         if suffix == ".parquet":
             _write_parquet(table, sink)
         elif suffix == ".csv":
-            csv.write_csv(_plain(table), sink)
+            csv.write_csv(_decode_dictionaries(table), sink)
         else:
             feather.write_feather(table, sink, compression="zstd")
 
 
 def _write_parquet(table: pa.Table, sink: Any) -> None:
-    """Write Parquet: names by dictionary, counts by difference, numbers as they are."""
+    """Write Parquet with names as dictionaries and counts as differences."""
     names = [field.name for field in table.schema if pa.types.is_dictionary(field.type)]
     counts = ["seq", "time", "index", "epoch", "step"]
     parquet.write_table(
@@ -135,8 +134,8 @@ def _write_parquet(table: pa.Table, sink: Any) -> None:
     )
 
 
-def _plain(table: pa.Table) -> pa.Table:
-    """Dictionary columns as strings, which is all that CSV has."""
+def _decode_dictionaries(table: pa.Table) -> pa.Table:
+    """Convert dictionary columns to strings, since CSV has no dictionaries."""
     fields = [
         field.with_type(pa.string()) if pa.types.is_dictionary(field.type) else field
         for field in table.schema
@@ -145,8 +144,8 @@ def _plain(table: pa.Table) -> pa.Table:
 
 
 def _write_partition(run: PastRun, system: Any, place: str, superseded: bool) -> int:
-    """Write one run's file of a partitioned data set."""
-    table = _table(run, superseded)
+    """Write the file of one run in a partitioned folder."""
+    table = _read_table(run, superseded)
     dataset.write_dataset(
         table,
         place,

@@ -1,4 +1,4 @@
-"""A run that begins as another one did, and goes its own way from some position on."""
+"""Fork a run: a new run that starts with the first rows of another one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pyarrow import compute as pc
 from tracking.journal.reader import list_blocks, read_block
 from tracking.journal.segment import write_segment
 from tracking.read import PastRun
-from tracking.run import now
+from tracking.run import utc_now
 from tracking.store import create_run_dir, get_rank_dir
 
 
@@ -24,33 +24,33 @@ def fork(
     about: Mapping[str, Any],
     name: str | None = None,
 ) -> PastRun:
-    """Make a run of the first rows of another one; the other stays as it is.
+    """Create a run from the first rows of another one, which does not change.
 
     Parameters
     ----------
     parent
         A run that has ended.
     positions
-        By rank, the ``seq`` of the last row that the two share, from ``Run.position``.
+        By rank, the ``seq`` of the last row to copy, from ``Run.position``.
     about
-        What the manifest keeps of the place, beside the parent's id: its step, say.
+        More about the fork for the manifest, e.g. the step of the checkpoint.
     name
-        Readable name; None: the parent's with ``-fork``.
+        Readable name; None: the parent's name with ``-fork``.
 
     Returns
     -------
     PastRun
-        Marked killed, to be gone on with by ``start(run_id=...)``.
+        Marked as killed; ``start(run_id=...)`` continues it.
 
     Raises
     ------
     ValueError
-        If the parent is being written.
+        If the parent is still being written.
     """
     if parent.status == "running":
         raise ValueError(
-            f"fork({parent.id!r}): expected a run that has ended, got one that is being "
-            "written. End it first."
+            f"fork({parent.id!r}): expected a run that has ended, got one that is still "
+            "being written. Stop it first."
         )
     manifest = parent.manifest
     path, name = create_run_dir(
@@ -65,8 +65,8 @@ def fork(
             manifest,
             id=path.name,
             name=name,
-            created=now(),
-            ended=now(),
+            created=utc_now(),
+            ended=utc_now(),
             status="killed",
             error=None,
             mlflow={},
@@ -82,7 +82,7 @@ def fork(
 
 
 def _copy_rows(source: Path, target: Path, position: int) -> None:
-    """Rows up to a position, control rows among them, in sealed blocks."""
+    """Copy all rows up to a position, control rows included, as sealed blocks."""
     target.mkdir(parents=True)
     for number in list_blocks(source):
         view = read_block(source, number)
@@ -98,7 +98,7 @@ def _copy_rows(source: Path, target: Path, position: int) -> None:
 
 
 def _copy_artifacts(source: Path, child: PastRun) -> None:
-    """Files that the shared rows tell of."""
+    """Copy the artifacts that the shared rows record."""
     for name in set(child.records(what="artifacts")["name"].to_pylist()):
         file, copy = source / "artifacts" / name, child.path / "artifacts" / name
         if file.is_file():

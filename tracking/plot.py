@@ -1,4 +1,4 @@
-"""Curves of a run: each metric by epoch, sets side by side."""
+"""Plot the curves of a run: one chart for each metric, one line for each set."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from pathlib import Path
 from typing import Any
 
 PER_ROW = 3
-"""Charts side by side at most."""
+"""Maximum number of charts side by side."""
 
 COLOURS = ("#2563eb", "#ea580c", "#16a34a", "#9333ea", "#64748b")
-"""Of the sets, in order of appearance."""
+"""Colours of the sets, in order of appearance."""
 
 
-def curves(
+def plot_curves(
     rows: Iterable[tuple[str, str, int, float]], path: str | Path | None = None
 ) -> Any:
-    """One chart for each metric, one line for each set.
+    """Plot one chart for each metric, with one line for each set.
 
     Parameters
     ----------
     rows
-        Set, metric, epoch (from 1) and value; what is no number is left out.
+        Set, metric, epoch (from 1) and value. Values that are not numbers are skipped.
     path
-        Where to save the picture; its suffix says the format. None: nowhere.
+        File to save the figure to; its suffix chooses the format. None: do not save.
 
     Returns
     -------
@@ -32,10 +32,9 @@ def curves(
     Raises
     ------
     ValueError
-        If there is no metric to draw.
+        If there is no metric to plot.
     """
     from matplotlib.figure import Figure  # noqa: PLC0415  takes half a second
-    from matplotlib.ticker import MaxNLocator  # noqa: PLC0415
 
     lines: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for split, metric, epoch, value in rows:
@@ -49,18 +48,26 @@ def curves(
     down = -(-len(lines) // across)
     figure = Figure(figsize=(4.4 * across, 3.2 * down), layout="constrained")
     for place, (metric, chart) in enumerate(lines.items(), start=1):
-        axes = figure.add_subplot(down, across, place)
-        for split, points in chart.items():
-            colour = COLOURS[sets.index(split) % len(COLOURS)]
-            epochs, values = zip(*points, strict=True)
-            mark = "o" if len(points) < 30 else None
-            axes.plot(epochs, values, color=colour, marker=mark, ms=3, label=split)
-        axes.set_title(metric, fontsize=11)
-        axes.set_xlabel("epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
+        _draw_chart(figure.add_subplot(down, across, place), metric, chart, sets)
     if path is not None:
         figure.savefig(path, dpi=150)
     return figure
+
+
+def _draw_chart(
+    axes: Any, metric: str, chart: dict[str, list[tuple[int, float]]], sets: list[str]
+) -> None:
+    """Draw one metric, with the colour of each set."""
+    from matplotlib.ticker import MaxNLocator  # noqa: PLC0415  takes half a second
+
+    for split, points in chart.items():
+        colour = COLOURS[sets.index(split) % len(COLOURS)]
+        epochs, values = zip(*points, strict=True)
+        mark = "o" if len(points) < 30 else None
+        axes.plot(epochs, values, color=colour, marker=mark, ms=3, label=split)
+    axes.set_title(metric, fontsize=11)
+    axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)

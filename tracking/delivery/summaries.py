@@ -8,7 +8,7 @@ import pyarrow as pa
 from pyarrow import compute as pc
 from pyarrow import parquet as pq
 
-from tracking.plot import curves
+from tracking.plot import plot_curves
 from tracking.read import PastRun
 
 CURVES, RECORDS = "curves.png", "records.parquet"
@@ -48,6 +48,6 @@ def write_summaries(run_path: Path) -> list[Path]:
         if row["value"] is not None and row["index"] is not None
     ]
     if rows and CURVES not in logged:
-        curves(rows, folder / CURVES)
+        plot_curves(rows, folder / CURVES)
         written.append(folder / CURVES)
     return written

@@ -259,7 +259,7 @@ def test_ui_on_a_taken_port_is_refused(tmp_path):
         other.listen()
         port = other.getsockname()[1]
         with pytest.raises(
-            TrackingError, match=rf"expected port {port} .* Give another"
+            TrackingError, match=rf"expected port {port} .* Choose another"
         ):
             Server(f"sqlite:///{tmp_path}/mlflow.db", port)
 

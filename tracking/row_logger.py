@@ -1,0 +1,419 @@
+"""Write logged values to a run's journal."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from tracking.errors import warn
+from tracking.journal.row_format import MARK, NO_COUNT, NO_EPOCH, ROW_BYTES
+from tracking.journal.segment import CAPACITY
+from tracking.journal.writer import Journal
+from tracking.read import find_highest_indices
+from tracking.schema import (
+    DEFERRED,
+    FLOAT,
+    OVERWRITE,
+    REWIND,
+    Leaf,
+    check_name,
+    fetch_values,
+    find_copies,
+    finish_leaf,
+    flatten_value,
+)
+from tracking.store import get_rank_dir
+
+_FLOATS: Final = frozenset([float])
+_MAX_COUNT: Final = 2**63 - 1
+_MAX_EPOCH: Final = 2**31 - 1
+
+_DeferredRow = tuple[int, str, str, Leaf, dict[str, int | None]]
+"""Time in us, what, set, leaf, and index, epoch and step of a row."""
+
+
+class RowLogger:
+    """Writes values to the journal of one rank; the logging half of ``Run``.
+
+    Any thread and any signal handler may log. A number, bool or string whose ``log``
+    call has returned survives if the process is killed at any later instant. A tensor
+    survives as soon as it has been read from its device, at most a second later.
+
+    Parameters
+    ----------
+    path
+        Folder of the run.
+    rank : >= 0
+        Rank of this process.
+    durability
+        As in ``start``.
+    """
+
+    def __init__(
+        self, path: Path, rank: int, durability: Literal["process", "fsync"]
+    ) -> None:
+        self.id = path.name
+        self.path = path
+        self.rank = rank
+        self._deferred: deque[_DeferredRow] = deque()
+        self._reading = threading.RLock()
+        self._journal = Journal(
+            get_rank_dir(path, rank), durability=durability, on_tick=self.flush
+        )
+
+    def log(
+        self,
+        what: str,
+        set: str,
+        value: object,
+        index: int | None = None,
+        append: bool = True,
+        *,
+        epoch: int | None = None,
+        step: int | None = None,
+    ) -> None:
+        """Record a value.
+
+        Parameters
+        ----------
+        what
+            Kind of the value, e.g. ``"metrics"``.
+        set
+            Data that the value was computed on, e.g. ``"train"``.
+        value
+            Number, bool, string, None, tensor or array of at most 1024 elements, or a
+            dictionary or list of those. Each leaf of a dictionary becomes one row.
+        index
+            Position in the series of this ``what`` and ``set``, e.g. the epoch. None:
+            the next position, or no position if ``step`` is given.
+        append
+            False: the values already logged at ``index`` are superseded.
+        epoch
+            Epoch of the value, from 1.
+        step
+            Optimizer steps finished.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If any part of the value cannot be recorded. Nothing is recorded then.
+        RunClosedError
+            If the run has finished, or this process was forked from the run's process.
+
+        References
+        ----------
+        luz 0.5.0, ``ctx$log``.
+        """
+        if append:
+            if type(value) is float:
+                if self._log_float(what, set, "", value, index, epoch, step):
+                    return
+            elif (
+                type(value) is dict
+                and value
+                and _FLOATS.issuperset(map(type, value.values()))
+                and self._log_floats(what, set, value, index, epoch, step)
+            ):
+                return
+        self._log_any(what, set, value, index, append, epoch, step)
+
+    def log_metric(
+        self,
+        name: str,
+        value: object,
+        *,
+        set: str = "train",
+        index: int | None = None,
+        epoch: int | None = None,
+        step: int | None = None,
+    ) -> None:
+        """Record one metric.
+
+        The same as ``log("metrics", set, {name: value}, index)``.
+
+        Parameters
+        ----------
+        name
+            Name of the metric, e.g. ``"accuracy"``.
+        value
+            As in ``log``.
+        set
+            What the metric was computed on, e.g. ``"valid"``.
+        index, epoch, step
+            As in ``log``.
+        """
+        if type(value) is not float or not self._log_float(
+            "metrics", set, name, value, index, epoch, step
+        ):
+            self._log_any("metrics", set, {name: value}, index, True, epoch, step)
+
+    def log_step(
+        self,
+        values: Mapping[str, object],
+        step: int,
+        *,
+        set: str = "train",
+        epoch: int | None = None,
+    ) -> None:
+        """Record values of one optimizer step. They have a step and no index.
+
+        Parameters
+        ----------
+        values
+            Values by name, e.g. ``{"loss": 0.2}``.
+        step
+            Optimizer steps finished.
+        set
+            What the values were computed on, e.g. ``"train"``.
+        epoch
+            Epoch that the step belongs to, from 1.
+        """
+        self.log("steps", set, values, epoch=epoch, step=step)
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Record hyper-parameters; the names of nested ones are joined by ``/``."""
+        self._log_dict("params", params, "Run.log_params")
+
+    def set_tags(self, tags: Mapping[str, Any]) -> None:
+        """Record tags; a later value of a tag replaces an earlier one."""
+        self._log_dict("tags", tags, "Run.set_tags")
+
+    def log_input(self, name: str, context: str, **description: Any) -> None:
+        """Record a data set that is used.
+
+        Parameters
+        ----------
+        name
+            Name of the data set.
+        context
+            What it is used for, e.g. ``"train"``.
+        **description
+            More about it, e.g. ``num_samples=1797, digest="3f2a"``.
+        """
+        check_name(context, "context", "Run.log_input")
+        described = [{"name": name, **description}]
+        self._log_dict("inputs", {context: described}, "Run.log_input")
+
+    # ------------------------------------------------------- position and history
+
+    def flush(self) -> None:
+        """Read all logged tensors from their devices, and write them.
+
+        Afterwards everything that was logged survives if the process is killed.
+        """
+        if not self._deferred:
+            return
+        with self._reading:
+            rows = []
+            while self._deferred:
+                rows.append(self._deferred.popleft())
+            try:
+                values = fetch_values(
+                    copy for _, _, _, leaf, _ in rows for copy in find_copies(leaf[3])
+                )
+            except RuntimeError as error:  # e.g. after a failed assertion on the device
+                names = sorted({f"{w}/{s}/{leaf[0]}" for _, w, s, leaf, _ in rows})
+                warn(
+                    f"run {self.id!r}: expected to read {len(rows)} tensors from their "
+                    f"device, got {error}. Lost: {', '.join(names[:10])}."
+                )
+                return
+            for now, what, set, (name, _, _, value), counts in rows:
+                leaf = finish_leaf(name, value, values, _describe_call(what, set))
+                self._journal.write(what, set, [leaf], **counts, time_us=now)
+
+    def position(self) -> int:
+        """``seq`` of the last row. Rows that are logged later have a higher one."""
+        self.flush()
+        return self._journal.last_seq()
+
+    def rewind(self, seq: int) -> None:
+        """Go back to a position: later rows are superseded, and stay on record.
+
+        Parameters
+        ----------
+        seq : >= -1
+            A value that ``position`` returned.
+        """
+        if not -1 <= seq <= self.position():
+            raise ValueError(
+                f"Run.rewind: expected a position from -1 to {self.position()}, got "
+                f"{seq!r}. Pass a value that Run.position() returned."
+            )
+        self._journal.write("", "", [("", REWIND, float(seq), None)])
+        self.restore_indices()
+
+    def restore_indices(self) -> None:
+        """Continue automatic indices after the rows that are not superseded."""
+        highest = find_highest_indices(get_rank_dir(self.path, self.rank))
+        self._journal.reset_indices(highest)
+
+    # ------------------------------------------------------------- writing of rows
+
+    def _log_float(
+        self,
+        what: str,
+        set: str,
+        name: str,
+        number: float,
+        index: int | None,
+        epoch: int | None,
+        step: int | None,
+    ) -> bool:
+        """Write a float if the block knows its name; else return False.
+
+        The same as ``_log_floats``, but a third faster for the most common call.
+        """
+        journal = self._journal
+        block, slot = journal.block, CAPACITY  # see Block for how slots are taken
+        try:
+            group = block.groups.get((what, set))
+            if group is None or name not in group.ids:
+                return False
+            at = group.auto_index.choose(index, step)
+            now = time.time_ns() // 1000
+            after = NO_COUNT if step is None else step
+            during = NO_EPOCH if epoch is None else epoch
+            for slot in block.slots:  # noqa: B007
+                break
+            if slot < CAPACITY:
+                # fmt: off
+                block.put(
+                    slot * ROW_BYTES, now, at, after, number, during, group.ids[name],
+                    FLOAT, 0, MARK ^ slot,
+                )
+                # fmt: on
+            else:
+                leaf = (name, FLOAT, number, None)
+                journal.write_row(what, set, leaf, now, at, after, during)
+        except BaseException:
+            block.void(slot)
+            _check_arguments(what, set, index, epoch, step)
+            raise
+        return True
+
+    def _log_floats(
+        self,
+        what: str,
+        set: str,
+        values: dict[str, float],
+        index: int | None,
+        epoch: int | None,
+        step: int | None,
+    ) -> bool:
+        """Write floats if the block knows all their names; else return False."""
+        journal = self._journal
+        block, slot = journal.block, CAPACITY  # see Block for how slots are taken
+        try:
+            group = block.groups.get((what, set))
+            if group is None:
+                return False
+            keys = group.ids
+            if not values.keys() <= keys.keys():
+                return False
+            at = group.auto_index.choose(index, step)
+            put, now = block.put, time.time_ns() // 1000
+            after = NO_COUNT if step is None else step
+            during = NO_EPOCH if epoch is None else epoch
+            for (name, number), slot in zip(values.items(), block.slots, strict=False):
+                if slot < CAPACITY:
+                    # fmt: off
+                    put(
+                        slot * ROW_BYTES, now, at, after, number, during, keys[name],
+                        FLOAT, 0, MARK ^ slot,
+                    )
+                    # fmt: on
+                else:
+                    leaf = (name, FLOAT, number, None)
+                    journal.write_row(what, set, leaf, now, at, after, during)
+        except BaseException:
+            block.void(slot)
+            # Raise a clear error if an argument is wrong. Else a signal handler raised.
+            _check_arguments(what, set, index, epoch, step)
+            raise
+        return True
+
+    def _log_any(
+        self,
+        what: str,
+        set: str,
+        value: object,
+        index: int | None,
+        append: bool,
+        epoch: int | None,
+        step: int | None,
+    ) -> None:
+        """Check all arguments, then write any kind of value."""
+        index, epoch, step = _check_arguments(what, set, index, epoch, step)
+        self._journal.check_open()
+        overwrites = not append and index is not None
+        leaves = flatten_value(value, _describe_call(what, set))
+        at = self._journal.get_auto_index(what, set).choose(index, step)
+        counts = {"index": None if at == NO_COUNT else at, "epoch": epoch, "step": step}
+        if overwrites:
+            self.flush()  # deferred rows come first, so that they are superseded too
+            self._journal.write(what, set, [("", OVERWRITE, 0.0, None)], **counts)
+        self._write(what, set, leaves, counts)
+
+    def _log_dict(self, what: str, values: Mapping[str, Any], place: str) -> None:
+        """Write named values that have no set, index, epoch or step."""
+        if not isinstance(values, Mapping):
+            raise TypeError(
+                f"{place}: expected a dictionary, got {values!r:.200}. Give each value "
+                "a name."
+            )
+        self._journal.check_open()
+        if values:
+            self._write(what, "", flatten_value(values, place), {})
+
+    def _write(
+        self, what: str, set: str, leaves: list[Leaf], counts: dict[str, int | None]
+    ) -> None:
+        """Write the leaves that are ready; keep tensors until ``flush`` reads them."""
+        now = time.time_ns() // 1000
+        ready = [leaf for leaf in leaves if leaf[1] != DEFERRED]
+        self._journal.write(what, set, ready, **counts, time_us=now)
+        self._deferred.extend(
+            (now, what, set, leaf, counts) for leaf in leaves if leaf[1] == DEFERRED
+        )
+
+
+def _describe_call(what: object, set: object) -> str:
+    """Place that messages about a logged value name."""
+    return f"Run.log({what!r}, {set!r})"
+
+
+def _check_arguments(
+    what: object, set: object, index: object, epoch: object, step: object
+) -> tuple[int | None, int | None, int | None]:
+    """Check names and counts; returns index, epoch and step as ints."""
+    place = _describe_call(what, set)
+    check_name(what, "what", place)
+    check_name(set, "set", place)
+    return (
+        _check_count(index, "index", _MAX_COUNT, place),
+        _check_count(epoch, "epoch", _MAX_EPOCH, place),
+        _check_count(step, "step", _MAX_COUNT, place),
+    )
+
+
+def _check_count(count: object, word: str, highest: int, place: str) -> int | None:
+    if count is None:
+        return None
+    try:
+        number = count.__index__()  # type: ignore[attr-defined]
+    except AttributeError as error:
+        raise TypeError(
+            f"{place}: expected an integer or None as {word}, got {count!r}. "
+            f"Pass int({word})."
+        ) from error
+    if not -highest <= number <= highest:
+        raise ValueError(
+            f"{place}: expected {word} up to {highest}, got {number}. Count in larger "
+            "units."
+        )
+    return int(number)
