@@ -397,7 +397,8 @@ class Context:
         """Rows that the batch counts for in averages; set it to count tokens, for example."""
         if self._rows is not None:
             return self._rows
-        rows = num_rows(self.input, self.target, self.pred)
+        batch = self._batch
+        rows = num_rows(input_of(batch), target_of(batch), self.pred)
         if rows is None and not self._has_warned_of_rows:
             self._has_warned_of_rows = True
             warn_unknown_rows(self._batch)
