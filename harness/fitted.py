@@ -9,8 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from harness.checkpoint.saved_model import write_saved
-from harness.checkpoint.weights import WeightsReport, put_weights, save_weights
+from harness.checkpoint.weights import (
+    SavedModel,
+    WeightsReport,
+    load_weights,
+    save_weights,
+    write_saved_model,
+)
 from harness.data.loaders import Data
 from harness.records import Records, metrics_frame
 
@@ -134,14 +139,14 @@ class Fitted:
             If the folder holds something else, or JSON cannot hold an hparam.
         """
         kind = self.learner.module
-        about = {
-            "module": f"{kind.__module__}:{getattr(kind, '__qualname__', '')}",
-            "hparams": dict(self.hparams),
-            "opt_hparams": dict(self.opt_hparams),
-            "records": self.records,
-            "run_id": self.run_id,
-        }
-        write_saved(Path(path), self.model.state_dict(), about)
+        about = SavedModel(
+            module=f"{kind.__module__}:{getattr(kind, '__qualname__', '')}",
+            hparams=dict(self.hparams),
+            opt_hparams=dict(self.opt_hparams),
+            records=self.records,
+            run_id=self.run_id,
+        )
+        write_saved_model(Path(path), self.model.state_dict(), about)
 
     def save_weights(self, path: str | Path) -> None:
         """Save only the weights, in a safetensors file."""
@@ -161,14 +166,14 @@ class Fitted:
         Returns
         -------
         WeightsReport
-            Names that were ``loaded``, ``missing``, ``unexpected`` and ``misshapen``.
+            Names that were ``loaded``, ``missing``, ``unexpected`` and ``mismatched``.
 
         Raises
         ------
         CheckpointError
             If there are no weights at `path`, or, with `strict`, they do not fit.
         """
-        return put_weights(self.model, Path(path), strict=strict)
+        return load_weights(self.model, Path(path), strict=strict)
 
     def __str__(self) -> str:
         count = sum(param.numel() for param in self.model.parameters())

@@ -21,10 +21,13 @@ from harness.accelerators.base import Accelerator
 from harness.accelerators.select import accelerator as pick_accelerator
 from harness.callback import Callback
 from harness.callbacks import Interrupt, Metrics, Profile, Progress, TrainValid
-from harness.callbacks.resuming import resume_of
-from harness.checkpoint.saved_model import import_module_class, read_saved
-from harness.checkpoint.weights import put_weights
-from harness.checkpoint.writer import about_fit
+from harness.callbacks.resuming import find_resume
+from harness.checkpoint.state import describe_fit
+from harness.checkpoint.weights import (
+    import_model_class,
+    load_weights,
+    read_saved_model,
+)
 from harness.context import Context, bind_context
 from harness.data.batch import join
 from harness.data.loaders import (
@@ -192,10 +195,10 @@ class Learner:
         train, valid = build_loaders(data, valid_data, dataloader_options)
         accelerator = accelerator or pick_accelerator()
         check_config_optimizer(self.optimizer, accelerator)
-        resume = resume_of(callbacks)
+        resume = find_resume(callbacks)
         model = self.build_model()
         if resume is not None and resume.is_weights_only:
-            put_weights(model, resume.place)
+            load_weights(model, resume.path)
         ctx = FitContext(
             model=model,
             optimizers=self.build_optimizers(model),
@@ -210,7 +213,7 @@ class Learner:
             callbacks=[*default_callbacks(self.metrics), *callbacks],
         )
         ctx.backward = self._get_backward(ctx)
-        ctx.about = {**about_fit(ctx), "code": get_code_commit()}
+        ctx.about = {**describe_fit(ctx), "code": get_code_commit()}
         try:
             if resume is not None and not resume.is_weights_only:
                 resume.check(ctx)
@@ -495,10 +498,10 @@ def load(path: str | Path, module: Callable[..., nn.Module] | None = None) -> Fi
         imported or does not fit the weights.
     """
     path = Path(path)
-    weights, about = read_saved(path)
-    module = module or import_module_class(path, str(about["module"]))
+    weights, about = read_saved_model(path)
+    module = module or import_model_class(path, about.module)
     learner = Learner(
-        module=module, hparams=about["hparams"], opt_hparams=about["opt_hparams"]
+        module=module, hparams=about.hparams, opt_hparams=about.opt_hparams
     )
     try:
         model = module(**learner.hparams)
@@ -508,9 +511,9 @@ def load(path: str | Path, module: Callable[..., nn.Module] | None = None) -> Fi
         raise CheckpointError(f"{msg} Pass the right class as module=.") from exc
     return Fitted(
         model=model.eval(),
-        records=about["records"],
+        records=about.records,
         learner=learner,
         hparams=learner.hparams,
         opt_hparams=learner.opt_hparams,
-        run_id=about.get("run_id"),
+        run_id=about.run_id,
     )

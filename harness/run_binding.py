@@ -79,10 +79,10 @@ def find_resumed_run(ctx: Context) -> dict[str, Any]:
     resume = ctx.resume
     if resume is None or not resume.is_exact:
         return {}
-    home = resume.place.parent.parent
-    run = resume.manifest["run"]
-    for path in (home, Path(str(run.get("path") or home))):
-        if path.name == run.get("id") and path.is_dir():
+    home = resume.path.parent.parent
+    run = resume.manifest.run
+    for path in (home, Path(str(run.path or home))):
+        if path.name == run.id and path.is_dir():
             return {"run_id": path.name, "runs_dir": path.parent}
     return {}
 

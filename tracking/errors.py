@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 
@@ -40,3 +41,14 @@ def warn(message: str) -> None:
         warnings.warn(message, TrackingWarning, stacklevel=3)
     except TrackingWarning:
         sys.stderr.write(f"{message}\n")
+
+
+def describe_mismatch(error: Exception) -> str:
+    """Rewrite a message of ``msgspec.ValidationError``: expected what in which field, got."""
+    problem, _, where = str(error).replace("`", "").partition(" - at $")
+    place = f"field {where.removeprefix('.')!r}" if where else "the whole file"
+    if found := re.fullmatch("Expected (.+), got (.+)", problem):
+        return f"expected {found[1]} in {place}, got {found[2]}"
+    if found := re.fullmatch("Object missing required field (.+)", problem):
+        return f"expected field {found[1]!r} in {place}, got none"
+    return f"expected other content in {place}, got: {problem}"

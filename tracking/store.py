@@ -25,7 +25,7 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from tracking import durable
-from tracking.errors import InvalidFileError, RunNotFoundError
+from tracking.errors import InvalidFileError, RunNotFoundError, describe_mismatch
 
 FORMAT: Final = 1
 MANIFEST: Final = "run.json"
@@ -167,7 +167,9 @@ def read_json(
     try:
         return msgspec.convert(content, as_type)
     except msgspec.ValidationError as error:
-        raise InvalidFileError(f"{path}: {_mismatch(error)}. {advice}") from error
+        raise InvalidFileError(
+            f"{path}: {describe_mismatch(error)}. {advice}"
+        ) from error
 
 
 def _load_json(path: Path, advice: str) -> object:
@@ -191,17 +193,6 @@ def _check_format(path: Path, content: object, latest: int) -> None:
             f"{path}: expected format {latest} or less, got {found}. "
             "Install a later version of luz-harness."
         )
-
-
-def _mismatch(error: msgspec.ValidationError) -> str:
-    """Rewrite a message of msgspec in the form of ours: field, expected, got."""
-    problem, _, where = str(error).replace("`", "").partition(" - at $")
-    place = f"field {where.removeprefix('.')!r}" if where else "the whole file"
-    if found := re.fullmatch("Expected (.+), got (.+)", problem):
-        return f"expected {found[1]} in {place}, got {found[2]}"
-    if found := re.fullmatch("Object missing required field (.+)", problem):
-        return f"expected field {found[1]!r} in {place}, got none"
-    return f"expected other content in {place}, got: {problem}"
 
 
 # ----------------------------------------------------------------------- folders

@@ -1,4 +1,4 @@
-"""Saves checkpoints while the fit goes on."""
+"""Save checkpoints during a fit."""
 
 from __future__ import annotations
 
@@ -11,47 +11,45 @@ from typing import Any
 
 from harness.callbacks.monitor import Mode, Monitor
 from harness.checkpoint.format import Phase
-from harness.checkpoint.writer import Saver
+from harness.checkpoint.writer import CheckpointWriter
 from harness.context import Context
 from harness.pytree import StateDict
 from harness.setup_checks import check_at_least
 
 
 class ModelCheckpoint(Monitor):
-    """Saves a checkpoint at epoch ends, every so many steps or minutes, and on interrupt.
+    """Save checkpoints at epoch ends, every so many steps or minutes, and on interrupt.
 
-    Each holds everything the rest of the fit depends on; see
+    A checkpoint holds all that the rest of the fit depends on; see
     ``harness.checkpoint.state``.
 
     Parameters
     ----------
     path
-        Folder for checkpoints; None: ``checkpoints/`` of the run that records the fit.
+        Folder of the checkpoints; None: ``checkpoints/`` of the run that records the fit.
     every_n_epochs : >= 0
-        Epochs between two; 0: none at epoch ends.
+        Save at the end of every so many epochs; 0: at none.
     every_n_steps, every_n_minutes : > 0
-        Optimizer steps, or minutes, between two within an epoch; None: none.
+        Also save after so many optimizer steps, or minutes; None: do not.
     keep_last : >= 1
-        Newest checkpoints that stay.
+        Number of newest checkpoints to keep.
     keep_best : >= 0
-        Checkpoints of the best epochs that stay beside those, by `monitor` and `mode`.
+        Number of checkpoints to keep beside those, of the best epochs.
     monitor, mode
-        What is best; see ``Monitor``.
+        Which epochs are best; see ``Monitor``.
 
     Notes
     -----
-    On several ranks minutes are those of rank 0. A failed write is told in a warning, and
-    the next save tries again.
+    On several ranks, the clock of rank 0 decides. A failed write becomes a warning, and the
+    next save tries again.
 
     References
     ----------
-    luz 0.5.0, ``luz_callback_model_checkpoint``. Differs from luz: whole state, not weights
-    alone.
+    luz 0.5.0, ``luz_callback_model_checkpoint``. Differs from luz: saves the complete state,
+    not only weights.
     """
 
-    weight = (
-        math.inf
-    )  # after every other callback: what they count belongs to the state
+    weight = math.inf  # last, so that the state includes what other callbacks counted
 
     def __init__(
         self,
@@ -78,7 +76,7 @@ class ModelCheckpoint(Monitor):
         self.every_n_epochs, self.every_n_steps = every_n_epochs, every_n_steps
         self.every_n_minutes = every_n_minutes
         self.keep_last, self.keep_best = keep_last, keep_best
-        self.saver: Saver | None = None
+        self.writer: CheckpointWriter | None = None
         self._ranked: list[list[Any]] = []
         self._last_step = 0
         self._last_time = 0.0
@@ -93,23 +91,27 @@ class ModelCheckpoint(Monitor):
             super().check(ctx)
 
     def on_fit_begin(self) -> None:
-        """Begin anew; find the folder."""
+        """Reset the counters; find the folder."""
         self.reset()
         self._ranked, self._last_step = [], 0
         folder = self.path
         if folder is None:
             assert self.ctx.run.path is not None  # refused in check
             folder = Path(self.ctx.run.path) / "checkpoints"
-        self.saver = Saver(folder, self.ctx)
-        self._last_time, self._has_saved, self._is_warm = monotonic(), False, False
+        self.writer = CheckpointWriter(folder, self.ctx)
+        self._last_time, self._has_saved, self._has_allocated = (
+            monotonic(),
+            False,
+            False,
+        )
 
     def on_train_batch_end(self) -> None:
-        """Save if it is time."""
+        """Save if a checkpoint is due."""
         step = self.ctx.step
-        if step and not self._is_warm:
-            assert self.saver is not None
-            self.saver.warm()  # optimizers have their state after the first step
-            self._is_warm = True
+        if step and not self._has_allocated:
+            assert self.writer is not None
+            self.writer.allocate()  # optimizers have state after the first step
+            self._has_allocated = True
         is_due = (
             self.every_n_steps is not None
             and step != self._last_step
@@ -125,62 +127,62 @@ class ModelCheckpoint(Monitor):
             self._save("train")
 
     def on_epoch_end(self) -> None:
-        """Save if it is time."""
+        """Save if a checkpoint is due."""
         epoch = self.ctx.epoch
         assert epoch is not None
         if self.every_n_epochs and epoch % self.every_n_epochs == 0:
             self._save("epoch")
 
     def _rank(self, name: str) -> None:
-        """Keep the names of the best epochs."""
+        """Add a checkpoint to the best ones, if it belongs there."""
         sign = 1 if self.mode == "min" else -1
         self._ranked.append([sign * self.get_value(), self.ctx.epoch, name])
         self._ranked = sorted(self._ranked)[: self.keep_best]
 
     def on_interrupt(self) -> None:
-        """Save where the fit ended in an orderly way."""
+        """Save if a signal ended the fit after a batch."""
         if self.ctx.stop_signal is not None:
             self._save("train" if self.ctx.training else "valid")
 
     def on_fit_end(self) -> None:
-        """Wait for the last write."""
+        """Wait for the last save."""
         self._wait()
 
     def on_exception(self) -> None:
-        """Wait for the last write, unless somebody insists on leaving at once."""
+        """Wait for the last save, except after a second Ctrl-C."""
         if not isinstance(sys.exception(), KeyboardInterrupt):
             self._wait()
 
     def _save(self, phase: Phase) -> None:
         self._wait()
-        assert self.saver is not None
+        assert self.writer is not None
         self._last_step, self._last_time = self.ctx.step, monotonic()
-        name = self.saver.begin(phase)
+        name = self.writer.begin(phase)
         if name is not None:
             if phase == "epoch" and self.keep_best:
                 self._rank(name)
-            self.saver.save(phase)
+            self.writer.save(phase)
             self._has_saved = True
 
     def _wait(self) -> None:
-        """Wait for the write under way; warn if it failed, tidy up if it did not."""
-        if self.saver is None:
+        """Wait for the current save; warn if it failed, or else remove old checkpoints."""
+        if self.writer is None:
             return
-        fault = self.saver.wait()
-        if fault is not None:
-            msg = f"checkpoint not written: {fault} Training goes on; the next save tries again."
-            warnings.warn(msg, stacklevel=2)
+        error = self.writer.wait()
+        if error is not None:
+            msg = f"checkpoint not written: {error} Training continues."
+            warnings.warn(f"{msg} The next save tries again.", stacklevel=2)
         elif self._has_saved:
-            self.saver.prune(self.keep_last, {name for *_, name in self._ranked})
+            self.writer.prune(self.keep_last, {name for *_, name in self._ranked})
 
     def state_dict(self) -> StateDict:
-        """Which epochs are best, and when the last save was."""
+        """Return which epochs are best, and the step of the last save."""
         return super().state_dict() | {
             "ranked": self._ranked,
             "last_step": self._last_step,
         }
 
     def load_state_dict(self, state: StateDict) -> None:
-        """Take back what is best, and when the last save was."""
+        """Restore which epochs are best, and the step of the last save."""
         super().load_state_dict(state)
         self._ranked, self._last_step = state["ranked"], state["last_step"]

@@ -1,4 +1,4 @@
-"""Goes on from a checkpoint."""
+"""Resume a fit from a checkpoint."""
 
 from __future__ import annotations
 
@@ -9,30 +9,36 @@ from typing import Any
 
 from harness.callback import Callback
 from harness.callbacks.model_checkpoint import ModelCheckpoint
-from harness.checkpoint.format import MANIFEST, checkpoints, newest, remove
+from harness.checkpoint.format import (
+    MANIFEST,
+    find_newest,
+    list_checkpoints,
+    remove_checkpoint,
+)
 from harness.checkpoint.resume import Resume
 from harness.errors import CheckpointError
 
 
 class ResumeFromCheckpoint(Callback):
-    """Goes on from a checkpoint, or takes parts of it.
+    """Resume from a checkpoint, or restore parts of it.
 
     Parameters
     ----------
     path
-        A checkpoint, or a folder of them (the newest whole one is taken).
+        A checkpoint, or a folder of checkpoints, of which the newest undamaged one is used.
     restore_model, restore_optimizers, restore_records, restore_callbacks
-        What is taken. With all of them the fit goes on exactly where it was, else it
-        begins at epoch 1 with what was taken.
+        What is restored. If all are, the fit continues exactly where it stopped. Otherwise
+        it starts at epoch 1 with what was restored.
     missing_ok
-        Begin anew where `path` holds no whole checkpoint.
+        Start from the beginning if `path` has no undamaged checkpoint.
     strict
-        Refuse differences in code, data, versions and devices instead of telling them.
+        Refuse differences in code, data, versions and devices. Otherwise they are reported.
 
     Raises
     ------
     CheckpointError
-        Before any epoch, if there is no whole checkpoint and `missing_ok` is False.
+        Before the first epoch, if there is no undamaged checkpoint and `missing_ok` is
+        False.
 
     References
     ----------
@@ -60,14 +66,19 @@ class ResumeFromCheckpoint(Callback):
         }
 
     def find(self) -> Resume | None:
-        """The checkpoint to go on from.
+        """Find the checkpoint to resume from; None to start from the beginning.
 
         Raises
         ------
         CheckpointError
             If there is none and `missing_ok` is False.
         """
-        return find(self.path, self.missing_ok, type(self).__name__, **self._options)
+        found = _open_newest(self.path, **self._options)
+        if found is None and not self.missing_ok:
+            place = f"{type(self).__name__}({str(self.path)!r})"
+            msg = f"{place}: expected an undamaged checkpoint, found none."
+            raise CheckpointError(f"{msg} Check the path, or set missing_ok=True.")
+        return found
 
 
 class AutoResume(ModelCheckpoint):
@@ -104,9 +115,9 @@ class AutoResume(ModelCheckpoint):
         super().__init__(path, every_n_steps=every_n_steps, **options)
 
     def find(self) -> Resume | None:
-        """The newest whole checkpoint of the folder; None the first time."""
+        """Find the newest undamaged checkpoint of the folder; None if there is none."""
         assert self.path is not None
-        return find(self.path, True, "AutoResume")
+        return _open_newest(self.path)
 
     def after_fit(self) -> None:
         """Empty the folder on rank 0, unless a signal interrupted the fit.
@@ -114,40 +125,29 @@ class AutoResume(ModelCheckpoint):
         The newest checkpoint goes last: if this is killed, a fit can still resume from it.
         """
         accelerator = self.ctx.accelerator
-        assert accelerator is not None and self.saver is not None
+        assert accelerator is not None and self.writer is not None
         if self.ctx.stop_signal is None and accelerator.is_main:
-            for place in reversed(checkpoints(self.saver.folder)):
-                remove(place)
+            for path in reversed(list_checkpoints(self.writer.folder)):
+                remove_checkpoint(path)
 
 
-def find(path: Path, missing_ok: bool, place: str, **options: Any) -> Resume | None:
-    """The checkpoint at a path, or the newest whole one in it.
-
-    Raises
-    ------
-    CheckpointError
-        If there is none and `missing_ok` is False.
-    """
+def _open_newest(path: Path, **options: Any) -> Resume | None:
+    """Open the checkpoint at a path, or the newest undamaged one in it, if there is any."""
     if (path / MANIFEST).is_file():
-        return Resume.of(path, **options)
-    found, faults = newest(path)
-    for fault in faults:
-        warnings.warn(f"passed over: {fault}", stacklevel=2)
-    if found is not None:
-        return Resume.of(found, **options)
-    if missing_ok:
-        return None
-    msg = f"{place}({str(path)!r}): expected a whole checkpoint, found none."
-    raise CheckpointError(f"{msg} Check the path, or set missing_ok=True.")
+        return Resume.open(path, **options)
+    found, errors = find_newest(path)
+    for error in errors:
+        warnings.warn(f"skipped a damaged checkpoint: {error}", stacklevel=2)
+    return None if found is None else Resume.open(found, **options)
 
 
-def resume_of(callbacks: Iterable[Callback]) -> Resume | None:
-    """What the first of the callbacks that resume goes on from.
+def find_resume(callbacks: Iterable[Callback]) -> Resume | None:
+    """Find the checkpoint of the first callback that resumes; None if no callback does.
 
     Raises
     ------
     CheckpointError
-        If there is no whole checkpoint where there must be one.
+        If a callback requires a checkpoint and there is none.
     """
     for callback in callbacks:
         if isinstance(callback, AutoResume | ResumeFromCheckpoint):

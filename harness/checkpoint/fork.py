@@ -1,18 +1,18 @@
-"""A new run from a checkpoint of another one, to go its own way."""
+"""Start a new run from a checkpoint of another run."""
 
 from __future__ import annotations
 
-import json
 import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import tracking
 from harness.checkpoint.format import (
-    MANIFEST,
-    check,
-    checkpoints,
+    RunRef,
+    list_checkpoints,
     read_manifest,
-    read_part,
+    read_rank,
+    verify_checkpoint,
 )
 from harness.errors import CheckpointError
 from tracking.durable import replace_folder
@@ -26,53 +26,51 @@ def fork_run(
     name: str | None = None,
     runs_dir: str | Path | None = None,
 ) -> tracking.PastRun:
-    """Make a run that shares another one's records up to a checkpoint, and the checkpoint.
+    """Make a run with the records of another run up to a checkpoint, and the checkpoint.
 
     Parameters
     ----------
     ref
-        The other run: its path, id or a part of its name.
+        The other run: its path, its id, or a unique part of its name.
     step : >= 0
-        Optimizer steps done at the checkpoint; of several the one saved last.
+        Optimizer steps finished at the checkpoint; if several match, the one saved last.
     name
-        Readable name; None: the other's with ``-fork``.
+        Readable name; None: the name of the other run with ``-fork``.
     runs_dir
         Folder of runs.
 
     Returns
     -------
     PastRun
-        ``harness resume`` goes on with it.
+        Continue it with ``harness resume``.
 
     Raises
     ------
     CheckpointError
-        If there is no whole checkpoint of that step.
+        If there is no undamaged checkpoint of that step.
     ValueError
-        If the other run is being written.
+        If a process is writing the other run.
     """
     parent = tracking.open(ref, runs_dir=runs_dir)
-    place = _at(parent.path / "checkpoints", parent.id, step)
-    manifest = check(place)
+    path = _find_checkpoint(parent.path / "checkpoints", parent.id, step)
+    manifest = verify_checkpoint(path)
     positions = {
-        rank: read_part(place, rank)["journal"]
-        for rank in range(manifest["world_size"])
+        rank: read_rank(path, rank)["journal"] for rank in range(manifest.world_size)
     }
-    about = {"checkpoint": place.name, **manifest["position"]}
+    about = {"checkpoint": path.name, **asdict(manifest.position)}
     child = fork(parent, positions, about, name)
     try:
-        _copy(place, child)
+        _copy_checkpoint(path, child)
     except BaseException:
         shutil.rmtree(child.path, ignore_errors=True)
         raise
     return child
 
 
-def _at(folder: Path, run_id: str, step: int) -> Path:
-    """The checkpoint of a step."""
+def _find_checkpoint(folder: Path, run_id: str, step: int) -> Path:
     steps = {}
-    for place in reversed(checkpoints(folder)):
-        steps[read_manifest(place)["position"]["step"]] = place
+    for path in reversed(list_checkpoints(folder)):
+        steps[read_manifest(path).position.step] = path
     if step in steps:
         return steps[step]
     known = ", ".join(str(one) for one in sorted(steps)) or "none"
@@ -80,14 +78,13 @@ def _at(folder: Path, run_id: str, step: int) -> Path:
     raise CheckpointError(f"{msg} There are checkpoints of steps: {known}.")
 
 
-def _copy(place: Path, child: tracking.PastRun) -> None:
-    """Copy a checkpoint into a run, as its own; in place by one rename."""
-    target = child.path / "checkpoints" / place.name
+def _copy_checkpoint(path: Path, child: tracking.PastRun) -> None:
+    """Copy a checkpoint into a run, with that run in its manifest."""
+    target = child.path / "checkpoints" / path.name
     # A fit of the child removes a folder of this name that a killed fork left.
-    unfinished = target.with_name(f".{place.name}.tmp")
+    unfinished = target.with_name(f".{path.name}.tmp")
     with replace_folder(target, temporary=unfinished) as temporary:
-        shutil.copytree(place, temporary, dirs_exist_ok=True)
-        manifest = json.loads((temporary / MANIFEST).read_text(encoding="utf-8"))
-        manifest["run"] = {"id": child.id, "path": str(child.path.absolute())}
-        (temporary / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
-        check(temporary)
+        shutil.copytree(path, temporary, dirs_exist_ok=True)
+        run = RunRef(id=child.id, path=str(child.path.absolute()))
+        replace(read_manifest(temporary), run=run).write(temporary)
+        verify_checkpoint(temporary)

@@ -1,13 +1,13 @@
-"""One checkpoint: a folder of tensors and JSON, written whole or not at all.
+"""The folder of a checkpoint: tensors and JSON, written completely or not at all.
 
     000007-epoch-3-batch-40-step-120/
         manifest.json            format, position, and size and SHA-256 of every other file
         rank-0.json              state of the rank without its tensors
         rank-0.safetensors       its tensors
 
-Files are written under a temporary name, flushed to the disk, and put in place by one
-rename, so that a save killed at any write leaves earlier checkpoints the newest. Reading
-executes nothing.
+Files are written under a temporary name, flushed to the disk, and renamed once. If a save
+is killed at any write, the newest checkpoint is still the one before. Reading a checkpoint
+runs no code.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -37,6 +38,7 @@ from tracking.durable import (
     replace_file,
     write_synced,
 )
+from tracking.errors import describe_mismatch
 
 FORMAT = 1
 """Version of the folder."""
@@ -49,8 +51,8 @@ PEER_WAIT_S = 600.0
 """How long rank 0 waits for the files of the others."""
 
 _NAME = re.compile(r"(\d{6,15})-epoch-\d+-batch-\d+-step-\d+")
-_SCRAP = re.compile(rf"\.{_NAME.pattern}\.(tmp|removed)")
-_PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_UNFINISHED = re.compile(rf"\.{_NAME.pattern}\.(tmp|removed)")
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 Phase = Literal["train", "valid", "epoch"]
@@ -66,7 +68,7 @@ class Position:
     epoch : >= 1
         The epoch.
     iter : >= 0
-        Training batches done in it.
+        Training batches finished in it.
     step : >= 0
         Optimizer steps finished since the start.
     phase
@@ -83,21 +85,77 @@ class Position:
         return f"epoch {self.epoch}, batch {self.iter}, step {self.step}"
 
 
+@dataclass(frozen=True, kw_only=True)
+class RunRef:
+    """The run that recorded the fit of a checkpoint; both are None if tracking was off.
+
+    Attributes
+    ----------
+    id
+        Id of the run.
+    path
+        Its folder, absolute.
+    """
+
+    id: str | None = None
+    path: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileInfo:
+    """Size and SHA-256 of a file."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Content of ``manifest.json``.
+
+    Attributes
+    ----------
+    format
+        Version of the folder.
+    world_size : >= 1
+        Ranks that saved.
+    position
+        Where in the fit the checkpoint was taken.
+    run
+        Run that recorded the fit.
+    about
+        Description of the fit, which a resume compares; see ``describe_fit``.
+    files
+        Every other file of the folder, by name.
+    """
+
+    format: int = FORMAT
+    world_size: int
+    position: Position
+    run: RunRef
+    about: dict[str, Any]
+    files: dict[str, FileInfo] = field(default_factory=dict)
+
+    def write(self, folder: Path) -> None:
+        """Write ``manifest.json`` into a folder."""
+        _write_json(folder / MANIFEST, asdict(self))
+
+
 # ---------------------------------------------------------------------- writing
 
 
-def begin(folder: Path, position: Position) -> Path:
-    """An empty temporary folder for a checkpoint; on rank 0, before the others write.
+def begin_checkpoint(folder: Path, position: Position) -> Path:
+    """Make an empty temporary folder for a checkpoint; on rank 0, before the others write.
 
-    Its name begins with a number above those that are there, so that the one saved last
-    is the newest, also after a fit went back to an earlier one.
+    The name begins with a number above those of all other checkpoints in `folder`. So the
+    checkpoint saved last is the newest, even if the fit resumed from an earlier one.
     """
     folder.mkdir(parents=True, exist_ok=True)
     serial = 1
     for item in folder.iterdir():
         if _NAME.fullmatch(item.name):
-            serial = max(serial, _serial(item.name) + 1)
-        elif _SCRAP.fullmatch(item.name):  # of a save or removal that was killed
+            serial = max(serial, _get_serial(item.name) + 1)
+        elif _UNFINISHED.fullmatch(item.name):  # from a save or removal that was killed
             shutil.rmtree(item, ignore_errors=True)
     where = f"epoch-{position.epoch}-batch-{position.iter}-step-{position.step}"
     temporary = folder / f".{serial:06d}-{where}.tmp"
@@ -105,73 +163,89 @@ def begin(folder: Path, position: Position) -> Path:
     return temporary
 
 
-def place_of(temporary: Path) -> Path:
-    """Where ``commit`` puts the checkpoint of a temporary folder."""
+def get_final_path(temporary: Path) -> Path:
+    """Return where ``commit_checkpoint`` moves a temporary folder."""
     return temporary.with_name(temporary.name[1:].removesuffix(".tmp"))
 
 
-def write_part(
+def write_rank(
     temporary: Path, rank: int, plan: Any, tensors: Mapping[str, Tensor]
 ) -> None:
-    """Write one rank's part; tensors lie on the CPU, contiguous."""
+    """Write the files of one rank; tensors must be contiguous, on the CPU."""
+    tensor_path, plan_path = (temporary / name for name in _list_rank_files(rank))
     files = {
-        f"rank-{rank}.safetensors": write_tensors(
-            temporary / f"rank-{rank}.safetensors", tensors
-        ),
-        f"rank-{rank}.json": _write_json(temporary / f"rank-{rank}.json", plan),
+        tensor_path.name: asdict(write_tensors(tensor_path, tensors)),
+        plan_path.name: asdict(_write_json(plan_path, plan)),
     }
-    # By this file rank 0 knows that the part is whole.
-    done = temporary / f"rank-{rank}.done"
-    with replace_file(done) as fresh:
+    # This file tells rank 0 that both are complete.
+    with replace_file(temporary / f"rank-{rank}.done") as fresh:
         _write_json(fresh, files)
 
 
-def give_up(temporary: Path, rank: int) -> None:
-    """Tell rank 0 that a part does not come."""
+def _list_rank_files(rank: int) -> tuple[str, str]:
+    return f"rank-{rank}.safetensors", f"rank-{rank}.json"
+
+
+def mark_failed(temporary: Path, rank: int) -> None:
+    """Tell rank 0 that the files of a rank will not come."""
     with contextlib.suppress(OSError):
         (temporary / f"rank-{rank}.failed").touch()
 
 
-def commit(temporary: Path, world_size: int, about: Mapping[str, Any]) -> Path:
-    """Put a checkpoint in place when every rank's part is there; on rank 0.
+def commit_checkpoint(temporary: Path, manifest: Manifest) -> Path:
+    """Move a checkpoint to its final name when all ranks have written; on rank 0.
+
+    Parameters
+    ----------
+    temporary
+        From ``begin_checkpoint``.
+    manifest
+        Without its `files`.
 
     Raises
     ------
     CheckpointError
-        If a part does not come within ``PEER_WAIT_S``, or a file is not as it was written.
+        If files do not come within ``PEER_WAIT_S``, or one has not its size on the disk.
     """
-    place = place_of(temporary)
-    files: dict[str, Any] = {}
-    until = time.monotonic() + PEER_WAIT_S
-    for rank in range(world_size):
-        done = temporary / f"rank-{rank}.done"
-        while not done.exists():
-            has_failed = (temporary / f"rank-{rank}.failed").exists()
-            if has_failed or time.monotonic() > until:
-                msg = f"save({str(place)!r}): expected a part of rank {rank}, got none."
-                raise CheckpointError(
-                    f"{msg} It could not write, has died, or the folder is not shared."
-                )
-            time.sleep(0.01)
-        files |= json.loads(done.read_text(encoding="utf-8"))
+    path = get_final_path(temporary)
+    files: dict[str, FileInfo] = {}
+    deadline = time.monotonic() + PEER_WAIT_S
+    for rank in range(manifest.world_size):
+        done = _wait_for_rank(temporary, rank, deadline)
+        found = json.loads(done.read_text(encoding="utf-8"))
+        files |= {name: FileInfo(**facts) for name, facts in found.items()}
         done.unlink()
-    for name, facts in files.items():
-        if (temporary / name).stat().st_size != facts["bytes"]:
-            msg = f"save({str(place)!r}): expected {facts['bytes']} bytes in {name}."
-            raise CheckpointError(f"{msg} Make space and check the file system.")
-    manifest = {"format": FORMAT, "world_size": world_size, **about, "files": files}
-    _write_json(temporary / MANIFEST, manifest)
-    move_folder(temporary, place)
-    return place
+    for name, info in files.items():
+        size = (temporary / name).stat().st_size
+        if size != info.bytes:
+            msg = f"save({str(path)!r}): expected {info.bytes} bytes in {name}, got {size}."
+            raise CheckpointError(f"{msg} Free some space, check the file system.")
+    replace(manifest, files=files).write(temporary)
+    move_folder(temporary, path)
+    return path
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Write a safetensors file straight from memory; gives its size and SHA-256.
+def _wait_for_rank(temporary: Path, rank: int, deadline: float) -> Path:
+    """Wait for the file that tells that a rank has written; return its path."""
+    done, failed = (temporary / f"rank-{rank}.{end}" for end in ("done", "failed"))
+    while not done.exists():
+        if failed.exists() or time.monotonic() > deadline:
+            path = str(get_final_path(temporary))
+            msg = f"save({path!r}): expected the files of rank {rank}, got none."
+            raise CheckpointError(
+                f"{msg} It could not write, has died, or the folder is not shared."
+            )
+        time.sleep(0.01)
+    return done
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileInfo:
+    """Write a safetensors file straight from memory.
 
     Notes
     -----
     ``safetensors.torch.save_file`` copies every tensor into a Python object while it holds
-    the interpreter lock, which stalls a training that goes on beside it; this does not.
+    the interpreter lock, which blocks the training thread. This function copies nothing.
 
     References
     ----------
@@ -190,20 +264,18 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _bytes_of(tensors: Mapping[str, Tensor]) -> Iterator[Any]:
-    """Memory of each tensor, uncopied."""
+    """Yield the memory of each tensor, without a copy."""
     for tensor in tensors.values():
         flat = tensor.reshape(-1)
         if flat.numel():
             yield memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
-def _write_json(path: Path, value: Any) -> dict[str, Any]:
-    """Write JSON to the disk; returns its size and SHA-256."""
+def _write_json(path: Path, value: Any) -> FileInfo:
     return _write_hashed(path, [json.dumps(value, allow_nan=False).encode()])
 
 
-def _write_hashed(path: Path, chunks: Iterable[Any]) -> dict[str, Any]:
-    """Write a file to the disk; returns its size and SHA-256."""
+def _write_hashed(path: Path, chunks: Iterable[Any]) -> FileInfo:
     digest, size_bytes = hashlib.sha256(), 0
 
     def hash_chunks() -> Iterator[Any]:
@@ -214,120 +286,131 @@ def _write_hashed(path: Path, chunks: Iterable[Any]) -> dict[str, Any]:
             yield chunk
 
     write_synced(path, hash_chunks())
-    return {"bytes": size_bytes, "sha256": digest.hexdigest()}
+    return FileInfo(bytes=size_bytes, sha256=digest.hexdigest())
 
 
 # ---------------------------------------------------------------------- reading
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints of a folder, newest first; half-written ones have other names."""
+def list_checkpoints(folder: Path) -> list[Path]:
+    """List the checkpoints of a folder, newest first; unfinished ones have other names."""
     if not folder.is_dir():
         return []
     found = [item for item in folder.iterdir() if _NAME.fullmatch(item.name)]
-    return sorted(found, key=lambda place: _serial(place.name), reverse=True)
+    return sorted(found, key=lambda path: _get_serial(path.name), reverse=True)
 
 
-def _serial(name: str) -> int:
-    """The number that a checkpoint's name begins with."""
+def _get_serial(name: str) -> int:
     return int(name.partition("-")[0])
 
 
-def remove(place: Path) -> None:
-    """Remove a checkpoint; ``begin`` finishes a removal that was killed."""
-    remove_folder(place, aside=place.with_name(f".{place.name}.removed"))
+def remove_checkpoint(path: Path) -> None:
+    """Remove a checkpoint; ``begin_checkpoint`` finishes a removal that was killed."""
+    remove_folder(path, aside=path.with_name(f".{path.name}.removed"))
 
 
-def newest(folder: Path) -> tuple[Path | None, list[CheckpointError]]:
-    """The newest checkpoint that is whole, and what is wrong with newer ones."""
-    faults: list[CheckpointError] = []
-    for place in checkpoints(folder):
+def find_newest(folder: Path) -> tuple[Path | None, list[CheckpointError]]:
+    """Find the newest undamaged checkpoint.
+
+    Returns
+    -------
+    its path, or None; and the errors of newer, damaged ones
+    """
+    errors: list[CheckpointError] = []
+    for path in list_checkpoints(folder):
         try:
-            check(place)
-        except CheckpointError as fault:
-            faults.append(fault)
+            verify_checkpoint(path)
+        except CheckpointError as error:
+            errors.append(error)
         else:
-            return place, faults
-    return None, faults
+            return path, errors
+    return None, errors
 
 
-def check(place: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint, after every file was compared with it.
-
-    Raises
-    ------
-    CheckpointError
-        If it is of another format, a file is missing, of another size or content, or a
-        name leads elsewhere.
-    """
-    manifest = read_manifest(place)
-    for name, facts in manifest["files"].items():
-        path = place / name
-        if path.is_symlink() or not path.is_file():
-            raise _torn(place, f"the file {name}", "none")
-        size = path.stat().st_size
-        if size != facts["bytes"]:
-            raise _torn(place, f"{facts['bytes']} bytes in {name}", f"{size}")
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != facts.get("sha256"):
-            expected = f"the SHA-256 of {name} to be {facts.get('sha256')}"
-            raise _torn(place, expected, found)
-    return manifest
-
-
-def read_manifest(place: Path) -> dict[str, Any]:
-    """The manifest, checked for its form alone.
+def verify_checkpoint(path: Path) -> Manifest:
+    """Compare every file with the manifest, and return the manifest.
 
     Raises
     ------
     CheckpointError
-        If it is missing, torn, of another format, or names files elsewhere.
+        If a file is missing, is a link, or has another size or content; also as for
+        ``read_manifest``.
     """
-    manifest = _read_json(place, MANIFEST)
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        have = manifest.get("format") if isinstance(manifest, dict) else manifest
-        raise _torn(place, f"format {FORMAT}", repr(have))
-    kinds = {"files": dict, "world_size": int, "position": dict, "run": dict}
-    for key, kind in {**kinds, "about": dict}.items():
-        if not isinstance(manifest.get(key), kind):
-            got = repr(manifest.get(key))[:80]
-            raise _torn(place, f"{key} in the manifest as a {kind.__name__}", got)
-    files, ranks = manifest["files"], manifest["world_size"]
-    if set(manifest["position"]) != {f.name for f in fields(Position)} or ranks < 1:
-        raise _torn(place, "a position and 1 rank or more in the manifest", "others")
-    for name, facts in files.items():
-        whole = isinstance(facts, dict) and isinstance(facts.get("bytes"), int)
-        if not _PLAIN.fullmatch(name) or not whole:
-            raise _torn(place, "plain file names with size and hash", repr(name)[:80])
-    for rank in range(ranks):
-        if not {f"rank-{rank}.json", f"rank-{rank}.safetensors"} <= files.keys():
-            raise _torn(place, f"a part of rank {rank}", "none")
+    manifest = read_manifest(path)
+    for name, info in manifest.files.items():
+        _verify_file(path, name, info)
     return manifest
 
 
-def read_part(place: Path, rank: int, *, is_mapped: bool = False) -> Any:
-    """The state of one rank; ``check`` the checkpoint first.
+def _verify_file(path: Path, name: str, info: FileInfo) -> None:
+    file_path = path / name
+    if file_path.is_symlink() or not file_path.is_file():
+        raise _make_error(path, f"the file {name}", "none")
+    size = file_path.stat().st_size
+    if size != info.bytes:
+        raise _make_error(path, f"{info.bytes} bytes in {name}", f"{size}")
+    with file_path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != info.sha256:
+        raise _make_error(path, f"the SHA-256 of {name} to be {info.sha256}", found)
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read the manifest of a checkpoint and check its types; files are not read.
+
+    Raises
+    ------
+    CheckpointError
+        If the manifest is missing or damaged, has another format or wrong types, or names
+        files outside the folder.
+    """
+    content = _read_json(path, MANIFEST)
+    found = content.get("format") if isinstance(content, dict) else content
+    if found != FORMAT:
+        raise _make_error(path, f"format {FORMAT}", repr(found)[:80])
+    try:
+        manifest = msgspec.convert(content, Manifest)
+    except msgspec.ValidationError as error:
+        msg = f"checkpoint {str(path)!r}, {MANIFEST}: {describe_mismatch(error)}."
+        raise CheckpointError(f"{msg} Take another checkpoint.") from error
+    _check_file_names(path, manifest)
+    return manifest
+
+
+def _check_file_names(path: Path, manifest: Manifest) -> None:
+    for name in manifest.files:
+        if not _PLAIN_NAME.fullmatch(name):
+            raise _make_error(path, "plain file names", repr(name)[:80])
+    if manifest.world_size < 1:
+        raise _make_error(path, "a world_size from 1", f"{manifest.world_size}")
+    for rank in range(manifest.world_size):
+        if not manifest.files.keys() >= {*_list_rank_files(rank)}:
+            raise _make_error(path, f"the files of rank {rank}", "none")
+
+
+def read_rank(path: Path, rank: int, *, is_mapped: bool = False) -> Any:
+    """Read the state of one rank; call ``verify_checkpoint`` first.
 
     Parameters
     ----------
-    place
+    path
         Folder of the checkpoint.
     rank
-        Whose state.
+        Rank that saved the state.
     is_mapped
-        Whether tensors may stay views into the file. They cost no memory, but lie at
-        addresses where some processors' kernels round differently, so only what is copied
-        before it is computed with may be read this way.
+        Whether tensors may be views into the file. Views need no memory, but their
+        addresses are not aligned as torch aligns them, and kernels of some processors
+        round differently there. So copy such tensors before computing with them.
 
     Raises
     ------
     CheckpointError
         If it cannot be read.
     """
-    plan = _read_json(place, f"rank-{rank}.json")
+    tensor_name, plan_name = _list_rank_files(rank)
+    plan = _read_json(path, plan_name)
     try:
-        tensors = load_file(place / f"rank-{rank}.safetensors")
+        tensors = load_file(path / tensor_name)
         if not is_mapped:
             tensors = {name: tensor.clone() for name, tensor in tensors.items()}
         return restore(plan, tensors)
@@ -339,23 +422,23 @@ def read_part(place: Path, rank: int, *, is_mapped: bool = False) -> Any:
         LookupError,
         RuntimeError,
     ) as error:
-        raise _torn(place, f"a readable part of rank {rank}", str(error)) from error
+        expected = f"readable files of rank {rank}"
+        raise _make_error(path, expected, str(error)) from error
 
 
-def _read_json(place: Path, name: str) -> Any:
-    """A JSON file of a checkpoint."""
-    path = place / name
+def _read_json(path: Path, name: str) -> Any:
+    file_path = path / name
     try:
-        if path.is_symlink() or not path.is_file():
-            raise _torn(place, f"the file {name}", "none")
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise _torn(place, f"less than {MAX_JSON_BYTES} bytes in {name}", "more")
-        return json.loads(path.read_text(encoding="utf-8"))
+        if file_path.is_symlink() or not file_path.is_file():
+            raise _make_error(path, f"the file {name}", "none")
+        if file_path.stat().st_size > MAX_JSON_BYTES:
+            expected = f"less than {MAX_JSON_BYTES} bytes in {name}"
+            raise _make_error(path, expected, "more")
+        return json.loads(file_path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise _torn(place, f"JSON in {name}", str(error)) from error
+        raise _make_error(path, f"JSON in {name}", str(error)) from error
 
 
-def _torn(place: Path, expected: str, got: str) -> CheckpointError:
-    """The error for a checkpoint that is not what it should be."""
-    msg = f"checkpoint {str(place)!r}: expected {expected}, got {got}."
+def _make_error(path: Path, expected: str, got: str) -> CheckpointError:
+    msg = f"checkpoint {str(path)!r}: expected {expected}, got {got}."
     return CheckpointError(f"{msg} Take another checkpoint.")

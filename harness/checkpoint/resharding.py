@@ -1,6 +1,6 @@
-"""A checkpoint of some ranks as the state of others: another number, or of another form.
+"""Convert the states that some ranks saved to the state of each rank of another fit.
 
-The samples that are left of a broken epoch are dealt out anew, each once.
+The samples that are left of an interrupted epoch are dealt out again, each exactly once.
 """
 
 from __future__ import annotations
@@ -19,46 +19,48 @@ from harness.pytree import StateDict
 from harness.reshard.convert import convert_state, is_convertible
 from harness.rng import derive_rng_state
 
-WEIGHTS_ALONE = (
-    "take the weights alone: ResumeFromCheckpoint(path, restore_optimizers=False, "
+WEIGHTS_ONLY_ADVICE = (
+    "restore only the weights: ResumeFromCheckpoint(path, restore_optimizers=False, "
     "restore_records=False, restore_callbacks=False)."
 )
 """What always works."""
 
+EPOCH_END_ADVICE = (
+    "Save at the ends of epochs, or resume on as many ranks as it was saved on."
+)
+
 
 def check_convertible(
-    parts: Sequence[StateDict], live: StateDict, *, is_exact: bool
+    states: Sequence[StateDict], live: StateDict, *, is_exact: bool
 ) -> None:
-    """Raise if the parts of a checkpoint cannot be given to the live accelerator's ranks.
+    """Raise if the states of a checkpoint cannot be converted for the live accelerator.
 
     Parameters
     ----------
-    parts
-        States of all ranks.
+    states
+        States of all ranks that saved.
     live
         State of the live accelerator.
     is_exact
-        Whether the fit is to go on where it was.
+        Whether the fit continues where it stopped.
 
     Raises
     ------
     CheckpointError
-        If an accelerator is not one of the package's, or an optimizer step is under way.
+        If an accelerator is not one of the package's, or an accumulation window is open.
     """
-    for state in (*(part["accelerator"] for part in parts), live):
+    for state in (*(state["accelerator"] for state in states), live):
         if not is_convertible(state):
             msg = f"resume: expected states of one device or of engines, got {sorted(state)}"
             raise CheckpointError(f"{msg}. Resume with the accelerator that was saved.")
         if is_exact and any(state["done"].values()):
             msg = "resume: expected the end of an accumulation window, got an open one."
-            advice = f"Resume on {len(parts)} ranks as it was saved, or {WEIGHTS_ALONE}"
-            raise CheckpointError(f"{msg} {advice}")
+            advice = f"Resume on {len(states)} ranks as it was saved, or"
+            raise CheckpointError(f"{msg} {advice} {WEIGHTS_ONLY_ADVICE}")
 
 
-def has_same_batches(
-    world_size: int, about: Mapping[str, object], ctx: Context
-) -> bool:
-    """True if each rank goes on with the batches that it would have had."""
+def has_same_batches(world_size: int, about: Mapping[str, Any], ctx: Context) -> bool:
+    """Whether each rank continues with the batches that the same rank would have had."""
     assert ctx.accelerator is not None
     is_same_size = about["batch_size"] == ctx.about["batch_size"]
     return ctx.accelerator.world_size == world_size and is_same_size
@@ -66,106 +68,120 @@ def has_same_batches(
 
 def convert_position(
     position: Position,
-    parts: Sequence[StateDict],
+    states: Sequence[StateDict],
     about: Mapping[str, Any],
     ctx: Context,
 ) -> Position:
-    """Where a fit goes on whose batches are dealt in another way, counted in these.
+    """Convert a position to batches of this fit, whose ranks or batch size differ.
 
     Parameters
     ----------
-    position, parts, about
-        What the checkpoint says.
+    position
+        Where the checkpoint was taken.
+    states
+        States of all ranks that saved.
+    about
+        Description of the saved fit.
     ctx
         Context of the fit.
 
     Raises
     ------
     CheckpointError
-        If the samples done do not make whole batches, or nobody can tell which they were.
+        If the finished samples do not fill whole batches, or cannot be known.
     """
     assert ctx.accelerator is not None
-    then = len(parts) * (about["batch_size"] or 1)
-    now = ctx.accelerator.world_size * (ctx.about["batch_size"] or 1)
-    done, rest = divmod(position.iter * then, now)
-    rows = about["rows"]
-    if position.phase == "valid" or (rows and position.iter * then >= rows):
+    saved_size = len(states) * (about["batch_size"] or 1)
+    size = ctx.accelerator.world_size * (ctx.about["batch_size"] or 1)
+    rows, total_rows = position.iter * saved_size, about["rows"]
+    done, rest = divmod(rows, size)
+    if position.phase == "valid" or (total_rows and rows >= total_rows):
         return replace(position, iter=done + bool(rest))
-    advice = (
-        "Save at the ends of epochs, or resume on as many ranks as it was saved on."
-    )
-    own = parts[0]["pass"]["loader"] is not None
-    if own or (rows is None and (about["num_workers"] or ctx.about["num_workers"])):
-        msg = "resume: expected an order of samples that does not depend on the ranks"
-        kind = "a loader that keeps its own position" if own else "a stream by workers"
-        raise CheckpointError(f"{msg}, got {kind}. {advice}")
+    _check_order(states, about, ctx)
     if rest or done % ctx.accelerator.accumulate:
-        msg = f"resume: expected samples done to fill whole steps of {now} rows"
-        got = f"{position.iter} batches of {then}"
-        raise CheckpointError(f"{msg}, got {got}. Change batch_size. {advice}")
+        msg = f"resume: expected finished samples to fill whole steps of {size} rows"
+        got = f"{position.iter} batches of {saved_size}"
+        advice = f"Change batch_size. {EPOCH_END_ADVICE}"
+        raise CheckpointError(f"{msg}, got {got}. {advice}")
     return replace(position, iter=done)
 
 
+def _check_order(
+    states: Sequence[StateDict], about: Mapping[str, Any], ctx: Context
+) -> None:
+    """Raise if the order of the samples depends on how batches are dealt to ranks."""
+    has_workers = about["num_workers"] or ctx.about["num_workers"]
+    if states[0]["pass"]["loader"] is not None:
+        got = "a loader that keeps its own position"
+    elif about["rows"] is None and has_workers:
+        got = "a stream that worker processes read"
+    else:
+        return
+    msg = "resume: expected an order of samples that does not depend on the ranks"
+    raise CheckpointError(f"{msg}, got {got}. {EPOCH_END_ADVICE}")
+
+
 def reshard_state(
-    parts: Sequence[StateDict],
+    states: Sequence[StateDict],
     live: StateDict,
     ctx: Context,
-    wanted: Sequence[str],
+    parts: Sequence[str],
     *,
-    is_alike: bool,
+    keeps_batches: bool,
 ) -> StateDict:
-    """The state of this rank.
+    """Convert the states of a checkpoint to the state of this rank.
 
     Parameters
     ----------
-    parts
-        States of all ranks of the checkpoint.
+    states
+        States of all ranks that saved.
     live
         State of the live accelerator.
     ctx
         Context of the fit.
-    wanted
-        Parts of the accelerator's state that are wanted.
-    is_alike
-        Whether each rank goes on with the batches that it would have had.
+    parts
+        ``model``, ``optimizers`` or both, to restore from the accelerator's state.
+    keeps_batches
+        Whether each rank continues with the batches that it would have had.
 
     Raises
     ------
     CheckpointError
-        If it is of another model or other optimizers.
+        If it is from another model or other optimizers.
     """
     accelerator = ctx.accelerator
     assert accelerator is not None
-    assert ctx.model is not None
     rank, world_size = accelerator.rank, accelerator.world_size
-    first, is_old = parts[0], rank < len(parts)
-    own = parts[rank] if is_old else first
-    random = own["random"] if is_old else derive_rng_state(first["random"], rank)
-    metrics = [part["callbacks"].get("Metrics", {}) for part in parts]
-    mine = [metrics[n] for n in range(rank, len(parts), world_size)]
-    train_pass = own["pass"] if is_alike else first["pass"]
-    if train_pass is not None and not is_alike:
+    first, has_saved = states[0], rank < len(states)
+    own = states[rank] if has_saved else first
+    metrics = [state["callbacks"].get("Metrics", {}) for state in states]
+    mine = [metrics[n] for n in range(rank, len(states), world_size)]
+    train_pass = own["pass"] if keeps_batches else first["pass"]
+    if train_pass is not None and not keeps_batches:
         train_pass = {**train_pass, "window": accelerator.accumulate, "ahead": 0}
-    states = [part["accelerator"] for part in parts]
+    of_accelerators = [state["accelerator"] for state in states]
     return {
         **first,
-        "accelerator": convert_state(states, ctx.model, live, rank, wanted),
-        "callbacks": {**first["callbacks"], "Metrics": _joined(mine, metrics[0])},
-        "random": random,
+        "accelerator": convert_state(of_accelerators, ctx.model, live, rank, parts),
+        "callbacks": {
+            **first["callbacks"],
+            "Metrics": _list_by_split(mine, metrics[0]),
+        },
+        "random": own["random"] if has_saved else derive_rng_state(own["random"], rank),
         "pass": train_pass,
-        "journal": own["journal"] if is_old else -1,
+        "journal": own["journal"] if has_saved else -1,
     }
 
 
-def _joined(mine: Sequence[StateDict], first: StateDict) -> StateDict:
-    """States of metrics of several ranks, to be joined; of none, their form alone."""
+def _list_by_split(mine: Sequence[StateDict], first: StateDict) -> StateDict:
+    """List the metric states that this rank merges, by split; without any, an empty one."""
     if mine:
         return {split: [state[split] for state in mine] for split in mine[0]}
     return {split: [_empty_metrics(state)] for split, state in first.items()}
 
 
 def _empty_metrics(state: StateDict) -> StateDict:
-    """The form of the states, without samples."""
+    """Copy metric states without their samples."""
     if "loss" not in state:
         return dict(state)
     nothing = {"waiting": [], "rows": [], "sums": torch.zeros(2, dtype=torch.float64)}

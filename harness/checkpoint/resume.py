@@ -1,4 +1,4 @@
-"""Going on from a checkpoint: which one, what is taken of it, and what differs since."""
+"""Resume a fit from a checkpoint: what is restored, and what differs from the saved fit."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
-from harness.checkpoint.format import Position, check, read_part
+from harness.checkpoint.format import Manifest, Position, read_rank, verify_checkpoint
 from harness.checkpoint.resharding import (
     check_convertible,
     convert_position,
@@ -21,7 +21,7 @@ from harness.checkpoint.state import get_generators, name_callbacks, restore_sta
 from harness.context import Context
 from harness.errors import CheckpointError
 from harness.metrics.state import check_saved_metrics
-from harness.pytree import map_tensors
+from harness.pytree import StateDict, map_tensors
 from harness.records import NullRun
 from harness.reshard.consolidated import STATE_ERRORS
 from harness.reshard.convert import check_same, has_same_layout
@@ -30,228 +30,287 @@ from harness.rng import set_rng_state
 if TYPE_CHECKING:
     import tracking
 
+Outcome = Literal["restored", "left out", "missing", "differs"]
+"""What became of a part of the saved state."""
+
+RANK_STATE_KEYS = (
+    "accelerator",
+    "callbacks",
+    "extra",
+    "journal",
+    "pass",
+    "random",
+    "records",
+)
+"""Keys that the state of every rank must have."""
+
 
 @dataclass(kw_only=True)
 class Resume:
-    """A checkpoint to go on from.
+    """A checkpoint to resume from.
 
     Attributes
     ----------
-    place
+    path
         Folder of the checkpoint.
     manifest
-        What it says of itself.
+        Its manifest.
     restore_model, restore_optimizers, restore_records, restore_callbacks
-        What is taken from it. Without all of them the fit begins at epoch 1 with what was
-        taken.
+        What is restored. If one of them is False, the fit starts at epoch 1 with what was
+        restored.
     strict
-        Refuse differences between then and now instead of telling them.
+        Refuse differences between the saved fit and this one. Otherwise they are reported.
     report
-        Part, state (``restored``, ``left out``, ``absent``, ``differs``) and detail.
+        Name of a part, its outcome, and details.
     """
 
-    place: Path
-    manifest: Mapping[str, Any]
+    path: Path
+    manifest: Manifest
     restore_model: bool = True
     restore_optimizers: bool = True
     restore_records: bool = True
     restore_callbacks: bool = True
     strict: bool = False
-    report: list[tuple[str, str, str]] = field(default_factory=list)
-    _state: Mapping[str, Any] | None = None
-    _moved: Position | None = None
-    _gone: dict[int, int] = field(default_factory=dict)
+    report: list[tuple[str, Outcome, str]] = field(default_factory=list)
+    _state: StateDict | None = None
+    _converted_position: Position | None = None
+    # Positions in the run of ranks that saved, and that this fit does not have.
+    _surplus_ranks: dict[int, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, place: Path, **options: Any) -> Resume:
-        """The checkpoint in a folder, after every file was compared with its manifest."""
-        return cls(place=place, manifest=check(place), **options)
+    def open(cls, path: Path, **options: Any) -> Resume:
+        """Open a checkpoint after comparing every file with its manifest."""
+        return cls(path=path, manifest=verify_checkpoint(path), **options)
 
     @property
     def position(self) -> Position:
-        """Where it was taken, counted in batches of the ranks that there are now."""
-        return self._moved or Position(**self.manifest["position"])
+        """Where the checkpoint was taken, counted in batches of this fit's ranks."""
+        return self._converted_position or self.manifest.position
+
+    @property
+    def parts(self) -> list[str]:
+        """Names of the parts that are restored."""
+        return [name for name, is_on in self._switches.items() if is_on]
+
+    @property
+    def _switches(self) -> dict[str, bool]:
+        return {
+            "model": self.restore_model,
+            "optimizers": self.restore_optimizers,
+            "records": self.restore_records,
+            "callbacks": self.restore_callbacks,
+        }
 
     @property
     def is_exact(self) -> bool:
-        """True if everything is taken, so that the fit goes on where it was."""
-        return all(self._wanted.values())
+        """Whether everything is restored, so that the fit continues where it stopped."""
+        return all(self._switches.values())
 
     @property
     def is_weights_only(self) -> bool:
-        """True if the model alone is taken, which any number of ranks can."""
-        return [part for part, is_on in self._wanted.items() if is_on] == ["model"]
-
-    @property
-    def _wanted(self) -> dict[str, bool]:
-        """What is taken, by part."""
-        parts = ("model", "optimizers", "records", "callbacks")
-        return {part: getattr(self, f"restore_{part}") for part in parts}
+        """Whether only the model is restored, which works on any number of ranks."""
+        return self.parts == ["model"]
 
     def is_recorded_in(self, run: tracking.Run | NullRun) -> bool:
         """Whether `run` recorded the fit that the checkpoint is from."""
-        return run.id is not None and bool(run.id == self.manifest["run"].get("id"))
+        return run.id is not None and run.id == self.manifest.run.id
 
-    def state(self, ctx: Context) -> Mapping[str, Any]:
-        """The part of this rank."""
-        assert ctx.accelerator is not None
+    def get_state(self, ctx: Context) -> StateDict:
+        """Return the state for this rank; it is read once."""
         if self._state is None:
-            self._keep(read_part(self.place, ctx.accelerator.rank))
+            assert ctx.accelerator is not None
+            self._set_state(read_rank(self.path, ctx.accelerator.rank))
         assert self._state is not None
         return self._state
 
-    def _keep(self, state: Mapping[str, Any]) -> None:
-        """Hold the state of this rank until it is restored."""
-        self._state = {**state, "run": self.manifest["run"].get("id")}
+    def _set_state(self, state: StateDict) -> None:
+        self._state = {**state, "run": self.manifest.run.id}
+
+    # --- before the fit
 
     def check(self, ctx: Context) -> None:
-        """Compare the checkpoint with the fit that is to go on from it, before any change.
+        """Compare the checkpoint with the fit that resumes from it; nothing is changed.
 
         Every rank has to call it.
 
         Raises
         ------
         CheckpointError
-            If it is of another model, other optimizers or metrics, or in a form that cannot
-            be brought into that of the fit; with `strict`, if anything differs.
+            If it is from another model, other optimizers or metrics, or cannot be converted
+            to the ranks and precision of this fit; with `strict`, if anything differs.
         """
         assert ctx.accelerator is not None
-        error = None
+        place, error = f"resume({str(self.path)!r})", None
         try:
-            self._check(ctx)
+            self._check_on_this_rank(ctx)
         except CheckpointError as found:
-            text = str(found).removeprefix("resume: ")
-            error = CheckpointError(f"resume({str(self.place)!r}): {text}")
+            error = CheckpointError(f"{place}: {str(found).removeprefix('resume: ')}")
         except STATE_ERRORS as found:
-            msg = f"resume({str(self.place)!r}): expected the state of a fit, got one that"
-            error = CheckpointError(f"{msg} lacks {found!r}. Take another checkpoint.")
-        # One rank that stops alone would leave the others waiting for it.
+            msg = f"{place}: expected the state of a fit, got a state with {found!r}."
+            error = CheckpointError(f"{msg} Take another checkpoint.")
+        # If one rank stopped alone, the others would wait for it.
         if ctx.accelerator.any(error is not None):
-            msg = f"resume({str(self.place)!r}): expected a checkpoint that fits all ranks"
-            raise error or CheckpointError(f"{msg}, got one that another rank refuses.")
+            msg = f"{place}: expected a checkpoint that fits all ranks, got one"
+            raise error or CheckpointError(f"{msg} that another rank refuses.")
 
-    def _check(self, ctx: Context) -> None:
-        """The same, on this rank alone."""
+    def _check_on_this_rank(self, ctx: Context) -> None:
         assert ctx.accelerator is not None
-        ranks, saved = ctx.accelerator.world_size, self.manifest["world_size"]
-        about, live = self.manifest["about"], ctx.accelerator.state_dict()
-        kind = ctx.about["accelerator"]
-        wanted = [part for part in ("model", "optimizers") if self._wanted[part]]
-        is_alike = has_same_batches(saved, about, ctx) or self.position.phase == "epoch"
-        is_same = ranks == saved and about.get("accelerator", kind) == kind
-        if is_same:
-            state = _checked(self.state(ctx))["accelerator"]
-            is_same = has_same_layout(state, live)
-        if is_same and (is_alike or not self.is_exact):
-            check_same(state, live, wanted)
-            parts = [dict(self.state(ctx))]
+        ranks, saved_ranks = ctx.accelerator.world_size, self.manifest.world_size
+        live = ctx.accelerator.state_dict()
+        keeps_batches = self.position.phase == "epoch" or has_same_batches(
+            saved_ranks, self.manifest.about, ctx
+        )
+        if self._has_same_layout(ctx, live) and (keeps_batches or not self.is_exact):
+            states = [dict(self.get_state(ctx))]
+            check_same(states[0]["accelerator"], live, self.parts)
         else:
-            parts = [
-                _checked(read_part(self.place, rank, is_mapped=True))
-                for rank in range(saved)
-            ]
-            check_convertible(parts, live, is_exact=self.is_exact)
-            if self.is_exact and not is_alike:
-                self._moved = convert_position(self.position, parts, about, ctx)
-            self._gone = {n: parts[n]["journal"] for n in range(ranks, saved)}
-            state = reshard_state(parts, live, ctx, wanted, is_alike=is_alike)
-            self._keep(map_tensors(state, Tensor.clone))
-            then, now = parts[0]["accelerator"].get("stage"), live.get("stage")
-            if None not in {then, now} and then != now:
-                self.report.append(("ZeRO stage", "differs", f"{then} then, {now} now"))
+            states = self._read_all_ranks()
+            self._convert(states, ctx, live, keeps_batches=keeps_batches)
         if self.is_exact:
-            _check_metrics(parts, ctx, is_merged=ranks < saved)
-        if ranks != saved:
-            self.report.append(("ranks", "differs", f"{saved} then, {ranks} now"))
-        self._compare(ctx.about)
+            _check_metrics(states, ctx, is_merged=ranks < saved_ranks)
+        if ranks != saved_ranks:
+            self._report_difference("ranks", saved_ranks, ranks)
+        self._compare_descriptions(ctx.about)
+        self._check_strict()
 
-    def _compare(self, now: Mapping[str, Any]) -> None:
-        """Put into the report what differs between then and now; with `strict` refuse it."""
-        then = self.manifest["about"]
-        for name in sorted({*then, *now}):
-            if then.get(name) != now.get(name):
-                detail = f"{then.get(name)!r} then, {now.get(name)!r} now"
-                self.report.append((name, "differs", detail))
+    def _has_same_layout(self, ctx: Context, live: StateDict) -> bool:
+        """Whether each rank may restore what the same rank saved."""
+        assert ctx.accelerator is not None
+        kind = ctx.about["accelerator"]
+        if ctx.accelerator.world_size != self.manifest.world_size:
+            return False
+        if self.manifest.about.get("accelerator", kind) != kind:
+            return False
+        saved = _check_keys(self.get_state(ctx))["accelerator"]
+        return has_same_layout(saved, live)
+
+    def _read_all_ranks(self) -> list[StateDict]:
+        ranks = range(self.manifest.world_size)
+        return [
+            _check_keys(read_rank(self.path, rank, is_mapped=True)) for rank in ranks
+        ]
+
+    def _convert(
+        self,
+        states: Sequence[StateDict],
+        ctx: Context,
+        live: StateDict,
+        *,
+        keeps_batches: bool,
+    ) -> None:
+        """Convert the states of all ranks that saved to the state of this rank."""
+        assert ctx.accelerator is not None
+        check_convertible(states, live, is_exact=self.is_exact)
+        if self.is_exact and not keeps_batches:
+            self._converted_position = convert_position(
+                self.position, states, self.manifest.about, ctx
+            )
+        surplus = range(ctx.accelerator.world_size, self.manifest.world_size)
+        self._surplus_ranks = {rank: states[rank]["journal"] for rank in surplus}
+        state = reshard_state(
+            states, live, ctx, self.parts, keeps_batches=keeps_batches
+        )
+        self._set_state(map_tensors(state, Tensor.clone))
+        saved_stage = states[0]["accelerator"].get("stage")
+        stage = live.get("stage")
+        if None not in {saved_stage, stage} and saved_stage != stage:
+            self._report_difference("ZeRO stage", saved_stage, stage)
+
+    def _compare_descriptions(self, about: Mapping[str, Any]) -> None:
+        saved = self.manifest.about
+        for name in sorted({*saved, *about}):
+            if saved.get(name) != about.get(name):
+                self._report_difference(
+                    name, repr(saved.get(name)), repr(about.get(name))
+                )
+
+    def _report_difference(self, name: str, saved: object, now: object) -> None:
+        self.report.append((name, "differs", f"saved {saved}, now {now}"))
+
+    def _check_strict(self) -> None:
         differing = [
-            f"{name}: {text}" for name, state, text in self.report if state == "differs"
+            f"{name}: {text}"
+            for name, outcome, text in self.report
+            if outcome == "differs"
         ]
         if self.strict and differing:
             got = "; ".join(differing)
             msg = f"resume: strict: expected no difference, got {got}."
-            raise CheckpointError(f"{msg} Mend it or drop strict.")
+            raise CheckpointError(f"{msg} Undo the change, or drop strict.")
+
+    # --- in the fit
 
     def restore(self, ctx: Context) -> None:
-        """Put the state into the context, its accelerator and callbacks.
+        """Restore the state into the context, its accelerator and callbacks.
 
         Raises
         ------
         CheckpointError
             If it does not fit the model or the optimizers.
         """
-        parts = [part for part, is_on in self._wanted.items() if is_on]
-        state = dict(self.state(ctx))
-        if not self.is_exact:  # an epoch that is begun anew counts anew
+        state = dict(self.get_state(ctx))
+        if not self.is_exact:  # the epoch starts again, and so do its metrics
             state["callbacks"] = {**state["callbacks"], "Metrics": {}}
-        notes = restore_state(ctx, state, parts)
-        assert ctx.accelerator is not None
-        is_ours = self.restore_records and self.is_recorded_in(ctx.run)
-        if is_ours and ctx.accelerator.is_main:
-            for rank, seq in self._gone.items():
-                ctx.run.rewind(seq, rank)
-        for part, is_on in self._wanted.items():
-            self.report.append((part, "restored" if is_on else "left out", ""))
-        self.report += [("callbacks", "absent", note) for note in notes]
+        notes = restore_state(ctx, state, self.parts)
+        self._rewind_surplus_ranks(ctx)
+        for name, is_on in self._switches.items():
+            self.report.append((name, "restored" if is_on else "left out", ""))
+        self.report += [("callbacks", "missing", note) for note in notes]
         if not self.is_exact:
-            self._tell(ctx)
+            self._show_report(ctx)
+
+    def _rewind_surplus_ranks(self, ctx: Context) -> None:
+        """Supersede what ranks that no longer exist recorded after the checkpoint."""
+        assert ctx.accelerator is not None
+        is_same_run = self.restore_records and self.is_recorded_in(ctx.run)
+        if is_same_run and ctx.accelerator.is_main:
+            for rank, seq in self._surplus_ranks.items():
+                ctx.run.rewind(seq, rank)
 
     def restore_random(self, ctx: Context) -> None:
-        """Set all random generators to where they were; the last thing of a resume."""
-        missing = set_rng_state(self.state(ctx)["random"], get_generators(ctx))
+        """Restore all random generators; the last step of a resume."""
+        missing = set_rng_state(self.get_state(ctx)["random"], get_generators(ctx))
         self.report.append(("random generators", "restored", ""))
-        self.report += [("random generators", "absent", note) for note in missing]
+        self.report += [("random generators", "missing", note) for note in missing]
         done = f"{self.position.iter} batches done"
         self.report.append(("loader position", "restored", done))
         workers = getattr(ctx.train_data, "persistent_workers", False)
         if workers and self.position.epoch > 1:
-            note = "persistent workers begin afresh: what they draw differs"
-            self.report.append(("loader workers", "absent", note))
-        self._tell(ctx)
+            note = "persistent workers start new, so their random numbers differ"
+            self.report.append(("loader workers", "missing", note))
+        self._show_report(ctx)
 
-    def _tell(self, ctx: Context) -> None:
-        """Show the report to who watches; forget the state."""
+    def _show_report(self, ctx: Context) -> None:
+        """Show the report if progress is shown; drop the state, which is restored now."""
         self._state = None
         if ctx.verbose and ctx.accelerator is not None and ctx.accelerator.is_main:
             sys.stderr.write(f"{self}\n")
 
     def __str__(self) -> str:
         lines = [
-            f"  {part:<20} {state:<9} {text}".rstrip()
-            for part, state, text in self.report
+            f"  {name:<20} {outcome:<9} {text}".rstrip()
+            for name, outcome, text in self.report
         ]
-        head = f"resumed from {self.place.name}: {self.position}"
+        head = f"resumed from {self.path.name}: {self.position}"
         return "\n".join([head, *lines])
 
 
 def _check_metrics(
-    parts: Sequence[Mapping[str, Any]], ctx: Context, *, is_merged: bool
+    states: Sequence[StateDict], ctx: Context, *, is_merged: bool
 ) -> None:
-    """Raise if an epoch was under way with other metrics, or theirs cannot be joined."""
+    """Raise if the interrupted epoch had other metrics, or metrics that cannot be merged."""
     callbacks: dict[str, Any] = dict(name_callbacks(ctx.callbacks))
-    for part in parts:
-        saved = part["callbacks"].get("Metrics", {}).get("train", {})
+    for state in states:
+        saved = state["callbacks"].get("Metrics", {}).get("train", {})
         if "metrics" in saved:
             metrics = callbacks["Metrics"].metric_set.train
             check_saved_metrics(metrics, saved["metrics"], is_merged=is_merged)
 
 
-def _checked(state: Any) -> dict[str, Any]:
-    """The state, if it is that of a fit."""
-    lacking = [name for name in _PARTS if name not in state]
-    if lacking or not isinstance(state["accelerator"], dict):
-        msg = f"resume: expected the state of a fit, got none: no {lacking}."
+def _check_keys(state: Any) -> StateDict:
+    """Return the state of a rank, if it has the keys that every fit saves."""
+    missing = [name for name in RANK_STATE_KEYS if name not in state]
+    if missing or not isinstance(state["accelerator"], dict):
+        msg = f"resume: expected the state of a fit, got one without {missing}."
         raise CheckpointError(f"{msg} Take another checkpoint.")
     return dict(state)
-
-
-_PARTS = ("accelerator", "callbacks", "extra", "journal", "pass", "random", "records")
-"""What the state of a rank must have."""

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import platform
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from typing import Any
 
+import numpy as np
+import torch
 from torch import nn
 
 from harness.callback import Callback
 from harness.checkpoint.format import Phase, Position
 from harness.context import Context
+from harness.data.loaders import unwrap_tensors
 from harness.pytree import StateDict
 from harness.records import RecordBook
+from harness.reshard.consolidated import weights_dtype
 from harness.rng import Generator, find_generators, get_rng_state
 
 VALIDATION_EVENTS = (
@@ -85,7 +92,7 @@ def restore_state(ctx: Context, state: StateDict, parts: Iterable[str]) -> list[
     state
         From ``capture_state`` or a checkpoint.
     parts
-        object of ``model``, ``optimizers``, ``records`` and ``callbacks``. Step counters
+        Any of ``model``, ``optimizers``, ``records`` and ``callbacks``. Step counters
         belong to the optimizers.
 
     Returns
@@ -132,9 +139,65 @@ def _restore_callbacks(callbacks: Iterable[Callback], saved: StateDict) -> list[
         if name in saved:
             callback.load_state_dict(saved[name])
         elif callback.state_dict():
-            notes.append(f"{name} is new and starts afresh")
+            notes.append(f"{name} is new and has no saved state")
     gone = (name for name in saved if saved[name] and name not in named)
-    return notes + [f"{name} is no longer there" for name in gone]
+    return notes + [f"{name} was saved, but this fit has none" for name in gone]
+
+
+# ------------------------------------------------------------------ description
+
+
+def describe_fit(ctx: Context) -> dict[str, Any]:
+    """Describe a fit, so that a resume can report what differs."""
+    model, data = ctx.model, ctx.train_data
+    assert ctx.accelerator is not None
+    return {
+        "model": f"{type(model).__module__}:{type(model).__qualname__}",
+        "hparams": str(ctx.hparams),
+        "opt_hparams": str(ctx.opt_hparams),
+        "rows": _count_rows(getattr(data, "dataset", None)),
+        "data": _digest_data(getattr(data, "dataset", None)),
+        "batch_size": getattr(data, "batch_size", None),
+        "num_workers": getattr(data, "num_workers", None),
+        "accumulate": ctx.accelerator.accumulate,
+        "accelerator": type(ctx.accelerator).__name__,
+        "dtype": weights_dtype(model),
+        "device": describe_device(ctx.accelerator.device),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+    }
+
+
+def describe_device(device: torch.device) -> str:
+    """Name a device by its GPU model or its CPU instruction set, on which bits depend."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        return f"cpu {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    return device.type
+
+
+def _digest_data(dataset: Any) -> str | None:
+    """Hash about a thousand rows of a data set of tensors; None for other data sets."""
+    found = unwrap_tensors(dataset)
+    if found is None:
+        return None
+    digest = hashlib.sha256()
+    for tensor in found[0]:
+        some = tensor[:: max(1, len(tensor) // 1000)].detach().cpu().contiguous()
+        digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
+        if some.numel():
+            digest.update(some.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _count_rows(dataset: Any) -> int | None:
+    try:
+        return len(dataset)
+    except TypeError:
+        return None
 
 
 # ------------------------------------------------------------------- validation

@@ -1,51 +1,70 @@
-"""Weights alone: written to one file, read from a file, a saved model or a checkpoint."""
+"""Weights without the rest of a fit: weight files, and saved models of ``Fitted.save``.
+
+A saved model is a folder of tensors (safetensors) and JSON. Reading one runs no code.
+"""
 
 from __future__ import annotations
 
+import importlib
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from harness.checkpoint.format import MANIFEST, check, read_part, write_tensors
-from harness.checkpoint.saved_model import ABOUT, read_saved
+from harness.checkpoint.format import (
+    MANIFEST,
+    read_rank,
+    verify_checkpoint,
+    write_tensors,
+)
 from harness.errors import CheckpointError
 from harness.reshard.consolidated import STATE_ERRORS, ConsolidatedState
-from tracking.durable import replace_file
+from tracking.durable import replace_file, replace_folder
+from tracking.errors import describe_mismatch
+
+SAVED_MODEL_FORMAT = 1
+"""Version of the folder of a saved model."""
+
+SAVED_WEIGHTS, SAVED_MODEL = "model.safetensors", "fitted.json"
+"""Files of a saved model."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightsReport:
-    """What became of weights that were put into a model, by name of the tensor.
+    """What became of each tensor when weights were loaded into a model, by name.
 
     Attributes
     ----------
     loaded
-        Taken.
+        Tensors that were loaded.
     missing
-        In the model, not in the file; they stay as they were.
+        Tensors of the model that the file does not have; they are unchanged.
     unexpected
-        In the file, not in the model.
-    misshapen
-        In both, of other shapes; they stay as they were.
+        Tensors of the file that the model does not have.
+    mismatched
+        Tensors of both whose shapes differ; they are unchanged.
     """
 
     loaded: tuple[str, ...]
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
-    misshapen: tuple[str, ...] = ()
+    mismatched: tuple[str, ...] = ()
 
     @property
-    def is_whole(self) -> bool:
-        """True if each tensor of the model was taken and none was left over."""
-        return not (self.missing or self.unexpected or self.misshapen)
+    def is_complete(self) -> bool:
+        """Whether every tensor of the model was loaded, and none of the file is left over."""
+        return not (self.missing or self.unexpected or self.mismatched)
 
     def __str__(self) -> str:
         parts = [f"{len(self.loaded)} loaded"]
-        for kind in ("missing", "unexpected", "misshapen"):
+        for kind in ("missing", "unexpected", "mismatched"):
             names = getattr(self, kind)
             if names:
                 more = f" and {len(names) - 10} more" if len(names) > 10 else ""
@@ -53,8 +72,11 @@ class WeightsReport:
         return "; ".join(parts)
 
 
+# ---------------------------------------------------------------------- weights
+
+
 def save_weights(model: nn.Module, path: Path) -> None:
-    """Write the state dict of a model into one safetensors file, whole or not at all."""
+    """Write the state dict of a model into a safetensors file, completely or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {
         name: value.detach().cpu().contiguous()
@@ -65,8 +87,8 @@ def save_weights(model: nn.Module, path: Path) -> None:
         write_tensors(temporary, state)
 
 
-def put_weights(model: nn.Module, path: Path, *, strict: bool = True) -> WeightsReport:
-    """Put weights into a model, by name.
+def load_weights(model: nn.Module, path: Path, *, strict: bool = True) -> WeightsReport:
+    """Load weights into a model, by name.
 
     Parameters
     ----------
@@ -76,65 +98,175 @@ def put_weights(model: nn.Module, path: Path, *, strict: bool = True) -> Weights
         File of ``save_weights`` or any other safetensors file, folder of ``Fitted.save``,
         or checkpoint, saved on any number of ranks.
     strict
-        Refuse names or shapes that differ; False takes what fits.
+        Refuse names or shapes that differ; False loads what fits.
 
     Raises
     ------
     CheckpointError
         If there are no weights at `path`, or, with `strict`, they do not fit.
     """
-    live = _tensors_of(model)
-    saved = _read(path, model)
+    live = _get_tensors(model)
+    saved = _read_weights(path, model)
     both = [name for name in live if name in saved]
     taken = {id(live[name]) for name in both}  # tied weights have several names
     report = WeightsReport(
         loaded=tuple(n for n in both if saved[n].shape == live[n].shape),
         missing=tuple(n for n in live if n not in saved and id(live[n]) not in taken),
         unexpected=tuple(name for name in saved if name not in live),
-        misshapen=tuple(n for n in both if saved[n].shape != live[n].shape),
+        mismatched=tuple(n for n in both if saved[n].shape != live[n].shape),
     )
-    if strict and not report.is_whole:
+    if strict and not report.is_complete:
         msg = f"load_weights({str(path)!r}): expected weights of this model, got {report}."
-        raise CheckpointError(f"{msg} Set strict=False to take what fits.")
+        raise CheckpointError(f"{msg} Set strict=False to load what fits.")
     with torch.no_grad():
         for name in report.loaded:
             live[name].copy_(saved[name])
     return report
 
 
-def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict's tensors, live."""
+def _get_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Live tensors of the state dict."""
     state = model.state_dict(keep_vars=True)
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
-def _read(path: Path, model: nn.Module) -> dict[str, Tensor]:
-    """The weights at a path."""
+def _read_weights(path: Path, model: nn.Module) -> dict[str, Tensor]:
     if (path / MANIFEST).is_file():
-        return _of_checkpoint(path, model)
-    if (path / ABOUT).is_file():
-        return read_saved(path)[0]
+        return _read_checkpoint_weights(path, model)
+    if (path / SAVED_MODEL).is_file():
+        return read_saved_model(path)[0]
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         msg = f"load_weights({str(path)!r}): expected weights, got: {error}."
         raise CheckpointError(
-            f"{msg} Give a safetensors file, a saved model or a checkpoint."
+            f"{msg} Pass a safetensors file, a saved model or a checkpoint."
         ) from error
 
 
-def _of_checkpoint(place: Path, model: nn.Module) -> dict[str, Tensor]:
-    """ConsolidatedState weights of a checkpoint; parts of several ranks are put together."""
-    ranks = range(check(place)["world_size"])
+def _read_checkpoint_weights(path: Path, model: nn.Module) -> dict[str, Tensor]:
+    """Read the weights of a checkpoint, put together from those of all ranks."""
+    ranks = range(verify_checkpoint(path).world_size)
     try:
         states = [
-            read_part(place, rank, is_mapped=True)["accelerator"] for rank in ranks
+            read_rank(path, rank, is_mapped=True)["accelerator"] for rank in ranks
         ]
         found = ConsolidatedState(states).state_dict()
     except STATE_ERRORS as error:
-        msg = f"load_weights({str(place)!r}): expected weights, got none: {error!r}."
+        msg = f"load_weights({str(path)!r}): expected weights, got none: {error!r}."
         raise CheckpointError(f"{msg} Take another checkpoint.") from error
-    # Buffers that a state dict leaves out are in a checkpoint all the same.
-    kept = _tensors_of(model)
+    # A checkpoint also holds the buffers that a state dict leaves out.
+    kept = _get_tensors(model)
     left_out = {name for name, _ in model.named_buffers() if name not in kept}
     return {name: value for name, value in found.items() if name not in left_out}
+
+
+# ----------------------------------------------------------------- saved models
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedModel:
+    """Content of ``fitted.json`` in a saved model; see ``Fitted``.
+
+    Attributes
+    ----------
+    format
+        Version of the folder.
+    module
+        Where the model's class can be imported: ``module:qualified.name``.
+    """
+
+    format: int = SAVED_MODEL_FORMAT
+    module: str
+    hparams: dict[str, Any]
+    opt_hparams: dict[str, Any]
+    records: dict[str, Any]
+    run_id: str | None = None
+
+
+def write_saved_model(
+    path: Path, weights: Mapping[str, Tensor], about: SavedModel
+) -> None:
+    """Write a saved model into a folder, completely or not at all.
+
+    Parameters
+    ----------
+    path
+        Folder. An earlier saved model is replaced; anything else is left alone.
+    weights
+        Tensors by name.
+    about
+        The rest.
+
+    Raises
+    ------
+    CheckpointError
+        If `path` holds something else, or `about` cannot be written as JSON.
+    """
+    if path.exists() and not (path / SAVED_MODEL).is_file():
+        msg = f"save({str(path)!r}): expected a new path or an earlier saved model."
+        raise CheckpointError(f"{msg} Found something else; choose another path.")
+    try:
+        text = json.dumps(vars(about), indent=1)
+    except TypeError as exc:
+        msg = f"save({str(path)!r}): expected hparams and records as JSON, got: {exc}."
+        raise CheckpointError(f"{msg} Use numbers, strings, lists and dicts.") from exc
+    with replace_folder(path) as temporary:
+        tensors = {name: value.contiguous().clone() for name, value in weights.items()}
+        save_file(tensors, temporary / SAVED_WEIGHTS)
+        (temporary / SAVED_MODEL).write_text(text, encoding="utf-8")
+
+
+def read_saved_model(path: Path) -> tuple[dict[str, Tensor], SavedModel]:
+    """Read weights and description of a saved model.
+
+    Raises
+    ------
+    CheckpointError
+        If the folder is missing or damaged, or has another format.
+    """
+    about = _read_about(path)
+    try:
+        return load_file(path / SAVED_WEIGHTS), about
+    except (SafetensorError, OSError) as exc:
+        msg = f"load({str(path)!r}): expected complete weights in {SAVED_WEIGHTS}, got: {exc}."
+        raise CheckpointError(f"{msg} Take another copy.") from exc
+
+
+def _read_about(path: Path) -> SavedModel:
+    try:
+        content = json.loads((path / SAVED_MODEL).read_text(encoding="utf-8"))
+    except (OSError, RecursionError, ValueError) as exc:
+        msg = f"load({str(path)!r}): expected a saved model, could not read it: {exc}."
+        raise CheckpointError(f"{msg} Pass a folder that Fitted.save() wrote.") from exc
+    if isinstance(content, dict) and content.get("format") != SAVED_MODEL_FORMAT:
+        msg = f"load({str(path)!r}): expected format {SAVED_MODEL_FORMAT}"
+        got = f"got {content.get('format')!r}"
+        raise CheckpointError(f"{msg}, {got}. Load it with the version that wrote it.")
+    try:
+        return msgspec.convert(content, SavedModel)
+    except msgspec.ValidationError as exc:
+        msg = f"load({str(path)!r}), {SAVED_MODEL}: {describe_mismatch(exc)}."
+        raise CheckpointError(f"{msg} Save the model again.") from exc
+
+
+def import_model_class(path: Path, name: str) -> Callable[..., nn.Module]:
+    """Import the model class of a saved model; only a subclass of ``nn.Module`` is accepted.
+
+    Raises
+    ------
+    CheckpointError
+        If there is no such class.
+    """
+    where, _, qualname = name.partition(":")
+    try:
+        found: Any = importlib.import_module(where)
+        for part in qualname.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError, SyntaxError, TypeError, ValueError) as exc:
+        msg = f"load({str(path)!r}): expected to import {name!r}, got: {exc}."
+        raise CheckpointError(f"{msg} Pass the class as module=.") from exc
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        msg = f"load({str(path)!r}): expected {name!r} to be an nn.Module class."
+        raise CheckpointError(f"{msg} Pass the class as module=.")
+    return found

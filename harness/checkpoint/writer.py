@@ -1,116 +1,59 @@
-"""Saves checkpoints beside a training that goes on: copy at once, write in the background."""
+"""Write checkpoints while training continues: copy at once, write in the background."""
 
 from __future__ import annotations
 
 import _thread
-import hashlib
-import platform
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from harness.checkpoint.format import (
+    Manifest,
     Phase,
-    begin,
-    checkpoints,
-    commit,
-    give_up,
-    place_of,
-    remove,
-    write_part,
+    RunRef,
+    begin_checkpoint,
+    commit_checkpoint,
+    get_final_path,
+    list_checkpoints,
+    mark_failed,
+    remove_checkpoint,
+    write_rank,
 )
 from harness.checkpoint.state import capture_state, get_position
 from harness.context import Context
-from harness.data.loaders import unwrap_tensors
 from harness.pytree import flatten
-from harness.reshard.consolidated import weights_dtype
 
 
-def about_fit(ctx: Context) -> dict[str, Any]:
-    """What a resume compares with the fit that it goes on from."""
-    model, data = ctx.model, ctx.train_data
-    assert ctx.accelerator is not None
-    return {
-        "model": f"{type(model).__module__}:{type(model).__qualname__}",
-        "hparams": str(ctx.hparams),
-        "opt_hparams": str(ctx.opt_hparams),
-        "rows": _length(getattr(data, "dataset", None)),
-        "data": _digest(getattr(data, "dataset", None)),
-        "batch_size": getattr(data, "batch_size", None),
-        "num_workers": getattr(data, "num_workers", None),
-        "accumulate": ctx.accelerator.accumulate,
-        "accelerator": type(ctx.accelerator).__name__,
-        "dtype": weights_dtype(model),
-        "device": device_name(ctx.accelerator.device),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "numpy": np.__version__,
-    }
-
-
-def device_name(device: torch.device) -> str:
-    """What the device is, with the model of a GPU and the code a CPU can run."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type == "cpu":
-        return f"cpu {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-    return device.type
-
-
-def _digest(dataset: Any) -> str | None:
-    """Digest of a thousand rows, where they are at hand in tensors."""
-    found = unwrap_tensors(dataset)
-    if found is None:
-        return None
-    digest = hashlib.sha256()
-    for tensor in found[0]:
-        some = tensor[:: max(1, len(tensor) // 1000)].detach().cpu().contiguous()
-        digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
-        if some.numel():
-            digest.update(some.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _length(dataset: Any) -> int | None:
-    """Rows of a data set, where it knows."""
-    try:
-        return len(dataset)
-    except TypeError:
-        return None
-
-
-class Saver:
+class CheckpointWriter:
     """Writes the checkpoints of one fit into a folder, one at a time.
 
     Parameters
     ----------
     folder
-        Where they go; made if it is not there.
+        Folder of the checkpoints; made if it does not exist.
     ctx
         Context of the fit.
 
     Notes
     -----
-    ``save`` copies the tensors to the CPU, into memory that it keeps for the next time, and
-    gives them to a thread that writes. It waits only for an earlier write still under way.
-    What goes wrong with a write is given by ``wait``, once; the next save tries again.
+    ``save`` copies the tensors to the CPU, into memory that it keeps for the next save, and
+    passes them to a thread that writes. It waits only while an earlier save is still being
+    written. ``wait`` returns the error of a failed write, once; the next save tries again.
     """
 
     def __init__(self, folder: Path, ctx: Context) -> None:
         self.folder, self._ctx = folder, ctx
         self._copies: dict[str, Tensor] = {}
         self._temporary: Path | None = None
-        self._under_way: threading.Event | None = None
-        self._fault: Exception | None = None
+        self._is_idle: threading.Event | None = None  # while a thread works
+        self._error: Exception | None = None
 
     def begin(self, phase: Phase) -> str | None:
-        """Make room for a checkpoint of the present moment.
+        """Make a temporary folder for a checkpoint of this moment.
 
         Parameters
         ----------
@@ -119,7 +62,8 @@ class Saver:
 
         Returns
         -------
-        name of the checkpoint; None on all ranks if there is no room, see ``wait``
+        name of the checkpoint; None on all ranks if the folder could not be made, see
+        ``wait``
         """
         self.wait()
         ctx, accelerator = self._ctx, self._ctx.accelerator
@@ -127,32 +71,38 @@ class Saver:
         path = None
         if accelerator.is_main:
             try:
-                path = str(begin(self.folder, get_position(ctx, phase)))
+                path = str(begin_checkpoint(self.folder, get_position(ctx, phase)))
             except OSError as error:
-                self._fault = error
+                self._error = error
         path = accelerator.broadcast(path)
         self._temporary = Path(path) if path is not None else None
-        return place_of(self._temporary).name if self._temporary else None
+        return get_final_path(self._temporary).name if self._temporary else None
 
     def save(self, phase: Phase) -> None:
-        """Take the checkpoint that ``begin`` made room for.
+        """Save into the folder that ``begin`` made.
 
         Raises
         ------
         TypeError
-            If a callback's state holds what cannot be written; its path is named.
+            If a callback's state holds what cannot be written; the error names its path.
         """
-        assert self._temporary is not None
-        state = capture_state(self._ctx, phase)
-        run = {"id": state.pop("run"), "path": self._run_path()}
-        manifest = {"position": state["position"], "run": run, "about": self._ctx.about}
+        ctx, accelerator = self._ctx, self._ctx.accelerator
+        assert self._temporary is not None and accelerator is not None
+        state = capture_state(ctx, phase)
+        path = None if ctx.run.path is None else str(Path(ctx.run.path).absolute())
+        manifest = Manifest(
+            world_size=accelerator.world_size,
+            position=get_position(ctx, phase),
+            run=RunRef(id=state.pop("run"), path=path),
+            about=ctx.about,
+        )
         plan, live = flatten(state)
-        self._start(self._write, plan, self._copied(live), manifest)
+        self._start(self._write, plan, self._copy_tensors(live), manifest)
 
-    def warm(self) -> None:
-        """Get the memory for copies beside the training: the first save finds it there."""
+    def allocate(self) -> None:
+        """Allocate the memory for copies in the background, before the first save."""
         assert self._ctx.accelerator is not None
-        if self._copies or self._under_way is not None:
+        if self._copies or self._is_idle is not None:
             return
         _, live = flatten(self._ctx.accelerator.state_dict(), "state/accelerator")
         shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in live.items()}
@@ -164,26 +114,21 @@ class Saver:
         self._start(touch)
 
     def _start(self, work: Callable[..., None], *args: Any) -> None:
-        """Do it in the background, where a second Ctrl-C does not wait for it."""
-        assert self._under_way is None
-        is_done = self._under_way = threading.Event()
+        """Call in a thread that does not delay an exit after a second Ctrl-C."""
+        assert self._is_idle is None
+        is_idle = self._is_idle = threading.Event()
 
-        def do() -> None:
+        def run() -> None:
             try:
                 work(*args)
             finally:
-                is_done.set()
+                is_idle.set()
 
-        # Thread.start() would wait until the thread runs, on busy cores for long.
-        _thread.start_new_thread(do, ())
+        # Thread.start() would wait until the thread runs, which takes long on busy cores.
+        _thread.start_new_thread(run, ())
 
-    def _run_path(self) -> str | None:
-        """Folder of the run, so that a resume finds it again."""
-        path = self._ctx.run.path
-        return None if path is None else str(Path(path).absolute())
-
-    def _copied(self, live: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copies on the CPU, into the memory of the last save where it fits."""
+    def _copy_tensors(self, live: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copy tensors to the CPU, into the memory of the last save if it fits."""
         copies = {}
         for name, tensor in live.items():
             old = self._copies.get(name)
@@ -197,32 +142,32 @@ class Saver:
         return copies
 
     def _write(
-        self, plan: Any, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]
+        self, plan: Any, tensors: Mapping[str, Tensor], manifest: Manifest
     ) -> None:
-        """Write and put in place; runs in the background."""
+        """Write the files of this rank and, on rank 0, commit; runs in the background."""
         accelerator, temporary = self._ctx.accelerator, self._temporary
         assert accelerator is not None and temporary is not None
         try:
-            write_part(temporary, accelerator.rank, plan, tensors)
+            write_rank(temporary, accelerator.rank, plan, tensors)
             if accelerator.is_main:
-                commit(temporary, accelerator.world_size, manifest)
-        except Exception as error:  # noqa: BLE001  told by wait(), in the training thread
-            give_up(temporary, accelerator.rank)
-            self._fault = error
+                commit_checkpoint(temporary, manifest)
+        except Exception as error:  # noqa: BLE001  wait() returns it to the training thread
+            mark_failed(temporary, accelerator.rank)
+            self._error = error
 
     def wait(self) -> Exception | None:
-        """Wait for what is under way; gives what went wrong with it, once."""
-        if self._under_way is not None:
-            self._under_way.wait()
-            self._under_way = None
-        fault, self._fault = self._fault, None
-        return fault
+        """Wait until nothing is being written; return the error of a failed write, once."""
+        if self._is_idle is not None:
+            self._is_idle.wait()
+            self._is_idle = None
+        error, self._error = self._error, None
+        return error
 
     def prune(self, keep_last: int, keep: set[str]) -> None:
         """Remove all but the newest `keep_last` checkpoints and those named; on rank 0."""
         assert self._ctx.accelerator is not None
         if not self._ctx.accelerator.is_main:
             return
-        for place in checkpoints(self.folder)[keep_last:]:
-            if place.name not in keep:
-                remove(place)
+        for path in list_checkpoints(self.folder)[keep_last:]:
+            if path.name not in keep:
+                remove_checkpoint(path)

@@ -32,7 +32,7 @@ from torch import nn
 import harness
 from harness.accelerators.deepspeed.accelerator import DeepSpeedAccelerator
 from harness.accelerators.single import SingleDevice
-from harness.checkpoint.writer import Saver
+from harness.checkpoint.writer import CheckpointWriter
 from harness.data.loaders import make_train_loader
 from harness.data.train_pass import TrainPass
 from harness.loop import FitContext
@@ -78,20 +78,20 @@ def context(size_mb: int) -> FitContext:
 def stalls(size_mb: int, rounds: int, folder: Path) -> dict[str, list[float]]:
     """Seconds of each save, by method. Each waits for the background write of the last."""
     ctx = context(size_mb)
-    saver, engine = Saver(folder / "saved", ctx), engine_of(size_mb)
+    writer, engine = CheckpointWriter(folder / "saved", ctx), engine_of(size_mb)
     found: dict[str, list[float]] = {"first": [], "harness": [], "torch": []}
     found["deepspeed"] = []
-    saver.warm()
-    saver.wait()
+    writer.allocate()
+    writer.wait()
     for turn in range(rounds + 1):
         began = time.perf_counter()
-        assert saver.begin("train") is not None
-        saver.save("train")
+        assert writer.begin("train") is not None
+        writer.save("train")
         took_s = time.perf_counter() - began
         found["harness" if turn else "first"].append(took_s)
-        fault = saver.wait()
+        fault = writer.wait()
         assert fault is None, fault
-        saver.prune(1, set())
+        writer.prune(1, set())
         assert ctx.accelerator is not None
         began = time.perf_counter()
         torch.save(ctx.accelerator.state_dict(), folder / "torch.pt")

@@ -15,7 +15,7 @@ import torch
 
 import harness
 import tracking
-from harness.checkpoint.format import check
+from harness.checkpoint.format import verify_checkpoint
 from tests.formats import cases
 from tests.tracking.tables import same
 from tracking.delivery.state import DeliveryState
@@ -190,4 +190,4 @@ def compared_json(text):
 
 
 def test_checkpoint_that_was_kept_is_whole():
-    assert check(KEPT / "fit" / "checkpoint")["position"]["step"] == 8
+    assert verify_checkpoint(KEPT / "fit" / "checkpoint").position.step == 8

@@ -5,10 +5,11 @@ from __future__ import annotations
 import random
 import signal
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,14 @@ from harness.callbacks import (
     KeepBestModel,
     LRScheduler,
 )
-from harness.checkpoint.format import check, newest, read_part, write_part
+from harness.checkpoint.format import (
+    FileInfo,
+    Position,
+    find_newest,
+    read_rank,
+    verify_checkpoint,
+    write_rank,
+)
 from harness.pytree import flatten
 from harness.rng import get_rng_state
 
@@ -476,18 +484,16 @@ def same_bits(one: Any, two: Any) -> bool:
 
 def rewritten(folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:
     """Change the state in the newest checkpoint, and make it whole again."""
-    import json  # noqa: PLC0415
-
-    place, _ = newest(folder)
+    place, _ = find_newest(folder)
     assert place is not None
-    manifest = check(place)
-    state = read_part(place, 0)
+    manifest = verify_checkpoint(place)
+    state = read_rank(place, 0)
     change(state)
     plan, tensors = flatten(state)
-    write_part(place, 0, plan, {n: t.clone() for n, t in tensors.items()})
+    write_rank(place, 0, plan, {n: t.clone() for n, t in tensors.items()})
     done = place / "rank-0.done"
-    manifest["files"] = json.loads(done.read_text())
-    manifest["position"] = state["position"]
+    files = msgspec.json.decode(done.read_bytes(), type=dict[str, FileInfo])
     done.unlink()
-    (place / "manifest.json").write_text(json.dumps(manifest))
+    position = Position(**state["position"])
+    replace(manifest, files=files, position=position).write(place)
     return place

@@ -17,7 +17,7 @@ from torch import nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 import harness
-from harness.checkpoint.saved_model import ABOUT, WEIGHTS
+from harness.checkpoint.weights import SAVED_MODEL, SAVED_WEIGHTS
 from tests.harness.fakes import Net, net_learner, points
 
 DATA = points(40)
@@ -232,38 +232,55 @@ class Tied(nn.Module):
 
 
 def edit(place: Path, **changes: object) -> None:
-    about = json.loads((place / ABOUT).read_text())
-    (place / ABOUT).write_text(json.dumps(about | changes))
+    about = json.loads((place / SAVED_MODEL).read_text())
+    (place / SAVED_MODEL).write_text(json.dumps(about | changes))
 
 
 def forge_header(place: Path) -> None:
     header = json.dumps(
         {"x": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}
     ).encode()
-    (place / WEIGHTS).write_bytes(struct.pack("<Q", len(header)) + header)
+    (place / SAVED_WEIGHTS).write_bytes(struct.pack("<Q", len(header)) + header)
 
 
 HARMS = {
     "missing": (shutil.rmtree, "could not read it"),
-    "no weights": (lambda p: (p / WEIGHTS).unlink(), "expected whole weights"),
+    "no weights": (lambda p: (p / SAVED_WEIGHTS).unlink(), "expected complete weights"),
     "torn weights": (
-        lambda p: (p / WEIGHTS).write_bytes((p / WEIGHTS).read_bytes()[:-7]),
-        "expected whole weights",
+        lambda p: (p / SAVED_WEIGHTS).write_bytes(
+            (p / SAVED_WEIGHTS).read_bytes()[:-7]
+        ),
+        "expected complete weights",
     ),
     "pickled weights": (
-        lambda p: (p / WEIGHTS).write_bytes(pickle.dumps(Canary(p / "ran"))),
-        "expected whole weights",
+        lambda p: (p / SAVED_WEIGHTS).write_bytes(pickle.dumps(Canary(p / "ran"))),
+        "expected complete weights",
     ),
-    "absurd size": (forge_header, "expected whole weights"),
+    "absurd size": (forge_header, "expected complete weights"),
     "torn json": (
-        lambda p: (p / ABOUT).write_text((p / ABOUT).read_text()[:-20]),
+        lambda p: (p / SAVED_MODEL).write_text((p / SAVED_MODEL).read_text()[:-20]),
         "could not read it",
     ),
-    "no json": (lambda p: (p / ABOUT).write_bytes(b"\x80\x04K\x01."), "could not read"),
-    "other json": (lambda p: (p / ABOUT).write_text("[]"), "expected the keys"),
-    "deep json": (lambda p: (p / ABOUT).write_text("[" * 10**6), "could not read it"),
-    "no hparams": (lambda p: edit(p, hparams=[1]), "expected 'hparams' by name"),
-    "no records": (lambda p: edit(p, records=5), "expected 'records' by name, got 5"),
+    "no json": (
+        lambda p: (p / SAVED_MODEL).write_bytes(b"\x80\x04K\x01."),
+        "could not read",
+    ),
+    "other json": (
+        lambda p: (p / SAVED_MODEL).write_text("[]"),
+        "in the whole file, got array",
+    ),
+    "deep json": (
+        lambda p: (p / SAVED_MODEL).write_text("[" * 10**6),
+        "could not read it",
+    ),
+    "no hparams": (
+        lambda p: edit(p, hparams=[1]),
+        "object in field 'hparams'",
+    ),
+    "no records": (
+        lambda p: edit(p, records=5),
+        "expected object in field 'records', got int",
+    ),
     "module above": (lambda p: edit(p, module="..os:path"), "expected to import"),
     "newer format": (lambda p: edit(p, format=99), "expected format 1, got 99"),
     "no class": (lambda p: edit(p, module="os:nothing"), "expected to import"),

@@ -15,7 +15,7 @@ import pytest
 import tracking
 from harness.accelerators.distributed.launcher import build_launch_command
 from harness.accelerators.distributed.watchdog import find_launchers
-from harness.checkpoint.format import checkpoints, newest
+from harness.checkpoint.format import find_newest, list_checkpoints
 from tests.harness.accelerators import refusals
 from tests.harness.accelerators.launches import ROOT, Launches, free_port, started
 from tracking.cli.describe import describe_run
@@ -159,12 +159,12 @@ def test_one_rank_that_cannot_gather_the_weights_leaves_the_checkpoints(
     assert run.code() != 0
     run.check_nothing_left()
     check_traceback_comes_first(run.text().partition("torch/distributed/elastic")[0])
-    place, faults = newest(run.folder / "saved")
+    place, faults = find_newest(run.folder / "saved")
     assert place is not None
     assert faults == []
     again = start(torchrun, "finish")
     assert again.code() == 0, again.text()
-    assert checkpoints(run.folder / "saved") == []
+    assert list_checkpoints(run.folder / "saved") == []
 
 
 def test_one_rank_raises_under_launch(start: object) -> None:

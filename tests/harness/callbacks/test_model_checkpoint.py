@@ -10,7 +10,13 @@ import pytest
 import harness
 import tracking
 from harness.callbacks import KeepBestModel, ModelCheckpoint
-from harness.checkpoint.format import check, checkpoints, newest, read_part
+from harness.checkpoint.format import (
+    RunRef,
+    find_newest,
+    list_checkpoints,
+    read_rank,
+    verify_checkpoint,
+)
 from harness.fitted import Fitted
 from tests.harness.exact import CASES, Case, sgd
 
@@ -30,7 +36,9 @@ def train(
 
 
 def steps(folder: Path) -> list[int]:
-    return [check(place)["position"]["step"] for place in checkpoints(folder)]
+    return [
+        verify_checkpoint(place).position.step for place in list_checkpoints(folder)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -60,7 +68,9 @@ def test_model_checkpoint_keeps_the_best_epochs_beside_the_last(tmp_path: Path) 
     fitted = train(saves, epochs=5)
     losses = [row["loss"] for row in fitted.records["metrics"]["train"]]
     best = sorted(range(5), key=lambda n: -losses[n])[:2]
-    kept = {check(place)["position"]["epoch"] for place in checkpoints(tmp_path)}
+    kept = {
+        verify_checkpoint(place).position.epoch for place in list_checkpoints(tmp_path)
+    }
     assert kept == {5, *(n + 1 for n in best)}
 
 
@@ -68,9 +78,11 @@ def test_model_checkpoint_without_a_path_saves_in_the_run(tmp_path: Path) -> Non
     tracker = {"runs_dir": tmp_path, "delivery": False}
     fitted = train(ModelCheckpoint(), tracker=tracker)
     assert fitted.run_path is not None
-    place, _ = newest(fitted.run_path / "checkpoints")
+    place, _ = find_newest(fitted.run_path / "checkpoints")
     assert place is not None
-    assert check(place)["run"] == {"id": fitted.run_id, "path": str(fitted.run_path)}
+    assert verify_checkpoint(place).run == RunRef(
+        id=fitted.run_id, path=str(fitted.run_path)
+    )
 
 
 def test_model_checkpoint_without_path_or_run_is_refused() -> None:
@@ -92,7 +104,9 @@ def test_model_checkpoint_of_a_folder_that_cannot_be_written_warns_and_trains_on
     tmp_path: Path,
 ) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.warns(UserWarning, match="checkpoint not written: .*Training goes on"):
+    with pytest.warns(
+        UserWarning, match="checkpoint not written: .*Training continues"
+    ):
         fitted = train(ModelCheckpoint(tmp_path / "file" / "saved"))
     assert len(fitted.records["metrics"]["train"]) == 2
 
@@ -107,7 +121,7 @@ def test_model_checkpoint_tries_again_after_a_failed_write(tmp_path: Path) -> No
             if self.ctx.epoch == 2:
                 folder.unlink()
 
-    with pytest.warns(UserWarning, match="the next save tries again"):
+    with pytest.warns(UserWarning, match="The next save tries again"):
         train(ModelCheckpoint(folder), Clear())
     assert steps(folder) == [12]
 
@@ -142,8 +156,8 @@ def test_model_checkpoint_holds_the_weights_of_its_moment(tmp_path: Path) -> Non
             seen[self.ctx.step] = self.ctx.model.head.bias.detach().clone()
 
     train(ModelCheckpoint(tmp_path, every_n_steps=1, keep_last=99), Look())
-    for place in checkpoints(tmp_path):
-        state = read_part(place, 0)
+    for place in list_checkpoints(tmp_path):
+        state = read_rank(place, 0)
         saved = state["accelerator"]["model"]["head.bias"]
         assert saved.equal(seen[state["position"]["step"]])
 

@@ -12,7 +12,7 @@ import harness
 import tracking
 from harness.accelerators.single import SingleDevice
 from harness.callbacks import AutoResume, EarlyStopping, ResumeFromCheckpoint
-from harness.checkpoint.format import checkpoints
+from harness.checkpoint.format import list_checkpoints
 from harness.errors import CheckpointError
 from harness.fitted import Fitted
 from tests.harness.exact import CASES, Case, Stop, TwoParts, rewritten, same_bits
@@ -50,24 +50,24 @@ def assert_same_result(one: Fitted, two: Fitted) -> None:
 
 
 def test_auto_resume_goes_on_then_empties_its_folder(saved: Path) -> None:
-    assert len(checkpoints(saved)) == 1
+    assert len(list_checkpoints(saved)) == 1
     fitted = train(AutoResume(saved))
     assert losses(fitted) == losses(train())
-    assert checkpoints(saved) == []
+    assert list_checkpoints(saved) == []
 
 
 def test_resume_from_checkpoint_takes_a_folder_or_one_checkpoint(saved: Path) -> None:
-    [place] = checkpoints(saved)
+    [place] = list_checkpoints(saved)
     for path in (saved, place):
         assert losses(train(ResumeFromCheckpoint(path))) == losses(train())
-    assert checkpoints(saved) == [place]
+    assert list_checkpoints(saved) == [place]
 
 
 def test_resume_from_checkpoint_passes_over_torn_ones_with_a_warning(
     saved: Path,
 ) -> None:
     (saved / "000099-epoch-9-batch-9-step-9").mkdir()
-    with pytest.warns(UserWarning, match="passed over: checkpoint"):
+    with pytest.warns(UserWarning, match="skipped a damaged checkpoint: checkpoint"):
         fitted = train(ResumeFromCheckpoint(saved))
     assert losses(fitted) == losses(train())
 
@@ -75,7 +75,7 @@ def test_resume_from_checkpoint_passes_over_torn_ones_with_a_warning(
 def test_resume_without_a_checkpoint_is_refused_unless_it_may_be_missing(
     tmp_path: Path,
 ) -> None:
-    match = "expected a whole checkpoint, found none.*set missing_ok=True"
+    match = "expected an undamaged checkpoint, found none.*set missing_ok=True"
     for path in (tmp_path, tmp_path / "none"):
         with pytest.raises(CheckpointError, match=match):
             train(ResumeFromCheckpoint(path))
@@ -143,11 +143,11 @@ def test_resume_tells_what_is_restored_absent_and_different(
     assert (
         "resumed from 000002-epoch-2-batch-2-step-8: epoch 2, batch 2, step 8" in told
     )
-    assert "opt_hparams differs \"{'lr': 0.05, 'momentum': 0.9}\" then," in told
+    assert "opt_hparams differs saved \"{'lr': 0.05, 'momentum': 0.9}\", now" in told
     assert "torch differs" in told
-    assert "'0.0.1' now" in told
-    assert "callbacks absent EarlyStopping is new and starts afresh" in told
-    assert "callbacks absent AutoResume is no longer there" in told
+    assert "now '0.0.1'" in told
+    assert "callbacks missing EarlyStopping is new and has no saved state" in told
+    assert "callbacks missing AutoResume was saved, but this fit has none" in told
     for part in ("model", "optimizers", "records", "callbacks", "random generators"):
         assert f"{part} restored" in told
     assert "loader position restored 2 batches done" in told
@@ -170,7 +170,7 @@ def test_strict_resume_refuses_differences_before_the_run_is_touched(
     else:
         other = Case(learner=lambda: case.learner().set_opt_hparams(lr=0.5))
     strict = ResumeFromCheckpoint(tmp_path / "saved", strict=True)
-    match = rf"strict: expected no difference, got {change}: .*Mend it or drop strict"
+    match = rf"strict: expected no difference, got {change}: .*Undo the change, or drop strict"
     with pytest.raises(CheckpointError, match=match):
         train(strict, case=other, data=data, tracker=tracker)
     assert (run.records(superseded=True), run.manifest) == before
@@ -206,7 +206,9 @@ def test_resume_with_another_model_is_refused_before_the_run_is_touched(
 
 def test_resume_of_something_else_that_is_whole_is_refused(saved: Path) -> None:
     rewritten(saved, lambda state: state.pop("random"))
-    with pytest.raises(CheckpointError, match="expected the state of a fit, got none"):
+    with pytest.raises(
+        CheckpointError, match="expected the state of a fit, got one without"
+    ):
         train(ResumeFromCheckpoint(saved))
 
 
@@ -252,12 +254,12 @@ def test_auto_resume_keeps_its_checkpoints_when_gathering_the_weights_fails(
             accelerator=FailsToGather("cpu"),
             epochs=3,
         )
-    assert len(checkpoints(tmp_path)) == 1
+    assert len(list_checkpoints(tmp_path)) == 1
     count = CountBatches()
     fitted = train(AutoResume(tmp_path, **options), count, epochs=3)
     assert count.count == (0 if every_n_epochs == 1 else 6)
     assert_same_result(fitted, train(epochs=3))
-    assert checkpoints(tmp_path) == []
+    assert list_checkpoints(tmp_path) == []
 
 
 def test_auto_resume_of_a_fit_killed_before_its_folder_was_emptied_returns_the_result(
@@ -269,7 +271,7 @@ def test_auto_resume_of_a_fit_killed_before_its_folder_was_emptied_returns_the_r
     fitted = train(AutoResume(tmp_path), count)
     assert count.count == 0
     assert_same_result(fitted, train())
-    assert checkpoints(tmp_path) == []
+    assert list_checkpoints(tmp_path) == []
 
 
 def test_auto_resume_sees_its_folder_full_until_the_result_exists(
@@ -277,16 +279,16 @@ def test_auto_resume_sees_its_folder_full_until_the_result_exists(
 ) -> None:
     seen: list[int] = []
     callback = AutoResume(tmp_path, every_n_steps=1, keep_last=3)
-    train(callback, At(lambda: seen.append(len(checkpoints(tmp_path)))))
+    train(callback, At(lambda: seen.append(len(list_checkpoints(tmp_path)))))
     assert seen == [3]
-    assert checkpoints(tmp_path) == []
+    assert list_checkpoints(tmp_path) == []
 
 
 def test_fit_whose_folder_cannot_be_emptied_warns_and_returns_the_result(
     tmp_path: Path,
 ) -> None:
     def block_removal() -> None:
-        [place] = checkpoints(tmp_path)
+        [place] = list_checkpoints(tmp_path)
         (tmp_path / f".{place.name}.removed").write_text("in the way")
 
     with pytest.warns(UserWarning, match="The result is complete"):

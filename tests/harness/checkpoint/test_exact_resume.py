@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 import harness
 import tracking
 from harness.callbacks import AutoResume
-from harness.checkpoint.format import newest
+from harness.checkpoint.format import find_newest
 from harness.checkpoint.weights import save_weights
 from tests.harness.exact import CASES, WITH_WORKERS, Case, Stop, same_bits
 from tracking.delivery.state import DeliveryState
@@ -116,7 +116,7 @@ def check_kills(folder: Path, case: Case, num_kills: int, seed: int) -> None:
             break
         if (broken / "saved").exists():
             # Whatever the instant, nothing that is there is torn.
-            assert newest(broken / "saved")[1] == []
+            assert find_newest(broken / "saved")[1] == []
     else:
         assert in_child(None, lambda: train(broken, case))
     check_same(broken, folder / "unbroken")
@@ -189,7 +189,7 @@ def test_signal_ends_the_fit_after_the_batch_with_a_checkpoint(
     case = Case(callbacks=lambda folder: [stop])
     fitted = train(tmp_path, case, every=None)
     assert fitted.signum == signum
-    place, _ = newest(tmp_path / "saved")
+    place, _ = find_newest(tmp_path / "saved")
     assert place is not None
     assert place.name == "000001-epoch-1-batch-3-step-3"
     assert tracking.list_runs(tmp_path / "runs")[0].status == "killed"

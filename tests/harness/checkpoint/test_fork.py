@@ -10,7 +10,7 @@ from click.testing import CliRunner
 import tracking
 from harness.callbacks import ModelCheckpoint, ResumeFromCheckpoint
 from harness.checkpoint.fork import fork_run
-from harness.checkpoint.format import check, checkpoints
+from harness.checkpoint.format import list_checkpoints, verify_checkpoint
 from harness.cli.main import main
 from harness.errors import CheckpointError
 from harness.fitted import Fitted
@@ -55,8 +55,8 @@ def test_fork_shares_the_records_up_to_the_checkpoint_and_the_checkpoint(
     # Step 9 lies in the second epoch, so the records are those of the first.
     assert metric_rows(child) == [row for row in before if row["index"] == 1]
     assert metric_rows(parent) == before
-    [place] = checkpoints(child.path / "checkpoints")
-    assert check(place)["run"]["id"] == child.id
+    [place] = list_checkpoints(child.path / "checkpoints")
+    assert verify_checkpoint(place).run.id == child.id
     assert (child.path / "artifacts" / "model.txt").is_file()
     assert child.params == parent.params
     assert child.status == "killed"
@@ -104,7 +104,7 @@ def test_fork_of_a_torn_checkpoint_is_refused_and_leaves_nothing(
     parent: tracking.PastRun, tmp_path: Path
 ) -> None:
     before = sorted(tmp_path.iterdir())
-    for place in checkpoints(parent.path / "checkpoints"):
+    for place in list_checkpoints(parent.path / "checkpoints"):
         (place / "rank-0.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"bytes in rank-0\.json"):
         fork_run(parent.path, 9)

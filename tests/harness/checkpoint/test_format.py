@@ -11,6 +11,7 @@ import signal
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,35 +20,39 @@ import torch
 
 from harness.checkpoint import format as checkpoint
 from harness.checkpoint.format import (
+    Manifest,
     Position,
-    begin,
-    check,
-    checkpoints,
-    commit,
-    give_up,
-    newest,
-    place_of,
-    read_part,
-    remove,
-    write_part,
+    RunRef,
+    begin_checkpoint,
+    commit_checkpoint,
+    find_newest,
+    get_final_path,
+    list_checkpoints,
+    mark_failed,
+    read_rank,
+    remove_checkpoint,
+    verify_checkpoint,
+    write_rank,
 )
 from harness.errors import CheckpointError
 from harness.pytree import flatten
 
-ABOUT: dict[str, Any] = {
-    "position": {"epoch": 1, "iter": 2, "step": 3, "phase": "train"},
-    "run": {"id": None, "path": None},
-    "about": {},
-}
+POSITION = Position(epoch=1, iter=2, step=3, phase="train")
+
+
+def manifest_of(world_size: int = 1, position: Position = POSITION) -> Manifest:
+    return Manifest(
+        world_size=world_size, position=position, run=RunRef(), about={"rows": 9}
+    )
 
 
 def save(folder: Path, step: int = 3, value: float = 1.0) -> Path:
     """A checkpoint of one rank."""
-    position = ABOUT["position"] | {"step": step}
-    temporary = begin(folder, Position(**position))
+    position = replace(POSITION, step=step)
+    temporary = begin_checkpoint(folder, position)
     plan, tensors = flatten({"a": torch.full((50,), value), "n": [step, "x"]})
-    write_part(temporary, 0, plan, tensors)
-    return commit(temporary, 1, ABOUT | {"position": position})
+    write_rank(temporary, 0, plan, tensors)
+    return commit_checkpoint(temporary, manifest_of(position=position))
 
 
 # ------------------------------------------------------------------ written whole
@@ -56,8 +61,8 @@ def save(folder: Path, step: int = 3, value: float = 1.0) -> Path:
 def test_save_then_read_gives_the_state_back(tmp_path: Path) -> None:
     place = save(tmp_path)
     assert place.name == "000001-epoch-1-batch-2-step-3"
-    assert check(place)["position"]["step"] == 3
-    state = read_part(place, 0)
+    assert verify_checkpoint(place).position.step == 3
+    state = read_rank(place, 0)
     assert torch.equal(state["a"], torch.ones(50))
     assert state["n"] == [3, "x"]
 
@@ -69,11 +74,11 @@ def test_restored_tensors_own_aligned_storage(tmp_path: Path) -> None:
         "x": torch.rand(7),
         "image": image,
     }
-    temporary = begin(tmp_path, Position(**ABOUT["position"]))
-    write_part(temporary, 0, *flatten(state))
-    place = commit(temporary, 1, ABOUT)
-    mapped = read_part(place, 0, is_mapped=True)
-    found = read_part(place, 0)
+    temporary = begin_checkpoint(tmp_path, POSITION)
+    write_rank(temporary, 0, *flatten(state))
+    place = commit_checkpoint(temporary, manifest_of())
+    mapped = read_rank(place, 0, is_mapped=True)
+    found = read_rank(place, 0)
     # The case is a real one: in the file, tensors lie where torch would not put them.
     assert any(tensor.data_ptr() % 64 for tensor in mapped.values())
     for name, tensor in found.items():
@@ -85,57 +90,57 @@ def test_restored_tensors_own_aligned_storage(tmp_path: Path) -> None:
 
 def test_checkpoints_are_ordered_by_saving_not_by_step(tmp_path: Path) -> None:
     places = [save(tmp_path, step) for step in (30, 40, 5)]
-    assert checkpoints(tmp_path) == places[::-1]
-    assert newest(tmp_path) == (places[2], [])
+    assert list_checkpoints(tmp_path) == places[::-1]
+    assert find_newest(tmp_path) == (places[2], [])
 
 
 def test_begin_clears_away_what_killed_saves_left_and_nothing_else(
     tmp_path: Path,
 ) -> None:
     place = save(tmp_path)
-    left = begin(tmp_path, Position(**ABOUT["position"]))
+    left = begin_checkpoint(tmp_path, POSITION)
     (left / "rank-0.safetensors").write_bytes(b"half")
     place.rename(tmp_path / f".{place.name}.removed")
     (tmp_path / "notes.tmp").mkdir()
-    begin(tmp_path, Position(**(ABOUT["position"] | {"step": 9})))
+    begin_checkpoint(tmp_path, replace(POSITION, step=9))
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == [".000001-epoch-1-batch-2-step-9.tmp", "notes.tmp"]
 
 
 def test_remove_takes_the_name_away_first(tmp_path: Path) -> None:
     place = save(tmp_path)
-    remove(place)
+    remove_checkpoint(place)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_commit_waits_for_every_rank_and_keeps_all_parts(tmp_path: Path) -> None:
-    temporary = begin(tmp_path, Position(**ABOUT["position"]))
+    temporary = begin_checkpoint(tmp_path, POSITION)
     for rank in (1, 0):
-        write_part(temporary, rank, {"rank": rank}, {})
-    place = commit(temporary, 2, ABOUT)
-    assert [read_part(place, rank) for rank in (0, 1)] == [{"rank": 0}, {"rank": 1}]
-    assert check(place)["world_size"] == 2
+        write_rank(temporary, rank, {"rank": rank}, {})
+    place = commit_checkpoint(temporary, manifest_of(2))
+    assert [read_rank(place, rank) for rank in (0, 1)] == [{"rank": 0}, {"rank": 1}]
+    assert verify_checkpoint(place).world_size == 2
 
 
 def test_commit_without_the_part_of_a_rank_that_failed_leaves_nothing(
     tmp_path: Path,
 ) -> None:
     before = save(tmp_path)
-    temporary = begin(tmp_path, Position(**ABOUT["position"]))
-    write_part(temporary, 0, {}, {})
-    give_up(temporary, 1)
-    with pytest.raises(CheckpointError, match="expected a part of rank 1, got none"):
-        commit(temporary, 2, ABOUT)
-    assert newest(tmp_path) == (before, [])
+    temporary = begin_checkpoint(tmp_path, POSITION)
+    write_rank(temporary, 0, {}, {})
+    mark_failed(temporary, 1)
+    with pytest.raises(CheckpointError, match="expected the files of rank 1, got none"):
+        commit_checkpoint(temporary, manifest_of(2))
+    assert find_newest(tmp_path) == (before, [])
 
 
 def test_commit_of_a_file_that_lost_its_end_is_refused(tmp_path: Path) -> None:
-    temporary = begin(tmp_path, Position(**ABOUT["position"]))
-    write_part(temporary, 0, {}, {"a": torch.ones(9)})
+    temporary = begin_checkpoint(tmp_path, POSITION)
+    write_rank(temporary, 0, {}, {"a": torch.ones(9)})
     os.truncate(temporary / "rank-0.safetensors", 30)
     with pytest.raises(CheckpointError, match=r"bytes in rank-0\.safetensors"):
-        commit(temporary, 1, ABOUT)
-    assert not place_of(temporary).exists()
+        commit_checkpoint(temporary, manifest_of())
+    assert not get_final_path(temporary).exists()
 
 
 # ------------------------------------------------------- a save killed at any write
@@ -161,8 +166,8 @@ def test_save_on_a_full_disk_leaves_the_previous_checkpoint_the_newest(
     before = save(tmp_path)
     with limited(size), pytest.raises(OSError, match="File too large"):
         save(tmp_path, 4)
-    assert newest(tmp_path) == (before, [])
-    assert newest(tmp_path)[0] != save(tmp_path, 5)  # space is back
+    assert find_newest(tmp_path) == (before, [])
+    assert find_newest(tmp_path)[0] != save(tmp_path, 5)  # space is back
 
 
 def killed_at(call: int, folder: Path) -> bool:
@@ -192,7 +197,7 @@ def test_save_killed_before_any_change_of_the_folder_leaves_a_whole_newest(
     before, states = save(tmp_path), []
     for call in range(100):
         is_killed = killed_at(call, tmp_path)
-        found, faults = newest(tmp_path)
+        found, faults = find_newest(tmp_path)
         assert found is not None
         assert faults == []
         states.append(found == before)
@@ -292,23 +297,37 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         "manifest.json, got none",
     ),
     "another format": (lambda p: change_manifest(p, format=99), "format 1, got 99"),
-    "no ranks": (lambda p: change_manifest(p, world_size=0), "1 rank or more"),
+    "no ranks": (
+        lambda p: change_manifest(p, world_size=0),
+        "expected a world_size from 1, got 0",
+    ),
     "a billion ranks": (
         lambda p: change_manifest(p, world_size=10**9),
-        "part of rank 1",
+        "files of rank 1",
     ),
     "ranks as text": (
         lambda p: change_manifest(p, world_size="1"),
-        "world_size in the",
+        "expected int in field 'world_size', got str",
     ),
-    "no files": (lambda p: change_manifest(p, files={}), "expected a part of rank 0"),
+    "no files": (
+        lambda p: change_manifest(p, files={}),
+        "expected the files of rank 0",
+    ),
     "a position elsewhere": (
         lambda p: change_manifest(p, position={"__class__": 1}),
-        "expected a position",
+        "expected field 'epoch' in field 'position', got none",
     ),
     "a run that is none": (
         lambda p: change_manifest(p, run="x"),
-        "run in the manifest",
+        "expected object in field 'run', got str",
+    ),
+    "a phase that is none": (
+        lambda p: change_manifest(p, position=asdict(POSITION) | {"phase": "later"}),
+        "in field 'position.phase'",
+    ),
+    "a size that is no number": (
+        lambda p: change_manifest(p, files={"x": {"bytes": "1", "sha256": ""}}),
+        "expected int in field 'files",
     ),
     "path up": (lambda p: with_file(p, "../secret"), "plain file names"),
     "absolute path": (lambda p: with_file(p, "/etc/passwd"), "plain file names"),
@@ -340,8 +359,8 @@ def test_check_of_a_damaged_checkpoint_is_refused_and_the_one_before_is_taken(
     change, match = REFUSED[fault]
     change(place)
     with pytest.raises(CheckpointError, match=match):
-        check(place)
-    found, faults = newest(tmp_path)
+        verify_checkpoint(place)
+    found, faults = find_newest(tmp_path)
     assert found == before
     assert len(faults) == 1
     assert str(place) in str(faults[0])
@@ -393,7 +412,7 @@ def test_read_of_a_hostile_part_with_right_hashes_is_refused_and_runs_nothing(
     place = save(tmp_path)
     replaced(place, *HOSTILE[fault])
     with pytest.raises(CheckpointError, match="Take another checkpoint"):
-        read_part(place, 0)
+        read_rank(place, 0)
     assert CANARY == []
 
 
@@ -408,4 +427,4 @@ def test_read_of_a_json_file_beyond_the_limit_is_refused_unread(tmp_path: Path) 
     with (place / STATE).open("r+b") as file:
         file.truncate(checkpoint.MAX_JSON_BYTES + 1)
     with pytest.raises(CheckpointError, match="expected less than"):
-        read_part(place, 0)
+        read_rank(place, 0)

@@ -9,8 +9,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from harness.callbacks import AutoResume, ResumeFromCheckpoint
-from harness.checkpoint.format import Position, begin, commit, newest, write_part
-from harness.checkpoint.weights import put_weights, save_weights
+from harness.checkpoint.format import (
+    Manifest,
+    Position,
+    RunRef,
+    begin_checkpoint,
+    commit_checkpoint,
+    find_newest,
+    write_rank,
+)
+from harness.checkpoint.weights import load_weights, save_weights
 from harness.errors import CheckpointError
 from harness.fitted import Fitted
 from harness.pytree import flatten
@@ -45,45 +53,47 @@ def fitted(tmp_path: Path, *own: Any, name: str = "augmented") -> Fitted:
 
 
 @pytest.mark.parametrize("module", [Net, Tied])
-def test_put_weights_gives_what_save_weights_wrote(module: Any, tmp_path: Path) -> None:
+def test_load_weights_gives_what_save_weights_wrote(
+    module: Any, tmp_path: Path
+) -> None:
     one, two = module(), module()
     save_weights(one, tmp_path / "sub" / "w.safetensors")
     assert not same(one, two)
-    report = put_weights(two, tmp_path / "sub" / "w.safetensors")
+    report = load_weights(two, tmp_path / "sub" / "w.safetensors")
     assert same(one, two)
-    assert report.is_whole
+    assert report.is_complete
     assert set(report.loaded) == set(one.state_dict())
 
 
-def test_put_weights_that_differ_are_refused_and_nothing_is_changed(
+def test_load_weights_that_differ_are_refused_and_nothing_is_changed(
     tmp_path: Path,
 ) -> None:
     path, model, before = tmp_path / "w.safetensors", Net(), Net()
     state = {"head.bias": torch.ones(3), "head.weight": torch.ones(2, 2)}
     save_file(state | {"tail": torch.ones(1)}, path)
     before.load_state_dict(model.state_dict())
-    match = r"1 loaded; missing: body.*; unexpected: tail; misshapen: head\.weight"
+    match = r"1 loaded; missing: body.*; unexpected: tail; mismatched: head\.weight"
     with pytest.raises(CheckpointError, match=match):
-        put_weights(model, path)
+        load_weights(model, path)
     assert same(model, before)
-    report = put_weights(model, path, strict=False)
+    report = load_weights(model, path, strict=False)
     assert report.loaded == ("head.bias",)
     assert report.unexpected == ("tail",)
-    assert report.misshapen == ("head.weight",)
+    assert report.mismatched == ("head.weight",)
     assert len(report.missing) == 7
     assert torch.equal(model.head.bias, torch.ones(3))
     assert torch.equal(model.head.weight, before.head.weight)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no weights at all"])
-def test_put_weights_without_weights_is_refused(
+def test_load_weights_without_weights_is_refused(
     content: bytes | None, tmp_path: Path
 ) -> None:
     path = tmp_path / "w"
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(CheckpointError, match="expected weights, got"):
-        put_weights(Net(), path)
+        load_weights(Net(), path)
 
 
 def test_fitted_weights_go_round_by_file_saved_model_and_checkpoint(
@@ -93,28 +103,35 @@ def test_fitted_weights_go_round_by_file_saved_model_and_checkpoint(
     first = fitted(tmp_path, AutoResume(tmp_path / "saved"), stop)
     first.save_weights(tmp_path / "w.safetensors")
     first.save(tmp_path / "model")
-    place, _ = newest(tmp_path / "saved")
+    place, _ = find_newest(tmp_path / "saved")
     assert place is not None
     for path in (tmp_path / "w.safetensors", tmp_path / "model", place):
         second = fitted(tmp_path)
         assert not same(first.model, second.model)
-        assert second.load_weights(path).is_whole
+        assert second.load_weights(path).is_complete
         assert same(first.model, second.model)
 
 
 def checkpoint_of_ranks(folder: Path, states: list[dict[str, Any]]) -> Path:
     """A checkpoint of several ranks, in the form that the DeepSpeed accelerator gives."""
-    position = {"epoch": 1, "iter": 1, "step": 1, "phase": "train"}
-    temporary = begin(folder, Position(**position))
+    position = Position(epoch=1, iter=1, step=1, phase="train")
+    temporary = begin_checkpoint(folder, position)
     for rank, state in enumerate(states):
         plan, tensors = flatten({"accelerator": state})
-        write_part(temporary, rank, plan, tensors)
-    about = {"position": position, "run": {}, "about": {}}
-    return commit(temporary, len(states), about)
+        write_rank(temporary, rank, plan, tensors)
+    return commit_checkpoint(
+        temporary,
+        Manifest(
+            world_size=len(states),
+            position=position,
+            run=RunRef(),
+            about={},
+        ),
+    )
 
 
 @pytest.mark.parametrize("is_divided", [False, True], ids=["shared", "divided"])
-def test_put_weights_of_a_checkpoint_of_three_ranks_are_whole(
+def test_load_weights_of_a_checkpoint_of_three_ranks_are_whole(
     is_divided: bool, tmp_path: Path
 ) -> None:
     model = Net()
@@ -133,7 +150,7 @@ def test_put_weights_of_a_checkpoint_of_three_ranks_are_whole(
         states.append({"shared": shared, "own": own, "shapes": shapes})
     place = checkpoint_of_ranks(tmp_path, states)
     other = Net()
-    assert put_weights(other, place).is_whole
+    assert load_weights(other, place).is_complete
     assert same(model, other)
 
 

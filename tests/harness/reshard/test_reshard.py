@@ -18,12 +18,12 @@ import tracking
 from harness.accelerators.single import SingleDevice
 from harness.checkpoint.format import (
     Position,
-    begin,
-    commit,
-    newest,
+    begin_checkpoint,
+    commit_checkpoint,
+    find_newest,
     read_manifest,
-    read_part,
-    write_part,
+    read_rank,
+    write_rank,
 )
 from harness.errors import CheckpointError
 from harness.pytree import flatten
@@ -182,9 +182,9 @@ def test_every_form_goes_on_in_another(
     names = list(FORMS)
     last = names[(names.index(first) + step) % len(names)]
     reshapes.fit(tmp_path, made(first, tmp_path), 8, after=3)
-    place, _ = newest(tmp_path / "saved")
+    place, _ = find_newest(tmp_path / "saved")
     assert place is not None
-    saved = copy.deepcopy(read_part(place, 0)["accelerator"])
+    saved = copy.deepcopy(read_rank(place, 0)["accelerator"])
     fitted, look = reshapes.fit(tmp_path, made(last, tmp_path), 8)
     assert len(look.seen[1]) == 4
     check_same(look.begun, ConsolidatedState([saved]))
@@ -235,9 +235,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 def whole_of(folder: Path) -> ConsolidatedState:
-    place, _ = newest(folder / "saved")
+    place, _ = find_newest(folder / "saved")
     assert place is not None
-    return ConsolidatedState([read_part(place, 0)["accelerator"]])
+    return ConsolidatedState([read_rank(place, 0)["accelerator"]])
 
 
 PARTS: list[Any] = [("device", "stage 1"), ("stage 3", "stage 3")]
@@ -329,16 +329,15 @@ SPOILT = [(name, value) for name in COLUMNS for value in (-1, 2**62)]
 def test_forged_layout_is_refused(
     first: str, column: str, value: int, saved: Any, tmp_path: Path
 ) -> None:
-    place, _ = newest(saved(first) / "saved")
+    place, _ = find_newest(saved(first) / "saved")
     assert place is not None
-    state = copy.deepcopy(read_part(place, 0))
+    state = copy.deepcopy(read_rank(place, 0))
     state["accelerator"]["layouts"]["body"][-1, COLUMNS.index(column)] = value
-    temporary = begin(
+    temporary = begin_checkpoint(
         tmp_path / "saved", Position(epoch=1, iter=2, step=2, phase="train")
     )
-    write_part(temporary, 0, *flatten(state))
-    manifest = read_manifest(place)
-    commit(temporary, 1, {n: manifest[n] for n in ("position", "run", "about")})
+    write_rank(temporary, 0, *flatten(state))
+    commit_checkpoint(temporary, read_manifest(place))
     with pytest.raises(CheckpointError, match="Take another checkpoint"):
         reshapes.begun(tmp_path, made("stage 2", tmp_path))
 
