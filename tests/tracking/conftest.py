@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import http.client
-import http.server
 import os
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,7 +12,7 @@ from typing import Any
 import pytest
 
 import tracking
-from tracking.delivery.state import DeliveryState
+from tests.tracking.stores import Delivering, Proxy, Recorded
 from tracking.delivery.worker import DeliveryWorker
 from tracking.mlflow_store.keys import plain_key
 from tracking.mlflow_store.runs import RunResolver
@@ -45,7 +41,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def remote_class() -> Any:
+def client_class() -> Any:
     """The client of MLflow, with MLflow imported; its imports warn of code of others."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -59,20 +55,6 @@ def remote_class() -> Any:
 def store(tmp_path: Path) -> str:
     """Tracking URI of a database that is not there yet."""
     return f"sqlite:///{tmp_path}/mlflow.db"
-
-
-class Recorded:
-    """A run with known rows, for delivering; not delivered by itself."""
-
-    def __init__(self, run: tracking.Run) -> None:
-        self.run = run
-        self.path = run.path
-
-    def log_curve(self, num_rows: int, first: int = 0, scale: float = 1.0) -> None:
-        """Log a loss and an accuracy at some indices."""
-        for i in range(first, first + num_rows):
-            values = {"loss": scale / (i + 1), "accuracy": i / 1000}
-            self.run.log("metrics", "train", values, index=i, step=10 * i)
 
 
 @pytest.fixture
@@ -98,11 +80,11 @@ def record(
 
 
 @pytest.fixture
-def worker(cache: Path, remote_class: Any) -> Callable[..., DeliveryWorker]:
+def make_worker(cache: Path, client_class: Any) -> Callable[..., DeliveryWorker]:
     """Makes the worker of a run, as the delivery process does."""
 
     def make(path: Path, store: str, **options: Any) -> DeliveryWorker:
-        resolver = RunResolver(path, store, lambda uri: remote_class(uri, cache))
+        resolver = RunResolver(path, store, lambda uri: client_class(uri, cache))
         options = {"patience_s": 0.0, **options}
         return DeliveryWorker(path, resolver, **options)
 
@@ -110,47 +92,33 @@ def worker(cache: Path, remote_class: Any) -> Callable[..., DeliveryWorker]:
 
 
 @pytest.fixture
-def deliver(worker: Callable[..., DeliveryWorker]) -> Callable[..., DeliveryWorker]:
+def deliver(
+    make_worker: Callable[..., DeliveryWorker],
+) -> Callable[..., DeliveryWorker]:
     """Delivers a run to the end, in this process."""
 
     def run(path: Path, store: str, **options: Any) -> DeliveryWorker:
-        made = worker(path, store, **options)
+        made = make_worker(path, store, **options)
         made.deliver()
         return made
 
     return run
 
 
-class Delivering:
-    """A worker at work in a thread, beside a run that is written in this one."""
-
-    def __init__(self, made: DeliveryWorker) -> None:
-        self.worker = made
-        self.thread = threading.Thread(target=made.deliver, daemon=True)
-        self.thread.start()
-
-    @property
-    def state(self) -> DeliveryState:
-        return DeliveryState.read(self.worker.run_path) or DeliveryState()
-
-    def join(self) -> DeliveryState:
-        self.thread.join(300)
-        assert not self.thread.is_alive()
-        return self.worker.state
-
-
 @pytest.fixture
-def delivering(worker: Callable[..., DeliveryWorker]) -> Callable[..., Delivering]:
+def start_delivery(
+    make_worker: Callable[..., DeliveryWorker],
+) -> Callable[..., Delivering]:
     """Begins to deliver a run, in a thread."""
 
     def start(path: Path, store: str, **options: Any) -> Delivering:
-        return Delivering(worker(path, store, **{"patience_s": 60.0, **options}))
+        return Delivering(make_worker(path, store, **{"patience_s": 60.0, **options}))
 
     return start
 
 
 @pytest.fixture
-def client(remote_class: Any, cache: Path) -> Callable[[str], Any]:
+def client(client_class: Any, cache: Path) -> Callable[[str], Any]:
     """MLflow's own client of a store."""
 
     def make(store: str) -> Any:
@@ -207,107 +175,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("server")
     with Server(f"sqlite:///{folder}/mlflow.db", folder=folder) as started:
         yield started
-
-
-class Proxy:
-    """A connection to a server, as bad as `mode` says.
-
-    Attributes
-    ----------
-    mode
-        ``pass``; ``gone`` (does not answer, nor listen once closed); ``error`` (answers
-        500), ``hang`` (takes the request, answers not),
-        ``drop`` (the server has done it, but its answer gets lost), ``refuse 400`` (what
-        holds the text `refused` is refused).
-    num_faults
-        Requests that were not passed on, or whose answer was not.
-    """
-
-    def __init__(self, port: int, listen: int = 0) -> None:
-        self.mode = "pass"
-        self.refused = b"\0"
-        self.num_faults = 0
-        self.num_passed = 0
-        self.released = threading.Event()
-        proxy = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def handle_any(self) -> None:
-                length = int(self.headers.get("Content-Length", 0))
-                proxy.answer(self, port, self.rfile.read(length))
-
-            do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = handle_any
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", listen), Handler)
-        self._server.daemon_threads = True
-        self.port = int(self._server.server_address[1])
-        self.address = f"http://127.0.0.1:{self.port}"
-        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
-        self._thread.start()
-
-    def answer(
-        self, handler: http.server.BaseHTTPRequestHandler, port: int, body: bytes
-    ) -> None:
-        """Answer a request as the mode says."""
-        mode = self.mode
-        if mode == "gone":
-            handler.close_connection = True
-            return
-        if mode == "error":
-            self.num_faults += 1
-            self._reply(handler, 500, b"out of order")
-            return
-        if mode == "hang":
-            self.num_faults += 1
-            self.released.wait(60)
-            handler.close_connection = True
-            return
-        if mode == "refuse 400" and self.refused in body:
-            self.num_faults += 1
-            text = b'{"error_code": "INVALID_PARAMETER_VALUE", "message": "no"}'
-            self._reply(handler, 400, text)
-            return
-        upstream = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-        headers = {k: v for k, v in handler.headers.items() if k != "Connection"}
-        with contextlib.closing(upstream):
-            try:
-                upstream.request(handler.command, handler.path, body, headers)
-                reply = upstream.getresponse()
-                text = reply.read()
-            except OSError:
-                handler.close_connection = True
-                return
-        if mode == "drop" and handler.command != "GET":
-            self.num_faults += 1
-            handler.close_connection = True
-            return
-        self.num_passed += 1
-        self._reply(handler, reply.status, text)
-
-    def close(self) -> None:
-        """Stop listening; again, if need be."""
-        if not self._thread.is_alive():
-            return
-        self.released.set()
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
-
-    @staticmethod
-    def _reply(
-        handler: http.server.BaseHTTPRequestHandler, status: int, text: bytes
-    ) -> None:
-        with contextlib.suppress(OSError):
-            handler.send_response(status)
-            handler.send_header("Content-Type", "application/json")
-            handler.send_header("Content-Length", str(len(text)))
-            handler.end_headers()
-            handler.wfile.write(text)
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import pyarrow as pa
 
 from tracking.errors import TrackingError
-from tracking.mlflow_store.template import alone, ensure_database
+from tracking.mlflow_store.database import create_database, lock_cache
 from tracking.mlflow_store.uris import sqlite_path, sqlite_uri
 
 if TYPE_CHECKING:
@@ -129,8 +129,8 @@ class StoreClient:
                 self._client = _open_client(uri)
                 return
             version = importlib.metadata.version("mlflow")
-            with alone(cache) as folder:
-                ensure_database(path, folder, version, _build_database)
+            with lock_cache(cache) as folder:
+                create_database(path, folder, version, _migrate)
                 self._client = _open_client(uri)  # makes the default experiment, too
 
     def experiment_id(self, name: str | None, id_: str | None = None) -> str:
@@ -322,7 +322,7 @@ def _open_client(uri: str) -> MlflowClient:
     return MlflowClient(uri)
 
 
-def _build_database(path: Path) -> None:
+def _migrate(path: Path) -> None:
     """Create a database with MLflow, which runs all its migrations."""
     _open_client(sqlite_uri(path)).get_experiment("0")
 

@@ -54,12 +54,12 @@ def is_equal(in_mlflow, in_journal):
     ],
 )
 def test_server_that_fails_for_a_while_gets_every_row_once(
-    record, delivering, proxy, server, connect, until, is_equal, monkeypatch, mode
+    record, start_delivery, proxy, server, connect, until, is_equal, monkeypatch, mode
 ):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1" if mode == "hang" else "60")
     run = record()
     run.log_curve(200)
-    work = delivering(run.path, proxy.address)
+    work = start_delivery(run.path, proxy.address)
     until(lambda: work.state.delivered >= 399)
     proxy.mode = mode
     if mode == "gone":
@@ -82,14 +82,14 @@ def test_server_that_fails_for_a_while_gets_every_row_once(
 
 
 def test_server_that_is_absent_at_the_start_gets_everything_later(
-    record, delivering, server, connect, until, is_equal, client
+    record, start_delivery, server, connect, until, is_equal, client
 ):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     run = record()
     run.log_curve(300)
-    work = delivering(run.path, f"http://127.0.0.1:{port}")
+    work = start_delivery(run.path, f"http://127.0.0.1:{port}")
     until(lambda: work.state.phase == "waiting")
     assert work.state.mlflow_run_id is None
     assert work.state.behind == 600
@@ -103,12 +103,12 @@ def test_server_that_is_absent_at_the_start_gets_everything_later(
 
 
 def test_reply_lost_at_the_runs_creation_makes_one_run(
-    record, delivering, proxy, server, until, is_equal, client
+    record, start_delivery, proxy, server, until, is_equal, client
 ):
     run = record()
     run.log_curve(10)
     proxy.mode = "drop"
-    work = delivering(run.path, proxy.address)
+    work = start_delivery(run.path, proxy.address)
     until(lambda: proxy.num_faults >= 2)  # the experiment, and the run
     proxy.mode = "pass"
     run.run.finish(wait_s=0)
@@ -137,14 +137,14 @@ def test_rows_that_a_server_refuses_are_found_by_halving(
 
 
 def test_dead_server_is_given_up_a_while_after_the_trainers_end(
-    record, worker, proxy, is_equal, deliver, server
+    record, make_worker, proxy, is_equal, deliver, server
 ):
     run = record()
     run.log_curve(100)
     run.run.finish()
     proxy.mode = "error"
     with pytest.raises(GaveUpError, match="500"):
-        worker(run.path, proxy.address, patience_s=0.3).deliver()
+        make_worker(run.path, proxy.address, patience_s=0.3).deliver()
     state = DeliveryState.read(run.path)
     assert (state.phase, state.behind) == ("gave up", 200)
     proxy.mode = "pass"
@@ -176,10 +176,10 @@ def test_artifact_that_cannot_be_stored_holds_up_no_row(
 # ------------------------------------------------------------------ a bad disk
 
 
-def test_locked_database_is_waited_for(record, delivering, store, until, is_equal):
+def test_locked_database_is_waited_for(record, start_delivery, store, until, is_equal):
     run = record()
     run.log_curve(10)
-    work = delivering(run.path, store)
+    work = start_delivery(run.path, store)
     until(lambda: work.state and work.state.delivered >= 19)
     path = store.removeprefix("sqlite:///")
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
@@ -195,11 +195,11 @@ def test_locked_database_is_waited_for(record, delivering, store, until, is_equa
 
 @pytest.mark.slow
 def test_database_locked_for_longer_than_mlflow_waits_is_tried_again(
-    record, delivering, store, until, is_equal
+    record, start_delivery, store, until, is_equal
 ):
     run = record()
     run.log_curve(10)
-    work = delivering(run.path, store)
+    work = start_delivery(run.path, store)
     until(lambda: work.state and work.state.delivered >= 19)
     path = store.removeprefix("sqlite:///")
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
@@ -266,7 +266,7 @@ def delivery_of(path):
 
 
 def test_delivery_outlives_a_killed_trainer_and_closes_its_run(
-    trainer, until, is_equal, remote_class, client, tmp_path
+    trainer, until, is_equal, client_class, client, tmp_path
 ):
     process, path = trainer
     until(lambda: (DeliveryState.read(path) or DeliveryState()).delivered >= 20)
@@ -281,7 +281,7 @@ def test_delivery_outlives_a_killed_trainer_and_closes_its_run(
 
 
 def test_killed_trainer_and_delivery_leave_what_sync_finishes(
-    trainer, until, is_equal, remote_class, tmp_path
+    trainer, until, is_equal, client_class, tmp_path
 ):
     process, path = trainer
     until(lambda: (DeliveryState.read(path) or DeliveryState()).delivered >= 20)
@@ -294,7 +294,7 @@ def test_killed_trainer_and_delivery_leave_what_sync_finishes(
 
 
 def test_killed_delivery_is_begun_again_by_sync_while_the_run_goes_on(
-    record, store, until, is_equal, remote_class, monkeypatch, tmp_path
+    record, store, until, is_equal, client_class, monkeypatch, tmp_path
 ):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
     run = record()
@@ -336,7 +336,7 @@ def killed_when(made, is_time):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_kills_at_random_instants_lose_and_double_nothing(
-    record, worker, deliver, store, is_equal, seed
+    record, make_worker, deliver, store, is_equal, seed
 ):
     draw = random.Random(seed)
     run = record()
@@ -349,12 +349,12 @@ def test_kills_at_random_instants_lose_and_double_nothing(
             state = DeliveryState.read(run.path)
             return state is not None and state.delivered >= position
 
-        longest_s = 1.2 * killed_when(worker(run.path, store), is_delivered)
+        longest_s = 1.2 * killed_when(make_worker(run.path, store), is_delivered)
     first = 400
 
     def kill_one():
         limit_s = draw.uniform(0, longest_s)
-        killed_when(worker(run.path, store), lambda seconds: seconds > limit_s)
+        killed_when(make_worker(run.path, store), lambda seconds: seconds > limit_s)
 
     for _ in range(40):
         count = draw.randrange(1, 400)
@@ -389,13 +389,13 @@ def made_points(store, made):
 
 @pytest.mark.slow
 def test_server_killed_again_and_again_gets_every_row_once(
-    record, delivering, until, is_equal, tmp_path
+    record, start_delivery, until, is_equal, tmp_path
 ):
     folder = tmp_path / "server"
     folder.mkdir()
     with Server(f"sqlite:///{folder}/mlflow.db", folder=folder) as server:
         run = record()
-        work = delivering(run.path, server.address)
+        work = start_delivery(run.path, server.address)
         for turn in range(3):
             run.log_curve(3000, first=3000 * turn)
             until(

@@ -1,3 +1,5 @@
+"""Rewinds and overwrites of rows that MLflow already has."""
+
 from __future__ import annotations
 
 import math
@@ -5,10 +7,180 @@ from collections import Counter
 
 import numpy as np
 import pyarrow as pa
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.tracking.stores import get_run
 from tracking.delivery.reconcile import row_ids, unmatched_rows
+
+
+def test_rows_superseded_before_sending_are_never_sent(
+    record, deliver, store, in_mlflow
+):
+    run = record()
+    run.run.log_metric("loss", 3.0, set="valid", index=1)
+    run.run.log("metrics", "valid", {"loss": 2.0}, index=1, append=False)
+    position = run.run.position()
+    run.run.log_metric("loss", 9.0, set="valid", index=2)
+    run.run.rewind(position)
+    run.run.log_metric("loss", 1.0, set="valid", index=2)
+    run.run.finish()
+    made = deliver(run.path, store)
+    found = in_mlflow(store, made.state.mlflow_run_id)
+    assert [point[1:3] for point in found] == [(1, 2.0), (2, 1.0)]
+    assert made.num_sent == 2
+
+
+@pytest.mark.parametrize("is_live", [True, False])
+def test_equal_replay_after_a_rewind_is_not_sent_twice(
+    record, make_worker, deliver, store, in_mlflow, is_live
+):
+    run = record()
+    run.log_curve(20)
+    position = run.run.position()
+    run.log_curve(20, first=20)
+    run.run.log("profile", "fit", {"epoch_s": 1.25}, index=1)
+    run.run.finish("killed")
+    first = deliver(run.path, store)
+    before = in_mlflow(store, first.state.mlflow_run_id)
+    again = record(run_id=run.run.id)
+    again.run.rewind(position)
+    again.log_curve(20, first=20)
+    again.run.log("profile", "fit", {"epoch_s": 1.5}, index=1)  # never the same twice
+    again.log_curve(1, first=40)
+    again.run.finish()
+    second = deliver(run.path, store, is_sync=not is_live)
+    assert second.state.mlflow_run_id == first.state.mlflow_run_id
+    after = in_mlflow(store, first.state.mlflow_run_id)
+    assert [p for p in after if p[1] != 40] == before
+    assert len(after) == len(before) + 2
+
+
+def test_differing_replay_gets_a_new_mlflow_run_without_a_zigzag(
+    record, deliver, store, in_mlflow, in_journal, client
+):
+    run = record()
+    run.log_curve(20)
+    position = run.run.position()
+    run.log_curve(20, first=20)
+    run.run.finish("killed")
+    first = deliver(run.path, store)
+    again = record(run_id=run.run.id)
+    again.run.rewind(position)
+    again.log_curve(20, first=20, scale=2.0)
+    again.run.finish()
+    second = deliver(run.path, store)
+    fresh = second.state.mlflow_run_id
+    assert fresh != first.state.mlflow_run_id
+    assert in_mlflow(store, fresh) == in_journal(run.path)
+    old = client(store).get_run(first.state.mlflow_run_id)
+    assert old.data.tags["luz.superseded_by"] == fresh
+    assert old.info.run_name == f"{run.run.name} (superseded)"
+    assert second.state.superseded == [first.state.mlflow_run_id]
+    assert get_run(client, store, second.state).info.status == "FINISHED"
+    third = deliver(run.path, store, is_sync=True)
+    assert (third.num_sent, third.state.mlflow_run_id) == (0, fresh)
+
+
+def test_rewound_run_that_ends_earlier_leaves_no_stale_points(
+    record, deliver, store, in_mlflow, in_journal
+):
+    run = record()
+    run.log_curve(5)
+    position = run.run.position()
+    run.log_curve(10, first=5)
+    run.run.finish("killed")
+    deliver(run.path, store)
+    again = record(run_id=run.run.id)
+    again.run.rewind(position)
+    again.log_curve(2, first=5)
+    again.run.finish()
+    made = deliver(run.path, store)
+    assert in_mlflow(store, made.state.mlflow_run_id) == in_journal(run.path)
+
+
+def test_run_killed_in_its_replay_keeps_its_mlflow_run_until_it_is_synced(
+    record, deliver, store, in_mlflow, in_journal
+):
+    run = record()
+    run.log_curve(5)
+    position = run.run.position()
+    run.log_curve(10, first=5)
+    run.run.finish("killed")
+    first = deliver(run.path, store)
+    again = record(run_id=run.run.id)
+    again.run.rewind(position)
+    again.log_curve(2, first=5)
+    again.run.finish("killed")
+    second = deliver(run.path, store)
+    assert second.state.mlflow_run_id == first.state.mlflow_run_id
+    synced = deliver(run.path, store, is_sync=True)
+    assert synced.state.mlflow_run_id != first.state.mlflow_run_id
+    assert in_mlflow(store, synced.state.mlflow_run_id) == in_journal(run.path)
+
+
+@pytest.mark.parametrize(("value", "is_same_run"), [(3.0, True), (2.0, False)])
+def test_overwrite_of_what_mlflow_has_ends_in_one_history(
+    record, deliver, store, in_mlflow, in_journal, client, value, is_same_run
+):
+    run = record()
+    run.run.log_metric("loss", 3.0, set="valid", index=1)
+    run.run.finish("killed")
+    first = deliver(run.path, store)
+    again = record(run_id=run.run.id)
+    again.run.log("metrics", "valid", {"loss": value}, index=1, append=False)
+    again.run.log_metric("loss", 1.0, set="valid", index=2)
+    again.run.finish()
+    second = deliver(run.path, store)
+    is_same = second.state.mlflow_run_id == first.state.mlflow_run_id
+    assert is_same == is_same_run
+    found = in_mlflow(store, second.state.mlflow_run_id)
+    wanted = [point[1:3] for point in in_journal(run.path)]
+    assert [point[1:3] for point in found] == wanted == [(1, value), (2, 1.0)]
+    assert second.state.behind == 0
+
+
+def test_overwrite_in_a_live_run_waits_for_its_end(
+    record, start_delivery, store, until, in_mlflow, in_journal
+):
+    run = record()
+    run.run.log("metrics", "valid", {"loss": 3.0}, index=1, append=False)
+    work = start_delivery(run.path, store)
+    until(lambda: work.state.delivered >= 1)
+    first = work.state.mlflow_run_id
+    run.run.log("metrics", "valid", {"loss": 2.0}, index=1, append=False)
+    run.run.log("metrics", "valid", {"loss": 9.0}, index=2, append=False)
+    until(lambda: work.state.delivered >= run.run.position())
+    assert [point[1:3] for point in in_mlflow(store, first)] == [(1, 3.0), (2, 9.0)]
+    until(lambda: work.state.behind == 1)
+    run.run.finish(wait_s=0)
+    state = work.join()
+    assert state.superseded == [first]
+    assert in_mlflow(store, state.mlflow_run_id) == in_journal(run.path)
+
+
+def test_rewind_in_a_live_run_gets_a_new_mlflow_run_at_the_first_difference(
+    record, start_delivery, store, until, in_mlflow, in_journal
+):
+    run = record()
+    run.log_curve(5)
+    position = run.run.position()
+    run.log_curve(5, first=5)
+    work = start_delivery(run.path, store)
+    until(lambda: work.state.delivered >= run.run.position())
+    first = work.state.mlflow_run_id
+    run.run.rewind(position)
+    run.log_curve(2, first=5)
+    until(lambda: work.state.delivered >= run.run.position())
+    assert work.state.mlflow_run_id == first
+    assert len(in_mlflow(store, first)) == 20
+    run.log_curve(3, first=7, scale=2.0)
+    until(lambda: work.state.mlflow_run_id != first)
+    run.run.finish(wait_s=0)
+    state = work.join()
+    assert in_mlflow(store, state.mlflow_run_id) == in_journal(run.path)
+
 
 rows = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2)), max_size=12)
 

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from tests.tracking.stores import get_run
 from tracking.mlflow_store.keys import MAX_KEY_LENGTH, KeyMap, is_valid, plain_key
 
 
@@ -74,3 +77,38 @@ def test_any_text_gets_a_key(name):
     key = KeyMap().key_for(("metrics", "train", name))
     assert is_valid(key)
     assert len(key) <= MAX_KEY_LENGTH
+
+
+def test_names_that_mlflow_refuses_are_mapped_and_the_mapping_kept(
+    record, deliver, store, in_mlflow, client
+):
+    run = record()
+    names = [
+        "a#b",
+        "a%b",
+        "",
+        "x" * 300,
+        "../up",
+        "/abs",
+        "a//b",
+        "ü",
+        ".",
+        "two\nlines",
+    ]
+    for number, name in enumerate(names):
+        run.run.log("metrics", "train", {name: float(number)}, index=1)
+    run.run.log("metrics", "train/a", {"b": 100.0}, index=1)
+    run.run.log("metrics", "train", {"a/b": 101.0}, index=1)
+    run.run.log("metrics", "", {"": 102.0}, index=1)
+    run.run.finish()
+    made = deliver(run.path, store)
+    keys = {v: k for k, _, v, _ in in_mlflow(store, made.state.mlflow_run_id)}
+    assert len(keys) == len(names) + 3
+    assert keys[7.0] == "train/ü"
+    assert keys[100.0] == "train/a/b"
+    assert keys[101.0].startswith("train/a/b-")
+    told = json.loads(get_run(client, store, made.state).data.tags["luz.names"])
+    assert told[keys[0.0]] == ["metrics", "train", "a#b"]
+    assert told[keys[101.0]] == ["metrics", "train", "a/b"]
+    assert set(told) == set(made.state.names)
+    assert keys[7.0] not in told

@@ -28,11 +28,11 @@ def change(store, statement):
 
 
 @pytest.fixture
-def read_back(remote_class, cache):
+def read_back(client_class, cache):
     """What MLflow has of a run, read in this process."""
 
     def read(path, store):
-        resolver = RunResolver(path, store, lambda uri: remote_class(uri, cache))
+        resolver = RunResolver(path, store, lambda uri: client_class(uri, cache))
         run = resolver.find()
         return MlflowContents(
             history=resolver.client.history(run.run_id),

@@ -1,0 +1,19 @@
+from __future__ import annotations
+
+import pytest
+
+from tracking.delivery.options import check_options
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"per_kay": 3}, ValueError, "expected per_key or patience_s, got 'per_kay'"),
+        ({"per_key": 1}, ValueError, "a whole number of at least 2, got 1"),
+        ({"per_key": 2.5}, TypeError, "a whole number of at least 2, got 2.5"),
+        ({"patience_s": -1}, ValueError, "a number of at least 0, got -1"),
+    ],
+)
+def test_wrong_options_are_refused_at_the_start(options, error, match):
+    with pytest.raises(error, match=match):
+        check_options(options)

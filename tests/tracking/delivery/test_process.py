@@ -1,0 +1,106 @@
+"""The delivery process beside training."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import tracking
+from tracking.delivery.process import delivery_command, wait_for_delivery
+from tracking.delivery.state import DeliveryState
+
+TRAINER = """
+import sys, tracking
+run = tracking.start(experiment="digits", runs_dir="runs")
+print(run.id, flush=True)
+for i in range(40):
+    run.log("metrics", "train", {"loss": 1 / (i + 1)}, index=i)
+mlflow_run_id = run.mlflow_run_id
+run.log_metric("last", 1.0, set="train", index=40)
+run.finish(wait_s=60)
+assert "mlflow" not in sys.modules
+print(mlflow_run_id)
+"""
+
+
+def start_trainer(folder: Path, **variables: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", TRAINER],
+        cwd=folder,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(Path(tracking.__file__).parents[1]),
+            **variables,
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_run_is_delivered_by_a_process_of_its_own(
+    tmp_path, client_class, in_mlflow, in_journal
+):
+    trainer = start_trainer(tmp_path)
+    out, err = trainer.communicate(timeout=120)
+    assert (trainer.returncode, err) == (0, "")
+    run_id, mlflow_run_id = out.split()
+    path = tmp_path / "runs" / run_id
+    points = in_mlflow(f"sqlite:///{tmp_path}/mlflow.db", mlflow_run_id)
+    assert points == in_journal(path)
+    assert len(points) == 41
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names - {"mlruns"} == {"mlflow.db", "runs"}
+
+
+def test_process_exits_when_another_one_delivers_the_run(record, store):
+    run = record()
+    run.log_curve(3)
+    run.run.finish()
+    (run.path / "delivery").mkdir()
+    with (run.path / "delivery" / "lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        process = subprocess.run(
+            delivery_command("--lock-wait", "0.1", str(run.path)),
+            env={**os.environ, "MLFLOW_TRACKING_URI": store},
+            check=False,
+        )
+    assert process.returncode == 0
+    assert DeliveryState.read(run.path) is None
+
+
+def test_running_delivery_is_waited_for_until_the_timeout(record):
+    run = record()
+    (run.path / "delivery").mkdir()
+    assert wait_for_delivery(run.path, 0.0)
+    with (run.path / "delivery" / "lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert not wait_for_delivery(run.path, 0.0)
+        threading.Timer(0.2, fcntl.flock, (lock, fcntl.LOCK_UN)).start()
+        assert wait_for_delivery(run.path, 60.0)
+
+
+def test_secrets_are_in_no_file_and_no_tag(record, store, tmp_path):
+    run = record()
+    run.log_curve(3)
+    run.run.finish()
+    secrets = {"user": "u53rn4me", "password": "pa55w0rd", "token": "t0k3nt0k3n"}
+    uri = f"http://{secrets['user']}:{secrets['password']}@127.0.0.1:9/"
+    variables = {"MLFLOW_TRACKING_URI": uri, "MLFLOW_TRACKING_TOKEN": secrets["token"]}
+    process = subprocess.run(
+        delivery_command("--patience", "0", str(run.path)),
+        env={**os.environ, **variables},
+        capture_output=True,
+        check=False,
+    )
+    assert process.returncode == 1
+    state = DeliveryState.read(run.path)
+    assert state.tracking_uri == "http://127.0.0.1:9/"
+    assert "127.0.0.1" in state.error
+    written = b"".join(p.read_bytes() for p in run.path.rglob("*") if p.is_file())
+    for secret in secrets.values():
+        assert secret.encode() not in written + process.stdout + process.stderr

@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+import pytest
+
+from tests.tracking.stores import execute_sql
+from tracking.delivery.retry import GaveUpError
+
+
+def test_database_of_another_version_stays_and_is_an_error(
+    record, deliver, store, cache, client_class, tmp_path
+):
+    client_class(f"sqlite:///{tmp_path}/other.db", cache)
+    (tmp_path / "other.db").rename(tmp_path / "mlflow.db")
+    execute_sql(store, "UPDATE alembic_version SET version_num = '0123'")
+    run = record()
+    run.run.finish()
+    with pytest.raises(GaveUpError, match="out-of-date database schema"):
+        deliver(run.path, store)
+    assert execute_sql(store, "SELECT version_num FROM alembic_version") == [("0123",)]
+
+
+def test_artifacts_of_a_new_experiment_lie_beside_the_database(
+    record, deliver, store, client, tmp_path
+):
+    run = record()
+    run.run.finish()
+    made = deliver(run.path, store)
+    for id_ in ("0", made.state.experiment_id):
+        found = client(store).get_experiment(id_)
+        assert found.artifact_location == f"{tmp_path}/mlruns/{id_}"

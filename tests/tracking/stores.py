@@ -1,0 +1,165 @@
+"""Runs to deliver, MLflow stores to look into, and connections that can be broken."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import http.server
+import sqlite3
+import threading
+from typing import Any
+
+import tracking
+from tracking.delivery.state import DeliveryState
+from tracking.delivery.worker import DeliveryWorker
+
+
+def get_run(client: Any, store: str, state: DeliveryState) -> Any:
+    """MLflow's own view of a delivered run."""
+    return client(store).get_run(state.mlflow_run_id)
+
+
+def all_runs(client: Any, store: str) -> list[Any]:
+    """All runs of a store, as MLflow shows them."""
+    experiments = client(store).search_experiments()
+    return list(client(store).search_runs([e.experiment_id for e in experiments]))
+
+
+def execute_sql(store: str, statement: str) -> list[Any]:
+    """Execute a statement in the database of a store; return the rows it gives."""
+    path = store.removeprefix("sqlite:///")
+    with contextlib.closing(sqlite3.connect(path)) as database, database:
+        return database.execute(statement).fetchall()
+
+
+class Recorded:
+    """A run with known rows, for delivering; not delivered by itself."""
+
+    def __init__(self, run: tracking.Run) -> None:
+        self.run = run
+        self.path = run.path
+
+    def log_curve(self, num_rows: int, first: int = 0, scale: float = 1.0) -> None:
+        """Log a loss and an accuracy at some indices."""
+        for i in range(first, first + num_rows):
+            values = {"loss": scale / (i + 1), "accuracy": i / 1000}
+            self.run.log("metrics", "train", values, index=i, step=10 * i)
+
+
+class Delivering:
+    """A worker at work in a thread, beside a run that is written in this one."""
+
+    def __init__(self, made: DeliveryWorker) -> None:
+        self.worker = made
+        self.thread = threading.Thread(target=made.deliver, daemon=True)
+        self.thread.start()
+
+    @property
+    def state(self) -> DeliveryState:
+        return DeliveryState.read(self.worker.run_path) or DeliveryState()
+
+    def join(self) -> DeliveryState:
+        self.thread.join(300)
+        assert not self.thread.is_alive()
+        return self.worker.state
+
+
+class Proxy:
+    """A connection to a server, as bad as `mode` says.
+
+    Attributes
+    ----------
+    mode
+        ``pass``; ``gone`` (does not answer, nor listen once closed); ``error`` (answers
+        500), ``hang`` (takes the request, answers not),
+        ``drop`` (the server has done it, but its answer gets lost), ``refuse 400`` (what
+        holds the text `refused` is refused).
+    num_faults
+        Requests that were not passed on, or whose answer was not.
+    """
+
+    def __init__(self, port: int, listen: int = 0) -> None:
+        self.mode = "pass"
+        self.refused = b"\0"
+        self.num_faults = 0
+        self.num_passed = 0
+        self.released = threading.Event()
+        proxy = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def handle_any(self) -> None:
+                length = int(self.headers.get("Content-Length", 0))
+                proxy.answer(self, port, self.rfile.read(length))
+
+            do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = handle_any
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", listen), Handler)
+        self._server.daemon_threads = True
+        self.port = int(self._server.server_address[1])
+        self.address = f"http://127.0.0.1:{self.port}"
+        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        self._thread.start()
+
+    def answer(
+        self, handler: http.server.BaseHTTPRequestHandler, port: int, body: bytes
+    ) -> None:
+        """Answer a request as the mode says."""
+        mode = self.mode
+        if mode == "gone":
+            handler.close_connection = True
+            return
+        if mode == "error":
+            self.num_faults += 1
+            self._reply(handler, 500, b"out of order")
+            return
+        if mode == "hang":
+            self.num_faults += 1
+            self.released.wait(60)
+            handler.close_connection = True
+            return
+        if mode == "refuse 400" and self.refused in body:
+            self.num_faults += 1
+            text = b'{"error_code": "INVALID_PARAMETER_VALUE", "message": "no"}'
+            self._reply(handler, 400, text)
+            return
+        upstream = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        headers = {k: v for k, v in handler.headers.items() if k != "Connection"}
+        with contextlib.closing(upstream):
+            try:
+                upstream.request(handler.command, handler.path, body, headers)
+                reply = upstream.getresponse()
+                text = reply.read()
+            except OSError:
+                handler.close_connection = True
+                return
+        if mode == "drop" and handler.command != "GET":
+            self.num_faults += 1
+            handler.close_connection = True
+            return
+        self.num_passed += 1
+        self._reply(handler, reply.status, text)
+
+    def close(self) -> None:
+        """Stop listening; again, if need be."""
+        if not self._thread.is_alive():
+            return
+        self.released.set()
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    @staticmethod
+    def _reply(
+        handler: http.server.BaseHTTPRequestHandler, status: int, text: bytes
+    ) -> None:
+        with contextlib.suppress(OSError):
+            handler.send_response(status)
+            handler.send_header("Content-Type", "application/json")
+            handler.send_header("Content-Length", str(len(text)))
+            handler.end_headers()
+            handler.wfile.write(text)
