@@ -8,14 +8,12 @@ MLflow, into the user's cache folder. Afterwards a new database is a copy of tha
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
 import sqlite3
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tracking.durable import hold_lock, replace_file
+from tracking.durable import copy_if_absent, has_content, hold_lock, replace_file
 
 
 def create_database(
@@ -43,7 +41,7 @@ def create_database(
     OSError
         If it cannot be written.
     """
-    if _has_content(path):
+    if has_content(path):
         return False
     path.parent.mkdir(parents=True, exist_ok=True)
     prepared = cache / f"mlflow-{version}.db"
@@ -52,7 +50,7 @@ def create_database(
             temporary.unlink(missing_ok=True)  # of a killed process
             migrate(temporary)
             _drop_experiments(temporary)
-    return _copy_unless_exists(prepared, path)
+    return copy_if_absent(prepared, path)
 
 
 @contextlib.contextmanager
@@ -79,24 +77,3 @@ def _drop_experiments(path: Path) -> None:
     """
     with contextlib.closing(sqlite3.connect(path)) as database, database:
         database.execute("DELETE FROM experiments")
-
-
-def _copy_unless_exists(prepared: Path, path: Path) -> bool:
-    """Copy a database in one step, unless a file with content appears there first."""
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".mlflow-") as folder:
-        copy = Path(folder) / path.name
-        shutil.copyfile(prepared, copy)
-        try:
-            os.link(copy, path)  # never replaces a file
-        except OSError:  # it exists, or the filesystem has no hard links
-            if _has_content(path):
-                return False
-            with replace_file(path) as temporary:
-                shutil.copyfile(prepared, temporary)
-    return True
-
-
-def _has_content(path: Path) -> bool:
-    with contextlib.suppress(OSError):
-        return path.stat().st_size > 0
-    return False

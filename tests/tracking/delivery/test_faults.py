@@ -14,16 +14,21 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 import tracking
+from tests.tracking.stores import Delivering
 from tracking.delivery.process import delivery_command
 from tracking.delivery.retry import GaveUpError
 from tracking.delivery.state import DeliveryState
 from tracking.delivery.sync import sync
+from tracking.delivery.worker import DeliveryWorker
+from tracking.mlflow_store.client import StoreClient
+from tracking.mlflow_store.runs import RunResolver
 from tracking.mlflow_store.server import Server
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(tracking.__file__).parents[1])}
@@ -176,16 +181,35 @@ def test_artifact_that_cannot_be_stored_holds_up_no_row(
 # ------------------------------------------------------------------ a bad disk
 
 
-def test_locked_database_is_waited_for(record, start_delivery, store, until, is_equal):
+def begins_exclusively(database):
+    """Whether a database could be locked, which delivery may be writing into."""
+    with contextlib.suppress(sqlite3.OperationalError):
+        database.execute("BEGIN EXCLUSIVE")
+        return True
+    return False
+
+
+def test_locked_database_is_waited_for(
+    record, store, until, is_equal, cache, client_class
+):
+    is_sending = threading.Event()
+
+    class Watched(StoreClient):
+        def send(self, *args, **options):
+            is_sending.set()
+            super().send(*args, **options)
+
     run = record()
     run.log_curve(10)
-    work = start_delivery(run.path, store)
-    until(lambda: work.state and work.state.delivered >= 19)
+    resolver = RunResolver(run.path, store, lambda uri: Watched(uri, cache))
+    work = Delivering(DeliveryWorker(run.path, resolver, patience_s=60.0))
+    until(lambda: work.state.delivered >= 19)
     path = store.removeprefix("sqlite:///")
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
-        other.execute("BEGIN EXCLUSIVE")
+        until(lambda: begins_exclusively(other))
+        is_sending.clear()
         run.log_curve(500, first=10)
-        time.sleep(0.7)
+        until(is_sending.is_set)
         assert work.state.delivered == 19
         other.execute("ROLLBACK")
     run.run.finish(wait_s=0)
@@ -200,10 +224,10 @@ def test_database_locked_for_longer_than_mlflow_waits_is_tried_again(
     run = record()
     run.log_curve(10)
     work = start_delivery(run.path, store)
-    until(lambda: work.state and work.state.delivered >= 19)
+    until(lambda: work.state.delivered >= 19)
     path = store.removeprefix("sqlite:///")
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
-        other.execute("BEGIN EXCLUSIVE")
+        until(lambda: begins_exclusively(other))
         run.log_curve(500, first=10)
         until(lambda: work.state.phase == "waiting")
         assert "database is locked" in work.state.error

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from tracking.delivery.options import check_options
+from tracking.delivery.options import DeliveryOptions, check_options
 
 
 @pytest.mark.parametrize(
@@ -17,3 +17,7 @@ from tracking.delivery.options import check_options
 def test_wrong_options_are_refused_at_the_start(options, error, match):
     with pytest.raises(error, match=match):
         check_options(options)
+
+
+def test_defaults_are_all_points_and_a_minute():
+    assert check_options(None) == DeliveryOptions(per_key=None, patience_s=60.0)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import subprocess
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import tracking
-from tracking.delivery.process import delivery_command, wait_for_delivery
+from tracking.delivery.process import (
+    delivery_command,
+    is_being_delivered,
+    lock_path,
+    wait_for_delivery,
+)
 from tracking.delivery.state import DeliveryState
+from tracking.durable import hold_lock
 
 TRAINER = """
 import sys, tracking
@@ -21,7 +26,7 @@ for i in range(40):
     run.log("metrics", "train", {"loss": 1 / (i + 1)}, index=i)
 mlflow_run_id = run.mlflow_run_id
 run.log_metric("last", 1.0, set="train", index=40)
-run.finish(wait_s=60)
+run.finish(wait_s=300)
 assert "mlflow" not in sys.modules
 print(mlflow_run_id)
 """
@@ -46,7 +51,7 @@ def test_run_is_delivered_by_a_process_of_its_own(
     tmp_path, client_class, in_mlflow, in_journal
 ):
     trainer = start_trainer(tmp_path)
-    out, err = trainer.communicate(timeout=120)
+    out, err = trainer.communicate(timeout=500)
     assert (trainer.returncode, err) == (0, "")
     run_id, mlflow_run_id = out.split()
     path = tmp_path / "runs" / run_id
@@ -61,9 +66,8 @@ def test_process_exits_when_another_one_delivers_the_run(record, store):
     run = record()
     run.log_curve(3)
     run.run.finish()
-    (run.path / "delivery").mkdir()
-    with (run.path / "delivery" / "lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    lock_path(run.path).parent.mkdir()
+    with hold_lock(lock_path(run.path)):
         process = subprocess.run(
             delivery_command("--lock-wait", "0.1", str(run.path)),
             env={**os.environ, "MLFLOW_TRACKING_URI": store},
@@ -75,13 +79,36 @@ def test_process_exits_when_another_one_delivers_the_run(record, store):
 
 def test_running_delivery_is_waited_for_until_the_timeout(record):
     run = record()
-    (run.path / "delivery").mkdir()
+    lock_path(run.path).parent.mkdir()
     assert wait_for_delivery(run.path, 0.0)
-    with (run.path / "delivery" / "lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with ThreadPoolExecutor() as pool, hold_lock(lock_path(run.path)):
+        assert is_being_delivered(run.path)
         assert not wait_for_delivery(run.path, 0.0)
-        threading.Timer(0.2, fcntl.flock, (lock, fcntl.LOCK_UN)).start()
-        assert wait_for_delivery(run.path, 60.0)
+        waiting = pool.submit(wait_for_delivery, run.path, 300.0)
+        assert not waiting.done()
+    assert waiting.result()
+
+
+def test_run_without_a_delivery_folder_is_not_being_delivered(tmp_path):
+    assert not is_being_delivered(tmp_path)
+
+
+def test_run_that_cannot_be_delivered_says_why_in_state_and_log(record, store):
+    run = record(delivery={"per_key": "many"})
+    run.run.finish()
+    process = subprocess.run(
+        delivery_command(str(run.path)),
+        env={**os.environ, "MLFLOW_TRACKING_URI": store},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (process.returncode, process.stdout, process.stderr) == (1, "", "")
+    state = DeliveryState.read(run.path)
+    assert state.phase == "gave up"
+    assert "expected a whole number of at least 2, got 'many'" in state.error
+    log = (run.path / "delivery" / "log.txt").read_text()
+    assert "ERROR giving up\nTraceback" in log
 
 
 def test_secrets_are_in_no_file_and_no_tag(record, store, tmp_path):

@@ -12,7 +12,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.tracking.stores import get_run
-from tracking.delivery.reconcile import row_ids, unmatched_rows
+from tracking.delivery.cursor import Cursor
+from tracking.delivery.reconcile import (
+    LONGEST_WAIT_S,
+    QUIET_S,
+    Reconciler,
+    StalePoints,
+    expected_points,
+    row_ids,
+    unmatched_rows,
+)
+from tracking.delivery.scan import JournalScan
+from tracking.mlflow_store.client import Point
+from tracking.mlflow_store.points import UniqueTimestamps, points_table
+from tracking.store import get_rank_dir
 
 
 def test_rows_superseded_before_sending_are_never_sent(
@@ -182,6 +195,199 @@ def test_rewind_in_a_live_run_gets_a_new_mlflow_run_at_the_first_difference(
     assert in_mlflow(store, state.mlflow_run_id) == in_journal(run.path)
 
 
+# --------------------------------------------------------- when and what to compare
+
+
+class Clock:
+    now_s = 50.0
+
+    def __call__(self):
+        return self.now_s
+
+
+class Half:
+    """A run of which MLflow has all rows so far, and the parts that deliver it."""
+
+    def __init__(self, recorded, **options):
+        self.recorded = recorded
+        self.clock = Clock()
+        self.scan = JournalScan(get_rank_dir(recorded.path, 0))
+        self.cursor = Cursor(recorded.run.position())
+        self.reconciler = Reconciler(
+            self.scan, self.cursor, clock=self.clock, **options
+        )
+        self.read()
+        self.history = self.points()
+
+    def read(self):
+        """Read what was logged."""
+        while (rows := self.scan.read()).num_rows:
+            self.cursor.push(rows, self.scan)
+            self.reconciler.check_control_rows()
+
+    def points(self):
+        """Points of all live rows."""
+        return expected_points(self.scan, self.scan.last_seq, UniqueTimestamps())
+
+    def pending(self):
+        """Points of the rows that come next."""
+        rows = []
+        while (some := self.cursor.peek(100)) is not None:
+            rows.append(points_table(some, self.scan.keys))
+            self.cursor.advance(some["seq"][-1].as_py())
+        return pa.concat_tables(rows).unify_dictionaries()
+
+    def compare(self, stage):
+        return self.reconciler.compare(self.history, stage)
+
+
+@pytest.fixture
+def half(record):
+    def make(**options):
+        recorded = record()
+        recorded.log_curve(10)
+        return Half(recorded, **options)
+
+    return make
+
+
+def test_burst_of_rewinds_is_answered_by_one_comparison(half):
+    run = half()
+    for position in (15, 11, 7):
+        run.recorded.run.rewind(position)
+        run.read()
+        assert run.reconciler.is_requested
+        run.clock.now_s += QUIET_S - 0.01
+        assert not run.reconciler.is_due()
+    run.clock.now_s += 0.02
+    assert run.reconciler.is_due()
+    run.compare("live")
+    assert not run.reconciler.is_requested
+
+
+def test_burst_that_does_not_end_is_answered_all_the_same(half):
+    run = half()
+    start_s = run.clock.now_s
+    while not run.reconciler.is_requested or not run.reconciler.is_due():
+        run.recorded.run.rewind(15)
+        run.read()
+        run.clock.now_s += QUIET_S / 2
+    assert run.clock.now_s - start_s == pytest.approx(LONGEST_WAIT_S, abs=QUIET_S)
+
+
+def test_rewind_of_rows_that_were_not_sent_needs_no_comparison(half):
+    run = half()
+    position = run.recorded.run.position()
+    run.recorded.log_curve(5, first=10)
+    run.recorded.run.rewind(position)
+    run.read()
+    assert not run.reconciler.is_requested
+    assert not run.reconciler.is_required_at_end
+
+
+def test_overwrite_of_rows_that_were_not_sent_defers_nothing(half):
+    run = half()
+    for value in (1.0, 2.0):
+        run.recorded.run.log("metrics", "valid", {"loss": value}, index=1, append=False)
+    run.read()
+    live = run.cursor.peek(100)
+    assert run.reconciler.remove_deferred(live) is live
+    assert not run.reconciler.is_required_at_end
+
+
+def test_rows_of_an_overwritten_place_wait_for_the_end(half):
+    run = half()
+    run.recorded.run.log("metrics", "train", {"loss": 9.0}, index=3, append=False)
+    run.recorded.log_curve(1, first=10)
+    run.read()
+    rows = run.cursor.peek(100)
+    live = rows.filter(pa.array(run.scan.tombstones.mask_live(rows)))
+    assert run.reconciler.remove_deferred(live)["index"].to_pylist() == [10, 10]
+    assert run.reconciler.num_deferred == 1
+    assert run.reconciler.is_required_at_end
+    assert not run.reconciler.is_requested
+
+
+@pytest.mark.parametrize(
+    ("stage", "needs_new_run", "stays_required"),
+    [("live", False, True), ("killed", False, True), ("ended", True, True)],
+)
+def test_stale_points_need_a_new_run_once_the_run_has_ended(
+    half, stage, needs_new_run, stays_required
+):
+    run = half()
+    run.recorded.run.rewind(9)
+    run.read()
+    run.pending()
+    outcome = run.compare(stage)
+    assert outcome.missing.num_rows == 0
+    assert outcome.needs_new_run == needs_new_run
+    assert run.reconciler.is_required_at_end == stays_required
+    assert run.reconciler.num_present == 10
+
+
+def test_equal_replay_uses_up_the_stale_points(half):
+    run = half()
+    run.recorded.run.rewind(9)
+    run.read()
+    run.compare("live")
+    run.recorded.log_curve(5, first=5)
+    run.recorded.log_curve(1, first=10)
+    run.read()
+    missing = run.reconciler.remove_present(run.pending())
+    assert missing["step"].to_pylist() == [10, 10]
+    assert not run.reconciler.is_required_at_end
+
+
+@pytest.mark.parametrize("can_replace", [True, False])
+def test_differing_replay_needs_a_new_run_unless_it_is_the_callers(half, can_replace):
+    run = half(can_replace=can_replace)
+    run.recorded.run.rewind(9)
+    run.read()
+    run.compare("live")
+    run.recorded.log_curve(5, first=5, scale=2.0)
+    run.read()
+    missing = run.reconciler.remove_present(run.pending())
+    if can_replace:
+        assert missing is None
+    else:
+        assert missing["value"].to_pylist() == [2 / (i + 1) for i in range(5, 10)]
+
+
+def test_points_that_mlflow_lost_are_missing(half):
+    run = half(is_required=True)
+    run.history = run.history.slice(3)
+    outcome = run.compare("ended")
+    assert outcome.missing["seq"].to_pylist() == [0, 1, 2]
+    assert not outcome.needs_new_run
+    assert run.reconciler.num_present == 20
+    assert not run.reconciler.is_required_at_end
+
+
+def test_points_of_others_in_a_borrowed_run_do_not_matter(half):
+    run = half(is_required=True)
+    other = pa.table({"key": ["theirs"], "time_ms": [1], "step": [1], "value": [2.0]})
+    columns = [run.history[name].cast(other[name].type) for name in other.column_names]
+    run.history = pa.concat_tables([pa.table(columns, other.column_names), other])
+    outcome = run.compare("ended")
+    assert (outcome.missing.num_rows, outcome.needs_new_run) == (0, False)
+
+
+def test_stale_durations_equal_any_value():
+    stale = StalePoints(frozenset({"profile/s"}))
+    stale.add("profile/s", 1, 0.5)
+    stale.add("loss", 1, 0.5)
+    stale.add("loss", 1, math.nan)
+    assert stale.take(Point("loss", 0.6, 0, 1)) is False
+    assert stale.take(Point("loss", 0.5, 0, 2)) is None
+    assert stale.take(Point("loss", math.nan, 0, 1)) is True
+    assert stale.take(Point("profile/s", 0.7, 0, 1)) is True
+    assert stale.take(Point("profile/s", 0.7, 0, 1)) is None
+    assert len(stale) == 1
+
+
+# --------------------------------------------------------------- comparison of rows
+
 rows = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2)), max_size=12)
 
 
@@ -194,13 +400,13 @@ def test_unmatched_rows_are_the_difference_of_the_counts(left, right):
     assert Counter(right[i] for i in found[1]) == counts[1] - counts[0]
 
 
-def test_values_are_the_same_as_in_a_database():
+def test_values_are_equal_as_in_a_database():
     values = [0.0, -0.0, math.nan, -math.nan, 1.0]
     table = pa.table({"key": ["a"] * 5, "step": [1] * 5, "value": values})
     found = row_ids(table, ["a"], ["step", "value"])
     assert len(np.unique(found, axis=0)) == 3
 
 
-def test_unknown_key_is_told_by_a_negative_number():
+def test_unknown_key_becomes_a_negative_number():
     table = pa.table({"key": ["a", "b"], "step": [1, 1]})
     assert row_ids(table, ["b"], ["step"]).tolist() == [[-1, 1], [0, 1]]

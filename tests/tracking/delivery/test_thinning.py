@@ -3,7 +3,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tracking.delivery.options import DeliveryOptions, check_options
 from tracking.delivery.thinning import mask_early, mask_final
 
 
@@ -30,7 +29,3 @@ def test_long_series_is_spread_evenly():
 def test_points_sent_at_once_grow_with_the_doublings_only():
     counts = [mask_early(np.arange(n), 3200).sum() for n in (100, 200, 400, 800)]
     assert counts == [100, 150, 200, 250]
-
-
-def test_defaults_are_everything_and_a_minute():
-    assert check_options(None) == DeliveryOptions(per_key=None, patience_s=60.0)

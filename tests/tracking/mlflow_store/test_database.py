@@ -1,12 +1,13 @@
 from __future__ import annotations
 
-import fcntl
 import os
 import threading
+from pathlib import Path
 
 import pytest
 
 from tests.tracking.stores import all_runs
+from tracking.durable import hold_lock
 
 
 @pytest.mark.parametrize(
@@ -26,9 +27,9 @@ def test_four_processes_that_create_one_store_all_succeed(
         if child == 0:
             code = 1
             try:
-                remote = client_class(store, cache)
-                experiment = remote.experiment_id("digits")
-                remote.create_run(experiment, f"run {number}", 1, {})
+                opened = client_class(store, cache)
+                experiment = opened.experiment_id("digits")
+                opened.create_run(experiment, f"run {number}", 1, {})
                 code = 0
             finally:
                 os._exit(code)
@@ -39,15 +40,22 @@ def test_four_processes_that_create_one_store_all_succeed(
     }
 
 
-def test_stores_are_created_by_one_process_at_a_time(tmp_path, client_class, cache):
+def is_waited_for(path: Path) -> bool:
+    """Whether somebody waits for a lock on a file; see proc_locks(5)."""
+    inode = f":{path.stat().st_ino} "
+    lines = Path("/proc/locks").read_text().splitlines()
+    return any("->" in line and inode in line for line in lines)
+
+
+def test_stores_are_created_by_one_process_at_a_time(
+    tmp_path, client_class, cache, until
+):
     client_class(f"sqlite:///{tmp_path}/other.db", cache)  # prepares one
     path = tmp_path / "mlflow.db"
     other = threading.Thread(target=client_class, args=(f"sqlite:///{path}", cache))
-    with (cache / "lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with hold_lock(cache / "lock"):
         other.start()
-        other.join(1.0)
-        assert other.is_alive()
+        until(lambda: is_waited_for(cache / "lock"))
         assert not path.exists()
-    other.join(60)
+    other.join(300)
     assert path.exists()
