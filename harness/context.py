@@ -13,16 +13,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
+from harness import setup_checks as checks
 from harness.callback import Callback, Listeners
-from harness.data.batch import (
-    Batch,
-    input_of,
-    num_rows,
-    target_of,
-    warn_unknown_rows,
-    with_input,
-    with_target,
-)
+from harness.data import batch as batches
+from harness.data.batch import Batch
 from harness.data.loaders import Loader
 from harness.pytree import StateDict
 from harness.records import (
@@ -32,14 +26,6 @@ from harness.records import (
     copy_logged,
     format_metrics,
     metrics_frame,
-)
-from harness.setup_checks import (
-    check_callbacks,
-    check_epochs,
-    check_iter,
-    check_optimizers,
-    check_rows,
-    refuse_field,
 )
 
 if TYPE_CHECKING:
@@ -150,15 +136,13 @@ class Context:
         try:
             object.__setattr__(self, name, value)
         except AttributeError as error:
-            refuse_field(type(self), name, error)
+            checks.refuse_field(type(self), name, error)
 
     def __deepcopy__(self, memo: object) -> Context:
-        """Return itself: a copy of a bound model shares the context."""
-        return self
+        return self  # a copy of a bound model shares the context
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        """Pickle as None: a pickled model has no context."""
-        return type(None), ()
+        return type(None), ()  # a pickled model has no context
 
     def log(
         self,
@@ -194,11 +178,7 @@ class Context:
         luz 0.5.0, ``context$log``. Differs from luz: a gap before `index` is filled with None.
         """
         kept = copy_logged(value) if type(value) is not float else value
-        if index is None:
-            index = len(self.record_book.get_series(what, set)) + 1
-        elif index < 1:
-            msg = f"ctx.log(index): expected an index from 1, got {index!r}."
-            raise ValueError(f"{msg} Leave it out to add at the end.")
+        index = self.record_book.check_index(what, set, index)
         self.run.log(what, set, kept, index, append, epoch=self.epoch, step=self.step)
         self.record_book.add(what, set, kept, index, append)
 
@@ -236,10 +216,7 @@ class Context:
 
     def get_log(self, what: str, set: str, index: int | None = None) -> Any:
         """Value logged at `index` (from 1; None: the last); None if there is none."""
-        series = self.records.get(what, {}).get(set, [])
-        if index is None:
-            index = len(series)
-        return series[index - 1] if 1 <= index <= len(series) else None
+        return self.record_book.get(what, set, index)
 
     def get_metrics(self, set: str, epoch: int | None = None) -> dict[str, Any]:
         """All metrics of a set at an epoch (None: the last), by name."""
@@ -282,12 +259,7 @@ class Context:
         """Call every callback that listens to the event `name`, in order of weight.
 
         A signal (``EarlyStop``, ``SkipEpoch``) leaves this method after the last callback,
-        any other exception at once.
-
-        Raises
-        ------
-        ValueError
-            If `name` is not an event.
+        any other exception at once. An unknown event is a ``ValueError``.
         """
         self._listeners.call(name)
 
@@ -315,26 +287,24 @@ class Context:
 
         During a fit the model stays bound. A checkpoint holds more: see
         ``harness.checkpoint.state``.
-
-        References
-        ----------
-        luz 0.5.0, ``context$state_dict``.
         """
         if self.train_pass is None and self._model is not None:
-            bind_context(self._model, None)
+            self._model.__dict__.pop("ctx", None)
         hparams = {"hparams": self.hparams, "opt_hparams": self.opt_hparams}
         return {"model": self._model, "records": self.records, "ctx": hparams}
 
     @property
     def model(self) -> nn.Module:
-        """The model. Setting it binds the context to it, as ``model.ctx``."""
+        """The model. Setting it binds the context to it, as ``model.ctx``; None unbinds it."""
         return cast("nn.Module", self._model)  # None if the context was given none
 
     @model.setter
     def model(self, new: nn.Module | None) -> None:
+        if self._model is not None:
+            self._model.__dict__.pop("ctx", None)
         self._model = new
         if new is not None:
-            bind_context(new, self)
+            new.__dict__["ctx"] = self
 
     @property
     def device(self) -> torch.device:
@@ -351,7 +321,7 @@ class Context:
 
     @callbacks.setter
     def callbacks(self, new: Iterable[Callback]) -> None:
-        self._callbacks = check_callbacks(new)
+        self._callbacks = checks.check_callbacks(new)
         for callback in self._callbacks:
             callback.ctx = self
         self._listeners = Listeners(self._callbacks)
@@ -381,7 +351,7 @@ class Context:
 
     @iter.setter
     def iter(self, new: int | None) -> None:
-        self._iter = new if type(new) is int or new is None else check_iter(new)
+        self._iter = new if type(new) is int or new is None else checks.check_iter(new)
 
     @property
     def batch(self) -> Batch:
@@ -398,33 +368,35 @@ class Context:
         if self._rows is not None:
             return self._rows
         batch = self._batch
-        rows = num_rows(input_of(batch), target_of(batch), self.pred)
+        rows = batches.num_rows(
+            batches.input_of(batch), batches.target_of(batch), self.pred
+        )
         if rows is None and not self._has_warned_of_rows:
             self._has_warned_of_rows = True
-            warn_unknown_rows(self._batch)
+            batches.warn_unknown_rows(self._batch)
         return 1 if rows is None else rows
 
     @rows.setter
     def rows(self, new: int) -> None:
-        self._rows = check_rows(new)
+        self._rows = checks.check_rows(new)
 
     @property
     def input(self) -> Any:
         """Input of the batch: a tensor, tuple or mapping; the batch itself if it is no pair."""
-        return input_of(self._batch)
+        return batches.input_of(self._batch)
 
     @input.setter
     def input(self, new: object) -> None:
-        self._batch = with_input(self._batch, new)
+        self._batch = batches.with_input(self._batch, new)
 
     @property
     def target(self) -> Any:
         """Target of the batch; None if there is none."""
-        return target_of(self._batch)
+        return batches.target_of(self._batch)
 
     @target.setter
     def target(self, new: object) -> None:
-        self._batch = with_target(self._batch, new)
+        self._batch = batches.with_target(self._batch, new)
 
     @property
     def min_epochs(self) -> int:
@@ -433,7 +405,7 @@ class Context:
 
     @min_epochs.setter
     def min_epochs(self, new: int) -> None:
-        self._min_epochs, _ = check_epochs(new, self._max_epochs)
+        self._min_epochs, _ = checks.check_epochs(new, self._max_epochs)
 
     @property
     def max_epochs(self) -> int:
@@ -442,7 +414,7 @@ class Context:
 
     @max_epochs.setter
     def max_epochs(self, new: int) -> None:
-        _, self._max_epochs = check_epochs(self._min_epochs, new)
+        _, self._max_epochs = checks.check_epochs(self._min_epochs, new)
 
     @property
     def optimizers(self) -> dict[str, Optimizer]:
@@ -451,12 +423,12 @@ class Context:
 
     @optimizers.setter
     def optimizers(self, new: object) -> None:
-        self._optimizers = check_optimizers(new)
+        self._optimizers = checks.check_optimizers(new)
 
     @property
     def opt(self) -> Optimizer:
         """Current optimizer; if none was set, the only one."""
-        return self._opt if self._opt is not None else self._only_optimizer("opt")[1]
+        return self._opt if self._opt is not None else self._only("opt")[1]
 
     @opt.setter
     def opt(self, new: Optimizer | None) -> None:
@@ -465,24 +437,14 @@ class Context:
     @property
     def opt_name(self) -> str:
         """Name of the current optimizer; if none was set, of the only one."""
-        if self._opt_name is not None:
-            return self._opt_name
-        return self._only_optimizer("opt_name")[0]
+        return self._only("opt_name")[0] if self._opt_name is None else self._opt_name
 
     @opt_name.setter
     def opt_name(self, new: str | None) -> None:
         self._opt_name = new
 
-    def _only_optimizer(self, field: str) -> tuple[str, Optimizer]:
+    def _only(self, field: str) -> tuple[str, Optimizer]:
         if len(self._optimizers) != 1:
             msg = f"ctx.{field}: expected one optimizer, got {list(self._optimizers)}."
             raise AttributeError(f"{msg} Set ctx.{field}, or use ctx.optimizers[name].")
         return next(iter(self._optimizers.items()))
-
-
-def bind_context(model: nn.Module, ctx: Context | None) -> None:
-    """Make `ctx` the model's ``self.ctx``; None removes it."""
-    if ctx is None:
-        model.__dict__.pop("ctx", None)
-    else:
-        model.__dict__["ctx"] = ctx

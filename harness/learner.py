@@ -28,7 +28,7 @@ from harness.checkpoint.weights import (
     load_weights,
     read_saved_model,
 )
-from harness.context import Context, bind_context
+from harness.context import Context
 from harness.data.batch import join
 from harness.data.loaders import (
     Data,
@@ -229,7 +229,7 @@ class Learner:
             raise
         call_after_fit(ctx)
         ctx.clean()
-        bind_context(fitted.model, None)
+        ctx.model = None  # unbinds it
         return fitted
 
     def _get_backward(self, ctx: Context) -> Callable[[Tensor], object]:

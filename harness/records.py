@@ -38,6 +38,27 @@ class RecordBook:
         """The series of a set, with its tensors unread; an empty list if there is none."""
         return self._records.get(what, {}).get(set, [])
 
+    def check_index(self, what: str, set: str, index: int | None) -> int:
+        """Return the index to log at, from 1; None stands for the end of the series.
+
+        Raises
+        ------
+        ValueError
+            If the index is below 1.
+        """
+        if index is None:
+            return len(self.get_series(what, set)) + 1
+        if index < 1:
+            msg = f"ctx.log(index): expected an index from 1, got {index!r}."
+            raise ValueError(f"{msg} Leave it out to add at the end.")
+        return index
+
+    def get(self, what: str, set: str, index: int | None = None) -> Any:
+        """Value at an index from 1, or the last one; None if there is none."""
+        series = self.read().get(what, {}).get(set, [])
+        at = len(series) if index is None else index
+        return series[at - 1] if 1 <= at <= len(series) else None
+
     def get_last_dict(
         self, what: str, set: str, index: int | None
     ) -> dict[str, Any] | None:
