@@ -14,7 +14,13 @@ from tracking.journal.reader import read_records
 from tracking.journal.segment import Damage
 from tracking.journal.tombstones import Tombstones
 from tracking.schema import CONTROL, SCHEMA, parse_value
-from tracking.store import Manifest, find_run, get_status, list_rank_dirs, run_paths
+from tracking.store import (
+    Manifest,
+    find_run,
+    get_status,
+    list_rank_dirs,
+    read_manifests,
+)
 
 
 class PastRun:
@@ -185,8 +191,11 @@ def open(
 
 
 def list_runs(runs_dir: str | os.PathLike[str] | None = None) -> list[PastRun]:
-    """Return all runs of a folder, newest first."""
-    return [PastRun(path) for path in run_paths(runs_dir)]
+    """Return all runs of a folder, newest first.
+
+    A run whose ``run.json`` cannot be read is left out, with a warning.
+    """
+    return [PastRun(path) for path in read_manifests(runs_dir)]
 
 
 def find_highest_indices(rank_dir: Path) -> dict[tuple[str, str], int]:

@@ -14,6 +14,7 @@ import json
 import os
 import re
 import secrets
+import stat
 import unicodedata
 from collections import Counter
 from collections.abc import Callable
@@ -25,7 +26,12 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from tracking import durable
-from tracking.errors import InvalidFileError, RunNotFoundError, describe_mismatch
+from tracking.errors import (
+    InvalidFileError,
+    RunNotFoundError,
+    describe_mismatch,
+    warn,
+)
 
 FORMAT: Final = 1
 MANIFEST: Final = "run.json"
@@ -34,6 +40,10 @@ FAILURE: Final = "failure.json"
 
 SECONDS: Final = len("20261122-235901")
 """Characters of an id that encode its time."""
+
+_MAX_JSON_BYTES: Final = 64 << 20
+_MAX_RANK: Final = 2**31 - 1
+_RANK: Final = re.compile("0|[1-9][0-9]{0,9}")
 
 _T = TypeVar("_T")
 
@@ -120,20 +130,53 @@ class Manifest:
         RunNotFoundError
             If the folder has no ``run.json``.
         InvalidFileError
-            If the file is damaged, or a later version wrote it.
+            If the file is damaged or unreadable, or a later version wrote it.
+
+        Notes
+        -----
+        A copy of a run's folder beside the original is a run of its own: its id is the
+        name of the copy.
         """
+        path = run_path / MANIFEST
+        advice = "Restore the file; the records beside it can be read without it."
         try:
-            return read_json(
-                run_path / MANIFEST,
-                cls,
-                advice="Restore the file; the records beside it can be read without it.",
-                latest_format=FORMAT,
-            )
+            manifest = read_json(path, cls, advice=advice, latest_format=FORMAT)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise RunNotFoundError(
                 f"run {run_path.name!r}: expected {MANIFEST} in it, got no such file. "
                 "Give the folder of a run, or its id."
             ) from error
+        except OSError as error:
+            raise InvalidFileError(
+                f"{path}: expected a readable file, got {error}. {advice}"
+            ) from error
+        for name in ("created", "ended"):
+            _check_time(getattr(manifest, name), f"{path}: field {name!r}", advice)
+        if _is_copy(run_path, manifest.id):
+            manifest.id = run_path.name
+        return manifest
+
+
+def _check_time(text: str | None, place: str, advice: str) -> None:
+    """Raise unless a text is a time with a zone, in ISO 8601, or empty."""
+    with contextlib.suppress(ValueError):
+        if not text or datetime.fromisoformat(text).tzinfo is not None:
+            return
+    raise InvalidFileError(
+        f"{place}: expected a time with its zone in ISO 8601, got {text!r:.100}. "
+        f"{advice}"
+    )
+
+
+def _is_copy(run_path: Path, id_: str) -> bool:
+    """Whether the run that a manifest names is another folder beside this one."""
+    if id_ in (run_path.name, ".", "..") or Path(id_).name != id_:
+        return False
+    original = run_path.parent / id_
+    try:
+        return has_manifest(original) and not original.samefile(run_path)
+    except OSError:
+        return False
 
 
 def read_json(
@@ -173,6 +216,14 @@ def read_json(
 
 
 def _load_json(path: Path, advice: str) -> object:
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):  # a pipe would never end
+        raise InvalidFileError(f"{path}: expected a file, got something else. {advice}")
+    if found.st_size > _MAX_JSON_BYTES:
+        raise InvalidFileError(
+            f"{path}: expected at most {_MAX_JSON_BYTES} bytes, got {found.st_size}. "
+            f"{advice}"
+        )
     try:
         content: object = json.loads(path.read_bytes())
     except RecursionError as error:
@@ -202,7 +253,14 @@ def runs_folder(runs_dir: str | os.PathLike[str] | None = None) -> Path:
     """Return the folder of runs: the argument, else ``HARNESS_RUNS``, else ``./runs``."""
     # The only place that reads this variable.
     chosen = runs_dir or os.environ.get("HARNESS_RUNS") or "runs"  # noqa: TID251
-    return Path(chosen).expanduser().absolute()
+    return _expand_user(Path(chosen)).absolute()
+
+
+def _expand_user(path: Path) -> Path:
+    """Replace a leading ``~``; left as it is where there is no such home folder."""
+    with contextlib.suppress(RuntimeError):
+        return path.expanduser()
+    return path
 
 
 def get_rank_dir(run_path: Path, rank: int) -> Path:
@@ -215,7 +273,11 @@ def list_rank_dirs(run_path: Path) -> dict[int, Path]:
     records = run_path / "records"
     if not records.is_dir():
         return {}
-    ranks = sorted(int(p.name) for p in records.iterdir() if p.name.isdecimal())
+    # Anything else there is not ours.
+    found = [
+        p.name for p in records.iterdir() if _RANK.fullmatch(p.name) and p.is_dir()
+    ]
+    ranks = sorted(rank for rank in map(int, found) if rank <= _MAX_RANK)
     return {rank: get_rank_dir(run_path, rank) for rank in ranks}
 
 
@@ -227,6 +289,11 @@ def get_lock_path(rank_dir: Path) -> Path:
 def is_being_written(rank_dir: Path) -> bool:
     """Whether a live process is writing a rank's records."""
     return durable.is_locked(get_lock_path(rank_dir))
+
+
+def is_run_being_written(run_path: Path) -> bool:
+    """Whether a live process is writing the records of any rank."""
+    return any(map(is_being_written, list_rank_dirs(run_path).values()))
 
 
 def create_run_dir(
@@ -279,12 +346,28 @@ def create_run_dir(
         ) from error
 
 
+def has_manifest(path: Path) -> bool:
+    """Whether a folder is a run: it has a ``run.json``, if only a spoilt one."""
+    try:
+        return os.path.lexists(path / MANIFEST)
+    except ValueError:  # a null byte in the name
+        return False
+
+
 def run_paths(runs_dir: str | os.PathLike[str] | None = None) -> list[Path]:
-    """Return the folders of all runs, newest first."""
+    """Return the folders of all runs, newest first.
+
+    A link to a run that is listed anyway is left out.
+    """
     runs = runs_folder(runs_dir)
     if not runs.is_dir():
         return []
-    found = [path for path in runs.iterdir() if (path / MANIFEST).is_file()]
+    found = [path for path in runs.iterdir() if has_manifest(path)]
+    links = [path for path in found if path.is_symlink()]
+    if links:
+        folders = {path.resolve(): path for path in [*links, *found]}
+        folders |= {path.resolve(): path for path in found if path not in links}
+        found = list(folders.values())
     seconds = Counter(path.name[:SECONDS] for path in found)
 
     def age(path: Path) -> tuple[str, str, str]:
@@ -299,8 +382,28 @@ def _created(path: Path) -> str:
     """Return the creation time in the manifest; empty if it cannot be read."""
     try:
         return Manifest.read(path).created
-    except (OSError, ValueError, RunNotFoundError):
+    except (InvalidFileError, RunNotFoundError):
         return ""
+
+
+def read_manifests(
+    runs_dir: str | os.PathLike[str] | None = None,
+) -> dict[Path, Manifest]:
+    """Read the manifests of all runs, newest first.
+
+    Returns
+    -------
+    manifest by folder; a run whose manifest cannot be read is left out, with a warning
+    """
+    found = {}
+    for path in run_paths(runs_dir):
+        try:
+            found[path] = Manifest.read(path)
+        except InvalidFileError as error:
+            warn(f"{error} The run is skipped.")
+        except RunNotFoundError:  # deleted meanwhile
+            continue
+    return found
 
 
 def find_run(
@@ -311,7 +414,8 @@ def find_run(
     Parameters
     ----------
     ref
-        Path, id, name, or any piece of an id or name that is unique among the runs.
+        Path, id, name, or any piece of an id or name that is unique among the runs. A
+        link to a run is followed.
     runs_dir
         Folder of runs, see ``runs_folder``.
 
@@ -320,13 +424,21 @@ def find_run(
     RunNotFoundError
         If no run matches ``ref``, or several do.
     """
-    path = Path(ref).expanduser()
-    if (path / MANIFEST).is_file():
-        return path.absolute()
+    path = find_run_folder(ref, runs_dir)
+    return path.resolve() if path.is_symlink() else path
+
+
+def find_run_folder(
+    ref: str | os.PathLike[str], runs_dir: str | os.PathLike[str] | None = None
+) -> Path:
+    """Find the folder of a run, or the link to one, as ``find_run``."""
     wanted = os.fspath(ref)
-    names = {path: Manifest.read(path).name for path in run_paths(runs_dir)}
+    for path in (_expand_user(Path(ref)).absolute(), runs_folder(runs_dir) / wanted):
+        # No manifest is read: a spoilt one must not hide this run or another one.
+        if wanted and has_manifest(path):
+            return path
+    names = {path: one.name for path, one in read_manifests(runs_dir).items()}
     tests: tuple[Callable[[Path, str], bool], ...] = (
-        lambda path, _: path.name == wanted,
         lambda _, name: name == wanted,
         lambda path, name: wanted in path.name or wanted in name,
     )

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from datetime import UTC, datetime
 
 import pytest
 
 import tracking
 from tracking.cli.describe import describe_run
-from tracking.errors import InvalidFileError, RunNotFoundError
+from tracking.errors import InvalidFileError, RunNotFoundError, TrackingWarning
 from tracking.store import (
     FAILURE,
     Manifest,
@@ -260,3 +262,114 @@ def test_invalid_failure_file_is_ignored(ranks, text):
     (get_rank_dir(second.path, 1) / FAILURE).write_text(text)
     first._journal.close()
     assert tracking.open(first.path).status == "killed"
+
+
+# ----------------------------------------------------- one spoilt run among others
+
+
+SPOILT = {
+    "empty": "",
+    "torn": "{",
+    "no object": "[]",
+    "deep": '{"id": ' + "[" * 100_000,
+    "wrong type": '{"id": "x", "name": "x", "resumed": 3}',
+    "newer": '{"id": "x", "name": "x", "format": 99}',
+    "no time": '{"id": "x", "name": "x", "created": "yesterday"}',
+    "no zone": '{"id": "x", "name": "x", "ended": "2026-11-22T23:59:01"}',
+}
+
+
+def spoil(runs, kind):
+    """A run whose run.json is spoilt in a way; its folder."""
+    path = add(runs, "spoilt")
+    (path / "run.json").unlink()
+    if kind == "folder":
+        (path / "run.json").mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path / "run.json")
+    elif kind == "dangling":
+        (path / "run.json").symlink_to(path / "nowhere")
+    elif kind == "huge":
+        with (path / "run.json").open("wb") as file:
+            file.truncate(1 << 40)
+    else:
+        (path / "run.json").write_text(SPOILT[kind])
+    return path
+
+
+@pytest.mark.parametrize("kind", [*SPOILT, "folder", "pipe", "huge"])
+def test_spoilt_manifest_hides_no_other_run(tmp_path, kind):
+    spoilt = spoil(tmp_path, kind)
+    good = add(tmp_path, "amber-fox")
+    assert find_run(good.name, tmp_path) == good  # no other manifest is read
+    assert find_run(spoilt.name, tmp_path) == spoilt
+    for found in (lambda: [find_run("amber", tmp_path)], lambda: list_paths(tmp_path)):
+        with pytest.warns(TrackingWarning, match=r"run\.json.* expected .* is skipped"):
+            assert found() == [good]
+    with pytest.raises(InvalidFileError, match=r"run\.json.* expected"):
+        Manifest.read(spoilt)
+
+
+def list_paths(runs):
+    return [run.path for run in tracking.list_runs(runs)]
+
+
+def test_manifest_that_is_a_dangling_link_is_no_run_but_is_found(tmp_path):
+    spoilt = spoil(tmp_path, "dangling")
+    assert find_run(spoilt.name, tmp_path) == spoilt
+    assert list_paths(tmp_path) == []
+
+
+def test_id_comes_before_a_name_that_says_the_same(tmp_path):
+    one = add(tmp_path, "amber")
+    add(tmp_path, one.name)
+    assert find_run(one.name, tmp_path) == one
+
+
+@pytest.mark.parametrize("ref", ["", "a\0b", "~nobody-has-this-name/x", "."])
+def test_odd_reference_is_no_run(tmp_path, ref, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    add(tmp_path / "runs", "amber")
+    with pytest.raises(RunNotFoundError, match=r"expected a run in .*runs|with 1:"):
+        find_run(ref)
+
+
+def test_link_to_a_run_is_the_run_and_is_listed_once(tmp_path):
+    runs = tmp_path / "runs"
+    run = add(runs, "amber-fox")
+    (runs / "latest").symlink_to(run.name)
+    (runs / "newest").symlink_to(run)
+    elsewhere = add(tmp_path / "big-disk", "quiet-owl")
+    (runs / elsewhere.name).symlink_to(elsewhere)
+    assert sorted(run_paths(runs)) == sorted([run, runs / elsewhere.name])
+    assert find_run("latest", runs) == run
+    assert find_run("amber", runs) == run
+    assert find_run("quiet", runs) == elsewhere
+    assert Manifest.read(runs / "latest").id == run.name
+
+
+def test_copy_of_a_run_has_an_id_of_its_own(tmp_path):
+    run = add(tmp_path, "amber-fox")
+    copy = tmp_path / f"{run.name}-backup"
+    shutil.copytree(run, copy)
+    assert Manifest.read(run).id == run.name
+    assert Manifest.read(copy).id == copy.name
+    with pytest.raises(RunNotFoundError, match="with 2"):
+        find_run("amber-fox", tmp_path)
+    shutil.rmtree(run)
+    assert Manifest.read(copy).id == run.name  # renamed, as far as one can tell
+
+
+@pytest.mark.parametrize("id_", ["..", ".", "", "../other", "/", "a\0b"])
+def test_hostile_id_is_no_other_folder(tmp_path, id_):
+    path = add(tmp_path, "amber")
+    Manifest(id=id_, name="amber").write(path)
+    assert Manifest.read(path).id == id_
+
+
+def test_list_rank_dirs_leaves_out_what_is_no_rank(tmp_path):
+    get_rank_dir(tmp_path, 1).mkdir(parents=True)
+    for name in ("01", "٣", "-1", "99999999999", "7.arrow"):
+        (tmp_path / "records" / name).mkdir()
+    (tmp_path / "records" / "2").write_text("a file")
+    assert list(list_rank_dirs(tmp_path)) == [1]

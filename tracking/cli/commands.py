@@ -58,12 +58,15 @@ def runs(ctx: click.Context) -> None:
 def list_(runs_dir: Path | None, as_json: bool, limit: int) -> None:
     """List runs, newest first."""
     from tracking.cli.describe import summarize_run  # noqa: PLC0415  imports Arrow
+    from tracking.errors import TrackingError  # noqa: PLC0415  next to it
+    from tracking.read import PastRun  # noqa: PLC0415  imports Arrow
+    from tracking.store import run_paths  # noqa: PLC0415  next to it
 
     found = []
-    for run in _list_runs(runs_dir)[: limit or None]:
+    for path in run_paths(runs_dir)[: limit or None]:
         try:
-            found.append(summarize_run(run))
-        except ValueError as error:  # a damaged manifest hides no other run
+            found.append(summarize_run(PastRun(path)))
+        except (TrackingError, OSError) as error:  # it hides no other run
             click.echo(f"warning: {error}", err=True)
     if as_json:
         render.print_json(found)
@@ -118,22 +121,32 @@ def delete(
 ) -> None:
     """Delete runs with their artifacts and checkpoints.
 
-    What MLflow has of the runs stays there.
+    What MLflow has of the runs stays there. Of a link to a run only the link is deleted.
     """
-    found = [open_run(name, runs_dir) for name in names]
-    for run in found:
-        if run.status == "running":
+    from tracking.errors import RunNotFoundError  # noqa: PLC0415  next to store
+    from tracking.store import find_run_folder, is_run_being_written  # noqa: PLC0415
+
+    try:
+        # The manifest is not read: a spoilt run can be deleted too.
+        found = [find_run_folder(name, runs_dir) for name in names]
+    except RunNotFoundError as error:
+        raise click.UsageError(str(error)) from error
+    for path in found:
+        if not path.is_symlink() and is_run_being_written(path):
             raise click.ClickException(
-                f"runs delete: expected a run that has ended, got {run.id}, which is "
+                f"runs delete: expected a run that has ended, got {path.name}, which is "
                 "still being written. Stop it first."
             )
     if not yes:
-        click.echo("\n".join(str(run.path) for run in found), err=True)
+        click.echo("\n".join(map(str, found)), err=True)
         click.confirm("Delete these folders?", abort=True, err=True)
-    for run in found:
-        shutil.rmtree(run.path)
+    for path in found:
+        if path.is_symlink():
+            path.unlink()
+        else:
+            shutil.rmtree(path)
     if as_json:
-        render.print_json([run.id for run in found])
+        render.print_json([path.name for path in found])
 
 
 # --------------------------------------------------- export, sync, verify and ui
@@ -209,14 +222,14 @@ def verify(
 
     Prints nothing if all rows are equal. Without RUN, for every run.
     """
-    from tracking.errors import DeliveryError  # noqa: PLC0415  next to verify
+    from tracking.errors import TrackingError  # noqa: PLC0415  next to verify
     from tracking.verify.verify import verify as verify_run  # noqa: PLC0415  imports Arrow
 
     results, has_failed = [], False
     for run in _select_runs(names, runs_dir):
         try:
             results.append(verify_run(run, files or None, mlflow=not no_mlflow))
-        except DeliveryError as error:  # continue with the other runs
+        except (TrackingError, OSError) as error:  # continue with the other runs
             click.echo(f"error: {error}", err=True)
             has_failed = True
     if as_json:
@@ -271,17 +284,15 @@ def open_run(ref: str, runs_dir: Path | None) -> PastRun:
         raise click.UsageError(str(error)) from error
 
 
-def _list_runs(runs_dir: Path | None) -> list[PastRun]:
-    import tracking  # noqa: PLC0415  imports Arrow
-
-    return list(tracking.list_runs(runs_dir))
-
-
 def _select_runs(names: tuple[str, ...], runs_dir: Path | None) -> list[PastRun]:
     """Open the named runs; without names, all runs that are delivered to MLflow."""
+    from tracking.read import PastRun  # noqa: PLC0415  imports Arrow
+    from tracking.store import read_manifests  # noqa: PLC0415  next to it
+
     if names:
         return [open_run(name, runs_dir) for name in names]
-    return [run for run in _list_runs(runs_dir) if run.manifest.deliver]
+    manifests = read_manifests(runs_dir)
+    return [PastRun(path) for path, manifest in manifests.items() if manifest.deliver]
 
 
 def _find_store(runs_dir: Path | None) -> tuple[str, str]:
@@ -289,9 +300,10 @@ def _find_store(runs_dir: Path | None) -> tuple[str, str]:
     from tracking.delivery.state import DeliveryState  # noqa: PLC0415  next to uris
     from tracking.mlflow_store.uris import resolve_uri  # noqa: PLC0415  imports Arrow
     from tracking.settings import Settings  # noqa: PLC0415  next to uris
+    from tracking.store import run_paths  # noqa: PLC0415  next to uris
 
     settings = Settings.read()
-    states = (DeliveryState.read(run.path) for run in _list_runs(runs_dir))
+    states = (DeliveryState.read_or_none(path) for path in run_paths(runs_dir))
     latest = next((state for state in states if state and state.mlflow_run_id), None)
     if settings.tracking_uri is None and latest is not None:
         return latest.tracking_uri, latest.experiment_id or "0"

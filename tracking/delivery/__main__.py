@@ -72,19 +72,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _deliver(path: Path, settings: Settings, options: argparse.Namespace) -> int:
     """Deliver a run, unless another process does; with ``--sync``, report it."""
+    try:
+        code, changes = _deliver_locked(path, settings, options)
+    except OSError as error:  # its folder cannot be used; the other runs' can
+        code, changes = 1, {"phase": "gave up", "error": settings.redact(str(error))}
+    if options.sync:
+        state = DeliveryState.read_or_none(path) or DeliveryState()
+        result = SyncResult.from_state(path.name, state, **changes)
+        _report(dataclasses.asdict(result))
+    return code
+
+
+def _deliver_locked(
+    path: Path, settings: Settings, options: argparse.Namespace
+) -> tuple[int, dict[str, Any]]:
+    """Deliver a run while holding its lock; the exit code, and what to report."""
     lock = lock_path(path)
     lock.parent.mkdir(exist_ok=True)
     with hold_lock(lock, options.lock_wait) as is_held:
         if not is_held:
-            code, changes = int(options.sync), {"phase": "busy"}
-        else:
-            with log_to_file(path, settings.redact):
-                code, changes = _run_worker(path, settings, options)
-        if options.sync:
-            state = DeliveryState.read_or_none(path) or DeliveryState()
-            result = SyncResult.from_state(path.name, state, **changes)
-            _report(dataclasses.asdict(result))
-    return code
+            return int(options.sync), {"phase": "busy"}
+        with log_to_file(path, settings.redact):
+            return _run_worker(path, settings, options)
 
 
 def _run_worker(

@@ -124,15 +124,16 @@ def sync(
     """
     runs = list(runs)
     live = {
-        run.id: _restart_delivery(run.path)
+        run.path: _restart_delivery(run.path)
         for run in runs
         if is_being_written(get_rank_dir(run.path, 0))
     }
-    ended = [run.path for run in runs if run.id not in live]
+    # By folder: copies of a run in two places have the same name.
+    ended = [run.path for run in runs if run.path not in live]
     waits = ["--patience", str(patience_s), "--lock-wait", str(patience_s)]
     reports = _run_delivery("--sync", *waits, paths=ended)
-    done = {report["run"]: SyncResult(**report) for report in reports}
-    return [live.get(run.id) or done[run.id] for run in runs]
+    done = dict(zip(ended, (SyncResult(**one) for one in reports), strict=True))
+    return [live.get(run.path) or done[run.path] for run in runs]
 
 
 def read_mlflow(run: PastRun) -> MlflowContents:

@@ -7,6 +7,7 @@ Reading changes nothing on the disk.
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +17,20 @@ import pyarrow as pa
 from pyarrow import compute as pc
 
 from tracking.journal import row_format
-from tracking.journal.segment import CAPACITY, Damage, read_num_rows, read_segment
+from tracking.journal.segment import (
+    CAPACITY,
+    Damage,
+    read_first_seq,
+    read_num_rows,
+    read_segment,
+)
 from tracking.schema import SCHEMA
 from tracking.store import is_being_written
 
-_BLOCK: Final = re.compile(r"(\d{6,})\.(arrow|rows)")
+_BLOCK: Final = re.compile(r"([0-9]{6}|[1-9][0-9]{6,14})\.(?:arrow|rows)")
+
+MAX_GAP: Final = 1000
+"""Missing blocks before one that must prove that it is no stray file."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +67,29 @@ def get_rank(rank_dir: Path) -> int:
 
 
 def list_blocks(rank_dir: Path) -> list[int]:
-    """Return the numbers of the existing blocks, in order."""
+    """Return the numbers of the existing blocks, in order.
+
+    Notes
+    -----
+    A file far behind all others is a block only if its rows have the ``seq`` that its
+    name says. Else one stray file would look like millions of missing blocks.
+    """
     if not rank_dir.is_dir():
         return []
-    found = (_BLOCK.fullmatch(path.name) for path in rank_dir.iterdir())
-    return sorted({int(match[1]) for match in found if match})
+    with os.scandir(rank_dir) as entries:
+        matches = [_BLOCK.fullmatch(one.name) for one in entries if one.is_file()]
+    blocks: list[int] = []
+    for number in sorted({int(match[1]) for match in matches if match}):
+        num_missing = number - blocks[-1] - 1 if blocks else number
+        if num_missing <= MAX_GAP or _is_in_place(rank_dir, number):
+            blocks.append(number)
+    return blocks
+
+
+def _is_in_place(rank_dir: Path, number: int) -> bool:
+    """Whether a sealed block has the rows that its number says."""
+    first = read_first_seq(get_segment_path(rank_dir, number))
+    return first is not None and first // CAPACITY == number
 
 
 def read_block(rank_dir: Path, number: int) -> BlockContent | None:
@@ -77,13 +105,13 @@ def read_block(rank_dir: Path, number: int) -> BlockContent | None:
         try:
             table, damage = read_segment(segment_path)
             return BlockContent(table, damage, CAPACITY, is_sealed=True)
-        except FileNotFoundError:
+        except (FileNotFoundError, IsADirectoryError):
             pass
         try:
             found = row_format.read_block_files(rank_dir, number)
         except FileNotFoundError:
             continue
-        if segment_path.exists():
+        if segment_path.is_file():
             continue
         rank = get_rank(rank_dir)
         decoded = row_format.decode_block(rank_dir, number, rank, *found)
@@ -113,17 +141,28 @@ def read_records(rank_dir: Path) -> tuple[pa.Table, list[Damage]]:
     is_live = is_being_written(rank_dir)
     tables, damage = [SCHEMA.empty_table()], []
     present = list_blocks(rank_dir)
-    for number in range(present[-1] + 1 if present else 0):
+    expected = 0
+    for number in present:
         content = read_block(rank_dir, number)
         if content is None:
-            if not is_live:
-                path = get_segment_path(rank_dir, number)
-                damage.append(Damage(path, 0, CAPACITY, "the block is missing"))
             continue
+        if not is_live:
+            damage += _describe_gap(rank_dir, expected, number)
+        expected = number + 1
         tables.append(content.table)
         if content.is_sealed or not is_live:
             damage += content.damage
     return pa.concat_tables(tables).unify_dictionaries(), damage
+
+
+def _describe_gap(rank_dir: Path, first: int, end: int) -> list[Damage]:
+    """Damage for the missing blocks from a number to before another."""
+    if first == end:
+        return []
+    missing = end - first
+    reason = "the block is missing" if missing == 1 else f"{missing} blocks are missing"
+    path = get_segment_path(rank_dir, first)
+    return [Damage(path, 0, missing * CAPACITY, reason)]
 
 
 class JournalReader:

@@ -28,6 +28,7 @@ import numpy as np
 import pyarrow as pa
 
 from tracking import durable
+from tracking.errors import InvalidFileError
 from tracking.schema import NAMES, SCHEMA
 
 FORMAT: Final = 1
@@ -41,6 +42,7 @@ COUNTS: Final = ("seq", "time", "index", "epoch", "step")
 _SEGMENT: Final = "{:012x}:{:08x},"
 _SEGMENTS: Final = re.compile(rb"luz-segments=((?:[0-9a-f]{12}:[0-9a-f]{8},)+)")
 _NUM_ROWS: Final = re.compile(rb'"num_rows": (\d+)')
+_FIRST_SEQ: Final = re.compile(rb'"first": {"seq": (\d+)')
 _START: Final = 8  # after the magic "ARROW1" and its padding
 _END: Final = b"\xff\xff\xff\xff\0\0\0\0"  # a stream's end, after the last batch
 
@@ -111,7 +113,7 @@ def read_segment(path: Path) -> tuple[pa.Table, list[Damage]]:
 
     Raises
     ------
-    ValueError
+    InvalidFileError
         If another version of the format is in the file.
     """
     data = path.read_bytes()
@@ -122,7 +124,7 @@ def read_segment(path: Path) -> tuple[pa.Table, list[Damage]]:
     stored = pa.ipc.open_stream(stream).read_all()
     notes = json.loads(stored.schema.metadata[b"luz"])
     if notes["format"] != FORMAT:
-        raise ValueError(
+        raise InvalidFileError(
             f"{path}: expected format {FORMAT}, got {notes['format']}. "
             "Read it with the version of luz-harness that wrote it, or a later one."
         )
@@ -136,9 +138,22 @@ def read_segment(path: Path) -> tuple[pa.Table, list[Damage]]:
 
 def read_num_rows(path: Path) -> int:
     """Read the number of rows from the head of a sealed block; 0 if it is damaged."""
+    return _read_note(path, _NUM_ROWS) or 0
+
+
+def read_first_seq(path: Path) -> int | None:
+    """Read ``seq`` of the first row from a sealed block; None if it is none of ours."""
+    try:
+        return _read_note(path, _FIRST_SEQ)
+    except OSError:
+        return None
+
+
+def _read_note(path: Path, pattern: re.Pattern[bytes]) -> int | None:
+    """Read a number from the notes in the head of a sealed block."""
     with path.open("rb") as file:
-        found = _NUM_ROWS.search(file.read(1 << 16)) or _NUM_ROWS.search(file.read())
-    return int(found[1]) if found else 0
+        found = pattern.search(file.read(1 << 16)) or pattern.search(file.read())
+    return int(found[1]) if found else None
 
 
 def _encode(table: pa.Table) -> tuple[dict[str, pa.Array], dict[str, Any]]:

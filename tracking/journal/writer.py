@@ -490,10 +490,11 @@ def recover(rank_dir: Path) -> None:
         Folder of the rank's records. What cannot be read is noted in the sealed block.
     """
     for stray in (*rank_dir.glob("*.new"), *rank_dir.glob("*.sealing")):
-        stray.unlink()
+        with contextlib.suppress(IsADirectoryError, PermissionError):  # none of ours
+            stray.unlink()
     for number in list_blocks(rank_dir):
         path = get_segment_path(rank_dir, number)
-        if not path.exists():
+        if not path.is_file():
             content = read_block(rank_dir, number)
             assert content is not None
             damage = tuple(content.damage)

@@ -19,7 +19,7 @@ from click.testing import CliRunner
 
 import tracking
 from tracking.cli.commands import commands
-from tracking.errors import TrackingError
+from tracking.errors import TrackingError, TrackingWarning
 from tracking.mlflow_store.server import Server
 
 
@@ -174,6 +174,42 @@ def test_unknown_run_is_a_usage_error_that_offers_the_nearest(call, two, words):
     result = call(*words, two[0].id[:-1] + "_", code=2)
     assert "Nearest" in result.output
     assert two[0].id in result.output
+
+
+@pytest.fixture
+def spoilt(two):
+    """The folder of a run with an empty manifest beside two others."""
+    path = two[0].path.with_name("20300101-000000-spoilt-0000")
+    path.mkdir()
+    (path / "run.json").write_text("")
+    return path
+
+
+def test_spoilt_run_is_skipped_by_every_command(call, two, spoilt):
+    result = call("runs", "list")
+    assert "warning: " in result.stderr
+    assert all(run.id in result.stdout for run in two)
+    assert spoilt.name not in result.stdout
+    for words in (
+        ("runs", "show", two[0].id),
+        ("runs", "compare", two[0].id, two[1].id),
+        ("export", two[0].id, "--to", "x.csv"),
+        ("verify", two[0].id, "--no-mlflow"),
+    ):
+        assert spoilt.name not in call(*words).output
+    for command in ("sync", "verify --no-mlflow"):
+        with pytest.warns(TrackingWarning, match=f"{spoilt.name}.* is skipped"):
+            call(*command.split())
+    assert call("runs", "delete", "--yes", spoilt.name).exit_code == 0
+    assert not spoilt.exists()
+
+
+def test_delete_of_a_link_keeps_the_run(call, two):
+    link = two[0].path.with_name("latest")
+    link.symlink_to(two[0].id)
+    call("runs", "delete", "--yes", "latest")
+    assert not link.is_symlink()
+    assert two[0].path.is_dir()
 
 
 # ------------------------------------------------------------------ export and verify

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from tests.tracking.tables import floats, same
 from tracking.journal import row_format
-from tracking.journal.reader import JournalReader, read_records
+from tracking.journal.reader import JournalReader, get_segment_path, read_records
 from tracking.journal.row_format import ROW_BYTES
-from tracking.journal.segment import CAPACITY, Damage
+from tracking.journal.segment import CAPACITY, Damage, write_segment
 from tracking.journal.writer import Journal
 from tracking.schema import FLOAT, flatten_value
 
@@ -274,3 +274,58 @@ def test_journal_reader_passes_a_row_that_can_not_come_any_more(rank_dir):
     journal.close()
     assert floats(reader.read()) == [3.0]
     assert read_records(rank_dir)[1] == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "999999999.arrow",
+        "999999999.rows",
+        "99999999999999999999999.arrow",
+        "0000001.arrow",
+        "000001.arrow.bak",
+        "\u0660\u0660\u0660\u0660\u0660\u0661.arrow",
+        "copy",
+        "folder",
+        "x.new",
+    ],
+)
+def test_stray_file_among_blocks_costs_nothing(name, rank_dir):
+    journal = Journal(rank_dir)
+    put(journal, 1.0)
+    journal.close()
+    if name == "folder":
+        (rank_dir / "000500.arrow").mkdir()
+    elif name == "copy":
+        sealed = (rank_dir / "000000.arrow").read_bytes()
+        (rank_dir / "999999999.arrow").write_bytes(sealed)
+    elif name == "x.new":
+        (rank_dir / name).mkdir()
+    else:
+        (rank_dir / name).write_bytes(b"mine")
+    table, damage = read_records(rank_dir)
+    assert (table["value"].to_pylist(), damage) == ([1.0], [])
+    assert JournalReader(rank_dir).read()["value"].to_pylist() == [1.0]
+    assert JournalReader(rank_dir).count_unread() == 1
+    again = Journal(rank_dir)
+    put(again, 2.0)
+    again.close()
+    table, _ = read_records(rank_dir)
+    assert table["value"].to_pylist() == [1.0, 2.0]
+    assert table["seq"].to_pylist() in ([0, CAPACITY], [0, 2 * CAPACITY])
+
+
+def test_block_far_behind_a_gap_is_read_and_the_gap_is_named_once(rank_dir):
+    journal = Journal(rank_dir)
+    put(journal, 1.0)
+    journal.close()
+    number = 5_000
+    table, _ = read_records(rank_dir)
+    seq = pa.array([number * CAPACITY])
+    write_segment(table.set_column(0, table.schema.field(0), seq),
+                  get_segment_path(rank_dir, number), rank=0)  # fmt: skip
+    table, damage = read_records(rank_dir)
+    assert table["seq"].to_pylist() == [0, number * CAPACITY]
+    (gap,) = damage
+    assert gap.rows_lost == (number - 1) * CAPACITY
+    assert gap.reason == "4999 blocks are missing"
