@@ -583,8 +583,8 @@ def test_run_context_ends_as_the_block_did(runs, error, status):
     manifest = Manifest.read(run.path)
     assert manifest.status == run.status == status
     if status == "failed":
-        told = {"type": type(error).__name__, "message": str(error)}
-        assert manifest.error == told
+        error_of_run = {"type": type(error).__name__, "message": str(error)}
+        assert manifest.error == error_of_run
     else:
         assert manifest.error is None
 
@@ -673,7 +673,7 @@ def test_run_threads_may_log_while_it_finishes(runs, until):
     assert past.damage == []
 
 
-def test_position_is_told_while_its_block_is_sealed_and_closed(run, until):
+def test_position_is_known_while_its_block_is_sealed_and_closed(run, until):
     block = run._journal.block
     run.log("metrics", "train", {"x": 0.5})
 
@@ -740,11 +740,11 @@ def test_finish_tells_what_is_left_after_its_wait(runs, capsys):
     delivering(run, behind=12, error="refused by https://u:p@h", phase="waiting")
     run.log("metrics", "train", 0.5)
     run.finish(wait_s=0.1)
-    told = capsys.readouterr().err
-    assert told.startswith(f"12 rows of {run.id} are not in MLflow yet (refused by")
-    assert "delivery continues in the background" in told
-    assert f"'harness sync {run.id}' sends the rest." in told
-    assert "u:p" not in told
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"12 rows of {run.id} are not in MLflow yet (refused by")
+    assert "delivery continues in the background" in shown
+    assert f"'harness sync {run.id}' sends the rest." in shown
+    assert "u:p" not in shown
 
 
 def test_start_without_mlflow_is_one_warning(runs, root, tmp_path):

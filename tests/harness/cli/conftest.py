@@ -84,7 +84,7 @@ def call() -> Callable[..., Result]:
 
 @pytest.fixture
 def start(root: Path) -> Callable[..., subprocess.Popen[str]]:
-    """Starts the command in a process of its own."""
+    """Starts the command in a separate process."""
 
     def run(*words: str) -> subprocess.Popen[str]:
         environment: dict[str, Any] = {**os.environ, "PYTHONPATH": str(root)}
