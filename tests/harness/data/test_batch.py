@@ -139,7 +139,7 @@ class Sized:
         ((pack_sequence([T(5), T(3)]), None), 2),
         ((T(0, 3), T(0)), 0),
     ],
-    ids=str,
+    ids=lambda value: type(value).__name__,
 )
 def test_num_rows_finds_the_rows_of_a_batch(batch, rows):
     assert num_rows(input_of(batch), target_of(batch)) == rows
