@@ -95,7 +95,7 @@ def doctor(runs_dir: str, tracking_uri: str | None, as_json: bool) -> None:
 
     Each problem comes with advice. The exit code is 1 if something is broken.
     """
-    from harness.doctor import examine  # noqa: PLC0415  imports torch
+    from harness.cli.doctor import examine  # noqa: PLC0415  imports torch
 
     found = examine(runs_dir, tracking_uri)
     if as_json:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from harness import doctor
-from harness.doctor import examine
+from harness.cli import doctor
+from harness.cli.doctor import examine
 
 
 @pytest.fixture(scope="module")
