@@ -112,7 +112,7 @@ def start_delivery(
     """Begins to deliver a run, in a thread."""
 
     def start(path: Path, store: str, **options: Any) -> Delivering:
-        return Delivering(make_worker(path, store, **{"patience_s": 60.0, **options}))
+        return Delivering(make_worker(path, store, **{"patience_s": 300.0, **options}))
 
     return start
 
@@ -199,12 +199,12 @@ def proxy(server: Server, connect: Callable[..., Proxy]) -> Proxy:
 
 @pytest.fixture
 def until() -> Callable[..., None]:
-    """Waits until something is so."""
+    """Waits until a condition is true; the bound is for a busy machine."""
 
     def wait(is_so: Callable[[], Any], timeout_s: float = 300.0) -> None:
         deadline = time.monotonic() + timeout_s
         while not is_so():
-            assert time.monotonic() < deadline, "it did not come about"
+            assert time.monotonic() < deadline, "the condition did not become true"
             time.sleep(0.02)
 
     return wait

@@ -119,7 +119,7 @@ class Proxy:
             return
         if mode == "hang":
             self.num_faults += 1
-            self.released.wait(60)
+            self.released.wait(300)
             handler.close_connection = True
             return
         if mode == "refuse 400" and self.refused in body:
@@ -127,7 +127,7 @@ class Proxy:
             text = b'{"error_code": "INVALID_PARAMETER_VALUE", "message": "no"}'
             self._reply(handler, 400, text)
             return
-        upstream = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        upstream = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
         headers = {k: v for k, v in handler.headers.items() if k != "Connection"}
         with contextlib.closing(upstream):
             try:

@@ -13,7 +13,7 @@ from tracking.store import get_first_error, list_rank_dirs
 def summarize_run(run: PastRun) -> dict[str, Any]:
     """Values that ``harness runs list`` shows of a run."""
     manifest = run.manifest
-    state = DeliveryState.read(run.path)
+    state = DeliveryState.read_or_none(run.path)
     return {
         "id": run.id,
         "name": manifest.name,
@@ -35,7 +35,7 @@ def describe_run(run: PastRun) -> dict[str, Any]:
     params, tags, metrics, rows, ranks, damage, mlflow``
     """
     manifest = run.manifest
-    state = DeliveryState.read(run.path)
+    state = DeliveryState.read_or_none(run.path)
     return {
         **summarize_run(run),
         "note": manifest.note,

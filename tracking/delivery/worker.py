@@ -160,6 +160,9 @@ class DeliveryWorker:
         self.state.experiment_id = writer.experiment_id
         self.state.page = self._resolver.page_url(writer)
         self.state.delivered = writer.delivered
+        _log.info(
+            "delivering to MLflow run %s in %s", writer.run_id, self.state.tracking_uri
+        )
         self._start_reading(writer.delivered)
 
     def _start_reading(self, position: int) -> None:
@@ -322,6 +325,7 @@ class DeliveryWorker:
         if self._read_status() == "running":
             return False
         self._state_file.set_phase("done")
+        _log.info("all rows are delivered; %d points were sent", self.num_sent)
         return True
 
     def _read_status(self) -> str:

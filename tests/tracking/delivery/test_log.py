@@ -37,7 +37,7 @@ def test_secrets_are_masked_in_messages_arguments_and_tracebacks(run_path):
         try:
             raise ValueError("wrong password: hunter2")
         except ValueError:
-            logging.getLogger("mlflow").exception("failed")
+            logging.getLogger("sqlalchemy").exception("failed")
     text = (run_path / "delivery" / "log.txt").read_text()
     assert "hunter2" not in text
     assert text.count("***") == 4  # the raise statement too
