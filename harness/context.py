@@ -300,6 +300,8 @@ class Context:
 
     @model.setter
     def model(self, new: nn.Module | None) -> None:
+        if new is not None:
+            checks.check_model_names(new, ["ctx"])
         if self._model is not None:
             self._model.__dict__.pop("ctx", None)
         self._model = new
