@@ -98,6 +98,10 @@ class Accelerator(Protocol):
         """Step at a boundary and clear the gradients; True if the weights were changed."""
         ...
 
+    def drop_window(self) -> None:
+        """Forget the gradients and backwards of windows that have not been stepped."""
+        ...
+
     def clip(
         self, max_norm: float, name: str | None = None, norm_type: float = 2.0
     ) -> Tensor:

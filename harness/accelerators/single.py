@@ -203,6 +203,13 @@ class SingleDevice:
         self._done[name] = 0
         return self.steps[name] > before
 
+    def drop_window(self) -> None:
+        """Clear the gradients of every optimizer in an open window."""
+        for name, done in self._done.items():
+            if done:
+                self._optimizers[name].zero_grad()
+                self._done[name] = 0
+
     def clip(
         self, max_norm: float, name: str | None = None, norm_type: float = 2.0
     ) -> Tensor:

@@ -170,6 +170,23 @@ class NamedEngine:
         self._was_stepped = applied
         self._on_step(self.name, applied)
 
+    def drop_window(self) -> None:
+        """Clear the gradients of an open window as DeepSpeed does after an overflow."""
+        if not self.done:
+            return
+        wrapper = self.engine.optimizer
+        if self.stage == 0:
+            for param in self._owned:
+                param.grad = None
+        else:
+            # DeepSpeed 0.19.8: ``step`` of stages 1 and 2, ``_overflow_clean_up`` of stage 3.
+            wrapper.zero_grad(set_to_none=True)
+            wrapper.micro_step_id = 0 if self.stage == 3 else -1
+            wrapper.averaged_gradients.clear()
+            getattr(wrapper, "all_grad_tensors", {}).clear()
+        self._clear_gradients()
+        self.done, self._clip, self._is_fresh = 0, None, False
+
     def _clear_gradients(self) -> None:
         """Clear what ZeRO 3 and offload keep of a window.
 

@@ -34,7 +34,13 @@ from harness.accelerators.distributed.shares import (
     ShareTracker,
     assign_rows,
 )
-from harness.data.batch import Batch, input_of, num_rows, target_of
+from harness.data.batch import (
+    Batch,
+    copy_by_value,
+    input_of,
+    num_rows,
+    target_of,
+)
 from harness.data.loaders import Loader, unwrap_tensors
 
 CHUNK = 1 << 16
@@ -115,11 +121,15 @@ class ShardedLoader:
         msg = f"{type(self).__name__!r} object has no attribute {name!r}"
         raise AttributeError(msg)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Tell the epoch to sampler and data set, where they ask for it."""
-        for part in (self.sampler, self.batch_sampler, self.dataset):
-            if hasattr(part, "set_epoch"):
-                part.set_epoch(epoch)
+    @property
+    def undivided(self) -> Loader:
+        """The original loader, as one process would use it."""
+        return self._loader
+
+    def copy_batch(self, batch: Batch) -> Batch:
+        """A copy of the last batch, which has its share."""
+        assert self.share is not None
+        return self._on_batch(copy_by_value(batch), self.share)
 
 
 def shard_loaders(
