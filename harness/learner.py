@@ -24,7 +24,7 @@ from harness.callbacks import Interrupt, Metrics, Profile, Progress, TrainValid
 from harness.callbacks.resuming import find_resume
 from harness.checkpoint.state import describe_fit
 from harness.checkpoint.weights import (
-    import_model_class,
+    find_model_class,
     load_weights,
     read_saved_model,
 )
@@ -160,8 +160,7 @@ class Learner:
         valid_data
             Share of `data` in (0, 1), data in one of the same forms, or None.
         callbacks
-            Instances of ``harness.Callback``, added to the default ones. One of the class of
-            a default callback, such as ``Profile``, replaces it.
+            Instances of ``harness.Callback``, added to the default ones.
         accelerator
             None: one device, or DeepSpeed if several ranks were launched.
         verbose
@@ -211,7 +210,7 @@ class Learner:
             epochs=epochs,
             accelerator=accelerator,
             verbose=verbose,
-            callbacks=add_defaults(default_callbacks(self.metrics), callbacks),
+            callbacks=[*default_callbacks(self.metrics), *callbacks],
         )
         ctx.backward = self._get_backward(ctx)
         ctx.about = {**describe_fit(ctx), "code": get_code_commit()}
@@ -311,7 +310,7 @@ class Learner:
             accelerator=accelerator,
             verbose=verbose,
             run=make_null_run(),
-            callbacks=add_defaults([TrainValid(), Metrics(measured)], callbacks),
+            callbacks=[TrainValid(), Metrics(measured), *check_callbacks(callbacks)],
         )
         with restore_model_after(ctx):
             loop.evaluate(ctx)
@@ -361,7 +360,7 @@ class Learner:
             accelerator=accelerator,
             verbose=verbose,
             run=make_null_run(),
-            callbacks=add_defaults([TrainValid()], callbacks),
+            callbacks=[TrainValid(), *check_callbacks(callbacks)],
         )
         with restore_model_after(ctx):
             return join(loop.predict(ctx))
@@ -410,7 +409,7 @@ def setup(
     ----------
     luz 0.5.0, ``setup``. Differs from luz: the class itself is not changed.
     """
-    check_setup(module, loss, optimizer, backward)
+    check_setup(module, loss, optimizer)
     learner = Learner(
         module=module,
         loss=loss,
@@ -438,19 +437,6 @@ def build_loaders(
 def default_callbacks(metrics: MetricSet) -> list[Callback]:
     """Return the callbacks of every fit."""
     return [Profile(), TrainValid(), Metrics(metrics), Progress(), Interrupt()]
-
-
-def add_defaults(
-    defaults: Iterable[Callback], given: Iterable[Callback]
-) -> list[Callback]:
-    """Return default callbacks and given ones; a given one replaces the default it derives from."""
-    given = check_callbacks(given)
-    kept = [
-        default
-        for default in defaults
-        if not any(isinstance(callback, type(default)) for callback in given)
-    ]
-    return [*kept, *given]
 
 
 def seed_all(seed: int) -> None:
@@ -489,7 +475,12 @@ def call_after_fit(ctx: Context) -> None:
         warnings.warn(msg, stacklevel=3)
 
 
-def load(path: str | Path, module: Callable[..., nn.Module] | None = None) -> Fitted:
+def load(
+    path: str | Path,
+    module: Callable[..., nn.Module] | None = None,
+    *,
+    trust: bool = False,
+) -> Fitted:
     """Load a fitted model that ``Fitted.save`` wrote, on the CPU.
 
     Parameters
@@ -497,7 +488,11 @@ def load(path: str | Path, module: Callable[..., nn.Module] | None = None) -> Fi
     path
         The folder.
     module
-        Model class or factory; None: import the one whose name was saved.
+        Model class or factory; None: the class whose name was saved, from a module that
+        is already imported.
+    trust
+        Import the module that the folder names. This runs its code, so use it only for
+        a folder that you trust.
 
     Returns
     -------
@@ -508,12 +503,12 @@ def load(path: str | Path, module: Callable[..., nn.Module] | None = None) -> Fi
     Raises
     ------
     CheckpointError
-        If the folder is missing, damaged or of another format, or the class cannot be
+        If the folder is missing, damaged or of another format, or the class is not
         imported or does not fit the weights.
     """
     path = Path(path)
     weights, about = read_saved_model(path)
-    module = module or import_model_class(path, about.module)
+    module = module or find_model_class(path, about.module, trust=trust)
     learner = Learner(
         module=module, hparams=about.hparams, opt_hparams=about.opt_hparams
     )

@@ -1,13 +1,14 @@
 """Describe where a run was started: code, command line, machine and packages.
 
 No secret is captured: environment variables are left out, URLs lose their credentials,
-secret arguments are masked, and files named like a secret are left out of the diff.
+secret arguments are masked, and files that look like secrets are left out of the diff.
 """
 
 from __future__ import annotations
 
 import getpass
 import platform
+import re
 import socket
 import subprocess
 import sys
@@ -17,14 +18,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from tracking.redaction import mask_arguments, strip_url
+from tracking.redaction import (
+    has_secret_settings,
+    mask_arguments,
+    redact,
+    redact_code,
+    strip_url,
+)
+from tracking.settings import read_secrets
 
 MAX_DIFF_BYTES: Final = 1 << 20
 MAX_UNTRACKED: Final = 200
 GIT_TIMEOUT_S: Final = 1.0
 """Time for all git commands together; what they have not answered by then is left out."""
 
-_HIDDEN_FILES: Final = ("*.env", ".env*", "*.pem", "*.key", "*secret*", "*credential*")
+_HIDDEN_FILES: Final = tuple(
+    str.split(
+        "*.env .env* *.pem *.key *.pfx *.p12 *.jks *.kdbx *.tfvars id_rsa* id_ed25519* "
+        ".netrc .npmrc .pypirc .htpasswd .pgpass kubeconfig *secret* *credential* "
+        "*password*"
+    )
+)
+_SETTINGS_FILES: Final = frozenset(
+    str.split(".cfg .conf .config .ini .json .properties .toml .xml .yaml .yml")
+)
+"""A file of these that assigns a value to a name of a secret is left out whole."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +56,8 @@ class CodeState:
         None if git did not answer in time. None outside a repository.
     diff
         Uncommitted changes to tracked files, cut at 1 MiB, and the names of untracked
-        files. Empty if nothing differs from the commit.
+        files. Empty if nothing differs from the commit. Secrets are masked, and files
+        of settings that hold some are left out.
     """
 
     summary: dict[str, Any] | None
@@ -79,7 +98,7 @@ def code_state(folder: Path) -> CodeState:
 
 def command() -> list[str]:
     """The command that started this process, with secrets masked."""
-    return mask_arguments([*sys.orig_argv] or [sys.executable])
+    return mask_arguments([*sys.orig_argv] or [sys.executable], read_secrets())
 
 
 def machine() -> dict[str, Any]:
@@ -151,7 +170,8 @@ def _ask_git(
 
 
 def _format_diff(diff: str, untracked: Sequence[str]) -> str:
-    """Cut the diff to its maximum size and add the list of untracked files."""
+    """Remove secrets, cut the diff to its size, and add the list of untracked files."""
+    diff = _redact_diff(diff)
     data = diff.encode(errors="replace")
     if len(data) > MAX_DIFF_BYTES:
         cut = data[:MAX_DIFF_BYTES].decode(errors="ignore")
@@ -161,6 +181,20 @@ def _format_diff(diff: str, untracked: Sequence[str]) -> str:
         if len(untracked) > MAX_UNTRACKED:
             diff += f"# and {len(untracked) - MAX_UNTRACKED} more\n"
     return diff
+
+
+def _redact_diff(diff: str) -> str:
+    """Mask the secrets in a diff, and leave out files of settings that hold some."""
+    secrets = read_secrets()
+    kept = []
+    for part in re.split(r"(?m)^(?=diff --git )", diff):
+        name = part.partition("\n")[0].rpartition(" b/")[2].strip('"')
+        is_settings = Path(name).suffix.lower() in _SETTINGS_FILES
+        if is_settings and (has_secret_settings(part) or redact(part, secrets) != part):
+            kept.append(f"# left out, it seems to hold secrets: {name}\n")
+        else:
+            kept.append(redact_code(part, secrets))
+    return "".join(kept)
 
 
 def _devices() -> list[str]:

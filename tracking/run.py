@@ -112,7 +112,6 @@ class Run(RowLogger):
             Relative name below ``artifacts/``; its suffix chooses the format.
         """
         name = artifacts.check_artifact_name(name, "Run.log_figure")
-        name = artifacts.add_picture_suffix(name)
         self._add_artifact(
             name, lambda target: artifacts.write_figure_artifact(figure, target)
         )
@@ -126,8 +125,7 @@ class Run(RowLogger):
 
     def _add_artifact(self, name: str, write: Callable[[Path], dict[str, Any]]) -> None:
         """Write an artifact and record it; a failing disk is only a warning."""
-        if not self._journal.takes_rows():
-            return
+        self._journal.check_open()
         try:
             described = write(self.path / "artifacts" / name)
         except OSError as error:
@@ -175,7 +173,7 @@ class Run(RowLogger):
 
     def save_manifest(self, **extra: Any) -> None:
         """Write the manifest on rank 0; ``extra`` is added to its field of that name."""
-        if self._manifest is None or os.getpid() != self._pid:
+        if self._manifest is None:
             return
         self._manifest.extra |= extra
         try:
@@ -241,13 +239,6 @@ class Run(RowLogger):
             )
         self._delivery.wait(last_seq, wait_s)
 
-    def abandon(self) -> None:
-        """Stop recording without ending the run, whose manifest stays as it is."""
-        self._status = "killed"
-        atexit.unregister(self._finish_at_exit)
-        self._deferred.clear()
-        self._journal.close()
-
     def _record_end(self, status: str, error: BaseException | None) -> None:
         """Write how the run ended.
 
@@ -287,7 +278,7 @@ class Run(RowLogger):
 
 def _get_status(error: BaseException | None) -> str:
     """Status of a run that ended with this exception, or without one."""
-    if error is None or isinstance(error, GeneratorExit):
+    if error is None:
         return "finished"
     if isinstance(error, KeyboardInterrupt):
         return "killed"

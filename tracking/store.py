@@ -32,6 +32,8 @@ from tracking.errors import (
     describe_mismatch,
     warn,
 )
+from tracking.redaction import redact
+from tracking.settings import read_secrets
 
 FORMAT: Final = 1
 MANIFEST: Final = "run.json"
@@ -498,8 +500,9 @@ class Failure:
 
 
 def describe_error(error: BaseException) -> dict[str, str]:
-    """Return type and message of an exception, as a manifest stores them."""
-    return {"type": type(error).__name__, "message": str(error)[:10_000]}
+    """Return type and message of an exception, as a manifest stores them: redacted."""
+    message = redact(str(error), read_secrets())[:10_000]
+    return {"type": type(error).__name__, "message": message}
 
 
 def write_failure(rank_dir: Path, error: BaseException, time: str) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -250,23 +251,40 @@ def _read_about(path: Path) -> SavedModel:
         raise CheckpointError(f"{msg} Save the model again.") from exc
 
 
-def import_model_class(path: Path, name: str) -> Callable[..., nn.Module]:
-    """Import the model class of a saved model; only a subclass of ``nn.Module`` is accepted.
+def find_model_class(
+    path: Path, name: str, *, trust: bool = False
+) -> Callable[..., nn.Module]:
+    """Find the model class of a saved model; it must be a subclass of ``nn.Module``.
+
+    Parameters
+    ----------
+    path
+        Folder of the saved model.
+    name
+        Module and name of the class, ``module:Class``.
+    trust
+        Import the module if it is not imported yet. This runs its code.
 
     Raises
     ------
     CheckpointError
-        If there is no such class.
+        If there is no such class, or its module is not imported.
     """
     where, _, qualname = name.partition(":")
+    place = f"load({str(path)!r})"
+    if where not in sys.modules and not trust:
+        msg = f"{place}: expected a model class of a module that is imported, got {name!r}."
+        advice = "Pass the class as module=, or trust=True to import it, which runs its code."
+        raise CheckpointError(f"{msg} {advice}")
     try:
-        found: Any = importlib.import_module(where)
+        found: Any = importlib.import_module(where) if trust else sys.modules[where]
         for part in qualname.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError, SyntaxError, TypeError, ValueError) as exc:
-        msg = f"load({str(path)!r}): expected to import {name!r}, got: {exc}."
+            # Not getattr: a module may import others, or run code, to find a name.
+            found = vars(found)[part]
+    except (ImportError, KeyError, SyntaxError, TypeError, ValueError) as exc:
+        msg = f"{place}: expected to import {name!r}, got: {exc!r}."
         raise CheckpointError(f"{msg} Pass the class as module=.") from exc
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
-        msg = f"load({str(path)!r}): expected {name!r} to be an nn.Module class."
+        msg = f"{place}: expected {name!r} to be an nn.Module class."
         raise CheckpointError(f"{msg} Pass the class as module=.")
     return found

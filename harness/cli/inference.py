@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,8 @@ import click
 from harness.cli.train import (
     MODEL,
     load_experiment,
-    parse_recorded_fit,
+    read_recorded_fit,
+    secret_options,
     working_folder_of,
 )
 from tracking.cli.commands import json_option, open_run, runs_dir_option
@@ -28,13 +30,14 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("run")
+@secret_options
 @runs_dir_option
 @json_option
-def evaluate(run: str, runs_dir: Path | None, as_json: bool) -> None:
+def evaluate(run: str, runs_dir: Path | None, as_json: bool, **given: Any) -> None:
     """Evaluate the model of RUN on its test or validation data."""
     past = open_run(run, runs_dir)
     with working_folder_of(past):
-        experiment = reload_experiment(past)
+        experiment = reload_experiment(past, given)
         data = get_test_data(experiment)
         fitted = load_fitted(past, experiment)
     found = experiment.learner.evaluate(fitted, data, verbose=False)
@@ -47,8 +50,11 @@ def evaluate(run: str, runs_dir: Path | None, as_json: bool) -> None:
 @click.argument("data", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--to", required=True, type=click.Path(dir_okay=False, path_type=Path),
               help="File to write to.")  # fmt: skip
+@secret_options
 @runs_dir_option
-def predict(run: str, data: Path, to: Path, runs_dir: Path | None) -> None:
+def predict(
+    run: str, data: Path, to: Path, runs_dir: Path | None, **given: Any
+) -> None:
     """Predict the rows of DATA with the model of RUN.
 
     DATA and the file to write are .npy, .csv or .parquet files.
@@ -56,7 +62,7 @@ def predict(run: str, data: Path, to: Path, runs_dir: Path | None) -> None:
     past = open_run(run, runs_dir)
     rows = read_rows(data)
     with working_folder_of(past):
-        fitted = load_fitted(past, reload_experiment(past))
+        fitted = load_fitted(past, reload_experiment(past, given))
     write_rows(fitted.predict(rows, verbose=False), to)
     click.echo(f"{len(rows)} rows -> {to}")
 
@@ -64,9 +70,9 @@ def predict(run: str, data: Path, to: Path, runs_dir: Path | None) -> None:
 # ------------------------------------------------------------------- what ran before
 
 
-def reload_experiment(past: PastRun) -> Experiment:
-    """Build the experiment of a run again, from its recorded command."""
-    options = parse_recorded_fit(past, [])
+def reload_experiment(past: PastRun, given: Mapping[str, Any]) -> Experiment:
+    """Build the experiment of a run again, from what it recorded and its secrets."""
+    options = read_recorded_fit(past, given)
     return load_experiment(options.pop("target"), options)
 
 

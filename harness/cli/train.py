@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +13,20 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tracking.cli.commands import open_run, runs_dir_option
+from tracking.redaction import MASK, is_secret
 
 if TYPE_CHECKING:
+    from harness.callback import Callback
     from harness.experiment import Experiment
     from harness.fitted import Fitted
     from tracking import PastRun
+
+_REPLAYED = (
+    *("target", "sets", "opts", "epochs", "name", "experiment", "seed"),
+    *("no_track", "no_deliver", "checkpoint_every", "keep_checkpoints"),
+    *("no_checkpoints", "strict", "quiet"),
+)
+"""Options of ``fit`` that a run records as they are; ``config`` is recorded as text."""
 
 MODEL = "model"
 """Folder of a run in which ``harness fit`` saves the trained model."""
@@ -35,6 +44,15 @@ def _parse_pairs(
             raise click.BadParameter(msg, param=option)
         found[name] = value
     return found
+
+
+def secret_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add options for the secrets that a run does not record."""
+    for name, flag in (("opts", "--opt"), ("sets", "--set")):
+        help_ = f"Value of a secret {flag} of the run, which it does not record."
+        command = click.option(flag, name, multiple=True, callback=_parse_pairs,
+                               metavar="NAME=VALUE", help=help_)(command)  # fmt: skip
+    return command
 
 
 # ----------------------------------------------------------------------- commands
@@ -71,6 +89,7 @@ def fit(target: str, **options: object) -> None:
     NAME is an Experiment, or a function that returns one. A checkpoint is saved after
     each epoch and on Ctrl-C; 'harness resume RUN' continues from it.
     """
+    options["target"] = target
     fitted = train(load_experiment(target, options), options)
     if is_main():
         click.echo(str(fitted))
@@ -84,16 +103,20 @@ def fit(target: str, **options: object) -> None:
 @click.argument("run")
 @click.option("--strict", is_flag=True,
               help="Refuse changes in code, data or versions.")  # fmt: skip
+@secret_options
 @runs_dir_option
 @click.pass_context
-def resume(ctx: click.Context, run: str, strict: bool, runs_dir: Path | None) -> None:
+def resume(
+    ctx: click.Context, /, run: str, strict: bool, runs_dir: Path | None, **given: Any
+) -> None:
     """Resume RUN from its last checkpoint, with its recorded command."""
     past = open_run(run, runs_dir)
     with working_folder_of(past):
-        options = ["--resume", str(past.path.absolute())]
-        options += ["--runs-dir", str(past.path.parent.absolute())]
-        options += ["--strict"] if strict else []
-        ctx.invoke(fit, **parse_recorded_fit(past, options))
+        options = read_recorded_fit(past, given)
+        options["resume"] = str(past.path.absolute())
+        options["runs_dir"] = past.path.parent.absolute()
+        options["strict"] = strict or options["strict"]
+        ctx.invoke(fit, **options)
 
 
 @click.command(
@@ -136,7 +159,7 @@ def train(experiment: Experiment, options: dict[str, Any]) -> Fitted:
     """Fit an experiment with the options of ``harness fit``, and save the model."""
     from harness.callbacks import ModelCheckpoint, ResumeFromCheckpoint  # noqa: PLC0415  imports torch
 
-    callbacks = list(experiment.callbacks)
+    callbacks = [*experiment.callbacks, record_arguments(options)]
     if options["resume"] is not None:
         checkpoints = (
             open_run(options["resume"], options["runs_dir"]).path / "checkpoints"
@@ -236,12 +259,70 @@ def working_folder_of(past: PastRun) -> Iterator[None]:
         os.chdir(current)
 
 
-def parse_recorded_fit(past: PastRun, options: list[str]) -> dict[str, Any]:
-    """Parse the recorded arguments of ``fit``; `options` replace --resume and --runs-dir."""
-    recorded = find_fit_arguments(past.manifest.command, past.id)
-    arguments = remove_options(recorded, "--resume", "--runs-dir") + options
-    parent = click.get_current_context()
-    return dict(fit.make_context("fit", arguments, parent).params)
+def record_arguments(options: Mapping[str, Any]) -> Callback:
+    """Return a callback that keeps the arguments of ``harness fit`` in the run.
+
+    They are kept apart from the command that is shown, whose secrets are masked. A
+    secret is left out here, so that ``resume`` asks for it and never uses a mask.
+    """
+    from harness.callback import Callback  # noqa: PLC0415  imports torch
+
+    arguments = {name: options[name] for name in _REPLAYED}
+    arguments["config"] = options["config"] and str(options["config"])
+    secrets = {}
+    for option in ("sets", "opts"):
+        hidden = [n for n, text in options[option].items() if is_secret(n, text)]
+        arguments[option] = {
+            name: text for name, text in options[option].items() if name not in hidden
+        }
+        secrets[option] = hidden
+
+    class RecordArguments(Callback):
+        def on_fit_begin(self) -> None:
+            self.ctx.run.save_manifest(fit=arguments, fit_secrets=secrets)
+
+    return RecordArguments()
+
+
+def read_recorded_fit(past: PastRun, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of the ``harness fit`` that a run recorded.
+
+    Parameters
+    ----------
+    past
+        The run.
+    given
+        Secrets that the run did not record: ``sets`` and ``opts``, as of ``fit``.
+
+    Raises
+    ------
+    click.UsageError
+        If another command started the run, or a secret is missing.
+    """
+    recorded = past.manifest.extra.get("fit")
+    if recorded is None:  # a run of an earlier version
+        arguments = find_fit_arguments(past.manifest.command, past.id)
+        arguments = remove_options(arguments, "--resume", "--runs-dir")
+    else:
+        arguments = [recorded["target"]]
+    context = fit.make_context("fit", arguments, click.get_current_context())
+    options = {**context.params, **(recorded or {})}
+    if options["config"] is not None:
+        options["config"] = Path(options["config"])
+    secrets = past.manifest.extra.get("fit_secrets") or {}
+    for option, flag in (("sets", "--set"), ("opts", "--opt")):
+        options[option] = {**options[option], **given[option]}
+        missing = [
+            name for name in secrets.get(option, ()) if name not in given[option]
+        ]
+        missing += [name for name, text in options[option].items() if text == MASK]
+        for name in missing:
+            msg = f"run {past.id!r}: expected {flag} {name}=VALUE, got no value."
+            raise click.UsageError(
+                f"{msg} It is a secret, which the run does not record. Add {flag} "
+                f"{name}=VALUE to this command."
+            )
+    return options
 
 
 def find_fit_arguments(command: Sequence[str], run_id: str) -> list[str]:

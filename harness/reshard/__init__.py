@@ -1,1 +1,1 @@
-"""Convert checkpoints between numbers of ranks, ZeRO stages and precisions."""
+"""Resume a checkpoint on other ranks, ZeRO stages or precisions."""

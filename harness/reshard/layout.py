@@ -1,11 +1,11 @@
-"""Layouts: where the pieces of parameters are in the tensors that an optimizer steps.
+"""Which piece of which parameter lies where in the tensors that an optimizer steps.
 
-A plain optimizer steps the parameters themselves. DeepSpeed steps flat tensors that contain
-many parameters one after another, and a rank may have only a part of them.
+A plain optimizer steps the parameters themselves. DeepSpeed steps flat tensors in which many
+parameters lie one after another, and of which each rank may hold a part.
 
-A layout is an int64 tensor of shape (pieces, 5). The columns are: index of the stepped
-tensor, index of the parameter in ``Module.parameters``, start of the piece in the stepped
-tensor, start of the piece in the flattened parameter, and its length.
+A layout is an int64 tensor of shape (pieces, 5), each row: number of the stepped tensor,
+number of the parameter as ``Module.parameters`` counts, where the piece begins in the stepped
+tensor, where it begins in the flattened parameter, and its length.
 """
 
 from __future__ import annotations
@@ -20,26 +20,24 @@ ELEMENTWISE = frozenset(
     {"Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam"}
     | {"RMSprop", "Rprop", "SGD"}
 )
-"""Optimizers of torch 2.13 that update each element by itself.
-
-ZeRO may divide their parameters anywhere.
-"""
+"""Optimizers of torch 2.13 that update each element by itself, so that ZeRO may divide
+them anywhere."""
 
 BY_MATRIX = frozenset({"Adafactor", "Muon"})
-"""Optimizers whose state depends on the shape of the whole parameter."""
+"""Those that look at whole matrices: what they keep depends on the shape."""
 
 _Piece = tuple[int, Tensor, int, int, int]
 
 
 def make_plain_layout(model: nn.Module, stepped: Sequence[Tensor]) -> Tensor:
-    """Make the layout of an optimizer that steps whole parameters."""
+    """Layout of an optimizer that steps whole parameters, one by one."""
     return _make_layout(model, _whole_pieces(stepped))
 
 
 def make_engine_layout(
     model: nn.Module, engine: Any, stepped: Sequence[Tensor], rank: int
 ) -> Tensor:
-    """Make the layout of the tensors that an engine's optimizer steps on one rank.
+    """Layout of what an engine's optimizer steps on one rank.
 
     Parameters
     ----------
@@ -48,7 +46,7 @@ def make_engine_layout(
     engine
         DeepSpeed's engine.
     stepped
-        Tensors that its optimizer steps.
+        The tensors that its optimizer steps.
     rank
         This rank.
 
@@ -67,34 +65,34 @@ def make_engine_layout(
             groups = getattr(wrapper, f"{kind}_groups")
             return _make_layout(model, _flat_pieces(groups, flats, stepped, rank))
     copied = getattr(wrapper, "fp16_groups", None)
-    params = stepped if copied is None else [p for group in copied for p in group]
-    return _make_layout(model, _whole_pieces(params))
+    whole = stepped if copied is None else [p for group in copied for p in group]
+    return _make_layout(model, _whole_pieces(whole))
 
 
 def group_members(
     model: nn.Module, groups: Iterable[Mapping[str, Any]]
 ) -> list[list[int]]:
-    """Indexes of the parameters in each of an optimizer's groups."""
-    indexes = {id(param): n for n, param in enumerate(model.parameters())}
+    """Numbers of the parameters in each of an optimizer's groups."""
+    numbers = {id(param): n for n, param in enumerate(model.parameters())}
     return [
-        [indexes[id(param)] for param in group["params"] if id(param) in indexes]
+        [numbers[id(param)] for param in group["params"] if id(param) in numbers]
         for group in groups
     ]
 
 
 def _make_layout(model: nn.Module, pieces: Iterable[_Piece]) -> Tensor:
-    """Put the pieces in a tensor, with the index of each parameter."""
-    indexes = {id(param): n for n, param in enumerate(model.parameters())}
+    """The layout, with parameters by their numbers."""
+    numbers = {id(param): n for n, param in enumerate(model.parameters())}
     rows = [
-        (n, indexes[id(param)], at, start, length)
+        (n, numbers[id(param)], at, start, length)
         for n, param, at, start, length in pieces
-        if id(param) in indexes
+        if id(param) in numbers
     ]
     return torch.tensor(rows, dtype=torch.int64).reshape(-1, 5)
 
 
 def _whole_pieces(params: Sequence[Tensor]) -> Iterator[_Piece]:
-    """Pieces of an optimizer that steps each parameter by itself."""
+    """Each parameter is stepped by itself."""
     for n, param in enumerate(params):
         yield n, param, 0, 0, param.numel()
 
@@ -105,7 +103,7 @@ def _flat_pieces(
     stepped: Sequence[Tensor],
     rank: int,
 ) -> Iterator[_Piece]:
-    """Pieces of flat groups, of which a rank steps all or an equal part."""
+    """Each group lies in one flat tensor; ranks step equal parts of it, or all of it."""
     for n, (params, flat) in enumerate(zip(groups, flats, strict=True)):
         size = stepped[n].numel()
         first = 0 if size == flat.numel() else rank * size
@@ -118,7 +116,7 @@ def _flat_pieces(
 
 
 def _partitioned_pieces(wrapper: Any, rank: int) -> Iterator[_Piece]:
-    """Pieces at ZeRO 3: one part of each parameter; the last part may be shorter."""
+    """Of each parameter a rank steps one part (ZeRO 3); the last part may be shorter."""
     for params in wrapper.fp16_groups:
         for param in params:
             n, at, size = wrapper.grad_position[wrapper.get_param_id(param)]

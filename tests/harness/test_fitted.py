@@ -7,6 +7,8 @@ import math
 import pickle
 import shutil
 import struct
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -281,7 +283,7 @@ HARMS = {
         lambda p: edit(p, records=5),
         "expected object in field 'records', got int",
     ),
-    "module above": (lambda p: edit(p, module="..os:path"), "expected to import"),
+    "module above": (lambda p: edit(p, module="..os:path"), "that is imported"),
     "newer format": (lambda p: edit(p, format=99), "expected format 1, got 99"),
     "no class": (lambda p: edit(p, module="os:nothing"), "expected to import"),
     "no model": (lambda p: edit(p, module="os:system"), r"to be an nn\.Module class"),
@@ -300,3 +302,38 @@ def test_load_torn_or_hostile_is_refused_and_runs_nothing(harm, saved):
     with pytest.raises(harness.CheckpointError, match=match):
         harness.load(saved)
     assert not (saved / "ran").exists()
+
+
+def test_load_imports_no_module_unless_trusted(saved, tmp_path, monkeypatch):
+    (tmp_path / "far_net.py").write_text(
+        "import pathlib\n"
+        "pathlib.Path(__file__).with_name('ran').touch()\n"
+        "from tests.harness.fakes import Net as Base\n"
+        "class Net(Base): pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    edit(saved, module="far_net:Net")
+    with pytest.raises(harness.CheckpointError, match=r"module=, or trust=True"):
+        harness.load(saved)
+    assert not (tmp_path / "ran").exists()
+    assert "far_net" not in sys.modules
+    assert type(harness.load(saved, module=Net).model) is Net
+    try:
+        assert type(harness.load(saved, trust=True).model).__module__ == "far_net"
+    finally:
+        sys.modules.pop("far_net", None)
+
+
+@pytest.mark.parametrize("name", ["lazy:Net", "lazy:sub.Net", "lazy"])
+def test_load_asks_no_module_for_names_it_makes_up(name, saved):
+    asked = []
+    lazy = types.ModuleType("lazy")
+    vars(lazy)["__getattr__"] = asked.append
+    sys.modules["lazy"] = lazy
+    edit(saved, module=name)
+    try:
+        with pytest.raises(harness.CheckpointError, match="expected to import"):
+            harness.load(saved)
+    finally:
+        del sys.modules["lazy"]
+    assert asked == []

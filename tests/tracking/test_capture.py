@@ -134,3 +134,22 @@ def test_packages_are_those_that_are_installed():
     found = packages()
     for name in ("pyarrow", "numpy", "pytest"):
         assert found[name] == importlib.metadata.version(name)
+
+
+def test_code_state_diff_leaves_out_settings_with_secrets_and_masks_code(repo):
+    files = {
+        "login.yaml": "api_key: {}\n",
+        "model.yaml": "num_tokens: {}\n",
+        "client.py": "password = '{}'\n",
+    }
+    for name, text in files.items():
+        (repo / name).write_text(text.format("before"))
+    git(repo, "add", ".")
+    git(repo, "commit", "-q", "-m", "settings")
+    for name, text in files.items():
+        (repo / name).write_text(text.format("hunter22"))
+    diff = code_state(repo).diff
+    assert "# left out, it seems to hold secrets: login.yaml" in diff
+    assert "+num_tokens: hunter22\n" in diff
+    assert "+password = '***'\n" in diff
+    assert diff.count("hunter22") == 1

@@ -1,8 +1,21 @@
 from __future__ import annotations
 
+from urllib.parse import quote
+
 import pytest
 
-from tracking.redaction import collect_secrets, mask_arguments, redact, strip_url
+from tracking.redaction import (
+    MASK,
+    collect_argument_secrets,
+    collect_secrets,
+    has_secret_settings,
+    is_secret_name,
+    mask_arguments,
+    redact,
+    redact_address,
+    redact_code,
+    strip_url,
+)
 
 
 def test_redact_removes_the_credentials_of_every_url():
@@ -52,3 +65,119 @@ def test_mask_arguments_hides_values_of_arguments_named_like_secrets():
 )
 def test_strip_url_keeps_scheme_host_and_path(text, shown):
     assert strip_url(text) == shown
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["API_KEY", "--hub-token", "hubToken", "DB_PASSWORD", "aws_secret_access_key"],
+)
+def test_name_with_a_word_of_secrets_is_secret(name):
+    assert is_secret_name(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("num_tokens", "max_token", "TOKENIZER_DIR", "token_dim", "pad_token"),
+        *("TOKEN_FILE", "secretary", "key", "keys", "passes", "author", "monkey"),
+    ],
+)
+def test_name_that_only_resembles_a_secret_is_none(name):
+    assert not is_secret_name(name)
+
+
+def test_path_in_a_variable_of_a_secret_is_no_secret(tmp_path):
+    assert collect_secrets({"TOKEN": str(tmp_path), "MY_SECRET": "./folder"}) == ()
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        (["--set", "num_tokens=8"], ["--set", "num_tokens=8"]),
+        (["--tokenizer", "gpt2"], ["--tokenizer", "gpt2"]),
+        (["--set", "token=None"], ["--set", "token=None"]),
+        (["db=postgres://u:pw@h/x"], ["db=postgres://h/x"]),
+        (["-H", "Authorization: Bearer abc def"], ["-H", "Authorization: ***"]),
+        (["--header=X-Api-Key: abc"], ["--header=X-Api-Key: ***"]),
+        (["-p", "hunter2"], ["-p", "***"]),
+        (["-p", "8080"], ["-p", "8080"]),
+        (["-u", "me:pw"], ["-u", "***"]),
+        (["-u", "train.py"], ["-u", "train.py"]),
+        (["http://h/?password=X&a=1"], ["http://h/?password=***&a=1"]),
+        (['{"api_key": "abc", "n": 1}'], ['{"api_key": "***", "n": 1}']),
+    ],
+)
+def test_mask_arguments_of_many_forms(words, shown):
+    assert mask_arguments(words) == shown
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("login {'password': 'x1', 'user': 'me'}", "login {'password': '***', 'user': 'me'}"),
+        ("connect(host='h', api_key='x1')", "connect(host='h', api_key='***')"),
+        ("401 for http://h/?token=x1&n=2", "401 for http://h/?token=***&n=2"),
+        ("--token x1 failed", "--token *** failed"),
+        ("key hf_abcdefghijklmnopqrst is old", "key *** is old"),
+        ("Authorization: Basic dTpw", "Authorization: ***"),
+        ("expected num_tokens=8, got 9", "expected num_tokens=8, got 9"),
+        ("unexpected token: foo", "unexpected token: foo"),
+        ("KeyError: 'api_key'", "KeyError: 'api_key'"),
+    ],
+)  # fmt: skip
+def test_redact_of_secrets_quoted_in_messages(text, shown):
+    assert redact(text) == shown
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--token", 'hun"ter/2 x'],
+        ["api_key=hunter22"],
+        ["db=postgres://u:hunter22@h"],
+        ["-H", "Authorization: Bearer hunter22"],
+        ["-p", "hun"],
+    ],
+)
+def test_masked_argument_is_masked_in_messages_too(words):
+    secrets = collect_argument_secrets(words)
+    value = words[-1].removeprefix("api_key=").removeprefix("db=postgres://u:")
+    value = value.removesuffix("@h").removeprefix("Authorization: Bearer ")
+    for text in (
+        f"got {value}.",
+        f"got {value!r}.",
+        f"at http://h/{quote(value, '')} x",
+    ):
+        assert value not in redact(text, secrets)
+        assert quote(value, "") not in redact(text, secrets)
+        assert MASK in redact(text, secrets)
+    assert redact("the hunt", secrets) == "the hunt"
+
+
+def test_address_that_is_a_path_is_never_masked():
+    assert redact_address("sqlite:////home/alice7/x.db", ["alice7"]) == (
+        "sqlite:////home/alice7/x.db"
+    )
+    assert redact_address("http://u:p@h/alice7", ["alice7"]) == "http://h/***"
+
+
+def test_redact_code_masks_texts_and_leaves_names():
+    code = (
+        'api_key = "x1"\nlogin(token=read_token(), password=PASSWORD)\nnum_tokens = 8'
+    )
+    assert redact_code(code) == code.replace("x1", MASK)
+
+
+@pytest.mark.parametrize(
+    ("text", "has_some"),
+    [
+        ("+api_key: abc", True),
+        ("+  token = abc", True),
+        ('+ "password": "x1",', True),
+        ("+num_tokens: 8", False),
+        ("+password: ${PASSWORD}", False),
+        ("+token: null", False),
+    ],
+)
+def test_settings_with_secrets_are_found(text, has_some):
+    assert has_secret_settings(text) is has_some

@@ -308,7 +308,7 @@ def _find_store(runs_dir: Path | None) -> tuple[str, str]:
     if settings.tracking_uri is None and latest is not None:
         return latest.tracking_uri, latest.experiment_id or "0"
     uri = resolve_uri(Path.cwd(), settings.tracking_uri)
-    if latest is not None and latest.tracking_uri == settings.redact(uri):
+    if latest is not None and latest.tracking_uri == settings.redact_address(uri):
         return uri, latest.experiment_id or "0"
     return uri, "0"
 

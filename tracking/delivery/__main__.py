@@ -204,6 +204,7 @@ def _make_resolver(path: Path, settings: Settings) -> RunResolver:
         experiment_name=settings.experiment_name,
         experiment_id=settings.experiment_id,
         redact=settings.redact,
+        redact_address=settings.redact_address,
     )
 
 

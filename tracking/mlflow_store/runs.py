@@ -41,6 +41,8 @@ class RunResolver:
         From MLflow's own variables; used if the run names no experiment.
     redact
         Masks the secrets in a text.
+    redact_address
+        Masks the secrets in the address of a store.
 
     Attributes
     ----------
@@ -63,11 +65,12 @@ class RunResolver:
         experiment_name: str | None = None,
         experiment_id: str | None = None,
         redact: Callable[[str], str] = str,
+        redact_address: Callable[[str], str] = str,
     ) -> None:
         self.manifest = Manifest.read(run_path)
         self.client: StoreClient
         self.is_borrowed = bool(self.manifest.mlflow.get("borrowed"))
-        self.uri = redact(uri)
+        self.uri = redact_address(uri)
         self._run_path = run_path
         self._secret_uri = uri
         self._open_client = open_client

@@ -177,3 +177,45 @@ def test_remove_options_takes_their_values_too():
     arguments = ["a", "--resume", "x", "--epochs=3", "--runs-dir=y", "b"]
     kept = remove_options(arguments, "--resume", "--runs-dir")
     assert kept == ["a", "--epochs=3", "b"]
+
+
+TOKENS = """
+import torch, harness
+from torch import nn
+def make(num_tokens: int = 16, api_key: str = "", url: str = ""):
+    assert api_key != "***" and "v=1" in url
+    data = torch.utils.data.TensorDataset(torch.ones(8, num_tokens), torch.ones(8, 1))
+    learner = harness.setup(module=nn.Linear, loss=nn.MSELoss(), optimizer=torch.optim.SGD)
+    learner = learner.set_hparams(in_features=num_tokens, out_features=1)
+    return harness.Experiment(
+        learner=learner.set_opt_hparams(lr=0.01), data=data, valid_data=0.25, epochs=1, seed=1
+    )
+"""
+
+
+def test_recorded_arguments_are_replayed_as_given_and_secrets_asked_for(call, folder):
+    (folder / "exp_cli.py").write_text(TOKENS)
+    sets = ["num_tokens=8", "api_key=hunter22", "url=http://h/x?v=1"]
+    words = [word for text in sets for word in ("--set", text)]
+    options = ["--no-deliver", "--quiet", "--name", "r"]
+    assert call("fit", "exp_cli.py:make", *words, *options).exit_code == 0
+    past = tracking.open("r", runs_dir="runs")
+    assert past.manifest.extra["fit"]["sets"] == {
+        "num_tokens": "8",
+        "url": "http://h/x?v=1",
+    }
+    assert "hunter22" not in (past.path / "run.json").read_text()
+    for command in ("evaluate", "resume"):
+        refused = call(command, "r")
+        assert refused.exit_code == 2
+        assert "expected --set api_key=VALUE, got no value" in refused.output
+        assert call(command, "r", "--set", "api_key=hunter22").exit_code == 0
+
+
+def test_mask_in_the_command_of_an_older_run_is_never_replayed(call, folder):
+    with tracking.start(runs_dir="runs", name="old", delivery=False) as run:
+        run.manifest.command = ["harness", "fit", "exp_cli.py:experiment"]
+        run.manifest.command += ["--set", "hidden=***"]
+    found = call("evaluate", "old")
+    assert found.exit_code == 2
+    assert "expected --set hidden=VALUE" in found.output

@@ -217,9 +217,7 @@ def check_same(found: ConsolidatedState | None, saved: ConsolidatedState) -> Non
 
 
 def flat(value: Any) -> Tensor:
-    return (
-        value.assemble() if isinstance(value, TensorPieces) else torch.as_tensor(value)
-    )
+    return value.whole() if isinstance(value, TensorPieces) else torch.as_tensor(value)
 
 
 @pytest.fixture(scope="module")
