@@ -127,10 +127,9 @@ class Context:
         self._min_epochs, self._max_epochs, self._model = 0, NO_LIMIT, None
         self.clean()
         self.run = run or NullRun()
-        self.accelerator = accelerator
+        self.accelerator, self.training = accelerator, training
         self.set_verbose(verbose)
         self.callbacks = callbacks
-        self.training = training
 
     def __setattr__(self, name: str, value: object) -> None:
         try:
@@ -193,14 +192,15 @@ class Context:
             A number, a 0-d tensor, or a dict of those by optimizer name.
         """
         split, epoch = ("train" if self.training else "valid"), self.epoch
-        current = self.record_book.get_last_dict("metrics", split, epoch)
-        if type(value) is float and current is not None:
-            # The common call, at a third of the time: the epoch has its dict already.
-            self.run.log(
-                "metrics", split, {name: value}, epoch, epoch=epoch, step=self.step
-            )
-            current[name] = value
-            return
+        series = self.record_book.values.get("metrics", {}).get(split)
+        if type(value) is float and series and epoch == len(series):
+            current = series[-1]
+            if type(current) is dict:  # the common call, at a third of the time
+                self.run.log(
+                    "metrics", split, {name: value}, epoch, epoch=epoch, step=self.step
+                )
+                current[name] = value
+                return
         self.log("metrics", split, {name: value}, index=epoch)
 
     def log_step(self, values: Mapping[str, object]) -> None:
@@ -300,6 +300,8 @@ class Context:
 
     @model.setter
     def model(self, new: nn.Module | None) -> None:
+        if new is not None:
+            checks.check_model_names(new, ["ctx"])
         if self._model is not None:
             self._model.__dict__.pop("ctx", None)
         self._model = new
@@ -310,8 +312,8 @@ class Context:
     def device(self) -> torch.device:
         """Device of the accelerator. Read-only."""
         if self.accelerator is None:
-            msg = "ctx.device: expected an accelerator, got None."
-            raise AttributeError(f"{msg} Set ctx.accelerator first.")
+            msg = "ctx.device: expected an accelerator, got None. Set ctx.accelerator."
+            raise AttributeError(msg)
         return self.accelerator.device
 
     @property

@@ -160,7 +160,8 @@ class Learner:
         valid_data
             Share of `data` in (0, 1), data in one of the same forms, or None.
         callbacks
-            Instances of ``harness.Callback``, added to the default ones.
+            Instances of ``harness.Callback``, added to the default ones. One of the class of
+            a default callback, such as ``Profile``, replaces it.
         accelerator
             None: one device, or DeepSpeed if several ranks were launched.
         verbose
@@ -210,7 +211,7 @@ class Learner:
             epochs=epochs,
             accelerator=accelerator,
             verbose=verbose,
-            callbacks=[*default_callbacks(self.metrics), *callbacks],
+            callbacks=add_defaults(default_callbacks(self.metrics), callbacks),
         )
         ctx.backward = self._get_backward(ctx)
         ctx.about = {**describe_fit(ctx), "code": get_code_commit()}
@@ -310,7 +311,7 @@ class Learner:
             accelerator=accelerator,
             verbose=verbose,
             run=make_null_run(),
-            callbacks=[TrainValid(), Metrics(measured), *check_callbacks(callbacks)],
+            callbacks=add_defaults([TrainValid(), Metrics(measured)], callbacks),
         )
         with restore_model_after(ctx):
             loop.evaluate(ctx)
@@ -360,7 +361,7 @@ class Learner:
             accelerator=accelerator,
             verbose=verbose,
             run=make_null_run(),
-            callbacks=[TrainValid(), *check_callbacks(callbacks)],
+            callbacks=add_defaults([TrainValid()], callbacks),
         )
         with restore_model_after(ctx):
             return join(loop.predict(ctx))
@@ -409,7 +410,7 @@ def setup(
     ----------
     luz 0.5.0, ``setup``. Differs from luz: the class itself is not changed.
     """
-    check_setup(module, loss, optimizer)
+    check_setup(module, loss, optimizer, backward)
     learner = Learner(
         module=module,
         loss=loss,
@@ -437,6 +438,19 @@ def build_loaders(
 def default_callbacks(metrics: MetricSet) -> list[Callback]:
     """Return the callbacks of every fit."""
     return [Profile(), TrainValid(), Metrics(metrics), Progress(), Interrupt()]
+
+
+def add_defaults(
+    defaults: Iterable[Callback], given: Iterable[Callback]
+) -> list[Callback]:
+    """Return default callbacks and given ones; a given one replaces the default it derives from."""
+    given = check_callbacks(given)
+    kept = [
+        default
+        for default in defaults
+        if not any(isinstance(callback, type(default)) for callback in given)
+    ]
+    return [*kept, *given]
 
 
 def seed_all(seed: int) -> None:

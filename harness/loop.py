@@ -195,6 +195,9 @@ def fit(ctx: Context) -> None:
                     if ctx.valid_data is not None:
                         valid_epoch(ctx)
                     ctx.call_callbacks("on_epoch_end")
+                    continue
+                drop_gradients(ctx)
+        drop_gradients(ctx)
         ctx.call_callbacks("on_fit_end")
 
 
@@ -213,6 +216,7 @@ def train_epoch(ctx: Context) -> None:
         step()
         ctx.trained = ctx.iter
         fire("on_train_batch_end")
+    ctx.accelerator.drop_window()
     if not is_over:
         fire("on_train_end")
 
@@ -261,6 +265,14 @@ def gather_output(pred: object, accelerator: Accelerator) -> Any:
     return map_tensors(
         copy_by_value(pred), lambda tensor: accelerator.gather(tensor).cpu()
     )
+
+
+def drop_gradients(ctx: Context) -> None:
+    """Clear what an epoch leaves behind that was ended early."""
+    assert ctx.accelerator is not None
+    ctx.accelerator.drop_window()
+    for opt in ctx.optimizers.values():
+        opt.zero_grad()
 
 
 def get_step(ctx: Context) -> Callable[[], object]:

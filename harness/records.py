@@ -26,17 +26,22 @@ class RecordBook:
     ----------
     records
         Initial records; None: none.
+
+    Attributes
+    ----------
+    values : dict
+        The records, with unread tensors; ``read`` returns them as plain numbers.
     """
 
     def __init__(self, records: Records | None = None) -> None:
         if records is None:
             records = {"metrics": {"train": [], "valid": []}}
-        self._records = records
+        self.values = records
         self._unread: list[tuple[Any, Any]] = []  # containers and keys of tensors
 
     def get_series(self, what: str, set: str) -> list[Any]:
         """The series of a set, with its tensors unread; an empty list if there is none."""
-        return self._records.get(what, {}).get(set, [])
+        return self.values.get(what, {}).get(set, [])
 
     def check_index(self, what: str, set: str, index: int | None) -> int:
         """Return the index to log at, from 1; None stands for the end of the series.
@@ -59,18 +64,9 @@ class RecordBook:
         at = len(series) if index is None else index
         return series[at - 1] if 1 <= at <= len(series) else None
 
-    def get_last_dict(
-        self, what: str, set: str, index: int | None
-    ) -> dict[str, Any] | None:
-        """The dict at an index, if it is the last of its series; None otherwise."""
-        series = self._records.get(what, {}).get(set)
-        if series and len(series) == index and type(series[-1]) is dict:
-            return series[-1]
-        return None
-
     def add(self, what: str, set: str, value: Any, index: int, append: bool) -> None:
         """Add a value at an index from 1, or replace what is there."""
-        series = self._records.setdefault(what, {}).setdefault(set, [])
+        series = self.values.setdefault(what, {}).setdefault(set, [])
         while len(series) < index:
             series.append(None)
         current = series[index - 1]
@@ -94,13 +90,13 @@ class RecordBook:
             if isinstance(container[key], ARRAYS):
                 container[key] = container[key].tolist()
         self._unread.clear()
-        return self._records
+        return self.values
 
     def count(self) -> dict[str, dict[str, int]]:
         """Length of each series; nothing is read from a device."""
         return {
             what: {split: len(series) for split, series in sets.items()}
-            for what, sets in self._records.items()
+            for what, sets in self.values.items()
         }
 
 
@@ -129,15 +125,17 @@ class NullRun:
     def __init__(
         self, check_value: Callable[[object, str], object] | None = None
     ) -> None:
-        self._check_value = check_value or (lambda value, place: None)
+        self._check_value = check_value
 
     def log(self, what: str, set: str, value: object, *_: object, **__: object) -> None:
         """Check the value and drop it."""
-        self._check_value(value, f"log({what!r}, {set!r})")
+        if self._check_value is not None:
+            self._check_value(value, f"log({what!r}, {set!r})")
 
     def log_metric(self, name: str, value: object, **_: object) -> None:
         """Check the value and drop it."""
-        self._check_value({name: value}, "log_metric")
+        if self._check_value is not None:
+            self._check_value({name: value}, "log_metric")
 
     def log_step(
         self,
@@ -148,7 +146,8 @@ class NullRun:
         **_: object,
     ) -> None:
         """Check the values and drop them."""
-        self._check_value(values, f"log_step(set={set!r})")
+        if self._check_value is not None:
+            self._check_value(values, f"log_step(set={set!r})")
 
     def position(self) -> int:
         """Position before the first row."""

@@ -6,19 +6,23 @@ a callback needs of the fit is checked in its ``check`` method.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import operator
 from collections.abc import Iterable, Mapping
 from numbers import Integral
 from typing import Any, NoReturn
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from harness.callback import Callback
 from harness.events import nearest
 
 
-def check_setup(module: object, loss: object, optimizer: object) -> None:
+def check_setup(
+    module: object, loss: object, optimizer: object, backward: object = None
+) -> None:
     """Check the arguments of ``setup`` that a model is built from.
 
     Raises
@@ -48,6 +52,86 @@ def check_setup(module: object, loss: object, optimizer: object) -> None:
     if isinstance(loss, type):
         msg = f"setup(loss): expected an instance, got the class {loss.__name__}."
         raise TypeError(f"{msg} Write {loss.__name__}().")
+    if loss is not None and not callable(loss):
+        msg = f"setup(loss): expected a function or module, got {loss!r}."
+        raise TypeError(f"{msg} Pass for example torch.nn.MSELoss().")
+    if backward is not None and not callable(backward):
+        msg = f"setup(backward): expected a function of the loss, got {backward!r}."
+        raise TypeError(f"{msg} Leave it out for the accelerator's backward.")
+
+
+_METHODS = {
+    "loss": "loss(self, pred, target)",
+    "set_optimizers": "set_optimizers(self, **opt_hparams)",
+    "step": "step(self)",
+    "predict": "predict(self, input)",
+    "backward": "backward(self, loss)",
+}
+"""Methods that a model may define, and how."""
+
+
+def check_model_names(
+    model: nn.Module | type, names: Iterable[str] = ("ctx", *_METHODS)
+) -> None:
+    """Check that the names which ``harness`` uses in a model mean what it expects.
+
+    Parameters
+    ----------
+    model
+        A model or its class. In a class only what its body defines can be checked.
+    names
+        Names to check.
+
+    Raises
+    ------
+    TypeError
+        If ``ctx`` is taken, or ``step``, ``predict``, ``backward``, ``set_optimizers`` or
+        ``loss`` is something else than a method. A submodule ``loss`` is the loss.
+    """
+    cls = model if isinstance(model, type) else type(model)
+    own = {} if isinstance(model, type) else vars(model)
+    for name in names:
+        value = inspect.getattr_static(cls, name, None)
+        if not isinstance(value, property | functools.cached_property):
+            value = getattr(model, name, None)
+        is_placeholder = value is None and (name != "ctx" or name not in own)
+        if is_placeholder or _is_usable(name, value):
+            continue
+        what = type(value).__name__ if isinstance(value, Tensor | nn.Module) else value
+        expected = f"a method {_METHODS.get(name)}"
+        if name == "loss":
+            expected += " or a loss module"
+        if name == "ctx":
+            expected = "no such attribute, because it is the context during a fit"
+        msg = f"{cls.__name__}.{name}: expected {expected}, got {what!s:.100}."
+        raise TypeError(f"{msg} Rename it, for example to 'own_{name}'.")
+
+
+def _is_usable(name: str, value: object) -> bool:
+    """Whether ``harness`` can use an attribute of a model for what its name says."""
+    if name == "ctx":
+        return hasattr(value, "call_callbacks")  # a context, bound by another fit
+    if isinstance(value, type) or not callable(value):
+        return False
+    if isinstance(value, nn.Module):
+        # A container such as ModuleDict has no forward.
+        return name == "loss" and type(value).forward is not nn.Module.forward
+    return True
+
+
+def _defines(model: nn.Module | type, name: str) -> bool:
+    """Whether a model has something under a name, or its class may set it when it is built."""
+    if getattr(model, name, None) is not None:
+        return True
+    if not isinstance(model, type):
+        return False
+    functions = [
+        getattr(value, "__code__", None)
+        for cls in model.__mro__
+        if cls is not nn.Module
+        for value in vars(cls).values()
+    ]
+    return any(name in (*code.co_names, *code.co_consts) for code in functions if code)
 
 
 def check_model(model: object) -> nn.Module:
@@ -81,7 +165,7 @@ def check_loss(place: str, model: nn.Module | type, loss: object) -> None:
     ValueError
         If there is no loss.
     """
-    if loss is None and not hasattr(model, "loss") and not hasattr(model, "step"):
+    if loss is None and not _defines(model, "loss") and not _defines(model, "step"):
         name = model.__name__ if isinstance(model, type) else type(model).__name__
         msg = f"{place}: expected a loss, got none, and {name} has no loss or step."
         advice = f"Pass setup(loss=...), or define {name}.loss(pred, target)."
@@ -93,12 +177,15 @@ def check_definition(model: nn.Module | type, loss: object, optimizer: object) -
 
     Raises
     ------
+    TypeError
+        If the model uses a name of ``harness`` for something else.
     ValueError
         If there is no loss or no optimizer.
     """
     name = model.__name__ if isinstance(model, type) else type(model).__name__
+    check_model_names(model)
     check_loss(f"setup({name})", model, loss)
-    if optimizer is None and not hasattr(model, "set_optimizers"):
+    if optimizer is None and not _defines(model, "set_optimizers"):
         msg = f"setup({name}): expected an optimizer, got none."
         raise ValueError(
             f"{msg} Pass optimizer=..., or define {name}.set_optimizers()."

@@ -15,10 +15,12 @@ from tracking import capture
 from tracking.delivery.options import check_options
 from tracking.redaction import strip_url
 from tracking.run import Run, utc_now
+from tracking.schema import check_name
 from tracking.store import (
     Manifest,
     create_run_dir,
     find_run,
+    get_rank_dir,
     get_status,
     remove_failures,
     runs_folder,
@@ -87,29 +89,42 @@ def start(
     ...     run.log("metrics", "train", {"loss": 0.31}, index=1, step=500)
     """
     options = _check_delivery(delivery)
+    for word, text in (("experiment", experiment), ("name", name), ("note", note)):
+        if text is not None:
+            check_name(text, word, "start")
     if rank < 0 or (rank > 0 and run_id is None):
         raise ValueError(
             f"start(rank={rank}): expected rank 0, or a run_id to join, got "
             f"run_id={run_id!r}. Start on rank 0 and pass its run.id to the others."
         )
+    made = None
     if rank > 0:
         assert run_id is not None
         path = runs_folder(runs_dir) / run_id
+        rank_dir = get_rank_dir(path, rank)
+        made = None if rank_dir.exists() else rank_dir
         run = Run(path, None, rank=rank, durability=durability)
-        run.restore_indices()
     elif run_id is not None:
         run = _continue(find_run(run_id, runs_dir), durability)
     else:
         run = _start_new(runs_folder(runs_dir), experiment, name, durability, save_diff)
-    if rank == 0:
-        manifest = run.manifest
-        manifest.note = note or manifest.note
-        manifest.deliver = delivery is not False
-        manifest.delivery = options or manifest.delivery
-        manifest.mlflow = manifest.mlflow or _active_mlflow_run()
-        run.save_manifest()
-    run.log_params(params or {})
-    run.set_tags(tags or {})
+        made = run.path
+    try:
+        if run_id is not None:
+            run.restore_indices()
+        run.log_params(params or {})
+        run.set_tags(tags or {})
+        if rank == 0:
+            manifest = run.manifest
+            manifest.note = note or manifest.note
+            manifest.deliver = delivery is not False
+            manifest.delivery = options or manifest.delivery
+            manifest.mlflow = manifest.mlflow or _active_mlflow_run()
+            run.save_manifest()
+            remove_failures(run.path)
+    except BaseException:
+        _undo_start(run, made)
+        raise
     if rank == 0 and delivery is not False:
         run.deliver()
     # pyarrow imports pandas with its first array, which takes half a second. Do it now,
@@ -139,16 +154,17 @@ def _start_new(
     save_diff: bool,
 ) -> Run:
     """Create a run; its folder is removed again if that fails."""
-    path, name = create_run_dir(runs, experiment, name)
     machine = capture.machine()
-    code = capture.code_state(Path.cwd())
+    folder = _get_folder()
+    code = capture.code_state(folder)
+    path, name = create_run_dir(runs, experiment, name)
     manifest = Manifest(
         id=path.name,
         name=name,
         experiment=experiment,
         created=utc_now(),
         command=capture.command(),
-        cwd=str(Path.cwd()),
+        cwd=str(folder),
         pid=os.getpid(),
         packages=capture.packages(),
         git=code.summary,
@@ -164,26 +180,37 @@ def _start_new(
     return run
 
 
+def _undo_start(run: Run, made: Path | None) -> None:
+    """Leave nothing of a run whose start failed: no thread, lock or new folder."""
+    run.abandon()
+    if made is not None:
+        shutil.rmtree(made, ignore_errors=True)
+
+
 def _continue(path: Path, durability: Literal["process", "fsync"]) -> Run:
     """Continue a run that has finished, failed or was killed."""
     manifest = Manifest.read(path)
-    status = get_status(path, manifest)
+    resumed = {
+        "time": utc_now(),
+        "status": get_status(path, manifest),
+        "command": capture.command(),
+        "host": capture.machine()["host"],
+        "pid": os.getpid(),
+        "git": capture.code_state(_get_folder()).summary,
+    }
     run = Run(path, manifest, durability=durability)
-    manifest.resumed.append(
-        {
-            "time": utc_now(),
-            "status": status,
-            "command": capture.command(),
-            "host": capture.machine()["host"],
-            "pid": os.getpid(),
-            "git": capture.code_state(Path.cwd()).summary,
-        }
-    )
+    manifest.resumed.append(resumed)
     manifest.status, manifest.ended, manifest.error = "running", None, None
-    remove_failures(path)
     manifest.pid = os.getpid()
-    run.restore_indices()
     return run
+
+
+def _get_folder() -> Path:
+    """Return the working folder, or the root if it was removed."""
+    try:
+        return Path.cwd()
+    except OSError:
+        return Path("/")
 
 
 def _active_mlflow_run() -> dict[str, Any]:

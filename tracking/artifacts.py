@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Final
 
 from tracking.durable import replace_file
+
+_PICTURE_SUFFIX: Final = re.compile(
+    r"\.(bmp|eps|gif|html|jpe?g|json|pdf|pgf|png|ps|raw|rgba|svgz?|tiff?|webp)",
+    re.IGNORECASE,
+)
+"""Formats that matplotlib, plotly and Pillow know by these suffixes."""
 
 
 def check_artifact_name(name: str, place: str) -> str:
@@ -19,6 +26,12 @@ def check_artifact_name(name: str, place: str) -> str:
             "Pass the name that it shall have below artifacts/."
         )
     return str(path)
+
+
+def add_picture_suffix(name: str) -> str:
+    """Return a picture's name with ``.png`` unless it ends in a format."""
+    has_format = _PICTURE_SUFFIX.fullmatch(PurePosixPath(name).suffix)
+    return name if has_format else f"{name}.png"
 
 
 def copy_artifact(source: Path, target: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 import warnings
@@ -39,8 +40,22 @@ def warn(message: str) -> None:
     """Warn without raising, even if filters turn warnings into errors."""
     try:
         warnings.warn(message, TrackingWarning, stacklevel=3)
-    except TrackingWarning:
-        sys.stderr.write(f"{message}\n")
+    except Exception:  # noqa: BLE001  also what a replaced stderr raises
+        write_stderr(f"{message}\n")
+
+
+def write_stderr(text: str) -> None:
+    """Write to stderr; nothing happens if it is None, closed or an object that fails."""
+    with contextlib.suppress(Exception):
+        sys.stderr.write(text)
+        sys.stderr.flush()
+
+
+def is_terminal() -> bool:
+    """Whether stderr is a terminal; False for one that cannot tell."""
+    with contextlib.suppress(Exception):
+        return bool(sys.stderr.isatty())
+    return False
 
 
 def describe_mismatch(error: Exception) -> str:

@@ -24,6 +24,7 @@ from tracking.schema import (
     fetch_values,
     find_copies,
     finish_leaf,
+    flatten_params,
     flatten_value,
 )
 from tracking.store import get_rank_dir
@@ -102,7 +103,12 @@ class RowLogger:
         TypeError, ValueError
             If any part of the value cannot be recorded. Nothing is recorded then.
         RunClosedError
-            If the run has finished, or this process was forked from the run's process.
+            If the run has finished.
+
+        Notes
+        -----
+        In a forked process, such as a worker of a DataLoader, a warning says once that
+        what is logged there is dropped.
 
         References
         ----------
@@ -175,7 +181,11 @@ class RowLogger:
         self.log("steps", set, values, epoch=epoch, step=step)
 
     def log_params(self, params: Mapping[str, Any]) -> None:
-        """Record hyper-parameters; the names of nested ones are joined by ``/``."""
+        """Record hyper-parameters; the names of nested ones are joined by ``/``.
+
+        Values of any kind are recorded: what is no number, string, small array, dict or
+        list of those, as its text.
+        """
         self._log_dict("params", params, "Run.log_params")
 
     def set_tags(self, tags: Mapping[str, Any]) -> None:
@@ -205,26 +215,30 @@ class RowLogger:
 
         Afterwards everything that was logged survives if the process is killed.
         """
-        if not self._deferred:
+        if not self._deferred or not self._journal.takes_rows():
             return
         with self._reading:
             rows = []
             while self._deferred:
                 rows.append(self._deferred.popleft())
-            try:
-                values = fetch_values(
-                    copy for _, _, _, leaf, _ in rows for copy in find_copies(leaf[3])
-                )
-            except RuntimeError as error:  # e.g. after a failed assertion on the device
-                names = sorted({f"{w}/{s}/{leaf[0]}" for _, w, s, leaf, _ in rows})
-                warn(
-                    f"run {self.id!r}: expected to read {len(rows)} tensors from their "
-                    f"device, got {error}. Lost: {', '.join(names[:10])}."
-                )
-                return
+            values = fetch_values(
+                [copy for _, _, _, leaf, _ in rows for copy in find_copies(leaf[3])]
+            )
+            lost: dict[str, str] = {}
             for now, what, set, (name, _, _, value), counts in rows:
-                leaf = finish_leaf(name, value, values, _describe_call(what, set))
-                self._journal.write(what, set, [leaf], **counts, time_us=now)
+                place = _describe_call(what, set)
+                try:
+                    leaf = finish_leaf(name, value, values, place)
+                except Exception as error:  # noqa: BLE001  one value takes no other along
+                    lost[f"{what}/{set}/{name}"] = str(error)
+                else:
+                    self._journal.write(what, set, [leaf], **counts, time_us=now)
+        if lost:
+            names = list(lost)
+            warn(
+                f"run {self.id!r}: expected to read all tensors that were logged, got "
+                f"{lost[names[0]]:.500} Lost: {', '.join(names[:10])}."
+            )
 
     def position(self) -> int:
         """``seq`` of the last row. Rows that are logged later have a higher one."""
@@ -349,7 +363,8 @@ class RowLogger:
     ) -> None:
         """Check all arguments, then write any kind of value."""
         index, epoch, step = _check_arguments(what, set, index, epoch, step)
-        self._journal.check_open()
+        if not self._journal.takes_rows():
+            return
         overwrites = not append and index is not None
         leaves = flatten_value(value, _describe_call(what, set))
         at = self._journal.get_auto_index(what, set).choose(index, step)
@@ -366,9 +381,8 @@ class RowLogger:
                 f"{place}: expected a dictionary, got {values!r:.200}. Give each value "
                 "a name."
             )
-        self._journal.check_open()
-        if values:
-            self._write(what, "", flatten_value(values, place), {})
+        if values and self._journal.takes_rows():
+            self._write(what, "", flatten_params(values, place), {})
 
     def _write(
         self, what: str, set: str, leaves: list[Leaf], counts: dict[str, int | None]

@@ -112,6 +112,7 @@ class Run(RowLogger):
             Relative name below ``artifacts/``; its suffix chooses the format.
         """
         name = artifacts.check_artifact_name(name, "Run.log_figure")
+        name = artifacts.add_picture_suffix(name)
         self._add_artifact(
             name, lambda target: artifacts.write_figure_artifact(figure, target)
         )
@@ -125,7 +126,8 @@ class Run(RowLogger):
 
     def _add_artifact(self, name: str, write: Callable[[Path], dict[str, Any]]) -> None:
         """Write an artifact and record it; a failing disk is only a warning."""
-        self._journal.check_open()
+        if not self._journal.takes_rows():
+            return
         try:
             described = write(self.path / "artifacts" / name)
         except OSError as error:
@@ -173,7 +175,7 @@ class Run(RowLogger):
 
     def save_manifest(self, **extra: Any) -> None:
         """Write the manifest on rank 0; ``extra`` is added to its field of that name."""
-        if self._manifest is None:
+        if self._manifest is None or os.getpid() != self._pid:
             return
         self._manifest.extra |= extra
         try:
@@ -239,6 +241,13 @@ class Run(RowLogger):
             )
         self._delivery.wait(last_seq, wait_s)
 
+    def abandon(self) -> None:
+        """Stop recording without ending the run, whose manifest stays as it is."""
+        self._status = "killed"
+        atexit.unregister(self._finish_at_exit)
+        self._deferred.clear()
+        self._journal.close()
+
     def _record_end(self, status: str, error: BaseException | None) -> None:
         """Write how the run ended.
 
@@ -278,7 +287,7 @@ class Run(RowLogger):
 
 def _get_status(error: BaseException | None) -> str:
     """Status of a run that ended with this exception, or without one."""
-    if error is None:
+    if error is None or isinstance(error, GeneratorExit):
         return "finished"
     if isinstance(error, KeyboardInterrupt):
         return "killed"

@@ -49,6 +49,9 @@ CONTROL: Final = ("overwrite", "rewind")
 MAX_ELEMENTS: Final = 1024
 MAX_PAYLOAD_BYTES: Final = 1 << 20
 MAX_DEPTH: Final = 100
+MAX_TEXT: Final = 100_000
+"""Characters of the text of a param."""
+
 EXACT: Final = 2**53
 
 NAMES: Final = pa.dictionary(pa.int32(), pa.string())
@@ -112,7 +115,101 @@ def flatten_value(value: object, place: str) -> list[Leaf]:
     ValueError
         If it is too large, too deep or not valid Unicode.
     """
-    return list(_flatten(value, "", "value", place, 0))
+    leaves = list(_flatten(value, "", "value", place, 0))
+    return leaves if len(leaves) < 2 else _tell_names_apart(leaves)
+
+
+def _tell_names_apart(leaves: list[Leaf]) -> list[Leaf]:
+    """Number the names that meet, such as of ``{"a/b": 1, "a": {"b": 2}}``."""
+    taken = {leaf[0] for leaf in leaves}
+    if len(taken) == len(leaves):
+        return leaves
+    used: set[str] = set()
+    found = []
+    for name, *rest in leaves:
+        fresh, number = name, 1
+        while fresh in used or (number > 1 and fresh in taken):
+            number += 1
+            fresh = f"{name}#{number}"
+        used.add(fresh)
+        found.append((fresh, *rest))
+    return found
+
+
+def flatten_params(params: Mapping[Any, Any], place: str) -> list[Leaf]:
+    """Turn values of any kind into leaves: what cannot be recorded becomes its text.
+
+    Parameters
+    ----------
+    params
+        Values by name; the names may be of any kind too.
+    place
+        Start of error messages.
+
+    Returns
+    -------
+    one leaf for each value that is no dictionary, however deep
+    """
+    return _tell_names_apart(list(_flatten_params(params, "", place, 0)))
+
+
+def _flatten_params(value: Any, name: str, place: str, depth: int) -> Iterator[Leaf]:
+    try:
+        items = list(value.items()) if isinstance(value, Mapping) else None
+    except Exception:  # noqa: BLE001  such as of a config with a missing value
+        items = None
+    if not items or depth > MAX_DEPTH:
+        yield _make_param(name, value, place)
+        return
+    for key, item in items:
+        word = _as_key(key)
+        below = f"{name}/{word}" if name else word
+        yield from _flatten_params(item, below, place, depth + 1)
+
+
+def _make_param(name: str, value: Any, place: str) -> Leaf:
+    if isinstance(value, Mapping):
+        return name, JSON, 0.0, _dump_json(_as_text(value) if value else {}, "", place)
+    try:
+        return _make_leaf(name, _as_recordable(value, 0), "value", place)
+    except (TypeError, ValueError):  # too large, too deep
+        return name, STR, 0.0, _dump_json(_as_text(value), "value", place)
+
+
+def _as_recordable(value: Any, depth: int) -> Any:
+    """Replace each part of a value that cannot be recorded by its text."""
+    if isinstance(value, list | tuple) and depth <= MAX_DEPTH:
+        return [_as_recordable(item, depth + 1) for item in value]
+    if isinstance(value, Mapping) and depth <= MAX_DEPTH:
+        return {
+            _as_key(key): _as_recordable(item, depth + 1) for key, item in value.items()
+        }
+    try:
+        _to_plain(value, "value", "", depth, [])
+    except Exception:  # noqa: BLE001  whatever it is, it has a text
+        return _as_text(value)
+    return value
+
+
+def _as_key(key: object) -> str:
+    """Name of a param; lone surrogates are written as escapes."""
+    return _as_text(key).encode(errors="backslashreplace").decode()
+
+
+def _as_text(value: object) -> str:
+    """Text of any value: the same for equal sets, and never too long for a row."""
+    try:
+        if isinstance(value, type):
+            text = f"{value.__module__}.{value.__qualname__}"
+        elif isinstance(value, set | frozenset) and value:
+            text = f"{{{', '.join(sorted(map(repr, value)))}}}"
+        else:
+            text = str(value)
+    except Exception:  # noqa: BLE001  a text of its own that fails
+        text = object.__repr__(value)
+    if len(text) <= MAX_TEXT:
+        return text
+    return f"{text[:MAX_TEXT]}... ({len(text)} characters)"
 
 
 def check_name(name: object, word: str, place: str) -> None:
@@ -132,11 +229,19 @@ def finish_leaf(name: str, value: Any, values: Mapping[int, Any], place: str) ->
     """Make the leaf of a deferred value from the results of ``fetch_values``."""
     if not isinstance(value, TensorCopy):
         return name, JSON, 0.0, _dump_json(_fill_copies(value, values), "value", place)
-    number = values[id(value)]
+    number = _get_value(value, values)
     if isinstance(number, list):
         plain = _to_plain(number, "value", place, 0, [])
         return name, ARRAY, 0.0, _dump_json(plain, "", place)
     return _make_scalar(name, number, place)
+
+
+def _get_value(copy: TensorCopy, values: Mapping[int, Any]) -> Any:
+    """Value of a copy among the results of ``fetch_values``."""
+    value = values[id(copy)]
+    if isinstance(value, Exception):
+        raise value
+    return value
 
 
 def find_copies(value: Any) -> Iterator[TensorCopy]:
@@ -307,7 +412,7 @@ def _mapping_to_plain(
 def _fill_copies(value: Any, values: Mapping[int, Any]) -> Any:
     """Replace each tensor copy in a JSON value by the value read from it."""
     if isinstance(value, TensorCopy):
-        return _to_plain(values[id(value)], "value", "", 0, [])
+        return _to_plain(_get_value(value, values), "value", "", 0, [])
     if isinstance(value, list):
         return [_fill_copies(item, values) for item in value]
     if isinstance(value, dict):
@@ -351,9 +456,28 @@ def _dump_json(plain: Any, path: str, place: str) -> str:
 
 
 def _check_tensor(value: Any, path: str, place: str) -> None:
-    _check_size(int(value.numel()), path, place)
-    if value.is_complex():
+    """Raise if a tensor cannot be read out, as far as that is known without waiting."""
+    try:
+        num_elements = int(value.numel())
+        is_plain = _has_plain_values(value)
+    except Exception as error:  # such as of a nested or masked tensor
+        raise _type_error(value, path, place) from error
+    _check_size(num_elements, path, place)
+    if not is_plain:
         raise _type_error(value, path, place)
+
+
+def _has_plain_values(tensor: Any) -> bool:
+    """Whether a tensor has a real number for each element."""
+    if tensor.is_complex() or getattr(tensor, "is_quantized", False):
+        return False
+    if getattr(tensor, "is_meta", False) or getattr(tensor, "is_nested", False):
+        return False
+    if str(getattr(tensor, "layout", "torch.strided")) != "torch.strided":
+        return False
+    if type(tensor).__module__ != "torch" and str(tensor.device) == "cpu":
+        tensor.detach().tolist()  # a subclass may not know how; on the CPU it is cheap
+    return True
 
 
 def _check_size(num_elements: int, path: str, place: str) -> None:
@@ -374,9 +498,13 @@ def _check_depth(depth: int, path: str, place: str) -> None:
 
 
 def _type_error(value: object, path: str, place: str) -> TypeError:
+    try:
+        text = f"{value!r:.200}"
+    except Exception:  # noqa: BLE001  what cannot be read out may not print itself
+        text = object.__repr__(value)
     return TypeError(
         f"{place}: expected a number, bool, string, None, small tensor or array, or a "
-        f"dict or list of those, got {value!r:.200} at {path}. "
+        f"dict or list of those, got {text} at {path}. "
         "Convert it, or save it to a file and use log_artifact."
     )
 
@@ -401,6 +529,8 @@ def copy_tensor(tensor: Any) -> TensorCopy:
 def fetch_values(copies: Iterable[TensorCopy]) -> dict[int, Any]:
     """Read copies from their devices; the values are keyed by the ``id`` of each copy.
 
+    The value of a copy that cannot be read is the exception that said so.
+
     Notes
     -----
     Scalars of one device, dtype and stream are stacked and fetched together: one wait
@@ -409,20 +539,30 @@ def fetch_values(copies: Iterable[TensorCopy]) -> dict[int, Any]:
     """
     groups: defaultdict[Any, list[TensorCopy]] = defaultdict(list)
     values: dict[int, Any] = {}
+    alone: list[TensorCopy] = []
     for copy in copies:
         if copy.tensor.ndim == 0:
             kind = (copy.tensor.device, copy.tensor.dtype, copy.stream)
             groups[kind].append(copy)
         else:
-            with _on_stream(copy.stream):
-                values[id(copy)] = copy.tensor.tolist()
+            alone.append(copy)
     for (_, _, stream), group in groups.items():
-        with _on_stream(stream):
-            stack = sys.modules["torch"].stack([copy.tensor for copy in group])
-            numbers = stack.tolist()
+        try:
+            with _on_stream(stream):
+                stack = sys.modules["torch"].stack([copy.tensor for copy in group])
+                numbers = stack.tolist()
+        except Exception:  # noqa: BLE001  of one of them: each by itself tells which
+            alone += group
+            continue
         values |= {
             id(copy): number for copy, number in zip(group, numbers, strict=True)
         }
+    for copy in alone:
+        try:
+            with _on_stream(copy.stream):
+                values[id(copy)] = copy.tensor.tolist()
+        except Exception as error:  # noqa: BLE001  e.g. after a failed assertion
+            values[id(copy)] = error
     return values
 
 

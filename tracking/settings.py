@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,12 +48,16 @@ class Settings:
         """
         if environment is None:
             environment = os.environ  # noqa: TID251  read only here
-        cache = environment.get("XDG_CACHE_HOME") or "~/.cache"
+        cache = Path(environment.get("XDG_CACHE_HOME") or "~/.cache")
+        try:
+            cache = cache.expanduser()
+        except RuntimeError:  # a container's user may have no home
+            cache = Path(tempfile.gettempdir()) / f"cache-{os.getuid()}"
         return cls(
             tracking_uri=environment.get("MLFLOW_TRACKING_URI") or None,
             experiment_name=environment.get("MLFLOW_EXPERIMENT_NAME") or None,
             experiment_id=environment.get("MLFLOW_EXPERIMENT_ID") or None,
-            cache=Path(cache).expanduser() / "luz-harness",
+            cache=cache / "luz-harness",
             secrets=read_secrets(environment),
         )
 

@@ -1,4 +1,4 @@
-"""Accelerators: one device, or many ranks by DeepSpeed, behind one protocol."""
+"""Accelerators: one device, or many ranks with DeepSpeed, behind one protocol."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the loop asks of an accelerator: one protocol for one device and for many ranks."""
+"""The protocol of an accelerator, the same for one device and for many ranks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from harness.data.batch import Batch
 from harness.pytree import StateDict
 
 StepOpt = Callable[[Any], object]
-"""Steps the optimizer that it is given; see ``Context.step_opt``."""
+"""A function that steps an optimizer; see ``Context.step_opt``."""
 
 
 def default_step_opt(opt: Any) -> None:
@@ -22,25 +22,25 @@ def default_step_opt(opt: Any) -> None:
 
 
 class Accelerator(Protocol):
-    """Placement of model and data, backward, stepping and talk between ranks.
+    """Places model and data, runs backward and steps, and communicates between ranks.
 
     Attributes
     ----------
     device : torch.device
-        Where this rank computes.
+        Device of this rank.
     rank, local_rank, world_size : int
-        torch's words; 0, 0 and 1 on one device.
+        As in torch; 0, 0 and 1 on one device.
     is_main : bool
         True on rank 0.
     accumulate : >= 1
-        Micro-batches to an optimizer step, as configured.
+        Micro-batches per optimizer step, as configured.
     window : >= 1
-        Micro-batches in the present step; the loop sets a smaller number for a short last one.
+        Micro-batches in the present step. The loop makes it smaller for a short last step.
     steps : dict of int
-        Optimizer steps finished, by optimizer name; steps skipped on overflow do not count.
+        Finished optimizer steps by optimizer name, without those skipped on overflow.
     counted : int or None
-        Samples of the present batch that count on this rank: 0 where the batch only stands
-        in for a rank that has none left; None where every sample counts.
+        Samples of the present batch that count on this rank. 0 means that the batch is a
+        placeholder because the rank has no samples left; None, that every sample counts.
     """
 
     device: torch.device
@@ -54,7 +54,7 @@ class Accelerator(Protocol):
 
     @property
     def counted(self) -> int | None:
-        """Samples of the present batch that count; None where all do."""
+        """Samples of the present batch that count; None if all do."""
         ...
 
     def prepare(
@@ -63,16 +63,16 @@ class Accelerator(Protocol):
         optimizers: Mapping[str, object] | None = None,
         loaders: Sequence[object] = (),
     ) -> tuple[nn.Module, dict[str, Any], list[Any]]:
-        """Place the model, take over the optimizers, shard the loaders.
+        """Place the model, take over the optimizers, divide the loaders over the ranks.
 
-        The model comes back as the same object, ready to be called; the optimizers have
-        ``step``, ``zero_grad``, ``param_groups``, ``state_dict`` and ``load_state_dict``.
-        A loader that is None stays None.
+        The same model object is returned, ready to be called. The optimizers have ``step``,
+        ``zero_grad``, ``param_groups``, ``state_dict`` and ``load_state_dict``. A loader that
+        is None stays None.
         """
         ...
 
     def optimizing(self, name: str | None = None) -> AbstractContextManager[object]:
-        """Hold the forward and backward of the optimizer `name` (None: the only one)."""
+        """Run the forward and backward of one optimizer inside (None: the only one)."""
         ...
 
     def backward(self, loss: Tensor, name: str | None = None) -> None:
@@ -82,36 +82,40 @@ class Accelerator(Protocol):
     def counting_backward(
         self, name: str | None = None
     ) -> AbstractContextManager[object]:
-        """Count one backward of ``loss`` made inside in the user's own way.
+        """Count one backward of the loss that user code runs inside.
 
-        One device takes any way; DeepSpeed needs ``backward`` to be called.
+        On one device, any way of doing so works. DeepSpeed needs a call of ``backward``.
         """
         ...
 
     def is_boundary(self, name: str | None = None) -> bool:
-        """True when as many backwards as the window holds have been done."""
+        """True when the window has as many backwards as it should."""
         ...
 
     def step(
         self, name: str | None = None, step_opt: StepOpt = default_step_opt
     ) -> bool:
-        """Step at a boundary and clear the gradients; True if the weights were changed."""
+        """Step at a boundary and clear the gradients; True if weights changed."""
+        ...
+
+    def drop_window(self) -> None:
+        """Clear the gradients of windows that were not stepped, and count them as empty."""
         ...
 
     def clip(
         self, max_norm: float, name: str | None = None, norm_type: float = 2.0
     ) -> Tensor:
-        """Clip the total gradient norm, before ``step``; gives the norm found, a scalar."""
+        """Clip the total gradient norm before ``step``; returns the norm, a scalar."""
         ...
 
     def to_device(self, batch: Batch) -> Batch:
-        """The batch with its tensors on ``device``; tuples, lists and mappings keep their form."""
+        """Move the batch to ``device``; tuples, lists and mappings keep their structure."""
         ...
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """Tensors of all ranks one after another along dim 0; their lengths may differ.
+        """Concatenate the tensors of all ranks along dim 0; their lengths may differ.
 
-        While ``counted`` is 0 this rank gives no rows.
+        A rank whose batch is a placeholder (``counted`` is 0) adds no rows.
         """
         ...
 
@@ -130,17 +134,17 @@ class Accelerator(Protocol):
         ...
 
     def barrier(self) -> None:
-        """Wait until every rank is here."""
+        """Wait until every rank gets here."""
         ...
 
     def full_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
-        """All weights and buffers, whole, detached, on the CPU; empty except on rank 0."""
+        """Whole weights and buffers, detached, on the CPU; empty except on rank 0."""
         ...
 
     def state_dict(self) -> StateDict:
-        """Weights, buffers, optimizers, gradients of an open window, counters: the rank's part.
+        """Weights, buffers, optimizers, open gradients and counters of this rank.
 
-        Tensors are live: copy them before the next step. The rest is what JSON can hold.
+        Tensors are live: copy them before the next step. Everything else is plain JSON.
         """
         ...
 
@@ -149,21 +153,21 @@ class Accelerator(Protocol):
         state: StateDict,
         parts: Sequence[str] = ("model", "optimizers"),
     ) -> None:
-        """Take back what ``state_dict`` gave, all of it or one of the two parts.
+        """Restore what ``state_dict`` returned, all of it or one of the two parts.
 
         Raises
         ------
         CheckpointError
-            If it is of another model, other optimizers, or another number of ranks.
+            If it is from another model, other optimizers or another number of ranks.
         """
         ...
 
     def finish(self, *, failed: bool = False) -> None:
-        """Release what ``prepare`` took: engines, hooks.
+        """Release what ``prepare`` created: engines and hooks.
 
         Parameters
         ----------
         failed
-            This rank ends alone, for the others may never come: nothing is gathered.
+            This rank ends alone and the others may not call it: nothing is gathered.
         """
         ...

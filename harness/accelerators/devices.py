@@ -1,4 +1,4 @@
-"""Which device a rank computes on."""
+"""Choose the device of a rank."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 def choose_device() -> torch.device:
-    """CUDA where there is one, else MPS, else the CPU."""
+    """Choose CUDA if available, else MPS, else the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda")
     if torch.backends.mps.is_available():
@@ -17,12 +17,12 @@ def choose_device() -> torch.device:
 def choose_rank_device(
     asked: str | torch.device | None, local_rank: int
 ) -> torch.device:
-    """Device of this rank.
+    """Choose the device of this rank.
 
     Raises
     ------
     ValueError
-        If DeepSpeed cannot use the kind, or there is none of it for this rank.
+        If DeepSpeed cannot use the device, or there is none for this rank.
     """
     kind = torch.device(asked).type if asked is not None else choose_device().type
     if kind == "mps" and asked is None:
@@ -31,9 +31,9 @@ def choose_rank_device(
         return torch.device("cpu")
     if kind != "cuda":
         msg = f"accelerator(device): expected 'cpu' or 'cuda', got {str(asked)!r}."
-        raise ValueError(f"{msg} Leave it out to take what there is.")
+        raise ValueError(f"{msg} Leave it out to take the best one.")
     count = torch.cuda.device_count()
-    # A scheduler may show each rank its own device alone.
+    # A scheduler may show each rank only its own device.
     index = local_rank if local_rank < count else 0
     if index >= count:
         msg = "accelerator(device): expected a CUDA device, got none."

@@ -1,4 +1,4 @@
-"""Which accelerator serves: one device, or DeepSpeed over many ranks."""
+"""Choose the accelerator: one device, or many ranks with DeepSpeed."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ def accelerator(
     device: str | torch.device | None = None,
     accumulate: int = 1,
 ) -> Accelerator:
-    """The accelerator for how this process was started.
+    """Choose the accelerator by how this process was started.
 
     Parameters
     ----------
     config
-        DeepSpeed's own config, a dict or a JSON file, in DeepSpeed's words; None: DeepSpeed
-        only where a launcher started more than one rank.
+        DeepSpeed's own config: a dict or a JSON file, in DeepSpeed's words. None uses
+        DeepSpeed only if a launcher started more than one rank.
     device
-        Device of this rank; None: the best there is.
+        Device of this rank; None takes the best one.
     accumulate : >= 1
-        Micro-batches to an optimizer step; with a config ``gradient_accumulation_steps``
-        says it.
+        Micro-batches per optimizer step, the same as ``gradient_accumulation_steps`` in a
+        config.
 
     Returns
     -------
@@ -42,6 +42,6 @@ def accelerator(
     launch: Launch = read_launch()
     if config is None and launch.world_size == 1:
         return SingleDevice(device, accumulate=accumulate)
-    from harness.accelerators.deepspeed.accelerator import DeepSpeedAccelerator  # noqa: PLC0415  slow, and not everywhere
+    from harness.accelerators.deepspeed.accelerator import DeepSpeedAccelerator  # noqa: PLC0415  slow, and not always installed
 
     return DeepSpeedAccelerator(config, device=device, accumulate=accumulate)

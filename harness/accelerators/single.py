@@ -1,4 +1,4 @@
-"""One device, no engine in the way: the protocol at the price of a plain loop."""
+"""The accelerator for one device, which adds almost nothing to a plain loop."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from harness.reshard.layout import group_members, make_plain_layout
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """All weights, then all buffers, those left out of a ``state_dict`` too; live."""
+    """All weights, then all buffers, also those that a ``state_dict`` leaves out; live."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def load_optimizer_state(opt: Any, saved: StateDict, name: str) -> None:
-    """Give an optimizer its state, in the dtypes that it had.
+    """Restore the state of an optimizer in its saved dtypes.
 
     Raises
     ------
     CheckpointError
-        If its parameter groups are others.
+        If its parameter groups differ from the saved ones.
     """
     try:
         opt.load_state_dict(saved)
@@ -39,7 +39,7 @@ def load_optimizer_state(opt: Any, saved: StateDict, name: str) -> None:
         raise CheckpointError(
             f"{msg} Resume with the learner that was saved."
         ) from error
-    # torch brings the state to the dtype of the parameter, which may be less precise.
+    # torch converts the state to the parameter's dtype, which may be less precise.
     params = [param for group in opt.param_groups for param in group["params"]]
     for n, entry in saved["state"].items():
         live = opt.state[params[int(n)]]
@@ -49,28 +49,28 @@ def load_optimizer_state(opt: Any, saved: StateDict, name: str) -> None:
 
 
 def parameters_of_others(optimizers: Mapping[str, Any]) -> dict[str, list[Tensor]]:
-    """For each optimizer the parameters that only others own."""
+    """For each optimizer, the parameters that only other optimizers own."""
     owned = {
         name: {id(p): p for group in opt.param_groups for p in group["params"]}
         for name, opt in optimizers.items()
     }
-    every = {key: param for params in owned.values() for key, param in params.items()}
+    union = {key: param for params in owned.values() for key, param in params.items()}
     return {
-        name: [param for key, param in every.items() if key not in params]
+        name: [param for key, param in union.items() if key not in params]
         for name, params in owned.items()
     }
 
 
 @contextmanager
 def freeze_parameters(params: Sequence[Tensor]) -> Iterator[None]:
-    """Let these parameters ask for no gradients inside."""
-    asking = [param for param in params if param.requires_grad]
-    for param in asking:
+    """Turn off ``requires_grad`` of these parameters inside."""
+    trained = [param for param in params if param.requires_grad]
+    for param in trained:
         param.requires_grad_(False)
     try:
         yield
     finally:
-        for param in asking:
+        for param in trained:
             param.requires_grad_(True)
 
 
@@ -80,9 +80,9 @@ class SingleDevice:
     Parameters
     ----------
     device
-        torch device or its name; None takes CUDA, then MPS, then the CPU.
+        torch device or its name; None takes CUDA if available, then MPS, then the CPU.
     accumulate : >= 1
-        Micro-batches to an optimizer step; gradients are averaged over them.
+        Micro-batches per optimizer step; gradients are averaged over them.
 
     Raises
     ------
@@ -91,7 +91,7 @@ class SingleDevice:
 
     References
     ----------
-    luz 0.5.0, ``accelerator``. Differs from luz: gradient accumulation lives here.
+    luz 0.5.0, ``accelerator``. Differs from luz: it also accumulates gradients.
     """
 
     rank = 0
@@ -106,7 +106,7 @@ class SingleDevice:
         if accumulate < 1:
             msg = f"accelerator(accumulate): expected at least 1, got {accumulate!r}."
             raise ValueError(f"{msg} Use 1 to step on every batch.")
-        # As tensors tell it, with its number: then a batch that is there is not moved.
+        # A tensor's device has an index, so batches already on it compare as equal.
         found = choose_device() if device is None else torch.device(device)
         self.device = torch.empty(0, device=found).device
         self.accumulate = accumulate
@@ -126,7 +126,7 @@ class SingleDevice:
         optimizers: Mapping[str, Any] | None = None,
         loaders: Sequence[Any] = (),
     ) -> tuple[nn.Module, dict[str, Any], list[Any]]:
-        """Place the model on the device; optimizers and loaders come back as they are."""
+        """Move the model to the device; return optimizers and loaders unchanged."""
         self._model = model.to(self.device)
         self._optimizers = dict(optimizers or {})
         self._others = parameters_of_others(self._optimizers)
@@ -136,18 +136,18 @@ class SingleDevice:
         self.window = self.accumulate
         for name, opt in self._optimizers.items():
             self._place_state(opt)
-            self._hooks.append(opt.register_step_post_hook(self._counter(name)))
+            self._hooks.append(opt.register_step_post_hook(self._make_counter(name)))
         return model, self._optimizers, list(loaders)
 
     def _place_state(self, opt: torch.optim.Optimizer) -> None:
-        """Move state that an optimizer already has beside its parameters."""
+        """Move the state of an optimizer to the device of its parameters."""
         for state in opt.state.values():
             for key, value in state.items():
                 if isinstance(value, Tensor) and value.dim() > 0:
                     state[key] = value.to(self.device)
 
-    def _counter(self, name: str) -> Any:
-        """Count steps whoever calls them: the loop, or a model's own ``step``."""
+    def _make_counter(self, name: str) -> Any:
+        """Make a hook that counts steps, also those of a model's own ``step``."""
 
         def count(*_: object) -> None:
             self.steps[name] += 1
@@ -155,7 +155,7 @@ class SingleDevice:
         return count
 
     def _only(self, name: str | None) -> str:
-        """The optimizer meant by None."""
+        """The name; for None, that of the only optimizer."""
         if name is not None:
             return name
         if len(self._optimizers) == 1:
@@ -164,14 +164,17 @@ class SingleDevice:
         raise ValueError(f"{msg} Choose from {list(self._optimizers)}.")
 
     def optimizing(self, name: str | None = None) -> AbstractContextManager[object]:
-        """Hold the forward and backward of one optimizer: only what it owns gets gradients."""
+        """Run the forward and backward of one optimizer inside.
+
+        Only parameters that it owns get gradients.
+        """
         if len(self._optimizers) < 2 or not torch.is_grad_enabled():
             return self._nothing
         return freeze_parameters(self._others[self._only(name)])
 
     @contextmanager
     def counting_backward(self, name: str | None = None) -> Iterator[None]:
-        """Count one backward, whoever makes it inside: this accelerator or the user."""
+        """Count one backward inside, by this accelerator or by user code."""
         name = self._only(name)
         before = self._done[name]
         yield
@@ -186,13 +189,13 @@ class SingleDevice:
         self._done[self._only(name)] += 1
 
     def is_boundary(self, name: str | None = None) -> bool:
-        """True when as many backwards as the window holds have been done."""
+        """True when the window has as many backwards as it should."""
         return self._done[self._only(name)] >= self.window
 
     def step(
         self, name: str | None = None, step_opt: StepOpt = default_step_opt
     ) -> bool:
-        """Step at a boundary and clear the gradients; True if the weights were changed."""
+        """Step at a boundary and clear the gradients; True if weights changed."""
         name = self._only(name)
         if self._done[name] < self.window:
             return False
@@ -203,6 +206,13 @@ class SingleDevice:
         self._done[name] = 0
         return self.steps[name] > before
 
+    def drop_window(self) -> None:
+        """Clear the gradients of every optimizer in an open window."""
+        for name, done in self._done.items():
+            if done:
+                self._optimizers[name].zero_grad()
+                self._done[name] = 0
+
     def clip(
         self, max_norm: float, name: str | None = None, norm_type: float = 2.0
     ) -> Tensor:
@@ -212,7 +222,7 @@ class SingleDevice:
         return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type)
 
     def to_device(self, batch: Batch) -> Batch:
-        """The batch on the device."""
+        """Move the batch to the device."""
         return move(batch, self.device)
 
     def gather(self, tensor: Tensor) -> Tensor:
@@ -234,7 +244,7 @@ class SingleDevice:
         return flag
 
     def barrier(self) -> None:
-        """Nobody to wait for."""
+        """Do nothing: there is one rank."""
 
     def full_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
         """All weights and buffers, detached, on the CPU."""
@@ -244,7 +254,7 @@ class SingleDevice:
         }
 
     def state_dict(self) -> StateDict:
-        """Weights, buffers, optimizers, gradients, counters, what is frozen; live."""
+        """Weights, buffers, optimizers, gradients, counters and frozen parameters; live."""
         model = self._model
         assert model is not None
         return {
@@ -265,7 +275,7 @@ class SingleDevice:
         }
 
     def _layouts(self) -> dict[str, tuple[Tensor, list[list[int]]]]:
-        """Which parameters each optimizer steps; made anew if it got more of them."""
+        """Layout and group members of each optimizer, updated if it got more parameters."""
         assert self._model is not None
         for name, opt in self._optimizers.items():
             params = [param for group in opt.param_groups for param in group["params"]]
@@ -282,12 +292,12 @@ class SingleDevice:
         state: StateDict,
         parts: Sequence[str] = ("model", "optimizers"),
     ) -> None:
-        """Take back what ``state_dict`` gave, all of it or one of the two parts.
+        """Restore what ``state_dict`` returned, all of it or one of the two parts.
 
         Raises
         ------
         CheckpointError
-            If it is of another model or other optimizers.
+            If it is from another model or other optimizers.
         """
         model = self._model
         assert model is not None
@@ -309,7 +319,7 @@ class SingleDevice:
             param.requires_grad_(name not in state["frozen"])
 
     def finish(self, *, failed: bool = False) -> None:
-        """Take the step counters off the optimizers."""
+        """Remove the step counters from the optimizers."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()

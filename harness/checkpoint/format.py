@@ -177,7 +177,7 @@ def write_rank(
         tensor_path.name: asdict(write_tensors(tensor_path, tensors)),
         plan_path.name: asdict(_write_json(plan_path, plan)),
     }
-    # This file tells rank 0 that both are complete.
+    # Rank 0 waits for this file: both files are complete now.
     with replace_file(temporary / f"rank-{rank}.done") as fresh:
         _write_json(fresh, files)
 
@@ -226,7 +226,7 @@ def commit_checkpoint(temporary: Path, manifest: Manifest) -> Path:
 
 
 def _wait_for_rank(temporary: Path, rank: int, deadline: float) -> Path:
-    """Wait for the file that tells that a rank has written; return its path."""
+    """Wait for the file that a rank writes last; return its path."""
     done, failed = (temporary / f"rank-{rank}.{end}" for end in ("done", "failed"))
     while not done.exists():
         if failed.exists() or time.monotonic() > deadline:

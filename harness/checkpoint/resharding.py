@@ -1,6 +1,6 @@
-"""Convert the states that some ranks saved to the state of each rank of another fit.
+"""Convert the states of a checkpoint for a fit on other ranks.
 
-The samples that are left of an interrupted epoch are dealt out again, each exactly once.
+The rest of an interrupted epoch is divided again; each sample is seen exactly once.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ WEIGHTS_ONLY_ADVICE = (
     "restore only the weights: ResumeFromCheckpoint(path, restore_optimizers=False, "
     "restore_records=False, restore_callbacks=False)."
 )
-"""What always works."""
+"""Advice that works for every checkpoint."""
 
 EPOCH_END_ADVICE = (
     "Save at the ends of epochs, or resume on as many ranks as it was saved on."
@@ -47,7 +47,7 @@ def check_convertible(
     Raises
     ------
     CheckpointError
-        If an accelerator is not one of the package's, or an accumulation window is open.
+        If an accelerator is a custom one, or an accumulation window is open.
     """
     for state in (*(state["accelerator"] for state in states), live):
         if not is_convertible(state):
@@ -81,35 +81,46 @@ def convert_position(
     states
         States of all ranks that saved.
     about
-        Description of the saved fit.
+        ``describe_fit`` of the saved fit.
     ctx
         Context of the fit.
 
     Raises
     ------
     CheckpointError
-        If the finished samples do not fill whole batches, or cannot be known.
+        If the finished samples do not fill whole steps, or are not known.
     """
     assert ctx.accelerator is not None
-    saved_size = len(states) * (about["batch_size"] or 1)
-    size = ctx.accelerator.world_size * (ctx.about["batch_size"] or 1)
-    rows, total_rows = position.iter * saved_size, about["rows"]
-    done, rest = divmod(rows, size)
-    if position.phase == "valid" or (total_rows and rows >= total_rows):
-        return replace(position, iter=done + bool(rest))
+    saved_size = _rows_per_batch(len(states), about)
+    size = _rows_per_batch(ctx.accelerator.world_size, ctx.about)
+    rows = position.iter * saved_size
+    if position.phase == "valid" or (about["rows"] and rows >= about["rows"]):
+        return replace(position, iter=-(-rows // size))
     _check_order(states, about, ctx)
-    if rest or done % ctx.accelerator.accumulate:
+    _check_whole_steps(position.iter, saved_size, size, ctx.accelerator.accumulate)
+    return replace(position, iter=rows // size)
+
+
+def _rows_per_batch(world_size: int, about: Mapping[str, Any]) -> int:
+    """Rows in a batch of all ranks together."""
+    return world_size * int(about["batch_size"] or 1)
+
+
+def _check_whole_steps(
+    num_batches: int, saved_size: int, size: int, accumulate: int
+) -> None:
+    """Raise if the finished batches are not a whole number of new optimizer steps."""
+    if num_batches * saved_size % (size * accumulate):
         msg = f"resume: expected finished samples to fill whole steps of {size} rows"
-        got = f"{position.iter} batches of {saved_size}"
+        got = f"{num_batches} batches of {saved_size}"
         advice = f"Change batch_size. {EPOCH_END_ADVICE}"
         raise CheckpointError(f"{msg}, got {got}. {advice}")
-    return replace(position, iter=done)
 
 
 def _check_order(
     states: Sequence[StateDict], about: Mapping[str, Any], ctx: Context
 ) -> None:
-    """Raise if the order of the samples depends on how batches are dealt to ranks."""
+    """Raise if the order of the samples depends on the number of ranks."""
     has_workers = about["num_workers"] or ctx.about["num_workers"]
     if states[0]["pass"]["loader"] is not None:
         got = "a loader that keeps its own position"

@@ -13,10 +13,12 @@ from torch.utils.data import (
     BatchSampler,
     DataLoader,
     Dataset,
+    DistributedSampler,
     IterableDataset,
     RandomSampler,
     SequentialSampler,
     Subset,
+    SubsetRandomSampler,
     TensorDataset,
     WeightedRandomSampler,
 )
@@ -49,14 +51,14 @@ class TensorLoader(DataLoader[Any]):
 
     def __iter__(self) -> Any:
         tensors = unwrap_tensors(self.dataset)
-        known = RandomSampler | SequentialSampler | WeightedRandomSampler
+        known = {RandomSampler, SequentialSampler, WeightedRandomSampler}
         if (
             tensors is None
             or self.num_workers
             or self.pin_memory
             or self.batch_size is None
             or type(self.batch_sampler) is not BatchSampler
-            or not isinstance(self.sampler, known)
+            or type(self.sampler) not in known
             or self.collate_fn is not torch_collate
         ):
             return super().__iter__()
@@ -68,7 +70,7 @@ class TensorLoader(DataLoader[Any]):
     ) -> Iterator[list[Tensor]]:
         """Batches in the order of the sampler; copies, because a model may change its input."""
         size, count = self.batch_size or 1, len(self)
-        if rows is None and isinstance(self.sampler, SequentialSampler):
+        if rows is None and type(self.sampler) is SequentialSampler:
             for start in range(0, count * size, size):
                 yield [tensor[start : start + size].clone() for tensor in tensors]
             return
@@ -279,6 +281,39 @@ def num_batches(loader: Any) -> int | None:
         return len(loader)
     except TypeError:
         return None
+
+
+UPFRONT_SAMPLERS = frozenset(
+    {
+        DistributedSampler,
+        RandomSampler,
+        SequentialSampler,
+        SubsetRandomSampler,
+        WeightedRandomSampler,
+    }
+)
+"""Samplers that draw all their random numbers before the first batch, and keep their length.
+
+A subclass may do either differently.
+"""
+
+
+def reads_rows_by_torch(loader: object) -> bool:
+    """True if torch's own loader and samplers choose rows of a data set that has them by index.
+
+    Then the order is drawn before the first batch, and the length is the number of batches.
+    """
+    loader = getattr(loader, "undivided", loader)
+    if type(loader) not in {DataLoader, TensorLoader}:
+        return False
+    assert isinstance(loader, DataLoader)
+    if isinstance(loader.dataset, IterableDataset):
+        return False
+    batches = loader.batch_sampler
+    if batches is not None and type(batches) is not BatchSampler:
+        return False
+    sampler = loader.sampler if batches is None else batches.sampler
+    return type(sampler) in UPFRONT_SAMPLERS
 
 
 def split_data(data: object, valid_frac: float) -> tuple[Dataset[Any], Dataset[Any]]:

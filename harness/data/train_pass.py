@@ -7,18 +7,10 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from torch.utils.data import (
-    BatchSampler,
-    DistributedSampler,
-    IterableDataset,
-    RandomSampler,
-    SequentialSampler,
-    SubsetRandomSampler,
-    WeightedRandomSampler,
-)
+from torch.utils.data import IterableDataset
 
 from harness.data.batch import Batch, copy_by_value
-from harness.data.loaders import num_batches
+from harness.data.loaders import num_batches, reads_rows_by_torch
 from harness.pytree import StateDict
 from harness.rng import (
     find_generators,
@@ -47,12 +39,15 @@ class TrainPass:
 
     Notes
     -----
-    Without a length, the batches of a window are fetched together, because the last window
-    may be short. A loader with ``state_dict`` and ``load_state_dict`` resumes by those. Any
-    other loader restarts from its random state before the epoch, and the batches that are
-    done are skipped. If the order may depend on random numbers drawn between batches, the
-    loader draws from its own stream (``_OwnRandomStream``), so skipping draws the same
-    numbers as training did.
+    The batches of a window are fetched together, because the last window may be short and a
+    length may be wrong. Only torch's own loaders of rows are known to end at their length,
+    so nothing is fetched ahead from them.
+
+    A loader with ``state_dict`` and ``load_state_dict`` resumes by those. Any other loader
+    restarts from its random state before the epoch, and the batches that are done are
+    skipped. If the order may depend on random numbers drawn between batches, the loader
+    draws from its own stream (``_OwnRandomStream``), so skipping draws the same numbers as
+    training did.
     """
 
     def __init__(self, loader: Any, accelerator: Accelerator, epoch: int) -> None:
@@ -102,16 +97,17 @@ class TrainPass:
             self._prefetch(batches, self._num_to_prefetch)
         if self._accelerator.accumulate == 1:
             return batches
-        if num_batches(self._loader) is None:
-            return self._prefetch_windows(batches)
-        return self._count_windows(batches)
+        if reads_rows_by_torch(self._loader):
+            return self._count_windows(batches)
+        return self._prefetch_windows(batches)
 
     def _prefetch(self, batches: Iterator[Batch], count: int) -> None:
         """Fetch copies of the next batches; a loader may reuse its tensors."""
-        self._prefetched.extend(map(copy_by_value, islice(batches, count)))
+        copy = getattr(self._loader, "copy_batch", copy_by_value)
+        self._prefetched.extend(map(copy, islice(batches, count)))
 
     def _count_windows(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Batches of a loader with a length; a resume may start inside a window."""
+        """Batches of a loader whose length holds; a resume may start inside a window."""
         size, num_done = self._accelerator.accumulate, self._num_done
         total = num_batches(self._loader)
         assert total is not None
@@ -123,7 +119,7 @@ class TrainPass:
             num_done += left
 
     def _prefetch_windows(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Batches of a loader without a length, fetched a window at a time."""
+        """Batches of any loader, fetched a window at a time."""
         while True:
             if not self._prefetched:
                 self._prefetch(batches, self._accelerator.accumulate)
@@ -135,15 +131,28 @@ class TrainPass:
 
 
 def set_epoch(loader: object, epoch: int) -> None:
-    """Call the first ``set_epoch`` of loader, sampler and data set; torch counts from 0."""
-    for part in (
-        loader,
-        getattr(loader, "sampler", None),
-        getattr(loader, "dataset", None),
-    ):
-        if part is not None and hasattr(part, "set_epoch"):
-            part.set_epoch(epoch - 1)
-            return
+    """Call every ``set_epoch`` of a loader and its parts once; torch counts from 0.
+
+    The parts are its sampler, its batch sampler, the sampler in that, and the data set, also
+    behind wrappers that keep what they wrap as ``sampler`` or ``dataset``.
+    """
+    waiting, seen, called = deque([loader]), set[int](), set[int]()
+    while waiting:
+        part = waiting.popleft()
+        if part is None or id(part) in seen:
+            continue
+        seen.add(id(part))
+        own = getattr(part, "set_epoch", None)
+        owner = id(
+            getattr(own, "__self__", part)
+        )  # another one, if a wrapper delegates
+        if callable(own) and owner not in called:
+            called.add(owner)
+            own(epoch - 1)
+        waiting += (getattr(part, name, None) for name in _PARTS)
+
+
+_PARTS = ("sampler", "batch_sampler", "dataset", "undivided")
 
 
 def draws_between_batches(loader: object) -> bool:
@@ -154,24 +163,7 @@ def draws_between_batches(loader: object) -> bool:
     """
     if isinstance(getattr(loader, "dataset", None), IterableDataset):
         return bool(getattr(loader, "num_workers", 0) == 0)
-    batches = getattr(loader, "batch_sampler", None)
-    if batches is None:
-        sampler = getattr(loader, "sampler", None)
-    elif type(batches) is BatchSampler:
-        sampler = batches.sampler
-    else:
-        return True
-    return not isinstance(sampler, UPFRONT_SAMPLERS)
-
-
-UPFRONT_SAMPLERS = (
-    DistributedSampler,
-    RandomSampler,
-    SequentialSampler,
-    SubsetRandomSampler,
-    WeightedRandomSampler,
-)
-"""Samplers that draw all their random numbers before the first batch."""
+    return not reads_rows_by_torch(loader)
 
 
 class _OwnRandomStream:

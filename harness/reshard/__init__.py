@@ -1,1 +1,1 @@
-"""Resume a checkpoint on other ranks, ZeRO stages or precisions."""
+"""Convert checkpoints between numbers of ranks, ZeRO stages and precisions."""

@@ -1,7 +1,7 @@
-"""A checkpoint of several ranks as whole parameters, each with its optimizer state.
+"""A checkpoint of several ranks as whole parameters with their optimizer states.
 
-All states have ``layouts`` (see ``harness.reshard.layout``): by those of all ranks the
-pieces of each parameter are found where they lie.
+Each rank's state has ``layouts`` (see ``harness.reshard.layout``), which tell where the
+pieces of each parameter are.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from harness.errors import CheckpointError
 from harness.pytree import StateDict
 
 STATE_ERRORS = (LookupError, AttributeError, TypeError, ValueError, RuntimeError)
-"""What is raised by states whose parts do not fit together."""
+"""Errors that inconsistent states cause."""
 
 
 def parameter_shapes(model: nn.Module) -> dict[str, Size]:
-    """Shapes of a model's whole parameters, by name, as ``Module.parameters`` counts them."""
+    """Shapes of a model's whole parameters by name, in the order of ``Module.parameters``."""
     return {
         name: getattr(param, "ds_shape", param.shape)
         for name, param in model.named_parameters()
@@ -32,7 +32,7 @@ def check_shapes(
     now: Mapping[str, Sequence[int]],
     advice: str = "Resume with the model that was saved.",
 ) -> None:
-    """Raise ``CheckpointError`` unless names and shapes of tensors are the same."""
+    """Raise ``CheckpointError`` if names or shapes of tensors differ."""
     for name in sorted(now.keys() | then.keys()):
         want, got = (tuple(of[name]) if name in of else "none" for of in (now, then))
         if want != got:
@@ -57,20 +57,20 @@ def weights_dtype(model: nn.Module) -> str:
 
 
 def is_master_name(name: str) -> bool:
-    """True for the name of what an optimizer steps in the place of weights."""
+    """True for the name of a master weight, which an optimizer steps instead of a weight."""
     return name.endswith("/master")
 
 
 class TensorPieces:
-    """A tensor in pieces, which lie where they were read.
+    """A tensor in pieces, which are not copied until they are read.
 
     Parameters
     ----------
     shape
-        Of the whole.
+        Shape of the whole tensor.
     pieces
-        Where each begins in the flattened whole, and the piece, of one dim; one may reach
-        beyond the end.
+        Start of each piece in the flattened tensor, and the piece, which has one dim. A
+        piece may extend past the end.
     """
 
     def __init__(self, shape: Size, pieces: Iterable[tuple[int, Tensor]] = ()) -> None:
@@ -78,7 +78,7 @@ class TensorPieces:
         self._pieces = list(pieces)
 
     def add(self, start: int, piece: Tensor) -> None:
-        """One more piece, that begins at `start`."""
+        """Add a piece that starts at `start`."""
         self._pieces.append((start, piece))
 
     @property
@@ -87,7 +87,7 @@ class TensorPieces:
         return self._pieces[0][1].dtype
 
     def check(self) -> None:
-        """Raise ``ValueError`` unless the pieces follow each other to the end."""
+        """Raise ``ValueError`` if the pieces have gaps, overlap, or do not reach the end."""
         at = 0
         for start, piece in sorted(self._pieces, key=itemgetter(0)):
             if start != at:
@@ -99,7 +99,7 @@ class TensorPieces:
             raise ValueError(msg)
 
     def read(self, start: int, length: int) -> Tensor:
-        """Elements from `start` on, as many as there are up to `length`."""
+        """Up to `length` elements from `start`."""
         end = min(start + length, self.shape.numel())
         found = [
             piece[max(start - at, 0) : end - at]
@@ -110,13 +110,13 @@ class TensorPieces:
             return torch.empty(0)
         return found[0] if len(found) == 1 else torch.cat(found)
 
-    def whole(self) -> Tensor:
-        """All elements, in their shape."""
+    def assemble(self) -> Tensor:
+        """The whole tensor."""
         return self.read(0, self.shape.numel()).reshape(self.shape)
 
 
 class ConsolidatedState:
-    """What all ranks of a checkpoint hold together; nothing is copied until it is read.
+    """The state of all ranks of a checkpoint together; not copied until it is read.
 
     Parameters
     ----------
@@ -126,21 +126,21 @@ class ConsolidatedState:
     Attributes
     ----------
     weights
-        Parameters by name; those that an optimizer steps in more precision, in that one.
+        Parameters by name, in the precision in which an optimizer steps them.
     buffers
         Buffers by name.
     kinds
-        Class of each optimizer.
+        Class name of each optimizer.
     groups
-        Each optimizer's parameter groups: options, and names of the parameters.
+        Parameter groups of each optimizer: options, and names of the parameters.
     entries
-        Optimizer states by name of the optimizer, name of the parameter and key: ``TensorPieces``
-        where each element of the parameter has its own, else the value.
+        Optimizer states by optimizer name, parameter name and key: ``TensorPieces`` if each
+        element of the parameter has its own value, else the value.
 
     Raises
     ------
     LookupError, AttributeError, TypeError, ValueError
-        If the states do not fit together.
+        If the states are inconsistent.
     """
 
     def __init__(self, states: Sequence[StateDict]) -> None:
@@ -148,7 +148,7 @@ class ConsolidatedState:
         self._names, self.weights, self.buffers = _tensors(states)
         for pieces in self.weights.values():
             pieces.check()
-        # Without layouts, as of other makes, the weights can be had all the same.
+        # A state of weights only has no layouts.
         has_layouts = "layouts" in first
         self.kinds = optimizer_classes(first) if has_layouts else {}
         self.groups = named_groups(first, self._names) if has_layouts else {}
@@ -156,7 +156,7 @@ class ConsolidatedState:
         is_divided = "optimizers" in first.get("own", {})
         for state in states if is_divided else states[:1]:
             if has_layouts:
-                self._take(state)
+                self._add_rank(state)
         for by_param in self.entries.values():
             for name, entry in by_param.items():
                 for value in entry.values():
@@ -165,22 +165,22 @@ class ConsolidatedState:
                 if "master" in entry:
                     self.weights[name] = entry.pop("master")
 
-    def _take(self, state: StateDict) -> None:
-        """Take the pieces that one rank's optimizers step."""
-        stepped = _stepped(state)
+    def _add_rank(self, state: StateDict) -> None:
+        """Add the pieces that one rank's optimizers step."""
+        stepped = _optimizer_entries(state)
         for name, entries in self.entries.items():
             layout = state["layouts"][name]
             for n, number, *place in layout.tolist():
                 param = self._names[number]
                 values = stepped[name].get(n)
-                # Only one device leaves out what has no state yet.
+                # Only a single device leaves out tensors without a state.
                 if values is None and ("facts" in state or not 0 <= n < len(layout)):
                     msg = f"{name} steps {len(stepped[name])} tensors, got number {n}"
                     raise LookupError(msg)
                 entry = entries.setdefault(param, {})
-                self._add(entry, param, values or {}, *place)
+                self._add_piece(entry, param, values or {}, *place)
 
-    def _add(
+    def _add_piece(
         self,
         entry: StateDict,
         param: str,
@@ -189,14 +189,14 @@ class ConsolidatedState:
         start: int,
         length: int,
     ) -> None:
-        """Take a piece of a parameter from what an optimizer keeps for a stepped tensor."""
+        """Add the piece of a parameter in an optimizer's values for one stepped tensor."""
         shape = self.weights[param].shape
         size = values["master"].numel() if "master" in values else shape.numel()
         if min(at, start, length) < 0 or at + length > size:
             msg = f"a piece of {size} elements, got {length} from {at} on"
             raise ValueError(msg)
         for key, value in values.items():
-            # Counters have no dims, and neither have parameters that DeepSpeed can train.
+            # Counters have no dims; parameters that DeepSpeed can train have some.
             if isinstance(value, Tensor) and value.dim() and value.numel() == size:
                 piece = value.reshape(-1)[at : at + length]
                 entry.setdefault(key, TensorPieces(shape)).add(start, piece)
@@ -205,38 +205,42 @@ class ConsolidatedState:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Whole parameters and buffers."""
-        found = {name: pieces.whole() for name, pieces in self.weights.items()}
+        found = {name: pieces.assemble() for name, pieces in self.weights.items()}
         return found | self.buffers
 
 
 def _tensors(
     states: Sequence[StateDict],
 ) -> tuple[list[str], dict[str, TensorPieces], dict[str, Tensor]]:
-    """Names in the order of layouts, parameters and buffers."""
+    """Names in the order of layouts, then parameters and buffers by name."""
     first = states[0]
     if "model" in first:
-        # Which are buffers does not matter: nothing of theirs is divided.
-        names, parts, buffers = list(first["model"]), [first["model"]], {}
+        # On one device nothing is divided, so buffers need not be told from parameters.
+        names, of_ranks, buffers = list(first["model"]), [first["model"]], {}
         is_divided = False
     else:
         kinds = {**first["shared"], **first["own"]}
         names, buffers = list(kinds["weights"]), dict(kinds["buffers"])
         is_divided = "weights" in first["own"]
-        parts = [state["own"]["weights"] for state in states] if is_divided else []
-        parts = parts or [kinds["weights"]]
+        of_ranks = [kinds["weights"]]
+        if is_divided:
+            of_ranks = [state["own"]["weights"] for state in states]
     weights = {}
     for name in names:
-        one = parts[0][name]
-        shape = Size(first["shapes"][name]) if is_divided else one.shape
+        part = of_ranks[0][name]
+        shape = Size(first["shapes"][name]) if is_divided else part.shape
         weights[name] = TensorPieces(
             shape,
-            [(n * one.numel(), part[name].reshape(-1)) for n, part in enumerate(parts)],
+            [
+                (n * part.numel(), own[name].reshape(-1))
+                for n, own in enumerate(of_ranks)
+            ],
         )
     return names, weights, buffers
 
 
 def optimizer_classes(state: StateDict) -> dict[str, str]:
-    """Class of each optimizer, by its name."""
+    """Class name of each optimizer by its name."""
     if "facts" in state:
         return {name: facts["kind"] for name, facts in state["facts"].items()}
     return dict(state.get("kinds", {}))
@@ -245,7 +249,7 @@ def optimizer_classes(state: StateDict) -> dict[str, str]:
 def named_groups(
     state: StateDict, names: Sequence[str]
 ) -> dict[str, list[tuple[StateDict, list[str]]]]:
-    """Options of each optimizer's parameter groups, and names of their parameters."""
+    """Parameter groups of each optimizer: options, and names of the parameters."""
     optimizers = state["facts"] if "facts" in state else state.get("optimizers", {})
     key = "groups" if "facts" in state else "param_groups"
     found = {}
@@ -261,8 +265,8 @@ def named_groups(
     return found
 
 
-def _stepped(state: StateDict) -> dict[str, dict[int, StateDict]]:
-    """What each optimizer keeps for each tensor that it steps, by name and number."""
+def _optimizer_entries(state: StateDict) -> dict[str, dict[int, StateDict]]:
+    """State of each optimizer by its name and the index of the stepped tensor."""
     if "facts" not in state:
         return {
             name: {int(n): dict(entry) for n, entry in own["state"].items()}

@@ -1,4 +1,4 @@
-"""The state of an accelerator in another form: other ranks, another ZeRO stage, one device."""
+"""Convert an accelerator's state for other ranks, another ZeRO stage, or one device."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from harness.reshard.consolidated import (
 )
 from harness.reshard.layout import BY_MATRIX, ELEMENTWISE
 
-_FORMS = (
+_STATE_KEYS = (
     {"model", "optimizers", "layouts", "steps", "done"},
     {"shared", "own", "facts", "layouts", "steps", "done"},
 )
-"""What states have: those of one device, and those of engines."""
+"""Keys of the states of one device, and of those of engines."""
 
 _Row = list[int]
 """A row of a layout."""
 
 
 def is_convertible(state: StateDict) -> bool:
-    """True if the state is that of one device or of engines."""
-    return any(form <= state.keys() for form in _FORMS)
+    """True if the state is from one device or from engines."""
+    return any(keys <= state.keys() for keys in _STATE_KEYS)
 
 
 def has_same_layout(saved: StateDict, live: StateDict) -> bool:
-    """True if a rank's saved state has the stage, precision and parts of the live one."""
-    if not is_convertible(live):  # an accelerator of the user's own
+    """True if a rank's saved state has the stage, precision and layout of the live one."""
+    if not is_convertible(live):  # a custom accelerator
         return saved.keys() == live.keys()
     if "shared" not in saved or "shared" not in live:
         are_single = "shared" not in saved and "shared" not in live
@@ -61,7 +61,7 @@ def convert_state(
     rank: int,
     parts: Sequence[str] = ("model", "optimizers"),
 ) -> StateDict:
-    """The state of one rank of the live accelerator, between two optimizer steps.
+    """Convert a checkpoint, taken between two steps, to one rank of the live accelerator.
 
     Parameters
     ----------
@@ -74,44 +74,45 @@ def convert_state(
     rank
         This rank.
     parts
-        What is wanted of them; the rest stays as it is.
+        ``model``, ``optimizers`` or both: what to restore. The rest is that of `live`.
 
     Raises
     ------
     CheckpointError
-        If the states are of another model or other optimizers, or an optimizer keeps what
-        cannot be divided as the live one is.
+        If the states are from another model or other optimizers, or an optimizer has state
+        that cannot be divided like that of the live one.
     LookupError, AttributeError, TypeError, ValueError, RuntimeError
-        If the states do not fit together.
+        If the states are inconsistent.
     """
-    target = _StateBuilder(ConsolidatedState(states), live, model, rank)
+    builder = _StateBuilder(ConsolidatedState(states), live, model, rank)
     if "model" in parts:
-        target.check_model()
+        builder.check_model()
     found = dict(live)
     if "optimizers" in parts:
-        target.check_optimizers(states)
+        builder.check_optimizers(states)
         kept = {name: states[0][name] for name in ("steps", "frozen")}
         found |= {**kept, "done": dict.fromkeys(live["done"], 0)}
-    make = target.engines if "shared" in live else target.single
-    return found | make(states[0], parts)
+    if "shared" in live:
+        return found | builder.build_for_engines(states[0], parts)
+    return found | builder.build_for_device(parts)
 
 
 def convert_weights(
     weights: Mapping[str, Tensor], model: nn.Module, live: StateDict, rank: int
 ) -> StateDict:
-    """The state of one rank of the live accelerator with other weights.
+    """Replace the weights in the state of one rank of the live accelerator.
 
     Parameters
     ----------
     weights
-        Whole weights and buffers, by name; buffers that are not there stay as they are.
+        Whole weights and buffers by name. Missing buffers keep their values.
     model, live, rank
         As in ``convert_state``.
 
     Raises
     ------
     CheckpointError
-        If they are of another model.
+        If they are from another model.
     """
     buffers = {n: weights.get(n, buffer) for n, buffer in model.named_buffers()}
     params = {
@@ -123,16 +124,16 @@ def convert_weights(
 
 
 class _StateBuilder:
-    """The live accelerator that a checkpoint is put together for."""
+    """Builds the state of one rank of the live accelerator from a checkpoint."""
 
     def __init__(
         self,
-        whole: ConsolidatedState,
+        saved: ConsolidatedState,
         live: StateDict,
         model: nn.Module,
         rank: int,
     ) -> None:
-        self._whole, self._live, self._rank = whole, live, rank
+        self._saved, self._live, self._rank = saved, live, rank
         self._shapes = parameter_shapes(model)
         self._names = list(self._shapes)
         self._buffers = {name: buffer.shape for name, buffer in model.named_buffers()}
@@ -140,39 +141,38 @@ class _StateBuilder:
     # ------------------------------------------------------------------- checks
 
     def check_model(self) -> None:
-        """Raise if the checkpoint is of another model."""
-        weights, buffers = self._whole.weights, self._whole.buffers
+        """Raise if the checkpoint is from another model."""
+        weights, buffers = self._saved.weights, self._saved.buffers
         then = {name: pieces.shape for name, pieces in weights.items()}
         then |= {name: buffer.shape for name, buffer in buffers.items()}
         check_shapes(then, {**self._shapes, **self._buffers})
 
     def check_optimizers(self, states: Sequence[StateDict]) -> None:
-        """Raise if the checkpoint is of other optimizers, or they cannot be divided anew."""
+        """Raise if the optimizers are others, or their state cannot be divided in a new way."""
         check_same_optimizers(states[0], self._live)
         kinds = optimizer_classes(self._live)
         is_divided = states[0].get("stage") or self._live.get("stage")
         for name in sorted(kinds):
             if is_divided and kinds[name] in BY_MATRIX:
-                msg = (
-                    f"resume: expected optimizer {name!r} to treat elements one by one"
-                )
-                advice = "Resume on as many ranks and at the ZeRO stage of before."
+                msg = f"resume: expected optimizer {name!r} to update each element by itself"
+                advice = "Resume on as many ranks and at the same ZeRO stage as before."
                 raise CheckpointError(f"{msg}, got {kinds[name]}. {advice}")
-            # Without the layout of a parameter its state would be left out in silence.
-            known = self._whole.entries[name].keys() | set(states[0]["frozen"])
-            for _, params in self._whole.groups[name]:
-                lacking = sorted(set(params) - known)
-                if lacking:
-                    msg = f"resume: expected optimizer {name!r} to step {lacking[0]!r}"
-                    raise CheckpointError(f"{msg}, got none. Take another checkpoint.")
+            # A parameter without a layout would silently lose its state.
+            known = self._saved.entries[name].keys() | set(states[0]["frozen"])
+            for _, params in self._saved.groups[name]:
+                missing = sorted(set(params) - known)
+                if missing:
+                    msg = f"resume: expected optimizer {name!r} to step {missing[0]!r}"
+                    got = "got no layout of it"
+                    raise CheckpointError(f"{msg}, {got}. Take another checkpoint.")
 
-    # -------------------------------------------------------------------- forms
+    # ------------------------------------------------------------------- states
 
-    def single(self, _: StateDict, parts: Sequence[str]) -> StateDict:
-        """Tensors and optimizers as one device takes them."""
+    def build_for_device(self, parts: Sequence[str]) -> StateDict:
+        """Tensors and optimizers for one device."""
         found: StateDict = {"grads": {}}
         if "model" in parts:
-            found["model"] = self._whole.state_dict()
+            found["model"] = self._saved.state_dict()
         if "optimizers" in parts:
             found["optimizers"] = {
                 name: self._optimizer(name, layout)
@@ -181,7 +181,7 @@ class _StateBuilder:
         return found
 
     def _optimizer(self, name: str, layout: Tensor) -> StateDict:
-        """State of an optimizer of one device."""
+        """State of an optimizer on one device."""
         entries = {
             n: self._entry(name, rows, self._shape(rows))
             for n, rows in _group_rows(layout)
@@ -194,33 +194,33 @@ class _StateBuilder:
         return {"state": state, "param_groups": groups}
 
     def _groups(self, name: str) -> list[StateDict]:
-        """Options for each live parameter group: of the one that had its parameters."""
+        """Options for each live parameter group, from the saved group of its parameters."""
         found = []
         for own, params in named_groups(self._live, self._names)[name]:
             options = [
                 then
-                for then, members in self._whole.groups[name]
+                for then, members in self._saved.groups[name]
                 if not set(params).isdisjoint(members)
             ]
-            # A group that is frozen as a whole is left out at ZeRO 1 to 3.
+            # ZeRO 1 to 3 leave out a group whose parameters are all frozen.
             found.append(options[0] if options else own)
         return found
 
-    def engines(self, saved: StateDict, parts: Sequence[str]) -> StateDict:
-        """Tensors and facts as the engines of one rank take them."""
+    def build_for_engines(self, saved: StateDict, parts: Sequence[str]) -> StateDict:
+        """Tensors and facts for the engines of one rank."""
         live = self._live
         made = {**live["shared"], **live["own"]}
-        is_held = "optimizers" in made  # else rank 0 gives them to all
+        has_tensors = "optimizers" in made  # else only rank 0 needs them
         tensors = dict(made.get("optimizers", {}))
         facts = dict(live["facts"])
         if "model" in parts:
             made["weights"] = self._weights(made.get("weights", {}))
             made["buffers"] = {n: self._tensor(n) for n in self._buffers}
-            tensors |= self._copies(tensors)
+            tensors |= self._masters(tensors)
         if "optimizers" in parts:
             tensors = {n: value for n, value in tensors.items() if is_master_name(n)}
             for name in live["layouts"]:
-                entries, numbers = self._entries(name, tensors, is_held=is_held)
+                entries, numbers = self._entries(name, tensors, has_tensors=has_tensors)
                 tensors |= entries
                 former = saved["facts"] if "facts" in saved else live["facts"]
                 facts[name] = {
@@ -238,43 +238,45 @@ class _StateBuilder:
 
     def _tensor(self, name: str) -> Tensor:
         """A whole parameter or buffer."""
-        buffers = self._whole.buffers
-        return buffers[name] if name in buffers else self._whole.weights[name].whole()
+        buffers = self._saved.buffers
+        return (
+            buffers[name] if name in buffers else self._saved.weights[name].assemble()
+        )
 
     def _weights(self, live: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Weights, each whole, or this rank's part of equal ones (ZeRO 3)."""
+        """Weights: whole ones, or at ZeRO 3 this rank's part of each."""
         made = {}
         for name, value in live.items():
             is_whole = value.shape == self._shapes[name]
             start = 0 if is_whole else self._rank * value.numel()
             row = (0, 0, 0, start, value.numel())
-            pieces = self._whole.weights[name]
+            pieces = self._saved.weights[name]
             made[name] = _filled(value.shape, value.dtype, [(pieces, row)])
         return made
 
-    def _copies(self, live: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What optimizers step in the place of weights; all but their pieces is padding."""
+    def _masters(self, live: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Master weights, which optimizers step instead of weights, padded with zeros."""
         made = {}
         for name, layout in self._live["layouts"].items():
             for n, rows in _group_rows(layout):
                 full = f"{name}/{n}/master"
                 if full in live:
                     pieces = [
-                        (self._whole.weights[self._names[row[1]]], row) for row in rows
+                        (self._saved.weights[self._names[row[1]]], row) for row in rows
                     ]
                     made[full] = _filled(live[full].shape, live[full].dtype, pieces)
         return made
 
     def _entries(
-        self, name: str, copies: Mapping[str, Tensor], *, is_held: bool
+        self, name: str, masters: Mapping[str, Tensor], *, has_tensors: bool
     ) -> tuple[dict[str, Tensor], list[StateDict]]:
-        """What an engine's optimizer keeps: tensors by name, numbers by stepped tensor."""
+        """State of an engine's optimizer: tensors by name, numbers by stepped tensor."""
         tensors = {}
         numbers: list[StateDict] = [{} for _ in self._live["facts"][name]["state"]]
         for n, rows in _group_rows(self._live["layouts"][name]):
-            copy = copies.get(f"{name}/{n}/master")
-            shape = self._shape(rows) if copy is None else copy.shape
-            entry = self._entry(name, rows, shape if is_held else None)
+            master = masters.get(f"{name}/{n}/master")
+            shape = self._shape(rows) if master is None else master.shape
+            entry = self._entry(name, rows, shape if has_tensors else None)
             for key, value in entry.items():
                 if isinstance(value, Tensor):
                     tensors[f"{name}/{n}/{key}"] = value
@@ -283,14 +285,14 @@ class _StateBuilder:
         return tensors, numbers
 
     def _shape(self, rows: Sequence[_Row]) -> Size:
-        """Shape of a stepped tensor that is a parameter itself."""
+        """Shape of a stepped tensor that is a whole parameter."""
         return self._shapes[self._names[rows[0][1]]]
 
     def _entry(self, name: str, rows: Sequence[_Row], shape: Size | None) -> StateDict:
-        """What an optimizer keeps for one stepped tensor; no shape leaves out its values."""
-        entries = self._whole.entries[name]
+        """State of an optimizer for one stepped tensor; no shape: no element values."""
+        entries = self._saved.entries[name]
         found = [entries.get(self._names[row[1]], {}) for row in rows]
-        # A parameter without gradients may have counted fewer steps by itself.
+        # A parameter that sometimes had no gradient may have counted fewer steps.
         lead = max(found, key=lambda own: float(own.get("step", 0)))
         entry: StateDict = {}
         for key in dict.fromkeys(key for own in (lead, *found) for key in own):
@@ -300,33 +302,45 @@ class _StateBuilder:
                 if isinstance(own.get(key), TensorPieces)
             ]
             if not pieces:
-                value = entry[key] = lead.get(key)
-                is_whole = len(rows) == 1 and shape in (None, self._shape(rows))
-                may_be_other = is_whole and self._whole.kinds[name] not in ELEMENTWISE
-                if isinstance(value, Tensor) and value.dim() and not may_be_other:
-                    msg = f"resume: expected a value for each element in {key!r} of"
-                    got = f"optimizer {name!r}, got shape {tuple(value.shape)}"
-                    advice = "Resume on as many ranks and at the ZeRO stage of before."
-                    raise CheckpointError(f"{msg} {got}. {advice}")
+                entry[key] = lead.get(key)
+                self._check_divisible(name, key, entry[key], rows, shape)
             elif shape is not None:
                 entry[key] = _filled(shape, pieces[0][0].dtype, pieces)
         return entry
 
+    def _check_divisible(
+        self,
+        name: str,
+        key: str,
+        value: object,
+        rows: Sequence[_Row],
+        shape: Size | None,
+    ) -> None:
+        """Raise if a saved tensor is not one value per element and would have to be."""
+        if not isinstance(value, Tensor) or not value.dim():
+            return
+        is_whole = len(rows) == 1 and shape in (None, self._shape(rows))
+        if not is_whole or self._saved.kinds[name] in ELEMENTWISE:
+            msg = f"resume: expected a value for each element in {key!r} of"
+            got = f"optimizer {name!r}, got shape {tuple(value.shape)}"
+            advice = "Resume on as many ranks and at the same ZeRO stage as before."
+            raise CheckpointError(f"{msg} {got}. {advice}")
+
 
 def check_same(saved: StateDict, live: StateDict, parts: Sequence[str]) -> None:
-    """Raise if a state of the live form is of another model or other optimizers.
+    """Raise if a state with the live layout is from another model or other optimizers.
 
     Parameters
     ----------
     saved, live
         States of one rank.
     parts
-        What is wanted of it.
+        ``model``, ``optimizers`` or both: what to check.
 
     Raises
     ------
     CheckpointError
-        If names or shapes of tensors, or names or classes of optimizers, are others.
+        If names or shapes of tensors, or names or classes of optimizers, differ.
     """
     if not is_convertible(live):
         return
@@ -337,7 +351,7 @@ def check_same(saved: StateDict, live: StateDict, parts: Sequence[str]) -> None:
 
 
 def _shapes_in(state: StateDict) -> dict[str, Sequence[int]]:
-    """Shapes of weights and buffers; parts of weights have those of the whole."""
+    """Shapes of whole weights and buffers."""
     if "model" in state:
         return {name: value.shape for name, value in state["model"].items()}
     buffers = {name: value.shape for name, value in state["own"]["buffers"].items()}
@@ -345,27 +359,27 @@ def _shapes_in(state: StateDict) -> dict[str, Sequence[int]]:
 
 
 def check_same_optimizers(saved: StateDict, live: StateDict) -> None:
-    """Raise if optimizers have other names or classes, or the config's schedulers differ."""
+    """Raise if names or classes of optimizers, or the config's schedulers, differ."""
     then, now = optimizer_classes(saved), optimizer_classes(live)
     if then != now:
         msg = f"resume: expected the optimizers {now}, got {then}."
         raise CheckpointError(
             f"{msg} Resume with the learner that was saved, or restore_optimizers=False."
         )
-    has_one, has_now = (
+    saved_names, live_names = (
         {n for n, facts in of.get("facts", {}).items() if facts["scheduler"]}
         for of in (saved, live)
     )
-    if has_one != has_now:
-        msg = f"resume: expected schedulers in DeepSpeed's config for {sorted(has_now)}"
+    if saved_names != live_names:
+        msg = f"resume: expected schedulers in DeepSpeed's config for {sorted(live_names)}"
         raise CheckpointError(
-            f"{msg}, got {sorted(has_one)}. Resume with the scheduler that was saved, or "
+            f"{msg}, got {sorted(saved_names)}. Resume with the scheduler that was saved, or "
             "restore_optimizers=False."
         )
 
 
 def _group_rows(layout: Tensor) -> Iterator[tuple[int, list[_Row]]]:
-    """Rows of a layout for each stepped tensor."""
+    """Group the rows of a layout by stepped tensor."""
     rows = sorted(layout.tolist())
     for n, found in groupby(rows, key=itemgetter(0)):
         yield n, list(found)
@@ -376,7 +390,7 @@ def _filled(
     dtype: torch.dtype,
     pieces: Iterable[tuple[TensorPieces, Sequence[int]]],
 ) -> Tensor:
-    """A tensor of zeros with pieces put where their rows of the layout say."""
+    """Copy pieces into a tensor of zeros, at the places in their layout rows."""
     made = torch.zeros(shape, dtype=dtype)
     flat = made.view(-1)
     for found, (_, _, at, start, length) in pieces:

@@ -1,11 +1,11 @@
-"""Which piece of which parameter lies where in the tensors that an optimizer steps.
+"""Layouts: where the pieces of parameters are in the tensors that an optimizer steps.
 
-A plain optimizer steps the parameters themselves. DeepSpeed steps flat tensors in which many
-parameters lie one after another, and of which each rank may hold a part.
+A plain optimizer steps the parameters themselves. DeepSpeed steps flat tensors that contain
+many parameters one after another, and a rank may have only a part of them.
 
-A layout is an int64 tensor of shape (pieces, 5), each row: number of the stepped tensor,
-number of the parameter as ``Module.parameters`` counts, where the piece begins in the stepped
-tensor, where it begins in the flattened parameter, and its length.
+A layout is an int64 tensor of shape (pieces, 5). The columns are: index of the stepped
+tensor, index of the parameter in ``Module.parameters``, start of the piece in the stepped
+tensor, start of the piece in the flattened parameter, and its length.
 """
 
 from __future__ import annotations
@@ -20,24 +20,26 @@ ELEMENTWISE = frozenset(
     {"Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam"}
     | {"RMSprop", "Rprop", "SGD"}
 )
-"""Optimizers of torch 2.13 that update each element by itself, so that ZeRO may divide
-them anywhere."""
+"""Optimizers of torch 2.13 that update each element by itself.
+
+ZeRO may divide their parameters anywhere.
+"""
 
 BY_MATRIX = frozenset({"Adafactor", "Muon"})
-"""Those that look at whole matrices: what they keep depends on the shape."""
+"""Optimizers whose state depends on the shape of the whole parameter."""
 
 _Piece = tuple[int, Tensor, int, int, int]
 
 
 def make_plain_layout(model: nn.Module, stepped: Sequence[Tensor]) -> Tensor:
-    """Layout of an optimizer that steps whole parameters, one by one."""
+    """Make the layout of an optimizer that steps whole parameters."""
     return _make_layout(model, _whole_pieces(stepped))
 
 
 def make_engine_layout(
     model: nn.Module, engine: Any, stepped: Sequence[Tensor], rank: int
 ) -> Tensor:
-    """Layout of what an engine's optimizer steps on one rank.
+    """Make the layout of the tensors that an engine's optimizer steps on one rank.
 
     Parameters
     ----------
@@ -46,7 +48,7 @@ def make_engine_layout(
     engine
         DeepSpeed's engine.
     stepped
-        The tensors that its optimizer steps.
+        Tensors that its optimizer steps.
     rank
         This rank.
 
@@ -65,34 +67,34 @@ def make_engine_layout(
             groups = getattr(wrapper, f"{kind}_groups")
             return _make_layout(model, _flat_pieces(groups, flats, stepped, rank))
     copied = getattr(wrapper, "fp16_groups", None)
-    whole = stepped if copied is None else [p for group in copied for p in group]
-    return _make_layout(model, _whole_pieces(whole))
+    params = stepped if copied is None else [p for group in copied for p in group]
+    return _make_layout(model, _whole_pieces(params))
 
 
 def group_members(
     model: nn.Module, groups: Iterable[Mapping[str, Any]]
 ) -> list[list[int]]:
-    """Numbers of the parameters in each of an optimizer's groups."""
-    numbers = {id(param): n for n, param in enumerate(model.parameters())}
+    """Indexes of the parameters in each of an optimizer's groups."""
+    indexes = {id(param): n for n, param in enumerate(model.parameters())}
     return [
-        [numbers[id(param)] for param in group["params"] if id(param) in numbers]
+        [indexes[id(param)] for param in group["params"] if id(param) in indexes]
         for group in groups
     ]
 
 
 def _make_layout(model: nn.Module, pieces: Iterable[_Piece]) -> Tensor:
-    """The layout, with parameters by their numbers."""
-    numbers = {id(param): n for n, param in enumerate(model.parameters())}
+    """Put the pieces in a tensor, with the index of each parameter."""
+    indexes = {id(param): n for n, param in enumerate(model.parameters())}
     rows = [
-        (n, numbers[id(param)], at, start, length)
+        (n, indexes[id(param)], at, start, length)
         for n, param, at, start, length in pieces
-        if id(param) in numbers
+        if id(param) in indexes
     ]
     return torch.tensor(rows, dtype=torch.int64).reshape(-1, 5)
 
 
 def _whole_pieces(params: Sequence[Tensor]) -> Iterator[_Piece]:
-    """Each parameter is stepped by itself."""
+    """Pieces of an optimizer that steps each parameter by itself."""
     for n, param in enumerate(params):
         yield n, param, 0, 0, param.numel()
 
@@ -103,7 +105,7 @@ def _flat_pieces(
     stepped: Sequence[Tensor],
     rank: int,
 ) -> Iterator[_Piece]:
-    """Each group lies in one flat tensor; ranks step equal parts of it, or all of it."""
+    """Pieces of flat groups, of which a rank steps all or an equal part."""
     for n, (params, flat) in enumerate(zip(groups, flats, strict=True)):
         size = stepped[n].numel()
         first = 0 if size == flat.numel() else rank * size
@@ -116,7 +118,7 @@ def _flat_pieces(
 
 
 def _partitioned_pieces(wrapper: Any, rank: int) -> Iterator[_Piece]:
-    """Of each parameter a rank steps one part (ZeRO 3); the last part may be shorter."""
+    """Pieces at ZeRO 3: one part of each parameter; the last part may be shorter."""
     for params in wrapper.fp16_groups:
         for param in params:
             n, at, size = wrapper.grad_position[wrapper.get_param_id(param)]

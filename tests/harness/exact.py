@@ -1,4 +1,4 @@
-"""Fits that are stopped, resumed and compared bit for bit with unbroken ones."""
+"""Fits that are stopped, resumed, and compared bit for bit with unbroken fits."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ class OwnStep(Net):
 
 
 class Conv(nn.Module):
-    """Channels last, a generator and a counter of its own."""
+    """Channels last, with its own generator and counter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -196,7 +196,7 @@ class LazySampler(Sampler[int]):
 
 
 class OwnPosition(DataLoader):
-    """A loader that knows where it is, and goes on from there; its order is its own."""
+    """A loader that saves its own position and order."""
 
     def __init__(self) -> None:
         super().__init__(harness_data(), batch_size=BATCH)
@@ -389,7 +389,7 @@ WITH_WORKERS = {
 
 
 class Stop(harness.Callback):
-    """Asks for the end by a signal, as a person or a scheduler of jobs would."""
+    """Stop a fit by a signal, as a person or a job scheduler would."""
 
     def __init__(
         self, event: str | None, after: int, signum: int = signal.SIGTERM
@@ -405,7 +405,7 @@ class Stop(harness.Callback):
 
 
 class Look(harness.Callback):
-    """Keeps all state that a fit ends with."""
+    """Keep the complete final state of a fit."""
 
     weight = 30  # before KeepBestModel puts other weights in
 
@@ -423,7 +423,7 @@ class Look(harness.Callback):
 def fit(
     case: Case, folder: Path, stop: tuple[str, int] | None = None, tracker: Any = False
 ) -> dict[str, Any]:
-    """Fit, or go on with what lies in the folder; gives all that it ended with."""
+    """Fit, or resume from the checkpoints in a folder; return the complete final state."""
     look = Look()
     own = [*case.callbacks(folder), look, AutoResume(folder / "saved")]
     is_first = not (folder / "saved").exists()
@@ -455,7 +455,7 @@ def fit(
 
 
 def differences(one: dict[str, Any], two: dict[str, Any]) -> list[str]:
-    """Names of what is not the same bits."""
+    """Names of the values whose bits differ."""
     found = [
         key
         for key in ("records", "batches", "csv", "plan")
@@ -474,7 +474,7 @@ def differences(one: dict[str, Any], two: dict[str, Any]) -> list[str]:
 
 
 def same_bits(one: Any, two: Any) -> bool:
-    """True if values are equal bit for bit, NaN and signed zeros included."""
+    """Whether values are equal bit for bit, NaN and signed zeros included."""
     if not isinstance(one, Tensor):
         return repr(one) == repr(two)
     if one.dtype != two.dtype or one.shape != two.shape:
@@ -483,7 +483,7 @@ def same_bits(one: Any, two: Any) -> bool:
 
 
 def rewritten(folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:
-    """Change the state in the newest checkpoint, and make it whole again."""
+    """Change the state in the newest checkpoint; its manifest matches again afterwards."""
     place, _ = find_newest(folder)
     assert place is not None
     manifest = verify_checkpoint(place)

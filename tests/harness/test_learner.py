@@ -14,7 +14,8 @@ from torchmetrics.regression import MeanSquaredError
 
 import harness
 from harness.accelerators.single import SingleDevice
-from harness.callbacks import EarlyStopping
+from harness.callbacks import EarlyStopping, Metrics, Profile
+from harness.metrics.sets import MetricSet
 from tests.harness.fakes import At, Line, Net, line_learner, net_learner, points, slope
 
 OFF: dict[str, Any] = {"tracker": False, "verbose": False}
@@ -827,3 +828,30 @@ def test_predict_of_a_ready_loader_warns_about_options():
     fitted = line_learner().fit(slope(2), 1, **OFF)
     with pytest.warns(UserWarning, match="data is a DataLoader"):
         fitted.predict(DataLoader(Plain()), dataloader_options={"batch_size": 2})
+
+
+# --- callbacks that replace a default
+
+
+class QuietProfile(Profile):
+    pass
+
+
+@pytest.mark.parametrize("kind", [Profile, QuietProfile])
+def test_callback_of_a_defaults_class_replaces_the_default(kind):
+    own, given = kind(), []
+    fitted = line_learner().fit(
+        slope(4),
+        2,
+        callbacks=[own, At("on_fit_begin", lambda ctx: given.extend(ctx.callbacks))],
+        **OFF,
+    )
+    assert [item for item in given if isinstance(item, Profile)] == [own]
+    assert all(isinstance(item, dict) for item in fitted.records["profile"]["train"])
+
+
+def test_metrics_callback_replaces_the_default_in_evaluate():
+    fitted = line_learner().fit(slope(4), 1, **OFF)
+    own = Metrics(MetricSet({"bias": lambda pred, target: (pred - target).mean()}))
+    found = fitted.evaluate(slope(4), callbacks=[own], verbose=False)
+    assert set(found.records["metrics"]["valid"][0]) == {"loss", "bias"}

@@ -11,6 +11,7 @@ from torchmetrics.regression import MeanSquaredError
 import harness
 from harness.accelerators.single import SingleDevice
 from harness.callbacks import GradientClip, StepMetrics
+from harness.errors import EarlyStop, SkipEpoch
 from harness.loop import EvaluateContext, PredictContext
 from tests.harness.event_lists import (
     ACCUMULATED_BATCH,
@@ -193,6 +194,117 @@ def test_accumulation_averages_gradients_over_its_window(sized):
     )
     assert fitted.model.w.item() == pytest.approx(0.1776, abs=1e-6)
     assert fitted.model.b.item() == pytest.approx(0.0988, abs=1e-6)
+
+
+def at_iter(event, place, error):
+    """Raises at one batch of each epoch."""
+
+    def act(ctx):
+        if ctx.iter == place:
+            raise error
+
+    return At(event, act)
+
+
+@pytest.mark.parametrize(
+    "event", ["on_train_batch_end", "on_train_batch_after_loss", "on_train_batch_begin"]
+)
+def test_epoch_that_is_skipped_leaves_no_window_and_no_gradient(event):
+    begun, stepped = [], []
+    begin = At("on_epoch_begin", lambda ctx: begun.append(ctx.model.w.grad))
+    note = At(
+        "on_train_batch_after_step", lambda ctx: stepped.append((ctx.epoch, ctx.iter))
+    )
+    _, events = fit(
+        line_learner(),
+        slope(8),
+        3,
+        begin,
+        note,
+        at_iter(event, 4, SkipEpoch),
+        accelerator=SingleDevice("cpu", accumulate=3),
+        dataloader_options={"batch_size": 1},
+    )
+    assert "on_train_end" not in events
+    assert begun == [None] * 3
+    assert stepped == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_epoch_that_is_skipped_leaves_no_gradient_of_an_own_step():
+    class Own(Line):
+        def step(self):
+            (self(self.ctx.input) - self.ctx.target).square().mean().backward()
+
+    begun = []
+    begin = At("on_epoch_begin", lambda ctx: begun.append(ctx.model.w.grad))
+    skip = at_iter("on_train_batch_end", 1, SkipEpoch)
+    fit(harness.setup(Own, optimizer=torch.optim.SGD), slope(4), 2, begin, skip)
+    assert begun == [None, None]
+
+
+def test_fit_that_stops_early_leaves_no_gradient():
+    left = []
+    end = At("on_fit_end", lambda ctx: left.append(ctx.model.w.grad))
+    stop = at_iter("on_train_batch_end", 1, EarlyStop)
+    fit(
+        line_learner(),
+        slope(8),
+        2,
+        end,
+        stop,
+        accelerator=SingleDevice("cpu", accumulate=2),
+        dataloader_options={"batch_size": 1},
+    )
+    assert left == [None]
+
+
+def test_epoch_in_which_a_step_leaves_out_a_batch_ends_its_window():
+    class Own(Line):
+        def step(self):
+            ctx = self.ctx
+            if ctx.iter == 4:
+                return
+            ctx.backward((self(ctx.input) - ctx.target).square().mean())
+            ctx.accelerator.step()
+
+    stepped = []
+    note = At("on_train_batch_end", lambda ctx: stepped.append((ctx.iter, ctx.step)))
+    learner = harness.setup(Own, optimizer=torch.optim.SGD)
+    fit(
+        learner,
+        slope(4),
+        2,
+        note,
+        accelerator=SingleDevice("cpu", accumulate=2),
+        dataloader_options={"batch_size": 1},
+    )
+    one = [(1, 0), (2, 1), (3, 1), (4, 1)]
+    assert stepped == [*one, *((place, step + 1) for place, step in one)]
+
+
+class Wrong(Stream):
+    """Rows with a wrong length."""
+
+    def __init__(self, rows, length):
+        super().__init__(rows)
+        self.length = length
+
+    def __len__(self):
+        return self.length
+
+
+@pytest.mark.filterwarnings("ignore:Length of IterableDataset:UserWarning")
+@pytest.mark.parametrize("length", [3, 5, 9])
+def test_accumulation_sees_every_batch_whatever_the_length_says(length):
+    # As for a stream without a length, above: 0 and 1, then 2 alone.
+    fitted, events = fit(
+        line_learner(),
+        DataLoader(Wrong(3, length), batch_size=1),
+        dataloader_options=None,
+        accelerator=SingleDevice("cpu", accumulate=2),
+    )
+    assert events.count("on_train_batch_after_step") == 2
+    assert fitted.model.w.item() == pytest.approx(0.1776, abs=1e-6)
 
 
 def test_accumulation_starts_a_new_window_each_epoch():

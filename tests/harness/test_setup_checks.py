@@ -241,3 +241,156 @@ def test_error_of_the_model_keeps_its_type_and_gains_a_note(tmp_path):
     assert "epoch 1, iter 1, training" in caught.value.__notes__[0]
     assert tracking.list_runs(tmp_path)[0].status == "failed"
     assert Path(tmp_path).is_dir()
+
+
+# --- names in a model that mean something else
+
+
+class OwnCtx(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.ctx = 128
+
+
+class CtxSubmodule(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.ctx = nn.Linear(3, 3)
+
+
+class CtxPlaceholder(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.ctx = None
+
+
+class CtxProperty(Net):
+    @property
+    def ctx(self) -> int:
+        return 3
+
+
+class StepBuffer(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("step", torch.tensor(0))
+
+
+class StepNumber(Net):
+    step = 0
+
+
+class PredictSubmodule(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.predict = nn.Linear(3, 1)
+
+
+class BackwardParameter(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.backward = nn.Parameter(torch.zeros(1))
+
+
+class OptimizersList(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.set_optimizers = [torch.optim.SGD]
+
+
+class LossHistory(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.loss: list[float] = []
+
+
+class LossContainer(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.loss = nn.ModuleDict()
+
+
+class LossClass(Net):
+    loss = nn.MSELoss
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        (OwnCtx, "ctx"),
+        (CtxSubmodule, "ctx"),
+        (CtxPlaceholder, "ctx"),
+        (CtxProperty, "ctx"),
+        (StepBuffer, "step"),
+        (StepNumber, "step"),
+        (PredictSubmodule, "predict"),
+        (BackwardParameter, "backward"),
+        (OptimizersList, "set_optimizers"),
+        (LossHistory, "loss"),
+        (LossContainer, "loss"),
+        (LossClass, "loss"),
+    ],
+)
+def test_name_in_a_model_that_means_something_else_is_refused(model, name):
+    seen = Seen()
+    with pytest.raises(TypeError, match=rf"{model.__name__}\.{name}: .*Rename it"):
+        harness.setup(model, loss=nn.MSELoss(), optimizer=torch.optim.SGD).fit(
+            (X, Y), 1, callbacks=[seen], tracker=False, verbose=False
+        )
+    assert seen.epochs == 0
+
+
+class LossModule(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.loss = nn.L1Loss()
+
+
+class LossFunction(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.loss = nn.functional.l1_loss
+
+
+class LossStatic(Net):
+    ctx = None
+    loss = staticmethod(nn.functional.l1_loss)
+
+
+class LossOfClass(Net):
+    step = None
+    loss = nn.L1Loss()
+
+
+@pytest.mark.parametrize("model", [LossModule, LossFunction, LossStatic, LossOfClass])
+def test_loss_of_the_model_may_be_a_module_or_function(model):
+    learner = harness.setup(model, optimizer=torch.optim.SGD).set_opt_hparams(lr=0)
+    fitted = learner.fit(
+        (X, Y), 1, dataloader_options={"shuffle": False}, tracker=False, verbose=False
+    )
+    with torch.no_grad():  # the short last batch is dropped
+        expected = nn.functional.l1_loss(fitted.model(X[:32]), Y[:32])
+    assert fitted.records["metrics"]["train"][0]["loss"] == pytest.approx(
+        expected.item()
+    )
+
+
+def test_binding_a_model_leaves_its_own_ctx():
+    ctx = harness.Context()
+    model = OwnCtx()
+    with pytest.raises(TypeError, match=r"OwnCtx\.ctx"):
+        ctx.model = model
+    assert model.ctx == 128
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"backward": 3}, r"setup\(backward\): expected a function of the loss, got 3"),
+        ({"loss": "mse"}, r"setup\(loss\): expected a function or module, got 'mse'"),
+    ],
+)
+def test_setup_refuses_what_cannot_be_called(options, match):
+    options = {"loss": nn.MSELoss(), "optimizer": torch.optim.SGD} | options
+    with pytest.raises(TypeError, match=match):
+        harness.setup(Net, **options)

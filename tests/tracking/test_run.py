@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import argparse
+import dataclasses
+import decimal
+import enum
 import json
 import os
 import signal
@@ -12,7 +16,9 @@ import warnings
 from datetime import datetime
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from tracking.api import start
 from tracking.delivery.state import DeliveryState
@@ -22,6 +28,7 @@ from tracking.errors import (
     RunClosedError,
     RunNotFoundError,
     TrackingWarning,
+    warn,
 )
 from tracking.journal.reader import JournalReader
 from tracking.journal.segment import CAPACITY
@@ -310,8 +317,10 @@ def test_log_params_that_are_no_dictionary_are_refused(run):
         TypeError, match=r"Run\.log_params: expected a dictionary, got 3"
     ):
         run.log_params(3)
-    with pytest.raises(TypeError, match=r"Run\.set_tags: expected a number.*'a'"):
-        run.set_tags({"a": object()})
+    with pytest.raises(
+        TypeError, match=r"Run\.set_tags: expected a dictionary, got 'a'"
+    ):
+        run.set_tags("a")
 
 
 def test_log_artifact_copies_a_file_or_a_folder(run, tmp_path):
@@ -825,6 +834,298 @@ def test_log_step_memory_stays_flat(tmp_path, root):
 @pytest.mark.slow
 def test_log_step_memory_stays_flat_over_5_million_rows(tmp_path, root):
     check_flat(tmp_path, root, 5_000_000)
+
+
+# ------------------------------------------------------------- params of any kind
+
+
+class Colour(enum.Enum):
+    RED = 1
+
+
+@dataclasses.dataclass
+class Options:
+    lr: float = 0.1
+
+
+class Untold:
+    def __str__(self):
+        raise RuntimeError("no text")
+
+
+class Lazy(dict):
+    def items(self):
+        raise KeyError("a missing value")
+
+
+ENDLESS: list[object] = []
+ENDLESS.append(ENDLESS)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (Path("data/x"), "data/x"),
+        (datetime(2026, 1, 2), "2026-01-02 00:00:00"),
+        (Colour.RED, "Colour.RED"),
+        (decimal.Decimal("0.10"), "0.10"),
+        (Options(), "Options(lr=0.1)"),
+        (argparse.Namespace(a=1), "Namespace(a=1)"),
+        (np.dtype("float32"), "float32"),
+        (Options, f"{__name__}.Options"),
+        ({"b", "a"}, "{'a', 'b'}"),
+        (range(3), "range(0, 3)"),
+        (b"x", "b'x'"),
+        (1j, "1j"),
+        ([Path("a"), 1, {2: Colour.RED}], ["a", 1, {"2": "Colour.RED"}]),
+        (None, None),
+        pytest.param(10**5000, None, id="int"),
+        (Untold(), None),
+        (Lazy(a=1), "{'a': 1}"),
+        (ENDLESS, None),
+        pytest.param("x" * 3_000_000, None, id="text"),
+        pytest.param(list(range(300_000)), None, id="list"),
+        (np.zeros(5000), None),
+        (np.array([object()]), None),
+    ],
+)
+def test_log_params_of_any_kind_are_recorded(value, text, run):
+    run.log_params({"before": 1, "odd": value, "after": 2})
+    params = PastRun(run.path).params
+    assert (params["before"], params["after"]) == (1, 2)
+    if text is None:
+        assert "odd" in params
+    else:
+        assert params["odd"] == text
+    assert PastRun(run.path).damage == []
+
+
+def test_log_params_with_keys_of_any_kind_are_recorded(run):
+    deep: dict[str, object] = {}
+    for _ in range(200):
+        deep = {"d": deep}
+    run.log_params({1: "a", (2, 3): "b", None: {4: "c"}, "\ud800": "d", "deep": deep})
+    params = PastRun(run.path).params
+    assert {k: v for k, v in params.items() if not k.startswith("deep")} == {
+        "1": "a",
+        "(2, 3)": "b",
+        "None/4": "c",
+        "\\ud800": "d",
+    }
+
+
+def test_log_names_that_meet_are_told_apart(run):
+    meeting = {"a/b": 1, "a": {"b": 2}, "a/b#2": 3}
+    run.log_params(meeting)
+    assert PastRun(run.path).params == {"a/b": 1, "a/b#2": 3, "a/b#3": 2}
+    run.log("metrics", "t", meeting, index=1)
+    assert sorted(logged(run, "what", "value")[-3:]) == [
+        ("metrics", 1.0),
+        ("metrics", 2.0),
+        ("metrics", 3.0),
+    ]
+
+
+# ------------------------------------------------- tensors that cannot be read out
+
+
+def odd_tensors():
+    class Shy(torch.Tensor):
+        def tolist(self):
+            raise NotImplementedError("not from this class")
+
+    plain = torch.ones(2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # prototypes of torch say that they are
+        return {
+            "sparse": plain.to_sparse(),
+            "meta": plain.to("meta"),
+            "meta scalar": torch.ones((), device="meta"),
+            "complex": plain.to(torch.complex64),
+            "nested": torch.nested.nested_tensor([plain, torch.ones(3)]),
+            "quantized": torch.quantize_per_tensor(plain, 0.1, 0, torch.qint8),
+            "masked": torch.masked.masked_tensor(plain, plain > 0),
+            "shy": plain.as_subclass(Shy),
+        }
+
+
+@pytest.mark.parametrize("kind", odd_tensors())
+def test_log_tensor_that_has_no_plain_values_is_refused(kind, run):
+    odd = odd_tensors()[kind]
+    run.log("metrics", "t", {"loss": torch.tensor(1.5)})
+    for value in ({"a": 1.0, "b": odd}, [1.0, odd]):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with pytest.raises(TypeError, match=r"(?s)expected a number.* at value\["):
+                run.log("metrics", "t", value)
+            run.log_params({"odd": odd})
+    run.log("metrics", "t", {"loss": torch.tensor(2.5)})
+    run.flush()
+    values = PastRun(run.path).records(what="metrics")["value"].to_pylist()
+    assert values == [1.5, 2.5]
+
+
+class Unreadable(torch.Tensor):
+    """A tensor that says only in the background that it cannot be read."""
+
+    num_reads = 0
+
+    def tolist(self):
+        Unreadable.num_reads += 1
+        if Unreadable.num_reads % 2:
+            return [1.0]
+        raise MemoryError("none left")
+
+
+@pytest.mark.parametrize("kind", ["large", "unreadable"])
+@pytest.mark.parametrize("by", ["finish", "keeper"])
+def test_log_tensor_that_cannot_be_read_is_lost_alone(kind, by, runs, until):
+    Unreadable.num_reads = 0
+    value: object = torch.ones(1).as_subclass(Unreadable)
+    if kind == "large":
+        value = [torch.rand(1024, dtype=torch.float64) for _ in range(100)]
+    run = start(runs_dir=runs, delivery=False)
+    run.log("metrics", "t", {"loss": torch.tensor(1.5)})
+    run.log("odd", "t", value)
+    run.log("metrics", "t", {"loss": torch.tensor(2.5)})
+    if by == "keeper":
+        until(lambda: not run._deferred)
+        run.log("metrics", "t", {"loss": torch.tensor(3.5)})
+        until(lambda: not run._deferred)
+    run.finish()
+    past = PastRun(run.path)
+    expected = [1.5, 2.5, 3.5] if by == "keeper" else [1.5, 2.5]
+    assert past.records(what="metrics")["value"].to_pylist() == expected
+    assert past.status == "finished"
+
+
+# ------------------------------------------------------------- starts that fail
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"params": 3},
+        {"tags": [1]},
+        {"experiment": 123},
+        {"name": b"x"},
+        {"note": "\ud800"},
+        {"durability": "never"},
+        {"delivery": 1},
+    ],
+)
+def test_start_that_fails_leaves_nothing(options, runs):
+    threads = threading.active_count()
+    with pytest.raises((TypeError, ValueError), match="expected"):
+        start(runs_dir=runs, **options)
+    assert not runs.exists() or list(runs.iterdir()) == []
+    assert threading.active_count() == threads
+
+
+def test_start_again_that_fails_leaves_the_run_as_it_was(runs):
+    with start(runs_dir=runs, delivery=False) as run:
+        run.log_metric("loss", 1.0)
+    before = PastRun(run.path).manifest
+    with pytest.raises(TypeError, match="expected a dictionary"):
+        start(runs_dir=runs, run_id=run.id, delivery=False, params=3)  # type: ignore[arg-type]
+    assert PastRun(run.path).manifest == before
+    with pytest.raises(TypeError, match="expected a dictionary"):
+        start(runs_dir=runs, run_id=run.id, rank=1, params=3)  # type: ignore[arg-type]
+    assert not get_rank_dir(run.path, 1).exists()
+    with start(runs_dir=runs, run_id=run.id, delivery=False) as again:
+        assert again.id == run.id
+
+
+def test_start_in_a_folder_that_is_gone(runs, tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with start(runs_dir=runs, delivery=False) as run:
+        run.log_metric("loss", 1.0)
+    assert PastRun(run.path).status == "finished"
+
+
+# ------------------------------------------------------------ stderr and children
+
+
+class Tee:
+    """As programs replace stderr: no isatty."""
+
+    def write(self, text):
+        return len(text)
+
+    def flush(self):
+        pass
+
+
+class Broken(Tee):
+    def write(self, text):
+        raise RuntimeError("gone")
+
+
+@pytest.mark.parametrize("kind", ["Tee", "Broken", "None", "closed"])
+def test_end_of_a_run_needs_no_stderr(kind, runs, tmp_path, monkeypatch):
+    closed = (tmp_path / "closed").open("w")
+    closed.close()
+    replaced = {"Tee": Tee(), "Broken": Broken(), "None": None, "closed": closed}
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setattr(sys, "stderr", replaced[kind])
+    warn("a warning")
+    run = start(runs_dir=runs, delivery={"patience_s": 0.1})
+    run.log_metric("loss", 1.0)
+    run.finish(wait_s=0.2)
+    assert PastRun(run.path).status == "finished"
+
+
+def test_log_in_a_forked_child_is_one_warning(runs, tmp_path):
+    with start(runs_dir=runs, delivery=False) as run:
+        run.log_metric("loss", torch.tensor(1.0))
+        run.log_metric("loss", 1.0)
+        child = os.fork()
+        if child == 0:  # as a worker of a DataLoader
+            code = 1
+            try:
+                with pytest.warns(TrackingWarning, match="dropped") as caught:  # noqa: PT031
+                    run.log_metric("loss", 2.0)
+                    run.log("metrics", "t", {"a": torch.tensor(1.0)})
+                    run.log_params({"a": 1})
+                    run.log_text("x", "x.txt")
+                    run.flush()
+                    run.save_manifest(a=1)
+                    run.finish()
+                code = len(caught) - 1
+            finally:
+                os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        run.log_metric("loss", 3.0)
+    past = PastRun(run.path)
+    values = past.records(what="metrics")["value"].to_pylist()
+    assert sorted(values) == [1.0, 1.0, 3.0]
+    assert past.status == "finished"
+
+
+def test_figure_without_a_format_in_its_name_is_a_png(run):
+    class Figure:
+        def savefig(self, path):
+            assert path.endswith(".png")
+            Path(path).write_text("a picture")
+
+    for name in ("plot", "epoch_0.5", "deep/x.png"):
+        run.log_figure(Figure(), name)
+    names = sorted(p.name for p in (run.path / "artifacts").rglob("*.png"))
+    assert names == ["epoch_0.5.png", "plot.png", "x.png"]
+
+
+def test_left_generator_is_a_finished_run(runs):
+    def train():
+        with start(runs_dir=runs, delivery=False, name="left") as run:
+            while True:
+                yield run
+
+    steps = train()
+    run = next(steps)
+    steps.close()
+    assert PastRun(run.path).status == "finished"
 
 
 def test_error_of_a_run_is_written_without_secrets(tmp_path):

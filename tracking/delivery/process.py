@@ -12,7 +12,7 @@ from typing import Final
 
 from tracking.delivery.state import DeliveryState
 from tracking.durable import hold_lock
-from tracking.errors import DeliveryError, warn
+from tracking.errors import DeliveryError, is_terminal, warn, write_stderr
 from tracking.redaction import redact
 
 # The folder of the packages goes to the end of the path, for a checkout that is not
@@ -156,14 +156,13 @@ class DeliveryProcess:
             if has_ended or state.phase == "gave up" or time.monotonic() > deadline:
                 self._report_unsent(state)
                 break
-            if sys.stderr.isatty():
+            if is_terminal():
                 is_shown = True
                 count = f"delivering to MLflow: {state.behind} rows to go"
-                sys.stderr.write(f"\r{count}\x1b[K")
-                sys.stderr.flush()
+                write_stderr(f"\r{count}\x1b[K")
             time.sleep(_POLL_S)
         if is_shown:
-            sys.stderr.write("\r\x1b[K")
+            write_stderr("\r\x1b[K")
 
     def _report_unsent(self, state: DeliveryState) -> None:
         """Say on stderr what MLflow does not have yet."""
@@ -173,7 +172,7 @@ class DeliveryProcess:
         reason = f" ({redact(state.error)})" if state.error else ""
         continues = self._process.returncode is None and state.phase != "gave up"
         how = "delivery continues in the background; " if continues else ""
-        sys.stderr.write(
+        write_stderr(
             f"{count} of {run_id} are not in MLflow yet{reason}: {how}"
             f"'harness sync {run_id}' sends the rest.\n"
         )

@@ -87,6 +87,8 @@ class Journal:
         self._is_synced = durability == "fsync"
         self._on_tick = on_tick
         self._why_closed = ""
+        self._is_in_child = False
+        self._has_warned_child = False
         self._has_warned = False
         self._retry_at = 0.0
         self._auto_indices: dict[tuple[str, str], AutoIndex] = {}
@@ -97,17 +99,24 @@ class Journal:
             present = list_blocks(rank_dir)
             first = present[-1] + 1 if present else 0
             self.block: Block = DiskBlock(rank_dir, first, is_synced=self._is_synced)
+            self._start_threads()
         except BaseException:
             self._lock.release()
             raise
+        _JOURNALS.add(self)
+
+    def _start_threads(self) -> None:
         self._open: list[Block] = [self.block]  # in order; only the keeper changes it
         self._tasks: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self._sealer = _Sealer(rank_dir, self.rank, self._warn_of)
+        self._sealer = _Sealer(self.rank_dir, self.rank, self._warn_of)
         self._keeper = threading.Thread(
             target=self._run_keeper, name="tracking-keeper", daemon=True
         )
-        self._keeper.start()
-        _JOURNALS.add(self)
+        try:
+            self._keeper.start()
+        except RuntimeError:  # the system has no more threads
+            self._sealer.close()
+            raise
 
     # ------------------------------------------------------------------- callers
 
@@ -239,6 +248,22 @@ class Journal:
         if self._why_closed:
             raise RunClosedError(self._why_closed)
 
+    def takes_rows(self) -> bool:
+        """Whether this process may write; a forked child may not, and is warned once.
+
+        Raises
+        ------
+        RunClosedError
+            If the journal is closed.
+        """
+        if not self._is_in_child:
+            self.check_open()
+            return True
+        if not self._has_warned_child:
+            self._has_warned_child = True
+            warn(f"{self._why_closed} What is logged here is dropped.")
+        return False
+
     def last_seq(self) -> int:
         """Return the highest ``seq`` written, or one below the empty open block."""
         block = self.block
@@ -282,6 +307,7 @@ class Journal:
 
     def close_in_child(self) -> None:
         """Close the copy in a forked child, which must not touch the files."""
+        self._is_in_child = True
         self._refuse_rows(
             f"Run.log: expected the process that started the run, got its fork "
             f"(process {os.getpid()}). Log from the parent, or start a run here."
@@ -316,8 +342,12 @@ class Journal:
             self._retry_pending()
             if self._on_tick and time.monotonic() >= next_tick:
                 next_tick = time.monotonic() + TICK_S
-                with contextlib.suppress(RunClosedError):  # closed meanwhile
+                try:
                     self._on_tick()
+                except RunClosedError:  # closed meanwhile
+                    pass
+                except Exception as error:  # noqa: BLE001  this thread must live on
+                    warn(f"Journal: expected to read out tensors, got {error!r:.500}.")
 
     def _make_next_block(self) -> None:
         """Make the block after the last one, in memory if the disk refuses."""

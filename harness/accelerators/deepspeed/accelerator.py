@@ -228,6 +228,8 @@ class DeepSpeedAccelerator:
         self.steps = dict.fromkeys(self._engines.names, 0)
         self.overflows = dict.fromkeys(self._engines.names, 0)
         facades: dict[str, Any] = {e.name: e.facade for e in self._engines}
+        # A window may be read ahead, and each of its batches be recorded with its copy.
+        self._shares = ShareTracker(num_recent=2 * self.accumulate + 8)
         sharded = shard_loaders(
             loaders, self._ranks, self._shares, before_eval=self._send_buffers
         )
@@ -337,6 +339,11 @@ class DeepSpeedAccelerator:
         if engine.done < self.window:
             return False
         return engine.step(step_opt)
+
+    def drop_window(self) -> None:
+        """Clear the gradients of every engine in an open window. Every rank must call it."""
+        for engine in self._engines:
+            engine.drop_window()
 
     def clip(
         self, max_norm: float, name: str | None = None, norm_type: float = 2.0

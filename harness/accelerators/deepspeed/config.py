@@ -1,6 +1,6 @@
-"""DeepSpeed's own config: checked before training, its ``"auto"`` values filled in.
+"""Check DeepSpeed's config before training and fill in its ``"auto"`` values.
 
-Options stay in DeepSpeed's words, https://www.deepspeed.ai/docs/config-json/.
+Options are named as in https://www.deepspeed.ai/docs/config-json/.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 
 from harness.events import nearest
 
-# Top-level keys that DeepSpeed 0.19.8 reads; it ignores others without a word. A test
-# compares the list with what the installed version asks for.
+# Top-level keys that DeepSpeed 0.19.8 reads; it silently ignores others. A test compares
+# the list with what the installed version reads.
 KEYS = frozenset(
     [
         "activation_checkpointing",
@@ -83,12 +83,12 @@ KEYS = frozenset(
     ]
 )
 
-_PARTS = {
+_SECTIONS = {
     "optimizer": {"type", "params", "legacy_fusion"},
     "scheduler": {"type", "params"},
     "torch_autocast": {"enabled", "dtype", "lower_precision_safe_modules"},
 }
-"""Keys of the parts that DeepSpeed reads without a model of its own."""
+"""Keys of the sections for which DeepSpeed has no pydantic model."""
 
 _SIZES = (
     "train_batch_size",
@@ -97,7 +97,7 @@ _SIZES = (
 )
 
 _HALF = {"fp16", "half", "float16"}
-"""DeepSpeed's names for the dtype that CPUs do not train in."""
+"""DeepSpeed's names for float16, which CPUs do not train in."""
 
 _BUCKETS = {
     "reduce_bucket_size": 5e8,
@@ -109,24 +109,24 @@ _BUCKETS = {
 
 @dataclass(frozen=True, kw_only=True)
 class ConfigFacts:
-    """What fills ``"auto"``: facts of learner, loaders, machine and launch.
+    """Facts of learner, loaders, machine and launch that fill ``"auto"``.
 
     Attributes
     ----------
     world_size : >= 1
         Ranks.
     device
-        Kind of device: ``cpu``, ``cuda``.
+        Type of device: ``cpu`` or ``cuda``.
     accumulate : >= 1
-        Micro-batches to an optimizer step that the caller asked for; 1 also means unsaid.
+        Micro-batches per optimizer step that the caller asked for; 1 also means no wish.
     batch_size : >= 1, or None
-        Samples in a rank's batch, as the training loader has it.
+        Batch size of the training loader: samples in a rank's batch.
     num_parameters : >= 0
-        Elements in all parameters.
+        Elements of all parameters.
     opt_hparams
         The learner's hyper-parameters for its optimizer.
     fields
-        Keys that DeepSpeed knows in a part of the config, by the part's name.
+        Keys that DeepSpeed knows in a section of the config, by the section's name.
     """
 
     world_size: int
@@ -139,7 +139,7 @@ class ConfigFacts:
 
 
 def read_config(config: Mapping[str, object] | str | Path | None) -> dict[str, Any]:
-    """The config as a dict of its own.
+    """Read the config into a new dict.
 
     Parameters
     ----------
@@ -149,7 +149,7 @@ def read_config(config: Mapping[str, object] | str | Path | None) -> dict[str, A
     Raises
     ------
     ValueError
-        If the file is missing, no JSON, holds a key twice, or is no object.
+        If the file is missing or not JSON, contains a key twice, or is not an object.
     """
     if config is None:
         return {}
@@ -164,7 +164,7 @@ def read_config(config: Mapping[str, object] | str | Path | None) -> dict[str, A
         read = json.loads(path.read_text(), object_pairs_hook=_refuse_duplicates)
     except ValueError as error:
         msg = f"{place}: expected JSON with each key once, got {error}."
-        raise ValueError(f"{msg} Mend the file.") from error
+        raise ValueError(f"{msg} Correct the file.") from error
     if not isinstance(read, dict):
         msg = f"{place}: expected an object, got {type(read).__name__}."
         raise ValueError(f"{msg} Put the keys in braces.")
@@ -172,7 +172,7 @@ def read_config(config: Mapping[str, object] | str | Path | None) -> dict[str, A
 
 
 def _refuse_duplicates(pairs: list[tuple[str, object]]) -> dict[str, Any]:
-    """A dict of the pairs; a key that comes twice would hide its first value."""
+    """A dict of the pairs; refuse a duplicate key, which would hide the first value."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
@@ -181,8 +181,8 @@ def _refuse_duplicates(pairs: list[tuple[str, object]]) -> dict[str, Any]:
     return found
 
 
-def check_config(config: Mapping[str, object], setting: ConfigFacts) -> None:
-    """Refuse what DeepSpeed would ignore, misread, or stop at half-way.
+def check_config(config: Mapping[str, object], facts: ConfigFacts) -> None:
+    """Refuse a config that DeepSpeed would ignore, misread, or fail on during training.
 
     Raises
     ------
@@ -190,53 +190,55 @@ def check_config(config: Mapping[str, object], setting: ConfigFacts) -> None:
         If a key is unknown, or a value is out of its range or contradicts another.
     """
     _check_keys("", config, KEYS)
-    for part, value in config.items():
-        known = _PARTS.get(part) or setting.fields.get(part)
+    for section, value in config.items():
+        known = _SECTIONS.get(section) or facts.fields.get(section)
         if known and isinstance(value, Mapping):
-            _check_keys(f"{part}.", value, known)
+            _check_keys(f"{section}.", value, known)
     stage = zero_stage(config)
     if type(stage) is not int or stage not in range(4):
         msg = f"accelerator(config): expected zero_optimization.stage in 0..3, got {stage!r}"
         raise ValueError(
-            f"{msg}. 0 keeps everything on each rank, 3 divides everything."
+            f"{msg}. 0 divides nothing over the ranks, 3 divides everything."
         )
-    _check_precision(config, setting)
+    _check_precision(config, facts)
     _check_modes(config, stage)
 
 
 def zero_stage(config: Mapping[str, Any]) -> Any:
-    """The config's ZeRO stage, 0 where it names none."""
+    """The config's ZeRO stage, by default 0."""
     return config.get("zero_optimization", {}).get("stage", 0)
 
 
 def _check_keys(
     prefix: str, found: Mapping[str, object], known: Collection[str]
 ) -> None:
-    """Refuse unknown keys, offering the nearest."""
+    """Refuse unknown keys, and suggest the nearest known one."""
     for name in found:
         if name not in known:
-            msg = f"accelerator(config): expected keys of DeepSpeed, got {prefix + name!r}."
-            advice = "The keys are at https://www.deepspeed.ai/docs/config-json/."
+            msg = f"accelerator(config): expected a key of DeepSpeed, got {prefix + name!r}."
+            advice = "All keys: https://www.deepspeed.ai/docs/config-json/."
             raise ValueError(f"{msg}{nearest(name, known)} {advice}")
 
 
-def _check_precision(config: Mapping[str, Any], setting: ConfigFacts) -> None:
-    """At most one of fp16, bf16 and autocast, on a device that has it."""
-    asked = [
+def _check_precision(config: Mapping[str, Any], facts: ConfigFacts) -> None:
+    """Allow one of fp16, bf16 and autocast at most, on a device that supports it."""
+    enabled = [
         name
         for name in ("fp16", "bf16", "bfloat16", "torch_autocast")
         if config.get(name, {}).get("enabled", False)
     ]
-    if len(asked) > 1:
-        msg = f"accelerator(config): expected one precision, got {' and '.join(asked)}."
-        raise ValueError(f"{msg} Leave one of them enabled.")
-    for name in asked:
+    if len(enabled) > 1:
+        msg = (
+            f"accelerator(config): expected one precision, got {' and '.join(enabled)}."
+        )
+        raise ValueError(f"{msg} Enable only one of them.")
+    for name in enabled:
         if config[name]["enabled"] == "auto":
             msg = f"accelerator(config): expected {name}.enabled true or false, got 'auto'."
-            raise ValueError(f"{msg} Nothing tells which is meant: write it out.")
+            raise ValueError(f"{msg} Write true or false.")
     dtype = str(config.get("torch_autocast", {}).get("dtype", "bfloat16"))
-    is_half = "torch_autocast" in asked and dtype.removeprefix("torch.") in _HALF
-    if setting.device == "cpu" and (is_half or "fp16" in asked):
+    is_half = "torch_autocast" in enabled and dtype.removeprefix("torch.") in _HALF
+    if facts.device == "cpu" and (is_half or "fp16" in enabled):
         msg = (
             "accelerator(config): expected bf16 or full precision on the CPU, got fp16."
         )
@@ -244,10 +246,10 @@ def _check_precision(config: Mapping[str, Any], setting: ConfigFacts) -> None:
 
 
 def _check_modes(config: Mapping[str, Any], stage: int) -> None:
-    """Refuse modes that do not go with caller-owned accumulation."""
+    """Refuse modes that do not work with a loop that accumulates by itself."""
     if config.get("managed_gradient_accumulation", False):
         msg = "accelerator(config): expected managed_gradient_accumulation false, got true."
-        raise ValueError(f"{msg} Leave it out: the loop says when a step is due.")
+        raise ValueError(f"{msg} Leave it out: the loop decides when to step.")
     zero = config.get("zero_optimization", {})
     if zero.get("overlap_comm") is True and stage < 2:
         msg = f"accelerator(config): expected overlap_comm at stage 2 or 3, got stage {stage}."
@@ -257,75 +259,75 @@ def _check_modes(config: Mapping[str, Any], stage: int) -> None:
         raise ValueError(f"{msg} Compile the model with torch.compile instead.")
 
 
-def fill_config(config: Mapping[str, Any], setting: ConfigFacts) -> dict[str, Any]:
-    """The config with every ``"auto"`` replaced, ready for DeepSpeed.
+def fill_config(config: Mapping[str, Any], facts: ConfigFacts) -> dict[str, Any]:
+    """Replace every ``"auto"`` in the config, ready for DeepSpeed.
 
     Parameters
     ----------
     config
-        Config that ``check_config`` let pass.
-    setting
-        What fills it.
+        Config that ``check_config`` accepted.
+    facts
+        Values for ``"auto"``.
 
     Returns
     -------
     dict
-        A new config. Batch sizes are all there; ``managed_gradient_accumulation`` is false.
+        A new config with all batch sizes; ``managed_gradient_accumulation`` is false.
 
     Raises
     ------
     ValueError
-        If batch sizes contradict each other, the loader or `accumulate`, or nothing is
-        known that would fill an ``"auto"``.
+        If batch sizes contradict each other, the loader or `accumulate`, or no fact fills an
+        ``"auto"``.
     """
     filled = copy.deepcopy(dict(config))
-    filled |= complete_batch_sizes(filled, setting)
+    filled |= complete_batch_sizes(filled, facts)
     filled["managed_gradient_accumulation"] = False
     if filled.get("gradient_clipping", "auto") == "auto":
-        # DeepSpeed 0.19.8 clips at 1.0 where nothing is said; plain torch does not.
+        # By default DeepSpeed 0.19.8 clips at 1.0; plain torch does not clip.
         filled["gradient_clipping"] = 0.0
-    _fill_zero(filled.setdefault("zero_optimization", {}), setting)
+    _fill_zero(filled.setdefault("zero_optimization", {}), facts)
     if "torch_autocast" in filled:
         filled["torch_autocast"].setdefault("dtype", "bfloat16")
-    for part in ("optimizer", "scheduler"):
-        _fill_params(filled.get(part, {}).get("params", {}), setting.opt_hparams)
+    for section in ("optimizer", "scheduler"):
+        _fill_params(filled.get(section, {}).get("params", {}), facts.opt_hparams)
     for place in _find_autos(filled):
         msg = f"accelerator(config): expected a value for {place}, got 'auto'."
-        raise ValueError(f"{msg} Nothing here can fill it: write the value.")
+        raise ValueError(f"{msg} It cannot be filled in: write the value.")
     return filled
 
 
 def complete_batch_sizes(
-    config: Mapping[str, object], setting: ConfigFacts
+    config: Mapping[str, object], facts: ConfigFacts
 ) -> dict[str, int]:
-    """DeepSpeed's three batch sizes, completed from each other, loader and `accumulate`.
+    """Complete DeepSpeed's three batch sizes from each other, loader and `accumulate`.
 
     Raises
     ------
     ValueError
-        If one is no count, or they contradict each other.
+        If one is not a count, or they contradict each other.
     """
     total, micro, steps = (_count(config, name) for name in _SIZES)
-    if setting.batch_size is not None:
-        if micro not in {None, setting.batch_size}:
-            msg = f"accelerator(config): expected {_SIZES[1]} = {setting.batch_size}"
+    if facts.batch_size is not None:
+        if micro not in {None, facts.batch_size}:
+            msg = f"accelerator(config): expected {_SIZES[1]} = {facts.batch_size}"
             advice = "Change it or the loader's batch_size, or write 'auto'."
             raise ValueError(f"{msg}, the loader's batch size, got {micro}. {advice}")
-        micro = setting.batch_size
-    if setting.accumulate > 1:
-        if steps not in {None, setting.accumulate}:
-            msg = f"accelerator(config): expected {_SIZES[2]} = {setting.accumulate}"
+        micro = facts.batch_size
+    if facts.accumulate > 1:
+        if steps not in {None, facts.accumulate}:
+            msg = f"accelerator(config): expected {_SIZES[2]} = {facts.accumulate}"
             advice = "Change one of the two, or write 'auto'."
-            raise ValueError(f"{msg}, as accumulate says, got {steps}. {advice}")
-        steps = setting.accumulate
+            raise ValueError(f"{msg}, the value of accumulate, got {steps}. {advice}")
+        steps = facts.accumulate
     if micro is None and total is not None:
-        micro = max(1, total // (setting.world_size * (steps or 1)))
+        micro = max(1, total // (facts.world_size * (steps or 1)))
     micro = micro or 1
     if steps is None:
-        steps = max(1, (total or 0) // (micro * setting.world_size))
-    product = micro * steps * setting.world_size
+        steps = max(1, (total or 0) // (micro * facts.world_size))
+    product = micro * steps * facts.world_size
     if total not in {None, product}:
-        sizes = f"{micro} micro x {steps} accumulation x {setting.world_size} ranks"
+        sizes = f"{micro} micro x {steps} accumulation x {facts.world_size} ranks"
         msg = f"accelerator(config): expected train_batch_size = {sizes} = {product}"
         advice = "Change one of the three, or write 'auto' for it."
         raise ValueError(f"{msg}, got {total}. {advice}")
@@ -333,7 +335,7 @@ def complete_batch_sizes(
 
 
 def _count(config: Mapping[str, object], name: str) -> int | None:
-    """The size, None where it is missing or ``"auto"``."""
+    """The size; None if it is missing or ``"auto"``."""
     value = config.get(name, "auto")
     if value == "auto":
         return None
@@ -343,20 +345,20 @@ def _count(config: Mapping[str, object], name: str) -> int | None:
     return value
 
 
-def _fill_zero(zero: dict[str, Any], setting: ConfigFacts) -> None:
-    """Bucket sizes; no bucket needs to hold more than the whole model."""
+def _fill_zero(zero: dict[str, Any], facts: ConfigFacts) -> None:
+    """Fill in bucket sizes; no bucket needs to be larger than the whole model."""
     for name, default in _BUCKETS.items():
         if zero.get(name) == "auto":
             zero[name] = int(default)
-    # DeepSpeed allocates the whole bucket, 2 GB by default, however small the model is.
-    # Two rows more keep it even, as its alignment asks.
-    size = max(2, setting.num_parameters + setting.num_parameters % 2)
+    # DeepSpeed allocates the whole bucket, 2 GB by default, even for a small model. Its
+    # alignment needs an even size.
+    size = max(2, facts.num_parameters + facts.num_parameters % 2)
     wanted = zero.get("reduce_bucket_size", int(_BUCKETS["reduce_bucket_size"]))
     zero["reduce_bucket_size"] = min(int(wanted), size)
 
 
 def _fill_params(params: dict[str, object], known: Mapping[str, object]) -> None:
-    """``"auto"`` from the learner's hyper-parameters, else DeepSpeed's own default."""
+    """Fill in ``"auto"`` from the learner's hyper-parameters, else DeepSpeed's default."""
     for name, value in list(params.items()):
         if value == "auto" and name in known:
             params[name] = known[name]
@@ -364,11 +366,11 @@ def _fill_params(params: dict[str, object], known: Mapping[str, object]) -> None
             del params[name]
 
 
-def _find_autos(part: object, place: str = "") -> Iterator[str]:
-    """Places that still say ``"auto"``; DeepSpeed fills one of them itself."""
-    if isinstance(part, Mapping):
-        for name, value in part.items():
+def _find_autos(value: object, place: str = "") -> Iterator[str]:
+    """Keys that are still ``"auto"``, except one that DeepSpeed fills in itself."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
             if name != "keep_in_fp32_modules":
-                yield from _find_autos(value, f"{place}.{name}".lstrip("."))
-    elif part == "auto":
+                yield from _find_autos(inner, f"{place}.{name}".lstrip("."))
+    elif value == "auto":
         yield place

@@ -1,4 +1,4 @@
-"""One named optimizer under DeepSpeed: its engine, and what of the model it owns."""
+"""One named optimizer under DeepSpeed: its engine and the parameters that it owns."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from harness.reshard.layout import group_members, make_engine_layout
 
 
 class NamedEngine:
-    """An engine with the parameters that its optimizer owns.
+    """A DeepSpeed engine and the parameters that its optimizer owns.
 
     Parameters
     ----------
     name
         Name of the optimizer.
     engine
-        DeepSpeed's engine over the whole model, in unmanaged accumulation.
+        DeepSpeed's engine for the whole model, with ``managed_gradient_accumulation`` off.
     model
         The model.
     owned
@@ -31,19 +31,18 @@ class NamedEngine:
     stage : 0..3
         ZeRO stage.
     groups
-        The optimizer's parameter groups, with their parameters as they were before the
-        engine was made.
+        The optimizer's parameter groups from before the engine was created.
     on_step
-        Called after each step with the name and whether weights changed.
+        Called after each step with the optimizer's name and whether weights changed.
 
     Attributes
     ----------
     done : >= 0
         Micro-batches since the last step.
     members
-        Numbers of the parameters in each group.
+        Indexes of the parameters in each group, as ``Module.parameters`` orders them.
     facade
-        What the loop and schedulers see as the optimizer.
+        The optimizer as the loop and schedulers see it.
     """
 
     def __init__(
@@ -81,18 +80,18 @@ class NamedEngine:
 
     @contextmanager
     def freeze_others(self) -> Iterator[None]:
-        """Let only the owned parameters ask for gradients."""
-        asking = [param for param in self._others if param.requires_grad]
-        for param in asking:
+        """Turn off ``requires_grad`` inside for parameters that the optimizer does not own."""
+        trained = [param for param in self._others if param.requires_grad]
+        for param in trained:
             param.requires_grad_(False)
         try:
             yield
         finally:
-            for param in asking:
+            for param in trained:
                 param.requires_grad_(True)
 
     def check_frozen(self) -> None:
-        """Refuse what ZeRO would not notice: parameters frozen or unfrozen after ``prepare``.
+        """Refuse parameters that were frozen or unfrozen after ``prepare``: ZeRO would not notice.
 
         Raises
         ------
@@ -109,10 +108,10 @@ class NamedEngine:
         raise RuntimeError(f"{msg} {got}. {advice}")
 
     def begin_forward(self) -> None:
-        """Tell ZeRO that a forward begins; its counts of micro-batches hang on it.
+        """Tell ZeRO that a forward begins, so that it counts micro-batches correctly.
 
-        DeepSpeed tells itself in ``engine.forward``, which is never called here: the model
-        is. Without it ZeRO 3 forgets all but the last micro-batch of a window.
+        DeepSpeed does this in ``engine.forward``, but here the model is called directly.
+        Without it, ZeRO 3 forgets all but the last micro-batch of a window.
         """
         if self.stage and not self._is_fresh:
             clear = getattr(self.engine.optimizer, "clear_backward_seen_flag", None)
@@ -121,9 +120,9 @@ class NamedEngine:
             self._is_fresh = True
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of the loss as it is, already divided by the window."""
+        """Add the gradients of a loss that is already divided by the window."""
         self.begin_forward()
-        # DeepSpeed hangs this on the outputs of engine.forward.
+        # engine.forward registers this on its outputs.
         handle = loss.register_hook(  # type: ignore[no-untyped-call]
             lambda _: self.engine._backward_prologue()
         )
@@ -137,22 +136,22 @@ class NamedEngine:
     # -------------------------------------------------------------------- step
 
     def clip(self, max_norm: float) -> Tensor:
-        """Clip at the next step; the norm found fills the tensor then."""
+        """Clip at the next step, which then writes the norm into the returned tensor."""
         found = torch.full((), math.nan, device=self.engine.device)
         self._clip = (max_norm, found)
         return found
 
     def step(self, step_opt: StepOpt) -> bool:
-        """Step through the user's ``step_opt``; True if weights were changed."""
+        """Step by calling the user's ``step_opt``; True if weights changed."""
         self._was_stepped = False
         step_opt(self.facade)
         return self._was_stepped
 
     def _engine_step(self) -> None:
-        """Reduce what is left to reduce, step, and clear the gradients."""
+        """Finish the reduction of gradients, step, and clear them."""
         if self.done == 0:
             msg = f"step({self.name!r}): expected accelerator.backward(loss) first, got none."
-            raise RuntimeError(f"{msg} Call it in the place of loss.backward().")
+            raise RuntimeError(f"{msg} Call it instead of loss.backward().")
         self._base_stepped = False
         # Without ZeRO, DeepSpeed reduces and clears the gradients of the whole module.
         kept = [(p, p.grad) for p in self._others] if self.stage == 0 else []
@@ -170,11 +169,28 @@ class NamedEngine:
         self._was_stepped = applied
         self._on_step(self.name, applied)
 
-    def _clear_gradients(self) -> None:
-        """Clear what ZeRO 3 and offload keep of a window.
+    def drop_window(self) -> None:
+        """Clear the gradients of an open window as DeepSpeed does after an overflow."""
+        if not self.done:
+            return
+        wrapper = self.engine.optimizer
+        if self.stage == 0:
+            for param in self._owned:
+                param.grad = None
+        else:
+            # DeepSpeed 0.19.8: ``step`` of stages 1 and 2, ``_overflow_clean_up`` of stage 3.
+            wrapper.zero_grad(set_to_none=True)
+            wrapper.micro_step_id = 0 if self.stage == 3 else -1
+            wrapper.averaged_gradients.clear()
+            getattr(wrapper, "all_grad_tensors", {}).clear()
+        self._clear_gradients()
+        self.done, self._clip, self._is_fresh = 0, None, False
 
-        DeepSpeed 0.19.8 overwrites it in the next one, but not where a parameter gets no
-        gradient: its old one would be applied again.
+    def _clear_gradients(self) -> None:
+        """Clear the gradients that ZeRO 3 and offload keep after a step.
+
+        DeepSpeed 0.19.8 overwrites them in the next window, except for a parameter without
+        a gradient: its old gradient would be applied again.
         """
         wrapper = self.engine.optimizer
         held = getattr(wrapper, "grad_partitions_flat_buffer", None)
@@ -190,7 +206,7 @@ class NamedEngine:
 
     @contextmanager
     def _clipping(self) -> Iterator[None]:
-        """Clip in this step, by DeepSpeed where it keeps the gradients."""
+        """Clip in the step inside; DeepSpeed does it if it keeps the gradients itself."""
         if self._clip is None:
             yield
             return
@@ -209,24 +225,24 @@ class NamedEngine:
         self._clip = None
 
     def _on_base_step(self, *_: object) -> None:
-        """Note that the optimizer itself is called: gradient scalers may leave that out."""
+        """Record that the torch optimizer is stepped: gradient scalers may skip it."""
         self._base_stepped = True
         if self._clip is not None and not hasattr(self.engine.optimizer, "clip_grad"):
             max_norm, found = self._clip
             found.copy_(nn.utils.clip_grad_norm_(self._owned, max_norm))
 
     def read_full_precision(self, param: Any) -> Tensor | None:
-        """The whole parameter in float32, from its parts on all ranks; None where it is so.
+        """The whole parameter in float32, gathered from all ranks; None if it is float32 already.
 
-        DeepSpeed's ``safe_get_full_fp32_param`` knows the last engine only at ZeRO 3.
+        DeepSpeed's ``safe_get_full_fp32_param`` knows only the last engine at ZeRO 3.
         """
         if param.dtype not in {torch.bfloat16, torch.float16}:
             return None
         if self.stage == 0:
-            return self._whole_master(param)
+            return self._read_master(param)
         found: Any = None
         if self.stage == 3:
-            # None where the parameter is frozen.
+            # None if the parameter is frozen.
             found = self.engine.optimizer.get_full_hp_param(param)
             found = None if found is None else found.reshape(param.ds_shape)
         elif getattr(param, "_hp_mapping", None) is not None or hasattr(
@@ -236,8 +252,8 @@ class NamedEngine:
         assert found is None or isinstance(found, Tensor)
         return found
 
-    def _whole_master(self, param: Tensor) -> Tensor | None:
-        """The float32 copy that is stepped at ZeRO 0; None where the parameter is frozen."""
+    def _read_master(self, param: Tensor) -> Tensor | None:
+        """The float32 copy that is stepped at ZeRO 0; None if the parameter is frozen."""
         if self._places is None:
             params = list(self._model.parameters())
             self._places = {
@@ -251,7 +267,7 @@ class NamedEngine:
         return master[at : at + length].reshape(param.shape)
 
     def layout(self, rank: int) -> Tensor:
-        """Which pieces of parameters the optimizer steps on this rank."""
+        """The layout of what the optimizer steps on this rank."""
         stepped = master_weights(self.engine)
         if self._layout is None or self._stepped != len(stepped):
             self._stepped = len(stepped)
@@ -259,7 +275,7 @@ class NamedEngine:
         return self._layout
 
     def finish(self) -> None:
-        """Let go of the engine."""
+        """Remove the hooks and destroy the engine."""
         self._hook.remove()
         for hook in ("module_forward_pre_hook", "module_forward_post_hook"):
             getattr(self.engine, hook).remove()
@@ -267,15 +283,15 @@ class NamedEngine:
 
 
 class EngineOptimizer(torch.optim.Optimizer):
-    """What the loop, callbacks and schedulers see as the optimizer.
+    """The optimizer as the loop, callbacks and schedulers see it.
 
-    ``step`` steps the engine; ``param_groups``, with the learning rates, are those of the
-    torch optimizer below it; ``zero_grad`` has nothing to do, since the engine clears the
+    ``step`` steps the engine. ``param_groups``, with the learning rates, are those of the
+    torch optimizer below it. ``zero_grad`` does nothing, because the engine clears the
     gradients that it used.
     """
 
     def __init__(self, base: torch.optim.Optimizer, step: Callable[[], None]) -> None:
-        # Optimizer.__init__ would make parameter groups of its own.
+        # Optimizer.__init__ would create its own parameter groups.
         self._base, self._step = base, step
 
     @property
@@ -299,7 +315,7 @@ class EngineOptimizer(torch.optim.Optimizer):
         Raises
         ------
         TypeError
-            If a closure is given: gradients are there already.
+            If a closure is given: the gradients are already computed.
         """
         if closure is not None:
             msg = f"step(closure): expected None under DeepSpeed, got {closure!r}."
@@ -307,14 +323,14 @@ class EngineOptimizer(torch.optim.Optimizer):
         self._step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Do nothing: the engine clears what it used."""
+        """Do nothing: the engine clears the gradients that it used."""
 
     def state_dict(self) -> dict[str, Any]:
         """State of the torch optimizer: this rank's part."""
         return self._base.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, object]) -> None:
-        """Take back this rank's part."""
+        """Restore this rank's part of the state."""
         self._base.load_state_dict(state_dict)
 
     def register_step_pre_hook(self, hook: Any) -> Any:
@@ -329,23 +345,23 @@ class EngineOptimizer(torch.optim.Optimizer):
         msg = (
             "DeepSpeed optimizer: expected accelerator.save(), got pickle or deepcopy."
         )
-        raise TypeError(f"{msg} Its state lies in parts on all ranks.")
+        raise TypeError(f"{msg} Its state is divided over the ranks.")
 
 
 def find_parameters(loss: Tensor) -> set[int]:
-    """Identities of the parameters that the graph of a loss leads to.
+    """``id`` of each parameter in the graph of a loss.
 
-    Hidden ones, below reentrant checkpointing or a custom function, are not found.
+    Parameters hidden by reentrant checkpointing or a custom function are not found.
     """
     found: set[int] = set()
     seen: set[object] = set()
-    waiting = [loss.grad_fn]
-    while waiting:
-        node = waiting.pop()
+    pending = [loss.grad_fn]
+    while pending:
+        node = pending.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
         if hasattr(node, "variable"):
             found.add(id(node.variable))
-        waiting += [following for following, _ in node.next_functions]
+        pending += [function for function, _ in node.next_functions]
     return found

@@ -1,4 +1,4 @@
-"""From a model in parts on many ranks to whole weights, and to a plain module again."""
+"""Gather whole weights from all ranks, and turn the model into a plain module again."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ import torch
 from torch import Tensor, nn
 
 ReadParameter = Callable[[nn.Parameter], Tensor]
-"""Gives the whole values of a parameter, in full precision, on this rank's device."""
+"""Returns the whole parameter, in full precision, on this rank's device."""
 
 
 def gather_state_dict(
     model: nn.Module,
-    whole: ReadParameter,
+    read_whole: ReadParameter,
     dtypes: Mapping[str, torch.dtype],
     *,
     keep: bool,
 ) -> dict[str, Tensor]:
-    """State dict with whole weights on the CPU, in the dtypes that the user gave them.
+    """State dict with whole weights on the CPU, in the dtypes of the user's model.
 
     Parameters
     ----------
     model
-        The model; its parameters may be empty, their values in parts elsewhere.
-    whole
-        Called for each parameter once, on all ranks in the same order.
+        The model; with ZeRO 3 its parameters are empty.
+    read_whole
+        Called once for each parameter, on all ranks in the same order.
     dtypes
         Dtypes of the parameters by name, before an engine changed them.
     keep
-        False takes part in gathering and keeps nothing.
+        False: take part in the gathering, but return nothing.
     """
     state: dict[str, Tensor] = {}
     gathered: dict[int, Tensor] = {}
@@ -40,7 +40,7 @@ def gather_state_dict(
                 state[name] = value.detach().cpu().clone() if is_tensor else value
             continue
         if id(value) not in gathered:
-            full = whole(value)
+            full = read_whole(value)
             if keep:
                 dtype = dtypes.get(name, full.dtype)
                 full = full.detach().to("cpu", dtype, copy=True)
@@ -51,29 +51,29 @@ def gather_state_dict(
 
 
 def list_attributes(model: nn.Module) -> dict[nn.Module, frozenset[str]]:
-    """Names of the attributes of each module, to tell later which ones are new."""
+    """Names of the attributes of each module, to find new ones later."""
     return {module: frozenset(vars(module)) for module in model.modules()}
 
 
 def gather_plain_parameters(
     model: nn.Module,
-    whole: ReadParameter,
+    read_whole: ReadParameter,
     dtypes: Mapping[str, torch.dtype],
     before: Mapping[nn.Module, frozenset[str]],
 ) -> Callable[[], None]:
-    """Gather whole weights; the function given puts them in as plain parameters.
+    """Gather whole weights; the returned function installs them as plain parameters.
 
-    Two steps, since the engines must be there to gather and gone before the parameters are
-    replaced.
+    There are two steps because gathering needs the engines, and replacing the parameters
+    needs them destroyed.
 
     Parameters
     ----------
-    model, whole, dtypes
+    model, read_whole, dtypes
         As in ``gather_state_dict``.
     before
-        What ``list_attributes`` gave before engines were made.
+        What ``list_attributes`` returned before the engines were created.
     """
-    state = gather_state_dict(model, whole, dtypes, keep=True)
+    state = gather_state_dict(model, read_whole, dtypes, keep=True)
     named = list(model.named_parameters(remove_duplicate=False))
     made: dict[int, nn.Parameter] = {}
     for name, param in named:
@@ -82,12 +82,12 @@ def gather_plain_parameters(
 
     def install() -> None:
         for module in model.modules():
-            # ZeRO 3 puts a dict of its own here, and marks on modules.
+            # ZeRO 3 puts its own dict here, and adds attributes to modules.
             module._parameters = {
                 name: None if param is None else made[id(param)]
                 for name, param in module._parameters.items()
             }
-            for name in _MARKS & (
+            for name in _LEFTOVERS & (
                 vars(module).keys() - before.get(module, frozenset())
             ):
                 delattr(module, name)
@@ -95,10 +95,10 @@ def gather_plain_parameters(
     return install
 
 
-_MARKS = frozenset(
+_LEFTOVERS = frozenset(
     {"_external_params", "_original_parameters", "all_parameters"}
     | {"applied_pre_backward_ref_cnt", "ds_external_parameters", "ds_grads_remaining"}
     | {"ds_id", "ds_inflight_param_registry", "ds_recompute_parameters"}
     | {"post_bwd_fn", "pre_bwd_fn"}
 )
-"""What ZeRO 3 of DeepSpeed 0.19.8 leaves on modules."""
+"""Attributes that ZeRO 3 of DeepSpeed 0.19.8 leaves on modules."""

@@ -1,4 +1,4 @@
-"""Hooks that bring a model's forward into the precision that DeepSpeed's config asks for."""
+"""Hooks that run a model's forward in the precision of DeepSpeed's config."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ AUTOCAST_DTYPES = {
 def make_autocast(
     config: Mapping[str, Any], device: torch.device
 ) -> AbstractContextManager[object]:
-    """Autocast as ``torch_autocast`` in the config says; nothing where it is off."""
+    """Autocast as ``torch_autocast`` in the config describes it; nothing if it is off."""
     auto = config.get("torch_autocast", {})
     if not auto.get("enabled", False):
         return nullcontext()
@@ -42,7 +42,7 @@ def hook_precision(
     hooks: list[Any] = []
     if config.get("torch_autocast", {}).get("enabled", False):
         hooks += hook_autocast(model, config, device)
-    # Engines of one model have one dtype.
+    # All engines of a model have the same dtype.
     engine = next(iter(engines), None)
     if engine is not None:
         dtype = next(iter(engine.module.parameters())).dtype
@@ -54,7 +54,7 @@ def hook_precision(
 def hook_autocast(
     model: nn.Module, config: Mapping[str, object], device: torch.device
 ) -> Any:
-    """Run the model's forward under autocast; gives the hooks."""
+    """Run the model's forward under autocast; returns the hooks."""
     entered: list[AbstractContextManager[object]] = []
 
     def enter(module: nn.Module, args: object) -> None:
@@ -71,7 +71,7 @@ def hook_autocast(
 
 
 def hook_inputs(model: nn.Module, dtype: torch.dtype) -> Any:
-    """Give the model's forward floating inputs in the dtype of its weights."""
+    """Convert floating inputs of the model's forward to a dtype; returns the hook."""
 
     def cast(module: nn.Module, args: object, kwargs: object) -> Any:
         return as_dtype(args, dtype), as_dtype(kwargs, dtype)
@@ -80,5 +80,5 @@ def hook_inputs(model: nn.Module, dtype: torch.dtype) -> Any:
 
 
 def as_dtype(value: object, dtype: torch.dtype) -> Any:
-    """The value with its floating tensors in a dtype, in the same form."""
+    """Convert the floating tensors of a nested value to a dtype."""
     return map_tensors(value, lambda x: x.to(dtype) if x.is_floating_point() else x)

@@ -1,7 +1,7 @@
-"""What engines hold that a checkpoint needs, as live tensors and plain values.
+"""Capture and restore the state of engines as live tensors and plain values.
 
-DeepSpeed's own checkpoints are read back by pickle, which runs code, and are not atomic.
-Here each rank gives its part: what all ranks share comes from rank 0 alone.
+DeepSpeed's own checkpoints are not atomic, and pickle reads them, which can run code. Here
+each rank saves its own part, and rank 0 also saves what all ranks share.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from harness.reshard.consolidated import (
 )
 
 _COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
-"""Counters of an engine."""
+"""Attributes of an engine that count."""
 
 _SAME_CODE = "Resume with the code that was saved."
 
 _SCALES = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-"""Numbers of a loss scale that moves."""
+"""Attributes of a dynamic loss scale."""
 
 
 def capture_state(
     model: nn.Module, engines: Mapping[str, object], stage: int
 ) -> StateDict:
-    """State of model and engines on this rank.
+    """Capture the state of model and engines on this rank.
 
     Returns
     -------
     dict
-        ``shared``: tensors that are the same on all ranks, ``own``: those of this rank;
-        both by part, ``model`` and ``optimizers``, and by name. ``facts``: the engines'
-        numbers by optimizer name. ``grads``: gradients of an open window.
+        ``shared``: tensors that are the same on all ranks. ``own``: those of this rank. Both
+        are by kind (``weights``, ``buffers``, ``optimizers``) and name. ``facts``: plain values
+        of the engines by optimizer name. ``grads``: gradients of an open window.
     """
     live = collect_tensors(model, engines)
     shared = {0: ("weights", "optimizers"), 1: ("weights",), 2: ("weights",), 3: ()}[
@@ -48,7 +48,7 @@ def capture_state(
     return {
         "shared": {kind: live[kind] for kind in shared},
         "own": {kind: live[kind] for kind in live if kind not in shared},
-        "facts": {name: _facts(engine) for name, engine in engines.items()},
+        "facts": {name: _capture_facts(engine) for name, engine in engines.items()},
         "grads": {
             name: capture_open_gradients(engine, stage)
             for name, engine in engines.items()
@@ -57,7 +57,7 @@ def capture_state(
 
 
 def check_closed_window(config: Mapping[str, Any], engines: Iterable[Any]) -> None:
-    """Check that no gradients wait in memory that cannot be captured.
+    """Check that no open gradients are in memory that cannot be captured.
 
     Raises
     ------
@@ -77,19 +77,19 @@ def check_origin(state: StateDict, here: StateDict) -> None:
     Raises
     ------
     CheckpointError
-        If it is from another number of ranks or another stage: a rank's tensors have other
-        sizes there.
+        If it is from another number of ranks or another ZeRO stage, where a rank's tensors
+        have other sizes.
     """
     for name, wanted in here.items():
         found = state.get(name)
         if found != wanted:
             msg = f"resume: expected a state of {name} {wanted}, got {found}."
-            advice = f"Resume with {name} {found}, or take the weights only."
+            advice = f"Resume with {name} {found}, or restore only the weights."
             raise CheckpointError(f"{msg} {advice}")
 
 
 def fetch_persistent(engine: Any) -> None:
-    """Gather again the small parameters that each rank keeps whole at ZeRO 3."""
+    """Gather the small parameters again that each rank keeps whole at ZeRO 3."""
     kept = getattr(engine.optimizer, "persistent_parameters", None)
     if kept:
         engine.empty_partition_cache()
@@ -103,12 +103,12 @@ def restore_state(
     state: StateDict,
     parts: Sequence[str],
 ) -> None:
-    """Take back what ``capture_state`` gave, with the ``shared`` tensors of rank 0.
+    """Restore what ``capture_state`` returned, with the ``shared`` tensors of rank 0.
 
     Raises
     ------
     CheckpointError
-        If the state is of another model or other optimizers.
+        If the state is from another model or other optimizers.
     """
     found = {**state["shared"], **state["own"]}
     kinds = [kind for kind in ("weights", "buffers") if "model" in parts]
@@ -122,7 +122,7 @@ def restore_state(
     live = collect_tensors(model, engines)
     for kind in kinds:
         copy_tensors(live[kind], found[kind], _SAME_CODE)
-    # What optimizers step in the place of the weights goes with the weights.
+    # Master weights, which optimizers step instead of the weights, belong to the model.
     for is_master, part in ((True, "model"), (False, "optimizers")):
         if part in parts:
             now, then = (
@@ -142,19 +142,19 @@ def restore_state(
 def collect_tensors(
     model: nn.Module, engines: Mapping[str, object]
 ) -> dict[str, dict[str, Tensor]]:
-    """Weights (at ZeRO 3 this rank's parts), buffers and optimizer states, by name."""
+    """Weights (at ZeRO 3 this rank's parts), buffers and optimizer states by name."""
     optimizers: dict[str, Tensor] = {}
     for name, engine in engines.items():
         state = base_optimizer(engine).state
-        for place, master in _named_masters(engine, name):
+        for prefix, master in _named_masters(engine, name):
             entries = state.get(master, {})
             optimizers |= {
-                f"{place}/{key}": value
+                f"{prefix}/{key}": value
                 for key, value in entries.items()
                 if torch.is_tensor(value)
             }
             if not any(master is param for param in model.parameters()):
-                optimizers[f"{place}/master"] = master.data
+                optimizers[f"{prefix}/master"] = master.data
     return {
         "weights": {
             name: getattr(param, "ds_tensor", param).data
@@ -166,7 +166,7 @@ def collect_tensors(
 
 
 def base_optimizer(engine: Any) -> torch.optim.Optimizer:
-    """The torch optimizer that an engine's wrappers step."""
+    """The torch optimizer inside an engine's wrappers."""
     wrapped = getattr(engine.optimizer, "optimizer", None)
     found = engine.basic_optimizer if wrapped is None else wrapped
     assert isinstance(found, torch.optim.Optimizer)
@@ -174,7 +174,7 @@ def base_optimizer(engine: Any) -> torch.optim.Optimizer:
 
 
 def master_weights(engine: Any) -> list[Tensor]:
-    """The tensors that the optimizer steps: this rank's parts of the weights in float32."""
+    """Tensors that the optimizer steps: this rank's parts of the weights in float32."""
     divided = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)
     if divided is not None:
         return list(divided)
@@ -186,7 +186,7 @@ def master_weights(engine: Any) -> list[Tensor]:
 
 
 def _named_masters(engine: object, name: str) -> Iterator[tuple[str, Tensor]]:
-    """The same, each with a name of its own."""
+    """The master weights, each with its own name."""
     for n, master in enumerate(master_weights(engine)):
         yield f"{name}/{n}", master
 
@@ -194,7 +194,7 @@ def _named_masters(engine: object, name: str) -> Iterator[tuple[str, Tensor]]:
 def _create_entries(
     name: str, engine: object, found: Mapping[str, Tensor], facts: StateDict
 ) -> None:
-    """Give the optimizer the entries it had; torch makes them at the first step only."""
+    """Create the optimizer's saved entries, which torch creates only at the first step."""
     state = base_optimizer(engine).state
     master_weights = list(_named_masters(engine, name))
     if len(master_weights) != len(facts["state"]):
@@ -206,7 +206,7 @@ def _create_entries(
         place, _, key = full.rpartition("/")
         if place in by_place and not is_master_name(full):
             by_place[place][key] = value
-    # Counters stay on the CPU, where torch keeps them unless a kernel reads them.
+    # torch keeps counters on the CPU unless a kernel reads them.
     groups = base_optimizer(engine).param_groups
     is_moved = any(group.get("fused") or group.get("capturable") for group in groups)
     for (place, master), numbers in zip(master_weights, facts["state"], strict=True):
@@ -223,7 +223,7 @@ def _create_entries(
 
 
 def capture_open_gradients(engine: Any, stage: int) -> StateDict:
-    """Gradients that wait for the rest of their window, wherever DeepSpeed keeps them.
+    """Capture the gradients of an open window, wherever DeepSpeed keeps them.
 
     References
     ----------
@@ -264,12 +264,12 @@ def capture_open_gradients(engine: Any, stage: int) -> StateDict:
 
 
 def _by_group(held: Mapping[int, object]) -> list[Any]:
-    """Values of a dict by group number; None where a group has none."""
+    """List the values by group number; None for a group without a value."""
     return [held.get(n) for n in range(max(held, default=-1) + 1)]
 
 
 def restore_open_gradients(engine: Any, stage: int, saved: StateDict) -> None:
-    """Take back what ``capture_open_gradients`` gave."""
+    """Restore what ``capture_open_gradients`` returned."""
     wrapper = engine.optimizer
     if hasattr(wrapper, "fp32_groups_gradients_flat"):
         for live, flat in zip(
@@ -285,7 +285,7 @@ def restore_open_gradients(engine: Any, stage: int, saved: StateDict) -> None:
         wrapper.micro_step_id = saved["micro"]
         wrapper._epilogue_ran_this_backward = saved["ran"]
     elif stage == 2:
-        _restore_divided(engine, saved)
+        _restore_zero2_gradients(engine, saved)
     else:
         params = dict(engine.module.named_parameters())
         for kind in ("grad", "grad_accum"):
@@ -293,8 +293,8 @@ def restore_open_gradients(engine: Any, stage: int, saved: StateDict) -> None:
                 setattr(params[name], kind, grad.to(engine.device, copy=True))
 
 
-def _restore_divided(engine: Any, saved: StateDict) -> None:
-    """Gradients as ZeRO 2 holds them: whole tensors, or flat ones in another dtype."""
+def _restore_zero2_gradients(engine: Any, saved: StateDict) -> None:
+    """Restore gradients of ZeRO 2: whole tensors, or flat ones in another dtype."""
     wrapper = engine.optimizer
     for n, held in enumerate(saved["lists"]):
         copies = held and [grad.to(engine.device, copy=True) for grad in held]
@@ -308,15 +308,15 @@ def _restore_divided(engine: Any, saved: StateDict) -> None:
 # ------------------------------------------------------------------------ facts
 
 
-def _facts(engine: Any) -> StateDict:
-    """What an engine holds beside tensors."""
+def _capture_facts(engine: Any) -> StateDict:
+    """Capture the plain values of an engine: all but its tensors."""
     state = base_optimizer(engine).state
     numbers = []
     for _, master in _named_masters(engine, ""):
         entries = state.get(master, {})
         numbers.append({k: v for k, v in entries.items() if not torch.is_tensor(v)})
     groups = [
-        {key: _plain(value) for key, value in group.items() if key != "params"}
+        {key: _as_json(value) for key, value in group.items() if key != "params"}
         for group in base_optimizer(engine).param_groups
     ]
     scheduler = engine.lr_scheduler
@@ -338,7 +338,7 @@ def _facts(engine: Any) -> StateDict:
 
 
 def _restore_facts(engine: Any, facts: StateDict) -> None:
-    """Put the facts back."""
+    """Restore the plain values of an engine."""
     for name in _COUNTERS:
         setattr(engine, name, int(facts["counters"][name]))
     groups = base_optimizer(engine).param_groups
@@ -354,7 +354,7 @@ def _restore_facts(engine: Any, facts: StateDict) -> None:
     for scale in _dynamic_scales(engine):
         for name in facts["scale"].keys() & vars(scale).keys() & set(_SCALES):
             setattr(scale, name, facts["scale"][name])
-    # In another precision there may be fewer.
+    # Another precision may have fewer scalers.
     for scaler, saved in zip(_scalers(engine), facts["scalers"], strict=False):
         scaler.load_state_dict(saved)
     if facts["scheduler"] is not None:
@@ -362,7 +362,7 @@ def _restore_facts(engine: Any, facts: StateDict) -> None:
 
 
 def _dynamic_scales(engine: Any) -> Iterator[Any]:
-    """What holds the numbers of a loss scale that moves, if there is one."""
+    """Objects that hold a dynamic loss scale."""
     for name in ("loss_scaler", "loss_scale_config"):
         scale = getattr(engine.optimizer, name, None)
         if getattr(scale, "last_overflow_iter", None) is not None:
@@ -370,7 +370,7 @@ def _dynamic_scales(engine: Any) -> Iterator[Any]:
 
 
 def _scalers(engine: Any) -> Iterator[Any]:
-    """The gradient scalers of torch under autocast with float16."""
+    """Gradient scalers of torch, used for autocast with float16."""
     for holder, name in (
         (engine, "torch_autocast_z0_gradscaler"),
         (engine.optimizer, "torch_autocast_gradscaler"),
@@ -380,6 +380,6 @@ def _scalers(engine: Any) -> Iterator[Any]:
             yield scaler
 
 
-def _plain(value: object) -> Any:
-    """The value as JSON holds it."""
+def _as_json(value: object) -> Any:
+    """The value as JSON can hold it."""
     return value.item() if torch.is_tensor(value) else value

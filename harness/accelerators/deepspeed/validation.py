@@ -21,7 +21,7 @@ from harness.reshard.layout import ELEMENTWISE
 
 
 def is_elementwise(opt: object) -> bool:
-    """True for torch's own optimizers that ZeRO may divide."""
+    """True for optimizers of torch that ZeRO may divide anywhere."""
     kind = type(opt)
     return kind.__name__ in ELEMENTWISE and kind is getattr(torch.optim, kind.__name__)
 
@@ -51,8 +51,8 @@ def complete_config(
         If model or optimizers cannot be trained, or the config cannot be completed.
     """
     if optimizers is not None:
-        check_model(model)
-        check_optimizers(model, optimizers, config)
+        check_parameters(model)
+        check_deepspeed_optimizers(model, optimizers, config)
     filled = fill_config(config, facts)
     if all(is_elementwise(opt) for opt in (optimizers or {}).values()):
         filled.setdefault("zero_allow_untested_optimizer", True)
@@ -93,7 +93,7 @@ def check_num_batches(loaders: Sequence[Any], world_size: int) -> None:
             raise ValueError(f"{msg}, {got}. {advice}")
 
 
-def check_model(model: nn.Module) -> None:
+def check_parameters(model: nn.Module) -> None:
     """Check that DeepSpeed can train the model.
 
     Raises
@@ -108,7 +108,7 @@ def check_model(model: nn.Module) -> None:
             raise ValueError(f"{msg} {advice}")
 
 
-def check_optimizers(
+def check_deepspeed_optimizers(
     model: nn.Module, optimizers: Mapping[str, Optimizer], config: Mapping[str, object]
 ) -> None:
     """Check that DeepSpeed can step the optimizers.
@@ -116,7 +116,7 @@ def check_optimizers(
     Raises
     ------
     ValueError
-        If there are none, or both learner and config have one, or two own the same
+        If there is none, or both learner and config have one, or two own the same
         parameter, or one needs a closure, cannot be divided or has only frozen parameters.
     """
     _check_one_source(optimizers, config)
@@ -147,9 +147,7 @@ def _check_optimizer(name: str, opt: Any, config: Mapping[str, Any]) -> None:
     is_allowed = config.get("zero_allow_untested_optimizer", False)
     if stage and not is_elementwise(opt) and not is_allowed:
         kind = type(opt).__name__
-        msg = (
-            f"prepare({name!r}): expected an optimizer that treats elements one by one"
-        )
+        msg = f"prepare({name!r}): expected an optimizer that updates each element by itself"
         advice = 'If it does, set "zero_allow_untested_optimizer": true.'
         raise ValueError(f"{msg} at ZeRO {stage}, got {kind}. {advice}")
     params = (param for group in opt.param_groups for param in group["params"])
@@ -180,15 +178,15 @@ def _check_ownership(model: nn.Module, optimizers: Mapping[str, Optimizer]) -> N
 def describe_model(
     model: nn.Module, optimizers: Mapping[str, Optimizer]
 ) -> dict[str, object]:
-    """What must be the same on every rank of model, optimizers and code."""
+    """Facts of model, optimizers and code that must be the same on every rank."""
     shapes = [(name, str(p.dtype), *p.shape) for name, p in model.named_parameters()]
     facts: dict[str, object] = {
         "Python": platform.python_version(),
         "torch": torch.__version__,
         "model class": type(model).__qualname__,
-        "model parameters": _digest(map(str, shapes)),
-        "code of the model": _code_of(type(model)),
-        "script": _digest_file(sys.argv[0]),
+        "model parameters": _hash_texts(map(str, shapes)),
+        "code of the model": _hash_source(type(model)),
+        "script": _hash_file(sys.argv[0]),
     }
     for name, opt in optimizers.items():
         settings = [
@@ -201,7 +199,7 @@ def describe_model(
 
 
 def describe_loaders(loaders: Sequence[Any]) -> dict[str, object]:
-    """What must be the same on every rank of the data."""
+    """Facts of the data that must be the same on every rank."""
     facts: dict[str, object] = {}
     for place, loader in enumerate(loaders):
         if loader is None:
@@ -213,28 +211,28 @@ def describe_loaders(loaders: Sequence[Any]) -> dict[str, object]:
         if not isinstance(dataset, IterableDataset):
             facts[f"length of data {place}"] = len(dataset)
         while isinstance(dataset, Subset):
-            # A split drawn at random on each rank would train on what is held out elsewhere.
+            # Ranks with different random splits would train on each other's held-out rows.
             rows = hashlib.sha256(repr(list(dataset.indices)).encode())
             facts[f"choice of rows of data {place}"] = rows.hexdigest()[:16]
             dataset = dataset.dataset
     return facts
 
 
-def _digest(texts: Iterable[str]) -> str:
-    """A short name for a list of texts."""
+def _hash_texts(texts: Iterable[str]) -> str:
+    """Short hash of a list of texts."""
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
 
 
-def _code_of(kind: type) -> str | None:
-    """Digest of the file that defines a class; None where it is not to be had."""
+def _hash_source(kind: type) -> str | None:
+    """Hash of the file that defines a class; None if it cannot be read."""
     try:
-        return _digest_file(inspect.getfile(kind))
+        return _hash_file(inspect.getfile(kind))
     except (OSError, TypeError):
         return None
 
 
-def _digest_file(path: str) -> str | None:
-    """Digest of a file; None where it is not to be had, as in a notebook."""
+def _hash_file(path: str) -> str | None:
+    """Hash of a file; None if it cannot be read, as in a notebook."""
     try:
         return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
     except OSError:

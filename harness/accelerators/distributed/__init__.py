@@ -1,1 +1,1 @@
-"""Several ranks: who they are, how they start, talk and end."""
+"""Several ranks: how they start, find each other, communicate and end."""

@@ -1,4 +1,4 @@
-"""Who this process is among the ranks, read from the environment of its launcher."""
+"""Read from the launcher's environment variables which rank this process is."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 LAUNCHER_PID = "HARNESS_LAUNCHER_PID"
-"""Variable in which ``launch`` tells the ranks its process id; they end when it ends."""
+"""Variable with the process id of ``launch``; the ranks end when that process ends."""
 
 DEFAULT_PORT = 29500
-"""Port of rank 0 where the launcher names none; torch's and DeepSpeed's default."""
+"""Port of rank 0 if the launcher sets none: the default of torch and DeepSpeed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Launch:
-    """What a launcher told this process.
+    """The launcher's description of this process.
 
     Attributes
     ----------
     rank, local_rank, world_size, local_world_size : int
-        torch's words; 0, 0, 1 and 1 without a launcher.
+        As in torch; 0, 0, 1 and 1 without a launcher.
     address, port
-        Where rank 0 listens; None without a launcher.
+        Address and port of rank 0; None without a launcher.
     by
         ``none``, ``torchrun`` (DeepSpeed's launcher sets the same names), ``slurm`` or ``mpi``.
     launcher_pid
-        Process that ran ``launch`` on this machine; None where another one started ranks.
+        Process id of ``launch`` on this machine; None if something else started the ranks.
     """
 
     rank: int = 0
@@ -53,9 +53,9 @@ class Launch:
             raise ValueError(f"{msg} {advice}")
 
 
-# Names of rank, local rank, world size, local world size, by launcher, in order of trust.
-# Slurm's job-wide SLURM_NTASKS is also set where no task was started (sbatch, salloc), so
-# the step's own count is asked for: it is set by srun only.
+# Names of rank, local rank, world size and local world size by launcher, most reliable
+# first. SLURM_NTASKS is also set where no task was started (sbatch, salloc), so the count
+# of the step is read, which only srun sets.
 # https://slurm.schedmd.com/srun.html#SECTION_OUTPUT-ENVIRONMENT-VARIABLES
 _LAUNCHERS = {
     "torchrun": (
@@ -81,7 +81,7 @@ _LAUNCHERS = {
 
 
 def read_launch(env: Mapping[str, str] | None = None) -> Launch:
-    """What the launcher of this process told it; one rank if there was none.
+    """Read the launcher's description of this process; without a launcher, one rank.
 
     Parameters
     ----------
@@ -91,7 +91,7 @@ def read_launch(env: Mapping[str, str] | None = None) -> Launch:
     Raises
     ------
     ValueError
-        If the launcher's variables are incomplete, no numbers, or contradict each other.
+        If the launcher's variables are incomplete, not numbers, or contradict each other.
     """
     env = os.environ if env is None else env  # noqa: TID251 - the one place
     for by, (rank, local_rank, world_size, locals_) in _LAUNCHERS.items():
@@ -132,7 +132,7 @@ def _number(env: Mapping[str, str], name: str) -> int:
 def _rendezvous(
     env: Mapping[str, str], by: str, world: int, local_world: int
 ) -> tuple[str | None, int]:
-    """Address and port of rank 0; known without MASTER_ADDR on one machine and under Slurm."""
+    """Address and port of rank 0; MASTER_ADDR is optional on one machine and under Slurm."""
     address = env.get("MASTER_ADDR")
     if address is None and by == "slurm":
         address = _first_host(env.get("SLURM_STEP_NODELIST", ""))
@@ -140,7 +140,7 @@ def _rendezvous(
         address = "127.0.0.1"
     if "MASTER_PORT" in env:
         return address, _number(env, "MASTER_PORT")
-    # Two jobs on one node must not meet: Slurm's job number tells them apart.
+    # Two jobs on one node need different ports: add Slurm's job number.
     job = env.get("SLURM_JOB_ID", "0")
     return address, DEFAULT_PORT + (int(job) % 10_000 if job.isdigit() else 0)
 
@@ -153,7 +153,7 @@ def _first_host(nodes: str) -> str | None:
 
 @contextmanager
 def set_environment(**values: str) -> Iterator[None]:
-    """Set variables for libraries that can be told in no other way, and put them back."""
+    """Set variables for libraries that have no other option; restore them afterwards."""
     before = {name: os.environ.get(name) for name in values}  # noqa: TID251
     os.environ.update(values)  # noqa: TID251
     try:
@@ -167,6 +167,6 @@ def set_environment(**values: str) -> Iterator[None]:
 
 
 def has_agent_store(env: Mapping[str, str] | None = None) -> bool:
-    """True if torchrun's agent, and not rank 0, holds the store at the meeting point."""
+    """True if torchrun's agent runs the store for the rendezvous instead of rank 0."""
     env = os.environ if env is None else env  # noqa: TID251 - the one place
     return env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

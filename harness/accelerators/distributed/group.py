@@ -1,7 +1,7 @@
-"""Talk between ranks: the one user of ``torch.distributed``.
+"""Communication between ranks: the only module that uses ``torch.distributed``.
 
-Small values travel over gloo on the CPU, so that asking "does anyone want to stop?" never
-waits for a device; tensors on a CUDA device travel over NCCL.
+Small values are sent by gloo on the CPU, so that asking "does any rank want to stop?" never
+waits for a device. Tensors on a CUDA device are sent by NCCL.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from harness.pytree import map_tensors
 T = TypeVar("T")
 
 FAILED = "harness/failed"
-"""Key in the store under which the rank that failed first says why."""
+"""Key in the store with the rank that failed first, and its error."""
 
 TIMEOUT = timedelta(minutes=30)
-"""How long a rank waits for the others; longer than a slow checkpoint of one of them."""
+"""Time to wait for the other ranks, longer than a slow checkpoint of one of them."""
 
 RENDEZVOUS_TIMEOUT = timedelta(minutes=5)
-"""How long the first rank waits for the last one to start."""
+"""Time that the first rank waits for the last one to start."""
 
 _OPS = {"sum": dist.ReduceOp.SUM, "mean": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 
 class PeerError(RuntimeError):
-    """Another rank failed, and says why itself; this one ends with it.
+    """Another rank failed, and this rank ends with it. The other rank shows the error.
 
     Attributes
     ----------
@@ -47,19 +47,19 @@ class PeerError(RuntimeError):
 
 
 class RankGroup:
-    """The ranks of one launch and what they tell each other.
+    """The ranks of one launch, and the values that they send each other.
 
     Parameters
     ----------
     launch
-        What the launcher told this process.
+        The launcher's description of this process.
     device
-        Where this rank's tensors are.
+        Device of this rank's tensors.
 
     Notes
     -----
-    The process group is made once in a process and left to the next fit; a group that is
-    there already is used and left to its owner.
+    The process group is created once per process and kept for the next fit. A group that
+    user code created is used as it is, and user code has to destroy it.
     """
 
     def __init__(self, launch: Launch, device: torch.device) -> None:
@@ -75,7 +75,7 @@ class RankGroup:
             raise ValueError(f"{msg}, got one of {dist.get_world_size()}. {advice}")
 
     def _connect(self, launch: Launch) -> None:
-        """Make the process group; one rank needs neither launcher nor port."""
+        """Create the process group; one rank needs neither launcher nor port."""
         if launch.world_size == 1:
             self.store = dist.HashStore()  # type: ignore[attr-defined]
         else:
@@ -115,7 +115,7 @@ class RankGroup:
         return value if self.rank == src else _detach_to(held[0], self.device)
 
     def gather_counts(self, value: int) -> list[int]:
-        """The count of each rank, in order of rank; quicker than ``gather_objects``."""
+        """The count of each rank, in order of rank; faster than ``gather_objects``."""
         if self.world_size == 1:
             return [value]
         mine = torch.tensor([value])
@@ -132,11 +132,11 @@ class RankGroup:
         return bool(found.item())
 
     def barrier(self) -> None:
-        """Wait until every rank is here."""
+        """Wait until every rank gets here."""
         self.any(False)
 
     def broadcast_order(self, order: Tensor | None) -> Tensor:
-        """Rank 0's int64 vector; the others give None."""
+        """Send rank 0's int64 vector to all ranks; the others pass None."""
         if order is not None and self.world_size == 1:
             return order
         length = torch.tensor([0 if order is None else len(order)])
@@ -150,7 +150,7 @@ class RankGroup:
     # ----------------------------------------------------------------- tensors
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """Tensors of all ranks one after another along dim 0; their lengths may differ."""
+        """Concatenate the tensors of all ranks along dim 0; their lengths may differ."""
         tensor = tensor.detach()
         if tensor.dim() == 0:
             tensor = tensor.reshape(1)
@@ -162,18 +162,18 @@ class RankGroup:
             (max(lengths), *row), dtype=tensor.dtype, device=tensor.device
         )
         longest[: len(tensor)] = tensor
-        # As bytes, any dtype passes any backend; an empty row has none to pass.
+        # Backends do not support every dtype, but all support bytes. Empty rows have none.
         sent = longest.reshape(-1).view(torch.uint8)
         received = [torch.empty_like(sent) for _ in lengths]
         if sent.numel():
             dist.all_gather(received, sent)
-        parts = [part.view(tensor.dtype).reshape(longest.shape) for part in received]
-        return torch.cat([part[:n] for part, n in zip(parts, lengths, strict=True)])
+        padded = [sent.view(tensor.dtype).reshape(longest.shape) for sent in received]
+        return torch.cat([rows[:n] for rows, n in zip(padded, lengths, strict=True)])
 
     def reduce(
         self, tensor: Tensor, op: Literal["sum", "mean", "max"] = "sum"
     ) -> Tensor:
-        """The tensor reduced over ranks; the same value on each, the input left alone."""
+        """Reduce the tensor over the ranks into a new one, the same on every rank."""
         if op not in _OPS:
             msg = f"reduce(op): expected one of {', '.join(_OPS)}, got {op!r}."
             raise ValueError(f"{msg} Use one of these.")
@@ -187,17 +187,17 @@ class RankGroup:
     # ------------------------------------------------------------------ errors
 
     def check_on_every_rank(self, check: Callable[[], T]) -> T:
-        """The result of a check that holds on every rank; one error on one rank otherwise.
+        """Run a check on every rank; if any fails, raise its error on one rank only.
 
         Raises
         ------
         Exception
-            Whatever `check` raised, on the lowest rank where it did.
+            The error of `check`, on the lowest rank where it failed.
         PeerError
             On the other ranks.
         """
         result, error = _try(check)
-        reasons = self.gather_objects(None if error is None else describe(error))
+        reasons = self.gather_objects(None if error is None else format_error(error))
         first = next((n for n, reason in enumerate(reasons) if reason), None)
         if first is None:
             assert result is not None
@@ -207,18 +207,18 @@ class RankGroup:
         raise PeerError(first, reasons[first] or "")
 
     def check_same(self, place: str, facts: Mapping[str, object], advice: str) -> None:
-        """Raise where a fact differs between ranks.
+        """Raise if a fact differs between ranks.
 
         Raises
         ------
         ValueError
-            On the lowest rank; ``PeerError`` on the others. Names what differs and where.
+            On rank 0, with the fact and the rank that differs; ``PeerError`` on the others.
         """
-        every = self.gather_objects(facts)
+        of_ranks = self.gather_objects(facts)
 
         def compare() -> None:
-            for name, value in every[0].items():
-                for rank, other in enumerate(every):
+            for name, value in of_ranks[0].items():
+                for rank, other in enumerate(of_ranks):
                     if other.get(name) != value:
                         msg = f"{place}: expected the same {name} on every rank"
                         got = f"got {value!r} on rank 0 and {other.get(name)!r}"
@@ -227,20 +227,23 @@ class RankGroup:
         self.check_on_every_rank(compare)
 
     def report_failure(self, error: BaseException) -> None:
-        """Leave word for the others why this rank ends, unless another was first."""
+        """Tell the other ranks why this one ends, unless another failed first."""
         if self.store is not None and self.first_failure() is None:
-            self.store.set(FAILED, f"{self.rank}:{describe(error)}")
+            self.store.set(FAILED, f"{self.rank}:{format_error(error)}")
 
     def first_failure(self) -> tuple[int, str] | None:
-        """Rank and reason of the rank that failed first, as far as this one can tell."""
+        """Rank and error of the rank that failed first, if this rank knows of one."""
         if self.store is None or self.world_size == 1:
             return None
         try:
             if not self.store.check([FAILED]):
                 return None
             rank, _, reason = self.store.get(FAILED).decode().partition(":")
-        except (RuntimeError, ConnectionError):  # the rank that held the store is gone
-            return 0, "ended without a word"
+        except (
+            RuntimeError,
+            ConnectionError,
+        ):  # rank 0, which holds the store, is gone
+            return 0, "ended without an error message"
         return int(rank), reason
 
 
@@ -248,17 +251,17 @@ def _try(check: Callable[[], T]) -> tuple[tuple[T] | None, Exception | None]:
     """The result in a tuple, or the exception."""
     try:
         return (check(),), None
-    except Exception as error:  # noqa: BLE001 - it is raised again on one rank, by agree
+    except Exception as error:  # noqa: BLE001 - raised again by check_on_every_rank, on one rank
         return None, error
 
 
-def describe(error: BaseException) -> str:
+def format_error(error: BaseException) -> str:
     """Class and text of an exception, in one line."""
     return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 def disconnect() -> None:
-    """Release the process group at exit, unless its owner already did."""
+    """Destroy the process group at exit, unless user code already did."""
     if dist.is_initialized():
         dist.destroy_process_group()
 

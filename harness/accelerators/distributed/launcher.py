@@ -1,4 +1,4 @@
-"""Starts ranks with DeepSpeed's launcher."""
+"""Start ranks with DeepSpeed's launcher."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from harness.accelerators.distributed.environment import LAUNCHER_PID
 
 
 def read_hostfile(path: str | Path) -> dict[str, int]:
-    """Slots by host of a hostfile, in its order.
+    """Read the number of slots of each host from a hostfile, in its order.
 
     Parameters
     ----------
     path
-        File with lines ``name slots=4``; empty lines and ``#`` comments are left out.
+        File with lines ``name slots=4``; empty lines and ``#`` comments are ignored.
 
     Raises
     ------
     ValueError
-        If the file is missing, or a line is no host, or a host comes twice, or there is none.
+        If the file is missing, a line is malformed, a host is listed twice, or there is none.
 
     References
     ----------
-    DeepSpeed 0.19.8, ``launcher/runner.py``, ``_parse_hostfile``. Differs from it: a file
-    that is missing is an error, where DeepSpeed goes on with this machine alone.
+    DeepSpeed 0.19.8, ``launcher/runner.py``, ``_parse_hostfile``. Differs from it: a missing
+    file is an error; DeepSpeed would continue with this machine only.
     """
     place = f"launch(hostfile={str(path)!r})"
     if not Path(path).is_file():
@@ -48,12 +48,12 @@ def read_hostfile(path: str | Path) -> dict[str, int]:
         if found is None or int(found.group(2)) == 0:
             msg = f"{place}: expected 'name slots=N' on line {number}, got {text!r}."
             raise ValueError(
-                f"{msg} Write one host a line, with its number of devices."
+                f"{msg} Write one host per line, with its number of devices."
             )
         host = found.group(1)
         if host in slots:
             msg = f"{place}: expected each host once, got {host!r} again on line {number}."
-            raise ValueError(f"{msg} Add up its slots on one line.")
+            raise ValueError(f"{msg} List it once, with all its slots.")
         slots[host] = int(found.group(2))
     if not slots:
         raise ValueError(f"{place}: expected at least one host, got none. Add a line.")
@@ -71,24 +71,24 @@ def build_launch_command(
     launcher_options: Sequence[str] = (),
     verbose: bool = False,
 ) -> list[str]:
-    """Command line that runs `argv` on each rank by DeepSpeed's launcher.
+    """Build the command that runs `argv` on each rank with DeepSpeed's launcher.
 
     Parameters
     ----------
     argv
-        A script and its arguments, or ``-m``, a module and its arguments.
+        A script and its arguments, or ``-m`` with a module and its arguments.
     num_gpus : >= 1
-        Ranks on each machine; None takes every device.
+        Ranks on each machine; None uses every device.
     num_nodes : >= 1
-        Machines, the first ones of the hostfile; None takes all.
+        Number of machines, from the top of the hostfile; None uses all.
     hostfile
-        Lines ``name slots=N``; None starts on this machine alone.
+        File with lines ``name slots=N``; None uses this machine only.
     master_addr, master_port
         Where rank 0 listens; None lets DeepSpeed choose.
     launcher_options
-        Further options in DeepSpeed's own words, for example ``--launcher=slurm``.
+        More options of DeepSpeed's launcher, for example ``--launcher=slurm``.
     verbose
-        False keeps DeepSpeed's launcher quiet.
+        False silences DeepSpeed's launcher.
 
     Raises
     ------
@@ -102,11 +102,11 @@ def build_launch_command(
     """
     if not argv or argv == ["-m"]:
         msg = f"launch: expected a script or -m module, got {list(argv)!r}."
-        raise ValueError(f"{msg} Name what the ranks run.")
+        raise ValueError(f"{msg} Name what the ranks should run.")
     for name, count in {"num_gpus": num_gpus, "num_nodes": num_nodes}.items():
         if count is not None and count < 1:
             msg = f"launch({name}): expected at least 1, got {count!r}."
-            raise ValueError(f"{msg} Leave it out to take all there are.")
+            raise ValueError(f"{msg} Leave it out to use all.")
     if hostfile is not None:
         read_hostfile(hostfile)
     options = {
@@ -116,11 +116,11 @@ def build_launch_command(
         "master_port": master_port,
     }
     command = [sys.executable, "-m", "deepspeed.launcher.runner"]
-    # DeepSpeed looks at /job/hostfile unasked; an empty name finds none.
+    # By default DeepSpeed reads /job/hostfile; an empty name turns that off.
     command.append(f"--hostfile={'' if hostfile is None else Path(hostfile).resolve()}")
     command += [] if verbose else ["--quiet"]
     command += launcher_options
-    # Without it the launcher puts --local_rank=N among the script's own arguments.
+    # Otherwise the launcher adds --local_rank=N to the script's arguments.
     command.append("--no_local_rank")
     command += [f"--{name}={n}" for name, n in options.items() if n is not None]
     if argv[0] == "-m":
@@ -129,10 +129,10 @@ def build_launch_command(
 
 
 def launch(command: Sequence[str], *, grace_s: float = 5.0) -> int:
-    """Run what ``build_launch_command`` gave and wait for it; its exit code, never 0 on a failure.
+    """Run a command of ``build_launch_command``, wait for it, and return its exit code.
 
-    Ctrl-C and SIGTERM are passed to every rank, which have half a minute to save; no
-    process is left behind.
+    Ctrl-C and SIGTERM are passed on to every rank. The ranks then have half a minute to
+    save, and no process is left behind. The exit code is not 0 after a signal.
 
     Parameters
     ----------
@@ -141,13 +141,13 @@ def launch(command: Sequence[str], *, grace_s: float = 5.0) -> int:
     grace_s : >= 0
         Seconds that processes may outlive the command.
     """
-    env = dict(os.environ)  # noqa: TID251 - the one place
+    env = dict(os.environ)  # noqa: TID251 - passed on to the ranks
     if torch.version.cuda is None and torch.version.hip is None:
-        # DeepSpeed's launcher warns on every start of a machine without devices.
+        # Otherwise DeepSpeed's launcher warns at every start that there is no device.
         env.setdefault("DS_ACCELERATOR", "cpu")
     env[LAUNCHER_PID] = str(os.getpid())
-    # A group of their own: whatever becomes of DeepSpeed's two launchers, every rank is
-    # reached by its group, and Ctrl-C reaches all of them once, from here.
+    # In a new process group, signals reach every rank even if DeepSpeed's launchers have
+    # ended, and Ctrl-C reaches every rank only once, from here.
     process = subprocess.Popen(command, env=env, start_new_session=True)
     stopped: list[int] = []
 
@@ -167,7 +167,7 @@ def launch(command: Sequence[str], *, grace_s: float = 5.0) -> int:
             signal.signal(number, handler)
     if stopped:
         return 128 + stopped[0]
-    # A launcher that a signal ended reports a negative code, which a shell cannot show.
+    # The code is negative if a signal ended the launcher; a shell cannot show that.
     return code if code >= 0 else 128 - code
 
 
@@ -181,7 +181,7 @@ def _signal_group(group: int, number: int) -> bool:
 
 
 def _end_group(group: int, *, grace_s: float) -> None:
-    """Wait for the group to end by itself, then end it."""
+    """Wait for the group to exit by itself, then kill it."""
     until = time.monotonic() + grace_s
     while _signal_group(group, 0):
         if time.monotonic() > until:

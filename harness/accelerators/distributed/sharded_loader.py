@@ -1,12 +1,12 @@
 """Loaders divided over ranks: each sample once, the same number of batches on every rank.
 
-A step takes one batch for each rank from the loader's own order, which rank 0 draws and
-tells the others, so that any sampler, however it draws, gives one order to all. The ranks'
-batches lie one after another in that order: gathering them rank by rank restores it.
+Rank 0 draws the order of the samples from the loader's own sampler and sends it to the other
+ranks, so any sampler works. Each step takes one batch per rank from that order. The batches
+of the ranks are consecutive in it, so gathering them rank by rank restores the order.
 
-In the last step, samples that do not fill every rank's batch are dealt out evenly. A rank
-that gets none still takes part, since the others wait for it in collectives: it is handed
-samples of the step that count for nothing, and its ``RankShare`` says so.
+If the samples of the last step do not fill every rank's batch, they are divided evenly. A
+rank without samples still takes part, because the others wait for it in collectives. It gets
+a placeholder batch that does not count, and its ``RankShare`` has ``count`` 0.
 """
 
 from __future__ import annotations
@@ -34,11 +34,17 @@ from harness.accelerators.distributed.shares import (
     ShareTracker,
     assign_rows,
 )
-from harness.data.batch import Batch, input_of, num_rows, target_of
+from harness.data.batch import (
+    Batch,
+    copy_by_value,
+    input_of,
+    num_rows,
+    target_of,
+)
 from harness.data.loaders import Loader, unwrap_tensors
 
 CHUNK = 1 << 16
-"""Rows of the order that rank 0 tells at once: half a megabyte."""
+"""Rows of the order that rank 0 sends at once: half a megabyte."""
 
 
 _KNOWN = frozenset(
@@ -51,30 +57,29 @@ _KNOWN = frozenset(
 class ShardedLoader:
     """One rank's part of a loader.
 
-    Iterating gives batches in the form of the original loader. ``share`` tells what of the
-    last batch counts.
+    Iterating yields batches like those of the original loader. ``share`` is the share of the
+    last batch.
 
     Parameters
     ----------
     loader
-        Loader as one process would use it; its ``batch_size`` is each rank's.
+        Loader as one process would use it. Its ``batch_size`` is that of each rank.
     ranks
-        The ranks to divide it over.
+        Ranks to divide it over.
     on_batch
-        Called with each batch and its ``RankShare`` as it is handed out; gives the batch on.
+        Called with each batch and its ``RankShare`` before it is yielded; returns the batch.
     on_begin, on_end
         Called before and after each pass over the data.
 
     Notes
     -----
-    - Map-style data: rank 0 draws the order, from the loader's own sampler.
-    - A batch sampler of the user's own, or ``batch_size=None``: a step takes one ready
-      batch for each rank.
-    - Iterable data: each rank reads the whole stream and keeps its part. A data set that
-      gives each rank samples of its own says so by an attribute ``sharded = True``; ranks
-      may then run dry at different steps.
-    - torch's ``DistributedSampler`` repeats samples to even the ranks out; its order is
-      kept and the repetitions are left out.
+    - Map-style data: rank 0 draws the order from the loader's own sampler.
+    - A custom batch sampler, or ``batch_size=None``: a step takes one whole batch per rank.
+    - Iterable data: each rank reads the whole stream and keeps its part. If a data set gives
+      each rank its own samples, set its attribute ``sharded = True``. Ranks may then run out
+      of samples at different steps.
+    - torch's ``DistributedSampler`` repeats samples so that all ranks get the same number.
+      Its order is kept, without the repetitions.
     """
 
     def __init__(
@@ -94,7 +99,7 @@ class ShardedLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         self._on_begin()
-        # The iterator is made at once, since making it draws a random number in torch.
+        # Create the iterator now and not lazily: torch draws a random number for it.
         return self._iterate(iter(self._source))
 
     def _iterate(self, source: Iterator[tuple[Batch, RankShare]]) -> Iterator[Batch]:
@@ -109,17 +114,21 @@ class ShardedLoader:
         return len(self._source)
 
     def __getattr__(self, name: str) -> Any:
-        """What the original loader says of itself; its own position is not this one's."""
+        """Attributes of the original loader, but not its position."""
         if name in _KNOWN:
             return getattr(self._loader, name)
         msg = f"{type(self).__name__!r} object has no attribute {name!r}"
         raise AttributeError(msg)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Tell the epoch to sampler and data set, where they ask for it."""
-        for part in (self.sampler, self.batch_sampler, self.dataset):
-            if hasattr(part, "set_epoch"):
-                part.set_epoch(epoch)
+    @property
+    def undivided(self) -> Loader:
+        """The original loader, as one process would use it."""
+        return self._loader
+
+    def copy_batch(self, batch: Batch) -> Batch:
+        """Copy the last batch and record the same share for the copy."""
+        assert self.share is not None
+        return self._on_batch(copy_by_value(batch), self.share)
 
 
 def shard_loaders(
@@ -158,7 +167,7 @@ def shard_loaders(
 
 
 def _make_source(loader: Loader, ranks: RankGroup) -> Any:
-    """Where the rank's batches and shares come from."""
+    """Choose the source of the rank's batches and shares for this kind of loader."""
     if _is_divided(loader):
         return _BatchSource(loader, ranks, every=False)
     if loader.batch_size is not None and isinstance(loader.dataset, IterableDataset):
@@ -172,16 +181,16 @@ def _make_source(loader: Loader, ranks: RankGroup) -> Any:
 
 
 def _is_divided(loader: Loader) -> bool:
-    """True if the loader gives each rank samples of its own already."""
+    """True if the loader already gives each rank its own samples."""
     samplers = (loader.sampler, loader.batch_sampler)
     return getattr(loader.dataset, "sharded", False) or any(
-        hasattr(part, "num_replicas") and not isinstance(part, DistributedSampler)
-        for part in samplers
+        hasattr(sampler, "num_replicas") and not isinstance(sampler, DistributedSampler)
+        for sampler in samplers
     )
 
 
 def _copy_loader(loader: Loader, **changes: object) -> Loader:
-    """A loader like it, with another order or data set."""
+    """Copy a loader with changed options."""
     options: dict[str, Any] = {
         name: getattr(loader, name)
         for name in (
@@ -204,7 +213,7 @@ def _copy_loader(loader: Loader, **changes: object) -> Loader:
 
 
 class _RowSource:
-    """Rows in an order that all ranks know, dealt out step by step."""
+    """Rows in an order that all ranks share, divided step by step."""
 
     def __init__(self, loader: Loader, batches: BatchSampler, ranks: RankGroup) -> None:
         self._ranks = ranks
@@ -241,14 +250,14 @@ class _RowSource:
     def _index_tensors(
         self, tensors: Sequence[Tensor], rows: Tensor | None
     ) -> Iterator[list[Tensor]]:
-        """Whole tensors indexed at once, as ``TensorLoader`` does."""
+        """Index whole tensors, as ``TensorLoader`` does."""
         for picks in self._rows_of_rank():
             chosen = torch.tensor(picks)
             chosen = chosen if rows is None else rows[chosen]
             yield [tensor[chosen] for tensor in tensors]
 
     def _rows_of_rank(self) -> Iterator[list[int]]:
-        """Rows of this rank in each step; their shares queue up for ``__iter__``."""
+        """Rows of this rank in each step; their shares are queued for ``__iter__``."""
         ranks, size, place = self._ranks, self._size, 0
         for step in _regroup(self._order(), size * ranks.world_size):
             if len(step) < size * ranks.world_size and self._drops:
@@ -259,7 +268,7 @@ class _RowSource:
             yield (step[start : start + count] if count else step[:size]).tolist()
 
     def _order(self) -> Iterator[Tensor]:
-        """Rank 0's order in pieces, on every rank."""
+        """Rank 0's order in pieces, sent to every rank."""
         if self._ranks.rank:
             while len(piece := self._ranks.broadcast_order(None)):
                 yield piece
@@ -275,26 +284,26 @@ class _RowSource:
 def _pair_with_shares(
     batches: Iterator[object], shares: deque[RankShare]
 ) -> Iterator[tuple[Batch, RankShare]]:
-    """Each batch with the share that queued up when its rows were picked."""
+    """Pair each batch with the share that was queued when its rows were chosen."""
     for batch in batches:
         yield batch, shares.popleft()
 
 
 def _regroup(pieces: Iterator[Tensor], size: int) -> Iterator[Tensor]:
-    """The pieces cut anew into `size` rows each; the last one may be shorter."""
+    """Cut the pieces into `size` rows each; the last one may be shorter."""
     held = torch.empty(0, dtype=torch.int64)
     for piece in pieces:
         held = torch.cat([held, piece])
-        whole = len(held) // size * size
-        for first in range(0, whole, size):
+        full = len(held) // size * size
+        for first in range(0, full, size):
             yield held[first : first + size]
-        held = held[whole:]
+        held = held[full:]
     if len(held):
         yield held
 
 
 class _RowSampler(Sampler[list[int]]):
-    """What picks rows for a rebuilt loader."""
+    """Sampler that yields the rank's rows."""
 
     def __init__(self, picks: Callable[[], Iterator[list[int]]]) -> None:
         self._rows_of_rank = picks
@@ -304,7 +313,7 @@ class _RowSampler(Sampler[list[int]]):
 
 
 class _UndividedSampler(Sampler[int]):
-    """The order of a ``DistributedSampler`` before it repeats and divides it."""
+    """The order of a ``DistributedSampler`` before it repeats samples and divides them."""
 
     def __init__(self, sampler: DistributedSampler[object]) -> None:
         self._sampler = sampler
@@ -321,7 +330,7 @@ class _UndividedSampler(Sampler[int]):
 
 
 def _undivided_sampler(sampler: object) -> Any:
-    """The sampler, or the order behind it where it divides by itself."""
+    """The sampler; for a ``DistributedSampler``, one with its undivided order."""
     return (
         _UndividedSampler(sampler)
         if isinstance(sampler, DistributedSampler)
@@ -330,7 +339,7 @@ def _undivided_sampler(sampler: object) -> Any:
 
 
 class _BatchSamplerSource:
-    """Ready batches of rows from the user's own batch sampler, one for each rank a step."""
+    """Batches of rows from a custom batch sampler, one per rank in each step."""
 
     def __init__(self, loader: Loader, batches: Any, ranks: RankGroup) -> None:
         self._ranks = ranks
@@ -367,25 +376,25 @@ class _BatchSamplerSource:
 
 @dataclass(slots=True)
 class _SharedSample:
-    """A sample of a stream with the share of the step that it came in."""
+    """A sample of a stream, with its rank's share of the step."""
 
     sample: object
     share: RankShare
 
 
 class _StreamSource:
-    """Samples of a stream that every rank reads whole, dealt out step by step."""
+    """Samples of a stream that every rank reads completely, divided step by step."""
 
     def __init__(self, loader: Loader, ranks: RankGroup) -> None:
         self._loader = loader
         self._ranks = ranks
         size = loader.batch_size or 1
-        part = _RankStream(
+        stream = _RankStream(
             loader.dataset, size, loader.drop_last, ranks.rank, ranks.world_size
         )
         self._rank_loader = _copy_loader(
             loader,
-            dataset=part,
+            dataset=stream,
             batch_size=size,
             collate_fn=_CollateShared(loader.collate_fn),
         )
@@ -400,7 +409,7 @@ class _StreamSource:
 
 
 class _RankStream(IterableDataset[_SharedSample]):
-    """One rank's samples of a stream; in a worker, of that worker's part of it."""
+    """One rank's samples of a stream; in a worker, of the worker's part of the stream."""
 
     def __init__(
         self, dataset: Any, size: int, drops: bool, rank: int, world_size: int
@@ -413,9 +422,9 @@ class _RankStream(IterableDataset[_SharedSample]):
 
     def __iter__(self) -> Iterator[_SharedSample]:
         samples, place = iter(self._dataset), 0
-        whole = self._size * self._world_size
-        while step := list(islice(samples, whole)):
-            if len(step) < whole and self._drops:
+        full = self._size * self._world_size
+        while step := list(islice(samples, full)):
+            if len(step) < full and self._drops:
                 return
             start, count = assign_rows(
                 len(step), self._size, self._rank, self._world_size
@@ -427,20 +436,21 @@ class _RankStream(IterableDataset[_SharedSample]):
 
 
 class _CollateShared:
-    """The user's collate function, with the share carried past it."""
+    """Runs the user's collate function, and returns the share with its batch."""
 
     def __init__(self, collate: Callable[[list[object]], object]) -> None:
         self._collate = collate
 
-    def __call__(self, marked: Sequence[_SharedSample]) -> tuple[Batch, RankShare]:
-        return self._collate([one.sample for one in marked]), marked[0].share
+    def __call__(self, items: Sequence[_SharedSample]) -> tuple[Batch, RankShare]:
+        return self._collate([item.sample for item in items]), items[0].share
 
 
 class _BatchSource:
-    """Ready batches whose samples are counted as they come, one for each rank a step.
+    """Batches of unknown length, one per rank in each step.
 
-    With `every`, each rank's loader gives all batches and the rank keeps each
-    ``world_size``-th; without, it gives the rank's own, and ranks may run dry early.
+    With `every`, each rank's loader yields all batches, and the rank keeps every
+    ``world_size``-th. Otherwise it yields only the rank's batches, and ranks may run out of
+    them at different steps.
     """
 
     def __init__(self, loader: Loader, ranks: RankGroup, *, every: bool) -> None:
@@ -467,9 +477,9 @@ class _BatchSource:
             if len(alive) < ranks.world_size and ranks.any(
                 batch is None and last is None
             ):
-                # A rank that never had a batch stands in with another one's.
-                lent = ranks.broadcast(batch, src=alive[0])
-                last = lent if last is None else last
+                # A rank that never had a batch uses another rank's as placeholder.
+                received = ranks.broadcast(batch, src=alive[0])
+                last = received if last is None else last
             counts = [max(count, 0) for count in counts]
             start = place + sum(counts[: ranks.rank])
             share = RankShare(start, counts[ranks.rank], max(1, sum(counts)))
@@ -478,11 +488,11 @@ class _BatchSource:
             yield last, share
 
     def _own_batches(self) -> Iterator[Batch]:
-        """The rank's own of every ``world_size`` batches."""
+        """One of every ``world_size`` batches, by rank."""
         return islice(self._loader, self._ranks.rank, None, self._ranks.world_size)
 
 
 def _count_rows(batch: object) -> int:
-    """Rows of a batch before the model has seen it; 1 if they cannot be known."""
+    """Number of rows of a batch; 1 if it is unknown."""
     rows = num_rows(input_of(batch), target_of(batch))
     return 1 if rows is None else rows

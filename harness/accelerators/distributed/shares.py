@@ -14,10 +14,10 @@ class RankShare:
     Attributes
     ----------
     start : >= 0
-        Place of the rank's first sample in the order of the whole loader.
+        Index of the rank's first sample in the order of the whole loader.
     count : >= 0
-        Samples of this rank that count. 0 means that the rank has no samples left in this
-        step and its batch is a placeholder.
+        Samples of this rank that count. 0 means that its batch is a placeholder because the
+        rank has no samples left in this step.
     total : >= 1
         Samples of all ranks in the step.
     """
@@ -54,7 +54,7 @@ def assign_rows(total: int, size: int, rank: int, world_size: int) -> tuple[int,
 
 
 class ShareTracker:
-    """Knows the share of the present batch.
+    """Keeps the share of the present batch.
 
     Loaders may be read ahead, so a share is kept until its batch goes to the device.
 

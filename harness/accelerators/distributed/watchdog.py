@@ -1,4 +1,4 @@
-"""Ranks end together: when one fails, when it dies, and when their launcher is killed."""
+"""End all ranks together when one fails or dies, or when their launcher is killed."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from types import TracebackType
 from harness.accelerators.distributed.group import PeerError, RankGroup, disconnect
 
 POLL_S = 0.5
-"""Seconds between two looks at the launcher and at the other ranks."""
+"""Seconds between two checks of the launcher and the other ranks."""
 
 GRACE_S = 10.0
-"""Seconds that a rank has to end by itself, saving what it can, before it is ended."""
+"""Seconds that a rank has to save and exit before it is killed."""
 
 
 class Watchdog:
     """Ends this rank with the others.
 
-    An exception that leaves the program prints its traceback, unless it only follows from
-    another rank's failure: then one line says so, and the first traceback on the screen is
-    the one that matters. A thread looks for two things that no exception tells of: another
-    rank has failed while this one waits for it, or the launcher was killed.
+    An uncaught exception prints its traceback, unless it follows from another rank's
+    failure. Then it prints one line, so that the first traceback on the screen is the
+    cause. A thread checks for two events that raise no exception: another rank fails while
+    this one waits for it, and the launcher is killed.
 
     Parameters
     ----------
     ranks
-        Ranks to end with.
+        Ranks to end together with.
     launcher
-        Process beside the parents whose end is this rank's.
+        Id of a process, besides the parents, whose end also ends this rank.
 
     Notes
     -----
-    Killing torchrun or DeepSpeed's launcher with SIGKILL leaves the ranks running, since
-    neither can pass the signal on. The rank first asks itself to stop by SIGTERM, which a
-    fit answers by saving; after ``GRACE_S`` seconds it is ended.
+    When torchrun or DeepSpeed's launcher is killed with SIGKILL, it cannot pass the signal
+    on, so its ranks keep running. The rank then sends SIGTERM to itself, on which a fit
+    saves and stops. After ``GRACE_S`` seconds the process exits in any case.
     """
 
     def __init__(self, ranks: RankGroup, launcher: int | None = None) -> None:
@@ -53,7 +53,7 @@ class Watchdog:
 
     @staticmethod
     def is_running() -> bool:
-        """True if this process is watched already; once is enough."""
+        """True if this process already has a watchdog."""
         return isinstance(getattr(sys.excepthook, "__self__", None), Watchdog)
 
     def _on_exception(
@@ -62,9 +62,9 @@ class Watchdog:
         error: BaseException,
         traceback: TracebackType | None,
     ) -> None:
-        """Show what failed first, once, and tell the others."""
+        """Show the first failure once, and report it to the other ranks."""
         self._quiet.set()
-        # Leaving a group politely waits for ranks that may be gone.
+        # Destroying the group would wait for ranks that may be gone.
         atexit.unregister(disconnect)
         if isinstance(error, PeerError):
             return
@@ -74,12 +74,14 @@ class Watchdog:
             self._hook(kind, error, traceback)
         else:
             rank, reason = first
-            text = f"rank {self._ranks.rank}: ended, since rank {rank} failed: {reason}"
-            print(text, file=sys.stderr)  # noqa: T201 - in the place of a traceback
+            text = (
+                f"rank {self._ranks.rank}: ended because rank {rank} failed: {reason}"
+            )
+            print(text, file=sys.stderr)  # noqa: T201 - instead of a traceback
         sys.stderr.flush()
 
     def _poll(self) -> None:
-        """Poll until told to stop."""
+        """Poll until an uncaught exception stops it."""
         while not self._quiet.wait(POLL_S):
             if self._launchers() != self._parents:
                 self._end_process("its launcher is gone", signal.SIGTERM)
@@ -90,33 +92,33 @@ class Watchdog:
                 return
 
     def _launchers(self) -> tuple[int, ...]:
-        """Processes that started this one, as far as they are alive."""
+        """Processes that started this one and are alive."""
         found = find_launchers(os.getppid())
         if self._launcher is not None and is_alive(self._launcher):
             found = (*found, self._launcher)
         return found
 
-    def _end_process(self, reason: str, ask: signal.Signals | None) -> None:
-        """Give the program time to end by itself, then end it."""
-        if ask is not None:
-            os.kill(os.getpid(), ask)
+    def _end_process(self, reason: str, signal_first: signal.Signals | None) -> None:
+        """Wait for the process to exit by itself, then end it."""
+        if signal_first is not None:
+            os.kill(os.getpid(), signal_first)
         time.sleep(GRACE_S)
-        os.write(2, f"rank {self._ranks.rank}: ended, since {reason}\n".encode())
+        os.write(2, f"rank {self._ranks.rank}: ended because {reason}\n".encode())
         os._exit(1)
 
 
 def find_launchers(pid: int) -> tuple[int, ...]:
     """The parent process, and DeepSpeed's outer launcher where the parent is its inner one.
 
-    DeepSpeed starts ranks by two processes, of which either may be killed: ``runner``, the
-    command that the user typed, and ``launch`` below it. Without ``/proc`` only the parent
-    is known.
+    DeepSpeed starts ranks by two processes, and either may be killed: ``runner``, which the
+    user's command starts, and its child ``launch``. Without ``/proc`` only the parent is
+    known.
     """
     parent = Path("/proc") / str(pid)
     try:
         if b"deepspeed.launcher.launch" not in (parent / "cmdline").read_bytes():
             return (pid,)
-        # Fields after the command's name, which is in brackets: state, parent, ...
+        # After the command's name in brackets come the state and the parent's id.
         fields = (parent / "stat").read_text().rpartition(")")[2].split()
     except OSError:
         return (pid,)
@@ -124,7 +126,7 @@ def find_launchers(pid: int) -> tuple[int, ...]:
 
 
 def is_alive(pid: int) -> bool:
-    """True if there is such a process, even another user's."""
+    """True if the process exists, even if it belongs to another user."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

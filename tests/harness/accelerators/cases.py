@@ -452,6 +452,23 @@ def case_step_before_the_boundary_changes_nothing(lab: Lab) -> None:
     accelerator.finish()
 
 
+def case_dropped_window_leaves_nothing_behind(lab: Lab) -> None:
+    dropped, *data = windows(lab.world, [3, 2, 2])
+    each_micro = lab.stage in {2, 3}
+    wanted = plain(Net, two_rates, regression, data, each_micro=each_micro)
+    accelerator = lab.make(accumulate=3)
+    model = seeded(Net)
+    model, opts, _ = accelerator.prepare(model, two_rates(model))
+    train_part(lab, accelerator, model, dropped, (0, 1))
+    accelerator.drop_window()
+    accelerator.drop_window()
+    assert not any(accelerator.is_boundary(name) for name in opts)
+    for window in data:
+        train_window(lab, accelerator, model, opts, regression, window)
+    check_equal(accelerator.full_state_dict(model), wanted)
+    accelerator.finish()
+
+
 def case_model_stays_the_users_object_and_is_plain_afterwards(lab: Lab) -> None:
     data = windows(lab.world, [1])
     accelerator = lab.make()

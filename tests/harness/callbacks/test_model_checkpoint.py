@@ -148,7 +148,7 @@ def test_model_checkpoint_changes_nothing_of_the_training(tmp_path: Path) -> Non
 
 
 def test_model_checkpoint_holds_the_weights_of_its_moment(tmp_path: Path) -> None:
-    """The copy is taken at once, though it is written while training goes on."""
+    """The copy is taken at once, although it is written while training continues."""
     seen: dict[int, Any] = {}
 
     class Look(harness.Callback):

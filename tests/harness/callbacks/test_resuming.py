@@ -49,7 +49,7 @@ def assert_same_result(one: Fitted, two: Fitted) -> None:
         assert same_bits(value, two.model.state_dict()[name])
 
 
-def test_auto_resume_goes_on_then_empties_its_folder(saved: Path) -> None:
+def test_auto_resume_resumes_then_empties_its_folder(saved: Path) -> None:
     assert len(list_checkpoints(saved)) == 1
     fitted = train(AutoResume(saved))
     assert losses(fitted) == losses(train())
@@ -63,7 +63,7 @@ def test_resume_from_checkpoint_takes_a_folder_or_one_checkpoint(saved: Path) ->
     assert list_checkpoints(saved) == [place]
 
 
-def test_resume_from_checkpoint_passes_over_torn_ones_with_a_warning(
+def test_resume_from_checkpoint_skips_damaged_ones_with_a_warning(
     saved: Path,
 ) -> None:
     (saved / "000099-epoch-9-batch-9-step-9").mkdir()
@@ -113,7 +113,7 @@ def test_resume_of_an_early_stopped_fit_trains_no_further(tmp_path: Path) -> Non
     assert losses(again) == losses(first)
 
 
-def test_resume_of_a_finished_fit_with_more_epochs_goes_on(tmp_path: Path) -> None:
+def test_resume_of_a_finished_fit_with_more_epochs_continues(tmp_path: Path) -> None:
     train(harness.callbacks.ModelCheckpoint(tmp_path))
     longer = train(ResumeFromCheckpoint(tmp_path), epochs=4)
     assert losses(longer) == losses(train(epochs=4))
@@ -122,7 +122,7 @@ def test_resume_of_a_finished_fit_with_more_epochs_goes_on(tmp_path: Path) -> No
 # --------------------------------------------------------------- it explains itself
 
 
-def test_resume_tells_what_is_restored_absent_and_different(
+def test_resume_reports_what_is_restored_missing_and_different(
     saved: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = {"batch_size": 4, "drop_last": True}
@@ -139,18 +139,18 @@ def test_resume_tells_what_is_restored_absent_and_different(
             case=other,
             verbose=True,
         )
-    told = " ".join(capsys.readouterr().err.split())
+    report = " ".join(capsys.readouterr().err.split())
     assert (
-        "resumed from 000002-epoch-2-batch-2-step-8: epoch 2, batch 2, step 8" in told
+        "resumed from 000002-epoch-2-batch-2-step-8: epoch 2, batch 2, step 8" in report
     )
-    assert "opt_hparams differs saved \"{'lr': 0.05, 'momentum': 0.9}\", now" in told
-    assert "torch differs" in told
-    assert "now '0.0.1'" in told
-    assert "callbacks missing EarlyStopping is new and has no saved state" in told
-    assert "callbacks missing AutoResume was saved, but this fit has none" in told
+    assert "opt_hparams differs saved \"{'lr': 0.05, 'momentum': 0.9}\", now" in report
+    assert "torch differs" in report
+    assert "now '0.0.1'" in report
+    assert "callbacks missing EarlyStopping is new and has no saved state" in report
+    assert "callbacks missing AutoResume was saved, but this fit has none" in report
     for part in ("model", "optimizers", "records", "callbacks", "random generators"):
-        assert f"{part} restored" in told
-    assert "loader position restored 2 batches done" in told
+        assert f"{part} restored" in report
+    assert "loader position restored 2 batches done" in report
 
 
 @pytest.mark.parametrize("change", ["opt_hparams", "data"])

@@ -1,4 +1,4 @@
-"""Processes that are killed or asked to end, and what goes on from what they left."""
+"""Processes that are killed or interrupted, and fits that resume from their files."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Row = tuple[Any, ...]
 def train(
     folder: Path, case: Case = CASE, every: int | None = 1, **tracker: Any
 ) -> harness.Fitted:
-    """Train with a checkpoint at each step; goes on by itself."""
+    """Train with a checkpoint at each step; resumes by itself."""
     fitted = case.learner().fit(
         case.data(),
         EPOCHS,
@@ -92,7 +92,7 @@ def in_child(delay_s: float | None, work: Any) -> bool:
     if pid == 0:
         try:
             work()
-        except BaseException:  # noqa: BLE001  a child of pytest must not go on as pytest
+        except BaseException:  # noqa: BLE001  a child of pytest must not continue as pytest
             import traceback  # noqa: PLC0415
 
             traceback.print_exc()
@@ -115,7 +115,7 @@ def check_kills(folder: Path, case: Case, num_kills: int, seed: int) -> None:
         if in_child(draw.uniform(0.1, 0.8) * took_s, lambda: train(broken, case)):
             break
         if (broken / "saved").exists():
-            # Whatever the instant, nothing that is there is torn.
+            # No checkpoint is damaged, whenever the process was killed.
             assert find_newest(broken / "saved")[1] == []
     else:
         assert in_child(None, lambda: train(broken, case))
@@ -124,14 +124,14 @@ def check_kills(folder: Path, case: Case, num_kills: int, seed: int) -> None:
 
 # Slow: it forks, which after tests that started ranks in this process may not end.
 @pytest.mark.slow
-def test_fit_killed_at_random_instants_goes_on_to_the_same_end(tmp_path: Path) -> None:
+def test_fit_killed_at_random_instants_resumes_to_the_same_end(tmp_path: Path) -> None:
     check_kills(tmp_path, CASE, num_kills=4, seed=0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["callbacks", "accumulation", "workers"])
 @pytest.mark.parametrize("seed", range(3))
-def test_fit_killed_many_times_goes_on_to_the_same_end(
+def test_fit_killed_many_times_resumes_to_the_same_end(
     seed: int, name: str, tmp_path: Path
 ) -> None:
     check_kills(tmp_path, (CASES | WITH_WORKERS)[name], num_kills=15, seed=seed)
@@ -160,8 +160,10 @@ def test_run_that_went_on_keeps_its_id_and_what_was_superseded(tmp_path: Path) -
     check_same(tmp_path, tmp_path / "unbroken")
 
 
-def test_resume_without_the_former_run_begins_one_that_is_whole(tmp_path: Path) -> None:
-    """The run's folder is gone, so the records so far are written down anew."""
+def test_resume_without_the_former_run_records_everything_in_a_new_one(
+    tmp_path: Path,
+) -> None:
+    """The run's folder is gone, so a new run records everything again."""
     stop = Stop("on_train_batch_end", 10, signal.SIGTERM)
     stopping = Case(
         learner=CASE.learner, callbacks=lambda folder: [*CASE.callbacks(folder), stop]
@@ -299,7 +301,7 @@ def test_fit_command_ended_by_a_signal_is_finished_by_resume(
 
 
 def histories(folder: Path, run_id: str) -> dict[str, list[tuple[int, float]]]:
-    """Step and value of each metric of an MLflow run, as MLflow tells them."""
+    """Step and value of each metric of an MLflow run, as MLflow returns them."""
     import mlflow  # noqa: PLC0415
 
     client = mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db")
@@ -327,7 +329,7 @@ class Pause(harness.Callback):
 
 
 def delivered(folder: Path, monkeypatch: pytest.MonkeyPatch, *kills: Case) -> str:
-    """Train with delivery, after children that are killed; gives the MLflow run's id."""
+    """Train with delivery, after children that are killed; return the MLflow run's id."""
     folder.mkdir()
     monkeypatch.chdir(folder)
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")

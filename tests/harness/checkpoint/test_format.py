@@ -1,4 +1,4 @@
-"""Checkpoints on the disk: whole or not there, and harmless to read."""
+"""Checkpoints on disk: complete or not there at all, and harmless to read."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ def save(folder: Path, step: int = 3, value: float = 1.0) -> Path:
     return commit_checkpoint(temporary, manifest_of(position=position))
 
 
-# ------------------------------------------------------------------ written whole
+# -------------------------------------------------------------- written completely
 
 
-def test_save_then_read_gives_the_state_back(tmp_path: Path) -> None:
+def test_save_then_read_returns_the_state(tmp_path: Path) -> None:
     place = save(tmp_path)
     assert place.name == "000001-epoch-1-batch-2-step-3"
     assert verify_checkpoint(place).position.step == 3

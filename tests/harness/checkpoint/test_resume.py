@@ -200,20 +200,20 @@ PIECES = {
 
 @pytest.mark.parametrize("piece", PIECES)
 def test_resume_without_one_piece_of_the_state_differs(
-    piece: str, tmp_path: Path, whole: dict[str, Any]
+    piece: str, tmp_path: Path, unbroken_fits: dict[str, Any]
 ) -> None:
     name, change = PIECES[piece]
     case = CASES[name]
-    if name not in whole:
-        whole[name] = fit(case, tmp_path / "unbroken")
+    if name not in unbroken_fits:
+        unbroken_fits[name] = fit(case, tmp_path / "unbroken")
     stop = ("on_train_batch_end", 8)
     fit(case, tmp_path / "broken", stop)
     rewritten(tmp_path / "broken" / "saved", change)
-    assert differences(fit(case, tmp_path / "broken"), whole[name]) != []
+    assert differences(fit(case, tmp_path / "broken"), unbroken_fits[name]) != []
 
 
 @pytest.fixture(scope="module")
-def whole() -> dict[str, Any]:
+def unbroken_fits() -> dict[str, Any]:
     """Outcomes of unbroken fits."""
     return {}
 

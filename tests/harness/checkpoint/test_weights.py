@@ -53,7 +53,7 @@ def fitted(tmp_path: Path, *own: Any, name: str = "augmented") -> Fitted:
 
 
 @pytest.mark.parametrize("module", [Net, Tied])
-def test_load_weights_gives_what_save_weights_wrote(
+def test_load_weights_reads_what_save_weights_wrote(
     module: Any, tmp_path: Path
 ) -> None:
     one, two = module(), module()
@@ -113,7 +113,7 @@ def test_fitted_weights_go_round_by_file_saved_model_and_checkpoint(
 
 
 def checkpoint_of_ranks(folder: Path, states: list[dict[str, Any]]) -> Path:
-    """A checkpoint of several ranks, in the form that the DeepSpeed accelerator gives."""
+    """A checkpoint of several ranks, with states like those of the DeepSpeed accelerator."""
     position = Position(epoch=1, iter=1, step=1, phase="train")
     temporary = begin_checkpoint(folder, position)
     for rank, state in enumerate(states):
@@ -131,7 +131,7 @@ def checkpoint_of_ranks(folder: Path, states: list[dict[str, Any]]) -> Path:
 
 
 @pytest.mark.parametrize("is_divided", [False, True], ids=["shared", "divided"])
-def test_load_weights_of_a_checkpoint_of_three_ranks_are_whole(
+def test_load_weights_of_a_checkpoint_of_three_ranks_are_complete(
     is_divided: bool, tmp_path: Path
 ) -> None:
     model = Net()

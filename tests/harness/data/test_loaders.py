@@ -167,6 +167,17 @@ def test_tensor_loader_batches_are_copies_of_the_data(shuffle):
     assert torch.equal(data.tensors[0], before)
 
 
+@pytest.mark.parametrize("kind", [SequentialSampler, RandomSampler])
+def test_tensor_loader_keeps_the_order_of_a_subclassed_sampler(kind):
+    class Backwards(kind):  # type: ignore[misc, valid-type]
+        def __iter__(self):
+            return iter(range(len(self.data_source) - 1, -1, -1))
+
+    data = TensorDataset(torch.arange(4))
+    loader = TensorLoader(data, batch_size=2, sampler=Backwards(data))
+    assert [batch.tolist() for (batch,) in loader] == [[3, 2], [1, 0]]
+
+
 def test_tensor_loader_with_workers_equals_torchs_loader():
     torch.manual_seed(3)
     expected = list(DataLoader(dataset(), batch_size=8, shuffle=True))

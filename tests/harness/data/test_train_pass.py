@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +18,7 @@ from torch.utils.data import (
 )
 
 from harness.accelerators.single import SingleDevice
+from harness.data.loaders import TensorLoader
 from harness.data.train_pass import (
     TrainPass,
     draws_between_batches,
@@ -26,6 +28,14 @@ from harness.data.train_pass import (
 from tests.harness.exact import LazySampler, Stream
 
 DATA = TensorDataset(torch.arange(10))
+
+
+class OwnOrder(RandomSampler):
+    """A subclass that may draw whenever it wants."""
+
+
+class OwnLoader(DataLoader):
+    """A subclass that may draw whenever it wants."""
 
 
 class Count(IterableDataset):
@@ -108,6 +118,8 @@ def test_start_in_the_middle_gives_the_batches_and_windows_that_are_left(
             False,
         ),
         (DataLoader(DATA, batch_sampler=[[1, 2], [3]]), True),
+        (DataLoader(DATA, sampler=OwnOrder(DATA)), True),
+        (OwnLoader(DATA), True),
         (DataLoader(Stream()), True),
         (DataLoader(Stream(), num_workers=1), False),
         ([1, 2, 3], True),
@@ -150,16 +162,127 @@ def test_skip_batches_draws_indices_without_fetching_rows() -> None:
     assert next(batches)[0].tolist() == [6, 7]
 
 
-def test_set_epoch_counts_from_zero_for_the_first_that_asks() -> None:
-    class Asks:
-        epoch = -1
+class Asks:
+    """Something that is told the epoch, and keeps what it was told."""
 
-        def set_epoch(self, epoch: int) -> None:
-            self.epoch = epoch
+    def __init__(self, **parts: Any) -> None:
+        self.told: list[int] = []
+        self.__dict__.update(parts)
 
-    class Loader:
-        sampler, dataset = Asks(), Asks()
+    def set_epoch(self, epoch: int) -> None:
+        self.told.append(epoch)
 
-    set_epoch(Loader, 5)
-    assert (Loader.sampler.epoch, Loader.dataset.epoch) == (4, -1)
+
+def test_set_epoch_reaches_every_part_once_counted_from_zero() -> None:
+    sampler, inner = Asks(), Asks()
+    dataset = Asks(dataset=inner)
+    batches = Asks(sampler=sampler)
+    loader = Asks(sampler=sampler, batch_sampler=batches, dataset=dataset)
+    set_epoch(loader, 5)
+    parts = [loader, sampler, batches, dataset, inner]
+    assert [part.told for part in parts] == [[4]] * 5
     set_epoch([1], 5)
+
+
+def test_set_epoch_reaches_the_parts_behind_a_plain_wrapper() -> None:
+    class Wrapper(torch.utils.data.Sampler):
+        def __init__(self, sampler: Any) -> None:
+            self.sampler = sampler
+
+    inner = Asks()
+    data = TensorDataset(torch.arange(4))
+    set_epoch(DataLoader(data, sampler=Wrapper(inner)), 2)
+    own = BatchSampler(inner, 2, False)  # type: ignore[arg-type]
+    set_epoch(DataLoader(data, batch_sampler=own), 3)
+    assert inner.told == [1, 2]
+
+
+def test_set_epoch_calls_once_what_a_wrapper_passes_on() -> None:
+    class Passes:
+        def __init__(self, dataset: Any) -> None:
+            self.dataset = dataset
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.__dict__["dataset"], name)
+
+    inner = Asks()
+    set_epoch(Asks(dataset=Passes(inner)), 1)
+    assert inner.told == [0]
+
+
+class Short(IterableDataset):
+    """Fewer rows than its length says, or more."""
+
+    def __init__(self, rows: int, length: int) -> None:
+        self.rows, self.length = rows, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.rows))
+
+
+class BatchesOfTwo:
+    """A batch sampler with a wrong length."""
+
+    def __len__(self) -> int:
+        return 7
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter([[0, 1], [2, 3], [4, 5]])
+
+
+class HalfLoader(DataLoader):
+    """A loader that ends before its length."""
+
+    def __iter__(self) -> Any:
+        return itertools.islice(super().__iter__(), 3)
+
+
+class HalfSampler(SequentialSampler):
+    """A known sampler's class, but it ends before its length."""
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(3))
+
+
+@pytest.mark.filterwarnings("ignore:Length of IterableDataset:UserWarning")
+@pytest.mark.parametrize(
+    ("loader", "batches", "last"),
+    [
+        (DataLoader(Short(3, 7)), [0, 1, 2], 1),
+        (DataLoader(Short(5, 4)), [0, 1, 2, 3, 4], 1),
+        (DataLoader(DATA, batch_sampler=BatchesOfTwo()), [0, 2, 4], 1),
+        (HalfLoader(DATA), [0, 1, 2], 1),
+        (TensorLoader(DATA, sampler=HalfSampler(DATA)), [0, 1, 2], 1),
+        (TensorLoader(DATA, batch_size=2, shuffle=False), [0, 2, 4, 6, 8], 1),
+    ],
+    ids=["short", "long", "batch-sampler", "loader", "sampler", "right"],
+)
+def test_start_closes_the_last_window_where_the_loader_ends(
+    loader: Any, batches: list[int], last: int
+) -> None:
+    def first(batch: Any) -> int:
+        return int(batch[0][0] if isinstance(batch, list) else batch[0])
+
+    accelerator = SingleDevice("cpu", accumulate=2)
+    found = [
+        (first(batch), accelerator.window)
+        for batch in TrainPass(loader, accelerator, 1).start()
+    ]
+    assert [batch for batch, _ in found] == batches
+    assert [window for _, window in found] == [2] * (len(batches) - 1) + [last]
+
+
+def test_start_fetches_nothing_ahead_from_torchs_loader_of_rows() -> None:
+    class Rows(TensorDataset):
+        fetched = 0
+
+        def __getitem__(self, row: Any) -> Any:
+            Rows.fetched += 1
+            return super().__getitem__(row)
+
+    loader = DataLoader(Rows(torch.arange(8)))
+    next(TrainPass(loader, SingleDevice("cpu", accumulate=4), 1).start())
+    assert Rows.fetched == 1

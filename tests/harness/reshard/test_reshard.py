@@ -217,7 +217,9 @@ def check_same(found: ConsolidatedState | None, saved: ConsolidatedState) -> Non
 
 
 def flat(value: Any) -> Tensor:
-    return value.whole() if isinstance(value, TensorPieces) else torch.as_tensor(value)
+    return (
+        value.assemble() if isinstance(value, TensorPieces) else torch.as_tensor(value)
+    )
 
 
 @pytest.fixture(scope="module")

@@ -211,7 +211,9 @@ def test_unknown_optimizer_is_refused_where_zero_divides_it(make: Any) -> None:
     def own(model: nn.Module) -> Any:
         return {"opt": Rowwise(model.parameters(), lr=0.1)}
 
-    with pytest.raises(ValueError, match=r"elements one by one at ZeRO 2, got Rowwise"):
+    with pytest.raises(
+        ValueError, match=r"each element by itself at ZeRO 2, got Rowwise"
+    ):
         prepared(make(2), Net, own)
     prepared(make(0), Net, own)
     prepared(make(2, zero_allow_untested_optimizer=True), Net, own)

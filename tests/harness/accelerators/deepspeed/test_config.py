@@ -169,7 +169,7 @@ def test_batch_sizes_complete_each_other(
         (
             {"gradient_accumulation_steps": 2},
             {"accumulate": 3},
-            r"= 3, as accumulate says, got 2",
+            r"= 3, the value of accumulate, got 2",
         ),
         (
             {"train_batch_size": 0},
