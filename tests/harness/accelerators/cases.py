@@ -160,6 +160,12 @@ def seeded(build: Callable[[], nn.Module]) -> nn.Module:
     return build()
 
 
+def prepared(accelerator: Any, build: Any = Net, optimizers: Any = adam) -> Any:
+    """Prepare a seeded model; returns the model and the optimizers."""
+    model = seeded(build)
+    return accelerator.prepare(model, optimizers(model))[:2]
+
+
 def windows(world: int, sizes: Sequence[int], rows: int = 4) -> list[list[list[Batch]]]:
     """Batches by window, micro-batch and rank; the same on every call."""
     torch.manual_seed(11)

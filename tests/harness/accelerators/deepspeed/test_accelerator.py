@@ -1,13 +1,10 @@
-"""What is DeepSpeed's alone: refusals, precision, offload, its own optimizers, overflow."""
+"""Features of DeepSpeed only: precision, offload, its own optimizers, overflow."""
 
 from __future__ import annotations
 
-import pickle
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +25,7 @@ from tests.harness.accelerators.cases import (
     adversarial,
     check_equal,
     plain,
+    prepared,
     regression,
     seeded,
     train_window,
@@ -38,36 +36,7 @@ from tests.harness.accelerators.cases import (
 STAGES = [0, 1, 2, 3]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-@pytest.fixture
-def make() -> Iterator[Any]:
-    """Accelerators at a stage, finished afterwards."""
-    with ExitStack() as stack:
-
-        def made(stage: int = 0, accumulate: int = 1, **config: Any) -> Any:
-            zero = {"stage": stage, **config.pop("zero_optimization", {})}
-            found = DeepSpeedAccelerator(
-                {"zero_optimization": zero, **config},
-                device="cpu",
-                accumulate=accumulate,
-            )
-            stack.callback(found.finish)
-            return found
-
-        yield made
-
-
-def prepared(accelerator: Any, build: Any = Net, optimizers: Any = adam) -> Any:
-    """Model and optimizers, ready."""
-    model = seeded(build)
-    return accelerator.prepare(model, optimizers(model))[:2]
-
-
-# ----------------------------------------------------------------- refused at start
+# --------------------------------------------------------------------- refused at start
 
 
 def test_accumulate_below_one_is_refused() -> None:
@@ -75,86 +44,13 @@ def test_accumulate_below_one_is_refused() -> None:
         DeepSpeedAccelerator({}, device="cpu", accumulate=0)
 
 
-def test_device_that_deepspeed_lacks_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"expected 'cpu' or 'cuda', got 'meta'"):
-        DeepSpeedAccelerator({}, device="meta")
-
-
-def test_missing_cuda_is_refused() -> None:
-    if torch.cuda.is_available():
-        pytest.skip("there is a CUDA device")
-    with pytest.raises(ValueError, match=r"expected a CUDA device, got none"):
-        DeepSpeedAccelerator({}, device="cuda")
-
-
 def test_wrong_config_is_refused() -> None:
     with pytest.raises(ValueError, match="Did you mean 'zero_optimization'"):
         DeepSpeedAccelerator({"zero_optimisation": {}}, device="cpu")
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_lbfgs_is_refused(stage: int, make: Any) -> None:
-    model = Net()
-    opt = torch.optim.LBFGS(model.parameters())
-    with pytest.raises(
-        ValueError, match=r"prepare\('opt'\): expected an optimizer without"
-    ):
-        make(stage).prepare(model, {"opt": opt})
-
-
-def test_parameters_with_two_owners_are_refused(make: Any) -> None:
-    model = Net()
-    opts = {
-        "a": torch.optim.SGD(model.parameters(), lr=1),
-        "b": torch.optim.SGD(model.head.parameters(), lr=1),
-    }
-    with pytest.raises(
-        ValueError, match=r"one optimizer for 'head.weight', got 'a' and 'b'"
-    ):
-        make().prepare(model, opts)
-
-
-def test_parameters_of_another_model_are_refused(make: Any) -> None:
-    opt = torch.optim.SGD(Net().parameters(), lr=1)
-    with pytest.raises(
-        ValueError, match=r"expected parameters of the model, got one of shape"
-    ):
-        make().prepare(Net(), {"opt": opt})
-
-
-def test_optimizer_in_two_places_is_refused(make: Any) -> None:
-    config = {"optimizer": {"type": "SGD", "params": {"lr": 0.1}}}
-    with pytest.raises(ValueError, match=r"one place for the optimizer, got \['opt'\]"):
-        prepared(make(1, **config))
-
-
-def test_no_optimizer_is_refused(make: Any) -> None:
-    with pytest.raises(
-        ValueError, match="an optimizer in the learner or in the config, got none"
-    ):
-        make().prepare(Net(), {})
-
-
-def test_optimizer_of_frozen_parameters_is_refused(make: Any) -> None:
-    model = Net()
-    opts = two_rates(model)
-    model.head.requires_grad_(False)
-    with pytest.raises(
-        ValueError, match=r"prepare\('head'\): expected parameters to train"
-    ):
-        make(1).prepare(model, opts)
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_parameter_without_dims_is_refused(stage: int, make: Any) -> None:
-    model = Net()
-    model.scale = nn.Parameter(torch.tensor(1.0))
-    with pytest.raises(ValueError, match=r"got 'scale' of shape \(\).*shape \(1,\)"):
-        make(stage).prepare(model, adam(model))
-
-
 @pytest.mark.parametrize("stage", [0, 3])
-def test_optimizer_of_the_config_trains_and_goes_on(
+def test_optimizer_of_the_config_trains_and_resumes(
     stage: int, make: Any, tmp_path: Path
 ) -> None:
     params = {"lr": "auto", "torch_adam": True, "adam_w_mode": False}
@@ -178,11 +74,11 @@ def test_optimizer_of_the_config_trains_and_goes_on(
     found = fit("config", make(stage, **config), 3)
     saving = [ModelCheckpoint(tmp_path / "saved")]
     fit("config", make(stage, **config), 1, callbacks=saving)
-    going_on = [ResumeFromCheckpoint(tmp_path / "saved")]
-    gone_on = fit("config", make(2, **config), 3, callbacks=going_on)
+    resuming = [ResumeFromCheckpoint(tmp_path / "saved")]
+    resumed = fit("config", make(2, **config), 3, callbacks=resuming)
     for name, value in wanted.items():
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-7)
-        torch.testing.assert_close(gone_on[name], value, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(resumed[name], value, rtol=1e-5, atol=1e-7)
     with pytest.raises(ValueError, match="an optimizer in the accelerator's config"):
         fit("config", SingleDevice("cpu"), 1)
 
@@ -203,22 +99,6 @@ def test_state_has_what_was_frozen_and_sets_no_other_attribute(make: Any) -> Non
     assert frozen == ["head.weight", "head.bias"]
 
 
-class Rowwise(torch.optim.SGD):
-    """An optimizer of the user's own."""
-
-
-def test_unknown_optimizer_is_refused_where_zero_divides_it(make: Any) -> None:
-    def own(model: nn.Module) -> Any:
-        return {"opt": Rowwise(model.parameters(), lr=0.1)}
-
-    with pytest.raises(
-        ValueError, match=r"each element by itself at ZeRO 2, got Rowwise"
-    ):
-        prepared(make(2), Net, own)
-    prepared(make(0), Net, own)
-    prepared(make(2, zero_allow_untested_optimizer=True), Net, own)
-
-
 def test_batch_size_of_the_loader_is_checked(make: Any) -> None:
     data = torch.utils.data.TensorDataset(torch.zeros(8, 5))
     loader = torch.utils.data.DataLoader(data, batch_size=4)
@@ -228,82 +108,7 @@ def test_batch_size_of_the_loader_is_checked(make: Any) -> None:
         accelerator.prepare(model, adam(model), [loader])
 
 
-# ------------------------------------------------------------- refused on the way
-
-
-def test_graph_shared_by_two_optimizers_is_refused(make: Any) -> None:
-    accelerator = make(1)
-    model, _ = prepared(accelerator, Net, two_rates)
-    x, y = windows(1, [1])[0][0][0]
-    pred = model(x)
-    with (
-        pytest.raises(
-            ValueError, match=r"graph of its own, got one shared with optimizer 'head'"
-        ),
-        accelerator.optimizing("body"),
-    ):
-        accelerator.backward((pred - y).square().mean(), "body")
-
-
-def test_backward_outside_its_section_is_refused(make: Any) -> None:
-    accelerator = make(1)
-    model, _ = prepared(accelerator, Net, two_rates)
-    loss = regression(model, "body", windows(1, [1])[0][0][0])
-    with pytest.raises(
-        RuntimeError, match=r"with accelerator.optimizing\('body'\)' around it"
-    ):
-        accelerator.backward(loss, "body")
-
-
-@pytest.mark.parametrize("make_loss", [lambda x: x, lambda x: x.detach().mean()])
-def test_loss_that_is_none_is_refused(make: Any, make_loss: Any) -> None:
-    accelerator = make(0)
-    model, _ = prepared(accelerator)
-    loss = make_loss(model(torch.zeros(2, 5)))
-    with pytest.raises(
-        ValueError, match=r"backward\('opt'\): expected a scalar with a graph"
-    ):
-        accelerator.backward(loss)
-
-
-@pytest.mark.parametrize("stage", [1, 3])
-def test_parameters_unfrozen_later_are_refused(stage: int, make: Any) -> None:
-    def frozen() -> nn.Module:
-        net = Net()
-        net.body.requires_grad_(False)
-        return net
-
-    accelerator = make(stage)
-    model, _ = prepared(accelerator, frozen)
-    model.body.requires_grad_(True)
-    with (
-        pytest.raises(RuntimeError, match=rf"at ZeRO {stage}, got some unfrozen later"),
-        accelerator.optimizing(),
-    ):
-        raise AssertionError("not reached")
-    model.body.requires_grad_(False)
-    model.head.requires_grad_(False)
-    with (
-        pytest.raises(RuntimeError, match="got some frozen later"),
-        accelerator.optimizing(),
-    ):
-        raise AssertionError("not reached")
-
-
-def test_step_of_the_optimizer_itself_without_backward_is_refused(make: Any) -> None:
-    _, opts = prepared(make(1))
-    with pytest.raises(
-        RuntimeError, match=r"expected accelerator.backward\(loss\) first"
-    ):
-        opts["opt"].step()
-
-
-def test_closure_is_refused(make: Any) -> None:
-    _, opts = prepared(make(1))
-    with pytest.raises(
-        TypeError, match=r"step\(closure\): expected None under DeepSpeed"
-    ):
-        opts["opt"].step(lambda: 1.0)
+# ------------------------------------------------------------------ refused in training
 
 
 def test_other_norms_are_refused(make: Any) -> None:
@@ -315,18 +120,12 @@ def test_other_norms_are_refused(make: Any) -> None:
         accelerator.clip(1.0, norm_type=1.0)
 
 
-def test_optimizer_is_not_pickled(make: Any) -> None:
-    _, opts = prepared(make(1))
-    with pytest.raises(TypeError, match="got pickle or deepcopy"):
-        pickle.dumps(opts["opt"])
-
-
 def test_unprepared_accelerator_says_so(make: Any) -> None:
     with pytest.raises(RuntimeError, match="expected prepare"):
         make().state_dict()
 
 
-# ------------------------------------------------------------------- its own ways
+# ---------------------------------------------------------------- features of DeepSpeed
 
 
 @pytest.mark.parametrize("stage", STAGES)

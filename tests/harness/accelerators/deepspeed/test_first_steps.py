@@ -6,8 +6,7 @@ weights at ZeRO 0, and replaces Adagrad at ZeRO 1 to 3.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,27 +41,6 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
         groups, lr=0.1, weight_decay=0.5, initial_accumulator_value=0.1
     ),
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-@pytest.fixture
-def make() -> Iterator[Any]:
-    """Accelerators of a config, finished afterwards."""
-    with ExitStack() as stack:
-
-        def made(stage: int, **config: Any) -> DeepSpeedAccelerator:
-            zero = {"stage": stage}
-            found = DeepSpeedAccelerator(
-                {"zero_optimization": zero, **config}, device="cpu"
-            )
-            stack.callback(found.finish)
-            return found
-
-        yield made
 
 
 def two_groups(name: str, model: Any) -> torch.optim.Optimizer:

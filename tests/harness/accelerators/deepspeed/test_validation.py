@@ -1,0 +1,108 @@
+"""Models, optimizers and devices that are refused before training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from harness.accelerators.deepspeed.validation import check_devices, describe_loaders
+from tests.harness.accelerators.cases import Net, adam, prepared, two_rates
+
+STAGES = [0, 1, 2, 3]
+
+
+def test_two_ranks_with_one_device_are_refused() -> None:
+    check_devices(["gpu 0", "gpu 1"])
+    with pytest.raises(ValueError, match=r"a device for each of 2 ranks, got 1\."):
+        check_devices(["gpu 0", "gpu 0"])
+
+
+def test_rows_of_a_split_are_compared_between_ranks() -> None:
+    data = torch.utils.data.TensorDataset(torch.arange(9))
+
+    def describe(rows: list[int]) -> dict[str, object]:
+        subset = torch.utils.data.Subset(data, rows)
+        return describe_loaders([torch.utils.data.DataLoader(subset), None])
+
+    assert describe([1, 5]) == describe([1, 5])
+    assert describe([1, 5]) != describe([2, 5])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_lbfgs_is_refused(stage: int, make: Any) -> None:
+    model = Net()
+    opt = torch.optim.LBFGS(model.parameters())
+    with pytest.raises(
+        ValueError, match=r"prepare\('opt'\): expected an optimizer without"
+    ):
+        make(stage).prepare(model, {"opt": opt})
+
+
+def test_parameters_with_two_owners_are_refused(make: Any) -> None:
+    model = Net()
+    opts = {
+        "a": torch.optim.SGD(model.parameters(), lr=1),
+        "b": torch.optim.SGD(model.head.parameters(), lr=1),
+    }
+    with pytest.raises(
+        ValueError, match=r"one optimizer for 'head.weight', got 'a' and 'b'"
+    ):
+        make().prepare(model, opts)
+
+
+def test_parameters_of_another_model_are_refused(make: Any) -> None:
+    opt = torch.optim.SGD(Net().parameters(), lr=1)
+    with pytest.raises(
+        ValueError, match=r"expected parameters of the model, got one of shape"
+    ):
+        make().prepare(Net(), {"opt": opt})
+
+
+def test_optimizer_in_two_places_is_refused(make: Any) -> None:
+    config = {"optimizer": {"type": "SGD", "params": {"lr": 0.1}}}
+    with pytest.raises(ValueError, match=r"one place for the optimizer, got \['opt'\]"):
+        prepared(make(1, **config))
+
+
+def test_no_optimizer_is_refused(make: Any) -> None:
+    with pytest.raises(
+        ValueError, match="an optimizer in the learner or in the config, got none"
+    ):
+        make().prepare(Net(), {})
+
+
+def test_optimizer_of_frozen_parameters_is_refused(make: Any) -> None:
+    model = Net()
+    opts = two_rates(model)
+    model.head.requires_grad_(False)
+    with pytest.raises(
+        ValueError, match=r"prepare\('head'\): expected parameters to train"
+    ):
+        make(1).prepare(model, opts)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_parameter_without_dims_is_refused(stage: int, make: Any) -> None:
+    model = Net()
+    model.scale = nn.Parameter(torch.tensor(1.0))
+    with pytest.raises(ValueError, match=r"got 'scale' of shape \(\).*shape \(1,\)"):
+        make(stage).prepare(model, adam(model))
+
+
+class Rowwise(torch.optim.SGD):
+    """An optimizer of the user's own."""
+
+
+def test_unknown_optimizer_is_refused_where_zero_divides_it(make: Any) -> None:
+    def own(model: nn.Module) -> Any:
+        return {"opt": Rowwise(model.parameters(), lr=0.1)}
+
+    with pytest.raises(
+        ValueError, match=r"each element by itself at ZeRO 2, got Rowwise"
+    ):
+        prepared(make(2), Net, own)
+    prepared(make(0), Net, own)
+    prepared(make(2, zero_allow_untested_optimizer=True), Net, own)
