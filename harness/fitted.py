@@ -26,13 +26,23 @@ if TYPE_CHECKING:
     from harness.learner import Learner
 
 
-def format_metrics(records: Records) -> str:
-    """Return the last value of each metric as a table with a column for each set."""
+def format_metrics(records: Records, epoch: int | None = None) -> str:
+    """Return each metric at an epoch (None: its last) as a table, a column for each set."""
     frame = metrics_frame(records)
+    if epoch is not None:
+        frame = frame[frame["epoch"] == epoch]
     if frame.empty:
         return "no metrics"
-    last = frame.groupby(["metric", "set"], sort=False)["value"].last().unstack()
-    return last.to_string(float_format=lambda value: f"{value:.4g}", na_rep="")
+    last = frame.drop_duplicates(["metric", "set"], keep="last")
+    texts = [
+        f"{value:.4g}" if isinstance(value, int | float) else str(value)
+        for value in last["value"]
+    ]  # as text, because a NaN must not look like a missing value
+    metrics, splits = frame["metric"].unique(), frame["set"].unique()
+    table = last.assign(value=texts).pivot(
+        index="metric", columns="set", values="value"
+    )
+    return table.reindex(index=metrics, columns=splits).fillna("").to_string()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +89,8 @@ class Fitted:
         Folder of that run.
     signum : int or None
         Signal that ended the fit early, 2 for Ctrl-C; None without a signal.
+    best_epoch : int or None
+        Epoch of the weights, if ``KeepBestModel`` restored the best ones.
     """
 
     model: nn.Module
@@ -89,6 +101,7 @@ class Fitted:
     run_id: str | None = None
     run_path: Path | None = None
     signum: int | None = None
+    best_epoch: int | None = None
 
     @property
     def is_interrupted(self) -> bool:
@@ -181,4 +194,6 @@ class Fitted:
         name = type(self.model).__name__
         head = f"Fitted {name}, {count:,} parameters, {epochs} epochs"
         where = f"\nrun {self.run_id} in {self.run_path}" if self.run_id else ""
-        return f"{head}\n{format_metrics(self.records)}{where}"
+        if self.best_epoch is not None:
+            head += f", weights of epoch {self.best_epoch}"
+        return f"{head}\n{format_metrics(self.records, self.best_epoch)}{where}"

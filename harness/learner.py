@@ -265,6 +265,7 @@ class Learner:
             run_id=ctx.run.id,
             run_path=ctx.run.path,
             signum=ctx.stop_signal,
+            best_epoch=ctx.buffers.get("best_epoch"),
         )
 
     def evaluate(

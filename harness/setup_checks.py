@@ -10,7 +10,7 @@ import functools
 import inspect
 import operator
 from collections.abc import Iterable, Mapping
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
@@ -123,12 +123,15 @@ def _defines(model: nn.Module | type, name: str) -> bool:
     """Whether a model has something under a name, or its class may set it when it is built."""
     if getattr(model, name, None) is not None:
         return True
-    if not isinstance(model, type):
-        return False
+    return isinstance(model, type) and _names_in_code(model, name)
+
+
+def _names_in_code(model: type, name: str) -> bool:
+    """Whether the methods of a model's class use a name."""
     functions = [
         getattr(value, "__code__", None)
         for cls in model.__mro__
-        if cls is not nn.Module
+        if not cls.__module__.startswith("torch.")
         for value in vars(cls).values()
     ]
     return any(name in (*code.co_names, *code.co_consts) for code in functions if code)
@@ -361,7 +364,9 @@ def check_optimizers(optimizers: object) -> dict[str, Any]:
     return dict(optimizers)
 
 
-def check_monitor(place: str, monitor: str, has_valid_data: bool) -> None:
+def check_monitor(
+    place: str, monitor: object, names: Iterable[str], has_valid_data: bool
+) -> str | None:
     """Check that a fit can log a monitored metric.
 
     Parameters
@@ -369,23 +374,57 @@ def check_monitor(place: str, monitor: str, has_valid_data: bool) -> None:
     place
         Callback and option, for the message.
     monitor
-        ``<set>/<metric>`` or ``<set>/<metric>/<optimizer>``.
+        ``<set>/<metric>`` or ``<set>/<metric>/<part>``.
+    names
+        ``<set>/<metric>`` of the losses and metrics that the fit knows.
     has_valid_data
-        Whether the fit validates. Only the loss is refused without it: a callback may log
-        any other metric under ``valid``.
+        Whether the fit validates.
+
+    Returns
+    -------
+    The one of `names` that is monitored; None if a callback must log the metric
+
+    Raises
+    ------
+    TypeError
+        If the name is no text.
+    ValueError
+        If the name has no set, or the metric has no data.
+    """
+    if not isinstance(monitor, str):
+        msg = f"{place}: expected '<set>/<metric>', got {monitor!r}."
+        raise TypeError(f"{msg} Write for example 'valid/loss'.")
+    if "/" not in monitor:
+        msg = f"{place}: expected '<set>/<metric>', got {monitor!r}."
+        near = nearest(monitor, names) or f" Write for example 'valid/{monitor}'."
+        raise ValueError(f"{msg}{near}")
+    found = [name for name in names if f"{monitor}/".startswith(f"{name}/")]
+    if found and monitor.startswith("valid/") and not has_valid_data:
+        msg = f"{place}: expected validation data, got none."
+        instead = "train" + monitor.removeprefix("valid")
+        raise ValueError(f"{msg} Pass valid_data=..., or monitor {instead!r}.")
+    return max(found, key=len, default=None)
+
+
+def check_logged_elsewhere(
+    place: str,
+    monitor: str,
+    names: Iterable[str],
+    model: object,
+    callbacks: Iterable[object],
+) -> None:
+    """Check that the model or a callback may log a metric that the fit does not know.
 
     Raises
     ------
     ValueError
-        If the name has no set, or the validation loss has no data.
+        If neither does, and the name is similar to one that the fit knows.
     """
-    if "/" not in monitor:
-        msg = f"{place}: expected '<set>/<metric>', got {monitor!r}."
-        raise ValueError(f"{msg} Write for example 'valid/{monitor}'.")
-    is_valid_loss = monitor == "valid/loss" or monitor.startswith("valid/loss/")
-    if is_valid_loss and not has_valid_data:
-        msg = f"{place}: expected validation data, got none."
-        raise ValueError(f"{msg} Pass valid_data=..., or monitor 'train/loss'.")
+    near = nearest(monitor, names)
+    is_own = any(not type(item).__module__.startswith("harness.") for item in callbacks)
+    if near and not is_own and not _names_in_code(type(model), "ctx"):
+        msg = f"{place}: expected a metric of this fit, got {monitor!r}."
+        raise ValueError(f"{msg}{near} It logs: {', '.join(names)}.")
 
 
 def check_at_least(place: str, value: float | None, least: float, advice: str) -> None:
@@ -404,9 +443,27 @@ def check_at_least(place: str, value: float | None, least: float, advice: str) -
 
     Raises
     ------
+    TypeError
+        If `value` is not a number.
     ValueError
         If `value` is below `least`.
     """
-    if value is not None and not value >= least:
+    if value is None:
+        return
+    check_number(place, value, advice)
+    if not value >= least:
         msg = f"{place}: expected at least {least}, got {value!r}."
         raise ValueError(f"{msg} {advice}")
+
+
+def check_number(place: str, value: object, advice: str) -> None:
+    """Check that an option of a callback is a number.
+
+    Raises
+    ------
+    TypeError
+        If it is not; ``True`` and ``False`` are not.
+    """
+    if not isinstance(value, Real) or isinstance(value, bool):
+        msg = f"{place}: expected a number, got {value!r}."
+        raise TypeError(f"{msg} {advice}")

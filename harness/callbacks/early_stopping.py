@@ -5,7 +5,7 @@ from __future__ import annotations
 from harness.callbacks.monitor import Mode, Monitor
 from harness.errors import EarlyStop
 from harness.pytree import StateDict
-from harness.setup_checks import check_at_least
+from harness.setup_checks import check_at_least, check_number
 
 
 class EarlyStopping(Monitor):
@@ -38,20 +38,19 @@ class EarlyStopping(Monitor):
         *,
         patience: int = 1,
         min_delta: float = 0.0,
-        mode: Mode = "min",
+        mode: Mode = "auto",
         baseline: float | None = None,
     ) -> None:
         super().__init__(monitor, mode, min_delta)
-        check_at_least(
-            "EarlyStopping(patience)",
-            patience,
-            1,
-            "Pass the number of epochs to wait without improvement.",
-        )
+        advice = "Pass the number of epochs to wait without improvement."
+        check_number("EarlyStopping(patience)", patience, advice)
+        check_at_least("EarlyStopping(patience)", patience, 1, advice)
         self.patience = patience
         self.waited = 0
         if baseline is not None:
-            self.best = self.initial_best = baseline
+            check_number("EarlyStopping(baseline)", baseline, "Leave it out for none.")
+        self._baseline = baseline
+        self.reset()
 
     def on_fit_begin(self) -> None:
         """Reset the counters of an earlier fit."""

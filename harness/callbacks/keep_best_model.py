@@ -12,6 +12,8 @@ from harness.reshard.convert import convert_weights
 class KeepBestModel(Monitor):
     """Restores the weights of the best epoch at the end of the fit.
 
+    ``fitted.best_epoch`` is that epoch, and ``print(fitted)`` shows its metrics.
+
     Parameters
     ----------
     monitor, mode, min_delta
@@ -25,19 +27,24 @@ class KeepBestModel(Monitor):
     weight = 40
 
     def __init__(
-        self, monitor: str = "valid/loss", mode: Mode = "min", min_delta: float = 0.0
+        self,
+        monitor: str = "valid/loss",
+        mode: Mode = "auto",
+        min_delta: float = 0.0,
     ) -> None:
         super().__init__(monitor, mode, min_delta)
         self.weights: dict[str, Tensor] = {}
+        self.best_epoch: int | None = None
 
     def on_fit_begin(self) -> None:
         """Reset what an earlier fit left."""
         self.reset()
-        self.weights = {}
+        self.weights, self.best_epoch = {}, None
 
     def on_epoch_end(self) -> None:
         """Copy the weights if this epoch is the best so far."""
         if self.update_best():
+            self.best_epoch = self.ctx.epoch
             assert self.ctx.accelerator is not None
             state = self.ctx.accelerator.full_state_dict(self.ctx.model)
             self.weights = {
@@ -55,12 +62,15 @@ class KeepBestModel(Monitor):
             state = accelerator.state_dict()
             best = convert_weights(weights, self.ctx.model, state, accelerator.rank)
             accelerator.load_state_dict(best, ["model"])
+            self.ctx.buffers["best_epoch"] = self.best_epoch
 
     def state_dict(self) -> StateDict:
-        """Return the best value and weights."""
-        return super().state_dict() | {"weights": self.weights}
+        """Return the best value, its epoch and weights."""
+        best = {"weights": self.weights, "best_epoch": self.best_epoch}
+        return super().state_dict() | best
 
     def load_state_dict(self, state: StateDict) -> None:
-        """Restore the best value and weights."""
+        """Restore the best value, its epoch and weights."""
         super().load_state_dict(state)
+        self.best_epoch = state.get("best_epoch")  # missing in older checkpoints
         self.weights = state["weights"]

@@ -26,7 +26,7 @@ class LRScheduler(Monitor):
     opt_name
         Name of the optimizer; None: the only one.
     monitor
-        Metric for ``ReduceLROnPlateau``.
+        Metric for ``ReduceLROnPlateau``; its mode is found as in ``Monitor``.
     **options
         Arguments of the scheduler.
 
@@ -58,11 +58,20 @@ class LRScheduler(Monitor):
         **options: object,
     ) -> None:
         super().__init__(monitor)
+        if not callable(scheduler):
+            msg = f"LRScheduler(scheduler): expected a class, got {scheduler!r}."
+            advice = "Pass for example torch.optim.lr_scheduler.CosineAnnealingLR."
+            raise TypeError(f"{msg} {advice}")
         check_event("LRScheduler(call_on)", call_on)
         self._build, self._options = scheduler, options
         self.call_on, self.opt_name = call_on, opt_name
         if call_on != "on_epoch_end":
             setattr(self, call_on, self._step)
+
+    @property
+    def _is_plateau(self) -> bool:
+        kind = self._build
+        return isinstance(kind, type) and issubclass(kind, ReduceLROnPlateau)
 
     def check(self, ctx: Context) -> None:
         """Refuse an unknown optimizer, and a plateau whose metric is not logged in time."""
@@ -74,9 +83,9 @@ class LRScheduler(Monitor):
                 f"LRScheduler(opt_name): expected the name of an optimizer, got {got}."
             )
             raise ValueError(f"{msg} Choose from {names}.")
-        kind = self._build
-        if not (isinstance(kind, type) and issubclass(kind, ReduceLROnPlateau)):
+        if not self._is_plateau:
             return
+        self._given_mode = self._options.get("mode", "auto")  # type: ignore[assignment]
         super().check(ctx)
         if self.call_on.startswith("on_train_batch"):
             msg = f"LRScheduler(call_on): expected an event after training, got {self.call_on!r}."
@@ -86,7 +95,10 @@ class LRScheduler(Monitor):
         """Build the scheduler."""
         self.opt_name = self.opt_name or next(iter(self.ctx.optimizers))
         opt = self.ctx.optimizers[self.opt_name]
-        self.scheduler = self._build(getattr(opt, "optimizer", opt), **self._options)
+        options = self._options
+        if self._is_plateau:
+            options = {"mode": self.mode, **options}
+        self.scheduler = self._build(getattr(opt, "optimizer", opt), **options)
 
     def _step(self) -> None:
         """Step once; at a batch event only if this optimizer is the current one."""

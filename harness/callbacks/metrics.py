@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
+from time import perf_counter
+
 from harness.callback import Callback
+from harness.metrics.loss import has_nan
 from harness.metrics.sets import MetricSet
 from harness.metrics.split import SplitMetrics
 from harness.pytree import StateDict
+
+LOOK_S = 1.0
+"""Seconds after which losses on a device are read to look for a NaN."""
+
+LOOK_BATCHES = 512
+"""Batches after which they are read at the latest."""
 
 
 class Metrics(Callback):
@@ -26,6 +36,8 @@ class Metrics(Callback):
 
     def __init__(self, metrics: MetricSet) -> None:
         self.metric_set = metrics
+        self._has_warned: set[str] = set()
+        self._looked_at = 0.0
 
     def _start(self, split: str) -> None:
         ctx = self.ctx
@@ -48,8 +60,38 @@ class Metrics(Callback):
         # A rank without samples left gets a stand-in batch, which must not count.
         rows = 0 if ctx.accelerator.counted == 0 else ctx.rows
         self._get(split).update(ctx.pred, ctx.target, ctx.loss, rows)
+        if rows and split not in self._has_warned:
+            self._look_for_nan(split)
+
+    def _look_for_nan(self, split: str) -> None:
+        """Warn of the first NaN loss: at once on the CPU, within a second on a device."""
+        is_nan = has_nan(self.ctx.loss)
+        if is_nan:
+            self._warn_of_nan(split, 0)
+        elif is_nan is None:
+            now, iter = perf_counter(), self.ctx.iter or 0
+            if now - self._looked_at >= LOOK_S or iter % LOOK_BATCHES == 0:
+                self._looked_at = now
+                self._look_at_waiting(split)
+
+    def _look_at_waiting(self, split: str) -> None:
+        ago = self._get(split).loss.find_nan()
+        if ago is not None:
+            self._warn_of_nan(split, ago)
+
+    def _warn_of_nan(self, split: str, ago: int) -> None:
+        self._has_warned.add(split)
+        ctx = self.ctx
+        where = f"epoch {ctx.epoch}, batch {(ctx.iter or 0) - ago}"
+        msg = (
+            f"{split}/loss: expected a number, got nan in {where}. Training continues."
+        )
+        advice = "Look at this batch, or use a lower learning rate or GradientClip."
+        warnings.warn(f"{msg} {advice}", stacklevel=2)
 
     def _log(self, split: str) -> None:
+        if split not in self._has_warned and has_nan(self.ctx.loss) is None:
+            self._look_at_waiting(split)
         for name, value in self._get(split).compute().items():
             self.ctx.log_metric(name, value)
 

@@ -61,7 +61,7 @@ class ModelCheckpoint(Monitor):
         keep_last: int = 1,
         keep_best: int = 0,
         monitor: str = "valid/loss",
-        mode: Mode = "min",
+        mode: Mode = "auto",
     ) -> None:
         super().__init__(monitor, mode)
         for name, value, least in (
@@ -134,10 +134,11 @@ class ModelCheckpoint(Monitor):
             self._save("epoch")
 
     def _rank(self, name: str) -> None:
-        """Add a checkpoint to the best ones, if it belongs there."""
+        """Add a checkpoint to the best ones, if it belongs there; a NaN never does."""
         sign = 1 if self.mode == "min" else -1
         self._ranked.append([sign * self.get_value(), self.ctx.epoch, name])
-        self._ranked = sorted(self._ranked)[: self.keep_best]
+        numbers = [place for place in self._ranked if not math.isnan(place[0])]
+        self._ranked = sorted(numbers)[: self.keep_best]
 
     def on_interrupt(self) -> None:
         """Save if a signal ended the fit after a batch."""

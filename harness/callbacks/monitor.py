@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from math import inf
 from typing import Literal
 
 from harness.callback import Callback
+from harness.callbacks.metrics import Metrics
 from harness.context import Context
 from harness.pytree import StateDict, named_leaves
-from harness.setup_checks import check_monitor
+from harness.setup_checks import check_at_least, check_logged_elsewhere, check_monitor
 
-Mode = Literal["min", "max"]
+Mode = Literal["auto", "min", "max"]
 
 
 def get_logged_metrics(ctx: Context) -> dict[str, float]:
@@ -23,6 +25,19 @@ def get_logged_metrics(ctx: Context) -> dict[str, float]:
     }
 
 
+def find_directions(ctx: Context) -> dict[str, bool | None]:
+    """Return whether higher is better for each ``<set>/<metric>`` of the fit; None: unknown."""
+    found: dict[str, bool | None] = {}
+    for split in ("train", "valid"):
+        found[f"{split}/loss"] = False
+        for callback in ctx.callbacks:
+            if isinstance(callback, Metrics):
+                for name, metric in getattr(callback.metric_set, split).items():
+                    is_up = getattr(metric, "higher_is_better", None)
+                    found[f"{split}/{name}"] = is_up
+    return found
+
+
 class Monitor(Callback):
     """Base of callbacks that watch one logged metric at the end of each epoch.
 
@@ -31,42 +46,68 @@ class Monitor(Callback):
     monitor
         ``<set>/<metric>`` or ``<set>/<metric>/<optimizer>``, for example ``valid/loss``.
     mode
-        ``"min"`` if lower is better, ``"max"`` if higher is better.
+        ``"min"`` if lower is better, ``"max"`` if higher is better. ``"auto"``: ``"min"`` for
+        losses, and what ``higher_is_better`` of a torchmetrics object says. Where a metric
+        does not say it, the mode must be given.
     min_delta : >= 0
         Smallest change that is an improvement, in units of the metric.
 
     Raises
     ------
     ValueError
-        Before the first epoch, if the name has no set, or validation data is missing. At
-        the end of the first epoch, if the metric was not logged; the message lists what was.
+        Before the first epoch, if the name has no set, validation data is missing, or it is
+        not known whether higher is better. At the end of the first epoch, if the metric was
+        not logged; the message lists what was.
+
+    Notes
+    -----
+    A NaN is never an improvement. For a metric that only a callback or the model logs,
+    ``"auto"`` means ``"min"``, with a warning.
     """
 
     def __init__(
-        self, monitor: str = "valid/loss", mode: Mode = "min", min_delta: float = 0.0
+        self,
+        monitor: str = "valid/loss",
+        mode: Mode = "auto",
+        min_delta: float = 0.0,
     ) -> None:
         name = type(self).__name__
-        if mode not in {"min", "max"}:
-            msg = f"{name}(mode): expected 'min' or 'max', got {mode!r}."
+        if mode not in {"auto", "min", "max"}:
+            msg = f"{name}(mode): expected 'auto', 'min' or 'max', got {mode!r}."
             raise ValueError(f"{msg} Use 'min' for losses, 'max' for accuracies.")
-        if min_delta < 0:
-            msg = f"{name}(min_delta): expected a number >= 0, got {min_delta!r}."
-            raise ValueError(f"{msg} Pass the size of the change without a sign.")
-        self.monitor, self.mode, self.min_delta = monitor, mode, min_delta
-        self.initial_best = inf if mode == "min" else -inf
-        self.best = self.initial_best
+        advice = "Pass the size of the change without a sign."
+        check_at_least(f"{name}(min_delta)", min_delta, 0, advice)
+        self.monitor, self.min_delta, self._given_mode = monitor, min_delta, mode
+        self._baseline: float | None = None
+        self.mode: Mode = "max" if mode == "max" else "min"
+        self.reset()
 
     @property
     def _place(self) -> str:
         return f"{type(self).__name__}(monitor={self.monitor!r})"
 
     def check(self, ctx: Context) -> None:
-        """Refuse a monitor that cannot be logged in this fit."""
-        check_monitor(self._place, self.monitor, ctx.valid_data is not None)
+        """Refuse a monitor that cannot be logged in this fit; find out what is better."""
+        names, place = find_directions(ctx), self._place
+        known = check_monitor(place, self.monitor, names, ctx.valid_data is not None)
+        if self._given_mode != "auto":
+            return
+        if known is None:
+            check_logged_elsewhere(place, self.monitor, names, ctx.model, ctx.callbacks)
+            msg = f"{place}: expected a mode for a metric that the fit does not know."
+            warnings.warn(
+                f"{msg} 'min' is used. Pass mode='min' or 'max'.", stacklevel=2
+            )
+        elif names[known] is None:
+            msg = f"{place}: expected a mode, got none, and {known!r} has no direction."
+            raise ValueError(f"{msg} Pass mode='min' or mode='max'.")
+        self.mode = "max" if known is not None and names[known] else "min"
+        self.reset()
 
     def reset(self) -> None:
         """Forget the best value, so that the callback can serve another fit."""
-        self.best = self.initial_best
+        start = inf if self.mode == "min" else -inf
+        self.best = start if self._baseline is None else self._baseline
 
     def get_value(self) -> float:
         """Return the monitored value of this epoch."""

@@ -16,6 +16,21 @@ if TYPE_CHECKING:
     from harness.accelerators.base import Accelerator
 
 
+def has_nan(losses: object) -> bool | None:
+    """Whether a loss on the CPU is NaN; None if one is on a device, which is not read."""
+    values = losses.values() if isinstance(losses, dict) else (losses,)
+    for loss in values:
+        if isinstance(loss, Tensor):
+            if loss.device.type != "cpu":
+                return None
+            if loss.numel() != 1:
+                continue
+            loss = loss.item()
+        if loss != loss:
+            return True
+    return False
+
+
 class LossAverage:
     """Mean loss over rows, exact for batches of any size, for each optimizer name.
 
@@ -49,6 +64,21 @@ class LossAverage:
             self._rows.setdefault(name, []).append(rows)
             if len(waiting) >= self.fold_at:
                 self._fold(name)
+
+    def find_nan(self) -> int | None:
+        """How many updates ago the first NaN came that still waits; None without one.
+
+        All waiting losses are read from their device at once.
+        """
+        found = []
+        for waiting in self._waiting.values():
+            losses = [torch.as_tensor(loss).reshape(-1) for loss in waiting]
+            counts = torch.tensor([len(loss) for loss in losses])
+            flags = torch.cat(losses).isnan().cpu() if losses else torch.zeros(0)
+            places = torch.arange(len(losses)).repeat_interleave(counts)[flags.bool()]
+            if len(places):
+                found.append(len(losses) - 1 - int(places[0]))
+        return max(found, default=None)
 
     def _fold(self, name: str) -> None:
         """Add the waiting losses to the sums: (sum of losses, rows), float64."""

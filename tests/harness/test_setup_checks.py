@@ -222,7 +222,7 @@ def test_early_stopping_unknown_monitor_lists_what_was_logged():
         learner().fit(
             (X, Y),
             2,
-            callbacks=[EarlyStopping("valid/acc")],
+            callbacks=[EarlyStopping("valid/acc", mode="max")],
             tracker=False,
             verbose=False,
         )

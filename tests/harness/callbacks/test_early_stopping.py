@@ -4,8 +4,11 @@ import math
 from typing import Any
 
 import pytest
+import torch
+from torchmetrics import Metric
 
-from harness.callbacks import CSVLogger, EarlyStopping
+from harness.callbacks import CSVLogger, EarlyStopping, LRScheduler
+from harness.metrics.sets import MetricSet
 from tests.harness.fakes import At, Tape, line_learner, slope
 
 OFF: dict[str, Any] = {"tracker": False, "verbose": False}
@@ -28,7 +31,7 @@ def epochs_run(values, *callbacks, max_epochs=None, min_epochs=0, name="valid/wa
 
 
 def stopping(**options):
-    return EarlyStopping("valid/watched", **options)
+    return EarlyStopping("valid/watched", **{"mode": "min"} | options)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +84,9 @@ def test_early_stopping_watches_validation_loss_by_default():
 
 def test_early_stopping_watches_one_optimizers_loss():
     values = [{"gen": 3, "disc": 1}, {"gen": 2, "disc": 1}, {"gen": 1, "disc": 1}]
-    gen, disc = (EarlyStopping(f"valid/watched/{name}") for name in ("gen", "disc"))
+    gen, disc = (
+        EarlyStopping(f"valid/watched/{n}", mode="min") for n in ("gen", "disc")
+    )
     assert epochs_run(values, gen) == 3
     assert epochs_run(values, disc) == 2
 
@@ -109,7 +114,7 @@ def test_early_stopping_metric_that_was_not_logged_is_told():
         match=r"EarlyStopping\(monitor='valid/acc'\): expected a logged metric, got "
         r"'valid/acc'. Logged so far: train/loss, valid/watched",
     ):
-        epochs_run([1, 2], EarlyStopping("valid/acc"))
+        epochs_run([1, 2], EarlyStopping("valid/acc", mode="max"))
 
 
 @pytest.mark.parametrize(
@@ -138,13 +143,16 @@ def test_early_stopping_patience_below_one_is_refused(patience):
 
 def test_early_stopping_mode_is_checked():
     with pytest.raises(
-        ValueError, match=r"EarlyStopping\(mode\): expected 'min' or 'max', got 'least'"
+        ValueError,
+        match=r"EarlyStopping\(mode\): expected 'auto', 'min' or 'max', got 'least'",
     ):
         EarlyStopping(mode="least")  # type: ignore[arg-type]
 
 
 def test_early_stopping_negative_min_delta_is_refused():
-    with pytest.raises(ValueError, match=r"\(min_delta\): expected a number >= 0"):
+    with pytest.raises(
+        ValueError, match=r"\(min_delta\): expected at least 0, got -0\.1"
+    ):
         EarlyStopping(min_delta=-0.1)
 
 
@@ -153,3 +161,110 @@ def test_early_stopping_state_goes_round():
     epochs_run([1, 2], first)
     second.load_state_dict(first.state_dict())
     assert (second.best, second.waited) == (1, 1)
+
+
+# --- which direction is better
+
+
+class Rising(Metric):
+    """1 in the first epoch, 2 in the second, and so on."""
+
+    higher_is_better: bool | None = True
+    computed = 0
+
+    def update(self, pred, target):
+        pass
+
+    def compute(self):
+        type(self).computed += 1
+        return torch.tensor(float(type(self).computed))
+
+
+class Falling(Rising):
+    higher_is_better = False
+
+
+class Unknown(Rising):
+    higher_is_better = None
+
+
+def fit_with(metric, *callbacks, epochs=4, valid_data=None):
+    type(metric).computed = 0
+    learner = line_learner(metrics=MetricSet(train={"m": metric}))
+    fitted = learner.fit(slope(2), epochs, valid_data, callbacks=callbacks, **OFF)
+    return len(fitted.records["metrics"]["train"])
+
+
+@pytest.mark.parametrize(("metric", "epochs"), [(Rising, 4), (Falling, 2)])
+def test_auto_mode_follows_higher_is_better(metric, epochs):
+    assert fit_with(metric(), EarlyStopping("train/m")) == epochs
+
+
+def test_one_callback_finds_the_direction_of_each_fit_anew():
+    callback = EarlyStopping("train/m")
+    assert fit_with(Rising(), callback) == 4
+    assert fit_with(Falling(), callback) == 2
+
+
+@pytest.mark.parametrize("metric", [Unknown(), lambda pred, target: 1.0])
+def test_metric_without_direction_needs_a_mode(metric):
+    learner = line_learner(metrics={"m": metric})
+    tape = Tape()
+    with pytest.raises(ValueError, match=r"'train/m' has no direction\. Pass mode="):
+        learner.fit(slope(2), 2, callbacks=[EarlyStopping("train/m"), tape], **OFF)
+    assert tape.events == []
+    options = EarlyStopping("train/m", mode="max")
+    learner.fit(slope(2), 2, callbacks=[options], **OFF)
+
+
+def test_metric_that_only_a_callback_logs_is_watched_downwards_with_a_warning():
+    with pytest.warns(UserWarning, match="'min' is used"):
+        assert epochs_run([3, 2, 4], EarlyStopping("valid/watched")) == 3
+
+
+@pytest.mark.parametrize(
+    ("monitor", "near"),
+    [
+        ("val_loss", "valid/loss"),
+        ("train/los", "train/loss"),
+        ("val/loss", "valid/loss"),
+        ("valid/accuracyy", "valid/accuracy"),
+    ],
+)
+def test_mistyped_monitor_offers_the_nearest_name(monitor, near):
+    learner = line_learner(metrics={"accuracy": lambda pred, target: 1.0})
+    with pytest.raises(ValueError, match=f"Did you mean {near!r}"):
+        learner.fit(slope(2), 1, callbacks=[EarlyStopping(monitor)], **OFF)
+
+
+@pytest.mark.parametrize("monitor", ["valid/loss", "valid/m", "valid/loss/opt"])
+def test_validation_metric_without_validation_data_is_refused(monitor):
+    learner = line_learner(metrics={"m": Rising()})
+    tape = Tape()
+    with pytest.raises(ValueError, match="expected validation data, got none"):
+        learner.fit(slope(2), 1, callbacks=[EarlyStopping(monitor), tape], **OFF)
+    assert tape.events == []
+
+
+def test_plateau_follows_the_direction_of_its_metric():
+    plateau = LRScheduler(
+        torch.optim.lr_scheduler.ReduceLROnPlateau, monitor="train/m", patience=0
+    )
+    fit_with(Rising(), plateau)
+    assert plateau.scheduler.optimizer.param_groups[0]["lr"] == 0.01
+    fit_with(Falling(), plateau)  # epochs 2 to 4 are no improvement
+    assert plateau.scheduler.optimizer.param_groups[0]["lr"] == pytest.approx(1e-5)
+
+
+def test_scheduler_by_name_is_refused():
+    with pytest.raises(TypeError, match="expected a class, got 'cosine'"):
+        LRScheduler("cosine")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"patience": None}, {"patience": "3"}, {"min_delta": "a"}, {"baseline": "a"}],
+)
+def test_option_that_is_no_number_is_refused(options):
+    with pytest.raises(TypeError, match=rf"EarlyStopping\({next(iter(options))}\)"):
+        EarlyStopping(**options)

@@ -75,3 +75,17 @@ def test_clip_by_default_is_to_norm_one():
     callback = GradientClip()
     assert (callback.max_norm, callback.norm_type) == (1.0, 2.0)
     line_learner().fit(slope(2), 1, callbacks=[callback], **OFF)
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"max_norm": "a"}, TypeError),
+        ({"max_norm": None}, TypeError),
+        ({"norm_type": "inf"}, TypeError),
+        ({"norm_type": 0}, ValueError),
+    ],
+)
+def test_clip_refuses_what_is_no_norm(options, error):
+    with pytest.raises(error, match=rf"GradientClip\({next(iter(options))}\)"):
+        GradientClip(**options)

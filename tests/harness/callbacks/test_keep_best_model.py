@@ -7,6 +7,7 @@ import pytest
 from harness.callbacks import KeepBestModel
 from tests.harness.fakes import At, line_learner, slope
 
+NAN = float("nan")
 OFF: dict[str, Any] = {"tracker": False, "verbose": False}
 
 
@@ -34,7 +35,36 @@ def test_keep_best_ends_with_the_weights_of_the_best_epoch(values, mode, best):
 
 
 def test_keep_best_begins_anew_with_each_fit():
-    callback = KeepBestModel("valid/watched")
+    callback = KeepBestModel("valid/watched", "min")
     weights([0, 5], callback)
     after, kept = weights([9, 8, 10], callback)
     assert kept == after[1]
+
+
+@pytest.mark.parametrize(
+    ("values", "mode", "best"),
+    [
+        ([NAN, 3, 2, 4], "min", 3),
+        ([3, NAN, 2, NAN], "min", 3),
+        ([1, NAN, 2, 1], "max", 3),
+        ([NAN, NAN, NAN], "min", 3),  # no best epoch: the last weights
+    ],
+)
+def test_a_nan_is_never_the_best(values, mode, best):
+    after, kept = weights(values, KeepBestModel("valid/watched", mode))
+    assert kept == after[best - 1]
+
+
+def test_fitted_shows_the_best_epoch():
+    values = [3.0, 1.0, 2.0]
+
+    def log(ctx):
+        ctx.log("metrics", "valid", {"watched": values[ctx.epoch - 1]}, index=ctx.epoch)
+
+    callbacks = [KeepBestModel("valid/watched", "min"), At("on_train_end", log)]
+    fitted = line_learner().fit(slope(4), 3, callbacks=callbacks, **OFF)
+    assert fitted.best_epoch == 2
+    loss = fitted.records["metrics"]["train"][1]["loss"]
+    assert "weights of epoch 2" in str(fitted)
+    assert f"{loss:.4g}" in str(fitted)
+    assert line_learner().fit(slope(4), 1, **OFF).best_epoch is None

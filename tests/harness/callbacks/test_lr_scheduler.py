@@ -96,7 +96,7 @@ def plateau(values, monitor="valid/watched", **options):
 
 
 def test_scheduler_on_a_plateau_is_given_the_metric():
-    assert plateau([3.0, 2.0, 2.5, 1.0]) == [1e-3, 1e-3, 1e-3, 5e-4]
+    assert plateau([3.0, 2.0, 2.5, 1.0], mode="min") == [1e-3, 1e-3, 1e-3, 5e-4]
     assert plateau([3.0, 2.0, 2.5, 1.0], mode="max") == [1e-3, 1e-3, 5e-4, 2.5e-4]
 
 
@@ -105,7 +105,7 @@ def test_scheduler_on_a_plateau_of_something_unknown_is_told():
         ValueError,
         match=r"LRScheduler\(monitor='valid/acc'\): expected a logged metric",
     ):
-        plateau([1.0] * 4, monitor="valid/acc")
+        plateau([1.0] * 4, monitor="valid/acc", mode="max")
 
 
 def test_scheduler_of_one_of_several_optimizers_leaves_the_others():

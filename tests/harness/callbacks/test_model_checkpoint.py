@@ -19,6 +19,7 @@ from harness.checkpoint.format import (
 )
 from harness.fitted import Fitted
 from tests.harness.exact import CASES, Case, sgd
+from tests.harness.fakes import At, line_learner, slope
 
 
 def train(
@@ -205,3 +206,17 @@ def test_saved_run_is_not_run_by_warnings(tmp_path: Path) -> None:
         warnings.simplefilter("error")
         train(ModelCheckpoint(tmp_path), case=Case(learner=sgd))
     assert tracking.list_runs(tmp_path) == []
+
+
+def test_a_nan_epoch_holds_no_best_place(tmp_path):
+    values = [float("nan"), 0.5, 0.4, 0.3, 0.6]
+
+    def log(ctx):
+        ctx.log("metrics", "valid", {"m": values[ctx.epoch - 1]}, index=ctx.epoch)
+
+    keep = ModelCheckpoint(tmp_path, keep_best=1, monitor="valid/m", mode="min")
+    line_learner().fit(
+        slope(4), 5, callbacks=[At("on_train_end", log), keep], tracker=False
+    )
+    epochs = sorted(path.name.split("-")[2] for path in tmp_path.iterdir())
+    assert epochs == ["4", "5"]
