@@ -1,4 +1,4 @@
-"""What every test has: no state of the user's, and a skip where there is no GPU."""
+"""Settings for all tests: a clean environment, and no GPU tests without a GPU."""
 
 from __future__ import annotations
 
@@ -6,16 +6,21 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Nothing of the caller's environment may steer a test or be written by one.
+# The caller's settings must not influence a test, and a test must not use them.
 for name in [name for name in os.environ if name.startswith(("HARNESS_", "MLFLOW_"))]:
     del os.environ[name]
 
-# Several threads on cores that other processes want wait for one another at every
-# step, and the nets of the tests are too small to gain from them.
+# On busy cores, threads wait for each other at every step, and the models of the tests
+# are too small to benefit from them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Time limits of single examples would depend on what else the machine does.
+settings.register_profile("harness", deadline=None)
+settings.load_profile("harness")
 
 
 @pytest.fixture(scope="session")
@@ -25,7 +30,7 @@ def root() -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none; torch is imported only to find out."""
+    """Skip GPU tests on a machine without a GPU. Imports torch only if there are any."""
     wanting = [item for item in items if item.get_closest_marker("gpu")]
     if not wanting:
         return
