@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 PER_ROW = 3
 """Maximum number of charts side by side."""
+
+MAX_PANELS = 24
+"""Charts of one picture; each takes two megabytes of memory while it is drawn."""
+
+MAX_LINES = 20
+"""Lines of one chart."""
+
+MAX_POINTS = 1000
+"""Points of one line, far more than it has pixels."""
+
+_MAX_WORD = 60
 
 COLOURS = ("#2563eb", "#ea580c", "#16a34a", "#9333ea", "#64748b")
 """Colours of the sets, in order of appearance."""
@@ -40,6 +54,8 @@ def plot_curves(
     for split, metric, epoch, value in rows:
         if isinstance(value, int | float):
             lines.setdefault(metric, {}).setdefault(split, []).append((epoch, value))
+    num_metrics = len(lines)
+    lines = dict(islice(lines.items(), MAX_PANELS))
     if not lines:
         msg = "plot: expected at least one numeric metric, got none."
         raise ValueError(f"{msg} Train for an epoch first.")
@@ -49,6 +65,8 @@ def plot_curves(
     figure = Figure(figsize=(4.4 * across, 3.2 * down), layout="constrained")
     for place, (metric, chart) in enumerate(lines.items(), start=1):
         _draw_chart(figure.add_subplot(down, across, place), metric, chart, sets)
+    if num_metrics > MAX_PANELS:
+        figure.suptitle(f"The first {MAX_PANELS} metrics")
     if path is not None:
         figure.savefig(path, dpi=150)
     return figure
@@ -60,14 +78,26 @@ def _draw_chart(
     """Draw one metric, with the colour of each set."""
     from matplotlib.ticker import MaxNLocator  # noqa: PLC0415  takes half a second
 
-    for split, points in chart.items():
+    for split, all_points in islice(chart.items(), MAX_LINES):
+        points = thin(all_points, MAX_POINTS)
         colour = COLOURS[sets.index(split) % len(COLOURS)]
         epochs, values = zip(*points, strict=True)
         mark = "o" if len(points) < 30 else None
-        axes.plot(epochs, values, color=colour, marker=mark, ms=3, label=split)
-    axes.set_title(metric, fontsize=11)
+        label = split[:_MAX_WORD]
+        axes.plot(epochs, values, color=colour, marker=mark, ms=3, label=label)
+    # A name with two dollar signs is no formula.
+    axes.set_title(metric[:_MAX_WORD], fontsize=11, parse_math=False)
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    for text in axes.legend(frameon=False).get_texts():
+        text.set_parse_math(False)
+
+
+def thin(points: Sequence[T], most: int) -> Sequence[T]:
+    """Return evenly spaced points, the first and the last one included."""
+    if len(points) <= most:
+        return points
+    step = -(-(len(points) - 1) // (most - 1))
+    return [*points[:-1:step], points[-1]]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import atexit
 import os
-import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Literal
 
-from tracking import artifacts
+from tracking import artifacts, exits
 from tracking.delivery.process import DeliveryProcess
 from tracking.errors import warn
 from tracking.row_logger import RowLogger
@@ -65,6 +64,8 @@ class Run(RowLogger):
         self._status = "running"
         self._delivery = DeliveryProcess(path)
         super().__init__(path, rank, durability)
+        self._earlier_error = exits.get_last_error()
+        exits.watch_exit()
         atexit.register(self._finish_at_exit)
 
     # ------------------------------------------------------------------- artifacts
@@ -265,7 +266,7 @@ class Run(RowLogger):
 
     def _finish_at_exit(self) -> None:
         """Finish the run by the exception that ended the interpreter, if any."""
-        error = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
+        error = exits.find_error(self._earlier_error)
         status = _get_status(error)
         self.finish(status, error if status == "failed" else None)
 

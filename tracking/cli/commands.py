@@ -191,7 +191,10 @@ def export(
 def sync(
     names: tuple[str, ...], patience: float, runs_dir: Path | None, as_json: bool
 ) -> None:
-    """Send records that MLflow is missing. Without RUN, for every run."""
+    """Send records that MLflow is missing. Without RUN, for every run.
+
+    The exit code is 1 if MLflow is still missing some of them.
+    """
     from tracking.delivery.sync import sync as sync_runs  # noqa: PLC0415  imports Arrow
 
     done = sync_runs(_select_runs(names, runs_dir), patience)
@@ -200,7 +203,7 @@ def sync(
     else:
         for one in done:
             click.echo(render.format_sync(vars(one)))
-    if any(one.phase == "gave up" for one in done):
+    if not all(one.is_complete for one in done):
         sys.exit(1)
 
 

@@ -12,11 +12,15 @@ line of JSON for each run to stdout.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import logging
 import os
+import subprocess
 import sys
+import tempfile
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +30,7 @@ import pyarrow as pa
 
 from tracking.delivery.log import configure_logging, log_to_file
 from tracking.delivery.options import check_options
-from tracking.delivery.process import lock_path
+from tracking.delivery.process import delivery_command, lock_path
 from tracking.delivery.retry import GaveUpError
 from tracking.delivery.state import DeliveryState
 from tracking.delivery.summaries import write_summaries
@@ -38,7 +42,7 @@ from tracking.mlflow_store.client import StoreClient, prepare_environment
 from tracking.mlflow_store.runs import RunResolver
 from tracking.mlflow_store.uris import resolve_uri
 from tracking.settings import Settings
-from tracking.store import Manifest
+from tracking.store import Manifest, get_rank_dir, is_being_written
 
 LOCK_WAIT_S: Final = 10.0
 """A process whose training has ended may be about to exit while the run is resumed."""
@@ -54,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN_PATH")
     parser.add_argument("--sync", action="store_true")
     parser.add_argument("--read", type=Path, metavar="FOLDER")
+    parser.add_argument("--summaries", action="store_true")
     parser.add_argument("--patience", type=float, metavar="SECONDS")
     parser.add_argument("--lock-wait", type=float, default=LOCK_WAIT_S)
     options = parser.parse_args(arguments)
@@ -62,6 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     prepare_environment()
     paths = [path.absolute() for path in options.runs]
     try:
+        if options.summaries:
+            return _write_summaries(paths)
         if options.read:
             return max(_read(path, options.read, settings) for path in paths)
         return max(_deliver(path, settings, options) for path in paths)
@@ -132,6 +139,38 @@ def _record_failure(path: Path, error: str) -> None:
     state.write(path)
 
 
+def _write_summaries(paths: Sequence[Path]) -> int:
+    """Write the summaries of runs; in this process, which may die of it."""
+    with contextlib.suppress(OSError):  # of all processes, it is the least needed
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    for path in paths:
+        _report({"files": [str(file) for file in write_summaries(path)]})
+    return 0
+
+
+def _write_summaries_apart(path: Path) -> list[Path]:
+    """Write the summaries of a run in a process of their own.
+
+    They need memory in proportion to the rows; if there is not enough, the delivery
+    continues without them. If the run is resumed meanwhile, they are not wanted yet.
+    """
+    command = delivery_command("--summaries", str(path))
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output)
+        try:
+            while process.poll() is None:
+                if is_being_written(get_rank_dir(path, 0)):
+                    return []
+                time.sleep(0.1)
+        finally:
+            process.kill()
+            process.wait()
+        if process.returncode:
+            raise RuntimeError(f"their process ended with code {process.returncode}")
+        output.seek(0)
+        return [Path(file) for file in json.loads(output.read())["files"]]
+
+
 def _read(path: Path, folder: Path, settings: Settings) -> int:
     """Write down what MLflow has of a run: its points into a file, the rest to stdout."""
     report: dict[str, Any] = {"run": path.name}
@@ -179,7 +218,7 @@ def _make_worker(
         resolver,
         patience_s=patience_s,
         is_sync=options.sync,
-        write_summaries=write_summaries,
+        write_summaries=_write_summaries_apart,
         redact=settings.redact,
     )
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import importlib.util
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Final
@@ -64,6 +66,13 @@ def wait_for_delivery(run_path: Path, timeout_s: float) -> bool:
     return True
 
 
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ValueError:  # replaced by an object without a spec
+        return True
+
+
 class DeliveryProcess:
     """The delivery process of a run, seen from the training process.
 
@@ -79,7 +88,7 @@ class DeliveryProcess:
 
     def start(self) -> None:
         """Start the process, detached from this one and its terminal."""
-        if importlib.util.find_spec("mlflow") is None:
+        if not _is_installed("mlflow"):
             warn(
                 "start(delivery=True): expected mlflow to be installed, got no such "
                 f"package. The run is recorded in {self._run_path} only: install mlflow "
@@ -107,7 +116,13 @@ class DeliveryProcess:
             )
             return
         self._process = process
-        _STARTED.append(process)
+        _STARTED[:] = [one for one in _STARTED if one.returncode is None] + [process]
+        # Or it stays a zombie until this process ends.
+        reaper = threading.Thread(
+            target=process.wait, name="tracking-reaper", daemon=True
+        )
+        with contextlib.suppress(RuntimeError):  # the system has no more threads
+            reaper.start()
 
     def wait_for_run_id(self, timeout_s: float) -> str:
         """Wait until delivery has created the MLflow run; return its id.

@@ -13,6 +13,10 @@ from tracking.mlflow_store.client import UnreachableError
 
 FIRST_DELAY_S: Final = 0.25
 LONGEST_DELAY_S: Final = 15.0
+
+MAX_FAILURES: Final = 4
+"""Failures of one action before it is asked whether a single item causes them."""
+
 _MAX_ERROR: Final = 500
 
 _log = logging.getLogger(__name__)
@@ -38,6 +42,9 @@ class RetryPolicy:
         Whether the run is still being written.
     redact
         Masks the secrets in a text.
+    isolate
+        Called when an action has failed several times. True: MLflow takes other things,
+        so the action now leaves out what it fails for.
     sleep, clock
         As in `time`.
     """
@@ -49,6 +56,7 @@ class RetryPolicy:
         limit_s: float,
         is_being_written: Callable[[], bool],
         redact: Callable[[str], str] = str,
+        isolate: Callable[[], bool] = lambda: False,
         sleep: Callable[[float], None] = time.sleep,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -56,6 +64,7 @@ class RetryPolicy:
         self._limit_s = limit_s
         self._is_being_written = is_being_written
         self._redact = redact
+        self._isolate = isolate
         self._sleep = sleep
         self._clock = clock
         self._deadline: float | None = None
@@ -69,11 +78,19 @@ class RetryPolicy:
             If MLflow does not answer within the time limit.
         """
         delay_s = FIRST_DELAY_S
+        num_failures, has_isolated = 0, False
         while True:
             try:
                 result = action()
             except UnreachableError as error:
-                if self._is_over_limit():
+                num_failures += 1
+                is_over = self._is_over_limit()
+                is_stuck = is_over or num_failures >= MAX_FAILURES
+                if is_stuck and not has_isolated and self._isolate():
+                    _log.warning("leaving out what MLflow fails for: %s", error)
+                    has_isolated = True
+                    continue
+                if is_over:
                     raise self.give_up(error) from error
                 self._report_waiting(error)
                 self._sleep(delay_s)

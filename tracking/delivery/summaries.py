@@ -8,7 +8,7 @@ import pyarrow as pa
 from pyarrow import compute as pc
 from pyarrow import parquet as pq
 
-from tracking.plot import plot_curves
+from tracking.plot import MAX_LINES, MAX_PANELS, MAX_POINTS, plot_curves, thin
 from tracking.read import PastRun
 
 CURVES, RECORDS = "curves.png", "records.parquet"
@@ -41,13 +41,32 @@ def write_summaries(run_path: Path) -> list[Path]:
     if RECORDS not in logged:
         pq.write_table(table, folder / RECORDS, compression="zstd")
         written.append(folder / RECORDS)
-    metrics = table.filter(pc.equal(table["what"].cast(pa.string()), "metrics"))
-    rows = [
-        (row["set"], row["name"], row["index"], row["value"])
-        for row in metrics.to_pylist()
-        if row["value"] is not None and row["index"] is not None
-    ]
-    if rows and CURVES not in logged:
+    if CURVES not in logged and (rows := _collect_points(table)):
         plot_curves(rows, folder / CURVES)
         written.append(folder / CURVES)
     return written
+
+
+def _collect_points(table: pa.Table) -> list[tuple[str, str, int, float]]:
+    """Set, name, index and value of the points to draw, of as many names as fit."""
+    is_metric = pc.equal(table["what"].cast(pa.string()), "metrics")
+    has_place = pc.and_(pc.is_valid(table["index"]), pc.is_valid(table["value"]))
+    table = table.filter(pc.and_(is_metric, has_place))
+    table = table.select(["set", "name", "index", "value"])
+    for column in ("set", "name"):
+        words = table[column].cast(pa.string())
+        table = table.set_column(table.column_names.index(column), column, words)
+    # One more than fits, so that the picture says that there are more.
+    names = pc.unique(table["name"])[: MAX_PANELS + 1]
+    table = table.filter(pc.is_in(table["name"], names))
+    rows: list[tuple[str, str, int, float]] = []
+    for name in names.to_pylist():
+        series = table.filter(pc.equal(table["name"], name))
+        for split in pc.unique(series["set"])[:MAX_LINES].to_pylist():
+            line = series.filter(pc.equal(series["set"], split))
+            line = line.take(pa.array(thin(range(line.num_rows), MAX_POINTS)))
+            points = zip(
+                *(line[c].to_pylist() for c in ("index", "value")), strict=True
+            )
+            rows += [(split, name, index, value) for index, value in points]
+    return rows

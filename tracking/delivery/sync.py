@@ -63,6 +63,12 @@ class SyncResult:
     tracking_uri: str | None = None
     page: str | None = None
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether MLflow has all rows that were written so far."""
+        is_elsewhere = self.phase in ("busy", "started")
+        return self.phase == "done" or (is_elsewhere and not self.behind)
+
     @classmethod
     def from_state(cls, run: str, state: DeliveryState, **changes: Any) -> SyncResult:
         """Result from the state of a run's delivery."""

@@ -16,10 +16,15 @@ import pyarrow as pa
 
 from tracking.delivery.cursor import Cursor
 from tracking.delivery.reconcile import Reconciler, Stage
-from tracking.delivery.retry import LONGEST_DELAY_S, RetryPolicy
+from tracking.delivery.retry import LONGEST_DELAY_S, GaveUpError, RetryPolicy
 from tracking.delivery.scan import JournalScan
 from tracking.delivery.state import DeliveryState, StateFile
-from tracking.mlflow_store.client import GoneError, MlflowRun, UnreachableError
+from tracking.mlflow_store.client import (
+    GoneError,
+    MlflowRun,
+    RefusedError,
+    UnreachableError,
+)
 from tracking.mlflow_store.points import point_list
 from tracking.mlflow_store.runs import RunResolver
 from tracking.mlflow_store.tags import STATUSES, to_ms
@@ -107,6 +112,7 @@ class DeliveryWorker:
         self._state_file = StateFile(run_path, state, self._count_behind)
         self._retry = RetryPolicy(
             self._state_file,
+            isolate=self._isolate,
             limit_s=patience_s,
             is_being_written=lambda: is_being_written(self._rank_dir),
             redact=redact,
@@ -151,6 +157,14 @@ class DeliveryWorker:
 
     # ---------------------------------------------------------------- the MLflow run
 
+    def _isolate(self) -> bool:
+        """Look for the item that keeps failing; False if MLflow takes nothing at all."""
+        writer = getattr(self, "_writer", None)
+        if writer is None or not writer.can_write():
+            return False
+        writer.is_isolating = True
+        return True
+
     def _use(self, writer: RunWriter) -> None:
         """Write into an MLflow run, from the first row that it does not have."""
         self._writer = writer
@@ -191,10 +205,13 @@ class DeliveryWorker:
         """Send new rows until the run is not written any more and all are sent."""
         self._state_file.set_phase("delivering")
         poll_s = POLL_S
+        shown = self.state.delivered
         while True:
             is_live = is_being_written(self._rank_dir)
             is_busy = self._step(is_live)
-            self._state_file.save()
+            # Training that ends waits for the last position: it is shown at once.
+            self._state_file.save(at_once=not is_busy and self.state.delivered != shown)
+            shown = shown if is_busy else self.state.delivered
             if is_busy:
                 poll_s = POLL_S
             elif is_live:
@@ -319,14 +336,14 @@ class DeliveryWorker:
         ended_ms = to_ms(self._resolver.manifest.ended) or self._scan.last_time_ms
         self._retry.run(lambda: self._writer.set_status(STATUSES[status], ended_ms))
         self._retry.run(self._upload_artifacts)
-        if self.num_sent or not self._is_sync:
-            self._retry.run(self._send_summaries)
         self._retry.run(self._send_properties)
         if self._read_status() == "running":
             return False
         self._state_file.set_phase("done")
         _log.info("all rows are delivered; %d points were sent", self.num_sent)
-        return True
+        if self.num_sent or not self._is_sync:
+            self._send_summaries()
+        return self._read_status() != "running"
 
     def _read_status(self) -> str:
         """Status of the run as it is now; ``running`` while it is being written."""
@@ -341,8 +358,16 @@ class DeliveryWorker:
         except (ImportError, OSError, ValueError, RuntimeError) as error:
             _log.warning("no curves.png or records.parquet: %s", error)
             return
+        send = self._resolver.client.send_artifact
         for path in files:
-            self._resolver.client.send_artifact(self._writer.run_id, path, None)
+            try:
+                self._retry.run(partial(send, self._writer.run_id, path, None))
+            except (GaveUpError, RefusedError) as error:
+                _log.warning("%s is not in MLflow: %s", path.name, error)
+                break
+        self._state_file.set_phase(
+            "done"
+        )  # all rows are, whatever came of the pictures
 
     def _count_behind(self) -> int:
         """Rows that MLflow does not have yet."""

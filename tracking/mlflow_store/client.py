@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import hashlib
 import importlib
 import importlib.metadata
 import json
@@ -37,6 +38,7 @@ MAX_BATCH: Final = 1000
 MAX_PARAMS: Final = 100
 MAX_PARAM_LENGTH: Final = 6000
 MAX_TAG_LENGTH: Final = 8000
+MAX_EXPERIMENT_NAME: Final = 256
 
 HISTORY: Final = pa.schema(
     [
@@ -138,14 +140,24 @@ class StoreClient:
 
         Without a name: ``id_``, or else MLflow's default experiment.
         """
+        if name is None:
+            return id_ or "0"
+        name = fit_experiment_name(name)
         with _translate_errors():
-            if name is None:
-                return id_ or "0"
             found = self._client.get_experiment_by_name(name)
             if found is None:
-                with contextlib.suppress(RefusedError), _translate_errors(exists=True):
-                    return self._client.create_experiment(name)
+                refusal = None
+                try:
+                    with _translate_errors(exists=True):
+                        return self._client.create_experiment(name)
+                except RefusedError as error:  # unless another process made it
+                    refusal = error
                 found = self._client.get_experiment_by_name(name)
+                if found is None and refusal is not None:
+                    raise RefusedError(
+                        f"delivery: expected an experiment's name that MLflow takes, "
+                        f"got {name!r}: {refusal}. Start the run with another one."
+                    )
         if found is None or found.lifecycle_stage != "active":
             raise GoneError(
                 f"delivery: expected an active experiment in MLflow, got {name!r}, which "
@@ -280,6 +292,14 @@ class StoreClient:
                 else:
                     found[item.path] = item.file_size or 0
         return found
+
+
+def fit_experiment_name(name: str) -> str:
+    """Shorten an experiment's name that is too long for MLflow; the same each time."""
+    if len(name) <= MAX_EXPERIMENT_NAME:
+        return name
+    digest = hashlib.sha256(name.encode(errors="replace")).hexdigest()[:8]
+    return f"{name[: MAX_EXPERIMENT_NAME - 9]}-{digest}"
 
 
 def prepare_environment() -> None:

@@ -8,14 +8,18 @@ up the rest.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
+from tracking.errors import TrackingError
 from tracking.mlflow_store.client import (
     MAX_BATCH,
     MAX_PARAMS,
     MAX_TAG_LENGTH,
+    GoneError,
     MlflowRun,
     Point,
     RefusedError,
@@ -28,7 +32,12 @@ from tracking.mlflow_store.properties import RunProperties
 BATCH: Final = MAX_BATCH - 20
 """Points in one call; the rest of a call is for the tags that go with them."""
 
+PROBE_TAG: Final = "luz.probe"
+"""Written to see whether MLflow takes anything, after it failed several times."""
+
+_FAILURES: Final = (RefusedError, UnreachableError)
 _MAX_REASON: Final = 200
+_NUM_TRIES: Final = 2
 
 T = TypeVar("T")
 
@@ -51,6 +60,9 @@ class RunWriter:
     ----------
     refused
         Why MLflow refused something, by key or name; part of the run's flags.
+    is_isolating
+        Whether what fails counts as refused while MLflow takes other things. A call
+        that succeeds ends it.
     """
 
     def __init__(
@@ -68,6 +80,7 @@ class RunWriter:
         self.tags = dict(run.tags)
         self.refused = read_refusals(run.tags)
         self._watermark_tag = watermark_tag
+        self.is_isolating = False
         self._is_borrowed = is_borrowed
         self._params = dict(run.params)
         self._inputs: list[Any] = []
@@ -78,6 +91,42 @@ class RunWriter:
         """``seq`` up to which MLflow has all rows, by its own tag; -1 for none."""
         text = self.tags.get(self._watermark_tag, "-1")
         return int(text) if text.lstrip("-").isdigit() else -1
+
+    def can_write(self) -> bool:
+        """Whether MLflow takes a write into the run now."""
+        try:
+            self.client.run(self.run_id)
+            # Another value each time: a database would not write the same one.
+            self.client.send(self.run_id, (), {PROBE_TAG: str(time.time_ns())})
+        except (RefusedError, GoneError, UnreachableError):
+            return False
+        return True
+
+    def _check_refusal(self, error: TrackingError) -> None:
+        """Raise the error again unless it is about what was sent.
+
+        An error that may pass counts as a refusal only while isolating, and only if
+        MLflow takes another write right after it.
+        """
+        if isinstance(error, RefusedError):
+            self._check_run()
+        elif not self.is_isolating or not self.can_write():
+            raise error
+
+    def _leave_out(
+        self, name: str, send: Callable[[], None], error: TrackingError
+    ) -> None:
+        """Record that MLflow refuses an item; what merely failed is tried again first."""
+        self._check_refusal(error)
+        if not isinstance(error, RefusedError):
+            for _ in range(_NUM_TRIES):
+                try:
+                    send()
+                except _FAILURES as again:
+                    self._check_refusal(again)
+                else:
+                    return
+        self.refused[name] = str(error)[:_MAX_REASON]
 
     def send_points(self, points: Sequence[Point], upto: int | None = None) -> None:
         """Send at most `BATCH` points; leave out those that MLflow refuses.
@@ -93,6 +142,7 @@ class RunWriter:
         self._send_batch(
             points, {} if upto is None else {self._watermark_tag: str(upto)}
         )
+        self.is_isolating = False
 
     def send_properties(self, wanted: RunProperties, more: Mapping[str, str]) -> None:
         """Send the params, tags and inputs that MLflow does not have.
@@ -117,6 +167,7 @@ class RunWriter:
             if described not in self._inputs:
                 self._bisect(self._send_inputs, [described])
                 self._inputs.append(described)
+        self.is_isolating = False
 
     def upload_artifacts(
         self, wanted: RunProperties, folder: Path, max_files: int | None = None
@@ -133,13 +184,16 @@ class RunWriter:
             Maximum number of files to upload; None: all.
         """
         for name in self._list_missing_artifacts(wanted, folder)[:max_files]:
+            parent = name.rpartition("/")[0] or None
             try:
-                parent = name.rpartition("/")[0] or None
                 self.client.send_artifact(self.run_id, folder / name, parent)
-            except RefusedError as error:
-                self._check_run()
-                self.refused[name] = str(error)[:_MAX_REASON]
+            except _FAILURES as error:
+                send = partial(
+                    self.client.send_artifact, self.run_id, folder / name, parent
+                )
+                self._leave_out(name, send, error)
             self._artifacts[name] = wanted.artifacts[name]
+        self.is_isolating = False
 
     def recognize_artifacts(self, wanted: RunProperties) -> None:
         """Treat artifacts that MLflow has under the same name and size as uploaded."""
@@ -186,12 +240,13 @@ class RunWriter:
         """Send points and tags; leave out points that MLflow refuses."""
         try:
             self.client.send(self.run_id, points, tags)
-        except RefusedError as error:
-            self._check_run()
+        except _FAILURES as error:
+            self._check_refusal(error)
             if not points:
                 raise UnreachableError(str(error)) from error
             if len(points) == 1:
-                self.refused[points[0].key] = str(error)[:_MAX_REASON]
+                send = partial(self.client.send, self.run_id, points)
+                self._leave_out(points[0].key, send, error)
                 self._send_batch([], tags)
                 return
             half = len(points) // 2
@@ -204,10 +259,10 @@ class RunWriter:
         """Send items; leave out and record those that MLflow refuses."""
         try:
             send(items)
-        except RefusedError as error:
-            self._check_run()
+        except _FAILURES as error:
+            self._check_refusal(error)
             if len(items) == 1:
-                self.refused[_name_of(items[0])] = str(error)[:_MAX_REASON]
+                self._leave_out(_name_of(items[0]), partial(send, items), error)
                 return
             half = len(items) // 2
             self._bisect(send, items[:half])

@@ -8,7 +8,10 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
+
 import tracking
+from tracking.delivery.__main__ import _write_summaries_apart
 from tracking.delivery.process import (
     delivery_command,
     is_being_delivered,
@@ -16,7 +19,10 @@ from tracking.delivery.process import (
     wait_for_delivery,
 )
 from tracking.delivery.state import DeliveryState
+from tracking.delivery.summaries import _collect_points
 from tracking.durable import hold_lock
+from tracking.plot import plot_curves
+from tracking.read import PastRun
 
 TRAINER = """
 import sys, tracking
@@ -131,3 +137,79 @@ def test_secrets_are_in_no_file_and_no_tag(record, store, tmp_path):
     written = b"".join(p.read_bytes() for p in run.path.rglob("*") if p.is_file())
     for secret in secrets.values():
         assert secret.encode() not in written + process.stdout + process.stderr
+
+
+def test_process_that_has_ended_is_no_zombie(tmp_path, monkeypatch, until):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    run = tracking.start(runs_dir="runs", delivery={"patience_s": 0.0})
+    run.finish(wait_s=0.0)
+    process = run._delivery._process
+    assert process is not None
+    until(lambda: not Path(f"/proc/{process.pid}").exists(), 60)
+
+
+def test_summaries_that_die_are_left_out(record, deliver, store):
+    def die(path):
+        raise RuntimeError("their process ended with code -9")
+
+    run = record()
+    run.log_curve(5)
+    run.run.finish()
+    made = deliver(run.path, store, write_summaries=die)
+    assert made.state.phase == "done"
+
+
+def test_summaries_are_made_after_the_run_is_done(record, deliver, store):
+    seen = []
+
+    def note(path):
+        state = DeliveryState.read(path)
+        assert state is not None
+        seen.append((state.phase, state.delivered))
+        return []
+
+    run = record()
+    run.log_curve(5)
+    run.run.finish()
+    made = deliver(run.path, store, write_summaries=note)
+    assert seen == [("done", made.state.delivered)]
+
+
+def test_summaries_are_made_in_a_process_of_their_own(record):
+    run = record()
+    run.log_curve(5)
+    run.run.finish()
+    names = [path.name for path in _write_summaries_apart(run.path)]
+    assert names == ["records.parquet", "curves.png"]
+    (run.path / "artifacts" / "records.parquet").unlink()
+    (run.path / "artifacts" / "records.parquet").mkdir()
+    with pytest.raises(RuntimeError, match="ended with code 1"):
+        _write_summaries_apart(run.path)
+
+
+def test_summaries_are_not_made_while_the_run_goes_on(record):
+    run = record()
+    assert _write_summaries_apart(run.path) == []
+
+
+def test_curves_of_many_names_sets_and_points_are_thinned(record):
+    run = record()
+    values = {f"m{i} $x$y$": 1.0 for i in range(400)}
+    for i in range(3):
+        run.run.log("metrics", "train", values, index=i)
+    for i in range(3000):
+        run.run.log_metric("m0 $x$y$", 1.0, set="valid", index=i)
+    for i in range(50):
+        run.run.log_metric("m1 $x$y$", 1.0, set=f"set {i}", index=1)
+    run.run.finish()
+    rows = _collect_points(PastRun(run.path).records())
+    names = list(dict.fromkeys(row[1] for row in rows))
+    assert names == [f"m{i} $x$y$" for i in range(25)]
+    line = [row[2] for row in rows if row[:2] == ("valid", "m0 $x$y$")]
+    assert (line[0], line[-1]) == (0, 2999)
+    assert 500 <= len(line) <= 1000
+    assert len({row[0] for row in rows if row[1] == "m1 $x$y$"}) == 20
+    figure = plot_curves(rows)
+    assert len(figure.axes) == 24
+    assert figure.get_suptitle() == "The first 24 metrics"

@@ -1,0 +1,59 @@
+"""Status of a run that is still open when the interpreter ends."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tracking
+
+START = "import sys, tracking; run = tracking.start(delivery=False, runs_dir='runs')\n"
+
+
+def get_status(folder, code, *options, **more):
+    root = str(Path(tracking.__file__).parents[1])
+    subprocess.run(
+        [sys.executable, *options, "-c", code],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": root},
+        capture_output=True,
+        check=False,
+        **more,
+    )
+    (run,) = tracking.list_runs(folder / "runs")
+    return run.status
+
+
+@pytest.mark.parametrize(
+    ("code", "status"),
+    [
+        ("sys.exit(1)", "failed"),
+        ("sys.exit('a text')", "failed"),
+        ("import argparse; argparse.ArgumentParser().parse_args(['--no'])", "failed"),
+        ("1 / 0", "failed"),
+        ("sys.exit(143)", "killed"),
+        ("sys.exit(0)", "finished"),
+        ("try: sys.exit(1)\nexcept SystemExit as error: pass", "finished"),
+        (
+            "import threading; t = threading.Thread(target=sys.exit, args=(1,))\n"
+            "t.start(); t.join()",
+            "finished",
+        ),
+    ],
+)
+def test_status_at_exit(code, status, tmp_path):
+    assert get_status(tmp_path, START + code) == status
+
+
+def test_error_at_a_prompt_is_no_failure(tmp_path):
+    code = START + "1 / 0"
+    assert get_status(tmp_path, code, "-i", input=b"") == "finished"
+
+
+def test_error_before_the_run_is_no_failure(tmp_path):
+    code = f"import sys; sys.last_value = sys.last_exc = ValueError()\n{START}"
+    assert get_status(tmp_path, code) == "finished"
