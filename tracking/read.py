@@ -239,9 +239,15 @@ def _mask_by_key(table: pa.Table) -> list[tuple[str, Any]]:
     pairs = table.select(["set", "name"])
     plain = pa.table({n: pairs[n].cast(pa.string()) for n in pairs.column_names})
     distinct = plain.group_by(["set", "name"], use_threads=False).aggregate([])
-    found = []
+    found: list[tuple[str, Any]] = []
+    taken = {"index"}  # the other column of ``wide``
     for row in distinct.to_pylist():
-        key = "/".join(word for word in (row["set"], row["name"]) if word)
+        plain_key = "/".join(word for word in (row["set"], row["name"]) if word)
+        key, number = plain_key, 1
+        while key in taken:  # names that meet are numbered
+            number += 1
+            key = f"{plain_key}#{number}"
+        taken.add(key)
         mask = _mask_equal(table, "set", row["set"]) & _mask_equal(
             table, "name", row["name"]
         )

@@ -192,3 +192,18 @@ def test_damage_of_all_ranks_is_told(run):
     assert damage.file == path
     assert damage.rows_lost >= 1
     assert past.records().num_rows == 0
+
+
+def test_wide_and_summary_have_a_column_for_each_of_names_that_meet(tmp_path):
+    with tracking.start(runs_dir=tmp_path, delivery=False) as run:
+        run.log_metric("b", 1.0, set="train/a", index=10**8)
+        run.log_metric("a/b", 2.0, set="train", index=10**8)
+        run.log_metric("index", 7.0, set="", index=10**8)
+    past = PastRun(run.path)
+    assert past.wide().to_pydict() == {
+        "index": [10**8],
+        "train/a/b": [1.0],
+        "train/a/b#2": [2.0],
+        "index#2": [7.0],
+    }
+    assert [one["last"] for one in past.summary().values()] == [1.0, 2.0, 7.0]
