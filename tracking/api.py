@@ -17,6 +17,7 @@ from tracking.redaction import strip_url
 from tracking.run import Run, utc_now
 from tracking.schema import check_name
 from tracking.store import (
+    FORMAT,
     Manifest,
     create_run_dir,
     find_run,
@@ -201,6 +202,7 @@ def _continue(path: Path, durability: Literal["process", "fsync"]) -> Run:
     run = Run(path, manifest, durability=durability)
     manifest.resumed.append(resumed)
     manifest.status, manifest.ended, manifest.error = "running", None, None
+    manifest.format = FORMAT
     manifest.pid = os.getpid()
     return run
 

@@ -35,7 +35,9 @@ from tracking.errors import (
 from tracking.redaction import redact
 from tracking.settings import read_secrets
 
-FORMAT: Final = 1
+FORMAT: Final = 2
+"""Version of a run's folder. In version 1 rows of an open block had no check."""
+
 MANIFEST: Final = "run.json"
 FAILURE: Final = "failure.json"
 """Written beside the journal of a rank other than 0 that failed."""

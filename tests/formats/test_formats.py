@@ -67,10 +67,11 @@ def test_open_block_is_written_byte_for_byte(tmp_path):
     assert text == (KEPT / "open.text").read_bytes()
 
 
-def test_open_block_that_was_kept_is_read_and_recovered(tmp_path):
+@pytest.mark.parametrize("name", ["open-1.rows", "open.rows"])
+def test_open_block_that_was_kept_is_read_and_recovered(name, tmp_path):
     kept = tmp_path / "kept" / "3"
     kept.mkdir(parents=True)
-    rows = (KEPT / "open.rows").read_bytes().ljust(CAPACITY * ROW_BYTES, b"\0")
+    rows = (KEPT / name).read_bytes().ljust(CAPACITY * ROW_BYTES, b"\0")
     (kept / "000000.rows").write_bytes(rows)
     (kept / "000000.text").write_bytes((KEPT / "open.text").read_bytes())
     write_small(tmp_path / "3").close()
@@ -123,6 +124,8 @@ def test_json_files_of_a_run_are_written_byte_for_byte(tmp_path):
 
 def test_json_files_that_were_kept_are_read(tmp_path):
     assert Manifest.read(KEPT) == Manifest(**cases.MANIFEST)
+    (tmp_path / "run.json").write_bytes((KEPT / "run-1.json").read_bytes())
+    assert Manifest.read(tmp_path) == Manifest(**cases.MANIFEST, format=1)
     (tmp_path / "delivery").mkdir()
     state = (KEPT / "state.json").read_bytes()
     (tmp_path / "delivery" / "state.json").write_bytes(state)

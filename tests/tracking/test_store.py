@@ -85,7 +85,7 @@ def test_manifest_of_another_version_is_read_or_refused(tmp_path):
     (tmp_path / "run.json").write_text(json.dumps({**found, "new_field": 1}))
     assert Manifest.read(tmp_path).name == "x"
     (tmp_path / "run.json").write_text(json.dumps({**found, "format": 99}))
-    with pytest.raises(ValueError, match=r"expected format 1 or less, got 99"):
+    with pytest.raises(ValueError, match=r"expected format 2 or less, got 99"):
         Manifest.read(tmp_path)
 
 

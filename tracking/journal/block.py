@@ -24,15 +24,15 @@ from typing import Any, Final
 from tracking import durable
 from tracking.journal.row_format import (
     KEY,
-    MARK,
-    MARK_AT,
     NO_COUNT,
     NO_EPOCH,
     PAYLOAD,
     ROW,
     ROW_BYTES,
+    encode_row,
     encode_text,
     get_block_paths,
+    is_written,
 )
 from tracking.journal.segment import CAPACITY
 from tracking.schema import VOID
@@ -110,8 +110,10 @@ class Block:
         Counter; a slot of CAPACITY or more means that the block takes no more rows.
     groups
         Names written in it, by (what, set).
+    entries
+        Number and automatic index of each name, by (what, set, name).
     put
-        ``put(slot * ROW_BYTES, *fields)`` writes one row.
+        ``put(slot * ROW_BYTES, data, check)`` writes one row, see ``encode_row``.
     next
         The following block, once made.
     limit
@@ -132,6 +134,7 @@ class Block:
         self.number = number
         self.slots = itertools.count()
         self.groups: dict[tuple[str, str], KeyGroup] = {}
+        self.entries: dict[tuple[str, str, str], tuple[int, AutoIndex]] = {}
         self.next: Block | None = None
         self.limit: int | None = None
         self.text_bytes = 0
@@ -151,6 +154,7 @@ class Block:
         number = next(self._keys)
         self._add_text(encode_text(KEY, number, json.dumps([what, set, name])))
         group.ids[name] = number
+        self.entries[what, set, name] = number, group.auto_index
         return number
 
     def add_payload(self, slot: int, payload: str) -> None:
@@ -159,8 +163,8 @@ class Block:
 
     def void(self, slot: int) -> None:
         """Mark a slot whose row will not be written, unless it was already."""
-        if slot < CAPACITY and not self._is_marked(slot):
-            self.put(slot * ROW_BYTES, 1, *_NO_ROW, MARK ^ slot)
+        if slot < CAPACITY and not is_written(slot, self._read_row(slot)):
+            self.put(*encode_row(slot, 1, *_NO_ROW))
 
     def retire(self) -> None:
         """Stop handing out slots."""
@@ -186,9 +190,8 @@ class Block:
         self.text_bytes += len(data)
         self._pending.append((None, data))
 
-    def _is_marked(self, slot: int) -> bool:
-        at = slot * ROW_BYTES + MARK_AT
-        return int.from_bytes(self._rows[at : at + 4], "little") == MARK ^ slot
+    def _read_row(self, slot: int) -> bytes:
+        return bytes(self._rows[slot * ROW_BYTES : (slot + 1) * ROW_BYTES])
 
 
 class DiskBlock(Block):
@@ -308,16 +311,16 @@ class DiskBlock(Block):
         if self._is_synced:
             durable.sync(self._text)
 
-    def _put_synced(self, offset: int, *fields: Any) -> None:
+    def _put_synced(self, offset: int, data: bytes, check: int) -> None:
         """Write a row and wait until its pages are on the disk."""
-        ROW.pack_into(self._rows, offset, *fields)
+        ROW.pack_into(self._rows, offset, data, check)
         start = offset - offset % mmap.ALLOCATIONGRANULARITY
         assert isinstance(self._rows, mmap.mmap)
         with contextlib.suppress(OSError):  # the kernel has the row anyway
             self._rows.flush(start, offset + ROW_BYTES - start)
 
-    def _put_unmapped(self, offset: int, *fields: Any) -> None:
-        row = ROW.pack(*fields)
+    def _put_unmapped(self, offset: int, data: bytes, check: int) -> None:
+        row = ROW.pack(data, check)
         try:
             self._write_row(offset, row)
         except OSError as error:
@@ -330,11 +333,10 @@ class DiskBlock(Block):
         if self._is_synced:
             durable.sync(self._file)
 
-    def _is_marked(self, slot: int) -> bool:
+    def _read_row(self, slot: int) -> bytes:
         if isinstance(self._rows, mmap.mmap):
-            return super()._is_marked(slot)
-        mark = os.pread(self._file, 4, slot * ROW_BYTES + MARK_AT)
-        return int.from_bytes(mark, "little") == MARK ^ slot
+            return super()._read_row(slot)
+        return os.pread(self._file, ROW_BYTES, slot * ROW_BYTES)
 
 
 def _raise_if_foreign(error: OSError) -> None:

@@ -1,9 +1,10 @@
 """The bytes of an open block: their layout, and how they are read, torn or complete.
 
 ``000012.rows`` contains ``CAPACITY`` rows of 48 bytes; unused ones are zeros. The last
-field of a row is its mark, written last: a process that is killed while writing leaves a
-row without its mark. ``000012.text`` is appended to: one entry for each new (what, set,
-name), which rows then refer to by number, and one for each payload.
+field of a row is its check, written last: a process that is killed while writing leaves
+a row without it, and a row whose bytes have changed does not match it. ``000012.text``
+is appended to: one entry for each new (what, set, name), which rows then refer to by
+number, and one for each payload.
 """
 
 from __future__ import annotations
@@ -23,14 +24,16 @@ import pyarrow as pa
 from tracking.journal.segment import CAPACITY, Damage
 from tracking.schema import KINDS, NAMES, SCHEMA, VALUED, VOID
 
-ROW: Final = struct.Struct("<qqqdiIHHI")
-"""time (us since 1970), index, step, value, epoch, key, kind, flags, mark."""
+FIELDS: Final = struct.Struct("<qqqdiIHH")
+"""time (us since 1970), index, step, value, epoch, key, kind, flags."""
+
+ROW: Final = struct.Struct(f"<{FIELDS.size}sI")
+"""The packed fields and their check: their CRC-32, which starts from the row's slot."""
 
 ROW_BYTES: Final = ROW.size
-MARK: Final = 0x9E2A6C5B
-"""The mark of a row is this number xor its slot."""
+OLD_MARK: Final = 0x9E2A6C5B
+"""Before format 2 a row had this number xor its slot in place of the check."""
 
-MARK_AT: Final = ROW_BYTES - 4
 NO_COUNT: Final = -(2**63)
 """Null of ``index`` and ``step``."""
 
@@ -51,13 +54,24 @@ _DTYPE: Final = np.dtype(
         ("key", "<u4"),
         ("kind", "<u2"),
         ("flags", "<u2"),
-        ("mark", "<u4"),
+        ("check", "<u4"),
     ]
 )
 _END_OF_TIME: Final = 253_402_300_800_000_000  # us to the year 10000
 _ENTRY: Final = struct.Struct("<2sBxIII")  # sign, tag, number, length, checksum
 # 0xff occurs nowhere in UTF-8, so a reader finds the next entry after a torn one.
 _SIGN: Final = b"\xff\xfe"
+
+
+def _make_crc_table() -> Any:
+    """Table of CRC-32 as of zlib, to check many rows at once."""
+    table = np.arange(256, dtype=np.uint32)
+    for _ in range(8):
+        table = np.where(table & 1, (table >> 1) ^ np.uint32(0xEDB88320), table >> 1)
+    return table
+
+
+_CRC_TABLE: Final = _make_crc_table()
 
 
 @dataclass(frozen=True)
@@ -85,16 +99,22 @@ def get_block_paths(rank_dir: Path, number: int) -> tuple[Path, Path]:
 
 
 def read_block_files(rank_dir: Path, number: int) -> tuple[bytes, bytes, bytes]:
-    """Read marks, rows and text of an open block while it may be being written.
+    """Read rows, again rows, and text of an open block while it may be being written.
 
     Notes
     -----
-    The rows are read twice: a row whose mark is in the first reading is complete in the
+    The rows are read twice: a row whose check is in the first reading is complete in the
     second. The text is read last: it contains everything that such rows refer to.
     """
     rows, text = get_block_paths(rank_dir, number)
-    marks = rows.read_bytes()
-    return marks, rows.read_bytes(), text.read_bytes() if text.exists() else b""
+    before = rows.read_bytes()
+    return before, rows.read_bytes(), text.read_bytes() if text.exists() else b""
+
+
+def encode_row(slot: int, *fields: Any) -> tuple[int, bytes, int]:
+    """Encode a row as the arguments of ``Block.put``: its offset, fields and check."""
+    data = FIELDS.pack(*fields)
+    return slot * ROW_BYTES, data, zlib.crc32(data, slot)
 
 
 def encode_text(tag: int, number: int, text: str) -> bytes:
@@ -113,7 +133,7 @@ def decode_block(
     rank_dir: Path,
     number: int,
     rank: int,
-    marks: bytes,
+    before: bytes,
     rows: bytes,
     text: bytes,
     pause: Callable[[], None] = _no_pause,
@@ -124,18 +144,18 @@ def decode_block(
     ----------
     rank_dir, number, rank
         Identify the block.
-    marks, rows, text
-        Bytes of the files; ``marks`` is an earlier reading of ``rows``.
+    before, rows, text
+        Bytes of the files; ``before`` is an earlier reading of ``rows``.
     pause
         Called about every half millisecond, so that other threads can run.
     """
-    num_slots = min(len(marks), len(rows), CAPACITY * ROW_BYTES) // ROW_BYTES
+    num_slots = min(len(before), len(rows), CAPACITY * ROW_BYTES) // ROW_BYTES
     found = np.frombuffer(rows, _DTYPE, num_slots)
-    is_complete = _has_mark(np.frombuffer(marks, _DTYPE, num_slots)["mark"])
-    if marks is not rows:
-        is_complete &= _has_mark(found["mark"])
-    # A power cut may lose the first page of a row that lies on two.
-    is_complete &= (found["time"] > 0) & (found["time"] < _END_OF_TIME)
+    is_complete = _match_checks(found, pause)
+    if before is not rows:
+        earlier = np.frombuffer(before, _DTYPE, num_slots)
+        # The fields are written first: with its check a row has all of them.
+        is_complete &= (earlier["check"] == found["check"]) & _is_written(earlier)
     pause()
     keys, payloads, torn_at = _parse_texts(text, pause)
 
@@ -164,23 +184,50 @@ def count_rows(rank_dir: Path, number: int) -> int:
     """Count the rows of an open block, including those whose text is missing."""
     data = get_block_paths(rank_dir, number)[0].read_bytes()
     found = np.frombuffer(data, _DTYPE, min(len(data) // ROW_BYTES, CAPACITY))
-    return int((_has_mark(found["mark"]) & (found["kind"] != VOID)).sum())
+    return int((_match_checks(found, _no_pause) & (found["kind"] != VOID)).sum())
 
 
 def find_last_slot(rows: bytes) -> int:
     """Return the highest slot that is written; -1 if none is."""
-    marked = np.flatnonzero(_has_mark(np.frombuffer(rows, _DTYPE, CAPACITY)["mark"]))
-    return int(marked[-1]) if len(marked) else -1
+    written = np.flatnonzero(_is_written(np.frombuffer(rows, _DTYPE, CAPACITY)))
+    return int(written[-1]) if len(written) else -1
 
 
 def has_holes(rows: bytes, limit: int) -> bool:
     """Whether a slot below ``limit`` has no row yet."""
-    return not _has_mark(np.frombuffer(rows, _DTYPE, limit)["mark"]).all()
+    return not _is_written(np.frombuffer(rows, _DTYPE, limit)).all()
 
 
-def _has_mark(marks: Any) -> Any:
-    """Mask of the slots, counted from 0, that have their mark."""
-    return (marks ^ np.uint32(MARK)) == np.arange(len(marks), dtype=np.uint32)
+def is_written(slot: int, row: bytes) -> bool:
+    """Whether the bytes of one slot are a row, complete or damaged."""
+    data, check = ROW.unpack(row)
+    return bool(check) or zlib.crc32(data, slot) == 0
+
+
+def _is_written(found: Any) -> Any:
+    """Mask of the slots, counted from 0, that have a check, right or wrong."""
+    mask = found["check"] != 0
+    if not mask.all():
+        # One row in 2**32 has the check 0.
+        (doubtful,) = np.nonzero(~mask & (found["time"] != 0))
+        for slot in doubtful:
+            mask[slot] = is_written(int(slot), found[slot].tobytes())
+    return mask
+
+
+def _match_checks(found: Any, pause: Callable[[], None]) -> Any:
+    """Mask of the slots, counted from 0, whose row matches its check."""
+    slots = np.arange(len(found), dtype=np.uint32)
+    # A power cut may lose the first page of an old row that lies on two.
+    is_old = found["check"] == slots ^ np.uint32(OLD_MARK)
+    is_old &= (found["time"] > 0) & (found["time"] < _END_OF_TIME)
+    crc = ~slots
+    data = found.view(np.uint8).reshape(len(found), ROW_BYTES)
+    for at in range(FIELDS.size):
+        crc = _CRC_TABLE[(crc ^ data[:, at]) & 0xFF] ^ (crc >> 8)
+        if at % 8 == 7:
+            pause()
+    return is_old | (~crc == found["check"])
 
 
 def _has_texts(
@@ -208,7 +255,7 @@ def _find_damage(path: Path, rows: bytes, is_complete: Any) -> list[Damage]:
     raw = np.frombuffer(rows, np.int64, num_slots * ROW_BYTES // 8)
     torn = empty[raw.reshape(num_slots, ROW_BYTES // 8)[empty].any(axis=1)]
     if len(torn):
-        reason = "rows without their mark, torn while being written"
+        reason = "rows that were torn while being written, or changed later"
         damage.append(Damage(path, int(torn[0]) * ROW_BYTES, len(torn), reason))
     if num_slots < CAPACITY:
         reason = "the file is cut short: at most so many rows were there"

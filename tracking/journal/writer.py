@@ -28,7 +28,7 @@ from tracking.journal.reader import (
     list_blocks,
     read_block,
 )
-from tracking.journal.row_format import HAS_TEXT, MARK, NO_COUNT, NO_EPOCH, ROW_BYTES
+from tracking.journal.row_format import HAS_TEXT, NO_COUNT, NO_EPOCH, encode_row
 from tracking.journal.segment import CAPACITY, write_segment
 from tracking.schema import Leaf
 from tracking.store import get_lock_path
@@ -203,12 +203,8 @@ class Journal:
             if payload is not None:
                 flags = HAS_TEXT
                 block.add_payload(slot, payload)
-            # fmt: off
-            block.put(
-                slot * ROW_BYTES, time_us, index, step, number, epoch, key, kind, flags,
-                MARK ^ slot,
-            )
-            # fmt: on
+            fields = (time_us, index, step, number, epoch, key, kind, flags)
+            block.put(*encode_row(slot, *fields))
         except BaseException:
             block.void(slot)
             raise
@@ -474,9 +470,9 @@ class _Sealer:
         """Seal a block; False if it has to wait for a row or for the disk."""
         if _has_holes(block) and not must:
             return False
-        marks, text = block.snapshot()
+        rows, text = block.snapshot()
         found = row_format.decode_block(
-            self._rank_dir, block.number, self._rank, marks, marks, text, self._pause
+            self._rank_dir, block.number, self._rank, rows, rows, text, self._pause
         )
         # Damage without a lost row, such as a text written twice, is not worth a note.
         damage = tuple(d for d in found.damage if d.rows_lost)

@@ -4,7 +4,9 @@ import itertools
 import time
 from typing import NamedTuple
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -174,7 +176,7 @@ def test_read_records_row_torn_while_written_is_named(torn, tmp_path):
             rank_dir / "000000.rows",
             119 * ROW_BYTES,
             1,
-            "rows without their mark, torn while being written",
+            "rows that were torn while being written, or changed later",
         )
     ]
     check_recovers(rank_dir)
@@ -256,9 +258,7 @@ def test_journal_reader_waits_for_a_row_that_is_being_written(rank_dir):
     group = journal.get_group(journal.block, "metrics", "train")
     now = time.time_ns() // 1000
     key = group.ids[""]
-    journal.block.put(
-        slot * ROW_BYTES, now, 1, 1, 2.0, 1, key, FLOAT, 0, row_format.MARK ^ slot
-    )
+    journal.block.put(*row_format.encode_row(slot, now, 1, 1, 2.0, 1, key, FLOAT, 0))
     assert floats(reader.read()) == [2.0, 3.0]
     journal.close()
 
@@ -329,3 +329,51 @@ def test_block_far_behind_a_gap_is_read_and_the_gap_is_named_once(rank_dir):
     (gap,) = damage
     assert gap.rows_lost == (number - 1) * CAPACITY
     assert gap.reason == "4999 blocks are missing"
+
+
+def test_flipped_bit_of_a_row_is_found_and_never_read_as_a_value(torn, tmp_path):
+    random = np.random.default_rng(7)
+    row_bytes, text_bytes, whole = torn
+    num_bits = whole.num_rows * ROW_BYTES * 8
+    for bit in random.integers(num_bits, size=60):
+        rows = bytearray(row_bytes)
+        rows[bit // 8] ^= 1 << (bit % 8)
+        table, damage = read_records(left_behind(tmp_path, bytes(rows), text_bytes))
+        slot = bit // 8 // ROW_BYTES
+        kept = whole.filter(pc.not_equal(whole["seq"], int(slot)))
+        assert same(table, kept)
+        assert [(found.offset, found.rows_lost) for found in damage] == [
+            (slot * ROW_BYTES, 1)
+        ]
+
+
+def test_row_of_before_1970_is_read(rank_dir):
+    journal = Journal(rank_dir)
+    journal.write("m", "s", [("x", FLOAT, 1.5, None)], time_us=-1)
+    assert floats(read_records(rank_dir)[0]) == [1.5]
+    journal.close()
+    table, damage = read_records(rank_dir)
+    assert floats(table) == [1.5]
+    assert damage == []
+
+
+def test_checks_of_many_rows_are_those_of_zlib():
+    random = np.random.default_rng(1)
+    rows = b"".join(
+        row_format.ROW.pack(data, check)
+        for slot in range(500)
+        for _, data, check in [
+            row_format.encode_row(
+                slot, *random.integers(0, 2**40, 3).tolist(), 0.5, 1, 2, 1, 0
+            )
+        ]
+    )
+    found = np.frombuffer(rows, row_format._DTYPE)
+    assert row_format._match_checks(found, lambda: None).all()
+    assert not row_format._match_checks(found[1:], lambda: None).any()
+
+
+def test_slot_without_a_row_never_passes_for_one():
+    empty = np.zeros(CAPACITY, row_format._DTYPE)
+    assert not row_format._match_checks(empty, lambda: None).any()
+    assert not row_format._is_written(empty).any()

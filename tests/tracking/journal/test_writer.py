@@ -251,7 +251,7 @@ def test_disk_block_without_mapping_writes_by_call(tmp_path):
     assert not isinstance(block._rows, mmap.mmap)
     group = KeyGroup(AutoIndex())
     key = block.add_key(group, "m", "s", "x")
-    block.put(0, 1, 2, 3, 0.5, 4, key, FLOAT, 0, row_format.MARK)
+    block.put(*row_format.encode_row(0, 1, 2, 3, 0.5, 4, key, FLOAT, 0))
     block.void(0)
     block.void(1)
     found = read_block(tmp_path, 0)
@@ -588,7 +588,7 @@ def test_journal_nan_payloads_survive(rank_dir):
 def test_disk_block_with_released_files_holds_none_and_reads_the_same(tmp_path):
     block = DiskBlock(tmp_path, 0, is_synced=False)
     key = block.add_key(KeyGroup(AutoIndex()), "m", "s", "x")
-    block.put(0, 1, 2, 3, 0.5, 4, key, FLOAT, 0, row_format.MARK)
+    block.put(*row_format.encode_row(0, 1, 2, 3, 0.5, 4, key, FLOAT, 0))
     before = block.snapshot()
     held = len(list(Path("/dev/fd").iterdir()))
     block.release_files()
@@ -602,7 +602,8 @@ def test_memory_block_is_read_like_one_on_the_disk():
     group = KeyGroup(AutoIndex())
     key = block.add_key(group, "m", "s", "x")
     block.add_payload(0, '"text"')
-    block.put(0, 1, 2, 3, math.nan, 4, key, 4, row_format.HAS_TEXT, row_format.MARK)
+    fields = (1, 2, 3, math.nan, 4, key, 4, row_format.HAS_TEXT)
+    block.put(*row_format.encode_row(0, *fields))
     marks, text = block.snapshot()
     found = row_format.decode_block(Path("part"), 4, 0, marks, marks, text)
     assert found.table["payload"].to_pylist() == ['"text"']
