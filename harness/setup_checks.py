@@ -265,7 +265,8 @@ def check_epochs(min_epochs: object, max_epochs: object) -> tuple[int, int]:
     low = _check_whole_number("min_epochs", min_epochs)
     high = _check_whole_number("max_epochs", max_epochs)
     if low < 0 or high < 1:
-        msg = f"epochs: expected at least 1 epoch, got ({low}, {high})."
+        got = (low, high) if low else high
+        msg = f"epochs: expected at least 1 epoch, got {got}."
         raise ValueError(f"{msg} Pass an int from 1, or a pair (min, max).")
     if low > high:
         msg = f"epochs: expected min_epochs <= max_epochs, got {low} > {high}."

@@ -152,8 +152,18 @@ class FunctionAverage(Metric):
 
     def update(self, pred: object, target: object, rows: int) -> None:
         """Add the value of one batch of `rows` rows."""
-        value = torch.as_tensor(self.function(pred, target), device=self.total.device)
-        self.total += value.detach().double() * rows
+        found = self.function(pred, target)
+        if isinstance(found, Tensor) and found.numel() == 1:
+            found = found.detach().reshape(())
+        elif not isinstance(found, int | float) and getattr(found, "shape", None) != ():
+            shape = f" of shape {tuple(found.shape)}" if hasattr(found, "shape") else ""
+            msg = f"a number, got {type(found).__name__}{shape}."
+            raise TypeError(
+                f"metric function: expected {msg} Return its mean, or write a metric for"
+                " each part."
+            )
+        value = torch.as_tensor(found, device=self.total.device)
+        self.total += value.double() * rows
         self.rows += rows
 
     def compute(self) -> Tensor:

@@ -394,3 +394,9 @@ def test_setup_refuses_what_cannot_be_called(options, match):
     options = {"loss": nn.MSELoss(), "optimizer": torch.optim.SGD} | options
     with pytest.raises(TypeError, match=match):
         harness.setup(Net, **options)
+
+
+@pytest.mark.parametrize(("epochs", "got"), [(0, "0"), (-1, "-1")])
+def test_epochs_below_one_are_told_as_given(epochs, got):
+    with pytest.raises(ValueError, match=rf"at least 1 epoch, got {got}\."):
+        learner().fit((X, Y), epochs, tracker=False, verbose=False)

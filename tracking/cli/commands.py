@@ -53,7 +53,7 @@ def runs(ctx: click.Context) -> None:
 
 @runs.command("list")
 @_common_options
-@click.option("--limit", default=20, show_default=True,
+@click.option("--limit", type=click.IntRange(min=0), default=20, show_default=True,
               help="Number of runs to list; 0 lists all.")  # fmt: skip
 def list_(runs_dir: Path | None, as_json: bool, limit: int) -> None:
     """List runs, newest first."""
@@ -128,7 +128,7 @@ def delete(
 
     try:
         # The manifest is not read: a spoilt run can be deleted too.
-        found = [find_run_folder(name, runs_dir) for name in names]
+        found = list(dict.fromkeys(find_run_folder(name, runs_dir) for name in names))
     except RunNotFoundError as error:
         raise click.UsageError(str(error)) from error
     for path in found:

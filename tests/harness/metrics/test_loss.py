@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from harness.metrics.loss import LossAverage
+from harness.metrics.loss import FunctionAverage, LossAverage
 
 
 def test_loss_average_of_uneven_batches_is_weighted_by_rows():
@@ -103,3 +104,26 @@ def test_loss_average_keeps_losses_by_value():
         average.update({"opt": loss.fill_(number)}, 1)
     loss.zero_()
     assert average.compute() == 2.0
+
+
+@pytest.mark.parametrize(
+    ("value", "match"),
+    [
+        (torch.ones(3), r"got Tensor of shape \(3,\)"),
+        ({"a": 1.0}, "got dict"),
+        (None, "got NoneType"),
+        ([1.0, 2.0], "got list"),
+    ],
+)
+def test_function_that_gives_no_number_is_refused(value, match):
+    with pytest.raises(TypeError, match=f"metric function: expected a number, {match}"):
+        FunctionAverage(lambda pred, target: value).update(None, None, 2)
+
+
+@pytest.mark.parametrize(
+    "value", [2, 2.0, True, torch.tensor([[2.0]]), torch.tensor(2), np.float32(2)]
+)
+def test_function_may_give_any_single_number(value):
+    average = FunctionAverage(lambda pred, target: value)
+    average.update(None, None, 3)
+    assert average.compute() == float(value)

@@ -162,6 +162,17 @@ def test_delete_asks_first(call, two):
     ]
 
 
+def test_delete_of_one_run_named_twice_deletes_it_once(call, two):
+    name = two[0].id
+    output = call("runs", "delete", name, name, "--yes", "--json").output
+    assert json.loads(output) == [name]
+    assert not two[0].path.exists()
+
+
+def test_negative_limit_is_refused(call):
+    assert "--limit" in call("runs", "list", "--limit", "-1", code=2).stderr
+
+
 def test_delete_of_a_run_that_is_being_written_is_refused(call, record):
     run = record()
     result = call("runs", "delete", run.run.id, "--yes", code=1)
