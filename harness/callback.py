@@ -94,6 +94,7 @@ class Listeners:
 
     def __init__(self, callbacks: Iterable[Callback] = ()) -> None:
         callbacks = tuple(callbacks)
+        self._fired: set[str] = set()
         self._by_event: dict[str, tuple[Callable[[], object], ...]] = {
             event: tuple(
                 getattr(callback, event)
@@ -102,6 +103,15 @@ class Listeners:
             )
             for event in EVENTS
         }
+
+    def list_silent(self, events: Iterable[str]) -> list[str]:
+        """List the methods that listen to these events and were never called."""
+        return [
+            f"{type(getattr(method, '__self__', method)).__name__}.{event}"
+            for event in events
+            if event not in self._fired
+            for method in self._by_event[event]
+        ]
 
     def call(self, event: str) -> None:
         """Call all listeners of an event.
@@ -113,6 +123,8 @@ class Listeners:
         if listeners is None:
             check_event("call_callbacks", event)
             return
+        if listeners:
+            self._fired.add(event)
         raised: Signal | None = None
         for listener in listeners:
             try:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -106,6 +106,7 @@ class Context:
     pred: Any  #: last prediction of `model`
     loss: Any  #: last losses, detached, by optimizer name
     loss_grad: Tensor | None  #: last loss with its graph
+    batch_values: list[tuple[str, Any]] | None  #: logged in this batch; None: outside
     _iter: int | None
     _batch: Batch
     _rows: int | None
@@ -184,6 +185,9 @@ class Context:
     def log_metric(self, name: str, value: object) -> None:
         """Log a metric of the current epoch; `training` decides between train and valid.
 
+        Inside a batch, each call is recorded at its step, as by ``log_step``. The metric of
+        the epoch is then the mean over the epoch's rows.
+
         Parameters
         ----------
         name
@@ -192,6 +196,10 @@ class Context:
             A number, a 0-d tensor, or a dict of those by optimizer name.
         """
         split, epoch = ("train" if self.training else "valid"), self.epoch
+        if self.batch_values is not None:
+            self.log_step({name: value})
+            self.add_to_mean(name, value)
+            return
         series = self.record_book.values.get("metrics", {}).get(split)
         if type(value) is float and series and epoch == len(series):
             current = series[-1]
@@ -202,6 +210,42 @@ class Context:
                 current[name] = value
                 return
         self.log("metrics", split, {name: value}, index=epoch)
+
+    def add_to_mean(self, name: str, value: object) -> None:
+        """Add a value of this batch to a metric that is a mean over the epoch's rows.
+
+        Parameters
+        ----------
+        name
+            Name of the metric.
+        value
+            A number, a tensor with one element, or a dict of those by optimizer name.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If the value is something else.
+        """
+        items = value if isinstance(value, Mapping) else {"": value}
+        kept = {
+            key: item.detach().clone() if isinstance(item, Tensor) else item
+            for key, item in (
+                (key, batches.as_number(item, f"ctx.log_metric({name!r})"))
+                for key, item in items.items()
+            )
+        }
+        if self.batch_values is not None:
+            self.batch_values.append((name, kept))
+
+    def count_batch_values(self) -> None:
+        """Add what this batch logged to the means of the epoch."""
+        values = self.batch_values
+        if not values or self.metrics is None:
+            return
+        split = self.metrics["train" if self.training else "valid"]
+        is_counted = self.accelerator is None or self.accelerator.counted != 0
+        split.add_values(values, self.rows if is_counted else 0)
+        values.clear()
 
     def log_step(self, values: Mapping[str, object]) -> None:
         """Log numbers of this optimizer step to the journal only; memory does not grow.
@@ -263,6 +307,10 @@ class Context:
         """
         self._listeners.call(name)
 
+    def list_silent(self, events: Iterable[str]) -> list[str]:
+        """List the callbacks that listen to these events, if none of them has fired yet."""
+        return self._listeners.list_silent(events)
+
     def add_note(self, exc: BaseException, where: str) -> None:
         """Add to an exception where it was raised: callback or metric, epoch, iter."""
         part = "training" if self.training else "not training"
@@ -279,7 +327,7 @@ class Context:
         self._verbose, self._callbacks, self._listeners = False, (), Listeners()
         self.training, self.trained = False, 0
         self._rows, self._has_warned_of_rows = None, False
-        self.epoch = self._iter = self._batch = self.pred = None
+        self.epoch = self._iter = self._batch = self.pred = self.batch_values = None
         self.loss = self.loss_grad = self._opt = self._opt_name = None
 
     def state_dict(self) -> StateDict:
@@ -302,11 +350,11 @@ class Context:
     def model(self, new: nn.Module | None) -> None:
         if new is not None:
             checks.check_model_names(new, ["ctx"])
-        if self._model is not None:
-            self._model.__dict__.pop("ctx", None)
+        for module in _bound_modules(self._model):
+            module.__dict__.pop("ctx", None)
         self._model = new
-        if new is not None:
-            new.__dict__["ctx"] = self
+        for module in _bound_modules(new):
+            module.__dict__["ctx"] = self
 
     @property
     def device(self) -> torch.device:
@@ -450,3 +498,11 @@ class Context:
             msg = f"ctx.{field}: expected one optimizer, got {list(self._optimizers)}."
             raise AttributeError(f"{msg} Set ctx.{field}, or use ctx.optimizers[name].")
         return next(iter(self._optimizers.items()))
+
+
+def _bound_modules(model: nn.Module | None) -> Iterator[nn.Module]:
+    """The model, and the user's own module inside it if it is compiled."""
+    while model is not None:
+        yield model
+        # torch 2.13, OptimizedModule: the methods of the user's module see only that one.
+        model = model.__dict__.get("_modules", {}).get("_orig_mod")

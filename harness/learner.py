@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
@@ -202,7 +203,7 @@ class Learner:
             load_weights(model, resume.path)
         ctx = FitContext(
             model=model,
-            optimizers=self.build_optimizers(model),
+            optimizers=partial(self.build_optimizers, model),
             loss_fn=self.get_loss_fn(model, accelerator.device),
             hparams=self.hparams,
             opt_hparams=self.opt_hparams,
@@ -306,7 +307,7 @@ class Learner:
         ctx = EvaluateContext(
             model=fitted.model,
             newdata=make_eval_loader(data, dataloader_options, "data"),
-            optimizers=self._build_optimizers_for_names(fitted.model),
+            optimizers=partial(self._build_optimizers_for_names, fitted.model),
             loss_fn=self.get_loss_fn(fitted.model, accelerator.device),
             opt_hparams=fitted.opt_hparams,
             accelerator=accelerator,

@@ -5,6 +5,7 @@ Everything else reacts to the events that the loops fire.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -14,23 +15,24 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from harness.accelerators.base import Accelerator, StepOpt
+from harness.accelerators.base import Accelerator, StepOpt, default_step_opt
 from harness.callback import Callback
 from harness.checkpoint.state import mark_validation
 from harness.context import Context, Handlers
 from harness.data.batch import copy_by_value
 from harness.data.train_pass import TrainPass
 from harness.errors import EarlyStop, Interrupted, SkipEpoch
+from harness.events import FIT_EVENTS
 from harness.pytree import map_tensors
 from harness.records import NullRun
 from harness.setup_checks import check_optimizers, parse_epochs
-from harness.steps import call_model, default_step
+from harness.steps import StepContext, call_model, default_step, own_step
 
 if TYPE_CHECKING:
     import tracking
 
 
-class FitContext(Context):
+class FitContext(StepContext):
     """Context of ``fit``: model, named optimizers and loaders, all prepared.
 
     Parameters
@@ -38,7 +40,8 @@ class FitContext(Context):
     model
         The accelerator places it on the device.
     optimizers
-        One optimizer, or several by name; None: from the accelerator's config.
+        One optimizer, several by name, or a function that returns them; None: from the
+        accelerator's config.
     loss_fn
         ``loss_fn(pred, target)``; None if the model has its own ``step``.
     hparams, opt_hparams
@@ -73,9 +76,9 @@ class FitContext(Context):
         verbose: bool | None = None,
         callbacks: Iterable[Callback] = (),
         run: tracking.Run | NullRun | None = None,
-        step_opt: StepOpt | None = None,
+        step_opt: StepOpt = default_step_opt,
     ) -> None:
-        Context.__init__(
+        StepContext.__init__(
             self,
             verbose=verbose,
             accelerator=accelerator,
@@ -85,19 +88,29 @@ class FitContext(Context):
         )
         self._min_epochs, self._max_epochs = parse_epochs(epochs)
         self.hparams, self.opt_hparams = dict(hparams), dict(opt_hparams)
+        self.model = model  # set_optimizers may use self.ctx
+        if callable(optimizers):
+            optimizers = optimizers()
         prepare: Callable[..., Any] = accelerator.prepare
         if optimizers is None:
             prepare = partial(prepare, opt_hparams=self.opt_hparams)
         named = {} if optimizers is None else check_optimizers(optimizers)
         model, named, loaders = prepare(model, named, [data, valid_data])
+        accelerator.before_step = partial(self._fire_step, "before")
+        accelerator.after_step = partial(self._fire_step, "after")
         self.model, self.optimizers = model, named
         self.steps = accelerator.steps
         self.loss_fn, self.step_opt = loss_fn, step_opt
         self.train_data, self.valid_data = loaders
         self.data = self.train_data
 
+    def _fire_step(self, when: str, name: str) -> None:
+        """Fire a step event, whoever makes the accelerator step."""
+        self.opt_name, self.opt = name, self.optimizers[name]
+        self.call_callbacks(f"on_train_batch_{when}_step")
 
-class PredictContext(Context):
+
+class PredictContext(StepContext):
     """Context of ``predict``: a model in evaluation mode and the data to predict.
 
     Parameters
@@ -126,7 +139,7 @@ class PredictContext(Context):
         callbacks: Iterable[Callback] = (),
         run: tracking.Run | NullRun | None = None,
     ) -> None:
-        Context.__init__(
+        StepContext.__init__(
             self,
             verbose=verbose,
             accelerator=accelerator,
@@ -145,7 +158,7 @@ class EvaluateContext(PredictContext):
     Parameters
     ----------
     optimizers
-        The model's optimizers, for their names.
+        The model's optimizers, for their names, or a function that returns them.
     loss_fn
         ``loss_fn(pred, target)``.
     opt_hparams
@@ -169,21 +182,21 @@ class EvaluateContext(PredictContext):
         PredictContext.__init__(self, **kwargs)
         self.epoch = 1
         self.opt_hparams = dict(opt_hparams)
-        self.optimizers = check_optimizers(optimizers)
+        self.optimizers = check_optimizers(
+            optimizers() if callable(optimizers) else optimizers
+        )
         self.loss_fn = loss_fn
         self.valid_data = self.data
 
 
-def fit(ctx: Context) -> None:
+def fit(ctx: StepContext) -> None:
     """Train and validate, epoch by epoch, until ``ctx.max_epochs`` or a handled exception.
 
     References
     ----------
     luz 0.5.0, ``fit.luz_module_generator``.
     """
-    ctx.handlers |= {EarlyStop: lambda _: ctx.call_callbacks("on_early_stopping")}
-    ctx.handlers |= {Interrupted: lambda _: ctx.call_callbacks("on_interrupt")}
-    ctx.epoch_handlers |= {SkipEpoch: lambda _: None}
+    add_handlers(ctx)
     run_callback_checks(ctx)
     with report_exceptions(ctx):
         with suppress_handled(lambda: ctx.handlers):
@@ -201,7 +214,7 @@ def fit(ctx: Context) -> None:
         ctx.call_callbacks("on_fit_end")
 
 
-def train_epoch(ctx: Context) -> None:
+def train_epoch(ctx: StepContext) -> None:
     """Train on all batches of an epoch."""
     assert ctx.accelerator is not None
     to_device, fire, step = ctx.accelerator.to_device, ctx.call_callbacks, get_step(ctx)
@@ -209,37 +222,97 @@ def train_epoch(ctx: Context) -> None:
     ctx.train_pass = TrainPass(ctx.train_data, ctx.accelerator, ctx.epoch or 1)
     fire("on_train_begin")
     is_over = ctx.resume is not None and ctx.resume.position.phase == "valid"
+    is_whole, before = ctx.resume is None, dict(ctx.steps)
     batches = start_batches(ctx)
-    for ctx.iter, batch in enumerate(batches, start=ctx.trained + 1):
-        ctx.batch, ctx.loss = to_device(batch), {}
-        fire("on_train_batch_begin")
-        step()
-        ctx.trained = ctx.iter
-        fire("on_train_batch_end")
+    with counting_values(ctx):
+        for ctx.iter, batch in enumerate(batches, start=ctx.trained + 1):
+            ctx.batch, ctx.loss, ctx.batch_values = to_device(batch), {}, []
+            fire("on_train_batch_begin")
+            step()
+            ctx.trained = ctx.iter
+            fire("on_train_batch_end")
+            ctx.count_batch_values()
     ctx.accelerator.drop_window()
+    if is_whole:
+        warn_of_silence(ctx, "train", before)
     if not is_over:
         fire("on_train_end")
 
 
-def valid_epoch(ctx: Context) -> None:
+def valid_epoch(ctx: StepContext) -> None:
     """Validate after an epoch, or evaluate."""
     assert ctx.accelerator is not None and ctx.valid_data is not None
     to_device, fire, step = ctx.accelerator.to_device, ctx.call_callbacks, get_step(ctx)
     ctx.training, ctx.data = False, ctx.valid_data
     mark_validation(ctx)
     fire("on_valid_begin")
-    with torch.no_grad():
+    with torch.no_grad(), counting_values(ctx):
         for ctx.iter, batch in enumerate(ctx.valid_data, start=1):
-            ctx.batch, ctx.loss = to_device(batch), {}
+            ctx.batch, ctx.loss, ctx.batch_values = to_device(batch), {}, []
             fire("on_valid_batch_begin")
             step()
             fire("on_valid_batch_end")
+            ctx.count_batch_values()
+    warn_of_silence(ctx, "valid")
     fire("on_valid_end")
 
 
-def evaluate(ctx: Context) -> None:
+@contextmanager
+def counting_values(ctx: Context) -> Iterator[None]:
+    """Count what the last batch logged, also where it ends early; then no batch is open."""
+    try:
+        yield
+    finally:
+        ctx.count_batch_values()
+        ctx.batch_values = None
+
+
+def warn_of_silence(
+    ctx: StepContext, split: str, steps: Mapping[str, int] | None = None
+) -> None:
+    """Warn once in a fit of an own step that steps nothing, or keeps callbacks from events.
+
+    Parameters
+    ----------
+    split
+        ``train`` or ``valid``.
+    steps
+        Steps of each optimizer before the epoch; None: it trains nothing.
+    """
+    if split in ctx.has_warned or not hasattr(ctx.model, "step"):
+        return
+    name = f"{type(ctx.model).__name__}.step"
+    silent = ctx.list_silent(STEP_EVENTS[split])
+    if steps is not None and steps == ctx.steps:
+        msg = f"{name}: expected an optimizer step in epoch {ctx.epoch}, got none."
+        advice = "Call ctx.optimize(loss), or return the loss."
+    elif silent:
+        msg = (
+            f"{name}: expected the events of a step, got none for {', '.join(silent)}."
+        )
+        advice = "Call ctx.optimize(loss) in it, or ctx.call_callbacks(event)."
+    else:
+        return
+    ctx.has_warned.add(split)
+    warnings.warn(f"{msg} {advice}", stacklevel=2)
+
+
+STEP_EVENTS = {
+    split: [
+        event
+        for event in FIT_EVENTS
+        if event.startswith(f"on_{split}_batch_")
+        and not event.endswith(("_begin", "_end"))
+    ]
+    for split in ("train", "valid")
+}
+"""Events that a step fires, by split."""
+
+
+def evaluate(ctx: StepContext) -> None:
     """Log the losses and metrics of ``ctx.valid_data`` as epoch 1 of the set ``valid``."""
-    with report_exceptions(ctx):
+    add_handlers(ctx)
+    with report_exceptions(ctx), suppress_all_handled(ctx):
         valid_epoch(ctx)
 
 
@@ -248,7 +321,8 @@ def predict(ctx: Context) -> list[Any]:
     assert ctx.accelerator is not None and ctx.data is not None
     own = getattr(ctx.model, "predict", None)
     preds = []
-    with report_exceptions(ctx), torch.no_grad():
+    add_handlers(ctx)
+    with report_exceptions(ctx), suppress_all_handled(ctx), torch.no_grad():
         ctx.call_callbacks("on_predict_begin")
         for ctx.iter, batch in enumerate(ctx.data, start=1):
             ctx.batch = ctx.accelerator.to_device(batch)
@@ -275,10 +349,10 @@ def drop_gradients(ctx: Context) -> None:
         opt.zero_grad()
 
 
-def get_step(ctx: Context) -> Callable[[], object]:
+def get_step(ctx: StepContext) -> Callable[[], object]:
     """Return the model's own ``step``, or else the default one."""
     own = getattr(ctx.model, "step", None)
-    return own or (lambda: default_step(ctx))
+    return partial(own_step, ctx, own) if own else partial(default_step, ctx)
 
 
 def run_callback_checks(ctx: Context) -> None:
@@ -325,6 +399,21 @@ def start_batches(ctx: Context) -> Iterator[Any]:
     batches = train_pass.start()
     resume.restore_random(ctx)
     return batches
+
+
+def add_handlers(ctx: Context) -> None:
+    """Add the handlers of signals to those of the user."""
+    ctx.handlers |= {EarlyStop: lambda _: ctx.call_callbacks("on_early_stopping")}
+    ctx.handlers |= {Interrupted: lambda _: ctx.call_callbacks("on_interrupt")}
+    ctx.epoch_handlers |= {SkipEpoch: lambda _: None}
+
+
+@contextmanager
+def suppress_all_handled(ctx: Context) -> Iterator[None]:
+    """Suppress what has a handler in an evaluation or prediction, which is one epoch."""
+    whole, epoch = (lambda: ctx.handlers), (lambda: ctx.epoch_handlers)
+    with suppress_handled(whole), suppress_handled(epoch):
+        yield
 
 
 @contextmanager

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from harness.accelerators.base import default_step_opt
 from harness.context import Context
+from harness.data.batch import as_scalar
+from harness.events import nearest
 
 
 def call_model(model: Callable[..., Any], input: object) -> Any:
@@ -22,35 +26,169 @@ def call_model(model: Callable[..., Any], input: object) -> Any:
     return model(input)
 
 
-def train_step(ctx: Context) -> None:
-    """Run one training step of the current optimizer."""
-    name, accelerator, fire = ctx.opt_name, ctx.accelerator, ctx.call_callbacks
-    assert accelerator and ctx.loss_fn and ctx.backward
-    with accelerator.optimizing(name):
-        ctx.pred = call_model(ctx.model, ctx.input)
-        fire("on_train_batch_after_pred")
-        loss = ctx.loss_grad = ctx.loss_fn(ctx.pred, ctx.target)
-        ctx.loss[name] = loss.detach()
+class StepContext(Context):
+    """Context with the two calls that a step is written with.
+
+    Examples
+    --------
+    >>> def step(self) -> None:  # a GAN: one loss for each named optimizer
+    ...     ctx = self.ctx
+    ...     for name, loss_of in {"critic": self.critic_loss, "gen": self.gen_loss}.items():
+    ...         with ctx.optimizing(name):
+    ...             ctx.optimize(loss_of(ctx.input))
+    """
+
+    __slots__ = ("_is_optimized", "_section", "has_warned")
+
+    def __init__(self, **options: Any) -> None:
+        self._section: _Section | None = None
+        self._is_optimized = False
+        self.has_warned: set[str] = set()
+        Context.__init__(self, **options)
+
+    def optimizing(self, name: str | None = None) -> AbstractContextManager[None]:
+        """Run the forward and backward of one named optimizer inside.
+
+        It is the current optimizer there (``opt_name``, ``opt``), and only its parameters
+        get gradients.
+
+        Parameters
+        ----------
+        name
+            Name of the optimizer; None: the only one.
+
+        Raises
+        ------
+        ValueError
+            If there is no such optimizer, or None could mean several.
+        """
+        names = self._optimizers
+        if name is None and len(names) == 1:
+            name = next(iter(names))
+        if name not in names:
+            guess = "" if name is None else nearest(name, names)
+            msg = f"ctx.optimizing: expected the name of an optimizer, got {name!r}."
+            raise ValueError(f"{msg}{guess} Choose from {list(names)}.")
+        return _Section(self, name)
+
+    def optimize(self, loss: object) -> None:
+        """Train the current optimizer on a loss; in validation, only record the loss.
+
+        Training runs the backward pass. At the end of a window of accumulated batches the
+        optimizer steps. All events from ``on_train_batch_after_loss`` to
+        ``on_train_batch_after_step`` fire as in the default step.
+
+        Parameters
+        ----------
+        loss
+            Tensor with one element, or a dict of parts, which are summed. Each part is
+            logged by its name, and the sum as ``loss``.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If the loss is of another kind or shape or has no graph, or if there are several
+            optimizers and no ``optimizing`` around it.
+        """
+        if self._section is None and len(self._optimizers) > 1:
+            names = list(self._optimizers)
+            msg = "ctx.optimize(loss): expected 'with ctx.optimizing(name)' around it"
+            raise ValueError(f"{msg}, got none. Choose name from {names}.")
+        name, fire = self.opt_name, self.call_callbacks
+        total = self.loss_grad = self._sum_parts(loss)
+        if not isinstance(self.loss, dict):
+            self.loss = {}
+        self.loss[name] = total.detach()
+        self._is_optimized = True
+        if not self.training:
+            fire("on_valid_batch_after_loss")
+            return
         fire("on_train_batch_after_loss")
         fire("on_train_batch_before_backward")
-        ctx.backward(ctx.loss_grad)
-    if accelerator.is_boundary(name):
-        fire("on_train_batch_before_step")
-        if accelerator.step(name, ctx.step_opt or default_step_opt):
-            fire("on_train_batch_after_step")
+        assert self.backward is not None
+        if not self.loss_grad.requires_grad:
+            msg = "ctx.optimize(loss): expected a loss with a graph, got one without."
+            raise ValueError(f"{msg} Compute it from parameters, with gradients on.")
+        self.backward(self.loss_grad)
+        self._step(name)
+
+    def _step(self, name: str) -> None:
+        """Step outside the section: neither frozen parameters nor autocast belong there."""
+        section, accelerator = self._section, self.accelerator
+        assert accelerator is not None
+        if not accelerator.is_boundary(name):
+            return
+        if section is not None:
+            section.leave()
+        try:
+            accelerator.step(name, self.step_opt or default_step_opt)
+        finally:
+            if section is not None:
+                section.enter()
+
+    def _sum_parts(self, loss: object) -> Tensor:
+        """The loss as a scalar; the parts of a dict are logged."""
+        if not isinstance(loss, Mapping):
+            return as_scalar(loss, "loss")
+        parts = {
+            str(name): torch.as_tensor(part)
+            if isinstance(part, int | float)
+            else as_scalar(part, f"loss[{name!r}]")
+            for name, part in loss.items()
+        }
+        if not parts or ("loss" in parts and len(parts) > 1):
+            msg = (
+                f"loss: expected parts with names other than 'loss', got {list(parts)}."
+            )
+            raise ValueError(f"{msg} Return the parts alone: they are summed.")
+        first, *rest = parts.values()
+        total = sum(rest, first)
+        several = len(self._optimizers) > 1
+        for name, part in parts.items():
+            if name != "loss":
+                value = part.detach()
+                self.add_to_mean(name, {self.opt_name: value} if several else value)
+        return total
 
 
-def valid_step(ctx: Context) -> None:
-    """Compute the loss of one validation batch under the name of the current optimizer."""
-    assert ctx.loss_fn is not None
-    ctx.pred = call_model(ctx.model, ctx.input)
-    ctx.call_callbacks("on_valid_batch_after_pred")
-    ctx.loss_grad = ctx.loss_fn(ctx.pred, ctx.target)
-    ctx.loss[ctx.opt_name] = ctx.loss_grad.detach()
-    ctx.call_callbacks("on_valid_batch_after_loss")
+class _Section:
+    """The block of ``StepContext.optimizing``."""
+
+    __slots__ = ("_ctx", "_inside", "_name", "_outer")
+
+    def __init__(self, ctx: StepContext, name: str) -> None:
+        self._ctx, self._name = ctx, name
+
+    def __enter__(self) -> None:
+        self._outer = self._ctx._section
+        if self._outer is not None:
+            self._outer.leave()
+        self._ctx._section = self
+        self.enter()
+
+    def __exit__(self, *_: object) -> None:
+        self.leave()
+        self._ctx._section = self._outer
+        if self._outer is not None:
+            self._outer.enter()
+
+    def enter(self) -> None:
+        """Make the optimizer the current one, again after a step or an inner block."""
+        ctx, name = self._ctx, self._name
+        ctx.opt_name, ctx.opt = name, ctx.optimizers[name]
+        self._inside = None
+        if ctx.training and ctx.accelerator is not None:
+            self._inside = ctx.accelerator.optimizing(name)
+            self._inside.__enter__()
+
+    def leave(self) -> None:
+        """Leave what the accelerator holds, for a step or an inner block."""
+        if self._inside is not None:
+            inside, self._inside = self._inside, None
+            inside.__exit__(None, None, None)
 
 
-def default_step(ctx: Context) -> None:
+def default_step(ctx: StepContext) -> None:
     """Run the step of a model that defines none: once for each named optimizer.
 
     References
@@ -58,6 +196,38 @@ def default_step(ctx: Context) -> None:
     luz 0.5.0, default ``step`` of ``luz_module``. Differs from luz: gradients are cleared
     after the step, so that they can accumulate over a window of batches.
     """
-    one_step = train_step if ctx.training else valid_step
-    for ctx.opt_name, ctx.opt in ctx.optimizers.items():
-        one_step(ctx)
+    assert ctx.loss_fn is not None
+    split = "train" if ctx.training else "valid"
+    for name in ctx.optimizers:
+        with ctx.optimizing(name):
+            ctx.pred = call_model(ctx.model, ctx.input)
+            ctx.call_callbacks(f"on_{split}_batch_after_pred")
+            ctx.optimize(ctx.loss_fn(ctx.pred, ctx.target))
+
+
+def own_step(ctx: StepContext, step: Callable[[], object]) -> None:
+    """Run the step of a model that defines one, and optimize the loss that it returns.
+
+    A loss is optimized once: not if the step has made a backward pass, or has recorded the
+    loss of a validation batch.
+    """
+    accelerator = ctx.accelerator
+    assert accelerator is not None
+    ctx._is_optimized, before = False, (accelerator.num_backwards, ctx.step)
+    if len(ctx.optimizers) != 1:
+        _optimize_returned(ctx, step(), before)
+        return
+    with ctx.optimizing():
+        _optimize_returned(ctx, step(), before)
+
+
+def _optimize_returned(
+    ctx: StepContext, returned: object, before: tuple[int, int]
+) -> None:
+    if returned is None or ctx._is_optimized:
+        return
+    assert ctx.accelerator is not None
+    if before == (ctx.accelerator.num_backwards, ctx.step) and (
+        ctx.training or not ctx.loss
+    ):
+        ctx.optimize(returned)

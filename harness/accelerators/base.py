@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from harness.data.batch import Batch
 from harness.pytree import StateDict
 
+StepHook = Callable[[str], object]
+"""Called with the name of the optimizer that steps."""
+
 StepOpt = Callable[[Any], object]
 """A function that steps an optimizer; see ``Context.step_opt``."""
 
@@ -19,6 +22,10 @@ StepOpt = Callable[[Any], object]
 def default_step_opt(opt: Any) -> None:
     """Call ``opt.step()``."""
     opt.step()
+
+
+def ignore_step(name: str) -> None:
+    """Do nothing at a step."""
 
 
 class Accelerator(Protocol):
@@ -38,6 +45,10 @@ class Accelerator(Protocol):
         Micro-batches in the present step. The loop makes it smaller for a short last step.
     steps : dict of int
         Finished optimizer steps by optimizer name, without those skipped on overflow.
+    num_backwards : >= 0
+        Backward passes that it has made or counted.
+    before_step, after_step
+        What ``step`` calls before it steps, and after the weights have changed.
     counted : int or None
         Samples of the present batch that count on this rank. 0 means that the batch is a
         placeholder because the rank has no samples left; None, that every sample counts.
@@ -51,6 +62,9 @@ class Accelerator(Protocol):
     accumulate: int
     window: int
     steps: dict[str, int]
+    num_backwards: int
+    before_step: StepHook
+    after_step: StepHook
 
     @property
     def counted(self) -> int | None:
@@ -95,7 +109,10 @@ class Accelerator(Protocol):
     def step(
         self, name: str | None = None, step_opt: StepOpt = default_step_opt
     ) -> bool:
-        """Step at a boundary and clear the gradients; True if weights changed."""
+        """Step at a boundary and clear the gradients; True if the weights were changed.
+
+        It calls ``before_step`` before, and ``after_step`` if the weights were changed.
+        """
         ...
 
     def drop_window(self) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from harness.accelerators.base import StepOpt, default_step_opt
+from harness.accelerators.base import StepHook, StepOpt, default_step_opt, ignore_step
 from harness.accelerators.devices import choose_device
 from harness.data.batch import Batch, move
 from harness.errors import CheckpointError
@@ -112,6 +112,9 @@ class SingleDevice:
         self.accumulate = accumulate
         self.window = accumulate
         self.steps: dict[str, int] = {}
+        self.num_backwards = 0
+        self.before_step: StepHook = ignore_step
+        self.after_step: StepHook = ignore_step
         self._model: nn.Module | None = None
         self._optimizers: dict[str, torch.optim.Optimizer] = {}
         self._done: dict[str, int] = {}
@@ -180,6 +183,7 @@ class SingleDevice:
         yield
         if self._done[name] == before:
             self._done[name] += 1
+            self.num_backwards += 1
 
     def backward(self, loss: Tensor, name: str | None = None) -> None:
         """Add the gradients of ``loss / window``; `loss` is a scalar with a graph."""
@@ -187,6 +191,7 @@ class SingleDevice:
             loss = loss / self.window
         loss.backward()  # type: ignore[no-untyped-call]
         self._done[self._only(name)] += 1
+        self.num_backwards += 1
 
     def is_boundary(self, name: str | None = None) -> bool:
         """True when the window has as many backwards as it should."""
@@ -199,12 +204,16 @@ class SingleDevice:
         name = self._only(name)
         if self._done[name] < self.window:
             return False
+        self.before_step(name)
         opt = self._optimizers[name]
         before = self.steps[name]
         step_opt(opt)
         opt.zero_grad()
         self._done[name] = 0
-        return self.steps[name] > before
+        is_stepped = self.steps[name] > before
+        if is_stepped:
+            self.after_step(name)
+        return is_stepped
 
     def drop_window(self) -> None:
         """Clear the gradients of every optimizer in an open window."""
@@ -323,3 +332,4 @@ class SingleDevice:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        self.before_step = self.after_step = ignore_step

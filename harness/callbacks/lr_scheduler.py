@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 from torch.optim.lr_scheduler import LRScheduler as TorchScheduler
@@ -11,6 +12,19 @@ from harness.callbacks.monitor import Monitor
 from harness.context import Context
 from harness.events import check_event
 from harness.pytree import StateDict
+
+STEP_EVENTS = frozenset(
+    f"on_{split}_batch_{point}"
+    for split in ("train", "valid")
+    for point in (
+        "after_pred",
+        "after_loss",
+        "before_backward",
+        "before_step",
+        "after_step",
+    )
+)
+"""Events that fire once for each optimizer."""
 
 
 class LRScheduler(Monitor):
@@ -26,7 +40,9 @@ class LRScheduler(Monitor):
     opt_name
         Name of the optimizer; None: the only one.
     monitor
-        Metric for ``ReduceLROnPlateau``; its mode is found as in ``Monitor``.
+        Metric for ``ReduceLROnPlateau`` and any other scheduler whose ``step`` takes a value.
+        At an event of a training batch it gets the loss of the batch. The mode is found as
+        in ``Monitor``.
     **options
         Arguments of the scheduler.
 
@@ -101,13 +117,17 @@ class LRScheduler(Monitor):
         self.scheduler = self._build(getattr(opt, "optimizer", opt), **options)
 
     def _step(self) -> None:
-        """Step once; at a batch event only if this optimizer is the current one."""
-        if "batch" in self.call_on and self.ctx.opt_name != self.opt_name:
+        """Step once; at an event of each optimizer only if this one is the current one."""
+        is_of_one = self.call_on in STEP_EVENTS
+        if is_of_one and self.ctx.opt_name != self.opt_name:
             return
-        if isinstance(self.scheduler, ReduceLROnPlateau):
-            self.scheduler.step(self.get_value())
+        step: Callable[..., object] = self.scheduler.step
+        if not _wants_value(step):
+            step()
+        elif self.call_on.startswith("on_train_batch"):
+            step(float(self.ctx.loss[self.opt_name]))
         else:
-            self.scheduler.step()
+            step(self.get_value())
 
     def on_epoch_end(self) -> None:
         """Log the rate of this epoch; step if `call_on` is this event."""
@@ -125,3 +145,13 @@ class LRScheduler(Monitor):
     def load_state_dict(self, state: StateDict) -> None:
         """Restore the scheduler's state."""
         self.scheduler.load_state_dict(state["scheduler"])
+
+
+def _wants_value(step: Callable[..., object]) -> bool:
+    """Whether a scheduler's ``step`` has an argument without a default."""
+    return any(
+        parameter.default is parameter.empty
+        and parameter.kind
+        in {parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD}
+        for parameter in inspect.signature(step).parameters.values()
+    )

@@ -121,6 +121,7 @@ class Metrics(Callback):
 
     def state_dict(self) -> StateDict:
         """Return the states of both splits; a resumed fit repeats an interrupted validation."""
+        self.ctx.count_batch_values()
         is_training = self.ctx.training
         return {
             split: metrics.state_dict(is_running=is_training and split == "train")

@@ -190,6 +190,41 @@ def copy_by_value(value: object) -> Any:
     return with_items(value, [copy_by_value(item) for item in items])
 
 
+def as_scalar(loss: object, place: str) -> Tensor:
+    """A loss as a 0-d tensor.
+
+    Raises
+    ------
+    TypeError
+        If it is not a tensor.
+    ValueError
+        If it has more than one element, or none.
+    """
+    if not isinstance(loss, Tensor):
+        msg = f"{place}: expected a tensor with one element"
+        raise TypeError(f"{msg}, got {loss!r:.100}. Use the mean over the batch.")
+    if loss.dim() == 0:
+        return loss
+    if loss.numel() != 1:
+        msg = f"{place}: expected a tensor with one element"
+        got = f"shape {tuple(loss.shape)}"
+        raise ValueError(f"{msg}, got {got}. Use the mean over the batch.")
+    return loss.reshape(())
+
+
+def as_number(value: object, place: str) -> Any:
+    """A number or a tensor with one element, as a number or a 0-d tensor.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If it is something else.
+    """
+    if isinstance(value, int | float | np.number | np.bool_):
+        return value
+    return as_scalar(value, place)
+
+
 def join(outputs: Sequence[Any]) -> Any:
     """Outputs of several batches as one, in the same form, on the CPU.
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from harness.data.batch import copy_by_value
+from harness.data.batch import as_number, copy_by_value
 from harness.pytree import StateDict
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class LossAverage:
             losses = {"opt": losses}
         for name, loss in losses.items():
             waiting = self._waiting.setdefault(name, [])
-            waiting.append(copy_by_value(loss))
+            waiting.append(copy_by_value(as_number(loss, "ctx.loss")))
             self._rows.setdefault(name, []).append(rows)
             if len(waiting) >= self.fold_at:
                 self._fold(name)

@@ -80,6 +80,7 @@ class SplitMetrics:
 
     def __init__(self, metrics: Mapping[str, object], accelerator: Accelerator) -> None:
         self.loss = LossAverage()
+        self._means: dict[str, LossAverage] = {}
         self._accelerator = accelerator
         self._metrics = {
             name: _fresh_copy(item).to(accelerator.device)
@@ -106,10 +107,16 @@ class SplitMetrics:
     def reset(self) -> None:
         """Start an epoch."""
         self.loss.reset()
+        self._means.clear()
         self._waiting.clear()
         self._waiting_numel = 0
         for metric in self._metrics.values():
             metric.reset()
+
+    def add_values(self, values: Iterable[tuple[str, Any]], rows: int) -> None:
+        """Add values that a batch of `rows` rows logged, each a dict by optimizer name."""
+        for name, value in values:
+            self._means.setdefault(name, LossAverage()).update(value, rows)
 
     def update(self, pred: object, target: object, losses: object, rows: int) -> None:
         """Add one batch; what metrics keep of it are detached copies."""
@@ -187,6 +194,8 @@ class SplitMetrics:
         loss = self.loss.compute(self._accelerator)
         if loss != {}:
             values["loss"] = loss
+        for name, mean in self._means.items():
+            values[name] = mean.compute(self._accelerator)
         for name, metric in self._metrics.items():
             try:
                 values[name] = as_numbers(metric.compute())
@@ -214,6 +223,7 @@ class SplitMetrics:
         return {
             **state,
             "loss": self.loss.state_dict(),
+            "means": {name: mean.state_dict() for name, mean in self._means.items()},
             "metrics": states,
             "waiting": [list(pair) for pair in self._waiting],
         }
@@ -233,6 +243,8 @@ class SplitMetrics:
         if "loss" not in state:
             return
         self.loss.load_state_dict(state["loss"])
+        for name, mean in state.get("means", {}).items():
+            self._means.setdefault(name, LossAverage()).load_state_dict(mean)
         check_saved_metrics(self._metrics, state["metrics"])
         for name, metric in self._metrics.items():
             set_states(metric, state["metrics"][name])
@@ -248,6 +260,8 @@ class SplitMetrics:
             return
         state = self._accelerator.to_device(state)
         self.loss.merge(state["loss"])
+        for name, mean in state.get("means", {}).items():
+            self._means.setdefault(name, LossAverage()).merge(mean)
         for name, metric in self._metrics.items():
             merge_states(metric, state["metrics"][name])
         self._enqueue_all(state["waiting"])

@@ -63,6 +63,7 @@ def test_fitted_printed_names_model_size_epochs_and_last_values(fitted):
     assert f"{fitted.records['metrics']['train'][-1]['loss']:.4g}" in text
 
 
+@pytest.mark.filterwarnings("ignore:.*step. expected an optimizer step")
 def test_fitted_printed_without_metrics_says_so():
     class Silent(Net):
         def step(self):
@@ -165,6 +166,7 @@ def test_save_of_values_that_are_special_goes_round(tmp_path):
     assert repr(harness.load(tmp_path / "net").records) == repr(fitted.records)
 
 
+@pytest.mark.filterwarnings("ignore:.*step. expected an optimizer step")
 def test_save_of_tied_and_low_precision_weights_goes_round(tmp_path):
     fitted = harness.setup(Tied, loss=nn.MSELoss(), optimizer=torch.optim.SGD).fit(
         torch.ones(2, 2), 1, tracker=False, verbose=False

@@ -323,6 +323,7 @@ def test_step_of_the_model_serves_training_and_validation():
     assert fitted.records["metrics"]["valid"][0]["loss"] == pytest.approx(1.98)
 
 
+@pytest.mark.filterwarnings("ignore:.*step. expected an optimizer step")
 def test_step_of_the_model_needs_no_loss():
     class OwnStep(Line):
         def step(self):
@@ -778,6 +779,7 @@ OUTPUTS: dict[str, Any] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*step. expected an optimizer step")
 @pytest.mark.parametrize("name", OUTPUTS)
 def test_predict_joins_what_the_model_gives(name):
     give, expected = OUTPUTS[name]

@@ -118,6 +118,7 @@ def test_predict_fires_its_own_events():
     assert tape.events == ["on_predict_begin", *batch, *batch, "on_predict_end"]
 
 
+@pytest.mark.filterwarnings("ignore:.*step. expected the events of a step")
 def test_fit_with_a_step_of_the_models_own_fires_what_is_around_it():
     class Own(Line):
         def step(self):
@@ -258,6 +259,7 @@ def test_fit_that_stops_early_leaves_no_gradient():
     assert left == [None]
 
 
+@pytest.mark.filterwarnings("ignore:.*step. expected the events of a step")
 def test_epoch_in_which_a_step_leaves_out_a_batch_ends_its_window():
     class Own(Line):
         def step(self):

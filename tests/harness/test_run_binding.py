@@ -232,6 +232,7 @@ def test_run_keeps_the_model_as_text(options):
     assert text == str(fitted.model)
 
 
+@pytest.mark.filterwarnings("ignore:.*step. expected an optimizer step")
 def test_run_of_a_model_with_its_own_step_names_it(options):
     class Own(Line):
         def step(self) -> None:

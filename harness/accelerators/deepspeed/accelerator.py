@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from harness.accelerators.base import StepOpt, default_step_opt
+from harness.accelerators.base import StepHook, StepOpt, default_step_opt, ignore_step
 from harness.accelerators.deepspeed.config import (
     ConfigFacts,
     check_config,
@@ -140,6 +140,9 @@ class DeepSpeedAccelerator:
         self._hooks: list[RemovableHandle] = []
         self._cleanup = ExitStack()
         self._shares = ShareTracker(num_recent=self.accumulate + 8)
+        self.num_backwards = 0
+        self.before_step: StepHook = ignore_step
+        self.after_step: StepHook = ignore_step
 
     # ------------------------------------------------------------------ prepare
 
@@ -309,6 +312,7 @@ class DeepSpeedAccelerator:
         if weight != 1.0:
             loss = loss * weight
         engine.backward(loss)
+        self.num_backwards += 1
 
     @contextmanager
     def counting_backward(self, name: str | None = None) -> Iterator[None]:
@@ -338,7 +342,11 @@ class DeepSpeedAccelerator:
         engine = self._engines.find(name)
         if engine.done < self.window:
             return False
-        return engine.step(step_opt)
+        self.before_step(engine.name)
+        is_stepped = engine.step(step_opt)
+        if is_stepped:
+            self.after_step(engine.name)
+        return is_stepped
 
     def drop_window(self) -> None:
         """Clear the gradients of every engine in an open window. Every rank must call it."""
