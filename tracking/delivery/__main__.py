@@ -37,10 +37,10 @@ from tracking.delivery.summaries import write_summaries
 from tracking.delivery.sync import SyncResult
 from tracking.delivery.worker import DeliveryWorker, lower_priority
 from tracking.durable import hold_lock
-from tracking.errors import TrackingError
+from tracking.errors import DeliveryError, TrackingError
 from tracking.mlflow_store.client import StoreClient, prepare_environment
 from tracking.mlflow_store.runs import RunResolver
-from tracking.mlflow_store.uris import resolve_uri
+from tracking.mlflow_store.uris import resolve_uri, sqlite_path
 from tracking.settings import Settings
 from tracking.store import Manifest, get_rank_dir, is_being_written
 
@@ -233,6 +233,7 @@ def _make_resolver(path: Path, settings: Settings) -> RunResolver:
     if settings.tracking_uri:
         uri = resolve_uri(here, settings.tracking_uri)
     else:
+        _check_place(path, before)
         uri = before or resolve_uri(started_in if started_in.is_dir() else here, None)
     if started_in.is_dir():
         os.chdir(started_in)  # the artifacts of a new experiment are stored below it
@@ -245,6 +246,17 @@ def _make_resolver(path: Path, settings: Settings) -> RunResolver:
         redact=settings.redact,
         redact_address=settings.redact_address,
     )
+
+
+def _check_place(run_path: Path, uri: str | None) -> None:
+    """Refuse a database whose folder is gone; it would be made anew, and empty."""
+    database = sqlite_path(uri or "")
+    if database is not None and not database.parent.is_dir():
+        raise DeliveryError(
+            f"run {run_path.name!r}: expected its store at {str(database)!r}, got no such "
+            "folder. If the project was moved, set MLFLOW_TRACKING_URI to the store at "
+            "its new place, e.g. sqlite:///mlflow.db."
+        )
 
 
 def _known_id(path: Path, resolver: RunResolver) -> str | None:
