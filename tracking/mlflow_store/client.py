@@ -17,6 +17,7 @@ import json
 import os
 import sqlite3
 import sys
+import tempfile
 import urllib.parse
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -310,6 +311,10 @@ def prepare_environment() -> None:
     environment = os.environ  # noqa: TID251 (before MLflow reads it)
     for name, value in _DEFAULTS.items():
         environment.setdefault(name, value)
+    try:
+        Path.home()
+    except RuntimeError:  # a container's user may have none; MLflow needs one
+        environment["HOME"] = tempfile.gettempdir()
     # MLflow's log records reach our handlers, which redact them, and no others.
     environment["MLFLOW_CONFIGURE_LOGGING"] = "false"
 
