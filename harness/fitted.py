@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from harness.checkpoint.weights import (
     write_saved_model,
 )
 from harness.data.loaders import Data
+from harness.hparams import HparamSource, encode_hparams, name_of
 from harness.records import Records, metrics_frame
 
 if TYPE_CHECKING:
@@ -146,20 +148,38 @@ class Fitted:
         path
             Folder to create, for ``harness.load``. A model saved there before is replaced.
 
+        Warns
+        -----
+        UserWarning
+            If ``harness.load`` will need ``module=``: the model does not come from a class
+            that can be imported, or an hparam could only be saved as text.
+
         Raises
         ------
         CheckpointError
-            If the folder holds something else, or JSON cannot hold an hparam.
+            If the folder holds something else.
         """
         kind = self.learner.module
         about = SavedModel(
             module=f"{kind.__module__}:{getattr(kind, '__qualname__', '')}",
-            hparams=dict(self.hparams),
-            opt_hparams=dict(self.opt_hparams),
+            hparams=encode_hparams(self.hparams),
+            opt_hparams=encode_hparams(self.opt_hparams),
             records=self.records,
             run_id=self.run_id,
         )
         write_saved_model(Path(path), self.model.state_dict(), about)
+        if reason := self._why_module_is_needed(about):
+            msg = f"save({str(path)!r}): expected {reason}."
+            warnings.warn(f"{msg} harness.load will need module=.", stacklevel=2)
+
+    def _why_module_is_needed(self, about: SavedModel) -> str | None:
+        """What keeps ``harness.load`` from building the model; None if nothing does."""
+        kind = self.learner.module
+        if not isinstance(kind, type) or name_of(kind) != about.module:
+            return f"a model class that can be imported, got {about.module!r}"
+        if texts := HparamSource(kind.__module__).list_texts(about.hparams):
+            return f"hparams that can be rebuilt, got only text for {texts}"
+        return None
 
     def save_weights(self, path: str | Path) -> None:
         """Save only the weights, in a safetensors file."""

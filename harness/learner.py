@@ -40,8 +40,10 @@ from harness.data.loaders import (
 )
 from harness.errors import CheckpointError
 from harness.fitted import Evaluation, Fitted
+from harness.hparams import HparamSource
 from harness.loop import EvaluateContext, FitContext, PredictContext
 from harness.metrics.sets import MetricSet, as_metric_set
+from harness.reshard.consolidated import shape_buffers
 from harness.run_binding import (
     Tracker,
     check_tracker,
@@ -524,12 +526,21 @@ def load(
     """
     path = Path(path)
     weights, about = read_saved_model(path)
+    given = module
     module = module or find_model_class(path, about.module, trust=trust)
+    source = HparamSource(module.__module__, trust=trust)
+    if given is None and (texts := source.list_texts(about.hparams)):
+        msg = f"load({str(path)!r}): expected hparams that can be rebuilt, got only"
+        advice = "Pass a function as module=, or trust=True to import what they name."
+        raise CheckpointError(f"{msg} text for {texts}. {advice}")
     learner = Learner(
-        module=module, hparams=about.hparams, opt_hparams=about.opt_hparams
+        module=module,
+        hparams=source.decode(about.hparams),
+        opt_hparams=source.decode(about.opt_hparams),
     )
     try:
         model = module(**learner.hparams)
+        shape_buffers(model, weights)
         model.load_state_dict(weights)
     except (RuntimeError, TypeError) as exc:
         msg = f"load({str(path)!r}): expected weights that fit {module!r}, got: {exc}."

@@ -218,8 +218,13 @@ def _encode(value: object, path: str, tensors: dict[str, Tensor]) -> object:
 
 def _encode_tensor(value: Tensor, path: str, tensors: dict[str, Tensor]) -> object:
     """The tensor's name, with what safetensors cannot hold: complex, order of dims."""
-    if value.is_complex():
+    if value.is_complex() and value.layout == torch.strided:
+        value = value.resolve_conj()
         return {"$complex": _encode_tensor(torch.view_as_real(value), path, tensors)}
+    if value.layout == torch.sparse_coo and not value.is_complex():
+        parts = [value._indices(), value._values()]
+        plans = _encode_items(parts, path, tensors)
+        return {"$sparse": [*plans, list(value.shape), value.is_coalesced()]}
     if value.layout != torch.strided or value.dtype not in DTYPES:
         msg = f"{path}: expected a dense tensor of a common dtype, got {value.dtype}"
         raise TypeError(f"{msg}, {value.layout}. Convert it in state_dict().")
@@ -305,6 +310,17 @@ def _decode_permuted(value: list[Any], tensors: Mapping[str, Tensor]) -> Tensor:
     return tensors[name].permute(sorted(range(len(order)), key=order.__getitem__))
 
 
+def _decode_sparse(value: list[Any], tensors: Mapping[str, Tensor]) -> Tensor:
+    indices, values, shape, is_coalesced = value
+    return torch.sparse_coo_tensor(
+        restore(indices, tensors),
+        restore(values, tensors),
+        shape,
+        is_coalesced=is_coalesced,
+        check_invariants=True,
+    )
+
+
 def _decode_complex(value: dict[str, object], tensors: Mapping[str, Tensor]) -> Tensor:
     pairs = torch.as_tensor(restore(value, tensors))
     return torch.view_as_complex(pairs.contiguous())
@@ -314,6 +330,7 @@ _DECODERS: dict[str, tuple[type, Callable[[Any, Mapping[str, Tensor]], object]]]
     "$tensor": (str, lambda value, tensors: tensors[value]),
     "$array": (str, lambda value, tensors: tensors[value].numpy()),
     "$permuted": (list, _decode_permuted),
+    "$sparse": (list, _decode_sparse),
     "$complex": (dict, _decode_complex),
     "$float": (str, lambda value, tensors: _FLOATS[value]),
     "$bytes": (str, lambda value, tensors: base64.b64decode(value, validate=True)),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 import tracking
 from harness.context import Context
@@ -103,7 +104,6 @@ def log_description(ctx: Context, seed: int | None) -> None:
     opt = next(iter(ctx.optimizers.values()))
     params = {
         "model": type(model).__name__,
-        "num_params": sum(param.numel() for param in model.parameters()),
         "optimizer": type(getattr(opt, "optimizer", opt)).__name__,
         "loss": _name_loss(ctx.loss_fn),
         "epochs": ctx.max_epochs,
@@ -114,6 +114,8 @@ def log_description(ctx: Context, seed: int | None) -> None:
         "world_size": accelerator.world_size,
         "seed": seed,
     }
+    if not any(is_lazy(param) for param in model.parameters()):
+        params["num_params"] = sum(param.numel() for param in model.parameters())
     if ctx.min_epochs:
         params["min_epochs"] = ctx.min_epochs
     params |= ctx.hparams

@@ -74,6 +74,20 @@ def freeze_parameters(params: Sequence[Tensor]) -> Iterator[None]:
             param.requires_grad_(True)
 
 
+def with_dense_grad(param: Tensor) -> Tensor:
+    """The parameter; if its gradient is sparse, a tensor whose gradient is its values.
+
+    Both share their memory. torch's ``clip_grad_norm_`` has no kernel for sparse gradients.
+    """
+    if param.grad is None or param.grad.layout != torch.sparse_coo:
+        return param
+    param.grad = param.grad.coalesce()  # a row that is there twice counts as the sum
+    values = param.grad.values()
+    stand_in = torch.empty_like(values)
+    stand_in.grad = values
+    return stand_in
+
+
 class SingleDevice:
     """One CPU, CUDA or MPS device.
 
@@ -227,7 +241,7 @@ class SingleDevice:
     ) -> Tensor:
         """Clip the total gradient norm of one optimizer's parameters."""
         groups = self._optimizers[self._only(name)].param_groups
-        params = [param for group in groups for param in group["params"]]
+        params = [with_dense_grad(p) for group in groups for p in group["params"]]
         return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type)
 
     def to_device(self, batch: Batch) -> Batch:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from harness.callbacks.monitor import Mode, Monitor
 from harness.pytree import StateDict
+from harness.reshard.consolidated import shape_buffers
 from harness.reshard.convert import convert_weights
 
 
@@ -59,6 +60,7 @@ class KeepBestModel(Monitor):
         assert accelerator is not None
         weights = accelerator.broadcast(self.weights)
         if weights:
+            shape_buffers(self.ctx.model, weights)
             state = accelerator.state_dict()
             best = convert_weights(weights, self.ctx.model, state, accelerator.rank)
             accelerator.load_state_dict(best, ["model"])

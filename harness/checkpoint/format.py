@@ -239,6 +239,9 @@ def _wait_for_rank(temporary: Path, rank: int, deadline: float) -> Path:
     return done
 
 
+_FILE_DTYPES = DTYPES | {torch.complex64: "C64"}
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileInfo:
     """Write a safetensors file straight from memory.
 
@@ -255,7 +258,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileInfo:
     end = 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.numel() * tensor.element_size()
-        dtype, shape = DTYPES[tensor.dtype], list(tensor.shape)
+        if tensor.dtype not in _FILE_DTYPES:
+            msg = f"{name}: expected a dtype that a safetensors file holds"
+            raise TypeError(f"{msg}, got {tensor.dtype}. Convert the tensor.")
+        dtype, shape = _FILE_DTYPES[tensor.dtype], list(tensor.shape)
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)

@@ -23,7 +23,11 @@ from harness.errors import CheckpointError
 from harness.metrics.state import check_saved_metrics
 from harness.pytree import StateDict, map_tensors
 from harness.records import NullRun
-from harness.reshard.consolidated import STATE_ERRORS
+from harness.reshard.consolidated import (
+    STATE_ERRORS,
+    shape_buffers,
+    shape_lazy_parameters,
+)
 from harness.reshard.convert import check_same, has_same_layout
 from harness.rng import set_rng_state
 
@@ -156,6 +160,7 @@ class Resume:
     def _check_on_this_rank(self, ctx: Context) -> None:
         assert ctx.accelerator is not None
         ranks, saved_ranks = ctx.accelerator.world_size, self.manifest.world_size
+        self._take_shapes(ctx)
         live = ctx.accelerator.state_dict()
         keeps_batches = self.position.phase == "epoch" or has_same_batches(
             saved_ranks, self.manifest.about, ctx
@@ -172,6 +177,16 @@ class Resume:
             self._report_difference("ranks", saved_ranks, ranks)
         self._compare_descriptions(ctx.about)
         self._check_strict()
+
+    def _take_shapes(self, ctx: Context) -> None:
+        """Give lazy layers and changed buffers of a new model the saved shapes."""
+        if "model" not in self.parts:
+            return
+        saved = _check_keys(read_rank(self.path, 0, is_mapped=True))["accelerator"]
+        shape_lazy_parameters(ctx.model, saved.get("model", {}))
+        for name in shape_buffers(ctx.model, saved.get("model", {})):
+            shape = tuple(saved["model"][name].shape)
+            self.report.append((name, "restored", f"with the saved shape {shape}"))
 
     def _has_same_layout(self, ctx: Context, live: StateDict) -> bool:
         """Whether each rank may restore what the same rank saved."""

@@ -17,6 +17,7 @@ from harness.callback import Callback
 from harness.checkpoint.format import Phase, Position
 from harness.context import Context
 from harness.data.loaders import unwrap_tensors
+from harness.hparams import encode_hparams
 from harness.pytree import StateDict
 from harness.records import RecordBook
 from harness.reshard.consolidated import weights_dtype
@@ -64,7 +65,10 @@ def capture_state(ctx: Context, phase: Phase) -> StateDict:
     assert ctx.accelerator is not None and ctx.train_pass is not None
     state = {
         "records": ctx.records,
-        "ctx": {"hparams": ctx.hparams, "opt_hparams": ctx.opt_hparams},
+        "ctx": {
+            "hparams": encode_hparams(ctx.hparams),
+            "opt_hparams": encode_hparams(ctx.opt_hparams),
+        },
         "position": asdict(get_position(ctx, phase)),
         "accelerator": ctx.accelerator.state_dict(),
         "extra": get_extra_states(ctx.model),
@@ -153,8 +157,8 @@ def describe_fit(ctx: Context) -> dict[str, Any]:
     assert ctx.accelerator is not None
     return {
         "model": f"{type(model).__module__}:{type(model).__qualname__}",
-        "hparams": str(ctx.hparams),
-        "opt_hparams": str(ctx.opt_hparams),
+        "hparams": str(encode_hparams(ctx.hparams)),
+        "opt_hparams": str(encode_hparams(ctx.opt_hparams)),
         "rows": _count_rows(getattr(data, "dataset", None)),
         "data": _digest_data(getattr(data, "dataset", None)),
         "batch_size": getattr(data, "batch_size", None),

@@ -9,9 +9,9 @@ import importlib
 import json
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import msgspec
 import torch
@@ -26,7 +26,12 @@ from harness.checkpoint.format import (
     write_tensors,
 )
 from harness.errors import CheckpointError
-from harness.reshard.consolidated import STATE_ERRORS, ConsolidatedState
+from harness.pytree import flatten, restore
+from harness.reshard.consolidated import (
+    STATE_ERRORS,
+    ConsolidatedState,
+    shape_lazy_parameters,
+)
 from tracking.durable import replace_file, replace_folder
 from tracking.errors import describe_mismatch
 
@@ -106,8 +111,9 @@ def load_weights(model: nn.Module, path: Path, *, strict: bool = True) -> Weight
     CheckpointError
         If there are no weights at `path`, or, with `strict`, they do not fit.
     """
-    live = _get_tensors(model)
     saved = _read_weights(path, model)
+    shape_lazy_parameters(model, saved)
+    live = _get_tensors(model)
     both = [name for name in live if name in saved]
     taken = {id(live[name]) for name in both}  # tied weights have several names
     report = WeightsReport(
@@ -175,6 +181,8 @@ class SavedModel:
         Version of the folder.
     module
         Where the model's class can be imported: ``module:qualified.name``.
+    other_weights
+        Plan of what a weight file cannot hold as it is; see ``harness.pytree.flatten``.
     """
 
     format: int = SAVED_MODEL_FORMAT
@@ -183,10 +191,11 @@ class SavedModel:
     opt_hparams: dict[str, Any]
     records: dict[str, Any]
     run_id: str | None = None
+    other_weights: dict[str, Any] = field(default_factory=dict)
 
 
 def write_saved_model(
-    path: Path, weights: Mapping[str, Tensor], about: SavedModel
+    path: Path, weights: Mapping[str, object], about: SavedModel
 ) -> None:
     """Write a saved model into a folder, completely or not at all.
 
@@ -195,30 +204,37 @@ def write_saved_model(
     path
         Folder. An earlier saved model is replaced; anything else is left alone.
     weights
-        Tensors by name.
+        State dict of the model: tensors, and extra states of modules, by name.
     about
         The rest.
 
     Raises
     ------
     CheckpointError
-        If `path` holds something else, or `about` cannot be written as JSON.
+        If `path` holds something else.
+    TypeError
+        If a module's extra state cannot be written; the message names it.
     """
     if path.exists() and not (path / SAVED_MODEL).is_file():
         msg = f"save({str(path)!r}): expected a new path or an earlier saved model."
         raise CheckpointError(f"{msg} Found something else; choose another path.")
-    try:
-        text = json.dumps(vars(about), indent=1)
-    except TypeError as exc:
-        msg = f"save({str(path)!r}): expected hparams and records as JSON, got: {exc}."
-        raise CheckpointError(f"{msg} Use numbers, strings, lists and dicts.") from exc
+    plan, tensors = flatten(
+        {name: v for name, v in weights.items() if not _is_plain_tensor(v)}, "$"
+    )
+    tensors |= {name: v for name, v in weights.items() if _is_plain_tensor(v)}
+    text = json.dumps(vars(replace(about, other_weights=plan)), indent=1)
     with replace_folder(path) as temporary:
-        tensors = {name: value.contiguous().clone() for name, value in weights.items()}
+        tensors = {name: value.contiguous().clone() for name, value in tensors.items()}
         save_file(tensors, temporary / SAVED_WEIGHTS)
         (temporary / SAVED_MODEL).write_text(text, encoding="utf-8")
 
 
-def read_saved_model(path: Path) -> tuple[dict[str, Tensor], SavedModel]:
+def _is_plain_tensor(value: object) -> TypeGuard[Tensor]:
+    """Whether a weight file holds the value as it is: no complex tensor, no extra state."""
+    return isinstance(value, Tensor) and not value.is_complex()
+
+
+def read_saved_model(path: Path) -> tuple[dict[str, Any], SavedModel]:
     """Read weights and description of a saved model.
 
     Raises
@@ -228,10 +244,15 @@ def read_saved_model(path: Path) -> tuple[dict[str, Tensor], SavedModel]:
     """
     about = _read_about(path)
     try:
-        return load_file(path / SAVED_WEIGHTS), about
+        tensors = load_file(path / SAVED_WEIGHTS)
+        others = restore(about.other_weights, tensors)
+    except ValueError as exc:
+        raise CheckpointError(f"load({str(path)!r}): {exc}") from exc
     except (SafetensorError, OSError) as exc:
         msg = f"load({str(path)!r}): expected complete weights in {SAVED_WEIGHTS}, got: {exc}."
         raise CheckpointError(f"{msg} Take another copy.") from exc
+    weights = {n: v for n, v in tensors.items() if not n.startswith("$/")}
+    return weights | others, about
 
 
 def _read_about(path: Path) -> SavedModel:

@@ -228,10 +228,12 @@ def as_number(value: object, place: str) -> Any:
 def join(outputs: Sequence[Any]) -> Any:
     """Outputs of several batches as one, in the same form, on the CPU.
 
-    Tensors are concatenated, also in tuples and mappings; outputs of any other kind
-    become a list.
+    Tensors are concatenated, also in tuples and mappings. Tensors of other widths, and
+    outputs of any other kind or of several forms, become a list with one item a batch.
     """
     first = outputs[0] if outputs else None
+    if len({_form_of(output) for output in outputs}) > 1:
+        return list(outputs)
     if isinstance(first, Tensor) and first.dim():
         return torch.cat([output.cpu() for output in outputs])
     if isinstance(first, Mapping):
@@ -240,3 +242,12 @@ def join(outputs: Sequence[Any]) -> Any:
     if isinstance(first, tuple) and not isinstance(first, PackedSequence):
         return with_items(first, [join(item) for item in zip(*outputs, strict=True)])
     return list(outputs)
+
+
+def _form_of(output: object) -> object:
+    """What outputs must have in common to be joined."""
+    if isinstance(output, Tensor):
+        return Tensor, output.layout, output.shape[1:], output.dim(), output.is_nested
+    if isinstance(output, Mapping):
+        return type(output), frozenset(output)
+    return type(output), len(output) if isinstance(output, tuple) else None

@@ -11,6 +11,7 @@ from operator import itemgetter
 
 import torch
 from torch import Size, Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from harness.errors import CheckpointError
 from harness.pytree import StateDict
@@ -49,6 +50,29 @@ def copy_tensors(
     with torch.no_grad():
         for name, value in live.items():
             value.copy_(saved[name])
+
+
+def shape_lazy_parameters(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
+    """Give the parameters and buffers of lazy layers the shapes that they had when saved."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    for name, live in tensors:
+        if is_lazy(live) and name in saved:
+            live.materialize(saved[name].shape)
+
+
+def shape_buffers(model: nn.Module, saved: Mapping[str, Tensor]) -> list[str]:
+    """Give buffers the shapes that they had when saved, since a model may change them.
+
+    Returns
+    -------
+    Names of the buffers whose shapes were others. Their values are not set.
+    """
+    changed = []
+    for name, live in model.named_buffers():
+        if name in saved and not is_lazy(live) and live.shape != saved[name].shape:
+            live.data = live.new_empty(saved[name].shape)
+            changed.append(name)
+    return changed
 
 
 def weights_dtype(model: nn.Module) -> str:

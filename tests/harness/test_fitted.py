@@ -9,6 +9,8 @@ import shutil
 import struct
 import sys
 import types
+from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -194,17 +196,128 @@ def test_save_replaces_an_earlier_model_only(fitted, saved, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["net", "thesis"]
 
 
-def test_save_hparam_that_is_no_json_is_told(tmp_path):
-    learner = net_learner()
+def own_act(x):
+    return x.clamp(min=0)
+
+
+class Level(Enum):
+    LOW = 1
+
+
+class AnyHparams(nn.Module):
+    """Keeps its hparams as they come."""
+
+    def __init__(self, **hparams) -> None:
+        super().__init__()
+        self.fc, self.kept = nn.Linear(2, 3), hparams
+
+    def forward(self, x):
+        return self.fc(x)
+
+
+REBUILT = {
+    "kind": nn.GELU,
+    "own_function": own_act,
+    "c_function": torch.tanh,
+    "functional": nn.functional.relu,
+    "enum": Level.LOW,
+    "path": Path("a/b"),
+    "set": {"a", "b"},
+    "nested": {"sizes": (1, 2), 3: [frozenset({1.5})]},
+    "partial": partial(own_act, nn.ReLU),
+    "dtype": torch.bfloat16,
+    "device": torch.device("cpu"),
+    "nan": math.inf,
+}
+
+
+def is_same(one, two) -> bool:
+    if isinstance(one, partial):
+        return (one.func, one.args, one.keywords) == (two.func, two.args, two.keywords)
+    return one is two or (type(one) is type(two) and one == two)
+
+
+def test_hparams_of_any_kind_are_checkpointed_saved_and_rebuilt(tmp_path):
     learner = harness.setup(
-        lambda drop: Net(), loss=learner.loss, optimizer=torch.optim.SGD
-    ).set_hparams(drop=nn.Dropout)
+        AnyHparams, loss=nn.functional.cross_entropy, optimizer=torch.optim.SGD
+    ).set_hparams(**REBUILT, weights=torch.tensor([0.5, 2.0]))
+    save = harness.callbacks.ModelCheckpoint(tmp_path / "c")
+    fitted = learner.fit(DATA, 1, callbacks=[save], tracker=False, verbose=False)
+    fitted.save(tmp_path / "net")
+    kept: Any = harness.load(tmp_path / "net").model.kept
+    assert {
+        name: is_same(REBUILT[name], kept[name]) for name in REBUILT
+    } == dict.fromkeys(REBUILT, True)
+    assert torch.equal(kept["weights"], torch.tensor([0.5, 2.0]))
+    again = harness.callbacks.ResumeFromCheckpoint(tmp_path / "c", strict=True)
+    learner.fit(DATA, 2, callbacks=[again], tracker=False, verbose=False)
+
+
+def test_hparams_that_cannot_be_rebuilt_are_told_at_the_save(tmp_path):
+    learner = harness.setup(
+        AnyHparams, loss=nn.functional.cross_entropy, optimizer=torch.optim.SGD
+    ).set_hparams(act=lambda x: x, layer=nn.Linear(1, 1), size=2)
     fitted = learner.fit(DATA, 1, tracker=False, verbose=False)
-    with pytest.raises(
-        harness.CheckpointError, match="expected hparams and records as"
-    ):
+    with pytest.warns(UserWarning, match=r"got only text for \['act', 'layer'\]"):
         fitted.save(tmp_path / "net")
-    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(harness.CheckpointError, match=r"text for \['act', 'layer'\]"):
+        harness.load(tmp_path / "net")
+    again = harness.load(tmp_path / "net", module=lambda **_: AnyHparams())
+    assert torch.equal(again.predict(DATA[0]), fitted.predict(DATA[0]))
+
+
+def test_hparam_that_names_a_function_of_another_package_is_not_found(fitted, saved):
+    about = json.loads((saved / SAVED_MODEL).read_text())
+    about["hparams"]["hidden"] = {"$import": "shutil:rmtree"}
+    (saved / SAVED_MODEL).write_text(json.dumps(about))
+    with pytest.raises(harness.CheckpointError, match=r"text for \['hidden'\]"):
+        harness.load(saved)
+
+
+def test_save_of_a_model_from_a_function_tells_that_load_needs_it(tmp_path):
+    learner = harness.setup(
+        lambda: Net(), loss=nn.functional.cross_entropy, optimizer=torch.optim.SGD
+    )
+    fitted = learner.fit(DATA, 1, tracker=False, verbose=False)
+    with pytest.warns(UserWarning, match=r"can be imported, .* will need module="):
+        fitted.save(tmp_path / "net")
+
+
+class Odd(Net):
+    """A complex buffer, extra state, and a buffer that grows."""
+
+    queue: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("freqs", torch.polar(torch.ones(3), torch.arange(3.0)))
+        self.register_buffer("queue", torch.zeros(0))
+        self.count = 0
+
+    def forward(self, x):
+        if self.training:
+            self.count += 1
+            self.queue = torch.cat([self.queue, torch.ones(1)])
+        return super().forward(x)
+
+    def get_extra_state(self):
+        return {"count": self.count}
+
+    def set_extra_state(self, state):
+        self.count = state["count"]
+
+
+def test_complex_buffers_extra_state_and_grown_buffers_are_saved(tmp_path):
+    learner = harness.setup(
+        Odd, loss=nn.functional.cross_entropy, optimizer=torch.optim.SGD
+    )
+    fitted = learner.fit(DATA, 2, tracker=False, verbose=False)
+    fitted.save(tmp_path / "net")
+    fitted.save_weights(tmp_path / "net.safetensors")
+    again: Any = harness.load(tmp_path / "net").model
+    assert torch.equal(again.freqs, fitted.model.freqs)
+    assert (again.count, len(again.queue)) == (2, 2)
+    assert fitted.load_weights(tmp_path / "net.safetensors").is_complete
 
 
 class Canary:

@@ -87,7 +87,7 @@ def test_restore_of_numpy_values_gives_arrays_and_numbers() -> None:
     [
         ({"a": [{1, 2}]}, r"state/a/0: expected numbers, strings, tensors"),
         ({"f": print}, r"state/f: expected numbers, strings, tensors"),
-        (torch.eye(2).to_sparse(), "state: expected a dense tensor of a common dtype"),
+        (torch.eye(2).to_mkldnn(), "state: expected a dense tensor of a common dtype"),
     ],
 )
 def test_flatten_of_anything_else_names_its_path(value: Any, match: str) -> None:
@@ -243,3 +243,13 @@ def test_named_leaves_joins_names_by_slashes() -> None:
     value = {"loss": 1, "f1": {"0": 2, "1": {"x": [3]}}, "none": {}}
     found = [("loss", 1), ("f1/0", 2), ("f1/1/x", [3])]
     assert list(named_leaves(value)) == found
+
+
+def test_restore_sparse_tensor_is_the_same():
+    rows, values = [[2, 0, 2]], [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]
+    sparse = torch.sparse_coo_tensor(rows, values, (4, 2), check_invariants=True)
+    for value in (sparse, sparse.coalesce()):
+        found = restore(*flatten({"grad": value}))["grad"]
+        assert found.is_coalesced() == value.is_coalesced()
+        assert torch.equal(found._indices(), value._indices())
+        assert torch.equal(found._values(), value._values())

@@ -140,3 +140,21 @@ def test_finish_takes_the_counters_off():
     accelerator.finish()
     opt.step()
     assert accelerator.steps == {"opt": 1}
+
+
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, float("inf")])
+def test_clip_of_sparse_gradients_equals_that_of_dense_ones(norm_type):
+    found = []
+    for sparse in (True, False):
+        torch.manual_seed(0)
+        model = torch.nn.EmbeddingBag(9, 2, sparse=sparse, mode="sum")
+        accelerator = SingleDevice("cpu")
+        opt = torch.optim.SGD(model.parameters(), lr=1.0)
+        accelerator.prepare(model, {"opt": opt})
+        model(torch.tensor([[1, 1, 3], [3, 4, 8]])).pow(2).sum().backward()
+        norm = accelerator.clip(0.5, "opt", norm_type)
+        found.append((norm, model.weight.grad.to_dense()))
+        accelerator.finish()
+    (norm, grad), (dense_norm, dense_grad) = found
+    torch.testing.assert_close(norm, dense_norm)
+    torch.testing.assert_close(grad, dense_grad)

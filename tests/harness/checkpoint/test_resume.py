@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+import harness
 from tests.harness.exact import (
     BATCHES,
     CASES,
@@ -227,3 +229,63 @@ def test_resume_from_a_state_put_together_again_equals_the_unbroken_fit(
     fit(case, tmp_path / "broken", ("on_train_batch_end", 9))
     rewritten(tmp_path / "broken" / "saved", lambda state: None)
     assert differences(fit(case, tmp_path / "broken"), unbroken) == []
+
+
+class Growing(nn.Module):
+    """A buffer that grows by one row a batch."""
+
+    queue: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 1)
+        self.register_buffer("queue", torch.zeros(0))
+
+    def forward(self, x):
+        if self.training:
+            self.queue = torch.cat([self.queue, torch.ones(1)])
+        return self.fc(x)
+
+
+CHANGING_MODELS = {
+    "lazy": lambda: nn.Sequential(
+        nn.LazyLinear(3), nn.LazyBatchNorm1d(), nn.LazyLinear(1)
+    ),
+    "growing": Growing,
+}
+
+
+@pytest.mark.parametrize("name", CHANGING_MODELS)
+def test_resume_of_tensors_that_get_their_shape_in_training_is_exact(name, tmp_path):
+    data = (torch.arange(64.0).reshape(16, 4) / 64, torch.arange(16.0).reshape(16, 1))
+    learner = harness.setup(
+        CHANGING_MODELS[name], loss=nn.MSELoss(), optimizer=torch.optim.SGD
+    ).set_opt_hparams(lr=0.01, momentum=0.9)
+
+    def fit(epochs, *own):
+        options = {"dataloader_options": {"batch_size": 8}, "tracker": False}
+        fitted = learner.fit(data, epochs, seed=1, callbacks=own, **options)
+        return fitted.model.state_dict()
+
+    whole = fit(3)
+    fit(2, harness.callbacks.ModelCheckpoint(tmp_path))
+    resume = harness.callbacks.ResumeFromCheckpoint(tmp_path, strict=True)
+    resumed = fit(3, resume)
+    assert {n: torch.equal(v, resumed[n]) for n, v in whole.items()} == dict.fromkeys(
+        whole, True
+    )
+
+
+def test_keep_best_model_takes_the_shape_of_a_buffer_back():
+    x = torch.ones(16, 4)
+    learner = harness.setup(Growing, loss=nn.MSELoss(), optimizer=torch.optim.SGD)
+    # A rate that diverges: the first epoch is the best.
+    fitted = learner.set_opt_hparams(lr=10.0).fit(
+        (x, x[:, :1]),
+        3,
+        (x, x[:, :1]),
+        callbacks=[harness.callbacks.KeepBestModel()],
+        dataloader_options={"batch_size": 8},
+        tracker=False,
+    )
+    assert len(fitted.model.queue) == 2

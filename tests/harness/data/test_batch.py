@@ -260,3 +260,22 @@ def test_join_of_other_outputs_is_a_list(outputs):
     found = join(outputs)
     assert type(found) is list
     assert all(a is b for a, b in zip(found, outputs, strict=True))
+
+
+def test_join_of_other_widths_is_a_list_by_batch():
+    wide, narrow = torch.ones(2, 3), torch.ones(2, 1)
+    assert join([wide, narrow]) == [wide, narrow]
+    found = join([{"a": wide, "b": wide}, {"a": wide, "b": narrow}])
+    assert found["a"].shape == (4, 3)
+    assert [item.shape for item in found["b"]] == [(2, 3), (2, 1)]
+    pair = join([(wide, wide), (narrow, wide)])
+    assert [item.shape for item in pair[0]] == [(2, 3), (2, 1)]
+    assert pair[1].shape == (4, 3)
+
+
+def test_join_of_other_forms_is_a_list_by_batch():
+    one = torch.ones(2)
+    for outputs in ([one, {"a": one}], [{"a": one}, {"b": one}], [(one,), (one, one)]):
+        assert join(outputs) is not outputs
+        assert len(join(outputs)) == 2
+        assert type(join(outputs)) is list
