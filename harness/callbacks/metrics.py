@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from time import perf_counter
 
 from harness.callback import Callback
 from harness.metrics.loss import has_nan
@@ -11,11 +10,8 @@ from harness.metrics.sets import MetricSet
 from harness.metrics.split import SplitMetrics
 from harness.pytree import StateDict
 
-LOOK_S = 1.0
-"""Seconds after which losses on a device are read to look for a NaN."""
-
-LOOK_BATCHES = 512
-"""Batches after which they are read at the latest."""
+LOOK_BATCHES = 128
+"""Batches after which losses on a device are read to look for a NaN: a read waits for it."""
 
 
 class Metrics(Callback):
@@ -37,7 +33,6 @@ class Metrics(Callback):
     def __init__(self, metrics: MetricSet) -> None:
         self.metric_set = metrics
         self._has_warned: set[str] = set()
-        self._looked_at = 0.0
 
     def _start(self, split: str) -> None:
         ctx = self.ctx
@@ -64,15 +59,12 @@ class Metrics(Callback):
             self._look_for_nan(split)
 
     def _look_for_nan(self, split: str) -> None:
-        """Warn of the first NaN loss: at once on the CPU, within a second on a device."""
+        """Warn of the first NaN loss: at once on the CPU, within 128 batches on a device."""
         is_nan = has_nan(self.ctx.loss)
         if is_nan:
             self._warn_of_nan(split, 0)
-        elif is_nan is None:
-            now, iter = perf_counter(), self.ctx.iter or 0
-            if now - self._looked_at >= LOOK_S or iter % LOOK_BATCHES == 0:
-                self._looked_at = now
-                self._look_at_waiting(split)
+        elif is_nan is None and (self.ctx.iter or 0) % LOOK_BATCHES == 0:
+            self._look_at_waiting(split)
 
     def _look_at_waiting(self, split: str) -> None:
         ago = self._get(split).loss.find_nan()
