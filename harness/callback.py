@@ -1,4 +1,4 @@
-"""Base class of callbacks, and the call of all that listen to an event."""
+"""Base class of callbacks, and how events and the context reach them and the model."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from harness.events import EVENTS, check_event
 from harness.pytree import StateDict
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from harness.context import Context
 
 
@@ -138,3 +140,17 @@ class Listeners:
                 raise
         if raised is not None:
             raise raised
+
+
+def bind_context(model: nn.Module | None, ctx: Context | None) -> None:
+    """Set ``ctx`` of a model, and of the user's own module inside a compiled one.
+
+    None removes it.
+    """
+    while model is not None:
+        if ctx is None:
+            model.__dict__.pop("ctx", None)
+        else:
+            model.__dict__["ctx"] = ctx
+        # torch 2.13, OptimizedModule: the methods of the user's module see only that one.
+        model = model.__dict__.get("_modules", {}).get("_orig_mod")

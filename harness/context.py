@@ -6,15 +6,14 @@ It holds state and has no training logic. Logged values go to ``records`` and to
 from __future__ import annotations
 
 import sys
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
 from harness import setup_checks as checks
-from harness.callback import Callback, Listeners
+from harness.callback import Callback, Listeners, bind_context
 from harness.data import batch as batches
 from harness.data.batch import Batch
 from harness.data.loaders import Loader
@@ -27,6 +26,7 @@ from harness.records import (
     format_metrics,
     metrics_frame,
 )
+from tracking.errors import is_terminal
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -42,8 +42,7 @@ if TYPE_CHECKING:
 
 Handlers = dict[type[BaseException], Callable[[BaseException], object]]
 
-NO_LIMIT = 999_999_999
-"""``max_epochs`` where none was given."""
+NO_LIMIT = 999_999_999  # ``max_epochs`` where none was given
 
 
 @dataclass(slots=True, init=False, eq=False, repr=False)
@@ -66,7 +65,7 @@ class Context:
     References
     ----------
     luz 0.5.0, ``context``. Differs from luz: all contexts have the same fields; `step`,
-    `steps`, `run` and ``log_step`` are new.
+    `steps`, `run` and ``log_step`` are new; ``log`` fills a gap before its index with None.
     """
 
     # Kept after training.
@@ -96,7 +95,7 @@ class Context:
     backward: Callable[[Tensor], object] | None  #: called with the loss
     _verbose: bool
     _callbacks: tuple[Callback, ...]
-    _listeners: Listeners
+    listeners: Listeners  #: methods of callbacks, by event
     _optimizers: dict[str, Optimizer]
     # For this batch.
     training: bool  #: True in the training part of an epoch
@@ -172,10 +171,6 @@ class Context:
         ------
         TypeError
             If the value holds something that cannot be recorded; the error names its path.
-
-        References
-        ----------
-        luz 0.5.0, ``context$log``. Differs from luz: a gap before `index` is filled with None.
         """
         kept = copy_logged(value) if type(value) is not float else value
         index = self.record_book.check_index(what, set, index)
@@ -200,12 +195,13 @@ class Context:
             self.log_step({name: value})
             self.add_to_mean(name, value)
             return
-        series = self.record_book.values.get("metrics", {}).get(split)
+        series = self.record_book.get_series("metrics", split)
         if type(value) is float and series and epoch == len(series):
             current = series[-1]
             if type(current) is dict:  # the common call, at a third of the time
+                logged = {name: value}
                 self.run.log(
-                    "metrics", split, {name: value}, epoch, epoch=epoch, step=self.step
+                    "metrics", split, logged, epoch, epoch=epoch, step=self.step
                 )
                 current[name] = value
                 return
@@ -214,46 +210,16 @@ class Context:
     def add_to_mean(self, name: str, value: object) -> None:
         """Add a value of this batch to a metric that is a mean over the epoch's rows.
 
-        Parameters
-        ----------
-        name
-            Name of the metric.
-        value
-            A number, a tensor with one element, or a dict of those by optimizer name.
-
-        Raises
-        ------
-        TypeError, ValueError
-            If the value is something else.
+        It is a number, a tensor with one element, or a dict of those by optimizer name.
         """
-        items = value if isinstance(value, Mapping) else {"": value}
-        kept = {
-            key: item.detach().clone() if isinstance(item, Tensor) else item
-            for key, item in (
-                (key, batches.as_number(item, f"ctx.log_metric({name!r})"))
-                for key, item in items.items()
-            )
-        }
+        numbers = batches.copy_numbers(value, f"ctx.log_metric({name!r})")
         if self.batch_values is not None:
-            self.batch_values.append((name, kept))
-
-    def count_batch_values(self) -> None:
-        """Add what this batch logged to the means of the epoch."""
-        values = self.batch_values
-        if not values or self.metrics is None:
-            return
-        split = self.metrics["train" if self.training else "valid"]
-        is_counted = self.accelerator is None or self.accelerator.counted != 0
-        split.add_values(values, self.rows if is_counted else 0)
-        values.clear()
+            self.batch_values.append((name, numbers))
 
     def log_step(self, values: Mapping[str, object]) -> None:
-        """Log numbers of this optimizer step to the journal only; memory does not grow.
+        """Log numbers or 0-d tensors of this optimizer step, by name, to the journal only.
 
-        Parameters
-        ----------
-        values
-            Number or 0-d tensor by name; MLflow shows the series ``<set>/<name>_step``.
+        Memory does not grow. MLflow shows the series ``<set>/<name>_step``.
         """
         split = "train" if self.training else "valid"
         self.run.log_step(values, self.step, set=split, epoch=self.epoch)
@@ -288,28 +254,21 @@ class Context:
 
     def unsafe_set_records(self, records: Records) -> None:
         """Replace all records; warn if training metrics are overwritten."""
-        if self.record_book.get_series("metrics", "train"):
-            msg = "unsafe_set_records: expected no training metrics, got some. They are lost."
-            warnings.warn(msg, stacklevel=2)
-        self.record_book = RecordBook(records)
+        self.record_book = self.record_book.replace(records)
 
     def set_verbose(self, verbose: bool | None = None) -> None:
         """Switch the display on or off; None: on if a person watches."""
         if verbose is None:  # a terminal, a notebook or a Python prompt
-            verbose = hasattr(sys, "ps1") or sys.stderr.isatty()
+            verbose = hasattr(sys, "ps1") or is_terminal()
         self._verbose = bool(verbose)
 
     def call_callbacks(self, name: str) -> None:
         """Call every callback that listens to the event `name`, in order of weight.
 
-        A signal (``EarlyStop``, ``SkipEpoch``) leaves this method after the last callback,
-        any other exception at once. An unknown event is a ``ValueError``.
+        A signal (``EarlyStop``, ``SkipEpoch``) leaves after the last callback, any other
+        exception at once. An unknown event is a ``ValueError``.
         """
-        self._listeners.call(name)
-
-    def list_silent(self, events: Iterable[str]) -> list[str]:
-        """List the callbacks that listen to these events, if none of them has fired yet."""
-        return self._listeners.list_silent(events)
+        self.listeners.call(name)
 
     def add_note(self, exc: BaseException, where: str) -> None:
         """Add to an exception where it was raised: callback or metric, epoch, iter."""
@@ -324,20 +283,19 @@ class Context:
         self.accelerator = self.train_data = self.valid_data = self.data = None
         self.resume = self.train_pass = self.valid_start = self.stop_signal = None
         self.metrics = self.step_opt = self.loss_fn = self.backward = None
-        self._verbose, self._callbacks, self._listeners = False, (), Listeners()
+        self._verbose, self._callbacks, self.listeners = False, (), Listeners()
         self.training, self.trained = False, 0
         self._rows, self._has_warned_of_rows = None, False
         self.epoch = self._iter = self._batch = self.pred = self.batch_values = None
         self.loss = self.loss_grad = self._opt = self._opt_name = None
 
     def state_dict(self) -> StateDict:
-        """Return ``model``, ``records`` and ``ctx`` (both hparams); unbind the model.
+        """Return ``model``, ``records`` and ``ctx`` (both hparams); unbind the model after a fit.
 
-        During a fit the model stays bound. A checkpoint holds more: see
-        ``harness.checkpoint.state``.
+        A checkpoint holds more: see ``harness.checkpoint.state``.
         """
-        if self.train_pass is None and self._model is not None:
-            self._model.__dict__.pop("ctx", None)
+        if self.train_pass is None:
+            bind_context(self._model, None)
         hparams = {"hparams": self.hparams, "opt_hparams": self.opt_hparams}
         return {"model": self._model, "records": self.records, "ctx": hparams}
 
@@ -350,19 +308,14 @@ class Context:
     def model(self, new: nn.Module | None) -> None:
         if new is not None:
             checks.check_model_names(new, ["ctx"])
-        for module in _bound_modules(self._model):
-            module.__dict__.pop("ctx", None)
+        bind_context(self._model, None)
         self._model = new
-        for module in _bound_modules(new):
-            module.__dict__["ctx"] = self
+        bind_context(new, self)
 
     @property
     def device(self) -> torch.device:
         """Device of the accelerator. Read-only."""
-        if self.accelerator is None:
-            msg = "ctx.device: expected an accelerator, got None. Set ctx.accelerator."
-            raise AttributeError(msg)
-        return self.accelerator.device
+        return checks.check_accelerator(self.accelerator, "ctx.device").device
 
     @property
     def callbacks(self) -> tuple[Callback, ...]:
@@ -374,7 +327,7 @@ class Context:
         self._callbacks = checks.check_callbacks(new)
         for callback in self._callbacks:
             callback.ctx = self
-        self._listeners = Listeners(self._callbacks)
+        self.listeners = Listeners(self._callbacks)
 
     @property
     def verbose(self) -> bool:
@@ -417,10 +370,7 @@ class Context:
         """Rows that the batch counts for in averages; set it to count tokens, for example."""
         if self._rows is not None:
             return self._rows
-        batch = self._batch
-        rows = batches.num_rows(
-            batches.input_of(batch), batches.target_of(batch), self.pred
-        )
+        rows = batches.num_rows(self.input, self.target, self.pred)
         if rows is None and not self._has_warned_of_rows:
             self._has_warned_of_rows = True
             batches.warn_unknown_rows(self._batch)
@@ -498,11 +448,3 @@ class Context:
             msg = f"ctx.{field}: expected one optimizer, got {list(self._optimizers)}."
             raise AttributeError(f"{msg} Set ctx.{field}, or use ctx.optimizers[name].")
         return next(iter(self._optimizers.items()))
-
-
-def _bound_modules(model: nn.Module | None) -> Iterator[nn.Module]:
-    """The model, and the user's own module inside it if it is compiled."""
-    while model is not None:
-        yield model
-        # torch 2.13, OptimizedModule: the methods of the user's module see only that one.
-        model = model.__dict__.get("_modules", {}).get("_orig_mod")

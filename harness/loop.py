@@ -23,6 +23,7 @@ from harness.data.batch import copy_by_value
 from harness.data.train_pass import TrainPass
 from harness.errors import EarlyStop, Interrupted, SkipEpoch
 from harness.events import FIT_EVENTS
+from harness.metrics.split import count_batch_values
 from harness.pytree import map_tensors
 from harness.records import NullRun
 from harness.setup_checks import check_optimizers, parse_epochs
@@ -231,7 +232,7 @@ def train_epoch(ctx: StepContext) -> None:
             step()
             ctx.trained = ctx.iter
             fire("on_train_batch_end")
-            ctx.count_batch_values()
+            count_batch_values(ctx)
     ctx.accelerator.drop_window()
     if is_whole:
         warn_of_silence(ctx, "train", before)
@@ -252,7 +253,7 @@ def valid_epoch(ctx: StepContext) -> None:
             fire("on_valid_batch_begin")
             step()
             fire("on_valid_batch_end")
-            ctx.count_batch_values()
+            count_batch_values(ctx)
     warn_of_silence(ctx, "valid")
     fire("on_valid_end")
 
@@ -263,7 +264,7 @@ def counting_values(ctx: Context) -> Iterator[None]:
     try:
         yield
     finally:
-        ctx.count_batch_values()
+        count_batch_values(ctx)
         ctx.batch_values = None
 
 
@@ -282,7 +283,7 @@ def warn_of_silence(
     if split in ctx.has_warned or not hasattr(ctx.model, "step"):
         return
     name = f"{type(ctx.model).__name__}.step"
-    silent = ctx.list_silent(STEP_EVENTS[split])
+    silent = ctx.listeners.list_silent(STEP_EVENTS[split])
     if steps is not None and steps == ctx.steps:
         msg = f"{name}: expected an optimizer step in epoch {ctx.epoch}, got none."
         advice = "Call ctx.optimize(loss), or return the loss."

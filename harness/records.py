@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -91,6 +92,13 @@ class RecordBook:
                 container[key] = container[key].tolist()
         self._unread.clear()
         return self.values
+
+    def replace(self, records: Records) -> RecordBook:
+        """Return a book of other records; warn if training metrics are lost."""
+        if self.get_series("metrics", "train"):
+            msg = "unsafe_set_records: expected no training metrics, got some. They are lost."
+            warnings.warn(msg, stacklevel=3)
+        return RecordBook(records)
 
     def count(self) -> dict[str, dict[str, int]]:
         """Length of each series; nothing is read from a device."""

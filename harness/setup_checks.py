@@ -11,13 +11,16 @@ import inspect
 import operator
 from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from harness.callback import Callback
 from harness.events import nearest
+
+if TYPE_CHECKING:
+    from harness.accelerators.base import Accelerator
 
 
 def check_setup(
@@ -455,6 +458,20 @@ def check_at_least(place: str, value: float | None, least: float, advice: str) -
     if not value >= least:
         msg = f"{place}: expected at least {least}, got {value!r}."
         raise ValueError(f"{msg} {advice}")
+
+
+def check_accelerator(accelerator: Accelerator | None, place: str) -> Accelerator:
+    """Return the accelerator of a context.
+
+    Raises
+    ------
+    AttributeError
+        If there is none.
+    """
+    if accelerator is None:
+        msg = f"{place}: expected an accelerator, got None. Set ctx.accelerator."
+        raise AttributeError(msg)
+    return accelerator
 
 
 def check_number(place: str, value: object, advice: str) -> None:

@@ -7,7 +7,7 @@ import warnings
 from harness.callback import Callback
 from harness.metrics.loss import has_nan
 from harness.metrics.sets import MetricSet
-from harness.metrics.split import SplitMetrics
+from harness.metrics.split import SplitMetrics, count_batch_values
 from harness.pytree import StateDict
 
 LOOK_BATCHES = 128
@@ -113,7 +113,7 @@ class Metrics(Callback):
 
     def state_dict(self) -> StateDict:
         """Return the states of both splits; a resumed fit repeats an interrupted validation."""
-        self.ctx.count_batch_values()
+        count_batch_values(self.ctx)
         is_training = self.ctx.training
         return {
             split: metrics.state_dict(is_running=is_training and split == "train")

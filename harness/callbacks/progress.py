@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from harness.callback import Callback
 from harness.data.loaders import num_batches
+from tracking.errors import is_terminal, write_stderr
 
 if TYPE_CHECKING:
     from harness.callbacks.progress_bar import ProgressBar
@@ -152,20 +153,14 @@ class Progress(Callback):
         self._stop()
 
     def _write(self, line: str) -> None:
-        sys.stderr.write(line.rstrip() + "\n")
-        sys.stderr.flush()
-
-
-def is_terminal() -> bool:
-    """Return whether progress is shown in a terminal."""
-    return sys.stderr.isatty()
+        write_stderr(line.rstrip() + "\n")
 
 
 def get_terminal_width() -> int:
     """Return the columns of the terminal that shows progress."""
     try:
         return os.get_terminal_size(sys.stderr.fileno()).columns or DEFAULT_WIDTH
-    except (OSError, ValueError):
+    except (AttributeError, OSError, ValueError):
         return DEFAULT_WIDTH
 
 

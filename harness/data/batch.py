@@ -225,6 +225,19 @@ def as_number(value: object, place: str) -> Any:
     return as_scalar(value, place)
 
 
+def copy_numbers(value: object, place: str) -> dict[str, Any]:
+    """Copies of a number, or of a dict of numbers by optimizer name, without their graph.
+
+    A single number gets the name ``""``. Raises as ``as_number`` does.
+    """
+    items = value if isinstance(value, Mapping) else {"": value}
+    numbers = {key: as_number(item, place) for key, item in items.items()}
+    return {
+        key: item.detach().clone() if isinstance(item, Tensor) else item
+        for key, item in numbers.items()
+    }
+
+
 def join(outputs: Sequence[Any]) -> Any:
     """Outputs of several batches as one, in the same form, on the CPU.
 

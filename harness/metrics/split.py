@@ -32,6 +32,7 @@ from harness.pytree import StateDict, map_tensors
 
 if TYPE_CHECKING:
     from harness.accelerators.base import Accelerator
+    from harness.context import Context
 
 GROUP_BATCHES = 32
 """Batches that a metric gets in one update, if the result is the same."""
@@ -271,6 +272,17 @@ def _fresh_copy(item: object) -> Metric:
     metric = copy.deepcopy(item) if isinstance(item, Metric) else as_metric(item)
     metric.reset()
     return metric
+
+
+def count_batch_values(ctx: Context) -> None:
+    """Add the values that were logged in this batch to the means of the epoch."""
+    values = ctx.batch_values
+    if not values or ctx.metrics is None:
+        return
+    split = ctx.metrics["train" if ctx.training else "valid"]
+    is_counted = ctx.accelerator is None or ctx.accelerator.counted != 0
+    split.add_values(values, ctx.rows if is_counted else 0)
+    values.clear()
 
 
 def _shape_of(pred: Tensor, target: Tensor) -> tuple[object, ...]:

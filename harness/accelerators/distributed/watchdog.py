@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 
 from harness.accelerators.distributed.group import PeerError, RankGroup, disconnect
+from tracking.errors import write_stderr
 
 POLL_S = 0.5
 """Seconds between two checks of the launcher and the other ranks."""
@@ -77,8 +78,7 @@ class Watchdog:
             text = (
                 f"rank {self._ranks.rank}: ended because rank {rank} failed: {reason}"
             )
-            print(text, file=sys.stderr)  # noqa: T201 - instead of a traceback
-        sys.stderr.flush()
+            write_stderr(f"{text}\n")  # instead of a traceback
 
     def _poll(self) -> None:
         """Poll until an uncaught exception stops it."""

@@ -37,6 +37,29 @@ def lines(capsys, *callbacks, epochs: Any = 2, **options):
     return [TIME.sub(" T s", line) for line in written.err.splitlines()]
 
 
+class Tee:
+    """Stands for stderr, as programs replace it: it cannot say whether it is a terminal."""
+
+    def write(self, text: str) -> None:
+        pass
+
+
+class Broken(Tee):
+    def write(self, text: str) -> None:
+        raise OSError("closed")
+
+
+@pytest.mark.parametrize(
+    "stderr", [None, Tee(), Broken()], ids=["None", "Tee", "Broken"]
+)
+@pytest.mark.parametrize("verbose", [None, True])
+def test_fit_ends_well_whatever_stderr_is(stderr, verbose, tmp_path):
+    tracker = {"runs_dir": tmp_path, "delivery": False}
+    with redirect_stderr(stderr):
+        fitted = line_learner().fit(slope(4), 2, verbose=verbose, tracker=tracker)
+    assert len(fitted.records["metrics"]["train"]) == 2
+
+
 def test_progress_without_a_terminal_writes_a_line_an_epoch(capsys):
     # x = 0, 1 at w = b = 0: (0 + 4) / 2; with 2: (0 + 4 + 16) / 3
     assert lines(capsys) == [
