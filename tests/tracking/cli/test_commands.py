@@ -23,7 +23,7 @@ from tracking.errors import TrackingError, TrackingWarning
 from tracking.mlflow_store.server import Server
 
 
-@click.group()
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def group():
     """A group as `harness` is one."""
 

@@ -14,7 +14,8 @@ def test_database_of_another_version_stays_and_is_an_error(
     execute_sql(store, "UPDATE alembic_version SET version_num = '0123'")
     run = record()
     run.run.finish()
-    with pytest.raises(GaveUpError, match="out-of-date database schema"):
+    # MLflow before 3.10 says "Can't locate revision".
+    with pytest.raises(GaveUpError, match=r"out-of-date database schema|revision"):
         deliver(run.path, store)
     assert execute_sql(store, "SELECT version_num FROM alembic_version") == [("0123",)]
 
