@@ -1,4 +1,4 @@
-"""A real MLflow for the tests of delivery: databases, a server, and bad connections."""
+"""Real MLflow stores, servers and connections for the tests of delivery."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ Points = list[tuple[str, int, float, int]]
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The user's cache folder, and an environment in which nothing leaves the machine."""
+    """The user's cache folder, and an environment in which MLflow sends nothing out."""
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent  # one for all workers
     fonts = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     with pytest.MonkeyPatch.context() as patch:
-        # Elsewhere matplotlib would look for its fonts anew, which takes seconds.
+        # In another folder matplotlib would search its fonts again, for seconds.
         patch.setenv(
             "MPLCONFIGDIR", os.environ.get("MPLCONFIGDIR", f"{fonts}/matplotlib")
         )
@@ -42,7 +42,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def client_class() -> Any:
-    """The client of MLflow, with MLflow imported; its imports warn of code of others."""
+    """Class of our client, with MLflow imported; the import warns about other code."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import mlflow.store.tracking.sqlalchemy_store  # noqa: F401, PLC0415
@@ -53,7 +53,7 @@ def client_class() -> Any:
 
 @pytest.fixture
 def store(tmp_path: Path) -> str:
-    """Tracking URI of a database that is not there yet."""
+    """Tracking URI of a database that does not exist yet."""
     return f"sqlite:///{tmp_path}/mlflow.db"
 
 
@@ -61,7 +61,7 @@ def store(tmp_path: Path) -> str:
 def record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[..., Recorded]]:
-    """Starts runs that are not delivered by a process of their own."""
+    """Starts runs that no process delivers."""
     monkeypatch.chdir(tmp_path)  # no repository, whose state would be asked for
     runs: list[tracking.Run] = []
 
@@ -81,7 +81,7 @@ def record(
 
 @pytest.fixture
 def make_worker(cache: Path, client_class: Any) -> Callable[..., DeliveryWorker]:
-    """Makes the worker of a run, as the delivery process does."""
+    """Creates the worker of a run as the delivery process does."""
 
     def make(path: Path, store: str, **options: Any) -> DeliveryWorker:
         resolver = RunResolver(path, store, lambda uri: client_class(uri, cache))
@@ -95,7 +95,7 @@ def make_worker(cache: Path, client_class: Any) -> Callable[..., DeliveryWorker]
 def deliver(
     make_worker: Callable[..., DeliveryWorker],
 ) -> Callable[..., DeliveryWorker]:
-    """Delivers a run to the end, in this process."""
+    """Delivers a run completely, in this process."""
 
     def run(path: Path, store: str, **options: Any) -> DeliveryWorker:
         made = make_worker(path, store, **options)
@@ -109,7 +109,7 @@ def deliver(
 def start_delivery(
     make_worker: Callable[..., DeliveryWorker],
 ) -> Callable[..., Delivering]:
-    """Begins to deliver a run, in a thread."""
+    """Starts to deliver a run in a thread."""
 
     def start(path: Path, store: str, **options: Any) -> Delivering:
         return Delivering(make_worker(path, store, **{"patience_s": 300.0, **options}))
@@ -147,7 +147,7 @@ def in_mlflow(client: Callable[[str], Any]) -> Callable[..., Points]:
 
 @pytest.fixture
 def in_journal() -> Callable[[Path], Points]:
-    """All points that a run's journal holds, worked out row by row."""
+    """All points of a run's journal, computed row by row."""
 
     def read(path: Path) -> Points:
         rows = tracking.open(path).records(rank=0).to_pylist()
@@ -171,7 +171,7 @@ def in_journal() -> Callable[[Path], Points]:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A real tracking server with a database of its own."""
+    """A real tracking server with its own database."""
     folder = tmp_path_factory.mktemp("server")
     with Server(f"sqlite:///{folder}/mlflow.db", folder=folder) as started:
         yield started
@@ -179,7 +179,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture
 def connect() -> Iterator[Callable[..., Proxy]]:
-    """Makes connections to a server that can be made bad."""
+    """Creates connections to a server that can fail."""
     made: list[Proxy] = []
 
     def make(*ports: int) -> Proxy:

@@ -33,7 +33,7 @@ def execute_sql(store: str, statement: str) -> list[Any]:
 
 
 class Recorded:
-    """A run with known rows, for delivering; not delivered by itself."""
+    """A run to deliver, with known rows."""
 
     def __init__(self, run: tracking.Run) -> None:
         self.run = run
@@ -47,11 +47,11 @@ class Recorded:
 
 
 class Delivering:
-    """A worker at work in a thread, beside a run that is written in this one."""
+    """Delivers in a thread a run that the test still writes."""
 
-    def __init__(self, made: DeliveryWorker) -> None:
-        self.worker = made
-        self.thread = threading.Thread(target=made.deliver, daemon=True)
+    def __init__(self, worker: DeliveryWorker) -> None:
+        self.worker = worker
+        self.thread = threading.Thread(target=worker.deliver, daemon=True)
         self.thread.start()
 
     @property
@@ -65,17 +65,16 @@ class Delivering:
 
 
 class Proxy:
-    """A connection to a server, as bad as `mode` says.
+    """A connection to a server that fails as `mode` says.
 
     Attributes
     ----------
     mode
-        ``pass``; ``gone`` (does not answer, nor listen once closed); ``error`` (answers
-        500), ``hang`` (takes the request, answers not),
-        ``drop`` (the server has done it, but its answer gets lost), ``refuse 400`` (what
-        holds the text `refused` is refused).
+        ``pass``; ``gone`` (closes connections); ``error`` (answers 500); ``hang``
+        (accepts the request and does not answer); ``drop`` (passes the request on and
+        drops the answer); ``refuse 400`` (refuses requests that contain `refused`).
     num_faults
-        Requests that were not passed on, or whose answer was not.
+        Requests that were not passed on, or whose answer was dropped.
     """
 
     def __init__(self, port: int, listen: int = 0) -> None:
@@ -108,7 +107,7 @@ class Proxy:
     def answer(
         self, handler: http.server.BaseHTTPRequestHandler, port: int, body: bytes
     ) -> None:
-        """Answer a request as the mode says."""
+        """Answer a request, or fail, according to the mode."""
         mode = self.mode
         if mode == "gone":
             handler.close_connection = True
@@ -145,7 +144,7 @@ class Proxy:
         self._reply(handler, reply.status, text)
 
     def close(self) -> None:
-        """Stop listening; again, if need be."""
+        """Stop listening; safe to call twice."""
         if not self._thread.is_alive():
             return
         self.released.set()

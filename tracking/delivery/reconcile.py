@@ -1,7 +1,7 @@
 """Compare all of MLflow's points with the journal, after a rewind or an overwrite.
 
 Both can supersede rows that MLflow already has, and MLflow cannot delete points. Such a
-stale point is accepted for a later row that equals it, as a replay after a resume gives.
+stale point is accepted for a later row that equals it, as in a replay after a resume.
 Where the two differ, only a new MLflow run can show the history.
 
 A rewind is answered by one comparison, once a burst of control rows is over; until then

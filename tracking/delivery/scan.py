@@ -33,6 +33,9 @@ class JournalScan:
     ----------
     rank_dir
         Folder of the rank's records; it may not exist yet.
+    known
+        Earlier scan of the same rank. Its control rows are known from the start, so that
+        rows that it found superseded are not sent again.
 
     Attributes
     ----------
@@ -46,14 +49,15 @@ class JournalScan:
         Latest time of a row.
     """
 
-    def __init__(self, rank_dir: Path) -> None:
+    def __init__(self, rank_dir: Path, known: JournalScan | None = None) -> None:
         self.rank_dir = rank_dir
-        self.tombstones = Tombstones()
+        self.tombstones: Tombstones = known.tombstones if known else Tombstones()
         self.keys = KeyMap()
         self.param_keys = KeyMap()
         self.tag_keys = KeyMap(reserved_prefix="luz.")
         self.last_seq = -1
         self.last_time_ms = 0
+        self._tombstones_seq: int = known._tombstones_seq if known else -1
         self._reader = JournalReader(rank_dir)
         self._flags: Flags = {}
         self._property_rows = [SCHEMA.empty_table()]
@@ -96,8 +100,17 @@ class JournalScan:
         others = rows.filter(pc.is_in(rows["what"].cast(pa.string()), _NON_METRICS))
         if others.num_rows:
             self._property_rows.append(others)
-        if self.tombstones.add(rows) or others.num_rows or is_changed:
+        is_changed |= self._add_control_rows(rows)
+        if is_changed or others.num_rows:
             self._properties = None
+
+    def _add_control_rows(self, rows: pa.Table) -> bool:
+        """Learn what is superseded; whether anything new is."""
+        if self.last_seq <= self._tombstones_seq:
+            return False
+        new = rows.filter(pc.greater(rows["seq"], self._tombstones_seq))
+        self._tombstones_seq = self.last_seq
+        return self.tombstones.add(new)
 
     def _flag_inexact(self, metrics: pa.Table) -> bool:
         """Count the values that MLflow does not store exactly; whether there are any."""

@@ -80,6 +80,8 @@ class DeliveryWorker:
         Writes files that the MLflow run gets once the run has ended.
     redact
         Masks the secrets in a text.
+    lookahead_rows
+        Rows to read ahead of sending.
 
     Attributes
     ----------
@@ -98,6 +100,7 @@ class DeliveryWorker:
         is_sync: bool = False,
         write_summaries: Callable[[Path], list[Path]] = lambda path: [],
         redact: Callable[[str], str] = str,
+        lookahead_rows: int = LOOKAHEAD_ROWS,
     ) -> None:
         self.run_path = run_path
         state = DeliveryState.read_or_none(run_path)
@@ -108,6 +111,7 @@ class DeliveryWorker:
         self._resolver = resolver
         self._is_sync = is_sync
         self._write_summaries = write_summaries
+        self._lookahead_rows = lookahead_rows
         self._rank_dir = get_rank_dir(run_path, 0)
         self._state_file = StateFile(run_path, state, self._count_behind)
         self._retry = RetryPolicy(
@@ -119,6 +123,7 @@ class DeliveryWorker:
         )
         self._next_artifact_at = 0.0
         self._writer: RunWriter
+        self._scan = JournalScan(self._rank_dir)
         self._start_reading(-1)
 
     @property
@@ -182,7 +187,10 @@ class DeliveryWorker:
     def _start_reading(self, position: int) -> None:
         """Read the journal from its first row; send what comes after a position."""
         per_key = self._resolver.manifest.delivery.get("per_key")
-        self._scan = JournalScan(self._rank_dir)
+        # A new MLflow run has none of the rows that are known to be superseded. What an
+        # existing one has is found by comparing the control rows as they are read.
+        known = self._scan if position < 0 else None
+        self._scan = JournalScan(self._rank_dir, known)
         self._cursor = Cursor(position, per_key)
         self._reconciler = Reconciler(
             self._scan,
@@ -237,7 +245,7 @@ class DeliveryWorker:
 
     def _read_ahead(self) -> None:
         """Read new rows, and check what they supersede."""
-        while self._cursor.num_pending < LOOKAHEAD_ROWS:
+        while self._cursor.num_pending < self._lookahead_rows:
             rows = self._scan.read()
             if not rows.num_rows:
                 return

@@ -105,7 +105,7 @@ def _add_tag(found: RunProperties, key: str, text: str) -> None:
 def _add_input(found: RunProperties, context: str, described: dict[str, Any]) -> None:
     """Add a data set. MLflow keeps one context for each name and digest.
 
-    So a data set that is used in a second context gets a digest of its own there.
+    So a data set that is used in a second context gets another digest there.
     """
     more = {k: v for k, v in described.items() if k not in ("name", "digest", "source")}
     text = json.dumps(described, sort_keys=True, default=str)

@@ -1,7 +1,7 @@
-"""Delivery while everything goes wrong: nothing is lost, and nothing is there twice.
+"""Delivery under faults: no row is lost, and none is duplicated.
 
-Faults are real ones: real servers and databases, processes that are killed, requests
-that are answered by an error, not answered, or answered to nobody.
+The faults are real: real servers and databases, killed processes, and requests that are
+answered by an error, not answered, or whose answer is lost.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(tracking.__file__).parents[1
 
 @pytest.fixture
 def is_equal(in_mlflow, in_journal):
-    """Whether MLflow's points are the journal's, each once."""
+    """Checks that MLflow has the points of the journal, each once."""
 
     def compare(path, store):
         state = DeliveryState.read(path)
@@ -141,7 +141,7 @@ def test_rows_that_a_server_refuses_are_found_by_halving(
     assert proxy.num_faults <= 20
 
 
-def test_dead_server_is_given_up_a_while_after_the_trainers_end(
+def test_dead_server_is_given_up_after_the_end_of_training(
     record, make_worker, proxy, is_equal, deliver, server
 ):
     run = record()
@@ -157,7 +157,7 @@ def test_dead_server_is_given_up_a_while_after_the_trainers_end(
     assert is_equal(run.path, server.address)
 
 
-def test_artifact_that_cannot_be_stored_holds_up_no_row(
+def test_artifact_that_cannot_be_stored_delays_no_row(
     record, deliver, proxy, server, is_equal, client
 ):
     run = record()
@@ -264,7 +264,7 @@ for i in itertools.count():
 
 @pytest.fixture
 def trainer(tmp_path):
-    """A trainer that logs until it is killed, and the path of its run."""
+    """A training process that logs until it is killed, and the path of its run."""
     process = subprocess.Popen(
         [sys.executable, "-c", TRAINER],
         cwd=tmp_path,
@@ -280,7 +280,7 @@ def trainer(tmp_path):
 
 
 def delivery_of(path):
-    """Process that delivers a run; None if there is none."""
+    """Id of the process that delivers a run; None if there is none."""
     for proc in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             words = (proc / "cmdline").read_bytes().split(b"\0")
@@ -317,7 +317,7 @@ def test_killed_trainer_and_delivery_leave_what_sync_finishes(
     assert is_equal(path, f"sqlite:///{tmp_path}/mlflow.db")
 
 
-def test_killed_delivery_is_begun_again_by_sync_while_the_run_goes_on(
+def test_killed_delivery_of_a_live_run_is_restarted_by_sync(
     record, store, until, is_equal, client_class, monkeypatch, tmp_path
 ):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
@@ -342,13 +342,13 @@ def test_killed_delivery_is_begun_again_by_sync_while_the_run_goes_on(
 # ------------------------------------------------------------------- the long form
 
 
-def killed_when(made, is_time):
-    """Let a worker work in a process of its own, and kill it; how long it had."""
+def kill_when(worker, is_time):
+    """Deliver in a child process, and kill it; return its lifetime in seconds."""
     began = time.monotonic()
     child = os.fork()
     if child == 0:
         with contextlib.suppress(BaseException):
-            made.deliver()
+            worker.deliver()
         os._exit(0)
     while not is_time(seconds := time.monotonic() - began):
         time.sleep(0.001)
@@ -359,12 +359,12 @@ def killed_when(made, is_time):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
-def test_kills_at_random_instants_lose_and_double_nothing(
+def test_kills_at_random_moments_lose_and_duplicate_nothing(
     record, make_worker, deliver, store, is_equal, seed
 ):
     draw = random.Random(seed)
     run = record()
-    for first in (0, 200):  # the first time the store is made, too
+    for first in (0, 200):  # the first delivery creates the store too
         run.log_curve(200, first=first)
         position = run.run.position()
 
@@ -373,12 +373,12 @@ def test_kills_at_random_instants_lose_and_double_nothing(
             state = DeliveryState.read(run.path)
             return state is not None and state.delivered >= position
 
-        longest_s = 1.2 * killed_when(make_worker(run.path, store), is_delivered)
+        longest_s = 1.2 * kill_when(make_worker(run.path, store), is_delivered)
     first = 400
 
     def kill_one():
         limit_s = draw.uniform(0, longest_s)
-        killed_when(make_worker(run.path, store), lambda seconds: seconds > limit_s)
+        kill_when(make_worker(run.path, store), lambda seconds: seconds > limit_s)
 
     for _ in range(40):
         count = draw.randrange(1, 400)
@@ -398,7 +398,7 @@ def test_kills_at_random_instants_lose_and_double_nothing(
     points = {point[:3] for point in made_points(store, made)}
     wanted = tracking.open(run.path).records(what="metrics")
     assert len(points) == wanted.num_rows == len(made_points(store, made))
-    assert made.num_sent < wanted.num_rows  # the rest is the work of those killed
+    assert made.num_sent < wanted.num_rows  # killed processes sent the rest
     assert deliver(run.path, store, is_sync=True).num_sent == 0
 
 

@@ -265,7 +265,7 @@ def test_burst_of_rewinds_is_answered_by_one_comparison(half):
     assert not run.reconciler.is_requested
 
 
-def test_burst_that_does_not_end_is_answered_all_the_same(half):
+def test_burst_that_does_not_end_is_answered_at_last(half):
     run = half()
     start_s = run.clock.now_s
     while not run.reconciler.is_requested or not run.reconciler.is_due():

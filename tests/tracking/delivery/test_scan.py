@@ -83,3 +83,20 @@ def test_inexact_values_are_counted(record, scan_of):
         "infinite": {"train/x": 2},
         "large_int": {"train/x": 1},
     }
+
+
+def test_second_scan_knows_the_control_rows_of_the_first(record, scan_of):
+    run = record()
+    run.log_curve(5)
+    run.run.rewind(3)
+    run.run.log("metrics", "train", {"loss": 1.0}, index=1, append=False)
+    first = scan_of(run)
+    first.read_all()
+    second = JournalScan(first.rank_dir, first)
+    assert len(second.tombstones.rewinds) == 1
+    third = JournalScan(first.rank_dir, second)  # the second has read nothing
+    third.read_all()
+    assert len(third.tombstones.rewinds) == len(third.tombstones.overwrites) == 1
+    run.run.rewind(2)
+    third.read_all()
+    assert len(third.tombstones.rewinds) == 2

@@ -9,6 +9,7 @@ from datetime import datetime
 import pytest
 
 from tests.tracking.stores import execute_sql, get_run
+from tracking.delivery.state import DeliveryState
 
 CURVE = 30
 
@@ -186,3 +187,38 @@ def test_run_that_was_deleted_does_not_come_back(record, deliver, store):
     shutil.rmtree(run.path)
     made.state.write(run.path)
     assert not run.path.exists()
+
+
+@pytest.mark.parametrize(("lookahead_rows", "num_superseded"), [(1, 1), (1 << 20, 0)])
+def test_rewind_beyond_the_rows_read_ahead_gives_the_same_history(
+    record, deliver, store, in_mlflow, in_journal, lookahead_rows, num_superseded
+):
+    run = record()
+    run.log_curve(50)
+    position = run.run.position()
+    run.log_curve(20, first=50)
+    for _ in range(17):  # more than a block, which is read at once
+        run.run.log("notes", "", dict.fromkeys(map(str, range(1000)), "a word"))
+    run.run.rewind(position)
+    run.log_curve(20, first=50, scale=2.0)
+    run.run.finish()
+    made = deliver(run.path, store, lookahead_rows=lookahead_rows)
+    assert in_mlflow(store, made.state.mlflow_run_id) == in_journal(run.path)
+    assert len(made.state.superseded) == num_superseded
+
+
+@pytest.mark.parametrize("content", [b"", b'{"delivered": "all"}'])
+def test_invalid_state_is_logged_and_counts_as_none(
+    record, deliver, store, in_mlflow, in_journal, caplog, content
+):
+    run = record()
+    run.log_curve(CURVE)
+    run.run.finish()
+    first = deliver(run.path, store)
+    (run.path / "delivery" / "state.json").write_bytes(content)
+    again = deliver(run.path, store)
+    assert "state.json: expected" in caplog.text
+    assert again.num_sent == 0
+    assert again.state.mlflow_run_id == first.state.mlflow_run_id
+    assert in_mlflow(store, again.state.mlflow_run_id) == in_journal(run.path)
+    assert DeliveryState.read(run.path) == again.state

@@ -107,8 +107,8 @@ def test_names_that_mlflow_refuses_are_mapped_and_the_mapping_kept(
     assert keys[7.0] == "train/ü"
     assert keys[100.0] == "train/a/b"
     assert keys[101.0].startswith("train/a/b-")
-    told = json.loads(get_run(client, store, made.state).data.tags["luz.names"])
-    assert told[keys[0.0]] == ["metrics", "train", "a#b"]
-    assert told[keys[101.0]] == ["metrics", "train", "a/b"]
-    assert set(told) == set(made.state.names)
-    assert keys[7.0] not in told
+    mapping = json.loads(get_run(client, store, made.state).data.tags["luz.names"])
+    assert mapping[keys[0.0]] == ["metrics", "train", "a#b"]
+    assert mapping[keys[101.0]] == ["metrics", "train", "a/b"]
+    assert set(mapping) == set(made.state.names)
+    assert keys[7.0] not in mapping
