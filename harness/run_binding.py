@@ -102,8 +102,11 @@ def log_description(ctx: Context, seed: int | None) -> None:
     if not accelerator.is_main:
         return
     opt = next(iter(ctx.optimizers.values()))
-    params = {
-        "model": type(model).__name__,
+    is_known = not any(is_lazy(param) for param in model.parameters())
+    params: dict[str, Any] = {"model": type(model).__name__}
+    if is_known:
+        params["num_params"] = sum(param.numel() for param in model.parameters())
+    params |= {
         "optimizer": type(getattr(opt, "optimizer", opt)).__name__,
         "loss": _name_loss(ctx.loss_fn),
         "epochs": ctx.max_epochs,
@@ -114,8 +117,6 @@ def log_description(ctx: Context, seed: int | None) -> None:
         "world_size": accelerator.world_size,
         "seed": seed,
     }
-    if not any(is_lazy(param) for param in model.parameters()):
-        params["num_params"] = sum(param.numel() for param in model.parameters())
     if ctx.min_epochs:
         params["min_epochs"] = ctx.min_epochs
     params |= ctx.hparams

@@ -183,7 +183,7 @@ def _start_new(
 
 def _undo_start(run: Run, made: Path | None) -> None:
     """Leave nothing of a run whose start failed: no thread, lock or new folder."""
-    run.abandon()
+    run._abandon()
     if made is not None:
         shutil.rmtree(made, ignore_errors=True)
 

@@ -242,7 +242,7 @@ class Run(RowLogger):
             )
         self._delivery.wait(last_seq, wait_s)
 
-    def abandon(self) -> None:
+    def _abandon(self) -> None:
         """Stop recording without ending the run, whose manifest stays as it is."""
         self._status = "killed"
         atexit.unregister(self._finish_at_exit)

@@ -14,7 +14,7 @@ from harness.cli.train import find_fit_arguments, remove_options
 def test_fit_untracked_takes_set_opt_and_epochs(call, folder):
     done = call(
         "fit", "exp_cli.py:experiment", "--no-track", "--set", "hidden=5", "--quiet",
-        "--opt", "lr=0.5", "--epochs", "1,2", "--seed", "7",
+        "--opt", "lr=0.05", "--epochs", "1,2", "--seed", "7",
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     assert "Fitted Net, 26 parameters, 2 epochs" in done.output
