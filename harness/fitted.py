@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from harness.checkpoint.hparams import HparamSource, encode_hparams, name_of
 from harness.checkpoint.weights import (
     SavedModel,
     WeightsReport,
@@ -18,7 +19,6 @@ from harness.checkpoint.weights import (
     write_saved_model,
 )
 from harness.data.loaders import Data
-from harness.hparams import HparamSource, encode_hparams, name_of
 from harness.records import Records, metrics_frame
 
 if TYPE_CHECKING:

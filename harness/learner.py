@@ -23,6 +23,7 @@ from harness.accelerators.select import accelerator as pick_accelerator
 from harness.callback import Callback
 from harness.callbacks import Interrupt, Metrics, Profile, Progress, TrainValid
 from harness.callbacks.resuming import find_resume
+from harness.checkpoint.hparams import HparamSource
 from harness.checkpoint.state import describe_fit
 from harness.checkpoint.weights import (
     find_model_class,
@@ -40,7 +41,6 @@ from harness.data.loaders import (
 )
 from harness.errors import CheckpointError
 from harness.fitted import Evaluation, Fitted
-from harness.hparams import HparamSource
 from harness.loop import EvaluateContext, FitContext, PredictContext
 from harness.metrics.sets import MetricSet, as_metric_set
 from harness.reshard.consolidated import shape_buffers

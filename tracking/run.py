@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import atexit
 import os
+import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NoReturn
 
-from tracking import artifacts, exits
+from tracking import artifacts
 from tracking.delivery.process import DeliveryProcess
 from tracking.errors import warn
 from tracking.row_logger import RowLogger
@@ -64,8 +65,8 @@ class Run(RowLogger):
         self._status = "running"
         self._delivery = DeliveryProcess(path)
         super().__init__(path, rank, durability)
-        self._earlier_error = exits.get_last_error()
-        exits.watch_exit()
+        self._earlier_error = get_last_error()
+        watch_exit()
         atexit.register(self._finish_at_exit)
 
     # ------------------------------------------------------------------- artifacts
@@ -266,7 +267,7 @@ class Run(RowLogger):
 
     def _finish_at_exit(self) -> None:
         """Finish the run by the exception that ended the interpreter, if any."""
-        error = exits.find_error(self._earlier_error)
+        error = find_error(self._earlier_error)
         status = _get_status(error)
         self.finish(status, error if status == "failed" else None)
 
@@ -304,3 +305,56 @@ def _get_status(error: BaseException | None) -> str:
 def utc_now() -> str:
     """Current time in UTC, ISO 8601."""
     return datetime.now(UTC).isoformat()
+
+
+# --------------------------------------------------------- how the interpreter ends
+
+_python_exit: Final = sys.exit
+_uncaught: list[SystemExit] = []
+
+
+class _Exit(SystemExit):
+    """Notes that nobody caught it.
+
+    The interpreter drops it then before it calls exit handlers, when no Python code is
+    running any more. One that was caught is dropped by the code that caught it.
+    """
+
+    def __del__(self) -> None:
+        if sys._getframe().f_back is None:
+            _uncaught.append(SystemExit(self.code))
+
+
+def get_last_error() -> BaseException | None:
+    """Return the last exception that was printed because nobody caught it."""
+    return getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
+
+
+def watch_exit() -> None:
+    """Note the exit code of ``sys.exit`` from now on.
+
+    Python tells exit handlers of an uncaught exception, but not of an exit code. Remove
+    this when it does.
+    """
+    if sys.exit is _python_exit:
+        sys.exit = _exit
+
+
+def _exit(status: Any = None, /) -> NoReturn:
+    """Exit the interpreter by raising SystemExit(status)."""
+    raise _Exit(status)
+
+
+def find_error(earlier: BaseException | None) -> BaseException | None:
+    """Find what ends the interpreter; None if nothing went wrong.
+
+    Parameters
+    ----------
+    earlier
+        What ``get_last_error`` returned when the run started.
+    """
+    error = get_last_error()
+    # A prompt prints errors and continues.
+    if hasattr(sys, "ps1") or sys.flags.interactive or error is earlier:
+        error = None
+    return error or next(iter(_uncaught), None)

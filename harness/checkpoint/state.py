@@ -15,9 +15,9 @@ from torch import nn
 
 from harness.callback import Callback
 from harness.checkpoint.format import Phase, Position
+from harness.checkpoint.hparams import encode_hparams
 from harness.context import Context
 from harness.data.loaders import unwrap_tensors
-from harness.hparams import encode_hparams
 from harness.pytree import StateDict
 from harness.records import RecordBook
 from harness.reshard.consolidated import weights_dtype
