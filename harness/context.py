@@ -17,7 +17,7 @@ from harness.callback import Callback, Listeners, bind_context
 from harness.data import batch as batches
 from harness.data.batch import Batch
 from harness.data.loaders import Loader
-from harness.pytree import StateDict
+from harness.pytree import Options, StateDict
 from harness.records import (
     NullRun,
     RecordBook,
@@ -69,8 +69,8 @@ class Context:
     """
 
     # Kept after training.
-    hparams: dict[str, Any]  #: keyword arguments that built `model`
-    opt_hparams: dict[str, Any]  #: keyword arguments that built `optimizers`
+    hparams: Options  #: keyword arguments that built `model`
+    opt_hparams: Options  #: keyword arguments that built `optimizers`
     steps: dict[str, int]  #: optimizer steps finished, by optimizer name
     record_book: RecordBook  #: keeps `records`; its tensors are unread
     _min_epochs: int

@@ -148,6 +148,9 @@ def named_leaves(
 
 # --------------------------------------------------------------- JSON and tensors
 
+Options = dict[str, Any]
+"""Keyword arguments or settings by name, of any kind."""
+
 StateDict = dict[str, Any]
 """State by name: numbers, strings, tensors, and lists, tuples and dicts of those."""
 

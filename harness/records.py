@@ -65,7 +65,7 @@ class RecordBook:
         at = len(series) if index is None else index
         return series[at - 1] if 1 <= at <= len(series) else None
 
-    def add(self, what: str, set: str, value: Any, index: int, append: bool) -> None:
+    def add(self, what: str, set: str, value: object, index: int, append: bool) -> None:
         """Add a value at an index from 1, or replace what is there."""
         series = self.values.setdefault(what, {}).setdefault(set, [])
         while len(series) < index:

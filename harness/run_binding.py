@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 from torch.nn.parameter import is_lazy
@@ -13,6 +12,7 @@ from torch.nn.parameter import is_lazy
 import tracking
 from harness.context import Context
 from harness.data.loaders import describe_data
+from harness.pytree import Options
 from harness.records import NullRun
 from tracking import capture
 from tracking.schema import flatten_value
@@ -62,7 +62,7 @@ def start_tracking(ctx: Context, tracker: Tracker) -> Iterator[None]:
     given = tracker if isinstance(tracker, Mapping) else {}
     assert ctx.accelerator is not None
     rank, share = ctx.accelerator.rank, ctx.accelerator.broadcast
-    options: dict[str, Any] = dict(given) | find_resumed_run(ctx)
+    options: Options = dict(given) | find_resumed_run(ctx)
     if rank == 0:
         run = tracking.start(**options)
         share(run.id)
@@ -75,7 +75,7 @@ def start_tracking(ctx: Context, tracker: Tracker) -> Iterator[None]:
             run.finish("killed")
 
 
-def find_resumed_run(ctx: Context) -> dict[str, Any]:
+def find_resumed_run(ctx: Context) -> Options:
     """Return arguments that open the run that the fit resumes; none if there is no run."""
     resume = ctx.resume
     if resume is None or not resume.is_exact:
@@ -103,7 +103,7 @@ def log_description(ctx: Context, seed: int | None) -> None:
         return
     opt = next(iter(ctx.optimizers.values()))
     is_known = not any(is_lazy(param) for param in model.parameters())
-    params: dict[str, Any] = {"model": type(model).__name__}
+    params: Options = {"model": type(model).__name__}
     if is_known:
         params["num_params"] = sum(param.numel() for param in model.parameters())
     params |= {

@@ -131,7 +131,7 @@ class AutoResume(ModelCheckpoint):
                 remove_checkpoint(path)
 
 
-def _open_newest(path: Path, **options: Any) -> Resume | None:
+def _open_newest(path: Path, **options: object) -> Resume | None:
     """Open the checkpoint at a path, or the newest undamaged one in it, if there is any."""
     if (path / MANIFEST).is_file():
         return Resume.open(path, **options)

@@ -169,7 +169,7 @@ def get_final_path(temporary: Path) -> Path:
 
 
 def write_rank(
-    temporary: Path, rank: int, plan: Any, tensors: Mapping[str, Tensor]
+    temporary: Path, rank: int, plan: object, tensors: Mapping[str, Tensor]
 ) -> None:
     """Write the files of one rank; tensors must be contiguous, on the CPU."""
     tensor_path, plan_path = (temporary / name for name in _list_rank_files(rank))
@@ -277,7 +277,7 @@ def _bytes_of(tensors: Mapping[str, Tensor]) -> Iterator[Any]:
             yield memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
-def _write_json(path: Path, value: Any) -> FileInfo:
+def _write_json(path: Path, value: object) -> FileInfo:
     return _write_hashed(path, [json.dumps(value, allow_nan=False).encode()])
 
 

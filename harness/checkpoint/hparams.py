@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from harness.pytree import Options
+
 MAX_ELEMENTS = 10_000
 """Larger tensors and arrays are kept as text."""
 
@@ -33,7 +35,7 @@ _BUILTIN_HOMES = ("torch", "torch.nn.functional", "math")
 """Where functions that are written in C and do not know their module are looked for."""
 
 
-def encode_hparams(hparams: Mapping[str, object]) -> dict[str, Any]:
+def encode_hparams(hparams: Mapping[str, object]) -> Options:
     """The hparams as JSON can hold them.
 
     Examples
@@ -60,7 +62,7 @@ class HparamSource:
     home: str = ""
     trust: bool = False
 
-    def decode(self, saved: Mapping[str, object]) -> dict[str, Any]:
+    def decode(self, saved: Mapping[str, object]) -> Options:
         """The hparams; what cannot be rebuilt is its text."""
         return {name: _decode(value, self._find) for name, value in saved.items()}
 
@@ -158,7 +160,7 @@ def name_of(value: object) -> str | None:
     return next((name for name in _names_of(value) if _find(name) is value), None)
 
 
-def _names_of(value: Any) -> Iterator[str]:
+def _names_of(value: object) -> Iterator[str]:
     """Names under which a value may be found."""
     if isinstance(value, Enum):
         yield f"{type(value).__module__}:{type(value).__qualname__}.{value.name}"
@@ -193,7 +195,7 @@ def _has_text(value: object, find: _Find) -> bool:
     return any(_has_text(item, find) for item in value.values())
 
 
-def _decode(value: Any, find: _Find) -> Any:
+def _decode(value: object, find: _Find) -> Any:
     if isinstance(value, list):
         return [_decode(item, find) for item in value]
     if not isinstance(value, dict):
@@ -205,7 +207,7 @@ def _decode(value: Any, find: _Find) -> Any:
     return {key: _decode(item, find) for key, item in value.items()}
 
 
-def _decode_name(value: Any, find: _Find) -> Any:
+def _decode_name(value: object, find: _Find) -> Any:
     found = find(value)
     return str(value) if found is None else found
 

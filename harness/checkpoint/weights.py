@@ -26,7 +26,7 @@ from harness.checkpoint.format import (
     write_tensors,
 )
 from harness.errors import CheckpointError
-from harness.pytree import flatten, restore
+from harness.pytree import Options, flatten, restore
 from harness.reshard.consolidated import (
     STATE_ERRORS,
     ConsolidatedState,
@@ -187,8 +187,8 @@ class SavedModel:
 
     format: int = SAVED_MODEL_FORMAT
     module: str
-    hparams: dict[str, Any]
-    opt_hparams: dict[str, Any]
+    hparams: Options
+    opt_hparams: Options
     records: dict[str, Any]
     run_id: str | None = None
     other_weights: dict[str, Any] = field(default_factory=dict)

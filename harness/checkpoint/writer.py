@@ -6,7 +6,6 @@ import _thread
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -113,7 +112,7 @@ class CheckpointWriter:
 
         self._start(touch)
 
-    def _start(self, work: Callable[..., None], *args: Any) -> None:
+    def _start(self, work: Callable[..., None], *args: object) -> None:
         """Call in a thread that does not delay an exit after a second Ctrl-C."""
         assert self._is_idle is None
         is_idle = self._is_idle = threading.Event()
@@ -142,7 +141,7 @@ class CheckpointWriter:
         return copies
 
     def _write(
-        self, plan: Any, tensors: Mapping[str, Tensor], manifest: Manifest
+        self, plan: object, tensors: Mapping[str, Tensor], manifest: Manifest
     ) -> None:
         """Write the files of this rank and, on rank 0, commit; runs in the background."""
         accelerator, temporary = self._ctx.accelerator, self._temporary

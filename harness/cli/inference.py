@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 @secret_options
 @runs_dir_option
 @json_option
-def evaluate(run: str, runs_dir: Path | None, as_json: bool, **given: Any) -> None:
+def evaluate(run: str, runs_dir: Path | None, as_json: bool, **given: object) -> None:
     """Evaluate the model of RUN on its test or validation data."""
     past = open_run(run, runs_dir)
     with working_folder_of(past):
@@ -53,7 +53,7 @@ def evaluate(run: str, runs_dir: Path | None, as_json: bool, **given: Any) -> No
 @secret_options
 @runs_dir_option
 def predict(
-    run: str, data: Path, to: Path, runs_dir: Path | None, **given: Any
+    run: str, data: Path, to: Path, runs_dir: Path | None, **given: object
 ) -> None:
     """Predict the rows of DATA with the model of RUN.
 

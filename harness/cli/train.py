@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from harness.pytree import Options
 from tracking.cli.commands import open_run, runs_dir_option
 from tracking.redaction import MASK, is_secret
 
@@ -107,7 +108,12 @@ def fit(target: str, **options: object) -> None:
 @runs_dir_option
 @click.pass_context
 def resume(
-    ctx: click.Context, /, run: str, strict: bool, runs_dir: Path | None, **given: Any
+    ctx: click.Context,
+    /,
+    run: str,
+    strict: bool,
+    runs_dir: Path | None,
+    **given: object,
 ) -> None:
     """Resume RUN from its last checkpoint, with its recorded command."""
     past = open_run(run, runs_dir)
@@ -155,7 +161,7 @@ def is_main() -> bool:
     return read_launch().rank == 0
 
 
-def train(experiment: Experiment, options: dict[str, Any]) -> Fitted:
+def train(experiment: Experiment, options: Options) -> Fitted:
     """Fit an experiment with the options of ``harness fit``, and save the model."""
     from harness.callbacks import ModelCheckpoint, ResumeFromCheckpoint  # noqa: PLC0415  imports torch
 
@@ -172,7 +178,7 @@ def train(experiment: Experiment, options: dict[str, Any]) -> Fitted:
                 keep_last=options["keep_checkpoints"],
             )
         )
-    tracker: dict[str, Any] | bool = {
+    tracker: Options | bool = {
         "runs_dir": options["runs_dir"],
         "delivery": not options["no_deliver"],
     }
@@ -188,7 +194,7 @@ def train(experiment: Experiment, options: dict[str, Any]) -> Fitted:
 # ----------------------------------------------------------------- the experiment
 
 
-def load_experiment(target: str, options: dict[str, Any]) -> Experiment:
+def load_experiment(target: str, options: Options) -> Experiment:
     """Build the experiment, and apply the options of ``harness fit`` to it."""
     from harness.errors import ExperimentError  # noqa: PLC0415  next to experiment
     from harness.experiment import (  # noqa: PLC0415  imports torch
@@ -215,7 +221,7 @@ def load_experiment(target: str, options: dict[str, Any]) -> Experiment:
     return replace(experiment, **given)
 
 
-def _read_config(path: Path | None) -> dict[str, Any]:
+def _read_config(path: Path | None) -> Options:
     """Read the arguments in a YAML file."""
     if path is None:
         return {}
@@ -284,7 +290,7 @@ def record_arguments(options: Mapping[str, Any]) -> Callback:
     return RecordArguments()
 
 
-def read_recorded_fit(past: PastRun, given: Mapping[str, Any]) -> dict[str, Any]:
+def read_recorded_fit(past: PastRun, given: Mapping[str, Any]) -> Options:
     """Return the options of the ``harness fit`` that a run recorded.
 
     Parameters

@@ -25,6 +25,7 @@ from torch.utils.data import (
 from torch.utils.data import default_collate as torch_collate
 
 from harness.events import nearest
+from harness.pytree import Options
 
 Loader = DataLoader[Any]
 """Loader of batches of any form."""
@@ -172,7 +173,7 @@ LOADER_OPTIONS = tuple(
 """Options that ``dataloader_options`` may have: the arguments of torch's ``DataLoader``."""
 
 
-def check_options(options: Mapping[str, object] | None) -> dict[str, Any]:
+def check_options(options: Mapping[str, object] | None) -> Options:
     """The options as a dict.
 
     Raises
@@ -255,7 +256,7 @@ def _has_own_order(options: Mapping[str, object]) -> bool:
     return "batch_sampler" in options or options.get("batch_size", 1) is None
 
 
-def _make_loader(dataset: Dataset[Any], options: dict[str, Any]) -> Loader:
+def _make_loader(dataset: Dataset[Any], options: Options) -> Loader:
     if not _has_own_order(options):
         options = {"batch_size": BATCH_SIZE} | options
     return TensorLoader(dataset, **options)
@@ -357,7 +358,7 @@ def split_data(data: object, valid_frac: float) -> tuple[Dataset[Any], Dataset[A
     return Subset(dataset, sorted(train)), Subset(dataset, sorted(valid))
 
 
-def describe_data(loader: Loader) -> dict[str, Any]:
+def describe_data(loader: Loader) -> Options:
     """What a run records about its data: class, rows, shapes, dtypes and batches."""
     dataset = loader.dataset
     about: dict[str, object] = {"dataset": type(dataset).__name__}

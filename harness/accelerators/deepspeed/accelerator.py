@@ -55,7 +55,7 @@ from harness.accelerators.distributed.sharded_loader import shard_loaders
 from harness.accelerators.distributed.shares import ShareTracker
 from harness.accelerators.distributed.watchdog import Watchdog
 from harness.data.batch import Batch, move
-from harness.pytree import StateDict
+from harness.pytree import Options, StateDict
 from harness.reshard.consolidated import parameter_shapes
 
 
@@ -132,7 +132,7 @@ class DeepSpeedAccelerator:
     def _clear(self) -> None:
         """Forget what ``prepare`` made."""
         self._model: nn.Module | None = None
-        self._filled: dict[str, Any] = {}
+        self._filled: Options = {}
         self._engines = EngineSet()
         self._dtypes: dict[str, torch.dtype] = {}
         self._shapes: dict[str, list[int]] = {}

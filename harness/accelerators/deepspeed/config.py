@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.events import nearest
+from harness.pytree import Options
 
 # Top-level keys that DeepSpeed 0.19.8 reads; it silently ignores others. A test compares
 # the list with what the installed version reads.
@@ -138,7 +139,7 @@ class ConfigFacts:
     fields: Mapping[str, Collection[str]] = field(default_factory=dict)
 
 
-def read_config(config: Mapping[str, object] | str | Path | None) -> dict[str, Any]:
+def read_config(config: Mapping[str, object] | str | Path | None) -> Options:
     """Read the config into a new dict.
 
     Parameters
@@ -171,7 +172,7 @@ def read_config(config: Mapping[str, object] | str | Path | None) -> dict[str, A
     return read
 
 
-def _refuse_duplicates(pairs: list[tuple[str, object]]) -> dict[str, Any]:
+def _refuse_duplicates(pairs: list[tuple[str, object]]) -> Options:
     """A dict of the pairs; refuse a duplicate key, which would hide the first value."""
     found = dict(pairs)
     if len(found) < len(pairs):
@@ -259,7 +260,7 @@ def _check_modes(config: Mapping[str, Any], stage: int) -> None:
         raise ValueError(f"{msg} Compile the model with torch.compile instead.")
 
 
-def fill_config(config: Mapping[str, Any], facts: ConfigFacts) -> dict[str, Any]:
+def fill_config(config: Mapping[str, Any], facts: ConfigFacts) -> Options:
     """Replace every ``"auto"`` in the config, ready for DeepSpeed.
 
     Parameters
@@ -345,7 +346,7 @@ def _count(config: Mapping[str, object], name: str) -> int | None:
     return value
 
 
-def _fill_zero(zero: dict[str, Any], facts: ConfigFacts) -> None:
+def _fill_zero(zero: Options, facts: ConfigFacts) -> None:
     """Fill in bucket sizes; no bucket needs to be larger than the whole model."""
     for name, default in _BUCKETS.items():
         if zero.get(name) == "auto":

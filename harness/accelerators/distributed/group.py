@@ -106,7 +106,7 @@ class RankGroup:
         dist.all_gather_object(values, value)
         return values
 
-    def broadcast(self, value: Any, src: int = 0) -> Any:
+    def broadcast(self, value: object, src: int = 0) -> Any:
         """The value that rank `src` holds, with its tensors on this rank's device."""
         if self.world_size == 1:
             return value

@@ -42,6 +42,7 @@ from harness.data.batch import (
     target_of,
 )
 from harness.data.loaders import Loader, unwrap_tensors
+from harness.pytree import Options
 
 CHUNK = 1 << 16
 """Rows of the order that rank 0 sends at once: half a megabyte."""
@@ -189,9 +190,9 @@ def _is_divided(loader: Loader) -> bool:
     )
 
 
-def _copy_loader(loader: Loader, **changes: object) -> Loader:
+def _copy_loader(loader: Loader, **changes: Any) -> Loader:
     """Copy a loader with changed options."""
-    options: dict[str, Any] = {
+    options: Options = {
         name: getattr(loader, name)
         for name in (
             "num_workers",
