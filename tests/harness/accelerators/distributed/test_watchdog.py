@@ -19,8 +19,11 @@ def test_launcher_of_a_process_that_does_not_exist_is_itself() -> None:
 
 def test_launchers_of_deepspeed_are_two_processes() -> None:
     # As DeepSpeed's inner launcher, a child of this process.
-    command = [sys.executable, "-c", "input()", "deepspeed.launcher.launch"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
+    words = ["print('started', flush=True); input()", "deepspeed.launcher.launch"]
+    command = [sys.executable, "-c", *words]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes) as process:
+        assert process.stdout.readline() == b"started\n"  # its command can be read now
         assert find_launchers(process.pid) == (process.pid, os.getpid())
         assert is_alive(process.pid)
         process.communicate(b"\n")
