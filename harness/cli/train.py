@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from harness.pytree import Options
 from tracking.cli.commands import open_run, runs_dir_option
 from tracking.redaction import MASK, is_secret
 
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from harness.callback import Callback
     from harness.experiment import Experiment
     from harness.fitted import Fitted
+    from harness.pytree import Options
     from tracking import PastRun
 
 _REPLAYED = (
