@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from harness.accelerators.base import StepOpt
 from harness.accelerators.deepspeed.state import base_optimizer, master_weights
+from harness.accelerators.single import freeze_parameters
 from harness.reshard.layout import group_members, make_engine_layout
 
 
@@ -78,17 +79,9 @@ class NamedEngine:
 
     # --------------------------------------------------------- forward, backward
 
-    @contextmanager
-    def freeze_others(self) -> Iterator[None]:
+    def freeze_others(self) -> AbstractContextManager[None]:
         """Turn off ``requires_grad`` inside for parameters that the optimizer does not own."""
-        trained = [param for param in self._others if param.requires_grad]
-        for param in trained:
-            param.requires_grad_(False)
-        try:
-            yield
-        finally:
-            for param in trained:
-                param.requires_grad_(True)
+        return freeze_parameters(self._others)
 
     def check_frozen(self) -> None:
         """Refuse parameters that were frozen or unfrozen after ``prepare``: ZeRO would not notice.
