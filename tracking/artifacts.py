@@ -28,6 +28,23 @@ def check_artifact_name(name: str, place: str) -> str:
     return str(path)
 
 
+def find_artifact(folder: Path, name: str) -> Path | None:
+    """Return the file of a recorded artifact; None if the folder has none.
+
+    A link is not followed, and a name may not leave the folder: in a run of somebody else
+    they may lead to any file of this user.
+    """
+    path = folder
+    try:
+        for part in ("", *PurePosixPath(check_artifact_name(name, "artifact")).parts):
+            path = path / part
+            if path.is_symlink():
+                return None
+        return path if path.is_file() else None
+    except (OSError, ValueError):  # such as a name that is too long
+        return None
+
+
 def add_picture_suffix(name: str) -> str:
     """Return a picture's name with ``.png`` unless it ends in a format."""
     has_format = _PICTURE_SUFFIX.fullmatch(PurePosixPath(name).suffix)

@@ -197,7 +197,9 @@ class ProcessLock:
         self._path = path.resolve()
         if self._path in _HELD:
             raise LockHeldError(f"process {os.getpid()} (this one)")
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+        # The file is overwritten, so a link in a run of somebody else is not followed.
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        self._fd = os.open(path, flags)
         try:
             _lock_record(self._fd)
         except LockHeldError:
@@ -219,7 +221,7 @@ def is_locked(path: Path) -> bool:
     if path.resolve() in _HELD:
         return True
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # no pipe
     except OSError:
         return False
     try:

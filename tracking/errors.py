@@ -6,6 +6,13 @@ import contextlib
 import re
 import sys
 import warnings
+from collections.abc import Callable
+from typing import Final
+
+_CONTROL: Final = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+"""Control characters, those that turn the direction of text, and lone surrogates."""
 
 
 class TrackingError(Exception):
@@ -38,10 +45,26 @@ class TrackingWarning(UserWarning):
 
 def warn(message: str) -> None:
     """Warn without raising, even if filters turn warnings into errors."""
+    message = escape_control(message)
     try:
         warnings.warn(message, TrackingWarning, stacklevel=3)
     except Exception:  # noqa: BLE001  also what a replaced stderr raises
         write_stderr(f"{message}\n")
+
+
+def _spell(letter: str) -> str:
+    return letter.encode("unicode_escape").decode()
+
+
+def escape_control(text: str, spell: Callable[[str], str] = _spell) -> str:
+    r"""Spell out the characters that a terminal would obey; tabs and newlines stay.
+
+    Examples
+    --------
+    >>> escape_control("loss" + chr(27) + "[2J") == r"loss\x1b[2J"
+    True
+    """
+    return _CONTROL.sub(lambda match: spell(match.group()), text)
 
 
 def write_stderr(text: str) -> None:

@@ -29,7 +29,7 @@ from harness.reshard.consolidated import (
 )
 from harness.reshard.convert import check_same, has_same_layout
 from harness.rng import set_rng_state
-from tracking.errors import write_stderr
+from tracking.errors import escape_control, write_stderr
 
 if TYPE_CHECKING:
     import tracking
@@ -299,7 +299,7 @@ class Resume:
         """Show the report if progress is shown; drop the state, which is restored now."""
         self._state = None
         if ctx.verbose and ctx.accelerator is not None and ctx.accelerator.is_main:
-            write_stderr(f"{self}\n")
+            write_stderr(f"{escape_control(str(self))}\n")
 
     def __str__(self) -> str:
         lines = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from harness.cli.train import (
     secret_options,
     working_folder_of,
 )
+from tracking.cli import render
 from tracking.cli.commands import json_option, open_run, runs_dir_option
 from tracking.durable import replace_file
 
@@ -42,7 +42,10 @@ def evaluate(run: str, runs_dir: Path | None, as_json: bool, **given: object) ->
         fitted = load_fitted(past, experiment)
     found = experiment.learner.evaluate(fitted, data, verbose=False)
     values = found.records["metrics"]["valid"][0]
-    click.echo(json.dumps(values) if as_json else str(found))
+    if as_json:
+        render.print_json(values)
+    else:
+        render.echo(found)
 
 
 @click.command()
@@ -64,7 +67,7 @@ def predict(
     with working_folder_of(past):
         fitted = load_fitted(past, reload_experiment(past, given))
     write_rows(fitted.predict(rows, verbose=False), to)
-    click.echo(f"{len(rows)} rows -> {to}")
+    render.echo(f"{len(rows)} rows -> {to}")
 
 
 # ------------------------------------------------------------------- what ran before

@@ -5,7 +5,6 @@ Heavy imports wait until a command runs, so that ``harness --help`` answers at o
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -14,40 +13,15 @@ import click
 
 from harness.cli.inference import evaluate, predict
 from harness.cli.train import fit, launch, resume
+from tracking.cli import render
 from tracking.cli.commands import (
     commands as tracking_commands,
 )
 from tracking.cli.commands import json_option, open_run, runs, runs_dir_option
+from tracking.cli.group import CommandGroup
+from tracking.errors import escape_control
 
 STATE_COLOURS = {"ok": "green", "limited": "yellow", "broken": "red"}
-
-
-class CommandGroup(click.Group):
-    """A click group whose failures print one line; ``--debug`` shows the traceback."""
-
-    def invoke(self, ctx: click.Context) -> object:
-        """Run the command; map exceptions to exit codes 1 and 130."""
-        try:
-            return super().invoke(ctx)
-        except (click.ClickException, click.exceptions.Exit, click.Abort):
-            raise
-        except KeyboardInterrupt:
-            sys.exit(130)
-        except Exception as error:
-            if ctx.params.get("debug"):
-                raise
-            click.echo(f"error: {format_error(error)}", err=True)
-            sys.exit(1)
-
-
-def format_error(error: Exception) -> str:
-    """Format an exception and its notes as one line."""
-    text = str(error) or type(error).__name__
-    notes = " ".join(getattr(error, "__notes__", []))
-    is_clear = isinstance(error, ValueError | TypeError | LookupError | OSError)
-    if not is_clear and not text.startswith(type(error).__name__):
-        text = f"{type(error).__name__}: {text}"
-    return f"{text} ({notes})" if notes else text
 
 
 @click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -80,9 +54,9 @@ def fork(
     open_run(run, runs_dir)
     child = fork_run(run, step, name=name, runs_dir=runs_dir)
     if as_json:
-        click.echo(json.dumps({"run": child.id, "path": str(child.path)}))
+        render.print_json({"run": child.id, "path": str(child.path)})
     else:
-        click.echo(f"{child.id}\nresume with: harness resume {child.id}")
+        render.echo(f"{child.id}\nresume with: harness resume {child.id}")
 
 
 @main.command()
@@ -99,12 +73,13 @@ def doctor(runs_dir: str, tracking_uri: str | None, as_json: bool) -> None:
 
     found = examine(runs_dir, tracking_uri)
     if as_json:
-        click.echo(json.dumps([asdict(check) for check in found], indent=1))
+        render.print_json([asdict(check) for check in found])
     else:
         for check in found:
             state = click.style(f"{check.state:<7}", fg=STATE_COLOURS[check.state])
-            click.echo(f"{state} {check.name:<16} {check.detail}")
+            detail = escape_control(check.detail)
+            click.echo(f"{state} {check.name:<16} {detail}")
             if check.advice:
-                click.echo(f"{'':24} -> {check.advice}")
+                render.echo(f"{'':24} -> {check.advice}")
     if any(check.state == "broken" for check in found):
         sys.exit(1)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tracking.cli import render
 from tracking.cli.commands import open_run, runs_dir_option
 from tracking.redaction import MASK, is_secret
 
@@ -93,10 +94,10 @@ def fit(target: str, **options: object) -> None:
     options["target"] = target
     fitted = train(load_experiment(target, options), options)
     if is_main():
-        click.echo(str(fitted))
+        render.echo(fitted)
     if fitted.signum is not None:
         if is_main():
-            click.echo(f"resume with: harness resume {fitted.run_id}", err=True)
+            render.echo(f"resume with: harness resume {fitted.run_id}", err=True)
         sys.exit(128 + fitted.signum)
 
 

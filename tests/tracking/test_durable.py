@@ -186,3 +186,17 @@ def test_hold_lock_waits_for_the_holder(tmp_path, timeout_s):
         assert is_held
         assert release.is_set()
     holder.join()
+
+
+def test_lock_file_that_is_a_link_is_not_written_through(tmp_path):
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    (tmp_path / "lock").symlink_to(precious)
+    with pytest.raises(OSError, match="lock"):
+        ProcessLock(tmp_path / "lock")
+    assert precious.read_text() == "mine"
+
+
+def test_lock_file_that_is_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "lock")
+    assert not is_locked(tmp_path / "lock")

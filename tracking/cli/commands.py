@@ -67,7 +67,7 @@ def list_(runs_dir: Path | None, as_json: bool, limit: int) -> None:
         try:
             found.append(summarize_run(PastRun(path)))
         except (TrackingError, OSError) as error:  # it hides no other run
-            click.echo(f"warning: {error}", err=True)
+            render.echo(f"warning: {error}", err=True)
     if as_json:
         render.print_json(found)
     else:
@@ -138,7 +138,8 @@ def delete(
                 "still being written. Stop it first."
             )
     if not yes:
-        click.echo("\n".join(map(str, found)), err=True)
+        for path in found:
+            render.echo(path, err=True)
         click.confirm("Delete these folders?", abort=True, err=True)
     for path in found:
         if path.is_symlink():
@@ -180,7 +181,7 @@ def export(
     if as_json:
         render.print_json({"rows": rows, "path": to})
     else:
-        click.echo(f"{rows} rows -> {to}")
+        render.echo(f"{rows} rows -> {to}")
 
 
 @click.command()
@@ -202,7 +203,7 @@ def sync(
         render.print_json([vars(one) for one in done])
     else:
         for one in done:
-            click.echo(render.format_sync(vars(one)))
+            render.echo(render.format_sync(vars(one)))
     if not all(one.is_complete for one in done):
         sys.exit(1)
 
@@ -233,15 +234,16 @@ def verify(
         try:
             results.append(verify_run(run, files or None, mlflow=not no_mlflow))
         except (TrackingError, OSError) as error:  # continue with the other runs
-            click.echo(f"error: {error}", err=True)
+            render.echo(f"error: {error}", err=True)
             has_failed = True
     if as_json:
         render.print_json([render.verification_to_json(result) for result in results])
     for result in results:
         if not as_json:
-            click.echo(render.format_verification(result), nl=False)
+            for line in render.list_findings(result):
+                render.echo(line)
         if result.mismatches:
-            click.echo(f"error: {result.message()}", err=True)
+            render.echo(f"error: {result.message()}", err=True)
             has_failed = True
     if has_failed:
         sys.exit(1)
@@ -321,7 +323,7 @@ def _print_page(address: str, opens: bool, as_json: bool) -> None:
     if as_json:
         render.print_json({"page": address})
     else:
-        click.echo(address)
+        render.echo(address)
     sys.stdout.flush()
     if opens:
         webbrowser.open(address)

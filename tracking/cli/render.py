@@ -10,10 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tracking.errors import escape_control
+
 if TYPE_CHECKING:
     from rich.table import Table
 
     from tracking.verify.verify import Verification
+
+
+def echo(text: object, *, err: bool = False) -> None:
+    """Print a text, which cannot control the terminal whatever names are in it."""
+    click.echo(escape_control(str(text)), err=err)
 
 
 def make_table(*columns: str) -> Table:
@@ -23,23 +30,34 @@ def make_table(*columns: str) -> Table:
 
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for column in columns:
-        table.add_column(column, overflow="fold")
+        table.add_column(_as_cell(column), overflow="fold")
     return table
+
+
+def _add_row(table: Table, *cells: str) -> None:
+    """Add a row of stored texts."""
+    table.add_row(*map(_as_cell, cells))
+
+
+def _as_cell(text: str) -> str:
+    """One line, which cannot control the terminal."""
+    return escape_control(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
 def print_table(table: Table) -> None:
     """Print a table, at the width of the terminal; in a pipe, at its full width."""
     from rich.console import Console  # noqa: PLC0415  takes 20 ms
 
-    console = Console(markup=False, highlight=False)
+    console = Console(markup=False, emoji=False, highlight=False)
     if not console.is_terminal:
-        console = Console(markup=False, highlight=False, width=500)
+        console = Console(markup=False, emoji=False, highlight=False, width=500)
     console.print(table)
 
 
 def print_json(value: Any) -> None:
     """Print JSON; values that JSON cannot hold, such as NaN, become strings."""
-    click.echo(json.dumps(_to_json(value), indent=2, ensure_ascii=False))
+    text = json.dumps(_to_json(value), indent=2, ensure_ascii=False)
+    click.echo(escape_control(text, lambda letter: json.dumps(letter)[1:-1]))
 
 
 def _to_json(value: Any) -> Any:
@@ -58,7 +76,8 @@ def make_runs_table(runs: Iterable[dict[str, Any]]) -> Table:
     """One row for each run, from ``summarize_run``."""
     table = make_table("run", "status", "experiment", "started", "duration", "MLflow")
     for run in runs:
-        table.add_row(
+        _add_row(
+            table,
             run["id"],
             run["status"],
             run["experiment"] or "",
@@ -99,8 +118,9 @@ def make_details_table(run: dict[str, Any]) -> Table:
     table = make_table("", "")
     table.show_header = False
     for label, text in lines.items():
-        if text:
-            table.add_row(label, str(text))
+        for line in str(text or "").splitlines():
+            _add_row(table, label, line)
+            label = ""
     return table
 
 
@@ -108,7 +128,7 @@ def make_params_table(params: dict[str, Any]) -> Table:
     """One row for each param."""
     table = make_table("param", "value")
     for name, value in params.items():
-        table.add_row(name, format_value(value))
+        _add_row(table, name, format_value(value))
     return table
 
 
@@ -117,7 +137,7 @@ def make_metrics_table(metrics: dict[str, dict[str, Any]]) -> Table:
     columns = ("last", "min", "max", "count")
     table = make_table("metric", *columns)
     for name, values in metrics.items():
-        table.add_row(name, *(format_value(values[column]) for column in columns))
+        _add_row(table, name, *(format_value(values[column]) for column in columns))
     return table
 
 
@@ -127,10 +147,10 @@ def make_comparison_table(runs: list[dict[str, Any]]) -> Table:
     for name in _collect_keys(run["params"] for run in runs):
         texts = [format_value(run["params"].get(name, "")) for run in runs]
         if len(set(texts)) > 1:
-            table.add_row(name, *texts)
+            _add_row(table, name, *texts)
     for name in _collect_keys(run["metrics"] for run in runs):
         last = [run["metrics"].get(name, {}).get("last", "") for run in runs]
-        table.add_row(name, *map(format_value, last))
+        _add_row(table, name, *map(format_value, last))
     return table
 
 
@@ -193,7 +213,7 @@ def verification_to_json(result: Verification) -> dict[str, Any]:
     }
 
 
-def format_verification(result: Verification) -> str:
-    """Lines for the notes and mismatches of ``verify``; empty if all is equal."""
+def list_findings(result: Verification) -> list[str]:
+    """Lines for the notes and mismatches of ``verify``; none if all is equal."""
     notes = [f"note: {result.run}: {note}" for note in result.notes]
-    return "".join(f"{line}\n" for line in [*notes, *result.mismatches])
+    return [*notes, *map(str, result.mismatches)]

@@ -96,6 +96,11 @@ def _deliver_locked(
     """Deliver a run while holding its lock; the exit code, and what to report."""
     lock = lock_path(path)
     lock.parent.mkdir(exist_ok=True)
+    if lock.parent.is_symlink():
+        raise NotADirectoryError(
+            f"run {path.name!r}: expected a folder {lock.parent.name!r} in it, got a "
+            "link, which may lead anywhere. Remove it."
+        )
     with hold_lock(lock, options.lock_wait) as is_held:
         if not is_held:
             return int(options.sync), {"phase": "busy"}

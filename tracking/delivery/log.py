@@ -48,6 +48,8 @@ def configure_logging() -> None:
 @contextlib.contextmanager
 def log_to_file(run_path: Path, redact: Callable[[str], str]) -> Iterator[None]:
     """Write all log records of the process into a run's log inside the block."""
+    if (run_path / LOG).is_symlink():  # it may lead to any file of this user
+        (run_path / LOG).unlink()
     handler = logging.handlers.RotatingFileHandler(
         run_path / LOG,
         maxBytes=MAX_BYTES,

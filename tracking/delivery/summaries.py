@@ -8,6 +8,7 @@ import pyarrow as pa
 from pyarrow import compute as pc
 from pyarrow import parquet as pq
 
+from tracking.durable import replace_file
 from tracking.plot import MAX_LINES, MAX_PANELS, MAX_POINTS, plot_curves, thin
 from tracking.read import PastRun
 
@@ -34,15 +35,19 @@ def write_summaries(run_path: Path) -> list[Path]:
     """
     folder = run_path / "artifacts"
     folder.mkdir(exist_ok=True)
+    if folder.is_symlink():  # it may lead anywhere
+        return []
     run = PastRun(run_path)
     table = run.records()
     logged = set(run.records(what="artifacts")["name"].to_pylist())
     written = []
     if RECORDS not in logged:
-        pq.write_table(table, folder / RECORDS, compression="zstd")
+        with replace_file(folder / RECORDS) as temporary:
+            pq.write_table(table, temporary, compression="zstd")
         written.append(folder / RECORDS)
     if CURVES not in logged and (rows := _collect_points(table)):
-        plot_curves(rows, folder / CURVES)
+        with replace_file(folder / CURVES) as temporary:
+            plot_curves(rows, temporary)
         written.append(folder / CURVES)
     return written
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shlex
 from collections.abc import Callable
 from datetime import datetime
@@ -10,6 +11,12 @@ from typing import Final
 
 from tracking.mlflow_store.client import MAX_TAG_LENGTH
 from tracking.store import Manifest
+
+NOTE: Final = "mlflow.note.content"
+"""The description on a run's page, which can be changed there."""
+
+NOTE_DIGEST: Final = "luz.note"
+"""Tag with the digest of the description that was sent last."""
 
 STATUSES: Final = {"finished": "FINISHED", "failed": "FAILED", "killed": "KILLED"}
 """MLflow's status of a run that has ended, by ours."""
@@ -51,9 +58,17 @@ def run_tags(
             "mlflow.source.git.commit": git.get("commit") or "",
             "mlflow.source.git.branch": git.get("branch") or "",
             "mlflow.source.git.repoURL": git.get("remote") or "",
-            "mlflow.note.content": description(manifest, run_path),
+            NOTE: description(manifest, run_path),
         }
-    return {k: redact(v)[:MAX_TAG_LENGTH] for k, v in found.items() if v}
+    tags = {k: redact(v)[:MAX_TAG_LENGTH] for k, v in found.items() if v}
+    if NOTE in tags:
+        tags[NOTE_DIGEST] = digest_note(tags[NOTE])
+    return tags
+
+
+def digest_note(text: str) -> str:
+    """Digest of a description, to see whether it was changed."""
+    return hashlib.sha256(text.encode(errors="replace")).hexdigest()[:16]
 
 
 def description(manifest: Manifest, run_path: Path) -> str:

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
+from tracking.artifacts import find_artifact
 from tracking.errors import TrackingError
 from tracking.mlflow_store.client import (
     MAX_BATCH,
@@ -28,6 +29,7 @@ from tracking.mlflow_store.client import (
     as_json,
 )
 from tracking.mlflow_store.properties import RunProperties
+from tracking.mlflow_store.tags import NOTE, NOTE_DIGEST, digest_note
 
 BATCH: Final = MAX_BATCH - 20
 """Points in one call; the rest of a call is for the tags that go with them."""
@@ -152,14 +154,18 @@ class RunWriter:
         wanted
             Properties from the journal.
         more
-            Tags that describe the run.
+            Tags that describe the run. A tag of the user's replaces one of these, and a
+            description that somebody changed in MLflow stays.
         """
         params = {k: v for k, v in wanted.params.items() if k not in self._params}
         for some in _split(params, MAX_PARAMS):
             self._bisect(self._send_params, list(some.items()))
             self._params |= some
-        tags = {**wanted.tags, **more, **self._flag_tags(wanted)}
+        tags = {**more, **wanted.tags, **self._flag_tags(wanted)}
         tags = {k: v for k, v in tags.items() if self.tags.get(k) != v}
+        if NOTE in tags and NOTE not in wanted.tags and self._is_note_edited():
+            kept = {name: tags.pop(name, "") for name in (NOTE, NOTE_DIGEST)}
+            self.tags |= kept
         for some in _split(tags, MAX_PARAMS):
             self._bisect(self._send_tags, list(some.items()))
             self.tags |= some
@@ -218,11 +224,17 @@ class RunWriter:
         for name, described in wanted.artifacts.items():
             if self._artifacts.get(name) == described or name in self.refused:
                 continue
-            if (folder / name).is_file():
+            if find_artifact(folder, name) is not None:
                 missing.append(name)
             else:
                 self.refused[name] = "the file is not in the run's folder"
         return missing
+
+    def _is_note_edited(self) -> bool:
+        """Whether MLflow has another description than the one that was sent last."""
+        tags = self.client.run(self.run_id).tags
+        digest = tags.get(NOTE_DIGEST)
+        return digest is not None and digest != digest_note(tags.get(NOTE, ""))
 
     def _flag_tags(self, wanted: RunProperties) -> dict[str, str]:
         """Tags about flags and changed params, if there are any."""

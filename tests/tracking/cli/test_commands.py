@@ -19,11 +19,12 @@ from click.testing import CliRunner
 
 import tracking
 from tracking.cli.commands import commands
-from tracking.errors import TrackingError, TrackingWarning
+from tracking.cli.group import CommandGroup
+from tracking.errors import TrackingError
 from tracking.mlflow_store.server import Server
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
 def group():
     """A group as `harness` is one."""
 
@@ -209,8 +210,10 @@ def test_spoilt_run_is_skipped_by_every_command(call, two, spoilt):
     ):
         assert spoilt.name not in call(*words).output
     for command in ("sync", "verify --no-mlflow"):
-        with pytest.warns(TrackingWarning, match=f"{spoilt.name}.* is skipped"):
-            call(*command.split())
+        (line,) = call(*command.split()).stderr.splitlines()
+        assert line.startswith("warning: ")
+        assert f"{spoilt.name}/run.json" in line
+        assert line.endswith("The run is skipped.")
     assert call("runs", "delete", "--yes", spoilt.name).exit_code == 0
     assert not spoilt.exists()
 
@@ -221,6 +224,93 @@ def test_delete_of_a_link_keeps_the_run(call, two):
     call("runs", "delete", "--yes", "latest")
     assert not link.is_symlink()
     assert two[0].path.is_dir()
+
+
+# ------------------------------------------------------------- names and terminals
+
+CONTROL = "a\x1b[2J\x07\r\x7f\x9b1m\u202eb\u2028c"
+"""A name that clears the screen, rings, returns, and turns the text around."""
+
+
+@pytest.fixture
+def hostile(record):
+    """The folder of a run whose every name holds control characters."""
+    run = record(
+        name=f"n {CONTROL}",
+        experiment=f"e {CONTROL}",
+        params={f"p {CONTROL}": f"v {CONTROL}"},
+        tags={f"t {CONTROL}": CONTROL},
+        note=f"first\nsecond {CONTROL}",
+    ).run
+    run.log_metric(f"m {CONTROL}", 1.0, set=f"s {CONTROL}", index=1)
+    run.finish("failed", ValueError(CONTROL))
+    return run.path.rename(run.path.with_name(f"20260101-000000-{CONTROL}"))
+
+
+def assert_plain(text):
+    assert not set(CONTROL) - set("a[2J1mbc") & set(text), ascii(text)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "runs list",
+        "runs list --json",
+        "runs show RUN",
+        "runs show RUN --json",
+        "runs compare RUN RUN",
+        "verify RUN --no-mlflow --json",
+        "export RUN --to x.csv",
+    ],
+)
+def test_control_characters_of_names_never_reach_the_terminal(call, hostile, command):
+    words = [str(hostile) if word == "RUN" else word for word in command.split()]
+    result = call(*words)
+    assert_plain(result.stdout)
+    assert_plain(result.stderr)
+    if "--json" in command:  # nothing is lost in JSON
+        found = json.dumps(json.loads(result.stdout))
+        assert "verify" in command or json.dumps(CONTROL)[1:-1] in found
+    elif "runs" in command:
+        assert r"a\x1b[2J\x07" in "".join(result.stdout.split())
+
+
+def test_control_characters_of_names_in_errors_never_reach_the_terminal(call, hostile):
+    assert_plain(call("runs", "show", "20260101-000000-x", code=2).output)
+    (hostile / "run.json").write_text("{}")
+    assert_plain(call("runs", "list").output)
+    assert_plain(call("runs", "show", hostile, code=1).output)
+    result = call("verify", "--no-mlflow")
+    assert_plain(result.output)
+    assert "is skipped" in result.stderr
+
+
+def test_newline_in_a_name_makes_no_line_of_its_own(call, record):
+    record(name="x", experiment="one\ntwo").run.finish()
+    (line,) = [one for one in call("runs", "list").stdout.splitlines() if "two" in one]
+    assert r"one\ntwo" in line
+
+
+def test_name_that_looks_like_an_emoji_is_shown_as_it_is(call, record):
+    record(name="x", experiment=":smile: [b]").run.finish()
+    assert ":smile: [b]" in call("runs", "list").stdout
+
+
+def test_name_that_the_encoding_lacks_is_spelled_out(tmp_path, record):
+    record(name="x", experiment="größe 数").run.finish()
+    done = subprocess.run(
+        [sys.executable, "-m", "harness.cli", "runs", "list"],
+        cwd=tmp_path,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(Path(tracking.__file__).parents[1]),
+            "PYTHONIOENCODING": "ascii",
+        },
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert r"gr\xf6\xdfe \u6570" in done.stdout
 
 
 # ------------------------------------------------------------------ export and verify

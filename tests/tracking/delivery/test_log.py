@@ -58,3 +58,13 @@ def test_log_ends_with_the_block(run_path):
         _log.info("inside")
     _log.info("outside")
     assert "outside" not in (run_path / "delivery" / "log.txt").read_text()
+
+
+def test_log_that_is_a_link_is_replaced(run_path, tmp_path):
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    (run_path / "delivery" / "log.txt").symlink_to(precious)
+    with log_to_file(run_path, redact):
+        _log.info("a line")
+    assert precious.read_text() == "mine"
+    assert "a line" in (run_path / "delivery" / "log.txt").read_text()

@@ -34,3 +34,26 @@ def test_file_that_the_user_logged_is_kept(record):
     written = write_summaries(run.path)
     assert [path.name for path in written] == ["records.parquet"]
     assert (run.path / "artifacts" / "curves.png").read_text() == "mine"
+
+
+def test_link_in_a_run_of_somebody_else_is_not_written_through(record, tmp_path):
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    run = record()
+    run.log_curve(5)
+    run.run.finish()
+    (run.path / "artifacts").mkdir(exist_ok=True)
+    for name in ("records.parquet", "curves.png"):
+        (run.path / "artifacts" / name).symlink_to(precious)
+    write_summaries(run.path)
+    assert precious.read_text() == "mine"
+
+
+def test_linked_folder_of_artifacts_gets_no_summaries(record, tmp_path):
+    (tmp_path / "other").mkdir()
+    run = record()
+    run.log_curve(5)
+    run.run.finish()
+    (run.path / "artifacts").symlink_to(tmp_path / "other")
+    assert write_summaries(run.path) == []
+    assert list((tmp_path / "other").iterdir()) == []

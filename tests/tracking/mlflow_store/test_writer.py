@@ -129,3 +129,87 @@ def test_long_experiment_name_is_shortened_the_same_way_each_time(
     names = [one.name for one in client(store).search_experiments()]
     assert len([name for name in names if name.startswith("eee")]) == 1
     assert max(map(len, names)) == 256
+
+
+# ---------------------------------------------------- what the run's folder claims
+
+
+def test_link_in_a_run_of_somebody_else_uploads_no_file(
+    record, deliver, store, client, tmp_path
+):
+    secret = tmp_path / "home"
+    secret.mkdir()
+    (secret / "key").write_text("s3cret")
+    run = record()
+    run.run.log_text("x", "good.txt")
+    names = ["link", "folder/key", "deep/folder/key", "../../home/key", "/etc/passwd"]
+    for name in [*names, "a" * 300, "nul\0byte"]:
+        run.run._log_dict("artifacts", {name: [{"size_bytes": 6}]}, "test")
+    run.run.finish()
+    folder = run.path / "artifacts"
+    (folder / "link").symlink_to(secret / "key")
+    (folder / "folder").symlink_to(secret)
+    (folder / "deep").mkdir()
+    (folder / "deep" / "folder").symlink_to("../../../../home")
+    made = deliver(run.path, store)
+    assert made.state.phase == "done"
+    root = Path(get_run(client, store, made.state).info.artifact_uri)
+    found = [path for path in root.rglob("*") if path.is_file()]
+    assert [path.name for path in found] == ["good.txt"]
+    assert made.state.flags["refused"].keys() >= {*names}
+
+
+def test_linked_folder_of_artifacts_uploads_nothing(record, deliver, store, tmp_path):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "key").write_text("s3cret")
+    run = record()
+    run.run._log_dict("artifacts", {"key": [{}]}, "test")
+    run.run.finish()
+    (run.path / "artifacts").symlink_to(tmp_path / "home")
+    made = deliver(run.path, store)
+    assert list(made.state.flags["refused"]) == ["key"]
+
+
+def test_tags_of_the_user_replace_those_that_describe_the_run(
+    record, deliver, store, client
+):
+    own = {"mlflow.note.content": "mine", "mlflow.source.name": "notebook 7"}
+    run = record(tags=own, note="The note.")
+    run.run.finish()
+    made = deliver(run.path, store)
+    tags = get_run(client, store, made.state).data.tags
+    assert {name: tags[name] for name in own} == own
+    assert deliver(run.path, store, is_sync=True).state.flags == {}
+
+
+def test_description_that_was_changed_in_mlflow_stays(record, deliver, store, client):
+    run = record(note="The note.")
+    run.run.finish()
+    made = deliver(run.path, store)
+    tags = get_run(client, store, made.state).data.tags
+    assert tags["mlflow.note.content"].startswith("The note.")
+    name, run_id = "mlflow.note.content", made.state.mlflow_run_id
+    client(store).set_tag(run_id, name, "changed on the page")
+    with tracking.start(
+        runs_dir=run.path.parent, run_id=run.path.name, delivery=False, note="New."
+    ):
+        pass
+    for is_sync in (False, True):
+        made = deliver(run.path, store, is_sync=is_sync)
+        tags = get_run(client, store, made.state).data.tags
+        assert tags[name] == "changed on the page"
+
+
+def test_description_that_nobody_changed_follows_the_run(
+    record, deliver, store, client
+):
+    run = record(note="The note.")
+    run.run.finish()
+    deliver(run.path, store)
+    with tracking.start(
+        runs_dir=run.path.parent, run_id=run.path.name, delivery=False, note="New."
+    ):
+        pass
+    made = deliver(run.path, store)
+    tags = get_run(client, store, made.state).data.tags
+    assert tags["mlflow.note.content"].startswith("New.")
