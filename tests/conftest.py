@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# Modules that were there at the last call of ``gc.freeze``.
+_frozen_modules = 0
 
 # The caller's settings must not influence a test, and a test must not use them.
 for name in [name for name in os.environ if name.startswith(("HARNESS_", "MLFLOW_"))]:
@@ -21,6 +26,19 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Time limits of single examples would depend on what else the machine does.
 settings.register_profile("harness", deadline=None)
 settings.load_profile("harness")
+
+
+def pytest_runtest_setup() -> None:
+    """Take what was imported out of garbage collection.
+
+    DeepSpeed collects garbage for each ZeRO 3 model, which takes half a second once MLflow
+    and torch are imported, and most of the time of the quick suite.
+    """
+    global _frozen_modules
+    if len(sys.modules) > _frozen_modules + 100:
+        gc.collect()
+        gc.freeze()
+        _frozen_modules = len(sys.modules)
 
 
 @pytest.fixture(scope="session")
