@@ -6,7 +6,10 @@ import math
 import signal
 import threading
 from collections.abc import Callable
+from time import monotonic
 from types import FrameType
+
+import torch
 
 from harness.callback import Callback
 from harness.errors import Interrupted
@@ -14,19 +17,38 @@ from harness.errors import Interrupted
 Handler = Callable[[int, FrameType | None], object] | int | None
 
 CHECK_EVERY = 10
-"""Batches between two checks of several ranks whether one of them got a signal."""
+"""Most batches between two checks of several ranks whether one of them got a signal."""
+
+CHECK_S = 0.2
+"""Seconds between two such checks; a longer batch is checked by itself."""
+
+REPEAT_S = 2.0
+"""Seconds in which a second Ctrl-C comes from the launcher of several ranks."""
+
+LAUNCHER_S = 30.0
+"""Seconds in which launchers repeat SIGTERM before they kill."""
 
 
 class Interrupt(Callback):
-    """Ends the fit after the batch on Ctrl-C, SIGTERM or SIGUSR1; a second signal ends it now.
+    """Ends the fit after the batch on Ctrl-C, SIGTERM or SIGUSR1; a second Ctrl-C ends it now.
 
-    Several ranks check for signals together, every ``CHECK_EVERY`` batches, so that they end
-    at the same batch. Outside the main thread, no signal handler is installed.
+    Several ranks check for signals together, so that they end at the same batch. They do so
+    after each batch, or every few batches if these are short. Outside the main thread, no
+    signal handler is installed.
 
     Attributes
     ----------
     signum : int or None
-        First signal received.
+        First signal received, by any rank.
+
+    Notes
+    -----
+    A terminal sends Ctrl-C to the ranks and to their launcher, which then signals the ranks
+    again: torchrun by the same signal, DeepSpeed's launcher by SIGTERM. Batch systems repeat
+    SIGTERM too. So only a second Ctrl-C shows that somebody wants the fit to end now, and
+    with several ranks only one that comes more than ``REPEAT_S`` later. A fit of several
+    ranks that a signal ended leaves its handlers installed, because launchers may repeat
+    the signal for ``LAUNCHER_S``. A signal after that has its earlier effect again.
 
     References
     ----------
@@ -35,35 +57,67 @@ class Interrupt(Callback):
 
     weight = math.inf
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    clock = staticmethod(monotonic)
 
     def __init__(self) -> None:
         self.signum: int | None = None
+        self._signalled_at = self._checked_at = 0.0
+        self._num_ranks, self._num_batches, self._num_due = 1, 0, 1
+        self._is_over = False
         self._before: dict[signal.Signals, Handler] = {}
 
     def on_fit_begin(self) -> None:
         """Install the signal handlers."""
-        self.signum = None
+        self._restore()
+        self.signum, self._is_over = None, False
+        assert self.ctx.accelerator is not None
+        self._num_ranks = self.ctx.accelerator.world_size
+        self._num_batches, self._num_due, self._checked_at = 0, 1, self.clock()
         if threading.current_thread() is threading.main_thread():
             for number in self.signals:
                 self._before[number] = signal.signal(number, self._on_signal)
 
     def _on_signal(self, signum: int, _: FrameType | None) -> None:
-        """Remember the first signal; raise at the second."""
-        if self.signum is not None:
+        """Remember the first signal; raise at a second Ctrl-C."""
+        if self.signum is None and not self._is_over:
+            self.signum, self._signalled_at = signum, self.clock()
+        elif not self._is_repeated(signum):
             self._restore()
-            raise KeyboardInterrupt
-        self.signum = signum
+            if not self._is_over:
+                raise KeyboardInterrupt
+            signal.raise_signal(signum)
+
+    def _is_repeated(self, signum: int) -> bool:
+        """Whether a launcher or a batch system repeats the first signal."""
+        passed_s = self.clock() - self._signalled_at
+        if signum == signal.SIGINT:
+            return self._num_ranks > 1 and passed_s < REPEAT_S
+        return not self._is_over or passed_s < LAUNCHER_S
 
     def _stop_if_signalled(self) -> None:
         """Raise at the same batch on every rank."""
-        accelerator, has_signal = self.ctx.accelerator, self.signum is not None
-        assert accelerator is not None and self.ctx.iter is not None
-        if accelerator.world_size > 1:
-            is_due = self.ctx.iter % CHECK_EVERY == 0
-            has_signal = is_due and accelerator.any(has_signal)
-        if has_signal:
-            self.ctx.stop_signal = self.signum or signal.SIGINT
-            raise Interrupted(self.signum or signal.SIGINT)
+        signum = self.signum if self._num_ranks == 1 else self._agree()
+        if signum is not None:
+            self.ctx.stop_signal = signum
+            raise Interrupted(signum)
+
+    def _agree(self) -> int | None:
+        """Return the signal of any rank, if this is a batch at which the ranks check."""
+        self._num_batches += 1
+        if self._num_batches < self._num_due:
+            return None
+        accelerator, now = self.ctx.accelerator, self.clock()
+        assert accelerator is not None
+        mine = torch.tensor([self.signum or 0, now - self._checked_at])
+        signum, passed_s = accelerator.reduce(mine, "max").tolist()
+        num_in_time = CHECK_S * self._num_batches / max(passed_s, 1e-6)
+        self._num_due = min(max(int(num_in_time), 1), CHECK_EVERY)
+        self._num_batches, self._checked_at = 0, now
+        if not signum:
+            return None
+        if self.signum is None:
+            self.signum, self._signalled_at = int(signum), now
+        return int(signum)
 
     def _restore(self) -> None:
         """Restore the earlier signal handlers."""
@@ -80,8 +134,10 @@ class Interrupt(Callback):
         self._stop_if_signalled()
 
     def on_fit_end(self) -> None:
-        """Restore the earlier signal handlers."""
-        self._restore()
+        """Restore the earlier signal handlers, unless a launcher may still repeat the signal."""
+        self._is_over = True
+        if self._num_ranks == 1 or self.signum is None:
+            self._restore()
 
     def on_exception(self) -> None:
         """Restore the earlier signal handlers."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 LAUNCHER_PID = "HARNESS_LAUNCHER_PID"
 """Variable with the process id of ``launch``; the ranks end when that process ends."""
@@ -26,7 +26,8 @@ class Launch:
     address, port
         Address and port of rank 0; None without a launcher.
     by
-        ``none``, ``torchrun`` (DeepSpeed's launcher sets the same names), ``slurm`` or ``mpi``.
+        ``none``, ``torchrun`` (DeepSpeed's launcher sets the same names), ``mpi``, ``flux`` or
+        ``slurm``.
     launcher_pid
         Process id of ``launch`` on this machine; None if something else started the ranks.
     """
@@ -53,31 +54,102 @@ class Launch:
             raise ValueError(f"{msg} {advice}")
 
 
-# Names of rank, local rank, world size and local world size by launcher, most reliable
-# first. SLURM_NTASKS is also set where no task was started (sbatch, salloc), so the count
-# of the step is read, which only srun sets.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Variables:
+    """Variables in which a launcher says who a process is; the first that is set counts."""
+
+    by: str
+    rank: str
+    world_size: str
+    local_rank: tuple[str, ...]
+    local_world_size: tuple[str, ...]
+
+    def read(self, env: Mapping[str, str]) -> _Place | None:
+        """Read rank and sizes; None where the rank or the number of ranks is missing."""
+        if self.rank not in env or self.world_size not in env:
+            return None
+        local_rank = _first(env, self.local_rank)
+        local_world = _first(env, self.local_world_size)
+        return _Place(
+            names=self,
+            by=self.by,
+            rank=_number(env, self.rank),
+            world_size=_number(env, self.world_size),
+            local_rank=None if local_rank is None else _number(env, local_rank),
+            local_world_size=None if local_world is None else _number(env, local_world),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Place:
+    """The rank that a launcher's variables give; None is what they leave out."""
+
+    names: _Variables
+    by: str
+    rank: int
+    world_size: int
+    local_rank: int | None
+    local_world_size: int | None
+
+
+# The launcher that starts the process itself comes first, Slurm last: another launcher may
+# run inside its step. SLURM_NTASKS is also set where no task was started (sbatch, salloc),
+# so the count of the step is read, which only srun sets.
 # https://slurm.schedmd.com/srun.html#SECTION_OUTPUT-ENVIRONMENT-VARIABLES
-_LAUNCHERS = {
-    "torchrun": (
-        "RANK",
-        "LOCAL_RANK",
-        "WORLD_SIZE",
-        ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"),
+# https://docs.open-mpi.org/en/v5.0.x/tuning-apps/environment-var.html
+# https://mvapich.cse.ohio-state.edu/static/media/mvapich/mvapich2-userguide.html
+# https://flux-framework.readthedocs.io/projects/flux-core/en/latest/man7/flux-environment.html
+_LAUNCHERS = (
+    _Variables(
+        by="torchrun",
+        rank="RANK",
+        world_size="WORLD_SIZE",
+        local_rank=("LOCAL_RANK",),
+        local_world_size=("LOCAL_WORLD_SIZE", "LOCAL_SIZE"),
     ),
-    "mpi": (
-        "OMPI_COMM_WORLD_RANK",
-        "OMPI_COMM_WORLD_LOCAL_RANK",
-        "OMPI_COMM_WORLD_SIZE",
-        ("OMPI_COMM_WORLD_LOCAL_SIZE",),
+    _Variables(
+        by="mpi",
+        rank="OMPI_COMM_WORLD_RANK",
+        world_size="OMPI_COMM_WORLD_SIZE",
+        local_rank=("OMPI_COMM_WORLD_LOCAL_RANK",),
+        local_world_size=("OMPI_COMM_WORLD_LOCAL_SIZE",),
     ),
-    "mpi (PMI)": ("PMI_RANK", "MPI_LOCALRANKID", "PMI_SIZE", ("MPI_LOCALNRANKS",)),
-    "slurm": (
-        "SLURM_PROCID",
-        "SLURM_LOCALID",
-        "SLURM_STEP_NUM_TASKS",
-        ("SLURM_STEP_TASKS_PER_NODE",),
+    *(
+        _Variables(
+            by="mpi",
+            rank=f"{prefix}_COMM_WORLD_RANK",
+            world_size=f"{prefix}_COMM_WORLD_SIZE",
+            local_rank=(f"{prefix}_COMM_WORLD_LOCAL_RANK",),
+            local_world_size=(f"{prefix}_COMM_WORLD_LOCAL_SIZE",),
+        )
+        for prefix in ("MV2", "MVP")
     ),
-}
+    # Hydra (MPICH, Intel MPI), and Cray's PALS.
+    _Variables(
+        by="mpi",
+        rank="PMI_RANK",
+        world_size="PMI_SIZE",
+        local_rank=("MPI_LOCALRANKID", "PMI_LOCAL_RANK", "PALS_LOCAL_RANKID"),
+        local_world_size=("MPI_LOCALNRANKS", "PMI_LOCAL_SIZE"),
+    ),
+    _Variables(
+        by="flux",
+        rank="FLUX_TASK_RANK",
+        world_size="FLUX_JOB_SIZE",
+        local_rank=("FLUX_TASK_LOCAL_ID",),
+        local_world_size=(),
+    ),
+    _Variables(
+        by="slurm",
+        rank="SLURM_PROCID",
+        world_size="SLURM_STEP_NUM_TASKS",
+        local_rank=("SLURM_LOCALID",),
+        local_world_size=("SLURM_STEP_TASKS_PER_NODE",),
+    ),
+)
+
+_RANKS_ALONE = ("PMIX_RANK", "PALS_RANKID", "ALPS_APP_PE", "JSM_NAMESPACE_RANK")
+"""Variables that number the processes of a launcher, without one that counts them."""
 
 
 def read_launch(env: Mapping[str, str] | None = None) -> Launch:
@@ -94,61 +166,130 @@ def read_launch(env: Mapping[str, str] | None = None) -> Launch:
         If the launcher's variables are incomplete, not numbers, or contradict each other.
     """
     env = os.environ if env is None else env  # noqa: TID251 - the one place
-    for by, (rank, local_rank, world_size, locals_) in _LAUNCHERS.items():
-        if rank not in env or world_size not in env:
+    places = [place for names in _LAUNCHERS if (place := names.read(env)) is not None]
+    if not places:
+        _refuse_half(env)
+        return Launch()
+    place = _complete(env, places)
+    if place.world_size == 1:
+        return Launch(by=place.by)
+    if place.local_rank is None:
+        names = places[0].names
+        msg = f"launch: expected {' or '.join(names.local_rank)} beside {names.rank}"
+        advice = "Start the ranks with torchrun, deepspeed, srun or mpirun, or set it."
+        raise ValueError(f"{msg} and {names.world_size}, got none. {advice}")
+    address, port = _rendezvous(env, place)
+    return Launch(
+        rank=place.rank,
+        local_rank=place.local_rank,
+        world_size=place.world_size,
+        local_world_size=place.local_world_size or place.world_size,
+        address=address,
+        port=port,
+        by=place.by,
+        launcher_pid=_number(env, LAUNCHER_PID) if LAUNCHER_PID in env else None,
+    )
+
+
+def _complete(env: Mapping[str, str], places: Sequence[_Place]) -> _Place:
+    """The first place, with what another launcher says of the same rank.
+
+    Slurm's PMI plugins set PMI's variables beside Slurm's own, but no local rank.
+    """
+    first = places[0]
+    for other in places[1:]:
+        if (other.rank, other.world_size) == (first.rank, first.world_size):
+            if first.local_rank is None:
+                first = replace(first, local_rank=other.local_rank, by=other.by)
+            if first.local_world_size is None:
+                first = replace(first, local_world_size=other.local_world_size)
+    is_pod = first.by == "torchrun" and "KUBERNETES_SERVICE_HOST" in env
+    if first.local_rank is None and is_pod:
+        # Kubeflow starts one process in each pod, and sets no local rank.
+        return replace(first, local_rank=0, local_world_size=1)
+    return first
+
+
+def _refuse_half(env: Mapping[str, str]) -> None:
+    """Refuse half of a launcher's variables: each rank would train alone.
+
+    Raises
+    ------
+    ValueError
+        If a rank is set without the number of ranks, or the other way round.
+    """
+    for names in _LAUNCHERS:
+        # Slurm sets a rank in batch scripts too, and WORLD_SIZE=1 is one rank.
+        is_alone = names.by == "slurm" and env.get(names.rank, "0") == "0"
+        if names.rank in env and not is_alone:
+            there, missing = names.rank, names.world_size
+        elif names.world_size in env and _number(env, names.world_size) > 1:
+            there, missing = names.world_size, names.rank
+        else:
             continue
-        world = _number(env, world_size)
-        if world == 1:
-            return Launch(by=by.partition(" ")[0])
-        if local_rank not in env:
-            msg = f"launch: expected {local_rank} beside {rank} and {world_size}"
-            advice = "Start the ranks with torchrun, deepspeed, srun or mpirun."
-            raise ValueError(f"{msg}, got none. {advice}")
-        here = next((name for name in locals_ if name in env), None)
-        local_world = world if here is None else _number(env, here)
-        address, port = _rendezvous(env, by, world, local_world)
-        return Launch(
-            rank=_number(env, rank),
-            local_rank=_number(env, local_rank),
-            world_size=world,
-            local_world_size=local_world,
-            address=address,
-            port=port,
-            by=by.partition(" ")[0],
-            launcher_pid=_number(env, LAUNCHER_PID) if LAUNCHER_PID in env else None,
-        )
-    return Launch()
+        msg = f"launch: expected {missing} beside {there}={env[there]!r}, got none."
+        advice = "Start the ranks with torchrun, deepspeed, srun or mpirun"
+        raise ValueError(f"{msg} {advice}, or unset {there} to train on one rank.")
+    for name in _RANKS_ALONE:
+        if name in env:
+            msg = f"launch: expected the number of ranks beside {name}={env[name]!r}"
+            advice = "Set RANK, LOCAL_RANK, WORLD_SIZE and MASTER_ADDR for each rank"
+            raise ValueError(
+                f"{msg}, got none. {advice}, or unset {name} to train on one rank."
+            )
+
+
+def _first(env: Mapping[str, str], names: Iterable[str]) -> str | None:
+    """The first of the variables that is set."""
+    return next((name for name in names if name in env), None)
 
 
 def _number(env: Mapping[str, str], name: str) -> int:
-    """The variable as a count; Slurm writes "4(x2)" for four tasks on each of two nodes."""
-    found = re.fullmatch(r"(\d+)([(,].*)?", env[name].strip())
-    if found is None:
-        msg = f"launch: expected a number in {name}, got {env[name]!r}."
-        raise ValueError(f"{msg} Unset it, or start the ranks with a launcher.")
-    return int(found.group(1))
+    """The variable as a count; Slurm writes "4(x2),3" for nodes with 4, 4 and 3 tasks."""
+    counts: list[int] = []
+    for part in env[name].strip().split(","):
+        found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if found is None:
+            msg = f"launch: expected a number in {name}, got {env[name]!r}."
+            raise ValueError(f"{msg} Unset it, or start the ranks with a launcher.")
+        counts += [int(found.group(1))] * min(int(found.group(2) or 1), 100_000)
+    node = env.get("SLURM_NODEID", "0")
+    return (
+        counts[int(node)] if node.isdigit() and int(node) < len(counts) else counts[0]
+    )
 
 
-def _rendezvous(
-    env: Mapping[str, str], by: str, world: int, local_world: int
-) -> tuple[str | None, int]:
+def _rendezvous(env: Mapping[str, str], place: _Place) -> tuple[str | None, int]:
     """Address and port of rank 0; MASTER_ADDR is optional on one machine and under Slurm."""
     address = env.get("MASTER_ADDR")
-    if address is None and by == "slurm":
-        address = _first_host(env.get("SLURM_STEP_NODELIST", ""))
-    if address is None and local_world == world:
+    if address is None and place.by == "slurm":
+        names = ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST")
+        nodes = _first(env, names)
+        address = None if nodes is None else first_host(env[nodes])
+    if address is None and place.local_world_size == place.world_size:
         address = "127.0.0.1"
     if "MASTER_PORT" in env:
-        return address, _number(env, "MASTER_PORT")
+        port = _number(env, "MASTER_PORT")
+        if not 1 <= port <= 65535:
+            msg = f"launch: expected MASTER_PORT in 1..65535, got {port}."
+            raise ValueError(f"{msg} Choose a free port of the first machine.")
+        return address, port
     # Two jobs on one node need different ports: add Slurm's job number.
     job = env.get("SLURM_JOB_ID", "0")
     return address, DEFAULT_PORT + (int(job) % 10_000 if job.isdigit() else 0)
 
 
-def _first_host(nodes: str) -> str | None:
-    """First name in a Slurm node list: "gpu[03-06,9],login" -> "gpu03"."""
-    found = re.match(r"([^,\[]+)(?:\[(\d+))?", nodes)
-    return None if found is None else found.group(1) + (found.group(2) or "")
+def first_host(nodes: str) -> str:
+    """First name in a Slurm node list.
+
+    Examples
+    --------
+    >>> first_host("rack[1-2]n[04,06-08],login")
+    'rack1n04'
+    """
+    host = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes.strip())
+    assert host is not None  # matches the empty text
+    return re.sub(r"\[(\w*)[^\]]*\]", r"\1", host.group())
 
 
 @contextmanager
@@ -166,7 +307,32 @@ def set_environment(**values: str) -> Iterator[None]:
                 os.environ[name] = value  # noqa: TID251
 
 
-def has_agent_store(env: Mapping[str, str] | None = None) -> bool:
-    """True if torchrun's agent runs the store for the rendezvous instead of rank 0."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Agent:
+    """What torchrun's agent says of the store in which the ranks meet.
+
+    Attributes
+    ----------
+    has_store
+        True if the agent runs the store instead of rank 0.
+    attempt : >= 0
+        How often the agent has restarted the ranks; its store keeps what they wrote before.
+    """
+
+    has_store: bool = False
+    attempt: int = 0
+
+
+def read_agent(env: Mapping[str, str] | None = None) -> Agent:
+    """Read what torchrun's agent says of its store; the default without an agent.
+
+    References
+    ----------
+    torch 2.13.0, ``distributed/rendezvous.py``, ``_create_c10d_store``.
+    """
     env = os.environ if env is None else env  # noqa: TID251 - the one place
-    return env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    name = "TORCHELASTIC_RESTART_COUNT"
+    return Agent(
+        has_store=env.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        attempt=_number(env, name) if name in env else 0,
+    )

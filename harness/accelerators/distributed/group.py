@@ -15,12 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from harness.accelerators.distributed.environment import Launch, has_agent_store
+from harness.accelerators.distributed.environment import Launch, read_agent
 from harness.pytree import map_tensors
 
 T = TypeVar("T")
 
-FAILED = "harness/failed"
+FAILED = "failed"
 """Key in the store with the rank that failed first, and its error."""
 
 TIMEOUT = timedelta(minutes=30)
@@ -76,20 +76,24 @@ class RankGroup:
 
     def _connect(self, launch: Launch) -> None:
         """Create the process group; one rank needs neither launcher nor port."""
+        agent = read_agent()
         if launch.world_size == 1:
-            self.store = dist.HashStore()  # type: ignore[attr-defined]
+            store: Any = dist.HashStore()  # type: ignore[attr-defined]
         else:
-            self.store = dist.TCPStore(  # type: ignore[attr-defined]
+            store = dist.TCPStore(  # type: ignore[attr-defined]
                 launch.address or "127.0.0.1",
                 launch.port or 0,
                 launch.world_size,
-                is_master=launch.rank == 0 and not has_agent_store(),
+                is_master=launch.rank == 0 and not agent.has_store,
                 timeout=RENDEZVOUS_TIMEOUT,
             )
+        # Of ranks that failed, an agent's store keeps failure and addresses.
+        prefix = f"harness/{agent.attempt}"
+        self.store = dist.PrefixStore(prefix, store)  # type: ignore[attr-defined]
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
         dist.init_process_group(
             backend,
-            store=dist.PrefixStore("harness", self.store),  # type: ignore[attr-defined]
+            store=self.store,
             rank=launch.rank,
             world_size=launch.world_size,
             timeout=TIMEOUT,

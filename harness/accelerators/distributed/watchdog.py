@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from pathlib import Path
 from types import TracebackType
 
@@ -15,10 +14,14 @@ from harness.accelerators.distributed.group import PeerError, RankGroup, disconn
 from tracking.errors import write_stderr
 
 POLL_S = 0.5
-"""Seconds between two checks of the launcher and the other ranks."""
-
 GRACE_S = 10.0
-"""Seconds that a rank has to save and exit before it is killed."""
+"""Seconds that a rank has to exit before it is killed, because another rank failed."""
+
+SAVE_GRACE_S = 30.0
+"""The same, because its launcher is gone: time to save, as much as launchers give."""
+
+JOIN_S = 5.0
+"""Seconds that the end of the process waits for the thread."""
 
 
 class Watchdog:
@@ -35,27 +38,49 @@ class Watchdog:
         Ranks to end together with.
     launcher
         Id of a process, besides the parents, whose end also ends this rank.
+    poll_s : > 0
+        Seconds between two checks of the launcher and the other ranks.
 
     Notes
     -----
     When torchrun or DeepSpeed's launcher is killed with SIGKILL, it cannot pass the signal
     on, so its ranks keep running. The rank then sends SIGTERM to itself, on which a fit
-    saves and stops. After ``GRACE_S`` seconds the process exits in any case.
+    saves and stops. After ``SAVE_GRACE_S`` seconds the process exits in any case.
+
+    The thread ends before the interpreter does. Python would stop it inside a call of the
+    store, whose C++ code then aborts the process.
     """
 
-    def __init__(self, ranks: RankGroup, launcher: int | None = None) -> None:
-        self._ranks = ranks
+    def __init__(
+        self,
+        ranks: RankGroup,
+        launcher: int | None = None,
+        *,
+        poll_s: float = POLL_S,
+    ) -> None:
+        self._ranks, self._poll_s = ranks, poll_s
         self._launcher = launcher
         self._parents = self._launchers()
         self._quiet = threading.Event()
+        self._is_ending = threading.Event()
         self._hook = sys.excepthook
         sys.excepthook = self._on_exception
-        threading.Thread(target=self._poll, name="harness-watch", daemon=True).start()
+        self._thread = threading.Thread(
+            target=self._poll, name="harness-watch", daemon=True
+        )
+        self._thread.start()
+        atexit.register(self.stop)
 
     @staticmethod
     def is_running() -> bool:
         """True if this process already has a watchdog."""
         return isinstance(getattr(sys.excepthook, "__self__", None), Watchdog)
+
+    def stop(self) -> None:
+        """Stop watching, because the interpreter ends."""
+        self._quiet.set()
+        self._is_ending.set()
+        self._thread.join(JOIN_S)
 
     def _on_exception(
         self,
@@ -82,13 +107,14 @@ class Watchdog:
 
     def _poll(self) -> None:
         """Poll until an uncaught exception stops it."""
-        while not self._quiet.wait(POLL_S):
+        while not self._quiet.wait(self._poll_s):
             if self._launchers() != self._parents:
-                self._end_process("its launcher is gone", signal.SIGTERM)
+                os.kill(os.getpid(), signal.SIGTERM)
+                self._end_process("its launcher is gone", SAVE_GRACE_S)
                 return
             failed = self._ranks.first_failure()
             if failed is not None and failed[0] != self._ranks.rank:
-                self._end_process(f"rank {failed[0]} failed: {failed[1]}", None)
+                self._end_process(f"rank {failed[0]} failed: {failed[1]}", GRACE_S)
                 return
 
     def _launchers(self) -> tuple[int, ...]:
@@ -98,11 +124,10 @@ class Watchdog:
             found = (*found, self._launcher)
         return found
 
-    def _end_process(self, reason: str, signal_first: signal.Signals | None) -> None:
-        """Wait for the process to exit by itself, then end it."""
-        if signal_first is not None:
-            os.kill(os.getpid(), signal_first)
-        time.sleep(GRACE_S)
+    def _end_process(self, reason: str, grace_s: float) -> None:
+        """Wait for the process to end by itself, then end it."""
+        if self._is_ending.wait(grace_s):
+            return
         os.write(2, f"rank {self._ranks.rank}: ended because {reason}\n".encode())
         os._exit(1)
 

@@ -5,7 +5,10 @@ import threading
 from typing import Any
 
 import pytest
+import torch
 
+from harness.accelerators.single import SingleDevice
+from harness.callbacks import interrupt
 from tests.harness.fakes import At, Tape, line_learner, slope
 
 OFF: dict[str, Any] = {"tracker": False, "verbose": False}
@@ -25,8 +28,25 @@ def raising(*numbers, event="on_train_batch_begin", epoch=2):
     return At(event, act)
 
 
-def fit(*callbacks, epochs=3):
-    return line_learner().fit(slope(4), epochs, callbacks=callbacks, **OFF)
+def fit(*callbacks, epochs=3, **options):
+    return line_learner().fit(slope(4), epochs, callbacks=callbacks, **(OFF | options))
+
+
+class OneOfTwo(SingleDevice):
+    """One rank of two; the other one gets `signals`, each before one of the checks."""
+
+    def __init__(self, *signals: int) -> None:
+        super().__init__("cpu")
+        self.world_size = 2
+        self.signals = list(signals)
+        self.checks: list[tuple[int, float]] = []
+
+    def reduce(self, tensor, op="sum"):
+        if op != "max":
+            return super().reduce(tensor, op)
+        self.checks.append(tuple(tensor.tolist()))
+        theirs = self.signals.pop(0) if self.signals else 0
+        return torch.maximum(tensor, torch.tensor([float(theirs), 0.0]))
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -63,6 +83,106 @@ def test_second_signal_leaves_at_once():
         fit(raising(signal.SIGINT, signal.SIGINT), tape)
     assert tape.events[-2:] == ["on_train_batch_begin", "on_exception"]
     assert handlers() == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_only_a_second_ctrl_c_leaves_at_once(number):
+    fitted = fit(raising(signal.SIGINT, number, number))
+    assert fitted.signum == signal.SIGINT
+    fitted = fit(raising(number, number))
+    assert fitted.signum == number
+
+
+@pytest.fixture
+def clean_handlers():
+    before = handlers()
+    yield
+    for number, handler in zip(SIGNALS, before, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        (signal.SIGINT, signal.SIGINT),  # torchrun repeats what a terminal sent
+        (signal.SIGINT, signal.SIGTERM, signal.SIGTERM),  # DeepSpeed's launcher
+        (signal.SIGTERM, signal.SIGTERM),
+    ],
+)
+def test_signal_that_a_launcher_repeats_is_one_signal(numbers, clean_handlers):
+    fitted = fit(raising(*numbers), accelerator=OneOfTwo(), epochs=30)
+    assert fitted.signum == numbers[0]
+    for number in numbers:  # it may come after the fit as well
+        signal.raise_signal(number)
+
+
+class Timed(interrupt.Interrupt):
+    """Reads a clock that the test sets."""
+
+    now = 0.0
+
+    def clock(self):
+        return self.now
+
+
+def test_second_ctrl_c_on_several_ranks_leaves_after_a_while():
+    timed, before = Timed(), handlers()
+
+    def act(ctx):
+        signal.raise_signal(signal.SIGINT)
+        timed.now += interrupt.REPEAT_S + 0.1
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(At("on_train_batch_begin", act), timed, accelerator=OneOfTwo())
+    assert handlers() == before
+
+
+def test_signal_long_after_an_interrupted_fit_of_several_ranks_has_its_effect(
+    clean_handlers,
+):
+    timed, before = Timed(), handlers()
+    fit(raising(signal.SIGTERM), timed, accelerator=OneOfTwo(), epochs=30)
+    timed.now += interrupt.LAUNCHER_S - 1
+    signal.raise_signal(signal.SIGTERM)
+    assert handlers() != before
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    assert handlers() == before
+
+
+@pytest.mark.parametrize("rows", [4, 32])  # one batch a pass, and several
+def test_signal_of_another_rank_ends_the_fit_at_the_same_check(rows, clean_handlers):
+    accelerator = OneOfTwo(0, 0, signal.SIGTERM)
+    seen = []
+    fitted = line_learner().fit(
+        slope(rows),
+        20,
+        slope(rows),
+        callbacks=[At("on_train_batch_end", lambda ctx: seen.append(ctx.iter))],
+        accelerator=accelerator,
+        dataloader_options={"batch_size": 4},
+        **OFF,
+    )
+    assert fitted.signum == signal.SIGTERM
+    assert len(accelerator.checks) == 3
+    assert len(seen) <= 3 * interrupt.CHECK_EVERY
+
+
+@pytest.mark.parametrize(
+    ("batch_s", "checks"), [(0.5, 60), (0.0625, 1 + 59 // 3), (0.001, 1 + 59 // 10)]
+)
+def test_ranks_check_after_each_long_batch_and_after_several_short_ones(
+    batch_s, checks
+):
+    timed, accelerator = Timed(), OneOfTwo()
+
+    def wait(ctx):
+        timed.now += batch_s
+
+    work = At("on_train_batch_begin", wait)
+    fit(work, timed, epochs=60, accelerator=accelerator)
+    assert len(accelerator.checks) == checks
 
 
 def test_fit_after_one_that_was_left_is_clean():

@@ -28,3 +28,33 @@ def test_launchers_of_deepspeed_are_two_processes() -> None:
         assert is_alive(process.pid)
         process.communicate(b"\n")
     assert not is_alive(process.pid)
+
+
+ENDING = """
+import os, sys
+import torch.distributed as dist
+from harness.accelerators.distributed.watchdog import Watchdog
+
+class Ranks:
+    rank = 0
+    def __init__(self):
+        self.store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
+    def first_failure(self):
+        self.store.check(["failed"])
+
+children = []
+for _ in range(12):
+    child = os.fork()
+    if child == 0:
+        Watchdog(Ranks(), poll_s=1e-4)
+        sys.exit(0)
+    children.append(child)
+sys.exit(any([os.waitpid(child, 0)[1] for child in children]))
+"""
+
+
+def test_watchdog_ends_before_the_interpreter() -> None:
+    # Python ends other threads where they are; the store's C++ code would then abort.
+    command = [sys.executable, "-c", ENDING]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
