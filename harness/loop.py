@@ -21,6 +21,7 @@ from harness.checkpoint.state import mark_validation
 from harness.context import Context, Handlers
 from harness.data.batch import copy_by_value
 from harness.data.train_pass import TrainPass
+from harness.data.workers import iter_batches
 from harness.errors import EarlyStop, Interrupted, SkipEpoch
 from harness.events import FIT_EVENTS
 from harness.metrics.split import count_batch_values
@@ -226,7 +227,7 @@ def train_epoch(ctx: StepContext) -> None:
     is_whole, before = ctx.resume is None, dict(ctx.steps)
     batches = start_batches(ctx)
     with counting_values(ctx):
-        for ctx.iter, batch in enumerate(batches, start=ctx.trained + 1):
+        for ctx.iter, batch in enumerate(fetch(ctx, batches), start=ctx.trained + 1):
             ctx.batch, ctx.loss, ctx.batch_values = to_device(batch), {}, []
             fire("on_train_batch_begin")
             step()
@@ -248,7 +249,7 @@ def valid_epoch(ctx: StepContext) -> None:
     mark_validation(ctx)
     fire("on_valid_begin")
     with torch.no_grad(), counting_values(ctx):
-        for ctx.iter, batch in enumerate(ctx.valid_data, start=1):
+        for ctx.iter, batch in enumerate(fetch(ctx, iter_batches(ctx.valid_data)), 1):
             ctx.batch, ctx.loss, ctx.batch_values = to_device(batch), {}, []
             fire("on_valid_batch_begin")
             step()
@@ -256,6 +257,23 @@ def valid_epoch(ctx: StepContext) -> None:
             count_batch_values(ctx)
     warn_of_silence(ctx, "valid")
     fire("on_valid_end")
+
+
+def fetch(ctx: Context, batches: Iterator[Any]) -> Iterator[Any]:
+    """Yield batches; if they fail after a signal, end the fit as the signal asks.
+
+    A signal to the whole process group may have ended what the loader reads from. On several
+    ranks the error stays, because the other ranks do not know of it.
+    """
+    try:
+        yield from batches
+    except Exception as error:
+        signum = ctx.buffers.get("signal")
+        assert ctx.accelerator is not None
+        if signum is None or ctx.accelerator.world_size > 1:
+            raise
+        ctx.stop_signal = signum
+        raise Interrupted(signum) from error
 
 
 @contextmanager
@@ -325,7 +343,7 @@ def predict(ctx: Context) -> list[Any]:
     add_handlers(ctx)
     with report_exceptions(ctx), suppress_all_handled(ctx), torch.no_grad():
         ctx.call_callbacks("on_predict_begin")
-        for ctx.iter, batch in enumerate(ctx.data, start=1):
+        for ctx.iter, batch in enumerate(iter_batches(ctx.data), start=1):
             ctx.batch = ctx.accelerator.to_device(batch)
             ctx.call_callbacks("on_predict_batch_begin")
             ctx.pred = own(ctx.input) if own else call_model(ctx.model, ctx.input)

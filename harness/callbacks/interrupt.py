@@ -80,7 +80,8 @@ class Interrupt(Callback):
     def _on_signal(self, signum: int, _: FrameType | None) -> None:
         """Remember the first signal; raise at a second Ctrl-C."""
         if self.signum is None and not self._is_over:
-            self.signum, self._signalled_at = signum, self.clock()
+            self.signum = self.ctx.buffers["signal"] = signum
+            self._signalled_at = self.clock()
         elif not self._is_repeated(signum):
             self._restore()
             if not self._is_over:

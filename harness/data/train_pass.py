@@ -11,6 +11,7 @@ from torch.utils.data import IterableDataset
 
 from harness.data.batch import Batch, copy_by_value
 from harness.data.loaders import num_batches, reads_rows_by_torch
+from harness.data.workers import iter_batches
 from harness.pytree import StateDict
 from harness.rng import (
     find_generators,
@@ -81,7 +82,7 @@ class TrainPass:
             return
         if getattr(self._loader, "persistent_workers", False) and self._epoch > 1:
             # Starting workers draws a number; later epochs only reset them.
-            iter(self._loader)
+            iter_batches(self._loader)
         set_rng_state(state["began"], self._generators)
         self._num_to_prefetch = state["ahead"]
 
@@ -89,7 +90,7 @@ class TrainPass:
         """Make the loader's iterator and skip what is done; yields the other batches."""
         if self._start_state is None:
             self._start_state = get_rng_state(self._generators)
-        batches: Iterator[Batch] = iter(self._loader)
+        batches: Iterator[Batch] = iter_batches(self._loader)
         if not self._has_state:
             if draws_between_batches(self._loader):
                 batches = _OwnRandomStream(batches)
@@ -104,7 +105,8 @@ class TrainPass:
     def _prefetch(self, batches: Iterator[Batch], count: int) -> None:
         """Fetch copies of the next batches; a loader may reuse its tensors."""
         copy = getattr(self._loader, "copy_batch", copy_by_value)
-        self._prefetched.extend(map(copy, islice(batches, count)))
+        # Only a whole window: a loader that fails within it leaves none of its batches.
+        self._prefetched.extend([copy(batch) for batch in islice(batches, count)])
 
     def _count_windows(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Batches of a loader whose length holds; a resume may start inside a window."""

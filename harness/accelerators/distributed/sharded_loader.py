@@ -42,6 +42,7 @@ from harness.data.batch import (
     target_of,
 )
 from harness.data.loaders import Loader, unwrap_tensors
+from harness.data.workers import iter_batches
 from harness.pytree import Options
 
 CHUNK = 1 << 16
@@ -243,7 +244,7 @@ class _RowSource:
     def __iter__(self) -> Iterator[tuple[Batch, RankShare]]:
         self._shares.clear()
         if self._tensors is None:
-            return _pair_with_shares(iter(self._rank_loader), self._shares)
+            return _pair_with_shares(iter_batches(self._rank_loader), self._shares)
         # torch's loader draws its base seed here, before the sampler draws.
         torch.empty((), dtype=torch.int64).random_(generator=self._loader.generator)
         return _pair_with_shares(self._index_tensors(*self._tensors), self._shares)
@@ -355,7 +356,7 @@ class _BatchSamplerSource:
 
     def __iter__(self) -> Iterator[tuple[Batch, RankShare]]:
         self._shares.clear()
-        return _pair_with_shares(iter(self._rank_loader), self._shares)
+        return _pair_with_shares(iter_batches(self._rank_loader), self._shares)
 
     def _rows_of_rank(self) -> Iterator[list[Any]]:
         ranks, place = self._ranks, 0
@@ -406,7 +407,7 @@ class _StreamSource:
         return count // size if self._loader.drop_last else -(-count // size)
 
     def __iter__(self) -> Iterator[tuple[Batch, RankShare]]:
-        return iter(self._rank_loader)
+        return iter_batches(self._rank_loader)
 
 
 class _RankStream(IterableDataset[_SharedSample]):
@@ -467,7 +468,7 @@ class _BatchSource:
 
     def __iter__(self) -> Iterator[tuple[Batch, RankShare]]:
         ranks, place = self._ranks, 0
-        own = self._own_batches() if self._every else iter(self._loader)
+        own = self._own_batches() if self._every else iter_batches(self._loader)
         last: object = None
         while True:
             batch = next(own, None)
@@ -490,7 +491,8 @@ class _BatchSource:
 
     def _own_batches(self) -> Iterator[Batch]:
         """One of every ``world_size`` batches, by rank."""
-        return islice(self._loader, self._ranks.rank, None, self._ranks.world_size)
+        batches = iter_batches(self._loader)
+        return islice(batches, self._ranks.rank, None, self._ranks.world_size)
 
 
 def _count_rows(batch: object) -> int:

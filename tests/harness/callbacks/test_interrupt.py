@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, TensorDataset
 
+import harness
 from harness.accelerators.single import SingleDevice
-from harness.callbacks import interrupt
+from harness.callbacks import ModelCheckpoint, ResumeFromCheckpoint, interrupt
 from tests.harness.fakes import At, Tape, line_learner, slope
 
 OFF: dict[str, Any] = {"tracker": False, "verbose": False}
@@ -211,3 +213,60 @@ def test_fit_in_a_thread_leaves_the_signals_alone():
     thread.start()
     thread.join()
     assert found == [True, True, True, None]
+
+
+class Reader(DataLoader):
+    """Fails after some batches, as where a signal has ended the process that it reads from."""
+
+    fails_after = 99
+    number: int | None = signal.SIGINT
+
+    def __iter__(self):
+        for place, batch in enumerate(super().__iter__()):
+            if place == self.fails_after:
+                if self.number is not None:
+                    signal.raise_signal(self.number)
+                raise OSError("the reader is gone")
+            yield batch
+
+
+def make_reader(fails_after=99):
+    loader = Reader(TensorDataset(*slope(12)), batch_size=2)
+    loader.fails_after = fails_after
+    return loader
+
+
+@pytest.mark.parametrize(("accumulate", "fails_after"), [(1, 3), (2, 2), (2, 3)])
+def test_loader_that_fails_after_a_signal_ends_the_fit_in_order(
+    accumulate, fails_after, tmp_path
+):
+    def fit(loader, *callbacks):
+        return line_learner().fit(
+            loader,
+            2,
+            callbacks=callbacks,
+            accelerator=harness.accelerator(accumulate=accumulate),
+            **OFF,
+        )
+
+    whole = fit(make_reader()).model.state_dict()
+    fitted = fit(make_reader(fails_after), ModelCheckpoint(tmp_path))
+    assert fitted.signum == signal.SIGINT
+    # What belongs to a window that is not complete is read again.
+    batch = fails_after // accumulate * accumulate
+    (saved,) = tmp_path.iterdir()
+    assert f"epoch-1-batch-{batch}-" in saved.name
+    resumed = fit(make_reader(), ResumeFromCheckpoint(tmp_path)).model.state_dict()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_validation_loader_that_fails_after_a_signal_ends_the_fit_in_order():
+    fitted = line_learner().fit(slope(4), 2, make_reader(1), **OFF)
+    assert fitted.signum == signal.SIGINT
+
+
+def test_loader_that_fails_without_a_signal_is_an_error():
+    loader = make_reader(1)
+    loader.number = None
+    with pytest.raises(OSError, match="the reader is gone"):
+        line_learner().fit(loader, 1, **OFF)
