@@ -8,11 +8,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
-from torch.utils.data._utils import signal_handling
 
 import tracking
 from harness.data.workers import iter_batches
@@ -79,21 +79,27 @@ class Hangs(Dataset):
 
 
 def test_worker_that_hangs_ends_by_sigterm_only_after_the_pass():
-    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    handlers = {
+        signal.SIGTERM: lambda *_: None,
+        signal.SIGCHLD: signal.SIG_DFL,  # torch raises from a handler of its own
+    }
+    batches: Any = iter(DataLoader(Told(), num_workers=1))  # torch sets it once
+    before = {number: signal.signal(number, new) for number, new in handlers.items()}
     try:
         batches = iter_batches(DataLoader(Hangs(), num_workers=1))
+        (worker,) = batches._workers
+        for _ in range(2):
+            os.kill(worker.pid, signal.SIGTERM)
+        worker.join(0.2)
+        assert worker.exitcode is None
+        batches._workers_done_event.set()
+        worker.terminate()
+        worker.join(60)
+        assert worker.exitcode == 128 + signal.SIGTERM
     finally:
-        signal.signal(signal.SIGTERM, before)
-    (worker,) = batches._workers
-    for _ in range(2):
-        os.kill(worker.pid, signal.SIGTERM)
-    worker.join(0.2)
-    assert worker.exitcode is None
-    batches._workers_done_event.set()  # the end of a pass, without torch's long waits
-    signal_handling._remove_worker_pids(id(batches))
-    worker.terminate()
-    worker.join(60)
-    assert worker.exitcode == 128 + signal.SIGTERM
+        del batches
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 class Told(Dataset):
