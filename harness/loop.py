@@ -229,6 +229,7 @@ def train_epoch(ctx: StepContext) -> None:
     with counting_values(ctx):
         for ctx.iter, batch in enumerate(fetch(ctx, batches), start=ctx.trained + 1):
             ctx.batch, ctx.loss, ctx.batch_values = to_device(batch), {}, []
+            ctx.pred = None
             fire("on_train_batch_begin")
             step()
             ctx.trained = ctx.iter
@@ -251,6 +252,7 @@ def valid_epoch(ctx: StepContext) -> None:
     with torch.no_grad(), counting_values(ctx):
         for ctx.iter, batch in enumerate(fetch(ctx, iter_batches(ctx.valid_data)), 1):
             ctx.batch, ctx.loss, ctx.batch_values = to_device(batch), {}, []
+            ctx.pred = None
             fire("on_valid_batch_begin")
             step()
             fire("on_valid_batch_end")

@@ -34,15 +34,25 @@ def set_cpu_rng_state(state: StateDict) -> None:
     torch.set_rng_state(state["torch"])
 
 
-def spawn_cpu_rng_state() -> StateDict:
-    """State of new CPU generators; each is seeded by one draw from its global one."""
-    seeds = random.getrandbits(64), int(np.random.randint(2**32, dtype=np.uint32))
-    seed = int(torch.empty((), dtype=torch.int64).random_())
-    return {
-        "python": random.Random(seeds[0]).getstate(),
-        "numpy": np.random.RandomState(seeds[1]).get_state(),
-        "torch": torch.Generator().manual_seed(seed).get_state(),
-    }
+def is_same_stream(one: Any, two: Any) -> bool:
+    """Whether two states of one global generator give the same numbers."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, two)
+    if isinstance(one[1], np.ndarray):  # NumPy's: name, keys, and where it is in them
+        return bool(one[2:] == two[2:] and np.array_equal(one[1], two[1]))
+    return bool(one == two)
+
+
+def derive_stream(state: Any) -> Any:
+    """State of another stream of the same global generator; the same one each time."""
+    text = state.numpy().tobytes() if isinstance(state, torch.Tensor) else repr(state)
+    digest = hashlib.sha256(text if isinstance(text, bytes) else text.encode()).digest()
+    seed = int.from_bytes(digest[:4])
+    if isinstance(state, torch.Tensor):
+        return torch.Generator().manual_seed(seed).get_state()
+    if isinstance(state[1], np.ndarray):
+        return np.random.RandomState(seed).get_state()
+    return random.Random(seed).getstate()
 
 
 def get_rng_state(generators: Iterable[Generator] = ()) -> StateDict:

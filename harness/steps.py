@@ -16,10 +16,13 @@ from harness.events import nearest
 
 
 def call_model(model: Callable[..., Any], input: object) -> Any:
-    """Call the model; a tuple or list becomes arguments, a mapping keyword arguments."""
+    """Call the model; a tuple or list becomes arguments, a mapping keyword arguments.
+
+    A named tuple, such as a ``PackedSequence``, is one argument.
+    """
     if isinstance(input, Tensor):
         return model(input)
-    if isinstance(input, tuple | list):
+    if isinstance(input, tuple | list) and not hasattr(input, "_fields"):
         return model(*input)
     if isinstance(input, Mapping):
         return model(**input)

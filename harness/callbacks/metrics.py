@@ -51,6 +51,8 @@ class Metrics(Callback):
 
     def _update(self, split: str) -> None:
         ctx = self.ctx
+        if ctx.pred is None and not ctx.loss:
+            return  # a step of the model's own left this batch out
         assert ctx.accelerator is not None
         # A rank without samples left gets a stand-in batch, which must not count.
         rows = 0 if ctx.accelerator.counted == 0 else ctx.rows

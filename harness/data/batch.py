@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from operator import itemgetter
 from typing import Any
 
@@ -19,24 +19,29 @@ Batch = Any
 """What a loader yields: usually ``(input, target)``, but it may be any object."""
 
 
-def input_of(batch: object) -> Any:
+def _is_tuple(batch: object) -> bool:
+    """Whether a batch is a tuple or list of its parts; a ``PackedSequence`` is an input."""
+    return isinstance(batch, tuple | list) and not isinstance(batch, PackedSequence)
+
+
+def input_of(batch: Any) -> Any:
     """The first item of a tuple or list; any other batch is itself the input."""
-    return batch[0] if isinstance(batch, tuple | list) and batch else batch
+    return batch[0] if _is_tuple(batch) and batch else batch
 
 
-def target_of(batch: object) -> Any:
+def target_of(batch: Any) -> Any:
     """The second item of a tuple or list; None where there is none."""
-    return batch[1] if isinstance(batch, tuple | list) and len(batch) > 1 else None
+    return batch[1] if _is_tuple(batch) and len(batch) > 1 else None
 
 
 def with_input(batch: Batch, new: object) -> Batch:
     """The batch with another input."""
-    return [new, *batch[1:]] if isinstance(batch, tuple | list) else new
+    return [new, *batch[1:]] if _is_tuple(batch) else new
 
 
-def with_target(batch: object, new: object) -> list[object]:
+def with_target(batch: Any, new: object) -> list[object]:
     """The batch with another target, as a list."""
-    rest = batch[2:] if isinstance(batch, tuple | list) else ()
+    rest = batch[2:] if _is_tuple(batch) else ()
     return [input_of(batch), new, *rest]
 
 
@@ -91,7 +96,7 @@ def _find_rows(value: Any) -> Iterator[tuple[int, int]]:
         if value.ndim:
             yield _SURE, _first_dim(value)
     elif items is None:
-        if _is_sized(value):
+        if isinstance(value, Sized) and not isinstance(value, str | bytes | type):
             yield _BY_LENGTH, len(value)
     elif found := _rows_of_list(value):
         yield found
@@ -130,7 +135,10 @@ def _names_of(value: object) -> tuple[Any, ...] | None:
 
 
 def _is_array(value: object) -> bool:
-    return isinstance(value, Tensor) or isinstance(getattr(value, "shape", None), tuple)
+    if isinstance(value, Tensor):
+        return True
+    # The attributes of a mapping may be its keys.
+    return items_of(value) is None and isinstance(getattr(value, "shape", None), tuple)
 
 
 def _first_dim(array: Any) -> int:
@@ -138,10 +146,6 @@ def _first_dim(array: Any) -> int:
         return 0
     # Of a nested tensor only the first size is known.
     return int(array.size(0) if isinstance(array, Tensor) else array.shape[0])
-
-
-def _is_sized(value: object) -> bool:
-    return hasattr(value, "__len__") and not isinstance(value, str | bytes | type)
 
 
 def move(batch: Batch, device: torch.device) -> Batch:
@@ -161,7 +165,11 @@ def move(batch: Batch, device: torch.device) -> Batch:
 
 
 def _has_own_move(batch: object) -> bool:
-    return callable(getattr(batch, "to", None)) and not isinstance(batch, type)
+    if isinstance(batch, type):
+        return False
+    # The attributes of a mapping may be its keys.
+    owner = type(batch) if isinstance(batch, Mapping) else batch
+    return callable(getattr(owner, "to", None))
 
 
 _WITHOUT_TO = frozenset({tuple, list, dict, str, int, float, bool, type(None)})

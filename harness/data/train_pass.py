@@ -14,12 +14,13 @@ from harness.data.loaders import num_batches, reads_rows_by_torch
 from harness.data.workers import iter_batches
 from harness.pytree import StateDict
 from harness.rng import (
+    derive_stream,
     find_generators,
     get_cpu_rng_state,
     get_rng_state,
+    is_same_stream,
     set_cpu_rng_state,
     set_rng_state,
-    spawn_cpu_rng_state,
 )
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class TrainPass:
     A loader with ``state_dict`` and ``load_state_dict`` resumes by those. Any other loader
     restarts from its random state before the epoch, and the batches that are done are
     skipped. If the order may depend on random numbers drawn between batches, the loader
-    draws from its own stream (``_OwnRandomStream``), so skipping draws the same numbers as
+    draws apart from the model (``_DrawnApart``), so skipping draws the same numbers as
     training did.
     """
 
@@ -60,6 +61,7 @@ class TrainPass:
         set_epoch(loader, epoch)
         self._generators = find_generators(loader)
         self._start_state: StateDict | None = None
+        self._left_at: dict[str, int] = {}
         self._num_done, self._num_to_prefetch, self._epoch = 0, 0, epoch
 
     def state_dict(self) -> StateDict:
@@ -67,6 +69,7 @@ class TrainPass:
         ahead = list(self._prefetched) if self._has_state else len(self._prefetched)
         return {
             "began": self._start_state,
+            "apart": self._left_at,
             "ahead": ahead,
             "window": self._accelerator.window,
             "loader": self._loader.state_dict() if self._has_state else None,
@@ -75,6 +78,7 @@ class TrainPass:
     def load_state_dict(self, state: StateDict, num_done: int) -> None:
         """Start after `num_done` batches; the caller then restores the random state."""
         self._start_state, self._num_done = state["began"], num_done
+        self._left_at = state.get("apart", {})  # missing in older checkpoints
         self._accelerator.window = state["window"]
         if self._has_state:
             self._prefetched.extend(state["ahead"])
@@ -93,7 +97,7 @@ class TrainPass:
         batches: Iterator[Batch] = iter_batches(self._loader)
         if not self._has_state:
             if draws_between_batches(self._loader):
-                batches = _OwnRandomStream(batches)
+                batches = _DrawnApart(batches, self._left_at)
             skip_batches(batches, self._num_done)
             self._prefetch(batches, self._num_to_prefetch)
         if self._accelerator.accumulate == 1:
@@ -168,27 +172,44 @@ def draws_between_batches(loader: object) -> bool:
     return not reads_rows_by_torch(loader)
 
 
-class _OwnRandomStream:
-    """An iterator that draws from a random stream of its own.
+class _DrawnApart:
+    """An iterator that draws the same random numbers whatever is drawn outside.
 
-    The global generators seed the stream once. After that, numbers drawn inside and outside
-    do not affect each other. Generators of devices are not involved.
+    It shares each of the global CPU generators with the outside as long as only one of the
+    two draws from it, as in a plain loop. Once both do, the iterator continues with a
+    stream of its own. Generators of devices are not involved.
+
+    Parameters
+    ----------
+    batches
+        The iterator.
+    left_at
+        Batches that were fetched before the iterator got its own stream, by generator.
+        Filled in here; after a resume, that of the interrupted pass.
     """
 
-    def __init__(self, batches: Iterator[object]) -> None:
-        self._batches, self._inside = batches, spawn_cpu_rng_state()
+    def __init__(self, batches: Iterator[object], left_at: dict[str, int]) -> None:
+        self._batches, self._left_at = batches, left_at
+        self._inside, self._num_fetched = get_cpu_rng_state(), 0
 
-    def __iter__(self) -> _OwnRandomStream:
+    def __iter__(self) -> _DrawnApart:
         return self
 
     def __next__(self) -> Batch:
-        outside = get_cpu_rng_state()
-        set_cpu_rng_state(self._inside)
+        outside, inside, left_at = get_cpu_rng_state(), self._inside, self._left_at
+        for name, state in inside.items():
+            if name not in left_at and not is_same_stream(state, outside[name]):
+                left_at[name] = self._num_fetched
+            if left_at.get(name) == self._num_fetched:
+                inside[name] = derive_stream(state)
+        set_cpu_rng_state(inside)
         try:
             return next(self._batches)
         finally:
             self._inside = get_cpu_rng_state()
-            set_cpu_rng_state(outside)
+            self._num_fetched += 1
+            shared = {n: s for n, s in self._inside.items() if n not in left_at}
+            set_cpu_rng_state(outside | shared)
 
 
 def skip_batches(batches: Any, count: int) -> None:

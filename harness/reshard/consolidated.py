@@ -63,16 +63,30 @@ def shape_lazy_parameters(model: nn.Module, saved: Mapping[str, Tensor]) -> None
 def shape_buffers(model: nn.Module, saved: Mapping[str, Tensor]) -> list[str]:
     """Give buffers the shapes that they had when saved, since a model may change them.
 
+    A buffer that is None in the model, but was a tensor when saved, becomes a tensor.
+
     Returns
     -------
     Names of the buffers whose shapes were others. Their values are not set.
     """
     changed = []
-    for name, live in model.named_buffers():
-        if name in saved and not is_lazy(live) and live.shape != saved[name].shape:
-            live.data = live.new_empty(saved[name].shape)
-            changed.append(name)
+    for place, module in model.named_modules():
+        for own_name, live in module._buffers.items():
+            name = f"{place}.{own_name}" if place else own_name
+            if name not in saved or (live is not None and is_lazy(live)):
+                continue
+            if live is None:
+                empty = torch.empty_like(saved[name], device=_device_of(model))
+                module._buffers[own_name] = empty
+                changed.append(name)
+            elif live.shape != saved[name].shape:
+                live.data = live.new_empty(saved[name].shape)
+                changed.append(name)
     return changed
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 def weights_dtype(model: nn.Module) -> str:

@@ -10,12 +10,13 @@ from torch import nn
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from harness.rng import (
+    derive_stream,
     find_generators,
     get_cpu_rng_state,
     get_rng_state,
+    is_same_stream,
     set_cpu_rng_state,
     set_rng_state,
-    spawn_cpu_rng_state,
 )
 
 
@@ -57,25 +58,31 @@ def test_set_random_state_tells_what_is_missing() -> None:
     assert found[1].startswith("generators of 99 GPUs were saved, ")
 
 
-def test_spawn_cpu_rng_state_depends_on_each_generator_and_changes_it() -> None:
+def test_derive_stream_depends_on_the_generator_and_changes_nothing() -> None:
     begin = get_cpu_rng_state()
-    states = []
-    for change in (
-        lambda: None,
-        random.random,
-        np.random.random,
-        lambda: torch.rand(1),
-    ):
+    before = draws()
+    found = []
+    for change in (lambda: None, draws):
         set_cpu_rng_state(begin)
         change()
-        before = draws()
-        set_cpu_rng_state(begin)
-        change()
-        set_cpu_rng_state(spawn_cpu_rng_state())
-        states.append(draws())
-        assert states[-1] != before
+        state = get_cpu_rng_state()
+        set_cpu_rng_state({name: derive_stream(own) for name, own in state.items()})
+        found.append(draws())
+        set_cpu_rng_state({name: derive_stream(own) for name, own in state.items()})
+        assert draws() == found[-1]
     for place in range(3):
-        assert len({state[place] for state in states}) == 2
+        assert len({before[place], found[0][place], found[1][place]}) == 3
+
+
+def test_is_same_stream_holds_until_a_generator_is_used() -> None:
+    begin = get_cpu_rng_state()
+    uses = {"python": random.random, "numpy": np.random.random, "torch": torch.rand}
+    for used, draw in uses.items():
+        set_cpu_rng_state(begin)
+        draw(1) if used == "torch" else draw()
+        now = get_cpu_rng_state()
+        for name in uses:
+            assert is_same_stream(begin[name], now[name]) is (name != used)
 
 
 @pytest.mark.parametrize("kind", generators())

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pack_sequence
+from torch.utils.data import DataLoader
 
 import harness
 from harness.accelerators.single import SingleDevice
@@ -22,7 +26,11 @@ def fit(model, data=None, epochs=1, *callbacks, **options):
         "accelerator": SingleDevice("cpu"),
         "dataloader_options": loader,
     } | options
-    learner = harness.setup(model, optimizer=options.pop("optimizer", SGD))
+    parts = {
+        "optimizer": options.pop("optimizer", SGD),
+        "loss": options.pop("loss", None),
+    }
+    learner = harness.setup(model, **parts)
     return learner.set_opt_hparams(lr=0.01).fit(
         data, epochs, callbacks=callbacks, tracker=False, verbose=False, **options
     )
@@ -505,3 +513,35 @@ def test_scheduler_whose_step_wants_a_value_gets_its_monitor_or_the_loss(event):
     fitted = fit(Optimizes, slope(4), 2, note, scheduler)
     epochs = [row["loss"] for row in fitted.records["metrics"]["train"]]
     assert seen == (epochs if event == "on_epoch_end" else losses)
+
+
+class Point(NamedTuple):
+    x: torch.Tensor
+    y: torch.Tensor
+
+
+PACKED = pack_sequence([torch.ones(3), torch.ones(2)])
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        (Point(torch.ones(2), torch.ones(2)), None),
+        (PACKED, torch.ones(2)),
+        PACKED,
+    ],
+    ids=["named-tuple", "packed", "packed-alone"],
+)
+def test_default_step_passes_a_named_tuple_as_one_argument(batch):
+    class Takes(Line):
+        def forward(self, found):
+            given.append(found)
+            return found[0].sum() * self.w
+
+    given = []
+    whole = batch if batch is PACKED else batch[0]
+    loader = DataLoader([batch], batch_size=None)
+    fitted = fit(Takes, loader, loss=lambda pred, target: pred, dataloader_options=None)
+    fitted.predict(loader)
+    assert [type(item) for item in given] == [type(whole)] * 2
+    assert all(item[0] is whole[0] for item in given)

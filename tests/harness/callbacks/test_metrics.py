@@ -1,4 +1,4 @@
-"""What the metrics callback tells of a loss that is NaN."""
+"""Which batches count, and what the metrics callback tells of a loss that is NaN."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torchmetrics import MeanAbsoluteError
 
 import harness
 from harness.metrics.loss import LossAverage
@@ -83,3 +84,31 @@ def test_nan_that_waits_is_found_by_its_place():
     assert average.find_nan() == 3
     average.reset()
     assert average.find_nan() is None
+
+
+class Picky(Line):
+    """Leaves out each batch that begins with a multiple of four."""
+
+    def step(self):
+        ctx = self.ctx
+        if int(ctx.input[0]) % 4 == 0:
+            return None
+        ctx.pred = self(ctx.input)
+        return nn.functional.mse_loss(ctx.pred, ctx.target)
+
+
+def test_batches_that_a_step_leaves_out_do_not_count():
+    metrics = {
+        "mean": lambda pred, target: target.mean(),
+        "mae": MeanAbsoluteError(),
+    }
+    learner = harness.setup(Picky, optimizer=torch.optim.SGD, metrics=metrics)
+    fitted = learner.set_opt_hparams(lr=0.0).fit(
+        slope(7), 1, slope(5), dataloader_options={**BATCHES, "drop_last": False}, **OFF
+    )
+    # Batches begin with 0, 2, 4 and 6; the last one has a single row.
+    train, valid = (fitted.records["metrics"][name][0] for name in ("train", "valid"))
+    assert train["mean"] == (4 + 6 + 12) / 3
+    assert train["mae"] == pytest.approx((4 + 6 + 12) / 3)
+    assert train["loss"] == (4**2 + 6**2 + 12**2) / 3
+    assert valid["mean"] == (4 + 6) / 2

@@ -99,6 +99,12 @@ class Sized:
         return 6
 
 
+class AttributeDict(dict):
+    """Keys as attributes; what is missing is a KeyError."""
+
+    __getattr__ = dict.__getitem__
+
+
 @pytest.mark.parametrize(
     ("batch", "rows"),
     [
@@ -137,6 +143,10 @@ class Sized:
         (np.zeros((3, 2)), 3),
         (Sized(), 6),
         ((pack_sequence([T(5), T(3)]), None), 2),
+        (pack_sequence([T(5), T(3)]), 2),
+        (AttributeDict(names=["a"] * 4, x=T(4)), 4),
+        ((AttributeDict(x=T(4)), AttributeDict(y=T(3))), 3),
+        (([AttributeDict(x=T(4))] * 5, None), 5),
         ((T(0, 3), T(0)), 0),
     ],
     ids=lambda value: type(value).__name__,
@@ -180,6 +190,14 @@ def test_move_keeps_the_form_of_a_batch():
     assert {tensor.device for tensor in tensors} == {META}
     assert (moved["b"].right, moved["d"].name) == ("text", "graph")
     assert {t.device.type for t in (batch["a"][0], batch["d"].nodes)} == {"cpu"}
+
+
+def test_move_takes_no_key_of_a_mapping_for_a_method():
+    moved = move(AttributeDict(x=torch.ones(2)), META)
+    assert type(moved) is AttributeDict
+    assert moved["x"].device == META
+    calls = AttributeDict(to=len, x=torch.ones(2))
+    assert move(calls, META)["x"].device == META
 
 
 def test_move_uses_an_objects_own_method():

@@ -13,6 +13,7 @@ from torch.utils.data import (
     DataLoader,
     IterableDataset,
     RandomSampler,
+    Sampler,
     SequentialSampler,
     TensorDataset,
 )
@@ -142,10 +143,60 @@ def test_start_draws_for_a_stream_apart_from_the_model() -> None:
                 found.append(y.tolist())
         return found
 
-    drawn = order(0)
-    assert order(0) == drawn
+    drawn = order(1)
+    assert order(1) == drawn
     assert order(5)[:6] == drawn[:6]
     assert drawn[:6] != drawn[6:]  # each epoch has an order of its own
+
+
+class DrawsFirst(Sampler[int]):
+    """The order that many people write: drawn before the first row."""
+
+    def __init__(self) -> None:
+        pass
+
+    def __len__(self) -> int:
+        return 10
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(torch.randperm(10).tolist())
+
+
+class Shuffled(IterableDataset):
+    """A stream that draws between rows, but not with torch."""
+
+    def __iter__(self) -> Iterator[int]:
+        left = list(range(10))
+        while left:
+            yield left.pop(random.randrange(len(left)) - np.random.randint(2))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: DataLoader(DATA, sampler=DrawsFirst()),
+        lambda: DataLoader(DATA, sampler=OwnOrder(DATA), batch_size=3),
+        lambda: DataLoader(Shuffled()),
+        lambda: DataLoader(Count(10)),
+        lambda: OwnLoader(DATA, shuffle=True),
+    ],
+    ids=["sampler", "subclass", "stream", "order", "loader"],
+)
+def test_start_draws_as_a_plain_loop_where_only_one_side_uses_a_generator(
+    make: Any,
+) -> None:
+    def train(batches: Any) -> list[Any]:
+        torch.manual_seed(3), random.seed(3), np.random.seed(3)
+        loader, found = make(), []
+        for epoch in (1, 2):
+            for batch in batches(loader, epoch):
+                found.append([repr(batch), torch.rand(()).item()])
+        return [*found, random.random(), np.random.random()]
+
+    plain = train(lambda loader, epoch: loader)
+    assert plain == train(
+        lambda loader, epoch: TrainPass(loader, SingleDevice("cpu"), epoch).start()
+    )
 
 
 def test_skip_batches_draws_indices_without_fetching_rows() -> None:
