@@ -160,19 +160,11 @@ def build_experiment(target: object, settings: Mapping[str, object]) -> Experime
         If a name is not a parameter (the nearest is offered), a value does not fit its
         annotation, or the function does not return an ``Experiment``.
     """
+    arguments = check_target(target, settings)
     if isinstance(target, Experiment):
-        if settings:
-            msg = (
-                f"--set {next(iter(settings))}: expected a function, got an Experiment."
-            )
-            raise ExperimentError(f"{msg} Return it from a function with parameters.")
         return target
-    if not callable(target):
-        msg = f"harness fit: expected an Experiment or a function, got {target!r}."
-        raise ExperimentError(
-            f"{msg} NAME must be a function that returns an Experiment."
-        )
-    made = target(**parse_arguments(target, settings))
+    assert callable(target)
+    made = target(**arguments)
     if not isinstance(made, Experiment):
         name = getattr(target, "__name__", "it")
         msg = f"{name}(): expected it to return a harness.Experiment, got {made!r}."
@@ -180,6 +172,29 @@ def build_experiment(target: object, settings: Mapping[str, object]) -> Experime
             f"{msg} Return harness.Experiment(learner=..., data=...)."
         )
     return made
+
+
+def check_target(target: object, settings: Mapping[str, object]) -> dict[str, object]:
+    """Check what ``build_experiment`` is given, without a call; returns the arguments.
+
+    Raises
+    ------
+    ExperimentError
+        If it is neither an ``Experiment`` nor a function, or a setting is wrong.
+    """
+    if isinstance(target, Experiment):
+        if settings:
+            msg = (
+                f"--set {next(iter(settings))}: expected a function, got an Experiment."
+            )
+            raise ExperimentError(f"{msg} Return it from a function with parameters.")
+        return {}
+    if not callable(target):
+        msg = f"harness fit: expected an Experiment or a function, got {target!r}."
+        raise ExperimentError(
+            f"{msg} NAME must be a function that returns an Experiment."
+        )
+    return parse_arguments(target, settings)
 
 
 def parse_arguments(

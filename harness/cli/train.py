@@ -12,6 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from harness.cli.ranks import (
+    ending_with_ranks,
+    find_launch_options,
+    is_main,
+    launcher_options,
+    start_ranks,
+)
 from tracking.cli import render
 from tracking.cli.commands import open_run, runs_dir_option
 from tracking.redaction import MASK, is_secret
@@ -92,7 +99,8 @@ def fit(target: str, **options: object) -> None:
     each epoch and on Ctrl-C; 'harness resume RUN' continues from it.
     """
     options["target"] = target
-    fitted = train(load_experiment(target, options), options)
+    with ending_with_ranks():
+        fitted = train(load_experiment(target, options), options)
     if is_main():
         render.echo(fitted)
     if fitted.signum is not None:
@@ -105,6 +113,8 @@ def fit(target: str, **options: object) -> None:
 @click.argument("run")
 @click.option("--strict", is_flag=True,
               help="Refuse changes in code, data or versions.")  # fmt: skip
+@click.option("--num-gpus", type=click.IntRange(min=1),
+              help="Ranks to resume on; by default as many as before.")  # fmt: skip
 @secret_options
 @runs_dir_option
 @click.pass_context
@@ -113,12 +123,25 @@ def resume(
     /,
     run: str,
     strict: bool,
+    num_gpus: int | None,
     runs_dir: Path | None,
-    **given: object,
+    **given: Any,
 ) -> None:
-    """Resume RUN from its last checkpoint, with its recorded command."""
+    """Resume RUN from its last checkpoint, with its recorded command.
+
+    A run of several ranks is resumed on as many, by DeepSpeed's launcher. Another launcher
+    can start the ranks: 'torchrun ... -m harness.cli resume RUN'.
+    """
     past = open_run(run, runs_dir)
     with working_folder_of(past):
+        launch_options = find_launch_options(past, num_gpus)
+        if launch_options is not None:
+            check_arguments(read_recorded_fit(past, given))
+            words = ["resume", str(past.path.absolute()), *["--strict"] * strict]
+            for flag, option in (("--set", "sets"), ("--opt", "opts")):
+                for name, value in given[option].items():
+                    words += [flag, f"{name}={value}"]
+            start_ranks(words, launch_options)
         options = read_recorded_fit(past, given)
         options["resume"] = str(past.path.absolute())
         options["runs_dir"] = past.path.parent.absolute()
@@ -129,11 +152,7 @@ def resume(
 @click.command(
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True}
 )
-@click.option("--num-gpus", type=click.IntRange(min=1), help="Ranks per machine.")
-@click.option("--num-nodes", type=click.IntRange(min=1), help="Number of machines.")
-@click.option("--hostfile", type=click.Path(path_type=Path),
-              help="File with one line 'name slots=N' per machine.")  # fmt: skip
-@click.option("--master-port", type=int, help="Port of rank 0.")
+@launcher_options
 @click.option("--verbose-launcher", is_flag=True,
               help="Show the output of DeepSpeed's launcher.")  # fmt: skip
 @click.argument("target", metavar="FILE.py:NAME | MODULE:NAME")
@@ -143,23 +162,13 @@ def launch(ctx: click.Context, /, target: str, **options: Any) -> None:
 
     All other options are passed on to 'harness fit'.
     """
-    from harness.accelerators.distributed.launcher import build_launch_command  # noqa: PLC0415  imports torch
-    from harness.accelerators.distributed.launcher import launch as start  # noqa: PLC0415  imports torch
-
     is_verbose = options.pop("verbose_launcher")
-    arguments = ["-m", "harness.cli", "fit", target, *ctx.args]
-    try:
-        command = build_launch_command(arguments, verbose=is_verbose, **options)
-    except ValueError as error:
-        raise click.UsageError(str(error)) from error
-    sys.exit(start(command))
-
-
-def is_main() -> bool:
-    """Whether this rank is the one that prints and saves."""
-    from harness.accelerators.distributed.environment import read_launch  # noqa: PLC0415  imports torch
-
-    return read_launch().rank == 0
+    given = {name: value for name, value in options.items() if value}
+    if "hostfile" in given:
+        given["hostfile"] = str(given["hostfile"].absolute())
+    arguments = [target, *ctx.args]
+    check_arguments(fit.make_context("fit", [*arguments], ctx).params)
+    start_ranks(["fit", *arguments], given, verbose=is_verbose)
 
 
 def train(experiment: Experiment, options: Options) -> Fitted:
@@ -193,6 +202,27 @@ def train(experiment: Experiment, options: Options) -> Fitted:
 
 
 # ----------------------------------------------------------------- the experiment
+
+
+def check_arguments(options: Options) -> None:
+    """Check the arguments of ``harness fit`` before ranks start, without a call of NAME.
+
+    Raises
+    ------
+    click.UsageError
+        If one is wrong.
+    """
+    from harness.errors import ExperimentError  # noqa: PLC0415  next to experiment
+    from harness.experiment import check_target, load_target  # noqa: PLC0415  imports torch
+
+    arguments = {**_read_config(options["config"]), **options["sets"]}
+    try:
+        check_target(load_target(options["target"]), arguments)
+    except ExperimentError as error:
+        raise click.UsageError(str(error)) from error
+    _parse_epochs(options["epochs"])
+    if options["resume"] is not None:
+        open_run(options["resume"], options["runs_dir"])
 
 
 def load_experiment(target: str, options: Options) -> Experiment:
@@ -272,6 +302,7 @@ def record_arguments(options: Mapping[str, Any]) -> Callback:
     They are kept apart from the command that is shown, whose secrets are masked. A
     secret is left out here, so that ``resume`` asks for it and never uses a mask.
     """
+    from harness.accelerators.distributed.environment import read_launch  # noqa: PLC0415  imports torch
     from harness.callback import Callback  # noqa: PLC0415  imports torch
 
     arguments = {name: options[name] for name in _REPLAYED}
@@ -284,9 +315,18 @@ def record_arguments(options: Mapping[str, Any]) -> Callback:
         }
         secrets[option] = hidden
 
+    launch = read_launch()
+    ranks = {
+        "world_size": launch.world_size,
+        "local_world_size": launch.local_world_size,
+        "options": launch.options and dict(launch.options),
+    }
+
     class RecordArguments(Callback):
         def on_fit_begin(self) -> None:
-            self.ctx.run.save_manifest(fit=arguments, fit_secrets=secrets)
+            self.ctx.run.save_manifest(
+                fit=arguments, fit_secrets=secrets, fit_ranks=ranks
+            )
 
     return RecordArguments()
 

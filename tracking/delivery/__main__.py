@@ -30,7 +30,7 @@ import pyarrow as pa
 
 from tracking.delivery.log import configure_logging, log_to_file
 from tracking.delivery.options import check_options
-from tracking.delivery.process import delivery_command, lock_path
+from tracking.delivery.process import delivery_command, lock_path, outlive_sigterm
 from tracking.delivery.retry import GaveUpError
 from tracking.delivery.state import DeliveryState
 from tracking.delivery.summaries import write_summaries
@@ -62,6 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--patience", type=float, metavar="SECONDS")
     parser.add_argument("--lock-wait", type=float, default=LOCK_WAIT_S)
     options = parser.parse_args(arguments)
+    if not (options.sync or options.read or options.summaries):
+        outlive_sigterm()
     settings = Settings.read()
     configure_logging()
     prepare_environment()

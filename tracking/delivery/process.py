@@ -5,10 +5,13 @@ from __future__ import annotations
 import atexit
 import contextlib
 import importlib.util
+import os
+import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -73,6 +76,37 @@ def _is_installed(package: str) -> bool:
         return True
 
 
+@contextlib.contextmanager
+def block_sigterm() -> Iterator[None]:
+    """Block SIGTERM for this thread and for processes that it starts, where there is one."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def outlive_sigterm() -> None:
+    """Ignore SIGTERM in the delivery process while its training process lives.
+
+    Launchers and batch systems end a training by SIGTERM to all its processes. How it ends
+    is still to be delivered.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        return
+    training = os.getppid()
+
+    def end_after_training(signum: int, _: object) -> None:
+        if os.getppid() != training:
+            sys.exit(128 + signum)
+
+    signal.signal(signal.SIGTERM, end_after_training)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # see block_sigterm
+
+
 class DeliveryProcess:
     """The delivery process of a run, seen from the training process.
 
@@ -98,9 +132,8 @@ class DeliveryProcess:
         log = self._run_path / "delivery" / "log.txt"
         try:
             log.parent.mkdir(exist_ok=True)
-            with log.open(
-                "ab"
-            ) as output:  # for what Python writes if it fails to start
+            # The file is for what Python writes if it fails to start.
+            with log.open("ab") as output, block_sigterm():
                 process = subprocess.Popen(
                     delivery_command(str(self._run_path)),
                     stdin=subprocess.DEVNULL,

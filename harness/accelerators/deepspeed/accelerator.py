@@ -119,7 +119,7 @@ class DeepSpeedAccelerator:
         self.steps: dict[str, int] = {}
         self.overflows: dict[str, int] = {}
         self._ranks = RankGroup(launch, self.device)
-        if self.world_size > 1 and not Watchdog.is_running():
+        if self.world_size > 1 and Watchdog.find() is None:
             Watchdog(self._ranks, launch.launcher_pid)
         self._check_devices()
         self._config = self._ranks.check_on_every_rank(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -10,6 +11,9 @@ from dataclasses import dataclass, replace
 
 LAUNCHER_PID = "HARNESS_LAUNCHER_PID"
 """Variable with the process id of ``launch``; the ranks end when that process ends."""
+
+LAUNCH_OPTIONS = "HARNESS_LAUNCH_OPTIONS"
+"""Variable with the options of ``launch``, as JSON."""
 
 DEFAULT_PORT = 29500
 """Port of rank 0 if the launcher sets none: the default of torch and DeepSpeed."""
@@ -30,6 +34,9 @@ class Launch:
         ``slurm``.
     launcher_pid
         Process id of ``launch`` on this machine; None if something else started the ranks.
+    options
+        Options that ``launch`` started the ranks with; None if something else did, or on
+        another machine.
     """
 
     rank: int = 0
@@ -40,6 +47,7 @@ class Launch:
     port: int | None = None
     by: str = "none"
     launcher_pid: int | None = None
+    options: Mapping[str, object] | None = None
 
     def __post_init__(self) -> None:
         """Refuse ranks that do not exist."""
@@ -188,6 +196,7 @@ def read_launch(env: Mapping[str, str] | None = None) -> Launch:
         port=port,
         by=place.by,
         launcher_pid=_number(env, LAUNCHER_PID) if LAUNCHER_PID in env else None,
+        options=json.loads(env[LAUNCH_OPTIONS]) if LAUNCH_OPTIONS in env else None,
     )
 
 

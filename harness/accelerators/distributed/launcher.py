@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
 import torch
 
-from harness.accelerators.distributed.environment import LAUNCHER_PID
+from harness.accelerators.distributed.environment import LAUNCH_OPTIONS, LAUNCHER_PID
+
+SSH_S = 10
+"""Seconds in which a machine has to answer by ssh."""
 
 
 def read_hostfile(path: str | Path) -> dict[str, int]:
@@ -28,7 +34,8 @@ def read_hostfile(path: str | Path) -> dict[str, int]:
     Raises
     ------
     ValueError
-        If the file is missing, a line is malformed, a host is listed twice, or there is none.
+        If the file is missing or not UTF-8 without a byte-order mark, a line is malformed, a
+        host is listed twice, or there is none.
 
     References
     ----------
@@ -39,8 +46,17 @@ def read_hostfile(path: str | Path) -> dict[str, int]:
     if not Path(path).is_file():
         msg = f"{place}: expected a file of lines 'name slots=N', got no such file."
         raise ValueError(f"{msg} Check the path, or leave --hostfile out.")
+    content = Path(path).read_bytes()
+    try:
+        lines = content.decode().splitlines()
+    except UnicodeDecodeError:
+        lines = []
+    if content.startswith(b"\xef\xbb\xbf") or (content and not lines):
+        # DeepSpeed would take the mark for a part of the first name.
+        msg = f"{place}: expected plain UTF-8, got {content[:3]!r} at its begin."
+        raise ValueError(f"{msg} Save it as UTF-8 without a byte-order mark.")
     slots: dict[str, int] = {}
-    for number, text in enumerate(Path(path).read_text().splitlines(), start=1):
+    for number, text in enumerate(lines, start=1):
         line = text.partition("#")[0].strip()
         if not line:
             continue
@@ -65,6 +81,8 @@ def build_launch_command(
     *,
     num_gpus: int | None = None,
     num_nodes: int | None = None,
+    include: str | None = None,
+    exclude: str | None = None,
     hostfile: str | Path | None = None,
     master_addr: str | None = None,
     master_port: int | None = None,
@@ -81,6 +99,9 @@ def build_launch_command(
         Ranks on each machine; None uses every device.
     num_nodes : >= 1
         Number of machines, from the top of the hostfile; None uses all.
+    include, exclude
+        Machines and their devices to use, or not to: ``"node0@node1:0,2"``. Without a
+        hostfile this machine is ``localhost``.
     hostfile
         File with lines ``name slots=N``; None uses this machine only.
     master_addr, master_port
@@ -93,7 +114,8 @@ def build_launch_command(
     Raises
     ------
     ValueError
-        If `argv` is empty, a count is below 1, or the hostfile is missing or malformed.
+        If `argv` is empty, a count is below 1, the port does not exist, the hostfile is
+        missing or malformed, or machines are chosen in two ways or are not listed.
 
     Examples
     --------
@@ -107,11 +129,15 @@ def build_launch_command(
         if count is not None and count < 1:
             msg = f"launch({name}): expected at least 1, got {count!r}."
             raise ValueError(f"{msg} Leave it out to use all.")
-    if hostfile is not None:
-        read_hostfile(hostfile)
+    if master_port is not None and not 1 <= master_port <= 65535:
+        msg = f"launch(master_port): expected 1..65535, got {master_port!r}."
+        raise ValueError(f"{msg} Choose a free port of the first machine.")
+    choose_hosts(hostfile, num_gpus, num_nodes, include, exclude)
     options = {
         "num_gpus": num_gpus,
         "num_nodes": num_nodes,
+        "include": include,
+        "exclude": exclude,
         "master_addr": master_addr,
         "master_port": master_port,
     }
@@ -128,16 +154,109 @@ def build_launch_command(
     return [*command, *argv]
 
 
-def launch(command: Sequence[str], *, grace_s: float = 5.0) -> int:
+def choose_hosts(
+    hostfile: str | Path | None,
+    num_gpus: int | None = None,
+    num_nodes: int | None = None,
+    include: str | None = None,
+    exclude: str | None = None,
+) -> list[str]:
+    """List the machines that options of ``build_launch_command`` choose.
+
+    Raises
+    ------
+    ValueError
+        If the hostfile is wrong, or machines are chosen in two ways or are not listed.
+    """
+    slots = None if hostfile is None else read_hostfile(hostfile)
+    hosts = ["localhost"] if slots is None else list(slots)
+    if num_nodes is not None and num_nodes > len(hosts):
+        msg = f"launch(num_nodes): expected at most {len(hosts)} machines"
+        raise ValueError(f"{msg}, got {num_nodes!r}. List them in a hostfile.")
+    if include and exclude:
+        msg = (
+            f"launch(include, exclude): expected one, got {include!r} and {exclude!r}."
+        )
+        raise ValueError(f"{msg} Leave one of them out.")
+    name, choice = ("include", include) if include else ("exclude", exclude)
+    if not choice:
+        return hosts[:num_nodes]
+    if num_gpus is not None or num_nodes is not None:
+        msg = f"launch({name}): expected no num_gpus or num_nodes beside it, got both."
+        raise ValueError(f"{msg} Leave num_gpus and num_nodes out.")
+    chosen: dict[str, list[int]] = {}
+    for part in choice.split("@"):
+        found = re.fullmatch(r"([^:,\s]+)(?::(\d+(?:,\d+)*))?", part)
+        if found is None:
+            msg = f"launch({name}): expected NAME or NAME:SLOT,SLOT, joined by '@'"
+            raise ValueError(
+                f"{msg}, got {choice!r}. Write for example 'localhost:0,1'."
+            )
+        host, listed = found.groups()
+        if host not in hosts:
+            msg = f"launch({name}): expected one of {', '.join(hosts)}, got {host!r}."
+            raise ValueError(f"{msg} Without a hostfile, this machine is 'localhost'.")
+        chosen[host] = [int(slot) for slot in (listed or "").split(",") if slot]
+        last = max(chosen[host], default=0)
+        if slots is not None and last >= slots[host]:
+            msg = f"launch({name}): expected a slot in 0..{slots[host] - 1} of {host!r}"
+            raise ValueError(f"{msg}, got {last}. Slots count from 0.")
+    if include:
+        return [host for host in hosts if host in chosen]
+    return [host for host in hosts if chosen.get(host, [0])]
+
+
+def check_hosts(hosts: Sequence[str], ssh_port: int | None = None) -> None:
+    """Check that machines answer by ssh, without a password.
+
+    Raises
+    ------
+    ValueError
+        If one does not, or DeepSpeed's launcher has no pdsh to start ranks on several.
+    """
+    for program in ("ssh", "pdsh")[: 1 + (len(hosts) > 1)]:
+        if shutil.which(program) is None:
+            msg = f"launch: expected {program!r} for ranks on {', '.join(hosts)}"
+            raise ValueError(f"{msg}, found no such program. Install it.")
+    command = ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={SSH_S}"]
+    command += [] if ssh_port is None else ["-p", str(ssh_port)]
+    asked = {
+        host: subprocess.Popen(
+            [*command, host, "true"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for host in hosts
+    }
+    answers = {host: process.communicate()[1] for host, process in asked.items()}
+    for host, process in asked.items():
+        if process.returncode:
+            reason = (answers[host].strip().splitlines() or ["no answer"])[-1]
+            msg = f"launch: expected {host!r} to answer by ssh, got {reason!r}."
+            raise ValueError(
+                f"{msg} Check its name, and set up ssh without a password."
+            )
+
+
+def launch(
+    command: Sequence[str],
+    *,
+    options: Mapping[str, object] | None = None,
+    grace_s: float = 5.0,
+) -> int:
     """Run a command of ``build_launch_command``, wait for it, and return its exit code.
 
-    Ctrl-C and SIGTERM are passed on to every rank. The ranks then have half a minute to
-    save, and no process is left behind. The exit code is not 0 after a signal.
+    Ctrl-C and SIGTERM are passed on to every rank, once. A fit then saves and stops, and no
+    process is left behind. The exit code is not 0 after a signal.
 
     Parameters
     ----------
     command
         Command line.
+    options
+        The options that it was built with; the ranks can read them (``Launch.options``).
     grace_s : >= 0
         Seconds that processes may outlive the command.
     """
@@ -146,6 +265,7 @@ def launch(command: Sequence[str], *, grace_s: float = 5.0) -> int:
         # Otherwise DeepSpeed's launcher warns at every start that there is no device.
         env.setdefault("DS_ACCELERATOR", "cpu")
     env[LAUNCHER_PID] = str(os.getpid())
+    env[LAUNCH_OPTIONS] = json.dumps(dict(options or {}))
     # In a new process group, signals reach every rank even if DeepSpeed's launchers have
     # ended, and Ctrl-C reaches every rank only once, from here.
     process = subprocess.Popen(command, env=env, start_new_session=True)
@@ -153,7 +273,14 @@ def launch(command: Sequence[str], *, grace_s: float = 5.0) -> int:
 
     def forward_signal(number: int, frame: FrameType | None) -> None:
         stopped.append(number)
-        _signal_group(process.pid, number)
+        # DeepSpeed's launchers would kill ranks that still save after half a minute, and
+        # the workers of their loaders at once. They end with the ranks.
+        ranks = find_ranks(process.pid) if len(stopped) < 3 else []
+        for pid in ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+        if not ranks:
+            _signal_group(process.pid, number)
 
     before = {
         number: signal.signal(number, forward_signal)
@@ -169,6 +296,29 @@ def launch(command: Sequence[str], *, grace_s: float = 5.0) -> int:
         return 128 + stopped[0]
     # The code is negative if a signal ended the launcher; a shell cannot show that.
     return code if code >= 0 else 128 - code
+
+
+def find_ranks(group: int) -> list[int]:
+    """Process ids of the ranks that DeepSpeed's launcher started in a process group."""
+    parents, launchers = {}, set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            # After the command's name in brackets come state, parent and group.
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            if int(fields[2]) != group:
+                continue
+            parents[int(folder.name)] = int(fields[1])
+            if is_inner_launcher(folder):
+                launchers.add(int(folder.name))
+        except OSError:  # it has ended
+            continue
+    return [pid for pid, parent in parents.items() if parent in launchers]
+
+
+def is_inner_launcher(folder: Path) -> bool:
+    """True if a folder of ``/proc`` is that of the process that starts a machine's ranks."""
+    words = (folder / "cmdline").read_bytes().split(b"\0")
+    return b"deepspeed.launcher.launch" in words
 
 
 def _signal_group(group: int, number: int) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 
 from harness.accelerators.distributed.group import PeerError, RankGroup, disconnect
+from harness.accelerators.distributed.launcher import is_inner_launcher
 from tracking.errors import write_stderr
 
 POLL_S = 0.5
@@ -72,9 +73,10 @@ class Watchdog:
         atexit.register(self.stop)
 
     @staticmethod
-    def is_running() -> bool:
-        """True if this process already has a watchdog."""
-        return isinstance(getattr(sys.excepthook, "__self__", None), Watchdog)
+    def find() -> Watchdog | None:
+        """The watchdog of this process, if it has one."""
+        found = getattr(sys.excepthook, "__self__", None)
+        return found if isinstance(found, Watchdog) else None
 
     def stop(self) -> None:
         """Stop watching, because the interpreter ends."""
@@ -89,21 +91,29 @@ class Watchdog:
         traceback: TracebackType | None,
     ) -> None:
         """Show the first failure once, and report it to the other ranks."""
+        if self.report(error):
+            self._hook(kind, error, traceback)
+
+    def report(self, error: BaseException) -> bool:
+        """Report an exception that ends this rank to the others.
+
+        Returns
+        -------
+        True if this rank is the first that failed, and should show the exception
+        """
         self._quiet.set()
         # Destroying the group would wait for ranks that may be gone.
         atexit.unregister(disconnect)
         if isinstance(error, PeerError):
-            return
+            return False
         first = self._ranks.first_failure()
         if first is None or first[0] == self._ranks.rank:
             self._ranks.report_failure(error)
-            self._hook(kind, error, traceback)
-        else:
-            rank, reason = first
-            text = (
-                f"rank {self._ranks.rank}: ended because rank {rank} failed: {reason}"
-            )
-            write_stderr(f"{text}\n")  # instead of a traceback
+            return True
+        rank, reason = first
+        text = f"rank {self._ranks.rank}: ended because rank {rank} failed: {reason}"
+        write_stderr(f"{text}\n")  # instead of a traceback
+        return False
 
     def _poll(self) -> None:
         """Poll until an uncaught exception stops it."""
@@ -141,7 +151,7 @@ def find_launchers(pid: int) -> tuple[int, ...]:
     """
     parent = Path("/proc") / str(pid)
     try:
-        if b"deepspeed.launcher.launch" not in (parent / "cmdline").read_bytes():
+        if not is_inner_launcher(parent):
             return (pid,)
         # After the command's name in brackets come the state and the parent's id.
         fields = (parent / "stat").read_text().rpartition(")")[2].split()

@@ -25,12 +25,16 @@ from tracking.plot import plot_curves
 from tracking.read import PastRun
 
 TRAINER = """
-import sys, tracking
+import os, signal, sys, tracking
 run = tracking.start(experiment="digits", runs_dir="runs")
 print(run.id, flush=True)
+def end_delivery():  # as DeepSpeed's launcher does to all processes of a rank
+    os.kill(run._delivery._process.pid, signal.SIGTERM)
+end_delivery()
 for i in range(40):
     run.log("metrics", "train", {"loss": 1 / (i + 1)}, index=i)
 mlflow_run_id = run.mlflow_run_id
+end_delivery()
 run.log_metric("last", 1.0, set="train", index=40)
 run.finish(wait_s=300)
 assert "mlflow" not in sys.modules

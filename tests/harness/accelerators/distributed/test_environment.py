@@ -237,3 +237,9 @@ def test_agent_tells_which_attempt_this_is() -> None:
     env = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "2"}
     assert read_agent(env) == Agent(has_store=True, attempt=2)
     assert read_agent({}) == Agent()
+
+
+def test_ranks_of_launch_know_its_options() -> None:
+    env = TORCHRUN | {"HARNESS_LAUNCH_OPTIONS": '{"num_gpus": 2}'}
+    assert read_launch(env).options == {"num_gpus": 2}
+    assert read_launch(TORCHRUN).options is None

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from harness.accelerators.distributed.launcher import (
     build_launch_command,
+    check_hosts,
+    choose_hosts,
     launch,
     read_hostfile,
 )
@@ -40,6 +44,101 @@ def test_hostfile_that_is_wrong_is_refused(
         path.write_text(text)
     with pytest.raises(ValueError, match=match):
         build_launch_command(["train.py"], hostfile=path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "node0 slots=4\n".encode("utf-8-sig"),
+        "node0 slots=4\n".encode("utf-16"),
+        "node\xe4 slots=4\n".encode("latin-1"),
+    ],
+)
+def test_hostfile_that_is_no_plain_utf8_is_refused(
+    content: bytes, tmp_path: Path
+) -> None:
+    path = tmp_path / "hosts"
+    path.write_bytes(content)
+    with pytest.raises(
+        ValueError, match=r"expected plain UTF-8, got .* Save it as UTF-8"
+    ):
+        read_hostfile(path)
+
+
+HOSTS = "node0 slots=4\nnode1 slots=2\nnode2 slots=2\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "hosts"),
+    [
+        ({}, ["node0", "node1", "node2"]),
+        ({"num_nodes": 2}, ["node0", "node1"]),
+        ({"include": "node2@node0:1,3"}, ["node0", "node2"]),
+        ({"exclude": "node0"}, ["node1", "node2"]),
+        ({"exclude": "node0:0@node1"}, ["node0", "node2"]),
+        (
+            {"num_nodes": 4},
+            r"launch\(num_nodes\): expected at most 3 machines, got 4",
+        ),
+        ({"include": "node3"}, r"expected one of node0, node1, node2, got 'node3'"),
+        ({"include": "node1:2"}, r"a slot in 0..1 of 'node1', got 2"),
+        ({"include": "node0:a"}, r"expected NAME or NAME:SLOT,SLOT, joined by '@'"),
+        ({"exclude": "0,1"}, r"expected NAME or NAME:SLOT,SLOT.*got '0,1'"),
+        ({"include": "node0", "exclude": "node1"}, r"expected one, got 'node0' and"),
+        ({"include": "node0", "num_gpus": 2}, r"expected no num_gpus or num_nodes"),
+    ],
+)
+def test_machines_are_chosen_as_deepspeed_does(
+    options: dict[str, object], hosts: list[str] | str, tmp_path: Path
+) -> None:
+    path = tmp_path / "hosts"
+    path.write_text(HOSTS)
+    if isinstance(hosts, str):
+        with pytest.raises(ValueError, match=hosts):
+            build_launch_command(["train.py"], hostfile=path, **options)
+    else:
+        assert choose_hosts(path, **options) == hosts
+
+
+def test_machines_without_a_hostfile_are_this_one() -> None:
+    assert choose_hosts(None, include="localhost:0,1") == ["localhost"]
+    with pytest.raises(ValueError, match=r"expected one of localhost, got 'node0'"):
+        build_launch_command(["train.py"], include="node0")
+    with pytest.raises(ValueError, match=r"expected at most 1 machines, got 2"):
+        build_launch_command(["train.py"], num_nodes=2)
+
+
+def test_machine_that_does_not_answer_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("ssh", "pdsh"):
+        script = tmp_path / name
+        script.write_text(
+            '#!/bin/sh\ncase "$*" in *" -p 7 "*) exit 0;; *bad*) '
+            "echo Warning: a key was added >&2; "
+            "echo ssh: Could not resolve hostname bad >&2; exit 255;; esac\n"
+        )
+        script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    check_hosts(["good", "better"])
+    check_hosts(["bad"], ssh_port=7)
+    with pytest.raises(
+        ValueError,
+        match=r"launch: expected 'bad' to answer by ssh, got 'ssh: Could not resolve",
+    ):
+        check_hosts(["good", "bad"])
+    (tmp_path / "pdsh").unlink()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(
+        ValueError, match=r"expected 'pdsh' for ranks on a, b, found no"
+    ):
+        check_hosts(["a", "b"])
+
+
+def test_port_that_does_not_exist_is_refused() -> None:
+    for port in (0, 65536, 99999):
+        with pytest.raises(ValueError, match=rf"expected 1..65535, got {port}"):
+            build_launch_command(["train.py"], master_port=port)
 
 
 def test_command_runs_deepspeeds_launcher(tmp_path: Path) -> None:
@@ -103,3 +202,35 @@ def test_launch_leaves_no_process_behind(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", caller], timeout=60, check=False)
     assert done.returncode == 4
     assert not Path(f"/proc/{note.read_text()}").exists()
+
+
+def test_signal_reaches_each_rank_once_and_not_the_launchers(tmp_path: Path) -> None:
+    # Two ranks below an inner launcher, which would fail at a signal.
+    rank = (
+        "import os, signal, sys, time\n"
+        "got = []\n"
+        "signal.signal(signal.SIGTERM, lambda number, _: got.append(number))\n"
+        f"path = {str(tmp_path)!r} + '/rank-' + sys.argv[1]\n"
+        "open(path, 'w').close()\n"
+        "while not got: time.sleep(0.01)\n"
+        "time.sleep(0.3)\n"
+        "open(path, 'w').write(str(len(got)))\n"
+        "sys.exit(7)"
+    )
+    inner = (
+        "import subprocess, sys\n"
+        f"ranks = [subprocess.Popen([sys.executable, '-c', {rank!r}, n]) for n in '01']\n"
+        "sys.exit(max([rank.wait() for rank in ranks]))"
+    )
+    caller = (
+        "import sys; from harness.accelerators.distributed import launcher as l\n"
+        f"sys.exit(l.launch([sys.executable, '-c', {inner!r}, 'deepspeed.launcher.launch']))"
+    )
+    with subprocess.Popen([sys.executable, "-c", caller]) as process:
+        paths = [tmp_path / f"rank-{rank}" for rank in "01"]
+        while not all(path.exists() for path in paths):
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.terminate()
+        assert process.wait(60) == 128 + signal.SIGTERM
+    assert [path.read_text() for path in paths] == ["1", "1"]
