@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
+import torch
+
 from harness.errors import EarlyStop, Signal
-from harness.events import EVENTS, check_event
+from harness.events import EVENTS, WITH_GRADIENTS, check_event
 from harness.pytree import StateDict
 
 if TYPE_CHECKING:
@@ -20,6 +22,10 @@ class Callback:
 
     Define a method for each event that you need. Inside it, ``self.ctx`` is the context.
     Keep only your own counters on ``self``: everything shared lives in the context.
+
+    Gradients are off in these methods, except in the three events between forward and
+    backward (``harness.events.WITH_GRADIENTS``), where ``ctx.loss_grad`` may be changed. A
+    callback that computes gradients in another event does it in ``torch.enable_grad()``.
 
     Attributes
     ----------
@@ -116,17 +122,24 @@ class Listeners:
         ]
 
     def call(self, event: str) -> None:
-        """Call all listeners of an event.
+        """Call all listeners of an event, without gradients except between forward and backward.
 
         A signal is raised again when all have been called, ``EarlyStop`` before others. Any
         other exception leaves at once, with a note that names the callback and the event.
         """
         listeners = self._by_event.get(event)
-        if listeners is None:
-            check_event("call_callbacks", event)
+        if not listeners:
+            if listeners is None:
+                check_event("call_callbacks", event)
             return
-        if listeners:
-            self._fired.add(event)
+        self._fired.add(event)
+        if event in WITH_GRADIENTS or not torch.is_grad_enabled():
+            self._call_each(listeners, event)
+            return
+        with torch.no_grad():
+            self._call_each(listeners, event)
+
+    def _call_each(self, listeners: Iterable[Callable[[], object]], event: str) -> None:
         raised: Signal | None = None
         for listener in listeners:
             try:

@@ -48,6 +48,16 @@ EVENTS: Final[dict[str, str]] = {**FIT_EVENTS, **PREDICT_EVENTS, **EXTRA_EVENTS}
 """All events; the key is the name of the callback's method."""
 
 
+WITH_GRADIENTS: Final = frozenset(
+    {
+        "on_train_batch_after_pred",
+        "on_train_batch_after_loss",
+        "on_train_batch_before_backward",
+    }
+)
+"""Events between forward and backward. Callbacks run with gradients only in these."""
+
+
 def nearest(name: str, choices: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the most similar choice, or an empty string."""
     found = difflib.get_close_matches(name, list(choices), n=1)

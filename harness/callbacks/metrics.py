@@ -43,6 +43,7 @@ class Metrics(Callback):
             ctx.metrics[split] = SplitMetrics(
                 getattr(self.metric_set, split), ctx.accelerator
             )
+            ctx.metrics[split].bind(ctx)
         ctx.metrics[split].reset()
 
     def _get(self, split: str) -> SplitMetrics:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -104,6 +105,19 @@ class SplitMetrics:
         )
         self._waiting: list[tuple[Tensor, Tensor]] = []
         self._waiting_numel = 0
+
+    def bind(self, ctx: Context) -> None:
+        """Set ``ctx`` of each metric object that has room for it: no ``ctx`` of its own.
+
+        A function's object is the user's own, so its class must declare ``ctx``.
+        """
+        for metric in self._metrics.values():
+            for part in metric.modules():
+                if isinstance(part, FunctionAverage):
+                    if _declares_ctx(type(part.function)):
+                        _bind(part.function, ctx)
+                elif isinstance(part, Metric):
+                    _bind(part, ctx)
 
     def reset(self) -> None:
         """Start an epoch."""
@@ -272,6 +286,19 @@ def _fresh_copy(item: object) -> Metric:
     metric = copy.deepcopy(item) if isinstance(item, Metric) else as_metric(item)
     metric.reset()
     return metric
+
+
+def _bind(metric: object, ctx: Context) -> None:
+    found = inspect.getattr_static(metric, "ctx", None)
+    is_free = found is None or hasattr(found, "call_callbacks")
+    if is_free and getattr(metric, "ctx", found) is found:  # no submodule either
+        setattr(metric, "ctx", ctx)  # noqa: B010  no class declares it
+
+
+def _declares_ctx(kind: type) -> bool:
+    return any(
+        "ctx" in {**vars(cls), **inspect.get_annotations(cls)} for cls in kind.__mro__
+    )
 
 
 def count_batch_values(ctx: Context) -> None:

@@ -3,10 +3,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 import harness
 from harness.events import EVENTS
-from tests.harness.fakes import Tape, line_learner, slope
+from tests.harness.fakes import At, Tape, line_learner, slope
 
 OFF: dict[str, Any] = {"tracker": False, "verbose": False}
 
@@ -82,3 +83,62 @@ def test_check_that_raises_ends_the_fit_before_any_event() -> None:
 def test_check_is_not_part_of_an_evaluation() -> None:
     fitted = line_learner().fit(slope(2), 1, **OFF)
     fitted.evaluate(slope(2), callbacks=[Refuses()], verbose=False)
+
+
+class Grads(harness.Callback):
+    """Notes in which events a new result has a graph."""
+
+    def __init__(self) -> None:
+        self.with_graph: set[str] = set()
+
+
+def _noter(event: str) -> Any:
+    def note(self: Grads) -> None:
+        if (self.ctx.model.w * 2).requires_grad:
+            self.with_graph.add(event)
+
+    return note
+
+
+for _event in EVENTS:
+    setattr(Grads, _event, _noter(_event))
+
+
+def test_callbacks_run_without_gradients_except_between_forward_and_backward() -> None:
+    grads = Grads()
+    fitted = line_learner().fit(slope(64), 1, slope(8), callbacks=[grads], **OFF)
+    assert grads.with_graph == {
+        "on_train_batch_after_pred",
+        "on_train_batch_after_loss",
+        "on_train_batch_before_backward",
+    }
+    grads.with_graph = set()
+    fitted.evaluate(slope(8), callbacks=[grads])
+    fitted.predict(slope(8), callbacks=[grads])
+    assert grads.with_graph == set()
+
+
+class WeightPenalty(harness.Callback):
+    def on_train_batch_after_loss(self) -> None:
+        self.ctx.loss_grad = self.ctx.loss_grad + self.ctx.model.w
+
+
+def test_callback_that_adds_to_the_loss_changes_the_gradient() -> None:
+    # From w = 0, b = 0 the penalty adds 1 to the gradient of w; the rate is 0.01.
+    plain, penalized = (
+        line_learner().fit(slope(4), 1, callbacks=callbacks, **OFF).model
+        for callbacks in ([], [WeightPenalty()])
+    )
+    assert (plain.w - penalized.w).item() == pytest.approx(0.01)
+    assert torch.equal(plain.b, penalized.b)
+
+
+def test_gradients_are_on_again_after_a_callback_raised() -> None:
+    with pytest.raises(ZeroDivisionError):
+        line_learner().fit(
+            slope(4),
+            1,
+            callbacks=[At("on_epoch_begin", lambda ctx: 1 / 0)],
+            **OFF,
+        )
+    assert torch.is_grad_enabled()

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torchmetrics.classification
 import torchmetrics.regression
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 from torchmetrics import Metric
 from torchmetrics.aggregation import MeanMetric
@@ -28,11 +28,13 @@ from torchmetrics.regression import (
     SpearmanCorrCoef,
 )
 
+import harness
 from harness.accelerators.single import SingleDevice
 from harness.errors import CheckpointError
 from harness.metrics.sets import name_metrics
 from harness.metrics.split import GROUP_BATCHES, SplitMetrics, as_numbers, can_group
 from harness.pytree import flatten, restore
+from tests.harness.fakes import line_learner, slope
 
 LISTED = "Metric .* will save all"  # torchmetrics, for metrics that list their samples
 pytestmark = pytest.mark.filterwarnings(f"ignore:{LISTED}")
@@ -466,3 +468,87 @@ def test_split_metrics_on_one_rank_uses_no_process_group():
         assert calls == []
     finally:
         torch.distributed.destroy_process_group()
+
+
+class CountsTraining(Metric):
+    """Counts the rows of training batches, which only the context tells apart."""
+
+    full_state_update = False
+    ctx: Any
+    rows: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("rows", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, pred: Tensor, target: Tensor) -> None:
+        self.rows += self.ctx.rows if self.ctx.training else 0
+
+    def compute(self) -> Tensor:
+        return self.rows
+
+
+class OwnCtx(CountsTraining):
+    """Uses the name for something else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ctx = "mine"
+
+    def update(self, pred: Tensor, target: Tensor) -> None:
+        assert self.ctx == "mine"
+
+
+class OfFunction:
+    """A function with a place for the context."""
+
+    ctx: harness.Context | None = None
+
+    def __call__(self, pred: Tensor, target: Tensor) -> float:
+        assert self.ctx is not None
+        return float(self.ctx.epoch or 0)
+
+
+class Plain:
+    """A function whose class has no place for it."""
+
+    def __call__(self, pred: Tensor, target: Tensor) -> float:
+        return float(hasattr(self, "ctx"))
+
+
+def test_metrics_with_room_for_it_have_the_context():
+    metrics: dict[str, Any] = {
+        "rows": CountsTraining(),
+        "wrapped": CountsTraining() + CountsTraining(),
+        "own": OwnCtx(),
+        "epoch": OfFunction(),
+        "plain": Plain(),
+    }
+    fitted = line_learner(metrics=metrics).fit(
+        slope(6), 2, slope(4), tracker=False, verbose=False
+    )
+    (_, train), (_, valid) = (
+        fitted.records["metrics"]["train"],
+        fitted.records["metrics"]["valid"],
+    )
+    names = ("rows", "wrapped", "own", "epoch", "plain")
+    assert [train[name] for name in names] == [6, 12, 0, 2.0, 0.0]
+    assert [valid[name] for name in names] == [0, 0, 0, 2.0, 0.0]
+    assert not hasattr(metrics["rows"], "ctx")  # a fit uses a copy
+    assert metrics["own"].ctx == "mine"
+
+
+def test_metric_with_the_context_resumes(tmp_path):
+    def fit(*callbacks):
+        return line_learner(metrics=[CountsTraining()]).fit(
+            slope(8),
+            2,
+            callbacks=callbacks,
+            dataloader_options={"batch_size": 2},
+            tracker=False,
+            verbose=False,
+        )
+
+    fit(harness.callbacks.ModelCheckpoint(tmp_path, every_n_steps=3))
+    resumed = fit(harness.callbacks.ResumeFromCheckpoint(tmp_path))
+    assert resumed.records["metrics"]["train"][-1]["counts_training"] == 8
