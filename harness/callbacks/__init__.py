@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from harness.callbacks.averaging.ema import EMA
+from harness.callbacks.averaging.swa import StochasticWeightAveraging
 from harness.callbacks.csv_logger import CSVLogger
 from harness.callbacks.early_stopping import EarlyStopping
 from harness.callbacks.gradient_clip import GradientClip
@@ -17,6 +19,7 @@ from harness.callbacks.step_metrics import StepMetrics
 from harness.callbacks.train_valid import TrainValid
 
 __all__ = [
+    "EMA",
     "AutoResume",
     "CSVLogger",
     "EarlyStopping",
@@ -30,5 +33,6 @@ __all__ = [
     "Progress",
     "ResumeFromCheckpoint",
     "StepMetrics",
+    "StochasticWeightAveraging",
     "TrainValid",
 ]

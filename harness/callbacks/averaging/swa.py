@@ -1,0 +1,121 @@
+"""Averages the weights of the last epochs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.swa_utils import get_swa_multi_avg_fn, update_bn
+
+from harness.callbacks.averaging.averaged_weights import AveragedWeights
+from harness.callbacks.keep_best_model import KeepBestModel
+from harness.context import Context
+from harness.data.batch import input_of
+from harness.setup_checks import check_at_least, check_number
+from harness.steps import call_model
+
+
+class StochasticWeightAveraging(AveragedWeights):
+    """Returns the mean of the weights after each of the last epochs.
+
+    At the end of the fit, BatchNorm's statistics are computed anew by one pass over the
+    training data, without gradients. Validation uses the weights of training, and so does
+    the result of a fit that a signal interrupts.
+
+    Parameters
+    ----------
+    start : >= 1, or in (0, 1)
+        First epoch that counts, or the fraction of ``max_epochs`` that comes before it.
+    opt_name
+        Optimizer whose weights are averaged; None: all.
+
+    Raises
+    ------
+    ValueError
+        Before the first epoch, if `start` is after the last epoch, another callback decides
+        about the weights of the result, or several ranks train BatchNorm layers.
+
+    Notes
+    -----
+    The method trains the last epochs with a constant or cyclic learning rate. Use torch's
+    ``SWALR`` in ``LRScheduler`` for it.
+
+    References
+    ----------
+    Izmailov et al. 2018, "Averaging Weights Leads to Wider Optima and Better
+    Generalization"; torch 2.13, ``torch.optim.swa_utils``.
+    """
+
+    def __init__(self, start: float = 0.75, *, opt_name: str | None = None) -> None:
+        super().__init__(opt_name=opt_name)
+        place = "StochasticWeightAveraging(start)"
+        advice = "Pass an epoch from 1, or a fraction below 1."
+        check_number(place, start, advice)
+        is_fraction = isinstance(start, float) and 0 < start < 1
+        if not is_fraction:
+            check_at_least(place, start, 1, advice)
+        self.start = start
+
+    def _first_epoch(self, ctx: Context) -> int:
+        is_fraction = self.start < 1
+        return int(self.start * ctx.max_epochs) + 1 if is_fraction else int(self.start)
+
+    def check(self, ctx: Context) -> None:
+        """Refuse what cannot be averaged, and what else would decide the result."""
+        super().check(ctx)
+        name = type(self).__name__
+        if self._first_epoch(ctx) > ctx.max_epochs:
+            msg = f"{name}(start): expected an epoch up to {ctx.max_epochs}"
+            raise ValueError(f"{msg}, got {self.start!r}. Start earlier.")
+        if any(isinstance(callback, KeepBestModel) for callback in ctx.callbacks):
+            msg = f"{name}: expected to decide the weights of the result"
+            raise ValueError(f"{msg}, got KeepBestModel too. Remove one of them.")
+        has_batch_norm = any(isinstance(m, _BatchNorm) for m in ctx.model.modules())
+        assert ctx.accelerator is not None
+        if has_batch_norm and ctx.accelerator.world_size > 1:
+            msg = f"{name}: expected one rank for a model with BatchNorm layers"
+            advice = "Train on one rank, or use GroupNorm or LayerNorm."
+            got = f"got {ctx.accelerator.world_size}"
+            raise ValueError(f"{msg}, {got}. {advice}")
+
+    def on_train_end(self) -> None:
+        """Add the weights of this epoch."""
+        if (self.ctx.epoch or 0) >= self._first_epoch(self.ctx):
+            average = get_swa_multi_avg_fn()  # type: ignore[no-untyped-call]
+            for name in self._names:
+                self.update(name, average)
+
+    def on_fit_end(self) -> None:
+        """Put the mean into the result, and compute BatchNorm's statistics for it."""
+        if self.ctx.stop_signal is None and self.averages:
+            super().on_fit_end()
+            self._update_batch_norm()
+
+    def _update_batch_norm(self) -> None:
+        model = self.ctx.model
+        modes = {module: module.training for module in model.modules()}
+        # torch's function calls a model with the first item of a list.
+        update_bn(self._list_inputs(), _WithInput(model))
+        for module, mode in modes.items():
+            module.training = mode
+
+    def _list_inputs(self) -> Iterator[list[Any]]:
+        ctx = self.ctx
+        assert ctx.accelerator is not None
+        for batch in ctx.train_data or ():
+            yield [input_of(ctx.accelerator.to_device(batch))]
+
+
+class _WithInput(nn.Module):
+    """A model that is called with the input of a batch, of any form."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    @torch.no_grad()
+    def forward(self, input: object) -> object:
+        return call_model(self.model, input)
