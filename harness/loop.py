@@ -205,7 +205,7 @@ def fit(ctx: StepContext) -> None:
             ctx.call_callbacks("on_fit_begin")
             for ctx.epoch in range(start_epoch(ctx), ctx.max_epochs + 1):
                 with suppress_handled(lambda: ctx.epoch_handlers):
-                    ctx.call_callbacks("on_epoch_begin")
+                    begin_epoch(ctx)
                     train_epoch(ctx)
                     if ctx.valid_data is not None:
                         valid_epoch(ctx)
@@ -214,6 +214,13 @@ def fit(ctx: StepContext) -> None:
                 drop_gradients(ctx)
         drop_gradients(ctx)
         ctx.call_callbacks("on_fit_end")
+
+
+def begin_epoch(ctx: StepContext) -> None:
+    """Fire ``on_epoch_begin`` with nothing of the epoch before, as after a resume."""
+    ctx.iter = ctx.batch = ctx.pred = ctx.loss = ctx.loss_grad = None
+    ctx.training = True
+    ctx.call_callbacks("on_epoch_begin")
 
 
 def train_epoch(ctx: StepContext) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 from torch import Tensor
 
 from harness.callbacks.monitor import Mode, Monitor
+from harness.checkpoint.state import get_extra_states, set_extra_states
 from harness.pytree import StateDict
 from harness.reshard.consolidated import shape_buffers
 from harness.reshard.convert import convert_weights
@@ -35,12 +38,13 @@ class KeepBestModel(Monitor):
     ) -> None:
         super().__init__(monitor, mode, min_delta)
         self.weights: dict[str, Tensor] = {}
+        self.extra: StateDict = {}
         self.best_epoch: int | None = None
 
     def on_fit_begin(self) -> None:
         """Reset what an earlier fit left."""
         self.reset()
-        self.weights, self.best_epoch = {}, None
+        self.weights, self.extra, self.best_epoch = {}, {}, None
 
     def on_epoch_end(self) -> None:
         """Copy the weights if this epoch is the best so far."""
@@ -53,6 +57,7 @@ class KeepBestModel(Monitor):
                 for name, value in state.items()
                 if isinstance(value, Tensor)
             }
+            self.extra = copy.deepcopy(get_extra_states(self.ctx.model))
 
     def on_fit_end(self) -> None:
         """Restore the best weights."""
@@ -64,15 +69,17 @@ class KeepBestModel(Monitor):
             state = accelerator.state_dict()
             best = convert_weights(weights, self.ctx.model, state, accelerator.rank)
             accelerator.load_state_dict(best, ["model"])
+            set_extra_states(self.ctx.model, self.extra)
             self.ctx.buffers["best_epoch"] = self.best_epoch
 
     def state_dict(self) -> StateDict:
         """Return the best value, its epoch and weights."""
         best = {"weights": self.weights, "best_epoch": self.best_epoch}
-        return super().state_dict() | best
+        return super().state_dict() | best | {"extra": self.extra}
 
     def load_state_dict(self, state: StateDict) -> None:
         """Restore the best value, its epoch and weights."""
         super().load_state_dict(state)
-        self.best_epoch = state.get("best_epoch")  # missing in older checkpoints
+        # Older checkpoints have neither.
+        self.best_epoch, self.extra = state.get("best_epoch"), state.get("extra", {})
         self.weights = state["weights"]

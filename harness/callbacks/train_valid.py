@@ -16,6 +16,10 @@ class TrainValid(Callback):
 
     weight = -100
 
+    def on_epoch_begin(self) -> None:
+        """Training mode, also after the validation of the epoch before."""
+        self.ctx.model.train()
+
     def on_train_begin(self) -> None:
         """Training mode: dropout is on, batch statistics are updated."""
         self.ctx.model.train()

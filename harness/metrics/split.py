@@ -24,6 +24,7 @@ from harness.metrics.state import (
     get_changed_attributes,
     get_states,
     has_sample_lists,
+    is_updated,
     merge_states,
     plain_attributes,
     set_attributes,
@@ -203,7 +204,10 @@ class SplitMetrics:
             raise
 
     def compute(self) -> StateDict:
-        """The loss and every metric as numbers, read from the device."""
+        """The loss and every metric as numbers, read from the device.
+
+        Metrics of an epoch in which no batch counted have no value.
+        """
         self._flush()
         values: StateDict = {}
         loss = self.loss.compute(self._accelerator)
@@ -211,6 +215,8 @@ class SplitMetrics:
             values["loss"] = loss
         for name, mean in self._means.items():
             values[name] = mean.compute(self._accelerator)
+        if not self._accelerator.any(any(map(is_updated, self._metrics.values()))):
+            return values
         for name, metric in self._metrics.items():
             try:
                 values[name] = as_numbers(metric.compute())

@@ -196,6 +196,11 @@ def check_saved_metrics(
             )
 
 
+def is_updated(metric: Metric) -> bool:
+    """True if the metric or one below it was updated since the last reset."""
+    return any(submetric._update_count for submetric in submetrics_of(metric).values())
+
+
 def has_sample_lists(metric: Metric) -> bool:
     """True if the metric or one below it keeps its samples in lists."""
     return any(

@@ -646,6 +646,21 @@ def test_context_counts_epochs_iters_and_steps_as_documented():
     ]
 
 
+def test_context_begins_each_epoch_alike_also_after_a_resume(tmp_path):
+    def look(ctx):
+        assert (ctx.training, ctx.model.training) == (True, True)
+        assert {ctx.iter, ctx.batch, ctx.pred, ctx.loss, ctx.loss_grad} == {None}
+        seen.append(ctx.epoch)
+
+    seen = []
+    save = harness.callbacks.ModelCheckpoint(tmp_path, every_n_epochs=2)
+    resume = harness.callbacks.ResumeFromCheckpoint(tmp_path)
+    for own in (save, resume):
+        spy = At("on_epoch_begin", look)
+        fit(line_learner(), slope(4), 3, spy, own, valid_data=slope(2))
+    assert seen == [1, 2, 3, 3]
+
+
 def test_context_holds_prediction_and_losses_of_the_batch():
     seen = []
 

@@ -3,9 +3,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
-from harness.callbacks import KeepBestModel
-from tests.harness.fakes import At, line_learner, slope
+import harness
+from harness.callbacks import KeepBestModel, ModelCheckpoint, ResumeFromCheckpoint
+from tests.harness.fakes import At, Line, line_learner, slope
 
 NAN = float("nan")
 OFF: dict[str, Any] = {"tracker": False, "verbose": False}
@@ -32,6 +35,38 @@ def weights(values, callback):
 def test_keep_best_ends_with_the_weights_of_the_best_epoch(values, mode, best):
     after, kept = weights(values, KeepBestModel("valid/watched", mode))
     assert kept == after[best - 1]
+
+
+class Counts(Line):
+    """A number that no tensor holds."""
+
+    calls = 0
+
+    def forward(self, x):
+        self.calls += self.training
+        return super().forward(x)
+
+    def get_extra_state(self):
+        return {"calls": [self.calls]}
+
+    def set_extra_state(self, state):
+        (self.calls,) = state["calls"]
+
+
+def test_keep_best_restores_the_extra_state_of_modules(tmp_path):
+    learner = harness.setup(
+        Counts, loss=nn.MSELoss(), optimizer=torch.optim.SGD
+    ).set_opt_hparams(lr=10.0)  # diverges: the first epoch is the best
+
+    def fit(*callbacks):
+        fitted = learner.fit(
+            slope(4), 3, callbacks=[KeepBestModel("train/loss"), *callbacks], **OFF
+        )
+        return fitted.model.calls
+
+    assert fit() == 1
+    assert fit(ModelCheckpoint(tmp_path, every_n_epochs=2)) == 1
+    assert fit(ResumeFromCheckpoint(tmp_path)) == 1
 
 
 def test_keep_best_begins_anew_with_each_fit():

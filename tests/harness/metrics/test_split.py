@@ -27,6 +27,7 @@ from torchmetrics.regression import (
     R2Score,
     SpearmanCorrCoef,
 )
+from torchmetrics.wrappers import MinMaxMetric
 
 import harness
 from harness.accelerators.single import SingleDevice
@@ -75,10 +76,28 @@ def test_function_may_return_a_number():
     assert metrics.compute() == {"rows": 3.0}
 
 
-def test_function_without_rows_is_nan():
+def test_metrics_without_a_batch_have_no_value():
+    metrics = split_metrics(
+        {
+            "function": nn.functional.l1_loss,
+            "sum": MulticlassAccuracy(num_classes=3),
+            "list": MulticlassAUROC(num_classes=3),
+            "wrapper": MinMaxMetric(MulticlassAccuracy(num_classes=3)),
+        }
+    )
+    assert metrics.compute() == {}
+    metrics.update(torch.eye(3), torch.arange(3), None, 3)
+    restored = split_metrics({"function": nn.functional.l1_loss})
+    restored.load_state_dict(split_metrics({"function": len}).state_dict())
+    assert restored.compute() == {}
+    metrics.reset()
+    assert metrics.compute() == {}
+
+
+def test_function_is_nan_if_no_row_counts():
     metrics = split_metrics({"f": nn.functional.l1_loss})
-    with pytest.warns(UserWarning, match="before the ``update`` method"):
-        assert math.isnan(metrics.compute()["f"])
+    metrics._metrics["f"].update(torch.ones(2), torch.ones(2), 0)
+    assert math.isnan(metrics.compute()["f"])
 
 
 # --- groups of batches against single ones
