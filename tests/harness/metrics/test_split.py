@@ -79,7 +79,7 @@ def test_function_may_return_a_number():
 def test_metrics_without_a_batch_have_no_value():
     metrics = split_metrics(
         {
-            "function": nn.functional.l1_loss,
+            "function": lambda pred, target: pred.mean(),
             "sum": MulticlassAccuracy(num_classes=3),
             "list": MulticlassAUROC(num_classes=3),
             "wrapper": MinMaxMetric(MulticlassAccuracy(num_classes=3)),
