@@ -114,6 +114,11 @@ def log_description(ctx: Context, seed: int | None) -> None:
         "accumulate": accelerator.accumulate,
         "accelerator": type(accelerator).__name__,
         "device": str(accelerator.device),
+        **(
+            {}
+            if accelerator.precision == "fp32"
+            else {"precision": accelerator.precision}
+        ),
         "world_size": accelerator.world_size,
         "seed": seed,
     }

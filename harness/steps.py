@@ -180,7 +180,7 @@ class _Section:
         ctx, name = self._ctx, self._name
         ctx.opt_name, ctx.opt = name, ctx.optimizers[name]
         self._inside = None
-        if ctx.training and ctx.accelerator is not None:
+        if ctx.accelerator is not None:
             self._inside = ctx.accelerator.optimizing(name)
             self._inside.__enter__()
 

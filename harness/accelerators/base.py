@@ -41,6 +41,8 @@ class Accelerator(Protocol):
         True on rank 0.
     accumulate : >= 1
         Micro-batches per optimizer step, as configured.
+    precision : str
+        ``fp32``, ``bf16`` or ``fp16``.
     window : >= 1
         Micro-batches in the present step. The loop makes it smaller for a short last step.
     steps : dict of int
@@ -65,6 +67,11 @@ class Accelerator(Protocol):
     num_backwards: int
     before_step: StepHook
     after_step: StepHook
+
+    @property
+    def precision(self) -> str:
+        """Precision of the forward; the weights may have another."""
+        ...
 
     @property
     def counted(self) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -17,6 +18,7 @@ def accelerator(
     *,
     device: str | torch.device | None = None,
     accumulate: int = 1,
+    precision: Literal["fp32", "bf16", "fp16"] | None = None,
 ) -> Accelerator:
     """Choose the accelerator by how this process was started.
 
@@ -30,6 +32,9 @@ def accelerator(
     accumulate : >= 1
         Micro-batches per optimizer step, the same as ``gradient_accumulation_steps`` in a
         config.
+    precision
+        ``bf16`` or ``fp16``: torch's autocast, with the weights in float32; for ``fp16`` the
+        losses are scaled. None: as the config says, else ``fp32``.
 
     Returns
     -------
@@ -41,7 +46,10 @@ def accelerator(
     """
     launch: Launch = read_launch()
     if config is None and launch.world_size == 1:
-        return SingleDevice(device, accumulate=accumulate)
+        precision = precision or "fp32"
+        return SingleDevice(device, accumulate=accumulate, precision=precision)
     from harness.accelerators.deepspeed.accelerator import DeepSpeedAccelerator  # noqa: PLC0415  slow, and not always installed
 
-    return DeepSpeedAccelerator(config, device=device, accumulate=accumulate)
+    return DeepSpeedAccelerator(
+        config, device=device, accumulate=accumulate, precision=precision
+    )

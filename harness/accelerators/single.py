@@ -12,6 +12,13 @@ from torch.utils.hooks import RemovableHandle
 
 from harness.accelerators.base import StepHook, StepOpt, default_step_opt, ignore_step
 from harness.accelerators.devices import choose_device
+from harness.accelerators.precision import (
+    DTYPES,
+    LossScaler,
+    check_precision,
+    hook_autocast,
+    make_autocast,
+)
 from harness.data.batch import Batch, move
 from harness.errors import CheckpointError
 from harness.pytree import StateDict
@@ -97,15 +104,24 @@ class SingleDevice:
         torch device or its name; None takes CUDA if available, then MPS, then the CPU.
     accumulate : >= 1
         Micro-batches per optimizer step; gradients are averaged over them.
+    precision
+        ``fp32``; or ``bf16`` or ``fp16``: torch's autocast, with the weights in float32. For
+        ``fp16`` the losses are scaled, by a scaler for each optimizer.
+
+    Attributes
+    ----------
+    overflows : dict of int
+        Steps skipped because gradients overflowed in ``fp16``, by optimizer name.
 
     Raises
     ------
     ValueError
-        If `accumulate` is below 1.
+        If `accumulate` is below 1, or `precision` is none of the three.
 
     References
     ----------
     luz 0.5.0, ``accelerator``. Differs from luz: it also accumulates gradients.
+    torch 2.13, ``torch.amp``.
     """
 
     rank = 0
@@ -115,17 +131,24 @@ class SingleDevice:
     counted: int | None = None
 
     def __init__(
-        self, device: str | torch.device | None = None, *, accumulate: int = 1
+        self,
+        device: str | torch.device | None = None,
+        *,
+        accumulate: int = 1,
+        precision: str = "fp32",
     ) -> None:
         if accumulate < 1:
             msg = f"accelerator(accumulate): expected at least 1, got {accumulate!r}."
             raise ValueError(f"{msg} Use 1 to step on every batch.")
+        self.precision = check_precision(precision)
+        self._dtype = DTYPES[self.precision]
         # A tensor's device has an index, so batches already on it compare as equal.
         found = choose_device() if device is None else torch.device(device)
         self.device = torch.empty(0, device=found).device
         self.accumulate = accumulate
         self.window = accumulate
         self.steps: dict[str, int] = {}
+        self.overflows: dict[str, int] = {}
         self.num_backwards = 0
         self.before_step: StepHook = ignore_step
         self.after_step: StepHook = ignore_step
@@ -135,6 +158,7 @@ class SingleDevice:
         self._hooks: list[RemovableHandle] = []
         self._others: dict[str, list[Tensor]] = {}
         self._known_layouts: dict[str, tuple[Tensor, list[list[int]]]] = {}
+        self._scalers: dict[str, LossScaler] = {}
         self._nothing: AbstractContextManager[object] = nullcontext()
 
     def prepare(
@@ -150,7 +174,13 @@ class SingleDevice:
         self._known_layouts = {}
         self._done = dict.fromkeys(self._optimizers, 0)
         self.steps = dict.fromkeys(self._optimizers, 0)
+        self.overflows = dict.fromkeys(self._optimizers, 0)
         self.window = self.accumulate
+        self._scalers = {}
+        if self._dtype is not None:
+            self._hooks += hook_autocast(model, self.device, self._dtype)
+        if self._dtype == torch.float16:
+            self._scalers = {name: LossScaler(self.device) for name in self._optimizers}
         for name, opt in self._optimizers.items():
             self._place_state(opt)
             self._hooks.append(opt.register_step_post_hook(self._make_counter(name)))
@@ -186,16 +216,36 @@ class SingleDevice:
         Only parameters that it owns get gradients.
         """
         if len(self._optimizers) < 2 or not torch.is_grad_enabled():
-            return self._nothing
-        return freeze_parameters(self._others[self._only(name)])
+            return (
+                make_autocast(self.device, self._dtype)
+                if self._dtype
+                else self._nothing
+            )
+        others = freeze_parameters(self._others[self._only(name)])
+        return others if self._dtype is None else self._under_autocast(others)
+
+    @contextmanager
+    def _under_autocast(self, inner: AbstractContextManager[object]) -> Iterator[None]:
+        with inner, make_autocast(self.device, self._dtype):
+            yield
 
     @contextmanager
     def counting_backward(self, name: str | None = None) -> Iterator[None]:
-        """Count one backward inside, by this accelerator or by user code."""
+        """Count one backward inside, by this accelerator or by user code.
+
+        Raises
+        ------
+        RuntimeError
+            In ``fp16``, if ``backward`` was not called: the loss would not be scaled.
+        """
         name = self._only(name)
         before = self._done[name]
         yield
         if self._done[name] == before:
+            if name in self._scalers:
+                msg = "backward(loss): expected a call of ctx.accelerator.backward"
+                advice = "Call ctx.accelerator.backward(loss, ctx.opt_name) in it."
+                raise RuntimeError(f"{msg}, got none in fp16. {advice}")
             self._done[name] += 1
             self.num_backwards += 1
 
@@ -203,9 +253,20 @@ class SingleDevice:
         """Add the gradients of ``loss / window``; `loss` is a scalar with a graph."""
         if self.window > 1:
             loss = loss / self.window
-        loss.backward()  # type: ignore[no-untyped-call]
-        self._done[self._only(name)] += 1
+        name = self._only(name)
+        if self._dtype is None:
+            loss.backward()  # type: ignore[no-untyped-call]
+        else:
+            self._backward_mixed(loss, name)
+        self._done[name] += 1
         self.num_backwards += 1
+
+    def _backward_mixed(self, loss: Tensor, name: str) -> None:
+        """Scale the loss, and run the backward outside of autocast, as torch advises."""
+        with torch.autocast(self.device.type, enabled=False):
+            if name in self._scalers:
+                loss = self._scalers[name].scale(loss)
+            loss.backward()  # type: ignore[no-untyped-call]
 
     def is_boundary(self, name: str | None = None) -> bool:
         """True when the window has as many backwards as it should."""
@@ -218,10 +279,15 @@ class SingleDevice:
         name = self._only(name)
         if self._done[name] < self.window:
             return False
+        opt, scaler = self._optimizers[name], self._scalers.get(name)
+        if scaler is not None:
+            scaler.unscale(opt)
         self.before_step(name)
-        opt = self._optimizers[name]
         before = self.steps[name]
-        step_opt(opt)
+        if scaler is None:
+            step_opt(opt)
+        else:
+            self.overflows[name] += not scaler.step(opt, step_opt)
         opt.zero_grad()
         self._done[name] = 0
         is_stepped = self.steps[name] > before
@@ -235,12 +301,22 @@ class SingleDevice:
             if done:
                 self._optimizers[name].zero_grad()
                 self._done[name] = 0
+                if name in self._scalers:
+                    self._scalers[name].drop()
 
     def clip(
         self, max_norm: float, name: str | None = None, norm_type: float = 2.0
     ) -> Tensor:
         """Clip the total gradient norm of one optimizer's parameters."""
-        groups = self._optimizers[self._only(name)].param_groups
+        name = self._only(name)
+        opt = self._optimizers[name]
+        if name in self._scalers:
+            if self._done[name] < self.window:
+                msg = f"clip: expected {self.window} backwards before it in fp16"
+                advice = "Clip at the end of the window: see is_boundary."
+                raise RuntimeError(f"{msg}, got {self._done[name]}. {advice}")
+            self._scalers[name].unscale(opt)
+        groups = opt.param_groups
         params = [with_dense_grad(p) for group in groups for p in group["params"]]
         return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type)
 
@@ -295,7 +371,15 @@ class SingleDevice:
                 if param.grad is not None
             },
             "frozen": [n for n, p in model.named_parameters() if not p.requires_grad],
+            **self._scaling_state(),
         }
+
+    def _scaling_state(self) -> StateDict:
+        """What only ``fp16`` has."""
+        if not self._scalers:
+            return {}
+        scalers = {name: scaler.state_dict() for name, scaler in self._scalers.items()}
+        return {"overflows": dict(self.overflows), "scalers": scalers}
 
     def _layouts(self) -> dict[str, tuple[Tensor, list[list[int]]]]:
         """Layout and group members of each optimizer, updated if it got more parameters."""
@@ -336,13 +420,17 @@ class SingleDevice:
             load_optimizer_state(self._optimizers[name], own, name)
         self.steps.update(state["steps"])
         self._done.update(state["done"])
+        self.overflows.update(state.get("overflows", {}))
+        for name, scaler in state.get("scalers", {}).items():
+            if name in self._scalers:
+                self._scalers[name].load_state_dict(scaler)
         for name, param in model.named_parameters():
             grad = state["grads"].get(name)
             param.grad = None if grad is None else grad.to(self.device, copy=True)
             param.requires_grad_(name not in state["frozen"])
 
     def finish(self, *, failed: bool = False) -> None:
-        """Remove the step counters from the optimizers."""
+        """Remove the hooks from model and optimizers."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()

@@ -155,6 +155,7 @@ def describe_fit(ctx: Context) -> dict[str, Any]:
     """Describe a fit, so that a resume can report what differs."""
     model, data = ctx.model, ctx.train_data
     assert ctx.accelerator is not None
+    precision = ctx.accelerator.precision
     return {
         "model": f"{type(model).__module__}:{type(model).__qualname__}",
         "hparams": str(encode_hparams(ctx.hparams)),
@@ -171,6 +172,8 @@ def describe_fit(ctx: Context) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "numpy": np.__version__,
+        # Checkpoints from before there was a choice do not name it.
+        **({} if precision == "fp32" else {"precision": precision}),
     }
 
 

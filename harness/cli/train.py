@@ -24,6 +24,7 @@ from tracking.cli.commands import open_run, runs_dir_option
 from tracking.redaction import MASK, is_secret
 
 if TYPE_CHECKING:
+    from harness.accelerators.base import Accelerator
     from harness.callback import Callback
     from harness.experiment import Experiment
     from harness.fitted import Fitted
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 _REPLAYED = (
     *("target", "sets", "opts", "epochs", "name", "experiment", "seed"),
+    *("precision", "device"),
     *("no_track", "no_deliver", "checkpoint_every", "keep_checkpoints"),
     *("no_checkpoints", "strict", "quiet"),
 )
@@ -79,6 +81,9 @@ def secret_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--name", help="Name of the run.")
 @click.option("--experiment", help="MLflow experiment of the run.")
 @click.option("--seed", type=int, help="Seed of all random generators.")
+@click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]),
+              help="Mixed precision; the weights stay in float32.")  # fmt: skip
+@click.option("--device", help="Device, e.g. cpu or cuda:1; default: the best one.")
 @runs_dir_option
 @click.option("--no-track", is_flag=True, help="Do not record the run.")
 @click.option("--no-deliver", is_flag=True,
@@ -247,9 +252,26 @@ def load_experiment(target: str, options: Options) -> Experiment:
         "mlflow_experiment": options["experiment"],
         "seed": options["seed"],
         "epochs": _parse_epochs(options["epochs"]),
+        "accelerator": _make_accelerator(experiment, options),
     }
     given = {key: value for key, value in changes.items() if value is not None}
     return replace(experiment, **given)
+
+
+def _make_accelerator(experiment: Experiment, options: Options) -> Accelerator | None:
+    """Make the accelerator that ``--device`` and ``--precision`` ask for."""
+    given = {key: options[key] for key in ("precision", "device") if options.get(key)}
+    if not given:
+        return None
+    if experiment.accelerator is not None:
+        msg = f"--{next(iter(given))}: expected an experiment without an accelerator"
+        raise click.UsageError(f"{msg}, got one. Change it in the experiment instead.")
+    from harness.accelerators.select import accelerator  # noqa: PLC0415  imports torch
+
+    try:
+        return accelerator(**given)
+    except (ValueError, RuntimeError) as error:  # RuntimeError: no such device
+        raise click.UsageError(str(error).splitlines()[0]) from error
 
 
 def _read_config(path: Path | None) -> Options:

@@ -43,7 +43,12 @@ def has_same_layout(saved: StateDict, live: StateDict) -> bool:
         return saved.keys() == live.keys()
     if "shared" not in saved or "shared" not in live:
         are_single = "shared" not in saved and "shared" not in live
-        return are_single and bool(saved["members"] == live["members"])
+        # Gradients of an open window are scaled as the scalers say.
+        return (
+            are_single
+            and bool(saved["members"] == live["members"])
+            and saved.get("scalers", {}).keys() == live.get("scalers", {}).keys()
+        )
     then, now = saved["layouts"], live["layouts"]
     return (
         saved["stage"] == live["stage"]

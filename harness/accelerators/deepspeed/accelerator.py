@@ -33,7 +33,12 @@ from harness.accelerators.deepspeed.gather import (
     list_attributes,
 )
 from harness.accelerators.deepspeed.library import import_deepspeed, known_fields
-from harness.accelerators.deepspeed.precision import hook_precision, make_autocast
+from harness.accelerators.deepspeed.precision import (
+    add_precision,
+    find_autocast_dtype,
+    hook_precision,
+    name_precision,
+)
 from harness.accelerators.deepspeed.state import (
     capture_state,
     check_closed_window,
@@ -54,6 +59,7 @@ from harness.accelerators.distributed.group import RankGroup
 from harness.accelerators.distributed.sharded_loader import shard_loaders
 from harness.accelerators.distributed.shares import ShareTracker
 from harness.accelerators.distributed.watchdog import Watchdog
+from harness.accelerators.precision import make_autocast
 from harness.data.batch import Batch, move
 from harness.pytree import Options, StateDict
 from harness.reshard.consolidated import parameter_shapes
@@ -71,6 +77,8 @@ class DeepSpeedAccelerator:
         ``cpu`` or ``cuda``; None takes CUDA if there is any.
     accumulate : >= 1
         Micro-batches per optimizer step, the same as ``gradient_accumulation_steps``.
+    precision
+        As in ``SingleDevice``: DeepSpeed's ``torch_autocast``. None: as the config says.
 
     Attributes
     ----------
@@ -107,6 +115,7 @@ class DeepSpeedAccelerator:
         *,
         device: str | torch.device | None = None,
         accumulate: int = 1,
+        precision: str | None = None,
     ) -> None:
         if accumulate < 1:
             msg = f"accelerator(accumulate): expected at least 1, got {accumulate!r}."
@@ -123,7 +132,7 @@ class DeepSpeedAccelerator:
             Watchdog(self._ranks, launch.launcher_pid)
         self._check_devices()
         self._config = self._ranks.check_on_every_rank(
-            lambda: self._read_config(config)
+            lambda: self._read_config(config, precision)
         )
         advice = "Pass the same config on every rank."
         self._ranks.check_same("accelerator", {"config": self._config}, advice)
@@ -151,10 +160,15 @@ class DeepSpeedAccelerator:
         """True if the config describes the optimizer, which DeepSpeed then builds."""
         return "optimizer" in self._config
 
+    @property
+    def precision(self) -> str:
+        """``fp32``, ``bf16`` or ``fp16``."""
+        return name_precision(self._filled or self._config)
+
     def _read_config(
-        self, config: Mapping[str, object] | str | Path | None
+        self, config: Mapping[str, object] | str | Path | None, precision: str | None
     ) -> dict[str, Any]:
-        read = read_config(config)
+        read = add_precision(read_config(config), precision)
         check_config(read, self._collect_facts())
         return read
 
@@ -282,7 +296,8 @@ class DeepSpeedAccelerator:
         with ExitStack() as stack:
             if len(self._engines) and torch.is_grad_enabled():
                 stack.enter_context(self._engines.activate(name))
-            stack.enter_context(make_autocast(self._filled, self.device))
+            dtype = find_autocast_dtype(self._filled)
+            stack.enter_context(make_autocast(self.device, dtype))
             yield
 
     def backward(self, loss: Tensor, name: str | None = None) -> None:

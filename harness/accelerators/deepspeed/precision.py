@@ -1,15 +1,19 @@
-"""Hooks that run a model's forward in the precision of DeepSpeed's config."""
+"""The precision that DeepSpeed's config asks for, and hooks that run a forward in it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
-from harness.pytree import map_tensors
+from harness.accelerators.precision import DTYPES, check_precision, hook_autocast
+from harness.pytree import Options, map_tensors
+
+PRECISION_KEYS = ("fp16", "bf16", "bfloat16", "torch_autocast")
+"""Keys of DeepSpeed's config, of which one at most is enabled."""
 
 AUTOCAST_DTYPES = {
     "fp16": torch.float16,
@@ -21,15 +25,51 @@ AUTOCAST_DTYPES = {
 """DeepSpeed's names for the dtypes of ``torch_autocast``, without ``torch.``."""
 
 
-def make_autocast(
-    config: Mapping[str, Any], device: torch.device
-) -> AbstractContextManager[object]:
-    """Autocast as ``torch_autocast`` in the config describes it; nothing if it is off."""
+def find_autocast_dtype(config: Mapping[str, Any]) -> torch.dtype | None:
+    """Dtype of ``torch_autocast`` in the config; None if it is off."""
     auto = config.get("torch_autocast", {})
     if not auto.get("enabled", False):
-        return nullcontext()
-    name = str(auto.get("dtype", "bfloat16")).removeprefix("torch.")
-    return torch.autocast(device.type, AUTOCAST_DTYPES[name])
+        return None
+    return AUTOCAST_DTYPES[str(auto.get("dtype", "bfloat16")).removeprefix("torch.")]
+
+
+def name_precision(config: Mapping[str, Any]) -> str:
+    """Name the precision that a complete config asks for: fp32, bf16 or fp16."""
+    dtype = find_autocast_dtype(config)
+    for key, name in (("fp16", "fp16"), ("bf16", "bf16"), ("bfloat16", "bf16")):
+        if _is_enabled(config, key) or dtype == DTYPES[name]:
+            return name
+    return "fp32"
+
+
+def _is_enabled(config: Mapping[str, Any], key: str) -> bool:
+    """True if a precision is on; ``"auto"`` leaves it to the caller."""
+    return config.get(key, {}).get("enabled", False) not in (False, "auto")
+
+
+def add_precision(config: Options, precision: str | None) -> Options:
+    """Add autocast to a config for a precision; None leaves it as it is.
+
+    Raises
+    ------
+    ValueError
+        If the config already says in which precision to train.
+    """
+    if precision is None:
+        return config
+    check_precision(precision)
+    given = [key for key in PRECISION_KEYS if _is_enabled(config, key)]
+    if given:
+        msg = (
+            f"accelerator(precision): expected no {given[0]!r} in the config beside it"
+        )
+        raise ValueError(f"{msg}, got both. Leave one of them out.")
+    dtype = DTYPES[precision]
+    if dtype is None:
+        return config
+    name = str(dtype).removeprefix("torch.")
+    config = {key: value for key, value in config.items() if key not in PRECISION_KEYS}
+    return {**config, "torch_autocast": {"enabled": True, "dtype": name}}
 
 
 def hook_precision(
@@ -37,11 +77,12 @@ def hook_precision(
     engines: Iterable[Any],
     config: Mapping[str, Any],
     device: torch.device,
-) -> list[Any]:
+) -> list[RemovableHandle]:
     """Run the model's forward in the config's precision; returns the hooks."""
-    hooks: list[Any] = []
-    if config.get("torch_autocast", {}).get("enabled", False):
-        hooks += hook_autocast(model, config, device)
+    hooks: list[RemovableHandle] = []
+    autocast = find_autocast_dtype(config)
+    if autocast is not None:
+        hooks += hook_autocast(model, device, autocast)
     # All engines of a model have the same dtype.
     engine = next(iter(engines), None)
     if engine is not None:
@@ -51,26 +92,7 @@ def hook_precision(
     return hooks
 
 
-def hook_autocast(
-    model: nn.Module, config: Mapping[str, object], device: torch.device
-) -> Any:
-    """Run the model's forward under autocast; returns the hooks."""
-    entered: list[AbstractContextManager[object]] = []
-
-    def enter(module: nn.Module, args: object) -> None:
-        entered.append(make_autocast(config, device))
-        entered[-1].__enter__()
-
-    def leave(module: nn.Module, args: object, output: object) -> None:
-        entered.pop().__exit__(None, None, None)
-
-    return [
-        model.register_forward_pre_hook(enter, prepend=True),
-        model.register_forward_hook(leave, always_call=True),
-    ]
-
-
-def hook_inputs(model: nn.Module, dtype: torch.dtype) -> Any:
+def hook_inputs(model: nn.Module, dtype: torch.dtype) -> RemovableHandle:
     """Convert floating inputs of the model's forward to a dtype; returns the hook."""
 
     def cast(module: nn.Module, args: object, kwargs: object) -> Any:

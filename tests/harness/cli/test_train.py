@@ -96,6 +96,17 @@ def test_fit_names_go_into_the_run(call, folder):
     assert past.params["epochs"] == 1
 
 
+def test_fit_precision_and_device_go_into_the_run(call, folder):
+    words = ["--precision", "bf16", "--device", "cpu", "--epochs", "1", "--no-deliver"]
+    assert call("fit", "exp_cli.py:experiment", *words, "--quiet").exit_code == 0
+    (past,) = tracking.list_runs()
+    assert (past.params["precision"], past.params["device"]) == ("bf16", "cpu")
+    assert past.manifest.extra["fit"]["precision"] == "bf16"
+    done = call("fit", "exp_cli.py:experiment", "--device", "gpu", "--no-track")
+    assert done.exit_code == 2
+    assert "Expected one of cpu, cuda" in done.output
+
+
 def test_fit_shows_epochs_unless_quiet(call, folder):
     words = ["fit", "exp_cli.py:experiment", "--no-track", "--epochs", "2"]
     shown = [line.split()[:2] for line in call(*words).stderr.splitlines()]

@@ -253,7 +253,7 @@ def test_autocast_is_torchs(stage: int, make: Any) -> None:
         train_window(Lab(stage, Path()), accelerator, model, opts, regression, window)
     # Gradients travel in bfloat16 under DeepSpeed's autocast.
     check_equal(accelerator.full_state_dict(model), wanted, rtol=2e-2, atol=6e-3)
-    assert model(data[0][0][0][0]).dtype == torch.bfloat16
+    assert model(data[0][0][0][0]).dtype == torch.float32
     assert not torch.is_autocast_enabled("cpu")
 
 
