@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
 
 from harness.callback import Callback
 from harness.data.loaders import Data
 from harness.errors import EarlyStop
+from harness.rng import find_generators, get_rng_state, set_rng_state
+from harness.setup_checks import check_count, check_number
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -66,31 +75,59 @@ class LRFinderResult:
 
 
 class _Sweep(Callback):
-    """Raises the rate after each step; ends the fit when the loss diverges."""
+    """Raises the rate after each step; ends the fit when the loss diverges.
+
+    It needs no event of a step, because a model's own ``step`` may fire none.
+    """
 
     def __init__(self, start_lr: float, end_lr: float, num_steps: int) -> None:
         self.lrs: list[float] = []
         self.losses: list[float] = []
         self.start_lr, self.num_steps = start_lr, num_steps
         self.factor = (end_lr / start_lr) ** (1 / max(1, num_steps - 1))
-        self.mean = 0.0
+        self.mean, self.num_steps_before = 0.0, 0
+        self.waiting: list[Tensor] = []
 
-    def _set_lr(self, rate: float) -> None:
-        for group in self.ctx.opt.param_groups:
-            group["lr"] = rate
+    def on_train_batch_begin(self) -> None:
+        rate = self.start_lr * self.factor ** len(self.lrs)
+        for opt in self.ctx.optimizers.values():
+            for group in opt.param_groups:
+                if isinstance(group["lr"], Tensor):
+                    group["lr"].fill_(rate)
+                else:
+                    group["lr"] = rate
 
-    def on_fit_begin(self) -> None:
-        self._set_lr(self.start_lr)
+    def on_train_batch_end(self) -> None:
+        losses = self.ctx.loss
+        values = losses.values() if isinstance(losses, dict) else [losses]
+        numbers = [torch.as_tensor(loss) for loss in values if loss is not None]
+        if numbers:
+            self.waiting.append(sum(numbers[1:], numbers[0]).detach().reshape(()))
+        num_steps = sum(self.ctx.steps.values())
+        if num_steps != self.num_steps_before:
+            self.num_steps_before = num_steps
+            self._add_step()
 
-    def on_train_batch_after_step(self) -> None:
-        loss = float(self.ctx.loss[self.ctx.opt_name])
-        done = len(self.lrs) + 1
+    def on_epoch_end(self) -> None:
+        if not self.lrs:
+            msg = "lr_finder: expected an optimizer step in epoch 1, got none."
+            raise ValueError(f"{msg} Call ctx.optimize(loss) in the model's step.")
+
+    def _add_step(self) -> None:
+        """Record the mean loss of the batches since the last step, over all ranks."""
+        accelerator = self.ctx.accelerator
+        assert accelerator is not None
+        if not self.waiting:
+            msg = f"lr_finder: expected {type(self.ctx.model).__name__}.step to record"
+            raise ValueError(f"{msg} a loss, got none. Call ctx.optimize(loss) in it.")
+        loss = accelerator.reduce(torch.stack(self.waiting).mean(), "mean").item()
+        self.waiting.clear()
+        self.lrs.append(self.start_lr * self.factor ** len(self.lrs))
         self.mean = 0.9 * self.mean + 0.1 * loss
-        self.losses.append(self.mean / (1 - 0.9**done))
-        self.lrs.append(self.start_lr * self.factor ** (done - 1))
-        if done >= self.num_steps or not self.losses[-1] <= 4 * min(self.losses):
+        self.losses.append(self.mean / (1 - 0.9 ** len(self.lrs)))
+        has_diverged = not self.losses[-1] <= 4 * min(self.losses)
+        if has_diverged or len(self.lrs) >= self.num_steps:
             raise EarlyStop
-        self._set_lr(self.start_lr * self.factor**done)
 
 
 def lr_finder(
@@ -105,12 +142,14 @@ def lr_finder(
 ) -> LRFinderResult:
     """Train a new model briefly with a growing learning rate.
 
+    Afterwards the random generators are as they were before, also those of the data.
+
     Parameters
     ----------
     learner
-        Learner with a single optimizer.
+        Learner. Several optimizers get the same rate, and their losses are summed.
     data
-        As in ``Learner.fit``.
+        As in ``Learner.fit``; repeated if it has fewer batches than steps.
     start_lr, end_lr : > 0
         First and last rate.
     num_steps : >= 1
@@ -124,26 +163,57 @@ def lr_finder(
 
     Raises
     ------
-    ValueError
-        If ``0 < start_lr < end_lr`` does not hold.
+    TypeError, ValueError
+        If ``0 < start_lr < end_lr`` or ``num_steps >= 1`` does not hold, or no optimizer
+        steps in an epoch.
+    KeyboardInterrupt
+        After Ctrl-C.
 
     References
     ----------
     luz 0.5.0, ``lr_finder``; Smith 2017, "Cyclical Learning Rates", section 3.3.
     """
-    if not 0 < start_lr < end_lr:
+    _check_range(start_lr, end_lr, num_steps)
+    sweep = _Sweep(start_lr, end_lr, num_steps)
+    with _leave_as_it_was(data, dataloader_options or {}):
+        fitted = learner.fit(
+            data,
+            epochs=num_steps,
+            callbacks=[sweep],
+            verbose=False,
+            dataloader_options=dataloader_options,
+            seed=seed,
+            tracker=False,
+        )
+    if fitted.is_interrupted:
+        raise KeyboardInterrupt
+    return LRFinderResult(lrs=sweep.lrs, losses=sweep.losses)
+
+
+def _check_range(start_lr: object, end_lr: object, num_steps: object) -> None:
+    advice = "Pass for example 1e-7 and 1."
+    for name, rate in (("start_lr", start_lr), ("end_lr", end_lr)):
+        check_number(f"lr_finder({name})", rate, advice)
+    if not 0 < start_lr < end_lr:  # type: ignore[operator]
         msg = (
             f"lr_finder: expected 0 < start_lr < end_lr, got {start_lr!r}, {end_lr!r}."
         )
-        raise ValueError(f"{msg} Pass for example 1e-7 and 1.")
-    sweep = _Sweep(start_lr, end_lr, num_steps)
-    learner.fit(
-        data,
-        epochs=num_steps,
-        callbacks=[sweep],
-        verbose=False,
-        dataloader_options=dataloader_options,
-        seed=seed,
-        tracker=False,
-    )
-    return LRFinderResult(lrs=sweep.lrs, losses=sweep.losses)
+        raise ValueError(f"{msg} {advice}")
+    check_count("lr_finder(num_steps)", num_steps, 1, "Leave it out for 100.")
+
+
+@contextmanager
+def _leave_as_it_was(data: object, options: Mapping[str, object]) -> Iterator[None]:
+    """Restore the random generators, and end worker processes that a loader would keep."""
+    generators = find_generators(data, SimpleNamespace(**options))
+    state = get_rng_state(generators)
+    workers = getattr(data, "_iterator", None)  # torch 2.13, persistent workers
+    try:
+        with warnings.catch_warnings():
+            # The rate grows until the loss diverges, so a NaN is no fault.
+            warnings.filterwarnings("ignore", "train/loss: expected a number, got nan")
+            yield
+    finally:
+        if isinstance(data, DataLoader) and workers is None:
+            data._iterator = None
+        set_rng_state(state, generators)

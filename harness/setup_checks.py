@@ -431,13 +431,13 @@ def check_logged_elsewhere(
         raise ValueError(f"{msg}{near} It logs: {', '.join(names)}.")
 
 
-def check_at_least(place: str, value: float | None, least: float, advice: str) -> None:
-    """Check an option of a callback; None passes.
+def check_at_least(place: str, value: object, least: float, advice: str) -> None:
+    """Check that an option is a number of at least `least`.
 
     Parameters
     ----------
     place
-        Class and option, such as ``"StepMetrics(every)"``.
+        Class and option, such as ``"Monitor(min_delta)"``.
     value
         What was given.
     least
@@ -452,12 +452,32 @@ def check_at_least(place: str, value: float | None, least: float, advice: str) -
     ValueError
         If `value` is below `least`.
     """
-    if value is None:
-        return
     check_number(place, value, advice)
-    if not value >= least:
+    if not value >= least:  # type: ignore[operator]
         msg = f"{place}: expected at least {least}, got {value!r}."
         raise ValueError(f"{msg} {advice}")
+
+
+def check_more_than(place: str, value: object, least: float, advice: str) -> None:
+    """Check that an option is a number of more than `least`.
+
+    Parameters and errors are those of ``check_at_least``.
+    """
+    check_number(place, value, advice)
+    if not value > least:  # type: ignore[operator]
+        msg = f"{place}: expected more than {least}, got {value!r}."
+        raise ValueError(f"{msg} {advice}")
+
+
+def check_count(place: str, value: object, least: int, advice: str) -> None:
+    """Check that an option is a whole number of at least `least`.
+
+    Parameters and errors are those of ``check_at_least``.
+    """
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        msg = f"{place}: expected a whole number, got {value!r}."
+        raise TypeError(f"{msg} {advice}")
+    check_at_least(place, int(value), least, advice)
 
 
 def check_accelerator(accelerator: Accelerator | None, place: str) -> Accelerator:

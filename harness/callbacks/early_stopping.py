@@ -5,7 +5,7 @@ from __future__ import annotations
 from harness.callbacks.monitor import Mode, Monitor
 from harness.errors import EarlyStop
 from harness.pytree import StateDict
-from harness.setup_checks import check_at_least, check_number
+from harness.setup_checks import check_count, check_number
 
 
 class EarlyStopping(Monitor):
@@ -43,8 +43,7 @@ class EarlyStopping(Monitor):
     ) -> None:
         super().__init__(monitor, mode, min_delta)
         advice = "Pass the number of epochs to wait without improvement."
-        check_number("EarlyStopping(patience)", patience, advice)
-        check_at_least("EarlyStopping(patience)", patience, 1, advice)
+        check_count("EarlyStopping(patience)", patience, 1, advice)
         self.patience = patience
         self.waited = 0
         if baseline is not None:

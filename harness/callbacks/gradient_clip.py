@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from harness.callback import Callback
-from harness.setup_checks import check_number
+from harness.setup_checks import check_more_than
 
 
 class GradientClip(Callback):
@@ -23,14 +23,8 @@ class GradientClip(Callback):
 
     def __init__(self, max_norm: float = 1.0, norm_type: float = 2.0) -> None:
         advice = "Remove the callback to clip nothing."
-        check_number("GradientClip(max_norm)", max_norm, advice)
-        check_number("GradientClip(norm_type)", norm_type, "Leave it out for 2.")
-        if not norm_type > 0:
-            msg = f"GradientClip(norm_type): expected more than 0, got {norm_type!r}."
-            raise ValueError(f"{msg} Leave it out for 2.")
-        if not max_norm > 0:
-            msg = f"GradientClip(max_norm): expected more than 0, got {max_norm!r}."
-            raise ValueError(f"{msg} {advice}")
+        check_more_than("GradientClip(max_norm)", max_norm, 0, advice)
+        check_more_than("GradientClip(norm_type)", norm_type, 0, "Leave it out for 2.")
         self.max_norm, self.norm_type = max_norm, norm_type
 
     def on_train_batch_before_step(self) -> None:

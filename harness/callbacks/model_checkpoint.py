@@ -14,7 +14,7 @@ from harness.checkpoint.format import Phase
 from harness.checkpoint.writer import CheckpointWriter
 from harness.context import Context
 from harness.pytree import StateDict
-from harness.setup_checks import check_at_least
+from harness.setup_checks import check_count, check_more_than
 
 
 class ModelCheckpoint(Monitor):
@@ -64,14 +64,14 @@ class ModelCheckpoint(Monitor):
         mode: Mode = "auto",
     ) -> None:
         super().__init__(monitor, mode)
-        for name, value, least in (
-            ("every_n_epochs", every_n_epochs, 0),
-            ("every_n_steps", every_n_steps, 1),
-            ("keep_last", keep_last, 1),
-            ("keep_best", keep_best, 0),
-        ):
-            place = f"{type(self).__name__}({name})"
-            check_at_least(place, value, least, "Leave it out for the default.")
+        place, advice = type(self).__name__, "Leave it out for the default."
+        check_count(f"{place}(every_n_epochs)", every_n_epochs, 0, advice)
+        check_count(f"{place}(keep_last)", keep_last, 1, advice)
+        check_count(f"{place}(keep_best)", keep_best, 0, advice)
+        if every_n_steps is not None:
+            check_count(f"{place}(every_n_steps)", every_n_steps, 1, advice)
+        if every_n_minutes is not None:
+            check_more_than(f"{place}(every_n_minutes)", every_n_minutes, 0, advice)
         self.path = Path(path) if path is not None else None
         self.every_n_epochs, self.every_n_steps = every_n_epochs, every_n_steps
         self.every_n_minutes = every_n_minutes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from harness.callback import Callback
-from harness.setup_checks import check_at_least
+from harness.setup_checks import check_count
 
 
 class StepMetrics(Callback):
@@ -27,7 +27,7 @@ class StepMetrics(Callback):
     weight = 10
 
     def __init__(self, every: int = 1) -> None:
-        check_at_least("StepMetrics(every)", every, 1, "Use 1 for every step.")
+        check_count("StepMetrics(every)", every, 1, "Use 1 for every step.")
         self.every = every
 
     def on_train_batch_after_step(self) -> None:

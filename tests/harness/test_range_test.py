@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import random
+import signal
+from contextlib import nullcontext
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import harness
+from harness.learner import seed_all
 from harness.range_test import LRFinderResult
-from tests.harness.fakes import line_learner, slope
+from tests.harness.fakes import Line, line_learner, slope
 
 
 def test_lr_finder_rates_grow_evenly_on_a_log_scale():
@@ -48,3 +57,265 @@ def test_lr_finder_suggestion_is_where_the_loss_falls_fastest(tmp_path):
 def test_lr_finder_rates_out_of_order_are_told(start, end):
     with pytest.raises(ValueError, match="expected 0 < start_lr < end_lr"):
         harness.lr_finder(line_learner(), slope(32), start_lr=start, end_lr=end)
+
+
+class OwnStep(Line):
+    """Steps by the optimizer itself: no step event fires."""
+
+    def step(self):
+        ctx = self.ctx
+        loss = nn.functional.mse_loss(self(ctx.input), ctx.target)
+        ctx.loss = {"opt": loss.detach()}
+        if ctx.training:
+            loss.backward()
+            ctx.opt.step()
+            ctx.opt.zero_grad()
+
+
+class Optimizing(Line):
+    def step(self):
+        ctx = self.ctx
+        ctx.optimize(nn.functional.mse_loss(self(ctx.input), ctx.target))
+
+
+class Returning(Line):
+    def step(self):
+        return nn.functional.mse_loss(self(self.ctx.input), self.ctx.target)
+
+
+def plain_sweep(x, y, num_steps, start_lr, end_lr):
+    """The range test as a plain loop over one batch: rates and losses before smoothing."""
+    model, found = Line(), []
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(num_steps):
+        rate = start_lr * (end_lr / start_lr) ** (step / (num_steps - 1))
+        opt.param_groups[0]["lr"] = rate
+        loss = nn.functional.mse_loss(model(x), y)
+        found.append((rate, loss.item()))
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+    return zip(*found, strict=True)
+
+
+def unsmoothed(found):
+    """The losses before the exponential mean with bias correction."""
+    means = [loss * (1 - 0.9 ** (n + 1)) for n, loss in enumerate(found.losses)]
+    befores = [0.0, *means[:-1]]
+    return [(m - 0.9 * b) / 0.1 for m, b in zip(means, befores, strict=True)]
+
+
+@pytest.mark.parametrize("model", [Line, OwnStep, Optimizing, Returning])
+def test_lr_finder_equals_a_plain_loop_with_any_step(model):
+    x, y = slope(8)  # one batch, so each step reads the data again
+    learner = harness.setup(model, loss=nn.MSELoss(), optimizer=torch.optim.SGD)
+    found = harness.lr_finder(
+        learner.set_opt_hparams(lr=5.0), (x, y), start_lr=1e-5, end_lr=1e-2, num_steps=6
+    )
+    rates, losses = plain_sweep(x, y, 6, 1e-5, 1e-2)
+    assert found.lrs == pytest.approx(list(rates), rel=1e-12)
+    assert unsmoothed(found) == pytest.approx(list(losses), rel=1e-5)
+
+
+class TwoOptimizers(Line):
+    def set_optimizers(self):
+        return {
+            "w": torch.optim.SGD([self.w], lr=1.0),
+            "b": torch.optim.Adam([self.b], lr=torch.tensor(1.0), capturable=False),
+        }
+
+
+def test_lr_finder_gives_every_optimizer_the_rate_and_adds_their_losses():
+    x, y = slope(8)
+    learner = harness.setup(TwoOptimizers, loss=nn.MSELoss())
+    found = harness.lr_finder(learner, (x, y), start_lr=1e-6, end_lr=1e-3, num_steps=4)
+    assert len(found.lrs) == 4
+    # The loss before any step is mean(y ** 2); one small step of "w" hardly changes it.
+    assert found.losses[0] == pytest.approx(2 * torch.mean(y**2).item(), rel=1e-3)
+
+
+class OwnScheduler(Line):
+    """Keeps a schedule of its own, which must not change the rates of the test."""
+
+    def set_optimizers(self):
+        opt = torch.optim.SGD(self.parameters(), lr=1.0)
+        self.schedule = torch.optim.lr_scheduler.ExponentialLR(opt, 0.5)
+        return opt
+
+    def step(self):
+        ctx = self.ctx
+        ctx.optimize(nn.functional.mse_loss(self(ctx.input), ctx.target))
+        self.rates = [*getattr(self, "rates", []), ctx.opt.param_groups[0]["lr"]]
+        if ctx.training:
+            self.schedule.step()
+
+
+def test_lr_finder_sets_the_rate_beside_a_schedule_of_the_model():
+    models = []
+
+    def make():
+        models.append(OwnScheduler())
+        return models[-1]
+
+    found = harness.lr_finder(harness.setup(make), slope(8), num_steps=5)
+    assert models[-1].rates == pytest.approx(found.lrs)
+
+
+def test_lr_finder_loss_of_a_step_is_the_mean_of_its_batches():
+    x, y = torch.ones(4), torch.tensor([1.0, 3.0, 1.0, 3.0])
+    found = harness.lr_finder(
+        harness.setup(ByHand, optimizer=torch.optim.SGD).set_opt_hparams(lr=0.1),
+        (x, y),
+        num_steps=3,
+        dataloader_options={"batch_size": 1, "shuffle": False},
+    )
+    # The line is 0 at first: (1 ** 2 + 3 ** 2) / 2.
+    assert unsmoothed(found)[0] == pytest.approx(5.0)
+    assert len(found.lrs) == 3
+
+
+class ByHand(Line):
+    """Accumulates two batches by hand."""
+
+    def step(self):
+        ctx = self.ctx
+        loss = nn.functional.mse_loss(self(ctx.input), ctx.target)
+        ctx.loss = loss.detach()
+        loss.backward()
+        if ctx.iter % 2 == 0:
+            ctx.opt.step()
+            ctx.opt.zero_grad()
+
+
+class Draws(Dataset):
+    """Draws from every global generator and one of its own."""
+
+    def __init__(self):
+        self.generator = torch.Generator().manual_seed(3)
+        self.dice = random.Random(3)
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, row):
+        x = torch.rand((), generator=self.generator) + self.dice.random()
+        return x, torch.rand(()) + random.random() + np.random.rand()
+
+
+def draw_all(data, loader):
+    return (
+        torch.rand(()).item(),
+        random.random(),
+        np.random.rand(),
+        torch.rand((), generator=data.generator).item(),
+        data.dice.random(),
+        next(iter(loader))[1].tolist(),
+    )
+
+
+@pytest.mark.parametrize("how", ["finishes", "fails", "diverges"])
+def test_lr_finder_leaves_every_random_generator(how):
+    seed_all(7)
+    data = Draws()
+    loader = DataLoader(
+        data, 2, shuffle=True, generator=torch.Generator().manual_seed(4)
+    )
+    expected = None
+    for is_tried in (False, True):
+        seed_all(7)
+        data.generator.manual_seed(3)
+        data.dice.seed(3)
+        loader.generator.manual_seed(4)
+        if is_tried:
+            learner = line_learner(
+                loss=nn.MSELoss() if how != "fails" else lambda pred, target: 1 / 0
+            )
+            with pytest.raises(ZeroDivisionError) if how == "fails" else nullcontext():
+                end_lr = 1e30 if how == "diverges" else 1.0
+                harness.lr_finder(learner, loader, num_steps=30, end_lr=end_lr, seed=5)
+        drawn = draw_all(data, loader)
+        expected = expected or drawn
+    assert drawn == expected
+
+
+def test_lr_finder_leaves_a_generator_of_the_options():
+    generator = torch.Generator().manual_seed(4)
+    before = generator.get_state()
+    harness.lr_finder(
+        line_learner(),
+        slope(32),
+        num_steps=3,
+        dataloader_options={"generator": generator, "batch_size": 4},
+    )
+    assert torch.equal(generator.get_state(), before)
+
+
+def test_lr_finder_leaves_no_workers_that_would_change_a_later_fit():
+    def fit(is_tried):
+        loader = DataLoader(
+            TensorDataset(*slope(8)), 4, True, num_workers=1, persistent_workers=True
+        )
+        seed_all(7)
+        if is_tried:
+            harness.lr_finder(line_learner(), loader, num_steps=3)
+            assert loader._iterator is None
+        return line_learner().fit(loader, 2, tracker=False, verbose=False).model
+
+    assert torch.equal(fit(False).w, fit(True).w)
+
+
+def test_lr_finder_leaves_the_learner():
+    learner = line_learner(metrics={"mae": nn.functional.l1_loss})
+    before = replace(learner)
+    harness.lr_finder(learner, slope(8), num_steps=3)
+    assert learner == before
+
+
+class Nothing(Line):
+    def step(self):
+        self(self.ctx.input)
+
+
+class StepsWithoutLoss(Line):
+    def step(self):
+        self(self.ctx.input).sum().backward()
+        self.ctx.opt.step()
+
+
+@pytest.mark.parametrize(
+    ("model", "match"),
+    [
+        (Nothing, "expected an optimizer step in epoch 1, got none"),
+        (StepsWithoutLoss, "expected StepsWithoutLoss.step to record a loss"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Nothing.step")
+def test_lr_finder_of_a_step_that_does_nothing_is_told(model, match):
+    learner = harness.setup(model, optimizer=torch.optim.SGD).set_opt_hparams(lr=0.1)
+    with pytest.raises(ValueError, match=match):
+        harness.lr_finder(learner, slope(8))
+
+
+def test_lr_finder_is_interrupted_by_ctrl_c():
+    class Interrupted(Line):
+        def forward(self, x):
+            signal.raise_signal(signal.SIGINT)
+            return super().forward(x)
+
+    learner = harness.setup(Interrupted, loss=nn.MSELoss(), optimizer=torch.optim.SGD)
+    with pytest.raises(KeyboardInterrupt):
+        harness.lr_finder(learner, slope(8))
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "match"),
+    [
+        ({"num_steps": 0}, ValueError, r"lr_finder\(num_steps\): expected at least 1"),
+        ({"num_steps": 2.5}, TypeError, "expected a whole number, got 2.5"),
+        ({"start_lr": "a"}, TypeError, r"lr_finder\(start_lr\): expected a number"),
+        ({"end_lr": None}, TypeError, r"lr_finder\(end_lr\): expected a number"),
+    ],
+)
+def test_lr_finder_wrong_options_are_told(options, kind, match):
+    with pytest.raises(kind, match=match):
+        harness.lr_finder(line_learner(), slope(8), **options)
