@@ -17,6 +17,9 @@ from harness.callbacks.progress import Progress
 from harness.callbacks.resuming import AutoResume, ResumeFromCheckpoint
 from harness.callbacks.step_metrics import StepMetrics
 from harness.callbacks.train_valid import TrainValid
+from harness.callbacks.watch.nan_guard import NaNGuard
+from harness.callbacks.watch.overfit_batches import OverfitBatches
+from harness.callbacks.watch.sanity_check import SanityCheck
 
 __all__ = [
     "EMA",
@@ -29,9 +32,12 @@ __all__ = [
     "LRScheduler",
     "Metrics",
     "ModelCheckpoint",
+    "NaNGuard",
+    "OverfitBatches",
     "Profile",
     "Progress",
     "ResumeFromCheckpoint",
+    "SanityCheck",
     "StepMetrics",
     "StochasticWeightAveraging",
     "TrainValid",

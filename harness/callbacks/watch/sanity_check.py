@@ -1,0 +1,118 @@
+"""Validates a few batches before the first epoch, so that a mistake there shows at once."""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import Any
+
+import torch
+from torch.nn.parameter import is_lazy
+
+from harness import loop
+from harness.callback import Callback, Listeners
+from harness.callbacks.metrics import Metrics
+from harness.callbacks.train_valid import TrainValid
+from harness.checkpoint.state import get_generators
+from harness.context import Context
+from harness.records import NullRun, RecordBook
+from harness.rng import get_rng_state, set_rng_state
+from harness.setup_checks import check_at_least
+from harness.steps import StepContext
+
+KEPT = (
+    *("run", "record_book", "listeners", "metrics", "valid_data", "data", "training"),
+    *("epoch", "pred", "loss", "loss_grad", "batch_values"),
+    *("_iter", "_batch", "_rows", "_has_warned_of_rows", "_opt", "_opt_name"),
+)
+"""Fields of the context that a validation changes."""
+
+
+class SanityCheck(Callback):
+    """Validates the first batches before the first epoch: the step, the loss, the metrics.
+
+    So an error in validation shows before an epoch is trained. Nothing is left behind:
+    records, metrics, random state, buffers of the model and the step counters are as without
+    the check, and no other callback is called. A resumed fit is not checked.
+
+    Parameters
+    ----------
+    batches : >= 1
+        Validation batches to try.
+
+    Raises
+    ------
+    ValueError
+        Before the first epoch, if there is no validation data, the loader keeps worker
+        processes for all epochs, or the model has lazy layers.
+
+    References
+    ----------
+    Lightning 2.6, ``num_sanity_val_steps``. Differs from it: metrics are computed too, and
+    callbacks are not called.
+    """
+
+    weight = 900  # after other callbacks are ready
+
+    def __init__(self, batches: int = 2) -> None:
+        check_at_least("SanityCheck(batches)", batches, 1, "Leave it out for 2.")
+        self.batches = batches
+
+    def check(self, ctx: Context) -> None:
+        """Refuse a fit in which the check would leave something behind."""
+        if ctx.valid_data is None:
+            msg = "SanityCheck: expected validation data, got none."
+            raise ValueError(f"{msg} Pass valid_data=..., or remove the callback.")
+        if getattr(ctx.valid_data, "persistent_workers", False):
+            msg = "SanityCheck: expected a validation loader without persistent_workers"
+            advice = "Set persistent_workers=False for it, or remove the callback."
+            raise ValueError(f"{msg}, got one with them. {advice}")
+        if any(is_lazy(param) for param in ctx.model.parameters()):
+            msg = "SanityCheck: expected a model with shapes, got lazy layers."
+            raise ValueError(f"{msg} Give the layers their sizes.")
+
+    def on_fit_begin(self) -> None:
+        """Validate the first batches, and put everything back."""
+        ctx = self.ctx
+        if ctx.resume is not None:
+            return
+        assert isinstance(ctx, StepContext)
+        kept = {name: getattr(ctx, name) for name in KEPT}
+        warned, modes = set(ctx.has_warned), _list_modes(ctx)
+        buffers = [(buffer, buffer.clone()) for buffer in ctx.model.buffers()]
+        generators = get_generators(ctx)
+        random = get_rng_state(generators)
+        loader: Any = ctx.valid_data
+        saves = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
+        position = loader.state_dict() if saves else None
+        try:
+            self._validate(ctx)
+        except Exception as exc:
+            exc.add_note(f"in {type(self).__name__}, before the first epoch")
+            raise
+        finally:
+            for name, value in kept.items():
+                setattr(ctx, name, value)
+            ctx.has_warned = warned
+            for module, mode in modes:
+                module.training = mode
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    buffer.copy_(value)
+            if saves:
+                loader.load_state_dict(position)
+            set_rng_state(random, generators)
+
+    def _validate(self, ctx: StepContext) -> None:
+        own: list[Callback] = [TrainValid()]
+        own += [Metrics(c.metric_set) for c in ctx.callbacks if isinstance(c, Metrics)]
+        for callback in own:
+            callback.ctx = ctx
+        ctx.run, ctx.record_book = NullRun(), RecordBook()
+        ctx.listeners, ctx.metrics, ctx.epoch = Listeners(own), None, 1
+        first: Any = list(islice(ctx.valid_data or (), self.batches))
+        ctx.valid_data = first
+        loop.valid_epoch(ctx)
+
+
+def _list_modes(ctx: Context) -> list[tuple[torch.nn.Module, bool]]:
+    return [(module, module.training) for module in ctx.model.modules()]
