@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from harness.checkpoint.hparams import HparamSource, encode_hparams, name_of
+from harness.checkpoint.objects import ObjectSource, encode_object
 from harness.checkpoint.weights import (
     SavedModel,
     WeightsReport,
@@ -141,7 +142,7 @@ class Fitted:
         return self.learner.predict(self, data, **options)
 
     def save(self, path: str | Path) -> None:
-        """Save weights, hparams, records and the importable name of the model in a folder.
+        """Save weights, hparams, records, loss, metrics and the model's name in a folder.
 
         Parameters
         ----------
@@ -152,7 +153,8 @@ class Fitted:
         -----
         UserWarning
             If ``harness.load`` will need ``module=``: the model does not come from a class
-            that can be imported, or an hparam could only be saved as text.
+            that can be imported, or an hparam could only be saved as text. Or if it will not
+            keep the loss or a metric, such as a lambda.
 
         Raises
         ------
@@ -166,11 +168,20 @@ class Fitted:
             opt_hparams=encode_hparams(self.opt_hparams),
             records=self.records,
             run_id=self.run_id,
+            loss=encode_object(self.learner.loss),
+            metrics={
+                split: {name: encode_object(item) for name, item in own.items()}
+                for split, own in vars(self.learner.metrics).items()
+            },
         )
         write_saved_model(Path(path), self.model.state_dict(), about)
         if reason := self._why_module_is_needed(about):
             msg = f"save({str(path)!r}): expected {reason}."
             warnings.warn(f"{msg} harness.load will need module=.", stacklevel=2)
+        if lost := ObjectSource(HparamSource(kind.__module__)).list_lost(about):
+            msg = f"save({str(path)!r}): expected what can be found by name, got only"
+            advice = "harness.load will not keep it."
+            warnings.warn(f"{msg} text for {lost}. {advice}", stacklevel=2)
 
     def _why_module_is_needed(self, about: SavedModel) -> str | None:
         """What keeps ``harness.load`` from building the model; None if nothing does."""

@@ -24,6 +24,7 @@ from harness.callback import Callback
 from harness.callbacks import Interrupt, Metrics, Profile, Progress, TrainValid
 from harness.callbacks.resuming import find_resume
 from harness.checkpoint.hparams import HparamSource
+from harness.checkpoint.objects import ObjectSource
 from harness.checkpoint.state import describe_fit
 from harness.checkpoint.weights import (
     find_model_class,
@@ -92,6 +93,16 @@ class Learner:
         """Make the hparams read-only, since learners share them."""
         for name in ("hparams", "opt_hparams"):
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
+
+    def __getstate__(self) -> dict[str, object]:
+        """Return the fields with the hparams as dicts, which can be pickled and copied."""
+        plain = {"hparams": dict(self.hparams), "opt_hparams": dict(self.opt_hparams)}
+        return {**vars(self), **plain}
+
+    def __setstate__(self, state: Mapping[str, object]) -> None:
+        """Restore the fields; the hparams become read-only again."""
+        vars(self).update(state)
+        self.__post_init__()
 
     def set_hparams(self, **hparams: object) -> Learner:
         """Return a learner with more keyword arguments for the model."""
@@ -515,8 +526,9 @@ def load(
     Returns
     -------
     Fitted
-        It predicts, and evaluates if the model defines a loss. For another loss or
-        metrics use ``Learner.evaluate`` of a learner from ``setup``.
+        It predicts, and evaluates with the loss and metrics of the fit. Those that cannot be
+        found by name in imported modules are left out: use ``Learner.evaluate`` of a learner
+        from ``setup``.
 
     Raises
     ------
@@ -533,8 +545,11 @@ def load(
         msg = f"load({str(path)!r}): expected hparams that can be rebuilt, got only"
         advice = "Pass a function as module=, or trust=True to import what they name."
         raise CheckpointError(f"{msg} text for {texts}. {advice}")
+    objects = ObjectSource(source)
     learner = Learner(
         module=module,
+        loss=objects.decode_loss(about),
+        metrics=objects.decode_metrics(about),
         hparams=source.decode(about.hparams),
         opt_hparams=source.decode(about.opt_hparams),
     )
@@ -549,7 +564,7 @@ def load(
         model=model.eval(),
         records=about.records,
         learner=learner,
-        hparams=learner.hparams,
-        opt_hparams=learner.opt_hparams,
+        hparams=dict(learner.hparams),
+        opt_hparams=dict(learner.opt_hparams),
         run_id=about.run_id,
     )

@@ -27,7 +27,8 @@ MAX_ELEMENTS = 10_000
 """Larger tensors and arrays are kept as text."""
 
 _SAFE_MODULES = frozenset({"builtins", "torch", "torch.nn", "torch.optim"})
-"""Modules whose names are found without asking, with the modules inside the last two."""
+"""Modules whose names are found without asking, as those in ``torch.nn``, ``torch.optim``
+and torchmetrics are."""
 
 _Find = Callable[[object], Any]
 
@@ -70,23 +71,40 @@ class HparamSource:
         """Names of the hparams that cannot be rebuilt."""
         return [name for name, value in saved.items() if _has_text(value, self._find)]
 
+    def find_class(self, name: object, base: type) -> Any:
+        """The class of that name, if it is imported and derives from `base`; else None."""
+        found = self._find_imported(name)
+        return found if isinstance(found, type) and issubclass(found, base) else None
+
     def _find(self, name: object) -> Any:
         """What is called so, if that is its real home and it may be used; else None."""
+        found = self._find_imported(name)
+        is_known = found is not None and self._is_known(str(name).partition(":")[0])
+        return found if self.trust or (is_known and not _runs_text(found)) else None
+
+    def _find_imported(self, name: object) -> Any:
+        """What is called so, if that is its real home; only trust imports a module."""
         if not isinstance(name, str) or ":" not in name:
             return None
-        where = name.partition(":")[0]
         if self.trust:
             with contextlib.suppress(ImportError, ValueError):
-                importlib.import_module(where)
-        elif not self._is_known(where):
-            return None
+                importlib.import_module(name.partition(":")[0])
         found = _find(name)
         return found if found is not None and name_of(found) == name else None
 
     def _is_known(self, where: str) -> bool:
         is_home = bool(self.home) and where.split(".")[0] == self.home.split(".")[0]
-        inside_torch = where.startswith(("torch.nn.", "torch.optim."))
+        inside_torch = where.startswith(("torch.nn.", "torch.optim.", "torchmetrics."))
         return is_home or inside_torch or where in _SAFE_MODULES
+
+
+def _runs_text(found: object) -> bool:
+    """Whether it is a function of Python, such as ``exec``, that may run what it is given."""
+    is_builtin = getattr(found, "__module__", None) == "builtins"
+    return is_builtin and not isinstance(found, type) and found not in _PURE
+
+
+_PURE = (abs, all, any, len, max, min, pow, round, sorted, sum)
 
 
 def _encode_whole(value: object) -> Any:

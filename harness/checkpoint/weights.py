@@ -183,6 +183,8 @@ class SavedModel:
         Where the model's class can be imported: ``module:qualified.name``.
     other_weights
         Plan of what a weight file cannot hold as it is; see ``harness.pytree.flatten``.
+    loss, metrics
+        Written by ``encode_object``; the metrics by split and name.
     """
 
     format: int = SAVED_MODEL_FORMAT
@@ -192,6 +194,8 @@ class SavedModel:
     records: dict[str, Any]
     run_id: str | None = None
     other_weights: dict[str, Any] = field(default_factory=dict)
+    loss: object = None
+    metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def write_saved_model(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import pickle
@@ -18,7 +19,14 @@ import pandas as pd
 import pytest
 import torch
 from torch import nn
-from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
+from torchmetrics.classification import (
+    MulticlassAccuracy,
+    MulticlassAUROC,
+    MulticlassConfusionMatrix,
+    MulticlassF1Score,
+    MulticlassRecall,
+)
+from torchmetrics.wrappers import ClasswiseWrapper, MinMaxMetric
 
 import harness
 from harness.checkpoint.weights import SAVED_MODEL, SAVED_WEIGHTS
@@ -27,11 +35,13 @@ from tests.harness.fakes import Net, net_learner, points
 DATA = points(40)
 
 
+def hits(pred, target):
+    return (pred.argmax(1) == target).float().mean()
+
+
 @pytest.fixture(scope="module")
 def fitted() -> harness.Fitted:
-    learner = net_learner(
-        metrics={"hits": lambda p, t: (p.argmax(1) == t).float().mean()}
-    )
+    learner = net_learner(metrics={"hits": hits})
     options = {"seed": 1, "tracker": False, "verbose": False}
     return learner.set_hparams(hidden=5).fit(DATA, 3, 0.25, **options)
 
@@ -150,11 +160,111 @@ def test_load_with_a_loss_of_the_models_own_is_evaluated(fitted, saved):
     assert found["loss"] == fitted.evaluate(DATA, verbose=False)["loss"]
 
 
-def test_load_without_a_loss_tells_how_to_evaluate(saved):
+def test_load_without_a_loss_tells_how_to_evaluate(tmp_path):
+    learner = net_learner(
+        loss=lambda pred, target: nn.functional.cross_entropy(pred, target),
+        metrics={"hits": hits, "other": lambda pred, target: 0.0},
+    )
+    fitted = learner.fit(DATA, 1, tracker=False, verbose=False)
+    with pytest.warns(UserWarning, match=r"only text for \['loss', 'other'\]"):
+        fitted.save(tmp_path / "net")
+    again = harness.load(tmp_path / "net")
+    assert again.learner.metrics.valid == {"hits": hits}
     with pytest.raises(
         ValueError, match=r"evaluate\(Net\): expected a loss, .*Pass setup\(loss="
     ):
-        harness.load(saved).evaluate(DATA)
+        again.evaluate(DATA)
+
+
+class Weighted(nn.Module):
+    """A loss with a state and a parameter."""
+
+    def __init__(self, power):
+        super().__init__()
+        self.power = power
+        self.register_buffer("factor", torch.tensor(3.0))
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, pred, target):
+        error = nn.functional.cross_entropy(pred, target)
+        return (error * self.factor * self.scale) ** self.power
+
+
+LOSSES = {
+    "options": nn.CrossEntropyLoss(
+        weight=torch.tensor([1.0, 2.0, 3.0]), label_smoothing=0.1
+    ),
+    "function": nn.functional.cross_entropy,
+    "partial": partial(nn.functional.cross_entropy, label_smoothing=0.2),
+    "own": Weighted(power=2),
+}
+METRICS = {
+    "hits": hits,
+    "f1": MulticlassF1Score(num_classes=3, average=None),
+    "auroc": MulticlassAUROC(num_classes=3, thresholds=5),
+    "best": MinMaxMetric(MulticlassAccuracy(num_classes=3)),
+    "by_class": ClasswiseWrapper(MulticlassAccuracy(num_classes=3, average=None)),
+    "sum": MulticlassAccuracy(num_classes=3) + MulticlassRecall(num_classes=3),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_load_keeps_loss_and_metrics(loss, tmp_path):
+    metrics = harness.MetricSet(METRICS, valid={"only": MulticlassAccuracy(3)})
+    fitted = net_learner(loss=LOSSES[loss], metrics=metrics).fit(
+        DATA, 1, tracker=False, verbose=False
+    )
+    fitted.save(tmp_path / "net")
+    again = harness.load(tmp_path / "net")
+    assert again.evaluate(DATA).records == fitted.evaluate(DATA).records
+    assert set(again.learner.metrics.train) == set(METRICS)
+
+
+def test_load_runs_no_constructor_of_a_loss(saved):
+    content = json.loads((saved / SAVED_MODEL).read_text())
+    content["loss"]["$module"] = f"{__name__}:Trap"
+    (saved / SAVED_MODEL).write_text(json.dumps(content))
+    assert type(harness.load(saved).learner.loss) is Trap
+
+
+class Trap(nn.CrossEntropyLoss):
+    def __new__(cls, *_):
+        raise AssertionError("built")
+
+    def __init__(self, *_):
+        raise AssertionError("built")
+
+
+HOSTILE_LOSSES = {
+    "function": {"$import": "os:system"},
+    "text": {"$partial": [{"$import": "builtins:exec"}, ["raise SystemExit"], {}]},
+    "class": {"$module": "builtins:object"},
+    "absent": {"$module": "never_imported_anywhere:Loss"},
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE_LOSSES)
+def test_load_takes_no_function_that_a_hostile_folder_names(kind, saved):
+    content = json.loads((saved / SAVED_MODEL).read_text())
+    content["loss"] = HOSTILE_LOSSES[kind]
+    content["metrics"]["valid"] = {"hits": HOSTILE_LOSSES[kind]}
+    (saved / SAVED_MODEL).write_text(json.dumps(content))
+    learner = harness.load(saved).learner
+    assert learner.loss is None
+    assert learner.metrics.valid == {}
+
+
+def test_fitted_and_learner_can_be_pickled_and_copied(fitted, saved):
+    expected = fitted.evaluate(DATA).records
+    for one in (fitted, harness.load(saved)):
+        for again in (pickle.loads(pickle.dumps(one)), copy.deepcopy(one)):
+            assert again.evaluate(DATA).records == expected
+            assert again.records == fitted.records
+            assert again.model is not one.model
+            assert again.learner.hparams == {"hidden": 5}
+            with pytest.raises(TypeError, match="does not support item assignment"):
+                again.learner.hparams["hidden"] = 3  # type: ignore[index]
+            again.learner.set_opt_hparams(lr=1.0)
 
 
 def test_save_of_values_that_are_special_goes_round(tmp_path):
