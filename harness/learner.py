@@ -55,6 +55,7 @@ from harness.run_binding import (
 )
 from harness.setup_checks import (
     check_callbacks,
+    check_compile,
     check_config_optimizer,
     check_definition,
     check_loss,
@@ -75,7 +76,7 @@ class Learner:
     ----------
     module
         ``nn.Module`` class or factory, called with ``**hparams``.
-    loss, optimizer, metrics, backward
+    loss, optimizer, metrics, backward, compile
         As passed to ``setup``.
     hparams, opt_hparams : dict
         Keyword arguments for module and optimizer.
@@ -86,6 +87,7 @@ class Learner:
     optimizer: Callable[..., Optimizer] | Literal["config"] | None = None
     metrics: MetricSet = field(default_factory=MetricSet)
     backward: Callable[[Tensor], object] | None = None
+    compile: bool | Mapping[str, object] = False
     hparams: Mapping[str, object]
     opt_hparams: Mapping[str, object]
 
@@ -214,6 +216,8 @@ class Learner:
         model = self.build_model()
         if resume is not None and resume.is_weights_only:
             load_weights(model, resume.path)
+        if self.compile is not False:
+            model.compile(**check_compile(self.compile))
         ctx = FitContext(
             model=model,
             optimizers=partial(self.build_optimizers, model),
@@ -267,6 +271,7 @@ class Learner:
         assert accelerator is not None
         weights = accelerator.full_state_dict(model)
         accelerator.finish()
+        model._compiled_call_impl = None  # torch 2.13 has no public way back
         model.cpu()
         if weights:
             model.load_state_dict(weights)
@@ -389,6 +394,7 @@ def setup(
     optimizer: Callable[..., Optimizer] | Literal["config"] | None = None,
     metrics: object = None,
     backward: Callable[[Tensor], object] | None = None,
+    compile: bool | Mapping[str, object] = False,
 ) -> Learner:
     """Define how a model is trained.
 
@@ -409,6 +415,9 @@ def setup(
     backward
         Called with the loss instead of ``ctx.accelerator.backward(loss, ctx.opt_name)``,
         which it may call; on one device it may also call ``loss.backward()``.
+    compile
+        Compile the model's forward in fits by ``torch.compile``: True, or its options, such
+        as ``{"mode": "reduce-overhead"}``. The fitted model is a plain one.
 
     Returns
     -------
@@ -426,12 +435,14 @@ def setup(
     luz 0.5.0, ``setup``. Differs from luz: the class itself is not changed.
     """
     check_setup(module, loss, optimizer, backward)
+    check_compile(compile)
     learner = Learner(
         module=module,
         loss=loss,
         optimizer=optimizer,
         metrics=as_metric_set(metrics),
         backward=backward,
+        compile=compile,
         hparams={},
         opt_hparams={},
     )

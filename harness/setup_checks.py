@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -61,6 +62,34 @@ def check_setup(
     if backward is not None and not callable(backward):
         msg = f"setup(backward): expected a function of the loss, got {backward!r}."
         raise TypeError(f"{msg} Leave it out for the accelerator's backward.")
+
+
+def check_compile(options: object) -> dict[str, Any]:
+    """Check ``setup(compile=...)``; return the options of ``torch.compile``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If it is neither a bool nor options that ``torch.compile`` has.
+    """
+    if isinstance(options, bool):
+        return {}
+    if not isinstance(options, Mapping):
+        msg = f"setup(compile): expected True, False or a dict, got {options!r}."
+        raise TypeError(f"{msg} The dict has options of torch.compile, such as mode.")
+    known = [
+        name for name in inspect.signature(torch.compile).parameters if name != "model"
+    ]
+    for name in options:
+        if name not in known:
+            msg = f"setup(compile): expected options of torch.compile, got {name!r}."
+            raise ValueError(f"{msg}{nearest(str(name), known)} Choose from {known}.")
+    backend = options.get("backend", "inductor")
+    backends = torch.compiler.list_backends(exclude_tags=())
+    if isinstance(backend, str) and backend not in backends:
+        msg = f"setup(compile): expected a backend of torch.compile, got {backend!r}."
+        raise ValueError(f"{msg}{nearest(backend, backends)} Choose from {backends}.")
+    return dict(options)
 
 
 _METHODS = {

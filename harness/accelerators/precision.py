@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -70,9 +72,17 @@ def hook_autocast(
         return map_tensors(output, as_float32)
 
     return [
-        model.register_forward_pre_hook(enter, prepend=True),
-        model.register_forward_hook(leave, always_call=True),
+        model.register_forward_pre_hook(_untraced(enter), prepend=True),
+        model.register_forward_hook(_untraced(leave), always_call=True),
     ]
+
+
+def _untraced(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep ``torch.compile``, if it is in use, from compiling a hook again at each call."""
+    if "torch._dynamo" not in sys.modules:  # which takes a second to import
+        return hook
+    untraced: Callable[..., Any] = torch.compiler.disable(hook)
+    return untraced
 
 
 def as_float32(tensor: Tensor) -> Tensor:

@@ -1,0 +1,133 @@
+"""``setup(compile=...)``: compiled fits give the numbers of plain ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+
+import harness
+from tests.harness.exact import Stop
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.norm = nn.Linear(3, 4), nn.BatchNorm1d(4)
+        self.drop, self.head = nn.Dropout(0.3), nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert torch.compiler.is_compiling() == self.is_compiled
+        pred: Tensor = self.head(self.drop(self.norm(self.body(x)).relu()))
+        return pred
+
+    is_compiled = False
+
+
+class Compiled(Net):
+    is_compiled = True
+
+
+class Two(Compiled):
+    """A loss for each of two optimizers."""
+
+    def set_optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        return {
+            "body": torch.optim.Adam(self.body.parameters()),
+            "head": torch.optim.Adam(self.head.parameters()),
+        }
+
+
+X = torch.linspace(-1, 1, 60).reshape(20, 3)
+DATA = (X, X.sum(dim=1, keepdim=True))
+
+
+def fit(module: Any, compile: object = False, **options: Any) -> harness.Fitted:
+    own = {} if hasattr(module, "set_optimizers") else {"optimizer": torch.optim.Adam}
+    learner = harness.setup(
+        module, loss=nn.MSELoss(), metrics=mean, compile=compile, **own
+    )
+    given = {"valid_data": 0.25, "seed": 4, "tracker": False} | options
+    return learner.fit(DATA, 3, dataloader_options={"batch_size": 5}, **given)
+
+
+def mean(pred: Tensor, target: Tensor) -> Tensor:
+    return pred.mean()
+
+
+def test_compiled_fit_equals_the_plain_one_and_gives_a_plain_model() -> None:
+    plain, compiled = fit(Net), fit(Compiled, {"backend": "eager"})
+    weights = compiled.model.state_dict()
+    assert list(weights) == list(plain.model.state_dict())
+    for name, wanted in plain.model.state_dict().items():
+        assert torch.equal(weights[name], wanted), name
+    assert compiled.get_metrics().equals(plain.get_metrics())
+    with pytest.raises(AssertionError):  # which ``Compiled`` raises if it is not
+        compiled.predict(X)
+
+
+def test_compiled_fit_resumes_exactly(tmp_path: Any) -> None:
+    callbacks = harness.callbacks
+    eager = {"backend": "eager"}
+    stop = Stop("on_train_batch_end", 4)
+    fit(Compiled, eager, callbacks=[stop, callbacks.ModelCheckpoint(tmp_path)])
+    resume = callbacks.ResumeFromCheckpoint(tmp_path)
+    resumed, whole = fit(Compiled, eager, callbacks=[resume]), fit(Compiled, eager)
+    for name, wanted in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], wanted), name
+
+
+def test_several_optimizers_compile_once_for_each() -> None:
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    fit(Two, {"backend": counter})
+    # Each freezes the other's parameters; validation has no gradients.
+    assert counter.frame_count == 3
+
+
+def test_compiled_forward_under_autocast_compiles_once() -> None:
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    accelerator = harness.accelerator(device="cpu", precision="bf16")
+    fit(Compiled, {"backend": counter}, accelerator=accelerator)
+    assert counter.frame_count == 2  # with gradients and without
+    plain = fit(Net, accelerator=harness.accelerator(device="cpu", precision="bf16"))
+    eager = {"backend": "eager"}
+    accelerator = harness.accelerator(device="cpu", precision="bf16")
+    compiled = fit(Compiled, eager, accelerator=accelerator)
+    for name, wanted in plain.model.state_dict().items():
+        assert torch.equal(compiled.model.state_dict()[name], wanted), name
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (3, "expected True, False or a dict, got 3"),
+        ("max-autotune", "expected True, False or a dict, got 'max-autotune'"),
+        ({"moed": "default"}, "got 'moed'. Did you mean 'mode'"),
+        ({"backend": "inducter"}, "got 'inducter'. Did you mean 'inductor'"),
+    ],
+)
+def test_what_is_no_option_is_refused(options: Any, match: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=match):
+        harness.setup(
+            Net, loss=nn.MSELoss(), optimizer=torch.optim.Adam, compile=options
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is:DeprecationWarning")
+def test_compiled_by_inductor_is_near_the_plain_one() -> None:
+    def without_dropout(module: type[Net]) -> Net:  # inductor draws it otherwise
+        model = module()
+        model.drop.p = 0.0
+        return model
+
+    plain = fit(lambda: without_dropout(Net))
+    compiled = fit(lambda: without_dropout(Compiled), True)
+    for name, wanted in plain.model.state_dict().items():
+        torch.testing.assert_close(compiled.model.state_dict()[name], wanted)
