@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from harness.callbacks.augment.cutmix import CutMix
+from harness.callbacks.augment.mixing import MixupLoss
+from harness.callbacks.augment.mixup import Mixup
 from harness.callbacks.averaging.ema import EMA
 from harness.callbacks.averaging.swa import StochasticWeightAveraging
 from harness.callbacks.csv_logger import CSVLogger
@@ -25,12 +28,15 @@ __all__ = [
     "EMA",
     "AutoResume",
     "CSVLogger",
+    "CutMix",
     "EarlyStopping",
     "GradientClip",
     "Interrupt",
     "KeepBestModel",
     "LRScheduler",
     "Metrics",
+    "Mixup",
+    "MixupLoss",
     "ModelCheckpoint",
     "NaNGuard",
     "OverfitBatches",

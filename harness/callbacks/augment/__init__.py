@@ -1,0 +1,1 @@
+"""Mixes the rows of a batch."""
