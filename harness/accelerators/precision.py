@@ -81,8 +81,7 @@ def _untraced(hook: Callable[..., Any]) -> Callable[..., Any]:
     """Keep ``torch.compile``, if it is in use, from compiling a hook again at each call."""
     if "torch._dynamo" not in sys.modules:  # which takes a second to import
         return hook
-    untraced: Callable[..., Any] = torch.compiler.disable(hook)
-    return untraced
+    return torch.compiler.disable(hook)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def as_float32(tensor: Tensor) -> Tensor:

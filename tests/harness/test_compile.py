@@ -129,5 +129,8 @@ def test_compiled_by_inductor_is_near_the_plain_one() -> None:
 
     plain = fit(lambda: without_dropout(Net))
     compiled = fit(lambda: without_dropout(Compiled), True)
-    for name, wanted in plain.model.state_dict().items():
-        torch.testing.assert_close(compiled.model.state_dict()[name], wanted)
+    # Weights that do not matter, such as a bias before BatchNorm, follow rounding errors.
+    for table in (plain, compiled):
+        assert len(table.get_metrics()) == 12
+    wanted, found = (one.get_metrics()["value"] for one in (plain, compiled))
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted))
