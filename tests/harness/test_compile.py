@@ -133,4 +133,6 @@ def test_compiled_by_inductor_is_near_the_plain_one() -> None:
     for table in (plain, compiled):
         assert len(table.get_metrics()) == 12
     wanted, found = (one.get_metrics()["value"] for one in (plain, compiled))
-    torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted))
+    torch.testing.assert_close(
+        torch.tensor(found), torch.tensor(wanted), rtol=0.02, atol=1e-3
+    )
