@@ -423,7 +423,7 @@ def start_batches(ctx: Context) -> Iterator[Any]:
     if resume.position.phase == "valid":
         resume.restore_random(ctx)
         return iter(())
-    train_pass.load_state_dict(resume.get_state(ctx)["pass"], ctx.trained)
+    resume.restore_pass(ctx)
     batches = train_pass.start()
     resume.restore_random(ctx)
     return batches

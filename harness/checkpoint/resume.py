@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,6 +18,7 @@ from harness.checkpoint.resharding import (
     reshard_state,
 )
 from harness.checkpoint.state import get_generators, name_callbacks, restore_state
+from harness.checkpoint.state_form import check_live_form, check_state_form
 from harness.context import Context
 from harness.errors import CheckpointError
 from harness.metrics.state import check_saved_metrics
@@ -77,6 +79,7 @@ class Resume:
     strict: bool = False
     report: list[tuple[str, Outcome, str]] = field(default_factory=list)
     _state: StateDict | None = None
+    _is_converted: bool = False
     _converted_position: Position | None = None
     # Positions in the run of ranks that saved, and that this fit does not have.
     _surplus_ranks: dict[int, int] = field(default_factory=dict)
@@ -171,6 +174,8 @@ class Resume:
         else:
             states = self._read_all_ranks()
             self._convert(states, ctx, live, keeps_batches=keeps_batches)
+        phase = self.position.phase if self.is_exact else "epoch"
+        check_state_form(self.get_state(ctx), ctx, phase)
         if self.is_exact:
             _check_metrics(states, ctx, is_merged=ranks < saved_ranks)
         if ranks != saved_ranks:
@@ -226,6 +231,7 @@ class Resume:
             states, live, ctx, self.parts, keeps_batches=keeps_batches
         )
         self._set_state(map_tensors(state, Tensor.clone))
+        self._is_converted = True
         saved_stage = states[0]["accelerator"].get("stage")
         stage = live.get("stage")
         if None not in {saved_stage, stage} and saved_stage != stage:
@@ -266,13 +272,32 @@ class Resume:
         state = dict(self.get_state(ctx))
         if not self.is_exact:  # the epoch starts again, and so do its metrics
             state["callbacks"] = {**state["callbacks"], "Metrics": {}}
-        notes = restore_state(ctx, state, self.parts)
+        with self._refuse_bad_state():
+            if self.is_exact and not self._is_converted:
+                check_live_form(state, ctx)
+            notes = restore_state(ctx, state, self.parts)
         self._rewind_surplus_ranks(ctx)
         for name, is_on in self._switches.items():
             self.report.append((name, "restored" if is_on else "left out", ""))
         self.report += [("callbacks", "missing", note) for note in notes]
         if not self.is_exact:
             self._show_report(ctx)
+
+    def restore_pass(self, ctx: Context) -> None:
+        """Restore the position in the data."""
+        assert ctx.train_pass is not None
+        with self._refuse_bad_state():
+            ctx.train_pass.load_state_dict(self.get_state(ctx)["pass"], ctx.trained)
+
+    @contextmanager
+    def _refuse_bad_state(self) -> Iterator[None]:
+        try:
+            yield
+        except STATE_ERRORS as error:
+            msg = f"resume({str(self.path)!r}): expected the state of this fit, got an"
+            raise CheckpointError(
+                f"{msg} error: {error!r}. Take another checkpoint."
+            ) from error
 
     def _rewind_surplus_ranks(self, ctx: Context) -> None:
         """Supersede what ranks that no longer exist recorded after the checkpoint."""

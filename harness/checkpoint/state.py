@@ -117,10 +117,12 @@ def restore_state(ctx: Context, state: StateDict, parts: Iterable[str]) -> list[
         set_extra_states(ctx.model, state["extra"])
     if "records" in wanted:
         ctx.record_book = RecordBook(state["records"])
-        _restore_journal(ctx, state["run"], state["journal"])
+    notes = []
     if "callbacks" in wanted:
-        return _restore_callbacks(ctx.callbacks, state["callbacks"])
-    return []
+        notes = _restore_callbacks(ctx.callbacks, state["callbacks"])
+    if "records" in wanted:  # last: nothing above may fail once the run is rewound
+        _restore_journal(ctx, state["run"], state["journal"])
+    return notes
 
 
 def _restore_journal(ctx: Context, run_id: str | None, position: int) -> None:

@@ -252,7 +252,7 @@ def read_saved_model(path: Path) -> tuple[dict[str, Any], SavedModel]:
         others = restore(about.other_weights, tensors)
     except ValueError as exc:
         raise CheckpointError(f"load({str(path)!r}): {exc}") from exc
-    except (SafetensorError, OSError) as exc:
+    except (SafetensorError, OSError, *STATE_ERRORS) as exc:
         msg = f"load({str(path)!r}): expected complete weights in {SAVED_WEIGHTS}, got: {exc}."
         raise CheckpointError(f"{msg} Take another copy.") from exc
     weights = {n: v for n, v in tensors.items() if not n.startswith("$/")}

@@ -121,10 +121,14 @@ class LossAverage:
         """Replace the losses by those of a ``state_dict``."""
         self.reset()
         for name, item in state.items():
-            self._waiting[name] = list(item["waiting"])
+            if len(item["waiting"]) != len(item["rows"]):
+                num_rows, num_losses = len(item["rows"]), len(item["waiting"])
+                msg = f"loss {name!r}: expected rows of {num_losses} losses"
+                raise ValueError(f"{msg}, got those of {num_rows}.")
+            self._waiting[name] = [torch.as_tensor(loss) for loss in item["waiting"]]
             self._rows[name] = list(item["rows"])
             if item["sums"] is not None:
-                self._sums[name] = item["sums"]
+                self._sums[name] = torch.as_tensor(item["sums"])
 
     def merge(self, state: StateDict) -> None:
         """Add the losses of another rank's ``state_dict``."""

@@ -94,9 +94,21 @@ def set_states(metric: Metric, saved: Mapping[str, StateDict]) -> None:
     for path, submetric in submetrics_of(metric).items():
         state = saved[path]["state"]  # from ``drop_samples``: lists alone
         for key in state.keys() & set(_states_of(submetric)):
+            _check_state_value(state[key], submetric._defaults[key], f"{path}/{key}")
             setattr(submetric, key, state[key])
         submetric._update_count = saved[path]["updates"]
         submetric._computed = None
+
+
+def _check_state_value(value: object, default: object, place: str) -> None:
+    """Raise unless a state is a tensor where the metric's is, or a list of one kind."""
+    items = value if isinstance(value, list) else [value]
+    has_tensors = {isinstance(item, Tensor) for item in items}
+    if len(has_tensors) > 1 or (isinstance(default, Tensor) and has_tensors != {True}):
+        raise TypeError(
+            f"metric state {place}: expected tensors, got {value!r:.80}. The file is "
+            "damaged."
+        )
 
 
 def merge_states(metric: Metric, saved: Mapping[str, StateDict]) -> None:

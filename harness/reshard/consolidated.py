@@ -16,7 +16,10 @@ from torch.nn.parameter import is_lazy
 from harness.errors import CheckpointError
 from harness.pytree import StateDict
 
-STATE_ERRORS = (LookupError, AttributeError, TypeError, ValueError, RuntimeError)
+STATE_ERRORS = (
+    *(LookupError, AttributeError, TypeError, ValueError, RuntimeError),
+    OverflowError,
+)
 """Errors that inconsistent states cause."""
 
 

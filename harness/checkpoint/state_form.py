@@ -1,0 +1,261 @@
+"""The form of a saved state: whether a fit can restore it, checked before anything changes.
+
+A checkpoint's digests say that its files are complete. They do not say that the values in
+them are those of a fit: another program may have written them.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from numbers import Number
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from harness.checkpoint.format import Phase
+from harness.checkpoint.state import name_callbacks
+from harness.context import Context
+from harness.pytree import StateDict
+from harness.rng import Generator, find_generators, get_rng_state, set_rng_state
+
+
+def check_like(
+    saved: object, live: object, place: str, *, num_optional: int = 0
+) -> None:
+    """Raise ``ValueError`` unless a saved value has the form of a live one.
+
+    Parameters
+    ----------
+    saved, live
+        Nested states. Where the live value is None or an empty list, any value will do.
+    place
+        Where the value is, for the message.
+    num_optional
+        Levels of mappings from here whose keys may be missing in the saved value, as they
+        are in a checkpoint of an earlier version.
+    """
+    if live is None:
+        return
+    if _kind(saved) != _kind(live):
+        raise _mismatch(place, f"a {_kind(live)}", saved)
+    if isinstance(live, Mapping) and isinstance(saved, Mapping):
+        for key, item in live.items():
+            if key in saved:
+                below = f"{place}/{key}"
+                check_like(saved[key], item, below, num_optional=num_optional - 1)
+            elif num_optional <= 0 and item is not None:
+                raise _mismatch(place, f"the key {key!r}", "none")
+    elif isinstance(live, list | tuple) and isinstance(saved, list | tuple) and live:
+        pairs = list(live) if len(live) == len(saved) else [live[0]] * len(saved)
+        for number, (own, item) in enumerate(zip(saved, pairs, strict=True)):
+            check_like(own, item, f"{place}/{number}")
+
+
+def _kind(value: object) -> str:
+    """What a value is, as far as another one can take its place."""
+    if isinstance(value, Tensor):
+        return "tensor" if value.dim() else "number"
+    for kind, types in _KINDS.items():
+        if isinstance(value, types):
+            return kind
+    return "value of another kind" if value is not None else "None"
+
+
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "number": Number,
+    "text": str,
+    "list": (list, tuple),
+    "mapping": Mapping,
+}
+
+
+def _mismatch(place: str, expected: str, got: object) -> ValueError:
+    text = "none" if got == "none" else repr(got)
+    return ValueError(f"state: expected {expected} in {place}, got {text:.80}.")
+
+
+# ------------------------------------------------------------- before the run is opened
+
+
+def check_state_form(state: StateDict, ctx: Context, phase: Phase) -> None:
+    """Check the parts of a rank's state that are the same in every fit.
+
+    Parameters
+    ----------
+    state
+        As ``capture_state`` returned it.
+    ctx
+        Context of the fit that will restore it; unchanged afterwards.
+    phase
+        Where in the epoch it was captured.
+
+    Raises
+    ------
+    LookupError, AttributeError, TypeError, ValueError, RuntimeError
+        If a part has another form.
+    """
+    for what, sets in _mapping(state["records"], "records").items():
+        for split, series in _mapping(sets, f"records/{what}").items():
+            if not isinstance(series, list):
+                raise _mismatch(f"records/{what}/{split}", "a list", series)
+    _check_count(state["journal"], "journal", lowest=-1)
+    _mapping(state["extra"], "extra")
+    for name, own in _mapping(state["callbacks"], "callbacks").items():
+        _mapping(own, f"callbacks/{name}")
+    generators = find_generators(ctx.train_data, ctx.valid_data, ctx.model)
+    _try_random(state["random"], generators, "random")
+    if phase == "train":
+        _check_pass(state["pass"], ctx)
+    _check_accelerator(state["accelerator"], ctx)
+
+
+def _check_pass(state: StateDict, ctx: Context) -> None:
+    """Check the position in the data."""
+    _check_count(_mapping(state, "pass")["window"], "pass/window", lowest=1)
+    loader = ctx.train_data
+    if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict"):
+        check_like(state["ahead"], [], "pass/ahead")
+        return
+    _check_count(state["ahead"], "pass/ahead")
+    _try_random(state["began"], find_generators(loader), "pass/began")
+
+
+def _try_random(state: StateDict, generators: Sequence[Generator], place: str) -> None:
+    """Set the random generators, and then set them back."""
+    before = copy.deepcopy(get_rng_state(generators))
+    try:
+        set_rng_state(_mapping(state, place), generators)
+    finally:
+        set_rng_state(before, generators)
+
+
+def _check_accelerator(state: StateDict, ctx: Context) -> None:
+    """Check counters, gradients and optimizers; weights are compared with the model."""
+    for part in ("steps", "done"):
+        for name, count in _mapping(state[part], part).items():
+            _check_count(count, f"accelerator/{part}/{name}")
+    if "optimizers" not in state:  # of engines
+        return
+    params = dict(ctx.model.named_parameters())
+    for name, grad in _mapping(state["grads"], "grads").items():
+        if name in params and grad.shape != params[name].shape:
+            raise _mismatch(f"accelerator/grads/{name}", f"{params[name].shape}", grad)
+    check_like(state["frozen"], [""], "accelerator/frozen")
+    for name, opt in ctx.optimizers.items():
+        if isinstance(opt, Optimizer) and name in state["optimizers"]:
+            _check_optimizer(state["optimizers"][name], opt, f"optimizers/{name}")
+
+
+def _check_optimizer(saved: StateDict, opt: Optimizer, place: str) -> None:
+    """Check an optimizer's groups and what it keeps for each parameter."""
+    if len(saved["param_groups"]) != len(opt.param_groups):
+        return  # load_state_dict says more about it
+    _check_groups(saved, opt, place)
+    for own, group in zip(saved["param_groups"], opt.param_groups, strict=True):
+        if len(own["params"]) != len(group["params"]):
+            return
+        samples: dict[int, StateDict | None] = {}
+        for number, param in zip(own["params"], group["params"], strict=True):
+            _check_count(number, f"{place}/param_groups/params")
+            entry = saved["state"].get(number)
+            if entry is not None:
+                if param.dim() not in samples:
+                    samples[param.dim()] = _sample_entry(opt, own, param.dim())
+                sample = samples[param.dim()]
+                _check_entry(entry, sample, param, f"{place}/state/{number}")
+
+
+def _check_groups(saved: StateDict, opt: Optimizer, place: str) -> None:
+    """Compare the options of groups with the live ones."""
+    live = opt.state_dict()["param_groups"]
+    for own, group in zip(saved["param_groups"], live, strict=False):
+        options = {
+            name: value
+            for name, value in group.items()
+            if name != "initial_lr" and _can_check(own, name, value)
+        }
+        check_like(own, options, f"{place}/param_groups")
+
+
+def _can_check(own: Mapping[str, object], name: str, value: object) -> bool:
+    """Whether an option must be like the live one; None often means a default."""
+    return not isinstance(value, bool) or own.get(name, value) is not None
+
+
+_TINY = 2
+"""Size of each dim of the parameter of ``_sample_entry``."""
+
+
+def _sample_entry(opt: Optimizer, group: StateDict, dim: int) -> StateDict | None:
+    """What an optimizer of torch keeps for a parameter after a step; None if unknown."""
+    if not type(opt).__module__.startswith("torch.optim"):
+        return None
+    known = inspect.signature(type(opt).__init__).parameters
+    options = {name: group[name] for name in known if name in group}
+    options.pop("params", None)
+    tiny = torch.zeros((_TINY,) * dim, requires_grad=True)
+    tiny.grad = torch.zeros_like(tiny)
+    with suppress(RuntimeError, NotImplementedError):  # such as an option for GPUs
+        fresh = type(opt)([tiny], **options)
+        with suppress(TypeError):  # one whose step needs a closure
+            fresh.step()
+            return dict(fresh.state[tiny])
+    return None
+
+
+def _check_entry(
+    entry: StateDict, sample: StateDict | None, param: Tensor, place: str
+) -> None:
+    check_like(_mapping(entry, place), sample, place)
+    for key, tiny in (sample or {}).items():
+        if not isinstance(tiny, Tensor) or not tiny.dim():
+            continue
+        shape = tuple(tiny.shape)
+        if len(shape) == param.dim():
+            shape = tuple(
+                m if n == _TINY else n for n, m in zip(shape, param.shape, strict=True)
+            )
+        if tuple(entry[key].shape) != shape:
+            expected = f"a tensor of shape {shape}"
+            raise _mismatch(f"{place}/{key}", expected, tuple(entry[key].shape))
+
+
+# ------------------------------------------------------- before anything is restored
+
+
+def check_live_form(state: StateDict, ctx: Context) -> None:
+    """Compare states with those of the callbacks and schedulers, which are ready now.
+
+    The state of a user's callback may change its form at any time.
+
+    Raises
+    ------
+    ValueError
+        If one has another form.
+    """
+    for name, opt in ctx.optimizers.items():
+        saved = state["accelerator"].get("optimizers", {}).get(name)
+        if isinstance(opt, Optimizer) and saved is not None:
+            _check_groups(saved, opt, f"optimizers/{name}")
+    saved, callbacks = state["callbacks"], dict(name_callbacks(ctx.callbacks))
+    for name in saved.keys() & callbacks.keys():
+        if not type(callbacks[name]).__module__.startswith("harness."):
+            continue
+        if saved[name]:
+            live = callbacks[name].state_dict()
+            check_like(saved[name], live, f"callbacks/{name}", num_optional=3)
+
+
+def _mapping(value: StateDict, place: str) -> StateDict:
+    if not isinstance(value, Mapping):
+        raise _mismatch(place, "a mapping", value)
+    return value
+
+
+def _check_count(value: object, place: str, *, lowest: int = 0) -> None:
+    if type(value) is not int or not lowest <= value < 2**63:
+        raise _mismatch(place, f"a whole number from {lowest}", value)
