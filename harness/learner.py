@@ -556,6 +556,12 @@ def load(
         msg = f"load({str(path)!r}): expected hparams that can be rebuilt, got only"
         advice = "Pass a function as module=, or trust=True to import what they name."
         raise CheckpointError(f"{msg} text for {texts}. {advice}")
+    if given is None and (secrets := source.list_secrets(about.hparams)):
+        msg = f"load({str(path)!r}): expected values of all hparams, got none for {secrets}"
+        advice = (
+            "They are secrets, which are not saved. Pass module=functools.partial(...)."
+        )
+        raise CheckpointError(f"{msg}. {advice}")
     objects = ObjectSource(source)
     learner = Learner(
         module=module,

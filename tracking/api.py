@@ -13,9 +13,10 @@ import pyarrow as pa
 
 from tracking import capture
 from tracking.delivery.options import check_options
-from tracking.redaction import strip_url
+from tracking.redaction import redact, strip_url
 from tracking.run import Run, utc_now
 from tracking.schema import check_name
+from tracking.settings import read_secrets
 from tracking.store import (
     FORMAT,
     Manifest,
@@ -93,6 +94,9 @@ def start(
     for word, text in (("experiment", experiment), ("name", name), ("note", note)):
         if text is not None:
             check_name(text, word, "start")
+    experiment, name, note = (
+        text and redact(text, read_secrets()) for text in (experiment, name, note)
+    )
     if rank < 0 or (rank > 0 and run_id is None):
         raise ValueError(
             f"start(rank={rank}): expected rank 0, or a run_id to join, got "

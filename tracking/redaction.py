@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import re
@@ -45,7 +46,7 @@ _NO_VALUES: Final = frozenset(["", "none", "null", "true", "false", MASK])
 
 _USER_INFO: Final = re.compile(r"(?<=://)[^/\s'\"]*@")
 _ASSIGNMENT: Final = re.compile(
-    r"(?P<name>[A-Za-z_][\w.-]*)"
+    r"(?P<name>(?:(?<!\S)-D)?[A-Za-z_][\w.-]*)"
     r"(?P<sign>=|['\"]\s*[=:]\s*|\s*[=:]\s*(?=['\"]))"
     r"(?P<value>'[^'\n]*'|\"[^\"\n]*\"|[^\s'\"&,;)}\]#]+)"
 )
@@ -71,6 +72,7 @@ _MIN_LENGTH: Final = 6
 """Shorter values are masked only as whole words: they occur by chance in other text."""
 
 
+@functools.lru_cache(maxsize=4096)
 def is_secret_name(name: str) -> bool:
     """Whether an argument or variable of this name holds a secret.
 
@@ -79,7 +81,7 @@ def is_secret_name(name: str) -> bool:
     >>> [is_secret_name(name) for name in ("API_KEY", "hubToken", "num_tokens")]
     [True, True, False]
     """
-    words = [word.lower() for word in _WORDS.findall(name)]
+    words = [word.lower() for word in _WORDS.findall(name.removeprefix("-D"))]
     if not words or words[-1] in _MEASURES:
         return False
     found = _SECRET_WORDS.intersection(words)
@@ -136,6 +138,38 @@ def redact(text: str, secrets: Iterable[str] = ()) -> str:
     """
     text = _HEADER.sub(rf"\1\2{MASK}", _redact_values(text, secrets))
     return _OPTION.sub(_mask_value, _ASSIGNMENT.sub(_mask_value, text))
+
+
+def redact_value(name: str, value: object, secrets: Iterable[str] = ()) -> object:
+    """Mask the secrets in a named value: texts, and those in its lists and dictionaries.
+
+    Examples
+    --------
+    >>> redact_value("db", {"password": "hunter2", "num_tokens": 8})
+    {'password': '***', 'num_tokens': 8}
+    """
+    if isinstance(value, str):
+        return MASK if _is_secret_text(name, value) else redact(value, secrets)
+    if isinstance(value, Mapping):
+        return {
+            key: redact_value(f"{name}/{key}", item, secrets)
+            for key, item in value.items()
+        }
+    if isinstance(value, list | tuple):
+        is_command = all(isinstance(item, str) for item in value) and any(
+            item.startswith("-") for item in value
+        )
+        if is_command and not is_secret_name(name):
+            return mask_arguments(value, secrets)
+        items = [redact_value(name, item, secrets) for item in value]
+        return tuple(items) if isinstance(value, tuple) else items
+    return value
+
+
+def _is_secret_text(name: str, value: str) -> bool:
+    """Whether a text under this name is a secret; the name of a token's kind is none."""
+    bare = value.strip("<>[]| ").lower()
+    return is_secret_name(name) and bare not in _NO_VALUES | _LANGUAGE
 
 
 def redact_code(text: str, secrets: Iterable[str] = ()) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 import zlib
@@ -15,11 +16,14 @@ from tracking.journal.row_format import FIELDS, NO_COUNT, NO_EPOCH, ROW_BYTES
 from tracking.journal.segment import CAPACITY
 from tracking.journal.writer import Journal
 from tracking.read import find_highest_indices
+from tracking.redaction import is_secret_name, redact_value
 from tracking.schema import (
     DEFERRED,
     FLOAT,
+    JSON,
     OVERWRITE,
     REWIND,
+    STR,
     Leaf,
     check_name,
     fetch_values,
@@ -28,6 +32,7 @@ from tracking.schema import (
     flatten_params,
     flatten_value,
 )
+from tracking.settings import read_secrets
 from tracking.store import get_rank_dir
 
 _FLOATS: Final = frozenset([float])
@@ -64,6 +69,7 @@ class RowLogger:
         self.rank = rank
         self._deferred: deque[_DeferredRow] = deque()
         self._reading = threading.RLock()
+        self._secrets = read_secrets()
         self._journal = Journal(
             get_rank_dir(path, rank), durability=durability, on_tick=self.flush
         )
@@ -184,6 +190,9 @@ class RowLogger:
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Record hyper-parameters; the names of nested ones are joined by ``/``.
+
+        Secrets are masked: texts under a name such as ``api_key``, credentials in URLs,
+        and the values of environment variables that hold secrets.
 
         Values of any kind are recorded: what is no number, string, small array, dict or
         list of those, as its text.
@@ -375,12 +384,23 @@ class RowLogger:
             return
         overwrites = not append and index is not None
         leaves = flatten_value(value, _describe_call(what, set))
+        if any(self._may_be_secret(leaf) for leaf in leaves):
+            leaves = [self._redact(leaf) for leaf in leaves]
         at = self._journal.get_auto_index(what, set).choose(index, step)
         counts = {"index": None if at == NO_COUNT else at, "epoch": epoch, "step": step}
         if overwrites:
             self.flush()  # deferred rows come first, so that they are superseded too
             self._journal.write(what, set, [("", OVERWRITE, 0.0, None)], **counts)
         self._write(what, set, leaves, counts)
+
+    def _may_be_secret(self, leaf: Leaf) -> bool:
+        """Whether a text is worth a closer look."""
+        name, kind, _, payload = leaf
+        return kind in (STR, JSON) and (
+            is_secret_name(name)
+            or ("://" in payload and "@" in payload)
+            or any(secret in payload for secret in self._secrets)
+        )
 
     def _log_dict(self, what: str, values: Mapping[str, Any], place: str) -> None:
         """Write named values that have no set, index, epoch or step."""
@@ -390,7 +410,19 @@ class RowLogger:
                 "a name."
             )
         if values and self._journal.takes_rows():
-            self._write(what, "", flatten_params(values, place), {})
+            leaves = [self._redact(leaf) for leaf in flatten_params(values, place)]
+            self._write(what, "", leaves, {})
+
+    def _redact(self, leaf: Leaf) -> Leaf:
+        """Mask the secrets in a leaf that is no number."""
+        name, kind, number, payload = leaf
+        if kind not in (STR, JSON):
+            return leaf
+        value = json.loads(payload)
+        masked = redact_value(name, value, self._secrets)
+        if masked == value:
+            return leaf
+        return name, kind, number, json.dumps(masked, ensure_ascii=False)
 
     def _write(
         self, what: str, set: str, leaves: list[Leaf], counts: dict[str, int | None]

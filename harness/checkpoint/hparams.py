@@ -10,7 +10,7 @@ import contextlib
 import importlib
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 
 from harness.pytree import Options
+from tracking.redaction import redact_value
+from tracking.settings import read_secrets
 
 MAX_ELEMENTS = 10_000
 """Larger tensors and arrays are kept as text."""
@@ -44,7 +46,22 @@ def encode_hparams(hparams: Mapping[str, object]) -> Options:
     >>> encode_hparams({"hidden": 8, "act": torch.nn.GELU})
     {'hidden': 8, 'act': {'$import': 'torch.nn.modules.activation:GELU'}}
     """
-    return {name: _encode_whole(value) for name, value in hparams.items()}
+    secrets = read_secrets()
+    masked = {
+        name: _SECRET if _has_secret(name, value, secrets) else _encode_whole(value)
+        for name, value in hparams.items()
+    }
+    return masked
+
+
+_SECRET = {"$secret": True}
+"""In place of an hparam that is, or has in it, a secret."""
+
+
+def _has_secret(name: str, value: object, secrets: Sequence[str]) -> bool:
+    if isinstance(value, str | list | tuple | Mapping):
+        return redact_value(name, value, secrets) != value
+    return False
 
 
 @dataclass(frozen=True)
@@ -64,8 +81,16 @@ class HparamSource:
     trust: bool = False
 
     def decode(self, saved: Mapping[str, object]) -> Options:
-        """The hparams; what cannot be rebuilt is its text."""
-        return {name: _decode(value, self._find) for name, value in saved.items()}
+        """The hparams; what cannot be rebuilt is its text. A secret is left out."""
+        return {
+            name: _decode(value, self._find)
+            for name, value in saved.items()
+            if value != _SECRET
+        }
+
+    def list_secrets(self, saved: Mapping[str, object]) -> list[str]:
+        """Names of the hparams that were not saved because they are secrets."""
+        return [name for name, value in saved.items() if value == _SECRET]
 
     def list_texts(self, saved: Mapping[str, object]) -> list[str]:
         """Names of the hparams that cannot be rebuilt."""

@@ -14,6 +14,7 @@ from tracking.redaction import (
     redact,
     redact_address,
     redact_code,
+    redact_value,
     strip_url,
 )
 
@@ -181,3 +182,27 @@ def test_redact_code_masks_texts_and_leaves_names():
 )
 def test_settings_with_secrets_are_found(text, has_some):
     assert has_secret_settings(text) is has_some
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "shown"),
+    [
+        ("api_key", "abc", "***"),
+        ("api_key", "", ""),
+        ("num_tokens", "8", "8"),
+        ("token", "<eos>", "<eos>"),
+        ("token", "[CLS]", "[CLS]"),
+        ("token", 7, 7),
+        ("password", None, None),
+        ("auth", True, True),
+        ("url", "https://me:pw@h/x?password=X&n=1", "https://h/x?password=***&n=1"),
+        ("command", ["x", "--token", "abc"], ["x", "--token", "***"]),
+        ("command", ["x", "-Dpassword=abc"], ["x", "-Dpassword=***"]),
+        ("db", {"user": "me", "password": "p"}, {"user": "me", "password": "***"}),
+        ("many", [{"secret": "p"}, ("a", 1)], [{"secret": "***"}, ("a", 1)]),
+        ("text", "the key is hunter22", "the key is ***"),
+        ("tokenizer", "gpt2", "gpt2"),
+    ],
+)
+def test_redact_value_masks_secrets_and_nothing_else(name, value, shown):
+    assert redact_value(name, value, ["hunter22"]) == shown

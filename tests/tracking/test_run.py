@@ -1139,3 +1139,35 @@ def test_error_of_a_run_is_written_without_secrets(tmp_path):
     assert "login('postgres://h', api_key='***') failed" in text
     assert "hunter22" not in text
     assert "pw1" not in text
+
+
+def test_secrets_in_params_tags_inputs_and_texts_are_masked(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "hunter22-hunter22")
+    with start(
+        runs_dir=tmp_path,
+        delivery=False,
+        name="x",
+        note="with hunter22-hunter22",
+        params={
+            "api_key": "p1-secret",
+            "num_tokens": 8,
+            "tokenizer": "gpt2",
+            "db": {"password": "p2-secret", "url": "postgres://me:p3-secret@h/x"},
+            "args": types.SimpleNamespace(token="p4-secret", lr=0.1),
+            "command": ["x", "--password", "p5-secret", "-H", "Cookie: p6-secret"],
+        },
+        tags={"auth": "p7-secret", "why": "hunter22-hunter22"},
+    ) as run:
+        run.log_input(
+            "rows", "train", source="s3://me:p8-secret@h/x", secret="p9-secret"
+        )
+        run.log("texts", "train", {"password": "p10-secret", "plain": "as it is"})
+        run.log_metric("key", "hunter22-hunter22")
+    past = PastRun(run.path)
+    text = str(past.records(superseded=True).to_pylist()) + str(past.manifest)
+    assert "-secret" not in text.replace("p10-secrets", "")
+    assert "hunter22" not in text
+    assert past.params["num_tokens"] == 8
+    assert past.params["tokenizer"] == "gpt2"
+    assert past.params["db/url"] == "postgres://h/x"
+    assert "as it is" in text
