@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
 import socket
 import time
@@ -21,6 +22,9 @@ with contextlib.suppress(ImportError):  # Windows, where harness must still impo
 # Lock files that this process holds. Nothing here may open one of them again: a process
 # loses its POSIX lock when it closes any descriptor of the file.
 _HELD: Final[set[Path]] = set()
+
+_BUSY: Final[dict[Path, int]] = {}
+"""Descriptors, which hold a lock, of the folders that this process writes."""
 
 
 # ------------------------------------------------------------------------- files
@@ -112,14 +116,56 @@ def replace_folder(path: Path, *, temporary: Path | None = None) -> Iterator[Pat
     temporary = temporary or _temporary(path)
     earlier = path.with_name(f".{path.name}.{os.getpid()}.earlier")
     temporary.mkdir(parents=True)
+    mark_busy(temporary)
     try:
         yield temporary
         if path.exists():
             path.rename(earlier)
         temporary.rename(path)
     finally:
+        mark_free(temporary)
         shutil.rmtree(temporary, ignore_errors=True)
+    # What killed processes left is removed last: until now it may have been the only one.
+    name = re.escape(path.name)
+    remove_unfinished(path.parent, re.compile(rf"\.(\d+-{name}|{name}\.\d+\.earlier)"))
     shutil.rmtree(earlier, ignore_errors=True)
+
+
+def mark_busy(folder: Path) -> None:
+    """Mark a folder as being written until ``mark_free``, or until the process ends."""
+    _BUSY[folder] = fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    with contextlib.suppress(OSError):  # a filesystem without locks
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def mark_free(folder: Path) -> None:
+    """Take the mark of ``mark_busy`` away; safe to call twice, and after a rename."""
+    fd = _BUSY.pop(folder, None)
+    if fd is not None:
+        os.close(fd)
+
+
+def remove_unfinished(folder: Path, names: re.Pattern[str]) -> None:
+    """Remove the folders with such names that no live process is writing."""
+    for path in folder.iterdir():
+        if names.fullmatch(path.name) and not _is_busy(path):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_busy(folder: Path) -> bool:
+    try:
+        fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return True
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a filesystem without locks
+        return False
+    finally:
+        os.close(fd)
+    return False
 
 
 def move_folder(source: Path, target: Path) -> None:

@@ -10,7 +10,7 @@ from time import monotonic
 from typing import Any
 
 from harness.callbacks.monitor import Mode, Monitor
-from harness.checkpoint.format import Phase
+from harness.checkpoint.format import Phase, remove_killed_saves
 from harness.checkpoint.writer import CheckpointWriter
 from harness.context import Context
 from harness.pytree import StateDict
@@ -99,6 +99,9 @@ class ModelCheckpoint(Monitor):
             assert self.ctx.run.path is not None  # refused in check
             folder = Path(self.ctx.run.path) / "checkpoints"
         self.writer = CheckpointWriter(folder, self.ctx)
+        assert self.ctx.accelerator is not None
+        if self.ctx.accelerator.is_main:
+            remove_killed_saves(folder)
         self._last_time, self._has_saved, self._has_allocated = (
             monotonic(),
             False,

@@ -16,7 +16,6 @@ import contextlib
 import hashlib
 import json
 import re
-import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -33,8 +32,11 @@ from torch import Tensor
 from harness.errors import CheckpointError
 from harness.pytree import DTYPES, restore
 from tracking.durable import (
+    mark_busy,
+    mark_free,
     move_folder,
     remove_folder,
+    remove_unfinished,
     replace_file,
     write_synced,
 )
@@ -152,15 +154,22 @@ def begin_checkpoint(folder: Path, position: Position) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     serial = 1
+    remove_killed_saves(folder)
     for item in folder.iterdir():
-        if _NAME.fullmatch(item.name):
-            serial = max(serial, _get_serial(item.name) + 1)
-        elif _UNFINISHED.fullmatch(item.name):  # from a save or removal that was killed
-            shutil.rmtree(item, ignore_errors=True)
+        name = item.name.removeprefix(".").removesuffix(".tmp")
+        if _NAME.fullmatch(name):
+            serial = max(serial, _get_serial(name) + 1)
     where = f"epoch-{position.epoch}-batch-{position.iter}-step-{position.step}"
     temporary = folder / f".{serial:06d}-{where}.tmp"
     temporary.mkdir()
+    mark_busy(temporary)
     return temporary
+
+
+def remove_killed_saves(folder: Path) -> None:
+    """Remove what killed saves and removals left; a save of a live process stays."""
+    if folder.is_dir():
+        remove_unfinished(folder, _UNFINISHED)
 
 
 def get_final_path(temporary: Path) -> Path:
@@ -187,7 +196,8 @@ def _list_rank_files(rank: int) -> tuple[str, str]:
 
 
 def mark_failed(temporary: Path, rank: int) -> None:
-    """Tell rank 0 that the files of a rank will not come."""
+    """Tell rank 0 that the files of a rank will not come; the folder can be removed."""
+    mark_free(temporary)
     with contextlib.suppress(OSError):
         (temporary / f"rank-{rank}.failed").touch()
 
@@ -222,6 +232,7 @@ def commit_checkpoint(temporary: Path, manifest: Manifest) -> Path:
             raise CheckpointError(f"{msg} Free some space, check the file system.")
     replace(manifest, files=files).write(temporary)
     move_folder(temporary, path)
+    mark_free(temporary)
     return path
 
 

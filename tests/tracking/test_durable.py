@@ -7,6 +7,7 @@ import threading
 
 import pytest
 
+import tracking
 from tracking.durable import (
     LockHeldError,
     ProcessLock,
@@ -200,3 +201,45 @@ def test_lock_file_that_is_a_link_is_not_written_through(tmp_path):
 def test_lock_file_that_is_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "lock")
     assert not is_locked(tmp_path / "lock")
+
+
+KILLED = """
+import os, pathlib, signal, sys
+from tracking.durable import replace_folder
+with replace_folder(pathlib.Path(sys.argv[1])) as temporary:
+    (temporary / "half").write_text("x")
+    print(temporary.name, flush=True)
+    sys.stdin.readline()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_folder_of_a_killed_save_goes_at_the_next_and_that_of_a_live_one_stays(
+    tmp_path,
+):
+    target = tmp_path / "model"
+    root = os.path.dirname(os.path.dirname(tracking.__file__))  # noqa: PTH120
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-c", KILLED, target],
+            env={**os.environ, "PYTHONPATH": root},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    left, live = (writer.stdout.readline().strip() for writer in writers)
+    writers[0].communicate("kill\n")
+    earlier = tmp_path / ".model.12345.earlier"
+    earlier.mkdir()
+    (tmp_path / ".99-other").mkdir()
+    with replace_folder(target) as temporary:
+        (temporary / "whole").write_text("x")
+        assert earlier.is_dir()  # the only whole one, as long as this is not
+    assert names(tmp_path) == sorted([live, ".99-other", "model"])
+    assert left != live
+    writers[1].communicate("kill\n")
+    with replace_folder(target):
+        pass
+    assert names(tmp_path) == [".99-other", "model"]

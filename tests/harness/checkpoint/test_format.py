@@ -31,11 +31,13 @@ from harness.checkpoint.format import (
     mark_failed,
     read_rank,
     remove_checkpoint,
+    remove_killed_saves,
     verify_checkpoint,
     write_rank,
 )
 from harness.errors import CheckpointError
 from harness.pytree import flatten
+from tracking.durable import mark_free
 
 POSITION = Position(epoch=1, iter=2, step=3, phase="train")
 
@@ -100,11 +102,23 @@ def test_begin_clears_away_what_killed_saves_left_and_nothing_else(
     place = save(tmp_path)
     left = begin_checkpoint(tmp_path, POSITION)
     (left / "rank-0.safetensors").write_bytes(b"half")
+    mark_free(left)  # as the end of a process does
     place.rename(tmp_path / f".{place.name}.removed")
     (tmp_path / "notes.tmp").mkdir()
     begin_checkpoint(tmp_path, replace(POSITION, step=9))
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == [".000001-epoch-1-batch-2-step-9.tmp", "notes.tmp"]
+
+
+def test_begin_leaves_the_save_of_a_live_writer_alone(tmp_path: Path) -> None:
+    live = begin_checkpoint(tmp_path, POSITION)
+    second = begin_checkpoint(tmp_path, POSITION)
+    remove_killed_saves(tmp_path)
+    assert live.is_dir()
+    assert live != second
+    mark_failed(live, 0)
+    remove_killed_saves(tmp_path)
+    assert list(tmp_path.iterdir()) == [second]
 
 
 def test_remove_takes_the_name_away_first(tmp_path: Path) -> None:
