@@ -62,6 +62,7 @@ from harness.setup_checks import (
     check_model,
     check_setup,
     parse_epochs,
+    refusing_lazy_layers,
 )
 
 if TYPE_CHECKING:
@@ -137,11 +138,12 @@ class Learner:
         """
         if self.optimizer == "config":
             return None
-        if self.optimizer is not None:
-            return self.optimizer(model.parameters(), **self.opt_hparams)
-        own = getattr(model, "set_optimizers", None)
-        assert own is not None
-        return own(**self.opt_hparams)
+        with refusing_lazy_layers(model):
+            if self.optimizer is not None:
+                return self.optimizer(model.parameters(), **self.opt_hparams)
+            own = getattr(model, "set_optimizers", None)
+            assert own is not None
+            return own(**self.opt_hparams)
 
     def get_loss_fn(
         self, model: nn.Module, device: torch.device

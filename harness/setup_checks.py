@@ -9,12 +9,14 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from harness.callback import Callback
@@ -371,6 +373,26 @@ def check_rows(new: object) -> int:
         msg = f"ctx.rows: expected a whole number >= 0, got {new!r}."
         raise ValueError(f"{msg} Pass how many rows the batch counts for.")
     return rows
+
+
+@contextmanager
+def refusing_lazy_layers(model: nn.Module) -> Iterator[None]:
+    """Explain an error of an optimizer that needs to know the sizes of lazy layers.
+
+    Raises
+    ------
+    ValueError
+        In place of torch's, if the model has lazy layers.
+    """
+    try:
+        yield
+    except ValueError as error:
+        lazy = [name for name, param in model.named_parameters() if is_lazy(param)]
+        if not lazy:
+            raise
+        msg = "optimizer: expected parameters whose sizes are known, got lazy layers"
+        advice = "Run a batch through the model where it is made, or use SGD or Adam."
+        raise ValueError(f"{msg} {lazy}. {advice}") from error
 
 
 def check_optimizers(optimizers: object) -> dict[str, Any]:

@@ -417,7 +417,10 @@ class SingleDevice:
             msg = f"resume: expected optimizers {want}, got {have}."
             raise CheckpointError(f"{msg} Resume with the learner that was saved.")
         for name, own in state["optimizers"].items():
-            load_optimizer_state(self._optimizers[name], own, name)
+            opt = self._optimizers[name]
+            load_optimizer_state(opt, own, name)
+            # torch 2.13: a scheduler warns if its optimizer has not stepped before it.
+            opt._opt_called = state["steps"].get(name, 0) > 0  # type: ignore[attr-defined]
         self.steps.update(state["steps"])
         self._done.update(state["done"])
         self.overflows.update(state.get("overflows", {}))

@@ -98,9 +98,21 @@ class Interrupt(Callback):
     def _stop_if_signalled(self) -> None:
         """Raise at the same batch on every rank."""
         signum = self.signum if self._num_ranks == 1 else self._agree()
-        if signum is not None:
+        if signum is not None and self._can_stop():
             self.ctx.stop_signal = signum
             raise Interrupted(signum)
+
+    def _can_stop(self) -> bool:
+        """False while validation has other weights, for example averaged ones.
+
+        A checkpoint would hold these, so the fit ends after a batch of the next epoch.
+        """
+        ctx = self.ctx
+        if ctx.training or ctx.valid_start is None:
+            return True
+        assert ctx.accelerator is not None
+        is_changed = not ctx.valid_start.has_same_tensors(ctx.model)
+        return not ctx.accelerator.any(is_changed)
 
     def _agree(self) -> int | None:
         """Return the signal of any rank, if this is a batch at which the ranks check."""

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from harness.callback import Callback
 from harness.checkpoint.format import Phase, Position
@@ -20,7 +21,7 @@ from harness.context import Context
 from harness.data.loaders import unwrap_tensors
 from harness.pytree import StateDict
 from harness.records import RecordBook
-from harness.reshard.consolidated import weights_dtype
+from harness.reshard.consolidated import option_groups, weights_dtype
 from harness.rng import Generator, find_generators, get_rng_state
 
 VALIDATION_EVENTS = (
@@ -226,16 +227,33 @@ class ValidationStart:
         Length of each series of records.
     callbacks
         States of the callbacks that listen to validation.
+    extra
+        State of modules beside tensors.
+    options
+        Options of each parameter group, such as learning rates, by optimizer.
+    tensors
+        Where each tensor of the model is, and how often it was changed.
     """
 
     random: StateDict
     journal: int
     lengths: dict[str, dict[str, int]]
     callbacks: dict[str, StateDict]
+    extra: StateDict
+    options: dict[str, list[StateDict]]
+    tensors: list[tuple[int, int]]
+
+    def has_same_tensors(self, model: nn.Module) -> bool:
+        """False if validation has changed the model, so that ``rewind`` is not enough."""
+        return self.tensors == _mark_tensors(model)
 
     def rewind(self, state: StateDict) -> None:
         """Take a state captured in the middle of validation back to its beginning."""
         state["random"], state["journal"] = self.random, self.journal
+        state["extra"] = self.extra
+        for name, groups in option_groups(state["accelerator"]).items():
+            for group, options in zip(groups, self.options[name], strict=True):
+                group.update(options)
         state["callbacks"] = state["callbacks"] | self.callbacks
         state["records"] = {
             what: {
@@ -261,7 +279,26 @@ def mark_validation(ctx: Context) -> None:
             for name, callback in name_callbacks(ctx.callbacks)
             if any(hasattr(callback, event) for event in VALIDATION_EVENTS)
         },
+        extra=copy.deepcopy(get_extra_states(ctx.model)),
+        options={
+            name: [
+                {key: copy.deepcopy(group[key]) for key in group if key != "params"}
+                for group in opt.param_groups
+            ]
+            for name, opt in ctx.optimizers.items()
+        },
+        tensors=_mark_tensors(ctx.model),
     )
+
+
+def _mark_tensors(model: nn.Module) -> list[tuple[int, int]]:
+    """Address and number of changes of each weight and buffer, to see a change."""
+    return [
+        (tensor.data_ptr(), tensor._version)
+        for tensor in (*model.parameters(), *model.buffers())
+        # DeepSpeed moves the weights of stage 3; a lazy layer has none yet.
+        if not (hasattr(tensor, "ds_id") or is_lazy(tensor) or tensor.is_inference())
+    ]
 
 
 # ---------------------------------------------------------- callbacks and modules

@@ -287,21 +287,26 @@ def optimizer_classes(state: StateDict) -> dict[str, str]:
     return dict(state.get("kinds", {}))
 
 
+def option_groups(state: StateDict) -> dict[str, list[StateDict]]:
+    """Parameter groups of each optimizer in the state of an accelerator; not copied."""
+    optimizers = state["facts"] if "facts" in state else state.get("optimizers", {})
+    key = "groups" if "facts" in state else "param_groups"
+    return {name: own[key] for name, own in optimizers.items()}
+
+
 def named_groups(
     state: StateDict, names: Sequence[str]
 ) -> dict[str, list[tuple[StateDict, list[str]]]]:
     """Parameter groups of each optimizer: options, and names of the parameters."""
-    optimizers = state["facts"] if "facts" in state else state.get("optimizers", {})
-    key = "groups" if "facts" in state else "param_groups"
     found = {}
-    for optimizer, own in optimizers.items():
+    for optimizer, groups in option_groups(state).items():
         members = state["members"][optimizer]
         found[optimizer] = [
             (
                 {name: value for name, value in group.items() if name != "params"},
                 [names[number] for number in numbers],
             )
-            for group, numbers in zip(own[key], members, strict=True)
+            for group, numbers in zip(groups, members, strict=True)
         ]
     return found
 

@@ -400,3 +400,23 @@ def test_setup_refuses_what_cannot_be_called(options, match):
 def test_epochs_below_one_are_told_as_given(epochs, got):
     with pytest.raises(ValueError, match=rf"at least 1 epoch, got {got}\."):
         learner().fit((X, Y), epochs, tracker=False, verbose=False)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adagrad, None])
+def test_optimizer_that_needs_the_sizes_of_lazy_layers_is_refused(kind):
+    class Lazy(nn.Sequential):
+        def __init__(self):
+            super().__init__(nn.Linear(2, 2), nn.LazyLinear(1))
+
+        def set_optimizers(self, lr):
+            return torch.optim.Adagrad(self.parameters(), lr)
+
+    learner = harness.setup(Lazy, loss=nn.MSELoss(), optimizer=kind)
+    with pytest.raises(ValueError, match=r"got lazy layers \['1.weight', '1.bias'\]"):
+        learner.set_opt_hparams(lr=0.1).fit(torch.ones(4, 2), 1, tracker=False)
+
+
+def test_other_errors_of_an_optimizer_are_its_own():
+    learner = harness.setup(Net, loss=nn.MSELoss(), optimizer=torch.optim.SGD)
+    with pytest.raises(ValueError, match="Invalid learning rate"):
+        learner.set_opt_hparams(lr=-1.0).fit((X, Y), 1, tracker=False)

@@ -9,18 +9,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import harness
+from harness.callbacks import LRScheduler
 from tests.harness.exact import (
     BATCHES,
     CASES,
     EPOCHS,
     WITH_WORKERS,
     Case,
+    Conv,
     differences,
     fit,
     rewritten,
+    sgd,
 )
 
 SHOWN = (5, 8)
@@ -198,6 +201,60 @@ PIECES = {
         drop("pass", "loader", value={"passes": 0, "at": 0}),
     ),
 }
+
+
+class Averages(harness.Callback):
+    """Validates with averaged weights, as people write it."""
+
+    def __init__(self) -> None:
+        self.mean: dict[str, Tensor] = {}
+        self.own: dict[str, Tensor] = {}
+
+    def on_train_batch_end(self) -> None:
+        for name, value in self.ctx.model.state_dict().items():
+            mean = self.mean.setdefault(name, value.clone())
+            if value.is_floating_point():
+                mean.lerp_(value, 0.1)
+
+    def on_valid_begin(self) -> None:
+        self.own = copy.deepcopy(self.ctx.model.state_dict())
+        self.ctx.model.load_state_dict(self.mean)
+
+    def on_valid_end(self) -> None:
+        self.ctx.model.load_state_dict(self.own)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"mean": self.mean}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.mean = state["mean"]
+
+
+class CountsInValidation(Conv):
+    """Extra state that changes in validation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x)
+
+
+def decay_in_validation(folder: Path) -> list[harness.Callback]:
+    decay = torch.optim.lr_scheduler.ExponentialLR
+    return [LRScheduler(decay, gamma=0.5, call_on="on_valid_batch_end")]
+
+
+CHANGES_IN_VALIDATION = {
+    "rates": Case(callbacks=decay_in_validation),
+    "extra-state": Case(learner=lambda: sgd(CountsInValidation)),
+    "weights": Case(callbacks=lambda folder: [Averages()]),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES_IN_VALIDATION)
+def test_resume_after_a_batch_of_a_validation_that_changes_the_fit_is_exact(
+    name: str, tmp_path: Path
+) -> None:
+    check_exact(CHANGES_IN_VALIDATION[name], tmp_path, [("on_valid_batch_end", 2)])
 
 
 @pytest.mark.parametrize("piece", PIECES)
