@@ -18,6 +18,7 @@ from harness.callbacks.model_checkpoint import ModelCheckpoint
 from harness.callbacks.profile import Profile
 from harness.callbacks.progress import Progress
 from harness.callbacks.resuming import AutoResume, ResumeFromCheckpoint
+from harness.callbacks.schedule.freeze import Freeze
 from harness.callbacks.step_metrics import StepMetrics
 from harness.callbacks.train_valid import TrainValid
 from harness.callbacks.watch.nan_guard import NaNGuard
@@ -30,6 +31,7 @@ __all__ = [
     "CSVLogger",
     "CutMix",
     "EarlyStopping",
+    "Freeze",
     "GradientClip",
     "Interrupt",
     "KeepBestModel",

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 
 from torch.optim.lr_scheduler import LRScheduler as TorchScheduler
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from harness.callbacks.monitor import Monitor
-from harness.context import Context
+from harness.context import NO_LIMIT, Context
+from harness.data.loaders import num_batches
 from harness.events import check_event
 from harness.pytree import StateDict
 
@@ -44,13 +46,15 @@ class LRScheduler(Monitor):
         At an event of a training batch it gets the loss of the batch. The mode is found as
         in ``Monitor``.
     **options
-        Arguments of the scheduler.
+        Arguments of the scheduler. ``"auto"`` stands for the number of times that the
+        scheduler steps in the whole fit, as for ``total_steps`` or ``T_max``.
 
     Raises
     ------
     ValueError
-        Before the first epoch, if there is no such optimizer, or a ``ReduceLROnPlateau``
-        would step before its metric is logged.
+        Before the first epoch, if there is no such optimizer, a ``ReduceLROnPlateau``
+        would step before its metric is logged, or the number of steps for ``"auto"`` is
+        not known.
 
     Notes
     -----
@@ -99,6 +103,7 @@ class LRScheduler(Monitor):
                 f"LRScheduler(opt_name): expected the name of an optimizer, got {got}."
             )
             raise ValueError(f"{msg} Choose from {names}.")
+        self._fill_options(ctx)
         if not self._is_plateau:
             return
         self._given_mode = self._options.get("mode", "auto")  # type: ignore[assignment]
@@ -111,10 +116,36 @@ class LRScheduler(Monitor):
         """Build the scheduler."""
         self.opt_name = self.opt_name or next(iter(self.ctx.optimizers))
         opt = self.ctx.optimizers[self.opt_name]
-        options = self._options
-        if self._is_plateau:
-            options = {"mode": self.mode, **options}
+        options = self._fill_options(self.ctx)
+        if self._is_plateau and options.get("mode", "auto") == "auto":
+            options = options | {"mode": self.mode}
         self.scheduler = self._build(getattr(opt, "optimizer", opt), **options)
+
+    def _fill_options(self, ctx: Context) -> dict[str, object]:
+        """Options with the number of steps in place of ``"auto"``."""
+        names = [name for name, value in self._options.items() if value == "auto"]
+        if self._is_plateau:
+            names = [name for name in names if name != "mode"]
+        if not names:
+            return self._options
+        per_epoch = self._count_steps(ctx)
+        if per_epoch is None or ctx.max_epochs == NO_LIMIT:
+            msg = f"LRScheduler({names[0]}='auto'): expected a known number of steps"
+            got = f"got call_on={self.call_on!r} and data of unknown length"
+            raise ValueError(f"{msg}, {got}. Pass the number.")
+        return self._options | dict.fromkeys(names, per_epoch * ctx.max_epochs)
+
+    def _count_steps(self, ctx: Context) -> int | None:
+        """How often the scheduler steps in an epoch; None if that is not known."""
+        if "_batch_" not in self.call_on:
+            return 1
+        is_train = self.call_on.startswith("on_train_batch")
+        batches = num_batches(ctx.train_data if is_train else ctx.valid_data)
+        is_step = self.call_on.endswith("_step")
+        if batches is None or not is_step:
+            return batches
+        assert ctx.accelerator is not None
+        return math.ceil(batches / ctx.accelerator.accumulate)
 
     def _step(self) -> None:
         """Step once; at an event of each optimizer only if this one is the current one."""

@@ -47,7 +47,8 @@ class NaNGuard(Callback):
 
     Notes
     -----
-    Each look waits for the device. Use it to find a fault, not in every fit.
+    Each look waits for the device. Use it to find a fault, not in every fit. In ``fp16``,
+    gradients are not looked at: a step whose gradients overflow is skipped on purpose.
     """
 
     weight = -5  # before clipping, which spreads a NaN over all gradients
@@ -61,10 +62,13 @@ class NaNGuard(Callback):
     def check(self, ctx: Context) -> None:
         """Refuse ranks that hold only a part of each gradient."""
         assert ctx.accelerator is not None
-        stage = ctx.accelerator.state_dict().get("stage")
+        state = ctx.accelerator.state_dict()
+        stage = state.get("stage")
         if stage and self.gradients:
             msg = f"NaNGuard(gradients): expected whole gradients, got ZeRO stage {stage}."
             raise ValueError(f"{msg} Use stage 0, or NaNGuard(gradients=False).")
+        is_half = any(p.dtype == torch.float16 for p in ctx.model.parameters())
+        self._sees_gradients = self.gradients and "scalers" not in state and not is_half
 
     # --- what is looked at
 
@@ -84,7 +88,7 @@ class NaNGuard(Callback):
 
     def on_train_batch_before_step(self) -> None:
         """Look at the gradients of the optimizer that is about to step."""
-        if not self.gradients:
+        if not self._sees_gradients:
             return
         grads = {n: p.grad for n, p in self._params() if p.grad is not None}
         if self._is_found(not _is_finite(grads.values())):

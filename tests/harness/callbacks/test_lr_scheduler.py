@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ from torch.optim.lr_scheduler import (
 import harness
 from harness.accelerators.single import SingleDevice
 from harness.callbacks import LRScheduler
+from tests.harness.checkpoint.test_resume import check_exact
+from tests.harness.exact import Case, adam
 from tests.harness.fakes import At, Tape, line_learner, slope
 from tests.harness.test_loop import Pair
 
@@ -207,3 +210,91 @@ def test_scheduler_state_goes_round():
     second.load_state_dict(first.state_dict())
     assert second.scheduler.last_epoch == 3
     assert second.state_dict() == first.state_dict()
+
+
+def seen_options(
+    call_on="on_train_batch_after_step", accumulate=1, data=None, epochs=3
+):
+    """The options that a scheduler is built with."""
+    given = []
+
+    def build(opt, **options):
+        given.append(options)
+        return StepLR(opt, step_size=100)
+
+    line_learner().fit(
+        slope(10) if data is None else data,
+        epochs,
+        callbacks=[LRScheduler(build, call_on=call_on, total="auto", other=5)],
+        accelerator=SingleDevice("cpu", accumulate=accumulate),
+        dataloader_options=None if data else {"batch_size": 2},
+        **OFF,
+    )
+    return given[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "total"),
+    [
+        ({}, 15),
+        ({"accumulate": 2}, 9),
+        ({"call_on": "on_train_batch_end"}, 15),
+        ({"call_on": "on_epoch_end"}, 3),
+        ({"call_on": "on_train_end", "epochs": (1, 4)}, 4),
+    ],
+)
+def test_auto_is_how_often_the_scheduler_steps(options, total):
+    assert seen_options(**options) == {"total": total, "other": 5}
+
+
+def test_auto_of_an_unknown_length_is_refused_before_training():
+    class Endless(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(zip(*slope(4), strict=True))
+
+    loader = torch.utils.data.DataLoader(Endless(), batch_size=2)
+    with pytest.raises(
+        ValueError, match=r"LRScheduler\(total='auto'\): expected a known"
+    ):
+        seen_options(data=loader)
+    assert seen_options(data=loader, call_on="on_epoch_end")["total"] == 3
+
+
+def warm_up(opt, total_steps, steps=3):
+    """Three steps of warm-up, then half a cosine."""
+    schedulers = torch.optim.lr_scheduler
+    first = schedulers.LinearLR(opt, 0.25, total_iters=steps)
+    then = schedulers.CosineAnnealingLR(opt, total_steps - steps)
+    return schedulers.SequentialLR(opt, [first, then], [steps])
+
+
+def test_warm_up_by_torchs_schedulers_follows_the_formula():
+    seen = []
+    note = At(
+        "on_train_batch_begin", lambda ctx: seen.append(ctx.opt.param_groups[0]["lr"])
+    )
+    callback = LRScheduler(
+        warm_up, call_on="on_train_batch_after_step", total_steps="auto"
+    )
+    line_learner().fit(
+        slope(10),
+        2,
+        callbacks=[note, callback],
+        dataloader_options={"batch_size": 2},
+        **OFF,
+    )
+    rise = [0.01 * (0.25 + 0.75 * step / 3) for step in range(3)]
+    fall = [0.005 * (1 + math.cos(math.pi * step / 7)) for step in range(7)]
+    assert seen == pytest.approx(rise + fall)
+
+
+def test_warm_up_resumes_exactly(tmp_path):
+    def callbacks(folder):
+        return [
+            LRScheduler(
+                warm_up, call_on="on_train_batch_after_step", total_steps="auto"
+            )
+        ]
+
+    case = Case(learner=adam, accumulate=2, callbacks=callbacks)
+    check_exact(case, tmp_path, [("on_train_batch_end", k) for k in (5, 9)])

@@ -52,8 +52,8 @@ def test_mixup_gives_what_a_plain_loop_gives():
             opt.step()
     options = {"batch_size": 4, "shuffle": False, "drop_last": False}
     own = MixupLoss(nn.CrossEntropyLoss())
-    for callback, loss in ((Mixup(auto_loss=True), None), (Mixup(), own)):
-        found = fit(callback, loss=loss, valid_data=None, dataloader_options=options)
+    for callback, given in ((Mixup(auto_loss=True), None), (Mixup(), own)):
+        found = fit(callback, loss=given, valid_data=None, dataloader_options=options)
         torch.testing.assert_close(found.model.state_dict(), model.state_dict())
 
 
