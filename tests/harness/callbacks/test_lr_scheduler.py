@@ -227,7 +227,7 @@ def seen_options(
         epochs,
         callbacks=[LRScheduler(build, call_on=call_on, total="auto", other=5)],
         accelerator=SingleDevice("cpu", accumulate=accumulate),
-        dataloader_options=None if data else {"batch_size": 2},
+        dataloader_options={"batch_size": 2} if data is None else None,
         **OFF,
     )
     return given[0]
