@@ -166,6 +166,7 @@ def _start_new(
     manifest = Manifest(
         id=path.name,
         name=name,
+        path=str(path),
         experiment=experiment,
         created=utc_now(),
         command=capture.command(),

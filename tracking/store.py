@@ -79,6 +79,8 @@ class Manifest:
         ``running``, ``finished``, ``failed`` or ``killed``, as the run itself wrote.
     error
         ``type`` and ``message`` of the exception that ended a failed run.
+    path
+        Folder of the run when it started; another one tells that it was moved or copied.
     command
         Words of the command line, secrets masked.
     git
@@ -97,6 +99,7 @@ class Manifest:
     id: str
     name: str
     format: int = FORMAT
+    path: str = ""
     experiment: str | None = None
     note: str | None = None
     created: str = ""

@@ -303,15 +303,18 @@ def _select_runs(names: tuple[str, ...], runs_dir: Path | None) -> list[PastRun]
 def _find_store(runs_dir: Path | None) -> tuple[str, str]:
     """Tracking URI of the store that runs went to, and the newest run's experiment."""
     from tracking.delivery.state import DeliveryState  # noqa: PLC0415  next to uris
-    from tracking.mlflow_store.uris import resolve_uri  # noqa: PLC0415  imports Arrow
+    from tracking.mlflow_store.uris import relocate, resolve_uri  # noqa: PLC0415  imports Arrow
     from tracking.settings import Settings  # noqa: PLC0415  next to uris
     from tracking.store import run_paths  # noqa: PLC0415  next to uris
 
     settings = Settings.read()
-    states = (DeliveryState.read_or_none(path) for path in run_paths(runs_dir))
-    latest = next((state for state in states if state and state.mlflow_run_id), None)
+    states = {path: DeliveryState.read_or_none(path) for path in run_paths(runs_dir)}
+    used = ((p, state) for p, state in states.items() if state and state.mlflow_run_id)
+    path, latest = next(used, (Path(), None))
     if settings.tracking_uri is None and latest is not None:
-        return latest.tracking_uri, latest.experiment_id or "0"
+        lay_in = Path(latest.run_path or path)
+        uri = relocate(latest.tracking_uri, lay_in, path)
+        return uri, latest.experiment_id or "0"
     uri = resolve_uri(Path.cwd(), settings.tracking_uri)
     if latest is not None and latest.tracking_uri == settings.redact_address(uri):
         return uri, latest.experiment_id or "0"

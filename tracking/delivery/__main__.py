@@ -40,7 +40,7 @@ from tracking.durable import hold_lock
 from tracking.errors import DeliveryError, TrackingError
 from tracking.mlflow_store.client import StoreClient, prepare_environment
 from tracking.mlflow_store.runs import RunResolver
-from tracking.mlflow_store.uris import resolve_uri, sqlite_path
+from tracking.mlflow_store.uris import local_path, relocate, resolve_uri
 from tracking.settings import Settings
 from tracking.store import Manifest, get_rank_dir, is_being_written
 
@@ -231,17 +231,23 @@ def _make_worker(
 
 
 def _make_resolver(path: Path, settings: Settings) -> RunResolver:
-    """Resolver for the store of the environment, else the one that was used before."""
+    """Resolver for the store of the environment, else the one that was used before.
+
+    The one of a project that was moved or copied is the one at its new place.
+    """
     manifest = Manifest.read(path)
     state = DeliveryState.read_or_none(path)
     before = (state and state.tracking_uri) or manifest.mlflow.get("tracking_uri")
     here = Path.cwd()
-    started_in = Path(manifest.cwd)
+    started_in = _find_start_folder(path, manifest)
     if settings.tracking_uri:
         uri = resolve_uri(here, settings.tracking_uri)
+    elif before:
+        lay_in = (state and state.run_path) or manifest.path or str(path)
+        uri = relocate(before, Path(lay_in), path)
+        _check_place(path, uri)
     else:
-        _check_place(path, before)
-        uri = before or resolve_uri(started_in if started_in.is_dir() else here, None)
+        uri = resolve_uri(started_in if started_in.is_dir() else here, None)
     if started_in.is_dir():
         os.chdir(started_in)  # the artifacts of a new experiment are stored below it
     return RunResolver(
@@ -255,12 +261,22 @@ def _make_resolver(path: Path, settings: Settings) -> RunResolver:
     )
 
 
-def _check_place(run_path: Path, uri: str | None) -> None:
-    """Refuse a database whose folder is gone; it would be made anew, and empty."""
-    database = sqlite_path(uri or "")
-    if database is not None and not database.parent.is_dir():
+def _find_start_folder(run_path: Path, manifest: Manifest) -> Path:
+    """Folder that a run was started in, where it is now if the project was moved."""
+    started_in = Path(manifest.cwd)
+    if manifest.path in ("", str(run_path)):
+        return started_in
+    moved = run_path / os.path.relpath(started_in, manifest.path)
+    moved = Path(os.path.normpath(moved))
+    return moved if moved in run_path.parents else started_in
+
+
+def _check_place(run_path: Path, uri: str) -> None:
+    """Refuse a store whose folder is gone; it would be made anew, and empty."""
+    store = local_path(uri)
+    if store is not None and not store.parent.is_dir():
         raise DeliveryError(
-            f"run {run_path.name!r}: expected its store at {str(database)!r}, got no such "
+            f"run {run_path.name!r}: expected its store at {str(store)!r}, got no such "
             "folder. If the project was moved, set MLFLOW_TRACKING_URI to the store at "
             "its new place, e.g. sqlite:///mlflow.db."
         )

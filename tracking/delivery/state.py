@@ -39,6 +39,8 @@ class DeliveryState:
         answer), ``done``, or ``gave up``.
     tracking_uri
         Store that the run goes to, without credentials.
+    run_path
+        Folder of the run then; another one tells that it was moved or copied.
     mlflow_run_id
         None before the MLflow run exists.
     page
@@ -63,6 +65,7 @@ class DeliveryState:
 
     phase: str = "connecting"
     tracking_uri: str = ""
+    run_path: str = ""
     experiment_id: str | None = None
     mlflow_run_id: str | None = None
     page: str | None = None

@@ -106,6 +106,7 @@ class DeliveryWorker:
         state = DeliveryState.read_or_none(run_path)
         if state is None or state.tracking_uri != resolver.uri:
             state = DeliveryState(tracking_uri=resolver.uri)
+        state.run_path = str(run_path)
         self.state = state
         self.num_sent = 0
         self._resolver = resolver

@@ -28,7 +28,7 @@ import pyarrow as pa
 
 from tracking.errors import TrackingError
 from tracking.mlflow_store.database import create_database, lock_cache
-from tracking.mlflow_store.uris import sqlite_path, sqlite_uri
+from tracking.mlflow_store.uris import local_path, sqlite_path, sqlite_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -125,6 +125,7 @@ class StoreClient:
 
     def __init__(self, uri: str, cache: Path) -> None:
         self.uri = uri
+        self._checked_roots: set[str] = set()
         path = sqlite_path(uri)
         with _translate_errors():
             import_mlflow(_SQL if path else "mlflow")
@@ -232,7 +233,25 @@ class StoreClient:
     def send_artifact(self, run_id: str, file: Path, folder: str | None) -> None:
         """Upload a file into a folder of the run's artifacts; replace an existing one."""
         with _translate_errors():
+            self._check_artifact_root(run_id)
             self._client.log_artifact(run_id, str(file), folder)
+
+    def _check_artifact_root(self, run_id: str) -> None:
+        """Refuse to make the folder of a project anew that was moved with its store.
+
+        MLflow (3.17) keeps the absolute path of ``mlruns/EXPERIMENT/RUN/artifacts``.
+        """
+        if local_path(self.uri) is None or run_id in self._checked_roots:
+            return
+        root = self._client.get_run(run_id).info.artifact_uri
+        path = local_path(root) if root.startswith("file:") else Path(root)
+        is_local = urllib.parse.urlsplit(root).scheme in ("", "file")
+        if is_local and path and not [*path.parents][:4][-1].is_dir():
+            raise RefusedError(
+                f"delivery: expected the folder of artifacts {str(path)!r}, got no such "
+                "project. It was moved, and MLflow has its former place."
+            )
+        self._checked_roots.add(run_id)
 
     def send_input(
         self, run_id: str, dataset: Mapping[str, str], tags: Mapping[str, str]

@@ -63,6 +63,40 @@ def sqlite_path(uri: str) -> Path | None:
     return Path(urllib.parse.unquote(path))
 
 
+def local_path(uri: str) -> Path | None:
+    """Database file or folder of a store on this machine; None for a server."""
+    if uri.startswith("file:"):
+        return Path(urllib.parse.unquote(urllib.parse.urlsplit(uri).path))
+    return sqlite_path(uri)
+
+
+def relocate(uri: str, old: Path, new: Path) -> str:
+    """Address of a store that was moved or copied together with a folder.
+
+    Parameters
+    ----------
+    uri
+        Address before.
+    old, new
+        The folder before and now, absolute.
+
+    Returns
+    -------
+    the address of the store at the same place relative to the folder, if there is one;
+    else ``uri``
+    """
+    path = local_path(uri)
+    if path is None or old == new:
+        return uri
+    moved = Path(os.path.normpath(new / os.path.relpath(path, old)))
+    if uri.startswith("file:"):
+        return moved.as_uri() if moved.is_dir() else uri
+    query = uri.partition("?")[2]
+    return (
+        sqlite_uri(moved) + (f"?{query}" if query else "") if moved.is_file() else uri
+    )
+
+
 def page_url(server: str, experiment_id: str, run_id: str | None = None) -> str:
     """Address of an experiment's charts, or of a run's page, in MLflow's UI.
 

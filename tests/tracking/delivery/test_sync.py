@@ -1,9 +1,18 @@
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
+import pytest
+
+import tracking.delivery.__main__ as delivery
 from tracking.api import start
 from tracking.delivery.state import DeliveryState
 from tracking.delivery.sync import sync
+from tracking.errors import DeliveryError
+from tracking.mlflow_store.uris import local_path
 from tracking.read import PastRun
+from tracking.settings import Settings
 
 
 def test_sync_of_a_moved_project_names_the_old_store_and_makes_nothing(
@@ -20,3 +29,64 @@ def test_sync_of_a_moved_project_names_the_old_store_and_makes_nothing(
     assert result.error is not None
     assert str(old) in result.error
     assert not old.parent.exists()
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A project with a run that was delivered to a store in it, sqlite or files."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    folder = tmp_path / "p1"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+
+    def make(store):
+        if store == "mlruns":
+            (folder / "mlruns" / "0").mkdir(parents=True)
+            (folder / "mlruns" / "0" / "meta.yaml").touch()
+        else:
+            (folder / store).touch()
+        with start(name="x", delivery=False) as run:
+            run.log_metric("loss", 1.0)
+        (run.path / "delivery").mkdir()
+        uri = find_store(run.path)
+        assert local_path(uri) == folder / store
+        DeliveryState(tracking_uri=uri, run_path=str(run.path)).write(run.path)
+        return folder, run.path
+
+    return make
+
+
+def find_store(path):
+    return delivery._make_resolver(path, Settings.read({})).uri
+
+
+@pytest.mark.parametrize("store", ["mlflow.db", "mlruns"])
+@pytest.mark.parametrize("is_delivered", [True, False])
+@pytest.mark.parametrize("move", [shutil.move, shutil.copytree])
+def test_moved_or_copied_project_uses_the_store_at_its_new_place(
+    move, is_delivered, store, project, tmp_path, monkeypatch
+):
+    folder, run = project(store)
+    if not is_delivered:
+        shutil.rmtree(run / "delivery")
+    new = tmp_path / "deep" / "p2"
+    new.parent.mkdir()
+    move(folder, new)
+    monkeypatch.chdir(new)
+    uri = find_store(new / "runs" / run.name)
+    assert local_path(uri) == new / store
+    assert Path.cwd() == new  # where the artifacts of a new experiment go
+
+
+@pytest.mark.parametrize("store", ["mlflow.db", "mlruns"])
+def test_moved_run_without_its_store_is_refused_with_the_former_place(
+    store, project, tmp_path, monkeypatch
+):
+    folder, run = project(store)
+    moved = shutil.move(run, tmp_path / "elsewhere")
+    assert local_path(find_store(moved)) == folder / store  # that is still there
+    monkeypatch.chdir(tmp_path)
+    shutil.rmtree(folder)
+    with pytest.raises(DeliveryError, match=f"p1/{store}'.*was moved"):
+        find_store(moved)
+    assert not folder.exists()
