@@ -233,6 +233,7 @@ def train_epoch(ctx: StepContext) -> None:
     is_over = ctx.resume is not None and ctx.resume.position.phase == "valid"
     is_whole, before = ctx.resume is None, dict(ctx.steps)
     batches = start_batches(ctx)
+    ctx.iter = ctx.trained or None
     with counting_values(ctx):
         for ctx.iter, batch in enumerate(fetch(ctx, batches), start=ctx.trained + 1):
             ctx.batch, ctx.loss, ctx.batch_values = to_device(batch), {}, []

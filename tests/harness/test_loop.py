@@ -26,6 +26,7 @@ from tests.harness.event_lists import (
     valid_part,
     whole_fit,
 )
+from tests.harness.exact import Stop
 from tests.harness.fakes import At, Line, Tape, fit_context, line_learner, slope
 
 
@@ -659,6 +660,16 @@ def test_context_begins_each_epoch_alike_also_after_a_resume(tmp_path):
         spy = At("on_epoch_begin", look)
         fit(line_learner(), slope(4), 3, spy, own, valid_data=slope(2))
     assert seen == [1, 2, 3, 3]
+
+
+def test_context_counts_the_batches_of_an_epoch_that_is_resumed_at_its_end(tmp_path):
+    seen = []
+    look = At("on_train_end", lambda ctx: seen.append((ctx.epoch, ctx.iter)))
+    stop = Stop("on_train_batch_end", 2)
+    for callbacks in ([look, stop], [look]):
+        save = harness.callbacks.AutoResume(tmp_path)
+        fit(line_learner(), slope(4), 1, *callbacks, save)
+    assert seen == [(1, 2)]
 
 
 def test_context_holds_prediction_and_losses_of_the_batch():

@@ -1,0 +1,194 @@
+"""Programs, drawn at random from all forms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from hypothesis import strategies as st
+
+from tests.odd.batches import BATCHES
+from tests.odd.callbacks import BY_OPTIMIZER, EVENTS, KINDS, Extra
+from tests.odd.data import DATA
+from tests.odd.metrics import BAD_METRICS, METRICS
+from tests.odd.models import BAD_LOSSES, BODIES, LOSSES, OUTPUTS, STEPS
+from tests.odd.optimizers import OPTIMIZERS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """One program; its ``repr`` shows what is not as usual.
+
+    Attributes
+    ----------
+    data, batch, body, output, loss, step, optimizer, metrics
+        Names in the tables of the other modules.
+    rows, size
+        Rows of the training data, and of a batch.
+    valid_rows
+        Rows of the validation data; 0: there is none.
+    stop_at
+        Which share of the batches is trained before the fit is stopped, to resume.
+    """
+
+    data: str = "tensors"
+    batch: str = "list"
+    rows: int = 7
+    size: int = 3
+    shuffle: bool = False
+    valid_rows: int = 0
+    body: str = "plain"
+    output: str = "tensor"
+    loss: str = "function"
+    step: str = "default"
+    optimizer: str = "sgd"
+    accumulate: int = 1
+    epochs: int = 2
+    metrics: tuple[str, ...] = ()
+    extras: tuple[Extra, ...] = ()
+    stop_at: float = 0.5
+
+    def __repr__(self) -> str:
+        shown = [
+            f"{item.name}={getattr(self, item.name)!r}"
+            for item in fields(self)
+            if getattr(self, item.name) != item.default
+        ]
+        return f"Program({', '.join(shown)})"
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """Show a failing program as ``repr`` does."""
+        printer.text(repr(self))
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether a fit may refuse it."""
+        return (
+            DATA[self.data].refused
+            or self.loss in BAD_LOSSES
+            or bool(set(self.metrics) & BAD_METRICS.keys())
+        )
+
+    @property
+    def has_plain_twin(self) -> bool:
+        """Whether a plain loop draws the same random numbers."""
+        draws = self.body == "dropout" or any(e.kind == "draw" for e in self.extras)
+        return not self.is_refused and not (DATA[self.data].draws_between and draws)
+
+    @property
+    def changes_in_validation(self) -> bool:
+        """Whether weights change in validation, so that a stop waits for its end."""
+        return any(
+            extra.kind == "perturb" and extra.event.startswith("on_valid")
+            for extra in self.extras
+        )
+
+
+def is_whole(batch: str) -> bool:
+    """Whether batches are input and target in one."""
+    return BATCHES[batch].target_of(([], [])) is None
+
+
+@st.composite
+def programs(draw: Any, *, slow: bool = False, refused: bool = True) -> Program:
+    """Draw a program whose parts fit together."""
+
+    def pick(names: Any) -> Any:
+        return draw(st.sampled_from(sorted(names)))
+
+    bad = draw(st.integers(0, 19)) if refused else 0
+    data = pick(
+        name
+        for name, form in DATA.items()
+        if (slow or not form.is_slow) and form.refused == (bad == 1)
+    )
+    batch = pick(DATA[data].batches or BATCHES)
+    output = pick(set(OUTPUTS) - ({"tensor"} if is_whole(batch) else set()))
+    step = pick(STEPS)
+    accumulate = 1 if step in {"by hand", "skips"} else draw(st.integers(1, 3))
+    optimizer = pick(set(OPTIMIZERS) - ({"two"} if step in ONE_LOSS else set()))
+    body = pick(bodies_for(data, optimizer))
+    is_plain = BATCHES[batch].is_plain and output == "tensor"
+    usable = [name for name, m in METRICS.items() if is_plain or not m.tensors_only]
+    metrics = draw(st.lists(st.sampled_from(usable), max_size=3, unique=True))
+    if bad == 2 and step != "skips":
+        metrics.append(pick(BAD_METRICS))
+    bad_losses = set(BAD_LOSSES) - ({"none"} if step == "returns" else set())
+    takes_any = step in {"by hand", "skips"}
+    good_losses = set(LOSSES) - {"counting"}  # its state is not kept yet
+    loss = pick(bad_losses if bad == 3 and not takes_any else good_losses)
+    if step == "by hand" and loss == "parts":
+        loss = "function"
+    epochs = draw(st.integers(1, 3))
+    extras = draw(st.lists(draw_extra(batch, body, step, epochs), max_size=3))
+    if any(extra.kind == "rows" for extra in extras):  # these count rows by themselves
+        metrics = [name for name in metrics if name not in {"accuracy", "listing"}]
+    return Program(
+        data=data,
+        batch=batch,
+        rows=draw(st.integers(2, 11)),
+        size=draw(st.integers(1, 4)),
+        shuffle=draw(st.booleans()),
+        valid_rows=draw(st.sampled_from([0, 0, 5, 4])),
+        body=body,
+        output=output,
+        loss=loss,
+        step=step,
+        optimizer=optimizer,
+        accumulate=accumulate,
+        epochs=epochs,
+        metrics=tuple(metrics),
+        extras=tuple(extras),
+        stop_at=draw(st.sampled_from([0.0, 0.2, 0.4, 0.6, 0.8, 1.0])),
+    )
+
+
+ONE_LOSS = {"returns", "optimizes", "by hand", "skips"}
+"""Steps that serve one optimizer."""
+
+
+def bodies_for(data: str, optimizer: str) -> set[str]:
+    """Bodies that work with an optimizer, and do not change data that comes again."""
+    found = set(BODIES)
+    if optimizer == "two":
+        found.discard("frozen")  # one of them would have nothing to train
+    if optimizer == "adagrad":
+        found.discard("lazy")  # it asks for the sizes of its parameters
+    if optimizer not in {"sgd", "adagrad"}:
+        found.discard("sparse")
+    if DATA[data].keeps_batches:
+        found.discard("in place")
+    return found
+
+
+@st.composite
+def draw_extra(draw: Any, batch: str, body: str, step: str, epochs: int) -> Extra:
+    """Draw something that happens at an event of this program."""
+    kinds = set(KINDS)
+    if body == "lazy":
+        kinds.discard("unfreeze")
+    if body == "sparse":
+        kinds.discard("clip")  # torch's function for it takes no sparse gradients
+    if body == "growing":
+        kinds.discard("keep best")  # a plain loop cannot put the best buffer back
+    if step == "skips":
+        kinds -= {"early stopping", "keep best"}  # an epoch may have no loss
+    if batch not in {"pair", "list", "columns"}:
+        kinds.discard("input")
+    if step == "by hand":
+        kinds -= {"clip", "double"}
+    kind = draw(st.sampled_from(sorted(kinds)))
+    if kind not in EVENTS:
+        return Extra(kind=kind)
+    events = EVENTS[kind]
+    if step != "default":  # such a step makes the prediction by itself
+        events = tuple(event for event in events if not event.endswith("after_pred"))
+    if step == "by hand":
+        events = tuple(event for event in events if event not in BY_OPTIMIZER)
+    event = draw(st.sampled_from(events))
+    return Extra(
+        kind=kind,
+        event=event,
+        epoch=draw(st.integers(1 if kind in {"skip", "stop"} else 0, epochs)),
+        iter=draw(st.integers(0, 4)),
+    )
