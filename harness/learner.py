@@ -25,7 +25,11 @@ from harness.callbacks import Interrupt, Metrics, Profile, Progress, TrainValid
 from harness.callbacks.resuming import find_resume
 from harness.checkpoint.hparams import HparamSource
 from harness.checkpoint.objects import ObjectSource
-from harness.checkpoint.state import describe_fit
+from harness.checkpoint.state import (
+    describe_fit,
+    get_extra_states,
+    set_extra_states,
+)
 from harness.checkpoint.weights import (
     find_model_class,
     load_weights,
@@ -45,6 +49,7 @@ from harness.fitted import Evaluation, Fitted
 from harness.loop import EvaluateContext, FitContext, PredictContext
 from harness.metrics.sets import MetricSet, as_metric_set
 from harness.reshard.consolidated import shape_buffers
+from harness.rng import get_cpu_rng_state, set_cpu_rng_state
 from harness.run_binding import (
     Tracker,
     check_tracker,
@@ -188,6 +193,7 @@ class Learner:
             Arguments of torch's ``DataLoader``.
         seed
             Seed for Python's, NumPy's and torch's generators, set first; None leaves them.
+            With several ranks, all begin with the random state of rank 0.
         tracker
             None: a new run in ``./runs`` and in MLflow's default store. A dict: the same
             with these arguments of ``tracking.start``. False: no tracking. A
@@ -209,10 +215,11 @@ class Learner:
         parse_epochs(epochs)
         callbacks = check_callbacks(callbacks)
         check_tracker(tracker)
+        accelerator = accelerator or pick_accelerator()
         if seed is not None:
             seed_all(seed)
+        share_rng_state(accelerator)
         train, valid = build_loaders(data, valid_data, dataloader_options)
-        accelerator = accelerator or pick_accelerator()
         check_config_optimizer(self.optimizer, accelerator)
         resume = find_resume(callbacks)
         model = self.build_model()
@@ -272,6 +279,8 @@ class Learner:
         accelerator, model = ctx.accelerator, ctx.model
         assert accelerator is not None
         weights = accelerator.full_state_dict(model)
+        if accelerator.world_size > 1:
+            set_extra_states(model, accelerator.broadcast(get_extra_states(model)))
         accelerator.finish()
         model._compiled_call_impl = None  # torch 2.13 has no public way back
         model.cpu()
@@ -486,6 +495,17 @@ def seed_all(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def share_rng_state(accelerator: Accelerator) -> None:
+    """Give every rank the random state of rank 0, for what is drawn before the training.
+
+    So a split and a new model are the same on every rank. Afterwards ``prepare`` makes the
+    ranks draw different numbers.
+    """
+    if accelerator.world_size > 1:
+        state = accelerator.broadcast(get_cpu_rng_state())
+        set_cpu_rng_state(state | {"torch": state["torch"].cpu()})
 
 
 @contextmanager

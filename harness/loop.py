@@ -349,7 +349,8 @@ def predict(ctx: Context) -> list[Any]:
     """Return the model's output for each batch of ``ctx.data``, detached, of all ranks."""
     assert ctx.accelerator is not None and ctx.data is not None
     own = getattr(ctx.model, "predict", None)
-    preds = []
+    preds: list[Any] = []
+    waiting: list[list[Any]] = []
     add_handlers(ctx)
     with report_exceptions(ctx), suppress_all_handled(ctx), torch.no_grad():
         ctx.call_callbacks("on_predict_begin")
@@ -358,16 +359,34 @@ def predict(ctx: Context) -> list[Any]:
             ctx.call_callbacks("on_predict_batch_begin")
             ctx.pred = own(ctx.input) if own else call_model(ctx.model, ctx.input)
             ctx.call_callbacks("on_predict_batch_end")
-            preds.append(gather_output(ctx.pred, ctx.accelerator))
+            pred = map_tensors(copy_by_value(ctx.pred), Tensor.cpu)
+            waiting.append([pred] if ctx.accelerator.counted != 0 else [])
+            if len(waiting) == GATHER_BATCHES:
+                preds += gather_outputs(waiting, ctx.accelerator)
         ctx.call_callbacks("on_predict_end")
-    return preds
+    return preds + gather_outputs(waiting, ctx.accelerator)
 
 
-def gather_output(pred: object, accelerator: Accelerator) -> Any:
-    """Return a copy of a prediction, of all ranks, on the CPU."""
-    return map_tensors(
-        copy_by_value(pred), lambda tensor: accelerator.gather(tensor).cpu()
-    )
+GATHER_BATCHES = 64
+"""Batches whose predictions are sent to the other ranks at once."""
+
+
+def gather_outputs(waiting: list[list[Any]], accelerator: Accelerator) -> list[Any]:
+    """Return the waiting outputs of all ranks, in order of batches, and forget them.
+
+    Parameters
+    ----------
+    waiting
+        For each batch, a list with its output; empty if the batch does not count.
+    """
+    of_ranks = accelerator.gather_objects(list(waiting))
+    waiting.clear()
+    return [
+        pred
+        for batches in zip(*of_ranks, strict=True)
+        for found in batches
+        for pred in found
+    ]
 
 
 def drop_gradients(ctx: Context) -> None:

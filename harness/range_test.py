@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader
 from harness.callback import Callback
 from harness.data.loaders import Data
 from harness.errors import EarlyStop
+from harness.metrics.loss import mean_over_ranks
 from harness.rng import find_generators, get_rng_state, set_rng_state
 from harness.setup_checks import check_count, check_number
 
@@ -86,7 +88,7 @@ class _Sweep(Callback):
         self.start_lr, self.num_steps = start_lr, num_steps
         self.factor = (end_lr / start_lr) ** (1 / max(1, num_steps - 1))
         self.mean, self.num_steps_before = 0.0, 0
-        self.waiting: list[Tensor] = []
+        self.waiting: list[float] = []
 
     def on_train_batch_begin(self) -> None:
         rate = self.start_lr * self.factor ** len(self.lrs)
@@ -102,7 +104,9 @@ class _Sweep(Callback):
         values = losses.values() if isinstance(losses, dict) else [losses]
         numbers = [torch.as_tensor(loss) for loss in values if loss is not None]
         if numbers:
-            self.waiting.append(sum(numbers[1:], numbers[0]).detach().reshape(()))
+            loss = sum(numbers[1:], numbers[0]).detach().reshape(())
+            assert self.ctx.accelerator is not None
+            self.waiting.append(mean_over_ranks(loss, self.ctx.accelerator))
         num_steps = sum(self.ctx.steps.values())
         if num_steps != self.num_steps_before:
             self.num_steps_before = num_steps
@@ -115,12 +119,10 @@ class _Sweep(Callback):
 
     def _add_step(self) -> None:
         """Record the mean loss of the batches since the last step, over all ranks."""
-        accelerator = self.ctx.accelerator
-        assert accelerator is not None
         if not self.waiting:
             msg = f"lr_finder: expected {type(self.ctx.model).__name__}.step to record"
             raise ValueError(f"{msg} a loss, got none. Call ctx.optimize(loss) in it.")
-        loss = accelerator.reduce(torch.stack(self.waiting).mean(), "mean").item()
+        loss = fmean(self.waiting)
         self.waiting.clear()
         self.lrs.append(self.start_lr * self.factor ** len(self.lrs))
         self.mean = 0.9 * self.mean + 0.1 * loss

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from harness.pytree import StateDict
+
+T = TypeVar("T")
 
 Generator = (
     torch.Generator | np.random.Generator | np.random.RandomState | random.Random
@@ -55,10 +58,60 @@ def derive_stream(state: Any) -> Any:
     return random.Random(seed).getstate()
 
 
+def draw_seeds() -> list[int]:
+    """Draw a seed from each global CPU generator: Python's, NumPy's and torch's."""
+    return [
+        random.getrandbits(64),
+        int(np.random.randint(2**32, dtype=np.uint32)),
+        int(torch.empty((), dtype=torch.int64).random_()),
+    ]
+
+
+def seed_cpu_rng_state(seeds: Sequence[int]) -> StateDict:
+    """State of new CPU generators with the seeds from ``draw_seeds``."""
+    return {
+        "python": random.Random(seeds[0]).getstate(),
+        "numpy": np.random.RandomState(seeds[1]).get_state(),
+        "torch": torch.Generator().manual_seed(seeds[2]).get_state(),
+    }
+
+
+class RandomStream:
+    """Random numbers of its own for the functions that it runs.
+
+    The global CPU generators are swapped while a function runs. So numbers drawn inside and
+    outside do not affect each other. Generators of devices are not involved.
+
+    Parameters
+    ----------
+    state
+        First state of the generators, as from ``get_cpu_rng_state`` or ``seed_cpu_rng_state``.
+    """
+
+    def __init__(self, state: StateDict) -> None:
+        self._inside = state
+
+    def run(self, function: Callable[[], T]) -> T:
+        """Call a function that draws from this stream."""
+        outside = get_cpu_rng_state()
+        set_cpu_rng_state(self._inside)
+        try:
+            return function()
+        finally:
+            self._inside = get_cpu_rng_state()
+            set_cpu_rng_state(outside)
+
+    def iterate(self, items: Iterator[T]) -> Iterator[T]:
+        """Yield the items of an iterator that draws from this stream."""
+        nothing = object()
+        while (item := self.run(lambda: next(items, nothing))) is not nothing:
+            yield item  # type: ignore[misc]
+
+
 def get_rng_state(generators: Iterable[Generator] = ()) -> StateDict:
     """State of the global generators, of all devices, and of `generators`."""
     state = get_cpu_rng_state()
-    state["generators"] = [_get_state(generator) for generator in generators]
+    state["generators"] = get_generator_states(generators)
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state_all()
     if torch.backends.mps.is_available():
@@ -68,14 +121,23 @@ def get_rng_state(generators: Iterable[Generator] = ()) -> StateDict:
 
 def derive_rng_state(state: StateDict, rank: int) -> StateDict:
     """State for a new rank: that of another rank, with different CPU streams."""
-    text = state["torch"].numpy().tobytes() + str(rank).encode()
-    seed = int.from_bytes(hashlib.sha256(text).digest()[:4])
-    return {
-        **state,
-        "python": random.Random(seed).getstate(),
-        "numpy": np.random.RandomState(seed).get_state(),
-        "torch": torch.Generator().manual_seed(seed).get_state(),
-    }
+    return state | seed_cpu_rng_state([_derive_seed(state["torch"], rank)] * 3)
+
+
+def part_rng_state(rank: int, device: torch.device) -> None:
+    """Let the global generators of a rank above 0 draw other numbers than those of rank 0."""
+    if rank == 0:
+        return
+    state = get_cpu_rng_state()
+    set_cpu_rng_state(derive_rng_state(state, rank))
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(_derive_seed(torch.cuda.get_rng_state(), rank))
+
+
+def _derive_seed(state: Tensor, rank: int) -> int:
+    text = state.numpy().tobytes() + str(rank).encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:4])
 
 
 def set_rng_state(state: StateDict, generators: Sequence[Generator] = ()) -> list[str]:
@@ -93,8 +155,7 @@ def set_rng_state(state: StateDict, generators: Sequence[Generator] = ()) -> lis
         missing.append(
             f"{want} generators of loaders and model were saved, {have} found"
         )
-    for generator, own in zip(generators, state["generators"], strict=False):
-        _set_state(generator, own)
+    set_generator_states(generators, state["generators"])
     devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
     saved = state.get("cuda", [])
     for device, own in enumerate(saved[:devices]):
@@ -104,6 +165,19 @@ def set_rng_state(state: StateDict, generators: Sequence[Generator] = ()) -> lis
     if "mps" in state and torch.backends.mps.is_available():
         torch.mps.set_rng_state(state["mps"])
     return missing
+
+
+def get_generator_states(generators: Iterable[Generator]) -> list[Any]:
+    """State of each generator."""
+    return [_get_state(generator) for generator in generators]
+
+
+def set_generator_states(
+    generators: Iterable[Generator], states: Iterable[object]
+) -> None:
+    """Restore what ``get_generator_states`` returned, as far as there are states."""
+    for generator, state in zip(generators, states, strict=False):
+        _set_state(generator, state)
 
 
 def _get_state(generator: Generator) -> Any:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from harness.data.batch import Batch
 from harness.pytree import StateDict
+
+T = TypeVar("T")
 
 StepHook = Callable[[str], object]
 """Called with the name of the optimizer that steps."""
@@ -151,6 +153,10 @@ class Accelerator(Protocol):
 
     def broadcast(self, value: object, src: int = 0) -> Any:
         """The value that rank `src` holds: numbers, strings, lists, dicts, tensors."""
+        ...
+
+    def gather_objects(self, value: T) -> list[T]:
+        """The value of each rank, in order of rank: what ``broadcast`` takes, on the CPU."""
         ...
 
     def any(self, flag: bool) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ from harness.errors import CheckpointError
 from harness.pytree import StateDict
 from harness.reshard.consolidated import copy_tensors
 from harness.reshard.layout import group_members, make_plain_layout
+
+T = TypeVar("T")
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -337,6 +339,10 @@ class SingleDevice:
     def broadcast(self, value: object, src: int = 0) -> Any:
         """The value itself: there is one rank."""
         return value
+
+    def gather_objects(self, value: T) -> list[T]:
+        """The value alone: there is one rank."""
+        return [value]
 
     def any(self, flag: bool) -> bool:
         """The flag itself: there is one rank."""

@@ -13,6 +13,7 @@ from harness.callbacks.monitor import Monitor
 from harness.context import NO_LIMIT, Context
 from harness.data.loaders import num_batches
 from harness.events import check_event
+from harness.metrics.loss import mean_over_ranks
 from harness.pytree import StateDict
 
 STEP_EVENTS = frozenset(
@@ -43,8 +44,8 @@ class LRScheduler(Monitor):
         Name of the optimizer; None: the only one.
     monitor
         Metric for ``ReduceLROnPlateau`` and any other scheduler whose ``step`` takes a value.
-        At an event of a training batch it gets the loss of the batch. The mode is found as
-        in ``Monitor``.
+        At an event of a training batch it gets the loss of the batch, over all ranks. The
+        mode is found as in ``Monitor``.
     **options
         Arguments of the scheduler. ``"auto"`` stands for the number of times that the
         scheduler steps in the whole fit, as for ``total_steps`` or ``T_max``.
@@ -156,7 +157,8 @@ class LRScheduler(Monitor):
         if not _wants_value(step):
             step()
         elif self.call_on.startswith("on_train_batch"):
-            step(float(self.ctx.loss[self.opt_name]))
+            assert self.ctx.accelerator is not None
+            step(mean_over_ranks(self.ctx.loss[self.opt_name], self.ctx.accelerator))
         else:
             step(self.get_value())
 

@@ -61,8 +61,9 @@ class Monitor(Callback):
 
     Notes
     -----
-    A NaN is never an improvement. For a metric that only a callback or the model logs,
-    ``"auto"`` means ``"min"``, with a warning.
+    A NaN is never an improvement. On several ranks the value of rank 0 decides, or that of
+    the first rank that has one, and differences are warned of. For a metric that only a
+    callback or the model logs, ``"auto"`` means ``"min"``, with a warning.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class Monitor(Callback):
         self.monitor, self.min_delta, self._given_mode = monitor, min_delta, mode
         self._baseline: float | None = None
         self.mode: Mode = "max" if mode == "max" else "min"
+        self._has_warned = False
         self.reset()
 
     @property
@@ -110,12 +112,34 @@ class Monitor(Callback):
         self.best = start if self._baseline is None else self._baseline
 
     def get_value(self) -> float:
-        """Return the monitored value of this epoch."""
+        """Return the monitored value of this epoch, the same on every rank.
+
+        If ranks logged different values, that of the first rank that has one is used.
+        """
         logged = get_logged_metrics(self.ctx)
-        if self.monitor not in logged:
+        assert self.ctx.accelerator is not None
+        of_ranks = self.ctx.accelerator.gather_objects(logged.get(self.monitor))
+        values = [value for value in of_ranks if value is not None]
+        if not values:
             msg = f"{self._place}: expected a logged metric, got {self.monitor!r}."
             raise ValueError(f"{msg} Logged so far: {', '.join(logged) or 'nothing'}.")
-        return logged[self.monitor]
+        if len(set(map(repr, of_ranks))) > 1:
+            self._warn_of_ranks(of_ranks)
+        return values[0]
+
+    def _warn_of_ranks(self, of_ranks: list[float | None]) -> None:
+        """Warn once that the ranks logged different values."""
+        assert self.ctx.accelerator is not None
+        if self.ctx.accelerator.is_main and not self._has_warned:
+            msg = (
+                f"{self._place}: expected the same value on every rank, got {of_ranks}."
+            )
+            advice = (
+                "Log the same on each, such as ctx.accelerator.reduce(value, 'mean')."
+            )
+            text = f"{msg} The first one is used. {advice}"
+            warnings.warn(text, stacklevel=2)
+        self._has_warned = True
 
     def update_best(self) -> bool:
         """Return True and keep this epoch's value if it is the best so far."""

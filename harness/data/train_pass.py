@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -137,36 +137,45 @@ class TrainPass:
 
 
 def set_epoch(loader: object, epoch: int) -> None:
-    """Call every ``set_epoch`` of a loader and its parts once; torch counts from 0.
+    """Call every ``set_epoch`` of a loader and its parts once; torch counts from 0."""
+    for own in find_epoch_setters(loader):
+        own(epoch - 1)
+
+
+def find_epoch_setters(loader: object) -> list[Callable[[int], object]]:
+    """Find every ``set_epoch`` of a loader and its parts.
 
     The parts are its sampler, its batch sampler, the sampler in that, and the data set, also
-    behind wrappers that keep what they wrap as ``sampler`` or ``dataset``.
+    behind wrappers that keep what they wrap as ``sampler`` or ``dataset``. A loader that is
+    divided over ranks passes the epoch on itself.
     """
-    waiting, seen, called = deque([loader]), set[int](), set[int]()
+    waiting, seen = deque([loader]), set[int]()
+    found: dict[int, Callable[[int], object]] = {}
     while waiting:
         part = waiting.popleft()
         if part is None or id(part) in seen:
             continue
         seen.add(id(part))
         own = getattr(part, "set_epoch", None)
-        owner = id(
-            getattr(own, "__self__", part)
-        )  # another one, if a wrapper delegates
-        if callable(own) and owner not in called:
-            called.add(owner)
-            own(epoch - 1)
-        waiting += (getattr(part, name, None) for name in _PARTS)
+        if callable(own):
+            # The owner is another part if a wrapper delegates.
+            found.setdefault(id(getattr(own, "__self__", part)), own)
+        if not hasattr(part, "undivided"):
+            waiting += (getattr(part, name, None) for name in _PARTS)
+    return list(found.values())
 
 
-_PARTS = ("sampler", "batch_sampler", "dataset", "undivided")
+_PARTS = ("sampler", "batch_sampler", "dataset")
 
 
 def draws_between_batches(loader: object) -> bool:
     """True if the order of the data may depend on numbers drawn between batches.
 
     torch's samplers draw theirs before the first batch, and worker processes have their
-    own generators.
+    own generators. A loader that several ranks read alike keeps a stream itself.
     """
+    if getattr(loader, "has_random_stream", False):
+        return False
     if isinstance(getattr(loader, "dataset", None), IterableDataset):
         return bool(getattr(loader, "num_workers", 0) == 0)
     return not reads_rows_by_torch(loader)

@@ -28,7 +28,8 @@ def iter_batches(loader: Any) -> Iterator[Any]:
     are blocked in a worker until it starts to read data.
     """
     numbers = [n for n in GROUP_SIGNALS if callable(signal.getsignal(n))]
-    has_workers = bool(getattr(loader, "num_workers", 0))
+    # A loader that is divided over ranks has workers only in the loaders below it.
+    has_workers = getattr(loader, "num_workers", 0) and not hasattr(loader, "undivided")
     if not has_workers or not numbers or not hasattr(signal, "pthread_sigmask"):
         return iter(loader)
     _start_helpers(loader, numbers)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -94,17 +95,15 @@ class LossAverage:
         waiting.clear()
         rows.clear()
 
-    def compute(self, accelerator: Accelerator | None = None) -> Any:
-        """The mean as a float, or a dict of means if there are several names."""
+    def get_sums(self) -> dict[str, list[float]]:
+        """Sum of losses and number of rows of this rank, by name."""
         for name in self._waiting:
             self._fold(name)
-        means = {}
-        for name, sums in self._sums.items():
-            if accelerator is not None and accelerator.world_size > 1:
-                sums = accelerator.reduce(sums, "sum")
-            total, count = sums.tolist()
-            means[name] = total / count if count else float("nan")
-        return next(iter(means.values())) if len(means) == 1 else means
+        return {name: sums.tolist() for name, sums in self._sums.items()}
+
+    def compute(self) -> Any:
+        """The mean over this rank's rows as a float, or a dict of means by name."""
+        return compute_means([{"": self.get_sums()}]).get("", {})
 
     def state_dict(self) -> StateDict:
         """Sums and waiting losses, by name."""
@@ -138,6 +137,51 @@ class LossAverage:
             if item["sums"] is not None:
                 sums = self._sums.get(name)
                 self._sums[name] = item["sums"] if sums is None else sums + item["sums"]
+
+
+def mean_over_ranks(loss: object, accelerator: Accelerator) -> float:
+    """A loss of the present batch as a number: the mean over the rows of all ranks.
+
+    Every rank must call it.
+    """
+    if accelerator.world_size == 1:
+        return float(loss)  # type: ignore[arg-type]
+    rows = 1 if accelerator.counted is None else accelerator.counted
+    total = float(loss) * rows if rows else 0.0  # type: ignore[arg-type]
+    sums = torch.tensor([total, rows], dtype=torch.float64)
+    total, rows = accelerator.reduce(sums, "sum").tolist()
+    return total / rows if rows else math.nan
+
+
+Sums = dict[str, dict[str, list[float]]]
+"""What ``LossAverage.get_sums`` returns, by the name of the average."""
+
+
+def compute_means(of_ranks: Sequence[Sums]) -> dict[str, Any]:
+    """Means over the rows of all ranks, of every name that a rank has.
+
+    Returns
+    -------
+    By name, a float, or a dict of floats if there are several names below it.
+    """
+    total: Sums = {}
+    for sums in of_ranks:
+        for name, inner in sums.items():
+            for key, (value, rows) in inner.items():
+                before = total.setdefault(name, {}).setdefault(key, [0.0, 0.0])
+                before[0] += value
+                before[1] += rows
+    means = {
+        name: {
+            key: value / rows if rows else math.nan
+            for key, (value, rows) in inner.items()
+        }
+        for name, inner in total.items()
+    }
+    return {
+        name: next(iter(inner.values())) if len(inner) == 1 else inner
+        for name, inner in means.items()
+    }
 
 
 class FunctionAverage(Metric):

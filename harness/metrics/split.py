@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.classification import (
     MulticlassConfusionMatrix,
@@ -17,10 +19,17 @@ from torchmetrics.classification import (
 )
 
 from harness.data.batch import copy_by_value, detach
-from harness.metrics.loss import FunctionAverage, LossAverage, as_metric
+from harness.metrics.loss import (
+    FunctionAverage,
+    LossAverage,
+    Sums,
+    as_metric,
+    compute_means,
+)
 from harness.metrics.sets import MAX_NAMED
 from harness.metrics.state import (
     check_saved_metrics,
+    combine_states,
     get_changed_attributes,
     get_states,
     has_sample_lists,
@@ -29,8 +38,10 @@ from harness.metrics.state import (
     plain_attributes,
     set_attributes,
     set_states,
+    submetrics_of,
+    syncs_itself,
 )
-from harness.pytree import StateDict, map_tensors
+from harness.pytree import StateDict
 
 if TYPE_CHECKING:
     from harness.accelerators.base import Accelerator
@@ -85,15 +96,19 @@ class SplitMetrics:
         self.loss = LossAverage()
         self._means: dict[str, LossAverage] = {}
         self._accelerator = accelerator
-        self._metrics = {
+        self._metrics: dict[str, Metric] = {
             name: _fresh_copy(item).to(accelerator.device)
             for name, item in metrics.items()
         }
-        if accelerator.world_size == 1:
-            # A process group that another library made must not be used.
-            for module in nn.ModuleList(self._metrics.values()).modules():
-                if isinstance(module, Metric):
-                    module.distributed_available_fn = _no_other_ranks
+        names = _agree_on_names(list(self._metrics), accelerator)
+        self._metrics = {name: self._metrics[name] for name in names}
+        self._has_warned: set[tuple[str, str]] = set()
+        for metric in self._metrics.values():
+            for submetric in submetrics_of(metric).values():
+                # The states of ranks are combined here. With one rank, a process group
+                # that another library made must not be used.
+                if accelerator.world_size == 1 or not syncs_itself(submetric):
+                    submetric.distributed_available_fn = _no_other_ranks
         self._attributes_at_start = {
             name: plain_attributes(item) for name, item in self._metrics.items()
         }
@@ -138,29 +153,14 @@ class SplitMetrics:
         """Add one batch; what metrics keep of it are detached copies."""
         if losses is not None and losses != {}:
             self.loss.update(losses, rows)
-        if not self._metrics:
+        if not self._metrics or rows == 0:
             return
         take = copy_by_value if self._keeps_batches else detach
         pred, target = take(pred), take(target)
-        if rows == 0:
-            self._update_without_rows(pred, target)
-            return
         for name in self._ungrouped:
             self._update_one(name, pred, target, rows)
         if self._grouped:
             self._enqueue(pred, target)
-
-    def _update_without_rows(self, pred: object, target: object) -> None:
-        """Give an empty batch to metrics that list samples.
-
-        Ranks exchange lists tensor by tensor: a rank with an empty list would block the
-        others.
-        """
-        for name, metric in self._metrics.items():
-            if has_sample_lists(metric):
-                pred = map_tensors(pred, _without_rows)
-                target = map_tensors(target, _without_rows)
-                self._update_one(name, pred, target)
 
     def _enqueue(self, pred: object, target: object) -> None:
         """Keep a batch for the next group; batches without tensors are used at once."""
@@ -204,26 +204,63 @@ class SplitMetrics:
             raise
 
     def compute(self) -> StateDict:
-        """The loss and every metric as numbers, read from the device.
+        """The loss and every metric as numbers, read from the device, over all ranks.
 
         Metrics of an epoch in which no batch counted have no value.
         """
         self._flush()
-        values: StateDict = {}
-        loss = self.loss.compute(self._accelerator)
-        if loss != {}:
-            values["loss"] = loss
-        for name, mean in self._means.items():
-            values[name] = mean.compute(self._accelerator)
+        averages = {"loss": self.loss, **self._means}
+        sums = {name: average.get_sums() for name, average in averages.items()}
+        of_ranks = self._accelerator.gather_objects(sums)
+        self._warn_of_names(of_ranks)
+        values: StateDict = compute_means(of_ranks)
         if not self._accelerator.any(any(map(is_updated, self._metrics.values()))):
             return values
-        for name, metric in self._metrics.items():
-            try:
-                values[name] = as_numbers(metric.compute())
-            except Exception as exc:
-                exc.add_note(f"in metric {name!r}")
-                raise
+        with self._states_of_all_ranks():
+            for name, metric in self._metrics.items():
+                try:
+                    values[name] = as_numbers(metric.compute())
+                except Exception as exc:
+                    exc.add_note(f"in metric {name!r}")
+                    raise
         return values
+
+    def _warn_of_names(self, of_ranks: Sequence[Sums]) -> None:
+        """Warn once of each name that not every rank has logged."""
+        names = [
+            {(name, key) for name, inner in sums.items() for key in inner}
+            for sums in of_ranks
+        ]
+        known = names[0].intersection(*names) | self._has_warned
+        new = sorted(names[0].union(*names) - known)
+        self._has_warned.update(new)
+        if new and self._accelerator.is_main:
+            got = ", ".join(
+                f"{name if key in {'', 'opt'} else f'{name}/{key}'} on ranks "
+                f"{[rank for rank, found in enumerate(names) if (name, key) in found]}"
+                for name, key in new
+            )
+            msg = f"ctx.loss, ctx.log_metric: expected the same names on {len(names)} ranks"
+            advice = "Each mean is over the rows of the ranks that have the name."
+            warnings.warn(f"{msg}, got {got}. {advice}", stacklevel=3)
+
+    @contextmanager
+    def _states_of_all_ranks(self) -> Iterator[None]:
+        """Give the metrics the states of all ranks inside."""
+        if self._accelerator.world_size == 1 or not self._metrics:
+            yield
+            return
+        own = {name: get_states(metric) for name, metric in self._metrics.items()}
+        of_ranks = self._accelerator.gather_objects(own)
+        for name, metric in self._metrics.items():
+            states = [states[name] for states in of_ranks]
+            whole = combine_states(metric, states, self._accelerator.rank)
+            set_states(metric, self._accelerator.to_device(whole))
+        try:
+            yield
+        finally:
+            for name, metric in self._metrics.items():
+                set_states(metric, own[name])
 
     def state_dict(self, *, is_running: bool = True) -> StateDict:
         """States of this epoch, waiting batches, and attributes that outlast epochs.
@@ -288,6 +325,19 @@ class SplitMetrics:
         self._enqueue_all(state["waiting"])
 
 
+def _agree_on_names(names: list[str], accelerator: Accelerator) -> list[str]:
+    """The names in the order of rank 0; raise if another rank has other metrics."""
+    first, *others = accelerator.gather_objects(names)
+    for rank, other in enumerate(others, start=1):
+        if set(other) != set(first):
+            msg = f"metrics: expected the same on every rank, got {sorted(first)}"
+            advice = "Start every rank with the same learner."
+            raise ValueError(
+                f"{msg} on rank 0 and {sorted(other)} on rank {rank}. {advice}"
+            )
+    return first
+
+
 def _fresh_copy(item: object) -> Metric:
     metric = copy.deepcopy(item) if isinstance(item, Metric) else as_metric(item)
     metric.reset()
@@ -321,10 +371,6 @@ def count_batch_values(ctx: Context) -> None:
 def _shape_of(pred: Tensor, target: Tensor) -> tuple[object, ...]:
     """What two batches must have in common to be concatenated."""
     return pred.shape[1:], target.shape[1:], pred.dtype, target.dtype, pred.dim()
-
-
-def _without_rows(tensor: Tensor) -> Tensor:
-    return tensor[:0] if tensor.dim() else tensor
 
 
 def as_numbers(value: object) -> Any:

@@ -7,12 +7,13 @@ wrapper or a sum of metrics keeps its state in the metrics below it.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric, SumMetric
+from torchmetrics.utilities import dim_zero_cat
 
 from harness.errors import CheckpointError
 from harness.metrics.loss import as_metric
@@ -118,6 +119,65 @@ def merge_states(metric: Metric, saved: Mapping[str, StateDict]) -> None:
             merge = _MERGES[_reduction_of(submetric, key)]
             setattr(submetric, key, merge(getattr(submetric, key), value))
         submetric._update_count += saved[path]["updates"]
+
+
+def combine_states(
+    metric: Metric, of_ranks: Sequence[Mapping[str, StateDict]], rank: int
+) -> dict[str, StateDict]:
+    """Combine the states that ``get_states`` gave on all ranks, as one process has them.
+
+    Lists may differ in length and be empty on some ranks. Other states are reduced as
+    torchmetrics does; a rank without an update is left out. A metric that combines its
+    states itself keeps those of this rank.
+
+    References
+    ----------
+    torchmetrics 1.9, ``Metric._sync_dist``. Differs from torchmetrics: lists stay lists.
+    """
+    found = {}
+    for path, submetric in submetrics_of(metric).items():
+        if syncs_itself(submetric):
+            found[path] = of_ranks[rank][path]
+            continue
+        items = [states[path] for states in of_ranks]
+        used = [item["state"] for item in items if item["updates"]]
+        used = used or [items[0]["state"]]
+        found[path] = {
+            "state": {
+                key: _combine(submetric._reductions[key], [own[key] for own in used])
+                for key in used[0]
+            },
+            "updates": sum(item["updates"] for item in items),
+        }
+    return found
+
+
+def _combine(reduction: Any, values: list[Any]) -> Any:
+    """One state of several ranks."""
+    is_list = any(isinstance(value, list) for value in values)
+    if is_list:
+        lists = (value if isinstance(value, list) else [value] for value in values)
+        whole = [item for items in lists for item in items]
+        is_left = reduction in {None, dim_zero_cat} or not whole
+        return whole if is_left else reduction(whole)
+    if len(values) == 1:
+        return values[0]
+    stacked = torch.stack(values)
+    return stacked if reduction is None else reduction(stacked)
+
+
+def syncs_itself(submetric: Metric) -> bool:
+    """True if a metric combines its states over ranks in a way of its own, or not at all."""
+    kind = type(submetric)
+    has_own = any(
+        getattr(kind, name) is not getattr(Metric, name)
+        for name in ("_sync_dist", "sync")
+    ) and not kind.__module__.startswith("torchmetrics.")
+    return (
+        has_own
+        or submetric.dist_sync_fn is not None
+        or submetric.sync_on_compute is False
+    )
 
 
 def unmergeable(metric: Metric) -> list[str]:

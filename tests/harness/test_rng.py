@@ -10,11 +10,14 @@ from torch import nn
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from harness.rng import (
+    RandomStream,
     derive_stream,
+    draw_seeds,
     find_generators,
     get_cpu_rng_state,
     get_rng_state,
     is_same_stream,
+    seed_cpu_rng_state,
     set_cpu_rng_state,
     set_rng_state,
 )
@@ -109,3 +112,27 @@ def test_find_generators_finds_those_of_loaders_data_sets_and_models_once(
     found = find_generators(loader, None, Noisy())
     assert len(found) == 4
     assert {id(item) for item in found} == {id(g) for g in (one, two, three, shuffled)}
+
+
+def test_random_stream_and_what_is_outside_do_not_affect_each_other() -> None:
+    set_cpu_rng_state(seed_cpu_rng_state([1, 2, 3]))
+    outside = [draws(), draws()]
+    set_cpu_rng_state(seed_cpu_rng_state([4, 5, 6]))
+    inside = [draws(), draws()]
+    set_cpu_rng_state(seed_cpu_rng_state([1, 2, 3]))
+    stream = RandomStream(seed_cpu_rng_state([4, 5, 6]))
+    found = []
+    for own in stream.iterate(draws() for _ in range(2)):
+        found.append((own, draws()))
+    assert found == list(zip(inside, outside, strict=True))
+
+
+def test_drawn_seeds_depend_on_each_generator() -> None:
+    begin = get_cpu_rng_state()
+    found = []
+    for change in (lambda: None, draws):
+        set_cpu_rng_state(begin)
+        change()
+        found.append(draw_seeds())
+    for place in range(3):
+        assert len({seeds[place] for seeds in found}) == 2

@@ -13,7 +13,7 @@ import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +55,7 @@ from harness.accelerators.deepspeed.validation import (
 )
 from harness.accelerators.devices import choose_rank_device
 from harness.accelerators.distributed.environment import read_launch, set_environment
-from harness.accelerators.distributed.group import RankGroup
+from harness.accelerators.distributed.group import RankGroup, detach_to
 from harness.accelerators.distributed.sharded_loader import shard_loaders
 from harness.accelerators.distributed.shares import ShareTracker
 from harness.accelerators.distributed.watchdog import Watchdog
@@ -63,6 +63,9 @@ from harness.accelerators.precision import make_autocast
 from harness.data.batch import Batch, move
 from harness.pytree import Options, StateDict
 from harness.reshard.consolidated import parameter_shapes
+from harness.rng import part_rng_state
+
+T = TypeVar("T")
 
 
 class DeepSpeedAccelerator:
@@ -102,7 +105,8 @@ class DeepSpeedAccelerator:
     - A parameter without a gradient in a whole window is stepped with a zero gradient, so
       its momentum and weight decay still apply. Plain torch does not step it.
     - Each rank has its own buffers in training, such as the statistics of BatchNorm. All
-      ranks get those of rank 0 before data other than the training data is read.
+      ranks get those of rank 0 before data other than the training data is read, and at
+      the end.
 
     References
     ----------
@@ -124,7 +128,7 @@ class DeepSpeedAccelerator:
         self.rank, self.local_rank = launch.rank, launch.local_rank
         self.world_size, self.is_main = launch.world_size, launch.rank == 0
         self.device = choose_rank_device(device, launch.local_rank)
-        self.accumulate = self.window = accumulate
+        self._given_accumulate = self.accumulate = self.window = accumulate
         self.steps: dict[str, int] = {}
         self.overflows: dict[str, int] = {}
         self._ranks = RankGroup(launch, self.device)
@@ -209,13 +213,18 @@ class DeepSpeedAccelerator:
         ------
         ValueError, TypeError
             If the training cannot work. One rank raises it, the others ``PeerError``.
+
+        Notes
+        -----
+        After it, the random generators of each rank draw numbers of their own, also those
+        that were seeded alike: dropout and augmentation differ. Rank 0's are unchanged.
         """
         self.finish()
         self._model = model
         opts = None if optimizers is None else dict(optimizers)
         first = loaders[0] if loaders else None
         facts = self._collect_facts(
-            accumulate=self.accumulate,
+            accumulate=self._given_accumulate,
             batch_size=getattr(first, "batch_size", None),
             num_parameters=sum(param.numel() for param in model.parameters()),
             opt_hparams=opt_hparams or {},
@@ -253,6 +262,7 @@ class DeepSpeedAccelerator:
         self._ranks.check_on_every_rank(
             lambda: check_num_batches(sharded, self.world_size)
         )
+        part_rng_state(self.rank, self.device)
         return model, facades, sharded
 
     def _record_model(self, model: nn.Module) -> None:
@@ -268,8 +278,18 @@ class DeepSpeedAccelerator:
 
     def _send_buffers(self) -> None:
         """Send rank 0's buffers to all ranks: those are saved and returned."""
-        if self._model is not None:
-            self._send_from_main(list(self._model.buffers()))
+        if self._model is None or self.world_size == 1:
+            return
+        sent = self._ranks.broadcast(dict(self._model.named_buffers()))
+        if self.is_main:
+            return
+        live = dict(self._model.named_buffers())
+        for name, value in sent.items():
+            if name in live and live[name].shape == value.shape:
+                live[name].data.copy_(value)
+            else:  # it grew on one rank alone
+                place, _, leaf = name.rpartition(".")
+                self._model.get_submodule(place)._buffers[leaf] = value
 
     def _send_from_main(self, tensors: Sequence[Tensor]) -> None:
         """Overwrite tensors with those of rank 0."""
@@ -421,6 +441,11 @@ class DeepSpeedAccelerator:
         """The value that rank `src` holds."""
         return self._ranks.broadcast(value, src)
 
+    def gather_objects(self, value: T) -> list[T]:
+        """The value of each rank, in order of rank, with its tensors on the CPU."""
+        cpu = torch.device("cpu")
+        return self._ranks.gather_objects(detach_to(value, cpu))
+
     def any(self, flag: bool) -> bool:
         """True on every rank if it is on one."""
         return self._ranks.any(flag)
@@ -521,6 +546,8 @@ class DeepSpeedAccelerator:
     def finish(self, *, failed: bool = False) -> None:
         """Release the engines; the model is a plain one with whole weights, on the CPU.
 
+        It is the same on every rank.
+
         Every rank must call it. The process group is kept for the next fit.
 
         Parameters
@@ -534,6 +561,7 @@ class DeepSpeedAccelerator:
         if self._model is not None and len(self._engines):
             install = None
             if self.world_size == 1 or not failed:
+                self._send_buffers()
                 install = gather_plain_parameters(
                     self._model, self._read_whole, self._dtypes, self._attributes
                 )

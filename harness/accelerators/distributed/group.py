@@ -114,9 +114,17 @@ class RankGroup:
         """The value that rank `src` holds, with its tensors on this rank's device."""
         if self.world_size == 1:
             return value
-        held = [_detach_to(value, torch.device("cpu")) if self.rank == src else None]
+        held = [detach_to(value, torch.device("cpu")) if self.rank == src else None]
         dist.broadcast_object_list(held, src=src, device=torch.device("cpu"))
-        return value if self.rank == src else _detach_to(held[0], self.device)
+        return value if self.rank == src else detach_to(held[0], self.device)
+
+    def broadcast_objects(self, value: T) -> T:
+        """The value of rank 0, with its tensors on the CPU."""
+        if self.world_size == 1:
+            return value
+        held: list[Any] = [value]
+        dist.broadcast_object_list(held, src=0, device=torch.device("cpu"))
+        return value if self.rank == 0 else held[0]
 
     def gather_counts(self, value: int) -> list[int]:
         """The count of each rank, in order of rank; faster than ``gather_objects``."""
@@ -134,6 +142,17 @@ class RankGroup:
         found = torch.tensor([int(flag)])
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
         return bool(found.item())
+
+    def count_later(self, flag: bool) -> Callable[[], int]:
+        """Start to count the ranks where the flag is true; the result waits for the number."""
+        found = torch.tensor([int(flag)])
+        work = dist.all_reduce(found, async_op=True)
+
+        def count() -> int:
+            work.wait()
+            return int(found.item())
+
+        return count
 
     def barrier(self) -> None:
         """Wait until every rank gets here."""
@@ -270,5 +289,6 @@ def disconnect() -> None:
         dist.destroy_process_group()
 
 
-def _detach_to(value: object, device: torch.device) -> Any:
+def detach_to(value: object, device: torch.device) -> Any:
+    """The value with its tensors detached and on the device."""
     return map_tensors(value, lambda tensor: tensor.detach().to(device))

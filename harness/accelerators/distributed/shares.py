@@ -43,13 +43,24 @@ def assign_rows(total: int, size: int, rank: int, world_size: int) -> tuple[int,
     rank, world_size
         The rank, and the number of ranks.
 
+    Notes
+    -----
+    In a step that is not full, no rank gets a single sample if there are more, because
+    BatchNorm cannot train on one row. The last ranks get none instead.
+
     Examples
     --------
     >>> [assign_rows(7, 3, rank, 3) for rank in range(3)]
     [(0, 3), (3, 2), (5, 2)]
+    >>> [assign_rows(3, 3, rank, 2) for rank in range(2)]
+    [(0, 3), (3, 0)]
     """
     assert 1 <= total <= size * world_size
-    each, more = divmod(total, world_size)
+    is_usual = size == 1 or total == size * world_size
+    used = world_size if is_usual else min(world_size, max(1, total // 2))
+    if rank >= used:
+        return total, 0
+    each, more = divmod(total, used)
     return rank * each + min(rank, more), each + (rank < more)
 
 

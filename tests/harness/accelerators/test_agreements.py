@@ -1,0 +1,32 @@
+"""What several ranks agree on, and the same on one rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.harness.accelerators.agreements import CASES
+from tests.harness.accelerators.cases import Lab
+from tests.harness.accelerators.launches import Launches
+
+MODULE = "tests.harness.accelerators.agreements"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_agreement_on_one_rank(name: str, tmp_path: Path) -> None:
+    CASES[name](Lab(stage=None, folder=tmp_path))
+
+
+@pytest.fixture(scope="module")
+def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> Launches:
+    """Runs the cases of each number of ranks in one launch."""
+    return Launches(tmp_path_factory.mktemp("agreements"), MODULE)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("name", CASES)
+def test_agreement_of_ranks(name: str, world: int, on_ranks: Launches) -> None:
+    said = on_ranks.said(world, [0], list(CASES), name, 0)
+    assert said == "ok", said
