@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
@@ -27,7 +27,7 @@ def launcher_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-_LAUNCHER_OPTIONS: dict[str, tuple[Any, str]] = {
+_LAUNCHER_OPTIONS: dict[str, tuple[click.ParamType | type, str]] = {
     "num_gpus": (click.IntRange(min=1), "Ranks per machine."),
     "num_nodes": (click.IntRange(min=1), "Number of machines."),
     "include": (str, "Machines and devices to use, such as node0@node1:0,2."),
@@ -60,7 +60,7 @@ _BUILD_OPTIONS = (
 
 
 def start_ranks(
-    words: Sequence[str], options: Mapping[str, Any], *, verbose: bool = False
+    words: Sequence[str], options: Options, *, verbose: bool = False
 ) -> NoReturn:
     """Run a command of ``harness`` on each rank by DeepSpeed's launcher, and exit as it does.
 

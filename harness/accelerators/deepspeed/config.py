@@ -9,80 +9,63 @@ import copy
 import json
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 from harness.events import nearest
 from harness.pytree import Options
 
-# Top-level keys that DeepSpeed 0.19.8 reads; it silently ignores others. A test compares
-# the list with what the installed version reads.
-KEYS = frozenset(
+# Top-level keys that DeepSpeed 0.19.8 reads, by what their values are; it silently ignores
+# others. A test compares the keys with what the installed version reads.
+_SWITCHED = frozenset(
     [
-        "activation_checkpointing",
-        "aio",
-        "amp",
-        "autotuning",
-        "bf16",
-        "bfloat16",
-        "checkpoint",
-        "comet",
-        "comms_logger",
-        "communication_data_type",
-        "compile",
-        "compression_training",
-        "csv_monitor",
-        "curriculum_learning",
-        "data_efficiency",
-        "data_parallel_size",
-        "data_types",
-        "dataloader_drop_last",
-        "datastates_ckpt",
-        "disable_allgather",
-        "disable_python_gc",
-        "dump_state",
-        "eigenvalue",
-        "elasticity",
-        "expert_parallel",
-        "flops_profiler",
-        "fp16",
-        "gradient_accumulation_steps",
-        "gradient_allreduce_op",
-        "gradient_clipping",
-        "gradient_predivide_factor",
-        "graph_harvesting",
-        "hybrid_engine",
-        "log_level",
-        "managed_gradient_accumulation",
-        "memory_breakdown",
-        "nebula",
-        "optimizer",
-        "pipeline",
-        "prescale_gradients",
-        "progressive_layer_drop",
-        "quantize_training",
-        "scheduler",
-        "seq_parallel_communication_data_type",
-        "sequence_parallel_size",
-        "sparse_attention",
-        "sparse_gradients",
-        "steps_per_print",
-        "tensor_parallel",
-        "tensorboard",
-        "timers",
-        "torch_autocast",
-        "train_batch_size",
-        "train_micro_batch_size_per_gpu",
-        "use_data_before_expert_parallelism",
-        "vocabulary_size",
-        "wall_clock_breakdown",
-        "wandb",
-        "weight_quantization",
-        "zero_allow_untested_optimizer",
-        "zero_force_ds_cpu_optimizer",
-        "zero_optimization",
+        *("amp", "bf16", "bfloat16", "fp16", "torch_autocast"),
+        *("comet", "csv_monitor", "tensorboard", "wandb"),
+        *("autotuning", "comms_logger", "curriculum_learning", "data_efficiency"),
+        *("eigenvalue", "elasticity", "flops_profiler", "hybrid_engine", "nebula"),
+        *("datastates_ckpt", "progressive_layer_drop", "quantize_training"),
     ]
 )
+"""Sections with a key ``enabled``."""
+
+_OBJECTS = _SWITCHED | frozenset(
+    [
+        *("activation_checkpointing", "aio", "checkpoint", "compile", "data_types"),
+        *("compression_training", "expert_parallel", "optimizer", "pipeline"),
+        *("scheduler", "sparse_attention", "tensor_parallel", "timers"),
+        *("weight_quantization", "zero_optimization"),
+    ]
+)
+_FLAGS = frozenset(
+    [
+        *("dataloader_drop_last", "disable_allgather", "disable_python_gc"),
+        *("dump_state", "graph_harvesting", "managed_gradient_accumulation"),
+        *("memory_breakdown", "prescale_gradients", "sparse_gradients"),
+        *("use_data_before_expert_parallelism", "wall_clock_breakdown"),
+        *("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer"),
+    ]
+)
+_NUMBERS = frozenset(
+    [
+        *("data_parallel_size", "gradient_clipping", "gradient_predivide_factor"),
+        *("sequence_parallel_size", "steps_per_print", "vocabulary_size"),
+    ]
+)
+_TEXTS = frozenset(
+    [
+        *("communication_data_type", "gradient_allreduce_op", "log_level"),
+        "seq_parallel_communication_data_type",
+    ]
+)
+
+_SIZES = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+)
+
+KEYS = _OBJECTS | _FLAGS | _NUMBERS | _TEXTS | frozenset(_SIZES)
 
 _SECTIONS = {
     "optimizer": {"type", "params", "legacy_fusion"},
@@ -91,21 +74,11 @@ _SECTIONS = {
 }
 """Keys of the sections for which DeepSpeed has no pydantic model."""
 
-_SIZES = (
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-)
-
 _HALF = {"fp16", "half", "float16"}
 """DeepSpeed's names for float16, which CPUs do not train in."""
 
-_BUCKETS = {
-    "reduce_bucket_size": 5e8,
-    "stage3_prefetch_bucket_size": 5e7,
-    "stage3_param_persistence_threshold": 1e5,
-}
-"""Sizes in parameters that may be ``"auto"``, with DeepSpeed's defaults."""
+_BUCKET = 500_000_000
+"""DeepSpeed's default of ``reduce_bucket_size``, in parameters."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +120,12 @@ def read_config(config: Mapping[str, object] | str | Path | None) -> Options:
     config
         Dict, path of a JSON file, or None for an empty one.
 
+    Returns
+    -------
+    dict
+        With sections written out: ``"bf16": true`` and ``"zero_optimization": 2`` are short
+        for their keys ``enabled`` and ``stage``. What is null is left out.
+
     Raises
     ------
     ValueError
@@ -155,7 +134,7 @@ def read_config(config: Mapping[str, object] | str | Path | None) -> Options:
     if config is None:
         return {}
     if isinstance(config, Mapping):
-        return copy.deepcopy(dict(config))
+        return _write_out(copy.deepcopy(dict(config)))
     path = Path(config)
     place = f"accelerator(config={str(config)!r})"
     if not path.is_file():
@@ -169,7 +148,29 @@ def read_config(config: Mapping[str, object] | str | Path | None) -> Options:
     if not isinstance(read, dict):
         msg = f"{place}: expected an object, got {type(read).__name__}."
         raise ValueError(f"{msg} Put the keys in braces.")
-    return read
+    return _write_out(read)
+
+
+def _write_out(config: Options) -> Options:
+    """Write out short forms of sections, and leave out nulls."""
+    found: Options = {
+        name: _drop_nulls(value) for name, value in config.items() if value is not None
+    }
+    for name, value in found.items():
+        if name in _SWITCHED and isinstance(value, bool):
+            found[name] = {"enabled": value}
+        elif name == "zero_optimization" and type(value) is int:
+            found[name] = {"stage": value}
+    return found
+
+
+def _drop_nulls(value: object) -> object:
+    """The value without keys that are null, at any depth."""
+    if not isinstance(value, Mapping):
+        return value
+    return {
+        name: _drop_nulls(inner) for name, inner in value.items() if inner is not None
+    }
 
 
 def _refuse_duplicates(pairs: list[tuple[str, object]]) -> Options:
@@ -191,10 +192,13 @@ def check_config(config: Mapping[str, object], facts: ConfigFacts) -> None:
         If a key is unknown, or a value is out of its range or contradicts another.
     """
     _check_keys("", config, KEYS)
+    _check_types(config)
     for section, value in config.items():
         known = _SECTIONS.get(section) or facts.fields.get(section)
         if known and isinstance(value, Mapping):
             _check_keys(f"{section}.", value, known)
+    for section in ("optimizer", "scheduler"):
+        _check_recipe(section, config.get(section))
     stage = zero_stage(config)
     if type(stage) is not int or stage not in range(4):
         msg = f"accelerator(config): expected zero_optimization.stage in 0..3, got {stage!r}"
@@ -203,6 +207,45 @@ def check_config(config: Mapping[str, object], facts: ConfigFacts) -> None:
         )
     _check_precision(config, facts)
     _check_modes(config, stage)
+
+
+def _check_types(config: Mapping[str, object]) -> None:
+    """Refuse values of another type than DeepSpeed expects; ``"auto"`` may be a default."""
+    for name, value in config.items():
+        is_auto = value == "auto" and name not in _OBJECTS
+        is_number = isinstance(value, Real) and not isinstance(value, bool)
+        if name in _OBJECTS and not isinstance(value, Mapping):
+            expected = f"an object for {name!r}"
+        elif name in _FLAGS and not (is_auto or isinstance(value, bool)):
+            expected = f"true or false for {name!r}"
+        elif name in _NUMBERS and not (is_auto or (is_number and value >= 0)):
+            expected = f"a number >= 0 for {name!r}"
+        elif name in _TEXTS and not isinstance(value, str):
+            expected = f"text for {name!r}"
+        else:
+            continue
+        msg = f"accelerator(config): expected {expected}, got {value!r}."
+        raise ValueError(f"{msg} See https://www.deepspeed.ai/docs/config-json/.")
+
+
+def _check_recipe(section: str, recipe: Options | None) -> None:
+    """Refuse an optimizer or scheduler without a type, or without params by name."""
+    if recipe is None:
+        return
+    kind, params = recipe.get("type"), recipe.get("params", {})
+    if not isinstance(kind, str) or kind == "auto":
+        msg = (
+            f"accelerator(config): expected a name for '{section}.type', got {kind!r}."
+        )
+        raise ValueError(f"{msg} Write it, or leave the section out.")
+    if kind in {"LBFGS", "SparseAdam"}:
+        msg = f"accelerator(config): expected another {section}.type, got {kind!r}."
+        raise ValueError(f"{msg} DeepSpeed cannot step it: train on one device.")
+    if not isinstance(params, Mapping):
+        msg = "accelerator(config): expected an object for"
+        raise ValueError(
+            f"{msg} '{section}.params', got {params!r}. Write it in braces."
+        )
 
 
 def zero_stage(config: Mapping[str, Any]) -> Any:
@@ -223,6 +266,11 @@ def _check_keys(
 
 def _check_precision(config: Mapping[str, Any], facts: ConfigFacts) -> None:
     """Allow one of fp16, bf16 and autocast at most, on a device that supports it."""
+    for name in sorted(_SWITCHED & config.keys()):
+        value = config[name].get("enabled", False)
+        if not isinstance(value, bool):
+            msg = f"accelerator(config): expected {name}.enabled true or false, got {value!r}."
+            raise ValueError(f"{msg} Write true or false.")
     enabled = [
         name
         for name in ("fp16", "bf16", "bfloat16", "torch_autocast")
@@ -233,10 +281,6 @@ def _check_precision(config: Mapping[str, Any], facts: ConfigFacts) -> None:
             f"accelerator(config): expected one precision, got {' and '.join(enabled)}."
         )
         raise ValueError(f"{msg} Enable only one of them.")
-    for name in enabled:
-        if config[name]["enabled"] == "auto":
-            msg = f"accelerator(config): expected {name}.enabled true or false, got 'auto'."
-            raise ValueError(f"{msg} Write true or false.")
     dtype = str(config.get("torch_autocast", {}).get("dtype", "bfloat16"))
     is_half = "torch_autocast" in enabled and dtype.removeprefix("torch.") in _HALF
     if facts.device == "cpu" and (is_half or "fp16" in enabled):
@@ -255,6 +299,17 @@ def _check_modes(config: Mapping[str, Any], stage: int) -> None:
     if zero.get("overlap_comm") is True and stage < 2:
         msg = f"accelerator(config): expected overlap_comm at stage 2 or 3, got stage {stage}."
         raise ValueError(f"{msg} Leave overlap_comm out, or raise the stage.")
+    for name in ("datastates_ckpt", "nebula"):
+        if config.get(name, {"enabled": False}) != {"enabled": False}:
+            msg = f"accelerator(config): expected no {name!r}, got one."
+            raise ValueError(f"{msg} Leave it out: checkpoints are not DeepSpeed's.")
+    level, parts = config.get("log_level", "auto"), config.get("sequence_parallel_size")
+    if level not in {"auto", "debug", "info", "warning", "error", "critical"}:
+        msg = "accelerator(config): expected log_level debug, info, warning, error or critical"
+        raise ValueError(f"{msg}, got {level!r}. Choose one of them.")
+    if parts not in {None, 1, "auto"}:
+        msg = f"accelerator(config): expected sequence_parallel_size 1, got {parts!r}."
+        raise ValueError(f"{msg} Leave it out: every rank reads rows of its own.")
     if config.get("compile", {}).get("deepcompile", False):
         msg = "accelerator(config): expected no compile.deepcompile, got true."
         raise ValueError(f"{msg} Compile the model with torch.compile instead.")
@@ -283,15 +338,29 @@ def fill_config(config: Mapping[str, Any], facts: ConfigFacts) -> Options:
     """
     filled = copy.deepcopy(dict(config))
     filled |= complete_batch_sizes(filled, facts)
+    filled = {
+        name: value
+        for name, value in filled.items()
+        if value != "auto" or name not in _FLAGS | _NUMBERS | _TEXTS
+    }
     filled["managed_gradient_accumulation"] = False
     if filled.get("gradient_clipping", "auto") == "auto":
         # By default DeepSpeed 0.19.8 clips at 1.0; plain torch does not clip.
         filled["gradient_clipping"] = 0.0
-    _fill_zero(filled.setdefault("zero_optimization", {}), facts)
+    filled.setdefault("zero_optimization", {})
+    for section in facts.fields.keys() & filled.keys():
+        filled[section] = _drop_autos(filled[section])
+    _fill_zero(filled["zero_optimization"], facts)
     if "torch_autocast" in filled:
         filled["torch_autocast"].setdefault("dtype", "bfloat16")
-    for section in ("optimizer", "scheduler"):
-        _fill_params(filled.get(section, {}).get("params", {}), facts.opt_hparams)
+    params = filled.get("optimizer", {}).setdefault("params", {})
+    _fill_params(params, facts.opt_hparams)
+    schedule = filled.get("scheduler", {}).setdefault("params", {})
+    _fill_schedule(schedule, params, facts)
+    for name in ("fp16", "datastates_ckpt", "nebula"):
+        # DeepSpeed 0.19.8 reads some keys of sections that are off.
+        if not filled.get(name, {}).get("enabled", False):
+            filled.pop(name, None)
     for place in _find_autos(filled):
         msg = f"accelerator(config): expected a value for {place}, got 'auto'."
         raise ValueError(f"{msg} It cannot be filled in: write the value.")
@@ -346,16 +415,25 @@ def _count(config: Mapping[str, object], name: str) -> int | None:
     return value
 
 
+def _drop_autos(value: object) -> object:
+    """A section that DeepSpeed has defaults for, without its ``"auto"`` values."""
+    if not isinstance(value, Mapping):
+        return value
+    return {
+        name: _drop_autos(inner)
+        for name, inner in value.items()
+        if not isinstance(inner, str) or inner != "auto"
+    }
+
+
 def _fill_zero(zero: Options, facts: ConfigFacts) -> None:
-    """Fill in bucket sizes; no bucket needs to be larger than the whole model."""
-    for name, default in _BUCKETS.items():
-        if zero.get(name) == "auto":
-            zero[name] = int(default)
+    """Fill in the bucket size; no bucket needs to be larger than the whole model."""
     # DeepSpeed allocates the whole bucket, 2 GB by default, even for a small model. Its
     # alignment needs an even size.
     size = max(2, facts.num_parameters + facts.num_parameters % 2)
-    wanted = zero.get("reduce_bucket_size", int(_BUCKETS["reduce_bucket_size"]))
-    zero["reduce_bucket_size"] = min(int(wanted), size)
+    wanted = zero.get("reduce_bucket_size", _BUCKET)
+    if isinstance(wanted, Real) and wanted > size:
+        zero["reduce_bucket_size"] = size
 
 
 def _fill_params(params: dict[str, object], known: Mapping[str, object]) -> None:
@@ -365,6 +443,17 @@ def _fill_params(params: dict[str, object], known: Mapping[str, object]) -> None
             params[name] = known[name]
         elif value == "auto" and name in {"betas", "eps", "weight_decay"}:
             del params[name]
+
+
+def _fill_schedule(
+    schedule: dict[str, object], opt: Mapping[str, object], facts: ConfigFacts
+) -> None:
+    """Fill in the rates of a warm-up; its lengths depend on the fit, and must be written."""
+    lr = opt.get("lr", facts.opt_hparams.get("lr"))
+    known = {"warmup_min_lr": 0.0, "warmup_max_lr": lr}
+    for name, value in known.items():
+        if schedule.get(name) == "auto" and value is not None:
+            schedule[name] = value
 
 
 def _find_autos(value: object, place: str = "") -> Iterator[str]:

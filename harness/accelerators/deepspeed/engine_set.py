@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -169,7 +170,7 @@ def create_engines(
     # DeepSpeed changes the model in each call, so all groups are copied before the first.
     made = {}
     for name in owned:
-        with ignore_warnings(), unchanged_optimizers():
+        with ignore_warnings(), unchanged_optimizers(), naming_recipe(config):
             made[name], *_ = deepspeed.initialize(
                 args=Namespace(device_rank=device.index or 0),
                 model=model,
@@ -183,6 +184,32 @@ def create_engines(
             for name, engine in made.items()
         ]
     )
+
+
+@contextmanager
+def naming_recipe(config: Mapping[str, object]) -> Iterator[None]:
+    """Name the optimizer or scheduler of the config that DeepSpeed fails to build inside.
+
+    Raises
+    ------
+    ValueError
+        If it fails at one of them.
+    """
+    try:
+        yield
+    except (AssertionError, AttributeError, TypeError, ValueError) as error:
+        called = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
+        if "_scheduler_from_config" in called:
+            section = "scheduler"
+        elif called & {"_configure_basic_optimizer", "_do_sanity_check"}:
+            section = "optimizer"
+        else:
+            raise
+        if section not in config:
+            raise
+        place = f"accelerator(config): expected an {section} that DeepSpeed builds"
+        msg = f"{place.replace('an s', 'a s')}, got {config[section]!r}: {error}."
+        raise ValueError(f"{msg} Correct its type or params.") from error
 
 
 def _list_owned(optimizers: Mapping[str, Optimizer]) -> dict[str, list[Tensor]]:

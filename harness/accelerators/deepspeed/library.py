@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
@@ -153,6 +154,51 @@ def known_fields() -> dict[str, frozenset[str]]:
         "bfloat16": precision_config.DeepSpeedBF16Config,
     }
     return {name: _fields_of(model) for name, model in models.items()}
+
+
+def find_config_error(config: Mapping[str, object]) -> tuple[str, str] | None:
+    """The key at which DeepSpeed fails to read a config, and why; None if it reads it.
+
+    Parameters
+    ----------
+    config
+        Config without ``"auto"``; its batch sizes are not read.
+    """
+    import_deepspeed()
+    from deepspeed.runtime.config import DeepSpeedConfig  # noqa: PLC0415  see door
+
+    sized = {name: value for name, value in config.items() if name not in _SIZES}
+
+    def read(without: str | None = None) -> Exception | None:
+        kept = {name: value for name, value in sized.items() if name != without}
+        try:
+            with ignore_warnings():
+                # A multiple of any number of ranks that DeepSpeed may know of already.
+                DeepSpeedConfig(copy.deepcopy({**kept, "train_batch_size": _MANY}))
+        except Exception as error:  # noqa: BLE001  of any kind: reported by its key
+            return error
+        return None
+
+    error = read()
+    if error is None:
+        return None
+    place = next((name for name in sized if read(without=name) is None), "the config")
+    reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+    if hasattr(error, "errors"):  # of pydantic
+        first = error.errors()[0]
+        keys = [str(key) for key in first["loc"]]
+        place = ".".join(keys if keys[:1] == [place] else [place, *keys])
+        reason = str(first["msg"])
+    return place, reason
+
+
+_SIZES = {
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+}
+
+_MANY = 2**10 * 3**4 * 5**2 * 7
 
 
 def _fields_of(model: Any) -> frozenset[str]:

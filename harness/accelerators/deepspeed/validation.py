@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import inspect
 import platform
 import sys
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,9 @@ from torch.optim import Optimizer
 from torch.utils.data import IterableDataset, Subset
 
 from harness.accelerators.deepspeed.config import ConfigFacts, fill_config, zero_stage
+from harness.accelerators.deepspeed.library import find_config_error
 from harness.data.loaders import num_batches
+from harness.pytree import Options
 from harness.reshard.layout import ELEMENTWISE
 
 
@@ -53,12 +57,51 @@ def complete_config(
     if optimizers is not None:
         check_parameters(model)
         check_deepspeed_optimizers(model, optimizers, config)
+    lr = next(
+        (opt.param_groups[0].get("lr") for opt in (optimizers or {}).values()), None
+    )
+    if lr is not None:
+        facts = replace(facts, opt_hparams={"lr": lr, **facts.opt_hparams})
     filled = fill_config(config, facts)
+    found = find_config_error(filled)
+    if found is not None:
+        key, reason = found
+        msg = f"accelerator(config): expected a value that DeepSpeed reads at {key!r}"
+        raise ValueError(
+            f"{msg}, got: {reason}. See https://www.deepspeed.ai/docs/config-json/."
+        )
+    check_packages(filled)
     if all(is_elementwise(opt) for opt in (optimizers or {}).values()):
         filled.setdefault("zero_allow_untested_optimizer", True)
     # By default DeepSpeed refuses torch's optimizers with offload, because they are slow.
     filled.setdefault("zero_force_ds_cpu_optimizer", False)
     return filled
+
+
+_PACKAGES = {
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
+    "comet": "comet_ml",
+}
+"""Packages that sections of the config need, which DeepSpeed does not install."""
+
+
+def check_packages(config: Options) -> None:
+    """Check that the packages of DeepSpeed's monitors are installed.
+
+    Raises
+    ------
+    ValueError
+        If one is enabled and its package is missing.
+    """
+    for section, package in _PACKAGES.items():
+        is_enabled = config.get(section, {}).get("enabled", False)
+        if is_enabled and importlib.util.find_spec(package) is None:
+            msg = (
+                f"accelerator(config): expected the package {package!r} for {section!r}"
+            )
+            advice = "Install it, or leave the section out"
+            raise ValueError(f"{msg}, found no such package. {advice}.")
 
 
 def check_devices(devices: Sequence[Hashable]) -> None:

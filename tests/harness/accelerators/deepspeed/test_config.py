@@ -16,7 +16,11 @@ from harness.accelerators.deepspeed.config import (
     fill_config,
     read_config,
 )
-from harness.accelerators.deepspeed.library import import_deepspeed, known_fields
+from harness.accelerators.deepspeed.library import (
+    find_config_error,
+    import_deepspeed,
+    known_fields,
+)
 
 
 def setting(**facts: Any) -> ConfigFacts:
@@ -130,6 +134,78 @@ def test_config_that_cannot_work_is_refused(config: dict[str, Any], match: str) 
         check_config(config, setting())
 
 
+VALUES = [True, False, "auto", 2, -1, 0.5, "x", [], {}, None, {"enabled": 1}, {"a": 1}]
+
+
+@pytest.mark.parametrize("key", sorted(KEYS))
+def test_value_of_any_type_is_understood_or_refused_by_its_key(key: str) -> None:
+    for value in VALUES:
+        try:
+            config = read_config({key: value})
+            check_config(config, setting())
+            filled = fill_config(config, setting(num_parameters=8))
+            found = find_config_error(filled)
+        except ValueError as error:
+            assert key in str(error), value  # noqa: PT017  any value may pass
+        else:
+            assert found is None or found[0].startswith(key), value
+
+
+def test_short_forms_are_written_out_and_null_is_left_out() -> None:
+    config = {"bf16": True, "fp16": False, "zero_optimization": 2, "scheduler": None}
+    nested = {"zero_optimization": {"stage": 1, "offload_optimizer": None}}
+    assert read_config(config) == {
+        "bf16": {"enabled": True},
+        "fp16": {"enabled": False},
+        "zero_optimization": {"stage": 2},
+    }
+    assert read_config(nested) == {"zero_optimization": {"stage": 1}}
+
+
+@pytest.mark.parametrize(
+    ("config", "match"),
+    [
+        ({"bf16": "auto"}, r"expected an object for 'bf16', got 'auto'"),
+        ({"fp16": {"enabled": "auto"}}, r"fp16.enabled true or false, got 'auto'"),
+        ({"amp": {"enabled": "auto"}}, r"amp.enabled true or false, got 'auto'"),
+        ({"zero_optimization": [2]}, r"an object for 'zero_optimization', got \[2\]"),
+        ({"optimizer": "AdamW"}, r"expected an object for 'optimizer', got 'AdamW'"),
+        ({"optimizer": {"params": {}}}, r"a name for 'optimizer.type', got None"),
+        ({"optimizer": {"type": "LBFGS"}}, r"another optimizer.type, got 'LBFGS'"),
+        (
+            {"scheduler": {"type": "WarmupLR", "params": [1]}},
+            r"'scheduler.params', got \[1\]",
+        ),
+        ({"gradient_clipping": "1.0"}, r"a number >= 0 for 'gradient_clipping'"),
+        ({"wall_clock_breakdown": "no"}, r"true or false for 'wall_clock_breakdown'"),
+        ({"nebula": {"enabled": True}}, r"expected no 'nebula', got one"),
+        ({"log_level": "loud"}, r"expected log_level debug, .*, got 'loud'"),
+        ({"sequence_parallel_size": 2}, r"sequence_parallel_size 1, got 2"),
+    ],
+)
+def test_config_of_wrong_types_names_the_key(
+    config: dict[str, Any], match: str
+) -> None:
+    with pytest.raises(ValueError, match=match):
+        check_config(read_config(config), setting())
+
+
+@pytest.mark.parametrize(
+    ("config", "found"),
+    [
+        ({"zero_optimization": {"sub_group_size": "x"}}, "zero_optimization.sub_group"),
+        ({"bf16": {"enabled": True}, "csv_monitor": {"enabled": 3}}, "csv_monitor.ena"),
+        ({"amp": {"enabled": True}}, "amp"),
+    ],
+)
+def test_key_that_deepspeed_cannot_read_is_found(
+    config: dict[str, Any], found: str
+) -> None:
+    error = find_config_error(config)
+    assert error is not None
+    assert error[0].startswith(found)
+
+
 def test_fp16_on_a_gpu_is_let_pass() -> None:
     check_config({"fp16": {"enabled": True}}, setting(device="cuda"))
 
@@ -199,7 +275,14 @@ def test_auto_values_are_filled() -> None:
             "reduce_bucket_size": "auto",
             "stage3_prefetch_bucket_size": "auto",
             "stage3_param_persistence_threshold": "auto",
+            "overlap_comm": "auto",
+            "offload_optimizer": {"device": "cpu", "pin_memory": "auto"},
         },
+        "scheduler": {
+            "type": "WarmupLR",
+            "params": {"warmup_min_lr": "auto", "warmup_max_lr": "auto"},
+        },
+        "steps_per_print": "auto",
     }
     filled = fill_config(
         config, setting(batch_size=4, num_parameters=101, opt_hparams={"lr": 0.5})
@@ -207,8 +290,12 @@ def test_auto_values_are_filled() -> None:
     assert filled["train_batch_size"] == 8
     assert filled["gradient_clipping"] == 0.0
     assert filled["optimizer"]["params"] == {"lr": 0.5, "weight_decay": 0.1}
-    assert filled["zero_optimization"]["reduce_bucket_size"] == 102
-    assert filled["zero_optimization"]["stage3_prefetch_bucket_size"] == 50_000_000
+    # DeepSpeed's own defaults.
+    zero = {"stage": 3, "offload_optimizer": {"device": "cpu"}}
+    assert filled["zero_optimization"] == zero | {"reduce_bucket_size": 102}
+    assert "steps_per_print" not in filled
+    rates = {"warmup_min_lr": 0.0, "warmup_max_lr": 0.5}
+    assert filled["scheduler"]["params"] == rates
     assert filled["managed_gradient_accumulation"] is False
     assert config["train_batch_size"] == "auto"
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from harness.accelerators.deepspeed.validation import check_devices, describe_loaders
+from harness.accelerators.deepspeed.validation import (
+    check_devices,
+    check_packages,
+    describe_loaders,
+)
 from tests.harness.accelerators.cases import Net, adam, prepared, two_rates
 
 STAGES = [0, 1, 2, 3]
@@ -106,3 +111,50 @@ def test_unknown_optimizer_is_refused_where_zero_divides_it(make: Any) -> None:
         prepared(make(2), Net, own)
     prepared(make(0), Net, own)
     prepared(make(2, zero_allow_untested_optimizer=True), Net, own)
+
+
+@pytest.mark.parametrize(
+    ("section", "package"),
+    [("tensorboard", "tensorboard"), ("wandb", "wandb"), ("comet", "comet_ml")],
+)
+def test_missing_package_of_a_monitor_is_named(
+    section: str, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(
+        ValueError, match=rf"expected the package '{package}' for '{section}'"
+    ):
+        check_packages({section: {"enabled": True}})
+    check_packages({section: {"enabled": False}})
+
+
+@pytest.mark.parametrize(
+    ("section", "recipe", "match"),
+    [
+        ("optimizer", {"type": "AdamX", "params": {}}, "an optimizer that DeepSpeed"),
+        ("optimizer", {"type": "SGD", "params": {"rate": 1}}, "argument 'rate'"),
+        ("optimizer", {"type": "SGD", "params": {"lr": "x"}}, "an optimizer that"),
+        ("scheduler", {"type": "WarmUp"}, "a scheduler that DeepSpeed builds"),
+        ("scheduler", {"type": "WarmupLR", "params": {"a": 1}}, "argument 'a'"),
+        (
+            "scheduler",
+            {"type": "WarmupLR", "params": {"warmup_num_steps": "auto"}},
+            "a value for scheduler.params.warmup_num_steps, got 'auto'",
+        ),
+    ],
+)
+def test_recipe_that_deepspeed_cannot_build_is_named(
+    section: str, recipe: dict[str, Any], match: str, make: Any
+) -> None:
+    model = Net()
+    opts = {} if section == "optimizer" else adam(model)
+    with pytest.raises(ValueError, match=rf"accelerator\(config\): .*{match}"):
+        make(1, **{section: recipe}).prepare(model, opts)
+
+
+def test_warm_up_takes_its_rate_from_the_optimizer(make: Any) -> None:
+    model = Net()
+    params = {"warmup_min_lr": "auto", "warmup_max_lr": "auto", "warmup_num_steps": 2}
+    scheduler = {"type": "WarmupLR", "params": params}
+    _, opts, _ = make(1, scheduler=scheduler).prepare(model, adam(model))
+    assert opts["opt"].param_groups[0]["lr"] == 0.0
