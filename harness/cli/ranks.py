@@ -18,16 +18,14 @@ if TYPE_CHECKING:
 def launcher_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options of DeepSpeed's launcher, by its own names."""
     for name, (kind, help_) in reversed(_LAUNCHER_OPTIONS.items()):
-        flags = {f"--{name}", f"--{name.replace('_', '-')}"}
-        if kind is bool:
-            add = click.option(*flags, name, is_flag=True, help=help_)
-        else:
-            add = click.option(*flags, name, type=kind, help=help_)
-        command = add(command)
+        # As in the other commands, and as DeepSpeed has it.
+        flags = dict.fromkeys([f"--{name.replace('_', '-')}", f"--{name}"])
+        more = {"is_flag": True} if kind is bool else {"type": kind}
+        command = click.option(*flags, name, help=help_, **more)(command)
     return command
 
 
-_LAUNCHER_OPTIONS: dict[str, tuple[click.ParamType | type, str]] = {
+_LAUNCHER_OPTIONS: dict[str, tuple[object, str]] = {
     "num_gpus": (click.IntRange(min=1), "Ranks per machine."),
     "num_nodes": (click.IntRange(min=1), "Number of machines."),
     "include": (str, "Machines and devices to use, such as node0@node1:0,2."),

@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from harness.accelerators.base import StepHook, StepOpt, default_step_opt, ignore_step
@@ -226,7 +227,7 @@ class DeepSpeedAccelerator:
         facts = self._collect_facts(
             accumulate=self._given_accumulate,
             batch_size=getattr(first, "batch_size", None),
-            num_parameters=sum(param.numel() for param in model.parameters()),
+            num_parameters=sum(p.numel() for p in model.parameters() if not is_lazy(p)),
             opt_hparams=opt_hparams or {},
         )
         self._filled = self._ranks.check_on_every_rank(
@@ -296,7 +297,10 @@ class DeepSpeedAccelerator:
         if self.world_size > 1 and tensors:
             sent = self._ranks.broadcast([tensor.data for tensor in tensors])
             for tensor, value in zip(tensors, sent, strict=True):
-                tensor.data.copy_(value)
+                if tensor.shape == value.shape:
+                    tensor.data.copy_(value)
+                else:  # a buffer that grows with the rank's own data
+                    tensor.data = value.clone()
 
     # ------------------------------------------------------------ forward to step
 

@@ -9,7 +9,6 @@ import copy
 import json
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +182,7 @@ def _refuse_duplicates(pairs: list[tuple[str, object]]) -> Options:
     return found
 
 
-def check_config(config: Mapping[str, object], facts: ConfigFacts) -> None:
+def check_config(config: Mapping[str, Any], facts: ConfigFacts) -> None:
     """Refuse a config that DeepSpeed would ignore, misread, or fail on during training.
 
     Raises
@@ -192,7 +191,7 @@ def check_config(config: Mapping[str, object], facts: ConfigFacts) -> None:
         If a key is unknown, or a value is out of its range or contradicts another.
     """
     _check_keys("", config, KEYS)
-    _check_types(config)
+    _check_types(dict(config))
     for section, value in config.items():
         known = _SECTIONS.get(section) or facts.fields.get(section)
         if known and isinstance(value, Mapping):
@@ -209,16 +208,17 @@ def check_config(config: Mapping[str, object], facts: ConfigFacts) -> None:
     _check_modes(config, stage)
 
 
-def _check_types(config: Mapping[str, object]) -> None:
+def _check_types(config: Options) -> None:
     """Refuse values of another type than DeepSpeed expects; ``"auto"`` may be a default."""
     for name, value in config.items():
         is_auto = value == "auto" and name not in _OBJECTS
-        is_number = isinstance(value, Real) and not isinstance(value, bool)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        is_count = is_number and value >= 0
         if name in _OBJECTS and not isinstance(value, Mapping):
             expected = f"an object for {name!r}"
         elif name in _FLAGS and not (is_auto or isinstance(value, bool)):
             expected = f"true or false for {name!r}"
-        elif name in _NUMBERS and not (is_auto or (is_number and value >= 0)):
+        elif name in _NUMBERS and not (is_auto or is_count):
             expected = f"a number >= 0 for {name!r}"
         elif name in _TEXTS and not isinstance(value, str):
             expected = f"text for {name!r}"
@@ -228,7 +228,7 @@ def _check_types(config: Mapping[str, object]) -> None:
         raise ValueError(f"{msg} See https://www.deepspeed.ai/docs/config-json/.")
 
 
-def _check_recipe(section: str, recipe: Options | None) -> None:
+def _check_recipe(section: str, recipe: Mapping[str, object] | None) -> None:
     """Refuse an optimizer or scheduler without a type, or without params by name."""
     if recipe is None:
         return
@@ -432,7 +432,7 @@ def _fill_zero(zero: Options, facts: ConfigFacts) -> None:
     # alignment needs an even size.
     size = max(2, facts.num_parameters + facts.num_parameters % 2)
     wanted = zero.get("reduce_bucket_size", _BUCKET)
-    if isinstance(wanted, Real) and wanted > size:
+    if isinstance(wanted, int | float) and wanted > size:
         zero["reduce_bucket_size"] = size
 
 

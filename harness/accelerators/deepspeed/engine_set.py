@@ -178,6 +178,10 @@ def create_engines(
                 model_parameters=None if optimizers else trained,
                 config=dict(config),
             )
+        is_double = any(param.dtype == torch.float64 for param in owned[name])
+        if is_double and "communication_data_type" not in config:
+            # DeepSpeed would send them as float32.
+            made[name].communication_data_type = torch.float64
     return EngineSet(
         [
             NamedEngine(name, engine, model, owned[name], stage, groups[name], on_step)

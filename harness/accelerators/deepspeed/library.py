@@ -12,6 +12,7 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from harness.accelerators.devices import choose_device
@@ -37,6 +38,10 @@ def import_deepspeed() -> ModuleType:
         if not had_mlflow:
             del sys.modules["mlflow"]
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # At ZeRO 0, DeepSpeed 0.19.8 refuses gradients of any other dtype.
+    device = deepspeed.get_accelerator()
+    dtypes = [*device.supported_dtypes(), torch.float64]
+    device.supported_dtypes = lambda: dtypes
     # Asked for its ops, DeepSpeed tries to compile each, with chatter. The one that it asks
     # for itself, for ranks that meet on a CPU, would then be built: half a minute.
     built = deepspeed.git_version_info.installed_ops.get("deepspeed_shm_comm", False)

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from harness.accelerators.precision import DTYPES, check_precision, hook_autocast
+from harness.accelerators.precision import (
+    DTYPES,
+    HALVES,
+    check_precision,
+    hook_autocast,
+)
 from harness.pytree import Options, map_tensors
 
 PRECISION_KEYS = ("fp16", "bf16", "bfloat16", "torch_autocast")
@@ -44,7 +52,10 @@ def name_precision(config: Mapping[str, Any]) -> str:
 
 def _is_enabled(config: Mapping[str, Any], key: str) -> bool:
     """True if a precision is on; ``"auto"`` leaves it to the caller."""
-    return config.get(key, {}).get("enabled", False) not in (False, "auto")
+    section = config.get(key)
+    if not isinstance(section, Mapping):  # other kinds are refused later
+        return False
+    return section.get("enabled", False) not in (False, "auto")
 
 
 def add_precision(config: Options, precision: str | None) -> Options:
@@ -65,10 +76,10 @@ def add_precision(config: Options, precision: str | None) -> Options:
         )
         raise ValueError(f"{msg}, got both. Leave one of them out.")
     dtype = DTYPES[precision]
+    config = {key: value for key, value in config.items() if key not in PRECISION_KEYS}
     if dtype is None:
         return config
     name = str(dtype).removeprefix("torch.")
-    config = {key: value for key, value in config.items() if key not in PRECISION_KEYS}
     return {**config, "torch_autocast": {"enabled": True, "dtype": name}}
 
 
@@ -87,8 +98,9 @@ def hook_precision(
     engine = next(iter(engines), None)
     if engine is not None:
         dtype = next(iter(engine.module.parameters())).dtype
-        if dtype in {torch.bfloat16, torch.float16}:
+        if dtype in HALVES:
             hooks.append(hook_inputs(model, dtype))
+            hooks += hook_batch_norms(model)
     return hooks
 
 
@@ -99,6 +111,49 @@ def hook_inputs(model: nn.Module, dtype: torch.dtype) -> RemovableHandle:
         return as_dtype(args, dtype), as_dtype(kwargs, dtype)
 
     return model.register_forward_pre_hook(cast, with_kwargs=True)
+
+
+class _FullBatchNorm(TorchFunctionMode):
+    """Normalizes batches with weights in float32, as the running statistics are."""
+
+    def __torch_function__(
+        self, func: Any, types: object, args: Any = (), kwargs: Any = None
+    ) -> object:
+        kwargs = kwargs or {}
+        if func is nn.functional.batch_norm:
+            # torch 2.13 names these two when it asks.
+            weights = {name: kwargs[name] for name in ("weight", "bias")}
+            kwargs |= {
+                name: None if value is None else value.float()
+                for name, value in weights.items()
+            }
+        return func(*args, **kwargs)
+
+
+def hook_batch_norms(model: nn.Module) -> list[RemovableHandle]:
+    """Let batch norms with 16-bit weights keep float32 statistics; returns the hooks.
+
+    torch has no kernel for this pair: the weights are cast for the call.
+    """
+    hooks: list[RemovableHandle] = []
+    for module in model.modules():
+        if not isinstance(module, _BatchNorm) or module.running_mean is None:
+            continue
+        if module.running_mean.dtype != torch.float32:
+            continue
+        mode = _FullBatchNorm()
+        hooks.append(module.register_forward_pre_hook(partial(_enter, mode)))
+        leave = partial(_leave, mode)
+        hooks.append(module.register_forward_hook(leave, always_call=True))
+    return hooks
+
+
+def _enter(mode: TorchFunctionMode, *_: object) -> None:
+    mode.__enter__()  # type: ignore[no-untyped-call]
+
+
+def _leave(mode: TorchFunctionMode, *_: object) -> None:
+    mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
 
 def as_dtype(value: object, dtype: torch.dtype) -> Any:

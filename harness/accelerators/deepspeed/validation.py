@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils.data import IterableDataset, Subset
 
@@ -54,8 +55,9 @@ def complete_config(
     ValueError
         If model or optimizers cannot be trained, or the config cannot be completed.
     """
+    check_parameters(model)
     if optimizers is not None:
-        check_parameters(model)
+        check_gradients(model, zero_stage(config))
         check_deepspeed_optimizers(model, optimizers, config)
     lr = next(
         (opt.param_groups[0].get("lr") for opt in (optimizers or {}).values()), None
@@ -137,18 +139,41 @@ def check_num_batches(loaders: Sequence[Any], world_size: int) -> None:
 
 
 def check_parameters(model: nn.Module) -> None:
-    """Check that DeepSpeed can train the model.
+    """Check that DeepSpeed can divide and send the model's parameters.
 
     Raises
     ------
     ValueError
-        If a parameter has no dims: DeepSpeed 0.19.8 cannot send it to other ranks.
+        If a parameter is lazy, or has no dims: DeepSpeed 0.19.8 cannot send it to other ranks.
     """
     for name, param in model.named_parameters():
+        if is_lazy(param):
+            msg = f"prepare: expected parameters with shapes, got the lazy {name!r}."
+            advice = (
+                "Call the model once on a batch when it is built, or give its sizes."
+            )
+            raise ValueError(f"{msg} {advice}")
         if param.dim() == 0 and not hasattr(param, "ds_id"):
             msg = f"prepare: expected parameters with dims, got {name!r} of shape ()."
             advice = "DeepSpeed cannot send it to other ranks: make its shape (1,)."
             raise ValueError(f"{msg} {advice}")
+
+
+def check_gradients(model: nn.Module, stage: int) -> None:
+    """Check that ZeRO can divide the gradients.
+
+    Raises
+    ------
+    ValueError
+        If a layer makes sparse gradients at ZeRO 1 to 3.
+    """
+    for name, module in model.named_modules():
+        is_sparse = getattr(module, "sparse", False) is True
+        weight = getattr(module, "weight", None)
+        if stage and is_sparse and isinstance(weight, Tensor) and weight.requires_grad:
+            msg = f"prepare: expected dense gradients at ZeRO {stage}"
+            advice = "Build it with sparse=False, or use ZeRO 0."
+            raise ValueError(f"{msg}, got sparse ones of {name!r}. {advice}")
 
 
 def check_deepspeed_optimizers(

@@ -377,6 +377,23 @@ def case_batch_norm_equals_plain_torch(lab: Lab) -> None:
     run_equal(lab, Normed, two_rates, sizes=(1, 2))
 
 
+class Double(Net):
+    """A net in float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.double())
+
+
+def case_float64_equals_plain_torch(lab: Lab) -> None:
+    # ZeRO keeps float32 masters.
+    rtol, atol = (1e-5, 1e-6) if lab.stage else (0.0, 0.0)
+    run_equal(lab, Double, adam, sizes=(1, 2), rtol=rtol, atol=atol)
+
+
 def case_tied_weights_equal_plain_torch(lab: Lab) -> None:
     run_equal(lab, Tied, two_rates, sizes=(1, 2))
 
@@ -852,6 +869,25 @@ def talk_validation_sees_the_buffers_of_rank_0(lab: Lab) -> None:
     assert torch.equal(means, before) == (lab.rank == 0)
     next(iter(valid))
     assert torch.equal(means, before)
+    accelerator.finish()
+
+
+class Growing(Net):
+    """A net with a buffer that may grow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(1))
+
+
+def talk_buffers_that_differ_in_shape_are_those_of_rank_0(lab: Lab) -> None:
+    accelerator = lab.make()
+    model: Any = seeded(Growing)
+    loaders = [DataLoader(Rows(8), batch_size=1) for _ in range(2)]
+    _, _, (_, valid) = accelerator.prepare(model, adam(model), loaders)
+    model.seen = torch.full((1 + lab.rank,), 7.0)
+    next(iter(valid))
+    assert model.seen.tolist() == [7.0]
     accelerator.finish()
 
 

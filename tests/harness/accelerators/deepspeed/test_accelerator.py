@@ -21,6 +21,7 @@ from tests.harness.accelerators.cases import (
     Gan,
     Lab,
     Net,
+    Normed,
     adam,
     adversarial,
     check_equal,
@@ -231,6 +232,30 @@ def slow(model: nn.Module) -> dict[str, torch.optim.Optimizer]:
         "disc": torch.optim.SGD(gan.disc.parameters(), lr=0.1),
         "gen": torch.optim.SGD(gan.gen.parameters(), lr=0.1),
     }
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_batch_norm_in_bf16_keeps_statistics_in_float32(stage: int, make: Any) -> None:
+    accelerator = make(stage, bf16={"enabled": True})
+    model, _ = prepared(accelerator, Normed, adam_of_all)
+    x = torch.randn(16, 5)
+    with torch.no_grad():
+        model(x)
+    plain = seeded(Normed)
+    hidden = plain.body.bfloat16()(x.bfloat16()).float()
+    mean = model.get_buffer("norm.running_mean")
+    assert mean.dtype == torch.float32
+    torch.testing.assert_close(mean, 0.1 * hidden.mean(0), rtol=1e-3, atol=1e-4)
+    with accelerator.optimizing():
+        accelerator.backward(model(x).float().square().mean())
+    accelerator.step()
+    model.eval()
+    assert model(x).dtype == torch.bfloat16
+
+
+def adam_of_all(model: nn.Module) -> Any:
+    """One optimizer for all parameters."""
+    return {"opt": torch.optim.Adam(model.parameters(), lr=0.01)}
 
 
 def in_bf16(model: nn.Module, name: str, batch: tuple[Tensor, Tensor]) -> Tensor:

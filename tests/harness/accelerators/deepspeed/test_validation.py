@@ -97,6 +97,38 @@ def test_parameter_without_dims_is_refused(stage: int, make: Any) -> None:
         make(stage).prepare(model, adam(model))
 
 
+class Lazy(Net):
+    """A net whose first layer takes its width from the data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.LazyLinear(7)
+
+
+@pytest.mark.parametrize("has_optimizer", [True, False])
+def test_lazy_layer_is_refused(has_optimizer: bool, make: Any) -> None:
+    model = Lazy()
+    with pytest.raises(ValueError, match=r"with shapes, got the lazy 'body.weight'"):
+        make(2).prepare(model, adam(model) if has_optimizer else None)
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+@pytest.mark.parametrize("stage", STAGES)
+def test_sparse_gradients_are_refused_where_zero_divides_them(
+    stage: int, kind: Any, make: Any
+) -> None:
+    model = Net()
+    model.table = kind(5, 7, sparse=True)
+    if not stage:
+        make(stage).prepare(model, adam(model))
+        return
+    match = rf"dense gradients at ZeRO {stage}, got sparse ones of 'table'"
+    with pytest.raises(ValueError, match=match):
+        make(stage).prepare(model, adam(model))
+    model.table.requires_grad_(False)
+    make(stage).prepare(model, adam(model))
+
+
 class Rowwise(torch.optim.SGD):
     """An optimizer of the user's own."""
 
