@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
+import gc
 import os
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
+from types import MemberDescriptorType, TracebackType
 from typing import Any, Final, Literal, NoReturn
 
 from tracking import artifacts
@@ -313,16 +315,24 @@ _python_exit: Final = sys.exit
 _uncaught: list[SystemExit] = []
 
 
-class _Exit(SystemExit):
-    """Notes that nobody caught it.
+class _ExitCode:
+    """``SystemExit.code``, which notes when the interpreter itself reads it.
 
-    The interpreter drops it then before it calls exit handlers, when no Python code is
-    running any more. One that was caught is dropped by the code that caught it.
+    It does so only for an exception that nobody caught, before it calls exit handlers, and
+    when no Python code is running any more.
     """
 
-    def __del__(self) -> None:
-        if sys._getframe().f_back is None:
-            _uncaught.append(SystemExit(self.code))
+    def __init__(self, member: MemberDescriptorType) -> None:
+        self._member = member
+
+    def __get__(self, error: SystemExit | None, owner: type | None = None) -> Any:
+        code = self._member.__get__(error, owner)
+        if error is not None and sys._getframe().f_back is None:
+            _uncaught.append(SystemExit(code))
+        return code
+
+    def __set__(self, error: SystemExit, code: object) -> None:
+        self._member.__set__(error, code)
 
 
 def get_last_error() -> BaseException | None:
@@ -331,18 +341,24 @@ def get_last_error() -> BaseException | None:
 
 
 def watch_exit() -> None:
-    """Note the exit code of ``sys.exit`` from now on.
+    """Note the exit code of ``sys.exit``, ``exit`` and ``SystemExit`` from now on.
 
-    Python tells exit handlers of an uncaught exception, but not of an exit code. Remove
-    this when it does.
+    Python (3.11 to 3.14) tells exit handlers of an uncaught exception, but not of an exit
+    code. Remove this when it does.
     """
     if sys.exit is _python_exit:
         sys.exit = _exit
+    # The dictionary behind the read-only view; without one, codes are not noted.
+    (attributes, *_) = gc.get_referents(SystemExit.__dict__) or [{}]
+    member = attributes.get("code")
+    if isinstance(member, MemberDescriptorType):
+        attributes["code"] = _ExitCode(member)
+        ctypes.pythonapi.PyType_Modified(ctypes.py_object(SystemExit))
 
 
 def _exit(status: Any = None, /) -> NoReturn:
     """Exit the interpreter by raising SystemExit(status)."""
-    raise _Exit(status)
+    raise SystemExit(status)  # Python 3.11 itself would raise no instance
 
 
 def find_error(earlier: BaseException | None) -> BaseException | None:

@@ -33,6 +33,30 @@ def get_status(folder, code, *options, **more):
     [
         ("sys.exit(1)", "failed"),
         ("sys.exit('a text')", "failed"),
+        ("raise SystemExit(1)", "failed"),
+        pytest.param("raise SystemExit", "finished", marks=pytest.mark.slow),
+        ("exit(3)", "failed"),
+        pytest.param("quit()", "finished", marks=pytest.mark.slow),
+        ("class Own(SystemExit): pass\nraise Own(2)", "failed"),
+        ("def main(): raise SystemExit(143)\nmain()", "killed"),
+        (
+            "try: raise SystemExit(1)\nexcept SystemExit as e: assert e.code == 1",
+            "finished",
+        ),
+        pytest.param("raise KeyboardInterrupt", "killed", marks=pytest.mark.slow),
+        (
+            "import sys; sys.excepthook = lambda *more: None\n1 / 0",
+            "failed",
+        ),
+        (
+            "def rows():\n  with run: yield 1\nfor row in rows(): break\nraise SystemExit(1)",
+            "finished",
+        ),
+        (
+            "import threading; t = threading.Thread(target=exit, args=(1,))\n"
+            "t.start(); t.join()",
+            "finished",
+        ),
         ("import argparse; argparse.ArgumentParser().parse_args(['--no'])", "failed"),
         ("1 / 0", "failed"),
         ("sys.exit(143)", "killed"),

@@ -308,8 +308,8 @@ def _find_store(runs_dir: Path | None) -> tuple[str, str]:
     from tracking.store import run_paths  # noqa: PLC0415  next to uris
 
     settings = Settings.read()
-    states = {path: DeliveryState.read_or_none(path) for path in run_paths(runs_dir)}
-    used = ((p, state) for p, state in states.items() if state and state.mlflow_run_id)
+    states = ((path, DeliveryState.read_or_none(path)) for path in run_paths(runs_dir))
+    used = ((path, state) for path, state in states if state and state.mlflow_run_id)
     path, latest = next(used, (Path(), None))
     if settings.tracking_uri is None and latest is not None:
         lay_in = Path(latest.run_path or path)

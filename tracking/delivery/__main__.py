@@ -30,7 +30,13 @@ import pyarrow as pa
 
 from tracking.delivery.log import configure_logging, log_to_file
 from tracking.delivery.options import check_options
-from tracking.delivery.process import delivery_command, lock_path, outlive_sigterm
+from tracking.delivery.process import (
+    ask_for_handover,
+    delivery_command,
+    is_being_delivered,
+    lock_path,
+    outlive_sigterm,
+)
 from tracking.delivery.retry import GaveUpError
 from tracking.delivery.state import DeliveryState
 from tracking.delivery.summaries import write_summaries
@@ -103,7 +109,10 @@ def _deliver_locked(
             f"run {path.name!r}: expected a folder {lock.parent.name!r} in it, got a "
             "link, which may lead anywhere. Remove it."
         )
-    with hold_lock(lock, options.lock_wait) as is_held:
+    asking = contextlib.ExitStack()
+    if options.sync and is_being_delivered(path):
+        asking.enter_context(ask_for_handover(path))
+    with asking, hold_lock(lock, options.lock_wait) as is_held:
         if not is_held:
             return int(options.sync), {"phase": "busy"}
         with log_to_file(path, settings.redact):

@@ -50,6 +50,21 @@ def lock_path(run_path: Path) -> Path:
     return run_path / "delivery" / "lock"
 
 
+def handover_path(run_path: Path) -> Path:
+    """File that asks a delivery that waits for MLflow to end: another one takes over."""
+    return run_path / "delivery" / "handover"
+
+
+@contextlib.contextmanager
+def ask_for_handover(run_path: Path) -> Iterator[None]:
+    """Ask a delivery that waits for MLflow to end, while the block runs."""
+    handover_path(run_path).touch()
+    try:
+        yield
+    finally:
+        handover_path(run_path).unlink(missing_ok=True)
+
+
 def is_being_delivered(run_path: Path) -> bool:
     """Whether a process delivers a run now."""
     try:

@@ -13,6 +13,7 @@ from tracking.mlflow_store.client import UnreachableError
 
 FIRST_DELAY_S: Final = 0.25
 LONGEST_DELAY_S: Final = 15.0
+LONGEST_SLEEP_S: Final = 1.0
 
 MAX_FAILURES: Final = 4
 """Failures of one action before it is asked whether a single item causes them."""
@@ -45,6 +46,8 @@ class RetryPolicy:
     isolate
         Called when an action has failed several times. True: MLflow takes other things,
         so the action now leaves out what it fails for.
+    is_replaced
+        Whether another process wants to deliver the run instead.
     sleep, clock
         As in `time`.
     """
@@ -57,6 +60,7 @@ class RetryPolicy:
         is_being_written: Callable[[], bool],
         redact: Callable[[str], str] = str,
         isolate: Callable[[], bool] = lambda: False,
+        is_replaced: Callable[[], bool] = lambda: False,
         sleep: Callable[[float], None] = time.sleep,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -65,6 +69,7 @@ class RetryPolicy:
         self._is_being_written = is_being_written
         self._redact = redact
         self._isolate = isolate
+        self._is_replaced = is_replaced
         self._sleep = sleep
         self._clock = clock
         self._deadline: float | None = None
@@ -75,7 +80,8 @@ class RetryPolicy:
         Raises
         ------
         GaveUpError
-            If MLflow does not answer within the time limit.
+            If MLflow does not answer within the time limit, or another process is to
+            deliver the run.
         """
         delay_s = FIRST_DELAY_S
         num_failures, has_isolated = 0, False
@@ -93,7 +99,7 @@ class RetryPolicy:
                 if is_over:
                     raise self.give_up(error) from error
                 self._report_waiting(error)
-                self._sleep(delay_s)
+                self._wait(delay_s, error)
                 delay_s = min(2 * delay_s, LONGEST_DELAY_S)
             else:
                 self._deadline = None
@@ -101,6 +107,14 @@ class RetryPolicy:
                     _log.info("MLflow answers again")
                     self._state_file.set_phase("delivering")
                 return result
+
+    def _wait(self, delay_s: float, error: Exception) -> None:
+        """Sleep; end the delivery as soon as another process wants to take over."""
+        while delay_s > 0:
+            if self._is_replaced():
+                raise self.give_up(error) from error
+            self._sleep(min(delay_s, LONGEST_SLEEP_S))
+            delay_s -= LONGEST_SLEEP_S
 
     def give_up(self, error: Exception) -> GaveUpError:
         """Record the error that ends the delivery; return the exception to raise."""

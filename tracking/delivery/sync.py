@@ -18,8 +18,10 @@ import pyarrow as pa
 
 from tracking.delivery.process import (
     DeliveryProcess,
+    ask_for_handover,
     delivery_command,
     is_being_delivered,
+    wait_for_delivery,
 )
 from tracking.delivery.state import DeliveryState, rows_behind
 from tracking.errors import DeliveryError
@@ -27,6 +29,7 @@ from tracking.read import PastRun
 from tracking.store import get_rank_dir, is_being_written
 
 DEFAULT_PATIENCE_S: Final = 10.0
+HANDOVER_WAIT_S: Final = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +168,10 @@ def read_mlflow(run: PastRun) -> MlflowContents:
 def _restart_delivery(run_path: Path) -> SyncResult:
     """Deliver a run that is being written, if no process does so."""
     phase = "busy"
+    state = DeliveryState.read_or_none(run_path)
+    if state is not None and state.phase == "waiting":
+        with ask_for_handover(run_path):
+            wait_for_delivery(run_path, HANDOVER_WAIT_S)
     if not is_being_delivered(run_path):
         phase = "started"
         DeliveryProcess(run_path).start()

@@ -15,6 +15,7 @@ from typing import Final
 import pyarrow as pa
 
 from tracking.delivery.cursor import Cursor
+from tracking.delivery.process import handover_path
 from tracking.delivery.reconcile import Reconciler, Stage
 from tracking.delivery.retry import LONGEST_DELAY_S, GaveUpError, RetryPolicy
 from tracking.delivery.scan import JournalScan
@@ -118,6 +119,7 @@ class DeliveryWorker:
         self._retry = RetryPolicy(
             self._state_file,
             isolate=self._isolate,
+            is_replaced=lambda: not is_sync and handover_path(run_path).exists(),
             limit_s=patience_s,
             is_being_written=lambda: is_being_written(self._rank_dir),
             redact=redact,

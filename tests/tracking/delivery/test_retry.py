@@ -47,13 +47,14 @@ def time():
 def make_policy(tmp_path, time):
     """Makes a policy, and the state that it shows."""
 
-    def make(limit_s=10.0, is_live=lambda: False, redact=str):
+    def make(limit_s=10.0, is_live=lambda: False, redact=str, **more):
         state = DeliveryState(phase="delivering")
         policy = RetryPolicy(
             StateFile(tmp_path, state, count_behind=lambda: 3),
             limit_s=limit_s,
             is_being_written=is_live,
             redact=redact,
+            **more,
             sleep=time.sleep,
             clock=time.clock,
         )
@@ -72,7 +73,17 @@ def test_result_of_the_first_answer_is_returned(make_policy, time):
 def test_delays_double_up_to_a_limit(make_policy, time):
     policy, _ = make_policy(is_live=lambda: True)
     assert policy.run(Failing(9)) == 7
-    assert time.slept == [0.25, 0.5, 1, 2, 4, 8, 15, 15, 15]
+    assert time.slept == [0.25, 0.5] + [1] * (1 + 2 + 4 + 8 + 15 + 15 + 15)
+
+
+def test_waiting_ends_at_once_when_another_process_takes_over(make_policy, time):
+    policy, state = make_policy(
+        is_live=lambda: True, is_replaced=lambda: time.now_s > 105
+    )
+    with pytest.raises(GaveUpError, match="no answer"):
+        policy.run(Failing(100))
+    assert 105 < time.now_s <= 107
+    assert state.phase == "gave up"
 
 
 def test_live_run_is_retried_without_a_time_limit(make_policy, time):
@@ -85,7 +96,7 @@ def test_ended_run_is_given_up_after_the_time_limit(make_policy, time, tmp_path)
     policy, state = make_policy(limit_s=3.0)
     with pytest.raises(GaveUpError, match="no answer"):
         policy.run(Failing(1000))
-    assert time.slept == [0.25, 0.5, 1, 2]
+    assert time.slept == [0.25, 0.5, 1, 1, 1]
     assert (state.phase, state.error, state.behind) == ("gave up", "no answer", 3)
     assert DeliveryState.read(tmp_path) == state
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import shutil
+import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -90,3 +92,37 @@ def test_moved_run_without_its_store_is_refused_with_the_former_place(
     with pytest.raises(DeliveryError, match=f"p1/{store}'.*was moved"):
         find_store(moved)
     assert not folder.exists()
+
+
+def wait_for_phase(path, phase):
+    deadline = time.monotonic() + 120
+    while True:
+        state = DeliveryState.read_or_none(path)
+        if state is not None and state.phase == phase:
+            return state
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_live", [False, True])
+def test_delivery_that_waits_for_a_gone_address_gives_way_to_sync(
+    is_live, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    with socket.socket() as gone:
+        gone.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{gone.getsockname()[1]}"
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+        run = start(name="x", delivery={"patience_s": 300})
+        run.log_metric("loss", 1.0)
+        wait_for_phase(run.path, "waiting")
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+        if not is_live:
+            run.finish(wait_s=0)
+        (result,) = sync([PastRun(run.path)])
+        assert result.phase == ("started" if is_live else "done")
+        run.finish(wait_s=0)
+    state = wait_for_phase(run.path, "done")
+    assert state.tracking_uri.startswith("sqlite:")
+    assert not (run.path / "delivery" / "handover").exists()
