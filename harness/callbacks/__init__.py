@@ -17,6 +17,7 @@ from harness.callbacks.metrics import Metrics
 from harness.callbacks.model_checkpoint import ModelCheckpoint
 from harness.callbacks.profile import Profile
 from harness.callbacks.progress import Progress
+from harness.callbacks.report.system_metrics import SystemMetrics
 from harness.callbacks.resuming import AutoResume, ResumeFromCheckpoint
 from harness.callbacks.schedule.freeze import Freeze
 from harness.callbacks.step_metrics import StepMetrics
@@ -48,5 +49,6 @@ __all__ = [
     "SanityCheck",
     "StepMetrics",
     "StochasticWeightAveraging",
+    "SystemMetrics",
     "TrainValid",
 ]

@@ -41,7 +41,7 @@ QUIET_S: Final = 0.5
 LONGEST_WAIT_S: Final = 5.0
 """... but at most for this time after the first one."""
 
-TIMINGS: Final = ("profile",)
+TIMINGS: Final = ("profile", "system")
 """``what`` of the rows that a replay measures again: MLflow keeps the first values."""
 
 Rows = np.ndarray[Any, np.dtype[np.int64]]

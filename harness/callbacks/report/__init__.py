@@ -1,0 +1,1 @@
+"""Reports about a fit that go elsewhere than its metrics."""
