@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import errno
 import json
 import os
 import re
@@ -124,9 +125,16 @@ class Manifest:
 
     def write(self, run_path: Path) -> None:
         """Replace ``run.json`` in a run's folder."""
-        text = json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False)
+        fields = dataclasses.asdict(self)
+        text = json.dumps(fields, indent=2, ensure_ascii=False)
         data = text.encode(errors="replace") + b"\n"
-        durable.write_atomically(run_path / MANIFEST, data)
+        try:
+            durable.write_atomically(run_path / MANIFEST, data)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            # Without the spaces it is shorter than the file that is there.
+            durable.overwrite(run_path / MANIFEST, json.dumps(fields).encode())
 
     @classmethod
     def read(cls, run_path: Path) -> Manifest:

@@ -3,12 +3,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 
 import tracking
 from tracking.cli.describe import describe_run
+from tracking.durable import overwrite
 from tracking.errors import InvalidFileError, RunNotFoundError, TrackingWarning
 from tracking.store import (
     FAILURE,
@@ -373,3 +377,45 @@ def test_list_rank_dirs_leaves_out_what_is_no_rank(tmp_path):
         (tmp_path / "records" / name).mkdir()
     (tmp_path / "records" / "2").write_text("a file")
     assert list(list_rank_dirs(tmp_path)) == [1]
+
+
+FULL = """
+import os, sys, warnings
+warnings.simplefilter("error")
+sys.path.insert(0, sys.argv[1])
+import tracking
+run = tracking.start(name="x", runs_dir="runs", delivery=False)
+run.log_metric("loss", 1.0)
+with open("ballast", "wb", buffering=0) as file:
+    try:
+        while True:
+            file.write(bytes(4096))
+    except OSError:
+        pass
+run.finish("failed", ValueError("an error"))
+"""
+
+
+def test_run_on_a_disk_that_was_never_freed_has_ended(tmp_path):
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(tmp_path)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount a small filesystem")
+    try:
+        root = str(Path(tracking.__file__).parents[1])
+        subprocess.run([sys.executable, "-c", FULL, root], cwd=tmp_path, check=True)
+        (run,) = tracking.list_runs(tmp_path / "runs")
+        assert run.status == "failed"
+        assert run.manifest.error == {"type": "ValueError", "message": "an error"}
+        assert run.records().num_rows == 1
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_overwrite_of_a_file_without_the_space_is_refused(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"x" * 100)
+    overwrite(path, b"shorter")
+    assert path.read_bytes() == b"shorter"
+    with pytest.raises(OSError, match="No space left"):
+        overwrite(path, bytes(1 << 20))
+    assert path.read_bytes() == b"shorter"
