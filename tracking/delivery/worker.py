@@ -310,6 +310,7 @@ class DeliveryWorker:
         try:
             self._upload_artifacts(max_files=1)
         except UnreachableError as error:
+            # The next one is tried soon, and then again this one.
             _log.warning("an artifact is waiting: %s", error)
             self._next_artifact_at = time.monotonic() + LONGEST_DELAY_S
 

@@ -28,6 +28,7 @@ from tracking.mlflow_store.client import (
     UnreachableError,
     as_json,
 )
+from tracking.mlflow_store.keys import is_valid
 from tracking.mlflow_store.properties import RunProperties
 from tracking.mlflow_store.tags import NOTE, NOTE_DIGEST, digest_note
 
@@ -37,7 +38,7 @@ BATCH: Final = MAX_BATCH - 20
 PROBE_TAG: Final = "luz.probe"
 """Written to see whether MLflow takes anything, after it failed several times."""
 
-_FAILURES: Final = (RefusedError, UnreachableError)
+_FAILURES: Final = (RefusedError, GoneError, UnreachableError)
 _MAX_REASON: Final = 200
 _NUM_TRIES: Final = 2
 
@@ -87,6 +88,7 @@ class RunWriter:
         self._params = dict(run.params)
         self._inputs: list[Any] = []
         self._artifacts: dict[str, Any] = {}
+        self._failed_artifacts: set[str] = set()
 
     @property
     def delivered(self) -> int:
@@ -110,7 +112,7 @@ class RunWriter:
         An error that may pass counts as a refusal only while isolating, and only if
         MLflow takes another write right after it.
         """
-        if isinstance(error, RefusedError):
+        if isinstance(error, RefusedError | GoneError):
             self._check_run()
         elif not self.is_isolating or not self.can_write():
             raise error
@@ -120,7 +122,7 @@ class RunWriter:
     ) -> None:
         """Record that MLflow refuses an item; what merely failed is tried again first."""
         self._check_refusal(error)
-        if not isinstance(error, RefusedError):
+        if isinstance(error, UnreachableError):
             for _ in range(_NUM_TRIES):
                 try:
                     send()
@@ -189,17 +191,28 @@ class RunWriter:
         max_files
             Maximum number of files to upload; None: all.
         """
-        for name in self._list_missing_artifacts(wanted, folder)[:max_files]:
+        missing = self._list_missing_artifacts(wanted, folder)
+        missing.sort(key=self._failed_artifacts.__contains__)  # what failed comes last
+        for name in missing[:max_files]:
             parent = name.rpartition("/")[0] or None
+            send = partial(
+                self.client.send_artifact, self.run_id, folder / name, parent
+            )
             try:
-                self.client.send_artifact(self.run_id, folder / name, parent)
+                send()
+                self._check_stored_name(name, parent)
             except _FAILURES as error:
-                send = partial(
-                    self.client.send_artifact, self.run_id, folder / name, parent
-                )
+                self._failed_artifacts.add(name)
                 self._leave_out(name, send, error)
             self._artifacts[name] = wanted.artifacts[name]
         self.is_isolating = False
+
+    def _check_stored_name(self, name: str, parent: str | None) -> None:
+        """Raise if a server keeps an artifact under another name, as it does ``a?b``."""
+        if not is_valid(name) and name not in self.client.artifacts(
+            self.run_id, parent
+        ):
+            raise RefusedError("MLflow stores it under another name")
 
     def recognize_artifacts(self, wanted: RunProperties) -> None:
         """Treat artifacts that MLflow has under the same name and size as uploaded."""

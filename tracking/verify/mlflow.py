@@ -62,7 +62,7 @@ def compare_with_mlflow(run: PastRun, there: MlflowContents) -> Comparison:
     history = there.history.filter(pc.is_in(there.history["key"], keys))
     mismatches = [
         *_compare_points(run, points, history, scan, read_refusals(there.tags)),
-        *_compare_properties(scan, there),
+        *_compare_properties(scan, there, read_refusals(there.tags)),
     ]
     notes = describe_flags(scan.properties().flags)
     if upto < scan.last_seq:
@@ -214,7 +214,9 @@ def _describe_surplus(
         yield Mismatch("MLflow", kind, _describe(point), f"{point['value']!r}")
 
 
-def _compare_properties(scan: JournalScan, there: MlflowContents) -> Iterator[Mismatch]:
+def _compare_properties(
+    scan: JournalScan, there: MlflowContents, refused: Mapping[str, str]
+) -> Iterator[Mismatch]:
     """Compare params, tags and the sizes of artifacts."""
     wanted = scan.properties()
     sizes = {n: d.get("size_bytes") for n, d in wanted.artifacts.items()}
@@ -226,7 +228,9 @@ def _compare_properties(scan: JournalScan, there: MlflowContents) -> Iterator[Mi
         for key, value in ours.items():
             other = theirs.get(key)
             if other is None:
-                yield Mismatch("MLflow", "missing", f"{word} {key}")
+                reason = refused.get(key)
+                detail = f"refused by MLflow: {reason}" if reason else ""
+                yield Mismatch("MLflow", "missing", f"{word} {key}", detail)
             elif other != value:
                 detail = f"{value!r} is {other!r}"
                 yield Mismatch("MLflow", "changed", f"{word} {key}", detail)

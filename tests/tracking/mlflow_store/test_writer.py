@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -8,6 +9,9 @@ import pytest
 import tracking
 from tests.tracking.stores import execute_sql, get_run
 from tracking.delivery.retry import GaveUpError
+from tracking.mlflow_store.client import GoneError, MlflowRun, UnreachableError
+from tracking.mlflow_store.properties import RunProperties
+from tracking.mlflow_store.writer import RunWriter
 
 
 def test_row_that_mlflow_refuses_holds_up_nothing(
@@ -213,3 +217,77 @@ def test_description_that_nobody_changed_follows_the_run(
     made = deliver(run.path, store)
     tags = get_run(client, store, made.state).data.tags
     assert tags["mlflow.note.content"].startswith("New.")
+
+
+# ---------------------------------------------------- what a store cannot hold
+
+
+@pytest.fixture
+def file_store(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    return (tmp_path / "mlruns").as_uri()
+
+
+def test_names_that_clash_in_a_file_store_hold_up_nothing(
+    record, deliver, file_store, client
+):
+    run = record()
+    run.run.log_metric("loss", 1.0, set="", index=1)
+    run.run.log_metric("x", 2.0, set="loss", index=1)  # "loss" is a file there
+    run.run.log_metric("accuracy", 3.0, set="train", index=1)
+    run.run.log_params({"a": 1, "a/b": 2, "c": 3})
+    run.run.finish()
+    made = deliver(run.path, file_store)
+    assert made.state.phase == "done"
+    data = get_run(client, file_store, made.state).data
+    assert data.metrics == {"loss": 1.0, "train/accuracy": 3.0}
+    assert data.params == {"a": "1", "c": "3"}
+    assert made.state.flags["refused"].keys() == {"loss/x", "a/b"}
+
+
+class Store:
+    """A client whose artifacts fail as their names say."""
+
+    uri = "http://none"
+
+    def __init__(self):
+        self.kept: list[str] = []
+        self.tried: list[str] = []
+
+    def run(self, run_id):
+        return None
+
+    def send(self, run_id, points=(), tags=None):
+        pass
+
+    def artifacts(self, run_id, folder=None):
+        return dict.fromkeys(self.kept, 1)
+
+    def send_artifact(self, run_id, file, folder):
+        self.tried.append(file.name)
+        if file.name == "gone.txt":
+            raise GoneError("404: no such page")
+        if file.name == "broken.txt":
+            raise UnreachableError("500")
+        self.kept.append(file.name.partition("?")[0])
+
+
+def test_artifact_that_fails_holds_up_no_other(tmp_path):
+    names = ["gone.txt", "broken.txt", "what?.txt", "good one.txt"]
+    for name in names:
+        (tmp_path / name).write_text("x")
+    wanted = RunProperties(artifacts={name: {"size_bytes": 1} for name in names})
+    run = MlflowRun("r", "0", "", "RUNNING", 0, None, {}, {}, ())
+    store = Store()
+    writer = RunWriter(store, run, "luz.delivered")
+    for _ in names:  # one at a time, as while the run is live
+        with contextlib.suppress(UnreachableError):
+            writer.upload_artifacts(wanted, tmp_path, max_files=1)
+    assert store.kept == ["what", "good one.txt"]
+    assert writer.refused == {
+        "gone.txt": "404: no such page",
+        "what?.txt": "MLflow stores it under another name",
+    }
+    writer.is_isolating = True
+    writer.upload_artifacts(wanted, tmp_path)
+    assert writer.refused["broken.txt"] == "500"
