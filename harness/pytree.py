@@ -278,6 +278,18 @@ def _encode_mapping(
     return {"$dict": pairs}
 
 
+def find_unkept_kind(tree: object) -> type | None:
+    """Type of the first part that would be refused by ``flatten``, or come back as another."""
+    items = items_of(tree)
+    kind = type(tree)
+    if items is None:
+        is_kept = isinstance(tree, Tensor | np.ndarray) or kind in _LEAVES
+        return None if is_kept else kind
+    if kind not in {list, tuple, dict}:
+        return kind
+    return next((found for item in items if (found := find_unkept_kind(item))), None)
+
+
 def restore(plan: object, tensors: Mapping[str, Tensor]) -> Any:
     """The state that ``flatten`` wrote.
 

@@ -111,6 +111,8 @@ class ModelCheckpoint(Monitor):
     def on_train_batch_end(self) -> None:
         """Save if a checkpoint is due."""
         step = self.ctx.step
+        if self.ctx.iter == 1 and self.ctx.train_pass is not None:
+            self.ctx.train_pass.check_kept_batches()
         if step and not self._has_allocated:
             assert self.writer is not None
             self.writer.allocate()  # optimizers have state after the first step

@@ -12,7 +12,7 @@ from torch.utils.data import IterableDataset
 from harness.data.batch import Batch, copy_by_value
 from harness.data.loaders import num_batches, reads_rows_by_torch
 from harness.data.workers import iter_batches
-from harness.pytree import StateDict
+from harness.pytree import StateDict, find_unkept_kind
 from harness.rng import (
     derive_stream,
     find_generators,
@@ -89,6 +89,29 @@ class TrainPass:
             iter_batches(self._loader)
         set_rng_state(state["began"], self._generators)
         self._num_to_prefetch = state["ahead"]
+
+    def check_kept_batches(self) -> None:
+        """Check that a checkpoint can hold the batches that were fetched ahead.
+
+        Raises
+        ------
+        TypeError
+            If they are kept, because the loader saves its own position, and have parts of
+            another kind than tensors, numbers, text, lists, tuples and dicts.
+        """
+        if not self._has_state:
+            return
+        for batch in self._prefetched:
+            kind = find_unkept_kind(batch)
+            if kind is not None:
+                msg = (
+                    "data: expected batches of tensors, lists, tuples and dicts from a"
+                )
+                place = (
+                    "loader that saves its own position, to accumulate and checkpoint"
+                )
+                advice = "Use accumulate=1, or a loader without state_dict."
+                raise TypeError(f"{msg} {place}, got {kind.__name__}. {advice}")
 
     def start(self) -> Iterator[Batch]:
         """Make the loader's iterator and skip what is done; yields the other batches."""

@@ -163,6 +163,29 @@ def schedule(extra: Extra, names: list[str]) -> tuple[harness.Callback, Hook]:
     return callback, hook
 
 
+def wait_for_plateau(_: Extra, names: list[str]) -> tuple[harness.Callback, Hook]:
+    name, built = names[0], []
+    metric = "loss" if len(names) == 1 else f"loss/{name}"
+
+    def hook(loop: Loop, event: str) -> None:
+        if event == "on_fit_begin":
+            plateau = lr_scheduler.ReduceLROnPlateau(
+                loop.optimizers[name], patience=0, threshold=0.1
+            )
+            built.append(plateau)
+        if event == "on_epoch_end":
+            built[0].step(loop.logged["train", loop.epoch][metric])
+
+    callback = LRScheduler(
+        lr_scheduler.ReduceLROnPlateau,
+        opt_name=name,
+        monitor=f"train/{metric}",
+        patience=0,
+        threshold=0.1,
+    )
+    return callback, hook
+
+
 def stop_early(_: Extra, names: list[str]) -> tuple[harness.Callback, Hook]:
     name = "loss" if len(names) == 1 else f"loss/{names[0]}"
     best = [math.inf]
@@ -206,6 +229,7 @@ KINDS: dict[str, Callable[[Extra, list[str]], tuple[harness.Callback, Hook]]] = 
     "input": act(scale_input),
     "clip": clip,
     "schedule": schedule,
+    "plateau": wait_for_plateau,
     "early stopping": stop_early,
     "keep best": keep_best,
 }

@@ -27,7 +27,7 @@ from harness.callbacks import AutoResume
 from harness.pytree import flatten, named_leaves
 from harness.rng import get_rng_state
 from tests.odd import data, models, optimizers
-from tests.odd.batches import BATCHES
+from tests.odd.batches import BATCHES, as_pair
 from tests.odd.callbacks import KINDS
 from tests.odd.data import DATA, Source
 from tests.odd.metrics import BAD_METRICS, METRICS
@@ -57,10 +57,10 @@ def make_valid(program: Program, source: Source) -> tuple[Any, Any]:
     """Validation data for harness and for the plain loop."""
     if not program.valid_rows:
         return None, None
+    if source.options is None:
+        return tuple(make_loader(program, program.valid_rows) for _ in "12")  # type: ignore[return-value]
     rows = data.make_rows(program.valid_rows, seed=1)
     collate = BATCHES[program.batch].collate
-    if source.options is None:
-        return [DataLoader(data.Rows(rows), 2, collate_fn=collate) for _ in "12"]  # type: ignore[return-value]
     own: Any = data.Rows(rows) if "collate_fn" in source.options else None
     loader = DataLoader(data.Rows(rows), program.size, collate_fn=collate)
     return own or data.tensors(rows), loader
@@ -189,6 +189,7 @@ class Result:
     num_batches: int = 0
     signum: int | None = None
     error: Exception | None = None
+    fitted: harness.Fitted | None = None
 
     @property
     def logged(self) -> dict[tuple[str, int], dict[str, Any]]:
@@ -238,7 +239,7 @@ def run_harness(
     except Exception as error:  # noqa: BLE001  judged by the caller
         result.error = error
     else:
-        result.weights = fitted.model.state_dict()
+        result.fitted, result.weights = fitted, fitted.model.state_dict()
         records = {k: v for k, v in fitted.records.items() if k != "profile"}
         result.records, result.signum = records, fitted.signum
     result.num_batches = counter.count
@@ -267,7 +268,9 @@ def check_program(program: Program, folder: Path) -> None:
             check_refusal(whole)
         raise_error(whole)
         if program.has_plain_twin:
-            check_equal_to_plain(whole, run_plain(program))
+            loop = run_plain(program)
+            check_equal_to_plain(whole, loop)
+            check_inference(program, whole, loop)
         if whole.num_batches:
             stop = 1 + int(program.stop_at * (whole.num_batches - 1))
             check_resumed(program, folder, stop, whole)
@@ -278,14 +281,14 @@ def raise_error(result: Result) -> None:
         raise Difference("the fit raised") from result.error
 
 
-def check_refusal(result: Result) -> None:
+def check_refusal(result: Result, num_batches: int = 0) -> None:
     """Check that it was refused in time, by a message of harness."""
     error = result.error
     if error is None:
         if result.num_batches == 0:
             return
         raise Difference("expected a refusal, got a finished fit")
-    if result.num_batches:
+    if result.num_batches > num_batches:
         raise Difference(f"refused after {result.num_batches} batches") from error
     last = traceback.extract_tb(error.__traceback__)[-1]
     is_ours = Path(last.filename).is_relative_to(HARNESS)
@@ -301,16 +304,47 @@ def check_equal_to_plain(result: Result, loop: Loop) -> None:
     ]
     if names:
         raise Difference(f"weights differ from the plain loop: {names}")
+    check_logged(loop, result.logged)
+
+
+def check_logged(loop: Loop, have: dict[tuple[str, int], dict[str, Any]]) -> None:
+    """Compare logged means with those of the plain loop."""
     want = {
         place: {rename(name): value for name, value in values.items()}
         for place, values in loop.logged.items()
         if values
     }
-    have = result.logged
     for place in want | have:
         one, two = want.get(place, {}), have.get(place, {})
         if one.keys() != two.keys() or not all(near(one[n], two[n]) for n in one):
             raise Difference(f"{place}: expected {one}, got {two}")
+
+
+def check_inference(program: Program, result: Result, loop: Loop) -> None:
+    """Compare predictions by bits, and the means of an evaluation."""
+    assert result.fitted is not None
+    learner, fitted = make_learner(program), result.fitted
+    loader, plain = (make_loader(program, 5) for _ in range(2))
+    loop.hooks, loop.logged, loop.epoch = [], {}, 1
+    with torch.no_grad():
+        loop.run_split("valid", ((1, batch) for batch in plain))
+        scores = [scores_of(loop.call(loop.model, batch)) for batch in plain]
+    found = learner.evaluate(fitted, loader, accelerator=SingleDevice("cpu"))
+    check_logged(loop, Result(records=found.records).logged)
+    preds = learner.predict(fitted, loader, accelerator=SingleDevice("cpu"))
+    many = preds if isinstance(preds, list) else [preds]
+    if not same(torch.cat(scores), torch.cat([scores_of(pred) for pred in many])):
+        raise Difference(f"expected the predictions {scores}, got {preds}")
+
+
+def make_loader(program: Program, rows: int) -> Any:
+    """Rows of validation data in batches of two."""
+    collate = BATCHES[program.batch].collate
+    return DataLoader(data.Rows(data.make_rows(rows, seed=1)), 2, collate_fn=collate)  # type: ignore[arg-type]
+
+
+def scores_of(pred: Any) -> Tensor:
+    return as_pair(pred, torch.zeros(1))[0].clone()
 
 
 def rename(name: str) -> str:
@@ -326,6 +360,9 @@ def near(one: float, two: float) -> bool:
 def check_resumed(program: Program, folder: Path, stop: int, whole: Result) -> None:
     """Stop after a batch, resume, and compare every bit with the unbroken fit."""
     resumed = run_harness(program, folder, stop)
+    if program.saves_batches and resumed.error is not None:
+        check_refusal(resumed, num_batches=1)
+        return
     raise_error(resumed)
     if resumed.signum is not None:
         resumed = run_harness(program, folder, seed=1234)

@@ -70,6 +70,11 @@ class Program:
         )
 
     @property
+    def saves_batches(self) -> bool:
+        """Whether checkpoints hold batches, so that some batches are refused."""
+        return self.data == "resumable" and self.accumulate > 1
+
+    @property
     def has_plain_twin(self) -> bool:
         """Whether a plain loop draws the same random numbers."""
         draws = self.body == "dropout" or any(e.kind == "draw" for e in self.extras)
@@ -172,7 +177,7 @@ def draw_extra(draw: Any, batch: str, body: str, step: str, epochs: int) -> Extr
     if body == "growing":
         kinds.discard("keep best")  # a plain loop cannot put the best buffer back
     if step == "skips":
-        kinds -= {"early stopping", "keep best"}  # an epoch may have no loss
+        kinds -= {"early stopping", "keep best", "plateau"}  # an epoch may have no loss
     if batch not in {"pair", "list", "columns"}:
         kinds.discard("input")
     if step == "by hand":

@@ -2,13 +2,16 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.utils.data import DataLoader
 
 import harness
 import tracking
+from harness.accelerators.single import SingleDevice
 from harness.callbacks import KeepBestModel, ModelCheckpoint
 from harness.checkpoint.format import (
     RunRef,
@@ -220,3 +223,41 @@ def test_a_nan_epoch_holds_no_best_place(tmp_path):
     )
     epochs = sorted(path.name.split("-")[2] for path in tmp_path.iterdir())
     assert epochs == ["4", "5"]
+
+
+Pair = namedtuple("Pair", "x y")
+
+
+class Keeps(DataLoader):
+    """A loader that saves its own position."""
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+
+@pytest.mark.parametrize("collate", [lambda rows: Pair(*zip(*rows, strict=True)), set])
+def test_batches_that_a_checkpoint_cannot_hold_are_refused_at_the_first(
+    collate, tmp_path
+):
+    def fit(accumulate, *callbacks):
+        line_learner(loss=lambda pred, target: pred.sum()).fit(
+            Keeps([(1.0, 2.0)] * 3, collate_fn=collate),
+            1,
+            callbacks=[At("on_train_batch_begin", set_batch), *callbacks],
+            accelerator=SingleDevice("cpu", accumulate=accumulate),
+            tracker=False,
+        )
+
+    def set_batch(ctx):
+        seen.append(ctx.iter)
+        ctx.batch = slope(2)
+
+    seen = []
+    with pytest.raises(TypeError, match=r"and checkpoint, got (Pair|set)"):
+        fit(2, ModelCheckpoint(tmp_path))
+    assert seen == [1]
+    fit(1, ModelCheckpoint(tmp_path))
+    fit(2)
