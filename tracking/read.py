@@ -97,7 +97,7 @@ class PastRun:
                 elif not is_live.all():
                     table = table.filter(pa.array(is_live))
                 tables.append(_filter_rows(table, what=what, set=set, name=name))
-        return pa.concat_tables(tables).unify_dictionaries()
+        return _concat_rows(*tables)
 
     @property
     def damage(self) -> list[Damage]:
@@ -122,13 +122,13 @@ class PastRun:
         -------
         table with ``index`` and one float64 column for each numeric metric; null where
         it has no value. If there are several values at one index, the last one of the
-        lowest rank is taken.
+        lowest rank is taken. Values of ``log_step``, and metrics that have a step and no
+        index, are at their step, in columns ``<set>/<name>_step``, as in MLflow.
         """
-        table = self.records(what="metrics")
-        table = table.filter(
-            pc.and_(pc.is_valid(table["index"]), pc.is_valid(table["value"]))
-        )
-        index = table["index"].to_numpy()
+        table = _concat_rows(self.records(what="metrics"), self.records(what="steps"))
+        place = pc.coalesce(table["index"], table["step"])
+        is_shown = pc.and_(pc.is_valid(place), pc.is_valid(table["value"]))
+        table, index = table.filter(is_shown), place.filter(is_shown).to_numpy()
         rows, row = np.unique(index, return_inverse=True)
         # Ranks are in rising order: written backwards, the lowest rank's value remains.
         order = np.argsort(-table["rank"].to_numpy(), kind="stable")
@@ -234,15 +234,20 @@ def _mask_equal(table: pa.Table, column: str, word: str) -> Any:
     return np.asarray(pc.equal(table[column], word), bool)
 
 
+def _concat_rows(*tables: pa.Table) -> pa.Table:
+    return pa.concat_tables(tables).unify_dictionaries()
+
+
 def _mask_by_key(table: pa.Table) -> list[tuple[str, Any]]:
     """Return a mask of the rows of each ``<set>/<name>``, in order of appearance."""
-    pairs = table.select(["set", "name"])
-    plain = pa.table({n: pairs[n].cast(pa.string()) for n in pairs.column_names})
-    distinct = plain.group_by(["set", "name"], use_threads=False).aggregate([])
+    words = {n: table[n].cast(pa.string()) for n in ("set", "name")}
+    plain = pa.table({**words, "is_step": pc.is_null(table["index"])})
+    distinct = plain.group_by(plain.column_names, use_threads=False).aggregate([])
     found: list[tuple[str, Any]] = []
     taken = {"index"}  # the other column of ``wide``
     for row in distinct.to_pylist():
         plain_key = "/".join(word for word in (row["set"], row["name"]) if word)
+        plain_key += "_step" if row["is_step"] else ""
         key, number = plain_key, 1
         while key in taken:  # names that meet are numbered
             number += 1
@@ -251,5 +256,6 @@ def _mask_by_key(table: pa.Table) -> list[tuple[str, Any]]:
         mask = _mask_equal(table, "set", row["set"]) & _mask_equal(
             table, "name", row["name"]
         )
+        mask &= np.asarray(plain["is_step"]) == row["is_step"]
         found.append((key, mask))
     return found

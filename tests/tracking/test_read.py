@@ -99,7 +99,6 @@ def test_wide_has_a_row_per_index_and_a_column_per_metric(run):
     run.log("metrics", "train", {"loss": 5.0}, index=2)
     run.log("metrics", "train", {"loss": 6.0}, index=2)
     run.log("metrics", "", {"lr": 0.1}, index=2)
-    run.log_step({"loss": 7.0}, step=3)
     assert PastRun(run.path).wide().to_pylist() == [
         {
             "index": 1,
@@ -207,3 +206,25 @@ def test_wide_and_summary_have_a_column_for_each_of_names_that_meet(tmp_path):
         "index#2": [7.0],
     }
     assert [one["last"] for one in past.summary().values()] == [1.0, 2.0, 7.0]
+
+
+def test_wide_and_summary_have_the_values_of_steps(tmp_path):
+    with start(runs_dir=tmp_path, delivery=False) as run:
+        for step in (1, 2, 3, 10**8):
+            run.log_step({"loss": step / 2, "a": {"b": 1}}, step=step)
+        run.log_metric("loss", 7.0, index=2)
+        run.log("metrics", "valid", {"now": 5.0}, step=3)
+    past = PastRun(run.path)
+    assert past.wide().to_pydict() == {
+        "index": [1, 2, 3, 10**8],
+        "train/loss": [None, 7.0, None, None],
+        "valid/now_step": [None, None, 5.0, None],
+        "train/loss_step": [0.5, 1.0, 1.5, 5e7],
+        "train/a/b_step": [1.0, 1.0, 1.0, 1.0],
+    }
+    assert past.summary()["train/loss_step"] == {
+        "last": 5e7,
+        "min": 0.5,
+        "max": 5e7,
+        "count": 4,
+    }
