@@ -216,6 +216,7 @@ class Learner:
         callbacks = check_callbacks(callbacks)
         check_tracker(tracker)
         accelerator = accelerator or pick_accelerator()
+        accelerator.meet("fit")
         if seed is not None:
             seed_all(seed)
         share_rng_state(accelerator)
@@ -332,6 +333,7 @@ class Learner:
         """
         check_loss(f"evaluate({type(fitted.model).__name__})", fitted.model, self.loss)
         accelerator = accelerator or pick_accelerator()
+        accelerator.meet("evaluate")
         measured = self.metrics if metrics is None else as_metric_set(metrics)
         ctx = EvaluateContext(
             model=fitted.model,
@@ -386,6 +388,7 @@ class Learner:
         luz 0.5.0, ``predict``.
         """
         accelerator = accelerator or pick_accelerator()
+        accelerator.meet("predict")
         ctx = PredictContext(
             model=fitted.model,
             newdata=make_eval_loader(data, dataloader_options, "data"),

@@ -201,10 +201,10 @@ def fit(ctx: StepContext) -> None:
     add_handlers(ctx)
     run_callback_checks(ctx)
     with report_exceptions(ctx):
-        with suppress_handled(lambda: ctx.handlers):
+        with suppress_handled(ctx, lambda: ctx.handlers):
             ctx.call_callbacks("on_fit_begin")
             for ctx.epoch in range(start_epoch(ctx), ctx.max_epochs + 1):
-                with suppress_handled(lambda: ctx.epoch_handlers):
+                with suppress_handled(ctx, lambda: ctx.epoch_handlers):
                     begin_epoch(ctx)
                     train_epoch(ctx)
                     if ctx.valid_data is not None:
@@ -460,12 +460,14 @@ def add_handlers(ctx: Context) -> None:
 def suppress_all_handled(ctx: Context) -> Iterator[None]:
     """Suppress what has a handler in an evaluation or prediction, which is one epoch."""
     whole, epoch = (lambda: ctx.handlers), (lambda: ctx.epoch_handlers)
-    with suppress_handled(whole), suppress_handled(epoch):
+    with suppress_handled(ctx, whole), suppress_handled(ctx, epoch):
         yield
 
 
 @contextmanager
-def suppress_handled(get_handlers: Callable[[], Handlers]) -> Iterator[None]:
+def suppress_handled(
+    ctx: Context, get_handlers: Callable[[], Handlers]
+) -> Iterator[None]:
     """Suppress exceptions that have a registered handler, after calling the handler."""
     try:
         yield
@@ -475,6 +477,9 @@ def suppress_handled(get_handlers: Callable[[], Handlers]) -> Iterator[None]:
         kind = next(kinds, None)
         if kind is None:
             raise
+        assert ctx.accelerator is not None
+        place = f"epoch {ctx.epoch}, batch {ctx.iter}"
+        ctx.accelerator.meet(f"{type(exc).__name__} in {place}")
         handlers[kind](exc)
 
 

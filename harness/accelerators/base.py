@@ -163,6 +163,18 @@ class Accelerator(Protocol):
         """True on every rank if it is on one."""
         ...
 
+    def meet(self, what: str) -> None:
+        """Wait until every rank does the same, before something that all must do.
+
+        An error on each rank tells what another one does instead, or that it has ended.
+
+        Parameters
+        ----------
+        what
+            What this rank does, for messages.
+        """
+        ...
+
     def barrier(self) -> None:
         """Wait until every rank gets here."""
         ...

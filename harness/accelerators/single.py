@@ -348,6 +348,9 @@ class SingleDevice:
         """The flag itself: there is one rank."""
         return flag
 
+    def meet(self, what: str) -> None:
+        """Do nothing: there is one rank."""
+
     def barrier(self) -> None:
         """Do nothing: there is one rank."""
 

@@ -96,12 +96,10 @@ class SplitMetrics:
         self.loss = LossAverage()
         self._means: dict[str, LossAverage] = {}
         self._accelerator = accelerator
-        self._metrics: dict[str, Metric] = {
-            name: _fresh_copy(item).to(accelerator.device)
-            for name, item in metrics.items()
+        self._metrics = {
+            name: _fresh_copy(metrics[name]).to(accelerator.device)
+            for name in _agree_on_names(list(metrics), accelerator)
         }
-        names = _agree_on_names(list(self._metrics), accelerator)
-        self._metrics = {name: self._metrics[name] for name in names}
         self._has_warned: set[tuple[str, str]] = set()
         for metric in self._metrics.values():
             for submetric in submetrics_of(metric).values():

@@ -133,8 +133,12 @@ class DeepSpeedAccelerator:
         self.steps: dict[str, int] = {}
         self.overflows: dict[str, int] = {}
         self._ranks = RankGroup(launch, self.device)
-        if self.world_size > 1 and Watchdog.find() is None:
-            Watchdog(self._ranks, launch.launcher_pid)
+        self._watchdog: Watchdog | None = None
+        if self.world_size > 1:
+            self._watchdog = Watchdog.find() or Watchdog(
+                self._ranks, launch.launcher_pid
+            )
+        self.meet("an accelerator, which fit, evaluate and predict make")
         self._check_devices()
         self._config = self._ranks.check_on_every_rank(
             lambda: self._read_config(config, precision)
@@ -453,6 +457,11 @@ class DeepSpeedAccelerator:
     def any(self, flag: bool) -> bool:
         """True on every rank if it is on one."""
         return self._ranks.any(flag)
+
+    def meet(self, what: str) -> None:
+        """Wait until every rank does the same; an error tells what another rank does."""
+        if self._watchdog is not None:
+            self._watchdog.meeting.meet(what)
 
     def barrier(self) -> None:
         """Wait until every rank gets here."""

@@ -73,6 +73,8 @@ class RankGroup:
             msg = f"accelerator: expected a process group of {launch.world_size} ranks"
             advice = "Call torch.distributed.destroy_process_group() first."
             raise ValueError(f"{msg}, got one of {dist.get_world_size()}. {advice}")
+        else:
+            self.store = _find_store()
 
     def _connect(self, launch: Launch) -> None:
         """Create the process group; one rank needs neither launcher nor port."""
@@ -281,6 +283,14 @@ def _try(check: Callable[[], T]) -> tuple[tuple[T] | None, Exception | None]:
 def format_error(error: BaseException) -> str:
     """Class and text of an exception, in one line."""
     return f"{type(error).__name__}: {error}".partition("\n")[0]
+
+
+def _find_store() -> Any:
+    """Store of the process group that user code created."""
+    # torch 2.13 has no public way to it.
+    store = dist.distributed_c10d._get_default_store()
+    prefix = f"harness/{read_agent().attempt}"
+    return dist.PrefixStore(prefix, store)  # type: ignore[attr-defined]
 
 
 def disconnect() -> None:

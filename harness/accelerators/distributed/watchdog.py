@@ -12,6 +12,7 @@ from types import TracebackType
 
 from harness.accelerators.distributed.group import PeerError, RankGroup, disconnect
 from harness.accelerators.distributed.launcher import is_inner_launcher
+from harness.accelerators.distributed.meeting import Meeting
 from tracking.errors import write_stderr
 
 POLL_S = 0.5
@@ -60,6 +61,7 @@ class Watchdog:
         poll_s: float = POLL_S,
     ) -> None:
         self._ranks, self._poll_s = ranks, poll_s
+        self.meeting = Meeting(ranks)
         self._launcher = launcher
         self._parents = self._launchers()
         self._quiet = threading.Event()
@@ -83,6 +85,7 @@ class Watchdog:
         self._quiet.set()
         self._is_ending.set()
         self._thread.join(JOIN_S)
+        self.meeting.leave()
 
     def _on_exception(
         self,
@@ -126,6 +129,7 @@ class Watchdog:
             if failed is not None and failed[0] != self._ranks.rank:
                 self._end_process(f"rank {failed[0]} failed: {failed[1]}", GRACE_S)
                 return
+            self.meeting.watch()
 
     def _launchers(self) -> tuple[int, ...]:
         """Processes that started this one and are alive."""

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 import harness
 from harness.accelerators.deepspeed.accelerator import DeepSpeedAccelerator
@@ -31,6 +32,36 @@ class Raise(harness.Callback):
         assert accelerator is not None
         if self.ctx.iter == 5 and accelerator.rank == 1:
             boom()
+
+
+class Skip(harness.Callback):
+    """Skips the epoch on one rank alone."""
+
+    def on_train_batch_after_loss(self) -> None:
+        assert self.ctx.accelerator is not None
+        if self.ctx.iter == 3 and self.ctx.accelerator.rank == 1:
+            raise harness.SkipEpoch
+
+
+def alone(how: str) -> None:
+    """A fit, and then something that one rank does alone."""
+    learner = harness.setup(
+        lambda: torch.nn.Linear(3, 1),
+        loss=torch.nn.MSELoss(),
+        optimizer=torch.optim.SGD,
+    )
+    data = torch.randn(64, 3), torch.randn(64, 1)
+    fitted = learner.fit(
+        data,
+        epochs=1,
+        callbacks=[Skip()] if how == "skip" else [],
+        dataloader_options={"batch_size": 4},
+        tracker=False,
+        verbose=False,
+    )
+    if how == "evaluate" and os.environ["RANK"] == "0":
+        fitted.evaluate(data)
+    dist.barrier()
 
 
 class FailsToGather(DeepSpeedAccelerator):
@@ -67,6 +98,10 @@ def in_a_fit(folder: Path, how: str) -> None:
 def main(folder: Path, how: str) -> None:
     if how in {"fit", "gather", "finish"}:
         in_a_fit(folder, how)
+        return
+    if how in {"skip", "evaluate"}:
+        (folder / f"pid-{os.environ['RANK']}").write_text(str(os.getpid()))
+        alone(how)
         return
     stage = 7 if how == "config" else 2
     rank = os.environ["RANK"]

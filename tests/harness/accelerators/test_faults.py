@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -164,6 +165,29 @@ def test_one_rank_that_cannot_gather_the_weights_leaves_the_checkpoints(
     again = start(torchrun, "finish")
     assert again.code() == 0, again.text()
     assert list_checkpoints(run.folder / "saved") == []
+
+
+@pytest.mark.parametrize(
+    ("how", "does", "place"),
+    [
+        (
+            "skip",
+            "SkipEpoch in epoch 1, batch 3: .* got it on rank 1",
+            "rank 0 waits in",
+        ),
+        ("evaluate", "an accelerator, .* got it on rank 0", "rank 1 waits in alone"),
+    ],
+)
+def test_what_one_rank_does_alone_is_told(
+    how: str, does: str, place: str, start: object
+) -> None:
+    assert callable(start)
+    run = start(torchrun, how)
+    assert run.code() != 0
+    run.check_nothing_left()
+    told = re.search(r"RuntimeError: (.*)", run.text())
+    assert told is not None, run.text()
+    assert re.match(f"{does}, while {place}", told[1]), run.text()
 
 
 def test_one_rank_raises_under_launch(start: object) -> None:

@@ -1,0 +1,83 @@
+"""Ranks that meet, as threads with a store in memory."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+
+from harness.accelerators.distributed.group import FAILED, PeerError
+from harness.accelerators.distributed.meeting import Meeting, find_collective
+
+
+class Rank:
+    """One of two ranks, with the part of a group that meetings use."""
+
+    world_size = 2
+
+    def __init__(self, rank: int, store: Any) -> None:
+        self.rank, self.store = rank, store
+
+    def first_failure(self) -> tuple[int, str] | None:
+        if not self.store.check([FAILED]):
+            return None
+        rank, _, reason = self.store.get(FAILED).decode().partition(":")
+        return int(rank), reason
+
+
+def meet(*programs: Callable[[Meeting], object]) -> list[BaseException | None]:
+    """Run a program on each of two ranks; gives the error of each."""
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    errors: list[BaseException | None] = [None, None]
+
+    def run(rank: int) -> None:
+        try:
+            programs[rank](Meeting(Rank(rank, store)))  # type: ignore[arg-type]
+        except Exception as error:  # noqa: BLE001  looked at below
+            errors[rank] = error
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive()
+    return errors
+
+
+def test_meet_lets_ranks_pass_that_do_the_same() -> None:
+    def program(meeting: Meeting) -> None:
+        for what in ("fit", "SkipEpoch", "SkipEpoch", "evaluate"):
+            meeting.meet(what)
+
+    assert meet(program, program) == [None, None]
+
+
+def test_meet_tells_what_another_rank_does_instead() -> None:
+    errors = meet(lambda one: one.meet("evaluate"), lambda one: one.meet("fit"))
+    assert (
+        "evaluate: expected the same on every rank, got it on rank 0 and fit on"
+        in str(errors[0])
+    )
+    assert "fit: expected the same on every rank, got it on rank 1 and evaluate" in str(
+        errors[1]
+    )
+
+
+def test_meet_tells_of_a_rank_that_has_ended() -> None:
+    errors = meet(lambda one: one.meet("predict"), lambda one: one.leave())
+    assert "on rank 0, while rank 1 has ended its program" in str(errors[0])
+
+
+def test_meet_ends_with_a_rank_that_failed() -> None:
+    errors = meet(
+        lambda one: one.meet("fit"), lambda one: one._ranks.store.set(FAILED, "1:boom")
+    )
+    assert isinstance(errors[0], PeerError)
+    assert errors[0].rank == 1
+
+
+def test_find_collective_is_none_outside_a_collective() -> None:
+    assert find_collective() is None
