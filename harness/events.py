@@ -59,9 +59,18 @@ WITH_GRADIENTS: Final = frozenset(
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
-    """Return ``" Did you mean 'x'?"`` for the most similar choice, or an empty string."""
-    found = difflib.get_close_matches(name, list(choices), n=1)
+    """Return ``" Did you mean 'x'?"`` for the most similar choice, or an empty string.
+
+    Initials are similar too, such as ``lr`` to ``learning_rate``.
+    """
+    choices = list(choices)
+    found = difflib.get_close_matches(name, choices, n=1)
+    found += [c for c in choices if c == _initials(name) or _initials(c) == name]
     return f" Did you mean {found[0]!r}?" if found else ""
+
+
+def _initials(name: str) -> str:
+    return "".join(word[:1] for word in name.split("_"))
 
 
 def check_event(place: str, name: str) -> None:

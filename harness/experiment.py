@@ -144,7 +144,11 @@ def _import_module(name: str) -> types.ModuleType:
         raise ExperimentError(f"{msg} For a file, write FILE.py:NAME.") from exc
 
 
-def build_experiment(target: object, settings: Mapping[str, object]) -> Experiment:
+def build_experiment(
+    target: object,
+    settings: Mapping[str, object],
+    places: Mapping[str, str] = types.MappingProxyType({}),
+) -> Experiment:
     """Return the experiment that `target` is or returns.
 
     Parameters
@@ -153,6 +157,8 @@ def build_experiment(target: object, settings: Mapping[str, object]) -> Experime
         ``Experiment``, or function that returns one.
     settings
         Arguments of the function by name; text is converted by its annotations.
+    places
+        Where settings come from, for messages, if that is not ``--set``.
 
     Raises
     ------
@@ -160,7 +166,7 @@ def build_experiment(target: object, settings: Mapping[str, object]) -> Experime
         If a name is not a parameter (the nearest is offered), a value does not fit its
         annotation, or the function does not return an ``Experiment``.
     """
-    arguments = check_target(target, settings)
+    arguments = check_target(target, settings, places)
     if isinstance(target, Experiment):
         return target
     assert callable(target)
@@ -174,7 +180,11 @@ def build_experiment(target: object, settings: Mapping[str, object]) -> Experime
     return made
 
 
-def check_target(target: object, settings: Mapping[str, object]) -> dict[str, object]:
+def check_target(
+    target: object,
+    settings: Mapping[str, object],
+    places: Mapping[str, str] = types.MappingProxyType({}),
+) -> dict[str, object]:
     """Check what ``build_experiment`` is given, without a call; returns the arguments.
 
     Raises
@@ -184,9 +194,9 @@ def check_target(target: object, settings: Mapping[str, object]) -> dict[str, ob
     """
     if isinstance(target, Experiment):
         if settings:
-            msg = (
-                f"--set {next(iter(settings))}: expected a function, got an Experiment."
-            )
+            first = next(iter(settings))
+            place = places.get(first, f"--set {first}")
+            msg = f"{place}: expected a function, got an Experiment."
             raise ExperimentError(f"{msg} Return it from a function with parameters.")
         return {}
     if not callable(target):
@@ -194,11 +204,13 @@ def check_target(target: object, settings: Mapping[str, object]) -> dict[str, ob
         raise ExperimentError(
             f"{msg} NAME must be a function that returns an Experiment."
         )
-    return parse_arguments(target, settings)
+    return parse_arguments(target, settings, places)
 
 
 def parse_arguments(
-    function: Callable[..., object], settings: Mapping[str, object]
+    function: Callable[..., object],
+    settings: Mapping[str, object],
+    places: Mapping[str, str] = types.MappingProxyType({}),
 ) -> dict[str, object]:
     """Convert settings to arguments of a function, by its signature.
 
@@ -214,13 +226,14 @@ def parse_arguments(
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     found: dict[str, object] = {}
     for key, value in settings.items():
+        place = places.get(key, f"--set {key}")
         if key not in parameters and not takes_any:
-            msg = f"--set {key}: expected a parameter of {name}(), got {key!r}."
+            msg = f"{place}: expected a parameter of {name}(), got {key!r}."
             choices = ", ".join(parameters) or "none"
             raise ExperimentError(
                 f"{msg}{nearest(key, parameters)} Its parameters: {choices}."
             )
-        found[key] = parse_value(key, value, hints.get(key))
+        found[key] = parse_value(place, value, hints.get(key))
     for key, parameter in parameters.items():
         is_variadic = parameter.kind in {
             parameter.VAR_KEYWORD,
@@ -236,7 +249,7 @@ def parse_arguments(
     return found
 
 
-def parse_value(key: str, value: object, hint: object) -> object:
+def parse_value(place: str, value: object, hint: object) -> object:
     """Convert the text of a setting by an annotation, or as a Python literal without one.
 
     Raises
@@ -254,23 +267,23 @@ def parse_value(key: str, value: object, hint: object) -> object:
     if kind is str:
         return value
     if kind is bool:
-        return _parse_bool(key, value)
+        return _parse_bool(place, value)
     if kind is int or kind is float:
         try:
             return int(value) if kind is int else float(value)
         except ValueError:
-            msg = f"--set {key}: expected {kind.__name__}, got {value!r}."
-            raise ExperimentError(f"{msg} Write for example --set {key}=1.") from None
+            msg = f"{place}: expected {kind.__name__}, got {value!r}."
+            raise ExperimentError(f"{msg} Write for example 1.") from None
     return parse_literal(value)
 
 
-def _parse_bool(key: str, text: str) -> bool:
+def _parse_bool(place: str, text: str) -> bool:
     if text.lower() in {"true", "yes", "1"}:
         return True
     if text.lower() in {"false", "no", "0"}:
         return False
-    msg = f"--set {key}: expected true or false, got {text!r}."
-    raise ExperimentError(f"{msg} Write --set {key}=true.")
+    msg = f"{place}: expected true or false, got {text!r}."
+    raise ExperimentError(f"{msg} Write true or false.")
 
 
 def parse_literal(text: str) -> object:

@@ -59,6 +59,7 @@ from harness.run_binding import (
     start_tracking,
 )
 from harness.setup_checks import (
+    check_arguments,
     check_callbacks,
     check_compile,
     check_config_optimizer,
@@ -130,6 +131,7 @@ class Learner:
         ValueError
             If neither the learner nor the model has a loss, or an optimizer.
         """
+        check_arguments("set_hparams", self.module, self.hparams)
         model = check_model(self.module(**self.hparams))
         check_definition(model, self.loss, self.optimizer)
         return model
@@ -143,12 +145,13 @@ class Learner:
         """
         if self.optimizer == "config":
             return None
+        build = self.optimizer or getattr(model, "set_optimizers", None)
+        assert build is not None
+        check_arguments("set_opt_hparams", build, self.opt_hparams)
         with refusing_lazy_layers(model):
             if self.optimizer is not None:
-                return self.optimizer(model.parameters(), **self.opt_hparams)
-            own = getattr(model, "set_optimizers", None)
-            assert own is not None
-            return own(**self.opt_hparams)
+                return build(model.parameters(), **self.opt_hparams)
+            return build(**self.opt_hparams)
 
     def get_loss_fn(
         self, model: nn.Module, device: torch.device

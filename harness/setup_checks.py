@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -64,6 +64,8 @@ def check_setup(
     if backward is not None and not callable(backward):
         msg = f"setup(backward): expected a function of the loss, got {backward!r}."
         raise TypeError(f"{msg} Leave it out for the accelerator's backward.")
+    if backward is not None:
+        check_call("setup(backward)", backward, "loss")
 
 
 def check_compile(options: object) -> dict[str, Any]:
@@ -102,6 +104,9 @@ _METHODS = {
     "backward": "backward(self, loss)",
 }
 """Methods that a model may define, and how."""
+
+_ARGUMENTS = {"step": (), "predict": ("input",), "backward": ("loss",)}
+"""Positional arguments that these methods get."""
 
 
 def check_model_names(
@@ -171,6 +176,65 @@ def _names_in_code(model: type, name: str) -> bool:
     return any(name in (*code.co_names, *code.co_consts) for code in functions if code)
 
 
+def check_arguments(
+    place: str, function: Callable[..., object], names: Iterable[str]
+) -> None:
+    """Check that a function takes keyword arguments of these names.
+
+    Raises
+    ------
+    TypeError
+        If it does not take one; the message offers the nearest name.
+    """
+    known = _get_parameters(function)
+    if known is None or any(p.kind is p.VAR_KEYWORD for p in known.values()):
+        return
+    choices = [
+        name
+        for name, p in known.items()
+        if p.kind in {p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY}
+    ]
+    for name in names:
+        if name not in choices:
+            called = getattr(function, "__name__", type(function).__name__)
+            msg = f"{place}: expected an argument of {called}, got {name!r}."
+            raise TypeError(
+                f"{msg}{nearest(name, choices)} It takes: {', '.join(choices)}."
+            )
+
+
+def check_call(place: str, function: object, *arguments: str) -> None:
+    """Check that a function can be called with so many positional arguments.
+
+    Raises
+    ------
+    TypeError
+        If it cannot.
+    """
+    called = function.forward if isinstance(function, nn.Module) else function
+    try:
+        signature = inspect.signature(called)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return  # written in C
+    try:
+        signature.bind(*arguments)
+    except TypeError as error:
+        name = getattr(function, "__name__", type(function).__name__)
+        given = ", ".join(arguments)
+        msg = f"{place}: expected a function that can be called as f({given})"
+        raise TypeError(f"{msg}, got {name}{signature}.") from error
+
+
+def _get_parameters(
+    function: Callable[..., object],
+) -> Mapping[str, inspect.Parameter] | None:
+    """Parameters of a function without ``self``; None if Python cannot tell them."""
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return None
+
+
 def check_model(model: object) -> nn.Module:
     """Return what ``setup(module=...)`` built, if it is a model.
 
@@ -222,6 +286,14 @@ def check_definition(model: nn.Module | type, loss: object, optimizer: object) -
     name = model.__name__ if isinstance(model, type) else type(model).__name__
     check_model_names(model)
     check_loss(f"setup({name})", model, loss)
+    if not _defines(model, "step"):  # which may call the loss in another way
+        if loss is not None:
+            check_call("setup(loss)", loss, "pred", "target")
+        elif not isinstance(model, type):
+            check_call(f"{name}.loss", model.loss, "pred", "target")
+    for method, arguments in _ARGUMENTS.items():
+        if not isinstance(model, type) and getattr(model, method, None) is not None:
+            check_call(f"{name}.{method}", getattr(model, method), *arguments)
     if optimizer is None and not _defines(model, "set_optimizers"):
         msg = f"setup({name}): expected an optimizer, got none."
         raise ValueError(

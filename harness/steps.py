@@ -11,8 +11,9 @@ from torch import Tensor
 
 from harness.accelerators.base import default_step_opt
 from harness.context import Context
-from harness.data.batch import as_scalar
+from harness.data.batch import as_scalar, missing_target_error
 from harness.events import nearest
+from harness.records import NullRun
 
 
 def call_model(model: Callable[..., Any], input: object) -> Any:
@@ -26,7 +27,14 @@ def call_model(model: Callable[..., Any], input: object) -> Any:
         return model(*input)
     if isinstance(input, Mapping):
         return model(**input)
-    return model(input)
+    try:
+        return model(input)
+    except Exception as error:
+        if input is None and "None" in str(error):
+            msg = f"{type(model).__name__}.forward: expected an input, got None."
+            advice = "Look at what the loader or its collate function returns."
+            raise TypeError(f"{msg} {advice}") from error
+        raise
 
 
 class StepContext(Context):
@@ -48,6 +56,16 @@ class StepContext(Context):
         self._is_optimized = False
         self.has_warned: set[str] = set()
         Context.__init__(self, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        """Refuse what the context does not have; offer the nearest name, or ``ctx.run``."""
+        if hasattr(NullRun, name) and not name.startswith("_"):
+            msg = f"ctx.{name}: expected a field of the context, got {name!r}."
+            raise AttributeError(f"{msg} The run has it: ctx.run.{name}.")
+        names = [known for known in dir(type(self)) if not known.startswith("_")]
+        guess = "" if name in names or name.startswith("_") else nearest(name, names)
+        msg = f"ctx.{name}: expected a field of the context, got {name!r}."
+        raise AttributeError(f"{msg}{guess}", name=name, obj=self)
 
     def optimizing(self, name: str | None = None) -> AbstractContextManager[None]:
         """Run the forward and backward of one named optimizer inside.
@@ -205,7 +223,13 @@ def default_step(ctx: StepContext) -> None:
         with ctx.optimizing(name):
             ctx.pred = call_model(ctx.model, ctx.input)
             ctx.call_callbacks(f"on_{split}_batch_after_pred")
-            ctx.optimize(ctx.loss_fn(ctx.pred, ctx.target))
+            try:
+                loss = ctx.loss_fn(ctx.pred, ctx.target)
+            except Exception as error:
+                if ctx.target is None and "None" in str(error):
+                    raise missing_target_error("loss") from error
+                raise
+            ctx.optimize(loss)
 
 
 def own_step(ctx: StepContext, step: Callable[[], object]) -> None:

@@ -78,9 +78,9 @@ def code_state(folder: Path) -> CodeState:
         "branch": ["symbolic-ref", "--short", "-q", "HEAD"],
         "status": ["status", "--porcelain=v1", "-z"],
         "remote": ["config", "--get", "remote.origin.url"],
-        "diff": ["diff", "--no-color", "--no-ext-diff", "HEAD", "--", ":/", *hidden],
+        "diff": ["diff", *_PLAIN_DIFF, "HEAD", "--", ":/", *hidden],
     }
-    answers = _ask_git(folder, questions)
+    answers = _ask_git(folder, questions, _turn_off_programs(folder))
     if answers["commit"] is None and answers["status"] is None:
         return CodeState(None, "")
     status = answers["status"]
@@ -94,6 +94,23 @@ def code_state(folder: Path) -> CodeState:
     }
     untracked = [line[3:] for line in changes if line.startswith("?? ")]
     return CodeState(summary, _format_diff(answers["diff"] or "", untracked))
+
+
+_PLAIN_DIFF: Final = ("--no-color", "--no-ext-diff", "--no-textconv")
+
+
+def _turn_off_programs(folder: Path) -> list[str]:
+    """Options of git that keep it from the programs in its settings.
+
+    Filters of files, such as those of Git LFS, may be slow, ask for a password, or write.
+    """
+    pattern = r"^filter\..*\.(clean|process|required)$"
+    lines = _ask_git(folder, {"filters": ["config", "--get-regexp", pattern]})
+    names = [line.partition(" ")[0] for line in (lines["filters"] or "").splitlines()]
+    settings = ["core.fsmonitor=false"]
+    for name in names:
+        settings.append(f"{name}=false" if name.endswith(".required") else f"{name}=")
+    return [word for setting in settings for word in ("-c", setting)]
 
 
 def command() -> list[str]:
@@ -136,14 +153,14 @@ def packages() -> dict[str, str]:
 
 
 def _ask_git(
-    folder: Path, questions: Mapping[str, Sequence[str]]
+    folder: Path, questions: Mapping[str, Sequence[str]], options: Sequence[str] = ()
 ) -> dict[str, str | None]:
     """Run several git commands at once; None for each that fails or is too slow."""
     deadline = time.monotonic() + GIT_TIMEOUT_S
     running = {}
     for word, arguments in questions.items():
         # With optional locks, "git status" could write the index while the user's git does.
-        line = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
+        line = ["git", "--no-optional-locks", "-C", str(folder), *options, *arguments]
         try:
             running[word] = subprocess.Popen(
                 line,

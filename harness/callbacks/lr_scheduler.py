@@ -15,6 +15,7 @@ from harness.data.loaders import num_batches
 from harness.events import check_event
 from harness.metrics.loss import mean_over_ranks
 from harness.pytree import StateDict
+from harness.setup_checks import check_arguments
 
 STEP_EVENTS = frozenset(
     f"on_{split}_batch_{point}"
@@ -84,6 +85,7 @@ class LRScheduler(Monitor):
             advice = "Pass for example torch.optim.lr_scheduler.CosineAnnealingLR."
             raise TypeError(f"{msg} {advice}")
         check_event("LRScheduler(call_on)", call_on)
+        check_arguments("LRScheduler(**options)", scheduler, options)
         self._build, self._options = scheduler, options
         self.call_on, self.opt_name = call_on, opt_name
         if call_on != "on_epoch_end":
@@ -121,6 +123,23 @@ class LRScheduler(Monitor):
         if self._is_plateau and options.get("mode", "auto") == "auto":
             options = options | {"mode": self.mode}
         self.scheduler = self._build(getattr(opt, "optimizer", opt), **options)
+        self._check_length()
+
+    def _check_length(self) -> None:
+        """Refuse a schedule that ends before the fit: torch would end the fit there."""
+        ctx, total = self.ctx, getattr(self.scheduler, "total_steps", None)
+        per_epoch = self._count_steps(ctx)
+        has_own_pace = hasattr(ctx.model, "step") and self.call_on in STEP_EVENTS
+        if not isinstance(total, int) or per_epoch is None or has_own_pace:
+            return
+        needed = per_epoch * ctx.max_epochs
+        if total < needed:
+            msg = (
+                f"LRScheduler({type(self.scheduler).__name__}): expected a schedule of"
+            )
+            got = f"at least {needed} steps for this fit, got {total}"
+            advice = "Pass total_steps='auto' or a larger number."
+            raise ValueError(f"{msg} {got}. {advice}")
 
     def _fill_options(self, ctx: Context) -> dict[str, object]:
         """Options with the number of steps in place of ``"auto"``."""

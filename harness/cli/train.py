@@ -220,9 +220,9 @@ def check_arguments(options: Options) -> None:
     from harness.errors import ExperimentError  # noqa: PLC0415  next to experiment
     from harness.experiment import check_target, load_target  # noqa: PLC0415  imports torch
 
-    arguments = {**_read_config(options["config"]), **options["sets"]}
+    arguments, places = _read_arguments(options)
     try:
-        check_target(load_target(options["target"]), arguments)
+        check_target(load_target(options["target"]), arguments, places)
     except ExperimentError as error:
         raise click.UsageError(str(error)) from error
     _parse_epochs(options["epochs"])
@@ -239,9 +239,9 @@ def load_experiment(target: str, options: Options) -> Experiment:
         parse_literal,
     )
 
-    arguments = {**_read_config(options["config"]), **options["sets"]}
+    arguments, places = _read_arguments(options)
     try:
-        experiment = build_experiment(load_target(target), arguments)
+        experiment = build_experiment(load_target(target), arguments, places)
     except ExperimentError as error:
         raise click.UsageError(str(error)) from error
     if options["opts"]:
@@ -274,6 +274,14 @@ def _make_accelerator(experiment: Experiment, options: Options) -> Accelerator |
         raise click.UsageError(str(error).splitlines()[0]) from error
 
 
+def _read_arguments(options: Options) -> tuple[Options, dict[str, str]]:
+    """Return the arguments of the experiment, and where those of a file come from."""
+    path, sets = options["config"], options["sets"]
+    found = _read_config(path)
+    places = {name: f"--config {path}: {name}" for name in found if name not in sets}
+    return {**found, **sets}, places
+
+
 def _read_config(path: Path | None) -> Options:
     """Read the arguments in a YAML file."""
     if path is None:
@@ -296,11 +304,17 @@ def _parse_epochs(text: str | None) -> int | tuple[int, int] | None:
     if text is None:
         return None
     try:
-        low, *high = (int(part) for part in text.split(","))
-        return (low, *high) if len(high) == 1 else low  # type: ignore[return-value]
+        numbers = [int(part) for part in text.split(",")]
     except ValueError:
-        msg = f"--epochs: expected a number or MIN,MAX, got {text!r}."
-        raise click.UsageError(f"{msg} Write for example --epochs 10.") from None
+        numbers = []
+    match numbers:
+        case [most] if most >= 1:
+            return most
+        case [least, most] if 0 <= least <= most and most >= 1:
+            return least, most
+    expected = "a number from 1, or MIN,MAX"
+    msg = f"--epochs: expected {expected}, got {text!r}."
+    raise click.UsageError(f"{msg} Write for example --epochs 10.")
 
 
 # ------------------------------------------------------------ the recorded command

@@ -198,19 +198,30 @@ def copy_by_value(value: object) -> Any:
     return with_items(value, [copy_by_value(item) for item in items])
 
 
+def missing_target_error(place: str) -> TypeError:
+    """Error of a loss or metric that needs the target of a batch without one."""
+    msg = f"{place}: expected a target, got a batch without one."
+    advice = "Pass data as (input, target), or setup(batch=...)."
+    return TypeError(f"{msg} {advice}")
+
+
 def as_scalar(loss: object, place: str) -> Tensor:
     """A loss as a 0-d tensor.
 
     Raises
     ------
     TypeError
-        If it is not a tensor.
+        If it is not a tensor of real numbers.
     ValueError
         If it has more than one element, or none.
     """
     if not isinstance(loss, Tensor):
-        msg = f"{place}: expected a tensor with one element"
-        raise TypeError(f"{msg}, got {loss!r:.100}. Use the mean over the batch.")
+        msg = f"{place}: expected a tensor with one element, got {loss!r:.100}."
+        advice = "Return the mean over the batch, or a dict of parts."
+        raise TypeError(f"{msg} {advice}")
+    if loss.is_complex():
+        msg = f"{place}: expected a real number, got {loss.dtype}."
+        raise TypeError(f"{msg} Use its absolute value, or its real part.")
     if loss.dim() == 0:
         return loss
     if loss.numel() != 1:

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torchmetrics import MetricCollection
+from torchmetrics import Metric, MetricCollection
+
+from harness.setup_checks import check_call
 
 MAX_NAMED = 100
 """A metric with a vector of more elements is logged as a list, not element by element."""
@@ -92,6 +94,8 @@ def check_metric(item: object, place: str | int) -> Any:
         raise TypeError(
             f"{msg} Give a torchmetrics object or a function f(pred, target)."
         )
+    if not isinstance(item, Metric):
+        check_call(f"metrics[{place!r}]", item, "pred", "target")
     return item
 
 

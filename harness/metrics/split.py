@@ -18,7 +18,7 @@ from torchmetrics.classification import (
     MulticlassStatScores,
 )
 
-from harness.data.batch import copy_by_value, detach
+from harness.data.batch import copy_by_value, detach, missing_target_error
 from harness.metrics.loss import (
     FunctionAverage,
     LossAverage,
@@ -199,6 +199,8 @@ class SplitMetrics:
                 metric.update(pred, target)
         except Exception as exc:
             exc.add_note(f"in metric {name!r}")
+            if target is None and "NoneType" in str(exc):
+                raise missing_target_error(f"metric {name!r}") from exc
             raise
 
     def compute(self) -> StateDict:

@@ -48,3 +48,10 @@ def test_check_event_with_a_typo_offers_the_nearest() -> None:
 def test_nearest_without_anything_alike_is_empty() -> None:
     assert nearest("zzz", ["loss", "accuracy"]) == ""
     assert nearest("los", ["loss", "accuracy"]) == " Did you mean 'loss'?"
+
+
+@pytest.mark.parametrize(
+    ("name", "choice"), [("learning_rate", "lr"), ("wd", "weight_decay")]
+)
+def test_nearest_knows_initials(name: str, choice: str) -> None:
+    assert nearest(name, ["momentum", choice]) == f" Did you mean {choice!r}?"

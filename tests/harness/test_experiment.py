@@ -239,3 +239,18 @@ def test_experiment_fit_without_tracking_records_nothing(tmp_path, monkeypatch):
     made = harness.Experiment(learner=line_learner(), data=slope(2), epochs=1)
     assert made.fit(verbose=False, tracker=False).run_id is None
     assert list(tmp_path.iterdir()) == []
+
+
+def test_setting_of_a_file_is_told_as_one_of_the_file(script):
+    build = load_target(f"{script}:build")
+    places = {"widht": "--config c.yaml: widht", "width": "--config c.yaml: width"}
+    with pytest.raises(
+        harness.ExperimentError, match=r"^--config c\.yaml: widht: expected"
+    ):
+        parse_arguments(build, {"widht": 1}, places)
+    with pytest.raises(
+        harness.ExperimentError, match=r"^--config c\.yaml: width: expected int"
+    ):
+        parse_arguments(build, {"width": "x"}, places)
+    with pytest.raises(harness.ExperimentError, match=r"^--set widht: expected"):
+        parse_arguments(build, {"widht": 1})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -420,3 +421,230 @@ def test_other_errors_of_an_optimizer_are_its_own():
     learner = harness.setup(Net, loss=nn.MSELoss(), optimizer=torch.optim.SGD)
     with pytest.raises(ValueError, match="Invalid learning rate"):
         learner.set_opt_hparams(lr=-1.0).fit((X, Y), 1, tracker=False)
+
+
+# --- what is told in words of our own
+
+
+class AddsTo:
+    def __call__(self, pred: torch.Tensor) -> torch.Tensor:
+        return pred.mean()
+
+
+class StepWithBatch(Net):
+    def step(self, batch):
+        return None
+
+
+class PredictNothing(Net):
+    def predict(self):
+        return None
+
+
+class LossOfOne(Net):
+    def loss(self, pred):
+        return pred.mean()
+
+
+CALLS = {
+    "loss of one": ({"loss": lambda pred: pred.mean()}, r"setup\(loss\): .*f\(pred, t"),
+    "loss object": ({"loss": AddsTo()}, r"setup\(loss\): .*got AddsTo\(pred"),
+    "loss of three": ({"loss": nn.TripletMarginLoss()}, "got TripletMarginLoss"),
+    "metric": ({"metrics": {"m": lambda pred: 0.0}}, r"metrics\['m'\]: .*f\(pred, t"),
+    "backward": ({"backward": lambda: None}, r"setup\(backward\): .*f\(loss\)"),
+    "step": ({"module": StepWithBatch}, r"StepWithBatch.step: .*as f\(\), got step\(b"),
+    "predict": ({"module": PredictNothing}, r"PredictNothing.predict: .*f\(input\)"),
+    "own loss": ({"module": LossOfOne, "loss": None}, "LossOfOne.loss: "),
+}
+
+
+@pytest.mark.parametrize("case", CALLS)
+def test_functions_that_take_other_arguments_are_told_before_any_epoch(case):
+    options, match = CALLS[case]
+    seen = Seen()
+    with pytest.raises(TypeError, match=match):
+        harness.setup(
+            **(
+                {"module": Net, "loss": nn.MSELoss(), "optimizer": torch.optim.SGD}
+                | options
+            )
+        ).set_opt_hparams(lr=0.1).fit(
+            (X, Y), 1, callbacks=[seen], tracker=False, verbose=False
+        )
+    assert seen.epochs == 0
+
+
+def test_own_step_may_call_the_loss_as_it_likes():
+    class Triplet(Net):
+        def step(self):
+            x = self(self.ctx.input)
+            return self.ctx.loss_fn(x, x + 1, x - 1)
+
+    made = harness.setup(
+        Triplet, loss=nn.TripletMarginLoss(), optimizer=torch.optim.SGD
+    ).set_opt_hparams(lr=0.1)
+    # The distances to both are the same, so the loss is the margin.
+    found = made.fit((X, Y), 1, tracker=False, verbose=False).records
+    assert found["metrics"]["train"][0]["loss"] == pytest.approx(1.0, abs=1e-5)
+
+
+HPARAMS = {
+    "optimizer": ({"learning_rate": 1}, {}, r"got 'learning_rate'\. Did you mean 'lr'"),
+    "optimizer decay": ({"wd": 1}, {}, r"argument of SGD, .*mean 'weight_decay'"),
+    "model": ({}, {"widht": 2}, r"set_hparams: .* Net, got 'widht'\. .* 'width'\?"),
+}
+
+
+@pytest.mark.parametrize("case", HPARAMS)
+def test_hparam_that_nothing_takes_names_the_nearest(case):
+    opt_hparams, hparams, match = HPARAMS[case]
+    made = learner().set_opt_hparams(**opt_hparams).set_hparams(**hparams)
+    with pytest.raises(TypeError, match=match):
+        made.fit((X, Y), 1, tracker=False, verbose=False)
+
+
+def test_hparam_of_set_optimizers_names_the_nearest():
+    made = harness.setup(Optimizers, loss=nn.MSELoss()).set_opt_hparams(kid="list")
+    with pytest.raises(TypeError, match=r"set_optimizers, got 'kid'\. .*'kind'"):
+        made.fit((X, Y), 1, tracker=False)
+
+
+def collate_nothing(rows):
+    return None
+
+
+def fit_of_batches(batches, **options):
+    made = learner(**options)
+    made.fit(DataLoader(batches, batch_size=None), 1, tracker=False, verbose=False)
+
+
+class Batches(IterableDataset):
+    def __init__(self, *batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+WITHOUT = "a target, got a batch without one"
+FIRST_BATCHES = {
+    "none": (Batches(None), {}, "Net.forward: expected an input, got None"),
+    "later none": (Batches((X, Y), None), {}, "Net.forward: expected an input"),
+    "pair of none": (Batches((None, None)), {}, "Net.forward: expected an input"),
+    "lone tensor": (Batches(X), {}, f"loss: expected {WITHOUT}"),
+    "target none": (Batches((X, None)), {}, f"loss: expected {WITHOUT}"),
+    "lone tensor of a function": (
+        Batches(X),
+        {"loss": lambda pred, target: (pred - target).mean()},
+        f"loss: expected {WITHOUT}",
+    ),
+    "cross entropy": (
+        Batches(X),
+        {"loss": nn.CrossEntropyLoss()},
+        f"loss: expected {WITHOUT}",
+    ),
+    "metric": (
+        Batches(X),
+        {
+            "loss": lambda pred, target: pred.mean(),
+            "metrics": {"mae": lambda pred, target: (pred - target).mean()},
+        },
+        f"metric 'mae': expected {WITHOUT}",
+    ),
+    "complex loss": (
+        Batches((X, Y)),
+        {"loss": lambda pred, target: pred.mean() * 1j},
+        r"loss: expected a real number, got torch\.complex64",
+    ),
+    "no loss": (
+        Batches((X, Y)),
+        {"loss": lambda pred, target: None},
+        "got None. Return the mean over the batch",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FIRST_BATCHES)
+def test_batch_or_loss_of_a_wrong_kind_is_told(case):
+    batches, options, match = FIRST_BATCHES[case]
+    with pytest.raises(TypeError, match=match) as caught:
+        fit_of_batches(batches, **options)
+    assert "epoch 1, iter" in caught.value.__notes__[0]
+
+
+def test_target_that_is_missing_in_predict_and_evaluate():
+    fitted = learner().fit((X, Y), 1, tracker=False, verbose=False)
+    assert fitted.predict(X).shape == (40, 1)
+    with pytest.raises(TypeError, match=WITHOUT):
+        fitted.evaluate(X)
+    with pytest.raises(TypeError, match=r"Net.forward: expected an input, got None"):
+        fitted.predict(DataLoader(TensorDataset(X, Y), 8, collate_fn=collate_nothing))
+
+
+class Broken(Net):
+    def loss(self, pred, target):
+        raise RuntimeError("of the user")
+
+
+def test_error_of_a_loss_without_a_target_stays_the_users():
+    made = harness.setup(Broken, optimizer=torch.optim.SGD).set_opt_hparams(lr=0.1)
+    with pytest.raises(RuntimeError, match="of the user"):
+        made.fit(X, 1, tracker=False, verbose=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [
+        ("log_figure", r"The run has it: ctx\.run\.log_figure"),
+        ("epocs", r"Did you mean 'epoch'"),
+    ],
+)
+def test_field_that_the_context_does_not_have_is_told(name, match):
+    class Reads(harness.Callback):
+        def on_epoch_end(self):
+            getattr(self.ctx, name)
+
+    with pytest.raises(AttributeError, match=match):
+        learner().fit((X, Y), 1, callbacks=[Reads()], tracker=False, verbose=False)
+
+
+OneCycle, Schedule = torch.optim.lr_scheduler.OneCycleLR, harness.callbacks.LRScheduler
+
+
+@pytest.mark.parametrize(
+    ("call_on", "accumulate", "needed"),
+    [  # 5 batches of 8, 2 epochs
+        ("on_train_batch_after_step", 1, 10),
+        ("on_train_batch_after_step", 2, 6),
+        ("on_train_batch_after_step", 4, 4),
+        ("on_train_batch_end", 4, 10),
+        ("on_epoch_end", 1, 2),
+    ],
+)
+def test_schedule_one_step_too_short_is_told(call_on, accumulate, needed):
+    def fit(total):
+        seen = Seen()
+        schedule = Schedule(OneCycle, call_on=call_on, max_lr=0.1, total_steps=total)
+        learner().fit(
+            (X, Y),
+            2,
+            callbacks=[seen, schedule],
+            accelerator=harness.accelerator(accumulate=accumulate, device="cpu"),
+            dataloader_options={"batch_size": 8},
+            tracker=False,
+            verbose=False,
+        )
+        return seen
+
+    with warnings.catch_warnings():  # torch: an accumulating optimizer steps later
+        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+        fit(needed)
+        with pytest.raises(
+            ValueError, match=f"at least {needed} steps for this fit, got {needed - 1}"
+        ):
+            fit(needed - 1)
+
+
+def test_schedule_option_that_it_does_not_take_is_told():
+    with pytest.raises(TypeError, match=r"LRScheduler.*got 'Tmax'\. Did you mean 'T_m"):
+        Schedule(torch.optim.lr_scheduler.CosineAnnealingLR, Tmax=3)

@@ -153,3 +153,30 @@ def test_code_state_diff_leaves_out_settings_with_secrets_and_masks_code(repo):
     assert "+num_tokens: hunter22\n" in diff
     assert "+password = '***'\n" in diff
     assert diff.count("hunter22") == 1
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "filter.own.clean",
+        "filter.own.process",
+        "diff.own.textconv",
+        "diff.own.command",
+        "core.fsmonitor",
+    ],
+)
+def test_code_state_runs_no_program_of_gits_settings(setting, repo, tmp_path_factory):
+    told = tmp_path_factory.mktemp("told") / "told"
+    program = told.with_name("program")
+    program.write_text(f"#!/bin/sh\necho ran >> {told}\ncat\n")
+    program.chmod(0o755)
+    git(repo, "config", setting, str(program))
+    git(repo, "config", "filter.own.required", "true")
+    (repo / ".git" / "info").mkdir(exist_ok=True)
+    (repo / ".git" / "info" / "attributes").write_text("*.py filter=own diff=own\n")
+    (repo / "train.py").write_text("lr = 2\n")
+    state = code_state(repo)
+    assert "-lr = 1\n+lr = 2\n" in state.diff
+    assert state.summary is not None
+    assert state.summary["dirty"] is True
+    assert not told.exists()

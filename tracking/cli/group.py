@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import sysconfig
+import traceback
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import click
@@ -41,13 +44,33 @@ class CommandGroup(click.Group):
 
 
 def format_error(error: Exception) -> str:
-    """Format an exception and its notes as one line."""
+    """Format an exception and its notes as one line, with the place in the user's code."""
     text = str(error) or type(error).__name__
     notes = " ".join(getattr(error, "__notes__", []))
     is_clear = isinstance(error, ValueError | TypeError | LookupError | OSError)
+    is_clear = is_clear and type(error) is not KeyError  # its text is only the key
     if not is_clear and not text.startswith(type(error).__name__):
         text = f"{type(error).__name__}: {text}"
-    return f"{text} ({notes})" if notes else text
+    text = f"{text} ({notes})" if notes else text
+    place = find_user_code(error)
+    return f"{text} [{place}; --debug shows the traceback]" if place else text
+
+
+def find_user_code(error: Exception) -> str | None:
+    """``file:line`` of the innermost call in the user's own code; None if there is none."""
+    paths = sysconfig.get_paths()
+    libraries = tuple(paths[key] for key in ("stdlib", "purelib", "platlib", "scripts"))
+    found = None
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        file, module = frame.f_code.co_filename, frame.f_globals.get("__name__", "")
+        is_ours = module.partition(".")[0] in {"harness", "tracking"}
+        if not is_ours and not file.startswith(("<", *libraries)):
+            found = file, line
+    if found is None:
+        return None
+    path = Path(found[0])
+    is_below = path.is_relative_to(Path.cwd())
+    return f"{path.relative_to(Path.cwd()) if is_below else path}:{found[1]}"
 
 
 @contextlib.contextmanager

@@ -53,7 +53,7 @@ def run_tags(
     if not manifest.mlflow.get("borrowed"):
         found |= {
             "mlflow.user": manifest.user,
-            "mlflow.source.name": _source(manifest.command),
+            "mlflow.source.name": find_source(manifest.command),
             "mlflow.source.type": "LOCAL",
             "mlflow.source.git.commit": git.get("commit") or "",
             "mlflow.source.git.branch": git.get("branch") or "",
@@ -112,11 +112,20 @@ def _error(manifest: Manifest) -> str:
     return " ".join(text.split())[:1000]
 
 
-def _source(command: list[str]) -> str:
-    """Script or module that a command runs."""
-    for word, following in zip(command[1:], [*command[2:], ""], strict=True):
-        if word == "-m":
-            return following
-        if not word.startswith("-"):
+def find_source(command: list[str]) -> str:
+    """Script or module that a command runs; the program itself for code in the command."""
+    words = iter(command[1:])
+    for word in words:
+        if word in {
+            "-X",
+            "-W",
+            "--check-hash-based-pycs",
+        }:  # the next word is its value
+            next(words, None)
+        elif word == "-m":
+            return next(words, "")
+        elif word in {"-c", "-"}:
+            break
+        elif not word.startswith("-"):
             return word
     return command[0] if command else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 
 import click
@@ -45,9 +46,22 @@ USAGE = {
     "no value": (["fit", "exp_cli.py:experiment", "--set", "hidden"], "NAME=VALUE"),
     "wrong type": (["fit", "exp_cli.py:experiment", "--set", "hidden=x"], "got 'x'"),
     "epochs": (["fit", "exp_cli.py:experiment", "--epochs", "ten"], "got 'ten'"),
+    "no epochs": (["fit", "exp_cli.py:experiment", "--epochs", "0"], "got '0'"),
+    "epochs in disorder": (
+        ["fit", "exp_cli.py:experiment", "--epochs", "3,2"],
+        "got '3,2'",
+    ),
     "unknown run": (["resume", "nowhere"], "nowhere"),
     "run to resume": (["fit", "exp_cli.py:experiment", "--resume", "no"], "'no'"),
 }
+
+
+def test_fit_wrong_key_of_a_file_is_told_as_one_of_the_file(call, folder):
+    (folder / "own.yaml").write_text("hiden: 3\n")
+    done = call("fit", "exp_cli:experiment", "--config", "own.yaml")
+    assert done.exit_code == 2
+    assert "Error: --config own.yaml: hiden: expected" in done.output
+    assert "--set" not in done.output
 
 
 @pytest.mark.parametrize("case", USAGE)
@@ -64,10 +78,15 @@ def test_fit_failing_in_mid_epoch_ends_with_1_and_keeps_the_record(call, folder)
     done = call("fit", "exp_cli.py:experiment", *words)
     assert done.exit_code == 1
     (line,) = done.output.splitlines()
-    assert line == (
+    start = (
         "error: ArithmeticError: no such number "
         "(in Breaks.on_train_batch_begin, epoch 2, iter 2, training)"
     )
+    place = re.escape(f"{start} [exp_cli.py:") + r"(\d+); --debug shows the traceback\]"
+    found = re.fullmatch(place, line)
+    assert found is not None, line
+    lines = (folder / "exp_cli.py").read_text().splitlines()
+    assert "no such number" in lines[int(found[1]) - 1]
     past = tracking.open("broken")
     assert past.status == "failed"
     loss = past.records(what="metrics", set="train", name="loss")
