@@ -34,7 +34,8 @@ def encode_object(value: object) -> Any:
     name = name_of(type(value))
     if name is None or any(vars(value)[hook] for hook in hooks):
         return {"$text": type(value).__qualname__}
-    states = value._defaults if isinstance(value, Metric) else {}
+    metric: Any = value if isinstance(value, Metric) else None
+    states = metric._defaults if metric is not None else {}
     known = {*states, *(_OF_METRIC if isinstance(value, Metric) else _OF_MODULE)}
     return {
         "$module": name,
@@ -53,8 +54,8 @@ def encode_object(value: object) -> Any:
         "states": {
             key: [
                 _encode(item),
-                _encode(value._reductions[key]),
-                value._persistent[key],
+                _encode(metric._reductions[key]),
+                metric._persistent[key],
             ]
             for key, item in states.items()
         },
