@@ -64,7 +64,7 @@ def start_tracking(ctx: Context, tracker: Tracker) -> Iterator[None]:
     rank, share = ctx.accelerator.rank, ctx.accelerator.broadcast
     options: Options = dict(given) | find_resumed_run(ctx)
     if rank == 0:
-        run = tracking.start(**options)
+        run = tracking.start(**options | {"rank": 0})
         share(run.id)
     else:
         run = tracking.start(**options | {"rank": rank, "run_id": share(None)})

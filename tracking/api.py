@@ -13,10 +13,11 @@ import pyarrow as pa
 
 from tracking import capture
 from tracking.delivery.options import check_options
+from tracking.ranks import announce_run, next_announcement, wait_for_run
 from tracking.redaction import redact, strip_url
 from tracking.run import Run, utc_now
 from tracking.schema import check_name
-from tracking.settings import read_secrets
+from tracking.settings import read_rank, read_secrets
 from tracking.store import (
     FORMAT,
     Manifest,
@@ -40,7 +41,7 @@ def start(
     durability: Literal["process", "fsync"] = "process",
     delivery: bool | Mapping[str, Any] = True,
     save_diff: bool = True,
-    rank: int = 0,
+    rank: int | None = None,
     run_id: str | None = None,
 ) -> Run:
     """Start a run, or continue one.
@@ -65,10 +66,13 @@ def start(
         options, e.g. ``{"per_key": 10_000}``. False: nothing is sent to MLflow.
     save_diff
         Keep uncommitted changes of the code as the artifact ``code.diff``.
-    rank : >= 0
-        Rank of this process. Only rank 0 writes the manifest and sends to MLflow.
+    rank : >= 0, or None
+        Rank of this process. None: as a launcher such as torchrun tells, else 0. The ranks
+        of a launch record into one run, each into a part of its own. Only rank 0 writes
+        the manifest and sends to MLflow. 0 gives each process a run of its own.
     run_id
-        Run to join (on a rank above 0) or to continue (on rank 0).
+        Run to join (on a rank above 0) or to continue (on rank 0). None: a new run, which
+        rank 0 starts; other ranks of a launch wait for it.
 
     Returns
     -------
@@ -82,6 +86,8 @@ def start(
         If another process writes the records of this rank.
     RunNotFoundError
         If ``run_id`` names no run.
+    TimeoutError
+        On a rank above 0, if rank 0 starts no run.
     ValueError, TypeError
         If an argument is wrong.
 
@@ -97,11 +103,7 @@ def start(
     experiment, name, note = (
         text and redact(text, read_secrets()) for text in (experiment, name, note)
     )
-    if rank < 0 or (rank > 0 and run_id is None):
-        raise ValueError(
-            f"start(rank={rank}): expected rank 0, or a run_id to join, got "
-            f"run_id={run_id!r}. Start on rank 0 and pass its run.id to the others."
-        )
+    rank, run_id, announcement = _find_place(rank, run_id, runs_folder(runs_dir))
     made = None
     if rank > 0:
         assert run_id is not None
@@ -130,12 +132,43 @@ def start(
     except BaseException:
         _undo_start(run, made)
         raise
+    if announcement is not None:
+        announce_run(announcement, run.id)
     if rank == 0 and delivery is not False:
         run.deliver()
     # pyarrow imports pandas with its first array, which takes half a second. Do it now,
     # while the delivery process starts, and not when the first block is sealed.
     pa.array([])
     return run
+
+
+def _find_place(
+    rank: int | None, run_id: str | None, runs: Path
+) -> tuple[int, str | None, Path | None]:
+    """Return the rank, the run to join or continue, and where rank 0 announces a new one.
+
+    Raises
+    ------
+    TimeoutError
+        If rank 0 of the launch announces no run.
+    ValueError
+        If a rank above 0 has no run to join.
+    """
+    launched = read_rank() if rank is None else None
+    if launched is None:
+        rank = rank or 0
+        if rank < 0 or (rank > 0 and run_id is None):
+            raise ValueError(
+                f"start(rank={rank}): expected rank 0, or a run_id to join, got "
+                f"run_id={run_id!r}. Start on rank 0 and pass its run.id to the others."
+            )
+        return rank, run_id, None
+    if run_id is not None:
+        return launched.rank, run_id, None
+    path = next_announcement(runs, launched)
+    if launched.rank > 0:
+        return launched.rank, wait_for_run(path, launched.rank), None
+    return 0, None, path
 
 
 def _check_delivery(delivery: bool | Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""Settings of delivery from environment variables. They are read only here."""
+"""Settings of delivery, and the rank, from environment variables. They are read only here."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 import tempfile
@@ -68,6 +69,66 @@ class Settings:
     def redact_address(self, uri: str) -> str:
         """Redact the address of a store; one that is a path stays as it is."""
         return redact_address(uri, self.secrets)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchedRank:
+    """One of several ranks that a launcher started.
+
+    Attributes
+    ----------
+    rank : >= 0
+        As in torch.
+    key
+        The same on all ranks of a launch, and another one in other launches.
+    """
+
+    rank: int
+    key: str
+
+
+_RANKS = (
+    ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE"),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALNRANKS"),
+    ("FLUX_TASK_RANK", "FLUX_JOB_SIZE", ""),
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", ""),
+)
+"""Variables of launchers with rank, number of ranks, and their number on this machine."""
+
+_SHARED = (
+    *("MASTER_ADDR", "MASTER_PORT", "PMIX_NAMESPACE", "FLUX_JOB_ID"),
+    *("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"),
+    *("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"),
+)
+"""Variables that are the same on all ranks of a launch."""
+
+
+def read_rank(environment: Mapping[str, str] | None = None) -> LaunchedRank | None:
+    """Read which rank this process is; None if it is not one of several.
+
+    Parameters
+    ----------
+    environment
+        Environment variables; None: those of this process.
+    """
+    if environment is None:
+        environment = os.environ  # noqa: TID251  read only here
+    for rank, size, local_size in _RANKS:
+        numbers = environment.get(rank, ""), environment.get(size, "")
+        if not all(number.isdecimal() for number in numbers):
+            continue
+        if int(numbers[1]) < 2:
+            return None
+        shared = [f"{name}={environment.get(name)}" for name in _SHARED]
+        # DeepSpeed's launcher has a name of its own.
+        local = environment.get(local_size, environment.get("LOCAL_SIZE"))
+        if local == numbers[1]:
+            shared.append(str(os.getppid()))  # on one machine the launcher itself
+        key = hashlib.sha256("\n".join([*shared, numbers[1]]).encode()).hexdigest()
+        return LaunchedRank(rank=int(numbers[0]), key=key[:16])
+    return None
 
 
 def read_secrets(environment: Mapping[str, str] | None = None) -> tuple[str, ...]:
