@@ -85,6 +85,7 @@ class Context:
     about: StateDict  #: description of the fit, which a resume compares
     resume: Resume | None  #: checkpoint to resume from, until it is restored
     train_pass: TrainPass | None  #: current pass over the training data
+    epoch_start: StateDict | None  #: random state before the events of the epoch
     valid_start: ValidationStart | None  #: state before the current validation
     stop_signal: int | None  #: signal that ended the fit after a batch
     handlers: Handlers  #: exception type -> callable; a match ends the fit quietly
@@ -278,13 +279,12 @@ class Context:
     def clean(self) -> None:
         """Drop everything that does not outlive the call: all but records, model, hparams."""
         self.about, self.buffers, self._optimizers = {}, {}, {}
-        self.handlers, self.epoch_handlers = {}, {}
-        self.run = NullRun()
+        self.handlers, self.epoch_handlers, self.run = {}, {}, NullRun()
         self.accelerator = self.train_data = self.valid_data = self.data = None
         self.resume = self.train_pass = self.valid_start = self.stop_signal = None
         self.metrics = self.step_opt = self.loss_fn = self.backward = None
         self._verbose, self._callbacks, self.listeners = False, (), Listeners()
-        self.training, self.trained = False, 0
+        self.training, self.trained, self.epoch_start = False, 0, None
         self._rows, self._has_warned_of_rows = None, False
         self.epoch = self._iter = self._batch = self.pred = self.batch_values = None
         self.loss = self.loss_grad = self._opt = self._opt_name = None

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from harness.checkpoint.hparams import HparamSource, encode_hparams, name_of
 from harness.checkpoint.objects import ObjectSource, encode_object
@@ -84,6 +84,9 @@ class Fitted:
         What was logged: ``records[what][set][index - 1]``.
     learner : Learner
         Definition of the training.
+    loss : callable or None
+        The fit's own copy of the loss of ``setup``, with what it learned, on the CPU. None
+        if the model defines the loss.
     hparams, opt_hparams : dict
         Keyword arguments of the model and the optimizers.
     run_id : str or None
@@ -105,6 +108,7 @@ class Fitted:
     run_path: Path | None = None
     signum: int | None = None
     best_epoch: int | None = None
+    loss: Callable[..., Tensor] | None = field(default=None, repr=False)
 
     @property
     def is_interrupted(self) -> bool:
@@ -168,7 +172,8 @@ class Fitted:
             opt_hparams=encode_hparams(self.opt_hparams),
             records=self.records,
             run_id=self.run_id,
-            loss=encode_object(self.learner.loss),
+            best_epoch=self.best_epoch,
+            loss=encode_object(self.learner.loss if self.loss is None else self.loss),
             metrics={
                 split: {name: encode_object(item) for name, item in own.items()}
                 for split, own in vars(self.learner.metrics).items()

@@ -25,6 +25,7 @@ from harness.callbacks import Interrupt, Metrics, Profile, Progress, TrainValid
 from harness.callbacks.resuming import find_resume
 from harness.checkpoint.hparams import HparamSource
 from harness.checkpoint.objects import ObjectSource
+from harness.checkpoint.search import find_loss_modules
 from harness.checkpoint.state import (
     describe_fit,
     get_extra_states,
@@ -47,6 +48,13 @@ from harness.data.loaders import (
 from harness.errors import CheckpointError
 from harness.fitted import Evaluation, Fitted
 from harness.loop import EvaluateContext, FitContext, PredictContext
+from harness.loss import (
+    check_parameters,
+    list_parameters,
+    make_loss,
+    use_copies,
+    warn_of_untrained,
+)
 from harness.metrics.sets import MetricSet, as_metric_set
 from harness.reshard.consolidated import shape_buffers
 from harness.rng import get_cpu_rng_state, set_cpu_rng_state
@@ -136,8 +144,15 @@ class Learner:
         check_definition(model, self.loss, self.optimizer)
         return model
 
-    def build_optimizers(self, model: nn.Module) -> object:
+    def build_optimizers(self, model: nn.Module, loss: object = None) -> object:
         """Build the optimizers of a model, as ``setup(optimizer=...)`` or the model says.
+
+        Parameters
+        ----------
+        model
+            The model.
+        loss
+            Loss of the fit, whose parameters are trained too.
 
         Returns
         -------
@@ -150,15 +165,13 @@ class Learner:
         check_arguments("set_opt_hparams", build, self.opt_hparams)
         with refusing_lazy_layers(model):
             if self.optimizer is not None:
-                return build(model.parameters(), **self.opt_hparams)
-            return build(**self.opt_hparams)
-
-    def get_loss_fn(
-        self, model: nn.Module, device: torch.device
-    ) -> Callable[..., Tensor] | None:
-        """Return the loss, from ``setup(loss=...)`` or the model, on the device."""
-        loss = self.loss if self.loss is not None else getattr(model, "loss", None)
-        return loss.to(device) if isinstance(loss, nn.Module) else loss
+                own = list_parameters(loss, model).values()
+                params = [*model.parameters(), *own] if own else model.parameters()
+                return build(params, **self.opt_hparams)
+            optimizers = build(**self.opt_hparams)
+        use_copies(optimizers, self.loss, loss, model)
+        warn_of_untrained(optimizers, loss, model)
+        return optimizers
 
     def fit(
         self,
@@ -231,10 +244,12 @@ class Learner:
             load_weights(model, resume.path)
         if self.compile is not False:
             model.compile(**check_compile(self.compile))
+        loss = make_loss(self.loss, model, accelerator.device)
+        check_parameters(loss, model, accelerator)
         ctx = FitContext(
             model=model,
-            optimizers=partial(self.build_optimizers, model),
-            loss_fn=self.get_loss_fn(model, accelerator.device),
+            optimizers=partial(self.build_optimizers, model, loss),
+            loss_fn=loss,
             hparams=self.hparams,
             opt_hparams=self.opt_hparams,
             data=train,
@@ -290,8 +305,11 @@ class Learner:
         model.cpu()
         if weights:
             model.load_state_dict(weights)
+        for module in find_loss_modules(ctx.loss_fn, model):
+            module.cpu().eval()
         return Fitted(
             model=model.eval(),
+            loss=None if self.loss is None else ctx.loss_fn,
             records=ctx.records,
             learner=self,
             hparams=ctx.hparams,
@@ -342,7 +360,9 @@ class Learner:
             model=fitted.model,
             newdata=make_eval_loader(data, dataloader_options, "data"),
             optimizers=partial(self._build_optimizers_for_names, fitted.model),
-            loss_fn=self.get_loss_fn(fitted.model, accelerator.device),
+            loss_fn=make_loss(
+                self._choose_loss(fitted), fitted.model, accelerator.device
+            ),
             opt_hparams=fitted.opt_hparams,
             accelerator=accelerator,
             verbose=verbose,
@@ -352,6 +372,11 @@ class Learner:
         with restore_model_after(ctx):
             loop.evaluate(ctx)
         return Evaluation(records=ctx.records)
+
+    def _choose_loss(self, fitted: Fitted) -> Callable[..., Tensor] | None:
+        """Return the loss as the fit left it, if this learner has the same one."""
+        is_same = self.loss is fitted.learner.loss and fitted.loss is not None
+        return fitted.loss if is_same else self.loss
 
     def _build_optimizers_for_names(self, model: nn.Module) -> object:
         """Build optimizers whose names are used; a placeholder if there are none."""
@@ -611,5 +636,7 @@ def load(
         learner=learner,
         hparams=dict(learner.hparams),
         opt_hparams=dict(learner.opt_hparams),
+        loss=learner.loss,
         run_id=about.run_id,
+        best_epoch=about.best_epoch,
     )

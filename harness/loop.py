@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from harness.accelerators.base import Accelerator, StepOpt, default_step_opt
 from harness.callback import Callback
-from harness.checkpoint.state import mark_validation
+from harness.checkpoint.state import get_generators, mark_validation
 from harness.context import Context, Handlers
 from harness.data.batch import copy_by_value
 from harness.data.train_pass import TrainPass
@@ -27,6 +27,7 @@ from harness.events import FIT_EVENTS
 from harness.metrics.split import count_batch_values
 from harness.pytree import map_tensors
 from harness.records import NullRun
+from harness.rng import get_rng_state
 from harness.setup_checks import check_optimizers, parse_epochs
 from harness.steps import StepContext, call_model, default_step, own_step
 
@@ -90,7 +91,7 @@ class FitContext(StepContext):
         )
         self._min_epochs, self._max_epochs = parse_epochs(epochs)
         self.hparams, self.opt_hparams = dict(hparams), dict(opt_hparams)
-        self.model = model  # set_optimizers may use self.ctx
+        self.model, self.loss_fn = model, loss_fn  # set_optimizers may use self.ctx
         if callable(optimizers):
             optimizers = optimizers()
         prepare: Callable[..., Any] = accelerator.prepare
@@ -102,7 +103,7 @@ class FitContext(StepContext):
         accelerator.after_step = partial(self._fire_step, "after")
         self.model, self.optimizers = model, named
         self.steps = accelerator.steps
-        self.loss_fn, self.step_opt = loss_fn, step_opt
+        self.step_opt = step_opt
         self.train_data, self.valid_data = loaders
         self.data = self.train_data
 
@@ -182,12 +183,11 @@ class EvaluateContext(PredictContext):
         **kwargs: Any,
     ) -> None:
         PredictContext.__init__(self, **kwargs)
-        self.epoch = 1
+        self.epoch, self.loss_fn = 1, loss_fn
         self.opt_hparams = dict(opt_hparams)
         self.optimizers = check_optimizers(
             optimizers() if callable(optimizers) else optimizers
         )
-        self.loss_fn = loss_fn
         self.valid_data = self.data
 
 
@@ -220,6 +220,9 @@ def begin_epoch(ctx: StepContext) -> None:
     """Fire ``on_epoch_begin`` with nothing of the epoch before, as after a resume."""
     ctx.iter = ctx.batch = ctx.pred = ctx.loss = ctx.loss_grad = None
     ctx.training = True
+    if ctx.resume is not None:
+        ctx.resume.restore_before_epoch(ctx)
+    ctx.epoch_start = get_rng_state(get_generators(ctx))
     ctx.call_callbacks("on_epoch_begin")
 
 

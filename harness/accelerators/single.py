@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -33,6 +33,32 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
+LEFT = "left_out"
+"""Key of a saved group whose parameters the optimizer has state of, and no longer steps."""
+
+
+@contextmanager
+def listing_all_state(opt: Any) -> Iterator[None]:
+    """List parameters that are no longer stepped in a last group, so that none is lost.
+
+    torch 2.13: ``Optimizer.state_dict`` fails if it has state of a parameter in no group.
+    """
+    stepped = {id(param) for group in opt.param_groups for param in group["params"]}
+    left = [
+        param
+        for param in getattr(opt, "state", ())
+        if isinstance(param, Tensor) and id(param) not in stepped
+    ]
+    if not left:
+        yield
+        return
+    opt.param_groups.append({**opt.param_groups[0], "params": left, LEFT: True})
+    try:
+        yield
+    finally:
+        opt.param_groups.pop()
+
+
 def load_optimizer_state(opt: Any, saved: StateDict, name: str) -> None:
     """Restore the state of an optimizer in its saved dtypes.
 
@@ -55,6 +81,7 @@ def load_optimizer_state(opt: Any, saved: StateDict, name: str) -> None:
         for key, value in entry.items():
             if isinstance(value, Tensor):
                 live[key] = value.to(live[key].device, copy=True)
+    opt.param_groups[:] = [group for group in opt.param_groups if LEFT not in group]
 
 
 def parameters_of_others(optimizers: Mapping[str, Any]) -> dict[str, list[Tensor]]:
@@ -95,6 +122,10 @@ def with_dense_grad(param: Tensor) -> Tensor:
     stand_in = torch.empty_like(values)
     stand_in.grad = values
     return stand_in
+
+
+_KnownLayout = tuple[Tensor, list[list[int]], list[list[int]]]
+"""Layout, members of the groups, and the ids of the parameters that these are of."""
 
 
 class SingleDevice:
@@ -159,7 +190,7 @@ class SingleDevice:
         self._done: dict[str, int] = {}
         self._hooks: list[RemovableHandle] = []
         self._others: dict[str, list[Tensor]] = {}
-        self._known_layouts: dict[str, tuple[Tensor, list[list[int]]]] = {}
+        self._known_layouts: dict[str, _KnownLayout] = {}
         self._scalers: dict[str, LossScaler] = {}
         self._nothing: AbstractContextManager[object] = nullcontext()
 
@@ -363,14 +394,20 @@ class SingleDevice:
 
     def state_dict(self) -> StateDict:
         """Weights, buffers, optimizers, gradients, counters and frozen parameters; live."""
+        with ExitStack() as stack:
+            for opt in self._optimizers.values():
+                stack.enter_context(listing_all_state(opt))
+            return self._capture()
+
+    def _capture(self) -> StateDict:
         model = self._model
         assert model is not None
         return {
             "world_size": 1,
             "model": named_tensors(model),
             "optimizers": {n: opt.state_dict() for n, opt in self._optimizers.items()},
-            "layouts": {n: layout for n, (layout, _) in self._layouts().items()},
-            "members": {n: groups for n, (_, groups) in self._layouts().items()},
+            "layouts": {n: known[0] for n, known in self._layouts().items()},
+            "members": {n: known[1] for n, known in self._layouts().items()},
             "kinds": {n: type(opt).__name__ for n, opt in self._optimizers.items()},
             "steps": dict(self.steps),
             "done": dict(self._done),
@@ -390,16 +427,18 @@ class SingleDevice:
         scalers = {name: scaler.state_dict() for name, scaler in self._scalers.items()}
         return {"overflows": dict(self.overflows), "scalers": scalers}
 
-    def _layouts(self) -> dict[str, tuple[Tensor, list[list[int]]]]:
-        """Layout and group members of each optimizer, updated if it got more parameters."""
+    def _layouts(self) -> dict[str, _KnownLayout]:
+        """Layout and group members of each optimizer; made anew if its groups changed."""
         assert self._model is not None
         for name, opt in self._optimizers.items():
-            params = [param for group in opt.param_groups for param in group["params"]]
-            found = self._known_layouts.get(name)
-            if found is None or len(found[0]) != len(params):
+            groups = [group["params"] for group in opt.param_groups]
+            ids = [[id(param) for param in params] for params in groups]
+            if name not in self._known_layouts or self._known_layouts[name][2] != ids:
+                stepped = [param for params in groups for param in params]
                 self._known_layouts[name] = (
-                    make_plain_layout(self._model, params),
+                    make_plain_layout(self._model, stepped),
                     group_members(self._model, opt.param_groups),
+                    ids,
                 )
         return self._known_layouts
 

@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from harness.callbacks.monitor import Monitor
 from harness.context import NO_LIMIT, Context
 from harness.data.loaders import num_batches
+from harness.errors import CheckpointError
 from harness.events import check_event
 from harness.metrics.loss import mean_over_ranks
 from harness.pytree import StateDict
@@ -191,12 +192,37 @@ class LRScheduler(Monitor):
             self._step()
 
     def state_dict(self) -> StateDict:
-        """Return the scheduler's state."""
-        return {"scheduler": self.scheduler.state_dict()}
+        """Return the scheduler's state and class, and the rates that it started from."""
+        return {
+            "scheduler": self.scheduler.state_dict(),
+            "class": type(self.scheduler).__name__,
+            "initial_rates": self._get_initial_rates(),
+        }
+
+    def _get_initial_rates(self) -> list[float]:
+        groups = self.scheduler.optimizer.param_groups
+        return [float(group.get("initial_lr", group["lr"])) for group in groups]
 
     def load_state_dict(self, state: StateDict) -> None:
-        """Restore the scheduler's state."""
+        """Restore the scheduler's state; it starts from another rate if the user changed it.
+
+        Raises
+        ------
+        CheckpointError
+            If it is the state of a scheduler of another class.
+        """
+        kind = type(self.scheduler).__name__
+        if state.get("class", kind) != kind:
+            msg = f"LRScheduler: expected the state of {kind}, got that of {state['class']}."
+            raise CheckpointError(f"{msg} Resume with the scheduler that was saved.")
         self.scheduler.load_state_dict(state["scheduler"])
+        then, now = state.get("initial_rates"), self._get_initial_rates()
+        rates = getattr(self.scheduler, "base_lrs", [])
+        if then is not None and then != now and len(then) == len(now) == len(rates):
+            self.scheduler.base_lrs = [
+                rate * new / old if old else new
+                for rate, old, new in zip(rates, then, now, strict=True)
+            ]
 
 
 def _wants_value(step: Callable[..., object]) -> bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from harness.callback import Callback
 
 
 class TrainValid(Callback):
-    """Switches the model between ``train()`` and ``eval()``.
+    """Switches the model, and a loss that is a module, between ``train()`` and ``eval()``.
 
     References
     ----------
@@ -16,18 +18,23 @@ class TrainValid(Callback):
 
     weight = -100
 
+    def _switch(self, is_training: bool) -> None:
+        for part in (self.ctx.model, self.ctx.loss_fn):
+            if isinstance(part, nn.Module):
+                part.train(is_training)
+
     def on_epoch_begin(self) -> None:
         """Training mode, also after the validation of the epoch before."""
-        self.ctx.model.train()
+        self._switch(True)
 
     def on_train_begin(self) -> None:
         """Training mode: dropout is on, batch statistics are updated."""
-        self.ctx.model.train()
+        self._switch(True)
 
     def on_valid_begin(self) -> None:
         """Evaluation mode."""
-        self.ctx.model.eval()
+        self._switch(False)
 
     def on_predict_begin(self) -> None:
         """Evaluation mode."""
-        self.ctx.model.eval()
+        self._switch(False)

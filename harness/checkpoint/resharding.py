@@ -168,17 +168,23 @@ def reshard_state(
     metrics = [state["callbacks"].get("Metrics", {}) for state in states]
     mine = [metrics[n] for n in range(rank, len(states), world_size)]
     train_pass = own["pass"] if keeps_batches else first["pass"]
+    before = own.get("epoch_random")
+    if before is not None and not has_saved:
+        before = derive_rng_state(before, rank)
     if train_pass is not None and not keeps_batches:
         train_pass = {**train_pass, "window": accelerator.accumulate, "ahead": 0}
     of_accelerators = [state["accelerator"] for state in states]
+    is_plain = "shared" not in of_accelerators[0] and "shared" not in live
     return {
         **first,
+        "groups": first.get("groups", {}) if is_plain else {},  # engines have their own
         "accelerator": convert_state(of_accelerators, ctx.model, live, rank, parts),
         "callbacks": {
             **first["callbacks"],
             "Metrics": _list_by_split(mine, metrics[0]),
         },
         "random": own["random"] if has_saved else derive_rng_state(own["random"], rank),
+        "epoch_random": before,
         "pass": train_pass,
         "journal": own["journal"] if has_saved else -1,
     }

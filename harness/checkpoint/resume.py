@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,19 +12,26 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor
 
 from harness.checkpoint.format import Manifest, Position, read_rank, verify_checkpoint
+from harness.checkpoint.groups import ChangedOption, check_groups, list_changes
+from harness.checkpoint.matching import match_callbacks, name_callbacks
 from harness.checkpoint.resharding import (
     check_convertible,
     convert_position,
     has_same_batches,
     reshard_state,
 )
-from harness.checkpoint.state import get_generators, name_callbacks, restore_state
+from harness.checkpoint.state import (
+    get_generators,
+    list_new,
+    list_unmatched,
+    restore_state,
+)
 from harness.checkpoint.state_form import check_live_form, check_state_form
 from harness.context import Context
 from harness.errors import CheckpointError
 from harness.metrics.state import check_saved_metrics
 from harness.pytree import StateDict, map_tensors
-from harness.records import NullRun
+from harness.records import NullRun, RecordBook
 from harness.reshard.consolidated import (
     STATE_ERRORS,
     shape_buffers,
@@ -36,8 +44,17 @@ from tracking.errors import escape_control, write_stderr
 if TYPE_CHECKING:
     import tracking
 
-Outcome = Literal["restored", "left out", "missing", "differs"]
+Outcome = Literal["restored", "left out", "missing", "not kept", "differs"]
 """What became of a part of the saved state."""
+
+OBSERVERS = frozenset({"AutoResume", "CSVLogger", "ModelCheckpoint"})
+"""Callbacks that a strict resume may lack: training does not depend on them."""
+
+SAVED = " (saved)"
+"""End of the name of a callback that was saved, and that this fit does not have."""
+
+COMPARED_APART = frozenset({"groups", "frozen", "callbacks"})
+"""Parts of the description of a fit whose differences are not reported as a whole."""
 
 RANK_STATE_KEYS = (
     "accelerator",
@@ -81,6 +98,9 @@ class Resume:
     _state: StateDict | None = None
     _is_converted: bool = False
     _converted_position: Position | None = None
+    # What the learner of this fit defines otherwise than that of the saved one.
+    _changed_options: list[ChangedOption] = field(default_factory=list)
+    _changed_frozen: set[str] = field(default_factory=set)
     # Positions in the run of ranks that saved, and that this fit does not have.
     _surplus_ranks: dict[int, int] = field(default_factory=dict)
 
@@ -181,6 +201,9 @@ class Resume:
         if ranks != saved_ranks:
             self._report_difference("ranks", saved_ranks, ranks)
         self._compare_descriptions(ctx.about)
+        if "optimizers" in self.parts:
+            self._compare_groups(ctx)
+        self._match_callbacks(ctx)  # raises where they cannot be told apart
         self._check_strict()
 
     def _take_shapes(self, ctx: Context) -> None:
@@ -239,11 +262,37 @@ class Resume:
 
     def _compare_descriptions(self, about: Mapping[str, Any]) -> None:
         saved = self.manifest.about
-        for name in sorted({*saved, *about}):
+        for name in sorted({*saved, *about} - COMPARED_APART):
             if saved.get(name) != about.get(name):
                 self._report_difference(
                     name, repr(saved.get(name)), repr(about.get(name))
                 )
+
+    def _compare_groups(self, ctx: Context) -> None:
+        """Compare the groups that the learners define; note options that this one changes."""
+        saved, live = self.manifest.about.get("groups", {}), ctx.about["groups"]
+        check_groups(saved, live)
+        self._changed_options = list(list_changes(saved, live, ctx.optimizers))
+        for change in self._changed_options:
+            where = f"{change.optimizer}, group {change.group}"
+            self.report.append((f"{change.key} ({where})", "differs", str(change)))
+
+        now: list[str] = ctx.about["frozen"]
+        self._changed_frozen = set(self.manifest.about.get("frozen", now)) ^ set(now)
+        if self._changed_frozen:
+            names = ", ".join(sorted(self._changed_frozen)[:5])
+            text = f"{names} are frozen in one of both fits; they are as in this one"
+            self.report.append(("frozen parameters", "differs", text))
+
+    def _match_callbacks(self, ctx: Context) -> dict[str, str]:
+        """Find the saved name of each callback."""
+        live = [name for name, _ in name_callbacks(ctx.callbacks)]
+        return match_callbacks(
+            self.get_state(ctx)["callbacks"],
+            live,
+            self.manifest.about.get("callbacks", {}),
+            ctx.about["callbacks"],
+        )
 
     def _report_difference(self, name: str, saved: object, now: object) -> None:
         self.report.append((name, "differs", f"saved {saved}, now {now}"))
@@ -252,7 +301,7 @@ class Resume:
         differing = [
             f"{name}: {text}"
             for name, outcome, text in self.report
-            if outcome == "differs"
+            if outcome in {"differs", "missing"}
         ]
         if self.strict and differing:
             got = "; ".join(differing)
@@ -267,19 +316,24 @@ class Resume:
         Raises
         ------
         CheckpointError
-            If it does not fit the model or the optimizers.
+            If it does not fit the model or the optimizers; with `strict`, if anything has
+            no saved state, or no owner.
         """
-        state = dict(self.get_state(ctx))
+        state = self._name_for(ctx, self.get_state(ctx))
+        if "callbacks" in self.parts:
+            self._report_unmatched(ctx, state)
+        self._use_changes(ctx, state["accelerator"])
         if not self.is_exact:  # the epoch starts again, and so do its metrics
             state["callbacks"] = {**state["callbacks"], "Metrics": {}}
         with self._refuse_bad_state():
             if self.is_exact and not self._is_converted:
                 check_live_form(state, ctx)
-            notes = restore_state(ctx, state, self.parts)
+            restore_state(ctx, state, self.parts)
         self._rewind_surplus_ranks(ctx)
         for name, is_on in self._switches.items():
             self.report.append((name, "restored" if is_on else "left out", ""))
-        self.report += [("callbacks", "missing", note) for note in notes]
+        for name, why in state.get("not_kept", {}).items():
+            self.report.append((name, "not kept", why))
         if not self.is_exact:
             self._show_report(ctx)
 
@@ -298,6 +352,65 @@ class Resume:
             raise CheckpointError(
                 f"{msg} error: {error!r}. Take another checkpoint."
             ) from error
+
+    def _report_unmatched(self, ctx: Context, state: StateDict) -> None:
+        """Report states without an owner, which `strict` refuses, and new callbacks."""
+        gone = list_unmatched(ctx, state)
+        harmless = {
+            name
+            for name in gone
+            if name.removesuffix(SAVED).partition(".")[0] in OBSERVERS
+        }
+        notes = {name: f"{name.replace(SAVED, '')} {why}" for name, why in gone.items()}
+        self.report += [
+            ("callbacks", "missing", note)
+            for name, note in notes.items()
+            if name not in harmless
+        ]
+        self._check_strict()
+        new = [f"{name} is new and has no saved state" for name in list_new(ctx, state)]
+        late = [*(notes[name] for name in sorted(harmless)), *new]
+        self.report += [("callbacks", "missing", note) for note in late]
+
+    def _name_for(self, ctx: Context, state: StateDict) -> StateDict:
+        """The state with the names that callbacks have in this fit."""
+        found = {then: now for now, then in self._match_callbacks(ctx).items()}
+        saved = state["callbacks"]
+        free = (name for name in saved if name not in found)
+        names = found | {name: f"{name}{SAVED}" for name in free}
+        renamed: StateDict = {
+            part: {names.get(root, root): own for root, own in state[part].items()}
+            for part in ("callbacks", "held", "fields")
+            if part in state
+        }
+        return {**state, **renamed}
+
+    def _use_changes(self, ctx: Context, accelerator: StateDict) -> None:
+        """Put what this fit's learner changed into the saved groups."""
+        if "optimizers" not in self.parts or "frozen" not in accelerator:
+            return
+        for change in self._changed_options:
+            if "facts" in accelerator:
+                groups = accelerator["facts"][change.optimizer]["groups"]
+            else:
+                groups = accelerator["optimizers"][change.optimizer]["param_groups"]
+            if change.group < len(groups):
+                change.put_into(groups[change.group])
+        now = self._changed_frozen & {*ctx.about["frozen"]}
+        kept = (n for n in accelerator["frozen"] if n not in self._changed_frozen)
+        accelerator["frozen"] = [*kept, *sorted(now)]
+
+    def restore_before_epoch(self, ctx: Context) -> None:
+        """Put back what the events at the beginning of the epoch saw.
+
+        Those are the records and the random state. The rest is restored after them.
+        """
+        state = self.get_state(ctx)
+        with self._refuse_bad_state():
+            if "records" in self.parts:
+                ctx.record_book = RecordBook(copy.deepcopy(state["records"]))
+            if state.get("epoch_random") is not None:
+                set_rng_state(state["epoch_random"], get_generators(ctx))
 
     def _rewind_surplus_ranks(self, ctx: Context) -> None:
         """Supersede what ranks that no longer exist recorded after the checkpoint."""

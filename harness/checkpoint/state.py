@@ -14,9 +14,31 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from harness.callback import Callback
 from harness.checkpoint.format import Phase, Position
+from harness.checkpoint.groups import describe_groups, name_groups, regroup
+from harness.checkpoint.held import (
+    States,
+    capture_changing,
+    capture_held,
+    capture_metrics,
+    list_missing,
+    restore_held,
+    restore_metrics,
+)
 from harness.checkpoint.hparams import encode_hparams
+from harness.checkpoint.matching import describe_callbacks, name_callbacks
+from harness.checkpoint.plain import (
+    Fields,
+    capture_fields,
+    copy_fields,
+    restore_fields,
+)
+from harness.checkpoint.search import (
+    Search,
+    has_extra_state,
+    name_parameters,
+    search_fit,
+)
 from harness.context import Context
 from harness.data.loaders import unwrap_tensors
 from harness.pytree import StateDict
@@ -41,11 +63,20 @@ def get_position(ctx: Context, phase: Phase) -> Position:
 
 
 def get_generators(ctx: Context) -> list[Generator]:
-    """Random generators that the fit's loaders and model hold as attributes."""
-    return find_generators(ctx.train_data, ctx.valid_data, ctx.model)
+    """Random generators that loaders, model, loss and callbacks hold as attributes."""
+    found = find_generators(ctx.train_data, ctx.valid_data, ctx.model)
+    others = find_generators(ctx.loss_fn, *ctx.callbacks)
+    return found + [own for own in others if all(own is not one for one in found)]
 
 
-def capture_state(ctx: Context, phase: Phase) -> StateDict:
+def search_context(ctx: Context) -> Search:
+    """Search the loss, the model and the callbacks of a fit for state."""
+    return search_fit(ctx, dict(name_callbacks(ctx.callbacks)))
+
+
+def capture_state(
+    ctx: Context, phase: Phase, fields: Fields | None = None
+) -> StateDict:
     """Capture all that the rest of a fit depends on; tensors are live.
 
     Parameters
@@ -54,6 +85,8 @@ def capture_state(ctx: Context, phase: Phase) -> StateDict:
         Context of a running fit.
     phase
         Where in the epoch this is; see ``Position``.
+    fields
+        Plain attributes of modules when the fit began; None: they are not captured.
 
     Returns
     -------
@@ -62,8 +95,19 @@ def capture_state(ctx: Context, phase: Phase) -> StateDict:
         (weights, optimizers, gradients of an open window), ``extra`` (state of modules
         beside tensors), ``callbacks`` (metrics among them), ``random``, ``pass`` (position
         and order of the loader), ``journal`` (position in the run) and ``run`` (its id).
+        Also ``groups`` (names of the parameters that each optimizer steps),
+        ``epoch_random`` (random state before the events of the epoch), ``held``,
+        ``fields`` and ``metrics`` (what hangs on the model, the loss and callbacks), and
+        ``lost`` and ``not_kept`` (why other such state is not in the checkpoint).
     """
     assert ctx.accelerator is not None and ctx.train_pass is not None
+    states = {
+        name: callback.state_dict() for name, callback in name_callbacks(ctx.callbacks)
+    }
+    search = search_context(ctx)
+    params = name_parameters(ctx.model, search)
+    held, lost = capture_held(search, params, states)
+    own, not_kept = ({}, {}) if fields is None else capture_fields(search, fields)
     state = {
         "records": ctx.records,
         "ctx": {
@@ -73,11 +117,17 @@ def capture_state(ctx: Context, phase: Phase) -> StateDict:
         "position": asdict(get_position(ctx, phase)),
         "accelerator": ctx.accelerator.state_dict(),
         "extra": get_extra_states(ctx.model),
-        "callbacks": {
-            name: callback.state_dict()
-            for name, callback in name_callbacks(ctx.callbacks)
+        "callbacks": states,
+        "held": held,
+        "fields": own,
+        "metrics": capture_metrics(ctx.model),
+        "lost": lost,
+        "not_kept": not_kept,
+        "groups": {
+            name: name_groups(opt, params) for name, opt in ctx.optimizers.items()
         },
         "random": get_rng_state(get_generators(ctx)),
+        "epoch_random": ctx.epoch_start,
         "pass": ctx.train_pass.state_dict() if phase == "train" else None,
         "journal": ctx.run.position(),
         "run": ctx.run.id,
@@ -87,7 +137,7 @@ def capture_state(ctx: Context, phase: Phase) -> StateDict:
     return state
 
 
-def restore_state(ctx: Context, state: StateDict, parts: Iterable[str]) -> list[str]:
+def restore_state(ctx: Context, state: StateDict, parts: Iterable[str]) -> None:
     """Restore what ``capture_state`` returned; loader and random state are not restored.
 
     Parameters
@@ -95,15 +145,10 @@ def restore_state(ctx: Context, state: StateDict, parts: Iterable[str]) -> list[
     ctx
         Context of a fit.
     state
-        From ``capture_state`` or a checkpoint.
+        From ``capture_state`` or a checkpoint, with the names of this fit's callbacks.
     parts
         Any of ``model``, ``optimizers``, ``records`` and ``callbacks``. Step counters
-        belong to the optimizers.
-
-    Returns
-    -------
-    list of str
-        What did not match: callbacks without a state, and states without a callback.
+        belong to the optimizers. What hangs on the loss belongs to the model.
 
     Raises
     ------
@@ -113,17 +158,46 @@ def restore_state(ctx: Context, state: StateDict, parts: Iterable[str]) -> list[
     assert ctx.accelerator is not None
     wanted = set(parts)
     accelerator_parts = [part for part in ("model", "optimizers") if part in wanted]
+    if "optimizers" in wanted and "shared" not in state["accelerator"]:
+        _restore_groups(ctx, state.get("groups", {}))
     ctx.accelerator.load_state_dict(state["accelerator"], accelerator_parts)
     if "model" in wanted:
         set_extra_states(ctx.model, state["extra"])
+        restore_metrics(ctx.model, state.get("metrics", {}))
     if "records" in wanted:
         ctx.record_book = RecordBook(state["records"])
-    notes = []
     if "callbacks" in wanted:
-        notes = _restore_callbacks(ctx.callbacks, state["callbacks"])
+        for name, callback in name_callbacks(ctx.callbacks):
+            if name in state["callbacks"]:
+                callback.load_state_dict(state["callbacks"][name])
+    _restore_hanging(ctx, state, wanted)
     if "records" in wanted:  # last: nothing above may fail once the run is rewound
         _restore_journal(ctx, state["run"], state["journal"])
-    return notes
+
+
+def _restore_groups(ctx: Context, saved: StateDict) -> None:
+    """Give the optimizers the groups that they had."""
+    params = name_parameters(ctx.model, search_context(ctx))
+    for name, opt in ctx.optimizers.items():
+        if name in saved:
+            regroup(opt, saved[name], params, name)
+
+
+def _restore_hanging(ctx: Context, state: StateDict, wanted: set[str]) -> None:
+    """Restore what hangs on the model and the loss, and on callbacks."""
+    search = search_context(ctx)
+    of_callbacks = {name for name, _ in name_callbacks(ctx.callbacks)}
+    roots = {
+        root
+        for root in search.objects
+        if ("callbacks" if root in of_callbacks else "model") in wanted
+    }
+    held, fields = (
+        {root: own for root, own in state.get(part, {}).items() if root in roots}
+        for part in ("held", "fields")
+    )
+    restore_fields(search, fields, ctx.device)
+    restore_held(search, held, name_parameters(ctx.model, search))
 
 
 def _restore_journal(ctx: Context, run_id: str | None, position: int) -> None:
@@ -138,17 +212,26 @@ def _restore_journal(ctx: Context, run_id: str | None, position: int) -> None:
                     ctx.run.log(what, split, value, index, epoch=index)
 
 
-def _restore_callbacks(callbacks: Iterable[Callback], saved: StateDict) -> list[str]:
-    """Restore each callback by its name; return what is left over."""
-    named = dict(name_callbacks(callbacks))
-    notes = []
-    for name, callback in named.items():
-        if name in saved:
-            callback.load_state_dict(saved[name])
-        elif callback.state_dict():
-            notes.append(f"{name} is new and has no saved state")
-    gone = (name for name in saved if saved[name] and name not in named)
-    return notes + [f"{name} was saved, but this fit has none" for name in gone]
+def list_unmatched(ctx: Context, state: StateDict) -> dict[str, str]:
+    """List saved states that cannot be restored: name, and why."""
+    named = dict(name_callbacks(ctx.callbacks))
+    notes = {
+        name: "was saved, but this fit has none"
+        for name, own in state["callbacks"].items()
+        if own and name not in named
+    }
+    notes |= list_missing(search_context(ctx), state.get("held", {}))
+    notes |= state.get("lost", {})
+    return notes
+
+
+def list_new(ctx: Context, state: StateDict) -> list[str]:
+    """List callbacks with a state that was not saved."""
+    return [
+        name
+        for name, callback in name_callbacks(ctx.callbacks)
+        if name not in state["callbacks"] and callback.state_dict()
+    ]
 
 
 # ------------------------------------------------------------------ description
@@ -159,6 +242,7 @@ def describe_fit(ctx: Context) -> dict[str, Any]:
     model, data = ctx.model, ctx.train_data
     assert ctx.accelerator is not None
     precision = ctx.accelerator.precision
+    params = name_parameters(model, search_context(ctx))
     return {
         "model": f"{type(model).__module__}:{type(model).__qualname__}",
         "hparams": str(encode_hparams(ctx.hparams)),
@@ -177,6 +261,9 @@ def describe_fit(ctx: Context) -> dict[str, Any]:
         "numpy": np.__version__,
         # Checkpoints from before there was a choice do not name it.
         **({} if precision == "fp32" else {"precision": precision}),
+        "groups": describe_groups(ctx.optimizers, params),
+        "frozen": [n for n, p in model.named_parameters() if not p.requires_grad],
+        "callbacks": describe_callbacks(ctx.callbacks),
     }
 
 
@@ -233,12 +320,17 @@ class ValidationStart:
         Options of each parameter group, such as learning rates, by optimizer.
     tensors
         Where each tensor of the model is, and how often it was changed.
+    metrics, held, fields
+        What hangs on the model, the loss and callbacks, if validation may change it.
     """
 
     random: StateDict
     journal: int
     lengths: dict[str, dict[str, int]]
     callbacks: dict[str, StateDict]
+    metrics: StateDict
+    held: States
+    fields: Fields
     extra: StateDict
     options: dict[str, list[StateDict]]
     tensors: list[tuple[int, int]]
@@ -249,10 +341,17 @@ class ValidationStart:
 
     def rewind(self, state: StateDict) -> None:
         """Take a state captured in the middle of validation back to its beginning."""
+        state["metrics"] = self.metrics
+        for root, found in state["held"].items():
+            found |= {p: s for p, s in self.held.get(root, {}).items() if p in found}
+        for root, found in state["fields"].items():
+            for path, own in found.items():
+                before = self.fields.get(root, {}).get(path, {})
+                own |= {name: before[name] for name in own.keys() & before.keys()}
         state["random"], state["journal"] = self.random, self.journal
         state["extra"] = self.extra
         for name, groups in option_groups(state["accelerator"]).items():
-            for group, options in zip(groups, self.options[name], strict=True):
+            for group, options in zip(groups, self.options[name], strict=False):
                 group.update(options)
         state["callbacks"] = state["callbacks"] | self.callbacks
         state["records"] = {
@@ -270,6 +369,7 @@ def mark_validation(ctx: Context) -> None:
     """Remember in a fit what a resume in the middle of validation starts again from."""
     if ctx.train_pass is None:
         return
+    search = search_context(ctx)
     ctx.valid_start = ValidationStart(
         random=get_rng_state(get_generators(ctx)),
         journal=ctx.run.position(),
@@ -279,6 +379,9 @@ def mark_validation(ctx: Context) -> None:
             for name, callback in name_callbacks(ctx.callbacks)
             if any(hasattr(callback, event) for event in VALIDATION_EVENTS)
         },
+        metrics=copy.deepcopy(capture_metrics(ctx.model)),
+        held=copy.deepcopy(capture_changing(search)),
+        fields=copy_fields(search),
         extra=copy.deepcopy(get_extra_states(ctx.model)),
         options={
             name: [
@@ -301,16 +404,7 @@ def _mark_tensors(model: nn.Module) -> list[tuple[int, int]]:
     ]
 
 
-# ---------------------------------------------------------- callbacks and modules
-
-
-def name_callbacks(callbacks: Iterable[Callback]) -> Iterator[tuple[str, Callback]]:
-    """Pair callbacks with their names in a state: the class, numbered from the second on."""
-    counts: dict[str, int] = {}
-    for callback in callbacks:
-        name = type(callback).__name__
-        counts[name] = counts.get(name, 0) + 1
-        yield (name if counts[name] == 1 else f"{name}.{counts[name]}"), callback
+# ---------------------------------------------------------------------- modules
 
 
 def get_extra_states(model: nn.Module) -> StateDict:
@@ -329,5 +423,5 @@ def set_extra_states(model: nn.Module, state: StateDict) -> None:
 
 def _modules_with_extra(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
-        if type(module).get_extra_state is not nn.Module.get_extra_state:
+        if has_extra_state(module):
             yield name, module

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from harness.checkpoint.format import Phase
-from harness.checkpoint.state import name_callbacks
+from harness.checkpoint.matching import name_callbacks
+from harness.checkpoint.state import get_generators
 from harness.context import Context
 from harness.pytree import StateDict
 from harness.rng import Generator, find_generators, get_rng_state, set_rng_state
@@ -106,11 +107,10 @@ def check_state_form(state: StateDict, ctx: Context, phase: Phase) -> None:
     _mapping(state["extra"], "extra")
     for name, own in _mapping(state["callbacks"], "callbacks").items():
         _mapping(own, f"callbacks/{name}")
-    generators = find_generators(ctx.train_data, ctx.valid_data, ctx.model)
-    _try_random(state["random"], generators, "random")
+    _try_random(state["random"], get_generators(ctx), "random")
     if phase == "train":
         _check_pass(state["pass"], ctx)
-    _check_accelerator(state["accelerator"], ctx)
+    _check_accelerator(state["accelerator"], state.get("groups", {}), ctx)
 
 
 def _check_pass(state: StateDict, ctx: Context) -> None:
@@ -133,7 +133,7 @@ def _try_random(state: StateDict, generators: Sequence[Generator], place: str) -
         set_rng_state(before, generators)
 
 
-def _check_accelerator(state: StateDict, ctx: Context) -> None:
+def _check_accelerator(state: StateDict, groups: StateDict, ctx: Context) -> None:
     """Check counters, gradients and optimizers; weights are compared with the model."""
     for part in ("steps", "done"):
         for name, count in _mapping(state[part], part).items():
@@ -147,22 +147,38 @@ def _check_accelerator(state: StateDict, ctx: Context) -> None:
     check_like(state["frozen"], [""], "accelerator/frozen")
     for name, opt in ctx.optimizers.items():
         if isinstance(opt, Optimizer) and name in state["optimizers"]:
-            _check_optimizer(state["optimizers"][name], opt, f"optimizers/{name}")
+            own = state["optimizers"][name]
+            found = _find_stepped(opt, groups.get(name), params)
+            _check_optimizer(own, opt, found, f"optimizers/{name}")
 
 
-def _check_optimizer(saved: StateDict, opt: Optimizer, place: str) -> None:
+def _find_stepped(
+    opt: Optimizer, names: Sequence[Sequence[str | None]] | None, params: StateDict
+) -> list[list[Tensor | None]]:
+    """Parameters of each saved group, by their names; None for one outside the model."""
+    if names is None:  # a checkpoint of an earlier version
+        return [list(group["params"]) for group in opt.param_groups]
+    return [[params.get(str(name)) for name in own] for own in names]
+
+
+def _check_optimizer(
+    saved: StateDict,
+    opt: Optimizer,
+    stepped: Sequence[Sequence[Tensor | None]],
+    place: str,
+) -> None:
     """Check an optimizer's groups and what it keeps for each parameter."""
-    if len(saved["param_groups"]) != len(opt.param_groups):
+    if len(saved["param_groups"]) != len(stepped):
         return  # load_state_dict says more about it
     _check_groups(saved, opt, place)
-    for own, group in zip(saved["param_groups"], opt.param_groups, strict=True):
-        if len(own["params"]) != len(group["params"]):
+    for own, group in zip(saved["param_groups"], stepped, strict=True):
+        if len(own["params"]) != len(group):
             return
         samples: dict[int, StateDict | None] = {}
-        for number, param in zip(own["params"], group["params"], strict=True):
+        for number, param in zip(own["params"], group, strict=True):
             _check_count(number, f"{place}/param_groups/params")
             entry = saved["state"].get(number)
-            if entry is not None:
+            if entry is not None and param is not None:
                 if param.dim() not in samples:
                     samples[param.dim()] = _sample_entry(opt, own, param.dim())
                 sample = samples[param.dim()]

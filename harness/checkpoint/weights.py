@@ -193,6 +193,7 @@ class SavedModel:
     opt_hparams: Options
     records: dict[str, Any]
     run_id: str | None = None
+    best_epoch: int | None = None
     other_weights: dict[str, Any] = field(default_factory=dict)
     loss: object = None
     metrics: dict[str, dict[str, Any]] = field(default_factory=dict)

@@ -22,7 +22,8 @@ from harness.checkpoint.format import (
     remove_checkpoint,
     write_rank,
 )
-from harness.checkpoint.state import capture_state, get_position
+from harness.checkpoint.plain import copy_fields
+from harness.checkpoint.state import capture_state, get_position, search_context
 from harness.context import Context
 from harness.pytree import flatten
 
@@ -46,6 +47,7 @@ class CheckpointWriter:
 
     def __init__(self, folder: Path, ctx: Context) -> None:
         self.folder, self._ctx = folder, ctx
+        self._fields = copy_fields(search_context(ctx))
         self._copies: dict[str, Tensor] = {}
         self._temporary: Path | None = None
         self._is_idle: threading.Event | None = None  # while a thread works
@@ -87,7 +89,7 @@ class CheckpointWriter:
         """
         ctx, accelerator = self._ctx, self._ctx.accelerator
         assert self._temporary is not None and accelerator is not None
-        state = capture_state(ctx, phase)
+        state = capture_state(ctx, phase, self._fields)
         path = None if ctx.run.path is None else str(Path(ctx.run.path).absolute())
         manifest = Manifest(
             world_size=accelerator.world_size,

@@ -28,6 +28,14 @@ _STATE_KEYS = (
 )
 """Keys of the states of one device, and of those of engines."""
 
+_KEPT_ON_DEVICE = {
+    "model": ("model",),
+    "optimizers": ("optimizers", "layouts", "members", "kinds", "steps", "frozen"),
+}
+"""What one device takes from another one, where nothing is divided in another way."""
+
+_OF_SCALING = ("scalers", "overflows")
+
 _Row = list[int]
 """A row of a layout."""
 
@@ -46,7 +54,6 @@ def has_same_layout(saved: StateDict, live: StateDict) -> bool:
         # Gradients of an open window are scaled as the scalers say.
         return (
             are_single
-            and bool(saved["members"] == live["members"])
             and saved.get("scalers", {}).keys() == live.get("scalers", {}).keys()
         )
     then, now = saved["layouts"], live["layouts"]
@@ -89,6 +96,12 @@ def convert_state(
     LookupError, AttributeError, TypeError, ValueError, RuntimeError
         If the states are inconsistent.
     """
+    if "shared" not in states[0] and "shared" not in live:
+        check_same(states[0], live, parts)
+        names = [n for part in parts for n in _KEPT_ON_DEVICE.get(part, ())]
+        names += [name for name in _OF_SCALING if name in states[0] and name in live]
+        kept = {name: states[0][name] for name in names}
+        return {**live, **kept, "grads": {}, "done": dict.fromkeys(live["done"], 0)}
     builder = _StateBuilder(ConsolidatedState(states), live, model, rank)
     if "model" in parts:
         builder.check_model()

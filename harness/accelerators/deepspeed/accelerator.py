@@ -114,6 +114,8 @@ class DeepSpeedAccelerator:
     DeepSpeed 0.19.8, ``runtime/engine.py``; https://www.deepspeed.ai/docs/config-json/.
     """
 
+    trains_loss = False  # an engine trains the parameters of one module
+
     def __init__(
         self,
         config: Mapping[str, object] | str | Path | None = None,

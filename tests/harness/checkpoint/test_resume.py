@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -364,3 +365,45 @@ def test_keep_best_model_takes_the_shape_of_a_buffer_back():
         tracker=False,
     )
     assert len(fitted.model.queue) == 2
+
+
+class Draws(harness.Callback):
+    """Draws random numbers in every event, and reads the records of the epoch before."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, list[Any]] = {}
+        self.noise = np.random.default_rng(3)
+
+    def _draw(self, event: str) -> None:
+        drawn = torch.rand(()).item(), random.random(), self.noise.random()
+        before = self.ctx.get_metric("loss", "train", (self.ctx.epoch or 1) - 1)
+        place = f"{event} {self.ctx.epoch} {self.ctx.iter if 'batch' in event else ''}"
+        self.seen[place] = [*drawn, before]
+
+    def on_epoch_begin(self) -> None:
+        self._draw("epoch")
+
+    def on_train_begin(self) -> None:
+        self._draw("train")
+
+    def on_train_batch_begin(self) -> None:
+        self._draw("batch")
+
+    def on_valid_begin(self) -> None:
+        self._draw("valid")
+
+    def on_epoch_end(self) -> None:
+        self._draw("end")
+
+
+@pytest.mark.parametrize("stop", [("on_train_batch_end", 8), ("on_valid_batch_end", 4)])
+def test_events_of_a_resumed_epoch_draw_the_same_numbers(stop, tmp_path):
+    case = CASES["augmented"]
+    whole, broken, resumed = Draws(), Draws(), Draws()
+    fit(replace(case, callbacks=lambda folder: [whole]), tmp_path / "whole")
+    for draws, ended in ((broken, stop), (resumed, None)):
+        own: list[harness.Callback] = [draws]
+        fit(replace(case, callbacks=lambda _: own), tmp_path / "on", ended)  # noqa: B023
+    assert resumed.seen
+    assert resumed.seen == {place: whole.seen[place] for place in resumed.seen}
+    assert broken.seen | resumed.seen == whole.seen

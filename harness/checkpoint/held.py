@@ -1,0 +1,254 @@
+"""Capture and restore objects with state that hang on the loss, the model or a callback."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torchmetrics import Metric
+
+from harness.accelerators.single import (
+    listing_all_state,
+    load_optimizer_state,
+    named_tensors,
+)
+from harness.checkpoint.groups import name_groups, regroup
+from harness.checkpoint.search import PLAIN_TYPES, Search, has_extra_state
+from harness.errors import CheckpointError
+from harness.metrics.state import get_states, set_states
+from harness.pytree import StateDict, flatten
+from harness.reshard.consolidated import (
+    copy_tensors,
+    shape_buffers,
+    shape_lazy_parameters,
+)
+
+States = dict[str, dict[str, StateDict]]
+"""States of objects by root and path."""
+
+
+def capture_held(
+    search: Search, params: Mapping[str, Tensor], callbacks: Mapping[str, StateDict]
+) -> tuple[States, dict[str, str]]:
+    """Capture the states of the objects that a search found; tensors are live.
+
+    Parameters
+    ----------
+    search
+        From ``search_fit``.
+    params
+        From ``name_parameters``.
+    callbacks
+        States of callbacks by name; what they contain is not captured again.
+
+    Returns
+    -------
+    states, and why others are not kept, by name
+    """
+    states: States = {}
+    left_out: dict[str, str] = {}
+    for root, held in search.objects.items():
+        for path, thing in held.items():
+            try:
+                if _is_in(callbacks.get(root, {}), _public_state(thing)):
+                    continue
+                state = _capture(thing, params, search)
+                flatten(state, f"{root}{path}")
+            except Exception as error:  # noqa: BLE001  a user's object; a save goes on
+                left_out[f"{root}{path}"] = str(error)
+            else:
+                if not isinstance(thing, nn.Module) or _has_content(state):
+                    states.setdefault(root, {})[path] = state
+    return states, left_out
+
+
+def capture_changing(search: Search) -> States:
+    """Capture the states that validation may change: not those of averages and optimizers."""
+    found: States = {}
+    for root, held in search.objects.items():
+        for path, thing in held.items():
+            is_module = isinstance(thing, nn.Module)
+            is_fixed = is_module and root != "loss" and not _metrics_of(thing)
+            if is_fixed or isinstance(thing, Tensor | Optimizer):
+                continue
+            with contextlib.suppress(Exception):  # a save tells why
+                found.setdefault(root, {})[path] = _capture(thing, {}, search)
+    return found
+
+
+def _capture(thing: Any, params: Mapping[str, Tensor], search: Search) -> StateDict:
+    if isinstance(thing, Tensor):
+        return {"value": thing.detach()}
+    state: StateDict = {"class": _class_of(thing)}
+    if isinstance(thing, nn.Module):
+        return state | capture_module(thing, search.saved)
+    if isinstance(thing, Optimizer):
+        state["groups"] = name_groups(thing, params)
+        with listing_all_state(thing):
+            return state | {"state": thing.state_dict()}
+    return state | {"state": thing.state_dict()}
+
+
+def _has_content(state: StateDict) -> bool:
+    return any(value for key, value in state.items() if key != "class")
+
+
+def _class_of(thing: object) -> str:
+    return f"{type(thing).__module__}:{type(thing).__qualname__}"
+
+
+def capture_module(module: nn.Module, saved: frozenset[int] = frozenset()) -> StateDict:
+    """Capture a module: tensors, gradients, frozen parameters, metrics and extra states.
+
+    Parameters
+    ----------
+    module
+        Its tensors are live in the result.
+    saved
+        Ids of tensors that are saved elsewhere.
+    """
+    named = {n: p for n, p in module.named_parameters() if id(p) not in saved}
+    return {
+        "tensors": _tensors_of(module, saved),
+        "grads": {n: p.grad for n, p in named.items() if p.grad is not None},
+        "frozen": [n for n, p in named.items() if not p.requires_grad],
+        "metrics": capture_metrics(module),
+        "extra": {n: inner.get_extra_state() for n, inner in _with_extra(module)},
+    }
+
+
+def restore_module(
+    module: nn.Module, state: StateDict, saved: frozenset[int] = frozenset()
+) -> None:
+    """Restore what ``capture_module`` returned.
+
+    Raises
+    ------
+    CheckpointError
+        If names or shapes of its tensors differ.
+    """
+    shape_lazy_parameters(module, state["tensors"])
+    shape_buffers(module, state["tensors"])
+    copy_tensors(_tensors_of(module, saved), state["tensors"])
+    for name, param in module.named_parameters():
+        if id(param) not in saved:
+            grad = state["grads"].get(name)
+            param.grad = None if grad is None else grad.to(param.device, copy=True)
+            param.requires_grad_(name not in state["frozen"])
+    restore_metrics(module, state["metrics"])
+    for name, inner in _with_extra(module):
+        if name in state["extra"]:
+            inner.set_extra_state(state["extra"][name])
+
+
+def _tensors_of(module: nn.Module, saved: frozenset[int]) -> dict[str, Tensor]:
+    return {n: t for n, t in named_tensors(module).items() if id(t) not in saved}
+
+
+def _with_extra(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    return (pair for pair in module.named_modules() if has_extra_state(pair[1]))
+
+
+def capture_metrics(module: nn.Module) -> StateDict:
+    """Capture the states of the metrics in a module, which its ``state_dict`` leaves out."""
+    return {name: get_states(metric) for name, metric in _metrics_of(module)}
+
+
+def restore_metrics(module: nn.Module, saved: StateDict) -> None:
+    """Restore what ``capture_metrics`` returned."""
+    for name, metric in _metrics_of(module):
+        if name in saved:
+            set_states(metric, saved[name])
+
+
+def _metrics_of(module: nn.Module) -> list[tuple[str, Metric]]:
+    """Metrics in a module that are not part of another metric."""
+    found: list[tuple[str, Metric]] = []
+    for name, inner in module.named_modules():
+        is_below = any(not top or name.startswith(f"{top}.") for top, _ in found)
+        if isinstance(inner, Metric) and not is_below:
+            found.append((name, inner))
+    return found
+
+
+def _public_state(thing: Any) -> object:
+    """What the ``state_dict`` of a callback would contain of an object."""
+    if isinstance(thing, Tensor):
+        return thing.detach()
+    if isinstance(thing, nn.Module):
+        return named_tensors(thing)  # buffers that are not persistent too
+    return thing.state_dict()
+
+
+def _is_in(tree: object, state: object) -> bool:
+    """Whether a state, which is not empty, is part of another one."""
+    if isinstance(state, Mapping) and not state:
+        return False
+    if _is_same(tree, state):
+        return True
+    if isinstance(tree, Mapping):
+        return any(_is_in(item, state) for item in tree.values())
+    return isinstance(tree, list | tuple) and any(_is_in(item, state) for item in tree)
+
+
+def _is_same(one: Any, two: Any) -> bool:
+    """Whether two states have the same values; tensors must share their memory."""
+    if isinstance(one, Tensor) and isinstance(two, Tensor):
+        is_alike = one.shape == two.shape and one.layout == two.layout
+        return is_alike and one.data_ptr() == two.data_ptr()
+    if isinstance(one, Mapping) and isinstance(two, Mapping):
+        return one.keys() == two.keys() and all(_is_same(one[k], two[k]) for k in one)
+    if isinstance(one, list | tuple) and isinstance(two, list | tuple):
+        return len(one) == len(two) and all(map(_is_same, one, two))
+    return type(one) is type(two) and isinstance(one, PLAIN_TYPES) and one == two
+
+
+def restore_held(search: Search, saved: States, params: Mapping[str, Tensor]) -> None:
+    """Restore what ``capture_held`` returned, as far as ``list_missing`` names nothing.
+
+    Raises
+    ------
+    CheckpointError
+        If an object is of another class, or its state does not fit.
+    """
+    for root, states in saved.items():
+        for path, state in states.items():
+            thing = search.objects.get(root, {}).get(path)
+            if thing is not None:
+                _restore(f"{root}{path}", thing, state, params, search)
+
+
+def list_missing(search: Search, saved: States) -> dict[str, str]:
+    """List objects that were saved and do not exist: name, and why."""
+    return {
+        f"{root}{path}": "was saved, but this fit has none"
+        for root, states in saved.items()
+        for path in states
+        if path not in search.objects.get(root, {})
+    }
+
+
+def _restore(
+    name: str,
+    thing: Any,
+    state: StateDict,
+    params: Mapping[str, Tensor],
+    search: Search,
+) -> None:
+    if isinstance(thing, Tensor) and "value" in state:
+        copy_tensors({name: thing}, {name: state["value"]})
+        return
+    if _class_of(thing) != state.get("class"):
+        got = f"got {state.get('class')}"
+        msg = f"resume: expected {name} of the class {_class_of(thing)}, {got}."
+        raise CheckpointError(f"{msg} Resume with the code that was saved.")
+    if isinstance(thing, nn.Module):
+        restore_module(thing, state, search.saved)
+    elif isinstance(thing, Optimizer):
+        regroup(thing, state["groups"], params, name)
+        load_optimizer_state(thing, state["state"], name)
+    else:
+        thing.load_state_dict(state["state"])

@@ -1,0 +1,212 @@
+"""Find what holds state beside parameters and buffers: the one place that looks for it.
+
+A model may hold an optimizer or a scaler, a callback an average of the model, a loss its
+own weights. What is found here is saved in a checkpoint, or named there as not kept.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchmetrics import Metric
+
+from harness.accelerators.single import named_tensors
+from harness.callback import Callback
+from harness.context import Context
+
+MAX_ITEMS = 1000
+"""Longer containers are data, and are not searched."""
+
+MAX_DEPTH = 6
+"""How deep objects inside objects are searched."""
+
+MODULE_FIELDS = frozenset(vars(nn.Module())) | {"ctx"}
+"""Attributes of a module that are not its own."""
+
+PLAIN_TYPES = (bool, int, float, complex, str, type(None))
+_NOT_SEARCHED = (type, types.ModuleType, Context, DataLoader, Dataset, Sampler)
+_FUNCTIONS = (functools.partial, types.FunctionType, types.MethodType)
+_FOREIGN = frozenset(
+    {"torch", "numpy", "builtins", "threading", "_thread", "tracking", "harness"}
+)
+"""Packages whose objects are searched only if they have a ``state_dict``."""
+
+
+class Search:
+    """What holds state below some roots: the model, the loss, functions and callbacks.
+
+    Parameters
+    ----------
+    saved
+        Objects that are saved elsewhere. They and what they hold are passed over.
+
+    Attributes
+    ----------
+    objects
+        Modules, leaf tensors and objects with ``state_dict``, by root and path.
+    modules
+        Modules whose plain attributes belong to the fit, by root and path.
+    callbacks
+        Callbacks that return no state, by root.
+    """
+
+    def __init__(self, saved: Iterable[object] = ()) -> None:
+        self.objects: dict[str, dict[str, Any]] = {}
+        self.modules: dict[str, dict[str, nn.Module]] = {}
+        self.callbacks: dict[str, Callback] = {}
+        self._met: dict[int, object] = {}  # keeps them, so that no id is used again
+        for thing in saved:
+            self._meet(thing)
+        self.saved = frozenset(self._met)
+
+    def add(self, root: str, value: object) -> None:
+        """Search below a root."""
+        self.objects[root], self.modules[root] = {}, {}
+        if isinstance(value, nn.Module):
+            if self._meet(value) or isinstance(value, Callback):
+                self.objects[root][""] = value
+            self._search_modules(root, "", value, 0)
+        elif isinstance(value, Callback):
+            # The callbacks of this package return all of their state.
+            if not _is_foreign(value):
+                if type(value).state_dict is Callback.state_dict:
+                    self.callbacks[root] = value
+                self._search_fields(root, "", value, 0)
+        else:
+            self._search(root, "", value, 0)
+
+    def _meet(self, value: object) -> bool:
+        """Whether a value is met for the first time."""
+        is_new = id(value) not in self._met
+        self._met[id(value)] = value
+        return is_new
+
+    def _search(self, root: str, path: str, value: Any, depth: int) -> None:
+        is_passed = isinstance(value, (*PLAIN_TYPES, *_NOT_SEARCHED))
+        if is_passed or depth > MAX_DEPTH or not self._meet(value):
+            return
+        is_leaf = isinstance(value, Tensor) and value.requires_grad and value.is_leaf
+        if is_leaf or isinstance(value, nn.Module) or has_state(value):
+            self.objects[root][path] = value
+        if isinstance(value, nn.Module):
+            self._search_modules(root, path, value, depth)
+        elif isinstance(value, _FUNCTIONS):
+            for name, item in _parts_of_function(value):
+                self._search(root, f"{path}.{name}", item, depth + 1)
+        elif isinstance(value, Mapping | list | tuple | set):
+            for key, item in _items_of(value):
+                self._search(root, f"{path}[{key!r}]", item, depth + 1)
+        elif not has_state(value) and not _is_foreign(value):
+            self._search_fields(root, path, value, depth)
+
+    def _search_modules(self, root: str, path: str, top: nn.Module, depth: int) -> None:
+        """Search the attributes of a module and of those below it."""
+        inner = dict(top.named_modules())
+        for thing in (*inner.values(), *named_tensors(top).values()):
+            self._meet(thing)
+        for name, module in inner.items():
+            if not has_extra_state(module) and not isinstance(module, Metric):
+                place = f"{path}.{name}" if name else path
+                self.modules[root][place] = module
+                self._search_fields(root, place, module, depth)
+
+    def _search_fields(self, root: str, path: str, owner: object, depth: int) -> None:
+        skipped = MODULE_FIELDS if isinstance(owner, nn.Module) else {"ctx"}
+        for name, value in list(getattr(owner, "__dict__", {}).items()):
+            if name not in skipped:
+                self._search(root, f"{path}.{name}", value, depth + 1)
+
+
+def search_fit(ctx: Context, callbacks: Mapping[str, Callback]) -> Search:
+    """Search all that belongs to a fit.
+
+    Parameters
+    ----------
+    ctx
+        Context of the fit.
+    callbacks
+        Its callbacks by name.
+    """
+    saved: list[Any] = [ctx.accelerator, ctx.run, *ctx.callbacks, *ctx.model.modules()]
+    saved += named_tensors(ctx.model).values()
+    for opt in ctx.optimizers.values():
+        saved += [opt, getattr(opt, "optimizer", opt)]
+    search = Search(saved)
+    search.add("loss", ctx.loss_fn)
+    search.add("model", ctx.model)
+    search.add("backward", ctx.backward)
+    search.add("step_opt", ctx.step_opt)
+    for name, callback in callbacks.items():
+        search.add(name, callback)
+    return search
+
+
+def find_loss_modules(loss: object, model: nn.Module) -> list[nn.Module]:
+    """Modules with the state of a loss: itself, or what it holds; not those of the model."""
+    search = Search(model.modules())
+    search.add("loss", loss)
+    return [m for m in search.objects["loss"].values() if isinstance(m, nn.Module)]
+
+
+def name_parameters(model: nn.Module, search: Search) -> dict[str, Tensor]:
+    """All parameters that an optimizer may step, by name."""
+    found: dict[str, Tensor] = {}
+    for root, held in search.objects.items():
+        for path, thing in held.items():
+            if isinstance(thing, nn.Module):
+                inner = thing.named_parameters()
+                found |= {f"{root}{path}/{name}": param for name, param in inner}
+            elif isinstance(thing, Tensor):
+                found[f"{root}{path}"] = thing
+    return found | dict(model.named_parameters())
+
+
+def has_state(value: object) -> bool:
+    """Whether an object can save and restore its state."""
+    names = ("state_dict", "load_state_dict")
+    return all(callable(getattr(type(value), name, None)) for name in names)
+
+
+def has_extra_state(module: nn.Module) -> bool:
+    """Whether a module saves state beside its tensors by itself."""
+    return type(module).get_extra_state is not nn.Module.get_extra_state
+
+
+def _is_foreign(value: object) -> bool:
+    return type(value).__module__.partition(".")[0] in _FOREIGN
+
+
+def _items_of(value: Any) -> list[tuple[object, object]]:
+    """Keys and values of a container that is no data."""
+    if len(value) > MAX_ITEMS:
+        return []
+    return list(value.items() if isinstance(value, Mapping) else enumerate(value))
+
+
+def _parts_of_function(value: Any) -> Iterator[tuple[str, object]]:
+    """What a function, partial or method holds: arguments, closure, its object."""
+    if isinstance(value, functools.partial):
+        yield from (("func", value.func), ("args", value.args))
+        yield "keywords", value.keywords
+        return
+    if isinstance(value, types.MethodType):
+        yield "self", value.__self__
+        value = value.__func__
+    if not isinstance(value, types.FunctionType):
+        return
+    cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
+    for name, cell in cells:
+        try:
+            yield name, cell.cell_contents
+        except ValueError:  # a variable without a value
+            continue
+    for name in value.__code__.co_names:
+        found = value.__globals__.get(name)
+        if isinstance(found, nn.Module) or has_state(found):
+            yield name, found
+    yield "defaults", value.__defaults__

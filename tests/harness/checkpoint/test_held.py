@@ -1,0 +1,444 @@
+from __future__ import annotations
+
+import functools
+import signal
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import swa_utils
+from torch.optim.lr_scheduler import ExponentialLR
+from torchmetrics import MeanMetric
+
+import harness
+from harness.callbacks import ModelCheckpoint, ResumeFromCheckpoint
+from harness.checkpoint.format import list_checkpoints, read_rank
+from harness.errors import CheckpointError
+from tests.harness.stops import Line, X, Y, fit, fit_with_stop, sgd
+
+
+class Balanced(nn.Module):
+    """A loss with a buffer, a parameter and a counter."""
+
+    mean: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.ones(()))
+        self.scale = nn.Parameter(torch.ones(()))
+        self.calls = 0
+
+    def forward(self, pred, target):
+        loss = (pred - target).pow(2).mean() * self.scale.exp() - self.scale
+        if self.training:
+            self.calls += 1
+            self.mean.mul_(0.9).add_(0.1 * loss.detach())
+        return loss / self.mean.clamp(min=0.1)
+
+    def tell(self) -> list[Any]:
+        return [self.mean, self.scale, self.calls]
+
+
+class HoldsLoss:
+    """A loss that is no module and holds one."""
+
+    def __init__(self) -> None:
+        self.part = Balanced()
+
+    def __call__(self, pred, target):
+        return self.part(pred, target)
+
+
+def call_part(part, pred, target):
+    return part(pred, target)
+
+
+class Scaled(Line):
+    """A scaler hangs on the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scaler = torch.amp.GradScaler("cpu", growth_interval=2)
+
+    def step(self) -> None:
+        ctx = self.ctx
+        ctx.pred = self(ctx.input)
+        loss = (ctx.pred - ctx.target).pow(2).mean()
+        ctx.loss = loss.detach()
+        if ctx.training:
+            ctx.opt.zero_grad()
+            self.scaler.scale(loss).backward()
+            self.scaler.step(ctx.opt)
+            self.scaler.update()
+
+
+class SecondOptimizer(Line):
+    """Steps a second optimizer by itself, on parameters in a plain list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gains = [torch.ones((), requires_grad=True)]
+
+    def set_optimizers(self):
+        self.others = {"gain": torch.optim.Adam(self.gains, lr=0.1)}
+        return torch.optim.SGD(self.parameters(), lr=0.05)
+
+    def step(self) -> None:
+        ctx = self.ctx
+        ctx.pred = self(ctx.input) * self.gains[0]
+        loss = (ctx.pred - ctx.target).pow(2).mean()
+        self.others["gain"].zero_grad()
+        ctx.optimize(loss)
+        if ctx.training:
+            self.others["gain"].step()
+
+
+class HasMetric(Line):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = MeanMetric()
+
+    def forward(self, x):
+        pred = self.fc(x)
+        if self.training:
+            self.mean.update(pred.detach())
+        return pred
+
+
+class PlainState(Line):
+    """Numbers, tensors and lists as plain attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain, self.carry = 1.0, torch.zeros(1)
+        self.history: list[float] = []
+
+    def forward(self, x):
+        pred = self.fc(x) * self.gain + self.carry
+        if self.training:
+            self.gain *= 0.95
+            self.carry = 0.1 * pred.detach().mean(0)
+            self.history.append(self.gain)
+        return pred
+
+
+class Average(harness.Callback):
+    """An average of the weights."""
+
+    def on_fit_begin(self) -> None:
+        average = swa_utils.get_ema_multi_avg_fn(0.9)
+        self.model = swa_utils.AveragedModel(self.ctx.model, multi_avg_fn=average)
+
+    def on_train_batch_end(self) -> None:
+        self.model.update_parameters(self.ctx.model)
+
+    def tell(self) -> list[Any]:
+        return list(self.model.state_dict().values())
+
+
+class SavesAverage(Average):
+    """The same; it saves the average by itself."""
+
+    def state_dict(self):
+        return {"average": self.model.state_dict()}
+
+    def load_state_dict(self, state):
+        self.model.load_state_dict(state["average"])
+
+
+class Schedules(harness.Callback):
+    """A scheduler in a dict."""
+
+    def on_fit_begin(self) -> None:
+        self.held = {"one": ExponentialLR(self.ctx.optimizers["opt"], 0.9)}
+
+    def on_train_batch_end(self) -> None:
+        self.held["one"].step()
+
+    def tell(self) -> list[Any]:
+        return [str(self.held["one"].state_dict())]
+
+
+class IsModule(harness.Callback, nn.Module):  # type: ignore[misc]
+    """A callback that is a module."""
+
+    count: torch.Tensor
+    other: torch.Tensor
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("other", torch.zeros(()), persistent=False)
+
+    def on_train_batch_end(self) -> None:
+        self.count += 1
+        self.other += 2
+
+    def tell(self) -> list[Any]:
+        return [self.count, self.other]
+
+
+class ModuleFirst(nn.Module, harness.Callback):
+    count: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()), persistent=False)
+
+    def on_train_batch_end(self) -> None:
+        self.count += 1
+
+    def tell(self) -> list[Any]:
+        return [self.count]
+
+
+class OwnOptimizer(Line):
+    """Trains the loss too."""
+
+    def set_optimizers(self):
+        groups = [
+            {"params": self.parameters()},
+            {"params": self.ctx.loss_fn.parameters(), "lr": 0.1},
+        ]
+        return torch.optim.Adam(groups, lr=0.01)
+
+
+def with_closure() -> harness.Learner:
+    part = Balanced()
+    return sgd(loss=lambda pred, target: part(pred, target))
+
+
+def nothing(fitted: Any) -> list[Any]:
+    return []
+
+
+PROGRAMS: dict[str, tuple[Any, Any, Callable[[Any], list[Any]]]] = {
+    "a loss": (lambda: sgd(loss=Balanced()), list, lambda f: f.loss.tell()),
+    "a loss in a partial": (
+        lambda: sgd(loss=functools.partial(call_part, Balanced())),
+        list,
+        lambda f: f.loss.args[0].tell(),
+    ),
+    "a loss in an object": (
+        lambda: sgd(loss=HoldsLoss()),
+        list,
+        lambda f: f.loss.part.tell(),
+    ),
+    "a loss in a closure": (with_closure, list, nothing),
+    "a loss with an own optimizer": (
+        lambda: harness.setup(OwnOptimizer, loss=Balanced()),
+        list,
+        lambda f: f.loss.tell(),
+    ),
+    "a scaler": (lambda: sgd(Scaled), list, lambda f: [f.model.scaler.get_scale()]),
+    "an optimizer": (
+        lambda: harness.setup(SecondOptimizer),
+        list,
+        lambda f: f.model.gains,
+    ),
+    "a metric": (lambda: sgd(HasMetric), list, lambda f: [f.model.mean.compute()]),
+    "plain attributes": (
+        lambda: sgd(PlainState),
+        list,
+        lambda f: [f.model.gain, f.model.carry, f.model.history],
+    ),
+    "an average on a callback": (sgd, lambda: [Average()], nothing),
+    "an average that is saved": (sgd, lambda: [SavesAverage()], nothing),
+    "a scheduler on a callback": (sgd, lambda: [Schedules()], nothing),
+    "a callback and module": (sgd, lambda: [IsModule()], nothing),
+    "a module and callback": (sgd, lambda: [ModuleFirst()], nothing),
+}
+
+
+def tell(fitted: Any, callbacks: list[Any], tell_fit: Callable[[Any], Any]) -> str:
+    """All that a fit left, with all digits."""
+    torch.set_printoptions(precision=17)
+    found = [*fitted.model.state_dict().values(), *tell_fit(fitted)]
+    for callback in callbacks:
+        found += callback.tell()
+    return repr([x.tolist() if isinstance(x, torch.Tensor) else x for x in found])
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_resume_with_state_that_hangs_somewhere_equals_the_unbroken_fit(
+    name: str, tmp_path: Path
+) -> None:
+    make, make_callbacks, tell_fit = PROGRAMS[name]
+    callbacks = make_callbacks()
+    whole = tell(fit(make(), callbacks), callbacks, tell_fit)
+    for stop in (3, 4):
+        fitted, resumed = fit_with_stop(
+            make, stop, tmp_path / str(stop), make_callbacks
+        )
+        assert tell(fitted, resumed, tell_fit) == whole, f"stopped at {stop}"
+
+
+def test_loss_resumes_in_the_middle_of_a_window_and_of_a_validation(tmp_path):
+    class StopInValidation(harness.Callback):
+        def on_valid_batch_end(self) -> None:
+            if self.ctx.epoch == 2:
+                signal.raise_signal(signal.SIGTERM)
+
+    class Counts(Balanced):
+        def forward(self, pred, target):
+            self.calls += 1  # in validation too
+            return super().forward(pred, target)
+
+    options: dict[str, Any] = {"accumulate": 2, "valid": True}
+    make = lambda: sgd(loss=Counts())  # noqa: E731
+    whole = fit(make(), **options)
+    save = ModelCheckpoint(tmp_path, every_n_epochs=0)
+    fit(make(), [save, StopInValidation()], **options)
+    fitted = fit(make(), [ResumeFromCheckpoint(tmp_path)], **options)
+    assert fitted.loss.tell() == whole.loss.tell()
+    assert repr(fitted.records["metrics"]) == repr(whole.records["metrics"])
+
+
+def test_fits_of_a_learner_share_no_loss():
+    loss = Balanced()
+    learner = sgd(loss=loss)
+    one, two = fit(learner), fit(learner)
+    assert one.loss.tell() == two.loss.tell()
+    assert one.loss is not two.loss
+    assert loss.tell() == [torch.ones(()), torch.ones(()), 0]
+    assert one.loss.scale != 1
+    assert not one.loss.training
+
+
+def test_loss_is_trained_as_in_a_plain_loop():
+    torch.manual_seed(1)
+    model, loss = Line(), Balanced()
+    params = [*model.parameters(), *loss.parameters()]
+    opt = torch.optim.SGD(params, lr=0.05, momentum=0.9)
+    for _ in range(2):
+        opt.zero_grad()
+        loss(model(X), Y).backward()
+        opt.step()
+    fitted = sgd(loss=Balanced()).fit(
+        (X, Y),
+        2,
+        dataloader_options={"batch_size": len(X), "shuffle": False},
+        seed=1,
+        tracker=False,
+    )
+    assert torch.equal(fitted.model.fc.weight, model.fc.weight)
+    assert fitted.loss.tell() == loss.tell()
+
+
+def test_evaluation_uses_the_trained_loss_and_leaves_it_as_it_is():
+    fitted = fit(sgd(loss=Balanced()))
+    before = repr(fitted.loss.tell())
+    values = [fitted.evaluate((X, Y))["loss"] for _ in range(2)]
+    with torch.no_grad():
+        assert fitted.loss is not None
+        expected = fitted.loss(fitted.model(X), Y).item()
+    assert values[0] == values[1] == pytest.approx(expected, rel=1e-6)
+    loss: Any = fitted.loss
+    assert repr(loss.tell()) == before
+
+
+def test_optimizer_of_the_users_own_loss_trains_the_copy():
+    loss = Balanced()
+
+    class OfBoth(Line):
+        def set_optimizers(self):
+            return torch.optim.SGD([*self.parameters(), *loss.parameters()], lr=0.05)
+
+    fitted = fit(harness.setup(OfBoth, loss=loss))
+    assert fitted.loss.scale != 1
+    assert loss.scale == 1
+
+
+def test_parameters_of_a_loss_that_nobody_steps_are_told():
+    class OfModel(Line):
+        def set_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.05)
+
+    with pytest.warns(UserWarning, match=r"OfModel.set_optimizers: .* \['scale'\]"):
+        fit(harness.setup(OfModel, loss=Balanced()))
+
+
+def test_loss_that_cannot_be_copied_is_refused():
+    class Odd(Balanced):
+        def __deepcopy__(self, memo):
+            raise RuntimeError("no copy")
+
+    with pytest.raises(TypeError, match="a loss that can be copied for each fit"):
+        fit(sgd(loss=Odd()))
+
+
+class Unsaveable(harness.Callback):
+    """Holds an object whose state no file can hold."""
+
+    class Thing:
+        def state_dict(self):
+            return {"odd": object()}
+
+        def load_state_dict(self, state):
+            pass
+
+    def on_fit_begin(self) -> None:
+        self.thing = self.Thing()
+
+
+class Counts(harness.Callback):
+    """Counts without a state."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def on_train_batch_end(self) -> None:
+        self.count += 1
+
+
+def report_of(learner, saved, resumed, tmp_path, capsys, **options):
+    fit(learner, [*saved, ModelCheckpoint(tmp_path)], epochs=1)
+    capsys.readouterr()
+    resume = ResumeFromCheckpoint(tmp_path, **options)
+    with warnings.catch_warnings():
+        learner.fit(
+            (torch.zeros(24, 4), torch.zeros(24, 1)),
+            2,
+            callbacks=[*resumed, resume],
+            tracker=False,
+            verbose=True,
+        )
+    return " ".join(capsys.readouterr().err.split())
+
+
+def test_state_that_is_not_kept_is_named(tmp_path, capsys):
+    saved, resumed = [Counts(), Unsaveable()], [Counts(), Unsaveable()]
+    report = report_of(sgd(), saved, resumed, tmp_path, capsys)
+    assert "Counts.count not kept return it in state_dict" in report
+    assert "missing Unsaveable.thing Unsaveable.thing/state/odd: expected" in report
+
+
+def test_strict_refuses_a_state_that_was_not_kept_or_has_no_owner(tmp_path):
+    fit(sgd(), [Unsaveable(), Average(), ModelCheckpoint(tmp_path)], epochs=1)
+    strict = ResumeFromCheckpoint(tmp_path, strict=True)
+    with pytest.raises(CheckpointError, match=r"strict: .*Unsaveable.thing"):
+        fit(sgd(), [Unsaveable(), Average(), strict])
+    with pytest.raises(CheckpointError, match=r"Average\.model was saved"):
+        fit(sgd(), [Unsaveable(), strict])
+
+
+def test_object_of_another_class_is_refused(tmp_path):
+    class Other(harness.Callback):
+        def on_fit_begin(self) -> None:
+            self.model = nn.Linear(1, 1)
+
+    Other.__name__ = "Average"
+    fit(sgd(), [Average(), ModelCheckpoint(tmp_path)], epochs=1)
+    with pytest.raises(CheckpointError, match=r"Average\.model of the class .*Linear"):
+        fit(sgd(), [Other(), ResumeFromCheckpoint(tmp_path)])
+
+
+def test_average_that_a_callback_saves_is_written_once(tmp_path):
+    fit(sgd(), [SavesAverage(), ModelCheckpoint(tmp_path)], epochs=1)
+    state = read_rank(list_checkpoints(tmp_path)[0], 0)
+    assert "average" in state["callbacks"]["SavesAverage"]
+    assert state["held"] == {}
