@@ -48,6 +48,16 @@ def format_metrics(records: Records, epoch: int | None = None) -> str:
     return table.reindex(index=metrics, columns=splits).fillna("").to_string()
 
 
+def format_times(records: Records) -> str:
+    """Return the time of the fit and the mean of its epochs; empty if they are not known."""
+    profile = records.get("profile", {})
+    fits = [item["fit_s"] for item in profile.get("fit", []) if item]
+    epochs = [item["epoch_s"] for item in profile.get("epoch", []) if item]
+    if not fits or not epochs:
+        return ""
+    return f", {fits[-1]:.2f} s ({sum(epochs) / len(epochs):.3g} s an epoch)"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """Losses and metrics of one evaluation.
@@ -232,4 +242,5 @@ class Fitted:
         where = f"\nrun {self.run_id} in {self.run_path}" if self.run_id else ""
         if self.best_epoch is not None:
             head += f", weights of epoch {self.best_epoch}"
+        head += format_times(self.records)
         return f"{head}\n{format_metrics(self.records, self.best_epoch)}{where}"

@@ -19,7 +19,7 @@ class CSVLogger(Callback):
     Parameters
     ----------
     path
-        File to write; an existing file is replaced when the fit begins.
+        File to write, ``~`` for the home folder; an existing file is replaced when the fit begins.
 
     References
     ----------
@@ -30,7 +30,7 @@ class CSVLogger(Callback):
     weight = 60
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
 
     def on_fit_begin(self) -> None:
         """Create the file; a resumed fit keeps the old one until it has an epoch to add."""

@@ -15,8 +15,8 @@ class EarlyStopping(Monitor):
     ----------
     monitor, mode, min_delta
         Metric to watch; see ``Monitor``.
-    patience : >= 1
-        Epochs to wait without improvement.
+    patience : >= 0
+        Epochs to wait without improvement; 0, like 1, ends the fit at the first one.
     baseline
         Value that the first epoch must improve on; None: any first value is the best.
 
@@ -43,7 +43,7 @@ class EarlyStopping(Monitor):
     ) -> None:
         super().__init__(monitor, mode, min_delta)
         advice = "Pass the number of epochs to wait without improvement."
-        check_count("EarlyStopping(patience)", patience, 1, advice)
+        check_count("EarlyStopping(patience)", patience, 0, advice)
         self.patience = patience
         self.waited = 0
         if baseline is not None:
@@ -56,15 +56,19 @@ class EarlyStopping(Monitor):
         self.reset()
         self.waited = 0
 
+    @property
+    def _has_waited(self) -> bool:
+        return self.waited >= max(self.patience, 1)
+
     def on_epoch_begin(self) -> None:
         """End a resumed fit that had already stopped early."""
-        if self.waited >= self.patience and self.ctx.epoch > self.ctx.min_epochs:  # type: ignore[operator]
+        if self._has_waited and self.ctx.epoch > self.ctx.min_epochs:  # type: ignore[operator]
             raise EarlyStop(self.monitor)
 
     def on_epoch_end(self) -> None:
         """Count epochs without improvement; end the fit after `patience` of them."""
         self.waited = 0 if self.update_best() else self.waited + 1
-        if self.waited >= self.patience and self.ctx.epoch >= self.ctx.min_epochs:  # type: ignore[operator]
+        if self._has_waited and self.ctx.epoch >= self.ctx.min_epochs:  # type: ignore[operator]
             raise EarlyStop(self.monitor)
 
     def state_dict(self) -> StateDict:

@@ -26,13 +26,16 @@ class ModelCheckpoint(Monitor):
     Parameters
     ----------
     path
-        Folder of the checkpoints; None: ``checkpoints/`` of the run that records the fit.
+        Folder of the checkpoints; None: ``checkpoints/`` of the run that records the fit. It
+        may name ``{run}`` (the run's id), ``{model}`` (its class) and hparams, as in
+        ``"out/{model}-{hidden}"``.
     every_n_epochs : >= 0
         Save at the end of every so many epochs; 0: at none.
     every_n_steps, every_n_minutes : > 0
         Also save after so many optimizer steps, or minutes; None: do not.
-    keep_last : >= 1
-        Number of newest checkpoints to keep.
+    keep_last : >= 0
+        Number of newest checkpoints to keep. With 0, only the best ones are kept, and the
+        one of an interrupted fit.
     keep_best : >= 0
         Number of checkpoints to keep beside those, of the best epochs.
     monitor, mode
@@ -66,13 +69,19 @@ class ModelCheckpoint(Monitor):
         super().__init__(monitor, mode)
         place, advice = type(self).__name__, "Leave it out for the default."
         check_count(f"{place}(every_n_epochs)", every_n_epochs, 0, advice)
-        check_count(f"{place}(keep_last)", keep_last, 1, advice)
+        check_count(f"{place}(keep_last)", keep_last, 0, advice)
         check_count(f"{place}(keep_best)", keep_best, 0, advice)
         if every_n_steps is not None:
             check_count(f"{place}(every_n_steps)", every_n_steps, 1, advice)
         if every_n_minutes is not None:
             check_more_than(f"{place}(every_n_minutes)", every_n_minutes, 0, advice)
-        self.path = Path(path) if path is not None else None
+        is_best_alone = not (every_n_steps or every_n_minutes) and keep_best
+        if keep_last == 0 and not is_best_alone:
+            msg = (
+                f"{place}(keep_last): expected at least 1, or keep_best=1 and saves at"
+            )
+            raise ValueError(f"{msg} epoch ends only, got 0. {advice}")
+        self.path = Path(path).expanduser() if path is not None else None
         self.every_n_epochs, self.every_n_steps = every_n_epochs, every_n_steps
         self.every_n_minutes = every_n_minutes
         self.keep_last, self.keep_best = keep_last, keep_best
@@ -87,14 +96,32 @@ class ModelCheckpoint(Monitor):
         if self.path is None and ctx.run.path is None:
             msg = f"{type(self).__name__}(path): expected a folder, got None."
             raise ValueError(f"{msg} A fit without a run has no default folder.")
+        self._fill_path(ctx)
         if self.keep_best:
             super().check(ctx)
+
+    def _fill_path(self, ctx: Context) -> Path | None:
+        """Fill the fields of the path."""
+        if self.path is None or "{" not in str(self.path):
+            return self.path
+        fields = {
+            **ctx.opt_hparams,
+            **ctx.hparams,
+            "run": ctx.run.id,
+            "model": type(ctx.model).__name__,
+        }
+        try:
+            return Path(str(self.path).format_map(fields))
+        except (KeyError, IndexError, ValueError, AttributeError) as error:
+            msg = f"{type(self).__name__}(path): expected fields of {sorted(fields)}"
+            advice = "The names of the checkpoints contain epoch, batch and step."
+            raise ValueError(f"{msg}, got {str(self.path)!r}. {advice}") from error
 
     def on_fit_begin(self) -> None:
         """Reset the counters; find the folder."""
         self.reset()
         self._ranked, self._last_step = [], 0
-        folder = self.path
+        folder = self._fill_path(self.ctx)
         if folder is None:
             assert self.ctx.run.path is not None  # refused in check
             folder = Path(self.ctx.run.path) / "checkpoints"
@@ -140,8 +167,7 @@ class ModelCheckpoint(Monitor):
 
     def _rank(self, name: str) -> None:
         """Add a checkpoint to the best ones, if it belongs there; a NaN never does."""
-        sign = 1 if self.mode == "min" else -1
-        self._ranked.append([sign * self.get_value(), self.ctx.epoch, name])
+        self._ranked.append([self.score(self.get_value()), self.ctx.epoch, name])
         numbers = [place for place in self._ranked if not math.isnan(place[0])]
         self._ranked = sorted(numbers)[: self.keep_best]
 
@@ -179,7 +205,9 @@ class ModelCheckpoint(Monitor):
             msg = f"checkpoint not written: {error} Training continues."
             warnings.warn(f"{msg} The next save tries again.", stacklevel=2)
         elif self._has_saved:
-            self.writer.prune(self.keep_last, {name for *_, name in self._ranked})
+            is_interrupted = self.ctx.stop_signal is not None
+            keep_last = max(self.keep_last, is_interrupted)
+            self.writer.prune(keep_last, {name for *_, name in self._ranked})
 
     def state_dict(self) -> StateDict:
         """Return which epochs are best, and the step of the last save."""

@@ -12,7 +12,7 @@ from harness.context import Context
 from harness.pytree import StateDict, named_leaves
 from harness.setup_checks import check_at_least, check_logged_elsewhere, check_monitor
 
-Mode = Literal["auto", "min", "max"]
+Mode = Literal["auto", "min", "max", "zero"]
 
 
 def get_logged_metrics(ctx: Context) -> dict[str, float]:
@@ -46,7 +46,8 @@ class Monitor(Callback):
     monitor
         ``<set>/<metric>`` or ``<set>/<metric>/<optimizer>``, for example ``valid/loss``.
     mode
-        ``"min"`` if lower is better, ``"max"`` if higher is better. ``"auto"``: ``"min"`` for
+        ``"min"`` if lower is better, ``"max"`` if higher is better, ``"zero"`` if closer to
+        zero is better. ``"auto"``: ``"min"`` for
         losses, and what ``higher_is_better`` of a torchmetrics object says. Where a metric
         does not say it, the mode must be given.
     min_delta : >= 0
@@ -73,14 +74,16 @@ class Monitor(Callback):
         min_delta: float = 0.0,
     ) -> None:
         name = type(self).__name__
-        if mode not in {"auto", "min", "max"}:
-            msg = f"{name}(mode): expected 'auto', 'min' or 'max', got {mode!r}."
+        if mode not in {"auto", "min", "max", "zero"}:
+            msg = (
+                f"{name}(mode): expected 'auto', 'min', 'max' or 'zero', got {mode!r}."
+            )
             raise ValueError(f"{msg} Use 'min' for losses, 'max' for accuracies.")
         advice = "Pass the size of the change without a sign."
         check_at_least(f"{name}(min_delta)", min_delta, 0, advice)
         self.monitor, self.min_delta, self._given_mode = monitor, min_delta, mode
         self._baseline: float | None = None
-        self.mode: Mode = "max" if mode == "max" else "min"
+        self.mode: Mode = "min" if mode == "auto" else mode
         self._has_warned = False
         self.reset()
 
@@ -108,7 +111,7 @@ class Monitor(Callback):
 
     def reset(self) -> None:
         """Forget the best value, so that the callback can serve another fit."""
-        start = inf if self.mode == "min" else -inf
+        start = -inf if self.mode == "max" else inf
         self.best = start if self._baseline is None else self._baseline
 
     def get_value(self) -> float:
@@ -141,11 +144,16 @@ class Monitor(Callback):
             warnings.warn(text, stacklevel=2)
         self._has_warned = True
 
+    def score(self, value: float) -> float:
+        """Return a number that is lower for a better value."""
+        if self.mode == "zero":
+            return abs(value)
+        return -value if self.mode == "max" else value
+
     def update_best(self) -> bool:
         """Return True and keep this epoch's value if it is the best so far."""
         value = self.get_value()
-        gain = self.best - value if self.mode == "min" else value - self.best
-        if gain > self.min_delta:
+        if self.score(self.best) - self.score(value) > self.min_delta:
             self.best = value
             return True
         return False

@@ -11,6 +11,10 @@ from harness.pytree import StateDict
 class Profile(Callback):
     """Logs ``profile`` records once an epoch: ``epoch_s``, ``batches``, ``samples_per_s``.
 
+    The sets ``train`` and ``valid`` have those of a split, ``epoch`` has the ``epoch_s`` of
+    both, and ``fit`` has ``fit_s``, all time that the fit has taken. ``print(fitted)`` shows
+    the last two.
+
     Times are wall-clock seconds; work queued on a GPU counts when the program waits for it.
     ``overflows`` is the number of steps since the beginning of the fit, over all optimizers,
     that were skipped because gradients overflowed; it is logged once there is one.
@@ -23,6 +27,7 @@ class Profile(Callback):
     weight = -1000
 
     def __init__(self) -> None:
+        self._fit_began = self._epoch_began = perf_counter()
         self._start()
 
     def _start(self) -> None:
@@ -43,16 +48,41 @@ class Profile(Callback):
 
     def state_dict(self) -> StateDict:
         """Return what was counted of the training split so far."""
+        fit_s = perf_counter() - self._fit_began
         if not self.ctx.training:
-            return {}
+            return {"fit_s": fit_s}
         took_s = perf_counter() - self._began
-        return {"took_s": took_s, "batches": self._batches, "rows": self._rows}
+        return {
+            "fit_s": fit_s,
+            "took_s": took_s,
+            "batches": self._batches,
+            "rows": self._rows,
+        }
 
     def load_state_dict(self, state: StateDict) -> None:
         """Restore what was counted; the time since the save does not count."""
-        if state:
+        self._fit_began = perf_counter() - state.get("fit_s", 0.0)
+        if "took_s" in state:
             self._began = perf_counter() - state["took_s"]
             self._batches, self._rows = state["batches"], state["rows"]
+
+    def on_fit_begin(self) -> None:
+        """Start the clock of the fit."""
+        self._fit_began = perf_counter()
+
+    def on_fit_end(self) -> None:
+        """Log the time of the fit."""
+        fit_s = perf_counter() - self._fit_began
+        self.ctx.log("profile", "fit", {"fit_s": fit_s}, index=1, append=False)
+
+    def on_epoch_begin(self) -> None:
+        """Start the clock of the epoch."""
+        self._epoch_began = perf_counter()
+
+    def on_epoch_end(self) -> None:
+        """Log the time of the epoch."""
+        epoch_s = perf_counter() - self._epoch_began
+        self.ctx.log("profile", "epoch", {"epoch_s": epoch_s}, index=self.ctx.epoch)
 
     def on_train_begin(self) -> None:
         """Start the clock."""

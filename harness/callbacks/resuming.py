@@ -16,6 +16,7 @@ from harness.checkpoint.format import (
     remove_checkpoint,
 )
 from harness.checkpoint.resume import Resume
+from harness.context import Context
 from harness.errors import CheckpointError
 
 
@@ -113,6 +114,10 @@ class AutoResume(ModelCheckpoint):
         self, path: str | Path, every_n_steps: int | None = None, **options: Any
     ) -> None:
         super().__init__(path, every_n_steps=every_n_steps, **options)
+
+    def _fill_path(self, ctx: Context) -> Path | None:
+        """Return the path as it is: it is searched before there is a model."""
+        return self.path
 
     def find(self) -> Resume | None:
         """Find the newest undamaged checkpoint of the folder; None if there is none."""

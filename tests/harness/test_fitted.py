@@ -83,10 +83,9 @@ def test_fitted_printed_without_metrics_says_so():
 
     learner = harness.setup(Silent, optimizer=torch.optim.SGD)
     fitted = learner.fit(DATA, 1, tracker=False, verbose=False)
-    assert str(fitted).splitlines() == [
-        "Fitted Silent, 27 parameters, 0 epochs",
-        "no metrics",
-    ]
+    head, metrics = str(fitted).splitlines()
+    assert head.startswith("Fitted Silent, 27 parameters, 0 epochs")
+    assert metrics == "no metrics"
     with pytest.raises(ValueError, match="expected at least one numeric metric"):
         fitted.plot()
 

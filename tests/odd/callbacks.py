@@ -144,7 +144,7 @@ def clip(extra: Extra, _: list[str]) -> tuple[harness.Callback, Hook]:
         if event == "on_train_batch_before_step":
             torch.nn.utils.clip_grad_norm_(loop.params_of(loop.name), 0.1)
 
-    return GradientClip(0.1), hook
+    return GradientClip(0.1, record=False), hook
 
 
 def schedule(extra: Extra, names: list[str]) -> tuple[harness.Callback, Hook]:

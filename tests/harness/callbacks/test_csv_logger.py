@@ -97,3 +97,9 @@ def test_csv_passes_over_values_that_are_no_numbers(tmp_path):
     assert found["matrix"] == "[[1, 2], [3, 4]]"
     assert found["kind"] == "good"
     assert float(found["loss"]) == 2.0  # x = 0, 1 at w = b = 0: (0 + 4) / 2
+
+
+def test_csv_logger_knows_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    line_learner().fit(slope(4), 1, callbacks=[CSVLogger("~/log.csv")], **OFF)
+    assert (tmp_path / "log.csv").read_text().startswith("epoch,set,metric,value")

@@ -44,6 +44,12 @@ def stopping(**options):
         ([3, 4, 2, 4, 4, 4], {"patience": 3}, 6),  # better in between begins anew
         ([1, 2, 3, 3], {"mode": "max"}, 4),
         ([1, 2, 1, 3], {"mode": "max"}, 3),
+        ([3, -2, 1, -1, 0], {"mode": "zero"}, 4),
+        ([3, -2, -2.5, -1, 2], {"mode": "zero", "patience": 2}, 5),
+        ([3, 2.9, 0.1], {"mode": "zero", "min_delta": 0.15}, 2),
+        ([3, -2, 1], {"mode": "zero", "baseline": 1.5}, 1),
+        ([3, 2, 2, 0], {"patience": 0}, 3),  # as in Keras
+        ([3, 2, 1], {"patience": 0}, 3),
         ([3, 2.9, 2.8, 1], {"min_delta": 0.15}, 2),
         ([3, 2.9, 2.8, 1], {"min_delta": 0.15, "patience": 2}, 4),  # 3 - 2.8 > 0.15
         ([3, 2, 1], {"baseline": 1.5}, 1),
@@ -135,16 +141,16 @@ def test_early_stopping_monitor_that_cannot_be_logged_is_refused(monitor, match)
     assert tape.events == []
 
 
-@pytest.mark.parametrize("patience", [0, -1])
-def test_early_stopping_patience_below_one_is_refused(patience):
-    with pytest.raises(ValueError, match=r"\(patience\): expected at least 1, got"):
+@pytest.mark.parametrize("patience", [-1, -2])
+def test_early_stopping_patience_below_zero_is_refused(patience):
+    with pytest.raises(ValueError, match=r"\(patience\): expected at least 0, got"):
         EarlyStopping(patience=patience)
 
 
 def test_early_stopping_mode_is_checked():
     with pytest.raises(
         ValueError,
-        match=r"EarlyStopping\(mode\): expected 'auto', 'min' or 'max', got 'least'",
+        match=r"EarlyStopping\(mode\): expected 'auto', 'min', 'max' or 'zero', got",
     ):
         EarlyStopping(mode="least")  # type: ignore[arg-type]
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import harness
+import tracking
 from harness.accelerators.single import SingleDevice
 from harness.callbacks import GradientClip
 from tests.harness.fakes import Net, line_learner, net_learner, points, slope
@@ -89,3 +90,48 @@ def test_clip_by_default_is_to_norm_one():
 def test_clip_refuses_what_is_no_norm(options, error):
     with pytest.raises(error, match=rf"GradientClip\({next(iter(options))}\)"):
         GradientClip(**options)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_clip_records_the_norm_before_it(accumulate):
+    # x = 1, y = 2: the gradient is -2 (2 - w - b) in both directions, clipped to 1, so w + b
+    # grows by 0.01 sqrt(2) each step.
+    data = (torch.ones(4), torch.full((4,), 2.0))
+    norms = [2 * math.sqrt(2) * (2 - step * 0.01 * math.sqrt(2)) for step in range(4)]
+    fitted = line_learner().fit(
+        data,
+        1,
+        callbacks=[GradientClip(1.0)],
+        dataloader_options={"batch_size": 1},
+        accelerator=SingleDevice("cpu", accumulate=accumulate),
+        **OFF,
+    )
+    found = fitted.records["metrics"]["train"][0]["grad_norm"]
+    expected = norms[: 4 // accumulate]
+    assert found == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+
+
+def test_clip_records_the_norms_of_named_optimizers_by_name():
+    learner = harness.setup(Pair).set_opt_hparams(lr=0.0)
+    fit = learner.fit(slope(2), 1, callbacks=[GradientClip(1.0)], **OFF)
+    # Both halves: x = 0, 1, y = 0, 2: the gradients are (-2, -2).
+    norms = fit.records["metrics"]["train"][0]["grad_norm"]
+    assert norms == pytest.approx({"a": math.sqrt(8), "b": math.sqrt(8)})
+    off = learner.fit(slope(2), 1, callbacks=[GradientClip(1.0, record=False)], **OFF)
+    assert set(off.records["metrics"]["train"][0]) == {"loss"}
+
+
+def test_clip_records_each_step_in_the_run(tmp_path):
+    tracker = {"runs_dir": tmp_path, "delivery": False}
+    fitted = line_learner().fit(
+        slope(8),
+        1,
+        callbacks=[GradientClip(1.0)],
+        dataloader_options={"batch_size": 2},
+        tracker=tracker,
+        verbose=False,
+    )
+    rows = tracking.open(fitted.run_path).records(what="steps").to_pylist()
+    assert [(row["name"], row["step"]) for row in rows] == [
+        ("grad_norm", step) for step in (1, 2, 3, 4)
+    ]

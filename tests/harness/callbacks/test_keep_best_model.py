@@ -30,7 +30,12 @@ def weights(values, callback):
 
 @pytest.mark.parametrize(
     ("values", "mode", "best"),
-    [([3, 1, 2], "min", 2), ([3, 1, 2], "max", 1), ([1, 1, 1], "min", 1)],
+    [
+        ([3, 1, 2], "min", 2),
+        ([3, 1, 2], "max", 1),
+        ([1, 1, 1], "min", 1),
+        ([3, -1, 2], "zero", 2),
+    ],
 )
 def test_keep_best_ends_with_the_weights_of_the_best_epoch(values, mode, best):
     after, kept = weights(values, KeepBestModel("valid/watched", mode))

@@ -21,8 +21,8 @@ from harness.checkpoint.format import (
     verify_checkpoint,
 )
 from harness.fitted import Fitted
-from tests.harness.exact import CASES, Case, sgd
-from tests.harness.fakes import At, line_learner, slope
+from tests.harness.exact import CASES, Case, Stop, sgd
+from tests.harness.fakes import At, Tape, line_learner, slope
 
 
 def train(
@@ -261,3 +261,74 @@ def test_batches_that_a_checkpoint_cannot_hold_are_refused_at_the_first(
     assert seen == [1]
     fit(1, ModelCheckpoint(tmp_path))
     fit(2)
+
+
+@pytest.mark.parametrize("mode", ["min", "max", "zero"])
+def test_model_checkpoint_keeps_the_best_alone(mode: str, tmp_path: Path) -> None:
+    values = {"min": [3, 1, 2, 5], "max": [1, 3, 2, 0], "zero": [-3, 1, -2, 5]}[mode]
+
+    def log(ctx: harness.Context) -> None:
+        ctx.log("metrics", "valid", {"watched": values[ctx.epoch - 1]}, index=ctx.epoch)
+
+    saves = ModelCheckpoint(
+        tmp_path, keep_last=0, keep_best=1, monitor="valid/watched", mode=mode
+    )
+    line_learner().fit(
+        slope(4),
+        4,
+        callbacks=[saves, At("on_train_end", log)],
+        tracker=False,
+        verbose=False,
+    )
+    (place,) = list_checkpoints(tmp_path)
+    assert verify_checkpoint(place).position.epoch == 2
+
+
+def test_model_checkpoint_of_the_best_alone_keeps_that_of_an_interrupted_fit(
+    tmp_path: Path,
+) -> None:
+    case = CASES["adam-onecycle-metrics"]
+    saves = ModelCheckpoint(tmp_path, keep_last=0, keep_best=1)
+    train(saves, Stop("on_train_batch_end", 8), case=case)
+    newest, best = list_checkpoints(tmp_path)
+    assert verify_checkpoint(newest).position.iter == 2
+    assert verify_checkpoint(best).position.phase == "epoch"
+
+
+@pytest.mark.parametrize("options", [{}, {"keep_best": 1, "every_n_steps": 5}])
+def test_model_checkpoint_that_would_keep_nothing_is_refused(
+    options: dict[str, int],
+) -> None:
+    with pytest.raises(
+        ValueError,
+        match=r"ModelCheckpoint\(keep_last\): expected at least 1, or keep_b",
+    ):
+        ModelCheckpoint(keep_last=0, **options)
+
+
+def test_model_checkpoint_fills_the_fields_of_its_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    learner = line_learner().set_hparams(w=0.5)
+    saves = ModelCheckpoint("~/{model}/w-{w:.2f}-lr-{lr}")
+    learner.fit(slope(4), 1, callbacks=[saves], tracker=False, verbose=False)
+    assert len(list_checkpoints(tmp_path / "Line" / "w-0.50-lr-0.01")) == 1
+
+
+@pytest.mark.parametrize("field", ["{epoch}", "{0}", "{w", "{w.x}"])
+def test_model_checkpoint_with_an_unknown_field_is_refused(
+    field: str, tmp_path: Path
+) -> None:
+    tape = Tape()
+    with pytest.raises(
+        ValueError, match=r"ModelCheckpoint\(path\): expected fields of"
+    ):
+        line_learner().set_hparams(w=0.5).fit(
+            slope(4),
+            1,
+            callbacks=[ModelCheckpoint(tmp_path / field), tape],
+            tracker=False,
+            verbose=False,
+        )
+    assert tape.events == []
