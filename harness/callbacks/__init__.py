@@ -17,6 +17,8 @@ from harness.callbacks.metrics import Metrics
 from harness.callbacks.model_checkpoint import ModelCheckpoint
 from harness.callbacks.profile import Profile
 from harness.callbacks.progress import Progress
+from harness.callbacks.report.notify import Notify
+from harness.callbacks.report.requeue import Requeue
 from harness.callbacks.report.system_metrics import SystemMetrics
 from harness.callbacks.resuming import AutoResume, ResumeFromCheckpoint
 from harness.callbacks.schedule.freeze import Freeze
@@ -42,9 +44,11 @@ __all__ = [
     "MixupLoss",
     "ModelCheckpoint",
     "NaNGuard",
+    "Notify",
     "OverfitBatches",
     "Profile",
     "Progress",
+    "Requeue",
     "ResumeFromCheckpoint",
     "SanityCheck",
     "StepMetrics",

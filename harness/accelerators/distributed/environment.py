@@ -345,3 +345,12 @@ def read_agent(env: Mapping[str, str] | None = None) -> Agent:
         has_store=env.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
         attempt=_number(env, name) if name in env else 0,
     )
+
+
+def read_slurm_job(env: Mapping[str, str] | None = None) -> str | None:
+    """Read the id of the Slurm job, with its task if it is one of an array; None outside Slurm."""
+    env = os.environ if env is None else env  # noqa: TID251 - the one place
+    array, task = env.get("SLURM_ARRAY_JOB_ID"), env.get("SLURM_ARRAY_TASK_ID")
+    if array and task:
+        return f"{array}_{task}"
+    return env.get("SLURM_JOB_ID") or None
