@@ -56,7 +56,7 @@ from harness.loss import (
     warn_of_untrained,
 )
 from harness.metrics.sets import MetricSet, as_metric_set
-from harness.reshard.consolidated import shape_buffers
+from harness.reshard.consolidated import STATE_ERRORS, shape_buffers
 from harness.rng import get_cpu_rng_state, set_cpu_rng_state
 from harness.run_binding import (
     Tracker,
@@ -616,13 +616,17 @@ def load(
         )
         raise CheckpointError(f"{msg}. {advice}")
     objects = ObjectSource(source)
-    learner = Learner(
-        module=module,
-        loss=objects.decode_loss(about),
-        metrics=objects.decode_metrics(about),
-        hparams=source.decode(about.hparams),
-        opt_hparams=source.decode(about.opt_hparams),
-    )
+    try:
+        learner = Learner(
+            module=module,
+            loss=objects.decode_loss(about),
+            metrics=objects.decode_metrics(about),
+            hparams=source.decode(about.hparams),
+            opt_hparams=source.decode(about.opt_hparams),
+        )
+    except STATE_ERRORS as exc:
+        msg = f"load({str(path)!r}): expected what Fitted.save wrote, got: {exc!r}."
+        raise CheckpointError(f"{msg} Take another copy.") from exc
     try:
         model = module(**learner.hparams)
         shape_buffers(model, weights)

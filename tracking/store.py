@@ -80,8 +80,6 @@ class Manifest:
         ``running``, ``finished``, ``failed`` or ``killed``, as the run itself wrote.
     error
         ``type`` and ``message`` of the exception that ended a failed run.
-    path
-        Folder of the run when it started; another one tells that it was moved or copied.
     command
         Words of the command line, secrets masked.
     git
@@ -95,12 +93,13 @@ class Manifest:
         One entry for each time that the run was resumed.
     extra
         Any JSON value, for packages that build on this one.
+    path
+        Folder of the run when it started; another one tells that it was moved or copied.
     """
 
     id: str
     name: str
     format: int = FORMAT
-    path: str = ""
     experiment: str | None = None
     note: str | None = None
     created: str = ""
@@ -122,6 +121,7 @@ class Manifest:
     delivery: dict[str, Any] = field(default_factory=dict)
     resumed: list[dict[str, Any]] = field(default_factory=list)
     extra: dict[str, Any] = field(default_factory=dict)
+    path: str = ""
 
     def write(self, run_path: Path) -> None:
         """Replace ``run.json`` in a run's folder."""

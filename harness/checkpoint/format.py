@@ -355,11 +355,19 @@ def verify_checkpoint(path: Path) -> Manifest:
     """
     manifest = read_manifest(path)
     for name, info in manifest.files.items():
-        _verify_file(path, name, info)
+        verify_file(path, name, info)
     return manifest
 
 
-def _verify_file(path: Path, name: str, info: FileInfo) -> None:
+def describe_file(path: Path) -> FileInfo:
+    """Size and SHA-256 of a file."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return FileInfo(bytes=path.stat().st_size, sha256=digest)
+
+
+def verify_file(path: Path, name: str, info: FileInfo) -> None:
+    """Raise ``CheckpointError`` unless a file of a folder has this size and content."""
     file_path = path / name
     if file_path.is_symlink() or not file_path.is_file():
         raise _make_error(path, f"the file {name}", "none")

@@ -21,8 +21,11 @@ from torch import Tensor, nn
 
 from harness.checkpoint.format import (
     MANIFEST,
+    FileInfo,
+    describe_file,
     read_rank,
     verify_checkpoint,
+    verify_file,
     write_tensors,
 )
 from harness.errors import CheckpointError
@@ -185,18 +188,21 @@ class SavedModel:
         Plan of what a weight file cannot hold as it is; see ``harness.pytree.flatten``.
     loss, metrics
         Written by ``encode_object``; the metrics by split and name.
+    weights
+        Size and SHA-256 of the weight file; None in a folder of an earlier version.
     """
 
     format: int = SAVED_MODEL_FORMAT
     module: str
     hparams: Options
     opt_hparams: Options
-    records: dict[str, Any]
+    records: dict[str, dict[str, list[Any]]]
     run_id: str | None = None
     best_epoch: int | None = None
     other_weights: dict[str, Any] = field(default_factory=dict)
     loss: object = None
     metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
+    weights: FileInfo | None = None
 
 
 def write_saved_model(
@@ -227,10 +233,12 @@ def write_saved_model(
         {name: v for name, v in weights.items() if not _is_plain_tensor(v)}, "$"
     )
     tensors |= {name: v for name, v in weights.items() if _is_plain_tensor(v)}
-    text = json.dumps(vars(replace(about, other_weights=plan)), indent=1)
     with replace_folder(path) as temporary:
         tensors = {name: value.contiguous().clone() for name, value in tensors.items()}
         save_file(tensors, temporary / SAVED_WEIGHTS)
+        info = describe_file(temporary / SAVED_WEIGHTS)
+        about = replace(about, other_weights=plan, weights=info)
+        text = json.dumps(vars(about), indent=1, default=vars)
         (temporary / SAVED_MODEL).write_text(text, encoding="utf-8")
 
 
@@ -248,6 +256,8 @@ def read_saved_model(path: Path) -> tuple[dict[str, Any], SavedModel]:
         If the folder is missing or damaged, or has another format.
     """
     about = _read_about(path)
+    if about.weights is not None:
+        verify_file(path, SAVED_WEIGHTS, about.weights)
     try:
         tensors = load_file(path / SAVED_WEIGHTS)
         others = restore(about.other_weights, tensors)

@@ -43,6 +43,7 @@ def many_rows() -> list[tuple[str, float]]:
 MANIFEST: dict[str, Any] = {
     "id": "20261122-235901-digits-amber-fox-3f2a",
     "name": "digits-amber-fox",
+    "path": "/home/ada/digits/runs/20261122-235901-digits-amber-fox-3f2a",
     "experiment": "Größe",
     "note": None,
     "created": "2026-11-22T23:59:01.000250+00:00",
@@ -68,6 +69,7 @@ MANIFEST: dict[str, Any] = {
 
 DELIVERY: dict[str, Any] = {
     "phase": "waiting",
+    "run_path": "/runs/x",
     "tracking_uri": "http://localhost:5000",
     "experiment_id": "3",
     "mlflow_run_id": "0123456789abcdef",

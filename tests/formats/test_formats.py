@@ -124,12 +124,16 @@ def test_json_files_of_a_run_are_written_byte_for_byte(tmp_path):
 
 def test_json_files_that_were_kept_are_read(tmp_path):
     assert Manifest.read(KEPT) == Manifest(**cases.MANIFEST)
-    (tmp_path / "run.json").write_bytes((KEPT / "run-1.json").read_bytes())
-    assert Manifest.read(tmp_path) == Manifest(**cases.MANIFEST, format=1)
     (tmp_path / "delivery").mkdir()
-    state = (KEPT / "state.json").read_bytes()
-    (tmp_path / "delivery" / "state.json").write_bytes(state)
-    assert DeliveryState.read(tmp_path) == DeliveryState(**cases.DELIVERY)
+    earlier = {"run-1.json": {"path": "", "format": 1}, "run-2-without-path.json": {}}
+    for name, changes in earlier.items():
+        (tmp_path / "run.json").write_bytes((KEPT / name).read_bytes())
+        wanted = Manifest(**{**cases.MANIFEST, "path": "", **changes})
+        assert Manifest.read(tmp_path) == wanted
+    for name, path in (("state.json", "/runs/x"), ("state-without-path.json", "")):
+        (tmp_path / "delivery" / "state.json").write_bytes((KEPT / name).read_bytes())
+        wanted = DeliveryState(**{**cases.DELIVERY, "run_path": path})
+        assert DeliveryState.read(tmp_path) == wanted
 
 
 # -------------------------------------------------------------------------- a fit

@@ -39,8 +39,6 @@ class DeliveryState:
         answer), ``done``, or ``gave up``.
     tracking_uri
         Store that the run goes to, without credentials.
-    run_path
-        Folder of the run then; another one tells that it was moved or copied.
     mlflow_run_id
         None before the MLflow run exists.
     page
@@ -61,11 +59,12 @@ class DeliveryState:
         Series by key in MLflow, where the two differ.
     superseded
         MLflow runs that this one replaces, oldest first.
+    run_path
+        Folder of the run then; another one tells that it was moved or copied.
     """
 
     phase: str = "connecting"
     tracking_uri: str = ""
-    run_path: str = ""
     experiment_id: str | None = None
     mlflow_run_id: str | None = None
     page: str | None = None
@@ -77,6 +76,7 @@ class DeliveryState:
     flags: dict[str, Any] = field(default_factory=dict)
     names: dict[str, list[str]] = field(default_factory=dict)
     superseded: list[str] = field(default_factory=list)
+    run_path: str = ""
 
     @classmethod
     def read(cls, run_path: Path) -> DeliveryState | None:

@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 import torch
 
+import harness
 import tracking
 from harness.callbacks import ModelCheckpoint, ResumeFromCheckpoint
 from harness.checkpoint.format import list_checkpoints
 from harness.checkpoint.state_form import check_like
 from harness.errors import CheckpointError
-from tests.harness.exact import CASES, Stop
+from tests.harness.exact import CASES, Net, Stop
 
 FORMS = [None, -1, 10**30, 0.5, "x", [], {}, True, [1, 2], {"a": 1}, {"$tensor": "no"}]
 
@@ -147,6 +148,49 @@ def test_checkpoints_of_many_wrong_forms_are_refused(
     case: str, seed: int, stopped: Any, tmp_path: Path
 ) -> None:
     check_mutations(case, seed, 50, stopped, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:save")  # of the metric that is a lambda
+def test_saved_model_of_a_wrong_form_is_refused(tmp_path: Path) -> None:
+    fit("adam-onecycle-metrics", tmp_path).save(tmp_path / "model")
+    path, chance, refused = tmp_path / "model" / "fitted.json", random.Random(4), 0
+    whole = json.loads(path.read_text())
+    for number in range(60):
+        about = copy.deepcopy(whole)
+        what = change_form(about, chance)
+        path.write_text(json.dumps(about))
+        try:
+            loaded = harness.load(tmp_path / "model", Net)
+            str(loaded)
+            loaded.get_metrics()
+        except CheckpointError:
+            refused += 1
+        except Exception as error:
+            error.add_note(f"mutation {number}: {what}")
+            raise
+    assert refused > 20
+
+
+@pytest.mark.parametrize("at", [9, 60, -5])
+def test_saved_model_with_a_flipped_bit_in_its_weights_is_refused(
+    at: int, tmp_path: Path
+) -> None:
+    fit("own-loader", tmp_path).save(tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match="expected the SHA-256 of model"):
+        harness.load(tmp_path / "model", Net)
+
+
+def test_saved_model_of_an_earlier_version_has_no_digest(tmp_path: Path) -> None:
+    fit("own-loader", tmp_path).save(tmp_path / "model")
+    path = tmp_path / "model" / "fitted.json"
+    about = json.loads(path.read_text())
+    del about["weights"]
+    path.write_text(json.dumps(about))
+    assert harness.load(tmp_path / "model", Net).records
 
 
 @pytest.mark.parametrize(
