@@ -217,21 +217,27 @@ BATCHES = {
 """Forms of batches by name."""
 
 
+def scores_of(pred: Any) -> Tensor:
+    """Scores in an output of any form."""
+    if isinstance(pred, dict):
+        return pred["scores"]
+    if isinstance(pred, Record):
+        return pred.x
+    return pred if isinstance(pred, Tensor) else pred[0]
+
+
 def as_pair(pred: Any, target: Any) -> tuple[Tensor, Tensor]:
     """Scores and classes, as a loss or metric of the user's finds them."""
-    if isinstance(pred, dict):
-        target = pred.get("y") if pred.get("y") is not None else target
-        scores = pred["scores"]
-    elif isinstance(pred, Record):
-        scores, target = pred.x, target if pred.y is None else pred.y
-    else:
-        scores = pred if isinstance(pred, Tensor) else pred[0]
-        if not isinstance(pred, Tensor) and pred[1] is not None and target is None:
-            target = pred[1]
+    own = None
+    if isinstance(pred, dict | Record):
+        own = pred["y"] if isinstance(pred, dict) else pred.y
+    elif not isinstance(pred, Tensor) and target is None:
+        own = pred[1]
+    target = target if own is None else own
     if isinstance(target, dict):
         target = target["y"]
     if isinstance(target, tuple | list) and isinstance(target[0], Tensor):
         target = target[0] if target[0].dim() else torch.stack(list(target))
     if isinstance(target, np.ndarray):
         target = torch.from_numpy(target)
-    return scores, torch.as_tensor(target)
+    return scores_of(pred), torch.as_tensor(target)

@@ -22,12 +22,13 @@ from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader
 
 import harness
+from harness.accelerators.base import Accelerator
 from harness.accelerators.single import SingleDevice
 from harness.callbacks import AutoResume
 from harness.pytree import flatten, named_leaves
 from harness.rng import get_rng_state
 from tests.odd import data, models, optimizers
-from tests.odd.batches import BATCHES, as_pair
+from tests.odd.batches import BATCHES, scores_of
 from tests.odd.callbacks import KINDS
 from tests.odd.data import DATA, Source
 from tests.odd.metrics import BAD_METRICS, METRICS
@@ -215,7 +216,11 @@ def make_learner(program: Program) -> harness.Learner:
 
 
 def run_harness(
-    program: Program, folder: Path | None = None, stop: int = 0, seed: int = SEED
+    program: Program,
+    folder: Path | None = None,
+    stop: int = 0,
+    seed: int = SEED,
+    accelerator: Accelerator | None = None,
 ) -> Result:
     """Train with harness; what it raises is in the result."""
     counter, look = Stop(stop), Look()
@@ -230,7 +235,8 @@ def run_harness(
             program.epochs,
             valid,
             callbacks=[*callbacks, look, *saves, counter],
-            accelerator=SingleDevice("cpu", accumulate=program.accumulate),
+            accelerator=accelerator
+            or SingleDevice("cpu", accumulate=program.accumulate),
             dataloader_options=source.options,
             seed=seed,
             tracker=False,
@@ -307,7 +313,9 @@ def check_equal_to_plain(result: Result, loop: Loop) -> None:
     check_logged(loop, result.logged)
 
 
-def check_logged(loop: Loop, have: dict[tuple[str, int], dict[str, Any]]) -> None:
+def check_logged(
+    loop: Loop, have: dict[tuple[str, int], dict[str, Any]], tolerance: float = 1e-6
+) -> None:
     """Compare logged means with those of the plain loop."""
     want = {
         place: {rename(name): value for name, value in values.items()}
@@ -316,7 +324,9 @@ def check_logged(loop: Loop, have: dict[tuple[str, int], dict[str, Any]]) -> Non
     }
     for place in want | have:
         one, two = want.get(place, {}), have.get(place, {})
-        if one.keys() != two.keys() or not all(near(one[n], two[n]) for n in one):
+        if one.keys() != two.keys() or not all(
+            near(one[n], two[n], tolerance) for n in one
+        ):
             raise Difference(f"{place}: expected {one}, got {two}")
 
 
@@ -328,7 +338,7 @@ def check_inference(program: Program, result: Result, loop: Loop) -> None:
     loop.hooks, loop.logged, loop.epoch = [], {}, 1
     with torch.no_grad():
         loop.run_split("valid", ((1, batch) for batch in plain))
-        scores = [scores_of(loop.call(loop.model, batch)) for batch in plain]
+        scores = [scores_of(loop.call(loop.model, batch)).clone() for batch in plain]
     found = learner.evaluate(fitted, loader, accelerator=SingleDevice("cpu"))
     check_logged(loop, Result(records=found.records).logged)
     preds = learner.predict(fitted, loader, accelerator=SingleDevice("cpu"))
@@ -343,18 +353,14 @@ def make_loader(program: Program, rows: int) -> Any:
     return DataLoader(data.Rows(data.make_rows(rows, seed=1)), 2, collate_fn=collate)  # type: ignore[arg-type]
 
 
-def scores_of(pred: Any) -> Tensor:
-    return as_pair(pred, torch.zeros(1))[0].clone()
-
-
 def rename(name: str) -> str:
     form = METRICS.get(name)
     return form.logged if form is not None and form.logged else name
 
 
-def near(one: float, two: float) -> bool:
+def near(one: float, two: float, tolerance: float) -> bool:
     both_nan = math.isnan(one) and math.isnan(two)
-    return both_nan or math.isclose(one, two, rel_tol=1e-6, abs_tol=1e-12)
+    return both_nan or math.isclose(one, two, rel_tol=tolerance, abs_tol=1e-12)
 
 
 def check_resumed(program: Program, folder: Path, stop: int, whole: Result) -> None:
@@ -380,7 +386,10 @@ def differences(one: Result, two: Result) -> Iterator[str]:
     if repr(one.records) != repr(two.records):
         yield f"records {one.records} {two.records}"
     if one.plan != two.plan:
-        yield "state"
+        pairs = enumerate(zip(one.plan, two.plan, strict=False))
+        place = next((n for n, (a, b) in pairs if a != b), 0)
+        around = slice(max(place - 99, 0), place + 60)
+        yield f"state: {one.plan[around]} / {two.plan[around]}"
     for kind in ("weights", "tensors"):
         before, after = getattr(one, kind), getattr(two, kind)
         for name in chain(before, after.keys() - before.keys()):

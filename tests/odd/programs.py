@@ -120,8 +120,7 @@ def programs(draw: Any, *, slow: bool = False, refused: bool = True) -> Program:
         metrics.append(pick(BAD_METRICS))
     bad_losses = set(BAD_LOSSES) - ({"none"} if step == "returns" else set())
     takes_any = step in {"by hand", "skips"}
-    good_losses = set(LOSSES) - {"counting"}  # its state is not kept yet
-    loss = pick(bad_losses if bad == 3 and not takes_any else good_losses)
+    loss = pick(bad_losses if bad == 3 and not takes_any else LOSSES)
     if step == "by hand" and loss == "parts":
         loss = "function"
     epochs = draw(st.integers(1, 3))
