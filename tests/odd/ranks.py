@@ -84,7 +84,7 @@ def rank_programs(draw: Any) -> Program:
     return Program(
         data=data,
         batch=batch,
-        rows=draw(st.integers(4, 13)),
+        rows=draw(st.integers(6, 13)),  # at least one batch of both ranks
         size=draw(st.integers(1, 3)),
         shuffle=draw(st.booleans()),
         valid_rows=draw(st.sampled_from([0, 5, 3])),
