@@ -15,7 +15,6 @@ from torch.utils.data import (
     DataLoader,
     DistributedSampler,
     IterableDataset,
-    Sampler,
     default_collate,
 )
 
@@ -27,6 +26,12 @@ from harness.accelerators.distributed.alike import (
     share_random_stream,
 )
 from harness.accelerators.distributed.group import RankGroup
+from harness.accelerators.distributed.order import (
+    CHUNK,
+    PickSampler,
+    SharedOrder,
+    UndividedSampler,
+)
 from harness.accelerators.distributed.own_division import find_dividers, is_alike
 from harness.accelerators.distributed.shares import RankShare, assign_rows
 from harness.data.batch import (
@@ -38,26 +43,15 @@ from harness.data.batch import (
     warn_unknown_rows,
 )
 from harness.data.loaders import (
-    UPFRONT_SAMPLERS,
     Loader,
     TensorLoader,
     unwrap_tensors,
 )
 from harness.data.workers import iter_batches
 from harness.pytree import Options
-from harness.rng import (
-    RandomStream,
-    find_generators,
-    get_cpu_rng_state,
-    get_generator_states,
-    set_generator_states,
-)
 
 Shared = tuple[Batch, RankShare]
 """A batch of this rank, and its share of the step."""
-
-CHUNK = 1 << 16
-"""Rows of the order that rank 0 sends at once: half a megabyte."""
 
 
 def make_source(loader: Loader, ranks: RankGroup) -> Any:
@@ -73,7 +67,7 @@ def make_source(loader: Loader, ranks: RankGroup) -> Any:
             is_own = all(isinstance(part, IterableDataset) for part in dividers)
             is_own = is_own or not iterates_as_torch(loader)
             return (OwnBatchSource if is_own else OwnSamplerSource)(loader, ranks)
-        return RowSource(loader, rows, _UndividedSampler(rows.sampler), ranks)
+        return RowSource(loader, rows, UndividedSampler(rows.sampler), ranks)
     if rows is not None:
         return RowSource(loader, rows, rows.sampler, ranks)
     is_stream = isinstance(getattr(loader, "dataset", None), IterableDataset)
@@ -124,127 +118,6 @@ def copy_loader(loader: Loader, **changes: Any) -> Loader:
     return DataLoader(**({"dataset": loader.dataset} | options | changes))
 
 
-# ------------------------------------------------------------- the order of rank 0
-
-
-class SharedOrder:
-    """The order in which rank 0's sampler gives rows, indices or batches, on every rank.
-
-    Parameters
-    ----------
-    sampler
-        Sampler or batch sampler of this rank.
-    ranks
-        The ranks.
-    size : >= 1
-        Items that are sent at once.
-
-    Raises
-    ------
-    ValueError
-        In the first pass, if the sampler of another rank gives rows that rank 0's does not,
-        because it divides them itself. The others raise ``PeerError``.
-    """
-
-    def __init__(self, sampler: Any, ranks: RankGroup, size: int = CHUNK) -> None:
-        self._sampler, self._ranks, self._size = sampler, ranks, size
-        is_known = type(sampler) in {*UPFRONT_SAMPLERS, BatchSampler}
-        is_marked = getattr(sampler, "sharded", None) is not None
-        self._is_checked = is_known or is_marked
-
-    def __len__(self) -> int:
-        return len(self._sampler)
-
-    def group(self, size: int) -> Iterator[list[Any]]:
-        """Yield the items `size` at a time; the last group may be shorter."""
-        held: list[Any] = []
-        for piece in self._send():
-            held += piece
-            full = len(held) // size * size
-            for first in range(0, full, size):
-                yield held[first : first + size]
-            held = held[full:]
-        if held:
-            yield held
-
-    def _send(self) -> Iterator[list[Any]]:
-        """Rank 0's items in pieces, sent to every rank."""
-        own = None if self._is_checked else self._draw_as_rank_0()
-        drawn = iter(self._sampler) if self._ranks.rank == 0 else iter(())
-        while piece := self._ranks.broadcast_objects(list(islice(drawn, self._size))):
-            if own is not None:
-                self._check(own, piece)
-                own = None
-            yield piece
-
-    def _draw_as_rank_0(self) -> list[Any]:
-        """First items of this rank's sampler with the random state of rank 0."""
-        generators = find_generators(self._sampler)
-        before = get_generator_states(generators)
-        state, states = self._ranks.broadcast_objects((get_cpu_rng_state(), before))
-        if self._ranks.rank == 0:
-            return []
-        set_generator_states(generators, states)
-        own = RandomStream(state).run(lambda: list(islice(self._sampler, self._size)))
-        set_generator_states(generators, before)
-        return own
-
-    def _check(self, own: list[Any], first: list[Any]) -> None:
-        """Raise on one rank if the items of another one are others than those of rank 0."""
-
-        def compare() -> None:
-            mine, theirs = _rows_in(own), _rows_in(first)
-            if len(mine) > 1 and not mine & theirs:
-                msg = f"{type(self._sampler).__name__}: expected the same rows on every rank"
-                got = f"{own[0]!r:.100} on rank {self._ranks.rank}, which rank 0 does not get"
-                advice = (
-                    "If it divides the rows over the ranks, set sharded = True on it;"
-                    " otherwise sharded = False."
-                )
-                raise ValueError(f"{msg}, got {got}. {advice}")
-
-        self._ranks.check_on_every_rank(compare)
-        self._is_checked = True
-
-
-def _rows_in(items: list[Any]) -> set[str]:
-    """Rows in a list of rows or of batches of them."""
-    batches = (item if isinstance(item, list | tuple) else [item] for item in items)
-    return {repr(row) for batch in batches for row in batch}
-
-
-class _PickSampler(Sampler[Any]):
-    """Sampler that yields what a function picks."""
-
-    def __init__(self, pick: Callable[[], Iterator[Any]]) -> None:
-        self._pick = pick
-
-    def __iter__(self) -> Iterator[Any]:
-        return self._pick()
-
-
-class _UndividedSampler(Sampler[int]):
-    """The order of a ``DistributedSampler`` before it repeats samples and divides them."""
-
-    sharded = False
-
-    def __init__(self, sampler: Any) -> None:
-        self._sampler = sampler
-
-    def __len__(self) -> int:
-        count, ranks = len(self._sampler.dataset), self._sampler.num_replicas
-        return count // ranks * ranks if self._sampler.drop_last else count
-
-    def __iter__(self) -> Iterator[int]:
-        # torch 2.13, DistributedSampler.__iter__
-        count = len(self._sampler.dataset)
-        if not self._sampler.shuffle:
-            return iter(range(len(self)))
-        drawn = torch.Generator().manual_seed(self._sampler.seed + self._sampler.epoch)
-        order = torch.randperm(count, generator=drawn).tolist()
-        return iter(order[: len(self)])
-
-
 # --------------------------------------------------------------- map-style data
 
 
@@ -260,7 +133,7 @@ class RowSource:
         self._order = SharedOrder(sampler, ranks)
         self._size, self._drops = batches.batch_size, batches.drop_last
         self._shares: deque[RankShare] = deque()
-        order = _PickSampler(self._rows_of_rank)
+        order = PickSampler(self._rows_of_rank)
         if loader.batch_size is None:
             self._rank_loader = _copy_of_rank(
                 loader, ranks, batch_size=None, sampler=order
@@ -296,7 +169,7 @@ class RowSource:
             chosen = chosen if rows is None else rows[chosen]
             yield [tensor[chosen] for tensor in tensors]
 
-    def _rows_of_rank(self) -> Iterator[list[Any]]:
+    def _rows_of_rank(self) -> Iterator[list[object]]:
         """Rows of this rank in each step; their shares are queued for ``__iter__``."""
         ranks, size, place = self._ranks, self._size, 0
         full = size * ranks.world_size
@@ -332,7 +205,7 @@ class BatchSamplerSource:
         self._ranks = ranks
         self._order = SharedOrder(loader.batch_sampler, ranks, CHUNK // 1024)
         self._shares: deque[RankShare] = deque()
-        picks = _PickSampler(self._rows_of_rank)
+        picks = PickSampler(self._rows_of_rank)
         self._rank_loader = _copy_of_rank(loader, ranks, batch_sampler=picks)
 
     def __len__(self) -> int:
@@ -342,15 +215,15 @@ class BatchSamplerSource:
         self._shares.clear()
         return _pair_with_shares(iter_batches(self._rank_loader), self._shares)
 
-    def _rows_of_rank(self) -> Iterator[list[Any]]:
+    def _rows_of_rank(self) -> Iterator[list[object]]:
         ranks, place = self._ranks, 0
         for step in self._order.group(ranks.world_size):
             sizes = [len(rows) for rows in step]
-            mine = step[ranks.rank] if ranks.rank < len(step) else []
+            mine = list(step[ranks.rank]) if ranks.rank < len(step) else []
             start = place + sum(sizes[: ranks.rank])
             self._shares.append(RankShare(start, len(mine), sum(sizes)))
             place += sum(sizes)
-            yield mine or step[0]
+            yield mine or list(step[0])
 
 
 # ----------------------------------------------------------------------- streams
@@ -539,7 +412,7 @@ class _PickedBatchSource(OwnBatchSource):
 
     def __init__(self, loader: Loader, ranks: RankGroup) -> None:
         super().__init__(loader, ranks)
-        picks = _PickSampler(self._pick)
+        picks = PickSampler(self._pick)
         if loader.batch_sampler is None:
             self._rank_loader = _copy_of_rank(
                 loader, ranks, batch_size=None, sampler=picks
@@ -550,7 +423,7 @@ class _PickedBatchSource(OwnBatchSource):
     def __iter__(self) -> Iterator[Shared]:
         return self._take_turns(iter_batches(self._rank_loader))
 
-    def _pick(self) -> Iterator[Any]:
+    def _pick(self) -> Iterator[object]:
         """Indices of this rank, or lists of them."""
         raise NotImplementedError
 
@@ -565,7 +438,7 @@ class OwnSamplerSource(_PickedBatchSource):
         self._stream = share_random_stream(self._loader, self._ranks)
         return super().__iter__()
 
-    def _pick(self) -> Iterator[Any]:
+    def _pick(self) -> Iterator[object]:
         own: Any = self._loader.batch_sampler
         own = self._loader.sampler if own is None else own
         return self._stream.iterate(self._stream.run(lambda: iter(own)))
@@ -581,7 +454,7 @@ class ReadyBatchSource(_PickedBatchSource):
     def __len__(self) -> int:
         return -(-len(self._order) // self._ranks.world_size)
 
-    def _pick(self) -> Iterator[Any]:
+    def _pick(self) -> Iterator[object]:
         for step in self._order.group(self._ranks.world_size):
             if self._ranks.rank < len(step):
                 yield step[self._ranks.rank]

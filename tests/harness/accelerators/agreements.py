@@ -279,6 +279,8 @@ def case_lr_finder_ends_alike_on_every_rank(lab: Lab) -> None:
 class Counts(nn.Module):
     """BatchNorm, a buffer that grows, one outside the state, and extra state."""
 
+    seen: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.norm = nn.BatchNorm1d(4)

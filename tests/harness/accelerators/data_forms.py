@@ -60,7 +60,7 @@ class Rows(Dataset[Any]):
 
     def __getitem__(self, number: int) -> Row:
         random.random(), np.random.random(), torch.rand(1)
-        return make_row(number)
+        return make_row(int(number))
 
 
 class Keyed(Rows):
@@ -236,6 +236,14 @@ class ByLength(Sampler[list[int]]):
         return iter(batches)
 
 
+class Arrays(ByLength):
+    """The same batches as arrays and tensors."""
+
+    def __iter__(self) -> Iterator[Any]:
+        for number, rows in enumerate(super().__iter__()):
+            yield np.array(rows) if number % 2 else torch.tensor(rows)
+
+
 class Cut(BatchSampler):
     """A subclass of torch's batch sampler with batches in reverse."""
 
@@ -328,6 +336,7 @@ FORMS: dict[str, Factory] = {
     "batches-by-length-workers": lambda r, w: DataLoader(
         Rows(), batch_sampler=ByLength(), num_workers=2
     ),
+    "batches-arrays": lambda r, w: DataLoader(Rows(), batch_sampler=Arrays()),
     "batches-cut": lambda r, w: DataLoader(
         Rows(), batch_sampler=Cut(RandomSampler(range(ROWS)), 4, False)
     ),
