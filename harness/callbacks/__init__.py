@@ -20,6 +20,7 @@ from harness.callbacks.progress import Progress
 from harness.callbacks.report.notify import Notify
 from harness.callbacks.report.requeue import Requeue
 from harness.callbacks.report.system_metrics import SystemMetrics
+from harness.callbacks.report.tensorboard import TensorBoard
 from harness.callbacks.resuming import AutoResume, ResumeFromCheckpoint
 from harness.callbacks.schedule.freeze import Freeze
 from harness.callbacks.step_metrics import StepMetrics
@@ -54,5 +55,6 @@ __all__ = [
     "StepMetrics",
     "StochasticWeightAveraging",
     "SystemMetrics",
+    "TensorBoard",
     "TrainValid",
 ]

@@ -1,0 +1,161 @@
+"""Callbacks on any number of ranks: the same numbers as on one device, or a refusal."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import harness
+from harness.accelerators.single import SingleDevice
+from harness.callbacks import (
+    EMA,
+    AutoResume,
+    Freeze,
+    GradientClip,
+    KeepBestModel,
+    NaNGuard,
+    OverfitBatches,
+    SanityCheck,
+    StochasticWeightAveraging,
+    SystemMetrics,
+)
+from tests.harness.accelerators.cases import Lab
+from tests.harness.accelerators.fits import data, fitted, learner
+from tests.harness.exact import Stop, same_bits
+
+ROWS = 24
+
+
+def both(lab: Lab, make: Callable[[], list[harness.Callback]]) -> list[harness.Fitted]:
+    """The fit on one device and on the ranks."""
+    return [
+        fitted(lab, accelerator, ROWS // accelerator.world_size, callbacks=make())
+        for accelerator in (SingleDevice("cpu"), lab.make())
+    ]
+
+
+def check_close(lab: Lab, one: harness.Fitted, two: harness.Fitted) -> None:
+    found = two.model.state_dict()
+    if lab.rank == 0:
+        for name, value in one.model.state_dict().items():
+            torch.testing.assert_close(found[name], value, rtol=2e-4, atol=2e-5)
+    for split in ("train", "valid"):
+        for before, after in zip(
+            one.records["metrics"][split], two.records["metrics"][split], strict=True
+        ):
+            assert after == pytest.approx(before, rel=1e-3, abs=1e-5)
+
+
+def case_ema(lab: Lab) -> None:
+    if lab.stage == 3:
+        with pytest.raises(
+            ValueError, match="expected whole weights on each rank, got"
+        ):
+            both(lab, lambda: [EMA()])
+        return
+    check_close(lab, *both(lab, lambda: [EMA(0.7)]))
+    best = both(lab, lambda: [EMA(0.7), KeepBestModel("valid/loss", mode="max")])
+    check_close(lab, *best)
+    assert best[1].best_epoch == 1
+
+
+def case_ema_of_rounded_weights_is_refused(lab: Lab) -> None:
+    if lab.stage is None or lab.stage == 3:
+        return
+    with pytest.raises(
+        ValueError, match=r"EMA: expected float32 weights, got torch.bf"
+    ):
+        fitted(lab, lab.make(bf16={"enabled": True}), 6, callbacks=[EMA()])
+
+
+def case_swa(lab: Lab) -> None:
+    if lab.stage != 3:
+        check_close(lab, *both(lab, lambda: [StochasticWeightAveraging(1)]))
+
+
+def case_ema_resumes_exactly(lab: Lab) -> None:
+    if lab.stage == 3:
+        return
+
+    def fit(name: str, *own: Any) -> harness.Fitted:
+        return learner().fit(
+            data(97),
+            epochs=2,
+            valid_data=data(31, seed=1),
+            callbacks=[EMA(0.7), AutoResume(lab.folder / f"{name}-{lab.stage}"), *own],
+            seed=4,
+            tracker=False,
+            verbose=False,
+            accelerator=lab.make(),
+            dataloader_options={"batch_size": 8, "drop_last": False},
+        )
+
+    whole = fit("whole")
+    for stop in (("on_train_batch_end", 4), ("on_valid_batch_end", 1)):
+        assert fit(stop[0], Stop(*stop)).signum == signal.SIGTERM
+        resumed = fit(stop[0])
+        assert resumed.records["metrics"] == whole.records["metrics"]
+        found = resumed.model.state_dict()
+        if lab.rank == 0:
+            for name, value in whole.model.state_dict().items():
+                assert same_bits(found[name], value), name
+
+
+def case_nan_of_one_rank_ends_all(lab: Lab) -> None:
+    x, y = data(48)
+    x[40] = float("nan")
+
+    def fit(guard: NaNGuard) -> None:
+        learner().fit(
+            (x, y),
+            1,
+            callbacks=[guard],
+            tracker=False,
+            verbose=False,
+            accelerator=lab.make(),
+            dataloader_options={"batch_size": ROWS // lab.world, "shuffle": False},
+        )
+
+    if lab.stage:
+        with pytest.raises(
+            ValueError, match="expected whole gradients, got ZeRO stage"
+        ):
+            fit(NaNGuard())
+    guard = NaNGuard(gradients=not lab.stage)
+    with pytest.raises(FloatingPointError, match="finite loss in epoch 1, batch 2"):
+        fit(guard)
+
+
+def case_checks_before_training(lab: Lab) -> None:
+    plain, checked = (
+        fitted(lab, lab.make(), ROWS // lab.world, callbacks=own)
+        for own in ([], [SanityCheck(), SystemMetrics(every=5)])
+    )
+    assert plain.records["metrics"] == checked.records["metrics"]
+    refused: list[tuple[harness.Callback, str]] = []
+    if lab.world > 1:
+        refused.append((OverfitBatches(), "OverfitBatches: expected one rank"))
+    if lab.stage is not None:
+        refused.append((Freeze("layers.0"), "Freeze: expected one device"))
+    for callback, match in refused:
+        with pytest.raises(ValueError, match=match):
+            fitted(lab, lab.make(), 6, callbacks=[callback])
+
+
+def case_norms_of_gradients_are_recorded(lab: Lab) -> None:
+    if lab.stage != 3:
+        found = both(lab, lambda: [GradientClip(0.1)])
+        assert "grad_norm" in found[1].records["metrics"]["train"][0]
+        check_close(lab, *found)
+
+
+CASES: dict[str, Callable[[Lab], None]] = {
+    name.removeprefix("case_"): case
+    for name, case in list(globals().items())
+    if name.startswith("case_")
+}
+"""Every case, by name."""

@@ -1,0 +1,37 @@
+"""Callbacks on one rank and on two."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.harness.accelerators.cases import Lab
+from tests.harness.accelerators.launches import Launches
+from tests.harness.accelerators.on_ranks import CASES
+
+MODULE = "tests.harness.accelerators.on_ranks"
+
+STAGES = [0, 1, 3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_callback_one_rank(name: str, tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    CASES[name](Lab(stage=1, folder=tmp_path))
+
+
+@pytest.fixture(scope="module")
+def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> Launches:
+    """Runs all cases at all stages in one launch."""
+    return Launches(tmp_path_factory.mktemp("callbacks"), MODULE)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("name", CASES)
+def test_callback_on_two_ranks(name: str, stage: int, on_ranks: Launches) -> None:
+    said = on_ranks.said(2, STAGES, list(CASES), name, stage)
+    assert said == "ok", said
