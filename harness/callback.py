@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import torch
@@ -98,10 +99,16 @@ class Listeners:
     ----------
     callbacks
         In running order.
+
+    Attributes
+    ----------
+    guard
+        Entered around the listeners of an event; None for nothing.
     """
 
     def __init__(self, callbacks: Iterable[Callback] = ()) -> None:
         callbacks = tuple(callbacks)
+        self.guard: AbstractContextManager[object] | None = None
         self._fired: set[str] = set()
         self._by_event: dict[str, tuple[Callable[[], object], ...]] = {
             event: tuple(
@@ -133,6 +140,15 @@ class Listeners:
                 check_event("call_callbacks", event)
             return
         self._fired.add(event)
+        if self.guard is not None:
+            with (
+                self.guard,
+                torch.set_grad_enabled(
+                    event in WITH_GRADIENTS and torch.is_grad_enabled()
+                ),
+            ):
+                self._call_each(listeners, event)
+            return
         if event in WITH_GRADIENTS or not torch.is_grad_enabled():
             self._call_each(listeners, event)
             return

@@ -99,6 +99,7 @@ class FitContext(StepContext):
             prepare = partial(prepare, opt_hparams=self.opt_hparams)
         named = {} if optimizers is None else check_optimizers(optimizers)
         model, named, loaders = prepare(model, named, [data, valid_data])
+        self.listeners.guard = accelerator.guard
         accelerator.before_step = partial(self._fire_step, "before")
         accelerator.after_step = partial(self._fire_step, "after")
         self.model, self.optimizers = model, named

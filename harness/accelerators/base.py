@@ -98,6 +98,11 @@ class Accelerator(Protocol):
         """Run the forward and backward of one optimizer inside (None: the only one)."""
         ...
 
+    @property
+    def guard(self) -> AbstractContextManager[object] | None:
+        """Refuses operations on weights that are divided over ranks; None if none are."""
+        ...
+
     def backward(self, loss: Tensor, name: str | None = None) -> None:
         """Add the gradients of ``loss / window``; `loss` is a scalar with a graph."""
         ...

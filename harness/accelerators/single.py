@@ -282,6 +282,8 @@ class SingleDevice:
             self._done[name] += 1
             self.num_backwards += 1
 
+    guard = None
+
     def backward(self, loss: Tensor, name: str | None = None) -> None:
         """Add the gradients of ``loss / window``; `loss` is a scalar with a graph."""
         if self.window > 1:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -54,6 +54,7 @@ from harness.accelerators.deepspeed.validation import (
     describe_loaders,
     describe_model,
 )
+from harness.accelerators.deepspeed.whole_weights import WholeWeights
 from harness.accelerators.devices import choose_rank_device
 from harness.accelerators.distributed.environment import read_launch, set_environment
 from harness.accelerators.distributed.group import RankGroup, detach_to
@@ -160,6 +161,7 @@ class DeepSpeedAccelerator:
         self._hooks: list[RemovableHandle] = []
         self._cleanup = ExitStack()
         self._shares = ShareTracker(num_recent=self.accumulate + 8)
+        self._whole: WholeWeights | None = None
         self.num_backwards = 0
         self.before_step: StepHook = ignore_step
         self.after_step: StepHook = ignore_step
@@ -255,6 +257,8 @@ class DeepSpeedAccelerator:
             self._engines = create_engines(
                 model, opts, self._filled, self.device, self._count_step
             )
+            if zero_stage(self._filled) == 3:
+                self._whole = WholeWeights(model)
         engines = self._engines.deepspeed_engines.values()
         self._hooks = hook_precision(model, engines, self._filled, self.device)
         self.accumulate = self.window = int(self._filled["gradient_accumulation_steps"])
@@ -326,6 +330,8 @@ class DeepSpeedAccelerator:
         with ExitStack() as stack:
             if len(self._engines) and torch.is_grad_enabled():
                 stack.enter_context(self._engines.activate(name))
+            if self._whole is not None:
+                stack.enter_context(self._whole.gathering())
             dtype = find_autocast_dtype(self._filled)
             stack.enter_context(make_autocast(self.device, dtype))
             yield
@@ -357,7 +363,14 @@ class DeepSpeedAccelerator:
         if weight != 1.0:
             loss = loss * weight
         engine.backward(loss)
+        if self._whole is not None:
+            self._whole.release()
         self.num_backwards += 1
+
+    @property
+    def guard(self) -> AbstractContextManager[object] | None:
+        """Refuses operations on divided weights inside; None if none are divided."""
+        return self._whole
 
     @contextmanager
     def counting_backward(self, name: str | None = None) -> Iterator[None]:

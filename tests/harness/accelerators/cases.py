@@ -377,6 +377,28 @@ def case_batch_norm_equals_plain_torch(lab: Lab) -> None:
     run_equal(lab, Normed, two_rates, sizes=(1, 2))
 
 
+def penalized(model: nn.Module, name: str, batch: Batch) -> Tensor:
+    """An error, and a penalty on all weights."""
+    penalty = sum((p.square().sum() for p in model.parameters()), torch.zeros(()))
+    return regression(model, name, batch) + 0.1 * penalty
+
+
+def smoothed(model: nn.Module, name: str, batch: Batch) -> Tensor:
+    """An error, and a penalty on the slope, as in WGAN-GP."""
+    x = batch[0].clone().requires_grad_()
+    pred = model(x)
+    (slope,) = torch.autograd.grad(pred.sum(), x, create_graph=True)
+    return (pred - batch[1]).square().mean() + (slope.norm(dim=1) - 1).square().mean()
+
+
+def case_penalty_on_weights_equals_plain_torch(lab: Lab) -> None:
+    run_equal(lab, Net, adam, penalized, sizes=(1, 2), rtol=1e-6, atol=1e-7)
+
+
+def case_penalty_on_gradients_equals_plain_torch(lab: Lab) -> None:
+    run_equal(lab, Net, adam, smoothed, sizes=(1, 2), rtol=1e-6, atol=1e-7)
+
+
 class Double(Net):
     """A net in float64."""
 

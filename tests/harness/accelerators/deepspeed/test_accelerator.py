@@ -460,3 +460,51 @@ def test_warnings_of_the_users_own_are_left_alone(make: Any) -> None:
     prepared(make(3))
     with pytest.warns(FutureWarning, match="mine"):
         warnings.warn("mine", FutureWarning, stacklevel=1)
+
+
+class Averages(harness.Callback):
+    """Averages the weights, as people write it."""
+
+    def __init__(self, event: str) -> None:
+        setattr(self, event, self.average)
+
+    def average(self) -> None:
+        model = self.ctx.model
+        assert model is not None
+        self.means = {name: p.clone() for name, p in model.state_dict().items()}
+
+
+class Reads(harness.Callback):
+    """Looks at weights in ways that work with parts."""
+
+    def on_train_batch_end(self) -> None:
+        assert self.ctx.model is not None
+        self.trained = [p.requires_grad for p in self.ctx.model.parameters()]
+        assert self.ctx.accelerator is not None
+        self.whole = self.ctx.accelerator.full_state_dict(self.ctx.model)
+
+
+@pytest.mark.parametrize("event", ["on_fit_begin", "on_train_batch_end"])
+def test_weights_that_zero_divides_are_refused_in_callbacks(
+    event: str, make: Any
+) -> None:
+    learner = harness.setup(
+        Net, loss=nn.MSELoss(), optimizer=torch.optim.SGD
+    ).set_opt_hparams(lr=0.1)
+    data = torch.randn(8, 5), torch.randn(8, 3)
+    options: Any = {"tracker": False, "verbose": False}
+    small = {"stage3_param_persistence_threshold": 0}
+
+    def fit(stage: int, *callbacks: Any) -> Any:
+        accelerator = make(stage, zero_optimization=small)
+        return learner.fit(
+            data, 1, accelerator=accelerator, callbacks=callbacks, **options
+        )
+
+    with pytest.raises(ValueError, match=r"no use of the weight 'body.weight' .*full_"):
+        fit(3, Averages(event))
+    assert fit(2, Averages(event)).model is not None
+    reads = Reads()
+    fit(3, reads)
+    assert reads.trained == [True] * 4
+    assert reads.whole["body.weight"].shape == (7, 5)
