@@ -94,6 +94,8 @@ class Fitted:
         What was logged: ``records[what][set][index - 1]``.
     learner : Learner
         Definition of the training.
+    batch_options : dict
+        ``batch_size`` and ``collate_fn`` of the fit, which evaluations and predictions use.
     loss : callable or None
         The fit's own copy of the loss of ``setup``, with what it learned, on the CPU. None
         if the model defines the loss.
@@ -119,6 +121,7 @@ class Fitted:
     signum: int | None = None
     best_epoch: int | None = None
     loss: Callable[..., Tensor] | None = field(default=None, repr=False)
+    batch_options: Mapping[str, object] = field(default_factory=dict, repr=False)
 
     @property
     def is_interrupted(self) -> bool:

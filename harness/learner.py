@@ -41,8 +41,10 @@ from harness.data.batch import join
 from harness.data.loaders import (
     Data,
     Loader,
+    get_batch_options,
     make_eval_loader,
     make_train_loader,
+    num_items,
     split_data,
 )
 from harness.errors import CheckpointError
@@ -56,6 +58,7 @@ from harness.loss import (
     warn_of_untrained,
 )
 from harness.metrics.sets import MetricSet, as_metric_set
+from harness.pytree import Options
 from harness.reshard.consolidated import STATE_ERRORS, shape_buffers
 from harness.rng import get_cpu_rng_state, set_cpu_rng_state
 from harness.run_binding import (
@@ -73,6 +76,7 @@ from harness.setup_checks import (
     check_config_optimizer,
     check_definition,
     check_loss,
+    check_loss_items,
     check_model,
     check_setup,
     parse_epochs,
@@ -246,6 +250,7 @@ class Learner:
             model.compile(**check_compile(self.compile))
         loss = make_loss(self.loss, model, accelerator.device)
         check_parameters(loss, model, accelerator)
+        check_loss_items(model, loss, num_items(train))
         ctx = FitContext(
             model=model,
             optimizers=partial(self.build_optimizers, model, loss),
@@ -270,7 +275,7 @@ class Learner:
                 if ctx.run.id is not None and not is_described:
                     log_description(ctx, seed)
                 loop.fit(ctx)
-            fitted = self._make_fitted(ctx)
+            fitted = self._make_fitted(ctx, get_batch_options(train))
         except BaseException:
             accelerator.finish(failed=True)
             raise
@@ -293,7 +298,7 @@ class Learner:
 
         return backward
 
-    def _make_fitted(self, ctx: FitContext) -> Fitted:
+    def _make_fitted(self, ctx: FitContext, batch_options: Options) -> Fitted:
         """Gather the weights and build the result, with the model on the CPU."""
         accelerator, model = ctx.accelerator, ctx.model
         assert accelerator is not None
@@ -310,6 +315,7 @@ class Learner:
         return Fitted(
             model=model.eval(),
             loss=None if self.loss is None else ctx.loss_fn,
+            batch_options=batch_options,
             records=ctx.records,
             learner=self,
             hparams=ctx.hparams,
@@ -342,7 +348,8 @@ class Learner:
         metrics
             Metrics in place of the learner's; None: the learner's for validation.
         callbacks, accelerator, verbose, dataloader_options
-            As in ``fit``.
+            As in ``fit``. Batches have the size that they had in the fit, and data sets its
+            ``collate_fn``, unless `dataloader_options` says otherwise.
 
         Returns
         -------
@@ -358,7 +365,9 @@ class Learner:
         measured = self.metrics if metrics is None else as_metric_set(metrics)
         ctx = EvaluateContext(
             model=fitted.model,
-            newdata=make_eval_loader(data, dataloader_options, "data"),
+            newdata=make_eval_loader(
+                data, dataloader_options, "data", fitted.batch_options
+            ),
             optimizers=partial(self._build_optimizers_for_names, fitted.model),
             loss_fn=make_loss(
                 self._choose_loss(fitted), fitted.model, accelerator.device
@@ -404,7 +413,7 @@ class Learner:
         data
             As in ``fit``; targets are ignored.
         callbacks, accelerator, verbose, dataloader_options
-            As in ``fit``.
+            As in ``evaluate``.
 
         Returns
         -------
@@ -419,7 +428,9 @@ class Learner:
         accelerator.meet("predict")
         ctx = PredictContext(
             model=fitted.model,
-            newdata=make_eval_loader(data, dataloader_options, "data"),
+            newdata=make_eval_loader(
+                data, dataloader_options, "data", fitted.batch_options
+            ),
             accelerator=accelerator,
             verbose=verbose,
             run=make_null_run(),
@@ -541,7 +552,8 @@ def share_rng_state(accelerator: Accelerator) -> None:
 
 @contextmanager
 def restore_model_after(ctx: Context) -> Iterator[None]:
-    """Take the model off the context and back to the CPU, also after an error."""
+    """Take the model off the context and back to the CPU, with its modes, also after an error."""
+    modes = {module: module.training for module in ctx.model.modules()}
     failed = True
     try:
         yield
@@ -551,6 +563,8 @@ def restore_model_after(ctx: Context) -> Iterator[None]:
         ctx.accelerator.finish(failed=failed)
         ctx.clean()
         ctx.state_dict()["model"].cpu()
+        for module, is_training in modes.items():
+            module.training = is_training
 
 
 def call_after_fit(ctx: Context) -> None:

@@ -28,8 +28,13 @@ from harness.metrics.split import count_batch_values
 from harness.pytree import map_tensors
 from harness.records import NullRun
 from harness.rng import get_rng_state
-from harness.setup_checks import check_optimizers, parse_epochs
-from harness.steps import StepContext, call_model, default_step, own_step
+from harness.setup_checks import check_optimizers, count_needed, parse_epochs
+from harness.steps import (
+    StepContext,
+    call_model,
+    default_step,
+    own_step,
+)
 
 if TYPE_CHECKING:
     import tracking
@@ -404,7 +409,9 @@ def drop_gradients(ctx: Context) -> None:
 def get_step(ctx: StepContext) -> Callable[[], object]:
     """Return the model's own ``step``, or else the default one."""
     own = getattr(ctx.model, "step", None)
-    return partial(own_step, ctx, own) if own else partial(default_step, ctx)
+    if own:
+        return partial(own_step, ctx, own)
+    return partial(default_step, ctx, num_needed=count_needed(ctx.loss_fn))
 
 
 def run_callback_checks(ctx: Context) -> None:

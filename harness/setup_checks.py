@@ -225,6 +225,40 @@ def check_call(place: str, function: object, *arguments: str) -> None:
         raise TypeError(f"{msg}, got {name}{signature}.") from error
 
 
+def count_needed(function: object) -> int:
+    """How many positional arguments a loss must be given, at least two."""
+    called = function.forward if isinstance(function, nn.Module) else function
+    try:
+        parameters = inspect.signature(called).parameters.values()  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return 2  # written in C
+    positional = {
+        inspect.Parameter.POSITIONAL_ONLY,
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+    }
+    needed = [p for p in parameters if p.default is p.empty and p.kind in positional]
+    return max(2, len(needed))
+
+
+def _check_loss_call(place: str, loss: object) -> None:
+    """Check that a loss takes prediction and target, and what else a batch may hold."""
+    more = (f"item{n}" for n in range(3, count_needed(loss) + 1))
+    check_call(place, loss, "pred", "target", *more)
+
+
+def check_loss_items(model: nn.Module, loss: object, num_items: int) -> None:
+    """Check that batches of so many items are enough for the loss of the default step.
+
+    Raises
+    ------
+    TypeError
+        If the loss must be given more.
+    """
+    if not _defines(model, "step") and count_needed(loss) > max(2, num_items):
+        items = (f"item{n}" for n in range(3, num_items + 1))
+        check_call("setup(loss)", loss, "pred", "target", *items)
+
+
 def _get_parameters(
     function: Callable[..., object],
 ) -> Mapping[str, inspect.Parameter] | None:
@@ -288,9 +322,9 @@ def check_definition(model: nn.Module | type, loss: object, optimizer: object) -
     check_loss(f"setup({name})", model, loss)
     if not _defines(model, "step"):  # which may call the loss in another way
         if loss is not None:
-            check_call("setup(loss)", loss, "pred", "target")
+            _check_loss_call("setup(loss)", loss)
         elif not isinstance(model, type):
-            check_call(f"{name}.loss", model.loss, "pred", "target")
+            _check_loss_call(f"{name}.loss", model.loss)
     for method, arguments in _ARGUMENTS.items():
         if not isinstance(model, type) and getattr(model, method, None) is not None:
             check_call(f"{name}.{method}", getattr(model, method), *arguments)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -209,8 +209,37 @@ class _Section:
             inside.__exit__(None, None, None)
 
 
-def default_step(ctx: StepContext) -> None:
+def get_rest(ctx: StepContext, num_needed: int) -> Sequence[object]:
+    """What a batch holds after input and target, for a loss that must be given more.
+
+    Raises
+    ------
+    TypeError
+        If the batch holds less than the loss needs.
+    """
+    batch = ctx.batch
+    num_items = len(batch) if isinstance(batch, tuple | list) else 1
+    if num_items < num_needed:
+        name = getattr(ctx.loss_fn, "__name__", type(ctx.loss_fn).__name__)
+        msg = (
+            f"loss: expected batches of {num_needed} items for {name}, got {num_items}."
+        )
+        advice = "Yield (input, target, ...), or give the loss defaults."
+        raise TypeError(f"{msg} {advice}")
+    rest: Sequence[object] = batch[2:]
+    return rest
+
+
+def default_step(ctx: StepContext, *, num_needed: int = 2) -> None:
     """Run the step of a model that defines none: once for each named optimizer.
+
+    Parameters
+    ----------
+    ctx
+        Context of the fit or evaluation.
+    num_needed
+        Arguments that the loss must be given. With more than two it also gets what a batch
+        holds after input and target, such as weights.
 
     References
     ----------
@@ -219,12 +248,13 @@ def default_step(ctx: StepContext) -> None:
     """
     assert ctx.loss_fn is not None
     split = "train" if ctx.training else "valid"
+    rest = get_rest(ctx, num_needed) if num_needed > 2 else ()
     for name in ctx.optimizers:
         with ctx.optimizing(name):
             ctx.pred = call_model(ctx.model, ctx.input)
             ctx.call_callbacks(f"on_{split}_batch_after_pred")
             try:
-                loss = ctx.loss_fn(ctx.pred, ctx.target)
+                loss = ctx.loss_fn(ctx.pred, ctx.target, *rest)
             except Exception as error:
                 if ctx.target is None and "None" in str(error):
                     raise missing_target_error("loss") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -225,8 +226,28 @@ def make_train_loader(
     return check_batches(_make_loader(dataset, options), "data")
 
 
+def num_items(loader: Loader) -> int:
+    """Items of a batch, if its data are tensors; else as many as anybody needs."""
+    dataset: Any = getattr(loader, "dataset", None)
+    found = unwrap_tensors(dataset)
+    return sys.maxsize if found is None else len(found[0])
+
+
+def get_batch_options(loader: Loader) -> Options:
+    """How a loader makes batches of rows: their size, and a collate function of the user's."""
+    if getattr(loader, "batch_size", None) is None:
+        return {}
+    found: Options = {"batch_size": loader.batch_size}
+    if loader.collate_fn is not torch_collate:
+        found["collate_fn"] = loader.collate_fn
+    return found
+
+
 def make_eval_loader(
-    data: object, options: Mapping[str, object] | None = None, place: str = "valid_data"
+    data: object,
+    options: Mapping[str, object] | None = None,
+    place: str = "valid_data",
+    like: Mapping[str, object] | None = None,
 ) -> Loader:
     """Make a validation or prediction loader: batches of 32, all rows, in order.
 
@@ -239,6 +260,9 @@ def make_eval_loader(
         ``drop_last``) are ignored. With a DataLoader all are ignored, with a warning.
     place
         Name of the argument, for messages.
+    like
+        From ``get_batch_options``: defaults of `options`. A collate function is for data
+        sets, and not for tensors.
     """
     options = check_options(options)
     if isinstance(data, DataLoader):
@@ -248,7 +272,11 @@ def make_eval_loader(
         return check_batches(data, place)
     order = {"shuffle", "sampler", "batch_sampler", "drop_last", "generator"}
     options = {name: value for name, value in options.items() if name not in order}
-    return check_batches(_make_loader(as_dataset(data, place), options), place)
+    dataset = as_dataset(data, place)
+    defaults = dict(like or {})
+    if unwrap_tensors(dataset) is not None:
+        defaults.pop("collate_fn", None)
+    return check_batches(_make_loader(dataset, defaults | options), place)
 
 
 def _has_own_order(options: Mapping[str, object]) -> bool:
