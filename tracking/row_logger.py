@@ -36,6 +36,7 @@ from tracking.settings import read_secrets
 from tracking.store import get_rank_dir
 
 _FLOATS: Final = frozenset([float])
+_TEXTS: Final = (STR, JSON)
 _pack, _crc32, _time_ns = FIELDS.pack, zlib.crc32, time.time_ns
 _MAX_COUNT: Final = 2**63 - 1
 _MAX_EPOCH: Final = 2**31 - 1
@@ -379,11 +380,12 @@ class RowLogger:
         step: int | None,
     ) -> None:
         """Check all arguments, then write any kind of value."""
-        index, epoch, step = _check_arguments(what, set, index, epoch, step)
+        place = _describe_call(what, set)
+        index, epoch, step = _check_arguments(what, set, index, epoch, step, place)
         if not self._journal.takes_rows():
             return
         overwrites = not append and index is not None
-        leaves = flatten_value(value, _describe_call(what, set))
+        leaves = flatten_value(value, place)
         if any(self._may_be_secret(leaf) for leaf in leaves):
             leaves = [self._redact(leaf) for leaf in leaves]
         at = self._journal.get_auto_index(what, set).choose(index, step)
@@ -396,11 +398,12 @@ class RowLogger:
     def _may_be_secret(self, leaf: Leaf) -> bool:
         """Whether a text is worth a closer look."""
         name, kind, _, payload = leaf
-        return kind in (STR, JSON) and (
-            is_secret_name(name)
-            or ("://" in payload and "@" in payload)
-            or any(secret in payload for secret in self._secrets)
-        )
+        if kind not in _TEXTS:
+            return False
+        for secret in self._secrets:
+            if secret in payload:
+                return True
+        return is_secret_name(name) or ("://" in payload and "@" in payload)
 
     def _log_dict(self, what: str, values: Mapping[str, Any], place: str) -> None:
         """Write named values that have no set, index, epoch or step."""
@@ -416,7 +419,7 @@ class RowLogger:
     def _redact(self, leaf: Leaf) -> Leaf:
         """Mask the secrets in a leaf that is no number."""
         name, kind, number, payload = leaf
-        if kind not in (STR, JSON):
+        if kind not in _TEXTS:
             return leaf
         value = json.loads(payload)
         masked = redact_value(name, value, self._secrets)
@@ -431,9 +434,10 @@ class RowLogger:
         now = time.time_ns() // 1000
         ready = [leaf for leaf in leaves if leaf[1] != DEFERRED]
         self._journal.write(what, set, ready, **counts, time_us=now)
-        self._deferred.extend(
-            (now, what, set, leaf, counts) for leaf in leaves if leaf[1] == DEFERRED
-        )
+        if len(ready) < len(leaves):
+            self._deferred.extend(
+                (now, what, set, leaf, counts) for leaf in leaves if leaf[1] == DEFERRED
+            )
 
 
 def _describe_call(what: object, set: object) -> str:
@@ -442,10 +446,15 @@ def _describe_call(what: object, set: object) -> str:
 
 
 def _check_arguments(
-    what: object, set: object, index: object, epoch: object, step: object
+    what: object,
+    set: object,
+    index: object,
+    epoch: object,
+    step: object,
+    place: str = "",
 ) -> tuple[int | None, int | None, int | None]:
     """Check names and counts; returns index, epoch and step as ints."""
-    place = _describe_call(what, set)
+    place = place or _describe_call(what, set)
     check_name(what, "what", place)
     check_name(set, "set", place)
     return (
@@ -458,6 +467,8 @@ def _check_arguments(
 def _check_count(count: object, word: str, highest: int, place: str) -> int | None:
     if count is None:
         return None
+    if type(count) is int and -highest <= count <= highest:
+        return count
     try:
         number = count.__index__()  # type: ignore[attr-defined]
     except AttributeError as error:

@@ -439,9 +439,13 @@ def _spell_special_float(value: float) -> str:
     return "Infinity" if value > 0 else "-Infinity"
 
 
+# With other options than its own, ``json.dumps`` makes an encoder in every call.
+_encode_json: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
 def _dump_json(plain: Any, path: str, place: str) -> str:
     """Write JSON text of limited size, unescaped where UTF-8 allows."""
-    text = json.dumps(plain, ensure_ascii=False, separators=(",", ":"))
+    text = _encode_json(plain)
     try:
         size_bytes = len(text.encode())
     except UnicodeEncodeError:  # a lone surrogate: only its escape is valid UTF-8

@@ -33,7 +33,7 @@ def test_bytes_of_the_file_stay_the_same(tmp_path):
         b'{\n "phase": "connecting",\n "tracking_uri": "",\n "experiment_id": null,\n'
         b' "mlflow_run_id": null,\n "page": null,\n "delivered": -1,\n "behind": 0,\n'
         b' "error": "\xc3\xbc",\n "pid": 0,\n "updated": "",\n "flags": {},\n'
-        b' "names": {},\n "superseded": [\n  "a"\n ]\n}'
+        b' "names": {},\n "superseded": [\n  "a"\n ],\n "run_path": ""\n}'
     )
 
 
