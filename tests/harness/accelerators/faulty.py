@@ -17,7 +17,7 @@ import torch.distributed as dist
 import harness
 from harness.accelerators.deepspeed.accelerator import DeepSpeedAccelerator
 
-STEPS = {"well": 4, "wait": 10_000}
+STEPS = {"well": 4, "restart": 4, "wait": 10_000}
 
 
 def boom() -> None:
@@ -121,6 +121,8 @@ def main(folder: Path, how: str) -> None:
             time.sleep(0.05)
         if step == 2 and accelerator.rank == 1:
             if how == "raise":
+                boom()
+            if how == "restart" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
                 boom()
             if how == "die":
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -139,6 +139,19 @@ def test_one_rank_raises_under_torchrun(start: object) -> None:
     check_traceback_comes_first(run.text().partition("torch/distributed/elastic")[0])
 
 
+def test_ranks_that_torchrun_restarts_train_anew(start: object) -> None:
+    def restarting(folder: Path, how: str) -> list[str]:
+        command = torchrun(folder, how)
+        return [*command[:4], "--max-restarts=1", *command[4:]]
+
+    assert callable(start)
+    run = start(restarting, "restart")
+    assert run.code() == 0, run.text()
+    run.check_nothing_left()
+    assert run.text().count("boom()") == 1, run.text()
+    assert "sum " in run.text()
+
+
 def test_one_rank_raises_in_a_fit_and_the_run_is_failed(start: object) -> None:
     assert callable(start)
     run = start(torchrun, "fit")
