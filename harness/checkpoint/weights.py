@@ -256,14 +256,14 @@ def read_saved_model(path: Path) -> tuple[dict[str, Any], SavedModel]:
         If the folder is missing or damaged, or has another format.
     """
     about = _read_about(path)
-    if about.weights is not None:
-        verify_file(path, SAVED_WEIGHTS, about.weights)
     try:
+        if about.weights is not None:
+            verify_file(path, SAVED_WEIGHTS, about.weights)
         tensors = load_file(path / SAVED_WEIGHTS)
         others = restore(about.other_weights, tensors)
     except ValueError as exc:
         raise CheckpointError(f"load({str(path)!r}): {exc}") from exc
-    except (SafetensorError, OSError, *STATE_ERRORS) as exc:
+    except (CheckpointError, SafetensorError, OSError, *STATE_ERRORS) as exc:
         msg = f"load({str(path)!r}): expected complete weights in {SAVED_WEIGHTS}, got: {exc}."
         raise CheckpointError(f"{msg} Take another copy.") from exc
     weights = {n: v for n, v in tensors.items() if not n.startswith("$/")}
