@@ -174,12 +174,15 @@ class Listeners:
 def bind_context(model: nn.Module | None, ctx: Context | None) -> None:
     """Set ``ctx`` of a model, and of the user's own module inside a compiled one.
 
-    None removes it.
+    None removes it. What a forward has stored under this name stays.
     """
     while model is not None:
-        if ctx is None:
+        found = getattr(model, "ctx", None)
+        is_bound = hasattr(found, "call_callbacks")
+        if ctx is None and is_bound:
             model.__dict__.pop("ctx", None)
-        else:
+        is_free = found is None and "ctx" not in model.__dict__
+        if ctx is not None and (is_bound or is_free):
             model.__dict__["ctx"] = ctx
         # torch 2.13, OptimizedModule: the methods of the user's module see only that one.
         model = model.__dict__.get("_modules", {}).get("_orig_mod")

@@ -306,7 +306,7 @@ class Context:
 
     @model.setter
     def model(self, new: nn.Module | None) -> None:
-        if new is not None:
+        if new is not None and self.training:
             checks.check_model_names(new, ["ctx"])
         bind_context(self._model, None)
         self._model = new

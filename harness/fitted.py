@@ -187,6 +187,7 @@ class Fitted:
             run_id=self.run_id,
             best_epoch=self.best_epoch,
             loss=encode_object(self.learner.loss if self.loss is None else self.loss),
+            batch=encode_object(self.learner.batch),
             metrics={
                 split: {name: encode_object(item) for name, item in own.items()}
                 for split, own in vars(self.learner.metrics).items()

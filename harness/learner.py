@@ -79,9 +79,11 @@ from harness.setup_checks import (
     check_loss_items,
     check_model,
     check_setup,
+    get_method,
     parse_epochs,
     refusing_lazy_layers,
 )
+from harness.steps import ReadBatch
 
 if TYPE_CHECKING:
     pass
@@ -95,7 +97,7 @@ class Learner:
     ----------
     module
         ``nn.Module`` class or factory, called with ``**hparams``.
-    loss, optimizer, metrics, backward, compile
+    loss, optimizer, metrics, backward, batch, compile
         As passed to ``setup``.
     hparams, opt_hparams : dict
         Keyword arguments for module and optimizer.
@@ -106,6 +108,7 @@ class Learner:
     optimizer: Callable[..., Optimizer] | Literal["config"] | None = None
     metrics: MetricSet = field(default_factory=MetricSet)
     backward: Callable[[Tensor], object] | None = None
+    batch: ReadBatch | None = None
     compile: bool | Mapping[str, object] = False
     hparams: Mapping[str, object]
     opt_hparams: Mapping[str, object]
@@ -250,9 +253,11 @@ class Learner:
             model.compile(**check_compile(self.compile))
         loss = make_loss(self.loss, model, accelerator.device)
         check_parameters(loss, model, accelerator)
-        check_loss_items(model, loss, num_items(train))
+        if self.batch is None:
+            check_loss_items(model, loss, num_items(train))
         ctx = FitContext(
             model=model,
+            read_batch=self.batch,
             optimizers=partial(self.build_optimizers, model, loss),
             loss_fn=loss,
             hparams=self.hparams,
@@ -286,7 +291,7 @@ class Learner:
 
     def _get_backward(self, ctx: Context) -> Callable[[Tensor], object]:
         """Return the user's backward if there is one, or else the accelerator's."""
-        own = self.backward or getattr(ctx.model, "backward", None)
+        own = self.backward or get_method(ctx.model, "backward")
         accelerator = ctx.accelerator
         assert accelerator is not None
         if own is None:
@@ -365,6 +370,7 @@ class Learner:
         measured = self.metrics if metrics is None else as_metric_set(metrics)
         ctx = EvaluateContext(
             model=fitted.model,
+            read_batch=self.batch,
             newdata=make_eval_loader(
                 data, dataloader_options, "data", fitted.batch_options
             ),
@@ -428,6 +434,7 @@ class Learner:
         accelerator.meet("predict")
         ctx = PredictContext(
             model=fitted.model,
+            read_batch=self.batch,
             newdata=make_eval_loader(
                 data, dataloader_options, "data", fitted.batch_options
             ),
@@ -447,6 +454,7 @@ def setup(
     optimizer: Callable[..., Optimizer] | Literal["config"] | None = None,
     metrics: object = None,
     backward: Callable[[Tensor], object] | None = None,
+    batch: ReadBatch | None = None,
     compile: bool | Mapping[str, object] = False,
 ) -> Learner:
     """Define how a model is trained.
@@ -468,6 +476,10 @@ def setup(
     backward
         Called with the loss instead of ``ctx.accelerator.backward(loss, ctx.opt_name)``,
         which it may call; on one device it may also call ``loss.backward()``.
+    batch
+        ``batch(loaded)`` returns ``(input, target, ...)`` of what a loader yields, on the device,
+        in ``fit``, ``evaluate`` and ``predict``. None: a tuple or list is a pair, a mapping
+        with ``labels`` has them as its target, anything else is the input alone.
     compile
         Compile the model's forward in fits by ``torch.compile``: True, or its options, such
         as ``{"mode": "reduce-overhead"}``. The fitted model is a plain one.
@@ -487,7 +499,7 @@ def setup(
     ----------
     luz 0.5.0, ``setup``. Differs from luz: the class itself is not changed.
     """
-    check_setup(module, loss, optimizer, backward)
+    check_setup(module, loss, optimizer, backward, batch)
     check_compile(compile)
     learner = Learner(
         module=module,
@@ -495,6 +507,7 @@ def setup(
         optimizer=optimizer,
         metrics=as_metric_set(metrics),
         backward=backward,
+        batch=batch,
         compile=compile,
         hparams={},
         opt_hparams={},
@@ -633,8 +646,9 @@ def load(
     try:
         learner = Learner(
             module=module,
-            loss=objects.decode_loss(about),
+            loss=objects.decode_one(about.loss),
             metrics=objects.decode_metrics(about),
+            batch=objects.decode_one(about.batch),
             hparams=source.decode(about.hparams),
             opt_hparams=source.decode(about.opt_hparams),
         )

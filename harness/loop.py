@@ -28,11 +28,18 @@ from harness.metrics.split import count_batch_values
 from harness.pytree import map_tensors
 from harness.records import NullRun
 from harness.rng import get_rng_state
-from harness.setup_checks import check_optimizers, count_needed, parse_epochs
+from harness.setup_checks import (
+    check_optimizers,
+    count_needed,
+    get_method,
+    parse_epochs,
+)
 from harness.steps import (
+    ReadBatch,
     StepContext,
     call_model,
     default_step,
+    get_reader,
     own_step,
 )
 
@@ -60,6 +67,8 @@ class FitContext(StepContext):
         Whole number, or pair ``(min_epochs, max_epochs)``.
     verbose, accelerator, callbacks, run
         As in ``Context``.
+    read_batch
+        As in ``StepContext``.
 
     References
     ----------
@@ -85,9 +94,11 @@ class FitContext(StepContext):
         callbacks: Iterable[Callback] = (),
         run: tracking.Run | NullRun | None = None,
         step_opt: StepOpt = default_step_opt,
+        read_batch: ReadBatch | None = None,
     ) -> None:
         StepContext.__init__(
             self,
+            read_batch=read_batch,
             verbose=verbose,
             accelerator=accelerator,
             callbacks=callbacks,
@@ -130,6 +141,8 @@ class PredictContext(StepContext):
         Loader of the data.
     verbose, accelerator, callbacks, run
         As in ``Context``.
+    read_batch
+        As in ``StepContext``.
 
     References
     ----------
@@ -147,9 +160,11 @@ class PredictContext(StepContext):
         verbose: bool | None = None,
         callbacks: Iterable[Callback] = (),
         run: tracking.Run | NullRun | None = None,
+        read_batch: ReadBatch | None = None,
     ) -> None:
         StepContext.__init__(
             self,
+            read_batch=read_batch,
             verbose=verbose,
             accelerator=accelerator,
             callbacks=callbacks,
@@ -235,7 +250,7 @@ def begin_epoch(ctx: StepContext) -> None:
 def train_epoch(ctx: StepContext) -> None:
     """Train on all batches of an epoch."""
     assert ctx.accelerator is not None
-    to_device, fire, step = ctx.accelerator.to_device, ctx.call_callbacks, get_step(ctx)
+    read, fire, step = get_reader(ctx), ctx.call_callbacks, get_step(ctx)
     ctx.training, ctx.data, ctx.trained = True, ctx.train_data, 0
     ctx.train_pass = TrainPass(ctx.train_data, ctx.accelerator, ctx.epoch or 1)
     fire("on_train_begin")
@@ -245,7 +260,7 @@ def train_epoch(ctx: StepContext) -> None:
     ctx.iter = ctx.trained or None
     with counting_values(ctx):
         for ctx.iter, batch in enumerate(fetch(ctx, batches), start=ctx.trained + 1):
-            ctx.batch, ctx.loss, ctx.batch_values = to_device(batch), {}, []
+            ctx.batch, ctx.loss, ctx.batch_values = read(batch), {}, []
             ctx.pred = None
             fire("on_train_batch_begin")
             step()
@@ -262,13 +277,13 @@ def train_epoch(ctx: StepContext) -> None:
 def valid_epoch(ctx: StepContext) -> None:
     """Validate after an epoch, or evaluate."""
     assert ctx.accelerator is not None and ctx.valid_data is not None
-    to_device, fire, step = ctx.accelerator.to_device, ctx.call_callbacks, get_step(ctx)
+    read, fire, step = get_reader(ctx), ctx.call_callbacks, get_step(ctx)
     ctx.training, ctx.data = False, ctx.valid_data
     mark_validation(ctx)
     fire("on_valid_begin")
     with torch.no_grad(), counting_values(ctx):
         for ctx.iter, batch in enumerate(fetch(ctx, iter_batches(ctx.valid_data)), 1):
-            ctx.batch, ctx.loss, ctx.batch_values = to_device(batch), {}, []
+            ctx.batch, ctx.loss, ctx.batch_values = read(batch), {}, []
             ctx.pred = None
             fire("on_valid_batch_begin")
             step()
@@ -317,7 +332,7 @@ def warn_of_silence(
     steps
         Steps of each optimizer before the epoch; None: it trains nothing.
     """
-    if split in ctx.has_warned or not hasattr(ctx.model, "step"):
+    if split in ctx.has_warned or get_method(ctx.model, "step") is None:
         return
     name = f"{type(ctx.model).__name__}.step"
     silent = ctx.listeners.list_silent(STEP_EVENTS[split])
@@ -354,17 +369,17 @@ def evaluate(ctx: StepContext) -> None:
         valid_epoch(ctx)
 
 
-def predict(ctx: Context) -> list[Any]:
+def predict(ctx: StepContext) -> list[Any]:
     """Return the model's output for each batch of ``ctx.data``, detached, of all ranks."""
     assert ctx.accelerator is not None and ctx.data is not None
-    own = getattr(ctx.model, "predict", None)
+    own, read = get_method(ctx.model, "predict"), get_reader(ctx)
     preds: list[Any] = []
     waiting: list[list[Any]] = []
     add_handlers(ctx)
     with report_exceptions(ctx), suppress_all_handled(ctx), torch.no_grad():
         ctx.call_callbacks("on_predict_begin")
         for ctx.iter, batch in enumerate(iter_batches(ctx.data), start=1):
-            ctx.batch = ctx.accelerator.to_device(batch)
+            ctx.batch = read(batch)
             ctx.call_callbacks("on_predict_batch_begin")
             ctx.pred = own(ctx.input) if own else call_model(ctx.model, ctx.input)
             ctx.call_callbacks("on_predict_batch_end")
@@ -408,7 +423,7 @@ def drop_gradients(ctx: Context) -> None:
 
 def get_step(ctx: StepContext) -> Callable[[], object]:
     """Return the model's own ``step``, or else the default one."""
-    own = getattr(ctx.model, "step", None)
+    own = get_method(ctx.model, "step")
     if own:
         return partial(own_step, ctx, own)
     return partial(default_step, ctx, num_needed=count_needed(ctx.loss_fn))

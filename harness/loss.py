@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.checkpoint.search import find_loss_modules
+from harness.setup_checks import get_method
 
 if TYPE_CHECKING:
     from harness.accelerators.base import Accelerator
@@ -40,7 +41,7 @@ def make_loss(loss: Loss | None, model: nn.Module, device: torch.device) -> Loss
         If it is a module, or holds one, and cannot be copied.
     """
     if loss is None:
-        own: Loss | None = getattr(model, "loss", None)
+        own: Loss | None = get_method(model, "loss")
         return own
     if isinstance(loss, _FUNCTIONS) or not find_loss_modules(loss, model):
         return loss

@@ -27,7 +27,11 @@ if TYPE_CHECKING:
 
 
 def check_setup(
-    module: object, loss: object, optimizer: object, backward: object = None
+    module: object,
+    loss: object,
+    optimizer: object,
+    backward: object = None,
+    batch: object = None,
 ) -> None:
     """Check the arguments of ``setup`` that a model is built from.
 
@@ -61,11 +65,23 @@ def check_setup(
     if loss is not None and not callable(loss):
         msg = f"setup(loss): expected a function or module, got {loss!r}."
         raise TypeError(f"{msg} Pass for example torch.nn.MSELoss().")
-    if backward is not None and not callable(backward):
-        msg = f"setup(backward): expected a function of the loss, got {backward!r}."
-        raise TypeError(f"{msg} Leave it out for the accelerator's backward.")
-    if backward is not None:
-        check_call("setup(backward)", backward, "loss")
+    _check_function(
+        "setup(backward)",
+        backward,
+        "loss",
+        "Leave it out for the accelerator's backward.",
+    )
+    _check_function("setup(batch)", batch, "batch", "It returns (input, target).")
+
+
+def _check_function(place: str, function: object, argument: str, advice: str) -> None:
+    """Check that an option is a function of one argument, or None."""
+    if function is None:
+        return
+    if not callable(function):
+        msg = f"{place}: expected a function of the {argument}, got {function!r}."
+        raise TypeError(f"{msg} {advice}")
+    check_call(place, function, argument)
 
 
 def check_compile(options: object) -> dict[str, Any]:
@@ -156,6 +172,18 @@ def _is_usable(name: str, value: object) -> bool:
         # A container such as ModuleDict has no forward.
         return name == "loss" and type(value).forward is not nn.Module.forward
     return True
+
+
+def get_method(model: nn.Module, name: str) -> Any:
+    """Return a model's method of a name that ``harness`` uses; None if it has none.
+
+    A forward may store a value under such a name, which then stays the model's own.
+    """
+    value = getattr(model, name, None)
+    if value is None or _is_usable(name, value):
+        return value
+    hidden = inspect.getattr_static(type(model), name, None)
+    return hidden.__get__(model) if inspect.isfunction(hidden) else None
 
 
 def _defines(model: nn.Module | type, name: str) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from harness.accelerators.base import default_step_opt
 from harness.context import Context
-from harness.data.batch import as_scalar, missing_target_error
+from harness.data.batch import Batch, as_scalar, missing_target_error
 from harness.events import nearest
 from harness.records import NullRun
 
@@ -37,8 +37,36 @@ def call_model(model: Callable[..., Any], input: object) -> Any:
         raise
 
 
+ReadBatch = Callable[[Any], tuple[Any, Any]]
+"""A function that returns input and target of what a loader yields."""
+
+
+def get_reader(ctx: StepContext) -> Callable[[object], Batch]:
+    """Return what makes a batch of what the loader yields: on the device, and read."""
+    assert ctx.accelerator is not None
+    move, read = ctx.accelerator.to_device, ctx.read_batch
+    if read is None:
+        return move
+
+    def read_moved(loaded: object) -> Batch:
+        batch = read(move(loaded))
+        if not isinstance(batch, tuple | list) or len(batch) < 2:
+            msg = f"setup(batch): expected it to return (input, target), got {batch!r:.100}."
+            raise TypeError(f"{msg} Return a pair; the target may be None.")
+        return tuple(batch)
+
+    return read_moved
+
+
 class StepContext(Context):
     """Context with the two calls that a step is written with.
+
+    Parameters
+    ----------
+    read_batch
+        Returns ``(input, target)`` of what the loader yields; None: read it as usual.
+    **options
+        As of ``Context``.
 
     Examples
     --------
@@ -49,9 +77,10 @@ class StepContext(Context):
     ...             ctx.optimize(loss_of(ctx.input))
     """
 
-    __slots__ = ("_is_optimized", "_section", "has_warned")
+    __slots__ = ("_is_optimized", "_section", "has_warned", "read_batch")
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, *, read_batch: ReadBatch | None = None, **options: Any) -> None:
+        self.read_batch = read_batch
         self._section: _Section | None = None
         self._is_optimized = False
         self.has_warned: set[str] = set()

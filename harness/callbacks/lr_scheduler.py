@@ -16,7 +16,7 @@ from harness.errors import CheckpointError
 from harness.events import check_event
 from harness.metrics.loss import mean_over_ranks
 from harness.pytree import StateDict
-from harness.setup_checks import check_arguments
+from harness.setup_checks import check_arguments, get_method
 
 STEP_EVENTS = frozenset(
     f"on_{split}_batch_{point}"
@@ -130,7 +130,9 @@ class LRScheduler(Monitor):
         """Refuse a schedule that ends before the fit: torch would end the fit there."""
         ctx, total = self.ctx, getattr(self.scheduler, "total_steps", None)
         per_epoch = self._count_steps(ctx)
-        has_own_pace = hasattr(ctx.model, "step") and self.call_on in STEP_EVENTS
+        has_own_pace = (
+            get_method(ctx.model, "step") is not None and self.call_on in STEP_EVENTS
+        )
         if not isinstance(total, int) or per_epoch is None or has_own_pace:
             return
         needed = per_epoch * ctx.max_epochs

@@ -101,10 +101,10 @@ class ObjectSource:
             raise LookupError(texts[0])
         return self._hparams.decode({"value": saved})["value"]
 
-    def decode_loss(self, about: SavedModel) -> Any:
-        """The loss of a saved model; None without one, or if it cannot be rebuilt."""
+    def decode_one(self, saved: object) -> Any:
+        """The object; None if it cannot be rebuilt."""
         with contextlib.suppress(LookupError):
-            return self.decode(about.loss)
+            return self.decode(saved)
         return None
 
     def decode_metrics(self, about: SavedModel) -> MetricSet:
@@ -122,7 +122,7 @@ class ObjectSource:
             name: item for own in about.metrics.values() for name, item in own.items()
         }
         lost = []
-        for name, saved in {"loss": about.loss, **every}.items():
+        for name, saved in {"loss": about.loss, "batch": about.batch, **every}.items():
             try:
                 self.decode(saved)
             except LookupError:

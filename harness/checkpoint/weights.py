@@ -186,7 +186,7 @@ class SavedModel:
         Where the model's class can be imported: ``module:qualified.name``.
     other_weights
         Plan of what a weight file cannot hold as it is; see ``harness.pytree.flatten``.
-    loss, metrics
+    loss, batch, metrics
         Written by ``encode_object``; the metrics by split and name.
     weights
         Size and SHA-256 of the weight file; None in a folder of an earlier version.
@@ -201,6 +201,7 @@ class SavedModel:
     best_epoch: int | None = None
     other_weights: dict[str, Any] = field(default_factory=dict)
     loss: object = None
+    batch: object = None
     metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
     weights: FileInfo | None = None
 

@@ -30,13 +30,19 @@ def input_of(batch: Any) -> Any:
 
 
 def target_of(batch: Any) -> Any:
-    """The second item of a tuple or list; None where there is none."""
-    return batch[1] if _is_tuple(batch) and len(batch) > 1 else None
+    """The second item of a tuple or list, or ``labels`` of a mapping; else None."""
+    if _is_tuple(batch):
+        return batch[1] if len(batch) > 1 else None
+    # Of Hugging Face's collators. Its models take the labels as an argument too.
+    return batch.get("labels") if isinstance(batch, Mapping) else None
 
 
 def with_input(batch: Batch, new: object) -> Batch:
     """The batch with another input."""
-    return [new, *batch[1:]] if _is_tuple(batch) else new
+    if _is_tuple(batch):
+        return [new, *batch[1:]]
+    target = target_of(batch)
+    return new if target is None else [new, target]
 
 
 def with_target(batch: Any, new: object) -> list[object]:

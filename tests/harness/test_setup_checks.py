@@ -648,3 +648,127 @@ def test_schedule_one_step_too_short_is_told(call_on, accumulate, needed):
 def test_schedule_option_that_it_does_not_take_is_told():
     with pytest.raises(TypeError, match=r"LRScheduler.*got 'Tmax'\. Did you mean 'T_m"):
         Schedule(torch.optim.lr_scheduler.CosineAnnealingLR, Tmax=3)
+
+
+# --- names that a forward takes
+
+
+class StoresAll(Net):
+    """Keeps values of a forward under names that ``harness`` uses."""
+
+    def forward(self, x):
+        out = super().forward(x)
+        self.ctx = "mine"
+        self.predict = self.loss = self.backward = out.detach()
+        self.step = 7
+        self.set_optimizers = [1]
+        return out
+
+
+class StoresOverMethods(Net):
+    """Hides methods that it has."""
+
+    def forward(self, x):
+        out = super().forward(x)
+        vars(self).update(step=out.detach(), predict=out.detach())
+        return out
+
+    def step(self):
+        return nn.functional.mse_loss(self(self.ctx.input), self.ctx.target)
+
+    def predict(self, x):
+        return self.layer(x) * 0 + 5
+
+
+@pytest.mark.parametrize("model", [StoresAll, StoresOverMethods])
+def test_names_that_a_forward_takes_stay_the_models_own(model):
+    def fit(module):
+        made = harness.setup(module, loss=nn.MSELoss(), optimizer=torch.optim.SGD)
+        return made.set_opt_hparams(lr=0.1).fit(
+            (X, Y), 3, (X, Y), seed=1, tracker=False, verbose=False
+        )
+
+    plain, fitted = fit(Net), fit(model)
+    assert torch.equal(plain.model.layer.weight, fitted.model.layer.weight)
+    assert fitted.evaluate((X, Y))["loss"] == plain.evaluate((X, Y))["loss"]
+    if model is StoresAll:
+        assert torch.equal(fitted.predict(X), plain.predict(X))
+        assert fitted.model.ctx == "mine"
+        assert fitted.model.step == 7
+    else:
+        assert fitted.predict(X).unique().tolist() == [5]
+        assert not hasattr(fitted.model, "ctx")
+
+
+# --- setup(batch=...)
+
+
+def as_rows(rows):
+    return {"picture": torch.stack([r[0] for r in rows]), "value": [r[1] for r in rows]}
+
+
+def read_rows(loaded):
+    return loaded["picture"], torch.stack(loaded["value"])
+
+
+def rows_loader():
+    return DataLoader(TensorDataset(X, Y), batch_size=8, collate_fn=as_rows)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_batch_function_reads_batches_of_fit_evaluate_and_predict(accumulate, tmp_path):
+    def fit(data, **options):
+        return learner(metrics={"mae": nn.functional.l1_loss}, **options).fit(
+            data,
+            2,
+            data,
+            seed=1,
+            accelerator=harness.accelerator(accumulate=accumulate, device="cpu"),
+            tracker=False,
+            verbose=False,
+        )
+
+    plain = fit(LOADER)
+    fitted = fit(rows_loader(), batch=read_rows)
+    assert fitted.records["metrics"] == plain.records["metrics"]
+    assert torch.equal(fitted.model.layer.weight, plain.model.layer.weight)
+    expected = plain.evaluate(LOADER).records
+    assert fitted.evaluate(rows_loader()).records == expected
+    assert torch.equal(fitted.predict(rows_loader()), plain.predict(LOADER))
+    fitted.save(tmp_path / "net")
+    assert harness.load(tmp_path / "net").evaluate(rows_loader()).records == expected
+
+
+@pytest.mark.parametrize(
+    ("batch", "match"),
+    [
+        (3, r"setup\(batch\): expected a function of the batch, got 3"),
+        (lambda: None, r"setup\(batch\): expected a function .* f\(batch\)"),
+        (lambda loaded: loaded["picture"], r"to return \(input, target\), got tensor"),
+        (lambda loaded: None, r"to return \(input, target\), got None"),
+    ],
+)
+def test_batch_function_of_a_wrong_kind_is_told(batch, match):
+    with pytest.raises(TypeError, match=match):
+        learner(batch=batch).fit(rows_loader(), 1, tracker=False, verbose=False)
+
+
+class OfKeywords(Net):
+    def forward(self, x, labels=None):
+        return super().forward(x)
+
+
+def test_labels_of_a_mapping_are_the_target():
+    batches = [
+        {"x": x, "labels": y} for x, y in zip(X.split(8), Y.split(8), strict=True)
+    ]
+    fitted, plain = (
+        harness.setup(module, loss=nn.MSELoss(), optimizer=torch.optim.SGD)
+        .set_opt_hparams(lr=0.1)
+        .fit(data, 1, seed=1, tracker=False, verbose=False)
+        for module, data in (
+            (OfKeywords, DataLoader(Batches(*batches), batch_size=None)),
+            (Net, LOADER),
+        )
+    )
+    assert fitted.records["metrics"] == plain.records["metrics"]

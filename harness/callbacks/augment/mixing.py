@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from harness.callback import Callback
 from harness.context import Context
-from harness.setup_checks import check_number
+from harness.setup_checks import check_number, get_method
 
 
 class MixedTarget(NamedTuple):
@@ -150,7 +150,7 @@ class Mixing(Callback):
     def check(self, ctx: Context) -> None:
         """Refuse a loss that cannot take two targets."""
         name, loss = type(self).__name__, ctx.loss_fn
-        has_step = hasattr(ctx.model, "step")
+        has_step = get_method(ctx.model, "step") is not None
         if not (self.auto_loss or has_step or isinstance(loss, MixupLoss)):
             kind = getattr(loss, "__name__", type(loss).__name__)
             msg = f"{name}: expected a MixupLoss, got {kind}."

@@ -15,7 +15,7 @@ from harness.callbacks.keep_best_model import KeepBestModel
 from harness.context import Context
 from harness.data.batch import input_of
 from harness.setup_checks import check_at_least, check_number
-from harness.steps import call_model
+from harness.steps import StepContext, call_model, get_reader
 
 
 class StochasticWeightAveraging(AveragedWeights):
@@ -104,9 +104,10 @@ class StochasticWeightAveraging(AveragedWeights):
 
     def _list_inputs(self) -> Iterator[list[Any]]:
         ctx = self.ctx
-        assert ctx.accelerator is not None
+        assert isinstance(ctx, StepContext)
+        read = get_reader(ctx)
         for batch in ctx.train_data or ():
-            yield [input_of(ctx.accelerator.to_device(batch))]
+            yield [input_of(read(batch))]
 
 
 class _WithInput(nn.Module):

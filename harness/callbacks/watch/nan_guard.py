@@ -16,6 +16,7 @@ from harness.context import Context
 from harness.data.batch import copy_by_value
 from harness.pytree import StateDict, flatten, iter_tensors, map_tensors
 from harness.rng import get_rng_state, set_rng_state
+from harness.setup_checks import get_method
 from harness.steps import call_model
 
 MAX_SHOWN = 10
@@ -145,7 +146,9 @@ class NaNGuard(Callback):
         weights = dict(ctx.model.state_dict())
         if not _is_finite(iter_tensors(weights)):
             return f" Weights that are not, before it: {_list_names(weights)}."
-        if hasattr(ctx.model, "step"):  # only the step knows how to call the model
+        if (
+            get_method(ctx.model, "step") is not None
+        ):  # only the step knows how to call the model
             return ""
 
         def hook_for(name: str) -> Any:
