@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from harness.errors import EarlyStop, Signal
+from harness.errors import EarlyStop, Interrupted, Signal
 from harness.events import EVENTS, WITH_GRADIENTS, check_event
 from harness.pytree import StateDict
 
@@ -133,6 +133,7 @@ class Listeners:
 
         A signal is raised again when all have been called, ``EarlyStop`` before others. Any
         other exception leaves at once, with a note that names the callback and the event.
+        ``Interrupted`` gives way to a signal: the fit then ends after the next batch.
         """
         listeners = self._by_event.get(event)
         if not listeners:
@@ -163,6 +164,10 @@ class Listeners:
             except Signal as signal:
                 if raised is None or isinstance(signal, EarlyStop):
                     raised = signal
+            except Interrupted:
+                # The end of an epoch or fit comes first: a resume would not know of it.
+                if raised is None:
+                    raise
             except Exception as exc:
                 callback: Callback = listener.__self__  # type: ignore[attr-defined]
                 callback.ctx.add_note(exc, f"{type(callback).__name__}.{event}")

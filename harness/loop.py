@@ -222,7 +222,7 @@ def fit(ctx: StepContext) -> None:
     add_handlers(ctx)
     run_callback_checks(ctx)
     with report_exceptions(ctx):
-        with suppress_handled(ctx, lambda: ctx.handlers):
+        with suppress_handled(ctx, lambda: ctx.handlers), noting_interrupt(ctx):
             ctx.call_callbacks("on_fit_begin")
             for ctx.epoch in range(start_epoch(ctx), ctx.max_epochs + 1):
                 with suppress_handled(ctx, lambda: ctx.epoch_handlers):
@@ -306,7 +306,6 @@ def fetch(ctx: Context, batches: Iterator[Any]) -> Iterator[Any]:
         assert ctx.accelerator is not None
         if signum is None or ctx.accelerator.world_size > 1:
             raise
-        ctx.stop_signal = signum
         raise Interrupted(signum) from error
 
 
@@ -480,6 +479,16 @@ def add_handlers(ctx: Context) -> None:
     ctx.handlers |= {EarlyStop: lambda _: ctx.call_callbacks("on_early_stopping")}
     ctx.handlers |= {Interrupted: lambda _: ctx.call_callbacks("on_interrupt")}
     ctx.epoch_handlers |= {SkipEpoch: lambda _: None}
+
+
+@contextmanager
+def noting_interrupt(ctx: Context) -> Iterator[None]:
+    """Note in the context which signal ends the fit, before a handler runs."""
+    try:
+        yield
+    except Interrupted as exc:
+        ctx.stop_signal = exc.signum
+        raise
 
 
 @contextmanager

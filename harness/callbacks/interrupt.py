@@ -99,7 +99,6 @@ class Interrupt(Callback):
         """Raise at the same batch on every rank."""
         signum = self.signum if self._num_ranks == 1 else self._agree()
         if signum is not None and self._can_stop():
-            self.ctx.stop_signal = signum
             raise Interrupted(signum)
 
     def _can_stop(self) -> bool:

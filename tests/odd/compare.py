@@ -373,7 +373,7 @@ def check_resumed(program: Program, folder: Path, stop: int, whole: Result) -> N
     if resumed.signum is not None:
         resumed = run_harness(program, folder, seed=1234)
         raise_error(resumed)
-    elif not program.changes_in_validation:
+    elif not program.may_finish:
         raise Difference(f"expected the fit to stop after {stop} batches")
     found = list(differences(whole, resumed))
     if found:

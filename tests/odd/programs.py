@@ -81,10 +81,15 @@ class Program:
         return not self.is_refused and not (DATA[self.data].draws_between and draws)
 
     @property
-    def changes_in_validation(self) -> bool:
-        """Whether weights change in validation, so that a stop waits for its end."""
+    def may_finish(self) -> bool:
+        """Whether a stop may wait until the fit is over.
+
+        It waits for the end of a validation that changes weights, and for a callback that
+        ends the epoch or the fit at the same batch.
+        """
         return any(
-            extra.kind == "perturb" and extra.event.startswith("on_valid")
+            extra.kind in {"skip", "stop"}
+            or (extra.kind == "perturb" and extra.event.startswith("on_valid"))
             for extra in self.extras
         )
 

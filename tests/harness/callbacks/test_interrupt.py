@@ -270,3 +270,34 @@ def test_loader_that_fails_without_a_signal_is_an_error():
     loader.number = None
     with pytest.raises(OSError, match="the reader is gone"):
         line_learner().fit(loader, 1, **OFF)
+
+
+class Leave(At):
+    """Ends the epoch or the fit."""
+
+
+@pytest.mark.parametrize("kind", [harness.SkipEpoch, harness.EarlyStop])
+@pytest.mark.parametrize("event", ["on_train_batch_end", "on_valid_batch_end"])
+def test_signal_gives_way_to_a_callback_that_ends_the_epoch_at_the_same_batch(
+    kind, event, tmp_path
+):
+    def leave(ctx):
+        if ctx.epoch == 2:
+            raise kind
+
+    def fit_with(*callbacks):
+        own = (Leave(event, leave), *callbacks)
+        options = {"valid_data": slope(2), "dataloader_options": {"batch_size": 2}}
+        fitted = fit(*own, seed=1, **options)
+        return fitted, fitted.records["metrics"], fitted.model.w.item()
+
+    _, *whole = fit_with()
+    save = harness.callbacks.AutoResume(tmp_path)
+    stopped, *found = fit_with(save, raising(signal.SIGTERM, event=event))
+    if kind is harness.SkipEpoch:
+        assert stopped.signum == signal.SIGTERM  # after the first batch of epoch 3
+        resumed, *found = fit_with(save)
+        assert resumed.signum is None
+    else:
+        assert stopped.signum is None
+    assert found == whole
