@@ -69,6 +69,9 @@ from harness.rng import part_rng_state
 
 T = TypeVar("T")
 
+BatchNorm = nn.modules.batchnorm._BatchNorm
+"""Base of torch's layers of batch normalization."""
+
 
 class DeepSpeedAccelerator:
     """Ranks that train one model together with DeepSpeed.
@@ -268,7 +271,12 @@ class DeepSpeedAccelerator:
         # A window may be read ahead, and each of its batches be recorded with its copy.
         self._shares = ShareTracker(num_recent=2 * self.accumulate + 8)
         sharded = shard_loaders(
-            loaders, self._ranks, self._shares, before_eval=self._send_buffers
+            loaders,
+            self._ranks,
+            self._shares,
+            before_eval=self._send_buffers,
+            # BatchNorm cannot train on one row.
+            has_pairs=any(isinstance(part, BatchNorm) for part in model.modules()),
         )
         self._ranks.check_on_every_rank(
             lambda: check_num_batches(sharded, self.world_size)

@@ -47,6 +47,8 @@ class ShardedLoader:
         Called with each batch and its ``RankShare`` before it is yielded; returns the batch.
     on_begin, on_end
         Called before and after each pass over the data.
+    has_pairs
+        As in ``assign_rows``.
 
     Notes
     -----
@@ -68,13 +70,15 @@ class ShardedLoader:
         on_batch: Callable[[Batch, RankShare], object] = lambda batch, share: batch,
         on_begin: Callable[[], None] = lambda: None,
         on_end: Callable[[], None] = lambda: None,
+        *,
+        has_pairs: bool = False,
     ) -> None:
         self._loader = loader
         self._ranks = ranks
         self._on_batch = on_batch
         self._on_begin, self._on_end = on_begin, on_end
         self.share: RankShare | None = None
-        self._source = make_source(loader, ranks)
+        self._source = make_source(loader, ranks, has_pairs=has_pairs)
 
     def __iter__(self) -> Iterator[Batch]:
         self._on_begin()
@@ -127,6 +131,8 @@ def shard_loaders(
     ranks: RankGroup,
     shares: ShareTracker,
     before_eval: Callable[[], None],
+    *,
+    has_pairs: bool = False,
 ) -> list[Any]:
     """Divide loaders over ranks.
 
@@ -140,6 +146,8 @@ def shard_loaders(
         Records the share of each batch.
     before_eval
         Called before each pass over a loader other than the training loader.
+    has_pairs
+        Give no rank a single row of the training loader; see ``assign_rows``.
     """
     if ranks.world_size == 1:
         return list(loaders)
@@ -152,6 +160,7 @@ def shard_loaders(
             on_batch=shares.record,
             on_begin=before_eval if place else lambda: None,
             on_end=shares.clear,
+            has_pairs=has_pairs and place == 0,
         )
         for place, loader in enumerate(loaders)
     ]

@@ -31,7 +31,9 @@ class RankShare:
         return self.count * world_size / self.total
 
 
-def assign_rows(total: int, size: int, rank: int, world_size: int) -> tuple[int, int]:
+def assign_rows(
+    total: int, size: int, rank: int, world_size: int, *, has_pairs: bool = False
+) -> tuple[int, int]:
     """First sample and number of samples of a rank in a step of `total` samples.
 
     Parameters
@@ -42,22 +44,20 @@ def assign_rows(total: int, size: int, rank: int, world_size: int) -> tuple[int,
         Samples that fill a rank's batch.
     rank, world_size
         The rank, and the number of ranks.
-
-    Notes
-    -----
-    In a step that is not full, no rank gets a single sample if there are more, because
-    BatchNorm cannot train on one row. The last ranks get none instead.
+    has_pairs
+        Give no rank a single sample in a step that is not full, if there are more: the last
+        ranks get none instead.
 
     Examples
     --------
     >>> [assign_rows(7, 3, rank, 3) for rank in range(3)]
     [(0, 3), (3, 2), (5, 2)]
-    >>> [assign_rows(3, 3, rank, 2) for rank in range(2)]
+    >>> [assign_rows(3, 3, rank, 2, has_pairs=True) for rank in range(2)]
     [(0, 3), (3, 0)]
     """
     assert 1 <= total <= size * world_size
-    is_usual = size == 1 or total == size * world_size
-    used = world_size if is_usual else min(world_size, max(1, total // 2))
+    is_paired = has_pairs and size > 1 and total < size * world_size
+    used = min(world_size, max(1, total // 2)) if is_paired else world_size
     if rank >= used:
         return total, 0
     each, more = divmod(total, used)

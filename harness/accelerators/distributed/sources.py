@@ -54,10 +54,10 @@ Shared = tuple[Batch, RankShare]
 """A batch of this rank, and its share of the step."""
 
 
-def make_source(loader: Loader, ranks: RankGroup) -> Any:
+def make_source(loader: Loader, ranks: RankGroup, *, has_pairs: bool) -> Any:
     """Choose the source of the rank's batches and shares for this kind of loader.
 
-    Every rank must call it.
+    Every rank must call it; `has_pairs` is as in ``assign_rows``.
     """
     dividers = find_dividers(loader, ranks)
     rows = find_row_batches(loader)
@@ -67,14 +67,15 @@ def make_source(loader: Loader, ranks: RankGroup) -> Any:
             is_own = all(isinstance(part, IterableDataset) for part in dividers)
             is_own = is_own or not iterates_as_torch(loader)
             return (OwnBatchSource if is_own else OwnSamplerSource)(loader, ranks)
-        return RowSource(loader, rows, UndividedSampler(rows.sampler), ranks)
+        order = UndividedSampler(rows.sampler)
+        return RowSource(loader, rows, order, ranks, has_pairs=has_pairs)
     if rows is not None:
-        return RowSource(loader, rows, rows.sampler, ranks)
+        return RowSource(loader, rows, rows.sampler, ranks, has_pairs=has_pairs)
     is_stream = isinstance(getattr(loader, "dataset", None), IterableDataset)
     if not iterates_as_torch(loader) or (is_stream and loader.batch_size is None):
         return WholeBatchSource(loader, ranks)
     if is_stream:
-        return StreamSource(loader, ranks)
+        return StreamSource(loader, ranks, has_pairs=has_pairs)
     if loader.batch_sampler is not None:
         return BatchSamplerSource(loader, ranks)
     return ReadyBatchSource(loader, ranks)
@@ -127,8 +128,15 @@ class RowSource:
     has_random_stream = False
 
     def __init__(
-        self, loader: Loader, batches: BatchSampler, sampler: Any, ranks: RankGroup
+        self,
+        loader: Loader,
+        batches: BatchSampler,
+        sampler: Any,
+        ranks: RankGroup,
+        *,
+        has_pairs: bool,
     ) -> None:
+        self._has_pairs = has_pairs
         self._ranks, self._loader = ranks, loader
         self._order = SharedOrder(sampler, ranks)
         self._size, self._drops = batches.batch_size, batches.drop_last
@@ -176,7 +184,13 @@ class RowSource:
         for step in self._order.group(full):
             if len(step) < full and self._drops:
                 return
-            start, count = assign_rows(len(step), size, ranks.rank, ranks.world_size)
+            start, count = assign_rows(
+                len(step),
+                size,
+                ranks.rank,
+                ranks.world_size,
+                has_pairs=self._has_pairs,
+            )
             self._shares.append(RankShare(place + start, count, len(step)))
             place += len(step)
             yield step[start : start + count] if count else step[:size]
@@ -246,11 +260,11 @@ class StreamSource:
 
     has_random_stream = True
 
-    def __init__(self, loader: Loader, ranks: RankGroup) -> None:
+    def __init__(self, loader: Loader, ranks: RankGroup, *, has_pairs: bool) -> None:
         self._loader, self._ranks = loader, ranks
         self._rank_loader = copy_loader(
             loader,
-            dataset=_RankStream(loader, ranks.rank, ranks.world_size),
+            dataset=_RankStream(loader, ranks.rank, ranks.world_size, has_pairs),
             batch_size=None,
             collate_fn=_CollateStep(loader.collate_fn),
         )
@@ -280,11 +294,14 @@ class StreamSource:
 class _RankStream(IterableDataset[_Step]):
     """One rank's samples of a stream; in a worker, of the worker's part of the stream."""
 
-    def __init__(self, loader: Loader, rank: int, world_size: int) -> None:
+    def __init__(
+        self, loader: Loader, rank: int, world_size: int, has_pairs: bool
+    ) -> None:
         self._dataset: Any = loader.dataset
         self._size, self._drops = loader.batch_size or 1, loader.drop_last
         self._is_checked = not is_alike(loader)
         self._rank, self._world_size = rank, world_size
+        self._has_pairs = has_pairs
 
     def __iter__(self) -> Iterator[_Step]:
         samples, place, number = iter(self._dataset), 0, 0
@@ -293,7 +310,9 @@ class _RankStream(IterableDataset[_Step]):
             if len(step) < size * world_size and self._drops:
                 return
             number += 1
-            start, count = assign_rows(len(step), size, rank, world_size)
+            start, count = assign_rows(
+                len(step), size, rank, world_size, has_pairs=self._has_pairs
+            )
             share = RankShare(place + start, count, len(step))
             place += len(step)
             is_due = self._is_checked and is_checked(number)

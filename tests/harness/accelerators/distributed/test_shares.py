@@ -21,6 +21,22 @@ def test_rows_of_a_step_are_divided_evenly_and_in_order(world_size: int) -> None
         assert max(counts) - min(counts) <= 1
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_no_rank_has_a_single_row_where_there_are_more(
+    size: int, world_size: int
+) -> None:
+    for total in range(1, size * world_size + 1):
+        shares = [
+            assign_rows(total, size, rank, world_size, has_pairs=True)
+            for rank in range(world_size)
+        ]
+        rows = [n for start, count in shares for n in range(start, start + count)]
+        assert rows == list(range(total))
+        if size > 1 and total > 1:
+            assert all(count != 1 for _, count in shares)
+
+
 def test_weights_make_the_average_over_ranks_the_mean_over_samples() -> None:
     # Ranks with 3 and 1 samples: losses 1, 2, 6 and 7 have the mean 4.
     shares = [RankShare(0, 3, 4), RankShare(3, 1, 4)]
