@@ -49,6 +49,7 @@ from harness.data.loaders import (
 )
 from harness.errors import CheckpointError
 from harness.fitted import Evaluation, Fitted
+from harness.held_model import build_own
 from harness.loop import EvaluateContext, FitContext, PredictContext
 from harness.loss import (
     check_parameters,
@@ -137,17 +138,17 @@ class Learner:
         return replace(self, opt_hparams={**self.opt_hparams, **opt_hparams})
 
     def build_model(self) -> nn.Module:
-        """Build a new model.
+        """Build a new model; one that somebody else holds is copied.
 
         Raises
         ------
         TypeError
-            If `module` does not return an ``nn.Module``.
+            If `module` does not return an ``nn.Module``, or one that cannot be copied.
         ValueError
             If neither the learner nor the model has a loss, or an optimizer.
         """
         check_arguments("set_hparams", self.module, self.hparams)
-        model = check_model(self.module(**self.hparams))
+        model = build_own(lambda: check_model(self.module(**self.hparams)))
         check_definition(model, self.loss, self.optimizer)
         return model
 

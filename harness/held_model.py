@@ -1,0 +1,70 @@
+"""A fit trains a model of its own: one that somebody else holds is copied."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections import Counter
+from collections.abc import Callable
+
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+
+def build_own(build: Callable[[], nn.Module]) -> nn.Module:
+    """Build a model, and copy it if it or a part of it belongs to somebody else.
+
+    Parameters
+    ----------
+    build
+        Returns a model. Parts with parameters that it does not make itself, and that
+        something else refers to, belong to somebody else.
+
+    Raises
+    ------
+    TypeError
+        If a model that somebody else holds cannot be copied.
+    """
+    new: set[tuple[int, str]] = set()
+    handle = register_module_parameter_registration_hook(
+        lambda module, name, param: new.add((id(module), name))
+    )
+    try:
+        made = [build()]
+    finally:
+        handle.remove()
+    is_new = all(
+        (id(module), name) in new
+        for module in made[0].modules()
+        for name, param in module._parameters.items()
+        if param is not None
+    )
+    if is_new or not _has_other_references(made):
+        return made[0]
+    try:
+        return copy.deepcopy(made[0])
+    except Exception as error:
+        msg = "setup(module): expected a new model for each fit, got one that is held"
+        advice = "Build the model inside the function."
+        raise TypeError(
+            f"{msg} elsewhere and cannot be copied: {error!r}. {advice}"
+        ) from error
+
+
+def _has_other_references(made: list[nn.Module]) -> bool:
+    """Whether a module of a model may be held by something else than the model."""
+    counts, fresh = _count_references(made), _count_references(_FRESH)
+    return counts[0] > fresh[0] or any(count > fresh[1] for count in counts[1:])
+
+
+_FRESH: list[nn.Module] = [nn.Sequential(nn.Identity())]
+"""A model that nobody else holds, for comparison: counts differ between Pythons."""
+
+
+def _count_references(made: list[nn.Module]) -> list[int]:
+    """References to each module of a model beside those of the modules that contain it."""
+    modules = list(made[0].modules())
+    inner = Counter(id(child) for m in modules for child in m._modules.values())
+    return [
+        sys.getrefcount(modules[n]) - inner[id(modules[n])] for n in range(len(modules))
+    ]
