@@ -131,9 +131,10 @@ class AveragedWeights(Callback):
 
     def copy_to(self, model: nn.Module) -> None:
         """Copy the averages into a model with the same names of weights."""
-        with torch.no_grad():
-            for param, average in self._pairs(model):
-                param.copy_(average)
+        for param, average in self._pairs(model):
+            # Through ``data`` the change counts as none, so that a signal may end the fit in
+            # validation: ``on_interrupt`` puts the weights back before the checkpoint.
+            param.data.copy_(average)
 
     def _pairs(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
         params = dict(model.named_parameters())
@@ -154,9 +155,8 @@ class AveragedWeights(Callback):
     def put_back(self) -> None:
         """Put the weights of training back, if the averages are in the model."""
         params = dict(self.ctx.model.named_parameters()) if self._trained else {}
-        with torch.no_grad():
-            for name, value in self._trained.items():
-                params[name].copy_(value)
+        for name, value in self._trained.items():
+            params[name].data.copy_(value)
         self._trained = {}
 
     # --- the end
