@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,11 +51,17 @@ def format_metrics(records: Records, epoch: int | None = None) -> str:
 def format_times(records: Records) -> str:
     """Return the time of the fit and the mean of its epochs; empty if they are not known."""
     profile = records.get("profile", {})
-    fits = [item["fit_s"] for item in profile.get("fit", []) if item]
-    epochs = [item["epoch_s"] for item in profile.get("epoch", []) if item]
+    fits = _list_numbers(profile.get("fit", []), "fit_s")
+    epochs = _list_numbers(profile.get("epoch", []), "epoch_s")
     if not fits or not epochs:
         return ""
     return f", {fits[-1]:.2f} s ({sum(epochs) / len(epochs):.3g} s an epoch)"
+
+
+def _list_numbers(series: Sequence[object], name: str) -> list[float]:
+    """Numbers of this name in a series, which a user or a file may have made otherwise."""
+    dicts = [item for item in series if isinstance(item, dict)]
+    return [item[name] for item in dicts if isinstance(item.get(name), int | float)]
 
 
 @dataclass(frozen=True, kw_only=True)
