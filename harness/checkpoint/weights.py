@@ -261,7 +261,9 @@ def read_saved_model(path: Path) -> tuple[dict[str, Any], SavedModel]:
         if about.weights is not None:
             verify_file(path, SAVED_WEIGHTS, about.weights)
         tensors = load_file(path / SAVED_WEIGHTS)
-        others = restore(about.other_weights, tensors)
+        # Modules keep these as they are: a view into the file is not aligned as torch aligns.
+        own = {n: tensor.clone() for n, tensor in tensors.items() if n[:2] == "$/"}
+        others = restore(about.other_weights, own)
     except ValueError as exc:
         raise CheckpointError(f"load({str(path)!r}): {exc}") from exc
     except (CheckpointError, SafetensorError, OSError, *STATE_ERRORS) as exc:

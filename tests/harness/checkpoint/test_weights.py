@@ -18,7 +18,13 @@ from harness.checkpoint.format import (
     find_newest,
     write_rank,
 )
-from harness.checkpoint.weights import load_weights, save_weights
+from harness.checkpoint.weights import (
+    SavedModel,
+    load_weights,
+    read_saved_model,
+    save_weights,
+    write_saved_model,
+)
 from harness.errors import CheckpointError
 from harness.fitted import Fitted
 from harness.pytree import flatten
@@ -188,3 +194,30 @@ def test_fit_begins_with_the_weights_of_a_checkpoint_of_other_ranks(
     result = fitted(tmp_path, weights_only, Look(None, 1))
     assert same(seen[0], model)
     assert len(result.records["metrics"]["train"]) == 1
+
+
+class KeepsExtra(nn.Module):
+    """Keeps tensors as extra state, exactly as they come."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 1)
+        self.extra = {"a" * n: torch.ones(5) for n in range(1, 9)}
+
+    def get_extra_state(self):
+        return self.extra
+
+    def set_extra_state(self, state):
+        self.extra = state
+
+
+def test_extra_state_of_a_saved_model_owns_aligned_storage(tmp_path):
+    model = KeepsExtra()
+    about = SavedModel(module="", hparams={}, opt_hparams={}, records={})
+    write_saved_model(tmp_path / "saved", model.state_dict(), about)
+    weights, _ = read_saved_model(tmp_path / "saved")
+    model.load_state_dict(weights)
+    found = list(model.extra.values())
+    assert len(found) == 8
+    assert {tensor.data_ptr() % 64 for tensor in found} == {0}
+    assert all(t.untyped_storage().nbytes() == 5 * 4 for t in found)
