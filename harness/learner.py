@@ -72,6 +72,7 @@ from harness.run_binding import (
 )
 from harness.setup_checks import (
     check_arguments,
+    check_call_arguments,
     check_callbacks,
     check_compile,
     check_config_optimizer,
@@ -237,6 +238,7 @@ class Learner:
         luz 0.5.0, ``fit``.
         """
         parse_epochs(epochs)
+        check_call_arguments("fit", accelerator=accelerator, seed=seed)
         callbacks = check_callbacks(callbacks)
         check_tracker(tracker)
         accelerator = accelerator or pick_accelerator()
@@ -365,6 +367,7 @@ class Learner:
         ----------
         luz 0.5.0, ``evaluate``.
         """
+        check_call_arguments("evaluate", accelerator=accelerator, fitted=fitted)
         check_loss(f"evaluate({type(fitted.model).__name__})", fitted.model, self.loss)
         accelerator = accelerator or pick_accelerator()
         accelerator.meet("evaluate")
@@ -431,6 +434,7 @@ class Learner:
         ----------
         luz 0.5.0, ``predict``.
         """
+        check_call_arguments("predict", accelerator=accelerator, fitted=fitted)
         accelerator = accelerator or pick_accelerator()
         accelerator.meet("predict")
         ctx = PredictContext(

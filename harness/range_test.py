@@ -175,6 +175,9 @@ def lr_finder(
     ----------
     luz 0.5.0, ``lr_finder``; Smith 2017, "Cyclical Learning Rates", section 3.3.
     """
+    if not hasattr(learner, "opt_hparams") or isinstance(learner, type):
+        msg = f"lr_finder(learner): expected a learner, got {learner!r:.100}."
+        raise TypeError(f"{msg} Pass what harness.setup returned.")
     _check_range(start_lr, end_lr, num_steps)
     sweep = _Sweep(start_lr, end_lr, num_steps)
     with _leave_as_it_was(data, dataloader_options or {}):

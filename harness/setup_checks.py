@@ -363,6 +363,32 @@ def check_definition(model: nn.Module | type, loss: object, optimizer: object) -
         )
 
 
+def check_call_arguments(
+    place: str,
+    *,
+    accelerator: object = None,
+    seed: object = None,
+    fitted: object = True,
+) -> None:
+    """Check arguments that ``fit``, ``evaluate`` and ``predict`` have in common.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the accelerator is none, the seed no whole number, or the result of a fit
+        no result.
+    """
+    has_parts = hasattr(accelerator, "prepare") and not isinstance(accelerator, type)
+    if accelerator is not None and not has_parts:
+        msg = f"{place}(accelerator): expected an accelerator, got {accelerator!r}."
+        raise TypeError(f"{msg} Pass harness.accelerator(...), or leave it out.")
+    if seed is not None:
+        check_count(f"{place}(seed)", seed, -(2**63), "Leave it out for no seed.")
+    if fitted is not True and not hasattr(fitted, "learner"):
+        msg = f"{place}(fitted): expected the result of fit, got {fitted!r:.100}."
+        raise TypeError(f"{msg} Pass what fit or harness.load returned.")
+
+
 def check_config_optimizer(optimizer: object, accelerator: object) -> None:
     """Check that the accelerator's config has the optimizer that ``"config"`` asks for.
 

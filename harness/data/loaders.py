@@ -27,6 +27,7 @@ from torch.utils.data import default_collate as torch_collate
 
 from harness.events import nearest
 from harness.pytree import Options
+from harness.setup_checks import check_count
 
 Loader = DataLoader[Any]
 """Loader of batches of any form."""
@@ -182,6 +183,13 @@ def check_options(options: Mapping[str, object] | None) -> Options:
     ValueError
         If an option is not an argument of torch's ``DataLoader``.
     """
+    if options is not None and not isinstance(options, Mapping):
+        msg = f"dataloader_options: expected a dict, got {options!r}."
+        raise TypeError(f"{msg} Pass arguments of torch's DataLoader by name.")
+    if (options or {}).get("batch_size") is not None:
+        advice = "Leave it out for 32 rows."
+        size = (options or {})["batch_size"]
+        check_count("dataloader_options(batch_size)", size, 1, advice)
     for name in options or {}:
         if name not in LOADER_OPTIONS:
             msg = f"dataloader_options: expected arguments of DataLoader, got {name!r}."

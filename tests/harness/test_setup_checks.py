@@ -772,3 +772,59 @@ def test_labels_of_a_mapping_are_the_target():
         )
     )
     assert fitted.records["metrics"] == plain.records["metrics"]
+
+
+# --- arguments of calls
+
+FITTED = learner().fit((X, Y), 1, tracker=False, verbose=False)
+WRONG_CALLS = {
+    "seed": (lambda: fit_wrong(seed="a"), r"fit\(seed\): expected a whole number"),
+    "seed float": (lambda: fit_wrong(seed=1.5), r"fit\(seed\): .*got 1\.5"),
+    "accelerator": (
+        lambda: fit_wrong(accelerator="cpu"),
+        r"fit\(accelerator\): .*'cpu'",
+    ),
+    "accelerator class": (
+        lambda: fit_wrong(accelerator=type(harness.accelerator(device="cpu"))),
+        r"fit\(accelerator\): expected an accelerator, got <class",
+    ),
+    "options": (
+        lambda: fit_wrong(dataloader_options=[1]),
+        r"dataloader_options: expected a dict, got \[1\]",
+    ),
+    "batch size 0": (
+        lambda: fit_wrong(dataloader_options={"batch_size": 0}),
+        r"\(batch_size\): expected at least 1, got 0",
+    ),
+    "batch size text": (
+        lambda: fit_wrong(dataloader_options={"batch_size": "8"}),
+        r"\(batch_size\): expected a whole number, got '8'",
+    ),
+    "evaluate a model": (
+        lambda: learner().evaluate(FITTED.model, (X, Y)),
+        r"evaluate\(fitted\): expected the result of fit, got Net",
+    ),
+    "predict of a model": (
+        lambda: learner().predict(FITTED.model, X),
+        r"predict\(fitted\): expected the result of fit, got Net",
+    ),
+    "evaluate accelerator": (
+        lambda: FITTED.evaluate((X, Y), accelerator=3),
+        r"evaluate\(accelerator\): expected an accelerator, got 3",
+    ),
+    "lr_finder": (
+        lambda: harness.lr_finder(Net, (X, Y)),
+        r"lr_finder\(learner\): expected a learner, got <class",
+    ),
+}
+
+
+def fit_wrong(**options):
+    learner().fit((X, Y), 1, tracker=False, verbose=False, **options)
+
+
+@pytest.mark.parametrize("case", WRONG_CALLS)
+def test_wrong_arguments_of_calls_are_told(case):
+    call, match = WRONG_CALLS[case]
+    with pytest.raises((TypeError, ValueError), match=match):
+        call()
