@@ -63,6 +63,7 @@ class TrainPass:
         self._start_state: StateDict | None = None
         self._left_at: dict[str, int] = {}
         self._num_done, self._num_to_prefetch, self._epoch = 0, 0, epoch
+        self._has_workers = self._keeps_workers()
 
     def state_dict(self) -> StateDict:
         """Random state before the first batch, or the state of the loader."""
@@ -72,6 +73,7 @@ class TrainPass:
             "apart": self._left_at,
             "ahead": ahead,
             "window": self._accelerator.window,
+            "has_workers": self._has_workers,
             "loader": self._loader.state_dict() if self._has_state else None,
         }
 
@@ -84,11 +86,18 @@ class TrainPass:
             self._prefetched.extend(state["ahead"])
             self._loader.load_state_dict(state["loader"])
             return
-        if getattr(self._loader, "persistent_workers", False) and self._epoch > 1:
+        # Older checkpoints do not tell whether an earlier epoch had started the workers.
+        self._has_workers = state.get("has_workers", self._epoch > 1)
+        if getattr(self._loader, "persistent_workers", False) and self._has_workers:
             # Starting workers draws a number; later epochs only reset them.
             iter_batches(self._loader)
         set_rng_state(state["began"], self._generators)
         self._num_to_prefetch = state["ahead"]
+
+    def _keeps_workers(self) -> bool:
+        """Whether the loader has persistent workers from an earlier epoch."""
+        # torch 2.13: the iterator that persistent workers belong to; no public way.
+        return getattr(self._loader, "_iterator", None) is not None
 
     def check_kept_batches(self) -> None:
         """Check that a checkpoint can hold the batches that were fetched ahead.

@@ -258,6 +258,23 @@ def test_resume_after_a_batch_of_a_validation_that_changes_the_fit_is_exact(
     check_exact(CHANGES_IN_VALIDATION[name], tmp_path, [("on_valid_batch_end", 2)])
 
 
+class SkipFirst(harness.Callback):
+    """Leaves out the first epoch, so that its loader never starts."""
+
+    def on_epoch_begin(self) -> None:
+        if self.ctx.epoch == 1:
+            raise harness.SkipEpoch
+
+
+def test_resume_with_workers_that_a_later_epoch_started_is_exact(
+    tmp_path: Path,
+) -> None:
+    case = replace(
+        WITH_WORKERS["workers-persistent"], callbacks=lambda folder: [SkipFirst()]
+    )
+    check_exact(case, tmp_path, [("on_train_batch_end", 2)])
+
+
 @pytest.mark.parametrize("piece", PIECES)
 def test_resume_without_one_piece_of_the_state_differs(
     piece: str, tmp_path: Path, unbroken_fits: dict[str, Any]
