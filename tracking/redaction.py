@@ -45,29 +45,33 @@ _LANGUAGE: Final = frozenset(
 _NO_VALUES: Final = frozenset(["", "none", "null", "true", "false", MASK])
 
 _USER_INFO: Final = re.compile(r"(?<=://)[^/\s'\"]*@")
+# A name begins where none is before it, and is never tried again in shorter forms: each
+# text of a run is searched, and long ones must cost no more than their length.
+_NAME: Final = r"(?<![\w.-])(?P<name>-*+\w[\w.-]*+)"
 _ASSIGNMENT: Final = re.compile(
-    r"(?P<name>(?:(?<!\S)-D)?[A-Za-z_][\w.-]*)"
-    r"(?P<sign>=|['\"]\s*[=:]\s*|\s*[=:]\s*(?=['\"]))"
+    rf"{_NAME}"
+    r"(?P<sign>=|['\"]\s*+[=:]\s*+|\s*+[=:]\s*+(?=['\"]))"
     r"(?P<value>'[^'\n]*'|\"[^\"\n]*\"|[^\s'\"&,;)}\]#]+)"
 )
 _LITERAL: Final = re.compile(
-    r"(?P<name>[A-Za-z_][\w.-]*)(?P<sign>['\"]?\s*[=:]\s*)"
-    r"(?P<value>'[^'\n]+'|\"[^\"\n]+\")"
+    rf"{_NAME}(?P<sign>['\"]?\s*+[=:]\s*+)(?P<value>'[^'\n]+'|\"[^\"\n]+\")"
 )
 _SETTING: Final = re.compile(
-    r"(?P<name>[A-Za-z_][\w.-]*)['\"]?[ \t]*[:=>][ \t]*['\"]?(?P<value>[^\s'\"#<,]+)"
+    rf"{_NAME}['\"]?[ \t]*+[:=>][ \t]*+['\"]?(?P<value>[^\s'\"#<,]+)"
 )
 _OPTION: Final = re.compile(
-    r"(?P<name>(?<![\w-])--?[A-Za-z][\w-]*)(?P<sign>\s+)(?P<value>[^\s'\"-][^\s'\"]*)"
+    r"(?P<name>(?<![\w-])--?[A-Za-z][\w-]*+)(?P<sign>\s++)"
+    r"(?P<value>[^\s'\"-][^\s'\"]*)"
 )
 _HEADER: Final = re.compile(
-    r"(?i)\b((?:proxy-)?authorization|x-[\w-]*(?:key|token|secret)|(?:set-)?cookie"
-    r"|password|passwd|passphrase)(['\"]?\s*:\s*['\"]?)[^'\"\n]+"
+    r"(?i)\b((?:proxy-)?authorization|(?<![\w-])x-[\w-]*(?:key|token|secret)"
+    r"|(?:set-)?cookie|password|passwd|passphrase)(['\"]?\s*+:\s*+['\"]?)[^'\"\n]+"
 )
 _KNOWN_FORMS: Final = re.compile(
     r"\b(?:gh[pousr]_|github_pat_|glpat-|hf_|sk-|xox[abprs]-|AKIA)[\w-]{16,}"
     r"|(?<=\b[Bb]earer )[\w.~+/=-]{8,}"
 )
+_LONGEST_NAME: Final = 200
 _MIN_LENGTH: Final = 6
 """Shorter values are masked only as whole words: they occur by chance in other text."""
 
@@ -304,7 +308,7 @@ def _mask_value(match: re.Match[str]) -> str:
     mark = value[0] if value[0] in "'\"" else ""
     bare = value.strip("'\"").lower()
     is_value = bare not in _NO_VALUES and any(map(str.isalnum, bare))
-    if not is_value or not is_secret_name(match["name"]):
+    if not is_value or not is_secret_name(match["name"][-_LONGEST_NAME:]):
         return match.group()
     return f"{match['name']}{match['sign']}{mark}{MASK}{mark}"
 
