@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import Enum
@@ -16,7 +17,7 @@ MAX_ITEMS = 20
 """Longer containers are data and no options."""
 
 Options = Mapping[str, str]
-"""Attributes of a callback as text, as they were before the fit began."""
+"""Digests of a callback's attributes, as they were before the fit began."""
 
 
 def name_callbacks(callbacks: Iterable[Callback]) -> Iterator[tuple[str, Callback]]:
@@ -29,10 +30,13 @@ def name_callbacks(callbacks: Iterable[Callback]) -> Iterator[tuple[str, Callbac
 
 
 def describe_callbacks(callbacks: Iterable[Callback]) -> dict[str, dict[str, str]]:
-    """Attributes of the callbacks by name, as text: numbers, texts, functions and the like."""
+    """Digests of the attributes of callbacks: numbers, texts, functions and the like.
+
+    They are only compared, and an address of a webhook is a secret.
+    """
     return {
         name: {
-            key: str(value)
+            key: hashlib.sha256(str(value).encode()).hexdigest()[:16]
             for key, value in encode_hparams(
                 {k: v for k, v in vars(callback).items() if _is_option(v)}
             ).items()

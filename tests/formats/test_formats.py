@@ -128,12 +128,12 @@ def test_json_files_that_were_kept_are_read(tmp_path):
     earlier = {"run-1.json": {"path": "", "format": 1}, "run-2-without-path.json": {}}
     for name, changes in earlier.items():
         (tmp_path / "run.json").write_bytes((KEPT / name).read_bytes())
-        wanted = Manifest(**{**cases.MANIFEST, "path": "", **changes})
-        assert Manifest.read(tmp_path) == wanted
+        manifest = Manifest(**{**cases.MANIFEST, "path": "", **changes})
+        assert Manifest.read(tmp_path) == manifest
     for name, path in (("state.json", "/runs/x"), ("state-without-path.json", "")):
         (tmp_path / "delivery" / "state.json").write_bytes((KEPT / name).read_bytes())
-        wanted = DeliveryState(**{**cases.DELIVERY, "run_path": path})
-        assert DeliveryState.read(tmp_path) == wanted
+        state = DeliveryState(**{**cases.DELIVERY, "run_path": path})
+        assert DeliveryState.read(tmp_path) == state
 
 
 # -------------------------------------------------------------------------- a fit
@@ -145,16 +145,8 @@ def fit_path(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fit")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)  # no repository, whose state would be recorded
-        learner = harness.setup(cases.Grid, optimizer=torch.optim.SGD)
         with tracking.start(runs_dir=folder, name="grid", delivery=False) as run:
-            learner.set_opt_hparams(**cases.OPT).fit(
-                cases.grid_data(),
-                valid_data=cases.grid_data(),
-                dataloader_options=cases.LOADER,
-                callbacks=[harness.callbacks.ModelCheckpoint()],
-                tracker=run,
-                **cases.FIT,
-            )
+            fit_grid(callbacks=[harness.callbacks.ModelCheckpoint()], tracker=run)
     return run.path
 
 
@@ -188,13 +180,31 @@ def compared_json(text):
     content = json.loads(text)
     assert json.dumps(content) == text
     if "records" in content:
-        del content["records"]["profile"]
+        del content["records"]["profile"], content["callbacks"]["Profile"]
     else:
         del content["run"], content["files"]["rank-0.json"]
+        del content["about"]["callbacks"]["Profile"]  # times
         for name in ENVIRONMENT:
             del content["about"][name]
     return json.dumps(content)
 
 
-def test_checkpoint_that_was_kept_is_whole():
-    assert verify_checkpoint(KEPT / "fit" / "checkpoint").position.step == 8
+@pytest.mark.parametrize("name", ["checkpoint", "checkpoint-before-held-state"])
+def test_checkpoint_that_was_kept_is_whole_and_resumed(name):
+    assert verify_checkpoint(KEPT / "fit" / name).position.step == 8
+    resume = harness.callbacks.ResumeFromCheckpoint(KEPT / "fit" / name)
+    resumed, whole = (
+        fit_grid(callbacks=given, epochs=3, tracker=False) for given in ([resume], [])
+    )
+    for name, wanted in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], wanted)
+
+
+def fit_grid(**options):
+    learner = harness.setup(cases.Grid, optimizer=torch.optim.SGD)
+    return learner.set_opt_hparams(**cases.OPT).fit(
+        cases.grid_data(),
+        valid_data=cases.grid_data(),
+        dataloader_options=cases.LOADER,
+        **{**cases.FIT, **options},
+    )

@@ -209,7 +209,7 @@ def test_redact_value_masks_secrets_and_nothing_else(name, value, shown):
 
 
 @pytest.mark.parametrize(
-    "text", ["a", "a.", "x-", "-", "a b ", "a=' ", "x-key:", "://a"]
+    "text", ["a", "a.", "x-", "-", "a b ", "a=' ", "x-key-", "://a"]
 )
 def test_redact_of_a_long_text_costs_its_length(text):
     # A cost by the square of the length would take hours.
