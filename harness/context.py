@@ -163,7 +163,7 @@ class Context:
         value
             A number, bool, string, None, small tensor or array, or dict or list of those.
         index : >= 1
-            Index in the list of records; None adds at the end.
+            Index in the series; a gap before it reads as None. None adds at the end.
         append
             True adds to an earlier value at the index: dicts are merged, other values
             become a list. False replaces it.

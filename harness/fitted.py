@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,13 @@ from harness.checkpoint.weights import (
     write_saved_model,
 )
 from harness.data.loaders import Data
-from harness.records import Records, metrics_frame
+from harness.records import (
+    Records,
+    Series,
+    iter_filled,
+    metrics_frame,
+    pack_records,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -58,9 +64,9 @@ def format_times(records: Records) -> str:
     return f", {fits[-1]:.2f} s ({sum(epochs) / len(epochs):.3g} s an epoch)"
 
 
-def _list_numbers(series: Sequence[object], name: str) -> list[float]:
+def _list_numbers(series: Series, name: str) -> list[float]:
     """Numbers of this name in a series, which a user or a file may have made otherwise."""
-    dicts = [item for item in series if isinstance(item, dict)]
+    dicts = [item for _, item in iter_filled(series) if isinstance(item, dict)]
     return [item[name] for item in dicts if isinstance(item.get(name), int | float)]
 
 
@@ -189,7 +195,7 @@ class Fitted:
             module=f"{kind.__module__}:{getattr(kind, '__qualname__', '')}",
             hparams=encode_hparams(self.hparams),
             opt_hparams=encode_hparams(self.opt_hparams),
-            records=self.records,
+            records=pack_records(self.records),
             run_id=self.run_id,
             best_epoch=self.best_epoch,
             loss=encode_object(self.learner.loss if self.loss is None else self.loss),

@@ -60,6 +60,7 @@ from harness.loss import (
 )
 from harness.metrics.sets import MetricSet, as_metric_set
 from harness.pytree import Options
+from harness.records import unpack_records
 from harness.reshard.consolidated import STATE_ERRORS, shape_buffers
 from harness.rng import get_cpu_rng_state, set_cpu_rng_state
 from harness.run_binding import (
@@ -657,6 +658,7 @@ def load(
             hparams=source.decode(about.hparams),
             opt_hparams=source.decode(about.opt_hparams),
         )
+        records = unpack_records(about.records)
     except STATE_ERRORS as exc:
         msg = f"load({str(path)!r}): expected what Fitted.save wrote, got: {exc!r}."
         raise CheckpointError(f"{msg} Take another copy.") from exc
@@ -669,7 +671,7 @@ def load(
         raise CheckpointError(f"{msg} Pass the right class as module=.") from exc
     return Fitted(
         model=model.eval(),
-        records=about.records,
+        records=records,
         learner=learner,
         hparams=dict(learner.hparams),
         opt_hparams=dict(learner.opt_hparams),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +14,112 @@ from harness.pytree import named_leaves
 if TYPE_CHECKING:
     import pandas as pd
 
-Records = dict[str, dict[str, list[Any]]]
+MAX_GAP = 1000
+"""A list is padded with None up to here; beyond, it becomes a ``SparseList``."""
+
+
+class SparseList(Sequence[Any]):
+    """A list whose items are None but for a few, of which it keeps only those.
+
+    A series of records is one if an index was far beyond its end. It is read as a list.
+
+    Parameters
+    ----------
+    items
+        The items that are kept, by place from 0.
+    length
+        Items in all; at least one more than the highest place.
+    """
+
+    def __init__(self, items: Mapping[int, object], length: int) -> None:
+        self.items = dict(items)
+        self._length = length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, at: Any) -> Any:
+        """Item at a place, or another sparse list of the places of a slice."""
+        places = range(self._length)[at]  # IndexError as of a list
+        if isinstance(places, int):
+            return self.items.get(places)
+        found = {places.index(n): item for n, item in self.items.items() if n in places}
+        return SparseList(found, len(places))
+
+    def __setitem__(self, place: int, item: object) -> None:
+        """Set an item; a place from 0 may lie behind the end."""
+        self.items[place] = item
+        self._length = max(self._length, place + 1)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether a list, or another sparse list, has the same items."""
+        if not isinstance(other, SparseList | list) or len(self) != len(other):
+            return False
+        return dict(iter_filled(self)) == dict(iter_filled(other))
+
+    __hash__ = None  # type: ignore[assignment]  # as a list
+
+    def __repr__(self) -> str:
+        return f"SparseList({self.items}, {self._length})"
+
+
+Series = list[Any] | SparseList
+Records = dict[str, dict[str, Series]]
+"""Series of logged values by `what` and set."""
+
+Packed = dict[str, dict[str, list[Any] | dict[str, object]]]
+"""Records as files have them: the length and the items of a ``SparseList`` are a dict."""
+
+
+def iter_filled(series: Series) -> Iterator[tuple[int, Any]]:
+    """Index, from 1, and value of the items that are not None, in order."""
+    if isinstance(series, SparseList):
+        places = sorted(series.items.items())
+        pairs = ((place + 1, value) for place, value in places)
+    else:
+        pairs = ((index, value) for index, value in enumerate(series, start=1))
+    return (pair for pair in pairs if pair[1] is not None)
+
+
+def pack_records(records: Records) -> Packed:
+    """Records for files."""
+    return {
+        what: {
+            split: {"length": len(series), "items": [*map(list, iter_filled(series))]}
+            if isinstance(series, SparseList)
+            else series
+            for split, series in sets.items()
+        }
+        for what, sets in records.items()
+    }
+
+
+def unpack_records(packed: Packed) -> Records:
+    """Records that ``pack_records`` packed.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a series has another form.
+    """
+    return {
+        what: {
+            split: _unpack_series(series, f"records/{what}/{split}")
+            for split, series in sets.items()
+        }
+        for what, sets in packed.items()
+    }
+
+
+def _unpack_series(series: Any, place: str) -> Series:
+    if isinstance(series, list):
+        return series
+    if not isinstance(series, dict) or series.keys() != {"length", "items"}:
+        msg = f"{place}: expected a list, got {type(series).__name__}."
+        raise TypeError(f"{msg} The file is damaged or from another version.")
+    items = {index - 1: value for index, value in series["items"]}
+    return SparseList(items, max([series["length"], *(place + 1 for place in items)]))
+
 
 ARRAYS = (Tensor, np.ndarray, np.generic)
 """Types that are logged unread and become plain numbers when the records are read."""
@@ -40,7 +145,7 @@ class RecordBook:
         self.values = records
         self._unread: list[tuple[Any, Any]] = []  # containers and keys of tensors
 
-    def get_series(self, what: str, set: str) -> list[Any]:
+    def get_series(self, what: str, set: str) -> Series:
         """The series of a set, with its tensors unread; an empty list if there is none."""
         return self.values.get(what, {}).get(set, [])
 
@@ -67,12 +172,25 @@ class RecordBook:
 
     def add(self, what: str, set: str, value: object, index: int, append: bool) -> None:
         """Add a value at an index from 1, or replace what is there."""
-        series = self.values.setdefault(what, {}).setdefault(set, [])
-        while len(series) < index:
-            series.append(None)
+        sets = self.values.setdefault(what, {})
+        series = sets.setdefault(set, [])
+        if len(series) < index:
+            series = sets[set] = self._lengthen(series, index)
         current = series[index - 1]
         series[index - 1] = append_logged(current, value) if append else value
         self._remember_tensors(series, index - 1)
+
+    def _lengthen(self, series: Series, length: int) -> Series:
+        """Add None up to a length; return the list, or a sparse one in its place."""
+        if isinstance(series, list) and length <= len(series) + MAX_GAP:
+            series.extend([None] * (length - len(series)))
+            return series
+        sparse = SparseList({n - 1: item for n, item in iter_filled(series)}, length)
+        self._unread = [
+            (sparse if container is series else container, key)
+            for container, key in self._unread
+        ]
+        return sparse
 
     def _remember_tensors(self, container: Any, key: Any) -> None:
         value = container[key]
@@ -175,7 +293,7 @@ def metrics_frame(records: Records) -> pd.DataFrame:
     rows = [
         (split, name, epoch, value)
         for split, series in records.get("metrics", {}).items()
-        for epoch, metrics in enumerate(series, start=1)
+        for epoch, metrics in iter_filled(series)
         if isinstance(metrics, Mapping)
         for name, value in named_leaves(metrics)
     ]

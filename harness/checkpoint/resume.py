@@ -31,7 +31,7 @@ from harness.context import Context
 from harness.errors import CheckpointError
 from harness.metrics.state import check_saved_metrics
 from harness.pytree import StateDict, map_tensors
-from harness.records import NullRun, RecordBook
+from harness.records import NullRun, RecordBook, unpack_records
 from harness.reshard.consolidated import (
     STATE_ERRORS,
     shape_buffers,
@@ -408,7 +408,8 @@ class Resume:
         state = self.get_state(ctx)
         with self._refuse_bad_state():
             if "records" in self.parts:
-                ctx.record_book = RecordBook(copy.deepcopy(state["records"]))
+                records = unpack_records(copy.deepcopy(state["records"]))
+                ctx.record_book = RecordBook(records)
             if state.get("epoch_random") is not None:
                 set_rng_state(state["epoch_random"], get_generators(ctx))
 

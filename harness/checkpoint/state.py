@@ -42,7 +42,7 @@ from harness.checkpoint.search import (
 from harness.context import Context
 from harness.data.loaders import unwrap_tensors
 from harness.pytree import StateDict
-from harness.records import RecordBook
+from harness.records import RecordBook, iter_filled, pack_records, unpack_records
 from harness.reshard.consolidated import option_groups, weights_dtype
 from harness.rng import Generator, find_generators, get_rng_state
 
@@ -108,7 +108,7 @@ def capture_state(
     params = name_parameters(ctx.model, search)
     held, lost = capture_held(search, params, states)
     own, not_kept = ({}, {}) if fields is None else capture_fields(search, fields)
-    state = {
+    state: StateDict = {
         "records": ctx.records,
         "ctx": {
             "hparams": encode_hparams(ctx.hparams),
@@ -134,6 +134,7 @@ def capture_state(
     }
     if phase == "valid" and ctx.valid_start is not None:
         ctx.valid_start.rewind(state)
+    state["records"] = pack_records(state["records"])
     return state
 
 
@@ -165,7 +166,7 @@ def restore_state(ctx: Context, state: StateDict, parts: Iterable[str]) -> None:
         set_extra_states(ctx.model, state["extra"])
         restore_metrics(ctx.model, state.get("metrics", {}))
     if "records" in wanted:
-        ctx.record_book = RecordBook(state["records"])
+        ctx.record_book = RecordBook(unpack_records(state["records"]))
     if "callbacks" in wanted:
         for name, callback in name_callbacks(ctx.callbacks):
             if name in state["callbacks"]:
@@ -207,9 +208,8 @@ def _restore_journal(ctx: Context, run_id: str | None, position: int) -> None:
         return
     for what, sets in ctx.records.items():
         for split, series in sets.items():
-            for index, value in enumerate(series, start=1):
-                if value is not None:
-                    ctx.run.log(what, split, value, index, epoch=index)
+            for index, value in iter_filled(series):
+                ctx.run.log(what, split, value, index, epoch=index)
 
 
 def list_unmatched(ctx: Context, state: StateDict) -> dict[str, str]:

@@ -21,6 +21,7 @@ from harness.checkpoint.matching import name_callbacks
 from harness.checkpoint.state import get_generators
 from harness.context import Context
 from harness.pytree import StateDict
+from harness.records import unpack_records
 from harness.rng import Generator, find_generators, get_rng_state, set_rng_state
 
 
@@ -100,9 +101,8 @@ def check_state_form(state: StateDict, ctx: Context, phase: Phase) -> None:
         If a part has another form.
     """
     for what, sets in _mapping(state["records"], "records").items():
-        for split, series in _mapping(sets, f"records/{what}").items():
-            if not isinstance(series, list):
-                raise _mismatch(f"records/{what}/{split}", "a list", series)
+        _mapping(sets, f"records/{what}")
+    unpack_records(state["records"])
     _check_count(state["journal"], "journal", lowest=-1)
     _mapping(state["extra"], "extra")
     for name, own in _mapping(state["callbacks"], "callbacks").items():

@@ -30,6 +30,7 @@ from harness.checkpoint.format import (
 )
 from harness.errors import CheckpointError
 from harness.pytree import Options, flatten, restore
+from harness.records import Packed
 from harness.reshard.consolidated import (
     STATE_ERRORS,
     ConsolidatedState,
@@ -196,7 +197,7 @@ class SavedModel:
     module: str
     hparams: Options
     opt_hparams: Options
-    records: dict[str, dict[str, list[Any]]]
+    records: Packed
     run_id: str | None = None
     best_epoch: int | None = None
     other_weights: dict[str, Any] = field(default_factory=dict)
