@@ -1,4 +1,4 @@
-"""Restores the weights of the best epoch at the end of the fit."""
+"""Restores the weights and the loss of the best epoch at the end of the fit."""
 
 from __future__ import annotations
 
@@ -7,14 +7,19 @@ import copy
 from torch import Tensor
 
 from harness.callbacks.monitor import Mode, Monitor
-from harness.checkpoint.state import get_extra_states, set_extra_states
+from harness.checkpoint.state import (
+    copy_loss_state,
+    get_extra_states,
+    restore_loss_state,
+    set_extra_states,
+)
 from harness.pytree import StateDict
 from harness.reshard.consolidated import shape_buffers
 from harness.reshard.convert import convert_weights
 
 
 class KeepBestModel(Monitor):
-    """Restores the weights of the best epoch at the end of the fit.
+    """Restores the weights of the best epoch at the end of the fit, and the state of its loss.
 
     ``fitted.best_epoch`` is that epoch, and ``print(fitted)`` shows its metrics.
 
@@ -39,12 +44,13 @@ class KeepBestModel(Monitor):
         super().__init__(monitor, mode, min_delta)
         self.weights: dict[str, Tensor] = {}
         self.extra: StateDict = {}
+        self.loss: StateDict = {}
         self.best_epoch: int | None = None
 
     def on_fit_begin(self) -> None:
         """Reset what an earlier fit left."""
         self.reset()
-        self.weights, self.extra, self.best_epoch = {}, {}, None
+        self.weights, self.extra, self.loss, self.best_epoch = {}, {}, {}, None
 
     def on_epoch_end(self) -> None:
         """Copy the weights if this epoch is the best so far."""
@@ -58,9 +64,10 @@ class KeepBestModel(Monitor):
                 if isinstance(value, Tensor)
             }
             self.extra = copy.deepcopy(get_extra_states(self.ctx.model))
+            self.loss = copy_loss_state(self.ctx)
 
     def on_fit_end(self) -> None:
-        """Restore the best weights."""
+        """Restore the best weights, and the loss as it was with them."""
         accelerator = self.ctx.accelerator
         assert accelerator is not None
         weights = accelerator.broadcast(self.weights)
@@ -70,16 +77,19 @@ class KeepBestModel(Monitor):
             best = convert_weights(weights, self.ctx.model, state, accelerator.rank)
             accelerator.load_state_dict(best, ["model"])
             set_extra_states(self.ctx.model, self.extra)
+            if self.loss:
+                restore_loss_state(self.ctx, self.loss)
             self.ctx.buffers["best_epoch"] = self.best_epoch
 
     def state_dict(self) -> StateDict:
         """Return the best value, its epoch and weights."""
         best = {"weights": self.weights, "best_epoch": self.best_epoch}
-        return super().state_dict() | best | {"extra": self.extra}
+        return super().state_dict() | best | {"extra": self.extra, "loss": self.loss}
 
     def load_state_dict(self, state: StateDict) -> None:
         """Restore the best value, its epoch and weights."""
         super().load_state_dict(state)
-        # Older checkpoints have neither.
+        # Older checkpoints have only the weights.
         self.best_epoch, self.extra = state.get("best_epoch"), state.get("extra", {})
+        self.loss = state.get("loss", {})
         self.weights = state["weights"]

@@ -148,9 +148,15 @@ def search_fit(ctx: Context, callbacks: Mapping[str, Callback]) -> Search:
 
 def find_loss_modules(loss: object, model: nn.Module) -> list[nn.Module]:
     """Modules with the state of a loss: itself, or what it holds; not those of the model."""
-    search = Search(model.modules())
+    found = search_loss(loss, model).objects["loss"].values()
+    return [thing for thing in found if isinstance(thing, nn.Module)]
+
+
+def search_loss(loss: object, model: nn.Module) -> Search:
+    """Search a loss alone; what belongs to the model is passed over."""
+    search = Search([*model.modules(), *named_tensors(model).values()])
     search.add("loss", loss)
-    return [m for m in search.objects["loss"].values() if isinstance(m, nn.Module)]
+    return search
 
 
 def name_parameters(model: nn.Module, search: Search) -> dict[str, Tensor]:

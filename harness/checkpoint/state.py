@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from harness.checkpoint.format import Phase, Position
@@ -38,10 +38,11 @@ from harness.checkpoint.search import (
     has_extra_state,
     name_parameters,
     search_fit,
+    search_loss,
 )
 from harness.context import Context
 from harness.data.loaders import unwrap_tensors
-from harness.pytree import StateDict
+from harness.pytree import StateDict, map_tensors
 from harness.records import RecordBook, iter_filled, pack_records, unpack_records
 from harness.reshard.consolidated import option_groups, weights_dtype
 from harness.rng import Generator, find_generators, get_rng_state
@@ -210,6 +211,23 @@ def _restore_journal(ctx: Context, run_id: str | None, position: int) -> None:
         for split, series in sets.items():
             for index, value in iter_filled(series):
                 ctx.run.log(what, split, value, index, epoch=index)
+
+
+def copy_loss_state(ctx: Context) -> StateDict:
+    """Copy the state of the loss: of what it holds, and plain attributes of its modules."""
+    search = search_loss(ctx.loss_fn, ctx.model)
+    state = {
+        "held": capture_held(search, {}, {})[0],
+        "fields": capture_fields(search, {})[0],
+    }
+    return copy.deepcopy(map_tensors(state, Tensor.detach))  # type: ignore[no-any-return]
+
+
+def restore_loss_state(ctx: Context, state: StateDict) -> None:
+    """Restore what ``copy_loss_state`` returned."""
+    search = search_loss(ctx.loss_fn, ctx.model)
+    restore_fields(search, state["fields"], ctx.device)
+    restore_held(search, state["held"], {})
 
 
 def list_unmatched(ctx: Context, state: StateDict) -> dict[str, str]:

@@ -108,3 +108,85 @@ def test_fitted_shows_the_best_epoch():
     assert "weights of epoch 2" in str(fitted)
     assert f"{loss:.4g}" in str(fitted)
     assert line_learner().fit(slope(4), 1, **OFF).best_epoch is None
+
+
+class Remembering(nn.Module):
+    """A loss with a weight that is trained, a buffer, an extra state and a plain number."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.register_buffer("mean", torch.zeros(()), persistent=False)
+        self.calls = 0
+
+    def forward(self, pred, target):
+        loss = (pred - target).square().mean()
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * loss.detach()
+            self.calls += 1
+        return loss * self.scale.square() + self.scale
+
+    def tell(self):
+        return self.scale.item(), self.mean.item(), self.calls
+
+
+class Extra(Remembering):
+    """The number is an extra state."""
+
+    def get_extra_state(self):
+        return [self.calls]
+
+    def set_extra_state(self, state):
+        (self.calls,) = state
+
+
+class Wrapped:
+    """A loss that is no module, and holds one."""
+
+    def __init__(self):
+        self.inner = Remembering()
+
+    def __call__(self, pred, target):
+        return self.inner(pred, target)
+
+    def tell(self):
+        return self.inner.tell()
+
+
+@pytest.mark.parametrize("kind", [Remembering, Extra, Wrapped])
+def test_keep_best_restores_the_state_of_the_loss(kind, tmp_path):
+    values = [3.0, 1.0, 2.0]
+
+    def fit(*callbacks):
+        after = {}
+
+        def log(ctx):
+            number = {"watched": values[ctx.epoch - 1]}
+            ctx.log("metrics", "valid", number, index=ctx.epoch)
+            after[ctx.epoch] = ctx.loss_fn.tell()
+
+        learner = harness.setup(Line, loss=kind(), optimizer=torch.optim.SGD)
+        keep = KeepBestModel("valid/watched", "min")
+        given = [keep, At("on_train_end", log), *callbacks]
+        learner = learner.set_opt_hparams(lr=0.01)
+        fitted = learner.fit(slope(4), 3, callbacks=given, **OFF)
+        return after, fitted
+
+    after, fitted = fit(ModelCheckpoint(tmp_path, every_n_epochs=2))
+    assert len({*after.values()}) == 3
+    assert fitted.loss.tell() == after[2]
+    _, resumed = fit(ResumeFromCheckpoint(tmp_path))
+    assert resumed.loss.tell() == after[2]
+
+
+def test_best_epoch_is_kept_by_save_and_load(tmp_path):
+    fitted = line_learner().fit(
+        slope(4), 2, callbacks=[KeepBestModel("train/loss")], **OFF
+    )
+    fitted.save(tmp_path / "saved")
+    loaded = harness.load(tmp_path / "saved", module=Line)
+    assert fitted.best_epoch in (1, 2)
+    assert loaded.best_epoch == fitted.best_epoch
+    assert f"weights of epoch {fitted.best_epoch}" in str(loaded)
+    line_learner().fit(slope(4), 1, **OFF).save(tmp_path / "last")
+    assert harness.load(tmp_path / "last", module=Line).best_epoch is None
