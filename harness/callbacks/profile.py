@@ -62,7 +62,7 @@ class Profile(Callback):
     def load_state_dict(self, state: StateDict) -> None:
         """Restore what was counted; the time since the save does not count."""
         self._fit_began = perf_counter() - state.get("fit_s", 0.0)
-        if "took_s" in state:
+        if state.keys() - {"fit_s"}:  # saved in training
             self._began = perf_counter() - state["took_s"]
             self._batches, self._rows = state["batches"], state["rows"]
 

@@ -33,7 +33,11 @@ from harness.accelerators.deepspeed.gather import (
     gather_state_dict,
     list_attributes,
 )
-from harness.accelerators.deepspeed.library import import_deepspeed, known_fields
+from harness.accelerators.deepspeed.library import (
+    import_deepspeed,
+    keep_functions,
+    known_fields,
+)
 from harness.accelerators.deepspeed.precision import (
     add_precision,
     find_autocast_dtype,
@@ -257,6 +261,7 @@ class DeepSpeedAccelerator:
             # DeepSpeed reads it at any time, for example in the model's forward at ZeRO 3.
             variables = set_environment(LOCAL_RANK=str(self.local_rank))
             self._cleanup.enter_context(variables)
+            self._cleanup.enter_context(keep_functions())
             self._engines = create_engines(
                 model, opts, self._filled, self.device, self._count_step
             )

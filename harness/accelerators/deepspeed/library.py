@@ -58,6 +58,16 @@ def ignore_warnings() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def keep_functions() -> Iterator[None]:
+    """Put back what DeepSpeed 0.19.8 replaces in torch, for good, at ZeRO 3."""
+    linear = torch.nn.functional.linear
+    try:
+        yield
+    finally:
+        torch.nn.functional.linear = linear
+
+
 def silence_deepspeed_warnings() -> None:
     """Keep DeepSpeed 0.19.8's use of torch 2.13's old names from warning on every step."""
     warnings.filterwarnings(

@@ -447,6 +447,15 @@ def test_nothing_is_said_and_mlflow_stays_away(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+def test_functions_of_torch_are_its_own_again(make: Any) -> None:
+    before = torch.nn.functional.linear
+    accelerator = make(3)
+    prepared(accelerator)
+    accelerator.finish()
+    # DeepSpeed's has other last bits, and cannot be compiled.
+    assert torch.nn.functional.linear is before
+
+
 def test_log_level_in_the_config_asks_for_chatter(make: Any) -> None:
     try:
         prepared(make(1, log_level="info"))
