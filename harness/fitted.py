@@ -27,6 +27,7 @@ from harness.records import (
     metrics_frame,
     pack_records,
 )
+from harness.setup_checks import as_path, check_picture
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -158,6 +159,7 @@ class Fitted:
         """
         from tracking.plot import plot_curves  # noqa: PLC0415  matplotlib is slow to import
 
+        check_picture("plot(path)", path)
         rows = self.get_metrics().itertuples(index=False, name=None)
         figure: Figure = plot_curves(rows, path)
         return figure
@@ -190,6 +192,7 @@ class Fitted:
         CheckpointError
             If the folder holds something else.
         """
+        folder = as_path("save(path)", path)
         kind = self.learner.module
         about = SavedModel(
             module=f"{kind.__module__}:{getattr(kind, '__qualname__', '')}",
@@ -205,7 +208,7 @@ class Fitted:
                 for split, own in vars(self.learner.metrics).items()
             },
         )
-        write_saved_model(Path(path), self.model.state_dict(), about)
+        write_saved_model(folder, self.model.state_dict(), about)
         if reason := self._why_module_is_needed(about):
             msg = f"save({str(path)!r}): expected {reason}."
             warnings.warn(f"{msg} harness.load will need module=.", stacklevel=2)
@@ -225,7 +228,7 @@ class Fitted:
 
     def save_weights(self, path: str | Path) -> None:
         """Save only the weights, in a safetensors file."""
-        save_weights(self.model, Path(path))
+        save_weights(self.model, as_path("save_weights(path)", path))
 
     def load_weights(self, path: str | Path, *, strict: bool = True) -> WeightsReport:
         """Load other weights into the model, by name.
@@ -248,7 +251,9 @@ class Fitted:
         CheckpointError
             If there are no weights at `path`, or, with `strict`, they do not fit.
         """
-        return load_weights(self.model, Path(path), strict=strict)
+        return load_weights(
+            self.model, as_path("load_weights(path)", path), strict=strict
+        )
 
     def __str__(self) -> str:
         count = sum(param.numel() for param in self.model.parameters())

@@ -72,19 +72,22 @@ from harness.run_binding import (
     start_tracking,
 )
 from harness.setup_checks import (
+    as_path,
     check_arguments,
     check_call_arguments,
     check_callbacks,
     check_compile,
     check_config_optimizer,
     check_definition,
+    check_given,
     check_loss,
     check_loss_items,
     check_model,
+    check_optimizers,
     check_setup,
+    explaining_optimizer,
     get_method,
     parse_epochs,
-    refusing_lazy_layers,
 )
 from harness.steps import ReadBatch
 
@@ -150,11 +153,15 @@ class Learner:
             If neither the learner nor the model has a loss, or an optimizer.
         """
         check_arguments("set_hparams", self.module, self.hparams)
+        advice = "Pass them by set_hparams({})."
+        check_given("setup(module)", self.module, self.hparams, advice)
         model = build_own(lambda: check_model(self.module(**self.hparams)))
         check_definition(model, self.loss, self.optimizer)
         return model
 
-    def build_optimizers(self, model: nn.Module, loss: object = None) -> object:
+    def build_optimizers(
+        self, model: nn.Module, loss: object = None
+    ) -> dict[str, Any] | None:
         """Build the optimizers of a model, as ``setup(optimizer=...)`` or the model says.
 
         Parameters
@@ -166,19 +173,23 @@ class Learner:
 
         Returns
         -------
-        One optimizer, several by name, or None if the accelerator makes them from its config.
+        Optimizers by name, or None if the accelerator makes them from its config.
         """
         if self.optimizer == "config":
             return None
         build = self.optimizer or getattr(model, "set_optimizers", None)
         assert build is not None
+        is_own = self.optimizer is None
+        place = "set_optimizers()" if is_own else "setup(optimizer)"
+        advice = "Pass them by set_opt_hparams({})."
         check_arguments("set_opt_hparams", build, self.opt_hparams)
-        with refusing_lazy_layers(model):
-            if self.optimizer is not None:
+        check_given(place, build, self.opt_hparams, advice, 0 if is_own else 1)
+        with explaining_optimizer(model):
+            if not is_own:
                 own = list_parameters(loss, model).values()
                 params = [*model.parameters(), *own] if own else model.parameters()
-                return build(params, **self.opt_hparams)
-            optimizers = build(**self.opt_hparams)
+                return check_optimizers(build(params, **self.opt_hparams), place)
+            optimizers = check_optimizers(build(**self.opt_hparams))
         use_copies(optimizers, self.loss, loss, model)
         warn_of_untrained(optimizers, loss, model)
         return optimizers
@@ -633,7 +644,7 @@ def load(
         If the folder is missing, damaged or of another format, or the class is not
         imported or does not fit the weights.
     """
-    path = Path(path)
+    path = as_path("load(path)", path)
     weights, about = read_saved_model(path)
     given = module
     module = module or find_model_class(path, about.module, trust=trust)

@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader
 
 from harness.accelerators.base import Accelerator, StepOpt, default_step_opt
 from harness.callback import Callback
-from harness.checkpoint.state import get_generators, mark_validation
+from harness.checkpoint.search import name_parameters
+from harness.checkpoint.state import get_generators, mark_validation, search_context
 from harness.context import Context, Handlers
 from harness.data.batch import copy_by_value
 from harness.data.train_pass import TrainPass
@@ -30,6 +31,7 @@ from harness.records import NullRun
 from harness.rng import get_rng_state
 from harness.setup_checks import (
     check_optimizers,
+    check_trained,
     count_needed,
     get_method,
     parse_epochs,
@@ -37,6 +39,7 @@ from harness.setup_checks import (
 from harness.steps import (
     ReadBatch,
     StepContext,
+    add_model_note,
     call_model,
     default_step,
     get_reader,
@@ -114,6 +117,9 @@ class FitContext(StepContext):
         if optimizers is None:
             prepare = partial(prepare, opt_hparams=self.opt_hparams)
         named = {} if optimizers is None else check_optimizers(optimizers)
+        if optimizers is not None:
+            params = name_parameters(model, search_context(self))
+            check_trained(named, params, model, self.callbacks)
         model, named, loaders = prepare(model, named, [data, valid_data])
         self.listeners.guard = accelerator.guard
         accelerator.before_step = partial(self._fire_step, "before")
@@ -380,7 +386,11 @@ def predict(ctx: StepContext) -> list[Any]:
         for ctx.iter, batch in enumerate(iter_batches(ctx.data), start=1):
             ctx.batch = read(batch)
             ctx.call_callbacks("on_predict_batch_begin")
-            ctx.pred = own(ctx.input) if own else call_model(ctx.model, ctx.input)
+            try:
+                ctx.pred = own(ctx.input) if own else call_model(ctx.model, ctx.input)
+            except Exception as error:
+                add_model_note(ctx, error)
+                raise
             ctx.call_callbacks("on_predict_batch_end")
             pred = map_tensors(copy_by_value(ctx.pred), Tensor.cpu)
             waiting.append([pred] if ctx.accelerator.counted != 0 else [])

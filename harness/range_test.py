@@ -20,7 +20,7 @@ from harness.data.loaders import Data
 from harness.errors import EarlyStop
 from harness.metrics.loss import mean_over_ranks
 from harness.rng import find_generators, get_rng_state, set_rng_state
-from harness.setup_checks import check_count, check_number
+from harness.setup_checks import check_count, check_number, check_picture
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -60,6 +60,7 @@ class LRFinderResult:
 
     def plot(self, path: str | Path | None = None) -> Figure:
         """Plot loss against learning rate, and save the picture if `path` is given."""
+        check_picture("plot(path)", path)
         from matplotlib.figure import Figure  # noqa: PLC0415  takes half a second
 
         figure = Figure(figsize=(5.2, 3.6), layout="constrained")

@@ -14,6 +14,7 @@ from harness.context import Context
 from harness.data.loaders import describe_data
 from harness.pytree import Options
 from harness.records import NullRun
+from harness.setup_checks import check_arguments
 from tracking import capture
 from tracking.schema import flatten_value
 
@@ -27,12 +28,14 @@ def check_tracker(tracker: object) -> None:
     Raises
     ------
     TypeError
-        If `tracker` has none of the documented forms.
+        If `tracker` has none of the documented forms, or a dict has other arguments.
     """
     is_known = tracker is None or isinstance(tracker, bool | Mapping | tracking.Run)
     if not is_known:
         msg = f"fit(tracker): expected None, False, a dict or a Run, got {tracker!r}."
         raise TypeError(f"{msg} A dict holds arguments of tracking.start().")
+    if isinstance(tracker, Mapping):
+        check_arguments("fit(tracker)", tracking.start, tracker)
 
 
 def make_null_run() -> NullRun:

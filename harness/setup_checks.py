@@ -9,9 +9,11 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Integral, Real
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -222,13 +224,71 @@ def check_arguments(
         for name, p in known.items()
         if p.kind in {p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY}
     ]
-    for name in names:
+    for name in map(str, names):
         if name not in choices:
             called = getattr(function, "__name__", type(function).__name__)
             msg = f"{place}: expected an argument of {called}, got {name!r}."
             raise TypeError(
                 f"{msg}{nearest(name, choices)} It takes: {', '.join(choices)}."
             )
+
+
+def check_given(
+    place: str,
+    function: Callable[..., object],
+    names: Iterable[str],
+    advice: str,
+    num_positional: int = 0,
+) -> None:
+    """Check that a function is given all the arguments that it needs.
+
+    Parameters
+    ----------
+    place
+        Where the arguments come from, for the message.
+    function
+        Model, optimizer or scheduler class, or a function that returns one.
+    names
+        Names of the keyword arguments that it is given.
+    advice
+        How to give an argument, with ``{}`` for ``name=...``.
+    num_positional
+        How many arguments it is given before those.
+
+    Raises
+    ------
+    TypeError
+        If one is missing, or it takes fewer positional arguments.
+    """
+    parameters = _get_parameters(function)
+    if parameters is None:
+        return
+    called = getattr(function, "__name__", type(function).__name__)
+    kinds = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
+    given = _list_positional(parameters)[:num_positional]
+    takes_any = any(p.kind is p.VAR_POSITIONAL for p in parameters.values())
+    if len(given) < num_positional and not takes_any:
+        msg = f"{place}: expected a function of {num_positional} argument"
+        signature = f"{called}({', '.join(parameters)})"
+        raise TypeError(f"{msg}, got {signature}. It is called with what it builds on.")
+    missing = [
+        name
+        for name, p in parameters.items()
+        if p.default is p.empty and p.kind not in kinds and name not in {*given, *names}
+    ]
+    if missing:
+        msg = f"{place}: expected values for {missing} of {called}, got none."
+        ways = advice.format(", ".join(f"{name}=..." for name in missing))
+        raise TypeError(f"{msg} {ways}")
+
+
+def _list_positional(parameters: Mapping[str, inspect.Parameter]) -> list[str]:
+    """Names of the parameters that can be given by position."""
+    kinds = {
+        inspect.Parameter.POSITIONAL_ONLY,
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+    }
+    return [name for name, p in parameters.items() if p.kind in kinds]
 
 
 def check_call(place: str, function: object, *arguments: str) -> None:
@@ -536,17 +596,21 @@ def check_rows(new: object) -> int:
 
 
 @contextmanager
-def refusing_lazy_layers(model: nn.Module) -> Iterator[None]:
-    """Explain an error of an optimizer that needs to know the sizes of lazy layers.
+def explaining_optimizer(model: nn.Module) -> Iterator[None]:
+    """Explain an error of an optimizer without parameters, or with those of lazy layers.
 
     Raises
     ------
     ValueError
-        In place of torch's, if the model has lazy layers.
+        In place of torch's.
     """
     try:
         yield
     except ValueError as error:
+        if "empty parameter list" in str(error):
+            msg = f"optimizer: expected parameters of {type(model).__name__}, got none."
+            advice = "Keep layers as attributes or in an nn.ModuleList."
+            raise ValueError(f"{msg} {advice}") from error
         lazy = [name for name, param in model.named_parameters() if is_lazy(param)]
         if not lazy:
             raise
@@ -555,28 +619,81 @@ def refusing_lazy_layers(model: nn.Module) -> Iterator[None]:
         raise ValueError(f"{msg} {lazy}. {advice}") from error
 
 
-def check_optimizers(optimizers: object) -> dict[str, Any]:
+def check_optimizers(
+    optimizers: object, place: str = "set_optimizers()"
+) -> dict[str, Any]:
     """Return the optimizers by name; a single one gets the name ``opt``.
 
     Raises
     ------
     TypeError
-        If several come without names, one is not an optimizer, or there is none.
+        If several come without names, a name is no text, one is not an optimizer, or there
+        is none.
     """
     if isinstance(optimizers, list | tuple | set):
         kind = type(optimizers).__name__
-        msg = f"set_optimizers(): expected a dict of named optimizers, got a {kind}."
+        msg = f"{place}: expected a dict of named optimizers, got a {kind}."
         raise TypeError(f'{msg} Return {{"gen": ..., "disc": ...}}, or one optimizer.')
     if not isinstance(optimizers, Mapping):
         optimizers = {"opt": optimizers}
     for name, opt in optimizers.items():
+        if not isinstance(name, str) or not name:
+            msg = f"{place}: expected names of optimizers, got {name!r}."
+            raise TypeError(f'{msg} Return for example {{"gen": ..., "disc": ...}}.')
         if not isinstance(opt, Optimizer) and not hasattr(opt, "param_groups"):
-            msg = f"set_optimizers(): expected a torch optimizer at {name!r}, got {opt!r}."
+            msg = f"{place}: expected a torch optimizer at {name!r}, got {opt!r}."
             raise TypeError(f"{msg} Return for example torch.optim.AdamW(params).")
     if not optimizers:
-        msg = "set_optimizers(): expected at least one optimizer, got none."
+        msg = f"{place}: expected at least one optimizer, got none."
         raise TypeError(f"{msg} Return one, or a dict of named ones.")
     return dict(optimizers)
+
+
+def check_trained(
+    optimizers: Mapping[str, Any],
+    parameters: Mapping[str, Tensor],
+    model: nn.Module,
+    callbacks: Iterable[object],
+) -> None:
+    """Check that the optimizers of a fit train its model.
+
+    Parameters
+    ----------
+    optimizers
+        As built, before an accelerator prepares them.
+    parameters
+        Those of the model and its loss, and of what else belongs to the fit, by name.
+    model
+        Model of the fit; its own ``step`` may unfreeze parameters.
+    callbacks
+        Callbacks of the fit; one of the user's may unfreeze parameters too.
+
+    Raises
+    ------
+    ValueError
+        If they step none of the parameters, or these are all frozen.
+    """
+    stepped = [
+        param
+        for opt in optimizers.values()
+        for group in opt.param_groups
+        for param in group["params"]
+    ]
+    own = {id(param) for param in parameters.values()}
+    if own and stepped and own.isdisjoint(map(id, stepped)):
+        msg = "optimizer: expected parameters of the model of this fit, got others."
+        advice = "Use those that the factory is called with, or self.parameters()."
+        raise ValueError(f"{msg} {advice}")
+    may_unfreeze = _has_users(callbacks) or _defines(model, "step")
+    if may_unfreeze or any(param.requires_grad for param in stepped):
+        return
+    msg = "optimizer: expected parameters with requires_grad, got only frozen ones."
+    raise ValueError(f"{msg} Call requires_grad_(True) on what should be trained.")
+
+
+def _has_users(callbacks: Iterable[object]) -> bool:
+    """Whether a callback is the user's own."""
+    return any(not type(item).__module__.startswith("harness.") for item in callbacks)
 
 
 def check_monitor(
@@ -636,8 +753,7 @@ def check_logged_elsewhere(
         If neither does, and the name is similar to one that the fit knows.
     """
     near = nearest(monitor, names)
-    is_own = any(not type(item).__module__.startswith("harness.") for item in callbacks)
-    if near and not is_own and not _names_in_code(type(model), "ctx"):
+    if near and not _has_users(callbacks) and not _names_in_code(type(model), "ctx"):
         msg = f"{place}: expected a metric of this fit, got {monitor!r}."
         raise ValueError(f"{msg}{near} It logs: {', '.join(names)}.")
 
@@ -689,6 +805,32 @@ def check_count(place: str, value: object, least: int, advice: str) -> None:
         msg = f"{place}: expected a whole number, got {value!r}."
         raise TypeError(f"{msg} {advice}")
     check_at_least(place, int(value), least, advice)
+
+
+def as_path(place: str, value: object, expected: str = "a path") -> Path:
+    """Return a path that was given as text or as a ``Path``.
+
+    Raises
+    ------
+    TypeError
+        If it is neither.
+    """
+    if not isinstance(value, str | os.PathLike):
+        msg = f"{place}: expected {expected}, got {value!r:.100}."
+        raise TypeError(f"{msg} Pass text or a pathlib.Path.")
+    return Path(value)
+
+
+def check_picture(place: str, target: object) -> None:
+    """Check that a picture can be saved to a path or an open file; None: it is not saved.
+
+    Raises
+    ------
+    TypeError
+        If it is neither.
+    """
+    if target is not None and not hasattr(target, "write"):
+        as_path(place, target)
 
 
 def check_accelerator(accelerator: Accelerator | None, place: str) -> Accelerator:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from harness.accelerators.base import default_step_opt
 from harness.context import Context
-from harness.data.batch import Batch, as_scalar, missing_target_error
+from harness.data.batch import Batch, as_scalar, describe, missing_target_error
 from harness.events import nearest
 from harness.records import NullRun
 
@@ -159,7 +159,11 @@ class StepContext(Context):
         if not self.loss_grad.requires_grad:
             msg = "ctx.optimize(loss): expected a loss with a graph, got one without."
             raise ValueError(f"{msg} Compute it from parameters, with gradients on.")
-        self.backward(self.loss_grad)
+        try:
+            self.backward(self.loss_grad)
+        except Exception as error:
+            add_loss_note(self, error)
+            raise
         self._step(name)
 
     def _step(self, name: str) -> None:
@@ -280,15 +284,40 @@ def default_step(ctx: StepContext, *, num_needed: int = 2) -> None:
     rest = get_rest(ctx, num_needed) if num_needed > 2 else ()
     for name in ctx.optimizers:
         with ctx.optimizing(name):
-            ctx.pred = call_model(ctx.model, ctx.input)
+            try:
+                ctx.pred = call_model(ctx.model, ctx.input)
+            except Exception as error:
+                add_model_note(ctx, error)
+                raise
             ctx.call_callbacks(f"on_{split}_batch_after_pred")
             try:
                 loss = ctx.loss_fn(ctx.pred, ctx.target, *rest)
             except Exception as error:
                 if ctx.target is None and "None" in str(error):
                     raise missing_target_error("loss") from error
+                add_loss_note(ctx, error)
                 raise
             ctx.optimize(loss)
+
+
+def add_model_note(ctx: Context, error: Exception) -> None:
+    """Add to an error of the model which batch it was called with."""
+    batch = f"input {describe(ctx.input)}, target {describe(ctx.target)}"
+    _add_note(ctx, error, f"{type(ctx.model).__name__} ({batch})")
+
+
+def add_loss_note(ctx: Context, error: Exception) -> None:
+    """Add to an error of the loss, or its backward, what it was called with."""
+    loss = ctx.loss_fn or ctx.model
+    name = getattr(loss, "__name__", type(loss).__name__)
+    pair = f"prediction {describe(ctx.pred)}, target {describe(ctx.target)}"
+    _add_note(ctx, error, f"loss {name} ({pair})")
+
+
+def _add_note(ctx: Context, error: Exception, where: str) -> None:
+    """Note where an error happened, unless a callback in it already has."""
+    if not getattr(error, "__notes__", None):
+        ctx.add_note(error, where)
 
 
 def own_step(ctx: StepContext, step: Callable[[], object]) -> None:
@@ -300,11 +329,13 @@ def own_step(ctx: StepContext, step: Callable[[], object]) -> None:
     accelerator = ctx.accelerator
     assert accelerator is not None
     ctx._is_optimized, before = False, (accelerator.num_backwards, ctx.step)
-    if len(ctx.optimizers) != 1:
-        _optimize_returned(ctx, step(), before)
-        return
-    with ctx.optimizing():
-        _optimize_returned(ctx, step(), before)
+    with ctx.optimizing() if len(ctx.optimizers) == 1 else nullcontext():
+        try:
+            returned = step()
+        except Exception as error:
+            add_model_note(ctx, error)
+            raise
+        _optimize_returned(ctx, returned, before)
 
 
 def _optimize_returned(

@@ -188,3 +188,24 @@ def test_wheel_holds_both_packages_typed_and_nothing_else(
     assert {top for top in tops if not top.endswith(".dist-info")} == set(PACKAGES)
     assert {"harness/py.typed", "tracking/py.typed"} <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+WINDOWS = """
+import os, signal, sys
+import mlflow, pandas, torch, torchmetrics  # these may look for what is removed below
+
+sys.modules.update(dict.fromkeys(["fcntl", "grp", "pwd", "resource", "termios"]))
+for owner, names in (
+    (os, "fork register_at_fork getuid killpg setsid O_CLOEXEC O_NOFOLLOW O_NONBLOCK"),
+    (signal, "SIGUSR1 SIGUSR2 SIGKILL SIGHUP SIGALRM pthread_sigmask SIG_BLOCK"),
+):
+    for name in names.split():
+        delattr(owner, name)
+
+import harness.callbacks, harness.cli.main, tracking.cli.commands
+"""
+
+
+@pytest.mark.slow
+def test_packages_import_without_what_windows_does_not_have(root):
+    subprocess.run([sys.executable, "-c", WINDOWS], cwd=root, check=True)

@@ -103,6 +103,7 @@ def start(
     experiment, name, note = (
         text and redact(text, read_secrets()) for text in (experiment, name, note)
     )
+    _check_options(save_diff, rank, run_id)
     rank, run_id, announcement = _find_place(rank, run_id, runs_folder(runs_dir))
     made = None
     if rank > 0:
@@ -182,6 +183,22 @@ def _check_delivery(delivery: bool | Mapping[str, Any]) -> dict[str, Any]:
         )
     check_options(delivery)
     return dict(delivery)
+
+
+def _check_options(save_diff: object, rank: object, run_id: object) -> None:
+    """Check those arguments of ``start`` that nothing else checks."""
+    if not isinstance(save_diff, bool):
+        raise TypeError(
+            f"start(save_diff): expected True or False, got {save_diff!r}. "
+            "Use False to keep no changes of the code."
+        )
+    if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool)):
+        raise TypeError(
+            f"start(rank): expected a whole number, got {rank!r}. "
+            "Leave it out to take that of the launcher."
+        )
+    if run_id is not None:
+        check_name(run_id, "run_id", "start")
 
 
 def _start_new(

@@ -15,6 +15,7 @@ from tracking.durable import replace_file
 from tracking.read import PastRun
 from tracking.read import open as open_run
 from tracking.run import Run
+from tracking.schema import check_path
 
 SUFFIXES: Final = (".parquet", ".csv", ".arrow", ".feather")
 
@@ -54,6 +55,7 @@ def export(
     The first column, ``run``, is the id of the run. A local file is replaced only when
     the new one is complete. In a folder, the files of the exported runs are replaced.
     """
+    check_path(path, "export(path)")
     found = _open_runs(runs)
     target = os.fspath(path)
     suffix = os.path.splitext(target)[1].lower()  # noqa: PTH122 (a URI, perhaps)
@@ -82,6 +84,11 @@ def _open_runs(runs: Any) -> list[PastRun]:
     """Open all runs for reading."""
     if isinstance(runs, PastRun | Run | str | os.PathLike):
         runs = [runs]
+    if not isinstance(runs, Iterable):
+        raise TypeError(
+            f"export(runs): expected a run or a list of runs, got {runs!r}. "
+            "Pass runs, or their paths, ids or names."
+        )
     found = []
     for run in runs:
         if isinstance(run, Run):

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -222,6 +223,14 @@ def check_name(name: object, word: str, place: str) -> None:
         raise ValueError(
             f"{place}: expected valid Unicode as {word}, got {name!r}. "
             "Replace its lone surrogates."
+        )
+
+
+def check_path(path: object, place: str) -> None:
+    """Raise unless ``path`` is text or a path."""
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(
+            f"{place}: expected a path, got {path!r:.100}. Pass text or a pathlib.Path."
         )
 
 

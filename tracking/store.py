@@ -34,6 +34,7 @@ from tracking.errors import (
     warn,
 )
 from tracking.redaction import redact
+from tracking.schema import check_path
 from tracking.settings import read_secrets
 
 FORMAT: Final = 2
@@ -267,6 +268,8 @@ def _check_format(path: Path, content: object, latest: int) -> None:
 def runs_folder(runs_dir: str | os.PathLike[str] | None = None) -> Path:
     """Return the folder of runs: the argument, else ``HARNESS_RUNS``, else ``./runs``."""
     # The only place that reads this variable.
+    if runs_dir is not None:
+        check_path(runs_dir, "runs_dir")
     chosen = runs_dir or os.environ.get("HARNESS_RUNS") or "runs"  # noqa: TID251
     return _expand_user(Path(chosen)).absolute()
 
@@ -447,6 +450,7 @@ def find_run_folder(
     ref: str | os.PathLike[str], runs_dir: str | os.PathLike[str] | None = None
 ) -> Path:
     """Find the folder of a run, or the link to one, as ``find_run``."""
+    check_path(ref, "open(ref)")
     wanted = os.fspath(ref)
     for path in (_expand_user(Path(ref)).absolute(), runs_folder(runs_dir) / wanted):
         # No manifest is read: a spoilt one must not hide this run or another one.

@@ -14,6 +14,46 @@ def choose_device() -> torch.device:
     return torch.device("cpu")
 
 
+def parse_device(asked: object) -> torch.device:
+    """Return the device of a name.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If it is none.
+    """
+    msg = f"accelerator(device): expected 'cpu', 'cuda' or 'mps', got {asked!r}."
+    advice = "Leave it out to take the best one."
+    try:
+        return torch.device(asked)  # type: ignore[call-overload, no-any-return]
+    except TypeError as error:
+        raise TypeError(f"{msg} {advice}") from error
+    except RuntimeError as error:
+        raise ValueError(f"{msg} {advice}") from error
+
+
+def find_device(asked: object) -> torch.device:
+    """Return the device with its index, so that the device of its tensors is equal to it.
+
+    Parameters
+    ----------
+    asked
+        Device or its name; None: the best one.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If it is no device, or this machine does not have it.
+    """
+    found = choose_device() if asked is None else parse_device(asked)
+    try:
+        return torch.empty(0, device=found).device
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        msg = f"accelerator(device): expected a device of this machine, got {asked!r}."
+        advice = "Use device='cpu', or see 'harness doctor'."
+        raise ValueError(f"{msg} {advice}") from error
+
+
 def choose_rank_device(
     asked: str | torch.device | None, local_rank: int
 ) -> torch.device:
@@ -21,10 +61,10 @@ def choose_rank_device(
 
     Raises
     ------
-    ValueError
-        If DeepSpeed cannot use the device, or there is none for this rank.
+    TypeError, ValueError
+        If it is no device, DeepSpeed cannot use it, or there is none for this rank.
     """
-    kind = torch.device(asked).type if asked is not None else choose_device().type
+    kind = parse_device(asked).type if asked is not None else choose_device().type
     if kind == "mps" and asked is None:
         kind = "cpu"
     if kind == "cpu":

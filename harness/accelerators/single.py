@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from harness.accelerators.base import StepHook, StepOpt, default_step_opt, ignore_step
-from harness.accelerators.devices import choose_device
+from harness.accelerators.devices import find_device
 from harness.accelerators.precision import (
     DTYPES,
     LossScaler,
@@ -24,6 +24,7 @@ from harness.errors import CheckpointError
 from harness.pytree import StateDict
 from harness.reshard.consolidated import copy_tensors
 from harness.reshard.layout import group_members, make_plain_layout
+from harness.setup_checks import check_count
 
 T = TypeVar("T")
 
@@ -148,8 +149,9 @@ class SingleDevice:
 
     Raises
     ------
-    ValueError
-        If `accumulate` is below 1, or `precision` is none of the three.
+    TypeError, ValueError
+        If `device` is no device of this machine, `accumulate` no whole number from 1, or
+        `precision` none of the three.
 
     References
     ----------
@@ -170,14 +172,11 @@ class SingleDevice:
         accumulate: int = 1,
         precision: str = "fp32",
     ) -> None:
-        if accumulate < 1:
-            msg = f"accelerator(accumulate): expected at least 1, got {accumulate!r}."
-            raise ValueError(f"{msg} Use 1 to step on every batch.")
+        advice = "Use 1 to step on every batch."
+        check_count("accelerator(accumulate)", accumulate, 1, advice)
         self.precision = check_precision(precision)
         self._dtype = DTYPES[self.precision]
-        # A tensor's device has an index, so batches already on it compare as equal.
-        found = choose_device() if device is None else torch.device(device)
-        self.device = torch.empty(0, device=found).device
+        self.device = find_device(device)
         self.accumulate = accumulate
         self.window = accumulate
         self.steps: dict[str, int] = {}

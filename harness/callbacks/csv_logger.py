@@ -6,6 +6,7 @@ import csv
 from pathlib import Path
 
 from harness.callback import Callback
+from harness.setup_checks import as_path
 
 
 def format_value(value: object) -> str:
@@ -30,7 +31,7 @@ class CSVLogger(Callback):
     weight = 60
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).expanduser()
+        self.path = as_path("CSVLogger(path)", path).expanduser()
 
     def on_fit_begin(self) -> None:
         """Create the file; a resumed fit keeps the old one until it has an epoch to add."""

@@ -12,6 +12,7 @@ from types import FrameType
 import torch
 
 from harness.callback import Callback
+from harness.data.workers import GROUP_SIGNALS
 from harness.errors import Interrupted
 
 Handler = Callable[[int, FrameType | None], object] | int | None
@@ -56,7 +57,7 @@ class Interrupt(Callback):
     """
 
     weight = math.inf
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    signals = GROUP_SIGNALS
     clock = staticmethod(monotonic)
 
     def __init__(self) -> None:

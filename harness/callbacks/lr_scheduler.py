@@ -16,7 +16,7 @@ from harness.errors import CheckpointError
 from harness.events import check_event
 from harness.metrics.loss import mean_over_ranks
 from harness.pytree import StateDict
-from harness.setup_checks import check_arguments, get_method
+from harness.setup_checks import check_arguments, check_given, get_method
 
 STEP_EVENTS = frozenset(
     f"on_{split}_batch_{point}"
@@ -87,6 +87,8 @@ class LRScheduler(Monitor):
             raise TypeError(f"{msg} {advice}")
         check_event("LRScheduler(call_on)", call_on)
         check_arguments("LRScheduler(**options)", scheduler, options)
+        advice = "Pass them as LRScheduler(..., {})."
+        check_given("LRScheduler(**options)", scheduler, options, advice, 1)
         self._build, self._options = scheduler, options
         self.call_on, self.opt_name = call_on, opt_name
         if call_on != "on_epoch_end":
@@ -124,6 +126,10 @@ class LRScheduler(Monitor):
         if self._is_plateau and options.get("mode", "auto") == "auto":
             options = options | {"mode": self.mode}
         self.scheduler = self._build(getattr(opt, "optimizer", opt), **options)
+        if not callable(getattr(self.scheduler, "step", None)):
+            msg = "LRScheduler(scheduler): expected it to return a scheduler"
+            got = f"{self.scheduler!r:.100}"
+            raise TypeError(f"{msg}, got {got}. Return what has a step method.")
         self._check_length()
 
     def _check_length(self) -> None:

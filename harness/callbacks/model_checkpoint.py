@@ -14,7 +14,7 @@ from harness.checkpoint.format import Phase, remove_killed_saves
 from harness.checkpoint.writer import CheckpointWriter
 from harness.context import Context
 from harness.pytree import StateDict
-from harness.setup_checks import check_count, check_more_than
+from harness.setup_checks import as_path, check_count, check_more_than
 
 
 class ModelCheckpoint(Monitor):
@@ -81,7 +81,9 @@ class ModelCheckpoint(Monitor):
                 f"{place}(keep_last): expected at least 1, or keep_best=1 and saves at"
             )
             raise ValueError(f"{msg} epoch ends only, got 0. {advice}")
-        self.path = Path(path).expanduser() if path is not None else None
+        self.path = None
+        if path is not None:
+            self.path = as_path(f"{place}(path)", path).expanduser()
         self.every_n_epochs, self.every_n_steps = every_n_epochs, every_n_steps
         self.every_n_minutes = every_n_minutes
         self.keep_last, self.keep_best = keep_last, keep_best

@@ -18,6 +18,7 @@ from harness.checkpoint.format import (
 from harness.checkpoint.resume import Resume
 from harness.context import Context
 from harness.errors import CheckpointError
+from harness.setup_checks import as_path
 
 
 class ResumeFromCheckpoint(Callback):
@@ -57,7 +58,8 @@ class ResumeFromCheckpoint(Callback):
         missing_ok: bool = False,
         strict: bool = False,
     ) -> None:
-        self.path, self.missing_ok = Path(path), missing_ok
+        self.path = as_path(f"{type(self).__name__}(path)", path)
+        self.missing_ok = missing_ok
         self._options = {
             "restore_model": restore_model,
             "restore_optimizers": restore_optimizers,

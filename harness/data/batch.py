@@ -204,6 +204,22 @@ def copy_by_value(value: object) -> Any:
     return with_items(value, [copy_by_value(item) for item in items])
 
 
+def describe(value: object) -> str:
+    """Shapes and dtypes of the tensors in a value, for messages."""
+    if isinstance(value, Tensor | np.ndarray):
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    items = items_of(value)
+    if items is None:
+        return "None" if value is None else type(value).__name__
+    found = ", ".join(map(describe, items[:_MAX_ITEMS]))
+    more = ", ..." if len(items) > _MAX_ITEMS else ""
+    return f"{type(value).__name__} of ({found}{more})"
+
+
+_MAX_ITEMS = 8
+"""Items of a batch that a message describes."""
+
+
 def missing_target_error(place: str) -> TypeError:
     """Error of a loss or metric that needs the target of a batch without one."""
     msg = f"{place}: expected a target, got a batch without one."

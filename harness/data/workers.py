@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from multiprocessing.synchronize import Event
 from typing import Any
 
-GROUP_SIGNALS = [
-    getattr(signal, name)
+GROUP_SIGNALS = tuple(
+    signal.Signals[name]
     for name in ("SIGINT", "SIGTERM", "SIGUSR1")
-    if hasattr(signal, name)
-]
+    if hasattr(signal, name)  # Windows has no SIGUSR1
+)
 """Signals that a terminal or a job scheduler sends to every process of a group."""
 
 
@@ -52,7 +52,7 @@ def _blocking(numbers: Iterable[int]) -> Iterator[list[int]]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _start_helpers(loader: Any, numbers: list[int]) -> None:
+def _start_helpers(loader: Any, numbers: Iterable[int]) -> None:
     """Start the two processes that multiprocessing starts only once.
 
     The resource tracker ignores Ctrl-C and SIGTERM, but SIGUSR1 must be blocked. The fork

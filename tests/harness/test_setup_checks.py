@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -816,11 +817,76 @@ WRONG_CALLS = {
         lambda: harness.lr_finder(Net, (X, Y)),
         r"lr_finder\(learner\): expected a learner, got <class",
     ),
+    "device": (
+        lambda: harness.accelerator(device="gpu"),
+        r"accelerator\(device\): expected .*got 'gpu'\. Leave it out",
+    ),
+    "device of another kind": (
+        lambda: harness.accelerator(device=3.5),
+        r"accelerator\(device\): expected .*got 3\.5",
+    ),
+    "device that is not there": (
+        lambda: harness.accelerator(device="cuda:99"),
+        r"accelerator\(device\): expected a device of this machine, got 'cuda:99'",
+    ),
+    "accumulate text": (
+        lambda: harness.accelerator(accumulate="2"),
+        r"accelerator\(accumulate\): expected a whole number, got '2'",
+    ),
+    "accumulate float": (
+        lambda: harness.accelerator(accumulate=2.5),
+        r"accelerator\(accumulate\): expected a whole number, got 2\.5",
+    ),
+    "accumulate bool": (
+        lambda: harness.accelerator(accumulate=True),
+        r"accelerator\(accumulate\): expected a whole number, got True",
+    ),
+    "csv": (
+        lambda: harness.callbacks.CSVLogger(3),
+        r"CSVLogger\(path\): expected a path, got 3\. Pass text",
+    ),
+    "checkpoint": (
+        lambda: harness.callbacks.ModelCheckpoint(3),
+        r"ModelCheckpoint\(path\): expected a path, got 3",
+    ),
+    "resume": (
+        lambda: harness.callbacks.ResumeFromCheckpoint(None),
+        r"ResumeFromCheckpoint\(path\): expected a path, got None",
+    ),
+    "tensorboard": (
+        lambda: harness.callbacks.TensorBoard(3),
+        r"TensorBoard\(folder\): expected a path, got 3",
+    ),
+    "load": (lambda: harness.load(3), r"load\(path\): expected a path, got 3"),
+    "save": (lambda: FITTED.save(None), r"save\(path\): expected a path, got None"),
+    "save_weights": (lambda: FITTED.save_weights(3), r"save_weights\(path\): .*got 3"),
+    "load_weights": (lambda: FITTED.load_weights(3), r"load_weights\(path\): .*got 3"),
+    "plot": (lambda: FITTED.plot(3), r"plot\(path\): expected a path, got 3"),
+    "tracker experiment": (
+        lambda: fit_wrong(tracker={"experiment": 3}),
+        "start: expected a string as experiment, got 3",
+    ),
+    "tracker name": (
+        lambda: fit_wrong(tracker={"experimnt": "x"}),
+        r"fit\(tracker\): .*got 'experimnt'\. Did you mean 'experiment'",
+    ),
+    "tracker key": (
+        lambda: fit_wrong(tracker={3: "x"}),
+        r"fit\(tracker\): expected an argument of start, got '3'",
+    ),
+    "scheduler without options": (
+        lambda: Schedule(torch.optim.lr_scheduler.StepLR),
+        r"expected values for \['step_size'\] of StepLR.*step_size=\.\.\.",
+    ),
+    "scheduler of another kind": (
+        lambda: fit_wrong(callbacks=[Schedule(lambda opt: None)]),
+        r"LRScheduler\(scheduler\): expected it to return a scheduler, got None",
+    ),
 }
 
 
 def fit_wrong(**options):
-    learner().fit((X, Y), 1, tracker=False, verbose=False, **options)
+    learner().fit((X, Y), 1, **{"tracker": False, "verbose": False} | options)
 
 
 @pytest.mark.parametrize("case", WRONG_CALLS)
@@ -828,3 +894,221 @@ def test_wrong_arguments_of_calls_are_told(case):
     call, match = WRONG_CALLS[case]
     with pytest.raises((TypeError, ValueError), match=match):
         call()
+
+
+# --- what models and optimizers are built from
+
+
+class Hidden(Net):
+    def __init__(self, hidden, *, depth):
+        super().__init__()
+
+
+class OptimizerOf(Net):
+    def set_optimizers(self, lr, kind=None):
+        opt = torch.optim.SGD(self.parameters(), lr)
+        return {"int": {3: opt}, "empty": {"": opt}, "none": None}[kind]
+
+
+class Frozen(Net):
+    def __init__(self):
+        super().__init__()
+        self.requires_grad_(False)
+
+
+class Unregistered(nn.Module):
+    """A model without parameters that torch can find."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = [nn.Linear(3, 1)]
+
+    def forward(self, x):
+        return self.layers[0](x)
+
+
+def of_another_model(params, lr):
+    return torch.optim.SGD(Net().parameters(), lr)
+
+
+BUILT: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "model": (
+        Hidden,
+        {},
+        r"\['hidden', 'depth'\] of Hidden, .*set_hparams\(hidden=\.\.",
+    ),
+    "factory": (lambda width: Net(width), {}, r"setup\(module\): .*\['width'\]"),
+    "optimizer": (
+        Net,
+        {"optimizer": lambda params, lr, decay: None},
+        r"setup\(optimizer\): .*\['decay'\] .*set_opt_hparams\(decay=\.\.\.\)",
+    ),
+    "optimizer without parameters": (
+        Net,
+        {"optimizer": lambda *, lr: None},
+        r"setup\(optimizer\): expected a function of 1 argument, got <lambda>\(lr\)",
+    ),
+    "optimizer none": (
+        Net,
+        {"optimizer": lambda params, lr: None},
+        r"setup\(optimizer\): expected a torch optimizer at 'opt', got None",
+    ),
+    "optimizer list": (
+        Net,
+        {"optimizer": lambda params, lr: [3]},
+        r"setup\(optimizer\): expected a dict of named optimizers, got a list",
+    ),
+    "own none": (OptimizerOf, {"kind": "none"}, r"set_optimizers\(\): .*got None"),
+    "own int": (OptimizerOf, {"kind": "int"}, "expected names of optimizers, got 3"),
+    "own empty": (OptimizerOf, {"kind": "empty"}, "names of optimizers, got ''"),
+    "frozen": (Frozen, {}, "expected parameters with requires_grad, got only frozen"),
+    "another model": (
+        Net,
+        {"optimizer": of_another_model},
+        "expected parameters of the model of this fit, got others",
+    ),
+    "unregistered": (Unregistered, {}, "parameters of Unregistered, got none"),
+}
+
+
+@pytest.mark.parametrize("case", BUILT)
+def test_model_or_optimizer_that_cannot_be_built_is_told_before_any_epoch(case):
+    module, options, match = BUILT[case]
+    is_own = module is OptimizerOf
+    optimizer = None if is_own else options.get("optimizer", torch.optim.SGD)
+    made = harness.setup(module, loss=nn.MSELoss(), optimizer=optimizer)
+    hparams = {"lr": 0.1} | (options if is_own else {})
+    # Not the test's own callback: that might unfreeze parameters.
+    with pytest.raises((TypeError, ValueError), match=match) as caught:
+        made.set_opt_hparams(**hparams).fit((X, Y), 1, tracker=False, verbose=False)
+    assert not getattr(caught.value, "__notes__", [])  # of an event or epoch
+
+
+def test_missing_argument_of_set_optimizers_is_told():
+    with pytest.raises(TypeError, match=r"\['lr'\] of set_optimizers, got none"):
+        harness.setup(OptimizerOf, loss=nn.MSELoss()).fit((X, Y), 1, tracker=False)
+
+
+class SetsUnregistered(Unregistered):
+    def set_optimizers(self, lr):
+        return torch.optim.SGD(self.layers[0].parameters(), lr)
+
+
+class Unfreezes(harness.Callback):
+    def on_fit_begin(self):
+        self.ctx.model.requires_grad_(True)
+
+
+@pytest.mark.parametrize(
+    ("module", "optimizer", "callbacks"),
+    [
+        (SetsUnregistered, None, []),
+        (Frozen, torch.optim.SGD, [Unfreezes()]),
+        (lambda: Net(), lambda params, lr: torch.optim.SGD(params, lr), []),
+    ],
+)
+def test_optimizer_of_parameters_that_can_be_trained_is_accepted(
+    module, optimizer, callbacks
+):
+    before = torch.manual_seed(1) and module()(X)
+    made = harness.setup(module, loss=nn.MSELoss(), optimizer=optimizer)
+    fitted = made.set_opt_hparams(lr=0.1).fit(
+        (X, Y), 1, seed=1, callbacks=callbacks, tracker=False, verbose=False
+    )
+    assert not torch.equal(fitted.model(X), before)
+
+
+# --- errors of torch in the first batch
+
+
+CLASSES = torch.zeros(40, dtype=torch.long)
+FIRST_ERRORS = {
+    "classes float": (
+        (nn.CrossEntropyLoss(), 4, CLASSES.float()),
+        RuntimeError,
+        "CrossEntropyLoss (prediction float32 (8, 4), target float32 (8,))",
+    ),
+    "classes 2-d": (
+        (nn.CrossEntropyLoss(), 4, CLASSES[:, None]),
+        RuntimeError,
+        "CrossEntropyLoss (prediction float32 (8, 4), target int64 (8, 1))",
+    ),
+    "class out of range": (
+        (nn.CrossEntropyLoss(), 4, CLASSES + 7),
+        IndexError,
+        "CrossEntropyLoss (prediction float32 (8, 4), target int64 (8,))",
+    ),
+    "not a probability": (
+        (nn.BCELoss(), 1, Y + 9),
+        RuntimeError,
+        "BCELoss (prediction float32 (8, 1), target float32 (8, 1))",
+    ),
+    "function": (
+        (nn.functional.nll_loss, 4, Y[:, 0]),
+        RuntimeError,
+        "nll_loss (prediction float32 (8, 4), target float32 (8,))",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FIRST_ERRORS)
+def test_error_of_a_loss_keeps_its_type_and_tells_what_it_got(case):
+    (loss, width, target), kind, note = FIRST_ERRORS[case]
+    made = learner(loss=loss).set_hparams(width=width)
+    data = DataLoader(TensorDataset(X, target), batch_size=8)
+    with pytest.raises(kind) as caught:
+        made.fit(data, 1, tracker=False, verbose=False)
+    assert caught.value.__notes__ == [f"in loss {note}, epoch 1, iter 1, training"]
+
+
+class FailsBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise RuntimeError("no derivative")
+
+
+def no_derivative(pred, target):
+    return FailsBackward.apply(pred)
+
+
+def test_error_of_the_backward_of_a_loss_tells_what_it_got():
+    with pytest.raises(RuntimeError, match="no derivative") as caught:
+        learner(loss=no_derivative).fit(LOADER, 1, tracker=False, verbose=False)
+    assert caught.value.__notes__ == [
+        "in loss no_derivative (prediction float32 (8, 1), target float32 (8, 1)),"
+        " epoch 1, iter 1, training"
+    ]
+
+
+class OwnStep(Net):
+    def step(self):
+        return nn.functional.mse_loss(self(self.ctx.input), self.ctx.target)
+
+
+@pytest.mark.parametrize("module", [Net, OwnStep])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_error_of_a_model_tells_the_batch(module, dtype):
+    wrong = torch.zeros(40, 4, dtype=dtype)
+    made = harness.setup(module, loss=nn.MSELoss(), optimizer=torch.optim.SGD)
+    loader = DataLoader(TensorDataset(wrong, Y), batch_size=8)
+    name = f"{str(dtype).removeprefix('torch.')} (8, 4)"
+    note = (
+        f"in {module.__name__} (input {name}, target float32 (8, 1)), epoch 1, iter 1"
+    )
+    with pytest.raises(RuntimeError) as caught:
+        made.fit(loader, 1, tracker=False, verbose=False)
+    assert caught.value.__notes__ == [f"{note}, training"]
+    fitted = made.fit(LOADER, 1, tracker=False, verbose=False)
+    with pytest.raises(RuntimeError) as caught:
+        fitted.evaluate(loader)
+    assert caught.value.__notes__ == [f"{note}, not training"]
+
+
+def test_error_of_a_model_in_predict_tells_the_batch():
+    with pytest.raises(RuntimeError) as caught:
+        FITTED.predict(DataLoader(torch.zeros(40, 4), batch_size=8))
+    assert "in Net (input float32 (8, 4), target None)" in caught.value.__notes__[0]

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 
+import tracking
 from tracking.api import start
 from tracking.delivery.state import DeliveryState
 from tracking.errors import (
@@ -514,6 +515,44 @@ def test_start_unknown_run_or_bad_rank_is_refused(runs):
     with pytest.raises(TypeError, match=r"start\(delivery=\): expected True, False"):
         start(delivery=None, runs_dir=runs)  # type: ignore[arg-type]
     assert not runs.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"rank": "x"}, r"start\(rank\): expected a whole number, got 'x'"),
+        ({"rank": True}, r"start\(rank\): expected a whole number, got True"),
+        ({"save_diff": "no"}, r"start\(save_diff\): expected True or False, got 'no'"),
+        ({"run_id": 3}, "start: expected a string as run_id, got 3"),
+        ({"note": 3}, "start: expected a string as note, got 3"),
+        ({"tags": ["a"]}, "expected a dictionary, got"),
+        ({"runs_dir": 3}, "runs_dir: expected a path, got 3. Pass text"),
+    ],
+)
+def test_start_argument_of_a_wrong_kind_is_told_and_leaves_nothing(
+    options, match, runs
+):
+    with pytest.raises(TypeError, match=match):
+        start(**{"runs_dir": runs, "delivery": False} | options)
+    assert not list(runs.glob("*/run.json"))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: tracking.open(3),
+        lambda: tracking.list_runs(3),
+        lambda: tracking.export([], 3),
+    ],
+)
+def test_path_of_a_wrong_kind_is_told(call):
+    with pytest.raises(TypeError, match="expected a path, got 3"):
+        call()
+
+
+def test_export_of_a_number_is_told(tmp_path):
+    with pytest.raises(TypeError, match=r"export\(runs\): expected a run or a list"):
+        tracking.export(3, tmp_path / "x.csv")  # type: ignore[arg-type]
 
 
 def test_start_delivery_options_stay_with_the_run(runs):

@@ -70,6 +70,7 @@ from harness.data.batch import Batch, move
 from harness.pytree import Options, StateDict
 from harness.reshard.consolidated import parameter_shapes
 from harness.rng import part_rng_state
+from harness.setup_checks import check_count
 
 T = TypeVar("T")
 
@@ -132,9 +133,8 @@ class DeepSpeedAccelerator:
         accumulate: int = 1,
         precision: str | None = None,
     ) -> None:
-        if accumulate < 1:
-            msg = f"accelerator(accumulate): expected at least 1, got {accumulate!r}."
-            raise ValueError(f"{msg} Use 1 to step on every batch.")
+        advice = "Use 1 to step on every batch."
+        check_count("accelerator(accumulate)", accumulate, 1, advice)
         launch = read_launch()
         self.rank, self.local_rank = launch.rank, launch.local_rank
         self.world_size, self.is_main = launch.world_size, launch.rank == 0

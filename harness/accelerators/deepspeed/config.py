@@ -14,6 +14,7 @@ from typing import Any
 
 from harness.events import nearest
 from harness.pytree import Options
+from harness.setup_checks import as_path
 
 # Top-level keys that DeepSpeed 0.19.8 reads, by what their values are; it silently ignores
 # others. A test compares the keys with what the installed version reads.
@@ -127,6 +128,8 @@ def read_config(config: Mapping[str, object] | str | Path | None) -> Options:
 
     Raises
     ------
+    TypeError
+        If it is neither a dict nor a path.
     ValueError
         If the file is missing or not JSON, contains a key twice, or is not an object.
     """
@@ -134,7 +137,7 @@ def read_config(config: Mapping[str, object] | str | Path | None) -> Options:
         return {}
     if isinstance(config, Mapping):
         return _write_out(copy.deepcopy(dict(config)))
-    path = Path(config)
+    path = as_path("accelerator(config)", config, "a dict or a path")
     place = f"accelerator(config={str(config)!r})"
     if not path.is_file():
         msg = f"{place}: expected a JSON file or a dict, got no such file."

@@ -55,7 +55,10 @@ class Requeue(Callback):
         ctx = self.ctx
         assert ctx.accelerator is not None
         job = read_slurm_job()
-        is_due = ctx.stop_signal == signal.SIGUSR1 and ctx.accelerator.is_main
+        is_due = (
+            ctx.stop_signal == getattr(signal, "SIGUSR1", None)
+            and ctx.accelerator.is_main
+        )
         if job is None or not is_due:
             return
         command = ["scontrol", "requeue", job]

@@ -11,7 +11,7 @@ from harness.callback import Callback
 from harness.callbacks.report.machine import import_optional
 from harness.context import Context
 from harness.pytree import StateDict, named_leaves
-from harness.setup_checks import check_count
+from harness.setup_checks import as_path, check_count
 
 PLAIN = (str, bool, int, float)
 """Types that TensorBoard shows as hyper-parameters; others are shown as text."""
@@ -61,7 +61,9 @@ class TensorBoard(Callback):
         writer: Any = None,
     ) -> None:
         check_count("TensorBoard(histograms)", histograms, 0, "Use 0 for none.")
-        self.folder = None if folder is None else Path(folder).expanduser()
+        self.folder = None
+        if folder is not None:
+            self.folder = as_path("TensorBoard(folder)", folder).expanduser()
         self.histograms, self._given, self._writer = histograms, writer, writer
         self._gradients: dict[str, Tensor] = {}
         self._num_written = 0
