@@ -87,6 +87,7 @@ from harness.setup_checks import (
     check_setup,
     explaining_optimizer,
     get_method,
+    noting_options,
     parse_epochs,
 )
 from harness.steps import ReadBatch
@@ -155,9 +156,14 @@ class Learner:
         check_arguments("set_hparams", self.module, self.hparams)
         advice = "Pass them by set_hparams({})."
         check_given("setup(module)", self.module, self.hparams, advice)
-        model = build_own(lambda: check_model(self.module(**self.hparams)))
+        model = build_own(self._call_module)
         check_definition(model, self.loss, self.optimizer)
         return model
+
+    def _call_module(self) -> nn.Module:
+        with noting_options(self.module, self.hparams):
+            model = self.module(**self.hparams)
+        return check_model(model)
 
     def build_optimizers(
         self, model: nn.Module, loss: object = None
@@ -184,14 +190,17 @@ class Learner:
         advice = "Pass them by set_opt_hparams({})."
         check_arguments("set_opt_hparams", build, self.opt_hparams)
         check_given(place, build, self.opt_hparams, advice, 0 if is_own else 1)
-        with explaining_optimizer(model):
-            if not is_own:
+        with explaining_optimizer(model), noting_options(build, self.opt_hparams):
+            if is_own:
+                built = build(**self.opt_hparams)
+            else:
                 own = list_parameters(loss, model).values()
                 params = [*model.parameters(), *own] if own else model.parameters()
-                return check_optimizers(build(params, **self.opt_hparams), place)
-            optimizers = check_optimizers(build(**self.opt_hparams))
-        use_copies(optimizers, self.loss, loss, model)
-        warn_of_untrained(optimizers, loss, model)
+                built = build(params, **self.opt_hparams)
+        optimizers = check_optimizers(built, place)
+        if is_own:
+            use_copies(optimizers, self.loss, loss, model)
+            warn_of_untrained(optimizers, loss, model)
         return optimizers
 
     def fit(

@@ -596,6 +596,23 @@ def check_rows(new: object) -> int:
 
 
 @contextmanager
+def noting_options(
+    function: Callable[..., object], options: Mapping[str, object]
+) -> Iterator[None]:
+    """Add to an error of a model, optimizer or scheduler the options that it was called with.
+
+    Values are not shown, because they may be secret.
+    """
+    try:
+        yield
+    except Exception as error:
+        called = getattr(function, "__name__", type(function).__name__)
+        given = [f"{name} ({type(value).__name__})" for name, value in options.items()]
+        error.add_note(f"in {called}, called with {', '.join(given) or 'no options'}")
+        raise
+
+
+@contextmanager
 def explaining_optimizer(model: nn.Module) -> Iterator[None]:
     """Explain an error of an optimizer without parameters, or with those of lazy layers.
 
@@ -609,7 +626,9 @@ def explaining_optimizer(model: nn.Module) -> Iterator[None]:
     except ValueError as error:
         if "empty parameter list" in str(error):
             msg = f"optimizer: expected parameters of {type(model).__name__}, got none."
-            advice = "Keep layers as attributes or in an nn.ModuleList."
+            advice = "Pass those that it should train."
+            if next(model.parameters(), None) is None:
+                advice = "Keep layers as attributes or in an nn.ModuleList."
             raise ValueError(f"{msg} {advice}") from error
         lazy = [name for name, param in model.named_parameters() if is_lazy(param)]
         if not lazy:

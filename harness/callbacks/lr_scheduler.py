@@ -16,7 +16,12 @@ from harness.errors import CheckpointError
 from harness.events import check_event
 from harness.metrics.loss import mean_over_ranks
 from harness.pytree import StateDict
-from harness.setup_checks import check_arguments, check_given, get_method
+from harness.setup_checks import (
+    check_arguments,
+    check_given,
+    get_method,
+    noting_options,
+)
 
 STEP_EVENTS = frozenset(
     f"on_{split}_batch_{point}"
@@ -125,7 +130,8 @@ class LRScheduler(Monitor):
         options = self._fill_options(self.ctx)
         if self._is_plateau and options.get("mode", "auto") == "auto":
             options = options | {"mode": self.mode}
-        self.scheduler = self._build(getattr(opt, "optimizer", opt), **options)
+        with noting_options(self._build, options):
+            self.scheduler = self._build(getattr(opt, "optimizer", opt), **options)
         if not callable(getattr(self.scheduler, "step", None)):
             msg = "LRScheduler(scheduler): expected it to return a scheduler"
             got = f"{self.scheduler!r:.100}"

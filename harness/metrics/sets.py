@@ -58,7 +58,7 @@ def name_metrics(metrics: object) -> dict[str, Any]:
     Raises
     ------
     TypeError
-        If an item is not a torchmetrics object or a function.
+        If an item is not a torchmetrics object or a function, or a name is no text.
     ValueError
         If two have the same name, or if one is called ``loss``.
     """
@@ -75,6 +75,9 @@ def name_metrics(metrics: object) -> dict[str, Any]:
         ]
     found: dict[str, object] = {}
     for name, item in pairs:
+        if not isinstance(name, str):
+            msg = f"metrics: expected names of metrics, got {name!r}."
+            raise TypeError(f"{msg} Write them as text.")
         if name in found or name == "loss":
             msg = f"metrics: expected each name once ('loss' is taken), got {name!r}."
             raise ValueError(f"{msg} Give a dict with other names.")

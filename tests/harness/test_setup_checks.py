@@ -60,6 +60,7 @@ SETUPS = {
     "loss class": (TypeError, "Write MSELoss", {"loss": nn.MSELoss}),
     "metric class": (TypeError, "got the class MeanMetric", {"metrics": [MeanMetric]}),
     "no metric": (TypeError, "expected a metric, got 'acc'", {"metrics": ["acc"]}),
+    "name of a metric": (TypeError, "names of metrics, got 3", {"metrics": {3: max}}),
     "metric named loss": (ValueError, "'loss' is taken", {"metrics": {"loss": max}}),
 }
 
@@ -982,6 +983,37 @@ def test_model_or_optimizer_that_cannot_be_built_is_told_before_any_epoch(case):
     with pytest.raises((TypeError, ValueError), match=match) as caught:
         made.set_opt_hparams(**hparams).fit((X, Y), 1, tracker=False, verbose=False)
     assert not getattr(caught.value, "__notes__", [])  # of an event or epoch
+
+
+NOTES = {
+    "model": (Net, {"width": "3"}, {}, [], "in Net, called with width (str)"),
+    "optimizer": (Net, {}, {"lr": "0.1"}, [], "in SGD, called with lr (str)"),
+    "set_optimizers": (
+        OptimizerOf,
+        {},
+        {"lr": "0.1"},
+        [],
+        "in set_optimizers, called with lr (str)",
+    ),
+    "scheduler": (
+        Net,
+        {},
+        {},
+        [Schedule(OneCycle, max_lr="a", total_steps=5)],
+        "in OneCycleLR, called with max_lr (str), total_steps (int)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NOTES)
+def test_error_of_what_is_built_tells_the_options_without_their_values(case):
+    module, hparams, opt_hparams, callbacks, note = NOTES[case]
+    optimizer = None if module is OptimizerOf else torch.optim.SGD
+    made = harness.setup(module, loss=nn.MSELoss(), optimizer=optimizer)
+    made = made.set_hparams(**hparams).set_opt_hparams(**opt_hparams)
+    with pytest.raises((TypeError, ValueError)) as caught:
+        made.fit((X, Y), 1, callbacks=callbacks, tracker=False, verbose=False)
+    assert caught.value.__notes__[0] == note
 
 
 def test_missing_argument_of_set_optimizers_is_told():
