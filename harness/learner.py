@@ -61,7 +61,11 @@ from harness.loss import (
 from harness.metrics.sets import MetricSet, as_metric_set
 from harness.pytree import Options
 from harness.records import unpack_records
-from harness.reshard.consolidated import STATE_ERRORS, shape_buffers
+from harness.reshard.consolidated import (
+    STATE_ERRORS,
+    load_whole_state,
+    shape_buffers,
+)
 from harness.rng import get_cpu_rng_state, set_cpu_rng_state
 from harness.run_binding import (
     Tracker,
@@ -338,7 +342,7 @@ class Learner:
         model._compiled_call_impl = None  # torch 2.13 has no public way back
         model.cpu()
         if weights:
-            model.load_state_dict(weights)
+            load_whole_state(model, weights)
         for module in find_loss_modules(ctx.loss_fn, model):
             module.cpu().eval()
         return Fitted(
@@ -685,7 +689,7 @@ def load(
     try:
         model = module(**learner.hparams)
         shape_buffers(model, weights)
-        model.load_state_dict(weights)
+        load_whole_state(model, weights)
     except (RuntimeError, TypeError) as exc:
         msg = f"load({str(path)!r}): expected weights that fit {module!r}, got: {exc}."
         raise CheckpointError(f"{msg} Pass the right class as module=.") from exc

@@ -4,7 +4,8 @@ A container is a list, tuple, named tuple, mapping, dataclass or ``PackedSequenc
 subclass of one. Everything else is a leaf.
 
 ``flatten`` and ``restore`` are the form of checkpoints: numbers, strings, bools, None, bytes,
-tensors, NumPy arrays, and lists, tuples and dicts of those. Values that JSON cannot hold are
+tensors, NumPy arrays, and lists, tuples and dicts of those. Tensors that shared their memory
+share it again. Values that JSON cannot hold are
 written as an object with one key that begins with ``$``, so reading never runs code.
 """
 
@@ -179,6 +180,36 @@ _PLAIN = frozenset({int, bool, str, type(None)})
 _FLOATS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Leaf:
+    """A tensor of a tree, its name and its plan."""
+
+    name: str
+    tensor: Tensor
+    plan: dict[str, object]
+
+    @property
+    def form(self) -> tuple[object, ...]:
+        """Tensors of one storage and form are the same."""
+        tensor = self.tensor
+        return tensor.storage_offset(), tensor.shape, tensor.stride()
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """First element in the storage, and the one behind the last."""
+        start = int(self.tensor.storage_offset())
+        sizes = zip(self.tensor.shape, self.tensor.stride(), strict=True)
+        return start, start + 1 + sum((int(size) - 1) * step for size, step in sizes)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Found:
+    """The tensors of a tree by name, and those of them that may share memory."""
+
+    tensors: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    leaves: list[_Leaf] = dataclasses.field(default_factory=list)
+
+
 def flatten(tree: object, place: str = "state") -> tuple[Any, dict[str, Tensor]]:
     """A plan that JSON can hold, and the tensors that it refers to by name.
 
@@ -194,12 +225,14 @@ def flatten(tree: object, place: str = "state") -> tuple[Any, dict[str, Tensor]]
     TypeError
         If a value is of another kind; the message names its path.
     """
-    tensors: dict[str, Tensor] = {}
-    return _encode(tree, place, tensors), tensors
+    found = _Found()
+    plan = _encode(tree, place, found)
+    _share_memory(found)
+    return plan, found.tensors
 
 
-def _encode(value: object, path: str, tensors: dict[str, Tensor]) -> object:
-    """The plan of one value; its tensors are added to `tensors` under their paths."""
+def _encode(value: object, path: str, found: _Found) -> object:
+    """The plan of one value; its tensors are added to `found` under their paths."""
     if value is None or isinstance(value, bool | str):
         return value
     if isinstance(value, int):
@@ -208,25 +241,25 @@ def _encode(value: object, path: str, tensors: dict[str, Tensor]) -> object:
         value = float(value)
         return value if math.isfinite(value) else {"$float": repr(value)}
     if isinstance(value, Tensor):
-        return _encode_tensor(value.detach(), path, tensors)
+        return _encode_tensor(value.detach(), path, found)
     if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
-        tensors[path] = torch.from_numpy(np.ascontiguousarray(value))
+        found.tensors[path] = torch.from_numpy(np.ascontiguousarray(value))
         return {"$array": path}
     if isinstance(value, np.generic):
-        return _encode(value.item(), path, tensors)
+        return _encode(value.item(), path, found)
     if isinstance(value, bytes):
         return {"$bytes": base64.b64encode(value).decode("ascii")}
-    return _encode_container(value, path, tensors)
+    return _encode_container(value, path, found)
 
 
-def _encode_tensor(value: Tensor, path: str, tensors: dict[str, Tensor]) -> object:
+def _encode_tensor(value: Tensor, path: str, found: _Found) -> object:
     """The tensor's name, with what safetensors cannot hold: complex, order of dims."""
     if value.is_complex() and value.layout == torch.strided:
         value = value.resolve_conj()
-        return {"$complex": _encode_tensor(torch.view_as_real(value), path, tensors)}
+        return {"$complex": _encode_tensor(torch.view_as_real(value), path, found)}
     if value.layout == torch.sparse_coo and not value.is_complex():
         parts = [value._indices(), value._values()]
-        plans = _encode_items(parts, path, tensors)
+        plans = _encode_items(parts, path, found)
         return {"$sparse": [*plans, list(value.shape), value.is_coalesced()]}
     if value.layout != torch.strided or value.dtype not in DTYPES:
         msg = f"{path}: expected a dense tensor of a common dtype, got {value.dtype}"
@@ -234,48 +267,102 @@ def _encode_tensor(value: Tensor, path: str, tensors: dict[str, Tensor]) -> obje
     order = sorted(range(value.dim()), key=value.stride().__getitem__, reverse=True)
     if not value.is_contiguous() and value.permute(order).is_contiguous():
         # For example channels last: kernels round differently for another order.
-        tensors[path] = value.permute(order)
-        return {"$permuted": [path, order]}
-    tensors[path] = value
-    return {"$tensor": path}
+        found.tensors[path] = value.permute(order)
+        plan: dict[str, object] = {"$permuted": [path, order]}
+    else:
+        found.tensors[path] = value
+        plan = {"$tensor": path}
+    found.leaves.append(_Leaf(path, value, plan))
+    return plan
 
 
-def _encode_container(value: object, path: str, tensors: dict[str, Tensor]) -> object:
+def _encode_container(value: object, path: str, found: _Found) -> object:
     if isinstance(value, tuple):
-        return {"$tuple": _encode_items(value, path, tensors)}
+        return {"$tuple": _encode_items(value, path, found)}
     if isinstance(value, list):
-        return _encode_items(value, path, tensors)
+        return _encode_items(value, path, found)
     if isinstance(value, Mapping):
-        return _encode_mapping(value, path, tensors)
+        return _encode_mapping(value, path, found)
     msg = f"{path}: expected numbers, strings, tensors, lists or dicts, got {value!r}."
     raise TypeError(f"{msg} Convert it in state_dict().")
 
 
-def _encode_items(
-    value: Sequence[object], path: str, tensors: dict[str, Tensor]
-) -> list[Any]:
+def _encode_items(value: Sequence[object], path: str, found: _Found) -> list[Any]:
     # Python's random state is a tuple of 625 plain numbers: no plan for each of them.
     if _PLAIN.issuperset(map(type, value)):
         return list(value)
-    return [_encode(item, f"{path}/{n}", tensors) for n, item in enumerate(value)]
+    return [_encode(item, f"{path}/{n}", found) for n, item in enumerate(value)]
 
 
-def _encode_mapping(
-    value: Mapping[object, object], path: str, tensors: dict[str, Tensor]
-) -> object:
+def _encode_mapping(value: Mapping[object, object], path: str, found: _Found) -> object:
     """The plan of a mapping; keys that JSON cannot hold are written as pairs."""
     if all(isinstance(key, str) and not key.startswith("$") for key in value):
         return {
-            key: _encode(item, f"{path}/{key}", tensors) for key, item in value.items()
+            key: _encode(item, f"{path}/{key}", found) for key, item in value.items()
         }
     pairs = [
         [
-            _encode(key, f"{path}/key{n}", tensors),
-            _encode(item, f"{path}/{key}", tensors),
+            _encode(key, f"{path}/key{n}", found),
+            _encode(item, f"{path}/{key}", found),
         ]
         for n, (key, item) in enumerate(value.items())
     ]
     return {"$dict": pairs}
+
+
+def _share_memory(found: _Found) -> None:
+    """Let the plans of tensors that share memory name one tensor."""
+    storages: dict[tuple[object, ...], list[_Leaf]] = {}
+    for leaf in found.leaves:
+        tensor = leaf.tensor
+        with contextlib.suppress(RuntimeError, NotImplementedError):  # has no storage
+            if tensor.numel() and (address := tensor.untyped_storage().data_ptr()):
+                key = (tensor.device, address, tensor.dtype)
+                storages.setdefault(key, []).append(leaf)
+    for leaves in storages.values():
+        if len(leaves) > 1 or 0 in leaves[0].tensor.stride():
+            for group in _list_overlapping(leaves):
+                _share(group, found.tensors)
+
+
+def _list_overlapping(leaves: list[_Leaf]) -> list[list[_Leaf]]:
+    """Groups of the tensors of one storage whose spans overlap."""
+    groups: list[list[_Leaf]] = []
+    end = -1
+    for leaf in sorted(leaves, key=lambda leaf: leaf.span[0]):
+        if leaf.span[0] >= end:
+            groups.append([])
+        groups[-1].append(leaf)
+        end = max(end, leaf.span[1])
+    return groups
+
+
+def _share(group: list[_Leaf], tensors: dict[str, Tensor]) -> None:
+    """Let the plans of a group name the memory of all, and equal tensors have one plan."""
+    firsts: dict[object, _Leaf] = {}
+    for leaf in group:
+        if firsts.setdefault(leaf.form, leaf) is not leaf:
+            del tensors[leaf.name]
+    forms = list(firsts.values())
+    start = min(leaf.span[0] for leaf in forms)
+    length = max(leaf.span[1] for leaf in forms) - start
+    num_values = sum(leaf.tensor.numel() for leaf in forms)
+    # Columns may lie so far apart that the memory between them is most of it.
+    if num_values > length or (len(forms) > 1 and num_values == length):
+        for leaf in forms:
+            del tensors[leaf.name]
+            form = [list(leaf.tensor.shape), list(leaf.tensor.stride())]
+            view = [group[0].name, *form, leaf.span[0] - start]
+            _replace_plan(leaf, {"$view": view})
+        memory = group[0].tensor.as_strided((length,), (1,), start)
+        tensors[group[0].name] = memory
+    for leaf in group:
+        _replace_plan(leaf, dict(firsts[leaf.form].plan))
+
+
+def _replace_plan(leaf: _Leaf, plan: dict[str, object]) -> None:
+    leaf.plan.clear()
+    leaf.plan.update(plan)
 
 
 def find_unkept_kind(tree: object) -> type | None:
@@ -325,6 +412,16 @@ def _decode_permuted(value: list[Any], tensors: Mapping[str, Tensor]) -> Tensor:
     return tensors[name].permute(sorted(range(len(order)), key=order.__getitem__))
 
 
+def _decode_view(value: list[Any], tensors: Mapping[str, Tensor]) -> Tensor:
+    name, shape, stride, offset = value
+    memory = tensors[name]
+    last = sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+    if not 0 <= offset <= offset + last < memory.numel():
+        msg = f"state: expected a view of {memory.numel()} values, got {value!r}."
+        raise ValueError(f"{msg} The file is damaged or from another version.")
+    return memory.as_strided(shape, stride, memory.storage_offset() + offset)
+
+
 def _decode_sparse(value: list[Any], tensors: Mapping[str, Tensor]) -> Tensor:
     indices, values, shape, is_coalesced = value
     return torch.sparse_coo_tensor(
@@ -345,6 +442,7 @@ _DECODERS: dict[str, tuple[type, Callable[[Any, Mapping[str, Tensor]], object]]]
     "$tensor": (str, lambda value, tensors: tensors[value]),
     "$array": (str, lambda value, tensors: tensors[value].numpy()),
     "$permuted": (list, _decode_permuted),
+    "$view": (list, _decode_view),
     "$sparse": (list, _decode_sparse),
     "$complex": (dict, _decode_complex),
     "$float": (str, lambda value, tensors: _FLOATS[value]),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from harness.checkpoint.search import MAX_ITEMS, MODULE_FIELDS, PLAIN_TYPES, Search
 from harness.pytree import StateDict, iter_tensors, map_tensors
+from harness.reshard.consolidated import copy_into
 
 MAX_COPIED_BYTES = 1 << 20
 """Larger tensors are not compared with what they were when the fit began: all are kept."""
@@ -96,7 +97,7 @@ def _copy_into(live: object, value: object) -> bool:
     if not is_alike or not live.is_leaf:
         return False
     with torch.no_grad():
-        live.copy_(value)
+        copy_into(live, value)
     return True
 
 

@@ -34,6 +34,7 @@ from harness.records import Packed
 from harness.reshard.consolidated import (
     STATE_ERRORS,
     ConsolidatedState,
+    copy_into,
     shape_lazy_parameters,
 )
 from tracking.durable import replace_file, replace_folder
@@ -131,7 +132,7 @@ def load_weights(model: nn.Module, path: Path, *, strict: bool = True) -> Weight
         raise CheckpointError(f"{msg} Set strict=False to load what fits.")
     with torch.no_grad():
         for name in report.loaded:
-            live[name].copy_(saved[name])
+            copy_into(live[name], saved[name])
     return report
 
 

@@ -52,7 +52,42 @@ def copy_tensors(
     check_shapes(then, now, *advice)
     with torch.no_grad():
         for name, value in live.items():
-            value.copy_(saved[name])
+            copy_into(value, saved[name])
+
+
+def copy_into(live: Tensor, saved: Tensor) -> None:
+    """Copy values; an expanded tensor, into which torch cannot copy, stays expanded."""
+    if _is_expanded(live):
+        steps = live.stride()
+        one = tuple(slice(0, 1) if step == 0 else slice(None) for step in steps)
+        if torch.equal(saved[one].expand_as(saved), saved):
+            live, saved = live[one], saved[one]
+        else:  # it was not expanded when it was saved
+            live.data = torch.empty_like(live, memory_format=torch.contiguous_format)
+    live.copy_(saved)
+
+
+def _is_expanded(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and 0 in tensor.stride()
+
+
+def load_whole_state(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
+    """Load a state dict of whole weights into a model, also into expanded buffers.
+
+    Raises
+    ------
+    RuntimeError
+        As ``Module.load_state_dict``.
+    """
+    expanded = {
+        name: live
+        for name, live in model.named_buffers()
+        if name in saved and live.shape == saved[name].shape and _is_expanded(live)
+    }
+    with torch.no_grad():
+        for name, live in expanded.items():
+            copy_into(live, saved[name])
+    model.load_state_dict({**saved, **expanded})
 
 
 def shape_lazy_parameters(model: nn.Module, saved: Mapping[str, Tensor]) -> None:

@@ -70,6 +70,66 @@ def test_restore_of_a_tensor_keeps_the_order_of_its_dims_in_memory() -> None:
     assert torch.equal(found, tensor)
 
 
+BASE = torch.arange(24.0)
+COMPLEX = torch.randn(4, dtype=torch.complex64)
+SHARED: dict[str, list[torch.Tensor]] = {
+    "same": [BASE, BASE, BASE.detach()],
+    "view": [BASE, BASE[3:9]],
+    "view first": [BASE[3:9], BASE[2:20].view(3, 6), BASE],
+    "overlap": [BASE[2:6], BASE[4:9]],
+    "transposed": [BASE.view(4, 6).t(), BASE.view(4, 6)],
+    "channels last": [
+        BASE.view(1, 2, 3, 4).to(memory_format=torch.channels_last).expand(2, 2, 3, 4)
+    ],
+    "steps": [BASE[::2], BASE[1::2]],
+    "expanded": [torch.ones(3, 1).expand(3, 50), torch.ones(()).expand(7)],
+    "expanded views": [BASE[:1].expand(9), BASE[0], BASE],
+    "scalar of it": [BASE[5], BASE],
+    "complex": [COMPLEX, COMPLEX[1:3]],
+    "same view": [BASE[4:8], BASE[4:8]],
+    "same column": [BASE.view(4, 6)[:, 1], BASE.view(4, 6)[:, 1]],
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_restore_of_tensors_that_share_memory_lets_them_share_it(name: str) -> None:
+    tensors = SHARED[name]
+    plan, flat = flatten({"a": tensors})
+    copies = {
+        key: torch.empty(t.shape, dtype=t.dtype).copy_(t) for key, t in flat.items()
+    }
+    found = restore(json.loads(json.dumps(plan)), copies)["a"]
+    for one, two in zip(tensors, found, strict=True):
+        assert one.dtype == two.dtype
+        assert torch.equal(one, two)
+        assert one.stride() == two.stride() or name == "same column"
+    storages = [
+        [tensor.untyped_storage().data_ptr() for tensor in of]
+        for of in (tensors, found)
+    ]
+    shared = [[one == two for one in own for two in own] for own in storages]
+    assert shared[0] == shared[1]
+    assert sum(t.numel() for t in flat.values()) <= 24
+
+
+def test_restore_of_tensors_that_lie_apart_in_one_memory_copies_them_alone() -> None:
+    pool = torch.arange(1000.0).view(10, 100)
+    tensors = [pool[:, 3], pool[:, 7], pool[5, :2], pool.view(-1)[:0]]
+    plan, flat = flatten(tensors)
+    assert sum(tensor.numel() for tensor in flat.values()) == 22
+    for one, two in zip(tensors, restore(plan, flat), strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize(
+    "form", [([3], [1], 2), ([2], [4], 0), ([1], [1], -1), ([2], [-1], 0), ([1], [], 0)]
+)
+def test_restore_of_a_view_beyond_its_memory_is_refused(form: Any) -> None:
+    memory = torch.arange(8.0)[2:6]
+    with pytest.raises(ValueError, match=r"state: expected a view of 4 values|zip"):
+        restore({"$view": ["x", *form]}, {"x": memory})
+
+
 def test_restore_of_complex_tensors_gives_them_back() -> None:
     tensor = torch.randn(3, dtype=torch.complex64)
     assert torch.equal(written(tensor), tensor)
@@ -103,6 +163,7 @@ def test_flatten_of_anything_else_names_its_path(value: Any, match: str) -> None
         {"$tensor": "x"},
         {"$array": "x"},
         {"$permuted": ["x", [0]]},
+        {"$view": ["x", [1], [1], 0]},
         {"$complex": {"$tensor": "x"}},
         {"$bytes": 1},
         {"$dict": {}},

@@ -15,6 +15,7 @@ from harness.callbacks.train_valid import TrainValid
 from harness.checkpoint.state import get_generators
 from harness.context import Context
 from harness.records import NullRun, RecordBook
+from harness.reshard.consolidated import copy_into
 from harness.rng import get_rng_state, set_rng_state
 from harness.setup_checks import check_at_least
 from harness.steps import StepContext
@@ -97,7 +98,7 @@ class SanityCheck(Callback):
                 module.training = mode
             with torch.no_grad():
                 for buffer, value in buffers:
-                    buffer.copy_(value)
+                    copy_into(buffer, value)
             if saves:
                 loader.load_state_dict(position)
             set_rng_state(random, generators)

@@ -442,3 +442,73 @@ def test_average_that_a_callback_saves_is_written_once(tmp_path):
     state = read_rank(list_checkpoints(tmp_path)[0], 0)
     assert "average" in state["callbacks"]["SavesAverage"]
     assert state["held"] == {}
+
+
+class Expanded(Line):
+    """Buffers and a plain attribute that are expanded, and a buffer that is a view."""
+
+    wide: torch.Tensor
+    plain: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("wide", torch.ones(1).expand(4))
+        self.register_buffer("grown", torch.ones(2, 1).expand(2, 3))
+        self.register_buffer("base", torch.zeros(6))
+        self.register_buffer("part", self.get_buffer("base")[2:4])
+        self.plain = torch.ones(1).expand(5)
+
+    def forward(self, x):
+        if self.training:
+            self.get_buffer("base").add_(1)
+            self.wide = (self.wide[:1] * 0.5).expand(4)
+            self.grown = self.get_buffer("grown") + torch.arange(3.0)
+            self.plain = (self.plain[:1] + 1).expand(5)
+        return super().forward(x)
+
+
+class Shares(harness.Callback):
+    """Tensors of a callback that share memory."""
+
+    def __init__(self) -> None:
+        sums = torch.zeros(6)
+        self.own = {"sums": sums, "part": sums[2:4], "wide": sums[:1].expand(3)}
+
+    def on_train_batch_end(self) -> None:
+        self.own["sums"] += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.own
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.own = state
+
+
+def test_tensors_that_share_memory_are_resumed_saved_and_loaded(tmp_path):
+    def fit_shared(epochs, *others):
+        learner = harness.setup(Expanded, loss=nn.MSELoss(), optimizer=torch.optim.SGD)
+        shares = Shares()
+        callbacks = [shares, harness.callbacks.SanityCheck(), *others]
+        options: dict[str, Any] = {"tracker": False, "verbose": False, "seed": 1}
+        data: Any = (X, Y)
+        fitted = learner.fit(
+            data, epochs, valid_data=data, callbacks=callbacks, **options
+        )
+        return fitted, shares.own
+
+    whole, own = fit_shared(3)
+    fit_shared(2, ModelCheckpoint(tmp_path))
+    resumed, again = fit_shared(3, ResumeFromCheckpoint(tmp_path))
+    resumed.save(tmp_path / "saved")
+    loaded = harness.load(tmp_path / "saved", module=Expanded)
+    for fitted in (resumed, loaded):
+        for name, expected in whole.model.named_buffers():
+            assert torch.equal(fitted.model.get_buffer(name), expected), name
+        assert fitted.model.get_buffer("wide").stride() == (0,)
+    assert torch.equal(resumed.model.plain, whole.model.plain)
+    assert {name: t.tolist() for name, t in again.items()} == {
+        name: t.tolist() for name, t in own.items()
+    }
+    assert again["wide"].stride() == (0,)
+    again["sums"].fill_(7)
+    assert {value for tensor in again.values() for value in tensor.tolist()} == {7.0}
