@@ -118,8 +118,12 @@ class FitContext(StepContext):
             prepare = partial(prepare, opt_hparams=self.opt_hparams)
         named = {} if optimizers is None else check_optimizers(optimizers)
         if optimizers is not None:
-            params = name_parameters(model, search_context(self))
-            check_trained(named, params, model, self.callbacks)
+            check_trained(
+                named,
+                model,
+                lambda: name_parameters(model, search_context(self)).values(),
+                self.callbacks,
+            )
         model, named, loaders = prepare(model, named, [data, valid_data])
         self.listeners.guard = accelerator.guard
         accelerator.before_step = partial(self._fire_step, "before")

@@ -670,8 +670,8 @@ def check_optimizers(
 
 def check_trained(
     optimizers: Mapping[str, Any],
-    parameters: Mapping[str, Tensor],
     model: nn.Module,
+    find_parameters: Callable[[], Iterable[Tensor]],
     callbacks: Iterable[object],
 ) -> None:
     """Check that the optimizers of a fit train its model.
@@ -680,10 +680,11 @@ def check_trained(
     ----------
     optimizers
         As built, before an accelerator prepares them.
-    parameters
-        Those of the model and its loss, and of what else belongs to the fit, by name.
     model
         Model of the fit; its own ``step`` may unfreeze parameters.
+    find_parameters
+        Finds those of the model and its loss, and of what else belongs to the fit. Called
+        only if those of the model are not stepped, because it takes long.
     callbacks
         Callbacks of the fit; one of the user's may unfreeze parameters too.
 
@@ -698,7 +699,9 @@ def check_trained(
         for group in opt.param_groups
         for param in group["params"]
     ]
-    own = {id(param) for param in parameters.values()}
+    own = set(map(id, model.parameters()))
+    if own.isdisjoint(map(id, stepped)):
+        own = set(map(id, find_parameters()))
     if own and stepped and own.isdisjoint(map(id, stepped)):
         msg = "optimizer: expected parameters of the model of this fit, got others."
         advice = "Use those that the factory is called with, or self.parameters()."
