@@ -220,7 +220,8 @@ def copy_loss_state(ctx: Context) -> StateDict:
         "held": capture_held(search, {}, {})[0],
         "fields": capture_fields(search, {})[0],
     }
-    return copy.deepcopy(map_tensors(state, Tensor.detach))  # type: ignore[no-any-return]
+    copied: StateDict = copy.deepcopy(map_tensors(state, Tensor.detach))
+    return copied
 
 
 def restore_loss_state(ctx: Context, state: StateDict) -> None:

@@ -880,10 +880,14 @@ WRONG_CALLS = {
         r"expected values for \['step_size'\] of StepLR.*step_size=\.\.\.",
     ),
     "scheduler of another kind": (
-        lambda: fit_wrong(callbacks=[Schedule(lambda opt: None)]),
+        lambda: fit_wrong(callbacks=[Schedule(make_nothing)]),
         r"LRScheduler\(scheduler\): expected it to return a scheduler, got None",
     ),
 }
+
+
+def make_nothing(opt):
+    return None
 
 
 def fit_wrong(**options):

@@ -113,6 +113,8 @@ def test_fitted_shows_the_best_epoch():
 class Remembering(nn.Module):
     """A loss with a weight that is trained, a buffer, an extra state and a plain number."""
 
+    mean: torch.Tensor
+
     def __init__(self):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(()))

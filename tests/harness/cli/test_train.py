@@ -123,7 +123,7 @@ def test_fit_precision_and_device_go_into_the_run(call, folder):
     assert past.manifest.extra["fit"]["precision"] == "bf16"
     done = call("fit", "exp_cli.py:experiment", "--device", "gpu", "--no-track")
     assert done.exit_code == 2
-    assert "Expected one of cpu, cuda" in done.output
+    assert "expected 'cpu', 'cuda' or 'mps', got 'gpu'" in done.output
 
 
 def test_fit_shows_epochs_unless_quiet(call, folder):
