@@ -10,6 +10,7 @@ from tests.harness.accelerators.launches import run_cases
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_odd_programs_on_two_ranks(tmp_path: Path) -> None:
     said = run_cases(tmp_path, "tests.odd.ranks", 2, [0, 2], ["odd"])
     assert said == {"odd-0": "ok", "odd-2": "ok"}

@@ -25,7 +25,7 @@ def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> Launches:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", CASES)
 def test_data_on_ranks(name: str, world: int, on_ranks: Launches) -> None:
     said = on_ranks.said(world, [0], list(CASES), name, 0)
