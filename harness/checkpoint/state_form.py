@@ -107,6 +107,11 @@ def check_state_form(state: StateDict, ctx: Context, phase: Phase) -> None:
     _mapping(state["extra"], "extra")
     for name, own in _mapping(state["callbacks"], "callbacks").items():
         _mapping(own, f"callbacks/{name}")
+    for part in ("held", "fields", "metrics", "groups", "lost", "not_kept"):
+        _mapping(state.get(part, {}), part)  # older checkpoints have none
+    for part in ("held", "fields"):
+        for name, own in state.get(part, {}).items():
+            _mapping(own, f"{part}/{name}")
     _try_random(state["random"], get_generators(ctx), "random")
     if phase == "train":
         _check_pass(state["pass"], ctx)
@@ -195,6 +200,9 @@ def _check_groups(saved: StateDict, opt: Optimizer, place: str) -> None:
             if name != "initial_lr" and _can_check(own, name, value)
         }
         check_like(own, options, f"{place}/param_groups")
+        for name, value in own.items():
+            if isinstance(value, int) and value.bit_length() > 63:
+                raise _mismatch(f"{place}/param_groups/{name}", "a number", value)
 
 
 def _can_check(own: Mapping[str, object], name: str, value: object) -> bool:

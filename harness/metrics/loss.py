@@ -124,8 +124,12 @@ class LossAverage:
                 num_rows, num_losses = len(item["rows"]), len(item["waiting"])
                 msg = f"loss {name!r}: expected rows of {num_losses} losses"
                 raise ValueError(f"{msg}, got those of {num_rows}.")
-            self._waiting[name] = [torch.as_tensor(loss) for loss in item["waiting"]]
-            self._rows[name] = list(item["rows"])
+            losses = [torch.as_tensor(loss) for loss in item["waiting"]]
+            has_numbers = all(type(rows) is int for rows in item["rows"])
+            if len({loss.shape for loss in losses}) > 1 or not has_numbers:
+                msg = f"loss {name!r}: expected losses of one shape and numbers of rows"
+                raise ValueError(f"{msg}, got {item!r:.100}.")
+            self._waiting[name], self._rows[name] = losses, list(item["rows"])
             if item["sums"] is not None:
                 self._sums[name] = torch.as_tensor(item["sums"])
 
