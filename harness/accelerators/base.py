@@ -30,6 +30,13 @@ def ignore_step(name: str) -> None:
     """Do nothing at a step."""
 
 
+def missing_backward(where: str) -> RuntimeError:
+    """Error for an own ``backward`` that does not call the accelerator's."""
+    msg = "backward(loss): expected a call of ctx.accelerator.backward"
+    advice = "Call ctx.accelerator.backward(loss, ctx.opt_name) in it."
+    return RuntimeError(f"{msg}, got none {where}. {advice}")
+
+
 class Accelerator(Protocol):
     """Places model and data, runs backward and steps, and communicates between ranks.
 

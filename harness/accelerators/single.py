@@ -10,7 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from harness.accelerators.base import StepHook, StepOpt, default_step_opt, ignore_step
+from harness.accelerators.base import (
+    StepHook,
+    StepOpt,
+    default_step_opt,
+    ignore_step,
+    missing_backward,
+)
 from harness.accelerators.devices import find_device
 from harness.accelerators.precision import (
     DTYPES,
@@ -279,9 +285,7 @@ class SingleDevice:
         yield
         if self._done[name] == before:
             if name in self._scalers:
-                msg = "backward(loss): expected a call of ctx.accelerator.backward"
-                advice = "Call ctx.accelerator.backward(loss, ctx.opt_name) in it."
-                raise RuntimeError(f"{msg}, got none in fp16. {advice}")
+                raise missing_backward("in fp16")
             self._done[name] += 1
             self.num_backwards += 1
 

@@ -20,7 +20,13 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
-from harness.accelerators.base import StepHook, StepOpt, default_step_opt, ignore_step
+from harness.accelerators.base import (
+    StepHook,
+    StepOpt,
+    default_step_opt,
+    ignore_step,
+    missing_backward,
+)
 from harness.accelerators.deepspeed.config import (
     ConfigFacts,
     check_config,
@@ -398,9 +404,7 @@ class DeepSpeedAccelerator:
         before = engine.done
         yield
         if engine.done == before:
-            msg = "backward(loss): expected a call of ctx.accelerator.backward"
-            advice = "Call ctx.accelerator.backward(loss, ctx.opt_name) in it."
-            raise RuntimeError(f"{msg}, got none under DeepSpeed. {advice}")
+            raise missing_backward("under DeepSpeed")
 
     def is_boundary(self, name: str | None = None) -> bool:
         """True when the window has as many backwards as it should."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from harness.callback import Callback
 from harness.context import Context
-from harness.setup_checks import check_number, get_method
+from harness.setup_checks import check_more_than, get_method
 
 
 class MixedTarget(NamedTuple):
@@ -125,10 +125,7 @@ class Mixing(Callback):
 
     def __init__(self, alpha: float, *, run_valid: bool, auto_loss: bool) -> None:
         place = f"{type(self).__name__}(alpha)"
-        check_number(place, alpha, "Leave it out for the default.")
-        if not alpha > 0:
-            msg = f"{place}: expected more than 0, got {alpha!r}."
-            raise ValueError(f"{msg} Leave it out for the default.")
+        check_more_than(place, alpha, 0, "Leave it out for the default.")
         self.alpha, self.run_valid, self.auto_loss = alpha, run_valid, auto_loss
 
     def mix(self, input: Any, partners: Tensor) -> tuple[Any, Tensor]:

@@ -18,7 +18,7 @@ from harness.callbacks.report.machine import (
 )
 from harness.context import Context
 from harness.pytree import StateDict
-from harness.setup_checks import check_at_least, check_number
+from harness.setup_checks import check_at_least, check_more_than
 
 
 class SystemMetrics(Callback):
@@ -51,17 +51,13 @@ class SystemMetrics(Callback):
     number is the rank. The other values are those of rank 0's machine.
     """
 
-    weight = (
-        math.inf
-    )  # what other callbacks do at the end of a batch is no waiting for data
+    # What other callbacks do at the end of a batch is no waiting for data.
+    weight = math.inf
 
     def __init__(self, every: int = 100, *, every_s: float = 1.0) -> None:
         check_at_least("SystemMetrics(every)", every, 1, "Leave it out for 100.")
         place, advice = "SystemMetrics(every_s)", "Leave it out for 1 second."
-        check_number(place, every_s, advice)
-        if not every_s > 0:
-            msg = f"{place}: expected more than 0, got {every_s!r}."
-            raise ValueError(f"{msg} {advice}")
+        check_more_than(place, every_s, 0, advice)
         self.every, self.every_s = every, every_s
         self._sampler: Sampler | None = None
         self._last_step = 0
