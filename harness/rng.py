@@ -39,23 +39,20 @@ def set_cpu_rng_state(state: StateDict) -> None:
 
 def is_same_stream(one: Any, two: Any) -> bool:
     """Whether two states of one global generator give the same numbers."""
-    if isinstance(one, torch.Tensor):
+    if isinstance(one, Tensor):
         return torch.equal(one, two)
     if isinstance(one[1], np.ndarray):  # NumPy's: name, keys, and where it is in them
         return bool(one[2:] == two[2:] and np.array_equal(one[1], two[1]))
     return bool(one == two)
 
 
-def derive_stream(state: Any) -> Any:
-    """State of another stream of the same global generator; the same one each time."""
-    text = state.numpy().tobytes() if isinstance(state, torch.Tensor) else repr(state)
-    digest = hashlib.sha256(text if isinstance(text, bytes) else text.encode()).digest()
-    seed = int.from_bytes(digest[:4])
-    if isinstance(state, torch.Tensor):
-        return torch.Generator().manual_seed(seed).get_state()
-    if isinstance(state[1], np.ndarray):
-        return np.random.RandomState(seed).get_state()
-    return random.Random(seed).getstate()
+def derive_stream(name: str, state: Any) -> Any:
+    """State of another stream of a global generator, by its name; the same one each time."""
+    text = (
+        state.numpy().tobytes() if isinstance(state, Tensor) else repr(state).encode()
+    )
+    seed = int.from_bytes(hashlib.sha256(text).digest()[:4])
+    return seed_cpu_rng_state([seed] * 3)[name]
 
 
 def draw_seeds() -> list[int]:

@@ -242,7 +242,7 @@ class _DrawnApart:
             if name not in left_at and not is_same_stream(state, outside[name]):
                 left_at[name] = self._num_fetched
             if left_at.get(name) == self._num_fetched:
-                inside[name] = derive_stream(state)
+                inside[name] = derive_stream(name, state)
         set_cpu_rng_state(inside)
         try:
             return next(self._batches)

@@ -69,9 +69,13 @@ def test_derive_stream_depends_on_the_generator_and_changes_nothing() -> None:
         set_cpu_rng_state(begin)
         change()
         state = get_cpu_rng_state()
-        set_cpu_rng_state({name: derive_stream(own) for name, own in state.items()})
+        set_cpu_rng_state(
+            {name: derive_stream(name, own) for name, own in state.items()}
+        )
         found.append(draws())
-        set_cpu_rng_state({name: derive_stream(own) for name, own in state.items()})
+        set_cpu_rng_state(
+            {name: derive_stream(name, own) for name, own in state.items()}
+        )
         assert draws() == found[-1]
     for place in range(3):
         assert len({before[place], found[0][place], found[1][place]}) == 3

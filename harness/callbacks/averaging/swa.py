@@ -14,7 +14,7 @@ from harness.callbacks.averaging.averaged_weights import AveragedWeights
 from harness.callbacks.keep_best_model import KeepBestModel
 from harness.context import Context
 from harness.data.batch import input_of
-from harness.setup_checks import check_at_least, check_number
+from harness.setup_checks import check_at_least
 from harness.steps import StepContext, call_model, get_reader
 
 
@@ -53,7 +53,6 @@ class StochasticWeightAveraging(AveragedWeights):
         super().__init__(opt_name=opt_name)
         place = "StochasticWeightAveraging(start)"
         advice = "Pass an epoch from 1, or a fraction below 1."
-        check_number(place, start, advice)
         is_fraction = isinstance(start, float) and 0 < start < 1
         if not is_fraction:
             check_at_least(place, start, 1, advice)
