@@ -74,7 +74,7 @@ def load_optimizer_state(opt: Any, saved: StateDict, name: str) -> None:
     CheckpointError
         If its parameter groups differ from the saved ones.
     """
-    first_rates = [group.get("initial_lr") for group in opt.param_groups]
+    before = [dict(group) for group in opt.param_groups]
     try:
         opt.load_state_dict(saved)
     except (ValueError, KeyError) as error:
@@ -82,9 +82,8 @@ def load_optimizer_state(opt: Any, saved: StateDict, name: str) -> None:
         raise CheckpointError(
             f"{msg} Resume with the learner that was saved."
         ) from error
-    for group, rate in zip(opt.param_groups, first_rates, strict=True):
-        if rate is not None:  # of a scheduler that is new
-            group.setdefault("initial_lr", rate)
+    for group, had in zip(opt.param_groups, before, strict=True):
+        group.update({k: v for k, v in had.items() if k not in group})  # a scheduler's
     # torch converts the state to the parameter's dtype, which may be less precise.
     params = [param for group in opt.param_groups for param in group["params"]]
     for n, entry in saved["state"].items():

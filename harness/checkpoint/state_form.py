@@ -191,13 +191,14 @@ def _check_optimizer(
 
 
 def _check_groups(saved: StateDict, opt: Optimizer, place: str) -> None:
-    """Compare the options of groups with the live ones."""
+    """Compare the options of groups with the live ones; a new scheduler adds others."""
+    required = {"params", *opt.defaults}
     live = opt.state_dict()["param_groups"]
     for own, group in zip(saved["param_groups"], live, strict=False):
         options = {
             name: value
             for name, value in group.items()
-            if name != "initial_lr" and _can_check(own, name, value)
+            if (name in own or name in required) and _can_check(own, name, value)
         }
         check_like(own, options, f"{place}/param_groups")
         for name, value in own.items():

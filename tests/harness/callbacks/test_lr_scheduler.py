@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import (
     CosineAnnealingLR,
+    ExponentialLR,
     LambdaLR,
     OneCycleLR,
     ReduceLROnPlateau,
@@ -298,3 +299,22 @@ def test_warm_up_resumes_exactly(tmp_path):
 
     case = Case(learner=adam, accumulate=2, callbacks=callbacks)
     check_exact(case, tmp_path, [("on_train_batch_end", k) for k in (5, 9)])
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (ExponentialLR, {"gamma": 0.5}),
+        (OneCycleLR, {"max_lr": 0.2, "total_steps": 9, "cycle_momentum": False}),
+    ],
+)
+def test_scheduler_that_is_new_at_a_resume_begins_there(kind, options, tmp_path):
+    data = {"dataloader_options": {"batch_size": 2}}
+    learner = line_learner().set_opt_hparams(lr=1e-3)
+    saver = harness.callbacks.ModelCheckpoint(tmp_path)
+    learner.fit(slope(4), 1, callbacks=[saver], **data, **OFF)
+    resume = harness.callbacks.ResumeFromCheckpoint(tmp_path)
+    schedule = LRScheduler(kind, call_on="on_train_batch_after_step", **options)
+    seen, _ = rates(schedule, resume, epochs=3)
+    # The saved rate holds until the scheduler's first step.
+    assert seen == [1e-3, *by_torch(kind, 4, **options)[1:]]
