@@ -29,10 +29,10 @@ settings.load_profile("harness")
 
 
 def pytest_runtest_setup() -> None:
-    """Take what was imported out of garbage collection.
+    """Keep the garbage collector from searching imported modules again and again.
 
-    DeepSpeed collects garbage for each ZeRO 3 model, which takes half a second once MLflow
-    and torch are imported, and most of the time of the quick suite.
+    DeepSpeed runs it for each ZeRO 3 model, and with MLflow and torch imported that takes
+    half a second each time.
     """
     global _frozen_modules
     if len(sys.modules) > _frozen_modules + 100:

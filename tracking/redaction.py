@@ -45,8 +45,8 @@ _LANGUAGE: Final = frozenset(
 _NO_VALUES: Final = frozenset(["", "none", "null", "true", "false", MASK])
 
 _USER_INFO: Final = re.compile(r"(?<=://)[^/\s'\"]*@")
-# A name begins where none is before it, and is never tried again in shorter forms: each
-# text of a run is searched, and long ones must cost no more than their length.
+# Only whole names match, and the search never goes back into one. So its time grows with the
+# length of a text and not with the square of it.
 _NAME: Final = r"(?<![\w.-])(?P<name>-*+\w[\w.-]*+)"
 _ASSIGNMENT: Final = re.compile(
     rf"{_NAME}"

@@ -82,8 +82,9 @@ def load_optimizer_state(opt: Any, saved: StateDict, name: str) -> None:
         raise CheckpointError(
             f"{msg} Resume with the learner that was saved."
         ) from error
+    # Keep what a scheduler that is new in this fit has added.
     for group, had in zip(opt.param_groups, before, strict=True):
-        group.update({k: v for k, v in had.items() if k not in group})  # a scheduler's
+        group.update({k: v for k, v in had.items() if k not in group})
     # torch converts the state to the parameter's dtype, which may be less precise.
     params = [param for group in opt.param_groups for param in group["params"]]
     for n, entry in saved["state"].items():

@@ -32,7 +32,8 @@ def name_callbacks(callbacks: Iterable[Callback]) -> Iterator[tuple[str, Callbac
 def describe_callbacks(callbacks: Iterable[Callback]) -> dict[str, dict[str, str]]:
     """Digests of the attributes of callbacks: numbers, texts, functions and the like.
 
-    They are only compared, and an address of a webhook is a secret.
+    Digests are enough to compare them, and do not give away secrets, such as the address
+    of a webhook.
     """
     return {
         name: {

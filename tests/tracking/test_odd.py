@@ -1,8 +1,8 @@
 """Random programs that log anything anywhere, beside a list of what they logged.
 
-What nobody thought of breaks first: names and values of every kind, overwrites and rewinds
-in any order, a reader beside the writer, an export. The long run draws anew and prints how
-to repeat a failure.
+They use names and values of every kind, overwrite and rewind in any order, read beside the
+writer, and export. The long run draws new programs each time and prints how to repeat a
+failure.
 """
 
 from __future__ import annotations

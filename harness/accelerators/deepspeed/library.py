@@ -60,7 +60,7 @@ def ignore_warnings() -> Iterator[None]:
 
 @contextmanager
 def keep_functions() -> Iterator[None]:
-    """Put back what DeepSpeed 0.19.8 replaces in torch, for good, at ZeRO 3."""
+    """Restore torch's ``linear``: at ZeRO 3, DeepSpeed 0.19.8 replaces it and leaves it so."""
     linear = torch.nn.functional.linear
     try:
         yield
