@@ -15,7 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from harness.accelerators.base import Accelerator, StepOpt, default_step_opt
+from harness.accelerators.base import (
+    Accelerator,
+    StepOpt,
+    default_step_opt,
+    needs_closure,
+)
 from harness.callback import Callback
 from harness.checkpoint.search import name_parameters
 from harness.checkpoint.state import get_generators, mark_validation, search_context
@@ -129,6 +134,7 @@ class FitContext(StepContext):
         accelerator.before_step = partial(self._fire_step, "before")
         accelerator.after_step = partial(self._fire_step, "after")
         self.model, self.optimizers = model, named
+        self.with_closure = frozenset(n for n in named if needs_closure(named[n]))
         self.steps = accelerator.steps
         self.step_opt = step_opt
         self.train_data, self.valid_data = loaders

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from harness.accelerators.base import default_step_opt
+from harness.accelerators.base import StepOpt, default_step_opt
 from harness.context import Context
 from harness.data.batch import Batch, as_scalar, describe, missing_target_error
 from harness.events import nearest
@@ -68,6 +69,13 @@ class StepContext(Context):
     **options
         As of ``Context``.
 
+    Attributes
+    ----------
+    with_closure : frozenset of str
+        Optimizers that evaluate the loss several times in a step.
+    is_repeated : bool
+        True in an evaluation of the loss after the first one of a step.
+
     Examples
     --------
     >>> def step(self) -> None:  # a GAN: one loss for each named optimizer
@@ -77,13 +85,21 @@ class StepContext(Context):
     ...             ctx.optimize(loss_of(ctx.input))
     """
 
-    __slots__ = ("_is_optimized", "_section", "has_warned", "read_batch")
+    __slots__ = (
+        "_is_optimized",
+        "_section",
+        "has_warned",
+        "is_repeated",
+        "read_batch",
+        "with_closure",
+    )
 
     def __init__(self, *, read_batch: ReadBatch | None = None, **options: Any) -> None:
         self.read_batch = read_batch
         self._section: _Section | None = None
-        self._is_optimized = False
+        self._is_optimized = self.is_repeated = False
         self.has_warned: set[str] = set()
+        self.with_closure: frozenset[str] = frozenset()
         Context.__init__(self, **options)
 
     def __getattr__(self, name: str) -> Any:
@@ -132,30 +148,61 @@ class StepContext(Context):
         ----------
         loss
             Tensor with one element, or a dict of parts, which are summed. Each part is
-            logged by its name, and the sum as ``loss``.
+            logged by its name, and the sum as ``loss``. Or a function that returns one of
+            these: an optimizer such as LBFGS calls it several times in a step.
 
         Raises
         ------
         TypeError, ValueError
-            If the loss is of another kind or shape or has no graph, or if there are several
-            optimizers and no ``optimizing`` around it.
+            If the loss is of another kind or shape or has no graph, if there are several
+            optimizers and no ``optimizing`` around it, or if the optimizer needs a function.
+
+        Notes
+        -----
+        An optimizer whose ``step`` needs a closure evaluates the loss several times, each
+        time with all events but ``on_train_batch_after_step``. What is recorded (losses,
+        predictions, logged values) is that of the first evaluation.
         """
+        if callable(loss):
+            self.optimize_first(loss(), loss)
+        else:
+            self.optimize_first(loss, None)
+
+    def optimize_first(
+        self, loss: object, evaluate: Callable[[], object] | None
+    ) -> None:
+        """Train on a loss that is computed; `evaluate` computes it again, for a closure."""
         if self._section is None and len(self._optimizers) > 1:
             names = list(self._optimizers)
             msg = "ctx.optimize(loss): expected 'with ctx.optimizing(name)' around it"
             raise ValueError(f"{msg}, got none. Choose name from {names}.")
-        name, fire = self.opt_name, self.call_callbacks
+        name = self.opt_name
+        self._take_loss(loss, name)
+        self._is_optimized = True
+        if not self.training:
+            self.call_callbacks("on_valid_batch_after_loss")
+            return
+        if evaluate is None and name in self.with_closure:
+            kind = type(self.optimizers[name]).__name__
+            msg = "ctx.optimize(loss): expected a function that returns the loss, which"
+            advice = (
+                "Write ctx.optimize(self.my_loss), or let the step return the loss."
+            )
+            raise TypeError(f"{msg} {kind} evaluates several times, got one. {advice}")
+        self._run_backward()
+        self._step(name, evaluate if name in self.with_closure else None)
+
+    def _take_loss(self, loss: object, name: str) -> None:
         total = self.loss_grad = self._sum_parts(loss)
         if not isinstance(self.loss, dict):
             self.loss = {}
         self.loss[name] = total.detach()
-        self._is_optimized = True
-        if not self.training:
-            fire("on_valid_batch_after_loss")
-            return
-        fire("on_train_batch_after_loss")
-        fire("on_train_batch_before_backward")
-        assert self.backward is not None
+
+    def _run_backward(self) -> None:
+        """Run the backward pass of ``loss_grad``, with the events before it."""
+        self.call_callbacks("on_train_batch_after_loss")
+        self.call_callbacks("on_train_batch_before_backward")
+        assert self.backward is not None and self.loss_grad is not None
         if not self.loss_grad.requires_grad:
             msg = "ctx.optimize(loss): expected a loss with a graph, got one without."
             raise ValueError(f"{msg} Compute it from parameters, with gradients on.")
@@ -164,21 +211,60 @@ class StepContext(Context):
         except Exception as error:
             add_loss_note(self, error)
             raise
-        self._step(name)
 
-    def _step(self, name: str) -> None:
+    def _step(self, name: str, evaluate: Callable[[], object] | None) -> None:
         """Step outside the section: neither frozen parameters nor autocast belong there."""
         section, accelerator = self._section, self.accelerator
         assert accelerator is not None
         if not accelerator.is_boundary(name):
             return
+        step_opt = self.step_opt or default_step_opt
+        if evaluate is not None:
+            step_opt = partial(self._step_by_closure, evaluate, step_opt)
         if section is not None:
             section.leave()
         try:
-            accelerator.step(name, self.step_opt or default_step_opt)
+            accelerator.step(name, step_opt)
         finally:
             if section is not None:
                 section.enter()
+
+    def _step_by_closure(
+        self, evaluate: Callable[[], object], step_opt: StepOpt, opt: Any
+    ) -> None:
+        """Step an optimizer that evaluates the loss; keep what the first evaluation gave."""
+        assert self.loss_grad is not None
+        first = (self.pred, dict(self.loss), self.loss_grad, self.batch_values)
+        self.is_repeated = True
+        try:
+            step_opt(_WithClosure(opt, partial(self._repeat, evaluate), self.loss_grad))
+        finally:
+            self.is_repeated = False
+            self.pred, self.loss, self.loss_grad, self.batch_values = first
+
+    def _repeat(self, evaluate: Callable[[], object]) -> Tensor:
+        """Evaluate the loss and its gradients again; nothing of it is recorded."""
+        section, name, accelerator = self._section, self.opt_name, self.accelerator
+        assert accelerator is not None
+        self.batch_values = []
+        self.optimizers[name].zero_grad()
+        with torch.enable_grad():
+            if section is not None:
+                section.enter()
+            try:
+                self._take_loss(evaluate(), name)
+                self._run_backward()
+            finally:
+                if section is not None:
+                    section.leave()
+        accelerator.before_step(name)
+        assert self.loss_grad is not None
+        return self.loss_grad.detach()
+
+    def log_step(self, values: Mapping[str, object]) -> None:
+        """Log values of this optimizer step, as ``Context``; once in a step by closure."""
+        if not self.is_repeated:
+            Context.log_step(self, values)
 
     def _sum_parts(self, loss: object) -> Tensor:
         """The loss as a scalar; the parts of a dict are logged."""
@@ -203,6 +289,30 @@ class StepContext(Context):
                 value = part.detach()
                 self.add_to_mean(name, {self.opt_name: value} if several else value)
         return total
+
+
+class _WithClosure:
+    """What steps an optimizer that needs a closure: its ``step`` takes no arguments.
+
+    The first evaluation is made before the step. The optimizer's first one is the same,
+    unless something has changed the weights or their gradients in between, as
+    sharpness-aware minimization does; only LBFGS is known not to.
+    """
+
+    def __init__(self, opt: Any, repeat: Callable[[], Tensor], loss: Tensor) -> None:
+        self._opt, self._repeat = opt, repeat
+        self._first = loss.detach() if type(opt) is torch.optim.LBFGS else None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._opt, name)
+
+    def step(self) -> object:
+        """Step the optimizer."""
+        return self._opt.step(self._evaluate)
+
+    def _evaluate(self) -> Tensor:
+        first, self._first = self._first, None
+        return self._repeat() if first is None else first
 
 
 class _Section:
@@ -284,20 +394,29 @@ def default_step(ctx: StepContext, *, num_needed: int = 2) -> None:
     rest = get_rest(ctx, num_needed) if num_needed > 2 else ()
     for name in ctx.optimizers:
         with ctx.optimizing(name):
-            try:
-                ctx.pred = call_model(ctx.model, ctx.input)
-            except Exception as error:
-                add_model_note(ctx, error)
-                raise
-            ctx.call_callbacks(f"on_{split}_batch_after_pred")
-            try:
-                loss = ctx.loss_fn(ctx.pred, ctx.target, *rest)
-            except Exception as error:
-                if ctx.target is None and "None" in str(error):
-                    raise missing_target_error("loss") from error
-                add_loss_note(ctx, error)
-                raise
-            ctx.optimize(loss)
+            loss = compute_loss(ctx, split, rest)
+            again = None
+            if name in ctx.with_closure:
+                again = partial(compute_loss, ctx, split, rest)
+            ctx.optimize_first(loss, again)
+
+
+def compute_loss(ctx: StepContext, split: str, rest: Sequence[object]) -> object:
+    """Predict, and return the loss; `rest` are further arguments of the loss."""
+    assert ctx.loss_fn is not None
+    try:
+        ctx.pred = call_model(ctx.model, ctx.input)
+    except Exception as error:
+        add_model_note(ctx, error)
+        raise
+    ctx.call_callbacks(f"on_{split}_batch_after_pred")
+    try:
+        return ctx.loss_fn(ctx.pred, ctx.target, *rest)
+    except Exception as error:
+        if ctx.target is None and "None" in str(error):
+            raise missing_target_error("loss") from error
+        add_loss_note(ctx, error)
+        raise
 
 
 def add_model_note(ctx: Context, error: Exception) -> None:
@@ -335,11 +454,14 @@ def own_step(ctx: StepContext, step: Callable[[], object]) -> None:
         except Exception as error:
             add_model_note(ctx, error)
             raise
-        _optimize_returned(ctx, returned, before)
+        _optimize_returned(ctx, step, returned, before)
 
 
 def _optimize_returned(
-    ctx: StepContext, returned: object, before: tuple[int, int]
+    ctx: StepContext,
+    step: Callable[[], object],
+    returned: object,
+    before: tuple[int, int],
 ) -> None:
     if returned is None or ctx._is_optimized:
         return
@@ -347,4 +469,4 @@ def _optimize_returned(
     if before == (ctx.accelerator.num_backwards, ctx.step) and (
         ctx.training or not ctx.loss
     ):
-        ctx.optimize(returned)
+        ctx.optimize_first(returned, step)

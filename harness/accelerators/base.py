@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal, Protocol, TypeVar
@@ -24,6 +25,20 @@ StepOpt = Callable[[Any], object]
 def default_step_opt(opt: Any) -> None:
     """Call ``opt.step()``."""
     opt.step()
+
+
+def needs_closure(opt: Any) -> bool:
+    """Whether an optimizer's ``step`` must be given a function that evaluates the loss."""
+    try:
+        parameters = inspect.signature(opt.step).parameters.values()
+    except (TypeError, ValueError):
+        return False  # written in C
+    return any(
+        parameter.default is parameter.empty
+        and parameter.kind
+        in {parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD}
+        for parameter in parameters
+    )
 
 
 def ignore_step(name: str) -> None:

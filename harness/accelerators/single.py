@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -16,6 +17,7 @@ from harness.accelerators.base import (
     default_step_opt,
     ignore_step,
     missing_backward,
+    needs_closure,
 )
 from harness.accelerators.devices import find_device
 from harness.accelerators.precision import (
@@ -27,7 +29,7 @@ from harness.accelerators.precision import (
 )
 from harness.data.batch import Batch, move
 from harness.errors import CheckpointError
-from harness.pytree import StateDict
+from harness.pytree import StateDict, map_tensors
 from harness.reshard.consolidated import copy_tensors
 from harness.reshard.layout import group_members, make_plain_layout
 from harness.setup_checks import check_count
@@ -92,7 +94,14 @@ def load_optimizer_state(opt: Any, saved: StateDict, name: str) -> None:
         for key, value in entry.items():
             if isinstance(value, Tensor):
                 live[key] = value.to(live[key].device, copy=True)
+            elif isinstance(value, list | tuple | dict):  # as LBFGS has
+                device = params[int(n)].device
+                live[key] = map_tensors(value, partial(_copy_to, device=device))
     opt.param_groups[:] = [group for group in opt.param_groups if LEFT not in group]
+
+
+def _copy_to(value: Tensor, device: torch.device) -> Tensor:
+    return value.to(device, copy=True)
 
 
 def parameters_of_others(optimizers: Mapping[str, Any]) -> dict[str, list[Tensor]]:
@@ -209,7 +218,15 @@ class SingleDevice:
         optimizers: Mapping[str, Any] | None = None,
         loaders: Sequence[Any] = (),
     ) -> tuple[nn.Module, dict[str, Any], list[Any]]:
-        """Move the model to the device; return optimizers and loaders unchanged."""
+        """Move the model to the device; return optimizers and loaders unchanged.
+
+        Raises
+        ------
+        ValueError
+            If an optimizer's ``step`` needs a closure, and gradients are accumulated or
+            scaled: it computes them itself, several times in a step.
+        """
+        self._check_closures(optimizers or {})
         self._model = model.to(self.device)
         self._optimizers = dict(optimizers or {})
         self._others = parameters_of_others(self._optimizers)
@@ -227,6 +244,18 @@ class SingleDevice:
             self._place_state(opt)
             self._hooks.append(opt.register_step_post_hook(self._make_counter(name)))
         return model, self._optimizers, list(loaders)
+
+    def _check_closures(self, optimizers: Mapping[str, Any]) -> None:
+        """Refuse optimizers with a closure where gradients are accumulated or scaled."""
+        got = f"accumulate={self.accumulate}" if self.accumulate > 1 else "'fp16'"
+        is_refused = self.accumulate > 1 or self._dtype == torch.float16
+        for name, opt in optimizers.items() if is_refused else ():
+            if needs_closure(opt):
+                msg = f"accelerator: expected accumulate=1 and no 'fp16' with {name!r}"
+                advice = (
+                    "computes gradients itself. Train on larger batches, in 'bf16'."
+                )
+                raise ValueError(f"{msg}, got {got}. {type(opt).__name__} {advice}")
 
     def _place_state(self, opt: torch.optim.Optimizer) -> None:
         """Move the state of an optimizer to the device of its parameters."""

@@ -41,7 +41,9 @@ class GradientClip(Callback):
         """Clip the gradients of the current optimizer."""
         assert self.ctx.accelerator is not None
         name = self.ctx.opt_name
-        self._norm = self.ctx.accelerator.clip(self.max_norm, name, self.norm_type)
+        norm = self.ctx.accelerator.clip(self.max_norm, name, self.norm_type)
+        if not getattr(self.ctx, "is_repeated", False):
+            self._norm = norm
 
     def on_train_batch_after_step(self) -> None:
         """Record the norm, which engines know only after the step."""

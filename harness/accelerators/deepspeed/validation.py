@@ -18,6 +18,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils.data import IterableDataset, Subset
 
+from harness.accelerators.base import needs_closure
 from harness.accelerators.deepspeed.config import ConfigFacts, fill_config, zero_stage
 from harness.accelerators.deepspeed.library import find_config_error
 from harness.data.loaders import num_batches
@@ -208,8 +209,9 @@ def _check_one_source(
 
 
 def _check_optimizer(name: str, opt: Any, config: Mapping[str, Any]) -> None:
-    if isinstance(opt, torch.optim.LBFGS):
-        msg = f"prepare({name!r}): expected an optimizer without a closure, got LBFGS."
+    if needs_closure(opt):
+        kind = type(opt).__name__
+        msg = f"prepare({name!r}): expected an optimizer without a closure, got {kind}."
         raise ValueError(f"{msg} DeepSpeed cannot step it: train on one device.")
     stage = zero_stage(config)
     is_allowed = config.get("zero_allow_untested_optimizer", False)

@@ -123,11 +123,13 @@ class AveragedWeights(Callback):
             value = params[name].detach()
             value = value.float() if value.dtype in _LOW else value
             (known if name in self.averages else new)[name] = value
+        # An optimizer may go on with weights that another one has stepped.
+        count = self.counts.get(opt_name, max(self.counts.values(), default=0))
         if known:
             averages = [self.averages[name] for name in known]
-            average(averages, list(known.values()), self.counts[opt_name])
+            average(averages, list(known.values()), count)
         self.averages |= {name: value.clone() for name, value in new.items()}
-        self.counts[opt_name] = self.counts.get(opt_name, 0) + 1
+        self.counts[opt_name] = count + 1
 
     def copy_to(self, model: nn.Module) -> None:
         """Copy the averages into a model with the same names of weights."""
