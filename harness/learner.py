@@ -46,6 +46,7 @@ from harness.data.loaders import (
     make_train_loader,
     num_items,
     split_data,
+    without_order,
 )
 from harness.errors import CheckpointError
 from harness.fitted import Evaluation, Fitted
@@ -554,7 +555,9 @@ def build_loaders(
     if isinstance(valid_data, float | int) and not isinstance(valid_data, bool):
         data, valid_data = split_data(data, valid_data)
     train = make_train_loader(data, options)
-    return train, None if valid_data is None else make_eval_loader(valid_data, options)
+    if valid_data is None:
+        return train, None
+    return train, make_eval_loader(valid_data, without_order(options))
 
 
 def default_callbacks(metrics: MetricSet) -> list[Callback]:

@@ -264,8 +264,8 @@ def make_eval_loader(
     data
         As in ``make_train_loader``.
     options
-        As in ``make_train_loader``, but those about order (``shuffle``, samplers,
-        ``drop_last``) are ignored. With a DataLoader all are ignored, with a warning.
+        As in ``make_train_loader``. Rows keep their order: what would change it is ignored,
+        with a warning. With a DataLoader all options are ignored, with a warning.
     place
         Name of the argument, for messages.
     like
@@ -278,13 +278,26 @@ def make_eval_loader(
             msg = f"{place} is a DataLoader: dataloader_options do not apply to it."
             warnings.warn(msg, stacklevel=4)
         return check_batches(data, place)
-    order = {"shuffle", "sampler", "batch_sampler", "drop_last", "generator"}
-    options = {name: value for name, value in options.items() if name not in order}
+    ignored = [name for name in ORDER_OPTIONS if options.pop(name, None)]
+    options.pop("generator", None)  # nothing is drawn
+    if ignored:
+        msg = f"{place}: expected no options about the order of rows, got {ignored}."
+        warnings.warn(f"{msg} The rows keep their order.", stacklevel=4)
     dataset = as_dataset(data, place)
     defaults = dict(like or {})
     if unwrap_tensors(dataset) is not None:
         defaults.pop("collate_fn", None)
     return check_batches(_make_loader(dataset, defaults | options), place)
+
+
+ORDER_OPTIONS = ("shuffle", "sampler", "batch_sampler")
+"""Options of a ``DataLoader`` that decide the order of rows."""
+
+
+def without_order(options: Mapping[str, object] | None) -> Options:
+    """Return options of the training data as validation uses them: all rows, in order."""
+    order = {*ORDER_OPTIONS, "drop_last"}
+    return {n: value for n, value in check_options(options).items() if n not in order}
 
 
 def _has_own_order(options: Mapping[str, object]) -> bool:

@@ -1,11 +1,6 @@
 from __future__ import annotations
 
-import fcntl
-import os
-import pty
 import re
-import struct
-import termios
 from contextlib import redirect_stderr
 from typing import Any
 
@@ -17,6 +12,7 @@ from harness.callbacks import EarlyStopping, Progress
 from harness.callbacks.progress import REDRAW_S
 from harness.callbacks.progress_bar import ProgressBar, format_duration
 from tests.harness.fakes import At, line_learner, slope
+from tests.harness.terminal import frames, in_terminal, screen
 
 TIME = re.compile(r" +\d+\.\d\d s")
 
@@ -110,47 +106,14 @@ def fit_in_terminal(
     *callbacks: Any, epochs: int = 2, step_s: float = 0.25, width: int = 80
 ) -> str:
     """What a fit writes to a terminal, if `step_s` passes between looks at the clock."""
-    main, side = pty.openpty()
-    fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
     clock = Clock(step_s)
     set_clock = At(
         "on_fit_begin", lambda ctx: setattr(get_progress(ctx), "clock", clock)
     )
-    text = ""
-    with os.fdopen(side, "w") as terminal, redirect_stderr(terminal):
-        line_learner().fit(
-            slope(2),
-            epochs,
-            slope(2),
-            callbacks=[set_clock, *callbacks],
-            verbose=None,
-            tracker=False,
-        )
-        terminal.flush()
-        os.set_blocking(main, False)
-        while True:
-            try:
-                text += os.read(main, 65536).decode()
-            except BlockingIOError:
-                break
-    os.close(main)
-    return text
-
-
-ERASE = "\r\x1b[2K"
-COLOUR = re.compile(r"\x1b\[[\d;]*m")
-
-
-def frames(text: str) -> list[str]:
-    """Each bar that was drawn."""
-    drawn = [frame.partition("\n")[0] for frame in COLOUR.sub("", text).split(ERASE)]
-    return [frame for frame in drawn if "\u2501" in frame]
-
-
-def screen(text: str) -> list[str]:
-    """Lines that are left to see when every bar is erased."""
-    lines = [line.split(ERASE)[-1] for line in text.replace("\r\n", "\n").split("\n")]
-    return [line.rstrip() for line in lines if line.strip()]
+    callbacks = [set_clock, *callbacks]
+    learner, data = line_learner(), slope(2)
+    options = {"callbacks": callbacks, "verbose": None, "tracker": False}
+    return in_terminal(lambda: learner.fit(data, epochs, data, **options), width)
 
 
 def test_progress_in_a_terminal_draws_bars_and_erases_them():

@@ -26,6 +26,7 @@ from harness.data.loaders import (
     make_eval_loader,
     make_train_loader,
     num_batches,
+    without_order,
 )
 
 ROWS = 23
@@ -350,13 +351,22 @@ def test_make_eval_loader_keeps_the_order_and_the_short_last_batch():
     assert torch.cat([batch[0] for batch in loader]).tolist() == list(range(70))
 
 
-def test_make_eval_loader_ignores_options_about_order():
+def test_make_eval_loader_warns_of_options_about_order():
+    for order in ({"shuffle": True}, {"sampler": [0]}, {"batch_sampler": [[0]]}):
+        with pytest.warns(
+            UserWarning, match=rf"data: .* got \['{next(iter(order))}'\]"
+        ):
+            loader = make_eval_loader(torch.arange(7), order, "data")
+        assert [batch[0].tolist() for batch in loader] == [list(range(7))]
+    options = {"batch_size": 3, "drop_last": True, "shuffle": False}
+    assert sizes(make_eval_loader(torch.arange(7), options)) == [3, 3]
+
+
+def test_validation_data_have_the_options_of_the_training_data_in_order():
     options: dict[str, Any] = {"batch_size": 3, "shuffle": True, "drop_last": True}
     options["generator"] = torch.Generator()
-    loader = make_eval_loader(torch.arange(7), options)
+    loader = make_eval_loader(torch.arange(7), without_order(options))
     assert [batch[0].tolist() for batch in loader] == [[0, 1, 2], [3, 4, 5], [6]]
-    for order in ({"sampler": [0]}, {"batch_sampler": [[0]]}):
-        assert sizes(make_eval_loader(torch.arange(7), order)) == [7]
 
 
 def test_make_eval_loader_options_for_a_ready_loader_are_ignored_with_a_warning():
