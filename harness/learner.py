@@ -94,6 +94,7 @@ from harness.setup_checks import (
     get_method,
     noting_options,
     parse_epochs,
+    takes_model,
 )
 from harness.steps import ReadBatch
 
@@ -195,15 +196,18 @@ class Learner:
         advice = "Pass them by set_opt_hparams({})."
         check_arguments("set_opt_hparams", build, self.opt_hparams)
         check_given(place, build, self.opt_hparams, advice, 0 if is_own else 1)
+        has_choice = is_own or takes_model(build)
         with explaining_optimizer(model), noting_options(build, self.opt_hparams):
             if is_own:
                 built = build(**self.opt_hparams)
+            elif has_choice:
+                built = build(model, **self.opt_hparams)
             else:
                 own = list_parameters(loss, model).values()
                 params = [*model.parameters(), *own] if own else model.parameters()
                 built = build(params, **self.opt_hparams)
         optimizers = check_optimizers(built, place)
-        if is_own:
+        if has_choice:
             use_copies(optimizers, self.loss, loss, model)
             warn_of_untrained(optimizers, loss, model)
         return optimizers
@@ -498,9 +502,11 @@ def setup(
         ``loss(pred, target)``, which returns a scalar; None: the model's own ``loss`` or
         ``step``.
     optimizer
-        Optimizer class, called with ``(parameters, **opt_hparams)``. None: the model's own
-        ``set_optimizers(**opt_hparams)``, which may return several by name. ``"config"``:
-        the optimizer in the config of a ``DeepSpeedAccelerator``.
+        Optimizer class, or a function that returns an optimizer or several by name. It is
+        called with ``(parameters, **opt_hparams)``; a function whose first parameter is
+        called ``model`` gets the model. Options of a ``functools.partial`` become
+        ``opt_hparams``. None: the model's own ``set_optimizers(**opt_hparams)``.
+        ``"config"``: the optimizer in the config of a ``DeepSpeedAccelerator``.
     metrics
         torchmetrics objects or functions ``f(pred, target)``: one, a list, a dict by name,
         or a ``MetricSet``.
@@ -532,6 +538,10 @@ def setup(
     """
     check_setup(module, loss, optimizer, backward, batch)
     check_compile(compile)
+    opt_hparams: Mapping[str, object] = {}
+    made_of: object = optimizer
+    if isinstance(made_of, partial) and not made_of.args:
+        optimizer, opt_hparams = made_of.func, made_of.keywords
     learner = Learner(
         module=module,
         loss=loss,
@@ -541,7 +551,7 @@ def setup(
         batch=batch,
         compile=compile,
         hparams={},
-        opt_hparams={},
+        opt_hparams=opt_hparams,
     )
     if isinstance(module, type):
         check_definition(module, loss, optimizer)

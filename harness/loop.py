@@ -49,6 +49,7 @@ from harness.steps import (
     default_step,
     get_reader,
     own_step,
+    switch_optimizers,
 )
 
 if TYPE_CHECKING:
@@ -483,6 +484,8 @@ def start_batches(ctx: Context) -> Iterator[Any]:
     assert train_pass is not None
     if resume is None:
         return train_pass.start()
+    if resume.position.phase == "valid":
+        switch_optimizers(ctx, is_training=False)  # as they were when it was saved
     resume.restore(ctx)
     ctx.trained = resume.position.iter
     if resume.position.phase == "valid":

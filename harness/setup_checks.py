@@ -52,15 +52,7 @@ def check_setup(
     if not callable(module):
         msg = f"setup(module): expected an nn.Module class or factory, got {module!r}."
         raise TypeError(f"{msg} Pass the class of your model.")
-    if isinstance(optimizer, Optimizer):
-        name = type(optimizer).__name__
-        msg = f"setup(optimizer): expected a class, got an instance of {name}."
-        raise TypeError(
-            f"{msg} Pass torch.optim.{name}, and its options to set_opt_hparams()."
-        )
-    if optimizer is not None and optimizer != "config" and not callable(optimizer):
-        msg = f"setup(optimizer): expected a class or 'config', got {optimizer!r}."
-        raise TypeError(f"{msg} Pass for example torch.optim.AdamW.")
+    _check_optimizer(optimizer)
     if isinstance(loss, type):
         msg = f"setup(loss): expected an instance, got the class {loss.__name__}."
         raise TypeError(f"{msg} Write {loss.__name__}().")
@@ -74,6 +66,48 @@ def check_setup(
         "Leave it out for the accelerator's backward.",
     )
     _check_function("setup(batch)", batch, "batch", "It returns (input, target).")
+
+
+def _check_optimizer(optimizer: object) -> None:
+    """Check that it is a class, a function, ``"config"`` or None."""
+    if hasattr(optimizer, "param_groups") and not isinstance(optimizer, type):
+        kind = type(optimizer)
+        options = ", ".join(f"{n}={v!r}" for n, v in _list_options(optimizer).items())
+        where = "torch.optim." if kind.__module__.startswith("torch.optim") else ""
+        msg = f"setup(optimizer): expected a class, got an instance of {kind.__name__}."
+        why = "Each fit trains a model of its own, with an optimizer of its own."
+        way = f"Pass {where}{kind.__name__}, and set_opt_hparams({options})."
+        raise TypeError(f"{msg} {why} {way}")
+    if isinstance(optimizer, Mapping | list | tuple):
+        kind = type(optimizer)
+        msg = f"setup(optimizer): expected a class or function, got a {kind.__name__}."
+        advice = (
+            "For several optimizers, pass a function of the model that returns them"
+        )
+        raise TypeError(f"{msg} {advice} by name.")
+    if optimizer is not None and optimizer != "config" and not callable(optimizer):
+        near = ""
+        if isinstance(optimizer, str):
+            names = {name.lower(): name for name in dir(torch.optim)}
+            near = names.get(optimizer.lower(), "")
+        msg = f"setup(optimizer): expected a class or 'config', got {optimizer!r}."
+        raise TypeError(f"{msg} Pass for example torch.optim.{near or 'AdamW'}.")
+
+
+def _list_options(optimizer: object) -> dict[str, object]:
+    """Options that an optimizer was made with, where they are not the default ones."""
+    defaults = getattr(optimizer, "defaults", {})
+    known = _get_parameters(type(optimizer)) or {}
+    return {
+        name: value
+        for name, value in defaults.items()
+        if name in known and repr(known[name].default) != repr(value)
+    }
+
+
+def takes_model(build: Callable[..., object]) -> bool:
+    """Whether the first parameter of a function that makes optimizers is called ``model``."""
+    return next(iter(_get_parameters(build) or {}), None) == "model"
 
 
 def _check_function(place: str, function: object, argument: str, advice: str) -> None:

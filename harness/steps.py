@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.accelerators.base import StepOpt, default_step_opt
+from harness.accelerators.base import StepOpt, default_step_opt, has_modes
 from harness.context import Context
 from harness.data.batch import Batch, as_scalar, describe, missing_target_error
 from harness.events import nearest
@@ -350,6 +350,13 @@ class _Section:
         if self._inside is not None:
             inside, self._inside = self._inside, None
             inside.__exit__(None, None, None)
+
+
+def switch_optimizers(ctx: Context, *, is_training: bool) -> None:
+    """Tell the optimizers of a fit that have ``train()`` and ``eval()`` what follows."""
+    for opt in ctx.optimizers.values():
+        if has_modes(opt):
+            opt.train() if is_training else opt.eval()  # type: ignore[attr-defined]
 
 
 def get_rest(ctx: StepContext, num_needed: int) -> Sequence[object]:

@@ -41,6 +41,14 @@ def needs_closure(opt: Any) -> bool:
     )
 
 
+def has_modes(opt: object) -> bool:
+    """Whether an optimizer trains and evaluates with different weights, by its own methods.
+
+    Schedule-free optimizers do: ``train()`` and ``eval()`` change the weights.
+    """
+    return all(callable(getattr(opt, name, None)) for name in ("train", "eval"))
+
+
 def ignore_step(name: str) -> None:
     """Do nothing at a step."""
 

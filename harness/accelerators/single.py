@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from functools import partial
+from functools import partial, wraps
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -144,6 +144,35 @@ def with_dense_grad(param: Tensor) -> Tensor:
     return stand_in
 
 
+class _StepHook:
+    """Calls a function after each step of an optimizer that is none of torch's."""
+
+    def __init__(self, opt: Any, function: Callable[[], object]) -> None:
+        self._opt, step = opt, opt.step
+
+        @wraps(step)
+        def step_and_call(*args: Any, **kwargs: Any) -> Any:
+            returned = step(*args, **kwargs)
+            function()
+            return returned
+
+        opt.step = step_and_call
+
+    def remove(self) -> None:
+        """Give the optimizer its own ``step`` back."""
+        del self._opt.step
+
+
+def _hook_step(
+    opt: Any, function: Callable[..., object]
+) -> RemovableHandle | _StepHook:
+    """Call a function after each step of an optimizer."""
+    if not hasattr(opt, "register_step_post_hook"):
+        return _StepHook(opt, function)
+    handle: RemovableHandle = opt.register_step_post_hook(function)
+    return handle
+
+
 _KnownLayout = tuple[Tensor, list[list[int]], list[list[int]]]
 """Layout, members of the groups, and the ids of the parameters that these are of."""
 
@@ -206,7 +235,7 @@ class SingleDevice:
         self._model: nn.Module | None = None
         self._optimizers: dict[str, torch.optim.Optimizer] = {}
         self._done: dict[str, int] = {}
-        self._hooks: list[RemovableHandle] = []
+        self._hooks: list[RemovableHandle | _StepHook] = []
         self._others: dict[str, list[Tensor]] = {}
         self._known_layouts: dict[str, _KnownLayout] = {}
         self._scalers: dict[str, LossScaler] = {}
@@ -242,7 +271,7 @@ class SingleDevice:
             self._scalers = {name: LossScaler(self.device) for name in self._optimizers}
         for name, opt in self._optimizers.items():
             self._place_state(opt)
-            self._hooks.append(opt.register_step_post_hook(self._make_counter(name)))
+            self._hooks.append(_hook_step(opt, self._make_counter(name)))
         return model, self._optimizers, list(loaders)
 
     def _check_closures(self, optimizers: Mapping[str, Any]) -> None:

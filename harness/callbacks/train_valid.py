@@ -5,10 +5,14 @@ from __future__ import annotations
 from torch import nn
 
 from harness.callback import Callback
+from harness.steps import switch_optimizers
 
 
 class TrainValid(Callback):
     """Switches the model, and a loss that is a module, between ``train()`` and ``eval()``.
+
+    Optimizers that have both methods, as schedule-free ones do, are told too. They are in
+    evaluation mode from the end of an epoch's training to the next one, and in the end.
 
     References
     ----------
@@ -30,10 +34,19 @@ class TrainValid(Callback):
     def on_train_begin(self) -> None:
         """Training mode: dropout is on, batch statistics are updated."""
         self._switch(True)
+        switch_optimizers(self.ctx, is_training=True)
+
+    def on_train_end(self) -> None:
+        """Evaluation mode of the optimizers, for what is validated and saved."""
+        switch_optimizers(self.ctx, is_training=False)
 
     def on_valid_begin(self) -> None:
         """Evaluation mode."""
         self._switch(False)
+
+    def on_fit_end(self) -> None:
+        """Evaluation mode of the optimizers, also after an epoch that ended early."""
+        switch_optimizers(self.ctx, is_training=False)
 
     def on_predict_begin(self) -> None:
         """Evaluation mode."""

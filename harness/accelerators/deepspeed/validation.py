@@ -18,7 +18,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils.data import IterableDataset, Subset
 
-from harness.accelerators.base import needs_closure
+from harness.accelerators.base import has_modes, needs_closure
 from harness.accelerators.deepspeed.config import ConfigFacts, fill_config, zero_stage
 from harness.accelerators.deepspeed.library import find_config_error
 from harness.data.loaders import num_batches
@@ -186,7 +186,8 @@ def check_deepspeed_optimizers(
     ------
     ValueError
         If there is none, or both learner and config have one, or two own the same
-        parameter, or one needs a closure, cannot be divided or has only frozen parameters.
+        parameter, or one needs a closure, has modes, cannot be divided or has only frozen
+        parameters.
     """
     _check_one_source(optimizers, config)
     for name, opt in optimizers.items():
@@ -213,6 +214,13 @@ def _check_optimizer(name: str, opt: Any, config: Mapping[str, Any]) -> None:
         kind = type(opt).__name__
         msg = f"prepare({name!r}): expected an optimizer without a closure, got {kind}."
         raise ValueError(f"{msg} DeepSpeed cannot step it: train on one device.")
+    if has_modes(opt):
+        kind = type(opt).__name__
+        msg = f"prepare({name!r}): expected an optimizer without train() and eval()"
+        advice = (
+            "Engines keep copies of the weights, which it changes: train on one device."
+        )
+        raise ValueError(f"{msg}, got {kind}. {advice}")
     stage = zero_stage(config)
     is_allowed = config.get("zero_allow_untested_optimizer", False)
     if stage and not is_elementwise(opt) and not is_allowed:

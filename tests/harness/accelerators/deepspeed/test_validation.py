@@ -190,3 +190,17 @@ def test_warm_up_takes_its_rate_from_the_optimizer(make: Any) -> None:
     scheduler = {"type": "WarmupLR", "params": params}
     _, opts, _ = make(1, scheduler=scheduler).prepare(model, adam(model))
     assert opts["opt"].param_groups[0]["lr"] == 0.0
+
+
+def test_optimizer_with_modes_is_refused(make: Any) -> None:
+    class HasModes(torch.optim.SGD):
+        def train(self) -> None: ...
+
+        def eval(self) -> None: ...
+
+    model = Net()
+    opt = HasModes(model.parameters(), lr=0.1)
+    with pytest.raises(
+        ValueError, match=r"expected an optimizer without train\(\) and eval\(\)"
+    ):
+        make(0).prepare(model, {"opt": opt})
