@@ -20,7 +20,7 @@ from harness.data.loaders import Data
 from harness.errors import ExperimentError
 from harness.events import nearest
 from harness.fitted import Fitted
-from harness.learner import Learner
+from harness.learner import Learner, Start
 from harness.run_binding import Tracker
 
 
@@ -32,7 +32,7 @@ class Experiment:
     ----------
     learner
         From ``harness.setup``.
-    data, valid_data, epochs, callbacks, seed, dataloader_options, accelerator
+    data, valid_data, epochs, callbacks, seed, dataloader_options, accelerator, start
         As in ``Learner.fit``.
     test_data
         Data for ``harness evaluate``; None: `valid_data`.
@@ -53,6 +53,7 @@ class Experiment:
     seed: int | None = None
     dataloader_options: Mapping[str, object] | None = None
     accelerator: Accelerator | None = None
+    start: Start = None
 
     def __post_init__(self) -> None:
         """Refuse anything but a learner here, before the command line uses it."""
@@ -79,6 +80,7 @@ class Experiment:
             dataloader_options=self.dataloader_options,
             seed=self.seed,
             tracker=tracker,
+            start=self.start,
         )
 
 

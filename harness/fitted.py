@@ -122,6 +122,8 @@ class Fitted:
         Signal that ended the fit early, 2 for Ctrl-C; None without a signal.
     best_epoch : int or None
         Epoch of the weights, if ``KeepBestModel`` restored the best ones.
+    start : WeightsReport or None
+        What became of the weights that the fit started from, by ``fit(start=...)``.
     """
 
     model: nn.Module
@@ -135,6 +137,7 @@ class Fitted:
     best_epoch: int | None = None
     loss: Callable[..., Tensor] | None = field(default=None, repr=False)
     batch_options: Mapping[str, object] = field(default_factory=dict, repr=False)
+    start: WeightsReport | None = field(default=None, repr=False)
 
     @property
     def is_interrupted(self) -> bool:
@@ -163,6 +166,34 @@ class Fitted:
         rows = self.get_metrics().itertuples(index=False, name=None)
         figure: Figure = plot_curves(rows, path)
         return figure
+
+    def fit(
+        self,
+        data: Data,
+        epochs: int | tuple[int, int] = 10,
+        valid_data: Data = None,
+        **options: Any,
+    ) -> Fitted:
+        """Train a copy of this model further; this result stays as it is.
+
+        The fit is a new one: of the same learner, with a new optimizer, records from epoch
+        1, and a run of its own. A loss with a state continues with what it has learned.
+
+        Parameters
+        ----------
+        data, epochs, valid_data, **options
+            As in ``Learner.fit``.
+
+        Returns
+        -------
+        Fitted
+
+        Notes
+        -----
+        To continue with the optimizer as it was, keep checkpoints, and pass
+        ``ResumeFromCheckpoint(path, restore_records=False)``.
+        """
+        return self.learner.fit(data, epochs, valid_data, start=self, **options)
 
     def evaluate(self, data: Data, **options: Any) -> Evaluation:
         """Compute losses and metrics on `data`; options as in ``Learner.evaluate``."""
@@ -236,8 +267,9 @@ class Fitted:
         Parameters
         ----------
         path
-            File of ``save_weights`` or any other safetensors file, folder of ``save``, or
-            checkpoint, saved on any number of ranks.
+            File of ``save_weights`` or any other safetensors file, file of ``torch.save``
+            with plain tensors, folder of ``save``, checkpoint, saved on any number of
+            ranks, or folder of checkpoints, of which the newest is used.
         strict
             Refuse different names or shapes; False loads the weights that fit.
 

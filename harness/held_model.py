@@ -41,8 +41,19 @@ def build_own(build: Callable[[], nn.Module]) -> nn.Module:
     )
     if is_new or not _has_other_references(made):
         return made[0]
+    return copy_model(made[0])
+
+
+def copy_model(model: nn.Module) -> nn.Module:
+    """Copy a model that somebody else holds.
+
+    Raises
+    ------
+    TypeError
+        If it cannot be copied.
+    """
     try:
-        return copy.deepcopy(made[0])
+        return copy.deepcopy(model)
     except Exception as error:
         msg = "setup(module): expected a new model for each fit, got one that is held"
         advice = "Build the model inside the function."

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,13 +26,16 @@ from harness.callbacks.resuming import find_resume
 from harness.checkpoint.hparams import HparamSource
 from harness.checkpoint.objects import ObjectSource
 from harness.checkpoint.search import find_loss_modules
+from harness.checkpoint.start import load_start
 from harness.checkpoint.state import (
     describe_fit,
     get_extra_states,
     set_extra_states,
 )
 from harness.checkpoint.weights import (
+    WeightsReport,
     find_model_class,
+    get_tensors,
     load_weights,
     read_saved_model,
 )
@@ -50,7 +53,7 @@ from harness.data.loaders import (
 )
 from harness.errors import CheckpointError
 from harness.fitted import Evaluation, Fitted
-from harness.held_model import build_own
+from harness.held_model import build_own, copy_model
 from harness.loop import EvaluateContext, FitContext, PredictContext
 from harness.loss import (
     check_parameters,
@@ -74,6 +77,7 @@ from harness.run_binding import (
     get_code_commit,
     log_description,
     make_null_run,
+    report_start,
     start_tracking,
 )
 from harness.setup_checks import (
@@ -88,8 +92,10 @@ from harness.setup_checks import (
     check_loss,
     check_loss_items,
     check_model,
+    check_model_names,
     check_optimizers,
     check_setup,
+    check_start,
     explaining_optimizer,
     get_method,
     noting_options,
@@ -98,8 +104,18 @@ from harness.setup_checks import (
 )
 from harness.steps import ReadBatch
 
-if TYPE_CHECKING:
-    pass
+Start = Fitted | nn.Module | Mapping[str, object] | str | Path | None
+"""What a fit may start from: a result, a model, a state dict, or the path of weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Began:
+    """Model and loss at the beginning of a fit, and what became of start weights."""
+
+    model: nn.Module
+    loss: Callable[..., Tensor] | None
+    report: WeightsReport | None = None
+    name: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,6 +182,15 @@ class Learner:
         check_definition(model, self.loss, self.optimizer)
         return model
 
+    def _copy_model(self, fitted: Fitted) -> nn.Module:
+        """Copy a trained model, with all that the user changed about it."""
+        if self.optimizer is None and not hasattr(fitted.model, "set_optimizers"):
+            msg = "fit: expected an optimizer in the learner of this result, got none."
+            advice = "Train with one that has it: learner.fit(data, start=fitted)."
+            raise ValueError(f"{msg} {advice}")
+        check_definition(fitted.model, self.loss, self.optimizer)
+        return copy_model(fitted.model)
+
     def _call_module(self) -> nn.Module:
         with noting_options(self.module, self.hparams):
             model = self.module(**self.hparams)
@@ -224,6 +249,8 @@ class Learner:
         dataloader_options: Mapping[str, object] | None = None,
         seed: int | None = None,
         tracker: Tracker = None,
+        start: Start = None,
+        strict: bool | None = None,
     ) -> Fitted:
         """Train a new model.
 
@@ -253,6 +280,15 @@ class Learner:
             None: a new run in ``./runs`` and in MLflow's default store. A dict: the same
             with these arguments of ``tracking.start``. False: no tracking. A
             ``tracking.Run``: that run, which stays open.
+        start
+            Weights that the new model starts from: of a ``Fitted``, of another model, a
+            state dict, or a path. That is a file of safetensors or of ``torch.save`` with
+            plain tensors, a folder of ``Fitted.save``, a checkpoint, or a folder of those.
+            A ``Fitted`` of this learner is copied whole, as by ``Fitted.fit``.
+        strict
+            True refuses weights that do not all fit the model. Otherwise those of the same
+            name and shape are loaded, and ``fitted.start`` and the run say which. None: if
+            not all fit, a warning says it too.
 
         Returns
         -------
@@ -262,6 +298,8 @@ class Learner:
         ------
         TypeError, ValueError
             Before any epoch runs, if an argument is wrong.
+        CheckpointError
+            Before any epoch runs, if `start` has no weights that fit.
 
         References
         ----------
@@ -279,12 +317,13 @@ class Learner:
         train, valid = build_loaders(data, valid_data, dataloader_options)
         check_config_optimizer(self.optimizer, accelerator)
         resume = find_resume(callbacks)
-        model = self.build_model()
+        began = self._begin(start, strict, accelerator)
+        model = began.model
         if resume is not None and resume.is_weights_only:
             load_weights(model, resume.path)
         if self.compile is not False:
             model.compile(**check_compile(self.compile))
-        loss = make_loss(self.loss, model, accelerator.device)
+        loss = make_loss(began.loss, model, accelerator.device)
         check_parameters(loss, model, accelerator)
         if self.batch is None:
             check_loss_items(model, loss, num_items(train))
@@ -312,8 +351,10 @@ class Learner:
                 is_described = resume is not None and resume.is_recorded_in(ctx.run)
                 if ctx.run.id is not None and not is_described:
                     log_description(ctx, seed)
+                if began.report is not None and not is_described:
+                    report_start(ctx, began.name, began.report)
                 loop.fit(ctx)
-            fitted = self._make_fitted(ctx, get_batch_options(train))
+            fitted = self._make_fitted(ctx, get_batch_options(train), began.report)
         except BaseException:
             accelerator.finish(failed=True)
             raise
@@ -321,6 +362,31 @@ class Learner:
         ctx.clean()
         ctx.model = None  # unbinds it
         return fitted
+
+    def _begin(
+        self, start: Start, strict: bool | None, accelerator: Accelerator
+    ) -> _Began:
+        """Build the model of a fit, with the weights that it starts from."""
+        check_start(start, strict)
+        if start is None:
+            return _Began(model=self.build_model(), loss=self.loss)
+        name, loss = describe_start(start), self.loss
+        if isinstance(start, Fitted):
+            loss = self._choose_loss(start)
+            if start.learner is self:
+                model = self._copy_model(start)
+                report = WeightsReport(loaded=tuple(get_tensors(model)))
+                return _Began(model=model, loss=loss, report=report, name=name)
+        weights = start.model if isinstance(start, Fitted) else start
+        model = self.build_model()
+        report = load_start(model, weights, accelerator, strict=bool(strict))
+        if strict is None and not report.is_complete and accelerator.is_main:
+            msg = (
+                f"fit(start={name}): expected weights of the whole model, got {report}."
+            )
+            advice = "The rest of the model is new. Pass strict=False if that is right."
+            warnings.warn(f"{msg} {advice}", stacklevel=3)
+        return _Began(model=model, loss=loss, report=report, name=name)
 
     def _get_backward(self, ctx: Context) -> Callable[[Tensor], object]:
         """Return the user's backward if there is one, or else the accelerator's."""
@@ -336,7 +402,9 @@ class Learner:
 
         return backward
 
-    def _make_fitted(self, ctx: FitContext, batch_options: Options) -> Fitted:
+    def _make_fitted(
+        self, ctx: FitContext, batch_options: Options, start: WeightsReport | None
+    ) -> Fitted:
         """Gather the weights and build the result, with the model on the CPU."""
         accelerator, model = ctx.accelerator, ctx.model
         assert accelerator is not None
@@ -362,6 +430,41 @@ class Learner:
             run_path=ctx.run.path,
             signum=ctx.stop_signal,
             best_epoch=ctx.buffers.get("best_epoch"),
+            start=start,
+        )
+
+    def with_model(self, model: nn.Module) -> Fitted:
+        """Return a result around a model that was trained elsewhere, without records.
+
+        It evaluates and predicts with the model, and trains a copy of it further.
+
+        Parameters
+        ----------
+        model
+            Used as it is, and not copied.
+
+        Raises
+        ------
+        TypeError
+            If it is no model, or uses a name of ``harness`` for something else.
+
+        Examples
+        --------
+        >>> net = nn.Linear(2, 1)  # of another program
+        >>> learner = setup(lambda: net, loss=nn.MSELoss())
+        >>> learner.with_model(net).predict(torch.zeros(3, 2)).shape
+        torch.Size([3, 1])
+        """
+        if not isinstance(model, nn.Module):
+            msg = f"with_model(model): expected an nn.Module, got {model!r:.100}."
+            raise TypeError(f"{msg} Pass the trained model.")
+        check_model_names(model)
+        return Fitted(
+            model=model,
+            records={},
+            learner=self,
+            hparams=dict(self.hparams),
+            opt_hparams=dict(self.opt_hparams),
         )
 
     def evaluate(
@@ -556,6 +659,15 @@ def setup(
     if isinstance(module, type):
         check_definition(module, loss, optimizer)
     return learner
+
+
+def describe_start(start: Start) -> str:
+    """Name the weights that a fit starts from: run, class or path."""
+    if isinstance(start, Fitted):
+        return f"run {start.run_id}" if start.run_id else type(start.model).__name__
+    if isinstance(start, nn.Module):
+        return type(start).__name__
+    return f"{len(start)} tensors" if isinstance(start, Mapping) else repr(str(start))
 
 
 def build_loaders(

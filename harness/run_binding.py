@@ -10,12 +10,14 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 import tracking
+from harness.checkpoint.weights import WeightsReport
 from harness.context import Context
 from harness.data.loaders import describe_data
 from harness.pytree import Options
 from harness.records import NullRun
 from harness.setup_checks import check_arguments
 from tracking import capture
+from tracking.errors import escape_control, write_stderr
 from tracking.schema import flatten_value
 
 Tracker = tracking.Run | Mapping[str, object] | bool | None
@@ -134,6 +136,21 @@ def log_description(ctx: Context, seed: int | None) -> None:
     if ctx.valid_data is not None:
         run.log_input("valid", "validation", **describe_data(ctx.valid_data))
     run.log_text(str(model), "model.txt")
+
+
+def report_start(ctx: Context, name: str, report: WeightsReport) -> None:
+    """Record which weights the fit started from, and show it where progress is shown."""
+    assert ctx.accelerator is not None
+    if not ctx.accelerator.is_main:
+        return
+    lines = [f"fit started from {name}: {report}"]
+    if ctx.verbose:
+        write_stderr(f"{escape_control(lines[0])}\n")
+    for kind in ("loaded", "missing", "unexpected", "mismatched"):
+        names = getattr(report, kind)
+        lines += [f"\n{kind}:", *(f"  {own}" for own in names)] if names else []
+    ctx.run.log_text("\n".join(lines) + "\n", "start.txt")
+    ctx.run.set_tags({"started_from": name})
 
 
 def as_param(value: object) -> str | int | float | bool:

@@ -457,6 +457,28 @@ def check_definition(model: nn.Module | type, loss: object, optimizer: object) -
         )
 
 
+def check_start(start: object, strict: object) -> None:
+    """Check ``fit(start=..., strict=...)``.
+
+    Raises
+    ------
+    TypeError
+        If `start` is nothing that has weights, or `strict` is no bool.
+    """
+    has_weights = hasattr(start, "model") or isinstance(
+        start, nn.Module | Mapping | str | os.PathLike
+    )
+    if start is not None and (not has_weights or isinstance(start, type)):
+        msg = f"fit(start): expected weights to start from, got {start!r:.100}."
+        raise TypeError(f"{msg} Pass a result of fit, a model, a state dict or a path.")
+    if strict is not None and not isinstance(strict, bool):
+        msg = f"fit(strict): expected True, False or None, got {strict!r}."
+        raise TypeError(f"{msg} True refuses weights that do not all fit.")
+    if start is None and strict is not None:
+        msg = f"fit(strict): expected start=... with it, got strict={strict!r} alone."
+        raise ValueError(f"{msg} Pass what the fit starts from.")
+
+
 def check_call_arguments(
     place: str,
     *,

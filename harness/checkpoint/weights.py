@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import pickle
+import re
 import sys
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +26,8 @@ from harness.checkpoint.format import (
     MANIFEST,
     FileInfo,
     describe_file,
+    find_newest,
+    list_checkpoints,
     read_rank,
     verify_checkpoint,
     verify_file,
@@ -42,6 +47,12 @@ from tracking.errors import describe_mismatch
 
 SAVED_MODEL_FORMAT = 1
 """Version of the folder of a saved model."""
+
+TORCH_SUFFIXES = frozenset({".pt", ".pth", ".bin", ".ckpt", ".tar"})
+"""Endings of files of ``torch.save``, if their content does not tell it."""
+
+NESTED = ("state_dict", "model_state_dict", "model")
+"""Keys below which programs save the state dict of a model, beside other things."""
 
 SAVED_WEIGHTS, SAVED_MODEL = "model.safetensors", "fitted.json"
 """Files of a saved model."""
@@ -106,8 +117,9 @@ def load_weights(model: nn.Module, path: Path, *, strict: bool = True) -> Weight
     model
         Changed in place, unless `strict` refuses.
     path
-        File of ``save_weights`` or any other safetensors file, folder of ``Fitted.save``,
-        or checkpoint, saved on any number of ranks.
+        File of ``save_weights`` or any other safetensors file, file of ``torch.save`` with
+        plain tensors, folder of ``Fitted.save``, checkpoint, saved on any number of ranks,
+        or folder of checkpoints, of which the newest is used.
     strict
         Refuse names or shapes that differ; False loads what fits.
 
@@ -116,9 +128,16 @@ def load_weights(model: nn.Module, path: Path, *, strict: bool = True) -> Weight
     CheckpointError
         If there are no weights at `path`, or, with `strict`, they do not fit.
     """
-    saved = _read_weights(path, model)
+    place = f"load_weights({str(path)!r})"
+    return put_weights(model, read_weights(path, model, place), place, strict=strict)
+
+
+def put_weights(
+    model: nn.Module, saved: Mapping[str, Tensor], place: str, *, strict: bool
+) -> WeightsReport:
+    """Copy weights into a model, by name; `place` and errors as of ``load_weights``."""
     shape_lazy_parameters(model, saved)
-    live = _get_tensors(model)
+    live = get_tensors(model)
     both = [name for name in live if name in saved]
     taken = {id(live[name]) for name in both}  # tied weights have several names
     report = WeightsReport(
@@ -128,7 +147,7 @@ def load_weights(model: nn.Module, path: Path, *, strict: bool = True) -> Weight
         mismatched=tuple(n for n in both if saved[n].shape != live[n].shape),
     )
     if strict and not report.is_complete:
-        msg = f"load_weights({str(path)!r}): expected weights of this model, got {report}."
+        msg = f"{place}: expected weights of this model, got {report}."
         raise CheckpointError(f"{msg} Set strict=False to load what fits.")
     with torch.no_grad():
         for name in report.loaded:
@@ -136,28 +155,65 @@ def load_weights(model: nn.Module, path: Path, *, strict: bool = True) -> Weight
     return report
 
 
-def _get_tensors(model: nn.Module) -> dict[str, Tensor]:
+def get_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Live tensors of the state dict."""
     state = model.state_dict(keep_vars=True)
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
-def _read_weights(path: Path, model: nn.Module) -> dict[str, Tensor]:
+def read_weights(path: Path, model: nn.Module, place: str) -> dict[str, Tensor]:
+    """Read the weights at a path, for a model; see ``load_weights``. No code runs."""
+    if path.is_dir() and list_checkpoints(path):
+        newest, errors = find_newest(path)
+        if newest is None:
+            raise errors[0]
+        path = newest
     if (path / MANIFEST).is_file():
-        return _read_checkpoint_weights(path, model)
+        return _read_checkpoint_weights(path, model, place)
     if (path / SAVED_MODEL).is_file():
-        return read_saved_model(path)[0]
+        return find_tensors(read_saved_model(path)[0])
+    if path.is_file() and _is_of_torch(path):
+        return _read_torch(path, place)
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        msg = f"load_weights({str(path)!r}): expected weights, got: {error}."
-        raise CheckpointError(
-            f"{msg} Pass a safetensors file, a saved model or a checkpoint."
-        ) from error
+        msg = f"{place}: expected weights, got: {error}."
+        advice = (
+            "Pass a file of safetensors or torch.save, a saved model or a checkpoint."
+        )
+        raise CheckpointError(f"{msg} {advice}") from error
 
 
-def _read_checkpoint_weights(path: Path, model: nn.Module) -> dict[str, Tensor]:
-    """Read the weights of a checkpoint, put together from those of all ranks."""
+def _is_of_torch(path: Path) -> bool:
+    return zipfile.is_zipfile(path) or path.suffix in TORCH_SUFFIXES
+
+
+def _read_torch(path: Path, place: str) -> dict[str, Tensor]:
+    """Read a file of ``torch.save``; anything but tensors and plain values is refused."""
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251  runs no code
+        return find_tensors(found)
+    except (pickle.UnpicklingError, EOFError, OSError, *STATE_ERRORS) as error:
+        kinds = re.findall(r"GLOBAL (\S+)", str(error))  # torch advises to run its code
+        got = f"an object of {kinds[0]}" if kinds else f"{error!s:.100}"
+        msg = f"{place}: expected plain tensors, got {got}."
+        advice = "Save model.state_dict(), by torch.save or safetensors."
+        raise CheckpointError(f"{msg} {advice}") from error
+
+
+def find_tensors(found: Mapping[str, object]) -> dict[str, Tensor]:
+    """Tensors of a state dict by name, also if it is below a key that many programs use."""
+    tensors = {n: value for n, value in found.items() if isinstance(value, Tensor)}
+    for key in NESTED if not tensors else ():
+        nested = found.get(key)
+        if isinstance(nested, Mapping):
+            return find_tensors(nested)
+    return tensors
+
+
+def _read_checkpoint_weights(
+    path: Path, model: nn.Module, place: str
+) -> dict[str, Tensor]:
     ranks = range(verify_checkpoint(path).world_size)
     try:
         states = [
@@ -165,10 +221,10 @@ def _read_checkpoint_weights(path: Path, model: nn.Module) -> dict[str, Tensor]:
         ]
         found = ConsolidatedState(states).state_dict()
     except STATE_ERRORS as error:
-        msg = f"load_weights({str(path)!r}): expected weights, got none: {error!r}."
+        msg = f"{place}: expected weights, got none: {error!r}."
         raise CheckpointError(f"{msg} Take another checkpoint.") from error
     # A checkpoint also holds the buffers that a state dict leaves out.
-    kept = _get_tensors(model)
+    kept = get_tensors(model)
     left_out = {name for name, _ in model.named_buffers() if name not in kept}
     return {name: value for name, value in found.items() if name not in left_out}
 

@@ -23,6 +23,7 @@ from harness.callbacks import (
     StochasticWeightAveraging,
     SystemMetrics,
 )
+from harness.errors import CheckpointError
 from tests.harness.accelerators.cases import Lab
 from tests.harness.accelerators.fits import data, fitted, learner
 from tests.harness.exact import Stop, same_bits
@@ -151,6 +152,25 @@ def case_norms_of_gradients_are_recorded(lab: Lab) -> None:
         found = both(lab, lambda: [GradientClip(0.1)])
         assert "grad_norm" in found[1].records["metrics"]["train"][0]
         check_close(lab, *found)
+
+
+def case_fit_goes_on_from_a_result(lab: Lab) -> None:
+    first = fitted(lab, SingleDevice("cpu"), ROWS)
+    wanted = fitted(lab, SingleDevice("cpu"), ROWS, start=first, strict=True)
+    per_rank = ROWS // lab.world
+    found = fitted(lab, lab.make(), per_rank, start=first, strict=True)
+    check_close(lab, wanted, found)
+    weights = {n: own.clone() for n, own in found.model.state_dict().items()}
+    again = fitted(lab, lab.make(), per_rank, start=found.model.state_dict())
+    more = found.fit(data(128), 1, accelerator=lab.make(), tracker=False, verbose=False)
+    assert more.start is not None
+    assert more.start.is_complete
+    after = found.model.state_dict()
+    assert all(same_bits(after[name], own) for name, own in weights.items())
+    assert again.start is not None
+    bad = {"layers.0.bias": torch.zeros(8 if lab.rank else 3)}
+    with pytest.raises(CheckpointError, match=r"fit\(start"):
+        fitted(lab, lab.make(), per_rank, start=bad, strict=False)
 
 
 CASES: dict[str, Callable[[Lab], None]] = {
