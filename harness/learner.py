@@ -348,7 +348,7 @@ class Learner:
                 resume.check(ctx)
                 ctx.resume = resume
             with start_tracking(ctx, tracker):
-                is_described = resume is not None and resume.is_recorded_in(ctx.run)
+                is_described = resume is not None and resume.continues(ctx.run)
                 if ctx.run.id is not None and not is_described:
                     log_description(ctx, seed)
                 if began.report is not None and not is_described:

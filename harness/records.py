@@ -242,9 +242,12 @@ class NullRun:
     ----------
     id, path, mlflow_run_id
         None: there is no run.
+    fit
+        1: nothing is recorded of an earlier fit.
     """
 
     id: None = None
+    fit: int = 1
     path: None = None
     mlflow_run_id: None = None
 
@@ -279,11 +282,16 @@ class NullRun:
         """Position before the first row."""
         return -1
 
+    def begin_fit(self, number: int | None = None) -> int:
+        """Return the number, or 1."""
+        return number or 1
+
     def _drop(self, *_: object, **__: object) -> None:
         pass
 
     log_params = set_tags = log_input = log_artifact = log_figure = log_text = _drop
     flush = rewind = restore_indices = save_manifest = deliver = finish = _drop
+    end_fit = _drop
 
 
 def metrics_frame(records: Records) -> pd.DataFrame:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 import tracking
+from harness.checkpoint.state import begin_fit
 from harness.checkpoint.weights import WeightsReport
 from harness.context import Context
 from harness.data.loaders import describe_data
@@ -17,7 +18,8 @@ from harness.pytree import Options
 from harness.records import NullRun
 from harness.setup_checks import check_arguments
 from tracking import capture
-from tracking.errors import escape_control, write_stderr
+from tracking.errors import RunClosedError, escape_control, write_stderr
+from tracking.journal.fits import name_in_fit
 from tracking.schema import flatten_value
 
 Tracker = tracking.Run | Mapping[str, object] | bool | None
@@ -61,8 +63,8 @@ def start_tracking(ctx: Context, tracker: Tracker) -> Iterator[None]:
         yield
         return
     if isinstance(tracker, tracking.Run):
-        ctx.run = tracker
-        yield
+        with counting_fit(ctx, tracker):
+            yield
         return
     given = tracker if isinstance(tracker, Mapping) else {}
     assert ctx.accelerator is not None
@@ -74,10 +76,24 @@ def start_tracking(ctx: Context, tracker: Tracker) -> Iterator[None]:
     else:
         run = tracking.start(**options | {"rank": rank, "run_id": share(None)})
     with run:
-        ctx.run = run
-        yield
+        with counting_fit(ctx, run) if "run_id" in options else nullcontext():
+            ctx.run = run
+            yield
         if ctx.stop_signal is not None:
             run.finish("killed")
+
+
+@contextmanager
+def counting_fit(ctx: Context, run: tracking.Run) -> Iterator[None]:
+    """Count the fit as another one of a run, unless it continues one that the run has."""
+    ctx.run = run
+    if ctx.resume is None or not ctx.resume.continues(run):
+        begin_fit(ctx)
+    try:
+        yield
+    finally:
+        with suppress(RunClosedError):  # a callback may finish the run
+            run.end_fit()
 
 
 def find_resumed_run(ctx: Context) -> Options:
@@ -135,7 +151,7 @@ def log_description(ctx: Context, seed: int | None) -> None:
     run.log_input("train", "training", **describe_data(ctx.train_data))
     if ctx.valid_data is not None:
         run.log_input("valid", "validation", **describe_data(ctx.valid_data))
-    run.log_text(str(model), "model.txt")
+    run.log_text(str(model), f"{name_in_fit('model', run.fit)}.txt")
 
 
 def report_start(ctx: Context, name: str, report: WeightsReport) -> None:
@@ -149,7 +165,8 @@ def report_start(ctx: Context, name: str, report: WeightsReport) -> None:
     for kind in ("loaded", "missing", "unexpected", "mismatched"):
         names = getattr(report, kind)
         lines += [f"\n{kind}:", *(f"  {own}" for own in names)] if names else []
-    ctx.run.log_text("\n".join(lines) + "\n", "start.txt")
+    file = f"{name_in_fit('start', ctx.run.fit)}.txt"
+    ctx.run.log_text("\n".join(lines) + "\n", file)
     ctx.run.set_tags({"started_from": name})
 
 

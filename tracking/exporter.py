@@ -12,10 +12,11 @@ import pyarrow as pa
 from pyarrow import csv, dataset, feather, fs, parquet
 
 from tracking.durable import replace_file
+from tracking.journal.fits import align_fits
 from tracking.read import PastRun
 from tracking.read import open as open_run
 from tracking.run import Run
-from tracking.schema import check_path
+from tracking.schema import SCHEMA, check_path
 
 SUFFIXES: Final = (".parquet", ".csv", ".arrow", ".feather")
 
@@ -52,7 +53,8 @@ def export(
 
     Notes
     -----
-    The first column, ``run``, is the id of the run. A local file is replaced only when
+    The first column, ``run``, is the id of the run; ``fit`` is there only if a run has
+    several. A local file is replaced only when
     the new one is complete. In a folder, the files of the exported runs are replaced.
     """
     check_path(path, "export(path)")
@@ -67,8 +69,9 @@ def export(
     system, place = _resolve_target(target)
     if not suffix:
         return sum(_write_partition(run, system, place, superseded) for run in found)
-    table = pa.concat_tables([_read_table(run, superseded) for run in found])
-    table = table.unify_dictionaries()
+    tables = [_read_table(run, superseded) for run in found]
+    tables = align_fits(tables, at=1 + SCHEMA.get_field_index("epoch"))
+    table = pa.concat_tables(tables).unify_dictionaries()
     parent = place.rpartition("/")[0]
     if parent:
         system.create_dir(parent, recursive=True)

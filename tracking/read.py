@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
 from pyarrow import compute as pc
 
+from tracking.journal.fits import COLUMN, Fits, align_fits, get_fits, name_in_fit
 from tracking.journal.reader import read_records
 from tracking.journal.segment import Damage
 from tracking.journal.tombstones import Tombstones
@@ -21,6 +22,8 @@ from tracking.store import (
     list_rank_dirs,
     read_manifests,
 )
+
+FIT: Final = COLUMN.name
 
 
 class PastRun:
@@ -79,16 +82,19 @@ class PastRun:
 
         Returns
         -------
-        table in the schema of ``tracking.schema``
+        table in the schema of ``tracking.schema``; if the run has several fits, with a
+        column ``fit`` before ``epoch``, which counts from 1
         """
         schema = SCHEMA
         if superseded:
             schema = SCHEMA.append(pa.field("superseded", pa.bool_(), nullable=False))
-        tables = [schema.empty_table()]
+        tables = []
         for dir_rank, rank_dir in list_rank_dirs(self.path).items():
             if rank in (None, dir_rank):
                 table = read_records(rank_dir)[0]
-                is_live = _mask_live(table)
+                tombstones = Tombstones()
+                tombstones.add(table)
+                is_live = tombstones.mask_live(table)
                 if superseded:
                     is_superseded = ~(is_live | _mask_control(table))
                     table = table.append_column(
@@ -96,8 +102,10 @@ class PastRun:
                     )
                 elif not is_live.all():
                     table = table.filter(pa.array(is_live))
-                tables.append(_filter_rows(table, what=what, set=set, name=name))
-        return _concat_rows(*tables)
+                tables.append(tombstones.fits.label(table))
+        tables = align_fits(tables, at=SCHEMA.get_field_index("epoch"))
+        tables = [_filter_rows(one, what=what, set=set, name=name) for one in tables]
+        return _concat_rows(*tables) if tables else schema.empty_table()
 
     @property
     def damage(self) -> list[Damage]:
@@ -107,12 +115,16 @@ class PastRun:
 
     @property
     def params(self) -> dict[str, Any]:
-        """Last value of each hyper-parameter."""
+        """Last value of each hyper-parameter.
+
+        One that a later fit has with another value than the first is named after that
+        fit too, such as ``lr_fit2``.
+        """
         return self._last_values("params")
 
     @property
     def tags(self) -> dict[str, Any]:
-        """Last value of each tag."""
+        """Last value of each tag, in all fits."""
         return self._last_values("tags")
 
     def wide(self) -> pa.Table:
@@ -123,16 +135,21 @@ class PastRun:
         table with ``index`` and one float64 column for each numeric metric; null where
         it has no value. If there are several values at one index, the last one of the
         lowest rank is taken. Values of ``log_step``, and metrics that have a step and no
-        index, are at their step, in columns ``<set>/<name>_step``, as in MLflow.
+        index, are at their step, in columns ``<set>/<name>_step``, as in MLflow. If the
+        run has several fits, the first column is ``fit``, and each fit has rows of its
+        own.
         """
-        table = _concat_rows(self.records(what="metrics"), self.records(what="steps"))
+        records = self.records()
+        kinds = [_filter_rows(records, what=what) for what in ("metrics", "steps")]
+        table = _concat_rows(*kinds)
         place = pc.coalesce(table["index"], table["step"])
         is_shown = pc.and_(pc.is_valid(place), pc.is_valid(table["value"]))
         table, index = table.filter(is_shown), place.filter(is_shown).to_numpy()
-        rows, row = np.unique(index, return_inverse=True)
+        fits, rows, row = _number_places(table, index)
         # Ranks are in rising order: written backwards, the lowest rank's value remains.
         order = np.argsort(-table["rank"].to_numpy(), kind="stable")
-        columns: dict[str, pa.Array] = {"index": pa.array(rows)}
+        columns: dict[str, pa.Array] = {} if fits is None else {FIT: pa.array(fits)}
+        columns["index"] = pa.array(rows)
         for key, found in _mask_by_key(table):
             at = order[found[order]]
             values = np.zeros(len(rows))
@@ -143,31 +160,36 @@ class PastRun:
         return pa.table(columns)
 
     def summary(self) -> dict[str, dict[str, float]]:
-        """Return ``last``, ``min``, ``max`` and ``count`` of each metric ``<set>/<name>``."""
+        """Return ``last``, ``min``, ``max`` and ``count`` of each metric ``<set>/<name>``.
+
+        If the run has several fits, the metrics of later ones are named as in MLflow,
+        such as ``valid/loss_fit2``.
+        """
         wide = self.wide()
+        names = wide.column_names
+        fits = wide[FIT] if names[0] == FIT else None
+        keys = names[1:] if fits is None else names[2:]
         found = {}
-        for key in wide.column_names[1:]:
-            values = wide[key].drop_null()
-            limits = pc.min_max(values)
-            found[key] = {
-                "last": values[-1].as_py(),
-                "min": limits["min"].as_py(),
-                "max": limits["max"].as_py(),
-                "count": len(values),
-            }
+        for fit in [1] if fits is None else pc.unique(fits).to_pylist():
+            rows = wide if fits is None else wide.filter(pc.equal(fits, fit))
+            for key in keys:
+                values = rows[key].drop_null()
+                if len(values):
+                    found[name_in_fit(key, fit)] = _summarize(values)
         return found
 
     def __repr__(self) -> str:
         return f"<PastRun {self.id}>"
 
     def _last_values(self, what: str) -> dict[str, Any]:
-        table = self.records(what=what, rank=0).select(
-            ["name", "kind", "value", "payload"]
-        )
-        return {
-            row["name"]: parse_value(row["kind"], row["value"], row["payload"])
-            for row in table.to_pylist()
-        }
+        found: dict[str, Any] = {}
+        table = self.records(what=what, rank=0)
+        columns = (table[n].to_pylist() for n in ("name", "kind", "value", "payload"))
+        for fit, name, *value in zip(get_fits(table).tolist(), *columns, strict=True):
+            parsed = parse_value(*value)
+            is_other = what == "params" and fit > 1 and found.get(name) != parsed
+            found[name_in_fit(name, fit) if is_other else name] = parsed
+        return found
 
 
 def open(
@@ -198,24 +220,76 @@ def list_runs(runs_dir: str | os.PathLike[str] | None = None) -> list[PastRun]:
     return [PastRun(path) for path in read_manifests(runs_dir)]
 
 
-def find_highest_indices(rank_dir: Path) -> dict[tuple[str, str], int]:
-    """Return the highest index of each (what, set) among a rank's live rows."""
-    table = read_records(rank_dir)[0]
-    table = table.filter(pa.array(_mask_live(table)))
+def find_highest_indices(rank_dir: Path) -> tuple[int, dict[tuple[str, str], int]]:
+    """Find which fit a rank's next row is of, and the highest index of each (what, set).
+
+    Only live rows of that fit count.
+    """
+    table, fits = _read_live(rank_dir)
+    fit = fits.numbers[-1]
     table = table.filter(pc.is_valid(table["index"]))
+    table = table.filter(pa.array(fits.find(table["seq"].to_numpy()) == fit))
     names = ["what", "set"]
     plain = pa.table(
         {**{n: table[n].cast(pa.string()) for n in names}, "index": table["index"]}
     )
     highest = plain.group_by(names).aggregate([("index", "max")]).to_pylist()
-    return {(row["what"], row["set"]): row["index_max"] for row in highest}
+    return fit, {(row["what"], row["set"]): row["index_max"] for row in highest}
 
 
-def _mask_live(table: pa.Table) -> Any:
-    """Mask of the live rows among all rows of a rank."""
+def count_fits(rank_dir: Path, begun_at: int | None = None) -> int:
+    """Count the fits that a rank's live rows are of.
+
+    Parameters
+    ----------
+    rank_dir
+        Folder of the rank's records.
+    begun_at
+        Position at which a first fit is known to have begun. Otherwise there was one if
+        a row has an epoch.
+    """
+    table, fits = _read_live(rank_dir)
+    seq = table["seq"].to_numpy()
+    has_epoch, has_index, has_step = (
+        np.asarray(pc.is_valid(table[name]), bool)
+        for name in ("epoch", "index", "step")
+    )
+    fit = fits.find(seq)
+    is_known = fit > 1 if begun_at is None else (fit > 1) | (seq > begun_at)
+    is_of_fit = has_epoch | is_known & (has_index | has_step)
+    return int(fit[is_of_fit].max(initial=0))
+
+
+def _read_live(rank_dir: Path) -> tuple[pa.Table, Fits]:
+    """Read a rank's live rows, and which fit logged them."""
+    table = read_records(rank_dir)[0]
     tombstones = Tombstones()
     tombstones.add(table)
-    return tombstones.mask_live(table)
+    return table.filter(pa.array(tombstones.mask_live(table))), tombstones.fits
+
+
+def _number_places(table: pa.Table, index: Any) -> tuple[Any, Any, Any]:
+    """Number the distinct places of rows, which are an index and perhaps a fit.
+
+    Returns
+    -------
+    fit (None if the table does not tell) and index of each place, and the place of each row
+    """
+    if FIT not in table.column_names:
+        return None, *np.unique(index, return_inverse=True)
+    places = np.column_stack([get_fits(table), index])
+    found, row = np.unique(places, axis=0, return_inverse=True)
+    return found[:, 0], found[:, 1], row.reshape(-1)  # NumPy 2.0: two dimensions
+
+
+def _summarize(values: pa.ChunkedArray) -> dict[str, float]:
+    limits = pc.min_max(values)
+    return {
+        "last": values[-1].as_py(),
+        "min": limits["min"].as_py(),
+        "max": limits["max"].as_py(),
+        "count": len(values),
+    }
 
 
 def _mask_control(table: pa.Table) -> Any:
@@ -244,7 +318,9 @@ def _mask_by_key(table: pa.Table) -> list[tuple[str, Any]]:
     plain = pa.table({**words, "is_step": pc.is_null(table["index"])})
     distinct = plain.group_by(plain.column_names, use_threads=False).aggregate([])
     found: list[tuple[str, Any]] = []
-    taken = {"index"}  # the other column of ``wide``
+    taken = {"index"}  # the other columns of ``wide``
+    if FIT in table.column_names:
+        taken.add(FIT)
     for row in distinct.to_pylist():
         plain_key = "/".join(word for word in (row["set"], row["name"]) if word)
         plain_key += "_step" if row["is_step"] else ""

@@ -15,10 +15,11 @@ from tracking.errors import warn
 from tracking.journal.row_format import FIELDS, NO_COUNT, NO_EPOCH, ROW_BYTES
 from tracking.journal.segment import CAPACITY
 from tracking.journal.writer import Journal
-from tracking.read import find_highest_indices
+from tracking.read import count_fits, find_highest_indices
 from tracking.redaction import is_secret_name, redact_value
 from tracking.schema import (
     DEFERRED,
+    FIT,
     FLOAT,
     JSON,
     OVERWRITE,
@@ -60,6 +61,11 @@ class RowLogger:
         Rank of this process.
     durability
         As in ``start``.
+
+    Attributes
+    ----------
+    fit
+        Which fit of the run is logged, from 1; see ``begin_fit``.
     """
 
     def __init__(
@@ -68,8 +74,10 @@ class RowLogger:
         self.id = path.name
         self.path = path
         self.rank = rank
+        self.fit = 1
         self._deferred: deque[_DeferredRow] = deque()
         self._reading = threading.RLock()
+        self._begun_at: int | None = None
         self._secrets = read_secrets()
         self._journal = Journal(
             get_rank_dir(path, rank), durability=durability, on_tick=self.flush
@@ -273,9 +281,45 @@ class RowLogger:
         self._journal.write("", "", [("", REWIND, float(seq), None)])
         self.restore_indices()
 
+    def begin_fit(self, number: int | None = None) -> int:
+        """Count what is logged from now on as another fit, whose epochs begin anew.
+
+        Its metrics have rows of their own in ``PastRun.wide``, and names of their own in
+        MLflow, such as ``valid/loss_fit2``. ``Learner.fit`` calls this.
+
+        Parameters
+        ----------
+        number : >= 1
+            Which fit of the run it is; None: the next one. It is the first if nothing
+            has been logged with an epoch, nor since an earlier call.
+
+        Returns
+        -------
+        which fit it is, from 1
+        """
+        here = self.position()
+        if number is None:
+            number = 1 + count_fits(get_rank_dir(self.path, self.rank), self._begun_at)
+        if self._begun_at is None:
+            self._begun_at = here
+        self._continue_fit(number)
+        return number
+
+    def end_fit(self) -> None:
+        """Count what is logged from now on as logged beside the fits, as before them."""
+        self._continue_fit(1)
+
+    def _continue_fit(self, number: int) -> None:
+        """Write which fit the next rows belong to, unless they do anyway."""
+        if number != self.fit and self._journal.takes_rows():
+            self.flush()  # deferred rows are of the fit so far
+            self._journal.write("", "", [("", FIT, float(number), None)])
+            self.restore_indices()
+
     def restore_indices(self) -> None:
-        """Continue automatic indices after the rows that are not superseded."""
-        highest = find_highest_indices(get_rank_dir(self.path, self.rank))
+        """Continue the fit and the automatic indices of the rows that are not superseded."""
+        rank_dir = get_rank_dir(self.path, self.rank)
+        self.fit, highest = find_highest_indices(rank_dir)
         self._journal.reset_indices(highest)
 
     # ------------------------------------------------------------- writing of rows

@@ -52,6 +52,8 @@ class Run(RowLogger):
         Folder of the run.
     rank
         Rank of this process.
+    fit
+        Which fit of the run is logged, from 1; see ``begin_fit``.
     """
 
     def __init__(

@@ -36,16 +36,19 @@ KINDS: Final = (
     "json",
     "overwrite",
     "rewind",
+    "fit",
 )
-VOID, FLOAT, INT, BOOL, STR, NONE, ARRAY, JSON, OVERWRITE, REWIND = range(len(KINDS))
+VOID, FLOAT, INT, BOOL, STR, NONE, ARRAY, JSON, OVERWRITE, REWIND, FIT = range(
+    len(KINDS)
+)
 DEFERRED: Final = -1
 """Kind of a leaf whose tensors have not been read from their device; never written."""
 
-VALUED: Final = (FLOAT, INT, BOOL, REWIND)
+VALUED: Final = (FLOAT, INT, BOOL, REWIND, FIT)
 """Kinds whose ``value`` is not null."""
 
-CONTROL: Final = ("overwrite", "rewind")
-"""Kinds that change the meaning of earlier rows and have no value of the user's."""
+CONTROL: Final = ("overwrite", "rewind", "fit")
+"""Kinds that change the meaning of other rows and have no value of the user's."""
 
 MAX_ELEMENTS: Final = 1024
 MAX_PAYLOAD_BYTES: Final = 1 << 20

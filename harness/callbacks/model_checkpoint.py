@@ -10,7 +10,7 @@ from time import monotonic
 from typing import Any
 
 from harness.callbacks.monitor import Mode, Monitor
-from harness.checkpoint.format import Phase, remove_killed_saves
+from harness.checkpoint.format import Phase, list_checkpoints, remove_killed_saves
 from harness.checkpoint.writer import CheckpointWriter
 from harness.context import Context
 from harness.pytree import StateDict
@@ -44,7 +44,7 @@ class ModelCheckpoint(Monitor):
     Notes
     -----
     On several ranks, the clock of rank 0 decides. A failed write becomes a warning, and the
-    next save tries again.
+    next save tries again. In the folder of a run, checkpoints of its earlier fits are kept.
 
     References
     ----------
@@ -89,6 +89,7 @@ class ModelCheckpoint(Monitor):
         self.keep_last, self.keep_best = keep_last, keep_best
         self.writer: CheckpointWriter | None = None
         self._ranked: list[list[Any]] = []
+        self._earlier: list[str] = []  # checkpoints of the run's earlier fits
         self._last_step = 0
         self._last_time = 0.0
         self._has_saved = False
@@ -122,11 +123,12 @@ class ModelCheckpoint(Monitor):
     def on_fit_begin(self) -> None:
         """Reset the counters; find the folder."""
         self.reset()
-        self._ranked, self._last_step = [], 0
+        self._ranked, self._last_step, self._earlier = [], 0, []
         folder = self._fill_path(self.ctx)
         if folder is None:
             assert self.ctx.run.path is not None  # refused in check
             folder = Path(self.ctx.run.path) / "checkpoints"
+            self._earlier = [path.name for path in list_checkpoints(folder)]
         self.writer = CheckpointWriter(folder, self.ctx)
         assert self.ctx.accelerator is not None
         if self.ctx.accelerator.is_main:
@@ -209,16 +211,18 @@ class ModelCheckpoint(Monitor):
         elif self._has_saved:
             is_interrupted = self.ctx.stop_signal is not None
             keep_last = max(self.keep_last, is_interrupted)
-            self.writer.prune(keep_last, {name for *_, name in self._ranked})
+            best = {name for *_, name in self._ranked}
+            self.writer.prune(keep_last, best.union(self._earlier))
 
     def state_dict(self) -> StateDict:
         """Return which epochs are best, and the step of the last save."""
-        return super().state_dict() | {
-            "ranked": self._ranked,
-            "last_step": self._last_step,
-        }
+        state = {"ranked": self._ranked, "last_step": self._last_step}
+        if self._earlier:
+            state["earlier"] = self._earlier
+        return super().state_dict() | state
 
     def load_state_dict(self, state: StateDict) -> None:
         """Restore which epochs are best, and the step of the last save."""
         super().load_state_dict(state)
         self._ranked, self._last_step = state["ranked"], state["last_step"]
+        self._earlier = state.get("earlier", [])

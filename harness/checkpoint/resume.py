@@ -21,6 +21,7 @@ from harness.checkpoint.resharding import (
     reshard_state,
 )
 from harness.checkpoint.state import (
+    begin_fit,
     get_generators,
     list_new,
     list_unmatched,
@@ -141,6 +142,10 @@ class Resume:
     def is_recorded_in(self, run: tracking.Run | NullRun) -> bool:
         """Whether `run` recorded the fit that the checkpoint is from."""
         return run.id is not None and run.id == self.manifest.run.id
+
+    def continues(self, run: tracking.Run | NullRun) -> bool:
+        """Whether the resumed fit continues the one that `run` recorded."""
+        return self.is_exact and self.is_recorded_in(run)
 
     def get_state(self, ctx: Context) -> StateDict:
         """Return the state for this rank; it is read once."""
@@ -330,6 +335,8 @@ class Resume:
                 check_live_form(state, ctx)
             restore_state(ctx, state, self.parts)
         self._rewind_surplus_ranks(ctx)
+        if not self.is_exact and "records" in self.parts:
+            begin_fit(ctx)  # behind the restored records, as its epochs begin anew
         for name, is_on in self._switches.items():
             self.report.append((name, "restored" if is_on else "left out", ""))
         for name, why in state.get("not_kept", {}).items():

@@ -213,6 +213,13 @@ def _restore_journal(ctx: Context, run_id: str | None, position: int) -> None:
                 ctx.run.log(what, split, value, index, epoch=index)
 
 
+def begin_fit(ctx: Context) -> None:
+    """Count what is logged from now on as another fit of the run, the same on all ranks."""
+    assert ctx.accelerator is not None
+    number = ctx.run.begin_fit() if ctx.accelerator.is_main else None
+    ctx.run.begin_fit(ctx.accelerator.broadcast(number))
+
+
 def copy_loss_state(ctx: Context) -> StateDict:
     """Copy the state of the loss: of what it holds, and plain attributes of its modules."""
     search = search_loss(ctx.loss_fn, ctx.model)

@@ -96,6 +96,116 @@ def test_fit_tracker_options_reach_the_run(tmp_path):
     assert past.params["extra"] == 3
 
 
+# --- several fits in one run
+
+
+class StopAt(harness.Callback):
+    """Ends the fit by a signal."""
+
+    def __init__(self, epoch: int, iter: int) -> None:
+        self.place = (epoch, iter)
+
+    def on_train_batch_end(self) -> None:
+        if (self.ctx.epoch, self.ctx.iter) == self.place:
+            signal.raise_signal(signal.SIGTERM)
+
+
+def fit_into(run: tracking.Run, *callbacks: harness.Callback, **hparams: float) -> Any:
+    callbacks = (harness.callbacks.StepMetrics(), *callbacks)
+    return (
+        line_learner()
+        .set_opt_hparams(**hparams)
+        .fit(
+            slope(8),
+            2,
+            slope(4),
+            tracker=run,
+            callbacks=callbacks,
+            dataloader_options={"batch_size": 4, "shuffle": False},
+            verbose=False,
+        )
+    )
+
+
+def in_fit(past: tracking.PastRun, fit: int) -> dict[str, list[Any]]:
+    """Metrics of the epochs of one fit, in the form of its records."""
+    rows = [row for row in past.wide().to_pylist() if row.get("fit", 1) == fit]
+    return {
+        split: [{"loss": row[f"{split}/loss"]} for row in rows[:2]]
+        for split in ("train", "valid")
+    }
+
+
+def test_fits_of_a_run_are_told_apart(tmp_path):
+    with tracking.start(runs_dir=tmp_path, delivery=False) as run:
+        folds = []
+        for fold, lr in enumerate((0.01, 0.1, 0.1), start=1):
+            folds.append(fit_into(run, harness.callbacks.ModelCheckpoint(), lr=lr))
+            folds[-1].evaluate(slope(4), verbose=False)
+            run.log_metric("fold", float(fold), set="", index=fold)
+        past = tracking.open(run.path)
+    for fit, fitted in enumerate(folds, start=1):
+        assert in_fit(past, fit) == fitted.records["metrics"]
+        kept = past.summary()
+        name = "train/loss_step" + ("" if fit == 1 else f"_fit{fit}")
+        assert kept[name]["count"] == 4
+    assert kept["fold"] == {"last": 3.0, "min": 1.0, "max": 3.0, "count": 3}
+    assert {k: v for k, v in past.params.items() if k.startswith("opt.lr")} == {
+        "opt.lr": 0.01,
+        "opt.lr_fit2": 0.1,
+        "opt.lr_fit3": 0.1,
+    }
+    found = [path.name[7:14] for path in sorted((run.path / "checkpoints").iterdir())]
+    assert found == ["epoch-2"] * 3
+    assert (run.path / "artifacts" / "model_fit2.txt").is_file()
+
+
+def test_resume_inside_a_later_fit_continues_that_fit(tmp_path):
+    with tracking.start(runs_dir=tmp_path, delivery=False) as run:
+        fit_into(run)
+        whole = fit_into(run, lr=0.05)
+    folder = tmp_path / "saved"
+    save = harness.callbacks.ModelCheckpoint(folder)
+    with tracking.start(runs_dir=tmp_path, delivery=False) as run:
+        fit_into(run)
+        assert fit_into(run, save, StopAt(2, 1), lr=0.05).is_interrupted
+    # In another process, and then in a fit that begins anew with the weights alone.
+    with tracking.start(runs_dir=tmp_path, run_id=run.id, delivery=False) as again:
+        resume = harness.callbacks.ResumeFromCheckpoint
+        resumed = fit_into(again, resume(folder), lr=0.05)
+        past = tracking.open(run.path)
+        assert resumed.records["metrics"] == whole.records["metrics"]
+        assert in_fit(past, 2) == whole.records["metrics"]
+        assert set(past.wide()["fit"].to_pylist()) == {1, 2}
+        assert len(past.records("steps")) == len(past.records("steps", rank=0))
+        assert past.summary()["train/loss_step_fit2"]["count"] == 4
+        assert again.fit == 1
+        warm = fit_into(again, resume(folder, restore_records=False), lr=0.05)
+        assert in_fit(tracking.open(run.path), 3) == warm.records["metrics"]
+
+
+def test_fit_that_takes_over_records_begins_behind_them(tmp_path):
+    save = harness.callbacks.ModelCheckpoint(tmp_path / "saved")
+    with tracking.start(runs_dir=tmp_path, delivery=False) as run:
+        before = fit_into(run, save)
+        resume = harness.callbacks.ResumeFromCheckpoint(
+            tmp_path / "saved", restore_optimizers=False
+        )
+        after = fit_into(run, resume)
+    past = tracking.open(run.path)
+    assert in_fit(past, 1) == before.records["metrics"]
+    assert in_fit(past, 2) == after.records["metrics"] != before.records["metrics"]
+
+
+def test_fit_after_one_that_failed_at_once_is_the_first(tmp_path):
+    fail = At("on_fit_begin", lambda _: 1 / 0)
+    with tracking.start(runs_dir=tmp_path, delivery=False) as run:
+        with pytest.raises(ZeroDivisionError):
+            fit_into(run, fail)
+        fit_into(run)
+    assert "fit" not in tracking.open(run.path).wide().column_names
+
+
 # --- status
 
 

@@ -14,7 +14,7 @@ import pytest
 import tracking
 from tests.tracking.stores import Delivering, Proxy, Recorded
 from tracking.delivery.worker import DeliveryWorker
-from tracking.mlflow_store.keys import plain_key
+from tracking.mlflow_store.keys import SeriesId, plain_key
 from tracking.mlflow_store.runs import RunResolver
 from tracking.mlflow_store.server import Server
 
@@ -154,7 +154,9 @@ def in_journal() -> Callable[[Path], Points]:
         rows = [row for row in rows if row["kind"] in ("float", "int", "bool")]
         return sorted(
             (
-                plain_key((row["what"], row["set"], row["name"])),
+                plain_key(
+                    SeriesId(row["what"], row["set"], row["name"], row.get("fit", 1))
+                ),
                 row["step"] if row["what"] == "steps" else row["index"],
                 row["value"],
                 round(row["time"].timestamp() * 1_000_000) // 1000,

@@ -65,6 +65,7 @@ CALLS = st.one_of(
     st.tuples(st.just("mark")),
     st.tuples(st.just("rewind"), st.integers(0, 5)),
     st.tuples(st.just("look")),
+    st.tuples(st.just("fit"), st.booleans()),
 )  # fmt: skip
 
 
@@ -93,9 +94,30 @@ def plain(value: Any) -> Any:
 
 @dataclass
 class Expected:
-    """The rows of a run, as a list; row or overwrite: ``(what, set, name, index, ...)``."""
+    """The rows of a run, as a list; row or overwrite: ``(what, set, name, index, ...)``.
+
+    A row with a ``control`` overwrites, or is behind what a fit begins or ends.
+    """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
+    seq: int = 0
+    begun_at: int | None = None
+
+    @property
+    def fit(self) -> int:
+        return self.rows[-1]["fit"] if self.rows else 1
+
+    def begin_fit(self) -> int:
+        """The number is one more than that of the last fit that logged anything."""
+        begun_at = self.seq if self.begun_at is None else self.begun_at
+        fits = [row["fit"] for row in self.live() if row["seq"] > begun_at]
+        fits += [row["fit"] for row in self.live() if row["fit"] > 1]
+        self.begun_at = begun_at
+        return self.go_on(1 + max(fits, default=0))
+
+    def go_on(self, fit: int) -> int:
+        self.rows.append({"control": "fit", "fit": fit})
+        return fit
 
     def add(
         self,
@@ -107,17 +129,22 @@ class Expected:
     ) -> None:
         if index is None and step is None:
             index = self._next_index(what, set_)
+        self.seq += 1
         place = {"what": what, "set": set_, "index": index, "step": step}
+        place |= {"fit": self.fit, "seq": self.seq}
         self.rows += [
             {**place, "name": name, "value": repr(plain(item))}
             for name, item in leaves(value)
         ]
 
     def overwrite(self, what: str, set_: str, index: int) -> None:
-        self.rows.append({"what": what, "set": set_, "index": index, "control": True})
+        place = {"what": what, "set": set_, "index": index, "fit": self.fit}
+        self.rows.append({**place, "control": "overwrite"})
 
     def _next_index(self, what: str, set_: str) -> int:
-        same = [row for row in self.rows if (row["what"], row["set"]) == (what, set_)]
+        place = (what, set_, self.fit)
+        names = ("what", "set", "fit")
+        same = [row for row in self.rows if tuple(map(row.get, names)) == place]
         given = [row["index"] for row in same if row["index"] is not None]
         return max(given, default=0) + 1
 
@@ -126,23 +153,40 @@ class Expected:
         for row in self.rows:
             if "control" not in row:
                 found.append(row)
-                continue
-            key = [row[name] for name in ("what", "set", "index")]
-            found = [
-                one
-                for one in found
-                if [one[n] for n in ("what", "set", "index")] != key
-            ]
+            elif row["control"] == "overwrite":
+                names = ("what", "set", "index", "fit")
+                key = [row[name] for name in names]
+                found = [one for one in found if [one[n] for n in names] != key]
         return found
+
+    def shown(self) -> list[dict[str, Any]]:
+        """Live rows as ``read`` reads them."""
+        hidden = (
+            ("seq",) if any(row["fit"] > 1 for row in self.live()) else ("seq", "fit")
+        )
+        return [
+            {name: item for name, item in row.items() if name not in hidden}
+            for row in self.live()
+        ]
 
 
 def read(table: pa.Table) -> list[dict[str, Any]]:
-    names = ("what", "set", "index", "step", "name")
+    names = ["what", "set", "index", "step", "name"]
+    names += ["fit"] if "fit" in table.column_names else []
     return [
         {name: row[name] for name in names}
         | {"value": repr(parse_value(row["kind"], row["value"], row["payload"]))}
         for row in table.to_pylist()
     ]
+
+
+def change_fit(run: tracking.Run, expected: Expected, begins: bool) -> None:
+    if begins:
+        assert run.begin_fit() == expected.begin_fit()
+    else:
+        run.end_fit()
+        expected.go_on(1)
+    assert run.fit == expected.fit
 
 
 def run_program(calls: list[tuple[Any, ...]], folder: Path) -> None:
@@ -156,7 +200,7 @@ def run_program(calls: list[tuple[Any, ...]], folder: Path) -> None:
         others = past.records().num_rows
 
         def look() -> None:
-            assert read(past.records())[others:] == expected.live()
+            assert read(past.records())[others:] == expected.shown()
 
         for kind, *rest in calls:
             if kind == "log":
@@ -176,6 +220,8 @@ def run_program(calls: list[tuple[Any, ...]], folder: Path) -> None:
                 values, set_, step = rest
                 run.log_step(values, step, set=set_)
                 expected.add("steps", set_, values, None, step)
+            elif kind == "fit":
+                change_fit(run, expected, *rest)
             elif kind == "mark":
                 marks.append((run.position(), len(expected.rows)))
             elif kind == "rewind":
@@ -189,24 +235,27 @@ def run_program(calls: list[tuple[Any, ...]], folder: Path) -> None:
     look()
     tracking.export([past], folder / "all.parquet")
     exported = pq.read_table(folder / "all.parquet")
-    assert read(exported)[others:] == expected.live()
+    assert read(exported)[others:] == expected.shown()
     check_wide(past.wide(), expected.live())
 
 
 def check_wide(wide: pa.Table, rows: list[dict[str, Any]]) -> None:
     """The last number of each metric at each index is there, and nothing else."""
-    wanted: dict[tuple[str, str], dict[int, str]] = {}
+    wanted: dict[tuple[str, str], dict[tuple[int, int], str]] = {}
+    has_fits = any(row["fit"] > 1 for row in rows)
     for row in rows:
         if row["what"] == "metrics" and is_number(row["value"]):
             key = (row["set"], row["name"])
-            wanted.setdefault(key, {})[row["index"]] = row["value"]
+            place = (row["fit"], row["index"])
+            wanted.setdefault(key, {})[place] = row["value"]
     names = ["/".join(filter(None, key)) for key in wanted]
-    if len({*names}) < len(names) or "index" in names:
+    if len({*names}) < len(names) or {"index", "fit"} & {*names}:
         return  # names that meet are told apart by a test of their own
     for name, values in zip(names, wanted.values(), strict=True):
-        column = dict(
-            zip(wide["index"].to_pylist(), wide[name].to_pylist(), strict=True)
-        )
+        index = wide["index"].to_pylist()
+        fits = wide["fit"].to_pylist() if has_fits else [1] * len(index)
+        places = zip(fits, index, strict=True)
+        column = dict(zip(places, wide[name].to_pylist(), strict=True))
         found = {index: value for index, value in column.items() if value is not None}
         assert found.keys() == values.keys(), name
         for index, value in values.items():

@@ -125,6 +125,122 @@ def test_summary_has_last_least_and_greatest(run):
     }
 
 
+def log_two_fits(run):
+    """Two epochs of one fit, one of another, and values beside them."""
+    run.log_params({"lr": 0.1, "depth": 2})
+    assert run.begin_fit() == 1
+    for epoch, loss in ((1, 0.5), (2, 0.25)):
+        run.log("metrics", "train", {"loss": loss}, epoch, epoch=epoch, step=epoch)
+    run.log_step({"loss": 0.3}, step=1)
+    run.end_fit()
+    run.log_metric("fold", 1.0, set="", index=1)
+    assert run.begin_fit() == 2
+    run.log_params({"lr": 0.5, "depth": 2, "width": 8})
+    run.log("metrics", "train", {"loss": 9.0}, 1, epoch=1, step=1)
+    run.log("metrics", "train", {"loss": 8.0}, 1, append=False, epoch=1, step=1)
+    run.log_step({"loss": 8.5}, step=1)
+    run.end_fit()
+    run.log_metric("fold", 2.0, set="", index=2)
+
+
+def test_fits_of_one_run_have_rows_of_their_own(run):
+    log_two_fits(run)
+    past = PastRun(run.path)
+    assert past.wide().to_pylist() == [
+        {"fit": 1, "index": 1, "train/loss": 0.5, "fold": 1.0, "train/loss_step": 0.3},
+        {"fit": 1, "index": 2, "train/loss": 0.25, "fold": 2, "train/loss_step": None},
+        {"fit": 2, "index": 1, "train/loss": 8, "fold": None, "train/loss_step": 8.5},
+    ]
+    found = {key: (one["last"], one["count"]) for key, one in past.summary().items()}
+    assert found == {
+        "train/loss": (0.25, 2),
+        "fold": (2.0, 2),
+        "train/loss_step": (0.3, 1),
+        "train/loss_fit2": (8.0, 1),
+        "train/loss_step_fit2": (8.5, 1),
+    }
+    assert rows(past.records("metrics", "train"), "fit", "epoch", "value") == [
+        (1, 1, 0.5),
+        (1, 2, 0.25),
+        (2, 1, 8.0),
+    ]
+    at = past.records().column_names.index("fit")
+    assert past.records().column_names[at + 1] == "epoch"
+
+
+def test_params_that_differ_in_a_later_fit_are_named_after_it(run):
+    log_two_fits(run)
+    params = {"lr": 0.1, "depth": 2, "lr_fit2": 0.5, "width_fit2": 8}
+    assert PastRun(run.path).params == params
+
+
+def test_fits_that_a_rewind_superseded_leave_no_trace(run):
+    position = run.position()
+    log_two_fits(run)
+    run.rewind(position)
+    run.log("metrics", "train", {"loss": 1.0}, epoch=1)
+    past = PastRun(run.path)
+    assert past.wide().to_pylist() == [{"index": 1, "train/loss": 1.0}]
+    assert "fit" not in past.records().column_names
+    shown = past.records("metrics", "train", superseded=True)
+    assert set(shown["fit"].to_pylist()) == {1, 2}
+
+
+def test_fit_goes_on_after_a_rewind_into_it_and_in_another_process(run, tmp_path):
+    run.log("metrics", "train", {"loss": 1.0}, epoch=1)
+    assert run.begin_fit() == 2
+    run.log("metrics", "train", {"loss": 2.0}, epoch=1)
+    inside = run.position()
+    run.log("metrics", "train", {"loss": 3.0}, epoch=2)
+    run.end_fit()
+    run.finish()
+    with start(run_id=run.id, runs_dir=tmp_path, delivery=False) as again:
+        again.rewind(inside)
+        assert again.fit == 2
+        again.log("metrics", "train", {"loss": 4.0}, epoch=2)
+        assert again.begin_fit() == 3
+        assert again.begin_fit() == 3  # the first one logged nothing
+        again.log_metric("loss", 5.0)
+    table = PastRun(run.path).records("metrics")
+    assert rows(table, "fit", "index", "value") == [
+        (1, 1, 1.0),
+        (2, 1, 2.0),
+        (2, 2, 4.0),
+        (3, 1, 5.0),
+    ]
+
+
+def test_values_logged_without_an_epoch_are_no_fit(run):
+    run.log_metric("rows", 100, index=1)
+    assert run.begin_fit() == 1
+    assert run.begin_fit() == 1
+    run.log_metric("loss", 0.5)
+    assert run.begin_fit() == 2
+
+
+def test_tensor_belongs_to_the_fit_that_logged_it(run):
+    import torch  # noqa: PLC0415
+
+    run.log("metrics", "train", {"loss": 0.5}, epoch=1)
+    run.begin_fit()
+    run.log("metrics", "train", {"loss": torch.tensor(0.25)}, epoch=1)
+    run.end_fit()
+    run.flush()
+    table = PastRun(run.path).records("metrics")
+    assert rows(table, "fit", "value") == [(1, 0.5), (2, 0.25)]
+
+
+def test_metric_called_fit_is_a_column(run):
+    run.log_metric("fit", 1.0, set="")
+    past = PastRun(run.path)
+    assert past.wide().to_pylist() == [{"index": 1, "fit": 1.0}]
+    assert past.summary()["fit"]["last"] == 1.0
+    run.begin_fit(2)
+    run.log_metric("fit", 3.0, set="")
+    assert past.wide().to_pylist()[1] == {"fit": 2, "index": 1, "fit#2": 3.0}
+    assert past.summary()["fit#2_fit2"]["last"] == 3.0
+
+
 def test_params_and_tags_are_the_last_of_each(run):
     run.log_params({"lr": 0.1, "net": {"layers": [1, 2]}, "big": 2**70, "none": None})
     run.log_params({"lr": 0.2})

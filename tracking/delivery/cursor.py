@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from tracking.delivery.scan import JournalScan
 from tracking.delivery.thinning import Ordinals, count_within_groups, mask_early
+from tracking.journal.fits import COLUMN, get_fits
 from tracking.journal.tombstones import Place
 from tracking.mlflow_store.keys import KeyMap
 from tracking.mlflow_store.points import UniqueTimestamps, points_table
@@ -27,8 +28,9 @@ _COLUMNS: Final = (
     "step",
     "value",
     "kind",
+    COLUMN.name,
 )
-"""Columns that are kept of rows to send."""
+"""Columns that are kept of rows to send; the last one only where there are several fits."""
 
 
 class Cursor:
@@ -58,7 +60,7 @@ class Cursor:
         self.counts: dict[str, int] = {}
         self.num_pending = 0
         self._pending: deque[pa.Table] = deque()
-        self._index_bounds: dict[tuple[str, str], list[int]] = {}
+        self._index_bounds: dict[tuple[str, str, int], list[int]] = {}
 
     def push(self, rows: pa.Table, scan: JournalScan) -> None:
         """Add the next rows of the journal. Those up to the position are not sent again.
@@ -66,7 +68,7 @@ class Cursor:
         Parameters
         ----------
         rows
-            In the public schema, in order of ``seq``.
+            In the public schema, in order of ``seq``, perhaps with their fits.
         scan
             Which has read them.
         """
@@ -74,7 +76,8 @@ class Cursor:
         if num_sent:
             self._pass_over(rows.slice(0, num_sent), scan)
         if num_sent < rows.num_rows:
-            self._pending.append(rows.slice(num_sent).select(_COLUMNS))
+            columns = [name for name in _COLUMNS if name in rows.column_names]
+            self._pending.append(rows.slice(num_sent).select(columns))
             self.num_pending += rows.num_rows - num_sent
 
     def peek(self, max_rows: int) -> pa.Table | None:
@@ -118,10 +121,11 @@ class Cursor:
     def note_places(self, rows: pa.Table) -> None:
         """Remember the places of rows that are sent; see `may_have_sent`."""
         words = {name: rows[name].cast(pa.string()) for name in ("what", "set")}
-        places = pa.table({**words, "index": rows["index"]}).group_by(["what", "set"])
+        counts = {"fit": pa.array(get_fits(rows)), "index": rows["index"]}
+        places = pa.table({**words, **counts}).group_by(["what", "set", "fit"])
         found = places.aggregate([("index", "min"), ("index", "max")])
         for row in found.to_pylist():
-            series = row["what"], row["set"]
+            series = row["what"], row["set"], row["fit"]
             bounds = self._index_bounds.setdefault(series, [])
             if row["index_min"] is not None:
                 bounds += [row["index_min"], row["index_max"]]
@@ -129,8 +133,8 @@ class Cursor:
 
     def may_have_sent(self, place: Place) -> bool:
         """Whether rows that have been sent may be among those of a place."""
-        what, set_, index = place
-        bounds = self._index_bounds.get((what, set_))
+        what, set_, index, fit = place
+        bounds = self._index_bounds.get((what, set_, fit))
         if bounds is None or index is None:
             return bounds is not None
         return bool(bounds) and bounds[0] <= index <= bounds[1]

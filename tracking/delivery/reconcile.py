@@ -26,7 +26,7 @@ from tracking.delivery.cursor import Cursor
 from tracking.delivery.scan import READ_ROWS, JournalScan
 from tracking.delivery.thinning import count_within_groups, mask_points
 from tracking.journal.reader import JournalReader
-from tracking.journal.tombstones import Place
+from tracking.journal.tombstones import Place, list_places
 from tracking.mlflow_store.client import Point
 from tracking.mlflow_store.points import (
     POINTS,
@@ -189,8 +189,7 @@ class Reconciler:
         """Drop the rows that wait for the end of the run."""
         if not self._deferred:
             return rows
-        columns = (rows[name].to_pylist() for name in ("what", "set", "index"))
-        is_sent = [place not in self._deferred for place in zip(*columns, strict=True)]
+        is_sent = [place not in self._deferred for place in list_places(rows)]
         self.num_deferred += len(is_sent) - sum(is_sent)
         return rows.filter(pa.array(is_sent, pa.bool_()))
 
@@ -298,7 +297,8 @@ def expected_points(
     while (rows := reader.read(READ_ROWS)).num_rows:
         seq = rows["seq"].to_numpy()
         is_live = scan.tombstones.mask_live(rows) & (seq <= upto)
-        points = points_table(rows.filter(pa.array(is_live)), scan.keys)
+        live = scan.tombstones.fits.label(rows.filter(pa.array(is_live)))
+        points = points_table(live, scan.keys)
         tables.append(timestamps.assign(points))
         if seq[-1] >= upto:
             break
@@ -308,7 +308,7 @@ def expected_points(
 def timing_keys(scan: JournalScan) -> frozenset[str]:
     """Keys of the series that a replay measures again."""
     series = scan.keys.by_series.items()
-    return frozenset(key for (what, _, _), key in series if what in TIMINGS)
+    return frozenset(key for one, key in series if one.what in TIMINGS)
 
 
 def row_ids(table: pa.Table, keys: list[str], columns: list[str]) -> Rows:

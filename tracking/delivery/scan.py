@@ -64,10 +64,10 @@ class JournalScan:
         self._properties: RunProperties | None = None
 
     def read(self) -> pa.Table:
-        """Read the next rows; an empty table if there are no new ones."""
+        """Read the next rows, labelled with their fits; an empty table if there are none."""
         rows = self._reader.read(READ_ROWS)
         if rows.num_rows:
-            self._learn(rows)
+            rows = self._learn(rows)
         return rows
 
     def read_all(self) -> None:
@@ -84,25 +84,28 @@ class JournalScan:
         if self._properties is None:
             rows = pa.concat_tables(self._property_rows).unify_dictionaries()
             rows = rows.filter(pa.array(self.tombstones.mask_live(rows)))
+            rows = self.tombstones.fits.label(rows)
             self._properties = collect_properties(
                 rows, self.param_keys, self.tag_keys, self._flags
             )
         return self._properties
 
-    def _learn(self, rows: pa.Table) -> None:
+    def _learn(self, rows: pa.Table) -> pa.Table:
         self.last_seq = rows["seq"][-1].as_py()
         last_us = pc.max(rows["time"].cast(pa.int64())).as_py()
         self.last_time_ms = max(self.last_time_ms, last_us // 1000)
+        is_changed = self._add_control_rows(rows)
+        rows = self.tombstones.fits.label(rows)
         metrics = rows.filter(pa.array(mask_metrics(rows)))
         for series in distinct_series(metrics)[0]:
             self.keys.key_for(series)
-        is_changed = self._flag_inexact(metrics)
+        is_changed |= self._flag_inexact(metrics)
         others = rows.filter(pc.is_in(rows["what"].cast(pa.string()), _NON_METRICS))
         if others.num_rows:
-            self._property_rows.append(others)
-        is_changed |= self._add_control_rows(rows)
+            self._property_rows.append(others.select(SCHEMA.names))
         if is_changed or others.num_rows:
             self._properties = None
+        return rows
 
     def _add_control_rows(self, rows: pa.Table) -> bool:
         """Learn what is superseded; whether anything new is."""

@@ -56,7 +56,8 @@ class DeliveryState:
     flags
         What MLflow does not store exactly: by reason, number of rows for each key.
     names
-        Series by key in MLflow, where the two differ.
+        What, set and name by key in MLflow, where the key does not tell them; of a later
+        fit also its number.
     superseded
         MLflow runs that this one replaces, oldest first.
     run_path

@@ -9,6 +9,7 @@ from pyarrow import compute as pc
 from pyarrow import parquet as pq
 
 from tracking.durable import replace_file
+from tracking.journal.fits import get_fits
 from tracking.plot import MAX_LINES, MAX_PANELS, MAX_POINTS, plot_curves, thin
 from tracking.read import PastRun
 
@@ -57,10 +58,11 @@ def _collect_points(table: pa.Table) -> list[tuple[str, str, int, float]]:
     is_metric = pc.equal(table["what"].cast(pa.string()), "metrics")
     has_place = pc.and_(pc.is_valid(table["index"]), pc.is_valid(table["value"]))
     table = table.filter(pc.and_(is_metric, has_place))
-    table = table.select(["set", "name", "index", "value"])
-    for column in ("set", "name"):
-        words = table[column].cast(pa.string())
-        table = table.set_column(table.column_names.index(column), column, words)
+    words = {column: table[column].cast(pa.string()) for column in ("set", "name")}
+    fits = pa.array(get_fits(table))
+    later = pc.binary_join_element_wise(words["set"], fits.cast(pa.string()), ", fit ")
+    words["set"] = pc.if_else(pc.greater(fits, 1), later, words["set"])
+    table = pa.table({**words, "index": table["index"], "value": table["value"]})
     # One more than fits, so that the picture says that there are more.
     names = pc.unique(table["name"])[: MAX_PANELS + 1]
     table = table.filter(pc.is_in(table["name"], names))

@@ -297,8 +297,7 @@ class DeliveryWorker:
     def _send_properties(self) -> None:
         """Send params, tags and inputs, and the tags that describe the run."""
         properties = self._scan.properties()
-        names = self._scan.keys.renamed()
-        self.state.names = {key: list(series) for key, series in names.items()}
+        self.state.names = self._scan.keys.renamed()
         self.state.flags = self._writer.flags(properties)
         tags = self._resolver.tags(self.state.names)
         self._writer.send_properties(properties, tags)

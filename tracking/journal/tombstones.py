@@ -1,6 +1,6 @@
 """Find the live rows: those that no ``overwrite`` or ``rewind`` row supersedes.
 
-An overwrite supersedes the earlier rows of its (what, set, index). A rewind to a
+An overwrite supersedes the earlier rows of its (what, set, index) in its fit. A rewind to a
 position restores the history at that position: later rows are superseded, and the
 overwrites among them are undone. So the live rows form a chain of ranges, each from one
 rewind up to the position that the next one returned to.
@@ -15,10 +15,11 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import compute as pc
 
+from tracking.journal.fits import Fits, get_fits
 from tracking.schema import CONTROL
 
-Place = tuple[str, str, int | None]
-"""What, set and index of an overwrite."""
+Place = tuple[str, str, int | None, int]
+"""What, set, index and fit of an overwrite."""
 
 _ENDLESS: Final = np.iinfo(np.int64).max
 
@@ -33,10 +34,13 @@ class Tombstones:
         Position of each rewind row, and the position that it returns to.
     overwrites
         Position of each overwrite row, and its place.
+    fits
+        Which fit logged each row.
     """
 
     rewinds: list[tuple[int, int]] = field(default_factory=list)
     overwrites: list[tuple[int, Place]] = field(default_factory=list)
+    fits: Fits = field(default_factory=Fits)
     _live_ranges: list[tuple[int, int]] = field(
         default_factory=lambda: [(-1, _ENDLESS)]
     )
@@ -61,8 +65,12 @@ class Tombstones:
             if row["kind"] == "rewind":
                 position = min(int(row["value"]), row["seq"] - 1)
                 self.rewinds.append((row["seq"], position))
+                self.fits.rewind(row["seq"], position)
+            elif row["kind"] == "fit":
+                self.fits.begin(row["seq"], int(row["value"]))
             else:
-                place = (row["what"], row["set"], row["index"])
+                fit = self.fits.find_one(row["seq"])
+                place = (row["what"], row["set"], row["index"], fit)
                 self.overwrites.append((row["seq"], place))
         self._live_ranges = self._find_live_ranges()
         self._last_overwrites = {
@@ -98,19 +106,23 @@ class Tombstones:
     def _find_overwritten(
         self, table: pa.Table, seq: np.ndarray[Any, np.dtype[np.int64]]
     ) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        pairs = {(what, set_) for what, set_, _ in self._last_overwrites}
+        pairs = {(what, set_) for what, set_, *_ in self._last_overwrites}
         is_overwritten = np.zeros(len(seq), bool)
         for what, set_ in pairs:
             same = pc.and_(pc.equal(table["what"], what), pc.equal(table["set"], set_))
             is_overwritten |= np.asarray(same)
         where = np.flatnonzero(is_overwritten)
-        rows = table.select(["what", "set", "index"]).take(where)
-        columns = (rows[name].to_pylist() for name in ("what", "set", "index"))
-        last = [
-            self._last_overwrites.get(place, -1) for place in zip(*columns, strict=True)
-        ]
+        columns = ["seq", "what", "set", "index"]
+        places = list_places(self.fits.label(table.select(columns).take(where)))
+        last = [self._last_overwrites.get(place, -1) for place in places]
         is_overwritten[where] = seq[where] < np.array(last, np.int64)
         return is_overwritten
+
+
+def list_places(table: pa.Table) -> list[Place]:
+    """Return the place of each row of a table that ``Fits.label`` returned."""
+    columns = (table[name].to_pylist() for name in ("what", "set", "index"))
+    return list(zip(*columns, get_fits(table).tolist(), strict=True))
 
 
 def _is_control(table: pa.Table) -> pa.ChunkedArray:

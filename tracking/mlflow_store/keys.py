@@ -15,10 +15,19 @@ import posixpath
 import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, NamedTuple
 
-SeriesId = tuple[str, str, str]
-"""What, set and name of a record."""
+from tracking.journal.fits import name_in_fit
+
+
+class SeriesId(NamedTuple):
+    """Series of records; ``fit`` counts the fits of the run from 1."""
+
+    what: str
+    set: str
+    name: str
+    fit: int = 1
+
 
 MAX_KEY_LENGTH: Final = 250
 _VALID: Final = re.compile(r"[/\w.\- :]+")
@@ -50,9 +59,16 @@ class KeyMap:
             self._taken[key] = series
         return key
 
-    def renamed(self) -> dict[str, SeriesId]:
-        """Series by key, where the key is not the plain key of the series."""
-        return {k: s for s, k in self.by_series.items() if k != plain_key(s)}
+    def renamed(self) -> dict[str, list[str]]:
+        """What, set and name by key, where the key does not tell them, or another fit.
+
+        The number of a later fit is the fourth word.
+        """
+        return {
+            key: list(map(str, series if series.fit > 1 else series[:3]))
+            for series, key in self.by_series.items()
+            if series.fit > 1 or key != plain_key(series)
+        }
 
     def _new_key(self, series: SeriesId) -> str:
         plain = plain_key(series)
@@ -67,16 +83,19 @@ def plain_key(series: SeriesId) -> str:
 
     Examples
     --------
-    >>> plain_key(("metrics", "train", "loss")), plain_key(("steps", "train", "loss"))
-    ('train/loss', 'train/loss_step')
-    >>> plain_key(("profile", "", "fit"))
+    >>> plain_key(SeriesId("metrics", "train", "loss"))
+    'train/loss'
+    >>> plain_key(SeriesId("steps", "train", "loss", fit=2))
+    'train/loss_step_fit2'
+    >>> plain_key(SeriesId("profile", "", "fit"))
     'profile/fit'
     """
-    what, set_, name = series
+    what, set_, name, fit = series
     suffix = "_step" if what == "steps" else ""
     if what in ("metrics", "steps", "params", "tags"):
         what = ""
-    return "/".join(word for word in (what, set_, name) if word) + suffix
+    key = "/".join(word for word in (what, set_, name) if word) + suffix
+    return name_in_fit(key, fit)
 
 
 def is_valid(key: str) -> bool:
@@ -94,7 +113,8 @@ def _hashed_key(plain: str, series: SeriesId, taken: Collection[str]) -> str:
     """Readable form of a key, with a hash of the series at its end."""
     readable = _INVALID.sub("_", plain)[:200]
     words = [word for word in readable.split("/") if word not in ("", ".", "..")]
-    digest = hashlib.sha256(json.dumps(series).encode()).hexdigest()
+    words_of = series if series.fit > 1 else series[:3]
+    digest = hashlib.sha256(json.dumps(words_of).encode()).hexdigest()
     for length in range(8, len(digest)):
         key = "-".join(["/".join(words) or "name", digest[:length]])
         if key not in taken:

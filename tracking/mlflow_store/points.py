@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import compute as pc
 
+from tracking.journal.fits import get_fits
 from tracking.mlflow_store.client import Point
 from tracking.mlflow_store.keys import KeyMap, SeriesId
 
@@ -44,16 +45,18 @@ def distinct_series(table: pa.Table) -> tuple[list[SeriesId], np.ndarray[Any, An
     """
     if not table.num_rows:
         return [], np.empty(0, np.int64)
-    code = np.zeros(table.num_rows, np.int64)
+    fits = get_fits(table)
+    code = fits.copy()
     for name in ("what", "set", "name"):
         column = table[name].combine_chunks()
         code = code * max(1, len(column.dictionary)) + column.indices.to_numpy()
     _, first, inverse = np.unique(code, return_index=True, return_inverse=True)
     rank = np.empty(len(first), np.int64)
     rank[np.argsort(first)] = np.arange(len(first))
-    heads = table.select(["what", "set", "name"]).take(np.sort(first)).to_pydict()
-    series = list(zip(heads["what"], heads["set"], heads["name"], strict=True))
-    return series, rank[inverse]
+    heads = np.sort(first)
+    words = table.select(["what", "set", "name"]).take(heads).to_pydict().values()
+    series = map(SeriesId, *words, fits[heads].tolist())
+    return list(series), rank[inverse]
 
 
 def mask_metrics(table: pa.Table) -> np.ndarray[Any, np.dtype[np.bool_]]:
@@ -69,8 +72,8 @@ def points_table(table: pa.Table, keys: KeyMap) -> pa.Table:
     Parameters
     ----------
     table
-        Live rows in the public schema; the columns ``rank``, ``epoch`` and ``payload``
-        may be absent.
+        Live rows in the public schema, perhaps with their fits; the columns ``rank``,
+        ``epoch`` and ``payload`` may be absent.
     keys
         Of MLflow's metrics; new series are added.
 
@@ -81,7 +84,7 @@ def points_table(table: pa.Table, keys: KeyMap) -> pa.Table:
     rows = table.filter(pa.array(mask_metrics(table)))
     series, place = distinct_series(rows)
     words = pa.array([keys.key_for(one) for one in series], pa.string())
-    by_step = np.array([what == "steps" for what, _, _ in series], bool)[place]
+    by_step = np.array([one.what == "steps" for one in series], bool)[place]
     index, step = rows["index"], rows["step"]
     chosen = pc.if_else(
         pa.array(by_step, pa.bool_()),

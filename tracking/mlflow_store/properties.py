@@ -14,8 +14,9 @@ from typing import Any, Final
 
 import pyarrow as pa
 
+from tracking.journal.fits import get_fits
 from tracking.mlflow_store.client import MAX_PARAM_LENGTH, MAX_TAG_LENGTH
-from tracking.mlflow_store.keys import KeyMap
+from tracking.mlflow_store.keys import KeyMap, SeriesId
 from tracking.schema import parse_value
 
 Flags = dict[str, dict[str, Any]]
@@ -59,27 +60,36 @@ def collect_properties(
     Parameters
     ----------
     rows
-        Live rows in the public schema whose ``what`` is one of `NON_METRICS`.
+        Live rows in the public schema, perhaps with their fits, whose ``what`` is one of
+        `NON_METRICS`.
     param_keys, tag_keys
         Of MLflow's params and tags; new names are added.
     flags
         Of the run's metrics; they become part of the properties' flags.
     """
     found = RunProperties(flags={reason: dict(some) for reason, some in flags.items()})
-    for row in rows.to_pylist():
+    for fit, row in zip(get_fits(rows).tolist(), rows.to_pylist(), strict=True):
         value = parse_value(row["kind"], row["value"], row["payload"])
         match row["what"]:
             case "params":
-                key = param_keys.key_for(("params", "", row["name"]))
-                _add_param(found, key, _as_text(value, row))
+                text = _as_text(value, row)
+                key = param_keys.key_for(SeriesId("params", "", row["name"]))
+                if fit > 1 and not _has_param(found, key, text):
+                    key = param_keys.key_for(SeriesId("params", "", row["name"], fit))
+                _add_param(found, key, text)
             case "tags":
-                key = tag_keys.key_for(("tags", "", row["name"]))
+                key = tag_keys.key_for(SeriesId("tags", "", row["name"]))
                 _add_tag(found, key, _as_text(value, row))
             case "artifacts":
                 found.artifacts[row["name"]] = _description(value)
             case "inputs":
                 _add_input(found, row["name"], _description(value))
     return found
+
+
+def _has_param(found: RunProperties, key: str, text: str) -> bool:
+    """Whether fit 1 has a param with this value, so that a later fit adds none."""
+    return found.changed.get(key, found.params.get(key)) == text[:MAX_PARAM_LENGTH]
 
 
 def _add_param(found: RunProperties, key: str, text: str) -> None:

@@ -165,6 +165,7 @@ def _superseded_points(run: PastRun, scan: JournalScan) -> pa.Table:
         reader = JournalReader(get_rank_dir(run.path, 0))
         while (table := reader.read(1 << 14)).num_rows:
             superseded = table.filter(pa.array(~scan.tombstones.mask_live(table)))
+            superseded = scan.tombstones.fits.label(superseded)
             tables.append(points_table(superseded, scan.keys))
     return pa.concat_tables(tables).unify_dictionaries()
 

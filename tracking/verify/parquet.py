@@ -12,6 +12,7 @@ from pyarrow import compute as pc
 from pyarrow import parquet
 
 from tracking.delivery.reconcile import Rows, unmatched_rows
+from tracking.journal.fits import COLUMN, align_fits
 from tracking.read import PastRun
 from tracking.schema import SCHEMA
 from tracking.verify import Comparison, Mismatch
@@ -69,6 +70,9 @@ def _find_changes(here: pa.Table, there: pa.Table, place: str) -> Iterator[Misma
     """Compare two tables that hold the same rows in the same order."""
     differs = np.zeros(here.num_rows, bool)
     columns = [name for name in SCHEMA.names if name in there.column_names]
+    if COLUMN.name in there.column_names:
+        here, there = align_fits([here, there], at=0)
+        columns.append(COLUMN.name)
     for name in columns:
         ours, theirs = _as_bits(here[name]), _as_bits(there[name])
         same = pc.fill_null(pc.equal(ours, theirs), False)

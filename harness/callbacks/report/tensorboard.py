@@ -93,7 +93,10 @@ class TensorBoard(Callback):
             torch_board = import_optional(
                 "torch.utils.tensorboard", "TensorBoard", "tensorboard"
             )
-            folder = self.folder or Path(self.ctx.run.path or ".") / "tensorboard"
+            run = self.ctx.run
+            folder = self.folder or Path(run.path or ".") / "tensorboard"
+            if self.folder is None and run.fit > 1:
+                folder /= f"fit{run.fit}"
             self._writer = torch_board.SummaryWriter(str(folder))
 
     def on_train_batch_before_step(self) -> None:

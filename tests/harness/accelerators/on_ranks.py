@@ -6,10 +6,12 @@ import signal
 from collections.abc import Callable
 from typing import Any
 
+import pyarrow.compute as pc
 import pytest
 import torch
 
 import harness
+import tracking
 from harness.accelerators.single import SingleDevice
 from harness.callbacks import (
     EMA,
@@ -20,6 +22,7 @@ from harness.callbacks import (
     NaNGuard,
     OverfitBatches,
     SanityCheck,
+    StepMetrics,
     StochasticWeightAveraging,
     SystemMetrics,
 )
@@ -171,6 +174,45 @@ def case_fit_goes_on_from_a_result(lab: Lab) -> None:
     bad = {"layers.0.bias": torch.zeros(8 if lab.rank else 3)}
     with pytest.raises(CheckpointError, match=r"fit\(start"):
         fitted(lab, lab.make(), per_rank, start=bad, strict=False)
+
+
+def case_fits_of_one_run_are_told_apart(lab: Lab) -> None:
+    if lab.stage not in (None, 1):
+        return
+
+    def fit(run: tracking.Run, *own: harness.Callback) -> harness.Fitted:
+        return learner().fit(
+            data(144),
+            2,
+            data(24, seed=1),
+            callbacks=[StepMetrics(), *own],
+            seed=4,
+            tracker=run,
+            verbose=False,
+            accelerator=lab.make(),
+            dataloader_options={"batch_size": ROWS // lab.world},
+        )
+
+    runs, saved = lab.folder / "fits-of-one-run", lab.folder / "saved-fits"
+    with tracking.start(runs_dir=runs, delivery=False) as run:
+        first = fit(run)
+        stopped = fit(run, AutoResume(saved), Stop("on_train_batch_end", 8))
+        assert stopped.signum == signal.SIGTERM
+        second = fit(run, AutoResume(saved))
+        assert run.fit == 1
+        past = tracking.open(run.path)
+        table = past.records(rank=lab.rank)
+        for number, one in enumerate((first, second), start=1):
+            rows = table.filter(pc.equal(table["fit"], number)).to_pylist()
+            metrics = [row for row in rows if row["what"] == "metrics"]
+            assert {(row["set"], row["index"]) for row in metrics} == {
+                (split, epoch) for split in ("train", "valid") for epoch in (1, 2)
+            }
+            for row in metrics:
+                wanted = one.records["metrics"][row["set"]][row["index"] - 1]
+                assert row["value"] == wanted[row["name"]]
+            steps = {row["step"] for row in rows if row["what"] == "steps"}
+            assert steps == {*range(1, 13)}
 
 
 CASES: dict[str, Callable[[Lab], None]] = {

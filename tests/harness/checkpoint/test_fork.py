@@ -20,7 +20,9 @@ from tracking.mlflow_store.tags import run_tags
 CASE = CASES["adam-onecycle-metrics"]
 
 
-def train(runs: Path, *own: Any, epochs: int = EPOCHS) -> Fitted:
+def train(
+    runs: Path, *own: Any, epochs: int = EPOCHS, tracker: tracking.Run | None = None
+) -> Fitted:
     return CASE.learner().fit(
         CASE.data(),
         epochs,
@@ -28,7 +30,7 @@ def train(runs: Path, *own: Any, epochs: int = EPOCHS) -> Fitted:
         callbacks=[*CASE.callbacks(runs), *own],
         dataloader_options=CASE.options,
         seed=7,
-        tracker={"runs_dir": runs, "delivery": False},
+        tracker=tracker or {"runs_dir": runs, "delivery": False},
         verbose=False,
     )
 
@@ -88,6 +90,21 @@ def test_fork_that_is_resumed_ends_as_its_parent_did(
     assert child.wide().equals(parent.wide())
     assert child.status == "finished"
     assert metric_rows(parent) == before
+
+
+def test_fork_of_a_second_fit_continues_as_the_second_fit(tmp_path: Path) -> None:
+    save = ModelCheckpoint(every_n_steps=3, keep_last=9)
+    with tracking.start(runs_dir=tmp_path, delivery=False) as run:
+        for own in ([], [save]):
+            train(tmp_path, *own, tracker=run)
+    parent = tracking.open(run.path)
+    child = fork_run(run.path, 9)
+    assert (
+        train(tmp_path, ResumeFromCheckpoint(child.path / "checkpoints")).run_id
+        == child.id
+    )
+    assert set(child.wide()["fit"].to_pylist()) == {1, 2}
+    assert child.wide().equals(parent.wide())
 
 
 def test_fork_of_a_step_without_checkpoint_lists_those_there_are(

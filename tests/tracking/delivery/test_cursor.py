@@ -74,14 +74,16 @@ def test_sent_places_are_known_by_the_bounds_of_their_index(
     cursor = Cursor(position)
     read_into(cursor, run)
     is_sent = position == 19
-    assert cursor.may_have_sent(("metrics", "train", 5)) == is_sent
-    assert cursor.may_have_sent(("metrics", "train", None)) == is_sent
-    assert not cursor.may_have_sent(("metrics", "train", 15))
-    assert not cursor.may_have_sent(("metrics", "valid", 5))
+    assert cursor.may_have_sent(("metrics", "train", 5, 1)) == is_sent
+    assert cursor.may_have_sent(("metrics", "train", None, 1)) == is_sent
+    assert not cursor.may_have_sent(("metrics", "train", 15, 1))
+    assert not cursor.may_have_sent(("metrics", "valid", 5, 1))
     cursor.note_places(cursor.peek(100))
-    assert cursor.may_have_sent(("metrics", "train", 14)) == (position == -1 or is_sent)
-    assert cursor.may_have_sent(("notes", "", None))
-    assert not cursor.may_have_sent(("notes", "", 3))
+    assert cursor.may_have_sent(("metrics", "train", 14, 1)) == (
+        position == -1 or is_sent
+    )
+    assert cursor.may_have_sent(("notes", "", None, 1))
+    assert not cursor.may_have_sent(("notes", "", 3, 1))
 
 
 def test_thinned_points_are_the_same_in_one_go_and_in_several(record, read_into):

@@ -7,7 +7,13 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.tracking.stores import get_run
-from tracking.mlflow_store.keys import MAX_KEY_LENGTH, KeyMap, is_valid, plain_key
+from tracking.mlflow_store.keys import (
+    MAX_KEY_LENGTH,
+    KeyMap,
+    SeriesId,
+    is_valid,
+    plain_key,
+)
 
 
 @pytest.mark.parametrize(
@@ -19,11 +25,13 @@ from tracking.mlflow_store.keys import MAX_KEY_LENGTH, KeyMap, is_valid, plain_k
         (("metrics", "", "loss"), "loss"),
         (("metrics", "train", ""), "train"),
         (("params", "", "lr"), "lr"),
+        (("metrics", "valid", "loss", 2), "valid/loss_fit2"),
+        (("steps", "train", "loss", 10), "train/loss_step_fit10"),
     ],
 )
 def test_plain_key_joins_what_there_is(series, key):
-    assert plain_key(series) == key
-    assert KeyMap().key_for(series) == key
+    assert plain_key(SeriesId(*series)) == key
+    assert KeyMap().key_for(SeriesId(*series)) == key
 
 
 @pytest.mark.parametrize(
@@ -37,12 +45,16 @@ def test_name_that_mlflow_refuses_is_not_valid(name):
 word = st.text(st.sampled_from("ab/.#_ -:ü0"), max_size=6)
 
 
-@given(st.lists(st.tuples(st.sampled_from(["metrics", "steps", "x"]), word, word)))
+whats, fits = st.sampled_from(["metrics", "steps", "x"]), st.integers(1, 3)
+
+
+@given(st.lists(st.tuples(whats, word, word, fits)))
 @example([("metrics", "train/a", "b"), ("metrics", "train", "a/b")])
 @example([("metrics", "train", "loss_step"), ("steps", "train", "loss")])
 @example([("metrics", "", ""), ("metrics", "#", ""), ("metrics", "", "#")])
+@example([("metrics", "", "a_fit2"), ("metrics", "", "a", 2), ("metrics", "a", "")])
 def test_keys_are_valid_and_one_for_each_series(found):
-    keys = KeyMap()
+    keys, found = KeyMap(), [SeriesId(*words) for words in found]
     given = {series: keys.key_for(series) for series in found}
     assert all(is_valid(key) for key in given.values())
     assert len(set(given.values())) == len(given)
@@ -52,29 +64,30 @@ def test_keys_are_valid_and_one_for_each_series(found):
     again = KeyMap()
     assert {series: again.key_for(series) for series in found} == given
     mapped = keys.renamed()
-    assert all(given[series] == key for key, series in mapped.items())
+    for key, (what, set_, name, *fit) in mapped.items():
+        assert given[SeriesId(what, set_, name, *map(int, fit))] == key
     assert all(
-        key == plain_key(series) for series, key in given.items() if key not in mapped
+        key == plain_key(series) and series.fit == 1
+        for series, key in given.items()
+        if key not in mapped
     )
 
 
 def test_key_that_was_given_is_never_given_again():
     keys = KeyMap()
-    odd = keys.key_for(("metrics", "train", "a#b"))
-    other = keys.key_for(("metrics", "", odd))
+    odd = keys.key_for(SeriesId("metrics", "train", "a#b"))
+    other = keys.key_for(SeriesId("metrics", "", odd))
     assert other != odd
 
 
 def test_reserved_beginning_is_not_given():
-    assert (
-        KeyMap(reserved_prefix="luz.").key_for(("tags", "", "luz.run_id"))
-        != "luz.run_id"
-    )
+    keys = KeyMap(reserved_prefix="luz.")
+    assert keys.key_for(SeriesId("tags", "", "luz.run_id")) != "luz.run_id"
 
 
 @given(st.text(max_size=400))
 def test_any_text_gets_a_key(name):
-    key = KeyMap().key_for(("metrics", "train", name))
+    key = KeyMap().key_for(SeriesId("metrics", "train", name))
     assert is_valid(key)
     assert len(key) <= MAX_KEY_LENGTH
 

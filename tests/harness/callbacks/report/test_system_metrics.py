@@ -15,7 +15,7 @@ from harness.callbacks.report.system_metrics import find_gpu
 from tests.harness.checkpoint.test_resume import check_exact
 from tests.harness.exact import Case, adam
 from tests.harness.fakes import At, line_learner, slope
-from tracking.mlflow_store.keys import plain_key
+from tracking.mlflow_store.keys import SeriesId, plain_key
 
 OFF: dict[str, Any] = {"tracker": False, "verbose": False}
 MACHINE = {
@@ -38,7 +38,8 @@ def recorded(tmp_path, *callbacks, **options):
     rows = tracking.open(fitted.run_path).records(what="system").to_pylist()
     found: dict[str, dict[int, float]] = {}
     for row in rows:
-        assert plain_key((row["what"], row["set"], row["name"])).startswith("system/")
+        series = SeriesId(row["what"], row["set"], row["name"])
+        assert plain_key(series).startswith("system/")
         found.setdefault(row["name"], {})[row["step"]] = row["value"]
     assert "system" not in fitted.records
     return found
