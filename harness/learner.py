@@ -23,6 +23,7 @@ from harness.accelerators.select import accelerator as pick_accelerator
 from harness.callback import Callback
 from harness.callbacks import Interrupt, Metrics, Profile, Progress, TrainValid
 from harness.callbacks.resuming import find_resume
+from harness.callbacks.train_valid import Mode
 from harness.checkpoint.hparams import HparamSource
 from harness.checkpoint.objects import ObjectSource
 from harness.checkpoint.search import find_loss_modules
@@ -94,6 +95,7 @@ from harness.setup_checks import (
     check_model,
     check_model_names,
     check_optimizers,
+    check_predict,
     check_setup,
     check_start,
     explaining_optimizer,
@@ -546,6 +548,9 @@ class Learner:
         accelerator: Accelerator | None = None,
         verbose: bool | None = None,
         dataloader_options: Mapping[str, object] | None = None,
+        stack: bool = True,
+        mode: Mode = "eval",
+        **arguments: object,
     ) -> Any:
         """Return the model's output for each row of `data`, in order, on the CPU.
 
@@ -557,17 +562,32 @@ class Learner:
             As in ``fit``; targets are ignored.
         callbacks, accelerator, verbose, dataloader_options
             As in ``evaluate``.
+        stack
+            Join the outputs of all batches; False returns a list with one item a batch. On
+            several ranks these are the batches of each rank, in order of their rows.
+        mode
+            ``"train"`` keeps dropout on, to predict several times, for example. Modes and
+            buffers (BatchNorm's statistics) are afterwards as before.
+        **arguments
+            For the model's own ``predict(input, **arguments)``.
 
         Returns
         -------
         tensor whose first dim is the rows of `data`; tuples and dicts of tensors if the
         model returns those; a list with one item a batch for anything else
 
+        Raises
+        ------
+        TypeError, ValueError
+            Before the first batch, if an argument is wrong, or the model's ``predict`` does
+            not take it.
+
         References
         ----------
         luz 0.5.0, ``predict``.
         """
         check_call_arguments("predict", accelerator=accelerator, fitted=fitted)
+        check_predict(fitted.model, stack=stack, mode=mode, arguments=arguments)
         accelerator = accelerator or pick_accelerator()
         accelerator.meet("predict")
         ctx = PredictContext(
@@ -579,10 +599,11 @@ class Learner:
             accelerator=accelerator,
             verbose=verbose,
             run=make_null_run(),
-            callbacks=add_defaults([TrainValid()], callbacks),
+            callbacks=add_defaults([TrainValid(predict_mode=mode)], callbacks),
         )
-        with restore_model_after(ctx):
-            return join(loop.predict(ctx))
+        with restore_model_after(ctx), keep_buffers(ctx.model, mode):
+            preds = loop.predict(ctx, arguments)
+        return join(preds) if stack else preds
 
 
 def setup(
@@ -733,6 +754,26 @@ def restore_model_after(ctx: Context) -> Iterator[None]:
         ctx.state_dict()["model"].cpu()
         for module, is_training in modes.items():
             module.training = is_training
+
+
+@contextmanager
+def keep_buffers(model: nn.Module, mode: Mode) -> Iterator[None]:
+    """Put the buffers back that a prediction in training mode changes, also after an error."""
+    if mode == "eval":
+        yield
+        return
+    places = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        for module, name, buffer, kept in places:
+            buffer.data = kept
+            module._buffers[name] = buffer
 
 
 def call_after_fit(ctx: Context) -> None:

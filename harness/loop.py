@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -385,8 +386,13 @@ def evaluate(ctx: StepContext) -> None:
         valid_epoch(ctx)
 
 
-def predict(ctx: StepContext) -> list[Any]:
-    """Return the model's output for each batch of ``ctx.data``, detached, of all ranks."""
+def predict(
+    ctx: StepContext, arguments: Mapping[str, object] = MappingProxyType({})
+) -> list[Any]:
+    """Return the model's output for each batch of ``ctx.data``, detached, of all ranks.
+
+    Its own ``predict`` gets `arguments` too.
+    """
     assert ctx.accelerator is not None and ctx.data is not None
     own, read = get_method(ctx.model, "predict"), get_reader(ctx)
     preds: list[Any] = []
@@ -398,7 +404,10 @@ def predict(ctx: StepContext) -> list[Any]:
             ctx.batch = read(batch)
             ctx.call_callbacks("on_predict_batch_begin")
             try:
-                ctx.pred = own(ctx.input) if own else call_model(ctx.model, ctx.input)
+                if own:
+                    ctx.pred = own(ctx.input, **arguments)
+                else:
+                    ctx.pred = call_model(ctx.model, ctx.input)
             except Exception as error:
                 add_model_note(ctx, error)
                 raise

@@ -158,7 +158,7 @@ _METHODS = {
 """Methods that a model may define, and how."""
 
 _ARGUMENTS = {"step": (), "predict": ("input",), "backward": ("loss",)}
-"""Positional arguments that these methods get."""
+"""Positional arguments that these methods get; ``predict`` may get more by name."""
 
 
 def check_model_names(
@@ -325,8 +325,12 @@ def _list_positional(parameters: Mapping[str, inspect.Parameter]) -> list[str]:
     return [name for name, p in parameters.items() if p.kind in kinds]
 
 
-def check_call(place: str, function: object, *arguments: str) -> None:
+def check_call(
+    place: str, function: object, *arguments: str, is_partial: bool = False
+) -> None:
     """Check that a function can be called with so many positional arguments.
+
+    With `is_partial`, others may be needed beside them.
 
     Raises
     ------
@@ -339,7 +343,7 @@ def check_call(place: str, function: object, *arguments: str) -> None:
     except (TypeError, ValueError):
         return  # written in C
     try:
-        signature.bind(*arguments)
+        (signature.bind_partial if is_partial else signature.bind)(*arguments)
     except TypeError as error:
         name = getattr(function, "__name__", type(function).__name__)
         given = ", ".join(arguments)
@@ -449,7 +453,8 @@ def check_definition(model: nn.Module | type, loss: object, optimizer: object) -
             _check_loss_call(f"{name}.loss", model.loss)
     for method, arguments in _ARGUMENTS.items():
         if not isinstance(model, type) and getattr(model, method, None) is not None:
-            check_call(f"{name}.{method}", getattr(model, method), *arguments)
+            own, may_need_more = getattr(model, method), method == "predict"
+            check_call(f"{name}.{method}", own, *arguments, is_partial=may_need_more)
     if optimizer is None and not _defines(model, "set_optimizers"):
         msg = f"setup({name}): expected an optimizer, got none."
         raise ValueError(
@@ -477,6 +482,45 @@ def check_start(start: object, strict: object) -> None:
     if start is None and strict is not None:
         msg = f"fit(strict): expected start=... with it, got strict={strict!r} alone."
         raise ValueError(f"{msg} Pass what the fit starts from.")
+
+
+def check_predict(
+    model: nn.Module, *, stack: object, mode: object, arguments: Mapping[str, object]
+) -> None:
+    """Check what ``predict`` alone takes.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `stack` is no bool, `mode` none of both, or the model's own ``predict`` does not
+        take the arguments, or there is none.
+    """
+    if not isinstance(stack, bool):
+        msg = f"predict(stack): expected True or False, got {stack!r}."
+        raise TypeError(f"{msg} False returns a list with one item a batch.")
+    if mode not in ("eval", "train"):
+        msg = f"predict(mode): expected 'eval' or 'train', got {mode!r}."
+        raise ValueError(f"{msg} 'train' keeps dropout on.")
+    own = get_method(model, "predict")
+    if own is None and arguments:
+        near = nearest(next(iter(arguments)), _PREDICT_OPTIONS)
+        msg = f"predict: expected options of predict, got {list(arguments)}.{near}"
+        advice = f"define {type(model).__name__}.predict(self, input, **arguments)."
+        raise TypeError(f"{msg} It takes {', '.join(_PREDICT_OPTIONS)}; or {advice}")
+    if own is not None:
+        check_arguments("predict", own, arguments)
+        advice = "Pass them to predict: {}."
+        check_given(f"{type(model).__name__}.predict", own, arguments, advice, 1)
+
+
+_PREDICT_OPTIONS = (
+    "callbacks",
+    "accelerator",
+    "verbose",
+    "dataloader_options",
+    "stack",
+    "mode",
+)
 
 
 def check_call_arguments(

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import nn
 
 from harness.callback import Callback
 from harness.steps import switch_optimizers
+
+Mode = Literal["eval", "train"]
+"""A mode of a model: with dropout off, or on."""
 
 
 class TrainValid(Callback):
@@ -14,6 +19,11 @@ class TrainValid(Callback):
     Optimizers that have both methods, as schedule-free ones do, are told too. They are in
     evaluation mode from the end of an epoch's training to the next one, and in the end.
 
+    Parameters
+    ----------
+    predict_mode
+        Mode of the model in ``predict``: ``"eval"`` or ``"train"``.
+
     References
     ----------
     luz 0.5.0, ``luz_callback_train_valid``. Differs from luz: the loop turns gradients
@@ -21,6 +31,9 @@ class TrainValid(Callback):
     """
 
     weight = -100
+
+    def __init__(self, *, predict_mode: Mode = "eval") -> None:
+        self.predict_mode = predict_mode
 
     def _switch(self, is_training: bool) -> None:
         for part in (self.ctx.model, self.ctx.loss_fn):
@@ -49,5 +62,5 @@ class TrainValid(Callback):
         switch_optimizers(self.ctx, is_training=False)
 
     def on_predict_begin(self) -> None:
-        """Evaluation mode."""
-        self._switch(False)
+        """Evaluation mode, unless asked otherwise."""
+        self._switch(self.predict_mode == "train")
