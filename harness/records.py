@@ -237,6 +237,9 @@ class NullRun:
     check_value
         Called with each logged value and the name of the call. It raises for a value that
         a run would refuse. None: every value is accepted.
+    check_item
+        The same for images, tables and histograms: called with the name of the method and
+        its arguments.
 
     Attributes
     ----------
@@ -252,9 +255,12 @@ class NullRun:
     mlflow_run_id: None = None
 
     def __init__(
-        self, check_value: Callable[[object, str], object] | None = None
+        self,
+        check_value: Callable[[object, str], object] | None = None,
+        check_item: Callable[..., object] | None = None,
     ) -> None:
         self._check_value = check_value
+        self._check_item = check_item or self._drop
 
     def log(self, what: str, set: str, value: object, *_: object, **__: object) -> None:
         """Check the value and drop it."""
@@ -277,6 +283,18 @@ class NullRun:
         """Check the values and drop them."""
         if self._check_value is not None:
             self._check_value(values, f"log_step(set={set!r})")
+
+    def log_image(self, name: str, image: object, **options: object) -> None:
+        """Check the image and drop it."""
+        self._check_item("log_image", name, image, **options)
+
+    def log_table(self, name: str, table: object, **options: object) -> None:
+        """Check the table and drop it."""
+        self._check_item("log_table", name, table, **options)
+
+    def log_histogram(self, name: str, values: object, **options: object) -> None:
+        """Check the values and drop them."""
+        self._check_item("log_histogram", name, values, **options)
 
     def position(self) -> int:
         """Position before the first row."""

@@ -18,6 +18,7 @@ from harness.pytree import Options
 from harness.records import NullRun
 from harness.setup_checks import check_arguments
 from tracking import capture
+from tracking.artifact_logger import check_item
 from tracking.errors import RunClosedError, escape_control, write_stderr
 from tracking.journal.fits import name_in_fit
 from tracking.schema import flatten_value
@@ -44,7 +45,7 @@ def check_tracker(tracker: object) -> None:
 
 def make_null_run() -> NullRun:
     """Make the run of a call without tracking; it refuses what a real run would refuse."""
-    return NullRun(flatten_value)
+    return NullRun(flatten_value, check_item)
 
 
 @contextmanager

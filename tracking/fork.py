@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -99,8 +100,19 @@ def _copy_rows(source: Path, target: Path, position: int) -> None:
 
 def _copy_artifacts(source: Path, child: PastRun) -> None:
     """Copy the artifacts that the shared rows record."""
-    for name in set(child.records(what="artifacts")["name"].to_pylist()):
+    for name in _list_files(child):
         file, copy = source / "artifacts" / name, child.path / "artifacts" / name
         if file.is_file():
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(file, copy)
+
+
+def _list_files(run: PastRun) -> set[str]:
+    """Names below ``artifacts/`` of the files that the rows of a run record."""
+    names: set[str] = set()
+    for what in ("artifacts", "images", "tables"):
+        for row in run.records(what=what).select(["name", "payload"]).to_pylist():
+            described = json.loads(row["payload"] or "null")
+            about = described[0] if isinstance(described, list) and described else {}
+            names |= {row["name"], *about.get("images", [])} - {""}
+    return names

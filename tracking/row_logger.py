@@ -365,7 +365,7 @@ class RowLogger:
                 journal.write_row(what, set, leaf, now, at, after, during)
         except BaseException:
             block.void(slot)
-            _check_arguments(what, set, index, epoch, step)
+            check_arguments(what, set, index, epoch, step)
             raise
         return True
 
@@ -409,7 +409,7 @@ class RowLogger:
         except BaseException:
             block.void(slot)
             # Raise a clear error if an argument is wrong. Else a signal handler raised.
-            _check_arguments(what, set, index, epoch, step)
+            check_arguments(what, set, index, epoch, step)
             raise
         return True
 
@@ -425,13 +425,26 @@ class RowLogger:
     ) -> None:
         """Check all arguments, then write any kind of value."""
         place = _describe_call(what, set)
-        index, epoch, step = _check_arguments(what, set, index, epoch, step, place)
+        index, epoch, step = check_arguments(what, set, index, epoch, step, place)
         if not self._journal.takes_rows():
             return
-        overwrites = not append and index is not None
         leaves = flatten_value(value, place)
         if any(self._may_be_secret(leaf) for leaf in leaves):
             leaves = [self._redact(leaf) for leaf in leaves]
+        overwrites = not append and index is not None
+        self._log_leaves(what, set, leaves, index, epoch, step, overwrites)
+
+    def _log_leaves(
+        self,
+        what: str,
+        set: str,
+        leaves: list[Leaf],
+        index: int | None,
+        epoch: int | None,
+        step: int | None,
+        overwrites: bool = False,
+    ) -> None:
+        """Write leaves at one place of a series."""
         at = self._journal.get_auto_index(what, set).choose(index, step)
         counts = {"index": None if at == NO_COUNT else at, "epoch": epoch, "step": step}
         if overwrites:
@@ -489,7 +502,7 @@ def _describe_call(what: object, set: object) -> str:
     return f"Run.log({what!r}, {set!r})"
 
 
-def _check_arguments(
+def check_arguments(
     what: object,
     set: object,
     index: object,

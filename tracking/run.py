@@ -1,4 +1,4 @@
-"""A run that is being recorded: its artifacts, its manifest, its delivery and its end."""
+"""A run that is being recorded: its manifest, its delivery and its end."""
 
 from __future__ import annotations
 
@@ -7,22 +7,20 @@ import ctypes
 import gc
 import os
 import sys
-from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from types import MemberDescriptorType, TracebackType
 from typing import Any, Final, Literal, NoReturn
 
-from tracking import artifacts
+from tracking.artifact_logger import ArtifactLogger
 from tracking.delivery.process import DeliveryProcess
 from tracking.errors import warn
-from tracking.row_logger import RowLogger
 from tracking.store import Manifest, describe_error, get_rank_dir, write_failure
 
 _STATUSES: Final = ("finished", "failed", "killed")
 
 
-class Run(RowLogger):
+class Run(ArtifactLogger):
     """A run that is being recorded. ``tracking.start`` makes one.
 
     Use it as a context manager. Leaving the block finishes the run: as ``finished``, as
@@ -72,77 +70,6 @@ class Run(RowLogger):
         self._earlier_error = get_last_error()
         watch_exit()
         atexit.register(self._finish_at_exit)
-
-    # ------------------------------------------------------------------- artifacts
-
-    def log_artifact(
-        self, path: str | os.PathLike[str], name: str | None = None
-    ) -> None:
-        """Keep a copy of a file, or of all files in a folder.
-
-        Parameters
-        ----------
-        path
-            File or folder.
-        name
-            Relative name below ``artifacts/``; None: the name of ``path``.
-
-        Raises
-        ------
-        FileNotFoundError
-            If ``path`` does not exist.
-        """
-        source = Path(path)
-        name = artifacts.check_artifact_name(name or source.name, "Run.log_artifact")
-        if source.is_file():
-            self._add_artifact(
-                name, lambda target: artifacts.copy_artifact(source, target)
-            )
-            return
-        if not source.is_dir():
-            raise FileNotFoundError(
-                f"Run.log_artifact: expected a file or folder, got {os.fspath(path)!r}, "
-                "which does not exist. Write it first."
-            )
-        for file in sorted(file for file in source.rglob("*") if file.is_file()):
-            self.log_artifact(file, f"{name}/{file.relative_to(source).as_posix()}")
-
-    def log_figure(self, figure: Any, name: str) -> None:
-        """Save a figure as an image.
-
-        Parameters
-        ----------
-        figure
-            Figure of matplotlib, plotly or Pillow, or anything with ``savefig``.
-        name
-            Relative name below ``artifacts/``; its suffix chooses the format.
-        """
-        name = artifacts.check_artifact_name(name, "Run.log_figure")
-        name = artifacts.add_picture_suffix(name)
-        self._add_artifact(
-            name, lambda target: artifacts.write_figure_artifact(figure, target)
-        )
-
-    def log_text(self, text: str, name: str) -> None:
-        """Save a text as a file below ``artifacts/``."""
-        name = artifacts.check_artifact_name(name, "Run.log_text")
-        self._add_artifact(
-            name, lambda target: artifacts.write_text_artifact(text, target)
-        )
-
-    def _add_artifact(self, name: str, write: Callable[[Path], dict[str, Any]]) -> None:
-        """Write an artifact and record it; a failing disk is only a warning."""
-        if not self._journal.takes_rows():
-            return
-        try:
-            described = write(self.path / "artifacts" / name)
-        except OSError as error:
-            warn(
-                f"run {self.id!r}: expected to write artifacts/{name}, got {error}. "
-                "Training continues without it; free some space."
-            )
-            return
-        self._log_dict("artifacts", {name: [described]}, "Run.log_artifact")
 
     # --------------------------------------------------------- history and manifest
 

@@ -402,3 +402,16 @@ def test_fit_without_tracking_takes_calls_on_the_run():
 
     fitted = line_learner().fit(slope(8), 1, callbacks=[Draw()], tracker=False)
     assert fitted.run_id is None
+
+
+def test_call_without_tracking_refuses_the_items_that_a_run_would_refuse():
+    run = make_null_run()
+    run.log_image("samples", [[0.0, 1.0]], step=1)
+    run.log_table("errors", {"a": [1]})
+    run.log_histogram("grads", [1.0], bins=8)
+    with pytest.raises(TypeError, match=r"Run.log_image\('a'\): expected a tensor"):
+        run.log_image("a", "cat.png")
+    with pytest.raises(TypeError, match=r"Run.log_table\('a'\): expected a table"):
+        run.log_table("a", 3)
+    with pytest.raises(ValueError, match=r"Run.log_histogram\('a'\): expected bins"):
+        run.log_histogram("a", [1.0], bins=0)

@@ -93,6 +93,8 @@ def show(run: str, runs_dir: Path | None, as_json: bool) -> None:
         render.print_table(render.make_params_table(found["params"]))
     if found["metrics"]:
         render.print_table(render.make_metrics_table(found["metrics"]))
+    if found["items"]:
+        render.print_table(render.make_items_table(found["items"]))
 
 
 @runs.command()

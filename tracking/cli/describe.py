@@ -32,7 +32,7 @@ def describe_run(run: PastRun) -> dict[str, Any]:
     Returns
     -------
     the values of ``summarize_run``, and ``note, error, command, cwd, host, git, resumed,
-    params, tags, metrics, rows, ranks, damage, mlflow``
+    params, tags, metrics, items, rows, ranks, damage, mlflow``
     """
     manifest = run.manifest
     state = DeliveryState.read_or_none(run.path)
@@ -48,6 +48,7 @@ def describe_run(run: PastRun) -> dict[str, Any]:
         "params": run.params,
         "tags": run.tags,
         "metrics": run.summary(),
+        "items": list_items(run),
         "rows": run.records().num_rows,
         "ranks": len(list_rank_dirs(run.path)),
         "damage": [
@@ -61,6 +62,29 @@ def describe_run(run: PastRun) -> dict[str, Any]:
         ],
         "mlflow": _describe_delivery(state),
     }
+
+
+def list_items(run: PastRun) -> list[dict[str, Any]]:
+    """Describe each series of images, tables and histograms.
+
+    Returns
+    -------
+    one dictionary for each: ``kind``, ``name``, ``count``, ``last`` (step, else number)
+    and ``file`` of the last one; None for a histogram, which has none
+    """
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for kind in ("images", "tables", "histograms"):
+        rows = run.records(what=kind).select(["set", "name", "index", "step", "kind"])
+        for row in rows.to_pylist():
+            if row["kind"] != "json":  # a number that the user logged under such a word
+                continue
+            item = found.setdefault(
+                (kind, row["set"]), {"kind": kind, "name": row["set"], "count": 0}
+            )
+            item["count"] += 1
+            item["last"] = row["index"] if row["step"] is None else row["step"]
+            item["file"] = f"artifacts/{row['name']}" if row["name"] else None
+    return list(found.values())
 
 
 def _measure_duration_s(run: PastRun) -> float | None:

@@ -141,6 +141,16 @@ def make_metrics_table(metrics: dict[str, dict[str, Any]]) -> Table:
     return table
 
 
+def make_items_table(items: list[dict[str, Any]]) -> Table:
+    """One row for each series of images, tables or histograms."""
+    table = make_table("kind", "name", "count", "last", "file of the last")
+    for item in items:
+        last = f"step {item['last']}" if item["last"] is not None else ""
+        texts = (item["kind"], item["name"], str(item["count"]), last)
+        _add_row(table, *texts, item["file"] or "")
+    return table
+
+
 def make_comparison_table(runs: list[dict[str, Any]]) -> Table:
     """Params that differ between runs, and the last value of every metric."""
     table = make_table("", *(run["id"] for run in runs))

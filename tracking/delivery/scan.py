@@ -15,15 +15,20 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import compute as pc
 
+from tracking.delivery.thinning import count_within_groups, mask_early
 from tracking.journal.reader import JournalReader
 from tracking.journal.tombstones import Tombstones
 from tracking.mlflow_store.keys import KeyMap
 from tracking.mlflow_store.points import NON_METRICS, distinct_series, mask_metrics
 from tracking.mlflow_store.properties import Flags, RunProperties, collect_properties
+from tracking.mlflow_store.series import SERIES
 from tracking.schema import SCHEMA
 
 READ_ROWS: Final = 1 << 14
-_NON_METRICS: Final = pa.array(NON_METRICS)
+_PROPERTIES: Final = pa.array([*NON_METRICS, *SERIES])
+
+MAX_ITEMS: Final = 6400
+"""Images, tables or histograms of a name in MLflow: the first 200 all, then fewer."""
 
 
 class JournalScan:
@@ -84,7 +89,7 @@ class JournalScan:
         if self._properties is None:
             rows = pa.concat_tables(self._property_rows).unify_dictionaries()
             rows = rows.filter(pa.array(self.tombstones.mask_live(rows)))
-            rows = self.tombstones.fits.label(rows)
+            rows = _thin_series(self.tombstones.fits.label(rows))
             self._properties = collect_properties(
                 rows, self.param_keys, self.tag_keys, self._flags
             )
@@ -100,7 +105,8 @@ class JournalScan:
         for series in distinct_series(metrics)[0]:
             self.keys.key_for(series)
         is_changed |= self._flag_inexact(metrics)
-        others = rows.filter(pc.is_in(rows["what"].cast(pa.string()), _NON_METRICS))
+        is_other = pc.is_in(rows["what"].cast(pa.string()), _PROPERTIES)
+        others = rows.filter(pc.and_not(is_other, pa.array(mask_metrics(rows))))
         if others.num_rows:
             self._property_rows.append(others.select(SCHEMA.names))
         if is_changed or others.num_rows:
@@ -128,3 +134,15 @@ class JournalScan:
                 key = self.keys.key_for(one)
                 by_key[key] = by_key.get(key, 0) + count
         return bool(infinite.any() or large.any())
+
+
+def _thin_series(rows: pa.Table) -> pa.Table:
+    """Drop items of long series of images, tables or histograms, the same ones always."""
+    is_item = np.asarray(pc.is_in(rows["what"].cast(pa.string()), pa.array(SERIES)))
+    items = rows.filter(pa.array(is_item))
+    at = items.schema.get_field_index("name")
+    same = items["set"]  # the name of an item is its file; the set names the series
+    _, place = distinct_series(items.set_column(at, items.schema.field(at), same))
+    kept = np.ones(rows.num_rows, bool)
+    kept[is_item] = mask_early(count_within_groups(place), MAX_ITEMS)
+    return rows.filter(pa.array(kept))

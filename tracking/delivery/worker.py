@@ -38,6 +38,9 @@ LONGEST_POLL_S: Final = 1.0
 STEP_ROWS: Final = 4 * BATCH
 """Rows to send before new rows are read, which may supersede the next ones."""
 
+ARTIFACTS_S: Final = 0.25
+"""Time to upload artifacts before new rows are sent; the last one may take longer."""
+
 LOOKAHEAD_ROWS: Final = 1 << 20
 """Rows to read ahead of sending, so that superseded rows are not sent.
 
@@ -303,19 +306,19 @@ class DeliveryWorker:
         self._writer.send_properties(properties, tags)
 
     def _send_artifact(self) -> None:
-        """Upload one artifact, if one is missing and the store takes it now."""
+        """Upload a few artifacts, if some are missing and the store takes them now."""
         if time.monotonic() < self._next_artifact_at:
             return
         try:
-            self._upload_artifacts(max_files=1)
+            self._upload_artifacts(ARTIFACTS_S)
         except UnreachableError as error:
             # The next one is tried soon, and then again this one.
             _log.warning("an artifact is waiting: %s", error)
             self._next_artifact_at = time.monotonic() + LONGEST_DELAY_S
 
-    def _upload_artifacts(self, max_files: int | None = None) -> None:
+    def _upload_artifacts(self, limit_s: float | None = None) -> None:
         folder = self.run_path / "artifacts"
-        self._writer.upload_artifacts(self._scan.properties(), folder, max_files)
+        self._writer.upload_artifacts(self._scan.properties(), folder, limit_s)
 
     def _reconcile(self, stage: Stage) -> bool:
         """Compare MLflow with the journal and mend it; whether by a new MLflow run."""

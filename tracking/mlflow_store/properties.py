@@ -14,9 +14,10 @@ from typing import Any, Final
 
 import pyarrow as pa
 
-from tracking.journal.fits import get_fits
+from tracking.journal.fits import get_fits, name_in_fit
 from tracking.mlflow_store.client import MAX_PARAM_LENGTH, MAX_TAG_LENGTH
 from tracking.mlflow_store.keys import KeyMap, SeriesId
+from tracking.mlflow_store.series import SERIES, collect_uploads
 from tracking.schema import parse_value
 
 Flags = dict[str, dict[str, Any]]
@@ -37,7 +38,7 @@ class RunProperties:
     changed
         Last value of each param that was logged with several; MLflow keeps the first.
     artifacts
-        Size and checksum by relative path.
+        Size and checksum by relative path in MLflow, and what the file is made from.
     inputs
         Data sets, each with its tags.
     flags
@@ -61,13 +62,14 @@ def collect_properties(
     ----------
     rows
         Live rows in the public schema, perhaps with their fits, whose ``what`` is one of
-        `NON_METRICS`.
+        `NON_METRICS` or `SERIES`.
     param_keys, tag_keys
         Of MLflow's params and tags; new names are added.
     flags
         Of the run's metrics; they become part of the properties' flags.
     """
     found = RunProperties(flags={reason: dict(some) for reason, some in flags.items()})
+    items: list[dict[str, Any]] = []
     for fit, row in zip(get_fits(rows).tolist(), rows.to_pylist(), strict=True):
         value = parse_value(row["kind"], row["value"], row["payload"])
         match row["what"]:
@@ -84,6 +86,12 @@ def collect_properties(
                 found.artifacts[row["name"]] = _description(value)
             case "inputs":
                 _add_input(found, row["name"], _description(value))
+            case _ if row["what"] in SERIES:
+                name = name_in_fit(row["set"], fit)
+                items.append(row | {"set": name, "about": _description(value)})
+    uploads, tags = collect_uploads(items)
+    found.artifacts |= uploads
+    found.tags = tags | found.tags
     return found
 
 

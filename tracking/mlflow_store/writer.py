@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from tracking.artifacts import find_artifact
 from tracking.errors import TrackingError
 from tracking.mlflow_store.client import (
     MAX_BATCH,
@@ -30,6 +29,14 @@ from tracking.mlflow_store.client import (
 )
 from tracking.mlflow_store.keys import is_valid
 from tracking.mlflow_store.properties import RunProperties
+from tracking.mlflow_store.series import (
+    IMAGES_TAG,
+    TABLES_TAG,
+    is_present,
+    is_series_file,
+    merge_tables,
+    open_upload,
+)
 from tracking.mlflow_store.tags import NOTE, NOTE_DIGEST, digest_note
 
 BATCH: Final = MAX_BATCH - 20
@@ -89,6 +96,7 @@ class RunWriter:
         self._inputs: list[Any] = []
         self._artifacts: dict[str, Any] = {}
         self._failed_artifacts: set[str] = set()
+        self._may_have_images = IMAGES_TAG in run.tags
 
     @property
     def delivered(self) -> int:
@@ -164,6 +172,8 @@ class RunWriter:
             self._bisect(self._send_params, list(some.items()))
             self._params |= some
         tags = {**more, **wanted.tags, **self._flag_tags(wanted)}
+        if TABLES_TAG in tags:
+            tags[TABLES_TAG] = merge_tables(tags[TABLES_TAG], self.tags.get(TABLES_TAG))
         tags = {k: v for k, v in tags.items() if self.tags.get(k) != v}
         if NOTE in tags and NOTE not in wanted.tags and self._is_note_edited():
             kept = {name: tags.pop(name, "") for name in (NOTE, NOTE_DIGEST)}
@@ -178,7 +188,7 @@ class RunWriter:
         self.is_isolating = False
 
     def upload_artifacts(
-        self, wanted: RunProperties, folder: Path, max_files: int | None = None
+        self, wanted: RunProperties, folder: Path, limit_s: float | None = None
     ) -> None:
         """Upload the artifacts that MLflow does not have.
 
@@ -188,24 +198,37 @@ class RunWriter:
             Properties from the journal.
         folder
             With the files. An artifact without a file is recorded as refused.
-        max_files
-            Maximum number of files to upload; None: all.
+        limit_s : seconds
+            Stop after the first file that ends later than this; None: upload all.
         """
+        started = time.monotonic()
+        if self._may_have_images:
+            self._recognize(wanted, self.client.artifacts(self.run_id, "images"))
+            self._may_have_images = False
         missing = self._list_missing_artifacts(wanted, folder)
         missing.sort(key=self._failed_artifacts.__contains__)  # what failed comes last
-        for name in missing[:max_files]:
-            parent = name.rpartition("/")[0] or None
-            send = partial(
-                self.client.send_artifact, self.run_id, folder / name, parent
-            )
-            try:
-                send()
-                self._check_stored_name(name, parent)
-            except _FAILURES as error:
-                self._failed_artifacts.add(name)
-                self._leave_out(name, send, error)
-            self._artifacts[name] = wanted.artifacts[name]
+        for name in missing:
+            self._upload(name, wanted.artifacts[name], folder)
+            if limit_s is not None and time.monotonic() - started >= limit_s:
+                break
         self.is_isolating = False
+
+    def _upload(self, name: str, about: Mapping[str, Any], folder: Path) -> None:
+        """Upload an artifact; one that MLflow refuses, or that cannot be made, is left out."""
+        parent = name.rpartition("/")[0] or None
+        try:
+            with open_upload(folder, name, about) as path:
+                send = partial(self.client.send_artifact, self.run_id, path, parent)
+                try:
+                    send()
+                    if not is_series_file(about):
+                        self._check_stored_name(name, parent)
+                except _FAILURES as error:
+                    self._failed_artifacts.add(name)
+                    self._leave_out(name, send, error)
+        except (ImportError, OSError, ValueError) as error:
+            self.refused[name] = str(error)[:_MAX_REASON]
+        self._artifacts[name] = about
 
     def _check_stored_name(self, name: str, parent: str | None) -> None:
         """Raise if a server keeps an artifact under another name, as it does ``a?b``."""
@@ -216,9 +239,13 @@ class RunWriter:
 
     def recognize_artifacts(self, wanted: RunProperties) -> None:
         """Treat artifacts that MLflow has under the same name and size as uploaded."""
-        present = self.client.artifacts(self.run_id)
+        self._recognize(wanted, self.client.artifacts(self.run_id))
+
+    def _recognize(self, wanted: RunProperties, present: Mapping[str, int]) -> None:
         for name, described in wanted.artifacts.items():
-            if present.get(name) == described.get("size_bytes"):
+            size_bytes = described.get("size_bytes")
+            # The size of a picture that delivery made is not known; its name tells what it is.
+            if name in present and size_bytes in (None, present[name]):
                 self._artifacts[name] = described
 
     def set_status(self, status: str, end_ms: int | None = None) -> None:
@@ -237,7 +264,7 @@ class RunWriter:
         for name, described in wanted.artifacts.items():
             if self._artifacts.get(name) == described or name in self.refused:
                 continue
-            if find_artifact(folder, name) is not None:
+            if is_present(folder, name, described):
                 missing.append(name)
             else:
                 self.refused[name] = "the file is not in the run's folder"

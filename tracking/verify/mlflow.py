@@ -22,6 +22,7 @@ from tracking.delivery.thinning import mask_points
 from tracking.journal.reader import JournalReader
 from tracking.mlflow_store.points import POINTS, UniqueTimestamps, points_table
 from tracking.mlflow_store.properties import Flags
+from tracking.mlflow_store.series import TABLES_TAG, merge_tables
 from tracking.mlflow_store.writer import read_refusals
 from tracking.read import PastRun
 from tracking.store import get_rank_dir, is_being_written
@@ -220,11 +221,19 @@ def _compare_properties(
 ) -> Iterator[Mismatch]:
     """Compare params, tags and the sizes of artifacts."""
     wanted = scan.properties()
-    sizes = {n: d.get("size_bytes") for n, d in wanted.artifacts.items()}
+    # The size of a picture that delivery makes is not known.
+    present = there.artifacts
+    sizes = {
+        name: about.get("size_bytes", present.get(name, 0))
+        for name, about in wanted.artifacts.items()
+    }
+    tags = dict(wanted.tags)
+    if TABLES_TAG in tags:
+        tags[TABLES_TAG] = merge_tables(tags[TABLES_TAG], there.tags.get(TABLES_TAG))
     for word, ours, theirs in (
         ("param", wanted.params, there.params),
-        ("tag", wanted.tags, there.tags),
-        ("bytes of artifact", sizes, there.artifacts),
+        ("tag", tags, there.tags),
+        ("bytes of artifact", sizes, present),
     ):
         for key, value in ours.items():
             other = theirs.get(key)

@@ -110,6 +110,21 @@ def test_show_tells_all_about_a_run(call, two):
     assert (found["rows"], found["damage"], found["mlflow"]) == (12, [], None)
 
 
+def test_show_lists_images_tables_and_histograms(call, record):
+    run = record()
+    run.run.log_image("samples", [[0.0, 1.0]], step=5)
+    run.run.log_image("samples", [[1.0, 1.0]], step=9)
+    run.run.log_histogram("grads", [1.0])
+    run.run.log("tables", "mine", 3.0)  # a number of the user's own
+    found = json.loads(call("runs", "show", run.run.id, "--json").output)["items"]
+    assert [(i["kind"], i["name"], i["count"], i["last"]) for i in found] == [
+        ("images", "samples", 2, 9),
+        ("histograms", "grads", 1, 1),
+    ]
+    assert (run.path / found[0]["file"]).is_file()
+    assert "step 9" in call("runs", "show", run.run.id).output
+
+
 def test_show_tells_how_far_mlflow_is_behind_and_why(call, record):
     run = record(experiment="digits")
     manifest = run.run.manifest

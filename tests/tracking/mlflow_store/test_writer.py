@@ -282,7 +282,7 @@ def test_artifact_that_fails_holds_up_no_other(tmp_path):
     writer = RunWriter(store, run, "luz.delivered")
     for _ in names:  # one at a time, as while the run is live
         with contextlib.suppress(UnreachableError):
-            writer.upload_artifacts(wanted, tmp_path, max_files=1)
+            writer.upload_artifacts(wanted, tmp_path, limit_s=0.0)
     assert store.kept == ["what", "good one.txt"]
     assert writer.refused == {
         "gone.txt": "404: no such page",

@@ -1,4 +1,4 @@
-"""Write the artifacts of a run; each appears complete or not at all."""
+"""Write files below a run's folder of artifacts, and find them again."""
 
 from __future__ import annotations
 
@@ -65,6 +65,13 @@ def write_text_artifact(text: str, target: Path) -> dict[str, Any]:
     with replace_file(target) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="replace")
     return describe_file(target)
+
+
+def write_artifact(data: bytes, target: Path) -> None:
+    """Write a file."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with replace_file(target) as temporary:
+        temporary.write_bytes(data)
 
 
 def write_figure_artifact(figure: Any, target: Path) -> dict[str, Any]:
