@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from harness.fitted import Evaluation, Fitted
     from harness.learner import Learner, load, setup
     from harness.loop import EvaluateContext, FitContext, PredictContext
+    from harness.metrics.part import on
     from harness.metrics.sets import MetricSet
     from harness.range_test import lr_finder
 
@@ -48,6 +49,7 @@ _HOMES = {
     "callbacks": "callbacks",
     "load": "learner",
     "lr_finder": "range_test",
+    "on": "metrics.part",
     "setup": "learner",
 }
 
@@ -72,6 +74,7 @@ __all__ = [
     "callbacks",
     "load",
     "lr_finder",
+    "on",
     "setup",
 ]
 

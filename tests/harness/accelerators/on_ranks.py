@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow.compute as pc
 import pytest
 import torch
+from torchmetrics import MeanSquaredError
 
 import harness
 import tracking
@@ -213,6 +214,31 @@ def case_fits_of_one_run_are_told_apart(lab: Lab) -> None:
                 assert row["value"] == wanted[row["name"]]
             steps = {row["step"] for row in rows if row["what"] == "steps"}
             assert steps == {*range(1, 13)}
+
+
+def as_number(target: torch.Tensor) -> torch.Tensor:
+    return target.float()
+
+
+def gap(pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return (pred - target).abs().mean()
+
+
+def case_metrics_of_one_part(lab: Lab) -> None:
+    first = fitted(lab, SingleDevice("cpu"), ROWS)
+    metrics = [
+        harness.on(metric, pred=1, target=as_number)
+        for metric in (MeanSquaredError(), gap)
+    ]
+    wanted, found = (
+        first.evaluate(
+            data(97, seed=1), metrics=metrics, accelerator=accelerator, verbose=False
+        )
+        for accelerator in (SingleDevice("cpu"), lab.make())
+    )
+    values = found.records["metrics"]["valid"][0]
+    assert values.keys() == {"loss", "mean_squared_error_1", "gap_1"}
+    assert values == pytest.approx(wanted.records["metrics"]["valid"][0], rel=1e-5)
 
 
 CASES: dict[str, Callable[[Lab], None]] = {
