@@ -94,6 +94,7 @@ from harness.setup_checks import (
     check_loss_items,
     check_model,
     check_model_names,
+    check_numbers,
     check_optimizers,
     check_predict,
     check_setup,
@@ -222,6 +223,7 @@ class Learner:
         place = "set_optimizers()" if is_own else "setup(optimizer)"
         advice = "Pass them by set_opt_hparams({})."
         check_arguments("set_opt_hparams", build, self.opt_hparams)
+        check_numbers("set_opt_hparams", build, self.opt_hparams)
         check_given(place, build, self.opt_hparams, advice, 0 if is_own else 1)
         has_choice = is_own or takes_model(build)
         with explaining_optimizer(model), noting_options(build, self.opt_hparams):
@@ -308,7 +310,7 @@ class Learner:
         luz 0.5.0, ``fit``.
         """
         parse_epochs(epochs)
-        check_call_arguments("fit", accelerator=accelerator, seed=seed)
+        check_call_arguments("fit", accelerator, seed=seed, verbose=verbose)
         callbacks = check_callbacks(callbacks)
         check_tracker(tracker)
         accelerator = accelerator or pick_accelerator()
@@ -316,7 +318,8 @@ class Learner:
         if seed is not None:
             seed_all(seed)
         share_rng_state(accelerator)
-        train, valid = build_loaders(data, valid_data, dataloader_options)
+        ranks = accelerator.world_size
+        train, valid = build_loaders(data, valid_data, dataloader_options, ranks)
         check_config_optimizer(self.optimizer, accelerator)
         resume = find_resume(callbacks)
         began = self._begin(start, strict, accelerator)
@@ -502,7 +505,7 @@ class Learner:
         ----------
         luz 0.5.0, ``evaluate``.
         """
-        check_call_arguments("evaluate", accelerator=accelerator, fitted=fitted)
+        check_call_arguments("evaluate", accelerator, verbose=verbose, fitted=fitted)
         check_loss(f"evaluate({type(fitted.model).__name__})", fitted.model, self.loss)
         accelerator = accelerator or pick_accelerator()
         accelerator.meet("evaluate")
@@ -586,7 +589,7 @@ class Learner:
         ----------
         luz 0.5.0, ``predict``.
         """
-        check_call_arguments("predict", accelerator=accelerator, fitted=fitted)
+        check_call_arguments("predict", accelerator, verbose=verbose, fitted=fitted)
         check_predict(fitted.model, stack=stack, mode=mode, arguments=arguments)
         accelerator = accelerator or pick_accelerator()
         accelerator.meet("predict")
@@ -692,12 +695,12 @@ def describe_start(start: Start) -> str:
 
 
 def build_loaders(
-    data: Data, valid_data: Data, options: Mapping[str, object] | None
+    data: Data, valid_data: Data, options: Mapping[str, object] | None, ranks: int
 ) -> tuple[Loader, Loader | None]:
     """Return the loaders of training and validation data; a fraction splits `data`."""
     if isinstance(valid_data, float | int) and not isinstance(valid_data, bool):
         data, valid_data = split_data(data, valid_data)
-    train = make_train_loader(data, options)
+    train = make_train_loader(data, options, ranks)
     if valid_data is None:
         return train, None
     return train, make_eval_loader(valid_data, without_order(options))

@@ -16,6 +16,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -265,6 +266,33 @@ def check_arguments(
             raise TypeError(
                 f"{msg}{nearest(name, choices)} It takes: {', '.join(choices)}."
             )
+
+
+def check_numbers(
+    place: str, function: Callable[..., object], options: Mapping[str, object]
+) -> None:
+    """Check that an option of one of torch's classes is no text where it is a number.
+
+    Raises
+    ------
+    TypeError
+        If it is; torch itself would fail at a comparison, or in the middle of the fit.
+    """
+    function = getattr(function, "func", function)  # of a partial
+    known = _get_parameters(function) or {}
+    if not str(getattr(function, "__module__", "")).startswith("torch."):
+        return
+    for name, value in options.items():
+        if not isinstance(value, str) or name not in known:
+            continue
+        default, kind = known[name].default, known[name].annotation
+        is_number = isinstance(default, int | float) and not isinstance(default, bool)
+        if is_number or kind in {int, float, "int", "float"}:
+            called = getattr(function, "__name__", "the class")
+            msg = (
+                f"{place}({name}): expected a number for {called}, got {value!r:.100}."
+            )
+            raise TypeError(f"{msg} Pass a number.")
 
 
 def check_given(
@@ -525,9 +553,10 @@ _PREDICT_OPTIONS = (
 
 def check_call_arguments(
     place: str,
+    accelerator: object,
     *,
-    accelerator: object = None,
     seed: object = None,
+    verbose: object = None,
     fitted: object = True,
 ) -> None:
     """Check arguments that ``fit``, ``evaluate`` and ``predict`` have in common.
@@ -535,8 +564,8 @@ def check_call_arguments(
     Raises
     ------
     TypeError, ValueError
-        If the accelerator is none, the seed no whole number, or the result of a fit
-        no result.
+        If the accelerator is none, the seed no whole number, `verbose` no truth value, or
+        the result of a fit no result.
     """
     has_parts = hasattr(accelerator, "prepare") and not isinstance(accelerator, type)
     if accelerator is not None and not has_parts:
@@ -544,6 +573,9 @@ def check_call_arguments(
         raise TypeError(f"{msg} Pass harness.accelerator(...), or leave it out.")
     if seed is not None:
         check_count(f"{place}(seed)", seed, -(2**63), "Leave it out for no seed.")
+    if verbose is not None and not isinstance(verbose, int | np.bool_):
+        msg = f"{place}(verbose): expected True, False or None, got {verbose!r:.100}."
+        raise TypeError(f"{msg} None shows progress in a terminal or notebook.")
     if fitted is not True and not hasattr(fitted, "learner"):
         msg = f"{place}(fitted): expected the result of fit, got {fitted!r:.100}."
         raise TypeError(f"{msg} Pass what fit or harness.load returned.")
@@ -927,6 +959,20 @@ def check_count(place: str, value: object, least: int, advice: str) -> None:
         msg = f"{place}: expected a whole number, got {value!r}."
         raise TypeError(f"{msg} {advice}")
     check_at_least(place, int(value), least, advice)
+
+
+def check_folder(place: str, folder: Path) -> None:
+    """Check that a folder is one or can be made, because no file is in its place.
+
+    Raises
+    ------
+    NotADirectoryError
+        If a file is.
+    """
+    existing = next((p for p in (folder, *folder.parents) if p.exists()), None)
+    if existing is not None and not existing.is_dir():
+        msg = f"{place}: expected a folder, got {str(folder)!r}."
+        raise NotADirectoryError(f"{msg} {str(existing)!r} is a file: choose another.")
 
 
 def as_path(place: str, value: object, expected: str = "a path") -> Path:

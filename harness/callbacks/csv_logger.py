@@ -6,7 +6,8 @@ import csv
 from pathlib import Path
 
 from harness.callback import Callback
-from harness.setup_checks import as_path
+from harness.context import Context
+from harness.setup_checks import as_path, check_folder
 
 
 def format_value(value: object) -> str:
@@ -32,6 +33,13 @@ class CSVLogger(Callback):
 
     def __init__(self, path: str | Path) -> None:
         self.path = as_path("CSVLogger(path)", path).expanduser()
+
+    def check(self, ctx: Context) -> None:
+        """Refuse a path where no file can be written."""
+        check_folder("CSVLogger(path)", self.path.parent)
+        if self.path.is_dir():
+            msg = f"CSVLogger(path): expected a file, got {str(self.path)!r}"
+            raise IsADirectoryError(f"{msg}, a folder. Add a name, such as 'log.csv'.")
 
     def on_fit_begin(self) -> None:
         """Create the file; a resumed fit keeps the old one until it has an epoch to add."""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 
+import torch
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler as TorchScheduler
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
@@ -19,6 +23,7 @@ from harness.pytree import StateDict
 from harness.setup_checks import (
     check_arguments,
     check_given,
+    check_numbers,
     get_method,
     noting_options,
 )
@@ -92,6 +97,8 @@ class LRScheduler(Monitor):
             raise TypeError(f"{msg} {advice}")
         check_event("LRScheduler(call_on)", call_on)
         check_arguments("LRScheduler(**options)", scheduler, options)
+        given = {name: value for name, value in options.items() if value != "auto"}
+        check_numbers("LRScheduler", scheduler, given)
         advice = "Pass them as LRScheduler(..., {})."
         check_given("LRScheduler(**options)", scheduler, options, advice, 1)
         self._build, self._options = scheduler, options
@@ -130,25 +137,64 @@ class LRScheduler(Monitor):
         options = self._fill_options(self.ctx)
         if self._is_plateau and options.get("mode", "auto") == "auto":
             options = options | {"mode": self.mode}
+        opt = getattr(opt, "optimizer", opt)
+        stand_in = self._make_stand_in(opt, options)
         with noting_options(self._build, options):
-            self.scheduler = self._build(getattr(opt, "optimizer", opt), **options)
+            self.scheduler = self._build(opt, **options)
         if not callable(getattr(self.scheduler, "step", None)):
             msg = "LRScheduler(scheduler): expected it to return a scheduler"
             got = f"{self.scheduler!r:.100}"
             raise TypeError(f"{msg}, got {got}. Return what has a step method.")
-        self._check_length()
+        needed = self._count_needed()
+        self._check_length(needed)
+        if stand_in is not None:
+            self._try_steps(stand_in, options, min(needed or 1, MAX_TRIED))
 
-    def _check_length(self) -> None:
+    def _make_stand_in(
+        self, opt: object, options: dict[str, object]
+    ) -> Optimizer | None:
+        """Make an optimizer to try steps on; None if the scheduler is not to be tried.
+
+        Functions are not called, because they may count, or draw random numbers.
+        """
+        is_known = getattr(self._build, "__module__", "") == "torch.optim.lr_scheduler"
+        has_functions = any(map(callable, _list_leaves(options)))
+        if not is_known or has_functions or self._is_plateau:
+            return None
+        return _StandIn(opt) if isinstance(opt, Optimizer) else None
+
+    def _try_steps(
+        self, stand_in: Optimizer, options: dict[str, object], num_steps: int
+    ) -> None:
+        """Refuse options with which the scheduler fails in one of its first steps."""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                scheduler = self._build(stand_in, **options)
+                for _ in range(num_steps):
+                    scheduler.step()
+        except Exception as error:
+            called = type(self.scheduler).__name__
+            given = ", ".join(
+                f"{name}={value!r:.50}" for name, value in options.items()
+            )
+            msg = f"LRScheduler({called}): expected options that it can step with, got"
+            raise ValueError(
+                f"{msg} {given}: {type(error).__name__}: {error}. Change them."
+            ) from error
+
+    def _count_needed(self) -> int | None:
+        """How often the scheduler steps in the fit; None if that is not known."""
+        ctx, per_epoch = self.ctx, self._count_steps(self.ctx)
+        is_own = get_method(ctx.model, "step") is not None
+        if per_epoch is None or (is_own and self.call_on in STEP_EVENTS):
+            return None
+        return per_epoch * ctx.max_epochs
+
+    def _check_length(self, needed: int | None) -> None:
         """Refuse a schedule that ends before the fit: torch would end the fit there."""
-        ctx, total = self.ctx, getattr(self.scheduler, "total_steps", None)
-        per_epoch = self._count_steps(ctx)
-        has_own_pace = (
-            get_method(ctx.model, "step") is not None and self.call_on in STEP_EVENTS
-        )
-        if not isinstance(total, int) or per_epoch is None or has_own_pace:
-            return
-        needed = per_epoch * ctx.max_epochs
-        if total < needed:
+        total = getattr(self.scheduler, "total_steps", None)
+        if needed is not None and isinstance(total, int) and total < needed:
             msg = (
                 f"LRScheduler({type(self.scheduler).__name__}): expected a schedule of"
             )
@@ -237,6 +283,43 @@ class LRScheduler(Monitor):
                 rate * new / old if old else new
                 for rate, old, new in zip(rates, then, now, strict=True)
             ]
+
+
+MAX_TRIED = 20
+"""Steps of a schedule that are tried before the fit, at most; they take a millisecond."""
+
+
+OWN = ("params", "param_names")
+"""Items of a group that are no options."""
+
+
+class _StandIn(Optimizer):
+    """An optimizer with the options of another one, and one number to train in each group."""
+
+    def __init__(self, opt: Optimizer) -> None:
+        groups = [
+            {
+                name: copy.deepcopy(value)
+                for name, value in group.items()
+                if name not in OWN
+            }
+            | {"params": [torch.zeros(1)]}
+            for group in opt.param_groups
+        ]
+        super().__init__(groups, dict(opt.defaults))
+
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
+        """Do nothing."""
+
+
+def _list_leaves(value: object) -> Iterator[object]:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from _list_leaves(item)
+    else:
+        yield value
 
 
 def _wants_value(step: Callable[..., object]) -> bool:

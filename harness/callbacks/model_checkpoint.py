@@ -14,7 +14,7 @@ from harness.checkpoint.format import Phase, list_checkpoints, remove_killed_sav
 from harness.checkpoint.writer import CheckpointWriter
 from harness.context import Context
 from harness.pytree import StateDict
-from harness.setup_checks import as_path, check_count, check_more_than
+from harness.setup_checks import as_path, check_count, check_folder, check_more_than
 
 
 class ModelCheckpoint(Monitor):
@@ -99,7 +99,9 @@ class ModelCheckpoint(Monitor):
         if self.path is None and ctx.run.path is None:
             msg = f"{type(self).__name__}(path): expected a folder, got None."
             raise ValueError(f"{msg} A fit without a run has no default folder.")
-        self._fill_path(ctx)
+        folder = self._fill_path(ctx)
+        if folder is not None:
+            check_folder(f"{type(self).__name__}(path)", folder)
         if self.keep_best:
             super().check(ctx)
 

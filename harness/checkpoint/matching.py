@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 
@@ -58,6 +58,7 @@ def match_callbacks(
     live: Iterable[str],
     options: Mapping[str, Options],
     live_options: Mapping[str, Options],
+    stateful: Collection[str],
 ) -> dict[str, str]:
     """Find the saved name of each callback: of its class, with its options.
 
@@ -67,6 +68,9 @@ def match_callbacks(
         Names of the callbacks that were saved, and of those of this fit.
     options, live_options
         From ``describe_callbacks``; empty in a checkpoint of an older version.
+    stateful
+        Names of the saved callbacks that have a state. Where no callback of a class has
+        one, any of them matches.
 
     Returns
     -------
@@ -82,7 +86,8 @@ def match_callbacks(
     for kind in live.keys() & saved.keys():
         then, now = saved[kind], live[kind]
         is_known = options.keys() >= {*then} and live_options.keys() >= {*now}
-        if not is_known or len(then) == len(now) == 1:
+        is_stateless = not any(name in stateful for name in then)
+        if not is_known or is_stateless or len(then) == len(now) == 1:
             found |= dict(zip(now, then, strict=False))
             continue
         old, new = [options[name] for name in then], [live_options[n] for n in now]

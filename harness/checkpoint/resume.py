@@ -291,12 +291,14 @@ class Resume:
 
     def _match_callbacks(self, ctx: Context) -> dict[str, str]:
         """Find the saved name of each callback."""
-        live = [name for name, _ in name_callbacks(ctx.callbacks)]
+        state = self.get_state(ctx)
+        parts = [state.get(part, {}) for part in ("callbacks", "held", "fields")]
         return match_callbacks(
-            self.get_state(ctx)["callbacks"],
-            live,
+            state["callbacks"],
+            [name for name, _ in name_callbacks(ctx.callbacks)],
             self.manifest.about.get("callbacks", {}),
             ctx.about["callbacks"],
+            {name for part in parts for name, own in part.items() if own},
         )
 
     def _report_difference(self, name: str, saved: object, now: object) -> None:

@@ -198,7 +198,7 @@ def check_options(options: Mapping[str, object] | None) -> Options:
 
 
 def make_train_loader(
-    data: object, options: Mapping[str, object] | None = None
+    data: object, options: Mapping[str, object] | None = None, ranks: int = 1
 ) -> Loader:
     """Make the training loader: shuffled batches of 32, without a short last batch.
 
@@ -208,6 +208,8 @@ def make_train_loader(
         DataLoader (used as it is), Dataset, tensor, array, or several of equal length.
     options
         Arguments of torch's ``DataLoader`` that replace the defaults.
+    ranks : >= 1
+        Number of ranks, each of which takes a batch at a time.
 
     Raises
     ------
@@ -217,7 +219,7 @@ def make_train_loader(
     References
     ----------
     luz 0.5.0, ``apply_dataloader_options``. Differs from luz: data shorter than one batch
-    keeps its short batch unless ``drop_last`` is given.
+    (of each rank) keeps its short batch unless ``drop_last`` is given.
     """
     options = check_options(options)
     if isinstance(data, DataLoader):
@@ -229,7 +231,8 @@ def make_train_loader(
         return check_batches(data, "data")
     dataset = as_dataset(data)
     if not isinstance(dataset, IterableDataset) and not _has_own_order(options):
-        long = len(dataset) >= options.get("batch_size", BATCH_SIZE)  # type: ignore[arg-type]
+        size: Any = options.get("batch_size", BATCH_SIZE)
+        long = len(dataset) >= size * ranks  # type: ignore[arg-type]
         options = {"shuffle": "sampler" not in options, "drop_last": long} | options
     return check_batches(_make_loader(dataset, options), "data")
 

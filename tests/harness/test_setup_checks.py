@@ -879,6 +879,25 @@ WRONG_CALLS = {
         lambda: Schedule(torch.optim.lr_scheduler.StepLR),
         r"expected values for \['step_size'\] of StepLR.*step_size=\.\.\.",
     ),
+    "verbose": (lambda: fit_wrong(verbose="yes"), r"fit\(verbose\): .*got 'yes'"),
+    "verbose of predict": (
+        lambda: FITTED.predict(X, verbose=[]),
+        r"predict\(verbose\): expected True, False or None, got \[\]",
+    ),
+    "optimizer option as text": (
+        lambda: learner().set_opt_hparams(lr="0.1").fit((X, Y), 1, tracker=False),
+        r"set_opt_hparams\(lr\): expected a number for SGD, got '0\.1'",
+    ),
+    "scheduler option as text": (
+        lambda: Schedule(torch.optim.lr_scheduler.StepLR, step_size="a"),
+        r"LRScheduler\(step_size\): expected a number for StepLR, got 'a'",
+    ),
+    "scheduler that cannot step": (
+        lambda: fit_wrong(
+            callbacks=[Schedule(torch.optim.lr_scheduler.StepLR, step_size=0)]
+        ),
+        r"LRScheduler\(StepLR\): expected options .*step_size=0: ZeroDivisionError",
+    ),
     "scheduler of another kind": (
         lambda: fit_wrong(callbacks=[Schedule(make_nothing)]),
         r"LRScheduler\(scheduler\): expected it to return a scheduler, got None",
@@ -899,6 +918,26 @@ def test_wrong_arguments_of_calls_are_told(case):
     call, match = WRONG_CALLS[case]
     with pytest.raises((TypeError, ValueError), match=match):
         call()
+
+
+@pytest.mark.parametrize(
+    ("make", "got"),
+    [
+        (harness.callbacks.ModelCheckpoint, "file"),
+        (harness.callbacks.AutoResume, "file/below"),
+        (harness.callbacks.CSVLogger, "file/log.csv"),
+        (harness.callbacks.CSVLogger, "folder"),
+    ],
+)
+def test_paths_where_nothing_can_be_written_are_told_before_any_epoch(
+    make, got, tmp_path
+):
+    (tmp_path / "file").write_text("here first")
+    (tmp_path / "folder").mkdir()
+    seen = Seen()
+    with pytest.raises(OSError, match=rf"{make.__name__}\(path\): expected a f"):
+        fit_wrong(callbacks=[make(tmp_path / got), seen])
+    assert seen.epochs == 0
 
 
 # --- what models and optimizers are built from
@@ -991,7 +1030,7 @@ def test_model_or_optimizer_that_cannot_be_built_is_told_before_any_epoch(case):
 
 NOTES = {
     "model": (Net, {"width": "3"}, {}, [], "in Net, called with width (str)"),
-    "optimizer": (Net, {}, {"lr": "0.1"}, [], "in SGD, called with lr (str)"),
+    "optimizer": (Net, {}, {"lr": -0.1}, [], "in SGD, called with lr (float)"),
     "set_optimizers": (
         OptimizerOf,
         {},

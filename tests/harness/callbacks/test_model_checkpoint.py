@@ -104,29 +104,35 @@ def test_model_checkpoint_with_a_number_out_of_range_is_refused(option: str) -> 
         ModelCheckpoint(**{option: -1})
 
 
+class Block(harness.Callback):
+    """Puts a file in the way of a folder, from one epoch until another."""
+
+    def __init__(self, folder: Path, until: int = 9) -> None:
+        self.folder, self.until = folder, until
+
+    def on_train_begin(self) -> None:
+        if self.ctx.epoch == 1:
+            self.folder.write_text("in the way")
+        if self.ctx.epoch == self.until:
+            self.folder.unlink()
+
+
 def test_model_checkpoint_of_a_folder_that_cannot_be_written_warns_and_trains_on(
     tmp_path: Path,
 ) -> None:
-    (tmp_path / "file").write_text("in the way")
+    save = ModelCheckpoint(tmp_path / "file" / "saved")
     with pytest.warns(
         UserWarning, match="checkpoint not written: .*Training continues"
     ):
-        fitted = train(ModelCheckpoint(tmp_path / "file" / "saved"))
+        fitted = train(save, Block(tmp_path / "file"))
     assert len(fitted.records["metrics"]["train"]) == 2
 
 
 def test_model_checkpoint_tries_again_after_a_failed_write(tmp_path: Path) -> None:
     """The folder is a file at the first epoch's end, and gone at the second's."""
     folder = tmp_path / "saved"
-    folder.write_text("in the way")
-
-    class Clear(harness.Callback):
-        def on_train_begin(self) -> None:
-            if self.ctx.epoch == 2:
-                folder.unlink()
-
     with pytest.warns(UserWarning, match="The next save tries again"):
-        train(ModelCheckpoint(folder), Clear())
+        train(ModelCheckpoint(folder), Block(folder, until=2))
     assert steps(folder) == [12]
 
 

@@ -63,6 +63,21 @@ def test_callbacks_that_cannot_be_told_apart_are_refused(saved, live, tmp_path):
         count_on(map(Count, saved), [*map(Count, live)], tmp_path)
 
 
+class Note(harness.Callback):
+    """Has no state."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+
+@pytest.mark.parametrize("live", [["a", "b", "c"], ["c"], ["c", "d", "a"]])
+def test_callbacks_without_state_need_no_match(live, tmp_path):
+    fit(sgd(), [Note("a"), Note("b"), Count(1), ModelCheckpoint(tmp_path)], epochs=2)
+    count = Count(1)
+    fit(sgd(), [*map(Note, live), count, ResumeFromCheckpoint(tmp_path)], epochs=3)
+    assert count.count == 6
+
+
 def test_callbacks_are_told_apart_by_one_of_several_options(tmp_path):
     saved = [Count(1, len), Count(2, max)]
     live = [Count(3, max), Count(4, len)]

@@ -300,6 +300,10 @@ def test_make_train_loader_shuffles_and_drops_the_short_last_batch():
 
 def test_make_train_loader_of_less_than_a_batch_keeps_it():
     assert sizes(make_train_loader(torch.arange(5))) == [5]
+    options = {"batch_size": 3}
+    assert sizes(make_train_loader(torch.arange(4), options)) == [3]
+    assert sizes(make_train_loader(torch.arange(4), options, ranks=2)) == [3, 1]
+    assert sizes(make_train_loader(torch.arange(7), options, ranks=2)) == [3, 3]
 
 
 def test_make_train_loader_options_replace_the_defaults():
