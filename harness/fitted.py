@@ -21,7 +21,6 @@ from harness.checkpoint.weights import (
 )
 from harness.data.loaders import Data
 from harness.records import (
-    NullRun,
     Records,
     Series,
     iter_filled,
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from harness.learner import Learner
-    from tracking import Run
 
 
 def format_metrics(records: Records, epoch: int | None = None) -> str:
@@ -120,9 +118,6 @@ class Fitted:
         Run that recorded the fit; None if tracking was off.
     run_path : Path or None
         Folder of that run.
-    run : tracking.Run or NullRun
-        That run; ``fitted.run.wait()`` waits until MLflow has it. A copy of this object, or
-        a loaded model, has a `NullRun`.
     signum : int or None
         Signal that ended the fit early, 2 for Ctrl-C; None without a signal.
     best_epoch : int or None
@@ -138,16 +133,11 @@ class Fitted:
     opt_hparams: Mapping[str, object]
     run_id: str | None = None
     run_path: Path | None = None
-    run: Run | NullRun = field(default_factory=NullRun, repr=False, compare=False)
     signum: int | None = None
     best_epoch: int | None = None
     loss: Callable[..., Tensor] | None = field(default=None, repr=False)
     batch_options: Mapping[str, object] = field(default_factory=dict, repr=False)
     start: WeightsReport | None = field(default=None, repr=False)
-
-    def __getstate__(self) -> dict[str, object]:
-        """Leave out the run, which belongs to its process, when this is copied or pickled."""
-        return {**vars(self), "run": NullRun()}
 
     @property
     def is_interrupted(self) -> bool:

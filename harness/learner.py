@@ -261,9 +261,10 @@ class Learner:
         Parameters
         ----------
         data
-            DataLoader, Dataset, tensor, array, or several of equal length; batches are
-            ``(input, target)``. By default batches have 32 rows and are shuffled, and a
-            short last batch is dropped.
+            DataLoader or any iterable that gives batches anew in each pass; Dataset or any
+            object with ``__len__`` and ``__getitem__``; list of samples; tensors or arrays of
+            equal length, also nested in tuples and dicts. Batches are ``(input, target)``.
+            By default they have 32 rows and are shuffled, and a short last batch is dropped.
         epochs : >= 1
             Number, or pair ``(min_epochs, max_epochs)``.
         valid_data
@@ -433,7 +434,6 @@ class Learner:
             opt_hparams=ctx.opt_hparams,
             run_id=ctx.run.id,
             run_path=ctx.run.path,
-            run=ctx.run,
             signum=ctx.stop_signal,
             best_epoch=ctx.buffers.get("best_epoch"),
             start=start,

@@ -304,10 +304,6 @@ class NullRun:
         """Return the number, or 1."""
         return number or 1
 
-    def wait(self, timeout_s: float | None = None) -> bool:
-        """Return True: there is nothing to wait for."""
-        return True
-
     def _drop(self, *_: object, **__: object) -> None:
         pass
 

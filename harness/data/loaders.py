@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,15 @@ from torch.utils.data import (
 )
 from torch.utils.data import default_collate as torch_collate
 
+from harness.data.forms import (
+    Batches,
+    NestedDataset,
+    Rows,
+    gives_batches,
+    has_rows,
+    is_samples,
+    list_leaves,
+)
 from harness.events import nearest
 from harness.pytree import Options
 from harness.setup_checks import check_count
@@ -33,7 +42,7 @@ Loader = DataLoader[Any]
 """Loader of batches of any form."""
 
 Data = object
-"""DataLoader, Dataset, tensor, array, or a tuple or list of tensors or arrays of one length."""
+"""What ``fit`` takes: a loader, rows, or tensors; see ``as_dataset``."""
 
 BATCH_SIZE = 32
 """Rows in a batch unless ``dataloader_options`` has a ``batch_size``."""
@@ -68,20 +77,21 @@ class TensorLoader(DataLoader[Any]):
         torch.empty((), dtype=torch.int64).random_(generator=self.generator)
         return self._batches(*tensors)
 
-    def _batches(
-        self, tensors: Sequence[Tensor], rows: Tensor | None
-    ) -> Iterator[list[Tensor]]:
+    def _batches(self, tensors: Sequence[Tensor], rows: Tensor | None) -> Iterator[Any]:
         """Batches in the order of the sampler; copies, because a model may change its input."""
         size, count = self.batch_size or 1, len(self)
+        build = get_form(self.dataset)
         if rows is None and type(self.sampler) is SequentialSampler:
             for start in range(0, count * size, size):
-                yield [tensor[start : start + size].clone() for tensor in tensors]
+                yield build(
+                    [tensor[start : start + size].clone() for tensor in tensors]
+                )
             return
         order = torch.tensor(list(self.sampler))
         if rows is not None:
             order = rows[order]
         for chosen in torch.split(order, size)[:count]:
-            yield [tensor[chosen] for tensor in tensors]
+            yield build([tensor[chosen] for tensor in tensors])
 
 
 def unwrap_tensors(
@@ -98,11 +108,20 @@ def unwrap_tensors(
         inner = torch.as_tensor(dataset.indices)
         rows = inner if rows is None else inner[rows]
         dataset = dataset.dataset
-    if type(dataset) is TensorDataset and all(
-        type(t) is Tensor for t in dataset.tensors
+    if (
+        isinstance(dataset, TensorDataset)
+        and type(dataset) in {TensorDataset, NestedDataset}
+        and all(type(tensor) is Tensor for tensor in dataset.tensors)
     ):
         return dataset.tensors, rows
     return None
+
+
+def get_form(dataset: Any) -> Callable[[list[Tensor]], Any]:
+    """Return what makes a batch of the tensors of ``unwrap_tensors``."""
+    while type(dataset) is Subset:
+        dataset = dataset.dataset
+    return dataset.build if isinstance(dataset, NestedDataset) else list
 
 
 def as_tensor(value: object, place: str) -> Tensor:
@@ -133,7 +152,16 @@ def as_tensor(value: object, place: str) -> Tensor:
 
 
 def as_dataset(data: object, place: str = "data") -> Dataset[Any]:
-    """`data` as a data set: a Dataset, a tensor or array, or several of equal length.
+    """`data` as a data set of rows.
+
+    Parameters
+    ----------
+    data
+        A Dataset; an object with ``__len__`` and ``__getitem__``; a list of samples, which
+        are tuples, lists, mappings or dataclasses; a tensor or array, or nested tuples, lists
+        and mappings of those, with equal lengths.
+    place
+        Name of the argument, for messages.
 
     Raises
     ------
@@ -144,21 +172,31 @@ def as_dataset(data: object, place: str = "data") -> Dataset[Any]:
     """
     if isinstance(data, Dataset):
         dataset = data
+    elif is_samples(data) or (has_rows(data) and not hasattr(data, "__array__")):
+        dataset = Rows(data)
     else:
-        items = data if isinstance(data, tuple | list) else (data,)
-        tensors = [as_tensor(item, f"{place}[{n}]") for n, item in enumerate(items)]
-        if not tensors:
-            raise ValueError(f"{place}: expected at least one tensor, got {data!r}.")
-        lengths = [len(tensor) if tensor.dim() else 0 for tensor in tensors]
-        if len(set(lengths)) > 1:
-            msg = f"{place}: expected tensors of equal length, got lengths {lengths}."
-            raise ValueError(f"{msg} Each needs one row for each sample.")
-        if lengths[0] == 0:
-            raise empty_data_error(place)
-        dataset = TensorDataset(*tensors)
+        dataset = _zip_tensors(data, place)
     if not isinstance(dataset, IterableDataset) and len(dataset) == 0:  # type: ignore[arg-type]
         raise empty_data_error(place)
     return dataset
+
+
+def _zip_tensors(data: object, place: str) -> Dataset[Any]:
+    """Rows of tensors of equal length, in the form that holds them."""
+    tree = data if isinstance(data, tuple | list | Mapping) else (data,)
+    leaves = list_leaves(tree, place)
+    tensors = [as_tensor(leaf, where) for where, leaf in leaves]
+    if not tensors:
+        raise ValueError(f"{place}: expected at least one tensor, got {data!r}.")
+    lengths = [len(tensor) if tensor.dim() else 0 for tensor in tensors]
+    if len(set(lengths)) > 1:
+        msg = f"{place}: expected tensors of equal length, got lengths {lengths}."
+        raise ValueError(f"{msg} Each needs one row for each sample.")
+    if lengths[0] == 0:
+        raise empty_data_error(place)
+    if type(tree) in (tuple, list) and len(leaves) == len(tree):
+        return TensorDataset(*tensors)
+    return NestedDataset(tree, *tensors)
 
 
 def empty_data_error(place: str) -> ValueError:
@@ -205,7 +243,7 @@ def make_train_loader(
     Parameters
     ----------
     data
-        DataLoader (used as it is), Dataset, tensor, array, or several of equal length.
+        DataLoader or another iterable of batches, used as it is; or what ``as_dataset`` takes.
     options
         Arguments of torch's ``DataLoader`` that replace the defaults.
     ranks : >= 1
@@ -222,6 +260,7 @@ def make_train_loader(
     (of each rank) keeps its short batch unless ``drop_last`` is given.
     """
     options = check_options(options)
+    data = as_loader(data)
     if isinstance(data, DataLoader):
         if options:
             msg = (
@@ -237,11 +276,26 @@ def make_train_loader(
     return check_batches(_make_loader(dataset, options), "data")
 
 
+def as_loader(data: object) -> object:
+    """Return a loader of batches that are given; anything else as it is."""
+    if not gives_batches(data):
+        return data
+    return DataLoader(Batches(data), batch_size=None, collate_fn=as_it_is)
+
+
+def as_it_is(batch: object) -> object:
+    """Return a batch that is complete."""
+    return batch
+
+
 def num_items(loader: Loader) -> int:
     """Items of a batch, if its data are tensors; else as many as anybody needs."""
     dataset: Any = getattr(loader, "dataset", None)
     found = unwrap_tensors(dataset)
-    return sys.maxsize if found is None else len(found[0])
+    if found is None:
+        return sys.maxsize
+    own = getattr(get_form(dataset), "__self__", None)
+    return own.num_items if isinstance(own, NestedDataset) else len(found[0])
 
 
 def get_batch_options(loader: Loader) -> Options:
@@ -276,6 +330,7 @@ def make_eval_loader(
         sets, and not for tensors.
     """
     options = check_options(options)
+    data = as_loader(data)
     if isinstance(data, DataLoader):
         if options:
             msg = f"{place} is a DataLoader: dataloader_options do not apply to it."
@@ -394,6 +449,7 @@ def split_data(data: object, valid_frac: float) -> tuple[Dataset[Any], Dataset[A
     if not 0 < valid_frac < 1:
         msg = f"valid_data: expected a fraction in (0, 1), got {valid_frac!r}."
         raise ValueError(f"{msg} Give for example 0.2, or the validation data itself.")
+    data = as_loader(data)
     if isinstance(data, DataLoader | IterableDataset):
         kind = "DataLoader" if isinstance(data, DataLoader) else "IterableDataset"
         msg = f"valid_data: expected data that can be split, got a {kind}."

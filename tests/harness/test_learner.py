@@ -751,7 +751,7 @@ def test_predict_takes_options_of_the_loader():
     sizes = []
     fitted = line_learner().fit(slope(2), 1, **OFF)
     note = At("on_predict_batch_end", lambda ctx: sizes.append(len(ctx.pred)))
-    options = {"batch_size": 3}
+    options = {"batch_size": 3, "shuffle": True}
     fitted.predict(slope(7)[0], callbacks=[note], dataloader_options=options)
     assert sizes == [3, 3, 1]
 

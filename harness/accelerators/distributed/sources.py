@@ -45,6 +45,7 @@ from harness.data.batch import (
 from harness.data.loaders import (
     Loader,
     TensorLoader,
+    get_form,
     unwrap_tensors,
 )
 from harness.data.workers import iter_batches
@@ -170,12 +171,13 @@ class RowSource:
 
     def _index_tensors(
         self, tensors: Sequence[Tensor], rows: Tensor | None
-    ) -> Iterator[list[Tensor]]:
+    ) -> Iterator[Any]:
         """Index whole tensors, as ``TensorLoader`` does."""
+        build = get_form(self._loader.dataset)
         for picks in self._rows_of_rank():
             chosen = torch.tensor(picks, dtype=torch.int64)
             chosen = chosen if rows is None else rows[chosen]
-            yield [tensor[chosen] for tensor in tensors]
+            yield build([tensor[chosen] for tensor in tensors])
 
     def _rows_of_rank(self) -> Iterator[list[object]]:
         """Rows of this rank in each step; their shares are queued for ``__iter__``."""

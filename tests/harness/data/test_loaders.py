@@ -257,7 +257,7 @@ def test_as_dataset_unequal_lengths_are_refused():
         ("text", r"data\[0\]: .*got str"),
         (None, r"data\[0\]: .*got NoneType"),
         ([1, 2, 3], r"data\[0\]: .*got int"),
-        ((torch.zeros(2), [1, 2]), r"data\[1\]: .*got list"),
+        ((torch.zeros(2), [1, 2]), r"data\[1\]\[0\]: .*got int"),
         (np.array(["a", "b"]), r"data\[0\]: expected numbers"),
     ],
 )
