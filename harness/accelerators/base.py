@@ -28,11 +28,17 @@ def default_step_opt(opt: Any) -> None:
 
 
 def needs_closure(opt: Any) -> bool:
-    """Whether an optimizer's ``step`` must be given a function that evaluates the loss."""
+    """Whether an optimizer's ``step`` must be given a function that evaluates the loss.
+
+    Its class says so: a schedule replaces the method of the instance.
+    """
+    step = getattr(type(opt), "step", None)
     try:
-        parameters = inspect.signature(opt.step).parameters.values()
+        parameters = [*inspect.signature(step or opt.step).parameters.values()]
     except (TypeError, ValueError):
         return False  # written in C
+    if step is not None:
+        del parameters[:1]  # self
     return any(
         parameter.default is parameter.empty
         and parameter.kind

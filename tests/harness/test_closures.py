@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import LBFGS
 
 import harness
+from harness.accelerators.base import needs_closure
 from harness.accelerators.single import SingleDevice
 from harness.callbacks import EMA, GradientClip
 from tests.harness.exact import Case, differences
@@ -254,3 +255,12 @@ def test_accumulated_and_scaled_gradients_are_refused(option):
         ValueError, match=r"accelerator: expected accumulate=1 and no 'fp16' with 'opt'"
     ):
         fit(accelerator=SingleDevice("cpu", **option))
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "needed"), [(LBFGS, True), (torch.optim.SGD, False)]
+)
+def test_schedule_that_replaces_the_step_changes_no_need(optimizer, needed):
+    opt = optimizer([nn.Parameter(X.clone())])
+    schedule = torch.optim.lr_scheduler.ExponentialLR(opt, 0.5)
+    assert needs_closure(schedule.optimizer) is needed
