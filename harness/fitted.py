@@ -20,6 +20,7 @@ from harness.checkpoint.weights import (
     write_saved_model,
 )
 from harness.data.loaders import Data
+from harness.export.summary import ModelSummary, summarize
 from harness.records import (
     Records,
     Series,
@@ -120,6 +121,9 @@ class Fitted:
         Folder of that run.
     signum : int or None
         Signal that ended the fit early, 2 for Ctrl-C; None without a signal.
+    example : object
+        Two rows of an input of the fit, on the CPU, as a batch has it: ``export`` and
+        ``summary`` call the model with it. None if it is not known, as of a loaded model.
     best_epoch : int or None
         Epoch of the weights, if ``KeepBestModel`` restored the best ones.
     start : WeightsReport or None
@@ -137,6 +141,7 @@ class Fitted:
     best_epoch: int | None = None
     loss: Callable[..., Tensor] | None = field(default=None, repr=False)
     batch_options: Mapping[str, object] = field(default_factory=dict, repr=False)
+    example: object = field(default=None, repr=False)
     start: WeightsReport | None = field(default=None, repr=False)
 
     @property
@@ -194,6 +199,21 @@ class Fitted:
         ``ResumeFromCheckpoint(path, restore_records=False)``.
         """
         return self.learner.fit(data, epochs, valid_data, start=self, **options)
+
+    def summary(self, example: object = None) -> ModelSummary:
+        """Describe the model: layers, output shapes, parameters and sizes.
+
+        Parameters
+        ----------
+        example
+            Input of the model as a batch has it; None: one of the fit.
+
+        Returns
+        -------
+        ModelSummary
+            ``print`` shows it as a table.
+        """
+        return summarize(self.model, self.example if example is None else example)
 
     def evaluate(self, data: Data, **options: Any) -> Evaluation:
         """Compute losses and metrics on `data`; options as in ``Learner.evaluate``."""

@@ -53,6 +53,8 @@ from harness.data.loaders import (
     without_order,
 )
 from harness.errors import CheckpointError
+from harness.export.sample import take_sample
+from harness.export.summary import ModelSummary, summarize
 from harness.fitted import Evaluation, Fitted
 from harness.held_model import build_own, copy_model
 from harness.loop import EvaluateContext, FitContext, PredictContext
@@ -75,6 +77,7 @@ from harness.rng import get_cpu_rng_state, set_cpu_rng_state
 from harness.run_binding import (
     Tracker,
     check_tracker,
+    describing_model,
     get_code_commit,
     log_description,
     make_null_run,
@@ -184,6 +187,40 @@ class Learner:
         model = build_own(self._call_module)
         check_definition(model, self.loss, self.optimizer)
         return model
+
+    def summary(self, example: object = None) -> ModelSummary:
+        """Describe the model that this learner builds; ``print`` shows it as a table.
+
+        Parameters
+        ----------
+        example
+            Input of the model as a batch has it, such as ``torch.zeros(1, 3, 32, 32)``, for
+            the shapes of outputs. None: layers and parameters without shapes.
+
+        Notes
+        -----
+        The model is built without storage for its weights, where it can be.
+        """
+        check_arguments("set_hparams", self.module, self.hparams)
+        advice = "Pass them by set_hparams({})."
+        check_given("setup(module)", self.module, self.hparams, advice)
+        with torch.random.fork_rng(devices=[]):
+            try:
+                with torch.device("meta"):
+                    model = self._call_module()
+            except Exception:  # noqa: BLE001  such as where it reads weights from a file
+                model = self._call_module()
+            return summarize(model, example)
+
+    def __str__(self) -> str:
+        name = getattr(self.module, "__name__", type(self.module).__name__)
+        parts = {"hparams": dict(self.hparams), "opt_hparams": dict(self.opt_hparams)}
+        lines = [f"Learner of {name}"]
+        lines += [f"{part}: {given}" for part, given in parts.items() if given]
+        try:
+            return "\n".join([*lines, str(self.summary())])
+        except Exception as error:  # noqa: BLE001  a text never fails
+            return "\n".join([*lines, f"not built: {error}"])
 
     def _copy_model(self, fitted: Fitted) -> nn.Module:
         """Copy a trained model, with all that the user changed about it."""
@@ -359,7 +396,8 @@ class Learner:
                     log_description(ctx, seed)
                 if began.report is not None and not is_described:
                     report_start(ctx, began.name, began.report)
-                loop.fit(ctx)
+                with describing_model(ctx):
+                    loop.fit(ctx)
             fitted = self._make_fitted(ctx, get_batch_options(train), began.report)
         except BaseException:
             accelerator.finish(failed=True)
@@ -437,6 +475,7 @@ class Learner:
             signum=ctx.stop_signal,
             best_epoch=ctx.buffers.get("best_epoch"),
             start=start,
+            example=take_sample(ctx.input),
         )
 
     def with_model(self, model: nn.Module) -> Fitted:

@@ -14,6 +14,7 @@ from harness.checkpoint.state import begin_fit
 from harness.checkpoint.weights import WeightsReport
 from harness.context import Context
 from harness.data.loaders import describe_data
+from harness.export.summary import ShapeRecorder, summarize
 from harness.pytree import Options
 from harness.records import NullRun
 from harness.setup_checks import check_arguments
@@ -118,7 +119,7 @@ def get_code_commit() -> str | None:
 
 
 def log_description(ctx: Context, seed: int | None) -> None:
-    """Log what is trained on what data: params, dataset inputs and the printed model."""
+    """Log what is trained on what data: params, dataset inputs and the model's layers."""
     accelerator, model, run = ctx.accelerator, ctx.model, ctx.run
     assert accelerator is not None and ctx.train_data is not None
     if not accelerator.is_main:
@@ -152,7 +153,33 @@ def log_description(ctx: Context, seed: int | None) -> None:
     run.log_input("train", "training", **describe_data(ctx.train_data))
     if ctx.valid_data is not None:
         run.log_input("valid", "validation", **describe_data(ctx.valid_data))
-    run.log_text(str(model), f"{name_in_fit('model', run.fit)}.txt")
+    _log_model(ctx, {})
+
+
+@contextmanager
+def describing_model(ctx: Context) -> Iterator[None]:
+    """Describe the model again after the block, with shapes of its first call in there.
+
+    They are left out of a compiled model, for which a hook would be part of the graph.
+    """
+    assert ctx.accelerator is not None
+    is_recorded = ctx.run.id is not None and ctx.accelerator.is_main
+    if not is_recorded or ctx.model._compiled_call_impl is not None:
+        yield
+        return
+    recorder = ShapeRecorder()
+    recorder.attach(ctx.model)
+    try:
+        yield
+    finally:
+        recorder.detach()
+    if recorder.shapes:
+        _log_model(ctx, recorder.shapes)
+
+
+def _log_model(ctx: Context, shapes: Mapping[str, str]) -> None:
+    text = f"{summarize(ctx.model, shapes=shapes)}\n\n{ctx.model}\n"
+    ctx.run.log_text(text, f"{name_in_fit('model', ctx.run.fit)}.txt")
 
 
 def report_start(ctx: Context, name: str, report: WeightsReport) -> None:

@@ -339,7 +339,7 @@ def test_run_keeps_the_model_as_text(options):
     fitted = net_learner().fit(points(8), 1, **options)
     assert fitted.run_path is not None
     text = (fitted.run_path / "artifacts" / "model.txt").read_text()
-    assert text == str(fitted.model)
+    assert text == f"{fitted.summary()}\n\n{fitted.model}\n"
 
 
 @pytest.mark.filterwarnings("ignore:.*step. expected an optimizer step")

@@ -1,0 +1,1 @@
+"""A model on its own: its summary, and its export to torch.export, ONNX and MLflow."""

@@ -1,0 +1,57 @@
+"""A small input of a fit, to call its model with later."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.data.batch import num_rows
+from harness.pytree import iter_tensors, map_tensors
+
+NUM_ROWS = 2
+"""Rows of a sample. With one alone, an exported model takes no other number of rows."""
+
+MAX_BYTES = 1 << 26
+"""A larger sample, such as a whole graph, is not kept."""
+
+
+def take_sample(input: object) -> Any:
+    """Return the first two rows of an input, copied to the CPU; None if that is unknown.
+
+    Tensors whose first dimension does not count rows are kept whole.
+    """
+    tensors = list(iter_tensors(input))
+    rows = num_rows(input)
+    if not tensors or rows is None or any(tensor.is_meta for tensor in tensors):
+        return None
+    kept = [count_kept(tensor, rows) for tensor in tensors]
+    if sum(kept) > MAX_BYTES:
+        return None
+    return map_tensors(input, lambda tensor: _take(tensor, rows))
+
+
+def count_kept(tensor: Tensor, rows: int) -> int:
+    """Bytes that a sample keeps of a tensor."""
+    has_rows = tensor.ndim > 0 and len(tensor) == rows
+    num_elements = tensor.numel() // max(1, rows) * NUM_ROWS
+    return (num_elements if has_rows else tensor.numel()) * tensor.element_size()
+
+
+def _take(tensor: Tensor, rows: int) -> Tensor:
+    tensor = tensor.detach()
+    if tensor.ndim > 0 and len(tensor) == rows > 0:
+        at = torch.arange(NUM_ROWS, device=tensor.device) % rows
+        tensor = tensor.index_select(0, at)
+    return tensor.cpu().clone(memory_format=torch.contiguous_format)
+
+
+def as_arguments(input: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and named arguments with which ``call_model`` calls a model."""
+    if isinstance(input, tuple | list) and not hasattr(input, "_fields"):
+        return tuple(input), {}
+    if isinstance(input, Mapping):
+        return (), dict(input)
+    return (input,), {}
