@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
 
 from harness.errors import EarlyStop, Interrupted, Signal
-from harness.events import EVENTS, WITH_GRADIENTS, check_event
+from harness.events import EVENTS, WITH_GRADIENTS, check_event, check_own_events
 from harness.pytree import StateDict
 
 if TYPE_CHECKING:
@@ -33,6 +35,11 @@ class Callback:
     weight : float
         Callbacks run in ascending order of weight, ties in the order given. Callbacks that
         others build on (train/valid mode, metrics) have weights below 0, displays above 0.
+    event_weights : dict
+        Other weights at single events, by their names.
+    events : tuple of str
+        Events of one's own, such as ``("on_my_event",)``, which a class fires or listens to.
+        ``ctx.call_callbacks`` fires them, without gradients.
     ctx : Context
         Set before the first event.
 
@@ -55,13 +62,33 @@ class Callback:
     """
 
     weight: float = 0
+    event_weights: Mapping[str, float] = MappingProxyType({})
+    events: Sequence[str] = ()
     ctx: Context
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
-        for name in vars(cls):
-            if name.startswith("on_"):
-                check_event(f"class {cls.__name__}", name)
+        place = f"class {cls.__name__}"
+        check_own_events(place, cls.events)
+        own = _list_own_events(cls)
+        for name in [*vars(cls), *cls.event_weights]:
+            if name.startswith("on_") or name in cls.event_weights:
+                check_event(place, name, own)
+
+    def prepare(self, ctx: Context) -> None:
+        """Change the model or the optimizers of a fit before the accelerator takes them.
+
+        Called once for each callback when the optimizers are built. This is the place to
+        add parameter groups or set their options, to freeze parameters, or to put other
+        optimizers into ``ctx.optimizers``. Engines take over what it leaves, and a resume is
+        compared with it. The default changes nothing.
+
+        Parameters
+        ----------
+        ctx
+            Context of the fit. ``ctx.model`` and ``ctx.optimizers`` are the user's own, on
+            the device where they were made; data and records are not there yet.
+        """
 
     def check(self, ctx: Context) -> None:
         """Refuse a fit that this callback cannot work in.
@@ -92,6 +119,17 @@ class Callback:
         """Restore what ``state_dict`` returned."""
 
 
+def _list_own_events(cls: type) -> set[str]:
+    """Events that a class of callbacks and its bases declare."""
+    return {name for base in cls.__mro__ for name in vars(base).get("events", ())}
+
+
+def _list_declared(cls: type[Callback] = Callback) -> set[str]:
+    """Events that any class of callbacks declares."""
+    below = [_list_declared(kind) for kind in cls.__subclasses__()]
+    return set(vars(cls).get("events", ())).union(*below)
+
+
 class Listeners:
     """Methods of callbacks that listen to each event.
 
@@ -110,13 +148,14 @@ class Listeners:
         callbacks = tuple(callbacks)
         self.guard: AbstractContextManager[object] | None = None
         self._fired: set[str] = set()
+        own = {name for item in callbacks for name in _list_own_events(type(item))}
         self._by_event: dict[str, tuple[Callable[[], object], ...]] = {
             event: tuple(
                 getattr(callback, event)
-                for callback in callbacks
+                for callback in sorted(callbacks, key=partial(_weight_at, event))
                 if hasattr(callback, event)
             )
-            for event in EVENTS
+            for event in (*EVENTS, *own)
         }
 
     def list_silent(self, events: Iterable[str]) -> list[str]:
@@ -138,7 +177,7 @@ class Listeners:
         listeners = self._by_event.get(event)
         if not listeners:
             if listeners is None:
-                check_event("call_callbacks", event)
+                check_event("call_callbacks", event, _list_declared())
             return
         self._fired.add(event)
         if self.guard is not None:
@@ -174,6 +213,10 @@ class Listeners:
                 raise
         if raised is not None:
             raise raised
+
+
+def _weight_at(event: str, callback: Callback) -> float:
+    return callback.event_weights.get(event, callback.weight)
 
 
 def bind_context(model: nn.Module | None, ctx: Context | None) -> None:

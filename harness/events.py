@@ -73,14 +73,51 @@ def _initials(name: str) -> str:
     return "".join(word[:1] for word in name.split("_"))
 
 
-def check_event(place: str, name: str) -> None:
+def check_event(place: str, name: str, own: Iterable[str] = ()) -> None:
     """Check that `name` is an event.
+
+    Parameters
+    ----------
+    place
+        Where the name comes from, for the message.
+    name
+        Name of the method.
+    own
+        Events that callbacks have declared.
 
     Raises
     ------
     ValueError
-        If `name` is not in ``EVENTS``; the message offers the nearest one.
+        If `name` is neither in ``EVENTS`` nor in `own`; the message offers the nearest one.
     """
-    if name not in EVENTS:
-        msg = f"{place}: expected an event, got {name!r}.{nearest(name, EVENTS)}"
-        raise ValueError(f"{msg} harness.events.EVENTS lists all events.")
+    own = list(own)
+    if name not in EVENTS and name not in own:
+        msg = (
+            f"{place}: expected an event, got {name!r}.{nearest(name, [*EVENTS, *own])}"
+        )
+        advice = (
+            "harness.events.EVENTS lists all events. A callback declares its own in"
+        )
+        raise ValueError(f"{msg} {advice} 'events'.")
+
+
+def check_own_events(place: str, names: object) -> None:
+    """Check the events that a class of callbacks declares.
+
+    Raises
+    ------
+    TypeError
+        If they are no tuple or list of names.
+    ValueError
+        If a name does not begin with ``on_``, or is that of an event of the loop.
+    """
+    is_list = isinstance(names, tuple | list)
+    if not is_list or not all(isinstance(name, str) for name in names):  # type: ignore[attr-defined]
+        msg = f"{place}.events: expected a tuple of names, got {names!r}."
+        raise TypeError(f'{msg} Write for example ("on_my_event",).')
+    for name in names:  # type: ignore[attr-defined]
+        if not name.startswith("on_") or not name.isidentifier() or name in EVENTS:
+            what = "a name that is new and begins with 'on_'"
+            raise ValueError(
+                f"{place}.events: expected {what}, got {name!r}. Rename it."
+            )

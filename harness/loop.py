@@ -123,7 +123,9 @@ class FitContext(StepContext):
         prepare: Callable[..., Any] = accelerator.prepare
         if optimizers is None:
             prepare = partial(prepare, opt_hparams=self.opt_hparams)
-        named = {} if optimizers is None else check_optimizers(optimizers)
+        self.optimizers = {} if optimizers is None else check_optimizers(optimizers)
+        prepare_callbacks(self)
+        named = self.optimizers
         if optimizers is not None:
             check_trained(
                 named,
@@ -456,6 +458,18 @@ def get_step(ctx: StepContext) -> Callable[[], object]:
     if own:
         return partial(own_step, ctx, own)
     return partial(default_step, ctx, num_needed=count_needed(ctx.loss_fn))
+
+
+def prepare_callbacks(ctx: Context) -> None:
+    """Let each callback change the model and the optimizers before they are prepared."""
+    for callback in ctx.callbacks:
+        try:
+            callback.prepare(ctx)
+        except Exception as exc:
+            exc.add_note(
+                f"in {type(callback).__name__}.prepare, before the first epoch"
+            )
+            raise
 
 
 def run_callback_checks(ctx: Context) -> None:

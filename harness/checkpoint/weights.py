@@ -34,7 +34,7 @@ from harness.checkpoint.format import (
     write_tensors,
 )
 from harness.errors import CheckpointError
-from harness.pytree import Options, flatten, restore
+from harness.pytree import Options, StateDict, flatten, restore
 from harness.records import Packed
 from harness.reshard.consolidated import (
     STATE_ERRORS,
@@ -184,6 +184,15 @@ def read_weights(path: Path, model: nn.Module, place: str) -> dict[str, Tensor]:
         raise CheckpointError(f"{msg} {advice}") from error
 
 
+def _find_averages(callbacks: Mapping[str, StateDict]) -> dict[str, Tensor]:
+    """Averaged weights that were validated in place of those of training, by name."""
+    found: dict[str, Tensor] = {}
+    for state in callbacks.values():
+        if state.get("is_validated"):
+            found |= state["averages"]
+    return found
+
+
 def _is_of_torch(path: Path) -> bool:
     return zipfile.is_zipfile(path) or path.suffix in TORCH_SUFFIXES
 
@@ -216,10 +225,10 @@ def _read_checkpoint_weights(
 ) -> dict[str, Tensor]:
     ranks = range(verify_checkpoint(path).world_size)
     try:
-        states = [
-            read_rank(path, rank, is_mapped=True)["accelerator"] for rank in ranks
-        ]
-        found = ConsolidatedState(states).state_dict()
+        states = [read_rank(path, rank, is_mapped=True) for rank in ranks]
+        parts = [state["accelerator"] for state in states]
+        found = ConsolidatedState(parts).state_dict()
+        found |= _find_averages(states[0].get("callbacks", {}))
     except STATE_ERRORS as error:
         msg = f"{place}: expected weights, got none: {error!r}."
         raise CheckpointError(f"{msg} Take another checkpoint.") from error

@@ -142,3 +142,139 @@ def test_gradients_are_on_again_after_a_callback_raised() -> None:
             **OFF,
         )
     assert torch.is_grad_enabled()
+
+
+# ----------------------------------------------------------------- events of one's own
+
+
+class Rings(harness.Callback):
+    events = ("on_bell",)
+
+    def on_train_batch_end(self) -> None:
+        self.ctx.call_callbacks("on_bell")
+
+
+class Hears(harness.Callback):
+    events = ("on_bell", "on_gong")
+
+    def __init__(self) -> None:
+        self.heard: list[Any] = []
+
+    def on_bell(self) -> None:
+        self.heard.append((self.ctx.iter, torch.is_grad_enabled()))
+
+
+class HearsMore(Hears):
+    def on_gong(self) -> None: ...
+
+
+def test_own_event_reaches_who_listens_without_gradients() -> None:
+    hears, more = Hears(), HearsMore()
+    line_learner().fit(slope(64), 1, callbacks=[Rings(), hears, more], **OFF)
+    assert hears.heard == more.heard == [(1, False), (2, False)]
+
+
+def test_own_event_that_nobody_in_the_fit_hears_is_fired_to_nobody() -> None:
+    line_learner().fit(slope(2), 1, callbacks=[Rings()], **OFF)
+    context = harness.Context()
+    context.call_callbacks("on_gong")
+
+
+def test_own_event_that_ends_the_fit_ends_it() -> None:
+    class Stops(harness.Callback):
+        events = ("on_bell",)
+
+        def on_bell(self) -> None:
+            raise harness.EarlyStop
+
+    tape = Tape()
+    line_learner().fit(slope(64), 3, callbacks=[Rings(), Stops(), tape], **OFF)
+    assert tape.events.count("on_train_batch_begin") == 1
+    assert "on_early_stopping" in tape.events
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "match"),
+    [
+        (
+            {"events": ("on_bell",), "on_bel": lambda self: None},
+            ValueError,
+            r"class Wrong: expected an event, got 'on_bel'\. Did you mean 'on_bell'",
+        ),
+        ({"events": "on_bell"}, TypeError, r"Wrong.events: expected a tuple of names"),
+        ({"events": (3,)}, TypeError, r"Wrong.events: expected a tuple of names"),
+        ({"events": ("bell",)}, ValueError, r"begins with 'on_', got 'bell'\. Rename"),
+        ({"events": ("on_fit_end",)}, ValueError, r"a name that is new .*'on_fit_end'"),
+        (
+            {"event_weights": {"on_fit_ends": 3}},
+            ValueError,
+            r"expected an event, got 'on_fit_ends'\. Did you mean 'on_fit_end'",
+        ),
+    ],
+)
+def test_own_events_and_weights_are_checked_when_the_class_is_defined(
+    body: Any, kind: Any, match: str
+) -> None:
+    with pytest.raises(kind, match=match):
+        type("Wrong", (harness.Callback,), body)
+
+
+def test_misspelt_own_event_is_an_error_when_it_is_fired() -> None:
+    class Misspells(harness.Callback):
+        def on_train_batch_end(self) -> None:
+            self.ctx.call_callbacks("on_bel")
+
+    with pytest.raises(ValueError, match=r"got 'on_bel'\. Did you mean 'on_bell'"):
+        line_learner().fit(slope(2), 1, callbacks=[Misspells(), Hears()], **OFF)
+
+
+# ------------------------------------------------------------------- weights, prepare
+
+
+def test_weights_at_single_events_change_the_order_there() -> None:
+    order: list[str] = []
+
+    def make(name: str, **body: Any) -> harness.Callback:
+        def note(self: Any) -> None:
+            order.append(name)
+
+        methods = {"on_fit_begin": note, "on_fit_end": note}
+        made: harness.Callback = type(name, (harness.Callback,), methods | body)()
+        return made
+
+    one, two = (
+        make("one", weight=1),
+        make("two", weight=2, event_weights={"on_fit_end": 0}),
+    )
+    line_learner().fit(slope(2), 1, callbacks=[two, one], **OFF)
+    assert order == ["one", "two", "two", "one"]
+
+
+def test_prepare_changes_model_and_optimizers_before_everything_else() -> None:
+    seen: list[Any] = []
+
+    class Prepares(Tape):
+        def prepare(self, ctx: harness.Context) -> None:
+            assert ctx.accelerator is not None
+            assert ctx.train_data is None
+            seen.append(list(self.events))
+            ctx.model.b.requires_grad_(False)
+            ctx.optimizers = {"mine": torch.optim.SGD([ctx.model.w], lr=0.5)}
+
+        def check(self, ctx: harness.Context) -> None:
+            seen.append(list(ctx.optimizers))
+
+    fitted = line_learner().fit(slope(2), 1, callbacks=[Prepares()], **OFF)
+    assert seen == [[], ["mine"]]
+    # Rows (0, 0) and (1, 2): the gradient of w is -2.
+    assert (fitted.model.w.item(), fitted.model.b.item()) == (1.0, 0.0)
+
+
+def test_error_in_prepare_says_where() -> None:
+    class Fails(harness.Callback):
+        def prepare(self, ctx: harness.Context) -> None:
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError) as caught:
+        line_learner().fit(slope(2), 1, callbacks=[Fails()], **OFF)
+    assert caught.value.__notes__ == ["in Fails.prepare, before the first epoch"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,9 @@ class AveragedWeights(Callback):
 
     Attributes
     ----------
+    in_valid : bool
+        Whether the averages are validated; then weights that are loaded from a checkpoint,
+        without the rest of the fit, are the averages.
     averages : dict of tensors
         Averaged weights by name.
     counts : dict of int
@@ -47,6 +51,10 @@ class AveragedWeights(Callback):
     """
 
     weight = 45  # after KeepBestModel has copied the validated weights
+    in_valid = False
+    event_weights = MappingProxyType(
+        {"on_fit_end": 35}
+    )  # before it restores the best ones
 
     def __init__(self, *, opt_name: str | None = None, in_result: bool = True) -> None:
         self.opt_name, self.in_result = opt_name, in_result
@@ -172,14 +180,18 @@ class AveragedWeights(Callback):
         self.put_back()
 
     def on_fit_end(self) -> None:
-        """Put the averages into the result, unless it has the weights of the best epoch."""
+        """Put the averages into the result; ``KeepBestModel`` may put the best ones there."""
         self.put_back()
-        if self.in_result and "best_epoch" not in self.ctx.buffers:
+        if self.in_result:
             self.copy_to(self.ctx.model)
 
     def state_dict(self) -> StateDict:
-        """Return the averages and the numbers of updates."""
-        return {"averages": self.averages, "counts": self.counts}
+        """Return the averages, the numbers of updates, and whether they are validated."""
+        return {
+            "averages": self.averages,
+            "counts": self.counts,
+            "is_validated": self.in_valid,
+        }
 
     def load_state_dict(self, state: StateDict) -> None:
         """Restore the averages and the numbers of updates."""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from harness.callback import Callback
 from harness.context import Context
 from harness.events import nearest
-from harness.setup_checks import check_at_least
+from harness.setup_checks import check_at_least, check_more_than
 
 
 class Freeze(Callback):
@@ -26,6 +28,9 @@ class Freeze(Callback):
         them is frozen too.
     until : >= 2
         First epoch that trains them; None: they are never trained.
+    lr : > 0
+        Learning rate of what is unfrozen, in a parameter group of its own; None: that of
+        its group. Of several callbacks, the one with the longest name decides.
 
     Raises
     ------
@@ -35,24 +40,60 @@ class Freeze(Callback):
 
     Notes
     -----
-    For another learning rate of what is unfrozen, give it its own parameter group in
-    ``set_optimizers``. Schedulers and resuming then know this group from the beginning.
+    The group is there from the beginning, so schedulers change its rate like the others. At
+    the end of the fit everything can be trained again that could be before it.
     """
 
     weight = -60  # after TrainValid
 
-    def __init__(self, *names: str, until: int | None = None) -> None:
+    def __init__(
+        self, *names: str, until: int | None = None, lr: float | None = None
+    ) -> None:
         if not names or not all(isinstance(name, str) for name in names):
             msg = f"Freeze(names): expected names of modules, got {names!r}."
             raise TypeError(f"{msg} Write for example Freeze('body').")
         if until is not None:
             check_at_least("Freeze(until)", until, 2, "Leave it out to freeze always.")
-        self.names, self.until = names, until
+        if lr is not None:
+            check_more_than("Freeze(lr)", lr, 0, "Leave it out for that of the group.")
+            if until is None:
+                msg = f"Freeze(lr): expected until=... with it, got lr={lr!r} alone."
+                raise ValueError(f"{msg} What is never trained has no learning rate.")
+        self.names, self.until, self.lr = names, until, lr
+        self._trained: list[str] = []
 
     def is_frozen(self, name: str, epoch: int) -> bool:
         """Whether this callback freezes a parameter in an epoch."""
-        is_named = any(f"{name}.".startswith(f"{own}.") for own in self.names)
+        is_named = self._match(name) > 0
         return is_named and (self.until is None or epoch < self.until)
+
+    def _match(self, name: str) -> int:
+        """Length of the longest of the names that a parameter is below; 0 if it is not."""
+        found = (own for own in self.names if f"{name}.".startswith(f"{own}."))
+        return max(map(len, found), default=0)
+
+    def prepare(self, ctx: Context) -> None:
+        """Put what is unfrozen into a parameter group of its own."""
+        if self.lr is None:
+            return
+        rivals = [
+            c for c in ctx.callbacks if isinstance(c, Freeze) and c.lr is not None
+        ]
+        own = {
+            id(param)
+            for name, param in ctx.model.named_parameters()
+            if self._match(name)
+            and self is max(rivals, key=lambda rival: rival._match(name))
+        }
+        for opt_name, opt in ctx.optimizers.items():
+            for group in list(opt.param_groups):
+                if own.isdisjoint(map(id, group["params"])):
+                    continue
+                if "lr" not in group:
+                    kind = type(opt).__name__
+                    msg = "Freeze(lr): expected an optimizer with learning rates at"
+                    raise ValueError(f"{msg} {opt_name!r}, got {kind}. Leave lr out.")
+                move_to_new_group(opt, group, own, self.lr)
 
     def check(self, ctx: Context) -> None:
         """Refuse names that the model does not have, and a fit that could not train."""
@@ -93,7 +134,16 @@ class Freeze(Callback):
 
     def on_fit_begin(self) -> None:
         """Freeze what the first epoch does not train."""
+        params = self.ctx.model.named_parameters()
+        self._trained = [name for name, param in params if param.requires_grad]
         self._freeze(1)
+
+    def on_fit_end(self) -> None:
+        """Leave the model as it was: the next fit may train everything."""
+        params = dict(self.ctx.model.named_parameters())
+        for name in self._trained:
+            params[name].requires_grad_(True)
+        self._trained = []
 
     def on_epoch_begin(self) -> None:
         """Unfreeze what this epoch trains."""
@@ -115,6 +165,38 @@ class Freeze(Callback):
         """Whether all weights of a layer are frozen; one without any goes by its name."""
         names = [f"{name}.{own}" for own, _ in module.named_parameters()] or [name]
         return all(self.is_frozen(own, epoch) for own in names)
+
+
+def move_to_new_group(
+    opt: Any, group: dict[str, Any], moved: Collection[int], lr: float
+) -> None:
+    """Give some parameters of a group another learning rate, in a group of their own.
+
+    Parameters
+    ----------
+    opt
+        Optimizer of the group, changed in place.
+    group
+        One of its groups.
+    moved
+        ``id`` of the parameters.
+    lr : > 0
+        Learning rate of the new group; its other options are those of the old one.
+    """
+    rate = torch.full_like(group["lr"], lr) if isinstance(group["lr"], Tensor) else lr
+    places = [n for n, param in enumerate(group["params"]) if id(param) in moved]
+    if len(places) == len(group["params"]):
+        group["lr"] = rate
+        return
+    new = {key: value for key, value in group.items() if key != "param_names"}
+    new |= {"lr": rate, "params": [group["params"][n] for n in places]}
+    if "param_names" in group:
+        names = [group["param_names"][n] for n in places]
+        new["params"] = list(zip(names, new["params"], strict=True))
+    for key in ("params", "param_names"):
+        for n in reversed(places) if key in group else ():
+            del group[key][n]
+    opt.add_param_group(new)
 
 
 def _is_frozen(ctx: Context, name: str, epoch: int) -> bool:

@@ -27,6 +27,7 @@ from harness.callbacks import (
     StochasticWeightAveraging,
     SystemMetrics,
 )
+from harness.callbacks.schedule.freeze import move_to_new_group
 from harness.errors import CheckpointError
 from tests.harness.accelerators.cases import Lab
 from tests.harness.accelerators.fits import data, fitted, learner
@@ -214,6 +215,23 @@ def case_fits_of_one_run_are_told_apart(lab: Lab) -> None:
                 assert row["value"] == wanted[row["name"]]
             steps = {row["step"] for row in rows if row["what"] == "steps"}
             assert steps == {*range(1, 13)}
+
+
+class SlowBias(harness.Callback):
+    """Gives one parameter a group of its own, before engines take the optimizer."""
+
+    def prepare(self, ctx: harness.Context) -> None:
+        bias = dict(ctx.model.named_parameters())["layers.0.bias"]
+        (group,) = ctx.opt.param_groups
+        move_to_new_group(ctx.opt, group, {id(bias)}, 1e-9)
+
+
+def case_prepared_groups_reach_the_engines(lab: Lab) -> None:
+    one, two = both(lab, lambda: [SlowBias()])
+    check_close(lab, one, two)
+    plain = fitted(lab, SingleDevice("cpu"), ROWS)  # with one rate for all
+    moved = two.model.layers[0].bias - plain.model.layers[0].bias
+    assert moved.abs().max() > 1e-3
 
 
 def as_number(target: torch.Tensor) -> torch.Tensor:

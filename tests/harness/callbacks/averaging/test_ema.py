@@ -9,7 +9,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import harness
 from harness.accelerators.single import SingleDevice
-from harness.callbacks import EMA, KeepBestModel
+from harness.callbacks import EMA, EarlyStopping, KeepBestModel, ModelCheckpoint
 from tests.harness.checkpoint.test_resume import check_exact
 from tests.harness.exact import (
     VALID,
@@ -117,6 +117,28 @@ def test_ema_with_keep_best_returns_the_validated_weights_of_the_best_epoch():
     assert fitted.best_epoch == 2
     loss = fitted.evaluate(VALID, verbose=False)["loss"]
     assert loss == near(fitted.records["metrics"]["valid"][1]["loss"])
+
+
+def test_ema_with_everything_that_picks_the_best_agrees_on_the_averages(tmp_path):
+    values = [2.0, 1.0, 9.0, 8.0]
+
+    def log(ctx):
+        ctx.log("metrics", "valid", {"watched": values[ctx.epoch - 1]}, index=ctx.epoch)
+
+    watch = {"monitor": "valid/watched", "mode": "min"}
+    best = ModelCheckpoint(tmp_path, keep_last=0, keep_best=1, **watch)
+    others = [KeepBestModel(**watch), EarlyStopping(patience=2, **watch), best]
+    fitted = fit(*others, EMA(0.5), At("on_valid_end", log), epochs=9)
+    valid = fitted.records["metrics"]["valid"]
+    assert (len(valid), fitted.best_epoch) == (4, 2)
+    assert fitted.evaluate(VALID, verbose=False)["loss"] == near(valid[1]["loss"])
+    other = fit(EMA(0.5), epochs=1)
+    assert other.load_weights(tmp_path).is_complete
+    assert same(other.model, fitted.model)
+    fit(others[-1], EMA(0.5, in_valid=False), At("on_valid_end", log), epochs=2)
+    trained = fit(epochs=2)
+    other.load_weights(tmp_path)
+    assert same(other.model, trained.model)
 
 
 def test_ema_by_hand():

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import harness
-from harness.callbacks import Freeze
+from harness.callbacks import Freeze, LRScheduler
 from tests.harness.checkpoint.test_resume import check_exact
 from tests.harness.exact import Case, Net, TwoParts, X, Y, adam, same_bits, sgd
 from tests.harness.fakes import At, Tape
@@ -55,16 +55,8 @@ def test_freeze_unfreezes_step_by_step():
         assert changed(two, three) >= body
 
 
-def test_freeze_with_a_rate_for_the_group():
+def test_freeze_with_a_rate_for_what_is_unfrozen():
     # Plain descent: what is unfrozen moves by its own rate times the gradient.
-    class Two(Net):
-        def set_optimizers(self):
-            groups = [
-                {"params": self.body.parameters(), "lr": 1e-3},
-                {"params": self.head.parameters(), "lr": 0.1},
-            ]
-            return torch.optim.SGD(groups)
-
     moves = []
 
     def note(ctx):
@@ -72,12 +64,61 @@ def test_freeze_with_a_rate_for_the_group():
         if weight.grad is not None:
             moves.append((weight.clone(), weight.grad.clone()))
 
-    learner = harness.setup(Two, loss=nn.CrossEntropyLoss())
+    learner = harness.setup(
+        Net, loss=nn.CrossEntropyLoss(), optimizer=torch.optim.SGD
+    ).set_opt_hparams(lr=0.1)
     watch = At("on_train_batch_before_step", note)
-    learner.fit((X, Y), 4, callbacks=[Freeze("body", until=3), watch], seed=1, **OFF)
+    freeze = Freeze("body", until=3, lr=1e-3)
+    fitted = learner.fit((X, Y), 4, callbacks=[freeze, watch], seed=1, **OFF)
     assert len(moves) == 2
     (before, grad), (after, _) = moves
     torch.testing.assert_close(after, before - 1e-3 * grad)
+    assert all(param.requires_grad for param in fitted.model.parameters())
+
+
+def test_freeze_gives_each_part_the_rate_of_the_longest_name():
+    groups: list[Any] = []
+
+    def note(ctx):
+        names = {id(p): n for n, p in ctx.model.named_parameters()}
+        for group in ctx.opt.param_groups:
+            own = sorted(names[id(p)] for p in group["params"])
+            groups.append((group["lr"], own, group["momentum"]))
+
+    rates = [
+        Freeze("body.0", until=3, lr=1e-4),
+        Freeze("body", until=2, lr=1e-3),
+        Freeze("head.bias", until=2),
+    ]
+    states(*rates, At("on_fit_begin", note), learner=sgd(), epochs=1)
+    assert groups == [
+        (0.05, ["head.bias", "head.weight"], 0.9),
+        (1e-4, ["body.0.bias", "body.0.weight"], 0.9),
+        (1e-3, ["body.1.bias", "body.1.weight"], 0.9),
+    ]
+
+
+def test_freeze_of_a_whole_group_and_of_named_parameters():
+    class Named(Net):
+        def set_optimizers(self):
+            body = list(self.body.named_parameters(prefix="body"))
+            groups = [{"params": body}, {"params": list(self.head.named_parameters())}]
+            return torch.optim.SGD(groups, lr=0.1)
+
+    found = []
+    rates = [Freeze("body.0", until=2, lr=0.2), Freeze("head", until=2, lr=0.3)]
+    note = At(
+        "on_fit_begin",
+        lambda ctx: found.extend(
+            (group["lr"], group["param_names"]) for group in ctx.opt.param_groups
+        ),
+    )
+    states(*rates, note, learner=harness.setup(Named, loss=nn.CrossEntropyLoss()))
+    assert found == [
+        (0.1, ["body.1.weight", "body.1.bias"]),
+        (0.3, ["weight", "bias"]),
+        (0.2, ["body.0.weight", "body.0.bias"]),
+    ]
 
 
 CASES = {
@@ -87,6 +128,15 @@ CASES = {
         callbacks=lambda folder: [
             Freeze("body.0", until=2),
             Freeze("body.1", until=3),
+        ],
+    ),
+    "rates": Case(
+        learner=adam,
+        epochs=3,
+        callbacks=lambda folder: [
+            Freeze("body.0", until=2, lr=0.002),
+            Freeze("body.1", until=3, lr=0.005),
+            LRScheduler(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.5),
         ],
     ),
     "two-optimizers": Case(
@@ -142,3 +192,9 @@ def test_freeze_options_are_checked():
         ValueError, match=r"Freeze\(until\): expected at least 2, got 1"
     ):
         Freeze("body", until=1)
+    with pytest.raises(
+        ValueError, match=r"Freeze\(lr\): expected until=\.\.\. with it"
+    ):
+        Freeze("body", lr=0.1)
+    with pytest.raises(ValueError, match=r"Freeze\(lr\): expected more than 0, got 0"):
+        Freeze("body", until=2, lr=0)
