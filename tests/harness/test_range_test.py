@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import harness
 from harness.learner import seed_all
-from harness.range_test import LRFinderResult
-from tests.harness.fakes import Line, line_learner, slope
+from harness.range_test import LRFinderResult, has_diverged
+from tests.harness.fakes import At, Line, line_learner, slope
 
 
 def test_lr_finder_rates_grow_evenly_on_a_log_scale():
@@ -33,9 +33,89 @@ def test_lr_finder_ends_when_the_loss_runs_away():
         line_learner(), slope(32), start_lr=1e-4, end_lr=100.0, num_steps=50, seed=1
     )
     assert len(found.lrs) < 50
-    assert found.losses[-1] > 4 * min(found.losses) or not torch.isfinite(
-        torch.tensor(found.losses[-1])
+    assert not found.smoothed[-1] <= 4 * min(found.smoothed)
+    assert found.smoothed[-2] <= 4 * min(found.smoothed)
+
+
+def test_lr_finder_takes_all_steps_if_asked():
+    options = {"start_lr": 1e-4, "end_lr": 100.0, "num_steps": 12, "seed": 1}
+    found = harness.lr_finder(line_learner(), slope(32), stop_above=None, **options)
+    assert len(found.lrs) == 12
+    early = harness.lr_finder(line_learner(), slope(32), stop_above=1.5, **options)
+    assert len(early.lrs) < 12
+
+
+def test_lr_finder_rates_may_grow_by_the_same_amount():
+    found = harness.lr_finder(
+        line_learner(),
+        slope(8),
+        start_lr=1e-4,
+        end_lr=5e-4,
+        num_steps=5,
+        log_spaced=False,
     )
+    assert found.lrs == pytest.approx([1e-4, 2e-4, 3e-4, 4e-4, 5e-4])
+
+
+@pytest.mark.parametrize(
+    ("means", "is_far"),
+    [
+        ([1.0, 0.5, 1.9], False),
+        ([1.0, 0.5, 2.1], True),
+        ([1.0, float("nan")], True),
+        ([1.0, float("inf")], True),
+        ([-1.0, -3.0], False),  # a likelihood that improves
+        ([-1.0, -3.0, 5.9], False),
+        ([-1.0, -3.0, 6.1], True),
+        ([2.0, -0.01, 5.0], False),  # it has fallen by 2.01
+        ([2.0, -0.01, 6.1], True),
+    ],
+)
+def test_divergence_is_seen_in_losses_of_any_sign(means, is_far):
+    assert has_diverged(means, 4.0) is is_far
+
+
+def test_lr_finder_goes_on_from_a_result_and_passes_options_on(capsys):
+    x, y = slope(8)
+    fitted = line_learner().fit((x, y), 3, tracker=False, seed=0)
+    before = fitted.model.w.item()
+    seen = []
+    found = harness.lr_finder(
+        fitted,
+        (x, y),
+        num_steps=2,
+        accelerator=harness.accelerator(device="cpu"),
+        callbacks=[At("on_fit_begin", lambda ctx: seen.append(ctx.model.w.item()))],
+        verbose=True,
+    )
+    assert seen == [before] == [fitted.model.w.item()]
+    loss = fitted.evaluate((x, y), verbose=False)["loss"]
+    assert found.losses[0] == pytest.approx(loss)
+    assert capsys.readouterr().err
+
+
+def test_smoothed_losses_are_the_corrected_mean():
+    found = LRFinderResult(lrs=[1.0, 2.0, 3.0], losses=[4.0, 8.0, 2.0], smoothing=0.5)
+    # Means from 0: 2, 5, 3.5; divided by 1/2, 3/4, 7/8.
+    assert found.smoothed == pytest.approx([4.0, 20 / 3, 4.0])
+    assert found.to_frame()["smoothed"].tolist() == found.smoothed
+    raw = LRFinderResult(lrs=[1.0, 2.0], losses=[4.0, 8.0], smoothing=0.0)
+    assert raw.smoothed == [4.0, 8.0]
+
+
+def test_suggestion_looks_at_the_slope_by_the_logarithm_before_the_lowest_loss():
+    rates, losses = [0.1, 1.0, 1.1, 1.2, 9.0], [9.0, 6.0, 5.0, 4.9, 0.0]
+    found = LRFinderResult(lrs=rates, losses=losses, smoothing=0.0)
+    assert (
+        found.suggestion == 1.0
+    )  # falls by 1 in log(1.1); from 1.2 on by 4.9 in log(7.5)
+    rises = LRFinderResult(lrs=[0.1, 1.0], losses=[1.0, 2.0], smoothing=0.0)
+    assert rises.suggestion == 0.1
+    noisy = [9.0, 5.0, *[5.0] * 17, 4.0, 3.5]
+    found = LRFinderResult(
+        lrs=[10.0**n for n in range(21)], losses=noisy, smoothing=0.0
+    )
+    assert found.suggestion == 10.0**18
 
 
 def test_lr_finder_first_loss_is_that_of_the_untrained_model():
@@ -98,13 +178,6 @@ def plain_sweep(x, y, num_steps, start_lr, end_lr):
     return zip(*found, strict=True)
 
 
-def unsmoothed(found):
-    """The losses before the exponential mean with bias correction."""
-    means = [loss * (1 - 0.9 ** (n + 1)) for n, loss in enumerate(found.losses)]
-    befores = [0.0, *means[:-1]]
-    return [(m - 0.9 * b) / 0.1 for m, b in zip(means, befores, strict=True)]
-
-
 @pytest.mark.parametrize("model", [Line, OwnStep, Optimizing, Returning])
 def test_lr_finder_equals_a_plain_loop_with_any_step(model):
     x, y = slope(8)  # one batch, so each step reads the data again
@@ -114,7 +187,7 @@ def test_lr_finder_equals_a_plain_loop_with_any_step(model):
     )
     rates, losses = plain_sweep(x, y, 6, 1e-5, 1e-2)
     assert found.lrs == pytest.approx(list(rates), rel=1e-12)
-    assert unsmoothed(found) == pytest.approx(list(losses), rel=1e-5)
+    assert found.losses == pytest.approx(list(losses), rel=1e-5)
 
 
 class TwoOptimizers(Line):
@@ -170,7 +243,7 @@ def test_lr_finder_loss_of_a_step_is_the_mean_of_its_batches():
         dataloader_options={"batch_size": 1, "shuffle": False},
     )
     # The line is 0 at first: (1 ** 2 + 3 ** 2) / 2.
-    assert unsmoothed(found)[0] == pytest.approx(5.0)
+    assert found.losses[0] == pytest.approx(5.0)
     assert len(found.lrs) == 3
 
 
@@ -310,6 +383,8 @@ def test_lr_finder_is_interrupted_by_ctrl_c():
 @pytest.mark.parametrize(
     ("options", "kind", "match"),
     [
+        ({"smoothing": 1}, ValueError, r"lr_finder\(smoothing\): expected less than 1"),
+        ({"stop_above": 1}, ValueError, r"lr_finder\(stop_above\): expected more"),
         ({"num_steps": 0}, ValueError, r"lr_finder\(num_steps\): expected at least 1"),
         ({"num_steps": 2.5}, TypeError, "expected a whole number, got 2.5"),
         ({"start_lr": "a"}, TypeError, r"lr_finder\(start_lr\): expected a number"),
