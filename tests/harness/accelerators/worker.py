@@ -1,10 +1,8 @@
-"""One rank of a launch that runs cases in turn and writes how each went.
-
-``python -m tests.harness.accelerators.worker FOLDER MODULE STAGES [NAME ...]``
-"""
+"""One rank of a launch that runs cases in turn and writes how each went."""
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -42,6 +40,14 @@ def main(folder: Path, module: str, stages: list[int], names: list[str]) -> int:
     return 0
 
 
-if __name__ == "__main__":
-    folder, module, stages, *names = sys.argv[1:]
-    sys.exit(main(Path(folder), module, [int(s) for s in stages.split(",")], names))
+def run_rank(
+    folder: Path, module: str, stages: list[int], names: list[str], env: dict[str, str]
+) -> None:
+    """Be a rank: with its environment, and what it says in a file."""
+    os.environ.clear()
+    os.environ.update(env)
+    log = os.open(folder / f"log-{env['RANK']}.txt", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, sys.stdout.fileno())
+    os.dup2(log, sys.stderr.fileno())
+    gc.freeze()  # what is imported is never searched for garbage
+    sys.exit(main(folder, module, stages, names))
