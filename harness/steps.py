@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from harness.accelerators.base import StepOpt, default_step_opt, has_modes
+from harness.callback import Listeners
 from harness.context import Context
 from harness.data.batch import Batch, as_scalar, describe, missing_target_error
+from harness.errors import EarlyStop, Signal
 from harness.events import nearest
 from harness.records import NullRun
 
@@ -218,9 +220,12 @@ class StepContext(Context):
         assert accelerator is not None
         if not accelerator.is_boundary(name):
             return
-        step_opt = self.step_opt or default_step_opt
+        step_opt, later = (
+            self.step_opt or default_step_opt,
+            _LaterSignals(self.listeners),
+        )
         if evaluate is not None:
-            step_opt = partial(self._step_by_closure, evaluate, step_opt)
+            step_opt = partial(self._step_by_closure, evaluate, later, step_opt)
         if section is not None:
             section.leave()
         try:
@@ -228,18 +233,28 @@ class StepContext(Context):
         finally:
             if section is not None:
                 section.enter()
+        if later is not None and later.raised is not None:
+            raise later.raised
 
     def _step_by_closure(
-        self, evaluate: Callable[[], object], step_opt: StepOpt, opt: Any
+        self,
+        evaluate: Callable[[], object],
+        later: _LaterSignals,
+        step_opt: StepOpt,
+        opt: Any,
     ) -> None:
         """Step an optimizer that evaluates the loss; keep what the first evaluation gave."""
         assert self.loss_grad is not None
         first = (self.pred, dict(self.loss), self.loss_grad, self.batch_values)
-        self.is_repeated = True
+        self.is_repeated, self.listeners = True, later
         try:
             step_opt(_WithClosure(opt, partial(self._repeat, evaluate), self.loss_grad))
+        except BaseException:
+            if type(opt) is torch.optim.LBFGS:
+                opt.state.clear()  # it is half changed, and the next step would fail
+            raise
         finally:
-            self.is_repeated = False
+            self.is_repeated, self.listeners = False, later.listeners
             self.pred, self.loss, self.loss_grad, self.batch_values = first
 
     def _repeat(self, evaluate: Callable[[], object]) -> Tensor:
@@ -289,6 +304,22 @@ class StepContext(Context):
                 value = part.detach()
                 self.add_to_mean(name, {self.opt_name: value} if several else value)
         return total
+
+
+class _LaterSignals(Listeners):
+    """Listeners whose signals wait until an optimizer has finished its step."""
+
+    def __init__(self, listeners: Listeners) -> None:
+        self.listeners = listeners
+        self.raised: Signal | None = None
+
+    def call(self, event: str) -> None:
+        """Call all listeners of an event; keep a signal, ``EarlyStop`` before others."""
+        try:
+            self.listeners.call(event)
+        except Signal as signal:
+            if self.raised is None or isinstance(signal, EarlyStop):
+                self.raised = signal
 
 
 class _WithClosure:

@@ -13,6 +13,7 @@ import harness
 from harness.accelerators.base import needs_closure
 from harness.accelerators.single import SingleDevice
 from harness.callbacks import EMA, GradientClip
+from harness.errors import EarlyStop, SkipEpoch
 from tests.harness.exact import Case, differences
 from tests.harness.exact import fit as fit_case
 from tests.harness.fakes import Ear, Tape, fit_context
@@ -151,6 +152,46 @@ def test_values_logged_in_a_step_are_recorded_once():
     model.step()
     assert len(run.steps) == len(ctx.batch_values) == 1
     assert torch.equal(ctx.loss["opt"], ctx.loss_grad.detach())
+
+
+@pytest.mark.parametrize("signal", [EarlyStop, SkipEpoch])
+def test_signal_inside_a_step_waits_until_it_is_done(signal):
+    seen = []
+
+    class Raises(harness.Callback):
+        def on_train_batch_after_pred(self):
+            seen.append(self.ctx.is_repeated)
+            if len(seen) == 2:
+                raise signal
+
+        def on_train_batch_after_step(self):
+            seen.append("step")
+
+    fit(Curve, Raises(), epochs=1, options={"max_iter": 3})
+    assert seen == [False, True, True, "step"]
+    # An epoch that is left leaves an optimizer that can go on.
+    fit(Curve, Raises(), epochs=2, options={"max_iter": 3})
+    assert len(seen) > 8 or signal is EarlyStop
+
+
+class Unlucky(Exception):
+    pass
+
+
+def test_handled_exception_inside_a_step_leaves_an_optimizer_that_can_go_on():
+    class Raises(harness.Callback):
+        count = 0
+
+        def on_fit_begin(self):
+            self.ctx.epoch_handlers[Unlucky] = lambda _: None
+
+        def on_train_batch_after_pred(self):
+            self.count += 1
+            if self.count == 2:
+                raise Unlucky
+
+    fitted = fit(Curve, Raises(), epochs=3)
+    assert len(fitted.records["metrics"]["train"]) == 3
 
 
 class Sharpness(torch.optim.SGD):
