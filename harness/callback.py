@@ -130,6 +130,31 @@ def _list_declared(cls: type[Callback] = Callback) -> set[str]:
     return set(vars(cls).get("events", ())).union(*below)
 
 
+class MetricsListener(Callback):
+    """Base of callbacks that act when the metrics of a fit are complete.
+
+    That is at the end of each epoch. In a fit that validates every so many steps, it is after
+    each validation, when the last set of validation data is done.
+    """
+
+    def react(self) -> None:
+        """Act on the metrics that are logged at ``ctx.index``."""
+
+    def on_epoch_end(self) -> None:
+        """React, unless the fit validates by steps."""
+        if self.ctx.pace.unit == "epoch":
+            self.react()
+
+    def on_valid_end(self) -> None:
+        """React after the last set, if the fit validates by steps."""
+        if self.ctx.pace.unit == "step" and self._is_last_set:
+            self.react()
+
+    @property
+    def _is_last_set(self) -> bool:
+        return self.ctx.valid_name == next(reversed(self.ctx.valid_sets))
+
+
 class Listeners:
     """Methods of callbacks that listen to each event.
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from harness import setup_checks as checks
 from harness.callback import Callback, Listeners, bind_context
-from harness.data import batch as batches
-from harness.data.batch import Batch
+from harness.data.batch import BatchFields, copy_numbers
 from harness.data.loaders import Loader
+from harness.data.pace import NO_LIMIT, Pace, count_steps
 from harness.pytree import Options, StateDict
 from harness.records import (
     NullRun,
@@ -42,11 +42,9 @@ if TYPE_CHECKING:
 
 Handlers = dict[type[BaseException], Callable[[BaseException], object]]
 
-NO_LIMIT = 999_999_999  # ``max_epochs`` where none was given
-
 
 @dataclass(slots=True, init=False, eq=False, repr=False)
-class Context:
+class Context(BatchFields):
     """State shared by model, metrics and callbacks during one fit, evaluation or prediction.
 
     Parameters
@@ -81,12 +79,19 @@ class Context:
     run: tracking.Run | NullRun  #: run that records the call, or one that drops all
     accelerator: Accelerator | None  #: device placement, backward, stepping, ranks
     train_data: Loader | None  #: loader of the training data
-    valid_data: Loader | None  #: loader of the validation data
+    valid_data: (
+        Loader | None
+    )  #: loader of the validation data; of several, the current one
+    valid_sets: dict[str, Loader]  #: loaders of the validation data, by name of the set
+    valid_name: str  #: name of the current set of validation data
+    pace: Pace  #: steps of the fit, and how often it validates
+    is_saved: bool  #: whether something saves checkpoints of the fit
     about: StateDict  #: description of the fit, which a resume compares
     resume: Resume | None  #: checkpoint to resume from, until it is restored
     train_pass: TrainPass | None  #: current pass over the training data
     epoch_start: StateDict | None  #: random state before the events of the epoch
     valid_start: ValidationStart | None  #: state before the current validation
+    train_random: StateDict | None  #: random state to train on with after a validation
     stop_signal: int | None  #: signal that ended the fit after a batch
     handlers: Handlers  #: exception type -> callable; a match ends the fit quietly
     epoch_handlers: Handlers  #: as `handlers`; a match ends the epoch quietly
@@ -108,9 +113,6 @@ class Context:
     loss_grad: Tensor | None  #: last loss with its graph
     batch_values: list[tuple[str, Any]] | None  #: logged in this batch; None: outside
     _iter: int | None
-    _batch: Batch
-    _rows: int | None
-    _has_warned_of_rows: bool
     _opt: Optimizer | None
     _opt_name: str | None
 
@@ -179,7 +181,7 @@ class Context:
         self.record_book.add(what, set, kept, index, append)
 
     def log_metric(self, name: str, value: object) -> None:
-        """Log a metric of the current epoch; `training` decides between train and valid.
+        """Log a metric of the current epoch and set; see `index` and `split`.
 
         Inside a batch, each call is recorded at its step, as by ``log_step``. The metric of
         the epoch is then the mean over the epoch's rows.
@@ -191,29 +193,28 @@ class Context:
         value
             A number, a 0-d tensor, or a dict of those by optimizer name.
         """
-        split, epoch = ("train" if self.training else "valid"), self.epoch
+        split, index = self.split, self.index
         if self.batch_values is not None:
             self.log_step({name: value})
             self.add_to_mean(name, value)
             return
         series = self.record_book.get_series("metrics", split)
-        if type(value) is float and series and epoch == len(series):
+        if type(value) is float and series and index == len(series):
             current = series[-1]
             if type(current) is dict:  # the common call, at a third of the time
                 logged = {name: value}
-                self.run.log(
-                    "metrics", split, logged, epoch, epoch=epoch, step=self.step
-                )
+                place, step = self.epoch, self.step
+                self.run.log("metrics", split, logged, index, epoch=place, step=step)
                 current[name] = value
                 return
-        self.log("metrics", split, {name: value}, index=epoch)
+        self.log("metrics", split, {name: value}, index=index)
 
     def add_to_mean(self, name: str, value: object) -> None:
         """Add a value of this batch to a metric that is a mean over the epoch's rows.
 
         It is a number, a tensor with one element, or a dict of those by optimizer name.
         """
-        numbers = batches.copy_numbers(value, f"ctx.log_metric({name!r})")
+        numbers = copy_numbers(value, f"ctx.log_metric({name!r})")
         if self.batch_values is not None:
             self.batch_values.append((name, numbers))
 
@@ -222,8 +223,7 @@ class Context:
 
         Memory does not grow. MLflow shows the series ``<set>/<name>_step``.
         """
-        split = "train" if self.training else "valid"
-        self.run.log_step(values, self.step, set=split, epoch=self.epoch)
+        self.run.log_step(values, self.step, set=self.split, epoch=self.epoch)
 
     def get_log(self, what: str, set: str, index: int | None = None) -> Any:
         """Value logged at `index` (from 1; None: the last); None if there is none."""
@@ -245,8 +245,8 @@ class Context:
         return format_metrics(self.get_metrics(set, epoch))
 
     def get_metrics_df(self) -> pd.DataFrame:
-        """All metrics as a DataFrame with the columns set, metric, epoch, value."""
-        return metrics_frame(self.records)
+        """All metrics as a DataFrame with the columns set, metric, epoch (or step), value."""
+        return metrics_frame(self.records, self.pace.unit)
 
     @property
     def records(self) -> Records:
@@ -282,6 +282,8 @@ class Context:
         self.handlers, self.epoch_handlers, self.run = {}, {}, NullRun()
         self.accelerator = self.train_data = self.valid_data = self.data = None
         self.resume = self.train_pass = self.valid_start = self.stop_signal = None
+        self.valid_sets, self.valid_name, self.pace = {}, "valid", Pace()
+        self.train_random, self.is_saved = None, False
         self.metrics = self.step_opt = self.loss_fn = self.backward = None
         self._verbose, self._callbacks, self.listeners = False, (), Listeners()
         self.training, self.trained, self.epoch_start = False, 0, None
@@ -348,6 +350,21 @@ class Context:
         return max(steps.values(), default=0)
 
     @property
+    def total_steps(self) -> int | None:
+        """Optimizer steps of the fit if nothing ends it early; None: not known. Read-only."""
+        return count_steps(self)
+
+    @property
+    def index(self) -> int | None:
+        """Index of metrics: the epoch, or the step if the fit validates by steps. Read-only."""
+        return max(self.step, 1) if self.pace.unit == "step" else self.epoch
+
+    @property
+    def split(self) -> str:
+        """Set that metrics are logged in: `train`, or `valid_name`. Read-only."""
+        return "train" if self.training else self.valid_name
+
+    @property
     def iter(self) -> int | None:
         """Batch in this epoch, from 1."""
         return self._iter
@@ -355,48 +372,6 @@ class Context:
     @iter.setter
     def iter(self, new: int | None) -> None:
         self._iter = new if type(new) is int or new is None else checks.check_iter(new)
-
-    @property
-    def batch(self) -> Batch:
-        """Current batch, ``(input, target)``, on the device."""
-        return self._batch
-
-    @batch.setter
-    def batch(self, new: Batch) -> None:
-        self._batch, self._rows = new, None
-
-    @property
-    def rows(self) -> int:
-        """Rows that the batch counts for in averages; set it to count tokens, for example."""
-        if self._rows is not None:
-            return self._rows
-        rows = batches.num_rows(self.input, self.target, self.pred)
-        if rows is None and not self._has_warned_of_rows:
-            self._has_warned_of_rows = True
-            batches.warn_unknown_rows(self._batch)
-        return 1 if rows is None else rows
-
-    @rows.setter
-    def rows(self, new: int) -> None:
-        self._rows = checks.check_rows(new)
-
-    @property
-    def input(self) -> Any:
-        """Input of the batch: a tensor, tuple or mapping; the batch itself if it is no pair."""
-        return batches.input_of(self._batch)
-
-    @input.setter
-    def input(self, new: object) -> None:
-        self._batch = batches.with_input(self._batch, new)
-
-    @property
-    def target(self) -> Any:
-        """Target of the batch; None if there is none."""
-        return batches.target_of(self._batch)
-
-    @target.setter
-    def target(self, new: object) -> None:
-        self._batch = batches.with_target(self._batch, new)
 
     @property
     def min_epochs(self) -> int:

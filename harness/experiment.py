@@ -17,6 +17,7 @@ from typing import Any
 from harness.accelerators.base import Accelerator
 from harness.callback import Callback
 from harness.data.loaders import Data
+from harness.data.pace import Limit
 from harness.errors import ExperimentError
 from harness.events import nearest
 from harness.fitted import Fitted
@@ -32,7 +33,9 @@ class Experiment:
     ----------
     learner
         From ``harness.setup``.
-    data, valid_data, epochs, callbacks, seed, dataloader_options, accelerator, start
+    data, valid_data, epochs, max_steps, valid_every, limit_batches
+        As in ``Learner.fit``.
+    callbacks, seed, dataloader_options, accelerator, start
         As in ``Learner.fit``.
     test_data
         Data for ``harness evaluate``; None: `valid_data`.
@@ -46,7 +49,10 @@ class Experiment:
     data: Data
     valid_data: Data = None
     test_data: Data = None
-    epochs: int | tuple[int, int] = 10
+    epochs: int | tuple[int, int] | None = None
+    max_steps: int | None = None
+    valid_every: int | str | None = None
+    limit_batches: Limit = None
     callbacks: Iterable[Callback] = ()
     name: str | None = None
     mlflow_experiment: str | None = None
@@ -74,6 +80,9 @@ class Experiment:
             self.data,
             self.epochs,
             self.valid_data,
+            max_steps=self.max_steps,
+            valid_every=self.valid_every,
+            limit_batches=self.limit_batches,
             callbacks=self.callbacks,
             accelerator=self.accelerator,
             verbose=verbose,

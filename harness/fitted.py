@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
@@ -37,11 +37,11 @@ if TYPE_CHECKING:
     from harness.learner import Learner
 
 
-def format_metrics(records: Records, epoch: int | None = None) -> str:
-    """Return each metric at an epoch (None: its last) as a table, a column for each set."""
+def format_metrics(records: Records, index: int | None = None) -> str:
+    """Return each metric at an index (None: its last) as a table, a column for each set."""
     frame = metrics_frame(records)
-    if epoch is not None:
-        frame = frame[frame["epoch"] == epoch]
+    if index is not None:
+        frame = frame[frame["epoch"] == index]
     if frame.empty:
         return "no metrics"
     last = frame.drop_duplicates(["metric", "set"], keep="last")
@@ -79,7 +79,8 @@ class Evaluation:
     Attributes
     ----------
     records : dict
-        ``records["metrics"]["valid"][0]`` holds the values by name.
+        ``records["metrics"]["valid"][0]`` holds the values by name. Several sets of data are
+        recorded under their own names.
     """
 
     records: Records
@@ -89,8 +90,16 @@ class Evaluation:
         return metrics_frame(self.records)
 
     def __getitem__(self, name: str) -> Any:
-        """Return one value by the metric's name."""
-        return self.records["metrics"]["valid"][0][name]
+        """Return one value by the metric's name; of several sets, by ``<set>/<metric>``."""
+        sets = {split: own[0] for split, own in self.records["metrics"].items() if own}
+        if len(sets) == 1 and name in (values := next(iter(sets.values()))):
+            return values[name]
+        found = {
+            f"{split}/{metric}": value
+            for split, values in sets.items()
+            for metric, value in values.items()
+        }
+        return found[name]
 
     def __str__(self) -> str:
         return f"Evaluation\n{format_metrics(self.records)}"
@@ -124,8 +133,10 @@ class Fitted:
     example : object
         Two rows of an input of the fit, on the CPU, as a batch has it: ``export`` and
         ``summary`` call the model with it. None if it is not known, as of a loaded model.
-    best_epoch : int or None
-        Epoch of the weights, if ``KeepBestModel`` restored the best ones.
+    best_epoch, best_step : int or None
+        Epoch and optimizer step of the weights, if ``KeepBestModel`` restored the best ones.
+    unit : ``"epoch"`` or ``"step"``
+        What the indices of metrics count: steps, if the fit validated by steps.
     start : WeightsReport or None
         What became of the weights that the fit started from, by ``fit(start=...)``.
     """
@@ -139,6 +150,8 @@ class Fitted:
     run_path: Path | None = None
     signum: int | None = None
     best_epoch: int | None = None
+    best_step: int | None = None
+    unit: Literal["epoch", "step"] = "epoch"
     loss: Callable[..., Tensor] | None = field(default=None, repr=False)
     batch_options: Mapping[str, object] = field(default_factory=dict, repr=False)
     example: object = field(default=None, repr=False)
@@ -150,11 +163,14 @@ class Fitted:
         return self.signum is not None
 
     def get_metrics(self) -> pd.DataFrame:
-        """Return all metrics as a DataFrame with the columns set, metric, epoch, value."""
-        return metrics_frame(self.records)
+        """Return all metrics as a DataFrame with the columns set, metric, epoch, value.
+
+        After a fit that validated by steps, the column ``epoch`` is called ``step``.
+        """
+        return metrics_frame(self.records, self.unit)
 
     def plot(self, path: str | Path | None = None) -> Figure:
-        """Plot each metric by epoch; sets share a panel.
+        """Plot each metric by epoch, or step; sets share a panel.
 
         Parameters
         ----------
@@ -169,13 +185,13 @@ class Fitted:
 
         check_picture("plot(path)", path)
         rows = self.get_metrics().itertuples(index=False, name=None)
-        figure: Figure = plot_curves(rows, path)
+        figure: Figure = plot_curves(rows, path, unit=self.unit)
         return figure
 
     def fit(
         self,
         data: Data,
-        epochs: int | tuple[int, int] = 10,
+        epochs: int | tuple[int, int] | None = None,
         valid_data: Data = None,
         **options: Any,
     ) -> Fitted:
@@ -252,11 +268,16 @@ class Fitted:
             records=pack_records(self.records),
             run_id=self.run_id,
             best_epoch=self.best_epoch,
+            best_step=self.best_step,
+            unit=self.unit,
             loss=encode_object(self.learner.loss if self.loss is None else self.loss),
             batch=encode_object(self.learner.batch),
             metrics={
-                split: {name: encode_object(item) for name, item in own.items()}
-                for split, own in vars(self.learner.metrics).items()
+                split: {
+                    name: encode_object(item)
+                    for name, item in getattr(self.learner.metrics, split).items()
+                }
+                for split in ("train", "valid")
             },
         )
         write_saved_model(folder, self.model.state_dict(), about)
@@ -308,12 +329,13 @@ class Fitted:
         )
 
     def __str__(self) -> str:
-        count = sum(param.numel() for param in self.model.parameters())
-        epochs = len(self.records.get("metrics", {}).get("train", []))
+        num_params = sum(param.numel() for param in self.model.parameters())
+        count = len(self.records.get("metrics", {}).get("train", []))
         name = type(self.model).__name__
-        head = f"Fitted {name}, {count:,} parameters, {epochs} epochs"
+        head = f"Fitted {name}, {num_params:,} parameters, {count} {self.unit}s"
         where = f"\nrun {self.run_id} in {self.run_path}" if self.run_id else ""
-        if self.best_epoch is not None:
-            head += f", weights of epoch {self.best_epoch}"
+        best = self.best_epoch if self.unit == "epoch" else self.best_step
+        if best is not None:
+            head += f", weights of {self.unit} {best}"
         head += format_times(self.records)
-        return f"{head}\n{format_metrics(self.records, self.best_epoch)}{where}"
+        return f"{head}\n{format_metrics(self.records, best)}{where}"

@@ -52,6 +52,8 @@ from harness.data.loaders import (
     split_data,
     without_order,
 )
+from harness.data.pace import Limit, check_limits, fill_epochs, parse_pace
+from harness.data.valid_sets import name_sets
 from harness.errors import CheckpointError
 from harness.export.sample import take_sample
 from harness.export.summary import ModelSummary, summarize
@@ -105,7 +107,6 @@ from harness.setup_checks import (
     explaining_optimizer,
     get_method,
     noting_options,
-    parse_epochs,
     takes_model,
 )
 from harness.steps import ReadBatch
@@ -281,9 +282,12 @@ class Learner:
     def fit(
         self,
         data: Data,
-        epochs: int | tuple[int, int] = 10,
+        epochs: int | tuple[int, int] | None = None,
         valid_data: Data = None,
         *,
+        max_steps: int | None = None,
+        valid_every: int | str | None = None,
+        limit_batches: Limit = None,
         callbacks: Iterable[Callback] = (),
         accelerator: Accelerator | None = None,
         verbose: bool | None = None,
@@ -303,9 +307,22 @@ class Learner:
             equal length, also nested in tuples and dicts. Batches are ``(input, target)``.
             By default they have 32 rows and are shuffled, and a short last batch is dropped.
         epochs : >= 1
-            Number, or pair ``(min_epochs, max_epochs)``.
+            Number, or pair ``(min_epochs, max_epochs)``; None: 10, or with `max_steps` as
+            many as those need.
         valid_data
-            Share of `data` in (0, 1), data in one of the same forms, or None.
+            Share of `data` in (0, 1), data in one of the same forms, a dict of several sets
+            by name, or None.
+        max_steps : >= 1
+            Optimizer steps after which the fit ends, as ``ctx.step`` counts them: with
+            several optimizers, those of the one with the most. If `epochs` is given too,
+            what comes first ends the fit.
+        valid_every
+            Number of epochs (``2`` or ``"2 epochs"``) or optimizer steps (``"500 steps"``)
+            from one validation to the next; None: every epoch. The fit ends with a
+            validation. By steps, metrics are recorded at each validation, at its step.
+        limit_batches : >= 1, or in (0, 1)
+            Batches of each pass over the data, or a share of them, to try things; one for
+            all, or a dict by set, such as ``{"train": 100, "valid": 10}``.
         callbacks
             Instances of ``harness.Callback``, added to the default ones. One of the class of
             a default callback, such as ``Profile``, replaces it.
@@ -347,10 +364,12 @@ class Learner:
         ----------
         luz 0.5.0, ``fit``.
         """
-        parse_epochs(epochs)
+        epochs = fill_epochs(epochs, max_steps)
         check_call_arguments("fit", accelerator, seed=seed, verbose=verbose)
         callbacks = check_callbacks(callbacks)
         check_tracker(tracker)
+        validates = valid_data is not None
+        pace = parse_pace(max_steps, valid_every, epochs, validates=validates)
         accelerator = accelerator or pick_accelerator()
         accelerator.meet("fit")
         if seed is not None:
@@ -358,6 +377,7 @@ class Learner:
         share_rng_state(accelerator)
         ranks = accelerator.world_size
         train, valid = build_loaders(data, valid_data, dataloader_options, ranks)
+        limits = check_limits(limit_batches, valid)
         check_config_optimizer(self.optimizer, accelerator)
         resume = find_resume(callbacks)
         began = self._begin(start, strict, accelerator)
@@ -380,6 +400,8 @@ class Learner:
             data=train,
             valid_data=valid,
             epochs=epochs,
+            pace=pace,
+            limits=limits,
             accelerator=accelerator,
             verbose=verbose,
             callbacks=add_defaults(default_callbacks(self.metrics), callbacks),
@@ -474,6 +496,8 @@ class Learner:
             run_path=ctx.run.path,
             signum=ctx.stop_signal,
             best_epoch=ctx.buffers.get("best_epoch"),
+            best_step=ctx.buffers.get("best_step"),
+            unit=ctx.pace.unit,
             start=start,
             example=take_sample(ctx.input),
         )
@@ -530,7 +554,8 @@ class Learner:
         fitted
             Result of ``fit``.
         data
-            As in ``fit``; read in order, with the short last batch.
+            As in ``fit``, or a dict of several sets by name; read in order, with the short
+            last batch.
         metrics
             Metrics in place of the learner's; None: the learner's for validation.
         callbacks, accelerator, verbose, dataloader_options
@@ -550,12 +575,15 @@ class Learner:
         accelerator = accelerator or pick_accelerator()
         accelerator.meet("evaluate")
         measured = self.metrics if metrics is None else as_metric_set(metrics)
+        loaders = {}
+        for name, own in name_sets(data, "data").items():
+            place = "data" if own is data else f"data[{name!r}]"
+            options = dataloader_options
+            loaders[name] = make_eval_loader(own, options, place, fitted.batch_options)
         ctx = EvaluateContext(
             model=fitted.model,
             read_batch=self.batch,
-            newdata=make_eval_loader(
-                data, dataloader_options, "data", fitted.batch_options
-            ),
+            newdata=loaders,
             optimizers=partial(self._build_optimizers_for_names, fitted.model),
             loss_fn=make_loss(
                 self._choose_loss(fitted), fitted.model, accelerator.device
@@ -564,7 +592,9 @@ class Learner:
             accelerator=accelerator,
             verbose=verbose,
             run=make_null_run(),
-            callbacks=add_defaults([TrainValid(), Metrics(measured)], callbacks),
+            callbacks=add_defaults(
+                [TrainValid(), Metrics(measured), make_progress(verbose)], callbacks
+            ),
         )
         with restore_model_after(ctx):
             loop.evaluate(ctx)
@@ -642,7 +672,9 @@ class Learner:
             accelerator=accelerator,
             verbose=verbose,
             run=make_null_run(),
-            callbacks=add_defaults([TrainValid(predict_mode=mode)], callbacks),
+            callbacks=add_defaults(
+                [TrainValid(predict_mode=mode), make_progress(verbose)], callbacks
+            ),
         )
         with restore_model_after(ctx), keep_buffers(ctx.model, mode):
             preds = loop.predict(ctx, arguments)
@@ -736,19 +768,26 @@ def describe_start(start: Start) -> str:
 
 def build_loaders(
     data: Data, valid_data: Data, options: Mapping[str, object] | None, ranks: int
-) -> tuple[Loader, Loader | None]:
+) -> tuple[Loader, dict[str, Loader]]:
     """Return the loaders of training and validation data; a fraction splits `data`."""
     if isinstance(valid_data, float | int) and not isinstance(valid_data, bool):
         data, valid_data = split_data(data, valid_data)
     train = make_train_loader(data, options, ranks)
-    if valid_data is None:
-        return train, None
-    return train, make_eval_loader(valid_data, without_order(options))
+    sets, loaders = name_sets(valid_data, "valid_data", data), {}
+    for name, own in sets.items():
+        place = "valid_data" if own is valid_data else f"valid_data[{name!r}]"
+        loaders[name] = make_eval_loader(own, without_order(options), place)
+    return train, loaders
 
 
 def default_callbacks(metrics: MetricSet) -> list[Callback]:
     """Return the callbacks of every fit."""
     return [Profile(), TrainValid(), Metrics(metrics), Progress(), Interrupt()]
+
+
+def make_progress(verbose: bool | None) -> Progress:
+    """Make what shows an evaluation or prediction: a line only if asked for, or if it is long."""
+    return Progress() if verbose else Progress(min_s=1.0)
 
 
 def add_defaults(
@@ -911,4 +950,6 @@ def load(
         loss=learner.loss,
         run_id=about.run_id,
         best_epoch=about.best_epoch,
+        best_step=about.best_step,
+        unit=about.unit,
     )

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from harness.accelerators.base import (
     Accelerator,
@@ -27,6 +26,8 @@ from harness.checkpoint.search import name_parameters
 from harness.checkpoint.state import get_generators, mark_validation, search_context
 from harness.context import Context, Handlers
 from harness.data.batch import copy_by_value
+from harness.data.loaders import Loader
+from harness.data.pace import NO_LIMIT, Pace, limit_loader, validates_now
 from harness.data.train_pass import TrainPass
 from harness.data.workers import iter_batches
 from harness.errors import EarlyStop, Interrupted, SkipEpoch
@@ -34,7 +35,7 @@ from harness.events import FIT_EVENTS
 from harness.metrics.split import count_batch_values
 from harness.pytree import map_tensors
 from harness.records import NullRun
-from harness.rng import get_rng_state
+from harness.rng import get_rng_state, set_rng_state
 from harness.setup_checks import (
     check_optimizers,
     check_trained,
@@ -72,9 +73,13 @@ class FitContext(StepContext):
     hparams, opt_hparams
         Arguments that built the model and the optimizers.
     data, valid_data
-        Loaders; `valid_data` may be None.
+        Loaders; `valid_data` is one, several by name, or None.
     epochs
         Whole number, or pair ``(min_epochs, max_epochs)``.
+    pace
+        When the fit validates and ends.
+    limits
+        Batches of each pass by name of the set; see ``check_limits``.
     verbose, accelerator, callbacks, run
         As in ``Context``.
     read_batch
@@ -96,9 +101,11 @@ class FitContext(StepContext):
         loss_fn: Callable[..., Tensor] | None,
         hparams: Mapping[str, object],
         opt_hparams: Mapping[str, object],
-        data: DataLoader[Any],
-        valid_data: DataLoader[Any] | None,
+        data: Loader,
+        valid_data: Loader | Mapping[str, Loader] | None,
         epochs: int | tuple[int, int],
+        pace: Pace | None = None,
+        limits: Mapping[str, float] | None = None,
         accelerator: Accelerator,
         verbose: bool | None = None,
         callbacks: Iterable[Callback] = (),
@@ -116,6 +123,7 @@ class FitContext(StepContext):
             run=run,
         )
         self._min_epochs, self._max_epochs = parse_epochs(epochs)
+        self.pace = pace or Pace()
         self.hparams, self.opt_hparams = dict(hparams), dict(opt_hparams)
         self.model, self.loss_fn = model, loss_fn  # set_optimizers may use self.ctx
         if callable(optimizers):
@@ -133,7 +141,8 @@ class FitContext(StepContext):
                 lambda: name_parameters(model, search_context(self)).values(),
                 self.callbacks,
             )
-        model, named, loaders = prepare(model, named, [data, valid_data])
+        sets = as_sets(valid_data)
+        model, named, loaders = prepare(model, named, [data, *sets.values()])
         self.listeners.guard = accelerator.guard
         accelerator.before_step = partial(self._fire_step, "before")
         accelerator.after_step = partial(self._fire_step, "after")
@@ -141,8 +150,13 @@ class FitContext(StepContext):
         self.with_closure = frozenset(n for n in named if needs_closure(named[n]))
         self.steps = accelerator.steps
         self.step_opt = step_opt
-        self.train_data, self.valid_data = loaders
+        limits = limits or {}
+        self.train_data, *of_sets = (
+            limit_loader(loader, limits.get(name), name)
+            for name, loader in zip(["train", *sets], loaders, strict=True)
+        )
         self.data = self.train_data
+        set_valid_sets(self, dict(zip(sets, of_sets, strict=True)))
 
     def _fire_step(self, when: str, name: str) -> None:
         """Fire a step event, whoever makes the accelerator step."""
@@ -158,7 +172,7 @@ class PredictContext(StepContext):
     model
         The accelerator places it on the device.
     newdata
-        Loader of the data.
+        Loader of the data, or several by name.
     verbose, accelerator, callbacks, run
         As in ``Context``.
     read_batch
@@ -175,7 +189,7 @@ class PredictContext(StepContext):
         self,
         *,
         model: nn.Module,
-        newdata: DataLoader[Any],
+        newdata: Loader | Mapping[str, Loader],
         accelerator: Accelerator,
         verbose: bool | None = None,
         callbacks: Iterable[Callback] = (),
@@ -191,9 +205,11 @@ class PredictContext(StepContext):
             training=False,
             run=run,
         )
-        model, _, loaders = accelerator.prepare(model, None, [None, newdata])
+        sets = as_sets(newdata)
+        model, _, loaders = accelerator.prepare(model, None, [None, *sets.values()])
         self.model = model
-        self.data = loaders[1]
+        set_valid_sets(self, dict(zip(sets, loaders[1:], strict=True)))
+        self.data = self.valid_data
 
 
 class EvaluateContext(PredictContext):
@@ -229,11 +245,23 @@ class EvaluateContext(PredictContext):
         self.optimizers = check_optimizers(
             optimizers() if callable(optimizers) else optimizers
         )
-        self.valid_data = self.data
+
+
+def as_sets(loaders: Loader | Mapping[str, Loader] | None) -> dict[str, Loader]:
+    """Return loaders by name; a single one is ``valid``."""
+    if isinstance(loaders, Mapping):
+        return dict(loaders)
+    return {} if loaders is None else {"valid": loaders}
+
+
+def set_valid_sets(ctx: Context, sets: Mapping[str, Loader]) -> None:
+    """Set the loaders of validation data, which the accelerator has prepared."""
+    ctx.valid_sets = dict(sets)
+    ctx.valid_name, ctx.valid_data = next(iter(sets.items()), ("valid", None))
 
 
 def fit(ctx: StepContext) -> None:
-    """Train and validate, epoch by epoch, until ``ctx.max_epochs`` or a handled exception.
+    """Train and validate, until the last epoch or step, or a handled exception.
 
     References
     ----------
@@ -244,17 +272,37 @@ def fit(ctx: StepContext) -> None:
     with report_exceptions(ctx):
         with suppress_handled(ctx, lambda: ctx.handlers), noting_interrupt(ctx):
             ctx.call_callbacks("on_fit_begin")
-            for ctx.epoch in range(start_epoch(ctx), ctx.max_epochs + 1):
+            for ctx.epoch in iter_epochs(ctx):
                 with suppress_handled(ctx, lambda: ctx.epoch_handlers):
                     begin_epoch(ctx)
                     train_epoch(ctx)
-                    if ctx.valid_data is not None:
-                        valid_epoch(ctx)
+                    if validates_now(ctx):
+                        validate(ctx)
                     ctx.call_callbacks("on_epoch_end")
                     continue
                 drop_gradients(ctx)
         drop_gradients(ctx)
         ctx.call_callbacks("on_fit_end")
+
+
+def iter_epochs(ctx: Context) -> Iterator[int]:
+    """Yield the epochs of a fit; after a resume, from the one that it continues with."""
+    assert ctx.accelerator is not None
+    epoch, num_idle = start_epoch(ctx), 0
+    while epoch <= ctx.max_epochs and not ctx.pace.is_over(ctx.step):
+        before = ctx.accelerator.num_backwards, ctx.step
+        yield epoch
+        is_idle = before == (ctx.accelerator.num_backwards, ctx.step)
+        num_idle = num_idle + 1 if is_idle else 0
+        if num_idle == MAX_IDLE and ctx.max_epochs == NO_LIMIT:
+            msg = f"fit(max_steps): expected optimizer steps, got none in {MAX_IDLE}"
+            advice = "The data may be used up: pass what gives batches again each time."
+            raise ValueError(f"{msg} epochs. {advice}")
+        epoch += 1
+
+
+MAX_IDLE = 3
+"""Epochs without a step after which a fit ends that waits for steps alone."""
 
 
 def begin_epoch(ctx: StepContext) -> None:
@@ -268,38 +316,88 @@ def begin_epoch(ctx: StepContext) -> None:
 
 
 def train_epoch(ctx: StepContext) -> None:
-    """Train on all batches of an epoch."""
+    """Train on all batches of an epoch, with the validations that are due within it."""
     assert ctx.accelerator is not None
-    read, fire, step = get_reader(ctx), ctx.call_callbacks, get_step(ctx)
+    read, fire, step, pace = (
+        get_reader(ctx),
+        ctx.call_callbacks,
+        get_step(ctx),
+        ctx.pace,
+    )
     ctx.training, ctx.data, ctx.trained = True, ctx.train_data, 0
-    ctx.train_pass = TrainPass(ctx.train_data, ctx.accelerator, ctx.epoch or 1)
+    by_steps = pace.unit == "step"
+    train_pass = TrainPass(ctx.train_data, ctx.accelerator, ctx.epoch or 1)
+    ctx.train_pass = train_pass
     fire("on_train_begin")
-    is_over = ctx.resume is not None and ctx.resume.position.phase == "valid"
     is_whole, before = ctx.resume is None, dict(ctx.steps)
+    phase = None if ctx.resume is None else ctx.resume.position.phase
     batches = start_batches(ctx)
+    is_closed = phase == "valid" and not train_pass.is_paused
+    if train_pass.is_due and not (phase == "train" and train_pass.is_paused):
+        validate_within(
+            ctx
+        )  # it was due, or interrupted, when the checkpoint was taken
     ctx.iter = ctx.trained or None
     with counting_values(ctx):
         for ctx.iter, batch in enumerate(fetch(ctx, batches), start=ctx.trained + 1):
+            if train_pass.is_paused:
+                train_pass.is_paused = False
+                fire("on_train_begin")
             ctx.batch, ctx.loss, ctx.batch_values = read(batch), {}, []
-            ctx.pred = None
+            ctx.pred, at = None, ctx.step
             fire("on_train_batch_begin")
             step()
             ctx.trained = ctx.iter
+            train_pass.is_due = by_steps and pace.is_crossed(at, ctx.step)
             fire("on_train_batch_end")
             count_batch_values(ctx)
+            if train_pass.is_due:
+                validate_within(ctx)
+            if pace.is_over(ctx.step):
+                break
     ctx.accelerator.drop_window()
     if is_whole:
         warn_of_silence(ctx, "train", before)
-    if not is_over:
+    if not train_pass.is_paused and not is_closed:
         fire("on_train_end")
 
 
+def validate_within(ctx: StepContext) -> None:
+    """Validate between two training batches; what training continues with is untouched."""
+    assert ctx.train_pass is not None
+    if not ctx.train_pass.is_paused:
+        ctx.batch_values = None
+        ctx.call_callbacks("on_train_end")
+        ctx.train_pass.is_paused = True
+    validate(ctx)
+    ctx.training, ctx.data, ctx.iter = True, ctx.train_data, ctx.trained
+
+
+def validate(ctx: StepContext) -> None:
+    """Validate on each set of data.
+
+    If the user chose how often, the random state is put back, so that training does not
+    depend on it.
+    """
+    if not ctx.valid_sets:
+        return
+    generators = get_generators(ctx) if ctx.pace.is_given else []
+    ctx.train_random = get_rng_state(generators) if ctx.pace.is_given else None
+    try:
+        mark_validation(ctx)
+        for ctx.valid_name, ctx.valid_data in ctx.valid_sets.items():
+            valid_epoch(ctx)
+    finally:
+        if ctx.train_random is not None:
+            set_rng_state(ctx.train_random, generators)
+            ctx.train_random = None
+
+
 def valid_epoch(ctx: StepContext) -> None:
-    """Validate after an epoch, or evaluate."""
+    """Make one pass over a set of validation data."""
     assert ctx.accelerator is not None and ctx.valid_data is not None
     read, fire, step = get_reader(ctx), ctx.call_callbacks, get_step(ctx)
     ctx.training, ctx.data = False, ctx.valid_data
-    mark_validation(ctx)
     fire("on_valid_begin")
     with torch.no_grad(), counting_values(ctx):
         for ctx.iter, batch in enumerate(fetch(ctx, iter_batches(ctx.valid_data)), 1):
@@ -382,10 +480,10 @@ STEP_EVENTS = {
 
 
 def evaluate(ctx: StepContext) -> None:
-    """Log the losses and metrics of ``ctx.valid_data`` as epoch 1 of the set ``valid``."""
+    """Log the losses and metrics of ``ctx.valid_sets`` as epoch 1 of those sets."""
     add_handlers(ctx)
     with report_exceptions(ctx), suppress_all_handled(ctx):
-        valid_epoch(ctx)
+        validate(ctx)
 
 
 def predict(
@@ -507,17 +605,18 @@ def start_batches(ctx: Context) -> Iterator[Any]:
     assert train_pass is not None
     if resume is None:
         return train_pass.start()
-    if resume.position.phase == "valid":
+    if resume.is_after_training(ctx):
         switch_optimizers(ctx, is_training=False)  # as they were when it was saved
     resume.restore(ctx)
     ctx.trained = resume.position.iter
-    if resume.position.phase == "valid":
+    if resume.position.phase == "valid" and not resume.has_pass(ctx):
         resume.restore_random(ctx)
         return iter(())
     resume.restore_pass(ctx)
     batches = train_pass.start()
     resume.restore_random(ctx)
-    return batches
+    # The saved fit may have ended by a number of steps.
+    return iter(()) if ctx.pace.is_over(ctx.step) else batches
 
 
 def add_handlers(ctx: Context) -> None:

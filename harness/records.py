@@ -312,18 +312,21 @@ class NullRun:
     end_fit = _drop
 
 
-def metrics_frame(records: Records) -> pd.DataFrame:
-    """Metric records as a DataFrame with the columns set, metric, epoch, value."""
+def metrics_frame(records: Records, unit: str = "epoch") -> pd.DataFrame:
+    """Metric records as a DataFrame with the columns set, metric, epoch, value.
+
+    The third column is called `unit`, after what the indices of the records count.
+    """
     import pandas as pd  # noqa: PLC0415  slow to import, seldom used
 
     rows = [
-        (split, name, epoch, value)
+        (split, name, index, value)
         for split, series in records.get("metrics", {}).items()
-        for epoch, metrics in iter_filled(series)
+        for index, metrics in iter_filled(series)
         if isinstance(metrics, Mapping)
         for name, value in named_leaves(metrics)
     ]
-    return pd.DataFrame(rows, columns=["set", "metric", "epoch", "value"])
+    return pd.DataFrame(rows, columns=["set", "metric", unit, "value"])
 
 
 def format_metrics(metrics: Mapping[str, object]) -> dict[str, str]:

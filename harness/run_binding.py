@@ -14,6 +14,7 @@ from harness.checkpoint.state import begin_fit
 from harness.checkpoint.weights import WeightsReport
 from harness.context import Context
 from harness.data.loaders import describe_data
+from harness.data.pace import NO_LIMIT, LimitedLoader, count_epochs
 from harness.export.summary import ShapeRecorder, summarize
 from harness.pytree import Options
 from harness.records import NullRun
@@ -132,7 +133,7 @@ def log_description(ctx: Context, seed: int | None) -> None:
     params |= {
         "optimizer": type(getattr(opt, "optimizer", opt)).__name__,
         "loss": _name_loss(ctx.loss_fn),
-        "epochs": ctx.max_epochs,
+        **describe_pace(ctx),
         "batch_size": ctx.train_data.batch_size,
         "accumulate": accelerator.accumulate,
         "accelerator": type(accelerator).__name__,
@@ -151,8 +152,8 @@ def log_description(ctx: Context, seed: int | None) -> None:
     params |= {f"opt.{name}": value for name, value in ctx.opt_hparams.items()}
     run.log_params({name: as_param(value) for name, value in params.items()})
     run.log_input("train", "training", **describe_data(ctx.train_data))
-    if ctx.valid_data is not None:
-        run.log_input("valid", "validation", **describe_data(ctx.valid_data))
+    for name, loader in ctx.valid_sets.items():
+        run.log_input(name, "validation", **describe_data(loader))
     _log_model(ctx, {})
 
 
@@ -196,6 +197,23 @@ def report_start(ctx: Context, name: str, report: WeightsReport) -> None:
     file = f"{name_in_fit('start', ctx.run.fit)}.txt"
     ctx.run.log_text("\n".join(lines) + "\n", file)
     ctx.run.set_tags({"started_from": name})
+
+
+def describe_pace(ctx: Context) -> Options:
+    """What was asked for about epochs, steps, validation and batches."""
+    pace, found = ctx.pace, dict[str, object]()
+    epochs = ctx.max_epochs if ctx.max_epochs < NO_LIMIT else count_epochs(ctx)
+    if epochs is not None:
+        found["epochs"] = epochs
+    if pace.max_steps is not None:
+        found["max_steps"] = pace.max_steps
+    if pace.is_given:
+        found["valid_every"] = str(pace)
+    sets: dict[str, object] = {"train": ctx.train_data, **ctx.valid_sets}
+    limits = {n: own.limit for n, own in sets.items() if isinstance(own, LimitedLoader)}
+    if limits:
+        found["limit_batches"] = limits
+    return found
 
 
 def as_param(value: object) -> str | int | float | bool:

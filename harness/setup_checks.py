@@ -689,8 +689,11 @@ def refuse_field(context: type, name: str, error: AttributeError) -> NoReturn:
 
 _READ_ONLY = {
     "device": "Change ctx.accelerator.",
+    "index": "Change ctx.epoch.",
     "records": "Use ctx.log() or ctx.log_metric().",
+    "split": "Change ctx.training or ctx.valid_name.",
     "step": "Change ctx.steps.",
+    "total_steps": "Change ctx.max_epochs.",
 }
 """What to do instead of setting a read-only field of the context."""
 
@@ -847,7 +850,12 @@ def check_trained(
 
 def _has_users(callbacks: Iterable[object]) -> bool:
     """Whether a callback is the user's own."""
-    return any(not type(item).__module__.startswith("harness.") for item in callbacks)
+    return any(map(is_users, callbacks))
+
+
+def is_users(callback: object) -> bool:
+    """Whether the class of a callback is not of this package."""
+    return not type(callback).__module__.startswith("harness.")
 
 
 def check_monitor(
@@ -889,6 +897,11 @@ def check_monitor(
         msg = f"{place}: expected validation data, got none."
         instead = "train" + monitor.removeprefix("valid")
         raise ValueError(f"{msg} Pass valid_data=..., or monitor {instead!r}.")
+    sets = dict.fromkeys(name.partition("/")[0] for name in names)
+    if monitor.startswith("valid/") and "valid" not in sets:
+        ways = [f"{name}/{monitor.removeprefix('valid/')}" for name in sets]
+        msg = f"{place}: expected a set of this fit, got {monitor!r}."
+        raise ValueError(f"{msg} Choose from {ways}.")
     return max(found, key=len, default=None)
 
 

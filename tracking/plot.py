@@ -28,16 +28,22 @@ COLOURS = ("#2563eb", "#ea580c", "#16a34a", "#9333ea", "#64748b")
 
 
 def plot_curves(
-    rows: Iterable[tuple[str, str, int, float]], path: str | Path | None = None
+    rows: Iterable[tuple[str, str, int, float]],
+    path: str | Path | None = None,
+    *,
+    unit: str = "epoch",
 ) -> Any:
     """Plot one chart for each metric, with one line for each set.
 
     Parameters
     ----------
     rows
-        Set, metric, epoch (from 1) and value. Values that are not numbers are skipped.
+        Set, metric, epoch (from 1) or step, and value. Values that are not numbers are
+        skipped.
     path
         File to save the figure to; its suffix chooses the format. None: do not save.
+    unit
+        Label of the horizontal axis.
 
     Returns
     -------
@@ -64,7 +70,9 @@ def plot_curves(
     down = -(-len(lines) // across)
     figure = Figure(figsize=(4.4 * across, 3.2 * down), layout="constrained")
     for place, (metric, chart) in enumerate(lines.items(), start=1):
-        _draw_chart(figure.add_subplot(down, across, place), metric, chart, sets)
+        axes = figure.add_subplot(down, across, place)
+        _draw_chart(axes, metric, chart, sets)
+        axes.set_xlabel(unit)
     if num_metrics > MAX_PANELS:
         figure.suptitle(f"The first {MAX_PANELS} metrics")
     if path is not None:
@@ -87,7 +95,6 @@ def _draw_chart(
         axes.plot(epochs, values, color=colour, marker=mark, ms=3, label=label)
     # A name with two dollar signs is no formula.
     axes.set_title(metric[:_MAX_WORD], fontsize=11, parse_math=False)
-    axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-from harness.callback import Callback
+from harness.callback import MetricsListener
 from harness.context import Context
 from harness.setup_checks import as_path, check_folder
 
@@ -15,8 +15,11 @@ def format_value(value: object) -> str:
     return repr(float(value)) if isinstance(value, int | float) else str(value)
 
 
-class CSVLogger(Callback):
+class CSVLogger(MetricsListener):
     """Appends one line for each metric and epoch: ``epoch,set,metric,value``.
+
+    In a fit that validates by steps, the first column is ``step``, with lines for each
+    validation.
 
     Parameters
     ----------
@@ -43,31 +46,40 @@ class CSVLogger(Callback):
 
     def on_fit_begin(self) -> None:
         """Create the file; a resumed fit keeps the old one until it has an epoch to add."""
-        self._is_begun = False
+        self._is_begun, self._written = False, 0
         if self.ctx.resume is None and self._is_writer:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._write([("epoch", "set", "metric", "value")], "w")
+            self._write([self._columns], "w")
+
+    @property
+    def _columns(self) -> tuple[str, ...]:
+        return (self.ctx.pace.unit, "set", "metric", "value")
 
     @property
     def _is_writer(self) -> bool:
         return self.ctx.accelerator is not None and self.ctx.accelerator.is_main
 
     def on_epoch_end(self) -> None:
-        """Add the epoch's metrics; the first time, those of earlier epochs too."""
+        """Add the metrics of the epoch, or of the rest that no validation followed."""
+        self.react()
+
+    def react(self) -> None:
+        """Add the new metrics; the first time, all that there are."""
         if not self._is_writer:
             return
         frame = self.ctx.get_metrics_df()
+        unit, now = self.ctx.pace.unit, self.ctx.index or 0
         if self._is_begun:
-            frame = frame[frame["epoch"] == self.ctx.epoch]
-        frame = frame.sort_values("epoch", kind="stable")
-        columns = (frame[name] for name in ("epoch", "set", "metric", "value"))
+            frame = frame[(frame[unit] > self._written) & (frame[unit] <= now)]
+        frame = frame.sort_values(unit, kind="stable")
+        columns = (frame[name] for name in self._columns)
         rows = zip(*columns, strict=True)
         lines: list[tuple[object, ...]]
         lines = [(e, s, m, format_value(v)) for e, s, m, v in rows]
         if not self._is_begun:
-            lines.insert(0, ("epoch", "set", "metric", "value"))
+            lines.insert(0, self._columns)
         self._write(lines, "a" if self._is_begun else "w")
-        self._is_begun = True
+        self._is_begun, self._written = True, now
 
     def _write(self, rows: list[tuple[object, ...]], mode: str) -> None:
         with self.path.open(mode, newline="", encoding="utf-8") as file:

@@ -9,14 +9,15 @@ from harness.setup_checks import check_count, check_number
 
 
 class EarlyStopping(Monitor):
-    """Ends the fit after `patience` epochs without improvement.
+    """Ends the fit after `patience` epochs, or validations by steps, without improvement.
 
     Parameters
     ----------
     monitor, mode, min_delta
         Metric to watch; see ``Monitor``.
     patience : >= 0
-        Epochs to wait without improvement; 0, like 1, ends the fit at the first one.
+        Epochs to wait without improvement; 0, like 1, ends the fit at the first one. Of
+        those without a value of the metric none counts.
     baseline
         Value that the first epoch must improve on; None: any first value is the best.
 
@@ -60,16 +61,25 @@ class EarlyStopping(Monitor):
     def _has_waited(self) -> bool:
         return self.waited >= max(self.patience, 1)
 
-    def on_epoch_begin(self) -> None:
-        """End a resumed fit that had already stopped early."""
-        if self._has_waited and self.ctx.epoch > self.ctx.min_epochs:  # type: ignore[operator]
+    def _stop(self, num_epochs: int) -> None:
+        """End the fit after so many whole epochs, if it has waited long enough."""
+        if self._has_waited and num_epochs >= self.ctx.min_epochs:
             raise EarlyStop(self.monitor)
 
-    def on_epoch_end(self) -> None:
-        """Count epochs without improvement; end the fit after `patience` of them."""
-        self.waited = 0 if self.update_best() else self.waited + 1
-        if self._has_waited and self.ctx.epoch >= self.ctx.min_epochs:  # type: ignore[operator]
-            raise EarlyStop(self.monitor)
+    def on_epoch_begin(self) -> None:
+        """End a resumed fit that had already stopped early."""
+        self._stop((self.ctx.epoch or 1) - 1)
+
+    def on_train_begin(self) -> None:
+        """End a resumed fit that had already stopped early within an epoch."""
+        self._stop((self.ctx.epoch or 1) - 1)
+
+    def react(self) -> None:
+        """Count values without improvement; end the fit after `patience` of them."""
+        if self.is_measured():
+            self.waited = 0 if self.update_best() else self.waited + 1
+            is_within = self.ctx.pace.unit == "step"
+            self._stop((self.ctx.epoch or 1) - is_within)
 
     def state_dict(self) -> StateDict:
         """Return the best value and the number of epochs waited."""

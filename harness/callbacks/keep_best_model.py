@@ -21,7 +21,8 @@ from harness.reshard.convert import convert_weights
 class KeepBestModel(Monitor):
     """Restores the weights of the best epoch at the end of the fit, and the state of its loss.
 
-    ``fitted.best_epoch`` is that epoch, and ``print(fitted)`` shows its metrics.
+    ``fitted.best_epoch`` is that epoch, and ``print(fitted)`` shows its metrics. In a fit that
+    validates by steps, the best validation decides, at ``fitted.best_step``.
 
     Parameters
     ----------
@@ -46,16 +47,18 @@ class KeepBestModel(Monitor):
         self.extra: StateDict = {}
         self.loss: StateDict = {}
         self.best_epoch: int | None = None
+        self.best_step: int | None = None
 
     def on_fit_begin(self) -> None:
         """Reset what an earlier fit left."""
         self.reset()
         self.weights, self.extra, self.loss, self.best_epoch = {}, {}, {}, None
+        self.best_step = None
 
-    def on_epoch_end(self) -> None:
-        """Copy the weights if this epoch is the best so far."""
-        if self.update_best():
-            self.best_epoch = self.ctx.epoch
+    def react(self) -> None:
+        """Copy the weights if the value is the best so far."""
+        if self.is_measured() and self.update_best():
+            self.best_epoch, self.best_step = self.ctx.epoch, self.ctx.step
             assert self.ctx.accelerator is not None
             state = self.ctx.accelerator.full_state_dict(self.ctx.model)
             self.weights = {
@@ -80,16 +83,19 @@ class KeepBestModel(Monitor):
             if self.loss:
                 restore_loss_state(self.ctx, self.loss)
             self.ctx.buffers["best_epoch"] = self.best_epoch
+            self.ctx.buffers["best_step"] = self.best_step
 
     def state_dict(self) -> StateDict:
         """Return the best value, its epoch and weights."""
-        best = {"weights": self.weights, "best_epoch": self.best_epoch}
-        return super().state_dict() | best | {"extra": self.extra, "loss": self.loss}
+        best = {"weights": self.weights, "extra": self.extra, "loss": self.loss}
+        place = {"best_epoch": self.best_epoch, "best_step": self.best_step}
+        return super().state_dict() | best | place
 
     def load_state_dict(self, state: StateDict) -> None:
         """Restore the best value, its epoch and weights."""
         super().load_state_dict(state)
         # Older checkpoints have only the weights.
         self.best_epoch, self.extra = state.get("best_epoch"), state.get("extra", {})
+        self.best_step = state.get("best_step")
         self.loss = state.get("loss", {})
         self.weights = state["weights"]

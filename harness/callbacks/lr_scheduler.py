@@ -14,8 +14,9 @@ from torch.optim.lr_scheduler import LRScheduler as TorchScheduler
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from harness.callbacks.monitor import Monitor
-from harness.context import NO_LIMIT, Context
+from harness.context import Context
 from harness.data.loaders import num_batches
+from harness.data.pace import NO_LIMIT, count_epochs
 from harness.errors import CheckpointError
 from harness.events import check_event
 from harness.metrics.loss import mean_over_ranks
@@ -51,7 +52,9 @@ class LRScheduler(Monitor):
         Scheduler class or function, called with ``(optimizer, **options)``.
     call_on
         Event at which it steps: ``on_epoch_end``, or ``on_train_batch_after_step`` for
-        schedulers that count optimizer steps (a skipped optimizer step does not count).
+        schedulers that count optimizer steps (a skipped optimizer step does not count). In
+        place of ``on_epoch_end``, a ``ReduceLROnPlateau`` steps after each validation of a
+        fit that validates by steps.
     opt_name
         Name of the optimizer; None: the only one.
     monitor
@@ -185,11 +188,9 @@ class LRScheduler(Monitor):
 
     def _count_needed(self) -> int | None:
         """How often the scheduler steps in the fit; None if that is not known."""
-        ctx, per_epoch = self.ctx, self._count_steps(self.ctx)
-        is_own = get_method(ctx.model, "step") is not None
-        if per_epoch is None or (is_own and self.call_on in STEP_EVENTS):
-            return None
-        return per_epoch * ctx.max_epochs
+        is_own = get_method(self.ctx.model, "step") is not None
+        has_own_pace = is_own and self.call_on in STEP_EVENTS
+        return None if has_own_pace else self._count_calls(self.ctx)
 
     def _check_length(self, needed: int | None) -> None:
         """Refuse a schedule that ends before the fit: torch would end the fit there."""
@@ -209,27 +210,46 @@ class LRScheduler(Monitor):
             names = [name for name in names if name != "mode"]
         if not names:
             return self._options
-        per_epoch = self._count_steps(ctx)
-        if per_epoch is None or ctx.max_epochs == NO_LIMIT:
+        calls = self._count_calls(ctx)
+        if calls is None:
             msg = f"LRScheduler({names[0]}='auto'): expected a known number of steps"
             got = f"got call_on={self.call_on!r} and data of unknown length"
             raise ValueError(f"{msg}, {got}. Pass the number.")
-        return self._options | dict.fromkeys(names, per_epoch * ctx.max_epochs)
+        return self._options | dict.fromkeys(names, calls)
 
-    def _count_steps(self, ctx: Context) -> int | None:
-        """How often the scheduler steps in an epoch; None if that is not known."""
+    def _count_calls(self, ctx: Context) -> int | None:
+        """How often the scheduler steps in the whole fit; None if that is not known."""
+        pace, is_train = ctx.pace, self.call_on.startswith("on_train")
+        if is_train and "_batch_" in self.call_on:
+            return self._count_train_calls(ctx)
+        epochs = count_epochs(ctx)
+        if not self.call_on.startswith(("on_train", "on_valid")):
+            return epochs
+        if pace.unit == "step" or (pace.every > 1 and not is_train) or epochs is None:
+            return None
         if "_batch_" not in self.call_on:
-            return 1
-        is_train = self.call_on.startswith("on_train_batch")
-        batches = num_batches(ctx.train_data if is_train else ctx.valid_data)
-        is_step = self.call_on.endswith("_step")
-        if batches is None or not is_step:
-            return batches
+            return epochs
+        batches = [num_batches(loader) for loader in ctx.valid_sets.values()]
+        return None if None in batches else epochs * sum(filter(None, batches))
+
+    def _count_train_calls(self, ctx: Context) -> int | None:
         assert ctx.accelerator is not None
-        return math.ceil(batches / ctx.accelerator.accumulate)
+        most, is_step = ctx.pace.max_steps, self.call_on.endswith("_step")
+        if is_step and ctx.max_epochs == NO_LIMIT:
+            return most
+        batches, window = num_batches(ctx.train_data), ctx.accelerator.accumulate
+        if batches is None:
+            return None
+        in_epoch = math.ceil(batches / window)
+        steps = in_epoch * ctx.max_epochs
+        steps = steps if most is None else min(steps, most)
+        epochs, rest = divmod(steps, in_epoch)
+        return steps if is_step else epochs * batches + min(rest * window, batches)
 
     def _step(self) -> None:
         """Step once; at an event of each optimizer only if this one is the current one."""
+        if self.call_on in {"on_valid_begin", "on_valid_end"} and not self._is_last_set:
+            return
         is_of_one = self.call_on in STEP_EVENTS
         if is_of_one and self.ctx.opt_name != self.opt_name:
             return
@@ -239,17 +259,30 @@ class LRScheduler(Monitor):
         elif self.call_on.startswith("on_train_batch"):
             assert self.ctx.accelerator is not None
             step(mean_over_ranks(self.ctx.loss[self.opt_name], self.ctx.accelerator))
-        else:
+        elif self.is_measured():
             step(self.get_value())
 
     def on_epoch_end(self) -> None:
         """Log the rate of this epoch; step if `call_on` is this event."""
+        super().on_epoch_end()
+        by_steps = self.ctx.pace.unit == "step"
+        if by_steps:
+            self._log_rate()
+        if by_steps and self.call_on == "on_epoch_end" and not self._is_plateau:
+            self._step()
+
+    def react(self) -> None:
+        """Log the rate; step if `call_on` is the end of an epoch."""
+        self._log_rate()
+        by_steps = self.ctx.pace.unit == "step"
+        if self.call_on == "on_epoch_end" and (self._is_plateau or not by_steps):
+            self._step()
+
+    def _log_rate(self) -> None:
         groups = self.scheduler.optimizer.param_groups
         rates = {str(n): float(group["lr"]) for n, group in enumerate(groups)}
         rate = rates["0"] if len(rates) == 1 else rates
-        self.ctx.log("lr", "train", {self.opt_name: rate}, index=self.ctx.epoch)
-        if self.call_on == "on_epoch_end":
-            self._step()
+        self.ctx.log("lr", "train", {self.opt_name: rate}, index=self.ctx.index)
 
     def state_dict(self) -> StateDict:
         """Return the scheduler's state and class, and the rates that it started from."""

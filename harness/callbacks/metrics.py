@@ -1,8 +1,9 @@
-"""Updates the metrics of both splits and logs them once an epoch."""
+"""Updates the metrics of all sets and logs them once an epoch, or at each validation."""
 
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 from harness.callback import Callback
 from harness.metrics.loss import has_nan
@@ -34,17 +35,31 @@ class Metrics(Callback):
         self.metric_set = metrics
         self._has_warned: set[str] = set()
 
+    def get_metrics(self, split: str) -> dict[str, Any]:
+        """Return the metrics of a set by name; all sets of validation data have the same."""
+        return self.metric_set.train if split == "train" else self.metric_set.valid
+
     def _start(self, split: str) -> None:
         ctx = self.ctx
         if ctx.metrics is None:
             ctx.metrics = {}
+        metrics = self.get_metrics(split)
         if split not in ctx.metrics:
             assert ctx.accelerator is not None
-            ctx.metrics[split] = SplitMetrics(
-                getattr(self.metric_set, split), ctx.accelerator
-            )
+            ctx.metrics[split] = SplitMetrics(metrics, ctx.accelerator)
             ctx.metrics[split].bind(ctx)
-        ctx.metrics[split].reset()
+        every, place = self.metric_set.every, self._count(split)
+        due = [name for name in metrics if place % every.get(name, 1) == 0]
+        ctx.metrics[split].reset(due if every else None)
+
+    def _count(self, split: str) -> int:
+        """Number of the epoch, or of the validation by steps; 0 outside of a fit."""
+        ctx = self.ctx
+        if ctx.train_pass is None:
+            return 0
+        if ctx.pace.unit == "epoch":
+            return ctx.epoch or 0
+        return ctx.step // ctx.pace.every + (split == "train")
 
     def _get(self, split: str) -> SplitMetrics:
         assert self.ctx.metrics is not None
@@ -104,15 +119,15 @@ class Metrics(Callback):
 
     def on_valid_begin(self) -> None:
         """Reset the metrics."""
-        self._start("valid")
+        self._start(self.ctx.split)
 
     def on_valid_batch_end(self) -> None:
         """Update with the batch."""
-        self._update("valid")
+        self._update(self.ctx.split)
 
     def on_valid_end(self) -> None:
         """Log the values of the epoch."""
-        self._log("valid")
+        self._log(self.ctx.split)
 
     def state_dict(self) -> StateDict:
         """Return the states of both splits; a resumed fit repeats an interrupted validation."""

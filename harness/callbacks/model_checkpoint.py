@@ -21,7 +21,8 @@ class ModelCheckpoint(Monitor):
     """Save checkpoints at epoch ends, every so many steps or minutes, and on interrupt.
 
     A checkpoint holds all that the rest of the fit depends on; see
-    ``harness.checkpoint.state``.
+    ``harness.checkpoint.state``. In a fit that validates by steps, validations count in place
+    of epochs.
 
     Parameters
     ----------
@@ -164,12 +165,16 @@ class ModelCheckpoint(Monitor):
         if is_due:
             self._save("train")
 
-    def on_epoch_end(self) -> None:
+    def react(self) -> None:
         """Save if a checkpoint is due."""
-        epoch = self.ctx.epoch
-        assert epoch is not None
-        if self.every_n_epochs and epoch % self.every_n_epochs == 0:
-            self._save("epoch")
+        ctx = self.ctx
+        by_steps = ctx.pace.unit == "step"
+        count = ctx.step // ctx.pace.every if by_steps else ctx.epoch or 0
+        is_due = self.every_n_epochs and count % self.every_n_epochs == 0
+        is_ranked = bool(self.keep_best) and self.is_measured()
+        # One that is not ranked would be removed at once if only the best are kept.
+        if is_due and (self.keep_last or is_ranked):
+            self._save("train" if by_steps else "epoch", is_ranked=is_ranked)
 
     def _rank(self, name: str) -> None:
         """Add a checkpoint to the best ones, if it belongs there; a NaN never does."""
@@ -191,13 +196,13 @@ class ModelCheckpoint(Monitor):
         if not isinstance(sys.exception(), KeyboardInterrupt):
             self._wait()
 
-    def _save(self, phase: Phase) -> None:
+    def _save(self, phase: Phase, *, is_ranked: bool = False) -> None:
         self._wait()
         assert self.writer is not None
         self._last_step, self._last_time = self.ctx.step, monotonic()
         name = self.writer.begin(phase)
         if name is not None:
-            if phase == "epoch" and self.keep_best:
+            if is_ranked:
                 self._rank(name)
             self.writer.save(phase)
             self._has_saved = True

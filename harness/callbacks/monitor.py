@@ -6,7 +6,7 @@ import warnings
 from math import inf
 from typing import Literal
 
-from harness.callback import Callback
+from harness.callback import MetricsListener
 from harness.callbacks.metrics import Metrics
 from harness.context import Context
 from harness.pytree import StateDict, named_leaves
@@ -16,11 +16,11 @@ Mode = Literal["auto", "min", "max", "zero"]
 
 
 def get_logged_metrics(ctx: Context) -> dict[str, float]:
-    """Return the metrics logged at the current epoch, by monitor name."""
+    """Return the metrics logged at the current epoch or step, by monitor name."""
     return {
         f"{split}/{name}": float(value)
         for split in ctx.records["metrics"]
-        for name, value in named_leaves(ctx.get_metrics(split, ctx.epoch))
+        for name, value in named_leaves(ctx.get_metrics(split, ctx.index))
         if isinstance(value, int | float)
     }
 
@@ -28,23 +28,28 @@ def get_logged_metrics(ctx: Context) -> dict[str, float]:
 def find_directions(ctx: Context) -> dict[str, bool | None]:
     """Return whether higher is better for each ``<set>/<metric>`` of the fit; None: unknown."""
     found: dict[str, bool | None] = {}
-    for split in ("train", "valid"):
+    for split in ("train", *(ctx.valid_sets or ["valid"])):
         found[f"{split}/loss"] = False
         for callback in ctx.callbacks:
             if isinstance(callback, Metrics):
-                for name, metric in getattr(callback.metric_set, split).items():
+                for name, metric in callback.get_metrics(split).items():
                     is_up = getattr(metric, "higher_is_better", None)
                     found[f"{split}/{name}"] = is_up
     return found
 
 
-class Monitor(Callback):
-    """Base of callbacks that watch one logged metric at the end of each epoch.
+class Monitor(MetricsListener):
+    """Base of callbacks that watch one logged metric, at the end of each epoch.
+
+    In a fit that validates every so many steps, they watch it after each validation. Epochs
+    without validation, or without a value of a metric that is not computed in each, are
+    passed over.
 
     Parameters
     ----------
     monitor
-        ``<set>/<metric>`` or ``<set>/<metric>/<optimizer>``, for example ``valid/loss``.
+        ``<set>/<metric>`` or ``<set>/<metric>/<optimizer>``, for example ``valid/loss``. The
+        sets are ``train``, and ``valid`` or the names of several sets of validation data.
     mode
         ``"min"`` if lower is better, ``"max"`` if higher is better, ``"zero"`` if closer to
         zero is better. ``"auto"``: ``"min"`` for
@@ -94,7 +99,7 @@ class Monitor(Callback):
     def check(self, ctx: Context) -> None:
         """Refuse a monitor that cannot be logged in this fit; find out what is better."""
         names, place = find_directions(ctx), self._place
-        known = check_monitor(place, self.monitor, names, ctx.valid_data is not None)
+        known = check_monitor(place, self.monitor, names, bool(ctx.valid_sets))
         if self._given_mode != "auto":
             return
         if known is None:
@@ -113,6 +118,22 @@ class Monitor(Callback):
         """Forget the best value, so that the callback can serve another fit."""
         start = -inf if self.mode == "max" else inf
         self.best = start if self._baseline is None else self._baseline
+
+    def is_measured(self) -> bool:
+        """Whether this is an epoch, or validation, with a value of the monitored metric."""
+        ctx = self.ctx
+        split, _, name = self.monitor.partition("/")
+        found = ctx.get_metrics(split, ctx.index)
+        if not found and split in ctx.valid_sets and ctx.pace.every > 1:
+            return False
+        has_pauses = any(
+            f"{name}/".startswith(f"{own}/")
+            for callback in ctx.callbacks
+            if isinstance(callback, Metrics)
+            for own in callback.metric_set.every
+        )
+        logged = {f"{split}/{own}" for own, _ in named_leaves(found)}
+        return not has_pauses or self.monitor in logged
 
     def get_value(self) -> float:
         """Return the monitored value of this epoch, the same on every rank.

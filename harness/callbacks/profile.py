@@ -11,9 +11,9 @@ from harness.pytree import StateDict
 class Profile(Callback):
     """Logs ``profile`` records once an epoch: ``epoch_s``, ``batches``, ``samples_per_s``.
 
-    The sets ``train`` and ``valid`` have those of a split, ``epoch`` has the ``epoch_s`` of
-    both, and ``fit`` has ``fit_s``, all time that the fit has taken. ``print(fitted)`` shows
-    the last two.
+    The sets ``train`` and ``valid`` (or those of several sets) have those of a split,
+    ``epoch`` has the ``epoch_s`` of all, and ``fit`` has ``fit_s``, all time that the fit has
+    taken. ``print(fitted)`` shows the last two.
 
     Times are wall-clock seconds; work queued on a GPU counts when the program waits for it.
     ``overflows`` is the number of steps since the beginning of the fit, over all optimizers,
@@ -44,7 +44,7 @@ class Profile(Callback):
         overflows = getattr(self.ctx.accelerator, "overflows", {})
         if split == "train" and any(overflows.values()):
             values["overflows"] = sum(overflows.values())
-        self.ctx.log("profile", split, values, index=self.ctx.epoch)
+        self.ctx.log("profile", split, values, index=self.ctx.index)
 
     def state_dict(self) -> StateDict:
         """Return what was counted of the training split so far."""
@@ -82,7 +82,7 @@ class Profile(Callback):
     def on_epoch_end(self) -> None:
         """Log the time of the epoch."""
         epoch_s = perf_counter() - self._epoch_began
-        self.ctx.log("profile", "epoch", {"epoch_s": epoch_s}, index=self.ctx.epoch)
+        self.ctx.log("profile", "epoch", {"epoch_s": epoch_s}, index=self.ctx.index)
 
     def on_train_begin(self) -> None:
         """Start the clock."""
@@ -106,4 +106,4 @@ class Profile(Callback):
 
     def on_valid_end(self) -> None:
         """Log the times."""
-        self._log("valid")
+        self._log(self.ctx.split)

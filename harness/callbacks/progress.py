@@ -1,4 +1,4 @@
-"""Shows progress: a bar for each split while it runs, and a line for each epoch."""
+"""Shows progress: a bar while a split runs, and a line for each epoch or validation."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from harness.callback import Callback
-from harness.data.loaders import num_batches
+from harness.callback import MetricsListener
+from harness.data.pace import NO_LIMIT, count_batches, count_epochs
 from tracking.errors import is_terminal, write_stderr
 
 if TYPE_CHECKING:
@@ -22,11 +22,18 @@ DEFAULT_WIDTH = 80
 """Columns of a terminal that does not know its size."""
 
 
-class Progress(Callback):
+class Progress(MetricsListener):
     """Shows a bar, redrawn at most ten times a second, and the metrics of each epoch.
 
-    Without a terminal, only the epoch lines are written. Nothing is shown unless
-    ``ctx.verbose`` is set, and nothing on ranks other than 0.
+    In a fit that validates by steps, the metrics of each validation are shown. Evaluations
+    and predictions have a bar, and a line at their end. Without a terminal, only the lines
+    are written. Nothing is shown unless ``ctx.verbose`` is set, and nothing on ranks other
+    than 0.
+
+    Parameters
+    ----------
+    min_s : >= 0
+        Seconds that an evaluation or prediction takes at least if it gets a line.
 
     References
     ----------
@@ -36,16 +43,32 @@ class Progress(Callback):
     weight = 1000
     clock = staticmethod(perf_counter)
 
-    def __init__(self) -> None:
+    def __init__(self, min_s: float = 0.0) -> None:
         self._bar: ProgressBar | None = None
-        self._began = -REDRAW_S
+        self._began, self._call_began = -REDRAW_S, self.clock()
+        self._min_s = min_s
 
     @property
     def _is_shown(self) -> bool:
         accelerator = self.ctx.accelerator
         return self.ctx.verbose and (accelerator is None or accelerator.is_main)
 
-    def _start(self, split: str) -> None:
+    @property
+    def _place(self) -> str:
+        """Where in the fit this is."""
+        ctx = self.ctx
+        epochs = count_epochs(ctx)
+        if epochs is None and ctx.max_epochs < NO_LIMIT:
+            epochs = ctx.max_epochs
+        text = f"epoch {ctx.epoch}"
+        if epochs is not None:
+            text = f"epoch {ctx.epoch:>{len(str(epochs))}}/{epochs}"
+        if ctx.pace.max_steps is not None or ctx.pace.unit == "step":
+            total = "" if ctx.total_steps is None else f"/{ctx.total_steps}"
+            text += f", step {ctx.step:>{max(len(total) - 1, 0)}}{total}"
+        return text
+
+    def _start(self, title: str) -> None:
         self._stop()  # a skipped epoch does not end its split
         if not self._is_shown or not is_terminal():
             return
@@ -56,9 +79,7 @@ class Progress(Callback):
         is_due = now - self._began >= REDRAW_S
         self._began = now
         ctx = self.ctx
-        width = len(str(ctx.max_epochs))
-        title = f"epoch {ctx.epoch:>{width}}/{ctx.max_epochs} {split}"
-        bar = ProgressBar(title, num_batches(ctx.data), now)
+        bar = ProgressBar(title, count_batches(ctx), now)
         if not bar.is_supported:
             return
         self._bar = bar
@@ -82,7 +103,7 @@ class Progress(Callback):
         shown = [
             f"{float(value):.4g}" for value in losses.values() if value is not None
         ]
-        return f"loss {' '.join(shown)}"
+        return f"loss {' '.join(shown)}" if shown else ""
 
     def _stop(self) -> None:
         if self._bar is not None:
@@ -95,7 +116,7 @@ class Progress(Callback):
 
     def on_train_begin(self) -> None:
         """Draw the bar."""
-        self._start("train")
+        self._start(f"{self._place} train")
 
     def on_train_batch_end(self) -> None:
         """Redraw the bar if it is time."""
@@ -107,26 +128,56 @@ class Progress(Callback):
 
     def on_valid_begin(self) -> None:
         """Draw the bar."""
-        self._start("valid")
+        if self.ctx.train_pass is not None:
+            self._start(f"{self._place} {self.ctx.split}")
+            return
+        if self.ctx.valid_name == next(iter(self.ctx.valid_sets)):
+            self._call_began = self.clock()
+        self._start(f"evaluate {self.ctx.split}")
 
     def on_valid_batch_end(self) -> None:
         """Redraw the bar if it is time."""
         self._advance()
 
     def on_valid_end(self) -> None:
-        """Erase the bar."""
+        """Erase the bar; write the metrics if this is an evaluation."""
         self._stop()
+        super().on_valid_end()
+        if self.ctx.train_pass is None and self._is_last_set:
+            self._write_end("evaluate")
 
-    def on_epoch_end(self) -> None:
-        """Write the epoch's metrics."""
-        if not self._is_shown:
-            return
-        ctx = self.ctx
-        width = len(str(ctx.max_epochs))
-        took_s = self.clock() - self._epoch_began
-        pieces = [("", f"epoch {ctx.epoch:>{width}}/{ctx.max_epochs}  {took_s:5.2f} s")]
-        for split in ("train", "valid"):
-            metrics = ctx.get_formatted_metrics(split, ctx.epoch)
+    def on_predict_begin(self) -> None:
+        """Draw the bar."""
+        self._call_began = self.clock()
+        self._start("predict")
+
+    def on_predict_batch_end(self) -> None:
+        """Redraw the bar if it is time."""
+        self._advance()
+
+    def on_predict_end(self) -> None:
+        """Erase the bar; write how long it took."""
+        self._stop()
+        self._write_end(f"predict {self.ctx.iter or 0} batches")
+
+    def _write_end(self, what: str) -> None:
+        """Write a line at the end of an evaluation or prediction that took long enough."""
+        took_s = self.clock() - self._call_began
+        if self._is_shown and took_s >= self._min_s:
+            self._write_metrics(f"{what}  {took_s:5.2f} s")
+
+    def react(self) -> None:
+        """Write the metrics of the epoch, or of the steps since the last validation."""
+        now = self.clock()
+        took_s, self._epoch_began = now - self._epoch_began, now
+        if self._is_shown:
+            self._write_metrics(f"{self._place}  {took_s:5.2f} s")
+
+    def _write_metrics(self, head: str) -> None:
+        """Write a line with the metrics of this index, in each set."""
+        ctx, pieces = self.ctx, [("", head)]
+        for split in ("train", *ctx.valid_sets):
+            metrics = ctx.get_formatted_metrics(split, ctx.index)
             for place, (name, value) in enumerate(metrics.items()):
                 text = f"{name} {value:<7}"
                 is_next_split = place == 0 and len(pieces) > 1
@@ -139,7 +190,9 @@ class Progress(Callback):
         """Say why the fit ended."""
         self._stop()
         if self._is_shown:
-            self._write(f"stopped early after epoch {self.ctx.epoch}")
+            by_steps = self.ctx.pace.unit == "step"
+            place = f"step {self.ctx.step}" if by_steps else f"epoch {self.ctx.epoch}"
+            self._write(f"stopped early after {place}")
 
     def on_interrupt(self) -> None:
         """Say where the fit ended."""

@@ -74,8 +74,8 @@ class Position:
     step : >= 0
         Optimizer steps finished since the start.
     phase
-        ``train``: after that batch. ``valid``: before validation. ``epoch``: after the
-        epoch.
+        ``train``: after that batch, and a validation that followed it. ``valid``: before
+        validation. ``epoch``: after the epoch.
     """
 
     epoch: int

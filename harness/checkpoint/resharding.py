@@ -94,7 +94,8 @@ def convert_position(
     saved_size = _rows_per_batch(len(states), about)
     size = _rows_per_batch(ctx.accelerator.world_size, ctx.about)
     rows = position.iter * saved_size
-    if position.phase == "valid" or (about["rows"] and rows >= about["rows"]):
+    is_over = position.phase == "valid" and states[0]["pass"] is None
+    if is_over or (about["rows"] and rows >= about["rows"]):
         return replace(position, iter=-(-rows // size))
     _check_order(states, about, ctx)
     _check_whole_steps(position.iter, saved_size, size, ctx.accelerator.accumulate)
@@ -203,7 +204,7 @@ def _empty_metrics(state: StateDict) -> StateDict:
         return dict(state)
     nothing = {"waiting": [], "rows": [], "sums": torch.zeros(2, dtype=torch.float64)}
     return {
-        "changed": state["changed"],
+        **{key: state[key] for key in ("changed", "due") if key in state},
         "loss": dict.fromkeys(state["loss"], nothing),
         "metrics": {
             name: drop_samples(item) for name, item in state["metrics"].items()

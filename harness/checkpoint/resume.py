@@ -206,6 +206,7 @@ class Resume:
         if ranks != saved_ranks:
             self._report_difference("ranks", saved_ranks, ranks)
         self._compare_descriptions(ctx.about)
+        self._check_unit(ctx)
         if "optimizers" in self.parts:
             self._compare_groups(ctx)
         self._match_callbacks(ctx)  # raises where they cannot be told apart
@@ -272,6 +273,15 @@ class Resume:
                 self._report_difference(
                     name, repr(saved.get(name)), repr(about.get(name))
                 )
+
+    def _check_unit(self, ctx: Context) -> None:
+        """Refuse to continue series of records by epochs that were by steps, or the reverse."""
+        saved = self.manifest.about.get("valid_every", "")
+        was_by_step = "step" in str(saved)
+        if self.is_exact and was_by_step != (ctx.pace.unit == "step"):
+            msg = f"resume: expected valid_every={saved or '1 epoch'!r} as in the saved fit"
+            advice = "Validate by the same unit, steps or epochs."
+            raise CheckpointError(f"{msg}, got {str(ctx.pace)!r}. {advice}")
 
     def _compare_groups(self, ctx: Context) -> None:
         """Compare the groups that the learners define; note options that this one changes."""
@@ -345,6 +355,15 @@ class Resume:
             self.report.append((name, "not kept", why))
         if not self.is_exact:
             self._show_report(ctx)
+
+    def has_pass(self, ctx: Context) -> bool:
+        """Whether training batches remain in the epoch, after a validation too."""
+        return self.get_state(ctx)["pass"] is not None
+
+    def is_after_training(self, ctx: Context) -> bool:
+        """Whether the checkpoint was taken after ``on_train_end``."""
+        train_pass = self.get_state(ctx)["pass"] or {}
+        return self.position.phase == "valid" or train_pass.get("is_paused", False)
 
     def restore_pass(self, ctx: Context) -> None:
         """Restore the position in the data."""

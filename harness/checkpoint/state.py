@@ -46,6 +46,7 @@ from harness.pytree import StateDict, map_tensors
 from harness.records import RecordBook, iter_filled, pack_records, unpack_records
 from harness.reshard.consolidated import option_groups, weights_dtype
 from harness.rng import Generator, find_generators, get_rng_state
+from harness.setup_checks import is_users
 
 VALIDATION_EVENTS = (
     "on_valid_begin",
@@ -54,7 +55,11 @@ VALIDATION_EVENTS = (
     "on_valid_batch_after_loss",
     "on_valid_batch_end",
 )
-"""Events that fire again when a fit that stopped in validation resumes."""
+"""Events that fire again when a fit that stopped in validation resumes.
+
+With several sets, ``on_valid_end`` does too. The callbacks of this package act there once the
+last set is done.
+"""
 
 
 def get_position(ctx: Context, phase: Phase) -> Position:
@@ -65,7 +70,7 @@ def get_position(ctx: Context, phase: Phase) -> Position:
 
 def get_generators(ctx: Context) -> list[Generator]:
     """Random generators that loaders, model, loss and callbacks hold as attributes."""
-    found = find_generators(ctx.train_data, ctx.valid_data, ctx.model)
+    found = find_generators(ctx.train_data, *ctx.valid_sets.values(), ctx.model)
     others = find_generators(ctx.loss_fn, *ctx.callbacks)
     return found + [own for own in others if all(own is not one for one in found)]
 
@@ -102,6 +107,7 @@ def capture_state(
         ``lost`` and ``not_kept`` (why other such state is not in the checkpoint).
     """
     assert ctx.accelerator is not None and ctx.train_pass is not None
+    is_in_pass = phase == "train" or (phase == "valid" and ctx.train_pass.is_paused)
     states = {
         name: callback.state_dict() for name, callback in name_callbacks(ctx.callbacks)
     }
@@ -127,9 +133,9 @@ def capture_state(
         "groups": {
             name: name_groups(opt, params) for name, opt in ctx.optimizers.items()
         },
-        "random": get_rng_state(get_generators(ctx)),
+        "random": ctx.train_random or get_rng_state(get_generators(ctx)),
         "epoch_random": ctx.epoch_start,
-        "pass": ctx.train_pass.state_dict() if phase == "train" else None,
+        "pass": ctx.train_pass.state_dict() if is_in_pass else None,
         "journal": ctx.run.position(),
         "run": ctx.run.id,
     }
@@ -210,7 +216,10 @@ def _restore_journal(ctx: Context, run_id: str | None, position: int) -> None:
     for what, sets in ctx.records.items():
         for split, series in sets.items():
             for index, value in iter_filled(series):
-                ctx.run.log(what, split, value, index, epoch=index)
+                # Of the epoch and the step, only what the index counts is known.
+                by_step = ctx.pace.unit == "step"
+                epoch, step = (None, index) if by_step else (index, None)
+                ctx.run.log(what, split, value, index, epoch=epoch, step=step)
 
 
 def begin_fit(ctx: Context) -> None:
@@ -287,6 +296,7 @@ def describe_fit(ctx: Context) -> dict[str, Any]:
         "numpy": np.__version__,
         # Checkpoints from before there was a choice do not name it.
         **({} if precision == "fp32" else {"precision": precision}),
+        **({"valid_every": str(ctx.pace)} if ctx.pace.is_given else {}),
         "groups": describe_groups(ctx.optimizers, params),
         "frozen": [n for n, p in model.named_parameters() if not p.requires_grad],
         "callbacks": describe_callbacks(ctx.callbacks),
@@ -392,8 +402,11 @@ class ValidationStart:
 
 
 def mark_validation(ctx: Context) -> None:
-    """Remember in a fit what a resume in the middle of validation starts again from."""
-    if ctx.train_pass is None:
+    """Remember what a resume in the middle of validation starts again from.
+
+    Nothing is remembered in an evaluation, or if nothing saves the fit.
+    """
+    if ctx.train_pass is None or not ctx.is_saved:
         return
     search = search_context(ctx)
     ctx.valid_start = ValidationStart(
@@ -404,6 +417,7 @@ def mark_validation(ctx: Context) -> None:
             name: copy.deepcopy(callback.state_dict())
             for name, callback in name_callbacks(ctx.callbacks)
             if any(hasattr(callback, event) for event in VALIDATION_EVENTS)
+            or (is_users(callback) and hasattr(callback, "on_valid_end"))
         },
         metrics=copy.deepcopy(capture_metrics(ctx.model)),
         held=copy.deepcopy(capture_changing(search)),

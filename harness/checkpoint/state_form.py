@@ -113,7 +113,7 @@ def check_state_form(state: StateDict, ctx: Context, phase: Phase) -> None:
         for name, own in state.get(part, {}).items():
             _mapping(own, f"{part}/{name}")
     _try_random(state["random"], get_generators(ctx), "random")
-    if phase == "train":
+    if phase == "train" or (phase == "valid" and state["pass"] is not None):
         _check_pass(state["pass"], ctx)
     _check_accelerator(state["accelerator"], state.get("groups", {}), ctx)
 

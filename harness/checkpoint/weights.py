@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, Literal, TypeGuard
 
 import msgspec
 import torch
@@ -266,6 +266,8 @@ class SavedModel:
     records: Packed
     run_id: str | None = None
     best_epoch: int | None = None
+    best_step: int | None = None
+    unit: Literal["epoch", "step"] = "epoch"
     other_weights: dict[str, Any] = field(default_factory=dict)
     loss: object = None
     batch: object = None

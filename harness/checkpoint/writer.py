@@ -47,6 +47,7 @@ class CheckpointWriter:
 
     def __init__(self, folder: Path, ctx: Context) -> None:
         self.folder, self._ctx = folder, ctx
+        ctx.is_saved = True
         self._fields = copy_fields(search_context(ctx))
         self._copies: dict[str, Tensor] = {}
         self._temporary: Path | None = None

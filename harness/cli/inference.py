@@ -41,7 +41,8 @@ def evaluate(run: str, runs_dir: Path | None, as_json: bool, **given: object) ->
         data = get_test_data(experiment)
         fitted = load_fitted(past, experiment)
     found = experiment.learner.evaluate(fitted, data, verbose=False)
-    values = found.records["metrics"]["valid"][0]
+    sets = {name: own[0] for name, own in found.records["metrics"].items() if own}
+    values = next(iter(sets.values())) if len(sets) == 1 else sets
     if as_json:
         render.print_json(values)
     else:

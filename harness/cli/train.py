@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 _REPLAYED = (
     *("target", "sets", "opts", "epochs", "name", "experiment", "seed"),
+    *("max_steps", "valid_every", "limit_batches"),
     *("precision", "device"),
     *("no_track", "no_deliver", "checkpoint_every", "keep_checkpoints"),
     *("no_checkpoints", "strict", "quiet"),
@@ -78,6 +79,12 @@ def secret_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--config", type=click.Path(exists=True, dir_okay=False, path_type=Path),
               help="YAML file with arguments; --set overrides it.")  # fmt: skip
 @click.option("--epochs", help="Number of epochs, or MIN,MAX.")
+@click.option("--max-steps", type=click.IntRange(min=1), metavar="STEPS",
+              help="End after STEPS optimizer steps, whatever --epochs says.")  # fmt: skip
+@click.option("--valid-every", metavar="EVERY",
+              help="Validate every so often: '500 steps', or a number of epochs.")  # fmt: skip
+@click.option("--limit-batches", metavar="N",
+              help="Take N batches of each pass, or a share such as 0.1.")  # fmt: skip
 @click.option("--name", help="Name of the run.")
 @click.option("--experiment", help="MLflow experiment of the run.")
 @click.option("--seed", type=int, help="Seed of all random generators.")
@@ -226,6 +233,8 @@ def check_arguments(options: Options) -> None:
     except ExperimentError as error:
         raise click.UsageError(str(error)) from error
     _parse_epochs(options["epochs"])
+    _parse_every(options["valid_every"])
+    _parse_limit(options["limit_batches"])
     if options["resume"] is not None:
         open_run(options["resume"], options["runs_dir"])
 
@@ -252,6 +261,9 @@ def load_experiment(target: str, options: Options) -> Experiment:
         "mlflow_experiment": options["experiment"],
         "seed": options["seed"],
         "epochs": _parse_epochs(options["epochs"]),
+        "max_steps": options.get("max_steps"),
+        "valid_every": _parse_every(options.get("valid_every")),
+        "limit_batches": _parse_limit(options.get("limit_batches")),
         "accelerator": _make_accelerator(experiment, options),
     }
     given = {key: value for key, value in changes.items() if value is not None}
@@ -315,6 +327,38 @@ def _parse_epochs(text: str | None) -> int | tuple[int, int] | None:
     expected = "a number from 1, or MIN,MAX"
     msg = f"--epochs: expected {expected}, got {text!r}."
     raise click.UsageError(f"{msg} Write for example --epochs 10.")
+
+
+def _parse_every(text: str | None) -> int | str | None:
+    """Convert the number of epochs in ``--valid-every`` to one."""
+    if text is None:
+        return None
+    from harness.data.pace import parse_every  # noqa: PLC0415  imports torch
+
+    every = int(text) if text.strip().isdecimal() else text
+    try:
+        parse_every(every)
+    except ValueError as error:
+        got = str(error).removeprefix("fit(valid_every): ")
+        raise click.UsageError(f"--valid-every: {got}") from error
+    return every
+
+
+def _parse_limit(text: str | None) -> float | None:
+    """Convert ``--limit-batches`` to a number."""
+    if text is None:
+        return None
+    from harness.data.pace import check_limit  # noqa: PLC0415  imports torch
+
+    try:
+        limit = float(text) if "." in text else int(text)
+        check_limit("--limit-batches", limit)
+    except ValueError as error:
+        msg = (
+            f"--limit-batches: expected a number of batches, or a share, got {text!r}."
+        )
+        raise click.UsageError(f"{msg} Write for example 10 or 0.1.") from error
+    return limit
 
 
 # ------------------------------------------------------------ the recorded command

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from harness.pytree import items_of, iter_tensors, map_tensors, with_items
+from harness.setup_checks import check_rows
 
 Batch = Any
 """What a loader yields: usually ``(input, target)``, but it may be any object."""
@@ -305,3 +306,61 @@ def _form_of(output: object) -> object:
     if isinstance(output, Mapping):
         return type(output), frozenset(output)
     return type(output), len(output) if isinstance(output, tuple) else None
+
+
+class BatchFields:
+    """The batch of a context, as its parts.
+
+    Attributes
+    ----------
+    pred
+        Last prediction of the model.
+    """
+
+    __slots__ = ("_batch", "_has_warned_of_rows", "_rows")
+    pred: Any
+    _batch: Batch
+    _rows: int | None
+    _has_warned_of_rows: bool
+
+    @property
+    def batch(self) -> Batch:
+        """Current batch, ``(input, target)``, on the device."""
+        return self._batch
+
+    @batch.setter
+    def batch(self, new: Batch) -> None:
+        self._batch, self._rows = new, None
+
+    @property
+    def rows(self) -> int:
+        """Rows that the batch counts for in averages; set it to count tokens, for example."""
+        if self._rows is not None:
+            return self._rows
+        rows = num_rows(self.input, self.target, self.pred)
+        if rows is None and not self._has_warned_of_rows:
+            self._has_warned_of_rows = True
+            warn_unknown_rows(self._batch)
+        return 1 if rows is None else rows
+
+    @rows.setter
+    def rows(self, new: int) -> None:
+        self._rows = check_rows(new)
+
+    @property
+    def input(self) -> Any:
+        """Input of the batch: a tensor, tuple or mapping; the batch itself if it is no pair."""
+        return input_of(self._batch)
+
+    @input.setter
+    def input(self, new: object) -> None:
+        self._batch = with_input(self._batch, new)
+
+    @property
+    def target(self) -> Any:
+        """Target of the batch; None if there is none."""
+        return target_of(self._batch)
+
+    @target.setter
+    def target(self, new: object) -> None:
+        self._batch = with_target(self._batch, new)

@@ -411,6 +411,7 @@ def reads_rows_by_torch(loader: object) -> bool:
 
     Then the order is drawn before the first batch, and the length is the number of batches.
     """
+    loader = getattr(loader, "unlimited", loader)
     loader = getattr(loader, "undivided", loader)
     if type(loader) not in {DataLoader, TensorLoader}:
         return False

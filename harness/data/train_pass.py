@@ -11,6 +11,7 @@ from torch.utils.data import IterableDataset
 
 from harness.data.batch import Batch, copy_by_value
 from harness.data.loaders import num_batches, reads_rows_by_torch
+from harness.data.pace import LimitedLoader
 from harness.data.workers import iter_batches
 from harness.pytree import StateDict, find_unkept_kind
 from harness.rng import (
@@ -39,6 +40,13 @@ class TrainPass:
     epoch : >= 1
         Passed to samplers and data sets that have ``set_epoch``.
 
+    Attributes
+    ----------
+    is_due
+        Whether a validation within the epoch follows the last batch.
+    is_paused
+        Whether it has begun or is done, and no other batch has come yet.
+
     Notes
     -----
     The batches of a window are fetched together, because the last window may be short and a
@@ -64,6 +72,7 @@ class TrainPass:
         self._left_at: dict[str, int] = {}
         self._num_done, self._num_to_prefetch, self._epoch = 0, 0, epoch
         self._has_workers = self._keeps_workers()
+        self.is_due = self.is_paused = False
 
     def state_dict(self) -> StateDict:
         """Random state before the first batch, or the state of the loader."""
@@ -74,6 +83,8 @@ class TrainPass:
             "ahead": ahead,
             "window": self._accelerator.window,
             "has_workers": self._has_workers,
+            "is_due": self.is_due,
+            "is_paused": self.is_paused,
             "loader": self._loader.state_dict() if self._has_state else None,
         }
 
@@ -81,6 +92,8 @@ class TrainPass:
         """Start after `num_done` batches; the caller then restores the random state."""
         self._start_state, self._num_done = state["began"], num_done
         self._left_at = state.get("apart", {})  # missing in older checkpoints
+        self.is_due = state.get("is_due", False)
+        self.is_paused = state.get("is_paused", False)
         self._accelerator.window = state["window"]
         if self._has_state:
             self._prefetched.extend(state["ahead"])
@@ -132,6 +145,11 @@ class TrainPass:
                 batches = _DrawnApart(batches, self._left_at)
             skip_batches(batches, self._num_done)
             self._prefetch(batches, self._num_to_prefetch)
+        elif isinstance(self._loader, LimitedLoader):
+            rest = self._loader.limit - self._num_done - len(self._prefetched)
+            if rest == 0:
+                next(batches, None)  # a loader may take up its position only now
+            batches = islice(batches, rest)
         if self._accelerator.accumulate == 1:
             return batches
         if reads_rows_by_torch(self._loader):

@@ -28,8 +28,9 @@ def iter_batches(loader: Any) -> Iterator[Any]:
     are blocked in a worker until it starts to read data.
     """
     numbers = [n for n in GROUP_SIGNALS if callable(signal.getsignal(n))]
-    # A loader that is divided over ranks has workers only in the loaders below it.
-    has_workers = getattr(loader, "num_workers", 0) and not hasattr(loader, "undivided")
+    # A loader that is divided over ranks, or limited, has workers in the loaders below it.
+    is_wrapped = hasattr(loader, "undivided") or hasattr(loader, "unlimited")
+    has_workers = getattr(loader, "num_workers", 0) and not is_wrapped
     if not has_workers or not numbers or not hasattr(signal, "pthread_sigmask"):
         return iter(loader)
     _start_helpers(loader, numbers)

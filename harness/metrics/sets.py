@@ -9,7 +9,8 @@ from typing import Any
 
 from torchmetrics import Metric, MetricCollection
 
-from harness.setup_checks import check_call
+from harness.events import nearest
+from harness.setup_checks import check_call, check_count
 
 MAX_NAMED = 100
 """A metric with a vector of more elements is logged as a list, not element by element."""
@@ -25,6 +26,10 @@ class MetricSet:
         Metrics of training and validation: one, a list, or a dict by name.
     train, valid
         Metrics of this split only: one, a list, or a dict by name.
+    every
+        Epochs from one computation to the next, by name, for metrics that take long: with
+        ``{"fid": 5}``, only epochs 5, 10, ... have a value. In a fit that validates by
+        steps, validations are counted. ``evaluate`` computes all metrics.
 
     References
     ----------
@@ -33,9 +38,15 @@ class MetricSet:
 
     train: dict[str, Any]
     valid: dict[str, Any]
+    every: dict[str, int]
 
     def __init__(
-        self, both: object = None, *, train: object = None, valid: object = None
+        self,
+        both: object = None,
+        *,
+        train: object = None,
+        valid: object = None,
+        every: Mapping[str, int] | None = None,
     ) -> None:
         common = name_metrics(both)
         for split, own in (("train", train), ("valid", valid)):
@@ -45,6 +56,28 @@ class MetricSet:
                     msg = f"MetricSet({split}): expected new names, got {name!r} twice."
                     raise ValueError(f"{msg} Give a dict with other names.")
             object.__setattr__(self, split, common | names)
+        known = {**self.train, **self.valid}
+        object.__setattr__(self, "every", check_every(every or {}, known))
+
+
+def check_every(every: object, known: Mapping[str, object]) -> dict[str, int]:
+    """Return ``MetricSet(every=...)`` as a dict.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a name is not one of the metrics, or a number is below 1.
+    """
+    if not isinstance(every, Mapping):
+        msg = f"MetricSet(every): expected numbers of epochs by name, got {every!r}."
+        raise TypeError(f'{msg} Write for example {{"fid": 5}}.')
+    for name, epochs in every.items():
+        if name not in known:
+            msg = f"MetricSet(every): expected names of metrics, got {name!r}."
+            raise ValueError(f"{msg}{nearest(str(name), known)} It has {list(known)}.")
+        advice = "Leave it out for each epoch."
+        check_count(f"MetricSet(every[{name!r}])", epochs, 1, advice)
+    return {name: int(epochs) for name, epochs in every.items()}
 
 
 def as_metric_set(metrics: object) -> MetricSet:

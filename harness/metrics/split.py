@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -114,6 +114,7 @@ class SplitMetrics:
             name for name, item in self._metrics.items() if can_group(item)
         ]
         self._ungrouped = [name for name in self._metrics if name not in self._grouped]
+        self._due = list(self._metrics)
         self._keeps_batches = bool(self._grouped) or any(
             map(has_sample_lists, self._metrics.values())
         )
@@ -133,8 +134,9 @@ class SplitMetrics:
                 elif isinstance(part, Metric):
                     _bind(part, ctx)
 
-    def reset(self) -> None:
-        """Start an epoch."""
+    def reset(self, due: Collection[str] | None = None) -> None:
+        """Start an epoch, with the metrics that are computed in it (None: all)."""
+        self._due = [name for name in self._metrics if due is None or name in due]
         self.loss.reset()
         self._means.clear()
         self._waiting.clear()
@@ -151,7 +153,7 @@ class SplitMetrics:
         """Add one batch; what metrics keep of it are detached copies."""
         if losses is not None and losses != {}:
             self.loss.update(losses, rows)
-        if not self._metrics or rows == 0:
+        if not self._due or rows == 0:
             return
         take = copy_by_value if self._keeps_batches else detach
         pred, target = take(pred), take(target)
@@ -190,7 +192,9 @@ class SplitMetrics:
     def _update_one(
         self, name: str, pred: object, target: object, rows: int = 0
     ) -> None:
-        """Update one metric; an exception gets a note with its name."""
+        """Update one metric, if it is due; an exception gets a note with its name."""
+        if name not in self._due:
+            return
         metric = self._metrics[name]
         try:
             if isinstance(metric, FunctionAverage):
@@ -217,9 +221,9 @@ class SplitMetrics:
         if not self._accelerator.any(any(map(is_updated, self._metrics.values()))):
             return values
         with self._states_of_all_ranks():
-            for name, metric in self._metrics.items():
+            for name in self._due:
                 try:
-                    values[name] = as_numbers(metric.compute())
+                    values[name] = as_numbers(self._metrics[name].compute())
                 except Exception as exc:
                     exc.add_note(f"in metric {name!r}")
                     raise
@@ -280,6 +284,7 @@ class SplitMetrics:
         states = {name: get_states(metric) for name, metric in self._metrics.items()}
         return {
             **state,
+            "due": list(self._due),
             "loss": self.loss.state_dict(),
             "means": {name: mean.state_dict() for name, mean in self._means.items()},
             "metrics": states,
@@ -300,6 +305,7 @@ class SplitMetrics:
             set_attributes(metric, state["changed"].get(name, {}))
         if "loss" not in state:
             return
+        self._due = state.get("due", self._due)  # missing in older checkpoints
         self.loss.load_state_dict(state["loss"])
         for name, mean in state.get("means", {}).items():
             self._means.setdefault(name, LossAverage()).load_state_dict(mean)
@@ -362,7 +368,7 @@ def count_batch_values(ctx: Context) -> None:
     values = ctx.batch_values
     if not values or ctx.metrics is None:
         return
-    split = ctx.metrics["train" if ctx.training else "valid"]
+    split = ctx.metrics[ctx.split]
     is_counted = ctx.accelerator is None or ctx.accelerator.counted != 0
     split.add_values(values, ctx.rows if is_counted else 0)
     values.clear()

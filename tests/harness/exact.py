@@ -31,6 +31,7 @@ from torchmetrics.wrappers import (
 import harness
 from harness.accelerators.single import SingleDevice
 from harness.callbacks import (
+    EMA,
     AutoResume,
     CSVLogger,
     EarlyStopping,
@@ -316,12 +317,13 @@ class Case:
     learner: Callable[[], harness.Learner] = sgd
     data: Callable[[], Any] = lambda: (X, Y)
     valid: Any = VALID
-    epochs: int = EPOCHS
+    epochs: int | None = EPOCHS
     accumulate: int = 1
     options: dict[str, Any] | None = field(
         default_factory=lambda: {"batch_size": BATCH, "drop_last": False}
     )
     callbacks: Callable[[Path], list[harness.Callback]] = lambda folder: []
+    pace: dict[str, Any] = field(default_factory=dict)
 
 
 def scheduled(folder: Path) -> list[harness.Callback]:
@@ -369,6 +371,70 @@ CASES = {
     "stream": Case(data=lambda: loader(Stream()), options=None),
     "callbacks": Case(learner=adam, callbacks=stateful, epochs=3),
     "frozen": Case(callbacks=lambda folder: [Unfreeze()]),
+}
+
+SETS = {"clean": VALID, "shifted": (VALID[0] + 1, VALID[1])}
+
+
+class CountsParts(CountsValidation):
+    """Counts the parts of the training, and sets of validation data, too."""
+
+    def on_train_begin(self) -> None:
+        self.count += 100
+
+    def on_valid_end(self) -> None:
+        self.count += 10000
+        self.ctx.log("seen", self.ctx.split, float(torch.rand(())))
+
+
+def watching_steps(folder: Path) -> list[harness.Callback]:
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau
+    step = torch.optim.lr_scheduler.StepLR
+    watched = {"monitor": "shifted/loss"}
+    return [
+        KeepBestModel(**watched),
+        EarlyStopping(patience=3, baseline=-1.0, **watched),
+        CSVLogger(folder / "log.csv"),
+        LRScheduler(plateau, patience=0, threshold=0.5, **watched),
+        LRScheduler(step, step_size=1),
+        EMA(0.9),
+        CountsParts(),
+    ]
+
+
+def sometimes() -> harness.Learner:
+    """A learner with a metric that every second validation has."""
+    learner = adam()
+    metrics = replace_every(learner.metrics, {"auroc": 2})
+    return replace(learner, metrics=metrics)
+
+
+def replace_every(metrics: Any, every: dict[str, int]) -> harness.MetricSet:
+    return harness.MetricSet(metrics.train, every=every)
+
+
+BY_STEPS = {
+    "sets": Case(
+        learner=sometimes,
+        valid=SETS,
+        callbacks=watching_steps,
+        pace={"valid_every": "4 steps", "max_steps": 11},
+    ),
+    "two-optimizers": replace(CASES["two-optimizers"], pace={"valid_every": "2 steps"}),
+    "own-step": replace(CASES["own-step"], pace={"valid_every": "1 steps"}),
+    "stream": Case(
+        data=lambda: loader(Stream()),
+        options=None,
+        accumulate=2,
+        epochs=None,
+        pace={"valid_every": "2 steps", "max_steps": 5},
+    ),
+    "own-position": Case(
+        data=OwnPosition,
+        options=None,
+        accumulate=2,
+        pace={"valid_every": "1 step", "limit_batches": {"train": 5, "valid": 1}},
+    ),
 }
 
 WITH_WORKERS = {
@@ -431,6 +497,7 @@ def fit(
         case.data(),
         case.epochs,
         case.valid,
+        **case.pace,
         callbacks=[*own, Stop(*stop)] if stop else own,
         accelerator=SingleDevice("cpu", accumulate=case.accumulate),
         dataloader_options=case.options,

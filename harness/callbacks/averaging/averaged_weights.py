@@ -8,7 +8,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from harness.callback import Callback
+from harness.callback import MetricsListener
 from harness.context import Context
 from harness.events import nearest
 from harness.pytree import StateDict
@@ -20,7 +20,7 @@ _LOW = frozenset({torch.bfloat16, torch.float16})
 """Dtypes that lose small changes; their averages are float32."""
 
 
-class AveragedWeights(Callback):
+class AveragedWeights(MetricsListener):
     """Averages the weights of named optimizers, each at its own steps.
 
     The first update copies the weights. Averages are kept on the device of the weights, at

@@ -30,7 +30,8 @@ class EMA(AveragedWeights):
         Optimizer whose weights are averaged; None: all, each at its own steps.
     in_valid
         Whether the averages are validated. They are in the model from ``on_valid_begin``
-        until ``on_epoch_end``, so that ``KeepBestModel`` keeps what was validated.
+        until ``on_epoch_end``, or the end of a validation within an epoch, so that
+        ``KeepBestModel`` keeps what was validated.
     in_result
         Whether the fit returns the averages. After ``KeepBestModel`` it returns the weights
         of the best epoch.
@@ -103,11 +104,12 @@ class EMA(AveragedWeights):
             self.put_in()
 
     def on_valid_end(self) -> None:
-        """Put the weights back after an evaluation, which has no end of an epoch."""
+        """Put the weights back after an evaluation, or a validation within an epoch."""
         if self.ctx.train_pass is None:
             self.put_back()
+        super().on_valid_end()
 
-    def on_epoch_end(self) -> None:
+    def react(self) -> None:
         """Put the weights of training back."""
         self.put_back()
 

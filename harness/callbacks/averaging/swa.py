@@ -14,6 +14,7 @@ from harness.callbacks.averaging.averaged_weights import AveragedWeights
 from harness.callbacks.keep_best_model import KeepBestModel
 from harness.context import Context
 from harness.data.batch import input_of
+from harness.data.pace import count_epochs
 from harness.setup_checks import check_at_least
 from harness.steps import StepContext, call_model, get_reader
 
@@ -28,7 +29,7 @@ class StochasticWeightAveraging(AveragedWeights):
     Parameters
     ----------
     start : >= 1, or in (0, 1)
-        First epoch that counts, or the fraction of ``max_epochs`` that comes before it.
+        First epoch that counts, or the fraction of the epochs that comes before it.
     opt_name
         Optimizer whose weights are averaged; None: all.
 
@@ -59,15 +60,20 @@ class StochasticWeightAveraging(AveragedWeights):
         self.start = start
 
     def _first_epoch(self, ctx: Context) -> int:
-        is_fraction = self.start < 1
-        return int(self.start * ctx.max_epochs) + 1 if is_fraction else int(self.start)
+        if self.start >= 1:
+            return int(self.start)
+        return int(self.start * (count_epochs(ctx) or 1)) + 1
 
     def check(self, ctx: Context) -> None:
         """Refuse what cannot be averaged, and what else would decide the result."""
         super().check(ctx)
         name = type(self).__name__
-        if self._first_epoch(ctx) > ctx.max_epochs:
-            msg = f"{name}(start): expected an epoch up to {ctx.max_epochs}"
+        epochs = count_epochs(ctx)
+        if epochs is None and self.start < 1:
+            msg = f"{name}(start): expected a known number of epochs, got {self.start}"
+            raise ValueError(f"{msg} of an unknown one. Pass an epoch from 1.")
+        if epochs is not None and self._first_epoch(ctx) > epochs:
+            msg = f"{name}(start): expected an epoch up to {epochs}"
             raise ValueError(f"{msg}, got {self.start!r}. Start earlier.")
         if any(isinstance(callback, KeepBestModel) for callback in ctx.callbacks):
             msg = f"{name}: expected to decide the weights of the result"
@@ -82,6 +88,15 @@ class StochasticWeightAveraging(AveragedWeights):
 
     def on_train_end(self) -> None:
         """Add the weights of this epoch."""
+        if self.ctx.pace.unit == "epoch":
+            self._add()
+
+    def on_epoch_end(self) -> None:
+        """Add the weights of an epoch whose training part validations have divided."""
+        if self.ctx.pace.unit == "step":
+            self._add()
+
+    def _add(self) -> None:
         if (self.ctx.epoch or 0) >= self._first_epoch(self.ctx):
             average = get_swa_multi_avg_fn()  # type: ignore[no-untyped-call]
             for name in self._names:

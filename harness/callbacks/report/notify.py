@@ -68,7 +68,7 @@ class Notify(Callback):
         """Return the line about the fit."""
         ctx = self.ctx
         parts = [f"epoch {ctx.epoch or 0}", f"{perf_counter() - self._began:.1f} s"]
-        for split in ("train", "valid"):
+        for split in ("train", *ctx.valid_sets):
             loss = ctx.get_formatted_metrics(split).get("loss")
             if loss is not None:
                 parts.append(f"{split}/loss {loss}")

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from harness.callback import Callback
+from harness.callback import MetricsListener
 from harness.callbacks.report.machine import import_optional
 from harness.context import Context
 from harness.pytree import StateDict, named_leaves
@@ -17,18 +17,19 @@ PLAIN = (str, bool, int, float)
 """Types that TensorBoard shows as hyper-parameters; others are shown as text."""
 
 
-class TensorBoard(Callback):
+class TensorBoard(MetricsListener):
     """Writes metrics, weight histograms and hyper-parameters for TensorBoard.
 
     Metrics are named as in MLflow, such as ``train/loss``, with one curve for each set; the
-    step is the epoch.
+    step is the epoch, or the optimizer step of a fit that validates by steps.
 
     Parameters
     ----------
     folder
         Folder of the event files; None: ``tensorboard/`` of the run that records the fit.
     histograms
-        Write histograms of weights and gradients every so many epochs; 0: none.
+        Write histograms of weights and gradients every so many epochs, or validations by
+        steps; 0: none.
     writer
         Object with the methods of torch's ``SummaryWriter``; None: one in `folder`, which
         is closed at the end of the fit.
@@ -101,33 +102,37 @@ class TensorBoard(Callback):
 
     def on_train_batch_before_step(self) -> None:
         """Keep the last gradients of an epoch whose histograms are written."""
-        if self._is_writer and self._has_histograms():
+        if self._is_writer and self._has_histograms(1):
             for name, param in self.ctx.model.named_parameters():
                 if param.grad is not None and not param.grad.is_sparse:
                     self._gradients[name] = param.grad.detach().clone()
 
-    def _has_histograms(self) -> bool:
-        return bool(self.histograms) and (self.ctx.epoch or 0) % self.histograms == 0
+    def _has_histograms(self, num_to_come: int = 0) -> bool:
+        """Whether they are written at this epoch, or validation by steps."""
+        ctx, count = self.ctx, self.ctx.epoch or 0
+        if ctx.pace.unit == "step":
+            count = ctx.step // ctx.pace.every + num_to_come
+        return bool(self.histograms) and count % self.histograms == 0
 
-    def on_epoch_end(self) -> None:
-        """Write the metrics and histograms of this epoch; the first time, earlier metrics too."""
+    def react(self) -> None:
+        """Write the new metrics, and histograms; the first time, earlier metrics too."""
         if not self._is_writer:
             return
-        epoch = self.ctx.epoch or 0
-        for at in range(self._num_written + 1, epoch + 1):
+        index = self.ctx.index or 0
+        for at in range(self._num_written + 1, index + 1):
             for split in self.ctx.records["metrics"]:
                 metrics = self.ctx.get_metrics(split, at)
                 for name, value in named_leaves(metrics, f"{split}/"):
                     if isinstance(value, int | float):
                         self._writer.add_scalar(name, value, at)
-        self._num_written = epoch
+        self._num_written = index
         if self._has_histograms():
             for name, param in self.ctx.model.named_parameters():
                 self._writer.add_histogram(
-                    f"weights/{name}", param.detach().cpu(), epoch
+                    f"weights/{name}", param.detach().cpu(), index
                 )
             for name, grad in self._gradients.items():
-                self._writer.add_histogram(f"gradients/{name}", grad.cpu(), epoch)
+                self._writer.add_histogram(f"gradients/{name}", grad.cpu(), index)
         self._writer.flush()
 
     def on_fit_end(self) -> None:

@@ -21,7 +21,8 @@ from harness.setup_checks import check_at_least
 from harness.steps import StepContext
 
 KEPT = (
-    *("run", "record_book", "listeners", "metrics", "valid_data", "data", "training"),
+    *("run", "record_book", "listeners", "metrics", "data", "training"),
+    *("valid_data", "valid_name"),
     *("epoch", "pred", "loss", "loss_grad", "batch_values"),
     *("_iter", "_batch", "_rows", "_has_warned_of_rows", "_opt", "_opt_name"),
 )
@@ -60,10 +61,11 @@ class SanityCheck(Callback):
 
     def check(self, ctx: Context) -> None:
         """Refuse a fit in which the check would leave something behind."""
-        if ctx.valid_data is None:
+        if not ctx.valid_sets:
             msg = "SanityCheck: expected validation data, got none."
             raise ValueError(f"{msg} Pass valid_data=..., or remove the callback.")
-        if getattr(ctx.valid_data, "persistent_workers", False):
+        loaders = ctx.valid_sets.values()
+        if any(getattr(loader, "persistent_workers", False) for loader in loaders):
             msg = "SanityCheck: expected a validation loader without persistent_workers"
             advice = "Set persistent_workers=False for it, or remove the callback."
             raise ValueError(f"{msg}, got one with them. {advice}")
@@ -82,9 +84,13 @@ class SanityCheck(Callback):
         buffers = [(buffer, buffer.clone()) for buffer in ctx.model.buffers()]
         generators = get_generators(ctx)
         random = get_rng_state(generators)
-        loader: Any = ctx.valid_data
-        saves = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
-        position = loader.state_dict() if saves else None
+        names = ("state_dict", "load_state_dict")
+        loaders: list[Any] = [
+            loader
+            for loader in ctx.valid_sets.values()
+            if all(hasattr(loader, name) for name in names)
+        ]
+        positions = [loader.state_dict() for loader in loaders]
         try:
             self._validate(ctx)
         except Exception as exc:
@@ -99,7 +105,7 @@ class SanityCheck(Callback):
             with torch.no_grad():
                 for buffer, value in buffers:
                     copy_into(buffer, value)
-            if saves:
+            for loader, position in zip(loaders, positions, strict=True):
                 loader.load_state_dict(position)
             set_rng_state(random, generators)
 
@@ -110,9 +116,10 @@ class SanityCheck(Callback):
             callback.ctx = ctx
         ctx.run, ctx.record_book = NullRun(), RecordBook()
         ctx.listeners, ctx.metrics, ctx.epoch = Listeners(own), None, 1
-        first: Any = list(islice(ctx.valid_data or (), self.batches))
-        ctx.valid_data = first
-        loop.valid_epoch(ctx)
+        for name, loader in ctx.valid_sets.items():
+            first: Any = list(islice(loader, self.batches))
+            ctx.valid_name, ctx.valid_data = name, first
+            loop.valid_epoch(ctx)
 
 
 def _list_modes(ctx: Context) -> list[tuple[torch.nn.Module, bool]]:

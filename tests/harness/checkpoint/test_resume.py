@@ -16,6 +16,7 @@ import harness
 from harness.callbacks import LRScheduler
 from tests.harness.exact import (
     BATCHES,
+    BY_STEPS,
     CASES,
     EPOCHS,
     WITH_WORKERS,
@@ -81,6 +82,25 @@ def test_resume_after_a_stop_in_validation_equals_the_unbroken_fit(
 ) -> None:
     stops = [("on_valid_batch_end", k) for k in (1, 3, 6)]
     check_exact(CASES[name], tmp_path, stops)
+
+
+@pytest.mark.parametrize("name", BY_STEPS)
+def test_resume_of_a_fit_that_validates_by_steps_equals_the_unbroken_fit(
+    name: str, tmp_path: Path
+) -> None:
+    # Batch 4 is one after which a validation follows, batch 7 lies between two.
+    stops = [("on_train_batch_end", 4), ("on_valid_batch_end", 2)]
+    check_exact(BY_STEPS[name], tmp_path, stops)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BY_STEPS)
+def test_resume_at_any_batch_between_validations_equals_the_unbroken_fit(
+    name: str, tmp_path: Path
+) -> None:
+    stops = [("on_train_batch_end", k) for k in range(1, 10)]
+    stops += [("on_valid_batch_end", k) for k in range(1, 9 if name == "sets" else 3)]
+    check_exact(BY_STEPS[name], tmp_path, stops)
 
 
 # ------------------------------------------------ without one piece the result differs
