@@ -269,7 +269,10 @@ def fit(ctx: StepContext) -> None:
     """
     add_handlers(ctx)
     run_callback_checks(ctx)
-    with report_exceptions(ctx):
+    with (
+        torch.enable_grad(),
+        report_exceptions(ctx),
+    ):  # also inside of another fit's event
         with suppress_handled(ctx, lambda: ctx.handlers), noting_interrupt(ctx):
             ctx.call_callbacks("on_fit_begin")
             for ctx.epoch in iter_epochs(ctx):

@@ -89,14 +89,14 @@ def start_tracking(ctx: Context, tracker: Tracker) -> Iterator[None]:
 @contextmanager
 def counting_fit(ctx: Context, run: tracking.Run) -> Iterator[None]:
     """Count the fit as another one of a run, unless it continues one that the run has."""
-    ctx.run = run
+    ctx.run, outer = run, run.fit
     if ctx.resume is None or not ctx.resume.continues(run):
         begin_fit(ctx)
     try:
         yield
     finally:
         with suppress(RunClosedError):  # a callback may finish the run
-            run.end_fit()
+            run.end_fit(outer)
 
 
 def find_resumed_run(ctx: Context) -> Options:

@@ -271,7 +271,7 @@ def check_arguments(
 def check_numbers(
     place: str, function: Callable[..., object], options: Mapping[str, object]
 ) -> None:
-    """Check that an option of one of torch's classes is no text where it is a number.
+    """Check that an option of one of torch's classes is no text or list where it is a number.
 
     Raises
     ------
@@ -283,16 +283,40 @@ def check_numbers(
     if not str(getattr(function, "__module__", "")).startswith("torch."):
         return
     for name, value in options.items():
-        if not isinstance(value, str) or name not in known:
+        if not isinstance(value, str | list | dict) or name not in known:
             continue
         default, kind = known[name].default, known[name].annotation
         is_number = isinstance(default, int | float) and not isinstance(default, bool)
-        if is_number or kind in {int, float, "int", "float"}:
+        takes_list = not isinstance(value, str) and "list" in str(kind).lower()
+        if (is_number and not takes_list) or kind in {int, float, "int", "float"}:
             called = getattr(function, "__name__", "the class")
             msg = (
                 f"{place}({name}): expected a number for {called}, got {value!r:.100}."
             )
             raise TypeError(f"{msg} Pass a number.")
+
+
+@contextmanager
+def explaining_loader(options: Mapping[str, object]) -> Iterator[None]:
+    """Name the options of a ``DataLoader`` that torch refuses, in front of torch's reason.
+
+    Raises
+    ------
+    TypeError, ValueError
+        In place of torch's.
+    """
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        last = error.__traceback__
+        while last is not None and last.tb_next is not None:
+            last = last.tb_next
+        assert last is not None
+        if not last.tb_frame.f_globals["__name__"].startswith("torch.utils.data"):
+            raise  # of the user's data set or sampler
+        given = ", ".join(f"{name}={value!r:.50}" for name, value in options.items())
+        msg = "dataloader_options: expected options that DataLoader takes together"
+        raise type(error)(f"{msg}, got {given}: {error} Change them.") from error
 
 
 def check_given(

@@ -120,6 +120,7 @@ def start(
     try:
         if run_id is not None:
             run.restore_indices()
+            run.end_fit()  # of a process that was killed; a resume goes back into it
         run.log_params(params or {})
         run.set_tags(tags or {})
         if rank == 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Container
 from pathlib import Path
 from typing import Any, Final
 
@@ -169,13 +170,14 @@ class PastRun:
         names = wide.column_names
         fits = wide[FIT] if names[0] == FIT else None
         keys = names[1:] if fits is None else names[2:]
-        found = {}
+        found: dict[str, dict[str, float]] = {}
         for fit in [1] if fits is None else pc.unique(fits).to_pylist():
             rows = wide if fits is None else wide.filter(pc.equal(fits, fit))
             for key in keys:
                 values = rows[key].drop_null()
                 if len(values):
-                    found[name_in_fit(key, fit)] = _summarize(values)
+                    name = find_free_name(name_in_fit(key, fit), found)
+                    found[name] = _summarize(values)
         return found
 
     def __repr__(self) -> str:
@@ -187,8 +189,9 @@ class PastRun:
         columns = (table[n].to_pylist() for n in ("name", "kind", "value", "payload"))
         for fit, name, *value in zip(get_fits(table).tolist(), *columns, strict=True):
             parsed = parse_value(*value)
-            is_other = what == "params" and fit > 1 and found.get(name) != parsed
-            found[name_in_fit(name, fit) if is_other else name] = parsed
+            if what == "params" and fit > 1 and found.get(name) != parsed:
+                name = name_in_fit(name, fit)
+            found[name] = parsed
         return found
 
 
@@ -268,6 +271,15 @@ def _read_live(rank_dir: Path) -> tuple[pa.Table, Fits]:
     return table.filter(pa.array(tombstones.mask_live(table))), tombstones.fits
 
 
+def find_free_name(name: str, taken: Container[str]) -> str:
+    """Return the name, numbered if it is taken."""
+    free, number = name, 1
+    while free in taken:
+        number += 1
+        free = f"{name}#{number}"
+    return free
+
+
 def _number_places(table: pa.Table, index: Any) -> tuple[Any, Any, Any]:
     """Number the distinct places of rows, which are an index and perhaps a fit.
 
@@ -324,10 +336,7 @@ def _mask_by_key(table: pa.Table) -> list[tuple[str, Any]]:
     for row in distinct.to_pylist():
         plain_key = "/".join(word for word in (row["set"], row["name"]) if word)
         plain_key += "_step" if row["is_step"] else ""
-        key, number = plain_key, 1
-        while key in taken:  # names that meet are numbered
-            number += 1
-            key = f"{plain_key}#{number}"
+        key = find_free_name(plain_key, taken)
         taken.add(key)
         mask = _mask_equal(table, "set", row["set"]) & _mask_equal(
             table, "name", row["name"]

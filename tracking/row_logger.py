@@ -78,6 +78,7 @@ class RowLogger:
         self._deferred: deque[_DeferredRow] = deque()
         self._reading = threading.RLock()
         self._begun_at: int | None = None
+        self._fitting: threading.Thread | None = None
         self._secrets = read_secrets()
         self._journal = Journal(
             get_rank_dir(path, rank), durability=durability, on_tick=self.flush
@@ -296,7 +297,19 @@ class RowLogger:
         Returns
         -------
         which fit it is, from 1
+
+        Raises
+        ------
+        RuntimeError
+            If another thread is in a fit of this run: their rows could not be told apart.
         """
+        thread = threading.current_thread()
+        if self._fitting not in (None, thread) and self._fitting.is_alive():
+            raise RuntimeError(
+                f"run {self.id!r}: expected one fit at a time, got one in another thread. "
+                "Start a run for each."
+            )
+        self._fitting = thread
         here = self.position()
         if number is None:
             number = 1 + count_fits(get_rank_dir(self.path, self.rank), self._begun_at)
@@ -305,9 +318,17 @@ class RowLogger:
         self._continue_fit(number)
         return number
 
-    def end_fit(self) -> None:
-        """Count what is logged from now on as logged beside the fits, as before them."""
-        self._continue_fit(1)
+    def end_fit(self, outer: int = 1) -> None:
+        """Count what is logged from now on as logged beside the fits, as before them.
+
+        Parameters
+        ----------
+        outer : >= 1
+            Fit that continues, if this one was inside of it, as in a callback.
+        """
+        if outer == 1:
+            self._fitting = None
+        self._continue_fit(outer)
 
     def _continue_fit(self, number: int) -> None:
         """Write which fit the next rows belong to, unless they do anyway."""

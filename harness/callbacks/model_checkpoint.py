@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -54,6 +55,7 @@ class ModelCheckpoint(Monitor):
     """
 
     weight = math.inf  # last, so that the state includes what other callbacks counted
+    _earlier: Sequence[str] = ()  # checkpoints of the run's earlier fits
 
     def __init__(
         self,
@@ -90,7 +92,6 @@ class ModelCheckpoint(Monitor):
         self.keep_last, self.keep_best = keep_last, keep_best
         self.writer: CheckpointWriter | None = None
         self._ranked: list[list[Any]] = []
-        self._earlier: list[str] = []  # checkpoints of the run's earlier fits
         self._last_step = 0
         self._last_time = 0.0
         self._has_saved = False
@@ -126,7 +127,7 @@ class ModelCheckpoint(Monitor):
     def on_fit_begin(self) -> None:
         """Reset the counters; find the folder."""
         self.reset()
-        self._ranked, self._last_step, self._earlier = [], 0, []
+        self._ranked, self._last_step, self._earlier = [], 0, ()
         folder = self._fill_path(self.ctx)
         if folder is None:
             assert self.ctx.run.path is not None  # refused in check
@@ -223,13 +224,13 @@ class ModelCheckpoint(Monitor):
 
     def state_dict(self) -> StateDict:
         """Return which epochs are best, and the step of the last save."""
-        state = {"ranked": self._ranked, "last_step": self._last_step}
+        state: StateDict = {"ranked": self._ranked, "last_step": self._last_step}
         if self._earlier:
-            state["earlier"] = self._earlier
+            state["earlier"] = list(self._earlier)
         return super().state_dict() | state
 
     def load_state_dict(self, state: StateDict) -> None:
         """Restore which epochs are best, and the step of the last save."""
         super().load_state_dict(state)
         self._ranked, self._last_step = state["ranked"], state["last_step"]
-        self._earlier = state.get("earlier", [])
+        self._earlier = state.get("earlier", ())

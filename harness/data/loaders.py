@@ -36,7 +36,7 @@ from harness.data.forms import (
 )
 from harness.events import nearest
 from harness.pytree import Options
-from harness.setup_checks import check_count
+from harness.setup_checks import check_count, explaining_loader
 
 Loader = DataLoader[Any]
 """Loader of batches of any form."""
@@ -366,7 +366,8 @@ def _has_own_order(options: Mapping[str, object]) -> bool:
 def _make_loader(dataset: Dataset[Any], options: Options) -> Loader:
     if not _has_own_order(options):
         options = {"batch_size": BATCH_SIZE} | options
-    return TensorLoader(dataset, **options)
+    with explaining_loader(options):
+        return TensorLoader(dataset, **options)
 
 
 def check_batches(loader: Loader, place: str) -> Loader:

@@ -752,7 +752,8 @@ def test_predict_takes_options_of_the_loader():
     fitted = line_learner().fit(slope(2), 1, **OFF)
     note = At("on_predict_batch_end", lambda ctx: sizes.append(len(ctx.pred)))
     options = {"batch_size": 3, "shuffle": True}
-    fitted.predict(slope(7)[0], callbacks=[note], dataloader_options=options)
+    with pytest.warns(UserWarning, match="no options about the order of rows"):
+        fitted.predict(slope(7)[0], callbacks=[note], dataloader_options=options)
     assert sizes == [3, 3, 1]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +196,41 @@ def test_fit_that_takes_over_records_begins_behind_them(tmp_path):
     past = tracking.open(run.path)
     assert in_fit(past, 1) == before.records["metrics"]
     assert in_fit(past, 2) == after.records["metrics"] != before.records["metrics"]
+
+
+def test_fit_inside_of_a_callback_trains_and_leaves_the_outer_fit_its_number(tmp_path):
+    inner = []
+    with tracking.start(runs_dir=tmp_path, delivery=False) as run:
+        fit_into(run)
+        probe = At("on_train_end", lambda _: inner.append(fit_into(run, lr=0.1)))
+        outer = fit_into(run, probe)
+    past = tracking.open(run.path)
+    assert in_fit(past, 2) == outer.records["metrics"]
+    for fit, fitted in enumerate(inner, start=3):
+        losses = [one["loss"] for one in fitted.records["metrics"]["train"]]
+        assert losses[0] != losses[1]
+        assert in_fit(past, fit) == fitted.records["metrics"]
+
+
+def test_fit_into_a_run_that_another_thread_fits_into_is_refused(tmp_path):
+    errors: list[Exception] = []
+
+    def fit_beside() -> None:
+        try:
+            fit_into(run)
+        except RuntimeError as error:
+            errors.append(error)
+
+    def start(ctx: Context) -> None:
+        if ctx.epoch == 1:
+            thread = threading.Thread(target=fit_beside)
+            thread.start()
+            thread.join()
+
+    with tracking.start(runs_dir=tmp_path, delivery=False) as run:
+        fitted = fit_into(run, At("on_train_end", start))
+    assert "expected one fit at a time, got one in another thread" in str(errors)
+    assert in_fit(tracking.open(run.path), 1) == fitted.records["metrics"]
 
 
 def test_fit_after_one_that_failed_at_once_is_the_first(tmp_path):

@@ -802,6 +802,14 @@ WRONG_CALLS = {
         lambda: fit_wrong(dataloader_options={"batch_size": "8"}),
         r"\(batch_size\): expected a whole number, got '8'",
     ),
+    "workers text": (
+        lambda: fit_wrong(dataloader_options={"num_workers": "2"}),
+        r"dataloader_options: expected options .*got .*num_workers='2'",
+    ),
+    "options that exclude each other": (
+        lambda: fit_wrong(dataloader_options={"sampler": [1], "shuffle": True}),
+        r"dataloader_options: expected .*shuffle=True.*: sampler option is mutually",
+    ),
     "evaluate a model": (
         lambda: learner().evaluate(FITTED.model, (X, Y)),
         r"evaluate\(fitted\): expected the result of fit, got Net",
@@ -887,6 +895,10 @@ WRONG_CALLS = {
     "optimizer option as text": (
         lambda: learner().set_opt_hparams(lr="0.1").fit((X, Y), 1, tracker=False),
         r"set_opt_hparams\(lr\): expected a number for SGD, got '0\.1'",
+    ),
+    "optimizer option as list": (
+        lambda: learner().set_opt_hparams(lr=[0.1]).fit((X, Y), 1, tracker=False),
+        r"set_opt_hparams\(lr\): expected a number for SGD, got \[0\.1\]",
     ),
     "scheduler option as text": (
         lambda: Schedule(torch.optim.lr_scheduler.StepLR, step_size="a"),

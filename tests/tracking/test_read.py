@@ -230,6 +230,26 @@ def test_tensor_belongs_to_the_fit_that_logged_it(run):
     assert rows(table, "fit", "value") == [(1, 0.5), (2, 0.25)]
 
 
+def test_metric_with_the_name_of_a_later_fit_is_numbered(run):
+    run.log("metrics", "", {"a_fit2": 1.0, "a": 2.0}, epoch=1)
+    run.begin_fit()
+    run.log("metrics", "", {"a": 3.0}, epoch=1)
+    found = {key: one["last"] for key, one in PastRun(run.path).summary().items()}
+    assert found == {"a_fit2": 1.0, "a": 2.0, "a_fit2#2": 3.0}
+
+
+def test_run_that_was_killed_in_a_later_fit_continues_beside_it(run, tmp_path):
+    run.log("metrics", "train", {"loss": 1.0}, epoch=1)
+    run.begin_fit()
+    run.log("metrics", "train", {"loss": 2.0}, epoch=1)
+    inside = run.position()
+    run.finish("killed")
+    with start(run_id=run.id, runs_dir=tmp_path, delivery=False) as again:
+        assert again.fit == 1
+        again.rewind(inside)
+        assert again.fit == 2
+
+
 def test_metric_called_fit_is_a_column(run):
     run.log_metric("fit", 1.0, set="")
     past = PastRun(run.path)
