@@ -342,7 +342,8 @@ class Learner:
         start
             Weights that the new model starts from: of a ``Fitted``, of another model, a
             state dict, or a path. That is a file of safetensors or of ``torch.save`` with
-            plain tensors, a folder of ``Fitted.save``, a checkpoint, or a folder of those.
+            plain tensors, a folder of ``Fitted.save``, a checkpoint, a folder of those, or
+            the folder of a run.
             A ``Fitted`` of this learner is copied whole, as by ``Fitted.fit``.
         strict
             True refuses weights that do not all fit the model. Otherwise those of the same

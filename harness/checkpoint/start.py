@@ -24,9 +24,6 @@ if TYPE_CHECKING:
 Weights = nn.Module | Mapping[str, object] | str | Path
 """A model, a state dict, or the path of weights."""
 
-PREFIXES = ("module.", "_orig_mod.", "model.")
-"""What wrappers (DistributedDataParallel, torch.compile, Lightning) put before names."""
-
 
 def load_start(
     model: nn.Module, start: Weights, accelerator: Accelerator, *, strict: bool
@@ -93,10 +90,12 @@ def _describe(start: Weights) -> str:
 
 
 def _advise(saved: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> str:
-    for prefix in PREFIXES:
-        if any(name.removeprefix(prefix) in live for name in saved):
-            text = f"name.removeprefix({prefix!r})"
-            return f"Rename them: {{{text}: value for name, value in weights.items()}}."
-        if any(f"{prefix}{name}" in live for name in saved):
-            return f"Put {prefix!r} before each name."
+    """How to rename weights, if a wrapper has put the same before each name, or taken it."""
+    for name in live:
+        for other in saved:
+            if other.endswith(f".{name}"):
+                text = f"name.removeprefix({other.removesuffix(name)!r})"
+                return f"Rename them: {{{text}: value for name, value in weights.items()}}."
+            if name.endswith(f".{other}"):
+                return f"Put {name.removesuffix(other)!r} before each name."
     return "Pass weights of a similar model."

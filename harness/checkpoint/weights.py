@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeGuard
 
 import msgspec
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -50,6 +51,9 @@ SAVED_MODEL_FORMAT = 1
 
 TORCH_SUFFIXES = frozenset({".pt", ".pth", ".bin", ".ckpt", ".tar"})
 """Endings of files of ``torch.save``, if their content does not tell it."""
+
+RUN_MANIFEST, WEIGHTS_OF_RUN = "run.json", ("model", "checkpoints")
+"""File of the folder of a run, and where a run may have weights: the saved model first."""
 
 NESTED = ("state_dict", "model_state_dict", "model")
 """Keys below which programs save the state dict of a model, beside other things."""
@@ -163,6 +167,9 @@ def get_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def read_weights(path: Path, model: nn.Module, place: str) -> dict[str, Tensor]:
     """Read the weights at a path, for a model; see ``load_weights``. No code runs."""
+    if (path / RUN_MANIFEST).is_file():
+        inner = [path / place for place in WEIGHTS_OF_RUN]
+        path = next((place for place in inner if place.is_dir()), path)
     if path.is_dir() and list_checkpoints(path):
         newest, errors = find_newest(path)
         if newest is None:
@@ -172,6 +179,10 @@ def read_weights(path: Path, model: nn.Module, place: str) -> dict[str, Tensor]:
         return _read_checkpoint_weights(path, model, place)
     if (path / SAVED_MODEL).is_file():
         return find_tensors(read_saved_model(path)[0])
+    advice = "Pass a file of safetensors or torch.save, a saved model or a checkpoint."
+    if path.is_dir():
+        msg = f"{place}: expected weights, got a folder without a model or checkpoint."
+        raise CheckpointError(f"{msg} {advice}")
     if path.is_file() and _is_of_torch(path):
         return _read_torch(path, place)
     try:
@@ -201,10 +212,12 @@ def _read_torch(path: Path, place: str) -> dict[str, Tensor]:
     """Read a file of ``torch.save``; anything but tensors and plain values is refused."""
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251  runs no code
+        if not isinstance(found, Mapping):
+            raise TypeError(f"a {type(found).__name__}")
         return find_tensors(found)
     except (pickle.UnpicklingError, EOFError, OSError, *STATE_ERRORS) as error:
         kinds = re.findall(r"GLOBAL (\S+)", str(error))  # torch advises to run its code
-        got = f"an object of {kinds[0]}" if kinds else f"{error!s:.100}"
+        got = f"an object of {kinds[0]}" if kinds else f"{error!r:.100}"
         msg = f"{place}: expected plain tensors, got {got}."
         advice = "Save model.state_dict(), by torch.save or safetensors."
         raise CheckpointError(f"{msg} {advice}") from error
@@ -212,7 +225,8 @@ def _read_torch(path: Path, place: str) -> dict[str, Tensor]:
 
 def find_tensors(found: Mapping[str, object]) -> dict[str, Tensor]:
     """Tensors of a state dict by name, also if it is below a key that many programs use."""
-    tensors = {n: value for n, value in found.items() if isinstance(value, Tensor)}
+    kinds = (Tensor, np.ndarray)
+    tensors = {n: torch.as_tensor(v) for n, v in found.items() if isinstance(v, kinds)}
     for key in NESTED if not tensors else ():
         nested = found.get(key)
         if isinstance(nested, Mapping):

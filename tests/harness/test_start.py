@@ -164,6 +164,9 @@ WAYS = {
     "result": lambda folder, fitted: fitted,
     "model": lambda folder, fitted: fitted.model,
     "state dict": lambda folder, fitted: fitted.model.state_dict(),
+    "arrays": lambda folder, fitted: {
+        name: value.numpy() for name, value in fitted.model.state_dict().items()
+    },
     "nested": lambda folder, fitted: {
         "epoch": 3,
         "state_dict": fitted.model.state_dict(),
@@ -199,6 +202,20 @@ def test_fit_starts_from_a_checkpoint_or_the_newest_of_a_folder(tmp_path: Path):
     for path in (place, tmp_path):
         found = start_of(learner(), start=path, strict=True)
         assert is_same(found, first.model.state_dict())
+
+
+def test_fit_starts_from_the_folder_of_a_run(tmp_path: Path):
+    tracker = {"runs_dir": tmp_path, "delivery": False}
+    options = OFF | {"tracker": tracker, "callbacks": [ModelCheckpoint()]}
+    first = learner().fit(points(8), 1, **options)
+    assert first.run_path is not None
+    found = start_of(learner(), start=first.run_path, strict=True)
+    assert is_same(found, first.model.state_dict())
+    for param in first.model.parameters():
+        param.data.zero_()
+    first.save(first.run_path / "model")
+    found = start_of(learner(), start=first.run_path, strict=True)
+    assert not found["head.weight"].any()
 
 
 def test_other_head_is_new_and_the_report_says_so(tmp_path: Path, fitted, capsys):
@@ -258,6 +275,17 @@ REFUSED = {
     "no file": (
         lambda folder, fitted: (folder / "no", None),
         r"fit\(start='.*no'\): expected weights",
+    ),
+    "empty folder": (
+        lambda folder, fitted: (folder, None),
+        "got a folder without a model or checkpoint",
+    ),
+    "one tensor": (
+        lambda folder, fitted: (
+            torch.save(torch.ones(2), folder / "w.pt") or folder / "w.pt",
+            None,
+        ),
+        r"expected plain tensors, got TypeError\('a Tensor'\)",
     ),
     "code": (
         lambda folder, fitted: (save_code(folder), None),
