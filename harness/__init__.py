@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         CheckpointError,
         EarlyStop,
         ExperimentError,
+        ExportError,
         Interrupted,
         SkipEpoch,
     )
@@ -37,6 +38,7 @@ _HOMES = {
     "Evaluation": "fitted",
     "Experiment": "experiment",
     "ExperimentError": "errors",
+    "ExportError": "errors",
     "FitContext": "loop",
     "Fitted": "fitted",
     "Interrupted": "errors",
@@ -62,6 +64,7 @@ __all__ = [
     "Evaluation",
     "Experiment",
     "ExperimentError",
+    "ExportError",
     "FitContext",
     "Fitted",
     "Interrupted",

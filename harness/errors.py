@@ -6,6 +6,7 @@ Exception
 |   +-- SkipEpoch        ends the epoch; the fit continues with the next one
 +-- CheckpointError      a checkpoint or saved model is damaged, unsafe or does not fit
 +-- ExperimentError      an experiment cannot be found or built
++-- ExportError          a model cannot be exported, or its export does something else
 KeyboardInterrupt
 +-- Interrupted          Ctrl-C or SIGTERM, raised at the end of a batch on all ranks
 """
@@ -45,3 +46,7 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, signum: int) -> None:
         super().__init__(f"signal {signum}")
         self.signum = signum
+
+
+class ExportError(Exception):
+    """A model cannot be exported, or the exported one gives other outputs."""

@@ -298,6 +298,71 @@ class Fitted:
             return f"hparams that can be rebuilt, got only text for {texts}"
         return None
 
+    def export(self, path: str | Path, *, example: object = None) -> None:
+        """Export the model for programs without its class, and compare outputs.
+
+        Parameters
+        ----------
+        path
+            File to write: ``.pt2`` for ``torch.export.load``, or ``.onnx``, which needs the
+            packages onnx and onnxscript. The number of rows stays free.
+        example
+            Input of the model as a batch has it; None: one of the fit. Its values are not
+            written.
+
+        Raises
+        ------
+        ValueError
+            If the suffix is another one, or no example is known.
+        ImportError
+            If a package for the format is not installed.
+        ExportError
+            If the model cannot be exported, or the file gives other outputs.
+        """
+        from harness.export.formats import export_model  # noqa: PLC0415  seldom used
+
+        given = self.example if example is None else example
+        export_model(self.model, as_path("export(path)", path), given)
+
+    def log_model(self, name: str = "model", *, example: object = None) -> Path:
+        """Add the model to the run as a model of MLflow, which can be registered there.
+
+        ``mlflow.pytorch.load_model`` and, if the model takes one tensor and returns one,
+        ``mlflow.pyfunc.load_model`` load it without its class. The delivery process sends
+        it; this call takes the seconds that torch.export needs.
+
+        Parameters
+        ----------
+        name
+            Name of the model; one of this name in the run's folder is replaced.
+        example
+            As in ``export``.
+
+        Returns
+        -------
+        Path
+            Folder of the model below the run's; MLflow can also load it from there.
+
+        Raises
+        ------
+        ValueError
+            If the fit was not tracked, the name is no name, or no example is known.
+        ExportError
+            As in ``export``.
+        """
+        from harness.export.mlflow_model import write_mlflow_model  # noqa: PLC0415
+        from tracking.delivery.models import adding_model  # noqa: PLC0415
+
+        if self.run_path is None:
+            msg = "log_model: expected a fit that was tracked, got one without a run."
+            raise ValueError(f"{msg} Fit with tracker=None, or use export(path).")
+        epochs = len(self.records.get("metrics", {}).get("train", []))
+        about = {"luz_run": self.run_id, "step": self.best_epoch or epochs}
+        given = self.example if example is None else example
+        with adding_model(self.run_path, name) as folder:
+            write_mlflow_model(self.model, folder, given, about)
+        return self.run_path / "models" / name
+
     def save_weights(self, path: str | Path) -> None:
         """Save only the weights, in a safetensors file."""
         save_weights(self.model, as_path("save_weights(path)", path))

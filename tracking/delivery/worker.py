@@ -15,6 +15,7 @@ from typing import Final
 import pyarrow as pa
 
 from tracking.delivery.cursor import Cursor
+from tracking.delivery.models import send_models
 from tracking.delivery.process import handover_path
 from tracking.delivery.reconcile import Reconciler, Stage
 from tracking.delivery.retry import LONGEST_DELAY_S, GaveUpError, RetryPolicy
@@ -350,6 +351,7 @@ class DeliveryWorker:
         ended_ms = to_ms(self._resolver.manifest.ended) or self._scan.last_time_ms
         self._retry.run(lambda: self._writer.set_status(STATUSES[status], ended_ms))
         self._retry.run(self._upload_artifacts)
+        self._retry.run(lambda: send_models(self._writer, self.run_path))
         self._retry.run(self._send_properties)
         if self._read_status() == "running":
             return False

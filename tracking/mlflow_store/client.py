@@ -19,7 +19,7 @@ import sqlite3
 import sys
 import tempfile
 import urllib.parse
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -252,6 +252,34 @@ class StoreClient:
                 "project. It was moved, and MLflow has its former place."
             )
         self._checked_roots.add(run_id)
+
+    def send_model(
+        self,
+        run_id: str,
+        experiment_id: str,
+        name: str,
+        folder: Path,
+        step: int,
+        complete: Callable[[str, str], None],
+    ) -> str:
+        """Log a folder as a model of a run; returns the model's id.
+
+        Parameters
+        ----------
+        complete
+            Called with the id and the place of the model before the folder is uploaded.
+        """
+        from mlflow.entities import LoggedModelOutput  # noqa: PLC0415 (slow)
+
+        with _translate_errors():
+            self._check_artifact_root(run_id)
+            model = self._client.create_logged_model(experiment_id, name, run_id)
+            model_id: str = model.model_id
+            complete(model_id, model.artifact_location)
+            self._client.log_model_artifacts(model_id, str(folder))
+            self._client.finalize_logged_model(model_id, "READY")
+            self._client.log_outputs(run_id, [LoggedModelOutput(model_id, step)])
+        return model_id
 
     def send_input(
         self, run_id: str, dataset: Mapping[str, str], tags: Mapping[str, str]

@@ -248,6 +248,11 @@ class RunWriter:
             if name in present and size_bytes in (None, present[name]):
                 self._artifacts[name] = described
 
+    def set_tag(self, key: str, text: str) -> None:
+        """Set a tag of the MLflow run."""
+        self.client.send(self.run_id, (), {key: text})
+        self.tags[key] = text
+
     def set_status(self, status: str, end_ms: int | None = None) -> None:
         """Set the run's status, and the time of its end if it has ended."""
         if not self._is_borrowed:
