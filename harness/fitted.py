@@ -22,6 +22,7 @@ from harness.checkpoint.weights import (
 from harness.data.loaders import Data
 from harness.export.summary import ModelSummary, summarize
 from harness.records import (
+    NullRun,
     Records,
     Series,
     iter_filled,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from harness.learner import Learner
+    from tracking import Run
 
 
 def format_metrics(records: Records, index: int | None = None) -> str:
@@ -128,6 +130,9 @@ class Fitted:
         Run that recorded the fit; None if tracking was off.
     run_path : Path or None
         Folder of that run.
+    run : tracking.Run or NullRun
+        That run; ``fitted.run.wait()`` waits until MLflow has it. A copy of this object, or
+        a loaded model, has a `NullRun`.
     signum : int or None
         Signal that ended the fit early, 2 for Ctrl-C; None without a signal.
     example : object
@@ -148,6 +153,7 @@ class Fitted:
     opt_hparams: Mapping[str, object]
     run_id: str | None = None
     run_path: Path | None = None
+    run: Run | NullRun = field(default_factory=NullRun, repr=False, compare=False)
     signum: int | None = None
     best_epoch: int | None = None
     best_step: int | None = None
@@ -156,6 +162,10 @@ class Fitted:
     batch_options: Mapping[str, object] = field(default_factory=dict, repr=False)
     example: object = field(default=None, repr=False)
     start: WeightsReport | None = field(default=None, repr=False)
+
+    def __getstate__(self) -> dict[str, object]:
+        """Leave out the run, which belongs to its process, when this is copied or pickled."""
+        return {**vars(self), "run": NullRun()}
 
     @property
     def is_interrupted(self) -> bool:

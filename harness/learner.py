@@ -495,6 +495,7 @@ class Learner:
             opt_hparams=ctx.opt_hparams,
             run_id=ctx.run.id,
             run_path=ctx.run.path,
+            run=ctx.run,
             signum=ctx.stop_signal,
             best_epoch=ctx.buffers.get("best_epoch"),
             best_step=ctx.buffers.get("best_step"),

@@ -304,6 +304,10 @@ class NullRun:
         """Return the number, or 1."""
         return number or 1
 
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Return True: there is nothing to wait for."""
+        return True
+
     def _drop(self, *_: object, **__: object) -> None:
         pass
 

@@ -137,7 +137,7 @@ def start(
     if announcement is not None:
         announce_run(announcement, run.id)
     if rank == 0 and delivery is not False:
-        run.deliver()
+        run.deliver(is_new=run_id is None)
     # pyarrow imports pandas with its first array, which takes half a second. Do it now,
     # while the delivery process starts, and not when the first block is sealed.
     pa.array([])

@@ -13,7 +13,7 @@ from types import MemberDescriptorType, TracebackType
 from typing import Any, Final, Literal, NoReturn
 
 from tracking.artifact_logger import ArtifactLogger
-from tracking.delivery.process import DeliveryProcess
+from tracking.delivery.waiting import RunDelivery
 from tracking.errors import warn
 from tracking.store import Manifest, describe_error, get_rank_dir, write_failure
 
@@ -65,7 +65,7 @@ class Run(ArtifactLogger):
         self._manifest = manifest
         self._pid = os.getpid()
         self._status = "running"
-        self._delivery = DeliveryProcess(path)
+        self._delivery = RunDelivery(path)
         super().__init__(path, rank, durability)
         self._earlier_error = get_last_error()
         watch_exit()
@@ -121,9 +121,32 @@ class Run(ArtifactLogger):
 
     # -------------------------------------------------------------------- delivery
 
-    def deliver(self) -> None:
-        """Start the process that sends the records to MLflow."""
-        self._delivery.start()
+    def deliver(self, *, is_new: bool = False) -> None:
+        """Hand the run over to the process that sends the records to MLflow.
+
+        Parameters
+        ----------
+        is_new
+            Whether the run was just created, so that MLflow cannot have it.
+        """
+        self._delivery.start(self.manifest, is_new=is_new)
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait until MLflow has all that was logged; show the progress on a terminal.
+
+        Nothing needs this: the interpreter waits at its end, once for all runs.
+
+        Parameters
+        ----------
+        timeout_s : seconds
+            Maximum time to wait; None: until MLflow has it or the delivery gives up.
+
+        Returns
+        -------
+        whether MLflow has it; True if the run is not sent to MLflow from this process
+        """
+        last_seq = self.position() if self._status == "running" else None
+        return self._delivery.wait(timeout_s, last_seq)
 
     @property
     def mlflow_run_id(self) -> str:
@@ -142,9 +165,9 @@ class Run(ArtifactLogger):
         self,
         status: str = "finished",
         error: BaseException | None = None,
-        wait_s: float = 10.0,
+        wait_s: float = 0.0,
     ) -> None:
-        """End the run. A second call does nothing.
+        """End the run; all that was logged is on record. A second call does nothing.
 
         Parameters
         ----------
@@ -152,8 +175,9 @@ class Run(ArtifactLogger):
             ``finished``, ``failed`` or ``killed``.
         error
             Exception that ended a failed run.
-        wait_s : s
-            Time to wait for delivery, which continues in the background afterwards.
+        wait_s : seconds
+            Time to wait for MLflow as well, as by ``wait``. The delivery continues in the
+            background, and the interpreter waits for it at its end.
         """
         if status not in _STATUSES:
             raise ValueError(
@@ -165,14 +189,14 @@ class Run(ArtifactLogger):
         atexit.unregister(self._finish_at_exit)
         self.flush()
         self._record_end(status, error)
-        last_seq = self._journal.last_seq()
         self._journal.close()
         if self._deferred:
             warn(
                 f"run {self.id!r}: expected no logging while it finishes, got "
                 f"{len(self._deferred)} tensors, which are lost. Log before finish()."
             )
-        self._delivery.wait(last_seq, wait_s)
+        if wait_s > 0:
+            self._delivery.wait(wait_s)
 
     def _abandon(self) -> None:
         """Stop recording without ending the run, whose manifest stays as it is."""

@@ -131,6 +131,11 @@ def read_rank(environment: Mapping[str, str] | None = None) -> LaunchedRank | No
     return None
 
 
+def read_environment() -> dict[str, str]:
+    """All environment variables as they are now."""
+    return dict(os.environ)  # noqa: TID251  for a process that inherits them
+
+
 def read_secrets(environment: Mapping[str, str] | None = None) -> tuple[str, ...]:
     """Secrets of this process: of its environment variables and its command line.
 

@@ -262,6 +262,16 @@ def _check_format(path: Path, content: object, latest: int) -> None:
         )
 
 
+def find_start_folder(run_path: Path, manifest: Manifest) -> Path:
+    """Return the folder that a run was started in, where it is if the project was moved."""
+    started_in = Path(manifest.cwd)
+    if manifest.path in ("", str(run_path)):
+        return started_in
+    moved = run_path / os.path.relpath(started_in, manifest.path)
+    moved = Path(os.path.normpath(moved))
+    return moved if moved in run_path.parents else started_in
+
+
 # ----------------------------------------------------------------------- folders
 
 

@@ -42,7 +42,7 @@ def test_null_run_takes_every_call_of_a_run(name):
         if parameter.default is parameter.empty and name not in {"self", "description"}
     }
     result = getattr(NullRun(), name)(**arguments)
-    assert result == (-1 if name == "position" else None)
+    assert result == {"position": -1, "begin_fit": 1, "wait": True}.get(name)
 
 
 @pytest.mark.parametrize("name", ["id", "path", "mlflow_run_id"])

@@ -741,17 +741,14 @@ def test_position_is_known_while_its_block_is_sealed_and_closed(run, until):
 
 
 class FakeProcess:
-    """A delivery process that says of itself what a test wants."""
+    """A delivery process, which has ended or not."""
 
-    def __init__(self, code):
-        self.returncode = code
-
-    def poll(self):
-        return self.returncode
+    def __init__(self, is_lost):
+        self.is_lost = is_lost
 
 
-def delivering(run, code=None, **state):
-    run._delivery._process = FakeProcess(code)
+def delivering(run, is_lost=False, **state):
+    run._delivery._process = FakeProcess(is_lost)
     if state:
         DeliveryState(**state).write(run.path)
 
@@ -764,31 +761,33 @@ def test_mlflow_run_id_is_what_delivery_wrote(run):
 def test_mlflow_run_id_without_delivery_is_an_error(run):
     with pytest.raises(DeliveryError, match=r"got no delivery process.*harness sync"):
         _ = run.mlflow_run_id
-    delivering(run, code=1, error="refused", phase="gave up")
+    delivering(run, is_lost=True, error="refused", phase="gave up")
     with pytest.raises(DeliveryError, match="got refused"):
         _ = run.mlflow_run_id
 
 
-def test_finish_waits_for_delivery_and_says_nothing_when_all_is_there(runs, capsys):
-    run = start(runs_dir=runs, delivery=False)
-    delivering(run, delivered=0, behind=5)
+def test_wait_ends_when_mlflow_has_what_was_logged(run, capsys):
+    assert run.wait()  # it is not delivered
     run.log("metrics", "train", 0.5)
+    delivering(run, delivered=-1, behind=5)
+    assert not run.wait(0.0)
     last = run.position()
     timer = threading.Timer(0.3, lambda: DeliveryState(delivered=last).write(run.path))
     timer.start()
-    before = time.monotonic()
-    run.finish()
+    assert run.wait()
     timer.join()
-    assert time.monotonic() - before < 9
+    run.finish(wait_s=0.05)
+    assert not run.wait(0.0)  # until MLflow knows how it ended
+    timer = threading.Timer(0.1, run._delivery.end, [True])
+    timer.start()
+    assert run.wait()
+    timer.join()
     assert capsys.readouterr().err == ""
 
 
-def test_finish_tells_what_is_left_after_its_wait(runs, capsys):
-    run = start(runs_dir=runs, delivery=False)
+def test_rest_is_described_without_secrets(run):
     delivering(run, behind=12, error="refused by https://u:p@h", phase="waiting")
-    run.log("metrics", "train", 0.5)
-    run.finish(wait_s=0.1)
-    shown = capsys.readouterr().err
+    shown = run._delivery.describe_unsent()
     assert shown.startswith(f"12 rows of {run.id} are not in MLflow yet (refused by")
     assert "delivery continues in the background" in shown
     assert f"'harness sync {run.id}' sends the rest." in shown

@@ -1,12 +1,13 @@
-"""The delivery process: ``python -m tracking.delivery RUN_PATH``.
+"""The delivery process: ``python -m tracking.delivery --follow``.
 
 It reads the journal while training writes it, so training neither waits for delivery
 nor knows how far it is. It continues when training has ended, however that ended, and
 exits when all is delivered, or when a server has not answered for a while.
 
-With ``--sync`` it delivers runs that have ended, and compares all that MLflow has with
-the journal. With ``--read FOLDER`` it only writes down what MLflow has. Both print one
-line of JSON for each run to stdout.
+With ``--follow`` the training process hands runs over on stdin (see ``service``). Else
+they are on the command line. With ``--sync`` it delivers runs that have ended, and
+compares all that MLflow has with the journal. With ``--read FOLDER`` it only writes down
+what MLflow has. Both print one line of JSON for each run to stdout.
 """
 
 from __future__ import annotations
@@ -17,27 +18,20 @@ import dataclasses
 import json
 import logging
 import os
-import subprocess
 import sys
-import tempfile
-import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import pyarrow as pa
 
+from tracking.delivery.lock import ask_for_handover, is_being_delivered, lock_path
 from tracking.delivery.log import configure_logging, log_to_file
 from tracking.delivery.options import check_options
-from tracking.delivery.process import (
-    ask_for_handover,
-    delivery_command,
-    is_being_delivered,
-    lock_path,
-    outlive_sigterm,
-)
+from tracking.delivery.process import outlive_sigterm
 from tracking.delivery.retry import GaveUpError
+from tracking.delivery.service import DeliveryService, Request, SummaryProcess
 from tracking.delivery.state import DeliveryState
 from tracking.delivery.summaries import write_summaries
 from tracking.delivery.sync import SyncResult
@@ -48,7 +42,7 @@ from tracking.mlflow_store.client import StoreClient, prepare_environment
 from tracking.mlflow_store.runs import RunResolver
 from tracking.mlflow_store.uris import local_path, relocate, resolve_uri
 from tracking.settings import Settings
-from tracking.store import Manifest, get_rank_dir, is_being_written
+from tracking.store import Manifest, find_start_folder
 
 LOCK_WAIT_S: Final = 10.0
 """A process whose training has ended may be about to exit while the run is resumed."""
@@ -56,12 +50,14 @@ LOCK_WAIT_S: Final = 10.0
 NICENESS: Final = 10
 
 _log = logging.getLogger("tracking.delivery")
+_summaries = SummaryProcess()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the process; return 0 if all is delivered, else 1."""
     parser = argparse.ArgumentParser(prog="python -m tracking.delivery")
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN_PATH")
+    parser.add_argument("runs", type=Path, nargs="*", metavar="RUN_PATH")
+    parser.add_argument("--follow", action="store_true")
     parser.add_argument("--sync", action="store_true")
     parser.add_argument("--read", type=Path, metavar="FOLDER")
     parser.add_argument("--summaries", action="store_true")
@@ -74,21 +70,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
     configure_logging()
     prepare_environment()
     paths = [path.absolute() for path in options.runs]
+    options.here = Path.cwd()
     try:
+        if options.follow:
+            return _follow(settings, options)
         if options.summaries:
-            return _write_summaries(paths)
+            return _write_summaries()
         if options.read:
-            return max(_read(path, options.read, settings) for path in paths)
+            return max(_read(path, settings, options) for path in paths)
         return max(_deliver(path, settings, options) for path in paths)
     except Exception:  # noqa: BLE001 (the default message would show secrets)
         sys.stderr.write(settings.redact(traceback.format_exc()))
         return 1
 
 
-def _deliver(path: Path, settings: Settings, options: argparse.Namespace) -> int:
+def _follow(settings: Settings, options: argparse.Namespace) -> int:
+    """Deliver the runs that the training process names, until it has ended."""
+    options.lock_wait = None
+    reports = os.dup(1)
+    os.dup2(2, 1)  # what a library prints is no report
+
+    def deliver(request: Request, on_done: Callable[[], None]) -> bool:
+        try:
+            return _deliver(request.run, settings, options, request, on_done) == 0
+        except Exception:  # noqa: BLE001 (nobody watches this process)
+            sys.stderr.write(settings.redact(traceback.format_exc()))
+            return False
+
+    DeliveryService(deliver, requests=0, reports=reports).serve()
+    _summaries.close()
+    return 0
+
+
+def _deliver(
+    path: Path,
+    settings: Settings,
+    options: argparse.Namespace,
+    request: Request | None = None,
+    on_done: Callable[[], None] = lambda: None,
+) -> int:
     """Deliver a run, unless another process does; with ``--sync``, report it."""
     try:
-        code, changes = _deliver_locked(path, settings, options)
+        code, changes = _deliver_locked(path, settings, options, request, on_done)
     except OSError as error:  # its folder cannot be used; the other runs' can
         code, changes = 1, {"phase": "gave up", "error": settings.redact(str(error))}
     if options.sync:
@@ -99,7 +122,11 @@ def _deliver(path: Path, settings: Settings, options: argparse.Namespace) -> int
 
 
 def _deliver_locked(
-    path: Path, settings: Settings, options: argparse.Namespace
+    path: Path,
+    settings: Settings,
+    options: argparse.Namespace,
+    request: Request | None,
+    on_done: Callable[[], None],
 ) -> tuple[int, dict[str, Any]]:
     """Deliver a run while holding its lock; the exit code, and what to report."""
     lock = lock_path(path)
@@ -116,11 +143,15 @@ def _deliver_locked(
         if not is_held:
             return int(options.sync), {"phase": "busy"}
         with log_to_file(path, settings.redact):
-            return _run_worker(path, settings, options)
+            return _run_worker(path, settings, options, request, on_done)
 
 
 def _run_worker(
-    path: Path, settings: Settings, options: argparse.Namespace
+    path: Path,
+    settings: Settings,
+    options: argparse.Namespace,
+    request: Request | None,
+    on_done: Callable[[], None],
 ) -> tuple[int, dict[str, Any]]:
     """Deliver a run.
 
@@ -131,10 +162,11 @@ def _run_worker(
     worker = None
     code = 1
     try:
-        worker = _make_worker(path, settings, options)
+        is_new = request is not None and request.is_new
+        worker = _make_worker(path, settings, options, is_new=is_new)
         # Not before the page exists: it is wanted soon, and training may use all cores.
         niceness = 0 if options.sync else NICENESS
-        worker.deliver(on_page=lambda: lower_priority(niceness))
+        worker.deliver(on_page=lambda: lower_priority(niceness), on_done=on_done)
         code = 0
     except GaveUpError:
         pass
@@ -155,50 +187,28 @@ def _record_failure(path: Path, error: str) -> None:
     state.write(path)
 
 
-def _write_summaries(paths: Sequence[Path]) -> int:
-    """Write the summaries of runs; in this process, which may die of it."""
+def _write_summaries() -> int:
+    """Write the summaries of the runs named on stdin; this process may die of it."""
     with contextlib.suppress(OSError):  # of all processes, it is the least needed
         Path("/proc/self/oom_score_adj").write_text("1000")
-    for path in paths:
-        _report({"files": [str(file) for file in write_summaries(path)]})
+    for line in sys.stdin:
+        _report({"files": [str(f) for f in write_summaries(Path(json.loads(line)))]})
     return 0
 
 
-def _write_summaries_apart(path: Path) -> list[Path]:
-    """Write the summaries of a run in a process of their own.
-
-    They need memory in proportion to the rows; if there is not enough, the delivery
-    continues without them. If the run is resumed meanwhile, they are not wanted yet.
-    """
-    command = delivery_command("--summaries", str(path))
-    with tempfile.TemporaryFile() as output:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output)
-        try:
-            while process.poll() is None:
-                if is_being_written(get_rank_dir(path, 0)):
-                    return []
-                time.sleep(0.1)
-        finally:
-            process.kill()
-            process.wait()
-        if process.returncode:
-            raise RuntimeError(f"their process ended with code {process.returncode}")
-        output.seek(0)
-        return [Path(file) for file in json.loads(output.read())["files"]]
-
-
-def _read(path: Path, folder: Path, settings: Settings) -> int:
+def _read(path: Path, settings: Settings, options: argparse.Namespace) -> int:
     """Write down what MLflow has of a run: its points into a file, the rest to stdout."""
     report: dict[str, Any] = {"run": path.name}
     code = 1
     try:
-        resolver = _make_resolver(path, settings)
+        resolver = _make_resolver(path, settings, options.here)
         run = resolver.find(_known_id(path, resolver))
         if run is None:
             report["error"] = "no such run there"
         else:
             history = resolver.client.history(run.run_id)
-            with pa.ipc.new_file(folder / f"{path.name}.arrow", history.schema) as file:
+            target = options.read / f"{path.name}.arrow"
+            with pa.ipc.new_file(target, history.schema) as file:
                 file.write_table(history)
             report |= {
                 "mlflow_run_id": run.run_id,
@@ -223,9 +233,9 @@ def _report(values: dict[str, Any]) -> None:
 
 
 def _make_worker(
-    path: Path, settings: Settings, options: argparse.Namespace
+    path: Path, settings: Settings, options: argparse.Namespace, *, is_new: bool
 ) -> DeliveryWorker:
-    resolver = _make_resolver(path, settings)
+    resolver = _make_resolver(path, settings, options.here, is_new=is_new)
     patience_s = options.patience
     if patience_s is None:
         patience_s = check_options(resolver.manifest.delivery).patience_s
@@ -234,21 +244,23 @@ def _make_worker(
         resolver,
         patience_s=patience_s,
         is_sync=options.sync,
-        write_summaries=_write_summaries_apart,
+        write_summaries=_summaries.write,
         redact=settings.redact,
     )
 
 
-def _make_resolver(path: Path, settings: Settings) -> RunResolver:
+def _make_resolver(
+    path: Path, settings: Settings, here: Path, *, is_new: bool = False
+) -> RunResolver:
     """Resolver for the store of the environment, else the one that was used before.
 
-    The one of a project that was moved or copied is the one at its new place.
+    The one of a project that was moved or copied is the one at its new place. Relative
+    addresses start from ``here``.
     """
     manifest = Manifest.read(path)
     state = DeliveryState.read_or_none(path)
     before = (state and state.tracking_uri) or manifest.mlflow.get("tracking_uri")
-    here = Path.cwd()
-    started_in = _find_start_folder(path, manifest)
+    started_in = find_start_folder(path, manifest)
     if settings.tracking_uri:
         uri = resolve_uri(here, settings.tracking_uri)
     elif before:
@@ -265,19 +277,10 @@ def _make_resolver(path: Path, settings: Settings) -> RunResolver:
         lambda uri: StoreClient(uri, settings.cache),
         experiment_name=settings.experiment_name,
         experiment_id=settings.experiment_id,
+        may_exist=not is_new or state is not None,
         redact=settings.redact,
         redact_address=settings.redact_address,
     )
-
-
-def _find_start_folder(run_path: Path, manifest: Manifest) -> Path:
-    """Folder that a run was started in, where it is now if the project was moved."""
-    started_in = Path(manifest.cwd)
-    if manifest.path in ("", str(run_path)):
-        return started_in
-    moved = run_path / os.path.relpath(started_in, manifest.path)
-    moved = Path(os.path.normpath(moved))
-    return moved if moved in run_path.parents else started_in
 
 
 def _check_place(run_path: Path, uri: str) -> None:

@@ -7,6 +7,7 @@ import logging
 import logging.handlers
 import time
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Final
 
@@ -45,9 +46,13 @@ def configure_logging() -> None:
     logging.getLogger("tracking").setLevel(logging.INFO)
 
 
+_current: Final[ContextVar[Path | None]] = ContextVar("run", default=None)
+"""Run that this thread delivers; None in threads that MLflow starts."""
+
+
 @contextlib.contextmanager
 def log_to_file(run_path: Path, redact: Callable[[str], str]) -> Iterator[None]:
-    """Write all log records of the process into a run's log inside the block."""
+    """Write log records into a run's log inside the block, except those of other runs."""
     if (run_path / LOG).is_symlink():  # it may lead to any file of this user
         (run_path / LOG).unlink()
     handler = logging.handlers.RotatingFileHandler(
@@ -59,10 +64,13 @@ def log_to_file(run_path: Path, redact: Callable[[str], str]) -> Iterator[None]:
         delay=True,
     )
     handler.setFormatter(RedactingFormatter(redact))
+    handler.addFilter(lambda record: _current.get() in (None, run_path))
     root = logging.getLogger()
     root.addHandler(handler)
+    before = _current.set(run_path)
     try:
         yield
     finally:
+        _current.reset(before)
         root.removeHandler(handler)
         handler.close()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 DEFAULT_PATIENCE_S: Final = 60.0
+DEFAULT_WAIT_S: Final = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,10 +20,13 @@ class DeliveryOptions:
         Maximum number of points that MLflow gets of each metric; None: all points.
     patience_s : seconds
         How long to wait for a server that does not answer, after training has ended.
+    wait_s : seconds
+        How long the end of the interpreter waits for the delivery.
     """
 
     per_key: int | None = None
     patience_s: float = DEFAULT_PATIENCE_S
+    wait_s: float = DEFAULT_WAIT_S
 
 
 def check_options(options: Mapping[str, Any] | None) -> DeliveryOptions:
@@ -39,15 +43,19 @@ def check_options(options: Mapping[str, Any] | None) -> DeliveryOptions:
     for name in given:
         if name not in DeliveryOptions.__dataclass_fields__:
             raise ValueError(
-                f"start(delivery=): expected per_key or patience_s, got {name!r}. "
-                "Use one of the two."
+                f"start(delivery=): expected per_key, patience_s or wait_s, got {name!r}. "
+                "Use one of the three."
             )
     per_key = given.get("per_key")
     patience_s = given.get("patience_s", DEFAULT_PATIENCE_S)
     if per_key is not None:
         _check_number("per_key", per_key, int, 2)
+    wait_s = given.get("wait_s", DEFAULT_WAIT_S)
     _check_number("patience_s", patience_s, (int, float), 0)
-    return DeliveryOptions(per_key=per_key, patience_s=float(patience_s))
+    _check_number("wait_s", wait_s, (int, float), 0)
+    return DeliveryOptions(
+        per_key=per_key, patience_s=float(patience_s), wait_s=float(wait_s)
+    )
 
 
 def _check_number(name: str, value: Any, kind: Any, least: int) -> None:

@@ -1,24 +1,21 @@
-"""Start the delivery process beside training, ask for its progress, and wait for it."""
+"""Start the process that delivers the runs of this one, and talk to it."""
 
 from __future__ import annotations
 
 import atexit
 import contextlib
-import importlib.util
+import json
 import os
+import select
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
-
-from tracking.delivery.state import DeliveryState
-from tracking.durable import hold_lock
-from tracking.errors import DeliveryError, is_terminal, warn, write_stderr
-from tracking.redaction import redact
+from typing import Any, Final
 
 # The folder of the packages goes to the end of the path, for a checkout that is not
 # installed. -P keeps the user's folder out of it: its modules could hide others.
@@ -26,8 +23,8 @@ _BOOT: Final = (
     "import runpy, sys; sys.path.append(sys.argv.pop(1)); "
     "runpy.run_module('tracking.delivery', run_name='__main__', alter_sys=True)"
 )
+_SEND_WAIT_S: Final = 1.0
 _PACKAGES: Final = str(Path(__file__).resolve().parents[2])
-_POLL_S: Final = 0.1
 # Python warns about a process object that is deleted while its process runs.
 _STARTED: Final[list[subprocess.Popen[bytes]]] = []
 
@@ -43,52 +40,6 @@ def _detach() -> None:
 def delivery_command(*arguments: str) -> list[str]:
     """Command line that starts a delivery process from any working directory."""
     return [sys.executable, "-P", "-c", _BOOT, _PACKAGES, *arguments]
-
-
-def lock_path(run_path: Path) -> Path:
-    """Lock file that a process holds while it delivers a run."""
-    return run_path / "delivery" / "lock"
-
-
-def handover_path(run_path: Path) -> Path:
-    """File that asks a delivery that waits for MLflow to end: another one takes over."""
-    return run_path / "delivery" / "handover"
-
-
-@contextlib.contextmanager
-def ask_for_handover(run_path: Path) -> Iterator[None]:
-    """Ask a delivery that waits for MLflow to end, while the block runs."""
-    handover_path(run_path).touch()
-    try:
-        yield
-    finally:
-        handover_path(run_path).unlink(missing_ok=True)
-
-
-def is_being_delivered(run_path: Path) -> bool:
-    """Whether a process delivers a run now."""
-    try:
-        with hold_lock(lock_path(run_path), timeout_s=0.0) as is_held:
-            return not is_held
-    except OSError:
-        return False
-
-
-def wait_for_delivery(run_path: Path, timeout_s: float) -> bool:
-    """Wait until no process delivers a run; False if one still does at the timeout."""
-    deadline = time.monotonic() + timeout_s
-    while is_being_delivered(run_path):
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(_POLL_S)
-    return True
-
-
-def _is_installed(package: str) -> bool:
-    try:
-        return importlib.util.find_spec(package) is not None
-    except ValueError:  # replaced by an object without a spec
-        return True
 
 
 @contextlib.contextmanager
@@ -122,120 +73,188 @@ def outlive_sigterm() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # see block_sigterm
 
 
+@dataclass(frozen=True)
+class Surroundings:
+    """What a delivery process inherits; runs that differ in it need another process.
+
+    Attributes
+    ----------
+    environment
+        Environment variables; MLflow's address and credentials are among them.
+    folder
+        Working folder, which relative addresses start from.
+    started_in
+        Folder that the run was started in; MLflow makes new folders there.
+    """
+
+    environment: Mapping[str, str]
+    folder: str
+    started_in: str
+
+
 class DeliveryProcess:
-    """The delivery process of a run, seen from the training process.
+    """A process that delivers all runs that this process hands over to it.
+
+    It imports MLflow once and delivers each run in a thread of its own. It ends when this
+    process has ended, or when it has had nothing to do for a while.
 
     Parameters
     ----------
     run_path
-        Folder of the run.
+        Folder of the first run; its log gets what Python writes if it fails to start.
+    surroundings
+        What the process inherits.
+    on_report
+        Called from another thread with a run's number and whether it is delivered.
+    on_exit
+        Called from another thread with this object, when the process has ended.
+
+    Raises
+    ------
+    OSError
+        If the process cannot be started.
+
+    Attributes
+    ----------
+    pid
+        Id of the process.
     """
 
-    def __init__(self, run_path: Path) -> None:
-        self._run_path = run_path
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        """Start the process, detached from this one and its terminal."""
-        if not _is_installed("mlflow"):
-            warn(
-                "start(delivery=True): expected mlflow to be installed, got no such "
-                f"package. The run is recorded in {self._run_path} only: install mlflow "
-                f"and run 'harness sync {self._run_path.name}', or pass delivery=False."
-            )
-            return
-        log = self._run_path / "delivery" / "log.txt"
+    def __init__(
+        self,
+        run_path: Path,
+        surroundings: Surroundings,
+        on_report: Callable[[int, bool], None],
+        on_exit: Callable[[DeliveryProcess], None],
+    ) -> None:
+        self.surroundings = surroundings
+        self._on_report = on_report
+        self._on_exit = on_exit
+        (requests, self._requests), (self._reports, reports) = os.pipe(), os.pipe()
         try:
-            log.parent.mkdir(exist_ok=True)
-            # The file is for what Python writes if it fails to start.
-            with log.open("ab") as output, block_sigterm():
-                process = subprocess.Popen(
-                    delivery_command(str(self._run_path)),
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=output,
-                    start_new_session=True,
-                )
-        except OSError as error:
-            warn(
-                f"start(delivery=True): expected to start the delivery process, got "
-                f"{error}. The run is recorded: 'harness sync {self._run_path.name}' "
-                "delivers it."
+            self._process = _start(
+                run_path,
+                "--follow",
+                str(run_path),  # for who looks at the list of processes
+                stdin=requests,
+                stdout=reports,
+                env=surroundings.environment,
+                cwd=surroundings.folder,
             )
-            return
-        self._process = process
-        _STARTED[:] = [one for one in _STARTED if one.returncode is None] + [process]
-        # Or it stays a zombie until this process ends.
-        reaper = threading.Thread(
-            target=process.wait, name="tracking-reaper", daemon=True
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            os.close(requests)
+            os.close(reports)
+        self.pid = self._process.pid
+        # Training does not wait for a process that does not read.
+        os.set_blocking(self._requests, False)
+        # It also takes the exit code: without that, a process that ended is a zombie.
+        reader = threading.Thread(
+            target=self._read_reports, name="tracking-delivery", daemon=True
         )
-        with contextlib.suppress(RuntimeError):  # the system has no more threads
-            reaper.start()
+        self._has_reader = True
+        try:
+            reader.start()
+        except RuntimeError:  # the system has no more threads
+            self._has_reader = False
 
-    def wait_for_run_id(self, timeout_s: float) -> str:
-        """Wait until delivery has created the MLflow run; return its id.
+    @property
+    def is_lost(self) -> bool:
+        """Whether the process has ended and no thread is there to tell."""
+        return not self._has_reader and self._process.poll() is not None
 
-        Raises
-        ------
-        DeliveryError
-            If delivery does not create it in time, or has ended.
-        """
-        deadline = time.monotonic() + timeout_s
-        while True:
-            state = DeliveryState.read_or_none(self._run_path)
-            if state and state.mlflow_run_id:
-                return state.mlflow_run_id
-            has_ended = self._process is None or self._process.poll() is not None
-            if has_ended or time.monotonic() > deadline:
-                reason = (state and state.error) or "no answer from it"
-                reason = "no delivery process" if self._process is None else reason
-                raise DeliveryError(
-                    f"Run.mlflow_run_id: expected delivery to create the MLflow run "
-                    f"within {timeout_s:g} s, got {reason}. See "
-                    f"{self._run_path / 'delivery/log.txt'}; "
-                    f"'harness sync {self._run_path.name}' tries again."
-                )
-            time.sleep(_POLL_S)
+    @property
+    def has_failed(self) -> bool:
+        """Whether the process ended with an error of its own; not if it was killed."""
+        return (self._process.returncode or 0) > 0
 
-    def wait(self, last_seq: int, wait_s: float) -> None:
-        """Wait until delivery has sent all rows; show the progress on a terminal.
+    def take(self, request: Mapping[str, Any]) -> bool:
+        """Hand a run over; False if the process takes no more runs.
 
         Parameters
         ----------
-        last_seq
-            ``seq`` of the run's last row.
-        wait_s : seconds
-            Maximum time to wait. A message on stderr then says what is left.
+        request
+            Fields of ``service.Request``.
         """
-        if self._process is None:
-            return
-        deadline = time.monotonic() + wait_s
-        is_shown = False
-        while True:
-            has_ended = self._process.poll() is not None
-            state = DeliveryState.read_or_none(self._run_path) or DeliveryState()
-            if state.delivered >= last_seq or state.phase == "done":
-                break
-            if has_ended or state.phase == "gave up" or time.monotonic() > deadline:
-                self._report_unsent(state)
-                break
-            if is_terminal():
-                is_shown = True
-                count = f"delivering to MLflow: {state.behind} rows to go"
-                write_stderr(f"\r{count}\x1b[K")
-            time.sleep(_POLL_S)
-        if is_shown:
-            write_stderr("\r\x1b[K")
+        if self._send(json.dumps(request).encode() + b"\n"):
+            return True
+        _close(self._requests)  # what follows half a line would not be understood
+        self._requests = -1
+        return False
 
-    def _report_unsent(self, state: DeliveryState) -> None:
-        """Say on stderr what MLflow does not have yet."""
-        assert self._process is not None
-        run_id = self._run_path.name
-        count = f"{state.behind} rows" if state.behind else "some rows"
-        reason = f" ({redact(state.error)})" if state.error else ""
-        continues = self._process.returncode is None and state.phase != "gave up"
-        how = "delivery continues in the background; " if continues else ""
-        write_stderr(
-            f"{count} of {run_id} are not in MLflow yet{reason}: {how}"
-            f"'harness sync {run_id}' sends the rest.\n"
+    def _send(self, data: bytes) -> bool:
+        deadline = time.monotonic() + _SEND_WAIT_S
+        while data:
+            try:
+                data = data[os.write(self._requests, data) :]
+            except BlockingIOError:
+                left_s = deadline - time.monotonic()
+                if (
+                    left_s <= 0
+                    or not select.select([], [self._requests], [], left_s)[1]
+                ):
+                    return False
+            except OSError:
+                return False
+        return True
+
+    def close(self) -> None:
+        """Close the pipes. A forked child does, which has no part in this delivery."""
+        _close(self._requests)
+        _close(self._reports)
+        self._requests = self._reports = -1
+
+    def _read_reports(self) -> None:
+        """Pass on which runs are delivered, until the process has ended."""
+        rest = b""
+        while data := _read(self._reports):
+            *lines, rest = (rest + data).split(b"\n")
+            for line in lines:
+                report = json.loads(line)
+                self._on_report(report["number"], report["is_done"])
+        self._process.wait()
+        self._on_exit(self)  # which closes the pipes
+
+
+def _close(fd: int) -> None:
+    with contextlib.suppress(OSError):
+        os.close(fd)
+
+
+def _read(fd: int) -> bytes:
+    try:
+        return os.read(fd, 1 << 16)
+    except OSError:
+        return b""
+
+
+def start_detached(run_path: Path) -> None:
+    """Start a process that delivers one run and that nothing waits for.
+
+    Raises
+    ------
+    OSError
+        If it cannot be started.
+    """
+    _start(run_path, str(run_path), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+
+
+def _start(
+    run_path: Path, *arguments: str, stdin: int, stdout: int, **options: Any
+) -> subprocess.Popen[bytes]:
+    """Start a delivery process, detached from this one and its terminal."""
+    log = run_path / "delivery" / "log.txt"
+    # The file is for what Python writes if it fails to start.
+    with log.open("ab") as errors, block_sigterm():
+        process = subprocess.Popen(
+            delivery_command(*arguments),
+            stdin=stdin,
+            stdout=stdout,
+            stderr=errors,
+            start_new_session=True,
+            **options,
         )
+    _STARTED[:] = [one for one in _STARTED if one.returncode is None] + [process]
+    return process

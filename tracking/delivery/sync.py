@@ -16,13 +16,12 @@ from typing import Any, Final
 
 import pyarrow as pa
 
-from tracking.delivery.process import (
-    DeliveryProcess,
+from tracking.delivery.lock import (
     ask_for_handover,
-    delivery_command,
     is_being_delivered,
     wait_for_delivery,
 )
+from tracking.delivery.process import delivery_command, start_detached
 from tracking.delivery.state import DeliveryState, rows_behind
 from tracking.errors import DeliveryError
 from tracking.read import PastRun
@@ -174,7 +173,7 @@ def _restart_delivery(run_path: Path) -> SyncResult:
             wait_for_delivery(run_path, HANDOVER_WAIT_S)
     if not is_being_delivered(run_path):
         phase = "started"
-        DeliveryProcess(run_path).start()
+        start_detached(run_path)
     state = DeliveryState.read_or_none(run_path) or DeliveryState()
     behind = rows_behind(run_path, state)
     return SyncResult.from_state(run_path.name, state, phase=phase, behind=behind)

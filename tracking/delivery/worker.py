@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import logging
 import os
@@ -15,8 +16,8 @@ from typing import Final
 import pyarrow as pa
 
 from tracking.delivery.cursor import Cursor
+from tracking.delivery.lock import handover_path
 from tracking.delivery.models import send_models
-from tracking.delivery.process import handover_path
 from tracking.delivery.reconcile import Reconciler, Stage
 from tracking.delivery.retry import LONGEST_DELAY_S, GaveUpError, RetryPolicy
 from tracking.delivery.scan import JournalScan
@@ -58,13 +59,28 @@ _log = logging.getLogger(__name__)
 def lower_priority(niceness: int) -> None:
     """Let other processes go first, and spend less time on garbage collection.
 
-    A quarter of the time that MLflow takes for a batch is garbage collection, which
-    looks through all imported modules again and again.
+    On Linux the niceness is that of the calling thread, and within a session of its own it
+    counts only if the session's group of processes is nice too.
     """
+    _tune_process(niceness)
+    with contextlib.suppress(OSError, AttributeError):
+        os.setpriority(os.PRIO_PROCESS, 0, min(_first_niceness() + niceness, 19))
+
+
+@functools.cache
+def _tune_process(niceness: int) -> None:
+    # A quarter of the time that MLflow takes for a batch is garbage collection, which
+    # looks through all imported modules again and again.
     gc.freeze()
     gc.set_threshold(100_000, 20, 50)
     with contextlib.suppress(OSError):
-        os.nice(niceness)
+        if niceness and os.getsid(0) == os.getpid():
+            Path("/proc/self/autogroup").write_text(str(niceness))
+
+
+@functools.cache
+def _first_niceness() -> int:
+    return os.getpriority(os.PRIO_PROCESS, 0)
 
 
 class DeliveryWorker:
@@ -138,19 +154,26 @@ class DeliveryWorker:
         """Points that MLflow has as it should, by the last comparison."""
         return self._reconciler.num_present
 
-    def deliver(self, on_page: Callable[[], None] = lambda: None) -> None:
+    def deliver(
+        self,
+        on_page: Callable[[], None] = lambda: None,
+        on_done: Callable[[], None] = lambda: None,
+    ) -> None:
         """Deliver all rows; while the run is being written, also those to come.
 
         Parameters
         ----------
         on_page
             Called once, when the run's page in MLflow exists.
+        on_done
+            Called when the run has ended and MLflow has all but its summaries.
 
         Raises
         ------
         GaveUpError
             If MLflow does not answer within the time limit, or cannot take the run.
         """
+        self._on_done = on_done
         self._state_file.set_phase("connecting")
         for attempt in range(1, MAX_ATTEMPTS + 1):
             try:
@@ -356,6 +379,7 @@ class DeliveryWorker:
         if self._read_status() == "running":
             return False
         self._state_file.set_phase("done")
+        self._on_done()
         _log.info("all rows are delivered; %d points were sent", self.num_sent)
         if self.num_sent or not self._is_sync:
             self._send_summaries()

@@ -18,7 +18,9 @@ import os
 import sqlite3
 import sys
 import tempfile
+import threading
 import urllib.parse
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +59,10 @@ _DEFAULTS: Final = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
 }
+_LOCKS: Final[defaultdict[Path, threading.RLock]] = defaultdict(threading.RLock)
+"""A database takes one writer at a time and lets others fail after some seconds."""
+
+_IMPORTING: Final = threading.Lock()
 _SQL: Final = "mlflow.store.tracking.sqlalchemy_store"
 _REFUSALS: Final = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST")
 
@@ -127,7 +133,8 @@ class StoreClient:
         self.uri = uri
         self._checked_roots: set[str] = set()
         path = sqlite_path(uri)
-        with _translate_errors():
+        self._lock = contextlib.nullcontext() if path is None else _LOCKS[path]
+        with self._call():
             import_mlflow(_SQL if path else "mlflow")
             if path is None or path.exists():
                 self._client = _open_client(uri)
@@ -137,6 +144,12 @@ class StoreClient:
                 create_database(path, folder, version, _migrate)
                 self._client = _open_client(uri)  # makes the default experiment, too
 
+    @contextlib.contextmanager
+    def _call(self, *, exists: bool = False) -> Iterator[None]:
+        """Call MLflow inside the block: one thread at a time if it is a database."""
+        with self._lock, _translate_errors(exists):
+            yield
+
     def experiment_id(self, name: str | None, id_: str | None = None) -> str:
         """Id of an experiment, created if needed.
 
@@ -145,12 +158,12 @@ class StoreClient:
         if name is None:
             return id_ or "0"
         name = fit_experiment_name(name)
-        with _translate_errors():
+        with self._call():
             found = self._client.get_experiment_by_name(name)
             if found is None:
                 refusal = None
                 try:
-                    with _translate_errors(exists=True):
+                    with self._call(exists=True):
                         return self._client.create_experiment(name)
                 except RefusedError as error:  # unless another process made it
                     refusal = error
@@ -170,7 +183,7 @@ class StoreClient:
 
     def find_runs(self, experiment_id: str, tag: str, value: str) -> list[MlflowRun]:
         """Active runs of an experiment that have a tag, newest first."""
-        with _translate_errors():
+        with self._call():
             runs = self._client.search_runs(
                 [experiment_id], f"tags.`{tag}` = '{value}'", max_results=100
             )
@@ -184,7 +197,7 @@ class StoreClient:
         GoneError
             If it does not exist, or is deleted.
         """
-        with _translate_errors():
+        with self._call():
             run = self._client.get_run(run_id)
         if run.info.lifecycle_stage != "active":
             raise GoneError(
@@ -198,7 +211,7 @@ class StoreClient:
         self, experiment_id: str, name: str, start_ms: int, tags: Mapping[str, str]
     ) -> MlflowRun:
         """Create a run."""
-        with _translate_errors():
+        with self._call():
             run = self._client.create_run(experiment_id, start_ms, dict(tags), name)
         return _as_mlflow_run(run)
 
@@ -211,7 +224,7 @@ class StoreClient:
         """Send metrics, then tags: at most 1000 together, of them 100 tags."""
         from mlflow.entities import Metric, RunTag  # noqa: PLC0415 (slow)
 
-        with _translate_errors():
+        with self._call():
             self._client.log_batch(
                 run_id,
                 metrics=[Metric(p.key, p.value, p.time_ms, p.step) for p in points],
@@ -225,14 +238,14 @@ class StoreClient:
         """
         from mlflow.entities import Param  # noqa: PLC0415 (slow)
 
-        with _translate_errors():
+        with self._call():
             self._client.log_batch(
                 run_id, params=[Param(key, value) for key, value in params.items()]
             )
 
     def send_artifact(self, run_id: str, file: Path, folder: str | None) -> None:
         """Upload a file into a folder of the run's artifacts; replace an existing one."""
-        with _translate_errors():
+        with _translate_errors():  # a large file keeps nobody waiting
             self._check_artifact_root(run_id)
             self._client.log_artifact(run_id, str(file), folder)
 
@@ -292,7 +305,7 @@ class StoreClient:
         )
 
         input_tags = [InputTag(key, value) for key, value in tags.items()]
-        with _translate_errors():
+        with self._call():
             self._client.log_inputs(
                 run_id, [DatasetInput(Dataset(**dataset), input_tags)]
             )
@@ -301,7 +314,7 @@ class StoreClient:
         self, run_id: str, status: str, end_ms: int | None, name: str | None = None
     ) -> None:
         """Set a run's status, and its name if ``name`` is given."""
-        with _translate_errors():
+        with self._call():
             if end_ms is not None:
                 self._client.set_terminated(run_id, status, end_ms)
                 status = ""
@@ -320,7 +333,7 @@ class StoreClient:
 
     def _read_by_key(self, run_id: str) -> pa.Table:
         """Read all points with MLflow's client."""
-        with _translate_errors():
+        with self._call():
             keys = self._client.get_run(run_id).data.metrics
             found = [
                 (point.key, point.timestamp, point.step, point.value)
@@ -333,7 +346,7 @@ class StoreClient:
     def artifacts(self, run_id: str, folder: str | None = None) -> dict[str, int]:
         """Size in bytes of each artifact of a run, by path."""
         found: dict[str, int] = {}
-        with _translate_errors():
+        with self._call():
             for item in self._client.list_artifacts(run_id, folder):
                 if item.is_dir:
                     found |= self.artifacts(run_id, item.path)
@@ -372,8 +385,12 @@ def import_mlflow(module: str) -> None:
     The import takes more than a second. Without garbage collection and without pandas,
     which MLflow does not need (mlflow-skinny has none), it takes half the time.
     """
-    if module in sys.modules:
-        return
+    with _IMPORTING:
+        if module not in sys.modules:
+            _import_without_pandas(module)
+
+
+def _import_without_pandas(module: str) -> None:
     collecting = gc.isenabled()
     gc.disable()
     without_pandas = "pandas" not in sys.modules

@@ -39,6 +39,8 @@ class RunResolver:
         Opens the store.
     experiment_name, experiment_id
         From MLflow's own variables; used if the run names no experiment.
+    may_exist
+        Whether MLflow may have the run already; else it is not searched for at first.
     redact
         Masks the secrets in a text.
     redact_address
@@ -64,6 +66,7 @@ class RunResolver:
         *,
         experiment_name: str | None = None,
         experiment_id: str | None = None,
+        may_exist: bool = True,
         redact: Callable[[str], str] = str,
         redact_address: Callable[[str], str] = str,
     ) -> None:
@@ -77,6 +80,7 @@ class RunResolver:
         self._is_open = False
         self._experiment_name = self.manifest.experiment or experiment_name
         self._experiment_id = experiment_id
+        self._may_exist = may_exist
         self._redact = redact
 
     def reload_manifest(self) -> Manifest:
@@ -95,7 +99,9 @@ class RunResolver:
         """
         found = self.find(known_id)
         if found is None:
-            found = self._create(self._resolve_experiment(), {})
+            experiment_id = self._resolve_experiment()
+            self._may_exist = True  # the answer to the next call may be lost
+            found = self._create(experiment_id, {})
         return self.open_writer(found)
 
     def find(self, known_id: str | None = None) -> MlflowRun | None:
@@ -105,6 +111,8 @@ class RunResolver:
             self._is_open = True
         if self.is_borrowed:
             return self.client.run(self.manifest.mlflow["run_id"])
+        if not self._may_exist:
+            return None
         return self._get_known(known_id) or self._search(self._resolve_experiment())
 
     def open_writer(self, run: MlflowRun) -> RunWriter:

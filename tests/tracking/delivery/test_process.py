@@ -11,13 +11,9 @@ from pathlib import Path
 import pytest
 
 import tracking
-from tracking.delivery.__main__ import _write_summaries_apart
-from tracking.delivery.process import (
-    delivery_command,
-    is_being_delivered,
-    lock_path,
-    wait_for_delivery,
-)
+from tracking.delivery.lock import is_being_delivered, lock_path, wait_for_delivery
+from tracking.delivery.process import delivery_command
+from tracking.delivery.service import SummaryProcess
 from tracking.delivery.state import DeliveryState
 from tracking.delivery.summaries import _collect_points
 from tracking.durable import hold_lock
@@ -36,7 +32,8 @@ for i in range(40):
 mlflow_run_id = run.mlflow_run_id
 end_delivery()
 run.log_metric("last", 1.0, set="train", index=40)
-run.finish(wait_s=300)
+run.finish()
+assert run.wait(300)
 assert "mlflow" not in sys.modules
 print(mlflow_run_id)
 """
@@ -143,16 +140,6 @@ def test_secrets_are_in_no_file_and_no_tag(record, store, tmp_path):
         assert secret.encode() not in written + process.stdout + process.stderr
 
 
-def test_process_that_has_ended_is_no_zombie(tmp_path, monkeypatch, until):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    run = tracking.start(runs_dir="runs", delivery={"patience_s": 0.0})
-    run.finish(wait_s=0.0)
-    process = run._delivery._process
-    assert process is not None
-    until(lambda: not Path(f"/proc/{process.pid}").exists(), 60)
-
-
 def test_summaries_that_die_are_left_out(record, deliver, store):
     def die(path):
         raise RuntimeError("their process ended with code -9")
@@ -180,21 +167,31 @@ def test_summaries_are_made_after_the_run_is_done(record, deliver, store):
     assert seen == [("done", made.state.delivered)]
 
 
-def test_summaries_are_made_in_a_process_of_their_own(record):
-    run = record()
-    run.log_curve(5)
-    run.run.finish()
-    names = [path.name for path in _write_summaries_apart(run.path)]
-    assert names == ["records.parquet", "curves.png"]
+@pytest.fixture
+def summaries():
+    process = SummaryProcess()
+    yield process
+    process.close()
+
+
+def test_summaries_of_several_runs_are_made_in_one_process(record, summaries):
+    for _ in range(2):
+        run = record()
+        run.log_curve(5)
+        run.run.finish()
+        names = [path.name for path in summaries.write(run.path)]
+        assert names == ["records.parquet", "curves.png"]
+        pids = {summaries._process.pid}
+    assert len(pids) == 1
     (run.path / "artifacts" / "records.parquet").unlink()
     (run.path / "artifacts" / "records.parquet").mkdir()
     with pytest.raises(RuntimeError, match="ended with code 1"):
-        _write_summaries_apart(run.path)
+        summaries.write(run.path)
+    assert [path.name for path in summaries.write(record().path)] == []
 
 
-def test_summaries_are_not_made_while_the_run_goes_on(record):
-    run = record()
-    assert _write_summaries_apart(run.path) == []
+def test_summaries_are_not_made_while_the_run_goes_on(record, summaries):
+    assert summaries.write(record().path) == []
 
 
 def test_curves_of_many_names_sets_and_points_are_thinned(record):

@@ -59,7 +59,7 @@ def project(tmp_path, monkeypatch):
 
 
 def find_store(path):
-    return delivery._make_resolver(path, Settings.read({})).uri
+    return delivery._make_resolver(path, Settings.read({}), Path.cwd()).uri
 
 
 @pytest.mark.parametrize("store", ["mlflow.db", "mlruns"])

@@ -1,0 +1,191 @@
+"""The delivery process of a training process: deliver each run that it hands over.
+
+The training process writes one line of JSON for each run to stdin, and reads from stdout
+which runs are delivered. All runs share MLflow, whose import takes longer than the
+delivery of a short run. Each has a thread of its own, so one that a server keeps waiting
+holds up no other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from tracking.delivery.process import delivery_command
+from tracking.store import get_rank_dir, is_being_written
+
+LINGER_S: Final = 30.0
+"""Time without a run after which the process ends; a later run starts a new one."""
+
+_POLL_S: Final = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A run to deliver.
+
+    Attributes
+    ----------
+    number
+        Which one it is for the training process.
+    run
+        Folder of the run.
+    is_new
+        Whether the run was just created, so that MLflow cannot have it.
+    """
+
+    number: int
+    run: Path
+    is_new: bool = False
+
+    @classmethod
+    def parse(cls, line: bytes) -> Request:
+        """Read a line of the training process."""
+        fields = json.loads(line)
+        return cls(**fields | {"run": Path(fields["run"])})
+
+
+class DeliveryService:
+    """Delivers runs in threads until nothing is left to do.
+
+    Parameters
+    ----------
+    deliver
+        Delivers a run; returns whether MLflow has all of it. It raises nothing, and calls
+        its second argument as soon as MLflow has all but the summaries.
+    requests, reports
+        Descriptors to read from and to write to.
+    linger_s : seconds
+        Time without a run after which the service ends.
+    """
+
+    def __init__(
+        self,
+        deliver: Callable[[Request, Callable[[], None]], bool],
+        requests: int,
+        reports: int,
+        linger_s: float = LINGER_S,
+    ) -> None:
+        self._deliver = deliver
+        self._requests = requests
+        self._reports = reports
+        self._linger_s = linger_s
+        self._threads: list[threading.Thread] = []
+        os.set_blocking(reports, False)  # a training process that does not read
+
+    def serve(self) -> None:
+        """Deliver runs until the training process has ended, or hands over no more."""
+        rest, is_open = b"", True
+        idle_since = time.monotonic()
+        while True:
+            self._threads = [thread for thread in self._threads if thread.is_alive()]
+            if self._threads:
+                idle_since = time.monotonic()
+            elif not is_open or time.monotonic() - idle_since > self._linger_s:
+                return
+            if not is_open:
+                self._threads[0].join()
+            elif select.select([self._requests], [], [], _POLL_S)[0]:
+                data = os.read(self._requests, 1 << 16)
+                *lines, rest = (rest + data).split(b"\n")
+                is_open = bool(data)
+                for line in lines:
+                    self._start(Request.parse(line))
+
+    def _start(self, request: Request) -> None:
+        thread = threading.Thread(
+            target=self._run, args=[request], name=request.run.name, daemon=True
+        )
+        self._threads.append(thread)
+        thread.start()
+
+    def _run(self, request: Request) -> None:
+        is_done = False
+
+        def report() -> None:
+            text = json.dumps({"number": request.number, "is_done": is_done})
+            with contextlib.suppress(OSError):  # the training process has ended
+                os.write(self._reports, f"{text}\n".encode())
+
+        def note_done() -> None:
+            nonlocal is_done
+            if not is_done:
+                is_done = True
+                report()
+
+        if self._deliver(request, note_done):
+            note_done()
+        elif not is_done:
+            report()
+
+
+class SummaryProcess:
+    """Writes the summaries of runs, one after another, in a process of its own.
+
+    They need memory in proportion to the rows; if there is not enough, the delivery
+    continues without them.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[str] | None = None
+
+    def write(self, path: Path) -> list[Path]:
+        """Write the summaries of a run; none if it is resumed meanwhile.
+
+        Raises
+        ------
+        RuntimeError
+            If the process dies of it.
+        """
+        with self._lock:
+            process = self._process
+            if process is None:
+                process = self._process = subprocess.Popen(
+                    delivery_command("--summaries"),
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                )
+            try:
+                return self._ask(process, path)
+            finally:
+                if process.poll() is not None:
+                    self._process = None
+
+    def close(self) -> None:
+        """End the process, if there is one."""
+        with self._lock:
+            if self._process is not None:
+                self._end(self._process)
+                self._process = None
+
+    def _ask(self, process: subprocess.Popen[str], path: Path) -> list[Path]:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        with contextlib.suppress(OSError):
+            process.stdin.write(f"{json.dumps(str(path))}\n")
+            process.stdin.flush()
+        while not select.select([process.stdout], [], [], 0.1)[0]:
+            if is_being_written(get_rank_dir(path, 0)):
+                self._end(process)
+                return []
+        line = process.stdout.readline()
+        if not line:
+            self._end(process)
+            raise RuntimeError(f"their process ended with code {process.returncode}")
+        return [Path(file) for file in json.loads(line)["files"]]
+
+    @staticmethod
+    def _end(process: subprocess.Popen[str]) -> None:
+        with process:
+            process.kill()
