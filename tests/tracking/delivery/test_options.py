@@ -8,10 +8,15 @@ from tracking.delivery.options import DeliveryOptions, check_options
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
-        ({"per_kay": 3}, ValueError, "expected per_key or patience_s, got 'per_kay'"),
+        (
+            {"per_kay": 3},
+            ValueError,
+            "expected per_key, patience_s or wait_s, got 'per_kay'",
+        ),
         ({"per_key": 1}, ValueError, "a whole number of at least 2, got 1"),
         ({"per_key": 2.5}, TypeError, "a whole number of at least 2, got 2.5"),
         ({"patience_s": -1}, ValueError, "a number of at least 0, got -1"),
+        ({"wait_s": "long"}, TypeError, "a number of at least 0, got 'long'"),
     ],
 )
 def test_wrong_options_are_refused_at_the_start(options, error, match):
