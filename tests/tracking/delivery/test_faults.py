@@ -258,7 +258,7 @@ run = tracking.start(experiment="digits", runs_dir="runs")
 print(run.id, flush=True)
 for i in itertools.count():
     run.log("metrics", "train", {"loss": 1 / (i + 1)}, index=i)
-    time.sleep(0.001)
+    time.sleep(0.02)
 """
 
 
