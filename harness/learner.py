@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -408,7 +408,7 @@ class Learner:
             callbacks=add_defaults(default_callbacks(self.metrics), callbacks),
         )
         ctx.backward = self._get_backward(ctx)
-        ctx.about = {**describe_fit(ctx), "code": get_code_commit()}
+        ctx.about = {**describe_fit(ctx), "code": cache(get_code_commit)}
         try:
             if resume is not None and not resume.is_weights_only:
                 resume.check(ctx)

@@ -114,7 +114,7 @@ def find_resumed_run(ctx: Context) -> Options:
 
 def get_code_commit() -> str | None:
     """Return the git commit of the working folder, marked if there are changes."""
-    summary = capture.code_state(Path.cwd()).summary or {}
+    summary = capture.code_summary(Path.cwd()) or {}
     mark = " (changed)" if summary.get("dirty") else ""
     return f"{summary['commit']}{mark}" if summary.get("commit") else None
 

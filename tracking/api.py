@@ -129,6 +129,7 @@ def start(
             manifest.deliver = delivery is not False
             manifest.delivery = options or manifest.delivery
             manifest.mlflow = manifest.mlflow or _active_mlflow_run()
+            run._start_capture(_get_folder(), save_diff=save_diff and run_id is None)
             run.save_manifest()
             remove_failures(run.path)
     except BaseException:
@@ -210,9 +211,7 @@ def _start_new(
     save_diff: bool,
 ) -> Run:
     """Create a run; its folder is removed again if that fails."""
-    machine = capture.machine()
     folder = _get_folder()
-    code = capture.code_state(folder)
     path, name = create_run_dir(runs, experiment, name)
     manifest = Manifest(
         id=path.name,
@@ -223,17 +222,13 @@ def _start_new(
         command=capture.command(),
         cwd=str(folder),
         pid=os.getpid(),
-        packages=capture.packages(),
-        git=code.summary,
-        **machine,
+        **capture.machine(),
     )
     try:
         run = Run(path, manifest, durability=durability)
     except BaseException:
         shutil.rmtree(path, ignore_errors=True)
         raise
-    if save_diff and code.diff:
-        run.log_text(code.diff, "code.diff")
     return run
 
 
@@ -247,19 +242,21 @@ def _undo_start(run: Run, made: Path | None) -> None:
 def _continue(path: Path, durability: Literal["process", "fsync"]) -> Run:
     """Continue a run that has finished, failed or was killed."""
     manifest = Manifest.read(path)
+    earlier = manifest.adopt_environment(path)
     resumed = {
         "time": utc_now(),
         "status": get_status(path, manifest),
         "command": capture.command(),
         "host": capture.machine()["host"],
         "pid": os.getpid(),
-        "git": capture.code_state(_get_folder()).summary,
     }
     run = Run(path, manifest, durability=durability)
     manifest.resumed.append(resumed)
     manifest.status, manifest.ended, manifest.error = "running", None, None
     manifest.format = FORMAT
     manifest.pid = os.getpid()
+    if earlier is not None and earlier.diff:
+        run.log_text(earlier.diff, "code.diff")
     return run
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
+import dataclasses
 import gc
 import os
 import sys
@@ -12,12 +14,16 @@ from pathlib import Path
 from types import MemberDescriptorType, TracebackType
 from typing import Any, Final, Literal, NoReturn
 
+from tracking import capture
 from tracking.artifact_logger import ArtifactLogger
 from tracking.delivery.waiting import RunDelivery
-from tracking.errors import warn
+from tracking.errors import RunClosedError, warn
 from tracking.store import Manifest, describe_error, get_rank_dir, write_failure
 
 _STATUSES: Final = ("finished", "failed", "killed")
+
+_CAPTURE_WAIT_S: Final = 1.0
+"""A first fit may be shorter than a look at its code."""
 
 
 class Run(ArtifactLogger):
@@ -66,6 +72,7 @@ class Run(ArtifactLogger):
         self._pid = os.getpid()
         self._status = "running"
         self._delivery = RunDelivery(path)
+        self._capture: capture.Capture | None = None
         super().__init__(path, rank, durability)
         self._earlier_error = get_last_error()
         watch_exit()
@@ -118,6 +125,46 @@ class Run(ArtifactLogger):
                 f"run {self.id!r}: expected to write its manifest, got {error}. "
                 "Training continues; free some space before the run ends."
             )
+
+    def _start_capture(self, folder: Path, *, save_diff: bool) -> None:
+        """Record the code, the packages and the system that the run was started on.
+
+        They are found out beside training, and at once if an earlier run of this program
+        knows them.
+
+        Parameters
+        ----------
+        folder
+            Working folder.
+        save_diff
+            Keep uncommitted changes of the code as the artifact ``code.diff``.
+        """
+        manifest = self.manifest
+        started = manifest.resumed[-1]["time"] if manifest.resumed else manifest.created
+        found = capture.recall(folder, save_diff=save_diff)
+        if found is not None:
+            self._add_environment(
+                dataclasses.replace(found, started=started), save_diff
+            )
+            return
+        self._capture = capture.begin(
+            self.path,
+            started,
+            folder,
+            save_diff=save_diff,
+            on_end=lambda found: self._add_environment(found, save_diff),
+        )
+
+    def _add_environment(self, found: capture.Environment, save_diff: bool) -> None:
+        self.manifest.add_environment(found)
+        if save_diff and found.diff:
+            with contextlib.suppress(RunClosedError):
+                self.log_text(found.diff, "code.diff")
+
+    def _end_capture(self) -> None:
+        """Wait a moment for what is captured; what comes later stays in a file."""
+        if self._capture is not None:
+            self._capture.wait(0.0 if capture.is_prompt() else _CAPTURE_WAIT_S)
 
     # -------------------------------------------------------------------- delivery
 
@@ -187,6 +234,7 @@ class Run(ArtifactLogger):
             return
         self._status = status
         atexit.unregister(self._finish_at_exit)
+        self._end_capture()
         self.flush()
         self._record_end(status, error)
         self._journal.close()
@@ -202,6 +250,7 @@ class Run(ArtifactLogger):
         """Stop recording without ending the run, whose manifest stays as it is."""
         self._status = "killed"
         atexit.unregister(self._finish_at_exit)
+        self._end_capture()
         self._deferred.clear()
         self._journal.close()
 
@@ -217,6 +266,8 @@ class Run(ArtifactLogger):
             if error is not None:
                 self._manifest.error = describe_error(error)
             self.save_manifest()
+            if self._capture is not None and self._capture.found is not None:
+                self._capture.remove_file()
         elif error is not None:
             write_failure(get_rank_dir(self.path, self.rank), error, utc_now())
 

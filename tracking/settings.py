@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import sys
@@ -146,4 +147,11 @@ def read_secrets(environment: Mapping[str, str] | None = None) -> tuple[str, ...
     """
     if environment is None:
         environment = os.environ  # noqa: TID251  read only here
-    return collect_secrets(environment) + collect_argument_secrets(sys.orig_argv)
+    return _collect_secrets(tuple(environment.items()), tuple(sys.orig_argv))
+
+
+@functools.lru_cache(maxsize=8)
+def _collect_secrets(
+    environment: tuple[tuple[str, str], ...], arguments: tuple[str, ...]
+) -> tuple[str, ...]:
+    return collect_secrets(dict(environment)) + collect_argument_secrets(arguments)

@@ -8,7 +8,6 @@ readable name: ``20261122-235901-digits-amber-fox-3f2a``.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import difflib
 import errno
 import json
@@ -27,6 +26,7 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from tracking import durable
+from tracking.capture import ENVIRONMENT, Environment
 from tracking.errors import (
     InvalidFileError,
     RunNotFoundError,
@@ -126,7 +126,7 @@ class Manifest:
 
     def write(self, run_path: Path) -> None:
         """Replace ``run.json`` in a run's folder."""
-        fields = dataclasses.asdict(self)
+        fields = vars(self)  # plain JSON values, so no copy is needed
         text = json.dumps(fields, indent=2, ensure_ascii=False)
         data = text.encode(errors="replace") + b"\n"
         try:
@@ -166,11 +166,37 @@ class Manifest:
             raise InvalidFileError(
                 f"{path}: expected a readable file, got {error}. {advice}"
             ) from error
+        manifest.adopt_environment(run_path)
         for name in ("created", "ended"):
             _check_time(getattr(manifest, name), f"{path}: field {name!r}", advice)
         if _is_copy(run_path, manifest.id):
             manifest.id = run_path.name
         return manifest
+
+    def add_environment(self, found: Environment) -> None:
+        """Take over what was captured beside training."""
+        if found.started == self.created:
+            self.platform, self.packages = found.platform, found.packages
+            self.git = found.git
+        for resume in self.resumed:
+            if resume.get("time") == found.started:
+                resume["git"] = found.git
+
+    def adopt_environment(self, run_path: Path) -> Environment | None:
+        """Take over what was captured for a run that was killed before it could."""
+        if self.packages and all("git" in resume for resume in self.resumed):
+            return None
+        found = read_environment(run_path)
+        if found is not None:
+            self.add_environment(found)
+        return found
+
+
+def read_environment(run_path: Path) -> Environment | None:
+    """Return what was captured beside training and is not in the manifest yet."""
+    with contextlib.suppress(OSError, InvalidFileError):
+        return read_json(run_path / ENVIRONMENT, Environment, advice="Delete it.")
+    return None
 
 
 def _check_time(text: str | None, place: str, advice: str) -> None:

@@ -25,6 +25,7 @@ from harness.checkpoint.state import (
     get_generators,
     list_new,
     list_unmatched,
+    read_description,
     restore_state,
 )
 from harness.checkpoint.state_form import check_live_form, check_state_form
@@ -205,7 +206,7 @@ class Resume:
             _check_metrics(states, ctx, is_merged=ranks < saved_ranks)
         if ranks != saved_ranks:
             self._report_difference("ranks", saved_ranks, ranks)
-        self._compare_descriptions(ctx.about)
+        self._compare_descriptions(read_description(ctx))
         self._check_unit(ctx)
         if "optimizers" in self.parts:
             self._compare_groups(ctx)

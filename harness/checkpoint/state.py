@@ -303,6 +303,13 @@ def describe_fit(ctx: Context) -> dict[str, Any]:
     }
 
 
+def read_description(ctx: Context) -> dict[str, Any]:
+    """Return ``ctx.about``, with values that are only found out when they are needed."""
+    return {
+        name: value() if callable(value) else value for name, value in ctx.about.items()
+    }
+
+
 def describe_device(device: torch.device) -> str:
     """Name a device by its GPU model or its CPU instruction set, on which bits depend."""
     if device.type == "cuda":

@@ -23,7 +23,12 @@ from harness.checkpoint.format import (
     write_rank,
 )
 from harness.checkpoint.plain import copy_fields
-from harness.checkpoint.state import capture_state, get_position, search_context
+from harness.checkpoint.state import (
+    capture_state,
+    get_position,
+    read_description,
+    search_context,
+)
 from harness.context import Context
 from harness.pytree import flatten
 
@@ -96,7 +101,7 @@ class CheckpointWriter:
             world_size=accelerator.world_size,
             position=get_position(ctx, phase),
             run=RunRef(id=state.pop("run"), path=path),
-            about=ctx.about,
+            about=read_description(ctx),
         )
         plan, live = flatten(state)
         self._start(self._write, plan, self._copy_tensors(live), manifest)

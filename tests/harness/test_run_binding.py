@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -415,6 +416,8 @@ def test_get_code_commit_is_that_of_the_working_folder(tmp_path, monkeypatch):
     assert get_code_commit() == name
     Path("new.py").write_text("x = 1\n")
     assert os.system("git add new.py") == 0
+    assert get_code_commit() == name  # this program runs the code that it started with
+    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
     assert get_code_commit() == f"{name} (changed)"
 
 

@@ -1,12 +1,17 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
+import shutil
+import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import tracking
 from tracking import capture
 from tracking.capture import (
     MAX_DIFF_BYTES,
@@ -15,6 +20,8 @@ from tracking.capture import (
     machine,
     packages,
 )
+from tracking.delivery.summaries import write_summaries
+from tracking.store import Manifest
 
 
 def git(folder, *arguments):
@@ -110,7 +117,7 @@ def test_code_state_of_a_slow_git_is_given_up(repo, tmp_path_factory, monkeypatc
     (slow / "git").write_text("#!/bin/sh\nexec sleep 60\n")
     (slow / "git").chmod(0o755)
     monkeypatch.setenv("PATH", f"{slow}:/usr/bin:/bin")
-    assert code_state(repo) == capture.CodeState(None, "")
+    assert code_state(repo, timeout_s=0.3) == capture.CodeState(None, "")
 
 
 def test_command_is_that_of_this_process():
@@ -121,7 +128,7 @@ def test_machine_tells_host_and_python():
     found = machine()
     assert found["host"] == socket.gethostname()
     assert found["python"] == ".".join(map(str, sys.version_info[:3]))
-    assert set(found) == {"host", "user", "python", "platform", "devices"}
+    assert set(found) == {"host", "user", "python", "devices"}
 
 
 def test_machine_of_a_user_without_a_name(monkeypatch):
@@ -131,7 +138,7 @@ def test_machine_of_a_user_without_a_name(monkeypatch):
 
 
 def test_packages_are_those_that_are_installed():
-    found = packages()
+    found = packages(sys.path)
     for name in ("pyarrow", "numpy", "pytest"):
         assert found[name] == importlib.metadata.version(name)
 
@@ -180,3 +187,106 @@ def test_code_state_runs_no_program_of_gits_settings(setting, repo, tmp_path_fac
     assert state.summary is not None
     assert state.summary["dirty"] is True
     assert not told.exists()
+
+
+# --------------------------------------------------------------- beside training
+
+STARTS = """
+import os, signal, sys
+import pyarrow
+import tracking
+pyarrow.array([])  # imports pandas, which takes longer than the capture
+count, end = int(sys.argv[1]), sys.argv[2]
+for i in range(count):
+    run = tracking.start(runs_dir="runs", delivery=False)
+    if end == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    run.finish()
+"""
+
+
+@pytest.fixture
+def git_calls(tmp_path_factory, monkeypatch):
+    """File in which a git that is found first notes the commands that it gets."""
+    folder = tmp_path_factory.mktemp("bin")
+    real = shutil.which("git")
+    (folder / "git").write_text(
+        f'#!/bin/sh\necho "$@" >> {folder}/calls\nexec {real} "$@"\n'
+    )
+    (folder / "git").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    return folder / "calls"
+
+
+def run_program(repo, *arguments):
+    root = str(Path(tracking.__file__).parents[1])
+    return subprocess.run(
+        [sys.executable, "-c", STARTS, *arguments],
+        cwd=repo,
+        env={**os.environ, "PYTHONPATH": root},
+        check=False,
+    ).returncode
+
+
+def test_runs_of_a_program_look_at_its_code_once(repo, git_calls):
+    (repo / "train.py").write_text("lr = 2\n")
+    assert run_program(repo, "3", "finished") == 0
+    calls = git_calls.read_text().splitlines()
+    assert sum("rev-parse" in call for call in calls) == 1
+    runs = tracking.list_runs(repo / "runs")
+    assert len(runs) == 3
+    commit = git(repo, "rev-parse", "HEAD").strip()
+    for run in runs:
+        manifest = Manifest.read(run.path)
+        assert manifest.git is not None
+        assert (manifest.git["commit"], manifest.git["dirty"]) == (commit, True)
+        assert manifest.packages["pyarrow"]
+        assert manifest.platform
+        assert "+lr = 2" in (run.path / "artifacts" / "code.diff").read_text()
+        assert not (run.path / "environment.json").exists()
+
+
+def test_program_killed_at_once_leaves_on_record_what_it_ran_on(repo, until):
+    (repo / "train.py").write_text("lr = 2\n")
+    assert run_program(repo, "1", "killed") == -signal.SIGKILL
+    (path,) = (repo / "runs").glob("2*")
+    until((path / "environment.json").exists)
+    manifest = Manifest.read(path)
+    assert manifest.git is not None
+    assert manifest.git["dirty"] is True
+    assert manifest.packages["pyarrow"]
+    write_summaries(path)
+    assert "+lr = 2" in (path / "artifacts" / "code.diff").read_text()
+    # A resume keeps it, and notes what it runs on itself.
+    (repo / "train.py").write_text("lr = 3\n")
+    with tracking.start(run_id=path.name, runs_dir=repo / "runs", delivery=False):
+        pass
+    assert "+lr = 2" in (path / "artifacts" / "code.diff").read_text()
+    manifest = Manifest.read(path)
+    assert manifest.packages["pyarrow"]
+    assert "git" in manifest.resumed[0]
+
+
+def test_environment_that_is_damaged_spoils_no_manifest(record):
+    run = record()
+    run.run.finish()
+    manifest = Manifest.read(run.path)
+    manifest.packages = {}
+    manifest.write(run.path)
+    (run.path / "environment.json").write_text('{"started": 3')
+    assert Manifest.read(run.path).packages == {}
+
+
+def test_code_is_looked_at_for_each_run_at_a_prompt(repo, monkeypatch, until):
+    monkeypatch.chdir(repo)
+    with tracking.start(runs_dir="runs", delivery=False) as run:
+        pass
+    assert run.manifest.git["dirty"] is False
+    assert capture.recall(repo, save_diff=True) is not None
+    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+    (repo / "train.py").write_text("lr = 2\n")
+    assert capture.recall(repo, save_diff=True) is None
+    with tracking.start(runs_dir="runs", delivery=False) as run:
+        pass
+    until(lambda: Manifest.read(run.path).git is not None)
+    assert Manifest.read(run.path).git["dirty"] is True

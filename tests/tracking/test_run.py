@@ -23,6 +23,7 @@ import torch
 import tracking
 from tracking.api import start
 from tracking.delivery.state import DeliveryState
+from tracking.delivery.waiting import _report_unsent
 from tracking.errors import (
     DeliveryError,
     RunBusyError,
@@ -447,7 +448,6 @@ def test_start_records_what_it_ran_on(runs):
     assert manifest.note == "*why*"
     assert manifest.pid == os.getpid()
     assert manifest.command[0] == sys.orig_argv[0]
-    assert manifest.packages["pyarrow"]
     assert datetime.fromisoformat(manifest.created).tzinfo
     assert manifest.deliver is False
     assert manifest.mlflow == {}
@@ -456,6 +456,9 @@ def test_start_records_what_it_ran_on(runs):
     ended = Manifest.read(run.path)
     assert ended.status == run.status == "finished"
     assert ended.extra == {"seed": 7}
+    assert ended.packages["pyarrow"]
+    assert ended.platform
+    assert not (run.path / "environment.json").exists()
     assert ended.ended is not None
     assert ended.ended > ended.created
     past = PastRun(run.path)
@@ -785,13 +788,18 @@ def test_wait_ends_when_mlflow_has_what_was_logged(run, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_rest_is_described_without_secrets(run):
+def test_rest_is_reported_without_secrets(run, capsys):
     delivering(run, behind=12, error="refused by https://u:p@h", phase="waiting")
-    shown = run._delivery.describe_unsent()
+    _report_unsent([run._delivery])
+    shown = capsys.readouterr().err
     assert shown.startswith(f"12 rows of {run.id} are not in MLflow yet (refused by")
     assert "delivery continues in the background" in shown
     assert f"'harness sync {run.id}' sends the rest." in shown
     assert "u:p" not in shown
+    _report_unsent([run._delivery] * 3)
+    shown = capsys.readouterr().err
+    assert shown.startswith("36 rows of 3 runs are not in MLflow yet (refused by")
+    assert shown.endswith("'harness sync' sends the rest.\n")
 
 
 def test_start_without_mlflow_is_one_warning(runs, root, tmp_path):
@@ -817,7 +825,8 @@ print(len(caught), caught[0].message)
     assert "harness sync" in done.stdout
 
 
-def test_start_process_that_cannot_be_started_is_a_warning(run, monkeypatch):
+def test_start_process_that_cannot_be_started_is_a_warning(runs):
+    run = start(runs_dir=runs, delivery=False)
     (run.path / "delivery").write_text("in the way")
     with pytest.warns(TrackingWarning, match="expected to start the delivery"):
         run.deliver()

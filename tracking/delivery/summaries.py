@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Final
 
 import pyarrow as pa
 from pyarrow import compute as pc
 from pyarrow import parquet as pq
 
-from tracking.durable import replace_file
+from tracking.durable import replace_file, write_atomically
 from tracking.journal.fits import get_fits
 from tracking.plot import MAX_LINES, MAX_PANELS, MAX_POINTS, plot_curves, thin
 from tracking.read import PastRun
+from tracking.store import read_environment
 
 CURVES, RECORDS = "curves.png", "records.parquet"
+DIFF: Final = "code.diff"
+"""Written here for a run that was killed before it could."""
 
 
 def write_summaries(run_path: Path) -> list[Path]:
@@ -50,6 +54,10 @@ def write_summaries(run_path: Path) -> list[Path]:
         with replace_file(folder / CURVES) as temporary:
             plot_curves(rows, temporary)
         written.append(folder / CURVES)
+    found = read_environment(run_path)
+    if DIFF not in logged and found is not None and found.diff:
+        write_atomically(folder / DIFF, found.diff.encode(errors="replace"))
+        written.append(folder / DIFF)
     return written
 
 

@@ -33,7 +33,6 @@ SILENT_S: Final = 10.0
 
 _MAX_STARTS: Final = 3
 _MAX_READ: Final = 20
-_MAX_NAMED: Final = 3
 _POLL_S: Final = 0.1
 _SHOW_AFTER_S: Final = 0.5
 
@@ -182,17 +181,6 @@ class RunDelivery:
 
         _wait_for([self], timeout_s, is_enough=has_rows)
         return self.is_done or has_rows()
-
-    def describe_unsent(self) -> str:
-        """Say what MLflow does not have yet."""
-        state, run_id = self.read_state(), self.run_path.name
-        count = f"{state.behind} rows" if state.behind else "some rows"
-        reason = f" ({redact(state.error)})" if state.error else ""
-        how = "" if self.is_over else "delivery continues in the background; "
-        return (
-            f"{count} of {run_id} are not in MLflow yet{reason}: {how}"
-            f"'harness sync {run_id}' sends the rest.\n"
-        )
 
 
 def _is_installed(package: str) -> bool:
@@ -380,10 +368,21 @@ def _show(
 
 def _report_unsent(runs: Sequence[RunDelivery]) -> None:
     """Say on stderr what MLflow does not have yet."""
-    for run in runs[:_MAX_NAMED]:
-        write_stderr(run.describe_unsent())
-    if (more := len(runs) - _MAX_NAMED) > 0:
-        write_stderr(f"So are those of {more} more runs: 'harness sync' sends them.\n")
+    if not runs:
+        return
+    states = [run.read_state() for run in runs]
+    run_id = runs[0].run_path.name
+    what, word = (run_id, f" {run_id}") if len(runs) == 1 else (f"{len(runs)} runs", "")
+    behind = sum(state.behind for state in states)
+    count = f"{behind} rows" if behind else "some rows"
+    errors = [state.error for state in states if state.error]
+    reason = f" ({redact(errors[0])})" if errors else ""
+    is_over = all(run.is_over for run in runs)
+    how = "" if is_over else "delivery continues in the background; "
+    write_stderr(
+        f"{count} of {what} are not in MLflow yet{reason}: {how}"
+        f"'harness sync{word}' sends the rest.\n"
+    )
 
 
 def _get_folder() -> str:

@@ -100,6 +100,7 @@ class RunResolver:
         found = self.find(known_id)
         if found is None:
             experiment_id = self._resolve_experiment()
+            self.reload_manifest()  # by now it has the code that the run was started on
             self._may_exist = True  # the answer to the next call may be lost
             found = self._create(experiment_id, {})
         return self.open_writer(found)
