@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import yaml
 
-from tracking.delivery.process import DeliveryProcess
+from tracking.delivery.waiting import RunDelivery
 from tracking.mlflow_store.client import RefusedError
 from tracking.mlflow_store.writer import RunWriter
 from tracking.store import Manifest, get_rank_dir, is_being_written
@@ -54,10 +54,9 @@ def adding_model(run_path: Path, name: str) -> Iterator[Path]:
         if target.exists():
             target.rename(Path(temporary, "old"))
         made.rename(target)
-    if Manifest.read(run_path).deliver and not is_being_written(
-        get_rank_dir(run_path, 0)
-    ):
-        DeliveryProcess(run_path).start()
+    manifest = Manifest.read(run_path)
+    if manifest.deliver and not is_being_written(get_rank_dir(run_path, 0)):
+        RunDelivery(run_path).start(manifest)
 
 
 def send_models(writer: RunWriter, run_path: Path) -> None:
