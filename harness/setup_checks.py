@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Integral, Real
 from pathlib import Path
+from types import GeneratorType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
@@ -775,13 +776,23 @@ def noting_options(
 def explaining_optimizer(model: nn.Module) -> Iterator[None]:
     """Explain an error of an optimizer without parameters, or with those of lazy layers.
 
+    Also that of a function which expects the model.
+
     Raises
     ------
-    ValueError
+    ValueError, TypeError
         In place of torch's.
     """
     try:
         yield
+    except AttributeError as error:
+        if not isinstance(error.obj, list | GeneratorType) or not hasattr(
+            model, str(error.name)
+        ):
+            raise
+        msg = f"setup(optimizer): expected a function of parameters, got one of {error.name}"
+        advice = "Call its first parameter 'model', and it gets the model."
+        raise TypeError(f"{msg}(). {advice}") from error
     except ValueError as error:
         if "empty parameter list" in str(error):
             msg = f"optimizer: expected parameters of {type(model).__name__}, got none."

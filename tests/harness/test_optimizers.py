@@ -42,6 +42,13 @@ def test_functions_make_optimizers_of_parameters_or_of_the_model():
     assert named.records["metrics"]["train"][0]["loss"].keys() == {"w", "b"}
 
 
+def test_function_that_expects_the_model_is_told_how_to_get_it():
+    with pytest.raises(TypeError, match=r"one of parameters\(\)\. Call .*'model'"):
+        fit(lambda net: SGD(net.parameters(), 0.1))
+    with pytest.raises(AttributeError, match="nothing"):
+        fit(lambda params: SGD(list(params).nothing))
+
+
 def test_partial_is_its_class_with_options_that_are_recorded_and_can_be_changed():
     learner = harness.setup(
         Line, loss=nn.MSELoss(), optimizer=partial(SGD, lr=0.5, momentum=0.9)

@@ -89,9 +89,9 @@ class Freeze(Callback):
             for group in list(opt.param_groups):
                 if own.isdisjoint(map(id, group["params"])):
                     continue
-                if "lr" not in group:
+                if "lr" not in group or isinstance(opt, torch.optim.LBFGS):
                     kind = type(opt).__name__
-                    msg = "Freeze(lr): expected an optimizer with learning rates at"
+                    msg = "Freeze(lr): expected an optimizer with a rate for each group at"
                     raise ValueError(f"{msg} {opt_name!r}, got {kind}. Leave lr out.")
                 move_to_new_group(opt, group, own, self.lr)
 

@@ -185,6 +185,14 @@ def test_freeze_that_cannot_work_is_refused_before_training(callbacks, module, m
     assert tape.events == []
 
 
+def test_freeze_with_a_rate_needs_an_optimizer_with_groups():
+    learner = harness.setup(
+        Net, loss=nn.CrossEntropyLoss(), optimizer=torch.optim.LBFGS
+    )
+    with pytest.raises(ValueError, match=r"a rate for each group at 'opt', got LBFGS"):
+        learner.fit((X, Y), 3, callbacks=[Freeze("body", until=2, lr=0.1)], **OFF)
+
+
 def test_freeze_options_are_checked():
     with pytest.raises(TypeError, match=r"Freeze\(names\): expected names of modules"):
         Freeze()
