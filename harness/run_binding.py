@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -21,9 +22,11 @@ from harness.records import NullRun
 from harness.setup_checks import check_arguments
 from tracking import capture
 from tracking.artifact_logger import check_item
+from tracking.delivery.state import DeliveryState
 from tracking.errors import RunClosedError, escape_control, write_stderr
 from tracking.journal.fits import name_in_fit
 from tracking.schema import flatten_value
+from tracking.store import runs_folder
 
 Tracker = tracking.Run | Mapping[str, object] | bool | None
 """Where a fit is recorded; see ``Learner.fit``."""
@@ -225,3 +228,29 @@ def _name_loss(loss: Callable[..., Tensor] | None) -> str:
     if loss is None:
         return "model.step"
     return getattr(loss, "__name__", type(loss).__name__)
+
+
+def describe_next(run: tracking.Run | NullRun) -> list[str]:
+    """Return the lines that say where a run is and what to type next; none without a run."""
+    if run.id is None or isinstance(run, NullRun):
+        return []
+    name, option = run.id, ""
+    if run.path.parent != runs_folder():
+        name = str(run.path)
+        if (near := os.path.relpath(run.path)) and not near.startswith(".."):
+            name = near
+        option = f" --runs-dir {Path(name).parent}"
+    lines = [f"run   {shorten_path(run.path)}"]
+    state = DeliveryState.read_or_none(run.path)
+    if state is not None and state.page:
+        lines.append(f"page  {state.page}")
+    lines.append(f"next  harness runs show {name}")
+    if run.manifest.deliver:
+        lines.append(f"      harness ui{option}")
+    return lines
+
+
+def shorten_path(path: Path) -> str:
+    """Return the path from the working folder, if it is inside of it."""
+    near = os.path.relpath(path)
+    return str(path) if near.startswith("..") else near

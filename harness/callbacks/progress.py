@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
 from time import perf_counter
 from typing import TYPE_CHECKING
 
 from harness.callback import MetricsListener
+from harness.callbacks.display.best import BestSoFar
+from harness.callbacks.display.epoch_lines import (
+    BEST,
+    EpochTable,
+    Values,
+    format_line,
+    format_time,
+    wrap,
+)
+from harness.callbacks.display.fit_lines import describe_start, estimate_left_s
 from harness.data.pace import NO_LIMIT, count_batches, count_epochs
+from harness.records import format_metrics
+from harness.run_binding import describe_next
 from tracking.errors import is_terminal, write_stderr
 
 if TYPE_CHECKING:
-    from harness.callbacks.progress_bar import ProgressBar
+    from harness.callbacks.display.bar import ProgressBar
 
 REDRAW_S = 0.1
 """Seconds that pass at least before a bar is drawn again."""
@@ -23,12 +34,17 @@ DEFAULT_WIDTH = 80
 
 
 class Progress(MetricsListener):
-    """Shows a bar, redrawn at most ten times a second, and the metrics of each epoch.
+    """Shows what is trained, a bar with the metrics so far, and a table of the epochs.
 
-    In a fit that validates by steps, the metrics of each validation are shown. Evaluations
-    and predictions have a bar, and a line at their end. Without a terminal, only the lines
-    are written. Nothing is shown unless ``ctx.verbose`` is set, and nothing on ranks other
-    than 0.
+    The bar is redrawn at most ten times a second. The table marks the best epoch so far with
+    ``*``: by the metric that a callback of the fit monitors, otherwise by the validation
+    loss. If a row does not fit the terminal, each set gets a line. The last lines repeat the
+    metrics of the last and the best epoch, and say where the run is and what to type next.
+
+    In a fit that validates by steps, the table has a row for each validation. Evaluations
+    and predictions have a bar, and a line at their end. Without a terminal there is no bar,
+    and each epoch is one line that can be read alone. Nothing is shown unless
+    ``ctx.verbose`` is set, and nothing on ranks other than 0.
 
     Parameters
     ----------
@@ -47,6 +63,15 @@ class Progress(MetricsListener):
         self._bar: ProgressBar | None = None
         self._began, self._call_began = -REDRAW_S, self.clock()
         self._min_s = min_s
+        self._restart()
+
+    def _restart(self) -> None:
+        self._table = EpochTable()
+        self._best: BestSoFar | None = None
+        self._fit_began = self._epoch_began = self.clock()
+        self._shown: list[int | None] = []
+        self._peek_at = 0.0
+        self._peeked: dict[str, float] = {}
 
     @property
     def _is_shown(self) -> bool:
@@ -54,25 +79,32 @@ class Progress(MetricsListener):
         return self.ctx.verbose and (accelerator is None or accelerator.is_main)
 
     @property
-    def _place(self) -> str:
-        """Where in the fit this is."""
-        ctx = self.ctx
-        epochs = count_epochs(ctx)
-        if epochs is None and ctx.max_epochs < NO_LIMIT:
-            epochs = ctx.max_epochs
-        text = f"epoch {ctx.epoch}"
+    def _places(self) -> dict[str, str]:
+        """Where in the fit this is: the epoch, and the step if that matters."""
+        ctx, epochs = self.ctx, self._num_epochs
+        found = {"epoch": f"{ctx.epoch}"}
         if epochs is not None:
-            text = f"epoch {ctx.epoch:>{len(str(epochs))}}/{epochs}"
+            found["epoch"] = f"{ctx.epoch:>{len(str(epochs))}}/{epochs}"
         if ctx.pace.max_steps is not None or ctx.pace.unit == "step":
             total = "" if ctx.total_steps is None else f"/{ctx.total_steps}"
-            text += f", step {ctx.step:>{max(len(total) - 1, 0)}}{total}"
-        return text
+            found["step"] = f"{ctx.step:>{max(len(total) - 1, 0)}}{total}"
+        return found
+
+    @property
+    def _place(self) -> str:
+        return ", ".join(f"{title} {text}" for title, text in self._places.items())
+
+    @property
+    def _num_epochs(self) -> int | None:
+        """Epochs of the fit; None if they are not known."""
+        epochs, most = count_epochs(self.ctx), self.ctx.max_epochs
+        return most if epochs is None and most < NO_LIMIT else epochs
 
     def _start(self, title: str) -> None:
         self._stop()  # a skipped epoch does not end its split
         if not self._is_shown or not is_terminal():
             return
-        from harness.callbacks.progress_bar import ProgressBar  # noqa: PLC0415  imports rich
+        from harness.callbacks.display.bar import ProgressBar  # noqa: PLC0415  imports rich
 
         now = self.clock()
         # If splits are shorter than a redraw, their bars are only drawn when one is due.
@@ -84,7 +116,7 @@ class Progress(MetricsListener):
             return
         self._bar = bar
         if is_due:
-            bar.draw(0, "", now, get_terminal_width())
+            bar.draw(0, (), now, get_terminal_width())
 
     def _advance(self) -> None:
         bar, done = self._bar, self.ctx.iter
@@ -94,21 +126,55 @@ class Progress(MetricsListener):
             bar.done_before = done - 1  # a resumed pass does not start at batch 1
         now = self.clock()
         if now - bar.drawn_at >= REDRAW_S:
-            bar.draw(done, self._format_losses(), now, get_terminal_width())
+            left_s = self._estimate_left_s(done, bar.get_rate(done, now))
+            bar.draw(done, self._list_values(now), now, get_terminal_width(), left_s)
 
-    def _format_losses(self) -> str:
-        losses = (
-            self.ctx.loss if isinstance(self.ctx.loss, dict) else {"": self.ctx.loss}
-        )
+    def _estimate_left_s(self, done: int, rate: float) -> float | None:
+        """Estimate the time left of a fit, while it trains and has more than an epoch."""
+        ctx, epochs = self.ctx, self._num_epochs
+        if not ctx.training or ctx.train_pass is None or epochs in (None, 1):
+            return None
+        finished = len(self._shown) if ctx.pace.unit == "epoch" else 0
+        took_s = self._epoch_began - self._fit_began
+        epoch_s = took_s / finished if finished else None
+        return estimate_left_s(ctx, done, rate, epochs, epoch_s)
+
+    def _list_values(self, now: float) -> list[str]:
+        """Texts of the loss and the metrics so far; of the last loss if there are no metrics.
+
+        What it takes to compute them is kept below 2 % of the time.
+        """
+        found = (self.ctx.metrics or {}).get(self.ctx.split)
+        if found is None or (self.ctx.pred is None and not self.ctx.loss):
+            return self._list_losses()
+        if now >= self._peek_at:
+            before = self.clock()
+            values = {**found.peek()} or self._peeked
+            self._peeked = values
+            self._peek_at = now + 50 * (self.clock() - before)
+        texts = format_metrics(self._peeked)
+        return [f"{name} {text}" for name, text in texts.items()] or self._list_losses()
+
+    def _list_losses(self) -> list[str]:
+        loss = self.ctx.loss
+        losses = loss if isinstance(loss, dict) else {"": loss}
         shown = [
             f"{float(value):.4g}" for value in losses.values() if value is not None
         ]
-        return f"loss {' '.join(shown)}" if shown else ""
+        return [f"loss {' '.join(shown)}"] if shown else []
 
     def _stop(self) -> None:
         if self._bar is not None:
             self._bar.erase()
             self._bar = None
+
+    def on_fit_begin(self) -> None:
+        """Write what is trained on what."""
+        self._restart()
+        if self._is_shown:
+            width = get_terminal_width() if is_terminal() else None
+            for pieces in describe_start(self.ctx):
+                self._write(*wrap(pieces, width, "      "))
 
     def on_epoch_begin(self) -> None:
         """Start the epoch's clock."""
@@ -170,21 +236,77 @@ class Progress(MetricsListener):
         """Write the metrics of the epoch, or of the steps since the last validation."""
         now = self.clock()
         took_s, self._epoch_began = now - self._epoch_began, now
-        if self._is_shown:
-            self._write_metrics(f"{self._place}  {took_s:5.2f} s")
+        if not self._is_shown:
+            return
+        if self._best is None:
+            self._best = BestSoFar(self.ctx)
+        is_best = self._best.update(self.ctx)
+        self._shown.append(self.ctx.index)
+        if not is_terminal():
+            self._write_metrics(f"{self._place}  {took_s:5.2f} s", is_best=is_best)
+            return
+        heads = {**self._places, "time": format_time(took_s)}
+        values, width = self._format_metrics(self.ctx.index), get_terminal_width()
+        self._write(*self._table.format(heads, values, width, is_best=is_best))
 
-    def _write_metrics(self, head: str) -> None:
-        """Write a line with the metrics of this index, in each set."""
-        ctx, pieces = self.ctx, [("", head)]
-        for split in ("train", *ctx.valid_sets):
-            metrics = ctx.get_formatted_metrics(split, ctx.index)
-            for place, (name, value) in enumerate(metrics.items()):
-                text = f"{name} {value:<7}"
-                is_next_split = place == 0 and len(pieces) > 1
-                gap = "| " if is_next_split else "  "
-                pieces.append((gap, text if place else f"{split}: {text}"))
-        for line in wrap(pieces, get_terminal_width() if is_terminal() else None):
-            self._write(line)
+    def _format_metrics(self, index: int | None) -> Values:
+        """Return the metrics of each set at an epoch, or step."""
+        found = {
+            split: self.ctx.get_formatted_metrics(split, index)
+            for split in ("train", *self.ctx.valid_sets)
+        }
+        return {split: metrics for split, metrics in found.items() if metrics}
+
+    def _write_metrics(
+        self, head: str, index: int | None = None, *, is_best: bool = False
+    ) -> None:
+        """Write a line with the metrics of an index (None: the present), in each set."""
+        values = self._format_metrics(self.ctx.index if index is None else index)
+        lines = format_line(
+            head, values, get_terminal_width() if is_terminal() else None
+        )
+        lines[-1] = f"{lines[-1].rstrip()}  {BEST}" if is_best else lines[-1]
+        self._write(*lines)
+
+    def on_fit_end(self) -> None:
+        """Write the metrics of the last and the best epoch, and what to type next."""
+        self._stop()
+        if not self._is_shown:
+            return
+        took_s = self.clock() - self._fit_began
+        if not self._shown and self.ctx.step and not self.ctx.stop_signal:
+            done = "all steps" if self.ctx.pace.max_steps else "all epochs"
+            self._write(f"ended  nothing is left to train: {done} are done")
+            self._write("       to train further, pass more epochs or steps")
+        else:
+            num = len(self._shown)
+            what = f"{num} epoch{'' if num == 1 else 's'}"
+            if self.ctx.pace.unit == "step":
+                what = f"{self.ctx.step} steps"
+            self._write(f"ended  {what} in {format_time(took_s)}")
+        self._write_last_and_best()
+        self._write(*describe_next(self.ctx.run))
+
+    def _write_last_and_best(self) -> None:
+        """Write the metrics of the best epoch, and those of the last if it is another."""
+        best, unit = self._best, self.ctx.pace.unit
+        if best is None or best.index is None or len(self._shown) < 2:
+            return
+        last = self._shown[-1]
+        if last == best.index:
+            self._write(f"best  {unit} {last}, the last one, by {best.monitor}")
+            return
+        rows = {"last": last, "best": best.index}
+        if not is_terminal():
+            for title, index in rows.items():
+                self._write_metrics(f"{title}  {unit} {index} ", index)
+            return
+        table, width = EpochTable(), get_terminal_width()
+        cells = {title: {"": title, unit: str(index)} for title, index in rows.items()}
+        table.fit_heads(cells.values())
+        for title, index in rows.items():
+            values, is_best = self._format_metrics(index), title == "best"
+            self._write(*table.format(cells[title], values, width, is_best=is_best))
 
     def on_early_stopping(self) -> None:
         """Say why the fit ended."""
@@ -205,8 +327,8 @@ class Progress(MetricsListener):
         """Leave the terminal usable."""
         self._stop()
 
-    def _write(self, line: str) -> None:
-        write_stderr(line.rstrip() + "\n")
+    def _write(self, *lines: str) -> None:
+        write_stderr("".join(f"{line.rstrip()}\n" for line in lines))
 
 
 def get_terminal_width() -> int:
@@ -215,23 +337,3 @@ def get_terminal_width() -> int:
         return os.get_terminal_size(sys.stderr.fileno()).columns or DEFAULT_WIDTH
     except (AttributeError, OSError, ValueError):
         return DEFAULT_WIDTH
-
-
-def wrap(pieces: Sequence[tuple[str, str]], width: int | None) -> list[str]:
-    """Join pieces of text into lines that break only between pieces.
-
-    Parameters
-    ----------
-    pieces
-        Pairs of the gap before a piece and its text.
-    width
-        Columns of a line; None: no limit.
-    """
-    lines = [""]
-    for gap, text in pieces:
-        longer = lines[-1] + gap + text
-        if width is not None and lines[-1] and len(longer.rstrip()) > width:
-            lines.append(f"  {text}")
-        else:
-            lines[-1] = longer
-    return lines

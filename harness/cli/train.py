@@ -21,7 +21,9 @@ from harness.cli.ranks import (
 )
 from tracking.cli import render
 from tracking.cli.commands import open_run, runs_dir_option
+from tracking.errors import is_terminal
 from tracking.redaction import MASK, is_secret
+from tracking.settings import read_rank
 
 if TYPE_CHECKING:
     from harness.accelerators.base import Accelerator
@@ -111,9 +113,15 @@ def fit(target: str, **options: object) -> None:
     each epoch and on Ctrl-C; 'harness resume RUN' continues from it.
     """
     options["target"] = target
+    launched = read_rank()
+    is_shown = not options["quiet"] and (launched is None or launched.rank == 0)
     with ending_with_ranks():
-        fitted = train(load_experiment(target, options), options)
-    if is_main():
+        with render.showing(f"loading {target} ...", when=is_shown):
+            experiment = load_experiment(target, options)
+        fitted = train(experiment, options)
+    # In a terminal the last lines of the progress have told it.
+    is_told = not options["quiet"] and is_terminal() and sys.stdout.isatty()
+    if is_main() and not is_told:
         render.echo(fitted)
     if fitted.signum is not None:
         if is_main():

@@ -101,6 +101,21 @@ class LossAverage:
             self._fold(name)
         return {name: sums.tolist() for name, sums in self._sums.items()}
 
+    def peek(self) -> dict[str, float]:
+        """Mean so far on this rank, by name, without a change of what is kept."""
+        found = {}
+        for name, waiting in self._waiting.items():
+            value, rows = self._sums[name].tolist() if name in self._sums else (0.0, 0)
+            if waiting:
+                losses = torch.stack(
+                    [torch.as_tensor(loss).detach() for loss in waiting]
+                )
+                for loss, count in zip(losses.tolist(), self._rows[name], strict=True):
+                    value += loss * count if count else 0.0
+                    rows += count
+            found[name] = value / rows if rows else math.nan
+        return found
+
     def compute(self) -> Any:
         """The mean over this rank's rows as a float, or a dict of means by name."""
         return compute_means([{"": self.get_sums()}]).get("", {})

@@ -6,7 +6,7 @@ import copy
 import inspect
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -228,6 +228,34 @@ class SplitMetrics:
                     exc.add_note(f"in metric {name!r}")
                     raise
         return values
+
+    def peek(self) -> dict[str, float]:
+        """The loss and metrics so far on this rank, for a display; what is kept stays as it is.
+
+        Only torchmetrics' own metrics of a single number are asked, which are cheap: those
+        that sum up tensors. Batches that wait for a grouped update are not in it.
+        """
+        means = self.loss.peek()
+        found = {
+            "loss" if len(means) == 1 else f"loss/{name}": mean
+            for name, mean in means.items()
+        }
+        for name in self._due:
+            metric = self._metrics[name]
+            is_plain = type(metric).__module__.startswith("torchmetrics.")
+            is_cheap = is_plain and metric._defaults and not has_sample_lists(metric)
+            if not is_cheap or not metric.update_called:
+                continue
+            with suppress(
+                Exception
+            ):  # a display never ends a fit; the epoch's end tells
+                value = metric.compute()
+                metric._computed = (
+                    None  # torchmetrics 1.9: forget what the epoch asks for
+                )
+                if isinstance(value, Tensor) and value.numel() == 1:
+                    found[name] = float(value)
+        return found
 
     def _warn_of_names(self, of_ranks: Sequence[Sums]) -> None:
         """Warn once of each name that not every rank has logged."""

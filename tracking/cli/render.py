@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from tracking.errors import escape_control
+from tracking.errors import escape_control, is_terminal, write_stderr
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -21,6 +22,20 @@ if TYPE_CHECKING:
 def echo(text: object, *, err: bool = False) -> None:
     """Print a text, which cannot control the terminal whatever names are in it."""
     click.echo(escape_control(str(text)), err=err)
+
+
+@contextmanager
+def showing(text: str, *, when: bool = True) -> Iterator[None]:
+    """Show a line on stderr in the block, if a person watches; it is erased afterwards."""
+    shown = escape_control(text)
+    if not when or not is_terminal():
+        yield
+        return
+    write_stderr(shown)
+    try:
+        yield
+    finally:
+        write_stderr(f"\r{' ' * len(shown)}\r")
 
 
 def make_table(*columns: str) -> Table:

@@ -5,13 +5,16 @@ from contextlib import redirect_stderr
 from typing import Any
 
 import pytest
+import torch
+import torchmetrics
 
 import harness
 from harness.accelerators.single import SingleDevice
-from harness.callbacks import EarlyStopping, Progress
+from harness.callbacks import EarlyStopping, KeepBestModel, Progress
+from harness.callbacks.display.bar import ProgressBar
+from harness.callbacks.display.epoch_lines import EpochTable, format_duration
 from harness.callbacks.progress import REDRAW_S
-from harness.callbacks.progress_bar import ProgressBar, format_duration
-from tests.harness.fakes import At, line_learner, slope
+from tests.harness.fakes import At, Line, line_learner, slope
 from tests.harness.terminal import frames, in_terminal, screen
 
 TIME = re.compile(r" +\d+\.\d\d s")
@@ -31,6 +34,11 @@ def lines(capsys, *callbacks, epochs: Any = 2, **options):
     written = capsys.readouterr()
     assert written.out == ""
     return [TIME.sub(" T s", line) for line in written.err.splitlines()]
+
+
+def epoch_lines(*args, **options):
+    """The lines of the epochs among them."""
+    return [line for line in lines(*args, **options) if line.startswith("epoch")]
 
 
 class Tee:
@@ -59,8 +67,13 @@ def test_fit_ends_well_whatever_stderr_is(stderr, verbose, tmp_path):
 def test_progress_without_a_terminal_writes_a_line_an_epoch(capsys):
     # x = 0, 1 at w = b = 0: (0 + 4) / 2; with 2: (0 + 4 + 16) / 3
     assert lines(capsys) == [
-        "epoch 1/2 T s  train: loss 2      | valid: loss 6.667",
+        "model Line, 2 parameters, cpu, fp32",
+        "data  train 2 rows in 1 batch of 32; valid 3 rows in 1 batch of 32",
+        "epoch 1/2 T s  train: loss 2      | valid: loss 6.667  *",
         "epoch 2/2 T s  train: loss 2      | valid: loss 6.667",
+        "ended  2 epochs in T s",
+        "last  epoch 2   train: loss 2      | valid: loss 6.667",
+        "best  epoch 1   train: loss 2      | valid: loss 6.667",
     ]
 
 
@@ -79,11 +92,11 @@ def test_progress_of_other_ranks_is_silent(capsys):
 def test_progress_tells_of_an_early_stop(capsys):
     # The losses stay as they are: the second epoch is no better.
     found = lines(capsys, EarlyStopping(), epochs=10)
-    assert [line.split()[:2] for line in found[:2]] == [
+    assert [line.split()[:2] for line in found[2:4]] == [
         ["epoch", "1/10"],
         ["epoch", "2/10"],
     ]
-    assert found[2:] == ["stopped early after epoch 2"]
+    assert found[4:6] == ["stopped early after epoch 2", "ended  2 epochs in T s"]
 
 
 class Clock:
@@ -125,9 +138,23 @@ def test_progress_in_a_terminal_draws_bars_and_erases_them():
         *["epoch 2/2 train"] * 2,
         *["epoch 2/2 valid"] * 2,
     ]
-    left = screen(text)
-    assert [line.split()[:2] for line in left] == [["epoch", "1/2"], ["epoch", "2/2"]]
-    assert all("train: loss" in line and "%" not in line for line in left)
+    # The times and the losses are not the same everywhere.
+    left = [re.sub(r"\d+\.[\de.+-]+( s)?", "N", line) for line in screen(text)]
+    assert [" ".join(line.split()) for line in left] == [
+        "model Line, 2 parameters, cpu, fp32",
+        "data train 2 rows in 1 batch of 32; valid 2 rows in 1 batch of 32",
+        "| train | valid",
+        "epoch time | loss | loss",
+        "1/2 N | 2 | N *",
+        "2/2 N | N | N *",
+        "ended 2 epochs in N",
+        "best epoch 2, the last one, by valid/loss",
+    ]
+
+
+def rows(text: str) -> list[str]:
+    """Rows of epochs in the table that is left to see."""
+    return [line for line in screen(text) if re.match(r" *\d+/\d+ ", line)]
 
 
 def test_progress_of_short_splits_is_drawn_at_most_ten_times_a_second():
@@ -135,7 +162,7 @@ def test_progress_of_short_splits_is_drawn_at_most_ten_times_a_second():
     text = fit_in_terminal(epochs=epochs, step_s=step_s)
     looks = 6 * epochs  # two an epoch for the line, and two for each split
     assert 1 <= len(frames(text)) <= looks * step_s / REDRAW_S + 1
-    assert len(screen(text)) == epochs
+    assert len(rows(text)) == epochs
 
 
 def skip(ctx: Any) -> None:
@@ -144,8 +171,8 @@ def skip(ctx: Any) -> None:
 
 
 def test_progress_of_a_skipped_epoch_leaves_no_bar_behind():
-    left = screen(fit_in_terminal(At("on_train_batch_end", skip)))
-    assert [line.split()[:2] for line in left] == [["epoch", "2/2"]]
+    left = rows(fit_in_terminal(At("on_train_batch_end", skip)))
+    assert [line.split()[0] for line in left] == ["2/2"]
 
 
 def test_progress_of_a_fit_that_fails_leaves_the_terminal_usable():
@@ -183,31 +210,118 @@ def log_many(ctx: Any) -> None:
 
 
 @pytest.mark.parametrize("width", [40, 80])
-def test_progress_line_of_many_metrics_breaks_between_metrics(width):
+def test_progress_of_metrics_too_many_for_a_table_gives_each_set_lines(width):
     text = fit_in_terminal(At("on_train_end", log_many), epochs=1, width=width)
     left = screen(text)
-    assert len(left) > 1
+    first = next(place for place, line in enumerate(left) if "epoch 1/1" in line)
+    found = left[first : next(i for i, line in enumerate(left) if "ended" in line)]
+    assert len(found) > 3
     assert all(len(line) <= width for line in left)
-    assert all(line.startswith("  ") for line in left[1:])
-    assert re.findall(r"metric_(\w) +1234\b", " ".join(left)) == list("abcdefgh")
+    assert all(line.startswith("  ") for line in found[1:])
+    assert re.findall(r"metric_(\w) 1234\b", " ".join(found)) == list("abcdefgh")
 
 
 def test_progress_line_without_a_terminal_is_one_line(capsys):
-    assert len(lines(capsys, At("on_train_end", log_many), epochs=1)) == 1
+    assert len(epoch_lines(capsys, At("on_train_end", log_many), epochs=1)) == 1
 
 
 def test_progress_in_a_terminal_that_cannot_erase_writes_lines_only(monkeypatch):
     monkeypatch.setenv("TERM", "dumb")
     text = fit_in_terminal()
     assert frames(text) == []
-    assert len(screen(text)) == 2
+    assert len(rows(text)) == 2
 
 
 def test_progress_rate_of_a_resumed_pass_counts_fresh_batches():
     bar = ProgressBar("epoch 1/1 train", 100, 0.0)
     bar.done_before = 50
     # 10 fresh batches in 20 s; the 40 that are left take 80 s.
-    assert bar._format_details(60, "loss 1", 20.0, 70) == (
+    assert bar._format_details(60, ["loss 1"], 20.0, 70) == (
         "60/100 2.0 s/batch eta 01:20 loss 1"
     )
     assert format_duration(3 * 3600 + 62) == "3:01:02"
+
+
+def test_table_never_breaks_a_number_and_keeps_the_width_it_has():
+    table = EpochTable()
+    names = ["loss", "a_rather_long_name_of_a_metric", "accuracy"]
+    values = {split: dict.fromkeys(names, "-1.234e-05") for split in ("train", "clean")}
+    wide = table.format({"epoch": "1/2"}, values, 200, is_best=True)
+    assert [line.split(" | ")[1].split() for line in wide] == [
+        ["train"],
+        names,
+        ["-1.234e-05"] * 3,
+    ]
+    assert wide[-1].endswith(" *")
+    assert len(table.format({"epoch": "2/2"}, values, 200, is_best=False)) == 1
+    for width in (24, 40, 80):
+        found = table.format({"epoch": "2/2"}, values, width, is_best=False)
+        assert all(len(line) <= width for line in found)
+        assert "\n".join(found).count("-1.234e-05") == 6
+
+
+def test_table_gets_a_heading_again_when_a_metric_appears():
+    table = EpochTable()
+    first = {"train": {"loss": "1"}}
+    assert len(table.format({"epoch": "1"}, first, 80, is_best=False)) == 3
+    second = {"train": {"loss": "1"}, "valid": {"loss": "2"}}
+    assert len(table.format({"epoch": "2"}, second, 80, is_best=False)) == 3
+    third = table.format({"epoch": "3"}, first, 80, is_best=False)
+    assert third == ["    3 |       1 |"]
+
+
+def test_progress_marks_the_best_by_what_a_callback_monitors(capsys):
+    values = iter([0.5, 0.7, 0.6])
+    log = At("on_valid_end", lambda ctx: ctx.log_metric("score", next(values)))
+    found = epoch_lines(capsys, log, KeepBestModel("valid/score", "max"), epochs=3)
+    assert [line.endswith("*") for line in found] == [True, True, False]
+
+
+def test_progress_after_a_resume_knows_the_best_of_before(tmp_path, capsys):
+    values = {1: 3.0, 2: 1.0, 3: 2.0}
+    log = At("on_valid_end", lambda ctx: ctx.log_metric("loss", values[ctx.epoch]))
+    folder = tmp_path / "checkpoints"
+    save = harness.callbacks.ModelCheckpoint(folder, keep_last=9)
+    lines(capsys, log, save, epochs=2)
+    resume = harness.callbacks.ResumeFromCheckpoint(folder)
+    done = lines(capsys, log, save, resume, epochs=2)
+    assert "from  checkpoint after epoch 2" in done
+    assert "ended  nothing is left to train: all epochs are done" in done
+    found = lines(capsys, log, save, resume, epochs=3)
+    assert "ended  1 epoch in T s" in found
+    assert [line[-1] for line in found if line.startswith("epoch 3/3")] == ["2"]
+
+
+def test_progress_tells_where_a_run_is_and_what_to_type(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    fitted = line_learner().fit(
+        slope(2), 1, verbose=True, tracker={"delivery": False, "name": "mine"}
+    )
+    end = capsys.readouterr().err.splitlines()[-2:]
+    assert end == [
+        f"run   runs/{fitted.run_id}",
+        f"next  harness runs show {fitted.run_id}",
+    ]
+
+
+def test_progress_shows_metrics_while_training_and_changes_none():
+    learner = harness.setup(
+        Line,
+        loss=torch.nn.MSELoss(),
+        optimizer=torch.optim.SGD,
+        metrics={"error": torchmetrics.MeanSquaredError()},
+    ).set_opt_hparams(lr=0.1)
+    plain = learner.fit(slope(90), 2, slope(9), seed=1, tracker=False, verbose=False)
+    texts: list[str] = []
+    clock = Clock(0.25)
+
+    def watch() -> None:
+        set_clock = At(
+            "on_fit_begin", lambda ctx: setattr(get_progress(ctx), "clock", clock)
+        )
+        options = {"dataloader_options": None, "callbacks": [set_clock], "seed": 1}
+        found = learner.fit(slope(90), 2, slope(9), tracker=False, **options)
+        assert found.records["metrics"] == plain.records["metrics"]
+
+    texts = frames(in_terminal(watch, 140))
+    assert any(re.search(r"eta 00:0\d fit 00:\d\d loss [\d.e+]+", t) for t in texts)

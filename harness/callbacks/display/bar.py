@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.control import Control
 from rich.progress_bar import ProgressBar as RichBar
 from rich.segment import ControlType, Segment, Segments
+
+from harness.callbacks.display.epoch_lines import format_duration
 
 MIN_BAR_WIDTH = 8
 """Columns that the bar keeps; less important text is left out instead."""
@@ -17,7 +20,7 @@ ERASE_LINE = Control(ControlType.CARRIAGE_RETURN, (ControlType.ERASE_IN_LINE, 2)
 
 
 class ProgressBar:
-    """A line with a title, share done, bar, batches, rate, time left and losses.
+    """A line with a title, share done, bar, batches, rate, time left, loss and metrics.
 
     Parameters
     ----------
@@ -48,25 +51,40 @@ class ProgressBar:
         """Whether the terminal can erase a line."""
         return not self._console.is_dumb_terminal
 
-    def draw(self, done: int, losses: str, now: float, width: int) -> None:
+    def get_rate(self, done: int, now: float) -> float:
+        """Return batches per second since the start; 0 if it is not known yet."""
+        took_s = now - self._began_at
+        return (done - (self.done_before or 0)) / took_s if took_s > 0 else 0.0
+
+    def draw(
+        self,
+        done: int,
+        values: Sequence[str],
+        now: float,
+        width: int,
+        fit_left_s: float | None = None,
+    ) -> None:
         """Draw the line over the one before.
 
         Parameters
         ----------
         done
             Batches done.
-        losses
-            Text with the last losses.
+        values
+            Texts with the loss and the metrics so far, the most important first.
         now : seconds
             Present time.
         width
             Columns of the terminal.
+        fit_left_s : seconds
+            Time until the fit ends; None: not known.
         """
         self.drawn_at, self._is_drawn = now, True
         title = self._title
         if self._total:
             title += f" {done / self._total:4.0%}"
-        text = self._format_details(done, losses, now, width - len(title) - 2)
+        room = width - len(title) - 2
+        text = self._format_details(done, values, now, room, fit_left_s)
         bar = RichBar(
             total=self._total,
             completed=done,
@@ -85,34 +103,35 @@ class ProgressBar:
         if self._is_drawn:
             self._console.control(ERASE_LINE)
 
-    def _format_details(self, done: int, losses: str, now: float, room: int) -> str:
-        """Return batches, rate, time left and losses, or the first of them that fit."""
+    def _format_details(
+        self,
+        done: int,
+        values: Sequence[str],
+        now: float,
+        room: int,
+        fit_left_s: float | None = None,
+    ) -> str:
+        """Return batches, rate, time left and values, or the first of them that fit."""
         count = f"{done}/{self._total}" if self._total else f"{done} batches"
-        took_s = now - self._began_at
-        rate = (done - (self.done_before or 0)) / took_s if took_s > 0 else 0.0
+        rate = self.get_rate(done, now)
         left = (self._total - done) / rate if self._total and rate else None
-        details = {"count": count, "losses": losses}
+        details = {"count": count}
+        details |= {f"value {place}": text for place, text in enumerate(values[:1])}
         details["left"] = f"eta {format_duration(left)}" if left is not None else ""
+        details["fit"] = f"fit {format_duration(fit_left_s)}" if fit_left_s else ""
         details["rate"] = format_rate(rate) if rate else ""
+        details |= {f"value {place + 1}": text for place, text in enumerate(values[1:])}
         used = MIN_BAR_WIDTH
         for name, text in list(details.items()):  # the most important first
             if text and used + len(text) + 1 <= room:
                 used += len(text) + 1
             else:
                 del details[name]
-        order = ("count", "rate", "left", "losses")
-        return " ".join(details[name] for name in order if name in details)
+        order = ("count", "rate", "left", "fit")
+        last = [name for name in details if name not in order]
+        return " ".join(details[name] for name in (*order, *last) if name in details)
 
 
 def format_rate(rate: float) -> str:
     """Return batches per second as text, or seconds per batch if a batch takes longer."""
     return f"{rate:.1f} batches/s" if rate >= 1 else f"{1 / rate:.1f} s/batch"
-
-
-def format_duration(duration_s: float) -> str:
-    """Return seconds as ``MM:SS`` or ``H:MM:SS``."""
-    minutes, seconds = divmod(round(duration_s), 60)
-    hours, minutes = divmod(minutes, 60)
-    return (
-        f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes:02}:{seconds:02}"
-    )

@@ -1,0 +1,97 @@
+"""The first lines of a fit, which say what is trained on what, and how long it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch.nn.parameter import is_lazy
+
+from harness.data.loaders import Loader, describe_data
+from harness.data.pace import NO_LIMIT, count_batches
+
+if TYPE_CHECKING:
+    from harness.context import Context
+
+
+def describe_start(ctx: Context) -> list[list[tuple[str, str]]]:
+    """Return the lines that say what is trained, where, on which data, and into which run.
+
+    Returns
+    -------
+    for each line its pieces, as ``wrap`` joins them
+    """
+    assert ctx.train_data is not None
+    sets = {"train": ctx.train_data, **ctx.valid_sets}
+    data = [f"{name} {describe_loader(loader)}" for name, loader in sets.items()]
+    lines = [_list_pieces("model", describe_model(ctx), ", ")]
+    lines.append(_list_pieces("data", data, "; "))
+    if ctx.run.id is not None:
+        lines.append([("", f"run   {ctx.run.id}")])
+    resume = ctx.resume
+    if resume is not None and resume.is_exact:
+        at = resume.position
+        where = f"in epoch {at.epoch}, after batch {at.iter}"
+        if at.phase == "epoch":
+            where = f"after epoch {at.epoch}"
+        lines.append([("", f"from  checkpoint {where}")])
+    return lines
+
+
+def _list_pieces(title: str, words: Sequence[str], gap: str) -> list[tuple[str, str]]:
+    first, *more = words
+    return [("", f"{title:<5} {first}"), *((gap, word) for word in more)]
+
+
+def describe_model(ctx: Context) -> list[str]:
+    """Return the model's class and size, and the device, precision and ranks."""
+    accelerator, params = ctx.accelerator, [*ctx.model.parameters()]
+    words = [type(ctx.model).__name__]
+    if not any(map(is_lazy, params)):
+        # ZeRO 3 keeps a part of each parameter, and its size in another attribute.
+        count = sum(int(getattr(param, "ds_numel", param.numel())) for param in params)
+        words.append(f"{count:,} parameters")
+    if accelerator is not None:
+        words += [str(accelerator.device), accelerator.precision]
+        if accelerator.world_size > 1:
+            words.append(f"{accelerator.world_size} ranks")
+        if accelerator.accumulate > 1:
+            words.append(f"{accelerator.accumulate} batches a step")
+    return words
+
+
+def describe_loader(loader: Loader) -> str:
+    """Return rows and batches of a loader, as far as they are known."""
+    about = describe_data(loader)
+    words = [f"{about['rows']:,} rows"] if "rows" in about else []
+    if about["batches"] is not None:
+        plural = "" if about["batches"] == 1 else "es"
+        words.append(f"{about['batches']:,} batch{plural}")
+    text = " in ".join(words) or "of unknown length"
+    size = about["batch_size"]
+    return f"{text} of {size}" if words and size is not None else text
+
+
+def estimate_left_s(
+    ctx: Context, done: int, rate: float, epochs: int | None, epoch_s: float | None
+) -> float | None:
+    """Estimate how long the fit still takes, in seconds; None if it is not known.
+
+    Parameters
+    ----------
+    done
+        Batches of the present epoch that are done.
+    rate
+        Batches per second.
+    epochs
+        Epochs of the fit.
+    epoch_s
+        Mean time of the finished epochs with their validation, in seconds; None before.
+    """
+    total = count_batches(ctx)
+    if epochs is None or epochs >= NO_LIMIT or not total or rate <= 0:
+        return None
+    more = max(epochs - (ctx.epoch or 1), 0)
+    if epoch_s is None:
+        epoch_s = total / rate
+    return (total - done) / rate + more * epoch_s
