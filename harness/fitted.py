@@ -92,8 +92,15 @@ class Evaluation:
         return metrics_frame(self.records)
 
     def __getitem__(self, name: str) -> Any:
-        """Return one value by the metric's name; of several sets, by ``<set>/<metric>``."""
-        sets = {split: own[0] for split, own in self.records["metrics"].items() if own}
+        """Return one value by the metric's name; of several sets, by ``<set>/<metric>``.
+
+        The value of a curve, such as of ``MulticlassROC``, are its points.
+        """
+        kinds = [self.records["metrics"], self.records.get("curves", {})]
+        sets: dict[str, dict[str, Any]] = {}
+        for split, own in [item for kind in kinds for item in kind.items()]:
+            sets[split] = sets.get(split, {}) | (own[0] if own else {})
+        sets = {split: values for split, values in sets.items() if values}
         if len(sets) == 1 and name in (values := next(iter(sets.values()))):
             return values[name]
         found = {

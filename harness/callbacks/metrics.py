@@ -5,7 +5,10 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+from torchmetrics import Metric
+
 from harness.callback import Callback
+from harness.metrics.figures import as_points, draw, is_curve
 from harness.metrics.loss import has_nan
 from harness.metrics.sets import MetricSet
 from harness.metrics.split import SplitMetrics, count_batch_values
@@ -102,8 +105,32 @@ class Metrics(Callback):
     def _log(self, split: str) -> None:
         if split not in self._has_warned and has_nan(self.ctx.loss) is None:
             self._look_at_waiting(split)
-        for name, value in self._get(split).compute().items():
+        metrics = self._get(split)
+        for name, value in metrics.compute().items():
             self.ctx.log_metric(name, value)
+        for name, (metric, value) in metrics.plotted.items():
+            self._log_plotted(split, name, metric, value)
+
+    def _log_plotted(self, split: str, name: str, metric: Metric, value: Any) -> None:
+        """Record the points of curves, and the figure of a curve or a matrix."""
+        ctx = self.ctx
+        if is_curve(metric, value):
+            points = as_points(value)
+            if points is not None:
+                ctx.log("curves", split, {name: points}, index=ctx.index)
+        assert ctx.accelerator is not None
+        if ctx.run.id is None or not ctx.accelerator.is_main:
+            return
+        try:
+            figure = draw(metric, value)
+        except Exception as error:  # noqa: BLE001  a picture ends no training
+            if f"{split}/{name}" not in self._has_warned:
+                self._has_warned.add(f"{split}/{name}")
+                msg = f"metrics[{name!r}]: expected to draw its value, got"
+                text = f"{msg} {type(error).__name__}: {error}. Training continues."
+                warnings.warn(text, stacklevel=2)
+            return
+        ctx.run.log_figure(figure, f"{split}/{name}", step=ctx.step, epoch=ctx.epoch)
 
     def on_train_begin(self) -> None:
         """Reset the metrics."""

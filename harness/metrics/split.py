@@ -19,6 +19,7 @@ from torchmetrics.classification import (
 )
 
 from harness.data.batch import copy_by_value, detach, missing_target_error
+from harness.metrics.figures import MAX_NUMBERS, is_curve, is_matrix
 from harness.metrics.loss import (
     FunctionAverage,
     LossAverage,
@@ -90,6 +91,11 @@ class SplitMetrics:
         Metric objects and functions by name; copied, because each split needs its own.
     accelerator
         Its device is used, and it sums losses over ranks.
+
+    Attributes
+    ----------
+    plotted : dict
+        By name, metrics whose last value is a curve or a matrix, and that value.
     """
 
     def __init__(self, metrics: Mapping[str, object], accelerator: Accelerator) -> None:
@@ -120,6 +126,7 @@ class SplitMetrics:
         )
         self._waiting: list[tuple[Tensor, Tensor]] = []
         self._waiting_numel = 0
+        self.plotted: dict[str, tuple[Metric, Any]] = {}
 
     def bind(self, ctx: Context) -> None:
         """Set ``ctx`` of each metric object that has room for it: no ``ctx`` of its own.
@@ -139,6 +146,7 @@ class SplitMetrics:
         self._due = [name for name in self._metrics if due is None or name in due]
         self.loss.reset()
         self._means.clear()
+        self.plotted.clear()
         self._waiting.clear()
         self._waiting_numel = 0
         for metric in self._metrics.values():
@@ -210,7 +218,7 @@ class SplitMetrics:
     def compute(self) -> StateDict:
         """The loss and every metric as numbers, read from the device, over all ranks.
 
-        Metrics of an epoch in which no batch counted have no value.
+        Curves are in `plotted` alone. Metrics of an epoch in which no batch counted have no value.
         """
         self._flush()
         averages = {"loss": self.loss, **self._means}
@@ -223,11 +231,25 @@ class SplitMetrics:
         with self._states_of_all_ranks():
             for name in self._due:
                 try:
-                    values[name] = as_numbers(self._metrics[name].compute())
+                    value = self._metrics[name].compute()
                 except Exception as exc:
                     exc.add_note(f"in metric {name!r}")
                     raise
+                if self._keep_plotted(name, value):
+                    values[name] = as_numbers(value)
         return values
+
+    def _keep_plotted(self, name: str, value: object) -> bool:
+        """Keep a curve or a matrix to be drawn; whether the value is recorded as a metric."""
+        metric = self._metrics[name]
+        is_line = is_curve(metric, value)
+        if not is_line and not is_matrix(metric, value):
+            return True
+        self.plotted[name] = (metric, value)
+        if is_line:
+            return False
+        assert isinstance(value, Tensor)
+        return value.numel() <= MAX_NUMBERS
 
     def peek(self) -> dict[str, float]:
         """The loss and metrics so far on this rank, for a display; what is kept stays as it is.

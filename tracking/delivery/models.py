@@ -19,6 +19,8 @@ from tracking.store import Manifest, get_rank_dir, is_being_written
 
 _NAME: Final = re.compile(r"[\w\- ]{1,100}")
 
+_NUM_TRIES: Final = 20
+
 
 def check_model_name(name: object, place: str) -> str:
     """Return the name of a model if MLflow takes it."""
@@ -51,12 +53,24 @@ def adding_model(run_path: Path, name: str) -> Iterator[Path]:
         made = Path(temporary, "made")
         made.mkdir()
         yield made
-        if target.exists():
-            target.rename(Path(temporary, "old"))
-        made.rename(target)
+        _put_in_place(made, target)
     manifest = Manifest.read(run_path)
     if manifest.deliver and not is_being_written(get_rank_dir(run_path, 0)):
         RunDelivery(run_path).start(manifest)
+
+
+def _put_in_place(made: Path, target: Path) -> None:
+    """Rename a folder, in place of an older one; ranks may do so at the same time."""
+    for number in range(_NUM_TRIES):
+        with contextlib.suppress(FileNotFoundError):
+            target.rename(made.with_name(f"old-{number}"))
+        try:
+            made.rename(target)
+        except OSError:  # another rank was faster
+            if number == _NUM_TRIES - 1:
+                raise
+        else:
+            return
 
 
 def send_models(writer: RunWriter, run_path: Path) -> None:
