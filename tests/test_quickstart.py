@@ -15,6 +15,8 @@ import mlflow
 import pyarrow.parquet as pq
 import pytest
 
+pytestmark = pytest.mark.slow
+
 GOAL = 0.97
 
 

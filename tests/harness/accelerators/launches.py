@@ -21,7 +21,11 @@ ROOT = Path(__file__).resolve().parents[3]
 RANKS = multiprocessing.get_context("forkserver")
 """Makes ranks from a process that has imported what each of them needs, for seconds."""
 RANKS.set_forkserver_preload(
-    ["deepspeed", "torchmetrics", "tests.harness.accelerators.worker"]
+    [
+        "harness.accelerators.deepspeed.accelerator",
+        "torchmetrics",
+        "tests.harness.accelerators.worker",
+    ]
 )
 
 PATIENCE_S = 240

@@ -47,6 +47,7 @@ def test_examine_says_what_to_do_about_each_limitation(
         assert bool(one.advice) == (one.state != "ok"), one
 
 
+@pytest.mark.slow
 def test_examine_is_quiet(
     checks: dict[str, doctor.Check], capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -48,6 +48,7 @@ def test_failure_ends_with_1_and_one_line_unless_debug_is_given(call, folder):
         call("--debug", "fit", "exp_cli.py:experiment", "--set", "fail=true")
 
 
+@pytest.mark.slow
 def test_doctor_reports_each_part(call, folder):
     done = call("doctor", "--json")
     found = {item["name"]: item for item in json.loads(done.output)}

@@ -153,12 +153,9 @@ def test_fit_optimizer_option_that_does_not_exist_ends_with_one_line(call, folde
     assert "momentun" in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("number", "code"),
-    [
-        (signal.SIGINT, 130),
-        pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow),
-    ],
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
 )
 def test_fit_signal_in_mid_epoch_keeps_the_record_and_resumes_exactly(
     call, start, number, code, folder

@@ -369,6 +369,7 @@ def test_verify_names_rows_and_ends_with_1(call, two, tmp_path):
 # ----------------------------------------------------------------------------- sync
 
 
+@pytest.mark.slow
 def test_sync_sends_the_row_that_mlflow_lost_and_verify_is_silent(
     call, two, store, deliver, tmp_path
 ):

@@ -420,6 +420,7 @@ def test_validation_between_training_batches_changes_nothing(make: Any) -> None:
         accelerator.finish()
 
 
+@pytest.mark.slow
 def test_nothing_is_said_and_mlflow_stays_away(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(

@@ -127,6 +127,7 @@ def test_tensorboard_that_cannot_work_is_refused_before_training():
         TensorBoard(histograms=-1)
 
 
+@pytest.mark.slow
 def test_tensorboard_is_only_imported_when_it_is_used():
     program = """
 import sys, harness.callbacks
