@@ -97,7 +97,8 @@ def parse_pace(
         raise ValueError(f"{msg} Pass valid_data=..., or leave it out.")
     last = epochs[1] if unit == "epoch" else steps
     if last is not None and every > last:
-        msg = f"fit(valid_every): expected at most the {last} {unit}s of this fit"
+        whole = f"{last} {unit}{'s' if last > 1 else ''}"
+        msg = f"fit(valid_every): expected at most the {whole} of this fit"
         advice = f"For steps write '{every} steps'." if unit == "epoch" else "Lower it."
         raise ValueError(f"{msg}, got {valid_every!r}. {advice}")
     return Pace(max_steps=steps, every=every, unit=unit, is_given=True)

@@ -126,6 +126,55 @@ FITS = {
     ),
     "no callback": (TypeError, r"expected a harness\.Callback", {"callbacks": [3]}),
     "tracker": (TypeError, "expected None, False, a dict or a Run", {"tracker": 5}),
+    "no steps": (
+        ValueError,
+        r"max_steps\): expected at least 1, got 0",
+        {"max_steps": 0},
+    ),
+    "steps": (TypeError, r"max_steps\): expected a whole number", {"max_steps": 1.5}),
+    "every half": (
+        TypeError,
+        r"expected a number of steps or epochs, got 0.5. Write '500 steps'",
+        {"valid_data": (X, Y), "valid_every": 0.5},
+    ),
+    "every word": (
+        ValueError,
+        "expected a number of steps or epochs, got '5 batches'",
+        {"valid_data": (X, Y), "valid_every": "5 batches"},
+    ),
+    "every zero": (
+        ValueError,
+        "number of steps or epochs, got '0 steps'",
+        {"valid_data": (X, Y), "valid_every": "0 steps"},
+    ),
+    "every of nothing": (
+        ValueError,
+        "expected validation data, got none for 2",
+        {"valid_every": 2},
+    ),
+    "every past the end": (
+        ValueError,
+        "at most the 1 epoch of this fit, got 500. For steps write '500 steps'",
+        {"valid_data": (X, Y), "valid_every": 500},
+    ),
+    "every past the steps": (
+        ValueError,
+        "at most the 5 steps of this fit, got '6 steps'",
+        {"valid_data": (X, Y), "valid_every": "6 steps", "max_steps": 5},
+    ),
+    "limit zero": (ValueError, "at least 1 batch", {"limit_batches": 0}),
+    "limit 1.5": (ValueError, "a share of them, got 1.5", {"limit_batches": 1.5}),
+    "limit word": (TypeError, "a number of batches, got 'x'", {"limit_batches": "x"}),
+    "limit of a set": (
+        ValueError,
+        r"sets of this fit, got 'tain'. Did you mean 'train'",
+        {"limit_batches": {"tain": 3}},
+    ),
+    "share of a stream": (
+        ValueError,
+        "train data without a length, got 0.5",
+        {"data": Stream(), "limit_batches": 0.5},
+    ),
 }
 
 

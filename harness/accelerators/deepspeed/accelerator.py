@@ -576,6 +576,7 @@ class DeepSpeedAccelerator:
             self.overflows.update(state["overflows"])
             for engine in self._engines:
                 engine.done = state["done"][engine.name]
+                engine.note_steps(state["steps"][engine.name])
             if stage == 0:  # only there can parameters be frozen after the fit begins
                 for name, param in model.named_parameters():
                     param.requires_grad_(name not in state["frozen"])

@@ -162,6 +162,11 @@ class NamedEngine:
         self._was_stepped = applied
         self._on_step(self.name, applied)
 
+    def note_steps(self, count: int) -> None:
+        """Note how many steps a resumed fit has made."""
+        # torch 2.13: a scheduler warns if its optimizer has not stepped before it.
+        self.facade._opt_called = count > 0  # type: ignore[attr-defined]
+
     def drop_window(self) -> None:
         """Clear the gradients of an open window as DeepSpeed does after an overflow."""
         if not self.done:

@@ -157,7 +157,7 @@ def shard_loaders(
         else ShardedLoader(
             loader,
             ranks,
-            on_batch=shares.record,
+            on_batch=shares.record_eval if place else shares.record,
             on_begin=before_eval if place else lambda: None,
             on_end=shares.clear,
             has_pairs=has_pairs and place == 0,

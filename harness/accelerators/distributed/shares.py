@@ -82,21 +82,31 @@ class ShareTracker:
 
     def __init__(self, num_recent: int) -> None:
         self.present: RankShare | None = None
-        self._recent: deque[tuple[object, RankShare]] = deque(maxlen=num_recent)
+        # Apart, because a validation may come while training batches are read ahead.
+        self._recent, self._recent_eval = (
+            deque[tuple[object, RankShare]](maxlen=num_recent) for _ in range(2)
+        )
 
     def record(self, batch: object, share: RankShare) -> Any:
-        """Make a batch from a loader the present one; returns the batch."""
+        """Make a batch from the training loader the present one; returns the batch."""
         self._recent.append((batch, share))
+        self.present = share
+        return batch
+
+    def record_eval(self, batch: object, share: RankShare) -> Any:
+        """Make a batch from another loader the present one; returns the batch."""
+        self._recent_eval.append((batch, share))
         self.present = share
         return batch
 
     def select(self, batch: object) -> None:
         """Make a recorded batch the present one again."""
-        for place, (recorded, share) in enumerate(self._recent):
-            if recorded is batch:
-                self.present = share
-                del self._recent[place]
-                break
+        for recent in (self._recent, self._recent_eval):
+            for place, (recorded, share) in enumerate(recent):
+                if recorded is batch:
+                    self.present = share
+                    del recent[place]
+                    return
 
     def clear(self) -> None:
         """Forget the present batch, at the end of a pass."""

@@ -177,6 +177,36 @@ def case_early_stopping_ends_every_rank(lab: Lab) -> None:
     assert lab.make().gather(torch.tensor([int(epochs)])).tolist() == [2] * lab.world
 
 
+def case_fit_by_steps_gives_what_one_process_gives(lab: Lab) -> None:
+    def train(accelerator: Any, batch_size: int) -> harness.Fitted:
+        return learner().fit(
+            data(211),
+            valid_data={"one": data(97, seed=1), "two": data(53, seed=2)},
+            max_steps=13,
+            valid_every="5 steps",
+            limit_batches={"train": 7},
+            seed=4,
+            tracker=False,
+            verbose=False,
+            accelerator=accelerator,
+            dataloader_options={"batch_size": batch_size, "drop_last": False},
+        )
+
+    torch.manual_seed(0)
+    wanted = train(SingleDevice("cpu"), 24).get_metrics()
+    found = train(lab.make(), 24 // lab.world).get_metrics()
+    labels = ["set", "metric", "step"]
+    assert wanted[labels].equals(found[labels])
+    steps = wanted[wanted["set"] == "two"]["step"].unique()
+    assert list(steps) == [5, 10, 13]
+    torch.testing.assert_close(
+        torch.tensor(list(found["value"])),
+        torch.tensor(list(wanted["value"])),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
 CASES: dict[str, Callable[[Lab], None]] = {
     name.removeprefix("case_"): case
     for name, case in list(globals().items())

@@ -16,6 +16,8 @@ from tests.harness.accelerators.cases import Lab
 
 BATCHES = 3  # of two ranks; the last one is short on both
 NAMES = ["two-optimizers", "accumulation", "augmented", "weighted-sampler", "stream"]
+BY_STEPS = ["sets", "two-optimizers", "stream"]
+"""Cases that validate by steps too."""
 
 
 class BrokenOff(Exception):
@@ -48,6 +50,7 @@ def fit(lab: Lab, case: exact.Case, folder: Path, after: int = 0) -> dict[str, A
         case.data(),
         case.epochs,
         case.valid,
+        **case.pace,
         callbacks=callbacks,
         accelerator=accelerator,
         dataloader_options=case.options,
@@ -73,9 +76,8 @@ def fit(lab: Lab, case: exact.Case, folder: Path, after: int = 0) -> dict[str, A
     }
 
 
-def resumed(lab: Lab, name: str) -> None:
+def resumed(lab: Lab, case: exact.Case, name: str) -> None:
     """Break off after each batch, go on, and compare with the unbroken fit."""
-    case = exact.CASES[name]
     whole = fit(lab, case, lab.folder / "whole")
     for after in range(1, exact.EPOCHS * BATCHES + 1):
         folder = lab.folder / f"broken-{after}"
@@ -90,6 +92,9 @@ def resumed(lab: Lab, name: str) -> None:
 
 
 CASES: dict[str, Callable[[Lab], None]] = {
-    name: partial(resumed, name=name) for name in NAMES
+    name: partial(resumed, case=exact.CASES[name], name=name) for name in NAMES
+} | {
+    f"{name}-by-steps": partial(resumed, case=exact.BY_STEPS[name], name=name)
+    for name in BY_STEPS
 }
 """Every case, by name."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from tests.harness.accelerators.launches import Launches
-from tests.harness.accelerators.resumes import NAMES
+from tests.harness.accelerators.resumes import CASES, NAMES
+
+OTHERS = [name for name in CASES if name not in NAMES]
 
 MODULE = "tests.harness.accelerators.resumes"
 
@@ -26,4 +28,13 @@ def test_resume_on_two_ranks_is_exact(
     name: str, stage: int, on_ranks: Launches
 ) -> None:
     said = on_ranks.said(2, [stage], NAMES, name, stage)
+    assert said == "ok", said
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", OTHERS)
+def test_resume_of_validation_by_steps_on_two_ranks_is_exact(
+    name: str, on_ranks: Launches
+) -> None:
+    said = on_ranks.said(2, [1], OTHERS, name, 1)
     assert said == "ok", said

@@ -89,6 +89,51 @@ def test_progress_of_other_ranks_is_silent(capsys):
     assert lines(capsys, accelerator=Second("cpu")) == []
 
 
+def test_progress_by_steps_writes_a_line_for_each_validation_and_set(capsys):
+    options = {"max_steps": 3, "valid_every": "2 steps", "epochs": None}
+    line_learner().set_opt_hparams(lr=0.0).fit(
+        slope(2),
+        valid_data={"a": slope(3), "b": slope(2)},
+        verbose=True,
+        tracker=False,
+        **options,
+    )
+    found = [TIME.sub(" T s", line) for line in capsys.readouterr().err.splitlines()]
+    sets = "train: loss 2      | a: loss 6.667  | b: loss 2"
+    assert found == [
+        f"epoch 2/3, step 2/3 T s  {sets}",
+        f"epoch 3/3, step 3/3 T s  {sets}",
+    ]
+
+
+@pytest.mark.parametrize("verbose", [True, None, False])
+def test_progress_of_evaluate_and_predict_is_a_line_if_asked_for(capsys, verbose):
+    fitted = line_learner().fit(slope(2), 1, verbose=False, tracker=False)
+    fitted.evaluate({"a": slope(3), "b": slope(2)}, verbose=verbose)
+    fitted.predict(slope(70)[0], verbose=verbose)
+    found = [TIME.sub(" T s", line) for line in capsys.readouterr().err.splitlines()]
+    told = [re.sub(r"loss \S+", "loss", line).split() for line in found]
+    assert told == [
+        ["evaluate", "T", "s", "a:", "loss", "|", "b:", "loss"],
+        ["predict", "3", "batches", "T", "s"],
+    ] * bool(verbose)
+
+
+def test_progress_of_evaluate_and_predict_draws_bars():
+    fitted = line_learner().fit(slope(2), 1, verbose=False, tracker=False)
+
+    def run() -> None:
+        for call in (fitted.evaluate, fitted.predict):
+            progress = Progress(min_s=1e9)
+            progress.clock = Clock(0.25)  # type: ignore[method-assign]
+            call(slope(40), callbacks=[progress])
+
+    text = in_terminal(run, 80)
+    titles = [frame.split("%")[0].rsplit(maxsplit=1)[0] for frame in frames(text)]
+    assert titles == ["evaluate valid"] * 3 + ["predict"] * 3
+    assert screen(text) == []
+
+
 def test_progress_tells_of_an_early_stop(capsys):
     # The losses stay as they are: the second epoch is no better.
     found = lines(capsys, EarlyStopping(), epochs=10)

@@ -51,6 +51,14 @@ USAGE = {
         ["fit", "exp_cli.py:experiment", "--epochs", "3,2"],
         "got '3,2'",
     ),
+    "every": (
+        ["fit", "exp_cli.py:experiment", "--valid-every", "5 rows"],
+        "--valid-every: expected a number of steps or epochs, got '5 rows'",
+    ),
+    "limit": (
+        ["fit", "exp_cli.py:experiment", "--limit-batches", "1.5"],
+        "--limit-batches: expected a number of batches, or a share, got '1.5'",
+    ),
     "unknown run": (["resume", "nowhere"], "nowhere"),
     "run to resume": (["fit", "exp_cli.py:experiment", "--resume", "no"], "'no'"),
 }
@@ -113,6 +121,19 @@ def test_fit_names_go_into_the_run(call, folder):
     (past,) = tracking.list_runs()
     assert (past.name, past.manifest.experiment) == ("mine", "lines")
     assert past.params["epochs"] == 1
+
+
+def test_fit_by_steps_is_recorded_and_replayed(call, folder):
+    words = ["--max-steps", "5", "--valid-every", "2 steps", "--limit-batches", "3"]
+    command = ["fit", "exp_cli.py:experiment", *words, "--no-deliver", "--quiet"]
+    assert call(*command).exit_code == 0
+    (past,) = tracking.list_runs()
+    assert past.wide()["index"].to_pylist() == [2, 3, 4, 5]
+    assert past.params["max_steps"] == 5
+    assert past.params["valid_every"] == "2 steps"
+    assert past.manifest.extra["fit"]["limit_batches"] == "3"
+    assert call("resume", past.id).exit_code == 0
+    assert call("evaluate", past.id).exit_code == 0
 
 
 def test_fit_precision_and_device_go_into_the_run(call, folder):
