@@ -131,7 +131,8 @@ class FitContext(StepContext):
         prepare: Callable[..., Any] = accelerator.prepare
         if optimizers is None:
             prepare = partial(prepare, opt_hparams=self.opt_hparams)
-        self.optimizers = {} if optimizers is None else check_optimizers(optimizers)
+        if optimizers is not None:
+            self.optimizers = check_optimizers(optimizers)
         prepare_callbacks(self)
         named = self.optimizers
         if optimizers is not None:
@@ -314,7 +315,7 @@ def begin_epoch(ctx: StepContext) -> None:
     ctx.training = True
     if ctx.resume is not None:
         ctx.resume.restore_before_epoch(ctx)
-    ctx.epoch_start = get_rng_state(get_generators(ctx))
+    ctx.epoch_start = get_rng_state(get_generators(ctx), ctx.device)
     ctx.call_callbacks("on_epoch_begin")
 
 
@@ -385,14 +386,15 @@ def validate(ctx: StepContext) -> None:
     if not ctx.valid_sets:
         return
     generators = get_generators(ctx) if ctx.pace.is_given else []
-    ctx.train_random = get_rng_state(generators) if ctx.pace.is_given else None
+    if ctx.pace.is_given:
+        ctx.train_random = get_rng_state(generators, ctx.device)
     try:
         mark_validation(ctx)
         for ctx.valid_name, ctx.valid_data in ctx.valid_sets.items():
             valid_epoch(ctx)
     finally:
         if ctx.train_random is not None:
-            set_rng_state(ctx.train_random, generators)
+            set_rng_state(ctx.train_random, generators, ctx.device)
             ctx.train_random = None
 
 

@@ -105,31 +105,45 @@ class RandomStream:
             yield item  # type: ignore[misc]
 
 
-def get_rng_state(generators: Iterable[Generator] = ()) -> StateDict:
-    """State of the global generators, of all devices, and of `generators`."""
+def get_rng_state(
+    generators: Iterable[Generator] = (), device: torch.device | None = None
+) -> StateDict:
+    """State of the global generators, of all devices, and of `generators`.
+
+    Parameters
+    ----------
+    generators
+        Generators beside the global ones.
+    device
+        Device of the fit on this rank. Its state is found again if the device has another
+        index then. None: all devices are found by their index.
+    """
     state = get_cpu_rng_state()
     state["generators"] = get_generator_states(generators)
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state_all()
     if torch.backends.mps.is_available():
         state["mps"] = torch.mps.get_rng_state()
+    if device is not None and device.type == "cuda":
+        state["device"] = {"state": torch.cuda.get_rng_state(device)}
     return state
 
 
 def derive_rng_state(state: StateDict, rank: int) -> StateDict:
-    """State for a new rank: that of another rank, with different CPU streams."""
-    return state | seed_cpu_rng_state([_derive_seed(state["torch"], rank)] * 3)
+    """State for a new rank: that of another rank, with different streams."""
+    derived = state | seed_cpu_rng_state([_derive_seed(state["torch"], rank)] * 3)
+    saved = state.get("cuda", [])  # checkpoints of earlier versions have only these
+    own = state.get("device", {}).get("state", saved[0] if saved else None)
+    if own is not None:
+        derived |= {"cuda": [], "device": {"seed": _derive_seed(own, rank)}}
+    return derived
 
 
 def part_rng_state(rank: int, device: torch.device) -> None:
     """Let the global generators of a rank above 0 draw other numbers than those of rank 0."""
-    if rank == 0:
-        return
-    state = get_cpu_rng_state()
-    set_cpu_rng_state(derive_rng_state(state, rank))
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            torch.cuda.manual_seed(_derive_seed(torch.cuda.get_rng_state(), rank))
+    if rank > 0:
+        state = get_rng_state(device=device)
+        set_rng_state(derive_rng_state(state, rank), device=device)
 
 
 def _derive_seed(state: Tensor, rank: int) -> int:
@@ -137,8 +151,19 @@ def _derive_seed(state: Tensor, rank: int) -> int:
     return int.from_bytes(hashlib.sha256(text).digest()[:4])
 
 
-def set_rng_state(state: StateDict, generators: Sequence[Generator] = ()) -> list[str]:
+def set_rng_state(
+    state: StateDict,
+    generators: Sequence[Generator] = (),
+    device: torch.device | None = None,
+) -> list[str]:
     """Restore what ``get_rng_state`` returned, for the devices that this machine has.
+
+    Parameters
+    ----------
+    state
+        From ``get_rng_state`` or ``derive_rng_state``.
+    generators, device
+        As in ``get_rng_state``, in this process.
 
     Returns
     -------
@@ -155,13 +180,24 @@ def set_rng_state(state: StateDict, generators: Sequence[Generator] = ()) -> lis
     set_generator_states(generators, state["generators"])
     devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
     saved = state.get("cuda", [])
-    for device, own in enumerate(saved[:devices]):
-        torch.cuda.set_rng_state(own, device)
-    if len(saved) != devices:
+    for index, other in enumerate(saved[:devices]):
+        torch.cuda.set_rng_state(other, index)
+    if "device" in state and device is not None and device.type == "cuda":
+        _set_device_state(state["device"], device)
+    elif len(saved) != devices:
         missing.append(f"generators of {len(saved)} GPUs were saved, {devices} found")
     if "mps" in state and torch.backends.mps.is_available():
         torch.mps.set_rng_state(state["mps"])
     return missing
+
+
+def _set_device_state(state: StateDict, device: torch.device) -> None:
+    """Restore the generator of the rank's CUDA device, or seed the one of a new rank."""
+    if "state" in state:
+        torch.cuda.set_rng_state(state["state"], device)
+        return
+    with torch.cuda.device(device):
+        torch.cuda.manual_seed(state["seed"])
 
 
 def get_generator_states(generators: Iterable[Generator]) -> list[Any]:

@@ -55,6 +55,18 @@ def has_modes(opt: object) -> bool:
     return all(callable(getattr(opt, name, None)) for name in ("train", "eval"))
 
 
+HOW_TO_STEP = frozenset({"capturable", "differentiable", "foreach", "fused"})
+"""Options of torch's optimizers that say how a step is computed. A state does not change them."""
+
+
+def counts_on_device(group: Mapping[str, object]) -> bool:
+    """Whether the kernels of a group read its step counters, and so on their device.
+
+    Anywhere else torch would read each counter from the device in every step.
+    """
+    return bool(group.get("fused") or group.get("capturable"))
+
+
 def ignore_step(name: str) -> None:
     """Do nothing at a step."""
 

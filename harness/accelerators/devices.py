@@ -59,12 +59,20 @@ def choose_rank_device(
 ) -> torch.device:
     """Choose the device of this rank.
 
+    Parameters
+    ----------
+    asked
+        Device or its name; with an index, as in ``cuda:1``, it is that one. None: the best.
+    local_rank : >= 0
+        Number of this rank on its machine, which is the index of its device.
+
     Raises
     ------
     TypeError, ValueError
         If it is no device, DeepSpeed cannot use it, or there is none for this rank.
     """
-    kind = parse_device(asked).type if asked is not None else choose_device().type
+    given = choose_device() if asked is None else parse_device(asked)
+    kind = given.type
     if kind == "mps" and asked is None:
         kind = "cpu"
     if kind == "cpu":
@@ -73,10 +81,16 @@ def choose_rank_device(
         msg = f"accelerator(device): expected 'cpu' or 'cuda', got {str(asked)!r}."
         raise ValueError(f"{msg} Leave it out to take the best one.")
     count = torch.cuda.device_count()
-    # A scheduler may show each rank only its own device.
-    index = local_rank if local_rank < count else 0
-    if index >= count:
+    if count == 0:
         msg = "accelerator(device): expected a CUDA device, got none."
         raise ValueError(f"{msg} Use device='cpu', or see 'harness doctor'.")
+    # A scheduler may show each rank only its own device.
+    index = local_rank if local_rank < count else 0
+    if given.index is not None:
+        index = given.index
+    if index >= count:
+        msg = f"accelerator(device): expected an index below {count}, the CUDA devices"
+        advice = "Leave the index out to take the device of this rank."
+        raise ValueError(f"{msg} that this rank sees, got {str(asked)!r}. {advice}")
     torch.cuda.set_device(index)
     return torch.device("cuda", index)

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from harness.accelerators.base import (
+    HOW_TO_STEP,
     StepHook,
     StepOpt,
+    counts_on_device,
     default_step_opt,
     ignore_step,
     missing_backward,
@@ -77,8 +79,11 @@ def load_optimizer_state(opt: Any, saved: StateDict, name: str) -> None:
         If its parameter groups differ from the saved ones.
     """
     before = [dict(group) for group in opt.param_groups]
+    groups = [dict(group) for group in saved["param_groups"]]
+    for group, had in zip(groups, before, strict=False):  # some are no longer stepped
+        group.update({key: had[key] for key in HOW_TO_STEP & had.keys()})
     try:
-        opt.load_state_dict(saved)
+        opt.load_state_dict({**saved, "param_groups": groups})
     except (ValueError, KeyError) as error:
         msg = f"resume: expected the saved groups of optimizer {name!r}, got: {error}."
         raise CheckpointError(
@@ -88,15 +93,17 @@ def load_optimizer_state(opt: Any, saved: StateDict, name: str) -> None:
     for group, had in zip(opt.param_groups, before, strict=True):
         group.update({k: v for k, v in had.items() if k not in group})
     # torch converts the state to the parameter's dtype, which may be less precise.
-    params = [param for group in opt.param_groups for param in group["params"]]
+    params = [(p, group) for group in opt.param_groups for p in group["params"]]
     for n, entry in saved["state"].items():
-        live = opt.state[params[int(n)]]
+        param, group = params[int(n)]
+        live = opt.state[param]
         for key, value in entry.items():
             if isinstance(value, Tensor):
-                live[key] = value.to(live[key].device, copy=True)
+                is_counter = key == "step" and not counts_on_device(group)
+                device = torch.device("cpu") if is_counter else live[key].device
+                live[key] = value.to(device, copy=True)
             elif isinstance(value, list | tuple | dict):  # as LBFGS has
-                device = params[int(n)].device
-                live[key] = map_tensors(value, partial(_copy_to, device=device))
+                live[key] = map_tensors(value, partial(_copy_to, device=param.device))
     opt.param_groups[:] = [group for group in opt.param_groups if LEFT not in group]
 
 

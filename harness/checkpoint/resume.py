@@ -440,7 +440,8 @@ class Resume:
                 records = unpack_records(copy.deepcopy(state["records"]))
                 ctx.record_book = RecordBook(records)
             if state.get("epoch_random") is not None:
-                set_rng_state(state["epoch_random"], get_generators(ctx))
+                random, own = state["epoch_random"], get_generators(ctx)
+                set_rng_state(random, own, ctx.device)
 
     def _rewind_surplus_ranks(self, ctx: Context) -> None:
         """Supersede what ranks that no longer exist recorded after the checkpoint."""
@@ -452,7 +453,8 @@ class Resume:
 
     def restore_random(self, ctx: Context) -> None:
         """Restore all random generators; the last step of a resume."""
-        missing = set_rng_state(self.get_state(ctx)["random"], get_generators(ctx))
+        random = self.get_state(ctx)["random"]
+        missing = set_rng_state(random, get_generators(ctx), ctx.device)
         self.report.append(("random generators", "restored", ""))
         self.report += [("random generators", "missing", note) for note in missing]
         done = f"{self.position.iter} batches done"

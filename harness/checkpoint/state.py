@@ -133,7 +133,7 @@ def capture_state(
         "groups": {
             name: name_groups(opt, params) for name, opt in ctx.optimizers.items()
         },
-        "random": ctx.train_random or get_rng_state(get_generators(ctx)),
+        "random": ctx.train_random or get_rng_state(get_generators(ctx), ctx.device),
         "epoch_random": ctx.epoch_start,
         "pass": ctx.train_pass.state_dict() if is_in_pass else None,
         "journal": ctx.run.position(),
@@ -417,7 +417,7 @@ def mark_validation(ctx: Context) -> None:
         return
     search = search_context(ctx)
     ctx.valid_start = ValidationStart(
-        random=get_rng_state(get_generators(ctx)),
+        random=get_rng_state(get_generators(ctx), ctx.device),
         journal=ctx.run.position(),
         lengths=ctx.record_book.count(),
         callbacks={

@@ -112,7 +112,7 @@ def check_state_form(state: StateDict, ctx: Context, phase: Phase) -> None:
     for part in ("held", "fields"):
         for name, own in state.get(part, {}).items():
             _mapping(own, f"{part}/{name}")
-    _try_random(state["random"], get_generators(ctx), "random")
+    _try_random(state["random"], get_generators(ctx), "random", ctx.device)
     if phase == "train" or (phase == "valid" and state["pass"] is not None):
         _check_pass(state["pass"], ctx)
     _check_accelerator(state["accelerator"], state.get("groups", {}), ctx)
@@ -126,16 +126,21 @@ def _check_pass(state: StateDict, ctx: Context) -> None:
         check_like(state["ahead"], [], "pass/ahead")
         return
     _check_count(state["ahead"], "pass/ahead")
-    _try_random(state["began"], find_generators(loader), "pass/began")
+    _try_random(state["began"], find_generators(loader), "pass/began", ctx.device)
 
 
-def _try_random(state: StateDict, generators: Sequence[Generator], place: str) -> None:
+def _try_random(
+    state: StateDict,
+    generators: Sequence[Generator],
+    place: str,
+    device: torch.device,
+) -> None:
     """Set the random generators, and then set them back."""
-    before = copy.deepcopy(get_rng_state(generators))
+    before = copy.deepcopy(get_rng_state(generators, device))
     try:
-        set_rng_state(_mapping(state, place), generators)
+        set_rng_state(_mapping(state, place), generators, device)
     finally:
-        set_rng_state(before, generators)
+        set_rng_state(before, generators, device)
 
 
 def _check_accelerator(state: StateDict, groups: StateDict, ctx: Context) -> None:

@@ -162,7 +162,11 @@ def move(batch: Batch, device: torch.device) -> Batch:
     they are.
     """
     if isinstance(batch, Tensor):
-        return batch if batch.device == device else batch.to(device, non_blocking=True)
+        if batch.device == device:
+            return batch
+        # Only CUDA keeps the source until it is copied, and waits before it is used. The CPU
+        # may read its copy too early, and on MPS the batch may be freed first.
+        return batch.to(device, non_blocking=device.type == "cuda")
     if type(batch) not in _WITHOUT_TO and _has_own_move(batch):
         return batch.to(device)
     items = items_of(batch)

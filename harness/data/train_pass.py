@@ -104,7 +104,7 @@ class TrainPass:
         if getattr(self._loader, "persistent_workers", False) and self._has_workers:
             # Starting workers draws a number; later epochs only reset them.
             iter_batches(self._loader)
-        set_rng_state(state["began"], self._generators)
+        set_rng_state(state["began"], self._generators, self._accelerator.device)
         self._num_to_prefetch = state["ahead"]
 
     def _keeps_workers(self) -> bool:
@@ -138,7 +138,9 @@ class TrainPass:
     def start(self) -> Iterator[Batch]:
         """Make the loader's iterator and skip what is done; yields the other batches."""
         if self._start_state is None:
-            self._start_state = get_rng_state(self._generators)
+            self._start_state = get_rng_state(
+                self._generators, self._accelerator.device
+            )
         batches: Iterator[Batch] = iter_batches(self._loader)
         if not self._has_state:
             if draws_between_batches(self._loader):

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from harness.rng import (
     RandomStream,
+    derive_rng_state,
     derive_stream,
     draw_seeds,
     find_generators,
@@ -140,3 +143,76 @@ def test_drawn_seeds_depend_on_each_generator() -> None:
         found.append(draw_seeds())
     for place in range(3):
         assert len({seeds[place] for seeds in found}) == 2
+
+
+class TwoGpus:
+    """Generators of two CUDA devices that are not there: the states, and how they are set."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, count: int = 2) -> None:
+        self.states = [self.after(n) for n in range(count)]
+        self.current = 0
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "device_count", lambda: count)
+        patch.setattr(torch.cuda, "get_rng_state_all", lambda: list(self.states))
+        patch.setattr(torch.cuda, "get_rng_state", lambda at: self.states[_index(at)])
+        patch.setattr(torch.cuda, "set_rng_state", self._set)
+        patch.setattr(torch.cuda, "device", self._enter)
+        patch.setattr(torch.cuda, "manual_seed", self._seed)
+
+    @staticmethod
+    def after(seed: int) -> torch.Tensor:
+        """State after this seed, in the form that torch has."""
+        return torch.tensor([seed, 0]).view(torch.uint8)
+
+    def _set(self, state: torch.Tensor, device: Any) -> None:
+        self.states[_index(device)] = state
+
+    @contextmanager
+    def _enter(self, device: torch.device) -> Iterator[None]:
+        before, self.current = self.current, _index(device)
+        yield
+        self.current = before
+
+    def _seed(self, seed: int) -> None:
+        self.states[self.current] = self.after(seed)
+
+
+def _index(device: Any) -> int:
+    return device if isinstance(device, int) else device.index or 0
+
+
+def test_random_state_of_a_rank_is_found_on_a_device_with_another_index(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    TwoGpus(monkeypatch)
+    saved = get_rng_state(device=torch.device("cuda:1"))
+    alone = TwoGpus(monkeypatch, count=1)  # as a scheduler shows it
+    assert set_rng_state(saved, device=torch.device("cuda:0")) == []
+    assert torch.equal(alone.states[0], alone.after(1))
+
+
+def test_random_state_without_a_role_is_restored_by_index(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpus = TwoGpus(monkeypatch)
+    saved = get_rng_state(device=torch.device("cuda:1"))
+    del saved["device"]  # as in a checkpoint of an earlier version
+    gpus.states = [gpus.after(7), gpus.after(8)]
+    assert set_rng_state(saved, device=torch.device("cuda:1")) == []
+    assert [int(state.view(torch.int64)[0]) for state in gpus.states] == [0, 1]
+
+
+@pytest.mark.parametrize("is_older", [False, True])
+def test_new_ranks_draw_other_numbers_on_their_devices(
+    is_older: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus = TwoGpus(monkeypatch)
+    saved = get_rng_state(device=torch.device("cuda:0"))
+    if is_older:
+        del saved["device"]
+    found = {0}
+    for rank in (1, 2):
+        set_rng_state(derive_rng_state(saved, rank), device=torch.device("cuda:1"))
+        assert gpus.states[0] is saved["cuda"][0]
+        found.add(int(gpus.states[1].view(torch.int64)[0]))
+    assert len(found) == 3

@@ -40,6 +40,7 @@ from harness.accelerators.deepspeed.gather import (
     list_attributes,
 )
 from harness.accelerators.deepspeed.library import (
+    choose_kind,
     import_deepspeed,
     keep_functions,
     known_fields,
@@ -93,7 +94,8 @@ class DeepSpeedAccelerator:
         DeepSpeed's own config: a dict or a JSON file, in DeepSpeed's words. None means ZeRO
         0. ``prepare`` fills in ``"auto"`` values and missing batch sizes.
     device
-        ``cpu`` or ``cuda``; None takes CUDA if there is any.
+        ``cpu`` or ``cuda``; None takes CUDA if there is any. DeepSpeed uses one kind in a
+        process. An index, as in ``cuda:1``, replaces the one of the rank.
     accumulate : >= 1
         Micro-batches per optimizer step, the same as ``gradient_accumulation_steps``.
     precision
@@ -194,6 +196,7 @@ class DeepSpeedAccelerator:
     def _read_config(
         self, config: Mapping[str, object] | str | Path | None, precision: str | None
     ) -> dict[str, Any]:
+        choose_kind(self.device.type)
         read = add_precision(read_config(config), precision)
         check_config(read, self._collect_facts())
         return read
@@ -264,8 +267,10 @@ class DeepSpeedAccelerator:
             model.to(self.device)
             self._send_from_main([*model.parameters(), *model.buffers()])
         else:
-            # DeepSpeed reads it at any time, for example in the model's forward at ZeRO 3.
-            variables = set_environment(LOCAL_RANK=str(self.local_rank))
+            # DeepSpeed reads it at any time, for example in the model's forward at ZeRO 3,
+            # and takes it for the index of the device.
+            index = self.local_rank if self.device.index is None else self.device.index
+            variables = set_environment(LOCAL_RANK=str(index))
             self._cleanup.enter_context(variables)
             self._cleanup.enter_context(keep_functions())
             self._engines = create_engines(
@@ -565,7 +570,9 @@ class DeepSpeedAccelerator:
         stage, engines = zero_stage(self._filled), self._engines.deepspeed_engines
         here = {"world_size": self.world_size, "stage": stage}
         self._ranks.check_on_every_rank(lambda: check_origin(state, here))
-        shared = self._ranks.broadcast(state["shared"])
+        # Each tensor moves by itself: all of them would not fit on a device beside the live.
+        on_cpu = detach_to(state["shared"], torch.device("cpu"))
+        shared = self._ranks.broadcast_objects(on_cpu)
         complete = {**state, "shared": shared}
         model = self._prepared_model()
         self._ranks.check_on_every_rank(

@@ -350,6 +350,8 @@ def fill_config(config: Mapping[str, Any], facts: ConfigFacts) -> Options:
     if filled.get("gradient_clipping", "auto") == "auto":
         # By default DeepSpeed 0.19.8 clips at 1.0; plain torch does not clip.
         filled["gradient_clipping"] = 0.0
+    # By default DeepSpeed 0.19.8 waits for the device twice in each step, to measure it.
+    filled["timers"] = {"throughput": {"enabled": False}} | filled.get("timers", {})
     filled.setdefault("zero_optimization", {})
     for section in facts.fields.keys() & filled.keys():
         filled[section] = _drop_autos(filled[section])

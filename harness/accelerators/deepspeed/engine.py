@@ -217,7 +217,10 @@ class NamedEngine:
             finally:
                 wrapper.clip_grad = before
             norm = self.engine.get_global_grad_norm()
-            found.fill_(math.nan if norm is None else float(norm))
+            if isinstance(norm, Tensor):  # nothing is read from the device
+                found.copy_(norm.reshape(()))
+            else:
+                found.fill_(math.nan if norm is None else norm)
         else:
             yield
         self._clip = None

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from harness.accelerators.deepspeed.config import zero_stage
 from harness.accelerators.deepspeed.engine import NamedEngine, find_parameters
 from harness.accelerators.deepspeed.library import (
+    correct_half_autocast,
     ignore_warnings,
     import_deepspeed,
     silence_deepspeed_warnings,
@@ -178,6 +179,7 @@ def create_engines(
                 model_parameters=None if optimizers else trained,
                 config=dict(config),
             )
+        correct_half_autocast(made[name])
         is_double = any(param.dtype == torch.float64 for param in owned[name])
         if is_double and "communication_data_type" not in config:
             # DeepSpeed would send them as float32.

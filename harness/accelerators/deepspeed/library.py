@@ -50,6 +50,28 @@ def import_deepspeed() -> ModuleType:
     return found
 
 
+def choose_kind(kind: str) -> None:
+    """Let DeepSpeed train on devices of a kind: it knows one in a process, and finds it itself.
+
+    Parameters
+    ----------
+    kind
+        ``cpu`` or ``cuda``.
+
+    Raises
+    ------
+    ValueError
+        If it trains on another kind in this process.
+    """
+    with set_environment(DS_ACCELERATOR=kind):  # read when it is imported
+        found = import_deepspeed().get_accelerator().device_name()
+    if found != kind:
+        msg = f"accelerator(device): expected {found!r}, the kind of device that"
+        got = f"DeepSpeed uses in this process, got {kind!r}"
+        advice = f"Start another process, with DS_ACCELERATOR={kind} if it imports"
+        raise ValueError(f"{msg} {got}. {advice} deepspeed itself.")
+
+
 @contextmanager
 def ignore_warnings() -> Iterator[None]:
     """Let nothing warn: what DeepSpeed does at start concerns its own authors."""
@@ -153,6 +175,40 @@ def _refuse_step(optimizer: object, *_: object) -> None:
     kind, version = type(optimizer).__name__, import_deepspeed().__version__
     msg = f"prepare: expected no step while DeepSpeed {version} initializes"
     raise RuntimeError(f"{msg}, got one of {kind}. Use DeepSpeed 0.19.8.")
+
+
+def correct_half_autocast(engine: Any) -> None:
+    """Let steps under autocast with float16 see gradients without the scale of the losses.
+
+    DeepSpeed 0.19.8 steps them by torch's ``GradScaler``, which is wrong in two ways:
+
+    - At ZeRO 1 to 3 clipping sees scaled gradients. An overflow ends the step before the
+      scaler learns of it, so the scale never falls and every later step overflows too. Here
+      ZeRO's own scale replaces it, with the options of torch's: it divides, clips, skips.
+    - At ZeRO 0 a fused optimizer takes the scale itself. So clipping sees scaled gradients,
+      and a step that its kernel skips counts. Here the scaler treats it as any other.
+
+    References
+    ----------
+    DeepSpeed 0.19.8: ``_take_model_step`` in ``runtime/engine.py``, and ``step`` in
+    ``zero/stage_1_and_2.py`` and ``zero/stage3.py``. torch 2.13, ``GradScaler.step``.
+    """
+    if engine.torch_autocast_z0_gradscaler is not None:
+        engine.basic_optimizer._step_supports_amp_scaling = False
+    wrapper = engine.optimizer
+    if getattr(wrapper, "torch_autocast_gradscaler", None) is not None:
+        from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler  # noqa: PLC0415  see door
+
+        wrapper.torch_autocast_gradscaler = None
+        wrapper.dynamic_loss_scale = True
+        wrapper.loss_scaler = DynamicLossScaler(
+            init_scale=2.0**16,
+            scale_window=2000,
+            min_scale=1.0,
+            delayed_shift=1,
+            consecutive_hysteresis=False,
+            raise_error_at_min_scale=False,
+        )
 
 
 @cache

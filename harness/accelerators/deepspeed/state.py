@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from harness.accelerators.base import HOW_TO_STEP, counts_on_device
 from harness.errors import CheckpointError
 from harness.pytree import StateDict
 from harness.reshard.consolidated import (
@@ -206,13 +207,12 @@ def _create_entries(
         place, _, key = full.rpartition("/")
         if place in by_place and not is_master_name(full):
             by_place[place][key] = value
-    # torch keeps counters on the CPU unless a kernel reads them.
-    groups = base_optimizer(engine).param_groups
-    is_moved = any(group.get("fused") or group.get("capturable") for group in groups)
+    is_moved = any(map(counts_on_device, base_optimizer(engine).param_groups))
     for (place, master), numbers in zip(master_weights, facts["state"], strict=True):
         entries = by_place[place]
         for key, value in entries.items():
-            device = master.device if value.dim() or is_moved else value.device
+            is_counter = value.dim() == 0 and not is_moved
+            device = torch.device("cpu") if is_counter else master.device
             entries[key] = value.to(device, copy=True)
         state.pop(master, None)
         if entries or numbers:
@@ -346,11 +346,7 @@ def _restore_facts(engine: Any, facts: StateDict) -> None:
         msg = f"resume: expected {len(groups)} parameter groups, got {len(facts['groups'])}."
         raise CheckpointError(f"{msg} Resume with the learner that was saved.")
     for group, saved in zip(groups, facts["groups"], strict=True):
-        for key, value in saved.items():
-            if torch.is_tensor(group.get(key)):
-                group[key].fill_(value)
-            else:
-                group[key] = value
+        _restore_options(group, saved)
     for scale in _dynamic_scales(engine):
         for name in facts["scale"].keys() & vars(scale).keys() & set(_SCALES):
             setattr(scale, name, facts["scale"][name])
@@ -359,6 +355,15 @@ def _restore_facts(engine: Any, facts: StateDict) -> None:
         scaler.load_state_dict(saved)
     if facts["scheduler"] is not None:
         engine.lr_scheduler.load_state_dict(facts["scheduler"])
+
+
+def _restore_options(group: dict[str, Any], saved: StateDict) -> None:
+    """Restore the options of a group, but for how a step is computed."""
+    for key, value in saved.items():
+        if torch.is_tensor(group.get(key)):
+            group[key].fill_(value)
+        elif key not in HOW_TO_STEP or key not in group:
+            group[key] = value
 
 
 def _dynamic_scales(engine: Any) -> Iterator[Any]:

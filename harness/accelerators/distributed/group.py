@@ -7,6 +7,7 @@ waits for a device. Tensors on a CUDA device are sent by NCCL.
 from __future__ import annotations
 
 import atexit
+import hashlib
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
@@ -28,6 +29,9 @@ TIMEOUT = timedelta(minutes=30)
 
 RENDEZVOUS_TIMEOUT = timedelta(minutes=5)
 """Time that the first rank waits for the last one to start."""
+
+CUDA_BACKENDS = "cpu:gloo,cuda:nccl"
+"""Backends for tensors on both kinds of device; gloo lacks some operations on CUDA."""
 
 _OPS = {"sum": dist.ReduceOp.SUM, "mean": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
@@ -74,6 +78,7 @@ class RankGroup:
             advice = "Call torch.distributed.destroy_process_group() first."
             raise ValueError(f"{msg}, got one of {dist.get_world_size()}. {advice}")
         else:
+            check_backends(dist.get_backend_config(), device.type)
             self.store = _find_store()
 
     def _connect(self, launch: Launch) -> None:
@@ -92,7 +97,7 @@ class RankGroup:
         # Of ranks that failed, an agent's store keeps failure and addresses.
         prefix = f"harness/{agent.attempt}"
         self.store = dist.PrefixStore(prefix, store)  # type: ignore[attr-defined]
-        backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+        backend = CUDA_BACKENDS if self.device.type == "cuda" else "gloo"
         dist.init_process_group(
             backend,
             store=self.store,
@@ -175,13 +180,19 @@ class RankGroup:
     # ----------------------------------------------------------------- tensors
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """Concatenate the tensors of all ranks along dim 0; their lengths may differ."""
+        """Concatenate the tensors of all ranks along dim 0; their lengths may differ.
+
+        Raises
+        ------
+        ValueError
+            If dtypes, or shapes after dim 0, differ; ``PeerError`` on ranks other than 0.
+        """
         tensor = tensor.detach()
         if tensor.dim() == 0:
             tensor = tensor.reshape(1)
         if self.world_size == 1:
             return tensor
-        lengths = self.gather_counts(len(tensor))
+        tensor, lengths = self._agree_on_rows(tensor)
         row = tensor.shape[1:]
         longest = torch.zeros(
             (max(lengths), *row), dtype=tensor.dtype, device=tensor.device
@@ -194,6 +205,29 @@ class RankGroup:
             dist.all_gather(received, sent)
         padded = [sent.view(tensor.dtype).reshape(longest.shape) for sent in received]
         return torch.cat([rows[:n] for rows, n in zip(padded, lengths, strict=True)])
+
+    def _agree_on_rows(self, tensor: Tensor) -> tuple[Tensor, list[int]]:
+        """The tensor in the form of the ranks' rows, and the length of each rank's.
+
+        Other rows would be read as something else, or end in a hang. A rank without rows
+        takes the form of the others.
+        """
+        form = (str(tensor.dtype), tuple(tensor.shape[1:]))
+        digest = int.from_bytes(hashlib.sha256(repr(form).encode()).digest()[:7])
+        mine = torch.tensor([len(tensor), digest])
+        theirs = [torch.empty_like(mine) for _ in range(self.world_size)]
+        dist.all_gather(theirs, mine)
+        lengths, digests = (list(numbers) for numbers in torch.stack(theirs).T.tolist())
+        if len(set(digests)) > 1:
+            forms = self.gather_objects((tensor.dtype, tensor.shape[1:]))
+            has_rows = [n for n, length in enumerate(lengths) if length]
+            dtype, shape = forms[has_rows[0] if has_rows else 0]
+            if len(tensor) == 0:
+                tensor = tensor.new_empty((0, *shape), dtype=dtype)
+            rows = f"{tensor.dtype} {tuple(tensor.shape[1:])}"
+            advice = "Give them one dtype, and one shape after the first dim."
+            self.check_same("gather", {"rows": rows}, advice)
+        return tensor, lengths
 
     def reduce(
         self, tensor: Tensor, op: Literal["sum", "mean", "max"] = "sum"
@@ -283,6 +317,30 @@ def _try(check: Callable[[], T]) -> tuple[tuple[T] | None, Exception | None]:
 def format_error(error: BaseException) -> str:
     """Class and text of an exception, in one line."""
     return f"{type(error).__name__}: {error}".partition("\n")[0]
+
+
+def check_backends(found: str, kind: str) -> None:
+    """Check that a process group that user code made serves the CPU and a kind of device.
+
+    Parameters
+    ----------
+    found
+        As torch writes the backends of a group, such as ``cpu:gloo,cuda:nccl``.
+    kind
+        ``cpu`` or ``cuda``.
+
+    Raises
+    ------
+    ValueError
+        If it has none for the CPU, or for CUDA another one than NCCL.
+    """
+    backends = dict(pair.split(":", 1) for pair in found.split(",") if ":" in pair)
+    if "cpu" in backends and (kind != "cuda" or backends.get("cuda") == "nccl"):
+        return
+    wanted = CUDA_BACKENDS if kind == "cuda" else "cpu:gloo"
+    msg = f"accelerator(device={kind!r}): expected a process group with {wanted!r}"
+    advice = f"Call init_process_group({wanted!r}), or leave it to the accelerator."
+    raise ValueError(f"{msg}, got {found!r}. {advice}")
 
 
 def _find_store() -> Any:

@@ -78,7 +78,8 @@ class NaNGuard(Callback):
         if self.keep:
             assert self.ctx.accelerator is not None
             state = map_tensors(self.ctx.accelerator.state_dict(), Tensor.clone)
-            self._before = {"state": state, "random": get_rng_state()}
+            random = get_rng_state(device=self.ctx.device)
+            self._before = {"state": state, "random": random}
 
     def on_train_batch_after_loss(self) -> None:
         """Look at the loss."""
@@ -174,7 +175,7 @@ class NaNGuard(Callback):
         if self._before is not None:
             assert self.ctx.accelerator is not None
             self.ctx.accelerator.load_state_dict(self._before["state"])
-            set_rng_state(self._before["random"])
+            set_rng_state(self._before["random"], device=self.ctx.device)
 
     def _save(self) -> str:
         """Write the weights before the batch, and the batch; say where."""

@@ -83,7 +83,7 @@ class SanityCheck(Callback):
         warned, modes = set(ctx.has_warned), _list_modes(ctx)
         buffers = [(buffer, buffer.clone()) for buffer in ctx.model.buffers()]
         generators = get_generators(ctx)
-        random = get_rng_state(generators)
+        random = get_rng_state(generators, ctx.device)
         names = ("state_dict", "load_state_dict")
         loaders: list[Any] = [
             loader
@@ -107,7 +107,7 @@ class SanityCheck(Callback):
                     copy_into(buffer, value)
             for loader, position in zip(loaders, positions, strict=True):
                 loader.load_state_dict(position)
-            set_rng_state(random, generators)
+            set_rng_state(random, generators, ctx.device)
 
     def _validate(self, ctx: StepContext) -> None:
         own: list[Callback] = [TrainValid()]

@@ -960,6 +960,27 @@ def talk_gather_joins_uneven_tensors_in_order_of_rank(lab: Lab) -> None:
     assert accelerator.gather(torch.empty(0, 3)).shape == (0, 3)
 
 
+def talk_gather_refuses_rows_that_differ(lab: Lab) -> None:
+    accelerator = lab.make()
+    is_last = lab.world > 1 and lab.rank == lab.world - 1
+    for mine, got in (
+        (torch.zeros(2, 4 if is_last else 3), r"float32 \(3,\)' on rank 0"),
+        (torch.zeros(2, dtype=torch.int64 if is_last else None), r"float32 \(\)"),
+        (torch.zeros(3, *[1] * is_last), r"float32 \(\)' on rank 0 and '.*\(1,\)'"),
+    ):
+        if lab.world == 1:
+            assert accelerator.gather(mine) is not None
+            continue
+        error: Any = PeerError if lab.rank else ValueError
+        with pytest.raises(error, match=f"gather: expected the same rows.*{got}"):
+            accelerator.gather(mine)
+    # A rank without rows takes the form of the others.
+    mine = torch.zeros(0, dtype=torch.int64) if is_last else torch.ones(2, 3)
+    found = accelerator.gather(mine)
+    assert (found.dtype, found.shape[1:]) == (torch.float32, (3,))
+    assert len(found) == 2 * max(1, lab.world - 1)
+
+
 def talk_reduce_leaves_the_input_alone(lab: Lab) -> None:
     accelerator = lab.make()
     mine = torch.tensor([1.0, float(lab.rank)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -28,3 +30,42 @@ def test_missing_cuda_is_refused() -> None:
         pytest.skip("there is a CUDA device")
     with pytest.raises(ValueError, match=r"expected a CUDA device, got none"):
         choose_rank_device("cuda", local_rank=0)
+
+
+def fake_gpus(patch: pytest.MonkeyPatch, count: int) -> list[int]:
+    """Make torch tell of CUDA devices; gives the indexes that are made the current one."""
+    chosen: list[int] = []
+    patch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    patch.setattr(torch.cuda, "device_count", lambda: count)
+    patch.setattr(torch.cuda, "set_device", chosen.append)
+    return chosen
+
+
+@pytest.mark.parametrize(
+    ("asked", "count", "local_rank", "index"),
+    [
+        (None, 4, 3, 3),
+        (None, 1, 3, 0),  # a scheduler shows each rank its own device
+        ("cuda", 4, 2, 2),
+        ("cuda:1", 4, 0, 1),
+        (torch.device("cuda", 0), 4, 3, 0),
+    ],
+)
+def test_rank_gets_the_device_of_its_number_or_the_one_asked_for(
+    asked: Any,
+    count: int,
+    local_rank: int,
+    index: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chosen = fake_gpus(monkeypatch, count)
+    assert choose_rank_device(asked, local_rank) == torch.device("cuda", index)
+    assert chosen == [index]
+
+
+def test_index_of_a_device_that_is_not_there_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fake_gpus(monkeypatch, 2)
+    with pytest.raises(ValueError, match=r"an index below 2, .*got 'cuda:2'"):
+        choose_rank_device("cuda:2", local_rank=0)

@@ -11,7 +11,7 @@ from torch import nn
 import harness
 from harness.accelerators.base import default_step_opt
 from harness.accelerators.devices import choose_device
-from harness.accelerators.single import SingleDevice
+from harness.accelerators.single import SingleDevice, load_optimizer_state
 from tests.harness.fakes import Line
 
 
@@ -158,3 +158,21 @@ def test_clip_of_sparse_gradients_equals_that_of_dense_ones(norm_type):
     (norm, grad), (dense_norm, dense_grad) = found
     torch.testing.assert_close(norm, dense_norm)
     torch.testing.assert_close(grad, dense_grad)
+
+
+@pytest.mark.parametrize("saved", [{"fused": True}, {"foreach": True}], ids=str)
+def test_restored_optimizer_steps_as_the_code_says_now(saved: dict[str, bool]) -> None:
+    model, batch = nn.Linear(2, 1), torch.ones(3, 2)
+
+    def stepped(**how: Any) -> torch.optim.Optimizer:
+        opt = torch.optim.AdamW(model.parameters(), **how)
+        model(batch).sum().backward()
+        opt.step()
+        return opt
+
+    then, now = stepped(lr=0.5, **saved), stepped(lr=0.1)
+    load_optimizer_state(now, then.state_dict(), "opt")
+    (group,) = now.param_groups
+    assert (group["lr"], group["fused"], group["foreach"]) == (0.5, None, None)
+    for param in model.parameters():
+        assert torch.equal(now.state[param]["exp_avg"], then.state[param]["exp_avg"])

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 from collections import OrderedDict, namedtuple
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence
 
 from harness.data.batch import (
@@ -297,3 +298,27 @@ def test_join_of_other_forms_is_a_list_by_batch():
         assert join(outputs) is not outputs
         assert len(join(outputs)) == 2
         assert type(join(outputs)) is list
+
+
+class Moved(Tensor):
+    """Tells how it is moved, and stays where it is: there may be no such device."""
+
+    how: ClassVar[list[object]] = []
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func is Tensor.to:
+            cls.how.append((kwargs or {}).get("non_blocking", False))
+            return args[0]
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_only_cuda_may_still_be_copying_after_a_move() -> None:
+    batch = torch.ones(2).as_subclass(Moved)
+    Moved.how.clear()
+    for device in ("cuda:1", "mps", "meta"):
+        move(batch, torch.device(device))
+    move(torch.ones(2, device="meta").as_subclass(Moved), torch.device("cpu"))
+    assert Moved.how == [True, False, False, False]

@@ -313,3 +313,10 @@ def test_auto_that_nothing_fills_is_refused() -> None:
     match = r"expected a value for scheduler.params.warmup_num_steps, got 'auto'"
     with pytest.raises(ValueError, match=match):
         fill_config(config, setting())
+
+
+def test_deepspeed_measures_no_throughput_unless_it_is_asked_to() -> None:
+    # It would wait for the device twice in each step.
+    assert fill_config({}, setting())["timers"] == {"throughput": {"enabled": False}}
+    asked = {"timers": {"throughput": {"synchronized": False}}}
+    assert fill_config(asked, setting())["timers"] == asked["timers"]
