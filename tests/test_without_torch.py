@@ -1,4 +1,4 @@
-"""`tracking` works where torch and DeepSpeed are not installed."""
+"""`tracking` works where torch, DeepSpeed, Pillow and matplotlib are not installed."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import importlib
 import pkgutil
 import sys
 
-# As if neither were installed: the import raises, and find_spec finds nothing.
-sys.modules["torch"] = sys.modules["deepspeed"] = None
+# As if none were installed: the import raises, and find_spec finds nothing.
+for name in ("torch", "deepspeed", "PIL", "matplotlib"):
+    sys.modules[name] = None
 
 import tracking
 
@@ -23,6 +24,9 @@ with tracking.start(experiment="digits", params={"lr": 0.1}, delivery=False) as 
     for epoch in (1, 2):
         run.log("metrics", "train", {"loss": 1 / epoch}, index=epoch)
     run.log_step({"loss": 0.5}, step=1)
+    run.log_image("samples", [[0.0, 1.0]], step=1)
+    run.log_table("errors", {"a": [1]}, step=1)
+    run.log_histogram("grads", [1.0, 2.0], step=1)
 
 past = tracking.open(run.id)
 assert past.status == "finished"

@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from tracking.delivery.state import DeliveryState, rows_behind
+from tracking.journal.fits import get_fits, name_in_fit
 from tracking.read import PastRun
 from tracking.store import get_first_error, list_rank_dirs
 
@@ -74,12 +75,13 @@ def list_items(run: PastRun) -> list[dict[str, Any]]:
     """
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for kind in ("images", "tables", "histograms"):
-        rows = run.records(what=kind).select(["set", "name", "index", "step", "kind"])
-        for row in rows.to_pylist():
+        rows = run.records(what=kind)
+        for fit, row in zip(get_fits(rows).tolist(), rows.to_pylist(), strict=True):
             if row["kind"] != "json":  # a number that the user logged under such a word
                 continue
+            name = name_in_fit(row["set"], fit)
             item = found.setdefault(
-                (kind, row["set"]), {"kind": kind, "name": row["set"], "count": 0}
+                (kind, name), {"kind": kind, "name": name, "count": 0}
             )
             item["count"] += 1
             item["last"] = row["index"] if row["step"] is None else row["step"]
