@@ -246,7 +246,7 @@ def find_generators(*roots: object) -> list[Generator]:
         for own in _own_generators(thing):
             if all(own is not other for other in found):
                 found.append(own)
-        todo += [getattr(thing, name, None) for name in _HOLDERS]
+        todo += [_get(thing, name) for name in _HOLDERS]
         if isinstance(thing, torch.nn.Module):
             todo += thing.children()
     return found
@@ -256,10 +256,24 @@ _HOLDERS = ("sampler", "batch_sampler", "dataset", "transform")
 """Attributes of loaders, samplers and data sets whose values may hold generators."""
 
 
+def _get(thing: object, name: str) -> object:
+    """An attribute, or None; that a module has none is known without its slow search."""
+    if isinstance(thing, torch.nn.Module) and name not in vars(thing):
+        # A class with a search of its own may find it there.
+        own: object = type(thing).__getattr__
+        if own is torch.nn.Module.__getattr__ and not hasattr(type(thing), name):
+            return None
+    return getattr(thing, name, None)
+
+
 def _own_generators(thing: object) -> Iterator[Generator]:
     for value in (
-        getattr(thing, "generator", None),
+        _get(thing, "generator"),
         *getattr(thing, "__dict__", {}).values(),
     ):
-        if isinstance(value, Generator):
+        if type(value) not in _NO_GENERATORS and isinstance(value, Generator):
             yield value
+
+
+_NO_GENERATORS = frozenset({bool, int, float, str, type(None), tuple, list, dict})
+"""Types of most attributes, which are passed over quickly."""

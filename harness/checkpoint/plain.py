@@ -10,7 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from harness.checkpoint.search import MAX_ITEMS, MODULE_FIELDS, PLAIN_TYPES, Search
+from harness.checkpoint.search import (
+    MAX_ITEMS,
+    MODULE_FIELDS,
+    PLAIN_TYPES,
+    SCALARS,
+    Search,
+)
 from harness.pytree import StateDict, iter_tensors, map_tensors
 from harness.reshard.consolidated import copy_into
 
@@ -37,9 +43,9 @@ def copy_fields(search: Search) -> Fields:
     return {
         root: {
             path: {
-                name: copy.deepcopy(_detach(value))
+                name: value if type(value) in SCALARS else copy.deepcopy(_detach(value))
                 for name, value in _plain_fields(owner)
-                if _size_of(value) <= MAX_COPIED_BYTES
+                if type(value) in SCALARS or _size_of(value) <= MAX_COPIED_BYTES
             }
             for path, owner in found.items()
         }
@@ -103,8 +109,11 @@ def _copy_into(live: object, value: object) -> bool:
 
 def _plain_fields(owner: object) -> Iterator[tuple[str, Any]]:
     for name, value in list(vars(owner).items()):
-        is_of_engine = name.startswith(("ds_", "_ds", "_z3"))
-        if name not in MODULE_FIELDS and not is_of_engine and _is_plain(value):
+        if name in MODULE_FIELDS or name.startswith(
+            ("ds_", "_ds", "_z3")
+        ):  # an engine's
+            continue
+        if _is_plain(value):
             yield name, value
 
 

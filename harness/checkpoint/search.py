@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchmetrics import Metric
 
-from harness.accelerators.single import named_tensors
 from harness.callback import Callback
 from harness.context import Context
 
@@ -29,7 +28,12 @@ MODULE_FIELDS = frozenset(vars(nn.Module())) | {"ctx"}
 """Attributes of a module that are not its own."""
 
 PLAIN_TYPES = (bool, int, float, complex, str, type(None))
-_NOT_SEARCHED = (type, types.ModuleType, Context, DataLoader, Dataset, Sampler)
+SCALARS = frozenset(PLAIN_TYPES)
+"""The same, to look a type up quickly: most attributes are of one of them."""
+
+_PASSED_OVER = (
+    *(*PLAIN_TYPES, type, types.ModuleType, Context, DataLoader, Dataset, Sampler),
+)
 _FUNCTIONS = (functools.partial, types.FunctionType, types.MethodType)
 _FOREIGN = frozenset(
     {"torch", "numpy", "builtins", "threading", "_thread", "tracking", "harness"}
@@ -87,7 +91,7 @@ class Search:
         return is_new
 
     def _search(self, root: str, path: str, value: Any, depth: int) -> None:
-        is_passed = isinstance(value, (*PLAIN_TYPES, *_NOT_SEARCHED))
+        is_passed = type(value) in SCALARS or isinstance(value, _PASSED_OVER)
         if is_passed or depth > MAX_DEPTH or not self._meet(value):
             return
         is_leaf = isinstance(value, Tensor) and value.requires_grad and value.is_leaf
@@ -107,7 +111,7 @@ class Search:
     def _search_modules(self, root: str, path: str, top: nn.Module, depth: int) -> None:
         """Search the attributes of a module and of those below it."""
         inner = dict(top.named_modules())
-        for thing in (*inner.values(), *named_tensors(top).values()):
+        for thing in iter_parts(inner.values()):
             self._meet(thing)
         for name, module in inner.items():
             if not has_extra_state(module) and not isinstance(module, Metric):
@@ -118,7 +122,7 @@ class Search:
     def _search_fields(self, root: str, path: str, owner: object, depth: int) -> None:
         skipped = MODULE_FIELDS if isinstance(owner, nn.Module) else {"ctx"}
         for name, value in list(getattr(owner, "__dict__", {}).items()):
-            if name not in skipped:
+            if name not in skipped and type(value) not in SCALARS:
                 self._search(root, f"{path}.{name}", value, depth + 1)
 
 
@@ -132,8 +136,8 @@ def search_fit(ctx: Context, callbacks: Mapping[str, Callback]) -> Search:
     callbacks
         Its callbacks by name.
     """
-    saved: list[Any] = [ctx.accelerator, ctx.run, *ctx.callbacks, *ctx.model.modules()]
-    saved += named_tensors(ctx.model).values()
+    saved: list[Any] = [ctx.accelerator, ctx.run, *ctx.callbacks]
+    saved += iter_parts(ctx.model.modules())
     for opt in ctx.optimizers.values():
         saved += [opt, getattr(opt, "optimizer", opt)]
     search = Search(saved)
@@ -154,7 +158,7 @@ def find_loss_modules(loss: object, model: nn.Module) -> list[nn.Module]:
 
 def search_loss(loss: object, model: nn.Module) -> Search:
     """Search a loss alone; what belongs to the model is passed over."""
-    search = Search([*model.modules(), *named_tensors(model).values()])
+    search = Search(iter_parts(model.modules()))
     search.add("loss", loss)
     return search
 
@@ -170,6 +174,14 @@ def name_parameters(model: nn.Module, search: Search) -> dict[str, Tensor]:
             elif isinstance(thing, Tensor):
                 found[f"{root}{path}"] = thing
     return found | dict(model.named_parameters())
+
+
+def iter_parts(modules: Iterable[nn.Module]) -> Iterator[object]:
+    """Yield modules, and their own weights and buffers, which may come more than once."""
+    for module in modules:
+        yield module
+        yield from module._parameters.values()
+        yield from module._buffers.values()
 
 
 def has_state(value: object) -> bool:

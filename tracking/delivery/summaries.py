@@ -52,13 +52,23 @@ def write_summaries(run_path: Path) -> list[Path]:
         written.append(folder / RECORDS)
     if CURVES not in logged and (rows := _collect_points(table)):
         with replace_file(folder / CURVES) as temporary:
-            plot_curves(rows, temporary)
+            plot_curves(rows, temporary, unit=find_unit(table))
         written.append(folder / CURVES)
     found = read_environment(run_path)
     if DIFF not in logged and found is not None and found.diff:
         write_atomically(folder / DIFF, found.diff.encode(errors="replace"))
         written.append(folder / DIFF)
     return written
+
+
+def find_unit(table: pa.Table) -> str:
+    """What the indices of metrics count, ``epoch`` or ``step``, by the rows' own columns."""
+    metrics = table.filter(pc.equal(table["what"].cast(pa.string()), "metrics"))
+    has_epochs, has_steps = (
+        pc.all(pc.equal(metrics["index"], metrics[column])).as_py()
+        for column in ("epoch", "step")
+    )
+    return "step" if has_steps and not has_epochs else "epoch"
 
 
 def _collect_points(table: pa.Table) -> list[tuple[str, str, int, float]]:

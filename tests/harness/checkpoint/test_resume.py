@@ -19,14 +19,18 @@ from tests.harness.exact import (
     BY_STEPS,
     CASES,
     EPOCHS,
+    VALID,
     WITH_WORKERS,
     Case,
     Conv,
+    X,
+    Y,
     differences,
     fit,
     rewritten,
     sgd,
 )
+from tests.harness.fakes import At
 
 SHOWN = (5, 8)
 """Batches after which the quick form stops: within windows of both epochs."""
@@ -101,6 +105,17 @@ def test_resume_at_any_batch_between_validations_equals_the_unbroken_fit(
     stops = [("on_train_batch_end", k) for k in range(1, 10)]
     stops += [("on_valid_batch_end", k) for k in range(1, 9 if name == "sets" else 3)]
     check_exact(BY_STEPS[name], tmp_path, stops)
+
+
+@pytest.mark.parametrize("saves", [False, True])
+def test_validation_is_marked_where_something_saves(
+    saves: bool, tmp_path: Path
+) -> None:
+    marks: list[bool] = []
+    look = At("on_valid_begin", lambda ctx: marks.append(ctx.valid_start is not None))
+    save = [harness.callbacks.ModelCheckpoint(tmp_path)] if saves else []
+    sgd().fit((X, Y), 2, VALID, callbacks=[look, *save], tracker=False, verbose=False)
+    assert marks == [saves] * 2
 
 
 # ------------------------------------------------ without one piece the result differs

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import pytest
 from pyarrow import parquet
 
 import tracking
 from tests.tracking.tables import same
-from tracking.delivery.summaries import write_summaries
+from tracking.delivery.summaries import find_unit, write_summaries
 
 
 def test_curves_and_records_are_written_into_the_artifacts(record):
@@ -57,3 +58,21 @@ def test_linked_folder_of_artifacts_gets_no_summaries(record, tmp_path):
     (run.path / "artifacts").symlink_to(tmp_path / "other")
     assert write_summaries(run.path) == []
     assert list((tmp_path / "other").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("places", "unit"),
+    [
+        ([(1, 1, 10), (2, 2, 20)], "epoch"),
+        ([(10, 1, 10), (20, 1, 20)], "step"),
+        ([(1, 1, 1), (2, 2, 2)], "epoch"),
+        ([(7, None, None)], "epoch"),
+    ],
+)
+def test_curves_are_labelled_by_what_their_indices_count(record, places, unit):
+    run = record().run
+    for index, epoch, step in places:
+        run.log("metrics", "valid", {"loss": 1.0}, index, epoch=epoch, step=step)
+    run.log("lr", "train", {"opt": 0.1}, 3, epoch=1, step=9)
+    run.finish()
+    assert find_unit(tracking.open(run.path).records()) == unit
