@@ -5,6 +5,7 @@ Names are imported on first use, so that ``import harness`` is quick.
 
 from __future__ import annotations
 
+import gc
 import importlib
 from typing import TYPE_CHECKING, Any
 
@@ -91,7 +92,18 @@ def __getattr__(name: str) -> Any:
     if home is None:
         msg = f"module 'harness' has no attribute {name!r}"
         raise AttributeError(msg)
-    module = importlib.import_module(f"harness.{home}")
+    module = _import_module(f"harness.{home}")
     value = module if home == name else getattr(module, name)
     globals()[name] = value
     return value
+
+
+def _import_module(name: str) -> Any:
+    """Import a module without the garbage collector, which goes through all of torch again."""
+    is_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        return importlib.import_module(name)
+    finally:
+        if is_enabled:
+            gc.enable()

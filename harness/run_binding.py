@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import TypeAlias
 
 from torch import Tensor
 from torch.nn.parameter import is_lazy
@@ -21,14 +22,10 @@ from harness.pytree import Options
 from harness.records import NullRun
 from harness.setup_checks import check_arguments
 from tracking import capture
-from tracking.artifact_logger import check_item
-from tracking.delivery.state import DeliveryState
 from tracking.errors import RunClosedError, escape_control, write_stderr
-from tracking.journal.fits import name_in_fit
-from tracking.schema import flatten_value
-from tracking.store import runs_folder
 
-Tracker = tracking.Run | Mapping[str, object] | bool | None
+# Arrow takes a quarter of a second to import; what needs it is imported when a fit starts.
+Tracker: TypeAlias = "tracking.Run | Mapping[str, object] | bool | None"
 """Where a fit is recorded; see ``Learner.fit``."""
 
 
@@ -40,8 +37,8 @@ def check_tracker(tracker: object) -> None:
     TypeError
         If `tracker` has none of the documented forms, or a dict has other arguments.
     """
-    is_known = tracker is None or isinstance(tracker, bool | Mapping | tracking.Run)
-    if not is_known:
+    is_plain = tracker is None or isinstance(tracker, bool | Mapping)
+    if not is_plain and not isinstance(tracker, tracking.Run):
         msg = f"fit(tracker): expected None, False, a dict or a Run, got {tracker!r}."
         raise TypeError(f"{msg} A dict holds arguments of tracking.start().")
     if isinstance(tracker, Mapping):
@@ -50,7 +47,19 @@ def check_tracker(tracker: object) -> None:
 
 def make_null_run() -> NullRun:
     """Make the run of a call without tracking; it refuses what a real run would refuse."""
-    return NullRun(flatten_value, check_item)
+    return NullRun(_check_value, _check_item)
+
+
+def _check_value(value: object, place: str) -> None:
+    from tracking.schema import flatten_value  # noqa: PLC0415  imports Arrow
+
+    flatten_value(value, place)
+
+
+def _check_item(call: str, name: str, value: object, **counts: int) -> None:
+    from tracking.artifact_logger import check_item  # noqa: PLC0415  imports Arrow
+
+    check_item(call, name, value, **counts)
 
 
 @contextmanager
@@ -183,7 +192,7 @@ def describing_model(ctx: Context) -> Iterator[None]:
 
 def _log_model(ctx: Context, shapes: Mapping[str, str]) -> None:
     text = f"{summarize(ctx.model, shapes=shapes)}\n\n{ctx.model}\n"
-    ctx.run.log_text(text, f"{name_in_fit('model', ctx.run.fit)}.txt")
+    ctx.run.log_text(text, name_file(ctx, "model"))
 
 
 def report_start(ctx: Context, name: str, report: WeightsReport) -> None:
@@ -197,7 +206,7 @@ def report_start(ctx: Context, name: str, report: WeightsReport) -> None:
     for kind in ("loaded", "missing", "unexpected", "mismatched"):
         names = getattr(report, kind)
         lines += [f"\n{kind}:", *(f"  {own}" for own in names)] if names else []
-    file = f"{name_in_fit('start', ctx.run.fit)}.txt"
+    file = name_file(ctx, "start")
     ctx.run.log_text("\n".join(lines) + "\n", file)
     ctx.run.set_tags({"started_from": name})
 
@@ -224,6 +233,13 @@ def as_param(value: object) -> str | int | float | bool:
     return value if isinstance(value, str | int | float | bool) else str(value)
 
 
+def name_file(ctx: Context, stem: str) -> str:
+    """Return the name of a text file of this fit, which other fits of its run do not take."""
+    from tracking.journal.fits import name_in_fit  # noqa: PLC0415  imports Arrow
+
+    return f"{name_in_fit(stem, ctx.run.fit)}.txt"
+
+
 def _name_loss(loss: Callable[..., Tensor] | None) -> str:
     if loss is None:
         return "model.step"
@@ -234,6 +250,9 @@ def describe_next(run: tracking.Run | NullRun) -> list[str]:
     """Return the lines that say where a run is and what to type next; none without a run."""
     if run.id is None or isinstance(run, NullRun):
         return []
+    from tracking.delivery.state import DeliveryState  # noqa: PLC0415  imports Arrow
+    from tracking.store import runs_folder  # noqa: PLC0415  imports Arrow
+
     name, option = run.id, ""
     if run.path.parent != runs_folder():
         name = str(run.path)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
-
-from torchmetrics import Metric
+from typing import TYPE_CHECKING, Any
 
 from harness.callback import Callback
 from harness.metrics.figures import as_points, draw, is_curve
@@ -13,6 +11,9 @@ from harness.metrics.loss import has_nan
 from harness.metrics.sets import MetricSet
 from harness.metrics.split import SplitMetrics, count_batch_values
 from harness.pytree import StateDict
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
 
 LOOK_BATCHES = 128
 """Batches after which losses on a device are read to look for a NaN: a read waits for it."""

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torchmetrics import Metric
 
 from harness.accelerators.single import (
     listing_all_state,
@@ -18,6 +17,7 @@ from harness.accelerators.single import (
 from harness.checkpoint.groups import name_groups, regroup
 from harness.checkpoint.search import PLAIN_TYPES, Search, has_extra_state
 from harness.errors import CheckpointError
+from harness.metrics.kinds import is_metric
 from harness.metrics.state import get_states, set_states
 from harness.pytree import StateDict, flatten
 from harness.reshard.consolidated import (
@@ -25,6 +25,9 @@ from harness.reshard.consolidated import (
     shape_buffers,
     shape_lazy_parameters,
 )
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
 
 States = dict[str, dict[str, StateDict]]
 """States of objects by root and path."""
@@ -169,7 +172,7 @@ def _metrics_of(module: nn.Module) -> list[tuple[str, Metric]]:
     found: list[tuple[str, Metric]] = []
     for name, inner in module.named_modules():
         is_below = any(not top or name.startswith(f"{top}.") for top, _ in found)
-        if isinstance(inner, Metric) and not is_below:
+        if is_metric(inner) and not is_below:
             found.append((name, inner))
     return found
 

@@ -11,19 +11,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from torchmetrics import Metric, SumMetric
 
 from harness.checkpoint.hparams import HparamSource, encode_hparams, name_of
 from harness.checkpoint.weights import SavedModel
+from harness.metrics.kinds import is_metric
 from harness.metrics.sets import MetricSet
+from harness.metrics.state import list_common_attributes
 from harness.pytree import Options
 
 _OF_MODULE = frozenset(vars(nn.Module()))
-_OF_METRIC = frozenset(vars(SumMetric())) - frozenset(
+_OPTIONS_OF_METRIC = frozenset(
     {"_device", "_dtype_convert", "compute_on_cpu", "compute_with_cache"}
     | {"dist_sync_on_step", "sync_on_compute"}
 )
-"""Attributes that torch and torchmetrics set by themselves."""
+"""What a user chooses; torch and torchmetrics set the other attributes by themselves."""
 
 
 def encode_object(value: object) -> Any:
@@ -34,9 +35,11 @@ def encode_object(value: object) -> Any:
     name = name_of(type(value))
     if name is None or any(vars(value)[hook] for hook in hooks):
         return {"$text": type(value).__qualname__}
-    metric: Any = value if isinstance(value, Metric) else None
+    metric: Any = value if is_metric(value) else None
     states = metric._defaults if metric is not None else {}
-    known = {*states, *(_OF_METRIC if isinstance(value, Metric) else _OF_MODULE)}
+    known = {*states, *_OF_MODULE}
+    if metric is not None:
+        known = {*states, *list_common_attributes()} - _OPTIONS_OF_METRIC
     return {
         "$module": name,
         "attributes": _encode_all(
@@ -134,7 +137,9 @@ class ObjectSource:
         if kind is None:
             raise LookupError(saved["$module"])
         module: nn.Module = object.__new__(kind)
-        if isinstance(module, Metric):
+        if is_metric(module):
+            from torchmetrics import Metric  # noqa: PLC0415  slow to import
+
             Metric.__init__(module)
             for name, (default, reduction, is_kept) in saved["states"].items():
                 fx = self.decode(reduction)

@@ -13,10 +13,10 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchmetrics import Metric
 
 from harness.callback import Callback
 from harness.context import Context
+from harness.metrics.kinds import is_metric
 
 MAX_ITEMS = 1000
 """Longer containers are data, and are not searched."""
@@ -114,7 +114,7 @@ class Search:
         for thing in iter_parts(inner.values()):
             self._meet(thing)
         for name, module in inner.items():
-            if not has_extra_state(module) and not isinstance(module, Metric):
+            if not has_extra_state(module) and not is_metric(module):
                 place = f"{path}.{name}" if name else path
                 self.modules[root][place] = module
                 self._search_fields(root, place, module, depth)

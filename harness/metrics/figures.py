@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from torchmetrics import Metric
+
+from harness.metrics.kinds import is_metric
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from torchmetrics import Metric
 
 MAX_NUMBERS = 40_000
 """Numbers of a value that are recorded. Of longer curves some points are left out."""
@@ -24,8 +26,10 @@ MAX_WRITTEN = 30
 
 def get_plotted(metric: Metric) -> Metric | None:
     """The metric that can plot itself, such as the one that ``on`` applies; None: none can."""
+    from torchmetrics import Metric  # noqa: PLC0415  slow to import
+
     inner = getattr(metric, "metric", None)
-    own = inner if isinstance(inner, Metric) else metric
+    own = inner if is_metric(inner) else metric
     return own if type(own).plot is not Metric.plot else None
 
 

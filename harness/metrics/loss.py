@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from harness.data.batch import as_number, copy_by_value
 from harness.pytree import StateDict
@@ -201,43 +200,3 @@ def compute_means(of_ranks: Sequence[Sums]) -> dict[str, Any]:
         name: next(iter(inner.values())) if len(inner) == 1 else inner
         for name, inner in means.items()
     }
-
-
-class FunctionAverage(Metric):
-    """Mean of ``f(pred, target)`` over rows: each batch is weighted by its rows."""
-
-    full_state_update = False
-    total: Tensor
-    rows: Tensor
-
-    def __init__(self, function: Callable[[Any, Any], object]) -> None:
-        super().__init__()
-        self.function = function
-        zero = torch.zeros((), dtype=torch.float64)
-        self.add_state("total", zero.clone(), dist_reduce_fx="sum")
-        self.add_state("rows", zero.clone(), dist_reduce_fx="sum")
-
-    def update(self, pred: object, target: object, rows: int) -> None:
-        """Add the value of one batch of `rows` rows."""
-        found = self.function(pred, target)
-        if isinstance(found, Tensor) and found.numel() == 1:
-            found = found.detach().reshape(())
-        elif not isinstance(found, int | float) and getattr(found, "shape", None) != ():
-            shape = f" of shape {tuple(found.shape)}" if hasattr(found, "shape") else ""
-            msg = f"a number, got {type(found).__name__}{shape}."
-            raise TypeError(
-                f"metric function: expected {msg} Return its mean, or write a metric for"
-                " each part."
-            )
-        value = torch.as_tensor(found, device=self.total.device)
-        self.total += value.double() * rows
-        self.rows += rows
-
-    def compute(self) -> Tensor:
-        """The mean; NaN without rows."""
-        return self.total / self.rows
-
-
-def as_metric(item: Any) -> Metric:
-    """The metric itself, or the average of a function."""
-    return item if isinstance(item, Metric) else FunctionAverage(item)

@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torchmetrics import Metric, MetricCollection
-
 from harness.events import nearest
+from harness.metrics.kinds import is_collection, is_metric
 from harness.setup_checks import check_call, check_count
 
 MAX_NAMED = 100
@@ -97,7 +96,7 @@ def name_metrics(metrics: object) -> dict[str, Any]:
     """
     if metrics is None:
         return {}
-    if isinstance(metrics, MetricCollection):
+    if is_collection(metrics):
         metrics = dict(metrics.items())
     if isinstance(metrics, Mapping):
         pairs = [(name, check_metric(item, name)) for name, item in metrics.items()]
@@ -125,12 +124,12 @@ def check_metric(item: object, place: str | int) -> Any:
             f"metrics[{place!r}]: expected an instance, got the class {item.__name__}."
         )
         raise TypeError(f"{msg} Write {item.__name__}(...).")
-    if not callable(item) or isinstance(item, MetricCollection):
+    if not callable(item) or is_collection(item):
         msg = f"metrics[{place!r}]: expected a metric, got {item!r}."
         raise TypeError(
             f"{msg} Give a torchmetrics object or a function f(pred, target)."
         )
-    if not isinstance(item, Metric):
+    if not is_metric(item):
         check_call(f"metrics[{place!r}]", item, "pred", "target")
     return item
 

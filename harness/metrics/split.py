@@ -11,20 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.classification import (
-    MulticlassConfusionMatrix,
-    MulticlassExactMatch,
-    MulticlassStatScores,
-)
 
 from harness.data.batch import copy_by_value, detach, missing_target_error
 from harness.metrics.figures import MAX_NUMBERS, is_curve, is_matrix
+from harness.metrics.kinds import as_metric, is_metric
 from harness.metrics.loss import (
-    FunctionAverage,
     LossAverage,
     Sums,
-    as_metric,
     compute_means,
 )
 from harness.metrics.sets import MAX_NAMED
@@ -45,6 +38,8 @@ from harness.metrics.state import (
 from harness.pytree import StateDict
 
 if TYPE_CHECKING:
+    from torchmetrics import Metric
+
     from harness.accelerators.base import Accelerator
     from harness.context import Context
 
@@ -55,7 +50,9 @@ GROUP_NUMEL = 1 << 22
 """Elements in the waiting predictions at most."""
 
 
-BY_LABEL = (MulticlassStatScores, MulticlassConfusionMatrix, MulticlassExactMatch)
+BY_LABEL = frozenset(
+    {"MulticlassStatScores", "MulticlassConfusionMatrix", "MulticlassExactMatch"}
+)
 """Classification metrics that look at each row alone: the largest outputs decide."""
 
 
@@ -70,7 +67,7 @@ def can_group(metric: Metric) -> bool:
     module = type(metric).__module__
     is_known = module.startswith("torchmetrics.regression.") or (
         module.startswith("torchmetrics.classification.")
-        and isinstance(metric, BY_LABEL)
+        and not BY_LABEL.isdisjoint(kind.__name__ for kind in type(metric).mro())
     )
     reductions = metric._reductions.values()  # torchmetrics 1.9: no public way to ask
     names = {getattr(function, "__name__", None) for function in reductions}
@@ -135,10 +132,10 @@ class SplitMetrics:
         """
         for metric in self._metrics.values():
             for part in metric.modules():
-                if isinstance(part, FunctionAverage):
+                if getattr(part, "averages_function", False):
                     if _declares_ctx(type(part.function)):
                         _bind(part.function, ctx)
-                elif isinstance(part, Metric):
+                elif is_metric(part):
                     _bind(part, ctx)
 
     def reset(self, due: Collection[str] | None = None) -> None:
@@ -205,7 +202,7 @@ class SplitMetrics:
             return
         metric = self._metrics[name]
         try:
-            if isinstance(metric, FunctionAverage):
+            if getattr(metric, "averages_function", False):
                 metric.update(pred, target, rows)
             else:
                 metric.update(pred, target)
@@ -395,7 +392,7 @@ def _agree_on_names(names: list[str], accelerator: Accelerator) -> list[str]:
 
 
 def _fresh_copy(item: object) -> Metric:
-    metric = copy.deepcopy(item) if isinstance(item, Metric) else as_metric(item)
+    metric = copy.deepcopy(item) if is_metric(item) else as_metric(item)
     metric.reset()
     return metric
 

@@ -6,24 +6,31 @@ wrapper or a sum of metrics keeps its state in the metrics below it.
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric, SumMetric
-from torchmetrics.utilities import dim_zero_cat
 
 from harness.errors import CheckpointError
-from harness.metrics.loss import as_metric
+from harness.metrics.kinds import as_metric, is_metric
 from harness.pytree import StateDict
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
 
 _KEPT_TYPES = (bool, int, float, str, Tensor)
 """Attributes beside states are kept if a metric changes them, as ``MinMaxMetric`` does."""
 
-_COMMON_ATTRIBUTES = frozenset(vars(SumMetric()))
-"""Attributes of every metric: torchmetrics' caches, the update count and the like."""
+
+@functools.cache
+def list_common_attributes() -> frozenset[str]:
+    """Attributes of every metric: torchmetrics' caches, the update count and the like."""
+    from torchmetrics import SumMetric  # noqa: PLC0415  slow to import
+
+    return frozenset(vars(SumMetric()))
 
 
 def submetrics_of(metric: Metric) -> dict[str, Metric]:
@@ -31,7 +38,7 @@ def submetrics_of(metric: Metric) -> dict[str, Metric]:
     return {
         path: submetric
         for path, submetric in metric.named_modules()
-        if isinstance(submetric, Metric)
+        if is_metric(submetric)
     }
 
 
@@ -42,7 +49,7 @@ def plain_attributes(metric: Metric) -> dict[str, StateDict]:
             name: value.clone() if isinstance(value, Tensor) else value
             for name, value in vars(submetric).items()
             if isinstance(value, _KEPT_TYPES)
-            and name not in {*submetric._defaults, *_COMMON_ATTRIBUTES}
+            and name not in {*submetric._defaults, *list_common_attributes()}
         }
         for path, submetric in submetrics_of(metric).items()
     }
@@ -158,7 +165,8 @@ def _combine(reduction: Any, values: list[Any]) -> Any:
     if is_list:
         lists = (value if isinstance(value, list) else [value] for value in values)
         whole = [item for items in lists for item in items]
-        is_left = reduction in {None, dim_zero_cat} or not whole
+        name = getattr(reduction, "__name__", None)
+        is_left = reduction is None or name == "dim_zero_cat" or not whole
         return whole if is_left else reduction(whole)
     if len(values) == 1:
         return values[0]
@@ -168,6 +176,8 @@ def _combine(reduction: Any, values: list[Any]) -> Any:
 
 def syncs_itself(submetric: Metric) -> bool:
     """True if a metric combines its states over ranks in a way of its own, or not at all."""
+    from torchmetrics import Metric  # noqa: PLC0415  slow to import
+
     kind = type(submetric)
     has_own = any(
         getattr(kind, name) is not getattr(Metric, name)

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 from collections import namedtuple
 from typing import Any
 
@@ -858,3 +861,24 @@ def test_metrics_callback_replaces_the_default_in_evaluate():
     own = Metrics(MetricSet({"bias": lambda pred, target: (pred - target).mean()}))
     found = fitted.evaluate(slope(4), callbacks=[own], verbose=False)
     assert set(found.records["metrics"]["valid"][0]) == {"loss", "bias"}
+
+
+def test_setup_and_a_fit_import_only_what_they_use(tmp_path, root):
+    script = """
+import sys, torch, harness
+heavy = ("torchmetrics", "pandas", "scipy", "matplotlib", "mlflow", "rich")
+learner = harness.setup(torch.nn.Linear, loss=torch.nn.MSELoss(), optimizer=torch.optim.SGD)
+learner = learner.set_hparams(in_features=2, out_features=1).set_opt_hparams(lr=0.1)
+print(*[name for name in (*heavy, "pyarrow") if name in sys.modules])
+learner.fit((torch.ones(4, 2), torch.ones(4, 1)), 1, tracker=False, verbose=False)
+print(*[name for name in heavy if name in sys.modules])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "\n\n"

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from harness.metrics.loss import FunctionAverage, LossAverage
+from harness.metrics.functions import FunctionAverage
+from harness.metrics.loss import LossAverage
 
 
 def test_loss_average_of_uneven_batches_is_weighted_by_rows():
