@@ -253,19 +253,18 @@ def describe_next(run: tracking.Run | NullRun) -> list[str]:
     from tracking.delivery.state import DeliveryState  # noqa: PLC0415  imports Arrow
     from tracking.store import runs_folder  # noqa: PLC0415  imports Arrow
 
-    name, option = run.id, ""
+    name = run.id
     if run.path.parent != runs_folder():
         name = str(run.path)
         if (near := os.path.relpath(run.path)) and not near.startswith(".."):
             name = near
-        option = f" --runs-dir {Path(name).parent}"
     lines = [f"run   {shorten_path(run.path)}"]
     state = DeliveryState.read_or_none(run.path)
     if state is not None and state.page:
         lines.append(f"page  {state.page}")
     lines.append(f"next  harness runs show {name}")
     if run.manifest.deliver:
-        lines.append(f"      harness ui{option}")
+        lines.append(f"      harness ui {name}")
     return lines
 
 

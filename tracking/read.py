@@ -128,6 +128,11 @@ class PastRun:
         """Last value of each tag, in all fits."""
         return self._last_values("tags")
 
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """Description of the data of each context, such as ``training``, in all fits."""
+        return self._last_values("inputs")
+
     def wide(self) -> pa.Table:
         """Return metrics with a row for each index and a column for each ``<set>/<name>``.
 

@@ -16,7 +16,7 @@ from harness.cli.train import (
     working_folder_of,
 )
 from tracking.cli import render
-from tracking.cli.commands import json_option, open_run, runs_dir_option
+from tracking.cli.commands import json_option, open_run, run_argument, runs_dir_option
 from tracking.durable import replace_file
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("run")
+@run_argument("run")
 @secret_options
 @runs_dir_option
 @json_option
@@ -50,7 +50,7 @@ def evaluate(run: str, runs_dir: Path | None, as_json: bool, **given: object) ->
 
 
 @click.command()
-@click.argument("run")
+@run_argument("run")
 @click.argument("data", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--to", required=True, type=click.Path(dir_okay=False, path_type=Path),
               help="File to write to.")  # fmt: skip

@@ -12,12 +12,19 @@ from pathlib import Path
 import click
 
 from harness.cli.inference import evaluate, predict
+from harness.cli.init import init
 from harness.cli.train import fit, launch, resume
 from tracking.cli import render
 from tracking.cli.commands import (
     commands as tracking_commands,
 )
-from tracking.cli.commands import json_option, open_run, runs, runs_dir_option
+from tracking.cli.commands import (
+    json_option,
+    open_run,
+    run_argument,
+    runs,
+    runs_dir_option,
+)
 from tracking.cli.group import CommandGroup
 from tracking.errors import escape_control
 
@@ -31,12 +38,12 @@ def main(debug: bool) -> None:
     """Train PyTorch models, record every logged value, show runs in MLflow."""
 
 
-for command in (fit, resume, launch, evaluate, predict, *tracking_commands):
+for command in (init, fit, resume, launch, evaluate, predict, *tracking_commands):
     main.add_command(command)
 
 
 @runs.command("fork")
-@click.argument("run")
+@run_argument("run")
 @click.option("--at", "step", type=click.IntRange(min=0), required=True, metavar="STEP",
               help="Step of the checkpoint to start from.")  # fmt: skip
 @click.option("--name", help="Name of the new run.")

@@ -20,7 +20,7 @@ from harness.cli.ranks import (
     start_ranks,
 )
 from tracking.cli import render
-from tracking.cli.commands import open_run, runs_dir_option
+from tracking.cli.commands import open_run, run_argument, runs_dir_option
 from tracking.errors import is_terminal
 from tracking.redaction import MASK, is_secret
 from tracking.settings import read_rank
@@ -130,7 +130,7 @@ def fit(target: str, **options: object) -> None:
 
 
 @click.command()
-@click.argument("run")
+@run_argument("run")
 @click.option("--strict", is_flag=True,
               help="Refuse changes in code, data or versions.")  # fmt: skip
 @click.option("--num-gpus", type=click.IntRange(min=1),

@@ -32,6 +32,21 @@ runs_dir_option = click.option(
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
+def run_argument(name: str, **options: Any) -> Callable[[F], F]:
+    """Add an argument that names a run; a shell can complete it."""
+    return click.argument(name, shell_complete=_complete_run, **options)
+
+
+def _complete_run(ctx: click.Context, _: click.Parameter, text: str) -> list[str]:
+    """Ids of the runs that contain a text, newest first; those of a name that begins so."""
+    from tracking.store import run_paths  # noqa: PLC0415  imports Arrow
+
+    with contextlib.suppress(Exception):  # a shell shows no error while it completes
+        found = [path.name for path in run_paths(ctx.params.get("runs_dir"))]
+        return [name for name in found if text in name]
+    return []
+
+
 def _common_options(command: F) -> F:
     """Add the options that every command has."""
     return runs_dir_option(json_option(command))
@@ -43,20 +58,76 @@ def _common_options(command: F) -> F:
 @click.group(invoke_without_command=True)
 @click.pass_context
 def runs(ctx: click.Context) -> None:
-    """List, show, compare, delete and fork runs.
+    """List, show, watch, compare, delete and fork runs.
 
     Without a command, lists the runs.
     """
     if ctx.invoked_subcommand is None:
-        ctx.invoke(list_, runs_dir=None, as_json=False, limit=20)
+        ctx.invoke(list_)
 
 
 @runs.command("list")
 @_common_options
+@click.option("--where", metavar="EXPRESSION",
+              help="Only runs like this: 'valid/loss < 0.1 and params.lr = 0.001'.")  # fmt: skip
+@click.option("--sort", metavar="NAME",
+              help="Sort by this, lowest first; -NAME: highest first.")  # fmt: skip
 @click.option("--limit", type=click.IntRange(min=0), default=20, show_default=True,
               help="Number of runs to list; 0 lists all.")  # fmt: skip
-def list_(runs_dir: Path | None, as_json: bool, limit: int) -> None:
-    """List runs, newest first."""
+def list_(
+    runs_dir: Path | None,
+    as_json: bool,
+    where: str | None,
+    sort: str | None,
+    limit: int,
+) -> None:
+    """List runs, newest first, with the last value of the main metric.
+
+    The main metric is the one of --sort, otherwise the validation loss; * marks the best run.
+    Names are metrics such as valid/loss (its last value), valid/loss.min or .max, params.NAME,
+    tags.NAME, and name, status, experiment, created, duration_s.
+    """
+    from tracking.cli.query import (  # noqa: PLC0415  keeps --help quick
+        Query,
+        check_name,
+        find_main_metric,
+        list_facts,
+        sort_key,
+    )
+
+    descends, key = (sort or "").startswith("-"), (sort or "").removeprefix("-")
+    try:
+        query = Query(where) if where is not None else None
+        # Without a condition or an order, only those that are shown are read.
+        found = _summarize_runs(runs_dir, limit if query is None and not key else 0)
+        facts = {run["id"]: list_facts(run) for run in found}
+        known = [name for own in facts.values() for name in own]
+        if query is not None and found:
+            query.check_names(known)
+            found = [run for run in found if query.matches(facts[run["id"]])]
+        if key and facts:
+            check_name("--sort", key, sorted(set(known)))
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    names = dict.fromkeys(name for run in found for name in run["metrics"])
+    metric = key or find_main_metric(names)
+    has_metric = [run for run in found if facts[run["id"]].get(metric) is not None]
+    has_metric.sort(
+        key=lambda run: sort_key(facts[run["id"]][metric]), reverse=descends
+    )
+    if key:
+        found = has_metric + [run for run in found if run not in has_metric]
+    is_ordered = bool(key) or (metric or "").endswith("loss")
+    best = has_metric[0]["id"] if is_ordered and len(has_metric) > 1 else None
+    found = found[: limit or None]
+    if as_json:
+        render.print_json(found)
+    else:
+        render.print_table(render.make_runs_table(found, metric, best))
+
+
+def _summarize_runs(runs_dir: Path | None, limit: int) -> list[dict[str, Any]]:
+    """Describe the newest runs, or all; one that cannot be read hides no other."""
     from tracking.cli.describe import summarize_run  # noqa: PLC0415  imports Arrow
     from tracking.errors import TrackingError  # noqa: PLC0415  next to it
     from tracking.read import PastRun  # noqa: PLC0415  imports Arrow
@@ -66,25 +137,23 @@ def list_(runs_dir: Path | None, as_json: bool, limit: int) -> None:
     for path in run_paths(runs_dir)[: limit or None]:
         try:
             found.append(summarize_run(PastRun(path)))
-        except (TrackingError, OSError) as error:  # it hides no other run
+        except (TrackingError, OSError) as error:
             render.echo(f"warning: {error}", err=True)
-    if as_json:
-        render.print_json(found)
-    else:
-        render.print_table(render.make_runs_table(found))
+    return found
 
 
 @runs.command()
-@click.argument("run")
+@run_argument("run")
 @_common_options
 def show(run: str, runs_dir: Path | None, as_json: bool) -> None:
-    """Show everything about RUN.
+    """Show everything about RUN, with its curves.
 
     RUN is the path or id of a run, or a part of its name.
     """
-    from tracking.cli.describe import describe_run  # noqa: PLC0415  imports Arrow
+    from tracking.cli.describe import describe_run, list_curves  # noqa: PLC0415  imports Arrow
 
-    found = describe_run(open_run(run, runs_dir))
+    past = open_run(run, runs_dir)
+    found = describe_run(past)
     if as_json:
         render.print_json(found)
         return
@@ -95,27 +164,63 @@ def show(run: str, runs_dir: Path | None, as_json: bool) -> None:
         render.print_table(render.make_metrics_table(found["metrics"]))
     if found["items"]:
         render.print_table(render.make_items_table(found["items"]))
+    render.print_lines(render.list_charts(list_curves(past)))
 
 
 @runs.command()
-@click.argument("names", nargs=-1, required=True, metavar="RUN RUN...")
+@run_argument("run", required=False)
+@_common_options
+@click.option("--every", "every_s", type=click.FloatRange(min=0.1), default=1.0,
+              show_default=True, metavar="SECONDS", help="Time between two looks.")  # fmt: skip
+def watch(
+    run: str | None, runs_dir: Path | None, as_json: bool, every_s: float
+) -> None:
+    """Watch RUN while it trains: its metrics and curves. Without RUN, the newest one.
+
+    In a pipe, prints a line for each epoch; with --json, each line is JSON. Ends when the
+    run has ended, or with Ctrl-C, which does not disturb the run.
+    """
+    from tracking.cli.watching import watch_run  # noqa: PLC0415  imports Arrow
+    from tracking.read import PastRun  # noqa: PLC0415  imports Arrow
+    from tracking.store import run_paths  # noqa: PLC0415  next to it
+
+    if run is None:
+        paths = run_paths(runs_dir)
+        if not paths:
+            raise click.UsageError("runs watch: expected a run, got an empty folder.")
+        past = PastRun(paths[0])
+    else:
+        past = open_run(run, runs_dir)
+    with contextlib.suppress(KeyboardInterrupt):
+        watch_run(past, every_s, as_json=as_json)
+
+
+@runs.command()
+@run_argument("names", nargs=-1, required=True, metavar="RUN RUN...")
 @_common_options
 def compare(names: tuple[str, ...], runs_dir: Path | None, as_json: bool) -> None:
-    """Compare the params and metrics of several runs.
+    """Compare several runs: what differs in params, code and data, metrics and curves.
 
-    The table shows the params that differ and the last value of each metric.
+    The table shows what differs, and the last value of each metric.
     """
-    from tracking.cli.describe import describe_run  # noqa: PLC0415  imports Arrow
+    from tracking.cli.describe import describe_run, list_curves  # noqa: PLC0415  imports Arrow
+    from tracking.cli.query import find_main_metric  # noqa: PLC0415  next to it
 
-    found = [describe_run(open_run(name, runs_dir)) for name in names]
+    past = [open_run(name, runs_dir) for name in names]
+    found = [describe_run(run) for run in past]
     if as_json:
         render.print_json(found)
-    else:
-        render.print_table(render.make_comparison_table(found))
+        return
+    render.print_table(render.make_comparison_table(found))
+    main = find_main_metric(dict.fromkeys(n for run in found for n in run["metrics"]))
+    if main is not None:
+        split, _, name = main.rpartition("/")
+        curves = {run.id: list_curves(run).get(name, {}).get(split, []) for run in past}
+        render.print_lines(render.list_charts({main: curves}))
 
 
 @runs.command()
-@click.argument("names", nargs=-1, required=True, metavar="RUN...")
+@run_argument("names", nargs=-1, required=True, metavar="RUN...")
 @click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 @_common_options
 def delete(
@@ -156,7 +261,7 @@ def delete(
 
 
 @click.command()
-@click.argument("names", nargs=-1, required=True, metavar="RUN...")
+@run_argument("names", nargs=-1, required=True, metavar="RUN...")
 @click.option("--to", required=True, metavar="PATH",
               help="File, folder or URI to write to.")  # fmt: skip
 @click.option("--superseded", is_flag=True, help="Include superseded rows.")
@@ -187,7 +292,7 @@ def export(
 
 
 @click.command()
-@click.argument("names", nargs=-1, metavar="[RUN...]")
+@run_argument("names", nargs=-1, metavar="[RUN...]")
 @click.option("--patience", default=10.0, show_default=True,
               help="Seconds to wait for a server that does not answer.")  # fmt: skip
 @_common_options
@@ -211,7 +316,7 @@ def sync(
 
 
 @click.command()
-@click.argument("names", nargs=-1, metavar="[RUN...]")
+@run_argument("names", nargs=-1, metavar="[RUN...]")
 @click.option("--file", "files", multiple=True,
               type=click.Path(exists=True, dir_okay=False, path_type=Path),
               help="Parquet file to compare with. Default: the exports in the run.")  # fmt: skip
@@ -252,25 +357,34 @@ def verify(
 
 
 @click.command()
+@run_argument("run", required=False)
 @click.option("--port", default=5000, show_default=True,
               help="Port of the server; 0 picks a free one.")  # fmt: skip
 @click.option("--open", "opens", is_flag=True, help="Open the page in a browser.")
 @_common_options
-def ui(port: int, opens: bool, runs_dir: Path | None, as_json: bool) -> None:
-    """Serve MLflow's UI on the store that the runs went to.
+def ui(
+    run: str | None, port: int, opens: bool, runs_dir: Path | None, as_json: bool
+) -> None:
+    """Serve MLflow's UI on the store that the runs went to, or that RUN went to.
 
-    Prints the address of the page and serves it until Ctrl-C.
+    Prints the address of the page, of the experiment or of RUN, and serves it until Ctrl-C.
     """
     from tracking.mlflow_store.server import Server  # noqa: PLC0415  next to page_url
     from tracking.mlflow_store.uris import page_url  # noqa: PLC0415  imports Arrow
 
-    store, experiment_id = _find_store(runs_dir)
+    paths = None if run is None else [open_run(run, runs_dir).path]
+    store, experiment_id, run_id = _find_store(runs_dir, paths)
+    if paths is None:
+        run_id = None
+    elif run_id is None:
+        msg = f"ui: expected a run that MLflow has, got {paths[0].name}."
+        raise click.UsageError(f"{msg} Run 'harness sync {paths[0].name}' first.")
     if store.startswith(("http://", "https://")):
-        _print_page(page_url(store, experiment_id), opens, as_json)
+        _print_page(page_url(store, experiment_id, run_id), opens, as_json)
         return
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt), Server(store, port) as server:
-        _print_page(page_url(server.address, experiment_id), opens, as_json)
+        _print_page(page_url(server.address, experiment_id, run_id), opens, as_json)
         server.wait()
 
 
@@ -302,25 +416,28 @@ def _select_runs(names: tuple[str, ...], runs_dir: Path | None) -> list[PastRun]
     return [PastRun(path) for path, manifest in manifests.items() if manifest.deliver]
 
 
-def _find_store(runs_dir: Path | None) -> tuple[str, str]:
-    """Tracking URI of the store that runs went to, and the newest run's experiment."""
+def _find_store(
+    runs_dir: Path | None, paths: list[Path] | None = None
+) -> tuple[str, str, str | None]:
+    """Tracking URI of the store that runs went to, and the newest one's experiment and id."""
     from tracking.delivery.state import DeliveryState  # noqa: PLC0415  next to uris
     from tracking.mlflow_store.uris import relocate, resolve_uri  # noqa: PLC0415  imports Arrow
     from tracking.settings import Settings  # noqa: PLC0415  next to uris
     from tracking.store import run_paths  # noqa: PLC0415  next to uris
 
     settings = Settings.read()
-    states = ((path, DeliveryState.read_or_none(path)) for path in run_paths(runs_dir))
+    paths = run_paths(runs_dir) if paths is None else paths
+    states = ((path, DeliveryState.read_or_none(path)) for path in paths)
     used = ((path, state) for path, state in states if state and state.mlflow_run_id)
     path, latest = next(used, (Path(), None))
     if settings.tracking_uri is None and latest is not None:
         lay_in = Path(latest.run_path or path)
         uri = relocate(latest.tracking_uri, lay_in, path)
-        return uri, latest.experiment_id or "0"
+        return uri, latest.experiment_id or "0", latest.mlflow_run_id
     uri = resolve_uri(Path.cwd(), settings.tracking_uri)
     if latest is not None and latest.tracking_uri == settings.redact_address(uri):
-        return uri, latest.experiment_id or "0"
-    return uri, "0"
+        return uri, latest.experiment_id or "0", latest.mlflow_run_id
+    return uri, "0", None
 
 
 def _print_page(address: str, opens: bool, as_json: bool) -> None:

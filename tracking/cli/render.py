@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from tracking.cli.chart import draw_chart
+from tracking.cli.query import list_facts
 from tracking.errors import escape_control, is_terminal, write_stderr
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
     from tracking.verify.verify import Verification
+
+
+PIPE_WIDTH: Final = 500
+"""Columns of a table where nobody watches."""
+
+MAX_CHART_WIDTH: Final = 100
+MAX_CHARTS: Final = 4
+"""Charts of one run; ``harness ui`` shows all."""
 
 
 def echo(text: object, *, err: bool = False) -> None:
@@ -59,19 +70,24 @@ def _as_cell(text: str) -> str:
     return escape_control(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
-def print_table(table: Table) -> None:
-    """Print a table, at the width of the terminal; in a pipe, at its full width."""
+def make_console() -> Console:
+    """Make what prints tables, at the width of the terminal; in a pipe, at their full width."""
     from rich.console import Console  # noqa: PLC0415  takes 20 ms
 
     console = Console(markup=False, emoji=False, highlight=False)
     if not console.is_terminal:
-        console = Console(markup=False, emoji=False, highlight=False, width=500)
-    console.print(table)
+        console = Console(markup=False, emoji=False, highlight=False, width=PIPE_WIDTH)
+    return console
 
 
-def print_json(value: Any) -> None:
+def print_table(table: Table) -> None:
+    """Print a table."""
+    make_console().print(table)
+
+
+def print_json(value: Any, indent: int | None = 2) -> None:
     """Print JSON; values that JSON cannot hold, such as NaN, become strings."""
-    text = json.dumps(_to_json(value), indent=2, ensure_ascii=False)
+    text = json.dumps(_to_json(value), indent=indent, ensure_ascii=False)
     click.echo(escape_control(text, lambda letter: json.dumps(letter)[1:-1]))
 
 
@@ -87,20 +103,81 @@ def _to_json(value: Any) -> Any:
     return str(value)
 
 
-def make_runs_table(runs: Iterable[dict[str, Any]]) -> Table:
-    """One row for each run, from ``summarize_run``."""
-    table = make_table("run", "status", "experiment", "started", "duration", "MLflow")
-    for run in runs:
-        _add_row(
-            table,
-            run["id"],
-            run["status"],
-            run["experiment"] or "",
-            format_time(run["created"]),
-            format_duration(run["duration_s"]),
-            format_behind(run["behind"]),
-        )
+def make_runs_table(
+    runs: Sequence[dict[str, Any]], metric: str | None, best: str | None
+) -> Table:
+    """One row for each run, from ``summarize_run``; as many columns as fit the terminal.
+
+    Parameters
+    ----------
+    runs
+        The runs.
+    metric
+        Name of the fact that the runs are compared by; None if there is none.
+    best
+        Id of the best run by it, which is marked; None: none.
+    """
+    columns: dict[str, list[str]] = {
+        "run": [run["id"] for run in runs],
+        "status": [run["status"] for run in runs],
+    }
+    if metric is not None:
+        values = [format_value(list_facts(run).get(metric, "")) for run in runs]
+        columns[metric] = [
+            f"{value} *" if run["id"] == best else value
+            for run, value in zip(runs, values, strict=True)
+        ]
+    columns["duration"] = [format_duration(run["duration_s"]) for run in runs]
+    columns["MLflow"] = [format_behind(run["behind"]) for run in runs]
+    columns["experiment"] = [run["experiment"] or "" for run in runs]
+    columns["started"] = [format_time(run["created"]) for run in runs]
+    width = get_width()
+    for name in ("started", "experiment", "MLflow", "duration"):
+        if _measure(columns) <= width:
+            break
+        del columns[name]
+    table = make_table(*columns)
+    for cells in zip(*columns.values(), strict=True):
+        _add_row(table, *cells)
     return table
+
+
+def _measure(columns: dict[str, list[str]]) -> int:
+    """Columns of the terminal that a table takes."""
+    widths = [max(map(len, [name, *cells])) for name, cells in columns.items()]
+    return sum(widths) + 3 * (len(widths) - 1) + 2
+
+
+def get_width() -> int:
+    """Columns of the terminal; in a pipe, as many as anything needs."""
+    return make_console().width
+
+
+def has_colours() -> bool:
+    """Whether the terminal shows colours; NO_COLOR says no."""
+    console = make_console()
+    return console.is_terminal and not console.no_color and not console.is_dumb_terminal
+
+
+def list_charts(
+    curves: dict[str, dict[str, list[tuple[float, float]]]],
+    names: Iterable[str] | None = None,
+    most: int = MAX_CHARTS,
+) -> list[str]:
+    """Lines of charts of metrics, from ``list_curves``."""
+    lines: list[str] = []
+    width, colours = min(get_width(), MAX_CHART_WIDTH), has_colours()
+    for name in list(curves if names is None else names)[:most]:
+        cells = {_as_cell(split): points for split, points in curves[name].items()}
+        chart = draw_chart(_as_cell(name), cells, width, has_colours=colours)
+        lines += [*chart, ""] if chart else []
+    return lines
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    """Print lines whose names are escaped; colours are left out where nobody sees them."""
+    for line in lines:
+        click.echo(line)
 
 
 def make_details_table(run: dict[str, Any]) -> Table:
@@ -167,12 +244,13 @@ def make_items_table(items: list[dict[str, Any]]) -> Table:
 
 
 def make_comparison_table(runs: list[dict[str, Any]]) -> Table:
-    """Params that differ between runs, and the last value of every metric."""
+    """What differs between runs in params, code and data, and the last value of metrics."""
     table = make_table("", *(run["id"] for run in runs))
-    for name in _collect_keys(run["params"] for run in runs):
-        texts = [format_value(run["params"].get(name, "")) for run in runs]
-        if len(set(texts)) > 1:
-            _add_row(table, name, *texts)
+    for what in ("params", "origin"):
+        for name in _collect_keys(run[what] for run in runs):
+            texts = [format_value(run[what].get(name, "")) for run in runs]
+            if len(set(texts)) > 1:
+                _add_row(table, name, *texts)
     for name in _collect_keys(run["metrics"] for run in runs):
         last = [run["metrics"].get(name, {}).get("last", "") for run in runs]
         _add_row(table, name, *map(format_value, last))

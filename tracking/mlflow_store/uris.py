@@ -105,4 +105,4 @@ def page_url(server: str, experiment_id: str, run_id: str | None = None) -> str:
     base = f"{server.rstrip('/')}/#/experiments/{experiment_id}/runs"
     if run_id is None:
         return f"{base}?workflowType=machine_learning&compareRunsMode=CHART"
-    return f"{base}/{run_id}/model-metrics"
+    return f"{base}/{run_id}/model-metrics?workflowType=machine_learning"

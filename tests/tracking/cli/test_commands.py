@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import sqlite3
@@ -18,6 +19,7 @@ import pytest
 from click.testing import CliRunner
 
 import tracking
+from tracking.cli import render
 from tracking.cli.commands import commands
 from tracking.cli.group import CommandGroup
 from tracking.errors import TrackingError
@@ -78,6 +80,111 @@ def test_list_as_json_can_be_limited(call, two):
     assert (found["status"], found["experiment"]) == ("finished", "digits")
     assert found["behind"] is None
     assert 0 <= found["duration_s"] < 60
+
+
+@pytest.fixture
+def three(record):
+    """Runs whose last validation losses are 0.3, 0.1 and 0.2."""
+    for place, loss in enumerate([0.3, 0.1, 0.2]):
+        run = record(name=f"run-{place}", params={"lr": 10.0**-place, "kind": "big"})
+        for index, value in enumerate([1.0, 0.05, loss], start=1):
+            run.run.log("metrics", "train", {"loss": 9.0}, index=index)
+            run.run.log(
+                "metrics", "valid", {"loss": value, "score": -value}, index=index
+            )
+        run.run.finish()
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        ([], ["run-2", "run-1", "run-0"]),
+        (["--where", "valid/loss < 0.25"], ["run-2", "run-1"]),
+        (["--where", "metrics.valid/loss<=.1 or params.lr = 1"], ["run-1", "run-0"]),
+        (["--where", "not (valid/loss.min = 0.05 and params.lr < 0.5)"], ["run-0"]),
+        (["--where", "params.kind != 'big' or name = \"run-1\""], ["run-1"]),
+        (["--where", "status = finished and valid/loss > 1"], []),
+        (["--sort", "valid/loss"], ["run-1", "run-2", "run-0"]),
+        (["--sort", "-valid/loss", "--limit", "2"], ["run-0", "run-2"]),
+        (["--sort", "params.lr"], ["run-2", "run-1", "run-0"]),
+    ],
+)
+def test_list_can_choose_and_sort_runs(call, three, words, names):
+    found = json.loads(call("runs", "list", "--json", *words).output)
+    assert [run["name"] for run in found] == names
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--where", "valid/los < 1"], "Did you mean 'valid/loss'"),
+        (["--where", "valid/loss <"], "expected a value after valid/loss <"),
+        (["--where", "valid/loss"], "expected an operator after 'valid/loss'"),
+        (["--where", "(valid/loss < 1"], r"expected '\)'"),
+        (["--where", "valid/loss < 1 params.lr > 0"], "expected 'and' or 'or'"),
+        (["--where", ""], "expected a name"),
+        (["--sort", "los"], "--sort: expected a name that a run has, got 'los'"),
+    ],
+)
+def test_list_refuses_what_it_cannot_read(call, three, words, message):
+    assert re.search(message, call("runs", "list", *words, code=2).stderr)
+
+
+def test_list_marks_the_best_by_the_validation_loss(call, three):
+    lines = [line.split() for line in call("runs", "list").output.splitlines()]
+    assert "valid/loss" in lines[1]
+    assert [line[2:4] for line in lines[3:]][:3] == [
+        ["0.2", lines[3][3]],
+        ["0.1", "*"],
+        ["0.3", lines[5][3]],
+    ]
+
+
+def test_list_at_80_columns_keeps_ids_whole(three, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(render, "PIPE_WIDTH", 80)
+    result = CliRunner().invoke(group, ["runs", "list"])
+    ids = {path.name for path in (tmp_path / "runs").iterdir()}
+    assert ids == {line.split()[0] for line in result.output.splitlines()[3:-1]}
+    assert all(len(line.rstrip()) <= 80 for line in result.output.splitlines())
+
+
+def test_show_and_compare_draw_curves_and_what_differs(call, three):
+    output = call("runs", "show", "run-1").output
+    assert "loss   * train   + valid" in output
+    output = call("runs", "compare", "run-0", "run-1").output
+    assert re.search(r"lr +1\.0|lr +1 ", output)
+    assert "kind" not in output
+    assert re.search("^valid/loss   [*] .*run-0.*   [+] .*run-1", output, re.MULTILINE)
+
+
+def test_compare_shows_changed_code_and_data(call, record):
+    for place in range(2):
+        run = record(name=f"run-{place}")
+        run.run.log_input("train", "training", rows=10 + place)
+        run.run.log_text("+ a line\n" * (place + 1), "code.diff")
+        run.run.finish()
+    output = call("runs", "compare", "run-0", "run-1").output
+    assert re.search(r"data train rows +10 +11", output)
+    assert re.search(r"code.diff +1 lines, \w{8} +2 lines, \w{8}", output)
+
+
+def test_watch_prints_each_epoch_once_and_ends_with_the_run(call, three):
+    output = call("runs", "watch", "run-1").output.splitlines()
+    assert [line.split()[:2] for line in output[:3]] == [
+        ["index", str(index)] for index in (1, 2, 3)
+    ]
+    assert "finished" in output[3]
+    found = call("runs", "watch", "run-1", "--json").output.splitlines()
+    assert [json.loads(line)["valid/loss"] for line in found] == [1.0, 0.05, 0.1]
+
+
+def test_runs_are_completed_by_any_part_of_their_ids(three, tmp_path):
+    command = group.commands["runs"].commands["show"]
+    ctx = click.Context(command, info_name="show")
+    (argument,) = (p for p in command.params if p.name == "run")
+    found = [item.value for item in argument.shell_complete(ctx, "run-1")]
+    assert found == [p.name for p in (tmp_path / "runs").iterdir() if "run-1" in p.name]
 
 
 def test_list_of_an_empty_folder_is_empty(call, tmp_path):
@@ -159,7 +266,9 @@ def test_compare_shows_params_that_differ_and_last_metrics(call, two):
     output = call("runs", "compare", *(run.id for run in two)).output
     (lr,) = [line.split() for line in output.splitlines() if line.startswith(" lr")]
     assert lr == ["lr", "0.1", "0.2"]
-    (loss,) = [line.split() for line in output.splitlines() if "train/loss" in line]
+    (loss,) = [
+        line.split() for line in output.splitlines() if line.startswith(" train/loss")
+    ]
     assert loss == ["train/loss", "0.02", "0.04"]
     assert "same" not in output
     found = json.loads(call("runs", "compare", two[0].id, two[1].id, "--json").output)

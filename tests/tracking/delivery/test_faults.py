@@ -103,7 +103,7 @@ def test_server_that_is_absent_at_the_start_gets_everything_later(
     state = work.join()
     assert is_equal(run.path, server.address)
     assert state.page == f"http://127.0.0.1:{port}/#/experiments/" + (
-        f"{state.experiment_id}/runs/{state.mlflow_run_id}/model-metrics"
+        f"{state.experiment_id}/runs/{state.mlflow_run_id}/model-metrics?workflowType=machine_learning"
     )
 
 

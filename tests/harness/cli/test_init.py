@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.mark.slow
+def test_init_writes_a_project_that_trains(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = call("init", "mine")
+    assert "harness fit train.py:experiment" in done.output
+    monkeypatch.chdir(tmp_path / "mine")
+    done = call("fit", "train.py:experiment", "--no-deliver", "--epochs", "1")
+    assert "Fitted Net" in done.output
+
+
+def test_init_leaves_a_folder_with_something_in_it_alone(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    call("init", "mine")  # an empty one is taken
+    before = {p.name: p.read_text() for p in (tmp_path / "mine").iterdir()}
+    assert set(before) == {"train.py", "README.md", ".gitignore"}
+    failed = call("init", "mine")
+    assert failed.exit_code == 2
+    assert "expected a new folder, got 'mine'" in failed.stderr
+    assert {p.name: p.read_text() for p in (tmp_path / "mine").iterdir()} == before

@@ -1,0 +1,227 @@
+"""The expressions of ``harness runs list --where``: comparisons of what is known of a run.
+
+``valid/loss < 0.1 and (params.lr = 0.001 or not status = "failed")``. A name is a metric
+(``valid/loss`` is its last value, ``valid/loss.min`` its lowest), ``params.lr``, ``tags.note``,
+or a fact such as ``status``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Final
+
+Facts = Mapping[str, Any]
+"""What is known of a run, by name."""
+
+Test = Callable[[Facts], bool]
+
+_TOKEN: Final = re.compile(
+    r"""\s*(?:(?P<text>"[^"]*"|'[^']*')|(?P<op><=|>=|==|!=|=|<|>)|(?P<paren>[()])|"""
+    r"""(?P<word>[^\s()<>=!"']+))"""
+)
+_EXAMPLE: Final = (
+    'Write for example: valid/loss < 0.1 and params.lr = 0.001 or name = "big".'
+)
+
+
+def list_facts(summary: dict[str, Any]) -> dict[str, Any]:
+    """Names and values that ``--where`` and ``--sort`` know, from ``summarize_run``."""
+    facts = {
+        key: value for key, value in summary.items() if not isinstance(value, dict)
+    }
+    for what in ("params", "tags"):
+        facts |= {f"{what}.{name}": value for name, value in summary[what].items()}
+    for name, values in summary["metrics"].items():
+        facts[name] = values["last"]
+        facts |= {f"{name}.{which}": values[which] for which in ("min", "max")}
+    return facts
+
+
+def find_main_metric(names: Iterable[str]) -> str | None:
+    """Metric that tells most of a run: a validation loss, else a loss, else the first."""
+    names = list(names)
+    losses = [name for name in names if name.rpartition("/")[2] == "loss"]
+    for name in ("valid/loss", *(n for n in losses if n != "train/loss"), *losses):
+        if name in names:
+            return name
+    return names[0] if names else None
+
+
+class Query:
+    """A parsed expression.
+
+    Parameters
+    ----------
+    text
+        The expression.
+
+    Attributes
+    ----------
+    names
+        The names in it.
+
+    Raises
+    ------
+    ValueError
+        If it cannot be read.
+    """
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._tokens = self._split(text)
+        self.names: list[str] = []
+        self._test = self._parse_or()
+        if self._tokens:
+            raise self._error("'and' or 'or'", self._tokens[0][1])
+
+    def matches(self, facts: Facts) -> bool:
+        """Return whether a run has what the expression asks for."""
+        return self._test(facts)
+
+    def check_names(self, known: Iterable[str]) -> None:
+        """Refuse a name that no run has.
+
+        Raises
+        ------
+        ValueError
+            With the nearest name.
+        """
+        known = sorted(set(known))
+        for name in self.names:
+            check_name("where", name, known)
+
+    def _split(self, text: str) -> list[tuple[str, str]]:
+        found, place = [], 0
+        while text[place:].strip():
+            match = _TOKEN.match(text, place)
+            if match is None:
+                raise self._error(
+                    "a name, a value or an operator", text[place:].strip()
+                )
+            assert match.lastgroup is not None
+            found.append((match.lastgroup, match[match.lastgroup]))
+            place = match.end()
+        return found
+
+    def _error(self, expected: str, got: str) -> ValueError:
+        msg = f"where: expected {expected}, got {got!r} in {self._text!r}."
+        return ValueError(f"{msg} {_EXAMPLE}")
+
+    def _take(self, *wanted: str) -> str | None:
+        """Take the next token if it is one of these words; None otherwise."""
+        if self._tokens and self._tokens[0][0] != "text":
+            word = self._tokens[0][1]
+            if word.lower() in wanted:
+                self._tokens.pop(0)
+                return word.lower()
+        return None
+
+    def _parse_or(self) -> Test:
+        tests = [self._parse_and()]
+        while self._take("or"):
+            tests.append(self._parse_and())
+        return lambda facts: any(test(facts) for test in tests)
+
+    def _parse_and(self) -> Test:
+        tests = [self._parse_not()]
+        while self._take("and"):
+            tests.append(self._parse_not())
+        return lambda facts: all(test(facts) for test in tests)
+
+    def _parse_not(self) -> Test:
+        if self._take("not"):
+            inner = self._parse_not()
+            return lambda facts: not inner(facts)
+        if self._take("("):
+            inner = self._parse_or()
+            if not self._take(")"):
+                raise self._error("')'", self._tokens[0][1] if self._tokens else "")
+            return inner
+        return self._parse_comparison()
+
+    def _parse_comparison(self) -> Test:
+        kind, name = self._tokens.pop(0) if self._tokens else ("", "")
+        if kind != "word":
+            raise self._error("a name", name)
+        kind, sign = self._tokens.pop(0) if self._tokens else ("", "")
+        if kind != "op":
+            raise self._error(f"an operator after {name!r}", sign)
+        kind, text = self._tokens.pop(0) if self._tokens else ("", "")
+        if kind not in {"word", "text"}:
+            raise self._error(f"a value after {name} {sign}", text)
+        value = text[1:-1] if kind == "text" else text
+        name = name.removeprefix("metrics.")
+        self.names.append(name)
+        return lambda facts: compare(facts.get(name), sign, value)
+
+
+def check_name(place: str, name: str, known: Iterable[str]) -> None:
+    """Refuse a name that is not known.
+
+    Raises
+    ------
+    ValueError
+        With the nearest name.
+    """
+    known = list(known)
+    if name in known:
+        return
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    names = f" There are: {', '.join(known)}." if len(known) <= 20 else ""
+    raise ValueError(
+        f"{place}: expected a name that a run has, got {name!r}.{hint}{names}"
+    )
+
+
+def compare(found: Any, sign: str, text: str) -> bool:
+    """Compare what a run has with a text: as numbers if both are, otherwise as texts.
+
+    What a run does not have is unlike every value: only ``!=`` holds.
+    """
+    if found is None:
+        return sign == "!="
+    left, right = as_number(found), as_number(text)
+    if left is None or right is None:
+        equal = str(found) == text
+        if sign in {"=", "=="}:
+            return equal
+        if sign == "!=":
+            return not equal
+        return _order(str(found), sign, text)
+    if sign in {"=", "=="}:
+        return left == right
+    if sign == "!=":
+        return left != right
+    return _order(left, sign, right)
+
+
+def _order(left: Any, sign: str, right: Any) -> bool:
+    is_below, is_equal = left < right, left == right
+    return {
+        "<": is_below,
+        "<=": is_below or is_equal,
+        ">": left > right,
+        ">=": left > right or is_equal,
+    }[sign]
+
+
+def as_number(value: Any) -> float | None:
+    """Return a number, or a text that is one, as a float; None for anything else."""
+    if isinstance(value, bool):
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def sort_key(value: Any) -> tuple[bool, bool, float, str]:
+    """Return a key that orders numbers before texts, and what is missing or NaN last."""
+    number = as_number(value)
+    if number is not None:
+        return (math.isnan(number), False, number, "")
+    return (value is None, True, 0.0, "" if value is None else str(value))

@@ -1,0 +1,78 @@
+"""Watch a run while it is being written: in a terminal in place, elsewhere a line an epoch."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from tracking.cli import render
+from tracking.cli.describe import list_curves, summarize_run
+from tracking.read import PastRun
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+def watch_run(run: PastRun, every_s: float, *, as_json: bool = False) -> None:
+    """Show a run until it has ended.
+
+    Parameters
+    ----------
+    run
+        The run.
+    every_s : seconds
+        Time between two looks at its files.
+    as_json
+        Print a JSON object for each epoch.
+    """
+    console = render.make_console()
+    if as_json or not console.is_terminal:
+        _print_epochs(run, every_s, as_json=as_json)
+        return
+    from rich.live import Live  # noqa: PLC0415  takes 20 ms
+
+    with Live(console=console, auto_refresh=False) as live:
+        while True:
+            status = run.status  # before its rows, so that none is missing at the end
+            live.update(_render(run), refresh=True)
+            if status != "running":
+                return
+            time.sleep(every_s)
+
+
+def _render(run: PastRun) -> RenderableType:
+    """The state of a run, its metrics and as many charts as the terminal has room for."""
+    from rich.console import Group  # noqa: PLC0415  takes 20 ms
+    from rich.text import Text  # noqa: PLC0415  takes 20 ms
+
+    found = summarize_run(run)
+    parts: list[RenderableType] = [render.make_runs_table([found], None, None)]
+    if found["metrics"]:
+        parts.append(render.make_metrics_table(found["metrics"]))
+    room = render.make_console().height - 9 - len(found["metrics"])
+    lines = render.list_charts(list_curves(run), most=max(room // 12, 0))
+    parts += [Text.from_ansi(line) for line in lines]
+    return Group(*parts)
+
+
+def _print_epochs(run: PastRun, every_s: float, *, as_json: bool) -> None:
+    """Print the metrics of each epoch once: when the next one has begun, or at the end."""
+    printed = 0
+    while True:
+        status = run.status
+        wide = run.wide()
+        rows = wide.to_pylist()
+        ready = rows if status != "running" else rows[:-1]
+        for row in ready[printed:]:
+            filled = {name: value for name, value in row.items() if value is not None}
+            if as_json:
+                render.print_json(filled, indent=None)
+                continue
+            words = [f"{name} {render.format_value(filled[name])}" for name in filled]
+            render.echo("  ".join(words))
+        printed = max(printed, len(ready))
+        if status != "running":
+            if not as_json:
+                render.echo(f"{run.id}: {status}")
+            return
+        time.sleep(every_s)
