@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from harness.callbacks.resuming import find_resume
 from harness.callbacks.train_valid import Mode
 from harness.checkpoint.hparams import HparamSource
 from harness.checkpoint.objects import ObjectSource
+from harness.checkpoint.resume import Resume
 from harness.checkpoint.search import find_loss_modules
 from harness.checkpoint.start import load_start
 from harness.checkpoint.state import (
@@ -376,11 +377,11 @@ class Learner:
         if seed is not None:
             seed_all(seed)
         share_rng_state(accelerator)
-        ranks = accelerator.world_size
+        ranks, resume = accelerator.world_size, find_resume(callbacks)
+        split_state = restore_split_state(resume) if is_fraction(valid_data) else None
         train, valid = build_loaders(data, valid_data, dataloader_options, ranks)
         limits = check_limits(limit_batches, valid)
         check_config_optimizer(self.optimizer, accelerator)
-        resume = find_resume(callbacks)
         began = self._begin(start, strict, accelerator)
         model = began.model
         if resume is not None and resume.is_weights_only:
@@ -407,7 +408,7 @@ class Learner:
             verbose=verbose,
             callbacks=add_defaults(default_callbacks(self.metrics), callbacks),
         )
-        ctx.backward = self._get_backward(ctx)
+        ctx.backward, ctx.split_state = self._get_backward(ctx), split_state
         ctx.about = {**describe_fit(ctx), "code": cache(get_code_commit)}
         try:
             if resume is not None and not resume.is_weights_only:
@@ -768,11 +769,23 @@ def describe_start(start: Start) -> str:
     return f"{len(start)} tensors" if isinstance(start, Mapping) else repr(str(start))
 
 
+def is_fraction(valid_data: object) -> TypeGuard[float]:
+    """Whether validation data are a share of the training data."""
+    return isinstance(valid_data, float | int) and not isinstance(valid_data, bool)
+
+
+def restore_split_state(resume: Resume | None) -> Tensor:
+    """Return torch's random state for a split; a resumed fit draws its split again."""
+    if resume is not None and resume.is_exact:
+        resume.restore_split_state()
+    return torch.get_rng_state()
+
+
 def build_loaders(
     data: Data, valid_data: Data, options: Mapping[str, object] | None, ranks: int
 ) -> tuple[Loader, dict[str, Loader]]:
     """Return the loaders of training and validation data; a fraction splits `data`."""
-    if isinstance(valid_data, float | int) and not isinstance(valid_data, bool):
+    if is_fraction(valid_data):
         data, valid_data = split_data(data, valid_data)
     train = make_train_loader(data, options, ranks)
     sets, loaders = name_sets(valid_data, "valid_data", data), {}

@@ -77,6 +77,8 @@ class StepContext(Context):
         Optimizers that evaluate the loss several times in a step.
     is_repeated : bool
         True in an evaluation of the loss after the first one of a step.
+    split_state : tensor or None
+        Random state that a fraction of the data was drawn with, for validation.
 
     Examples
     --------
@@ -93,6 +95,7 @@ class StepContext(Context):
         "has_warned",
         "is_repeated",
         "read_batch",
+        "split_state",
         "with_closure",
     )
 
@@ -102,6 +105,7 @@ class StepContext(Context):
         self._is_optimized = self.is_repeated = False
         self.has_warned: set[str] = set()
         self.with_closure: frozenset[str] = frozenset()
+        self.split_state: Tensor | None = None
         Context.__init__(self, **options)
 
     def __getattr__(self, name: str) -> Any:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor
 
 from harness.checkpoint.format import Manifest, Position, read_rank, verify_checkpoint
@@ -160,6 +161,13 @@ class Resume:
         self._state = {**state, "run": self.manifest.run.id}
 
     # --- before the fit
+
+    def restore_split_state(self) -> None:
+        """Set torch's random state to that before a fraction of the data was drawn."""
+        saved = read_rank(self.path, 0, is_mapped=True).get("split_random")
+        if saved is not None:
+            with self._refuse_bad_state():
+                torch.set_rng_state(saved.clone())
 
     def check(self, ctx: Context) -> None:
         """Compare the checkpoint with the fit that resumes from it; nothing is changed.

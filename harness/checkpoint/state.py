@@ -104,7 +104,8 @@ def capture_state(
         Also ``groups`` (names of the parameters that each optimizer steps),
         ``epoch_random`` (random state before the events of the epoch), ``held``,
         ``fields`` and ``metrics`` (what hangs on the model, the loss and callbacks), and
-        ``lost`` and ``not_kept`` (why other such state is not in the checkpoint).
+        ``lost`` and ``not_kept`` (why other such state is not in the checkpoint). Where
+        validation data are a fraction, ``split_random`` (random state before the split).
     """
     assert ctx.accelerator is not None and ctx.train_pass is not None
     is_in_pass = phase == "train" or (phase == "valid" and ctx.train_pass.is_paused)
@@ -142,7 +143,8 @@ def capture_state(
     if phase == "valid" and ctx.valid_start is not None:
         ctx.valid_start.rewind(state)
     state["records"] = pack_records(state["records"])
-    return state
+    split_state = getattr(ctx, "split_state", None)
+    return state if split_state is None else state | {"split_random": split_state}
 
 
 def restore_state(ctx: Context, state: StateDict, parts: Iterable[str]) -> None:

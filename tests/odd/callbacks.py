@@ -121,6 +121,13 @@ def unfreeze(at: Any) -> None:
     at.model.requires_grad_(True)
 
 
+def add_group(at: Any) -> None:
+    optimizer, late = next(iter(at.optimizers.values())), at.model.late
+    if len(optimizer.param_groups) == 1:
+        late.requires_grad_(True)
+        optimizer.add_param_group({"params": [*late.parameters()], "lr": 0.05})
+
+
 def perturb(at: Any) -> None:
     with torch.no_grad():
         at.model.last.bias += 0.01
@@ -223,6 +230,7 @@ KINDS: dict[str, Callable[[Extra, list[str]], tuple[harness.Callback, Hook]]] = 
     "rate": act(scale_rate),
     "perturb": act(perturb),
     "unfreeze": act(unfreeze),
+    "add group": act(add_group),
     "double": act(double_loss),
     "log": act(log_value),
     "rows": act(set_rows),
@@ -250,6 +258,7 @@ EVENTS: dict[str, tuple[str, ...]] = {
         "on_epoch_end",
     ),
     "unfreeze": ("on_epoch_begin", "on_train_batch_begin", "on_epoch_end"),
+    "add group": ("on_epoch_begin", "on_train_batch_begin", "on_train_batch_end"),
     "double": ("on_train_batch_before_backward", "on_train_batch_after_loss"),
     "log": IN_BATCHES,
     "rows": ("on_train_batch_begin", "on_valid_batch_begin"),

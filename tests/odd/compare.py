@@ -19,9 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 import harness
+import tracking
 from harness.accelerators.base import Accelerator
 from harness.accelerators.single import SingleDevice
 from harness.callbacks import AutoResume
@@ -63,8 +64,24 @@ def make_valid(program: Program, source: Source) -> tuple[Any, Any]:
     rows = data.make_rows(program.valid_rows, seed=1)
     collate = BATCHES[program.batch].collate
     own: Any = data.Rows(rows) if "collate_fn" in source.options else None
+    if isinstance(source.data, dict):
+        own = data.columns(rows)
     loader = DataLoader(data.Rows(rows), program.size, collate_fn=collate)
     return own or data.tensors(rows), loader
+
+
+def split_rows(program: Program, source: Source) -> tuple[Any, Any]:
+    """Loaders of the parts that a fraction gives, drawn as the documentation says."""
+    dataset, given = source.loader.dataset, source.options or {}
+    order = torch.randperm(program.rows).tolist()
+    count = int(program.rows * program.valid_share)
+    parts = [Subset(dataset, sorted(part)) for part in (order[count:], order[:count])]
+    usual = {"shuffle": True, "drop_last": len(parts[0]) >= program.size}
+    collate = {k: v for k, v in given.items() if k == "collate_fn"}
+    return (
+        DataLoader(parts[0], **{**usual, **given}),
+        DataLoader(parts[1], program.size, **collate),
+    )
 
 
 def make_methods(program: Program) -> dict[str, Any]:
@@ -74,6 +91,9 @@ def make_methods(program: Program) -> dict[str, Any]:
         methods["loss"] = lambda self, pred, target: LOSSES["method"]()(pred, target)
     if program.optimizer in optimizers.METHODS:
         methods["set_optimizers"] = optimizers.METHODS[program.optimizer]
+    if program.predicts:
+        form = BATCHES[program.batch]
+        methods["predict"] = lambda self, _: -scores_of(form.call(self, self.ctx.batch))
     return methods
 
 
@@ -106,12 +126,15 @@ def run_plain(program: Program) -> Loop:
     seed_all(SEED)
     source, form = make_source(program), BATCHES[program.batch]
     _, valid = make_valid(program, source)
+    loader = source.loader
+    if program.valid_share:
+        loader, valid = split_rows(program, source)
     model = make_model(program)
     loss = model.loss if program.loss == "submodule" else LOSSES[program.loss]()
     loop = Loop(
         model=model,
         optimizers=optimizers.build(program.optimizer, model),
-        loader=source.loader,
+        loader=loader,
         valid=valid,
         epochs=program.epochs,
         accumulate=program.accumulate,
@@ -187,6 +210,7 @@ class Result:
     records: dict[str, Any] = field(default_factory=dict)
     plan: str = ""
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    rows: list[str] = field(default_factory=list)
     num_batches: int = 0
     signum: int | None = None
     error: Exception | None = None
@@ -221,6 +245,7 @@ def run_harness(
     stop: int = 0,
     seed: int = SEED,
     accelerator: Accelerator | None = None,
+    runs: Path | None = None,
 ) -> Result:
     """Train with harness; what it raises is in the result."""
     counter, look = Stop(stop), Look()
@@ -230,16 +255,17 @@ def run_harness(
     try:
         source = make_source(program)
         valid, _ = make_valid(program, source)
+        tracker = {"runs_dir": runs, "delivery": False}
         fitted = make_learner(program).fit(
             source.data,
             program.epochs,
-            valid,
+            program.valid_share or valid,
             callbacks=[*callbacks, look, *saves, counter],
             accelerator=accelerator
             or SingleDevice("cpu", accumulate=program.accumulate),
             dataloader_options=source.options,
             seed=seed,
-            tracker=False,
+            tracker=tracker if program.is_tracked and runs else False,
             verbose=False,
         )
     except Exception as error:  # noqa: BLE001  judged by the caller
@@ -248,9 +274,45 @@ def run_harness(
         result.fitted, result.weights = fitted, fitted.model.state_dict()
         records = {k: v for k, v in fitted.records.items() if k != "profile"}
         result.records, result.signum = records, fitted.signum
+        if fitted.run_path is not None:
+            result.rows = read_journal(fitted.run_path, result.logged)
     result.num_batches = counter.count
     result.plan, result.tensors = look.plan, look.tensors
     return result
+
+
+MEASURED = {"profile", "params", "tags", "inputs", "artifacts"}
+"""What a resumed fit records otherwise, or not again."""
+
+
+def read_journal(
+    path: Path, logged: dict[tuple[str, int], dict[str, Any]]
+) -> list[str]:
+    """Read what a run recorded; its metrics have to be those in memory.
+
+    Raises
+    ------
+    Difference
+        If they are not.
+    """
+    table = tracking.open(path).records()
+    names = ("what", "set", "name", "index", "epoch", "step", "value", "payload")
+    rows = list(zip(*(table[name].to_pylist() for name in names), strict=True))
+    found: dict[tuple[str, int], dict[str, Any]] = {}
+    for what, split, name, index, *_, value, _ in rows:
+        if what == "metrics":
+            found.setdefault((split, index), {})[name] = value
+    wanted = {
+        place: {name: float(value) for name, value in values.items()}
+        for place, values in logged.items()
+    }
+    if repr(sort_items(found)) != repr(sort_items(wanted)):
+        raise Difference(f"expected {wanted} in the journal, got {found}")
+    return sorted(repr(row) for row in rows if row[0] not in MEASURED)
+
+
+def sort_items(values: dict[Any, dict[str, Any]]) -> list[Any]:
+    return sorted((place, sorted(own.items())) for place, own in values.items())
 
 
 # ---------------------------------------------------------------------- comparing
@@ -266,7 +328,7 @@ def check_program(program: Program, folder: Path) -> None:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        whole = run_harness(program)
+        whole = run_harness(program, runs=folder.with_name("whole"))
         if program.is_refused and whole.error is not None:
             check_refusal(whole)
             return
@@ -343,7 +405,8 @@ def check_inference(program: Program, result: Result, loop: Loop) -> None:
     check_logged(loop, Result(records=found.records).logged)
     preds = learner.predict(fitted, loader, accelerator=SingleDevice("cpu"))
     many = preds if isinstance(preds, list) else [preds]
-    if not same(torch.cat(scores), torch.cat([scores_of(pred) for pred in many])):
+    wanted = -torch.cat(scores) if program.predicts else torch.cat(scores)
+    if not same(wanted, torch.cat([scores_of(pred) for pred in many])):
         raise Difference(f"expected the predictions {scores}, got {preds}")
 
 
@@ -365,13 +428,14 @@ def near(one: float, two: float, tolerance: float) -> bool:
 
 def check_resumed(program: Program, folder: Path, stop: int, whole: Result) -> None:
     """Stop after a batch, resume, and compare every bit with the unbroken fit."""
-    resumed = run_harness(program, folder, stop)
+    runs = folder.with_name("runs")
+    resumed = run_harness(program, folder, stop, runs=runs)
     if program.saves_batches and resumed.error is not None:
         check_refusal(resumed, num_batches=1)
         return
     raise_error(resumed)
     if resumed.signum is not None:
-        resumed = run_harness(program, folder, seed=1234)
+        resumed = run_harness(program, folder, seed=1234, runs=runs)
         raise_error(resumed)
     elif not program.may_finish:
         raise Difference(f"expected the fit to stop after {stop} batches")
@@ -385,6 +449,9 @@ def differences(one: Result, two: Result) -> Iterator[str]:
     """Names of what differs."""
     if repr(one.records) != repr(two.records):
         yield f"records {one.records} {two.records}"
+    if one.rows != two.rows:
+        pairs = zip(one.rows, two.rows, strict=False)
+        yield f"journal: {next((p for p in pairs if p[0] != p[1]), 'length')}"
     if one.plan != two.plan:
         pairs = enumerate(zip(one.plan, two.plan, strict=False))
         place = next((n for n, (a, b) in pairs if a != b), 0)

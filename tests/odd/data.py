@@ -313,13 +313,24 @@ def tensors(rows: list[Row]) -> tuple[Tensor, Tensor]:
     return torch.stack([x for x, *_ in rows]), torch.stack([y for _, y, _ in rows])
 
 
+def columns(rows: list[Row]) -> dict[str, Tensor]:
+    return dict(zip(("x", "labels"), tensors(rows), strict=True))
+
+
 def own_loader(
-    data: Any, rows: list[Row], size: int, shuffle: bool, **options: Any
+    data: Any,
+    rows: list[Row],
+    size: int,
+    shuffle: bool,
+    collate: Collate | None = None,
+    **options: Any,
 ) -> Source:
     """Data that ``fit`` makes a loader of: shuffled by default, full batches only."""
     given = {"batch_size": size, **options} | ({} if shuffle else {"shuffle": False})
     full = {"shuffle": shuffle, "drop_last": len(rows) >= size}
     dataset = data if isinstance(data, Dataset) else TensorDataset(*tensors(rows))
+    if collate is not None:
+        dataset, full["collate_fn"] = Rows(rows), collate
     loader: Any = DataLoader(dataset, **{**full, **given})
     return Source(data=data, options=given, loader=loader)
 
@@ -444,27 +455,21 @@ DATA: dict[str, DataForm] = {
         make=from_loader(dataset=Stream, num_workers=1),
         is_slow=True,
     ),
-    # What a fit may refuse, if by a message of its own.
     "samples": DataForm(
-        make=lambda r, s, c, sh: Source(
-            data=[(x, y) for x, y, _ in r], options={"batch_size": s}
-        ),
+        make=lambda r, s, c, sh: own_loader([(x, y) for x, y, _ in r], r, s, sh),
+        has_true_length=True,
         batches=LIST,
-        refused=True,
     ),
     "mapping of tensors": DataForm(
-        make=lambda r, s, c, sh: Source(
-            data=dict(zip("xy", tensors(r), strict=True)), options={"batch_size": s}
-        ),
+        make=lambda r, s, c, sh: own_loader(columns(r), r, s, sh, c),
+        has_true_length=True,
         batches=("mapping",),
-        refused=True,
     ),
     "indexed": DataForm(
-        make=lambda r, s, c, sh: Source(
-            data=Indexed(r), options={"batch_size": s, "collate_fn": c}
-        ),
-        refused=True,
+        make=lambda r, s, c, sh: own_loader(Indexed(r), r, s, sh, c, collate_fn=c),
+        has_true_length=True,
     ),
+    # What a fit may refuse, if by a message of its own.
     "iterator": DataForm(
         make=lambda r, s, c, sh: Source(data=iter([c(r)])), refused=True
     ),

@@ -154,6 +154,17 @@ class Sparse(Plain):
         return super().hidden(x + self.table((x[:, 0] * 3).long().abs() % 8))
 
 
+class Late(Plain):
+    """A layer that is frozen until a callback gives it to the optimizer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.late = nn.Linear(HIDDEN, HIDDEN).requires_grad_(False)
+
+    def hidden(self, x: Tensor) -> Tensor:
+        return self.late(super().hidden(x))
+
+
 class Double(Plain):
     def __init__(self) -> None:
         super().__init__()
@@ -195,6 +206,7 @@ BODIES: dict[str, type[Plain]] = {
     "sparse": Sparse,
     "double": Double,
     "in place": InPlace,
+    "late": Late,
 }
 
 

@@ -40,6 +40,13 @@ def one_by_name(model: nn.Module) -> Built:
     return {"main": optim.NAdam(model.parameters(), lr=0.02)}
 
 
+def without_late(model: nn.Module) -> Built:
+    """Leave out a layer that a callback adds in training."""
+    late = {id(param) for param in model.late.parameters()}  # type: ignore[union-attr]
+    own = [param for param in model.parameters() if id(param) not in late]
+    return optim.AdamW(own, lr=0.02, amsgrad=True)
+
+
 CLASSES: dict[str, tuple[type[optim.Optimizer], dict[str, Any]]] = {
     "sgd": (optim.SGD, {"lr": 0.1}),
     "momentum": (optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True}),
@@ -49,6 +56,7 @@ CLASSES: dict[str, tuple[type[optim.Optimizer], dict[str, Any]]] = {
     "asgd": (optim.ASGD, {"lr": 0.1, "t0": 2}),
     "adadelta": (optim.Adadelta, {"lr": 1.0}),
     "adamax": (optim.Adamax, {"lr": 0.02}),
+    "lbfgs": (optim.LBFGS, {"lr": 0.2, "max_iter": 3, "history_size": 2}),
 }
 """Classes for ``setup(optimizer=...)``, and their options."""
 
@@ -57,6 +65,7 @@ METHODS: dict[str, Callable[[nn.Module], Built]] = {
     "two": two,
     "only trained": only_trained,
     "one by name": one_by_name,
+    "without late": without_late,
 }
 """What a model's own ``set_optimizers`` may return."""
 

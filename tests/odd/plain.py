@@ -76,7 +76,7 @@ class Loop:
         self.run_split("train", self.windows())
         if self.valid is not None:
             with torch.no_grad():
-                self.run_split("valid", ((1, batch) for batch in self.valid))
+                self.run_split("valid", self.valid_batches())
         self.at("on_epoch_end")
 
     def run_split(self, split: str, batches: Iterable[tuple[int, Any]]) -> None:
@@ -102,15 +102,13 @@ class Loop:
 
     def step(self, split: str, window: int) -> None:
         """Forward, backward and step of one optimizer."""
+        if self.training and isinstance(self.optimizers[self.name], torch.optim.LBFGS):
+            self.step_by_closure()
+            return
         with self.freezing_others():
-            self.pred = self.call(self.model, self.batch)
-            self.at(f"on_{split}_batch_after_pred")
-            self.note_loss(self.loss_of(self.pred, self.target_of(self.batch)))
-            self.at(f"on_{split}_batch_after_loss")
-            if not self.training:
-                return
-            self.at("on_train_batch_before_backward")
-            (self.loss / window if window > 1 else self.loss).backward()
+            self.evaluate(split, window)
+        if not self.training:
+            return
         self.num_backwards[self.name] += 1
         if self.num_backwards[self.name] == window:
             self.at("on_train_batch_before_step")
@@ -118,6 +116,38 @@ class Loop:
             self.optimizers[self.name].zero_grad()
             self.num_backwards[self.name] = 0
             self.at("on_train_batch_after_step")
+
+    def evaluate(self, split: str, window: int = 1) -> None:
+        """Compute the loss and, in training, its gradients."""
+        self.pred = self.call(self.model, self.batch)
+        self.at(f"on_{split}_batch_after_pred")
+        self.note_loss(self.loss_of(self.pred, self.target_of(self.batch)))
+        self.at(f"on_{split}_batch_after_loss")
+        if self.training:
+            self.at("on_train_batch_before_backward")
+            (self.loss / window if window > 1 else self.loss).backward()
+
+    def step_by_closure(self) -> None:
+        """Step an optimizer that evaluates the loss several times; the first one counts."""
+        optimizer, values = self.optimizers[self.name], self.batch_values
+        first: list[Any] = []
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            self.batch_values = [] if first else values
+            self.evaluate("train")
+            if not first:
+                first.append(self.pred)
+            self.at("on_train_batch_before_step")
+            return self.loss
+
+        try:
+            optimizer.step(closure)
+        finally:
+            self.batch_values = values
+            self.pred = first[0] if first else self.pred
+        optimizer.zero_grad()
+        self.at("on_train_batch_after_step")
 
     def note_loss(self, loss: Any) -> None:
         """Note the loss and its parts."""
@@ -128,6 +158,11 @@ class Loop:
             loss = sum(rest, first)
         self.loss = loss.reshape(())
         self.batch_values.append((f"loss{suffix}", self.loss.detach().clone()))
+
+    def valid_batches(self) -> Iterator[tuple[int, Any]]:
+        """Validation batches; nothing is drawn before the first one is asked for."""
+        for batch in self.valid:
+            yield 1, batch
 
     def windows(self) -> Iterator[tuple[int, Any]]:
         """Batches, each with the number of batches in its optimizer step."""

@@ -27,6 +27,12 @@ class Program:
         Rows of the training data, and of a batch.
     valid_rows
         Rows of the validation data; 0: there is none.
+    valid_share
+        Share of the rows that ``fit`` takes for validation; 0: none.
+    predicts
+        Whether the model has a ``predict`` of its own.
+    is_tracked
+        Whether a run records it.
     stop_at
         Which share of the batches is trained before the fit is stopped, to resume.
     """
@@ -37,6 +43,9 @@ class Program:
     size: int = 3
     shuffle: bool = False
     valid_rows: int = 0
+    valid_share: float = 0.0
+    predicts: bool = False
+    is_tracked: bool = False
     body: str = "plain"
     output: str = "tensor"
     loss: str = "function"
@@ -77,7 +86,8 @@ class Program:
     @property
     def has_plain_twin(self) -> bool:
         """Whether a plain loop draws the same random numbers."""
-        draws = self.body == "dropout" or any(e.kind == "draw" for e in self.extras)
+        draws = self.body in {"dropout", "lazy"}
+        draws |= any(extra.kind == "draw" for extra in self.extras)
         return not self.is_refused and not (DATA[self.data].draws_between and draws)
 
     @property
@@ -115,8 +125,9 @@ def programs(draw: Any, *, slow: bool = False, refused: bool = True) -> Program:
     batch = pick(DATA[data].batches or BATCHES)
     output = pick(set(OUTPUTS) - ({"tensor"} if is_whole(batch) else set()))
     step = pick(STEPS)
-    accumulate = 1 if step in {"by hand", "skips"} else draw(st.integers(1, 3))
-    optimizer = pick(set(OPTIMIZERS) - ({"two"} if step in ONE_LOSS else set()))
+    optimizer = pick(optimizers_for(step))
+    is_alone = step in {"by hand", "skips"} or optimizer == "lbfgs"
+    accumulate = 1 if is_alone else draw(st.integers(1, 3))
     body = pick(bodies_for(data, optimizer))
     is_plain = BATCHES[batch].is_plain and output == "tensor"
     usable = [name for name, m in METRICS.items() if is_plain or not m.tensors_only]
@@ -130,15 +141,23 @@ def programs(draw: Any, *, slow: bool = False, refused: bool = True) -> Program:
         loss = "function"
     epochs = draw(st.integers(1, 3))
     extras = draw(st.lists(draw_extra(batch, body, step, epochs), max_size=3))
+    if body == "late":
+        extras.append(draw(draw_extra(batch, body, step, epochs, "add group")))
+    rows, share = draw(st.integers(2, 11)), 0.0
+    if data in SPLIT_BY_ROWS and rows >= 4 and draw(st.booleans()):
+        share = draw(st.sampled_from([0.25, 0.5, 0.7]))
     if any(extra.kind == "rows" for extra in extras):  # these count rows by themselves
         metrics = [name for name in metrics if name not in {"accuracy", "listing"}]
     return Program(
         data=data,
         batch=batch,
-        rows=draw(st.integers(2, 11)),
+        rows=rows,
         size=draw(st.integers(1, 4)),
         shuffle=draw(st.booleans()),
-        valid_rows=draw(st.sampled_from([0, 0, 5, 4])),
+        valid_rows=0 if share else draw(st.sampled_from([0, 0, 5, 4])),
+        valid_share=share,
+        predicts=draw(st.booleans()),
+        is_tracked=draw(st.booleans()),
         body=body,
         output=output,
         loss=loss,
@@ -155,13 +174,32 @@ def programs(draw: Any, *, slow: bool = False, refused: bool = True) -> Program:
 ONE_LOSS = {"returns", "optimizes", "by hand", "skips"}
 """Steps that serve one optimizer."""
 
+AGAIN = {"default", "returns", "skips"}
+"""Steps that can be repeated in a closure."""
+
+SPLIT_BY_ROWS = {"tensors", "arrays", "data set", "tensor data set", "samples"}
+"""Data that ``fit`` splits by a fraction."""
+
+
+def optimizers_for(step: str) -> set[str]:
+    """Optimizers that a step serves."""
+    found = set(OPTIMIZERS)
+    if step in ONE_LOSS:
+        found.discard("two")
+    if step not in AGAIN:
+        found.discard("lbfgs")
+    return found
+
 
 def bodies_for(data: str, optimizer: str) -> set[str]:
     """Bodies that work with an optimizer, and do not change data that comes again."""
     found = set(BODIES)
+    if optimizer == "without late":
+        return {"late"}
+    found.discard("late")
     if optimizer == "two":
         found.discard("frozen")  # one of them would have nothing to train
-    if optimizer == "adagrad":
+    if optimizer in {"adagrad", "lbfgs"}:
         found.discard("lazy")  # it asks for the sizes of its parameters
     if optimizer not in {"sgd", "adagrad"}:
         found.discard("sparse")
@@ -170,10 +208,15 @@ def bodies_for(data: str, optimizer: str) -> set[str]:
     return found
 
 
-@st.composite
-def draw_extra(draw: Any, batch: str, body: str, step: str, epochs: int) -> Extra:
-    """Draw something that happens at an event of this program."""
-    kinds = set(KINDS)
+AT_ONCE = {"skip", "stop", "add group"}
+"""Kinds that happen in one epoch."""
+
+
+def kinds_for(batch: str, body: str, step: str) -> set[str]:
+    """Kinds of extras that a program can have."""
+    kinds = set(KINDS) - {"add group"}
+    if body == "late":
+        kinds.discard("unfreeze")  # gradients that nothing steps would add up
     if body == "lazy":
         kinds.discard("unfreeze")
     if body == "sparse":
@@ -186,7 +229,16 @@ def draw_extra(draw: Any, batch: str, body: str, step: str, epochs: int) -> Extr
         kinds.discard("input")
     if step == "by hand":
         kinds -= {"clip", "double"}
-    kind = draw(st.sampled_from(sorted(kinds)))
+    return kinds
+
+
+@st.composite
+def draw_extra(
+    draw: Any, batch: str, body: str, step: str, epochs: int, kind: str = ""
+) -> Extra:
+    """Draw something that happens at an event of this program."""
+    kinds = kinds_for(batch, body, step)
+    kind = kind or draw(st.sampled_from(sorted(kinds)))
     if kind not in EVENTS:
         return Extra(kind=kind)
     events = EVENTS[kind]
@@ -198,6 +250,6 @@ def draw_extra(draw: Any, batch: str, body: str, step: str, epochs: int) -> Extr
     return Extra(
         kind=kind,
         event=event,
-        epoch=draw(st.integers(1 if kind in {"skip", "stop"} else 0, epochs)),
+        epoch=draw(st.integers(1 if kind in AT_ONCE else 0, epochs)),
         iter=draw(st.integers(0, 4)),
     )

@@ -25,6 +25,7 @@ from tests.odd.compare import (
     Difference,
     Result,
     check_logged,
+    check_refusal,
     differences,
     raise_error,
     run_harness,
@@ -32,7 +33,7 @@ from tests.odd.compare import (
 )
 from tests.odd.data import DATA
 from tests.odd.metrics import METRICS
-from tests.odd.models import OUTPUTS
+from tests.odd.models import BAD_LOSSES, OUTPUTS
 from tests.odd.plain import Loop
 from tests.odd.programs import Program, is_whole
 
@@ -81,6 +82,11 @@ def rank_programs(draw: Any) -> Program:
         optimizers.append("two")
     optimizer = pick(*optimizers)
     epochs = draw(st.integers(1, 2))
+    bodies = ["plain", "tied", "norm", "dropout"]
+    bodies += [] if optimizer == "two" else ["frozen"]
+    losses = ["function", "parts", "one element", "matrix", "method"]
+    if draw(st.integers(0, 7)) == 0:
+        losses = sorted(set(BAD_LOSSES) - {"none"})
     return Program(
         data=data,
         batch=batch,
@@ -88,9 +94,9 @@ def rank_programs(draw: Any) -> Program:
         size=draw(st.integers(1, 3)),
         shuffle=draw(st.booleans()),
         valid_rows=draw(st.sampled_from([0, 5, 3])),
-        body=pick("plain", "tied", *([] if optimizer == "two" else ["frozen"])),
+        body=pick(*bodies),
         output=output,
-        loss=pick("function", "parts", "one element", "matrix", "method"),
+        loss=pick(*losses),
         step=step,
         optimizer=optimizer,
         accumulate=draw(st.integers(1, 2)),
@@ -141,23 +147,40 @@ def check_on_ranks(program: Program, lab: Lab, number: int) -> None:
 
     def run(folder: Path | None = None, stop: int = 0, seed: int = SEED) -> Result:
         accelerator = lab.make(program.accumulate)
-        result = run_harness(program, folder, stop, seed, accelerator)
-        raise_error(result)
-        return result
+        return run_harness(program, folder, stop, seed, accelerator)
 
     whole = run()
-    loop = run_plain(replace(program, size=program.size * lab.world))
-    if lab.rank == 0:
-        check_near(whole, loop)
+    if program.is_refused:
+        check_refusal(whole)
+        return
+    raise_error(whole)
+    check_same_on_ranks(whole, lab)
+    if program.body not in RANDOM_BY_RANK:
+        loop = run_plain(replace(program, size=program.size * lab.world))
+        if lab.rank == 0:
+            check_near(whole, loop)
     if not whole.num_batches:
         return
     result = run(folder, 1 + int(program.stop_at * (whole.num_batches - 1)))
+    raise_error(result)
     if result.signum is not None:
         result = run(folder, seed=1234)
+        raise_error(result)
     # Engines count what they did since they were made, and keep empty places.
     whole.plan = result.plan = ""
     if found := list(differences(whole, result)):
         raise Difference(f"resumed, different: {found}")
+
+
+RANDOM_BY_RANK = {"norm", "dropout"}
+"""Bodies that do with the rows of one rank what one process does with all."""
+
+
+def check_same_on_ranks(result: Result, lab: Lab) -> None:
+    """Compare what the ranks logged, which each of them has."""
+    every = lab.make().gather_objects(repr(result.records))
+    if len(set(every)) > 1:
+        raise Difference(f"ranks have different records: {every}")
 
 
 def check_near(result: Result, loop: Loop) -> None:

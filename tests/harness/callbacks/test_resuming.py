@@ -56,6 +56,40 @@ def test_auto_resume_resumes_then_empties_its_folder(saved: Path) -> None:
     assert list_checkpoints(saved) == []
 
 
+@pytest.mark.parametrize("stop", [("on_train_batch_end", 4), ("on_valid_batch_end", 1)])
+def test_resume_splits_the_data_again_as_the_saved_fit_did(
+    stop: tuple[str, int], tmp_path: Path
+) -> None:
+    x = torch.arange(24.0).reshape(24, 1)
+    trained: set[float] = set()
+
+    class See(harness.Callback):
+        def on_train_batch_begin(self) -> None:
+            trained.update(self.ctx.input.flatten().tolist())
+
+    def fit(seed: int, *own: harness.Callback) -> Fitted:
+        torch.manual_seed(seed)
+        learner = harness.setup(
+            lambda: nn.Linear(1, 1), loss=nn.MSELoss(), optimizer=torch.optim.SGD
+        )
+        return learner.set_opt_hparams(lr=1e-4).fit(
+            (x, 2 * x),
+            3,
+            0.25,
+            callbacks=own,
+            dataloader_options={"batch_size": 6},
+            accelerator=SingleDevice("cpu"),
+            tracker=False,
+            verbose=False,
+        )
+
+    whole = fit(1)
+    fit(1, AutoResume(tmp_path), Stop(*stop), See())
+    resumed = fit(2, AutoResume(tmp_path), See())
+    assert_same_result(resumed, whole)
+    assert len(trained) == 18
+
+
 def test_resume_from_checkpoint_takes_a_folder_or_one_checkpoint(saved: Path) -> None:
     [place] = list_checkpoints(saved)
     for path in (saved, place):
