@@ -25,6 +25,7 @@ from harness.records import (
     NullRun,
     Records,
     Series,
+    format_value,
     iter_filled,
     metrics_frame,
     pack_records,
@@ -48,8 +49,7 @@ def format_metrics(records: Records, index: int | None = None) -> str:
         return "no metrics"
     last = frame.drop_duplicates(["metric", "set"], keep="last")
     texts = [
-        f"{value:.4g}" if isinstance(value, int | float) else str(value)
-        for value in last["value"]
+        format_value(value) for value in last["value"]
     ]  # as text, because a NaN must not look like a missing value
     metrics, splits = frame["metric"].unique(), frame["set"].unique()
     table = last.assign(value=texts).pivot(
@@ -167,7 +167,7 @@ class Fitted:
     unit: Literal["epoch", "step"] = "epoch"
     loss: Callable[..., Tensor] | None = field(default=None, repr=False)
     batch_options: Mapping[str, object] = field(default_factory=dict, repr=False)
-    example: object = field(default=None, repr=False)
+    example: object = field(default=None, repr=False, compare=False)
     start: WeightsReport | None = field(default=None, repr=False)
 
     def __getstate__(self) -> dict[str, object]:

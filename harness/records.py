@@ -14,6 +14,9 @@ from harness.pytree import named_leaves
 if TYPE_CHECKING:
     import pandas as pd
 
+MAX_TEXT = 60
+"""Characters of a value in a table of metrics."""
+
 MAX_GAP = 1000
 """A list is padded with None up to here; beyond, it becomes a ``SparseList``."""
 
@@ -335,10 +338,21 @@ def metrics_frame(records: Records, unit: str = "epoch") -> pd.DataFrame:
 
 def format_metrics(metrics: Mapping[str, object]) -> dict[str, str]:
     """Format metrics with four significant digits, by name; nested names are joined."""
-    return {
-        name: f"{value:.4g}" if isinstance(value, int | float) else str(value)
-        for name, value in named_leaves(metrics)
-    }
+    return {name: format_value(value) for name, value in named_leaves(metrics)}
+
+
+def format_value(value: object) -> str:
+    """Format a metric: a number with four digits, and of a long value, such as a matrix, a part.
+
+    Examples
+    --------
+    >>> format_value(0.123456), format_value([[10, 0], [7, 3]])
+    ('0.1235', '[[10, 0], [7, 3]]')
+    """
+    if isinstance(value, int | float):
+        return f"{value:.4g}"
+    text = str(value)
+    return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]}..."
 
 
 def copy_logged(value: object) -> Any:

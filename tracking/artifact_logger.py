@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
@@ -112,7 +113,7 @@ class ArtifactLogger(RowLogger):
         counts = _check_series(name, epoch, step, place)
 
         def write(folder: Path) -> dict[str, Any]:
-            drawn = folder / f".drawn-{os.getpid()}{suffix}"
+            drawn = folder / f".{os.getpid()}-{threading.get_ident()}{suffix}"
             try:
                 files.write_figure_artifact(figure, drawn)
                 png = drawn.read_bytes()
