@@ -21,7 +21,7 @@ from harness import context, events
 from harness.cli import main as cli
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^```(\w+)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 PLACE = re.compile(r"`((?:harness|tracking)/[\w/]*(?:\.py|/))(?:::([\w.]+))?`")
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
@@ -153,7 +153,9 @@ def test_links_lead_somewhere(path: Path) -> None:
 # ---------------------------------------------------------------- everything runs
 
 
-SHOWN = [path for path in PAGES if python_of(path)]
+SHOWN = [
+    path for path in PAGES if python_of(path) and path.parent.name != "recipes"
+]  # tests/test_recipes.py runs the programs of the recipes
 
 
 @pytest.mark.slow

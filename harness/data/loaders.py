@@ -280,12 +280,7 @@ def as_loader(data: object) -> object:
     """Return a loader of batches that are given; anything else as it is."""
     if not gives_batches(data):
         return data
-    return DataLoader(Batches(data), batch_size=None, collate_fn=as_it_is)
-
-
-def as_it_is(batch: object) -> object:
-    """Return a batch that is complete."""
-    return batch
+    return DataLoader(Batches(data), batch_size=None)  # arrays become tensors
 
 
 def num_items(loader: Loader) -> int:

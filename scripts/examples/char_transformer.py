@@ -22,6 +22,7 @@ class Transformer(nn.Module):
     """A small decoder: each character sees those before it."""
 
     ctx: harness.FitContext
+    mask: Tensor
 
     def __init__(self, width: int = 64, depth: int = 1, heads: int = 4) -> None:
         super().__init__()
@@ -79,7 +80,7 @@ def warm_up(opt: torch.optim.Optimizer, total_steps: int, share: float = 0.1) ->
 
 
 def main(
-    tracker: object = None, precision: str | None = None, epochs: int = 3
+    tracker: object = None, precision: str | None = None, epochs: int = 2
 ) -> tuple[float, str]:
     """Train on the source of a Python module, and print a sample."""
     if precision is None:  # few CPUs are fast at bfloat16

@@ -35,10 +35,10 @@ class Distill(nn.Module):
 
     def forward(self, pred: Tensor, digits: Tensor, teacher: Tensor) -> Tensor:
         """Return the loss; a batch holds ``(images, digits, teacher's scores)``."""
-        soft = [
+        own, soft = (
             F.log_softmax(scores / self.temperature, 1) for scores in (pred, teacher)
-        ]
-        imitation = F.kl_div(*soft, reduction="batchmean", log_target=True)
+        )
+        imitation = F.kl_div(own, soft, reduction="batchmean", log_target=True)
         known = F.cross_entropy(pred, digits, ignore_index=-1, reduction="sum")
         return self.temperature**2 * imitation + known / len(digits)
 

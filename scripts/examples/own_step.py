@@ -55,7 +55,7 @@ def main(tracker: object = None) -> dict[str, float]:
     found = {}
     for name, share in {"plain": 0.0, "adversarial": 0.5}.items():
         fitted = learner.set_hparams(share=share).fit(
-            data, 5, valid_data=0.2, seed=1, tracker=tracker
+            data, 4, valid_data=0.2, seed=1, tracker=tracker
         )
         last = fitted.records["metrics"]["valid"][-1]
         found[name] = last["accuracy_attacked"]

@@ -16,7 +16,7 @@ class Seq2Seq(nn.Module):
 
     ctx: harness.FitContext
 
-    def __init__(self, width: int = 48) -> None:
+    def __init__(self, width: int = 32) -> None:
         super().__init__()
         self.embed = nn.Embedding(LETTERS, width, padding_idx=PAD)
         self.encoder = nn.GRU(width, width, batch_first=True, bidirectional=True)
@@ -76,8 +76,8 @@ def main(tracker: object = None) -> float:
     """Train, and count new words that are sorted without a mistake."""
     torch.manual_seed(1)
     learner = harness.setup(Seq2Seq, optimizer=torch.optim.Adam)
-    fitted = learner.set_opt_hparams(lr=5e-3).fit(
-        words(4000), 10, dataloader_options={"batch_size": 64}, tracker=tracker
+    fitted = learner.set_opt_hparams(lr=1e-2).fit(
+        words(3000), 8, dataloader_options={"batch_size": 64}, tracker=tracker
     )
     (source, target), _ = words(500)
     written = fitted.predict(((source, target), target))

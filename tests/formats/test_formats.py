@@ -186,7 +186,6 @@ def compared_json(text):
         del content["about"]["callbacks"]["Profile"]  # times
         for name in ENVIRONMENT:
             del content["about"][name]
-        content["about"].pop("kernels", None)  # earlier files have none
     return json.dumps(content)
 
 

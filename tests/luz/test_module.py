@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import matplotlib.image
@@ -17,7 +18,9 @@ from torchmetrics import MeanAbsoluteError, MeanSquaredError
 
 import harness
 from harness.callback import bind_context
+from harness.callbacks import Progress
 from tests.harness.fakes import At
+from tests.harness.terminal import frames, in_terminal
 from tests.luz.parts import Net, rows
 
 
@@ -155,6 +158,17 @@ def test_predict_works_for_modules(fitted):
     assert not torch.equal(first, other)
 
 
+def test_predict_can_use_a_progress_bar(learner, monkeypatch):
+    # Every look at the clock takes a quarter of a second, so each bar is drawn.
+    clock = itertools.count(0.0, 0.25).__next__
+    monkeypatch.setattr(Progress, "clock", staticmethod(clock))
+    fitted = learner.set_opt_hparams(lr=1e-3).fit(loader(), 1, tracker=False)
+    text = in_terminal(lambda: fitted.predict(loader(), verbose=True))
+    assert any("predict" in frame and "%" in frame for frame in frames(text))
+    assert fitted.hparams["input_size"] == 10
+    assert fitted.opt_hparams["lr"] == 1e-3
+
+
 @pytest.fixture(scope="module")
 def measured(learner: harness.Learner) -> harness.Fitted:
     metrics = {
@@ -218,7 +232,7 @@ def test_lr_finder_works(learner, tmp_path):
     found = harness.lr_finder(learner, loader(), start_lr=1e-7, end_lr=0.1)
     frame = found.to_frame()
     assert len(frame) == 100
-    assert list(frame) == ["lr", "loss"]
+    assert list(frame) == ["lr", "loss", "smoothed"]
     assert frame["lr"].iloc[[0, -1]].tolist() == pytest.approx([1e-7, 0.1])
     assert "lrs=" in str(found)
     found.plot(tmp_path / "lr.png")

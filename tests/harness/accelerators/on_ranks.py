@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow.compute as pc
 import pytest
 import torch
+from torch import nn
 from torchmetrics import MeanSquaredError
 
 import harness
@@ -31,7 +32,9 @@ from harness.callbacks.schedule.freeze import move_to_new_group
 from harness.errors import CheckpointError
 from tests.harness.accelerators.cases import Lab
 from tests.harness.accelerators.fits import data, fitted, learner
+from tests.harness.data.test_forms import Both, forms
 from tests.harness.exact import Stop, same_bits
+from tests.harness.fakes import points
 
 ROWS = 24
 
@@ -257,6 +260,28 @@ def case_metrics_of_one_part(lab: Lab) -> None:
     values = found.records["metrics"]["valid"][0]
     assert values.keys() == {"loss", "mean_squared_error_1", "gap_1"}
     assert values == pytest.approx(wanted.records["metrics"]["valid"][0], rel=1e-5)
+
+
+def case_any_form_of_data(lab: Lab) -> None:
+    x, y = points(50)
+    of_form = forms(x, y)
+    model = harness.setup(Both, loss=nn.CrossEntropyLoss(), optimizer=torch.optim.SGD)
+    model = model.set_opt_hparams(lr=0.1)
+    for name in ("named", "labels", "dicts", "whole"):
+        one, two = (
+            model.fit(
+                *(of_form[name], 1, of_form[name]),
+                accelerator=accelerator,
+                dataloader_options={"batch_size": ROWS // accelerator.world_size},
+                seed=4,
+                tracker=False,
+                verbose=False,
+            )
+            for accelerator in (SingleDevice("cpu"), lab.make())
+        )
+        check_close(lab, one, two)
+        outputs = [fit.predict(of_form[name]) for fit in (one, two)]
+        torch.testing.assert_close(*outputs, rtol=1e-3, atol=1e-4)
 
 
 CASES: dict[str, Callable[[Lab], None]] = {

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 import harness
+from harness.callbacks import AutoResume
 from harness.data.loaders import (
     as_dataset,
     make_eval_loader,
@@ -122,6 +123,39 @@ def test_fit_takes_any_form(name, expected):
     assert fitted.records["metrics"] == expected.records["metrics"]
     pred = fitted.predict(data)
     assert torch.equal(pred, expected.predict(FORMS["tuple"]))
+
+
+class Random:
+    """Other batches in each pass, of arrays, and a length that nobody knows."""
+
+    def __iter__(self) -> Any:
+        for _ in range(3):
+            x = torch.randn(4, 2).numpy()
+            yield {"a": x, "b": x, "labels": torch.randint(3, (4,))}
+
+
+class Fail(harness.Callback):
+    """Raises once, in the middle of the second epoch."""
+
+    has_failed = False
+
+    def on_train_batch_end(self) -> None:
+        if (self.ctx.epoch, self.ctx.iter, self.has_failed) == (2, 2, False):
+            self.has_failed = True
+            raise ArithmeticError
+
+
+@pytest.mark.parametrize("name", ["named", "dicts", "whole", "random"])
+def test_fit_of_any_form_resumes_exactly(name, tmp_path):
+    data = {**FORMS, "random": Random()}[name]
+    options = None if name == "random" else {"batch_size": 4}
+    whole = fit(data, dataloader_options=options)
+    callbacks = [AutoResume(tmp_path, every_n_steps=1), Fail()]
+    with pytest.raises(ArithmeticError):
+        fit(data, dataloader_options=options, callbacks=callbacks)
+    resumed = fit(data, dataloader_options=options, callbacks=callbacks)
+    assert resumed.records["metrics"] == whole.records["metrics"]
+    assert torch.equal(resumed.model.fc.weight, whole.model.fc.weight)
 
 
 @pytest.mark.parametrize("name", ["tuple", "named", "labels", "samples", "table"])
