@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from tracking import capture
 from tracking.delivery.options import check_options
+from tracking.mlflow_store.keys import LATEST
 from tracking.ranks import announce_run, next_announcement, wait_for_run
 from tracking.redaction import redact, strip_url
 from tracking.run import Run, utc_now
@@ -222,6 +223,7 @@ def _start_new(
         command=capture.command(),
         cwd=str(folder),
         pid=os.getpid(),
+        keys=LATEST,
         **capture.machine(),
     )
     try:

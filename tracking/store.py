@@ -96,6 +96,8 @@ class Manifest:
         Any JSON value, for packages that build on this one.
     path
         Folder of the run when it started; another one tells that it was moved or copied.
+    keys
+        Layout of the names of its metrics in MLflow; see ``tracking.mlflow_store.keys``.
     """
 
     id: str
@@ -123,6 +125,7 @@ class Manifest:
     resumed: list[dict[str, Any]] = field(default_factory=list)
     extra: dict[str, Any] = field(default_factory=dict)
     path: str = ""
+    keys: int = 1
 
     def write(self, run_path: Path) -> None:
         """Replace ``run.json`` in a run's folder."""

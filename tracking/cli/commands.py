@@ -110,20 +110,20 @@ def list_(
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     names = dict.fromkeys(name for run in found for name in run["metrics"])
-    metric = key or find_main_metric(names)
+    metric = key or find_main_metric(names) or ""
     has_metric = [run for run in found if facts[run["id"]].get(metric) is not None]
     has_metric.sort(
         key=lambda run: sort_key(facts[run["id"]][metric]), reverse=descends
     )
     if key:
         found = has_metric + [run for run in found if run not in has_metric]
-    is_ordered = bool(key) or (metric or "").endswith("loss")
+    is_ordered = bool(key) or metric.endswith("loss")
     best = has_metric[0]["id"] if is_ordered and len(has_metric) > 1 else None
     found = found[: limit or None]
     if as_json:
         render.print_json(found)
     else:
-        render.print_table(render.make_runs_table(found, metric, best))
+        render.print_table(render.make_runs_table(found, metric or None, best))
 
 
 def _summarize_runs(runs_dir: Path | None, limit: int) -> list[dict[str, Any]]:

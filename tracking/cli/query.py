@@ -200,13 +200,9 @@ def compare(found: Any, sign: str, text: str) -> bool:
 
 
 def _order(left: Any, sign: str, right: Any) -> bool:
-    is_below, is_equal = left < right, left == right
-    return {
-        "<": is_below,
-        "<=": is_below or is_equal,
-        ">": left > right,
-        ">=": left > right or is_equal,
-    }[sign]
+    is_below, is_above, is_equal = left < right, left > right, left == right
+    found = {"<": is_below, "<=": is_below or is_equal, ">": is_above}
+    return bool(found.get(sign, is_above or is_equal))
 
 
 def as_number(value: Any) -> float | None:

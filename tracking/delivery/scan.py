@@ -16,13 +16,15 @@ import pyarrow as pa
 from pyarrow import compute as pc
 
 from tracking.delivery.thinning import count_within_groups, mask_early
+from tracking.errors import InvalidFileError, RunNotFoundError
 from tracking.journal.reader import JournalReader
 from tracking.journal.tombstones import Tombstones
-from tracking.mlflow_store.keys import KeyMap
+from tracking.mlflow_store.keys import LATEST, KeyMap
 from tracking.mlflow_store.points import NON_METRICS, distinct_series, mask_metrics
 from tracking.mlflow_store.properties import Flags, RunProperties, collect_properties
 from tracking.mlflow_store.series import SERIES
 from tracking.schema import SCHEMA
+from tracking.store import Manifest
 
 READ_ROWS: Final = 1 << 14
 _PROPERTIES: Final = pa.array([*NON_METRICS, *SERIES])
@@ -57,7 +59,7 @@ class JournalScan:
     def __init__(self, rank_dir: Path, known: JournalScan | None = None) -> None:
         self.rank_dir = rank_dir
         self.tombstones: Tombstones = known.tombstones if known else Tombstones()
-        self.keys = KeyMap()
+        self.keys = KeyMap(layout=_read_layout(rank_dir))
         self.param_keys = KeyMap()
         self.tag_keys = KeyMap(reserved_prefix="luz.")
         self.last_seq = -1
@@ -146,3 +148,11 @@ def _thin_series(rows: pa.Table) -> pa.Table:
     kept = np.ones(rows.num_rows, bool)
     kept[is_item] = mask_early(count_within_groups(place), MAX_ITEMS)
     return rows.filter(pa.array(kept))
+
+
+def _read_layout(rank_dir: Path) -> int:
+    """Layout of the keys of a rank's run; the latest where there is no manifest."""
+    try:
+        return Manifest.read(rank_dir.parent.parent).keys
+    except (RunNotFoundError, InvalidFileError):
+        return LATEST

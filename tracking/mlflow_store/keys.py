@@ -29,6 +29,14 @@ class SeriesId(NamedTuple):
     fit: int = 1
 
 
+LATEST: Final = 2
+"""Layout of the keys of new runs. A run keeps the layout that it was delivered with first.
+
+1: ``what`` begins a key, if it is not that of metrics or steps. 2: so it does, but times and
+throughput (``profile``) are below ``system/``, which MLflow shows on a page of their own, and
+learning rates are ``<set>/lr``. So the first charts of a run are its metrics.
+"""
+
 MAX_KEY_LENGTH: Final = 250
 _VALID: Final = re.compile(r"[/\w.\- :]+")
 _INVALID: Final = re.compile(r"[^/\w.\- :]+")
@@ -42,11 +50,14 @@ class KeyMap:
     ----------
     reserved_prefix
         Keys that begin with this are never given to the user's names.
+    layout
+        See ``LATEST``.
     by_series
         Key of each series, in the order of first use.
     """
 
     reserved_prefix: str = "\0"
+    layout: int = LATEST
     by_series: dict[SeriesId, str] = field(default_factory=dict)
     _taken: dict[str, SeriesId] = field(default_factory=dict)
 
@@ -67,18 +78,18 @@ class KeyMap:
         return {
             key: list(map(str, series if series.fit > 1 else series[:3]))
             for series, key in self.by_series.items()
-            if series.fit > 1 or key != plain_key(series)
+            if series.fit > 1 or key != plain_key(series, self.layout)
         }
 
     def _new_key(self, series: SeriesId) -> str:
-        plain = plain_key(series)
+        plain = plain_key(series, self.layout)
         is_reserved = plain.startswith(self.reserved_prefix)
         if is_valid(plain) and not is_reserved and plain not in self._taken:
             return plain
         return _hashed_key(plain, series, self._taken)
 
 
-def plain_key(series: SeriesId) -> str:
+def plain_key(series: SeriesId, layout: int = LATEST) -> str:
     """Key of a series if MLflow accepts it and no other series has it.
 
     Examples
@@ -87,11 +98,19 @@ def plain_key(series: SeriesId) -> str:
     'train/loss'
     >>> plain_key(SeriesId("steps", "train", "loss", fit=2))
     'train/loss_step_fit2'
-    >>> plain_key(SeriesId("profile", "", "fit"))
-    'profile/fit'
+    >>> plain_key(SeriesId("profile", "train", "epoch_s"))
+    'system/train/epoch_s'
+    >>> plain_key(SeriesId("lr", "train", "opt"))
+    'train/lr'
     """
     what, set_, name, fit = series
     suffix = "_step" if what == "steps" else ""
+    if layout > 1:
+        if what == "profile":
+            what = "system"
+        elif what == "lr" and set_:
+            groups = name.removeprefix("opt").removeprefix("/")  # of the only optimizer
+            what, name = "", f"lr/{groups}" if groups else "lr"
     if what in ("metrics", "steps", "params", "tags"):
         what = ""
     key = "/".join(word for word in (what, set_, name) if word) + suffix

@@ -32,13 +32,24 @@ def test_every_row_arrives_once_with_its_own_time(
         "train/loss",
         "train/accuracy",
         "train/loss_step",
-        "profile/fit/epoch_s",
+        "system/fit/epoch_s",
         "valid/ok",
         "valid/n",
     }
     assert made.num_sent == len(points) == 5004
     assert made.state.phase == "done"
     assert made.state.behind == 0
+
+
+def test_run_of_an_earlier_version_keeps_its_names(record, deliver, store, in_mlflow):
+    run = record()
+    run.run.log("profile", "fit", {"epoch_s": 1.5}, index=1)
+    run.run.manifest.keys = 1  # as read from a file without the field
+    run.run.save_manifest()
+    run.run.finish()
+    made = deliver(run.path, store)
+    points = in_mlflow(store, made.state.mlflow_run_id)
+    assert [key for key, *_ in points] == ["profile/fit/epoch_s"]
 
 
 @pytest.mark.parametrize(

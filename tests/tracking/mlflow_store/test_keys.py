@@ -21,7 +21,12 @@ from tracking.mlflow_store.keys import (
     [
         (("metrics", "train", "loss"), "train/loss"),
         (("steps", "train", "loss"), "train/loss_step"),
-        (("profile", "fit", "epoch_s"), "profile/fit/epoch_s"),
+        (("profile", "fit", "epoch_s"), "system/fit/epoch_s"),
+        (("lr", "train", "opt"), "train/lr"),
+        (("lr", "train", "opt/1"), "train/lr/1"),
+        (("lr", "train", "gen"), "train/lr/gen"),
+        (("lr", "", "x"), "lr/x"),
+        (("other", "train", "x"), "other/train/x"),
         (("metrics", "", "loss"), "loss"),
         (("metrics", "train", ""), "train"),
         (("params", "", "lr"), "lr"),
@@ -32,6 +37,13 @@ from tracking.mlflow_store.keys import (
 def test_plain_key_joins_what_there_is(series, key):
     assert plain_key(SeriesId(*series)) == key
     assert KeyMap().key_for(SeriesId(*series)) == key
+
+
+def test_keys_of_a_run_that_an_earlier_version_delivered_stay_as_they_are():
+    keys = KeyMap(layout=1)
+    assert keys.key_for(SeriesId("profile", "fit", "epoch_s")) == "profile/fit/epoch_s"
+    assert keys.key_for(SeriesId("lr", "train", "opt")) == "lr/train/opt"
+    assert keys.renamed() == {}
 
 
 @pytest.mark.parametrize(
