@@ -142,9 +142,10 @@ class CheckpointWriter:
             fits = old is not None and old.shape == tensor.shape
             if old is None or not fits or old.dtype != tensor.dtype:
                 old = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-            copies[name] = old.copy_(tensor, non_blocking=True)
-        if any(tensor.device.type == "cuda" for tensor in live.values()):
-            torch.cuda.synchronize()
+            # Of all kinds of device only CUDA can be waited for below.
+            copies[name] = old.copy_(tensor, non_blocking=tensor.is_cuda)
+        for device in {tensor.device for tensor in live.values() if tensor.is_cuda}:
+            torch.cuda.synchronize(device)
         self._copies = copies
         return copies
 

@@ -25,6 +25,14 @@ class FunctionAverage(Metric):
         self.add_state("total", zero.clone(), dist_reduce_fx="sum")
         self.add_state("rows", zero.clone(), dist_reduce_fx="sum")
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:
+        """Move the states; to float32 for a device without float64, which MPS is."""
+        try:
+            fn(self.total)
+        except TypeError:
+            self.set_dtype(torch.float32)
+        return super()._apply(fn, *args, **kwargs)
+
     def update(self, pred: object, target: object, rows: int) -> None:
         """Add the value of one batch of `rows` rows."""
         found = self.function(pred, target)
@@ -38,7 +46,7 @@ class FunctionAverage(Metric):
                 " each part."
             )
         value = torch.as_tensor(found, device=self.total.device)
-        self.total += value.double() * rows
+        self.total += value.to(self.total.dtype) * rows
         self.rows += rows
 
     def compute(self) -> Tensor:

@@ -74,7 +74,11 @@ class LossAverage:
         for waiting in self._waiting.values():
             losses = [torch.as_tensor(loss).reshape(-1) for loss in waiting]
             counts = torch.tensor([len(loss) for loss in losses])
-            flags = torch.cat(losses).isnan().cpu() if losses else torch.zeros(0)
+            flags = (
+                torch.cat(on_one_device(losses)).isnan().cpu()
+                if losses
+                else torch.zeros(0)
+            )
             places = torch.arange(len(losses)).repeat_interleave(counts)[flags.bool()]
             if len(places):
                 found.append(len(losses) - 1 - int(places[0]))
@@ -85,12 +89,14 @@ class LossAverage:
         waiting, rows = self._waiting[name], self._rows[name]
         if not waiting:
             return
-        values = torch.stack([torch.as_tensor(loss).detach() for loss in waiting])
+        values = stack_numbers(waiting)
         values = values.cpu() if values.device.type == "mps" else values  # no float64
         counts = torch.tensor(rows, dtype=torch.float64, device=values.device)
         values = torch.where(counts > 0, values.double(), 0.0)
         sums = torch.stack([(values * counts).sum(), counts.sum()])
-        self._sums[name] = self._sums[name] + sums if name in self._sums else sums
+        if name in self._sums:  # restored sums are where they were read
+            sums = self._sums[name].to(sums.device) + sums
+        self._sums[name] = sums
         waiting.clear()
         rows.clear()
 
@@ -106,10 +112,8 @@ class LossAverage:
         for name, waiting in self._waiting.items():
             value, rows = self._sums[name].tolist() if name in self._sums else (0.0, 0)
             if waiting:
-                losses = torch.stack(
-                    [torch.as_tensor(loss).detach() for loss in waiting]
-                )
-                for loss, count in zip(losses.tolist(), self._rows[name], strict=True):
+                losses = stack_numbers(waiting).tolist()
+                for loss, count in zip(losses, self._rows[name], strict=True):
                     value += loss * count if count else 0.0
                     rows += count
             found[name] = value / rows if rows else math.nan
@@ -154,7 +158,25 @@ class LossAverage:
             self._rows.setdefault(name, []).extend(item["rows"])
             if item["sums"] is not None:
                 sums = self._sums.get(name)
-                self._sums[name] = item["sums"] if sums is None else sums + item["sums"]
+                more = item["sums"]
+                self._sums[name] = more if sums is None else sums.to(more.device) + more
+
+
+def on_one_device(tensors: list[Tensor]) -> list[Tensor]:
+    """The tensors on the device of the last, where they are on several.
+
+    A resume brings numbers from the CPU, and a step may log numbers of Python.
+    """
+    device = tensors[-1].device
+    if all(tensor.device == device for tensor in tensors):
+        return tensors
+    devices = [tensor.device for tensor in tensors if tensor.device.type != "cpu"]
+    return [tensor.to(devices[-1]) for tensor in tensors]
+
+
+def stack_numbers(numbers: Sequence[Any]) -> Tensor:
+    """Numbers and scalar tensors, on any devices, as one tensor without a graph."""
+    return torch.stack(on_one_device([torch.as_tensor(n).detach() for n in numbers]))
 
 
 def mean_over_ranks(loss: object, accelerator: Accelerator) -> float:

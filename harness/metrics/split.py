@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from harness.data.batch import copy_by_value, detach, missing_target_error
+from harness.data.batch import copy_by_value, detach, missing_target_error, move
 from harness.metrics.figures import MAX_NUMBERS, is_curve, is_matrix
 from harness.metrics.kinds import as_metric, is_metric
 from harness.metrics.loss import (
@@ -339,7 +339,7 @@ class SplitMetrics:
         }
 
     def load_state_dict(self, state: StateDict) -> None:
-        """Load a ``state_dict``; its tensors are moved to this device.
+        """Load a ``state_dict``; tensors of metrics are moved to this device.
 
         Raises
         ------
@@ -347,7 +347,7 @@ class SplitMetrics:
             If the state is from the middle of an epoch with other metrics.
         """
         self.reset()
-        state = self._accelerator.to_device(state)
+        state = self._move(state)
         for name, metric in self._metrics.items():
             set_attributes(metric, state["changed"].get(name, {}))
         if "loss" not in state:
@@ -361,6 +361,12 @@ class SplitMetrics:
             set_states(metric, state["metrics"][name])
         self._enqueue_all(state["waiting"])
 
+    def _move(self, state: StateDict) -> StateDict:
+        """The state on this device; averages are in float64, which not every device has."""
+        averages = {name: state[name] for name in ("loss", "means") if name in state}
+        rest = {name: own for name, own in state.items() if name not in averages}
+        return {**move(rest, self._accelerator.device), **averages}
+
     def _enqueue_all(self, pairs: Iterable[Any]) -> None:
         for pred, target in pairs:
             self._enqueue(pred, target)
@@ -369,7 +375,7 @@ class SplitMetrics:
         """Add the ``state_dict`` of another rank."""
         if "loss" not in state:
             return
-        state = self._accelerator.to_device(state)
+        state = self._move(state)
         self.loss.merge(state["loss"])
         for name, mean in state.get("means", {}).items():
             self._means.setdefault(name, LossAverage()).merge(mean)

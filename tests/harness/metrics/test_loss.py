@@ -128,3 +128,33 @@ def test_function_may_give_any_single_number(value):
     average = FunctionAverage(lambda pred, target: value)
     average.update(None, None, 3)
     assert average.compute() == float(value)
+
+
+def test_losses_of_a_device_follow_those_that_a_resume_read_on_the_cpu() -> None:
+    class Folds(LossAverage):
+        fold_at = 2
+
+    saved = Folds()
+    for loss in (1.0, 2.0, 3.0):  # two are in the sums, one waits
+        saved.update(torch.tensor(loss), 4)
+    resumed = Folds()
+    resumed.load_state_dict(saved.state_dict())
+    resumed.update(torch.ones((), device="meta"), 4)  # stands for a GPU
+    resumed.update(5.0, 4)
+    assert resumed.state_dict()["opt"]["sums"].device.type == "meta"
+    resumed.update(torch.ones((), device="meta"), 4)
+    assert resumed.state_dict()["opt"]["waiting"] == []
+
+
+def test_function_average_moves_to_a_device_without_float64() -> None:
+    def to_mps(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.dtype == torch.float64:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+        return tensor.clone()
+
+    metric = FunctionAverage(lambda pred, target: (pred - target).abs().mean())
+    metric._apply(to_mps)
+    metric.update(torch.tensor([1.0, 2.0]), torch.zeros(2), 2)
+    metric.update(torch.tensor([4.0]), torch.zeros(1), 1)
+    assert metric.compute().dtype == torch.float32
+    assert metric.compute().item() == pytest.approx(7 / 3)
