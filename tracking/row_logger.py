@@ -300,9 +300,21 @@ class RowLogger:
 
         Raises
         ------
+        RunClosedError
+            If the run has finished.
         RuntimeError
             If another thread is in a fit of this run: their rows could not be told apart.
+        TypeError, ValueError
+            If ``number`` is no whole number from 1.
         """
+        number = _check_count(number, "number", _MAX_EPOCH, "Run.begin_fit")
+        if number is not None and number < 1:
+            raise ValueError(
+                f"Run.begin_fit: expected number from 1, got {number}. Leave it out for "
+                "the next fit."
+            )
+        if not self._journal.takes_rows():
+            return number or 1
         thread = threading.current_thread()
         if self._fitting not in (None, thread) and self._fitting.is_alive():
             raise RuntimeError(

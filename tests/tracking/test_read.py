@@ -7,7 +7,7 @@ import pytest
 
 import tracking
 from tracking.api import start
-from tracking.errors import RunNotFoundError
+from tracking.errors import RunClosedError, RunNotFoundError
 from tracking.read import PastRun, list_runs
 from tracking.run import Run
 from tracking.store import get_rank_dir
@@ -228,6 +228,21 @@ def test_tensor_belongs_to_the_fit_that_logged_it(run):
     run.flush()
     table = PastRun(run.path).records("metrics")
     assert rows(table, "fit", "value") == [(1, 0.5), (2, 0.25)]
+
+
+@pytest.mark.parametrize(
+    ("number", "match"),
+    [(0, "expected number from 1, got 0"), ("2", "expected an integer .*, got '2'")],
+)
+def test_wrong_number_of_a_fit_is_refused(run, number, match):
+    with pytest.raises((TypeError, ValueError), match=rf"Run\.begin_fit: {match}"):
+        run.begin_fit(number)
+
+
+def test_fit_in_a_finished_run_is_refused(run):
+    run.finish()
+    with pytest.raises(RunClosedError):
+        run.begin_fit()
 
 
 def test_metric_with_the_name_of_a_later_fit_is_numbered(run):

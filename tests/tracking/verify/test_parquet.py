@@ -76,3 +76,28 @@ def test_export_with_superseded_rows_is_compared_with_them(record, tmp_path):
     tracking.export(run.path, file, superseded=True)
     found = compare_with_file(tracking.open(run.path), file)
     assert found == Comparison([], [], 7, 7)
+
+
+def test_fits_of_a_file_are_compared(record, tmp_path):
+    run = record().run
+    for loss in (1.0, 2.0):
+        run.begin_fit()
+        run.log("metrics", "train", {"loss": loss}, 1, epoch=1)
+    run.finish()
+    file = tmp_path / "fits.parquet"
+    tracking.export([run], file)
+    past = tracking.open(run.path)
+    assert compare_with_file(past, file).mismatches == []
+    at = parquet.read_schema(file).names.index("fit")
+
+    def forget(table):
+        ones = pa.array(np.ones(table.num_rows, np.int32))
+        return table.set_column(at, "fit", ones)
+
+    rewrite(file, forget)
+    [changed] = compare_with_file(past, file).mismatches
+    assert (changed.kind, changed.detail) == ("changed", "fit 2 is 1")
+    rewrite(
+        file, lambda table: table.drop_columns(["fit"])
+    )  # as earlier versions wrote
+    assert compare_with_file(past, file).mismatches == []
