@@ -13,6 +13,10 @@ KeyboardInterrupt
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from harness.events import nearest
+
 
 class Signal(Exception):
     """Raised to leave a loop on purpose; a handler in ``ctx.handlers`` decides what follows."""
@@ -50,3 +54,13 @@ class Interrupted(KeyboardInterrupt):
 
 class ExportError(Exception):
     """A model cannot be exported, or the exported one gives other outputs."""
+
+
+def unknown_parameter(
+    place: str, function: str, name: str, known: Iterable[str]
+) -> ExperimentError:
+    """Make the error about a setting that is no parameter of a function."""
+    names = list(known)
+    msg = f"{place}: expected a parameter of {function}(), got {name!r}."
+    choices = ", ".join(names) or "none"
+    return ExperimentError(f"{msg}{nearest(name, names)} Its parameters: {choices}.")

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import ast
-import importlib
-import importlib.util
 import inspect
-import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
 from harness.accelerators.base import Accelerator
 from harness.callback import Callback
 from harness.data.loaders import Data
 from harness.data.pace import Limit
-from harness.errors import ExperimentError
-from harness.events import nearest
+from harness.errors import ExperimentError, unknown_parameter
 from harness.fitted import Fitted
 from harness.learner import Learner, Start
 from harness.run_binding import Tracker
@@ -91,68 +85,6 @@ class Experiment:
             tracker=tracker,
             start=self.start,
         )
-
-
-def load_target(target: str) -> Any:
-    """Import the object that ``FILE.py:NAME`` or ``package.module:NAME`` names.
-
-    Raises
-    ------
-    ExperimentError
-        If the file, module or name does not exist; the nearest name is offered.
-    """
-    where, _, name = target.rpartition(":")
-    if not where or not name:
-        msg = f"harness fit: expected FILE.py:NAME or MODULE:NAME, got {target!r}."
-        raise ExperimentError(
-            f"{msg} NAME is an Experiment, or a function that returns one."
-        )
-    module = (
-        _import_file(Path(where)) if where.endswith(".py") else _import_module(where)
-    )
-    if not hasattr(module, name):
-        names = [key for key in vars(module) if not key.startswith("_")]
-        msg = f"{where}: expected the name {name!r}, found no such name."
-        raise ExperimentError(f"{msg}{nearest(name, names)}")
-    return getattr(module, name)
-
-
-def _import_file(path: Path) -> types.ModuleType:
-    """Import a file under its own name, with its folder on the path."""
-    if not path.is_file():
-        near = [str(item) for item in path.parent.glob("*.py")] if path.parent else []
-        msg = f"harness fit: expected an existing Python file, got {str(path)!r}."
-        raise ExperimentError(f"{msg}{nearest(str(path), near)}")
-    name = path.stem
-    if name in sys.stdlib_module_names or hasattr(sys.modules.get(name), "__path__"):
-        msg = f"harness fit: expected a unique file name, got {path.name!r}."
-        raise ExperimentError(f"{msg} It hides the module {name!r}: rename the file.")
-    folder = str(path.resolve().parent)
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
-
-
-def _import_module(name: str) -> types.ModuleType:
-    """Import a module, also from the working folder."""
-    if "" not in sys.path:
-        sys.path.insert(0, "")
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as exc:
-        if exc.name is None or not name.startswith(exc.name):
-            raise
-        msg = f"harness fit: expected an importable module, got {name!r}."
-        raise ExperimentError(f"{msg} For a file, write FILE.py:NAME.") from exc
 
 
 def build_experiment(
@@ -239,11 +171,7 @@ def parse_arguments(
     for key, value in settings.items():
         place = places.get(key, f"--set {key}")
         if key not in parameters and not takes_any:
-            msg = f"{place}: expected a parameter of {name}(), got {key!r}."
-            choices = ", ".join(parameters) or "none"
-            raise ExperimentError(
-                f"{msg}{nearest(key, parameters)} Its parameters: {choices}."
-            )
+            raise unknown_parameter(place, name, key, parameters)
         found[key] = parse_value(place, value, hints.get(key))
     for key, parameter in parameters.items():
         is_variadic = parameter.kind in {

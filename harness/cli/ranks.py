@@ -106,16 +106,17 @@ def ending_with_ranks() -> Iterator[None]:
     Wrong usage is shown by one rank of each machine, and a failure by the rank that fails
     first; the others end with it.
     """
-    from harness.accelerators.distributed.environment import read_launch  # noqa: PLC0415  imports torch
-    from harness.accelerators.distributed.watchdog import Watchdog  # noqa: PLC0415  imports torch
-
     try:
         yield
     except click.UsageError:
+        from harness.accelerators.distributed.environment import read_launch  # noqa: PLC0415  keeps --help quick
+
         if read_launch().local_rank:
             sys.exit(click.UsageError.exit_code)
         raise
     except Exception as error:
+        from harness.accelerators.distributed.watchdog import Watchdog  # noqa: PLC0415  imports torch
+
         watchdog = Watchdog.find()
         if watchdog is not None and not watchdog.report(error):
             sys.exit(1)
@@ -137,7 +138,7 @@ def find_launch_options(past: PastRun, num_gpus: int | None) -> Options | None:
     click.UsageError
         If the run had ranks on several machines, and it is not known how they were started.
     """
-    from harness.accelerators.distributed.environment import read_launch  # noqa: PLC0415  imports torch
+    from harness.accelerators.distributed.environment import read_launch  # noqa: PLC0415  keeps --help quick
 
     here = read_launch()
     if here.world_size > 1 or here.by == "torchrun":  # this is one of the ranks
@@ -159,6 +160,6 @@ def find_launch_options(past: PastRun, num_gpus: int | None) -> Options | None:
 
 def is_main() -> bool:
     """Whether this rank is the one that prints and saves."""
-    from harness.accelerators.distributed.environment import read_launch  # noqa: PLC0415  imports torch
+    from harness.accelerators.distributed.environment import read_launch  # noqa: PLC0415  keeps --help quick
 
     return read_launch().rank == 0

@@ -19,6 +19,7 @@ from harness.cli.ranks import (
     launcher_options,
     start_ranks,
 )
+from harness.cli.target import check_source, load_target
 from tracking.cli import render
 from tracking.cli.commands import open_run, run_argument, runs_dir_option
 from tracking.errors import is_terminal
@@ -116,6 +117,7 @@ def fit(target: str, **options: object) -> None:
     launched = read_rank()
     is_shown = not options["quiet"] and (launched is None or launched.rank == 0)
     with ending_with_ranks():
+        check_early(target, options)
         with render.showing(f"loading {target} ...", when=is_shown):
             experiment = load_experiment(target, options)
         fitted = train(experiment, options)
@@ -233,16 +235,35 @@ def check_arguments(options: Options) -> None:
         If one is wrong.
     """
     from harness.errors import ExperimentError  # noqa: PLC0415  next to experiment
-    from harness.experiment import check_target, load_target  # noqa: PLC0415  imports torch
 
     arguments, places = _read_arguments(options)
+    check_early(options["target"], options)
+    from harness.experiment import check_target  # noqa: PLC0415  imports torch
+
     try:
         check_target(load_target(options["target"]), arguments, places)
     except ExperimentError as error:
         raise click.UsageError(str(error)) from error
-    _parse_epochs(options["epochs"])
     _parse_every(options["valid_every"])
     _parse_limit(options["limit_batches"])
+
+
+def check_early(target: str, options: Options) -> None:
+    """Check what can be checked before torch is imported, which takes seconds.
+
+    Raises
+    ------
+    click.UsageError
+        If an argument of ``harness fit`` is wrong.
+    """
+    from harness.errors import ExperimentError  # noqa: PLC0415  keeps --help quick
+
+    arguments, places = _read_arguments(options)
+    try:
+        check_source(target, arguments, places)
+    except ExperimentError as error:
+        raise click.UsageError(str(error)) from error
+    _parse_epochs(options["epochs"])
     if options["resume"] is not None:
         open_run(options["resume"], options["runs_dir"])
 
@@ -252,7 +273,6 @@ def load_experiment(target: str, options: Options) -> Experiment:
     from harness.errors import ExperimentError  # noqa: PLC0415  next to experiment
     from harness.experiment import (  # noqa: PLC0415  imports torch
         build_experiment,
-        load_target,
         parse_literal,
     )
 

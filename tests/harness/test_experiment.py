@@ -12,9 +12,9 @@ from torch import nn
 import harness
 import tracking
 from harness.accelerators.single import SingleDevice
+from harness.cli.target import load_target
 from harness.experiment import (
     build_experiment,
-    load_target,
     parse_arguments,
     parse_value,
 )

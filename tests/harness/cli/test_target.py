@@ -1,0 +1,117 @@
+"""What the command line refuses before torch is imported."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from harness.cli.target import check_source
+from harness.errors import ExperimentError
+
+SOURCE = """
+import torch
+from torch import nn as layers
+
+width, (depth, *rest) = 3, (4, 5)
+
+def build(width: int = 3, *, name: str = "x"):
+    inner = 3
+    return None
+
+def loose(**more):
+    return None
+
+@torch.no_grad()
+def wrapped(*given, **more):
+    return None
+
+try:
+    import numpy as chosen
+except ImportError:
+    chosen = None
+
+if width:
+    def made():
+        return None
+"""
+
+
+@pytest.fixture
+def source(tmp_path):
+    path = tmp_path / "my_experiment.py"
+    path.write_text(SOURCE)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("build", ["width", "name"]),
+        ("loose", ["anything"]),
+        ("wrapped", ["anything"]),
+        ("made", ["anything"]),
+        *((name, []) for name in ("width", "depth", "rest", "layers", "chosen")),
+    ],
+)
+def test_what_a_file_may_define_is_accepted(source, name, settings):
+    check_source(f"{source}:{name}", settings, {})
+
+
+def test_missing_file_name_and_parameter_are_told_with_the_nearest(source):
+    def check(target, *settings, **places):
+        check_source(target, settings, places)
+
+    with pytest.raises(ExperimentError, match=r"existing Python file.*Did you mean"):
+        check(str(source).replace("my", "mi") + ":build")
+    with pytest.raises(ExperimentError, match=r"name 'biuld'.*Did you mean 'build'"):
+        check(f"{source}:biuld")
+    with pytest.raises(ExperimentError, match=r"--set widht: .*Did you mean 'width'"):
+        check(f"{source}:build", "widht")
+    with pytest.raises(ExperimentError, match=r"--config a.yaml: widht: expected"):
+        check(f"{source}:build", "widht", widht="--config a.yaml: widht")
+    with pytest.raises(ExperimentError, match=r"expected FILE\.py:NAME"):
+        check(str(source))
+    source.write_text("def build(:")
+    with pytest.raises(SyntaxError):
+        check(f"{source}:build")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from os.path import *",
+        "globals()['hidden'] = 1",
+        "exec('hidden = 1')",
+        "def __getattr__(name): return 1",
+    ],
+)
+def test_names_that_a_file_does_not_show_are_left_to_its_import(source, line):
+    source.write_text(f"{SOURCE}\n{line}\n")
+    check_source(f"{source}:hidden", [], {})
+
+
+def test_mistakes_are_told_before_torch_is_imported(source, root):
+    script = """
+import sys
+sys.modules["torch"] = None  # an import of it would fail
+from harness.cli.main import main
+for words in ("no.py:x", f"{sys.argv[1]}:biuld", f"{sys.argv[1]}:build --set widht=1",
+              f"{sys.argv[1]}:build --epochs abc", f"{sys.argv[1]}:build --epoch 3"):
+    try:
+        main(["fit", *words.split()], standalone_mode=False)
+    except Exception as error:
+        print(type(error).__name__)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, source],
+        cwd=source.parent,
+        env={"PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    names = done.stdout.split()
+    assert len(names) == 5, done.stderr
+    assert set(names) <= {"UsageError", "NoSuchOption"}, done.stderr
