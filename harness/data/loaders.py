@@ -137,7 +137,9 @@ def as_tensor(value: object, place: str) -> Tensor:
     if not hasattr(value, "__array__"):
         kind = type(value).__name__
         msg = f"{place}: expected a tensor or array, got {kind}."
-        raise TypeError(f"{msg} Give a DataLoader, Dataset, tensors or arrays.")
+        raise TypeError(
+            f"{msg} Give a DataLoader, data set, list of samples, tensors or arrays."
+        )
     array = value.__array__()
     if array.dtype.kind not in "biufc":
         msg = f"{place}: expected numbers, got an array of {array.dtype}."
@@ -466,7 +468,8 @@ def split_data(data: object, valid_frac: float) -> tuple[Dataset[Any], Dataset[A
 def describe_data(loader: Loader) -> Options:
     """What a run records about its data: class, rows, shapes, dtypes and batches."""
     dataset = loader.dataset
-    about: dict[str, object] = {"dataset": type(dataset).__name__}
+    own = dataset.dataset if isinstance(dataset, Rows | Batches) else dataset
+    about: dict[str, object] = {"dataset": type(own).__name__}
     found = unwrap_tensors(dataset)
     if found is not None:
         tensors, rows = found

@@ -15,6 +15,7 @@ import harness
 from harness.callbacks import AutoResume
 from harness.data.loaders import (
     as_dataset,
+    describe_data,
     make_eval_loader,
     make_train_loader,
     num_items,
@@ -184,6 +185,11 @@ def test_samples_may_be_dataclasses():
     loader = make_eval_loader(samples, {"collate_fn": list})
     assert len(loader.dataset) == 7
     assert next(iter(loader))[2] is samples[2]
+
+
+def test_a_run_names_the_object_that_has_the_rows():
+    assert describe_data(make_eval_loader(Table(FORMS["dicts"])))["dataset"] == "Table"
+    assert describe_data(make_eval_loader(FORMS["batches"]))["dataset"] == "Stream"
 
 
 def test_rows_at_once_are_asked_for_at_once():
