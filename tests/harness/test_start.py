@@ -93,6 +93,12 @@ def test_fitted_trains_a_copy_further_with_a_new_optimizer():
     assert second.start.is_complete
 
 
+def test_further_fit_may_be_as_long_as_its_steps():
+    first = line_learner().fit(slope(2), 1, **OFF)
+    second = first.fit(slope(2), max_steps=12, **OFF)
+    assert len(second.records["metrics"]["train"]) == 12
+
+
 def test_what_the_user_changed_about_the_model_goes_on():
     first = learner().fit(points(8), 1, **OFF)
     first.model.head = nn.Linear(4, 5)
