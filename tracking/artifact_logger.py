@@ -215,7 +215,8 @@ class ArtifactLogger(RowLogger):
         def keep_picture(cell: Any) -> dict[str, str]:
             png = encode_png(make_pixels(cell, place))
             pictures[file := f"table_images/{_digest(png)}.png"] = png
-            return {"type": "image", "filepath": file, "compressed_filepath": file}
+            small = f"{file.removesuffix('.png')}.webp"  # which delivery makes
+            return {"type": "image", "filepath": file, "compressed_filepath": small}
 
         made = make_table(
             table,

@@ -135,6 +135,7 @@ def _add_table(uploads: Uploads, row: Mapping[str, Any], about: dict[str, Any]) 
         uploads[path] = _describe_source(row, about)
     for file in about.get("images", []):
         uploads[str(file)] = {"file": str(file)}
+        uploads[f"{str(file).removesuffix('.png')}.webp"] = {"file": str(file)}
     return newest
 
 
@@ -165,8 +166,13 @@ def _write_thumbnail(source: Path, path: Path) -> None:
         shutil.copyfile(source, path)
         return
     with pillow.open(source) as image:
-        image.thumbnail((_THUMBNAIL, _THUMBNAIL))
-        image.save(path)
+        if (times := _THUMBNAIL // max(image.size)) > 1:
+            # The page shows a small image as small as it is.
+            size = tuple(times * length for length in image.size)
+            image.resize(size, pillow.Resampling.NEAREST).save(path, lossless=True)
+        else:
+            image.thumbnail((_THUMBNAIL, _THUMBNAIL))
+            image.save(path)
 
 
 def _draw_histogram(about: Mapping[str, Any], path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -84,6 +85,26 @@ def test_second_delivery_uploads_nothing_again(record, deliver, store, client):
     assert again.state.mlflow_run_id == run_id
     assert again.state.flags.get("refused") is None
     assert client(store).list_artifacts(run_id, "images") == before
+
+
+def test_small_image_is_enlarged_and_pictures_of_a_table_are_uploaded(
+    record, deliver, store, client, tmp_path
+):
+    run = record()
+    run.run.log_image("samples", np.eye(28), step=1)
+    run.run.log_table("errors", {"image": [np.zeros((28, 28, 3), np.uint8)]})
+    run.run.finish()
+    run_id = deliver(run.path, store).state.mlflow_run_id
+    table = client(store).download_artifacts(run_id, "tables/errors.json")
+    ((cell,),) = json.loads(Path(table).read_text())["data"]
+    paths = [cell["filepath"], cell["compressed_filepath"]]
+    images = client(store).list_artifacts(run_id, "images")
+    paths += [item.path for item in images if item.path.endswith(".webp")]
+    sizes = []
+    for path in paths:
+        with Image.open(client(store).download_artifacts(run_id, path)) as image:
+            sizes.append(image.size)
+    assert sizes == [(28, 28), (252, 252), (252, 252)]
 
 
 def test_tables_that_the_caller_logged_stay_listed(record, deliver, store, client):
