@@ -218,7 +218,7 @@ def kinds_for(batch: str, body: str, step: str) -> set[str]:
     if body == "late":
         kinds.discard("unfreeze")  # gradients that nothing steps would add up
     if body == "lazy":
-        kinds.discard("unfreeze")
+        kinds -= {"unfreeze", "perturb"}  # there are no weights at first
     if body == "sparse":
         kinds.discard("clip")  # torch's function for it takes no sparse gradients
     if body == "growing":
