@@ -322,14 +322,10 @@ def begin_epoch(ctx: StepContext) -> None:
 def train_epoch(ctx: StepContext) -> None:
     """Train on all batches of an epoch, with the validations that are due within it."""
     assert ctx.accelerator is not None
-    read, fire, step, pace = (
-        get_reader(ctx),
-        ctx.call_callbacks,
-        get_step(ctx),
-        ctx.pace,
-    )
+    read, fire, step = get_reader(ctx), ctx.call_callbacks, get_step(ctx)
     ctx.training, ctx.data, ctx.trained = True, ctx.train_data, 0
-    by_steps = pace.unit == "step"
+    pace = ctx.pace
+    by_steps, is_limited = pace.unit == "step", pace.max_steps is not None
     train_pass = TrainPass(ctx.train_data, ctx.accelerator, ctx.epoch or 1)
     ctx.train_pass = train_pass
     fire("on_train_begin")
@@ -338,9 +334,8 @@ def train_epoch(ctx: StepContext) -> None:
     batches = start_batches(ctx)
     is_closed = phase == "valid" and not train_pass.is_paused
     if train_pass.is_due and not (phase == "train" and train_pass.is_paused):
-        validate_within(
-            ctx
-        )  # it was due, or interrupted, when the checkpoint was taken
+        # It was due, or was interrupted, when the checkpoint was taken.
+        validate_within(ctx)
     ctx.iter = ctx.trained or None
     with counting_values(ctx):
         for ctx.iter, batch in enumerate(fetch(ctx, batches), start=ctx.trained + 1):
@@ -348,16 +343,17 @@ def train_epoch(ctx: StepContext) -> None:
                 train_pass.is_paused = False
                 fire("on_train_begin")
             ctx.batch, ctx.loss, ctx.batch_values = read(batch), {}, []
-            ctx.pred, at = None, ctx.step
+            ctx.pred, at = None, ctx.step if by_steps else 0
             fire("on_train_batch_begin")
             step()
             ctx.trained = ctx.iter
-            train_pass.is_due = by_steps and pace.is_crossed(at, ctx.step)
+            if by_steps:
+                train_pass.is_due = pace.is_crossed(at, ctx.step)
             fire("on_train_batch_end")
             count_batch_values(ctx)
             if train_pass.is_due:
                 validate_within(ctx)
-            if pace.is_over(ctx.step):
+            if is_limited and pace.is_over(ctx.step):
                 break
     ctx.accelerator.drop_window()
     if is_whole:
