@@ -20,6 +20,7 @@ from harness.checkpoint.weights import (
     write_saved_model,
 )
 from harness.data.loaders import Data
+from harness.export.html import as_html
 from harness.export.summary import ModelSummary, summarize
 from harness.records import (
     NullRun,
@@ -109,6 +110,12 @@ class Evaluation:
             for metric, value in values.items()
         }
         return found[name]
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        return as_html(self)
 
     def __str__(self) -> str:
         return f"Evaluation\n{format_metrics(self.records)}"
@@ -410,14 +417,41 @@ class Fitted:
             self.model, as_path("load_weights(path)", path), strict=strict
         )
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: what it is, and the metrics as a table."""
+        *_, best = self._describe()
+        frame = metrics_frame(self.records, self.unit)
+        last = frame.drop_duplicates(["metric", "set"], keep="last")
+        rows: dict[str, dict[str, str]] = {}
+        for title, found in ((f"last {self.unit}", last), ("weights", frame)):
+            if title == "weights":
+                if best is None:
+                    continue
+                title, found = f"{self.unit} {best}", frame[frame[self.unit] == best]
+            for metric, split, value in found[["metric", "set", "value"]].itertuples(
+                index=False, name=None
+            ):
+                is_number = isinstance(value, int | float)
+                text = f"{value:.4g}" if is_number else str(value)
+                rows.setdefault(f"{split}/{metric}", {})[title] = text
+        return as_html("\n".join(filter(None, self._describe()[:2])), rows)
+
+    def _describe(self) -> tuple[str, str, int | None]:
+        """The first line about this result, the line about its run, and the best place."""
         num_params = sum(param.numel() for param in self.model.parameters())
         count = len(self.records.get("metrics", {}).get("train", []))
         name = type(self.model).__name__
         head = f"Fitted {name}, {num_params:,} parameters, {count} {self.unit}s"
-        where = f"\nrun {self.run_id} in {self.run_path}" if self.run_id else ""
+        where = f"run {self.run_id} in {self.run_path}" if self.run_id else ""
         best = self.best_epoch if self.unit == "epoch" else self.best_step
         if best is not None:
             head += f", weights of {self.unit} {best}"
-        head += format_times(self.records)
-        return f"{head}\n{format_metrics(self.records, best)}{where}"
+        return head + format_times(self.records), where, best
+
+    def __str__(self) -> str:
+        head, where, best = self._describe()
+        lines = [head, format_metrics(self.records, best), where]
+        return "\n".join(filter(None, lines))

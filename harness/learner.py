@@ -56,6 +56,7 @@ from harness.data.loaders import (
 from harness.data.pace import Limit, check_limits, fill_epochs, parse_pace
 from harness.data.valid_sets import name_sets
 from harness.errors import CheckpointError
+from harness.export.html import as_html
 from harness.export.sample import take_sample
 from harness.export.summary import ModelSummary, summarize
 from harness.fitted import Evaluation, Fitted
@@ -213,6 +214,16 @@ class Learner:
             except Exception:  # noqa: BLE001  such as where it reads weights from a file
                 model = self._call_module()
             return summarize(model, example)
+
+    def __repr__(self) -> str:
+        name = getattr(self.module, "__name__", type(self.module).__name__)
+        given = {**self.hparams, **{f"opt.{k}": v for k, v in self.opt_hparams.items()}}
+        texts = (f"{key}={value!r:.40}" for key, value in given.items())
+        return f"<Learner of {', '.join([name, *texts])}>"
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: the hparams and the layers of the model."""
+        return as_html(self)
 
     def __str__(self) -> str:
         name = getattr(self.module, "__name__", type(self.module).__name__)

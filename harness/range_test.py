@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from harness.callback import Callback
 from harness.data.loaders import Data
 from harness.errors import EarlyStop
+from harness.export.html import as_html, as_picture
 from harness.fitted import Fitted
 from harness.metrics.loss import mean_over_ranks
 from harness.rng import find_generators, get_rng_state, set_rng_state
@@ -80,6 +81,19 @@ class LRFinderResult:
             for n in range(first, lowest)
         }
         return self.lrs[min(slopes, key=slopes.__getitem__) if slopes else lowest]
+
+    def __repr__(self) -> str:
+        found = f"{len(self.lrs)} steps"
+        if self.lrs:
+            found += f" from {self.lrs[0]:.2g} to {self.lrs[-1]:.2g}"
+            found += f", suggestion {self.suggestion:.2g}"
+        return f"<LRFinderResult of {found}>"
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: the suggested rate, and the curve."""
+        if not self.lrs:
+            return as_html(self)
+        return as_html(self) + as_picture(self.plot())
 
     def to_frame(self) -> pd.DataFrame:
         """Return a DataFrame with the columns lr, loss, smoothed."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -77,7 +79,19 @@ def plot_curves(
         figure.suptitle(f"The first {MAX_PANELS} metrics")
     if path is not None:
         figure.savefig(path, dpi=150)
+    return show_in_notebooks(figure)
+
+
+def show_in_notebooks(figure: T) -> T:
+    """Let a notebook show a figure, also before ``%matplotlib inline``; return the figure."""
+    figure._repr_png_ = partial(_render_png, figure)  # type: ignore[attr-defined]
     return figure
+
+
+def _render_png(figure: Any) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=100)
+    return file.getvalue()
 
 
 def _draw_chart(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import os
 from collections.abc import Container
 from pathlib import Path
@@ -187,6 +188,21 @@ class PastRun:
 
     def __repr__(self) -> str:
         return f"<PastRun {self.id}>"
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: status, params, and a table of the metrics."""
+        lines = [f"run {self.id}, {self.status}", f"in {self.path}"]
+        lines += [f"{name} = {value!s:.80}" for name, value in self.params.items()]
+        columns = ("last", "min", "max", "count")
+        rows = [
+            f"<tr><th>{html.escape(name)}</th>"
+            + "".join(f"<td>{values[column]:.6g}</td>" for column in columns)
+            + "</tr>"
+            for name, values in self.summary().items()
+        ]
+        head = "".join(f"<th>{column}</th>" for column in ("", *columns))
+        table = f"<table><tr>{head}</tr>{''.join(rows)}</table>" if rows else ""
+        return f"<pre>{html.escape(chr(10).join(lines))}</pre>{table}"
 
     def _last_values(self, what: str) -> dict[str, Any]:
         found: dict[str, Any] = {}

@@ -25,12 +25,17 @@ from tracking.errors import is_terminal, write_stderr
 
 if TYPE_CHECKING:
     from harness.callbacks.display.bar import ProgressBar
+    from harness.callbacks.display.notebook import NotebookOutput
 
 REDRAW_S = 0.1
 """Seconds that pass at least before a bar is drawn again."""
 
 DEFAULT_WIDTH = 80
 """Columns of a terminal that does not know its size."""
+
+
+NOTEBOOK_WIDTH = 100
+"""Columns of the output of a notebook's cell."""
 
 
 class Progress(MetricsListener):
@@ -63,6 +68,7 @@ class Progress(MetricsListener):
         self._bar: ProgressBar | None = None
         self._began, self._call_began = -REDRAW_S, self.clock()
         self._min_s = min_s
+        self._output: NotebookOutput | None = None
         self._restart()
 
     def _restart(self) -> None:
@@ -102,9 +108,10 @@ class Progress(MetricsListener):
 
     def _start(self, title: str) -> None:
         self._stop()  # a skipped epoch does not end its split
-        if not self._is_shown or not is_terminal():
+        if not self._is_shown or not self._is_live:
             return
         from harness.callbacks.display.bar import ProgressBar  # noqa: PLC0415  imports rich
+        from harness.callbacks.display.notebook import NotebookBar  # noqa: PLC0415  next to it
 
         now = self.clock()
         # If splits are shorter than a redraw, their bars are only drawn when one is due.
@@ -112,11 +119,13 @@ class Progress(MetricsListener):
         self._began = now
         ctx = self.ctx
         bar = ProgressBar(title, count_batches(ctx), now)
+        if self._output is not None:
+            bar = NotebookBar(title, count_batches(ctx), now, self._output)
         if not bar.is_supported:
             return
         self._bar = bar
         if is_due:
-            bar.draw(0, (), now, get_terminal_width())
+            bar.draw(0, (), now, self._width or DEFAULT_WIDTH)
 
     def _advance(self) -> None:
         bar, done = self._bar, self.ctx.iter
@@ -127,7 +136,9 @@ class Progress(MetricsListener):
         now = self.clock()
         if now - bar.drawn_at >= REDRAW_S:
             left_s = self._estimate_left_s(done, bar.get_rate(done, now))
-            bar.draw(done, self._list_values(now), now, get_terminal_width(), left_s)
+            bar.draw(
+                done, self._list_values(now), now, self._width or DEFAULT_WIDTH, left_s
+            )
 
     def _estimate_left_s(self, done: int, rate: float) -> float | None:
         """Estimate the time left of a fit, while it trains and has more than an epoch."""
@@ -171,8 +182,9 @@ class Progress(MetricsListener):
     def on_fit_begin(self) -> None:
         """Write what is trained on what."""
         self._restart()
+        self._open_output()
         if self._is_shown:
-            width = get_terminal_width() if is_terminal() else None
+            width = self._width
             for pieces in describe_start(self.ctx):
                 self._write(*wrap(pieces, width, "      "))
 
@@ -199,6 +211,7 @@ class Progress(MetricsListener):
             return
         if self.ctx.valid_name == next(iter(self.ctx.valid_sets)):
             self._call_began = self.clock()
+            self._open_output()
         self._start(f"evaluate {self.ctx.split}")
 
     def on_valid_batch_end(self) -> None:
@@ -215,6 +228,7 @@ class Progress(MetricsListener):
     def on_predict_begin(self) -> None:
         """Draw the bar."""
         self._call_began = self.clock()
+        self._open_output()
         self._start("predict")
 
     def on_predict_batch_end(self) -> None:
@@ -242,11 +256,14 @@ class Progress(MetricsListener):
             self._best = BestSoFar(self.ctx)
         is_best = self._best.update(self.ctx)
         self._shown.append(self.ctx.index)
-        if not is_terminal():
+        if not self._is_live:
             self._write_metrics(f"{self._place}  {took_s:5.2f} s", is_best=is_best)
             return
         heads = {**self._places, "time": format_time(took_s)}
-        values, width = self._format_metrics(self.ctx.index), get_terminal_width()
+        values, width = (
+            self._format_metrics(self.ctx.index),
+            self._width or DEFAULT_WIDTH,
+        )
         self._write(*self._table.format(heads, values, width, is_best=is_best))
 
     def _format_metrics(self, index: int | None) -> Values:
@@ -262,9 +279,7 @@ class Progress(MetricsListener):
     ) -> None:
         """Write a line with the metrics of an index (None: the present), in each set."""
         values = self._format_metrics(self.ctx.index if index is None else index)
-        lines = format_line(
-            head, values, get_terminal_width() if is_terminal() else None
-        )
+        lines = format_line(head, values, self._width)
         lines[-1] = f"{lines[-1].rstrip()}  {BEST}" if is_best else lines[-1]
         self._write(*lines)
 
@@ -297,11 +312,11 @@ class Progress(MetricsListener):
             self._write(f"best  {unit} {last}, the last one, by {best.monitor}")
             return
         rows = {"last": last, "best": best.index}
-        if not is_terminal():
+        if not self._is_live:
             for title, index in rows.items():
                 self._write_metrics(f"{title}  {unit} {index} ", index)
             return
-        table, width = EpochTable(), get_terminal_width()
+        table, width = EpochTable(), self._width or DEFAULT_WIDTH
         cells = {title: {"": title, unit: str(index)} for title, index in rows.items()}
         table.fit_heads(cells.values())
         for title, index in rows.items():
@@ -327,7 +342,30 @@ class Progress(MetricsListener):
         """Leave the terminal usable."""
         self._stop()
 
+    @property
+    def _is_live(self) -> bool:
+        """Whether what is shown can change in place."""
+        return self._output is not None or is_terminal()
+
+    @property
+    def _width(self) -> int | None:
+        """Columns of what shows it; None: no limit."""
+        if self._output is not None:
+            return NOTEBOOK_WIDTH
+        return get_terminal_width() if is_terminal() else None
+
+    def _open_output(self) -> None:
+        """Open an output of the notebook's cell, if this is one."""
+        is_notebook = self._is_shown and "IPython" in sys.modules
+        if is_notebook:
+            from harness.callbacks.display.notebook import open_output  # noqa: PLC0415  imports rich
+
+            self._output = open_output()
+
     def _write(self, *lines: str) -> None:
+        if self._output is not None:
+            self._output.write(*lines)
+            return
         write_stderr("".join(f"{line.rstrip()}\n" for line in lines))
 
 

@@ -30,7 +30,7 @@ from torchmetrics.wrappers import ClasswiseWrapper, MinMaxMetric
 
 import harness
 from harness.checkpoint.weights import SAVED_MODEL, SAVED_WEIGHTS
-from tests.harness.fakes import Net, net_learner, points
+from tests.harness.fakes import Net, line_learner, net_learner, points, slope
 
 DATA = points(40)
 
@@ -561,3 +561,21 @@ def test_load_asks_no_module_for_names_it_makes_up(name, saved):
     finally:
         del sys.modules["lazy"]
     assert asked == []
+
+
+def test_results_show_themselves_shortly_in_a_notebook():
+    learner = line_learner()
+    fitted = learner.fit(slope(4), 300, slope(4), tracker=False)
+    assert repr(fitted) == str(fitted)
+    assert len(repr(fitted)) < 500  # not its records
+    shown = fitted._repr_html_()
+    loss = fitted.records["metrics"]["valid"][-1]["loss"]
+    assert f"<th>valid/loss</th><td>{loss:.4g}</td>" in shown
+    assert fitted.plot()._repr_png_().startswith(b"\x89PNG")
+    assert repr(learner).startswith("<Learner of Line")
+    assert "2 parameters" in learner._repr_html_()
+    evaluation = fitted.evaluate(slope(4))
+    assert "Evaluation" in evaluation._repr_html_()
+    found = harness.lr_finder(learner, slope(64))
+    assert len(repr(found)) < 100
+    assert "<img src=" in found._repr_html_()

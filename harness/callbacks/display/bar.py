@@ -80,23 +80,33 @@ class ProgressBar:
             Time until the fit ends; None: not known.
         """
         self.drawn_at, self._is_drawn = now, True
-        title = self._title
-        if self._total:
-            title += f" {done / self._total:4.0%}"
-        room = width - len(title) - 2
-        text = self._format_details(done, values, now, room, fit_left_s)
-        bar = RichBar(
-            total=self._total,
-            completed=done,
-            width=width - len(title) - len(text) - 2,
-            animation_time=now,
-        )
+        title, text = self._format_ends(done, values, now, width, fit_left_s)
+        self._show(title, done, text, width - len(title) - len(text) - 2, now)
+
+    def _show(self, title: str, done: int, text: str, room: int, now: float) -> None:
+        """Write the line, with a bar of `room` columns in it."""
+        bar = RichBar(total=self._total, completed=done, width=room, animation_time=now)
         console = self._console
-        console.width = width
+        console.width = room + len(title) + len(text) + 2
         with console:  # collects one write
             console.control(ERASE_LINE)
             line = [Segment(f"{title} "), *console.render(bar), Segment(f" {text}")]
             console.print(Segments(line), end="")
+
+    def _format_ends(
+        self,
+        done: int,
+        values: Sequence[str],
+        now: float,
+        width: int,
+        fit_left_s: float | None,
+    ) -> tuple[str, str]:
+        """Return the texts before and after the bar."""
+        title = self._title
+        if self._total:
+            title += f" {done / self._total:4.0%}"
+        room = width - len(title) - 2
+        return title, self._format_details(done, values, now, room, fit_left_s)
 
     def erase(self) -> None:
         """Erase the line, if it was drawn."""

@@ -100,9 +100,12 @@ def test_progress_by_steps_writes_a_line_for_each_validation_and_set(capsys):
     )
     found = [TIME.sub(" T s", line) for line in capsys.readouterr().err.splitlines()]
     sets = "train: loss 2      | a: loss 6.667  | b: loss 2"
-    assert found == [
-        f"epoch 2/3, step 2/3 T s  {sets}",
+    assert found[2:] == [
+        f"epoch 2/3, step 2/3 T s  {sets}  *",
         f"epoch 3/3, step 3/3 T s  {sets}",
+        "ended  3 steps in T s",
+        f"last  step 3   {sets}",
+        f"best  step 2   {sets}",
     ]
 
 
