@@ -454,3 +454,30 @@ def test_call_without_tracking_refuses_the_items_that_a_run_would_refuse():
         run.log_table("a", 3)
     with pytest.raises(ValueError, match=r"Run.log_histogram\('a'\): expected bins"):
         run.log_histogram("a", [1.0], bins=0)
+
+
+def test_resumed_fit_has_the_images_of_an_unbroken_one(tmp_path, options):
+    class Show(harness.Callback):
+        def __init__(self, last_step=None):
+            self.last_step = last_step
+
+        def on_train_batch_end(self):
+            ctx = self.ctx
+            weights = torch.stack([ctx.model.w, ctx.model.b])[None]
+            ctx.run.log_image("weights", weights, step=ctx.step)
+            if ctx.step == self.last_step:
+                raise ConnectionError
+
+    def fit(*callbacks):
+        given = {**options, "callbacks": callbacks, "seed": 1}
+        fitted = line_learner().fit(slope(64), 3, **given)  # two batches an epoch
+        rows = tracking.open(fitted.run_path).records(what="images")
+        return [rows[name].to_pylist() for name in ("set", "step", "name")]
+
+    whole = fit(Show())
+    with pytest.raises(ConnectionError):
+        fit(Show(last_step=3), harness.callbacks.ModelCheckpoint())
+    (broken,) = (tmp_path / "runs").glob("*/checkpoints")
+    resume = harness.callbacks.ResumeFromCheckpoint(broken)
+    assert fit(Show(), resume) == whole
+    assert whole[1] == [1, 2, 3, 4, 5, 6]
