@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,8 +15,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import harness
 from harness.accelerators.deepspeed.accelerator import DeepSpeedAccelerator
 from harness.accelerators.single import SingleDevice
+from harness.callbacks import ModelCheckpoint, ResumeFromCheckpoint
+from harness.data.batch import move
+from harness.metrics.loss import LossAverage
+from harness.pytree import map_tensors
+from harness.rng import derive_rng_state, get_rng_state, set_rng_state
 from tests.harness.accelerators.cases import (
     TRAINING,
     Batch,
@@ -87,9 +94,16 @@ def test_precision_is_near_plain_torch(
     check_equal(found, wanted, rtol=rtol, atol=atol)
 
 
+HALVES = {
+    "fp16": {"fp16": {"enabled": True, "initial_scale_power": 32}},
+    "autocast": {"torch_autocast": {"enabled": True, "dtype": "float16"}},
+}
+
+
+@pytest.mark.parametrize("half", HALVES)
 @pytest.mark.parametrize("stage", STAGES)
-def test_fp16_overflow_is_skipped_and_counted(stage: int, make: Any) -> None:
-    accelerator = make(stage, fp16={"enabled": True, "initial_scale_power": 32})
+def test_fp16_overflow_is_skipped_and_counted(stage: int, half: str, make: Any) -> None:
+    accelerator = make(stage, **HALVES[half])
     found = trained_until_stepped(accelerator)
     assert accelerator.overflows["opt"] > 0
     assert accelerator.steps["opt"] == 1
@@ -103,12 +117,14 @@ def trained_until_stepped(accelerator: Any) -> dict[str, Tensor]:
     batch: Batch = accelerator.to_device(windows(1, [1])[0][0][0])
     for _ in range(64):
         with accelerator.optimizing():
-            accelerator.backward(regression(model, "opt", batch))
+            # autocast scales by 2 ** 16 at first
+            accelerator.backward(regression(model, "opt", batch) * 1000)
         if accelerator.step():
             break
     return accelerator.full_state_dict(model)
 
 
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="DeepSpeed builds it by nvcc")
 @pytest.mark.parametrize("stage", STAGES)
 def test_fused_adam_of_the_config_trains(stage: int, make: Any) -> None:
     data = windows(1, [1, 1])
@@ -163,28 +179,83 @@ def test_whole_weights_come_back_on_the_cpu(make: Any) -> None:
     assert {param.device.type for param in model.parameters()} == {"cpu"}
 
 
-def test_values_travel_by_nccl_and_gloo(make: Any) -> None:
-    accelerator = make(0)
-    mine = torch.arange(3, device="cuda")
-    assert accelerator.gather(mine).device.type == "cuda"
-    assert accelerator.reduce(mine.float(), "mean").tolist() == [0.0, 1.0, 2.0]
-    assert not accelerator.any(False)
+def test_group_of_one_rank_serves_both_devices(make: Any) -> None:
+    make(0)
+    for device in ("cuda", "cpu"):
+        mine = torch.arange(3.0, device=device)
+        torch.distributed.all_reduce(mine)  # by NCCL, and by gloo
+        assert mine.tolist() == [0.0, 1.0, 2.0]
+
+
+TRAVELS = """
+import torch
+from harness.accelerators.deepspeed.accelerator import DeepSpeedAccelerator
+from harness.accelerators.distributed.group import PeerError
+accelerator = DeepSpeedAccelerator({})
+rank = accelerator.rank
+assert accelerator.device == torch.device("cuda", rank)
+rows = torch.full((rank + 1, 2), rank, device="cuda")
+found = accelerator.gather(rows)
+assert found.device == accelerator.device
+assert found[:, 0].tolist() == [0, 1, 1]
+assert accelerator.reduce(rows[0].float(), "mean").tolist() == [0.5, 0.5]
+assert accelerator.any(rank == 1)
+sent = accelerator.broadcast({"t": rows} if rank == 0 else None)["t"]
+assert sent.device == accelerator.device
+try:
+    accelerator.gather(torch.zeros(1, 2 + rank, device="cuda"))
+except (PeerError, ValueError):
+    print("travelled")
+"""
+
+
+def start_two(text: str) -> list[subprocess.Popen[str]]:
+    """A program on two ranks of this machine."""
+    port = free_port()
+    return [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", text],
+            env=rank_environment(rank, 2, port) | {"PYTHONPATH": os.fspath(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+
+
+def test_values_travel_between_two_devices() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two devices")
+    for rank in start_two(TRAVELS):
+        said, errors = rank.communicate(timeout=120)
+        assert "travelled" in said, errors
+
+
+DIES = """
+import os, torch
+from harness.accelerators.deepspeed.accelerator import DeepSpeedAccelerator
+accelerator = DeepSpeedAccelerator({})
+if accelerator.rank == 1:
+    os._exit(9)
+accelerator.reduce(torch.ones(3, device="cuda"))
+torch.cuda.synchronize()
+"""
+
+
+def test_death_of_a_rank_ends_another_one_that_waits_in_a_collective() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two devices")
+    for rank in start_two(DIES):
+        rank.communicate(timeout=120)
+        assert rank.returncode != 0
 
 
 def test_two_ranks_on_one_device_are_refused(tmp_path: Path) -> None:
     if torch.cuda.device_count() > 1:
         pytest.skip("there are several devices")
     text = "from harness.accelerators.deepspeed.accelerator import DeepSpeedAccelerator as A; A({})"
-    port = free_port()
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", text],
-            env=rank_environment(rank, 2, port) | {"PYTHONPATH": os.fspath(ROOT)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
+    ranks = start_two(text)
     said = [rank.communicate(timeout=120)[1] for rank in ranks]
     assert all(rank.returncode != 0 for rank in ranks)
     assert "".join(said).count("expected a device for each of 2 ranks, got 1") == 1
@@ -194,3 +265,152 @@ def test_one_device_needs_no_engine() -> None:
     found = trained(SingleDevice("cuda"), sgd, windows(1, [1, 2]))
     wanted = plain(Net, sgd, regression, windows(1, [1, 2]), each_micro=False)
     check_equal(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+# ------------------------------------------------------------- nothing waits in a step
+
+
+def test_steady_step_on_one_device_reads_nothing_from_it() -> None:
+    accelerator, losses = SingleDevice("cuda"), LossAverage()
+    model = seeded(Net)
+    opt = torch.optim.AdamW(model.parameters(), fused=True)
+    accelerator.prepare(model, {"opt": opt})
+    batch = accelerator.to_device(windows(1, [1])[0][0][0])
+    try:
+        for number in range(6):
+            if number == 3:  # what allocates and chooses kernels is done
+                torch.cuda.set_sync_debug_mode("error")
+            with accelerator.optimizing():
+                loss = regression(model, "opt", batch)
+                accelerator.backward(loss)
+            accelerator.clip(1.0)
+            assert accelerator.step()
+            losses.update(loss, 4)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_deepspeed_waits_for_the_device_in_no_step(
+    stage: int, make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accelerator, model = make(stage), seeded(Net)
+    accelerator.prepare(model, sgd(model))
+    batch = accelerator.to_device(windows(1, [1])[0][0][0])
+    waits: list[int] = []
+    for number in range(6):
+        if number == 3:
+            monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: waits.append(1))
+        with accelerator.optimizing():
+            accelerator.backward(regression(model, "opt", batch))
+        assert accelerator.step()
+    assert waits == []
+
+
+def test_batch_is_complete_after_it_moved_to_the_cpu() -> None:
+    big = torch.randn(4096, 4096, device="cuda")
+    for _ in range(20):
+        big = big @ big / 64.0  # keeps the device busy
+    found = move(big, torch.device("cpu"))
+    wanted = big.cpu()
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+# ------------------------------------------------------------------------- resumes
+
+
+class Dropped(nn.Module):
+    """A net that draws random numbers on its device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(5, 64), nn.Dropout(0.5), nn.Linear(64, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+
+@pytest.mark.parametrize(
+    ("options", "precision"),
+    [
+        ({}, "fp32"),
+        ({"fused": True}, "fp32"),
+        ({"capturable": True}, "fp32"),
+        ({"fused": True}, "fp16"),
+    ],
+    ids=str,
+)
+def test_resume_of_a_fit_with_dropout_is_exact(
+    options: dict[str, bool], precision: Any, tmp_path: Path
+) -> None:
+    data = torch.randn(64, 5), torch.randn(64, 1)
+    learner = harness.setup(Dropped, loss=nn.MSELoss(), optimizer=torch.optim.AdamW)
+    learner = learner.set_opt_hparams(lr=1e-2, **options)
+
+    def fit(epochs: int, *own: Any) -> dict[str, Tensor]:
+        fitted = learner.fit(
+            data,
+            epochs,
+            callbacks=own,
+            seed=1,
+            tracker=False,
+            accelerator=SingleDevice("cuda", precision=precision),
+        )
+        found: dict[str, Tensor] = fitted.model.state_dict()
+        return found
+
+    torch.use_deterministic_algorithms(True)
+    try:
+        whole = fit(4)
+        fit(2, ModelCheckpoint(tmp_path))
+        resumed = fit(4, ResumeFromCheckpoint(tmp_path, strict=True))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for name, wanted in whole.items():
+        torch.testing.assert_close(resumed[name], wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("stage", [None, 0])
+@pytest.mark.parametrize("how", [{}, {"fused": True}, {"capturable": True}], ids=str)
+def test_restored_counters_are_where_the_kernels_read_them(
+    how: dict[str, bool], stage: int | None, make: Any
+) -> None:
+    accelerator = SingleDevice("cuda") if stage is None else make(stage)
+    model = seeded(Net)
+    opt = torch.optim.AdamW(model.parameters(), **how)
+    accelerator.prepare(model, {"opt": opt})
+    batch = accelerator.to_device(windows(1, [1])[0][0][0])
+    with accelerator.optimizing():
+        accelerator.backward(regression(model, "opt", batch))
+    assert accelerator.step()
+    on_cpu = map_tensors(accelerator.state_dict(), lambda t: t.to("cpu", copy=True))
+    accelerator.load_state_dict(on_cpu)
+    kinds = {opt.state[param]["step"].device.type for param in model.parameters()}
+    assert kinds == {"cuda" if how else "cpu"}
+
+
+def test_resume_holds_no_second_copy_of_weights_and_moments(make: Any) -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(*(nn.Linear(2048, 2048, bias=False) for _ in range(6)))
+
+    accelerator, model = make(0), build()
+    accelerator.prepare(model, {"opt": torch.optim.AdamW(model.parameters())})
+    with accelerator.optimizing():
+        accelerator.backward(model(torch.ones(2, 2048, device="cuda")).square().mean())
+    assert accelerator.step()
+    on_cpu = map_tensors(accelerator.state_dict(), lambda t: t.to("cpu", copy=True))
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    accelerator.load_state_dict(on_cpu)
+    one = 2048 * 2048 * 4
+    assert torch.cuda.max_memory_allocated() - before < 4 * one  # of 18
+
+
+def test_random_state_of_the_device_is_restored_and_new_ranks_draw_others() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    state = get_rng_state(device=device)
+    drawn = torch.rand(4, device=device)
+    assert set_rng_state(state, device=device) == []
+    assert torch.equal(torch.rand(4, device=device), drawn)
+    set_rng_state(derive_rng_state(state, 1), device=device)
+    assert not torch.equal(torch.rand(4, device=device), drawn)
