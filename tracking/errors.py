@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import sys
 import warnings
@@ -79,6 +80,18 @@ def is_terminal() -> bool:
     with contextlib.suppress(Exception):
         return bool(sys.stderr.isatty())
     return False
+
+
+DEFAULT_WIDTH: Final = 80
+"""Columns of a terminal that does not know its size."""
+
+
+def get_terminal_width() -> int:
+    """Return the columns of the terminal that stderr is."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns or DEFAULT_WIDTH
+    except (AttributeError, OSError, ValueError):
+        return DEFAULT_WIDTH
 
 
 def describe_mismatch(error: Exception) -> str:

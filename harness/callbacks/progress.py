@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -21,7 +20,12 @@ from harness.callbacks.display.fit_lines import describe_start, estimate_left_s
 from harness.data.pace import NO_LIMIT, count_batches, count_epochs
 from harness.records import format_metrics
 from harness.run_binding import describe_next
-from tracking.errors import is_terminal, write_stderr
+from tracking.errors import (
+    DEFAULT_WIDTH,
+    get_terminal_width,
+    is_terminal,
+    write_stderr,
+)
 
 if TYPE_CHECKING:
     from harness.callbacks.display.bar import ProgressBar
@@ -29,10 +33,6 @@ if TYPE_CHECKING:
 
 REDRAW_S = 0.1
 """Seconds that pass at least before a bar is drawn again."""
-
-DEFAULT_WIDTH = 80
-"""Columns of a terminal that does not know its size."""
-
 
 NOTEBOOK_WIDTH = 100
 """Columns of the output of a notebook's cell."""
@@ -367,11 +367,3 @@ class Progress(MetricsListener):
             self._output.write(*lines)
             return
         write_stderr("".join(f"{line.rstrip()}\n" for line in lines))
-
-
-def get_terminal_width() -> int:
-    """Return the columns of the terminal that shows progress."""
-    try:
-        return os.get_terminal_size(sys.stderr.fileno()).columns or DEFAULT_WIDTH
-    except (AttributeError, OSError, ValueError):
-        return DEFAULT_WIDTH

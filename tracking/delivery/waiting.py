@@ -23,7 +23,13 @@ from typing import Final
 from tracking.delivery.options import check_options
 from tracking.delivery.process import DeliveryProcess, Surroundings
 from tracking.delivery.state import DeliveryState
-from tracking.errors import DeliveryError, is_terminal, warn, write_stderr
+from tracking.errors import (
+    DeliveryError,
+    get_terminal_width,
+    is_terminal,
+    warn,
+    write_stderr,
+)
 from tracking.redaction import redact
 from tracking.settings import read_environment
 from tracking.store import Manifest, find_start_folder
@@ -360,7 +366,8 @@ def _show(
     if is_terminal():
         text += f" ({behind:,} rows to go)" if behind else ""
         text += "" if limit_s is None else "; Ctrl-C leaves it to the background"
-        write_stderr(f"\r{text}\x1b[K")
+        # A longer line would be two, of which only the second is written over.
+        write_stderr(f"\r{text[: get_terminal_width() - 1]}\x1b[K")
     elif not shown and limit_s is not None:
         write_stderr(f"{text}, at most {limit_s:g} s\n")
     return text

@@ -9,11 +9,14 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import tracking
+from tests.harness.terminal import in_terminal
 from tracking.delivery.state import DeliveryState
+from tracking.delivery.waiting import _show
 from tracking.store import Manifest
 
 BEGIN = """
@@ -203,3 +206,10 @@ print(run.id)
     variables = {"MLFLOW_TRACKING_URI": silent, "MLFLOW_HTTP_REQUEST_TIMEOUT": "1"}
     (run_id,), _ = run_script(tmp_path, script, **variables)
     assert Manifest.read(tmp_path / "runs" / run_id).status == "finished"
+
+
+def test_line_of_a_wait_is_one_line_of_the_terminal(tmp_path):
+    run = SimpleNamespace(run_path=tmp_path / ("long-" * 30))
+    states = [DeliveryState(behind=3)]
+    text = in_terminal(lambda: _show([run], states, 5.0, ""), 60)
+    assert len(text.removeprefix("\r").removesuffix("\x1b[K")) == 59
