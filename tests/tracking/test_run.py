@@ -749,6 +749,9 @@ class FakeProcess:
     def __init__(self, is_lost):
         self.is_lost = is_lost
 
+    def hurry(self):
+        pass
+
 
 def delivering(run, is_lost=False, **state):
     run._delivery._process = FakeProcess(is_lost)

@@ -71,6 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     prepare_environment()
     paths = [path.absolute() for path in options.runs]
     options.here = Path.cwd()
+    options.is_hurried = lambda: options.sync
     try:
         if options.follow:
             return _follow(settings, options)
@@ -97,7 +98,9 @@ def _follow(settings: Settings, options: argparse.Namespace) -> int:
             sys.stderr.write(settings.redact(traceback.format_exc()))
             return False
 
-    DeliveryService(deliver, requests=0, reports=reports).serve()
+    service = DeliveryService(deliver, requests=0, reports=reports)
+    options.is_hurried = lambda: not service.is_training
+    service.serve()
     _summaries.close()
     return 0
 
@@ -165,8 +168,10 @@ def _run_worker(
         is_new = request is not None and request.is_new
         worker = _make_worker(path, settings, options, is_new=is_new)
         # Not before the page exists: it is wanted soon, and training may use all cores.
-        niceness = 0 if options.sync else NICENESS
-        worker.deliver(on_page=lambda: lower_priority(niceness), on_done=on_done)
+        worker.deliver(
+            on_page=lambda: lower_priority(0 if options.is_hurried() else NICENESS),
+            on_done=on_done,
+        )
         code = 0
     except GaveUpError:
         pass

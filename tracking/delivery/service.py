@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from tracking.delivery.process import delivery_command
+from tracking.delivery.process import delivery_command, set_group_niceness
 from tracking.store import get_rank_dir, is_being_written
 
 LINGER_S: Final = 30.0
@@ -66,6 +66,11 @@ class DeliveryService:
         Descriptors to read from and to write to.
     linger_s : seconds
         Time without a run after which the service ends.
+
+    Attributes
+    ----------
+    is_training
+        Whether the training process has not ended yet.
     """
 
     def __init__(
@@ -80,6 +85,7 @@ class DeliveryService:
         self._reports = reports
         self._linger_s = linger_s
         self._threads: list[threading.Thread] = []
+        self.is_training = True
         os.set_blocking(reports, False)  # a training process that does not read
 
     def serve(self) -> None:
@@ -98,6 +104,11 @@ class DeliveryService:
                 data = os.read(self._requests, 1 << 16)
                 *lines, rest = (rest + data).split(b"\n")
                 is_open = bool(data)
+                if (
+                    not is_open
+                ):  # training has ended, so nobody needs the processor more
+                    self.is_training = False
+                    set_group_niceness(os.getpid(), 0)
                 for line in lines:
                     self._start(Request.parse(line))
 

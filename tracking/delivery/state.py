@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-from tracking.durable import write_atomically
+from tracking.durable import replace_file
 from tracking.errors import InvalidFileError
 from tracking.journal.reader import JournalReader
 from tracking.store import get_rank_dir, read_json
@@ -112,7 +112,8 @@ class DeliveryState:
         path = run_path / STATE
         with contextlib.suppress(OSError):
             path.parent.mkdir(exist_ok=True)  # not the run, which may be deleted
-            write_atomically(path, text.encode(errors="replace"))
+            with replace_file(path) as temporary:  # whose loss would cost nothing
+                temporary.write_bytes(text.encode(errors="replace"))
 
 
 class StateFile:

@@ -130,6 +130,11 @@ class RunDelivery:
         self.is_done = is_done
         self._is_over.set()
 
+    def hurry(self) -> None:
+        """Let the delivery be as fast as other processes."""
+        if self._process is not None:
+            self._process.hurry()
+
     def pause(self, seconds: float) -> None:
         """Wait for the end of the delivery, at most for some time."""
         self._is_over.wait(seconds)
@@ -185,7 +190,8 @@ class RunDelivery:
         def has_rows() -> bool:
             return last_seq is not None and self.read_state().delivered >= last_seq
 
-        _wait_for([self], timeout_s, is_enough=has_rows)
+        is_live = last_seq is not None
+        _wait_for([self], timeout_s, is_enough=has_rows, is_live=is_live)
         return self.is_done or has_rows()
 
 
@@ -319,6 +325,7 @@ def _wait_for(
     *,
     is_enough: Callable[[], bool],
     is_last: bool = False,
+    is_live: bool = False,
 ) -> None:
     """Wait until the delivery of some runs is over; show what is left to do.
 
@@ -330,6 +337,8 @@ def _wait_for(
         Maximum time to wait; None: no limit.
     is_enough
         Whether to end the wait now.
+    is_live
+        Whether training goes on beside the delivery, which then stays nice.
     is_last
         Whether the interpreter waits, which waits less for a server that does not answer,
         and always says so.
@@ -348,6 +357,8 @@ def _wait_for(
             break
         if now - began > _SHOW_AFTER_S:
             shown = _show(left, states, timeout_s if is_last else None, shown)
+        if not is_live:
+            left[0].hurry()
         left[0].pause(_POLL_S)
     if shown and is_terminal():
         write_stderr("\r\x1b[K")

@@ -18,6 +18,7 @@ import pyarrow as pa
 from tracking.delivery.cursor import Cursor
 from tracking.delivery.lock import handover_path
 from tracking.delivery.models import send_models
+from tracking.delivery.process import set_group_niceness
 from tracking.delivery.reconcile import Reconciler, Stage
 from tracking.delivery.retry import LONGEST_DELAY_S, GaveUpError, RetryPolicy
 from tracking.delivery.scan import JournalScan
@@ -73,9 +74,8 @@ def _tune_process(niceness: int) -> None:
     # looks through all imported modules again and again.
     gc.freeze()
     gc.set_threshold(100_000, 20, 50)
-    with contextlib.suppress(OSError):
-        if niceness and os.getsid(0) == os.getpid():
-            Path("/proc/self/autogroup").write_text(str(niceness))
+    if niceness and os.getsid(0) == os.getpid():
+        set_group_niceness(os.getpid(), niceness)
 
 
 @functools.cache

@@ -12,7 +12,7 @@ import pytest
 
 import tracking
 from tracking.delivery.lock import is_being_delivered, lock_path, wait_for_delivery
-from tracking.delivery.process import delivery_command
+from tracking.delivery.process import delivery_command, set_group_niceness
 from tracking.delivery.service import SummaryProcess
 from tracking.delivery.state import DeliveryState
 from tracking.delivery.summaries import _collect_points
@@ -214,3 +214,9 @@ def test_curves_of_many_names_sets_and_points_are_thinned(record):
     figure = plot_curves(rows)
     assert len(figure.axes) == 24
     assert figure.get_suptitle() == "The first 24 metrics"
+
+
+def test_niceness_of_a_process_that_has_ended_changes_nothing():
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    set_group_niceness(process.pid, 10)
