@@ -41,9 +41,11 @@ from harness.accelerators.deepspeed.gather import (
 )
 from harness.accelerators.deepspeed.library import (
     choose_kind,
+    get_tracked_random,
     import_deepspeed,
     keep_functions,
     known_fields,
+    set_tracked_random,
 )
 from harness.accelerators.deepspeed.precision import (
     add_precision,
@@ -540,6 +542,8 @@ class DeepSpeedAccelerator:
         state = capture_state(model, self._engines.deepspeed_engines, stage)
         if not self.is_main:
             state["shared"] = {}
+        if tracked := get_tracked_random():
+            state["tracked_random"] = tracked
         return state | {
             "world_size": self.world_size,
             "stage": stage,
@@ -579,6 +583,8 @@ class DeepSpeedAccelerator:
             lambda: restore_state(model, engines, stage, complete, parts)
         )
         if "optimizers" in parts:
+            if "tracked_random" in state:
+                set_tracked_random(state["tracked_random"])
             self.steps.update(state["steps"])
             self.overflows.update(state["overflows"])
             for engine in self._engines:

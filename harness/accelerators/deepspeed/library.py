@@ -211,6 +211,18 @@ def correct_half_autocast(engine: Any) -> None:
         )
 
 
+def get_tracked_random() -> dict[str, torch.Tensor]:
+    """States of the random streams of DeepSpeed's activation checkpointing, by name."""
+    tracker = import_deepspeed().checkpointing.get_cuda_rng_tracker()
+    return dict(tracker.get_states())
+
+
+def set_tracked_random(states: Mapping[str, torch.Tensor]) -> None:
+    """Restore what ``get_tracked_random`` returned."""
+    tracker = import_deepspeed().checkpointing.get_cuda_rng_tracker()
+    tracker.set_states({name: state.clone() for name, state in states.items()})
+
+
 @cache
 def known_fields() -> dict[str, frozenset[str]]:
     """Keys that DeepSpeed knows in parts of its config, by the part's name."""

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
+from typing import Any
 
 import pytest
+import torch
 
 from harness.accelerators.deepspeed.accelerator import DeepSpeedAccelerator
-from harness.accelerators.deepspeed.library import choose_kind
+from harness.accelerators.deepspeed.library import (
+    choose_kind,
+    get_tracked_random,
+    set_tracked_random,
+)
+from tests.harness.accelerators.cases import prepared
 
 ON_CPU = """
 import torch
@@ -40,3 +48,20 @@ def test_second_kind_of_device_in_a_process_is_refused() -> None:
     ):
         choose_kind("cuda")
     choose_kind("cpu")
+
+
+def test_state_has_the_random_streams_of_activation_checkpointing(make: Any) -> None:
+    accelerator = make(0)
+    prepared(accelerator)
+    assert "tracked_random" not in accelerator.state_dict()
+    set_tracked_random({"own": torch.Generator().manual_seed(5).get_state()})
+    try:
+        state = copy.deepcopy(accelerator.state_dict())
+        other = torch.Generator().manual_seed(6).get_state()
+        set_tracked_random({"own": other})
+        accelerator.load_state_dict(state)
+        (found,) = get_tracked_random().values()
+        assert torch.equal(found, state["tracked_random"]["own"])
+        assert not torch.equal(found, other)
+    finally:
+        set_tracked_random({})
