@@ -234,7 +234,7 @@ def test_lr_finder_works(learner, tmp_path):
     assert len(frame) == 100
     assert list(frame) == ["lr", "loss", "smoothed"]
     assert frame["lr"].iloc[[0, -1]].tolist() == pytest.approx([1e-7, 0.1])
-    assert "lrs=" in str(found)
+    assert "100 steps from 1e-07 to 0.1" in str(found)
     found.plot(tmp_path / "lr.png")
     assert matplotlib.image.imread(tmp_path / "lr.png").ndim == 3
 
