@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import subprocess
 import sys
 from typing import Any
@@ -65,3 +66,13 @@ def test_state_has_the_random_streams_of_activation_checkpointing(make: Any) -> 
         assert not torch.equal(found, other)
     finally:
         set_tracked_random({})
+
+
+def test_deepspeed_takes_the_index_of_the_device_where_each_rank_sees_one(
+    make: Any,
+) -> None:
+    accelerator = make(3)
+    # The fourth rank of a machine, whose scheduler shows it a single device.
+    accelerator.local_rank, accelerator.device = 3, torch.device("cpu", 0)
+    prepared(accelerator)
+    assert os.environ["LOCAL_RANK"] == "0"
