@@ -88,9 +88,10 @@ __pycache__/
 @click.command()
 @click.argument("name", type=click.Path(path_type=Path))
 def init(name: Path) -> None:
-    """Write a small project into the new folder NAME; it trains at once.
+    """Write a small project into the new folder NAME.
 
-    It holds train.py with a model, data and an experiment, a README.md and a .gitignore.
+    It trains at once. It holds train.py with a model, data and an experiment, a README.md
+    and a .gitignore.
     """
     files = {
         "train.py": TRAIN,

@@ -81,11 +81,12 @@ def list_(
     sort: str | None,
     limit: int,
 ) -> None:
-    """List runs, newest first, with the last value of the main metric.
+    """List runs, newest first, with their main metric.
 
-    The main metric is the one of --sort, otherwise the validation loss; * marks the best run.
-    Names are metrics such as valid/loss (its last value), valid/loss.min or .max, params.NAME,
-    tags.NAME, and name, status, experiment, created, duration_s.
+    Its last value is shown. The main metric is the one of --sort, otherwise the validation
+    loss; * marks the best run. Names are metrics such as valid/loss (its last value),
+    valid/loss.min or .max, params.NAME, tags.NAME, and name, status, experiment, created,
+    duration_s.
     """
     from tracking.cli.query import (  # noqa: PLC0415  keeps --help quick
         Query,
@@ -175,10 +176,10 @@ def show(run: str, runs_dir: Path | None, as_json: bool) -> None:
 def watch(
     run: str | None, runs_dir: Path | None, as_json: bool, every_s: float
 ) -> None:
-    """Watch RUN while it trains: its metrics and curves. Without RUN, the newest one.
+    """Watch the metrics and curves of RUN while it trains.
 
-    In a pipe, prints a line for each epoch; with --json, each line is JSON. Ends when the
-    run has ended, or with Ctrl-C, which does not disturb the run.
+    Without RUN, the newest one. In a pipe, prints a line for each epoch; with --json, each
+    line is JSON. Ends when the run has ended, or with Ctrl-C, which does not disturb the run.
     """
     from tracking.cli.watching import watch_run  # noqa: PLC0415  imports Arrow
     from tracking.read import PastRun  # noqa: PLC0415  imports Arrow
@@ -199,9 +200,9 @@ def watch(
 @run_argument("names", nargs=-1, required=True, metavar="RUN RUN...")
 @_common_options
 def compare(names: tuple[str, ...], runs_dir: Path | None, as_json: bool) -> None:
-    """Compare several runs: what differs in params, code and data, metrics and curves.
+    """Compare the params, code, data and metrics of runs.
 
-    The table shows what differs, and the last value of each metric.
+    The table shows what differs, and the last value of each metric; below it are curves.
     """
     from tracking.cli.describe import describe_run, list_curves  # noqa: PLC0415  imports Arrow
     from tracking.cli.query import find_main_metric  # noqa: PLC0415  next to it
@@ -365,7 +366,7 @@ def verify(
 def ui(
     run: str | None, port: int, opens: bool, runs_dir: Path | None, as_json: bool
 ) -> None:
-    """Serve MLflow's UI on the store that the runs went to, or that RUN went to.
+    """Serve MLflow's UI on the store that the runs went to.
 
     Prints the address of the page, of the experiment or of RUN, and serves it until Ctrl-C.
     """
