@@ -26,10 +26,14 @@ from typing import Any, Final
 
 import pyarrow as pa
 
-from tracking.delivery.lock import ask_for_handover, is_being_delivered, lock_path
 from tracking.delivery.log import configure_logging, log_to_file
 from tracking.delivery.options import check_options
-from tracking.delivery.process import outlive_sigterm
+from tracking.delivery.process import (
+    ask_for_handover,
+    is_being_delivered,
+    lock_path,
+    outlive_sigterm,
+)
 from tracking.delivery.retry import GaveUpError
 from tracking.delivery.service import DeliveryService, Request, SummaryProcess
 from tracking.delivery.state import DeliveryState

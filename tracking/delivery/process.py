@@ -1,4 +1,4 @@
-"""Start the process that delivers the runs of this one, and talk to it."""
+"""Start the process that delivers the runs of this one, talk to it, and see what it delivers."""
 
 from __future__ import annotations
 
@@ -17,12 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from tracking.durable import hold_lock
+
 # The folder of the packages goes to the end of the path, for a checkout that is not
 # installed. -P keeps the user's folder out of it: its modules could hide others.
 _BOOT: Final = (
     "import runpy, sys; sys.path.append(sys.argv.pop(1)); "
     "runpy.run_module('tracking.delivery', run_name='__main__', alter_sys=True)"
 )
+_POLL_S: Final = 0.1
 _SEND_WAIT_S: Final = 1.0
 _PACKAGES: Final = str(Path(__file__).resolve().parents[2])
 # Python warns about a process object that is deleted while its process runs.
@@ -35,6 +38,45 @@ def _detach() -> None:
     for process in _STARTED:
         if process.poll() is None:
             process.returncode = 0
+
+
+def lock_path(run_path: Path) -> Path:
+    """Lock file that a process holds while it delivers a run."""
+    return run_path / "delivery" / "lock"
+
+
+def handover_path(run_path: Path) -> Path:
+    """File that asks a delivery that waits for MLflow to end: another one takes over."""
+    return run_path / "delivery" / "handover"
+
+
+@contextlib.contextmanager
+def ask_for_handover(run_path: Path) -> Iterator[None]:
+    """Ask a delivery that waits for MLflow to end, while the block runs."""
+    handover_path(run_path).touch()
+    try:
+        yield
+    finally:
+        handover_path(run_path).unlink(missing_ok=True)
+
+
+def is_being_delivered(run_path: Path) -> bool:
+    """Whether a process delivers a run now."""
+    try:
+        with hold_lock(lock_path(run_path), timeout_s=0.0) as is_held:
+            return not is_held
+    except OSError:
+        return False
+
+
+def wait_for_delivery(run_path: Path, timeout_s: float) -> bool:
+    """Wait until no process delivers a run; False if one still does at the timeout."""
+    deadline = time.monotonic() + timeout_s
+    while is_being_delivered(run_path):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_POLL_S)
+    return True
 
 
 def delivery_command(*arguments: str) -> list[str]:

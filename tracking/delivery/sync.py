@@ -16,12 +16,13 @@ from typing import Any, Final
 
 import pyarrow as pa
 
-from tracking.delivery.lock import (
+from tracking.delivery.process import (
     ask_for_handover,
+    delivery_command,
     is_being_delivered,
+    start_detached,
     wait_for_delivery,
 )
-from tracking.delivery.process import delivery_command, start_detached
 from tracking.delivery.state import DeliveryState, rows_behind
 from tracking.errors import DeliveryError
 from tracking.read import PastRun

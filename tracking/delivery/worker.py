@@ -16,9 +16,8 @@ from typing import Final
 import pyarrow as pa
 
 from tracking.delivery.cursor import Cursor
-from tracking.delivery.lock import handover_path
 from tracking.delivery.models import send_models
-from tracking.delivery.process import set_group_niceness
+from tracking.delivery.process import handover_path, set_group_niceness
 from tracking.delivery.reconcile import Reconciler, Stage
 from tracking.delivery.retry import LONGEST_DELAY_S, GaveUpError, RetryPolicy
 from tracking.delivery.scan import JournalScan

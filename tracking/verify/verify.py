@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from tracking.delivery.lock import wait_for_delivery
+from tracking.delivery.process import wait_for_delivery
 from tracking.delivery.sync import read_mlflow
 from tracking.read import PastRun
 from tracking.verify import Comparison, Mismatch

@@ -11,8 +11,13 @@ from pathlib import Path
 import pytest
 
 import tracking
-from tracking.delivery.lock import is_being_delivered, lock_path, wait_for_delivery
-from tracking.delivery.process import delivery_command, set_group_niceness
+from tracking.delivery.process import (
+    delivery_command,
+    is_being_delivered,
+    lock_path,
+    set_group_niceness,
+    wait_for_delivery,
+)
 from tracking.delivery.service import SummaryProcess
 from tracking.delivery.state import DeliveryState
 from tracking.delivery.summaries import _collect_points
