@@ -132,7 +132,7 @@ def test_json_files_that_were_kept_are_read(tmp_path):
     }
     for name, changes in earlier.items():
         (tmp_path / "run.json").write_bytes((KEPT / name).read_bytes())
-        manifest = Manifest(**{**cases.MANIFEST, "keys": 1, **changes})
+        manifest = Manifest(**{**cases.MANIFEST, "keys": 1, **changes})  # type: ignore[dict-item]
         assert Manifest.read(tmp_path) == manifest
     for name, path in (("state.json", "/runs/x"), ("state-without-path.json", "")):
         (tmp_path / "delivery" / "state.json").write_bytes((KEPT / name).read_bytes())

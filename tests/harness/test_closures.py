@@ -115,7 +115,7 @@ def test_gradients_of_every_evaluation_are_clipped_and_the_first_norm_is_recorde
         def on_train_batch_before_step(self):
             grads = [param.grad for param in self.ctx.model.parameters()]
             seen.append(
-                (self.ctx.iter, self.ctx.is_repeated, nn.utils.get_total_norm(grads))
+                (self.ctx.iter, self.ctx.is_repeated, nn.utils.get_total_norm(grads))  # type: ignore[attr-defined]
             )
 
     fitted = fit(Curve, GradientClip(0.1), Norms(), epochs=1)
@@ -160,7 +160,7 @@ def test_signal_inside_a_step_waits_until_it_is_done(signal):
 
     class Raises(harness.Callback):
         def on_train_batch_after_pred(self):
-            seen.append(self.ctx.is_repeated)
+            seen.append(self.ctx.is_repeated)  # type: ignore[attr-defined]
             if len(seen) == 2:
                 raise signal
 

@@ -571,7 +571,7 @@ def test_results_show_themselves_shortly_in_a_notebook():
     shown = fitted._repr_html_()
     loss = fitted.records["metrics"]["valid"][-1]["loss"]
     assert f"<th>valid/loss</th><td>{loss:.4g}</td>" in shown
-    assert fitted.plot()._repr_png_().startswith(b"\x89PNG")
+    assert fitted.plot()._repr_png_().startswith(b"\x89PNG")  # type: ignore[attr-defined]
     assert repr(learner).startswith("<Learner of Line")
     assert "2 parameters" in learner._repr_html_()
     evaluation = fitted.evaluate(slope(4))

@@ -46,7 +46,7 @@ def test_function_that_expects_the_model_is_told_how_to_get_it():
     with pytest.raises(TypeError, match=r"one of parameters\(\)\. Call .*'model'"):
         fit(lambda net: SGD(net.parameters(), 0.1))
     with pytest.raises(AttributeError, match="nothing"):
-        fit(lambda params: SGD(list(params).nothing))
+        fit(lambda params: SGD(list(params).nothing))  # type: ignore[attr-defined]
 
 
 def test_partial_is_its_class_with_options_that_are_recorded_and_can_be_changed():
@@ -167,7 +167,7 @@ def test_fit_that_ends_inside_an_epoch_returns_the_weights_of_evaluation():
     learner = harness.setup(
         Line,
         loss=nn.MSELoss(),
-        optimizer=lambda p: made.append(TwoPoints(p, 0.01)) or made[0],
+        optimizer=lambda p: made.append(TwoPoints(p, 0.01)) or made[0],  # type: ignore[func-returns-value]
     )
     options = {"dataloader_options": {"batch_size": 4}, "callbacks": [EndsEarly()]}
     learner.fit(slope(8), 2, **OFF, **options)

@@ -463,7 +463,7 @@ def test_resumed_fit_has_the_images_of_an_unbroken_one(tmp_path, options):
 
         def on_train_batch_end(self):
             ctx = self.ctx
-            weights = torch.stack([ctx.model.w, ctx.model.b])[None]
+            weights = torch.stack([ctx.model.w, ctx.model.b])[None]  # type: ignore[list-item]
             ctx.run.log_image("weights", weights, step=ctx.step)
             if ctx.step == self.last_step:
                 raise ConnectionError

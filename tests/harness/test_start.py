@@ -103,10 +103,10 @@ def test_what_the_user_changed_about_the_model_goes_on():
     first = learner().fit(points(8), 1, **OFF)
     first.model.head = nn.Linear(4, 5)
     first.model.body.requires_grad_(False)
-    weight = first.model.body[0].weight.clone()
+    weight = first.model.body[0].weight.clone()  # type: ignore[index]
     second = first.fit(points(8), 1, **OFF)
     assert second.model.head.out_features == 5
-    assert torch.equal(second.model.body[0].weight, weight)
+    assert torch.equal(second.model.body[0].weight, weight)  # type: ignore[index]
 
 
 class Temperature(nn.Module):
@@ -179,14 +179,14 @@ WAYS = {
     },
     "folder": lambda folder, fitted: fitted.save(folder / "m") or folder / "m",
     "safetensors": lambda folder, fitted: (
-        save_weights(fitted.model, folder / "w.safetensors")
+        save_weights(fitted.model, folder / "w.safetensors")  # type: ignore[func-returns-value]
         or str(folder / "w.safetensors")
     ),
     "torch": lambda folder, fitted: (
-        torch.save(fitted.model.state_dict(), folder / "w.pt") or folder / "w.pt"
+        torch.save(fitted.model.state_dict(), folder / "w.pt") or folder / "w.pt"  # type: ignore[func-returns-value]
     ),
     "old torch": lambda folder, fitted: (
-        torch.save(
+        torch.save(  # type: ignore[func-returns-value]
             {"model": fitted.model.state_dict()},
             folder / "w.pt",
             _use_new_zipfile_serialization=False,
@@ -288,7 +288,7 @@ REFUSED = {
     ),
     "one tensor": (
         lambda folder, fitted: (
-            torch.save(torch.ones(2), folder / "w.pt") or folder / "w.pt",
+            torch.save(torch.ones(2), folder / "w.pt") or folder / "w.pt",  # type: ignore[func-returns-value]
             None,
         ),
         r"expected plain tensors, got TypeError\('a Tensor'\)",

@@ -453,8 +453,8 @@ def differences(one: Result, two: Result) -> Iterator[str]:
         pairs = zip(one.rows, two.rows, strict=False)
         yield f"journal: {next((p for p in pairs if p[0] != p[1]), 'length')}"
     if one.plan != two.plan:
-        pairs = enumerate(zip(one.plan, two.plan, strict=False))
-        place = next((n for n, (a, b) in pairs if a != b), 0)
+        pairs = enumerate(zip(one.plan, two.plan, strict=False))  # type: ignore[assignment]
+        place = next((n for n, (a, b) in pairs if a != b), 0)  # type: ignore[str-unpack]
         around = slice(max(place - 99, 0), place + 60)
         yield f"state: {one.plan[around]} / {two.plan[around]}"
     for kind in ("weights", "tensors"):

@@ -330,7 +330,7 @@ def own_loader(
     full = {"shuffle": shuffle, "drop_last": len(rows) >= size}
     dataset = data if isinstance(data, Dataset) else TensorDataset(*tensors(rows))
     if collate is not None:
-        dataset, full["collate_fn"] = Rows(rows), collate
+        dataset, full["collate_fn"] = Rows(rows), collate  # type: ignore[assignment]
     loader: Any = DataLoader(dataset, **{**full, **given})
     return Source(data=data, options=given, loader=loader)
 

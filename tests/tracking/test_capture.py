@@ -281,7 +281,7 @@ def test_code_is_looked_at_for_each_run_at_a_prompt(repo, monkeypatch, until):
     monkeypatch.chdir(repo)
     with tracking.start(runs_dir="runs", delivery=False) as run:
         pass
-    assert run.manifest.git["dirty"] is False
+    assert run.manifest.git["dirty"] is False  # type: ignore[index]
     assert capture.recall(repo, save_diff=True) is not None
     monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
     (repo / "train.py").write_text("lr = 2\n")
@@ -289,4 +289,4 @@ def test_code_is_looked_at_for_each_run_at_a_prompt(repo, monkeypatch, until):
     with tracking.start(runs_dir="runs", delivery=False) as run:
         pass
     until(lambda: Manifest.read(run.path).git is not None)
-    assert Manifest.read(run.path).git["dirty"] is True
+    assert Manifest.read(run.path).git["dirty"] is True  # type: ignore[index]

@@ -233,7 +233,7 @@ def case_prepared_groups_reach_the_engines(lab: Lab) -> None:
     one, two = both(lab, lambda: [SlowBias()])
     check_close(lab, one, two)
     plain = fitted(lab, SingleDevice("cpu"), ROWS)  # with one rate for all
-    moved = two.model.layers[0].bias - plain.model.layers[0].bias
+    moved = two.model.layers[0].bias - plain.model.layers[0].bias  # type: ignore[index]
     assert moved.abs().max() > 1e-3
 
 

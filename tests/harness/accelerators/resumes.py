@@ -91,7 +91,7 @@ def resumed(lab: Lab, case: exact.Case, name: str) -> None:
         assert not differ, (name, after, differ)
 
 
-CASES: dict[str, Callable[[Lab], None]] = {
+CASES: dict[str, Callable[[Lab], None]] = {  # type: ignore[assignment]
     name: partial(resumed, case=exact.CASES[name], name=name) for name in NAMES
 } | {
     f"{name}-by-steps": partial(resumed, case=exact.BY_STEPS[name], name=name)

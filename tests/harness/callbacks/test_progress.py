@@ -171,7 +171,7 @@ def fit_in_terminal(
     set_clock = At(
         "on_fit_begin", lambda ctx: setattr(get_progress(ctx), "clock", clock)
     )
-    callbacks = [set_clock, *callbacks]
+    callbacks = [set_clock, *callbacks]  # type: ignore[assignment]
     learner, data = line_learner(), slope(2)
     options = {"callbacks": callbacks, "verbose": None, "tracker": False}
     return in_terminal(lambda: learner.fit(data, epochs, data, **options), width)

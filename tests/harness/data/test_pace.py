@@ -199,7 +199,7 @@ def test_auto_counts_the_steps_of_the_scheduler(
         sizes.append(size)
         scheduler = STEPS(opt, size)
         step = scheduler.step
-        scheduler.step = lambda: (called.append(1), step())  # type: ignore[assignment]
+        scheduler.step = lambda: (called.append(1), step())  # type: ignore[assignment, func-returns-value, misc]
         return scheduler
 
     schedule = LRScheduler(make, call_on=call_on, size="auto")
@@ -214,8 +214,8 @@ def test_validation_by_steps_divides_the_training_of_an_epoch() -> None:
     tape = Tape()
     fit(epochs=2, valid_data=slope(2), valid_every="4 steps", callbacks=[tape])
     kept = ("on_epoch_begin", "on_epoch_end", "on_fit_end")
-    kept += ("on_train_begin", "on_train_batch_end", "on_train_end")
-    kept += ("on_valid_begin", "on_valid_end")
+    kept += ("on_train_begin", "on_train_batch_end", "on_train_end")  # type: ignore[assignment]
+    kept += ("on_valid_begin", "on_valid_end")  # type: ignore[assignment]
     batch, end = ["on_train_batch_end"], ["on_train_end"]
     valid = ["on_valid_begin", "on_valid_end"]
     assert [event for event in tape.events if event in kept] == [

@@ -34,7 +34,7 @@ def test_sets_are_recorded_by_name(tmp_path: Any) -> None:
     frame = fitted.get_metrics()
     assert list(frame["set"].unique()) == ["train", "clean", "shifted"]
     for name, data in SETS.items():
-        x, y = data if isinstance(data, tuple) else data.tensors
+        x, y = data if isinstance(data, tuple) else data.tensors  # type: ignore[attr-defined]
         loss = torch.nn.functional.mse_loss(fitted.model(x), y)
         last = fitted.records["metrics"][name][-1]["loss"]
         assert last == pytest.approx(loss.item())

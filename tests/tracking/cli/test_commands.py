@@ -180,7 +180,7 @@ def test_watch_prints_each_epoch_once_and_ends_with_the_run(call, three):
 
 
 def test_runs_are_completed_by_any_part_of_their_ids(three, tmp_path):
-    command = group.commands["runs"].commands["show"]
+    command = group.commands["runs"].commands["show"]  # type: ignore[attr-defined]
     ctx = click.Context(command, info_name="show")
     (argument,) = (p for p in command.params if p.name == "run")
     found = [item.value for item in argument.shell_complete(ctx, "run-1")]

@@ -211,5 +211,5 @@ print(run.id)
 def test_line_of_a_wait_is_one_line_of_the_terminal(tmp_path):
     run = SimpleNamespace(run_path=tmp_path / ("long-" * 30))
     states = [DeliveryState(behind=3)]
-    text = in_terminal(lambda: _show([run], states, 5.0, ""), 60)
+    text = in_terminal(lambda: _show([run], states, 5.0, ""), 60)  # type: ignore[list-item]
     assert len(text.removeprefix("\r").removesuffix("\x1b[K")) == 59
