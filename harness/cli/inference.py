@@ -40,7 +40,7 @@ def evaluate(run: str, runs_dir: Path | None, as_json: bool, **given: object) ->
         experiment = reload_experiment(past, given)
         data = get_test_data(experiment)
         fitted = load_fitted(past, experiment)
-    found = experiment.learner.evaluate(fitted, data, verbose=False)
+    found = experiment.learner.evaluate(fitted, data)
     sets = {name: own[0] for name, own in found.records["metrics"].items() if own}
     values = next(iter(sets.values())) if len(sets) == 1 else sets
     if as_json:
@@ -67,7 +67,7 @@ def predict(
     rows = read_rows(data)
     with working_folder_of(past):
         fitted = load_fitted(past, reload_experiment(past, given))
-    write_rows(fitted.predict(rows, verbose=False), to)
+    write_rows(fitted.predict(rows), to)
     render.echo(f"{len(rows)} rows -> {to}")
 
 
