@@ -17,7 +17,7 @@ from typing import Any, Final, Literal, NoReturn
 from tracking import capture
 from tracking.artifact_logger import ArtifactLogger
 from tracking.delivery.waiting import RunDelivery
-from tracking.errors import RunClosedError, warn
+from tracking.errors import InvalidFileError, RunClosedError, RunNotFoundError, warn
 from tracking.store import Manifest, describe_error, get_rank_dir, write_failure
 
 _STATUSES: Final = ("finished", "failed", "killed")
@@ -266,10 +266,16 @@ class Run(ArtifactLogger):
             if error is not None:
                 self._manifest.error = describe_error(error)
             self.save_manifest()
-            if self._capture is not None and self._capture.found is not None:
+            if self._capture is not None and self._has_packages():
                 self._capture.remove_file()
         elif error is not None:
             write_failure(get_rank_dir(self.path, self.rank), error, utc_now())
+
+    def _has_packages(self) -> bool:
+        """Whether what was captured is in the manifest's file, even on a full disk."""
+        with contextlib.suppress(InvalidFileError, RunNotFoundError):
+            return bool(Manifest.read(self.path).packages)
+        return False
 
     def _finish_at_exit(self) -> None:
         """Finish the run by the exception that ended the interpreter, if any."""

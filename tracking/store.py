@@ -137,8 +137,18 @@ class Manifest:
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            # Without the spaces it is shorter than the file that is there.
-            durable.overwrite(run_path / MANIFEST, json.dumps(fields).encode())
+            self._write_in_place(run_path / MANIFEST)
+
+    def _write_in_place(self, path: Path) -> None:
+        """Write into the space of the file that is there, for a disk that is full.
+
+        The spaces are left out, and if need be the packages, which ``environment.json`` has.
+        """
+        try:
+            durable.overwrite(path, json.dumps(vars(self)).encode())
+        except OSError:
+            text = json.dumps({**vars(self), "packages": {}})
+            durable.overwrite(path, text.encode())
 
     @classmethod
     def read(cls, run_path: Path) -> Manifest:
