@@ -56,7 +56,7 @@ OBSERVERS = frozenset({"AutoResume", "CSVLogger", "ModelCheckpoint"})
 SAVED = " (saved)"
 """End of the name of a callback that was saved, and that this fit does not have."""
 
-COMPARED_APART = frozenset({"groups", "frozen", "callbacks"})
+COMPARED_APART = frozenset({"groups", "frozen", "callbacks", "kernels"})
 """Parts of the description of a fit whose differences are not reported as a whole."""
 
 RANK_STATE_KEYS = (
@@ -282,6 +282,11 @@ class Resume:
                 self._report_difference(
                     name, repr(saved.get(name)), repr(about.get(name))
                 )
+        # Checkpoints of earlier versions, and of other kinds of device, name fewer.
+        then, now = saved.get("kernels", {}), about["kernels"]
+        for name in sorted(then.keys() & now.keys()):
+            if then[name] != now[name]:
+                self._report_difference(name, then[name], now[name])
 
     def _check_unit(self, ctx: Context) -> None:
         """Refuse to continue series of records by epochs that were by steps, or the reverse."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from harness.accelerators.kernels import describe_kernels
 from harness.checkpoint.format import Phase, Position
 from harness.checkpoint.groups import describe_groups, name_groups, regroup
 from harness.checkpoint.held import (
@@ -292,6 +293,7 @@ def describe_fit(ctx: Context) -> dict[str, Any]:
         "accelerator": type(ctx.accelerator).__name__,
         "dtype": weights_dtype(model),
         "device": describe_device(ctx.accelerator.device),
+        "kernels": describe_kernels(ctx.accelerator.device),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": str(torch.__version__),

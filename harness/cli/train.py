@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 _REPLAYED = (
     *("target", "sets", "opts", "epochs", "name", "experiment", "seed"),
     *("max_steps", "valid_every", "limit_batches"),
-    *("precision", "device"),
+    *("precision", "device", "deterministic"),
     *("no_track", "no_deliver", "checkpoint_every", "keep_checkpoints"),
     *("no_checkpoints", "strict", "quiet"),
 )
@@ -94,6 +94,8 @@ def secret_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]),
               help="Mixed precision; the weights stay in float32.")  # fmt: skip
 @click.option("--device", help="Device, e.g. cpu or cuda:1; default: the best one.")
+@click.option("--deterministic", is_flag=True,
+              help="Use only kernels that give the same bits in each run.")  # fmt: skip
 @runs_dir_option
 @click.option("--no-track", is_flag=True, help="Do not record the run.")
 @click.option("--no-deliver", is_flag=True,
@@ -119,6 +121,8 @@ def fit(target: str, **options: object) -> None:
     with ending_with_ranks():
         check_early(target, options)
         with render.showing(f"loading {target} ...", when=is_shown):
+            if options.get("deterministic"):
+                _use_deterministic_kernels()
             experiment = load_experiment(target, options)
         fitted = train(experiment, options)
     # In a terminal the last lines of the progress have told it.
@@ -191,6 +195,13 @@ def launch(ctx: click.Context, /, target: str, **options: Any) -> None:
     arguments = [target, *ctx.args]
     check_arguments(fit.make_context("fit", [*arguments], ctx).params)
     start_ranks(["fit", *arguments], given, verbose=is_verbose)
+
+
+def _use_deterministic_kernels() -> None:
+    """Choose the kernels before NAME is imported, which may use a device."""
+    from harness.accelerators.kernels import use_deterministic_kernels  # noqa: PLC0415  imports torch
+
+    use_deterministic_kernels()
 
 
 def train(experiment: Experiment, options: Options) -> Fitted:

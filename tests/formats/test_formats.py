@@ -191,6 +191,7 @@ def compared_json(text):
             del content["about"]["callbacks"][name]
         for name in ENVIRONMENT:
             del content["about"][name]
+        content["about"].pop("kernels", None)  # earlier files have none
     return json.dumps(content)
 
 

@@ -316,6 +316,25 @@ def set_environment(**values: str) -> Iterator[None]:
                 os.environ[name] = value  # noqa: TID251
 
 
+CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+"""Variable that cuBLAS reads once; without it, products may differ between two runs."""
+
+
+def read_cublas_workspace() -> str | None:
+    """Read the setting of cuBLAS's memory; None if there is none."""
+    return os.environ.get(CUBLAS_WORKSPACE)  # noqa: TID251 - the one place
+
+
+def fix_cublas_workspace() -> None:
+    """Give cuBLAS a memory with which its results repeat, unless the user chose one.
+
+    References
+    ----------
+    https://docs.nvidia.com/cuda/cublas/#results-reproducibility
+    """
+    os.environ.setdefault(CUBLAS_WORKSPACE, ":4096:8")  # noqa: TID251 - the one place
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Agent:
     """What torchrun's agent says of the store in which the ranks meet.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import harness
 from harness.callbacks import LRScheduler
+from harness.errors import CheckpointError
 from tests.harness.exact import (
     BATCHES,
     BY_STEPS,
@@ -459,3 +460,26 @@ def test_events_of_a_resumed_epoch_draw_the_same_numbers(stop, tmp_path):
     assert resumed.seen
     assert resumed.seen == {place: whole.seen[place] for place in resumed.seen}
     assert broken.seen | resumed.seen == whole.seen
+
+
+def test_resume_with_other_kernels_tells_and_strict_refuses_it(tmp_path):
+    def fit(epochs, *own):
+        learner = harness.setup(
+            lambda: nn.Linear(4, 1), loss=nn.MSELoss(), optimizer=torch.optim.SGD
+        ).set_opt_hparams(lr=0.01)
+        data = torch.ones(64, 4), torch.ones(64, 1)
+        return learner.fit(data, epochs, seed=1, callbacks=own, tracker=False)
+
+    fit(1, harness.callbacks.ModelCheckpoint(tmp_path))
+    resume = harness.callbacks.ResumeFromCheckpoint
+    text = "deterministic: saved off, now on"
+    torch.use_deterministic_algorithms(True)
+    try:
+        with pytest.raises(
+            CheckpointError, match=f"expected no difference, got {text}"
+        ):
+            fit(2, resume(tmp_path, strict=True))
+        fit(2, resume(tmp_path))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    fit(2, resume(tmp_path, strict=True))

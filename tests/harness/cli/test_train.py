@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 
 import click
 import pytest
+import torch
 
 import tracking
 from harness.cli.train import find_fit_arguments, remove_options
@@ -20,6 +22,22 @@ def test_fit_untracked_takes_set_opt_and_epochs(call, folder):
     assert done.exit_code == 0, done.output
     assert "Fitted Net, 26 parameters, 2 epochs" in done.output
     assert not (folder / "runs").exists()
+
+
+def test_fit_deterministic_chooses_kernels_and_is_repeated_by_resume(
+    call, folder, monkeypatch
+):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")  # chosen by the user
+    words = ["fit", "exp_cli.py:experiment", "--quiet", "--no-deliver", "--epochs", "1"]
+    try:
+        done = call(*words, "--deterministic")
+        assert done.exit_code == 0, done.output
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
+    (run,) = tracking.list_runs()
+    assert run.manifest.extra["fit"]["deterministic"] is True
 
 
 def test_fit_config_file_is_overruled_by_set(call, folder):
