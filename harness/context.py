@@ -12,8 +12,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
-from harness import setup_checks as checks
 from harness.callback import Callback, Listeners, bind_context
+from harness.checks.arguments import check_accelerator
+from harness.checks.callbacks import check_callbacks
+from harness.checks.context import check_iter, refuse_field
+from harness.checks.model import check_model_names
+from harness.checks.optimizers import check_optimizers
+from harness.checks.values import check_epochs
 from harness.data.batch import BatchFields, copy_numbers
 from harness.data.loaders import Loader
 from harness.data.pace import NO_LIMIT, Pace, count_steps
@@ -138,7 +143,7 @@ class Context(BatchFields):
         try:
             object.__setattr__(self, name, value)
         except AttributeError as error:
-            checks.refuse_field(type(self), name, error)
+            refuse_field(type(self), name, error)
 
     def __deepcopy__(self, memo: object) -> Context:
         return self  # a copy of a bound model shares the context
@@ -309,7 +314,7 @@ class Context(BatchFields):
     @model.setter
     def model(self, new: nn.Module | None) -> None:
         if new is not None and self.training:
-            checks.check_model_names(new, ["ctx"])
+            check_model_names(new, ["ctx"])
         bind_context(self._model, None)
         self._model = new
         bind_context(new, self)
@@ -317,7 +322,7 @@ class Context(BatchFields):
     @property
     def device(self) -> torch.device:
         """Device of the accelerator. Read-only."""
-        return checks.check_accelerator(self.accelerator, "ctx.device").device
+        return check_accelerator(self.accelerator, "ctx.device").device
 
     @property
     def callbacks(self) -> tuple[Callback, ...]:
@@ -326,7 +331,7 @@ class Context(BatchFields):
 
     @callbacks.setter
     def callbacks(self, new: Iterable[Callback]) -> None:
-        self._callbacks = checks.check_callbacks(new)
+        self._callbacks = check_callbacks(new)
         for callback in self._callbacks:
             callback.ctx = self
         self.listeners = Listeners(self._callbacks)
@@ -371,7 +376,7 @@ class Context(BatchFields):
 
     @iter.setter
     def iter(self, new: int | None) -> None:
-        self._iter = new if type(new) is int or new is None else checks.check_iter(new)
+        self._iter = new if type(new) is int or new is None else check_iter(new)
 
     @property
     def min_epochs(self) -> int:
@@ -380,7 +385,7 @@ class Context(BatchFields):
 
     @min_epochs.setter
     def min_epochs(self, new: int) -> None:
-        self._min_epochs, _ = checks.check_epochs(new, self._max_epochs)
+        self._min_epochs, _ = check_epochs(new, self._max_epochs)
 
     @property
     def max_epochs(self) -> int:
@@ -389,7 +394,7 @@ class Context(BatchFields):
 
     @max_epochs.setter
     def max_epochs(self, new: int) -> None:
-        _, self._max_epochs = checks.check_epochs(self._min_epochs, new)
+        _, self._max_epochs = check_epochs(self._min_epochs, new)
 
     @property
     def optimizers(self) -> dict[str, Optimizer]:
@@ -398,7 +403,7 @@ class Context(BatchFields):
 
     @optimizers.setter
     def optimizers(self, new: object) -> None:
-        self._optimizers = checks.check_optimizers(new)
+        self._optimizers = check_optimizers(new)
 
     @property
     def opt(self) -> Optimizer:

@@ -19,6 +19,7 @@ from harness.checkpoint.weights import (
     save_weights,
     write_saved_model,
 )
+from harness.checks.values import as_path, check_picture
 from harness.data.loaders import Data
 from harness.export.html import as_html
 from harness.export.summary import ModelSummary, summarize
@@ -31,7 +32,6 @@ from harness.records import (
     metrics_frame,
     pack_records,
 )
-from harness.setup_checks import as_path, check_picture
 
 if TYPE_CHECKING:
     import pandas as pd

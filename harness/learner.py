@@ -41,6 +41,35 @@ from harness.checkpoint.weights import (
     load_weights,
     read_saved_model,
 )
+from harness.checks.arguments import (
+    check_call_arguments,
+    check_predict,
+    check_setup,
+    check_start,
+)
+from harness.checks.callbacks import check_callbacks
+from harness.checks.calls import (
+    check_arguments,
+    check_given,
+    check_numbers,
+    takes_model,
+)
+from harness.checks.model import (
+    check_compile,
+    check_definition,
+    check_loss,
+    check_loss_items,
+    check_model,
+    check_model_names,
+    get_method,
+)
+from harness.checks.optimizers import (
+    check_config_optimizer,
+    check_optimizers,
+    explaining_optimizer,
+    noting_options,
+)
+from harness.checks.values import as_path
 from harness.context import Context
 from harness.data.batch import join
 from harness.data.loaders import (
@@ -87,29 +116,6 @@ from harness.run_binding import (
     make_null_run,
     report_start,
     start_tracking,
-)
-from harness.setup_checks import (
-    as_path,
-    check_arguments,
-    check_call_arguments,
-    check_callbacks,
-    check_compile,
-    check_config_optimizer,
-    check_definition,
-    check_given,
-    check_loss,
-    check_loss_items,
-    check_model,
-    check_model_names,
-    check_numbers,
-    check_optimizers,
-    check_predict,
-    check_setup,
-    check_start,
-    explaining_optimizer,
-    get_method,
-    noting_options,
-    takes_model,
 )
 from harness.steps import ReadBatch
 

@@ -24,6 +24,10 @@ from harness.accelerators.base import (
 from harness.callback import Callback
 from harness.checkpoint.search import name_parameters
 from harness.checkpoint.state import get_generators, mark_validation, search_context
+from harness.checks.calls import count_needed
+from harness.checks.model import get_method
+from harness.checks.optimizers import check_optimizers, check_trained
+from harness.checks.values import parse_epochs
 from harness.context import Context, Handlers
 from harness.data.batch import copy_by_value
 from harness.data.loaders import Loader
@@ -36,13 +40,6 @@ from harness.metrics.split import count_batch_values
 from harness.pytree import map_tensors
 from harness.records import NullRun
 from harness.rng import get_rng_state, set_rng_state
-from harness.setup_checks import (
-    check_optimizers,
-    check_trained,
-    count_needed,
-    get_method,
-    parse_epochs,
-)
 from harness.steps import (
     ReadBatch,
     StepContext,

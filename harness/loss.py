@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.checkpoint.search import find_loss_modules
-from harness.setup_checks import get_method
+from harness.checks.model import get_method
 
 if TYPE_CHECKING:
     from harness.accelerators.base import Accelerator

@@ -17,19 +17,19 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from harness.callback import Callback
-from harness.data.loaders import Data
-from harness.errors import EarlyStop
-from harness.export.html import as_html, as_picture
-from harness.fitted import Fitted
-from harness.metrics.loss import mean_over_ranks
-from harness.rng import find_generators, get_rng_state, set_rng_state
-from harness.setup_checks import (
+from harness.checks.values import (
     check_at_least,
     check_count,
     check_more_than,
     check_number,
     check_picture,
 )
+from harness.data.loaders import Data
+from harness.errors import EarlyStop
+from harness.export.html import as_html, as_picture
+from harness.fitted import Fitted
+from harness.metrics.loss import mean_over_ranks
+from harness.rng import find_generators, get_rng_state, set_rng_state
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -14,13 +14,13 @@ from torch.nn.parameter import is_lazy
 import tracking
 from harness.checkpoint.state import begin_fit
 from harness.checkpoint.weights import WeightsReport
+from harness.checks.calls import check_arguments
 from harness.context import Context
 from harness.data.loaders import describe_data
 from harness.data.pace import NO_LIMIT, LimitedLoader, count_epochs
 from harness.export.summary import ShapeRecorder, summarize
 from harness.pytree import Options
 from harness.records import NullRun
-from harness.setup_checks import check_arguments
 from tracking import capture
 from tracking.errors import RunClosedError, escape_control, write_stderr
 

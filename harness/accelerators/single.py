@@ -29,12 +29,12 @@ from harness.accelerators.precision import (
     hook_autocast,
     make_autocast,
 )
+from harness.checks.values import check_count
 from harness.data.batch import Batch, move
 from harness.errors import CheckpointError
 from harness.pytree import StateDict, map_tensors
 from harness.reshard.consolidated import copy_tensors
 from harness.reshard.layout import group_members, make_plain_layout
-from harness.setup_checks import check_count
 
 T = TypeVar("T")
 

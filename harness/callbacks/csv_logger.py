@@ -6,8 +6,8 @@ import csv
 from pathlib import Path
 
 from harness.callback import MetricsListener
+from harness.checks.values import as_path, check_folder
 from harness.context import Context
-from harness.setup_checks import as_path, check_folder
 
 
 def format_value(value: object) -> str:

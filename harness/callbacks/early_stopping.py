@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from harness.callbacks.monitor import Mode, Monitor
+from harness.checks.values import check_count, check_number
 from harness.errors import EarlyStop
 from harness.pytree import StateDict
-from harness.setup_checks import check_count, check_number
 
 
 class EarlyStopping(Monitor):

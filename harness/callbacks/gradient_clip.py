@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from harness.callback import Callback
-from harness.setup_checks import check_more_than
+from harness.checks.values import check_more_than
 
 
 class GradientClip(Callback):

@@ -14,6 +14,9 @@ from torch.optim.lr_scheduler import LRScheduler as TorchScheduler
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from harness.callbacks.monitor import Monitor
+from harness.checks.calls import check_arguments, check_given, check_numbers
+from harness.checks.model import get_method
+from harness.checks.optimizers import noting_options
 from harness.context import Context
 from harness.data.loaders import num_batches
 from harness.data.pace import NO_LIMIT, count_epochs
@@ -21,13 +24,6 @@ from harness.errors import CheckpointError
 from harness.events import check_event
 from harness.metrics.loss import mean_over_ranks
 from harness.pytree import StateDict
-from harness.setup_checks import (
-    check_arguments,
-    check_given,
-    check_numbers,
-    get_method,
-    noting_options,
-)
 
 STEP_EVENTS = frozenset(
     f"on_{split}_batch_{point}"

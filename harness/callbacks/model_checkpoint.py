@@ -13,9 +13,9 @@ from typing import Any
 from harness.callbacks.monitor import Mode, Monitor
 from harness.checkpoint.format import Phase, list_checkpoints, remove_killed_saves
 from harness.checkpoint.writer import CheckpointWriter
+from harness.checks.values import as_path, check_count, check_folder, check_more_than
 from harness.context import Context
 from harness.pytree import StateDict
-from harness.setup_checks import as_path, check_count, check_folder, check_more_than
 
 
 class ModelCheckpoint(Monitor):

@@ -8,9 +8,10 @@ from typing import Literal
 
 from harness.callback import MetricsListener
 from harness.callbacks.metrics import Metrics
+from harness.checks.callbacks import check_logged_elsewhere, check_monitor
+from harness.checks.values import check_at_least
 from harness.context import Context
 from harness.pytree import StateDict, named_leaves
-from harness.setup_checks import check_at_least, check_logged_elsewhere, check_monitor
 
 Mode = Literal["auto", "min", "max", "zero"]
 

@@ -16,9 +16,9 @@ from harness.checkpoint.format import (
     remove_checkpoint,
 )
 from harness.checkpoint.resume import Resume
+from harness.checks.values import as_path
 from harness.context import Context
 from harness.errors import CheckpointError
-from harness.setup_checks import as_path
 
 
 class ResumeFromCheckpoint(Callback):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from harness.callback import Callback
-from harness.setup_checks import check_count
+from harness.checks.values import check_count
 
 
 class StepMetrics(Callback):

@@ -41,13 +41,13 @@ from harness.checkpoint.search import (
     search_fit,
     search_loss,
 )
+from harness.checks.optimizers import is_users
 from harness.context import Context
 from harness.data.loaders import unwrap_tensors
 from harness.pytree import StateDict, map_tensors
 from harness.records import RecordBook, iter_filled, pack_records, unpack_records
 from harness.reshard.consolidated import option_groups, weights_dtype
 from harness.rng import Generator, find_generators, get_rng_state
-from harness.setup_checks import is_users
 
 VALIDATION_EVENTS = (
     "on_valid_begin",

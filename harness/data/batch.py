@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from harness.checks.context import check_rows
 from harness.pytree import items_of, iter_tensors, map_tensors, with_items
-from harness.setup_checks import check_rows
 
 Batch = Any
 """What a loader yields: usually ``(input, target)``, but it may be any object."""

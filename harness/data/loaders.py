@@ -25,6 +25,8 @@ from torch.utils.data import (
 )
 from torch.utils.data import default_collate as torch_collate
 
+from harness.checks.arguments import explaining_loader
+from harness.checks.values import check_count
 from harness.data.forms import (
     Batches,
     NestedDataset,
@@ -36,7 +38,6 @@ from harness.data.forms import (
 )
 from harness.events import nearest
 from harness.pytree import Options
-from harness.setup_checks import check_count, explaining_loader
 
 Loader = DataLoader[Any]
 """Loader of batches of any form."""

@@ -10,10 +10,11 @@ from itertools import islice
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Literal
 
+from harness.checks.model import get_method
+from harness.checks.values import check_count, parse_epochs
 from harness.data.loaders import num_batches
 from harness.data.workers import iter_batches
 from harness.events import nearest
-from harness.setup_checks import check_count, get_method, parse_epochs
 
 if TYPE_CHECKING:
     from harness.context import Context

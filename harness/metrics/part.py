@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.wrappers.abstract import WrapperMetric
 
+from harness.checks.calls import check_call
 from harness.events import nearest
 from harness.metrics.sets import metric_name
-from harness.setup_checks import check_call
 
 Key = str | int | Callable[[Any], object] | None
 """Which part: a key or attribute, a position or column, a function, or None for all of it."""

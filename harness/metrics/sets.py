@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from harness.checks.calls import check_call
+from harness.checks.values import check_count
 from harness.events import nearest
 from harness.metrics.kinds import is_collection, is_metric
-from harness.setup_checks import check_call, check_count
 
 MAX_NAMED = 100
 """A metric with a vector of more elements is logged as a list, not element by element."""

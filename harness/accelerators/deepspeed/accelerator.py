@@ -75,11 +75,11 @@ from harness.accelerators.distributed.sharded_loader import shard_loaders
 from harness.accelerators.distributed.shares import ShareTracker
 from harness.accelerators.distributed.watchdog import Watchdog
 from harness.accelerators.precision import make_autocast
+from harness.checks.values import check_count
 from harness.data.batch import Batch, move
 from harness.pytree import Options, StateDict
 from harness.reshard.consolidated import parameter_shapes
 from harness.rng import part_rng_state
-from harness.setup_checks import check_count
 
 T = TypeVar("T")
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from harness.checks.values import as_path
 from harness.events import nearest
 from harness.pytree import Options
-from harness.setup_checks import as_path
 
 # Top-level keys that DeepSpeed 0.19.8 reads, by what their values are; it silently ignores
 # others. A test compares the keys with what the installed version reads.

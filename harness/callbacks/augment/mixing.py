@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from harness.callback import Callback
+from harness.checks.model import get_method
+from harness.checks.values import check_more_than
 from harness.context import Context
-from harness.setup_checks import check_more_than, get_method
 
 
 class MixedTarget(NamedTuple):

@@ -6,8 +6,8 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from harness.callbacks.averaging.averaged_weights import AveragedWeights
+from harness.checks.values import check_at_least, check_number
 from harness.context import Context
-from harness.setup_checks import check_at_least, check_number
 
 
 class EMA(AveragedWeights):

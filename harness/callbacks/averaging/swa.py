@@ -12,10 +12,10 @@ from torch.optim.swa_utils import get_swa_multi_avg_fn, update_bn
 
 from harness.callbacks.averaging.averaged_weights import AveragedWeights
 from harness.callbacks.keep_best_model import KeepBestModel
+from harness.checks.values import check_at_least
 from harness.context import Context
 from harness.data.batch import input_of
 from harness.data.pace import count_epochs
-from harness.setup_checks import check_at_least
 from harness.steps import StepContext, call_model, get_reader
 
 

@@ -10,7 +10,7 @@ import warnings
 from time import perf_counter
 
 from harness.callback import Callback
-from harness.setup_checks import check_more_than
+from harness.checks.values import check_more_than
 
 
 class Notify(Callback):

@@ -16,9 +16,9 @@ from harness.callbacks.report.machine import (
     Sampler,
     import_optional,
 )
+from harness.checks.values import check_at_least, check_more_than
 from harness.context import Context
 from harness.pytree import StateDict
-from harness.setup_checks import check_at_least, check_more_than
 
 
 class SystemMetrics(Callback):

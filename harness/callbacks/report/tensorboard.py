@@ -9,9 +9,9 @@ from torch import Tensor
 
 from harness.callback import MetricsListener
 from harness.callbacks.report.machine import import_optional
+from harness.checks.values import as_path, check_count
 from harness.context import Context
 from harness.pytree import StateDict, named_leaves
-from harness.setup_checks import as_path, check_count
 
 PLAIN = (str, bool, int, float)
 """Types that TensorBoard shows as hyper-parameters; others are shown as text."""

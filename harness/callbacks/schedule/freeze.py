@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from harness.callback import Callback
+from harness.checks.values import check_at_least, check_more_than
 from harness.context import Context
 from harness.events import nearest
-from harness.setup_checks import check_at_least, check_more_than
 
 
 class Freeze(Callback):

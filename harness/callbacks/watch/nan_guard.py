@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from harness.callback import Callback
 from harness.checkpoint.format import write_tensors
+from harness.checks.model import get_method
 from harness.context import Context
 from harness.data.batch import copy_by_value
 from harness.pytree import StateDict, flatten, iter_tensors, map_tensors
 from harness.rng import get_rng_state, set_rng_state
-from harness.setup_checks import get_method
 from harness.steps import call_model
 
 MAX_SHOWN = 10

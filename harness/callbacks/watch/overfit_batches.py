@@ -8,10 +8,10 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from harness.callback import Callback
+from harness.checks.values import check_at_least
 from harness.context import Context
 from harness.data.batch import Batch, copy_by_value
 from harness.pytree import StateDict
-from harness.setup_checks import check_at_least
 
 
 class OverfitBatches(Callback):

@@ -13,11 +13,11 @@ from harness.callback import Callback, Listeners
 from harness.callbacks.metrics import Metrics
 from harness.callbacks.train_valid import TrainValid
 from harness.checkpoint.state import get_generators
+from harness.checks.values import check_at_least
 from harness.context import Context
 from harness.records import NullRun, RecordBook
 from harness.reshard.consolidated import copy_into
 from harness.rng import get_rng_state, set_rng_state
-from harness.setup_checks import check_at_least
 from harness.steps import StepContext
 
 KEPT = (

@@ -1,0 +1,189 @@
+"""Arguments that a function cannot take, or does not get."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+
+from torch import nn
+
+from harness.events import nearest
+
+
+def takes_model(build: Callable[..., object]) -> bool:
+    """Whether the first parameter of a function that makes optimizers is called ``model``."""
+    return next(iter(get_parameters(build) or {}), None) == "model"
+
+
+def check_function(place: str, function: object, argument: str, advice: str) -> None:
+    """Check that an option is a function of one argument, or None."""
+    if function is None:
+        return
+    if not callable(function):
+        msg = f"{place}: expected a function of the {argument}, got {function!r}."
+        raise TypeError(f"{msg} {advice}")
+    check_call(place, function, argument)
+
+
+def check_arguments(
+    place: str, function: Callable[..., object], names: Iterable[str]
+) -> None:
+    """Check that a function takes keyword arguments of these names.
+
+    Raises
+    ------
+    TypeError
+        If it does not take one; the message offers the nearest name.
+    """
+    known = get_parameters(function)
+    if known is None or any(p.kind is p.VAR_KEYWORD for p in known.values()):
+        return
+    choices = [
+        name
+        for name, p in known.items()
+        if p.kind in {p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY}
+    ]
+    for name in map(str, names):
+        if name not in choices:
+            called = getattr(function, "__name__", type(function).__name__)
+            msg = f"{place}: expected an argument of {called}, got {name!r}."
+            raise TypeError(
+                f"{msg}{nearest(name, choices)} It takes: {', '.join(choices)}."
+            )
+
+
+def check_numbers(
+    place: str, function: Callable[..., object], options: Mapping[str, object]
+) -> None:
+    """Check that an option of one of torch's classes is no text or list where it is a number.
+
+    Raises
+    ------
+    TypeError
+        If it is; torch itself would fail at a comparison, or in the middle of the fit.
+    """
+    function = getattr(function, "func", function)  # of a partial
+    known = get_parameters(function) or {}
+    if not str(getattr(function, "__module__", "")).startswith("torch."):
+        return
+    for name, value in options.items():
+        if not isinstance(value, str | list | dict) or name not in known:
+            continue
+        default, kind = known[name].default, known[name].annotation
+        is_number = isinstance(default, int | float) and not isinstance(default, bool)
+        takes_list = not isinstance(value, str) and "list" in str(kind).lower()
+        if (is_number and not takes_list) or kind in {int, float, "int", "float"}:
+            called = getattr(function, "__name__", "the class")
+            msg = (
+                f"{place}({name}): expected a number for {called}, got {value!r:.100}."
+            )
+            raise TypeError(f"{msg} Pass a number.")
+
+
+def check_given(
+    place: str,
+    function: Callable[..., object],
+    names: Iterable[str],
+    advice: str,
+    num_positional: int = 0,
+) -> None:
+    """Check that a function is given all the arguments that it needs.
+
+    Parameters
+    ----------
+    place
+        Where the arguments come from, for the message.
+    function
+        Model, optimizer or scheduler class, or a function that returns one.
+    names
+        Names of the keyword arguments that it is given.
+    advice
+        How to give an argument, with ``{}`` for ``name=...``.
+    num_positional
+        How many arguments it is given before those.
+
+    Raises
+    ------
+    TypeError
+        If one is missing, or it takes fewer positional arguments.
+    """
+    parameters = get_parameters(function)
+    if parameters is None:
+        return
+    called = getattr(function, "__name__", type(function).__name__)
+    kinds = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
+    given = _list_positional(parameters)[:num_positional]
+    takes_any = any(p.kind is p.VAR_POSITIONAL for p in parameters.values())
+    if len(given) < num_positional and not takes_any:
+        msg = f"{place}: expected a function of {num_positional} argument"
+        signature = f"{called}({', '.join(parameters)})"
+        raise TypeError(f"{msg}, got {signature}. It is called with what it builds on.")
+    missing = [
+        name
+        for name, p in parameters.items()
+        if p.default is p.empty and p.kind not in kinds and name not in {*given, *names}
+    ]
+    if missing:
+        msg = f"{place}: expected values for {missing} of {called}, got none."
+        ways = advice.format(", ".join(f"{name}=..." for name in missing))
+        raise TypeError(f"{msg} {ways}")
+
+
+def _list_positional(parameters: Mapping[str, inspect.Parameter]) -> list[str]:
+    """Names of the parameters that can be given by position."""
+    kinds = {
+        inspect.Parameter.POSITIONAL_ONLY,
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+    }
+    return [name for name, p in parameters.items() if p.kind in kinds]
+
+
+def check_call(
+    place: str, function: object, *arguments: str, is_partial: bool = False
+) -> None:
+    """Check that a function can be called with so many positional arguments.
+
+    With `is_partial`, others may be needed beside them.
+
+    Raises
+    ------
+    TypeError
+        If it cannot.
+    """
+    called = function.forward if isinstance(function, nn.Module) else function
+    try:
+        signature = inspect.signature(called)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return  # written in C
+    try:
+        (signature.bind_partial if is_partial else signature.bind)(*arguments)
+    except TypeError as error:
+        name = getattr(function, "__name__", type(function).__name__)
+        given = ", ".join(arguments)
+        msg = f"{place}: expected a function that can be called as f({given})"
+        raise TypeError(f"{msg}, got {name}{signature}.") from error
+
+
+def count_needed(function: object) -> int:
+    """How many positional arguments a loss must be given, at least two."""
+    called = function.forward if isinstance(function, nn.Module) else function
+    try:
+        parameters = inspect.signature(called).parameters.values()  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return 2  # written in C
+    positional = {
+        inspect.Parameter.POSITIONAL_ONLY,
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+    }
+    needed = [p for p in parameters if p.default is p.empty and p.kind in positional]
+    return max(2, len(needed))
+
+
+def get_parameters(
+    function: Callable[..., object],
+) -> Mapping[str, inspect.Parameter] | None:
+    """Parameters of a function without ``self``; None if Python cannot tell them."""
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return None

@@ -1,0 +1,156 @@
+"""Single values that are refused: numbers, counts, paths, folders."""
+
+from __future__ import annotations
+
+import os
+from numbers import Integral, Real
+from pathlib import Path
+
+
+def parse_epochs(epochs: object) -> tuple[int, int]:
+    """Return ``(min_epochs, max_epochs)`` of a number or a pair.
+
+    Raises
+    ------
+    TypeError
+        If one is not a whole number.
+    ValueError
+        If there are more or fewer than two, or they are out of range or order.
+    """
+    if not isinstance(epochs, tuple | list):
+        return check_epochs(0, epochs)
+    if len(epochs) != 2:
+        msg = f"epochs: expected a pair (min_epochs, max_epochs), got {epochs!r}."
+        raise ValueError(f"{msg} Pass an int, or a pair.")
+    return check_epochs(*epochs)
+
+
+def check_epochs(min_epochs: object, max_epochs: object) -> tuple[int, int]:
+    """Return both as ints, if ``0 <= min_epochs <= max_epochs`` and `max_epochs` is not 0.
+
+    Raises
+    ------
+    TypeError
+        If one is not a whole number.
+    ValueError
+        If they are out of range or order.
+    """
+    low = _check_whole_number("min_epochs", min_epochs)
+    high = _check_whole_number("max_epochs", max_epochs)
+    if low < 0 or high < 1:
+        got = (low, high) if low else high
+        msg = f"epochs: expected at least 1 epoch, got {got}."
+        raise ValueError(f"{msg} Pass an int from 1, or a pair (min, max).")
+    if low > high:
+        msg = f"epochs: expected min_epochs <= max_epochs, got {low} > {high}."
+        raise ValueError(f"{msg} Swap them.")
+    return low, high
+
+
+def _check_whole_number(name: str, value: object) -> int:
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        msg = f"epochs: expected {name} as a whole number, got {value!r}."
+        raise TypeError(f"{msg} Pass an int, or a pair (min_epochs, max_epochs).")
+    return int(value)
+
+
+def check_at_least(place: str, value: object, least: float, advice: str) -> None:
+    """Check that an option is a number of at least `least`.
+
+    Parameters
+    ----------
+    place
+        Class and option, such as ``"Monitor(min_delta)"``.
+    value
+        What was given.
+    least
+        Smallest value that is allowed.
+    advice
+        Last sentence of the message.
+
+    Raises
+    ------
+    TypeError
+        If `value` is not a number.
+    ValueError
+        If `value` is below `least`.
+    """
+    check_number(place, value, advice)
+    if not value >= least:  # type: ignore[operator]
+        msg = f"{place}: expected at least {least}, got {value!r}."
+        raise ValueError(f"{msg} {advice}")
+
+
+def check_more_than(place: str, value: object, least: float, advice: str) -> None:
+    """Check that an option is a number of more than `least`.
+
+    Parameters and errors are those of ``check_at_least``.
+    """
+    check_number(place, value, advice)
+    if not value > least:  # type: ignore[operator]
+        msg = f"{place}: expected more than {least}, got {value!r}."
+        raise ValueError(f"{msg} {advice}")
+
+
+def check_count(place: str, value: object, least: int, advice: str) -> None:
+    """Check that an option is a whole number of at least `least`.
+
+    Parameters and errors are those of ``check_at_least``.
+    """
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        msg = f"{place}: expected a whole number, got {value!r}."
+        raise TypeError(f"{msg} {advice}")
+    check_at_least(place, int(value), least, advice)
+
+
+def check_folder(place: str, folder: Path) -> None:
+    """Check that a folder is one or can be made, because no file is in its place.
+
+    Raises
+    ------
+    NotADirectoryError
+        If a file is.
+    """
+    existing = next((p for p in (folder, *folder.parents) if p.exists()), None)
+    if existing is not None and not existing.is_dir():
+        msg = f"{place}: expected a folder, got {str(folder)!r}."
+        raise NotADirectoryError(f"{msg} {str(existing)!r} is a file: choose another.")
+
+
+def as_path(place: str, value: object, expected: str = "a path") -> Path:
+    """Return a path that was given as text or as a ``Path``.
+
+    Raises
+    ------
+    TypeError
+        If it is neither.
+    """
+    if not isinstance(value, str | os.PathLike):
+        msg = f"{place}: expected {expected}, got {value!r:.100}."
+        raise TypeError(f"{msg} Pass text or a pathlib.Path.")
+    return Path(value)
+
+
+def check_picture(place: str, target: object) -> None:
+    """Check that a picture can be saved to a path or an open file; None: it is not saved.
+
+    Raises
+    ------
+    TypeError
+        If it is neither.
+    """
+    if target is not None and not hasattr(target, "write"):
+        as_path(place, target)
+
+
+def check_number(place: str, value: object, advice: str) -> None:
+    """Check that an option of a callback is a number.
+
+    Raises
+    ------
+    TypeError
+        If it is not; ``True`` and ``False`` are not.
+    """
+    if not isinstance(value, Real) or isinstance(value, bool):
+        msg = f"{place}: expected a number, got {value!r}."
+        raise TypeError(f"{msg} {advice}")
