@@ -66,8 +66,7 @@ def format_times(records: Records) -> str:
     epochs = _list_numbers(profile.get("epoch", []), "epoch_s")
     if not fits or not epochs:
         return ""
-    of_epochs = f" ({sum(epochs) / len(epochs):.3g} s an epoch)" if epochs[1:] else ""
-    return f", {fits[-1]:.2f} s{of_epochs}"
+    return f", {fits[-1]:.2f} s ({sum(epochs) / len(epochs):.3g} s an epoch)"
 
 
 def _list_numbers(series: Series, name: str) -> list[float]:
@@ -186,6 +185,11 @@ class Fitted:
     def is_interrupted(self) -> bool:
         """True if a signal ended the fit early."""
         return self.signum is not None
+
+    @property
+    def _best(self) -> int | None:
+        """Index of the metrics of the best weights: an epoch, or a step."""
+        return self.best_epoch if self.unit == "epoch" else self.best_step
 
     def get_metrics(self) -> pd.DataFrame:
         """Return all metrics as a DataFrame with the columns set, metric, epoch, value.
@@ -381,8 +385,8 @@ class Fitted:
         if self.run_path is None:
             msg = "log_model: expected a fit that was tracked, got one without a run."
             raise ValueError(f"{msg} Fit with tracker=None, or use export(path).")
-        epochs = len(self.records.get("metrics", {}).get("train", []))
-        about = {"luz_run": self.run_id, "step": self.best_epoch or epochs}
+        last = len(self.records.get("metrics", {}).get("train", []))
+        about = {"luz_run": self.run_id, "step": self._best or last}
         given = self.example if example is None else example
         with adding_model(self.run_path, name) as folder:
             write_mlflow_model(self.model, folder, given, about)
@@ -445,13 +449,11 @@ class Fitted:
         num_params = sum(param.numel() for param in self.model.parameters())
         count = len(self.records.get("metrics", {}).get("train", []))
         name = type(self.model).__name__
-        units = self.unit if count == 1 else f"{self.unit}s"
-        head = f"Fitted {name}, {num_params:,} parameters, {count} {units}"
+        head = f"Fitted {name}, {num_params:,} parameters, {count} {self.unit}s"
         where = f"run {self.run_id} in {self.run_path}" if self.run_id else ""
-        best = self.best_epoch if self.unit == "epoch" else self.best_step
-        if best is not None:
-            head += f", weights of {self.unit} {best}"
-        return head + format_times(self.records), where, best
+        if self._best is not None:
+            head += f", weights of {self.unit} {self._best}"
+        return head + format_times(self.records), where, self._best
 
     def __str__(self) -> str:
         head, where, best = self._describe()

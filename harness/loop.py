@@ -278,7 +278,7 @@ def fit(ctx: StepContext) -> None:
                     begin_epoch(ctx)
                     train_epoch(ctx)
                     if validates_now(ctx):
-                        validate(ctx)
+                        validate_last(ctx)
                     ctx.call_callbacks("on_epoch_end")
                     continue
                 drop_gradients(ctx)
@@ -368,6 +368,13 @@ def validate_within(ctx: StepContext) -> None:
         ctx.train_pass.is_paused = True
     validate(ctx)
     ctx.training, ctx.data, ctx.iter = True, ctx.train_data, ctx.trained
+
+
+def validate_last(ctx: StepContext) -> None:
+    """Validate after the training of an epoch; by steps, a resume knows that it has begun."""
+    if ctx.pace.unit == "step" and ctx.train_pass is not None:
+        ctx.train_pass.is_due = ctx.train_pass.is_paused = True
+    validate(ctx)
 
 
 def validate(ctx: StepContext) -> None:

@@ -26,7 +26,12 @@ from harness.rng import Generator, find_generators, get_rng_state, set_rng_state
 
 
 def check_like(
-    saved: object, live: object, place: str, *, num_optional: int = 0
+    saved: object,
+    live: object,
+    place: str,
+    *,
+    num_optional: int = 0,
+    keeps_dims: bool = True,
 ) -> None:
     """Raise ``ValueError`` unless a saved value has the form of a live one.
 
@@ -39,22 +44,31 @@ def check_like(
     num_optional
         Levels of mappings from here whose keys may be missing in the saved value, as they
         are in a checkpoint of an earlier version.
+    keeps_dims
+        Whether tensors keep their number of dims. Those of a metric such as ``R2Score`` are
+        numbers until its first update.
     """
     if live is None:
         return
-    if _kind(saved) != _kind(live):
+    are_tensors = isinstance(saved, Tensor) and isinstance(live, Tensor)
+    if _kind(saved) != _kind(live) and (keeps_dims or not are_tensors):
         raise _mismatch(place, f"a {_kind(live)}", saved)
     if isinstance(live, Mapping) and isinstance(saved, Mapping):
         for key, item in live.items():
             if key in saved:
-                below = f"{place}/{key}"
-                check_like(saved[key], item, below, num_optional=num_optional - 1)
+                check_like(
+                    saved[key],
+                    item,
+                    f"{place}/{key}",
+                    num_optional=num_optional - 1,
+                    keeps_dims=keeps_dims,
+                )
             elif num_optional <= 0 and item is not None:
                 raise _mismatch(place, f"the key {key!r}", "none")
     elif isinstance(live, list | tuple) and isinstance(saved, list | tuple) and live:
         pairs = list(live) if len(live) == len(saved) else [live[0]] * len(saved)
         for number, (own, item) in enumerate(zip(saved, pairs, strict=True)):
-            check_like(own, item, f"{place}/{number}")
+            check_like(own, item, f"{place}/{number}", keeps_dims=keeps_dims)
 
 
 def _kind(value: object) -> str:
@@ -276,8 +290,8 @@ def check_live_form(state: StateDict, ctx: Context) -> None:
         if not type(callbacks[name]).__module__.startswith("harness."):
             continue
         if saved[name]:
-            live = callbacks[name].state_dict()
-            check_like(saved[name], live, f"callbacks/{name}", num_optional=3)
+            place, live = f"callbacks/{name}", callbacks[name].state_dict()
+            check_like(saved[name], live, place, num_optional=3, keeps_dims=False)
 
 
 def _mapping(value: StateDict, place: str) -> StateDict:

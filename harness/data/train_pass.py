@@ -46,6 +46,9 @@ class TrainPass:
         Whether a validation within the epoch follows the last batch.
     is_paused
         Whether it has begun or is done, and no other batch has come yet.
+    is_read
+        Whether a loader that saves its own position has given its last batch. Its state may
+        then be that of the next pass.
 
     Notes
     -----
@@ -72,7 +75,7 @@ class TrainPass:
         self._left_at: dict[str, int] = {}
         self._num_done, self._num_to_prefetch, self._epoch = 0, 0, epoch
         self._has_workers = self._keeps_workers()
-        self.is_due = self.is_paused = False
+        self.is_due = self.is_paused = self.is_read = False
 
     def state_dict(self) -> StateDict:
         """Random state before the first batch, or the state of the loader."""
@@ -85,6 +88,7 @@ class TrainPass:
             "has_workers": self._has_workers,
             "is_due": self.is_due,
             "is_paused": self.is_paused,
+            "is_read": self.is_read,
             "loader": self._loader.state_dict() if self._has_state else None,
         }
 
@@ -94,6 +98,7 @@ class TrainPass:
         self._left_at = state.get("apart", {})  # missing in older checkpoints
         self.is_due = state.get("is_due", False)
         self.is_paused = state.get("is_paused", False)
+        self.is_read = state.get("is_read", False)
         self._accelerator.window = state["window"]
         if self._has_state:
             self._prefetched.extend(state["ahead"])
@@ -147,16 +152,27 @@ class TrainPass:
                 batches = _DrawnApart(batches, self._left_at)
             skip_batches(batches, self._num_done)
             self._prefetch(batches, self._num_to_prefetch)
-        elif isinstance(self._loader, LimitedLoader):
-            rest = self._loader.limit - self._num_done - len(self._prefetched)
-            if rest == 0:
-                next(batches, None)  # a loader may take up its position only now
-            batches = islice(batches, rest)
+        else:
+            batches = self._take_rest(batches)
         if self._accelerator.accumulate == 1:
             return batches
         if reads_rows_by_torch(self._loader):
             return self._count_windows(batches)
         return self._prefetch_windows(batches)
+
+    def _take_rest(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Return what is left of a loader that saves its own position."""
+        rest = None
+        if isinstance(self._loader, LimitedLoader):
+            rest = self._loader.limit - self._num_done - len(self._prefetched)
+        if rest == 0 or self.is_read:
+            next(batches, None)  # a loader may take up its position only now
+            return iter(())
+        return self._note_end(islice(batches, rest))
+
+    def _note_end(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        yield from batches
+        self.is_read = True
 
     def _prefetch(self, batches: Iterator[Batch], count: int) -> None:
         """Fetch copies of the next batches; a loader may reuse its tensors."""
@@ -181,9 +197,9 @@ class TrainPass:
         while True:
             if not self._prefetched:
                 self._prefetch(batches, self._accelerator.accumulate)
+                if not self._prefetched:
+                    return
                 self._accelerator.window = len(self._prefetched)
-            if not self._prefetched:
-                return
             while self._prefetched:
                 yield self._prefetched.popleft()
 

@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.regression import R2Score
 
 import harness
-from harness.callbacks import LRScheduler
+from harness.accelerators.single import SingleDevice
+from harness.callbacks import LRScheduler, ModelCheckpoint, ResumeFromCheckpoint
 from harness.errors import CheckpointError
 from tests.harness.exact import (
     BATCHES,
@@ -24,6 +27,7 @@ from tests.harness.exact import (
     WITH_WORKERS,
     Case,
     Conv,
+    Stream,
     X,
     Y,
     differences,
@@ -31,7 +35,7 @@ from tests.harness.exact import (
     rewritten,
     sgd,
 )
-from tests.harness.fakes import At
+from tests.harness.fakes import At, Tape
 
 SHOWN = (5, 8)
 """Batches after which the quick form stops: within windows of both epochs."""
@@ -96,6 +100,94 @@ def test_resume_of_a_fit_that_validates_by_steps_equals_the_unbroken_fit(
     # Batch 4 is one after which a validation follows, batch 7 lies between two.
     stops = [("on_train_batch_end", 4), ("on_valid_batch_end", 2)]
     check_exact(BY_STEPS[name], tmp_path, stops)
+
+
+class StartsAnew(DataLoader):
+    """A loader whose state after its last batch is that of the next pass, as torchdata's is."""
+
+    def __init__(self) -> None:
+        super().__init__(TensorDataset(X, Y), batch_size=4)
+        self.at = self.first = 0
+
+    def __iter__(self) -> Any:
+        self.at, self.first = self.first, 0
+        while self.at < BATCHES:
+            self.at += 1
+            rows = slice(4 * self.at - 4, 4 * self.at)
+            yield [X[rows], Y[rows]]
+        self.at = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.first = state["at"]
+
+
+@pytest.mark.parametrize(
+    ("data", "accumulate", "every"),
+    [
+        (StartsAnew, 1, "4 steps"),
+        (StartsAnew, 4, "1 step"),
+        (Stream, 2, "2 steps"),
+    ],
+)
+def test_resume_of_a_finished_fit_trains_and_validates_nothing_again(
+    data: Any, accumulate: int, every: str, tmp_path: Path
+) -> None:
+    def train(*callbacks: harness.Callback) -> tuple[harness.Fitted, list[str]]:
+        tape = Tape()
+        loader = data() if data is StartsAnew else DataLoader(data(), 4)
+        fitted = sgd().fit(
+            loader,
+            1,
+            VALID,
+            valid_every=every,
+            callbacks=[*callbacks, tape],
+            accelerator=SingleDevice("cpu", accumulate=accumulate),
+            tracker=False,
+            verbose=False,
+            seed=1,
+        )
+        return fitted, tape.events
+
+    saves = ModelCheckpoint(tmp_path, every_n_steps=1, keep_last=9)
+    whole, _ = train(saves)
+    *_, last_batch, last = sorted(tmp_path.iterdir())
+    for path in (last_batch, last):
+        resumed, events = train(ResumeFromCheckpoint(path))
+        assert "on_train_batch_begin" not in events
+        assert ("on_valid_begin" in events) == (path == last_batch)
+        assert repr(resumed.get_metrics()) == repr(whole.get_metrics())
+        for name, value in resumed.model.state_dict().items():
+            assert torch.equal(value, whole.model.state_dict()[name])
+
+
+def test_metric_whose_state_takes_its_shape_from_the_first_batch_resumes(
+    tmp_path: Path,
+) -> None:
+    def train(*callbacks: harness.Callback) -> harness.Fitted:
+        learner = harness.setup(
+            nn.Linear,
+            loss=nn.MSELoss(),
+            optimizer=torch.optim.SGD,
+            metrics={"r2": harness.on(R2Score(), pred=torch.abs)},
+        ).set_hparams(in_features=4, out_features=1)
+        return learner.set_opt_hparams(lr=0.01).fit(
+            (X, X.sum(1, keepdim=True)),
+            1,
+            callbacks=callbacks,
+            dataloader_options={"batch_size": 4},
+            tracker=False,
+            verbose=False,
+            seed=1,
+        )
+
+    saves = ModelCheckpoint(tmp_path, every_n_epochs=0, every_n_steps=3)
+    whole = train(saves)
+    (path,) = tmp_path.iterdir()
+    resumed = train(ResumeFromCheckpoint(path))
+    assert resumed.get_metrics().equals(whole.get_metrics())
 
 
 @pytest.mark.slow

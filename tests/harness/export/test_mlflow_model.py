@@ -42,6 +42,24 @@ class Hidden(nn.Module):
         return torch.relu(self.lin(x))
 
 
+def test_model_of_a_fit_by_steps_belongs_to_the_step_of_its_metrics(tmp_path):
+    learner = harness.setup(Hidden, loss=nn.MSELoss(), optimizer=torch.optim.SGD)
+    data = (torch.rand(8, 3), torch.rand(8, 2))
+    fitted = learner.set_opt_hparams(lr=0.1).fit(
+        data,
+        2,
+        data,
+        valid_every="2 steps",
+        callbacks=[harness.callbacks.KeepBestModel()],
+        dataloader_options={"batch_size": 2},
+        tracker={"runs_dir": tmp_path, "delivery": False},
+        verbose=False,
+    )
+    assert fitted.best_step == 8
+    about = yaml.safe_load((fitted.log_model() / "MLmodel").read_text())
+    assert about["metadata"]["step"] == fitted.best_step
+
+
 def test_model_is_registered_and_loaded_in_another_process(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
