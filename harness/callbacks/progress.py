@@ -114,8 +114,9 @@ class Progress(MetricsListener):
         from harness.callbacks.display.notebook import NotebookBar  # noqa: PLC0415  next to it
 
         now = self.clock()
-        # If splits are shorter than a redraw, their bars are only drawn when one is due.
-        is_due = now - self._began >= REDRAW_S
+        # If splits are shorter than a redraw, their bars are only drawn when one is due. The
+        # report of a resume is still to be written, and it is not known how far the pass is.
+        is_due = now - self._began >= REDRAW_S and self.ctx.resume is None
         self._began = now
         ctx = self.ctx
         bar = ProgressBar(title, count_batches(ctx), now)

@@ -66,15 +66,16 @@ def experiment(hidden=64, lr=3e-3, epochs=20, seed=1):
 README: Final = """# {name}
 
 ```text
-harness fit train.py:experiment                      # train, with progress and checkpoints
-harness runs list                                    # all runs, the best one marked
-harness runs show RUN                                # params, metrics and curves of a run
-harness fit train.py:experiment --set hidden=128     # change an argument of experiment()
-harness resume RUN                                   # continue a run that was stopped
-harness ui                                           # the runs in MLflow
+harness fit train.py:experiment                   # train, with checkpoints
+harness runs list                                 # all runs, the best one marked
+harness runs show RUN                             # params, metrics and curves
+harness fit train.py:experiment --set hidden=128  # with another argument
+harness resume RUN                                # continue a run that was stopped
+harness ui                                        # the runs in MLflow
 ```
 
-`train.py` holds the model, the data and what is trained. RUN is an id, or a part of one.
+`train.py` holds the model, the data and what is trained. RUN is the id of a run, or any
+part of it.
 """
 
 GITIGNORE: Final = """runs/

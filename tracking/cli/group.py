@@ -37,10 +37,22 @@ class CommandGroup(click.Group):
         except KeyboardInterrupt:
             sys.exit(130)
         except Exception as error:
-            if ctx.params.get("debug"):
-                raise
+            has_no_reader = isinstance(error, BrokenPipeError) and not _is_stdout_read()
+            if has_no_reader or ctx.params.get("debug"):
+                raise  # click ends quietly when the reader, such as head, has ended
             render.echo(f"error: {format_error(error)}", err=True)
             sys.exit(1)
+
+
+def _is_stdout_read() -> bool:
+    """Whether what is left in stdout still reaches a reader; any other failure counts as yes."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return False
+    except (AttributeError, OSError, ValueError):
+        pass
+    return True
 
 
 def format_error(error: Exception) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -254,7 +255,17 @@ def make_comparison_table(runs: list[dict[str, Any]]) -> Table:
     for name in _collect_keys(run["metrics"] for run in runs):
         last = [run["metrics"].get(name, {}).get("last", "") for run in runs]
         _add_row(table, name, *map(format_value, last))
+    _break_ids(table)
     return table
+
+
+def _break_ids(table: Table) -> None:
+    """Break ids at the head of columns behind the time, if the table is too wide."""
+    console = make_console()
+    unlimited = console.options.update(width=10_000)
+    if console.measure(table, options=unlimited).maximum > console.width:
+        for column in table.columns:
+            column.header = re.sub(r"^(\d{8}-\d{6}-)(?=.)", "\\1\n", str(column.header))
 
 
 def _collect_keys(dicts: Iterable[dict[str, Any]]) -> list[str]:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 from harness.accelerators.single import SingleDevice
 from harness.callbacks import Profile
 from tests.harness.fakes import At, line_learner, slope
@@ -36,6 +38,9 @@ def test_profile_logs_the_times_of_epochs_and_fit_and_fitted_shows_them():
     assert len(epochs) == 3
     assert fit_s >= sum(epochs)
     assert f", {fit_s:.2f} s ({sum(epochs) / 3:.3g} s an epoch)" in str(fitted)
+    once = line_learner().fit(slope(4), 1, tracker=False, verbose=False)
+    (head, *_) = str(once).splitlines()
+    assert re.fullmatch(r"Fitted Line, 2 parameters, 1 epoch, [\d.]+ s", head)
 
 
 def test_profile_counts_the_time_of_the_fit_before_a_resume():

@@ -164,7 +164,11 @@ def get_progress(ctx: Any) -> Progress:
 
 
 def fit_in_terminal(
-    *callbacks: Any, epochs: int = 2, step_s: float = 0.25, width: int = 80
+    *callbacks: Any,
+    epochs: int = 2,
+    step_s: float = 0.25,
+    width: int = 80,
+    num_rows: int = 2,
 ) -> str:
     """What a fit writes to a terminal, if `step_s` passes between looks at the clock."""
     clock = Clock(step_s)
@@ -172,7 +176,7 @@ def fit_in_terminal(
         "on_fit_begin", lambda ctx: setattr(get_progress(ctx), "clock", clock)
     )
     callbacks = [set_clock, *callbacks]  # type: ignore[assignment]
-    learner, data = line_learner(), slope(2)
+    learner, data = line_learner(), slope(num_rows)
     options = {"callbacks": callbacks, "verbose": None, "tracker": False}
     return in_terminal(lambda: learner.fit(data, epochs, data, **options), width)
 
@@ -203,6 +207,21 @@ def test_progress_in_a_terminal_draws_bars_and_erases_them():
 def rows(text: str) -> list[str]:
     """Rows of epochs in the table that is left to see."""
     return [line for line in screen(text) if re.match(r" *\d+/\d+ ", line)]
+
+
+def test_progress_of_a_resumed_epoch_leaves_no_bar_above_the_report(tmp_path):
+    def fail(ctx: Any) -> None:
+        if ctx.iter == 2:
+            raise ArithmeticError
+
+    folder = tmp_path / "checkpoints"
+    save = harness.callbacks.ModelCheckpoint(folder, every_n_steps=1)
+    with pytest.raises(ArithmeticError):
+        fit_in_terminal(save, At("on_train_batch_end", fail), num_rows=64)
+    resume = harness.callbacks.ResumeFromCheckpoint(folder)
+    text = fit_in_terminal(resume, num_rows=64)
+    assert "random generators    restored" in text
+    assert not [line for line in screen(text) if "━" in line]
 
 
 def test_progress_of_short_splits_is_drawn_at_most_ten_times_a_second():

@@ -149,6 +149,31 @@ def test_list_at_80_columns_keeps_ids_whole(three, tmp_path, monkeypatch):
     assert all(len(line.rstrip()) <= 80 for line in result.output.splitlines())
 
 
+def test_compare_at_80_columns_breaks_ids_behind_the_time_only(
+    call, three, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(render, "PIPE_WIDTH", 80)
+    ids = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    times, names = call("runs", "compare", *ids).output.splitlines()[1:3]
+    parts = zip(times.split(), names.split(), strict=True)
+    assert [f"{time}{name}" for time, name in parts] == ids
+    heading = call("runs", "compare", *ids[:2]).output.splitlines()[1]
+    assert heading.split() == ids[:2]
+
+
+def test_command_whose_reader_has_ended_ends_quietly(three, monkeypatch, capfd):
+    reads, writes = os.pipe()
+    os.close(reads)
+    with monkeypatch.context() as patch, open(writes, "w") as closed:  # noqa: PTH123  a number
+        patch.setattr(sys, "stdout", closed)
+        with pytest.raises(SystemExit) as ended:
+            group(["runs", "list", "--json"])
+        # What is left in the buffer has nowhere to go either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), writes)
+    assert ended.value.code == 1
+    assert capfd.readouterr().err == ""
+
+
 def test_show_and_compare_draw_curves_and_what_differs(call, three):
     output = call("runs", "show", "run-1").output
     assert "loss   * train   + valid" in output

@@ -59,6 +59,7 @@ def test_each_fit_has_a_series_of_its_own(two_fits, deliver, store, in_mlflow, c
     assert not verify(tracking.open(run.path)).mismatches
 
 
+@pytest.mark.slow
 def test_resume_inside_the_second_fit_continues_its_series(
     record, two_fits, deliver, store, in_mlflow
 ):
@@ -79,6 +80,7 @@ def test_resume_inside_the_second_fit_continues_its_series(
     assert not compare_with_mlflow(past, read_mlflow(past)).mismatches
 
 
+@pytest.mark.slow
 def test_rewind_behind_the_second_fit_takes_its_series_back(
     record, deliver, store, in_mlflow
 ):
@@ -101,6 +103,7 @@ def test_rewind_behind_the_second_fit_takes_its_series_back(
     assert not verify(tracking.open(run.path)).mismatches
 
 
+@pytest.mark.slow
 def test_thinning_counts_each_fit_by_itself(record, deliver, store, in_mlflow):
     run = record(delivery={"per_key": 4}).run
     log_epochs(run, *map(float, range(20)))
