@@ -66,7 +66,8 @@ def format_times(records: Records) -> str:
     epochs = _list_numbers(profile.get("epoch", []), "epoch_s")
     if not fits or not epochs:
         return ""
-    return f", {fits[-1]:.2f} s ({sum(epochs) / len(epochs):.3g} s an epoch)"
+    of_epochs = f" ({sum(epochs) / len(epochs):.3g} s an epoch)" if epochs[1:] else ""
+    return f", {fits[-1]:.2f} s{of_epochs}"
 
 
 def _list_numbers(series: Series, name: str) -> list[float]:
@@ -449,7 +450,8 @@ class Fitted:
         num_params = sum(param.numel() for param in self.model.parameters())
         count = len(self.records.get("metrics", {}).get("train", []))
         name = type(self.model).__name__
-        head = f"Fitted {name}, {num_params:,} parameters, {count} {self.unit}s"
+        units = self.unit if count == 1 else f"{self.unit}s"
+        head = f"Fitted {name}, {num_params:,} parameters, {count} {units}"
         where = f"run {self.run_id} in {self.run_path}" if self.run_id else ""
         if self._best is not None:
             head += f", weights of {self.unit} {self._best}"
