@@ -28,7 +28,7 @@ RANKS.set_forkserver_preload(
     ]
 )
 
-PATIENCE_S = 240
+PATIENCE_S = 500
 """Seconds after which a launch is taken for hung."""
 
 
