@@ -233,7 +233,7 @@ def lr_finder(
     Parameters
     ----------
     learner
-        Learner, or a result to go on from. Several optimizers get the same rate, and their
+        Learner, or a result to start from. Several optimizers get the same rate, and their
         losses are summed.
     data
         As in ``Learner.fit``; repeated if it has fewer batches than steps.

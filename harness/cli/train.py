@@ -83,7 +83,7 @@ def secret_options(command: Callable[..., None]) -> Callable[..., None]:
               help="YAML file with arguments; --set overrides it.")  # fmt: skip
 @click.option("--epochs", help="Number of epochs, or MIN,MAX.")
 @click.option("--max-steps", type=click.IntRange(min=1), metavar="STEPS",
-              help="End after STEPS optimizer steps, whatever --epochs says.")  # fmt: skip
+              help="End after STEPS optimizer steps at the latest.")  # fmt: skip
 @click.option("--valid-every", metavar="EVERY",
               help="Validate every so often: '500 steps', or a number of epochs.")  # fmt: skip
 @click.option("--limit-batches", metavar="N",

@@ -149,7 +149,7 @@ def _summarize_runs(runs_dir: Path | None, limit: int) -> list[dict[str, Any]]:
 def show(run: str, runs_dir: Path | None, as_json: bool) -> None:
     """Show everything about RUN, with its curves.
 
-    RUN is the path or id of a run, or a part of its name.
+    RUN is the path or id of a run, or any part of the id.
     """
     from tracking.cli.describe import describe_run, list_curves  # noqa: PLC0415  imports Arrow
 
