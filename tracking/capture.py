@@ -345,7 +345,7 @@ class Capture:
         )
         with contextlib.suppress(OSError, RuntimeError):  # no more processes or threads
             self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", _BOOT, _PACKAGES],
+                [sys.executable or "", "-I", "-S", "-c", _BOOT, _PACKAGES],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,

@@ -16,7 +16,7 @@ from typing import Any, Final, Literal, NoReturn
 
 from tracking import capture
 from tracking.artifact_logger import ArtifactLogger
-from tracking.delivery.waiting import RunDelivery
+from tracking.delivery.waiting import RunDelivery, call_at_worker_end
 from tracking.errors import InvalidFileError, RunClosedError, RunNotFoundError, warn
 from tracking.store import Manifest, describe_error, get_rank_dir, write_failure
 
@@ -77,6 +77,7 @@ class Run(ArtifactLogger):
         self._earlier_error = get_last_error()
         watch_exit()
         atexit.register(self._finish_at_exit)
+        self._worker_exit = call_at_worker_end(self._finish_at_exit)
 
     # --------------------------------------------------------- history and manifest
 
@@ -233,11 +234,12 @@ class Run(ArtifactLogger):
         if self._status != "running" or os.getpid() != self._pid:
             return
         self._status = status
-        atexit.unregister(self._finish_at_exit)
-        self._end_capture()
-        self.flush()
-        self._record_end(status, error)
-        self._journal.close()
+        self._forget_exit()
+        with contextlib.ExitStack() as last:  # Ctrl-C ends no more than a wait
+            last.callback(self._journal.close)
+            last.callback(self._record_end, status, error)
+            self._end_capture()
+            self.flush()
         if self._deferred:
             warn(
                 f"run {self.id!r}: expected no logging while it finishes, got "
@@ -249,7 +251,7 @@ class Run(ArtifactLogger):
     def _abandon(self) -> None:
         """Stop recording without ending the run, whose manifest stays as it is."""
         self._status = "killed"
-        atexit.unregister(self._finish_at_exit)
+        self._forget_exit()
         self._end_capture()
         self._deferred.clear()
         self._journal.close()
@@ -277,9 +279,15 @@ class Run(ArtifactLogger):
             return bool(Manifest.read(self.path).packages)
         return False
 
+    def _forget_exit(self) -> None:
+        atexit.unregister(self._finish_at_exit)
+        if self._worker_exit is not None:
+            self._worker_exit.cancel()
+
     def _finish_at_exit(self) -> None:
         """Finish the run by the exception that ended the interpreter, if any."""
-        error = find_error(self._earlier_error)
+        # A process of multiprocessing ends while the exception is on its way.
+        error = find_error(self._earlier_error) or sys.exception()
         status = _get_status(error)
         self.finish(status, error if status == "failed" else None)
 

@@ -91,14 +91,19 @@ def test_secrets_in_a_table_are_masked(tmp_path, monkeypatch):
         "text": ["it is hunter2hunter2", "https://me:pw@example.org"],
         "password": ["abc", 3],
         "more": [{"token": "abc"}, ["hunter2hunter2"]],
+        "hunter2hunter2": [1, 2],
     }
     with tracking.start(runs_dir=tmp_path, delivery=False) as run:
         run.log_table("t", columns)
     (file,) = all_files(run)
-    assert json.loads(file.read_text())["data"] == [
-        ["it is ***", "***", {"token": "***"}],
-        ["https://example.org", 3, ["***"]],
+    table = json.loads(file.read_text())
+    assert table["columns"] == ["text", "password", "more", "***"]
+    assert table["data"] == [
+        ["it is ***", "***", {"token": "***"}, 1],
+        ["https://example.org", 3, ["***"], 2],
     ]
+    (row,) = tracking.open(run.path).records(what="tables").to_pylist()
+    assert "hunter2" not in row["payload"]
 
 
 def test_table_shows_pictures_that_lie_beside_it(run):

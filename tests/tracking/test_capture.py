@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -290,3 +291,36 @@ def test_code_is_looked_at_for_each_run_at_a_prompt(repo, monkeypatch, until):
         pass
     until(lambda: Manifest.read(run.path).git is not None)
     assert Manifest.read(run.path).git["dirty"] is True  # type: ignore[index]
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("place", ["capture", "disk"])
+def test_ctrl_c_while_a_run_ends_leaves_it_ended(place, repo, monkeypatch):
+    monkeypatch.chdir(repo)
+    capture._captures.clear()
+    run = tracking.start(runs_dir="runs", delivery=False)
+    run.log_metric("loss", 0.5)
+    assert run._capture is not None
+    run._capture.wait(60.0)
+    if place == "capture":
+        monkeypatch.setattr(run._capture, "wait", interrupt)
+    else:  # while the last rows are sealed, as another thread could be told by Ctrl-C
+        sealer = run._journal._sealer
+        seal = sealer._seal
+
+        def seal_slowly(block, *, must):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.2)
+            return seal(block, must=must)
+
+        monkeypatch.setattr(sealer, "_seal", seal_slowly)
+    with pytest.raises(KeyboardInterrupt):
+        run.finish()
+    assert Manifest.read(run.path).status == "finished"
+    past = tracking.open(run.path)
+    assert past.records(what="metrics").num_rows == 1
+    with tracking.start(run_id=run.id, runs_dir="runs", delivery=False):
+        pass

@@ -81,3 +81,40 @@ def test_error_at_a_prompt_is_no_failure(tmp_path):
 def test_error_before_the_run_is_no_failure(tmp_path):
     code = f"import sys; sys.last_value = sys.last_exc = ValueError()\n{START}"
     assert get_status(tmp_path, code) == "finished"
+
+
+WORKERS = """
+import multiprocessing, sys, tracking
+
+def work(name):
+    run = tracking.start(name=name, delivery=False, runs_dir="runs")
+    run.log_metric("loss", 0.5)
+    if name == "code":
+        sys.exit(3)
+    if name == "error":
+        raise ValueError
+    if name == "ctrl-c":
+        raise KeyboardInterrupt
+
+if __name__ == "__main__":
+    for name in ("returned", "code", "error", "ctrl-c"):
+        child = multiprocessing.get_context("fork").Process(target=work, args=[name])
+        child.start()
+        child.join()
+"""
+
+
+def test_worker_of_multiprocessing_finishes_its_run(tmp_path):
+    subprocess.run(
+        [sys.executable, "-c", WORKERS],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(tracking.__file__).parents[1])},
+        capture_output=True,
+        check=True,
+    )
+    assert {run.name: run.status for run in tracking.list_runs(tmp_path / "runs")} == {
+        "returned": "finished",
+        "code": "failed",
+        "error": "failed",
+        "ctrl-c": "killed",
+    }

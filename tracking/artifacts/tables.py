@@ -43,7 +43,8 @@ def make_table(
     place
         Start of messages.
     mask
-        Called with the column's name and a cell; masks the secrets in it.
+        Called with the column's name and a cell, or with ``""`` and the column's name;
+        masks the secrets in it.
     save_picture
         Called with a cell that is a picture; returns what stands for it in the table.
 
@@ -79,7 +80,8 @@ def make_table(
         [convert(name, cell) for name, cell in zip(names, row, strict=True)]
         for row in rows
     ]
-    return {"columns": _number_duplicates(names), "data": data}
+    words = [mask("", name) for name in names]
+    return {"columns": _number_duplicates(words), "data": data}
 
 
 def encode_table(table: Mapping[str, Any]) -> bytes:

@@ -92,6 +92,7 @@ def list_(
         Query,
         check_name,
         find_main_metric,
+        has_order,
         list_facts,
         sort_key,
     )
@@ -112,7 +113,7 @@ def list_(
         raise click.UsageError(str(error)) from error
     names = dict.fromkeys(name for run in found for name in run["metrics"])
     metric = key or find_main_metric(names) or ""
-    has_metric = [run for run in found if facts[run["id"]].get(metric) is not None]
+    has_metric = [run for run in found if has_order(facts[run["id"]].get(metric))]
     has_metric.sort(
         key=lambda run: sort_key(facts[run["id"]][metric]), reverse=descends
     )
@@ -138,7 +139,7 @@ def _summarize_runs(runs_dir: Path | None, limit: int) -> list[dict[str, Any]]:
     for path in run_paths(runs_dir)[: limit or None]:
         try:
             found.append(summarize_run(PastRun(path)))
-        except (TrackingError, OSError) as error:
+        except (TrackingError, OSError, ValueError) as error:
             render.echo(f"warning: {error}", err=True)
     return found
 

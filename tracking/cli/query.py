@@ -2,7 +2,7 @@
 
 ``valid/loss < 0.1 and (params.lr = 0.001 or not status = "failed")``. A name is a metric
 (``valid/loss`` is its last value, ``valid/loss.min`` its lowest), ``params.lr``, ``tags.note``,
-or a fact such as ``status``.
+or a fact such as ``status``; in quotation marks if it has spaces or signs in it.
 """
 
 from __future__ import annotations
@@ -144,8 +144,9 @@ class Query:
 
     def _parse_comparison(self) -> Test:
         kind, name = self._tokens.pop(0) if self._tokens else ("", "")
-        if kind != "word":
+        if kind not in {"word", "text"}:
             raise self._error("a name", name)
+        name = name[1:-1] if kind == "text" else name
         kind, sign = self._tokens.pop(0) if self._tokens else ("", "")
         if kind != "op":
             raise self._error(f"an operator after {name!r}", sign)
@@ -211,13 +212,17 @@ def as_number(value: Any) -> float | None:
         return None
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # the last one of a long integer
         return None
 
 
-def sort_key(value: Any) -> tuple[bool, bool, float, str]:
-    """Return a key that orders numbers before texts, and what is missing or NaN last."""
+def has_order(value: Any) -> bool:
+    """Whether a value can be less or more than others: not if it is missing or NaN."""
     number = as_number(value)
-    if number is not None:
-        return (math.isnan(number), False, number, "")
-    return (value is None, True, 0.0, "" if value is None else str(value))
+    return value is not None and (number is None or not math.isnan(number))
+
+
+def sort_key(value: Any) -> tuple[bool, float, str]:
+    """Return a key that orders numbers before texts."""
+    number = as_number(value)
+    return (False, number, "") if number is not None else (True, 0.0, str(value))

@@ -21,6 +21,11 @@ _NAME: Final = re.compile(r"[\w\- ]{1,100}")
 
 _NUM_TRIES: Final = 20
 
+_DAMAGES: Final = (
+    AttributeError, KeyError, OSError, TypeError, ValueError, yaml.YAMLError,
+)  # fmt: skip
+"""What reading a damaged description raises."""
+
 
 def check_model_name(name: object, place: str) -> str:
     """Return the name of a model if MLflow takes it."""
@@ -88,22 +93,30 @@ def send_models(writer: RunWriter, run_path: Path) -> None:
                 continue
             model_id = _send_model(writer, path, about)
             writer.set_tag(tag, f"{about['model_uuid']} {model_id}")
-        except (OSError, KeyError, TypeError, yaml.YAMLError, RefusedError) as error:
+        except (*_DAMAGES, RefusedError) as error:
             writer.refused[f"models/{path.name}"] = f"{error}"[:200]
 
 
 def _read_about(path: Path) -> dict[str, Any]:
-    about = yaml.safe_load((path / "MLmodel").read_text())
+    file = path / "MLmodel"
+    if file.is_symlink():
+        raise FileNotFoundError("expected a file MLmodel, got a link")
+    about = yaml.safe_load(file.read_text())
     if not isinstance(about, dict) or not isinstance(about["model_uuid"], str):
         raise TypeError("expected a dictionary with model_uuid in MLmodel")
     return about
+
+
+def _list_links(folder: str, names: list[str]) -> list[str]:
+    """Links in a folder, which MLflow would follow wherever they lead."""
+    return [name for name in names if Path(folder, name).is_symlink()]
 
 
 def _send_model(writer: RunWriter, path: Path, about: dict[str, Any]) -> str:
     """Log one model, with the ids of MLflow in its description; returns its id."""
     with tempfile.TemporaryDirectory() as temporary:
         copy = Path(temporary, "model")
-        shutil.copytree(path, copy, symlinks=True)
+        shutil.copytree(path, copy, ignore=_list_links)
 
         def complete(model_id: str, location: str) -> None:
             ids = {"model_id": model_id, "run_id": writer.run_id}

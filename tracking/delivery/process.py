@@ -81,7 +81,8 @@ def wait_for_delivery(run_path: Path, timeout_s: float) -> bool:
 
 def delivery_command(*arguments: str) -> list[str]:
     """Command line that starts a delivery process from any working directory."""
-    return [sys.executable, "-P", "-c", _BOOT, _PACKAGES, *arguments]
+    # An embedded interpreter may have no program; starting "" is refused by the system.
+    return [sys.executable or "", "-P", "-c", _BOOT, _PACKAGES, *arguments]
 
 
 @contextlib.contextmanager

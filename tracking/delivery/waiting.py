@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from tracking.delivery.options import check_options
 from tracking.delivery.process import DeliveryProcess, Surroundings
@@ -33,6 +33,9 @@ from tracking.errors import (
 from tracking.redaction import redact
 from tracking.settings import read_environment
 from tracking.store import Manifest, find_start_folder
+
+if TYPE_CHECKING:
+    from multiprocessing.util import Finalize
 
 SILENT_S: Final = 10.0
 """Time that the end of the interpreter waits for a server that does not answer."""
@@ -237,7 +240,7 @@ class _Deliveries:
             self._runs[number] = run
             if not self._waits_as_worker:
                 self._waits_as_worker = True
-                _wait_in_worker_process()
+                call_at_worker_end(wait_at_end, 0)
 
     def list_unsent(self) -> list[RunDelivery]:
         """Runs that MLflow does not have completely."""
@@ -290,16 +293,28 @@ def wait_at_end() -> None:
         _report_unsent([run for run in runs if not run.is_done])
 
 
-def _wait_in_worker_process() -> None:
-    """Wait at the end of a process of multiprocessing, which skips exit handlers."""
+def call_at_worker_end(
+    function: Callable[[], None], priority: int = 1
+) -> Finalize | None:
+    """Call a function at the end of a process of multiprocessing, which skips exit handlers.
+
+    Parameters
+    ----------
+    function
+        To call.
+    priority
+        A higher one is called earlier; the wait for deliveries has 0.
+
+    Returns
+    -------
+    what can cancel the call; None in any other process, which calls nothing
+    """
     process = sys.modules.get("multiprocessing.process")
     util = sys.modules.get("multiprocessing.util")
-    if (
-        process is not None
-        and util is not None
-        and process.parent_process() is not None
-    ):
-        util.Finalize(None, wait_at_end, exitpriority=0)
+    if process is None or util is None or process.parent_process() is None:
+        return None
+    finalize: Finalize = util.Finalize(None, function, exitpriority=priority)
+    return finalize
 
 
 @contextlib.contextmanager

@@ -20,6 +20,8 @@ FitNumbers = np.ndarray[Any, np.dtype[np.int64]]
 COLUMN: Final = pa.field("fit", pa.int32(), nullable=False)
 """Column that a table of records gets if a run has several fits."""
 
+MAX_FIT: Final = np.iinfo(np.int32).max
+
 
 @dataclass
 class Fits:
@@ -37,9 +39,10 @@ class Fits:
     numbers: list[int] = field(default_factory=lambda: [1])
 
     def begin(self, seq: int, number: int) -> None:
-        """Add a row behind which a fit begins."""
-        self.starts.append(seq)
-        self.numbers.append(number)
+        """Add a row behind which a fit begins; one with no number of a fit is passed over."""
+        if 1 <= number <= MAX_FIT:
+            self.starts.append(seq)
+            self.numbers.append(number)
 
     def rewind(self, seq: int, position: int) -> None:
         """Add a rewind."""

@@ -8,6 +8,7 @@ rewind up to the position that the next one returned to.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -62,8 +63,10 @@ class Tombstones:
         if not control.num_rows:
             return False
         for row in control.to_pylist():
+            if row["kind"] != "overwrite" and not _is_finite(row["value"]):
+                continue  # in a file that somebody else wrote
             if row["kind"] == "rewind":
-                position = min(int(row["value"]), row["seq"] - 1)
+                position = max(-1, min(int(row["value"]), row["seq"] - 1))
                 self.rewinds.append((row["seq"], position))
                 self.fits.rewind(row["seq"], position)
             elif row["kind"] == "fit":
@@ -117,6 +120,10 @@ class Tombstones:
         last = [self._last_overwrites.get(place, -1) for place in places]
         is_overwritten[where] = seq[where] < np.array(last, np.int64)
         return is_overwritten
+
+
+def _is_finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
 
 
 def list_places(table: pa.Table) -> list[Place]:

@@ -109,6 +109,7 @@ class Journal:
         self._open: list[Block] = [self.block]  # in order; only the keeper changes it
         self._tasks: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._sealer = _Sealer(self.rank_dir, self.rank, self._warn_of)
+        self._has_stopped = threading.Event()
         self._keeper = threading.Thread(
             target=self._run_keeper, name="tracking-keeper", daemon=True
         )
@@ -289,7 +290,15 @@ class Journal:
         )
         self._sealer.is_hurried = True
         self._tasks.put("stop")
-        self._keeper.join()
+        with contextlib.ExitStack() as ends:
+            ends.callback(_JOURNALS.discard, self)
+            ends.callback(self._lock.release)
+            ends.callback(self._sealer.close)
+            ends.callback(self._retire_last, last)
+            _wait_for_end(self._keeper, self._has_stopped)
+
+    def _retire_last(self, last: Block) -> None:
+        """Seal the open blocks, and remove those behind the last one."""
         for block in self._open:
             block.retire()
             if block.number <= last.number:
@@ -297,9 +306,6 @@ class Journal:
             else:
                 block.close(unlink=True)
         self.block.limit = last.limit  # for last_seq
-        self._sealer.close()
-        self._lock.release()
-        _JOURNALS.discard(self)
 
     def close_in_child(self) -> None:
         """Close the copy in a forked child, which must not touch the files."""
@@ -322,6 +328,12 @@ class Journal:
 
     def _run_keeper(self) -> None:
         """Thread: make blocks, retry what failed, pass full blocks to the sealer."""
+        try:
+            self._keep()
+        finally:
+            self._has_stopped.set()
+
+    def _keep(self) -> None:
         next_tick = 0.0
         while True:
             try:
@@ -413,6 +425,18 @@ class Journal:
             )
 
 
+def _wait_for_end(thread: threading.Thread, has_stopped: threading.Event) -> None:
+    """Wait for a thread; what a signal such as Ctrl-C raises meanwhile is raised afterwards.
+
+    ``join`` alone takes a thread for ended once a signal has interrupted it (Python 3.11).
+    """
+    try:
+        has_stopped.wait()
+    finally:
+        has_stopped.wait()
+        thread.join()
+
+
 class _Sealer:
     """Thread that turns full blocks into Arrow files.
 
@@ -433,6 +457,7 @@ class _Sealer:
         self._rank = rank
         self._warn_of = warn_of
         self._queue: queue.SimpleQueue[Block | None] = queue.SimpleQueue()
+        self._has_stopped = threading.Event()
         self._thread = threading.Thread(
             target=self._run, name="tracking-sealer", daemon=True
         )
@@ -445,9 +470,15 @@ class _Sealer:
     def close(self) -> None:
         """Seal what was added and end the thread; it gives up after ``RETRY_S``."""
         self._queue.put(None)
-        self._thread.join()
+        _wait_for_end(self._thread, self._has_stopped)
 
     def _run(self) -> None:
+        try:
+            self._seal_all()
+        finally:
+            self._has_stopped.set()
+
+    def _seal_all(self) -> None:
         waiting: list[Block] = []
         deadline: float | None = None
         while deadline is None or waiting:

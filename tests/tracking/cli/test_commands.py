@@ -24,6 +24,7 @@ from tracking.cli.commands import commands
 from tracking.cli.group import CommandGroup
 from tracking.errors import TrackingError
 from tracking.mlflow_store.server import Server
+from tracking.schema import FIT, REWIND
 
 
 @click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -128,6 +129,41 @@ def test_list_can_choose_and_sort_runs(call, three, words, names):
 )
 def test_list_refuses_what_it_cannot_read(call, three, words, message):
     assert re.search(message, call("runs", "list", *words, code=2).stderr)
+
+
+def test_list_takes_odd_names_and_values(call, record):
+    first = record(name="first", params={"seed": 10**400, "batch size": 8}).run
+    first.log("metrics", "valid", {"acc>0": 0.5}, index=1)
+    first.finish()
+    second = record(name="second", params={"seed": 3}).run
+    second.log("metrics", "valid", {"acc>0": float("nan")}, index=1)
+    second.finish()
+
+    def names(*words):
+        found = json.loads(call("runs", "list", "--json", *words).output)
+        return [run["name"] for run in found]
+
+    assert names("--where", "params.seed = 3") == ["second"]
+    assert names("--where", f"params.seed = {10**400}") == ["first"]
+    assert names("--where", '"valid/acc>0" > 0.1') == ["first"]
+    assert names("--where", "'params.batch size' = 8") == ["first"]
+    # NaN is never the best.
+    for order in ("valid/acc>0", "-valid/acc>0"):
+        assert names("--sort", order) == ["first", "second"]
+
+
+def test_list_and_show_pass_over_control_rows_that_nothing_here_writes(call, record):
+    run = record(name="odd").run
+    for kind in (FIT, REWIND):
+        for number in (float("nan"), float("inf"), -float("inf")):
+            run._journal.write("", "", [("", kind, number, None)])
+    for number in (0.0, -5.0, 1e300):
+        run._journal.write("", "", [("", FIT, number, None)])
+    run.log("metrics", "valid", {"loss": 0.5}, index=1)
+    run.finish()
+    (found,) = json.loads(call("runs", "list", "--json").output)
+    assert found["metrics"]["valid/loss"]["last"] == 0.5
+    assert found["name"] in call("runs", "show", run.id).output
 
 
 def test_list_marks_the_best_by_the_validation_loss(call, three):

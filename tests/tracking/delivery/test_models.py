@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import PurePosixPath
 
 import pytest
 
@@ -60,9 +61,19 @@ def test_models_are_logged_once_and_a_damaged_one_holds_up_no_other(
 ):
     run = record()
     add(run)
-    with adding_model(run.path, "damaged") as folder:
-        (folder / "MLmodel").write_text("[1]")
+    damaged = [
+        "[1]",
+        "{model_uuid: a, metadata: [3]}",
+        "{model_uuid: a, metadata: {step: x}}",
+    ]
+    for number, text in enumerate(damaged):
+        with adding_model(run.path, f"damaged {number}") as folder:
+            (folder / "MLmodel").write_text(text)
     (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "private").write_text("mine")
+    (run.path / "models" / "model" / "linked").symlink_to(tmp_path / "elsewhere")
+    link = run.path / "models" / "model" / "data" / "link"
+    link.symlink_to(tmp_path / "elsewhere" / "private")
     (run.path / "models" / "linked").symlink_to(tmp_path / "elsewhere")
     run.run.finish()
     made = deliver(run.path, store)
@@ -74,5 +85,8 @@ def test_models_are_logged_once_and_a_damaged_one_holds_up_no_other(
     assert found.data.tags["luz.model.model"] == f"one {output.model_id}"
     model = client(store).get_logged_model(output.model_id)
     assert model.name == "model"
-    assert "models/damaged" in made.state.flags["refused"]
+    for number in range(len(damaged)):
+        assert f"models/damaged {number}" in made.state.flags["refused"]
+    sent = client(store).list_logged_model_artifacts(output.model_id, "data")
+    assert [PurePosixPath(file.path).name for file in sent] == ["model.pt2"]
     assert "luz.model.linked" not in found.data.tags

@@ -116,6 +116,7 @@ import multiprocessing
 
 def work(queue):
     queue.put(record(delivery={"wait_s": 400}).id)
+    tracking.start(runs_dir="runs", delivery={"wait_s": 400})  # finished at the end
 
 def main():
     mine = record()

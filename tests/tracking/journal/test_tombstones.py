@@ -32,7 +32,7 @@ def replay(rows):
         if kind == "rewind":
             now, fit = after[max(-1, min(number, seq - 1)) + 1]
         elif kind == "fit":
-            fit = number
+            fit = number if number > 0 else fit
         elif kind == "overwrite":
             now = [old for old in now if (rows[old][1], fits[old]) != (number, fit)]
         else:
