@@ -44,6 +44,7 @@ from harness.checkpoint.search import (
 from harness.checks.optimizers import is_users
 from harness.context import Context
 from harness.data.loaders import unwrap_tensors
+from harness.data.pace import LimitedLoader
 from harness.pytree import StateDict, map_tensors
 from harness.records import RecordBook, iter_filled, pack_records, unpack_records
 from harness.reshard.consolidated import option_groups, weights_dtype
@@ -281,6 +282,8 @@ def describe_fit(ctx: Context) -> dict[str, Any]:
     assert ctx.accelerator is not None
     precision = ctx.accelerator.precision
     params = name_parameters(model, search_context(ctx))
+    loaders = {"train": data, **ctx.valid_sets}
+    limits = {n: own.limit for n, own in loaders.items() if type(own) is LimitedLoader}
     return {
         "model": f"{type(model).__module__}:{type(model).__qualname__}",
         "hparams": str(encode_hparams(ctx.hparams)),
@@ -301,6 +304,7 @@ def describe_fit(ctx: Context) -> dict[str, Any]:
         # Checkpoints from before there was a choice do not name it.
         **({} if precision == "fp32" else {"precision": precision}),
         **({"valid_every": str(ctx.pace)} if ctx.pace.is_given else {}),
+        **({"limit_batches": limits} if limits else {}),
         "groups": describe_groups(ctx.optimizers, params),
         "frozen": [n for n, p in model.named_parameters() if not p.requires_grad],
         "callbacks": describe_callbacks(ctx.callbacks),

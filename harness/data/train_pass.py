@@ -164,7 +164,8 @@ class TrainPass:
         """Return what is left of a loader that saves its own position."""
         rest = None
         if isinstance(self._loader, LimitedLoader):
-            rest = self._loader.limit - self._num_done - len(self._prefetched)
+            num_given = self._num_done + len(self._prefetched)
+            rest = max(0, self._loader.limit - num_given)  # it may be lower than before
         if rest == 0 or self.is_read:
             next(batches, None)  # a loader may take up its position only now
             return iter(())

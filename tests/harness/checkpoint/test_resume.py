@@ -163,6 +163,29 @@ def test_resume_of_a_finished_fit_trains_and_validates_nothing_again(
             assert torch.equal(value, whole.model.state_dict()[name])
 
 
+def test_lower_limit_ends_the_resumed_epoch_and_strict_refuses_it(
+    tmp_path: Path,
+) -> None:
+    def train(limit: int, *callbacks: harness.Callback) -> list[str]:
+        tape = Tape()
+        sgd().fit(
+            StartsAnew(),
+            1,
+            limit_batches=limit,
+            callbacks=[*callbacks, tape],
+            tracker=False,
+            verbose=False,
+        )
+        return tape.events
+
+    train(5, ModelCheckpoint(tmp_path, every_n_epochs=0, every_n_steps=4))
+    (path,) = tmp_path.iterdir()
+    assert train(5, ResumeFromCheckpoint(path)).count("on_train_batch_end") == 1
+    assert "on_train_batch_end" not in train(3, ResumeFromCheckpoint(path))
+    with pytest.raises(CheckpointError, match=r"limit_batches: saved .*5.*now .*3"):
+        train(3, ResumeFromCheckpoint(path, strict=True))
+
+
 def test_metric_whose_state_takes_its_shape_from_the_first_batch_resumes(
     tmp_path: Path,
 ) -> None:
