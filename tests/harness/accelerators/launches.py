@@ -11,6 +11,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -115,15 +116,17 @@ class Launches:
 
     def __init__(self, folder: Path, module: str) -> None:
         self._folder, self._module = folder, module
-        self._done: dict[tuple[int, tuple[int, ...]], dict[str, str]] = {}
+        self._done: dict[tuple[int, tuple[int, ...], tuple[str, ...]], Any] = {}
 
     def said(
         self, world: int, stages: list[int], names: list[str], name: str, stage: int
     ) -> str:
         """How a case of a group went: "ok", or the tracebacks of the ranks."""
-        key = world, tuple(stages)
+        key = world, tuple(stages), tuple(names)
         if key not in self._done:
-            own = self._folder / f"{world}-{'-'.join(map(str, stages))}"
+            own = (
+                self._folder / f"{len(self._done)}-{world}-{'-'.join(map(str, stages))}"
+            )
             own.mkdir()
             self._done[key] = run_cases(own, self._module, world, stages, names)
         return self._done[key][f"{name}-{stage}"]

@@ -76,10 +76,14 @@ def fit(lab: Lab, case: exact.Case, folder: Path, after: int = 0) -> dict[str, A
     }
 
 
+QUICK, SOME = (1, 3), (2, 3, 5)
+"""ZeRO stages at which fits are broken off after some batches only; at others after each."""
+
+
 def resumed(lab: Lab, case: exact.Case, name: str) -> None:
-    """Break off after each batch, go on, and compare with the unbroken fit."""
+    """Break off after batches, go on, and compare with the unbroken fit."""
     whole = fit(lab, case, lab.folder / "whole")
-    for after in range(1, exact.EPOCHS * BATCHES + 1):
+    for after in SOME if lab.stage in QUICK else range(1, exact.EPOCHS * BATCHES + 1):
         folder = lab.folder / f"broken-{after}"
         try:
             fit(lab, case, folder, after)

@@ -7,7 +7,8 @@ import pytest
 from tests.harness.accelerators.launches import Launches
 from tests.harness.accelerators.resumes import CASES, NAMES
 
-OTHERS = [name for name in CASES if name not in NAMES]
+STAGES = {0: NAMES, 1: [*CASES], 2: [*CASES], 3: NAMES}
+"""The cases of each ZeRO stage, run in one launch."""
 
 MODULE = "tests.harness.accelerators.resumes"
 
@@ -20,21 +21,15 @@ def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> Launches:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    "stage",
-    [pytest.param(n, marks=[pytest.mark.slow] * (n in (0, 2))) for n in range(4)],
+    ("stage", "name"),
+    [
+        pytest.param(stage, name, marks=[pytest.mark.slow] * (stage in (0, 2)))
+        for stage, names in STAGES.items()
+        for name in names
+    ],
 )
-@pytest.mark.parametrize("name", NAMES)
 def test_resume_on_two_ranks_is_exact(
-    name: str, stage: int, on_ranks: Launches
+    stage: int, name: str, on_ranks: Launches
 ) -> None:
-    said = on_ranks.said(2, [stage], NAMES, name, stage)
-    assert said == "ok", said
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize("name", OTHERS)
-def test_resume_of_validation_by_steps_on_two_ranks_is_exact(
-    name: str, on_ranks: Launches
-) -> None:
-    said = on_ranks.said(2, [1], OTHERS, name, 1)
+    said = on_ranks.said(2, [stage], STAGES[stage], name, stage)
     assert said == "ok", said
