@@ -282,8 +282,12 @@ def describe_fit(ctx: Context) -> dict[str, Any]:
     assert ctx.accelerator is not None
     precision = ctx.accelerator.precision
     params = name_parameters(model, search_context(ctx))
-    loaders = {"train": data, **ctx.valid_sets}
-    limits = {n: own.limit for n, own in loaders.items() if type(own) is LimitedLoader}
+    loaders: dict[str, object] = {"train": data, **ctx.valid_sets}
+    limits = {
+        name: loader.limit
+        for name, loader in loaders.items()
+        if isinstance(loader, LimitedLoader)
+    }
     return {
         "model": f"{type(model).__module__}:{type(model).__qualname__}",
         "hparams": str(encode_hparams(ctx.hparams)),
