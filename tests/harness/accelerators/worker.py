@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib
 import json
+import multiprocessing
 import os
 import sys
 import traceback
@@ -50,4 +51,7 @@ def run_rank(
     os.dup2(log, sys.stdout.fileno())
     os.dup2(log, sys.stderr.fileno())
     gc.freeze()  # what is imported is never searched for garbage
+    # Workers of loaders start as in a program of the user's.
+    usual, *_ = multiprocessing.get_all_start_methods()
+    multiprocessing.set_start_method(usual, force=True)
     sys.exit(main(folder, module, stages, names))
