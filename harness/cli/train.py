@@ -267,7 +267,7 @@ def check_early(target: str, options: Options) -> None:
     click.UsageError
         If an argument of ``harness fit`` is wrong.
     """
-    from harness.errors import ExperimentError  # noqa: PLC0415  keeps --help quick
+    from harness.errors import CheckpointError, ExperimentError  # noqa: PLC0415  keeps --help quick
 
     arguments, places = _read_arguments(options)
     try:
@@ -276,7 +276,12 @@ def check_early(target: str, options: Options) -> None:
         raise click.UsageError(str(error)) from error
     _parse_epochs(options["epochs"])
     if options["resume"] is not None:
-        open_run(options["resume"], options["runs_dir"])
+        past = open_run(options["resume"], options["runs_dir"])
+        if not any((past.path / "checkpoints").glob("[!.]*")):
+            msg = (
+                f"harness resume: expected a checkpoint of run {past.id!r}, found none."
+            )
+            raise CheckpointError(f"{msg} It saved none: repeat its command instead.")
 
 
 def load_experiment(target: str, options: Options) -> Experiment:

@@ -99,6 +99,18 @@ def test_wrong_usage_ends_with_2_and_one_clear_line(call, case, folder):
     assert not (folder / "runs").exists()
 
 
+def test_resume_of_a_run_without_checkpoints_says_to_repeat_its_command(call, folder):
+    words = ["--set", "way=error", "--quiet", "--no-deliver", "--no-checkpoints"]
+    call("fit", "exp_cli.py:experiment", *words)
+    (run,) = tracking.list_runs()
+    done = call("resume", run.id)
+    assert done.exit_code == 1
+    assert done.output == (
+        f"error: CheckpointError: harness resume: expected a checkpoint of run {run.id!r},"
+        " found none. It saved none: repeat its command instead.\n"
+    )
+
+
 def test_fit_failing_in_mid_epoch_ends_with_1_and_keeps_the_record(call, folder):
     words = ["--set", "way=error", "--quiet", "--no-deliver", "--name", "broken"]
     done = call("fit", "exp_cli.py:experiment", *words)
