@@ -31,7 +31,7 @@ LAUNCHER_S = 30.0
 
 
 class Interrupt(Callback):
-    """Ends the fit after the batch on Ctrl-C, SIGTERM or SIGUSR1; a second Ctrl-C ends it now.
+    """Ends the fit after the batch on a signal, such as Ctrl-C; a second Ctrl-C ends it now.
 
     Several ranks check for signals together, so that they end at the same batch. They do so
     after each batch, or every few batches if these are short. Outside the main thread, no
@@ -76,7 +76,10 @@ class Interrupt(Callback):
         self._num_batches, self._num_due, self._checked_at = 0, 1, self.clock()
         if threading.current_thread() is threading.main_thread():
             for number in self.signals:
-                self._before[number] = signal.signal(number, self._on_signal)
+                # `nohup` ignores SIGHUP, so that the fit outlives its terminal.
+                is_nohup = signal.getsignal(number) == signal.SIG_IGN
+                if not (is_nohup and number.name == "SIGHUP"):
+                    self._before[number] = signal.signal(number, self._on_signal)
 
     def _on_signal(self, signum: int, _: FrameType | None) -> None:
         """Remember the first signal; raise at a second Ctrl-C."""

@@ -14,8 +14,8 @@ from typing import Any
 
 GROUP_SIGNALS = tuple(
     signal.Signals[name]
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1")
-    if hasattr(signal, name)  # Windows has no SIGUSR1
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
+    if hasattr(signal, name)  # Windows has only the first two
 )
 """Signals that a terminal or a job scheduler sends to every process of a group."""
 

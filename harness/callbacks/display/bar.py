@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Sequence
 
@@ -43,7 +44,7 @@ class ProgressBar:
         self.drawn_at = now
         self.done_before: int | None = None
         self._title, self._total, self._began_at = title, total, now
-        self._is_drawn = False
+        self._is_drawn = self._is_lost = False
         self._console = Console(file=sys.stderr, highlight=False)
 
     @property
@@ -79,9 +80,15 @@ class ProgressBar:
         fit_left_s : seconds
             Time until the fit ends; None: not known.
         """
-        self.drawn_at, self._is_drawn = now, True
+        self.drawn_at = now
+        if self._is_lost:
+            return
+        self._is_drawn = True
         title, text = self._format_ends(done, values, now, width, fit_left_s)
-        self._show(title, done, text, width - len(title) - len(text) - 2, now)
+        try:
+            self._show(title, done, text, width - len(title) - len(text) - 2, now)
+        except OSError:  # the terminal was closed; training continues without it
+            self._is_drawn, self._is_lost = False, True
 
     def _show(self, title: str, done: int, text: str, room: int, now: float) -> None:
         """Write the line, with a bar of `room` columns in it."""
@@ -111,7 +118,8 @@ class ProgressBar:
     def erase(self) -> None:
         """Erase the line, if it was drawn."""
         if self._is_drawn:
-            self._console.control(ERASE_LINE)
+            with contextlib.suppress(OSError):
+                self._console.control(ERASE_LINE)
 
     def _format_details(
         self,

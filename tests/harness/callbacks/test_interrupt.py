@@ -14,7 +14,7 @@ from harness.callbacks import ModelCheckpoint, ResumeFromCheckpoint, interrupt
 from tests.harness.fakes import At, Tape, line_learner, slope
 
 OFF: dict[str, Any] = {"tracker": False, "verbose": False}
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 def handlers():
@@ -49,6 +49,16 @@ class OneOfTwo(SingleDevice):
         self.checks.append(tuple(tensor.tolist()))
         theirs = self.signals.pop(0) if self.signals else 0
         return torch.maximum(tensor, torch.tensor([float(theirs), 0.0]))
+
+
+def test_fit_outlives_its_terminal_under_nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        fitted = fit(raising(signal.SIGHUP))
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert len(fitted.records["metrics"]["train"]) == 3
 
 
 @pytest.mark.parametrize("number", SIGNALS)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import io
 import re
+import sys
 from contextlib import redirect_stderr
 from typing import Any
 
@@ -222,6 +224,22 @@ def test_progress_of_a_resumed_epoch_leaves_no_bar_above_the_report(tmp_path):
     text = fit_in_terminal(resume, num_rows=64)
     assert "random generators    restored" in text
     assert not [line for line in screen(text) if "━" in line]
+
+
+class Closed(io.StringIO):
+    """A terminal that was closed."""
+
+    def write(self, text: str) -> int:
+        raise OSError(5, "Input/output error")
+
+
+def test_bar_of_a_terminal_that_was_closed_is_not_drawn_and_fails_nothing(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Closed())
+    bar = ProgressBar("epoch 1/1 train", 100, 0.0)
+    for done in (1, 2):
+        bar.draw(done, (), float(done), 80)
+    bar.erase()
+    assert bar.drawn_at == 2.0
 
 
 def test_progress_of_short_splits_is_drawn_at_most_ten_times_a_second():
