@@ -29,15 +29,16 @@ _EXAMPLE: Final = (
 
 def list_facts(summary: dict[str, Any]) -> dict[str, Any]:
     """Names and values that ``--where`` and ``--sort`` know, from ``summarize_run``."""
-    facts = {
-        key: value for key, value in summary.items() if not isinstance(value, dict)
-    }
+    facts: dict[str, Any] = {}
     for what in ("params", "tags"):
         facts |= {f"{what}.{name}": value for name, value in summary[what].items()}
     for name, values in summary["metrics"].items():
         facts[name] = values["last"]
         facts |= {f"{name}.{which}": values[which] for which in ("min", "max")}
-    return facts
+    # Last, so that a metric named "status" does not take its place.
+    return facts | {
+        key: value for key, value in summary.items() if not isinstance(value, dict)
+    }
 
 
 def find_main_metric(names: Iterable[str]) -> str | None:

@@ -30,6 +30,8 @@ TABLES_TAG: Final = "mlflow.loggedArtifacts"
 _THUMBNAIL: Final = 256
 _MAX_NAME: Final = 100
 _UNFIT: Final = re.compile(r"[^\w.\- ]+", re.ASCII)
+_TAKEN: Final = re.compile(r"-?\d+|.*\.json", re.ASCII)
+"""Last words of names that files of another series of tables may have."""
 
 Uploads = dict[str, dict[str, Any]]
 """By path in MLflow: ``file``, below the run's artifacts, and what is made of it."""
@@ -130,6 +132,8 @@ def _add_image(uploads: Uploads, row: Mapping[str, Any], about: dict[str, Any]) 
 def _add_table(uploads: Uploads, row: Mapping[str, Any], about: dict[str, Any]) -> str:
     """Add a table, its pictures, and the newest of its series; return the path of that."""
     key = _fit_key(row["set"]).replace("~", "/")
+    if _TAKEN.fullmatch(PurePosixPath(key).name):
+        key += f"-{hashlib.sha256(row['set'].encode()).hexdigest()[:8]}"
     newest = f"tables/{key}.json"
     for path in (f"tables/{key}/{_get_step(row)}.json", newest):
         uploads[path] = _describe_source(row, about)

@@ -137,6 +137,7 @@ def test_list_takes_odd_names_and_values(call, record):
     first.finish()
     second = record(name="second", params={"seed": 3}).run
     second.log("metrics", "valid", {"acc>0": float("nan")}, index=1)
+    second.log("metrics", "", {"status": 1.0}, index=1)
     second.finish()
 
     def names(*words):
@@ -147,6 +148,7 @@ def test_list_takes_odd_names_and_values(call, record):
     assert names("--where", f"params.seed = {10**400}") == ["first"]
     assert names("--where", '"valid/acc>0" > 0.1') == ["first"]
     assert names("--where", "'params.batch size' = 8") == ["first"]
+    assert names("--where", "status = finished") == ["second", "first"]
     # NaN is never the best.
     for order in ("valid/acc>0", "-valid/acc>0"):
         assert names("--sort", order) == ["first", "second"]

@@ -129,3 +129,16 @@ def test_long_series_is_thinned_and_a_number_of_the_same_what_stays_a_metric(rec
     names = [FILE.fullmatch(path).group(2) for path in scan.properties().artifacts]
     assert sorted(map(int, set(names))) == [*range(200), *range(200, 210, 2)]
     assert SeriesId("images", "seen", "count") in scan.keys.by_series
+
+
+def test_tables_of_one_series_take_no_place_of_another(record):
+    run = record().run
+    for name, step in (("a", 5), ("a/5", 1), ("a.json", -2), ("a/-2", 1)):
+        run.log_table(name, {"name": [name]}, step=step)
+    run.finish()
+    scan = JournalScan(get_rank_dir(run.path, 0))
+    scan.read_all()
+    paths = {n for n in scan.properties().artifacts if n.startswith("tables/")}
+    assert len(paths) == 8  # for each table a file, and the newest of its series
+    folders = {str(folder) for path in paths for folder in Path(path).parents}
+    assert not paths & folders
