@@ -226,21 +226,27 @@ class _Deliveries:
         """Hand a run over to a process with these surroundings; start one if needed."""
         with self._lock:
             number = next(self._numbers)
-            for process in self._processes:
-                if process.surroundings == surroundings and run.hand_to(
-                    process, number
-                ):
-                    break
-            else:
-                process = DeliveryProcess(
-                    run.run_path, surroundings, self._note_report, self._replace
-                )
-                self._processes.append(process)
-                run.hand_to(process, number)
-            self._runs[number] = run
+            self._runs[number] = run  # first: the report may come at once
+            try:
+                self._hand_over(run, number, surroundings)
+            except OSError:
+                del self._runs[number]
+                raise
             if not self._waits_as_worker:
                 self._waits_as_worker = True
                 call_at_worker_end(wait_at_end, 0)
+
+    def _hand_over(
+        self, run: RunDelivery, number: int, surroundings: Surroundings
+    ) -> None:
+        for process in self._processes:
+            if process.surroundings == surroundings and run.hand_to(process, number):
+                return
+        process = DeliveryProcess(
+            run.run_path, surroundings, self._note_report, self._replace
+        )
+        self._processes.append(process)
+        run.hand_to(process, number)
 
     def list_unsent(self) -> list[RunDelivery]:
         """Runs that MLflow does not have completely."""
@@ -248,11 +254,12 @@ class _Deliveries:
             return list(self._runs.values())
 
     def _note_report(self, number: int, is_done: bool) -> None:
-        run = self._runs.get(number)
-        if run is not None:
-            run.end(is_done)
-            if is_done:
-                del self._runs[number]
+        with self._lock:
+            run = self._runs.get(number)
+            if run is not None:
+                run.end(is_done)
+                if is_done:
+                    del self._runs[number]
 
     def _replace(self, ended: DeliveryProcess) -> None:
         """Hand over again what a process did not deliver that was killed or just ended."""

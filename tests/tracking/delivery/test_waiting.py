@@ -15,8 +15,9 @@ import pytest
 
 import tracking
 from tests.harness.terminal import in_terminal
+from tracking.delivery.process import Surroundings
 from tracking.delivery.state import DeliveryState
-from tracking.delivery.waiting import _show
+from tracking.delivery.waiting import RunDelivery, _Deliveries, _show
 from tracking.store import Manifest
 
 BEGIN = """
@@ -214,3 +215,25 @@ def test_line_of_a_wait_is_one_line_of_the_terminal(tmp_path):
     states = [DeliveryState(behind=3)]
     text = in_terminal(lambda: _show([run], states, 5.0, ""), 60)  # type: ignore[list-item]
     assert len(text.removeprefix("\r").removesuffix("\x1b[K")) == 59
+
+
+@pytest.mark.parametrize("is_done", [True, False])
+def test_report_that_comes_at_once_counts(is_done, tmp_path):
+    deliveries, surroundings = _Deliveries(), Surroundings({}, "/", "/")
+
+    class Process:
+        """Reports while a run is handed over."""
+
+        def __init__(self):
+            self.surroundings = surroundings
+
+        def take(self, request):
+            deliveries._note_report(request["number"], is_done)
+            return True
+
+    deliveries._processes.append(Process())  # type: ignore[arg-type]
+    run = RunDelivery(tmp_path)
+    deliveries.add(run, surroundings)
+    assert run.is_over
+    assert run.is_done is is_done
+    assert deliveries.list_unsent() == ([] if is_done else [run])
