@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import reprlib
 from numbers import Integral, Real
 from pathlib import Path
 
@@ -20,7 +21,7 @@ def parse_epochs(epochs: object) -> tuple[int, int]:
     if not isinstance(epochs, tuple | list):
         return check_epochs(0, epochs)
     if len(epochs) != 2:
-        msg = f"epochs: expected a pair (min_epochs, max_epochs), got {epochs!r}."
+        msg = f"epochs: expected a pair (min_epochs, max_epochs), got {reprlib.repr(epochs)}."
         raise ValueError(f"{msg} Pass an int, or a pair.")
     return check_epochs(*epochs)
 
@@ -49,8 +50,11 @@ def check_epochs(min_epochs: object, max_epochs: object) -> tuple[int, int]:
 
 def _check_whole_number(name: str, value: object) -> int:
     if not isinstance(value, Integral) or isinstance(value, bool):
-        msg = f"epochs: expected {name} as a whole number, got {value!r}."
-        raise TypeError(f"{msg} Pass an int, or a pair (min_epochs, max_epochs).")
+        msg = f"epochs: expected {name} as a whole number, got {reprlib.repr(value)}."
+        advice = "Pass an int, or a pair (min_epochs, max_epochs)."
+        if getattr(value, "ndim", 0):
+            advice = "Data is one argument: fit((input, target), epochs)."
+        raise TypeError(f"{msg} {advice}")
     return int(value)
 
 

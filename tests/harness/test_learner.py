@@ -453,6 +453,14 @@ def test_epochs_as_a_pair_hold_back_early_stopping():
         assert len(fitted.records["metrics"]["train"]) == ran
 
 
+def test_fit_with_the_target_in_place_of_epochs_says_how_data_is_given():
+    with pytest.raises(TypeError) as refused:
+        line_learner().fit(torch.zeros(64, 1), torch.zeros(64, 1))
+    (told,) = str(refused.value).splitlines()
+    assert told.endswith("Data is one argument: fit((input, target), epochs).")
+    assert len(told) < 160
+
+
 def test_epochs_in_a_pair_of_three_are_refused():
     with pytest.raises(ValueError, match=r"epochs: expected a pair .*got \(1, 2, 3\)"):
         line_learner().fit(slope(2), (1, 2, 3), **OFF)  # type: ignore[arg-type]
