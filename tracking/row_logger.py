@@ -242,9 +242,12 @@ class RowLogger:
             rows = []
             while self._deferred:
                 rows.append(self._deferred.popleft())
-            values = fetch_values(
-                [copy for _, _, _, leaf, _ in rows for copy in find_copies(leaf[3])]
-            )
+            copies = [copy for *_, leaf, _ in rows for copy in find_copies(leaf[3])]
+            try:
+                values = fetch_values(copies)
+            except (KeyboardInterrupt, SystemExit):  # while it waited for the device
+                self._deferred.extendleft(reversed(rows))
+                raise
             lost: dict[str, str] = {}
             for now, what, set, (name, _, _, value), counts in rows:
                 place = _describe_call(what, set)

@@ -21,6 +21,7 @@ import pytest
 import torch
 
 import tracking
+from tracking import row_logger
 from tracking.api import start
 from tracking.delivery.state import DeliveryState
 from tracking.delivery.waiting import _report_unsent
@@ -1221,3 +1222,28 @@ def test_secrets_in_params_tags_inputs_and_texts_are_masked(tmp_path, monkeypatc
     assert past.params["tokenizer"] == "gpt2"
     assert past.params["db/url"] == "postgres://h/x"
     assert "as it is" in text
+
+
+def test_ctrl_c_while_a_device_is_waited_for_loses_no_row(runs, monkeypatch):
+    run = tracking.start(runs_dir=runs, delivery=False)
+    read, num_calls = row_logger.fetch_values, 0
+
+    def read_late(copies):
+        nonlocal num_calls
+        num_calls += 1
+        if threading.current_thread() is threading.main_thread() and num_calls == 1:
+            raise KeyboardInterrupt
+        return read(copies)
+
+    with run._reading:  # no other thread reads meanwhile
+        run.log("metrics", "train", {"a": torch.tensor(1.5), "b": torch.tensor(2.5)})
+        assert run._deferred
+        monkeypatch.setattr(row_logger, "fetch_values", read_late)
+        with pytest.raises(KeyboardInterrupt):
+            run.flush()
+    run.finish("killed")
+    rows = tracking.open(run.path).records(what="metrics")
+    assert rows.select(["name", "value"]).to_pylist() == [
+        {"name": "a", "value": 1.5},
+        {"name": "b", "value": 2.5},
+    ]
