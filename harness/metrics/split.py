@@ -252,7 +252,8 @@ class SplitMetrics:
         """The loss and metrics so far on this rank, for a display; what is kept stays as it is.
 
         Only torchmetrics' own metrics of a single number are asked, which are cheap: those
-        that sum up tensors. Batches that wait for a grouped update are not in it.
+        that sum up tensors, and that need no other rank. Batches that wait for a grouped
+        update are not in it.
         """
         means = self.loss.peek()
         found = {
@@ -261,9 +262,7 @@ class SplitMetrics:
         }
         for name in self._due:
             metric = self._metrics[name]
-            is_plain = type(metric).__module__.startswith("torchmetrics.")
-            is_cheap = is_plain and metric._defaults and not has_sample_lists(metric)
-            if not is_cheap or not metric.update_called:
+            if not _can_peek(metric):
                 continue
             with suppress(
                 Exception
@@ -443,3 +442,11 @@ def as_numbers(value: object) -> Any:
     if isinstance(value, tuple | list):
         return {str(position): as_numbers(item) for position, item in enumerate(value)}
     return value
+
+
+def _can_peek(metric: Metric) -> bool:
+    """Whether a metric tells its value so far cheaply, and on this rank alone."""
+    is_plain = type(metric).__module__.startswith("torchmetrics.")
+    is_sum = bool(metric._defaults) and not has_sample_lists(metric)
+    is_alone = not any(map(syncs_itself, submetrics_of(metric).values()))
+    return is_plain and is_sum and is_alone and metric.update_called

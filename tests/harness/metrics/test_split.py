@@ -571,3 +571,11 @@ def test_metric_with_the_context_resumes(tmp_path):
     fit(harness.callbacks.ModelCheckpoint(tmp_path, every_n_steps=3))
     resumed = fit(harness.callbacks.ResumeFromCheckpoint(tmp_path))
     assert resumed.records["metrics"]["train"][-1]["counts_training"] == 8
+
+
+def test_value_so_far_asks_no_metric_that_asks_other_ranks():
+    own = MeanMetric(dist_sync_fn=lambda tensor, group: [tensor])
+    metrics = split_metrics({"plain": MeanMetric(), "own": own})
+    for metric in metrics._metrics.values():
+        metric.update(torch.tensor([1.0, 3.0]))
+    assert metrics.peek() == {"plain": 2.0}
