@@ -21,7 +21,7 @@ import pytest
 import torch
 
 import tracking
-from tracking import row_logger
+from tracking import row_logger, schema
 from tracking.api import start
 from tracking.delivery.state import DeliveryState
 from tracking.delivery.waiting import _report_unsent
@@ -1226,7 +1226,7 @@ def test_secrets_in_params_tags_inputs_and_texts_are_masked(tmp_path, monkeypatc
 
 def test_ctrl_c_while_a_device_is_waited_for_loses_no_row(runs, monkeypatch):
     run = tracking.start(runs_dir=runs, delivery=False)
-    read, num_calls = row_logger.fetch_values, 0
+    read, num_calls = schema.fetch_values, 0
 
     def read_late(copies):
         nonlocal num_calls
