@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from harness.callback import MetricsListener
 from harness.checks.values import as_path, check_folder
 from harness.context import Context
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def format_value(value: object) -> str:
@@ -47,6 +52,7 @@ class CSVLogger(MetricsListener):
     def on_fit_begin(self) -> None:
         """Create the file; a resumed fit keeps the old one until it has an epoch to add."""
         self._is_begun, self._written = False, 0
+        self._last: list[tuple[object, ...]] = []
         if self.ctx.resume is None and self._is_writer:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._write([self._columns], "w")
@@ -64,23 +70,27 @@ class CSVLogger(MetricsListener):
         self.react()
 
     def react(self) -> None:
-        """Add the new metrics; the first time, all that there are."""
+        """Add the new metrics; write all where there is no file yet, or a value was replaced.
+
+        By steps, values are replaced if no optimizer stepped between two epochs.
+        """
         if not self._is_writer:
             return
-        frame = self.ctx.get_metrics_df()
         unit, now = self.ctx.pace.unit, self.ctx.index or 0
-        if self._is_begun:
-            frame = frame[(frame[unit] > self._written) & (frame[unit] <= now)]
-        frame = frame.sort_values(unit, kind="stable")
-        columns = (frame[name] for name in self._columns)
-        rows = zip(*columns, strict=True)
-        lines: list[tuple[object, ...]]
-        lines = [(e, s, m, format_value(v)) for e, s, m, v in rows]
-        if not self._is_begun:
-            lines.insert(0, self._columns)
-        self._write(lines, "a" if self._is_begun else "w")
+        frame = self.ctx.get_metrics_df().sort_values(unit, kind="stable")
+        is_new = (frame[unit] >= self._written) & (frame[unit] <= now)
+        lines, num_last = self._format(frame[is_new]), len(self._last)
+        if self._is_begun and lines[:num_last] == self._last:
+            self._write(lines[num_last:], "a")
+        else:
+            self._write([self._columns, *self._format(frame)], "w")
+        self._last = [line for line in lines if line[0] == now]
         self._is_begun, self._written = True, now
 
-    def _write(self, rows: list[tuple[object, ...]], mode: str) -> None:
+    def _format(self, frame: pd.DataFrame) -> list[tuple[object, ...]]:
+        rows = zip(*(frame[name] for name in self._columns), strict=True)
+        return [(at, split, metric, format_value(v)) for at, split, metric, v in rows]
+
+    def _write(self, rows: Iterable[tuple[object, ...]], mode: str) -> None:
         with self.path.open(mode, newline="", encoding="utf-8") as file:
             csv.writer(file).writerows(rows)

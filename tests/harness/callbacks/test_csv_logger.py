@@ -3,9 +3,13 @@ from __future__ import annotations
 import csv
 from typing import Any
 
+import pytest
+import torch
+from torch import nn
+
 import harness
 from harness.callbacks import CSVLogger
-from tests.harness.fakes import At, line_learner, slope
+from tests.harness.fakes import At, Line, line_learner, slope
 from tests.harness.test_loop import Pair
 
 OFF: dict[str, Any] = {"tracker": False, "verbose": False}
@@ -103,3 +107,33 @@ def test_csv_logger_knows_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     line_learner().fit(slope(4), 1, callbacks=[CSVLogger("~/log.csv")], **OFF)
     assert (tmp_path / "log.csv").read_text().startswith("epoch,set,metric,value")
+
+
+class StepsOnce(Line):
+    """Steps in its third batch, which is in the second epoch."""
+
+    def step(self):
+        self.calls = getattr(self, "calls", 0) + self.ctx.training
+        loss = nn.functional.mse_loss(self(self.ctx.input), self.ctx.target)
+        if self.ctx.training and self.calls == 3:
+            self.ctx.optimize(loss)
+        else:
+            self.ctx.loss = loss.detach()
+
+
+def test_csv_of_a_fit_by_steps_has_what_replaced_a_value(tmp_path):
+    path = tmp_path / "fit.csv"
+    learner = harness.setup(StepsOnce, optimizer=torch.optim.SGD)
+    with pytest.warns(UserWarning, match="expected an optimizer step in epoch 1"):
+        fitted = learner.set_opt_hparams(lr=0.1).fit(
+            slope(4),
+            2,
+            slope(2),
+            valid_every="3 steps",
+            callbacks=[CSVLogger(path)],
+            dataloader_options={"batch_size": 2},
+            **OFF,
+        )
+    frame = fitted.get_metrics()
+    assert [float(row["value"]) for row in read(path)] == frame["value"].tolist()
+    assert len(frame) == 2
