@@ -251,7 +251,7 @@ def check_limits(limits: object, names: Mapping[str, object]) -> dict[str, Any]:
     if not isinstance(limits, Mapping):
         check_limit("fit(limit_batches)", limits)
         return dict.fromkeys(["train", *names], limits)
-    known = ["train", *dict.fromkeys(["valid", *names])]
+    known = ["train", *dict.fromkeys(["valid", *names] if names else [])]
     for name, limit in limits.items():
         if name not in known:
             msg = f"fit(limit_batches): expected sets of this fit, got {name!r}."

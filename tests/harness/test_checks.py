@@ -162,6 +162,11 @@ FITS = {
         "at most the 5 steps of this fit, got '6 steps'",
         {"valid_data": (X, Y), "valid_every": "6 steps", "max_steps": 5},
     ),
+    "limit of no set": (
+        ValueError,
+        "expected sets of this fit, got 'valid'",
+        {"valid_data": None, "limit_batches": {"valid": 3}},
+    ),
     "limit zero": (ValueError, "at least 1 batch", {"limit_batches": 0}),
     "limit 1.5": (ValueError, "a share of them, got 1.5", {"limit_batches": 1.5}),
     "limit word": (TypeError, "a number of batches, got 'x'", {"limit_batches": "x"}),
