@@ -224,11 +224,9 @@ class StepContext(Context):
         assert accelerator is not None
         if not accelerator.is_boundary(name):
             return
-        step_opt, later = (
-            self.step_opt or default_step_opt,
-            _LaterSignals(self.listeners),
-        )
+        step_opt, later = self.step_opt or default_step_opt, None
         if evaluate is not None:
+            later = _LaterSignals(self.listeners)
             step_opt = partial(self._step_by_closure, evaluate, later, step_opt)
         if section is not None:
             section.leave()

@@ -77,7 +77,7 @@ class CSVLogger(MetricsListener):
         if not self._is_writer:
             return
         unit, now = self.ctx.pace.unit, self.ctx.index or 0
-        frame = self.ctx.get_metrics_df().sort_values(unit, kind="stable")
+        frame = self.ctx.get_metrics_df()
         is_new = (frame[unit] >= self._written) & (frame[unit] <= now)
         lines, num_last = self._format(frame[is_new]), len(self._last)
         if self._is_begun and lines[:num_last] == self._last:
@@ -88,6 +88,7 @@ class CSVLogger(MetricsListener):
         self._is_begun, self._written = True, now
 
     def _format(self, frame: pd.DataFrame) -> list[tuple[object, ...]]:
+        frame = frame.sort_values(self.ctx.pace.unit, kind="stable")
         rows = zip(*(frame[name] for name in self._columns), strict=True)
         return [(at, split, metric, format_value(v)) for at, split, metric, v in rows]
 

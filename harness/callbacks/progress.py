@@ -161,8 +161,7 @@ class Progress(MetricsListener):
             return self._list_losses()
         if now >= self._peek_at:
             before = self.clock()
-            values = {**found.peek()} or self._peeked
-            self._peeked = values
+            self._peeked = found.peek() or self._peeked
             self._peek_at = now + 50 * (self.clock() - before)
         texts = format_metrics(self._peeked)
         return [f"{name} {text}" for name, text in texts.items()] or self._list_losses()
