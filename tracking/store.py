@@ -140,9 +140,10 @@ class Manifest:
             self._write_in_place(run_path / MANIFEST)
 
     def _write_in_place(self, path: Path) -> None:
-        """Write into the space of the file that is there, for a disk that is full.
+        """Write into the space that the file has already, because the disk is full.
 
-        The spaces are left out, and if need be the packages, which ``environment.json`` has.
+        The text has no blanks. If it is still too long, the packages are left out;
+        ``environment.json`` keeps them.
         """
         try:
             durable.overwrite(path, json.dumps(vars(self)).encode())

@@ -1,4 +1,4 @@
-"""Arguments of setup, fit, evaluate and predict."""
+"""Checks of the arguments of setup, fit, evaluate and predict."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Callbacks, and what they want to watch."""
+"""Checks of callbacks, and of the metrics that they monitor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Arguments that a function cannot take, or does not get."""
+"""Checks of calls: arguments that a function does not take, or still needs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fields of the context."""
+"""Checks of the fields of a context."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models, and losses and methods that do not fit them."""
+"""Checks of a model, its loss and its methods."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Optimizers that cannot train a model, with their options."""
+"""Checks of optimizers and their options."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Single values that are refused: numbers, counts, paths, folders."""
+"""Checks of single values: numbers, counts, paths, folders."""
 
 from __future__ import annotations
 

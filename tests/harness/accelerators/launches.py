@@ -20,7 +20,7 @@ from tests.harness.accelerators.worker import run_rank
 ROOT = Path(__file__).resolve().parents[3]
 
 RANKS = multiprocessing.get_context("forkserver")
-"""Makes ranks from a process that has imported what each of them needs, for seconds."""
+"""Forks each rank from a process that has done the imports, which take seconds."""
 RANKS.set_forkserver_preload(
     [
         "harness.accelerators.deepspeed.accelerator",
@@ -56,7 +56,7 @@ def rank_environment(rank: int, world: int, port: int) -> dict[str, str]:
 
 @contextlib.contextmanager
 def server_environment() -> Iterator[None]:
-    """What the process that ranks are made from starts with."""
+    """Set the environment of the process that ranks are forked from."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("PYTHONPATH", str(ROOT))
