@@ -200,6 +200,7 @@ def test_last_wait_is_bounded_and_needs_no_stderr(tmp_path, silent):
     script = """
 import atexit, os, sys
 os.close(2)
+assert os.open(os.devnull, os.O_RDONLY) == 2  # else the next file would become stderr
 began = time.monotonic()
 run = record(delivery={"patience_s": 0, "wait_s": 0.6})
 assert time.monotonic() - began < 60
