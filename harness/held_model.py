@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
@@ -60,6 +61,26 @@ def copy_model(model: nn.Module) -> nn.Module:
         raise TypeError(
             f"{msg} elsewhere and cannot be copied: {error!r}. {advice}"
         ) from error
+
+
+@contextmanager
+def keep_buffers(model: nn.Module, mode: str) -> Iterator[None]:
+    """Put the buffers back that a prediction in training mode changes, also after an error."""
+    if mode == "eval":
+        yield
+        return
+    places = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        for module, name, buffer, kept in places:
+            buffer.data = kept
+            module._buffers[name] = buffer
 
 
 def _has_other_references(made: list[nn.Module]) -> bool:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from harness.pytree import StateDict
+
+if TYPE_CHECKING:
+    from harness.accelerators.base import Accelerator
 
 T = TypeVar("T")
 
@@ -35,6 +38,24 @@ def set_cpu_rng_state(state: StateDict) -> None:
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
+
+
+def seed_all(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's generators, the latter on all devices."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def share_rng_state(accelerator: Accelerator) -> None:
+    """Give every rank the random state of rank 0, for what is drawn before the training.
+
+    So a split and a new model are the same on every rank. Afterwards ``prepare`` makes the
+    ranks draw different numbers.
+    """
+    if accelerator.world_size > 1:
+        state = accelerator.broadcast(get_cpu_rng_state())
+        set_cpu_rng_state(state | {"torch": state["torch"].cpu()})
 
 
 def is_same_stream(one: Any, two: Any) -> bool:

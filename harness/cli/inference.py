@@ -110,7 +110,7 @@ def get_test_data(experiment: Experiment) -> Any:
     """
     from harness.data.loaders import split_data  # noqa: PLC0415  imports torch
     from harness.errors import ExperimentError  # noqa: PLC0415  next to learner
-    from harness.learner import seed_all  # noqa: PLC0415  imports torch
+    from harness.rng import seed_all  # noqa: PLC0415  imports torch
 
     if experiment.test_data is not None:
         return experiment.test_data

@@ -14,8 +14,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import harness
-from harness.learner import seed_all
 from harness.range_test import LRFinderResult, has_diverged
+from harness.rng import seed_all
 from tests.harness.fakes import At, Line, line_learner, slope
 
 

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import random
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -21,32 +16,12 @@ from harness import loop
 from harness.accelerators.base import Accelerator
 from harness.accelerators.select import accelerator as pick_accelerator
 from harness.callback import Callback
-from harness.callbacks import Interrupt, Metrics, Profile, Progress, TrainValid
+from harness.callbacks import Metrics, TrainValid
 from harness.callbacks.resuming import find_resume
 from harness.callbacks.train_valid import Mode
-from harness.checkpoint.hparams import HparamSource
-from harness.checkpoint.objects import ObjectSource
-from harness.checkpoint.resume import Resume
-from harness.checkpoint.search import find_loss_modules
-from harness.checkpoint.start import load_start
-from harness.checkpoint.state import (
-    describe_fit,
-    get_extra_states,
-    set_extra_states,
-)
-from harness.checkpoint.weights import (
-    WeightsReport,
-    find_model_class,
-    get_tensors,
-    load_weights,
-    read_saved_model,
-)
-from harness.checks.arguments import (
-    check_call_arguments,
-    check_predict,
-    check_setup,
-    check_start,
-)
+from harness.checkpoint.state import describe_fit
+from harness.checkpoint.weights import load_weights
+from harness.checks.arguments import check_call_arguments, check_predict, check_setup
 from harness.checks.callbacks import check_callbacks
 from harness.checks.calls import (
     check_arguments,
@@ -69,27 +44,19 @@ from harness.checks.optimizers import (
     explaining_optimizer,
     noting_options,
 )
-from harness.checks.values import as_path
 from harness.context import Context
 from harness.data.batch import join
-from harness.data.loaders import (
-    Data,
-    Loader,
-    get_batch_options,
-    make_eval_loader,
-    make_train_loader,
-    num_items,
-    split_data,
-    without_order,
-)
+from harness.data.loaders import Data, get_batch_options, make_eval_loader, num_items
 from harness.data.pace import Limit, check_limits, fill_epochs, parse_pace
 from harness.data.valid_sets import name_sets
-from harness.errors import CheckpointError
 from harness.export.html import as_html
-from harness.export.sample import take_sample
 from harness.export.summary import ModelSummary, summarize
 from harness.fitted import Evaluation, Fitted
-from harness.held_model import build_own, copy_model
+from harness.held_model import build_own, keep_buffers
+from harness.learner.data import build_loaders, is_fraction, restore_split_state
+from harness.learner.defaults import add_defaults, default_callbacks, make_progress
+from harness.learner.result import call_after_fit, make_fitted, restore_model_after
+from harness.learner.start import Start, begin, choose_loss
 from harness.loop import EvaluateContext, FitContext, PredictContext
 from harness.loss import (
     check_parameters,
@@ -99,14 +66,7 @@ from harness.loss import (
     warn_of_untrained,
 )
 from harness.metrics.sets import MetricSet, as_metric_set
-from harness.pytree import Options
-from harness.records import unpack_records
-from harness.reshard.consolidated import (
-    STATE_ERRORS,
-    load_whole_state,
-    shape_buffers,
-)
-from harness.rng import get_cpu_rng_state, set_cpu_rng_state
+from harness.rng import seed_all, share_rng_state
 from harness.run_binding import (
     Tracker,
     check_tracker,
@@ -118,19 +78,6 @@ from harness.run_binding import (
     start_tracking,
 )
 from harness.steps import ReadBatch
-
-Start = Fitted | nn.Module | Mapping[str, object] | str | Path | None
-"""What a fit may start from: a result, a model, a state dict, or the path of weights."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Began:
-    """Model and loss at the beginning of a fit, and what became of start weights."""
-
-    model: nn.Module
-    loss: Callable[..., Tensor] | None
-    report: WeightsReport | None = None
-    name: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,15 +187,6 @@ class Learner:
             return "\n".join([*lines, str(self.summary())])
         except Exception as error:  # noqa: BLE001  a text never fails
             return "\n".join([*lines, f"not built: {error}"])
-
-    def _copy_model(self, fitted: Fitted) -> nn.Module:
-        """Copy a trained model, with all that the user changed about it."""
-        if self.optimizer is None and not hasattr(fitted.model, "set_optimizers"):
-            msg = "fit: expected an optimizer in the learner of this result, got none."
-            advice = "Train with one that has it: learner.fit(data, start=fitted)."
-            raise ValueError(f"{msg} {advice}")
-        check_definition(fitted.model, self.loss, self.optimizer)
-        return copy_model(fitted.model)
 
     def _call_module(self) -> nn.Module:
         with noting_options(self.module, self.hparams):
@@ -399,7 +337,7 @@ class Learner:
         train, valid = build_loaders(data, valid_data, dataloader_options, ranks)
         limits = check_limits(limit_batches, valid)
         check_config_optimizer(self.optimizer, accelerator)
-        began = self._begin(start, strict, accelerator)
+        began = begin(self, start, strict, accelerator)
         model = began.model
         if resume is not None and resume.is_weights_only:
             load_weights(model, resume.path)
@@ -439,7 +377,7 @@ class Learner:
                     report_start(ctx, began.name, began.report)
                 with describing_model(ctx):
                     loop.fit(ctx)
-            fitted = self._make_fitted(ctx, get_batch_options(train), began.report)
+            fitted = make_fitted(self, ctx, get_batch_options(train), began.report)
         except BaseException:
             accelerator.finish(failed=True)
             raise
@@ -447,31 +385,6 @@ class Learner:
         ctx.clean()
         ctx.model = None  # unbinds it
         return fitted
-
-    def _begin(
-        self, start: Start, strict: bool | None, accelerator: Accelerator
-    ) -> _Began:
-        """Build the model of a fit, with the weights that it starts from."""
-        check_start(start, strict)
-        if start is None:
-            return _Began(model=self.build_model(), loss=self.loss)
-        name, loss = describe_start(start), self.loss
-        if isinstance(start, Fitted):
-            loss = self._choose_loss(start)
-            if start.learner is self:
-                model = self._copy_model(start)
-                report = WeightsReport(loaded=tuple(get_tensors(model)))
-                return _Began(model=model, loss=loss, report=report, name=name)
-        weights = start.model if isinstance(start, Fitted) else start
-        model = self.build_model()
-        report = load_start(model, weights, accelerator, strict=bool(strict))
-        if strict is None and not report.is_complete and accelerator.is_main:
-            msg = (
-                f"fit(start={name}): expected weights of the whole model, got {report}."
-            )
-            advice = "The rest of the model is new. Pass strict=False if that is right."
-            warnings.warn(f"{msg} {advice}", stacklevel=3)
-        return _Began(model=model, loss=loss, report=report, name=name)
 
     def _get_backward(self, ctx: Context) -> Callable[[Tensor], object]:
         """Return the user's backward if there is one, or else the accelerator's."""
@@ -486,41 +399,6 @@ class Learner:
                 own(loss)
 
         return backward
-
-    def _make_fitted(
-        self, ctx: FitContext, batch_options: Options, start: WeightsReport | None
-    ) -> Fitted:
-        """Gather the weights and build the result, with the model on the CPU."""
-        accelerator, model = ctx.accelerator, ctx.model
-        assert accelerator is not None
-        weights = accelerator.full_state_dict(model)
-        if accelerator.world_size > 1:
-            set_extra_states(model, accelerator.broadcast(get_extra_states(model)))
-        accelerator.finish()
-        model._compiled_call_impl = None  # torch 2.13 has no public way back
-        model.cpu()
-        if weights:
-            load_whole_state(model, weights)
-        for module in find_loss_modules(ctx.loss_fn, model):
-            module.cpu().eval()
-        return Fitted(
-            model=model.eval(),
-            loss=None if self.loss is None else ctx.loss_fn,
-            batch_options=batch_options,
-            records=ctx.records,
-            learner=self,
-            hparams=ctx.hparams,
-            opt_hparams=ctx.opt_hparams,
-            run_id=ctx.run.id,
-            run_path=ctx.run.path,
-            run=ctx.run,
-            signum=ctx.stop_signal,
-            best_epoch=ctx.buffers.get("best_epoch"),
-            best_step=ctx.buffers.get("best_step"),
-            unit=ctx.pace.unit,
-            start=start,
-            example=take_sample(ctx.input),
-        )
 
     def with_model(self, model: nn.Module) -> Fitted:
         """Return a result around a model that was trained elsewhere, without records.
@@ -606,7 +484,7 @@ class Learner:
             newdata=loaders,
             optimizers=partial(self._build_optimizers_for_names, fitted.model),
             loss_fn=make_loss(
-                self._choose_loss(fitted), fitted.model, accelerator.device
+                choose_loss(self, fitted), fitted.model, accelerator.device
             ),
             opt_hparams=fitted.opt_hparams,
             accelerator=accelerator,
@@ -619,11 +497,6 @@ class Learner:
         with restore_model_after(ctx):
             loop.evaluate(ctx)
         return Evaluation(records=ctx.records)
-
-    def _choose_loss(self, fitted: Fitted) -> Callable[..., Tensor] | None:
-        """Return the loss as the fit left it, if this learner has the same one."""
-        is_same = self.loss is fitted.learner.loss and fitted.loss is not None
-        return fitted.loss if is_same else self.loss
 
     def _build_optimizers_for_names(self, model: nn.Module) -> object:
         """Build optimizers whose names are used; a placeholder if there are none."""
@@ -775,213 +648,3 @@ def setup(
     if isinstance(module, type):
         check_definition(module, loss, optimizer)
     return learner
-
-
-def describe_start(start: Start) -> str:
-    """Name the weights that a fit starts from: run, class or path."""
-    if isinstance(start, Fitted):
-        return f"run {start.run_id}" if start.run_id else type(start.model).__name__
-    if isinstance(start, nn.Module):
-        return type(start).__name__
-    return f"{len(start)} tensors" if isinstance(start, Mapping) else repr(str(start))
-
-
-def is_fraction(valid_data: object) -> TypeGuard[float]:
-    """Whether validation data are a share of the training data."""
-    return isinstance(valid_data, float | int) and not isinstance(valid_data, bool)
-
-
-def restore_split_state(resume: Resume | None) -> Tensor:
-    """Return torch's random state for a split; a resumed fit draws its split again."""
-    if resume is not None and resume.is_exact:
-        resume.restore_split_state()
-    return torch.get_rng_state()
-
-
-def build_loaders(
-    data: Data, valid_data: Data, options: Mapping[str, object] | None, ranks: int
-) -> tuple[Loader, dict[str, Loader]]:
-    """Return the loaders of training and validation data; a fraction splits `data`."""
-    if is_fraction(valid_data):
-        data, valid_data = split_data(data, valid_data)
-    train = make_train_loader(data, options, ranks)
-    sets, loaders = name_sets(valid_data, "valid_data", data), {}
-    for name, own in sets.items():
-        place = "valid_data" if own is valid_data else f"valid_data[{name!r}]"
-        loaders[name] = make_eval_loader(own, without_order(options), place)
-    return train, loaders
-
-
-def default_callbacks(metrics: MetricSet) -> list[Callback]:
-    """Return the callbacks of every fit."""
-    return [Profile(), TrainValid(), Metrics(metrics), Progress(), Interrupt()]
-
-
-def make_progress(verbose: bool | None) -> Progress:
-    """Make what shows an evaluation or prediction: a line only if asked for, or if it is long."""
-    return Progress() if verbose else Progress(min_s=1.0)
-
-
-def add_defaults(
-    defaults: Iterable[Callback], given: Iterable[Callback]
-) -> list[Callback]:
-    """Return default callbacks and given ones; a given one replaces the default it derives from."""
-    given = check_callbacks(given)
-    kept = [
-        default
-        for default in defaults
-        if not any(isinstance(callback, type(default)) for callback in given)
-    ]
-    return [*kept, *given]
-
-
-def seed_all(seed: int) -> None:
-    """Seed Python's, NumPy's and torch's generators, the latter on all devices."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
-def share_rng_state(accelerator: Accelerator) -> None:
-    """Give every rank the random state of rank 0, for what is drawn before the training.
-
-    So a split and a new model are the same on every rank. Afterwards ``prepare`` makes the
-    ranks draw different numbers.
-    """
-    if accelerator.world_size > 1:
-        state = accelerator.broadcast(get_cpu_rng_state())
-        set_cpu_rng_state(state | {"torch": state["torch"].cpu()})
-
-
-@contextmanager
-def restore_model_after(ctx: Context) -> Iterator[None]:
-    """Take the model off the context and back to the CPU, with its modes, also after an error."""
-    modes = {module: module.training for module in ctx.model.modules()}
-    failed = True
-    try:
-        yield
-        failed = False
-    finally:
-        assert ctx.accelerator is not None
-        ctx.accelerator.finish(failed=failed)
-        ctx.clean()
-        ctx.state_dict()["model"].cpu()
-        for module, is_training in modes.items():
-            module.training = is_training
-
-
-@contextmanager
-def keep_buffers(model: nn.Module, mode: Mode) -> Iterator[None]:
-    """Put the buffers back that a prediction in training mode changes, also after an error."""
-    if mode == "eval":
-        yield
-        return
-    places = [
-        (module, name, buffer, buffer.clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-    try:
-        yield
-    finally:
-        for module, name, buffer, kept in places:
-            buffer.data = kept
-            module._buffers[name] = buffer
-
-
-def call_after_fit(ctx: Context) -> None:
-    """Call ``after_fit`` of every callback once every rank has its result.
-
-    A failure becomes a warning, because it must not keep the result from the caller.
-    """
-    assert ctx.accelerator is not None
-    try:
-        ctx.accelerator.barrier()
-        for callback in ctx.callbacks:
-            callback.after_fit()
-    except Exception as error:  # noqa: BLE001  any failure, the result is complete
-        msg = f"fit: expected after_fit to succeed, got {error!r}. The result is complete."
-        warnings.warn(msg, stacklevel=3)
-
-
-def load(
-    path: str | Path,
-    module: Callable[..., nn.Module] | None = None,
-    *,
-    trust: bool = False,
-) -> Fitted:
-    """Load a fitted model that ``Fitted.save`` wrote, on the CPU.
-
-    Parameters
-    ----------
-    path
-        The folder.
-    module
-        Model class or factory; None: the class whose name was saved, from a module that
-        is already imported.
-    trust
-        Import the module that the folder names. This runs its code, so use it only for
-        a folder that you trust.
-
-    Returns
-    -------
-    Fitted
-        It predicts, and evaluates with the loss and metrics of the fit. Those that cannot be
-        found by name in imported modules are left out: use ``Learner.evaluate`` of a learner
-        from ``setup``.
-
-    Raises
-    ------
-    CheckpointError
-        If the folder is missing, damaged or of another format, or the class is not
-        imported or does not fit the weights.
-    """
-    path = as_path("load(path)", path)
-    weights, about = read_saved_model(path)
-    given = module
-    module = module or find_model_class(path, about.module, trust=trust)
-    source = HparamSource(module.__module__, trust=trust)
-    if given is None and (texts := source.list_texts(about.hparams)):
-        msg = f"load({str(path)!r}): expected hparams that can be rebuilt, got only"
-        advice = "Pass a function as module=, or trust=True to import what they name."
-        raise CheckpointError(f"{msg} text for {texts}. {advice}")
-    if given is None and (secrets := source.list_secrets(about.hparams)):
-        msg = f"load({str(path)!r}): expected values of all hparams, got none for {secrets}"
-        advice = (
-            "They are secrets, which are not saved. Pass module=functools.partial(...)."
-        )
-        raise CheckpointError(f"{msg}. {advice}")
-    objects = ObjectSource(source)
-    try:
-        learner = Learner(
-            module=module,
-            loss=objects.decode_one(about.loss),
-            metrics=objects.decode_metrics(about),
-            batch=objects.decode_one(about.batch),
-            hparams=source.decode(about.hparams),
-            opt_hparams=source.decode(about.opt_hparams),
-        )
-        records = unpack_records(about.records)
-    except STATE_ERRORS as exc:
-        msg = f"load({str(path)!r}): expected what Fitted.save wrote, got: {exc!r}."
-        raise CheckpointError(f"{msg} Take another copy.") from exc
-    try:
-        model = module(**learner.hparams)
-        shape_buffers(model, weights)
-        load_whole_state(model, weights)
-    except (RuntimeError, TypeError) as exc:
-        msg = f"load({str(path)!r}): expected weights that fit {module!r}, got: {exc}."
-        raise CheckpointError(f"{msg} Pass the right class as module=.") from exc
-    return Fitted(
-        model=model.eval(),
-        records=records,
-        learner=learner,
-        hparams=dict(learner.hparams),
-        opt_hparams=dict(learner.opt_hparams),
-        loss=learner.loss,
-        run_id=about.run_id,
-        best_epoch=about.best_epoch,
-        best_step=about.best_step,
-        unit=about.unit,
-    )

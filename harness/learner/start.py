@@ -1,0 +1,84 @@
+"""What a fit starts from: a new model, or weights of another one."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from harness.accelerators.base import Accelerator
+from harness.checkpoint.start import load_start
+from harness.checkpoint.weights import WeightsReport, get_tensors
+from harness.checks.arguments import check_start
+from harness.checks.model import check_definition
+from harness.fitted import Fitted
+from harness.held_model import copy_model
+
+if TYPE_CHECKING:
+    from harness.learner.learner import Learner
+
+Start = Fitted | nn.Module | Mapping[str, object] | str | Path | None
+"""What a fit may start from: a result, a model, a state dict, or the path of weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Began:
+    """Model and loss at the beginning of a fit, and what became of start weights."""
+
+    model: nn.Module
+    loss: Callable[..., Tensor] | None
+    report: WeightsReport | None = None
+    name: str = ""
+
+
+def begin(
+    learner: Learner, start: Start, strict: bool | None, accelerator: Accelerator
+) -> Began:
+    """Build the model of a fit, with the weights that it starts from."""
+    check_start(start, strict)
+    if start is None:
+        return Began(model=learner.build_model(), loss=learner.loss)
+    name, loss = describe_start(start), learner.loss
+    if isinstance(start, Fitted):
+        loss = choose_loss(learner, start)
+        if start.learner is learner:
+            model = copy_trained(learner, start)
+            report = WeightsReport(loaded=tuple(get_tensors(model)))
+            return Began(model=model, loss=loss, report=report, name=name)
+    weights = start.model if isinstance(start, Fitted) else start
+    model = learner.build_model()
+    report = load_start(model, weights, accelerator, strict=bool(strict))
+    if strict is None and not report.is_complete and accelerator.is_main:
+        msg = f"fit(start={name}): expected weights of the whole model, got {report}."
+        advice = "The rest of the model is new. Pass strict=False if that is right."
+        warnings.warn(f"{msg} {advice}", stacklevel=3)
+    return Began(model=model, loss=loss, report=report, name=name)
+
+
+def copy_trained(learner: Learner, fitted: Fitted) -> nn.Module:
+    """Copy a trained model, with all that the user changed about it."""
+    if learner.optimizer is None and not hasattr(fitted.model, "set_optimizers"):
+        msg = "fit: expected an optimizer in the learner of this result, got none."
+        advice = "Train with one that has it: learner.fit(data, start=fitted)."
+        raise ValueError(f"{msg} {advice}")
+    check_definition(fitted.model, learner.loss, learner.optimizer)
+    return copy_model(fitted.model)
+
+
+def choose_loss(learner: Learner, fitted: Fitted) -> Callable[..., Tensor] | None:
+    """Return the loss as the fit left it, if this learner has the same one."""
+    is_same = learner.loss is fitted.learner.loss and fitted.loss is not None
+    return fitted.loss if is_same else learner.loss
+
+
+def describe_start(start: Start) -> str:
+    """Name the weights that a fit starts from: run, class or path."""
+    if isinstance(start, Fitted):
+        return f"run {start.run_id}" if start.run_id else type(start.model).__name__
+    if isinstance(start, nn.Module):
+        return type(start).__name__
+    return f"{len(start)} tensors" if isinstance(start, Mapping) else repr(str(start))
