@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch.nn.parameter import is_lazy
 
-from harness import loop
 from harness.callback import Callback, Listeners
 from harness.callbacks.metrics import Metrics
 from harness.callbacks.train_valid import TrainValid
 from harness.checkpoint.state import get_generators
 from harness.checks.values import check_at_least
 from harness.context import Context
+from harness.loop.validation import valid_epoch
 from harness.records import NullRun, RecordBook
 from harness.reshard.consolidated import copy_into
 from harness.rng import get_rng_state, set_rng_state
@@ -119,7 +119,7 @@ class SanityCheck(Callback):
         for name, loader in ctx.valid_sets.items():
             first: Any = list(islice(loader, self.batches))
             ctx.valid_name, ctx.valid_data = name, first
-            loop.valid_epoch(ctx)
+            valid_epoch(ctx)
 
 
 def _list_modes(ctx: Context) -> list[tuple[torch.nn.Module, bool]]:
