@@ -1,4 +1,4 @@
-"""Choose the device of a rank."""
+"""Choose the device of a rank, and make it the one of a thread."""
 
 from __future__ import annotations
 
@@ -94,3 +94,13 @@ def choose_rank_device(
         raise ValueError(f"{msg} that this rank sees, got {str(asked)!r}. {advice}")
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
+
+
+def use_in_thread(device: torch.device) -> None:
+    """Make a CUDA device the current one of this thread; a new thread begins with the first.
+
+    What touches the first device by accident makes a context there, about 0.5 GB of its
+    memory, for each rank of the machine.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from harness.accelerators.devices import use_in_thread
 from harness.checkpoint.format import (
     Manifest,
     Phase,
@@ -127,6 +128,7 @@ class CheckpointWriter:
 
         def run() -> None:
             try:
+                use_in_thread(self._ctx.device)
                 work(*args)
             finally:
                 is_idle.set()

@@ -539,7 +539,8 @@ class DeepSpeedAccelerator:
         check_closed_window(self._filled, self._engines)
         stage = zero_stage(self._filled)
         model = self._prepared_model()
-        state = capture_state(model, self._engines.deepspeed_engines, stage)
+        done = {engine.name: engine.done for engine in self._engines}
+        state = capture_state(model, self._engines.deepspeed_engines, stage, done)
         if not self.is_main:
             state["shared"] = {}
         if tracked := get_tracked_random():
@@ -549,7 +550,7 @@ class DeepSpeedAccelerator:
             "stage": stage,
             "steps": dict(self.steps),
             "overflows": dict(self.overflows),
-            "done": {engine.name: engine.done for engine in self._engines},
+            "done": done,
             "layouts": {e.name: e.layout(self.rank) for e in self._engines},
             "members": {engine.name: engine.members for engine in self._engines},
             "shapes": self._shapes,

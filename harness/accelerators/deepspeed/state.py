@@ -31,9 +31,19 @@ _SCALES = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def capture_state(
-    model: nn.Module, engines: Mapping[str, object], stage: int
+    model: nn.Module,
+    engines: Mapping[str, object],
+    stage: int,
+    done: Mapping[str, int],
 ) -> StateDict:
     """Capture the state of model and engines on this rank.
+
+    Parameters
+    ----------
+    model, engines, stage
+        The model, DeepSpeed's engines by name of their optimizer, and the ZeRO stage.
+    done
+        Micro-batches of each optimizer since its last step.
 
     Returns
     -------
@@ -51,7 +61,7 @@ def capture_state(
         "own": {kind: live[kind] for kind in live if kind not in shared},
         "facts": {name: _capture_facts(engine) for name, engine in engines.items()},
         "grads": {
-            name: capture_open_gradients(engine, stage)
+            name: capture_open_gradients(engine, stage, is_open=bool(done[name]))
             for name, engine in engines.items()
         },
     }
@@ -222,8 +232,11 @@ def _create_entries(
 # ------------------------------------------------------ gradients of an open window
 
 
-def capture_open_gradients(engine: Any, stage: int) -> StateDict:
+def capture_open_gradients(engine: Any, stage: int, *, is_open: bool) -> StateDict:
     """Capture the gradients of an open window, wherever DeepSpeed keeps them.
+
+    The memory that holds them is as large as the weights of the rank, and it is zero where
+    no window is open. Then None stands for it.
 
     References
     ----------
@@ -232,12 +245,12 @@ def capture_open_gradients(engine: Any, stage: int) -> StateDict:
     wrapper = engine.optimizer
     if hasattr(wrapper, "fp32_groups_gradients_flat"):
         return {
-            "flat": list(wrapper.fp32_groups_gradients_flat),
+            "flat": list(wrapper.fp32_groups_gradients_flat) if is_open else None,
             "has": [list(has) for has in wrapper.fp32_groups_has_gradients],
         }
     if stage == 3:
         return {
-            "flat": wrapper.grad_partitions_flat_buffer,
+            "flat": wrapper.grad_partitions_flat_buffer if is_open else None,
             "micro": wrapper.micro_step_id,
             "ran": bool(wrapper._epilogue_ran_this_backward),
         }
@@ -272,16 +285,15 @@ def restore_open_gradients(engine: Any, stage: int, saved: StateDict) -> None:
     """Restore what ``capture_open_gradients`` returned."""
     wrapper = engine.optimizer
     if hasattr(wrapper, "fp32_groups_gradients_flat"):
-        for live, flat in zip(
-            wrapper.fp32_groups_gradients_flat, saved["flat"], strict=True
-        ):
-            live.copy_(flat)
+        flats = wrapper.fp32_groups_gradients_flat
+        for live, flat in zip(flats, saved["flat"] or [None] * len(flats), strict=True):
+            _fill_gradients(live, flat)
         for has, was in zip(
             wrapper.fp32_groups_has_gradients, saved["has"], strict=True
         ):
             has[:] = was
     elif stage == 3:
-        wrapper.grad_partitions_flat_buffer.copy_(saved["flat"])
+        _fill_gradients(wrapper.grad_partitions_flat_buffer, saved["flat"])
         wrapper.micro_step_id = saved["micro"]
         wrapper._epilogue_ran_this_backward = saved["ran"]
     elif stage == 2:
@@ -291,6 +303,14 @@ def restore_open_gradients(engine: Any, stage: int, saved: StateDict) -> None:
         for kind in ("grad", "grad_accum"):
             for name, grad in saved[kind].items():
                 setattr(params[name], kind, grad.to(engine.device, copy=True))
+
+
+def _fill_gradients(live: Tensor, saved: Tensor | None) -> None:
+    """Restore the gradients of an open window, or none."""
+    if saved is None:
+        live.zero_()
+    else:
+        live.copy_(saved)
 
 
 def _restore_zero2_gradients(engine: Any, saved: StateDict) -> None:

@@ -7,6 +7,7 @@ waits for a device. Tensors on a CUDA device are sent by NCCL.
 from __future__ import annotations
 
 import atexit
+import copy
 import hashlib
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -284,6 +285,16 @@ class RankGroup:
                         raise ValueError(f"{msg}, {got} on rank {rank}. {advice}")
 
         self.check_on_every_rank(compare)
+
+    def for_thread(self) -> RankGroup:
+        """The same ranks, for a thread that only asks the store, by a client of its own.
+
+        The client of the process group is locked while the group waits for a rank.
+        """
+        found = copy.copy(self)
+        if hasattr(self.store, "clone"):  # not before torch 2.8
+            found.store = self.store.clone()
+        return found
 
     def report_failure(self, error: BaseException) -> None:
         """Tell the other ranks why this one ends, unless another failed first."""

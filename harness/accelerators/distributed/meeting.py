@@ -12,8 +12,12 @@ import threading
 import time
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from harness.accelerators.distributed.group import PeerError, RankGroup
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
 
 BLOCKED_S = 3.0
 """Seconds in one collective after which a rank does not come to a meeting any more."""
@@ -93,13 +97,21 @@ class Meeting:
                 )
                 raise RuntimeError(f"{msg}, while rank {other} {does}. {advice}")
 
-    def watch(self) -> None:
+    def watch(self, store: Store | None) -> None:
         """Tell the others if they meet while this rank waits for them in a collective.
 
         The watchdog calls it now and then, in a thread of its own.
+
+        Parameters
+        ----------
+        store
+            The store of the ranks, by a client of that thread.
         """
         count = self._count
-        place = find_collective() if self._has(self._key(count + 1)) else None
+        if store is None:
+            return
+        is_awaited = store.check([self._key(count + 1)])
+        place = find_collective() if is_awaited else None
         if place is None or count != self._count:
             self._blocked_since = None
             return
@@ -108,7 +120,7 @@ class Meeting:
             self._blocked_since = now
         elif now - self._blocked_since >= BLOCKED_S:
             key = f"blocked/{count + 1}/{self._ranks.rank}"
-            self._ranks.store.set(key, place)
+            store.set(key, place)
 
     def leave(self) -> None:
         """Tell the others that this rank ends its program."""

@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 from types import TracebackType
 
+from harness.accelerators.devices import use_in_thread
 from harness.accelerators.distributed.group import PeerError, RankGroup, disconnect
 from harness.accelerators.distributed.launcher import is_inner_launcher
 from harness.accelerators.distributed.meeting import Meeting
@@ -68,6 +69,7 @@ class Watchdog:
         self._is_ending = threading.Event()
         self._hook = sys.excepthook
         sys.excepthook = self._on_exception
+        self._asked = ranks.for_thread()
         self._thread = threading.Thread(
             target=self._poll, name="harness-watch", daemon=True
         )
@@ -120,16 +122,17 @@ class Watchdog:
 
     def _poll(self) -> None:
         """Poll until an uncaught exception stops it."""
+        use_in_thread(self._ranks.device)
         while not self._quiet.wait(self._poll_s):
             if self._launchers() != self._parents:
                 os.kill(os.getpid(), signal.SIGTERM)
                 self._end_process("its launcher is gone", SAVE_GRACE_S)
                 return
-            failed = self._ranks.first_failure()
+            failed = self._asked.first_failure()
             if failed is not None and failed[0] != self._ranks.rank:
                 self._end_process(f"rank {failed[0]} failed: {failed[1]}", GRACE_S)
                 return
-            self.meeting.watch()
+            self.meeting.watch(self._asked.store)
 
     def _launchers(self) -> tuple[int, ...]:
         """Processes that started this one and are alive."""

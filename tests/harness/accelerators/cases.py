@@ -23,7 +23,7 @@ from harness.accelerators.base import Accelerator
 from harness.accelerators.distributed.group import PeerError
 from harness.accelerators.single import SingleDevice
 from harness.errors import CheckpointError
-from harness.pytree import flatten, restore
+from harness.pytree import flatten, iter_tensors, restore
 
 Batch = tuple[Tensor, Tensor]
 Loss = Callable[[nn.Module, str, Batch], Tensor]
@@ -585,7 +585,9 @@ def case_saved_and_loaded_goes_on_bit_for_bit(lab: Lab) -> None:
         state: Any = None
         for place, window in enumerate(data):
             if place == 2:
-                state = through_a_file(accelerator.state_dict(), lab)
+                live = accelerator.state_dict()
+                assert not list(iter_tensors(live["grads"]))  # no window is open
+                state = through_a_file(live, lab)
             train_window(lab, accelerator, model, opts, loss_of, window)
         wanted = copied(model_state(accelerator, model))
         accelerator.finish()

@@ -1,13 +1,23 @@
-"""The choice of a rank's device."""
+"""The choice of a rank's device, which its threads use."""
 
 from __future__ import annotations
 
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from harness.accelerators.devices import choose_device, choose_rank_device
+from harness.accelerators.devices import (
+    choose_device,
+    choose_rank_device,
+    use_in_thread,
+)
+from harness.accelerators.distributed.watchdog import Watchdog
+from harness.checkpoint.writer import CheckpointWriter
 
 
 def test_rank_gets_the_cpu_where_it_is_asked_for() -> None:
@@ -69,3 +79,45 @@ def test_index_of_a_device_that_is_not_there_is_refused(
     fake_gpus(monkeypatch, 2)
     with pytest.raises(ValueError, match=r"an index below 2, .*got 'cuda:2'"):
         choose_rank_device("cuda:2", local_rank=0)
+
+
+class Watched:
+    """The part of a group that a watch asks."""
+
+    rank, store = 0, None
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.asked = device, threading.Event()
+
+    def for_thread(self) -> Watched:
+        return self
+
+    def first_failure(self) -> None:
+        self.asked.set()
+
+
+def test_threads_use_the_device_of_their_rank(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    chosen: list[tuple[str, torch.device]] = []
+
+    def choose(device: torch.device) -> None:
+        chosen.append((threading.current_thread().name, device))
+
+    monkeypatch.setattr(torch.cuda, "set_device", choose)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    device = torch.device("cuda", 3)
+    ranks = Watched(device)
+    watch = Watchdog(ranks, poll_s=0.001)  # type: ignore[arg-type]
+    assert ranks.asked.wait(30)
+    watch.stop()
+    assert chosen == [("harness-watch", device)]
+    writer = object.__new__(CheckpointWriter)
+    writer._ctx = SimpleNamespace(device=device)  # type: ignore[assignment]
+    writer._is_idle = writer._error = None
+    writer._start(lambda: chosen.append(("written", device)))
+    assert writer.wait() is None
+    assert [own for _, own in chosen] == [device] * 3
+    assert chosen[1][0] != threading.main_thread().name
+    use_in_thread(torch.device("cpu"))
+    assert len(chosen) == 3

@@ -1,10 +1,14 @@
-"""Process groups that user code made."""
+"""Process groups that user code made, and the store that a thread asks."""
 
 from __future__ import annotations
 
-import pytest
+import threading
+from datetime import timedelta
 
-from harness.accelerators.distributed.group import check_backends
+import pytest
+import torch.distributed as dist
+
+from harness.accelerators.distributed.group import RankGroup, check_backends
 
 
 @pytest.mark.parametrize(
@@ -30,3 +34,18 @@ def test_backends_that_do_not_serve_them_are_refused(found: str, kind: str) -> N
     wanted = "cpu:gloo,cuda:nccl" if kind == "cuda" else "cpu:gloo"
     with pytest.raises(ValueError, match=f"a process group with '{wanted}', got "):
         check_backends(found, kind)
+
+
+def test_thread_asks_the_store_while_the_client_of_the_group_waits() -> None:
+    made = dist.TCPStore("127.0.0.1", 0, 1, True)  # type: ignore[attr-defined]
+    made.set_timeout(timedelta(seconds=5))
+    group = object.__new__(RankGroup)
+    group.rank, group.world_size, group.store = 0, 2, made
+    asked = group.for_thread()
+    for number in range(20):  # some of them wait before the answer comes
+        waiting = threading.Thread(target=made.get, args=[f"answer/{number}"])
+        waiting.start()
+        assert asked.first_failure() is None
+        asked.store.set(f"answer/{number}", "here")
+        waiting.join()
+    assert made.check(["answer/19"])

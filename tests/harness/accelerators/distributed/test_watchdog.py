@@ -32,13 +32,16 @@ def test_launchers_of_deepspeed_are_two_processes() -> None:
 
 ENDING = """
 import os, sys
+import torch
 import torch.distributed as dist
 from harness.accelerators.distributed.watchdog import Watchdog
 
 class Ranks:
-    rank = 0
+    rank, device = 0, torch.device("cpu")
     def __init__(self):
         self.store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
+    def for_thread(self):
+        return self
     def first_failure(self):
         self.store.check(["failed"])
 
