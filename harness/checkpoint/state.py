@@ -43,8 +43,8 @@ from harness.checkpoint.search import (
 )
 from harness.checks.optimizers import is_users
 from harness.context import Context
-from harness.data.loaders import unwrap_tensors
 from harness.data.pace import LimitedLoader
+from harness.data.tensors import unwrap_tensors
 from harness.pytree import StateDict, map_tensors
 from harness.records import RecordBook, iter_filled, pack_records, unpack_records
 from harness.reshard.consolidated import option_groups, weights_dtype

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ from harness.data.forms import (
     is_samples,
     list_leaves,
 )
+from harness.data.tensors import TensorLoader, get_form, unwrap_tensors
 from harness.events import nearest
 from harness.pytree import Options
 
@@ -49,80 +50,9 @@ BATCH_SIZE = 32
 """Rows in a batch unless ``dataloader_options`` has a ``batch_size``."""
 
 
-class TensorLoader(DataLoader[Any]):
-    """A ``DataLoader`` that fetches all rows of a batch by one indexing of each tensor.
-
-    The order of the rows, the values and the random numbers drawn are those of torch's
-    ``DataLoader`` with the same arguments and seed. With worker processes, a custom sampler
-    or a collate function it works as torch's.
-
-    References
-    ----------
-    torch 2.13: ``_BaseDataLoaderIter.__init__`` draws the base seed when the iterator is
-    made, and ``RandomSampler.__iter__`` draws its own seed at the first batch.
-    """
-
-    def __iter__(self) -> Any:
-        tensors = unwrap_tensors(self.dataset)
-        known = {RandomSampler, SequentialSampler, WeightedRandomSampler}
-        if (
-            tensors is None
-            or self.num_workers
-            or self.pin_memory
-            or self.batch_size is None
-            or type(self.batch_sampler) is not BatchSampler
-            or type(self.sampler) not in known
-            or self.collate_fn is not torch_collate
-        ):
-            return super().__iter__()
-        torch.empty((), dtype=torch.int64).random_(generator=self.generator)
-        return self._batches(*tensors)
-
-    def _batches(self, tensors: Sequence[Tensor], rows: Tensor | None) -> Iterator[Any]:
-        """Batches in the order of the sampler; copies, because a model may change its input."""
-        size, count = self.batch_size or 1, len(self)
-        build = get_form(self.dataset)
-        if rows is None and type(self.sampler) is SequentialSampler:
-            for start in range(0, count * size, size):
-                yield build(
-                    [tensor[start : start + size].clone() for tensor in tensors]
-                )
-            return
-        order = torch.tensor(list(self.sampler))
-        if rows is not None:
-            order = rows[order]
-        for chosen in torch.split(order, size)[:count]:
-            yield build([tensor[chosen] for tensor in tensors])
-
-
-def unwrap_tensors(
-    dataset: Dataset[Any],
-) -> tuple[tuple[Tensor, ...], Tensor | None] | None:
-    """Tensors of a ``TensorDataset``, also behind a ``Subset``, and the rows of the subset.
-
-    Returns
-    -------
-    Tensors, and the indices of their rows (None: all rows); None for other data sets.
-    """
-    rows: Tensor | None = None
-    while type(dataset) is Subset:
-        inner = torch.as_tensor(dataset.indices)
-        rows = inner if rows is None else inner[rows]
-        dataset = dataset.dataset
-    if (
-        isinstance(dataset, TensorDataset)
-        and type(dataset) in {TensorDataset, NestedDataset}
-        and all(type(tensor) is Tensor for tensor in dataset.tensors)
-    ):
-        return dataset.tensors, rows
-    return None
-
-
-def get_form(dataset: Any) -> Callable[[list[Tensor]], Any]:
-    """Return what makes a batch of the tensors of ``unwrap_tensors``."""
-    while type(dataset) is Subset:
-        dataset = dataset.dataset
-    return dataset.build if isinstance(dataset, NestedDataset) else list
+def get_device_options(device: torch.device) -> Options:
+    """Options of the loaders that feed a device, where the user does not say otherwise."""
+    return {"pin_memory": True} if device.type == "cuda" else {}
 
 
 def as_tensor(value: object, place: str) -> Tensor:
@@ -239,7 +169,10 @@ def check_options(options: Mapping[str, object] | None) -> Options:
 
 
 def make_train_loader(
-    data: object, options: Mapping[str, object] | None = None, ranks: int = 1
+    data: object,
+    options: Mapping[str, object] | None = None,
+    ranks: int = 1,
+    like: Mapping[str, object] | None = None,
 ) -> Loader:
     """Make the training loader: shuffled batches of 32, without a short last batch.
 
@@ -251,6 +184,8 @@ def make_train_loader(
         Arguments of torch's ``DataLoader`` that replace the defaults.
     ranks : >= 1
         Number of ranks, each of which takes a batch at a time.
+    like
+        Defaults of `options`, from ``get_device_options``.
 
     Raises
     ------
@@ -276,7 +211,7 @@ def make_train_loader(
         size: Any = options.get("batch_size", BATCH_SIZE)
         long = len(dataset) >= size * ranks  # type: ignore[arg-type]
         options = {"shuffle": "sampler" not in options, "drop_last": long} | options
-    return check_batches(_make_loader(dataset, options), "data")
+    return check_batches(_make_loader(dataset, options, like), "data")
 
 
 def as_loader(data: object) -> object:
@@ -324,8 +259,8 @@ def make_eval_loader(
     place
         Name of the argument, for messages.
     like
-        From ``get_batch_options``: defaults of `options`. A collate function is for data
-        sets, and not for tensors.
+        Defaults of `options`, from ``get_batch_options`` and ``get_device_options``. A
+        collate function is for data sets, and not for tensors.
     """
     options = check_options(options)
     data = as_loader(data)
@@ -343,7 +278,7 @@ def make_eval_loader(
     defaults = dict(like or {})
     if unwrap_tensors(dataset) is not None:
         defaults.pop("collate_fn", None)
-    return check_batches(_make_loader(dataset, defaults | options), place)
+    return check_batches(_make_loader(dataset, options, defaults), place)
 
 
 ORDER_OPTIONS = ("shuffle", "sampler", "batch_sampler")
@@ -361,7 +296,13 @@ def _has_own_order(options: Mapping[str, object]) -> bool:
     return "batch_sampler" in options or options.get("batch_size", 1) is None
 
 
-def _make_loader(dataset: Dataset[Any], options: Options) -> Loader:
+def _make_loader(
+    dataset: Dataset[Any], options: Options, like: Mapping[str, object] | None
+) -> Loader:
+    defaults = dict(like or {})
+    if "collate_fn" in defaults | options:
+        defaults.pop("pin_memory", None)  # it may make what torch would pin wrongly
+    options = defaults | options
     if not _has_own_order(options):
         options = {"batch_size": BATCH_SIZE} | options
     with explaining_loader(options):

@@ -8,10 +8,12 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
+from harness.accelerators.base import Accelerator
 from harness.checkpoint.resume import Resume
 from harness.data.loaders import (
     Data,
     Loader,
+    get_device_options,
     make_eval_loader,
     make_train_loader,
     split_data,
@@ -33,14 +35,18 @@ def restore_split_state(resume: Resume | None) -> Tensor:
 
 
 def build_loaders(
-    data: Data, valid_data: Data, options: Mapping[str, object] | None, ranks: int
+    data: Data,
+    valid_data: Data,
+    options: Mapping[str, object] | None,
+    accelerator: Accelerator,
 ) -> tuple[Loader, dict[str, Loader]]:
     """Return the loaders of training and validation data; a fraction splits `data`."""
     if is_fraction(valid_data):
         data, valid_data = split_data(data, valid_data)
-    train = make_train_loader(data, options, ranks)
+    like = get_device_options(accelerator.device)
+    train = make_train_loader(data, options, accelerator.world_size, like)
     sets, loaders = name_sets(valid_data, "valid_data", data), {}
     for name, own in sets.items():
         place = "valid_data" if own is valid_data else f"valid_data[{name!r}]"
-        loaders[name] = make_eval_loader(own, without_order(options), place)
+        loaders[name] = make_eval_loader(own, without_order(options), place, like)
     return train, loaders

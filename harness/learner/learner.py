@@ -46,7 +46,13 @@ from harness.checks.optimizers import (
 )
 from harness.context import Context
 from harness.data.batch import join
-from harness.data.loaders import Data, get_batch_options, make_eval_loader, num_items
+from harness.data.loaders import (
+    Data,
+    get_batch_options,
+    get_device_options,
+    make_eval_loader,
+    num_items,
+)
 from harness.data.pace import Limit, check_limits, fill_epochs, parse_pace
 from harness.data.valid_sets import name_sets
 from harness.export.html import as_html
@@ -332,9 +338,9 @@ class Learner:
         if seed is not None:
             seed_all(seed)
         share_rng_state(accelerator)
-        ranks, resume = accelerator.world_size, find_resume(callbacks)
+        resume = find_resume(callbacks)
         split_state = restore_split_state(resume) if is_fraction(valid_data) else None
-        train, valid = build_loaders(data, valid_data, dataloader_options, ranks)
+        train, valid = build_loaders(data, valid_data, dataloader_options, accelerator)
         limits = check_limits(limit_batches, valid)
         check_config_optimizer(self.optimizer, accelerator)
         began = begin(self, start, strict, accelerator)
@@ -474,10 +480,10 @@ class Learner:
         accelerator.meet("evaluate")
         measured = self.metrics if metrics is None else as_metric_set(metrics)
         loaders = {}
+        like = {**fitted.batch_options, **get_device_options(accelerator.device)}
         for name, own in name_sets(data, "data").items():
             place = "data" if own is data else f"data[{name!r}]"
-            options = dataloader_options
-            loaders[name] = make_eval_loader(own, options, place, fitted.batch_options)
+            loaders[name] = make_eval_loader(own, dataloader_options, place, like)
         ctx = EvaluateContext(
             model=fitted.model,
             read_batch=self.batch,
@@ -556,12 +562,11 @@ class Learner:
         check_predict(fitted.model, stack=stack, mode=mode, arguments=arguments)
         accelerator = accelerator or pick_accelerator()
         accelerator.meet("predict")
+        like = {**fitted.batch_options, **get_device_options(accelerator.device)}
         ctx = PredictContext(
             model=fitted.model,
             read_batch=self.batch,
-            newdata=make_eval_loader(
-                data, dataloader_options, "data", fitted.batch_options
-            ),
+            newdata=make_eval_loader(data, dataloader_options, "data", like),
             accelerator=accelerator,
             verbose=verbose,
             run=make_null_run(),

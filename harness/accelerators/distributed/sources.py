@@ -42,10 +42,12 @@ from harness.data.batch import (
     target_of,
     warn_unknown_rows,
 )
-from harness.data.loaders import (
-    Loader,
+from harness.data.loaders import Loader
+from harness.data.tensors import (
     TensorLoader,
+    choose_allocation,
     get_form,
+    take_rows,
     unwrap_tensors,
 )
 from harness.data.workers import iter_batches
@@ -150,7 +152,7 @@ class RowSource:
         else:
             self._rank_loader = _copy_of_rank(loader, ranks, batch_sampler=order)
         found = unwrap_tensors(loader.dataset)
-        fast = found is not None and not loader.num_workers and not loader.pin_memory
+        fast = found is not None and not loader.num_workers
         is_plain = (
             loader.batch_size is not None and loader.collate_fn is default_collate
         )
@@ -173,11 +175,11 @@ class RowSource:
         self, tensors: Sequence[Tensor], rows: Tensor | None
     ) -> Iterator[Any]:
         """Index whole tensors, as ``TensorLoader`` does."""
-        build = get_form(self._loader.dataset)
+        build, make = get_form(self._loader.dataset), choose_allocation(self._loader)
         for picks in self._rows_of_rank():
             chosen = torch.tensor(picks, dtype=torch.int64)
             chosen = chosen if rows is None else rows[chosen]
-            yield build([tensor[chosen] for tensor in tensors])
+            yield build([take_rows(tensor, chosen, make) for tensor in tensors])
 
     def _rows_of_rank(self) -> Iterator[list[object]]:
         """Rows of this rank in each step; their shares are queued for ``__iter__``."""

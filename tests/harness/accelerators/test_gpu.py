@@ -20,6 +20,7 @@ from harness.accelerators.deepspeed.accelerator import DeepSpeedAccelerator
 from harness.accelerators.single import SingleDevice
 from harness.callbacks import ModelCheckpoint, ResumeFromCheckpoint
 from harness.data.batch import move
+from harness.data.loaders import get_device_options, make_train_loader
 from harness.metrics.loss import LossAverage
 from harness.pytree import map_tensors
 from harness.rng import derive_rng_state, get_rng_state, set_rng_state
@@ -314,6 +315,19 @@ def test_batch_is_complete_after_it_moved_to_the_cpu() -> None:
     found = move(big, torch.device("cpu"))
     wanted = big.cpu()
     torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+def test_batches_of_tensors_are_pinned_and_right() -> None:
+    data = torch.arange(4000.0).reshape(1000, 4)
+    loader = make_train_loader(
+        (data,), {"batch_size": 10}, like=get_device_options(torch.device("cuda"))
+    )
+    moved = []
+    for (rows,) in loader:
+        assert rows.is_pinned()
+        moved.append(move(rows, torch.device("cuda")))
+    found = torch.cat(moved).cpu()
+    assert torch.equal(found[found[:, 0].argsort()], data)
 
 
 # ------------------------------------------------------------------------- resumes

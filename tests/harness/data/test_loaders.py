@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,13 +22,14 @@ from torch.utils.data import (
 from harness.data import loaders
 from harness.data.batch import num_rows
 from harness.data.loaders import (
-    TensorLoader,
     describe_data,
+    get_device_options,
     make_eval_loader,
     make_train_loader,
     num_batches,
     without_order,
 )
+from harness.data.tensors import TensorLoader, take_rows
 
 ROWS = 23
 
@@ -137,6 +139,69 @@ def test_tensor_loader_equals_torchs_loader_in_batches_and_draws(name, size):
     make = LOADERS[name]
     expected = iterate_twice(make, DataLoader, size)
     assert same(iterate_twice(make, TensorLoader, size), expected)
+
+
+@pytest.mark.parametrize("name", ["in order", "shuffled", "nested subset in order"])
+def test_pinned_batches_are_those_of_torchs_loader(name, monkeypatch):
+    expected = iterate_twice(LOADERS[name], DataLoader, 4)
+    made = []
+
+    def allocate(shape, *, dtype, pin_memory):
+        made.append(pin_memory)
+        return torch.zeros(shape, dtype=dtype)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("harness.data.tensors.torch.empty", fake_empty(allocate))
+    kind = partial(TensorLoader, pin_memory=True)
+    assert same(iterate_twice(LOADERS[name], kind, 4), expected)
+    assert len(made) > 4
+    assert all(made)
+
+
+def fake_empty(allocate):
+    """``torch.empty``, which asks `allocate` where pinned memory is wanted."""
+    empty = torch.empty
+    return lambda shape, **options: (
+        allocate(shape, **options)
+        if "pin_memory" in options
+        else empty(shape, **options)
+    )
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.arange(12.0).reshape(4, 3),
+        torch.arange(12).reshape(3, 4).T,
+        torch.arange(4.0, requires_grad=True),
+        torch.complex(torch.ones(4), torch.arange(4.0)).conj(),
+        torch.zeros(4, 0, dtype=torch.bool),
+    ],
+)
+@pytest.mark.parametrize("rows", [torch.tensor([2, -1, 2]), torch.tensor([-4])])
+def test_taken_rows_are_indexed_rows(tensor, rows):
+    found, expected = take_rows(tensor, rows, torch.empty), tensor[rows]
+    assert same(found.resolve_conj(), expected.resolve_conj())
+
+
+@pytest.mark.parametrize("row", [4, -5])
+def test_rows_out_of_range_are_refused(row):
+    with pytest.raises(IndexError):
+        take_rows(torch.zeros(4, 2), torch.tensor([row]), torch.empty)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [({}, True), ({"pin_memory": False}, False), ({"collate_fn": list}, False)],
+)
+def test_loaders_for_a_cuda_device_are_pinned(options, expected):
+    like = get_device_options(torch.device("cuda", 0))
+    data = Squares()
+    assert make_train_loader(data, options, 1, like).pin_memory is expected
+    assert make_eval_loader(data, options, like=like).pin_memory is expected
+    assert not make_train_loader(
+        data, options, 1, get_device_options(torch.device("cpu"))
+    ).pin_memory
 
 
 def test_tensor_loader_draws_from_its_generator_as_torchs_loader():

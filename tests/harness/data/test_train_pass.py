@@ -19,7 +19,7 @@ from torch.utils.data import (
 )
 
 from harness.accelerators.single import SingleDevice
-from harness.data.loaders import TensorLoader
+from harness.data.tensors import TensorLoader
 from harness.data.train_pass import (
     TrainPass,
     draws_between_batches,

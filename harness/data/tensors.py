@@ -1,0 +1,127 @@
+"""Batches of tensors, made by one indexing of each tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    TensorDataset,
+    WeightedRandomSampler,
+)
+from torch.utils.data import default_collate as torch_collate
+
+from harness.data.forms import NestedDataset
+
+
+class TensorLoader(DataLoader[Any]):
+    """A ``DataLoader`` that fetches all rows of a batch by one indexing of each tensor.
+
+    The order of the rows, the values and the random numbers drawn are those of torch's
+    ``DataLoader`` with the same arguments and seed. With worker processes, a custom sampler
+    or a collate function it works as torch's.
+
+    References
+    ----------
+    torch 2.13: ``_BaseDataLoaderIter.__init__`` draws the base seed when the iterator is
+    made, and ``RandomSampler.__iter__`` draws its own seed at the first batch.
+    """
+
+    def __iter__(self) -> Any:
+        tensors = unwrap_tensors(self.dataset)
+        known = {RandomSampler, SequentialSampler, WeightedRandomSampler}
+        if (
+            tensors is None
+            or self.num_workers
+            or self.batch_size is None
+            or type(self.batch_sampler) is not BatchSampler
+            or type(self.sampler) not in known
+            or self.collate_fn is not torch_collate
+        ):
+            return super().__iter__()
+        torch.empty((), dtype=torch.int64).random_(generator=self.generator)
+        return self._batches(*tensors)
+
+    def _batches(self, tensors: Sequence[Tensor], rows: Tensor | None) -> Iterator[Any]:
+        """Batches in the order of the sampler; copies, because a model may change its input."""
+        size, count = self.batch_size or 1, len(self)
+        make = choose_allocation(self)
+        build = get_form(self.dataset)
+        if rows is None and type(self.sampler) is SequentialSampler:
+            for start in range(0, count * size, size):
+                part = slice(start, start + size)
+                yield build([take_rows(tensor, part, make) for tensor in tensors])
+            return
+        order = torch.tensor(list(self.sampler))
+        if rows is not None:
+            order = rows[order]
+        for chosen in torch.split(order, size)[:count]:
+            yield build([take_rows(tensor, chosen, make) for tensor in tensors])
+
+
+Allocate = Callable[..., Tensor]
+"""Makes the tensor of a batch: ``allocate(shape, dtype=...)``."""
+
+
+def choose_allocation(loader: DataLoader[Any]) -> Allocate | None:
+    """Return what makes the batches of a loader; None: torch as it likes.
+
+    Pinned memory is copied to a CUDA device beside the steps. torch gives a block of it out
+    again only when the copy from it is done.
+    """
+    is_pinned = loader.pin_memory and torch.cuda.is_available()
+    return partial(torch.empty, pin_memory=True) if is_pinned else None
+
+
+def take_rows(
+    tensor: Tensor, rows: slice | Tensor, allocate: Allocate | None
+) -> Tensor:
+    """Copy rows of a tensor; `allocate` makes the copy, if it is a plain one on the CPU."""
+    is_plain = tensor.device.type == "cpu" and tensor.layout == torch.strided
+    if allocate is None or not is_plain or tensor.requires_grad or tensor.is_conj():
+        return tensor[rows].clone() if isinstance(rows, slice) else tensor[rows]
+    if isinstance(rows, slice):
+        found = tensor[rows]
+        return allocate(found.shape, dtype=tensor.dtype).copy_(found)
+    rows = torch.where(rows < 0, rows + len(tensor), rows)  # as indexing reads them
+    made = allocate((len(rows), *tensor.shape[1:]), dtype=tensor.dtype)
+    return torch.index_select(tensor, 0, rows, out=made)
+
+
+def unwrap_tensors(
+    dataset: Dataset[Any],
+) -> tuple[tuple[Tensor, ...], Tensor | None] | None:
+    """Tensors of a ``TensorDataset``, also behind a ``Subset``, and the rows of the subset.
+
+    Returns
+    -------
+    Tensors, and the indices of their rows (None: all rows); None for other data sets.
+    """
+    rows: Tensor | None = None
+    while type(dataset) is Subset:
+        inner = torch.as_tensor(dataset.indices)
+        rows = inner if rows is None else inner[rows]
+        dataset = dataset.dataset
+    if (
+        isinstance(dataset, TensorDataset)
+        and type(dataset) in {TensorDataset, NestedDataset}
+        and all(type(tensor) is Tensor for tensor in dataset.tensors)
+    ):
+        return dataset.tensors, rows
+    return None
+
+
+def get_form(dataset: Any) -> Callable[[list[Tensor]], Any]:
+    """Return what makes a batch of the tensors of ``unwrap_tensors``."""
+    while type(dataset) is Subset:
+        dataset = dataset.dataset
+    return dataset.build if isinstance(dataset, NestedDataset) else list
