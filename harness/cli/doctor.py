@@ -118,9 +118,12 @@ def _precision() -> Check:
         detail = "fp16 and float32; bf16 is emulated and slow"
         advice = 'Write "fp16": {"enabled": true} in DeepSpeed\'s config.'
         return Check("precision", "limited", detail, advice)
-    detail = (
-        "bf16, fp16 and float32" if torch.cuda.is_available() else "bf16 and float32"
-    )
+    detail = "bf16 and float32"
+    if torch.cuda.is_available():
+        hint = (
+            "at ZeRO 0 by --precision, since 'bf16' in the config reads each gradient"
+        )
+        detail = f"bf16, fp16 and float32; {hint}"
     return Check("precision", "ok", detail)
 
 

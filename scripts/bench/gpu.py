@@ -5,9 +5,13 @@
     deepspeed --num_gpus 4 scripts/bench/gpu.py       the same on four GPUs
     python scripts/bench/gpu.py --tiny                a small run on the CPU, to test the script
 
-Plain torch trains under autocast; bare DeepSpeed and harness use bf16 weights with float32
-masters. harness runs with a torchmetrics accuracy and with tracking. Rounds are interleaved.
-The figure is the median; the ratio is to bare DeepSpeed at the same stage. Target: 0.98.
+Plain torch and harness on one device train under bf16 autocast; bare DeepSpeed and harness with
+it use bf16 weights with float32 masters. All read by the same loader, and both with DeepSpeed
+have the same config; bare DeepSpeed runs with its throughput timer, which waits for the device
+in each step, on (its default) and off. harness runs with a torchmetrics accuracy and with
+tracking. Rounds are interleaved. The figures are medians: tokens a second; the ratio to bare
+DeepSpeed at the same stage without timer, or to plain torch; and the peak of device memory of
+rank 0. Targets: 0.98 of bare DeepSpeed and 0.99 of plain torch.
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 import harness
@@ -40,6 +44,7 @@ from harness.accelerators.deepspeed.library import (
 from harness.accelerators.devices import choose_rank_device
 from harness.accelerators.distributed.environment import read_launch, set_environment
 from harness.accelerators.distributed.group import RankGroup
+from harness.data.loaders import get_device_options, make_train_loader
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +55,8 @@ class Size:
     vocabulary: int = 32_000
     length: int = 1024
     batch: int = 8
-    warmup: int = 5
-    steps: int = 20
+    warmup: int = 10
+    steps: int = 60
 
 
 TINY = Size(
@@ -105,7 +110,9 @@ class Clock:
 
     def __init__(self, size: Size, device: torch.device) -> None:
         self.size, self.device = size, device
-        self.done, self.begun, self.seconds = 0, 0.0, float("nan")
+        self.done, self.begun, self.seconds, self.peak = 0, 0.0, float("nan"), 0
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
 
     def tick(self) -> bool:
         """Count one step; True if it was the last."""
@@ -114,6 +121,8 @@ class Clock:
             self.begun = self.now()
         if self.done == self.size.warmup + self.size.steps:
             self.seconds = self.now() - self.begun
+            if self.device.type == "cuda":
+                self.peak = torch.cuda.max_memory_allocated(self.device)
             return True
         return False
 
@@ -134,12 +143,13 @@ def data(size: Size, world_size: int) -> TensorDataset:
     return TensorDataset(ids[:, :-1], ids[:, 1:])
 
 
-def config(stage: int, size: Size) -> dict:
+def config(stage: int, size: Size, *, has_timer: bool = False) -> dict:
     return {
         "train_micro_batch_size_per_gpu": size.batch,
         "bf16": {"enabled": True},
         "gradient_clipping": 0.0,
         "zero_optimization": {"stage": stage},
+        "timers": {"throughput": {"enabled": has_timer}},
     }
 
 
@@ -149,14 +159,16 @@ def build(size: Size) -> Gpt:
 
 
 def batches(size: Size, device: torch.device, ranks: RankGroup):
-    """The rows of this rank, as a hand-written loop would read them."""
-    loader = DataLoader(data(size, ranks.world_size), size.batch, drop_last=True)
+    """The rows of this rank, read as harness reads them."""
+    options = {"batch_size": size.batch, "shuffle": False}
+    rows, like = data(size, ranks.world_size), get_device_options(device)
+    loader = make_train_loader(rows, options, like=like)
     for place, batch in enumerate(loader):
         if place % ranks.world_size == ranks.rank:
             yield [part.to(device, non_blocking=True) for part in batch]
 
 
-def plain(size: Size, device: torch.device, ranks: RankGroup) -> float:
+def plain(size: Size, device: torch.device, ranks: RankGroup) -> Clock:
     model: nn.Module = build(size).to(device)
     if ranks.world_size > 1:
         ids = [device.index] if device.type == "cuda" else None
@@ -171,17 +183,22 @@ def plain(size: Size, device: torch.device, ranks: RankGroup) -> float:
         opt.step()
         if clock.tick():
             break
-    return clock.seconds
+    return clock
 
 
-def bare(stage: int) -> Callable[[Size, torch.device, RankGroup], float]:
-    def run(size: Size, device: torch.device, ranks: RankGroup) -> float:
+Contender = Callable[[Size, torch.device, RankGroup], Clock]
+
+
+def bare(stage: int, *, has_timer: bool) -> Contender:
+    def run(size: Size, device: torch.device, ranks: RankGroup) -> Clock:
         model = build(size)
         opt = torch.optim.AdamW(model.parameters(), lr=1e-4)
         clock = Clock(size, device)
         with set_environment(LOCAL_RANK=str(read_launch().local_rank)):
             engine, *_ = import_deepspeed().initialize(
-                model=model, optimizer=opt, config=config(stage, size)
+                model=model,
+                optimizer=opt,
+                config=config(stage, size, has_timer=has_timer),
             )
             for ids, target in batches(size, device, ranks):
                 engine.backward(loss_fn(engine(ids), target))
@@ -189,7 +206,7 @@ def bare(stage: int) -> Callable[[Size, torch.device, RankGroup], float]:
                 if clock.tick():
                     break
             engine.destroy()
-        return clock.seconds
+        return clock
 
     return run
 
@@ -205,14 +222,19 @@ class Timer(harness.Callback):
             raise harness.EarlyStop
 
 
-def ours(stage: int) -> Callable[[Size, torch.device, RankGroup], float]:
-    def run(size: Size, device: torch.device, ranks: RankGroup) -> float:
+def ours(stage: int | None) -> Contender:
+    """harness with DeepSpeed at a stage; None: on one device, under autocast."""
+
+    def run(size: Size, device: torch.device, ranks: RankGroup) -> Clock:
         clock = Clock(size, device)
         metrics = {"accuracy": MulticlassAccuracy(size.vocabulary, average="micro")}
         learner = harness.setup(
             Gpt, loss=loss_fn, optimizer=torch.optim.AdamW, metrics=metrics
         )
-        accelerator = harness.accelerator(config(stage, size), device=device.type)
+        if stage is None:
+            accelerator = harness.accelerator(device=device.type, precision="bf16")
+        else:
+            accelerator = harness.accelerator(config(stage, size), device=device.type)
         with tempfile.TemporaryDirectory() as folder:
             learner.set_hparams(size=size).set_opt_hparams(lr=1e-4).fit(
                 data(size, ranks.world_size),
@@ -224,7 +246,7 @@ def ours(stage: int) -> Callable[[Size, torch.device, RankGroup], float]:
                 tracker={"runs_dir": Path(folder) / "runs", "delivery": False},
                 verbose=False,
             )
-        return clock.seconds
+        return clock
 
     return run
 
@@ -243,19 +265,23 @@ def main() -> None:
     silence_deepspeed_warnings()
     ranks = RankGroup(launch, device)
     stages = [int(stage) for stage in options.stages.split(",")]
-    contenders: dict[str, Callable[[Size, torch.device, RankGroup], float]] = {
-        "torch": plain
-    }
+    contenders: dict[str, Contender] = {"torch": plain}
+    of: dict[str, str] = {}
+    if ranks.world_size == 1:
+        contenders["harness"], of["harness"] = ours(None), "torch"
     for stage in stages:
-        contenders |= {
-            f"DeepSpeed, ZeRO {stage}": bare(stage),
-            f"harness, ZeRO {stage}": ours(stage),
-        }
+        base, mine = f"DeepSpeed, ZeRO {stage}", f"harness, ZeRO {stage}"
+        contenders[base] = bare(stage, has_timer=False)
+        contenders[f"{base}, timer"] = bare(stage, has_timer=True)
+        contenders[mine], of[mine] = ours(stage), base
     tokens = size.steps * size.batch * size.length * ranks.world_size
     rates: dict[str, list[float]] = {name: [] for name in contenders}
+    peaks: dict[str, int] = {}
     for _ in range(options.rounds):
         for name, run in contenders.items():
-            rates[name].append(tokens / run(size, device, ranks))
+            clock = run(size, device, ranks)
+            rates[name].append(tokens / clock.seconds)
+            peaks[name] = max(peaks.get(name, 0), clock.peak)
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -263,14 +289,13 @@ def main() -> None:
         return
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     print(f"{ranks.world_size} rank(s), {name}, torch {torch.__version__}, {size}")
-    print(f"{'':24} {'tokens/s':>12} {'ratio':>8}")
+    print(f"{'':28} {'tokens/s':>12} {'ratio':>8} {'peak MB':>8}")
     for name, found in rates.items():
-        pairs = zip(
-            found, rates.get(name.replace("harness", "DeepSpeed"), found), strict=True
-        )
+        pairs = zip(found, rates[of.get(name, name)], strict=True)
         ratio = statistics.median(mine / theirs for mine, theirs in pairs)
-        shown = f"{ratio:8.3f}" if name.startswith("harness") else " " * 8
-        print(f"{name:24} {statistics.median(found):12,.0f} {shown}")
+        shown = f"{ratio:8.3f}" if name in of else " " * 8
+        peak = f"{peaks[name] / 1e6:8,.0f}"
+        print(f"{name:28} {statistics.median(found):12,.0f} {shown} {peak}")
 
 
 if __name__ == "__main__":

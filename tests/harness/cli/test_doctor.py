@@ -55,6 +55,16 @@ def test_examine_is_quiet(
     assert capfd.readouterr() == ("", "")
 
 
+def test_precision_says_how_to_take_bf16_at_zero_0(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: True)
+    found = doctor._precision()
+    assert found.state == "ok"
+    assert "at ZeRO 0 by --precision" in found.detail
+
+
 def test_ops_that_cannot_be_built_are_a_limitation() -> None:
     found = doctor._ops({"cpu_adam": "cannot be built", "async_io": "built"})
     assert found.state == "limited"
