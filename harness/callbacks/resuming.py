@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness.callback import Callback
 from harness.callbacks.model_checkpoint import ModelCheckpoint
-from harness.checkpoint.format import (
-    MANIFEST,
-    find_newest,
-    list_checkpoints,
-    remove_checkpoint,
-)
+from harness.checkpoint.format import list_checkpoints, remove_checkpoint
+from harness.checkpoint.parts.choose import choose_checkpoint
 from harness.checkpoint.resume import Resume
 from harness.checks.values import as_path
 from harness.context import Context
 from harness.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from harness.accelerators.base import Accelerator
 
 
 class ResumeFromCheckpoint(Callback):
@@ -68,15 +66,21 @@ class ResumeFromCheckpoint(Callback):
             "strict": strict,
         }
 
-    def find(self) -> Resume | None:
+    def find(self, ranks: Accelerator | None = None) -> Resume | None:
         """Find the checkpoint to resume from; None to start from the beginning.
+
+        Parameters
+        ----------
+        ranks
+            The ranks that look for it together, all of which must call this; None: this
+            process alone.
 
         Raises
         ------
         CheckpointError
             If there is none and `missing_ok` is False.
         """
-        found = _open_newest(self.path, **self._options)
+        found = _open_newest(self.path, ranks, **self._options)
         if found is None and not self.missing_ok:
             place = f"{type(self).__name__}({str(self.path)!r})"
             msg = f"{place}: expected an undamaged checkpoint, found none."
@@ -121,10 +125,16 @@ class AutoResume(ModelCheckpoint):
         """Return the path as it is: it is searched before there is a model."""
         return self.path
 
-    def find(self) -> Resume | None:
-        """Find the newest undamaged checkpoint of the folder; None if there is none."""
+    def find(self, ranks: Accelerator | None = None) -> Resume | None:
+        """Find the newest undamaged checkpoint of the folder; None if there is none.
+
+        Parameters
+        ----------
+        ranks
+            As in ``ResumeFromCheckpoint.find``.
+        """
         assert self.path is not None
-        return _open_newest(self.path)
+        return _open_newest(self.path, ranks)
 
     def after_fit(self) -> None:
         """Empty the folder on rank 0, unless a signal interrupted the fit.
@@ -138,18 +148,23 @@ class AutoResume(ModelCheckpoint):
                 remove_checkpoint(path)
 
 
-def _open_newest(path: Path, **options: object) -> Resume | None:
+def _open_newest(
+    path: Path, ranks: Accelerator | None, **options: Any
+) -> Resume | None:
     """Open the checkpoint at a path, or the newest undamaged one in it, if there is any."""
-    if (path / MANIFEST).is_file():
-        return Resume.open(path, **options)
-    found, errors = find_newest(path)
-    for error in errors:
-        warnings.warn(f"skipped a damaged checkpoint: {error}", stacklevel=2)
-    return None if found is None else Resume.open(found, **options)
+    found = choose_checkpoint(path, ranks)
+    if found is None:
+        return None
+    place, manifest = found
+    return Resume(path=place, manifest=manifest, **options)
 
 
-def find_resume(callbacks: Iterable[Callback]) -> Resume | None:
+def find_resume(
+    callbacks: Iterable[Callback], ranks: Accelerator | None = None
+) -> Resume | None:
     """Find the checkpoint of the first callback that resumes; None if no callback does.
+
+    Every rank must call it; see ``choose_checkpoint``.
 
     Raises
     ------
@@ -158,7 +173,7 @@ def find_resume(callbacks: Iterable[Callback]) -> Resume | None:
     """
     for callback in callbacks:
         if isinstance(callback, AutoResume | ResumeFromCheckpoint):
-            found = callback.find()
+            found = callback.find(ranks)
             if found is not None:
                 return found
     return None

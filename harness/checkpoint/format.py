@@ -16,6 +16,7 @@ import contextlib
 import hashlib
 import json
 import re
+import stat
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -54,6 +55,7 @@ PEER_WAIT_S = 600.0
 
 _NAME = re.compile(r"(\d{6,15})-epoch-\d+-batch-\d+-step-\d+")
 _UNFINISHED = re.compile(rf"\.{_NAME.pattern}\.(tmp|removed)")
+_RANK_FILE = re.compile(r"rank-(\d{1,9})\.(safetensors|json)")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -354,9 +356,45 @@ def verify_checkpoint(path: Path) -> Manifest:
         ``read_manifest``.
     """
     manifest = read_manifest(path)
-    for name, info in manifest.files.items():
-        verify_file(path, name, info)
+    verify_files(path, manifest)
     return manifest
+
+
+def verify_files(
+    path: Path, manifest: Manifest, rank: int = 0, world_size: int = 1
+) -> None:
+    """Compare a rank's share of the files with the manifest; the default is all of them.
+
+    Parameters
+    ----------
+    path
+        Folder of the checkpoint.
+    manifest
+        Its manifest.
+    rank, world_size
+        This rank of those that share the work. A rank's share is its own part, and the
+        parts ``world_size`` ranks on; what belongs to no rank is rank 0's.
+
+    Raises
+    ------
+    CheckpointError
+        As ``verify_checkpoint``.
+    """
+    for name, info in manifest.files.items():
+        if _get_rank(name) % world_size == rank:
+            verify_file(path, name, info)
+
+
+def _get_rank(name: str) -> int:
+    """Rank whose part a file is in; 0 for a file of the whole checkpoint."""
+    found = _RANK_FILE.fullmatch(name)
+    return int(found[1]) if found else 0
+
+
+def check_sizes(path: Path, manifest: Manifest) -> None:
+    """Raise ``CheckpointError`` if a file is missing or has another size; none is read."""
+    for name, info in manifest.files.items():
+        check_size(path, name, info)
 
 
 def describe_file(path: Path) -> FileInfo:
@@ -368,16 +406,25 @@ def describe_file(path: Path) -> FileInfo:
 
 def verify_file(path: Path, name: str, info: FileInfo) -> None:
     """Raise ``CheckpointError`` unless a file of a folder has this size and content."""
-    file_path = path / name
-    if file_path.is_symlink() or not file_path.is_file():
-        raise _make_error(path, f"the file {name}", "none")
-    size = file_path.stat().st_size
-    if size != info.bytes:
-        raise _make_error(path, f"{info.bytes} bytes in {name}", f"{size}")
-    with file_path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    check_size(path, name, info)
+    try:
+        found = describe_file(path / name).sha256
+    except OSError as error:
+        raise _make_error(path, f"to read {name}", str(error)) from error
     if found != info.sha256:
         raise _make_error(path, f"the SHA-256 of {name} to be {info.sha256}", found)
+
+
+def check_size(path: Path, name: str, info: FileInfo) -> None:
+    """Raise ``CheckpointError`` unless a file exists, is no link, and has this size."""
+    try:
+        found = (path / name).lstat()
+    except OSError as error:
+        raise _make_error(path, f"the file {name}", "none") from error
+    if not stat.S_ISREG(found.st_mode):
+        raise _make_error(path, f"the file {name}", "none")
+    if found.st_size != info.bytes:
+        raise _make_error(path, f"{info.bytes} bytes in {name}", f"{found.st_size}")
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -389,7 +436,12 @@ def read_manifest(path: Path) -> Manifest:
         If the manifest is missing or damaged, has another format or wrong types, or names
         files outside the folder.
     """
-    content = _read_json(path, MANIFEST)
+    return parse_manifest(path, read_text(path, MANIFEST))
+
+
+def parse_manifest(path: Path, text: str) -> Manifest:
+    """The manifest of a checkpoint from the text in its file; see ``read_manifest``."""
+    content = _parse_json(path, MANIFEST, text)
     found = content.get("format") if isinstance(content, dict) else content
     if found != FORMAT:
         raise _make_error(path, f"format {FORMAT}", repr(found)[:80])
@@ -452,6 +504,11 @@ def read_rank(path: Path, rank: int, *, is_mapped: bool = False) -> Any:
 
 
 def _read_json(path: Path, name: str) -> Any:
+    return _parse_json(path, name, read_text(path, name))
+
+
+def read_text(path: Path, name: str) -> str:
+    """Read a JSON file of a checkpoint as text; ``CheckpointError`` if it cannot be."""
     file_path = path / name
     try:
         if file_path.is_symlink() or not file_path.is_file():
@@ -459,8 +516,15 @@ def _read_json(path: Path, name: str) -> Any:
         if file_path.stat().st_size > MAX_JSON_BYTES:
             expected = f"less than {MAX_JSON_BYTES} bytes in {name}"
             raise _make_error(path, expected, "more")
-        return json.loads(file_path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        return file_path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise _make_error(path, f"JSON in {name}", str(error)) from error
+
+
+def _parse_json(path: Path, name: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise _make_error(path, f"JSON in {name}", str(error)) from error
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from harness.checkpoint.format import Manifest, Position, read_rank, verify_checkpoint
+from harness.checkpoint.format import Manifest, Position, read_rank
 from harness.checkpoint.groups import ChangedOption, check_groups, list_changes
 from harness.checkpoint.matching import match_callbacks, name_callbacks
 from harness.checkpoint.resharding import (
@@ -30,6 +30,7 @@ from harness.checkpoint.state import (
     restore_state,
 )
 from harness.checkpoint.state_form import check_live_form, check_state_form
+from harness.checkpoint.weights import put_weights, read_checkpoint_weights
 from harness.context import Context
 from harness.errors import CheckpointError
 from harness.metrics.state import check_saved_metrics
@@ -46,6 +47,7 @@ from tracking.errors import escape_control, write_stderr
 
 if TYPE_CHECKING:
     import tracking
+    from harness.accelerators.base import Accelerator
 
 Outcome = Literal["restored", "left out", "missing", "not kept", "differs"]
 """What became of a part of the saved state."""
@@ -73,7 +75,7 @@ RANK_STATE_KEYS = (
 
 @dataclass(kw_only=True)
 class Resume:
-    """A checkpoint to resume from.
+    """A checkpoint to resume from, chosen by ``choose_checkpoint``.
 
     Attributes
     ----------
@@ -106,11 +108,6 @@ class Resume:
     _changed_frozen: set[str] = field(default_factory=set)
     # Positions in the run of ranks that saved, and that this fit does not have.
     _surplus_ranks: dict[int, int] = field(default_factory=dict)
-
-    @classmethod
-    def open(cls, path: Path, **options: Any) -> Resume:
-        """Open a checkpoint after comparing every file with its manifest."""
-        return cls(path=path, manifest=verify_checkpoint(path), **options)
 
     @property
     def position(self) -> Position:
@@ -162,12 +159,30 @@ class Resume:
 
     # --- before the fit
 
-    def restore_split_state(self) -> None:
-        """Set torch's random state to that before a fraction of the data was drawn."""
-        saved = read_rank(self.path, 0, is_mapped=True).get("split_random")
+    def restore_split_state(self, ranks: Accelerator) -> None:
+        """Set torch's random state to that before a fraction of the data was drawn.
+
+        Every rank must call it; rank 0 reads it.
+        """
+        saved = None
+        if ranks.is_main:
+            saved = read_rank(self.path, 0, is_mapped=True).get("split_random")
+        saved = ranks.broadcast(saved)
         if saved is not None:
             with self._refuse_bad_state():
-                torch.set_rng_state(saved.clone())
+                torch.set_rng_state(saved.cpu().clone())
+
+    def load_weights(self, model: nn.Module) -> None:
+        """Load the weights alone into a new model.
+
+        Raises
+        ------
+        CheckpointError
+            If they do not fit.
+        """
+        place = f"resume({str(self.path)!r})"
+        saved = read_checkpoint_weights(self.path, self.manifest, model, place)
+        put_weights(model, saved, place, strict=True)
 
     def check(self, ctx: Context) -> None:
         """Compare the checkpoint with the fit that resumes from it; nothing is changed.

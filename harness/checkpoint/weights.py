@@ -26,9 +26,11 @@ from torch import Tensor, nn
 from harness.checkpoint.format import (
     MANIFEST,
     FileInfo,
+    Manifest,
     describe_file,
     find_newest,
     list_checkpoints,
+    read_manifest,
     read_rank,
     verify_checkpoint,
     verify_file,
@@ -174,9 +176,9 @@ def read_weights(path: Path, model: nn.Module, place: str) -> dict[str, Tensor]:
         newest, errors = find_newest(path)
         if newest is None:
             raise errors[0]
-        path = newest
+        return read_checkpoint_weights(newest, read_manifest(newest), model, place)
     if (path / MANIFEST).is_file():
-        return _read_checkpoint_weights(path, model, place)
+        return read_checkpoint_weights(path, verify_checkpoint(path), model, place)
     if (path / SAVED_MODEL).is_file():
         return find_tensors(read_saved_model(path)[0])
     advice = "Pass a file of safetensors or torch.save, a saved model or a checkpoint."
@@ -234,10 +236,11 @@ def find_tensors(found: Mapping[str, object]) -> dict[str, Tensor]:
     return tensors
 
 
-def _read_checkpoint_weights(
-    path: Path, model: nn.Module, place: str
+def read_checkpoint_weights(
+    path: Path, manifest: Manifest, model: nn.Module, place: str
 ) -> dict[str, Tensor]:
-    ranks = range(verify_checkpoint(path).world_size)
+    """Read the weights in a checkpoint whose files were compared with its manifest."""
+    ranks = range(manifest.world_size)
     try:
         states = [read_rank(path, rank, is_mapped=True) for rank in ranks]
         parts = [state["accelerator"] for state in states]

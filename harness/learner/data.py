@@ -27,10 +27,10 @@ def is_fraction(valid_data: object) -> TypeGuard[float]:
     return isinstance(valid_data, float | int) and not isinstance(valid_data, bool)
 
 
-def restore_split_state(resume: Resume | None) -> Tensor:
+def restore_split_state(resume: Resume | None, accelerator: Accelerator) -> Tensor:
     """Return torch's random state for a split; a resumed fit draws its split again."""
     if resume is not None and resume.is_exact:
-        resume.restore_split_state()
+        resume.restore_split_state(accelerator)
     return torch.get_rng_state()
 
 

@@ -20,7 +20,6 @@ from harness.callbacks import Metrics, TrainValid
 from harness.callbacks.resuming import find_resume
 from harness.callbacks.train_valid import Mode
 from harness.checkpoint.state import describe_fit
-from harness.checkpoint.weights import load_weights
 from harness.checks.arguments import check_call_arguments, check_predict, check_setup
 from harness.checks.callbacks import check_callbacks
 from harness.checks.calls import (
@@ -338,15 +337,16 @@ class Learner:
         if seed is not None:
             seed_all(seed)
         share_rng_state(accelerator)
-        resume = find_resume(callbacks)
-        split_state = restore_split_state(resume) if is_fraction(valid_data) else None
+        resume, split_state = find_resume(callbacks, accelerator), None
+        if is_fraction(valid_data):
+            split_state = restore_split_state(resume, accelerator)
         train, valid = build_loaders(data, valid_data, dataloader_options, accelerator)
         limits = check_limits(limit_batches, valid)
         check_config_optimizer(self.optimizer, accelerator)
         began = begin(self, start, strict, accelerator)
         model = began.model
         if resume is not None and resume.is_weights_only:
-            load_weights(model, resume.path)
+            resume.load_weights(model)
         if self.compile is not False:
             model.compile(**check_compile(self.compile))
         loss = make_loss(began.loss, model, accelerator.device)

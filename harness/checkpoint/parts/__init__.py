@@ -1,0 +1,1 @@
+"""The parts of the ranks in a checkpoint: agreed on by all ranks, opened when needed."""
