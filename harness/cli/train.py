@@ -162,7 +162,8 @@ def resume(
     with working_folder_of(past):
         launch_options = find_launch_options(past, num_gpus)
         if launch_options is not None:
-            check_arguments(read_recorded_fit(past, given))
+            with render.showing(f"loading {past.id} ..."):
+                check_arguments(read_recorded_fit(past, given))
             words = ["resume", str(past.path.absolute()), *["--strict"] * strict]
             for flag, option in (("--set", "sets"), ("--opt", "opts")):
                 for name, value in given[option].items():
@@ -193,7 +194,9 @@ def launch(ctx: click.Context, /, target: str, **options: Any) -> None:
     if "hostfile" in given:
         given["hostfile"] = str(given["hostfile"].absolute())
     arguments = [target, *ctx.args]
-    check_arguments(fit.make_context("fit", [*arguments], ctx).params)
+    options_of_fit = fit.make_context("fit", [*arguments], ctx).params
+    with render.showing(f"loading {target} ..."):
+        check_arguments(options_of_fit)
     start_ranks(["fit", *arguments], given, verbose=is_verbose)
 
 

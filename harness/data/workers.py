@@ -1,4 +1,4 @@
-"""Worker processes of loaders, which leave signals to the main process."""
+"""Worker processes of loaders: they leave signals to the main process, and end with it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.synchronize import Event
 from typing import Any
+
+from harness.data.processes import Process, end_with
 
 GROUP_SIGNALS = tuple(
     signal.Signals[name]
@@ -26,18 +28,21 @@ def iter_batches(loader: Any) -> Iterator[Any]:
     If the main process handles a signal, such as Ctrl-C, it still needs the batches that its
     workers prepare. So a worker ignores it, except SIGTERM after the end of a pass. Signals
     are blocked in a worker until it starts to read data.
+
+    If the main process is killed, its workers end, too. torch's own workers notice it only
+    where the main process is their parent, and not while they read data.
     """
     numbers = [n for n in GROUP_SIGNALS if callable(signal.getsignal(n))]
     # A loader that is divided over ranks, or limited, has workers in the loaders below it.
     is_wrapped = hasattr(loader, "undivided") or hasattr(loader, "unlimited")
     has_workers = getattr(loader, "num_workers", 0) and not is_wrapped
-    if not has_workers or not numbers or not hasattr(signal, "pthread_sigmask"):
+    if not has_workers or not hasattr(signal, "pthread_sigmask"):
         return iter(loader)
     _start_helpers(loader, numbers)
     own = loader.worker_init_fn
     with _blocking(numbers) as blocked:
         try:
-            loader.worker_init_fn = _WorkerInit(own, blocked)
+            loader.worker_init_fn = _WorkerInit(own, blocked, Process.current())
             return iter(loader)
         finally:
             loader.worker_init_fn = own
@@ -77,8 +82,10 @@ class _WorkerInit:
 
     own: Callable[[int], object] | None
     numbers: list[int]
+    main: Process
 
     def __call__(self, worker: int) -> None:
+        end_with(self.main)
         for number in self.numbers:
             is_term = number == signal.SIGTERM
             signal.signal(number, _EndIfDone() if is_term else signal.SIG_IGN)

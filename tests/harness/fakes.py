@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -154,3 +155,12 @@ class Ear(NullRun):
 
     def position(self) -> int:
         return len(self.heard)
+
+
+def is_running(pid: int) -> bool:
+    """True for a process that is no zombie."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"

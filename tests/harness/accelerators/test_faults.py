@@ -18,6 +18,7 @@ from harness.accelerators.distributed.launcher import build_launch_command
 from harness.checkpoint.format import find_newest, list_checkpoints
 from tests.harness.accelerators import refusals
 from tests.harness.accelerators.launches import ROOT, Launches, free_port, started
+from tests.harness.fakes import is_running
 from tracking.cli.describe import describe_run
 
 FAULTY = Path(__file__).with_name("faulty.py")
@@ -93,15 +94,6 @@ class Started:
         """Both ranks are gone."""
         pids = [int(path.read_text()) for path in self.folder.glob("pid-*")]
         self.wait_for(lambda: not any(is_running(pid) for pid in pids))
-
-
-def is_running(pid: int) -> bool:
-    """True for a process that is no zombie."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state != "Z"
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ import pytest
 import tracking
 from harness.checkpoint.format import find_newest
 from tests.harness.accelerators.launches import ROOT, free_port
+from tests.harness.fakes import is_running
 
 PATIENCE_S = 300
 """Seconds after which something is taken for hung."""
@@ -77,15 +78,6 @@ def start(tmp_path: Path) -> Iterator[Start]:
     for path in tmp_path.glob("rank-*"):
         if is_running(int(path.read_text())):
             os.kill(int(path.read_text()), signal.SIGKILL)
-
-
-def is_running(pid: int) -> bool:
-    """True for a process that is no zombie."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state != "Z"
 
 
 def wait_for(folder: Path, done: Callable[[], bool]) -> None:

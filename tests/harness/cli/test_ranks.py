@@ -7,6 +7,8 @@ import json
 import pytest
 
 import tracking
+from harness.cli.main import main
+from tests.harness.terminal import in_terminal
 
 LAUNCH = {
     "unknown file": (["nothing.py:experiment"], "got 'nothing.py'"),
@@ -35,6 +37,16 @@ def test_wrong_usage_of_launch_is_one_line_before_ranks_start(call, case, folder
     done = call("launch", *words)
     assert done.exit_code == 2
     assert text in done.output.splitlines()[-1]
+
+
+def test_launch_shows_at_once_that_it_loads(folder):
+    words = ["launch", "exp_cli.py:experiment", "--set", "hiden=3"]
+
+    def launch():
+        with pytest.raises(SystemExit):
+            main(words)
+
+    assert in_terminal(launch).startswith("loading exp_cli.py:experiment ...")
 
 
 def test_usage_error_of_ranks_is_shown_by_one_on_each_machine(

@@ -1,4 +1,4 @@
-"""Workers of a loader leave signals to the main process."""
+"""Workers of a loader leave signals to the main process, and end with it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 import tracking
 from harness.data.workers import iter_batches
 from harness.pytree import iter_tensors
-from tests.harness.fakes import At, line_learner
+from tests.harness.fakes import At, is_running, line_learner
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 METHODS = [
@@ -197,3 +197,45 @@ def test_signal_to_the_group_ends_the_fit_in_order(
     (run,) = tracking.list_runs(tmp_path / "runs")
     assert run.status == "killed"
     assert [path.name for path in (run.path / "checkpoints").iterdir()] == [saved]
+
+
+KILLED = """
+import os, sys, time
+from torch.utils.data import DataLoader, Dataset
+from harness.data.workers import iter_batches
+
+class Rows(Dataset):
+    def __len__(self): return 100
+    def __getitem__(self, row):
+        if sys.argv[2] == "hang" and row:
+            time.sleep(1000)
+        return os.getpid()
+
+if __name__ == "__main__":
+    loader = DataLoader(Rows(), 1, num_workers=1, multiprocessing_context=sys.argv[1])
+    print(int(next(iter_batches(loader))), flush=True)
+    os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "how"), [("fork", "hang"), ("spawn", "hang"), ("forkserver", "idle")]
+)
+def test_workers_of_a_killed_process_end(method, how, tmp_path):
+    (tmp_path / "train.py").write_text(KILLED)
+    with (tmp_path / "log").open("w") as log:
+        done = subprocess.run(
+            [sys.executable, "train.py", method, how],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[3])},
+            stdout=subprocess.PIPE,
+            stderr=log,
+            timeout=100,
+            check=False,
+        )
+    assert done.returncode == -signal.SIGKILL
+    worker, until = int(done.stdout), time.monotonic() + 60
+    while is_running(worker):
+        assert time.monotonic() < until
+        time.sleep(0.05)
