@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from harness.callback import Callback
 from harness.checks.values import check_count
 
@@ -37,5 +39,7 @@ class StepMetrics(Callback):
             return
         name = ctx.opt_name
         tail = f"/{name}" if len(ctx.optimizers) > 1 else ""
-        rate = float(ctx.opt.param_groups[0]["lr"])
+        rate = ctx.opt.param_groups[0]["lr"]
+        if not isinstance(rate, Tensor):  # one on a device is read later
+            rate = float(rate)
         ctx.log_step({f"loss{tail}": ctx.loss[name], f"lr{tail}": rate})

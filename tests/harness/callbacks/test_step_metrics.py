@@ -3,6 +3,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 import harness
 import tracking
@@ -45,6 +46,16 @@ def test_step_metrics_record_loss_and_rate_of_each_step(tmp_path):
         expected += [("loss", step, epoch, loss), ("lr", step, epoch, 0.01)]
     assert sorted(rows) == sorted(expected)
     assert len(losses) == 8
+
+
+def test_rate_that_is_a_tensor_is_recorded_as_it_was_in_the_step(tmp_path):
+    halve = At(
+        "on_train_batch_end", lambda ctx: ctx.opt.param_groups[0]["lr"].mul_(0.5)
+    )
+    learner = line_learner().set_opt_hparams(lr=torch.tensor(0.5))
+    rows = recorded(tmp_path, learner, StepMetrics(), halve)
+    rates = [value for name, _, _, value in sorted(rows) if name == "lr"]
+    assert rates == [0.5**step for step in range(1, 9)]
 
 
 def test_step_metrics_every_few_steps(tmp_path):
