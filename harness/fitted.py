@@ -202,6 +202,9 @@ class Fitted:
     def plot(self, path: str | Path | None = None) -> Figure:
         """Plot each metric by epoch, or step; sets share a panel.
 
+        Of more than 24 metrics the main ones are shown: losses first, then those that
+        several sets have. A long curve keeps its lowest and highest points.
+
         Parameters
         ----------
         path
@@ -211,7 +214,7 @@ class Fitted:
         -------
         matplotlib ``Figure``
         """
-        from tracking.plot import plot_curves  # noqa: PLC0415  matplotlib is slow to import
+        from tracking.curves.plot import plot_curves  # noqa: PLC0415  matplotlib is slow to import
 
         check_picture("plot(path)", path)
         rows = self.get_metrics().itertuples(index=False, name=None)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import html
 import os
-from collections.abc import Container
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,7 +13,8 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import compute as pc
 
-from tracking.journal.fits import COLUMN, Fits, align_fits, get_fits, name_in_fit
+from tracking.curves.points import MetricPoints, collect_points
+from tracking.journal.fits import Fits, align_fits, get_fits, name_in_fit
 from tracking.journal.reader import read_records
 from tracking.journal.segment import Damage
 from tracking.journal.tombstones import Tombstones
@@ -25,7 +27,8 @@ from tracking.store import (
     read_manifests,
 )
 
-FIT: Final = COLUMN.name
+SUPERSEDED: Final = pa.field("superseded", pa.bool_(), nullable=False)
+"""Column that tells the superseded rows."""
 
 
 class PastRun:
@@ -87,27 +90,33 @@ class PastRun:
         table in the schema of ``tracking.schema``; if the run has several fits, with a
         column ``fit`` before ``epoch``, which counts from 1
         """
-        schema = SCHEMA
-        if superseded:
-            schema = SCHEMA.append(pa.field("superseded", pa.bool_(), nullable=False))
-        tables = []
-        for dir_rank, rank_dir in list_rank_dirs(self.path).items():
-            if rank in (None, dir_rank):
-                table = read_records(rank_dir)[0]
-                tombstones = Tombstones()
-                tombstones.add(table)
-                is_live = tombstones.mask_live(table)
-                if superseded:
-                    is_superseded = ~(is_live | _mask_control(table))
-                    table = table.append_column(
-                        schema.field("superseded"), [is_superseded]
-                    )
-                elif not is_live.all():
-                    table = table.filter(pa.array(is_live))
-                tables.append(tombstones.fits.label(table))
+        ranks = list_rank_dirs(self.path)
+        found = [_read_rank(ranks[one]) for one in ranks if rank in (None, one)]
+        tables = [one.label_rows(superseded=superseded) for one in found]
         tables = align_fits(tables, at=SCHEMA.get_field_index("epoch"))
         tables = [_filter_rows(one, what=what, set=set, name=name) for one in tables]
+        schema = SCHEMA.append(SUPERSEDED) if superseded else SCHEMA
         return _concat_rows(*tables) if tables else schema.empty_table()
+
+    def snapshot(self) -> Snapshot:
+        """Read the records once, to ask several things of them.
+
+        Returns
+        -------
+        Snapshot
+            ``params``, ``tags``, ``inputs``, ``wide`` and ``summary`` as here, of what
+            the files hold now.
+        """
+        ranks = {
+            rank: _read_rank(path) for rank, path in list_rank_dirs(self.path).items()
+        }
+        tables = [one.label_rows() for one in ranks.values()]
+        tables = align_fits(tables, at=SCHEMA.get_field_index("epoch"))
+        return Snapshot(
+            records=_concat_rows(*tables) if tables else SCHEMA.empty_table(),
+            damage=[damage for one in ranks.values() for damage in one.damage],
+            written={rank: one.table["seq"] for rank, one in ranks.items()},
+        )
 
     @property
     def damage(self) -> list[Damage]:
@@ -122,17 +131,17 @@ class PastRun:
         One that a later fit has with another value than the first is named after that
         fit too, such as ``lr_fit2``.
         """
-        return self._last_values("params")
+        return self.snapshot().params
 
     @property
     def tags(self) -> dict[str, Any]:
         """Last value of each tag, in all fits."""
-        return self._last_values("tags")
+        return self.snapshot().tags
 
     @property
     def inputs(self) -> dict[str, Any]:
         """Description of the data of each context, such as ``training``, in all fits."""
-        return self._last_values("inputs")
+        return self.snapshot().inputs
 
     def wide(self) -> pa.Table:
         """Return metrics with a row for each index and a column for each ``<set>/<name>``.
@@ -145,26 +154,13 @@ class PastRun:
         index, are at their step, in columns ``<set>/<name>_step``, as in MLflow. If the
         run has several fits, the first column is ``fit``, and each fit has rows of its
         own.
+
+        Notes
+        -----
+        The table takes 9 bytes for each row and column, whether it has a value there or
+        not. ``records`` and ``summary`` take only as much as was logged.
         """
-        records = self.records()
-        kinds = [_filter_rows(records, what=what) for what in ("metrics", "steps")]
-        table = _concat_rows(*kinds)
-        place = pc.coalesce(table["index"], table["step"])
-        is_shown = pc.and_(pc.is_valid(place), pc.is_valid(table["value"]))
-        table, index = table.filter(is_shown), place.filter(is_shown).to_numpy()
-        fits, rows, row = _number_places(table, index)
-        # Ranks are in rising order: written backwards, the lowest rank's value remains.
-        order = np.argsort(-table["rank"].to_numpy(), kind="stable")
-        columns: dict[str, pa.Array] = {} if fits is None else {FIT: pa.array(fits)}
-        columns["index"] = pa.array(rows)
-        for key, found in _mask_by_key(table):
-            at = order[found[order]]
-            values = np.zeros(len(rows))
-            values[row[at]] = table["value"].to_numpy()[at]
-            absent = np.ones(len(rows), bool)
-            absent[row[at]] = False
-            columns[key] = pa.array(values, mask=absent)
-        return pa.table(columns)
+        return self.snapshot().wide()
 
     def summary(self) -> dict[str, dict[str, float]]:
         """Return ``last``, ``min``, ``max`` and ``count`` of each metric ``<set>/<name>``.
@@ -172,41 +168,89 @@ class PastRun:
         If the run has several fits, the metrics of later ones are named as in MLflow,
         such as ``valid/loss_fit2``.
         """
-        wide = self.wide()
-        names = wide.column_names
-        fits = wide[FIT] if names[0] == FIT else None
-        keys = names[1:] if fits is None else names[2:]
-        found: dict[str, dict[str, float]] = {}
-        for fit in [1] if fits is None else pc.unique(fits).to_pylist():
-            rows = wide if fits is None else wide.filter(pc.equal(fits, fit))
-            for key in keys:
-                values = rows[key].drop_null()
-                if len(values):
-                    name = find_free_name(name_in_fit(key, fit), found)
-                    found[name] = _summarize(values)
-        return found
+        return self.snapshot().summary()
 
     def __repr__(self) -> str:
         return f"<PastRun {self.id}>"
 
     def _repr_html_(self) -> str:
         """Return what a notebook shows: status, params, and a table of the metrics."""
+        read = self.snapshot()
         lines = [f"run {self.id}, {self.status}", f"in {self.path}"]
-        lines += [f"{name} = {value!s:.80}" for name, value in self.params.items()]
+        lines += [f"{name} = {value!s:.80}" for name, value in read.params.items()]
         columns = ("last", "min", "max", "count")
         rows = [
             f"<tr><th>{html.escape(name)}</th>"
             + "".join(f"<td>{values[column]:.6g}</td>" for column in columns)
             + "</tr>"
-            for name, values in self.summary().items()
+            for name, values in read.summary().items()
         ]
         head = "".join(f"<th>{column}</th>" for column in ("", *columns))
         table = f"<table><tr>{head}</tr>{''.join(rows)}</table>" if rows else ""
         return f"<pre>{html.escape(chr(10).join(lines))}</pre>{table}"
 
+
+@dataclass(frozen=True, repr=False)
+class Snapshot:
+    """What a run's files held when they were read.
+
+    Returned by ``PastRun.snapshot``.
+
+    Attributes
+    ----------
+    records
+        Live rows of all ranks, as ``PastRun.records`` returns them.
+    damage
+        Damage in the files of the records.
+    written
+        ``seq`` of every row of each rank, superseded and control rows included.
+    """
+
+    records: pa.Table
+    damage: list[Damage]
+    written: dict[int, pa.ChunkedArray]
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """Last value of each hyper-parameter, as ``PastRun.params``."""
+        return self._last_values("params")
+
+    @property
+    def tags(self) -> dict[str, Any]:
+        """Last value of each tag."""
+        return self._last_values("tags")
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """Description of the data of each context."""
+        return self._last_values("inputs")
+
+    def wide(self) -> pa.Table:
+        """Return metrics with a row for each index, as ``PastRun.wide``."""
+        return self.points.widen()
+
+    def summary(self) -> dict[str, dict[str, float]]:
+        """Return last and extreme values of each metric, as ``PastRun.summary``."""
+        return self.points.summarize()
+
+    @cached_property
+    def points(self) -> MetricPoints:
+        """The points of numeric metrics, by name."""
+        return collect_points(self.records)
+
+    def select(self, what: str) -> pa.Table:
+        """Return the live rows of one kind of record."""
+        return _filter_rows(self.records, what=what)
+
+    def count_rows_after(self, seq: int, rank: int = 0) -> int:
+        """Count the rows of a rank behind a position, whatever became of them."""
+        written = self.written.get(rank)
+        return 0 if written is None else pc.sum(pc.greater(written, seq)).as_py() or 0
+
     def _last_values(self, what: str) -> dict[str, Any]:
         found: dict[str, Any] = {}
-        table = self.records(what=what, rank=0)
+        table = self.select(what)
+        table = table.filter(pc.equal(table["rank"], 0))
         columns = (table[n].to_pylist() for n in ("name", "kind", "value", "payload"))
         for fit, name, *value in zip(get_fits(table).tolist(), *columns, strict=True):
             parsed = parse_value(*value)
@@ -284,45 +328,37 @@ def count_fits(rank_dir: Path, begun_at: int | None = None) -> int:
     return int(fit[is_of_fit].max(initial=0))
 
 
-def _read_live(rank_dir: Path) -> tuple[pa.Table, Fits]:
-    """Read a rank's live rows, and which fit logged them."""
-    table = read_records(rank_dir)[0]
+@dataclass(frozen=True)
+class _RankRows:
+    """All rows of one rank, and what its control rows say."""
+
+    table: pa.Table
+    damage: list[Damage]
+    tombstones: Tombstones
+
+    def label_rows(self, *, superseded: bool = False) -> pa.Table:
+        """Return the live rows, or all with a column that tells, and the fit of each."""
+        table, is_live = self.table, self.tombstones.mask_live(self.table)
+        if superseded:
+            is_superseded = ~(is_live | _mask_control(table))
+            table = table.append_column(SUPERSEDED, [is_superseded])
+        elif not is_live.all():
+            table = table.filter(pa.array(is_live))
+        return self.tombstones.fits.label(table)
+
+
+def _read_rank(rank_dir: Path) -> _RankRows:
+    table, damage = read_records(rank_dir)
     tombstones = Tombstones()
     tombstones.add(table)
-    return table.filter(pa.array(tombstones.mask_live(table))), tombstones.fits
+    return _RankRows(table, damage, tombstones)
 
 
-def find_free_name(name: str, taken: Container[str]) -> str:
-    """Return the name, numbered if it is taken."""
-    free, number = name, 1
-    while free in taken:
-        number += 1
-        free = f"{name}#{number}"
-    return free
-
-
-def _number_places(table: pa.Table, index: Any) -> tuple[Any, Any, Any]:
-    """Number the distinct places of rows, which are an index and perhaps a fit.
-
-    Returns
-    -------
-    fit (None if the table does not tell) and index of each place, and the place of each row
-    """
-    if FIT not in table.column_names:
-        return None, *np.unique(index, return_inverse=True)
-    places = np.column_stack([get_fits(table), index])
-    found, row = np.unique(places, axis=0, return_inverse=True)
-    return found[:, 0], found[:, 1], row.reshape(-1)  # NumPy 2.0: two dimensions
-
-
-def _summarize(values: pa.ChunkedArray) -> dict[str, float]:
-    limits = pc.min_max(values)
-    return {
-        "last": values[-1].as_py(),
-        "min": limits["min"].as_py(),
-        "max": limits["max"].as_py(),
-        "count": len(values),
-    }
+def _read_live(rank_dir: Path) -> tuple[pa.Table, Fits]:
+    """Read a rank's live rows, and which fit logged them."""
+    found = _read_rank(rank_dir)
+    is_live = found.tombstones.mask_live(found.table)
+    return found.table.filter(pa.array(is_live)), found.tombstones.fits
 
 
 def _mask_control(table: pa.Table) -> Any:
@@ -343,25 +379,3 @@ def _mask_equal(table: pa.Table, column: str, word: str) -> Any:
 
 def _concat_rows(*tables: pa.Table) -> pa.Table:
     return pa.concat_tables(tables).unify_dictionaries()
-
-
-def _mask_by_key(table: pa.Table) -> list[tuple[str, Any]]:
-    """Return a mask of the rows of each ``<set>/<name>``, in order of appearance."""
-    words = {n: table[n].cast(pa.string()) for n in ("set", "name")}
-    plain = pa.table({**words, "is_step": pc.is_null(table["index"])})
-    distinct = plain.group_by(plain.column_names, use_threads=False).aggregate([])
-    found: list[tuple[str, Any]] = []
-    taken = {"index"}  # the other columns of ``wide``
-    if FIT in table.column_names:
-        taken.add(FIT)
-    for row in distinct.to_pylist():
-        plain_key = "/".join(word for word in (row["set"], row["name"]) if word)
-        plain_key += "_step" if row["is_step"] else ""
-        key = find_free_name(plain_key, taken)
-        taken.add(key)
-        mask = _mask_equal(table, "set", row["set"]) & _mask_equal(
-            table, "name", row["name"]
-        )
-        mask &= np.asarray(plain["is_step"]) == row["is_step"]
-        found.append((key, mask))
-    return found

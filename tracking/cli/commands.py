@@ -152,10 +152,11 @@ def show(run: str, runs_dir: Path | None, as_json: bool) -> None:
 
     RUN is the path or id of a run, or any part of the id.
     """
-    from tracking.cli.describe import describe_run, list_curves  # noqa: PLC0415  imports Arrow
+    from tracking.cli.describe import collect_charts, describe_run  # noqa: PLC0415  imports Arrow
 
     past = open_run(run, runs_dir)
-    found = describe_run(past)
+    read = past.snapshot()
+    found = describe_run(past, read)
     if as_json:
         render.print_json(found)
         return
@@ -166,7 +167,7 @@ def show(run: str, runs_dir: Path | None, as_json: bool) -> None:
         render.print_table(render.make_metrics_table(found["metrics"]))
     if found["items"]:
         render.print_table(render.make_items_table(found["items"]))
-    render.print_lines(render.list_charts(list_curves(past)))
+    render.print_lines(render.list_charts(collect_charts(read)))
 
 
 @runs.command()
@@ -205,20 +206,20 @@ def compare(names: tuple[str, ...], runs_dir: Path | None, as_json: bool) -> Non
 
     The table shows what differs, and the last value of each metric; below it are curves.
     """
-    from tracking.cli.describe import describe_run, list_curves  # noqa: PLC0415  imports Arrow
+    from tracking.cli.describe import compare_curves, describe_run  # noqa: PLC0415  imports Arrow
     from tracking.cli.query import find_main_metric  # noqa: PLC0415  next to it
 
     past = [open_run(name, runs_dir) for name in names]
-    found = [describe_run(run) for run in past]
+    reads = [run.snapshot() for run in past]
+    found = [describe_run(*both) for both in zip(past, reads, strict=True)]
     if as_json:
         render.print_json(found)
         return
     render.print_table(render.make_comparison_table(found))
     main = find_main_metric(dict.fromkeys(n for run in found for n in run["metrics"]))
     if main is not None:
-        split, _, name = main.rpartition("/")
-        curves = {run.id: list_curves(run).get(name, {}).get(split, []) for run in past}
-        render.print_lines(render.list_charts({main: curves}))
+        by_id = {run.id: read for run, read in zip(past, reads, strict=True)}
+        render.print_lines(render.list_charts(compare_curves(by_id, main)))
 
 
 @runs.command()

@@ -3,62 +3,104 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from tracking.delivery.state import DeliveryState, rows_behind
+from tracking.curves.charts import Charts, Room, choose_charts
+from tracking.curves.points import MetricPoints
+from tracking.delivery.state import DeliveryState
 from tracking.journal.fits import get_fits, name_in_fit
-from tracking.read import FIT, PastRun
-from tracking.store import get_first_error, list_rank_dirs
+from tracking.read import PastRun, Snapshot
+from tracking.store import Manifest, get_first_error, get_status, list_rank_dirs
+
+MAX_CHARTS: Final = 4
+"""Charts of one run; ``harness ui`` shows all."""
+
+ROOM: Final = Room(charts=MAX_CHARTS, lines=8, columns=200)
+"""Room of a terminal: it has a mark for each of eight lines."""
 
 
-def summarize_run(run: PastRun) -> dict[str, Any]:
-    """Values that ``harness runs list`` shows of a run, and can choose and sort runs by."""
+def summarize_run(run: PastRun, read: Snapshot | None = None) -> dict[str, Any]:
+    """Values that ``harness runs list`` shows of a run, and can choose and sort runs by.
+
+    Parameters
+    ----------
+    run
+        The run.
+    read
+        Its records; None: read here.
+    """
     manifest = run.manifest
+    status = get_status(run.path, manifest)
+    read = run.snapshot() if read is None else read
     state = DeliveryState.read_or_none(run.path)
     return {
         "id": run.id,
         "name": manifest.name,
-        "status": run.status,
+        "status": status,
         "experiment": manifest.experiment,
         "created": manifest.created,
-        "duration_s": _measure_duration_s(run),
-        "behind": _count_rows_behind(run, state),
+        "duration_s": _measure_duration_s(manifest, status),
+        "behind": _count_rows_behind(manifest, state, read),
         "path": str(run.path),
-        "params": run.params,
-        "tags": run.tags,
-        "metrics": run.summary(),
+        "params": read.params,
+        "tags": read.tags,
+        "metrics": read.summary(),
     }
 
 
-def list_curves(run: PastRun) -> dict[str, dict[str, list[tuple[float, float]]]]:
-    """Points of each metric of a run by name and set, the loss first.
+def collect_charts(read: Snapshot, most: int = MAX_CHARTS) -> Charts:
+    """Lines of the main metrics of a run, in its last fit, for a terminal.
 
-    Of several fits, the last one's.
+    Parameters
+    ----------
+    read
+        Records of the run.
+    most
+        Charts to return.
     """
-    wide = run.wide()
-    if wide.column_names[0] == FIT and len(wide):
-        last = max(wide[FIT].to_pylist())
-        wide = wide.filter([fit == last for fit in wide[FIT].to_pylist()])
-    index = wide["index"].to_pylist()
-    found: dict[str, dict[str, list[tuple[float, float]]]] = {}
-    for key in wide.column_names:
-        if key in {FIT, "index"}:
-            continue
-        split, _, name = key.rpartition("/")
-        points = [
-            (at, value)
-            for at, value in zip(index, wide[key].to_pylist(), strict=True)
-            if value is not None
-        ]
-        found.setdefault(name, {})[split or key] = points
-    return dict(sorted(found.items(), key=lambda item: item[0] != "loss"))
+    points = read.points
+    fit = points.find_last_fit()
+    series: dict[str, dict[str, slice]] = {}
+    for number, name in enumerate(points.names):
+        at = points.find_in_fit(number, fit)
+        if at.stop > at.start:
+            series.setdefault(name.metric, {})[name.set or name.metric] = at
+    room = replace(ROOM, charts=most)
+    return choose_charts(series, room, lambda at: (points.place[at], points.value[at]))
 
 
-def describe_origin(run: PastRun) -> dict[str, str]:
+def compare_curves(reads: Mapping[str, Snapshot], key: str) -> Charts:
+    """Lines of one metric of several runs, in the last fit of each.
+
+    Parameters
+    ----------
+    reads
+        Records by the name of a run's line.
+    key
+        The metric, as ``<set>/<name>``.
+    """
+    series: dict[str, tuple[MetricPoints, slice]] = {}
+    for name, read in reads.items():
+        points = read.points
+        if key in points.keys:
+            number = points.keys.index(key)
+            series[name] = points, points.find_in_fit(number, points.find_last_fit())
+
+    def get_points(one: tuple[MetricPoints, slice]) -> tuple[Any, Any]:
+        points, at = one
+        return points.place[at], points.value[at]
+
+    return choose_charts({key: series}, ROOM, get_points)
+
+
+def describe_origin(run: PastRun, read: Snapshot) -> dict[str, str]:
     """Texts on the code, the packages and the data of a run, by what they are about."""
-    manifest, git = run.manifest, run.manifest.git or {}
+    manifest = run.manifest
+    git = manifest.git or {}
     found = {
         "commit": str(git.get("commit") or ""),
         "branch": str(git.get("branch") or ""),
@@ -69,7 +111,7 @@ def describe_origin(run: PastRun) -> dict[str, str]:
         "devices": ", ".join(manifest.devices),
     }
     found |= {f"package {name}": text for name, text in manifest.packages.items()}
-    for context, sets in run.inputs.items():
+    for context, sets in read.inputs.items():
         for about in sets if isinstance(sets, list) else [sets]:
             facts = dict(about) if isinstance(about, dict) else {"": about}
             place = f"data {facts.pop('name', context)}"
@@ -87,8 +129,15 @@ def _describe_file(path: Path) -> str:
     return f"{lines} lines, {hashlib.sha256(content).hexdigest()[:8]}"
 
 
-def describe_run(run: PastRun) -> dict[str, Any]:
+def describe_run(run: PastRun, read: Snapshot | None = None) -> dict[str, Any]:
     """Values that ``harness runs show`` shows of a run.
+
+    Parameters
+    ----------
+    run
+        The run.
+    read
+        Its records; None: read here.
 
     Returns
     -------
@@ -96,9 +145,10 @@ def describe_run(run: PastRun) -> dict[str, Any]:
     origin, items, rows, ranks, damage, mlflow``
     """
     manifest = run.manifest
+    read = run.snapshot() if read is None else read
     state = DeliveryState.read_or_none(run.path)
     return {
-        **summarize_run(run),
+        **summarize_run(run, read),
         "note": manifest.note,
         "error": get_first_error(run.path, manifest),
         "command": manifest.command,
@@ -106,9 +156,9 @@ def describe_run(run: PastRun) -> dict[str, Any]:
         "host": manifest.host,
         "git": manifest.git,
         "resumed": manifest.resumed,
-        "origin": describe_origin(run),
-        "items": list_items(run),
-        "rows": run.records().num_rows,
+        "origin": describe_origin(run, read),
+        "items": list_items(read),
+        "rows": read.records.num_rows,
         "ranks": len(list_rank_dirs(run.path)),
         "damage": [
             {
@@ -117,13 +167,13 @@ def describe_run(run: PastRun) -> dict[str, Any]:
                 "rows_lost": damage.rows_lost,
                 "reason": damage.reason,
             }
-            for damage in run.damage
+            for damage in read.damage
         ],
         "mlflow": _describe_delivery(state),
     }
 
 
-def list_items(run: PastRun) -> list[dict[str, Any]]:
+def list_items(read: Snapshot) -> list[dict[str, Any]]:
     """Describe each series of images, tables and histograms.
 
     Returns
@@ -133,7 +183,7 @@ def list_items(run: PastRun) -> list[dict[str, Any]]:
     """
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for kind in ("images", "tables", "histograms"):
-        rows = run.records(what=kind)
+        rows = read.select(kind)
         for fit, row in zip(get_fits(rows).tolist(), rows.to_pylist(), strict=True):
             if row["kind"] != "json":  # a number that the user logged under such a word
                 continue
@@ -147,24 +197,26 @@ def list_items(run: PastRun) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def _measure_duration_s(run: PastRun) -> float | None:
+def _measure_duration_s(manifest: Manifest, status: str) -> float | None:
     """Seconds from start to end, or to now while it runs; None if the end is unknown."""
-    manifest = run.manifest
     if not manifest.created:
         return None
     start = datetime.fromisoformat(manifest.created)
     if manifest.ended:
         return (datetime.fromisoformat(manifest.ended) - start).total_seconds()
-    if run.status == "running":
+    if status == "running":
         return (datetime.now(UTC) - start).total_seconds()
     return None
 
 
-def _count_rows_behind(run: PastRun, state: DeliveryState | None) -> int | None:
+def _count_rows_behind(
+    manifest: Manifest, state: DeliveryState | None, read: Snapshot
+) -> int | None:
     """Rows that MLflow has not received; None if the run is not delivered at all."""
-    if state is None and not run.manifest.deliver:
+    if state is None and not manifest.deliver:
         return None
-    return rows_behind(run.path, state or DeliveryState())
+    state = state or DeliveryState()
+    return max(state.behind, read.count_rows_after(state.delivered))
 
 
 def _describe_delivery(state: DeliveryState | None) -> dict[str, Any] | None:

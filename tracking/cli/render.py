@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from tracking.curves.charts import Charts
     from tracking.verify.verify import Verification
 
 
@@ -27,8 +28,6 @@ PIPE_WIDTH: Final = 500
 """Columns of a table where nobody watches."""
 
 MAX_CHART_WIDTH: Final = 100
-MAX_CHARTS: Final = 4
-"""Charts of one run; ``harness ui`` shows all."""
 
 
 def echo(text: object, *, err: bool = False) -> None:
@@ -160,18 +159,19 @@ def has_colours() -> bool:
     return console.is_terminal and not console.no_color and not console.is_dumb_terminal
 
 
-def list_charts(
-    curves: dict[str, dict[str, list[tuple[float, float]]]],
-    names: Iterable[str] | None = None,
-    most: int = MAX_CHARTS,
-) -> list[str]:
-    """Lines of charts of metrics, from ``list_curves``."""
+def list_charts(charts: Charts) -> list[str]:
+    """Lines of a terminal with charts, and with what there is no room for."""
     lines: list[str] = []
     width, colours = min(get_width(), MAX_CHART_WIDTH), has_colours()
-    for name in list(curves if names is None else names)[:most]:
-        cells = {_as_cell(split): points for split, points in curves[name].items()}
-        chart = draw_chart(_as_cell(name), cells, width, has_colours=colours)
+    for metric, found in charts.lines.items():
+        cells = {
+            _as_cell(name): list(zip(x.tolist(), y.tolist(), strict=True))
+            for name, (x, y) in found.items()
+        }
+        chart = draw_chart(_as_cell(metric), cells, width, has_colours=colours)
         lines += [*chart, ""] if chart else []
+        if chart and charts.num_lines[metric] > len(found):
+            lines[-1:] = [f"{len(found)} of {charts.num_lines[metric]} lines", ""]
     return lines
 
 

@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING
 
 from tracking.cli import render
-from tracking.cli.describe import list_curves, summarize_run
+from tracking.cli.describe import collect_charts, summarize_run
 from tracking.read import PastRun
 
 if TYPE_CHECKING:
@@ -45,12 +45,13 @@ def _render(run: PastRun) -> RenderableType:
     from rich.console import Group  # noqa: PLC0415  takes 20 ms
     from rich.text import Text  # noqa: PLC0415  takes 20 ms
 
-    found = summarize_run(run)
+    read = run.snapshot()
+    found = summarize_run(run, read)
     parts: list[RenderableType] = [render.make_runs_table([found], None, None)]
     if found["metrics"]:
         parts.append(render.make_metrics_table(found["metrics"]))
     room = render.make_console().height - 9 - len(found["metrics"])
-    lines = render.list_charts(list_curves(run), most=max(room // 12, 0))
+    lines = render.list_charts(collect_charts(read, max(room // 12, 0)))
     parts += [Text.from_ansi(line) for line in lines]
     return Group(*parts)
 
@@ -60,11 +61,9 @@ def _print_epochs(run: PastRun, every_s: float, *, as_json: bool) -> None:
     printed = 0
     while True:
         status = run.status
-        wide = run.wide()
-        rows = wide.to_pylist()
+        rows = list(run.snapshot().points.iter_places())
         ready = rows if status != "running" else rows[:-1]
-        for row in ready[printed:]:
-            filled = {name: value for name, value in row.items() if value is not None}
+        for filled in ready[printed:]:
             if as_json:
                 render.print_json(filled, indent=None)
                 continue

@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
+import numpy as np
 import pyarrow as pa
 from pyarrow import compute as pc
 from pyarrow import parquet as pq
 
+from tracking.curves.charts import Charts, choose_charts
+from tracking.curves.plot import ROOM, plot_charts
+from tracking.curves.points import collect_points
 from tracking.durable import replace_file, write_atomically
-from tracking.journal.fits import get_fits
-from tracking.plot import MAX_LINES, MAX_PANELS, MAX_POINTS, plot_curves, thin
 from tracking.read import PastRun
 from tracking.store import read_environment
 
@@ -43,16 +45,18 @@ def write_summaries(run_path: Path) -> list[Path]:
     if folder.is_symlink():  # it may lead anywhere
         return []
     run = PastRun(run_path)
-    table = run.records()
-    logged = set(run.records(what="artifacts")["name"].to_pylist())
+    read = run.snapshot()
+    table = read.records
+    logged = set(read.select("artifacts")["name"].to_pylist())
     written = []
     if RECORDS not in logged:
         with replace_file(folder / RECORDS) as temporary:
             pq.write_table(table, temporary, compression="zstd")
         written.append(folder / RECORDS)
-    if CURVES not in logged and (rows := _collect_points(table)):
+    charts = collect_charts(table)
+    if CURVES not in logged and charts.lines:
         with replace_file(folder / CURVES) as temporary:
-            plot_curves(rows, temporary, unit=find_unit(table))
+            plot_charts(charts, temporary, unit=find_unit(table))
         written.append(folder / CURVES)
     found = read_environment(run_path)
     if DIFF not in logged and found is not None and found.diff:
@@ -71,27 +75,15 @@ def find_unit(table: pa.Table) -> str:
     return "step" if has_steps and not has_epochs else "epoch"
 
 
-def _collect_points(table: pa.Table) -> list[tuple[str, str, int, float]]:
-    """Set, name, index and value of the points to draw, of as many names as fit."""
-    is_metric = pc.equal(table["what"].cast(pa.string()), "metrics")
-    has_place = pc.and_(pc.is_valid(table["index"]), pc.is_valid(table["value"]))
-    table = table.filter(pc.and_(is_metric, has_place))
-    words = {column: table[column].cast(pa.string()) for column in ("set", "name")}
-    fits = pa.array(get_fits(table))
-    later = pc.binary_join_element_wise(words["set"], fits.cast(pa.string()), ", fit ")
-    words["set"] = pc.if_else(pc.greater(fits, 1), later, words["set"])
-    table = pa.table({**words, "index": table["index"], "value": table["value"]})
-    # One more than fits, so that the picture says that there are more.
-    names = pc.unique(table["name"])[: MAX_PANELS + 1]
-    table = table.filter(pc.is_in(table["name"], names))
-    rows: list[tuple[str, str, int, float]] = []
-    for name in names.to_pylist():
-        series = table.filter(pc.equal(table["name"], name))
-        for split in pc.unique(series["set"])[:MAX_LINES].to_pylist():
-            line = series.filter(pc.equal(series["set"], split))
-            line = line.take(pa.array(thin(range(line.num_rows), MAX_POINTS)))
-            points = zip(
-                *(line[c].to_pylist() for c in ("index", "value")), strict=True
-            )
-            rows += [(split, name, index, value) for index, value in points]
-    return rows
+def collect_charts(table: pa.Table) -> Charts:
+    """Lines of the metrics of a run, by name and set; each fit has lines of its own."""
+    points = collect_points(table)
+    series: dict[str, dict[str, slice]] = {}
+    for number, name in enumerate(points.names):
+        if name.is_step:
+            continue
+        for fit in np.unique(points.fit[points.find(number)]).tolist():
+            split = name.set if fit == 1 else f"{name.set}, fit {fit}"
+            at = points.find_in_fit(number, fit)
+            series.setdefault(name.metric, {})[split] = at
+    return choose_charts(series, ROOM, lambda at: (points.place[at], points.value[at]))

@@ -7,7 +7,7 @@ import pytest
 import tracking
 from tests.tracking.stores import get_run
 from tracking.delivery.state import DeliveryState
-from tracking.delivery.summaries import _collect_points
+from tracking.delivery.summaries import collect_charts
 from tracking.delivery.sync import read_mlflow
 from tracking.verify.mlflow import compare_with_mlflow
 from tracking.verify.verify import verify
@@ -120,7 +120,10 @@ def test_thinning_counts_each_fit_by_itself(record, deliver, store, in_mlflow):
 
 def test_curves_of_fits_are_lines_of_their_own(two_fits):
     two_fits.run.finish()
-    assert _collect_points(tracking.open(two_fits.path).records()) == [
-        *(("valid", "loss", epoch, 4.0 - epoch) for epoch in (1, 2, 3)),
-        *(("valid, fit 2", "loss", epoch, 10.0 - epoch) for epoch in (1, 2)),
-    ]
+    charts = collect_charts(tracking.open(two_fits.path).records())
+    assert {
+        name: [x.tolist() for x in line] for name, line in charts.lines["loss"].items()
+    } == {
+        "valid": [[1, 2, 3], [3.0, 2.0, 1.0]],
+        "valid, fit 2": [[1, 2], [9.0, 8.0]],
+    }

@@ -20,10 +20,7 @@ from tracking.delivery.process import (
 )
 from tracking.delivery.service import SummaryProcess
 from tracking.delivery.state import DeliveryState
-from tracking.delivery.summaries import _collect_points
 from tracking.durable import hold_lock
-from tracking.plot import plot_curves
-from tracking.read import PastRun
 
 TRAINER = """
 import os, signal, sys, tracking
@@ -197,28 +194,6 @@ def test_summaries_of_several_runs_are_made_in_one_process(record, summaries):
 
 def test_summaries_are_not_made_while_the_run_goes_on(record, summaries):
     assert summaries.write(record().path) == []
-
-
-def test_curves_of_many_names_sets_and_points_are_thinned(record):
-    run = record()
-    values = {f"m{i} $x$y$": 1.0 for i in range(400)}
-    for i in range(3):
-        run.run.log("metrics", "train", values, index=i)
-    for i in range(3000):
-        run.run.log_metric("m0 $x$y$", 1.0, set="valid", index=i)
-    for i in range(50):
-        run.run.log_metric("m1 $x$y$", 1.0, set=f"set {i}", index=1)
-    run.run.finish()
-    rows = _collect_points(PastRun(run.path).records())
-    names = list(dict.fromkeys(row[1] for row in rows))
-    assert names == [f"m{i} $x$y$" for i in range(25)]
-    line = [row[2] for row in rows if row[:2] == ("valid", "m0 $x$y$")]
-    assert (line[0], line[-1]) == (0, 2999)
-    assert 500 <= len(line) <= 1000
-    assert len({row[0] for row in rows if row[1] == "m1 $x$y$"}) == 20
-    figure = plot_curves(rows)
-    assert len(figure.axes) == 24
-    assert figure.get_suptitle() == "The first 24 metrics"
 
 
 def test_niceness_of_a_process_that_has_ended_changes_nothing():

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import partial
-from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
+
+from tracking.curves.charts import Charts, Line, Room, choose_charts
 
 T = TypeVar("T")
 
 PER_ROW = 3
 """Maximum number of charts side by side."""
 
-MAX_PANELS = 24
-"""Charts of one picture; each takes two megabytes of memory while it is drawn."""
-
-MAX_LINES = 20
-"""Lines of one chart."""
-
-MAX_POINTS = 1000
-"""Points of one line, far more than it has pixels."""
+ROOM: Final = Room(charts=24, lines=20, columns=600)
+"""Each chart takes two megabytes of memory while it is drawn, and has 600 pixels at most."""
 
 _MAX_WORD = 60
 
@@ -36,6 +31,12 @@ def plot_curves(
     unit: str = "epoch",
 ) -> Any:
     """Plot one chart for each metric, with one line for each set.
+
+    A picture has at most 24 charts, of the main metrics: losses first, then those that
+    several sets have, such as train and valid. A chart has at most 20 lines. A line has as
+    many points as its pixels can show, the lowest and the highest ones always. So the
+    picture and the memory for it stay small, whatever was logged; the picture says what it
+    leaves out.
 
     Parameters
     ----------
@@ -56,27 +57,43 @@ def plot_curves(
     ValueError
         If there is no metric to plot.
     """
-    from matplotlib.figure import Figure  # noqa: PLC0415  takes half a second
-
-    lines: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    series: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for split, metric, epoch, value in rows:
         if isinstance(value, int | float):
-            lines.setdefault(metric, {}).setdefault(split, []).append((epoch, value))
-    num_metrics = len(lines)
-    lines = dict(islice(lines.items(), MAX_PANELS))
-    if not lines:
+            series.setdefault(metric, {}).setdefault(split, []).append((epoch, value))
+    if not series:
         msg = "plot: expected at least one numeric metric, got none."
         raise ValueError(f"{msg} Train for an epoch first.")
+    charts = choose_charts(series, ROOM, _split_points)
+    return plot_charts(charts, path, unit=unit)
+
+
+def _split_points(points: list[tuple[int, float]]) -> tuple[Any, Any]:
+    epochs, values = zip(*points, strict=True)
+    return epochs, values
+
+
+def plot_charts(
+    charts: Charts, path: str | Path | None = None, *, unit: str = "epoch"
+) -> Any:
+    """Plot charts that `ROOM` has room for; arguments and result as of ``plot_curves``."""
+    from matplotlib.figure import Figure  # noqa: PLC0415  takes half a second
+
+    lines = charts.lines
     sets = list(dict.fromkeys(split for chart in lines.values() for split in chart))
+    colours = {split: COLOURS[at % len(COLOURS)] for at, split in enumerate(sets)}
     across = min(PER_ROW, len(lines))
     down = -(-len(lines) // across)
     figure = Figure(figsize=(4.4 * across, 3.2 * down), layout="constrained")
     for place, (metric, chart) in enumerate(lines.items(), start=1):
         axes = figure.add_subplot(down, across, place)
-        _draw_chart(axes, metric, chart, sets)
+        title = metric[:_MAX_WORD]
+        if charts.num_lines[metric] > len(chart):
+            title += f" ({len(chart)} of {charts.num_lines[metric]} lines)"
+        _draw_chart(axes, title, chart, colours)
         axes.set_xlabel(unit)
-    if num_metrics > MAX_PANELS:
-        figure.suptitle(f"The first {MAX_PANELS} metrics")
+    if len(charts.num_lines) > len(lines):
+        figure.suptitle(f"{len(lines)} of {len(charts.num_lines)} metrics")
     if path is not None:
         figure.savefig(path, dpi=150)
     return show_in_notebooks(figure)
@@ -95,30 +112,19 @@ def _render_png(figure: Any) -> bytes:
 
 
 def _draw_chart(
-    axes: Any, metric: str, chart: dict[str, list[tuple[int, float]]], sets: list[str]
+    axes: Any, title: str, chart: dict[str, Line], colours: dict[str, str]
 ) -> None:
     """Draw one metric, with the colour of each set."""
     from matplotlib.ticker import MaxNLocator  # noqa: PLC0415  takes half a second
 
-    for split, all_points in islice(chart.items(), MAX_LINES):
-        points = thin(all_points, MAX_POINTS)
-        colour = COLOURS[sets.index(split) % len(COLOURS)]
-        epochs, values = zip(*points, strict=True)
-        mark = "o" if len(points) < 30 else None
+    for split, (places, values) in chart.items():
+        mark = "o" if len(places) < 30 else None
         label = split[:_MAX_WORD]
-        axes.plot(epochs, values, color=colour, marker=mark, ms=3, label=label)
+        axes.plot(places, values, color=colours[split], marker=mark, ms=3, label=label)
     # A name with two dollar signs is no formula.
-    axes.set_title(metric[:_MAX_WORD], fontsize=11, parse_math=False)
+    axes.set_title(title, fontsize=11, parse_math=False)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     for text in axes.legend(frameon=False).get_texts():
         text.set_parse_math(False)
-
-
-def thin(points: Sequence[T], most: int) -> Sequence[T]:
-    """Return evenly spaced points, the first and the last one included."""
-    if len(points) <= most:
-        return points
-    step = -(-(len(points) - 1) // (most - 1))
-    return [*points[:-1:step], points[-1]]

@@ -1,0 +1,149 @@
+"""What a picture has room for: which metrics, which lines, and which points of a line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, TypeVar
+
+import numpy as np
+
+T = TypeVar("T")
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+Line = tuple[Array, Array]
+"""Places and values of the points of a line, in rising order of place."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Room:
+    """What a picture has room for.
+
+    Attributes
+    ----------
+    charts
+        Charts, one for each metric.
+    lines
+        Lines of a chart, one for each set.
+    columns
+        Columns of dots that a line has, from left to right.
+    """
+
+    charts: int
+    lines: int
+    columns: int
+
+
+@dataclass(frozen=True)
+class Charts:
+    """Lines to draw.
+
+    Attributes
+    ----------
+    lines
+        Lines by metric and set, the main metrics first.
+    num_lines
+        Lines of every metric, also of those that there is no room for.
+    """
+
+    lines: dict[str, dict[str, Line]]
+    num_lines: dict[str, int]
+
+
+def choose_charts(
+    series: Mapping[str, Mapping[str, T]],
+    room: Room,
+    get_points: Callable[[T], tuple[Any, Any]],
+) -> Charts:
+    """Choose the charts that a picture has room for, and the points of each line.
+
+    Parameters
+    ----------
+    series
+        What is known of each line, by metric and set.
+    room
+        Room of the picture.
+    get_points
+        Returns places and values of a line.
+    """
+    lines = {
+        metric: {
+            name: _thin_line(*get_points(one), room.columns)
+            for name, one in islice(series[metric].items(), room.lines)
+        }
+        for metric in choose_metrics(series)[: room.charts]
+    }
+    return Charts(lines, {metric: len(sets) for metric, sets in series.items()})
+
+
+def _thin_line(x: Any, y: Any, columns: int) -> Line:
+    x, y = np.asarray(x), np.asarray(y, np.float64)
+    shown = thin_curve(x, y, columns)
+    return x[shown], y[shown]
+
+
+def choose_metrics(sets: Mapping[str, Collection[object]]) -> list[str]:
+    """Order metrics, the main ones first.
+
+    Parameters
+    ----------
+    sets
+        The sets of each metric.
+
+    Returns
+    -------
+    the metric ``loss``, other losses, then those with more than one set, such as train and
+    valid, then the others; each in the order given
+    """
+
+    def rank(name: str) -> int:
+        if name == "loss":
+            return 0
+        if name.rpartition("/")[2].removesuffix("_step").endswith("loss"):
+            return 1
+        return 2 if len(sets[name]) > 1 else 3
+
+    return sorted(sets, key=rank)
+
+
+def thin_curve(x: Any, y: Any, columns: int) -> Array:
+    """Return the places of the points that a picture needs to show a curve.
+
+    Parameters
+    ----------
+    x, y : one-dimensional
+        Points, in any order of `x`.
+    columns : >= 1
+        Columns of dots that the picture has.
+
+    Returns
+    -------
+    places in rising order of `x`: of each column the first and last point, and the lowest
+    and highest number; all if they are few
+
+    References
+    ----------
+    U. Jugel et al., M4: A Visualization-Oriented Time Series Data Aggregation, VLDB 2014:
+    a line through these points colours the same pixels as the line through all.
+    """
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    order = np.argsort(x, kind="stable")
+    if len(x) <= 4 * columns:
+        return order
+    x, y = x[order], y[order]
+    left, right = x[0], x[-1]
+    # Half of each, so that none overflows.
+    share = (x / 2 - left / 2) / max(right / 2 - left / 2, np.finfo(float).tiny)
+    column = np.minimum((share * columns).astype(np.int64), columns - 1)
+    starts = np.flatnonzero(np.diff(column, prepend=-1))
+    ends = np.append(starts[1:], len(x))
+    kept = [starts, ends - 1]
+    finite = np.where(np.isfinite(y), y, np.nan)  # others are not drawn
+    for find in (np.fmin, np.fmax):
+        extreme = np.repeat(find.reduceat(finite, starts), ends - starts)
+        at = np.flatnonzero(finite == extreme)
+        kept.append(at[np.flatnonzero(np.diff(column[at], prepend=-1))])
+    shown: Array = order[np.unique(np.concatenate(kept))]
+    return shown
