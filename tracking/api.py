@@ -63,8 +63,9 @@ def start(
         ``"process"``: logged values survive if the process is killed. ``"fsync"``: they
         also survive a power cut, at the cost of one disk write for each row.
     delivery
-        True: a separate process sends the records to MLflow. A dict: the same, with
-        options, e.g. ``{"per_key": 10_000}``. False: nothing is sent to MLflow.
+        True: a separate process sends the records to MLflow, at most 10,000 points of each
+        metric. A dict: the same, with options, e.g. ``{"per_key": None}`` for all points.
+        False: nothing is sent to MLflow.
     save_diff
         Keep uncommitted changes of the code as the artifact ``code.diff``.
     rank : >= 0, or None

@@ -306,14 +306,15 @@ def sync(
 
     The exit code is 1 if MLflow is still missing some of them.
     """
-    from tracking.delivery.sync import sync as sync_runs  # noqa: PLC0415  imports Arrow
+    from tracking.delivery.sync import sync_each  # noqa: PLC0415  imports Arrow
 
-    done = sync_runs(_select_runs(names, runs_dir), patience)
+    done = []
+    for one in sync_each(_select_runs(names, runs_dir), patience):
+        done.append(one)
+        if not as_json:
+            render.echo(render.format_sync(vars(one)))
     if as_json:
         render.print_json([vars(one) for one in done])
-    else:
-        for one in done:
-            render.echo(render.format_sync(vars(one)))
     if not all(one.is_complete for one in done):
         sys.exit(1)
 
@@ -334,28 +335,31 @@ def verify(
 ) -> None:
     """Compare journals with exported files and MLflow, row by row.
 
-    Prints nothing if all rows are equal. Without RUN, for every run.
+    Prints nothing if all rows are equal. Without RUN, for every run. Differences are summed
+    up, with a few examples; --json has all of them.
     """
+    from tracking.delivery.sync import MlflowReader  # noqa: PLC0415  imports Arrow
     from tracking.errors import TrackingError  # noqa: PLC0415  next to verify
+    from tracking.verify.report import list_errors, list_findings  # noqa: PLC0415  next to it
     from tracking.verify.verify import verify as verify_run  # noqa: PLC0415  imports Arrow
 
-    results, has_failed = [], False
-    for run in _select_runs(names, runs_dir):
-        try:
-            results.append(verify_run(run, files or None, mlflow=not no_mlflow))
-        except (TrackingError, OSError) as error:  # continue with the other runs
-            render.echo(f"error: {error}", err=True)
-            has_failed = True
+    results, errors = [], []
+    with MlflowReader() as reader:
+        for run in _select_runs(names, runs_dir):
+            try:
+                mlflow = False if no_mlflow else reader
+                results.append(verify_run(run, files or None, mlflow=mlflow))
+            except (TrackingError, OSError) as error:  # continue with the other runs
+                errors.append(str(error))
     if as_json:
         render.print_json([render.verification_to_json(result) for result in results])
-    for result in results:
-        if not as_json:
-            for line in render.list_findings(result):
-                render.echo(line)
-        if result.mismatches:
-            render.echo(f"error: {result.message()}", err=True)
-            has_failed = True
-    if has_failed:
+    else:
+        for line in list_findings(results):
+            render.echo(line)
+    errors += [result.message() for result in results if result.mismatches]
+    for line in errors if as_json else list_errors(errors):
+        render.echo(f"error: {line}", err=True)
+    if errors:
         sys.exit(1)
 
 

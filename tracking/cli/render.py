@@ -308,7 +308,9 @@ def format_sync(done: dict[str, Any]) -> str:
     run, phase = done["run"], done["phase"]
     if phase == "done":
         sent = f"{done['sent']} rows sent, " if done["sent"] else ""
-        return f"{run}: {sent}MLflow has all {done['present']}"
+        limit = max(done["flags"].get("thinned", {}).values(), default=0)
+        most = f", at most {limit} of each metric" if limit else ""
+        return f"{run}: {sent}MLflow has all {done['present']}{most}"
     if phase == "gave up":
         return f"{run}: {done['behind']} rows still to send: {done['error']}"
     status = {"busy": "delivery is running", "started": "delivery was restarted"}
@@ -325,9 +327,3 @@ def verification_to_json(result: Verification) -> dict[str, Any]:
         "notes": result.notes,
         "num_rows": result.num_rows,
     }
-
-
-def list_findings(result: Verification) -> list[str]:
-    """Lines for the notes and mismatches of ``verify``; none if all is equal."""
-    notes = [f"note: {result.run}: {note}" for note in result.notes]
-    return [*notes, *map(str, result.mismatches)]

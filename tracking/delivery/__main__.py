@@ -5,9 +5,10 @@ nor knows how far it is. It continues when training has ended, however that ende
 exits when all is delivered, or when a server has not answered for a while.
 
 With ``--follow`` the training process hands runs over on stdin (see ``service``). Else
-they are on the command line. With ``--sync`` it delivers runs that have ended, and
-compares all that MLflow has with the journal. With ``--read FOLDER`` it only writes down
-what MLflow has. Both print one line of JSON for each run to stdout.
+one is on the command line, or each line of stdin is the path of one as JSON. With
+``--sync`` it delivers runs that have ended, and compares all that MLflow has with the
+journal. With ``--read FOLDER`` it only writes down what MLflow has. Both print one line
+of JSON for each run to stdout.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -60,7 +61,7 @@ _summaries = SummaryProcess()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the process; return 0 if all is delivered, else 1."""
     parser = argparse.ArgumentParser(prog="python -m tracking.delivery")
-    parser.add_argument("runs", type=Path, nargs="*", metavar="RUN_PATH")
+    parser.add_argument("run", type=Path, nargs="?", metavar="RUN_PATH")
     parser.add_argument("--follow", action="store_true")
     parser.add_argument("--sync", action="store_true")
     parser.add_argument("--read", type=Path, metavar="FOLDER")
@@ -73,7 +74,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = Settings.read()
     configure_logging()
     prepare_environment()
-    paths = [path.absolute() for path in options.runs]
     options.here = Path.cwd()
     options.is_hurried = lambda: options.sync
     try:
@@ -81,12 +81,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _follow(settings, options)
         if options.summaries:
             return _write_summaries()
-        if options.read:
-            return max(_read(path, settings, options) for path in paths)
-        return max(_deliver(path, settings, options) for path in paths)
+        handle = _read if options.read else _deliver
+        codes = (handle(path, settings, options) for path in _list_runs(options))
+        return max(codes, default=0)
     except Exception:  # noqa: BLE001 (the default message would show secrets)
         sys.stderr.write(settings.redact(traceback.format_exc()))
         return 1
+
+
+def _list_runs(options: argparse.Namespace) -> Iterator[Path]:
+    """Return the run of the command line, or those of stdin as they are named."""
+    if options.run is not None:
+        return iter([options.run.absolute()])
+    return (Path(json.loads(line)) for line in sys.stdin)
 
 
 def _follow(settings: Settings, options: argparse.Namespace) -> int:

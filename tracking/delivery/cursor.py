@@ -9,10 +9,11 @@ import numpy as np
 import pyarrow as pa
 
 from tracking.delivery.scan import JournalScan
-from tracking.delivery.thinning import Ordinals, count_within_groups, mask_early
+from tracking.delivery.thinning import Ordinals, count_first, mask_early
 from tracking.journal.fits import COLUMN, get_fits
 from tracking.journal.tombstones import Place
 from tracking.mlflow_store.keys import KeyMap
+from tracking.mlflow_store.matching import count_within_groups
 from tracking.mlflow_store.points import UniqueTimestamps, points_table
 
 COMPARED_ROWS: Final = 1 << 16
@@ -59,6 +60,7 @@ class Cursor:
         self.timestamps = UniqueTimestamps()
         self.counts: dict[str, int] = {}
         self.num_pending = 0
+        self._longest = 0
         self._pending: deque[pa.Table] = deque()
         self._index_bounds: dict[tuple[str, str, int], list[int]] = {}
 
@@ -103,20 +105,32 @@ class Cursor:
         ordinals = self._count_points(points)
         return points.filter(pa.array(mask_early(ordinals, self.per_key)))
 
-    def restart_counts(self, points: pa.Table, timestamps: UniqueTimestamps) -> None:
+    @property
+    def is_thinned(self) -> bool:
+        """Whether some points have been left out until the length of a series is known."""
+        return self.per_key is not None and self._longest > count_first(self.per_key)
+
+    def list_thinned(self) -> list[str]:
+        """Keys of the series that have more points than MLflow gets."""
+        if self.per_key is None or self._longest <= self.per_key:
+            return []
+        return [key for key, count in self.counts.items() if count > self.per_key]
+
+    def restart_counts(
+        self, counts: dict[str, int], timestamps: UniqueTimestamps
+    ) -> None:
         """Forget the points so far; take others for them.
 
         Parameters
         ----------
-        points
-            All points up to the position.
+        counts
+            Number of points of each key up to the position.
         timestamps
             Which gave them their times.
         """
         self.timestamps = timestamps
-        self.counts = {}
-        if self.per_key is not None:
-            self._count_points(points)
+        self.counts = dict(counts)
+        self._longest = max(counts.values(), default=0)
 
     def note_places(self, rows: pa.Table) -> None:
         """Remember the places of rows that are sent; see `may_have_sent`."""
@@ -146,7 +160,9 @@ class Cursor:
         if is_far and self.per_key is None:
             return
         live = rows.filter(pa.array(scan.tombstones.mask_live(rows)))
-        points = self.timestamps.assign(points_table(live, scan.keys))
+        points = points_table(live, scan.keys)
+        if not is_far:
+            points = self.timestamps.assign(points)
         if self.per_key is not None:
             self._count_points(points)
 
@@ -159,4 +175,5 @@ class Cursor:
         added = np.bincount(code, minlength=len(keys)).tolist()
         for key, count in zip(keys, added, strict=True):
             self.counts[key] = self.counts.get(key, 0) + count
+        self._longest = max(self._longest, ordinals.max(initial=-1) + 1)
         return ordinals

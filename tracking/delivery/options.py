@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+DEFAULT_PER_KEY: Final = 10_000
 DEFAULT_PATIENCE_S: Final = 60.0
 DEFAULT_WAIT_S: Final = 60.0
 
@@ -24,7 +25,7 @@ class DeliveryOptions:
         How long the end of the interpreter waits for the delivery.
     """
 
-    per_key: int | None = None
+    per_key: int | None = DEFAULT_PER_KEY
     patience_s: float = DEFAULT_PATIENCE_S
     wait_s: float = DEFAULT_WAIT_S
 
@@ -46,7 +47,7 @@ def check_options(options: Mapping[str, Any] | None) -> DeliveryOptions:
                 f"start(delivery=): expected per_key, patience_s or wait_s, got {name!r}. "
                 "Use one of the three."
             )
-    per_key = given.get("per_key")
+    per_key = given.get("per_key", DEFAULT_PER_KEY)
     patience_s = given.get("patience_s", DEFAULT_PATIENCE_S)
     if per_key is not None:
         _check_number("per_key", per_key, int, 2)

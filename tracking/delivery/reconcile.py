@@ -14,26 +14,33 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import numpy as np
 import pyarrow as pa
-from pyarrow import compute as pc
 
 from tracking.delivery.cursor import Cursor
 from tracking.delivery.scan import READ_ROWS, JournalScan
-from tracking.delivery.thinning import count_within_groups, mask_points
+from tracking.delivery.thinning import THINNED, Mask, mask_early, mask_final
 from tracking.journal.reader import JournalReader
 from tracking.journal.tombstones import Place, list_places
 from tracking.mlflow_store.client import Point
+from tracking.mlflow_store.matching import (
+    RowMatcher,
+    Rows,
+    count_within_groups,
+    find_keys,
+    row_ids,
+)
 from tracking.mlflow_store.points import (
     POINTS,
     UniqueTimestamps,
     point_list,
     points_table,
 )
+from tracking.mlflow_store.properties import Flags
 
 QUIET_S: Final = 0.5
 """A comparison waits until no control row has come for this time..."""
@@ -44,11 +51,9 @@ LONGEST_WAIT_S: Final = 5.0
 TIMINGS: Final = ("profile", "system")
 """``what`` of the rows that a replay measures again: MLflow keeps the first values."""
 
-Rows = np.ndarray[Any, np.dtype[np.int64]]
 Stage = Literal["live", "killed", "ended"]
 """Whether the run is being written, may be resumed, or has ended."""
 
-_NAN_BITS = np.array([np.nan]).view(np.int64)[0]
 _log = logging.getLogger(__name__)
 
 
@@ -261,27 +266,31 @@ class Reconciler:
         Points are compared by key, step and value. Those that thinning left out may be
         in MLflow or not.
         """
-        timestamps = UniqueTimestamps()
-        points = expected_points(self._scan, self._cursor.position, timestamps)
-        self._cursor.restart_counts(points, timestamps)
-        is_sent = mask_points(points, self._cursor.per_key, is_final=is_final)
-        keys = list(self._scan.keys.by_series.values())
+        expected = ExpectedPoints(
+            self._scan, self._cursor.position, self._cursor.per_key, is_final=is_final
+        )
         columns = ["step", "value"]
-        found = row_ids(history, keys, columns)
+        found = row_ids(history, expected.keys, columns)
         is_ours = found[:, 0] >= 0  # a borrowed run has metrics of others too
         history, found = history.filter(pa.array(is_ours)), found[is_ours]
-        missing, extra = unmatched_rows(row_ids(points, keys, columns), found)
+        matcher = RowMatcher(found)
+        missing = [POINTS.empty_table()]
+        for points, is_sent in expected.read_pages():
+            is_there = matcher.match(row_ids(points, expected.keys, columns))
+            missing.append(points.filter(pa.array(is_sent & ~is_there)))
+        self._cursor.restart_counts(expected.counts, expected.timestamps)
+        extra = matcher.find_unmatched()
         self._stale = StalePoints(timing_keys(self._scan))
         for row in history.take(extra).select(["key", *columns]).to_pylist():
             self._stale.add(**row)
         self.num_present = len(found) - len(extra)
-        return points.take(missing[is_sent[missing]])
+        return pa.concat_tables(missing).unify_dictionaries()
 
 
-def expected_points(
-    scan: JournalScan, upto: int, timestamps: UniqueTimestamps
-) -> pa.Table:
-    """Points of all live rows up to a position, in the order of the journal.
+class ExpectedPoints:
+    """Points of all live rows up to a position, and which of them MLflow should have.
+
+    They are read page by page: a long run has more than fit into memory.
 
     Parameters
     ----------
@@ -289,86 +298,87 @@ def expected_points(
         Which has read the rows; they are read again here.
     upto
         ``seq`` of the last row.
+    per_key
+        Maximum number of points of each metric; None: all points.
+    is_final
+        Whether no more points come.
+
+    Attributes
+    ----------
+    keys
+        All keys of the run.
     timestamps
-        Gives the points their times.
+        Which gave the points of the pages their times.
+    counts
+        Number of points of each key in the pages.
     """
-    reader = JournalReader(scan.rank_dir)
-    tables = [POINTS.empty_table()]
-    while (rows := reader.read(READ_ROWS)).num_rows:
-        seq = rows["seq"].to_numpy()
-        is_live = scan.tombstones.mask_live(rows) & (seq <= upto)
-        live = scan.tombstones.fits.label(rows.filter(pa.array(is_live)))
-        points = points_table(live, scan.keys)
-        tables.append(timestamps.assign(points))
-        if seq[-1] >= upto:
-            break
-    return pa.concat_tables(tables).unify_dictionaries()
+
+    def __init__(
+        self, scan: JournalScan, upto: int, per_key: int | None, *, is_final: bool
+    ) -> None:
+        self.keys = pa.array(list(scan.keys.by_series.values()), pa.string())
+        self.timestamps = UniqueTimestamps()
+        self.counts: dict[str, int] = {}
+        self._scan = scan
+        self._upto = upto
+        self._per_key = per_key
+        self._is_final = is_final
+
+    def read_pages(self) -> Iterator[tuple[pa.Table, Mask]]:
+        """Read the points in the order of the journal, and a mask of those to send.
+
+        Each call reads them from the first one.
+        """
+        self.timestamps = UniqueTimestamps()
+        lengths = self._count_points() if self._is_final else None
+        counts = np.zeros(len(self.keys), np.int64)
+        for page in self._read():
+            points = self.timestamps.assign(page)
+            code = find_keys(points["key"], self.keys)
+            ordinals = counts[code] + count_within_groups(code)
+            counts += np.bincount(code, minlength=len(counts))
+            if self._per_key is None or (self._is_final and lengths is None):
+                yield points, np.ones(len(code), bool)
+            elif lengths is None:
+                yield points, mask_early(ordinals, self._per_key)
+            else:
+                yield points, mask_final(ordinals, lengths[code], self._per_key)
+        self.counts = dict(zip(self.keys.to_pylist(), counts.tolist(), strict=True))
+
+    def list_flags(self) -> Flags:
+        """Flag the metrics of which MLflow gets fewer points than the pages have."""
+        limit = self._per_key
+        if limit is None:
+            return {}
+        keys = [key for key, num_points in self.counts.items() if num_points > limit]
+        return {THINNED: dict.fromkeys(keys, limit)} if keys else {}
+
+    def _count_points(self) -> Rows | None:
+        """Number of points of each key; None if none can be too long."""
+        if self._per_key is None or self._upto < self._per_key:
+            return None
+        counts = np.zeros(len(self.keys), np.int64)
+        for page in self._read():
+            code = find_keys(page["key"], self.keys)
+            counts += np.bincount(code, minlength=len(counts))
+        return counts
+
+    def _read(self) -> Iterator[pa.Table]:
+        reader = JournalReader(self._scan.rank_dir)
+        tombstones = self._scan.tombstones
+        while (rows := reader.read(READ_ROWS)).num_rows:
+            seq = rows["seq"].to_numpy()
+            is_live = tombstones.mask_live(rows) & (seq <= self._upto)
+            live = tombstones.fits.label(rows.filter(pa.array(is_live)))
+            yield points_table(live, self._scan.keys)
+            if seq[-1] >= self._upto:
+                return
 
 
 def timing_keys(scan: JournalScan) -> frozenset[str]:
     """Keys of the series that a replay measures again."""
     series = scan.keys.by_series.items()
     return frozenset(key for one, key in series if one.what in TIMINGS)
-
-
-def row_ids(table: pa.Table, keys: list[str], columns: list[str]) -> Rows:
-    """Encode rows as integers that are equal where a database finds the rows equal.
-
-    Parameters
-    ----------
-    table
-        With a column ``key``, and numbers in ``columns``.
-    keys
-        All known keys; another key becomes -1.
-    columns
-        Of the table. NaN equals NaN, and -0.0 equals 0.0.
-
-    Returns
-    -------
-    (rows, 1 + columns), int64
-    """
-    key = pc.index_in(table["key"].cast(pa.string()), pa.array(keys, pa.string()))
-    found = [key.fill_null(-1).to_numpy().astype(np.int64)]
-    for name in columns:
-        numbers = table[name].to_numpy()
-        if numbers.dtype == np.float64:
-            numbers = (numbers + 0.0).view(np.int64)  # -0.0 + 0.0 is 0.0
-            numbers[np.isnan(numbers.view(np.float64))] = _NAN_BITS
-        found.append(numbers.astype(np.int64, copy=False))
-    return np.column_stack(found) if len(key) else np.empty((0, 1 + len(columns)), int)
-
-
-def unmatched_rows(left: Rows, right: Rows) -> tuple[Rows, Rows]:
-    """Find the rows of each side that have no equal row on the other side.
-
-    Returns
-    -------
-    places of these rows in ``left`` and in ``right``, in order
-
-    Notes
-    -----
-    Equal rows are matched in order, each once, so the later ones are returned.
-    """
-    group = _number_groups(np.concatenate([left, right]))
-    of_left, of_right = group[: len(left)], group[len(left) :]
-    return _surplus(of_left, of_right), _surplus(of_right, of_left)
-
-
-def _number_groups(rows: Rows) -> Rows:
-    """Number the distinct rows; equal rows get the same number."""
-    order = np.lexsort([*rows.T[::-1]])  # much faster than np.unique(axis=0)
-    ordered = rows[order]
-    is_new = np.zeros(len(rows), bool)
-    is_new[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
-    group = np.empty(len(rows), np.int64)
-    group[order] = np.cumsum(is_new)
-    return group
-
-
-def _surplus(group: Rows, other: Rows) -> Rows:
-    """Places of the elements of a group beyond those that the other side has."""
-    num_other = np.bincount(other, minlength=int(group.max(initial=-1)) + 1)
-    return np.flatnonzero(count_within_groups(group) >= num_other[group])
 
 
 def _comparable(value: float) -> float | None:

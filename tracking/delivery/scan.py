@@ -15,11 +15,12 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import compute as pc
 
-from tracking.delivery.thinning import count_within_groups, mask_early
+from tracking.delivery.thinning import mask_doublings
 from tracking.errors import InvalidFileError, RunNotFoundError
 from tracking.journal.reader import JournalReader
 from tracking.journal.tombstones import Tombstones
 from tracking.mlflow_store.keys import LATEST, KeyMap
+from tracking.mlflow_store.matching import count_within_groups
 from tracking.mlflow_store.points import NON_METRICS, distinct_series, mask_metrics
 from tracking.mlflow_store.properties import Flags, RunProperties, collect_properties
 from tracking.mlflow_store.series import SERIES
@@ -29,8 +30,8 @@ from tracking.store import Manifest
 READ_ROWS: Final = 1 << 14
 _PROPERTIES: Final = pa.array([*NON_METRICS, *SERIES])
 
-MAX_ITEMS: Final = 6400
-"""Images, tables or histograms of a name in MLflow: the first 200 all, then fewer."""
+FIRST_ITEMS: Final = 200
+"""Images, tables or histograms of a name that MLflow gets all; then fewer."""
 
 
 class JournalScan:
@@ -146,7 +147,7 @@ def _thin_series(rows: pa.Table) -> pa.Table:
     same = items["set"]  # the name of an item is its file; the set names the series
     _, place = distinct_series(items.set_column(at, items.schema.field(at), same))
     kept = np.ones(rows.num_rows, bool)
-    kept[is_item] = mask_early(count_within_groups(place), MAX_ITEMS)
+    kept[is_item] = mask_doublings(count_within_groups(place), FIRST_ITEMS, 2)
     return rows.filter(pa.array(kept))
 
 

@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
+from tracking.delivery.thinning import THINNED
 from tracking.durable import replace_file
 from tracking.errors import InvalidFileError
 from tracking.journal.reader import JournalReader
@@ -105,6 +106,11 @@ class DeliveryState:
         except InvalidFileError as error:
             _log.warning("%s", error)
             return None
+
+    def list_thinned(self) -> dict[str, int]:
+        """Metrics of which MLflow has fewer points than the run, and how many at most."""
+        thinned = self.flags.get(THINNED)
+        return thinned if isinstance(thinned, dict) else {}
 
     def write(self, run_path: Path) -> None:
         """Write the file atomically. If the disk is full, the old file stays."""

@@ -6,13 +6,14 @@ out of the caller's process.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, Any, Final
 
 import pyarrow as pa
 
@@ -131,38 +132,145 @@ def sync(
     Runs go to the store of ``MLFLOW_TRACKING_URI``. Without it they go where they went
     before, or to MLflow's default store of the folder that they were started in.
     """
+    return list(sync_each(runs, patience_s))
+
+
+def sync_each(
+    runs: Iterable[PastRun], patience_s: float = DEFAULT_PATIENCE_S
+) -> Iterator[SyncResult]:
+    """Send what MLflow is missing, as `sync` does; yield each result when it is known."""
     runs = list(runs)
     live = {
         run.path: _restart_delivery(run.path)
         for run in runs
         if is_being_written(get_rank_dir(run.path, 0))
     }
-    # By folder: copies of a run in two places have the same name.
-    ended = [run.path for run in runs if run.path not in live]
     waits = ["--patience", str(patience_s), "--lock-wait", str(patience_s)]
-    reports = _run_delivery("--sync", *waits, paths=ended)
-    done = dict(zip(ended, (SyncResult(**one) for one in reports), strict=True))
-    return [live.get(run.path) or done[run.path] for run in runs]
+    num_failures = 0
+    with RunByRunProcess("--sync", *waits) as process:
+        for run in runs:
+            # By folder: copies of a run in two places have the same name.
+            if run.path in live:
+                yield live[run.path]
+                continue
+            try:
+                report = process.ask(run.path)
+                num_failures = 0
+            except DeliveryError as error:
+                num_failures += 1
+                if num_failures > 1 or len(runs) == 1:  # it is not about one run
+                    raise
+                report = {"run": run.id, "phase": "gave up", "error": str(error)}
+            yield SyncResult(**report)
 
 
 def read_mlflow(run: PastRun) -> MlflowContents:
-    """Read what MLflow has of a run.
+    """Read what MLflow has of one run, as `MlflowReader` does."""
+    with MlflowReader() as reader:
+        return reader.read(run)
 
-    Raises
-    ------
-    DeliveryError
-        If MLflow does not have the run, or does not answer.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        (report,) = _run_delivery("--read", folder, paths=[run.path])
+
+class MlflowReader:
+    """Reads what MLflow has of runs, in one process for all of them."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        self._process = RunByRunProcess("--read", self._folder.name)
+
+    def read(self, run: PastRun) -> MlflowContents:
+        """Read what MLflow has of a run.
+
+        Raises
+        ------
+        DeliveryError
+            If MLflow does not have the run, or does not answer.
+        """
+        report = self._process.ask(run.path)
         if report.get("error"):
             raise DeliveryError(
                 f"run {run.id}: expected it in MLflow, got {report['error']}. "
                 f"Run 'harness sync {run.id}'."
             )
-        with pa.OSFile(str(Path(folder) / f"{report.pop('run')}.arrow")) as file:
+        path = Path(self._folder.name, f"{report.pop('run')}.arrow")
+        with pa.OSFile(str(path)) as file:
             history = pa.ipc.open_file(file).read_all()
-    return MlflowContents(history=history, **report)
+        path.unlink()
+        return MlflowContents(history=history, **report)
+
+    def __enter__(self) -> MlflowReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.close()
+        self._folder.cleanup()
+
+
+class RunByRunProcess:
+    """A delivery process that handles one run after another, as it is asked to.
+
+    The runs are named on its stdin: a command line has no room for thousands. It imports
+    MLflow once, with the first run.
+
+    Parameters
+    ----------
+    options
+        Of the process.
+    """
+
+    def __init__(self, *options: str) -> None:
+        self._options = options
+        self._process: subprocess.Popen[str] | None = None
+        self._errors: IO[str]
+
+    def ask(self, path: Path) -> dict[str, Any]:
+        """Let the process handle a run; return its report.
+
+        Raises
+        ------
+        DeliveryError
+            If the process ends without one.
+        """
+        process = self._process or self._start()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        with contextlib.suppress(OSError):  # it has ended
+            process.stdin.write(f"{json.dumps(str(path.absolute()))}\n")
+            process.stdin.flush()
+        line = process.stdout.readline()
+        if line:
+            report: dict[str, Any] = json.loads(line)
+            return report
+        code = process.wait()
+        self._errors.seek(0)
+        reason = self._errors.read()[-2000:].strip()
+        self.close()
+        raise DeliveryError(
+            f"delivery of {path.name}: expected a report, got exit code {code}: {reason}"
+        )
+
+    def close(self) -> None:
+        """End the process, after the run that it is at; a later run starts another one."""
+        if self._process is not None:
+            with self._errors, contextlib.suppress(OSError), self._process:
+                pass  # this closes its stdin
+            self._process = None
+
+    def _start(self) -> subprocess.Popen[str]:
+        self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
+        self._process = subprocess.Popen(
+            delivery_command(*self._options),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+        )
+        return self._process
+
+    def __enter__(self) -> RunByRunProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def _restart_delivery(run_path: Path) -> SyncResult:
@@ -178,20 +286,3 @@ def _restart_delivery(run_path: Path) -> SyncResult:
     state = DeliveryState.read_or_none(run_path) or DeliveryState()
     behind = rows_behind(run_path, state)
     return SyncResult.from_state(run_path.name, state, phase=phase, behind=behind)
-
-
-def _run_delivery(*options: str, paths: Sequence[Path]) -> list[dict[str, Any]]:
-    """Run a delivery process for some runs; return its reports, one for each run."""
-    if not paths:
-        return []
-    command = delivery_command(*options, *map(str, paths))
-    process = subprocess.run(
-        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
-    )
-    reports = [json.loads(line) for line in process.stdout.splitlines()]
-    if len(reports) != len(paths):
-        raise DeliveryError(
-            f"delivery of {paths[len(reports)].name}: expected a report, got exit code "
-            f"{process.returncode}: {process.stderr[-2000:].strip()}"
-        )
-    return reports

@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -206,7 +206,13 @@ def _is_installed(package: str) -> bool:
 
 
 class _Deliveries:
-    """All deliveries of this process, and the processes that they run in."""
+    """All deliveries of this process, and the processes that they run in.
+
+    Attributes
+    ----------
+    thinned
+        Runs of which MLflow has fewer points than were logged, and of which metrics.
+    """
 
     def __init__(self) -> None:
         self._numbers = itertools.count(1)
@@ -220,6 +226,7 @@ class _Deliveries:
             process.close()
         self._processes = []
         self._runs: dict[int, RunDelivery] = {}
+        self.thinned: list[tuple[str, dict[str, int]]] = []
         self._waits_as_worker = False
 
     def add(self, run: RunDelivery, surroundings: Surroundings) -> None:
@@ -260,6 +267,8 @@ class _Deliveries:
                 run.end(is_done)
                 if is_done:
                     del self._runs[number]
+                    if thinned := run.read_state().list_thinned():
+                        self.thinned.append((run.run_path.name, thinned))
 
     def _replace(self, ended: DeliveryProcess) -> None:
         """Hand over again what a process did not deliver that was killed or just ended."""
@@ -298,6 +307,7 @@ def wait_at_end() -> None:
         limit_s = max((run.wait_s for run in runs), default=0.0)
         _wait_for(runs, limit_s, is_enough=is_interrupted, is_last=True)
         _report_unsent([run for run in runs if not run.is_done])
+        _report_thinned(_deliveries.thinned)
 
 
 def call_at_worker_end(
@@ -422,6 +432,19 @@ def _report_unsent(runs: Sequence[RunDelivery]) -> None:
     write_stderr(
         f"{count} of {what} are not in MLflow yet{reason}: {how}"
         f"'harness sync{word}' sends the rest.\n"
+    )
+
+
+def _report_thinned(runs: Sequence[tuple[str, Mapping[str, int]]]) -> None:
+    """Say on stderr of which metrics MLflow has fewer points than were logged."""
+    if not runs:
+        return
+    what = runs[0][0] if len(runs) == 1 else f"{len(runs)} runs"
+    (name, per_key), *more = runs[0][1].items()
+    names = f"{name} and others" if more or len(runs) > 1 else name
+    write_stderr(
+        f"MLflow has at most {per_key} points of {names} of {what}; the records have all. "
+        "delivery={'per_key': None} sends all.\n"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import gc
 import logging
@@ -17,11 +18,13 @@ import pyarrow as pa
 
 from tracking.delivery.cursor import Cursor
 from tracking.delivery.models import send_models
+from tracking.delivery.options import check_options
 from tracking.delivery.process import handover_path, set_group_niceness
 from tracking.delivery.reconcile import Reconciler, Stage
 from tracking.delivery.retry import LONGEST_DELAY_S, GaveUpError, RetryPolicy
 from tracking.delivery.scan import JournalScan
 from tracking.delivery.state import DeliveryState, StateFile
+from tracking.delivery.thinning import THINNED
 from tracking.mlflow_store.client import (
     GoneError,
     MlflowRun,
@@ -29,6 +32,7 @@ from tracking.mlflow_store.client import (
     UnreachableError,
 )
 from tracking.mlflow_store.points import point_list
+from tracking.mlflow_store.properties import RunProperties
 from tracking.mlflow_store.runs import RunResolver
 from tracking.mlflow_store.tags import STATUSES, to_ms
 from tracking.mlflow_store.writer import BATCH, RunWriter
@@ -215,7 +219,7 @@ class DeliveryWorker:
 
     def _start_reading(self, position: int) -> None:
         """Read the journal from its first row; send what comes after a position."""
-        per_key = self._resolver.manifest.delivery.get("per_key")
+        per_key = check_options(self._resolver.manifest.delivery).per_key
         # A new MLflow run has none of the rows that are known to be superseded. What an
         # existing one has is found by comparing the control rows as they are read.
         known = self._scan if position < 0 else None
@@ -224,7 +228,7 @@ class DeliveryWorker:
         self._reconciler = Reconciler(
             self._scan,
             self._cursor,
-            is_required=self._is_sync or per_key is not None,
+            is_required=self._is_sync,
             can_replace=not self._resolver.is_borrowed,
         )
 
@@ -322,11 +326,20 @@ class DeliveryWorker:
 
     def _send_properties(self) -> None:
         """Send params, tags and inputs, and the tags that describe the run."""
-        properties = self._scan.properties()
+        properties = self._properties()
         self.state.names = self._scan.keys.renamed()
         self.state.flags = self._writer.flags(properties)
-        tags = self._resolver.tags(self.state.names)
+        per_key = self._cursor.per_key if THINNED in properties.flags else None
+        tags = self._resolver.tags(self.state.names, per_key)
         self._writer.send_properties(properties, tags)
+
+    def _properties(self) -> RunProperties:
+        """What MLflow should have besides metrics, and what it does not have of those."""
+        found = self._scan.properties()
+        if not (keys := self._cursor.list_thinned()):
+            return found
+        thinned = dict.fromkeys(keys, self._cursor.per_key)
+        return dataclasses.replace(found, flags={**found.flags, THINNED: thinned})
 
     def _send_artifact(self) -> None:
         """Upload a few artifacts, if some are missing and the store takes them now."""
@@ -358,10 +371,11 @@ class DeliveryWorker:
 
     def _finish(self) -> bool:
         """Close the MLflow run; False if there is more to deliver after all."""
-        if self._reconciler.is_required_at_end:
-            may_resume = not self._is_sync and self._read_status() == "killed"
-            if self._reconcile("killed" if may_resume else "ended"):
-                return False
+        may_resume = not self._is_sync and self._read_status() == "killed"
+        is_incomplete = self._cursor.is_thinned and not may_resume
+        is_required = self._reconciler.is_required_at_end or is_incomplete
+        if is_required and self._reconcile("killed" if may_resume else "ended"):
+            return False
         status = self._read_status()
         if status == "running":
             return False

@@ -9,6 +9,7 @@ never used, so the user's active run, tracking URI and environment do not change
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import hashlib
 import importlib
@@ -22,6 +23,7 @@ import threading
 import urllib.parse
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -45,7 +47,7 @@ MAX_EXPERIMENT_NAME: Final = 256
 
 HISTORY: Final = pa.schema(
     [
-        pa.field("key", pa.string()),
+        pa.field("key", pa.dictionary(pa.int32(), pa.string())),
         pa.field("time_ms", pa.int64()),
         pa.field("step", pa.int64()),
         pa.field("value", pa.float64()),
@@ -61,6 +63,12 @@ _DEFAULTS: Final = {
 }
 _LOCKS: Final[defaultdict[Path, threading.RLock]] = defaultdict(threading.RLock)
 """A database takes one writer at a time and lets others fail after some seconds."""
+
+_READERS: Final = 8
+"""Requests at a time to read the metrics of a run from a server; each has one metric."""
+
+_PAGE: Final = 1 << 16
+"""Points that are read at a time from a database."""
 
 _IMPORTING: Final = threading.Lock()
 _SQL: Final = "mlflow.store.tracking.sqlalchemy_store"
@@ -332,16 +340,13 @@ class StoreClient:
         return self._read_by_key(run_id)
 
     def _read_by_key(self, run_id: str) -> pa.Table:
-        """Read all points with MLflow's client."""
+        """Read all points with MLflow's client, which has a call for one key only."""
         with self._call():
-            keys = self._client.get_run(run_id).data.metrics
-            found = [
-                (point.key, point.timestamp, point.step, point.value)
-                for key in keys
-                for point in self._client.get_metric_history(run_id, key)
-            ]
-        columns = list(zip(*found, strict=True)) or [()] * len(HISTORY)
-        return pa.table([pa.array(c) for c in columns], HISTORY.names).cast(HISTORY)
+            keys = list(self._client.get_run(run_id).data.metrics)
+            read = functools.partial(self._client.get_metric_history, run_id)
+            with ThreadPoolExecutor(_READERS) as pool:
+                tables = [_as_table(points) for points in pool.map(read, keys)]
+        return _concat(tables)
 
     def artifacts(self, run_id: str, folder: str | None = None) -> dict[str, int]:
         """Size in bytes of each artifact of a run, by path."""
@@ -423,12 +428,33 @@ def _read_sqlite(path: Path, run_id: str) -> pa.Table:
         "SELECT key, timestamp, step, CASE WHEN is_nan THEN NULL ELSE value END "
         "FROM metrics WHERE run_uuid = ?"
     )
+    tables = []
     with contextlib.closing(sqlite3.connect(uri, uri=True, timeout=60)) as database:
-        rows = database.execute(query, (run_id,)).fetchall()
-    columns = list(zip(*rows, strict=True)) or [()] * len(HISTORY)
-    arrays = [pa.array(c, f.type) for c, f in zip(columns, HISTORY, strict=True)]
+        cursor = database.execute(query, (run_id,))
+        while rows := cursor.fetchmany(_PAGE):
+            tables.append(_make_page(*zip(*rows, strict=True)))
+    return _concat(tables)
+
+
+def _as_table(points: Sequence[Any]) -> pa.Table:
+    """Points of one key, from MLflow's entities."""
+    rows = [(p.key, p.timestamp, p.step, p.value) for p in points]
+    return _make_page(*zip(*rows, strict=True)) if rows else HISTORY.empty_table()
+
+
+def _make_page(*columns: Sequence[Any]) -> pa.Table:
+    key, *numbers = columns
+    arrays = [pa.array(key, pa.string()).dictionary_encode()]
+    arrays += [
+        pa.array(c, f.type) for c, f in zip(numbers, [*HISTORY][1:], strict=True)
+    ]
     arrays[-1] = arrays[-1].fill_null(float("nan"))
     return pa.table(arrays, schema=HISTORY)
+
+
+def _concat(tables: list[pa.Table]) -> pa.Table:
+    """One table with one dictionary of keys."""
+    return pa.concat_tables([HISTORY.empty_table(), *tables]).unify_dictionaries()
 
 
 def _as_mlflow_run(run: Any) -> MlflowRun:

@@ -8,7 +8,7 @@ millisecond.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+from collections import deque
 from typing import Any, Final
 
 import numpy as np
@@ -18,6 +18,7 @@ from pyarrow import compute as pc
 from tracking.journal.fits import get_fits
 from tracking.mlflow_store.client import Point
 from tracking.mlflow_store.keys import KeyMap, SeriesId
+from tracking.mlflow_store.matching import Hashes, Rows, hash_rows, row_ids
 
 NON_METRICS: Final = ("params", "tags", "artifacts", "inputs")
 """``what`` of the rows that MLflow does not store as metrics."""
@@ -32,6 +33,9 @@ POINTS: Final = pa.schema(
     ]
 )
 """Columns of a table of points."""
+
+_TIME: Final = 3
+"""Column of a row's time, after the key, the step and the value."""
 
 _NUMERIC: Final = pa.array(["float", "int", "bool"])
 
@@ -110,40 +114,63 @@ def point_list(table: pa.Table) -> list[Point]:
     return [Point(*row) for row in zip(*columns, strict=True)]
 
 
-@dataclass
 class UniqueTimestamps:
     """Gives equal points of the same millisecond different times.
 
     The later of two equal points gets the next free millisecond. Only the last few ten
     thousand points are remembered: no millisecond has more.
+
+    Parameters
+    ----------
+    window
+        Number of points that are remembered at least.
     """
 
-    window: int = 32_768
-    _recent: dict[tuple[Any, ...], None] = field(default_factory=dict)
-    _older: dict[tuple[Any, ...], None] = field(default_factory=dict)
+    def __init__(self, window: int = 32_768) -> None:
+        self._window = window
+        self._keys: dict[str, None] = {}
+        self._pages: deque[Rows] = deque()
+        self._hashes: deque[Hashes] = deque()
 
     def assign(self, points: pa.Table) -> pa.Table:
         """Replace the times of points that repeat an earlier one."""
-        step, value = (points[name].to_pylist() for name in ("step", "value"))
-        key, times = points["key"].to_pylist(), points["time_ms"].to_pylist()
-        for i, (name, number, at, time_ms) in enumerate(
-            zip(key, value, step, times, strict=True)
-        ):
-            if number != number:  # NaN, which equals nothing
-                number = None
-            while (name, at, number, time_ms) in self:
-                time_ms += 1
-            times[i] = time_ms
-            self._remember((name, at, number, time_ms))
-        column = points.schema.get_field_index("time_ms")
-        return points.set_column(
-            column, POINTS.field("time_ms"), pa.array(times, "int64")
+        if not points.num_rows:
+            return points
+        for chunk in points["key"].chunks:
+            self._keys |= dict.fromkeys(chunk.dictionary.to_pylist())
+        keys = pa.array(self._keys, pa.string())
+        rows = row_ids(points, keys, ["step", "value", "time_ms"])
+        hashes = hash_rows(rows)
+        if self._may_repeat(rows, hashes):
+            self._move(rows)
+            hashes = hash_rows(rows)
+            times = pa.array(rows[:, _TIME])
+            column = points.schema.get_field_index("time_ms")
+            points = points.set_column(column, POINTS.field("time_ms"), times)
+        self._pages.append(rows)
+        self._hashes.append(hashes)
+        while sum(map(len, self._pages)) - len(self._pages[0]) >= self._window:
+            self._pages.popleft()
+            self._hashes.popleft()
+        return points
+
+    def _may_repeat(self, rows: Rows, hashes: Hashes) -> bool:
+        """Whether a row may equal an earlier one; only equal hashes are looked for."""
+        if len(np.unique(hashes)) < len(hashes):
+            return True
+        since = rows[:, _TIME].min()
+        found = zip(self._pages, self._hashes, strict=True)
+        return any(
+            np.isin(hashes, earlier[page[:, _TIME] >= since]).any()
+            for page, earlier in found
+            if page[:, _TIME].max() >= since
         )
 
-    def __contains__(self, point: object) -> bool:
-        return point in self._recent or point in self._older
-
-    def _remember(self, point: tuple[Any, ...]) -> None:
-        if len(self._recent) >= self.window:
-            self._older, self._recent = self._recent, {}
-        self._recent[point] = None
+    def _move(self, rows: Rows) -> None:
+        """Give each row that repeats an earlier one the next free millisecond."""
+        taken = {tuple(row) for page in self._pages for row in page.tolist()}
+        for i, (*place, time_ms) in enumerate(rows.tolist()):
+            while (*place, time_ms) in taken:
+                time_ms += 1
+            taken.add((*place, time_ms))
+            rows[i, _TIME] = time_ms

@@ -132,9 +132,19 @@ class RunResolver:
         self._retire(old, fresh)
         return fresh
 
-    def tags(self, names: Mapping[str, list[str]]) -> dict[str, str]:
-        """Tags that describe the run, and the names that MLflow does not accept."""
-        found = run_tags(self.manifest, self._run_path, self._redact)
+    def tags(
+        self, names: Mapping[str, list[str]], per_key: int | None = None
+    ) -> dict[str, str]:
+        """Tags that describe the run, and the names that MLflow does not accept.
+
+        Parameters
+        ----------
+        names
+            What, set and name by key.
+        per_key
+            Number of points that MLflow has of long series; None if no series is longer.
+        """
+        found = run_tags(self.manifest, self._run_path, self._redact, per_key)
         for i, text in enumerate(_name_tags(names), start=1):
             found["luz.names" if i == 1 else f"luz.names.{i}"] = text
         return found

@@ -23,7 +23,10 @@ STATUSES: Final = {"finished": "FINISHED", "failed": "FAILED", "killed": "KILLED
 
 
 def run_tags(
-    manifest: Manifest, run_path: Path, redact: Callable[[str], str]
+    manifest: Manifest,
+    run_path: Path,
+    redact: Callable[[str], str],
+    per_key: int | None = None,
 ) -> dict[str, str]:
     """Tags that describe a run: those that MLflow's page shows, and ours (``luz.*``).
 
@@ -35,6 +38,8 @@ def run_tags(
         Folder of the run.
     redact
         Masks the secrets in a text.
+    per_key
+        Number of points that MLflow has of long series; None if no series is longer.
     """
     git = manifest.git or {}
     found = {
@@ -58,7 +63,7 @@ def run_tags(
             "mlflow.source.git.commit": git.get("commit") or "",
             "mlflow.source.git.branch": git.get("branch") or "",
             "mlflow.source.git.repoURL": git.get("remote") or "",
-            NOTE: description(manifest, run_path),
+            NOTE: description(manifest, run_path, per_key),
         }
     tags = {k: redact(v)[:MAX_TAG_LENGTH] for k, v in found.items() if v}
     if NOTE in tags:
@@ -71,7 +76,7 @@ def digest_note(text: str) -> str:
     return hashlib.sha256(text.encode(errors="replace")).hexdigest()[:16]
 
 
-def description(manifest: Manifest, run_path: Path) -> str:
+def description(manifest: Manifest, run_path: Path, per_key: int | None = None) -> str:
     """Describe in Markdown what ran, where, on what code, and where the records are."""
     lines = [manifest.note, ""] if manifest.note else []
     if manifest.error:
@@ -97,6 +102,11 @@ def description(manifest: Manifest, run_path: Path) -> str:
         f"**Records** `{run_path}`: `harness runs show {manifest.id}`, "
         f"`harness export {manifest.id} --to records.parquet`",
     ]
+    if per_key is not None:
+        lines.append(
+            f"**Points** of each metric here: at most {per_key:,}, spread over its steps. "
+            "The records have all."
+        )
     return "  \n".join(lines)
 
 

@@ -27,9 +27,12 @@ class Mismatch:
     row: str
     detail: str = ""
 
+    def describe_row(self) -> str:
+        """The row and its values in words."""
+        return f"{self.row}: {self.detail}" if self.detail else self.row
+
     def __str__(self) -> str:
-        detail = f": {self.detail}" if self.detail else ""
-        return f"{self.kind} in {self.place}: {self.row}{detail}"
+        return f"{self.kind} in {self.place}: {self.describe_row()}"
 
 
 @dataclass

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
 from pyarrow import compute as pc
 
-from tracking.delivery.reconcile import (
-    Rows,
-    expected_points,
-    row_ids,
-    timing_keys,
-    unmatched_rows,
-)
-from tracking.delivery.scan import JournalScan
+from tracking.delivery.options import check_options
+from tracking.delivery.reconcile import ExpectedPoints, timing_keys
+from tracking.delivery.scan import READ_ROWS, JournalScan
 from tracking.delivery.sync import MlflowContents
-from tracking.delivery.thinning import mask_points
+from tracking.delivery.thinning import THINNED
 from tracking.journal.reader import JournalReader
-from tracking.mlflow_store.points import POINTS, UniqueTimestamps, points_table
+from tracking.mlflow_store.matching import Mask, RowMatcher, Rows, row_ids
+from tracking.mlflow_store.points import POINTS, points_table
 from tracking.mlflow_store.properties import Flags
 from tracking.mlflow_store.series import TABLES_TAG, merge_tables
 from tracking.mlflow_store.writer import read_refusals
@@ -33,6 +30,7 @@ _NOTES: Final = {
     "large_int": "{key}: MLflow stores large integers as floats, rounded ({count} times)",
     "long_param": "param {key}: MLflow has the first 6000 of {count} characters",
     "long_tag": "tag {key}: MLflow has the first 8000 of {count} characters",
+    THINNED: "{key}: MLflow has at most {count} points, the records have all",
     "changed_param": "param {key} was logged with several values; MLflow has the first",
 }
 _EXACT: Final = ["time_ms", "step", "value"]
@@ -57,20 +55,28 @@ def compare_with_mlflow(run: PastRun, there: MlflowContents) -> Comparison:
     upto = scan.last_seq
     if is_being_written(rank_dir):
         upto = int(there.tags.get("luz.delivered", "-1"))
-    points = expected_points(scan, upto, UniqueTimestamps())
+    expected = ExpectedPoints(
+        scan,
+        upto,
+        check_options(run.manifest.delivery).per_key,
+        is_final=run.status in ("finished", "failed"),
+    )
     # MLflow's run may hold metrics of others too.
-    keys = pa.array(list(scan.keys.by_series.values()), pa.string())
-    history = there.history.filter(pc.is_in(there.history["key"], keys))
+    is_ours = pc.is_in(there.history["key"].cast(pa.string()), expected.keys)
+    history = there.history.filter(is_ours)
+    found = _compare_points(scan, expected, history)
+    refused = read_refusals(there.tags)
+    is_borrowed = bool(run.manifest.mlflow.get("borrowed"))
     mismatches = [
-        *_compare_points(run, points, history, scan, read_refusals(there.tags)),
-        *_compare_properties(scan, there, read_refusals(there.tags)),
+        *_describe_points(found, refused, is_borrowed=is_borrowed),
+        *_compare_properties(scan, there, refused),
     ]
-    notes = describe_flags(scan.properties().flags)
+    notes = describe_flags(scan.properties().flags | expected.list_flags())
     if upto < scan.last_seq:
         notes.append(
             f"{JournalReader(rank_dir, upto).count_unread()} rows have still to be delivered"
         )
-    return Comparison(mismatches, notes, points.num_rows, history.num_rows)
+    return Comparison(mismatches, notes, found.num_expected, history.num_rows)
 
 
 def describe_flags(flags: Flags) -> list[str]:
@@ -83,41 +89,138 @@ def describe_flags(flags: Flags) -> list[str]:
     ]
 
 
+@dataclass
+class _Differences:
+    """Where MLflow's points differ from the journal's.
+
+    Attributes
+    ----------
+    missing
+        Points that MLflow should have and does not have, as a table of points.
+    surplus
+        Points that MLflow has beyond the journal's, with ``kind``.
+    num_expected
+        Points that MLflow should have.
+    """
+
+    missing: pa.Table
+    surplus: pa.Table
+    num_expected: int
+
+
 def _compare_points(
-    run: PastRun,
-    points: pa.Table,
-    history: pa.Table,
-    scan: JournalScan,
-    refused: Mapping[str, str],
-) -> Iterator[Mismatch]:
-    """Compare the points of metrics: first what is missing or changed, then the surplus."""
-    keys = list(scan.keys.by_series.values())
-    here, there = (row_ids(table, keys, _EXACT) for table in (points, history))
-    missing, extra = unmatched_rows(here, there)
-    superseded = _superseded_points(run, scan)
-    is_superseded = np.zeros(history.num_rows, bool)
-    if superseded.num_rows and len(extra):
-        others, _ = unmatched_rows(there[extra], row_ids(superseded, keys, _EXACT))
-        is_superseded[np.delete(extra, others)] = True
-        missing, extra = _accept_first_attempts(
-            points, history, missing, extra, is_superseded, scan
+    scan: JournalScan, expected: ExpectedPoints, history: pa.Table
+) -> _Differences:
+    """Compare the points of metrics, page by page of the journal."""
+    ids = row_ids(history, expected.keys, _EXACT)
+    matcher = RowMatcher(ids)
+    missing, num_expected = [POINTS.empty_table()], 0
+    for points, is_wanted in expected.read_pages():
+        is_there = matcher.match(row_ids(points, expected.keys, _EXACT))
+        num_expected += int(is_wanted.sum())
+        missing.append(points.filter(pa.array(is_wanted & ~is_there)))
+    extra = matcher.find_unmatched()
+    surplus = history.take(extra)
+    if len(extra):
+        is_superseded = _match_superseded(scan, expected.keys, ids[extra])
+        missing, kind, is_left = _explain_surplus(
+            scan, expected, ids, surplus, is_superseded
         )
-    missing = missing[_is_wanted(run, points)[missing]]
-    surplus = history.take(extra).append_column("is_superseded", [is_superseded[extra]])
-    surplus = surplus.sort_by([(k, "ascending") for k in ("key", "step", "time_ms")])
+        surplus = surplus.append_column("kind", pa.array(kind)).filter(is_left)
+        order = [(name, "ascending") for name in ("key", "step", "time_ms")]
+        # Sorting needs plain texts.
+        at = surplus.schema.get_field_index("key")
+        surplus = surplus.set_column(at, "key", surplus["key"].cast(pa.string()))
+        surplus = surplus.sort_by(order)
+    return _Differences(
+        pa.concat_tables(missing).unify_dictionaries(), surplus, num_expected
+    )
+
+
+def _match_superseded(scan: JournalScan, keys: pa.Array, extra: Rows) -> Mask:
+    """Which points beyond the journal's equal superseded rows, as they may have been sent."""
+    is_superseded = np.zeros(len(extra), bool)
+    if scan.tombstones.rewinds or scan.tombstones.overwrites:
+        matcher = RowMatcher(extra)
+        reader = JournalReader(scan.rank_dir)
+        while (rows := reader.read(READ_ROWS)).num_rows:
+            superseded = rows.filter(pa.array(~scan.tombstones.mask_live(rows)))
+            superseded = scan.tombstones.fits.label(superseded)
+            matcher.match(row_ids(points_table(superseded, scan.keys), keys, _EXACT))
+        is_superseded[:] = True
+        is_superseded[matcher.find_unmatched()] = False
+    return is_superseded
+
+
+def _explain_surplus(
+    scan: JournalScan,
+    expected: ExpectedPoints,
+    ids: Rows,
+    surplus: pa.Table,
+    is_superseded: Mask,
+) -> tuple[list[pa.Table], list[str], pa.Array]:
+    """Find out what MLflow's points beyond the journal's are.
+
+    After a replay MLflow keeps the point of the first attempt, with its time: it stands for
+    an equal point that is missing. In a series of durations the value may differ too.
+
+    Parameters
+    ----------
+    ids
+        Of all points that MLflow has.
+    surplus
+        Points beyond the journal's.
+    is_superseded
+        Which of them were sent for a row that is superseded.
+
+    Returns
+    -------
+    points that are missing all the same; the kind of each surplus point, and a mask of those
+    that stand for no point
+    """
+    keys, timings = expected.keys, timing_keys(scan)
+    is_timing = np.array([key in timings for key in keys.to_pylist()] + [False])
+
+    def loosen(points: pa.Table) -> Rows:
+        found = row_ids(points, keys, _LOOSE)
+        found[is_timing[found[:, 0]], 2] = 0
+        return found
+
+    exact = RowMatcher(ids)
+    first_attempts = RowMatcher(loosen(surplus.filter(pa.array(is_superseded))))
+    distinct, place = np.unique(
+        row_ids(surplus, keys, _LOOSE), axis=0, return_inverse=True
+    )
+    known = RowMatcher(distinct)
+    missing = [POINTS.empty_table()]
+    for points, is_wanted in expected.read_pages():
+        known.match(row_ids(points, keys, _LOOSE))
+        is_missing = ~exact.match(row_ids(points, keys, _EXACT))
+        some = points.filter(pa.array(is_missing))
+        is_lost = ~first_attempts.match(loosen(some)) & is_wanted[is_missing]
+        missing.append(some.filter(pa.array(is_lost)))
+    is_known = np.ones(len(distinct), bool)
+    is_known[known.find_unmatched()] = False
+    kind = np.where(is_superseded, "superseded", "unknown")
+    kind = np.where(is_known[place.reshape(-1)], "duplicate", kind)
+    is_left = ~is_superseded
+    is_left[np.flatnonzero(is_superseded)[first_attempts.find_unmatched()]] = True
+    return missing, kind.tolist(), pa.array(is_left)
+
+
+def _describe_points(
+    found: _Differences, refused: Mapping[str, str], *, is_borrowed: bool
+) -> Iterator[Mismatch]:
+    """First what is missing or changed, then what is there and should not be."""
     pairs, lost, rest = _pair_by_place(
-        points.take(missing).to_pylist(), surplus.to_pylist()
+        found.missing.to_pylist(), found.surplus.to_pylist()
     )
     yield from _describe_missing(pairs, lost, refused)
-    if not run.manifest.mlflow.get("borrowed"):
-        yield from _describe_surplus(rest, row_ids(points, keys, _LOOSE), keys)
-
-
-def _is_wanted(run: PastRun, points: pa.Table) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Which points MLflow should have after thinning."""
-    is_final = run.status in ("finished", "failed")
-    per_key = run.manifest.delivery.get("per_key")
-    return mask_points(points, per_key, is_final=is_final)
+    if not is_borrowed:
+        for point in rest:
+            yield Mismatch(
+                "MLflow", point["kind"], _describe(point), f"{point['value']!r}"
+            )
 
 
 def _pair_by_place(
@@ -157,63 +260,6 @@ def _describe_missing(
         found.append((point["seq"], "missing", point, detail))
     for _, kind, point, detail in sorted(found, key=lambda item: item[0]):
         yield Mismatch("MLflow", kind, _describe(point), detail)
-
-
-def _superseded_points(run: PastRun, scan: JournalScan) -> pa.Table:
-    """Points of superseded rows, as they may have been sent."""
-    tables = [POINTS.empty_table()]
-    if scan.tombstones.rewinds or scan.tombstones.overwrites:
-        reader = JournalReader(get_rank_dir(run.path, 0))
-        while (table := reader.read(1 << 14)).num_rows:
-            superseded = table.filter(pa.array(~scan.tombstones.mask_live(table)))
-            superseded = scan.tombstones.fits.label(superseded)
-            tables.append(points_table(superseded, scan.keys))
-    return pa.concat_tables(tables).unify_dictionaries()
-
-
-def _accept_first_attempts(
-    points: pa.Table,
-    history: pa.Table,
-    missing: Rows,
-    extra: Rows,
-    is_superseded: np.ndarray[Any, np.dtype[np.bool_]],
-    scan: JournalScan,
-) -> tuple[Rows, Rows]:
-    """Drop missing points for which MLflow has an equal, superseded point.
-
-    After a replay MLflow keeps the point of the first attempt, with its time. In a
-    series of durations the value may differ too.
-
-    Returns
-    -------
-    the remaining missing points and extra points
-    """
-    keys, timings = list(scan.keys.by_series.values()), timing_keys(scan)
-    first_attempts = extra[is_superseded[extra]]
-    is_timing = np.array([key in timings for key in keys] + [False])
-    ids = [row_ids(table, keys, _LOOSE) for table in (points, history)]
-    for rows in ids:
-        rows[is_timing[rows[:, 0]], 2] = 0
-    still_missing, unused = unmatched_rows(ids[0][missing], ids[1][first_attempts])
-    accepted = np.delete(first_attempts, unused)
-    return missing[still_missing], np.setdiff1d(extra, accepted)
-
-
-def _describe_surplus(
-    points: list[Point], expected: Rows, keys: list[str]
-) -> Iterator[Mismatch]:
-    """Points that MLflow has and the journal does not ask for."""
-    if not points:
-        return
-    schema = [(name, POINTS.field(name).type) for name in ("step", "value")]
-    table = pa.Table.from_pylist(points, pa.schema([("key", pa.string()), *schema]))
-    known = {tuple(row) for row in np.unique(expected, axis=0).tolist()}
-    ids = row_ids(table, keys, _LOOSE).tolist()
-    for point, row in zip(points, ids, strict=True):
-        kind = "superseded" if point["is_superseded"] else "unknown"
-        if tuple(row) in known:
-            kind = "duplicate"
-        yield Mismatch("MLflow", kind, _describe(point), f"{point['value']!r}")
 
 
 def _compare_properties(

@@ -11,8 +11,8 @@ import pyarrow as pa
 from pyarrow import compute as pc
 from pyarrow import parquet
 
-from tracking.delivery.reconcile import Rows, unmatched_rows
 from tracking.journal.fits import COLUMN, align_fits
+from tracking.mlflow_store.matching import Rows, unmatched_rows
 from tracking.read import PastRun
 from tracking.schema import SCHEMA
 from tracking.verify import Comparison, Mismatch

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from tracking.delivery.process import wait_for_delivery
-from tracking.delivery.sync import read_mlflow
+from tracking.delivery.sync import MlflowReader, read_mlflow
 from tracking.read import PastRun
 from tracking.verify import Comparison, Mismatch
 from tracking.verify.mlflow import compare_with_mlflow
@@ -75,7 +75,10 @@ class Verification:
 
 
 def verify(
-    run: PastRun, files: Iterable[Path] | None = None, *, mlflow: bool = True
+    run: PastRun,
+    files: Iterable[Path] | None = None,
+    *,
+    mlflow: bool | MlflowReader = True,
 ) -> Verification:
     """Compare a run's journal with exported Parquet files and with MLflow.
 
@@ -87,7 +90,8 @@ def verify(
         Parquet files that hold records of the run. None: the exports among its
         artifacts, if the run has ended.
     mlflow
-        Whether to compare with MLflow, which has the rows of rank 0.
+        Whether to compare with MLflow, which has the rows of rank 0. A reader serves for
+        several runs; without one, MLflow is imported for each of them.
 
     Returns
     -------
@@ -112,5 +116,6 @@ def verify(
     for file in files:
         result.add(file.name, compare_with_file(run, file))
     if mlflow:
-        result.add("MLflow", compare_with_mlflow(run, read_mlflow(run)))
+        there = read_mlflow(run) if mlflow is True else mlflow.read(run)
+        result.add("MLflow", compare_with_mlflow(run, there))
     return result

@@ -536,6 +536,16 @@ def test_verify_names_rows_and_ends_with_1(call, two, tmp_path):
     assert found["is_equal"] is False
     assert found["mismatches"][0]["kind"] == "missing"
     assert found["num_rows"] == {"a.parquet": [13, 12]}
+    again = tracking.start(run_id=two[0].id, runs_dir=tmp_path / "runs", delivery=False)
+    again.log("metrics", "train", {f"m{i}": 1.0 for i in range(2000)}, index=9)
+    again.finish()
+    lines = call(*words, code=1).stdout.splitlines()
+    assert len(lines) == 4
+    assert lines[-1].startswith(
+        "missing in a.parquet: 1,998 more, the last one metrics"
+    )
+    (found,) = json.loads(call(*words, "--json", code=1).stdout)
+    assert len(found["mismatches"]) == 2001
 
 
 # ----------------------------------------------------------------------------- sync

@@ -98,7 +98,9 @@ def test_thinned_points_are_the_same_in_one_go_and_in_several(record, read_into)
         found += split.next_points(rows, scan.keys)["seq"].to_pylist()
         split.advance(rows["seq"][-1].as_py())
     assert found == wanted
-    assert 60 <= len(wanted) < 200
+    assert 400 <= len(wanted) < 420  # two series, of each the first 200
+    assert whole.is_thinned
+    assert whole.list_thinned() == ["train/loss", "train/accuracy"]
 
 
 def test_thinning_continues_after_the_points_that_mlflow_has(record, read_into):

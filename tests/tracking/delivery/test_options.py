@@ -24,5 +24,6 @@ def test_wrong_options_are_refused_at_the_start(options, error, match):
         check_options(options)
 
 
-def test_defaults_are_all_points_and_a_minute():
-    assert check_options(None) == DeliveryOptions(per_key=None, patience_s=60.0)
+def test_defaults_are_ten_thousand_points_and_a_minute():
+    assert check_options(None) == DeliveryOptions(per_key=10_000, patience_s=60.0)
+    assert check_options({"per_key": None}).per_key is None

@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 
-import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from tests.tracking.stores import get_run
 from tracking.delivery.cursor import Cursor
 from tracking.delivery.reconcile import (
     LONGEST_WAIT_S,
     QUIET_S,
+    ExpectedPoints,
     Reconciler,
     StalePoints,
-    expected_points,
-    row_ids,
-    unmatched_rows,
 )
 from tracking.delivery.scan import JournalScan
 from tracking.mlflow_store.client import Point
-from tracking.mlflow_store.points import UniqueTimestamps, points_table
+from tracking.mlflow_store.points import points_table
 from tracking.store import get_rank_dir
 
 
@@ -227,7 +221,9 @@ class Half:
 
     def points(self):
         """Points of all live rows."""
-        return expected_points(self.scan, self.scan.last_seq, UniqueTimestamps())
+        expected = ExpectedPoints(self.scan, self.scan.last_seq, None, is_final=True)
+        pages = [points for points, _ in expected.read_pages()]
+        return pa.concat_tables(pages).unify_dictionaries()
 
     def pending(self):
         """Points of the rows that come next."""
@@ -384,29 +380,3 @@ def test_stale_durations_equal_any_value():
     assert stale.take(Point("profile/s", 0.7, 0, 1)) is True
     assert stale.take(Point("profile/s", 0.7, 0, 1)) is None
     assert len(stale) == 1
-
-
-# --------------------------------------------------------------- comparison of rows
-
-rows = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2)), max_size=12)
-
-
-@given(rows, rows)
-def test_unmatched_rows_are_the_difference_of_the_counts(left, right):
-    tables = [np.array(side, np.int64).reshape(-1, 2) for side in (left, right)]
-    found = unmatched_rows(*tables)
-    counts = Counter(left), Counter(right)
-    assert Counter(left[i] for i in found[0]) == counts[0] - counts[1]
-    assert Counter(right[i] for i in found[1]) == counts[1] - counts[0]
-
-
-def test_values_are_equal_as_in_a_database():
-    values = [0.0, -0.0, math.nan, -math.nan, 1.0]
-    table = pa.table({"key": ["a"] * 5, "step": [1] * 5, "value": values})
-    found = row_ids(table, ["a"], ["step", "value"])
-    assert len(np.unique(found, axis=0)) == 3
-
-
-def test_unknown_key_becomes_a_negative_number():
-    table = pa.table({"key": ["a", "b"], "step": [1, 1]})
-    assert row_ids(table, ["b"], ["step"]).tolist() == [[-1, 1], [0, 1]]

@@ -10,7 +10,7 @@ import pytest
 import tracking.delivery.__main__ as delivery
 from tracking.api import start
 from tracking.delivery.state import DeliveryState
-from tracking.delivery.sync import sync
+from tracking.delivery.sync import RunByRunProcess, sync
 from tracking.errors import DeliveryError
 from tracking.mlflow_store.uris import local_path
 from tracking.read import PastRun
@@ -102,6 +102,22 @@ def wait_for_phase(path, phase):
             return state
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+def test_runs_are_named_where_there_is_room_for_any_number(tmp_path):
+    names = ["x" * 100_000 + str(i) for i in range(60)]  # a command line has 2 MB
+    with RunByRunProcess("--read", str(tmp_path)) as process:
+        reports = [process.ask(tmp_path / name) for name in names]
+    assert [report["run"] for report in reports] == names
+    assert all(report["error"] for report in reports)
+
+
+def test_process_that_ends_without_a_report_costs_one_run(tmp_path):
+    path = tmp_path / "runs" / "x"
+    with RunByRunProcess("--unknown") as process:
+        for _ in range(2):  # another process is started for the second one
+            with pytest.raises(DeliveryError, match=r"(?s)delivery of x: .* --unknown"):
+                process.ask(path)
 
 
 @pytest.mark.slow

@@ -6,7 +6,12 @@ import json
 import math
 import sys
 
+import pyarrow as pa
+from hypothesis import given
+from hypothesis import strategies as st
+
 from tests.tracking.stores import get_run
+from tracking.mlflow_store.points import POINTS, UniqueTimestamps
 
 
 def test_values_that_mlflow_cannot_hold_are_flagged(
@@ -42,3 +47,41 @@ def test_equal_values_of_one_instant_are_all_kept(record, deliver, store, in_mlf
     again = deliver(run.path, store, is_sync=True)
     assert again.num_sent == 0
     assert len(in_mlflow(store, made.state.mlflow_run_id)) == 100
+
+
+logged = st.lists(
+    st.tuples(
+        st.sampled_from(["a", "b"]),
+        st.integers(0, 1),
+        st.sampled_from([0.5, math.nan, 0.0, -0.0]),
+        st.integers(0, 3),
+    ),
+    max_size=30,
+)
+
+
+@given(logged, st.integers(1, 7))
+def test_repeated_points_get_the_next_free_millisecond(points, size):
+    taken, wanted = set(), []
+    for key, step, value, time_ms in points:
+        number = None if math.isnan(value) else value
+        while (key, step, number, time_ms) in taken:
+            time_ms += 1
+        taken.add((key, step, number, time_ms))
+        wanted.append(time_ms)
+    timestamps, found = UniqueTimestamps(), []
+    for start in range(0, len(points), size):
+        key, step, value, time_ms = zip(*points[start : start + size], strict=True)
+        page = [pa.array(key).dictionary_encode(), time_ms, step, value]
+        table = pa.table([range(len(key)), *page], schema=POINTS)
+        found += timestamps.assign(table)["time_ms"].to_pylist()
+    assert found == wanted
+
+
+def test_points_far_back_are_forgotten():
+    timestamps = UniqueTimestamps(window=3)
+    page = pa.table([[0], pa.array(["a"]).dictionary_encode(), [7], [1], [0.5]], POINTS)
+    others = page.set_column(3, POINTS.field("step"), [pa.array([2])])
+    for table in (page, others, others, others):
+        timestamps.assign(table)
+    assert timestamps.assign(page)["time_ms"].to_pylist() == [7]
