@@ -5,12 +5,23 @@ from __future__ import annotations
 import ast
 import doctest
 import importlib
+import importlib.util
+import itertools
 import json
+import os
 import pkgutil
 import re
+import shlex
+import signal
 import subprocess
 import sys
+import time
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 import click
 import pytest
@@ -19,12 +30,39 @@ import harness
 import tracking
 from harness import context, events
 from harness.cli import main as cli
+from scripts.docsite import site
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-FENCE = re.compile(r"^```(\w+)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+DOCS = sorted((ROOT / "docs").rglob("*.md"))
+PAGES = [ROOT / "README.md", *DOCS]
+LINKING = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+FENCE = re.compile(
+    r"(?:^<!-- (?P<mark>not run|needs|file): (?P<about>[^\n]*) -->\n)?"
+    r"^```(?P<language>\w+)[^\n]*\n(?P<code>.*?)^```",
+    re.MULTILINE | re.DOTALL,
+)
 PLACE = re.compile(r"`((?:harness|tracking)/[\w/]*(?:\.py|/))(?:::([\w.]+))?`")
-LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
+LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)")
+WALK = "<!-- walk:"
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of code of a page, and what the comment above it says of it."""
+
+    language: str
+    code: str
+    mark: str | None
+    about: str
+
+
+def blocks_of(path: Path) -> Iterator[Block]:
+    """The blocks of code of a page."""
+    for match in FENCE.finditer(path.read_text()):
+        found = match.groupdict()
+        yield Block(
+            found["language"], found["code"], found["mark"], found["about"] or ""
+        )
 
 
 def page(name: str) -> str:
@@ -32,9 +70,14 @@ def page(name: str) -> str:
 
 
 def python_of(path: Path) -> str:
-    """The Python blocks of a page, one after another."""
-    blocks = FENCE.findall(path.read_text())
-    return "\n".join(code for language, code in blocks if language == "python")
+    """The Python blocks of a page that run here, one after another."""
+    return "\n".join(
+        block.code
+        for block in blocks_of(path)
+        if block.language == "python"
+        and block.mark in (None, "needs")
+        and (not block.mark or importlib.util.find_spec(block.about))
+    )
 
 
 def commands(group: click.Command, *words: str) -> list[str]:
@@ -134,6 +177,7 @@ def test_stale_block_is_named(tmp_path: Path) -> None:
     (tmp_path / "docs" / "events.md").write_text(text)
     (tmp_path / "scripts").unlink()
     (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "docsite").symlink_to(ROOT / "scripts" / "docsite")
     script = tmp_path / "scripts" / "docs"
     script.write_text((ROOT / "scripts" / "docs").read_text())
     check = [sys.executable, str(script), "--check"]
@@ -143,18 +187,222 @@ def test_stale_block_is_named(tmp_path: Path) -> None:
     assert (tmp_path / "docs" / "events.md").read_text() == text
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+# ------------------------------------------------------------------- the reference
+
+
+@pytest.mark.parametrize("name", harness.callbacks.__all__)
+def test_callback_has_its_signature_and_an_example(name: str) -> None:
+    _, _, text = page("callbacks.md").partition(f"\n### `{name}`\n")
+    own = re.split(r"^##", text, maxsplit=1, flags=re.MULTILINE)[0]
+    assert f"<!-- generated: callback_{name} -->\n```py\n{name}(" in own
+    example = FENCE.search(own.partition("<!-- end -->")[2])
+    assert example is not None
+    assert f"callbacks.{name}" in example["code"] or name == "Profile"
+
+
+@pytest.mark.parametrize("module", ["harness", "callbacks", "tracking"])
+def test_reference_says_something_of_each_parameter(module: str) -> None:
+    text = page(f"api/{module}.md")
+    signatures = re.findall(
+        r"^## `(\S+)`\n\n```py\n(.*?)```\n(.*?)(?=^##)", text, re.M | re.S
+    )
+    assert len(signatures) > 10
+    for name, signature, body in signatures:
+        for parameter in re.findall(r"^    \**(\w+)", signature, re.MULTILINE):
+            if "**Parameters**" in body and parameter not in ("options", "kwargs"):
+                assert re.search(rf"`\**{parameter}`", body), (name, parameter)
+
+
+# ----------------------------------------------------------------------- the links
+
+
+@pytest.mark.parametrize("path", LINKING, ids=lambda path: path.name)
 def test_links_lead_somewhere(path: Path) -> None:
-    for target in LINK.findall(path.read_text()):
-        if not target.startswith(("https://", "http://")):
-            assert (path.parent / target).exists(), target
+    for target, anchor in LINK.findall(without_code(path.read_text())):
+        if "://" in target:
+            continue
+        file = path.parent / target if target else path
+        assert file.exists(), target
+        if anchor:
+            assert anchor in anchors(file), f"{target}#{anchor}"
+
+
+def without_code(text: str) -> str:
+    """A page without its blocks of code, in which nothing is a link or a heading."""
+    return re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(file: Path) -> set[str]:
+    """Anchors of the headings of a page, as a code host makes them."""
+    headings = re.findall(r"^#+ (.*)$", without_code(file.read_text()), re.MULTILINE)
+    return {
+        re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in headings
+    }
+
+
+@pytest.mark.parametrize("path", LINKING, ids=lambda path: path.name)
+def test_links_to_other_servers_are_well_formed(path: Path) -> None:
+    for target, _ in LINK.findall(without_code(path.read_text())):
+        if "://" in target:
+            parts = urlsplit(target)
+            assert parts.scheme == "https", target
+            assert re.fullmatch(r"[\w-]+(\.[\w-]+)+", parts.netloc), target
+            if parts.netloc == "github.com" and "/issues" in parts.path:
+                assert re.fullmatch(r"/[\w.-]+/[\w.-]+/issues(/\d+)?", parts.path), (
+                    target
+                )
+
+
+NAMED_TEST = re.compile(r"\[`(test_\w+)`\]\(\.\./(tests/[\w/]+\.py)\)")
+
+
+@pytest.mark.parametrize("name", ["problems.md", "reliability.md"])
+def test_tests_that_a_page_names_exist(name: str) -> None:
+    named = NAMED_TEST.findall(page(name))
+    assert len(named) > 10
+    assert len(named) == page(name).count("(../tests/")
+    for test, file in named:
+        assert f"def {test}(" in (ROOT / file).read_text(), f"{file}::{test}"
+
+
+def test_each_problem_has_a_thread_and_a_test() -> None:
+    rows = [line for line in page("problems.md").splitlines() if line.startswith("| ")]
+    for row in rows:
+        if not row.startswith(("| problem", "| ---")):
+            cells = row.strip("| ").split(" | ")
+            assert re.search(r"\(https://github\.com/[^)]+/\d+\)", cells[1]), row
+            assert NAMED_TEST.search(cells[2]), row
+
+
+# ------------------------------------------------------------------------ the site
+
+
+def test_site_has_every_page() -> None:
+    config = tomllib.loads((ROOT / "docs" / "zensical.toml").read_text())
+
+    def pages(entry: Any) -> Iterator[str]:
+        if isinstance(entry, str):
+            yield entry
+        else:
+            for inner in entry.values() if isinstance(entry, dict) else entry:
+                yield from pages(inner)
+
+    there = [str(path.relative_to(ROOT / "docs")) for path in DOCS]
+    assert sorted(pages(config["project"]["nav"])) == sorted(
+        [*there, *site.ROOT_PAGES.values()]
+    )
+
+
+@pytest.mark.parametrize(
+    ("page", "place", "link", "shown"),
+    [
+        ("docs/data.md", "data.md", "pace.md#a", "pace.md#a"),
+        ("docs/recipes/gan.md", "recipes/gan.md", "../data.md", "../data.md"),
+        ("docs/data.md", "data.md", "../CHANGELOG.md", "changes.md"),
+        (
+            "docs/recipes/gan.md",
+            "recipes/gan.md",
+            "../../CONTRIBUTING.md",
+            "../contributing.md",
+        ),
+        ("CONTRIBUTING.md", "contributing.md", "docs/data.md", "data.md"),
+        (
+            "CONTRIBUTING.md",
+            "contributing.md",
+            "LICENSE",
+            f"{site.REPOSITORY}/blob/main/LICENSE",
+        ),
+        ("docs/data.md", "data.md", "../tests", f"{site.REPOSITORY}/tree/main/tests"),
+        ("docs/data.md", "data.md", "https://a.org/b.md", "https://a.org/b.md"),
+        ("docs/data.md", "data.md", "#forms-of-data", "#forms-of-data"),
+    ],
+)
+def test_link_on_the_site(page: str, place: str, link: str, shown: str) -> None:
+    found = site.site_links(f"[x]({link})", ROOT / page, ROOT, Path(place))
+    assert found == f"[x]({shown})"
+
+
+@pytest.mark.parametrize("path", LINKING, ids=lambda path: path.name)
+def test_lists_and_tables_begin_behind_an_empty_line(path: Path) -> None:
+    """A code host does not need it, the site does."""
+    lines = without_code(path.read_text()).splitlines()
+    for before, line in itertools.pairwise(lines):
+        begins = re.match(r"- |1\. |\| ", line) is not None
+        inside = re.match(r"\s|- |\d+\. |\| |<!--|$", before) is not None
+        assert not begins or inside, line
+
+
+@pytest.mark.slow
+def test_site_builds_and_a_broken_link_is_an_error(tmp_path: Path) -> None:
+    pytest.importorskip("zensical")
+    assert site.build(ROOT, tmp_path / "site") == 0
+    assert (tmp_path / "site" / "index.html").exists()
+    for name in site.ROOT_PAGES:
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    for name in ("zensical.toml", "README.md"):
+        (docs / name).write_text((ROOT / "docs" / name).read_text())
+    assert site.build(tmp_path, tmp_path / "broken") == 1
+    assert not (tmp_path / "broken").exists()
 
 
 # ---------------------------------------------------------------- everything runs
 
 
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_code_runs_or_says_why_not(path: Path) -> None:
+    is_walk = WALK in path.read_text()
+    for block in blocks_of(path):
+        assert block.language in ("python", "py", "pycon", "sh", "text", "diff")
+        if block.language == "sh":
+            assert is_walk or block.mark == "not run", block.code
+        if block.mark == "file":
+            assert is_walk, block.code
+        if block.mark == "not run":
+            for named in re.findall(r"tests/[\w/]+|[\w-]+\.md", block.about):
+                base = ROOT if named.startswith("tests/") else ROOT / "docs"
+                assert (base / named).exists(), block.about
+        if block.language == "text":
+            code = re.search(
+                r"^(harness|python|pip|import|from|class|def) ", block.code, re.M
+            )
+            assert code is None, block.code
+
+
+def command_lines(path: Path) -> Iterator[list[str]]:
+    """Words after ``harness`` of each line of the shell blocks of a page."""
+    for block in blocks_of(path):
+        for line in block.code.splitlines() if block.language == "sh" else ():
+            words = shlex.split(re.split(r" [|;&]", line)[0], comments=True)
+            for name in ("harness", "harness.cli"):
+                if name in words[:6]:
+                    yield words[words.index(name) + 1 :]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_commands_of_shell_blocks_exist(path: Path) -> None:
+    for words in command_lines(path):
+        command: click.Command = cli.main
+        words = [word for word in words if word not in ("--debug", "--version", "...")]
+        while words and isinstance(command, click.Group):
+            inner = command.get_command(click.Context(command), words.pop(0))
+            assert inner is not None, words
+            command = inner
+        context = click.Context(command, **command.context_settings)
+        _, rest, _ = command.make_parser(context).parse_args(list(words))
+        if command.name == "launch":
+            fit = cli.main.get_command(click.Context(cli.main), "fit")
+            assert fit is not None
+            fit.make_parser(click.Context(fit)).parse_args(rest)
+
+
 SHOWN = [
-    path for path in PAGES if python_of(path) and path.parent.name != "recipes"
+    path
+    for path in PAGES
+    if python_of(path)
+    and path.parent.name != "recipes"
+    and WALK not in path.read_text()
 ]  # tests/test_recipes.py runs the programs of the recipes
 
 
@@ -166,6 +414,67 @@ def test_python_blocks_run(path: Path, tmp_path: Path) -> None:
     run = [sys.executable, "-W", "error::DeprecationWarning:__main__", str(script)]
     done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+class Walk:
+    """A reader who does what a page says, in an empty folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        self.environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
+
+    def follow(self, page: Path) -> None:
+        """Write each file and run each command of the page, in its order."""
+        written = {
+            block.about: block.code for block in blocks_of(page) if block.mark == "file"
+        }
+        for name, code in written.items():
+            (self.folder / name).write_text(code)
+        for block in blocks_of(page):
+            if block.language == "sh" and block.mark != "not run":
+                for line in block.code.splitlines():
+                    self.run(self.named(line))
+
+    def named(self, line: str) -> str:
+        """The line with ids of runs: RUN is the newest one, OTHER the one before."""
+        runs = sorted(path.name for path in self.folder.glob("runs/2*"))
+        newest = dict(zip(("RUN", "OTHER"), reversed(runs), strict=False))
+        for word, run in newest.items():
+            line = re.sub(rf"\b{word}\b", run, line)
+        return line
+
+    def run(self, line: str) -> None:
+        """Run one command, and press Ctrl-C if its comment says so."""
+        words = shlex.split(line, comments=True)
+        options = {"cwd": self.folder, "env": self.environment, "text": True}
+        if "# press Ctrl-C" in line:
+            process = subprocess.Popen(words, **options)  # type: ignore[call-overload]
+            self.wait_for_a_checkpoint(process)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=300) == 130
+            return
+        done = subprocess.run(
+            words, capture_output=True, timeout=500, check=False, **options
+        )  # type: ignore[call-overload]
+        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+
+    def wait_for_a_checkpoint(self, process: subprocess.Popen[str]) -> None:
+        """Wait until the newest run, which the process started, has saved."""
+        before = set(self.folder.glob("runs/2*/checkpoints/0*"))
+        until = time.monotonic() + 300
+        while not set(self.folder.glob("runs/2*/checkpoints/0*")) - before:
+            assert process.poll() is None
+            assert time.monotonic() < until
+            time.sleep(0.02)
+
+
+@pytest.mark.distributed
+def test_first_hour_works_as_it_is_written(tmp_path: Path) -> None:
+    Walk(tmp_path).follow(ROOT / "docs" / "get-started.md")
+    runs = tracking.list_runs(tmp_path / "runs")
+    assert {run.status for run in runs} == {"finished"}
+    assert sorted(run.wide().num_rows for run in runs) == [5, 5, 5, 5, 200]
 
 
 @pytest.mark.parametrize("name", modules())
