@@ -14,14 +14,9 @@ from torch.utils.data import (
     BatchSampler,
     DataLoader,
     Dataset,
-    DistributedSampler,
     IterableDataset,
-    RandomSampler,
-    SequentialSampler,
     Subset,
-    SubsetRandomSampler,
     TensorDataset,
-    WeightedRandomSampler,
 )
 from torch.utils.data import default_collate as torch_collate
 
@@ -36,7 +31,12 @@ from harness.data.forms import (
     is_samples,
     list_leaves,
 )
-from harness.data.tensors import TensorLoader, get_form, unwrap_tensors
+from harness.data.tensors import (
+    UPFRONT_SAMPLERS,
+    TensorLoader,
+    get_form,
+    unwrap_tensors,
+)
 from harness.events import nearest
 from harness.pytree import Options
 
@@ -329,21 +329,6 @@ def num_batches(loader: Any) -> int | None:
         return len(loader)
     except TypeError:
         return None
-
-
-UPFRONT_SAMPLERS = frozenset(
-    {
-        DistributedSampler,
-        RandomSampler,
-        SequentialSampler,
-        SubsetRandomSampler,
-        WeightedRandomSampler,
-    }
-)
-"""Samplers that draw all their random numbers before the first batch, and keep their length.
-
-A subclass may do either differently.
-"""
 
 
 def reads_rows_by_torch(loader: object) -> bool:

@@ -12,9 +12,11 @@ from torch.utils.data import (
     BatchSampler,
     DataLoader,
     Dataset,
+    DistributedSampler,
     RandomSampler,
     SequentialSampler,
     Subset,
+    SubsetRandomSampler,
     TensorDataset,
     WeightedRandomSampler,
 )
@@ -37,35 +39,58 @@ class TensorLoader(DataLoader[Any]):
     """
 
     def __iter__(self) -> Any:
-        tensors = unwrap_tensors(self.dataset)
-        known = {RandomSampler, SequentialSampler, WeightedRandomSampler}
-        if (
-            tensors is None
-            or self.num_workers
-            or self.batch_size is None
-            or type(self.batch_sampler) is not BatchSampler
-            or type(self.sampler) not in known
-            or self.collate_fn is not torch_collate
-        ):
-            return super().__iter__()
-        torch.empty((), dtype=torch.int64).random_(generator=self.generator)
-        return self._batches(*tensors)
+        found = iter_tensors(self)
+        return super().__iter__() if found is None else found
 
-    def _batches(self, tensors: Sequence[Tensor], rows: Tensor | None) -> Iterator[Any]:
-        """Batches in the order of the sampler; copies, because a model may change its input."""
-        size, count = self.batch_size or 1, len(self)
-        make = choose_allocation(self)
-        build = get_form(self.dataset)
-        if rows is None and type(self.sampler) is SequentialSampler:
-            for start in range(0, count * size, size):
-                part = slice(start, start + size)
-                yield build([take_rows(tensor, part, make) for tensor in tensors])
-            return
-        order = torch.tensor(list(self.sampler))
-        if rows is not None:
-            order = rows[order]
-        for chosen in torch.split(order, size)[:count]:
-            yield build([take_rows(tensor, chosen, make) for tensor in tensors])
+
+UPFRONT_SAMPLERS = frozenset(
+    {
+        DistributedSampler,
+        RandomSampler,
+        SequentialSampler,
+        SubsetRandomSampler,
+        WeightedRandomSampler,
+    }
+)
+"""Samplers that draw all their random numbers before the first batch, and keep their length.
+
+A subclass may do either differently.
+"""
+
+
+def iter_tensors(loader: DataLoader[Any]) -> Iterator[Any] | None:
+    """Return the batches of a loader of tensors, each by one indexing; None for other loaders."""
+    if (
+        loader.num_workers
+        or loader.batch_size is None
+        or type(loader.batch_sampler) is not BatchSampler
+        or type(loader.sampler) not in UPFRONT_SAMPLERS
+        or loader.collate_fn is not torch_collate
+    ):
+        return None
+    found = unwrap_tensors(loader.dataset)
+    if found is None:
+        return None
+    torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
+    return _index_batches(loader, *found)
+
+
+def _index_batches(
+    loader: DataLoader[Any], tensors: Sequence[Tensor], rows: Tensor | None
+) -> Iterator[Any]:
+    """Batches in the order of the sampler; copies, because a model may change its input."""
+    size, count = loader.batch_size or 1, len(loader)
+    make, build = choose_allocation(loader), get_form(loader.dataset)
+    if rows is None and type(loader.sampler) is SequentialSampler:
+        for start in range(0, count * size, size):
+            part = slice(start, start + size)
+            yield build([take_rows(tensor, part, make) for tensor in tensors])
+        return
+    order = torch.tensor(list(loader.sampler))
+    if rows is not None:
+        order = rows[order]
+    for chosen in torch.split(order, size)[:count]:
+        yield build([take_rows(tensor, chosen, make) for tensor in tensors])
 
 
 Allocate = Callable[..., Tensor]
@@ -85,10 +110,15 @@ def choose_allocation(loader: DataLoader[Any]) -> Allocate | None:
 def take_rows(
     tensor: Tensor, rows: slice | Tensor, allocate: Allocate | None
 ) -> Tensor:
-    """Copy rows of a tensor; `allocate` makes the copy, if it is a plain one on the CPU."""
+    """Copy rows of a tensor, contiguous as torch collates them.
+
+    `allocate` makes the copy, if the tensor is a plain one on the CPU.
+    """
     is_plain = tensor.device.type == "cpu" and tensor.layout == torch.strided
     if allocate is None or not is_plain or tensor.requires_grad or tensor.is_conj():
-        return tensor[rows].clone() if isinstance(rows, slice) else tensor[rows]
+        if isinstance(rows, slice):
+            return tensor[rows].clone(memory_format=torch.contiguous_format)
+        return tensor[rows].contiguous()
     if isinstance(rows, slice):
         found = tensor[rows]
         return allocate(found.shape, dtype=tensor.dtype).copy_(found)

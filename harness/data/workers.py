@@ -12,7 +12,10 @@ from dataclasses import dataclass
 from multiprocessing.synchronize import Event
 from typing import Any
 
+from torch.utils.data import DataLoader
+
 from harness.data.processes import Process, end_with
+from harness.data.tensors import iter_tensors
 
 GROUP_SIGNALS = tuple(
     signal.Signals[name]
@@ -25,6 +28,8 @@ GROUP_SIGNALS = tuple(
 def iter_batches(loader: Any) -> Iterator[Any]:
     """Return an iterator of a loader whose workers leave signals to the main process.
 
+    A loader of tensors reads each batch by one indexing, in the same order.
+
     If the main process handles a signal, such as Ctrl-C, it still needs the batches that its
     workers prepare. So a worker ignores it, except SIGTERM after the end of a pass. Signals
     are blocked in a worker until it starts to read data.
@@ -32,6 +37,9 @@ def iter_batches(loader: Any) -> Iterator[Any]:
     If the main process is killed, its workers end, too. torch's own workers notice it only
     where the main process is their parent, and not while they read data.
     """
+    found = iter_tensors(loader) if type(loader) is DataLoader else None
+    if found is not None:
+        return found
     numbers = [n for n in GROUP_SIGNALS if callable(signal.getsignal(n))]
     # A loader that is divided over ranks, or limited, has workers in the loaders below it.
     is_wrapped = hasattr(loader, "undivided") or hasattr(loader, "unlimited")

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounter
-from torch._functorch.aot_autograd import make_boxed_func
 from torchmetrics import MeanAbsoluteError
 
 import harness

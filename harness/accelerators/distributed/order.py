@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import BatchSampler, Sampler
 
 from harness.accelerators.distributed.group import RankGroup
-from harness.data.loaders import UPFRONT_SAMPLERS
+from harness.data.tensors import UPFRONT_SAMPLERS
 from harness.rng import (
     RandomStream,
     find_generators,

@@ -15,6 +15,7 @@ from torch.utils.data import (
     RandomSampler,
     SequentialSampler,
     Subset,
+    SubsetRandomSampler,
     TensorDataset,
     WeightedRandomSampler,
 )
@@ -30,6 +31,7 @@ from harness.data.loaders import (
     without_order,
 )
 from harness.data.tensors import TensorLoader, take_rows
+from harness.data.workers import iter_batches
 
 ROWS = 23
 
@@ -65,6 +67,8 @@ def weighted():
     return WeightedRandomSampler([float(n) for n in range(1, ROWS + 1)], 31)
 
 
+PICTURES = torch.randn(ROWS, 3, 4, 5).to(memory_format=torch.channels_last)
+
 LOADERS = {
     "in order": lambda kind, size: kind(dataset(), batch_size=size),
     "in order, whole batches": lambda kind, size: kind(
@@ -98,6 +102,18 @@ LOADERS = {
     "more than all": lambda kind, size: kind(
         dataset(), batch_size=size, sampler=RandomSampler(dataset(), num_samples=60)
     ),
+    "channels last": lambda kind, size: kind(
+        TensorDataset(PICTURES), batch_size=size, shuffle=True
+    ),
+    "channels last, in order": lambda kind, size: kind(
+        TensorDataset(PICTURES), batch_size=size
+    ),
+    "transposed": lambda kind, size: kind(
+        TensorDataset(torch.randn(5, ROWS).T), batch_size=size
+    ),
+    "subset sampler": lambda kind, size: kind(
+        dataset(), batch_size=size, sampler=SubsetRandomSampler([3, 8, -1, 0])
+    ),
     "hand-made sampler": lambda kind, size: kind(
         dataset(), batch_size=size, sampler=[5, 3, 3, 9]
     ),
@@ -112,13 +128,13 @@ LOADERS = {
 }
 
 
-def iterate_twice(make, kind, size):
+def iterate_twice(make, kind, size, begin=iter):
     """Batches of two passes and the state of the global generator after each batch."""
     torch.manual_seed(11)
     loader = make(kind, size)
     found = []
     for _ in range(2):
-        batches = iter(loader)
+        batches = begin(loader)
         found.append(torch.get_rng_state())
         for batch in batches:
             found += [batch, torch.get_rng_state()]
@@ -127,7 +143,11 @@ def iterate_twice(make, kind, size):
 
 def same(a, b):
     if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+        return (
+            isinstance(b, torch.Tensor)
+            and (a.dtype, a.stride()) == (b.dtype, b.stride())
+            and torch.equal(a, b)
+        )
     if isinstance(a, list | tuple):
         return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
     return a == b
@@ -139,6 +159,7 @@ def test_tensor_loader_equals_torchs_loader_in_batches_and_draws(name, size):
     make = LOADERS[name]
     expected = iterate_twice(make, DataLoader, size)
     assert same(iterate_twice(make, TensorLoader, size), expected)
+    assert same(iterate_twice(make, DataLoader, size, iter_batches), expected)
 
 
 @pytest.mark.parametrize("name", ["in order", "shuffled", "nested subset in order"])
