@@ -176,16 +176,15 @@ def main() -> None:
                         found = figures.setdefault(f"{form}, {way}", [])
                         found.append((ratio, once))
         run.finish()
-    for form, found in bases.items():
-        print(
-            f"raw loop, {form:20} {statistics.median(found) / steps * 1e6:.0f} us a step"
-        )
+    for form, took in bases.items():
+        per_step = statistics.median(took) / steps * 1e6
+        print(f"raw loop, {form:20} {per_step:.0f} us a step")
     print(f"{'':40} {'per step':>8} {'':16} {'once':>8}")
     for name, pairs in figures.items():
         ratios, onces = zip(*pairs, strict=True)
         spread = f"({min(ratios):.2f} to {max(ratios):.2f})"
-        once = f"{statistics.median(onces) * 1e3:.1f} ms"
-        print(f"{name:40} {statistics.median(ratios):8.2f} {spread:16} {once:>8}")
+        shown = f"{statistics.median(onces) * 1e3:.1f} ms"
+        print(f"{name:40} {statistics.median(ratios):8.2f} {spread:16} {shown:>8}")
 
 
 if __name__ == "__main__":
