@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
-from tracking.durable import write_atomically
+from tracking.durable import read_start, write_atomically
 from tracking.settings import LaunchedRank
 
 WAIT_S: Final = 300.0
@@ -43,7 +43,7 @@ def announce_run(path: Path, run_id: str) -> None:
                 old.unlink()
     pid = os.getpid()
     text = {"run": run_id, "host": platform.node(), "pid": pid, "time": time.time()}
-    write_atomically(path, json.dumps(text | {"began": _read_start(pid)}).encode())
+    write_atomically(path, json.dumps(text | {"began": read_start(pid)}).encode())
 
 
 def wait_for_run(path: Path, rank: int, timeout_s: float = WAIT_S) -> str:
@@ -71,25 +71,14 @@ def wait_for_run(path: Path, rank: int, timeout_s: float = WAIT_S) -> str:
 
 def _is_of_this_launch(told: dict[str, Any]) -> bool:
     """False if a process of an earlier launch under the same names told it."""
-    own = _read_start(os.getpid())
+    own = read_start(os.getpid())
     if told["host"] != platform.node() or own is None or told["began"] is None:
         # Clocks and starts may differ by that much.
         return bool(time.time() - told["time"] < WAIT_S)
-    is_running = _read_start(told["pid"]) == told["began"]
+    is_running = read_start(told["pid"]) == told["began"]
     # A rank 0 that has ended already was started no earlier than this rank.
     return bool(is_running or told["began"] >= own - _TOGETHER_TICKS)
 
 
 _TOGETHER_TICKS: Final = 50
 """Clock ticks, of 10 ms, within which a launcher starts its ranks."""
-
-
-def _read_start(pid: int) -> int | None:
-    """When a process started, in clock ticks of the system; None if it has ended."""
-    try:
-        # After the command's name in brackets: the state comes first.
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    fields = text.rpartition(")")[2].split()
-    return None if fields[0] in "ZX" else int(fields[19])

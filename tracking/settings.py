@@ -132,6 +132,20 @@ def read_rank(environment: Mapping[str, str] | None = None) -> LaunchedRank | No
     return None
 
 
+def read_job(environment: Mapping[str, str] | None = None) -> tuple[str, int] | None:
+    """Read the job of the batch system, and how often it was restarted; None without one.
+
+    Slurm ends what is left of a job before it starts it again.
+    """
+    if environment is None:
+        environment = os.environ  # noqa: TID251  read only here
+    job = environment.get("SLURM_JOB_ID", "")
+    restart = environment.get("SLURM_RESTART_COUNT", "0")
+    if not job or not restart.isdecimal():
+        return None
+    return f"{environment.get('SLURM_CLUSTER_NAME', '')}/{job}", int(restart)
+
+
 def read_environment() -> dict[str, str]:
     """All environment variables as they are now."""
     return dict(os.environ)  # noqa: TID251  for a process that inherits them

@@ -354,14 +354,42 @@ def get_lock_path(rank_dir: Path) -> Path:
     return rank_dir / "lock"
 
 
+def find_writer(rank_dir: Path) -> durable.Holder | None:
+    """Find the process that writes a rank's records, or may write them; None without one."""
+    return durable.find_holder(get_lock_path(rank_dir))
+
+
 def is_being_written(rank_dir: Path) -> bool:
-    """Whether a live process is writing a rank's records."""
-    return durable.is_locked(get_lock_path(rank_dir))
+    """Whether a process writes a rank's records, or may write them."""
+    return find_writer(rank_dir) is not None
 
 
-def is_run_being_written(run_path: Path) -> bool:
-    """Whether a live process is writing the records of any rank."""
-    return any(map(is_being_written, list_rank_dirs(run_path).values()))
+def has_live_writer(rank_dir: Path) -> bool:
+    """Whether a process writes a rank's records for sure."""
+    writer = find_writer(rank_dir)
+    return writer is not None and writer.state == "live"
+
+
+def find_writers(run_path: Path) -> dict[int, durable.Holder]:
+    """Find the processes that write the records of a run, or may write them, by rank."""
+    found = {rank: find_writer(dir_) for rank, dir_ in list_rank_dirs(run_path).items()}
+    return {rank: holder for rank, holder in found.items() if holder is not None}
+
+
+def describe_unknown(holder: durable.Holder, run_id: str) -> str:
+    """Say who may still write a run, and what to do; the end of a message."""
+    return (
+        f"got one that may still be written by {holder}, which cannot be known from here. "
+        f"Make sure that the process has ended, then run 'harness runs release {run_id}'."
+    )
+
+
+def release_run(run_path: Path) -> list[int]:
+    """Take the writers of which it is not known whether they live for ended; their ranks."""
+    found = [r for r, one in find_writers(run_path).items() if one.state == "unknown"]
+    for rank in found:
+        durable.release_lock(get_lock_path(get_rank_dir(run_path, rank)))
+    return found
 
 
 def create_run_dir(
@@ -589,9 +617,13 @@ def get_status(run_path: Path, manifest: Manifest) -> str:
     """Return the status of a run.
 
     A run that says ``running`` although no process writes it has ``failed`` if a rank
-    left a failure, since that may have ended rank 0 too; otherwise it was ``killed``.
+    left a failure, since that may have ended rank 0 too; otherwise it was ``killed``. It is
+    ``unknown`` if its process was not heard of for long, and may live on another machine.
     """
-    if manifest.status == "running" and not is_being_written(get_rank_dir(run_path, 0)):
+    if manifest.status == "running":
+        writer = find_writer(get_rank_dir(run_path, 0))
+        if writer is not None:
+            return "running" if writer.state == "live" else "unknown"
         # It may have finished since the caller read the manifest.
         written = Manifest.read(run_path).status
         if written != "running":

@@ -18,6 +18,7 @@ from typing import Literal
 
 import torch
 
+from tracking.durable import FolderReport, try_folder
 from tracking.redaction import redact
 
 MIN_FREE_BYTES = 5 * 2**30
@@ -81,6 +82,7 @@ def examine(
         _mlflow(),
         _store(tracking_uri),
         _disk(Path(runs_dir)),
+        _runs_folder(try_folder(_find_existing(Path(runs_dir)))),
         *_shared_memory(),
     ]
 
@@ -265,15 +267,62 @@ def _server(uri: str, shown: str) -> Check:
 
 
 def _disk(runs_dir: Path, min_free_bytes: int = MIN_FREE_BYTES) -> Check:
-    folder = runs_dir.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(_find_existing(runs_dir)).free
     detail = f"{free / 2**30:.1f} GB free for {runs_dir}"
     if free < min_free_bytes:
         advice = "Free some space, or set HARNESS_RUNS to a folder on a larger disk."
         return Check("disk", "limited", detail, advice)
     return Check("disk", "ok", detail)
+
+
+def _runs_folder(report: FolderReport) -> Check:
+    """Describe what of files, renames, locks and maps works where runs are written."""
+    filesystem, problems = report.filesystem, report.problems
+    name = filesystem.name or "a file system without a name"
+    for word in ("write", "rename", "exclude"):
+        if word in problems:
+            detail = f"{name}, {_DOES[word]} fails: {problems[word]}"
+            advice = "Set HARNESS_RUNS to a folder where runs can be written."
+            return Check("runs folder", "broken", detail, advice)
+    found = {
+        "locks": "lock" in problems,
+        "locks seen by other machines": not filesystem.shares_locks,
+        "maps": "map" in problems or not filesystem.keeps_maps,
+    }
+    missing = [word for word, is_missing in found.items() if is_missing]
+    if "locks" in missing:
+        del found["locks seen by other machines"]
+        missing = [word for word in missing if word in found]
+    works = [word for word in found if word not in missing]
+    detail = f"{name}: {', '.join(['renames', *works])}"
+    if not missing:
+        return Check("runs folder", "ok", detail)
+    detail += f"; no {', no '.join(missing)}"
+    advice = "; ".join(_LACKS[word] for word in missing)
+    return Check("runs folder", "limited", detail, f"{advice}.")
+
+
+_DOES = {
+    "write": "to write",
+    "rename": "to rename a file",
+    "exclude": "to make a file only once",
+}
+_LEASES = (
+    "leases tell who writes a run; after a kill on another machine, 'harness runs release' "
+    "is asked for before it can be resumed"
+)
+_LACKS = {
+    "locks": f"Without locks {_LEASES}. On Lustre, mount with -o flock",
+    "locks seen by other machines": f"Where locks are of one machine, {_LEASES}",
+    "maps": "Each logged row is a system call, of about a microsecond more",
+}
+
+
+def _find_existing(folder: Path) -> Path:
+    folder = folder.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return folder
 
 
 def _shared_memory() -> Iterator[Check]:

@@ -58,7 +58,7 @@ def _common_options(command: F) -> F:
 @click.group(invoke_without_command=True)
 @click.pass_context
 def runs(ctx: click.Context) -> None:
-    """List, show, watch, compare, delete and fork runs.
+    """List, show, watch, compare, delete, release and fork runs.
 
     Without a command, lists the runs.
     """
@@ -234,7 +234,7 @@ def delete(
     What MLflow has of the runs stays there. Of a link to a run only the link is deleted.
     """
     from tracking.errors import RunNotFoundError  # noqa: PLC0415  next to store
-    from tracking.store import find_run_folder, is_run_being_written  # noqa: PLC0415
+    from tracking.store import find_run_folder  # noqa: PLC0415
 
     try:
         # The manifest is not read: a spoilt run can be deleted too.
@@ -242,11 +242,8 @@ def delete(
     except RunNotFoundError as error:
         raise click.UsageError(str(error)) from error
     for path in found:
-        if not path.is_symlink() and is_run_being_written(path):
-            raise click.ClickException(
-                f"runs delete: expected a run that has ended, got {path.name}, which is "
-                "still being written. Stop it first."
-            )
+        if not path.is_symlink():
+            _check_has_ended(path)
     if not yes:
         for path in found:
             render.echo(path, err=True)
@@ -258,6 +255,52 @@ def delete(
             shutil.rmtree(path)
     if as_json:
         render.print_json([path.name for path in found])
+
+
+def _check_has_ended(path: Path) -> None:
+    """Raise if a run is being written, or may be."""
+    from tracking.store import describe_unknown, find_writers  # noqa: PLC0415
+
+    for writer in find_writers(path).values():
+        wanted = "runs delete: expected a run that has ended,"
+        if writer.state == "unknown":
+            text = f"{wanted} {describe_unknown(writer, path.name)}"
+        else:
+            text = (
+                f"{wanted} got {path.name}, which is still being written by {writer}. "
+            )
+            text += "Stop it first."
+        raise click.ClickException(text)
+
+
+@runs.command()
+@run_argument("names", nargs=-1, required=True, metavar="RUN...")
+@click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
+@_common_options
+def release(
+    names: tuple[str, ...], yes: bool, runs_dir: Path | None, as_json: bool
+) -> None:
+    """Say that runs with status unknown have ended, so that they can be resumed or deleted.
+
+    A process on another machine wrote them, and was not heard of for long. Make sure that it
+    has ended: two processes that write one run mix up its records.
+    """
+    from tracking.store import find_writers, release_run  # noqa: PLC0415  next to read
+
+    paths = list(dict.fromkeys(open_run(name, runs_dir).path for name in names))
+    for path in paths:
+        for writer in find_writers(path).values():
+            if writer.state == "live":
+                raise click.ClickException(
+                    f"runs release: expected a run with status unknown, got {path.name}, "
+                    f"which is being written by {writer}. Stop it."
+                )
+            render.echo(f"{path.name}: {writer}", err=True)
+    if not yes:
+        click.confirm("Have these processes ended?", abort=True, err=True)
+    released = {path.name: release_run(path) for path in paths}
+    if as_json:
+        render.print_json([name for name, ranks in released.items() if ranks])
 
 
 # --------------------------------------------------- export, sync, verify and ui

@@ -14,7 +14,13 @@ from tracking.curves.points import MetricPoints
 from tracking.delivery.state import DeliveryState
 from tracking.journal.fits import get_fits, name_in_fit
 from tracking.read import PastRun, Snapshot
-from tracking.store import Manifest, get_first_error, get_status, list_rank_dirs
+from tracking.store import (
+    Manifest,
+    find_writers,
+    get_first_error,
+    get_status,
+    list_rank_dirs,
+)
 
 MAX_CHARTS: Final = 4
 """Charts of one run; ``harness ui`` shows all."""
@@ -142,7 +148,8 @@ def describe_run(run: PastRun, read: Snapshot | None = None) -> dict[str, Any]:
     Returns
     -------
     the values of ``summarize_run``, and ``note, error, command, cwd, host, git, resumed,
-    origin, items, rows, ranks, damage, mlflow``
+    origin, items, rows, ranks, damage, mlflow``, and ``writer``: who may still write a run
+    of which it is not known whether it runs
     """
     manifest = run.manifest
     read = run.snapshot() if read is None else read
@@ -170,6 +177,7 @@ def describe_run(run: PastRun, read: Snapshot | None = None) -> dict[str, Any]:
             for damage in read.damage
         ],
         "mlflow": _describe_delivery(state),
+        "writer": _describe_writer(run),
     }
 
 

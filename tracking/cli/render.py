@@ -188,6 +188,8 @@ def make_details_table(run: dict[str, Any]) -> Table:
         "run": run["id"],
         "name": run["name"],
         "status": run["status"],
+        "may write": run["writer"]
+        and (f"{run['writer']}\nIf it has ended: harness runs release {run['id']}"),
         "error": ": ".join((run["error"] or {}).values()),
         "experiment": run["experiment"],
         "note": run["note"],

@@ -27,7 +27,7 @@ from tracking.delivery.process import (
 from tracking.delivery.state import DeliveryState, rows_behind
 from tracking.errors import DeliveryError
 from tracking.read import PastRun
-from tracking.store import get_rank_dir, is_being_written
+from tracking.store import get_rank_dir, has_live_writer
 
 DEFAULT_PATIENCE_S: Final = 10.0
 HANDOVER_WAIT_S: Final = 5.0
@@ -143,7 +143,7 @@ def sync_each(
     live = {
         run.path: _restart_delivery(run.path)
         for run in runs
-        if is_being_written(get_rank_dir(run.path, 0))
+        if has_live_writer(get_rank_dir(run.path, 0))
     }
     waits = ["--patience", str(patience_s), "--lock-wait", str(patience_s)]
     num_failures = 0

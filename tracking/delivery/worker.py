@@ -36,7 +36,10 @@ from tracking.mlflow_store.properties import RunProperties
 from tracking.mlflow_store.runs import RunResolver
 from tracking.mlflow_store.tags import STATUSES, to_ms
 from tracking.mlflow_store.writer import BATCH, RunWriter
-from tracking.store import get_rank_dir, get_status, is_being_written
+from tracking.store import get_rank_dir, get_status, has_live_writer
+
+_RESUMABLE: Final = ("killed", "unknown")
+"""Statuses of a run that may be continued, and then replace what MLflow has."""
 
 POLL_S: Final = 0.25
 LONGEST_POLL_S: Final = 1.0
@@ -144,7 +147,7 @@ class DeliveryWorker:
             isolate=self._isolate,
             is_replaced=lambda: not is_sync and handover_path(run_path).exists(),
             limit_s=patience_s,
-            is_being_written=lambda: is_being_written(self._rank_dir),
+            is_being_written=lambda: has_live_writer(self._rank_dir),
             redact=redact,
         )
         self._next_artifact_at = 0.0
@@ -248,7 +251,7 @@ class DeliveryWorker:
         poll_s = POLL_S
         shown = self.state.delivered
         while True:
-            is_live = is_being_written(self._rank_dir)
+            is_live = has_live_writer(self._rank_dir)
             is_busy = self._step(is_live)
             # Training that ends waits for the last position: it is shown at once.
             self._state_file.save(at_once=not is_busy and self.state.delivered != shown)
@@ -371,7 +374,7 @@ class DeliveryWorker:
 
     def _finish(self) -> bool:
         """Close the MLflow run; False if there is more to deliver after all."""
-        may_resume = not self._is_sync and self._read_status() == "killed"
+        may_resume = not self._is_sync and self._read_status() in _RESUMABLE
         is_incomplete = self._cursor.is_thinned and not may_resume
         is_required = self._reconciler.is_required_at_end or is_incomplete
         if is_required and self._reconcile("killed" if may_resume else "ended"):
@@ -385,7 +388,8 @@ class DeliveryWorker:
             )
         self._retry.run(self._send_properties)
         ended_ms = to_ms(self._resolver.manifest.ended) or self._scan.last_time_ms
-        self._retry.run(lambda: self._writer.set_status(STATUSES[status], ended_ms))
+        if status in STATUSES:  # a run of which it is not known has no end
+            self._retry.run(lambda: self._writer.set_status(STATUSES[status], ended_ms))
         self._retry.run(self._upload_artifacts)
         self._retry.run(lambda: send_models(self._writer, self.run_path))
         self._retry.run(self._send_properties)
@@ -400,7 +404,7 @@ class DeliveryWorker:
 
     def _read_status(self) -> str:
         """Status of the run as it is now; ``running`` while it is being written."""
-        if is_being_written(self._rank_dir):
+        if has_live_writer(self._rank_dir):
             return "running"
         return get_status(self.run_path, self._resolver.reload_manifest())
 

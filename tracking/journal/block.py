@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import itertools
 import json
 import mmap
@@ -36,13 +35,6 @@ from tracking.journal.row_format import (
 )
 from tracking.journal.segment import CAPACITY
 from tracking.schema import VOID
-
-UNMAPPED_FILESYSTEMS: Final = frozenset(
-    ["bcachefs", "btrfs", "ceph", "cifs", "fuse", "nfs", "nfs4", "smb3", "zfs"]
-)
-"""Where mapping a file is not safe: a page may need new space when it is written,
-although the file has its bytes already (copy on write), or other machines see it only
-when the file is closed."""
 
 _NO_ROW: Final = (NO_COUNT, NO_COUNT, 0.0, NO_EPOCH, 0, VOID, 0)
 
@@ -205,8 +197,9 @@ class DiskBlock(Block):
         Number of the block, which must be new.
     is_synced
         Whether ``put`` waits until a row is on the disk, not only in the kernel.
-    unmapped
-        Filesystems on which rows are written by system calls.
+    is_mapped
+        Whether the rows are mapped into memory; else they are written by system calls.
+        None: where the file system is known to keep them.
 
     Raises
     ------
@@ -220,19 +213,21 @@ class DiskBlock(Block):
         number: int,
         *,
         is_synced: bool,
-        unmapped: frozenset[str] = UNMAPPED_FILESYSTEMS,
+        is_mapped: bool | None = None,
     ) -> None:
         super().__init__(number)
         self._paths = get_block_paths(rank_dir, number)
         self._is_synced = is_synced
         self._text, self._file = -1, -1
         try:
-            self._make_files(unmapped)
+            if is_mapped is None:
+                is_mapped = durable.get_filesystem(rank_dir).keeps_maps
+            self._make_files(is_mapped)
         except OSError:
             self.close(unlink=True)
             raise
 
-    def _make_files(self, unmapped: frozenset[str]) -> None:
+    def _make_files(self, is_mapped: bool) -> None:
         rows, text = self._paths
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
         self._text = os.open(text, flags | os.O_APPEND | os.O_TRUNC, 0o666)
@@ -241,7 +236,7 @@ class DiskBlock(Block):
         with durable.replace_file(rows, temporary=fresh, sync=self._is_synced):
             self._file = os.open(fresh, flags | os.O_TRUNC, 0o666)
             _fill_with_zeros(self._file, CAPACITY * ROW_BYTES)
-            self._rows = _map_rows(self._file, rows.parent, unmapped)
+            self._rows = _map_rows(self._file) if is_mapped else bytearray()
         if self._is_synced:
             durable.sync_folder(rows.parent)
         if not isinstance(self._rows, mmap.mmap):
@@ -350,10 +345,8 @@ def _fill_with_zeros(fd: int, size_bytes: int) -> None:
         size_bytes -= os.write(fd, bytes(size_bytes))
 
 
-def _map_rows(fd: int, folder: Path, unmapped: frozenset[str]) -> bytearray | mmap.mmap:
-    """Map a file of rows; an empty array where that fails or is not safe."""
-    if get_filesystem(folder) in unmapped:
-        return bytearray()
+def _map_rows(fd: int) -> bytearray | mmap.mmap:
+    """Map a file of rows; an empty array where that fails."""
     try:
         mapped = mmap.mmap(fd, CAPACITY * ROW_BYTES)
     except OSError:
@@ -363,19 +356,3 @@ def _map_rows(fd: int, folder: Path, unmapped: frozenset[str]) -> bytearray | mm
             0  # the first write to a page is slow: callers shall not pay for it
         )
     return mapped
-
-
-@functools.lru_cache
-def get_filesystem(folder: Path) -> str:
-    """Return the type of a folder's filesystem; empty if the system does not say."""
-    try:
-        mounts = Path("/proc/self/mountinfo").read_text().splitlines()
-    except OSError:
-        return ""
-    depth, found, folder = -1, "", folder.resolve()
-    for line in mounts:  # a later mount hides an earlier one at the same place
-        mount, _, source = line.partition(" - ")
-        point = Path(mount.split()[4].replace("\\040", " "))
-        if len(point.parts) >= depth and folder.is_relative_to(point):
-            depth, found = len(point.parts), source.split()[0].partition(".")[0]
-    return found

@@ -31,7 +31,7 @@ from tracking.journal.reader import (
 from tracking.journal.row_format import HAS_TEXT, NO_COUNT, NO_EPOCH, encode_row
 from tracking.journal.segment import CAPACITY, write_segment
 from tracking.schema import Leaf
-from tracking.store import get_lock_path
+from tracking.store import describe_unknown, get_lock_path
 
 MAX_TEXT_BYTES: Final = 32 << 20
 """A block whose texts grow larger than this takes no more rows."""
@@ -90,6 +90,7 @@ class Journal:
         self._is_in_child = False
         self._has_warned_child = False
         self._has_warned = False
+        self._has_lost_lease = False
         self._retry_at = 0.0
         self._auto_indices: dict[tuple[str, str], AutoIndex] = {}
         rank_dir.mkdir(parents=True, exist_ok=True)
@@ -342,6 +343,7 @@ class Journal:
                 task = "tick"
             if task == "stop":
                 return
+            self._renew_lease()
             if self.block.number >= self._open[-1].number:
                 self._make_next_block()
             if self.block.text_bytes > MAX_TEXT_BYTES:
@@ -356,6 +358,16 @@ class Journal:
                     pass
                 except Exception as error:  # noqa: BLE001  this thread must live on
                     warn(f"Journal: expected to read out tensors, got {error!r:.500}.")
+
+    def _renew_lease(self) -> None:
+        """Show other machines that this process lives."""
+        if not self._lock.beat() and not self._has_lost_lease:
+            self._has_lost_lease = True
+            warn(
+                f"Journal({str(self.rank_dir)!r}): expected to be its only writer, got "
+                "another process, which took this one for ended. End one of both: the "
+                "records of both are in one folder now."
+            )
 
     def _make_next_block(self) -> None:
         """Make the block after the last one, in memory if the disk refuses."""
@@ -564,9 +576,13 @@ def _lock(rank_dir: Path) -> ProcessLock:
     try:
         return ProcessLock(get_lock_path(rank_dir))
     except LockHeldError as error:
+        msg = f"Journal({str(rank_dir)!r}): expected a run that nobody is writing,"
+        holder = error.holder
+        if holder is not None and holder.state == "unknown":
+            unknown = describe_unknown(holder, rank_dir.parent.parent.name)
+            raise RunBusyError(f"{msg} {unknown}") from error
         raise RunBusyError(
-            f"Journal({str(rank_dir)!r}): expected a run that nobody is writing, got one "
-            f"held by {error}. End that process, or start another run here."
+            f"{msg} got one held by {error}. End that process, or start another run here."
         ) from error
 
 

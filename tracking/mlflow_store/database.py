@@ -13,7 +13,13 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tracking.durable import copy_if_absent, has_content, hold_lock, replace_file
+from tracking.durable import (
+    LockHeldError,
+    copy_if_absent,
+    has_content,
+    hold_lock,
+    replace_file,
+)
 
 
 def create_database(
@@ -65,7 +71,7 @@ def lock_cache(cache: Path) -> Iterator[Path]:
         try:
             cache.mkdir(parents=True, exist_ok=True)
             stack.enter_context(hold_lock(cache / "lock"))
-        except OSError:
+        except (OSError, LockHeldError):
             cache = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         yield cache
 

@@ -11,6 +11,8 @@ import pytest
 
 from harness.cli import doctor
 from harness.cli.doctor import examine
+from tracking.durable import FolderReport
+from tracking.durable.filesystem import Filesystem
 
 
 @pytest.fixture(scope="module")
@@ -111,3 +113,43 @@ def test_little_disk_is_a_limitation(tmp_path: Path) -> None:
     found = doctor._disk(tmp_path / "runs", min_free_bytes=2**70)
     assert found.state == "limited"
     assert "GB free for" in found.detail
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "problems", "state", "detail"),
+    [
+        (
+            "ext4",
+            [],
+            {},
+            "ok",
+            "ext4: renames, locks, locks seen by other machines, maps",
+        ),
+        (
+            "lustre",
+            [],
+            {"lock": "ENOSYS"},
+            "limited",
+            "lustre: renames; no locks, no maps",
+        ),
+        (
+            "nfs",
+            ["local_lock=all"],
+            {},
+            "limited",
+            "nfs: renames, locks; no locks seen by other machines, no maps",
+        ),
+        (
+            "ext4",
+            [],
+            {"write": "Read-only"},
+            "broken",
+            "ext4, to write fails: Read-only",
+        ),
+    ],
+)
+def test_runs_folder_is_described_by_what_works(name, options, problems, state, detail):
+    filesystem = Filesystem(name, frozenset(options))
+    found = doctor._runs_folder(FolderReport(filesystem, problems))
+    assert (found.state, found.detail) == (state, detail)
+    assert bool(found.advice) == (state != "ok")

@@ -23,7 +23,6 @@ from tracking.journal.block import (
     Block,
     DiskBlock,
     KeyGroup,
-    get_filesystem,
 )
 from tracking.journal.reader import (
     JournalReader,
@@ -245,9 +244,7 @@ def test_journal_synced_to_disk_reads_the_same(rank_dir):
 
 
 def test_disk_block_without_mapping_writes_by_call(tmp_path):
-    here = get_filesystem(tmp_path)
-    assert here
-    block = DiskBlock(tmp_path, 0, is_synced=False, unmapped=frozenset([here]))
+    block = DiskBlock(tmp_path, 0, is_synced=False, is_mapped=False)
     assert not isinstance(block._rows, mmap.mmap)
     group = KeyGroup(AutoIndex())
     key = block.add_key(group, "m", "s", "x")

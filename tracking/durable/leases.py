@@ -1,0 +1,345 @@
+"""Leases: who writes a folder, where a lock does not tell.
+
+Some file systems have no locks (Lustre without the option ``flock``), or keep them on one
+machine (NFS with ``local_lock``). So whoever holds a lock writes a lease beside it: host,
+boot and process, and the time of the file is renewed again and again. From it follows
+whether the holder lives, has ended, or whether that cannot be known from here. What is not
+known is never taken for ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import socket
+import time
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final, Literal
+
+from tracking.durable.filesystem import get_filesystem
+from tracking.settings import read_job
+
+BEAT_S: Final = 10.0
+"""Seconds after which a holder renews its lease."""
+
+STALE_S: Final = 120.0
+"""A lease that was renewed within so many seconds is that of a live holder.
+
+It leaves room for slow disks, for clocks that differ, and for the time in which NFS shows an
+old state of a file.
+"""
+
+State = Literal["live", "ended", "unknown"]
+"""Of the holder of a lock. One that is stopped or slow is live or unknown, never ended."""
+
+LockState = Literal["held", "free", "missing"]
+"""What a lock tells; ``missing`` where the file system has none, or it cannot be asked."""
+
+_MAX_BYTES: Final = 10_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """A process, so that no other one is taken for it.
+
+    Attributes
+    ----------
+    host, machine, boot
+        Name of the host, its id, and the id of its boot. The last two are empty where the
+        system has none.
+    namespace
+        The process ids are those of this namespace: containers have their own.
+    pid, began
+        Id of the process, and when it started in clock ticks since the boot.
+    job, restart
+        Job of the batch system, and how often it was restarted.
+    """
+
+    host: str
+    machine: str = ""
+    boot: str = ""
+    namespace: str = ""
+    pid: int = 0
+    began: int | None = None
+    job: str = ""
+    restart: int = 0
+
+    @classmethod
+    def here(cls) -> Place:
+        """Describe this process."""
+        return _describe_process(os.getpid())
+
+    def has_same_kernel(self, other: Place) -> bool:
+        """Whether both ask the same kernel for locks and processes."""
+        if self.boot or other.boot:
+            return self.boot == other.boot
+        return self.host == other.host
+
+    def was_rebooted(self, now: Place) -> bool:
+        """Whether the machine of this process has started again since."""
+        is_same = self.host == now.host and self.machine == now.machine != ""
+        return is_same and self.boot != now.boot
+
+    def was_restarted(self, now: Place) -> bool:
+        """Whether the batch system has started the same job again since."""
+        return self.job == now.job != "" and self.restart < now.restart
+
+
+@functools.lru_cache(1)
+def _describe_process(pid: int) -> Place:
+    namespace = ""
+    with contextlib.suppress(OSError):
+        namespace = str(Path("/proc/self/ns/pid").readlink())
+    job, restart = read_job() or ("", 0)
+    return Place(
+        host=socket.gethostname(),
+        machine=_read_line("/etc/machine-id"),
+        boot=_read_line("/proc/sys/kernel/random/boot_id"),
+        namespace=namespace,
+        pid=pid,
+        began=read_start(pid),
+        job=job,
+        restart=restart,
+    )
+
+
+def _read_line(path: str) -> str:
+    with contextlib.suppress(OSError, ValueError):
+        return Path(path).read_text(encoding="ascii").strip()
+    return ""
+
+
+def read_start(pid: int) -> int | None:
+    """When a process started, in clock ticks of the system; None if it has ended."""
+    try:
+        # After the command's name in brackets: the state comes first.
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    found = text.rpartition(")")[2].split()
+    return None if found[0] in "ZX" else int(found[19])
+
+
+def is_alive(pid: int, began: int | None) -> bool | None:
+    """Whether a process of this namespace lives; None if that cannot be known."""
+    start = read_start(pid)
+    if start is not None and began is not None:
+        return start == began
+    if pid <= 0:
+        return None
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return None
+    # Of another user, whose process is hidden; or another process has its number now.
+    return False if start is None and Path(f"/proc/{pid}/stat").exists() else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holder:
+    """Who holds a lock, as well as it can be known.
+
+    Attributes
+    ----------
+    state
+        Whether it lives.
+    place
+        The process; None if it has left no lease.
+    since, beat
+        When it took the lock, and when it was last heard of; seconds since 1970.
+    text
+        What it wrote into the lock.
+    """
+
+    state: State
+    place: Place | None = None
+    since: float = 0.0
+    beat: float = 0.0
+    text: str = ""
+
+    def __str__(self) -> str:
+        """``process 12 on node7``, and when it was last heard of if it may have ended."""
+        if self.place is None:
+            name = f"process {self.text}" if self.text else "a process without a name"
+        else:
+            name = f"process {self.place.pid} on {self.place.host}"
+        if self.state != "unknown":
+            return name
+        if not self.beat:
+            return f"{name} (an earlier version of this package, which left no lease)"
+        since = f"since {_format_time(self.since)}, " if self.since else ""
+        return f"{name} ({since}last heard of at {_format_time(self.beat)})"
+
+
+def _format_time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Content:
+    """What is in the file of a lease, and of the file itself."""
+
+    place: Place | None  # None: it cannot be read
+    since: float
+    has_lock: bool
+    beat: float
+    file: tuple[int, int]  # device and inode
+
+
+class Lease:
+    """The lease of this process on a lock.
+
+    Parameters
+    ----------
+    path
+        File of the lease.
+    has_lock
+        Whether the lock itself is held too.
+
+    Raises
+    ------
+    FileExistsError
+        If there is one.
+    """
+
+    def __init__(self, path: Path, *, has_lock: bool) -> None:
+        self._path, self._has_lock = path, has_lock
+        self._since, self._pid = time.time(), os.getpid()
+        self._create()
+
+    def _create(self) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0)
+        fd = os.open(self._path, flags, 0o666)
+        try:
+            text = asdict(Place.here()) | {
+                "since": self._since,
+                "has_lock": self._has_lock,
+                # A copy of the folder has the lease too, in another file.
+                "file": os.fstat(fd).st_ino,
+            }
+            os.write(fd, json.dumps(text).encode())
+            self._file = _get_id(os.fstat(fd))
+        except OSError:
+            self._path.unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(fd)
+        self._due = time.monotonic() + BEAT_S
+
+    def beat(self) -> bool:
+        """Renew the lease if it is time; False if another process has taken it over."""
+        if time.monotonic() < self._due:
+            return True
+        self._due = time.monotonic() + BEAT_S
+        try:
+            if _get_id(self._path.stat()) != self._file:
+                return False
+            os.utime(self._path)
+        except FileNotFoundError:  # somebody took this process for ended
+            with contextlib.suppress(OSError):
+                self._create()
+        except OSError:  # the next time may be better
+            pass
+        return True
+
+    def release(self) -> None:
+        """Remove the lease; nothing happens in a forked child, or if it is another's."""
+        with contextlib.suppress(OSError):
+            if self._pid == os.getpid() and _get_id(self._path.stat()) == self._file:
+                self._path.unlink()
+
+
+def _get_id(found: os.stat_result) -> tuple[int, int]:
+    return found.st_dev, found.st_ino
+
+
+def _read(path: Path) -> _Content | None:
+    """Read a lease; None if there is none, or if it is a copy of another one."""
+    flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
+    try:
+        fd = os.open(path, flags)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError:  # of another user
+        return _Content(place=None, since=0, has_lock=False, beat=0, file=(0, 0))
+    try:
+        found = os.fstat(fd)
+        text = os.read(fd, _MAX_BYTES)
+    except OSError:
+        text = b""
+    finally:
+        os.close(fd)
+    place, since, has_lock = None, 0.0, False
+    with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
+        content = json.loads(text)
+        if content["file"] != found.st_ino:
+            return None
+        known = {one.name for one in fields(Place)}
+        place = Place(**{name: content[name] for name in known if name in content})
+        since, has_lock = float(content["since"]), content["has_lock"] is True
+    return _Content(
+        place=place,
+        since=since,
+        has_lock=has_lock,
+        beat=found.st_mtime,
+        file=_get_id(found),
+    )
+
+
+def judge(path: Path, lock: LockState, *, when_stale: bool = False) -> Holder | None:
+    """Judge whether the holder of a lease lives; None if there is no lease.
+
+    Parameters
+    ----------
+    path
+        File of the lease.
+    lock
+        What the lock beside it tells.
+    when_stale
+        Judge as if the lease had not been renewed for long.
+    """
+    lease = _read(path)
+    if lease is None:
+        return None
+    state = _judge(path, lease, lock, when_stale=when_stale)
+    return Holder(state=state, place=lease.place, since=lease.since, beat=lease.beat)
+
+
+def _judge(path: Path, lease: _Content, lock: LockState, *, when_stale: bool) -> State:
+    if lock == "held":
+        return "live"
+    is_stale = when_stale or abs(time.time() - lease.beat) > STALE_S
+    place, here = lease.place, Place.here()
+    # A power cut may leave an empty file.
+    is_locked_no_more = lock == "free" and (lease.has_lock or place is None)
+    if place is not None and place.has_same_kernel(here):
+        if is_locked_no_more:
+            return "ended"
+        if place.namespace == here.namespace:
+            lives = is_alive(place.pid, place.began)
+            if lives is not None:
+                return "live" if lives else "ended"
+    if not is_stale:
+        return "live"
+    if place and (place.was_rebooted(here) or place.was_restarted(here)):
+        return "ended"
+    if is_locked_no_more and get_filesystem(path.parent).shares_locks:
+        return "ended"
+    return "unknown"
+
+
+def remove(path: Path) -> None:
+    """Remove a lease whose holder has ended, unless it is another one by now."""
+    lease = _read(path)
+    with contextlib.suppress(OSError):
+        aside = path.with_name(f"{path.name}.{os.getpid()}.removed")
+        path.rename(aside)
+        if lease is not None and _get_id(aside.stat()) != lease.file:
+            os.link(aside, path)  # taken anew meanwhile
+        aside.unlink()

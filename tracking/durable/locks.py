@@ -1,0 +1,354 @@
+"""Locks of processes, each with a lease beside it where the lock alone does not tell."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from tracking.durable import leases
+from tracking.durable.filesystem import get_filesystem
+from tracking.durable.leases import BEAT_S, Holder, Lease, LockState
+from tracking.errors import warn
+
+with contextlib.suppress(ImportError):  # Windows, where harness must still import
+    import fcntl
+
+# Lock files that this process holds. Nothing here may open one of them again: a process
+# loses its POSIX lock when it closes any descriptor of the file.
+_HELD: Final[set[Path]] = set()
+
+_BUSY: Final[dict[Path, contextlib.ExitStack]] = {}
+"""What is to be given back for each folder that this process writes."""
+
+_TAKEN: Final = (errno.EACCES, errno.EAGAIN)
+"""Errors that say that another process holds a lock. Others say that there are no locks."""
+
+_POLL_S: Final = 1.0
+
+
+class LockHeldError(Exception):
+    """Somebody holds the lock, or may hold it.
+
+    Attributes
+    ----------
+    holder
+        Who that is; None if it is this process.
+    """
+
+    def __init__(self, holder: Holder | None) -> None:
+        self.holder = holder
+        super().__init__(str(holder or f"process {os.getpid()} (this one)"))
+
+
+def get_lease_path(path: Path) -> Path:
+    """Return the file of the lease on a lock."""
+    return path.with_name(f"{path.name}.lease")
+
+
+# ------------------------------------------------------------------ locks of a process
+
+
+class ProcessLock:
+    """A lock file, held until ``release`` or until the process ends.
+
+    A POSIX record lock: unlike that of ``hold_lock``, it is not inherited by a forked
+    child, which may outlive the process. A lease beside it is renewed by ``beat``.
+
+    Parameters
+    ----------
+    path
+        Lock file, made if absent; it is never removed.
+
+    Raises
+    ------
+    LockHeldError
+        If a process, this one included, holds it or may hold it.
+    OSError
+        If the file cannot be opened.
+
+    Notes
+    -----
+    A process that was killed on another machine leaves a fresh lease. If it will be that of
+    an ended process once it is stale, the call waits for that, up to ``STALE_S``.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path.resolve()
+        if self._path in _HELD:
+            raise LockHeldError(None)
+        # The file is overwritten, so a link in a run of somebody else is not followed.
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        self._fd = os.open(path, flags)
+        try:
+            has_lock = _lock_record(self._fd, self._path)
+            self._lease = _take_lease(self._path, self._fd, has_lock=has_lock)
+            os.ftruncate(self._fd, 0)
+            if has_lock:
+                os.pwrite(
+                    self._fd, f"{os.getpid()} on {socket.gethostname()}".encode(), 0
+                )
+        except BaseException:
+            os.close(self._fd)
+            raise
+        _HELD.add(self._path)
+
+    def beat(self) -> bool:
+        """Renew the lease if it is time; False if another process has taken it over."""
+        return self._lease.beat()
+
+    def release(self) -> None:
+        """Release the lock; safe to call twice, and in a forked child."""
+        if self._path in _HELD:
+            _HELD.discard(self._path)
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._fd, 0)
+            self._lease.release()  # before the lock: nobody can have taken it over
+            os.close(self._fd)
+
+
+def find_holder(path: Path) -> Holder | None:
+    """Find out who holds a ``ProcessLock``, this process included; None if nobody does.
+
+    A holder that may have ended, or may not, is returned as ``unknown``.
+    """
+    if path.resolve() in _HELD:
+        return Holder(state="live", place=leases.Place.here())
+    holder = _find_holder(path, *_ask_lock(path))
+    return None if holder is None or holder.state == "ended" else holder
+
+
+def release_lock(path: Path) -> None:
+    """Take the holder of a ``ProcessLock`` for ended, because somebody knows that it has."""
+    leases.remove(get_lease_path(path))
+    with contextlib.suppress(OSError), path.open("r+b") as file:
+        file.truncate(0)
+
+
+def _ask_lock(path: Path) -> tuple[LockState, str]:
+    """Ask a lock file; what it tells, and the text in it."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # no pipe
+    except (FileNotFoundError, NotADirectoryError):
+        return "free", ""
+    except OSError:
+        return "missing", ""
+    try:
+        text = _read_text(fd)
+        fcntl.lockf(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return ("held" if error.errno in _TAKEN else "missing"), text
+    finally:
+        os.close(fd)
+    return "free", text
+
+
+def _read_text(fd: int) -> str:
+    with contextlib.suppress(OSError):
+        return os.pread(fd, 300, 0).decode(errors="replace")
+    return ""
+
+
+def _find_holder(
+    path: Path, lock: LockState, text: str, *, when_stale: bool = False
+) -> Holder | None:
+    """Judge by the lock, by the lease, or by what an earlier version left in the lock."""
+    holder = leases.judge(get_lease_path(path), lock, when_stale=when_stale)
+    if holder is not None:
+        return holder
+    if lock == "held":
+        return Holder(state="live", text=text)
+    if lock == "free" or not text:
+        return None
+    pid, _, host = text.partition(" on ")
+    is_here = host == socket.gethostname() and pid.isdecimal()
+    if is_here and leases.is_alive(int(pid), None) is False:
+        return None
+    return Holder(state="unknown", text=text)
+
+
+def _lock_record(fd: int, path: Path) -> bool:
+    """Take the POSIX lock; False if the file system has none.
+
+    ``find_holder`` elsewhere holds it for an instant only.
+    """
+    for attempt in range(50):
+        try:
+            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError as error:
+            if error.errno not in _TAKEN:
+                return False
+            if attempt < 49:
+                time.sleep(0.01)
+    raise LockHeldError(_find_holder(path, "held", _read_text(fd)))
+
+
+def _take_lease(path: Path, fd: int, *, has_lock: bool) -> Lease:
+    """Write a lease once there is none of a process that lives or may live."""
+    lock: LockState = "free" if has_lock else "missing"
+    lease_path, text = get_lease_path(path), _read_text(fd)
+    last_beat: float | None = None
+    while True:
+        holder = _find_holder(path, lock, text)
+        if holder is not None and holder.state != "ended":
+            later = _find_holder(path, lock, text, when_stale=True)
+            if last_beat not in (None, holder.beat) or (
+                later is not None and later.state != "ended"
+            ):
+                raise LockHeldError(holder)
+            if last_beat is None:
+                last_beat = holder.beat
+                warn(
+                    f"{path.parent}: expected a folder that nobody writes, got one of "
+                    f"{holder}, which seems to have been killed. This process goes on "
+                    f"after {leases.STALE_S:g} s without a sign of life."
+                )
+            time.sleep(_POLL_S)
+            continue
+        if holder is not None:
+            leases.remove(lease_path)
+        with contextlib.suppress(FileExistsError):
+            return Lease(lease_path, has_lock=has_lock)
+
+
+# -------------------------------------------------------------------- locks of a block
+
+
+@contextlib.contextmanager
+def hold_lock(path: Path, timeout_s: float | None = None) -> Iterator[bool]:
+    """Hold a lock file during the block.
+
+    The kernel releases it when the process ends. A forked child inherits it. Where locks
+    are missing or not known to be shared, a lease is held too.
+
+    Parameters
+    ----------
+    path
+        Lock file, made if absent; it is never removed.
+    timeout_s
+        Seconds to wait for another holder; None: without limit.
+
+    Yields
+    ------
+    whether the lock was acquired
+
+    Raises
+    ------
+    LockHeldError
+        Without a limit, if it is not known whether the holder lives.
+    """
+    deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    with path.open("a") as file, contextlib.ExitStack() as stack:
+        while not (is_held := _try_to_hold(file.fileno(), path, stack, deadline)):
+            if deadline is not None and time.monotonic() >= deadline:
+                break
+            time.sleep(0.1)
+        yield is_held
+
+
+def _try_to_hold(
+    fd: int, path: Path, stack: contextlib.ExitStack, deadline: float | None
+) -> bool:
+    """Take a lock, and what has to be held beside it; False if another process has it.
+
+    Without a deadline, the lock is waited for.
+    """
+    lock = _lock_file(fd, fcntl.LOCK_EX | (0 if deadline is None else fcntl.LOCK_NB))
+    if lock == "held":
+        return False
+    if lock == "free" and get_filesystem(path.parent).shares_locks:
+        return True
+    lease_path = get_lease_path(path)
+    holder = leases.judge(lease_path, lock)
+    if holder is not None:
+        if holder.state == "unknown" and deadline is None:
+            raise LockHeldError(holder)
+        if holder.state != "ended":
+            return False
+        leases.remove(lease_path)
+    try:
+        lease = Lease(lease_path, has_lock=lock == "free")
+    except FileExistsError:
+        return False
+    stack.enter_context(_beating(lease))
+    return True
+
+
+def _lock_file(fd: int, operation: int) -> LockState:
+    """Take the lock of an open file; what was found."""
+    try:
+        fcntl.flock(fd, operation)
+    except BlockingIOError:
+        return "held"
+    except OSError:
+        return "missing"
+    return "free"
+
+
+@contextlib.contextmanager
+def _beating(lease: Lease) -> Iterator[None]:
+    """Renew a lease in a thread during the block, and release it afterwards."""
+    has_ended = threading.Event()
+
+    def beat() -> None:
+        while not has_ended.wait(BEAT_S):
+            lease.beat()
+
+    threading.Thread(target=beat, name="tracking-lease", daemon=True).start()
+    try:
+        yield
+    finally:
+        has_ended.set()
+        lease.release()
+
+
+# ------------------------------------------------------------- folders that are written
+
+
+def mark_busy(folder: Path) -> None:
+    """Mark a folder as being written until ``mark_free``, or until the process ends."""
+    with contextlib.ExitStack() as stack:
+        fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+        stack.callback(os.close, fd)
+        _try_to_hold(fd, folder, stack, deadline=0.0)
+        _BUSY[folder] = stack.pop_all()
+
+
+def mark_free(folder: Path) -> None:
+    """Take the mark of ``mark_busy`` away; safe to call twice, and after a rename."""
+    stack = _BUSY.pop(folder, None)
+    if stack is not None:
+        stack.close()
+
+
+def is_busy(folder: Path) -> bool:
+    """Whether a process writes a folder, or may write it."""
+    try:
+        fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return True
+    try:
+        lock = _lock_file(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.close(fd)
+    if lock == "held":
+        return True
+    if lock == "free" and get_filesystem(folder.parent).shares_locks:
+        return False
+    holder = leases.judge(get_lease_path(folder), lock)
+    if holder is None:  # where there are no locks, an earlier version left none either
+        return lock == "missing"
+    if holder.state == "ended":
+        leases.remove(get_lease_path(folder))
+    return holder.state != "ended"
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_HELD.clear)  # a child holds no record lock
