@@ -181,6 +181,14 @@ def describe_run(run: PastRun, read: Snapshot | None = None) -> dict[str, Any]:
     }
 
 
+def _describe_writer(run: PastRun) -> str | None:
+    """Say who may still write a run; None if it is known who does."""
+    for holder in find_writers(run.path).values():
+        if holder.state == "unknown":
+            return str(holder)
+    return None
+
+
 def list_items(read: Snapshot) -> list[dict[str, Any]]:
     """Describe each series of images, tables and histograms.
 
