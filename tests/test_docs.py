@@ -8,17 +8,13 @@ import importlib
 import importlib.util
 import itertools
 import json
-import os
 import pkgutil
 import re
 import shlex
-import signal
 import subprocess
 import sys
-import time
 import tomllib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -31,38 +27,15 @@ import tracking
 from harness import context, events
 from harness.cli import main as cli
 from scripts.docsite import site
+from tests.walk import FENCE, Walk, blocks_of
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
 PAGES = [ROOT / "README.md", *DOCS]
 LINKING = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
-FENCE = re.compile(
-    r"(?:^<!-- (?P<mark>not run|needs|file): (?P<about>[^\n]*) -->\n)?"
-    r"^```(?P<language>\w+)[^\n]*\n(?P<code>.*?)^```",
-    re.MULTILINE | re.DOTALL,
-)
 PLACE = re.compile(r"`((?:harness|tracking)/[\w/]*(?:\.py|/))(?:::([\w.]+))?`")
 LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)")
 WALK = "<!-- walk:"
-
-
-@dataclass(frozen=True)
-class Block:
-    """A block of code of a page, and what the comment above it says of it."""
-
-    language: str
-    code: str
-    mark: str | None
-    about: str
-
-
-def blocks_of(path: Path) -> Iterator[Block]:
-    """The blocks of code of a page."""
-    for match in FENCE.finditer(path.read_text()):
-        found = match.groupdict()
-        yield Block(
-            found["language"], found["code"], found["mark"], found["about"] or ""
-        )
 
 
 def page(name: str) -> str:
@@ -356,11 +329,11 @@ def test_code_runs_or_says_why_not(path: Path) -> None:
     for block in blocks_of(path):
         assert block.language in ("python", "py", "pycon", "sh", "text", "diff")
         if block.language == "sh":
-            assert is_walk or block.mark == "not run", block.code
+            assert is_walk or block.mark in ("not run", "run"), block.code
         if block.mark == "file":
             assert is_walk, block.code
         if block.mark == "not run":
-            for named in re.findall(r"tests/[\w/]+|[\w-]+\.md", block.about):
+            for named in re.findall(r"tests/[\w/.]+|[\w-]+\.md", block.about):
                 base = ROOT if named.startswith("tests/") else ROOT / "docs"
                 assert (base / named).exists(), block.about
         if block.language == "text":
@@ -414,59 +387,6 @@ def test_python_blocks_run(path: Path, tmp_path: Path) -> None:
     run = [sys.executable, "-W", "error::DeprecationWarning:__main__", str(script)]
     done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-
-class Walk:
-    """A reader who does what a page says, in an empty folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-        self.environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
-
-    def follow(self, page: Path) -> None:
-        """Write each file and run each command of the page, in its order."""
-        written = {
-            block.about: block.code for block in blocks_of(page) if block.mark == "file"
-        }
-        for name, code in written.items():
-            (self.folder / name).write_text(code)
-        for block in blocks_of(page):
-            if block.language == "sh" and block.mark != "not run":
-                for line in block.code.splitlines():
-                    self.run(self.named(line))
-
-    def named(self, line: str) -> str:
-        """The line with ids of runs: RUN is the newest one, OTHER the one before."""
-        runs = sorted(path.name for path in self.folder.glob("runs/2*"))
-        newest = dict(zip(("RUN", "OTHER"), reversed(runs), strict=False))
-        for word, run in newest.items():
-            line = re.sub(rf"\b{word}\b", run, line)
-        return line
-
-    def run(self, line: str) -> None:
-        """Run one command, and press Ctrl-C if its comment says so."""
-        words = shlex.split(line, comments=True)
-        options = {"cwd": self.folder, "env": self.environment, "text": True}
-        if "# press Ctrl-C" in line:
-            process = subprocess.Popen(words, **options)  # type: ignore[call-overload]
-            self.wait_for_a_checkpoint(process)
-            process.send_signal(signal.SIGINT)
-            assert process.wait(timeout=300) == 130
-            return
-        done = subprocess.run(
-            words, capture_output=True, timeout=500, check=False, **options
-        )  # type: ignore[call-overload]
-        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
-
-    def wait_for_a_checkpoint(self, process: subprocess.Popen[str]) -> None:
-        """Wait until the newest run, which the process started, has saved."""
-        before = set(self.folder.glob("runs/2*/checkpoints/0*"))
-        until = time.monotonic() + 300
-        while not set(self.folder.glob("runs/2*/checkpoints/0*")) - before:
-            assert process.poll() is None
-            assert time.monotonic() < until
-            time.sleep(0.02)
 
 
 @pytest.mark.distributed

@@ -1,4 +1,4 @@
-"""The README's first command, run in a fresh clone as a newcomer would."""
+"""The README's commands, run in a fresh clone as a newcomer would."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ import duckdb
 import mlflow
 import pyarrow.parquet as pq
 import pytest
+
+from tests.walk import Walk
 
 pytestmark = pytest.mark.slow
 
@@ -190,3 +192,11 @@ def test_setup_installs_again_only_for_other_dependencies(
     assert setup() == (1, "")
     project.write_text(project.read_text().replace("click>=", "click>"))
     assert setup()[0] == 2
+
+
+def test_commands_of_the_first_hour_work(quickstart: Quickstart, root: Path) -> None:
+    Walk(quickstart.folder).follow(root / "README.md")
+    listed = json.loads(quickstart.harness("runs", "list", "--json"))
+    assert {run["status"] for run in listed} == {"finished"}
+    assert len(listed) == 5  # the quickstart's own too
+    assert (quickstart.folder / "digits.parquet").exists()
