@@ -307,6 +307,26 @@ def test_lists_and_tables_begin_behind_an_empty_line(path: Path) -> None:
         assert not begins or inside, line
 
 
+def test_site_is_not_built_over_other_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = tmp_path / "thesis.md"
+    kept.write_text("mine")
+    assert site.build(ROOT, tmp_path) == 1
+    assert "expected an empty folder or an earlier site" in capsys.readouterr().err
+    assert kept.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--chekc"], ["--site", "a", "b"], ["--check", "x"]]
+)
+def test_unknown_arguments_change_nothing(arguments: list[str]) -> None:
+    run = [sys.executable, str(ROOT / "scripts" / "docs"), *arguments]
+    done = subprocess.run(run, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "scripts/docs --check" in done.stdout
+
+
 @pytest.mark.slow
 def test_site_builds_and_a_broken_link_is_an_error(tmp_path: Path) -> None:
     pytest.importorskip("zensical")

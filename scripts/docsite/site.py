@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -67,7 +68,11 @@ def find_pages(root: Path) -> list[Path]:
 
 
 def build(root: Path, output: Path) -> int:
-    """Build the site into ``output``; returns the exit code."""
+    """Build the site into ``output``, in place of an earlier one; returns the exit code."""
+    problem = find_problem(output)
+    if problem:
+        print(f"docs: {problem}", file=sys.stderr)
+        return 1
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         stage(root, folder)
@@ -77,8 +82,20 @@ def build(root: Path, output: Path) -> int:
             print(done.stdout + done.stderr, end="", file=sys.stderr)
             return 1
         if output.exists():
-            shutil.rmtree(output)
+            shutil.rmtree(output)  # an earlier site, or empty: see `find_problem`
         output.parent.mkdir(parents=True, exist_ok=True)
         shutil.move(folder / "site", output)
     print(f"docs: {output}/index.html")
     return 0
+
+
+def find_problem(output: Path) -> str | None:
+    """Why the site cannot be built into ``output``; None: nothing is in the way."""
+    is_site = (output / "sitemap.xml").exists() and (output / "search.json").exists()
+    if output.exists() and not is_site and (output.is_file() or any(output.iterdir())):
+        return f"expected an empty folder or an earlier site, got {str(output)!r}."
+    if importlib.util.find_spec("zensical") is None:
+        return (
+            "expected the package zensical, got none. Run \"pip install -e '.[docs]'\"."
+        )
+    return None
