@@ -289,6 +289,8 @@ def test_site_has_every_page() -> None:
         ),
         ("docs/data.md", "data.md", "../tests", f"{site.REPOSITORY}/tree/main/tests"),
         ("docs/data.md", "data.md", "https://a.org/b.md", "https://a.org/b.md"),
+        ("docs/data.md", "data.md", "gone.md", "gone.md"),
+        ("docs/data.md", "data.md", "../gone.md", "gone.md"),
         ("docs/data.md", "data.md", "#forms-of-data", "#forms-of-data"),
     ],
 )

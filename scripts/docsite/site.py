@@ -45,7 +45,8 @@ def site_target(file: Path, root: Path, place: Path) -> str:
     """The address of a file of the repository, for a page at ``place``."""
     name = os.path.relpath(file, root)
     inside = ROOT_PAGES.get(name) or name.removeprefix("docs/")
-    if name in ROOT_PAGES or (name.startswith("docs/") and file.exists()):
+    # What is not there stays a link of the site, which is then refused.
+    if name in ROOT_PAGES or name.startswith("docs/") or not file.exists():
         return os.path.relpath(inside, place.parent)
     kind = "tree" if file.is_dir() else "blob"
     return f"{REPOSITORY}/{kind}/main/{name}"
