@@ -11,9 +11,9 @@ from harness.checkpoint.format import (
     RunRef,
     list_checkpoints,
     read_manifest,
-    read_rank,
     verify_checkpoint,
 )
+from harness.checkpoint.parts.states import SavedParts
 from harness.errors import CheckpointError
 from tracking.durable import replace_folder
 from tracking.fork import fork
@@ -54,9 +54,7 @@ def fork_run(
     parent = tracking.open(ref, runs_dir=runs_dir)
     path = _find_checkpoint(parent.path / "checkpoints", parent.id, step)
     manifest = verify_checkpoint(path)
-    positions = {
-        rank: read_rank(path, rank)["journal"] for rank in range(manifest.world_size)
-    }
+    positions = dict(enumerate(SavedParts(path, manifest).index.journals))
     about = {"checkpoint": path.name, **asdict(manifest.position)}
     child = fork(parent, positions, about, name)
     try:

@@ -4,6 +4,7 @@
         manifest.json            format, position, and size and SHA-256 of every other file
         rank-0.json              state of the rank without its tensors
         rank-0.safetensors       its tensors
+        index.json               of several ranks: which part has which piece of a parameter
 
 Files are written under a temporary name, flushed to the disk, and renamed once. If a save
 is killed at any write, the newest checkpoint is still the one before. Reading a checkpoint
@@ -32,6 +33,7 @@ from torch import Tensor
 
 from harness.errors import CheckpointError
 from harness.pytree import DTYPES, restore
+from harness.reshard.index import PartIndex, PartSummary, make_index
 from tracking.durable import (
     mark_busy,
     mark_free,
@@ -46,7 +48,7 @@ from tracking.errors import describe_mismatch
 FORMAT = 1
 """Version of the folder."""
 
-MANIFEST = "manifest.json"
+MANIFEST, INDEX = "manifest.json", "index.json"
 MAX_JSON_BYTES = 1 << 28
 """Larger JSON files are refused unread."""
 
@@ -180,9 +182,25 @@ def get_final_path(temporary: Path) -> Path:
 
 
 def write_rank(
-    temporary: Path, rank: int, plan: object, tensors: Mapping[str, Tensor]
+    temporary: Path,
+    rank: int,
+    plan: object,
+    tensors: Mapping[str, Tensor],
+    summary: PartSummary | None = None,
 ) -> None:
-    """Write the files of one rank; tensors must be contiguous, on the CPU."""
+    """Write the files of one rank.
+
+    Parameters
+    ----------
+    temporary
+        From ``begin_checkpoint``.
+    rank
+        This rank.
+    plan, tensors
+        From ``flatten``; the tensors must be contiguous, on the CPU.
+    summary
+        What the index takes from them; None: the checkpoint gets no index.
+    """
     tensor_path, plan_path = (temporary / name for name in _list_rank_files(rank))
     files = {
         tensor_path.name: asdict(write_tensors(tensor_path, tensors)),
@@ -190,7 +208,8 @@ def write_rank(
     }
     # Rank 0 waits for this file: both files are complete now.
     with replace_file(temporary / f"rank-{rank}.done") as fresh:
-        _write_json(fresh, files)
+        about = None if summary is None else asdict(summary)
+        _write_json(fresh, {"files": files, "summary": about})
 
 
 def _list_rank_files(rank: int) -> tuple[str, str]:
@@ -221,12 +240,18 @@ def commit_checkpoint(temporary: Path, manifest: Manifest) -> Path:
     """
     path = get_final_path(temporary)
     files: dict[str, FileInfo] = {}
+    summaries = []
     deadline = time.monotonic() + PEER_WAIT_S
     for rank in range(manifest.world_size):
         done = _wait_for_rank(temporary, rank, deadline)
-        found = json.loads(done.read_text(encoding="utf-8"))
-        files |= {name: FileInfo(**facts) for name, facts in found.items()}
+        found = msgspec.json.decode(done.read_bytes(), type=WrittenPart)
+        files |= found.files
+        summaries.append(found.summary)
         done.unlink()
+    known = [summary for summary in summaries if summary is not None]
+    if manifest.world_size > 1 and len(known) == manifest.world_size:
+        index = vars(make_index(known))
+        files[INDEX] = _write_json(temporary / INDEX, index)
     for name, info in files.items():
         size = (temporary / name).stat().st_size
         if size != info.bytes:
@@ -236,6 +261,14 @@ def commit_checkpoint(temporary: Path, manifest: Manifest) -> Path:
     move_folder(temporary, path)
     mark_free(temporary)
     return path
+
+
+@dataclass(frozen=True, kw_only=True)
+class WrittenPart:
+    """What a rank tells rank 0 about its part: its files, and what the index needs."""
+
+    files: dict[str, FileInfo]
+    summary: PartSummary | None = None
 
 
 def _wait_for_rank(temporary: Path, rank: int, deadline: float) -> Path:
@@ -465,7 +498,29 @@ def _check_file_names(path: Path, manifest: Manifest) -> None:
             raise _make_error(path, f"the files of rank {rank}", "none")
 
 
-def read_rank(path: Path, rank: int, *, is_mapped: bool = False) -> Any:
+def read_index(path: Path, manifest: Manifest) -> PartIndex:
+    """Read the index of a checkpoint.
+
+    Raises
+    ------
+    CheckpointError
+        If it has wrong types, or is not of the ranks of this checkpoint.
+    """
+    content = _read_json(path, INDEX)
+    try:
+        index = msgspec.convert(content, PartIndex)
+        index.check()
+    except ValueError as error:  # msgspec.ValidationError too
+        raise _make_error(path, f"an index in {INDEX}", str(error)) from error
+    if len(index.journals) != manifest.world_size:
+        expected = f"an index of {manifest.world_size} ranks"
+        raise _make_error(path, expected, f"one of {len(index.journals)}")
+    return index
+
+
+def read_rank(
+    path: Path, rank: int, *, is_mapped: bool = False, key: str | None = None
+) -> Any:
     """Read the state of one rank; call ``verify_checkpoint`` first.
 
     Parameters
@@ -478,6 +533,8 @@ def read_rank(path: Path, rank: int, *, is_mapped: bool = False) -> Any:
         Whether tensors may be views into the file. Views need no memory, but their
         addresses are not aligned as torch aligns them, and kernels of some processors
         round differently there. So copy such tensors before computing with them.
+    key
+        Read only what is below this key of the state; None: all of it.
 
     Raises
     ------
@@ -490,7 +547,7 @@ def read_rank(path: Path, rank: int, *, is_mapped: bool = False) -> Any:
         tensors = load_file(path / tensor_name)
         if not is_mapped:
             tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-        return restore(plan, tensors)
+        return restore(plan if key is None else plan[key], tensors)
     except (
         SafetensorError,
         OSError,

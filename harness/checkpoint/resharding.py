@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from harness.checkpoint.format import Position
+from harness.checkpoint.parts.states import SavedParts
 from harness.context import Context
 from harness.errors import CheckpointError
 from harness.metrics.state import drop_samples
@@ -30,15 +31,13 @@ EPOCH_END_ADVICE = (
 )
 
 
-def check_convertible(
-    states: Sequence[StateDict], live: StateDict, *, is_exact: bool
-) -> None:
+def check_convertible(parts: SavedParts, live: StateDict, *, is_exact: bool) -> None:
     """Raise if the states of a checkpoint cannot be converted for the live accelerator.
 
     Parameters
     ----------
-    states
-        States of all ranks that saved.
+    parts
+        Parts of the ranks that saved.
     live
         State of the live accelerator.
     is_exact
@@ -49,14 +48,14 @@ def check_convertible(
     CheckpointError
         If an accelerator is a custom one, or an accumulation window is open.
     """
-    for state in (*(state["accelerator"] for state in states), live):
+    for state in (parts.accelerators[0], live):
         if not is_convertible(state):
             msg = f"resume: expected states of one device or of engines, got {sorted(state)}"
             raise CheckpointError(f"{msg}. Resume with the accelerator that was saved.")
-        if is_exact and any(state["done"].values()):
-            msg = "resume: expected the end of an accumulation window, got an open one."
-            advice = f"Resume on {len(states)} ranks as it was saved, or"
-            raise CheckpointError(f"{msg} {advice} {WEIGHTS_ONLY_ADVICE}")
+    if is_exact and parts.index.is_open:
+        msg = "resume: expected the end of an accumulation window, got an open one."
+        advice = f"Resume on {len(parts.states)} ranks as it was saved, or"
+        raise CheckpointError(f"{msg} {advice} {WEIGHTS_ONLY_ADVICE}")
 
 
 def has_same_batches(world_size: int, about: Mapping[str, Any], ctx: Context) -> bool:
@@ -133,11 +132,18 @@ def _check_order(
     raise CheckpointError(f"{msg}, got {got}. {EPOCH_END_ADVICE}")
 
 
+def list_merged(parts: SavedParts, ctx: Context) -> list[StateDict]:
+    """States of the ranks whose metrics this rank merges; of some ranks, none."""
+    assert ctx.accelerator is not None
+    rank, world_size = ctx.accelerator.rank, ctx.accelerator.world_size
+    return parts.states[rank::world_size]
+
+
 def reshard_state(
-    states: Sequence[StateDict],
+    parts: SavedParts,
     live: StateDict,
     ctx: Context,
-    parts: Sequence[str],
+    wanted: Sequence[str],
     *,
     keeps_batches: bool,
 ) -> StateDict:
@@ -145,13 +151,14 @@ def reshard_state(
 
     Parameters
     ----------
-    states
-        States of all ranks that saved.
+    parts
+        Parts of the ranks that saved. Those are opened whose metrics this rank merges, and
+        those that have pieces of its own.
     live
         State of the live accelerator.
     ctx
         Context of the fit.
-    parts
+    wanted
         ``model``, ``optimizers`` or both, to restore from the accelerator's state.
     keeps_batches
         Whether each rank continues with the batches that it would have had.
@@ -163,32 +170,37 @@ def reshard_state(
     """
     accelerator = ctx.accelerator
     assert accelerator is not None
-    rank, world_size = accelerator.rank, accelerator.world_size
+    rank, states = accelerator.rank, parts.states
     first, has_saved = states[0], rank < len(states)
     own = states[rank] if has_saved else first
-    metrics = [state["callbacks"].get("Metrics", {}) for state in states]
-    mine = [metrics[n] for n in range(rank, len(states), world_size)]
+    metrics = [_get_metrics(state) for state in list_merged(parts, ctx)]
     train_pass = own["pass"] if keeps_batches else first["pass"]
     before = own.get("epoch_random")
     if before is not None and not has_saved:
         before = derive_rng_state(before, rank)
     if train_pass is not None and not keeps_batches:
         train_pass = {**train_pass, "window": accelerator.accumulate, "ahead": 0}
-    of_accelerators = [state["accelerator"] for state in states]
-    is_plain = "shared" not in of_accelerators[0] and "shared" not in live
+    is_plain = "shared" not in first["accelerator"] and "shared" not in live
     return {
         **first,
         "groups": first.get("groups", {}) if is_plain else {},  # engines have their own
-        "accelerator": convert_state(of_accelerators, ctx.model, live, rank, parts),
+        "accelerator": convert_state(
+            parts.accelerators, ctx.model, live, rank, wanted, parts.index
+        ),
         "callbacks": {
             **first["callbacks"],
-            "Metrics": _list_by_split(mine, metrics[0]),
+            "Metrics": _list_by_split(metrics, _get_metrics(first)),
         },
         "random": own["random"] if has_saved else derive_rng_state(own["random"], rank),
         "epoch_random": before,
         "pass": train_pass,
         "journal": own["journal"] if has_saved else -1,
     }
+
+
+def _get_metrics(state: StateDict) -> StateDict:
+    found: StateDict = state["callbacks"].get("Metrics", {})
+    return found
 
 
 def _list_by_split(mine: Sequence[StateDict], first: StateDict) -> StateDict:

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from harness.checkpoint.format import Manifest, Position, read_rank
 from harness.checkpoint.groups import ChangedOption, check_groups, list_changes
 from harness.checkpoint.matching import match_callbacks, name_callbacks
+from harness.checkpoint.parts.states import SavedParts, check_keys
 from harness.checkpoint.resharding import (
     check_convertible,
     convert_position,
     has_same_batches,
+    list_merged,
     reshard_state,
 )
 from harness.checkpoint.state import (
@@ -60,17 +62,6 @@ SAVED = " (saved)"
 
 COMPARED_APART = frozenset({"groups", "frozen", "callbacks", "kernels"})
 """Parts of the description of a fit whose differences are not reported as a whole."""
-
-RANK_STATE_KEYS = (
-    "accelerator",
-    "callbacks",
-    "extra",
-    "journal",
-    "pass",
-    "random",
-    "records",
-)
-"""Keys that the state of every rank must have."""
 
 
 @dataclass(kw_only=True)
@@ -212,7 +203,8 @@ class Resume:
     def _check_on_this_rank(self, ctx: Context) -> None:
         assert ctx.accelerator is not None
         ranks, saved_ranks = ctx.accelerator.world_size, self.manifest.world_size
-        self._take_shapes(ctx)
+        parts = SavedParts(self.path, self.manifest)
+        self._take_shapes(ctx, parts)
         live = ctx.accelerator.state_dict()
         keeps_batches = self.position.phase == "epoch" or has_same_batches(
             saved_ranks, self.manifest.about, ctx
@@ -221,8 +213,8 @@ class Resume:
             states = [dict(self.get_state(ctx))]
             check_same(states[0]["accelerator"], live, self.parts)
         else:
-            states = self._read_all_ranks()
-            self._convert(states, ctx, live, keeps_batches=keeps_batches)
+            self._convert(parts, ctx, live, keeps_batches=keeps_batches)
+            states = list_merged(parts, ctx)
         phase = self.position.phase if self.is_exact else "epoch"
         check_state_form(self.get_state(ctx), ctx, phase)
         if self.is_exact:
@@ -236,14 +228,17 @@ class Resume:
         self._match_callbacks(ctx)  # raises where they cannot be told apart
         self._check_strict()
 
-    def _take_shapes(self, ctx: Context) -> None:
+    def _take_shapes(self, ctx: Context, parts: SavedParts) -> None:
         """Give lazy layers and changed buffers of a new model the saved shapes."""
+        assert ctx.accelerator is not None
         if "model" not in self.parts:
             return
-        saved = _check_keys(read_rank(self.path, 0, is_mapped=True))["accelerator"]
-        shape_lazy_parameters(ctx.model, saved.get("model", {}))
-        for name in shape_buffers(ctx.model, saved.get("model", {})):
-            shape = tuple(saved["model"][name].shape)
+        rank = ctx.accelerator.rank
+        own = parts.states[rank if rank < len(parts.states) else 0]
+        saved = own["accelerator"].get("model", {})  # engines have none
+        shape_lazy_parameters(ctx.model, saved)
+        for name in shape_buffers(ctx.model, saved):
+            shape = tuple(saved[name].shape)
             self.report.append((name, "restored", f"with the saved shape {shape}"))
 
     def _has_same_layout(self, ctx: Context, live: StateDict) -> bool:
@@ -254,35 +249,28 @@ class Resume:
             return False
         if self.manifest.about.get("accelerator", kind) != kind:
             return False
-        saved = _check_keys(self.get_state(ctx))["accelerator"]
+        saved = check_keys(self.get_state(ctx))["accelerator"]
         return has_same_layout(saved, live)
-
-    def _read_all_ranks(self) -> list[StateDict]:
-        ranks = range(self.manifest.world_size)
-        return [
-            _check_keys(read_rank(self.path, rank, is_mapped=True)) for rank in ranks
-        ]
 
     def _convert(
         self,
-        states: Sequence[StateDict],
+        parts: SavedParts,
         ctx: Context,
         live: StateDict,
         *,
         keeps_batches: bool,
     ) -> None:
-        """Convert the states of all ranks that saved to the state of this rank."""
+        """Convert the states of the ranks that saved to the state of this rank."""
         assert ctx.accelerator is not None
-        check_convertible(states, live, is_exact=self.is_exact)
+        check_convertible(parts, live, is_exact=self.is_exact)
+        states = parts.states
         if self.is_exact and not keeps_batches:
             self._converted_position = convert_position(
                 self.position, states, self.manifest.about, ctx
             )
         surplus = range(ctx.accelerator.world_size, self.manifest.world_size)
-        self._surplus_ranks = {rank: states[rank]["journal"] for rank in surplus}
-        state = reshard_state(
-            states, live, ctx, self.parts, keeps_batches=keeps_batches
-        )
+        self._surplus_ranks = {rank: parts.index.journals[rank] for rank in surplus}
+        state = reshard_state(parts, live, ctx, self.parts, keeps_batches=keeps_batches)
         self._set_state(map_tensors(state, Tensor.clone))
         self._is_converted = True
         saved_stage = states[0]["accelerator"].get("stage")
@@ -518,12 +506,3 @@ def _check_metrics(
         if "metrics" in saved:
             metrics = callbacks["Metrics"].metric_set.train
             check_saved_metrics(metrics, saved["metrics"], is_merged=is_merged)
-
-
-def _check_keys(state: Any) -> StateDict:
-    """Return the state of a rank, if it has the keys that every fit saves."""
-    missing = [name for name in RANK_STATE_KEYS if name not in state]
-    if missing or not isinstance(state["accelerator"], dict):
-        msg = f"resume: expected the state of a fit, got one without {missing}."
-        raise CheckpointError(f"{msg} Take another checkpoint.")
-    return dict(state)

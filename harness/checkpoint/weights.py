@@ -36,6 +36,7 @@ from harness.checkpoint.format import (
     verify_file,
     write_tensors,
 )
+from harness.checkpoint.parts.states import SavedParts
 from harness.errors import CheckpointError
 from harness.pytree import Options, StateDict, flatten, restore
 from harness.records import Packed
@@ -240,12 +241,11 @@ def read_checkpoint_weights(
     path: Path, manifest: Manifest, model: nn.Module, place: str
 ) -> dict[str, Tensor]:
     """Read the weights in a checkpoint whose files were compared with its manifest."""
-    ranks = range(manifest.world_size)
+    parts = SavedParts(path, manifest)
     try:
-        states = [read_rank(path, rank, is_mapped=True) for rank in ranks]
-        parts = [state["accelerator"] for state in states]
-        found = ConsolidatedState(parts).state_dict()
-        found |= _find_averages(states[0].get("callbacks", {}))
+        first = read_rank(path, 0, is_mapped=True)
+        whole = ConsolidatedState(parts.accelerators, parts.written_index)
+        found = whole.state_dict() | _find_averages(first.get("callbacks", {}))
     except STATE_ERRORS as error:
         msg = f"{place}: expected weights, got none: {error!r}."
         raise CheckpointError(f"{msg} Take another checkpoint.") from error

@@ -32,6 +32,8 @@ from harness.checkpoint.state import (
 )
 from harness.context import Context
 from harness.pytree import flatten
+from harness.reshard.convert import is_convertible
+from harness.reshard.index import PartSummary, summarize_part
 
 
 class CheckpointWriter:
@@ -105,7 +107,10 @@ class CheckpointWriter:
             about=read_description(ctx),
         )
         plan, live = flatten(state)
-        self._start(self._write, plan, self._copy_tensors(live), manifest)
+        summary = (
+            summarize_part(state) if is_convertible(state["accelerator"]) else None
+        )
+        self._start(self._write, plan, self._copy_tensors(live), manifest, summary)
 
     def allocate(self) -> None:
         """Allocate the memory for copies in the background, before the first save."""
@@ -152,13 +157,17 @@ class CheckpointWriter:
         return copies
 
     def _write(
-        self, plan: object, tensors: Mapping[str, Tensor], manifest: Manifest
+        self,
+        plan: object,
+        tensors: Mapping[str, Tensor],
+        manifest: Manifest,
+        summary: PartSummary | None,
     ) -> None:
         """Write the files of this rank and, on rank 0, commit; runs in the background."""
         accelerator, temporary = self._ctx.accelerator, self._temporary
         assert accelerator is not None and temporary is not None
         try:
-            write_rank(temporary, accelerator.rank, plan, tensors)
+            write_rank(temporary, accelerator.rank, plan, tensors, summary)
             if accelerator.is_main:
                 commit_checkpoint(temporary, manifest)
         except Exception as error:  # noqa: BLE001  wait() returns it to the training thread

@@ -6,8 +6,9 @@ pieces of each parameter are.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from operator import itemgetter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Size, Tensor, nn
@@ -15,6 +16,14 @@ from torch.nn.parameter import is_lazy
 
 from harness.errors import CheckpointError
 from harness.pytree import StateDict
+from harness.reshard.index import (
+    Form,
+    PartIndex,
+    Run,
+    index_pieces,
+    is_divided,
+    stepped_entries,
+)
 
 STATE_ERRORS = (
     *(LookupError, AttributeError, TypeError, ValueError, RuntimeError),
@@ -137,50 +146,86 @@ def is_master_name(name: str) -> bool:
     return name.endswith("/master")
 
 
+@dataclass(frozen=True)
+class _Pieces:
+    """Pieces of one length, one behind the other; read by their numbers."""
+
+    start: int
+    length: int
+    count: int
+    read: Callable[[int], Tensor]
+
+    @property
+    def end(self) -> int:
+        return self.start + self.length * self.count
+
+    def iter_within(self, start: int, end: int) -> Iterator[Tensor]:
+        """Yield what lies in a range of the whole tensor, in order."""
+        first = max(start - self.start, 0) // self.length
+        for number in range(first, self.count):
+            at = self.start + number * self.length
+            if at >= end:
+                return
+            piece = self.read(number)
+            if piece.shape != (self.length,):
+                msg = f"a piece of {self.length} elements, got {tuple(piece.shape)}"
+                raise ValueError(msg)
+            yield piece[max(start - at, 0) : end - at]
+
+
 class TensorPieces:
-    """A tensor in pieces, which are not copied until they are read.
+    """A tensor in pieces, which are neither opened nor copied until they are read.
 
     Parameters
     ----------
     shape
         Shape of the whole tensor.
-    pieces
-        Start of each piece in the flattened tensor, and the piece, which has one dim. A
-        piece may extend past the end.
     """
 
-    def __init__(self, shape: Size, pieces: Iterable[tuple[int, Tensor]] = ()) -> None:
+    def __init__(self, shape: Size) -> None:
         self.shape = shape
-        self._pieces = list(pieces)
+        self._pieces: list[_Pieces] = []
 
-    def add(self, start: int, piece: Tensor) -> None:
-        """Add a piece that starts at `start`."""
-        self._pieces.append((start, piece))
+    def add(
+        self, start: int, length: int, count: int, read: Callable[[int], Tensor]
+    ) -> None:
+        """Add pieces of one length that follow each other.
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the pieces."""
-        return self._pieces[0][1].dtype
+        Parameters
+        ----------
+        start
+            Start of the first piece in the flattened tensor.
+        length, count
+            Elements of each piece, and number of pieces; the last may extend past the end.
+        read
+            Returns the piece of a number from 0 on, which has one dim.
+        """
+        if length:
+            self._pieces.append(_Pieces(start, length, count, read))
 
     def check(self) -> None:
         """Raise ``ValueError`` if the pieces have gaps, overlap, or do not reach the end."""
         at = 0
-        for start, piece in sorted(self._pieces, key=itemgetter(0)):
-            if start != at:
-                msg = f"a piece at {at} of {tuple(self.shape)}, got one at {start}"
+        self._pieces.sort(key=lambda pieces: pieces.start)
+        for pieces in self._pieces:
+            if pieces.start != at:
+                msg = (
+                    f"a piece at {at} of {tuple(self.shape)}, got one at {pieces.start}"
+                )
                 raise ValueError(msg)
-            at += len(piece)
+            at = pieces.end
         if at < self.shape.numel():
             msg = f"{self.shape.numel()} elements of {tuple(self.shape)}, got {at}"
             raise ValueError(msg)
 
     def read(self, start: int, length: int) -> Tensor:
-        """Up to `length` elements from `start`."""
+        """Up to `length` elements from `start`; call ``check`` first."""
         end = min(start + length, self.shape.numel())
         found = [
-            piece[max(start - at, 0) : end - at]
-            for at, piece in sorted(self._pieces, key=itemgetter(0))
-            if at < end and at + len(piece) > start
+            piece
+            for pieces in self._pieces
+            if pieces.start < end and pieces.end > start
+            for piece in pieces.iter_within(start, end)
         ]
         if not found:
             return torch.empty(0)
@@ -191,13 +236,38 @@ class TensorPieces:
         return self.read(0, self.shape.numel()).reshape(self.shape)
 
 
+class Entry(Mapping[str, object]):
+    """What an optimizer keeps for one parameter; numbers are read when they are asked for."""
+
+    def __init__(self) -> None:
+        self.pieces: dict[str, TensorPieces] = {}
+        self._others: dict[str, Callable[[], object]] = {}
+
+    def add_other(self, key: str, read: Callable[[], object]) -> None:
+        """Add a value that does not have one element for each of the parameter."""
+        self._others.setdefault(key, read)
+
+    def __getitem__(self, key: str) -> object:
+        return self.pieces[key] if key in self.pieces else self._others[key]()
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.pieces
+        yield from (key for key in self._others if key not in self.pieces)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
 class ConsolidatedState:
     """The state of all ranks of a checkpoint together; not copied until it is read.
 
     Parameters
     ----------
     states
-        States of the accelerator on all ranks.
+        States of the accelerator on all ranks. One is only looked at when a piece of it is
+        read, except the first.
+    index
+        Index of these states; None: it is made, from all of them.
 
     Attributes
     ----------
@@ -216,11 +286,15 @@ class ConsolidatedState:
     Raises
     ------
     LookupError, AttributeError, TypeError, ValueError
-        If the states are inconsistent.
+        If the states are inconsistent; also when a piece is read.
     """
 
-    def __init__(self, states: Sequence[StateDict]) -> None:
+    def __init__(
+        self, states: Sequence[StateDict], index: PartIndex | None = None
+    ) -> None:
         first = states[0]
+        self._states = states
+        self._stepped: dict[int, dict[str, dict[int, StateDict]]] = {}
         self._names, self.weights, self.buffers = _tensors(states)
         for pieces in self.weights.values():
             pieces.check()
@@ -228,56 +302,58 @@ class ConsolidatedState:
         has_layouts = "layouts" in first
         self.kinds = optimizer_classes(first) if has_layouts else {}
         self.groups = named_groups(first, self._names) if has_layouts else {}
-        self.entries: dict[str, dict[str, StateDict]] = {n: {} for n in self.kinds}
-        is_divided = "optimizers" in first.get("own", {})
-        for state in states if is_divided else states[:1]:
-            if has_layouts:
-                self._add_rank(state)
-        for by_param in self.entries.values():
-            for name, entry in by_param.items():
-                for value in entry.values():
-                    if isinstance(value, TensorPieces):
-                        value.check()
-                if "master" in entry:
-                    self.weights[name] = entry.pop("master")
+        self.entries: dict[str, dict[str, Entry]] = {n: {} for n in self.kinds}
+        if has_layouts:
+            if index is None or not is_divided(first):
+                index = index_pieces(states)
+            index.check()
+            for name in self.kinds:
+                self._add_optimizer(name, index.runs[name], index.forms[name])
 
-    def _add_rank(self, state: StateDict) -> None:
-        """Add the pieces that one rank's optimizers step."""
-        stepped = _optimizer_entries(state)
-        for name, entries in self.entries.items():
-            layout = state["layouts"][name]
-            for n, number, *place in layout.tolist():
-                param = self._names[number]
-                values = stepped[name].get(n)
-                # Only a single device leaves out tensors without a state.
-                if values is None and ("facts" in state or not 0 <= n < len(layout)):
-                    msg = f"{name} steps {len(stepped[name])} tensors, got number {n}"
-                    raise LookupError(msg)
-                entry = entries.setdefault(param, {})
-                self._add_piece(entry, param, values or {}, *place)
-
-    def _add_piece(
-        self,
-        entry: StateDict,
-        param: str,
-        values: StateDict,
-        at: int,
-        start: int,
-        length: int,
+    def _add_optimizer(
+        self, name: str, runs: Sequence[Run], forms: Sequence[Form]
     ) -> None:
-        """Add the piece of a parameter in an optimizer's values for one stepped tensor."""
-        shape = self.weights[param].shape
-        size = values["master"].numel() if "master" in values else shape.numel()
-        if min(at, start, length) < 0 or at + length > size:
-            msg = f"a piece of {size} elements, got {length} from {at} on"
+        """Add the pieces that an optimizer steps."""
+        entries = self.entries[name]
+        for run in runs:
+            param = self._names[run.param]
+            entry = entries.setdefault(param, Entry())
+            self._add_run(entry, name, self.weights[param].shape, run, forms[run.form])
+        for param, entry in entries.items():
+            for pieces in entry.pieces.values():
+                pieces.check()
+            if "master" in entry.pieces:
+                self.weights[param] = entry.pieces.pop("master")
+
+    def _add_run(
+        self, entry: Entry, name: str, shape: Size, run: Run, form: Form
+    ) -> None:
+        """Add the pieces of a parameter on successive ranks."""
+        size = form.get("master") or shape.numel()
+        if run.at + run.length > size:
+            msg = f"a piece of {size} elements, got {run.length} from {run.at} on"
             raise ValueError(msg)
-        for key, value in values.items():
-            # Counters have no dims; parameters that DeepSpeed can train have some.
-            if isinstance(value, Tensor) and value.dim() and value.numel() == size:
-                piece = value.reshape(-1)[at : at + length]
-                entry.setdefault(key, TensorPieces(shape)).add(start, piece)
+        for key, numel in form.items():
+            if numel == size:
+                pieces = entry.pieces.setdefault(key, TensorPieces(shape))
+                read = partial(self._read_piece, name, run, key)
+                pieces.add(run.start, run.length, run.num_ranks, read)
             else:
-                entry.setdefault(key, value)
+                read_other = partial(self._read_value, name, run, key, 0)
+                entry.add_other(key, read_other)
+
+    def _read_piece(self, name: str, run: Run, key: str, number: int) -> Tensor:
+        value = self._read_value(name, run, key, number)
+        if not isinstance(value, Tensor):
+            raise TypeError(f"a tensor for {key!r}, got {value!r:.80}")
+        return value.reshape(-1)[run.at : run.at + run.length]
+
+    def _read_value(self, name: str, run: Run, key: str, number: int) -> object:
+        """What the optimizer of one of a run's ranks keeps for a stepped tensor."""
+        rank = run.rank + number
+        if rank not in self._stepped:
+            self._stepped[rank] = stepped_entries(self._states[rank])
+        return self._stepped[rank][name][run.stepped][key]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Whole parameters and buffers."""
@@ -290,29 +366,29 @@ def _tensors(
 ) -> tuple[list[str], dict[str, TensorPieces], dict[str, Tensor]]:
     """Names in the order of layouts, then parameters and buffers by name."""
     first = states[0]
+    buffers: dict[str, Tensor] = {}
     if "model" in first:
         # On one device nothing is divided, so buffers need not be told from parameters.
-        names, of_ranks, buffers = list(first["model"]), [first["model"]], {}
-        is_divided = False
+        whole, count = first["model"], 1
+        shapes = {name: part.shape for name, part in whole.items()}
     else:
         kinds = {**first["shared"], **first["own"]}
-        names, buffers = list(kinds["weights"]), dict(kinds["buffers"])
-        is_divided = "weights" in first["own"]
-        of_ranks = [kinds["weights"]]
-        if is_divided:
-            of_ranks = [state["own"]["weights"] for state in states]
-    weights = {}
-    for name in names:
-        part = of_ranks[0][name]
-        shape = Size(first["shapes"][name]) if is_divided else part.shape
-        weights[name] = TensorPieces(
-            shape,
-            [
-                (n * part.numel(), own[name].reshape(-1))
-                for n, own in enumerate(of_ranks)
-            ],
-        )
-    return names, weights, buffers
+        whole, buffers = kinds["weights"], dict(kinds["buffers"])
+        shapes = {name: part.shape for name, part in whole.items()}
+        count = 1
+        if "weights" in first["own"]:
+            shapes = {name: Size(first["shapes"][name]) for name in whole}
+            count = len(states)
+
+    def read(name: str, rank: int) -> Tensor:
+        own = states[rank]["own"]["weights"] if count > 1 else whole
+        flat: Tensor = own[name].reshape(-1)
+        return flat
+
+    weights = {name: TensorPieces(shape) for name, shape in shapes.items()}
+    for name, pieces in weights.items():
+        pieces.add(0, whole[name].numel(), count, partial(read, name))
+    return list(whole), weights, buffers
 
 
 def optimizer_classes(state: StateDict) -> dict[str, str]:
@@ -343,21 +419,4 @@ def named_groups(
             )
             for group, numbers in zip(groups, members, strict=True)
         ]
-    return found
-
-
-def _optimizer_entries(state: StateDict) -> dict[str, dict[int, StateDict]]:
-    """State of each optimizer by its name and the index of the stepped tensor."""
-    if "facts" not in state:
-        return {
-            name: {int(n): dict(entry) for n, entry in own["state"].items()}
-            for name, own in state["optimizers"].items()
-        }
-    found = {
-        name: {n: dict(numbers) for n, numbers in enumerate(facts["state"])}
-        for name, facts in state["facts"].items()
-    }
-    for full, value in {**state["shared"], **state["own"]}["optimizers"].items():
-        name, n, key = full.rsplit("/", 2)
-        found[name][int(n)][key] = value
     return found

@@ -13,6 +13,7 @@ from harness.errors import CheckpointError
 from harness.pytree import StateDict
 from harness.reshard.consolidated import (
     ConsolidatedState,
+    Entry,
     TensorPieces,
     check_shapes,
     is_master_name,
@@ -20,6 +21,7 @@ from harness.reshard.consolidated import (
     optimizer_classes,
     parameter_shapes,
 )
+from harness.reshard.index import PartIndex
 from harness.reshard.layout import BY_MATRIX, ELEMENTWISE
 
 _STATE_KEYS = (
@@ -72,13 +74,15 @@ def convert_state(
     live: StateDict,
     rank: int,
     parts: Sequence[str] = ("model", "optimizers"),
+    index: PartIndex | None = None,
 ) -> StateDict:
     """Convert a checkpoint, taken between two steps, to one rank of the live accelerator.
 
     Parameters
     ----------
     states
-        States of the accelerator on all ranks of a checkpoint.
+        States of the accelerator on all ranks of a checkpoint. Of those after the first,
+        only the ones are looked at that have something of this rank.
     model
         The live model.
     live
@@ -87,6 +91,8 @@ def convert_state(
         This rank.
     parts
         ``model``, ``optimizers`` or both: what to restore. The rest is that of `live`.
+    index
+        Index of `states`; None: it is made, from all of them.
 
     Raises
     ------
@@ -102,7 +108,7 @@ def convert_state(
         names += [name for name in _OF_SCALING if name in states[0] and name in live]
         kept = {name: states[0][name] for name in names}
         return {**live, **kept, "grads": {}, "done": dict.fromkeys(live["done"], 0)}
-    builder = _StateBuilder(ConsolidatedState(states), live, model, rank)
+    builder = _StateBuilder(ConsolidatedState(states, index), live, model, rank)
     if "model" in parts:
         builder.check_model()
     found = dict(live)
@@ -269,7 +275,7 @@ class _StateBuilder:
             start = 0 if is_whole else self._rank * value.numel()
             row = (0, 0, 0, start, value.numel())
             pieces = self._saved.weights[name]
-            made[name] = _filled(value.shape, value.dtype, [(pieces, row)])
+            made[name] = _fill(value.shape, [(pieces, row)], value.dtype)
         return made
 
     def _masters(self, live: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -282,7 +288,7 @@ class _StateBuilder:
                     pieces = [
                         (self._saved.weights[self._names[row[1]]], row) for row in rows
                     ]
-                    made[full] = _filled(live[full].shape, live[full].dtype, pieces)
+                    made[full] = _fill(live[full].shape, pieces, live[full].dtype)
         return made
 
     def _entries(
@@ -309,21 +315,21 @@ class _StateBuilder:
     def _entry(self, name: str, rows: Sequence[_Row], shape: Size | None) -> StateDict:
         """State of an optimizer for one stepped tensor; no shape: no element values."""
         entries = self._saved.entries[name]
-        found = [entries.get(self._names[row[1]], {}) for row in rows]
+        found = [entries.get(self._names[row[1]], Entry()) for row in rows]
         # A parameter that sometimes had no gradient may have counted fewer steps.
-        lead = max(found, key=lambda own: float(own.get("step", 0)))
+        lead = max(found, key=_count_steps)
         entry: StateDict = {}
         for key in dict.fromkeys(key for own in (lead, *found) for key in own):
             pieces = [
-                (own[key], row)
+                (own.pieces[key], row)
                 for own, row in zip(found, rows, strict=True)
-                if isinstance(own.get(key), TensorPieces)
+                if key in own.pieces
             ]
             if not pieces:
                 entry[key] = lead.get(key)
                 self._check_divisible(name, key, entry[key], rows, shape)
             elif shape is not None:
-                entry[key] = _filled(shape, pieces[0][0].dtype, pieces)
+                entry[key] = _fill(shape, pieces)
         return entry
 
     def _check_divisible(
@@ -403,15 +409,27 @@ def _group_rows(layout: Tensor) -> Iterator[tuple[int, list[_Row]]]:
         yield n, list(found)
 
 
-def _filled(
+def _count_steps(entry: Entry) -> float:
+    count = entry.get("step", 0)
+    if not isinstance(count, Tensor | int | float):
+        raise TypeError(f"a count of steps, got {count!r:.80}")
+    return float(count)
+
+
+def _fill(
     shape: Size,
-    dtype: torch.dtype,
     pieces: Iterable[tuple[TensorPieces, Sequence[int]]],
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Copy pieces into a tensor of zeros, at the places in their layout rows."""
-    made = torch.zeros(shape, dtype=dtype)
-    flat = made.view(-1)
+    """Copy pieces into a tensor of zeros, at the places in their layout rows.
+
+    Without a dtype, it is that of the pieces.
+    """
+    made = None if dtype is None else torch.zeros(shape, dtype=dtype)
     for found, (_, _, at, start, length) in pieces:
         piece = found.read(start, length)
-        flat[at : at + len(piece)] = piece
+        if made is None:
+            made = torch.zeros(shape, dtype=piece.dtype)
+        made.view(-1)[at : at + len(piece)] = piece
+    assert made is not None
     return made

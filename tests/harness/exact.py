@@ -40,8 +40,8 @@ from harness.callbacks import (
     LRScheduler,
 )
 from harness.checkpoint.format import (
-    FileInfo,
     Position,
+    WrittenPart,
     find_newest,
     read_rank,
     verify_checkpoint,
@@ -559,7 +559,7 @@ def rewritten(folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:
     plan, tensors = flatten(state)
     write_rank(place, 0, plan, {n: t.clone() for n, t in tensors.items()})
     done = place / "rank-0.done"
-    files = msgspec.json.decode(done.read_bytes(), type=dict[str, FileInfo])
+    files = msgspec.json.decode(done.read_bytes(), type=WrittenPart).files
     done.unlink()
     position = Position(**state["position"])
     replace(manifest, files=files, position=position).write(place)

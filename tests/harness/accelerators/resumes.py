@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,8 +13,10 @@ import torch
 
 import harness
 from harness.callbacks import AutoResume
+from harness.checkpoint.format import list_checkpoints
 from tests.harness import exact
 from tests.harness.accelerators.cases import Lab
+from tests.harness.checkpoint.parts.ranks import counting_opens
 
 BATCHES = 3  # of two ranks; the last one is short on both
 NAMES = ["two-optimizers", "accumulation", "augmented", "weighted-sampler", "stream"]
@@ -38,13 +42,15 @@ class BreakOff(harness.Callback):
             raise BrokenOff
 
 
-def fit(lab: Lab, case: exact.Case, folder: Path, after: int = 0) -> dict[str, Any]:
+def fit(
+    lab: Lab, case: exact.Case, folder: Path, after: int = 0, keep_last: int = 1
+) -> dict[str, Any]:
     """Fit, or go on with what lies in the folder; gives all that it ended with."""
     torch.set_num_threads(1)
     look = exact.Look()
     accelerator = lab.make(accumulate=case.accumulate)
     is_first = accelerator.broadcast(not (folder / "saved").exists())
-    resume = AutoResume(folder / "saved", every_n_steps=1)
+    resume = AutoResume(folder / "saved", every_n_steps=1, keep_last=keep_last)
     callbacks = [*case.callbacks(folder), look, resume, BreakOff(after)]
     fitted = case.learner().fit(
         case.data(),
@@ -95,10 +101,36 @@ def resumed(lab: Lab, case: exact.Case, name: str) -> None:
         assert not differ, (name, after, differ)
 
 
+def damaged(lab: Lab) -> None:
+    """One part of the newest checkpoint is damaged: all go on from the one before."""
+    case, folder = exact.CASES["augmented"], lab.folder / "damaged"
+    with contextlib.suppress(BrokenOff):
+        fit(lab, case, folder, after=3, keep_last=2)
+    accelerator = lab.make()
+    newest, _ = list_checkpoints(folder / "saved")
+    if lab.rank == 0:
+        part = newest / "rank-1.safetensors"
+        part.write_bytes(part.read_bytes()[:-1] + b"?")
+    accelerator.barrier()
+    with warnings.catch_warnings(record=True) as caught, counting_opens() as opened:
+        warnings.simplefilter("always")
+        found = fit(lab, case, folder)
+    told = [str(one.message) for one in caught if "skipped" in str(one.message)]
+    assert len(told) == (lab.rank == 0), told
+    assert all("SHA-256 of rank-1.safetensors" in text for text in told)
+    # Each rank compared its own part of both, and restored that of the older one.
+    kinds = (".json", ".safetensors")
+    of_parts = {n for n in opened if n.startswith("rank-") and n.endswith(kinds)}
+    assert of_parts == {f"rank-{lab.rank}{kind}" for kind in kinds}, of_parts
+    differ = exact.differences(fit(lab, case, lab.folder / "unbroken"), found)
+    assert not differ, differ
+
+
 CASES: dict[str, Callable[[Lab], None]] = {  # type: ignore[assignment]
     name: partial(resumed, case=exact.CASES[name], name=name) for name in NAMES
 } | {
     f"{name}-by-steps": partial(resumed, case=exact.BY_STEPS[name], name=name)
     for name in BY_STEPS
 }
+CASES["damaged"] = damaged
 """Every case, by name."""

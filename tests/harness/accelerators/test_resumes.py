@@ -7,7 +7,7 @@ import pytest
 from tests.harness.accelerators.launches import Launches
 from tests.harness.accelerators.resumes import CASES, NAMES
 
-STAGES = {0: NAMES, 1: [*CASES], 2: [*CASES], 3: NAMES}
+STAGES = {0: NAMES, 1: [*CASES], 2: [*CASES], 3: [*NAMES, "damaged"]}
 """The cases of each ZeRO stage, run in one launch."""
 
 MODULE = "tests.harness.accelerators.resumes"

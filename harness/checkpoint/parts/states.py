@@ -1,0 +1,121 @@
+"""The states of the ranks that saved a checkpoint, each read when it is first needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import overload
+
+from harness.checkpoint.format import INDEX, Manifest, read_index, read_rank
+from harness.errors import CheckpointError
+from harness.pytree import StateDict
+from harness.reshard.index import PartIndex, make_index, summarize_part
+
+RANK_STATE_KEYS = (
+    "accelerator",
+    "callbacks",
+    "extra",
+    "journal",
+    "pass",
+    "random",
+    "records",
+)
+"""Keys that the state of every rank must have."""
+
+
+class LazyStates(Sequence[StateDict]):
+    """States by rank, each read once, when it is asked for.
+
+    Parameters
+    ----------
+    world_size : >= 1
+        Number of states.
+    read
+        Returns the state of a rank.
+    """
+
+    def __init__(self, world_size: int, read: Callable[[int], StateDict]) -> None:
+        self._world_size, self._read = world_size, read
+        self.known: dict[int, StateDict] = {}
+
+    def __len__(self) -> int:
+        return self._world_size
+
+    @overload
+    def __getitem__(self, rank: int) -> StateDict: ...
+
+    @overload
+    def __getitem__(self, rank: slice) -> list[StateDict]: ...
+
+    def __getitem__(self, rank: int | slice) -> StateDict | list[StateDict]:
+        if isinstance(rank, slice):
+            return [self[n] for n in range(*rank.indices(len(self)))]
+        if not 0 <= rank < self._world_size:
+            raise IndexError(f"a rank below {self._world_size}, got {rank}")
+        if rank not in self.known:
+            self.known[rank] = self._read(rank)
+        return self.known[rank]
+
+
+class SavedParts:
+    """The parts of a checkpoint whose files were compared with its manifest.
+
+    Parameters
+    ----------
+    path
+        Folder of the checkpoint.
+    manifest
+        Its manifest.
+
+    Attributes
+    ----------
+    states
+        State of each rank; tensors are views into the files.
+    accelerators
+        State of the accelerator of each rank. Of parts that are not in `states`, nothing
+        else is restored.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self._path, self._manifest = path, manifest
+        self.states = LazyStates(manifest.world_size, self._read_state)
+        self.accelerators = LazyStates(manifest.world_size, self._read_accelerator)
+
+    def _read_state(self, rank: int) -> StateDict:
+        return check_keys(read_rank(self._path, rank, is_mapped=True))
+
+    def _read_accelerator(self, rank: int) -> StateDict:
+        if rank in self.states.known:
+            found: StateDict = self.states[rank]["accelerator"]
+            return found
+        return dict(read_rank(self._path, rank, is_mapped=True, key="accelerator"))
+
+    @cached_property
+    def written_index(self) -> PartIndex | None:
+        """The index of the parts; None if there is one part, or an earlier version saved.
+
+        Raises
+        ------
+        CheckpointError
+            If its file is damaged.
+        """
+        is_there = INDEX in self._manifest.files
+        return read_index(self._path, self._manifest) if is_there else None
+
+    @cached_property
+    def index(self) -> PartIndex:
+        """The index of the parts; where none was written, it is made from all of them."""
+        if self.written_index is not None:
+            return self.written_index
+        return make_index([summarize_part(state) for state in self.states])
+
+
+def check_keys(state: object) -> StateDict:
+    """Return the state of a rank, if it has the keys that every fit saves."""
+    found = state if isinstance(state, dict) else {}
+    missing = [name for name in RANK_STATE_KEYS if name not in found]
+    if missing or not isinstance(found["accelerator"], dict):
+        msg = f"resume: expected the state of a fit, got one without {missing}."
+        raise CheckpointError(f"{msg} Take another checkpoint.")
+    return dict(found)
