@@ -414,7 +414,7 @@ class RowLogger:
         epoch: int | None,
         step: int | None,
     ) -> bool:
-        """Write floats if the block knows all their names; else return False."""
+        """Write floats with plain names to a known set; else return False."""
         journal = self._journal
         block, slot = journal.block, CAPACITY  # see Block for how slots are taken
         try:
@@ -422,7 +422,8 @@ class RowLogger:
             if group is None:
                 return False
             keys = group.ids
-            if not values.keys() <= keys.keys():
+            is_known = values.keys() <= keys.keys()
+            if not is_known and not all(map(_is_plain_name, values)):
                 return False
             if index is None and step is not None:
                 at = NO_COUNT
@@ -431,6 +432,10 @@ class RowLogger:
             put, now = block.put, _time_ns() // 1000
             after = NO_COUNT if step is None else step
             during = NO_EPOCH if epoch is None else epoch
+            if not is_known:
+                leaves = _make_leaves(values)
+                journal.write_rows(what, set, leaves, now, at, after, during)
+                return True
             for (name, number), slot in zip(values.items(), block.slots, strict=False):
                 if slot < CAPACITY:
                     # fmt: off
@@ -440,8 +445,9 @@ class RowLogger:
                     # fmt: on
                     put(slot * ROW_BYTES, data, _crc32(data, slot))
                 else:
-                    leaf = (name, FLOAT, number, None)
-                    journal.write_row(what, set, leaf, now, at, after, during)
+                    rest = _make_leaves(values)[list(values).index(name) :]
+                    journal.write_rows(what, set, rest, now, at, after, during)
+                    break
         except BaseException:
             block.void(slot)
             # Raise a clear error if an argument is wrong. Else a signal handler raised.
@@ -531,6 +537,15 @@ class RowLogger:
             self._deferred.extend(
                 (now, what, set, leaf, counts) for leaf in leaves if leaf[1] == DEFERRED
             )
+
+
+def _is_plain_name(name: object) -> bool:
+    """Whether a name needs no closer look."""
+    return type(name) is str and name.isascii()
+
+
+def _make_leaves(values: dict[str, float]) -> list[Leaf]:
+    return [(name, FLOAT, number, None) for name, number in values.items()]
 
 
 def _describe_call(what: object, set: object) -> str:

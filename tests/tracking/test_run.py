@@ -965,6 +965,25 @@ def test_log_params_with_keys_of_any_kind_are_recorded(run):
     }
 
 
+def test_log_of_new_names_to_a_known_set_checks_them(run):
+    run.log("metrics", "train", {"a": 1.0}, 1)
+    run.log("metrics", "train", {"a": 2.0, "b": 3.0, "ü": 4.0}, 2)
+    with pytest.raises(TypeError, match="got 3"):
+        run.log("metrics", "train", {"c": 1.0, 3: 5.0}, 3)  # type: ignore[dict-item]
+    with pytest.raises(ValueError, match="lone surrogates"):
+        run.log("metrics", "train", {"d": 1.0, "\ud800": 5.0}, 3)
+    with pytest.raises(TypeError, match="index"):
+        run.log("metrics", "train", {"e": 1.0}, "3")  # type: ignore[arg-type]
+    run.log("metrics", "train", {"f": 6.0, "g": 7.0})
+    table = PastRun(run.path).records("metrics")
+    rows = zip(*(table[n].to_pylist() for n in ("name", "index", "value")), strict=True)
+    assert list(rows) == [
+        ("a", 1, 1.0),
+        *[("a", 2, 2.0), ("b", 2, 3.0), ("ü", 2, 4.0)],
+        *[("f", 3, 6.0), ("g", 3, 7.0)],
+    ]
+
+
 def test_log_names_that_meet_are_told_apart(run):
     meeting = {"a/b": 1, "a": {"b": 2}, "a/b#2": 3}
     run.log_params(meeting)

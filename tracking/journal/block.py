@@ -16,7 +16,9 @@ import mmap
 import os
 import threading
 from collections import deque
+from collections.abc import Sequence
 from functools import partial
+from json.encoder import encode_basestring_ascii
 from pathlib import Path
 from typing import Any, Final
 
@@ -88,7 +90,7 @@ class Block:
     """An open block in memory, used while the disk cannot be written.
 
     Any thread or signal handler writes without a lock, in this order: take a slot
-    (``for slot in block.slots``), write what the row refers to (``add_key``,
+    (``for slot in block.slots``), write what the row refers to (``add_keys``,
     ``add_payload``), write the row (``put``).
 
     Parameters
@@ -143,11 +145,24 @@ class Block:
 
     def add_key(self, group: KeyGroup, what: str, set: str, name: str) -> int:
         """Number a new name; written before any row that uses it."""
-        number = next(self._keys)
-        self._add_text(encode_text(KEY, number, json.dumps([what, set, name])))
-        group.ids[name] = number
-        self.entries[what, set, name] = number, group.auto_index
-        return number
+        self.add_keys(group, what, set, [name])
+        return group.ids[name]
+
+    def add_keys(
+        self, group: KeyGroup, what: str, set: str, names: Sequence[str]
+    ) -> None:
+        """Number new names, with one write for all."""
+        numbered = dict(zip(names, self._keys, strict=False))
+        head = json.dumps([what, set])[:-1]
+        texts = [
+            encode_text(KEY, number, f"{head}, {encode_basestring_ascii(name)}]")
+            for name, number in numbered.items()
+        ]
+        self._add_text(b"".join(texts))
+        group.ids.update(numbered)
+        index = group.auto_index
+        for name, number in numbered.items():
+            self.entries[what, set, name] = number, index
 
     def add_payload(self, slot: int, payload: str) -> None:
         """Write a payload, before its row."""

@@ -14,7 +14,7 @@ import queue
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final, Literal
 
@@ -35,6 +35,9 @@ from tracking.store import describe_unknown, get_lock_path
 
 MAX_TEXT_BYTES: Final = 32 << 20
 """A block whose texts grow larger than this takes no more rows."""
+
+NAMES_AT_ONCE: Final = 1024
+"""Names that are announced before their rows; a block that fills meanwhile has some more."""
 
 TICK_S: Final = 0.25
 RETRY_S: Final = 1.0
@@ -175,8 +178,28 @@ class Journal:
             NO_COUNT if step is None else step,
             NO_EPOCH if epoch is None else epoch,
         )
-        for leaf in leaves:
-            self.write_row(what, set, leaf, *fields)
+        self.write_rows(what, set, list(leaves), *fields)
+
+    def write_rows(
+        self,
+        what: str,
+        set: str,
+        leaves: Sequence[Leaf],
+        time_us: int,
+        index: int,
+        step: int,
+        epoch: int,
+    ) -> None:
+        """Write one row for each leaf, as ``write``; nulls are those of ``row_format``."""
+        for first in range(0, len(leaves), NAMES_AT_ONCE):
+            some = leaves[first : first + NAMES_AT_ONCE]
+            if len(some) > 1:  # the new names of many rows are one write
+                group = self.get_group(self.block, what, set)
+                new = [leaf[0] for leaf in some if leaf[0] not in group.ids]
+                if new:
+                    self.block.add_keys(group, what, set, new)
+            for leaf in some:
+                self.write_row(what, set, leaf, time_us, index, step, epoch)
 
     def write_row(
         self,
@@ -188,7 +211,7 @@ class Journal:
         step: int,
         epoch: int,
     ) -> None:
-        """Write one row, as ``write``; nulls are those of ``row_format``."""
+        """Write one row, as ``write_rows``."""
         name, kind, number, payload = leaf
         block, slot = self.block, CAPACITY
         try:

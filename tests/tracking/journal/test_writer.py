@@ -615,3 +615,32 @@ def test_warnings_as_errors_do_not_reach_the_writer(rank_dir, capsys):
         journal._warn_of(OSError(28, "No space left on device"))
     assert "No space left on device" in capsys.readouterr().err
     journal.close()
+
+
+def test_new_names_of_a_block_are_one_text(tmp_path):
+    block, group = Block(0), KeyGroup(AutoIndex())
+    names = ["plain", 'q"uo\\te', "ü", ""]
+    block.add_keys(group, "m\n", "s", names)
+    assert len(block._pending) == 1
+    for slot, name in enumerate(names):
+        fields = (1, 2, 3, 0.5, 4, group.ids[name], FLOAT, 0)
+        block.put(*row_format.encode_row(slot, *fields))
+    rows, text = block.snapshot()
+    # A kill in the middle of the text leaves the names before it.
+    for cut, whole in ((len(text), 4), (len(text) - 1, 3)):
+        found = row_format.decode_block(tmp_path, 0, 0, rows, rows, text[:cut])
+        assert found.table["name"].to_pylist() == names[:whole]
+        assert found.table["what"].to_pylist() == ["m\n"] * whole
+
+
+def test_thousands_of_new_names_across_blocks_are_read_in_order(rank_dir):
+    journal = Journal(rank_dir)
+    values = {f"metric {n}": n / 7 for n in range(CAPACITY // 2 + 100)}
+    for index in range(1, 4):
+        put(journal, values, index=index)
+    open_rows = read_records(rank_dir)[0]
+    journal.close()
+    for table in (open_rows, read_records(rank_dir)[0]):
+        assert table["name"].to_pylist() == [*values] * 3
+        assert table["value"].to_pylist() == [*values.values()] * 3
+        assert table["seq"].to_pylist() == [*range(3 * len(values))]
