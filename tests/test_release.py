@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -130,6 +131,17 @@ def test_wheel_has_the_packages_of_the_repository(root: Path, wheel: Path) -> No
     }
     assert names == there
     assert {"harness/py.typed", "tracking/py.typed"} <= names
+
+
+def test_description_has_whole_addresses_alone(wheel: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    (name,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
+    text = archive.read(name).decode()
+    links = re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", text, flags=re.S))
+    assert len(links) > 20
+    assert [link for link in links if not link.startswith(("https://", "#"))] == []
+    assert any(link.endswith(".png") and "//raw." in link for link in links)
+    assert "<!--" not in text
 
 
 def test_installed_wheel_trains_the_project_of_init(
