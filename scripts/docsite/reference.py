@@ -136,10 +136,9 @@ def default(value: Any) -> str:
 
 def signature(thing: Any, name: str) -> str:
     """A call of the function or class, one parameter a line if it is long."""
-    try:
-        found = inspect.signature(thing)
-    except ValueError:
+    if is_plain_exception(thing):
         return f"{name}(message)"
+    found = inspect.signature(thing)
     shown = [
         one for one in found.parameters.values() if one.name not in ("self", "cls")
     ]
@@ -157,6 +156,21 @@ def signature(thing: Any, name: str) -> str:
     if len(line) <= WIDTH:
         return line
     return "\n".join([f"{name}(", *(f"    {part}," for part in parts), end])
+
+
+def is_plain_exception(thing: Any) -> bool:
+    """Whether a class is an exception that is made as Python's own are.
+
+    Versions of Python tell different signatures of those.
+    """
+    if not (inspect.isclass(thing) and issubclass(thing, BaseException)):
+        return False
+    return not any("__init__" in vars(one) for one in thing.__mro__ if is_ours(one))
+
+
+def is_ours(owner: type) -> bool:
+    """Whether a class is defined in one of the packages."""
+    return owner.__module__.partition(".")[0] in ("harness", "tracking")
 
 
 def signature_block(thing: Any, name: str) -> str:
@@ -208,7 +222,7 @@ def members(thing: type) -> Iterator[tuple[str, Any]]:
     """Public methods and properties that our own classes define, as they stand there."""
     seen: dict[str, Any] = {}
     for owner in reversed(thing.__mro__):
-        if owner.__module__.partition(".")[0] in ("harness", "tracking"):
+        if is_ours(owner):
             seen |= {
                 name: found
                 for name, found in vars(owner).items()
