@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from harness.callback import Callback
-from harness.checks.values import check_more_than
+from harness.checks.values import check_flags, check_more_than
 
 
 class GradientClip(Callback):
@@ -34,6 +34,7 @@ class GradientClip(Callback):
         advice = "Remove the callback to clip nothing."
         check_more_than("GradientClip(max_norm)", max_norm, 0, advice)
         check_more_than("GradientClip(norm_type)", norm_type, 0, "Leave it out for 2.")
+        check_flags("GradientClip", record=record)
         self.max_norm, self.norm_type, self.record = max_norm, norm_type, record
         self._norm: Tensor | None = None
 

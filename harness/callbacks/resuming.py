@@ -11,7 +11,7 @@ from harness.callbacks.model_checkpoint import ModelCheckpoint
 from harness.checkpoint.format import list_checkpoints, remove_checkpoint
 from harness.checkpoint.parts.choose import choose_checkpoint
 from harness.checkpoint.resume import Resume
-from harness.checks.values import as_path
+from harness.checks.values import as_path, check_flags
 from harness.context import Context
 from harness.errors import CheckpointError
 
@@ -65,6 +65,8 @@ class ResumeFromCheckpoint(Callback):
             "restore_callbacks": restore_callbacks,
             "strict": strict,
         }
+        name = type(self).__name__
+        check_flags(name, missing_ok=missing_ok, **self._options)
 
     def find(self, ranks: Accelerator | None = None) -> Resume | None:
         """Find the checkpoint to resume from; None to start from the beginning.

@@ -1,11 +1,18 @@
-"""Checks of single values: numbers, counts, paths, folders."""
+"""Checks of single values: numbers, counts, flags, paths, folders."""
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import reprlib
 from numbers import Integral, Real
 from pathlib import Path
+from typing import Literal
+
+_EVERY = re.compile(r"\s*(\d+)\s*(step|epoch)s?\s*", re.IGNORECASE)
+
+_EVERY_ADVICE = "Write '500 steps', '2 epochs', or a number of epochs."
 
 
 def parse_epochs(epochs: object) -> tuple[int, int]:
@@ -158,3 +165,65 @@ def check_number(place: str, value: object, advice: str) -> None:
     if not isinstance(value, Real) or isinstance(value, bool):
         msg = f"{place}: expected a number, got {value!r}."
         raise TypeError(f"{msg} {advice}")
+
+
+def parse_every(value: object) -> tuple[int, Literal["epoch", "step"]]:
+    """Return the number in ``fit(valid_every)``, and its unit.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If it has another form, or the number is below 1.
+    """
+    msg = f"fit(valid_every): expected a number of steps or epochs, got {value!r}."
+    found = _EVERY.fullmatch(value) if isinstance(value, str) else None
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        count, unit = int(value), "epoch"
+    elif found is not None:
+        count, unit = int(found[1]), found[2].lower()
+    elif isinstance(value, str):
+        raise ValueError(f"{msg} {_EVERY_ADVICE}")
+    else:
+        raise TypeError(f"{msg} {_EVERY_ADVICE}")
+    if count < 1:
+        raise ValueError(f"{msg} {_EVERY_ADVICE}")
+    return count, "step" if unit == "step" else "epoch"
+
+
+def check_limit(place: str, limit: object) -> None:
+    """Check a number of batches, or a share of them.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If it is neither.
+    """
+    advice = "Pass a number of batches from 1, or a share below 1, such as 0.1."
+    if not isinstance(limit, Real) or isinstance(limit, bool):
+        msg = f"{place}: expected a number of batches, got {limit!r}."
+        raise TypeError(f"{msg} {advice}")
+    least, most = (1.0, math.inf) if isinstance(limit, Integral) else (0.0, 1.0)
+    if not least <= float(limit) <= most or limit == 0:
+        msg = f"{place}: expected at least 1 batch, or a share of them, got {limit!r}."
+        raise ValueError(f"{msg} {advice}")
+
+
+def check_flags(owner: str, **flags: object) -> None:
+    """Check that options are True or False.
+
+    Parameters
+    ----------
+    owner
+        What has the options, such as ``"NaNGuard"``.
+    **flags
+        The options by name.
+
+    Raises
+    ------
+    TypeError
+        If one is neither. A text or number that counts as true is none.
+    """
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            msg = f"{owner}({name}): expected True or False, got {value!r:.100}."
+            raise TypeError(f"{msg} Leave it out for the default.")

@@ -258,8 +258,6 @@ def check_arguments(options: Options) -> None:
         check_target(load_target(options["target"]), arguments, places)
     except ExperimentError as error:
         raise click.UsageError(str(error)) from error
-    _parse_every(options["valid_every"])
-    _parse_limit(options["limit_batches"])
 
 
 def check_early(target: str, options: Options) -> None:
@@ -278,6 +276,8 @@ def check_early(target: str, options: Options) -> None:
     except ExperimentError as error:
         raise click.UsageError(str(error)) from error
     _parse_epochs(options["epochs"])
+    _parse_every(options.get("valid_every"))
+    _parse_limit(options.get("limit_batches"))
     if options["resume"] is not None:
         past = open_run(options["resume"], options["runs_dir"])
         if not any((past.path / "checkpoints").glob("[!.]*")):
@@ -380,7 +380,7 @@ def _parse_every(text: str | None) -> int | str | None:
     """Convert the number of epochs in ``--valid-every`` to one."""
     if text is None:
         return None
-    from harness.data.pace import parse_every  # noqa: PLC0415  imports torch
+    from harness.checks.values import parse_every  # noqa: PLC0415  keeps --help quick
 
     every = int(text) if text.strip().isdecimal() else text
     try:
@@ -395,7 +395,7 @@ def _parse_limit(text: str | None) -> float | None:
     """Convert ``--limit-batches`` to a number."""
     if text is None:
         return None
-    from harness.data.pace import check_limit  # noqa: PLC0415  imports torch
+    from harness.checks.values import check_limit  # noqa: PLC0415  keeps --help quick
 
     try:
         limit = float(text) if "." in text else int(text)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
-from numbers import Integral, Real
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
 
 from harness.checks.model import get_method
-from harness.checks.values import check_count, parse_epochs
+from harness.checks.values import (
+    check_count,
+    check_limit,
+    parse_epochs,
+    parse_every,
+)
 from harness.data.loaders import num_batches
 from harness.data.workers import iter_batches
 from harness.events import nearest
@@ -23,10 +26,6 @@ NO_LIMIT = 999_999_999
 """``max_epochs`` of a fit whose steps decide when it ends."""
 
 DEFAULT_EPOCHS = 10
-
-_EVERY = re.compile(r"\s*(\d+)\s*(step|epoch)s?\s*", re.IGNORECASE)
-
-_EVERY_ADVICE = "Write '500 steps', '2 epochs', or a number of epochs."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,29 +102,6 @@ def parse_pace(
         advice = f"For steps write '{every} steps'." if unit == "epoch" else "Lower it."
         raise ValueError(f"{msg}, got {valid_every!r}. {advice}")
     return Pace(max_steps=steps, every=every, unit=unit, is_given=True)
-
-
-def parse_every(value: object) -> tuple[int, Literal["epoch", "step"]]:
-    """Return the number in ``fit(valid_every)``, and its unit.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If it has another form, or the number is below 1.
-    """
-    msg = f"fit(valid_every): expected a number of steps or epochs, got {value!r}."
-    found = _EVERY.fullmatch(value) if isinstance(value, str) else None
-    if isinstance(value, Integral) and not isinstance(value, bool):
-        count, unit = int(value), "epoch"
-    elif found is not None:
-        count, unit = int(found[1]), found[2].lower()
-    elif isinstance(value, str):
-        raise ValueError(f"{msg} {_EVERY_ADVICE}")
-    else:
-        raise TypeError(f"{msg} {_EVERY_ADVICE}")
-    if count < 1:
-        raise ValueError(f"{msg} {_EVERY_ADVICE}")
-    return count, "step" if unit == "step" else "epoch"
 
 
 def fill_epochs(epochs: object, max_steps: object) -> tuple[int, int]:
@@ -261,24 +237,6 @@ def check_limits(limits: object, names: Mapping[str, object]) -> dict[str, Any]:
     return {
         name: n for name, n in {**common, **limits}.items() if name in {"train", *names}
     }
-
-
-def check_limit(place: str, limit: object) -> None:
-    """Check a number of batches, or a share of them.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If it is neither.
-    """
-    advice = "Pass a number of batches from 1, or a share below 1, such as 0.1."
-    if not isinstance(limit, Real) or isinstance(limit, bool):
-        msg = f"{place}: expected a number of batches, got {limit!r}."
-        raise TypeError(f"{msg} {advice}")
-    least, most = (1.0, math.inf) if isinstance(limit, Integral) else (0.0, 1.0)
-    if not least <= float(limit) <= most or limit == 0:
-        msg = f"{place}: expected at least 1 batch, or a share of them, got {limit!r}."
-        raise ValueError(f"{msg} {advice}")
 
 
 def limit_loader(loader: Any, limit: float | None, place: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torchmetrics import MeanMetric
 
 import harness
 import tracking
+from harness import callbacks
 from harness.callbacks import EarlyStopping
 
 X, Y = torch.randn(40, 3), torch.randn(40, 1)
@@ -1253,3 +1255,27 @@ def test_error_of_a_model_in_predict_tells_the_batch():
     with pytest.raises(RuntimeError) as caught:
         FITTED.predict(DataLoader(torch.zeros(40, 4), batch_size=8))
     assert "in Net (input float32 (8, 4), target None)" in caught.value.__notes__[0]
+
+
+FLAGS = [
+    (kind, name)
+    for kind in (getattr(callbacks, name) for name in callbacks.__all__)
+    for name, parameter in inspect.signature(kind).parameters.items()
+    if isinstance(parameter.default, bool)
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), FLAGS, ids=[f"{kind.__name__}-{name}" for kind, name in FLAGS]
+)
+def test_flags_of_callbacks_are_true_or_false(kind, name):
+    needed = (
+        {"path": "checkpoints"}
+        if issubclass(kind, callbacks.ResumeFromCheckpoint)
+        else {}
+    )
+    kind(**needed, **{name: True})
+    for wrong in ("no", 1, None):
+        match = rf"^{kind.__name__}\({name}\): expected True or False, got "
+        with pytest.raises(TypeError, match=match):
+            kind(**needed, **{name: wrong})

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from harness.callback import Callback
 from harness.checks.model import get_method
-from harness.checks.values import check_more_than
+from harness.checks.values import check_flags, check_more_than
 from harness.context import Context
 
 
@@ -127,6 +127,8 @@ class Mixing(Callback):
     def __init__(self, alpha: float, *, run_valid: bool, auto_loss: bool) -> None:
         place = f"{type(self).__name__}(alpha)"
         check_more_than(place, alpha, 0, "Leave it out for the default.")
+        name = type(self).__name__
+        check_flags(name, run_valid=run_valid, auto_loss=auto_loss)
         self.alpha, self.run_valid, self.auto_loss = alpha, run_valid, auto_loss
 
     def mix(self, input: Any, partners: Tensor) -> tuple[Any, Tensor]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.callback import MetricsListener
+from harness.checks.values import check_flags
 from harness.context import Context
 from harness.events import nearest
 from harness.pytree import StateDict
@@ -57,6 +58,7 @@ class AveragedWeights(MetricsListener):
     )  # before it restores the best ones
 
     def __init__(self, *, opt_name: str | None = None, in_result: bool = True) -> None:
+        check_flags(type(self).__name__, in_result=in_result)
         self.opt_name, self.in_result = opt_name, in_result
         self._reset()
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from harness.callbacks.averaging.averaged_weights import AveragedWeights
-from harness.checks.values import check_at_least, check_number
+from harness.checks.values import check_at_least, check_flags, check_number
 from harness.context import Context
 
 
@@ -71,6 +71,7 @@ class EMA(AveragedWeights):
             msg = f"EMA(decay): expected a number from 0 to 1, got {decay!r}."
             raise ValueError(f"{msg} {advice}")
         check_at_least("EMA(every)", every, 1, "Use 1 to update at every step.")
+        check_flags("EMA", warmup=warmup, in_valid=in_valid)
         self.decay, self.warmup, self.every = decay, warmup, every
         self.in_valid = in_valid
 

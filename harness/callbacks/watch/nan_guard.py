@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from harness.callback import Callback
 from harness.checkpoint.format import write_tensors
 from harness.checks.model import get_method
+from harness.checks.values import check_flags
 from harness.context import Context
 from harness.data.batch import copy_by_value
 from harness.pytree import StateDict, flatten, iter_tensors, map_tensors
@@ -57,6 +58,7 @@ class NaNGuard(Callback):
     def __init__(
         self, *, gradients: bool = True, weights: bool = True, keep: bool = True
     ) -> None:
+        check_flags("NaNGuard", gradients=gradients, weights=weights, keep=keep)
         self.gradients, self.weights, self.keep = gradients, weights, keep
         self._before: StateDict | None = None
 
