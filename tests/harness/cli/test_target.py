@@ -98,7 +98,9 @@ import sys
 sys.modules["torch"] = None  # an import of it would fail
 from harness.cli.main import main
 for words in ("no.py:x", f"{sys.argv[1]}:biuld", f"{sys.argv[1]}:build --set widht=1",
-              f"{sys.argv[1]}:build --epochs abc", f"{sys.argv[1]}:build --epoch 3"):
+              f"{sys.argv[1]}:build --epochs abc", f"{sys.argv[1]}:build --epoch 3",
+              f"{sys.argv[1]}:build --valid-every 5x",
+              f"{sys.argv[1]}:build --limit-batches 1.5"):
     try:
         main(["fit", *words.split()], standalone_mode=False)
     except Exception as error:
@@ -113,5 +115,5 @@ for words in ("no.py:x", f"{sys.argv[1]}:biuld", f"{sys.argv[1]}:build --set wid
         check=False,
     )
     names = done.stdout.split()
-    assert len(names) == 5, done.stderr
+    assert len(names) == 7, done.stderr
     assert set(names) <= {"UsageError", "NoSuchOption"}, done.stderr
