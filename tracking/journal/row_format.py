@@ -58,6 +58,7 @@ _DTYPE: Final = np.dtype(
     ]
 )
 _END_OF_TIME: Final = 253_402_300_800_000_000  # us to the year 10000
+_WORDS: Final = ROW_BYTES // 8
 _ENTRY: Final = struct.Struct("<2sBxIII")  # sign, tag, number, length, checksum
 # 0xff occurs nowhere in UTF-8, so a reader finds the next entry after a torn one.
 _SIGN: Final = b"\xff\xfe"
@@ -150,24 +151,27 @@ def decode_block(
         Called about every half millisecond, so that other threads can run.
     """
     num_slots = min(len(before), len(rows), CAPACITY * ROW_BYTES) // ROW_BYTES
-    found = np.frombuffer(rows, _DTYPE, num_slots)
-    is_complete = _match_checks(found, pause)
+    num_used = min(num_slots, _count_used(rows))
+    found = np.frombuffer(rows, _DTYPE, num_used)
+    is_complete = np.zeros(num_slots, bool)
+    is_complete[:num_used] = _match_checks(found, pause)
     if before is not rows:
-        earlier = np.frombuffer(before, _DTYPE, num_slots)
+        earlier = np.frombuffer(before, _DTYPE, num_used)
         # The fields are written first: with its check a row has all of them.
-        is_complete &= (earlier["check"] == found["check"]) & _is_written(earlier)
+        is_same = (earlier["check"] == found["check"]) & _is_written(earlier)
+        is_complete[:num_used] &= is_same
     pause()
     keys, payloads, torn_at = _parse_texts(text, pause)
 
     slot = np.flatnonzero(is_complete)
-    row = found if len(slot) == num_slots else found[slot]
+    row = found if len(slot) == num_used else found[slot]
     is_known = _has_texts(row, slot, keys, payloads)
     num_lost = len(row) - int(is_known.sum())
     is_final = is_complete.copy()
     is_final[slot[~is_known]] = False
     frontier = num_slots if is_final.all() else int(is_final.argmin())
     rows_path, text_path = get_block_paths(rank_dir, number)
-    damage = _find_damage(rows_path, rows, is_complete)
+    damage = _find_damage(rows_path, rows, is_complete, num_used)
     if torn_at is not None or num_lost:
         offset = len(text) if torn_at is None else torn_at
         reason = "texts that rows refer to are torn or absent"
@@ -183,8 +187,14 @@ def decode_block(
 def count_rows(rank_dir: Path, number: int) -> int:
     """Count the rows of an open block, including those whose text is missing."""
     data = get_block_paths(rank_dir, number)[0].read_bytes()
-    found = np.frombuffer(data, _DTYPE, min(len(data) // ROW_BYTES, CAPACITY))
+    found = np.frombuffer(data, _DTYPE, min(_count_used(data), CAPACITY))
     return int((_match_checks(found, _no_pause) & (found["kind"] != VOID)).sum())
+
+
+def _count_used(rows: bytes) -> int:
+    """Count the slots up to the last one that is not empty; a short run leaves most empty."""
+    used = np.flatnonzero(np.frombuffer(rows, np.int64, len(rows) // ROW_BYTES * _WORDS))
+    return int(used[-1]) // _WORDS + 1 if len(used) else 0
 
 
 def find_last_slot(rows: bytes) -> int:
@@ -247,13 +257,15 @@ def _has_texts(
     return is_known
 
 
-def _find_damage(path: Path, rows: bytes, is_complete: Any) -> list[Damage]:
+def _find_damage(
+    path: Path, rows: bytes, is_complete: Any, num_used: int
+) -> list[Damage]:
     """Find torn rows, and a file that is too short or too long."""
     num_slots = len(is_complete)
     damage = []
-    empty = np.flatnonzero(~is_complete)
-    raw = np.frombuffer(rows, np.int64, num_slots * ROW_BYTES // 8)
-    torn = empty[raw.reshape(num_slots, ROW_BYTES // 8)[empty].any(axis=1)]
+    empty = np.flatnonzero(~is_complete[:num_used])
+    raw = np.frombuffer(rows, np.int64, num_used * _WORDS).reshape(num_used, _WORDS)
+    torn = empty[raw[empty].any(axis=1)]
     if len(torn):
         reason = "rows that were torn while being written, or changed later"
         damage.append(Damage(path, int(torn[0]) * ROW_BYTES, len(torn), reason))
