@@ -36,13 +36,18 @@ def check_tracker(tracker: object) -> None:
     ------
     TypeError
         If `tracker` has none of the documented forms, or a dict has other arguments.
+    ValueError
+        If one of them has a wrong value.
     """
     is_plain = tracker is None or isinstance(tracker, bool | Mapping)
     if not is_plain and not isinstance(tracker, tracking.Run):
         msg = f"fit(tracker): expected None, False, a dict or a Run, got {tracker!r}."
         raise TypeError(f"{msg} A dict holds arguments of tracking.start().")
     if isinstance(tracker, Mapping):
+        from tracking.api import check_start  # noqa: PLC0415  imports Arrow
+
         check_arguments("fit(tracker)", tracking.start, tracker)
+        check_start(**tracker)
 
 
 def make_null_run() -> NullRun:

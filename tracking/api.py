@@ -17,7 +17,7 @@ from tracking.mlflow_store.keys import LATEST
 from tracking.ranks import announce_run, next_announcement, wait_for_run
 from tracking.redaction import redact, strip_url
 from tracking.run import Run, utc_now
-from tracking.schema import check_name
+from tracking.schema import check_name, check_path
 from tracking.settings import read_rank, read_secrets
 from tracking.store import (
     FORMAT,
@@ -98,14 +98,23 @@ def start(
     >>> with start(experiment="digits", delivery=False) as run:
     ...     run.log("metrics", "train", {"loss": 0.31}, index=1, step=500)
     """
-    options = _check_delivery(delivery)
-    for word, text in (("experiment", experiment), ("name", name), ("note", note)):
-        if text is not None:
-            check_name(text, word, "start")
+    check_start(
+        experiment=experiment,
+        name=name,
+        params=params,
+        tags=tags,
+        note=note,
+        runs_dir=runs_dir,
+        durability=durability,
+        delivery=delivery,
+        save_diff=save_diff,
+        rank=rank,
+        run_id=run_id,
+    )
+    options = dict(delivery) if isinstance(delivery, Mapping) else {}
     experiment, name, note = (
         text and redact(text, read_secrets()) for text in (experiment, name, note)
     )
-    _check_options(save_diff, rank, run_id)
     rank, run_id, announcement = _find_place(rank, run_id, runs_folder(runs_dir))
     made = None
     if rank > 0:
@@ -176,21 +185,55 @@ def _find_place(
     return 0, None, path
 
 
-def _check_delivery(delivery: bool | Mapping[str, Any]) -> dict[str, Any]:
-    """Check the argument and return the options of delivery; none for True and False."""
-    if isinstance(delivery, bool):
-        return {}
-    if not isinstance(delivery, Mapping):
-        raise TypeError(
-            f"start(delivery=): expected True, False or a dict of options, got "
-            f"{delivery!r}. Use for example delivery={{'per_key': 10_000}}."
+def check_start(**arguments: Any) -> None:
+    """Check arguments of ``start``, so that ranks may refuse them before one starts a run.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If one is of the wrong type, or names nothing.
+    """
+    for word in ("experiment", "name", "run_id", "note"):
+        if arguments.get(word) is not None:
+            _check_text(word, arguments[word])
+    for word in ("params", "tags"):
+        given = arguments.get(word)
+        if given is not None and not isinstance(given, Mapping):
+            raise TypeError(
+                f"start({word}): expected a dictionary, got {given!r}. "
+                f"Use for example {word}={{'lr': 0.1}}."
+            )
+    if arguments.get("runs_dir") is not None:
+        _check_folder(arguments["runs_dir"])
+    durability = arguments.get("durability", "process")
+    if durability not in ("process", "fsync"):
+        raise ValueError(
+            f"start(durability): expected 'process' or 'fsync', got {durability!r}. "
+            "Choose one of the two."
         )
-    check_options(delivery)
-    return dict(delivery)
+    _check_delivery(arguments.get("delivery", True))
+    _check_options(arguments.get("save_diff", True), arguments.get("rank"))
 
 
-def _check_options(save_diff: object, rank: object, run_id: object) -> None:
-    """Check those arguments of ``start`` that nothing else checks."""
+def _check_text(word: str, text: object) -> None:
+    check_name(text, word, "start")
+    if word != "note" and not str(text).strip():
+        raise ValueError(
+            f"start({word}): expected a name, got {text!r}. "
+            "Leave it out for the default."
+        )
+
+
+def _check_folder(runs_dir: Any) -> None:
+    check_path(runs_dir, "start(runs_dir)")
+    if not str(runs_dir).strip():
+        raise ValueError(
+            f"start(runs_dir): expected a path, got {runs_dir!r}. "
+            "Leave it out for HARNESS_RUNS or ./runs, or use '.' for this folder."
+        )
+
+
+def _check_options(save_diff: object, rank: object) -> None:
     if not isinstance(save_diff, bool):
         raise TypeError(
             f"start(save_diff): expected True or False, got {save_diff!r}. "
@@ -201,8 +244,18 @@ def _check_options(save_diff: object, rank: object, run_id: object) -> None:
             f"start(rank): expected a whole number, got {rank!r}. "
             "Leave it out to take that of the launcher."
         )
-    if run_id is not None:
-        check_name(run_id, "run_id", "start")
+
+
+def _check_delivery(delivery: object) -> None:
+    """Check whether and how a run is to be delivered."""
+    if isinstance(delivery, bool):
+        return
+    if not isinstance(delivery, Mapping):
+        raise TypeError(
+            f"start(delivery=): expected True, False or a dict of options, got "
+            f"{delivery!r}. Use for example delivery={{'per_key': None}}."
+        )
+    check_options(delivery)
 
 
 def _start_new(

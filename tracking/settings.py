@@ -5,15 +5,18 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from tracking.redaction import (
     collect_argument_secrets,
     collect_secrets,
+    is_secret_name,
     redact,
     redact_address,
 )
@@ -149,6 +152,30 @@ def read_job(environment: Mapping[str, str] | None = None) -> tuple[str, int] | 
 def read_environment() -> dict[str, str]:
     """All environment variables as they are now."""
     return dict(os.environ)  # noqa: TID251  for a process that inherits them
+
+
+_OF_STORES: Final = re.compile(
+    r"mlflow|^(aws|azure|arm|google|gcp|gcs|cloudsdk|databricks|boto|s3|mysql|odbc)_"
+    r"|^(pg[a-z]+|odbcini|odbcsysini|netrc)$"
+    r"|proxy$|ca_bundle$|^(ssl|krb5|gssapi|requests)_|^(home|path|xdg_cache_home|tmpdir)$",
+    re.IGNORECASE,
+)
+"""Variables by which MLflow, and the libraries that it calls, find and enter a store."""
+
+
+def select_of_stores(environment: Mapping[str, str]) -> dict[str, str]:
+    """Select the variables that decide where a delivery goes, and with which credentials.
+
+    Examples
+    --------
+    >>> select_of_stores({"MLFLOW_TRACKING_URI": "a", "HUB_TOKEN": "b", "FOLD": "3"})
+    {'MLFLOW_TRACKING_URI': 'a', 'HUB_TOKEN': 'b'}
+    """
+    return {
+        name: value
+        for name, value in environment.items()
+        if _OF_STORES.search(name) or is_secret_name(name)
+    }
 
 
 def read_secrets(environment: Mapping[str, str] | None = None) -> tuple[str, ...]:

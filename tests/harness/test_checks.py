@@ -931,6 +931,18 @@ WRONG_CALLS = {
         lambda: fit_wrong(tracker={"experiment": 3}),
         "start: expected a string as experiment, got 3",
     ),
+    "tracker without a name": (
+        lambda: fit_wrong(tracker={"experiment": ""}),
+        r"start\(experiment\): expected a name, got ''\. Leave it out",
+    ),
+    "tracker params": (
+        lambda: fit_wrong(tracker={"params": [("lr", 0.1)]}),
+        r"start\(params\): expected a dictionary, got \[",
+    ),
+    "tracker delivery": (
+        lambda: fit_wrong(tracker={"delivery": {"per_key": 1}}),
+        r"start\(delivery=\{'per_key': \.\.\.\}\): .* got 1",
+    ),
     "tracker name": (
         lambda: fit_wrong(tracker={"experimnt": "x"}),
         r"fit\(tracker\): .*got 'experimnt'\. Did you mean 'experiment'",

@@ -1266,3 +1266,29 @@ def test_ctrl_c_while_a_device_is_waited_for_loses_no_row(runs, monkeypatch):
         {"name": "a", "value": 1.5},
         {"name": "b", "value": 2.5},
     ]
+
+
+@pytest.mark.parametrize(
+    ("argument", "error", "match"),
+    [
+        ({"experiment": " "}, ValueError, r"start\(experiment\): expected a name, got"),
+        ({"name": ""}, ValueError, r"start\(name\): expected a name, got ''"),
+        ({"run_id": ""}, ValueError, r"start\(run_id\): expected a name, got ''"),
+        ({"name": b"x"}, TypeError, "start: expected a string as name, got b'x'"),
+        ({"params": 0}, TypeError, r"start\(params\): expected a dictionary, got 0"),
+        ({"tags": "a"}, TypeError, r"start\(tags\): expected a dictionary, got 'a'"),
+        ({"runs_dir": ""}, ValueError, r"start\(runs_dir\): expected a path, got ''"),
+        ({"runs_dir": 3}, TypeError, r"start\(runs_dir\): expected a path, got 3"),
+        ({"durability": ""}, ValueError, "expected 'process' or 'fsync', got ''"),
+        ({"delivery": None}, TypeError, "expected True, False or a dict of options"),
+        ({"save_diff": 0}, TypeError, r"start\(save_diff\): expected True or False"),
+        ({"rank": True}, TypeError, r"start\(rank\): expected a whole number"),
+    ],
+)
+def test_start_refuses_what_names_nothing_and_makes_no_run(
+    argument, error, match, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(error, match=match):
+        tracking.start(**{"delivery": False} | argument)
+    assert not any(tmp_path.iterdir())

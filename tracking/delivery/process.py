@@ -13,11 +13,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from tracking.durable import hold_lock
+from tracking.settings import select_of_stores
 
 # The folder of the packages goes to the end of the path, for a checkout that is not
 # installed. -P keeps the user's folder out of it: its modules could hide others.
@@ -132,16 +133,21 @@ class Surroundings:
     Attributes
     ----------
     environment
-        Environment variables; MLflow's address and credentials are among them.
+        Environment variables. Those that have to do with MLflow's store are compared: its
+        address, credentials, proxies. A program may change others from run to run.
     folder
         Working folder, which relative addresses start from.
     started_in
         Folder that the run was started in; MLflow makes new folders there.
     """
 
-    environment: Mapping[str, str]
+    environment: Mapping[str, str] = field(compare=False)
     folder: str
     started_in: str
+    _of_stores: Mapping[str, str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_of_stores", select_of_stores(self.environment))
 
 
 class DeliveryProcess:

@@ -193,7 +193,9 @@ def count_rows(rank_dir: Path, number: int) -> int:
 
 def _count_used(rows: bytes) -> int:
     """Count the slots up to the last one that is not empty; a short run leaves most empty."""
-    used = np.flatnonzero(np.frombuffer(rows, np.int64, len(rows) // ROW_BYTES * _WORDS))
+    used = np.flatnonzero(
+        np.frombuffer(rows, np.int64, len(rows) // ROW_BYTES * _WORDS)
+    )
     return int(used[-1]) // _WORDS + 1 if len(used) else 0
 
 

@@ -75,6 +75,7 @@ broken = record(run_id=broken.id)
 os.environ["MLFLOW_TRACKING_URI"] = "sqlite:///other.db"
 other = record(experiment="others")
 del os.environ["MLFLOW_TRACKING_URI"]
+os.environ["FOLD"] = "2"  # has nothing to do with MLflow
 runs.append(record(experiment="others"))
 assert "mlflow" not in sys.modules
 assert not runs[-1].wait(0.0)
@@ -238,3 +239,17 @@ def test_report_that_comes_at_once_counts(is_done, tmp_path):
     assert run.is_over
     assert run.is_done is is_done
     assert deliveries.list_unsent() == ([] if is_done else [run])
+
+
+@pytest.mark.parametrize(
+    ("name", "is_same"),
+    [
+        *[(name, True) for name in ("FOLD", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")],
+        *[(name, False) for name in ("MLFLOW_TRACKING_URI", "AWS_PROFILE", "no_proxy")],
+        *[(name, False) for name in ("REQUESTS_CA_BUNDLE", "OUR_TOKEN", "PGPASSWORD")],
+    ],
+)
+def test_only_variables_of_a_store_need_another_process(name, is_same):
+    first, second = (Surroundings({name: text}, "/", "/") for text in "ab")
+    assert (first == second) is is_same
+    assert Surroundings({}, "/", "/x") != Surroundings({}, "/", "/")
