@@ -14,9 +14,9 @@ from pyarrow import csv, dataset, feather, fs, parquet
 from tracking.durable import replace_file
 from tracking.journal.fits import align_fits
 from tracking.read import PastRun
-from tracking.read import open as open_run
 from tracking.run import Run
 from tracking.schema import SCHEMA, check_path
+from tracking.store import find_runs
 
 SUFFIXES: Final = (".parquet", ".csv", ".arrow", ".feather")
 
@@ -92,13 +92,15 @@ def _open_runs(runs: Any) -> list[PastRun]:
             f"export(runs): expected a run or a list of runs, got {runs!r}. "
             "Pass runs, or their paths, ids or names."
         )
+    given = list(runs)
+    refs = [run for run in given if not isinstance(run, PastRun | Run)]
+    paths = iter(find_runs(refs))  # the folder of runs is looked through once
     found = []
-    for run in runs:
+    for run in given:
         if isinstance(run, Run):
             run.flush()
-            found.append(PastRun(run.path))
-        else:
-            found.append(run if isinstance(run, PastRun) else open_run(run))
+        is_open = isinstance(run, PastRun | Run)
+        found.append(PastRun(run.path if is_open else next(paths)))
     if not found:
         raise ValueError("export: expected at least one run, got none. Pass a run.")
     return found

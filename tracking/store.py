@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import errno
+import functools
 import json
 import os
 import re
@@ -17,11 +18,11 @@ import secrets
 import stat
 import unicodedata
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, cast
 
 import msgspec
 
@@ -50,6 +51,9 @@ SECONDS: Final = len("20261122-235901")
 _MAX_JSON_BYTES: Final = 64 << 20
 _MAX_RANK: Final = 2**31 - 1
 _RANK: Final = re.compile("0|[1-9][0-9]{0,9}")
+
+_NOT_DECODED: Final = (msgspec.MsgspecError, RecursionError, UnicodeError)
+"""What msgspec raises for what is no JSON, or has fields of other types."""
 
 _T = TypeVar("_T")
 
@@ -260,7 +264,13 @@ def read_json(
         If it is not JSON, nests too deeply, has a later format, or has a field of
         another type than the dataclass. The message names the field.
     """
-    content = _load_json(path, advice)
+    data = _read_regular(path, advice)
+    with contextlib.suppress(*_NOT_DECODED):
+        # Four times as fast as the way below, which finds what to say of a wrong file.
+        found = _get_decoder(as_type).decode(data)
+        if latest_format is None or getattr(found, "format", 0) <= latest_format:
+            return cast("_T", found)
+    content = _load_json(path, data, advice)
     if latest_format is not None:
         _check_format(path, content, latest_format)
     try:
@@ -271,7 +281,13 @@ def read_json(
         ) from error
 
 
-def _load_json(path: Path, advice: str) -> object:
+@functools.cache
+def _get_decoder(as_type: type) -> msgspec.json.Decoder[Any]:
+    return msgspec.json.Decoder(as_type)
+
+
+def _read_regular(path: Path, advice: str) -> bytes:
+    """Read a file of JSON; nothing else, and nothing endless."""
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):  # a pipe would never end
         raise InvalidFileError(f"{path}: expected a file, got something else. {advice}")
@@ -280,8 +296,12 @@ def _load_json(path: Path, advice: str) -> object:
             f"{path}: expected at most {_MAX_JSON_BYTES} bytes, got {found.st_size}. "
             f"{advice}"
         )
+    return path.read_bytes()
+
+
+def _load_json(path: Path, data: bytes, advice: str) -> object:
     try:
-        content: object = json.loads(path.read_bytes())
+        content: object = json.loads(data)
     except RecursionError as error:
         raise InvalidFileError(
             f"{path}: expected JSON, got values nested too deeply to read. {advice}"
@@ -458,8 +478,10 @@ def run_paths(runs_dir: str | os.PathLike[str] | None = None) -> list[Path]:
     runs = runs_folder(runs_dir)
     if not runs.is_dir():
         return []
-    found = [path for path in runs.iterdir() if has_manifest(path)]
-    links = [path for path in found if path.is_symlink()]
+    with os.scandir(runs) as entries:
+        is_link = {Path(one.path): one.is_symlink() for one in entries}
+    found = [path for path in is_link if has_manifest(path)]
+    links = {path for path in found if is_link[path]}
     if links:
         folders = {path.resolve(): path for path in [*links, *found]}
         folders |= {path.resolve(): path for path in found if path not in links}
@@ -491,15 +513,89 @@ def read_manifests(
     -------
     manifest by folder; a run whose manifest cannot be read is left out, with a warning
     """
+    return _read_each(run_paths(runs_dir), Manifest.read)
+
+
+def _read_each(paths: list[Path], read: Callable[[Path], _T]) -> dict[Path, _T]:
+    """Read something of each run; what cannot be read is left out, with a warning."""
     found = {}
-    for path in run_paths(runs_dir):
+    for path in paths:
         try:
-            found[path] = Manifest.read(path)
+            found[path] = read(path)
         except InvalidFileError as error:
             warn(f"{error} The run is skipped.")
         except RunNotFoundError:  # deleted meanwhile
             continue
     return found
+
+
+class _Head(msgspec.Struct):
+    """The fields of a manifest that tell its name."""
+
+    name: str
+    format: int = 1
+
+
+def _read_name(path: Path) -> str:
+    """Read the name of a run, in a fifth of the time of the whole manifest."""
+    with contextlib.suppress(OSError, InvalidFileError, *_NOT_DECODED):
+        head = _get_decoder(_Head).decode(_read_regular(path / MANIFEST, ""))
+        if head.format <= FORMAT:
+            return str(head.name)
+    return Manifest.read(path).name
+
+
+@dataclass(frozen=True)
+class RunNames:
+    """The names of the runs of a folder, read once to find several of them.
+
+    Attributes
+    ----------
+    runs
+        The folder.
+    names
+        Name of each run by its folder, newest first.
+    """
+
+    runs: Path
+    names: dict[Path, str]
+
+    @classmethod
+    def read(cls, runs: Path) -> RunNames:
+        """Read the names; a run whose manifest cannot be read has none."""
+        return cls(runs, _read_each(run_paths(runs), _read_name))
+
+    @functools.cached_property
+    def _by_name(self) -> dict[str, list[Path]]:
+        found: dict[str, list[Path]] = {}
+        for path, name in self.names.items():
+            found.setdefault(name, []).append(path)
+        return found
+
+    def find(self, wanted: str) -> Path:
+        """Find a run by its id, its name, or a unique piece of one of them.
+
+        Raises
+        ------
+        RunNotFoundError
+            If no run matches, or several do.
+        """
+        found = self._by_name.get(wanted) or [
+            path
+            for path, name in self.names.items()
+            if wanted in path.name or wanted in name
+        ]
+        if len(found) == 1 and wanted:
+            return found[0]
+        if found:
+            raise RunNotFoundError(
+                f"open({wanted!r}): expected the id or name of one run, got a match "
+                f"with {len(found)}: {_join_ids(found)}. Give more of it."
+            )
+        raise RunNotFoundError(
+            f"open({wanted!r}): expected a run in {self.runs}, got none with this path, "
+            f"id or name. {_suggest(wanted, self.names)}"
+        )
 
 
 def find_run(
@@ -520,38 +616,39 @@ def find_run(
     RunNotFoundError
         If no run matches ``ref``, or several do.
     """
-    path = find_run_folder(ref, runs_dir)
-    return path.resolve() if path.is_symlink() else path
+    return find_runs([ref], runs_dir)[0]
 
 
-def find_run_folder(
-    ref: str | os.PathLike[str], runs_dir: str | os.PathLike[str] | None = None
-) -> Path:
-    """Find the folder of a run, or the link to one, as ``find_run``."""
-    check_path(ref, "open(ref)")
-    wanted = os.fspath(ref)
-    for path in (_expand_user(Path(ref)).absolute(), runs_folder(runs_dir) / wanted):
+def find_runs(
+    refs: Iterable[str | os.PathLike[str]],
+    runs_dir: str | os.PathLike[str] | None = None,
+) -> list[Path]:
+    """Find the folders of several runs, as ``find_run``; each manifest is read once."""
+    found = find_run_folders(refs, runs_dir)
+    return [path.resolve() if path.is_symlink() else path for path in found]
+
+
+def find_run_folders(
+    refs: Iterable[str | os.PathLike[str]],
+    runs_dir: str | os.PathLike[str] | None = None,
+) -> list[Path]:
+    """Find the folders of runs, or the links to them, as ``find_runs``."""
+    names: RunNames | None = None
+    found = []
+    for ref in refs:
+        check_path(ref, "open(ref)")
+        wanted = os.fspath(ref)
+        here, there = _expand_user(Path(ref)).absolute(), runs_folder(runs_dir) / wanted
         # No manifest is read: a spoilt one must not hide this run or another one.
-        if wanted and has_manifest(path):
-            return path
-    names = {path: one.name for path, one in read_manifests(runs_dir).items()}
-    tests: tuple[Callable[[Path, str], bool], ...] = (
-        lambda _, name: name == wanted,
-        lambda path, name: wanted in path.name or wanted in name,
-    )
-    for test in tests:
-        found = [path for path, name in names.items() if test(path, name)]
-        if len(found) == 1 and wanted:
-            return found[0]
-        if found:
-            raise RunNotFoundError(
-                f"open({wanted!r}): expected the id or name of one run, got a match "
-                f"with {len(found)}: {_join_ids(found)}. Give more of it."
-            )
-    raise RunNotFoundError(
-        f"open({wanted!r}): expected a run in {runs_folder(runs_dir)}, got none with "
-        f"this path, id or name. {_suggest(wanted, names)}"
-    )
+        if wanted and has_manifest(here):
+            found.append(here)
+        elif wanted and has_manifest(there):
+            found.append(there)
+        else:
+            if names is None:
+                names = RunNames.read(runs_folder(runs_dir))
+            found.append(names.find(wanted))
+    return found
 
 
 def _suggest(wanted: str, names: dict[Path, str]) -> str:

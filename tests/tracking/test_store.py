@@ -19,6 +19,7 @@ from tracking.store import (
     Manifest,
     create_run_dir,
     find_run,
+    find_runs,
     get_first_error,
     get_rank_dir,
     get_status,
@@ -143,6 +144,36 @@ def test_find_run_by_path_id_name_or_part_of_them(tmp_path, monkeypatch):
     assert find_run("amber") == two  # a whole name comes before a part of one
     assert find_run("ber f") == one
     assert find_run(one.name[-9:]) == one
+
+
+def test_find_runs_by_path_id_name_and_part_at_once(tmp_path):
+    paths = [add(tmp_path, f"name {n}") for n in range(4)]
+    spoilt = add(tmp_path, "spoilt")
+    (spoilt / "run.json").write_text('{"name": 3}')
+    refs = [paths[0], paths[1].name, "name 2", "name-3", "name 2", spoilt.name]
+    with pytest.warns(TrackingWarning, match="is skipped"):
+        found = find_runs(refs, tmp_path)
+    assert found == [*paths, paths[2], spoilt]
+    with (
+        pytest.warns(TrackingWarning, match="is skipped"),
+        pytest.raises(RunNotFoundError, match="'nothing'"),
+    ):
+        find_runs([paths[0], "nothing"], tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"id": "x", "name": "odd", "extra": {"value": NaN}}',
+        '{"id": "x", "name": "odd", "user": "\\ud800"}',
+        '{"id": "x", "name": "first", "name": "odd"}',
+    ],
+)
+def test_name_of_a_manifest_that_only_python_reads_is_found(tmp_path, text):
+    path = add(tmp_path, "a")
+    (path / "run.json").write_text(text)
+    assert find_runs(["odd"], tmp_path) == [path]
+    assert Manifest.read(path).name == "odd"
 
 
 def test_find_run_part_of_several_names_them(tmp_path):
@@ -307,9 +338,14 @@ def test_spoilt_manifest_hides_no_other_run(tmp_path, kind):
     good = add(tmp_path, "amber-fox")
     assert find_run(good.name, tmp_path) == good  # no other manifest is read
     assert find_run(spoilt.name, tmp_path) == spoilt
-    for found in (lambda: [find_run("amber", tmp_path)], lambda: list_paths(tmp_path)):
-        with pytest.warns(TrackingWarning, match=r"run\.json.* expected .* is skipped"):
-            assert found() == [good]
+    skipped = r"run\.json.* expected .* is skipped"
+    with pytest.warns(TrackingWarning, match=skipped):
+        assert list_paths(tmp_path) == [good]
+    if kind in {"wrong type", "no time", "no zone"}:  # it still has a name
+        assert find_run("amber", tmp_path) == good
+    else:
+        with pytest.warns(TrackingWarning, match=skipped):
+            assert find_run("amber", tmp_path) == good
     with pytest.raises(InvalidFileError, match=r"run\.json.* expected"):
         Manifest.read(spoilt)
 

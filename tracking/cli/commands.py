@@ -11,7 +11,7 @@ import shutil
 import signal
 import sys
 import webbrowser
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from tracking.read import PastRun
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+MAIN_RUNS: Final = 20
+"""Newest runs that the main metric of a list is chosen from."""
 
 runs_dir_option = click.option(
     "--runs-dir",
@@ -84,9 +87,9 @@ def list_(
     """List runs, newest first, with their main metric.
 
     Its last value is shown. The main metric is the one of --sort, otherwise the validation
-    loss; * marks the best run. Names are metrics such as valid/loss (its last value),
-    valid/loss.min or .max, params.NAME, tags.NAME, and name, status, experiment, created,
-    duration_s.
+    loss if one of the newest 20 runs has it; * marks the best run. Names are metrics such as
+    valid/loss (its last value), valid/loss.min or .max, params.NAME, tags.NAME, and name,
+    status, experiment, created, duration_s.
     """
     from tracking.cli.query import (  # noqa: PLC0415  keeps --help quick
         Query,
@@ -100,8 +103,12 @@ def list_(
     descends, key = (sort or "").startswith("-"), (sort or "").removeprefix("-")
     try:
         query = Query(where) if where is not None else None
-        # Without a condition or an order, only those that are shown are read.
-        found = _summarize_runs(runs_dir, limit if query is None and not key else 0)
+        # Without a condition or an order, only those that are shown are read, and those
+        # that the main metric depends on, which is the same for any limit.
+        reads_all = query is not None or bool(key) or not limit
+        found, num_main = _summarize_runs(
+            runs_dir, 0 if reads_all else max(limit, MAIN_RUNS)
+        )
         facts = {run["id"]: list_facts(run) for run in found}
         known = [name for own in facts.values() for name in own]
         if query is not None and found:
@@ -111,14 +118,18 @@ def list_(
             check_name("--sort", key, sorted(set(known)))
     except ValueError as error:
         raise click.UsageError(str(error)) from error
-    names = dict.fromkeys(name for run in found for name in run["metrics"])
+    told = found if query is not None else found[:num_main]
+    names = dict.fromkeys(name for run in told for name in run["metrics"])
     metric = key or find_main_metric(names) or ""
+    if query is None and not key:
+        found = found[: limit or None]
     has_metric = [run for run in found if has_order(facts[run["id"]].get(metric))]
     has_metric.sort(
         key=lambda run: sort_key(facts[run["id"]][metric]), reverse=descends
     )
     if key:
-        found = has_metric + [run for run in found if run not in has_metric]
+        ids = {run["id"] for run in has_metric}
+        found = has_metric + [run for run in found if run["id"] not in ids]
     is_ordered = bool(key) or metric.endswith("loss")
     best = has_metric[0]["id"] if is_ordered and len(has_metric) > 1 else None
     found = found[: limit or None]
@@ -128,20 +139,29 @@ def list_(
         render.print_table(render.make_runs_table(found, metric or None, best))
 
 
-def _summarize_runs(runs_dir: Path | None, limit: int) -> list[dict[str, Any]]:
-    """Describe the newest runs, or all; one that cannot be read hides no other."""
+def _summarize_runs(
+    runs_dir: Path | None, limit: int
+) -> tuple[list[dict[str, Any]], int]:
+    """Describe the newest runs, or all; one that cannot be read hides no other.
+
+    Returns
+    -------
+    the runs, and how many of them are of the newest `MAIN_RUNS`
+    """
     from tracking.cli.describe import summarize_run  # noqa: PLC0415  imports Arrow
     from tracking.errors import TrackingError  # noqa: PLC0415  next to it
     from tracking.read import PastRun  # noqa: PLC0415  imports Arrow
     from tracking.store import run_paths  # noqa: PLC0415  next to it
 
-    found = []
-    for path in run_paths(runs_dir)[: limit or None]:
+    found, num_main = [], 0
+    for place, path in enumerate(run_paths(runs_dir)[: limit or None]):
         try:
             found.append(summarize_run(PastRun(path)))
         except (TrackingError, OSError, ValueError) as error:
             render.echo(f"warning: {error}", err=True)
-    return found
+        if place < MAIN_RUNS:
+            num_main = len(found)
+    return found, num_main
 
 
 @runs.command()
@@ -209,7 +229,7 @@ def compare(names: tuple[str, ...], runs_dir: Path | None, as_json: bool) -> Non
     from tracking.cli.describe import compare_curves, describe_run  # noqa: PLC0415  imports Arrow
     from tracking.cli.query import find_main_metric  # noqa: PLC0415  next to it
 
-    past = [open_run(name, runs_dir) for name in names]
+    past = open_runs(names, runs_dir)
     reads = [run.snapshot() for run in past]
     found = [describe_run(*both) for both in zip(past, reads, strict=True)]
     if as_json:
@@ -234,11 +254,11 @@ def delete(
     What MLflow has of the runs stays there. Of a link to a run only the link is deleted.
     """
     from tracking.errors import RunNotFoundError  # noqa: PLC0415  next to store
-    from tracking.store import find_run_folder  # noqa: PLC0415
+    from tracking.store import find_run_folders  # noqa: PLC0415
 
     try:
         # The manifest is not read: a spoilt run can be deleted too.
-        found = list(dict.fromkeys(find_run_folder(name, runs_dir) for name in names))
+        found = list(dict.fromkeys(find_run_folders(names, runs_dir)))
     except RunNotFoundError as error:
         raise click.UsageError(str(error)) from error
     for path in found:
@@ -287,7 +307,7 @@ def release(
     """
     from tracking.store import find_writers, release_run  # noqa: PLC0415  next to read
 
-    paths = list(dict.fromkeys(open_run(name, runs_dir).path for name in names))
+    paths = list(dict.fromkeys(run.path for run in open_runs(names, runs_dir)))
     for path in paths:
         for writer in find_writers(path).values():
             if writer.state == "live":
@@ -326,7 +346,7 @@ def export(
     """
     from tracking.exporter import export as export_runs  # noqa: PLC0415  imports Arrow
 
-    found = [open_run(name, runs_dir) for name in names]
+    found = open_runs(names, runs_dir)
     try:
         rows = export_runs(found, to, superseded=superseded)
     except ValueError as error:
@@ -447,10 +467,16 @@ commands: Final = (runs, export, sync, verify, ui)
 
 def open_run(ref: str, runs_dir: Path | None) -> PastRun:
     """Open a run by path, id or part of its name; a usage error if there is none."""
+    return open_runs([ref], runs_dir)[0]
+
+
+def open_runs(refs: Sequence[str], runs_dir: Path | None) -> list[PastRun]:
+    """Open several runs, as ``open_run``; the folder of runs is looked through once."""
     import tracking  # noqa: PLC0415  imports Arrow
+    from tracking.store import find_runs  # noqa: PLC0415  next to it
 
     try:
-        return tracking.open(ref, runs_dir)
+        return [tracking.PastRun(path) for path in find_runs(refs, runs_dir)]
     except tracking.RunNotFoundError as error:
         raise click.UsageError(str(error)) from error
 
@@ -461,7 +487,7 @@ def _select_runs(names: tuple[str, ...], runs_dir: Path | None) -> list[PastRun]
     from tracking.store import read_manifests  # noqa: PLC0415  next to it
 
     if names:
-        return [open_run(name, runs_dir) for name in names]
+        return open_runs(names, runs_dir)
     manifests = read_manifests(runs_dir)
     return [PastRun(path) for path, manifest in manifests.items() if manifest.deliver]
 

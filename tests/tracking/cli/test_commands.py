@@ -168,6 +168,22 @@ def test_list_and_show_pass_over_control_rows_that_nothing_here_writes(call, rec
     assert found["name"] in call("runs", "show", run.id).output
 
 
+def test_main_metric_of_a_list_does_not_depend_on_its_limit(call, three, record):
+    for name in ("newer", "newest"):
+        run = record(name=name)
+        run.run.log("metrics", "train", {"loss": 4.0}, index=1)
+        run.run.finish()
+    for limit in (0, 1, 2, 4):
+        lines = call("runs", "list", "--limit", limit).output.splitlines()
+        assert lines[1].split()[2] == "valid/loss"
+        assert len(lines[3:-1]) == (limit or 5)
+    assert " *" not in call("runs", "list", "--limit", 3).output
+    assert (
+        "0.2 *"
+        in call("runs", "list", "--limit", 3 + 1, "--where", "valid/loss > 0.1").output
+    )
+
+
 def test_list_marks_the_best_by_the_validation_loss(call, three):
     lines = [line.split() for line in call("runs", "list").output.splitlines()]
     assert "valid/loss" in lines[1]
