@@ -176,7 +176,7 @@ class Progress(MetricsListener):
 
     def _stop(self) -> None:
         if self._bar is not None:
-            self._bar.erase()
+            self._bar.end()
             self._bar = None
 
     def on_fit_begin(self) -> None:

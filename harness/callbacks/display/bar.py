@@ -11,6 +11,7 @@ from rich.control import Control
 from rich.progress_bar import ProgressBar as RichBar
 from rich.segment import ControlType, Segment, Segments
 
+from harness.callbacks.display.above import WritingAbove
 from harness.callbacks.display.epoch_lines import format_duration
 
 MIN_BAR_WIDTH = 8
@@ -46,6 +47,7 @@ class ProgressBar:
         self._title, self._total, self._began_at = title, total, now
         self._is_drawn = self._is_lost = False
         self._console = Console(file=sys.stderr, highlight=False)
+        self._above: WritingAbove | None = None
 
     @property
     def is_supported(self) -> bool:
@@ -81,7 +83,9 @@ class ProgressBar:
             Time until the fit ends; None: not known.
         """
         self.drawn_at = now
-        if self._is_lost:
+        if self._above is None:
+            self._above = WritingAbove(self._erase)
+        if self._is_lost or self._above.is_within_line:
             return
         self._is_drawn = True
         title, text = self._format_ends(done, values, now, width, fit_left_s)
@@ -115,9 +119,15 @@ class ProgressBar:
         room = width - len(title) - 2
         return title, self._format_details(done, values, now, room, fit_left_s)
 
-    def erase(self) -> None:
-        """Erase the line, if it was drawn."""
+    def end(self) -> None:
+        """Erase the line, if it was drawn, and draw no other."""
+        self._erase()
+        if self._above is not None:
+            self._above.stop()
+
+    def _erase(self) -> None:
         if self._is_drawn:
+            self._is_drawn = False
             with contextlib.suppress(OSError):
                 self._console.control(ERASE_LINE)
 

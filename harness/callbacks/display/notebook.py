@@ -68,7 +68,7 @@ class NotebookBar(ProgressBar):
         bar = "\u2501" * filled + "\u2500" * (room - filled)
         self._output.draw(f"{title} {bar} {text}")
 
-    def erase(self) -> None:
+    def end(self) -> None:
         """Erase the bar."""
         self._output.draw("")
 

@@ -31,7 +31,7 @@ def test_notebook_output_is_updated_in_place():
     assert second.endswith("2/4 eta 00:01 loss 1")
     assert second.count("━") == second.count("─")
     assert len(second) == 60
-    bar.erase()
+    bar.end()
     output.write("epoch 1")
     assert "━" not in display[0]
     assert "epoch 1" in display[0]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import re
 import sys
 from contextlib import redirect_stderr
@@ -226,6 +227,46 @@ def test_progress_of_a_resumed_epoch_leaves_no_bar_above_the_report(tmp_path):
     assert not [line for line in screen(text) if "━" in line]
 
 
+def test_what_a_program_writes_while_a_bar_is_drawn_stays_whole_above_it():
+    logger = logging.getLogger("own")
+    streams, handlers = [], []
+
+    def log(ctx: Any) -> None:
+        if ctx.iter == 1 and ctx.epoch == 1:
+            handlers.append(logging.StreamHandler())
+            logger.addHandler(handlers[0])
+        logger.warning("log %d", ctx.iter)
+
+    def begin(ctx: Any) -> None:
+        sys.stderr.writelines([f"line {ctx.iter}\n"])
+        sys.stderr.write("begun ")  # no bar may be drawn over it
+        streams.append(sys.stderr)
+
+    def end(ctx: Any) -> None:
+        sys.stderr.write("and ended\n")
+
+    before = sys.stderr, sys.stdout
+    try:
+        text = fit_in_terminal(
+            At("on_train_batch_begin", log),
+            At("on_train_batch_after_pred", begin),
+            At("on_train_batch_after_step", end),
+            num_rows=96,
+        )
+    finally:
+        logger.removeHandler(handlers[0])
+    assert (sys.stderr, sys.stdout) == before
+    assert len(frames(text)) > 8
+    shown = [line for line in screen(text) if line[:3] in ("lin", "beg", "log")]
+    assert shown == [
+        line
+        for n in (1, 2, 3) * 2
+        for line in (f"log {n}", f"line {n}", "begun and ended")
+    ]
+    assert not [line for line in screen(text) if "\u2501" in line]
+    assert handlers[0].stream is streams[0].stream  # nothing of the bar is left
+
+
 class Closed(io.StringIO):
     """A terminal that was closed."""
 
@@ -238,7 +279,7 @@ def test_bar_of_a_terminal_that_was_closed_is_not_drawn_and_fails_nothing(monkey
     bar = ProgressBar("epoch 1/1 train", 100, 0.0)
     for done in (1, 2):
         bar.draw(done, (), float(done), 80)
-    bar.erase()
+    bar.end()
     assert bar.drawn_at == 2.0
 
 
