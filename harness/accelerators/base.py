@@ -78,6 +78,46 @@ def missing_backward(where: str) -> RuntimeError:
     return RuntimeError(f"{msg}, got none {where}. {advice}")
 
 
+class Agreement(Protocol):
+    """A batch at which all ranks do what one of them asks for, such as to stop."""
+
+    def ask(self, value: int = 1) -> None:
+        """Ask for it, with a value that all ranks will get; safe in a signal handler."""
+        ...
+
+    def check(self) -> int | None:
+        """Count a batch; return the value asked for if all ranks are to act after it.
+
+        Every rank calls it after each batch. It sends nothing, and waits only if something
+        is asked for. Once it has returned a value, it does so until ``renew``.
+        """
+        ...
+
+    def renew(self) -> None:
+        """Begin anew, after ``check`` has returned a value; at the same batch on all ranks."""
+        ...
+
+
+class OwnAgreement:
+    """The agreement of one rank with itself."""
+
+    def __init__(self) -> None:
+        self._asked: int | None = None
+
+    def ask(self, value: int = 1) -> None:
+        """Ask for it, with a value; the first one counts."""
+        if self._asked is None:
+            self._asked = value
+
+    def check(self) -> int | None:
+        """Return the value asked for, or None."""
+        return self._asked
+
+    def renew(self) -> None:
+        """Begin anew."""
+        self._asked = None
+
+
 class Accelerator(Protocol):
     """Places model and data, runs backward and steps, and communicates between ranks.
 
@@ -225,6 +265,18 @@ class Accelerator(Protocol):
         ----------
         what
             What this rank does, for messages.
+        """
+        ...
+
+    def agreement(self, name: str) -> Agreement:
+        """Make what ranks use to agree on a batch, without a message in each.
+
+        Every rank must call it, at the same point.
+
+        Parameters
+        ----------
+        name
+            Its name. A new one of the same name takes the place of the earlier one.
         """
         ...
 

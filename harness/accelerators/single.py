@@ -13,6 +13,8 @@ from torch.utils.hooks import RemovableHandle
 
 from harness.accelerators.base import (
     HOW_TO_STEP,
+    Agreement,
+    OwnAgreement,
     StepHook,
     StepOpt,
     counts_on_device,
@@ -455,6 +457,10 @@ class SingleDevice:
 
     def meet(self, what: str) -> None:
         """Do nothing: there is one rank."""
+
+    def agreement(self, name: str) -> Agreement:
+        """Make one in which what is asked for is due after the same batch."""
+        return OwnAgreement()
 
     def barrier(self) -> None:
         """Do nothing: there is one rank."""

@@ -9,19 +9,12 @@ from collections.abc import Callable
 from time import monotonic
 from types import FrameType
 
-import torch
-
+from harness.accelerators.base import Agreement, OwnAgreement
 from harness.callback import Callback
 from harness.data.workers import GROUP_SIGNALS
 from harness.errors import Interrupted
 
 Handler = Callable[[int, FrameType | None], object] | int | None
-
-CHECK_EVERY = 10
-"""Most batches between two checks of several ranks whether one of them got a signal."""
-
-CHECK_S = 0.2
-"""Seconds between two such checks; a longer batch is checked by itself."""
 
 REPEAT_S = 2.0
 """Seconds in which a second Ctrl-C comes from the launcher of several ranks."""
@@ -33,9 +26,8 @@ LAUNCHER_S = 30.0
 class Interrupt(Callback):
     """Ends the fit after the batch on a signal, such as Ctrl-C; a second Ctrl-C ends it now.
 
-    Several ranks check for signals together, so that they end at the same batch. They do so
-    after each batch, or every few batches if these are short. Outside the main thread, no
-    signal handler is installed.
+    Several ranks end after the same batch, the one that they are in, or the next. No batch
+    costs a message for it. Outside the main thread, no signal handler is installed.
 
     Attributes
     ----------
@@ -62,8 +54,9 @@ class Interrupt(Callback):
 
     def __init__(self) -> None:
         self.signum: int | None = None
-        self._signalled_at = self._checked_at = 0.0
-        self._num_ranks, self._num_batches, self._num_due = 1, 0, 1
+        self._signalled_at = 0.0
+        self._num_ranks = 1
+        self._agreement: Agreement = OwnAgreement()
         self._is_over = False
         self._before: dict[signal.Signals, Handler] = {}
 
@@ -73,7 +66,7 @@ class Interrupt(Callback):
         self.signum, self._is_over = None, False
         assert self.ctx.accelerator is not None
         self._num_ranks = self.ctx.accelerator.world_size
-        self._num_batches, self._num_due, self._checked_at = 0, 1, self.clock()
+        self._agreement = self.ctx.accelerator.agreement("signal")
         if threading.current_thread() is threading.main_thread():
             for number in self.signals:
                 # `nohup` ignores SIGHUP, so that the fit outlives its terminal.
@@ -86,6 +79,7 @@ class Interrupt(Callback):
         if self.signum is None and not self._is_over:
             self.signum = self.ctx.buffers["signal"] = signum
             self._signalled_at = self.clock()
+            self._agreement.ask(signum)
         elif not self._is_repeated(signum):
             self._restore()
             if not self._is_over:
@@ -101,8 +95,12 @@ class Interrupt(Callback):
 
     def _stop_if_signalled(self) -> None:
         """Raise at the same batch on every rank."""
-        signum = self.signum if self._num_ranks == 1 else self._agree()
-        if signum is not None and self._can_stop():
+        signum = self._agreement.check()
+        if signum is None:
+            return
+        if self.signum is None:  # another rank got it
+            self.signum, self._signalled_at = signum, self.clock()
+        if self._can_stop():
             raise Interrupted(signum)
 
     def _can_stop(self) -> bool:
@@ -116,24 +114,6 @@ class Interrupt(Callback):
         assert ctx.accelerator is not None
         is_changed = not ctx.valid_start.has_same_tensors(ctx.model)
         return not ctx.accelerator.any(is_changed)
-
-    def _agree(self) -> int | None:
-        """Return the signal of any rank, if this is a batch at which the ranks check."""
-        self._num_batches += 1
-        if self._num_batches < self._num_due:
-            return None
-        accelerator, now = self.ctx.accelerator, self.clock()
-        assert accelerator is not None
-        mine = torch.tensor([self.signum or 0, now - self._checked_at])
-        signum, passed_s = accelerator.reduce(mine, "max").tolist()
-        num_in_time = CHECK_S * self._num_batches / max(passed_s, 1e-6)
-        self._num_due = min(max(int(num_in_time), 1), CHECK_EVERY)
-        self._num_batches, self._checked_at = 0, now
-        if not signum:
-            return None
-        if self.signum is None:
-            self.signum, self._signalled_at = int(signum), now
-        return int(signum)
 
     def _restore(self) -> None:
         """Restore the earlier signal handlers."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
+from harness.accelerators.base import Agreement, OwnAgreement
 from harness.callbacks.monitor import Mode, Monitor
 from harness.checkpoint.format import Phase, list_checkpoints, remove_killed_saves
 from harness.checkpoint.writer import CheckpointWriter
@@ -95,6 +96,7 @@ class ModelCheckpoint(Monitor):
         self._last_step = 0
         self._last_time = 0.0
         self._has_saved = False
+        self._timed: Agreement = OwnAgreement()
 
     def check(self, ctx: Context) -> None:
         """Refuse a fit without a folder for checkpoints, or without the monitored loss."""
@@ -135,6 +137,9 @@ class ModelCheckpoint(Monitor):
             self._earlier = [path.name for path in list_checkpoints(folder)]
         self.writer = CheckpointWriter(folder, self.ctx)
         assert self.ctx.accelerator is not None
+        if self.every_n_minutes is not None:
+            place = self.ctx.callbacks.index(self)
+            self._timed = self.ctx.accelerator.agreement(f"save {place}")
         if self.ctx.accelerator.is_main:
             remove_killed_saves(folder)
         self._last_time, self._has_saved, self._has_allocated = (
@@ -157,14 +162,20 @@ class ModelCheckpoint(Monitor):
             and step != self._last_step
             and step % self.every_n_steps == 0
         )
-        if self.every_n_minutes is not None and not is_due:
-            assert self.ctx.accelerator is not None
-            passed_s = monotonic() - self._last_time
-            is_due = self.ctx.accelerator.broadcast(
-                passed_s >= 60 * self.every_n_minutes
-            )
+        if self.every_n_minutes is not None:
+            is_due = self._is_time(60 * self.every_n_minutes) or is_due
         if is_due:
             self._save("train")
+
+    def _is_time(self, every_s: float) -> bool:
+        """Whether so long has passed on rank 0; the ranks agree on the batch."""
+        assert self.ctx.accelerator is not None
+        if self.ctx.accelerator.is_main and monotonic() - self._last_time >= every_s:
+            self._timed.ask()
+        if self._timed.check() is None:
+            return False
+        self._timed.renew()
+        return True
 
     def react(self) -> None:
         """Save if a checkpoint is due."""

@@ -21,6 +21,8 @@ from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from harness.accelerators.base import (
+    Agreement,
+    OwnAgreement,
     StepHook,
     StepOpt,
     default_step_opt,
@@ -69,7 +71,11 @@ from harness.accelerators.deepspeed.validation import (
 )
 from harness.accelerators.deepspeed.whole_weights import WholeWeights
 from harness.accelerators.devices import choose_rank_device
-from harness.accelerators.distributed.environment import read_launch, set_environment
+from harness.accelerators.distributed.environment import (
+    read_launch,
+    read_lost_after,
+    set_environment,
+)
 from harness.accelerators.distributed.group import RankGroup, detach_to
 from harness.accelerators.distributed.sharded_loader import shard_loaders
 from harness.accelerators.distributed.shares import ShareTracker
@@ -156,7 +162,7 @@ class DeepSpeedAccelerator:
         self._watchdog: Watchdog | None = None
         if self.world_size > 1:
             self._watchdog = Watchdog.find() or Watchdog(
-                self._ranks, launch.launcher_pid
+                self._ranks, launch.launcher_pid, lost_after_s=read_lost_after()
             )
         self.meet("an accelerator, which fit, evaluate and predict make")
         self._check_devices()
@@ -247,6 +253,7 @@ class DeepSpeedAccelerator:
         that were seeded alike: dropout and augmentation differ. Rank 0's are unchanged.
         """
         self.finish()
+        self._set_working(True)
         self._model = model
         opts = None if optimizers is None else dict(optimizers)
         first = loaders[0] if loaders else None
@@ -502,6 +509,17 @@ class DeepSpeedAccelerator:
         if self._watchdog is not None:
             self._watchdog.meeting.meet(what)
 
+    def _set_working(self, is_working: bool) -> None:
+        """Tell the other ranks whether they need this one."""
+        if self._watchdog is not None:
+            self._watchdog.set_working(is_working)
+
+    def agreement(self, name: str) -> Agreement:
+        """Make what ranks use to agree on a batch; every rank must call it."""
+        if self._watchdog is None:
+            return OwnAgreement()
+        return self._watchdog.make_agreement(name)
+
     def barrier(self) -> None:
         """Wait until every rank gets here."""
         self._ranks.barrier()
@@ -632,3 +650,4 @@ class DeepSpeedAccelerator:
                 self._model.cpu()
         self._cleanup.close()
         self._clear()
+        self._set_working(False)

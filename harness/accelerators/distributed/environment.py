@@ -366,6 +366,37 @@ def read_agent(env: Mapping[str, str] | None = None) -> Agent:
     )
 
 
+LOST_AFTER = "HARNESS_LOST_AFTER_S"
+"""Variable with the seconds without a sign of life after which a rank is lost; 0: never."""
+
+LOST_AFTER_S = 60.0
+"""Its default."""
+
+SHORTEST_LOST_AFTER_S = 10.0
+"""The least that it may be: signs of life come every 5 s."""
+
+
+def read_lost_after(env: Mapping[str, str] | None = None) -> float:
+    """Read after how many seconds without a sign of life a rank is lost; 0: never.
+
+    Raises
+    ------
+    ValueError
+        If the variable is no number of seconds from 10, and not 0.
+    """
+    env = os.environ if env is None else env  # noqa: TID251 - the one place
+    text = env.get(LOST_AFTER, str(LOST_AFTER_S))
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if seconds != 0 and not seconds >= SHORTEST_LOST_AFTER_S:
+        least = f"{SHORTEST_LOST_AFTER_S:g}"
+        msg = f"launch: expected {LOST_AFTER} of at least {least} seconds, or 0"
+        raise ValueError(f"{msg}, got {text!r}. Set it to 0 to wait without end.")
+    return seconds
+
+
 def read_slurm_job(env: Mapping[str, str] | None = None) -> str | None:
     """Read the id of the Slurm job, with its task if it is one of an array; None outside Slurm."""
     env = os.environ if env is None else env  # noqa: TID251 - the one place

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from harness.accelerators.distributed.environment import Launch, read_agent
+from harness.accelerators.distributed.store import connect_store
 from harness.pytree import map_tensors
 
 T = TypeVar("T")
@@ -27,9 +28,6 @@ FAILED = "failed"
 
 TIMEOUT = timedelta(minutes=30)
 """Time to wait for the other ranks, longer than a slow checkpoint of one of them."""
-
-RENDEZVOUS_TIMEOUT = timedelta(minutes=5)
-"""Time that the first rank waits for the last one to start."""
 
 CUDA_BACKENDS = "cpu:gloo,cuda:nccl"
 """Backends for tensors on both kinds of device; gloo lacks some operations on CUDA."""
@@ -71,6 +69,7 @@ class RankGroup:
         self.rank = launch.rank
         self.world_size = launch.world_size
         self.device = device
+        self.server = f"rank 0 on {launch.address or 'this machine'}"
         self.store: Any = None
         if not dist.is_initialized():
             self._connect(launch)
@@ -85,19 +84,9 @@ class RankGroup:
     def _connect(self, launch: Launch) -> None:
         """Create the process group; one rank needs neither launcher nor port."""
         agent = read_agent()
-        if launch.world_size == 1:
-            store: Any = dist.HashStore()  # type: ignore[attr-defined]
-        else:
-            store = dist.TCPStore(  # type: ignore[attr-defined]
-                launch.address or "127.0.0.1",
-                launch.port or 0,
-                launch.world_size,
-                is_master=launch.rank == 0 and not agent.has_store,
-                timeout=RENDEZVOUS_TIMEOUT,
-            )
-        # Of ranks that failed, an agent's store keeps failure and addresses.
-        prefix = f"harness/{agent.attempt}"
-        self.store = dist.PrefixStore(prefix, store)  # type: ignore[attr-defined]
+        if agent.has_store:
+            self.server = f"torchrun's agent on {launch.address}"
+        self.store = connect_store(launch, agent)
         backend = CUDA_BACKENDS if self.device.type == "cuda" else "gloo"
         dist.init_process_group(
             backend,
@@ -292,29 +281,53 @@ class RankGroup:
         The client of the process group is locked while the group waits for a rank.
         """
         found = copy.copy(self)
-        if hasattr(self.store, "clone"):  # not before torch 2.8
+        if self.has_clients:
             found.store = self.store.clone()
         return found
+
+    @property
+    def has_clients(self) -> bool:
+        """Whether the store has a client for each thread: not before torch 2.8."""
+        return hasattr(self.store, "clone")
 
     def report_failure(self, error: BaseException) -> None:
         """Tell the other ranks why this one ends, unless another failed first."""
         if self.store is not None and self.first_failure() is None:
             self.store.set(FAILED, f"{self.rank}:{format_error(error)}")
 
+    def report_lost(self, rank: int, how: str) -> tuple[int, str]:
+        """Tell all ranks that one is lost, unless one failed first; returns what counts."""
+        found = self.read_failure()
+        if found is None:
+            found = rank, f"it is lost: {how}"
+            self.store.set(FAILED, f"{found[0]}:{found[1]}")
+        return found
+
     def first_failure(self) -> tuple[int, str] | None:
         """Rank and error of the rank that failed first, if this rank knows of one."""
+        try:
+            return self.read_failure()
+        except (RuntimeError, ConnectionError):
+            return STORE_IS_GONE
+
+    def read_failure(self) -> tuple[int, str] | None:
+        """Rank and error of the rank that failed first.
+
+        Raises
+        ------
+        RuntimeError, ConnectionError
+            If what serves the store is gone.
+        """
         if self.store is None or self.world_size == 1:
             return None
-        try:
-            if not self.store.check([FAILED]):
-                return None
-            rank, _, reason = self.store.get(FAILED).decode().partition(":")
-        except (
-            RuntimeError,
-            ConnectionError,
-        ):  # rank 0, which holds the store, is gone
-            return 0, "ended without an error message"
+        if not self.store.check([FAILED]):
+            return None
+        rank, _, reason = self.store.get(FAILED).decode().partition(":")
         return int(rank), reason
+
+
+STORE_IS_GONE = 0, "ended without an error message"
+"""Failure of rank 0, which serves the store, if it can tell none."""
 
 
 def _try(check: Callable[[], T]) -> tuple[tuple[T] | None, Exception | None]:

@@ -10,19 +10,26 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, NoReturn
 
 from harness.accelerators.distributed.group import PeerError, RankGroup
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
+ENDED = "ended"
+"""Key in the store with the rank that ended its program last; with a number, of that rank."""
+
 BLOCKED_S = 3.0
 """Seconds in one collective after which a rank does not come to a meeting any more."""
 
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.0005, 0.1
+
+RANKS_AT_ONCE = 128
+"""More ranks ask the store more rarely, so that it gets no more questions a second."""
 
 _COLLECTIVES = ("torch/distributed/", "deepspeed/comm/")
 _LIBRARIES = ("/torch/", "/deepspeed/", "/contextlib.py")
@@ -40,9 +47,13 @@ class Meeting:
     def __init__(self, ranks: RankGroup) -> None:
         self._ranks, self._count = ranks, 0
         self._blocked_since: float | None = None
+        self.is_waiting = False
+        self._longest_s = _LONGEST_WAIT_S * max(1, ranks.world_size / RANKS_AT_ONCE)
 
     def meet(self, what: str) -> None:
         """Wait until every rank does the same.
+
+        Each rank asks the store as often for two ranks as for a thousand.
 
         Parameters
         ----------
@@ -57,45 +68,69 @@ class Meeting:
             If another rank has failed.
         """
         self._count += 1
-        store, rank = self._ranks.store, self._ranks.rank
-        if store is None:
+        if self._ranks.store is None:
             return
-        store.set(self._key(self._count, rank), what)
-        store.set(self._key(self._count), what)
-        wait_s = _FIRST_WAIT_S
-        for other in range(self._ranks.world_size):
-            key = self._key(self._count, other)
-            while not self._has(key):
-                self._check_others(what)
-                time.sleep(wait_s)
-                wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
-            found = store.get(key).decode()
-            if found != what:
-                msg = f"{what}: expected the same on every rank"
-                advice = "Do the same on every rank, in the same order."
-                raise RuntimeError(
-                    f"{msg}, got it on rank {rank} and {found} on rank {other}. {advice}"
-                )
+        self.is_waiting = True
+        try:
+            self._meet(self._ranks.store, what)
+        finally:
+            self.is_waiting = False
 
-    def _check_others(self, what: str) -> None:
-        """Raise if a rank cannot come to the present meeting."""
+    def _meet(self, store: Store, what: str) -> None:
+        key, mine = f"meeting/{self._count}", f"{self._ranks.rank}:{what}"
+        if store.add(f"{key}/place", 1) == 1:
+            store.set(f"{key}/first", mine)
+        self._wait_for(lambda: store.check([f"{key}/first"]), what)
+        first = store.get(f"{key}/first").decode()
+        if first.partition(":")[2] != what:
+            store.set(f"{key}/other", mine)
+            self._refuse(what, first)
+        store.add(f"{key}/came", 1)
+
+        def is_complete() -> bool:
+            if store.add(f"{key}/came", 0) == self._ranks.world_size:
+                return True
+            if store.check([f"{key}/other"]):
+                self._refuse(what, store.get(f"{key}/other").decode())
+            return False
+
+        self._wait_for(is_complete, what)
+
+    def _wait_for(self, is_done: Callable[[], bool], what: str) -> None:
+        wait_s = _FIRST_WAIT_S
+        while not is_done():
+            problem = self._find_problem(what)
+            if problem is not None and not is_done():  # it may have come and gone
+                raise problem
+            time.sleep(wait_s)
+            wait_s = min(2 * wait_s, self._longest_s)
+
+    def _refuse(self, what: str, found: str) -> NoReturn:
+        other, _, does = found.partition(":")
+        msg = f"{what}: expected the same on every rank"
+        advice = "Do the same on every rank, in the same order."
+        raise RuntimeError(
+            f"{msg}, got it on rank {self._ranks.rank} and {does} on rank {other}."
+            f" {advice}"
+        )
+
+    def _find_problem(self, what: str) -> RuntimeError | None:
+        """Find why a rank cannot come to the present meeting; None if all can."""
         failed = self._ranks.first_failure()
         if failed is not None:
-            raise PeerError(*failed)
-        for other in range(self._ranks.world_size):
-            does = None
-            if self._has(f"blocked/{self._count}/{other}"):
-                key = f"blocked/{self._count}/{other}"
-                does = f"waits in {self._ranks.store.get(key).decode()}"
-            elif self._has(f"ended/{other}"):
-                does = "has ended its program"
-            if does is not None:
-                rank = self._ranks.rank
-                msg = f"{what}: expected it on every rank, got it on rank {rank}"
-                advice = (
-                    "Decide from what every rank knows, such as accelerator.any(flag)."
-                )
-                raise RuntimeError(f"{msg}, while rank {other} {does}. {advice}")
+            return PeerError(*failed)
+        store, blocked = self._ranks.store, f"meeting/{self._count}/blocked"
+        if store.check([blocked]):
+            other, _, place = store.get(blocked).decode().partition(":")
+            does = f"waits in {place}"
+        elif store.check([ENDED]):
+            other, does = store.get(ENDED).decode(), "has ended its program"
+        else:
+            return None
+        rank = self._ranks.rank
+        msg = f"{what}: expected it on every rank, got it on rank {rank}"
+        advice = "Decide from what every rank knows, such as accelerator.any(flag)."
+        return RuntimeError(f"{msg}, while rank {other} {does}. {advice}")
 
     def watch(self, store: Store | None) -> None:
         """Tell the others if they meet while this rank waits for them in a collective.
@@ -110,7 +145,7 @@ class Meeting:
         count = self._count
         if store is None:
             return
-        is_awaited = store.check([self._key(count + 1)])
+        is_awaited = store.check([f"meeting/{count + 1}/first"])
         place = find_collective() if is_awaited else None
         if place is None or count != self._count:
             self._blocked_since = None
@@ -119,24 +154,17 @@ class Meeting:
         if self._blocked_since is None:
             self._blocked_since = now
         elif now - self._blocked_since >= BLOCKED_S:
-            key = f"blocked/{count + 1}/{self._ranks.rank}"
-            store.set(key, place)
+            store.set(f"meeting/{count + 1}/blocked", f"{self._ranks.rank}:{place}")
 
     def leave(self) -> None:
         """Tell the others that this rank ends its program."""
+        store, rank = self._ranks.store, self._ranks.rank
         try:
-            if self._ranks.store is not None:
-                self._ranks.store.set(f"ended/{self._ranks.rank}", "1")
+            if store is not None:
+                store.set(f"{ENDED}/{rank}", "1")
+                store.set(ENDED, str(rank))
         except RuntimeError:  # rank 0, which holds the store, is gone
             pass
-
-    def _has(self, key: str) -> bool:
-        return self._ranks.store is not None and bool(self._ranks.store.check([key]))
-
-    @staticmethod
-    def _key(number: int, rank: int | None = None) -> str:
-        """Key of a rank that came to a meeting; None: of any rank."""
-        return f"meeting/{number}/{'any' if rank is None else rank}"
 
 
 def find_collective() -> str | None:
@@ -151,6 +179,15 @@ def find_collective() -> str | None:
         return "a collective"
     path = Path(frame.f_code.co_filename)
     return f"{frame.f_code.co_name} ({path.name}, line {frame.f_lineno})"
+
+
+def is_of_collective(traceback: TracebackType | None) -> bool:
+    """Whether an error was raised in a collective."""
+    while traceback is not None:
+        if _is_in(traceback.tb_frame, _COLLECTIVES):
+            return True
+        traceback = traceback.tb_next
+    return False
 
 
 def _is_in(frame: FrameType, parts: tuple[str, ...]) -> bool:

@@ -3,20 +3,45 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from types import TracebackType
 
 from harness.accelerators.devices import use_in_thread
-from harness.accelerators.distributed.group import PeerError, RankGroup, disconnect
+from harness.accelerators.distributed.agreement import BatchAgreement
+from harness.accelerators.distributed.environment import LOST_AFTER_S
+from harness.accelerators.distributed.group import (
+    STORE_IS_GONE,
+    PeerError,
+    RankGroup,
+    disconnect,
+)
+from harness.accelerators.distributed.heartbeat import (
+    WORKING,
+    Heartbeat,
+    Member,
+    Silence,
+)
 from harness.accelerators.distributed.launcher import is_inner_launcher
-from harness.accelerators.distributed.meeting import Meeting
+from harness.accelerators.distributed.meeting import (
+    RANKS_AT_ONCE,
+    Meeting,
+    is_of_collective,
+)
 from tracking.errors import write_stderr
 
 POLL_S = 0.5
+"""Seconds between two looks; with many ranks, each asks the store more rarely."""
+
+PENDING_S = 0.05
+"""The same, while ranks agree on something."""
+
 GRACE_S = 10.0
 """Seconds that a rank has to exit before it is killed, because another rank failed."""
 
@@ -24,16 +49,18 @@ SAVE_GRACE_S = 30.0
 """The same, because its launcher is gone: time to save, as much as launchers give."""
 
 JOIN_S = 5.0
-"""Seconds that the end of the process waits for the thread."""
+"""Seconds that the end of the process waits for the threads."""
 
 
 class Watchdog:
-    """Ends this rank with the others.
+    """Ends this rank with the others, and asks them what needs no collective.
 
     An uncaught exception prints its traceback, unless it follows from another rank's
     failure. Then it prints one line, so that the first traceback on the screen is the
-    cause. A thread checks for two events that raise no exception: another rank fails while
-    this one waits for it, and the launcher is killed.
+    cause. Two threads check for what raises no exception. One asks the store: whether
+    another rank fails while this one waits for it, whether one is lost (``Heartbeat``), and
+    what ranks agree on (``BatchAgreement``). The other one needs no answer: it checks
+    whether the launcher is killed, and whether the store still answers.
 
     Parameters
     ----------
@@ -43,6 +70,8 @@ class Watchdog:
         Id of a process, besides the parents, whose end also ends this rank.
     poll_s : > 0
         Seconds between two checks of the launcher and the other ranks.
+    lost_after_s : >= 0
+        Seconds without a sign of life after which a rank is lost; 0: never.
 
     Notes
     -----
@@ -50,7 +79,7 @@ class Watchdog:
     on, so its ranks keep running. The rank then sends SIGTERM to itself, on which a fit
     saves and stops. After ``SAVE_GRACE_S`` seconds the process exits in any case.
 
-    The thread ends before the interpreter does. Python would stop it inside a call of the
+    The threads end before the interpreter does. Python would stop them inside a call of the
     store, whose C++ code then aborts the process.
     """
 
@@ -60,20 +89,36 @@ class Watchdog:
         launcher: int | None = None,
         *,
         poll_s: float = POLL_S,
+        lost_after_s: float = LOST_AFTER_S,
     ) -> None:
         self._ranks, self._poll_s = ranks, poll_s
         self.meeting = Meeting(ranks)
+        self.failure: tuple[int, str] | None = None
         self._launcher = launcher
         self._parents = self._launchers()
+        self._is_working = False
+        self._agreements: dict[str, BatchAgreement] = {}
+        self._num_agreements = self._num_answers = 0
+        self._woken: SimpleQueue[None] = SimpleQueue()  # safe in a signal handler
         self._quiet = threading.Event()
         self._is_ending = threading.Event()
         self._hook = sys.excepthook
         sys.excepthook = self._on_exception
         self._asked = ranks.for_thread()
-        self._thread = threading.Thread(
-            target=self._poll, name="harness-watch", daemon=True
+        # Without a client of its own, the thread has to wait while the group waits.
+        self._lost_after_s = lost_after_s if ranks.has_clients else 0.0
+        self._heartbeat = Heartbeat(
+            Member.current(ranks.rank),
+            ranks.world_size,
+            self._lost_after_s,
+            is_waiting=lambda: self.meeting.is_waiting,
         )
-        self._thread.start()
+        self._threads = [
+            threading.Thread(target=work, name=f"harness-{name}", daemon=True)
+            for name, work in {"watch": self._watch, "ask": self._ask}.items()
+        ]
+        for thread in self._threads:
+            thread.start()
         atexit.register(self.stop)
 
     @staticmethod
@@ -86,8 +131,30 @@ class Watchdog:
         """Stop watching, because the interpreter ends."""
         self._quiet.set()
         self._is_ending.set()
-        self._thread.join(JOIN_S)
+        self._woken.put(None)
+        for thread in self._threads:
+            thread.join(JOIN_S)
         self.meeting.leave()
+
+    def set_working(self, is_working: bool) -> None:
+        """Tell the others whether they need this rank, as in a fit, if it vanishes."""
+        self._is_working = is_working
+        with contextlib.suppress(RuntimeError):  # what serves the store is gone
+            key = f"{WORKING}/{self._ranks.rank}"
+            self._ranks.store.set(key, str(int(is_working)))
+
+    def make_agreement(self, name: str) -> BatchAgreement:
+        """Make an agreement, in place of the earlier one of that name."""
+        self._num_agreements += 1
+        agreement = BatchAgreement(
+            f"agreement/{self._num_agreements}/{name}",
+            self._ranks.rank,
+            self._ranks.world_size,
+            wake=lambda: self._woken.put(None),
+            find_failure=lambda: self.failure,
+        )
+        self._agreements[name] = agreement
+        return agreement
 
     def _on_exception(
         self,
@@ -111,7 +178,7 @@ class Watchdog:
         atexit.unregister(disconnect)
         if isinstance(error, PeerError):
             return False
-        first = self._ranks.first_failure()
+        first = self._ranks.first_failure() or self._find_cause(error)
         if first is None or first[0] == self._ranks.rank:
             self._ranks.report_failure(error)
             return True
@@ -120,19 +187,67 @@ class Watchdog:
         write_stderr(f"{text}\n")  # instead of a traceback
         return False
 
-    def _poll(self) -> None:
-        """Poll until an uncaught exception stops it."""
-        use_in_thread(self._ranks.device)
+    def _find_cause(self, error: BaseException) -> tuple[int, str] | None:
+        """Find the rank of this machine that was killed, if a collective failed."""
+        if not is_of_collective(error.__traceback__):
+            return None
+        try:
+            gone = self._heartbeat.find_gone(self._ranks.store)
+            if gone is not None:
+                how = self._heartbeat.describe(gone)
+                return self._ranks.report_lost(gone.rank, how)
+        except (RuntimeError, ConnectionError):  # what serves the store is gone
+            return STORE_IS_GONE
+        return None
+
+    def _watch(self) -> None:
+        """Watch what needs no answer of the store."""
+        answers = Silence(time.monotonic, 10 * self._poll_s)
         while not self._quiet.wait(self._poll_s):
             if self._launchers() != self._parents:
                 os.kill(os.getpid(), signal.SIGTERM)
                 self._end_process("its launcher is gone", SAVE_GRACE_S)
                 return
-            failed = self._asked.first_failure()
-            if failed is not None and failed[0] != self._ranks.rank:
-                self._end_process(f"rank {failed[0]} failed: {failed[1]}", GRACE_S)
+            silent_s = answers.update(self._num_answers)
+            is_asking = self._lost_after_s and self.failure is None
+            if is_asking and silent_s > self._lost_after_s:
+                server = f"{self._ranks.server}, which serves the store of the ranks"
+                self._end_process(f"{server}, was {answers.describe()}", 0.0)
                 return
-            self.meeting.watch(self._asked.store)
+
+    def _ask(self) -> None:
+        """Ask the store until the process ends."""
+        use_in_thread(self._ranks.device)
+        seldom = max(1.0, self._ranks.world_size / RANKS_AT_ONCE)
+        while not self._quiet.is_set():
+            try:
+                self.failure = self._ask_once()
+            except (RuntimeError, ConnectionError):  # what serves the store is gone
+                if not (self._is_working or self.meeting.is_waiting):
+                    self._lost_after_s = 0.0
+                    return  # as at the end of a program
+                self.failure = STORE_IS_GONE
+            if self.failure is not None:
+                rank, reason = self.failure
+                self._end_process(f"rank {rank} failed: {reason}", GRACE_S)
+                return
+            self._num_answers += 1
+            is_pending = any(one.is_pending for one in self._agreements.values())
+            wait_s = PENDING_S if is_pending else self._poll_s
+            with contextlib.suppress(Empty):
+                self._woken.get(timeout=wait_s * seldom)
+
+    def _ask_once(self) -> tuple[int, str] | None:
+        """Ask the store for all there is; returns the failure of a rank."""
+        store = self._asked.store
+        failed = self._asked.read_failure()
+        if failed is not None or store is None:
+            return failed
+        for agreement in list(self._agreements.values()):
+            agreement.exchange(store)
+        self.meeting.watch(store)
+        lost = self._heartbeat.look(store) if self._lost_after_s else None
+        return None if lost is None else self._asked.report_lost(*lost)
 
     def _launchers(self) -> tuple[int, ...]:
         """Processes that started this one and are alive."""

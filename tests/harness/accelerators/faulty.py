@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
@@ -17,7 +18,7 @@ import torch.distributed as dist
 import harness
 from harness.accelerators.deepspeed.accelerator import DeepSpeedAccelerator
 
-STEPS = {"well": 4, "restart": 4, "wait": 10_000}
+STEPS = {"well": 4, "wait": 10_000}
 
 
 def boom() -> None:
@@ -30,8 +31,25 @@ class Raise(harness.Callback):
     def on_train_batch_end(self) -> None:
         accelerator = self.ctx.accelerator
         assert accelerator is not None
-        if self.ctx.iter == 5 and accelerator.rank == 1:
+        is_again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        if self.ctx.iter == 5 and accelerator.rank == 1 and not is_again:
             boom()
+
+
+class Stop(harness.Callback):
+    """Holds the interpreter's lock on one rank for a while, and later stops the process."""
+
+    def on_train_batch_end(self) -> None:
+        accelerator = self.ctx.accelerator
+        assert accelerator is not None
+        if self.ctx.iter == 3 and accelerator.rank == 1:
+            ctypes.PyDLL(None).sleep(14)
+        (self.folder / f"batch-{accelerator.rank}").write_text(str(self.ctx.iter))
+        if self.ctx.iter == 5 and accelerator.rank == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
 
 
 class Skip(harness.Callback):
@@ -83,20 +101,32 @@ def in_a_fit(folder: Path, how: str) -> None:
     )
     kind = FailsToGather if how == "gather" else DeepSpeedAccelerator
     resume = harness.callbacks.AutoResume(folder / "saved", every_n_steps=2)
-    learner.fit(
-        (torch.randn(80, 3), torch.randn(80, 1)),
+    callbacks: list[harness.Callback] = [resume]
+    if how in {"fit", "restart"}:
+        callbacks.append(Raise())
+    elif how == "stop":
+        callbacks.append(Stop(folder))
+    x, y = (
+        torch.randn(80, 3, generator=torch.Generator().manual_seed(0)),
+        torch.ones(80, 1),
+    )
+    fitted = learner.fit(
+        (x, y),
         epochs=1,
-        callbacks=[resume, Raise()] if how == "fit" else [resume],
+        callbacks=callbacks,
         accelerator=kind({"zero_optimization": {"stage": 3}}, device="cpu"),
         dataloader_options={"batch_size": 4},
         seed=1,
         tracker={"runs_dir": folder / "runs", "delivery": False},
         verbose=False,
     )
+    if how in {"restart", "finish"} and os.environ["RANK"] == "0":
+        weights = {n: value.tolist() for n, value in fitted.model.state_dict().items()}
+        sys.stdout.write(f"weights {weights}\n")
 
 
 def main(folder: Path, how: str) -> None:
-    if how in {"fit", "gather", "finish"}:
+    if how in {"fit", "gather", "finish", "restart", "stop"}:
         in_a_fit(folder, how)
         return
     if how in {"skip", "evaluate"}:
@@ -121,8 +151,6 @@ def main(folder: Path, how: str) -> None:
             time.sleep(0.05)
         if step == 2 and accelerator.rank == 1:
             if how == "raise":
-                boom()
-            if how == "restart" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
                 boom()
             if how == "die":
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -23,7 +25,7 @@ from tracking.cli.describe import describe_run
 
 FAULTY = Path(__file__).with_name("faulty.py")
 
-PATIENCE_S = 90
+PATIENCE_S = 200
 """Seconds after which something is taken for hung."""
 
 pytestmark = pytest.mark.distributed
@@ -131,7 +133,9 @@ def test_one_rank_raises_under_torchrun(start: object) -> None:
     check_traceback_comes_first(run.text().partition("torch/distributed/elastic")[0])
 
 
-def test_ranks_that_torchrun_restarts_train_anew(start: object) -> None:
+def test_ranks_that_torchrun_restarts_resume_as_if_nothing_had_happened(
+    start: object,
+) -> None:
     def restarting(folder: Path, how: str) -> list[str]:
         command = torchrun(folder, how)
         return [*command[:4], "--max-restarts=1", *command[4:]]
@@ -141,7 +145,28 @@ def test_ranks_that_torchrun_restarts_train_anew(start: object) -> None:
     assert run.code() == 0, run.text()
     run.check_nothing_left()
     assert run.text().count("boom()") == 1, run.text()
-    assert "sum " in run.text()
+    (found,) = re.findall("weights .*", run.text())
+    (one,) = tracking.list_runs(run.folder / "runs")
+    assert one.status == "finished"
+    whole = start(torchrun, "finish")
+    assert whole.code() == 0, whole.text()
+    assert re.findall("weights .*", whole.text()) == [found]
+
+
+@pytest.mark.slow
+def test_rank_that_is_stopped_ends_the_others_and_one_that_is_busy_does_not(
+    start: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HARNESS_LOST_AFTER_S", "10")
+    assert callable(start)
+    run = start(by_harness, "stop")
+    run.wait_for(lambda: "it is lost" in run.text())
+    assert (run.folder / "batch-1").read_text() == "5"
+    pid, host = (run.folder / "pid-1").read_text(), socket.gethostname()
+    text = f"rank 0: ended because rank 1 failed: it is lost: its process {pid} on {host!r}"
+    assert f"{text} is stopped; not heard of for 1" in run.text()
+    assert run.code() != 0
+    run.check_nothing_left()
 
 
 def test_one_rank_raises_in_a_fit_and_the_run_is_failed(start: object) -> None:
@@ -209,6 +234,10 @@ def test_one_rank_dies_under_launch(start: object) -> None:
     run = start(by_harness, "die")
     assert run.code() != 0
     run.check_nothing_left()
+    pid, host = (run.folder / "pid-1").read_text(), socket.gethostname()
+    text = f"rank 1 failed: it is lost: its process {pid} on {host!r} has ended"
+    assert text in run.text()
+    assert "Traceback" not in run.text()
 
 
 @pytest.mark.slow
@@ -242,8 +271,13 @@ def test_launcher_that_is_killed_takes_the_ranks_along(
 
 def test_a_good_run_is_quiet_and_ends_well(start: object) -> None:
     assert callable(start)
+
+    def with_few_files(folder: Path, how: str) -> list[str]:
+        words = shlex.join(torchrun(folder, how))
+        return ["bash", "-c", f"ulimit -Sn 100; exec {words}"]  # it is raised
+
     said = []
-    for launcher in (torchrun, by_harness):
+    for launcher in (with_few_files, by_harness):
         run = start(launcher, "well")
         assert run.code() == 0, run.text()
         run.check_nothing_left()
@@ -251,6 +285,28 @@ def test_a_good_run_is_quiet_and_ends_well(start: object) -> None:
     assert said[0] == said[1]
     assert len(said[0]) == 1
     assert said[0][0].startswith("sum ")
+
+
+@pytest.mark.slow
+def test_too_few_open_files_are_refused_with_their_number(start: object) -> None:
+    def with_few_files(folder: Path, how: str) -> list[str]:
+        return [
+            "bash",
+            "-c",
+            f"ulimit -n 200; exec {shlex.join(torchrun(folder, how))}",
+        ]
+
+    assert callable(start)
+    run = start(with_few_files, "well")
+    assert run.code() != 0
+    text = (
+        r"expected a limit of at least (\d+) open files for the connections of 2 ranks"
+    )
+    told = re.search(
+        rf"ValueError: launch: {text}, got 200 \(hard limit 200\)", run.text()
+    )
+    assert told is not None, run.text()
+    assert 256 < int(told[1]) < 400
 
 
 @pytest.mark.slow

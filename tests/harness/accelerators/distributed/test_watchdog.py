@@ -37,12 +37,13 @@ import torch.distributed as dist
 from harness.accelerators.distributed.watchdog import Watchdog
 
 class Ranks:
-    rank, device = 0, torch.device("cpu")
+    rank, world_size, device = 0, 2, torch.device("cpu")
+    has_clients = True
     def __init__(self):
         self.store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
     def for_thread(self):
         return self
-    def first_failure(self):
+    def read_failure(self):
         self.store.check(["failed"])
 
 children = []

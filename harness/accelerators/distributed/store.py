@@ -1,0 +1,104 @@
+"""The store in which ranks find each other, with keys that no earlier start of them wrote."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+
+from harness.accelerators.distributed.environment import Agent, Launch
+from harness.accelerators.distributed.open_files import check_open_files
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
+
+RENDEZVOUS_S = 300.0
+"""Time that the first rank waits for the last one to start."""
+
+_POLL_S = 0.02
+
+
+def connect_store(launch: Launch, agent: Agent) -> Store:
+    """Connect to the store of a launch, which rank 0 serves, or torchrun's agent.
+
+    Raises
+    ------
+    ValueError
+        If this process may not open as many files as there will be connections.
+    """
+    if launch.world_size == 1:
+        return dist.HashStore()  # type: ignore[attr-defined]
+    is_server = launch.rank == 0 and not agent.has_store
+    check_open_files(launch.world_size, is_server=is_server)
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        launch.address or "127.0.0.1",
+        launch.port or 0,
+        launch.world_size,
+        is_master=is_server,
+        timeout=timedelta(seconds=RENDEZVOUS_S),
+    )
+    prefix = f"harness/{agent.attempt}"
+    if agent.has_store:
+        start = agree_on_start(store, launch.rank, launch.world_size)
+        prefix = f"{prefix}/{start}"
+    return dist.PrefixStore(prefix, store)  # type: ignore[attr-defined]
+
+
+def agree_on_start(
+    store: Store, rank: int, world_size: int, timeout_s: float = RENDEZVOUS_S
+) -> str:
+    """Agree on a name for this start of the ranks, which no other start has.
+
+    The store of an agent outlives the ranks, and keeps their addresses and failures.
+    torchrun counts its restarts after a failure, but not those after a machine has joined.
+
+    Each rank writes a name of its own. Rank 0 answers every name that it finds until all
+    ranks have read its answer, so what an earlier rank wrote does no harm.
+
+    Raises
+    ------
+    TimeoutError
+        On rank 0, if ranks do not come; it names them.
+    """
+    own = uuid.uuid4().hex
+    if rank:
+        answer = f"start/of/{own}"
+        store.set(f"start/name/{rank}", own)
+        store.wait([answer], timedelta(seconds=timeout_s))
+        start = store.get(answer).decode()
+        store.add(f"start/{start}/ready", 1)
+        return start
+    names = [f"start/name/{other}" for other in range(1, world_size)]
+    answered: set[bytes] = set()
+
+    def is_done() -> bool:
+        if store.check(names):
+            for name in {store.get(key) for key in names} - answered:
+                answered.add(name)
+                store.set(f"start/of/{name.decode()}", own)
+        return store.add(f"start/{own}/ready", 0) == world_size - 1
+
+    if not _wait(is_done, timeout_s):
+        _refuse_missing(store, names, timeout_s)
+    return own
+
+
+def _wait(is_done: Callable[[], bool], timeout_s: float) -> bool:
+    until = time.monotonic() + timeout_s
+    while not is_done():
+        if time.monotonic() > until:
+            return False
+        time.sleep(_POLL_S)
+    return True
+
+
+def _refuse_missing(store: Store, names: Sequence[str], timeout_s: float) -> None:
+    missing = [n for n, key in enumerate(names, start=1) if not store.check([key])]
+    ranks = ", ".join(map(str, missing[:10])) or "an unknown rank"
+    msg = f"launch: expected {len(names) + 1} ranks within {timeout_s:g} s"
+    advice = "See what that rank wrote, and whether its machine can be reached."
+    raise TimeoutError(f"{msg}, got none from {ranks}. {advice}")
