@@ -6,11 +6,13 @@ import math
 import signal
 import threading
 from collections.abc import Callable
-from time import monotonic
+from time import monotonic, time
 from types import FrameType
 
 from harness.accelerators.base import Agreement, OwnAgreement
+from harness.accelerators.distributed.environment import read_slurm_end
 from harness.callback import Callback
+from harness.checks.values import check_more_than
 from harness.data.workers import GROUP_SIGNALS
 from harness.errors import Interrupted
 
@@ -28,6 +30,13 @@ class Interrupt(Callback):
 
     Several ranks end after the same batch, the one that they are in, or the next. No batch
     costs a message for it. Outside the main thread, no signal handler is installed.
+
+    Parameters
+    ----------
+    stop_within : > 0
+        Seconds from the signal until the process is killed, as the batch system has it. A
+        checkpoint that would take longer, by the last ones, is not begun then. None: until
+        the end of the Slurm job, if Slurm tells it.
 
     Attributes
     ----------
@@ -52,7 +61,11 @@ class Interrupt(Callback):
     signals = GROUP_SIGNALS
     clock = staticmethod(monotonic)
 
-    def __init__(self) -> None:
+    def __init__(self, *, stop_within: float | None = None) -> None:
+        if stop_within is not None:
+            advice = "Give the seconds between the signal and the kill."
+            check_more_than("Interrupt(stop_within)", stop_within, 0, advice)
+        self.stop_within = stop_within
         self.signum: int | None = None
         self._signalled_at = 0.0
         self._num_ranks = 1
@@ -79,12 +92,21 @@ class Interrupt(Callback):
         if self.signum is None and not self._is_over:
             self.signum = self.ctx.buffers["signal"] = signum
             self._signalled_at = self.clock()
+            self.ctx.buffers["stop_by"] = monotonic() + self._time_left()
             self._agreement.ask(signum)
         elif not self._is_repeated(signum):
             self._restore()
             if not self._is_over:
                 raise KeyboardInterrupt
             signal.raise_signal(signum)
+
+    def _time_left(self) -> float:
+        """Return the seconds until the process is killed; infinity if that is not known."""
+        left_s = math.inf if self.stop_within is None else self.stop_within
+        end = read_slurm_end()
+        if end is not None and end > time():  # else the job got more time
+            left_s = min(left_s, end - time())
+        return left_s
 
     def _is_repeated(self, signum: int) -> bool:
         """Whether a launcher or a batch system repeats the first signal."""

@@ -10,6 +10,8 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
+import torch
+
 from harness.accelerators.base import Agreement, OwnAgreement
 from harness.callbacks.monitor import Mode, Monitor
 from harness.checkpoint.format import Phase, list_checkpoints, remove_killed_saves
@@ -17,6 +19,9 @@ from harness.checkpoint.writer import CheckpointWriter
 from harness.checks.values import as_path, check_count, check_folder, check_more_than
 from harness.context import Context
 from harness.pytree import StateDict
+
+LAST_S = 3.0
+"""Seconds before a process is killed that are left to what comes after the last save."""
 
 
 class ModelCheckpoint(Monitor):
@@ -195,13 +200,34 @@ class ModelCheckpoint(Monitor):
         self._ranked = sorted(numbers)[: self.keep_best]
 
     def on_interrupt(self) -> None:
-        """Save if a signal ended the fit after a batch."""
-        if self.ctx.stop_signal is not None:
+        """Save if a signal ended the fit after a batch, and there is time for it."""
+        if self.ctx.stop_signal is not None and self._has_time():
             self._save("train" if self.ctx.training else "valid")
 
+    def _time_left(self) -> float:
+        """Seconds until the process is killed, as far as this rank knows."""
+        return float(self.ctx.buffers.get("stop_by", math.inf)) - monotonic()
+
+    def _has_time(self) -> bool:
+        """Whether a save can be done before the process is killed; the same on all ranks."""
+        accelerator = self.ctx.accelerator
+        assert accelerator is not None and self.writer is not None
+        own = [self.writer.estimate_time(), -self._time_left()]
+        of_ranks = accelerator.reduce(torch.tensor(own, dtype=torch.float64), "max")
+        needed_s, left_s = float(of_ranks[0]), -float(of_ranks[1])
+        if needed_s == 0 or needed_s <= left_s:  # it is not known of the first one
+            return True
+        if accelerator.is_main:
+            msg = "checkpoint not begun: expected time for it before the process is killed"
+            got = f"got {left_s:.0f} s left and {needed_s:.0f} s for it, as the last ones took"
+            advice = "The newest checkpoint stays. Save more often, or send the signal earlier."
+            warnings.warn(f"{msg}, {got}. {advice}", stacklevel=2)
+        return False
+
     def on_fit_end(self) -> None:
-        """Wait for the last save."""
-        self._wait()
+        """Wait for the last save, but not for longer than the process has."""
+        left_s = self._time_left()
+        self._wait(max(0.0, left_s - LAST_S) if math.isfinite(left_s) else None)
 
     def on_exception(self) -> None:
         """Wait for the last save, except after a second Ctrl-C."""
@@ -219,12 +245,15 @@ class ModelCheckpoint(Monitor):
             self.writer.save(phase)
             self._has_saved = True
 
-    def _wait(self) -> None:
+    def _wait(self, timeout_s: float | None = None) -> None:
         """Wait for the current save; warn if it failed, or else remove old checkpoints."""
         if self.writer is None:
             return
-        error = self.writer.wait()
-        if error is not None:
+        error = self.writer.wait(timeout_s)
+        if self.writer.is_busy:
+            msg = "checkpoint not waited for: the process is about to be killed."
+            warnings.warn(f"{msg} The one before it stays.", stacklevel=2)
+        elif error is not None:
             msg = f"checkpoint not written: {error} Training continues."
             warnings.warn(f"{msg} The next save tries again.", stacklevel=2)
         elif self._has_saved:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import _thread
 import threading
+from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from time import monotonic
 
 import torch
 from torch import Tensor
@@ -55,12 +57,16 @@ class CheckpointWriter:
 
     def __init__(self, folder: Path, ctx: Context) -> None:
         self.folder, self._ctx = folder, ctx
+        assert ctx.accelerator is not None
+        self._rank = ctx.accelerator.rank
         ctx.is_saved = True
         self._fields = copy_fields(search_context(ctx))
         self._copies: dict[str, Tensor] = {}
         self._temporary: Path | None = None
         self._is_idle: threading.Event | None = None  # while a thread works
         self._error: Exception | None = None
+        self._began_at = 0.0
+        self._durations: deque[float] = deque(maxlen=3)  # of the last saves, in seconds
 
     def begin(self, phase: Phase) -> str | None:
         """Make a temporary folder for a checkpoint of this moment.
@@ -76,6 +82,7 @@ class CheckpointWriter:
         ``wait``
         """
         self.wait()
+        self._began_at = monotonic()
         ctx, accelerator = self._ctx, self._ctx.accelerator
         assert accelerator is not None
         path = None
@@ -130,10 +137,11 @@ class CheckpointWriter:
         """Call in a thread that does not delay an exit after a second Ctrl-C."""
         assert self._is_idle is None
         is_idle = self._is_idle = threading.Event()
+        device = self._ctx.device  # the thread may begin when the fit is over
 
         def run() -> None:
             try:
-                use_in_thread(self._ctx.device)
+                use_in_thread(device)
                 work(*args)
             finally:
                 is_idle.set()
@@ -164,20 +172,43 @@ class CheckpointWriter:
         summary: PartSummary | None,
     ) -> None:
         """Write the files of this rank and, on rank 0, commit; runs in the background."""
-        accelerator, temporary = self._ctx.accelerator, self._temporary
-        assert accelerator is not None and temporary is not None
+        temporary = self._temporary
+        assert temporary is not None
         try:
-            write_rank(temporary, accelerator.rank, plan, tensors, summary)
-            if accelerator.is_main:
+            write_rank(temporary, self._rank, plan, tensors, summary)
+            if self._rank == 0:
                 commit_checkpoint(temporary, manifest)
+            self._durations.append(monotonic() - self._began_at)
         except Exception as error:  # noqa: BLE001  wait() returns it to the training thread
-            mark_failed(temporary, accelerator.rank)
+            mark_failed(temporary, self._rank)
             self._error = error
 
-    def wait(self) -> Exception | None:
-        """Wait until nothing is being written; return the error of a failed write, once."""
+    def estimate_time(self) -> float:
+        """Estimate the seconds until another save would be done; 0 if nothing is known.
+
+        It takes as long as the longest of the last three, after the present one.
+        """
+        longest = max(self._durations, default=0.0)
+        if not self.is_busy:
+            return longest
+        return longest + max(0.0, longest - (monotonic() - self._began_at))
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether something is being written."""
+        return self._is_idle is not None and not self._is_idle.is_set()
+
+    def wait(self, timeout_s: float | None = None) -> Exception | None:
+        """Wait until nothing is being written; return the error of a failed write, once.
+
+        Parameters
+        ----------
+        timeout_s
+            Seconds to wait; None: without limit. ``is_busy`` tells whether they were enough.
+        """
         if self._is_idle is not None:
-            self._is_idle.wait()
+            if not self._is_idle.wait(timeout_s):
+                return None
             self._is_idle = None
         error, self._error = self._error, None
         return error

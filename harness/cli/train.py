@@ -39,7 +39,7 @@ _REPLAYED = (
     *("max_steps", "valid_every", "limit_batches"),
     *("precision", "device", "deterministic"),
     *("no_track", "no_deliver", "checkpoint_every", "keep_checkpoints"),
-    *("no_checkpoints", "strict", "quiet"),
+    *("no_checkpoints", "stop_within", "strict", "quiet"),
 )
 """Options of ``fit`` that a run records as they are; ``config`` is recorded as text."""
 
@@ -105,6 +105,8 @@ def secret_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--keep-checkpoints", type=click.IntRange(min=1), default=1,
               show_default=True, metavar="N", help="Number of checkpoints to keep.")  # fmt: skip
 @click.option("--no-checkpoints", is_flag=True, help="Save no checkpoints.")
+@click.option("--stop-within", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS",
+              help="Time from a signal such as SIGTERM until the process is killed.")  # fmt: skip
 @click.option("--resume", metavar="RUN", help="Continue this run.")
 @click.option("--strict", is_flag=True,
               help="With --resume: refuse changes in code, data or versions.")  # fmt: skip
@@ -209,9 +211,14 @@ def _use_deterministic_kernels() -> None:
 
 def train(experiment: Experiment, options: Options) -> Fitted:
     """Fit an experiment with the options of ``harness fit``, and save the model."""
-    from harness.callbacks import ModelCheckpoint, ResumeFromCheckpoint  # noqa: PLC0415  imports torch
+    from harness.callbacks import Interrupt, ModelCheckpoint, ResumeFromCheckpoint  # noqa: PLC0415  imports torch
 
     callbacks = [*experiment.callbacks, record_arguments(options)]
+    if options.get("stop_within") is not None:
+        if any(isinstance(own, Interrupt) for own in callbacks):
+            msg = "--stop-within: expected an experiment without Interrupt, got one."
+            raise click.UsageError(f"{msg} Set Interrupt(stop_within=...) there.")
+        callbacks.append(Interrupt(stop_within=options["stop_within"]))
     if options["resume"] is not None:
         checkpoints = (
             open_run(options["resume"], options["runs_dir"]).path / "checkpoints"

@@ -404,3 +404,15 @@ def read_slurm_job(env: Mapping[str, str] | None = None) -> str | None:
     if array and task:
         return f"{array}_{task}"
     return env.get("SLURM_JOB_ID") or None
+
+
+def read_slurm_end(env: Mapping[str, str] | None = None) -> float | None:
+    """Read when the Slurm job ends, in seconds since 1970; None outside Slurm before 23.02.
+
+    References
+    ----------
+    https://slurm.schedmd.com/sbatch.html, ``SLURM_JOB_END_TIME``.
+    """
+    env = os.environ if env is None else env  # noqa: TID251 - the one place
+    text = env.get("SLURM_JOB_END_TIME", "")
+    return float(text) if text.isdecimal() else None

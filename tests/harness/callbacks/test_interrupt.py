@@ -304,3 +304,9 @@ def test_signal_gives_way_to_a_callback_that_ends_the_epoch_at_the_same_batch(
     else:
         assert stopped.signum is None
     assert found == whole
+
+
+@pytest.mark.parametrize("seconds", [0, -1.0, float("nan"), "60"])
+def test_time_within_which_a_process_is_killed_is_checked(seconds):
+    with pytest.raises((ValueError, TypeError), match=r"Interrupt\(stop_within\): exp"):
+        interrupt.Interrupt(stop_within=seconds)

@@ -1,8 +1,13 @@
 from __future__ import annotations
 
+import math
 import os
+import signal
+import threading
+import time
 import warnings
 from collections import namedtuple
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +17,7 @@ from torch.utils.data import DataLoader
 import harness
 import tracking
 from harness.accelerators.single import SingleDevice
-from harness.callbacks import KeepBestModel, ModelCheckpoint
+from harness.callbacks import Interrupt, KeepBestModel, ModelCheckpoint
 from harness.checkpoint.format import (
     RunRef,
     find_newest,
@@ -338,3 +343,65 @@ def test_model_checkpoint_with_an_unknown_field_is_refused(
             verbose=False,
         )
     assert tape.events == []
+
+
+NOT_BEGUN = (
+    "checkpoint not begun: expected time for it before the process is killed, got"
+)
+
+
+@pytest.mark.parametrize(
+    ("stop_within", "end_in", "saved"),
+    [
+        (None, None, True),
+        (1e-6, None, False),
+        (600.0, None, True),
+        (None, 0.01, False),
+        (600.0, -100.0, True),  # the job got more time
+    ],
+)
+def test_save_that_a_killed_process_cannot_finish_is_not_begun(
+    stop_within, end_in, saved, tmp_path, monkeypatch
+):
+    save = ModelCheckpoint(tmp_path)
+
+    def finish_saves(ctx):
+        assert save.writer is not None
+        save.writer.wait()
+        save.writer._durations.append(2.0)  # as if one had taken so long
+        if end_in is not None:
+            monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time() + 1 + end_in)))
+
+    stop = At("on_train_batch_end", lambda ctx: ctx.epoch == 2 and stop_now())
+    own = [save, At("on_epoch_end", finish_saves, weight=math.inf), stop]
+    own.append(Interrupt(stop_within=stop_within))
+    match = rf"{NOT_BEGUN} -?\d s left and 2 s for it"
+    told = nullcontext() if saved else pytest.warns(UserWarning, match=match)
+    with told:
+        fitted = train(*own)
+    assert fitted.signum == signal.SIGTERM
+    (found,) = list_checkpoints(tmp_path)
+    position = verify_checkpoint(found).position
+    assert (position.epoch, position.phase) == ((2, "train") if saved else (1, "epoch"))
+
+
+def stop_now():
+    signal.raise_signal(signal.SIGTERM)
+
+
+def test_save_that_is_under_way_is_not_waited_for_until_the_process_is_killed(
+    tmp_path,
+):
+    save, release = ModelCheckpoint(tmp_path, every_n_epochs=0), threading.Event()
+
+    def hang(ctx):
+        assert save.writer is not None
+        save.writer.wait()
+        save.writer._start(release.wait)
+
+    own = [save, At("on_train_batch_end", lambda _: stop_now()), At("on_fit_end", hang)]
+    match = "checkpoint not waited for: the process is"
+    with pytest.warns(UserWarning, match=match):
+        train(*own, Interrupt(stop_within=3.5))
+    release.set()
+    assert steps(tmp_path) == [1]

@@ -155,10 +155,12 @@ def test_fit_names_go_into_the_run(call, folder):
 
 def test_fit_by_steps_is_recorded_and_replayed(call, folder):
     words = ["--max-steps", "5", "--valid-every", "2 steps", "--limit-batches", "3"]
+    words += ["--stop-within", "60"]
     command = ["fit", "exp_cli.py:experiment", *words, "--no-deliver", "--quiet"]
     assert call(*command).exit_code == 0
     (past,) = tracking.list_runs()
     assert past.wide()["index"].to_pylist() == [2, 3, 4, 5]
+    assert past.manifest.extra["fit"]["stop_within"] == 60
     assert past.params["max_steps"] == 5
     assert past.params["valid_every"] == "2 steps"
     assert past.manifest.extra["fit"]["limit_batches"] == "3"
