@@ -21,7 +21,6 @@ from harness.data.pace import NO_LIMIT, count_batches, count_epochs
 from harness.records import format_metrics
 from harness.run_binding import describe_next
 from tracking.errors import (
-    DEFAULT_WIDTH,
     get_terminal_width,
     is_terminal,
     write_stderr,
@@ -126,7 +125,7 @@ class Progress(MetricsListener):
             return
         self._bar = bar
         if is_due:
-            bar.draw(0, (), now, self._width or DEFAULT_WIDTH)
+            bar.draw(0, (), now, self._columns)
 
     def _advance(self) -> None:
         bar, done = self._bar, self.ctx.iter
@@ -137,9 +136,7 @@ class Progress(MetricsListener):
         now = self.clock()
         if now - bar.drawn_at >= REDRAW_S:
             left_s = self._estimate_left_s(done, bar.get_rate(done, now))
-            bar.draw(
-                done, self._list_values(now), now, self._width or DEFAULT_WIDTH, left_s
-            )
+            bar.draw(done, self._list_values(now), now, self._columns, left_s)
 
     def _estimate_left_s(self, done: int, rate: float) -> float | None:
         """Estimate the time left of a fit, while it trains and has more than an epoch."""
@@ -262,7 +259,7 @@ class Progress(MetricsListener):
         heads = {**self._places, "time": format_time(took_s)}
         values, width = (
             self._format_metrics(self.ctx.index),
-            self._width or DEFAULT_WIDTH,
+            self._columns,
         )
         self._write(*self._table.format(heads, values, width, is_best=is_best))
 
@@ -316,7 +313,7 @@ class Progress(MetricsListener):
             for title, index in rows.items():
                 self._write_metrics(f"{title}  {unit} {index} ", index)
             return
-        table, width = EpochTable(), self._width or DEFAULT_WIDTH
+        table, width = EpochTable(), self._columns
         cells = {title: {"": title, unit: str(index)} for title, index in rows.items()}
         table.fit_heads(cells.values())
         for title, index in rows.items():
@@ -350,9 +347,12 @@ class Progress(MetricsListener):
     @property
     def _width(self) -> int | None:
         """Columns of what shows it; None: no limit."""
-        if self._output is not None:
-            return NOTEBOOK_WIDTH
-        return get_terminal_width() if is_terminal() else None
+        return self._columns if self._is_live else None
+
+    @property
+    def _columns(self) -> int:
+        """Columns of the notebook or the terminal."""
+        return get_terminal_width() if self._output is None else NOTEBOOK_WIDTH
 
     def _open_output(self) -> None:
         """Open an output of the notebook's cell, if this is one."""
