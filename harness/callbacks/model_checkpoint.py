@@ -51,6 +51,8 @@ class ModelCheckpoint(Monitor):
 
     Notes
     -----
+    A save waits for the one before, so memory does not grow and none is skipped. If training
+    waits for a fifth of its time (and half a minute in all), a warning says so, once.
     On several ranks, the clock of rank 0 decides. A failed write becomes a warning, and the
     next save tries again. In the folder of a run, checkpoints of its earlier fits are kept.
 
@@ -61,6 +63,9 @@ class ModelCheckpoint(Monitor):
     """
 
     weight = math.inf  # last, so that the state includes what other callbacks counted
+    max_wait_s, max_wait_frac = 30.0, 0.2
+    """Seconds, and share of its time, that a fit waits for earlier saves without a warning."""
+
     _earlier: Sequence[str] = ()  # checkpoints of the run's earlier fits
 
     def __init__(
@@ -147,11 +152,9 @@ class ModelCheckpoint(Monitor):
             self._timed = self.ctx.accelerator.agreement(f"save {place}")
         if self.ctx.accelerator.is_main:
             remove_killed_saves(folder)
-        self._last_time, self._has_saved, self._has_allocated = (
-            monotonic(),
-            False,
-            False,
-        )
+        self._began = self._last_time = monotonic()
+        self._has_saved = self._has_allocated = self._has_warned = False
+        self._waited_s = 0.0
 
     def on_train_batch_end(self) -> None:
         """Save if a checkpoint is due."""
@@ -235,7 +238,9 @@ class ModelCheckpoint(Monitor):
             self._wait()
 
     def _save(self, phase: Phase, *, is_ranked: bool = False) -> None:
+        due = monotonic()
         self._wait()
+        self._note_wait(monotonic() - due)
         assert self.writer is not None
         self._last_step, self._last_time = self.ctx.step, monotonic()
         name = self.writer.begin(phase)
@@ -244,6 +249,25 @@ class ModelCheckpoint(Monitor):
                 self._rank(name)
             self.writer.save(phase)
             self._has_saved = True
+
+    def _note_wait(self, waited_s: float) -> None:
+        """Add the time that training waited for the save before; warn if it is a lot."""
+        self._waited_s += waited_s
+        passed_s = monotonic() - self._began
+        assert self.ctx.accelerator is not None
+        bearable_s = max(self.max_wait_s, self.max_wait_frac * passed_s)
+        is_short = self._waited_s < bearable_s
+        if is_short or self._has_warned or not self.ctx.accelerator.is_main:
+            return
+        self._has_warned = True
+        msg = (
+            f"{type(self).__name__}: expected a save to end before the next one is due"
+        )
+        got = f"got {self._waited_s:.0f} of {passed_s:.0f} s of waiting for saves"
+        advice = (
+            "Save less often (every_n_steps, every_n_minutes), or to a faster disk."
+        )
+        warnings.warn(f"{msg}, {got}. {advice}", stacklevel=2)
 
     def _wait(self, timeout_s: float | None = None) -> None:
         """Wait for the current save; warn if it failed, or else remove old checkpoints."""

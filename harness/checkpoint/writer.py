@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from time import monotonic
 
-import torch
 from torch import Tensor
 
 from harness.accelerators.devices import use_in_thread
+from harness.accelerators.host_copies import HostCopies
 from harness.checkpoint.format import (
     Manifest,
     Phase,
@@ -51,7 +51,8 @@ class CheckpointWriter:
     Notes
     -----
     ``save`` copies the tensors to the CPU, into memory that it keeps for the next save, and
-    passes them to a thread that writes. It waits only while an earlier save is still being
+    passes them to a thread that writes. Copies from a CUDA device are only asked for, and
+    the thread waits for them. ``save`` waits only while an earlier save is still being
     written. ``wait`` returns the error of a failed write, once; the next save tries again.
     """
 
@@ -61,7 +62,7 @@ class CheckpointWriter:
         self._rank = ctx.accelerator.rank
         ctx.is_saved = True
         self._fields = copy_fields(search_context(ctx))
-        self._copies: dict[str, Tensor] = {}
+        self._copies = HostCopies()
         self._temporary: Path | None = None
         self._is_idle: threading.Event | None = None  # while a thread works
         self._error: Exception | None = None
@@ -117,7 +118,8 @@ class CheckpointWriter:
         summary = (
             summarize_part(state) if is_convertible(state["accelerator"]) else None
         )
-        self._start(self._write, plan, self._copy_tensors(live), manifest, summary)
+        copies, wait = self._copies.copy(live)
+        self._start(self._write, plan, copies, wait, manifest, summary)
 
     def allocate(self) -> None:
         """Allocate the memory for copies in the background, before the first save."""
@@ -125,13 +127,8 @@ class CheckpointWriter:
         if self._copies or self._is_idle is not None:
             return
         _, live = flatten(self._ctx.accelerator.state_dict(), "state/accelerator")
-        shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in live.items()}
-
-        def touch() -> None:
-            for name, (shape, dtype) in shapes.items():
-                self._copies[name] = torch.empty(shape, dtype=dtype).zero_()
-
-        self._start(touch)
+        shapes = {n: (own.shape, own.dtype, own.is_cuda) for n, own in live.items()}
+        self._start(self._copies.allocate, shapes)
 
     def _start(self, work: Callable[..., None], *args: object) -> None:
         """Call in a thread that does not delay an exit after a second Ctrl-C."""
@@ -149,25 +146,11 @@ class CheckpointWriter:
         # Thread.start() would wait until the thread runs, which takes long on busy cores.
         _thread.start_new_thread(run, ())
 
-    def _copy_tensors(self, live: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copy tensors to the CPU, into the memory of the last save if it fits."""
-        copies = {}
-        for name, tensor in live.items():
-            old = self._copies.get(name)
-            fits = old is not None and old.shape == tensor.shape
-            if old is None or not fits or old.dtype != tensor.dtype:
-                old = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-            # Of all kinds of device only CUDA can be waited for below.
-            copies[name] = old.copy_(tensor, non_blocking=tensor.is_cuda)
-        for device in {tensor.device for tensor in live.values() if tensor.is_cuda}:
-            torch.cuda.synchronize(device)
-        self._copies = copies
-        return copies
-
     def _write(
         self,
         plan: object,
         tensors: Mapping[str, Tensor],
+        wait: Callable[[], None],
         manifest: Manifest,
         summary: PartSummary | None,
     ) -> None:
@@ -175,6 +158,7 @@ class CheckpointWriter:
         temporary = self._temporary
         assert temporary is not None
         try:
+            wait()
             write_rank(temporary, self._rank, plan, tensors, summary)
             if self._rank == 0:
                 commit_checkpoint(temporary, manifest)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -127,7 +128,7 @@ class LossAverage:
         """Sums and waiting losses, by name."""
         return {
             name: {
-                "waiting": [torch.as_tensor(loss) for loss in self._waiting[name]],
+                "waiting": _pack(self._waiting[name]),
                 "rows": list(self._rows[name]),
                 "sums": self._sums.get(name),
             }
@@ -138,15 +139,14 @@ class LossAverage:
         """Replace the losses by those of a ``state_dict``."""
         self.reset()
         for name, item in state.items():
-            if len(item["waiting"]) != len(item["rows"]):
-                num_rows, num_losses = len(item["rows"]), len(item["waiting"])
+            losses = _unpack(item["waiting"])
+            if len(losses) != len(item["rows"]):
+                num_rows, num_losses = len(item["rows"]), len(losses)
                 msg = f"loss {name!r}: expected rows of {num_losses} losses"
                 raise ValueError(f"{msg}, got those of {num_rows}.")
-            losses = [torch.as_tensor(loss) for loss in item["waiting"]]
-            has_numbers = all(type(rows) is int for rows in item["rows"])
-            if len({loss.shape for loss in losses}) > 1 or not has_numbers:
-                msg = f"loss {name!r}: expected losses of one shape and numbers of rows"
-                raise ValueError(f"{msg}, got {item!r:.100}.")
+            if not all(type(rows) is int for rows in item["rows"]):
+                msg = f"loss {name!r}: expected numbers of rows"
+                raise ValueError(f"{msg}, got {item['rows']!r:.100}.")
             self._waiting[name], self._rows[name] = losses, list(item["rows"])
             if item["sums"] is not None:
                 self._sums[name] = torch.as_tensor(item["sums"])
@@ -154,12 +154,26 @@ class LossAverage:
     def merge(self, state: StateDict) -> None:
         """Add the losses of another rank's ``state_dict``."""
         for name, item in state.items():
-            self._waiting.setdefault(name, []).extend(item["waiting"])
+            self._waiting.setdefault(name, []).extend(_unpack(item["waiting"]))
             self._rows.setdefault(name, []).extend(item["rows"])
             if item["sums"] is not None:
                 sums = self._sums.get(name)
                 more = item["sums"]
                 self._sums[name] = more if sums is None else sums.to(more.device) + more
+
+
+def _pack(losses: Sequence[Any]) -> list[Tensor]:
+    """Losses in few tensors with one dim, so that a save copies them at once, and not each."""
+    tensors = [torch.as_tensor(loss) for loss in losses]
+    alike = groupby(tensors, key=lambda own: (own.device, own.dtype, own.shape))
+    return [torch.stack([*group]).reshape(-1) for _, group in alike]
+
+
+def _unpack(packed: Sequence[Any]) -> list[Tensor]:
+    """What ``_pack`` was given; earlier checkpoints have a tensor for each loss."""
+    return [
+        loss for own in packed for loss in torch.as_tensor(own).reshape(-1).unbind()
+    ]
 
 
 def on_one_device(tensors: list[Tensor]) -> list[Tensor]:

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 import harness
 from harness.accelerators.deepspeed.accelerator import DeepSpeedAccelerator
+from harness.accelerators.host_copies import HostCopies
 from harness.accelerators.single import SingleDevice
 from harness.callbacks import ModelCheckpoint, ResumeFromCheckpoint
 from harness.data.batch import move
@@ -428,3 +430,58 @@ def test_random_state_of_the_device_is_restored_and_new_ranks_draw_others() -> N
     assert torch.equal(torch.rand(4, device=device), drawn)
     set_rng_state(derive_rng_state(state, 1), device=device)
     assert not torch.equal(torch.rand(4, device=device), drawn)
+
+
+def test_host_copies_are_those_of_the_moment_and_nothing_waits_for_the_device() -> None:
+    copies = HostCopies()
+    live = {f"{n}": torch.full((1 << 20,), float(n), device="cuda") for n in range(4)}
+    live["column"] = torch.arange(512.0, device="cuda").reshape(16, 32)[:, 3]
+    for turn in range(3):
+        for value in live.values():
+            value.mul_(2.0)
+        wanted = {name: value.clone() for name, value in live.items()}
+        busy = torch.randn(2048, 2048, device="cuda")
+        torch.cuda.set_sync_debug_mode("error" if turn else "default")
+        try:
+            for _ in range(50):
+                busy = busy @ busy / 64.0
+            found, wait = copies.copy(live)
+            for value in live.values():
+                value.fill_(-1.0)  # as the next step does
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        thread = threading.Thread(target=wait)
+        thread.start()
+        thread.join()
+        for name, value in wanted.items():
+            assert found[name].is_pinned()
+            assert torch.equal(found[name], value.cpu()), (turn, name)
+        for name, value in wanted.items():
+            live[name].copy_(value)
+
+
+def test_saves_wait_for_no_device_and_hold_no_second_copy_on_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[int] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: waits.append(1))
+    save = ModelCheckpoint(tmp_path, every_n_steps=1, keep_last=3)
+    model = nn.Linear(1024, 1024)
+    learner = harness.setup(
+        lambda: model, loss=nn.MSELoss(), optimizer=torch.optim.SGD
+    ).set_opt_hparams(lr=0.1)
+    data = torch.randn(64, 1024), torch.randn(64, 1024)
+    torch.cuda.reset_peak_memory_stats()
+    learner.fit(
+        data,
+        epochs=1,
+        callbacks=[save],
+        accelerator=SingleDevice("cuda"),
+        dataloader_options={"batch_size": 16},
+        tracker=False,
+        verbose=False,
+    )
+    assert waits == []
+    weights = sum(p.numel() * 4 for p in model.parameters())
+    assert torch.cuda.max_memory_allocated() < 6 * weights + (64 << 20)
+    assert len(list(tmp_path.iterdir())) == 3

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import harness
@@ -405,3 +407,50 @@ def test_save_that_is_under_way_is_not_waited_for_until_the_process_is_killed(
         train(*own, Interrupt(stop_within=3.5))
     release.set()
     assert steps(tmp_path) == [1]
+
+
+class Big(nn.Module):
+    """Two million weights, of which a step uses one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2_000_000))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight[0]
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf(
+        "SC_PAGE_SIZE"
+    )
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux tells it")
+def test_a_save_every_step_waits_for_the_one_before_and_says_so(
+    tmp_path: Path,
+) -> None:
+    saves = ModelCheckpoint(tmp_path, every_n_steps=1, every_n_epochs=0)
+    saves.max_wait_s = 0.0  # not half a minute
+    unfinished, resident = [], []
+
+    def look(ctx: Any) -> None:
+        unfinished.append(sum(path.suffix == ".tmp" for path in tmp_path.iterdir()))
+        resident.append(resident_bytes())
+
+    learner = harness.setup(Big, loss=nn.MSELoss(), optimizer=torch.optim.SGD)
+    with pytest.warns(UserWarning, match="a save to end before the next") as caught:
+        learner.set_opt_hparams(lr=0.1).fit(
+            (torch.ones(25), torch.ones(25)),
+            1,
+            callbacks=[saves, At("on_train_batch_end", look)],
+            dataloader_options={"batch_size": 1},
+            tracker=False,
+            verbose=False,
+        )
+    assert len(caught) == 1
+    assert "Save less often" in str(caught[0].message)
+    assert steps(tmp_path) == [25]
+    assert max(unfinished) == 1
+    copy_bytes = 4 * 2_000_000
+    assert resident[-1] - resident[5] < 3 * copy_bytes

@@ -8,6 +8,7 @@ import torch
 
 from harness.metrics.functions import FunctionAverage
 from harness.metrics.loss import LossAverage
+from harness.pytree import flatten
 
 
 def test_loss_average_of_uneven_batches_is_weighted_by_rows():
@@ -158,3 +159,34 @@ def test_function_average_moves_to_a_device_without_float64() -> None:
     metric.update(torch.tensor([4.0]), torch.zeros(1), 1)
     assert metric.compute().dtype == torch.float32
     assert metric.compute().item() == pytest.approx(7 / 3)
+
+
+def test_losses_that_wait_are_few_tensors_in_a_state_and_come_back_with_their_bits() -> (
+    None
+):
+    average = LossAverage()
+    values = [0.1 * n for n in range(40)]
+    for value in values:
+        average.update({"gen": torch.tensor(value), "disc": 2 * value}, 3)
+    for value in values[:5]:
+        average.update({"gen": torch.tensor(value, dtype=torch.float64)}, 1)
+    state = average.state_dict()
+    _, tensors = flatten(state)
+    assert [len(own) for own in state["gen"]["waiting"]] == [40, 5]
+    assert len(tensors) == 3  # and not one for each loss
+    other, merged = LossAverage(), LossAverage()
+    other.load_state_dict(state)
+    merged.merge(state)
+    assert (
+        other.get_sums()["gen"] == merged.get_sums()["gen"] == average.get_sums()["gen"]
+    )
+
+
+def test_losses_of_an_earlier_checkpoint_are_a_tensor_each() -> None:
+    waiting = [torch.tensor(1.0), torch.tensor([3.0])]
+    average = LossAverage()
+    average.load_state_dict({"opt": {"waiting": waiting, "rows": [1, 3], "sums": None}})
+    assert average.compute() == 2.5
+    item = {"waiting": [torch.ones(3)], "rows": [1], "sums": None}
+    with pytest.raises(ValueError, match="expected rows of 3 losses, got those of 1"):
+        average.load_state_dict({"opt": item})
