@@ -29,12 +29,13 @@ class SeriesId(NamedTuple):
     fit: int = 1
 
 
-LATEST: Final = 2
+LATEST: Final = 3
 """Layout of the keys of new runs. A run keeps the layout that it was delivered with first.
 
 1: ``what`` begins a key, if it is not that of metrics or steps. 2: so it does, but times and
 throughput (``profile``) are below ``system/``, which MLflow shows on a page of their own, and
-learning rates are ``<set>/lr``. So the first charts of a run are its metrics.
+learning rates are ``<set>/lr``. 3: what is below ``system/`` has no other slash. MLflow's page
+of an experiment begins with ``system/train``, but has ``system`` itself at its end.
 """
 
 MAX_KEY_LENGTH: Final = 250
@@ -99,7 +100,7 @@ def plain_key(series: SeriesId, layout: int = LATEST) -> str:
     >>> plain_key(SeriesId("steps", "train", "loss", fit=2))
     'train/loss_step_fit2'
     >>> plain_key(SeriesId("profile", "train", "epoch_s"))
-    'system/train/epoch_s'
+    'system/train_epoch_s'
     >>> plain_key(SeriesId("lr", "train", "opt"))
     'train/lr'
     """
@@ -111,10 +112,18 @@ def plain_key(series: SeriesId, layout: int = LATEST) -> str:
         elif what == "lr" and set_:
             groups = name.removeprefix("opt").removeprefix("/")  # of the only optimizer
             what, name = "", f"lr/{groups}" if groups else "lr"
+    if layout > 2 and what == "system":
+        set_, name = "", _join_below_system(set_, name)
     if what in ("metrics", "steps", "params", "tags"):
         what = ""
     key = "/".join(word for word in (what, set_, name) if word) + suffix
     return name_in_fit(key, fit)
+
+
+def _join_below_system(set_: str, name: str) -> str:
+    """``train`` and ``batches`` as ``train_batches``; ``epoch`` and ``epoch_s`` as the latter."""
+    is_told = not set_ or name.startswith(f"{set_}_")
+    return (name if is_told else f"{set_}_{name}").replace("/", "_")
 
 
 def is_valid(key: str) -> bool:

@@ -32,7 +32,7 @@ def test_every_row_arrives_once_with_its_own_time(
         "train/loss",
         "train/accuracy",
         "train/loss_step",
-        "system/fit/epoch_s",
+        "system/fit_epoch_s",
         "valid/ok",
         "valid/n",
     }

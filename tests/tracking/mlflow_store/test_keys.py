@@ -21,7 +21,10 @@ from tracking.mlflow_store.keys import (
     [
         (("metrics", "train", "loss"), "train/loss"),
         (("steps", "train", "loss"), "train/loss_step"),
-        (("profile", "fit", "epoch_s"), "system/fit/epoch_s"),
+        (("profile", "train", "epoch_s"), "system/train_epoch_s"),
+        (("profile", "fit", "fit_s"), "system/fit_s"),
+        (("profile", "train", "opt/steps"), "system/train_opt_steps"),
+        (("system", "", "cpu_frac"), "system/cpu_frac"),
         (("lr", "train", "opt"), "train/lr"),
         (("lr", "train", "opt/1"), "train/lr/1"),
         (("lr", "train", "gen"), "train/lr/gen"),
@@ -40,6 +43,7 @@ def test_plain_key_joins_what_there_is(series, key):
 
 
 def test_keys_of_a_run_that_an_earlier_version_delivered_stay_as_they_are():
+    assert plain_key(SeriesId("profile", "fit", "fit_s"), 2) == "system/fit/fit_s"
     keys = KeyMap(layout=1)
     assert keys.key_for(SeriesId("profile", "fit", "epoch_s")) == "profile/fit/epoch_s"
     assert keys.key_for(SeriesId("lr", "train", "opt")) == "lr/train/opt"
