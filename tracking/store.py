@@ -351,6 +351,11 @@ def _expand_user(path: Path) -> Path:
     return path
 
 
+def results_path(run_path: Path) -> Path:
+    """File with the results of an ended run, in Markdown for its description in MLflow."""
+    return run_path / "delivery" / "results.md"
+
+
 def get_rank_dir(run_path: Path, rank: int) -> Path:
     """Return the folder of one rank's records."""
     return run_path / "records" / str(rank)

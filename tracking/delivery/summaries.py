@@ -1,7 +1,8 @@
-"""Summaries of an ended run: its curves as a picture, its records as Parquet."""
+"""Summaries of an ended run: its curves as a picture, its records as Parquet, its results."""
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Final
 
@@ -12,12 +13,15 @@ from pyarrow import parquet as pq
 
 from tracking.curves.charts import Charts, choose_charts
 from tracking.curves.plot import ROOM, plot_charts
-from tracking.curves.points import collect_points
+from tracking.curves.points import Array, MetricPoints, collect_points
 from tracking.durable import replace_file, write_atomically
 from tracking.read import PastRun
-from tracking.store import read_environment
+from tracking.store import read_environment, results_path
 
 CURVES, RECORDS = "curves.png", "records.parquet"
+MAX_RESULTS: Final = 20
+"""Rows of the table of results in a run's description."""
+
 DIFF: Final = "code.diff"
 """Written here for a run that was killed before it could."""
 
@@ -25,6 +29,7 @@ DIFF: Final = "code.diff"
 def write_summaries(run_path: Path) -> list[Path]:
     """Write ``curves.png`` and ``records.parquet`` into the run's artifacts.
 
+    The results, for the run's description in MLflow, go beside the state of the delivery.
     The delivery process does this, so that training never waits for a picture.
 
     Parameters
@@ -34,7 +39,7 @@ def write_summaries(run_path: Path) -> list[Path]:
 
     Returns
     -------
-    files that were written; no picture if there is nothing to draw
+    artifacts that were written; no picture if there is nothing to draw
 
     Notes
     -----
@@ -48,6 +53,9 @@ def write_summaries(run_path: Path) -> list[Path]:
     read = run.snapshot()
     table = read.records
     logged = set(read.select("artifacts")["name"].to_pylist())
+    with contextlib.suppress(FileNotFoundError):  # of a run that is not delivered
+        text = describe_results(table, find_unit(table))
+        write_atomically(results_path(run_path), text.encode(errors="replace"))
     written = []
     if RECORDS not in logged:
         with replace_file(folder / RECORDS) as temporary:
@@ -77,6 +85,12 @@ def find_unit(table: pa.Table) -> str:
 
 def collect_charts(table: pa.Table) -> Charts:
     """Lines of the metrics of a run, by name and set; each fit has lines of its own."""
+    points, series = _find_series(table)
+    return choose_charts(series, ROOM, lambda at: (points.place[at], points.value[at]))
+
+
+def _find_series(table: pa.Table) -> tuple[MetricPoints, dict[str, dict[str, slice]]]:
+    """Points of the metrics of a run, and where those of each name and set are."""
     points = collect_points(table)
     series: dict[str, dict[str, slice]] = {}
     for number, name in enumerate(points.names):
@@ -86,4 +100,43 @@ def collect_charts(table: pa.Table) -> Charts:
             split = name.set if fit == 1 else f"{name.set}, fit {fit}"
             at = points.find_in_fit(number, fit)
             series.setdefault(name.metric, {})[split] = at
-    return choose_charts(series, ROOM, lambda at: (points.place[at], points.value[at]))
+    return points, series
+
+
+def describe_results(table: pa.Table, unit: str) -> str:
+    """Describe in Markdown the last, lowest and highest value of each metric, the loss first.
+
+    Parameters
+    ----------
+    table
+        Records of a run.
+    unit
+        What the indices of metrics count.
+    """
+    points, series = _find_series(table)
+    names = sorted(series, key=lambda name: name != "loss")
+    lines = [(name, split, at) for name in names for split, at in series[name].items()]
+    if not lines:
+        return ""
+    last = max(points.place[at].max() for *_, at in lines)
+    found = [f"**Results** after {unit} {last}", ""]
+    found += ["| | last | lowest | highest |", "| --- | --- | --- | --- |"]
+    for name, split, at in lines[:MAX_RESULTS]:
+        label = "/".join(filter(None, (split, name))).replace("|", "\\|")
+        cells = _describe_line(points.place[at], points.value[at])
+        found.append(f"| {' | '.join([' '.join(label.split()), *cells])} |")
+    if len(lines) > MAX_RESULTS:
+        found += ["", f"and {len(lines) - MAX_RESULTS} more"]
+    return "\n".join(found) + "\n"
+
+
+def _describe_line(places: Array, values: Array) -> list[str]:
+    """The last value of a metric, and its lowest and highest with their places."""
+    texts = [f"{values[-1]:.4g}"]
+    for choose in (np.nanargmin, np.nanargmax):
+        if np.isnan(values).all():
+            texts.append("")
+        else:
+            at = choose(values)
+            texts.append(f"{values[at]:.4g} ({places[at]})")
+    return texts

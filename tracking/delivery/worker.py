@@ -422,9 +422,10 @@ class DeliveryWorker:
             except (GaveUpError, RefusedError) as error:
                 _log.warning("%s is not in MLflow: %s", path.name, error)
                 break
-        self._state_file.set_phase(
-            "done"
-        )  # all rows are, whatever came of the pictures
+        with contextlib.suppress(GaveUpError):
+            self._retry.run(self._send_properties)  # the description has the results
+        # All rows are sent, whatever came of the pictures.
+        self._state_file.set_phase("done")
 
     def _count_behind(self) -> int:
         """Rows that MLflow does not have yet."""

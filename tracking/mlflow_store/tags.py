@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import re
 import shlex
 from collections.abc import Callable
 from datetime import datetime
@@ -10,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from tracking.mlflow_store.client import MAX_TAG_LENGTH
-from tracking.store import Manifest
+from tracking.store import Manifest, get_rank_dir, is_being_written, results_path
 
 NOTE: Final = "mlflow.note.content"
 """The description on a run's page, which can be changed there."""
@@ -77,37 +79,60 @@ def digest_note(text: str) -> str:
 
 
 def description(manifest: Manifest, run_path: Path, per_key: int | None = None) -> str:
-    """Describe in Markdown what ran, where, on what code, and where the records are."""
-    lines = [manifest.note, ""] if manifest.note else []
+    """Describe in Markdown how a run went, what ran on what code, and what to type next.
+
+    MLflow's page shows the first lines, and the others on a click: the results come first.
+    """
+    parts = [manifest.note or ""]
     if manifest.error:
-        lines += [f"**Failed**: `{_error(manifest)}`", ""]
-    origin = manifest.extra.get("forked_from")
-    if origin:
-        step = origin.get("step")
-        lines += [f"**Forked** from `{origin.get('run')}` at step {step}", ""]
-    lines += [
-        f"**Ran** `{shlex.join(manifest.command)}`",
-        f"in `{manifest.cwd}` on {manifest.host}, Python {manifest.python}",
+        parts.append(f"**Failed**: {_as_code(_error(manifest))}")
+    if not is_being_written(get_rank_dir(run_path, 0)):
+        with contextlib.suppress(OSError):
+            parts.append(results_path(run_path).read_text(errors="replace").strip())
+    if origin := manifest.extra.get("forked_from"):
+        run = _as_code(str(origin.get("run")))
+        parts.append(f"**Forked** from {run} at step {origin.get('step')}")
+    ran = [
+        f"**Ran** {_as_code(shlex.join(manifest.command))}",
+        f"in {_as_code(manifest.cwd)} on {manifest.host}, Python {manifest.python}",
     ]
     for resume in manifest.resumed:
         where = f"on {resume.get('host')} at {str(resume.get('time'))[:19]}"
-        lines.append(f"- resumed {where}; the status was {resume.get('status')}")
+        ran.append(f"resumed {where}; the status was {resume.get('status')}")
     git = manifest.git
     if git and git.get("commit"):
         dirty = ", with changes (artifact `code.diff`)" if git.get("dirty") else ""
         branch = f" on {git['branch']}" if git.get("branch") else ""
-        lines += ["", f"**Code** `{git['commit'][:12]}`{branch}{dirty}"]
-    lines += [
-        "",
-        f"**Records** `{run_path}`: `harness runs show {manifest.id}`, "
-        f"`harness export {manifest.id} --to records.parquet`",
-    ]
+        ran.append(f"**Code** `{git['commit'][:12]}`{branch}{dirty}")
+    parts.append("  \n".join(ran))
+    parts.append(f"**Records** {_as_code(str(run_path))}")
     if per_key is not None:
-        lines.append(
+        parts.append(
             f"**Points** of each metric here: at most {per_key:,}, spread over its steps. "
             "The records have all."
         )
-    return "  \n".join(lines)
+    commands = _list_commands(manifest, run_path)
+    parts.append("\n".join(["**Next**", "", *(f"    {text}" for text in commands)]))
+    return "\n\n".join(filter(None, parts))
+
+
+def _list_commands(manifest: Manifest, run_path: Path) -> list[str]:
+    """Commands that continue or look at a run."""
+    found = [f"harness runs show {manifest.id}"]
+    has_checkpoints = (run_path / "checkpoints").is_dir()
+    if has_checkpoints and manifest.status != "finished":
+        found.append(f"harness resume {manifest.id}")
+    if has_checkpoints:
+        found.append(f"harness runs fork {manifest.id} --at STEP")
+    return [*found, f"harness export {manifest.id} --to records.parquet"]
+
+
+def _as_code(text: str) -> str:
+    """A text in Markdown that is shown as it is, in one line."""
+    line = " ".join(text.split("\n"))
+    longest = max(map(len, re.findall("`+", line)), default=0)
+    marks = "`" * (longest + 1)
+    return f"{marks} {line} {marks}" if longest else f"`{line}`"
 
 
 def to_ms(moment: str | None) -> int | None:

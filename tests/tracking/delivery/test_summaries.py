@@ -6,6 +6,7 @@ from pyarrow import parquet
 import tracking
 from tests.tracking.tables import same
 from tracking.delivery.summaries import find_unit, write_summaries
+from tracking.store import results_path
 
 
 def test_curves_and_records_are_written_into_the_artifacts(record):
@@ -18,6 +19,26 @@ def test_curves_and_records_are_written_into_the_artifacts(record):
     table = parquet.read_table(folder / "records.parquet")
     assert same(table, tracking.open(run.path).records())
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_results_give_last_lowest_and_highest_value_the_loss_first(record):
+    run = record()
+    for epoch, (accuracy, loss) in enumerate(
+        [(0.5, 2.0), (0.75, 1.0), (0.625, 1.5)], 1
+    ):
+        run.run.log("metrics", "valid", {"a|b": accuracy, "loss": loss}, index=epoch)
+    run.run.log("metrics", "train", {"loss": float("nan")}, index=3)
+    run.run.finish()
+    (run.path / "delivery").mkdir(exist_ok=True)
+    write_summaries(run.path)
+    assert results_path(run.path).read_text() == (
+        "**Results** after epoch 3\n\n"
+        "| | last | lowest | highest |\n"
+        "| --- | --- | --- | --- |\n"
+        "| valid/loss | 1.5 | 1 (2) | 2 (1) |\n"
+        "| train/loss | nan |  |  |\n"
+        "| valid/a\\|b | 0.625 | 0.5 (1) | 0.75 (2) |\n"
+    )
 
 
 def test_run_without_metrics_has_no_curves(record):
