@@ -370,7 +370,8 @@ def test_code_runs_or_says_why_not(path: Path) -> None:
 def command_lines(path: Path) -> Iterator[list[str]]:
     """Words after ``harness`` of each line of the shell blocks of a page."""
     for block in blocks_of(path):
-        for line in block.code.splitlines() if block.language == "sh" else ():
+        code = block.code.replace("\\\n", " ") if block.language == "sh" else ""
+        for line in code.splitlines():
             words = shlex.split(re.split(r" [|;&]", line)[0], comments=True)
             for name in ("harness", "harness.cli"):
                 if name in words[:6]:

@@ -56,8 +56,9 @@ class Walk:
             (self.folder / name).write_text(code)
         for block in blocks_of(page):
             if block.language == "sh" and block.mark != "not run":
-                for line in block.code.splitlines():
-                    self.run(self.named(line))
+                for line in block.code.replace("\\\n", " ").splitlines():
+                    if not line.startswith("#"):
+                        self.run(self.named(line))
 
     def named(self, line: str) -> str:
         """The line with ids of runs: RUN is the newest one, OTHER the one before."""
