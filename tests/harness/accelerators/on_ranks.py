@@ -114,6 +114,43 @@ def case_ema_resumes_exactly(lab: Lab) -> None:
                 assert same_bits(found[name], value), name
 
 
+class StopOneRank(harness.Callback):
+    """A signal reaches the last rank alone."""
+
+    def on_train_batch_begin(self) -> None:
+        accelerator = self.ctx.accelerator
+        assert accelerator is not None
+        if accelerator.rank == accelerator.world_size - 1 and self.ctx.step == 1:
+            signal.raise_signal(signal.SIGTERM)
+
+
+def case_signal_of_one_rank_stops_all_and_is_resumed_exactly(lab: Lab) -> None:
+    def fit(name: str, *own: Any) -> harness.Fitted:
+        save = AutoResume(lab.folder / f"{name}-{lab.stage}", every_n_minutes=1e-6)
+        return learner().fit(
+            data(97),
+            epochs=30,
+            valid_data=data(31, seed=1),
+            callbacks=[save, *own],
+            seed=4,
+            tracker=False,
+            verbose=False,
+            accelerator=lab.make(),
+            dataloader_options={"batch_size": 8},
+        )
+
+    whole = fit("whole")
+    stopped = fit("stopped", StopOneRank())
+    assert stopped.signum == signal.SIGTERM
+    assert len(stopped.records["metrics"]["train"]) < 30
+    resumed = fit("stopped")
+    assert resumed.records["metrics"] == whole.records["metrics"]
+    found = resumed.model.state_dict()
+    if lab.rank == 0:
+        for key, value in whole.model.state_dict().items():
+            assert same_bits(found[key], value), key
+
+
 def case_nan_of_one_rank_ends_all(lab: Lab) -> None:
     x, y = data(48)
     x[40] = float("nan")

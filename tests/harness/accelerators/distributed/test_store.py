@@ -1,0 +1,89 @@
+"""Ranks of one start share keys that no other start has, and files enough to connect."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from harness.accelerators.distributed.open_files import count_files
+from harness.accelerators.distributed.store import agree_on_start
+
+
+def start(store: Any, world: int, late: int | None = None) -> set[str]:
+    """What the ranks of one start agree on, one of them late."""
+    found: list[str] = [""] * world
+
+    def run(rank: int) -> None:
+        if rank == late:
+            time.sleep(0.1)
+        found[rank] = agree_on_start(store, rank, world, timeout_s=60)
+
+    threads = [threading.Thread(target=run, args=[rank]) for rank in range(world)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(90)
+        assert not thread.is_alive()
+    return set(found)
+
+
+def test_each_start_has_a_name_of_its_own_also_after_one_that_broke_off() -> None:
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    names = [start(store, 3), start(store, 3, late=0), start(store, 3, late=2)]
+    store.set("start/name/1", "of a rank that then died")
+    names += [start(store, 2), start(store, 3)]
+    assert [len(name) for name in names] == [1] * 5
+    assert len(set.union(*names)) == 5
+
+
+def test_rank_that_does_not_come_is_named() -> None:
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    store.set_timeout(timedelta(seconds=5))
+    store.set("start/name/1", "here")
+    text = r"launch: expected 3 ranks within 0.1 s, got none from 2\. See what that"
+    with pytest.raises(TimeoutError, match=text):
+        agree_on_start(store, 0, 3, timeout_s=0.1)
+
+
+LIMITS = """
+import resource, sys
+from harness.accelerators.distributed.open_files import check_open_files
+soft, hard, world = map(int, sys.argv[1:4])
+resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+try:
+    check_open_files(world, is_server=sys.argv[4] == "serves")
+except ValueError as error:
+    print(error)
+else:
+    print(*resource.getrlimit(resource.RLIMIT_NOFILE))
+"""
+
+
+def limit(*words: object) -> str:
+    """The limits after the check in a process that began with others, or its error."""
+    command = [sys.executable, "-c", LIMITS, *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+@pytest.mark.slow
+def test_limit_of_open_files_is_raised_as_far_as_needed_or_refused() -> None:
+    assert limit(1024, 4096, 2, "asks") == "1024 4096"  # enough
+    assert limit(100, 4096, 2, "asks") == "4096 4096"
+    assert limit(1024, 4096, 600, "serves") == "4096 4096"
+    refused = limit(1024, 4096, 1024, "serves")
+    needed = int(refused.partition("at least ")[2].split()[0])
+    assert count_files(1024, is_server=True) == 256 + 2 * 1027 + 2 * 1024
+    assert 0 <= needed - count_files(1024, is_server=True) < 64  # open already
+    assert refused.endswith(
+        "for the connections of 1024 ranks, got 1024 (hard limit 4096). Raise it where the"
+        " ranks are started: 'ulimit -n', LimitNOFILE of systemd, or the hard limit in"
+        " /etc/security/limits.conf."
+    )
