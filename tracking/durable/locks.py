@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import socket
 import threading
@@ -76,7 +77,8 @@ class ProcessLock:
     Notes
     -----
     A process that was killed on another machine leaves a fresh lease. If it will be that of
-    an ended process once it is stale, the call waits for that, up to ``STALE_S``.
+    an ended process once it is stale, the call waits for that, up to ``STALE_S``. If a file
+    server still keeps the lock of a machine that is gone, the call waits as long for it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -178,16 +180,42 @@ def _lock_record(fd: int, path: Path) -> bool:
 
     ``find_holder`` elsewhere holds it for an instant only.
     """
-    for attempt in range(50):
+    for attempt in itertools.count():
         try:
             fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
         except OSError as error:
             if error.errno not in _TAKEN:
                 return False
-            if attempt < 49:
-                time.sleep(0.01)
-    raise LockHeldError(_find_holder(path, "held", _read_text(fd)))
+        if attempt < 50:
+            time.sleep(0.01)
+        elif attempt == 50:
+            holder = _find_holder(path, "held", _read_text(fd))
+            if not _may_be_dead(holder):
+                raise LockHeldError(holder)
+            deadline = time.monotonic() + leases.STALE_S
+            warn(
+                f"{path.parent}: expected a folder that nobody writes, got one of "
+                f"{holder}. This process waits up to {leases.STALE_S:g} s, in case that "
+                "machine is gone and its lock is not released yet."
+            )
+        else:
+            time.sleep(_POLL_S)
+            now = _find_holder(path, "held", _read_text(fd))
+            is_renewed = _may_be_dead(now) and now != holder
+            if is_renewed or time.monotonic() > deadline:
+                raise LockHeldError(now)
+    raise AssertionError
+
+
+def _may_be_dead(holder: Holder | None) -> bool:
+    """Whether the holder of a lock may be on a machine that is gone.
+
+    A file server releases the locks of a machine that does not answer only after a while:
+    NFS 4 after 90 s.
+    """
+    place = None if holder is None else holder.place
+    return place is not None and not place.has_same_kernel(leases.Place.here())
 
 
 def _take_lease(path: Path, fd: int, *, has_lock: bool) -> Lease:

@@ -4,10 +4,12 @@ import os
 import subprocess
 import sys
 import threading
+from contextlib import nullcontext
 
 import pytest
 
 from tracking.durable import LockHeldError, ProcessLock, find_holder, hold_lock
+from tracking.errors import TrackingWarning
 
 TRY = """
 import sys
@@ -117,3 +119,43 @@ def test_lock_file_that_is_a_link_is_not_written_through(tmp_path):
 def test_lock_file_that_is_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "lock")
     assert not find_holder(tmp_path / "lock")
+
+
+AFAR = """
+import fcntl, json, os, sys, time
+from pathlib import Path
+path, lives = Path(sys.argv[1]), sys.argv[2] == "lives"
+lock, lease = path.open("w+"), path.with_name(path.name + ".lease")
+fcntl.lockf(lock, fcntl.LOCK_EX)
+place = {"host": "node7", "machine": "m7", "boot": "another", "pid": 12, "began": 1}
+lease.touch()
+text = {**place, "since": 0, "has_lock": True, "file": lease.stat().st_ino}
+lease.write_text(json.dumps(text))
+print("held", flush=True)
+sys.stdin.readline()
+time.sleep(1.5)
+if lives:
+    lease.write_text(lease.read_text())
+    sys.stdin.readline()
+lease.unlink()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lives", [False, True])
+def test_lock_of_a_machine_that_is_gone_is_waited_for(lives, tmp_path, root):
+    path = tmp_path / "lock"
+    command = [sys.executable, "-c", AFAR, str(path), "lives" if lives else "gone"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=root, text=True, **pipes) as holder:
+        assert holder.stdout.readline() == "held\n"
+        holder.stdin.write("\n")
+        holder.stdin.flush()
+        told = r"got one of process 12 on node7\. This process waits up to 120 s"
+        refused = pytest.raises(LockHeldError, match="process 12 on node7")
+        with (
+            pytest.warns(TrackingWarning, match=told),
+            refused if lives else nullcontext(),
+        ):
+            ProcessLock(path).release()
+        holder.communicate("\n")
