@@ -74,13 +74,28 @@ Packed = dict[str, dict[str, list[Any] | dict[str, object]]]
 """Records as files have them: the length and the items of a ``SparseList`` are a dict."""
 
 
-def iter_filled(series: Series) -> Iterator[tuple[int, Any]]:
-    """Index, from 1, and value of the items that are not None, in order."""
+def iter_filled(
+    series: Series, first: int = 1, last: int | None = None
+) -> Iterator[tuple[int, Any]]:
+    """Index and value of the items that are not None, in order.
+
+    Parameters
+    ----------
+    series
+        The series.
+    first, last : >= 1
+        Indices to begin and to end at; None: the end of the series.
+    """
+    places = range(len(series))[max(first - 1, 0) : last]
     if isinstance(series, SparseList):
-        places = sorted(series.items.items())
-        pairs = ((place + 1, value) for place, value in places)
+        kept = series.items
+        if len(places) > len(kept):
+            found = sorted(place for place in kept if place in places)
+        else:
+            found = [place for place in places if place in kept]
+        pairs = ((place + 1, kept[place]) for place in found)
     else:
-        pairs = ((index, value) for index, value in enumerate(series, start=1))
+        pairs = ((place + 1, series[place]) for place in places)
     return (pair for pair in pairs if pair[1] is not None)
 
 
@@ -319,17 +334,20 @@ class NullRun:
     end_fit = _drop
 
 
-def metrics_frame(records: Records, unit: str = "epoch") -> pd.DataFrame:
+def metrics_frame(
+    records: Records, unit: str = "epoch", first: int = 1, last: int | None = None
+) -> pd.DataFrame:
     """Metric records as a DataFrame with the columns set, metric, epoch, value.
 
-    The third column is called `unit`, after what the indices of the records count.
+    The third column is called `unit`, after what the indices of the records count. Only
+    those from `first` to `last` are looked at.
     """
     import pandas as pd  # noqa: PLC0415  slow to import, seldom used
 
     rows = [
         (split, name, index, value)
         for split, series in records.get("metrics", {}).items()
-        for index, metrics in iter_filled(series)
+        for index, metrics in iter_filled(series, first, last)
         if isinstance(metrics, Mapping)
         for name, value in named_leaves(metrics)
     ]

@@ -5,14 +5,11 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from harness.callback import MetricsListener
 from harness.checks.values import as_path, check_folder
 from harness.context import Context
-
-if TYPE_CHECKING:
-    import pandas as pd
+from harness.records import metrics_frame
 
 
 def format_value(value: object) -> str:
@@ -76,18 +73,19 @@ class CSVLogger(MetricsListener):
         """
         if not self._is_writer:
             return
-        unit, now = self.ctx.pace.unit, self.ctx.index or 0
-        frame = self.ctx.get_metrics_df()
-        is_new = (frame[unit] >= self._written) & (frame[unit] <= now)
-        lines, num_last = self._format(frame[is_new]), len(self._last)
+        now = self.ctx.index or 0
+        lines, num_last = self._format(self._written, now), len(self._last)
         if self._is_begun and lines[:num_last] == self._last:
             self._write(lines[num_last:], "a")
         else:
-            self._write([self._columns, *self._format(frame)], "w")
+            self._write([self._columns, *self._format()], "w")
         self._last = [line for line in lines if line[0] == now]
         self._is_begun, self._written = True, now
 
-    def _format(self, frame: pd.DataFrame) -> list[tuple[object, ...]]:
+    def _format(
+        self, first: int = 1, last: int | None = None
+    ) -> list[tuple[object, ...]]:
+        frame = metrics_frame(self.ctx.records, self.ctx.pace.unit, first, last)
         frame = frame.sort_values(self.ctx.pace.unit, kind="stable")
         rows = zip(*(frame[name] for name in self._columns), strict=True)
         return [(at, split, metric, format_value(v)) for at, split, metric, v in rows]

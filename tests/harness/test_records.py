@@ -19,6 +19,7 @@ from harness.records import (
     RecordBook,
     SparseList,
     format_metrics,
+    iter_filled,
     metrics_frame,
     pack_records,
     unpack_records,
@@ -184,3 +185,23 @@ def test_index_far_beyond_the_end_outlives_saves_and_a_resume(tmp_path):
         assert result.records["notes"]["train"][FAR - 1] == "far"
         assert result.records["notes"]["valid"] == ["near", "near"]
         assert len(result.records["metrics"]["train"]) == 2
+
+
+def test_iter_filled_of_a_range_is_a_part_of_the_whole():
+    sparse = SparseList({0: "a", 5_000: "b", 9_000: None, 9_999: "c"}, 10_000)
+    plain = [None] * 10_000
+    plain[0], plain[5_000], plain[9_999] = "a", "b", "c"  # type: ignore[call-overload]
+    for first, last in (
+        (1, None),
+        (0, 5_000),
+        (2, 5_001),
+        (5_001, 5_001),
+        (10_000, 10**6),
+    ):
+        expected = [
+            pair
+            for pair in ((1, "a"), (5_001, "b"), (10_000, "c"))
+            if first <= pair[0] <= (last or 10_000)
+        ]
+        assert list(iter_filled(sparse, first, last)) == expected
+        assert list(iter_filled(plain, first, last)) == expected
