@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from harness.errors import EarlyStop, Interrupted, Signal
-from harness.events import EVENTS, WITH_GRADIENTS, check_event, check_own_events
+from harness.events import (
+    EVENTS,
+    WITH_GRADIENTS,
+    check_event,
+    check_listeners,
+    check_own_events,
+)
 from harness.pytree import StateDict
 
 if TYPE_CHECKING:
@@ -74,6 +80,7 @@ class Callback:
         for name in [*vars(cls), *cls.event_weights]:
             if name.startswith("on_") or name in cls.event_weights:
                 check_event(place, name, own)
+        check_listeners(cls)
 
     def prepare(self, ctx: Context) -> None:
         """Change the model or the optimizers of a fit before the accelerator takes them.

@@ -1,9 +1,11 @@
-"""The events of a fit and of a prediction, in firing order."""
+"""The events of a fit and of a prediction, in firing order, and what listens to them."""
 
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Iterable
+from types import FunctionType
 from typing import Final
 
 FIT_EVENTS: Final[dict[str, str]] = {
@@ -121,3 +123,26 @@ def check_own_events(place: str, names: object) -> None:
             raise ValueError(
                 f"{place}.events: expected {what}, got {name!r}. Rename it."
             )
+
+
+def check_listeners(cls: type) -> None:
+    """Check that the methods of a class of callbacks for events need no arguments.
+
+    Raises
+    ------
+    TypeError
+        If one does, as those of other libraries.
+    """
+    for name, method in vars(cls).items():
+        if name.startswith("on_") and isinstance(method, FunctionType):
+            _, *parameters = inspect.signature(method).parameters.values()
+            needed = [
+                one.name
+                for one in parameters
+                if one.default is one.empty
+                and one.kind not in {one.VAR_POSITIONAL, one.VAR_KEYWORD}
+            ]
+            if needed:
+                msg = f"{cls.__name__}.{name}: expected no arguments but self, got"
+                advice = "The model, the batch and all else are fields of self.ctx."
+                raise TypeError(f"{msg} {', '.join(needed)}. {advice}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping
 
 from torch import nn
@@ -67,13 +68,16 @@ def check_numbers(
     if not str(getattr(function, "__module__", "")).startswith("torch."):
         return
     for name, value in options.items():
+        called = getattr(function, "__name__", "the class")
+        if isinstance(value, float) and math.isnan(value):
+            msg = f"{place}({name}): expected a number for {called}, got nan."
+            raise ValueError(f"{msg} Look where it comes from.")
         if not isinstance(value, str | list | dict) or name not in known:
             continue
         default, kind = known[name].default, known[name].annotation
         is_number = isinstance(default, int | float) and not isinstance(default, bool)
         takes_list = not isinstance(value, str) and "list" in str(kind).lower()
         if (is_number and not takes_list) or kind in {int, float, "int", "float"}:
-            called = getattr(function, "__name__", "the class")
             msg = (
                 f"{place}({name}): expected a number for {called}, got {value!r:.100}."
             )

@@ -116,6 +116,8 @@ def as_dataset(data: object, place: str = "data") -> Dataset[Any]:
 
 def _zip_tensors(data: object, place: str) -> Dataset[Any]:
     """Rows of tensors of equal length, in the form that holds them."""
+    if isinstance(data, str | bytes):
+        as_tensor(data, place)
     tree = data if isinstance(data, tuple | list | Mapping) else (data,)
     leaves = list_leaves(tree, place)
     tensors = [as_tensor(leaf, where) for where, leaf in leaves]

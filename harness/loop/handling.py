@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from harness.checks.hints import add_hint, find_loader_hint
 from harness.context import Context, Handlers
 from harness.errors import EarlyStop, Interrupted, SkipEpoch
 
@@ -82,6 +83,7 @@ def fetch(ctx: Context, batches: Iterator[Any]) -> Iterator[Any]:
     except Exception as error:
         signum = ctx.buffers.get("signal")
         assert ctx.accelerator is not None
+        add_hint(error, find_loader_hint(error))
         if signum is None or ctx.accelerator.world_size > 1:
             raise
         raise Interrupted(signum) from error

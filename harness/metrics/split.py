@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from harness.checks.hints import add_hint, find_metric_hint
 from harness.data.batch import copy_by_value, detach, missing_target_error, move
 from harness.metrics.figures import MAX_NUMBERS, is_curve, is_matrix
 from harness.metrics.kinds import as_metric, is_metric
@@ -210,6 +211,7 @@ class SplitMetrics:
             exc.add_note(f"in metric {name!r}")
             if target is None and "NoneType" in str(exc):
                 raise missing_target_error(f"metric {name!r}") from exc
+            add_hint(exc, find_metric_hint(metric, pred, target))
             raise
 
     def compute(self) -> StateDict:

@@ -1,0 +1,157 @@
+"""Hints on frequent mistakes, for errors that a user's model, loss, metric or data raises.
+
+The error stays torch's own; a hint is a note below it. Hints look at shapes, dtypes and layers,
+and not at the words of torch, which change between versions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import traceback
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from harness.checks.model import get_method
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+CONVS = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
+"""Convolutions by the number of dimensions of a batch."""
+
+
+def find_model_hint(
+    error: BaseException, model: nn.Module, input: object, target: object
+) -> str:
+    """Return what may be wrong with the input of a model; empty: nothing is known.
+
+    Parameters
+    ----------
+    error
+        What was raised.
+    model
+        Model whose ``forward``, or own step, failed.
+    input, target
+        Those of the batch.
+    """
+    if type(target).__name__ == "MixedTarget":
+        return "Mixup and CutMix mix the targets: compute the loss by MixupLoss(...)."
+    is_call = isinstance(error, TypeError) and get_method(model, "step") is None
+    if isinstance(input, Mapping) and is_call:
+        names = list(map(repr, input))
+        advice = "If one is the target: setup(batch=lambda b: (b['x'], b['y']))."
+        return (
+            f"forward is called with the batch's {', '.join(names)} by name. {advice}"
+        )
+    if not isinstance(input, Tensor):
+        return ""
+    text = str(error).lower()
+    layers = [layer for layer in model.modules() if not list(layer.children())]
+    first = layers[0] if layers else None
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    found = _hint_dtype(layers, input, dtype) if "type" in text else ""
+    is_of_sizes = any(word in text for word in ("shape", "size", "channel", "dim"))
+    return (
+        found
+        or (_hint_width(first, input) if is_of_sizes else "")
+        or _hint_rows(model, layers, input)
+    )
+
+
+def _hint_dtype(
+    layers: list[nn.Module], input: Tensor, dtype: torch.dtype | None
+) -> str:
+    if any(isinstance(layer, nn.Embedding) for layer in layers):
+        if input.is_floating_point():
+            return "nn.Embedding takes whole numbers: pass the input as input.long()."
+        return ""
+    if dtype is None or input.dtype == dtype or input.is_complex():
+        return ""
+    name = str(dtype).removeprefix("torch.")
+    return f"The weights are {name}: pass the input as input.to(torch.{name})."
+
+
+def _hint_width(first: object, input: Tensor) -> str:
+    if isinstance(first, nn.Linear) and input.dim() and type(first) is nn.Linear:
+        wanted, found = first.in_features, input.shape[-1]
+        if wanted != found:
+            return f"The first layer takes {wanted} features, the input has {found}."
+    kind = CONVS.get(input.dim())
+    if kind is not None and type(first) is kind:
+        wanted = first.in_channels
+        if input.shape[1] != wanted and input.shape[-1] == wanted:
+            order = [0, input.dim() - 1, *range(1, input.dim() - 1)]
+            advice = f"input.permute({', '.join(map(str, order))})"
+            return f"Channels come second, and are last in the input: use {advice}."
+        if input.shape[1] != wanted:
+            return f"The first layer takes {wanted} channels, the input has {input.shape[1]}."
+    return ""
+
+
+def _hint_rows(model: nn.Module, layers: list[nn.Module], input: Tensor) -> str:
+    has_norm = any(isinstance(layer, BATCH_NORMS) for layer in layers)
+    if has_norm and model.training and input.dim() and input.shape[0] == 1:
+        advice = "use a larger batch_size, or drop_last=True."
+        return f"BatchNorm needs more than one row in training: {advice}"
+    return ""
+
+
+def find_loss_hint(pred: object, target: object) -> str:
+    """Return what may be wrong with a prediction and its target; empty: nothing is known."""
+    if pred is None:
+        return "The model's forward returned None: does it end with 'return'?"
+    if not (isinstance(pred, Tensor) and isinstance(target, Tensor)):
+        return ""
+    if not pred.is_floating_point() or pred.dim() < 2:
+        return ""
+    classes, is_whole = pred.shape[1], not target.is_floating_point()
+    if target.dim() == pred.dim() - 1 and classes > 1:
+        if not is_whole:
+            return "Class labels are whole numbers: pass the target as target.long()."
+        with contextlib.suppress(RuntimeError):  # a device that has failed
+            low, high = int(target.min()), int(target.max())
+            if low < 0 or high >= classes:
+                given = f"the target has {low} to {high}"
+                return f"For {classes} outputs labels are 0 to {classes - 1}, {given}."
+        others = "BCELoss and MSELoss a target of the prediction's shape"
+        call = "A loss is called as loss(pred, target)."
+        return f"CrossEntropyLoss takes class labels, {others}. {call}"
+    if is_whole and target.dim() == pred.dim() and target.shape[1] == 1 < classes:
+        return "Class labels have one dimension less: pass the target as target.squeeze(1)."
+    if target.shape != pred.shape and target.numel() == pred.numel():
+        sizes = ", ".join(map(str, (-1, *pred.shape[1:])))
+        return f"Give both one shape: target.reshape({sizes})."
+    return ""
+
+
+def find_metric_hint(metric: object, pred: object, target: object) -> str:
+    """Return what may be wrong with a metric for such predictions; empty: nothing is known."""
+    if not (isinstance(pred, Tensor) and isinstance(target, Tensor)):
+        return find_loss_hint(pred, target)
+    has_classes = pred.dim() == target.dim() + 1 and pred.dim() > 1
+    if not has_classes:
+        return ""
+    name, classes = type(metric).__name__, pred.shape[1]
+    if name.startswith("Binary"):
+        other = name.replace("Binary", "Multiclass", 1)
+        return f"For {classes} outputs use {other}(num_classes={classes})."
+    given = getattr(metric, "num_classes", classes)
+    if given != classes:
+        return f"The model has {classes} outputs: {name}(num_classes={classes})."
+    return find_loss_hint(pred, target)
+
+
+def find_loader_hint(error: BaseException) -> str:
+    """Return what may be wrong with rows that could not be joined; empty: nothing is known."""
+    names = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
+    text = str(error)  # of a worker it has the traceback, too
+    if "collate" in names or "in collate" in text or "in default_collate" in text:
+        advice = "dataloader_options={'collate_fn': ...} joins them as you say."
+        return f"Rows of a batch are stacked: they need tensors of one shape. {advice}"
+    return ""
+
+
+def add_hint(error: BaseException, hint: str) -> None:
+    """Add a hint to an error as its last note; an empty one is left out."""
+    if hint:
+        error.add_note(f"hint: {hint}")

@@ -1,0 +1,398 @@
+"""Mistakes that beginners make, and what they are told: what is wrong, where, and what to do.
+
+Wrong arguments one by one are in ``test_checks``; the command line's are in ``cli/test_target``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torchmetrics.classification import BinaryAccuracy, MulticlassAccuracy
+
+import harness
+from harness.callbacks import (
+    EarlyStopping,
+    LRScheduler,
+    Mixup,
+    MixupLoss,
+    ResumeFromCheckpoint,
+)
+
+X, Y = torch.randn(12, 4), torch.randint(3, (12,))
+CE = nn.CrossEntropyLoss()
+
+
+class Net(nn.Module):
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 3))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.layers(x)
+
+
+def setup(module: Any = Net, loss: Any = CE, **options: Any) -> harness.Learner:
+    options = {"optimizer": torch.optim.SGD} | options
+    return harness.setup(module, loss=loss, **options)
+
+
+def fit(
+    learner: Any = None, data: Any = (X, Y), epochs: Any = 1, **options: Any
+) -> Any:
+    options = {"tracker": False, "dataloader_options": {"batch_size": 6}} | options
+    return (learner or setup()).fit(data, epochs, **options)
+
+
+class ReturnsNothing(Net):
+    def forward(self, x: Tensor) -> Any:
+        self.layers(x)
+
+
+class WithoutParameters(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, :3]
+
+
+class WithoutGraph(Net):
+    def loss(self, pred: Tensor, target: Tensor) -> Any:
+        return nn.functional.cross_entropy(pred, target).detach()
+
+
+class LossAsNumber(Net):
+    def loss(self, pred: Tensor, target: Tensor) -> Any:
+        return nn.functional.cross_entropy(pred, target).item()
+
+
+class StepOfItsOwn(Net):
+    def step(self) -> Tensor:
+        return nn.functional.cross_entropy(self(self.ctx.input), self.ctx.target)
+
+
+class Tokens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(9, 2), nn.Linear(2, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.head(self.embed(x).mean(1))
+
+
+def frozen() -> nn.Module:
+    return Net().requires_grad_(False)
+
+
+def conv() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), nn.LazyLinear(3))
+
+
+class Samples(Dataset[Any]):
+    """A data set whose samples a function makes."""
+
+    def __init__(self, make: Callable[[int], Any]) -> None:
+        self.make = make
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, row: int) -> Any:
+        return self.make(row)
+
+
+class Listens(harness.Callback):
+    """Does something at the end of an epoch."""
+
+    def __init__(self, do: Callable[[Any], object]) -> None:
+        self.do = do
+
+    def on_epoch_end(self) -> None:
+        self.do(self.ctx)
+
+
+def define(**methods: Any) -> None:
+    type("Own", (harness.Callback,), methods)
+
+
+def wrong_field(ctx: Any) -> None:
+    ctx.lerning = 1
+
+
+def norm() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+
+
+def scheduler(*given: Any) -> LRScheduler:
+    return LRScheduler(torch.optim.lr_scheduler.StepLR, *given)
+
+
+MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
+    # --- the model
+    "forward without return": (
+        lambda: fit(setup(ReturnsNothing)),
+        "forward returned None: does it end with 'return'",
+    ),
+    "instance of a model": (lambda: setup(Net()), "Pass Net itself, and its arguments"),
+    "function that returns no model": (
+        lambda: fit(setup(lambda: None)),
+        "expected it to return an nn.Module, got None",
+    ),
+    "no parameters": (
+        lambda: fit(setup(WithoutParameters)),
+        "expected parameters of WithoutParameters, got none",
+    ),
+    "all frozen": (lambda: fit(setup(frozen)), "got only frozen ones"),
+    "misspelt hyper-parameter": (
+        lambda: fit(setup().set_hparams(widht=3)),
+        "got 'widht'. Did you mean 'width'",
+    ),
+    # --- what the model is given
+    "too many features": (
+        lambda: fit(data=(torch.randn(12, 5), Y)),
+        "The first layer takes 4 features, the input has 5",
+    ),
+    "input of float64": (
+        lambda: fit(data=(X.double(), Y)),
+        "The weights are float32: pass the input as input.to",
+    ),
+    "input of whole numbers": (
+        lambda: fit(data=(X.long(), Y)),
+        "The weights are float32: pass the input as",
+    ),
+    "tokens as floats": (
+        lambda: fit(setup(Tokens), data=(torch.ones(12, 5), Y)),
+        "nn.Embedding takes whole numbers: pass the input as input.long()",
+    ),
+    "channels last": (
+        lambda: fit(setup(conv), data=(torch.zeros(12, 8, 8, 3), Y)),
+        r"Channels come second, and are last in the input: use input.permute\(0, 3, 1, 2\)",
+    ),
+    "grey pictures": (
+        lambda: fit(setup(conv), data=(torch.zeros(12, 1, 8, 8), Y)),
+        "The first layer takes 3 channels, the input has 1",
+    ),
+    "pictures of bytes": (
+        lambda: fit(
+            setup(conv), data=(np.zeros((12, 3, 8, 8), np.uint8), np.zeros(12, int))
+        ),
+        "The weights are float32: pass the input as",
+    ),
+    "one row and BatchNorm": (
+        lambda: fit(setup(norm), dataloader_options={"batch_size": 1}),
+        "BatchNorm needs more than one row in training: use a larger batch_size",
+    ),
+    "features of a prediction": (
+        lambda: fit().predict(torch.randn(3, 5)),
+        "The first layer takes 4 features, the input has 5",
+    ),
+    # --- loss and target
+    "labels as floats": (
+        lambda: fit(data=(X, Y.float())),
+        r"Class labels are whole numbers: pass the target as target.long\(\)",
+    ),
+    "labels as a column": (
+        lambda: fit(data=(X, Y[:, None])),
+        r"pass the target as target.squeeze\(1\)",
+    ),
+    "labels from 1": (
+        lambda: fit(data=(X, torch.arange(12) % 3 + 1)),
+        "For 3 outputs labels are 0 to 2, the target has 1 to 3",
+    ),
+    "loss of swapped arguments": (
+        lambda: fit(setup(loss=lambda target, pred: CE(pred, target))),
+        r"A loss is called as loss\(pred, target\)",
+    ),
+    "loss for another kind of target": (
+        lambda: fit(setup(loss=nn.BCEWithLogitsLoss())),
+        "MSELoss a target of the prediction's shape",
+    ),
+    "class of a loss": (
+        lambda: setup(loss=nn.CrossEntropyLoss),
+        r"Write CrossEntropyLoss\(\)",
+    ),
+    "loss without mean": (
+        lambda: fit(setup(loss=nn.CrossEntropyLoss(reduction="none"))),
+        "Use the mean over the batch",
+    ),
+    "loss without graph": (
+        lambda: fit(setup(WithoutGraph, loss=None)),
+        "expected a loss with a graph, got one without",
+    ),
+    "loss as a number": (
+        lambda: fit(setup(LossAsNumber, loss=None)),
+        "expected a tensor with one element, got ",
+    ),
+    "no target": (lambda: fit(data=X), r"Pass data as \(input, target\)"),
+    "mixed target": (
+        lambda: fit(setup(StepOfItsOwn, MixupLoss(CE)), callbacks=[Mixup()]),
+        r"mix the targets: compute the loss by MixupLoss\(...\)",
+    ),
+    # --- data
+    "lengths differ": (
+        lambda: fit(data=(X, Y[:7])),
+        r"expected tensors of equal length, got lengths \[12, 7\]",
+    ),
+    "no rows": (lambda: fit(data=(X[:0], Y[:0])), "expected at least one row"),
+    "path of a file": (
+        lambda: fit(data="train.csv"),
+        "^data: expected a tensor or array, got str",
+    ),
+    "data frame of texts": (
+        lambda: fit(data=pd.DataFrame({"a": ["x", "y"]})),
+        "Convert categories to numbers first",
+    ),
+    "target in place of epochs": (
+        lambda: setup().fit(X, Y, 3),
+        r"Data is one argument: fit\(\(input, target\), epochs\)",
+    ),
+    "generator": (
+        lambda: fit(data=((X, Y) for _ in range(3))),
+        "expected batches again in each epoch, got generator",
+    ),
+    "mapping with its target": (
+        lambda: fit(data=Samples(lambda row: {"x": X[row], "y": Y[row]})),
+        r"If one is the target: setup\(batch=lambda b: \(b\['x'\], b\['y'\]\)\)",
+    ),
+    "rows of different lengths": (
+        lambda: fit(data=Samples(lambda row: (torch.zeros(row + 1), Y[row]))),
+        "they need tensors of one shape",
+    ),
+    "rows that are objects": (
+        lambda: fit(data=Samples(lambda row: (object(), Y[row]))),
+        "they need tensors of one shape",
+    ),
+    "rows of workers": (
+        lambda: fit(
+            data=Samples(lambda row: (torch.zeros(row + 1), Y[row])),
+            dataloader_options={"num_workers": 1, "multiprocessing_context": "fork"},
+        ),
+        "they need tensors of one shape",
+    ),
+    "loader and options": (
+        lambda: fit(data=DataLoader(TensorDataset(X, Y), 4)),
+        "Set them where you make the DataLoader",
+    ),
+    "number of validation rows": (
+        lambda: fit(valid_data=20),
+        r"expected a fraction in \(0, 1\), got 20",
+    ),
+    # --- optimizer and length
+    "instance of an optimizer": (
+        lambda: setup(optimizer=torch.optim.SGD(Net().parameters(), lr=0.1)),
+        r"Pass torch.optim.SGD, and set_opt_hparams\(lr=0.1\)",
+    ),
+    "misspelt option of an optimizer": (
+        lambda: fit(setup().set_opt_hparams(learning_rate=0.1)),
+        "got 'learning_rate'. Did you mean 'lr'",
+    ),
+    "learning rate as text": (
+        lambda: fit(setup().set_opt_hparams(lr="0.1")),
+        "expected a number for SGD, got '0.1'",
+    ),
+    "learning rate that is no number": (
+        lambda: fit(setup().set_opt_hparams(lr=float("nan"))),
+        "expected a number for SGD, got nan",
+    ),
+    "no epochs": (lambda: fit(epochs=0), "expected at least 1 epoch, got 0"),
+    "schedule without its option": (
+        lambda: scheduler(),
+        r"Pass them as LRScheduler\(..., step_size=...\)",
+    ),
+    # --- metrics
+    "class of a metric": (
+        lambda: setup(metrics=MulticlassAccuracy),
+        r"Write MulticlassAccuracy\(...\)",
+    ),
+    "name of a metric": (
+        lambda: setup(metrics=["accuracy"]),
+        "expected a metric, got 'accuracy'",
+    ),
+    "another number of classes": (
+        lambda: fit(setup(metrics=MulticlassAccuracy(num_classes=2))),
+        r"The model has 3 outputs: MulticlassAccuracy\(num_classes=3\)",
+    ),
+    "metric of two classes": (
+        lambda: fit(setup(metrics=BinaryAccuracy())),
+        r"For 3 outputs use MulticlassAccuracy\(num_classes=3\)",
+    ),
+    # --- callbacks
+    "class of a callback": (
+        lambda: fit(callbacks=[EarlyStopping]),
+        r"Write EarlyStopping\(...\)",
+    ),
+    "callback outside of a list": (
+        lambda: fit(callbacks=EarlyStopping()),
+        r"Write \[...\] around it",
+    ),
+    "event of another library": (
+        lambda: define(on_epoch_finish=lambda self: None),
+        "expected an event, got 'on_epoch_finish'",
+    ),
+    "arguments of another library": (
+        lambda: define(on_epoch_end=lambda self, trainer, module: None),
+        "expected no arguments but self, got trainer, module. .* fields of self.ctx",
+    ),
+    "nothing to validate": (
+        lambda: fit(callbacks=[EarlyStopping()]),
+        "Pass valid_data=..., or monitor 'train/loss'",
+    ),
+    "monitor of another library": (
+        lambda: fit(valid_data=0.5, callbacks=[EarlyStopping("val_loss")]),
+        "Did you mean 'valid/loss'",
+    ),
+    "misspelt field that is read": (
+        lambda: fit(callbacks=[Listens(lambda ctx: ctx.epochs)]),
+        "got 'epochs'. Did you mean 'epoch'",
+    ),
+    "misspelt field that is set": (
+        lambda: fit(callbacks=[Listens(wrong_field)]),
+        "Put your own values into ctx.buffers",
+    ),
+    "value that is no number": (
+        lambda: fit(callbacks=[Listens(lambda ctx: ctx.log_metric("m", object()))]),
+        r"expected a number, .* at value\['m'\]",
+    ),
+    # --- files and devices
+    "no checkpoint": (
+        lambda: fit(callbacks=[ResumeFromCheckpoint("nothing")]),
+        "Check the path, or set missing_ok=True",
+    ),
+    "no saved model": (
+        lambda: harness.load("nothing"),
+        r"Pass a folder that Fitted.save\(\) wrote",
+    ),
+    "misspelt option of the tracker": (
+        lambda: fit(tracker={"run_dir": "x"}),
+        "got 'run_dir'. Did you mean 'runs_dir'",
+    ),
+    "name of no device": (
+        lambda: harness.accelerator(device="gpu"),
+        "expected 'cpu', 'cuda' or 'mps', got 'gpu'",
+    ),
+    "precision as a number": (
+        lambda: harness.accelerator(precision=16),  # type: ignore[arg-type]
+        "expected one of .*'bf16'.*, got 16",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+@pytest.mark.filterwarnings("ignore:Using a target size")
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+def test_mistake_is_explained(name: str) -> None:
+    make, expected = MISTAKES[name]
+    with pytest.raises(Exception, match=r".") as caught:  # torch's own kind, or ours
+        make()
+    notes = getattr(caught.value, "__notes__", [])
+    found = "\n".join([str(caught.value), *notes])
+    assert re.search(expected, found), found
+
+
+def test_table_has_fifty_mistakes() -> None:
+    assert len(MISTAKES) >= 50
