@@ -139,6 +139,7 @@ class StoreClient:
 
     def __init__(self, uri: str, cache: Path) -> None:
         self.uri = uri
+        self._artifact_roots: dict[str, str] = {}
         self._checked_roots: set[str] = set()
         path = sqlite_path(uri)
         self._lock = contextlib.nullcontext() if path is None else _LOCKS[path]
@@ -195,7 +196,7 @@ class StoreClient:
             runs = self._client.search_runs(
                 [experiment_id], f"tags.`{tag}` = '{value}'", max_results=100
             )
-        return [_as_mlflow_run(run) for run in runs]
+        return [self._take(run) for run in runs]
 
     def run(self, run_id: str) -> MlflowRun:
         """Read a run.
@@ -213,7 +214,7 @@ class StoreClient:
                 "deleted. Restore it there, or run 'harness sync' for a new one.",
                 is_restorable=True,
             )
-        return _as_mlflow_run(run)
+        return self._take(run)
 
     def create_run(
         self, experiment_id: str, name: str, start_ms: int, tags: Mapping[str, str]
@@ -221,6 +222,11 @@ class StoreClient:
         """Create a run."""
         with self._call():
             run = self._client.create_run(experiment_id, start_ms, dict(tags), name)
+        return self._take(run)
+
+    def _take(self, run: Any) -> MlflowRun:
+        """Convert a run of MLflow's, and remember where its artifacts are."""
+        self._artifact_roots[run.info.run_id] = run.info.artifact_uri
         return _as_mlflow_run(run)
 
     def send(
@@ -264,7 +270,9 @@ class StoreClient:
         """
         if local_path(self.uri) is None or run_id in self._checked_roots:
             return
-        root = self._client.get_run(run_id).info.artifact_uri
+        if run_id not in self._artifact_roots:
+            self._take(self._client.get_run(run_id))
+        root = self._artifact_roots[run_id]
         path = local_path(root) if root.startswith("file:") else Path(root)
         is_local = urllib.parse.urlsplit(root).scheme in ("", "file")
         if is_local and path and not [*path.parents][:4][-1].is_dir():
