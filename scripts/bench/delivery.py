@@ -4,7 +4,8 @@
     python scripts/bench/delivery.py [--points 20000] [--rounds 3]
 
 Measures bare ``log_batch`` calls of 1000 points into a sqlite database, our delivery of the
-same number of points from a journal, and the time until a run's page exists.
+same number of points from a journal, the time until a run's page exists, and what training
+on one core takes while a process delivers what it logs, compared with no delivery.
 """
 
 # ruff: noqa: E402
@@ -23,6 +24,8 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+
+import numpy as np
 
 import tracking
 from tracking.delivery.worker import DeliveryWorker, lower_priority
@@ -84,6 +87,24 @@ def page_s(folder: Path) -> float:
             return time.perf_counter() - start
 
 
+def training_s(folder: Path, num_steps: int, *, delivery: bool) -> float:
+    """Seconds of steps that compute for half a millisecond and log a value."""
+    matrix = np.random.default_rng(0).random((180, 180))
+    with contextlib.chdir(folder):
+        options = {"experiment": "beside", "runs_dir": "runs", "delivery": delivery}
+        with tracking.start(**options) as run:
+            if delivery:
+                assert run.mlflow_run_id  # MLflow is imported
+            start = time.perf_counter()
+            for step in range(num_steps):
+                run.log_step(
+                    {"loss": float((matrix @ matrix)[0, 0]) / (step + 1)}, step
+                )
+            seconds = time.perf_counter() - start
+        run.wait()
+    return seconds
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(
@@ -91,11 +112,13 @@ def main() -> None:
     )
     parser.add_argument("--points", type=int, default=20_000)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=8_000, help="of training")
     options = parser.parse_args()
     prepare_environment()
     collecting = gc.get_threshold()
-    times: dict[str, list[float]] = {"bare log_batch": [], "delivery": [], "page": []}
-    with tempfile.TemporaryDirectory() as name:
+    words = ("bare log_batch", "delivery", "page", "alone", "beside")
+    times: dict[str, list[float]] = {word: [] for word in words}
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         os.environ["XDG_CACHE_HOME"] = name
         cache = Path(name) / "luz-harness"
         for number in range(options.rounds + 1):
@@ -107,10 +130,12 @@ def main() -> None:
             gc.unfreeze()
             gc.set_threshold(*collecting)
             page = page_s(folder)
+            alone = training_s(folder, options.steps, delivery=False)
+            beside = training_s(folder, options.steps, delivery=True)
             if number:  # the first round warms up
-                times["bare log_batch"].append(bare)
-                times["delivery"].append(delivered)
-                times["page"].append(page)
+                found = (bare, delivered, page, alone, beside)
+                for word, seconds in zip(words, found, strict=True):
+                    times[word].append(seconds)
     print(
         f"{options.points} points of {KEYS} metrics, median of {options.rounds} rounds"
     )
@@ -121,6 +146,10 @@ def main() -> None:
         a / b for a, b in zip(times["delivery"], times["bare log_batch"], strict=True)
     ]
     print(f"{'delivery / bare':>16}: {statistics.median(ratios):8.2f} of its time")
+    ratios = [a / b for a, b in zip(times["beside"], times["alone"], strict=True)]
+    print(
+        f"{'training beside':>16}: {statistics.median(ratios):8.2f} of training alone"
+    )
     print(f"{'page after':>16}: {statistics.median(times['page']):8.2f} s")
 
 
