@@ -223,7 +223,9 @@ class Heartbeat:
 
     def find_gone(self, store: Store) -> Member | None:
         """Find a rank of this machine whose process has ended, though it is needed."""
-        for member in self._near_members()[:-1] if self.members else []:
+        if not self.members and not self._meet_members(store):
+            return None
+        for member in self._near_members()[:-1]:
             if member.process.state() is None and self._is_needed(store, member):
                 return member
         return None
