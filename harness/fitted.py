@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
+from harness.accelerators.select import accelerator as pick_accelerator
 from harness.checkpoint.hparams import HparamSource, encode_hparams, name_of
 from harness.checkpoint.objects import ObjectSource, encode_object
 from harness.checkpoint.weights import (
@@ -19,6 +20,7 @@ from harness.checkpoint.weights import (
     save_weights,
     write_saved_model,
 )
+from harness.checkpoint.whole.home import ModelHome
 from harness.checks.values import as_path, check_picture
 from harness.data.loaders import Data
 from harness.export.html import as_html
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
+    from harness.accelerators.base import Accelerator
     from harness.learner import Learner
     from tracking import Run
 
@@ -128,8 +131,8 @@ class Fitted:
 
     Attributes
     ----------
-    model : nn.Module
-        The user's own module, on the CPU, with full weights, in evaluation mode.
+    home : ModelHome
+        The model, and where its weights are; see `model`.
     records : dict
         What was logged: ``records[what][set][index - 1]``.
     learner : Learner
@@ -161,7 +164,7 @@ class Fitted:
         What became of the weights that the fit started from, by ``fit(start=...)``.
     """
 
-    model: nn.Module
+    home: ModelHome = field(repr=False, compare=False)
     records: Records
     learner: Learner = field(repr=False)
     hparams: Mapping[str, object]
@@ -181,6 +184,49 @@ class Fitted:
     def __getstate__(self) -> dict[str, object]:
         """Leave out the run, which belongs to its process, when this is copied or pickled."""
         return {**vars(self), "run": NullRun()}
+
+    @property
+    def model(self) -> nn.Module:
+        """The user's own module, on the CPU, with full weights, in evaluation mode.
+
+        After a fit on several ranks, a small model is there on each of them (up to 16 MiB),
+        a larger one on rank 0. ``evaluate``, ``predict``, ``fit`` and ``save`` work on every
+        rank. After ``fit(gather=False)`` the weights are in a checkpoint.
+
+        Raises
+        ------
+        RuntimeError
+            If the weights are not in the memory of this process: see ``gather``.
+        """
+        return self.home.get()
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The checkpoint that has the weights, after ``fit(gather=False)``; else None."""
+        return self.home.checkpoint
+
+    def gather(self, *, accelerator: Accelerator | None = None) -> nn.Module:
+        """Take the weights into the memory of this process, so that `model` has them.
+
+        After a fit on several ranks, every rank must call it: rank 0 sends them. After
+        ``fit(gather=False)`` it reads them from the checkpoint.
+
+        Parameters
+        ----------
+        accelerator
+            As in ``Learner.fit``.
+
+        Returns
+        -------
+        nn.Module
+            `model`.
+
+        Raises
+        ------
+        CheckpointError
+            If the checkpoint is gone or damaged.
+        """
+        return self.home.gather(accelerator or pick_accelerator())
 
     @property
     def is_interrupted(self) -> bool:
@@ -262,7 +308,8 @@ class Fitted:
         ModelSummary
             ``print`` shows it as a table.
         """
-        return summarize(self.model, self.example if example is None else example)
+        given = self.example if example is None else example
+        return summarize(self.home.module, given)
 
     def evaluate(self, data: Data, **options: Any) -> Evaluation:
         """Compute losses and metrics on `data`; options as in ``Learner.evaluate``."""
@@ -278,7 +325,8 @@ class Fitted:
         Parameters
         ----------
         path
-            Folder to create, for ``harness.load``. A model saved there before is replaced.
+            Folder to create, for ``harness.load``. A model saved there before is replaced. If
+        rank 0 holds the weights, it writes, and other ranks that call this wait for it.
 
         Warns
         -----
@@ -313,7 +361,11 @@ class Fitted:
                 for split in ("train", "valid")
             },
         )
-        write_saved_model(folder, self.model.state_dict(), about)
+        with self.home.writing(f"save({str(path)!r})") as is_mine:
+            if is_mine:
+                weights = self.home.module.state_dict()
+                read = self.home.open_parameters()
+                write_saved_model(folder, weights, about, read)
         if reason := self._why_module_is_needed(about):
             msg = f"save({str(path)!r}): expected {reason}."
             warnings.warn(f"{msg} harness.load will need module=.", stacklevel=2)
@@ -398,7 +450,10 @@ class Fitted:
 
     def save_weights(self, path: str | Path) -> None:
         """Save only the weights, in a safetensors file."""
-        save_weights(self.model, as_path("save_weights(path)", path))
+        file = as_path("save_weights(path)", path)
+        with self.home.writing(f"save_weights({str(path)!r})") as is_mine:
+            if is_mine:
+                save_weights(self.home.module, file, self.home.open_parameters())
 
     def load_weights(self, path: str | Path, *, strict: bool = True) -> WeightsReport:
         """Load other weights into the model, by name.
@@ -450,9 +505,9 @@ class Fitted:
 
     def _describe(self) -> tuple[str, str, int | None]:
         """The first line about this result, the line about its run, and the best place."""
-        num_params = sum(param.numel() for param in self.model.parameters())
+        num_params = sum(param.numel() for param in self.home.module.parameters())
         count = len(self.records.get("metrics", {}).get("train", []))
-        name = type(self.model).__name__
+        name = type(self.home.module).__name__
         units = self.unit if count == 1 else f"{self.unit}s"
         head = f"Fitted {name}, {num_params:,} parameters, {count} {units}"
         where = f"run {self.run_id} in {self.run_path}" if self.run_id else ""

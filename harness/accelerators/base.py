@@ -309,12 +309,18 @@ class Accelerator(Protocol):
         """
         ...
 
-    def finish(self, *, failed: bool = False) -> None:
-        """Release what ``prepare`` created: engines and hooks.
+    def share_weights(self, model: nn.Module) -> None:
+        """Give every rank the parameters and buffers of rank 0's model, before ``prepare``."""
+        ...
+
+    def finish(self, *, failed: bool = False, keep: bool = True) -> None:
+        """Release what ``prepare`` created, engines and hooks; the model is whole again.
 
         Parameters
         ----------
         failed
             This rank ends alone and the others may not call it: nothing is gathered.
+        keep
+            False: this rank needs no weights. Its parameters are on the ``meta`` device.
         """
         ...

@@ -37,6 +37,7 @@ from harness.errors import CheckpointError
 from harness.pytree import StateDict, map_tensors
 from harness.reshard.consolidated import copy_tensors
 from harness.reshard.layout import group_members, make_plain_layout
+from harness.reshard.skeleton import release_parameters
 
 T = TypeVar("T")
 
@@ -560,8 +561,16 @@ class SingleDevice:
             param.grad = None if grad is None else grad.to(self.device, copy=True)
             param.requires_grad_(name not in state["frozen"])
 
-    def finish(self, *, failed: bool = False) -> None:
-        """Remove the hooks from model and optimizers."""
+    def share_weights(self, model: nn.Module) -> None:
+        """Do nothing: there is one rank."""
+
+    def finish(self, *, failed: bool = False, keep: bool = True) -> None:
+        """Remove the hooks from model and optimizers.
+
+        With ``keep=False`` the parameters are on the ``meta`` device afterwards.
+        """
+        if not (failed or keep) and self._model is not None:
+            release_parameters(self._model)
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()

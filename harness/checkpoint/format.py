@@ -19,7 +19,7 @@ import json
 import re
 import stat
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -29,7 +29,7 @@ import msgspec
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Size, Tensor
 
 from harness.errors import CheckpointError
 from harness.pytree import DTYPES, restore
@@ -201,7 +201,7 @@ def write_rank(
     summary
         What the index takes from them; None: the checkpoint gets no index.
     """
-    tensor_path, plan_path = (temporary / name for name in _list_rank_files(rank))
+    tensor_path, plan_path = (temporary / name for name in list_rank_files(rank))
     files = {
         tensor_path.name: asdict(write_tensors(tensor_path, tensors)),
         plan_path.name: asdict(_write_json(plan_path, plan)),
@@ -212,7 +212,8 @@ def write_rank(
         _write_json(fresh, {"files": files, "summary": about})
 
 
-def _list_rank_files(rank: int) -> tuple[str, str]:
+def list_rank_files(rank: int) -> tuple[str, str]:
+    """Names of the files of a rank: its tensors, and its plan, which is JSON."""
     return f"rank-{rank}.safetensors", f"rank-{rank}.json"
 
 
@@ -285,7 +286,7 @@ def _wait_for_rank(temporary: Path, rank: int, deadline: float) -> Path:
     return done
 
 
-_FILE_DTYPES = DTYPES | {torch.complex64: "C64"}
+FILE_DTYPES = DTYPES | {torch.complex64: "C64"}
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileInfo:
@@ -295,6 +296,26 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileInfo:
     -----
     ``safetensors.torch.save_file`` copies every tensor into a Python object while it holds
     the interpreter lock, which blocks the training thread. This function copies nothing.
+    """
+    forms = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+    return write_each_tensor(path, forms, tensors.__getitem__)
+
+
+def write_each_tensor(
+    path: Path,
+    forms: Mapping[str, tuple[torch.dtype, Size]],
+    read: Callable[[str], Tensor],
+) -> FileInfo:
+    """Write a safetensors file of tensors that are read one after another.
+
+    Parameters
+    ----------
+    path
+        The file.
+    forms
+        Dtype and shape of each tensor, in order.
+    read
+        Returns the tensor of a name, contiguous and on the CPU.
 
     References
     ----------
@@ -302,25 +323,25 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileInfo:
     """
     header: dict[str, Any] = {}
     end = 0
-    for name, tensor in tensors.items():
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        if tensor.dtype not in _FILE_DTYPES:
+    for name, (dtype, shape) in forms.items():
+        start, end = end, end + shape.numel() * dtype.itemsize
+        if dtype not in FILE_DTYPES:
             msg = f"{name}: expected a dtype that a safetensors file holds"
-            raise TypeError(f"{msg}, got {tensor.dtype}. Convert the tensor.")
-        dtype, shape = _FILE_DTYPES[tensor.dtype], list(tensor.shape)
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+            raise TypeError(f"{msg}, got {dtype}. Convert the tensor.")
+        header[name] = {
+            "dtype": FILE_DTYPES[dtype],
+            "shape": list(shape),
+            "data_offsets": [start, end],
+        }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     start_of_file: Iterable[Any] = (len(text).to_bytes(8, "little"), text)
-    return _write_hashed(path, chain(start_of_file, _bytes_of(tensors)))
+    return _write_hashed(path, chain(start_of_file, map(_as_memory, map(read, forms))))
 
 
-def _bytes_of(tensors: Mapping[str, Tensor]) -> Iterator[Any]:
-    """Yield the memory of each tensor, without a copy."""
-    for tensor in tensors.values():
-        flat = tensor.reshape(-1)
-        if flat.numel():
-            yield memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
+def _as_memory(tensor: Tensor) -> memoryview:
+    """The memory of a tensor, without a copy."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def _write_json(path: Path, value: object) -> FileInfo:
@@ -494,7 +515,7 @@ def _check_file_names(path: Path, manifest: Manifest) -> None:
     if manifest.world_size < 1:
         raise _make_error(path, "a world_size from 1", f"{manifest.world_size}")
     for rank in range(manifest.world_size):
-        if not manifest.files.keys() >= {*_list_rank_files(rank)}:
+        if not manifest.files.keys() >= {*list_rank_files(rank)}:
             raise _make_error(path, f"the files of rank {rank}", "none")
 
 
@@ -506,7 +527,7 @@ def read_index(path: Path, manifest: Manifest) -> PartIndex:
     CheckpointError
         If it has wrong types, or is not of the ranks of this checkpoint.
     """
-    content = _read_json(path, INDEX)
+    content = read_json(path, INDEX)
     try:
         index = msgspec.convert(content, PartIndex)
         index.check()
@@ -541,8 +562,8 @@ def read_rank(
     CheckpointError
         If it cannot be read.
     """
-    tensor_name, plan_name = _list_rank_files(rank)
-    plan = _read_json(path, plan_name)
+    tensor_name, plan_name = list_rank_files(rank)
+    plan = read_json(path, plan_name)
     try:
         tensors = load_file(path / tensor_name)
         if not is_mapped:
@@ -560,7 +581,8 @@ def read_rank(
         raise _make_error(path, expected, str(error)) from error
 
 
-def _read_json(path: Path, name: str) -> Any:
+def read_json(path: Path, name: str) -> Any:
+    """Read a JSON file of a checkpoint."""
     return _parse_json(path, name, read_text(path, name))
 
 

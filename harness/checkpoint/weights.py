@@ -20,21 +20,20 @@ import msgspec
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from harness.checkpoint.format import (
     MANIFEST,
     FileInfo,
     Manifest,
-    describe_file,
     find_newest,
     list_checkpoints,
     read_manifest,
     read_rank,
     verify_checkpoint,
     verify_file,
-    write_tensors,
+    write_each_tensor,
 )
 from harness.checkpoint.parts.states import SavedParts
 from harness.errors import CheckpointError
@@ -48,6 +47,10 @@ from harness.reshard.consolidated import (
 )
 from tracking.durable import replace_file, replace_folder
 from tracking.errors import describe_mismatch
+
+ReadTensor = Callable[[str], Tensor]
+
+NO_TENSORS: Mapping[str, Tensor] = {}
 
 SAVED_MODEL_FORMAT = 1
 """Version of the folder of a saved model."""
@@ -104,16 +107,34 @@ class WeightsReport:
 # ---------------------------------------------------------------------- weights
 
 
-def save_weights(model: nn.Module, path: Path) -> None:
-    """Write the state dict of a model into a safetensors file, completely or not at all."""
+def save_weights(
+    model: nn.Module, path: Path, read: ReadTensor = NO_TENSORS.__getitem__
+) -> None:
+    """Write the state dict of a model into a safetensors file, completely or not at all.
+
+    Parameters
+    ----------
+    model, path
+        The model and the file.
+    read
+        Returns the values of a parameter that has no memory, by its name.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    state = {
-        name: value.detach().cpu().contiguous()
-        for name, value in model.state_dict().items()
-        if isinstance(value, Tensor)
-    }
     with replace_file(path) as temporary:
-        write_tensors(temporary, state)
+        _write_each(temporary, get_tensors(model), read)
+
+
+def _write_each(
+    path: Path, tensors: Mapping[str, Tensor], read: ReadTensor
+) -> FileInfo:
+    """Write tensors one after another."""
+
+    def read_any(name: str) -> Tensor:
+        value = tensors[name].detach()
+        return (read(name) if value.is_meta else value).cpu().contiguous()
+
+    forms = {name: (value.dtype, value.shape) for name, value in tensors.items()}
+    return write_each_tensor(path, forms, read_any)
 
 
 def load_weights(model: nn.Module, path: Path, *, strict: bool = True) -> WeightsReport:
@@ -293,7 +314,10 @@ class SavedModel:
 
 
 def write_saved_model(
-    path: Path, weights: Mapping[str, object], about: SavedModel
+    path: Path,
+    weights: Mapping[str, object],
+    about: SavedModel,
+    read: ReadTensor = NO_TENSORS.__getitem__,
 ) -> None:
     """Write a saved model into a folder, completely or not at all.
 
@@ -305,6 +329,9 @@ def write_saved_model(
         State dict of the model: tensors, and extra states of modules, by name.
     about
         The rest.
+    read
+        Returns the values of a parameter that has no memory, by its name. Each is written
+        before the next one is read.
 
     Raises
     ------
@@ -321,9 +348,7 @@ def write_saved_model(
     )
     tensors |= {name: v for name, v in weights.items() if _is_plain_tensor(v)}
     with replace_folder(path) as temporary:
-        tensors = {name: value.contiguous().clone() for name, value in tensors.items()}
-        save_file(tensors, temporary / SAVED_WEIGHTS)
-        info = describe_file(temporary / SAVED_WEIGHTS)
+        info = _write_each(temporary / SAVED_WEIGHTS, tensors, read)
         about = replace(about, other_weights=plan, weights=info)
         text = json.dumps(vars(about), indent=1, default=vars)
         (temporary / SAVED_MODEL).write_text(text, encoding="utf-8")

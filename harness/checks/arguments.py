@@ -91,7 +91,7 @@ def check_start(start: object, strict: object) -> None:
     TypeError
         If `start` is nothing that has weights, or `strict` is no bool.
     """
-    has_weights = hasattr(start, "model") or isinstance(
+    has_weights = hasattr(start, "home") or isinstance(
         start, nn.Module | Mapping | str | os.PathLike
     )
     if start is not None and (not has_weights or isinstance(start, type)):
@@ -103,6 +103,19 @@ def check_start(start: object, strict: object) -> None:
     if start is None and strict is not None:
         msg = f"fit(strict): expected start=... with it, got strict={strict!r} alone."
         raise ValueError(f"{msg} Pass what the fit starts from.")
+
+
+def check_gather(gather: object) -> None:
+    """Check ``fit(gather=...)``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If it is neither a bool nor a number of bytes.
+    """
+    if not isinstance(gather, bool):
+        advice = "True gathers a model of any size, False none."
+        check_count("fit(gather)", gather, 0, advice)
 
 
 def check_predict(

@@ -20,7 +20,13 @@ from harness.callbacks import Metrics, TrainValid
 from harness.callbacks.resuming import find_resume
 from harness.callbacks.train_valid import Mode
 from harness.checkpoint.state import describe_fit
-from harness.checks.arguments import check_call_arguments, check_predict, check_setup
+from harness.checkpoint.whole.home import ModelHome
+from harness.checks.arguments import (
+    check_call_arguments,
+    check_gather,
+    check_predict,
+    check_setup,
+)
 from harness.checks.callbacks import check_callbacks
 from harness.checks.calls import (
     check_arguments,
@@ -60,7 +66,14 @@ from harness.fitted import Evaluation, Fitted
 from harness.held_model import build_own, keep_buffers
 from harness.learner.data import build_loaders, is_fraction, restore_split_state
 from harness.learner.defaults import add_defaults, default_callbacks, make_progress
-from harness.learner.result import call_after_fit, make_fitted, restore_model_after
+from harness.learner.result import (
+    GATHER_BYTES,
+    call_after_fit,
+    choose_home,
+    decide_gather,
+    make_fitted,
+    restore_model_after,
+)
 from harness.learner.start import Start, begin, choose_loss
 from harness.loop import EvaluateContext, FitContext, PredictContext
 from harness.loss import (
@@ -71,6 +84,7 @@ from harness.loss import (
     warn_of_untrained,
 )
 from harness.metrics.sets import MetricSet, as_metric_set
+from harness.reshard.skeleton import count_bytes
 from harness.rng import seed_all, share_rng_state
 from harness.run_binding import (
     Tracker,
@@ -257,6 +271,7 @@ class Learner:
         tracker: Tracker = None,
         start: Start = None,
         strict: bool | None = None,
+        gather: bool | int = GATHER_BYTES,
     ) -> Fitted:
         """Train a new model.
 
@@ -310,6 +325,11 @@ class Learner:
             True refuses weights that do not all fit the model. Otherwise those of the same
             name and shape are loaded, and ``fitted.start`` and the run say which. None: if
             not all fit, a warning says it too.
+        gather : >= 0
+            Whether rank 0 takes the whole weights into memory at the end. False: they stay
+            in a final checkpoint, beside the fit's other ones or in the folder of its run,
+            which ``fitted.checkpoint`` names. A number: as True for a model of at most so
+            many bytes, or on one rank. On other ranks see ``Fitted.model``.
 
         Returns
         -------
@@ -330,6 +350,7 @@ class Learner:
         check_call_arguments("fit", accelerator, seed=seed, verbose=verbose)
         callbacks = check_callbacks(callbacks)
         check_tracker(tracker)
+        check_gather(gather)
         validates = valid_data is not None
         pace = parse_pace(max_steps, valid_every, epochs, validates=validates)
         accelerator = accelerator or pick_accelerator()
@@ -349,6 +370,8 @@ class Learner:
             resume.load_weights(model)
         if self.compile is not False:
             model.compile(**check_compile(self.compile))
+        num_bytes = count_bytes(model)
+        is_whole = decide_gather(gather, num_bytes, accelerator, tracker, callbacks)
         loss = make_loss(began.loss, model, accelerator.device)
         check_parameters(loss, model, accelerator)
         if self.batch is None:
@@ -383,7 +406,9 @@ class Learner:
                     report_start(ctx, began.name, began.report)
                 with describing_model(ctx):
                     loop.fit(ctx)
-            fitted = make_fitted(self, ctx, get_batch_options(train), began.report)
+                home = choose_home(ctx, num_bytes, gather=is_whole)
+            options = get_batch_options(train)
+            fitted = make_fitted(self, ctx, options, began.report, home)
         except BaseException:
             accelerator.finish(failed=True)
             raise
@@ -433,7 +458,7 @@ class Learner:
             raise TypeError(f"{msg} Pass the trained model.")
         check_model_names(model)
         return Fitted(
-            model=model,
+            home=ModelHome(module=model),
             records={},
             learner=self,
             hparams=dict(self.hparams),
@@ -475,7 +500,8 @@ class Learner:
         luz 0.5.0, ``evaluate``.
         """
         check_call_arguments("evaluate", accelerator, verbose=verbose, fitted=fitted)
-        check_loss(f"evaluate({type(fitted.model).__name__})", fitted.model, self.loss)
+        module = fitted.home.module
+        check_loss(f"evaluate({type(module).__name__})", module, self.loss)
         accelerator = accelerator or pick_accelerator()
         accelerator.meet("evaluate")
         measured = self.metrics if metrics is None else as_metric_set(metrics)
@@ -484,24 +510,23 @@ class Learner:
         for name, own in name_sets(data, "data").items():
             place = "data" if own is data else f"data[{name!r}]"
             loaders[name] = make_eval_loader(own, dataloader_options, place, like)
-        ctx = EvaluateContext(
-            model=fitted.model,
-            read_batch=self.batch,
-            newdata=loaders,
-            optimizers=partial(self._build_optimizers_for_names, fitted.model),
-            loss_fn=make_loss(
-                choose_loss(self, fitted), fitted.model, accelerator.device
-            ),
-            opt_hparams=fitted.opt_hparams,
-            accelerator=accelerator,
-            verbose=verbose,
-            run=make_null_run(),
-            callbacks=add_defaults(
-                [TrainValid(), Metrics(measured), make_progress(verbose)], callbacks
-            ),
-        )
-        with restore_model_after(ctx):
-            loop.evaluate(ctx)
+        with fitted.home.lending(accelerator) as model:
+            ctx = EvaluateContext(
+                model=model,
+                read_batch=self.batch,
+                newdata=loaders,
+                optimizers=partial(self._build_optimizers_for_names, model),
+                loss_fn=make_loss(choose_loss(self, fitted), model, accelerator.device),
+                opt_hparams=fitted.opt_hparams,
+                accelerator=accelerator,
+                verbose=verbose,
+                run=make_null_run(),
+                callbacks=add_defaults(
+                    [TrainValid(), Metrics(measured), make_progress(verbose)], callbacks
+                ),
+            )
+            with restore_model_after(ctx):
+                loop.evaluate(ctx)
         return Evaluation(records=ctx.records)
 
     def _build_optimizers_for_names(self, model: nn.Module) -> object:
@@ -559,23 +584,24 @@ class Learner:
         luz 0.5.0, ``predict``.
         """
         check_call_arguments("predict", accelerator, verbose=verbose, fitted=fitted)
-        check_predict(fitted.model, stack=stack, mode=mode, arguments=arguments)
+        check_predict(fitted.home.module, stack=stack, mode=mode, arguments=arguments)
         accelerator = accelerator or pick_accelerator()
         accelerator.meet("predict")
         like = {**fitted.batch_options, **get_device_options(accelerator.device)}
-        ctx = PredictContext(
-            model=fitted.model,
-            read_batch=self.batch,
-            newdata=make_eval_loader(data, dataloader_options, "data", like),
-            accelerator=accelerator,
-            verbose=verbose,
-            run=make_null_run(),
-            callbacks=add_defaults(
-                [TrainValid(predict_mode=mode), make_progress(verbose)], callbacks
-            ),
-        )
-        with restore_model_after(ctx), keep_buffers(ctx.model, mode):
-            preds = loop.predict(ctx, arguments)
+        with fitted.home.lending(accelerator) as model:
+            ctx = PredictContext(
+                model=model,
+                read_batch=self.batch,
+                newdata=make_eval_loader(data, dataloader_options, "data", like),
+                accelerator=accelerator,
+                verbose=verbose,
+                run=make_null_run(),
+                callbacks=add_defaults(
+                    [TrainValid(predict_mode=mode), make_progress(verbose)], callbacks
+                ),
+            )
+            with restore_model_after(ctx), keep_buffers(ctx.model, mode):
+                preds = loop.predict(ctx, arguments)
         return join(preds) if stack else preds
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from harness.checkpoint.hparams import HparamSource
 from harness.checkpoint.objects import ObjectSource
 from harness.checkpoint.weights import find_model_class, read_saved_model
+from harness.checkpoint.whole.home import ModelHome
 from harness.checks.values import as_path
 from harness.errors import CheckpointError
 from harness.fitted import Fitted
@@ -87,7 +88,7 @@ def load(
         msg = f"load({str(path)!r}): expected weights that fit {module!r}, got: {exc}."
         raise CheckpointError(f"{msg} Pass the right class as module=.") from exc
     return Fitted(
-        model=model.eval(),
+        home=ModelHome(module=model.eval()),
         records=records,
         learner=learner,
         hparams=dict(learner.hparams),

@@ -3,22 +3,116 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
+from harness.callback import Callback
+from harness.callbacks import ModelCheckpoint
 from harness.checkpoint.search import find_loss_modules
 from harness.checkpoint.state import get_extra_states, set_extra_states
 from harness.checkpoint.weights import WeightsReport
+from harness.checkpoint.whole.final import save_final
+from harness.checkpoint.whole.home import EVERY_RANK_BYTES, ModelHome
 from harness.context import Context
 from harness.export.sample import take_sample
+from harness.export.summary import format_size
 from harness.fitted import Fitted
 from harness.loop import FitContext
 from harness.pytree import Options
-from harness.reshard.consolidated import load_whole_state
+from harness.reshard.skeleton import move_real_tensors
 
 if TYPE_CHECKING:
+    from harness.accelerators.base import Accelerator
     from harness.learner.learner import Learner
+
+
+GATHER_BYTES = 32 << 30
+"""A model up to this size is gathered by default at the end of a fit on several ranks."""
+
+
+def decide_gather(
+    gather: bool | int,
+    num_bytes: int,
+    accelerator: Accelerator,
+    tracker: object,
+    callbacks: Iterable[Callback],
+) -> bool:
+    """Decide whether the weights come into the memory of rank 0 at the end of a fit.
+
+    Parameters
+    ----------
+    gather, tracker, callbacks
+        As in ``Learner.fit``. A size counts only where there are several ranks.
+    num_bytes
+        Size of the whole weights.
+    accelerator
+        Accelerator of the fit.
+
+    Raises
+    ------
+    ValueError
+        If they do not, and there is no place for a final checkpoint: neither a run nor a
+        folder of checkpoints.
+    """
+    is_whole = bool(gather)
+    if not isinstance(gather, bool):
+        is_whole = accelerator.world_size == 1 or num_bytes <= gather
+    has_folder = any(
+        isinstance(callback, ModelCheckpoint) and callback.path is not None
+        for callback in callbacks
+    )
+    if not is_whole and tracker is False and not has_folder:
+        size = f"a model of {format_size(num_bytes)}"
+        msg = f"fit(gather={gather!r}): expected a place for the final checkpoint of {size}"
+        advice = "Add ModelCheckpoint(path), track the fit, or pass gather=True."
+        raise ValueError(f"{msg}, got a fit without a run. {advice}")
+    return is_whole
+
+
+def choose_home(ctx: FitContext, num_bytes: int, *, gather: bool) -> ModelHome:
+    """Choose where the weights will be, and save them if that is a checkpoint.
+
+    Every rank must call it, after the fit and before the accelerator finishes.
+
+    Parameters
+    ----------
+    ctx
+        Context of the fit.
+    num_bytes
+        Size of the whole weights.
+    gather
+        What ``decide_gather`` returned.
+    """
+    accelerator, model = ctx.accelerator, ctx.model
+    assert accelerator is not None
+    checkpoint = None if gather else save_final(ctx, find_folder(ctx))
+    if checkpoint is not None:
+        return ModelHome(
+            module=model,
+            holder="checkpoint",
+            checkpoint=checkpoint,
+            rank=accelerator.rank,
+        )
+    is_small = num_bytes <= EVERY_RANK_BYTES
+    is_alone = accelerator.world_size == 1
+    return ModelHome(
+        module=model,
+        holder="each" if is_small or is_alone else "main",
+        rank=accelerator.rank,
+    )
+
+
+def find_folder(ctx: FitContext) -> Path:
+    """Folder of the fit's checkpoints: that of a callback, or the run's."""
+    for callback in ctx.callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.writer is not None:
+            return callback.writer.folder
+    assert ctx.run.path is not None  # refused by check_place
+    return Path(ctx.run.path) / "checkpoints"
 
 
 def make_fitted(
@@ -26,22 +120,32 @@ def make_fitted(
     ctx: FitContext,
     batch_options: Options,
     start: WeightsReport | None,
+    home: ModelHome,
 ) -> Fitted:
-    """Gather the weights and build the result, with the model on the CPU."""
+    """Gather the weights and build the result, with the model on the CPU.
+
+    Parameters
+    ----------
+    learner, ctx
+        Learner and context of the fit.
+    batch_options, start
+        As in ``Fitted``.
+    home
+        Where the weights will be.
+    """
     accelerator, model = ctx.accelerator, ctx.model
     assert accelerator is not None
-    weights = accelerator.full_state_dict(model)
     if accelerator.world_size > 1:
         set_extra_states(model, accelerator.broadcast(get_extra_states(model)))
-    accelerator.finish()
+    is_kept = home.holder == "each" or (home.holder == "main" and accelerator.is_main)
+    accelerator.finish(keep=is_kept)
     model._compiled_call_impl = None  # torch 2.13 has no public way back
-    model.cpu()
-    if weights:
-        load_whole_state(model, weights)
+    move_real_tensors(model, torch.device("cpu"))
     for module in find_loss_modules(ctx.loss_fn, model):
         module.cpu().eval()
+    model.eval()
     return Fitted(
-        model=model.eval(),
+        home=home,
         loss=None if learner.loss is None else ctx.loss_fn,
         batch_options=batch_options,
         records=ctx.records,
@@ -77,7 +181,7 @@ def call_after_fit(ctx: Context) -> None:
 
 @contextmanager
 def restore_model_after(ctx: Context) -> Iterator[None]:
-    """Take the model off the context and back to the CPU, with its modes, also after an error."""
+    """Take the model off the context, with its modes, also after an error."""
     modes = {module: module.training for module in ctx.model.modules()}
     failed = True
     try:
@@ -87,6 +191,6 @@ def restore_model_after(ctx: Context) -> Iterator[None]:
         assert ctx.accelerator is not None
         ctx.accelerator.finish(failed=failed)
         ctx.clean()
-        ctx.state_dict()["model"].cpu()
+        ctx.model = None  # unbinds it
         for module, is_training in modes.items():
             module.training = is_training

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from harness.accelerators.base import Accelerator
-from harness.checkpoint.start import load_start
+from harness.checkpoint.start import Weights, load_start
 from harness.checkpoint.weights import WeightsReport, get_tensors
 from harness.checks.arguments import check_start
 from harness.checks.model import check_definition
@@ -46,12 +47,14 @@ def begin(
     if isinstance(start, Fitted):
         loss = choose_loss(learner, start)
         if start.learner is learner:
-            model = copy_trained(learner, start)
+            check_trainable(learner, start.home.module)
+            with start.home.whole_on_each(accelerator) as trained:
+                model = copy_model(trained)
             report = WeightsReport(loaded=tuple(get_tensors(model)))
             return Began(model=model, loss=loss, report=report, name=name)
-    weights = start.model if isinstance(start, Fitted) else start
     model = learner.build_model()
-    report = load_start(model, weights, accelerator, strict=bool(strict))
+    with opening(start, accelerator) as weights:
+        report = load_start(model, weights, accelerator, strict=bool(strict))
     if strict is None and not report.is_complete and accelerator.is_main:
         msg = f"fit(start={name}): expected weights of the whole model, got {report}."
         advice = "The rest of the model is new. Pass strict=False if that is right."
@@ -59,14 +62,23 @@ def begin(
     return Began(model=model, loss=loss, report=report, name=name)
 
 
-def copy_trained(learner: Learner, fitted: Fitted) -> nn.Module:
-    """Copy a trained model, with all that the user changed about it."""
-    if learner.optimizer is None and not hasattr(fitted.model, "set_optimizers"):
+def check_trainable(learner: Learner, model: nn.Module) -> None:
+    """Check that a copy of a trained model, with all that the user changed, can be trained."""
+    if learner.optimizer is None and not hasattr(model, "set_optimizers"):
         msg = "fit: expected an optimizer in the learner of this result, got none."
         advice = "Train with one that has it: learner.fit(data, start=fitted)."
         raise ValueError(f"{msg} {advice}")
-    check_definition(fitted.model, learner.loss, learner.optimizer)
-    return copy_model(fitted.model)
+    check_definition(model, learner.loss, learner.optimizer)
+
+
+@contextmanager
+def opening(start: Fitted | Weights, accelerator: Accelerator) -> Iterator[Weights]:
+    """Give the weights to start from inside, in memory if they are of a fit."""
+    if isinstance(start, Fitted):
+        with start.home.whole_on_each(accelerator) as model:
+            yield model
+    else:
+        yield start
 
 
 def choose_loss(learner: Learner, fitted: Fitted) -> Callable[..., Tensor] | None:
@@ -78,7 +90,9 @@ def choose_loss(learner: Learner, fitted: Fitted) -> Callable[..., Tensor] | Non
 def describe_start(start: Start) -> str:
     """Name the weights that a fit starts from: run, class or path."""
     if isinstance(start, Fitted):
-        return f"run {start.run_id}" if start.run_id else type(start.model).__name__
+        return (
+            f"run {start.run_id}" if start.run_id else type(start.home.module).__name__
+        )
     if isinstance(start, nn.Module):
         return type(start).__name__
     return f"{len(start)} tensors" if isinstance(start, Mapping) else repr(str(start))

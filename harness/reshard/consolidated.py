@@ -218,15 +218,19 @@ class TensorPieces:
             msg = f"{self.shape.numel()} elements of {tuple(self.shape)}, got {at}"
             raise ValueError(msg)
 
-    def read(self, start: int, length: int) -> Tensor:
-        """Up to `length` elements from `start`; call ``check`` first."""
+    def list_pieces(self, start: int, length: int) -> list[Tensor]:
+        """The pieces of up to `length` elements from `start`, in order."""
         end = min(start + length, self.shape.numel())
-        found = [
+        return [
             piece
             for pieces in self._pieces
             if pieces.start < end and pieces.end > start
             for piece in pieces.iter_within(start, end)
         ]
+
+    def read(self, start: int, length: int) -> Tensor:
+        """Up to `length` elements from `start`; call ``check`` first."""
+        found = self.list_pieces(start, length)
         if not found:
             return torch.empty(0)
         return found[0] if len(found) == 1 else torch.cat(found)

@@ -10,7 +10,7 @@ every ``engine.step()`` is a boundary. The model is called directly and never th
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -37,9 +37,11 @@ from harness.accelerators.deepspeed.config import (
 )
 from harness.accelerators.deepspeed.engine_set import EngineSet, create_engines
 from harness.accelerators.deepspeed.gather import (
+    ReadParameter,
     gather_plain_parameters,
     gather_state_dict,
     list_attributes,
+    read_no_values,
 )
 from harness.accelerators.deepspeed.library import (
     choose_kind,
@@ -81,10 +83,12 @@ from harness.accelerators.distributed.sharded_loader import shard_loaders
 from harness.accelerators.distributed.shares import ShareTracker
 from harness.accelerators.distributed.watchdog import Watchdog
 from harness.accelerators.precision import make_autocast
+from harness.accelerators.single import named_tensors
 from harness.checks.values import check_count
 from harness.data.batch import Batch, move
 from harness.pytree import Options, StateDict
 from harness.reshard.consolidated import parameter_shapes
+from harness.reshard.skeleton import move_real_tensors
 from harness.rng import part_rng_state
 
 T = TypeVar("T")
@@ -274,7 +278,7 @@ class DeepSpeedAccelerator:
         self._record_model(model)
         if opts is None:
             model.to(self.device)
-            self._send_from_main([*model.parameters(), *model.buffers()])
+            self.share_weights(model)
         else:
             # DeepSpeed reads it at any time, for example in the model's forward at ZeRO 3,
             # and takes it for the index of the device.
@@ -322,28 +326,22 @@ class DeepSpeedAccelerator:
 
     def _send_buffers(self) -> None:
         """Send rank 0's buffers to all ranks: those are saved and returned."""
-        if self._model is None or self.world_size == 1:
-            return
-        sent = self._ranks.broadcast(dict(self._model.named_buffers()))
-        if self.is_main:
-            return
-        live = dict(self._model.named_buffers())
-        for name, value in sent.items():
-            if name in live and live[name].shape == value.shape:
-                live[name].data.copy_(value)
-            else:  # it grew on one rank alone
-                place, _, leaf = name.rpartition(".")
-                self._model.get_submodule(place)._buffers[leaf] = value
+        if self._model is not None:
+            self._send_tensors(self._model, dict(self._model.named_buffers()))
 
-    def _send_from_main(self, tensors: Sequence[Tensor]) -> None:
-        """Overwrite tensors with those of rank 0."""
-        if self.world_size > 1 and tensors:
-            sent = self._ranks.broadcast([tensor.data for tensor in tensors])
-            for tensor, value in zip(tensors, sent, strict=True):
-                if tensor.shape == value.shape:
-                    tensor.data.copy_(value)
-                else:  # a buffer that grows with the rank's own data
-                    tensor.data = value.clone()
+    def share_weights(self, model: nn.Module) -> None:
+        """Give every rank the parameters and buffers of rank 0's model, one after another.
+
+        Every rank must call it, with the same model, before ``prepare``.
+        """
+        self._send_tensors(model, named_tensors(model))
+
+    def _send_tensors(self, model: nn.Module, live: Mapping[str, Tensor]) -> None:
+        """Overwrite tensors of a model with those of rank 0."""
+        for name, value in self._ranks.send_tensors(live).items():
+            # A buffer that grew on one rank alone.
+            place, _, leaf = name.rpartition(".")
+            model.get_submodule(place)._buffers[leaf] = value
 
     # ------------------------------------------------------------ forward to step
 
@@ -573,7 +571,13 @@ class DeepSpeedAccelerator:
             "members": {engine.name: engine.members for engine in self._engines},
             "shapes": self._shapes,
             "frozen": [n for n, p in model.named_parameters() if not p.requires_grad],
+            **self._describe_dtypes(),
         }
+
+    def _describe_dtypes(self) -> dict[str, dict[str, str]]:
+        """Dtypes of the user's model, unless all are float32."""
+        dtypes = {name: str(dtype) for name, dtype in self._dtypes.items()}
+        return {"dtypes": dtypes} if {*dtypes.values()} - {"torch.float32"} else {}
 
     def load_state_dict(
         self,
@@ -621,10 +625,10 @@ class DeepSpeedAccelerator:
             raise RuntimeError(f"{msg} Call prepare before this.")
         return self._model
 
-    def finish(self, *, failed: bool = False) -> None:
+    def finish(self, *, failed: bool = False, keep: bool = True) -> None:
         """Release the engines; the model is a plain one with whole weights, on the CPU.
 
-        It is the same on every rank.
+        It is the same on every rank that keeps it.
 
         Every rank must call it. The process group is kept for the next fit.
 
@@ -633,6 +637,9 @@ class DeepSpeedAccelerator:
         failed
             This rank ends alone and the others may not call it. With several ranks,
             nothing is gathered, and the model cannot be used any more.
+        keep
+            False: this rank takes part, but its model gets no values. Its parameters are on
+            the ``meta`` device. If no rank keeps them, nothing is gathered.
         """
         for hook in self._hooks:
             hook.remove()
@@ -640,14 +647,22 @@ class DeepSpeedAccelerator:
             install = None
             if self.world_size == 1 or not failed:
                 self._send_buffers()
-                install = gather_plain_parameters(
-                    self._model, self._read_whole, self._dtypes, self._attributes
-                )
+                install = self._gather_plain(keep=keep)
             for engine in self._engines:
                 engine.finish()
             if install is not None:
                 install()
-                self._model.cpu()
+                move_real_tensors(self._model, torch.device("cpu"))
         self._cleanup.close()
         self._clear()
         self._set_working(False)
+
+    def _gather_plain(self, *, keep: bool) -> Callable[[], None]:
+        """Gather the weights; the returned function installs them as plain parameters."""
+        assert self._model is not None
+        read: ReadParameter = self._read_whole
+        if not self.any(keep):
+            read = read_no_values
+        return gather_plain_parameters(
+            self._model, read, self._dtypes, self._attributes, keep=keep
+        )

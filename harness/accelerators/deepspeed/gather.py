@@ -60,6 +60,8 @@ def gather_plain_parameters(
     read_whole: ReadParameter,
     dtypes: Mapping[str, torch.dtype],
     before: Mapping[nn.Module, frozenset[str]],
+    *,
+    keep: bool,
 ) -> Callable[[], None]:
     """Gather whole weights; the returned function installs them as plain parameters.
 
@@ -72,13 +74,19 @@ def gather_plain_parameters(
         As in ``gather_state_dict``.
     before
         What ``list_attributes`` returned before the engines were created.
+    keep
+        False: take part in the gathering, one parameter at a time, but keep no values. The
+        plain parameters are on the ``meta`` device.
     """
-    state = gather_state_dict(model, read_whole, dtypes, keep=True)
-    named = list(model.named_parameters(remove_duplicate=False))
     made: dict[int, nn.Parameter] = {}
-    for name, param in named:
-        if id(param) not in made:
-            made[id(param)] = nn.Parameter(state[name], param.requires_grad)
+    for name, param in model.named_parameters():
+        full = read_whole(param).detach()
+        dtype = dtypes.get(name, full.dtype)
+        if keep:
+            full = full.to("cpu", dtype, copy=True)
+        else:
+            full = torch.empty(full.shape, dtype=dtype, device="meta")
+        made[id(param)] = nn.Parameter(full, param.requires_grad)
 
     def install() -> None:
         for module in model.modules():
@@ -93,6 +101,12 @@ def gather_plain_parameters(
                 delattr(module, name)
 
     return install
+
+
+def read_no_values(param: nn.Parameter) -> Tensor:
+    """A tensor with the shape of the whole parameter, and no values."""
+    shape = getattr(param, "ds_shape", param.shape)
+    return torch.empty(shape, dtype=param.dtype, device="meta")
 
 
 _LEFTOVERS = frozenset(

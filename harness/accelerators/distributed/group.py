@@ -9,7 +9,8 @@ from __future__ import annotations
 import atexit
 import copy
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from harness.accelerators.distributed.environment import Launch, read_agent
 from harness.accelerators.distributed.store import connect_store
 from harness.pytree import map_tensors
+from harness.reshard.consolidated import copy_into
 
 T = TypeVar("T")
 
@@ -31,6 +33,9 @@ TIMEOUT = timedelta(minutes=30)
 
 CUDA_BACKENDS = "cpu:gloo,cuda:nccl"
 """Backends for tensors on both kinds of device; gloo lacks some operations on CUDA."""
+
+SENT_BYTES = 1 << 24
+"""Tensors up to this size are sent together, a larger one alone."""
 
 _OPS = {"sum": dist.ReduceOp.SUM, "mean": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
@@ -233,6 +238,63 @@ class RankGroup:
             dist.all_reduce(total, op=_OPS[op])
         return total / self.world_size if op == "mean" else total
 
+    def send_tensors(self, live: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Overwrite tensors with those of rank 0, by name, a few at a time.
+
+        It needs the memory of one more tensor, or ``SENT_BYTES``.
+
+        Parameters
+        ----------
+        live
+            Tensors of this rank. One that has another shape or dtype on rank 0 gets new
+            memory.
+
+        Returns
+        -------
+        Tensors of rank 0 that are not among the live ones
+        """
+        if self.world_size == 1:
+            return {}
+        forms = self.broadcast_objects(
+            {name: _Form.describe(value) for name, value in live.items()}
+        )
+        new: dict[str, Tensor] = {}
+        for names in _group_by_size(forms):
+            for name, value in self._send_group(names, forms, live):
+                if name not in live:
+                    new[name] = value
+                elif _Form.describe(live[name]) == forms[name]:
+                    copy_into(live[name].data, value)
+                else:
+                    live[name].data = value
+        return new
+
+    def _send_group(
+        self,
+        names: Sequence[str],
+        forms: Mapping[str, _Form],
+        live: Mapping[str, Tensor],
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Send tensors as bytes, which every backend can; yields those that came here."""
+        if not forms[names[0]].is_plain:
+            found = self.broadcast(live[names[0]].data if self.rank == 0 else None)
+            yield from [(names[0], found)] if self.rank else []
+            return
+        sizes = [forms[name].num_bytes for name in names]
+        if self.rank == 0:
+            parts = [_as_bytes(live[name]).to(self.device) for name in names]
+            sent = parts[0] if len(parts) == 1 else torch.cat(parts)
+        else:
+            sent = torch.empty(sum(sizes), dtype=torch.uint8, device=self.device)
+        if len(sent):
+            dist.broadcast(sent, src=0)
+        for name, part in zip(names, torch.split(sent, sizes), strict=True):
+            form = forms[name]
+            # The bytes of a tensor may begin where its dtype may not.
+            part = part if len(names) == 1 else part.clone()
+            if self.rank:
+                yield name, part.view(form.dtype).reshape(form.shape)
+
     # ------------------------------------------------------------------ errors
 
     def check_on_every_rank(self, check: Callable[[], T]) -> T:
@@ -328,6 +390,48 @@ class RankGroup:
 
 STORE_IS_GONE = 0, "ended without an error message"
 """Failure of rank 0, which serves the store, if it can tell none."""
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What a rank must know of a tensor to receive it."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    is_plain: bool
+
+    @classmethod
+    def describe(cls, tensor: Tensor) -> _Form:
+        """The form of a tensor."""
+        is_plain = tensor.layout == torch.strided and not tensor.is_quantized
+        return cls(tensor.shape, tensor.dtype, is_plain)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the elements."""
+        return self.shape.numel() * self.dtype.itemsize
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    """The elements of a tensor as bytes."""
+    return tensor.detach().reshape(-1).contiguous().view(torch.uint8)
+
+
+def _group_by_size(forms: Mapping[str, _Form]) -> Iterator[list[str]]:
+    """Yield names of tensors that are sent at once."""
+    names: list[str] = []
+    num_bytes = 0
+    for name, form in forms.items():
+        num_bytes += form.num_bytes
+        if names and (num_bytes > SENT_BYTES or not form.is_plain):
+            yield names
+            names, num_bytes = [], form.num_bytes
+        if form.is_plain:
+            names.append(name)
+        else:
+            yield [name]
+    if names:
+        yield names
 
 
 def _try(check: Callable[[], T]) -> tuple[tuple[T] | None, Exception | None]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -46,6 +47,7 @@ class Meeting:
 
     def __init__(self, ranks: RankGroup) -> None:
         self._ranks, self._count = ranks, 0
+        self._announced: Counter[str] = Counter()
         self._blocked_since: float | None = None
         self.is_waiting = False
         self._longest_s = _LONGEST_WAIT_S * max(1, ranks.world_size / RANKS_AT_ONCE)
@@ -131,6 +133,45 @@ class Meeting:
         msg = f"{what}: expected it on every rank, got it on rank {rank}"
         advice = "Decide from what every rank knows, such as accelerator.any(flag)."
         return RuntimeError(f"{msg}, while rank {other} {does}. {advice}")
+
+    def announce(self, what: str) -> None:
+        """Tell the other ranks that rank 0 has done something, which they may wait for."""
+        self._announced[what] += 1
+        if self._ranks.store is not None:
+            self._ranks.store.set(f"done/{what}/{self._announced[what]}", "1")
+
+    def await_main(self, what: str) -> None:
+        """Wait until rank 0 announces what this rank leaves to it.
+
+        Raises
+        ------
+        RuntimeError
+            If rank 0 does something else, in which it waits for this rank, or has ended.
+        PeerError
+            If another rank has failed.
+        """
+        self._announced[what] += 1
+        store, wait_s = self._ranks.store, _FIRST_WAIT_S
+        key = f"done/{what}/{self._announced[what]}"
+        while store is not None and not store.check([key]):
+            failed = self._ranks.first_failure()
+            if failed is not None:
+                raise PeerError(*failed)
+            does = self._find_other_work()
+            if does is not None and not store.check([key]):
+                msg = f"{what}: expected it on rank 0, got {does} there"
+                raise RuntimeError(f"{msg}. Call it on every rank, or on rank 0 alone.")
+            time.sleep(wait_s)
+            wait_s = min(2 * wait_s, self._longest_s)
+
+    def _find_other_work(self) -> str | None:
+        """What rank 0 does, in place of what this rank waits for without a meeting."""
+        store, coming = self._ranks.store, f"meeting/{self._count + 1}/first"
+        if store.check([coming]):
+            rank, _, what = store.get(coming).decode().partition(":")
+            return what if rank == "0" else None
+        has_ended = store.check([ENDED]) and store.get(ENDED).decode() == "0"
+        return "the end of its program" if has_ended else None
 
     def watch(self, store: Store | None) -> None:
         """Tell the others if they meet while this rank waits for them in a collective.

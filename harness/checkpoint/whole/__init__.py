@@ -1,0 +1,1 @@
+"""Whole weights after a fit: who holds them, and how a checkpoint gives them piece by piece."""

@@ -1,0 +1,61 @@
+"""A model without memory for its parameters: shapes and dtypes stay, the values are elsewhere.
+
+The parameters are on torch's ``meta`` device, where an operation on them fails or computes
+nothing. Buffers stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+def is_skeleton(model: nn.Module) -> bool:
+    """Whether a parameter of the model has no memory."""
+    return any(param.is_meta for param in model.parameters())
+
+
+def release_parameters(model: nn.Module) -> None:
+    """Take the memory of the parameters away."""
+    replace_parameters(model, lambda param: torch.empty_like(param.data, device="meta"))
+
+
+def allocate_parameters(model: nn.Module, device: torch.device) -> None:
+    """Give parameters without memory some on a device; their values are not set."""
+    replace_parameters(
+        model,
+        lambda param: (
+            torch.empty_like(param.data, device=device) if param.is_meta else param.data
+        ),
+    )
+
+
+def replace_parameters(
+    model: nn.Module, make: Callable[[nn.Parameter], Tensor]
+) -> None:
+    """Put a plain parameter with other values in the place of each; tied ones stay tied."""
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, param in module._parameters.items():
+            if param is None:
+                continue
+            if id(param) not in made:
+                made[id(param)] = nn.Parameter(make(param), param.requires_grad)
+            module._parameters[name] = made[id(param)]
+
+
+def move_real_tensors(model: nn.Module, device: torch.device) -> None:
+    """Move the tensors that have memory to a device."""
+    # ``Module.to`` fails on ``meta``.
+    model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))  # type: ignore[no-untyped-call]
+
+
+def count_bytes(model: nn.Module) -> int:
+    """Bytes of the whole parameters, also where ranks or nobody holds them; tied ones once."""
+    return sum(
+        int(getattr(param, "ds_numel", param.numel())) * param.element_size()
+        for param in model.parameters()
+        if not isinstance(param, nn.parameter.UninitializedParameter)
+    )

@@ -1,0 +1,187 @@
+"""Where the weights are after a fit: on rank 0, in a checkpoint; and what works without them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import harness
+from harness.callbacks import ModelCheckpoint
+from harness.checkpoint.whole.merge import MergedWeights
+from harness.reshard.skeleton import is_skeleton
+from tests.harness.accelerators.cases import Lab
+from tests.harness.accelerators.fits import data
+from tests.harness.exact import same_bits
+
+ROWS = 24
+
+
+class Wide(nn.Module):
+    """More than stays on every rank: 17 MiB, with tied weights and a buffer of its own."""
+
+    def __init__(self, width: int = 4300) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 1024)
+        self.norm = nn.BatchNorm1d(1024)
+        self.wide = nn.Linear(1024, width)
+        self.last = nn.Linear(width, 4)
+        self.again = self.last
+        self.scale: Tensor
+        self.register_buffer("scale", torch.tensor([1.0]), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.norm(self.first(x)).tanh() * self.scale
+        found: Tensor = self.again(self.wide(hidden).tanh())
+        return found
+
+
+def two_rates(model: nn.Module, lr: float) -> dict[str, torch.optim.Optimizer]:
+    """Two named optimizers over one net."""
+    first, *rest = model.children()
+    others = {id(p): p for module in rest for p in module.parameters()}
+    return {
+        "first": torch.optim.SGD(first.parameters(), lr=lr),
+        "rest": torch.optim.SGD(others.values(), lr=lr),
+    }
+
+
+def learner(width: int = 4300, optimizer: Any = torch.optim.SGD) -> harness.Learner:
+    made = harness.setup(Wide, loss=nn.CrossEntropyLoss(), optimizer=optimizer)
+    return made.set_hparams(width=width).set_opt_hparams(lr=0.01)
+
+
+def fitted(
+    lab: Lab, *callbacks: harness.Callback, made: Any = None, **options: Any
+) -> harness.Fitted:
+    """Two short epochs; `made` is the learner."""
+    given: dict[str, Any] = {
+        "seed": 4,
+        "tracker": False,
+        "verbose": False,
+        "accelerator": lab.make(),
+        "dataloader_options": {"batch_size": ROWS // lab.world},
+    }
+    made = made or learner()
+    return made.fit(
+        data(48), 2, data(24, seed=1), callbacks=callbacks, **(given | options)
+    )
+
+
+def same_weights(found: nn.Module, wanted: nn.Module) -> bool:
+    pairs = zip(found.state_dict().items(), wanted.state_dict().items(), strict=True)
+    return all(a == b and same_bits(one, two) for (a, one), (b, two) in pairs)
+
+
+def check_passes(lab: Lab, found: harness.Fitted, wanted: nn.Module) -> None:
+    was_skeleton = is_skeleton(found.home.module)
+    x, y = data(31, seed=2)
+    with torch.no_grad():
+        outputs = wanted(x)
+    torch.testing.assert_close(found.predict(x, accelerator=lab.make()), outputs)
+    said = found.evaluate((x, y), accelerator=lab.make(), verbose=False)
+    loss = said.records["metrics"]["valid"][0]["loss"]
+    loss = loss["rest"] if isinstance(loss, dict) else loss
+    assert abs(loss - float(nn.functional.cross_entropy(outputs, y))) < 1e-5
+    assert is_skeleton(found.home.module) == was_skeleton
+
+
+def check_uses(lab: Lab, found: harness.Fitted, wanted: nn.Module) -> None:
+    """What works on every rank, wherever the weights are; they are there again afterwards."""
+    was_skeleton = is_skeleton(found.home.module)
+    check_passes(lab, found, wanted)
+    folder = lab.folder / f"saved-{lab.stage}-{found.home.holder}"
+    found.save(folder)
+    assert same_weights(harness.load(folder, Wide).model, wanted)
+    found.save_weights(folder.with_suffix(".safetensors"))
+    count = sum(param.numel() for param in wanted.parameters())
+    assert f"{count:,} parameters" in str(found)
+    assert found.summary().num_params == count
+    more = found.fit(
+        data(48), 1, accelerator=lab.make(), tracker=False, verbose=False, seed=1
+    )
+    check_start(lab, found, found, wanted)
+    assert is_skeleton(found.home.module) == was_skeleton
+    if lab.rank == 0:
+        assert not same_weights(more.model, wanted)
+
+
+def check_start(lab: Lab, found: harness.Fitted, start: Any, wanted: nn.Module) -> None:
+    """A fit of another learner that trains nothing ends with the weights it starts from."""
+    made = learner(**found.hparams).set_opt_hparams(lr=0.0)  # type: ignore[arg-type]
+    begun = fitted(lab, made=made, start=start, strict=True)
+    if lab.rank == 0:
+        for name, value in begun.model.named_parameters():
+            assert same_bits(value.detach(), wanted.get_parameter(name).detach())
+
+
+def case_weights_stay_on_rank_0(lab: Lab) -> None:
+    found = fitted(lab)
+    if lab.rank:
+        with pytest.raises(
+            RuntimeError, match=r"got them in rank 0, not on rank 1.* 17"
+        ):
+            _ = found.model
+        assert is_skeleton(found.home.module)
+    weights = found.model.state_dict() if lab.rank == 0 else {}
+    wanted = Wide()
+    wanted.load_state_dict(lab.make().broadcast(weights))
+    check_uses(lab, found, wanted.eval())
+    assert found.gather(accelerator=lab.make()) is found.model
+    assert same_weights(found.model, wanted)
+    check_passes(lab, found, wanted)
+
+
+def case_small_models_stay_on_every_rank(lab: Lab) -> None:
+    found = fitted(lab, made=learner(width=8))
+    weights = lab.make().gather_objects(found.model.state_dict())
+    for own in weights:
+        assert all(same_bits(own[name], value) for name, value in weights[0].items())
+
+
+def case_weights_that_are_not_gathered_are_in_a_checkpoint(lab: Lab) -> None:
+    made = learner(width=8, optimizer=two_rates)
+    whole = fitted(lab, made=made)
+    saves = ModelCheckpoint(lab.folder / f"all-{lab.stage}")
+    found = fitted(lab, saves, made=made, gather=False)
+    assert found.checkpoint is not None
+    assert found.checkpoint.parent == saves.path / "final"  # type: ignore[operator]
+    assert same_metrics(found, whole)
+    with pytest.raises(RuntimeError, match=r"got them in the checkpoint '.*gather\(\)"):
+        _ = found.model
+    check_uses_of_checkpoint(lab, found, whole.model)
+    assert same_weights(found.gather(), whole.model)
+
+
+def same_metrics(found: harness.Fitted, wanted: harness.Fitted) -> bool:
+    return bool(found.records["metrics"] == wanted.records["metrics"])
+
+
+def check_uses_of_checkpoint(
+    lab: Lab, found: harness.Fitted, wanted: nn.Module
+) -> None:
+    """As ``check_uses``, for the small model, and what reads the checkpoint itself."""
+    assert found.checkpoint is not None
+    merged = MergedWeights(found.checkpoint)
+    for name, value in wanted.named_parameters():
+        assert same_bits(merged[name], value.detach())
+    assert merged.left_out == {"scale"}
+    check_passes(lab, found, wanted)
+    folder = lab.folder / f"saved-{lab.stage}"
+    found.save(folder)
+    assert same_weights(harness.load(folder, Wide).model, wanted)
+    more = found.fit(data(48), 1, accelerator=lab.make(), tracker=False, verbose=False)
+    assert not same_weights(more.model, wanted)
+    check_start(lab, found, found, wanted)
+    check_start(lab, found, found.checkpoint, wanted)
+
+
+CASES: dict[str, Callable[[Lab], None]] = {
+    name.removeprefix("case_"): case
+    for name, case in list(globals().items())
+    if name.startswith("case_")
+}
+"""Every case, by name."""
