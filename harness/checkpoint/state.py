@@ -127,6 +127,7 @@ def capture_state(
         "position": asdict(get_position(ctx, phase)),
         "accelerator": ctx.accelerator.state_dict(),
         "extra": get_extra_states(ctx.model),
+        **describe_left_out(ctx.model),
         "callbacks": states,
         "held": held,
         "fields": own,
@@ -471,6 +472,17 @@ def get_extra_states(model: nn.Module) -> StateDict:
     return {
         name: module.get_extra_state() for name, module in _modules_with_extra(model)
     }
+
+
+def describe_left_out(model: nn.Module) -> dict[str, list[str]]:
+    """Name the buffers that a state dict leaves out, if there are any."""
+    names = [
+        f"{place}.{name}".removeprefix(".")
+        for place, module in model.named_modules()
+        for name in module._non_persistent_buffers_set
+        if module._buffers.get(name) is not None
+    ]
+    return {"left_out": names} if names else {}
 
 
 def set_extra_states(model: nn.Module, state: StateDict) -> None:

@@ -14,6 +14,7 @@ import click
 from harness.cli.inference import evaluate, predict
 from harness.cli.init import init
 from harness.cli.train import fit, launch, resume
+from harness.cli.weights import export_weights
 from tracking.cli import render
 from tracking.cli.commands import (
     commands as tracking_commands,
@@ -38,7 +39,8 @@ def main(debug: bool) -> None:
     """Train PyTorch models, record every logged value, show runs in MLflow."""
 
 
-for command in (init, fit, resume, launch, evaluate, predict, *tracking_commands):
+own_commands = (init, fit, resume, launch, evaluate, predict, export_weights)
+for command in (*own_commands, *tracking_commands):
     main.add_command(command)
 
 
@@ -72,7 +74,7 @@ def fork(
 @click.option("--tracking-uri", envvar="MLFLOW_TRACKING_URI", hidden=True)
 @json_option
 def doctor(runs_dir: str, tracking_uri: str | None, as_json: bool) -> None:
-    """Check the devices, DeepSpeed, MLflow and disk of this machine.
+    """Check devices, DeepSpeed, MLflow and disk of this machine.
 
     Each problem comes with advice. The exit code is 1 if something is broken.
     """

@@ -155,7 +155,7 @@ def resume(
     runs_dir: Path | None,
     **given: Any,
 ) -> None:
-    """Resume RUN from its last checkpoint, with its recorded command.
+    """Resume RUN from its last checkpoint, as it was started.
 
     A run of several ranks is resumed on as many, by DeepSpeed's launcher. Another launcher
     can start the ranks: 'torchrun ... -m harness.cli resume RUN'.

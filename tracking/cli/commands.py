@@ -396,7 +396,7 @@ def verify(
     runs_dir: Path | None,
     as_json: bool,
 ) -> None:
-    """Compare journals with exported files and MLflow, row by row.
+    """Compare journals, exported files and MLflow row by row.
 
     Prints nothing if all rows are equal. Without RUN, for every run. Differences are summed
     up, with a few examples; --json has all of them.

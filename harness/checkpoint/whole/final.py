@@ -9,8 +9,6 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
-from torch import nn
-
 from harness.checkpoint.format import (
     Manifest,
     Position,
@@ -21,7 +19,11 @@ from harness.checkpoint.format import (
     mark_failed,
     write_rank,
 )
-from harness.checkpoint.state import get_extra_states, read_description
+from harness.checkpoint.state import (
+    describe_left_out,
+    get_extra_states,
+    read_description,
+)
 from harness.context import Context
 from harness.pytree import flatten
 from harness.reshard.model_part import take_model_part
@@ -96,10 +98,3 @@ def _write(ctx: Context, temporary: Path, position: Position) -> Exception | Non
         mark_failed(temporary, accelerator.rank)
         return error
     return None
-
-
-def describe_left_out(model: nn.Module) -> dict[str, list[str]]:
-    """Name the buffers that a state dict leaves out, if there are any."""
-    kept = model.state_dict(keep_vars=True)
-    names = [name for name, _ in model.named_buffers() if name not in kept]
-    return {"left_out": names} if names else {}

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import math
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import harness
 from harness.callbacks import ModelCheckpoint
+from harness.checkpoint.format import list_checkpoints
+from harness.checkpoint.whole.export import INDEX, export_weights
 from harness.checkpoint.whole.merge import MergedWeights
 from harness.reshard.skeleton import is_skeleton
 from tests.harness.accelerators.cases import Lab
@@ -177,6 +185,91 @@ def check_uses_of_checkpoint(
     assert not same_weights(more.model, wanted)
     check_start(lab, found, found, wanted)
     check_start(lab, found, found.checkpoint, wanted)
+    if lab.rank == 0:
+        to = lab.folder / f"shards-{lab.stage}"
+        # The folder has checkpoints of the fit too: the final one is the newest.
+        assert export_weights(found.checkpoint.parent.parent, to, 1) == found.checkpoint
+        check_exported(to, wanted)
+        (regular,) = list_checkpoints(found.checkpoint.parent.parent)
+        export_weights(regular, to.with_suffix(".safetensors"))
+        check_exported(to.with_suffix(".safetensors"), wanted)
+
+
+def check_exported(path: Path, wanted: nn.Module) -> None:
+    """Files of a folder or one file, with the weights of a state dict; tied ones once."""
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    found = {name: value for file in files for name, value in load_file(file).items()}
+    state = wanted.state_dict()
+    assert found.keys() == {name for name in state if not name.startswith("again")}
+    assert all(same_bits(value, state[name]) for name, value in found.items())
+    if path.is_dir():
+        weight_map = json.loads((path / INDEX).read_text())["weight_map"]
+        assert weight_map.keys() == found.keys()
+        assert len(files) == len(found)  # a size of one byte: a file for each
+
+
+class Measure(harness.Callback):
+    """Notes the memory at the end of training, and begins to count its peak anew."""
+
+    weight = math.inf
+    bytes_before = 0
+
+    def on_fit_end(self) -> None:
+        Path("/proc/self/clear_refs").write_text("5")
+        self.bytes_before = read_memory("VmRSS")
+
+
+def read_memory(name: str) -> int:
+    """Bytes of a line in the status of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    line = next(line for line in lines if line.startswith(f"{name}:"))
+    return 1024 * int(line.split()[1])
+
+
+class Deep(nn.Sequential):
+    """Twelve matrices of 16 MiB."""
+
+    def __init__(self) -> None:
+        super().__init__(*(nn.Linear(2048, 2048) for _ in range(12)))
+
+
+EXPORT = """
+import resource, sys
+from pathlib import Path
+from harness.checkpoint.whole.export import export_weights
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+export_weights(Path(sys.argv[1]), Path(sys.argv[2]))
+print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+"""
+
+
+def case_memory_at_the_end_of_a_fit_on_ranks(lab: Lab) -> None:
+    if lab.stage != 3:
+        return
+    made = harness.setup(Deep, loss=nn.MSELoss(), optimizer=torch.optim.SGD)
+    layer = 4 * 2048 * 2048
+    for gather in (True, False):
+        measure = Measure()
+        found = made.set_opt_hparams(lr=0.01).fit(
+            (torch.randn(8, 2048), torch.randn(8, 2048)),
+            *(1,),
+            callbacks=[ModelCheckpoint(lab.folder / "deep", every_n_epochs=9), measure],
+            gather=gather,
+            accelerator=lab.make(),
+            dataloader_options={"batch_size": 4},
+            tracker=False,
+            verbose=False,
+        )
+        peak = read_memory("VmHWM") - measure.bytes_before
+        sys.stdout.write(f"{gather=}, rank {lab.rank}: {peak / 1e6:.0f} MB more\n")
+        if lab.rank or not gather:
+            assert peak < 4 * layer, peak  # the model has 12
+        if lab.rank == 0 and not gather:
+            command = [sys.executable, "-c", EXPORT, str(found.checkpoint)]
+            command.append(str(lab.folder / "deep.safetensors"))
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            sys.stdout.write(f"export: {int(done.stdout) / 1e6:.0f} MB\n")
+            assert int(done.stdout) < 3 * layer
 
 
 CASES: dict[str, Callable[[Lab], None]] = {
