@@ -81,3 +81,35 @@ def test_meet_ends_with_a_rank_that_failed() -> None:
 
 def test_find_collective_is_none_outside_a_collective() -> None:
     assert find_collective() is None
+
+
+def test_a_rank_waits_for_what_rank_0_does() -> None:
+    done: list[str] = []
+
+    def announce(one: Meeting) -> None:
+        for what in ("first", "second"):
+            done.append(what)
+            one.announce("save('x')")
+
+    def wait(one: Meeting) -> None:
+        one.await_main("save('x')")
+        assert "first" in done
+        one.await_main("save('x')")
+        assert done == ["first", "second"]
+
+    assert meet(announce, wait) == [None, None]
+
+
+def test_a_rank_is_told_that_rank_0_does_something_else_or_has_ended() -> None:
+    def wait(one: Meeting) -> None:
+        try:
+            one.await_main("save('x')")
+        finally:
+            one.leave()
+
+    for program, does in (
+        (lambda one: one.leave(), "the end of its program"),
+        (lambda one: one.meet("evaluate"), "evaluate"),
+    ):
+        error = meet(program, wait)[1]
+        assert f"save('x'): expected it on rank 0, got {does} there" in str(error)
