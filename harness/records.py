@@ -318,6 +318,9 @@ class NullRun:
         """Position before the first row."""
         return -1
 
+    def get_indices(self) -> None:
+        """Nothing is indexed."""
+
     def begin_fit(self, number: int | None = None) -> int:
         """Return the number, or 1."""
         return number or 1
@@ -330,7 +333,9 @@ class NullRun:
         pass
 
     log_params = set_tags = log_input = log_artifact = log_figure = log_text = _drop
-    flush = rewind = restore_indices = save_manifest = deliver = finish = _drop
+    flush = rewind = restore_indices = restore_indices_later = save_manifest = (
+        deliver
+    ) = finish = _drop
     end_fit = _drop
 
 

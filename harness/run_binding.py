@@ -89,7 +89,7 @@ def start_tracking(ctx: Context, tracker: Tracker) -> Iterator[None]:
     given = tracker if isinstance(tracker, Mapping) else {}
     assert ctx.accelerator is not None
     rank, share = ctx.accelerator.rank, ctx.accelerator.broadcast
-    options: Options = dict(given) | find_resumed_run(ctx)
+    options: Options = {"all_ranks": False, **given} | find_resumed_run(ctx)
     if rank == 0:
         run = tracking.start(**options | {"rank": 0})
         share(run.id)

@@ -14,6 +14,7 @@ import pyarrow as pa
 from tracking import capture
 from tracking.delivery.options import check_options
 from tracking.mlflow_store.keys import LATEST
+from tracking.rank_run import RankRun
 from tracking.ranks import announce_run, next_announcement, wait_for_run
 from tracking.redaction import redact, strip_url
 from tracking.run import Run, utc_now
@@ -44,6 +45,7 @@ def start(
     save_diff: bool = True,
     rank: int | None = None,
     run_id: str | None = None,
+    all_ranks: bool | None = None,
 ) -> Run:
     """Start a run, or continue one.
 
@@ -70,11 +72,16 @@ def start(
         Keep uncommitted changes of the code as the artifact ``code.diff``.
     rank : >= 0, or None
         Rank of this process. None: as a launcher such as torchrun tells, else 0. The ranks
-        of a launch record into one run, each into a part of its own. Only rank 0 writes
-        the manifest and sends to MLflow. 0 gives each process a run of its own.
+        of a launch have one run. Only rank 0 writes the manifest and sends to MLflow. 0
+        gives each process a run of its own.
     run_id
         Run to join (on a rank above 0) or to continue (on rank 0). None: a new run, which
         rank 0 starts; other ranks of a launch wait for it.
+    all_ranks
+        Whether this rank records all that it logs, if it is not rank 0. False: rank 0 alone
+        records, and this rank makes a part of its own only for what it logs with
+        ``all_ranks=True``, and for an exception that ends it. None: True if ``rank`` is
+        given, False if the launcher told it.
 
     Returns
     -------
@@ -110,11 +117,13 @@ def start(
         save_diff=save_diff,
         rank=rank,
         run_id=run_id,
+        all_ranks=all_ranks,
     )
     options = dict(delivery) if isinstance(delivery, Mapping) else {}
     experiment, name, note = (
         text and redact(text, read_secrets()) for text in (experiment, name, note)
     )
+    records_all = rank is not None if all_ranks is None else all_ranks
     rank, run_id, announcement = _find_place(rank, run_id, runs_folder(runs_dir))
     made = None
     if rank > 0:
@@ -122,7 +131,7 @@ def start(
         path = runs_folder(runs_dir) / run_id
         rank_dir = get_rank_dir(path, rank)
         made = None if rank_dir.exists() else rank_dir
-        run = Run(path, None, rank=rank, durability=durability)
+        run = _join(path, rank, durability, records_all=records_all)
     elif run_id is not None:
         run = _continue(find_run(run_id, runs_dir), durability)
     else:
@@ -130,8 +139,7 @@ def start(
         made = run.path
     try:
         if run_id is not None:
-            run.restore_indices()
-            run.end_fit()  # of a process that was killed; a resume goes back into it
+            _go_behind_fits(run)
         run.log_params(params or {})
         run.set_tags(tags or {})
         if rank == 0:
@@ -212,7 +220,11 @@ def check_start(**arguments: Any) -> None:
             "Choose one of the two."
         )
     _check_delivery(arguments.get("delivery", True))
-    _check_options(arguments.get("save_diff", True), arguments.get("rank"))
+    _check_options(
+        arguments.get("save_diff", True),
+        arguments.get("rank"),
+        arguments.get("all_ranks"),
+    )
 
 
 def _check_text(word: str, text: object) -> None:
@@ -233,7 +245,38 @@ def _check_folder(runs_dir: Any) -> None:
         )
 
 
-def _check_options(save_diff: object, rank: object) -> None:
+def _join(
+    path: Path,
+    rank: int,
+    durability: Literal["process", "fsync"],
+    *,
+    records_all: bool,
+) -> Run:
+    """Join a run that rank 0 has started."""
+    if records_all:
+        return Run(path, None, rank=rank, durability=durability)
+    return RankRun(path, rank=rank, durability=durability)
+
+
+def _go_behind_fits(run: Run) -> None:
+    """Leave the fit of a process that was killed; a resume goes back into it.
+
+    The records of a run with more than one fit, or of an earlier version, are read for that.
+    """
+    num_fits = None if isinstance(run, RankRun) else run.manifest.num_fits
+    if num_fits is None:
+        run.restore_indices()
+        run.end_fit()
+    else:
+        run.restore_indices_later(num_fits)
+
+
+def _check_options(save_diff: object, rank: object, all_ranks: object) -> None:
+    if all_ranks is not None and not isinstance(all_ranks, bool):
+        raise TypeError(
+            f"start(all_ranks): expected True, False or None, got {all_ranks!r}. "
+            "Leave it out to let rank 0 record for the ranks of a launch."
+        )
     if not isinstance(save_diff, bool):
         raise TypeError(
             f"start(save_diff): expected True or False, got {save_diff!r}. "
@@ -278,6 +321,7 @@ def _start_new(
         cwd=str(folder),
         pid=os.getpid(),
         keys=LATEST,
+        num_fits=1,
         **capture.machine(),
     )
     try:

@@ -80,9 +80,11 @@ class RowLogger:
         self._begun_at: int | None = None
         self._fitting: threading.Thread | None = None
         self._secrets = read_secrets()
-        self._journal = Journal(
-            get_rank_dir(path, rank), durability=durability, on_tick=self.flush
-        )
+        self._journal = self._make_journal(durability)
+
+    def _make_journal(self, durability: Literal["process", "fsync"]) -> Journal:
+        rank_dir = get_rank_dir(self.path, self.rank)
+        return Journal(rank_dir, durability=durability, on_tick=self.flush)
 
     def log(
         self,
@@ -94,6 +96,7 @@ class RowLogger:
         *,
         epoch: int | None = None,
         step: int | None = None,
+        all_ranks: bool = False,
     ) -> None:
         """Record a value.
 
@@ -115,6 +118,9 @@ class RowLogger:
             Epoch of the value, from 1.
         step
             Optimizer steps finished.
+        all_ranks
+            Whether other ranks than 0 record it too. Of what every rank logs, such as an
+            averaged metric, the rows of rank 0 are enough.
 
         Raises
         ------
@@ -154,6 +160,7 @@ class RowLogger:
         index: int | None = None,
         epoch: int | None = None,
         step: int | None = None,
+        all_ranks: bool = False,
     ) -> None:
         """Record one metric.
 
@@ -167,7 +174,7 @@ class RowLogger:
             As in ``log``.
         set
             What the metric was computed on, e.g. ``"valid"``.
-        index, epoch, step
+        index, epoch, step, all_ranks
             As in ``log``.
         """
         if type(value) is not float or not self._log_float(
@@ -182,6 +189,7 @@ class RowLogger:
         *,
         set: str = "train",
         epoch: int | None = None,
+        all_ranks: bool = False,
     ) -> None:
         """Record values of one optimizer step. They have a step and no index.
 
@@ -195,8 +203,10 @@ class RowLogger:
             What the values were computed on, e.g. ``"train"``.
         epoch
             Epoch that the step belongs to, from 1.
+        all_ranks
+            As in ``log``.
         """
-        self.log("steps", set, values, epoch=epoch, step=step)
+        self.log("steps", set, values, epoch=epoch, step=step, all_ranks=all_ranks)
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Record hyper-parameters; the names of nested ones are joined by ``/``.
@@ -250,7 +260,7 @@ class RowLogger:
                 raise
             lost: dict[str, str] = {}
             for now, what, set, (name, _, _, value), counts in rows:
-                place = _describe_call(what, set)
+                place = describe_call(what, set)
                 try:
                     leaf = finish_leaf(name, value, values, place)
                 except Exception as error:  # noqa: BLE001  one value takes no other along
@@ -269,13 +279,27 @@ class RowLogger:
         self.flush()
         return self._journal.last_seq()
 
-    def rewind(self, seq: int) -> None:
+    def get_indices(self) -> dict[str, Any] | None:
+        """Return the fit and the highest index of each series, for a later ``rewind``.
+
+        They are plain JSON values. None if they were not read since the run was continued.
+        """
+        self.flush()
+        highest = self._journal.get_indices()
+        if highest is None:
+            return None
+        found = [[what, set_, index] for (what, set_), index in highest.items()]
+        return {"fit": self.fit, "highest": found}
+
+    def rewind(self, seq: int, *, indices: Mapping[str, Any] | None = None) -> None:
         """Go back to a position: later rows are superseded, and stay on record.
 
         Parameters
         ----------
         seq : >= -1
             A value that ``position`` returned.
+        indices
+            What ``get_indices`` returned there; None: found by reading the whole journal.
         """
         if not -1 <= seq <= self.position():
             raise ValueError(
@@ -283,7 +307,12 @@ class RowLogger:
                 f"{seq!r}. Pass a value that Run.position() returned."
             )
         self._journal.write("", "", [("", REWIND, float(seq), None)])
-        self.restore_indices()
+        if indices is None:
+            self.restore_indices()
+            return
+        self.fit = indices["fit"]
+        highest = {(what, set_): index for what, set_, index in indices["highest"]}
+        self._journal.reset_indices(highest)
 
     def begin_fit(self, number: int | None = None) -> int:
         """Count what is logged from now on as another fit, whose epochs begin anew.
@@ -351,6 +380,14 @@ class RowLogger:
             self.flush()  # deferred rows are of the fit so far
             self._journal.write("", "", [("", FIT, float(number), None)])
             self.restore_indices()
+
+    def restore_indices_later(self, num_fits: int) -> None:
+        """Continue behind all fits, and read the highest indices once one is needed."""
+        rank_dir = get_rank_dir(self.path, self.rank)
+        if num_fits > 1:
+            self._journal.write("", "", [("", FIT, 1.0, None)])
+        self.fit = 1
+        self._journal.reset_indices_later(lambda: find_highest_indices(rank_dir)[1])
 
     def restore_indices(self) -> None:
         """Continue the fit and the automatic indices of the rows that are not superseded."""
@@ -466,7 +503,7 @@ class RowLogger:
         step: int | None,
     ) -> None:
         """Check all arguments, then write any kind of value."""
-        place = _describe_call(what, set)
+        place = describe_call(what, set)
         index, epoch, step = check_arguments(what, set, index, epoch, step, place)
         if not self._journal.takes_rows():
             return
@@ -548,7 +585,7 @@ def _make_leaves(values: dict[str, float]) -> list[Leaf]:
     return [(name, FLOAT, number, None) for name, number in values.items()]
 
 
-def _describe_call(what: object, set: object) -> str:
+def describe_call(what: object, set: object) -> str:
     """Place that messages about a logged value name."""
     return f"Run.log({what!r}, {set!r})"
 
@@ -562,7 +599,7 @@ def check_arguments(
     place: str = "",
 ) -> tuple[int | None, int | None, int | None]:
     """Check names and counts; returns index, epoch and step as ints."""
-    place = place or _describe_call(what, set)
+    place = place or describe_call(what, set)
     check_name(what, "what", place)
     check_name(set, "set", place)
     return (

@@ -9,6 +9,7 @@ import dataclasses
 import gc
 import os
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from types import MemberDescriptorType, TracebackType
@@ -18,6 +19,7 @@ from tracking import capture
 from tracking.artifact_logger import ArtifactLogger
 from tracking.delivery.waiting import RunDelivery, call_at_worker_end
 from tracking.errors import InvalidFileError, RunClosedError, RunNotFoundError, warn
+from tracking.journal.reader import list_blocks
 from tracking.store import Manifest, describe_error, get_rank_dir, write_failure
 
 _STATUSES: Final = ("finished", "failed", "killed")
@@ -81,7 +83,13 @@ class Run(ArtifactLogger):
 
     # --------------------------------------------------------- history and manifest
 
-    def rewind(self, seq: int, rank: int | None = None) -> None:
+    def rewind(
+        self,
+        seq: int,
+        rank: int | None = None,
+        *,
+        indices: Mapping[str, Any] | None = None,
+    ) -> None:
         """Go back to a position: later rows are superseded, and stay on record.
 
         Parameters
@@ -90,12 +98,24 @@ class Run(ArtifactLogger):
             A value that ``position`` returned.
         rank
             Rank that wrote the rows, if that rank no longer exists; None: this one.
+        indices
+            What ``get_indices`` returned there; None: found by reading the whole journal.
         """
         if rank in (None, self.rank):
-            super().rewind(seq)
+            super().rewind(seq, indices=indices)
+            return
+        if not list_blocks(get_rank_dir(self.path, rank)):  # it has recorded nothing
             return
         with Run(self.path, None, rank=rank) as other:
             other.rewind(seq)
+
+    def begin_fit(self, number: int | None = None) -> int:  # noqa: D102
+        number = super().begin_fit(number)
+        manifest = self._manifest
+        if manifest is not None and number > (manifest.num_fits or number):
+            manifest.num_fits = number
+            self.save_manifest()
+        return number
 
     @property
     def name(self) -> str:

@@ -100,6 +100,8 @@ class Manifest:
         Any JSON value, for packages that build on this one.
     path
         Folder of the run when it started; another one tells that it was moved or copied.
+    num_fits
+        How many fits it has; None: not noted, as by earlier versions.
     keys
         Layout of the names of its metrics in MLflow; see ``tracking.mlflow_store.keys``.
     """
@@ -130,6 +132,7 @@ class Manifest:
     extra: dict[str, Any] = field(default_factory=dict)
     path: str = ""
     keys: int = 1
+    num_fits: int | None = None
 
     def write(self, run_path: Path) -> None:
         """Replace ``run.json`` in a run's folder."""
@@ -702,6 +705,7 @@ def write_failure(rank_dir: Path, error: BaseException, time: str) -> None:
     """Record why a rank failed; rank 0 may be killed before it can do so itself."""
     text = json.dumps(describe_error(error) | {"time": time})
     with contextlib.suppress(OSError):  # a full disk must not hide the error itself
+        rank_dir.mkdir(parents=True, exist_ok=True)
         durable.write_atomically(rank_dir / FAILURE, text.encode(errors="replace"))
 
 

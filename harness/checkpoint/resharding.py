@@ -195,6 +195,7 @@ def reshard_state(
         "epoch_random": before,
         "pass": train_pass,
         "journal": own["journal"] if has_saved else -1,
+        "indices": own.get("indices") if has_saved else None,
     }
 
 

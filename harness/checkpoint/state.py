@@ -102,7 +102,8 @@ def capture_state(
         ``records``, ``ctx`` (hparams and opt_hparams), ``position``, ``accelerator``
         (weights, optimizers, gradients of an open window), ``extra`` (state of modules
         beside tensors), ``callbacks`` (metrics among them), ``random``, ``pass`` (position
-        and order of the loader), ``journal`` (position in the run) and ``run`` (its id).
+        and order of the loader), ``journal`` (position in the run), ``indices`` (the highest
+        ones there; None if not known) and ``run`` (its id).
         Also ``groups`` (names of the parameters that each optimizer steps),
         ``epoch_random`` (random state before the events of the epoch), ``held``,
         ``fields`` and ``metrics`` (what hangs on the model, the loss and callbacks), and
@@ -141,6 +142,7 @@ def capture_state(
         "epoch_random": ctx.epoch_start,
         "pass": ctx.train_pass.state_dict() if is_in_pass else None,
         "journal": ctx.run.position(),
+        "indices": ctx.run.get_indices(),
         "run": ctx.run.id,
     }
     if phase == "valid" and ctx.valid_start is not None:
@@ -185,7 +187,7 @@ def restore_state(ctx: Context, state: StateDict, parts: Iterable[str]) -> None:
                 callback.load_state_dict(state["callbacks"][name])
     _restore_hanging(ctx, state, wanted)
     if "records" in wanted:  # last: nothing above may fail once the run is rewound
-        _restore_journal(ctx, state["run"], state["journal"])
+        _restore_journal(ctx, state)
 
 
 def _restore_groups(ctx: Context, saved: StateDict) -> None:
@@ -213,10 +215,11 @@ def _restore_hanging(ctx: Context, state: StateDict, wanted: set[str]) -> None:
     restore_held(search, held, name_parameters(ctx.model, search))
 
 
-def _restore_journal(ctx: Context, run_id: str | None, position: int) -> None:
+def _restore_journal(ctx: Context, state: StateDict) -> None:
     """Go back in the run that recorded the fit; record everything again in another one."""
-    if run_id is not None and run_id == ctx.run.id:
-        ctx.run.rewind(position)
+    if state["run"] is not None and state["run"] == ctx.run.id:
+        # Without the highest indices the whole journal is read for them.
+        ctx.run.rewind(state["journal"], indices=state.get("indices"))
         return
     for what, sets in ctx.records.items():
         for split, series in sets.items():
@@ -364,8 +367,8 @@ class ValidationStart:
     ----------
     random
         State of all random generators.
-    journal
-        Position in the run.
+    journal, indices
+        Position in the run, and the highest indices there.
     lengths
         Length of each series of records.
     callbacks
@@ -382,6 +385,7 @@ class ValidationStart:
 
     random: StateDict
     journal: int
+    indices: StateDict | None
     lengths: dict[str, dict[str, int]]
     callbacks: dict[str, StateDict]
     metrics: StateDict
@@ -405,6 +409,7 @@ class ValidationStart:
                 before = self.fields.get(root, {}).get(path, {})
                 own |= {name: before[name] for name in own.keys() & before.keys()}
         state["random"], state["journal"] = self.random, self.journal
+        state["indices"] = self.indices
         state["extra"] = self.extra
         for name, groups in option_groups(state["accelerator"]).items():
             for group, options in zip(groups, self.options[name], strict=False):
@@ -432,6 +437,7 @@ def mark_validation(ctx: Context) -> None:
     ctx.valid_start = ValidationStart(
         random=get_rng_state(get_generators(ctx), ctx.device),
         journal=ctx.run.position(),
+        indices=ctx.run.get_indices(),
         lengths=ctx.record_book.count(),
         callbacks={
             name: copy.deepcopy(callback.state_dict())

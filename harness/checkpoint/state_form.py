@@ -118,6 +118,7 @@ def check_state_form(state: StateDict, ctx: Context, phase: Phase) -> None:
         _mapping(sets, f"records/{what}")
     unpack_records(state["records"])
     _check_count(state["journal"], "journal", lowest=-1)
+    _check_indices(state.get("indices"))
     _mapping(state["extra"], "extra")
     for name, own in _mapping(state["callbacks"], "callbacks").items():
         _mapping(own, f"callbacks/{name}")
@@ -130,6 +131,17 @@ def check_state_form(state: StateDict, ctx: Context, phase: Phase) -> None:
     if phase == "train" or (phase == "valid" and state["pass"] is not None):
         _check_pass(state["pass"], ctx)
     _check_accelerator(state["accelerator"], state.get("groups", {}), ctx)
+
+
+def _check_indices(indices: StateDict | None) -> None:
+    """Check the highest indices of the run's series, which older checkpoints do not have."""
+    if indices is None:
+        return
+    _check_count(_mapping(indices, "indices")["fit"], "indices/fit", lowest=1)
+    for what, split, highest in indices["highest"]:
+        if not isinstance(what, str) or not isinstance(split, str):
+            raise TypeError(f"indices: expected names, got {what!r}, {split!r}")
+        _check_count(highest, "indices/highest", lowest=-(2**63))
 
 
 def _check_pass(state: StateDict, ctx: Context) -> None:

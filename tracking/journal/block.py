@@ -16,7 +16,7 @@ import mmap
 import os
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from json.encoder import encode_basestring_ascii
 from pathlib import Path
@@ -44,17 +44,31 @@ _NO_ROW: Final = (NO_COUNT, NO_COUNT, 0.0, NO_EPOCH, 0, VOID, 0)
 class AutoIndex:
     """The automatic index of one (what, set), counted from 1."""
 
-    __slots__ = ("_counter", "_lock", "_start", "given")
+    __slots__ = ("_counter", "_find", "_lock", "_start", "given")
 
-    def __init__(self, highest: int = 0) -> None:
+    def __init__(
+        self, highest: int = 0, find: Callable[[], None] | None = None
+    ) -> None:
         self._lock = threading.RLock()
         self.reset(highest)
+        if find is not None:
+            self.reset_later(find)
 
     def reset(self, highest: int) -> None:
         """Continue after ``highest``."""
         self.given = highest  # highest index that a caller has passed
         self._start = highest + 1
-        self._counter = itertools.count(self._start)
+        self._counter: Iterator[int] = itertools.count(self._start)
+
+    def reset_later(self, find: Callable[[], None]) -> None:
+        """Call ``find``, which resets this index, before the next one is taken."""
+        self.given, self._find, self._counter = 0, find, iter(())
+
+    @property
+    def highest(self) -> int:
+        """Highest index that was given or taken."""
+        taken = int(repr(self._counter)[len("count(") : -1]) - 1
+        return max(self.given, taken)
 
     def choose(self, index: int | None, step: int | None) -> int:
         """Return a row's index: ``index`` if given, none beside a step, else the next."""
@@ -66,7 +80,11 @@ class AutoIndex:
 
     def next(self) -> int:
         """Take the next index; no two threads or signal handlers get the same one."""
-        index = next(self._counter)
+        try:
+            index = next(self._counter)
+        except StopIteration:
+            self._find()
+            return self.next()
         if index > self.given:
             return index
         with self._lock:

@@ -42,6 +42,9 @@ NAMES_AT_ONCE: Final = 1024
 TICK_S: Final = 0.25
 RETRY_S: Final = 1.0
 
+Indices = Mapping[tuple[str, str], int]
+"""Highest index of each (what, set)."""
+
 _JOURNALS: Final[weakref.WeakSet[Journal]] = weakref.WeakSet()
 
 
@@ -89,13 +92,10 @@ class Journal:
         self.rank = get_rank(rank_dir)
         self._is_synced = durability == "fsync"
         self._on_tick = on_tick
-        self._why_closed = ""
-        self._is_in_child = False
-        self._has_warned_child = False
         self._has_warned = False
         self._has_lost_lease = False
         self._retry_at = 0.0
-        self._auto_indices: dict[tuple[str, str], AutoIndex] = {}
+        self._init_state()
         rank_dir.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(rank_dir)
         try:
@@ -107,6 +107,14 @@ class Journal:
         except BaseException:
             self._lock.release()
             raise
+
+    def _init_state(self) -> None:
+        self._why_closed = ""
+        self._is_in_child = False
+        self._has_warned_child = False
+        self._auto_indices: dict[tuple[str, str], AutoIndex] = {}
+        self._find_highest: Callable[[], Indices] | None = None
+        self._finding = threading.RLock()
         _JOURNALS.add(self)
 
     def _start_threads(self) -> None:
@@ -127,12 +135,40 @@ class Journal:
 
     def get_auto_index(self, what: str, set: str) -> AutoIndex:
         """Return the automatic index of one (what, set)."""
-        return self._auto_indices.setdefault((what, set), AutoIndex())
+        found = self._auto_indices.get((what, set))
+        if found is None:
+            is_known = self._find_highest is None
+            made = AutoIndex() if is_known else AutoIndex(find=self._find_indices)
+            found = self._auto_indices.setdefault((what, set), made)
+        return found
 
-    def reset_indices(self, highest: Mapping[tuple[str, str], int]) -> None:
+    def reset_indices(self, highest: Indices) -> None:
         """Continue automatic indices after these; others restart from 1."""
+        self._find_highest = None
         for pair in {*self._auto_indices, *highest}:
             self.get_auto_index(*pair).reset(highest.get(pair, 0))
+
+    def reset_indices_later(self, find_highest: Callable[[], Indices]) -> None:
+        """Continue automatic indices after those that are found once one is needed."""
+        self._find_highest = find_highest
+        for index in self._auto_indices.values():
+            index.reset_later(self._find_indices)
+
+    def get_indices(self) -> Indices | None:
+        """Return the highest index of each (what, set); None if it was not needed yet."""
+        if self._find_highest is not None:
+            return None
+        found = {pair: index.highest for pair, index in self._auto_indices.items()}
+        return {pair: highest for pair, highest in found.items() if highest}
+
+    def _find_indices(self) -> None:
+        """Find the highest indices: those on record, or given meanwhile."""
+        with self._finding:
+            if self._find_highest is not None:
+                highest = dict(self._find_highest())
+                for pair, index in self._auto_indices.items():
+                    highest[pair] = max(highest.get(pair, 0), index.given)
+                self.reset_indices(highest)
 
     def get_group(self, block: Block, what: str, set: str) -> KeyGroup:
         """Return the names of one (what, set) in a block."""
@@ -307,11 +343,7 @@ class Journal:
         """Seal the open blocks and release the folder; safe to call twice."""
         if self._why_closed:
             return
-        last = self._refuse_rows(
-            "Run.log: expected a run that is open, got "
-            f"{self.rank_dir.parent.parent.name!r}, which has finished. "
-            "Log before finish(), or start another run."
-        )
+        last = self._refuse_rows(self._describe_end())
         self._sealer.is_hurried = True
         self._tasks.put("stop")
         with contextlib.ExitStack() as ends:
@@ -320,6 +352,13 @@ class Journal:
             ends.callback(self._sealer.close)
             ends.callback(self._retire_last, last)
             _wait_for_end(self._keeper, self._has_stopped)
+
+    def _describe_end(self) -> str:
+        return (
+            "Run.log: expected a run that is open, got "
+            f"{self.rank_dir.parent.parent.name!r}, which has finished. "
+            "Log before finish(), or start another run."
+        )
 
     def _retire_last(self, last: Block) -> None:
         """Seal the open blocks, and remove those behind the last one."""

@@ -236,7 +236,7 @@ def case_fits_of_one_run_are_told_apart(lab: Lab) -> None:
         )
 
     runs, saved = lab.folder / "fits-of-one-run", lab.folder / "saved-fits"
-    with tracking.start(runs_dir=runs, delivery=False) as run:
+    with tracking.start(runs_dir=runs, delivery=False, all_ranks=True) as run:
         first = fit(run)
         stopped = fit(run, AutoResume(saved), Stop("on_train_batch_end", 3))
         assert stopped.signum == signal.SIGTERM

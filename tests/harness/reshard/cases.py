@@ -117,7 +117,7 @@ def fit(
             accelerator=accelerator,
             dataloader_options={"batch_size": batch_size, "drop_last": False},
             seed=7,
-            tracker={"runs_dir": folder / "runs", "delivery": False},
+            tracker={"runs_dir": folder / "runs", "delivery": False, "all_ranks": True},
             verbose=False,
         )
     except BrokenOff:

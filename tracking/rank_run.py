@@ -1,0 +1,135 @@
+"""A run as ranks other than 0 see it: they record what is their own."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from tracking.journal.late import LateJournal
+from tracking.journal.writer import Journal
+from tracking.row_logger import RowLogger, check_arguments, describe_call
+from tracking.run import Run
+from tracking.schema import flatten_params, flatten_value
+from tracking.store import get_rank_dir
+
+
+class RankRun(Run):
+    """A run on a rank other than 0, which leaves it to rank 0 to record what all log.
+
+    Values are checked and dropped. With ``all_ranks=True`` a value is recorded here too; the
+    first one makes the part of this rank. So does an exception that ends the run.
+
+    Parameters
+    ----------
+    path, rank, durability
+        As of ``Run``.
+    """
+
+    def __init__(
+        self, path: Path, *, rank: int, durability: Literal["process", "fsync"]
+    ) -> None:
+        self._durability = durability
+        self._opening = threading.Lock()
+        super().__init__(path, None, rank=rank, durability=durability)
+
+    def _make_journal(self, durability: Literal["process", "fsync"]) -> Journal:
+        return LateJournal(get_rank_dir(self.path, self.rank))
+
+    @property
+    def _has_part(self) -> bool:
+        return not isinstance(self._journal, LateJournal)
+
+    def _open_part(self) -> None:
+        """Make the part of this rank, unless it is made, or the run has finished."""
+        with self._opening:
+            if self._has_part or not self._journal.takes_rows():
+                return
+            late, fit = self._journal, self.fit
+            self._journal = super()._make_journal(self._durability)
+            late.close()
+            super().restore_indices()
+            super()._continue_fit(fit)
+
+    def log(
+        self,
+        what: str,
+        set: str,
+        value: object,
+        index: int | None = None,
+        append: bool = True,
+        *,
+        epoch: int | None = None,
+        step: int | None = None,
+        all_ranks: bool = False,
+    ) -> None:
+        """As ``Run.log``; the value is dropped unless ``all_ranks`` is True."""
+        if all_ranks:
+            self._open_part()
+            super().log(what, set, value, index, append, epoch=epoch, step=step)
+            return
+        self._journal.check_open()
+        place = describe_call(what, set)
+        check_arguments(what, set, index, epoch, step, place)
+        if type(value) is not float:
+            flatten_value(value, place)
+
+    def log_metric(
+        self,
+        name: str,
+        value: object,
+        *,
+        set: str = "train",
+        index: int | None = None,
+        epoch: int | None = None,
+        step: int | None = None,
+        all_ranks: bool = False,
+    ) -> None:
+        """As ``Run.log_metric``; the value is dropped unless ``all_ranks`` is True."""
+        values = {name: value}
+        self.log(
+            "metrics", set, values, index, epoch=epoch, step=step, all_ranks=all_ranks
+        )
+
+    def rewind(
+        self,
+        seq: int,
+        rank: int | None = None,
+        *,
+        indices: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Go back to a position, if this rank has recorded anything behind it."""
+        if rank in (None, self.rank):
+            if seq >= self._journal.last_seq():
+                return
+            self._open_part()
+        super().rewind(seq, rank, indices=indices)
+
+    def restore_indices(self) -> None:
+        """Continue where the part of this rank ends, if it has one."""
+        if self._has_part:
+            super().restore_indices()
+
+    def get_indices(self) -> dict[str, Any] | None:
+        """As ``Run.get_indices``; None if this rank has no part."""
+        return super().get_indices() if self._has_part else None
+
+    def _continue_fit(self, number: int) -> None:
+        if self._has_part:
+            super()._continue_fit(number)
+        else:
+            self.fit = number
+
+    def _log_dict(self, what: str, values: Mapping[str, Any], place: str) -> None:
+        if isinstance(values, Mapping):
+            self._journal.check_open()
+            flatten_params(values, place)
+            return
+        RowLogger._log_dict(self, what, values, place)  # raises
+
+    def _add_artifact(self, name: str, write: Callable[[Path], dict[str, Any]]) -> None:
+        self._journal.check_open()
+
+    def _add_record(self, what: str, name: str, *_: object) -> None:
+        self._journal.check_open()
