@@ -280,7 +280,10 @@ class Resume:
 
     def _compare_descriptions(self, about: Mapping[str, Any]) -> None:
         saved = self.manifest.about
-        for name in sorted({*saved, *about} - COMPARED_APART):
+        names = {*saved, *about} - COMPARED_APART
+        if "code" not in about:  # which rank 0 compares
+            names.discard("code")
+        for name in sorted(names):
             if saved.get(name) != about.get(name):
                 self._report_difference(
                     name, repr(saved.get(name)), repr(about.get(name))

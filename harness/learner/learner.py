@@ -393,7 +393,9 @@ class Learner:
             callbacks=add_defaults(default_callbacks(self.metrics), callbacks),
         )
         ctx.backward, ctx.split_state = self._get_backward(ctx), split_state
-        ctx.about = {**describe_fit(ctx), "code": cache(get_code_commit)}
+        # A thousand ranks do not ask git all at once.
+        code = {"code": cache(get_code_commit)} if accelerator.is_main else {}
+        ctx.about = describe_fit(ctx) | code
         try:
             if resume is not None and not resume.is_weights_only:
                 resume.check(ctx)

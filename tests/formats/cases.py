@@ -45,6 +45,7 @@ MANIFEST: dict[str, Any] = {
     "name": "digits-amber-fox",
     "path": "/home/ada/digits/runs/20261122-235901-digits-amber-fox-3f2a",
     "keys": 2,
+    "num_fits": 1,
     "experiment": "Größe",
     "note": None,
     "created": "2026-11-22T23:59:01.000250+00:00",

@@ -126,13 +126,14 @@ def test_json_files_that_were_kept_are_read(tmp_path):
     assert Manifest.read(KEPT) == Manifest(**cases.MANIFEST)
     (tmp_path / "delivery").mkdir()
     earlier = {
-        "run-1.json": {"path": "", "format": 1},
-        "run-2-without-path.json": {"path": ""},
-        "run-2-without-keys.json": {},
+        "run-1.json": {"path": "", "format": 1, "keys": 1},
+        "run-2-without-path.json": {"path": "", "keys": 1},
+        "run-2-without-keys.json": {"keys": 1},
+        "run-2-without-num-fits.json": {},
     }
     for name, changes in earlier.items():
         (tmp_path / "run.json").write_bytes((KEPT / name).read_bytes())
-        manifest = Manifest(**{**cases.MANIFEST, "keys": 1, **changes})  # type: ignore[dict-item]
+        manifest = Manifest(**{**cases.MANIFEST, "num_fits": None, **changes})  # type: ignore[dict-item]
         assert Manifest.read(tmp_path) == manifest
     for name, path in (("state.json", "/runs/x"), ("state-without-path.json", "")):
         (tmp_path / "delivery" / "state.json").write_bytes((KEPT / name).read_bytes())
