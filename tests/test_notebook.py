@@ -37,5 +37,7 @@ def test_notebook_of_the_docs_runs_and_shows_what_it_should(tmp_path, monkeypatc
     assert "valid/accuracy" in table[0]["text/html"]
     assert "accuracy" in rows[0]["text/html"]
     for html in (one.get("text/html", "") for some in shown for one in some):
+        # Jupyter's own style for HTML is not monospaced everywhere; columns need it.
+        assert html.count("<pre") == html.count('<pre style="font-family: monospace')
         # A notebook has its own colours, on a light or a dark ground.
         assert "color" not in html.replace("border-color", "")

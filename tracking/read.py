@@ -187,7 +187,8 @@ class PastRun:
         ]
         head = "".join(f"<th>{column}</th>" for column in ("", *columns))
         table = f"<table><tr>{head}</tr>{''.join(rows)}</table>" if rows else ""
-        return f"<pre>{html.escape(chr(10).join(lines))}</pre>{table}"
+        text = html.escape("\n".join(lines))
+        return f'<pre style="font-family: monospace">{text}</pre>{table}'
 
 
 @dataclass(frozen=True, repr=False)

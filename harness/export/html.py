@@ -22,7 +22,7 @@ def as_html(text: object, rows: Mapping[str, Mapping[str, str]] | None = None) -
     rows
         Cells of each row of the table, by name of the row and column.
     """
-    found = f"<pre>{html.escape(str(text))}</pre>"
+    found = f'<pre style="font-family: monospace">{html.escape(str(text))}</pre>'
     if not rows:
         return found
     columns = dict.fromkeys(column for cells in rows.values() for column in cells)

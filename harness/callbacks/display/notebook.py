@@ -41,7 +41,7 @@ class NotebookOutput:
     def _update(self) -> None:
         text = "\n".join([*self._lines, self._bar] if self._bar else self._lines)
         shown = self._as_html(
-            f'<pre style="line-height: 1.25">{html.escape(text)}</pre>'
+            f'<pre style="font-family: monospace; line-height: 1.25">{html.escape(text)}</pre>'
         )
         if self._handle is None:  # a call that shows nothing has no output
             self._handle = self._display(shown, display_id=True)
