@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from harness.callbacks import AutoResume
+from harness.checkpoint.format import list_checkpoints
+from harness.checkpoint.whole.export import find_weights
 from tests.harness.accelerators.cases import Lab
 from tests.harness.accelerators.launches import Launches
-from tests.harness.accelerators.whole import CASES
+from tests.harness.accelerators.whole import CASES, fitted, learner, same_weights
 
 MODULE = "tests.harness.accelerators.whole"
 
@@ -37,3 +40,44 @@ def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> Launches:
 def test_weights_two_ranks(name: str, stage: int, on_ranks: Launches) -> None:
     said = on_ranks.said(2, STAGES, list(CASES), name, stage)
     assert said == "ok", said
+
+
+@pytest.mark.parametrize(
+    ("gather", "kind", "match"),
+    [
+        ("no", TypeError, r"fit\(gather\): expected .*got 'no'"),
+        (-1, ValueError, r"fit\(gather\): expected .*got -1"),
+        (
+            False,
+            ValueError,
+            r"fit\(gather=False\): expected a place for the final checkpoint of a model of"
+            r" .* got a fit without a run. Add ModelCheckpoint\(path\)",
+        ),
+    ],
+)
+def test_gather_is_checked_before_the_first_epoch(
+    gather: object, kind: type[Exception], match: str
+) -> None:
+    with pytest.raises(kind, match=match):
+        fitted(Lab(stage=None, folder=Path()), gather=gather)
+
+
+def test_final_checkpoint_of_a_tracked_fit_is_in_the_folder_of_its_run(
+    tmp_path: Path,
+) -> None:
+    tracker = {"runs_dir": tmp_path, "delivery": False}
+    lab = Lab(stage=None, folder=tmp_path)
+    found = fitted(lab, made=learner(width=8), gather=False, tracker=tracker)
+    assert found.checkpoint is not None
+    assert found.run_path is not None
+    assert found.checkpoint.parent == found.run_path / "checkpoints" / "final"
+    assert find_weights(found.run_path) == found.checkpoint
+
+
+def test_auto_resume_leaves_the_final_checkpoint(tmp_path: Path) -> None:
+    lab = Lab(stage=None, folder=tmp_path)
+    made = learner(width=8)
+    found = fitted(lab, AutoResume(tmp_path), made=made, gather=False)
+    assert list_checkpoints(tmp_path) == []
+    whole = fitted(lab, made=made)
+    assert same_weights(found.gather(), whole.model)
