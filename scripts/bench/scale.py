@@ -23,6 +23,7 @@ import resource
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,9 +42,9 @@ Times = dict[str, float]
 @contextmanager
 def timed(times: Times, word: str) -> Iterator[None]:
     """Add the seconds of processor time of the block, with those of its threads and commands."""
-    start = sum(os.times()[:4])
+    start = time.process_time() + sum(os.times()[2:4])
     yield
-    times[word] = sum(os.times()[:4]) - start
+    times[word] = time.process_time() + sum(os.times()[2:4]) - start
 
 
 def rows(number: int, folder: Path) -> Times:

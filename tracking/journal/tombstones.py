@@ -9,6 +9,7 @@ rewind up to the position that the next one returned to.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -62,6 +63,7 @@ class Tombstones:
         control = table.filter(_is_control(table))
         if not control.num_rows:
             return False
+        num_rewinds, num_overwrites = len(self.rewinds), len(self.overwrites)
         for row in control.to_pylist():
             if row["kind"] != "overwrite" and not _is_finite(row["value"]):
                 continue  # in a file that somebody else wrote
@@ -75,10 +77,13 @@ class Tombstones:
                 fit = self.fits.find_one(row["seq"])
                 place = (row["what"], row["set"], row["index"], fit)
                 self.overwrites.append((row["seq"], place))
-        self._live_ranges = self._find_live_ranges()
-        self._last_overwrites = {
-            place: seq for seq, place in self.overwrites if self._is_in_live_range(seq)
-        }
+        new = self.overwrites[num_overwrites:]
+        if len(self.rewinds) > num_rewinds:
+            self._live_ranges = self._find_live_ranges()
+            self._last_overwrites, new = {}, self.overwrites
+        for seq, place in new:
+            if self._is_in_live_range(seq):
+                self._last_overwrites[place] = seq
         return True
 
     def mask_live(self, table: pa.Table) -> np.ndarray[Any, np.dtype[np.bool_]]:
@@ -104,7 +109,8 @@ class Tombstones:
         return [(-1, end), *reversed(ranges)]
 
     def _is_in_live_range(self, seq: int) -> bool:
-        return any(start < seq <= end for start, end in self._live_ranges)
+        at = bisect_left(self._live_ranges, (seq,)) - 1  # as in ``mask_live``
+        return seq <= self._live_ranges[at][1]
 
     def _find_overwritten(
         self, table: pa.Table, seq: np.ndarray[Any, np.dtype[np.int64]]
