@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from time import perf_counter
 from typing import Any
 
@@ -19,6 +20,9 @@ from harness.callbacks.report.machine import (
 from harness.checks.values import check_at_least, check_more_than
 from harness.context import Context
 from harness.pytree import StateDict
+
+MAX_GPUS = 16
+"""GPUs that are recorded by name. Of a thousand, nobody looks at 4,000 curves."""
 
 
 class SystemMetrics(Callback):
@@ -46,9 +50,12 @@ class SystemMetrics(Callback):
     network, and ``data_wait_frac``: the share of the time between records in which training
     waited for its next batch.
 
-    With ``nvidia-ml-py`` installed, each rank records its own GPU: ``gpu0_frac``,
+    With ``nvidia-ml-py`` installed, each rank reads its own GPU: ``gpu0_frac``,
     ``gpu0_memory_bytes``, ``gpu0_power_w``, and ``gpu0_energy_j`` since the fit began. The
-    number is the rank. The other values are those of rank 0's machine.
+    number is the rank. Of more than 16 GPUs, least, mean and greatest value are recorded
+    (``gpus_min_frac``, ``gpus_mean_frac``, ``gpus_max_frac``), and the sum of their energy,
+    ``gpus_energy_j``. The other values are those of rank 0's machine. Rank 0 records all;
+    with each record the other ranks send it theirs in one message.
     """
 
     # What other callbacks do at the end of a batch is no waiting for data.
@@ -104,13 +111,15 @@ class SystemMetrics(Callback):
 
     def _record(self) -> None:
         assert self._sampler is not None and self.ctx.accelerator is not None
-        values: Sample = dict(self._sampler.take())
+        accelerator = self.ctx.accelerator
+        # At the same step on every rank. Rank 0 records for all.
+        values = combine_samples(accelerator.gather_objects(dict(self._sampler.take())))
         now = perf_counter()
         passed_s, self._recorded_at = now - self._recorded_at, now
-        if self.ctx.accelerator.is_main:
+        if accelerator.is_main:
             values["data_wait_frac"] = min(self._waited_s / max(passed_s, 1e-9), 1.0)
         self._waited_s, self._last_step = 0.0, self.ctx.step
-        if values:
+        if values and accelerator.is_main:
             ctx = self.ctx
             ctx.run.log("system", "", values, epoch=ctx.epoch, step=ctx.step)
 
@@ -134,6 +143,28 @@ class SystemMetrics(Callback):
     def load_state_dict(self, state: StateDict) -> None:
         """Restore the step of the last record."""
         self._last_step = state["last_step"]
+
+
+def combine_samples(samples: Sequence[Sample]) -> Sample:
+    """Join what the ranks have read, in order of rank; of many GPUs, in a few numbers."""
+    joined: Sample = {}
+    kinds: dict[str, list[float]] = {}
+    for sample in samples:
+        joined |= sample
+        for name, value in sample.items():
+            if name.startswith("gpu"):
+                kinds.setdefault(name.partition("_")[2], []).append(value)
+    if max(map(len, kinds.values()), default=0) <= MAX_GPUS:
+        return joined
+    found = {name: v for name, v in joined.items() if not name.startswith("gpu")}
+    for kind, values in kinds.items():
+        if kind == "energy_j":
+            found["gpus_energy_j"] = sum(values)
+        else:
+            found[f"gpus_min_{kind}"] = min(values)
+            found[f"gpus_mean_{kind}"] = sum(values) / len(values)
+            found[f"gpus_max_{kind}"] = max(values)
+    return found
 
 
 def find_gpu(device: torch.device, name: str) -> GPUReader | None:

@@ -11,7 +11,7 @@ import torch
 import tracking
 from harness.callbacks import SystemMetrics
 from harness.callbacks.report.machine import GPUReader, Sampler, import_optional
-from harness.callbacks.report.system_metrics import find_gpu
+from harness.callbacks.report.system_metrics import combine_samples, find_gpu
 from tests.harness.checkpoint.test_resume import check_exact
 from tests.harness.exact import Case, adam
 from tests.harness.fakes import At, line_learner, slope
@@ -181,3 +181,20 @@ def test_missing_package_is_named():
 def test_system_metrics_options_are_checked(options):
     with pytest.raises((ValueError, TypeError), match=r"SystemMetrics\(every"):
         SystemMetrics(**options)
+
+
+def test_gpus_of_ranks_are_joined_and_many_are_summed_up():
+    def read(rank):
+        return {f"gpu{rank}_frac": rank / 100, f"gpu{rank}_energy_j": 2.0}
+
+    first = {"cpu_frac": 0.5} | read(0)
+    assert combine_samples([first, read(1), {}]) == first | read(1)
+    many = combine_samples([first, *map(read, range(1, 21))])
+    assert many == {
+        "cpu_frac": 0.5,
+        "gpus_min_frac": 0.0,
+        "gpus_mean_frac": pytest.approx(0.1),
+        "gpus_max_frac": 0.2,
+        "gpus_energy_j": 42.0,
+    }
+    assert combine_samples([{}, {}]) == {}
