@@ -67,13 +67,16 @@ def test_open_block_is_written_byte_for_byte(tmp_path):
     assert text == (KEPT / "open.text").read_bytes()
 
 
-@pytest.mark.parametrize("name", ["open-1.rows", "open.rows"])
-def test_open_block_that_was_kept_is_read_and_recovered(name, tmp_path):
+@pytest.mark.parametrize(
+    ("rows_name", "text_name"),
+    [("open-1", "open-1"), ("open", "open-1"), ("open", "open")],
+)
+def test_open_block_that_was_kept_is_read_and_recovered(rows_name, text_name, tmp_path):
     kept = tmp_path / "kept" / "3"
     kept.mkdir(parents=True)
-    rows = (KEPT / name).read_bytes().ljust(CAPACITY * ROW_BYTES, b"\0")
+    rows = (KEPT / f"{rows_name}.rows").read_bytes().ljust(CAPACITY * ROW_BYTES, b"\0")
     (kept / "000000.rows").write_bytes(rows)
-    (kept / "000000.text").write_bytes((KEPT / "open.text").read_bytes())
+    (kept / "000000.text").write_bytes((KEPT / f"{text_name}.text").read_bytes())
     write_small(tmp_path / "3").close()
     today = read_records(tmp_path / "3")[0]
     table, damage = read_records(kept)
