@@ -300,10 +300,11 @@ def _check_has_ended(path: Path) -> None:
 def release(
     names: tuple[str, ...], yes: bool, runs_dir: Path | None, as_json: bool
 ) -> None:
-    """Say that runs with status unknown have ended, so that they can be resumed or deleted.
+    """Say that runs with status unknown have ended.
 
-    A process on another machine wrote them, and was not heard of for long. Make sure that it
-    has ended: two processes that write one run mix up its records.
+    Then they can be resumed or deleted. A process on another machine wrote them, and was not
+    heard of for long. Make sure that it has ended: two processes that write one run mix up
+    its records.
     """
     from tracking.store import find_writers, release_run  # noqa: PLC0415  next to read
 
