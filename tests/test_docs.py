@@ -387,12 +387,14 @@ def test_commands_of_shell_blocks_exist(path: Path) -> None:
             inner = command.get_command(click.Context(command), words.pop(0))
             assert inner is not None, words
             command = inner
-        context = click.Context(command, **cli.main.context_settings)
+        settings = (
+            cli.main.context_settings
+        )  # click keeps the names of the first context
+        context = click.Context(command, **{**settings, **command.context_settings})
         _, rest, _ = command.make_parser(context).parse_args(list(words))
         if command.name == "launch":
             fit = cli.main.get_command(click.Context(cli.main), "fit")
             assert fit is not None
-            settings = cli.main.context_settings
             fit.make_parser(click.Context(fit, **settings)).parse_args(rest)
 
 
