@@ -161,15 +161,10 @@ class Block:
         """Whether everything was passed to the kernel."""
         return False
 
-    def add_key(self, group: KeyGroup, what: str, set: str, name: str) -> int:
-        """Number a new name; written before any row that uses it."""
-        self.add_keys(group, what, set, [name])
-        return group.ids[name]
-
     def add_keys(
         self, group: KeyGroup, what: str, set: str, names: Sequence[str]
     ) -> None:
-        """Number new names, with one write for all."""
+        """Number new names, with one write for all, before any row that uses them."""
         numbered = dict(zip(names, self._keys, strict=False))
         head = json.dumps([what, set])[:-1]
         texts = [

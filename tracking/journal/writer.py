@@ -229,13 +229,8 @@ class Journal:
         """Write one row for each leaf, as ``write``; nulls are those of ``row_format``."""
         for first in range(0, len(leaves), NAMES_AT_ONCE):
             some = leaves[first : first + NAMES_AT_ONCE]
-            if len(some) > 1:  # the new names of many rows are one write
-                group = self.get_group(self.block, what, set)
-                new = [leaf[0] for leaf in some if leaf[0] not in group.ids]
-                if new:
-                    self.block.add_keys(group, what, set, new)
             for leaf in some:
-                self.write_row(what, set, leaf, time_us, index, step, epoch)
+                self.write_row(what, set, leaf, time_us, index, step, epoch, some)
 
     def write_row(
         self,
@@ -246,8 +241,13 @@ class Journal:
         index: int,
         step: int,
         epoch: int,
+        beside: Sequence[Leaf] = (),
     ) -> None:
-        """Write one row, as ``write_rows``."""
+        """Write one row, as ``write_rows``.
+
+        Its name, if new, is written with those of the rows ``beside`` it, which follow. A
+        slot is taken first: the files of a block stay open as long as a slot has no row.
+        """
         name, kind, number, payload = leaf
         block, slot = self.block, CAPACITY
         try:
@@ -255,11 +255,14 @@ class Journal:
                 if slot < CAPACITY:
                     break
                 self.roll(block)
-                return self.write_row(what, set, leaf, time_us, index, step, epoch)
+                counts = (time_us, index, step, epoch)
+                return self.write_row(what, set, leaf, *counts, beside)
             group = self.get_group(block, what, set)
             key = group.ids.get(name)
             if key is None:
-                key = block.add_key(group, what, set, name)
+                new = [leaf[0] for leaf in beside if leaf[0] not in group.ids]
+                block.add_keys(group, what, set, new or [name])
+                key = group.ids[name]
             flags = 0
             if payload is not None:
                 flags = HAS_TEXT

@@ -247,8 +247,8 @@ def test_disk_block_without_mapping_writes_by_call(tmp_path):
     block = DiskBlock(tmp_path, 0, is_synced=False, is_mapped=False)
     assert not isinstance(block._rows, mmap.mmap)
     group = KeyGroup(AutoIndex())
-    key = block.add_key(group, "m", "s", "x")
-    block.put(*row_format.encode_row(0, 1, 2, 3, 0.5, 4, key, FLOAT, 0))
+    block.add_keys(group, "m", "s", ["x"])
+    block.put(*row_format.encode_row(0, 1, 2, 3, 0.5, 4, group.ids["x"], FLOAT, 0))
     block.void(0)
     block.void(1)
     found = read_block(tmp_path, 0)
@@ -584,8 +584,9 @@ def test_journal_nan_payloads_survive(rank_dir):
 
 def test_disk_block_with_released_files_holds_none_and_reads_the_same(tmp_path):
     block = DiskBlock(tmp_path, 0, is_synced=False)
-    key = block.add_key(KeyGroup(AutoIndex()), "m", "s", "x")
-    block.put(*row_format.encode_row(0, 1, 2, 3, 0.5, 4, key, FLOAT, 0))
+    group = KeyGroup(AutoIndex())
+    block.add_keys(group, "m", "s", ["x"])
+    block.put(*row_format.encode_row(0, 1, 2, 3, 0.5, 4, group.ids["x"], FLOAT, 0))
     before = block.snapshot()
     held = len(list(Path("/dev/fd").iterdir()))
     block.release_files()
@@ -597,9 +598,9 @@ def test_disk_block_with_released_files_holds_none_and_reads_the_same(tmp_path):
 def test_memory_block_is_read_like_one_on_the_disk():
     block = Block(4)
     group = KeyGroup(AutoIndex())
-    key = block.add_key(group, "m", "s", "x")
+    block.add_keys(group, "m", "s", ["x"])
     block.add_payload(0, '"text"')
-    fields = (1, 2, 3, math.nan, 4, key, 4, row_format.HAS_TEXT)
+    fields = (1, 2, 3, math.nan, 4, group.ids["x"], 4, row_format.HAS_TEXT)
     block.put(*row_format.encode_row(0, *fields))
     marks, text = block.snapshot()
     found = row_format.decode_block(Path("part"), 4, 0, marks, marks, text)
@@ -644,3 +645,30 @@ def test_thousands_of_new_names_across_blocks_are_read_in_order(rank_dir):
         assert table["name"].to_pylist() == [*values] * 3
         assert table["value"].to_pylist() == [*values.values()] * 3
         assert table["seq"].to_pylist() == [*range(3 * len(values))]
+
+
+def test_new_names_hold_a_block_that_other_threads_fill(rank_dir, monkeypatch):
+    journal = Journal(rank_dir)
+    block = journal.block
+    add_keys = block.add_keys
+
+    def add_keys_late(*args):
+        monkeypatch.undo()
+        other = threading.Thread(target=fill)
+        other.start()
+        other.join()
+        while journal._open[0] is block:
+            time.sleep(0.001)
+        add_keys(*args)
+        assert block.is_durable  # its files are open
+
+    def fill():
+        for index in range(CAPACITY + 1):
+            journal.write("metrics", "valid", [("c", FLOAT, 1.0, None)], index=index)
+
+    monkeypatch.setattr(block, "add_keys", add_keys_late)
+    put(journal, {"a": 1.0, "b": 2.0}, index=1)
+    journal.close()
+    table, damage = read_records(rank_dir)
+    assert not damage
+    assert table["name"].to_pylist() == ["a", *["c"] * (CAPACITY + 1), "b"]
