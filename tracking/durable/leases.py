@@ -15,10 +15,12 @@ import json
 import os
 import socket
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
+
+import msgspec
 
 from tracking.durable.filesystem import get_filesystem
 from tracking.settings import read_job
@@ -63,7 +65,7 @@ class Place:
     machine: str = ""
     boot: str = ""
     namespace: str = ""
-    pid: int = 0
+    pid: Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)] = 0
     began: int | None = None
     job: str = ""
     restart: int = 0
@@ -178,7 +180,16 @@ class Holder:
 
 
 def _format_time(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    known = min(max(seconds, 0), 1e11)  # in a file of somebody else it may be anything
+    return datetime.fromtimestamp(known, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+class _About(msgspec.Struct):
+    """What a lease tells besides the process."""
+
+    since: float
+    has_lock: bool
+    file: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,18 +286,16 @@ def _read(path: Path) -> _Content | None:
         text = b""
     finally:
         os.close(fd)
-    place, since, has_lock = None, 0.0, False
-    with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
-        content = json.loads(text)
-        if content["file"] != found.st_ino:
-            return None
-        known = {one.name for one in fields(Place)}
-        place = Place(**{name: content[name] for name in known if name in content})
-        since, has_lock = float(content["since"]), content["has_lock"] is True
+    place, about = None, _About(since=0.0, has_lock=False, file=found.st_ino)
+    with contextlib.suppress(msgspec.MsgspecError, RecursionError, UnicodeError):
+        about = msgspec.json.decode(text, type=_About)
+        place = msgspec.json.decode(text, type=Place)
+    if about.file != found.st_ino:
+        return None
     return _Content(
         place=place,
-        since=since,
-        has_lock=has_lock,
+        since=about.since,
+        has_lock=about.has_lock,
         beat=found.st_mtime,
         file=_get_id(found),
     )

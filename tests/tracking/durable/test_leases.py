@@ -233,13 +233,27 @@ DEAD = {"pid": 2**22 + 1}
         # A machine of this name that was started again, if it is this one.
         ("missing", {"boot": "other"}, "live"),
         ("missing", {"age_s": OLD, "boot": "other", "machine": "m7"}, "unknown"),
+        # Whatever somebody writes there says as much as an empty file.
         ("missing", {"host": 7}, "live"),
+        ("missing", {"age_s": OLD, "pid": "../x"}, "unknown"),
+        ("missing", {"age_s": OLD, "pid": 10**30}, "unknown"),
+        ("missing", {"age_s": OLD, "pid": -1}, "unknown"),
+        ("missing", {"age_s": OLD, "job": "/12", "restart": []} | AFAR, "unknown"),
+        ("missing", {"age_s": OLD, "since": 1e300} | AFAR, "unknown"),
+        ("missing", {"age_s": -1e10} | AFAR, "unknown"),
     ],
 )
 def test_lease_is_judged(leave, lock, lease, state):
     found = judge(leave(**lease), lock)
     assert found is not None
     assert found.state == state
+    assert str(found)
+
+
+def test_lease_that_nests_deeply_is_as_an_empty_one(leave):
+    path = leave()
+    path.write_text("[" * 9000)
+    assert judge(path, "missing").state == "live"
 
 
 def test_reboot_and_restart_of_the_job_end_a_stale_lease():
