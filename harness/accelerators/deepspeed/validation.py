@@ -145,7 +145,8 @@ def check_parameters(model: nn.Module) -> None:
     Raises
     ------
     ValueError
-        If a parameter is lazy, or has no dims: DeepSpeed 0.19.8 cannot send it to other ranks.
+        If a parameter is lazy, divided already, or has no dims: DeepSpeed 0.19.8 cannot send
+        that to other ranks.
     """
     for name, param in model.named_parameters():
         if is_lazy(param):
@@ -154,7 +155,13 @@ def check_parameters(model: nn.Module) -> None:
                 "Call the model once on a batch when it is built, or give its sizes."
             )
             raise ValueError(f"{msg} {advice}")
-        if param.dim() == 0 and not hasattr(param, "ds_id"):
+        if hasattr(param, "ds_id"):
+            msg = f"prepare: expected whole parameters, got a part of {name!r}."
+            advice = (
+                "Build the model outside of deepspeed.zero.Init: ZeRO 3 divides it."
+            )
+            raise ValueError(f"{msg} {advice}")
+        if param.dim() == 0:
             msg = f"prepare: expected parameters with dims, got {name!r} of shape ()."
             advice = "DeepSpeed cannot send it to other ranks: make its shape (1,)."
             raise ValueError(f"{msg} {advice}")

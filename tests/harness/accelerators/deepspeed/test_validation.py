@@ -12,6 +12,7 @@ from torch import nn
 from harness.accelerators.deepspeed.validation import (
     check_devices,
     check_packages,
+    check_parameters,
     describe_loaders,
 )
 from tests.harness.accelerators.cases import Net, adam, prepared, two_rates
@@ -204,3 +205,11 @@ def test_optimizer_with_modes_is_refused(make: Any) -> None:
         ValueError, match=r"expected an optimizer without train\(\) and eval\(\)"
     ):
         make(0).prepare(model, {"opt": opt})
+
+
+def test_parameters_that_are_divided_already_are_refused() -> None:
+    """As those of a model that is built under ``deepspeed.zero.Init``."""
+    model = nn.Linear(2, 1)
+    model.weight.ds_id = 0  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="got a part of 'weight'"):
+        check_parameters(model)
