@@ -82,9 +82,11 @@ class Interrupt(Callback):
         self._agreement = self.ctx.accelerator.agreement("signal")
         if threading.current_thread() is threading.main_thread():
             for number in self.signals:
+                before = signal.getsignal(number)
                 # `nohup` ignores SIGHUP, so that the fit outlives its terminal.
-                is_nohup = signal.getsignal(number) == signal.SIG_IGN
-                if not (is_nohup and number.name == "SIGHUP"):
+                is_nohup = number.name == "SIGHUP" and before == signal.SIG_IGN
+                # One of the program that Python runs in, such as R, cannot be put back.
+                if not (is_nohup or before is None):
                     self._before[number] = signal.signal(number, self._on_signal)
 
     def _on_signal(self, signum: int, _: FrameType | None) -> None:

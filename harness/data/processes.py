@@ -70,7 +70,8 @@ def end_with(process: Process) -> None:
         os._exit(1)
     except OSError:  # a kernel or a sandbox without it
         return
-    if process.state() is None:  # another process has its number
+    if process.began is not None and process.state() is None:
+        # Another process has its number.
         os._exit(1)
     threading.Thread(target=_wait_and_end, args=[fd], daemon=True).start()
 

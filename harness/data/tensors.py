@@ -81,12 +81,14 @@ def _index_batches(
     """Batches in the order of the sampler; copies, because a model may change its input."""
     size, count = loader.batch_size or 1, len(loader)
     make, build = choose_allocation(loader), get_form(loader.dataset)
-    if rows is None and type(loader.sampler) is SequentialSampler:
+    # A sampler may be of other data, such as range(100).
+    most = len(loader.sampler) if type(loader.sampler) is SequentialSampler else None
+    if rows is None and most is not None and most <= len(tensors[0]):
         for start in range(0, count * size, size):
-            part = slice(start, start + size)
+            part = slice(start, min(start + size, most))
             yield build([take_rows(tensor, part, make) for tensor in tensors])
         return
-    order = torch.tensor(list(loader.sampler))
+    order = torch.tensor(list(loader.sampler), dtype=torch.int64)
     if rows is not None:
         order = rows[order]
     for chosen in torch.split(order, size)[:count]:
@@ -139,6 +141,8 @@ def unwrap_tensors(
     rows: Tensor | None = None
     while type(dataset) is Subset:
         inner = torch.as_tensor(dataset.indices)
+        if not len(inner):
+            inner = inner.to(torch.int64)  # torch makes floats of an empty list
         rows = inner if rows is None else inner[rows]
         dataset = dataset.dataset
     if (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -32,9 +32,6 @@ from harness.steps import (
     get_reader,
     switch_optimizers,
 )
-
-if TYPE_CHECKING:
-    pass
 
 
 def fit(ctx: StepContext) -> None:

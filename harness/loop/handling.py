@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from harness.checks.hints import add_hint, find_loader_hint
 from harness.context import Context, Handlers
 from harness.errors import EarlyStop, Interrupted, SkipEpoch
-
-if TYPE_CHECKING:
-    pass
 
 
 def add_handlers(ctx: Context) -> None:

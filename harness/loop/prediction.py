@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,9 +23,6 @@ from harness.steps import (
     call_model,
     get_reader,
 )
-
-if TYPE_CHECKING:
-    pass
 
 
 def predict(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -27,9 +26,6 @@ from harness.steps import (
     StepContext,
     get_reader,
 )
-
-if TYPE_CHECKING:
-    pass
 
 
 def validate_within(ctx: StepContext) -> None:

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import TracebackType
+from typing import ClassVar
 
 from harness.accelerators.devices import use_in_thread
 from harness.accelerators.distributed.agreement import BatchAgreement
@@ -83,6 +84,8 @@ class Watchdog:
     store, whose C++ code then aborts the process.
     """
 
+    _current: ClassVar[Watchdog | None] = None
+
     def __init__(
         self,
         ranks: RankGroup,
@@ -104,6 +107,7 @@ class Watchdog:
         self._is_ending = threading.Event()
         self._hook = sys.excepthook
         sys.excepthook = self._on_exception
+        Watchdog._current = self
         self._asked = ranks.for_thread()
         # Without a client of its own, the thread has to wait while the group waits.
         self._lost_after_s = lost_after_s if ranks.has_clients else 0.0
@@ -121,14 +125,17 @@ class Watchdog:
             thread.start()
         atexit.register(self.stop)
 
-    @staticmethod
-    def find() -> Watchdog | None:
-        """The watchdog of this process, if it has one."""
-        found = getattr(sys.excepthook, "__self__", None)
-        return found if isinstance(found, Watchdog) else None
+    @classmethod
+    def find(cls) -> Watchdog | None:
+        """The watchdog of this process, if it has one.
+
+        A second one would count meetings anew, and take those of the first for its own.
+        """
+        return cls._current
 
     def stop(self) -> None:
         """Stop watching, because the interpreter ends."""
+        Watchdog._current = None
         self._quiet.set()
         self._is_ending.set()
         self._woken.put(None)

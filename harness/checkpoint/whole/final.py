@@ -88,8 +88,8 @@ def _write(ctx: Context, temporary: Path, position: Position) -> Exception | Non
         "extra": get_extra_states(ctx.model),
         **describe_left_out(ctx.model),
     }
-    plan, tensors = flatten(state)
     try:
+        plan, tensors = flatten(state)
         on_cpu = {name: value.cpu().contiguous() for name, value in tensors.items()}
         write_rank(temporary, accelerator.rank, plan, on_cpu)
         if accelerator.is_main:

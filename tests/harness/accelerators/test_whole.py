@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from harness.callbacks import AutoResume
+from harness import setup
+from harness.callbacks import AutoResume, ModelCheckpoint
 from harness.checkpoint.format import list_checkpoints
 from harness.checkpoint.whole.export import find_weights
 from tests.harness.accelerators.cases import Lab
@@ -81,3 +83,27 @@ def test_auto_resume_leaves_the_final_checkpoint(tmp_path: Path) -> None:
     assert list_checkpoints(tmp_path) == []
     whole = fitted(lab, made=made)
     assert same_weights(found.gather(), whole.model)
+
+
+class Odd(nn.Linear):
+    """A module with a state that no file can hold."""
+
+    def get_extra_state(self) -> set[int]:
+        return {1, 2}
+
+    def set_extra_state(self, state: set[int]) -> None:
+        """Take nothing back."""
+
+
+def test_weights_are_not_lost_with_a_state_that_cannot_be_saved(
+    tmp_path: Path,
+) -> None:
+    made = setup(Odd, loss=nn.MSELoss(), optimizer=torch.optim.SGD)
+    made = made.set_hparams(in_features=2, out_features=1).set_opt_hparams(lr=0.1)
+    saves = ModelCheckpoint(tmp_path, every_n_epochs=0)
+    options = {"tracker": False, "verbose": False, "gather": False}
+    rows = torch.randn(4, 2), torch.randn(4, 1)
+    with pytest.warns(UserWarning, match="final checkpoint, got state/extra"):
+        found = made.fit(rows, 1, callbacks=[saves], **options)  # type: ignore[arg-type]
+    assert found.checkpoint is None
+    assert found.model.weight.shape == (1, 2)

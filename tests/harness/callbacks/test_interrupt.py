@@ -71,6 +71,19 @@ def test_fit_outlives_its_terminal_under_nohup():
     assert len(fitted.records["metrics"]["train"]) == 3
 
 
+def test_handler_that_python_did_not_install_stays(monkeypatch):
+    # As in a program that runs Python, such as R: Python cannot put it back.
+    known = signal.getsignal
+    of_others = signal.SIGUSR1
+    monkeypatch.setattr(
+        signal, "getsignal", lambda n: None if n == of_others else known(n)
+    )
+    found = []
+    fit(At("on_train_begin", lambda ctx: found.append([*map(known, SIGNALS)])))
+    is_replaced = [callable(handler) for handler in found[0]]
+    assert is_replaced == [number != of_others for number in SIGNALS]
+
+
 @pytest.mark.parametrize("number", SIGNALS)
 def test_signal_ends_the_fit_in_order_and_is_told(number):
     before = handlers()

@@ -265,6 +265,29 @@ def test_tensor_loader_keeps_the_order_of_a_subclassed_sampler(kind):
     assert [batch.tolist() for (batch,) in loader] == [[3, 2], [1, 0]]
 
 
+@pytest.mark.parametrize(
+    ("data", "sampler"),
+    [
+        (TensorDataset(torch.arange(20)), SequentialSampler(range(10))),
+        (Subset(TensorDataset(torch.arange(20)), range(5, 15)), None),
+        (Subset(TensorDataset(torch.arange(20)), []), None),
+    ],
+)
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_tensor_loader_reads_the_rows_that_torchs_loader_reads(
+    data, sampler, drop_last
+):
+    options: Any = {"batch_size": 4, "sampler": sampler, "drop_last": drop_last}
+    expected = list(DataLoader(data, **options))
+    assert same(list(TensorLoader(data, **options)), expected)
+
+
+def test_tensor_loader_refuses_rows_past_the_data_as_torchs_loader():
+    data, sampler = TensorDataset(torch.arange(6)), SequentialSampler(range(10))
+    with pytest.raises(IndexError):
+        list(TensorLoader(data, batch_size=4, sampler=sampler))
+
+
 def test_tensor_loader_with_workers_equals_torchs_loader():
     torch.manual_seed(3)
     expected = list(DataLoader(dataset(), batch_size=8, shuffle=True))
@@ -340,7 +363,7 @@ def test_as_dataset_unequal_lengths_are_refused():
 @pytest.mark.parametrize(
     ("wrong", "place"),
     [
-        ("text", r"data\[0\]: .*got str"),
+        ("text", r"data: .*got str"),
         (None, r"data\[0\]: .*got NoneType"),
         ([1, 2, 3], r"data\[0\]: .*got int"),
         ((torch.zeros(2), [1, 2]), r"data\[1\]\[0\]: .*got int"),

@@ -6,7 +6,13 @@ import os
 import subprocess
 import sys
 
-from harness.accelerators.distributed.watchdog import find_launchers, is_alive
+import torch
+
+from harness.accelerators.distributed.watchdog import (
+    Watchdog,
+    find_launchers,
+    is_alive,
+)
 
 
 def test_launcher_of_a_plain_process_is_its_parent() -> None:
@@ -28,6 +34,32 @@ def test_launchers_of_deepspeed_are_two_processes() -> None:
         assert is_alive(process.pid)
         process.communicate(b"\n")
     assert not is_alive(process.pid)
+
+
+class Ranks:
+    """One rank of two, whose store has nothing."""
+
+    rank, world_size, device = 0, 2, torch.device("cpu")
+    store, has_clients = None, False
+
+    def for_thread(self):
+        return self
+
+    def read_failure(self):
+        return None
+
+
+def test_watchdog_is_found_where_another_hook_shows_exceptions(monkeypatch):
+    # A second one would count meetings anew, and find those of the first one.
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    assert Watchdog.find() is None
+    watchdog = Watchdog(Ranks(), poll_s=1e-3)  # type: ignore[arg-type]
+    sys.excepthook = lambda *_: None
+    try:
+        assert Watchdog.find() is watchdog
+    finally:
+        watchdog.stop()
+    assert Watchdog.find() is None
 
 
 ENDING = """
