@@ -231,11 +231,18 @@ class ModelCheckpoint(Monitor):
         """Wait for the last save, but not for longer than the process has."""
         left_s = self._time_left()
         self._wait(max(0.0, left_s - LAST_S) if math.isfinite(left_s) else None)
+        self._release()
 
     def on_exception(self) -> None:
         """Wait for the last save, except after a second Ctrl-C."""
         if not isinstance(sys.exception(), KeyboardInterrupt):
             self._wait()
+        self._release()
+
+    def _release(self) -> None:
+        """Give the memory of the copies back; the callback may live on, as in a notebook."""
+        if self.writer is not None:
+            self.writer.release()
 
     def _save(self, phase: Phase, *, is_ranked: bool = False) -> None:
         due = monotonic()

@@ -50,7 +50,7 @@ class CheckpointWriter:
 
     Notes
     -----
-    ``save`` copies the tensors to the CPU, into memory that it keeps for the next save, and
+    ``save`` copies the tensors to the CPU, into memory that it keeps until ``release``, and
     passes them to a thread that writes. Copies from a CUDA device are only asked for, and
     the thread waits for them. ``save`` waits only while an earlier save is still being
     written. ``wait`` returns the error of a failed write, once; the next save tries again.
@@ -196,6 +196,10 @@ class CheckpointWriter:
             self._is_idle = None
         error, self._error = self._error, None
         return error
+
+    def release(self) -> None:
+        """Give the memory of the copies back, because the fit is over."""
+        self._copies = HostCopies()  # a thread that still writes has the earlier ones
 
     def prune(self, keep_last: int, keep: set[str]) -> None:
         """Remove all but the newest `keep_last` checkpoints and those named; on rank 0."""

@@ -46,6 +46,26 @@ def train(
     )
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_memory_of_the_copies_is_given_back(tmp_path, fails):
+    def end(ctx):
+        held.append(bool(saves.writer._copies))
+        if fails:
+            raise LookupError
+
+    held, saves = [], ModelCheckpoint(tmp_path, every_n_steps=1)
+    ending = pytest.raises(LookupError) if fails else nullcontext()
+    with ending:
+        line_learner().fit(
+            *(slope(4), 1),
+            callbacks=[saves, At("on_train_end", end)],
+            tracker=False,
+            verbose=False,
+        )
+    assert held == [True]
+    assert not saves.writer._copies
+
+
 def steps(folder: Path) -> list[int]:
     return [
         verify_checkpoint(place).position.step for place in list_checkpoints(folder)
