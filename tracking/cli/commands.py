@@ -413,7 +413,7 @@ def verify(
             try:
                 mlflow = False if no_mlflow else reader
                 results.append(verify_run(run, files or None, mlflow=mlflow))
-            except (TrackingError, OSError) as error:  # continue with the other runs
+            except (TrackingError, OSError, ValueError) as error:  # of this run alone
                 errors.append(str(error))
     if as_json:
         render.print_json([render.verification_to_json(result) for result in results])

@@ -28,7 +28,7 @@ from typing import Any, Final
 import pyarrow as pa
 
 from tracking.delivery.log import configure_logging, log_to_file
-from tracking.delivery.options import check_options
+from tracking.delivery.options import read_options
 from tracking.delivery.process import (
     ask_for_handover,
     is_being_delivered,
@@ -125,14 +125,19 @@ def _deliver(
 ) -> int:
     """Deliver a run, unless another process does; with ``--sync``, report it."""
     try:
-        code, changes = _deliver_locked(path, settings, options, request, on_done)
+        code, result = _deliver_locked(path, settings, options, request, on_done)
     except OSError as error:  # its folder cannot be used; the other runs' can
-        code, changes = 1, {"phase": "gave up", "error": settings.redact(str(error))}
+        code = 1
+        result = _describe(path, phase="gave up", error=settings.redact(str(error)))
     if options.sync:
-        state = DeliveryState.read_or_none(path) or DeliveryState()
-        result = SyncResult.from_state(path.name, state, **changes)
         _report(dataclasses.asdict(result))
     return code
+
+
+def _describe(path: Path, **changes: Any) -> SyncResult:
+    """Result of a run that nothing is known of but its last state."""
+    state = DeliveryState.read_or_none(path) or DeliveryState()
+    return SyncResult.from_state(path.name, state, **changes)
 
 
 def _deliver_locked(
@@ -141,7 +146,7 @@ def _deliver_locked(
     options: argparse.Namespace,
     request: Request | None,
     on_done: Callable[[], None],
-) -> tuple[int, dict[str, Any]]:
+) -> tuple[int, SyncResult]:
     """Deliver a run while holding its lock; the exit code, and what to report."""
     lock = lock_path(path)
     lock.parent.mkdir(exist_ok=True)
@@ -155,7 +160,7 @@ def _deliver_locked(
         asking.enter_context(ask_for_handover(path))
     with asking, hold_lock(lock, options.lock_wait) as is_held:
         if not is_held:
-            return int(options.sync), {"phase": "busy"}
+            return int(options.sync), _describe(path, phase="busy")
         with log_to_file(path, settings.redact):
             return _run_worker(path, settings, options, request, on_done)
 
@@ -166,15 +171,10 @@ def _run_worker(
     options: argparse.Namespace,
     request: Request | None,
     on_done: Callable[[], None],
-) -> tuple[int, dict[str, Any]]:
-    """Deliver a run.
-
-    Returns
-    -------
-    exit code, and the number of points sent and present
-    """
+) -> tuple[int, SyncResult]:
+    """Deliver a run; the exit code, and what to report."""
     worker = None
-    code = 1
+    code, changes = 1, {}
     try:
         is_new = request is not None and request.is_new
         worker = _make_worker(path, settings, options, is_new=is_new)
@@ -187,10 +187,14 @@ def _run_worker(
     except GaveUpError:
         pass
     except Exception as error:  # noqa: BLE001 (nobody watches this process)
-        _record_failure(path, settings.redact(f"{type(error).__name__}: {error}"))
+        reason = settings.redact(f"{type(error).__name__}: {error}")
+        _record_failure(path, reason)
+        changes = {"phase": "gave up", "error": reason}
     if worker is None:
-        return code, {}
-    return code, {"sent": worker.num_sent, "present": worker.num_present}
+        return code, _describe(path, **changes)
+    changes |= {"sent": worker.num_sent, "present": worker.num_present}
+    # Its own state: the file is an earlier one where the disk is full.
+    return code, SyncResult.from_state(path.name, worker.state, **changes)
 
 
 def _record_failure(path: Path, error: str) -> None:
@@ -238,6 +242,8 @@ def _read(path: Path, settings: Settings, options: argparse.Namespace) -> int:
             code = 0
     except (TrackingError, OSError) as error:
         report["error"] = settings.redact(str(error))
+    except Exception as error:  # noqa: BLE001 (the other runs can be read)
+        report["error"] = settings.redact(f"{type(error).__name__}: {error}")
     _report(report)
     return code
 
@@ -254,7 +260,7 @@ def _make_worker(
     resolver = _make_resolver(path, settings, options.here, is_new=is_new)
     patience_s = options.patience
     if patience_s is None:
-        patience_s = check_options(resolver.manifest.delivery).patience_s
+        patience_s = read_options(resolver.manifest).patience_s
     return DeliveryWorker(
         path,
         resolver,

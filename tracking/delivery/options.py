@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from tracking.errors import InvalidFileError
+from tracking.store import Manifest
+
 DEFAULT_PER_KEY: Final = 10_000
 DEFAULT_PATIENCE_S: Final = 60.0
 DEFAULT_WAIT_S: Final = 60.0
@@ -57,6 +60,23 @@ def check_options(options: Mapping[str, Any] | None) -> DeliveryOptions:
     return DeliveryOptions(
         per_key=per_key, patience_s=float(patience_s), wait_s=float(wait_s)
     )
+
+
+def read_options(manifest: Manifest) -> DeliveryOptions:
+    """Read the options that a run was started with.
+
+    Raises
+    ------
+    InvalidFileError
+        If somebody has written others into its manifest.
+    """
+    try:
+        return check_options(manifest.delivery)
+    except (TypeError, ValueError) as error:
+        raise InvalidFileError(
+            f"run {manifest.id}: expected options of delivery in run.json, got others: "
+            f"{error}"
+        ) from error
 
 
 def _check_number(name: str, value: Any, kind: Any, least: int) -> None:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from tracking.delivery.options import check_options
+from tracking.delivery.options import read_options
 from tracking.delivery.process import DeliveryProcess, Surroundings
 from tracking.delivery.state import DeliveryState
 from tracking.errors import (
@@ -95,7 +95,7 @@ class RunDelivery:
                 f"and run 'harness sync {self.run_path.name}', or pass delivery=False."
             )
             return
-        self.wait_s = check_options(manifest.delivery).wait_s
+        self.wait_s = read_options(manifest).wait_s
         self._is_new = is_new
         started_in = str(find_start_folder(self.run_path, manifest))
         try:

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from tracking.delivery.cursor import Cursor
 from tracking.delivery.models import send_models
-from tracking.delivery.options import check_options
+from tracking.delivery.options import read_options
 from tracking.delivery.process import handover_path, set_group_niceness
 from tracking.delivery.reconcile import Reconciler, Stage
 from tracking.delivery.retry import LONGEST_DELAY_S, GaveUpError, RetryPolicy
@@ -222,7 +222,7 @@ class DeliveryWorker:
 
     def _start_reading(self, position: int) -> None:
         """Read the journal from its first row; send what comes after a position."""
-        per_key = check_options(self._resolver.manifest.delivery).per_key
+        per_key = read_options(self._resolver.manifest).per_key
         # A new MLflow run has none of the rows that are known to be superseded. What an
         # existing one has is found by comparing the control rows as they are read.
         known = self._scan if position < 0 else None

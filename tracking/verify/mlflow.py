@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import compute as pc
 
-from tracking.delivery.options import check_options
+from tracking.delivery.options import read_options
 from tracking.delivery.reconcile import ExpectedPoints, timing_keys
 from tracking.delivery.scan import READ_ROWS, JournalScan
 from tracking.delivery.sync import MlflowContents
@@ -58,7 +58,7 @@ def compare_with_mlflow(run: PastRun, there: MlflowContents) -> Comparison:
     expected = ExpectedPoints(
         scan,
         upto,
-        check_options(run.manifest.delivery).per_key,
+        read_options(run.manifest).per_key,
         is_final=run.status in ("finished", "failed"),
     )
     # MLflow's run may hold metrics of others too.

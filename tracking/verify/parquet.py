@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -20,11 +21,28 @@ from tracking.verify import Comparison, Mismatch
 _REQUIRED: Final = frozenset({"seq", "rank", "kind"})
 """Columns that a file with records has."""
 
+_T = TypeVar("_T")
+
 
 def find_exports(run: PastRun) -> list[Path]:
     """Parquet files among a run's artifacts that hold records."""
     files = sorted((run.path / "artifacts").rglob("*.parquet"))
-    return [file for file in files if set(parquet.read_schema(file).names) >= _REQUIRED]
+    return [
+        file
+        for file in files
+        if file.is_file() and set(_read(parquet.read_schema, file).names) >= _REQUIRED
+    ]
+
+
+def _read(read: Callable[[Path], _T], file: Path) -> _T:
+    """Read a Parquet file, or its schema."""
+    try:
+        return read(file)
+    except pa.ArrowException as error:
+        raise ValueError(
+            f"verify: expected a Parquet file in {file}, got {error}. Write it again, or "
+            "remove it."
+        ) from error
 
 
 def compare_with_file(run: PastRun, file: Path) -> Comparison:
@@ -35,7 +53,7 @@ def compare_with_file(run: PastRun, file: Path) -> Comparison:
     ValueError
         If the file does not hold records.
     """
-    there = parquet.read_table(file, partitioning=None)
+    there = _read(partial(parquet.read_table, partitioning=None), file)
     if not set(there.column_names) >= _REQUIRED:
         raise ValueError(
             f"verify: expected records in {file}, got the columns "

@@ -564,6 +564,18 @@ def test_verify_names_rows_and_ends_with_1(call, two, tmp_path):
     assert len(found["mismatches"]) == 2001
 
 
+def test_verify_goes_on_past_a_run_with_a_torn_file(call, two):
+    torn = two[0].path / "artifacts" / "torn.parquet"
+    torn.parent.mkdir(exist_ok=True)
+    torn.write_bytes(b"PAR1")
+    (two[1].path / "artifacts" / "of_parts.parquet").mkdir(parents=True)
+    words = ("verify", "--no-mlflow", *(run.id for run in two))
+    (line,) = call(*words, code=1).stderr.splitlines()
+    assert line.startswith(f"error: verify: expected a Parquet file in {torn}, got ")
+    (found,) = json.loads(call(*words, "--json", code=1).stdout)
+    assert found["run"] == two[1].id
+
+
 # ----------------------------------------------------------------------------- sync
 
 
@@ -584,9 +596,13 @@ def test_sync_without_a_server_tells_what_is_left(call, two, monkeypatch):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
-    result = call("sync", two[0].id, "--patience", "0", code=1)
-    assert result.output.startswith(f"{two[0].id}: 12 rows still to send: ")
-    assert "refused" in result.output
+    # A state that cannot be written, as on a full disk, is told all the same.
+    (two[0].path / "delivery" / "state.json").mkdir(parents=True)
+    names = [run.id for run in two]
+    lines = call("sync", *names, "--patience", "0", code=1).stdout.splitlines()
+    for line, name in zip(lines, names, strict=True):
+        assert line.startswith(f"{name}: 12 rows still to send: ")
+        assert "refused" in line
 
 
 def test_sync_of_all_leaves_out_runs_that_are_not_to_be_delivered(call, two):
