@@ -174,7 +174,8 @@ def _run_worker(
 ) -> tuple[int, SyncResult]:
     """Deliver a run; the exit code, and what to report."""
     worker = None
-    code, changes = 1, {}
+    code = 1
+    changes: dict[str, Any] = {}
     try:
         is_new = request is not None and request.is_new
         worker = _make_worker(path, settings, options, is_new=is_new)
