@@ -23,7 +23,7 @@ with contextlib.suppress(ImportError):  # Windows, where harness must still impo
 
 # Lock files that this process holds. Nothing here may open one of them again: a process
 # loses its POSIX lock when it closes any descriptor of the file.
-_HELD: Final[set[Path]] = set()
+_HELD: Final[dict[Path, ProcessLock]] = {}
 
 _BUSY: Final[dict[Path, contextlib.ExitStack]] = {}
 """What is to be given back for each folder that this process writes."""
@@ -83,23 +83,23 @@ class ProcessLock:
 
     def __init__(self, path: Path) -> None:
         self._path = path.resolve()
-        if self._path in _HELD:
+        # The kernel gives a lock to all threads of a process: one of them is let through.
+        if _HELD.setdefault(self._path, self) is not self:
             raise LockHeldError(None)
-        # The file is overwritten, so a link in a run of somebody else is not followed.
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        self._fd = os.open(path, flags)
-        try:
+        with contextlib.ExitStack() as failed:
+            failed.callback(_HELD.pop, self._path, None)
+            # The file is overwritten: a link in a run of somebody else is not followed.
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            self._fd = os.open(path, flags)
+            failed.callback(os.close, self._fd)
             has_lock = _lock_record(self._fd, self._path)
             self._lease = _take_lease(self._path, self._fd, has_lock=has_lock)
+            failed.callback(self._lease.release)
             os.ftruncate(self._fd, 0)
             if has_lock:
-                os.pwrite(
-                    self._fd, f"{os.getpid()} on {socket.gethostname()}".encode(), 0
-                )
-        except BaseException:
-            os.close(self._fd)
-            raise
-        _HELD.add(self._path)
+                text = f"{os.getpid()} on {socket.gethostname()}"
+                os.pwrite(self._fd, text.encode(), 0)
+            failed.pop_all()
 
     def beat(self) -> bool:
         """Renew the lease if it is time; False if another process has taken it over."""
@@ -107,8 +107,8 @@ class ProcessLock:
 
     def release(self) -> None:
         """Release the lock; safe to call twice, and in a forked child."""
-        if self._path in _HELD:
-            _HELD.discard(self._path)
+        if _HELD.get(self._path) is self:
+            del _HELD[self._path]
             with contextlib.suppress(OSError):
                 os.ftruncate(self._fd, 0)
             self._lease.release()  # before the lock: nobody can have taken it over
@@ -329,8 +329,8 @@ def _beating(lease: Lease) -> Iterator[None]:
         while not has_ended.wait(BEAT_S):
             lease.beat()
 
-    threading.Thread(target=beat, name="tracking-lease", daemon=True).start()
     try:
+        threading.Thread(target=beat, name="tracking-lease", daemon=True).start()
         yield
     finally:
         has_ended.set()

@@ -13,13 +13,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 import tracking
-from tracking.durable import ProcessLock, find_holder
+from tracking.durable import LockHeldError, ProcessLock, find_holder
 from tracking.durable.leases import STALE_S, Lease, Place, judge
 
 ROOT = Path(tracking.__file__).parents[1]
@@ -295,6 +296,24 @@ def test_lock_waits_for_a_writer_that_was_killed_on_another_machine(leave, tmp_p
     assert find_holder(tmp_path / "lock").place == HERE
     lock.release()
     assert not path.exists()
+
+
+@pytest.mark.filterwarnings("ignore:.* seems to have been killed")
+def test_one_thread_of_a_process_takes_a_lock(leave, tmp_path):
+    leave(age_s=STALE_S - 1, **AFAR)
+    path, taken = tmp_path / "lock", []
+    first = threading.Thread(target=lambda: taken.append(ProcessLock(path)))
+    first.start()
+    while find_holder(path).place != HERE:
+        time.sleep(0.001)
+    with pytest.raises(LockHeldError, match="this one"):  # the first waits still
+        ProcessLock(path)
+    first.join()
+    taken[0].release()
+    second = ProcessLock(path)
+    taken[0].release()
+    assert find_holder(path).place == HERE
+    second.release()
 
 
 def test_lease_says_when_another_process_has_taken_it_over(leave, tmp_path):
