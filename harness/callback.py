@@ -203,7 +203,8 @@ class Listeners:
         """Call all listeners of an event, without gradients except between forward and backward.
 
         A signal is raised again when all have been called, ``EarlyStop`` before others. Any
-        other exception leaves at once, with a note that names the callback and the event.
+        other exception leaves at once, with a note that names the callback and the event;
+        at ``on_exception``, where callbacks put things back, after all have been called.
         ``Interrupted`` gives way to a signal: the fit then ends after the next batch.
         """
         listeners = self._by_event.get(event)
@@ -229,6 +230,7 @@ class Listeners:
 
     def _call_each(self, listeners: Iterable[Callable[[], object]], event: str) -> None:
         raised: Signal | None = None
+        failed: Exception | None = None
         for listener in listeners:
             try:
                 listener()
@@ -242,7 +244,11 @@ class Listeners:
             except Exception as exc:
                 callback: Callback = listener.__self__  # type: ignore[attr-defined]
                 callback.ctx.add_note(exc, f"{type(callback).__name__}.{event}")
-                raise
+                if event != "on_exception":
+                    raise
+                failed = failed or exc
+        if failed is not None:
+            raise failed
         if raised is not None:
             raise raised
 

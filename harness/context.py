@@ -272,7 +272,7 @@ class Context(BatchFields):
         """Call every callback that listens to the event `name`, in order of weight.
 
         A signal (``EarlyStop``, ``SkipEpoch``) leaves after the last callback, any other
-        exception at once. An unknown event is a ``ValueError``.
+        exception at once, except at ``on_exception``. An unknown event is a ``ValueError``.
         """
         self.listeners.call(name)
 

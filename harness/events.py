@@ -42,7 +42,7 @@ PREDICT_EVENTS: Final[dict[str, str]] = {
 EXTRA_EVENTS: Final[dict[str, str]] = {
     "on_interrupt": "after Ctrl-C or SIGTERM ended the fit at the end of a batch",
     "on_early_stopping": "after `EarlyStop` ended the fit",
-    "on_exception": "before an exception leaves the loop",
+    "on_exception": "before an exception leaves the loop, in every callback",
 }
 """Events that fire at any time."""
 

@@ -501,6 +501,17 @@ def test_exception_leaves_the_signals_as_they_were():
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
 
 
+def test_exception_of_a_callback_keeps_no_other_from_putting_things_back():
+    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    tape, worst = Tape(), At("on_exception", lambda _: [].remove(1), weight=-1000)
+    with pytest.raises(ValueError, match="remove") as caught:
+        fit(line_learner(), slope(4), 3, Falls(), worst, tape)
+    assert isinstance(caught.value.__context__, ZeroDivisionError)
+    assert caught.value.__notes__[0].startswith("in At.on_exception, epoch ")
+    assert tape.events[-1] == "on_exception"
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+
+
 def test_exception_in_evaluate_and_predict_is_told():
     fitted, _ = fit(line_learner(), slope(2))
     for call, event in (
