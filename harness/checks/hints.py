@@ -111,7 +111,7 @@ def find_loss_hint(pred: object, target: object) -> str:
         with contextlib.suppress(RuntimeError):  # a device that has failed
             low, high = int(target.min()), int(target.max())
             if low < 0 or high >= classes:
-                given = f"the target has {low} to {high}"
+                given = f"the target has {low}" + (f" to {high}" if high > low else "")
                 return f"For {classes} outputs labels are 0 to {classes - 1}, {given}."
         others = "BCELoss and MSELoss a target of the prediction's shape"
         call = "A loss is called as loss(pred, target)."

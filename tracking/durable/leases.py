@@ -15,12 +15,10 @@ import json
 import os
 import socket
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Final, Literal
-
-import msgspec
+from typing import Final, Literal
 
 from tracking.durable.filesystem import get_filesystem
 from tracking.settings import read_job
@@ -65,7 +63,7 @@ class Place:
     machine: str = ""
     boot: str = ""
     namespace: str = ""
-    pid: Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)] = 0
+    pid: int = 0
     began: int | None = None
     job: str = ""
     restart: int = 0
@@ -184,14 +182,6 @@ def _format_time(seconds: float) -> str:
     return datetime.fromtimestamp(known, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
-class _About(msgspec.Struct):
-    """What a lease tells besides the process."""
-
-    since: float
-    has_lock: bool
-    file: int
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Content:
     """What is in the file of a lease, and of the file itself."""
@@ -286,19 +276,46 @@ def _read(path: Path) -> _Content | None:
         text = b""
     finally:
         os.close(fd)
-    place, about = None, _About(since=0.0, has_lock=False, file=found.st_ino)
-    with contextlib.suppress(msgspec.MsgspecError, RecursionError, UnicodeError):
-        about = msgspec.json.decode(text, type=_About)
-        place = msgspec.json.decode(text, type=Place)
-    if about.file != found.st_ino:
-        return None
+    place, since, has_lock = None, 0.0, False
+    # It may be torn, or by somebody else: a wrong one tells no more than an empty one.
+    with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+        content = json.loads(text)
+        if content["file"] != found.st_ino:
+            return None
+        place, since, has_lock = _parse(content)
     return _Content(
         place=place,
-        since=about.since,
-        has_lock=about.has_lock,
+        since=since,
+        has_lock=has_lock,
         beat=found.st_mtime,
         file=_get_id(found),
     )
+
+
+def _parse(content: dict[str, object]) -> tuple[Place, float, bool]:
+    """Return where a process is, since when it has the lease, and whether it has the lock.
+
+    This package imports nothing but Python's library: the process that captures the
+    environment of a run has no other packages.
+
+    Raises
+    ------
+    KeyError, TypeError
+        If a field is missing, or of another type.
+    """
+    since, has_lock = content["since"], content["has_lock"]
+    defaults = {one.name: one.default for one in fields(Place)} | {"host": ""}
+    given = {name: content.get(name, value) for name, value in defaults.items()}
+    kinds = {name: {type(value)} for name, value in defaults.items()}
+    kinds["began"] = {int, type(None)}
+    wrong = [name for name, value in given.items() if type(value) not in kinds[name]]
+    if type(since) not in {float, int} or type(has_lock) is not bool or wrong:
+        raise TypeError(f"lease: expected fields of their types, got {content!r}.")
+    assert isinstance(since, float | int)
+    place = Place(**given)  # type: ignore[arg-type]
+    if not 0 <= place.pid < 1 << 31:
+        raise TypeError(f"lease: expected a process, got {place.pid}.")
+    return place, float(since), bool(has_lock)
 
 
 def judge(path: Path, lock: LockState, *, when_stale: bool = False) -> Holder | None:

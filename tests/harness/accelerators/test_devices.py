@@ -84,7 +84,7 @@ def test_index_of_a_device_that_is_not_there_is_refused(
 class Watched:
     """The part of a group that a watch asks."""
 
-    rank, store = 0, None
+    rank, world_size, store, has_clients = 0, 1, None, False
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.asked = device, threading.Event()
@@ -92,7 +92,7 @@ class Watched:
     def for_thread(self) -> Watched:
         return self
 
-    def first_failure(self) -> None:
+    def read_failure(self) -> None:
         self.asked.set()
 
 
@@ -111,7 +111,7 @@ def test_threads_use_the_device_of_their_rank(
     watch = Watchdog(ranks, poll_s=0.001)  # type: ignore[arg-type]
     assert ranks.asked.wait(30)
     watch.stop()
-    assert chosen == [("harness-watch", device)]
+    assert chosen == [("harness-ask", device)]
     writer = object.__new__(CheckpointWriter)
     writer._ctx = SimpleNamespace(device=device)  # type: ignore[assignment]
     writer._is_idle = writer._error = None
