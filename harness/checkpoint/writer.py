@@ -57,7 +57,8 @@ class CheckpointWriter:
     """
 
     def __init__(self, folder: Path, ctx: Context) -> None:
-        self.folder, self._ctx = folder, ctx
+        # A program may change its working directory while it trains.
+        self.folder, self._ctx = folder.absolute(), ctx
         assert ctx.accelerator is not None
         self._rank = ctx.accelerator.rank
         ctx.is_saved = True

@@ -89,7 +89,7 @@ def choose_home(ctx: FitContext, num_bytes: int, *, gather: bool) -> ModelHome:
     """
     accelerator, model = ctx.accelerator, ctx.model
     assert accelerator is not None
-    checkpoint = None if gather else save_final(ctx, find_folder(ctx))
+    checkpoint = None if gather else save_final(ctx, find_folder(ctx).absolute())
     if checkpoint is not None:
         return ModelHome(
             module=model,

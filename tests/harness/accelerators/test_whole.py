@@ -15,6 +15,7 @@ from harness.checkpoint.whole.export import find_weights
 from tests.harness.accelerators.cases import Lab
 from tests.harness.accelerators.launches import Launches
 from tests.harness.accelerators.whole import CASES, fitted, learner, same_weights
+from tests.harness.fakes import At
 
 MODULE = "tests.harness.accelerators.whole"
 
@@ -74,6 +75,21 @@ def test_final_checkpoint_of_a_tracked_fit_is_in_the_folder_of_its_run(
     assert found.run_path is not None
     assert found.checkpoint.parent == found.run_path / "checkpoints" / "final"
     assert find_weights(found.run_path) == found.checkpoint
+
+
+def test_checkpoints_are_found_after_a_change_of_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(tmp_path)
+    lab, made = Lab(stage=None, folder=tmp_path), learner(width=8)
+    leave = At("on_train_begin", lambda _: monkeypatch.chdir(elsewhere))
+    saves = ModelCheckpoint("saves")
+    found = fitted(lab, leave, saves, made=made, gather=False)
+    assert len(list_checkpoints(tmp_path / "saves")) == 1
+    monkeypatch.chdir(elsewhere)
+    assert same_weights(found.gather(), fitted(lab, made=made).model)
 
 
 def test_auto_resume_leaves_the_final_checkpoint(tmp_path: Path) -> None:
