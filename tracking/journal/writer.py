@@ -151,14 +151,15 @@ class Journal:
     def reset_indices_later(self, find_highest: Callable[[], Indices]) -> None:
         """Continue automatic indices after those that are found once one is needed."""
         self._find_highest = find_highest
-        for index in self._auto_indices.values():
+        for index in [*self._auto_indices.values()]:  # others may add some
             index.reset_later(self._find_indices)
 
     def get_indices(self) -> Indices | None:
         """Return the highest index of each (what, set); None if it was not needed yet."""
         if self._find_highest is not None:
             return None
-        found = {pair: index.highest for pair, index in self._auto_indices.items()}
+        indices = [*self._auto_indices.items()]  # other threads may add some
+        found = {pair: index.highest for pair, index in indices}
         return {pair: highest for pair, highest in found.items() if highest}
 
     def _find_indices(self) -> None:
@@ -166,7 +167,7 @@ class Journal:
         with self._finding:
             if self._find_highest is not None:
                 highest = dict(self._find_highest())
-                for pair, index in self._auto_indices.items():
+                for pair, index in [*self._auto_indices.items()]:
                     highest[pair] = max(highest.get(pair, 0), index.given)
                 self.reset_indices(highest)
 

@@ -672,3 +672,20 @@ def test_new_names_hold_a_block_that_other_threads_fill(rank_dir, monkeypatch):
     table, damage = read_records(rank_dir)
     assert not damage
     assert table["name"].to_pylist() == ["a", *["c"] * (CAPACITY + 1), "b"]
+
+
+def test_indices_are_read_while_another_thread_begins_a_series(rank_dir):
+    journal = Journal(rank_dir)
+
+    class Interrupted(AutoIndex):
+        @property
+        def highest(self):
+            other = threading.Thread(target=put, args=(journal, 1.0))
+            other.start()
+            other.join()
+            return super().highest
+
+    journal._auto_indices["metrics", "valid"] = Interrupted(5)
+    assert journal.get_indices() == {("metrics", "valid"): 5}
+    assert ("metrics", "train") in journal._auto_indices
+    journal.close()
