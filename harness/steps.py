@@ -464,7 +464,7 @@ def add_model_note(ctx: Context, error: Exception) -> None:
     """Add to an error of the model which batch it was called with."""
     batch = f"input {describe(ctx.input)}, target {describe(ctx.target)}"
     _add_note(ctx, error, f"{type(ctx.model).__name__} ({batch})")
-    add_hint(error, find_model_hint(error, ctx.model, ctx.input, ctx.target))
+    add_hint(error, find_model_hint, error, ctx.model, ctx.input, ctx.target)
 
 
 def add_loss_note(ctx: Context, error: Exception) -> None:
@@ -473,7 +473,7 @@ def add_loss_note(ctx: Context, error: Exception) -> None:
     name = getattr(loss, "__name__", type(loss).__name__)
     pair = f"prediction {describe(ctx.pred)}, target {describe(ctx.target)}"
     _add_note(ctx, error, f"loss {name} ({pair})")
-    add_hint(error, find_loss_hint(ctx.pred, ctx.target))
+    add_hint(error, find_loss_hint, ctx.pred, ctx.target)
 
 
 def _add_note(ctx: Context, error: Exception, where: str) -> None:

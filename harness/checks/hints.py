@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -151,7 +151,13 @@ def find_loader_hint(error: BaseException) -> str:
     return ""
 
 
-def add_hint(error: BaseException, hint: str) -> None:
-    """Add a hint to an error as its last note; an empty one is left out."""
-    if hint:
-        error.add_note(f"hint: {hint}")
+def add_hint(error: BaseException, find: Callable[..., str], *given: object) -> None:
+    """Add the hint that a function finds to an error, as its last note.
+
+    One that is empty, or that cannot be found, is left out: the error of the user must not be
+    replaced by one of ours, as where a nested tensor has no shape.
+    """
+    with contextlib.suppress(Exception):
+        hint = find(*given)
+        if hint:
+            error.add_note(f"hint: {hint}")

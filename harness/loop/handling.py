@@ -80,7 +80,7 @@ def fetch(ctx: Context, batches: Iterator[Any]) -> Iterator[Any]:
     except Exception as error:
         signum = ctx.buffers.get("signal")
         assert ctx.accelerator is not None
-        add_hint(error, find_loader_hint(error))
+        add_hint(error, find_loader_hint, error)
         if signum is None or ctx.accelerator.world_size > 1:
             raise
         raise Interrupted(signum) from error

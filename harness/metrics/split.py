@@ -211,7 +211,7 @@ class SplitMetrics:
             exc.add_note(f"in metric {name!r}")
             if target is None and "NoneType" in str(exc):
                 raise missing_target_error(f"metric {name!r}") from exc
-            add_hint(exc, find_metric_hint(metric, pred, target))
+            add_hint(exc, find_metric_hint, metric, pred, target)
             raise
 
     def compute(self) -> StateDict:

@@ -25,6 +25,7 @@ from harness.callbacks import (
     MixupLoss,
     ResumeFromCheckpoint,
 )
+from harness.checks.hints import add_hint, find_loss_hint
 
 X, Y = torch.randn(12, 4), torch.randint(3, (12,))
 CE = nn.CrossEntropyLoss()
@@ -396,3 +397,19 @@ def test_mistake_is_explained(name: str) -> None:
 
 def test_table_has_fifty_mistakes() -> None:
     assert len(MISTAKES) >= 50
+
+
+class Ragged(Tensor):
+    """A tensor without a shape, as a nested one."""
+
+    @property
+    def shape(self) -> Any:
+        raise RuntimeError("no sizes")
+
+
+def test_error_of_the_user_stays_where_no_hint_can_be_found() -> None:
+    error, target = ZeroDivisionError("mine"), torch.ones(2, 3).as_subclass(Ragged)
+    with pytest.raises(RuntimeError, match="no sizes"):
+        find_loss_hint(torch.zeros(2, 3), target)
+    add_hint(error, find_loss_hint, torch.zeros(2, 3), target)
+    assert not hasattr(error, "__notes__")
