@@ -83,6 +83,11 @@ class BatchAgreement:
         batch, value = self._due
         return value if self._count >= batch else None
 
+    @property
+    def is_deciding(self) -> bool:
+        """Whether the ranks still choose the batch, so that it is worth to ask often."""
+        return self.is_pending and self._due is None
+
     def renew(self) -> None:
         """Begin anew, after ``check`` has returned a value; at the same batch on all ranks."""
         with self._lock:

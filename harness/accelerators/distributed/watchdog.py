@@ -239,8 +239,8 @@ class Watchdog:
                 self._end_process(f"rank {rank} failed: {reason}", GRACE_S)
                 return
             self._num_answers += 1
-            is_pending = any(one.is_pending for one in self._agreements.values())
-            wait_s = PENDING_S if is_pending else self._poll_s
+            is_deciding = any(one.is_deciding for one in self._agreements.values())
+            wait_s = PENDING_S if is_deciding else self._poll_s
             with contextlib.suppress(Empty):
                 self._woken.get(timeout=wait_s * seldom)
 

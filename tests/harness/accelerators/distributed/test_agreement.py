@@ -91,6 +91,23 @@ def test_ranks_of_any_speed_act_at_the_same_batch(step_s: float) -> None:
     assert [value for _, value in found[0]] == [15, 16, 17]
 
 
+def test_ranks_decide_until_the_batch_is_known() -> None:
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    one, other = (
+        BatchAgreement("x", n, 2, wake=lambda: None, find_failure=lambda: None)
+        for n in range(2)
+    )
+    one.ask()
+    one.exchange(store)
+    assert one.is_deciding
+    assert not other.is_deciding
+    other.exchange(store)
+    one.exchange(store)
+    assert one.is_pending
+    assert not one.is_deciding
+    assert one.check() == 1
+
+
 def test_ranks_that_wait_for_one_another_in_each_batch_act_at_the_same() -> None:
     meet = threading.Barrier(2)  # as a collective
 
