@@ -308,6 +308,7 @@ def _start(
 ) -> subprocess.Popen[bytes]:
     """Start a delivery process, detached from this one and its terminal."""
     log = run_path / "delivery" / "log.txt"
+    log.parent.mkdir(exist_ok=True)
     # The file is for what Python writes if it fails to start.
     with log.open("ab") as errors, block_sigterm():
         process = subprocess.Popen(

@@ -275,14 +275,18 @@ class RunByRunProcess:
 
 def _restart_delivery(run_path: Path) -> SyncResult:
     """Deliver a run that is being written, if no process does so."""
-    phase = "busy"
-    state = DeliveryState.read_or_none(run_path)
-    if state is not None and state.phase == "waiting":
-        with ask_for_handover(run_path):
-            wait_for_delivery(run_path, HANDOVER_WAIT_S)
-    if not is_being_delivered(run_path):
-        phase = "started"
-        start_detached(run_path)
+    phase, error = "busy", None
     state = DeliveryState.read_or_none(run_path) or DeliveryState()
+    try:
+        if state.phase == "waiting":
+            with ask_for_handover(run_path):
+                wait_for_delivery(run_path, HANDOVER_WAIT_S)
+        if not is_being_delivered(run_path):
+            phase = "started"
+            start_detached(run_path)
+    except OSError as problem:  # of a run of somebody else, for example
+        phase, error = "gave up", str(problem)
+    state = DeliveryState.read_or_none(run_path) or state
     behind = rows_behind(run_path, state)
-    return SyncResult.from_state(run_path.name, state, phase=phase, behind=behind)
+    found = {"phase": phase, "error": error or state.error, "behind": behind}
+    return SyncResult.from_state(run_path.name, state, **found)

@@ -120,6 +120,16 @@ def test_process_that_ends_without_a_report_costs_one_run(tmp_path):
                 process.ask(path)
 
 
+def test_live_run_whose_delivery_cannot_be_started_stops_no_other(tmp_path):
+    with start(runs_dir=tmp_path, delivery=False) as run:
+        run.log_metric("loss", 1.0)
+        (run.path / "delivery").write_text("")
+        (result,) = sync([PastRun(run.path)])
+    assert result.phase == "gave up"
+    assert not result.is_complete
+    assert str(run.path / "delivery") in str(result.error)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("is_live", [False, True])
 def test_delivery_that_waits_for_a_gone_address_gives_way_to_sync(
