@@ -40,6 +40,7 @@ LockState = Literal["held", "free", "missing"]
 """What a lock tells; ``missing`` where the file system has none, or it cannot be asked."""
 
 _MAX_BYTES: Final = 10_000
+_LATEST: Final = 1e11  # seconds since 1970: a year of four digits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +179,9 @@ class Holder:
 
 
 def _format_time(seconds: float) -> str:
-    known = min(max(seconds, 0), 1e11)  # in a file of somebody else it may be anything
+    known = min(
+        max(seconds, 0), _LATEST
+    )  # in a file of somebody else it may be anything
     return datetime.fromtimestamp(known, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
@@ -313,8 +316,8 @@ def _parse(content: dict[str, object]) -> tuple[Place, float, bool]:
         raise TypeError(f"lease: expected fields of their types, got {content!r}.")
     assert isinstance(since, float | int)
     place = Place(**given)  # type: ignore[arg-type]
-    if not 0 <= place.pid < 1 << 31:
-        raise TypeError(f"lease: expected a process, got {place.pid}.")
+    if not (0 <= place.pid < 1 << 31 and 0 <= since < _LATEST):  # a NaN is not
+        raise TypeError(f"lease: expected a process and a time, got {content!r}.")
     return place, float(since), bool(has_lock)
 
 

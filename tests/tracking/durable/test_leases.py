@@ -240,7 +240,8 @@ DEAD = {"pid": 2**22 + 1}
         ("missing", {"age_s": OLD, "pid": 10**30}, "unknown"),
         ("missing", {"age_s": OLD, "pid": -1}, "unknown"),
         ("missing", {"age_s": OLD, "job": "/12", "restart": []} | AFAR, "unknown"),
-        ("missing", {"age_s": OLD, "since": 1e300} | AFAR, "unknown"),
+        ("missing", {"age_s": OLD, "since": 10**400} | AFAR, "unknown"),
+        ("missing", {"age_s": OLD, "since": float("nan")} | AFAR, "unknown"),
         ("missing", {"age_s": -1e10} | AFAR, "unknown"),
     ],
 )
