@@ -66,6 +66,7 @@ def fork(
         render.print_json({"run": child.id, "path": str(child.path)})
     else:
         render.echo(f"{child.id}\nresume with: harness resume {child.id}")
+        render.echo(f"side by side: harness ui {run} {child.id}")
 
 
 @main.command()

@@ -428,34 +428,43 @@ def verify(
 
 
 @click.command()
-@run_argument("run", required=False)
+@run_argument("names", nargs=-1, metavar="[RUN...]")
 @click.option("--port", default=5000, show_default=True,
               help="Port of the server; 0 picks a free one.")  # fmt: skip
 @click.option("--open", "opens", is_flag=True, help="Open the page in a browser.")
 @_common_options
 def ui(
-    run: str | None, port: int, opens: bool, runs_dir: Path | None, as_json: bool
+    names: tuple[str, ...],
+    port: int,
+    opens: bool,
+    runs_dir: Path | None,
+    as_json: bool,
 ) -> None:
     """Serve MLflow's UI on the store that the runs went to.
 
-    Prints the address of the page, of the experiment or of RUN, and serves it until Ctrl-C.
+    Prints the address of the page, and serves it until Ctrl-C: of the experiment, of one RUN,
+    or of several side by side, such as a run and its forks.
     """
     from tracking.mlflow_store.server import Server  # noqa: PLC0415  next to page_url
     from tracking.mlflow_store.uris import page_url  # noqa: PLC0415  imports Arrow
 
-    paths = None if run is None else [open_run(run, runs_dir).path]
-    store, experiment_id, run_id = _find_store(runs_dir, paths)
-    if paths is None:
-        run_id = None
-    elif run_id is None:
-        msg = f"ui: expected a run that MLflow has, got {paths[0].name}."
-        raise click.UsageError(f"{msg} Run 'harness sync {paths[0].name}' first.")
+    pages: dict[str, str] = {}  # experiment of each run of MLflow
+    store, experiment, _ = _find_store(runs_dir)
+    for number, run in enumerate(open_runs(names, runs_dir)):
+        own, experiment, run_id = _find_store(runs_dir, [run.path])
+        if run_id is None:
+            msg = f"ui: expected a run that MLflow has, got {run.id}."
+            raise click.UsageError(f"{msg} Run 'harness sync {run.id}' first.")
+        if number and own != store:
+            msg = f"ui: expected runs of one store of MLflow, got {run.id} in another."
+            raise click.UsageError(f"{msg} Name the runs of one.")
+        store, pages[run_id] = own, experiment
     if store.startswith(("http://", "https://")):
-        _print_page(page_url(store, experiment_id, run_id), opens, as_json)
+        _print_page(page_url(store, experiment, pages), opens, as_json)
         return
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt), Server(store, port) as server:
-        _print_page(page_url(server.address, experiment_id, run_id), opens, as_json)
+        _print_page(page_url(server.address, experiment, pages), opens, as_json)
         server.wait()
 
 

@@ -153,7 +153,9 @@ class RunResolver:
         """Address of the run's page; None for a store without a server."""
         if not self.uri.startswith(("http://", "https://")):
             return None
-        return page_url(self.uri, writer.experiment_id, writer.run_id)
+        return page_url(
+            self.uri, writer.experiment_id, {writer.run_id: writer.experiment_id}
+        )
 
     def _resolve_experiment(self) -> str:
         """Id of the experiment, created if needed."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import urllib.parse
+from collections.abc import Mapping
 from pathlib import Path
 
 
@@ -97,12 +99,32 @@ def relocate(uri: str, old: Path, new: Path) -> str:
     )
 
 
-def page_url(server: str, experiment_id: str, run_id: str | None = None) -> str:
-    """Address of an experiment's charts, or of a run's page, in MLflow's UI.
+def page_url(
+    server: str, experiment_id: str, runs: Mapping[str, str] | None = None
+) -> str:
+    """Address of an experiment's charts, or of the page of runs, in MLflow's UI.
 
+    Parameters
+    ----------
+    server
+        Address of MLflow.
+    experiment_id
+        The experiment.
+    runs
+        Experiment of each run of MLflow: several are shown side by side. None: no run.
+
+    Notes
+    -----
     Without ``workflowType`` the UI (3.17) opens in its view for language models.
     """
-    base = f"{server.rstrip('/')}/#/experiments/{experiment_id}/runs"
-    if run_id is None:
+    root = f"{server.rstrip('/')}/#"
+    base = f"{root}/experiments/{experiment_id}/runs"
+    if not runs:
         return f"{base}?workflowType=machine_learning&compareRunsMode=CHART"
+    if len(runs) > 1:
+        given = {"runs": [*runs], "experiments": sorted({*runs.values()})}
+        texts = {name: json.dumps(ids) for name, ids in given.items()}
+        query = urllib.parse.urlencode(texts, quote_via=urllib.parse.quote)
+        return f"{root}/compare-runs?{query}&workflowType=machine_learning"
+    run_id = next(iter(runs))
     return f"{base}/{run_id}/model-metrics?workflowType=machine_learning"

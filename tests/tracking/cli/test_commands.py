@@ -10,8 +10,10 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import urllib.parse
 import urllib.request
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -22,6 +24,7 @@ import tracking
 from tracking.cli import render
 from tracking.cli.commands import commands
 from tracking.cli.group import CommandGroup
+from tracking.delivery.state import DeliveryState
 from tracking.errors import TrackingError
 from tracking.mlflow_store.server import Server
 from tracking.schema import FIT, REWIND
@@ -618,6 +621,30 @@ def test_ui_of_a_server_only_tells_its_address(call, monkeypatch):
         "http://127.0.0.1:5001/#/experiments/0/runs?workflowType=machine_learning"
         "&compareRunsMode=CHART\n"
     )
+
+
+def test_ui_of_several_runs_shows_them_side_by_side(call, two, monkeypatch):
+    address = "http://127.0.0.1:5001"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    first, second = two
+    for run, mlflow_id, uri in ((first, "a1", address), (second, None, address)):
+        state = DeliveryState(
+            tracking_uri=uri,
+            experiment_id="7",
+            mlflow_run_id=mlflow_id,
+            run_path=str(run.path),
+        )
+        state.write(run.path)
+    page = call("ui", first.id).output
+    assert page.startswith(f"{address}/#/experiments/7/runs/a1/model-metrics?")
+    refused = call("ui", first.id, second.id, code=2).stderr
+    assert f"expected a run that MLflow has, got {second.id}." in refused
+    replace(state, mlflow_run_id="b2").write(second.path)
+    page = call("ui", first.id, second.id).output.strip()
+    query = urllib.parse.parse_qs(page.partition("?")[2])
+    assert page.startswith(f"{address}/#/compare-runs?")
+    assert query["runs"] == ['["a1", "b2"]']
+    assert query["experiments"] == ['["7"]']
 
 
 def test_ui_on_a_taken_port_is_refused(tmp_path):
