@@ -333,13 +333,18 @@ def num_batches(loader: Any) -> int | None:
         return None
 
 
+def _unwrap(loader: Any) -> Any:
+    """Return the user's loader behind one that is limited, or divided over ranks."""
+    loader = getattr(loader, "unlimited", loader)
+    return getattr(loader, "undivided", loader)
+
+
 def reads_rows_by_torch(loader: object) -> bool:
     """True if torch's own loader and samplers choose rows of a data set that has them by index.
 
     Then the order is drawn before the first batch, and the length is the number of batches.
     """
-    loader = getattr(loader, "unlimited", loader)
-    loader = getattr(loader, "undivided", loader)
+    loader = _unwrap(loader)
     if type(loader) not in {DataLoader, TensorLoader}:
         return False
     assert isinstance(loader, DataLoader)
@@ -395,7 +400,11 @@ def split_data(data: object, valid_frac: float) -> tuple[Dataset[Any], Dataset[A
 
 
 def describe_data(loader: Loader) -> Options:
-    """What a run records about its data: class, rows, shapes, dtypes and batches."""
+    """What a run records about its data: class, rows, shapes, dtypes and batches.
+
+    It is the same on any number of ranks: that of the loader before it is divided.
+    """
+    loader = _unwrap(loader)
     dataset = loader.dataset
     own = dataset.dataset if isinstance(dataset, Rows | Batches) else dataset
     about: dict[str, object] = {"dataset": type(own).__name__}

@@ -30,6 +30,7 @@ from harness.data.loaders import (
     num_batches,
     without_order,
 )
+from harness.data.pace import limit_loader
 from harness.data.tensors import TensorLoader, take_rows
 from harness.data.workers import iter_batches
 
@@ -561,6 +562,25 @@ def test_split_data_that_leaves_a_side_empty_is_refused(frac):
 def test_num_batches_of_a_stream_is_unknown():
     assert num_batches(DataLoader(Stream(), batch_size=2)) is None
     assert num_batches(DataLoader(dataset(), batch_size=2)) == 12
+
+
+class Divided:
+    """What a rank reads of a loader, as ``ShardedLoader`` has it."""
+
+    batch_size = 2
+
+    def __init__(self, loader):
+        self.undivided, self.dataset = loader, loader.dataset
+
+    def __len__(self):
+        return 1
+
+
+def test_description_of_data_is_the_same_on_any_number_of_ranks_and_in_a_trial():
+    loader = make_train_loader(dataset(), {"batch_size": 4})
+    whole = describe_data(loader)
+    assert describe_data(Divided(loader)) == whole
+    assert describe_data(limit_loader(Divided(loader), 1, "fit")) == whole
 
 
 def test_describe_data_has_class_rows_shapes_and_batches():
