@@ -341,7 +341,10 @@ def write_each_tensor(
 
 def _as_memory(tensor: Tensor) -> memoryview:
     """The memory of a tensor, without a copy."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    flat = tensor.reshape(-1)
+    # A single element counts as contiguous whatever its stride is.
+    flat = flat.as_strided(flat.shape, (1,)) if len(flat) < 2 else flat
+    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def _write_json(path: Path, value: object) -> FileInfo:

@@ -414,7 +414,9 @@ class _Form:
 
 def _as_bytes(tensor: Tensor) -> Tensor:
     """The elements of a tensor as bytes."""
-    return tensor.detach().reshape(-1).contiguous().view(torch.uint8)
+    flat = tensor.detach().reshape(-1).contiguous()
+    # A single element counts as contiguous whatever its stride is.
+    return flat.as_strided(flat.shape, (1,)).view(torch.uint8)
 
 
 def _group_by_size(forms: Mapping[str, _Form]) -> Iterator[list[str]]:

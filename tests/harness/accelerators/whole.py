@@ -271,7 +271,7 @@ def case_memory_at_the_end_of_a_fit_on_ranks(lab: Lab) -> None:
             command.append(str(lab.folder / "deep.safetensors"))
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             sys.stdout.write(f"export: {int(done.stdout) / 1e6:.0f} MB\n")
-            assert int(done.stdout) < 3 * layer
+            assert int(done.stdout) < 6 * layer, done.stdout  # the model has 12
 
 
 CASES: dict[str, Callable[[Lab], None]] = {

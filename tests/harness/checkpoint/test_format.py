@@ -17,7 +17,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from harness.accelerators.distributed.group import _as_bytes
 from harness.checkpoint import format as checkpoint
 from harness.checkpoint.format import (
     Manifest,
@@ -442,3 +444,11 @@ def test_read_of_a_json_file_beyond_the_limit_is_refused_unread(tmp_path: Path) 
         file.truncate(checkpoint.MAX_JSON_BYTES + 1)
     with pytest.raises(CheckpointError, match="expected less than"):
         read_rank(place, 0)
+
+
+def test_single_element_of_an_odd_stride_is_written_and_sent(tmp_path):
+    single = torch.arange(8.0).reshape(2, 4)[:, 1][:1]
+    assert single.stride() == (4,)
+    checkpoint.write_tensors(tmp_path / "one.safetensors", {"one": single})
+    assert load_file(tmp_path / "one.safetensors")["one"].tolist() == [1.0]
+    assert _as_bytes(single).view(torch.float32).tolist() == [1.0]
