@@ -25,6 +25,14 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """The elements of a tensor as bytes, in a row; a copy only where it is not contiguous."""
+    flat = tensor.detach().reshape(-1).contiguous()
+    # A single element counts as contiguous whatever its stride is.
+    return flat.as_strided(flat.shape, (1,)).view(torch.uint8)
+
+
 # ---------------------------------------------------------------- walking tensors
 
 _LEAVES = frozenset({str, bytes, int, float, bool, type(None)})

@@ -32,7 +32,7 @@ from safetensors.torch import load_file
 from torch import Size, Tensor
 
 from harness.errors import CheckpointError
-from harness.pytree import DTYPES, restore
+from harness.pytree import DTYPES, as_bytes, restore
 from harness.reshard.index import PartIndex, PartSummary, make_index
 from tracking.durable import (
     mark_busy,
@@ -341,10 +341,7 @@ def write_each_tensor(
 
 def _as_memory(tensor: Tensor) -> memoryview:
     """The memory of a tensor, without a copy."""
-    flat = tensor.reshape(-1)
-    # A single element counts as contiguous whatever its stride is.
-    flat = flat.as_strided(flat.shape, (1,)) if len(flat) < 2 else flat
-    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
+    return memoryview(as_bytes(tensor).numpy())  # type: ignore[arg-type]
 
 
 def _write_json(path: Path, value: object) -> FileInfo:

@@ -45,7 +45,7 @@ from harness.checks.optimizers import is_users
 from harness.context import Context
 from harness.data.pace import LimitedLoader
 from harness.data.tensors import unwrap_tensors
-from harness.pytree import StateDict, map_tensors
+from harness.pytree import StateDict, as_bytes, map_tensors
 from harness.records import RecordBook, iter_filled, pack_records, unpack_records
 from harness.reshard.consolidated import option_groups, weights_dtype
 from harness.rng import Generator, find_generators, get_rng_state
@@ -342,10 +342,10 @@ def _digest_data(dataset: Any) -> str | None:
         return None
     digest = hashlib.sha256()
     for tensor in found[0]:
-        some = tensor[:: max(1, len(tensor) // 1000)].detach().cpu().contiguous()
+        some = tensor[:: max(1, len(tensor) // 1000)].cpu()
         digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
         if some.numel():
-            digest.update(some.reshape(-1).view(torch.uint8).numpy().tobytes())
+            digest.update(as_bytes(some).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

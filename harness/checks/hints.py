@@ -72,7 +72,7 @@ def _hint_dtype(
 
 
 def _hint_width(first: object, input: Tensor) -> str:
-    if isinstance(first, nn.Linear) and input.dim() and type(first) is nn.Linear:
+    if type(first) is nn.Linear and input.dim():
         wanted, found = first.in_features, input.shape[-1]
         if wanted != found:
             return f"The first layer takes {wanted} features, the input has {found}."

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from harness.accelerators.distributed.environment import Launch, read_agent
 from harness.accelerators.distributed.store import connect_store
-from harness.pytree import map_tensors
+from harness.pytree import as_bytes, map_tensors
 from harness.reshard.consolidated import copy_into
 
 T = TypeVar("T")
@@ -194,7 +194,7 @@ class RankGroup:
         )
         longest[: len(tensor)] = tensor
         # Backends do not support every dtype, but all support bytes. Empty rows have none.
-        sent = longest.reshape(-1).view(torch.uint8)
+        sent = as_bytes(longest)
         received = [torch.empty_like(sent) for _ in lengths]
         if sent.numel():
             dist.all_gather(received, sent)
@@ -282,7 +282,7 @@ class RankGroup:
             return
         sizes = [forms[name].num_bytes for name in names]
         if self.rank == 0:
-            parts = [_as_bytes(live[name]).to(self.device) for name in names]
+            parts = [as_bytes(live[name]).to(self.device) for name in names]
             sent = parts[0] if len(parts) == 1 else torch.cat(parts)
         else:
             sent = torch.empty(sum(sizes), dtype=torch.uint8, device=self.device)
@@ -410,13 +410,6 @@ class _Form:
     def num_bytes(self) -> int:
         """Bytes of the elements."""
         return self.shape.numel() * self.dtype.itemsize
-
-
-def _as_bytes(tensor: Tensor) -> Tensor:
-    """The elements of a tensor as bytes."""
-    flat = tensor.detach().reshape(-1).contiguous()
-    # A single element counts as contiguous whatever its stride is.
-    return flat.as_strided(flat.shape, (1,)).view(torch.uint8)
 
 
 def _group_by_size(forms: Mapping[str, _Form]) -> Iterator[list[str]]:

@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
-from harness.accelerators.distributed.group import _as_bytes
+import harness
 from harness.checkpoint import format as checkpoint
 from harness.checkpoint.format import (
     Manifest,
@@ -38,7 +39,7 @@ from harness.checkpoint.format import (
     write_rank,
 )
 from harness.errors import CheckpointError
-from harness.pytree import flatten
+from harness.pytree import as_bytes, flatten
 from tracking.durable import mark_free
 
 POSITION = Position(epoch=1, iter=2, step=3, phase="train")
@@ -451,4 +452,13 @@ def test_single_element_of_an_odd_stride_is_written_and_sent(tmp_path):
     assert single.stride() == (4,)
     checkpoint.write_tensors(tmp_path / "one.safetensors", {"one": single})
     assert load_file(tmp_path / "one.safetensors")["one"].tolist() == [1.0]
-    assert _as_bytes(single).view(torch.float32).tolist() == [1.0]
+    assert as_bytes(single).view(torch.float32).tolist() == [1.0]
+
+
+def test_fit_of_a_single_row_of_an_odd_stride_is_described_and_trained():
+    row = torch.arange(8.0).as_strided((1, 1), (4, 4))
+    learner = harness.setup(
+        lambda: nn.Linear(1, 1), loss=nn.MSELoss(), optimizer=torch.optim.SGD
+    )
+    fitted = learner.fit((row, row), 1, tracker=False, verbose=False)
+    assert len(fitted.records["metrics"]["train"]) == 1
