@@ -71,7 +71,7 @@ def check_numbers(
         called = getattr(function, "__name__", "the class")
         if isinstance(value, float) and math.isnan(value):
             msg = f"{place}({name}): expected a number for {called}, got nan."
-            raise ValueError(f"{msg} Look where it comes from.")
+            raise ValueError(f"{msg} Check how it is computed.")
         if not isinstance(value, str | list | dict) or name not in known:
             continue
         default, kind = known[name].default, known[name].annotation

@@ -1,7 +1,8 @@
 """Hints on frequent mistakes, for errors that a user's model, loss, metric or data raises.
 
-The error stays torch's own; a hint is a note below it. Hints look at shapes, dtypes and layers,
-and not at the words of torch, which change between versions.
+The error stays torch's own; a hint is a note below it. What a hint says comes from shapes,
+dtypes and layers. A few words of torch's message decide whether it is given: where another
+version words it differently, there is no hint.
 """
 
 from __future__ import annotations

@@ -402,7 +402,7 @@ def split_data(data: object, valid_frac: float) -> tuple[Dataset[Any], Dataset[A
 def describe_data(loader: Loader) -> Options:
     """What a run records about its data: class, rows, shapes, dtypes and batches.
 
-    It is the same on any number of ranks: that of the loader before it is divided.
+    It describes the loader before it is divided, so it is the same on any number of ranks.
     """
     loader = _unwrap(loader)
     dataset = loader.dataset

@@ -11,7 +11,7 @@ STREAMS = ("stdout", "stderr")
 
 
 class Over:
-    """A stream of a terminal that erases the bar before it writes; otherwise the stream itself.
+    """A terminal's stream that erases the bar before each write, and else does what it did.
 
     Parameters
     ----------
