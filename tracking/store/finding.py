@@ -1,0 +1,203 @@
+"""Find the runs of a folder: all of them, newest first, or one by its path, id or name."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, TypeVar
+
+from tracking.errors import InvalidFileError, RunNotFoundError, warn
+from tracking.schema import check_path
+from tracking.store.folders import expand_user, runs_folder
+from tracking.store.manifest import Manifest, has_manifest, read_name
+
+SECONDS: Final = len("20261122-235901")
+"""Characters of an id that encode its time."""
+
+_T = TypeVar("_T")
+
+
+def run_paths(runs_dir: str | os.PathLike[str] | None = None) -> list[Path]:
+    """Return the folders of all runs, newest first.
+
+    A link to a run that is listed anyway is left out.
+    """
+    runs = runs_folder(runs_dir)
+    if not runs.is_dir():
+        return []
+    with os.scandir(runs) as entries:
+        is_link = {Path(one.path): one.is_symlink() for one in entries}
+    found = [path for path in is_link if has_manifest(path)]
+    links = {path for path in found if is_link[path]}
+    if links:
+        folders = {path.resolve(): path for path in [*links, *found]}
+        folders |= {path.resolve(): path for path in found if path not in links}
+        found = list(folders.values())
+    seconds = Counter(path.name[:SECONDS] for path in found)
+
+    def age(path: Path) -> tuple[str, str, str]:
+        # An id has whole seconds: only runs of the same second need their manifest.
+        is_alone = seconds[path.name[:SECONDS]] == 1
+        return path.name[:SECONDS], "" if is_alone else _created(path), path.name
+
+    return sorted(found, key=age, reverse=True)
+
+
+def _created(path: Path) -> str:
+    """Return the creation time in the manifest; empty if it cannot be read."""
+    try:
+        return Manifest.read(path).created
+    except (InvalidFileError, RunNotFoundError):
+        return ""
+
+
+def read_manifests(
+    runs_dir: str | os.PathLike[str] | None = None,
+) -> dict[Path, Manifest]:
+    """Read the manifests of all runs, newest first.
+
+    Returns
+    -------
+    manifest by folder; a run whose manifest cannot be read is left out, with a warning
+    """
+    return _read_each(run_paths(runs_dir), Manifest.read)
+
+
+def _read_each(paths: list[Path], read: Callable[[Path], _T]) -> dict[Path, _T]:
+    """Read something of each run; what cannot be read is left out, with a warning."""
+    found = {}
+    for path in paths:
+        try:
+            found[path] = read(path)
+        except InvalidFileError as error:
+            warn(f"{error} The run is skipped.")
+        except RunNotFoundError:  # deleted meanwhile
+            continue
+    return found
+
+
+@dataclass(frozen=True)
+class RunNames:
+    """The names of the runs of a folder, read once to find several of them.
+
+    Attributes
+    ----------
+    runs
+        The folder.
+    names
+        Name of each run by its folder, newest first.
+    """
+
+    runs: Path
+    names: dict[Path, str]
+
+    @classmethod
+    def read(cls, runs: Path) -> RunNames:
+        """Read the names; a run whose manifest cannot be read has none."""
+        return cls(runs, _read_each(run_paths(runs), read_name))
+
+    @functools.cached_property
+    def _by_name(self) -> dict[str, list[Path]]:
+        found: dict[str, list[Path]] = {}
+        for path, name in self.names.items():
+            found.setdefault(name, []).append(path)
+        return found
+
+    def find(self, wanted: str) -> Path:
+        """Find a run by its id, its name, or a unique piece of one of them.
+
+        Raises
+        ------
+        RunNotFoundError
+            If no run matches, or several do.
+        """
+        found = self._by_name.get(wanted) or [
+            path
+            for path, name in self.names.items()
+            if wanted in path.name or wanted in name
+        ]
+        if len(found) == 1 and wanted:
+            return found[0]
+        if found:
+            raise RunNotFoundError(
+                f"open({wanted!r}): expected the id or name of one run, got a match "
+                f"with {len(found)}: {_join_ids(found)}. Give more of it."
+            )
+        raise RunNotFoundError(
+            f"open({wanted!r}): expected a run in {self.runs}, got none with this path, "
+            f"id or name. {_suggest(wanted, self.names)}"
+        )
+
+
+def find_run(
+    ref: str | os.PathLike[str], runs_dir: str | os.PathLike[str] | None = None
+) -> Path:
+    """Find the folder of a run.
+
+    Parameters
+    ----------
+    ref
+        Path, id, name, or any piece of an id or name that is unique among the runs. A
+        link to a run is followed.
+    runs_dir
+        Folder of runs, see ``runs_folder``.
+
+    Raises
+    ------
+    RunNotFoundError
+        If no run matches ``ref``, or several do.
+    """
+    return find_runs([ref], runs_dir)[0]
+
+
+def find_runs(
+    refs: Iterable[str | os.PathLike[str]],
+    runs_dir: str | os.PathLike[str] | None = None,
+) -> list[Path]:
+    """Find the folders of several runs, as ``find_run``; each manifest is read once."""
+    found = find_run_folders(refs, runs_dir)
+    return [path.resolve() if path.is_symlink() else path for path in found]
+
+
+def find_run_folders(
+    refs: Iterable[str | os.PathLike[str]],
+    runs_dir: str | os.PathLike[str] | None = None,
+) -> list[Path]:
+    """Find the folders of runs, or the links to them, as ``find_runs``."""
+    names: RunNames | None = None
+    found = []
+    for ref in refs:
+        check_path(ref, "open(ref)")
+        wanted = os.fspath(ref)
+        here, there = expand_user(Path(ref)).absolute(), runs_folder(runs_dir) / wanted
+        # No manifest is read: a spoilt one must not hide this run or another one.
+        if wanted and has_manifest(here):
+            found.append(here)
+        elif wanted and has_manifest(there):
+            found.append(there)
+        else:
+            if names is None:
+                names = RunNames.read(runs_folder(runs_dir))
+            found.append(names.find(wanted))
+    return found
+
+
+def _suggest(wanted: str, names: dict[Path, str]) -> str:
+    if not names:
+        return "The folder has no runs yet: pass runs_dir, or set HARNESS_RUNS."
+    known = {name: path.name for path, name in names.items()}
+    known |= {path.name: path.name for path in names}
+    near = difflib.get_close_matches(wanted, known, n=3, cutoff=0.4)
+    if near:
+        return f"Nearest: {', '.join(dict.fromkeys(near))}."
+    return f"The latest: {_join_ids([*names][:3])}."
+
+
+def _join_ids(found: list[Path]) -> str:
+    more = ", ..." if len(found) > 10 else ""
+    return ", ".join(path.name for path in found[:10]) + more
