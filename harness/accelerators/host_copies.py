@@ -7,12 +7,15 @@ event.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from harness.accelerators.pinned import keep_if_failed
 
 
 class CopyStream(Protocol):
@@ -83,6 +86,7 @@ class HostCopies:
         self._make_stream = make_stream
         self._streams: dict[torch.device, CopyStream] = {}
         self._copies: dict[str, Tensor] = {}
+        weakref.finalize(self, _keep_if_failed, self._copies, self._streams)
 
     def __bool__(self) -> bool:
         return bool(self._copies)
@@ -131,7 +135,8 @@ class HostCopies:
                 stream.begin()
                 busy.add(tensor.device)
             stream.copy(old, tensor)
-        self._copies = copies
+        self._copies.clear()
+        self._copies.update(copies)
         waits = [self._streams[device].end() for device in busy]
         return copies, partial(_wait_for, waits)
 
@@ -150,6 +155,11 @@ def _make_empty(shape: torch.Size, dtype: torch.dtype, *, is_cuda: bool) -> Tens
         ):  # more than may be locked: the copies are slower, and right
             pass
     return torch.empty(shape, dtype=dtype)
+
+
+def _keep_if_failed(copies: object, devices: Iterable[torch.device]) -> None:
+    for device in devices:
+        keep_if_failed(copies, device)
 
 
 def _wait_for(waits: list[Callable[[], object]]) -> None:

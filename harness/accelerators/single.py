@@ -24,6 +24,7 @@ from harness.accelerators.base import (
     needs_closure,
 )
 from harness.accelerators.devices import find_device
+from harness.accelerators.pinned import make_mover
 from harness.accelerators.precision import (
     DTYPES,
     LossScaler,
@@ -32,7 +33,7 @@ from harness.accelerators.precision import (
     make_autocast,
 )
 from harness.checks.values import check_count
-from harness.data.batch import Batch, move
+from harness.data.batch import Batch
 from harness.errors import CheckpointError
 from harness.pytree import StateDict, map_tensors
 from harness.reshard.consolidated import copy_tensors
@@ -235,6 +236,7 @@ class SingleDevice:
         self.precision = check_precision(precision)
         self._dtype = DTYPES[self.precision]
         self.device = find_device(device)
+        self._move = make_mover(self.device)
         self.accumulate = accumulate
         self.window = accumulate
         self.steps: dict[str, int] = {}
@@ -432,7 +434,7 @@ class SingleDevice:
 
     def to_device(self, batch: Batch) -> Batch:
         """Move the batch to the device."""
-        return move(batch, self.device)
+        return self._move(batch)
 
     def gather(self, tensor: Tensor) -> Tensor:
         """The tensor itself: there is one rank."""

@@ -152,13 +152,36 @@ def find_loader_hint(error: BaseException) -> str:
     return ""
 
 
-def add_hint(error: BaseException, find: Callable[..., str], *given: object) -> None:
-    """Add the hint that a function finds to an error, as its last note.
+def find_device_hint(error: BaseException) -> str:
+    """Return what may have made a device fail, or work with another one; empty: not known."""
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        half = "a batch_size of half as many rows, and accumulate=2 for the same steps"
+        return f"Use {half}, or precision='bf16'."
+    if "device-side assert" in text or "illegal memory access" in text:
+        cause = "An index was out of range, such as a label or a row of an Embedding"
+        late = "CUDA tells it late, so that it may be of an earlier batch or line"
+        again = (
+            "device='cpu' names the place, or CUDA_LAUNCH_BLOCKING=1 in the environment"
+        )
+        return f"{cause}. {late}: {again}. This process cannot use the GPU any more."
+    if "to be on the same device" in text:
+        own = "self.register_buffer(name, tensor) moves a tensor with the model or the loss"
+        return f"The batch and the weights are on the device: {own}, others tensor.to(input)."
+    return ""
 
-    One that is empty, or that cannot be found, is left out: the error of the user must not be
-    replaced by one of ours, as where a nested tensor has no shape.
+
+def add_hint(error: BaseException, find: Callable[..., str], *given: object) -> None:
+    """Add the hint that a function finds to an error, as its last note, unless it has one.
+
+    What a device has to say comes first. A hint that is empty, or that cannot be found, is left
+    out: the error of the user must not be replaced by one of ours, as where a nested tensor has
+    no shape.
     """
     with contextlib.suppress(Exception):
-        hint = find(*given)
-        if hint:
+        hint = find_device_hint(error) or find(*given)
+        has_one = any(
+            note.startswith("hint: ") for note in getattr(error, "__notes__", ())
+        )
+        if hint and not has_one:
             error.add_note(f"hint: {hint}")

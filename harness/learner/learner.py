@@ -71,6 +71,7 @@ from harness.learner.result import (
     call_after_fit,
     choose_home,
     decide_gather,
+    finishing_failed,
     make_fitted,
     restore_model_after,
 )
@@ -396,7 +397,7 @@ class Learner:
         # A thousand ranks do not ask git all at once.
         code = {"code": cache(get_code_commit)} if accelerator.is_main else {}
         ctx.about = describe_fit(ctx) | code
-        try:
+        with finishing_failed(accelerator):
             if resume is not None and not resume.is_weights_only:
                 resume.check(ctx)
                 ctx.resume = resume
@@ -411,9 +412,6 @@ class Learner:
                 home = choose_home(ctx, num_bytes, gather=is_whole)
             options = get_batch_options(train)
             fitted = make_fitted(self, ctx, options, began.report, home)
-        except BaseException:
-            accelerator.finish(failed=True)
-            raise
         call_after_fit(ctx)
         ctx.clean()
         ctx.model = None  # unbinds it

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from harness.accelerators import Accelerator
 from harness.callback import Callback
 from harness.callbacks import ModelCheckpoint
 from harness.checkpoint.search import find_loss_modules
@@ -180,16 +181,31 @@ def call_after_fit(ctx: Context) -> None:
 
 
 @contextmanager
+def finishing_failed(accelerator: Accelerator) -> Iterator[None]:
+    """Finish the accelerator after an error inside, which stays the one that is raised.
+
+    A device that has failed cannot give the weights back either.
+    """
+    try:
+        yield
+    except BaseException as error:
+        try:
+            accelerator.finish(failed=True)
+        except Exception as second:  # noqa: BLE001  the first error tells why
+            error.add_note(f"not finished: {second!r:.300}")
+        raise
+
+
+@contextmanager
 def restore_model_after(ctx: Context) -> Iterator[None]:
     """Take the model off the context, with its modes, also after an error."""
     modes = {module: module.training for module in ctx.model.modules()}
-    failed = True
+    assert ctx.accelerator is not None
     try:
-        yield
-        failed = False
+        with finishing_failed(ctx.accelerator):
+            yield
+        ctx.accelerator.finish()
     finally:
-        assert ctx.accelerator is not None
-        ctx.accelerator.finish(failed=failed)
         ctx.clean()
         ctx.model = None  # unbinds it
         for module, is_training in modes.items():

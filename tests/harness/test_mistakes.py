@@ -52,6 +52,15 @@ def fit(
     return (learner or setup()).fit(data, epochs, **options)
 
 
+def failing(error: Exception) -> Any:
+    """A learner whose loss raises what a device would."""
+
+    def loss(pred: Tensor, target: Tensor) -> Tensor:
+        raise error
+
+    return setup(loss=loss)
+
+
 class ReturnsNothing(Net):
     def forward(self, x: Tensor) -> Any:
         self.layers(x)
@@ -371,6 +380,20 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
     "misspelt option of the tracker": (
         lambda: fit(tracker={"run_dir": "x"}),
         "got 'run_dir'. Did you mean 'runs_dir'",
+    ),
+    "more than the memory of the device": (
+        lambda: fit(failing(torch.OutOfMemoryError("CUDA out of memory"))),
+        "half as many rows, and accumulate=2",
+    ),
+    "label out of range on a GPU": (
+        lambda: fit(failing(RuntimeError("CUDA error: device-side assert"))),
+        "such as a label or a row of an Embedding.* device='cpu' names the place",
+    ),
+    "own tensor that stays on the CPU": (
+        lambda: fit(
+            failing(RuntimeError("Expected all tensors to be on the same device"))
+        ),
+        "self.register_buffer",
     ),
     "name of no device": (
         lambda: harness.accelerator(device="gpu"),

@@ -82,10 +82,11 @@ from harness.accelerators.distributed.group import RankGroup, detach_to
 from harness.accelerators.distributed.sharded_loader import shard_loaders
 from harness.accelerators.distributed.shares import ShareTracker
 from harness.accelerators.distributed.watchdog import Watchdog
+from harness.accelerators.pinned import make_mover
 from harness.accelerators.precision import make_autocast
 from harness.accelerators.single import named_tensors
 from harness.checks.values import check_count
-from harness.data.batch import Batch, move
+from harness.data.batch import Batch
 from harness.pytree import Options, StateDict
 from harness.reshard.consolidated import parameter_shapes
 from harness.reshard.skeleton import move_real_tensors
@@ -159,6 +160,7 @@ class DeepSpeedAccelerator:
         self.rank, self.local_rank = launch.rank, launch.local_rank
         self.world_size, self.is_main = launch.world_size, launch.rank == 0
         self.device = choose_rank_device(device, launch.local_rank)
+        self._move = make_mover(self.device)
         self._given_accumulate = self.accumulate = self.window = accumulate
         self.steps: dict[str, int] = {}
         self.overflows: dict[str, int] = {}
@@ -472,7 +474,7 @@ class DeepSpeedAccelerator:
     def to_device(self, batch: Batch) -> Batch:
         """Move the batch to the device and make it the present one."""
         self._shares.select(batch)
-        return move(batch, self.device)
+        return self._move(batch)
 
     def gather(self, tensor: Tensor) -> Tensor:
         """Concatenate the tensors of all ranks along dim 0; their lengths may differ.

@@ -12,15 +12,19 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
+import torchmetrics
 from torch import Tensor, nn
 
 import harness
+import tracking
 from harness.accelerators.deepspeed.accelerator import DeepSpeedAccelerator
 from harness.accelerators.host_copies import HostCopies
 from harness.accelerators.single import SingleDevice
 from harness.callbacks import ModelCheckpoint, ResumeFromCheckpoint
+from harness.checkpoint.format import list_checkpoints
 from harness.data.batch import move
 from harness.data.loaders import get_device_options, make_train_loader
 from harness.metrics.loss import LossAverage
@@ -485,3 +489,102 @@ def test_saves_wait_for_no_device_and_hold_no_second_copy_on_it(
     weights = sum(p.numel() * 4 for p in model.parameters())
     assert torch.cuda.max_memory_allocated() < 6 * weights + (64 << 20)
     assert len(list(tmp_path.iterdir())) == 3
+
+
+# ------------------------------------------------------------------- a device that fails
+
+FAILS = """
+import torch, harness
+from torch import nn
+target = torch.randint(4, (640,))
+target[-20:] = 9
+learner = harness.setup(
+    lambda: nn.Linear(16, 4), loss=nn.CrossEntropyLoss(), optimizer=torch.optim.AdamW
+)
+class Log(harness.Callback):
+    def on_train_batch_end(self):
+        self.ctx.log_step("norm", self.ctx.pred.norm())
+learner.fit(
+    (torch.randn(640, 16), target), 3,
+    accelerator=harness.accelerator(CONFIG, device="cuda"),
+    tracker={"runs_dir": "runs", "delivery": False},
+    callbacks=[Log(), harness.callbacks.ModelCheckpoint("saved", every_n_steps=2)],
+    dataloader_options={"batch_size": 16, "shuffle": False, "pin_memory": PINNED},
+)
+"""
+
+
+@pytest.mark.parametrize("config", [None, {"zero_optimization": {"stage": 1}}], ids=str)
+@pytest.mark.parametrize("is_pinned", [True, False])
+def test_failed_assertion_on_the_device_is_an_error_that_is_seen_and_recorded(
+    config: dict[str, Any] | None, is_pinned: bool, tmp_path: Path
+) -> None:
+    text = FAILS.replace("CONFIG", repr(config)).replace("PINNED", repr(is_pinned))
+    found = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", text],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": os.fspath(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert found.returncode == 1, found.stderr
+    assert "CUDA error: device-side assert triggered" in found.stderr
+    assert "such as a label or a row of an Embedding" in found.stderr
+    (run,) = tracking.list_runs(tmp_path / "runs")
+    assert run.status == "failed"
+    assert len(run.records(name="norm")) > 2
+    assert list_checkpoints(tmp_path / "saved")
+
+
+def test_fit_works_after_one_that_was_out_of_memory() -> None:
+    class Eater(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            if len(x) > 8:
+                torch.empty(10**13, device=x.device)
+            return super().forward(x)
+
+    def fit(rows: int) -> object:
+        return harness.setup(
+            lambda: Eater(4, 1), loss=nn.MSELoss(), optimizer=torch.optim.SGD
+        ).fit(
+            (torch.randn(32, 4), torch.randn(32, 1)),
+            1,
+            accelerator=SingleDevice("cuda"),
+            dataloader_options={"batch_size": rows},
+            tracker=False,
+        )
+
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        fit(16)
+    assert "half as many rows" in caught.value.__notes__[-1]
+    fit(8)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_cuda_graphs_change_no_value(precision: Any) -> None:
+    data = torch.randn(64, 5), torch.randn(64, 1)
+
+    def fit(compile: Any) -> tuple[dict[str, Tensor], Any]:
+        fitted = harness.setup(
+            lambda: nn.Sequential(nn.Linear(5, 64), nn.ReLU(), nn.Linear(64, 1)),
+            loss=nn.MSELoss(),
+            optimizer=torch.optim.AdamW,
+            metrics={"error": torchmetrics.MeanAbsoluteError()},
+            compile=compile,
+        ).fit(
+            data,
+            3,
+            valid_data=data,
+            seed=1,
+            accelerator=SingleDevice("cuda", precision=precision),
+            tracker=False,
+        )
+        return fitted.model.state_dict(), fitted.get_metrics()["value"].to_numpy()
+
+    (wanted, values), (found, compiled) = fit(False), fit({"mode": "reduce-overhead"})
+    rtol = 1e-4 if precision == "fp32" else 3e-2
+    numpy.testing.assert_allclose(compiled, values, rtol=rtol)
+    check_equal(found, wanted, rtol=rtol, atol=rtol)
