@@ -62,6 +62,6 @@ class PinnedMover:
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(torch.cuda.current_stream(self._device))
             self._held.append((event, batch))
-            while self._held[0][1] is not batch and self._held[0][0].query():
+            while len(self._held) > 1 and self._held[0][0].query():  # type: ignore[no-untyped-call]
                 self._held.popleft()
         return moved
