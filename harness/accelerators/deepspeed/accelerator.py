@@ -45,6 +45,7 @@ from harness.accelerators.deepspeed.gather import (
 )
 from harness.accelerators.deepspeed.library import (
     choose_kind,
+    forget_model,
     get_tracked_random,
     import_deepspeed,
     keep_functions,
@@ -288,6 +289,7 @@ class DeepSpeedAccelerator:
             variables = set_environment(LOCAL_RANK=str(index))
             self._cleanup.enter_context(variables)
             self._cleanup.enter_context(keep_functions())
+            self._cleanup.callback(forget_model, model)
             self._engines = create_engines(
                 model, opts, self._filled, self.device, self._count_step
             )

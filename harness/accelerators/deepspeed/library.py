@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import sys
 import warnings
@@ -88,6 +89,22 @@ def keep_functions() -> Iterator[None]:
         yield
     finally:
         torch.nn.functional.linear = linear
+
+
+def forget_model(model: torch.nn.Module) -> None:
+    """Let DeepSpeed 0.19.8 release a model whose ZeRO 3 engines are finished.
+
+    It never takes the model off its stack of running modules. A cache keeps the coordinator
+    of the engine, and with it the optimizer's states, for the life of the process.
+    """
+    import_deepspeed()
+    from deepspeed.runtime.zero import parameter_offload  # noqa: PLC0415  see door
+
+    modules, stack = set(model.modules()), parameter_offload.FWD_MODULE_STACK
+    stack[:] = [module for module in stack if module not in modules]
+    coordinator = parameter_offload.PartitionedParameterCoordinator
+    cached = vars(coordinator)["_PartitionedParameterCoordinator__params_to_release"]
+    inspect.getclosurevars(cached).nonlocals["func"].cache_clear()
 
 
 def silence_deepspeed_warnings() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 import warnings
@@ -455,6 +456,32 @@ def test_functions_of_torch_are_its_own_again(make: Any) -> None:
     accelerator.finish()
     # DeepSpeed's has other last bits, and cannot be compiled.
     assert torch.nn.functional.linear is before
+
+
+def living_bytes() -> int:
+    """Bytes of all tensors in the process."""
+    gc.collect()
+    found = [each for each in gc.get_objects() if issubclass(type(each), Tensor)]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in found}
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_fit_leaves_no_tensor_behind(stage: int) -> None:
+    config = {"zero_optimization": {"stage": stage}, "bf16": {"enabled": True}}
+    data = torch.randn(8, 5), torch.randn(8, 3)
+
+    def fit() -> None:
+        learner = harness.setup(
+            Net, loss=nn.MSELoss(), optimizer=torch.optim.AdamW
+        ).set_opt_hparams(lr=0.01)
+        accelerator = harness.accelerator(config, device="cpu")
+        learner.fit(data, epochs=2, accelerator=accelerator, tracker=False)
+
+    fit()
+    before = living_bytes()
+    fit()
+    assert living_bytes() == before
 
 
 def test_log_level_in_the_config_asks_for_chatter(make: Any) -> None:
