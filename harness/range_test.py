@@ -30,6 +30,7 @@ from harness.export.html import as_html, as_picture
 from harness.fitted import Fitted
 from harness.metrics.loss import mean_over_ranks
 from harness.rng import find_generators, get_rng_state, set_rng_state
+from harness.signals import ENDING_SIGNALS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -262,6 +263,8 @@ def lr_finder(
         wrong, or no optimizer steps in an epoch.
     KeyboardInterrupt
         After Ctrl-C.
+    SystemExit
+        After SIGTERM or SIGHUP.
 
     References
     ----------
@@ -288,6 +291,8 @@ def lr_finder(
             start=start,
             tracker=False,
         )
+    if fitted.signum in ENDING_SIGNALS:
+        raise SystemExit(128 + fitted.signum)
     if fitted.is_interrupted:
         raise KeyboardInterrupt
     taken = list(rates[: len(sweep.losses)])

@@ -33,8 +33,12 @@ def pytest_runtest_setup() -> None:
 
     DeepSpeed runs it for each ZeRO 3 model, and with MLflow and torch imported that takes
     half a second each time.
+
+    What SIGTERM asked for in one test does not hold for the next one.
     """
     global _frozen_modules
+    if "harness.signals" in sys.modules:
+        sys.modules["harness.signals"].EndOfProcess.asked_by = None
     if len(sys.modules) > _frozen_modules + 100:
         gc.collect()
         gc.freeze()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import signal
 import threading
-from collections.abc import Callable
 from time import monotonic, time
 from types import FrameType
 
@@ -13,13 +12,19 @@ from harness.accelerators.base import Agreement, OwnAgreement
 from harness.accelerators.distributed.environment import read_slurm_end
 from harness.callback import Callback
 from harness.checks.values import check_more_than
-from harness.data.workers import GROUP_SIGNALS
 from harness.errors import Interrupted
-
-Handler = Callable[[int, FrameType | None], object] | int | None
+from harness.signals import (
+    GROUP_SIGNALS,
+    EndOfProcess,
+    SignalHandlers,
+    has_handler,
+)
 
 REPEAT_S = 2.0
 """Seconds in which a second Ctrl-C comes from the launcher of several ranks."""
+
+ALWAYS = frozenset({signal.SIGINT, signal.SIGTERM})
+"""Signals that a fit takes even where the program handles them."""
 
 LAUNCHER_S = 30.0
 """Seconds in which launchers repeat SIGTERM before they kill."""
@@ -30,6 +35,8 @@ class Interrupt(Callback):
 
     Several ranks end after the same batch, the one that they are in, or the next. No batch
     costs a message for it. Outside the main thread, no signal handler is installed.
+
+    After SIGTERM or SIGHUP, the process begins no other fit: ``fit`` raises ``SystemExit``.
 
     Parameters
     ----------
@@ -52,6 +59,10 @@ class Interrupt(Callback):
     ranks that a signal ended leaves its handlers installed, because launchers may repeat
     the signal for ``LAUNCHER_S``. A signal after that has its earlier effect again.
 
+    SIGUSR1 and SIGHUP are left to a program that handles or ignores them, such as by
+    ``faulthandler.register`` or under ``nohup``. A fit inside another one's event passes
+    its signal on to that one, which then ends, too.
+
     References
     ----------
     luz 0.5.0, ``luz_callback_interrupt``. Differs from luz: the batch is finished first.
@@ -71,33 +82,39 @@ class Interrupt(Callback):
         self._num_ranks = 1
         self._agreement: Agreement = OwnAgreement()
         self._is_over = False
-        self._before: dict[signal.Signals, Handler] = {}
+        self._handlers = SignalHandlers()
+        self._outer: Interrupt | None = None
+        self._received = set[int]()
 
     def on_fit_begin(self) -> None:
         """Install the signal handlers."""
-        self._restore()
+        self._handlers.restore()
         self.signum, self._is_over = None, False
+        self._received.clear()
         assert self.ctx.accelerator is not None
         self._num_ranks = self.ctx.accelerator.world_size
         self._agreement = self.ctx.accelerator.agreement("signal")
+        self._outer = None
         if threading.current_thread() is threading.main_thread():
             for number in self.signals:
-                before = signal.getsignal(number)
-                # `nohup` ignores SIGHUP, so that the fit outlives its terminal.
-                is_nohup = number.name == "SIGHUP" and before == signal.SIG_IGN
-                # One of the program that Python runs in, such as R, cannot be put back.
-                if not (is_nohup or before is None):
-                    self._before[number] = signal.signal(number, self._on_signal)
+                other = _find_fit(number)
+                if other is not None and not other._is_over:
+                    self._outer = other
+                if number in ALWAYS or is_free(number):
+                    self._handlers.take(number, self._on_signal)
 
     def _on_signal(self, signum: int, _: FrameType | None) -> None:
         """Remember the first signal; raise at a second Ctrl-C."""
+        self._received.add(signum)
+        if self._is_over:
+            EndOfProcess.ask(signum)
         if self.signum is None and not self._is_over:
             self.signum = self.ctx.buffers["signal"] = signum
             self._signalled_at = self.clock()
             self.ctx.buffers["stop_by"] = monotonic() + self._time_left()
             self._agreement.ask(signum)
         elif not self._is_repeated(signum):
-            self._restore()
+            self._handlers.restore()
             if not self._is_over:
                 raise KeyboardInterrupt
             signal.raise_signal(signum)
@@ -124,6 +141,7 @@ class Interrupt(Callback):
             return
         if self.signum is None:  # another rank got it
             self.signum, self._signalled_at = signum, self.clock()
+            self._received.add(signum)
         if self._can_stop():
             raise Interrupted(signum)
 
@@ -139,11 +157,13 @@ class Interrupt(Callback):
         is_changed = not ctx.valid_start.has_same_tensors(ctx.model)
         return not ctx.accelerator.any(is_changed)
 
-    def _restore(self) -> None:
-        """Restore the earlier signal handlers."""
-        while self._before:
-            number, handler = self._before.popitem()
-            signal.signal(number, handler)
+    def _end(self) -> None:
+        """Let the process end if a signal asks for it, or the fit that this one is in."""
+        for signum in self._received:
+            if self._outer is None:
+                EndOfProcess.ask(signum)
+            elif self._outer.signum is None or signum != signal.SIGINT:
+                self._outer._on_signal(signum, None)
 
     def on_train_batch_end(self) -> None:
         """End the fit here after a signal."""
@@ -157,8 +177,22 @@ class Interrupt(Callback):
         """Restore the earlier signal handlers, unless a launcher may still repeat the signal."""
         self._is_over = True
         if self._num_ranks == 1 or self.signum is None:
-            self._restore()
+            self._handlers.restore()
+        self._end()
 
     def on_exception(self) -> None:
         """Restore the earlier signal handlers."""
-        self._restore()
+        self._is_over = True
+        self._handlers.restore()
+        self._end()
+
+
+def is_free(number: int) -> bool:
+    """Whether neither the program nor a library handles or ignores a signal."""
+    return _find_fit(number) is not None or not has_handler(number)
+
+
+def _find_fit(number: int) -> Interrupt | None:
+    """Find the fit whose handler a signal has."""
+    found = getattr(signal.getsignal(number), "__self__", None)
+    return found if isinstance(found, Interrupt) else None

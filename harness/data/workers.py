@@ -16,14 +16,7 @@ from torch.utils.data import DataLoader
 
 from harness.data.processes import Process, end_with
 from harness.data.tensors import iter_tensors
-
-GROUP_SIGNALS = tuple(
-    signal.Signals[name]
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
-    if hasattr(signal, name)  # Windows has only the first two
-)
-"""Signals that a terminal or a job scheduler sends to every process of a group."""
-
+from harness.signals import GROUP_SIGNALS
 
 def iter_batches(loader: Any) -> Iterator[Any]:
     """Return an iterator of a loader whose workers leave signals to the main process.

@@ -97,6 +97,7 @@ from harness.run_binding import (
     report_start,
     start_tracking,
 )
+from harness.signals import EndOfProcess
 from harness.steps import ReadBatch
 
 
@@ -342,6 +343,8 @@ class Learner:
             Before any epoch runs, if an argument is wrong.
         CheckpointError
             Before any epoch runs, if `start` has no weights that fit.
+        SystemExit
+            At once, if SIGTERM or SIGHUP has ended an earlier fit of this process.
 
         References
         ----------
@@ -356,6 +359,7 @@ class Learner:
         pace = parse_pace(max_steps, valid_every, epochs, validates=validates)
         accelerator = accelerator or pick_accelerator()
         accelerator.meet("fit")
+        EndOfProcess.check(accelerator)
         if seed is not None:
             seed_all(seed)
         share_rng_state(accelerator)

@@ -458,7 +458,7 @@ class Stop(harness.Callback):
     """Stop a fit by a signal, as a person or a job scheduler would."""
 
     def __init__(
-        self, event: str | None, after: int, signum: int = signal.SIGTERM
+        self, event: str | None, after: int, signum: int = signal.SIGINT
     ) -> None:
         self.after, self.count, self.signum = after, 0, signum
         if event is not None:

@@ -38,7 +38,7 @@ class StopAt(harness.Callback):
 
     def on_train_batch_end(self) -> None:
         if self.ctx.step == self.step:
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGINT)
 
 
 def sgd(module: Any = Line, loss: Any = None, **options: float) -> harness.Learner:

@@ -109,7 +109,7 @@ class StopAt(harness.Callback):
 
     def on_train_batch_end(self) -> None:
         if (self.ctx.epoch, self.ctx.iter) == self.place:
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGINT)
 
 
 def fit_into(run: tracking.Run, *callbacks: harness.Callback, **hparams: float) -> Any:

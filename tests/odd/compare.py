@@ -179,7 +179,7 @@ class Stop(harness.Callback):
     def on_train_batch_end(self) -> None:
         self.count += 1
         if self.count == self.after:
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGINT)
 
     on_valid_batch_end = on_train_batch_end
 

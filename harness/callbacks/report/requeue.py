@@ -8,6 +8,7 @@ import warnings
 
 from harness.accelerators.distributed.environment import read_slurm_job
 from harness.callback import Callback
+from harness.callbacks.interrupt import is_free
 from harness.callbacks.model_checkpoint import ModelCheckpoint
 from harness.callbacks.resuming import AutoResume, ResumeFromCheckpoint
 from harness.context import Context
@@ -27,7 +28,8 @@ class Requeue(Callback):
     Raises
     ------
     ValueError
-        Before the first epoch, if no callback saves checkpoints or resumes from them.
+        Before the first epoch, if no callback saves checkpoints or resumes from them, or if
+        the program of a Slurm job handles SIGUSR1 itself.
 
     Notes
     -----
@@ -49,6 +51,11 @@ class Requeue(Callback):
             missing = "AutoResume" if not resumes else "ModelCheckpoint"
             msg = "Requeue: expected callbacks that save and resume"
             raise ValueError(f"{msg}, got no {missing}. Add AutoResume(folder).")
+        number = getattr(signal, "SIGUSR1", None)
+        if read_slurm_job() is not None and number is not None and not is_free(number):
+            msg = "Requeue: expected SIGUSR1 without a handler, got one of the program"
+            advice = "Remove it, such as by faulthandler.unregister(signal.SIGUSR1)"
+            raise ValueError(f"{msg} or a library. {advice}.")
 
     def after_fit(self) -> None:
         """Put the job back, on rank 0."""

@@ -30,6 +30,7 @@ from harness.callbacks import (
 )
 from harness.callbacks.schedule.freeze import move_to_new_group
 from harness.errors import CheckpointError
+from harness.signals import EndOfProcess
 from tests.harness.accelerators.cases import Lab
 from tests.harness.accelerators.fits import data, fitted, learner
 from tests.harness.data.test_forms import Both, forms
@@ -105,7 +106,7 @@ def case_ema_resumes_exactly(lab: Lab) -> None:
 
     whole = fit("whole")
     for stop in (("on_train_batch_end", 4), ("on_valid_batch_end", 1)):
-        assert fit(stop[0], Stop(*stop)).signum == signal.SIGTERM
+        assert fit(stop[0], Stop(*stop)).signum == signal.SIGINT
         resumed = fit(stop[0])
         assert resumed.records["metrics"] == whole.records["metrics"]
         found = resumed.model.state_dict()
@@ -143,6 +144,12 @@ def case_signal_of_one_rank_stops_all_and_is_resumed_exactly(lab: Lab) -> None:
     stopped = fit("stopped", StopOneRank())
     assert stopped.signum == signal.SIGTERM
     assert len(stopped.records["metrics"]["train"]) < 30
+    if lab.rank != lab.world - 1:
+        EndOfProcess.asked_by = None  # as if it came too late to stop the fit
+    with pytest.raises(SystemExit) as ended:
+        fit("stopped")
+    assert ended.value.code == 128 + signal.SIGTERM
+    EndOfProcess.asked_by = None  # the next process
     resumed = fit("stopped")
     assert resumed.records["metrics"] == whole.records["metrics"]
     found = resumed.model.state_dict()
@@ -239,7 +246,7 @@ def case_fits_of_one_run_are_told_apart(lab: Lab) -> None:
     with tracking.start(runs_dir=runs, delivery=False, all_ranks=True) as run:
         first = fit(run)
         stopped = fit(run, AutoResume(saved), Stop("on_train_batch_end", 3))
-        assert stopped.signum == signal.SIGTERM
+        assert stopped.signum == signal.SIGINT
         second = fit(run, AutoResume(saved))
         assert run.fit == 1
         past = tracking.open(run.path)

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import faulthandler
 import signal
 import threading
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ import harness
 from harness.accelerators.base import OwnAgreement
 from harness.accelerators.single import SingleDevice
 from harness.callbacks import ModelCheckpoint, ResumeFromCheckpoint, interrupt
+from harness.signals import EndOfProcess
 from tests.harness.fakes import At, Tape, line_learner, slope
 
 OFF: dict[str, Any] = {"tracker": False, "verbose": False}
@@ -59,6 +62,127 @@ class OneOfTwo(SingleDevice):
 
     def agreement(self, name):
         return self.signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("event", ["on_train_batch_begin", "on_epoch_end"])
+def test_program_begins_no_other_fit_after_a_signal_that_ends_programs(
+    number, event, capsys
+):
+    # In the last epoch's end, the signal comes too late to shorten the fit.
+    first = fit(raising(number, event=event, epoch=3))
+    assert first.signum == (number if event == "on_train_batch_begin" else None)
+    first.evaluate(slope(4), verbose=False)  # what was fitted can be used, and saved
+    tape = Tape()
+    for begin in (
+        lambda: fit(tape),
+        lambda: first.fit(slope(4), 1, **OFF),
+        lambda: harness.lr_finder(line_learner(), slope(4)),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            begin()
+        assert ended.value.code == 128 + number
+    assert tape.events == []
+    told = f"harness: {number.name} asked this process to end, so no other fit begins."
+    assert capsys.readouterr().err.splitlines() == [told] * 3
+
+
+def test_program_ends_although_the_signalled_fit_failed():
+    fails = At("on_train_batch_end", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fit(raising(signal.SIGTERM, epoch=1), fails)
+    with pytest.raises(SystemExit):
+        fit()
+
+
+@pytest.mark.parametrize("numbers", [SIGNALS[:1], SIGNALS[2:3]])
+def test_ctrl_c_and_sigusr1_end_one_fit_of_several(numbers):
+    assert fit(raising(*numbers)).is_interrupted
+    assert not fit().is_interrupted
+
+
+def test_ctrl_c_that_sigterm_follows_ends_the_program():
+    assert fit(raising(signal.SIGINT, signal.SIGTERM)).signum == signal.SIGINT
+    with pytest.raises(SystemExit) as ended:
+        fit()
+    assert ended.value.code == 143
+
+
+def test_rank_that_alone_got_a_late_signal_ends_all_ranks():
+    class Other(OneOfTwo):
+        def reduce(self, tensor, op="sum"):
+            assert op == "max"
+            return torch.tensor(max(int(tensor), signal.SIGTERM))
+
+    with pytest.raises(SystemExit) as ended:
+        fit(accelerator=Other())
+    assert ended.value.code == 143
+
+
+def test_range_test_that_sigterm_ends_ends_the_program():
+    with pytest.raises(SystemExit) as ended:
+        harness.lr_finder(
+            line_learner(), slope(4), callbacks=[raising(signal.SIGTERM, epoch=1)]
+        )
+    assert ended.value.code == 143
+
+
+@pytest.mark.parametrize("number", SIGNALS[:2])
+def test_signal_in_a_fit_within_a_fit_ends_both(number):
+    inner = []
+    nested = lambda ctx: inner.append(fit(raising(number)))  # noqa: E731
+    outer = fit(At("on_epoch_begin", nested))
+    assert [one.signum for one in (*inner, outer)] == [number, number]
+    ends = pytest.raises(SystemExit) if number == signal.SIGTERM else nullcontext()
+    with ends:
+        fit()
+
+
+def test_fit_within_a_signalled_fit_is_whole():
+    def nested(ctx):
+        signal.raise_signal(signal.SIGTERM)
+        assert not fit().is_interrupted
+
+    assert fit(At("on_train_batch_begin", nested)).signum == signal.SIGTERM
+
+
+@pytest.mark.parametrize("number", SIGNALS[2:])
+def test_signal_that_a_program_handles_stays_its_own(number, tmp_path):
+    own, got = signal.getsignal(number), []
+    signal.signal(number, lambda *_: got.append(number))
+    try:
+        assert fit(raising(number)).signum is None
+        assert got == [number]
+    finally:
+        signal.signal(number, own)
+
+
+def test_handler_in_c_stays_during_and_after_a_fit(tmp_path):
+    # Python's table of handlers does not have it.
+    with (tmp_path / "stacks").open("w+") as stacks:
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            faulthandler.register(number, stacks, all_threads=False)
+        try:
+            assert fit(raising(signal.SIGUSR1)).signum is None
+            told = len((tmp_path / "stacks").read_text())
+            assert told > 0
+            assert fit(raising(signal.SIGTERM)).signum == signal.SIGTERM
+            assert len((tmp_path / "stacks").read_text()) == told
+            signal.raise_signal(signal.SIGTERM)
+            assert len((tmp_path / "stacks").read_text()) > told
+        finally:
+            for number in (signal.SIGUSR1, signal.SIGTERM):
+                faulthandler.unregister(number)
+
+
+def test_handler_that_is_installed_during_a_fit_stays():
+    before, own = signal.getsignal(signal.SIGTERM), lambda *_: None
+    install = At("on_train_begin", lambda _: signal.signal(signal.SIGTERM, own))
+    try:
+        fit(install)
+        assert signal.getsignal(signal.SIGTERM) is own
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_fit_outlives_its_terminal_under_nohup():
@@ -122,10 +246,11 @@ def test_second_signal_leaves_at_once():
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_only_a_second_ctrl_c_leaves_at_once(number):
-    fitted = fit(raising(signal.SIGINT, number, number))
-    assert fitted.signum == signal.SIGINT
     fitted = fit(raising(number, number))
     assert fitted.signum == number
+    EndOfProcess.asked_by = None
+    fitted = fit(raising(signal.SIGINT, number, number))
+    assert fitted.signum == signal.SIGINT
 
 
 @pytest.fixture
@@ -309,9 +434,9 @@ def test_signal_gives_way_to_a_callback_that_ends_the_epoch_at_the_same_batch(
 
     _, *whole = fit_with()
     save = harness.callbacks.AutoResume(tmp_path)
-    stopped, *found = fit_with(save, raising(signal.SIGTERM, event=event))
+    stopped, *found = fit_with(save, raising(signal.SIGINT, event=event))
     if kind is harness.SkipEpoch:
-        assert stopped.signum == signal.SIGTERM  # after the first batch of epoch 3
+        assert stopped.signum == signal.SIGINT  # after the first batch of epoch 3
         resumed, *found = fit_with(save)
         assert resumed.signum is None
     else:

@@ -138,7 +138,7 @@ def test_fit_killed_many_times_resumes_to_the_same_end(
 
 
 def test_run_that_went_on_keeps_its_id_and_what_was_superseded(tmp_path: Path) -> None:
-    stop = Stop("on_train_batch_end", 10, signal.SIGTERM)
+    stop = Stop("on_train_batch_end", 10)
     stopping = Case(
         learner=CASE.learner, callbacks=lambda folder: [*CASE.callbacks(folder), stop]
     )
@@ -164,7 +164,7 @@ def test_resume_without_the_former_run_records_everything_in_a_new_one(
     tmp_path: Path,
 ) -> None:
     """The run's folder is gone, so a new run records everything again."""
-    stop = Stop("on_train_batch_end", 10, signal.SIGTERM)
+    stop = Stop("on_train_batch_end", 10)
     stopping = Case(
         learner=CASE.learner, callbacks=lambda folder: [*CASE.callbacks(folder), stop]
     )

@@ -281,7 +281,7 @@ def test_loss_resumes_in_the_middle_of_a_window_and_of_a_validation(tmp_path):
     class StopInValidation(harness.Callback):
         def on_valid_batch_end(self) -> None:
             if self.ctx.epoch == 2:
-                signal.raise_signal(signal.SIGTERM)
+                signal.raise_signal(signal.SIGINT)
 
     class Counts(Balanced):
         def forward(self, pred, target):

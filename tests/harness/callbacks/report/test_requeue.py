@@ -74,7 +74,7 @@ def test_requeue_leaves_other_signals_and_other_machines_alone(
     tmp_path, called, monkeypatch
 ):
     path = called()
-    fit(tmp_path / "one", signal.SIGTERM)
+    fit(tmp_path / "one", signal.SIGINT)
     monkeypatch.delenv("SLURM_JOB_ID")
     fit(tmp_path / "two", signal.SIGUSR1)
     assert not path.exists()
@@ -86,6 +86,16 @@ def test_requeue_that_slurm_refuses_is_told(tmp_path, called):
         UserWarning, match="'scontrol requeue 77' to succeed, got: slurm_"
     ):
         fit(tmp_path, signal.SIGUSR1)
+
+
+def test_requeue_of_a_program_that_handles_the_signal_is_refused(tmp_path, called):
+    called()
+    before = signal.signal(signal.SIGUSR1, lambda *_: None)
+    try:
+        with pytest.raises(ValueError, match="Requeue: expected SIGUSR1 without a han"):
+            fit(tmp_path, None)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 @pytest.mark.parametrize(
