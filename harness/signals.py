@@ -52,7 +52,9 @@ class SignalHandlers:
         while self._taken:
             number, (before, action, own, own_action) = self._taken.popitem()
             is_own = signal.getsignal(number) == own
-            if is_own and _get_address(_read_action(number)) == _get_address(own_action):
+            if is_own and _get_address(_read_action(number)) == _get_address(
+                own_action
+            ):
                 signal.signal(number, before)
                 _write_action(number, action)
 

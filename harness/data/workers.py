@@ -18,6 +18,7 @@ from harness.data.processes import Process, end_with
 from harness.data.tensors import iter_tensors
 from harness.signals import GROUP_SIGNALS
 
+
 def iter_batches(loader: Any) -> Iterator[Any]:
     """Return an iterator of a loader whose workers leave signals to the main process.
 
