@@ -65,7 +65,7 @@ def nearest(name: str, choices: Iterable[str]) -> str:
 
     Initials are similar too, such as ``lr`` to ``learning_rate``.
     """
-    choices = list(choices)
+    choices = [choice for choice in choices if choice != name]
     found = difflib.get_close_matches(name, choices, n=1)
     found += [c for c in choices if c == _initials(name) or _initials(c) == name]
     return f" Did you mean {found[0]!r}?" if found else ""

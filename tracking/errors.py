@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Final
 
 _CONTROL: Final = re.compile(
@@ -66,6 +68,37 @@ def escape_control(text: str, spell: Callable[[str], str] = _spell) -> str:
     True
     """
     return _CONTROL.sub(lambda match: spell(match.group()), text)
+
+
+_SIGNS: Final = {
+    "run.json": "run",
+    "fitted.json": "saved model",
+    "manifest.json": "checkpoint",
+}
+"""Files by which a folder shows what it is."""
+
+
+def describe_path(path: Path) -> str:
+    """Say what is at a path, for messages, such as ``a checkpoint of run 20261122-...``."""
+    what = "a path that does not exist"
+    with contextlib.suppress(OSError):
+        if path.is_dir():
+            kind = _find_kind(path)
+            inside = map(_find_kind, itertools.islice(path.iterdir(), 100))
+            of = next((f" of {one}s" for one in inside if one), "")
+            what = f"a {kind}" if kind else f"a folder{of}"
+        elif path.exists():
+            what = "a file"
+        parents = path.absolute().parents
+        run = next((one for one in parents if _find_kind(one) == "run"), None)
+        if run is not None and path.exists():
+            what += f" of run {run.name}"
+    return what
+
+
+def _find_kind(folder: Path) -> str | None:
+    found = (kind for name, kind in _SIGNS.items() if (folder / name).is_file())
+    return next(found, None)
 
 
 def write_stderr(text: str) -> None:

@@ -12,6 +12,7 @@ import pyarrow as pa
 from pyarrow import csv, dataset, feather, fs, parquet
 
 from tracking.durable import replace_file
+from tracking.errors import describe_path
 from tracking.journal.fits import align_fits
 from tracking.read import PastRun
 from tracking.run import Run
@@ -78,6 +79,9 @@ def export(
     if not isinstance(system, fs.LocalFileSystem):
         _write(table, suffix, system, place)
         return int(table.num_rows)
+    if Path(place).is_dir():
+        msg = f"export({target!r}): expected a file, got {describe_path(Path(place))}."
+        raise IsADirectoryError(f"{msg} Choose another name.")
     with replace_file(Path(place)) as temporary:
         _write(table, suffix, system, str(temporary))
     return int(table.num_rows)

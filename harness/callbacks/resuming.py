@@ -14,6 +14,7 @@ from harness.checkpoint.resume import Resume
 from harness.checks.values import as_path, check_flags
 from harness.context import Context
 from harness.errors import CheckpointError
+from tracking.errors import describe_path
 
 if TYPE_CHECKING:
     from harness.accelerators.base import Accelerator
@@ -85,8 +86,12 @@ class ResumeFromCheckpoint(Callback):
         found = _open_newest(self.path, ranks, **self._options)
         if found is None and not self.missing_ok:
             place = f"{type(self).__name__}({str(self.path)!r})"
-            msg = f"{place}: expected an undamaged checkpoint, found none."
-            raise CheckpointError(f"{msg} Check the path, or set missing_ok=True.")
+            msg = f"{place}: expected an undamaged checkpoint, or"
+            got = f"a folder of them, got {describe_path(self.path)}"
+            advice = (
+                "Of a run, pass the folder 'checkpoints'. Without one, set missing_ok."
+            )
+            raise CheckpointError(f"{msg} {got}. {advice}")
         return found
 
 

@@ -46,7 +46,7 @@ from harness.reshard.consolidated import (
     shape_lazy_parameters,
 )
 from tracking.durable import replace_file, replace_folder
-from tracking.errors import describe_mismatch
+from tracking.errors import describe_mismatch, describe_path
 
 ReadTensor = Callable[[str], Tensor]
 
@@ -341,8 +341,8 @@ def write_saved_model(
         If a module's extra state cannot be written; the message names it.
     """
     if path.exists() and not (path / SAVED_MODEL).is_file():
-        msg = f"save({str(path)!r}): expected a new path or an earlier saved model."
-        raise CheckpointError(f"{msg} Found something else; choose another path.")
+        msg = f"save({str(path)!r}): expected a new path or an earlier saved model"
+        raise CheckpointError(f"{msg}, got {describe_path(path)}. Choose another path.")
     plan, tensors = flatten(
         {name: v for name, v in weights.items() if not _is_plain_tensor(v)}, "$"
     )
@@ -388,7 +388,9 @@ def _read_about(path: Path) -> SavedModel:
     try:
         content = json.loads((path / SAVED_MODEL).read_text(encoding="utf-8"))
     except (OSError, RecursionError, ValueError) as exc:
-        msg = f"load({str(path)!r}): expected a saved model, could not read it: {exc}."
+        is_there = (path / SAVED_MODEL).exists()
+        got = f"could not read it: {exc}" if is_there else f"got {describe_path(path)}"
+        msg = f"load({str(path)!r}): expected a saved model, {got}."
         raise CheckpointError(f"{msg} Pass a folder that Fitted.save() wrote.") from exc
     if isinstance(content, dict) and content.get("format") != SAVED_MODEL_FORMAT:
         msg = f"load({str(path)!r}): expected format {SAVED_MODEL_FORMAT}"

@@ -63,6 +63,9 @@ def predict(
 
     DATA and the file to write are .npy, .csv or .parquet files.
     """
+    if to.suffix not in {".npy", ".csv", ".parquet"}:
+        msg = f"--to {str(to)!r}: expected .npy, .csv or .parquet, got {to.suffix!r}."
+        raise click.UsageError(f"{msg} Choose one of those.")
     past = open_run(run, runs_dir)
     rows = read_rows(data)
     with working_folder_of(past):
@@ -168,7 +171,7 @@ def write_rows(pred: object, path: Path) -> None:
     Raises
     ------
     ValueError
-        If `path` has another suffix, or the prediction is not a tensor.
+        If the prediction is not a tensor.
     """
     import numpy as np  # noqa: PLC0415  keeps --help quick
     import torch  # noqa: PLC0415  keeps --help quick
@@ -176,10 +179,7 @@ def write_rows(pred: object, path: Path) -> None:
     if not isinstance(pred, torch.Tensor):
         msg = f"predict: expected a tensor from the model, got {type(pred).__name__}."
         raise ValueError(f"{msg} Predict in Python: Fitted.predict().")
-    if path.suffix not in {".npy", ".csv", ".parquet"}:
-        suffix = path.suffix
-        msg = f"--to {str(path)!r}: expected .npy, .csv or .parquet, got {suffix!r}."
-        raise ValueError(f"{msg} Choose one of those.")
+    path.parent.mkdir(parents=True, exist_ok=True)
     array = pred.float().numpy() if pred.is_floating_point() else pred.numpy()
     with replace_file(path) as temporary:
         if path.suffix == ".npy":

@@ -8,6 +8,7 @@ from typing import Final
 import click
 
 from tracking.cli import render
+from tracking.errors import describe_path
 
 TRAIN: Final = '''"""Two spirals: which one is a point on? Replace data and model with your own.
 
@@ -99,9 +100,17 @@ def init(name: Path) -> None:
         "README.md": README.format(name=name.resolve().name),
         ".gitignore": GITIGNORE,
     }
-    if name.exists() and (not name.is_dir() or any(name.iterdir())):
+    advice = "The files train.py, README.md and .gitignore are written into it"
+    if name.suffix.lower() in {".py", ".ipynb"}:
+        msg = f"init: expected a name for a new folder, got {str(name)!r}."
+        raise click.UsageError(f"{msg} {advice}: try 'harness init digits'.")
+    over = next(p for p in (name, *name.absolute().parents) if p.exists())
+    if over == name and over.is_dir() and any(over.iterdir()):
         msg = f"init: expected a new folder, got {str(name)!r}, which has something in it."
         raise click.UsageError(f"{msg} Choose another name.")
+    if not over.is_dir():
+        msg = f"init: expected a new folder, got {str(over)!r}, {describe_path(over)}."
+        raise click.UsageError(f"{msg} {advice}: choose another name.")
     name.mkdir(parents=True, exist_ok=True)
     for file, text in files.items():
         (name / file).write_text(text, encoding="utf-8")

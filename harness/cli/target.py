@@ -13,6 +13,7 @@ from typing import Any
 
 from harness.errors import ExperimentError, unknown_parameter
 from harness.events import nearest
+from tracking.errors import describe_path
 
 
 def load_target(target: str) -> Any:
@@ -70,9 +71,9 @@ def _import_file(path: Path) -> types.ModuleType:
 def _check_file(path: Path) -> None:
     """Raise unless a file exists and hides no module."""
     if not path.is_file():
-        near = [str(item) for item in path.parent.glob("*.py")] if path.parent else []
-        msg = f"harness fit: expected an existing Python file, got {str(path)!r}."
-        raise ExperimentError(f"{msg}{nearest(str(path), near)}")
+        what = describe_path(path)
+        msg = f"harness fit: expected a Python file, got {str(path)!r}, {what}."
+        raise ExperimentError(f"{msg}{_suggest_file(path)}")
     name = path.stem
     if name in sys.stdlib_module_names or hasattr(sys.modules.get(name), "__path__"):
         msg = f"harness fit: expected a unique file name, got {path.name!r}."
@@ -84,12 +85,30 @@ def _import_module(name: str) -> types.ModuleType:
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:
-        return importlib.import_module(name)
+        module = importlib.import_module(name)
     except ModuleNotFoundError as exc:
         if exc.name is None or not name.startswith(exc.name):
             raise
-        msg = f"harness fit: expected an importable module, got {name!r}."
-        raise ExperimentError(f"{msg} For a file, write FILE.py:NAME.") from exc
+        raise _missing_module(name) from exc
+    if getattr(module, "__file__", "") is None:  # a folder without __init__.py
+        raise _missing_module(name)
+    return module
+
+
+def _missing_module(name: str) -> ExperimentError:
+    path = Path(name)
+    what = f", {describe_path(path)}" if path.exists() else ""
+    msg = f"harness fit: expected a module or FILE.py:NAME, got {name!r}{what}."
+    return ExperimentError(f"{msg}{_suggest_file(path)}")
+
+
+def _suggest_file(path: Path) -> str:
+    """Offer the Python file of a folder, or the one with the nearest name."""
+    folder = path if path.is_dir() else path.parent
+    found = [str(item) for item in folder.glob("*.py") if item.is_file()]
+    if path.is_dir() and len(found) == 1:
+        return f" Did you mean {found[0]!r}?"
+    return nearest(str(path), found)
 
 
 # ------------------------------------------------------------- before torch is imported

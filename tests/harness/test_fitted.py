@@ -299,7 +299,7 @@ def test_save_replaces_an_earlier_model_only(fitted, saved, tmp_path):
     fitted.save(saved)
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter").write_text("mine")
-    with pytest.raises(harness.CheckpointError, match="Found something else"):
+    with pytest.raises(harness.CheckpointError, match="earlier saved model, got a f"):
         fitted.save(tmp_path / "thesis")
     assert (tmp_path / "thesis" / "chapter").read_text() == "mine"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["net", "thesis"]
@@ -470,7 +470,7 @@ def forge_header(place: Path) -> None:
 
 
 HARMS = {
-    "missing": (shutil.rmtree, "could not read it"),
+    "missing": (shutil.rmtree, "got a path that does not exist"),
     "no weights": (lambda p: (p / SAVED_WEIGHTS).unlink(), "expected complete weights"),
     "torn weights": (
         lambda p: (p / SAVED_WEIGHTS).write_bytes(

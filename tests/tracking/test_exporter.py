@@ -160,7 +160,7 @@ def test_export_to_a_uri_goes_through_arrows_filesystems(run, tmp_path):
 def test_export_failing_leaves_the_old_file(run, tmp_path):
     target = tmp_path / "x.parquet"
     target.mkdir()
-    with pytest.raises(OSError, match="directory"):
+    with pytest.raises(OSError, match="expected a file, got a folder"):
         export(run, target)
     assert {p.name for p in tmp_path.iterdir()} == {"runs", "x.parquet"}
 

@@ -11,9 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeVar
 
-from tracking.errors import InvalidFileError, RunNotFoundError, warn
+from tracking.errors import (
+    InvalidFileError,
+    RunNotFoundError,
+    describe_path,
+    warn,
+)
 from tracking.schema import check_path
-from tracking.store.folders import expand_user, runs_folder
+from tracking.store.folders import check_runs_folder, expand_user, runs_folder
 from tracking.store.manifest import Manifest, has_manifest, read_name
 
 SECONDS: Final = len("20261122-235901")
@@ -30,6 +35,7 @@ def run_paths(runs_dir: str | os.PathLike[str] | None = None) -> list[Path]:
     runs = runs_folder(runs_dir)
     if not runs.is_dir():
         return []
+    check_runs_folder(runs)
     with os.scandir(runs) as entries:
         is_link = {Path(one.path): one.is_symlink() for one in entries}
     found = [path for path in is_link if has_manifest(path)]
@@ -128,9 +134,12 @@ class RunNames:
                 f"open({wanted!r}): expected the id or name of one run, got a match "
                 f"with {len(found)}: {_join_ids(found)}. Give more of it."
             )
+        got, here = "none with this path, id or name", expand_user(Path(wanted))
+        if wanted and here.exists():
+            got = describe_path(here)
         raise RunNotFoundError(
-            f"open({wanted!r}): expected a run in {self.runs}, got none with this path, "
-            f"id or name. {_suggest(wanted, self.names)}"
+            f"open({wanted!r}): expected a run in {self.runs}, got {got}. "
+            f"{_suggest(wanted, self.names)}"
         )
 
 

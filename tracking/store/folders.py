@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
+from tracking.errors import describe_path
 from tracking.schema import check_path
 
 _MAX_RANK: Final = 2**31 - 1
@@ -44,6 +45,20 @@ def runs_folder(runs_dir: str | os.PathLike[str] | None = None) -> Path:
         check_path(runs_dir, "runs_dir")
     chosen = runs_dir or os.environ.get("HARNESS_RUNS") or "runs"  # noqa: TID251
     return expand_user(Path(chosen)).absolute()
+
+
+def check_runs_folder(runs: Path) -> None:
+    """Check that a folder of runs is not a run itself.
+
+    Raises
+    ------
+    NotADirectoryError
+        If it is.
+    """
+    if (runs / "run.json").is_file():
+        what = describe_path(runs)
+        msg = f"runs_dir={str(runs)!r}: expected a folder of runs, got {what}."
+        raise NotADirectoryError(f"{msg} Pass the folder that it is in.")
 
 
 def expand_user(path: Path) -> Path:
@@ -107,6 +122,7 @@ def create_run_dir(
         )
         name = f"{experiment}-{words}" if experiment else words
     stamp = (now or datetime.now(UTC)).strftime("%Y%m%d-%H%M%S")
+    check_runs_folder(runs)
     try:
         runs.mkdir(parents=True, exist_ok=True)
         while True:

@@ -15,6 +15,7 @@ from typing import Any
 from harness.checks.values import as_path
 from harness.events import nearest
 from harness.pytree import Options
+from tracking.errors import describe_path
 
 # Top-level keys that DeepSpeed 0.19.8 reads, by what their values are; it silently ignores
 # others. A test compares the keys with what the installed version reads.
@@ -140,7 +141,7 @@ def read_config(config: Mapping[str, object] | str | Path | None) -> Options:
     path = as_path("accelerator(config)", config, "a dict or a path")
     place = f"accelerator(config={str(config)!r})"
     if not path.is_file():
-        msg = f"{place}: expected a JSON file or a dict, got no such file."
+        msg = f"{place}: expected a JSON file or a dict, got {describe_path(path)}."
         raise ValueError(f"{msg} Check the path.")
     try:
         read = json.loads(path.read_text(), object_pairs_hook=_refuse_duplicates)

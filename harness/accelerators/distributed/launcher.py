@@ -18,6 +18,7 @@ from types import FrameType
 import torch
 
 from harness.accelerators.distributed.environment import LAUNCH_OPTIONS, LAUNCHER_PID
+from tracking.errors import describe_path
 
 SSH_S = 10
 """Seconds in which a machine has to answer by ssh."""
@@ -44,7 +45,8 @@ def read_hostfile(path: str | Path) -> dict[str, int]:
     """
     place = f"launch(hostfile={str(path)!r})"
     if not Path(path).is_file():
-        msg = f"{place}: expected a file of lines 'name slots=N', got no such file."
+        got = describe_path(Path(path))
+        msg = f"{place}: expected a file of lines 'name slots=N', got {got}."
         raise ValueError(f"{msg} Check the path, or leave --hostfile out.")
     content = Path(path).read_bytes()
     try:

@@ -12,6 +12,7 @@ from harness.checkpoint.whole.final import FINAL
 from harness.checkpoint.whole.merge import MergedWeights
 from harness.errors import CheckpointError
 from tracking.durable import replace_file, replace_folder
+from tracking.errors import describe_path
 
 INDEX = "model.safetensors.index.json"
 """File that says which shard has which tensor, as Hugging Face names it."""
@@ -50,8 +51,8 @@ def export_weights(source: Path, to: Path, shard_bytes: int = SHARD_BYTES) -> Pa
     if to.suffix and to.suffix != ".safetensors" and not to.is_dir():
         msg = f"{place}: expected a folder or a .safetensors file, got {to.suffix!r}."
         raise ValueError(f"{msg} torch.save needs the whole model in memory.")
-    if to.is_dir() and any(to.iterdir()):
-        msg = f"{place}: expected a new or empty folder, got one with files."
+    if to.is_dir() and (to.suffix == ".safetensors" or any(to.iterdir())):
+        msg = f"{place}: expected a new file, or a new or empty folder, got a folder."
         raise ValueError(f"{msg} Choose another path.")
     merged = MergedWeights(find_weights(source))
     names = [name for name in merged if name not in merged.left_out]
@@ -88,8 +89,11 @@ def find_weights(source: Path) -> Path:
         found = [*list_checkpoints(folder / FINAL)[:1], *list_checkpoints(folder)[:1]]
         if found:
             return max(found, key=_read_step)  # of equal ones the first, the final one
-    msg = f"{str(source)!r}: expected a checkpoint, found none."
-    raise CheckpointError(f"{msg} Pass a checkpoint, a folder of them, or a run.")
+    msg = f"export_weights({str(source)!r}): expected a checkpoint"
+    got = describe_path(source)
+    raise CheckpointError(
+        f"{msg}, got {got}. Pass a checkpoint, a folder of them, or a run."
+    )
 
 
 def _read_step(path: Path) -> int:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 
 
@@ -23,3 +25,21 @@ def test_init_leaves_a_folder_with_something_in_it_alone(call, tmp_path, monkeyp
     assert failed.exit_code == 2
     assert "expected a new folder, got 'mine'" in failed.stderr
     assert {p.name: p.read_text() for p in (tmp_path / "mine").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("name", "got"),
+    [
+        ("train.py", "'train.py'. The files train.py, README.md and .gitignore"),
+        ("notes/mine", "'.*notes', a file"),
+    ],
+)
+def test_init_refuses_a_name_that_no_folder_can_have(
+    name, got, call, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes").write_text("mine")
+    failed = call("init", name)
+    assert failed.exit_code == 2
+    assert re.search(f"expected a .*folder, got {got}", failed.stderr)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes"]

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from harness.cli.target import check_source
+from harness.cli.target import check_source, load_target
 from harness.errors import ExperimentError
 
 SOURCE = """
@@ -63,7 +63,7 @@ def test_missing_file_name_and_parameter_are_told_with_the_nearest(source):
     def check(target, *settings, **places):
         check_source(target, settings, places)
 
-    with pytest.raises(ExperimentError, match=r"existing Python file.*Did you mean"):
+    with pytest.raises(ExperimentError, match=r"a Python file.*Did you mean"):
         check(str(source).replace("my", "mi") + ":build")
     with pytest.raises(ExperimentError, match=r"name 'biuld'.*Did you mean 'build'"):
         check(f"{source}:biuld")
@@ -117,3 +117,24 @@ for words in ("no.py:x", f"{sys.argv[1]}:biuld", f"{sys.argv[1]}:build --set wid
     names = done.stdout.split()
     assert len(names) == 7, done.stderr
     assert set(names) <= {"UsageError", "NoSuchOption"}, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("train.py:made", "Python file, got 'train.py', a folder. Did you mean 'train"),
+        (
+            "train.py/train:made",
+            "got 'train.py/train'. Did you mean 'train.py/train.py'",
+        ),
+        ("project:made", "got 'project', a folder. Did you mean 'project/model.py'"),
+        ("none.py:made", r"got 'none.py', a path that does not exist\.$"),
+    ],
+)
+def test_target_that_is_a_folder_is_told(target, message, tmp_path, monkeypatch):
+    for path in ("train.py/train.py", "project/model.py"):
+        (tmp_path / path).parent.mkdir()
+        (tmp_path / path).write_text(SOURCE)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ExperimentError, match=message):
+        load_target(target)

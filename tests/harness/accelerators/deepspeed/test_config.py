@@ -70,7 +70,7 @@ def test_config_of_a_json_file_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "match"),
     [
-        (None, r"ds.json'\): expected a JSON file or a dict, got no such file"),
+        (None, r"ds.json'\): expected a JSON file or a dict, got a path that does not"),
         ("{", r"expected JSON with each key once, got Expecting"),
         ("[1]", r"expected an object, got list"),
         ('{"bf16": {}, "bf16": {}}', r"got the key 'bf16' twice"),

@@ -28,7 +28,10 @@ def test_hostfile_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "match"),
     [
-        (None, r"hosts'\): expected a file of lines 'name slots=N', got no such file"),
+        (
+            None,
+            r"hosts'\): expected a file of lines 'name slots=N', got a path that does not",
+        ),
         ("node0\n", r"expected 'name slots=N' on line 1, got 'node0'"),
         ("a slots=1\nb slots=none\n", r"on line 2, got 'b slots=none'"),
         ("a slots=0\n", r"on line 1, got 'a slots=0'"),
