@@ -200,8 +200,8 @@ class Context(BatchFields):
         """
         split, index = self.split, self.index
         if self.batch_values is not None:
+            self.add_to_mean(name, value)  # first: it refuses what is no number
             self.log_step({name: value})
-            self.add_to_mean(name, value)
             return
         series = self.record_book.get_series("metrics", split)
         if type(value) is float and series and index == len(series):

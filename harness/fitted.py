@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -80,8 +80,11 @@ def _list_numbers(series: Series, name: str) -> list[float]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """Losses and metrics of one evaluation.
+class Evaluation(Mapping[str, Any]):
+    """Losses and metrics of one evaluation, by name: ``dict(evaluation)`` has them all.
+
+    The name is that of the metric; of several sets, ``<set>/<metric>``. The value of a curve,
+    such as of ``MulticlassROC``, are its points.
 
     Attributes
     ----------
@@ -96,24 +99,32 @@ class Evaluation:
         """Return the values as a DataFrame with the columns set, metric, epoch, value."""
         return metrics_frame(self.records)
 
-    def __getitem__(self, name: str) -> Any:
-        """Return one value by the metric's name; of several sets, by ``<set>/<metric>``.
-
-        The value of a curve, such as of ``MulticlassROC``, are its points.
-        """
+    def _list_values(self, *, with_set: bool = False) -> dict[str, Any]:
         kinds = [self.records["metrics"], self.records.get("curves", {})]
         sets: dict[str, dict[str, Any]] = {}
         for split, own in [item for kind in kinds for item in kind.items()]:
             sets[split] = sets.get(split, {}) | (own[0] if own else {})
         sets = {split: values for split, values in sets.items() if values}
-        if len(sets) == 1 and name in (values := next(iter(sets.values()))):
-            return values[name]
-        found = {
+        if len(sets) == 1 and not with_set:
+            return next(iter(sets.values()))
+        return {
             f"{split}/{metric}": value
             for split, values in sets.items()
             for metric, value in values.items()
         }
-        return found[name]
+
+    def __getitem__(self, name: str) -> Any:
+        """Return one value by the metric's name; of several sets, by ``<set>/<metric>``."""
+        values = self._list_values()
+        if name in values:
+            return values[name]
+        return self._list_values(with_set=True)[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._list_values())
+
+    def __len__(self) -> int:
+        return len(self._list_values())
 
     def __repr__(self) -> str:
         return str(self)

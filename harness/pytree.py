@@ -4,8 +4,8 @@ A container is a list, tuple, named tuple, mapping, dataclass or ``PackedSequenc
 subclass of one. Everything else is a leaf.
 
 ``flatten`` and ``restore`` are the form of checkpoints: numbers, strings, bools, None, bytes,
-tensors, NumPy arrays, and lists, tuples and dicts of those. Tensors that shared their memory
-share it again. Values that JSON cannot hold are
+tensors, NumPy arrays, and lists, tuples, dicts, deques, sets and counters of those. Tensors
+that shared their memory share it again. Values that JSON cannot hold are
 written as an object with one key that begins with ``$``, so reading never runs code.
 """
 
@@ -16,7 +16,7 @@ import contextlib
 import copy
 import dataclasses
 import math
-from collections import UserDict
+from collections import Counter, UserDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -289,10 +289,31 @@ def _encode_container(value: object, path: str, found: _Found) -> object:
         return {"$tuple": _encode_items(value, path, found)}
     if isinstance(value, list):
         return _encode_items(value, path, found)
+    kind = type(value)
+    if kind in _KINDS:
+        # What a deque holds at most, or what a defaultdict makes, if its name says that.
+        option = getattr(value, "maxlen", None)
+        factory = getattr(value, "default_factory", None)
+        option = factory.__name__ if factory in _FACTORIES else option
+        items = dict(value) if isinstance(value, dict) else list(value)  # type: ignore[call-overload]
+        return {"$kind": [kind.__name__, option, _encode(items, path, found)]}
     if isinstance(value, Mapping):
         return _encode_mapping(value, path, found)
     msg = f"{path}: expected numbers, strings, tensors, lists or dicts, got {value!r}."
     raise TypeError(f"{msg} Convert it in state_dict().")
+
+
+_FACTORIES = (int, float, str, bool, list, dict, set, deque, Counter)
+_FACTORY_OF: dict[object, type] = {made.__name__: made for made in _FACTORIES}
+
+_KINDS: dict[type, Callable[[Any, Any], object]] = {
+    deque: lambda items, maxlen: deque(items, maxlen),
+    set: lambda items, _: set(items),
+    frozenset: lambda items, _: frozenset(items),
+    Counter: lambda items, _: Counter(items),
+    defaultdict: lambda items, name: defaultdict(_FACTORY_OF.get(name), items),
+}
+"""Other containers of Python, and what makes one of its items and its option."""
 
 
 def _encode_items(value: Sequence[object], path: str, found: _Found) -> list[Any]:
@@ -446,6 +467,12 @@ def _decode_complex(value: dict[str, object], tensors: Mapping[str, Tensor]) -> 
     return torch.view_as_complex(pairs.contiguous())
 
 
+def _decode_kind(value: list[Any], tensors: Mapping[str, Tensor]) -> object:
+    name, option, items = value
+    makers = {kind.__name__: make for kind, make in _KINDS.items()}
+    return makers[name](restore(items, tensors), option)
+
+
 _DECODERS: dict[str, tuple[type, Callable[[Any, Mapping[str, Tensor]], object]]] = {
     "$tensor": (str, lambda value, tensors: tensors[value]),
     "$array": (str, lambda value, tensors: tensors[value].numpy()),
@@ -455,6 +482,7 @@ _DECODERS: dict[str, tuple[type, Callable[[Any, Mapping[str, Tensor]], object]]]
     "$complex": (dict, _decode_complex),
     "$float": (str, lambda value, tensors: _FLOATS[value]),
     "$bytes": (str, lambda value, tensors: base64.b64decode(value, validate=True)),
+    "$kind": (list, _decode_kind),
     "$tuple": (list, lambda value, tensors: tuple(restore(value, tensors))),
     "$dict": (
         list,

@@ -13,6 +13,7 @@ from torch import Tensor
 from harness.accelerators.base import StepOpt, default_step_opt, has_modes
 from harness.callback import Listeners
 from harness.checks.hints import add_hint, find_loss_hint, find_model_hint
+from harness.checks.model import get_method
 from harness.context import Context
 from harness.data.batch import Batch, as_scalar, describe, missing_target_error
 from harness.errors import EarlyStop, Signal
@@ -473,7 +474,8 @@ def add_loss_note(ctx: Context, error: Exception) -> None:
     name = getattr(loss, "__name__", type(loss).__name__)
     pair = f"prediction {describe(ctx.pred)}, target {describe(ctx.target)}"
     _add_note(ctx, error, f"loss {name} ({pair})")
-    add_hint(error, find_loss_hint, ctx.pred, ctx.target)
+    if ctx.pred is not None or get_method(ctx.model, "step") is None:
+        add_hint(error, find_loss_hint, ctx.pred, ctx.target)
 
 
 def _add_note(ctx: Context, error: Exception, where: str) -> None:

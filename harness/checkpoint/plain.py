@@ -1,9 +1,13 @@
-"""Plain attributes of modules: numbers, texts and tensors that a model changes in training."""
+"""Plain attributes of modules: numbers, texts and tensors that a model changes in training.
+
+Those of the user's own objects that a module holds, such as a buffer of games, are kept too.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -11,17 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from harness.checkpoint.search import (
-    MAX_ITEMS,
     MODULE_FIELDS,
     PLAIN_TYPES,
     SCALARS,
     Search,
 )
-from harness.pytree import StateDict, iter_tensors, map_tensors
+from harness.pytree import StateDict
 from harness.reshard.consolidated import copy_into
 
 MAX_COPIED_BYTES = 1 << 20
-"""Larger tensors are not compared with what they were when the fit began: all are kept."""
+"""Larger values are not compared with what they were when the fit began: all are kept."""
 
 MAX_BYTES = 1 << 24
 """Still larger ones are not kept: they may be activations."""
@@ -32,18 +35,25 @@ CALLBACK = "callback"
 Fields = dict[str, dict[str, StateDict]]
 """Values by root and path of a module, and by name of the attribute."""
 
+_CONTAINERS = frozenset(
+    {list, tuple, dict, deque, set, frozenset, OrderedDict, defaultdict, Counter}
+)
+_SIMPLE = SCALARS - {complex}
+"""Types of numbers and texts, which are not looked at one by one."""
+
+_NUMBER_BYTES = 16
+"""What a number or a short text counts as beside the bytes of tensors."""
+
 
 def copy_fields(search: Search) -> Fields:
     """Copy the plain attributes of the modules that a search found."""
-    owners: dict[str, dict[str, object]] = {
-        root: dict(modules) for root, modules in search.modules.items()
-    }
+    owners = {root: dict(found) for root, found in search.owners.items()}
     for root, callback in search.callbacks.items():
         owners[root][CALLBACK] = callback
     return {
         root: {
             path: {
-                name: value if type(value) in SCALARS else copy.deepcopy(_detach(value))
+                name: _copy(value)
                 for name, value in _plain_fields(owner)
                 if type(value) in SCALARS or _size_of(value) <= MAX_COPIED_BYTES
             }
@@ -62,17 +72,21 @@ def capture_fields(search: Search, before: Fields) -> tuple[Fields, dict[str, st
     """
     states: Fields = {}
     left_out: dict[str, str] = {}
-    for root, modules in search.modules.items():
-        memory = _memory_of(modules.values())
-        for path, module in modules.items():
+    for root, owners in search.owners.items():
+        memory = _memory_of(owners.values())
+        of_callback = search.callbacks.get(root)
+        for path, owner in owners.items():
             old = before.get(root, {}).get(path, {})
-            for name, value in _plain_fields(module):
-                is_saved = any(_address(t) in memory for t in iter_tensors(value))
+            for name, value in _plain_fields(owner):
+                is_saved = any(_address(t) in memory for t in _tensors_of(value))
                 if is_saved or (name in old and _is_equal(value, old[name])):
                     continue
                 if _size_of(value) > MAX_BYTES:
                     reason = "it has more than 16 MB; make it a buffer"
                     left_out[f"{root}{path}.{name}"] = reason
+                    continue
+                if of_callback is not None and not isinstance(owner, nn.Module):
+                    left_out[f"{root}{path}.{name}"] = "return it in state_dict"
                     continue
                 found = states.setdefault(root, {}).setdefault(path, {})
                 found[name] = _detach(value)
@@ -86,17 +100,25 @@ def capture_fields(search: Search, before: Fields) -> tuple[Fields, dict[str, st
 
 def restore_fields(search: Search, saved: Fields, device: torch.device) -> None:
     """Restore what ``capture_fields`` returned; new tensors go to the device."""
-    for root, modules in saved.items():
-        for path, fields in modules.items():
-            owner = search.modules.get(root, {}).get(path)
+    for root, owners in saved.items():
+        for path, fields in owners.items():
+            owner = search.owners.get(root, {}).get(path)
             for name, value in fields.items() if owner is not None else ():
-                live = vars(owner).get(name)
-                if not _copy_into(live, value):
-                    vars(owner)[name] = map_tensors(value, lambda t: t.to(device))
+                moved = _map(value, lambda tensor: tensor.to(device))
+                if not _copy_into(vars(owner).get(name), moved):
+                    vars(owner)[name] = moved
 
 
-def _copy_into(live: object, value: object) -> bool:
-    """Copy a tensor into the live one, which others may hold, if it has the same form."""
+def _copy_into(live: object, value: Any) -> bool:
+    """Put a value into the live object of the same form, which others may hold."""
+    if isinstance(live, deque) and isinstance(value, deque):
+        live.clear()
+        live.extend(value)
+        return True
+    if type(live) in {OrderedDict, defaultdict} and isinstance(value, dict):
+        live.clear()  # type: ignore[attr-defined]
+        live.update(value)  # type: ignore[attr-defined]
+        return True
     if not isinstance(live, Tensor) or not isinstance(value, Tensor):
         return False
     is_alike = live.shape == value.shape and live.dtype == value.dtype
@@ -126,20 +148,40 @@ def _is_plain(value: object, depth: int = 4) -> bool:
     if isinstance(value, Tensor):
         # A leaf is found as an object; any other is computed anew from parameters.
         return not value.requires_grad
-    if not isinstance(value, list | tuple | dict) or not depth:
+    if type(value) not in _CONTAINERS or not depth:
         return False
-    if type(value) not in {list, tuple, dict} or len(value) > MAX_ITEMS:
-        return False
-    items = value.values() if isinstance(value, dict) else value
-    return all(_is_plain(item, depth - 1) for item in items)
+    return _has_plain_items(value) or all(
+        _is_plain(item, depth - 1) for item in _items_of(value)
+    )
 
 
-def _memory_of(modules: Iterable[nn.Module]) -> set[int]:
+def _items_of(value: Any) -> list[object]:
+    """Keys and values of a dict, or the items of another container; empty for a leaf."""
+    if isinstance(value, dict):
+        return [*value, *value.values()]
+    return list(value) if type(value) in _CONTAINERS else []
+
+
+def _has_plain_items(value: object) -> bool:
+    """Whether a container holds numbers and texts alone, which are not looked at singly."""
+    return _SIMPLE.issuperset(map(type, _items_of(value)))
+
+
+def _tensors_of(value: object) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif not _has_plain_items(value):
+        for item in _items_of(value):
+            yield from _tensors_of(item)
+
+
+def _memory_of(owners: Iterable[object]) -> set[int]:
     """Addresses of the memory of parameters and buffers, which other parts save."""
     tensors = [
         tensor
-        for module in modules
-        for tensor in (*module._parameters.values(), *module._buffers.values())
+        for owner in owners
+        if isinstance(owner, nn.Module)
+        for tensor in (*owner._parameters.values(), *owner._buffers.values())
     ]
     return {_address(tensor) for tensor in tensors if tensor is not None} - {0}
 
@@ -152,14 +194,44 @@ def _address(tensor: Tensor) -> int:
         return 0
 
 
+def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """A plain value with other tensors, in containers of the same kinds."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if _has_plain_items(value):
+        return value
+    if isinstance(value, dict):
+        changed = copy.copy(value)
+        changed.update({key: _map(item, function) for key, item in value.items()})
+        return changed
+    items = [_map(item, function) for item in value]
+    return (
+        deque(items, value.maxlen) if isinstance(value, deque) else type(value)(items)
+    )
+
+
 def _detach(value: object) -> Any:
-    return map_tensors(value, Tensor.detach)
+    return _map(value, Tensor.detach)
+
+
+def _copy(value: Any) -> Any:
+    """A copy to compare with later; numbers and texts are not copied one by one."""
+    if type(value) in SCALARS:
+        return value
+    is_long = type(value) in _CONTAINERS and _has_plain_items(value)
+    return copy.copy(value) if is_long else copy.deepcopy(_detach(value))
 
 
 def _size_of(value: object) -> int:
+    """Bytes of a plain value, about."""
     if isinstance(value, np.ndarray):
         return value.nbytes
-    return sum(tensor.numel() * tensor.element_size() for tensor in iter_tensors(value))
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    items = _items_of(value)
+    if _has_plain_items(value):
+        return _NUMBER_BYTES * len(items)
+    return sum(map(_size_of, items))
 
 
 def _is_equal(one: Any, two: Any) -> bool:
@@ -173,6 +245,6 @@ def _is_equal(one: Any, two: Any) -> bool:
         return bool(np.array_equal(one, two))
     if isinstance(one, dict):
         return one.keys() == two.keys() and all(_is_equal(one[k], two[k]) for k in one)
-    if isinstance(one, list | tuple):
+    if isinstance(one, list | tuple | deque):
         return len(one) == len(two) and all(map(_is_equal, one, two))
     return bool(one == two)

@@ -7,8 +7,11 @@ own weights. What is found here is saved in a checkpoint, or named there as not 
 from __future__ import annotations
 
 import functools
+import sys
+import sysconfig
 import types
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -53,15 +56,16 @@ class Search:
     ----------
     objects
         Modules, leaf tensors and objects with ``state_dict``, by root and path.
-    modules
-        Modules whose plain attributes belong to the fit, by root and path.
+    owners
+        Modules, and the user's own objects without ``state_dict``, whose plain attributes
+        belong to the fit, by root and path.
     callbacks
         Callbacks that return no state, by root.
     """
 
     def __init__(self, saved: Iterable[object] = ()) -> None:
         self.objects: dict[str, dict[str, Any]] = {}
-        self.modules: dict[str, dict[str, nn.Module]] = {}
+        self.owners: dict[str, dict[str, object]] = {}
         self.callbacks: dict[str, Callback] = {}
         self._met: dict[int, object] = {}  # keeps them, so that no id is used again
         for thing in saved:
@@ -70,7 +74,7 @@ class Search:
 
     def add(self, root: str, value: object) -> None:
         """Search below a root."""
-        self.objects[root], self.modules[root] = {}, {}
+        self.objects[root], self.owners[root] = {}, {}
         if isinstance(value, nn.Module):
             if self._meet(value) or isinstance(value, Callback):
                 self.objects[root][""] = value
@@ -106,6 +110,8 @@ class Search:
             for key, item in _items_of(value):
                 self._search(root, f"{path}[{key!r}]", item, depth + 1)
         elif not has_state(value) and not _is_foreign(value):
+            if path and not _is_installed(type(value).__module__):
+                self.owners[root][path] = value
             self._search_fields(root, path, value, depth)
 
     def _search_modules(self, root: str, path: str, top: nn.Module, depth: int) -> None:
@@ -116,7 +122,7 @@ class Search:
         for name, module in inner.items():
             if not has_extra_state(module) and not is_metric(module):
                 place = f"{path}.{name}" if name else path
-                self.modules[root][place] = module
+                self.owners[root][place] = module
                 self._search_fields(root, place, module, depth)
 
     def _search_fields(self, root: str, path: str, owner: object, depth: int) -> None:
@@ -197,6 +203,16 @@ def has_extra_state(module: nn.Module) -> bool:
 
 def _is_foreign(value: object) -> bool:
     return type(value).__module__.partition(".")[0] in _FOREIGN
+
+
+@functools.cache
+def _is_installed(name: str) -> bool:
+    """Whether a module belongs to Python or to an installed package, not to the user."""
+    file = getattr(sys.modules.get(name), "__file__", None)
+    if file is None:
+        return name != "__main__"
+    places = {sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")}
+    return any(Path(file).is_relative_to(place) for place in places)
 
 
 def _items_of(value: Any) -> list[tuple[object, object]]:

@@ -37,7 +37,13 @@ def find_model_hint(
     """
     if type(target).__name__ == "MixedTarget":
         return "Mixup and CutMix mix the targets: compute the loss by MixupLoss(...)."
+    text = str(error).lower()
     is_call = isinstance(error, TypeError) and get_method(model, "step") is None
+    if is_call and "missing" in text and target is not None:
+        several = "fit(((a, b), y)), predict(((a, b),))"
+        return (
+            f"The second item of a batch is its target. Of several inputs: {several}."
+        )
     if isinstance(input, Mapping) and is_call:
         names = list(map(repr, input))
         advice = "If one is the target: setup(batch=lambda b: (b['x'], b['y']))."
@@ -46,7 +52,6 @@ def find_model_hint(
         )
     if not isinstance(input, Tensor):
         return ""
-    text = str(error).lower()
     layers = [layer for layer in model.modules() if not list(layer.children())]
     first = layers[0] if layers else None
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
@@ -101,6 +106,10 @@ def find_loss_hint(pred: object, target: object) -> str:
     """Return what may be wrong with a prediction and its target; empty: nothing is known."""
     if pred is None:
         return "The model's forward returned None: does it end with 'return'?"
+    return _hint_labels(pred, target, is_loss=True)
+
+
+def _hint_labels(pred: object, target: object, *, is_loss: bool) -> str:
     if not (isinstance(pred, Tensor) and isinstance(target, Tensor)):
         return ""
     if not pred.is_floating_point() or pred.dim() < 2:
@@ -116,7 +125,9 @@ def find_loss_hint(pred: object, target: object) -> str:
                 return f"For {classes} outputs labels are 0 to {classes - 1}, {given}."
         others = "BCELoss and MSELoss a target of the prediction's shape"
         call = "A loss is called as loss(pred, target)."
-        return f"CrossEntropyLoss takes class labels, {others}. {call}"
+        return (
+            f"CrossEntropyLoss takes class labels, {others}. {call}" if is_loss else ""
+        )
     if is_whole and target.dim() == pred.dim() and target.shape[1] == 1 < classes:
         return "Class labels have one dimension less: pass the target as target.squeeze(1)."
     if target.shape != pred.shape and target.numel() == pred.numel():
@@ -127,8 +138,18 @@ def find_loss_hint(pred: object, target: object) -> str:
 
 def find_metric_hint(metric: object, pred: object, target: object) -> str:
     """Return what may be wrong with a metric for such predictions; empty: nothing is known."""
+    if pred is None:
+        return (
+            "There is no prediction: an own step sets ctx.pred, a forward returns it."
+        )
+    if isinstance(pred, Mapping) and pred:
+        return (
+            f"The prediction is a dict: harness.on(metric, pred={next(iter(pred))!r})."
+        )
+    if isinstance(pred, tuple | list):
+        return f"The prediction is a {type(pred).__name__}: harness.on(metric, pred=0)."
     if not (isinstance(pred, Tensor) and isinstance(target, Tensor)):
-        return find_loss_hint(pred, target)
+        return ""
     has_classes = pred.dim() == target.dim() + 1 and pred.dim() > 1
     if not has_classes:
         return ""
@@ -139,7 +160,7 @@ def find_metric_hint(metric: object, pred: object, target: object) -> str:
     given = getattr(metric, "num_classes", classes)
     if given != classes:
         return f"The model has {classes} outputs: {name}(num_classes={classes})."
-    return find_loss_hint(pred, target)
+    return _hint_labels(pred, target, is_loss=False)
 
 
 def find_loader_hint(error: BaseException) -> str:
@@ -170,14 +191,21 @@ def find_device_hint(error: BaseException) -> str:
         return f"The batch and the weights are on the device: {own}, others tensor.to(input)."
     return ""
 
-
 def add_hint(error: BaseException, find: Callable[..., str], *given: object) -> None:
     """Add the hint that a function finds to an error, as its last note, unless it has one.
 
-    What a device has to say comes first. A hint that is empty, or that cannot be found, is left
-    out: the error of the user must not be replaced by one of ours, as where a nested tensor has
-    no shape.
+    What a device has to say comes first. Errors of names and keys, and those of what autograd
+    keeps, come from the code, not from what it was given, and ours say themselves what to do:
+    they get none. A hint that is empty, or that cannot be found, is left out: the error of the
+    user must not be replaced by one of ours, as where a nested tensor has no shape.
     """
+    text = str(error)
+    is_of_names = isinstance(error, NameError | KeyError | ImportError) or (
+        isinstance(error, AttributeError)
+        and not text.startswith(("'NoneType'", "'dict'", "'tuple'", "'list'"))
+    )
+    if is_of_names or "inplace operation" in text or ": expected " in text:
+        return
     with contextlib.suppress(Exception):
         hint = find_device_hint(error) or find(*given)
         has_one = any(

@@ -268,6 +268,9 @@ def as_number(value: object, place: str) -> Any:
     """
     if isinstance(value, int | float | np.number | np.bool_):
         return value
+    if callable(getattr(value, "compute", None)):  # a torchmetrics object
+        msg = f"{place}: expected a number, got the metric {type(value).__name__}."
+        raise TypeError(f"{msg} Pass it to setup(metrics=...), or log its compute().")
     return as_scalar(value, place)
 
 

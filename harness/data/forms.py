@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sized
 from typing import Any
 
@@ -104,13 +103,13 @@ class Batches(IterableDataset[Any]):
 
 
 def is_samples(data: object) -> bool:
-    """Whether `data` is a list of samples: of tuples, lists, mappings or dataclasses."""
+    """Whether `data` is a list of samples of any kind: of no tensors, arrays or data sets."""
+    columns = (Tensor, DataLoader, Dataset)
     return (
         isinstance(data, list)
         and bool(data)
-        and all(
-            isinstance(item, tuple | list | Mapping) or dataclasses.is_dataclass(item)
-            for item in data
+        and not any(
+            isinstance(item, columns) or hasattr(item, "__array__") for item in data
         )
     )
 

@@ -91,8 +91,8 @@ def as_dataset(data: object, place: str = "data") -> Dataset[Any]:
     ----------
     data
         A Dataset; an object with ``__len__`` and ``__getitem__``; a list of samples, which
-        are tuples, lists, mappings or dataclasses; a tensor or array, or nested tuples, lists
-        and mappings of those, with equal lengths.
+        are anything but tensors, arrays or data sets; a tensor or array, or nested tuples,
+        lists and mappings of those, with equal lengths.
     place
         Name of the argument, for messages.
 

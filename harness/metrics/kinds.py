@@ -19,6 +19,11 @@ def is_collection(thing: object) -> TypeGuard[MetricCollection]:
     return _is_a("MetricCollection", thing)
 
 
+def is_tracker(thing: object) -> bool:
+    """Whether a thing is a torchmetrics ``MetricTracker``, which keeps metrics of many epochs."""
+    return _is_a("MetricTracker", thing)
+
+
 def as_metric(item: Any) -> Metric:
     """The metric itself, or the average of a function."""
     if is_metric(item):

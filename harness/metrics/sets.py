@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from harness.checks.calls import check_call
 from harness.checks.values import check_count
 from harness.events import nearest
-from harness.metrics.kinds import is_collection, is_metric
+from harness.metrics.kinds import is_collection, is_metric, is_tracker
 
 MAX_NAMED = 100
 """A metric with a vector of more elements is logged as a list, not element by element."""
@@ -88,6 +88,8 @@ def as_metric_set(metrics: object) -> MetricSet:
 def name_metrics(metrics: object) -> dict[str, Any]:
     """Metrics by name: the key in a dict, otherwise the class name in snake case.
 
+    Those of a ``MetricCollection`` have its names, after its own name in a dict.
+
     Raises
     ------
     TypeError
@@ -97,17 +99,8 @@ def name_metrics(metrics: object) -> dict[str, Any]:
     """
     if metrics is None:
         return {}
-    if is_collection(metrics):
-        metrics = dict(metrics.items())
-    if isinstance(metrics, Mapping):
-        pairs = [(name, check_metric(item, name)) for name, item in metrics.items()]
-    else:
-        items = metrics if isinstance(metrics, list | tuple) else [metrics]
-        pairs = [
-            (metric_name(check_metric(item, n)), item) for n, item in enumerate(items)
-        ]
     found: dict[str, object] = {}
-    for name, item in pairs:
+    for name, item in _list_named(metrics):
         if not isinstance(name, str):
             msg = f"metrics: expected names of metrics, got {name!r}."
             raise TypeError(f"{msg} Write them as text.")
@@ -118,6 +111,23 @@ def name_metrics(metrics: object) -> dict[str, Any]:
     return found
 
 
+def _list_named(metrics: object) -> Iterator[tuple[object, object]]:
+    """Each metric with its name; those of a collection among others one by one."""
+    if isinstance(metrics, Mapping):
+        for name, item in metrics.items():
+            if is_collection(item):
+                yield from ((f"{name}_{key}", inner) for key, inner in item.items())
+            else:
+                yield name, check_metric(item, name)
+        return
+    items = metrics if isinstance(metrics, list | tuple) else [metrics]
+    for n, item in enumerate(items):
+        if is_collection(item):
+            yield from item.items()
+        else:
+            yield metric_name(check_metric(item, n)), item
+
+
 def check_metric(item: object, place: str | int) -> Any:
     """The item, if it is a metric or a function; raise ``TypeError`` otherwise."""
     if isinstance(item, type):
@@ -125,6 +135,9 @@ def check_metric(item: object, place: str | int) -> Any:
             f"metrics[{place!r}]: expected an instance, got the class {item.__name__}."
         )
         raise TypeError(f"{msg} Write {item.__name__}(...).")
+    if is_tracker(item):
+        msg = f"metrics[{place!r}]: expected a metric of one epoch, got MetricTracker."
+        raise TypeError(f"{msg} Give the metric in it: records keep every epoch.")
     if not callable(item) or is_collection(item):
         msg = f"metrics[{place!r}]: expected a metric, got {item!r}."
         raise TypeError(

@@ -122,6 +122,15 @@ def test_fitted_plot_writes_a_picture_with_a_chart_for_each_metric(fitted, tmp_p
     assert list(figure.axes[0].lines[0].get_ydata()) == train
 
 
+def test_evaluation_is_a_mapping_of_its_values(fitted):
+    one = fitted.evaluate(DATA)
+    assert dict(one) == one.records["metrics"]["valid"][0]
+    assert one["valid/loss"] == one["loss"] == one.get("loss")
+    two = fitted.evaluate({"a": DATA, "b": DATA})
+    assert "a/loss" in two
+    assert len(two) == 2 * len(one)
+
+
 def test_evaluation_by_hand(fitted):
     with torch.no_grad():
         pred = fitted.model(DATA[0])

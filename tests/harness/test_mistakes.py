@@ -29,6 +29,7 @@ from harness.checks.hints import add_hint, find_loss_hint
 
 X, Y = torch.randn(12, 4), torch.randint(3, (12,))
 CE = nn.CrossEntropyLoss()
+ACC = MulticlassAccuracy(num_classes=3)
 
 
 class Net(nn.Module):
@@ -93,6 +94,22 @@ class Tokens(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         return self.head(self.embed(x).mean(1))
+
+
+class ReturnsDict(Net):
+    def forward(self, x: Tensor) -> Any:
+        return {"a": super().forward(x)}
+
+
+class LogsMetric(Net):
+    def loss(self, pred: Tensor, target: Tensor) -> Any:
+        self.ctx.log_metric("accuracy", ACC)
+        return CE(pred, target)
+
+
+class TwoInputs(Net):
+    def forward(self, x: Tensor, y: Tensor) -> Any:
+        return super().forward(x + y)
 
 
 def frozen() -> nn.Module:
@@ -196,6 +213,10 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
     "one row and BatchNorm": (
         lambda: fit(setup(norm), dataloader_options={"batch_size": 1}),
         "BatchNorm needs more than one row in training: use a larger batch_size",
+    ),
+    "several inputs of a prediction": (
+        lambda: fit(setup(TwoInputs), data=((X, X), Y)).predict((X, X)),
+        r"Of several inputs: fit\(\(\(a, b\), y\)\), predict\(\(\(a, b\),\)\)",
     ),
     "features of a prediction": (
         lambda: fit().predict(torch.randn(3, 5)),
@@ -331,6 +352,18 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
         lambda: fit(setup(metrics=BinaryAccuracy())),
         r"For 3 outputs use MulticlassAccuracy\(num_classes=3\)",
     ),
+    "metric of a dict": (
+        lambda: fit(setup(ReturnsDict, lambda pred, _: pred["a"].mean(), metrics=ACC)),
+        r"The prediction is a dict: harness.on\(metric, pred='a'\)",
+    ),
+    "metric without a prediction": (
+        lambda: fit(setup(StepOfItsOwn, CE, metrics=ACC)),
+        r"an own step sets ctx.pred",
+    ),
+    "metric that is logged": (
+        lambda: fit(setup(LogsMetric, None)),
+        r"got the metric MulticlassAccuracy. Pass it to setup\(metrics=...\)",
+    ),
     # --- callbacks
     "class of a callback": (
         lambda: fit(callbacks=[EarlyStopping]),
@@ -436,3 +469,22 @@ def test_error_of_the_user_stays_where_no_hint_can_be_found() -> None:
         find_loss_hint(torch.zeros(2, 3), target)
     add_hint(error, find_loss_hint, torch.zeros(2, 3), target)
     assert not hasattr(error, "__notes__")
+
+
+def test_error_of_names_or_of_an_own_step_gets_no_hint_on_prediction_and_target() -> (
+    None
+):
+    def misspelt(pred: Tensor, target: Tensor) -> Any:
+        return pred.mean() * torch.no_such_name  # type: ignore[attr-defined]
+
+    class Inplace(Net):
+        def step(self) -> Tensor:
+            pred = self(self.ctx.input).exp()
+            loss = pred.mean()
+            pred.mul_(2)
+            return loss
+
+    for learner in (setup(loss=misspelt), setup(Inplace, None)):
+        with pytest.raises(Exception, match=r"no_such_name|inplace") as caught:
+            fit(learner)
+        assert not [n for n in caught.value.__notes__ if n.startswith("hint")]

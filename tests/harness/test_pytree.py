@@ -2,7 +2,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections import OrderedDict, UserDict, defaultdict, namedtuple
+from collections import (
+    Counter,
+    OrderedDict,
+    UserDict,
+    defaultdict,
+    deque,
+    namedtuple,
+)
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +38,13 @@ VALUES: dict[str, Any] = {
     "keys": {1: "a", (2, 3): "b", None: "c", "$float": "d"},
     "one dollar": {"$float": 1},
     "ordered": OrderedDict(b=1, a=2),
+    "kinds": [
+        deque([1, 2], maxlen=3),
+        {4, 5},
+        frozenset({6}),
+        Counter(a=2),
+        defaultdict(list, {1: [2]}),
+    ],
     "nested": {"a": {"b": [{"c": None}]}},
 }
 
@@ -145,7 +159,7 @@ def test_restore_of_numpy_values_gives_arrays_and_numbers() -> None:
 @pytest.mark.parametrize(
     ("value", "match"),
     [
-        ({"a": [{1, 2}]}, r"state/a/0: expected numbers, strings, tensors"),
+        ({"a": [range(2)]}, r"state/a/0: expected numbers, strings, tensors"),
         ({"f": print}, r"state/f: expected numbers, strings, tensors"),
         (torch.eye(2).to_mkldnn(), "state: expected a dense tensor of a common dtype"),
     ],
@@ -169,6 +183,7 @@ def test_flatten_of_anything_else_names_its_path(value: Any, match: str) -> None
         {"$dict": {}},
         {"$what": 1},
         {"$tuple": 3},
+        {"$kind": ["eval", None, []]},
     ],
     ids=str,
 )

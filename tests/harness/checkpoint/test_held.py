@@ -3,10 +3,12 @@ from __future__ import annotations
 import functools
 import signal
 import warnings
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -124,6 +126,46 @@ class PlainState(Line):
             self.carry = 0.1 * pred.detach().mean(0)
             self.history.append(self.gain)
         return pred
+
+
+class Replay:
+    """An object of the user's own, with what it has seen."""
+
+    def __init__(self) -> None:
+        self.seen: deque[tuple[torch.Tensor, int]] = deque(maxlen=3)
+        self.count, self.sums = 0, np.zeros(2)
+
+    def add(self, value: torch.Tensor) -> None:
+        self.seen.append((value, self.count))
+        self.count, self.sums = self.count + 1, self.sums + self.count
+
+
+class HoldsReplay(Line):
+    """Containers of all kinds, and an object that has some; one list becomes long."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.replay, self.others = Replay(), [Replay()]
+        self.kinds: Counter[int] = Counter()
+        self.latest = defaultdict(lambda: deque(maxlen=2))
+        self.later: set[int] | None = None
+        self.long: list[int] = []
+
+    def forward(self, x):
+        pred = self.fc(x)
+        if self.training:
+            self.replay.add(pred.detach().mean())
+            self.others[0].add(pred.detach().amax())
+            self.later = {*(self.later or ()), self.replay.count}
+            self.kinds[self.replay.count % 2] += 1
+            self.latest[0].append(self.replay.count)
+            self.long += [self.replay.count] * 600
+        return pred * (1 + 0.01 * sum(self.weigh()))
+
+    def weigh(self) -> list[Any]:
+        values: list[Any] = [value * count for value, count in self.replay.seen]
+        values += [self.others[0].sums.sum(), self.kinds[1], len(self.later or ())]
+        return [*values, sum(self.latest[0]), sum(self.long) / 1000]
 
 
 class Average(harness.Callback):
@@ -245,6 +287,11 @@ PROGRAMS: dict[str, tuple[Any, Any, Callable[[Any], list[Any]]]] = {
         lambda: sgd(PlainState),
         list,
         lambda f: [f.model.gain, f.model.carry, f.model.history],
+    ),
+    "objects and containers": (
+        lambda: sgd(HoldsReplay),
+        list,
+        lambda f: f.model.weigh(),
     ),
     "an average on a callback": (sgd, lambda: [Average()], nothing),
     "an average that is saved": (sgd, lambda: [SavesAverage()], nothing),

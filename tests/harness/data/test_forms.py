@@ -187,6 +187,14 @@ def test_samples_may_be_dataclasses():
     assert next(iter(loader))[2] is samples[2]
 
 
+def test_samples_may_be_any_objects():
+    samples = [object() for _ in range(7)]
+    loader = make_eval_loader(samples, {"collate_fn": list})
+    assert list(loader) == [samples]
+    texts = make_eval_loader(["a", "b"], {"collate_fn": "-".join})
+    assert list(texts) == ["a-b"]
+
+
 def test_a_run_names_the_object_that_has_the_rows():
     assert describe_data(make_eval_loader(Table(FORMS["dicts"])))["dataset"] == "Table"
     assert describe_data(make_eval_loader(FORMS["batches"]))["dataset"] == "Stream"
@@ -223,6 +231,7 @@ def fit_share(data: Any) -> None:
         ((x for x in X), TypeError, "got generator, which ends once"),
         (Table([]), ValueError, "expected at least one row"),
         ([], ValueError, "expected at least one tensor"),
+        ([DataLoader(X)], TypeError, r"data\[0\]: .*got DataLoader"),
     ],
 )
 def test_other_data_are_refused(wrong, error, match):

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 from torch import nn
-from torchmetrics import MetricCollection
+from torchmetrics import MetricCollection, MetricTracker
 from torchmetrics.classification import (
     BinaryAUROC,
     MulticlassAccuracy,
@@ -55,11 +55,21 @@ def test_name_metrics_splits_a_collection():
     }
 
 
-@pytest.mark.parametrize("form", [lambda m: [m], lambda m: {"a": m}])
-def test_name_metrics_with_a_collection_among_others_is_refused(form):
-    collection = MetricCollection([MeanSquaredError()])
-    with pytest.raises(TypeError, match="expected a metric, got MetricCollection"):
-        name_metrics(form(collection))
+def test_name_metrics_splits_a_collection_among_others():
+    collection = MetricCollection([MeanSquaredError()], prefix="of_")
+    assert set(name_metrics([collection, R2Score()])) == {
+        "of_MeanSquaredError",
+        "r2_score",
+    }
+    assert set(name_metrics({"a": collection, "b": R2Score()})) == {
+        "a_of_MeanSquaredError",
+        "b",
+    }
+
+
+def test_name_metrics_of_a_tracker_is_refused():
+    with pytest.raises(TypeError, match="metric of one epoch, got MetricTracker"):
+        name_metrics([MetricTracker(MeanSquaredError())])
 
 
 def test_name_metrics_with_one_name_twice_is_refused():
