@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler as TorchScheduler
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from harness.callbacks.monitor import Monitor
+from harness.checkpoint.search import has_state
 from harness.checks.calls import check_arguments, check_given, check_numbers
 from harness.checks.model import get_method
 from harness.checks.optimizers import noting_options
@@ -23,7 +24,7 @@ from harness.data.pace import NO_LIMIT, count_epochs
 from harness.errors import CheckpointError
 from harness.events import check_event
 from harness.metrics.loss import mean_over_ranks
-from harness.pytree import StateDict
+from harness.pytree import StateDict, find_unkept_kind
 
 STEP_EVENTS = frozenset(
     f"on_{split}_batch_{point}"
@@ -56,7 +57,8 @@ class LRScheduler(Monitor):
     monitor
         Metric for ``ReduceLROnPlateau`` and any other scheduler whose ``step`` takes a value.
         At an event of a training batch it gets the loss of the batch, over all ranks. The
-        mode is found as in ``Monitor``.
+        mode is found as in ``Monitor``. A ``step(epoch)``, or of another count by its name,
+        gets the number of epochs, at an event of a batch of optimizer steps.
     **options
         Arguments of the scheduler. ``"auto"`` stands for the number of times that the
         scheduler steps in the whole fit, as for ``total_steps`` or ``T_max``.
@@ -136,7 +138,7 @@ class LRScheduler(Monitor):
         options = self._fill_options(self.ctx)
         if self._is_plateau and options.get("mode", "auto") == "auto":
             options = options | {"mode": self.mode}
-        opt = getattr(opt, "optimizer", opt)
+        opt = self._opt = getattr(opt, "optimizer", opt)
         stand_in = self._make_stand_in(opt, options)
         with noting_options(self._build, options):
             self.scheduler = self._build(opt, **options)
@@ -250,8 +252,11 @@ class LRScheduler(Monitor):
         if is_of_one and self.ctx.opt_name != self.opt_name:
             return
         step: Callable[..., object] = self.scheduler.step
-        if not _wants_value(step):
+        wanted = _list_wanted(step)
+        if not wanted:
             step()
+        elif any(word in wanted[0] for word in COUNTS):
+            step(self.ctx.step if "_batch_" in self.call_on else self.ctx.epoch)
         elif self.call_on.startswith("on_train_batch"):
             assert self.ctx.accelerator is not None
             step(mean_over_ranks(self.ctx.loss[self.opt_name], self.ctx.accelerator))
@@ -275,7 +280,7 @@ class LRScheduler(Monitor):
             self._step()
 
     def _log_rate(self) -> None:
-        groups = self.scheduler.optimizer.param_groups
+        groups = self._opt.param_groups
         rates = {str(n): float(group["lr"]) for n, group in enumerate(groups)}
         rate = rates["0"] if len(rates) == 1 else rates
         self.ctx.log("lr", "train", {self.opt_name: rate}, index=self.ctx.index)
@@ -283,13 +288,13 @@ class LRScheduler(Monitor):
     def state_dict(self) -> StateDict:
         """Return the scheduler's state and class, and the rates that it started from."""
         return {
-            "scheduler": self.scheduler.state_dict(),
+            "scheduler": _get_state(self.scheduler),
             "class": type(self.scheduler).__name__,
             "initial_rates": self._get_initial_rates(),
         }
 
     def _get_initial_rates(self) -> list[float]:
-        groups = self.scheduler.optimizer.param_groups
+        groups = self._opt.param_groups
         return [float(group.get("initial_lr", group["lr"])) for group in groups]
 
     def load_state_dict(self, state: StateDict) -> None:
@@ -304,7 +309,10 @@ class LRScheduler(Monitor):
         if state.get("class", kind) != kind:
             msg = f"LRScheduler: expected the state of {kind}, got that of {state['class']}."
             raise CheckpointError(f"{msg} Resume with the scheduler that was saved.")
-        self.scheduler.load_state_dict(state["scheduler"])
+        if has_state(self.scheduler):
+            self.scheduler.load_state_dict(state["scheduler"])
+        else:
+            vars(self.scheduler).update(state["scheduler"])
         then, now = state.get("initial_rates"), self._get_initial_rates()
         rates = getattr(self.scheduler, "base_lrs", [])
         if then is not None and then != now and len(then) == len(now) == len(rates):
@@ -313,6 +321,9 @@ class LRScheduler(Monitor):
                 for rate, old, new in zip(rates, then, now, strict=True)
             ]
 
+
+COUNTS = ("epoch", "step", "iter", "update")
+"""Words in the name of an argument that is a count, not a measured value."""
 
 MAX_TRIED = 20
 """Steps of a schedule that are tried before the fit, at most; they take a millisecond."""
@@ -351,11 +362,21 @@ def _list_leaves(value: object) -> Iterator[object]:
         yield value
 
 
-def _wants_value(step: Callable[..., object]) -> bool:
-    """Whether a scheduler's ``step`` has an argument without a default."""
-    return any(
-        parameter.default is parameter.empty
+def _list_wanted(step: Callable[..., object]) -> list[str]:
+    """Arguments without a default of a scheduler's ``step``."""
+    return [
+        parameter.name
+        for parameter in inspect.signature(step).parameters.values()
+        if parameter.default is parameter.empty
         and parameter.kind
         in {parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD}
-        for parameter in inspect.signature(step).parameters.values()
-    )
+    ]
+
+
+def _get_state(scheduler: object) -> StateDict:
+    """State of a scheduler; of one without ``state_dict`` its numbers, texts and lists."""
+    if has_state(scheduler):
+        state: StateDict = scheduler.state_dict()  # type: ignore[attr-defined]
+        return state
+    fields = vars(scheduler).items()
+    return {name: value for name, value in fields if find_unkept_kind(value) is None}

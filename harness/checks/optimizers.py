@@ -122,6 +122,9 @@ def explaining_optimizer(model: nn.Module) -> Iterator[None]:
         raise ValueError(f"{msg} {lazy}. {advice}") from error
 
 
+_SCHEDULERS = "Schedulers are callbacks: callbacks=[LRScheduler(StepLR, ...)]."
+
+
 def check_optimizers(
     optimizers: object, place: str = "set_optimizers()"
 ) -> dict[str, Any]:
@@ -136,7 +139,8 @@ def check_optimizers(
     if isinstance(optimizers, list | tuple | set):
         kind = type(optimizers).__name__
         msg = f"{place}: expected a dict of named optimizers, got a {kind}."
-        raise TypeError(f'{msg} Return {{"gen": ..., "disc": ...}}, or one optimizer.')
+        advice = 'Return {"gen": ..., "disc": ...}, or one optimizer.'
+        raise TypeError(f"{msg} {advice} {_SCHEDULERS}")
     if not isinstance(optimizers, Mapping):
         optimizers = {"opt": optimizers}
     for name, opt in optimizers.items():
@@ -144,8 +148,11 @@ def check_optimizers(
             msg = f"{place}: expected names of optimizers, got {name!r}."
             raise TypeError(f'{msg} Return for example {{"gen": ..., "disc": ...}}.')
         if not isinstance(opt, Optimizer) and not hasattr(opt, "param_groups"):
-            msg = f"{place}: expected a torch optimizer at {name!r}, got {opt!r}."
-            raise TypeError(f"{msg} Return for example torch.optim.AdamW(params).")
+            msg = f"{place}: expected a torch optimizer at {name!r}, got {opt!r:.100}."
+            advice = "Return for example torch.optim.AdamW(params)."
+            if "scheduler" in f"{name} {type(opt).__module__}":
+                advice = _SCHEDULERS
+            raise TypeError(f"{msg} {advice}")
     if not optimizers:
         msg = f"{place}: expected at least one optimizer, got none."
         raise TypeError(f"{msg} Return one, or a dict of named ones.")

@@ -155,6 +155,9 @@ def norm() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
 
 
+OPT = torch.optim.SGD
+
+
 def scheduler(*given: Any) -> LRScheduler:
     return LRScheduler(torch.optim.lr_scheduler.StepLR, *given)
 
@@ -329,6 +332,16 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
     "learning rate that is no number": (
         lambda: fit(setup().set_opt_hparams(lr=float("nan"))),
         "expected a number for SGD, got nan",
+    ),
+    "schedulers beside optimizers": (
+        lambda: fit(setup(optimizer=lambda model: ([OPT(model.parameters())], []))),
+        r"Schedulers are callbacks: callbacks=\[LRScheduler",
+    ),
+    "scheduler as an optimizer": (
+        lambda: fit(
+            setup(optimizer=lambda p: {"optimizer": OPT(p), "lr_scheduler": 1})
+        ),
+        r"Schedulers are callbacks: callbacks=\[LRScheduler",
     ),
     "no epochs": (lambda: fit(epochs=0), "expected at least 1 epoch, got 0"),
     "schedule without its option": (

@@ -301,6 +301,43 @@ def test_warm_up_resumes_exactly(tmp_path):
     check_exact(case, tmp_path, [("on_train_batch_end", k) for k in (5, 9)])
 
 
+class OwnSchedule:
+    """A scheduler of no library: it names its optimizer otherwise and has no state_dict."""
+
+    def __init__(self, opt, factor=0.5):
+        self.opt, self.factor, self.calls = opt, factor, 0
+
+    def step(self):
+        self.calls += 1
+        for group in self.opt.param_groups:
+            group["lr"] *= self.factor ** (self.calls % 2)
+
+
+class OfCount:
+    """A scheduler that is told a count, as those of timm."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    def step(self, num_updates):
+        self.optimizer.param_groups[0]["lr"] = 1 / num_updates
+
+
+def test_scheduler_of_no_library_steps_and_resumes_exactly(tmp_path):
+    at_steps = {"call_on": "on_train_batch_after_step"}
+    case = Case(
+        learner=adam, callbacks=lambda _: [LRScheduler(OwnSchedule, **at_steps)]
+    )
+    check_exact(case, tmp_path, [("on_train_batch_end", k) for k in (3, 8)])
+
+
+def test_scheduler_whose_step_takes_a_count_gets_steps_or_epochs():
+    seen, _ = rates(LRScheduler(OfCount), epochs=3)
+    assert seen == [1e-3, 1e-3, 1, 1, 1 / 2, 1 / 2]
+    seen, _ = rates(LRScheduler(OfCount, call_on="on_train_batch_after_step"), epochs=2)
+    assert seen == [1e-3, 1, 1 / 2, 1 / 3]
+
+
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
