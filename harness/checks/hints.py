@@ -191,6 +191,7 @@ def find_device_hint(error: BaseException) -> str:
         return f"The batch and the weights are on the device: {own}, others tensor.to(input)."
     return ""
 
+
 def add_hint(error: BaseException, find: Callable[..., str], *given: object) -> None:
     """Add the hint that a function finds to an error, as its last note, unless it has one.
 
