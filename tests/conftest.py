@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -49,6 +50,12 @@ def pytest_runtest_setup() -> None:
 def root() -> Path:
     """The folder of the project."""
     return ROOT
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide the GPUs from all tests but those of ``-m gpu``: what is compared is the CPU's."""
+    if not re.search(r"(?<!not )\bgpu\b", config.getoption("markexpr")):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

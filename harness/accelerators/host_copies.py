@@ -8,7 +8,7 @@ event.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Protocol
 
@@ -36,6 +36,10 @@ class CopyStream(Protocol):
         -------
         Function that waits until the copies are made, in any thread.
         """
+        ...
+
+    def synchronize(self) -> None:
+        """Wait until all copies are made; raises what torch does if the device has failed."""
         ...
 
 
@@ -69,6 +73,10 @@ class CudaCopyStream:
         # The next step changes the tensors that are being copied.
         torch.cuda.current_stream(self._device).wait_event(event)
         return event.synchronize
+
+    def synchronize(self) -> None:
+        """Wait until all copies are made; raises what torch does if the device has failed."""
+        self._stream.synchronize()
 
 
 class HostCopies:
@@ -157,9 +165,9 @@ def _make_empty(shape: torch.Size, dtype: torch.dtype, *, is_cuda: bool) -> Tens
     return torch.empty(shape, dtype=dtype)
 
 
-def _keep_if_failed(copies: object, devices: Iterable[torch.device]) -> None:
-    for device in devices:
-        keep_if_failed(copies, device)
+def _keep_if_failed(copies: object, streams: Mapping[torch.device, CopyStream]) -> None:
+    for stream in streams.values():
+        keep_if_failed(copies, stream.synchronize)
 
 
 def _wait_for(waits: list[Callable[[], object]]) -> None:

@@ -20,10 +20,10 @@ from harness.data.batch import Batch, move
 from harness.pytree import iter_tensors
 
 
-def keep_if_failed(value: object, device: torch.device) -> None:
-    """Keep a value until the process ends if its CUDA device has failed; waits for the device."""
+def keep_if_failed(value: object, wait: Callable[[], object]) -> None:
+    """Keep a value until the process ends if waiting for its CUDA device raises."""
     try:
-        torch.cuda.current_stream(device).synchronize()
+        wait()
     except RuntimeError:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
 
@@ -47,7 +47,7 @@ class PinnedMover:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._held: deque[tuple[torch.cuda.Event, Batch]] = deque()
-        weakref.finalize(self, keep_if_failed, self._held, device)
+        weakref.finalize(self, keep_if_failed, self._held, partial(_wait_for, device))
 
     def __call__(self, batch: Batch) -> Batch:
         """The batch on the device.
@@ -65,3 +65,7 @@ class PinnedMover:
             while len(self._held) > 1 and self._held[0][0].query():  # type: ignore[no-untyped-call]
                 self._held.popleft()
         return moved
+
+
+def _wait_for(device: torch.device) -> None:
+    torch.cuda.current_stream(device).synchronize()

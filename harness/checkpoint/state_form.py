@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from harness.accelerators.base import HOW_TO_STEP
 from harness.checkpoint.format import Phase
 from harness.checkpoint.matching import name_callbacks
 from harness.checkpoint.state import get_generators
@@ -251,11 +252,11 @@ def _sample_entry(opt: Optimizer, group: StateDict, dim: int) -> StateDict | Non
     if not type(opt).__module__.startswith("torch.optim"):
         return None
     known = inspect.signature(type(opt).__init__).parameters
-    options = {name: group[name] for name in known if name in group}
-    options.pop("params", None)
+    kept = known.keys() - HOW_TO_STEP - {"params"}  # some work on a GPU alone
+    options = {name: group[name] for name in kept if name in group}
     tiny = torch.zeros((_TINY,) * dim, requires_grad=True)
     tiny.grad = torch.zeros_like(tiny)
-    with suppress(RuntimeError, NotImplementedError):  # such as an option for GPUs
+    with suppress(RuntimeError, NotImplementedError):
         fresh = type(opt)([tiny], **options)
         with suppress(TypeError):  # one whose step needs a closure
             fresh.step()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -48,6 +48,7 @@ from harness.accelerators.deepspeed.library import (
     forget_model,
     get_tracked_random,
     import_deepspeed,
+    keep_autocast,
     keep_functions,
     known_fields,
     set_tracked_random,
@@ -260,6 +261,20 @@ class DeepSpeedAccelerator:
         that were seeded alike: dropout and augmentation differ. Rank 0's are unchanged.
         """
         self.finish()
+        try:
+            return self._prepare(model, optimizers, loaders, opt_hparams)
+        except BaseException:
+            with suppress(Exception):
+                self.finish(failed=True)
+            raise
+
+    def _prepare(
+        self,
+        model: nn.Module,
+        optimizers: Mapping[str, Any] | None,
+        loaders: Sequence[Any],
+        opt_hparams: Mapping[str, object] | None,
+    ) -> tuple[nn.Module, dict[str, Any], list[Any]]:
         self._set_working(True)
         self._model = model
         opts = None if optimizers is None else dict(optimizers)
@@ -289,6 +304,7 @@ class DeepSpeedAccelerator:
             variables = set_environment(LOCAL_RANK=str(index))
             self._cleanup.enter_context(variables)
             self._cleanup.enter_context(keep_functions())
+            self._cleanup.enter_context(keep_autocast())
             self._cleanup.callback(forget_model, model)
             self._engines = create_engines(
                 model, opts, self._filled, self.device, self._count_step

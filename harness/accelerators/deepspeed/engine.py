@@ -115,16 +115,24 @@ class NamedEngine:
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a loss that is already divided by the window."""
         self.begin_forward()
-        # engine.forward registers this on its outputs.
-        handle = loss.register_hook(  # type: ignore[no-untyped-call]
-            lambda _: self.engine._backward_prologue()
-        )
+        handle = loss.register_hook(self._begin_backward)  # type: ignore[no-untyped-call]
         try:
             self.engine.backward(loss, scale_wrt_gas=False)
         finally:
             handle.remove()
         self._is_fresh = False
         self.done += 1
+
+    def _begin_backward(self, grad: Tensor) -> Tensor | None:
+        """Do what ``engine.forward`` would have registered; return another gradient of the loss.
+
+        DeepSpeed 0.19.8 at ZeRO 0 divides gradients of float16 weights by the scale of the
+        losses, and multiplies no loss by it.
+        """
+        self.engine._backward_prologue()
+        if self.stage or not self.engine.fp16_enabled():
+            return None
+        return torch.full_like(grad, self.engine.optimizer.loss_scale_config.cur_scale)
 
     # -------------------------------------------------------------------- step
 

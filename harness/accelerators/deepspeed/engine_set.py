@@ -18,6 +18,7 @@ from harness.accelerators.deepspeed.library import (
     correct_half_autocast,
     ignore_warnings,
     import_deepspeed,
+    letting_float64_in,
     silence_deepspeed_warnings,
     unchanged_optimizers,
 )
@@ -171,7 +172,12 @@ def create_engines(
     # DeepSpeed changes the model in each call, so all groups are copied before the first.
     made = {}
     for name in owned:
-        with ignore_warnings(), unchanged_optimizers(), naming_recipe(config):
+        with (
+            ignore_warnings(),
+            unchanged_optimizers(),
+            letting_float64_in(),
+            naming_recipe(config),
+        ):
             made[name], *_ = deepspeed.initialize(
                 args=Namespace(device_rank=device.index or 0),
                 model=model,
@@ -203,8 +209,9 @@ def naming_recipe(config: Mapping[str, object]) -> Iterator[None]:
     """
     try:
         yield
-    except (AssertionError, AttributeError, TypeError, ValueError) as error:
-        called = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        called = {frame.name for frame in frames}
         if "_scheduler_from_config" in called:
             section = "scheduler"
         elif called & {"_configure_basic_optimizer", "_do_sanity_check"}:
@@ -215,6 +222,10 @@ def naming_recipe(config: Mapping[str, object]) -> Iterator[None]:
             raise
         place = f"accelerator(config): expected an {section} that DeepSpeed builds"
         msg = f"{place.replace('an s', 'a s')}, got {config[section]!r}: {error}."
+        if any("op_builder" in frame.filename for frame in frames):
+            advice = "Its kernel could not be compiled, see 'harness doctor'."
+            other = "Use 'torch_adam': true in its params, or an optimizer of torch in setup."
+            raise ValueError(f"{msg} {advice} {other}") from error
         raise ValueError(f"{msg} Correct its type or params.") from error
 
 

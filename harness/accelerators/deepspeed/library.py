@@ -18,6 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from harness.accelerators.devices import choose_device
 from harness.accelerators.distributed.environment import set_environment
+from harness.pytree import map_tensors
 
 # ----------------------------------------------------------------- the door
 
@@ -107,11 +108,53 @@ def forget_model(model: torch.nn.Module) -> None:
     inspect.getclosurevars(cached).nonlocals["func"].cache_clear()
 
 
+@contextmanager
+def keep_autocast() -> Iterator[None]:
+    """Begin without autocast, and restore what there was before.
+
+    DeepSpeed 0.19.8 notes for the whole process that an engine has autocast, so that every
+    later one at ZeRO 1 to 3 has it too.
+    """
+    import_deepspeed()
+    from deepspeed.runtime import torch_autocast  # noqa: PLC0415  see door
+
+    names = ("TORCH_AUTOCAST_INITIALIZED", "TORCH_AUTOCAST_DTYPE")
+    before = {name: getattr(torch_autocast, name) for name in names}
+    torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
+    torch_autocast.TORCH_AUTOCAST_DTYPE = None
+    try:
+        yield
+    finally:
+        vars(torch_autocast).update(before)
+
+
 def silence_deepspeed_warnings() -> None:
     """Keep DeepSpeed 0.19.8's use of torch 2.13's old names from warning on every step."""
     warnings.filterwarnings(
         "ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning
     )
+
+
+@contextmanager
+def letting_float64_in() -> Iterator[None]:
+    """Let ZeRO 3 take models in float64 wherever it runs.
+
+    DeepSpeed 0.19.8 refuses them where the processor computes in float16, as GPUs do. Elsewhere
+    ``_set_dtype`` gives another dtype by the order of its conditions, and nothing uses it.
+    """
+    from deepspeed.runtime.zero import partition_parameters as zero  # noqa: PLC0415  see door
+
+    maker = zero.InsertPostInitMethodToModuleSubClasses
+    before = maker._set_dtype
+
+    def set_dtype(self: Any, config: object, dtype: torch.dtype | None) -> None:
+        before(self, config, torch.float32 if dtype == torch.float64 else dtype)
+
+    maker._set_dtype = set_dtype
+    try:
+        yield
+    finally:
+        maker._set_dtype = before
 
 
 @contextmanager
@@ -157,12 +200,23 @@ def _initializers() -> dict[Any, Callable[[Any], None]]:
     from deepspeed.runtime.zero import stage3, stage_1_and_2  # noqa: PLC0415
 
     def forget_state(wrapper: Any) -> None:
-        # What Adagrad made for the 16-bit weights; it steps their float32 masters now.
         wrapper.optimizer.state.clear()
+
+    def pass_state_on(wrapper: Any) -> None:
+        # What Adagrad made for the 16-bit weights; it steps their float32 masters now.
+        state = wrapper.optimizer.state
+        made = dict(state)
+        state.clear()
+        for halves, masters in zip(
+            wrapper.fp16_groups, wrapper.fp32_groups, strict=True
+        ):
+            for half, master in zip(halves, masters, strict=True):
+                if half in made:
+                    state[master] = map_tensors(made[half], torch.Tensor.float)
 
     return {
         fused_optimizer.FP16_Optimizer: forget_state,
-        unfused_optimizer.FP16_UnfusedOptimizer: forget_state,
+        unfused_optimizer.FP16_UnfusedOptimizer: pass_state_on,
         **{
             wrapper: _keep_optimizer(wrapper.initialize_optimizer_states)
             for wrapper in (

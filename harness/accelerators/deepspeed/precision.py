@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from harness.accelerators.precision import (
     DTYPES,
     HALVES,
+    as_float32,
     check_precision,
     hook_autocast,
 )
@@ -99,18 +100,28 @@ def hook_precision(
     if engine is not None:
         dtype = next(iter(engine.module.parameters())).dtype
         if dtype in HALVES:
-            hooks.append(hook_inputs(model, dtype))
+            hooks += hook_ends(model, dtype)
             hooks += hook_batch_norms(model)
     return hooks
 
 
-def hook_inputs(model: nn.Module, dtype: torch.dtype) -> RemovableHandle:
-    """Convert floating inputs of the model's forward to a dtype; returns the hook."""
+def hook_ends(model: nn.Module, dtype: torch.dtype) -> list[RemovableHandle]:
+    """Convert floating inputs of the model's forward to a dtype, and outputs to float32.
+
+    Losses and metrics then have full precision, as under autocast: on a GPU ``MSELoss`` takes
+    no 16-bit prediction beside a target in float32. Returns the hooks.
+    """
 
     def cast(module: nn.Module, args: object, kwargs: object) -> Any:
         return as_dtype(args, dtype), as_dtype(kwargs, dtype)
 
-    return model.register_forward_pre_hook(cast, with_kwargs=True)
+    def uncast(module: nn.Module, args: object, output: object) -> object:
+        return map_tensors(output, as_float32)
+
+    return [
+        model.register_forward_pre_hook(cast, with_kwargs=True),
+        model.register_forward_hook(uncast),
+    ]
 
 
 class _FullBatchNorm(TorchFunctionMode):

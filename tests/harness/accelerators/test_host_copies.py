@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -29,6 +31,10 @@ class Tape:
     def end(self) -> Callable[[], object]:
         self._calls.append(f"{self._name} end")
         return lambda: self._calls.append(f"{self._name} waited")
+
+    def synchronize(self) -> None:
+        if "failed" in self._calls:
+            raise RuntimeError("device-side assert")
 
 
 def test_copies_of_a_device_are_queued_in_one_go_and_waited_for_later() -> None:
@@ -83,3 +89,16 @@ def test_allocated_memory_is_used_by_the_first_copy() -> None:
     [kept] = copies._copies.values()
     found, _ = copies.copy({"a": torch.ones(3)})
     assert found["a"] is kept
+
+
+@pytest.mark.parametrize("has_failed", [False, True])
+def test_copies_of_a_device_that_failed_are_never_freed(has_failed: bool) -> None:
+    calls: list[str] = []
+    copies = HostCopies(lambda device: Tape(device, calls))
+    with FakeTensorMode():
+        live = {"a": torch.empty(3, device="cuda:0")}
+    found, _ = copies.copy(live)
+    host = weakref.ref(found["a"])
+    calls += ["failed"] if has_failed else []
+    del copies, found
+    assert (host() is not None) == has_failed

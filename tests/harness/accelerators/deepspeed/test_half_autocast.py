@@ -1,10 +1,11 @@
-"""float16 autocast under DeepSpeed: clipping and overflows see unscaled gradients."""
+"""float16 under DeepSpeed: clipping, overflows and steps see unscaled gradients."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,18 @@ from torch import Tensor, nn
 
 from harness.accelerators.deepspeed.accelerator import DeepSpeedAccelerator
 from harness.accelerators.deepspeed.config import ConfigFacts
-from tests.harness.accelerators.cases import Net, regression, seeded, windows
+from harness.accelerators.deepspeed.library import import_deepspeed
+from tests.harness.accelerators.cases import (
+    TRAINING,
+    Lab,
+    Net,
+    check_equal,
+    plain,
+    regression,
+    seeded,
+    train_window,
+    windows,
+)
 
 STAGES = [0, 1, 2, 3]
 MAX_NORM = 0.5
@@ -101,3 +113,73 @@ def test_overflow_is_no_step_and_lowers_the_scale(
     assert accelerator.steps["opt"] == 1
     found = accelerator.full_state_dict(model)
     assert all(bool(value.isfinite().all()) for value in found.values())
+
+
+# ---------------------------------------------------------------- weights in float16
+
+
+@pytest.fixture
+def make_weights_in_half(
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Callable[[int, int], HalfOnCpu]]:
+    """Makes accelerators by a ZeRO stage and the power of two of the first scale."""
+    found = import_deepspeed().accelerator.get_accelerator()
+    dtypes = [torch.float16, *found.supported_dtypes()]
+    monkeypatch.setattr(found, "is_fp16_supported", lambda: True, raising=False)
+    monkeypatch.setattr(found, "supported_dtypes", lambda: dtypes)
+    with ExitStack() as stack:
+
+        def make(stage: int, power: int) -> HalfOnCpu:
+            half = {"enabled": True, "initial_scale_power": power, "hysteresis": 1}
+            config = {"zero_optimization": {"stage": stage}, "fp16": half}
+            found = HalfOnCpu(config, device="cpu", accumulate=2)
+            stack.callback(found.finish)
+            return found
+
+        yield make
+
+
+def sgd(model: Any) -> dict[str, torch.optim.Optimizer]:
+    """Steps that follow the size of the gradient."""
+    return {"opt": torch.optim.SGD(model.parameters(), lr=0.05)}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_losses_of_weights_in_half_are_scaled_as_gradients_are_divided(
+    stage: int, make_weights_in_half: Callable[[int, int], HalfOnCpu]
+) -> None:
+    accelerator, data = make_weights_in_half(stage, 8), windows(1, [1, 2, 2])
+    model = seeded(Net)
+    model, opts, _ = accelerator.prepare(model, sgd(model))
+    for window in data:
+        train_window(Lab(0, Path()), accelerator, model, opts, regression, window)
+    assert accelerator.overflows == {"opt": 0}
+    wanted = plain(Net, sgd, regression, data, each_micro=False)
+    check_equal(accelerator.full_state_dict(model), wanted, rtol=2e-2, atol=2e-3)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_overflow_of_weights_in_half_is_skipped_counted_and_ends(
+    stage: int,
+    make_half: Callable[[int], HalfOnCpu],
+    make_weights_in_half: Callable[[int, int], HalfOnCpu],
+) -> None:
+    # DeepSpeed would keep the autocast of an earlier one, and its scale.
+    earlier, model = make_half(stage), seeded(Net)
+    earlier.prepare(model, sgd(model))
+    earlier.finish()
+    accelerator, model = make_weights_in_half(stage, 24), seeded(Net)
+    accelerator.prepare(model, sgd(model))
+    for _ in range(30):
+        with accelerator.optimizing():
+            accelerator.backward(regression(model, "opt", batches(1)[0]))
+        if accelerator.step():
+            break
+    assert accelerator.overflows["opt"] > 0
+    assert accelerator.steps["opt"] == 1
+
+
+def test_float64_is_taken_at_zero_3_where_the_processor_computes_in_half(
+    make_weights_in_half: object, tmp_path: Path
+) -> None:
+    TRAINING["float64_equals_plain_torch"](Lab(stage=3, folder=tmp_path))
