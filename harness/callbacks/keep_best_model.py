@@ -6,6 +6,7 @@ import copy
 
 from torch import Tensor
 
+from harness.accelerators.base import Accelerator
 from harness.callbacks.monitor import Mode, Monitor
 from harness.checkpoint.state import (
     copy_loss_state,
@@ -13,9 +14,14 @@ from harness.checkpoint.state import (
     restore_loss_state,
     set_extra_states,
 )
-from harness.pytree import StateDict
-from harness.reshard.consolidated import shape_buffers
-from harness.reshard.convert import convert_weights
+from harness.pytree import StateDict, map_tensors
+from harness.reshard.convert import convert_model_part
+from harness.reshard.model_part import (
+    MODEL_PART,
+    check_model_part,
+    match_buffers,
+    take_model_part,
+)
 
 
 class KeepBestModel(Monitor):
@@ -28,6 +34,11 @@ class KeepBestModel(Monitor):
     ----------
     monitor, mode, min_delta
         Metric that decides which epoch is best; see ``Monitor``.
+
+    Notes
+    -----
+    The best weights are kept in the memory of the host. On several ranks, each keeps the part
+    that it would save in a checkpoint: at ZeRO 3 its share of each weight.
 
     References
     ----------
@@ -43,7 +54,7 @@ class KeepBestModel(Monitor):
         min_delta: float = 0.0,
     ) -> None:
         super().__init__(monitor, mode, min_delta)
-        self.weights: dict[str, Tensor] = {}
+        self.model_part: StateDict = {}
         self.extra: StateDict = {}
         self.loss: StateDict = {}
         self.best_epoch: int | None = None
@@ -52,33 +63,28 @@ class KeepBestModel(Monitor):
     def on_fit_begin(self) -> None:
         """Reset what an earlier fit left."""
         self.reset()
-        self.weights, self.extra, self.loss, self.best_epoch = {}, {}, {}, None
-        self.best_step = None
+        self.model_part, self.extra, self.loss = {}, {}, {}
+        self.best_epoch = self.best_step = None
+
+    @property
+    def _accelerator(self) -> Accelerator:
+        assert self.ctx.accelerator is not None
+        return self.ctx.accelerator
 
     def react(self) -> None:
         """Copy the weights if the value is the best so far."""
         if self.is_measured() and self.update_best():
             self.best_epoch, self.best_step = self.ctx.epoch, self.ctx.step
-            assert self.ctx.accelerator is not None
-            state = self.ctx.accelerator.full_state_dict(self.ctx.model)
-            self.weights = {
-                name: value.clone()
-                for name, value in state.items()
-                if isinstance(value, Tensor)
-            }
+            part = take_model_part(self._accelerator.state_dict())
+            self.model_part = map_tensors(part, _copy_to_host)
             self.extra = copy.deepcopy(get_extra_states(self.ctx.model))
             self.loss = copy_loss_state(self.ctx)
 
     def on_fit_end(self) -> None:
         """Restore the best weights, and the loss as it was with them."""
-        accelerator = self.ctx.accelerator
-        assert accelerator is not None
-        weights = accelerator.broadcast(self.weights)
-        if weights:
-            shape_buffers(self.ctx.model, weights)
-            state = accelerator.state_dict()
-            best = convert_weights(weights, self.ctx.model, state, accelerator.rank)
-            accelerator.load_state_dict(best, ["model"])
+        if self.model_part:
+            best = match_buffers(self.model_part, self.ctx.model)
+            self._accelerator.load_state_dict(best, ["model"])
             set_extra_states(self.ctx.model, self.extra)
             if self.loss:
                 restore_loss_state(self.ctx, self.loss)
@@ -86,16 +92,28 @@ class KeepBestModel(Monitor):
             self.ctx.buffers["best_step"] = self.best_step
 
     def state_dict(self) -> StateDict:
-        """Return the best value, its epoch and weights."""
-        best = {"weights": self.weights, "extra": self.extra, "loss": self.loss}
+        """Return the best value, its epoch, and this rank's part of its weights."""
+        best = {MODEL_PART: self.model_part, "extra": self.extra, "loss": self.loss}
         place = {"best_epoch": self.best_epoch, "best_step": self.best_step}
         return super().state_dict() | best | place
 
     def load_state_dict(self, state: StateDict) -> None:
-        """Restore the best value, its epoch and weights."""
+        """Restore the best value, its epoch, and this rank's part of its weights."""
         super().load_state_dict(state)
         # Older checkpoints have only the weights.
         self.best_epoch, self.extra = state.get("best_epoch"), state.get("extra", {})
         self.best_step = state.get("best_step")
         self.loss = state.get("loss", {})
-        self.weights = state["weights"]
+        self.model_part = state.get(MODEL_PART, {})
+        model, live = self.ctx.model, self._accelerator.state_dict()
+        if "weights" in state:  # of an earlier version: all of them, on rank 0
+            if weights := self._accelerator.broadcast(state["weights"]):
+                self.model_part = convert_model_part(
+                    [{"model": weights}], model, live, self._accelerator.rank
+                )
+        elif self.model_part:
+            check_model_part(self.model_part, take_model_part(live), model)
+
+
+def _copy_to_host(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)

@@ -17,7 +17,12 @@ from harness.context import Context
 from harness.errors import CheckpointError
 from harness.metrics.state import drop_samples
 from harness.pytree import StateDict
-from harness.reshard.convert import convert_state, is_convertible
+from harness.reshard.convert import (
+    convert_model_part,
+    convert_state,
+    is_convertible,
+)
+from harness.reshard.model_part import MODEL_PART
 from harness.rng import derive_rng_state
 
 WEIGHTS_ONLY_ADVICE = (
@@ -159,7 +164,7 @@ def reshard_state(
     ctx
         Context of the fit.
     wanted
-        ``model``, ``optimizers`` or both, to restore from the accelerator's state.
+        What is restored; of it ``model``, ``optimizers`` and ``callbacks`` are converted.
     keeps_batches
         Whether each rank continues with the batches that it would have had.
 
@@ -189,6 +194,7 @@ def reshard_state(
         ),
         "callbacks": {
             **first["callbacks"],
+            **(_convert_callbacks(parts, live, ctx) if "callbacks" in wanted else {}),
             "Metrics": _list_by_split(metrics, _get_metrics(first)),
         },
         "random": own["random"] if has_saved else derive_rng_state(own["random"], rank),
@@ -197,6 +203,19 @@ def reshard_state(
         "journal": own["journal"] if has_saved else -1,
         "indices": own.get("indices") if has_saved else None,
     }
+
+
+def _convert_callbacks(parts: SavedParts, live: StateDict, ctx: Context) -> StateDict:
+    """States of the callbacks that keep a part of the model, converted to this rank."""
+    assert ctx.accelerator is not None
+    found = {}
+    for name, own in parts.states[0]["callbacks"].items():
+        if own.get(MODEL_PART):
+            saved = parts.open_model_parts(name)
+            rank, index = ctx.accelerator.rank, parts.index
+            part = convert_model_part(saved, ctx.model, live, rank, index)
+            found[name] = {**own, MODEL_PART: part}
+    return found
 
 
 def _get_metrics(state: StateDict) -> StateDict:

@@ -56,12 +56,16 @@ def check_shapes(
 def copy_tensors(
     live: Mapping[str, Tensor], saved: Mapping[str, Tensor], *advice: str
 ) -> None:
-    """Copy saved tensors into live ones, after ``check_shapes``."""
+    """Copy saved tensors into live ones, after ``check_shapes``.
+
+    A saved tensor without memory says which shape is to come; nothing is copied of it.
+    """
     then, now = ({name: t.shape for name, t in of.items()} for of in (saved, live))
     check_shapes(then, now, *advice)
     with torch.no_grad():
         for name, value in live.items():
-            copy_into(value, saved[name])
+            if not saved[name].is_meta:
+                copy_into(value, saved[name])
 
 
 def copy_into(live: Tensor, saved: Tensor) -> None:

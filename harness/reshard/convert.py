@@ -23,6 +23,7 @@ from harness.reshard.consolidated import (
 )
 from harness.reshard.index import PartIndex
 from harness.reshard.layout import BY_MATRIX, ELEMENTWISE
+from harness.reshard.model_part import take_model_part
 
 _STATE_KEYS = (
     {"model", "optimizers", "layouts", "steps", "done"},
@@ -121,29 +122,34 @@ def convert_state(
     return found | builder.build_for_device(parts)
 
 
-def convert_weights(
-    weights: Mapping[str, Tensor], model: nn.Module, live: StateDict, rank: int
+def convert_model_part(
+    states: Sequence[StateDict],
+    model: nn.Module,
+    live: StateDict,
+    rank: int,
+    index: PartIndex | None = None,
 ) -> StateDict:
-    """Replace the weights in the state of one rank of the live accelerator.
+    """Convert what ``take_model_part`` took on each rank of a fit to one rank of another one.
 
     Parameters
     ----------
-    weights
-        Whole weights and buffers by name. Missing buffers keep their values.
-    model, live, rank
+    states
+        What each rank took; also ``{"model": ...}`` alone, with whole weights and buffers.
+        The buffers stay as they are, also if the live ones have other shapes.
+    model, live, rank, index
         As in ``convert_state``.
 
     Raises
     ------
     CheckpointError
-        If they are from another model.
+        If the weights are from another model.
     """
-    buffers = {n: weights.get(n, buffer) for n, buffer in model.named_buffers()}
-    params = {
-        name: weights[name] for name in parameter_shapes(model) if name in weights
-    }
-    return convert_state(
-        [{"model": {**params, **buffers}}], model, live, rank, ["model"]
+    part = take_model_part(live)
+    return (
+        part
+        | _StateBuilder(
+            ConsolidatedState(states, index), part, model, rank
+        ).build_model_part()
     )
 
 
@@ -191,6 +197,27 @@ class _StateBuilder:
                     raise CheckpointError(f"{msg}, {got}. Take another checkpoint.")
 
     # ------------------------------------------------------------------- states
+
+    def build_model_part(self) -> StateDict:
+        """Weights and buffers, as ``take_model_part`` takes them."""
+        whole, buffers = self._saved.weights, self._saved.buffers
+        check_shapes(
+            {n: own.shape for n, own in whole.items() if n in self._shapes},
+            self._shapes,
+        )
+        names = [*buffers, *(name for name in whole if name not in self._shapes)]
+        found = {name: self._tensor(name) for name in names}
+        if "model" in self._live:
+            params = {name: whole[name].assemble() for name in self._shapes}
+            return {"model": params | found}
+        part = {side: dict(self._live[side]) for side in ("shared", "own")}
+        for kinds in part.values():
+            if "weights" in kinds:
+                kinds["weights"] = self._weights(kinds["weights"])
+            if "optimizers" in kinds:
+                kinds["optimizers"] |= self._masters(kinds["optimizers"])
+        part["own"]["buffers"] = found
+        return part
 
     def build_for_device(self, parts: Sequence[str]) -> StateDict:
         """Tensors and optimizers for one device."""

@@ -64,6 +64,8 @@ from harness.accelerators.deepspeed.state import (
     check_closed_window,
     check_origin,
     fetch_persistent,
+    list_restored,
+    refresh_masters,
     restore_state,
 )
 from harness.accelerators.deepspeed.validation import (
@@ -89,8 +91,8 @@ from harness.accelerators.precision import make_autocast
 from harness.accelerators.single import named_tensors
 from harness.checks.values import check_count
 from harness.data.batch import Batch
-from harness.pytree import Options, StateDict
-from harness.reshard.consolidated import parameter_shapes
+from harness.pytree import Options, StateDict, map_tensors
+from harness.reshard.consolidated import parameter_shapes, weights_dtype
 from harness.reshard.skeleton import move_real_tensors
 from harness.rng import part_rng_state
 
@@ -595,9 +597,10 @@ class DeepSpeedAccelerator:
         }
 
     def _describe_dtypes(self) -> dict[str, dict[str, str]]:
-        """Dtypes of the user's model, unless all are float32."""
+        """Dtypes of the user's model, unless all are float32, also those that are trained."""
         dtypes = {name: str(dtype) for name, dtype in self._dtypes.items()}
-        return {"dtypes": dtypes} if {*dtypes.values()} - {"torch.float32"} else {}
+        found = {*dtypes.values(), weights_dtype(self._prepared_model())}
+        return {"dtypes": dtypes} if found - {"torch.float32"} else {}
 
     def load_state_dict(
         self,
@@ -606,7 +609,7 @@ class DeepSpeedAccelerator:
     ) -> None:
         """Restore what ``state_dict`` returned, all of it or one of the two parts.
 
-        Every rank must call it.
+        Every rank must call it. What ``take_model_part`` took is enough for ``model``.
 
         Raises
         ------
@@ -617,14 +620,16 @@ class DeepSpeedAccelerator:
         stage, engines = zero_stage(self._filled), self._engines.deepspeed_engines
         here = {"world_size": self.world_size, "stage": stage}
         self._ranks.check_on_every_rank(lambda: check_origin(state, here))
-        # Each tensor moves by itself: all of them would not fit on a device beside the live.
-        on_cpu = detach_to(state["shared"], torch.device("cpu"))
-        shared = self._ranks.broadcast_objects(on_cpu)
-        complete = {**state, "shared": shared}
+        # The other ranks get what rank 0 has into their own memory, tensor by tensor.
+        forms = self._ranks.broadcast_objects(map_tensors(state["shared"], _as_form))
+        complete = state if self.is_main else {**state, "shared": forms}
         model = self._prepared_model()
         self._ranks.check_on_every_rank(
             lambda: restore_state(model, engines, stage, complete, parts)
         )
+        self._ranks.send_tensors(list_restored(model, engines, forms, parts))
+        if "model" in parts and "layouts" not in state:
+            refresh_masters(engines.values())
         if "optimizers" in parts:
             if "tracked_random" in state:
                 set_tracked_random(state["tracked_random"])
@@ -686,3 +691,8 @@ class DeepSpeedAccelerator:
         return gather_plain_parameters(
             self._model, read, self._dtypes, self._attributes, keep=keep
         )
+
+
+def _as_form(tensor: Tensor) -> Tensor:
+    """A tensor without memory, of the same shape and dtype."""
+    return tensor.detach().to("meta")

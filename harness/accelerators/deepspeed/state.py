@@ -114,7 +114,10 @@ def restore_state(
     state: StateDict,
     parts: Sequence[str],
 ) -> None:
-    """Restore what ``capture_state`` returned, with the ``shared`` tensors of rank 0.
+    """Restore what ``capture_state`` returned.
+
+    On other ranks than 0, ``shared`` has tensors without memory. They take the place of those
+    of rank 0, which are sent afterwards; see ``list_restored``.
 
     Raises
     ------
@@ -135,7 +138,7 @@ def restore_state(
         copy_tensors(live[kind], found[kind], _SAME_CODE)
     # Master weights, which optimizers step instead of the weights, belong to the model.
     for is_master, part in ((True, "model"), (False, "optimizers")):
-        if part in parts:
+        if part in parts and "optimizers" in found:  # see take_model_part
             now, then = (
                 {n: value for n, value in of.items() if is_master == is_master_name(n)}
                 for of in (live["optimizers"], found["optimizers"])
@@ -145,6 +148,34 @@ def restore_state(
         for name, engine in engines.items():
             _restore_facts(engine, state["facts"][name])
             restore_open_gradients(engine, stage, state["grads"][name])
+
+
+def list_restored(
+    model: nn.Module,
+    engines: Mapping[str, object],
+    shared: Mapping[str, Mapping[str, Tensor]],
+    parts: Sequence[str],
+) -> dict[str, Tensor]:
+    """The live tensors whose values ``restore_state`` took from ``shared``."""
+    live = collect_tensors(model, engines)
+    return {
+        f"{kind}/{name}": live[kind][name]
+        for kind, own in shared.items()
+        for name in own
+        if ("model" if kind == "weights" or is_master_name(name) else "optimizers")
+        in parts
+    }
+
+
+def refresh_masters(engines: Iterable[Any]) -> None:
+    """Copy float32 weights into the master weights, where the model alone was restored.
+
+    At ZeRO 0 the weights are stepped themselves.
+    """
+    for engine in engines:
+        refresh = getattr(engine.optimizer, "refresh_fp32_params", None)
+        if refresh is not None:
+            refresh()
 
 
 # ---------------------------------------------------------------------- tensors
@@ -223,7 +254,10 @@ def _create_entries(
         for key, value in entries.items():
             is_counter = value.dim() == 0 and not is_moved
             device = torch.device("cpu") if is_counter else master.device
-            entries[key] = value.to(device, copy=True)
+            if value.is_meta:
+                entries[key] = torch.empty_like(value, device=device)
+            else:
+                entries[key] = value.to(device, copy=True)
         state.pop(master, None)
         if entries or numbers:
             state[master] = {**entries, **numbers}

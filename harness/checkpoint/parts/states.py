@@ -11,6 +11,7 @@ from harness.checkpoint.format import INDEX, Manifest, read_index, read_rank
 from harness.errors import CheckpointError
 from harness.pytree import StateDict
 from harness.reshard.index import PartIndex, make_index, summarize_part
+from harness.reshard.model_part import MODEL_PART
 
 RANK_STATE_KEYS = (
     "accelerator",
@@ -86,10 +87,20 @@ class SavedParts:
         return check_keys(read_rank(self._path, rank, is_mapped=True))
 
     def _read_accelerator(self, rank: int) -> StateDict:
+        return self._read(rank, "accelerator")
+
+    def _read(self, rank: int, key: str) -> StateDict:
         if rank in self.states.known:
-            found: StateDict = self.states[rank]["accelerator"]
+            found: StateDict = self.states[rank][key]
             return found
-        return dict(read_rank(self._path, rank, is_mapped=True, key="accelerator"))
+        return dict(read_rank(self._path, rank, is_mapped=True, key=key))
+
+    def open_model_parts(self, callback: str) -> LazyStates:
+        """The parts of the model that a callback kept on each rank."""
+        return LazyStates(
+            len(self.states),
+            lambda rank: self._read(rank, "callbacks")[callback][MODEL_PART],
+        )
 
     @cached_property
     def written_index(self) -> PartIndex | None:

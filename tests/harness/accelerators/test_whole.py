@@ -12,12 +12,13 @@ from harness import setup
 from harness.callbacks import AutoResume, ModelCheckpoint
 from harness.checkpoint.format import list_checkpoints
 from harness.checkpoint.whole.export import find_weights
+from tests.harness.accelerators.best import CASES
 from tests.harness.accelerators.cases import Lab
 from tests.harness.accelerators.launches import Launches
-from tests.harness.accelerators.whole import CASES, fitted, learner, same_weights
+from tests.harness.accelerators.whole import fitted, learner, same_weights
 from tests.harness.fakes import At
 
-MODULE = "tests.harness.accelerators.whole"
+MODULE = "tests.harness.accelerators.best"
 
 STAGES = [0, 1, 3]
 

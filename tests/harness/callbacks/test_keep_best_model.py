@@ -8,6 +8,8 @@ from torch import nn
 
 import harness
 from harness.callbacks import KeepBestModel, ModelCheckpoint, ResumeFromCheckpoint
+from harness.errors import CheckpointError
+from tests.harness.exact import rewritten
 from tests.harness.fakes import At, Line, line_learner, slope
 
 NAN = float("nan")
@@ -192,3 +194,40 @@ def test_best_epoch_is_kept_by_save_and_load(tmp_path):
     assert f"weights of epoch {fitted.best_epoch}" in str(loaded)
     line_learner().fit(slope(4), 1, **OFF).save(tmp_path / "last")
     assert harness.load(tmp_path / "last", module=Line).best_epoch is None
+
+
+def older_form(own):
+    """What an earlier version kept: whole weights."""
+    own["weights"] = own.pop("model_part")["model"]
+
+
+def other_weights(own):
+    own["model_part"]["model"] = {"w": torch.zeros(3)}
+
+
+@pytest.mark.parametrize("change", [older_form, other_weights])
+def test_best_weights_of_an_earlier_version_are_restored_and_other_ones_refused(
+    change, tmp_path
+):
+    after = []
+    values = {1: 1.0, 2: 3.0, 3: 2.0}
+
+    def log(ctx):
+        number = {"watched": values[ctx.epoch]}
+        ctx.log("metrics", "valid", number, index=ctx.epoch)
+        after.append(ctx.model.w.item())
+
+    def fit(*callbacks, epochs=3):
+        keep = KeepBestModel("valid/watched", "min")
+        given = [keep, At("on_train_end", log), *callbacks]
+        return line_learner().fit(slope(4), epochs, callbacks=given, **OFF)
+
+    fit(ModelCheckpoint(tmp_path), epochs=2)
+    rewritten(tmp_path, lambda state: change(state["callbacks"]["KeepBestModel"]))
+    if change is other_weights:
+        with pytest.raises(CheckpointError, match="expected the tensor 'b' of shape"):
+            fit(ResumeFromCheckpoint(tmp_path))
+        return
+    resumed = fit(ResumeFromCheckpoint(tmp_path))
+    assert resumed.best_epoch == 1
+    assert resumed.model.w.item() == after[0]
