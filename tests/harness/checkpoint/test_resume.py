@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import random
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -46,7 +47,7 @@ def check_exact(case: Case, tmp_path: Path, stops: list[tuple[str, int]]) -> Non
     for event, after in stops:
         folder = tmp_path / f"{event}-{after}"
         broken = fit(case, folder, (event, after))
-        assert broken["signum"] == 15
+        assert broken["signum"] == signal.SIGINT
         resumed = fit(case, folder)
         assert resumed["signum"] is None
         assert differences(resumed, unbroken) == [], f"stopped at {event} {after}"
