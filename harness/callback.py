@@ -174,6 +174,8 @@ class Listeners:
     ----------
     guard
         Entered around the listeners of an event; None for nothing.
+    silent : frozenset of str
+        Events that nobody listens to.
     """
 
     def __init__(self, callbacks: Iterable[Callback] = ()) -> None:
@@ -189,6 +191,9 @@ class Listeners:
             )
             for event in (*EVENTS, *own)
         }
+        self.silent = frozenset(
+            event for event, methods in self._by_event.items() if not methods
+        )
 
     def list_silent(self, events: Iterable[str]) -> list[str]:
         """List the methods that listen to these events and were never called."""
@@ -225,8 +230,11 @@ class Listeners:
         if event in WITH_GRADIENTS or not torch.is_grad_enabled():
             self._call_each(listeners, event)
             return
-        with torch.no_grad():
+        torch.set_grad_enabled(False)  # no_grad() takes twice the time
+        try:
             self._call_each(listeners, event)
+        finally:
+            torch.set_grad_enabled(True)
 
     def _call_each(self, listeners: Iterable[Callable[[], object]], event: str) -> None:
         raised: Signal | None = None

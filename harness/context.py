@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -19,7 +19,7 @@ from harness.checks.context import check_iter, refuse_field
 from harness.checks.model import check_model_names
 from harness.checks.optimizers import check_optimizers
 from harness.checks.values import check_epochs
-from harness.data.batch import BatchFields, copy_numbers
+from harness.data.batch import Batch, BatchFields, keep_numbers
 from harness.data.loaders import Loader
 from harness.data.pace import NO_LIMIT, Pace, count_steps
 from harness.pytree import Options, StateDict
@@ -145,6 +145,18 @@ class Context(BatchFields):
         except AttributeError as error:
             refuse_field(type(self), name, error)
 
+    def begin_batch(
+        self, iter: int, loaded: object, read: Callable[[Any], Batch]
+    ) -> None:
+        """Begin a batch; `read` makes it of what the loader yields."""
+        put = object.__setattr__  # in each step: the names are right
+        put(self, "_iter", iter)
+        put(self, "_batch", read(loaded))
+        put(self, "_rows", None)
+        put(self, "pred", None)
+        put(self, "loss", {})
+        put(self, "batch_values", [])
+
     def __deepcopy__(self, memo: object) -> Context:
         return self  # a copy of a bound model shares the context
 
@@ -219,7 +231,7 @@ class Context(BatchFields):
 
         It is a number, a tensor with one element, or a dict of those by optimizer name.
         """
-        numbers = copy_numbers(value, f"ctx.log_metric({name!r})")
+        numbers = keep_numbers(value, f"ctx.log_metric({name!r})")
         if self.batch_values is not None:
             self.batch_values.append((name, numbers))
 
@@ -274,7 +286,8 @@ class Context(BatchFields):
         A signal (``EarlyStop``, ``SkipEpoch``) leaves after the last callback, any other
         exception at once, except at ``on_exception``. An unknown event is a ``ValueError``.
         """
-        self.listeners.call(name)
+        if name not in self.listeners.silent:
+            self.listeners.call(name)
 
     def add_note(self, exc: BaseException, where: str) -> None:
         """Add to an exception where it was raised: callback or metric, epoch, iter."""
@@ -309,7 +322,7 @@ class Context(BatchFields):
     @property
     def model(self) -> nn.Module:
         """The model. Setting it binds the context to it, as ``model.ctx``; None unbinds it."""
-        return cast("nn.Module", self._model)  # None if the context was given none
+        return self._model  # type: ignore[return-value]  # None if none was given
 
     @model.setter
     def model(self, new: nn.Module | None) -> None:

@@ -145,6 +145,11 @@ class StepContext(Context):
             raise ValueError(f"{msg}{guess} Choose from {list(names)}.")
         return _Section(self, name)
 
+    def switch_to(self, name: str) -> None:
+        """Make a named optimizer the current one."""
+        if self._opt_name != name or self._opt is not self._optimizers[name]:
+            self.opt_name, self.opt = name, self._optimizers[name]
+
     def optimize(self, loss: object) -> None:
         """Train the current optimizer on a loss; in validation, only record the loss.
 
@@ -186,7 +191,8 @@ class StepContext(Context):
             raise ValueError(f"{msg}, got none. Choose name from {names}.")
         name = self.opt_name
         self._take_loss(loss, name)
-        self._is_optimized = True
+        if not self._is_optimized:
+            self._is_optimized = True
         if not self.training:
             self.call_callbacks("on_valid_batch_after_loss")
             return
@@ -230,12 +236,13 @@ class StepContext(Context):
         if evaluate is not None:
             later = _LaterSignals(self.listeners)
             step_opt = partial(self._step_by_closure, evaluate, later, step_opt)
-        if section is not None:
-            section.leave()
-        try:
+        if section is None or not section.holds:
             accelerator.step(name, step_opt)
-        finally:
-            if section is not None:
+        else:
+            section.leave()
+            try:
+                accelerator.step(name, step_opt)
+            finally:
                 section.enter()
         if later is not None and later.raised is not None:
             raise later.raised
@@ -287,7 +294,7 @@ class StepContext(Context):
 
     def _sum_parts(self, loss: object) -> Tensor:
         """The loss as a scalar; the parts of a dict are logged."""
-        if not isinstance(loss, Mapping):
+        if isinstance(loss, Tensor) or not isinstance(loss, Mapping):
             return as_scalar(loss, "loss")
         parts = {
             str(name): torch.as_tensor(part)
@@ -314,7 +321,7 @@ class _LaterSignals(Listeners):
     """Listeners whose signals wait until an optimizer has finished its step."""
 
     def __init__(self, listeners: Listeners) -> None:
-        self.listeners = listeners
+        self.listeners, self.silent = listeners, listeners.silent
         self.raised: Signal | None = None
 
     def call(self, event: str) -> None:
@@ -371,14 +378,21 @@ class _Section:
         if self._outer is not None:
             self._outer.enter()
 
+    @property
+    def holds(self) -> bool:
+        """Whether the accelerator holds anything for it, such as frozen parameters."""
+        return self._inside is not None
+
     def enter(self) -> None:
         """Make the optimizer the current one, again after a step or an inner block."""
         ctx, name = self._ctx, self._name
-        ctx.opt_name, ctx.opt = name, ctx.optimizers[name]
+        ctx.switch_to(name)
         self._inside = None
         if ctx.accelerator is not None:
-            self._inside = ctx.accelerator.optimizing(name)
-            self._inside.__enter__()
+            inside = ctx.accelerator.optimizing(name)
+            if type(inside) is not nullcontext:
+                inside.__enter__()
+                self._inside = inside
 
     def leave(self) -> None:
         """Leave what the accelerator holds, for a step or an inner block."""

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._C._autograd import _profiler_enabled
 from torch.utils.hooks import RemovableHandle
 
 from harness.accelerators.base import (
@@ -182,6 +183,18 @@ def _hook_step(
         return _StepHook(opt, function)
     handle: RemovableHandle = opt.register_step_post_hook(function)
     return handle
+
+
+def clear_gradients(opt: torch.optim.Optimizer) -> None:
+    """As ``opt.zero_grad()``, which takes six times as long to mark it for a profiler."""
+    own = getattr(type(opt), "zero_grad", None)
+    is_torchs = own is torch.optim.Optimizer.zero_grad and "zero_grad" not in vars(opt)
+    if not is_torchs or _profiler_enabled():
+        opt.zero_grad()
+        return
+    for group in opt.param_groups:
+        for param in group["params"]:
+            param.grad = None
 
 
 _KnownLayout = tuple[Tensor, list[list[int]], list[list[int]]]
@@ -365,7 +378,7 @@ class SingleDevice:
         """Add the gradients of ``loss / window``; `loss` is a scalar with a graph."""
         if self.window > 1:
             loss = loss / self.window
-        name = self._only(name)
+        name = name or self._only(name)
         if self._dtype is None:
             loss.backward()  # type: ignore[no-untyped-call]
         else:
@@ -382,13 +395,13 @@ class SingleDevice:
 
     def is_boundary(self, name: str | None = None) -> bool:
         """True when the window has as many backwards as it should."""
-        return self._done[self._only(name)] >= self.window
+        return self._done[name or self._only(name)] >= self.window
 
     def step(
         self, name: str | None = None, step_opt: StepOpt = default_step_opt
     ) -> bool:
         """Step at a boundary and clear the gradients; True if weights changed."""
-        name = self._only(name)
+        name = name or self._only(name)
         if self._done[name] < self.window:
             return False
         opt, scaler = self._optimizers[name], self._scalers.get(name)
@@ -400,7 +413,7 @@ class SingleDevice:
             step_opt(opt)
         else:
             self.overflows[name] += not scaler.step(opt, step_opt)
-        opt.zero_grad()
+        clear_gradients(opt)
         self._done[name] = 0
         is_stepped = self.steps[name] > before
         if is_stepped:

@@ -134,8 +134,8 @@ class Interrupt(Callback):
             return self._num_ranks > 1 and passed_s < REPEAT_S
         return not self._is_over or passed_s < LAUNCHER_S
 
-    def _stop_if_signalled(self) -> None:
-        """Raise at the same batch on every rank."""
+    def on_train_batch_end(self) -> None:
+        """End the fit here after a signal, at the same batch on every rank."""
         signum = self._agreement.check()
         if signum is None:
             return
@@ -144,6 +144,8 @@ class Interrupt(Callback):
             self._received.add(signum)
         if self._can_stop():
             raise Interrupted(signum)
+
+    on_valid_batch_end = on_train_batch_end
 
     def _can_stop(self) -> bool:
         """False while validation has other weights, for example averaged ones.
@@ -164,14 +166,6 @@ class Interrupt(Callback):
                 EndOfProcess.ask(signum)
             elif self._outer.signum is None or signum != signal.SIGINT:
                 self._outer._on_signal(signum, None)
-
-    def on_train_batch_end(self) -> None:
-        """End the fit here after a signal."""
-        self._stop_if_signalled()
-
-    def on_valid_batch_end(self) -> None:
-        """End the fit here after a signal."""
-        self._stop_if_signalled()
 
     def on_fit_end(self) -> None:
         """Restore the earlier signal handlers, unless a launcher may still repeat the signal."""

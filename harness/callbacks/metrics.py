@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from harness.callback import Callback
 from harness.metrics.figures import as_points, draw, is_curve
-from harness.metrics.loss import has_nan
 from harness.metrics.sets import MetricSet
 from harness.metrics.split import SplitMetrics, count_batch_values
 from harness.pytree import StateDict
@@ -76,16 +75,14 @@ class Metrics(Callback):
         assert ctx.accelerator is not None
         # A rank without samples left gets a stand-in batch, which must not count.
         rows = 0 if ctx.accelerator.counted == 0 else ctx.rows
-        self._get(split).update(ctx.pred, ctx.target, ctx.loss, rows)
-        if rows and split not in self._has_warned:
-            self._look_for_nan(split)
-
-    def _look_for_nan(self, split: str) -> None:
-        """Warn of the first NaN loss: at once on the CPU, within 128 batches on a device."""
-        is_nan = has_nan(self.ctx.loss)
+        metrics = self._get(split)
+        is_nan = metrics.update(ctx.pred, ctx.target, ctx.loss, rows)
+        if is_nan is False or not rows or split in self._has_warned:
+            return
+        # Warn of the first one: at once on the CPU, within 128 batches on a device.
         if is_nan:
             self._warn_of_nan(split, 0)
-        elif is_nan is None and (self.ctx.iter or 0) % LOOK_BATCHES == 0:
+        elif (ctx.iter or 0) % LOOK_BATCHES == 0:
             self._look_at_waiting(split)
 
     def _look_at_waiting(self, split: str) -> None:
@@ -104,9 +101,9 @@ class Metrics(Callback):
         warnings.warn(f"{msg} {advice}", stacklevel=2)
 
     def _log(self, split: str) -> None:
-        if split not in self._has_warned and has_nan(self.ctx.loss) is None:
-            self._look_at_waiting(split)
         metrics = self._get(split)
+        if split not in self._has_warned and metrics.loss.is_on_device:
+            self._look_at_waiting(split)
         for name, value in metrics.compute().items():
             self.ctx.log_metric(name, value)
         for name, (metric, value) in metrics.plotted.items():

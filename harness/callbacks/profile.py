@@ -33,10 +33,6 @@ class Profile(Callback):
     def _start(self) -> None:
         self._began, self._batches, self._rows = perf_counter(), 0, 0
 
-    def _count(self) -> None:
-        self._batches += 1
-        self._rows += self.ctx.rows
-
     def _log(self, split: str) -> None:
         took_s = perf_counter() - self._began
         rate = self._rows / took_s if took_s > 0 else 0.0
@@ -90,7 +86,8 @@ class Profile(Callback):
 
     def on_train_batch_end(self) -> None:
         """Count the batch."""
-        self._count()
+        self._batches += 1
+        self._rows += self.ctx.rows
 
     def on_train_end(self) -> None:
         """Log the times."""
@@ -100,9 +97,7 @@ class Profile(Callback):
         """Start the clock."""
         self._start()
 
-    def on_valid_batch_end(self) -> None:
-        """Count the batch."""
-        self._count()
+    on_valid_batch_end = on_train_batch_end
 
     def on_valid_end(self) -> None:
         """Log the times."""

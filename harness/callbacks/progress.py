@@ -127,7 +127,8 @@ class Progress(MetricsListener):
         if is_due:
             bar.draw(0, (), now, self._columns)
 
-    def _advance(self) -> None:
+    def on_train_batch_end(self) -> None:
+        """Redraw the bar if it is time."""
         bar, done = self._bar, self.ctx.iter
         if bar is None or done is None:
             return
@@ -137,6 +138,8 @@ class Progress(MetricsListener):
         if now - bar.drawn_at >= REDRAW_S:
             left_s = self._estimate_left_s(done, bar.get_rate(done, now))
             bar.draw(done, self._list_values(now), now, self._columns, left_s)
+
+    on_valid_batch_end = on_predict_batch_end = on_train_batch_end
 
     def _estimate_left_s(self, done: int, rate: float) -> float | None:
         """Estimate the time left of a fit, while it trains and has more than an epoch."""
@@ -193,10 +196,6 @@ class Progress(MetricsListener):
         """Draw the bar."""
         self._start(f"{self._place} train")
 
-    def on_train_batch_end(self) -> None:
-        """Redraw the bar if it is time."""
-        self._advance()
-
     def on_train_end(self) -> None:
         """Erase the bar."""
         self._stop()
@@ -211,10 +210,6 @@ class Progress(MetricsListener):
             self._open_output()
         self._start(f"evaluate {self.ctx.split}")
 
-    def on_valid_batch_end(self) -> None:
-        """Redraw the bar if it is time."""
-        self._advance()
-
     def on_valid_end(self) -> None:
         """Erase the bar; write the metrics if this is an evaluation."""
         self._stop()
@@ -227,10 +222,6 @@ class Progress(MetricsListener):
         self._call_began = self.clock()
         self._open_output()
         self._start("predict")
-
-    def on_predict_batch_end(self) -> None:
-        """Redraw the bar if it is time."""
-        self._advance()
 
     def on_predict_end(self) -> None:
         """Erase the bar; write how long it took."""

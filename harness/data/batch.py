@@ -22,6 +22,9 @@ Batch = Any
 
 def _is_tuple(batch: object) -> bool:
     """Whether a batch is a tuple or list of its parts; a ``PackedSequence`` is an input."""
+    kind = type(batch)
+    if kind is list or kind is tuple:
+        return True
     return isinstance(batch, tuple | list) and not isinstance(batch, PackedSequence)
 
 
@@ -81,7 +84,7 @@ def num_rows(input: object, target: object = None, pred: object = None) -> int |
     batch, so it is used only if nothing else tells.
     """
     if type(target) is Tensor and target.dim():
-        return len(target)
+        return target.size(0)
     found = [pair for value in (target, input, pred) for pair in _find_rows(value)]
     return min(found, key=itemgetter(0))[1] if found else None
 
@@ -161,13 +164,20 @@ def move(batch: Batch, device: torch.device) -> Batch:
     An object with a method ``to`` is moved by ``to(device)``; other objects are kept as
     they are.
     """
+    kind = type(batch)
+    if kind is list or kind is tuple:
+        for item in batch:
+            if type(item) is not Tensor or item.device != device:
+                break
+        else:  # the common batch, there already
+            return [*batch] if kind is list else batch
     if isinstance(batch, Tensor):
         if batch.device == device:
             return batch
         # Only CUDA keeps the source until it is copied, and waits before it is used. The CPU
         # may read its copy too early, and on MPS the batch may be freed first.
         return batch.to(device, non_blocking=device.type == "cuda")
-    if type(batch) not in _WITHOUT_TO and _has_own_move(batch):
+    if kind not in _WITHOUT_TO and _has_own_move(batch):
         return batch.to(device)
     items = items_of(batch)
     if items is None:
@@ -200,7 +210,8 @@ def copy_by_value(value: object) -> Any:
     """
     if isinstance(value, Tensor):
         # detach() costs a third of the copy of a small tensor.
-        return (value.detach() if value.requires_grad else value).clone()
+        has_graph = value.requires_grad and torch.is_grad_enabled()
+        return (value.detach() if has_graph else value).clone()
     if isinstance(value, np.ndarray):
         return value.copy()
     items = items_of(value)
@@ -258,8 +269,12 @@ def as_scalar(loss: object, place: str) -> Tensor:
     return loss.reshape(())
 
 
-def as_number(value: object, place: str) -> Any:
-    """A number or a tensor with one element, as a number or a 0-d tensor.
+def keep_number(value: object, place: str) -> float | Tensor:
+    """A number or a tensor with one element, to be kept for later.
+
+    Returns
+    -------
+    A float, of the same value; a detached copy of what is on a device, which is not read.
 
     Raises
     ------
@@ -267,24 +282,21 @@ def as_number(value: object, place: str) -> Any:
         If it is something else.
     """
     if isinstance(value, int | float | np.number | np.bool_):
-        return value
-    if callable(getattr(value, "compute", None)):  # a torchmetrics object
+        return float(value)
+    if not isinstance(value, Tensor) and callable(getattr(value, "compute", None)):
         msg = f"{place}: expected a number, got the metric {type(value).__name__}."
         raise TypeError(f"{msg} Pass it to setup(metrics=...), or log its compute().")
-    return as_scalar(value, place)
+    number = as_scalar(value, place)
+    return float(number.item()) if number.is_cpu else copy_by_value(number)
 
 
-def copy_numbers(value: object, place: str) -> dict[str, Any]:
-    """Copies of a number, or of a dict of numbers by optimizer name, without their graph.
+def keep_numbers(value: object, place: str) -> dict[str, float | Tensor]:
+    """As ``keep_number`` of a number, or of each in a dict of them by optimizer name.
 
-    A single number gets the name ``""``. Raises as ``as_number`` does.
+    A single number gets the name ``""``.
     """
     items = value if isinstance(value, Mapping) else {"": value}
-    numbers = {key: as_number(item, place) for key, item in items.items()}
-    return {
-        key: item.detach().clone() if isinstance(item, Tensor) else item
-        for key, item in numbers.items()
-    }
+    return {name: keep_number(item, place) for name, item in items.items()}
 
 
 def join(outputs: Sequence[Any]) -> Any:
@@ -344,7 +356,10 @@ class BatchFields:
         """Rows that the batch counts for in averages; set it to count tokens, for example."""
         if self._rows is not None:
             return self._rows
-        rows = num_rows(self.input, self.target, self.pred)
+        target = self.target
+        if type(target) is Tensor and target.dim():  # as num_rows, without a call
+            return target.size(0)
+        rows = num_rows(self.input, target, self.pred)
         if rows is None and not self._has_warned_of_rows:
             self._has_warned_of_rows = True
             warn_unknown_rows(self._batch)

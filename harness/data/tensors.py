@@ -79,34 +79,51 @@ def _index_batches(
     loader: DataLoader[Any], tensors: Sequence[Tensor], rows: Tensor | None
 ) -> Iterator[Any]:
     """Batches in the order of the sampler; copies, because a model may change its input."""
-    size, count = loader.batch_size or 1, len(loader)
-    make, build = choose_allocation(loader), get_form(loader.dataset)
+    size, count, build = loader.batch_size or 1, len(loader), get_form(loader.dataset)
+    sources = [(tensor, choose_allocation(loader, tensor)) for tensor in tensors]
     # A sampler may be of other data, such as range(100).
     most = len(loader.sampler) if type(loader.sampler) is SequentialSampler else None
     if rows is None and most is not None and most <= len(tensors[0]):
         for start in range(0, count * size, size):
             part = slice(start, min(start + size, most))
-            yield build([take_rows(tensor, part, make) for tensor in tensors])
+            yield build([take_rows(tensor, part, make) for tensor, make in sources])
         return
     order = torch.tensor(list(loader.sampler), dtype=torch.int64)
     if rows is not None:
         order = rows[order]
-    for chosen in torch.split(order, size)[:count]:
-        yield build([take_rows(tensor, chosen, make) for tensor in tensors])
+    for chosen in torch.split(count_from_start(order, tensors[0]), size)[:count]:
+        yield build([take_rows(tensor, chosen, make) for tensor, make in sources])
 
 
 Allocate = Callable[..., Tensor]
 """Makes the tensor of a batch: ``allocate(shape, dtype=...)``."""
 
 
-def choose_allocation(loader: DataLoader[Any]) -> Allocate | None:
-    """Return what makes the batches of a loader; None: torch as it likes.
+PIN_BYTES = 1 << 18
+"""Bytes of a batch from which pinned memory pays.
+
+CUDA copies less than 64 KB at once; to allocate pinned memory takes longer than to stage some
+more.
+"""
+
+
+def choose_allocation(loader: DataLoader[Any], tensor: Tensor) -> Allocate | None:
+    """Return what makes the batches of a tensor for a loader; None: torch as it likes.
 
     Pinned memory is copied to a CUDA device beside the steps. torch gives a block of it out
     again only when the copy from it is done.
     """
-    is_pinned = loader.pin_memory and torch.cuda.is_available()
-    return partial(torch.empty, pin_memory=True) if is_pinned else None
+    if not loader.pin_memory or not torch.cuda.is_available():
+        return None
+    num_bytes = tensor[:1].numel() * tensor.element_size() * (loader.batch_size or 1)
+    return partial(torch.empty, pin_memory=True) if num_bytes >= PIN_BYTES else None
+
+
+def count_from_start(rows: Tensor, tensor: Tensor) -> Tensor:
+    """Indices of rows without negative ones, which count from the end."""
+    if not len(rows) or int(rows.min()) >= 0:
+        return rows
+    return torch.where(rows < 0, rows + len(tensor), rows)
 
 
 def take_rows(
@@ -114,17 +131,20 @@ def take_rows(
 ) -> Tensor:
     """Copy rows of a tensor, contiguous as torch collates them.
 
-    `allocate` makes the copy, if the tensor is a plain one on the CPU.
+    `rows` count from the start. `allocate` makes the copy, if the tensor is a plain one on the
+    CPU.
     """
-    is_plain = tensor.device.type == "cpu" and tensor.layout == torch.strided
-    if allocate is None or not is_plain or tensor.requires_grad or tensor.is_conj():
-        if isinstance(rows, slice):
-            return tensor[rows].clone(memory_format=torch.contiguous_format)
-        return tensor[rows].contiguous()
+    is_plain = tensor.is_cpu and tensor.layout == torch.strided
+    is_plain = is_plain and not (tensor.requires_grad or tensor.is_conj())
     if isinstance(rows, slice):
         found = tensor[rows]
+        if allocate is None or not is_plain:
+            return found.clone(memory_format=torch.contiguous_format)
         return allocate(found.shape, dtype=tensor.dtype).copy_(found)
-    rows = torch.where(rows < 0, rows + len(tensor), rows)  # as indexing reads them
+    if not is_plain:
+        return tensor[rows].contiguous()
+    if allocate is None:
+        return torch.index_select(tensor, 0, rows)  # in half the time of indexing
     made = allocate((len(rows), *tensor.shape[1:]), dtype=tensor.dtype)
     return torch.index_select(tensor, 0, rows, out=made)
 

@@ -12,6 +12,7 @@ from torch.utils.data import IterableDataset
 from harness.data.batch import Batch, copy_by_value
 from harness.data.loaders import num_batches, reads_rows_by_torch
 from harness.data.pace import LimitedLoader
+from harness.data.plain_reading import PlainBatches
 from harness.data.workers import iter_batches
 from harness.pytree import StateDict, find_unkept_kind
 from harness.rng import (
@@ -280,21 +281,25 @@ class _DrawnApart:
                 left_at[name] = self._num_fetched
             if left_at.get(name) == self._num_fetched:
                 inside[name] = derive_stream(name, state)
-        set_cpu_rng_state(inside)
+        if left_at:
+            set_cpu_rng_state(inside)
         try:
             return next(self._batches)
         finally:
             self._inside = get_cpu_rng_state()
             self._num_fetched += 1
-            shared = {n: s for n, s in self._inside.items() if n not in left_at}
-            set_cpu_rng_state(outside | shared)
+            if left_at:
+                shared = {n: s for n, s in self._inside.items() if n not in left_at}
+                set_cpu_rng_state(outside | shared)
 
 
 def skip_batches(batches: Any, count: int) -> None:
     """Skip batches; only their indices are drawn if the order depends on nothing else."""
     # torch 2.13: the iterator of a loader without workers; there is no public way.
     is_plain = type(batches).__name__ == "_SingleProcessDataLoaderIter"
-    if is_plain and not isinstance(batches._dataset, IterableDataset):
+    if isinstance(batches, PlainBatches):
+        batches = batches.indices
+    elif is_plain and not isinstance(batches._dataset, IterableDataset):
         batches = batches._sampler_iter
     for _ in islice(batches, count):
         pass

@@ -14,15 +14,17 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
+from harness.data.plain_reading import iter_rows
 from harness.data.processes import Process, end_with
-from harness.data.tensors import iter_tensors
+from harness.data.tensors import TensorLoader, iter_tensors
 from harness.signals import GROUP_SIGNALS
 
 
 def iter_batches(loader: Any) -> Iterator[Any]:
     """Return an iterator of a loader whose workers leave signals to the main process.
 
-    A loader of tensors reads each batch by one indexing, in the same order.
+    A loader of tensors reads each batch by one indexing, and one of rows without workers reads
+    them with less around each batch, in the same order.
 
     If the main process handles a signal, such as Ctrl-C, it still needs the batches that its
     workers prepare. So a worker ignores it, except SIGTERM after the end of a pass. Signals
@@ -31,9 +33,10 @@ def iter_batches(loader: Any) -> Iterator[Any]:
     If the main process is killed, its workers end, too. torch's own workers notice it only
     where the main process is their parent, and not while they read data.
     """
-    found = iter_tensors(loader) if type(loader) is DataLoader else None
-    if found is not None:
-        return found
+    if type(loader) in {DataLoader, TensorLoader}:
+        found = iter_tensors(loader) or iter_rows(loader)
+        if found is not None:
+            return found
     numbers = [n for n in GROUP_SIGNALS if callable(signal.getsignal(n))]
     # A loader that is divided over ranks, or limited, has workers in the loaders below it.
     is_wrapped = hasattr(loader, "undivided") or hasattr(loader, "unlimited")

@@ -111,19 +111,20 @@ def train_epoch(ctx: StepContext) -> None:
         validate_within(ctx)
     ctx.iter = ctx.trained or None
     with counting_values(ctx):
-        for ctx.iter, batch in enumerate(fetch(ctx, batches), start=ctx.trained + 1):
+        for number, loaded in enumerate(fetch(ctx, batches), start=ctx.trained + 1):
             if train_pass.is_paused:
-                train_pass.is_paused = False
+                train_pass.is_paused, ctx.iter = False, number
                 fire("on_train_begin")
-            ctx.batch, ctx.loss, ctx.batch_values = read(batch), {}, []
-            ctx.pred, at = None, ctx.step if by_steps else 0
+            ctx.begin_batch(number, loaded, read)
+            at = ctx.step if by_steps else 0
             fire("on_train_batch_begin")
             step()
-            ctx.trained = ctx.iter
+            ctx.trained = number
             if by_steps:
                 train_pass.is_due = pace.is_crossed(at, ctx.step)
             fire("on_train_batch_end")
-            count_batch_values(ctx)
+            if ctx.batch_values:
+                count_batch_values(ctx)
             if train_pass.is_due:
                 validate_within(ctx)
             if is_limited and pace.is_over(ctx.step):

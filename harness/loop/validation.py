@@ -74,13 +74,14 @@ def valid_epoch(ctx: StepContext) -> None:
     ctx.training, ctx.data = False, ctx.valid_data
     fire("on_valid_begin")
     with torch.no_grad(), counting_values(ctx):
-        for ctx.iter, batch in enumerate(fetch(ctx, iter_batches(ctx.valid_data)), 1):
-            ctx.batch, ctx.loss, ctx.batch_values = read(batch), {}, []
-            ctx.pred = None
+        batches = fetch(ctx, iter_batches(ctx.valid_data))
+        for number, loaded in enumerate(batches, 1):
+            ctx.begin_batch(number, loaded, read)
             fire("on_valid_batch_begin")
             step()
             fire("on_valid_batch_end")
-            count_batch_values(ctx)
+            if ctx.batch_values:
+                count_batch_values(ctx)
     warn_of_silence(ctx, "valid")
     fire("on_valid_end")
 

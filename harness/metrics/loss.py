@@ -10,32 +10,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from harness.data.batch import as_number, copy_by_value
+from harness.data.batch import keep_number
 from harness.pytree import StateDict
 
 if TYPE_CHECKING:
     from harness.accelerators.base import Accelerator
 
 
-def has_nan(losses: object) -> bool | None:
-    """Whether a loss on the CPU is NaN; None if one is on a device, which is not read."""
-    values = losses.values() if isinstance(losses, dict) else (losses,)
-    for loss in values:
-        if isinstance(loss, Tensor):
-            if loss.device.type != "cpu":
-                return None
-            if loss.numel() != 1:
-                continue
-            loss = loss.item()
-        if loss != loss:
-            return True
-    return False
-
-
 class LossAverage:
     """Mean loss over rows, exact for batches of any size, for each optimizer name.
 
-    Losses stay on their device until the mean is computed; sums are float64.
+    Losses on a device stay there until the mean is computed; those on the CPU are kept as
+    numbers. Sums are float64.
 
     References
     ----------
@@ -51,20 +37,42 @@ class LossAverage:
 
     def reset(self) -> None:
         """Remove all losses."""
-        self._waiting: dict[str, list[Tensor]] = {}
+        self._waiting: dict[str, list[float | Tensor]] = {}
         self._rows: dict[str, list[int]] = {}
         self._sums: dict[str, Tensor] = {}
 
-    def update(self, losses: object, rows: int) -> None:
-        """Add copies of the losses of a batch of `rows` rows; a single tensor is ``opt``."""
+    def update(self, losses: object, rows: int) -> bool | None:
+        """Add copies of the losses of a batch of `rows` rows; a single tensor is ``opt``.
+
+        Returns
+        -------
+        Whether a loss is NaN; None if that is not known, because one is on a device.
+        """
         if not isinstance(losses, dict):
             losses = {"opt": losses}
+        is_nan: bool | None = False
         for name, loss in losses.items():
-            waiting = self._waiting.setdefault(name, [])
-            waiting.append(copy_by_value(as_number(loss, "ctx.loss")))
-            self._rows.setdefault(name, []).append(rows)
-            if len(waiting) >= self.fold_at:
+            kept = keep_number(loss, "ctx.loss")
+            if type(kept) is not float:
+                is_nan = None
+            elif kept != kept and is_nan is False:
+                is_nan = True
+            if name not in self._waiting:
+                self._waiting[name], self._rows[name] = [], []
+            self._waiting[name].append(kept)
+            self._rows[name].append(rows)
+            if len(self._rows[name]) >= self.fold_at:
                 self._fold(name)
+        return is_nan
+
+    @property
+    def is_on_device(self) -> bool:
+        """Whether losses wait on a device, unread."""
+        return any(
+            isinstance(loss, Tensor) and not loss.is_cpu
+            for waiting in self._waiting.values()
+            for loss in waiting[-1:]
+        )
 
     def find_nan(self) -> int | None:
         """How many updates ago the first NaN came that still waits; None without one.
@@ -72,17 +80,10 @@ class LossAverage:
         All waiting losses are read from their device at once.
         """
         found = []
-        for waiting in self._waiting.values():
-            losses = [torch.as_tensor(loss).reshape(-1) for loss in waiting]
-            counts = torch.tensor([len(loss) for loss in losses])
-            flags = (
-                torch.cat(on_one_device(losses)).isnan().cpu()
-                if losses
-                else torch.zeros(0)
-            )
-            places = torch.arange(len(losses)).repeat_interleave(counts)[flags.bool()]
-            if len(places):
-                found.append(len(losses) - 1 - int(places[0]))
+        for waiting in filter(None, self._waiting.values()):
+            flags = stack_numbers(waiting).isnan().tolist()
+            if True in flags:
+                found.append(len(flags) - 1 - flags.index(True))
         return max(found, default=None)
 
     def _fold(self, name: str) -> None:
@@ -162,18 +163,23 @@ class LossAverage:
                 self._sums[name] = more if sums is None else sums.to(more.device) + more
 
 
-def _pack(losses: Sequence[Any]) -> list[Tensor]:
+def _pack(losses: Sequence[float | Tensor]) -> list[Tensor]:
     """Losses in few tensors with one dim, so that a save copies them at once, and not each."""
-    tensors = [torch.as_tensor(loss) for loss in losses]
-    alike = groupby(tensors, key=lambda own: (own.device, own.dtype, own.shape))
-    return [torch.stack([*group]).reshape(-1) for _, group in alike]
+    alike = groupby(losses, key=_kind_of)
+    return [stack_numbers([*group]) for _, group in alike]
 
 
-def _unpack(packed: Sequence[Any]) -> list[Tensor]:
+def _kind_of(loss: float | Tensor) -> object:
+    return (loss.device, loss.dtype) if isinstance(loss, Tensor) else float
+
+
+def _unpack(packed: Sequence[Any]) -> list[float | Tensor]:
     """What ``_pack`` was given; earlier checkpoints have a tensor for each loss."""
-    return [
-        loss for own in packed for loss in torch.as_tensor(own).reshape(-1).unbind()
-    ]
+    losses: list[float | Tensor] = []
+    for own in map(torch.as_tensor, packed):
+        is_read = own.is_cpu and own.dtype == torch.float64
+        losses += own.reshape(-1).tolist() if is_read else own.reshape(-1).unbind()
+    return losses
 
 
 def on_one_device(tensors: list[Tensor]) -> list[Tensor]:
@@ -184,13 +190,23 @@ def on_one_device(tensors: list[Tensor]) -> list[Tensor]:
     device = tensors[-1].device
     if all(tensor.device == device for tensor in tensors):
         return tensors
-    devices = [tensor.device for tensor in tensors if tensor.device.type != "cpu"]
-    return [tensor.to(devices[-1]) for tensor in tensors]
+    *_, device = (tensor.device for tensor in tensors if not tensor.is_cpu)
+    if device.type == "mps":  # which has no float64
+        device = torch.device("cpu")
+    return [tensor.to(device) for tensor in tensors]
 
 
-def stack_numbers(numbers: Sequence[Any]) -> Tensor:
-    """Numbers and scalar tensors, on any devices, as one tensor without a graph."""
-    return torch.stack(on_one_device([torch.as_tensor(n).detach() for n in numbers]))
+def stack_numbers(numbers: Sequence[float | Tensor]) -> Tensor:
+    """Numbers, in float64, and scalar tensors on any devices, as one tensor."""
+    if all(type(number) is float for number in numbers):
+        return torch.tensor(numbers, dtype=torch.float64)
+    tensors = [
+        number
+        if isinstance(number, Tensor)
+        else torch.tensor(number, dtype=torch.float64)
+        for number in numbers
+    ]
+    return torch.stack(on_one_device(tensors))
 
 
 def mean_over_ranks(loss: object, accelerator: Accelerator) -> float:

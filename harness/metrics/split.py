@@ -124,6 +124,7 @@ class SplitMetrics:
         )
         self._waiting: list[tuple[Tensor, Tensor]] = []
         self._waiting_numel = 0
+        self._waiting_shape: tuple[object, ...] = ()
         self.plotted: dict[str, tuple[Metric, Any]] = {}
 
     def bind(self, ctx: Context) -> None:
@@ -155,18 +156,27 @@ class SplitMetrics:
         for name, value in values:
             self._means.setdefault(name, LossAverage()).update(value, rows)
 
-    def update(self, pred: object, target: object, losses: object, rows: int) -> None:
-        """Add one batch; what metrics keep of it are detached copies."""
+    def update(
+        self, pred: object, target: object, losses: object, rows: int
+    ) -> bool | None:
+        """Add one batch; what metrics keep of it are detached copies.
+
+        Returns
+        -------
+        Whether a loss is NaN, as ``LossAverage.update``.
+        """
+        is_nan: bool | None = False
         if losses is not None and losses != {}:
-            self.loss.update(losses, rows)
+            is_nan = self.loss.update(losses, rows)
         if not self._due or rows == 0:
-            return
+            return is_nan
         take = copy_by_value if self._keeps_batches else detach
         pred, target = take(pred), take(target)
         for name in self._ungrouped:
             self._update_one(name, pred, target, rows)
         if self._grouped:
             self._enqueue(pred, target)
+        return is_nan
 
     def _enqueue(self, pred: object, target: object) -> None:
         """Keep a batch for the next group; batches without tensors are used at once."""
@@ -175,8 +185,10 @@ class SplitMetrics:
             for name in self._grouped:
                 self._update_one(name, pred, target)
             return
-        if self._waiting and _shape_of(*self._waiting[-1]) != _shape_of(pred, target):
+        shape = _shape_of(pred, target)
+        if self._waiting and self._waiting_shape != shape:
             self._flush()
+        self._waiting_shape = shape
         self._waiting.append((pred, target))
         self._waiting_numel += pred.numel()
         if len(self._waiting) >= GROUP_BATCHES or self._waiting_numel >= GROUP_NUMEL:

@@ -24,8 +24,8 @@ READS = {
     ATEN.nonzero.default,
 }
 BY_TORCH = ("/torch/optim/", "/torch/amp/")
-BY_LOOKING_FOR_NAN = "has_nan"
-"""The harness looks for a NaN loss in each step, but only where the loss is on the CPU."""
+BY_KEEPING_A_LOSS = "keep_number"
+"""The harness keeps the loss of each step as a number, but only where it is on the CPU."""
 
 
 class Reads(TorchDispatchMode):
@@ -43,7 +43,7 @@ class Reads(TorchDispatchMode):
             is_by_torch = any(
                 part in frame.filename for frame in stack for part in BY_TORCH
             )
-            if not is_by_torch and all(f.name != BY_LOOKING_FOR_NAN for f in stack):
+            if not is_by_torch and all(f.name != BY_KEEPING_A_LOSS for f in stack):
                 self.places.append([f"{f.filename}:{f.lineno}" for f in stack[-4:]])
         return func(*args, **(kwargs or {}))
 

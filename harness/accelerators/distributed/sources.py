@@ -46,6 +46,7 @@ from harness.data.loaders import Loader
 from harness.data.tensors import (
     TensorLoader,
     choose_allocation,
+    count_from_start,
     get_form,
     take_rows,
     unwrap_tensors,
@@ -175,11 +176,13 @@ class RowSource:
         self, tensors: Sequence[Tensor], rows: Tensor | None
     ) -> Iterator[Any]:
         """Index whole tensors, as ``TensorLoader`` does."""
-        build, make = get_form(self._loader.dataset), choose_allocation(self._loader)
+        loader, build = self._loader, get_form(self._loader.dataset)
+        sources = [(tensor, choose_allocation(loader, tensor)) for tensor in tensors]
         for picks in self._rows_of_rank():
             chosen = torch.tensor(picks, dtype=torch.int64)
             chosen = chosen if rows is None else rows[chosen]
-            yield build([take_rows(tensor, chosen, make) for tensor in tensors])
+            chosen = count_from_start(chosen, tensors[0])
+            yield build([take_rows(tensor, chosen, make) for tensor, make in sources])
 
     def _rows_of_rank(self) -> Iterator[list[object]]:
         """Rows of this rank in each step; their shares are queued for ``__iter__``."""

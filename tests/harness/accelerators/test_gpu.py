@@ -325,13 +325,15 @@ def test_batch_is_complete_after_it_moved_to_the_cpu() -> None:
 
 
 def test_batches_of_tensors_are_pinned_and_right() -> None:
-    data = torch.arange(4000.0).reshape(1000, 4)
+    data = torch.arange(4e6).reshape(1000, 4000)
     loader = make_train_loader(
-        (data,), {"batch_size": 10}, like=get_device_options(torch.device("cuda"))
+        (data, data[:, 0]),
+        {"batch_size": 50},
+        like=get_device_options(torch.device("cuda")),
     )
     moved = []
-    for (rows,) in loader:
-        assert rows.is_pinned()
+    for rows, few in loader:
+        assert rows.is_pinned() and not few.is_pinned()  # which would take longer
         moved.append(move(rows, torch.device("cuda")))
     found = torch.cat(moved).cpu()
     assert torch.equal(found[found[:, 0].argsort()], data)

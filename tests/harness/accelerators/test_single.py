@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -54,6 +55,26 @@ def test_accumulate_below_one_is_refused(accumulate):
 def test_to_device_leaves_a_batch_that_is_there():
     x = torch.ones(2)
     assert SingleDevice("cpu").to_device([x])[0] is x
+
+
+class Cleared(torch.optim.SGD):
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none=False)
+
+
+@pytest.mark.parametrize("is_profiled", [False, True])
+def test_step_clears_gradients_as_the_optimizer_does(is_profiled):
+    accelerator, model = prepared(opt=sgd)
+    other, kept = prepared(opt=lambda model: Cleared(model.parameters(), lr=0.1))
+    with torch.profiler.profile() if is_profiled else nullcontext() as profiler:
+        for one, own in ((accelerator, model), (other, kept)):
+            one.backward(own(torch.ones(2)).sum())
+            assert one.step()
+    assert model.w.grad is None
+    assert kept.w.grad == 0.0  # by its own way
+    if is_profiled:
+        names = {event.key for event in profiler.key_averages()}
+        assert "Optimizer.zero_grad#SGD.zero_grad" in names
 
 
 def test_name_of_one_of_several_optimizers_must_be_told():

@@ -19,7 +19,9 @@ from torch.utils.data import (
     TensorDataset,
     WeightedRandomSampler,
 )
+from torch.utils.data._utils.collate import default_collate_fn_map
 
+from harness.checks.hints import find_loader_hint
 from harness.data import loaders
 from harness.data.batch import num_rows
 from harness.data.loaders import (
@@ -31,7 +33,7 @@ from harness.data.loaders import (
     without_order,
 )
 from harness.data.pace import limit_loader
-from harness.data.tensors import TensorLoader, take_rows
+from harness.data.tensors import TensorLoader, count_from_start, take_rows
 from harness.data.workers import iter_batches
 
 ROWS = 23
@@ -50,6 +52,28 @@ class Squares(Dataset):
 
     def __getitem__(self, place):
         return torch.tensor(float(place)), torch.tensor(float(place) ** 2)
+
+
+class Mixed(Dataset):
+    """Rows of a form: each holds tensors, numbers, text, an array and a nested pair."""
+
+    def __init__(self, form=tuple):
+        self.form = form
+
+    def __len__(self):
+        return 7
+
+    def __getitem__(self, place):
+        number = torch.randn(())  # drawn while rows are read
+        items = (number, place, f"row {place}", np.float32(place), (number, 1.5))
+        return {"a": items} if self.form is dict else self.form(items)
+
+
+class Fetched(Squares):
+    """Rows by whole batches."""
+
+    def __getitems__(self, places):
+        return [(torch.tensor(float(place)), -place) for place in places]
 
 
 class Stream(IterableDataset):
@@ -126,6 +150,19 @@ LOADERS = {
     "own collate": lambda kind, size: kind(dataset(), batch_size=size, collate_fn=len),
     "own data set": lambda kind, size: kind(Squares(), batch_size=size, shuffle=True),
     "stream": lambda kind, size: kind(Stream(), batch_size=size),
+    "tuples": lambda kind, size: kind(Mixed(), batch_size=size, shuffle=True),
+    "lists": lambda kind, size: kind(Mixed(list), batch_size=size),
+    "mappings": lambda kind, size: kind(Mixed(dict), batch_size=size),
+    "whole batches of rows": lambda kind, size: kind(
+        Fetched(), batch_size=size, shuffle=True
+    ),
+    "rows, weighted": lambda kind, size: kind(
+        Squares(), batch_size=size, sampler=RandomSampler(Squares(), num_samples=9)
+    ),
+    "rows, own batches": lambda kind, size: kind(
+        Squares(), batch_sampler=[[0, 1], [6], [2, 2, 5]]
+    ),
+    "rows of one tensor": lambda kind, size: kind(list(torch.eye(7)), batch_size=size),
 }
 
 
@@ -149,6 +186,8 @@ def same(a, b):
             and (a.dtype, a.stride()) == (b.dtype, b.stride())
             and torch.equal(a, b)
         )
+    if isinstance(a, dict):
+        return type(a) is type(b) and same([*a.items()], [*b.items()])
     if isinstance(a, list | tuple):
         return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
     return a == b
@@ -163,8 +202,54 @@ def test_tensor_loader_equals_torchs_loader_in_batches_and_draws(name, size):
     assert same(iterate_twice(make, DataLoader, size, iter_batches), expected)
 
 
-@pytest.mark.parametrize("name", ["in order", "shuffled", "nested subset in order"])
-def test_pinned_batches_are_those_of_torchs_loader(name, monkeypatch):
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [(torch.zeros(2), 1), (torch.zeros(3), 1)],
+        [(torch.zeros(2), 1), (torch.zeros(2),)],
+        [(torch.zeros(2), 1), None],
+        [(torch.zeros(2).to_sparse(), 1)] * 2,
+        [(object(), 1)] * 2,
+    ],
+)
+def test_rows_that_torch_cannot_join_are_refused_as_by_torch(rows):
+    errors = []
+    for begin in (iter, iter_batches):
+        with pytest.raises((TypeError, RuntimeError)) as caught:
+            next(begin(DataLoader(rows, batch_size=2)))
+        errors.append((type(caught.value), str(caught.value)))
+    assert errors[0] == errors[1]
+    assert find_loader_hint(caught.value).startswith("Rows of a batch are stacked")
+
+
+def test_rows_are_joined_by_what_the_user_adds_to_torchs_table(monkeypatch):
+    monkeypatch.setitem(
+        default_collate_fn_map,
+        torch.Tensor,
+        lambda batch, *, collate_fn_map: torch.stack(batch) + 100,
+    )
+    first, second = next(iter_batches(DataLoader(Squares(), batch_size=2)))
+    assert torch.equal(first, torch.tensor([100.0, 101.0]))
+    assert torch.equal(second, torch.tensor([100.0, 101.0]))
+
+
+def test_rows_are_read_by_torch_while_a_profiler_runs():
+    with torch.profiler.profile() as profiler:
+        list(iter_batches(DataLoader(Squares(), batch_size=4)))
+    names = {event.key for event in profiler.key_averages()}
+    assert any("enumerate(DataLoader)" in name for name in names)
+
+
+@pytest.mark.parametrize(
+    ("name", "pin_bytes"),
+    [
+        ("in order", 1),
+        ("shuffled", 1),
+        ("nested subset in order", 1),
+        ("shuffled", 1 << 20),
+    ],
+)
+def test_pinned_batches_are_those_of_torchs_loader(name, pin_bytes, monkeypatch):
     expected = iterate_twice(LOADERS[name], DataLoader, 4)
     made = []
 
@@ -174,9 +259,10 @@ def test_pinned_batches_are_those_of_torchs_loader(name, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr("harness.data.tensors.torch.empty", fake_empty(allocate))
+    monkeypatch.setattr("harness.data.tensors.PIN_BYTES", pin_bytes)
     kind = partial(TensorLoader, pin_memory=True)
     assert same(iterate_twice(LOADERS[name], kind, 4), expected)
-    assert len(made) > 4
+    assert (len(made) > 4) is (pin_bytes == 1)
     assert all(made)
 
 
@@ -202,14 +288,18 @@ def fake_empty(allocate):
 )
 @pytest.mark.parametrize("rows", [torch.tensor([2, -1, 2]), torch.tensor([-4])])
 def test_taken_rows_are_indexed_rows(tensor, rows):
-    found, expected = take_rows(tensor, rows, torch.empty), tensor[rows]
-    assert same(found.resolve_conj(), expected.resolve_conj())
+    chosen, expected = count_from_start(rows, tensor), tensor[rows]
+    for allocate in (torch.empty, None):
+        found = take_rows(tensor, chosen, allocate)
+        assert same(found.resolve_conj(), expected.resolve_conj())
 
 
 @pytest.mark.parametrize("row", [4, -5])
 def test_rows_out_of_range_are_refused(row):
+    tensor = torch.zeros(4, 2)
+    rows = count_from_start(torch.tensor([row]), tensor)
     with pytest.raises(IndexError):
-        take_rows(torch.zeros(4, 2), torch.tensor([row]), torch.empty)
+        take_rows(tensor, rows, None)
 
 
 @pytest.mark.parametrize(

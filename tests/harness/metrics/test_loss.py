@@ -172,14 +172,36 @@ def test_losses_that_wait_are_few_tensors_in_a_state_and_come_back_with_their_bi
         average.update({"gen": torch.tensor(value, dtype=torch.float64)}, 1)
     state = average.state_dict()
     _, tensors = flatten(state)
-    assert [len(own) for own in state["gen"]["waiting"]] == [40, 5]
-    assert len(tensors) == 3  # and not one for each loss
+    assert [len(own) for own in state["gen"]["waiting"]] == [45]
+    assert len(tensors) == 2  # and not one for each loss
     other, merged = LossAverage(), LossAverage()
     other.load_state_dict(state)
     merged.merge(state)
     assert (
         other.get_sums()["gen"] == merged.get_sums()["gen"] == average.get_sums()["gen"]
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_losses_kept_as_numbers_have_the_bits_of_a_sum_of_tensors(dtype) -> None:
+    losses = torch.randn(100, generator=torch.Generator().manual_seed(0)).to(dtype)
+    average, rows = LossAverage(), torch.arange(1, 101)
+    for loss, count in zip(losses, rows.tolist(), strict=True):
+        average.update(loss, count)
+    wanted = (losses.double() * rows.double()).sum().item()
+    assert average.get_sums() == {"opt": [wanted, 5050.0]}
+    waiting = {"waiting": [losses], "rows": rows.tolist(), "sums": None}
+    earlier = LossAverage()  # of a checkpoint that has them as tensors
+    earlier.load_state_dict({"opt": waiting})
+    assert earlier.get_sums() == average.get_sums()
+
+
+def test_update_tells_of_a_nan_and_reads_no_device() -> None:
+    average = LossAverage()
+    assert average.update({"a": torch.tensor(1.0), "b": 2.0}, 1) is False
+    assert average.update({"a": torch.tensor(math.nan), "b": 2.0}, 1) is True
+    assert average.update({"a": math.nan, "b": torch.ones((), device="meta")}, 1) is None
+    assert average.is_on_device
 
 
 def test_losses_of_an_earlier_checkpoint_are_a_tensor_each() -> None:
