@@ -333,7 +333,8 @@ def test_batches_of_tensors_are_pinned_and_right() -> None:
     )
     moved = []
     for rows, few in loader:
-        assert rows.is_pinned() and not few.is_pinned()  # which would take longer
+        assert rows.is_pinned()
+        assert not few.is_pinned()  # which would take longer
         moved.append(move(rows, torch.device("cuda")))
     found = torch.cat(moved).cpu()
     assert torch.equal(found[found[:, 0].argsort()], data)
