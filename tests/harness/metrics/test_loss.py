@@ -200,7 +200,8 @@ def test_update_tells_of_a_nan_and_reads_no_device() -> None:
     average = LossAverage()
     assert average.update({"a": torch.tensor(1.0), "b": 2.0}, 1) is False
     assert average.update({"a": torch.tensor(math.nan), "b": 2.0}, 1) is True
-    assert average.update({"a": math.nan, "b": torch.ones((), device="meta")}, 1) is None
+    unread = {"a": math.nan, "b": torch.ones((), device="meta")}
+    assert average.update(unread, 1) is None
     assert average.is_on_device
 
 
