@@ -23,6 +23,7 @@ from harness.checkpoint.resharding import (
     list_merged,
     reshard_state,
 )
+from harness.checkpoint.start import load_on_main
 from harness.checkpoint.state import (
     begin_fit,
     get_generators,
@@ -32,7 +33,11 @@ from harness.checkpoint.state import (
     restore_state,
 )
 from harness.checkpoint.state_form import check_live_form, check_state_form
-from harness.checkpoint.weights import put_weights, read_checkpoint_weights
+from harness.checkpoint.weights import (
+    WeightsReport,
+    put_weights,
+    read_checkpoint_weights,
+)
 from harness.context import Context
 from harness.errors import CheckpointError
 from harness.metrics.state import check_saved_metrics
@@ -163,8 +168,8 @@ class Resume:
             with self._refuse_bad_state():
                 torch.set_rng_state(saved.cpu().clone())
 
-    def load_weights(self, model: nn.Module) -> None:
-        """Load the weights alone into a new model.
+    def load_weights(self, model: nn.Module, accelerator: Accelerator) -> None:
+        """Load the weights alone into a new model; every rank must call it.
 
         Raises
         ------
@@ -172,8 +177,13 @@ class Resume:
             If they do not fit.
         """
         place = f"resume({str(self.path)!r})"
-        saved = read_checkpoint_weights(self.path, self.manifest, model, place)
-        put_weights(model, saved, place, strict=True)
+
+        def load() -> WeightsReport:
+            chosen = self.path, self.manifest
+            saved = read_checkpoint_weights(*chosen, model, place)
+            return put_weights(model, saved, place, strict=True)
+
+        load_on_main(model, load, accelerator)
 
     def check(self, ctx: Context) -> None:
         """Compare the checkpoint with the fit that resumes from it; nothing is changed.

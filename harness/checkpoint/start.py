@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from harness.checkpoint.state import get_extra_states, set_extra_states
 from harness.checkpoint.weights import (
     WeightsReport,
+    choose_weights,
     find_tensors,
     get_tensors,
     put_weights,
-    read_weights,
+    read_chosen,
 )
 from harness.errors import CheckpointError
+from harness.reshard.consolidated import shape_lazy_parameters
 
 if TYPE_CHECKING:
     from harness.accelerators.base import Accelerator
@@ -37,9 +41,9 @@ def load_start(
     model
         Changed in place, unless the weights are refused.
     start
-        A model; a state dict; a safetensors file, a file of ``torch.save`` with plain
-        tensors, a folder of ``Fitted.save``, a checkpoint, or a folder of checkpoints, of
-        which the newest is used.
+        A model; a state dict; or the path of a safetensors file, a file of ``torch.save``
+        with plain tensors, a folder of ``Fitted.save``, a checkpoint, or a folder of
+        checkpoints, of which the newest is used. Rank 0 reads it.
     accelerator
         If one rank refuses the weights, all do.
     strict
@@ -50,25 +54,89 @@ def load_start(
     CheckpointError
         If there are no weights, none that fit, or, with `strict`, not all fit.
     """
+    place = f"fit(start={_describe(start)})"
+    if isinstance(start, str | Path):
+        path = Path(start)
+        chosen = choose_weights(path, place, accelerator)
+
+        def load() -> WeightsReport:
+            saved = read_chosen(path, chosen, model, place)
+            return _put(model, saved, place, strict=strict)
+
+        return load_on_main(model, load, accelerator)
     report, error = WeightsReport(loaded=()), None
     try:
-        report = _load(model, start, strict=strict)
+        report = _load(model, start, place, strict=strict)
     except CheckpointError as found:
         error = found
-    if accelerator.any(error is not None):
-        msg = "fit(start): expected weights that each rank can load, got some that"
-        raise error or CheckpointError(f"{msg} another rank refuses. See its message.")
+    _refuse_together(error, place, accelerator)
     return report
 
 
-def _load(model: nn.Module, start: Weights, *, strict: bool) -> WeightsReport:
-    place = f"fit(start={_describe(start)})"
-    if isinstance(start, nn.Module):
-        saved = {name: value.detach() for name, value in get_tensors(start).items()}
-    elif isinstance(start, Mapping):
-        saved = find_tensors(start)
-    else:
-        saved = read_weights(Path(start), model, place)
+def load_on_main(
+    model: nn.Module, load: Callable[[], WeightsReport], accelerator: Accelerator
+) -> WeightsReport:
+    """Load weights into a new model on rank 0, which sends them to the others.
+
+    Every rank must call it. So files are read once, however many ranks there are.
+
+    Raises
+    ------
+    CheckpointError
+        On all ranks, if `load` raises it on rank 0.
+    """
+    report, error = WeightsReport(loaded=()), None
+    had_lazy = _has_lazy(model)
+    if accelerator.is_main:
+        try:
+            report = load()
+        except CheckpointError as found:
+            error = found
+    _refuse_together(error, "fit", accelerator)
+    if had_lazy:
+        live = get_tensors(model).items()
+        shapes = {name: own.shape for name, own in live if not is_lazy(own)}
+        forms = accelerator.broadcast(shapes).items()
+        shaped = {name: torch.empty(shape, device="meta") for name, shape in forms}
+        shape_lazy_parameters(model, shaped)
+    if not _has_lazy(model):  # or else prepare refuses the model on several ranks
+        accelerator.share_weights(model)
+    sent: WeightsReport = accelerator.broadcast(report)
+    return sent
+
+
+def _has_lazy(model: nn.Module) -> bool:
+    return any(map(is_lazy, [*model.parameters(), *model.buffers()]))
+
+
+def _refuse_together(
+    error: CheckpointError | None, place: str, accelerator: Accelerator
+) -> None:
+    """Raise on all ranks, if one refuses the weights."""
+    if accelerator.any(error is not None):
+        msg = f"{place}: expected weights that each rank can load, got some that"
+        raise error or CheckpointError(f"{msg} another rank refuses. See its message.")
+
+
+def _load(
+    model: nn.Module,
+    start: nn.Module | Mapping[str, object],
+    place: str,
+    *,
+    strict: bool,
+) -> WeightsReport:
+    if isinstance(start, Mapping):
+        return _put(model, find_tensors(start), place, strict=strict)
+    saved = {name: value.detach() for name, value in get_tensors(start).items()}
+    report = _put(model, saved, place, strict=strict)
+    if report.is_complete:
+        set_extra_states(model, get_extra_states(start))
+    return report
+
+
+def _put(
+    model: nn.Module, saved: Mapping[str, Tensor], place: str, *, strict: bool
+) -> WeightsReport:
     live = get_tensors(model)
     if not saved or saved.keys().isdisjoint(live):
         got = f"got {list(saved)[:5]}" if saved else "got none"
@@ -78,8 +146,6 @@ def _load(model: nn.Module, start: Weights, *, strict: bool) -> WeightsReport:
     if not report.loaded:
         msg = f"{place}: expected weights that fit this model, got {report}."
         raise CheckpointError(f"{msg} Pass weights of a similar model.")
-    if isinstance(start, nn.Module) and report.is_complete:
-        set_extra_states(model, get_extra_states(start))
     return report
 
 

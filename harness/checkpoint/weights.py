@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypeGuard
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 import msgspec
 import numpy as np
@@ -27,14 +27,12 @@ from harness.checkpoint.format import (
     MANIFEST,
     FileInfo,
     Manifest,
-    find_newest,
     list_checkpoints,
-    read_manifest,
     read_rank,
-    verify_checkpoint,
     verify_file,
     write_each_tensor,
 )
+from harness.checkpoint.parts.choose import choose_checkpoint
 from harness.checkpoint.parts.states import SavedParts
 from harness.errors import CheckpointError
 from harness.pytree import Options, StateDict, flatten, restore
@@ -47,6 +45,9 @@ from harness.reshard.consolidated import (
 )
 from tracking.durable import replace_file, replace_folder
 from tracking.errors import describe_mismatch, describe_path
+
+if TYPE_CHECKING:
+    from harness.accelerators.base import Accelerator
 
 ReadTensor = Callable[[str], Tensor]
 
@@ -189,18 +190,58 @@ def get_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
-def read_weights(path: Path, model: nn.Module, place: str) -> dict[str, Tensor]:
-    """Read the weights at a path, for a model; see ``load_weights``. No code runs."""
+Chosen = tuple[Path, Manifest]
+"""A checkpoint whose files were compared with its manifest."""
+
+
+def choose_weights(
+    path: Path, place: str, ranks: Accelerator | None = None
+) -> Chosen | None:
+    """Choose the checkpoint that weights are read from; None if they are of another kind.
+
+    With `ranks`, every rank must call it. Rank 0 looks, and each compares its share.
+
+    Raises
+    ------
+    CheckpointError
+        If there are checkpoints, and all of them are damaged.
+    """
+    found: Path | None = None
+    if ranks is None or ranks.is_main:
+        inner = _enter_run(path)
+        has_any = (inner / MANIFEST).is_file() or list_checkpoints(inner)
+        found = inner if has_any else None
+    if ranks is not None:
+        found = ranks.broadcast(found)
+    if found is None:
+        return None
+    chosen = choose_checkpoint(found, ranks)
+    if chosen is None:
+        msg = f"{place}: expected an undamaged checkpoint, got none."
+        raise CheckpointError(f"{msg} Pass the path of other weights.")
+    return chosen
+
+
+def _enter_run(path: Path) -> Path:
+    """Where the folder of a run has weights; other paths as they are."""
     if (path / RUN_MANIFEST).is_file():
         inner = [path / place for place in WEIGHTS_OF_RUN]
-        path = next((place for place in inner if place.is_dir()), path)
-    if path.is_dir() and list_checkpoints(path):
-        newest, errors = find_newest(path)
-        if newest is None:
-            raise errors[0]
-        return read_checkpoint_weights(newest, read_manifest(newest), model, place)
-    if (path / MANIFEST).is_file():
-        return read_checkpoint_weights(path, verify_checkpoint(path), model, place)
+        return next((place for place in inner if place.is_dir()), path)
+    return path
+
+
+def read_weights(path: Path, model: nn.Module, place: str) -> dict[str, Tensor]:
+    """Read the weights at a path, for a model; see ``load_weights``. No code runs."""
+    return read_chosen(path, choose_weights(path, place), model, place)
+
+
+def read_chosen(
+    path: Path, chosen: Chosen | None, model: nn.Module, place: str
+) -> dict[str, Tensor]:
+    """Read the weights of what ``choose_weights`` chose, or else of the files at a path."""
+    if chosen is not None:
+        return read_checkpoint_weights(*chosen, model, place)
+    path = _enter_run(path)
     if (path / SAVED_MODEL).is_file():
         return find_tensors(read_saved_model(path)[0])
     advice = "Pass a file of safetensors or torch.save, a saved model or a checkpoint."

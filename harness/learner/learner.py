@@ -372,7 +372,7 @@ class Learner:
         began = begin(self, start, strict, accelerator)
         model = began.model
         if resume is not None and resume.is_weights_only:
-            resume.load_weights(model)
+            resume.load_weights(model, accelerator)
         if self.compile is not False:
             model.compile(**check_compile(self.compile))
         num_bytes = count_bytes(model)

@@ -203,6 +203,33 @@ def check_export(found: harness.Fitted, wanted: harness.Fitted, to: Path) -> Non
         assert same_bits(read[name], value), name
 
 
+class Lazy(nn.Sequential):
+    """Layers that take their sizes from the first input, or from start weights."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.LazyLinear(5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def case_lazy_layers_start_from_what_rank_0_reads(lab: Lab) -> None:
+    made = harness.setup(Lazy, loss=nn.CrossEntropyLoss(), optimizer=torch.optim.SGD)
+    options: dict[str, Any] = {"tracker": False, "verbose": False}
+    saves = ModelCheckpoint(lab.folder / f"of-{lab.rank}")
+    one = made.fit(
+        (X, Y), 1, callbacks=[saves], accelerator=SingleDevice("cpu"), **options
+    )
+    accelerator = lab.make()
+    wanted = accelerator.broadcast(one.model.state_dict())
+    start = lab.folder / "of-0"
+    alone = ResumeFromCheckpoint(
+        start, restore_optimizers=False, restore_records=False, restore_callbacks=False
+    )
+    for given in ({"start": start, "strict": True}, {"callbacks": [alone]}):
+        still = made.set_opt_hparams(lr=0.0)
+        found = still.fit((X, Y), 1, accelerator=lab.make(), **given, **options)
+        state = found.model.state_dict()
+        assert [n for n in wanted if not same_bits(state[n], wanted[n])] == []
+
+
 CASES: dict[str, Callable[[Lab], None]] = OTHERS | {
     name.removeprefix("case_"): case
     for name, case in list(globals().items())

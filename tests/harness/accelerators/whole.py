@@ -23,6 +23,7 @@ from harness.checkpoint.whole.merge import MergedWeights
 from harness.reshard.skeleton import is_skeleton
 from tests.harness.accelerators.cases import Lab
 from tests.harness.accelerators.fits import data
+from tests.harness.checkpoint.parts.ranks import counting_opens
 from tests.harness.exact import same_bits
 
 ROWS = 24
@@ -184,8 +185,12 @@ def check_uses_of_checkpoint(
     more = found.fit(data(48), 1, accelerator=lab.make(), tracker=False, verbose=False)
     assert not same_weights(more.model, wanted)
     check_start(lab, found, found, wanted)
-    check_start(lab, found, found.checkpoint, wanted)
-    if lab.rank == 0:
+    with counting_opens() as opened:
+        check_start(lab, found, found.checkpoint, wanted)
+    if lab.rank:  # it compared its own part, and was sent the weights
+        of_parts = {name for name in opened if name.startswith("rank-")}
+        assert of_parts == {"rank-1.json", "rank-1.safetensors"}, opened
+    else:
         to = lab.folder / f"shards-{lab.stage}"
         # The folder has checkpoints of the fit too: the final one is the newest.
         assert export_weights(found.checkpoint.parent.parent, to, 1) == found.checkpoint
