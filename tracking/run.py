@@ -265,6 +265,7 @@ class Run(ArtifactLogger):
                 f"run {self.id!r}: expected no logging while it finishes, got "
                 f"{len(self._deferred)} tensors, which are lost. Log before finish()."
             )
+        self._delivery.wake()
         if wait_s > 0:
             self._delivery.wait(wait_s)
 

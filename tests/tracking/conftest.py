@@ -100,6 +100,7 @@ def deliver(
     def run(path: Path, store: str, **options: Any) -> DeliveryWorker:
         made = make_worker(path, store, **options)
         made.deliver()
+        made.send_summaries()
         return made
 
     return run

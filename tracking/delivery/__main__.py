@@ -20,6 +20,7 @@ import json
 import logging
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -81,9 +82,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _follow(settings, options)
         if options.summaries:
             return _write_summaries()
-        handle = _read if options.read else _deliver
-        codes = (handle(path, settings, options) for path in _list_runs(options))
-        return max(codes, default=0)
+        runs = _list_runs(options)
+        if options.read:
+            return max((_read(run, settings, options) for run in runs), default=0)
+        return max((_deliver(run, settings, options)[0] for run in runs), default=0)
     except Exception:  # noqa: BLE001 (the default message would show secrets)
         sys.stderr.write(settings.redact(traceback.format_exc()))
         return 1
@@ -102,12 +104,12 @@ def _follow(settings: Settings, options: argparse.Namespace) -> int:
     reports = os.dup(1)
     os.dup2(2, 1)  # what a library prints is no report
 
-    def deliver(request: Request, on_done: Callable[[], None]) -> bool:
-        try:
-            return _deliver(request.run, settings, options, request, on_done) == 0
-        except Exception:  # noqa: BLE001 (nobody watches this process)
-            sys.stderr.write(settings.redact(traceback.format_exc()))
-            return False
+    def deliver(request: Request) -> Callable[[], None] | None:
+        with _writing_errors(settings):
+            code, worker = _deliver(request.run, settings, options, request)
+            if code == 0 and worker is not None:
+                return lambda: _summarize(worker, settings)
+        return None
 
     service = DeliveryService(deliver, requests=0, reports=reports)
     options.is_hurried = lambda: not service.is_training
@@ -116,22 +118,45 @@ def _follow(settings: Settings, options: argparse.Namespace) -> int:
     return 0
 
 
+@contextlib.contextmanager
+def _writing_errors(settings: Settings) -> Iterator[None]:
+    """Write what the block raises to stderr: nobody watches this process."""
+    try:
+        yield
+    except Exception:  # noqa: BLE001 (the default message would show secrets)
+        sys.stderr.write(settings.redact(traceback.format_exc()))
+
+
 def _deliver(
     path: Path,
     settings: Settings,
     options: argparse.Namespace,
     request: Request | None = None,
-    on_done: Callable[[], None] = lambda: None,
-) -> int:
-    """Deliver a run, unless another process does; with ``--sync``, report it."""
+) -> tuple[int, DeliveryWorker | None]:
+    """Deliver a run, unless another process does; with ``--sync``, report it.
+
+    Summaries follow at once if there is no request, for which other runs may be waiting.
+    """
+    worker = None
     try:
-        code, result = _deliver_locked(path, settings, options, request, on_done)
+        code, result, worker = _deliver_locked(path, settings, options, request)
     except OSError as error:  # its folder cannot be used; the other runs' can
         code = 1
         result = _describe(path, phase="gave up", error=settings.redact(str(error)))
     if options.sync:
         _report(dataclasses.asdict(result))
-    return code
+    return code, worker
+
+
+def _summarize(worker: DeliveryWorker, settings: Settings) -> None:
+    """Summarize a run that was delivered, unless it is deleted or delivered again."""
+    path = worker.run_path
+    if not path.is_dir():
+        return
+    with _writing_errors(settings), hold_lock(lock_path(path), 0.0) as is_held:
+        if is_held:
+            with log_to_file(path, settings.redact):
+                worker.send_summaries()
 
 
 def _describe(path: Path, **changes: Any) -> SyncResult:
@@ -145,9 +170,8 @@ def _deliver_locked(
     settings: Settings,
     options: argparse.Namespace,
     request: Request | None,
-    on_done: Callable[[], None],
-) -> tuple[int, SyncResult]:
-    """Deliver a run while holding its lock; the exit code, and what to report."""
+) -> tuple[int, SyncResult, DeliveryWorker | None]:
+    """Deliver a run while holding its lock: exit code, what to report, and by whom."""
     lock = lock_path(path)
     lock.parent.mkdir(exist_ok=True)
     if lock.parent.is_symlink():
@@ -160,9 +184,9 @@ def _deliver_locked(
         asking.enter_context(ask_for_handover(path))
     with asking, hold_lock(lock, options.lock_wait) as is_held:
         if not is_held:
-            return int(options.sync), _describe(path, phase="busy")
+            return int(options.sync), _describe(path, phase="busy"), None
         with log_to_file(path, settings.redact):
-            return _run_worker(path, settings, options, request, on_done)
+            return _run_worker(path, settings, options, request)
 
 
 def _run_worker(
@@ -170,21 +194,20 @@ def _run_worker(
     settings: Settings,
     options: argparse.Namespace,
     request: Request | None,
-    on_done: Callable[[], None],
-) -> tuple[int, SyncResult]:
-    """Deliver a run; the exit code, and what to report."""
+) -> tuple[int, SyncResult, DeliveryWorker | None]:
+    """Deliver a run: exit code, what to report, and by whom."""
     worker = None
     code = 1
     changes: dict[str, Any] = {}
     try:
-        is_new = request is not None and request.is_new
-        worker = _make_worker(path, settings, options, is_new=is_new)
+        worker = _make_worker(path, settings, options, request)
         # Not before the page exists: it is wanted soon, and training may use all cores.
         worker.deliver(
             on_page=lambda: lower_priority(0 if options.is_hurried() else NICENESS),
-            on_done=on_done,
         )
         code = 0
+        if request is None:
+            worker.send_summaries()
     except GaveUpError:
         pass
     except Exception as error:  # noqa: BLE001 (nobody watches this process)
@@ -192,10 +215,10 @@ def _run_worker(
         _record_failure(path, reason)
         changes = {"phase": "gave up", "error": reason}
     if worker is None:
-        return code, _describe(path, **changes)
+        return code, _describe(path, **changes), None
     changes |= {"sent": worker.num_sent, "present": worker.num_present}
     # Its own state: the file is an earlier one where the disk is full.
-    return code, SyncResult.from_state(path.name, worker.state, **changes)
+    return code, SyncResult.from_state(path.name, worker.state, **changes), worker
 
 
 def _record_failure(path: Path, error: str) -> None:
@@ -256,8 +279,12 @@ def _report(values: dict[str, Any]) -> None:
 
 
 def _make_worker(
-    path: Path, settings: Settings, options: argparse.Namespace, *, is_new: bool
+    path: Path,
+    settings: Settings,
+    options: argparse.Namespace,
+    request: Request | None,
 ) -> DeliveryWorker:
+    is_new = request is not None and request.is_new
     resolver = _make_resolver(path, settings, options.here, is_new=is_new)
     patience_s = options.patience
     if patience_s is None:
@@ -269,6 +296,7 @@ def _make_worker(
         is_sync=options.sync,
         write_summaries=_summaries.write,
         redact=settings.redact,
+        pause=time.sleep if request is None else request.pause,
     )
 
 

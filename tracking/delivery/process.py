@@ -24,6 +24,7 @@ from tracking.settings import select_of_stores
 # installed. -P keeps the user's folder out of it: its modules could hide others.
 _BOOT: Final = (
     "import runpy, sys; sys.path.append(sys.argv.pop(1)); "
+    "from tracking.mlflow_store.imports import block_pandas; block_pandas(); "
     "runpy.run_module('tracking.delivery', run_name='__main__', alter_sys=True)"
 )
 _POLL_S: Final = 0.1
@@ -229,12 +230,12 @@ class DeliveryProcess:
         return (self._process.returncode or 0) > 0
 
     def take(self, request: Mapping[str, Any]) -> bool:
-        """Hand a run over; False if the process takes no more runs.
+        """Hand a run over, or wake its delivery; False if the process takes no more.
 
         Parameters
         ----------
         request
-            Fields of ``service.Request``.
+            Fields of ``service.Request``, or ``wake`` with the number of one.
         """
         if self._send(json.dumps(request).encode() + b"\n"):
             return True

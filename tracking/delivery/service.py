@@ -3,7 +3,8 @@
 The training process writes one line of JSON for each run to stdin, and reads from stdout
 which runs are delivered. All runs share MLflow, whose import takes longer than the
 delivery of a short run. Each has a thread of its own, so one that a server keeps waiting
-holds up no other.
+holds up no other. A line of stdin may also ask to look at a run now, which saves a wait
+for the next look.
 """
 
 from __future__ import annotations
@@ -16,15 +17,22 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from tracking.delivery.process import delivery_command, set_group_niceness
 from tracking.store import get_rank_dir, is_being_written
 
 LINGER_S: Final = 30.0
 """Time without a run after which the process ends; a later run starts a new one."""
+
+FIRST_LOOK_S: Final = 0.2
+"""Time that a run gets before it is delivered: one that has ended takes fewer calls."""
+
+QUIET_S: Final = 1.0
+LONGEST_WAIT_S: Final = 10.0
+"""How long nothing is to be delivered before pictures are drawn, and the longest wait."""
 
 _POLL_S: Final = 1.0
 
@@ -41,17 +49,19 @@ class Request:
         Folder of the run.
     is_new
         Whether the run was just created, so that MLflow cannot have it.
+    wake
+        Set by the training process to have the run looked at now.
     """
 
     number: int
     run: Path
     is_new: bool = False
+    wake: threading.Event = field(default_factory=threading.Event)
 
-    @classmethod
-    def parse(cls, line: bytes) -> Request:
-        """Read a line of the training process."""
-        fields = json.loads(line)
-        return cls(**fields | {"run": Path(fields["run"])})
+    def pause(self, seconds: float) -> None:
+        """Wait, at most until the training process wakes this delivery."""
+        self.wake.wait(seconds)
+        self.wake.clear()
 
 
 class DeliveryService:
@@ -60,8 +70,8 @@ class DeliveryService:
     Parameters
     ----------
     deliver
-        Delivers a run; returns whether MLflow has all of it. It raises nothing, and calls
-        its second argument as soon as MLflow has all but the summaries.
+        Delivers a run, and raises nothing. Returns what is left to do when nothing else is
+        to be delivered, or None if MLflow does not have all of the run.
     requests, reports
         Descriptors to read from and to write to.
     linger_s : seconds
@@ -75,7 +85,7 @@ class DeliveryService:
 
     def __init__(
         self,
-        deliver: Callable[[Request, Callable[[], None]], bool],
+        deliver: Callable[[Request], Callable[[], None] | None],
         requests: int,
         reports: int,
         linger_s: float = LINGER_S,
@@ -85,6 +95,9 @@ class DeliveryService:
         self._reports = reports
         self._linger_s = linger_s
         self._threads: list[threading.Thread] = []
+        self._changed = threading.Condition()
+        self._busy: dict[int, Request] = {}
+        self._busy_at = 0.0
         self.is_training = True
         os.set_blocking(reports, False)  # a training process that does not read
 
@@ -110,33 +123,54 @@ class DeliveryService:
                     self.is_training = False
                     set_group_niceness(os.getpid(), 0)
                 for line in lines:
-                    self._start(Request.parse(line))
+                    self._take(json.loads(line))
 
-    def _start(self, request: Request) -> None:
+    def _take(self, fields: dict[str, Any]) -> None:
+        """Start to deliver a run, or wake its delivery."""
+        if (number := fields.get("wake")) is not None:
+            if request := self._busy.get(number):
+                request.wake.set()
+            return
+        request = Request(**fields | {"run": Path(fields["run"])})
+        is_first = not self._busy_at
+        with self._changed:
+            self._busy[request.number] = request
+            self._busy_at = time.monotonic()
         thread = threading.Thread(
-            target=self._run, args=[request], name=request.run.name, daemon=True
+            target=self._run,
+            args=[request, 0.0 if is_first else FIRST_LOOK_S],
+            name=request.run.name,
+            daemon=True,
         )
         self._threads.append(thread)
         thread.start()
 
-    def _run(self, request: Request) -> None:
-        is_done = False
+    def _run(self, request: Request, delay_s: float) -> None:
+        request.wake.wait(delay_s)
+        finish = self._deliver(request)
+        report = {"number": request.number, "is_done": finish is not None}
+        with contextlib.suppress(OSError):  # the training process has ended
+            os.write(self._reports, f"{json.dumps(report)}\n".encode())
+        with self._changed:
+            del self._busy[request.number]
+            self._busy_at = time.monotonic()
+            self._changed.notify_all()
+        if finish is not None:
+            self._wait_until_quiet()
+            finish()
 
-        def report() -> None:
-            text = json.dumps({"number": request.number, "is_done": is_done})
-            with contextlib.suppress(OSError):  # the training process has ended
-                os.write(self._reports, f"{text}\n".encode())
+    def _wait_until_quiet(self) -> None:
+        """Wait until no run is being delivered, and none is likely to come soon.
 
-        def note_done() -> None:
-            nonlocal is_done
-            if not is_done:
-                is_done = True
-                report()
-
-        if self._deliver(request, note_done):
-            note_done()
-        elif not is_done:
-            report()
+        A program with many short fits waits at its end for its runs, not for their pictures.
+        """
+        deadline = time.monotonic() + LONGEST_WAIT_S
+        with self._changed:
+            while (now := time.monotonic()) < deadline:
+                quiet_s = QUIET_S if self.is_training else 0.0
+                if not self._busy and now - self._busy_at >= quiet_s:
+                    return
+                self._changed.wait(min(QUIET_S, deadline - now))
 
 
 class SummaryProcess:

@@ -7,7 +7,6 @@ been delivered, so a run whose file is lost is delivered as well.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import logging
 import time
@@ -114,7 +113,7 @@ class DeliveryState:
 
     def write(self, run_path: Path) -> None:
         """Write the file atomically. If the disk is full, the old file stays."""
-        text = json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False)
+        text = json.dumps(vars(self), indent=1, ensure_ascii=False)
         path = run_path / STATE
         with contextlib.suppress(OSError):
             path.parent.mkdir(exist_ok=True)  # not the run, which may be deleted

@@ -70,6 +70,7 @@ class RunDelivery:
         self._is_new = False
         self._num_starts = 1
         self._process: DeliveryProcess | None = None
+        self._number = 0
         self._is_over = threading.Event()
 
     @property
@@ -115,7 +116,7 @@ class RunDelivery:
         request = {"number": number, "run": str(self.run_path), "is_new": self._is_new}
         if not process.take(request):
             return False
-        self._process = process
+        self._process, self._number = process, number
         self._is_new = False
         return True
 
@@ -132,6 +133,11 @@ class RunDelivery:
         """Note whether the run is delivered, now that it is decided."""
         self.is_done = is_done
         self._is_over.set()
+
+    def wake(self) -> None:
+        """Have the delivery look at the run now, and not at the end of its pause."""
+        if self._process is not None and not self._is_over.is_set():
+            self._process.take({"wake": self._number})
 
     def hurry(self) -> None:
         """Let the delivery be as fast as other processes."""
@@ -155,6 +161,7 @@ class RunDelivery:
             If delivery does not create it in time, or has ended.
         """
         deadline = time.monotonic() + timeout_s
+        self.wake()
         while True:
             is_over = self.is_over
             state = DeliveryState.read_or_none(self.run_path)
@@ -194,6 +201,7 @@ class RunDelivery:
             return last_seq is not None and self.read_state().delivered >= last_seq
 
         is_live = last_seq is not None
+        self.wake()
         _wait_for([self], timeout_s, is_enough=has_rows, is_live=is_live)
         return self.is_done or has_rows()
 

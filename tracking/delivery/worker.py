@@ -9,7 +9,7 @@ import gc
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -28,6 +28,7 @@ from tracking.delivery.thinning import THINNED
 from tracking.mlflow_store.client import (
     GoneError,
     MlflowRun,
+    Point,
     RefusedError,
     UnreachableError,
 )
@@ -109,6 +110,8 @@ class DeliveryWorker:
         Masks the secrets in a text.
     lookahead_rows
         Rows to read ahead of sending.
+    pause
+        Waits some seconds before new rows are looked for; may return earlier.
 
     Attributes
     ----------
@@ -128,6 +131,7 @@ class DeliveryWorker:
         write_summaries: Callable[[Path], list[Path]] = lambda path: [],
         redact: Callable[[str], str] = str,
         lookahead_rows: int = LOOKAHEAD_ROWS,
+        pause: Callable[[float], object] = time.sleep,
     ) -> None:
         self.run_path = run_path
         state = DeliveryState.read_or_none(run_path)
@@ -140,6 +144,7 @@ class DeliveryWorker:
         self._is_sync = is_sync
         self._write_summaries = write_summaries
         self._lookahead_rows = lookahead_rows
+        self._pause = pause
         self._rank_dir = get_rank_dir(run_path, 0)
         self._state_file = StateFile(run_path, state, self._count_behind)
         self._retry = RetryPolicy(
@@ -163,7 +168,6 @@ class DeliveryWorker:
     def deliver(
         self,
         on_page: Callable[[], None] = lambda: None,
-        on_done: Callable[[], None] = lambda: None,
     ) -> None:
         """Deliver all rows; while the run is being written, also those to come.
 
@@ -171,21 +175,18 @@ class DeliveryWorker:
         ----------
         on_page
             Called once, when the run's page in MLflow exists.
-        on_done
-            Called when the run has ended and MLflow has all but its summaries.
 
         Raises
         ------
         GaveUpError
             If MLflow does not answer within the time limit, or cannot take the run.
         """
-        self._on_done = on_done
         self._state_file.set_phase("connecting")
         for attempt in range(1, MAX_ATTEMPTS + 1):
             try:
                 known_id = self.state.mlflow_run_id
                 self._use(self._retry.run(partial(self._resolver.connect, known_id)))
-                self._state_file.save(at_once=True)
+                self._state_file.set_phase("delivering")
                 if attempt == 1:
                     on_page()
                 self._follow()
@@ -247,7 +248,6 @@ class DeliveryWorker:
 
     def _follow(self) -> None:
         """Send new rows until the run is not written any more and all are sent."""
-        self._state_file.set_phase("delivering")
         poll_s = POLL_S
         shown = self.state.delivered
         while True:
@@ -256,42 +256,42 @@ class DeliveryWorker:
             # Training that ends waits for the last position: it is shown at once.
             self._state_file.save(at_once=not is_busy and self.state.delivered != shown)
             shown = shown if is_busy else self.state.delivered
-            if is_busy:
-                poll_s = POLL_S
-            elif is_live:
-                time.sleep(poll_s)
+            if is_live and not is_busy:
+                self._pause(poll_s)  # also after rows: a call takes as long for a few
                 poll_s = min(1.2 * poll_s, LONGEST_POLL_S)
-            elif self._finish():
+            elif not is_busy and self._finish():
                 return
 
     def _step(self, is_live: bool) -> bool:
         """Read new rows and send the next ones; whether there may be more to send."""
-        self._read_ahead()
+        is_at_end = self._read_ahead()
         if is_live and self._writer.status != "RUNNING":
             self._retry.run(lambda: self._writer.set_status("RUNNING"))
-        self._retry.run(self._send_properties)
         if self._reconciler.is_requested:
             if is_live and not self._reconciler.is_due():
+                self._send_properties()
                 return False
             if self._reconcile("live"):
                 return True
         is_busy = self._send_next()
         self._send_artifact()
-        return is_busy
+        return is_busy or not is_at_end
 
-    def _read_ahead(self) -> None:
-        """Read new rows, and check what they supersede."""
+    def _read_ahead(self) -> bool:
+        """Read new rows, and check what they supersede; whether those were all."""
         while self._cursor.num_pending < self._lookahead_rows:
             rows = self._scan.read()
             if not rows.num_rows:
-                return
+                return True
             self._cursor.push(rows, self._scan)
             self._reconciler.check_control_rows()
+        return False
 
     def _send_next(self) -> bool:
-        """Filter, map and send the next rows; whether there were any."""
+        """Send the next points, and what is new besides; whether more can be sent now."""
         rows = self._cursor.peek(STEP_ROWS)
         if rows is None:
+            self._send_properties()
             return False
         live = rows.filter(pa.array(self._scan.tombstones.mask_live(rows)))
         self._cursor.note_places(live)
@@ -300,9 +300,9 @@ class DeliveryWorker:
         missing = self._reconciler.remove_present(points)
         if missing is None:
             self._replace_run()
-        else:
-            self._send_points(missing, rows["seq"][-1].as_py())
-        return True
+            return True
+        self._send_points(missing, rows["seq"][-1].as_py())
+        return self._cursor.num_pending > 0
 
     def _send_points(self, points: pa.Table, upto: int | None = None) -> None:
         """Send points in batches; each one moves the position in MLflow and here.
@@ -319,22 +319,28 @@ class DeliveryWorker:
             position = upto
             if upto is not None and start + BATCH < points.num_rows:
                 position = batch["seq"][-1].as_py()
-            send = partial(self._writer.send_points, point_list(batch), position)
-            self._retry.run(send)
+            some = point_list(batch)
+            if start == 0:
+                self._send_properties(some, position)
+            else:
+                self._retry.run(partial(self._writer.send_points, some, position))
             self.num_sent += batch.num_rows
             if position is not None:
                 self._cursor.advance(position)
                 self.state.delivered = position
             self._state_file.save()
 
-    def _send_properties(self) -> None:
-        """Send params, tags and inputs, and the tags that describe the run."""
+    def _send_properties(
+        self, points: Sequence[Point] = (), position: int | None = None
+    ) -> None:
+        """Send params, tags, inputs and what describes the run; with them some points."""
         properties = self._properties()
         self.state.names = self._scan.keys.renamed()
         self.state.flags = self._writer.flags(properties)
         per_key = self._cursor.per_key if THINNED in properties.flags else None
         tags = self._resolver.tags(self.state.names, per_key)
-        self._writer.send_properties(properties, tags)
+        send = partial(self._writer.send, properties, tags, points, position)
+        self._retry.run(send)
 
     def _properties(self) -> RunProperties:
         """What MLflow should have besides metrics, and what it does not have of those."""
@@ -386,21 +392,20 @@ class DeliveryWorker:
             self._retry.run(
                 lambda: self._writer.recognize_artifacts(self._scan.properties())
             )
-        self._retry.run(self._send_properties)
+        self._send_properties()
         ended_ms = to_ms(self._resolver.manifest.ended) or self._scan.last_time_ms
         if status in STATUSES:  # a run of which it is not known has no end
             self._retry.run(lambda: self._writer.set_status(STATUSES[status], ended_ms))
+        refused = dict(self._writer.refused)
         self._retry.run(self._upload_artifacts)
         self._retry.run(lambda: send_models(self._writer, self.run_path))
-        self._retry.run(self._send_properties)
+        if self._writer.refused != refused:
+            self._send_properties()
         if self._read_status() == "running":
             return False
         self._state_file.set_phase("done")
-        self._on_done()
         _log.info("all rows are delivered; %d points were sent", self.num_sent)
-        if self.num_sent or not self._is_sync:
-            self._send_summaries()
-        return self._read_status() != "running"
+        return True
 
     def _read_status(self) -> str:
         """Status of the run as it is now; ``running`` while it is being written."""
@@ -408,8 +413,15 @@ class DeliveryWorker:
             return "running"
         return get_status(self.run_path, self._resolver.reload_manifest())
 
-    def _send_summaries(self) -> None:
-        """Write and upload the files that summarize an ended run."""
+    def send_summaries(self) -> None:
+        """Write and upload the files that summarize a run that was delivered.
+
+        Nothing happens if a comparison found all of it in MLflow, or it has been resumed.
+        """
+        if self._is_sync and not self.num_sent:
+            return
+        if self._read_status() == "running" or self._scan.count_unread():
+            return
         try:
             files = self._write_summaries(self.run_path)
         except (ImportError, OSError, ValueError, RuntimeError) as error:
@@ -423,9 +435,9 @@ class DeliveryWorker:
                 _log.warning("%s is not in MLflow: %s", path.name, error)
                 break
         with contextlib.suppress(GaveUpError):
-            self._retry.run(self._send_properties)  # the description has the results
-        # All rows are sent, whatever came of the pictures.
-        self._state_file.set_phase("done")
+            self._send_properties()  # the description has the results
+        if self.state.phase != "done":  # whatever came of the pictures
+            self._state_file.set_phase("done")
 
     def _count_behind(self) -> int:
         """Rows that MLflow does not have yet."""

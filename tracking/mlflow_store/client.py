@@ -10,14 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import hashlib
-import importlib
 import importlib.metadata
 import json
 import os
 import sqlite3
-import sys
 import tempfile
 import threading
 import urllib.parse
@@ -32,6 +29,7 @@ import pyarrow as pa
 
 from tracking.errors import TrackingError
 from tracking.mlflow_store.database import create_database, lock_cache
+from tracking.mlflow_store.imports import import_mlflow
 from tracking.mlflow_store.uris import local_path, sqlite_path, sqlite_uri
 
 if TYPE_CHECKING:
@@ -70,7 +68,6 @@ _READERS: Final = 8
 _PAGE: Final = 1 << 16
 """Points that are read at a time from a database."""
 
-_IMPORTING: Final = threading.Lock()
 _SQL: Final = "mlflow.store.tracking.sqlalchemy_store"
 _REFUSALS: Final = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST")
 
@@ -234,34 +231,31 @@ class StoreClient:
         run_id: str,
         points: Sequence[Point] = (),
         tags: Mapping[str, str] | None = None,
+        params: Mapping[str, str] | None = None,
     ) -> None:
-        """Send metrics, then tags: at most 1000 together, of them 100 tags."""
-        from mlflow.entities import Metric, RunTag  # noqa: PLC0415 (slow)
+        """Send params, then metrics, then tags: at most 1000, of them 100 params, 100 tags.
+
+        All fail if MLflow has one of the params with another value.
+        """
+        from mlflow.entities import Metric, Param, RunTag  # noqa: PLC0415 (slow)
 
         with self._call():
             self._client.log_batch(
                 run_id,
                 metrics=[Metric(p.key, p.value, p.time_ms, p.step) for p in points],
+                params=[Param(key, value) for key, value in (params or {}).items()],
                 tags=[RunTag(key, value) for key, value in (tags or {}).items()],
-            )
-
-    def send_params(self, run_id: str, params: Mapping[str, str]) -> None:
-        """Send at most 100 params.
-
-        All fail if MLflow has one of them with another value.
-        """
-        from mlflow.entities import Param  # noqa: PLC0415 (slow)
-
-        with self._call():
-            self._client.log_batch(
-                run_id, params=[Param(key, value) for key, value in params.items()]
             )
 
     def send_artifact(self, run_id: str, file: Path, folder: str | None) -> None:
         """Upload a file into a folder of the run's artifacts; replace an existing one."""
         with _translate_errors():  # a large file keeps nobody waiting
             self._check_artifact_root(run_id)
-            self._client.log_artifact(run_id, str(file), folder)
+            root = self._artifact_roots.get(run_id)
+            if root is None or self.uri.startswith(("databricks", "uc")):
+                self._client.log_artifact(run_id, str(file), folder)
+            else:  # the client would read the run to find its folder
+                _open_artifacts(root, self.uri).log_artifact(str(file), folder)
 
     def _check_artifact_root(self, run_id: str) -> None:
         """Refuse to make the folder of a project anew that was moved with its store.
@@ -392,36 +386,19 @@ def prepare_environment() -> None:
     environment["MLFLOW_CONFIGURE_LOGGING"] = "false"
 
 
-def import_mlflow(module: str) -> None:
-    """Import a module of MLflow faster than a plain import does.
-
-    The import takes more than a second. Without garbage collection and without pandas,
-    which MLflow does not need (mlflow-skinny has none), it takes half the time.
-    """
-    with _IMPORTING:
-        if module not in sys.modules:
-            _import_without_pandas(module)
-
-
-def _import_without_pandas(module: str) -> None:
-    collecting = gc.isenabled()
-    gc.disable()
-    without_pandas = "pandas" not in sys.modules
-    if without_pandas:
-        sys.modules["pandas"] = None  # type: ignore[assignment]
-    try:
-        importlib.import_module(module)
-    finally:
-        if without_pandas:
-            del sys.modules["pandas"]
-        if collecting:
-            gc.enable()
-
-
 def _open_client(uri: str) -> MlflowClient:
     from mlflow import MlflowClient  # noqa: PLC0415 (slow)
 
     return MlflowClient(uri)
+
+
+def _open_artifacts(root: str, uri: str) -> Any:
+    """Open the place of a run's artifacts, as MLflow's client does once it knows it."""
+    from mlflow.store.artifact.artifact_repository_registry import (  # noqa: PLC0415
+        get_artifact_repository,
+    )
+
+    return get_artifact_repository(root, tracking_uri=uri)
 
 
 def _migrate(path: Path) -> None:

@@ -151,13 +151,20 @@ class RunWriter:
             ``seq`` up to which all rows have been sent with these points; stored in
             the same call. None: the watermark stays.
         """
-        self._send_batch(
-            points, {} if upto is None else {self._watermark_tag: str(upto)}
-        )
+        self._send_batch(points, self._watermark(upto))
         self.is_isolating = False
 
-    def send_properties(self, wanted: RunProperties, more: Mapping[str, str]) -> None:
-        """Send the params, tags and inputs that MLflow does not have.
+    def send(
+        self,
+        wanted: RunProperties,
+        more: Mapping[str, str],
+        points: Sequence[Point] = (),
+        upto: int | None = None,
+    ) -> None:
+        """Send the params, tags and inputs that MLflow does not have, and some points.
+
+        They go in one call if it has room: for a short run, each call takes longer than
+        what it sends.
 
         Parameters
         ----------
@@ -166,11 +173,28 @@ class RunWriter:
         more
             Tags that describe the run. A tag of the user's replaces one of these, and a
             description that somebody changed in MLflow stays.
+        points, upto
+            As of `send_points`.
         """
         params = {k: v for k, v in wanted.params.items() if k not in self._params}
-        for some in _split(params, MAX_PARAMS):
-            self._bisect(self._send_params, list(some.items()))
-            self._params |= some
+        tags = self._list_missing_tags(wanted, more)
+        if not self._send_together(params, tags, points, upto):
+            for some in _split(params, MAX_PARAMS):
+                self._bisect(self._send_params, list(some.items()))
+                self._params |= some
+            for some in _split(tags, MAX_PARAMS):
+                self._bisect(self._send_tags, list(some.items()))
+                self.tags |= some
+            self._send_batch(points, self._watermark(upto))
+        for described in wanted.inputs:
+            if described not in self._inputs:
+                self._bisect(self._send_inputs, [described])
+                self._inputs.append(described)
+        self.is_isolating = False
+
+    def _list_missing_tags(
+        self, wanted: RunProperties, more: Mapping[str, str]
+    ) -> dict[str, str]:
         tags = {**more, **wanted.tags, **self._flag_tags(wanted)}
         if TABLES_TAG in tags:
             tags[TABLES_TAG] = merge_tables(tags[TABLES_TAG], self.tags.get(TABLES_TAG))
@@ -178,14 +202,33 @@ class RunWriter:
         if NOTE in tags and NOTE not in wanted.tags and self._is_note_edited():
             kept = {name: tags.pop(name, "") for name in (NOTE, NOTE_DIGEST)}
             self.tags |= kept
-        for some in _split(tags, MAX_PARAMS):
-            self._bisect(self._send_tags, list(some.items()))
-            self.tags |= some
-        for described in wanted.inputs:
-            if described not in self._inputs:
-                self._bisect(self._send_inputs, [described])
-                self._inputs.append(described)
-        self.is_isolating = False
+        return tags
+
+    def _send_together(
+        self,
+        params: dict[str, str],
+        tags: dict[str, str],
+        points: Sequence[Point],
+        upto: int | None,
+    ) -> bool:
+        """Send all in one call; False if that is too much, or MLflow refuses some of it."""
+        tags = tags | self._watermark(upto)
+        if max(len(params), len(tags)) > MAX_PARAMS:
+            return False
+        if len(params) + len(tags) + len(points) > MAX_BATCH:
+            return False
+        try:
+            if params or tags or points:
+                self.client.send(self.run_id, points, tags, params)
+        except _FAILURES as error:
+            self._check_refusal(error)
+            return False
+        self._params |= params
+        self.tags |= tags
+        return True
+
+    def _watermark(self, upto: int | None) -> dict[str, str]:
+        return {} if upto is None else {self._watermark_tag: str(upto)}
 
     def upload_artifacts(
         self, wanted: RunProperties, folder: Path, limit_s: float | None = None
@@ -295,6 +338,8 @@ class RunWriter:
 
     def _send_batch(self, points: Sequence[Point], tags: dict[str, str]) -> None:
         """Send points and tags; leave out points that MLflow refuses."""
+        if not points and not tags:
+            return
         try:
             self.client.send(self.run_id, points, tags)
         except _FAILURES as error:
@@ -326,7 +371,7 @@ class RunWriter:
             self._bisect(send, items[half:])
 
     def _send_params(self, params: list[tuple[str, str]]) -> None:
-        self.client.send_params(self.run_id, dict(params))
+        self.client.send(self.run_id, params=dict(params))
 
     def _send_tags(self, tags: list[tuple[str, str]]) -> None:
         self.client.send(self.run_id, (), dict(tags))

@@ -233,3 +233,68 @@ def test_invalid_state_is_logged_and_counts_as_none(
     assert again.state.mlflow_run_id == first.state.mlflow_run_id
     assert in_mlflow(store, again.state.mlflow_run_id) == in_journal(run.path)
     assert DeliveryState.read(run.path) == again.state
+
+
+def test_short_run_takes_one_call_for_params_tags_and_points(
+    record, make_worker, store, client, in_mlflow, in_journal
+):
+    warm = record()
+    warm.run.finish()
+    make_worker(warm.path, store).deliver()  # makes the database
+    run = record(params={"lr": 0.5}, tags={"team": "a"})
+    run.run.log_input("train", "training", digest="d", num_rows=3)
+    run.log_curve(CURVE)
+    run.run.finish()
+    made = make_worker(run.path, store)
+    seen = spy_on(made)
+    made.deliver()
+    assert seen == ["create_run", "log_batch", "log_inputs", "set_terminated"]
+    assert in_mlflow(store, made.state.mlflow_run_id) == in_journal(run.path)
+    found = get_run(client, store, made.state)
+    assert found.data.params == {"lr": "0.5"}
+    assert found.data.tags["team"] == "a"
+    assert [one.dataset.digest for one in found.inputs.dataset_inputs] == ["d"]
+    assert found.info.status == "FINISHED"
+    again = make_worker(run.path, store)
+    seen = spy_on(again)
+    again.deliver()  # MLflow has all of it
+    assert (again.num_sent, seen) == (0, ["log_inputs", "set_terminated"])
+
+
+def spy_on(worker):
+    """Names of the calls by which a worker writes to MLflow from now on."""
+    calls = []
+    open_client = worker._resolver._open_client
+
+    class Spy:
+        def __init__(self, client):
+            self.client = client
+
+        def __getattr__(self, name):
+            if not name.startswith(("get_", "search_")):
+                calls.append(name)
+            return getattr(self.client, name)
+
+    def open_spied(uri):
+        found = open_client(uri)
+        found._client = Spy(found._client)
+        return found
+
+    worker._resolver._open_client = open_spied
+    return calls
+
+
+def test_summaries_of_a_run_that_goes_on_are_left_out(record, make_worker, store):
+    run = record()
+    run.log_curve(5)
+    run.run.finish("killed")
+    written = []
+    made = make_worker(run.path, store, write_summaries=lambda path: written)
+    made.deliver()
+    again = record(run_id=run.run.id)
+    made.send_summaries()
+    again.log_curve(5, first=5)
+    again.run.finish()
+    made._write_summaries = lambda path: pytest.fail("the run has new rows")
+    made.send_summaries()
+    assert made.state.phase == "done"
