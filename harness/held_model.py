@@ -53,6 +53,10 @@ def copy_model(model: nn.Module) -> nn.Module:
     TypeError
         If it cannot be copied.
     """
+    if any(hasattr(param, "ds_id") for param in model.parameters()):
+        msg = "setup(module): expected a new model for each fit, got one that is held"
+        got = "elsewhere and divided by deepspeed.zero.Init"
+        raise TypeError(f"{msg} {got}. Build it inside the function.")
     try:
         return copy.deepcopy(model)
     except Exception as error:

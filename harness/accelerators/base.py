@@ -67,6 +67,21 @@ def counts_on_device(group: Mapping[str, object]) -> bool:
     return bool(group.get("fused") or group.get("capturable"))
 
 
+def check_whole(model: nn.Module, where: str) -> None:
+    """Check that no parameter is divided over ranks, as ``deepspeed.zero.Init`` divides them.
+
+    Raises
+    ------
+    ValueError
+        If one is.
+    """
+    for name, param in model.named_parameters():
+        if hasattr(param, "ds_id"):
+            msg = f"prepare: expected whole parameters {where}, got a part of {name!r}."
+            advice = 'Train with "zero_optimization": {"stage": 3}, or build the model'
+            raise ValueError(f"{msg} {advice} outside of deepspeed.zero.Init.")
+
+
 def ignore_step(name: str) -> None:
     """Do nothing at a step."""
 
@@ -186,9 +201,16 @@ class Accelerator(Protocol):
         """Run the forward and backward of one optimizer inside (None: the only one)."""
         ...
 
+    def building(self) -> AbstractContextManager[object]:
+        """Build the model of a fit inside, before ``prepare``."""
+        ...
+
     @property
     def guard(self) -> AbstractContextManager[object] | None:
-        """Refuses operations on weights that are divided over ranks; None if none are."""
+        """Refuses operations on weights that are divided over ranks; None if none are.
+
+        Before ``prepare`` it gives operations the whole weights.
+        """
         ...
 
     def backward(self, loss: Tensor, name: str | None = None) -> None:

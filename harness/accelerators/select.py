@@ -19,6 +19,7 @@ def accelerator(
     device: str | torch.device | None = None,
     accumulate: int = 1,
     precision: Literal["fp32", "bf16", "fp16"] | None = None,
+    zero_init: bool = False,
 ) -> Accelerator:
     """Choose the accelerator by how this process was started.
 
@@ -35,21 +36,34 @@ def accelerator(
     precision
         ``bf16`` or ``fp16``: torch's autocast, with the weights in float32; for ``fp16`` the
         losses are scaled. None: as the config says, else ``fp32``.
+    zero_init
+        Build the model of a fit under ``deepspeed.zero.Init``: each layer is divided over
+        the ranks as soon as it is made, so that no rank ever holds the whole model. Its
+        numbers are the same. Needs ZeRO 3.
 
     Returns
     -------
     SingleDevice or DeepSpeedAccelerator
+
+    Raises
+    ------
+    ValueError, TypeError
+        If the arguments contradict each other, or the config cannot be trained with.
 
     References
     ----------
     luz 0.5.0, ``accelerator``. Differs from luz: DeepSpeed instead of accelerate.
     """
     launch: Launch = read_launch()
-    if config is None and launch.world_size == 1:
+    if config is None and launch.world_size == 1 and not zero_init:
         precision = precision or "fp32"
         return SingleDevice(device, accumulate=accumulate, precision=precision)
     from harness.accelerators.deepspeed.accelerator import DeepSpeedAccelerator  # noqa: PLC0415  slow, and not always installed
 
     return DeepSpeedAccelerator(
-        config, device=device, accumulate=accumulate, precision=precision
+        config,
+        device=device,
+        accumulate=accumulate,
+        precision=precision,
+        zero_init=zero_init,
     )

@@ -18,6 +18,7 @@ from harness.accelerators.base import (
     OwnAgreement,
     StepHook,
     StepOpt,
+    check_whole,
     counts_on_device,
     default_step_opt,
     ignore_step,
@@ -278,8 +279,10 @@ class SingleDevice:
         ------
         ValueError
             If an optimizer's ``step`` needs a closure, and gradients are accumulated or
-            scaled: it computes them itself, several times in a step.
+            scaled: it computes them itself, several times in a step. Or if the parameters
+            are divided over ranks.
         """
+        check_whole(model, "on one device")
         self._check_closures(optimizers or {})
         self._model = model.to(self.device)
         self._optimizers = dict(optimizers or {})
@@ -373,6 +376,10 @@ class SingleDevice:
             self.num_backwards += 1
 
     guard = None
+
+    def building(self) -> AbstractContextManager[None]:
+        """Build the model of a fit inside."""
+        return nullcontext()
 
     def backward(self, loss: Tensor, name: str | None = None) -> None:
         """Add the gradients of ``loss / window``; `loss` is a scalar with a graph."""

@@ -42,6 +42,7 @@ from harness.reshard.consolidated import (
     ConsolidatedState,
     copy_into,
     shape_lazy_parameters,
+    whole_shape,
 )
 from tracking.durable import replace_file, replace_folder
 from tracking.errors import describe_mismatch, describe_path
@@ -169,11 +170,12 @@ def put_weights(
     live = get_tensors(model)
     both = [name for name in live if name in saved]
     taken = {id(live[name]) for name in both}  # tied weights have several names
+    shapes = {name: whole_shape(value) for name, value in live.items()}
     report = WeightsReport(
-        loaded=tuple(n for n in both if saved[n].shape == live[n].shape),
+        loaded=tuple(n for n in both if saved[n].shape == shapes[n]),
         missing=tuple(n for n in live if n not in saved and id(live[n]) not in taken),
         unexpected=tuple(name for name in saved if name not in live),
-        mismatched=tuple(n for n in both if saved[n].shape != live[n].shape),
+        mismatched=tuple(n for n in both if saved[n].shape != shapes[n]),
     )
     if strict and not report.is_complete:
         msg = f"{place}: expected weights of this model, got {report}."

@@ -42,7 +42,7 @@ def begin(
     """Build the model of a fit, with the weights that it starts from."""
     check_start(start, strict)
     if start is None:
-        return Began(model=learner.build_model(), loss=learner.loss)
+        return Began(model=build_model(learner, accelerator), loss=learner.loss)
     name, loss = describe_start(start), learner.loss
     if isinstance(start, Fitted):
         loss = choose_loss(learner, start)
@@ -52,7 +52,7 @@ def begin(
                 model = copy_model(trained)
             report = WeightsReport(loaded=tuple(get_tensors(model)))
             return Began(model=model, loss=loss, report=report, name=name)
-    model = learner.build_model()
+    model = build_model(learner, accelerator)
     with opening(start, accelerator) as weights:
         report = load_start(model, weights, accelerator, strict=bool(strict))
     if strict is None and not report.is_complete and accelerator.is_main:
@@ -60,6 +60,12 @@ def begin(
         advice = "The rest of the model is new. Pass strict=False if that is right."
         warnings.warn(f"{msg} {advice}", stacklevel=3)
     return Began(model=model, loss=loss, report=report, name=name)
+
+
+def build_model(learner: Learner, accelerator: Accelerator) -> nn.Module:
+    """Build a new model, in the way that the accelerator wants it built."""
+    with accelerator.building():
+        return learner.build_model()
 
 
 def check_trainable(learner: Learner, model: nn.Module) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -104,14 +105,16 @@ class FitContext(StepContext):
         self.pace = pace or Pace()
         self.hparams, self.opt_hparams = dict(hparams), dict(opt_hparams)
         self.model, self.loss_fn = model, loss_fn  # set_optimizers may use self.ctx
-        if callable(optimizers):
-            optimizers = optimizers()
+        with accelerator.guard or nullcontext():
+            if callable(optimizers):
+                optimizers = optimizers()
         prepare: Callable[..., Any] = accelerator.prepare
         if optimizers is None:
             prepare = partial(prepare, opt_hparams=self.opt_hparams)
         if optimizers is not None:
             self.optimizers = check_optimizers(optimizers)
-        prepare_callbacks(self)
+        with accelerator.guard or nullcontext():
+            prepare_callbacks(self)
         named = self.optimizers
         if optimizers is not None:
             check_trained(

@@ -32,12 +32,15 @@ STATE_ERRORS = (
 """Errors that inconsistent states cause."""
 
 
+def whole_shape(tensor: Tensor) -> Size:
+    """Shape of a tensor, which may be a parameter that ranks have divided."""
+    found: Size = getattr(tensor, "ds_shape", tensor.shape)
+    return found
+
+
 def parameter_shapes(model: nn.Module) -> dict[str, Size]:
     """Shapes of a model's whole parameters by name, in the order of ``Module.parameters``."""
-    return {
-        name: getattr(param, "ds_shape", param.shape)
-        for name, param in model.named_parameters()
-    }
+    return {name: whole_shape(param) for name, param in model.named_parameters()}
 
 
 def check_shapes(
@@ -69,7 +72,16 @@ def copy_tensors(
 
 
 def copy_into(live: Tensor, saved: Tensor) -> None:
-    """Copy values; an expanded tensor, into which torch cannot copy, stays expanded."""
+    """Copy values; an expanded tensor, into which torch cannot copy, stays expanded.
+
+    A parameter that ``deepspeed.zero.Init`` has divided takes this rank's part of them.
+    """
+    if hasattr(live, "ds_id"):
+        part: Tensor = live.ds_tensor  # type: ignore[attr-defined]
+        start = live.ds_zero_partition_rank * part.numel()  # type: ignore[attr-defined]
+        own = saved.reshape(-1)[start : start + part.numel()]
+        part[: len(own)].copy_(own)
+        return
     if _is_expanded(live):
         steps = live.stride()
         one = tuple(slice(0, 1) if step == 0 else slice(None) for step in steps)

@@ -6,7 +6,7 @@ nothing. Buffers stay.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -54,8 +54,15 @@ def move_real_tensors(model: nn.Module, device: torch.device) -> None:
 
 def count_bytes(model: nn.Module) -> int:
     """Bytes of the whole parameters, also where ranks or nobody holds them; tied ones once."""
-    return sum(
-        int(getattr(param, "ds_numel", param.numel())) * param.element_size()
-        for param in model.parameters()
-        if not isinstance(param, nn.parameter.UninitializedParameter)
-    )
+    return sum(param.element_size() * n for param, n in _count_each(model))
+
+
+def count_elements(model: nn.Module) -> int:
+    """Elements of the whole parameters; see ``count_bytes``."""
+    return sum(n for _, n in _count_each(model))
+
+
+def _count_each(model: nn.Module) -> Iterator[tuple[nn.Parameter, int]]:
+    for param in model.parameters():
+        if not isinstance(param, nn.parameter.UninitializedParameter):
+            yield param, int(getattr(param, "ds_numel", param.numel()))

@@ -11,13 +11,18 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import (
+    AbstractContextManager,
+    ExitStack,
+    contextmanager,
+    nullcontext,
+    suppress,
+)
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from harness.accelerators.base import (
@@ -32,6 +37,7 @@ from harness.accelerators.base import (
 from harness.accelerators.deepspeed.config import (
     ConfigFacts,
     check_config,
+    init_config,
     read_config,
     zero_stage,
 )
@@ -45,6 +51,7 @@ from harness.accelerators.deepspeed.gather import (
 )
 from harness.accelerators.deepspeed.library import (
     choose_kind,
+    dividing_layers,
     forget_model,
     get_tracked_random,
     import_deepspeed,
@@ -52,6 +59,7 @@ from harness.accelerators.deepspeed.library import (
     keep_functions,
     known_fields,
     set_tracked_random,
+    silence_deepspeed_warnings,
 )
 from harness.accelerators.deepspeed.precision import (
     add_precision,
@@ -71,11 +79,16 @@ from harness.accelerators.deepspeed.state import (
 from harness.accelerators.deepspeed.validation import (
     check_devices,
     check_num_batches,
+    check_zero_init,
     complete_config,
     describe_loaders,
     describe_model,
 )
-from harness.accelerators.deepspeed.whole_weights import WholeWeights
+from harness.accelerators.deepspeed.whole_weights import (
+    NewWeights,
+    WholeWeights,
+    settle_divided,
+)
 from harness.accelerators.devices import choose_rank_device
 from harness.accelerators.distributed.environment import (
     read_launch,
@@ -93,7 +106,7 @@ from harness.checks.values import check_count
 from harness.data.batch import Batch
 from harness.pytree import Options, StateDict, map_tensors
 from harness.reshard.consolidated import parameter_shapes, weights_dtype
-from harness.reshard.skeleton import move_real_tensors
+from harness.reshard.skeleton import count_elements, move_real_tensors
 from harness.rng import part_rng_state
 
 T = TypeVar("T")
@@ -117,6 +130,8 @@ class DeepSpeedAccelerator:
         Micro-batches per optimizer step, the same as ``gradient_accumulation_steps``.
     precision
         As in ``SingleDevice``: DeepSpeed's ``torch_autocast``. None: as the config says.
+    zero_init
+        Build models under ``deepspeed.zero.Init``, so that no rank ever holds a whole one.
 
     Attributes
     ----------
@@ -157,6 +172,7 @@ class DeepSpeedAccelerator:
         device: str | torch.device | None = None,
         accumulate: int = 1,
         precision: str | None = None,
+        zero_init: bool = False,
     ) -> None:
         advice = "Use 1 to step on every batch."
         check_count("accelerator(accumulate)", accumulate, 1, advice)
@@ -177,10 +193,12 @@ class DeepSpeedAccelerator:
         self.meet("an accelerator, which fit, evaluate and predict make")
         self._check_devices()
         self._config = self._ranks.check_on_every_rank(
-            lambda: self._read_config(config, precision)
+            lambda: self._read_config(config, precision, zero_init)
         )
+        facts = {"config": self._config, "zero_init": zero_init}
         advice = "Pass the same config on every rank."
-        self._ranks.check_same("accelerator", {"config": self._config}, advice)
+        self._ranks.check_same("accelerator", facts, advice)
+        self._zero_init = zero_init
         self._clear()
 
     def _clear(self) -> None:
@@ -212,11 +230,15 @@ class DeepSpeedAccelerator:
         return name_precision(self._filled or self._config)
 
     def _read_config(
-        self, config: Mapping[str, object] | str | Path | None, precision: str | None
+        self,
+        config: Mapping[str, object] | str | Path | None,
+        precision: str | None,
+        zero_init: object,
     ) -> dict[str, Any]:
         choose_kind(self.device.type)
         read = add_precision(read_config(config), precision)
         check_config(read, self._collect_facts())
+        check_zero_init(zero_init, zero_stage(read))
         return read
 
     def _collect_facts(self, **facts: Any) -> ConfigFacts:
@@ -230,6 +252,26 @@ class DeepSpeedAccelerator:
             uuid = str(torch.cuda.get_device_properties(self.device).uuid)
             devices = self._ranks.gather_objects((socket.gethostname(), uuid))
             self._ranks.check_on_every_rank(lambda: check_devices(devices))
+
+    @contextmanager
+    def building(self) -> Iterator[None]:
+        """Build the model of a fit inside, with ``zero_init`` divided over the ranks.
+
+        The model may also enter ``deepspeed.zero.Init`` itself.
+        """
+        silence_deepspeed_warnings()
+        with ExitStack() as stack:
+            stack.enter_context(self._telling_device())
+            stack.enter_context(keep_functions())
+            if self._zero_init:
+                stack.enter_context(dividing_layers(init_config(self._config)))
+            stack.enter_context(self.guard or nullcontext())
+            yield
+
+    def _telling_device(self) -> AbstractContextManager[None]:
+        """Tell DeepSpeed inside the index of the device, which it reads at any time."""
+        index = self.local_rank if self.device.index is None else self.device.index
+        return set_environment(LOCAL_RANK=str(index))
 
     def prepare(
         self,
@@ -284,7 +326,7 @@ class DeepSpeedAccelerator:
         facts = self._collect_facts(
             accumulate=self._given_accumulate,
             batch_size=getattr(first, "batch_size", None),
-            num_parameters=sum(p.numel() for p in model.parameters() if not is_lazy(p)),
+            num_parameters=count_elements(model),
             opt_hparams=opt_hparams or {},
         )
         self._filled = self._ranks.check_on_every_rank(
@@ -300,14 +342,11 @@ class DeepSpeedAccelerator:
             model.to(self.device)
             self.share_weights(model)
         else:
-            # DeepSpeed reads it at any time, for example in the model's forward at ZeRO 3,
-            # and takes it for the index of the device.
-            index = self.local_rank if self.device.index is None else self.device.index
-            variables = set_environment(LOCAL_RANK=str(index))
-            self._cleanup.enter_context(variables)
+            self._cleanup.enter_context(self._telling_device())
             self._cleanup.enter_context(keep_functions())
             self._cleanup.enter_context(keep_autocast())
             self._cleanup.callback(forget_model, model)
+            settle_divided(model, self._filled, self.device)
             self._engines = create_engines(
                 model, opts, self._filled, self.device, self._count_step
             )
@@ -422,7 +461,12 @@ class DeepSpeedAccelerator:
 
     @property
     def guard(self) -> AbstractContextManager[object] | None:
-        """Refuses operations on divided weights inside; None if none are divided."""
+        """Refuses operations on divided weights inside; None if none are divided.
+
+        Before ``prepare`` it gathers the weights that operations read.
+        """
+        if self._model is None and zero_stage(self._config) == 3:
+            return NewWeights()
         return self._whole
 
     @contextmanager

@@ -319,6 +319,12 @@ def _check_modes(config: Mapping[str, Any], stage: int) -> None:
         raise ValueError(f"{msg} Compile the model with torch.compile instead.")
 
 
+def init_config(config: Mapping[str, Any]) -> Options:
+    """What ``zero.Init`` reads of a config, before the batch sizes are known."""
+    zero = _drop_autos(config["zero_optimization"])
+    return {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
+
+
 def fill_config(config: Mapping[str, Any], facts: ConfigFacts) -> Options:
     """Replace every ``"auto"`` in the config, ready for DeepSpeed.
 

@@ -92,6 +92,43 @@ def keep_functions() -> Iterator[None]:
         torch.nn.functional.linear = linear
 
 
+def replace_linear() -> None:
+    """Use the ``linear`` of DeepSpeed 0.19.8, until ``keep_functions`` ends.
+
+    DeepSpeed does so itself only where it divides a model at the beginning of training.
+    """
+    import_deepspeed()
+    from deepspeed.runtime.zero.linear import zero3_linear_wrap  # noqa: PLC0415  see door
+
+    torch.nn.functional.linear = zero3_linear_wrap
+
+
+@contextmanager
+def dividing_layers(config: Mapping[str, object]) -> Iterator[None]:
+    """Divide each layer over the ranks as soon as it is made inside, by ``zero.Init``.
+
+    Layers are made on the CPU and in their own dtype, as without it, so that random numbers
+    are the same. By default DeepSpeed makes them on the device, in the dtype of training.
+
+    Parameters
+    ----------
+    config
+        DeepSpeed's config with a batch size, at ZeRO 3.
+    """
+    make = import_deepspeed().zero.Init
+    with ignore_warnings():
+        init = make(config_dict_or_path=dict(config), tensor_overrides=[])
+    with init:
+        yield
+
+
+def share_and_divide(param: Any) -> None:
+    """Divide a parameter of ZeRO 3 that is whole, with the values of rank 0."""
+    whole = param.data = param.data.contiguous()
+    import_deepspeed().comm.broadcast(whole.view(torch.uint8), 0)
+    param.partition(has_been_updated=True)
+
+
 def forget_model(model: torch.nn.Module) -> None:
     """Let DeepSpeed 0.19.8 release a model whose ZeRO 3 engines are finished.
 

@@ -51,6 +51,12 @@ def name_precision(config: Mapping[str, Any]) -> str:
     return "fp32"
 
 
+def find_weights_dtype(config: Mapping[str, Any]) -> torch.dtype | None:
+    """Dtype to which the config casts the weights; None if it leaves them as they are."""
+    name = next((key for key in PRECISION_KEYS[:3] if _is_enabled(config, key)), None)
+    return None if name is None else DTYPES["fp16" if name == "fp16" else "bf16"]
+
+
 def _is_enabled(config: Mapping[str, Any], key: str) -> bool:
     """True if a precision is on; ``"auto"`` leaves it to the caller."""
     section = config.get(key)

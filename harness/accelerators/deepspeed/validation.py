@@ -18,7 +18,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils.data import IterableDataset, Subset
 
-from harness.accelerators.base import has_modes, needs_closure
+from harness.accelerators.base import check_whole, has_modes, needs_closure
 from harness.accelerators.deepspeed.config import ConfigFacts, fill_config, zero_stage
 from harness.accelerators.deepspeed.library import find_config_error
 from harness.data.loaders import num_batches
@@ -57,6 +57,7 @@ def complete_config(
         If model or optimizers cannot be trained, or the config cannot be completed.
     """
     check_parameters(model)
+    check_divided(model, config, facts.world_size, trains=optimizers is not None)
     if optimizers is not None:
         check_gradients(model, zero_stage(config))
         check_deepspeed_optimizers(model, optimizers, config)
@@ -145,8 +146,8 @@ def check_parameters(model: nn.Module) -> None:
     Raises
     ------
     ValueError
-        If a parameter is lazy, divided already, or has no dims: DeepSpeed 0.19.8 cannot send
-        that to other ranks.
+        If a parameter is lazy, has no values, or no dims: DeepSpeed 0.19.8 cannot send that to
+        other ranks.
     """
     for name, param in model.named_parameters():
         if is_lazy(param):
@@ -155,16 +156,65 @@ def check_parameters(model: nn.Module) -> None:
                 "Call the model once on a batch when it is built, or give its sizes."
             )
             raise ValueError(f"{msg} {advice}")
-        if hasattr(param, "ds_id"):
-            msg = f"prepare: expected whole parameters, got a part of {name!r}."
-            advice = (
-                "Build the model outside of deepspeed.zero.Init: ZeRO 3 divides it."
-            )
-            raise ValueError(f"{msg} {advice}")
-        if param.dim() == 0:
+        if param.is_meta:
+            msg = f"prepare: expected parameters with values, got {name!r} on 'meta'."
+            advice = "Build it on the CPU: with accelerator(config, zero_init=True) no"
+            raise ValueError(f"{msg} {advice} rank holds the whole model.")
+        if len(getattr(param, "ds_shape", param.shape)) == 0:
             msg = f"prepare: expected parameters with dims, got {name!r} of shape ()."
             advice = "DeepSpeed cannot send it to other ranks: make its shape (1,)."
             raise ValueError(f"{msg} {advice}")
+
+
+def check_zero_init(zero_init: object, stage: int) -> None:
+    """Check that a model can be built under ``deepspeed.zero.Init``, if that is asked for.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If it is no truth value, or the stage is not 3.
+    """
+    if not isinstance(zero_init, bool):
+        msg = f"accelerator(zero_init): expected True or False, got {zero_init!r}."
+        raise TypeError(f"{msg} True builds the model under deepspeed.zero.Init.")
+    if zero_init and stage != 3:
+        msg = f"accelerator(zero_init): expected ZeRO 3, got {stage}."
+        advice = 'Set "zero_optimization": {"stage": 3} in the config, or leave it out.'
+        raise ValueError(f"{msg} {advice}")
+
+
+def check_divided(
+    model: nn.Module, config: Mapping[str, Any], world_size: int, *, trains: bool
+) -> None:
+    """Check that a model which was built under ``deepspeed.zero.Init`` can be trained as it is.
+
+    Raises
+    ------
+    ValueError
+        If it is not trained at ZeRO 3, or is divided over other ranks, twice, or on disk.
+    """
+    stage = zero_stage(config)
+    if stage != 3 or not trains:
+        where = f"at ZeRO {stage}" if stage != 3 else "without an optimizer"
+        check_whole(model, where)
+    params: dict[str, Any] = dict(model.named_parameters())
+    for name, param in params.items():
+        if not hasattr(param, "ds_id"):
+            continue
+        ranks = param.ds_zero_partition_world_size
+        if ranks != world_size:
+            msg = f"prepare: expected {name!r} divided over {world_size} ranks"
+            advice = "Leave data_parallel_group of deepspeed.zero.Init out."
+            raise ValueError(f"{msg}, got {ranks}. {advice}")
+        for key, value, advice in (
+            ("zero_hpz_partition_size", param.ds_secondary_tensor, "Leave it out"),
+            ("offload_param.device 'nvme'", param.nvme_swapper, "Use 'cpu'"),
+        ):
+            if value is not None:
+                msg = f"prepare: expected no {key} where zero.Init divides the model"
+                raise ValueError(
+                    f"{msg}, got {name!r} with it. {advice}, or build it whole."
+                )
 
 
 def check_gradients(model: nn.Module, stage: int) -> None:
@@ -264,7 +314,10 @@ def describe_model(
     model: nn.Module, optimizers: Mapping[str, Optimizer]
 ) -> dict[str, object]:
     """Facts of model, optimizers and code that must be the same on every rank."""
-    shapes = [(name, str(p.dtype), *p.shape) for name, p in model.named_parameters()]
+    shapes = [
+        (name, str(p.dtype), *getattr(p, "ds_shape", p.shape))
+        for name, p in model.named_parameters()
+    ]
     facts: dict[str, object] = {
         "Python": platform.python_version(),
         "torch": torch.__version__,

@@ -1,15 +1,21 @@
-"""Whole weights where user code reads them at ZeRO 3, or an error that says where it may."""
+"""Whole weights where user code reads them at ZeRO 3, or an error that says where it may.
+
+Also the form that an engine expects of a model that was divided while it was built.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+
+from harness.accelerators.deepspeed.library import replace_linear, share_and_divide
+from harness.accelerators.deepspeed.precision import find_weights_dtype
 
 _MARK = -1
 """Stands for a layer in the set of layers that use a parameter, so that DeepSpeed keeps it."""
@@ -30,6 +36,17 @@ _METADATA = frozenset(
 )
 """What a part of a parameter says as the whole does."""
 
+_FORM = frozenset(
+    [
+        *(torch.Tensor.shape.__get__, torch.Tensor.ndim.__get__),  # type: ignore[attr-defined]
+        *(torch.Tensor.nbytes.__get__, torch.Tensor.__len__),  # type: ignore[attr-defined]
+        *(torch.Tensor.dim, torch.Tensor.ndimension, torch.Tensor.size),
+        *(torch.Tensor.numel, torch.Tensor.nelement, torch.Tensor.stride),
+        *(torch.Tensor.is_contiguous, torch.numel),
+    ]
+)
+"""What a parameter says of its form, which is known without the values."""
+
 
 class WholeWeights(TorchFunctionMode):
     """Gives operations whole weights where ZeRO 3 has divided them.
@@ -37,7 +54,7 @@ class WholeWeights(TorchFunctionMode):
     DeepSpeed gathers the weights of a layer while the layer runs. A penalty on weights, or a
     gradient of a gradient, reads them outside. In ``gathering`` such an operation gets the
     weight from all ranks, which is kept until ``release``. Elsewhere it is refused: other
-    ranks might not read the same weight.
+    ranks might not read the same weight. Shapes are those of whole weights everywhere.
 
     Parameters
     ----------
@@ -58,6 +75,8 @@ class WholeWeights(TorchFunctionMode):
         kwargs = kwargs or {}
         for value in _flatten((*args, *kwargs.values())):
             if _is_divided(value) and _is_called_by_user():
+                if func in _FORM:
+                    return func(_make_form(value), *args[1:], **kwargs)
                 self._read(value, func)
         if func is torch.autograd.grad and kwargs.get("create_graph"):
             # The second backward runs no hooks of layers.
@@ -69,9 +88,7 @@ class WholeWeights(TorchFunctionMode):
         if self._is_gathering:
             self._hold([param])
             return
-        name = getattr(func, "__name__", "")
-        if name == "__get__":
-            name = getattr(func.__self__, "__name__", name)
+        name = _name(func)
         if name in _METADATA:
             return
         msg = f"ZeRO 3: expected no use of the weight {self._names.get(id(param))!r}"
@@ -109,6 +126,114 @@ class WholeWeights(TorchFunctionMode):
                 param.partition()
 
 
+class NewWeights(TorchFunctionMode):
+    """Gives operations whole weights of a model that is divided while it is built.
+
+    A module sets weights of layers that it has made, as rules for initial weights do. What
+    ``deepspeed.zero.Init`` has divided by then would be found empty and stay as it was, without
+    an error. Here each weight that an operation reads is gathered. It is divided again, with
+    what the operation has done to it, before the next one is gathered. One of which an
+    operation has returned a view, such as ``weight.data``, stays whole until the end.
+
+    Every rank must run the same operations.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._held: list[Any] = []
+        self._viewed: list[Any] = []
+
+    def __torch_function__(
+        self, func: Any, types: object, args: Any = (), kwargs: Any = None
+    ) -> object:
+        kwargs = kwargs or {}
+        params: list[Any] = list(_flatten((*args, *kwargs.values())))
+        divided = [param for param in params if _is_divided(param)]
+        if divided and _is_called_by_user() and _name(func) not in _METADATA:
+            if func in _FORM:
+                return func(_make_form(divided[0]), *args[1:], **kwargs)
+            self._divide(self._held)
+            for param in divided:
+                param.all_gather()
+                self._held.append(param)
+        found = func(*args, **kwargs)
+        for param in params:
+            is_held = any(param is held for held in self._held)
+            if is_held and _is_view(found, param):
+                self._held = [held for held in self._held if held is not param]
+                self._viewed.append(param)
+        return found
+
+    def __exit__(self, kind: object, *error: object) -> None:
+        super().__exit__(kind, *error)  # type: ignore[no-untyped-call]
+        if kind is None:  # the other ranks get here too
+            self._divide(self._held)
+            self._divide(self._viewed)
+
+    def _divide(self, params: list[Any]) -> None:
+        """Divide the weights of a list, and empty it."""
+        while params:
+            param = params.pop(0)
+            if not _is_divided(param):  # by the user's own code
+                share_and_divide(param)
+
+
+def settle_divided(
+    model: nn.Module, config: Mapping[str, Any], device: torch.device
+) -> None:
+    """Do for a model that was divided while it was built what DeepSpeed does for others.
+
+    DeepSpeed 0.19.8 leaves dtypes of parameters and devices of buffers as ``zero.Init`` has
+    made them, also those of parts that were built without it, and torch's ``linear``.
+
+    Parameters
+    ----------
+    model
+        The model; one without divided parameters is left alone.
+    config
+        DeepSpeed's config without ``"auto"``.
+    device
+        Device of this rank.
+    """
+    if not any(hasattr(param, "ds_id") for param in model.parameters()):
+        return
+    if config["zero_optimization"].get("memory_efficient_linear", True):
+        replace_linear()
+    dtype = find_weights_dtype(config)
+    for param in model.parameters() if dtype is not None else ():
+        if param.dtype in _CAST:
+            param.data = param.data.to(dtype)
+            if hasattr(param, "ds_tensor"):
+                param.ds_tensor.data = param.ds_tensor.data.to(dtype)
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(device)
+
+
+_CAST = frozenset({torch.float32, torch.float16, torch.bfloat16})
+"""Dtypes of weights that DeepSpeed casts to the one of training."""
+
+
+def _make_form(param: Any) -> torch.Tensor:
+    """A tensor without values that has the form of the whole parameter."""
+    return torch.empty(param.ds_shape, dtype=param.dtype, device="meta")
+
+
+def _is_view(found: object, param: torch.Tensor) -> bool:
+    """Whether a result of an operation shares the memory of a parameter that it read."""
+    if isinstance(found, list | tuple):
+        return any(_is_view(each, param) for each in found)
+    if not isinstance(found, torch.Tensor) or found is param:
+        return False
+    memory = found.untyped_storage().data_ptr()
+    return memory == param.untyped_storage().data_ptr()
+
+
+def _name(func: Any) -> str:
+    """The name of an operation, or of the attribute that it reads."""
+    name = getattr(func, "__name__", "")
+    return getattr(func.__self__, "__name__", name) if name == "__get__" else name
+
+
 def _is_divided(value: Any) -> bool:
     """True for a parameter of ZeRO 3 of which this rank has only a part."""
     status = getattr(value, "ds_status", None)
@@ -125,11 +250,15 @@ def _flatten(values: Iterable[Any]) -> Iterator[nn.Parameter]:
 
 
 def _is_called_by_user() -> bool:
-    """False where DeepSpeed or this package makes the call, below torch's own code."""
+    """False where DeepSpeed or this package makes the call, below torch's own code.
+
+    Of DeepSpeed's functions, ``wrapper`` only runs the ``__init__`` of a layer of torch.
+    """
     frame = sys._getframe(2)
     while frame is not None:
         module = frame.f_globals.get("__name__", "").partition(".")[0]
         if module != "torch":
-            return module not in {"deepspeed", "harness"}
+            is_init = frame.f_code.co_name == "wrapper"
+            return is_init or module not in {"deepspeed", "harness"}
         frame = frame.f_back  # type: ignore[assignment]
     return False

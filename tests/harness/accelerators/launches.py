@@ -115,7 +115,7 @@ class Launches:
     """Launches of groups of cases, each started once."""
 
     def __init__(self, folder: Path, module: str) -> None:
-        self._folder, self._module = folder, module
+        self.folder, self._module = folder, module
         self._done: dict[tuple[int, tuple[int, ...], tuple[str, ...]], Any] = {}
 
     def said(
@@ -125,7 +125,7 @@ class Launches:
         key = world, tuple(stages), tuple(names)
         if key not in self._done:
             own = (
-                self._folder / f"{len(self._done)}-{world}-{'-'.join(map(str, stages))}"
+                self.folder / f"{len(self._done)}-{world}-{'-'.join(map(str, stages))}"
             )
             own.mkdir()
             self._done[key] = run_cases(own, self._module, world, stages, names)

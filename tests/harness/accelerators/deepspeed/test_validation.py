@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import nn
 
+import harness
 from harness.accelerators.deepspeed.validation import (
     check_devices,
     check_packages,
-    check_parameters,
     describe_loaders,
 )
+from harness.accelerators.single import SingleDevice
 from tests.harness.accelerators.cases import Net, adam, prepared, two_rates
 
 STAGES = [0, 1, 2, 3]
@@ -207,9 +208,53 @@ def test_optimizer_with_modes_is_refused(make: Any) -> None:
         make(0).prepare(model, {"opt": opt})
 
 
-def test_parameters_that_are_divided_already_are_refused() -> None:
-    """As those of a model that is built under ``deepspeed.zero.Init``."""
-    model = nn.Linear(2, 1)
-    model.weight.ds_id = 0  # type: ignore[attr-defined]
-    with pytest.raises(ValueError, match="got a part of 'weight'"):
-        check_parameters(model)
+@pytest.mark.parametrize(
+    ("config", "zero_init", "kind", "match"),
+    [
+        (None, True, ValueError, r"zero_init\): expected ZeRO 3, got 0. Set"),
+        ({"zero_optimization": 2}, True, ValueError, "expected ZeRO 3, got 2"),
+        ({"zero_optimization": 3}, "yes", TypeError, "True or False, got 'yes'"),
+    ],
+)
+def test_zero_init_is_checked(
+    config: Any, zero_init: Any, kind: type[Exception], match: str
+) -> None:
+    with pytest.raises(kind, match=match):
+        harness.accelerator(config, device="cpu", zero_init=zero_init)
+
+
+def test_model_that_is_divided_already_is_refused_where_it_cannot_be_trained(
+    make: Any,
+) -> None:
+    with harness.accelerator(
+        {"zero_optimization": 3}, device="cpu", zero_init=True
+    ).building():
+        model = Net()
+    opt = {"opt": torch.optim.SGD(model.parameters(), lr=0.1)}
+    advice = (
+        r'got a part of .body.*Train with "zero_optimization": .*outside of deepspeed'
+    )
+    with pytest.raises(ValueError, match=f"whole parameters at ZeRO 2, {advice}"):
+        make(2).prepare(model, opt)
+    with pytest.raises(ValueError, match="parameters without an optimizer, got a part"):
+        make(3).prepare(model)
+    with pytest.raises(ValueError, match="whole parameters on one device, got a part"):
+        SingleDevice("cpu").prepare(model, opt)
+    learner = harness.setup(lambda: model, loss=nn.MSELoss(), optimizer=torch.optim.SGD)
+    with pytest.raises(TypeError, match=r"held elsewhere and divided by .*zero.Init"):
+        learner.build_model()
+    params: list[Any] = [*model.parameters()]
+    for param in params:
+        param.ds_zero_partition_world_size = 2
+    with pytest.raises(
+        ValueError, match=r"divided over 1 ranks, got 2. Leave data_par"
+    ):
+        make(3).prepare(model, opt)
+
+
+def test_parameters_without_values_are_refused(make: Any) -> None:
+    with torch.device("meta"):
+        model = Net()
+    opt = {"opt": torch.optim.SGD(model.parameters(), lr=0.1)}
+    with pytest.raises(ValueError, match=r"on 'meta'. Build it on the CPU: with accel"):
+        make(3).prepare(model, opt)
