@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -24,13 +25,16 @@ from harness.records import NullRun
 def call_model(model: Callable[..., Any], input: object) -> Any:
     """Call the model; a tuple or list becomes arguments, a mapping keyword arguments.
 
-    A named tuple, such as a ``PackedSequence``, is one argument.
+    A named tuple, such as a ``PackedSequence``, is one argument. The ``labels`` of a mapping are
+    its target; a model gets them only if its ``forward`` takes them, as Hugging Face's do.
     """
     if isinstance(input, Tensor):
         return model(input)
     if isinstance(input, tuple | list) and not hasattr(input, "_fields"):
         return model(*input)
     if isinstance(input, Mapping):
+        if "labels" in input and not _takes_labels(model):
+            input = {name: input[name] for name in input if name != "labels"}
         return model(**input)
     try:
         return model(input)
@@ -40,6 +44,23 @@ def call_model(model: Callable[..., Any], input: object) -> Any:
             advice = "Look at what the loader or its collate function returns."
             raise TypeError(f"{msg} {advice}") from error
         raise
+
+
+def _takes_labels(model: Any) -> bool:
+    # torch 2.13, OptimizedModule: the arguments are those of the user's module.
+    forward = getattr(getattr(model, "_orig_mod", model), "forward", model)
+    return _has_labels(getattr(forward, "__func__", forward))
+
+
+@lru_cache(maxsize=64)
+def _has_labels(function: Callable[..., object]) -> bool:
+    try:
+        params = inspect.signature(function).parameters
+    except (TypeError, ValueError):  # of C: it says nothing
+        return True
+    return "labels" in params or any(
+        param.kind is param.VAR_KEYWORD for param in params.values()
+    )
 
 
 ReadBatch = Callable[[Any], tuple[Any, Any]]

@@ -103,8 +103,8 @@ class Batches(IterableDataset[Any]):
 
 
 def is_samples(data: object) -> bool:
-    """Whether `data` is a list of samples of any kind: of no tensors, arrays or data sets."""
-    columns = (Tensor, DataLoader, Dataset)
+    """Whether `data` is a list of samples: not of tensors, arrays, numbers or data sets."""
+    columns = (Tensor, DataLoader, Dataset, int, float, type(None))
     return (
         isinstance(data, list)
         and bool(data)

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import (
@@ -68,10 +69,11 @@ def as_tensor(value: object, place: str) -> Tensor:
     if not hasattr(value, "__array__"):
         kind = type(value).__name__
         msg = f"{place}: expected a tensor or array, got {kind}."
-        raise TypeError(
-            f"{msg} Give a DataLoader, data set, list of samples, tensors or arrays."
-        )
-    array = value.__array__()
+        advice = "Give a DataLoader, data set, list of samples, tensors or arrays."
+        if isinstance(value, int | float):
+            advice = "Make a tensor of the list of numbers: torch.tensor(...)."
+        raise TypeError(f"{msg} {advice}")
+    array = _as_array(value)
     if array.dtype.kind not in "biufc":
         msg = f"{place}: expected numbers, got an array of {array.dtype}."
         raise TypeError(f"{msg} Convert categories to numbers first.")
@@ -84,6 +86,18 @@ def as_tensor(value: object, place: str) -> Tensor:
     return tensor.to(torch.get_default_dtype()) if is_double else tensor
 
 
+def _as_array(value: Any) -> np.ndarray[Any, Any]:
+    """The value as an array that torch can read."""
+    array: np.ndarray[Any, Any] = value.__array__()
+    is_frame = array.dtype.kind == "O" and hasattr(value, "columns")
+    if is_frame and {dtype.kind for dtype in value.dtypes} <= set("biuf"):
+        array = value.to_numpy(dtype=np.float64, na_value=np.nan)
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
+    # Of a copy, because torch has no negative strides: x[::-1] is such a view.
+    return array.copy() if min(array.strides, default=0) < 0 else array
+
+
 def as_dataset(data: object, place: str = "data") -> Dataset[Any]:
     """`data` as a data set of rows.
 
@@ -91,7 +105,7 @@ def as_dataset(data: object, place: str = "data") -> Dataset[Any]:
     ----------
     data
         A Dataset; an object with ``__len__`` and ``__getitem__``; a list of samples, which
-        are anything but tensors, arrays or data sets; a tensor or array, or nested tuples,
+        are anything but tensors, arrays, numbers or data sets; a tensor or array, or nested tuples,
         lists and mappings of those, with equal lengths.
     place
         Name of the argument, for messages.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,10 +20,17 @@ MAX_BYTES = 1 << 26
 
 
 def take_sample(input: object) -> Any:
-    """Return the first two rows of an input, copied to the CPU; None if that is unknown.
+    """Return the first two rows of an input, copied to the CPU; None if there are none.
 
-    Tensors whose first dimension does not count rows are kept whole.
+    Tensors whose first dimension does not count rows are kept whole. A tensor of a kind that
+    has no rows, such as a nested one, must not take a finished fit from its user: None.
     """
+    with contextlib.suppress(Exception):
+        return _take_rows(input)
+    return None
+
+
+def _take_rows(input: object) -> Any:
     tensors = list(iter_tensors(input))
     rows = num_rows(input)
     if not tensors or rows is None or any(tensor.is_meta for tensor in tensors):

@@ -42,6 +42,10 @@ def build_loaders(
 ) -> tuple[Loader, dict[str, Loader]]:
     """Return the loaders of training and validation data; a fraction splits `data`."""
     if is_fraction(valid_data):
+        for name in {"sampler", "batch_sampler"} & set(options or {}):
+            msg = f"dataloader_options({name}): expected validation data of their own"
+            got = f"got valid_data={valid_data}, which numbers the rows anew"
+            raise ValueError(f"{msg}, {got}. Split the data yourself.")
         data, valid_data = split_data(data, valid_data)
     like = get_device_options(accelerator.device)
     train = make_train_loader(data, options, accelerator.world_size, like)

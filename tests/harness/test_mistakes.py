@@ -285,6 +285,18 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
         lambda: setup().fit(X, Y, 3),
         r"Data is one argument: fit\(\(input, target\), epochs\)",
     ),
+    "rows of lists": (
+        lambda: fit(data=list(zip(X.tolist(), Y.tolist(), strict=True))),
+        r"joined by torch item by item: give torch.tensor\(...\)",
+    ),
+    "list of labels": (
+        lambda: fit(data=(X, Y.tolist())),
+        r"got int. Make a tensor of the list of numbers: torch.tensor\(...\)",
+    ),
+    "sampler of all rows and a share of them": (
+        lambda: fit(valid_data=0.5, dataloader_options={"sampler": range(12)}),
+        "got valid_data=0.5, which numbers the rows anew. Split the data yourself",
+    ),
     "generator": (
         lambda: fit(data=((X, Y) for _ in range(3))),
         "expected batches again in each epoch, got generator",
@@ -417,7 +429,7 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
     # --- files and devices
     "no checkpoint": (
         lambda: fit(callbacks=[ResumeFromCheckpoint("nothing")]),
-        "Check the path, or set missing_ok=True",
+        "Without one, set missing_ok",
     ),
     "no saved model": (
         lambda: harness.load("nothing"),

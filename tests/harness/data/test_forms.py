@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ import harness
 from harness.callbacks import AutoResume
 from harness.data.loaders import (
     as_dataset,
+    as_tensor,
     describe_data,
     make_eval_loader,
     make_train_loader,
@@ -250,3 +252,38 @@ def test_frames_are_tensors_not_rows():
     (batch,) = make_eval_loader(frame)
     assert torch.equal(batch[0], torch.tensor([[1.0], [2.0]]))
     assert isinstance(np.asarray(frame), np.ndarray)
+
+
+def test_arrays_of_any_order_and_frames_of_numbers_are_read():
+    values = np.arange(6.0, dtype=np.float32).reshape(3, 2)
+    frame = pd.DataFrame(values, columns=["a", "b"])
+    frame["c"] = [True, False, True]
+    frame["d"] = pd.array([1, None, 3], dtype="Int64")
+    assert torch.equal(as_tensor(values[::-1], "x"), torch.tensor(values[::-1].copy()))
+    assert torch.equal(as_tensor(values.astype(">f4"), "x"), torch.tensor(values))
+    read = as_tensor(frame, "x")
+    assert read.dtype == torch.float32
+    assert read[:, :3].tolist() == [[0, 1, 1], [2, 3, 0], [4, 5, 1]]
+    assert read[:, 3].isnan().tolist() == [False, True, False]
+
+
+def test_labels_of_a_mapping_reach_only_a_model_that_takes_them():
+    given = []
+
+    class Takes(Both):
+        def forward(self, a, b=None, labels=None):
+            given.append(labels)
+            return self.fc(torch.cat([a, a], 1))
+
+    class Leaves(Both):
+        def forward(self, a):
+            return self.fc(torch.cat([a, a], 1))
+
+    for module in (Takes, Leaves):
+        learner = harness.setup(
+            module, loss=nn.CrossEntropyLoss(), optimizer=torch.optim.SGD
+        )
+        fitted = learner.fit({"a": X, "labels": Y % 3}, 1, tracker=False)
+        assert fitted.predict({"a": X, "labels": Y}).shape == (7, 3)
+        assert fitted.predict({"a": X}).shape == (7, 3)
+    assert [item is None for item in given] == [False, False, True]

@@ -125,4 +125,6 @@ def test_sample_is_two_rows_of_what_has_rows():
     assert sample["mask"].shape == (3, 3)
     assert take_sample(torch.ones(1, 2)).shape == (2, 2)
     assert take_sample(None) is None
+    jagged = torch.nested.nested_tensor([torch.ones(1)], layout=torch.jagged)
+    assert take_sample(jagged) is None  # it has no rows to take
     assert take_sample(torch.empty(4, MAX_BYTES // 4)) is None
