@@ -511,6 +511,8 @@ def add_loss_note(ctx: Context, error: Exception) -> None:
     _add_note(ctx, error, f"loss {name} ({pair})")
     if ctx.pred is not None or get_method(ctx.model, "step") is None:
         add_hint(error, find_loss_hint, ctx.pred, ctx.target)
+    if getattr(ctx.loss_fn, "__self__", None) is ctx.model:  # it may call submodules
+        add_hint(error, find_model_hint, error, ctx.model, ctx.input, ctx.target)
 
 
 def _add_note(ctx: Context, error: Exception, where: str) -> None:

@@ -73,11 +73,12 @@ def quickstart(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Quicksta
         ["scripts/quickstart"],
         cwd=folder,
         env=environment(),
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
         stdin=subprocess.DEVNULL,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout
     return Quickstart(folder, done.stdout)
 
 

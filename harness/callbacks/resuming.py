@@ -88,9 +88,7 @@ class ResumeFromCheckpoint(Callback):
             place = f"{type(self).__name__}({str(self.path)!r})"
             msg = f"{place}: expected an undamaged checkpoint, or"
             got = f"a folder of them, got {describe_path(self.path)}"
-            advice = (
-                "Of a run, pass the folder 'checkpoints'. Without one, set missing_ok."
-            )
+            advice = "Of a run, pass its folder 'checkpoints'; or set missing_ok=True."
             raise CheckpointError(f"{msg} {got}. {advice}")
         return found
 

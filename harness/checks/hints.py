@@ -77,7 +77,13 @@ def _hint_dtype(
     if dtype is None or input.dtype == dtype or input.is_complex():
         return ""
     name = str(dtype).removeprefix("torch.")
-    return f"The weights are {name}: pass the input as input.to(torch.{name})."
+    other = ""
+    if dtype in {torch.bfloat16, torch.float16}:
+        short = {"bfloat16": "bf16", "float16": "fp16"}[name]
+        other = (
+            f", or train with precision={short!r}, which keeps the weights in float32"
+        )
+    return f"The weights are {name}: pass the input as input.to(torch.{name}){other}."
 
 
 def _hint_width(first: object, input: Tensor) -> str:

@@ -27,7 +27,7 @@ from harness.callbacks import (
 )
 from harness.checks.hints import add_hint, find_loss_hint
 
-X, Y = torch.randn(12, 4), torch.randint(3, (12,))
+X, Y = torch.randn(12, 4), torch.arange(12) % 3
 CE = nn.CrossEntropyLoss()
 ACC = MulticlassAccuracy(num_classes=3)
 
@@ -429,7 +429,7 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
     # --- files and devices
     "no checkpoint": (
         lambda: fit(callbacks=[ResumeFromCheckpoint("nothing")]),
-        "Without one, set missing_ok",
+        "got a path that does not exist. .*or set missing_ok=True",
     ),
     "no saved model": (
         lambda: harness.load("nothing"),

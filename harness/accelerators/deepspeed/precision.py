@@ -19,6 +19,7 @@ from harness.accelerators.precision import (
     check_precision,
     hook_autocast,
 )
+from harness.checks.model import get_method
 from harness.pytree import Options, map_tensors
 
 PRECISION_KEYS = ("fp16", "bf16", "bfloat16", "torch_autocast")
@@ -111,23 +112,56 @@ def hook_precision(
     return hooks
 
 
+OWN_METHODS = ("step", "loss", "predict", "backward")
+"""Methods of a model that may call its submodules."""
+
+
 def hook_ends(model: nn.Module, dtype: torch.dtype) -> list[RemovableHandle]:
-    """Convert floating inputs of the model's forward to a dtype, and outputs to float32.
+    """Convert floating inputs of the model to a dtype, and outputs to float32.
 
     Losses and metrics then have full precision, as under autocast: on a GPU ``MSELoss`` takes
-    no 16-bit prediction beside a target in float32. Returns the hooks.
+    no 16-bit prediction beside a target in float32. The same holds for submodules with
+    weights of that dtype that an own step or loss calls. Returns the hooks.
     """
+    called, ends = [model], _Ends(model, dtype)
+    has_own = any(get_method(model, name) is not None for name in OWN_METHODS)
+    if has_own and model._compiled_call_impl is None:
+        called += [
+            module
+            for module in model.modules()
+            if module is not model
+            and any(p.dtype == dtype for p in module.parameters())
+        ]
+    is_several, hooks = len(called) > 1, list[RemovableHandle]()
+    for module in called:
+        hooks.append(module.register_forward_pre_hook(ends.enter, with_kwargs=True))
+        hooks.append(module.register_forward_hook(ends.leave, always_call=is_several))
+    return hooks
 
-    def cast(module: nn.Module, args: object, kwargs: object) -> Any:
-        return as_dtype(args, dtype), as_dtype(kwargs, dtype)
 
-    def uncast(module: nn.Module, args: object, output: object) -> object:
-        return map_tensors(output, as_float32)
+class _Ends:
+    """Converts inputs and outputs of calls that come from no other module of a model."""
 
-    return [
-        model.register_forward_pre_hook(cast, with_kwargs=True),
-        model.register_forward_hook(uncast),
-    ]
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        self._model, self._dtype, self._depth = model, dtype, 0
+        self._is_outside, self._outermost = False, set[nn.Module]()
+
+    def enter(self, module: nn.Module, args: object, kwargs: object) -> Any:
+        self._depth = 1 if module is self._model else self._depth + 1
+        if self._depth > 1:
+            return None
+        # In the backward pass, activation checkpointing calls any of them again.
+        if torch._C._current_graph_task_id() == -1:
+            self._outermost.add(module)
+        self._is_outside = module in self._outermost
+        if not self._is_outside:
+            return None
+        return as_dtype(args, self._dtype), as_dtype(kwargs, self._dtype)
+
+    def leave(self, module: nn.Module, args: object, output: object) -> object:
+        self._depth = max(0, self._depth - 1)
+        is_end = self._depth == 0 and self._is_outside
+        return map_tensors(output, as_float32) if is_end else None
 
 
 class _FullBatchNorm(TorchFunctionMode):

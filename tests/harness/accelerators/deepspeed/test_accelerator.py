@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import subprocess
 import sys
 import warnings
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import harness
 from harness.accelerators.deepspeed.accelerator import DeepSpeedAccelerator
@@ -545,3 +547,82 @@ def test_weights_that_zero_divides_are_refused_in_callbacks(
     fit(3, reads)
     assert reads.trained == [True] * 4
     assert reads.whole["body.weight"].shape == (7, 5)
+
+
+class Parts(nn.Module):
+    """Its step and loss call submodules themselves, also again in the backward pass."""
+
+    ctx: Any
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Sequential(nn.LayerNorm(5), nn.Linear(5, 3))])
+        self.side, self.noise = nn.Linear(5, 3), nn.Linear(2, 3)
+        self.mean = nn.MSELoss()
+
+    def cast(self, x: Tensor) -> Tensor:
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        again = checkpoint(self.blocks[0], x, use_reentrant=False)
+        return self.side(x) + again
+
+    def loss(self, pred: Tensor, target: Tensor) -> Tensor:
+        side = self.side(self.cast(self.ctx.input)).float()
+        return self.mean(pred.float(), target) + side.square().mean()
+
+    def step(self) -> Tensor:
+        x = self.cast(self.ctx.input)
+        pred = self(x) + checkpoint(self.blocks[0], x, use_reentrant=False)
+        inner = self.blocks[0][1](input=self.cast(self.ctx.input))
+        noise = self.cast(torch.ones(len(x), 2))
+        return self.loss(pred + inner + self.noise(noise), self.ctx.target)
+
+
+class CastParts(Parts):
+    """The same, with inputs that it converts by itself."""
+
+    def cast(self, x: Tensor) -> Tensor:
+        return x.to(torch.bfloat16)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_submodules_that_a_step_calls_get_inputs_in_bf16(stage: int, make: Any) -> None:
+    data = torch.randn(16, 5), torch.randn(16, 3)
+
+    def fit(module: type[Parts]) -> harness.Fitted:
+        learner = harness.setup(module, optimizer=torch.optim.SGD)
+        return learner.set_opt_hparams(lr=0.01).fit(
+            data,
+            2,
+            data,
+            accelerator=make(stage, bf16={"enabled": True}),
+            dataloader_options={"batch_size": 8},
+            tracker=False,
+            verbose=False,
+            seed=1,
+        )
+
+    found, wanted = fit(Parts), fit(CastParts)
+    assert found.records["metrics"] == wanted.records["metrics"]
+    weights = wanted.model.state_dict()
+    for name, value in found.model.state_dict().items():
+        assert torch.equal(value, weights[name]), name
+    assert not any(one._forward_pre_hooks for one in found.model.modules())
+
+
+def test_parameter_that_a_step_uses_by_itself_is_hinted_at(make: Any) -> None:
+    class Raw(Parts):
+        def loss(self, pred: Tensor, target: Tensor) -> Tensor:
+            return (self.ctx.input @ self.side.weight.T).square().mean()
+
+        step = None  # type: ignore[assignment]
+
+    learner = harness.setup(Raw, optimizer=torch.optim.SGD)
+    data = torch.randn(8, 5), torch.randn(8, 3)
+    with pytest.raises(RuntimeError) as raised:
+        learner.fit(data, 1, accelerator=make(1, bf16={"enabled": True}), tracker=False)
+    hint = (
+        "hint: The weights are bfloat16: .*input.to.*, or train with precision='bf16'"
+    )
+    assert any(re.match(hint, note) for note in raised.value.__notes__)
