@@ -556,7 +556,8 @@ class Parts(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList([nn.Sequential(nn.LayerNorm(5), nn.Linear(5, 3))])
+        self.inner = nn.Linear(5, 3)
+        self.blocks = nn.ModuleList([nn.Sequential(nn.LayerNorm(5), self.inner)])
         self.side, self.noise = nn.Linear(5, 3), nn.Linear(2, 3)
         self.mean = nn.MSELoss()
 
@@ -574,7 +575,7 @@ class Parts(nn.Module):
     def step(self) -> Tensor:
         x = self.cast(self.ctx.input)
         pred = self(x) + checkpoint(self.blocks[0], x, use_reentrant=False)
-        inner = self.blocks[0][1](input=self.cast(self.ctx.input))
+        inner = self.inner(input=self.cast(self.ctx.input))
         noise = self.cast(torch.ones(len(x), 2))
         return self.loss(pred + inner + self.noise(noise), self.ctx.target)
 
