@@ -144,14 +144,14 @@ class _Ends:
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         self._model, self._dtype, self._depth = model, dtype, 0
-        self._is_outside, self._outermost = False, set[nn.Module]()
+        self._is_outside, self._outermost = False, {model}
 
     def enter(self, module: nn.Module, args: object, kwargs: object) -> Any:
         self._depth = 1 if module is self._model else self._depth + 1
         if self._depth > 1:
             return None
         # In the backward pass, activation checkpointing calls any of them again.
-        if torch._C._current_graph_task_id() == -1:
+        if module is not self._model and torch._C._current_graph_task_id() == -1:
             self._outermost.add(module)
         self._is_outside = module in self._outermost
         if not self._is_outside:
