@@ -70,6 +70,7 @@ class Meeting:
             If another rank has failed.
         """
         self._count += 1
+        self._announced.clear()
         if self._ranks.store is None:
             return
         self.is_waiting = True
@@ -136,9 +137,14 @@ class Meeting:
 
     def announce(self, what: str) -> None:
         """Tell the other ranks that rank 0 has done something, which they may wait for."""
-        self._announced[what] += 1
+        key = self._name_next(what)
         if self._ranks.store is not None:
-            self._ranks.store.set(f"done/{what}/{self._announced[what]}", "1")
+            self._ranks.store.set(key, "1")
+
+    def _name_next(self, what: str) -> str:
+        """Key of what rank 0 does next; before a meeting it may have done the same alone."""
+        self._announced[what] += 1
+        return f"done/{self._count}/{what}/{self._announced[what]}"
 
     def await_main(self, what: str) -> None:
         """Wait until rank 0 announces what this rank leaves to it.
@@ -150,9 +156,8 @@ class Meeting:
         PeerError
             If another rank has failed.
         """
-        self._announced[what] += 1
         store, wait_s = self._ranks.store, _FIRST_WAIT_S
-        key = f"done/{what}/{self._announced[what]}"
+        key = self._name_next(what)
         while store is not None and not store.check([key]):
             failed = self._ranks.first_failure()
             if failed is not None:

@@ -34,18 +34,18 @@ def connect_store(launch: Launch, agent: Agent) -> Store:
         return dist.HashStore()  # type: ignore[attr-defined]
     is_server = launch.rank == 0 and not agent.has_store
     check_open_files(launch.world_size, is_server=is_server)
-    store = dist.TCPStore(  # type: ignore[attr-defined]
+    store: Store = dist.TCPStore(  # type: ignore[attr-defined]
         launch.address or "127.0.0.1",
         launch.port or 0,
         launch.world_size,
         is_master=is_server,
         timeout=timedelta(seconds=RENDEZVOUS_S),
     )
-    prefix = f"harness/{agent.attempt}"
+    store = dist.PrefixStore(f"harness/{agent.attempt}", store)  # type: ignore[attr-defined]
     if agent.has_store:
         start = agree_on_start(store, launch.rank, launch.world_size)
-        prefix = f"{prefix}/{start}"
-    return dist.PrefixStore(prefix, store)  # type: ignore[attr-defined]
+        store = dist.PrefixStore(start, store)  # type: ignore[attr-defined]
+    return store
 
 
 def agree_on_start(
@@ -56,8 +56,9 @@ def agree_on_start(
     The store of an agent outlives the ranks, and keeps their addresses and failures.
     torchrun counts its restarts after a failure, but not those after a machine has joined.
 
-    Each rank writes a name of its own. Rank 0 answers every name that it finds until all
-    ranks have read its answer, so what an earlier rank wrote does no harm.
+    Each rank writes a name of its own. Rank 0 answers every name that it finds until those
+    who wrote the present names have read its answer. So what an earlier rank wrote does no
+    harm, also if that still lives and reads an answer, as long as the new one has come.
 
     Raises
     ------
@@ -70,17 +71,19 @@ def agree_on_start(
         store.set(f"start/name/{rank}", own)
         store.wait([answer], timedelta(seconds=timeout_s))
         start = store.get(answer).decode()
-        store.add(f"start/{start}/ready", 1)
+        store.set(f"start/{start}/ready/{own}", "1")
         return start
     names = [f"start/name/{other}" for other in range(1, world_size)]
-    answered: set[bytes] = set()
+    answered: set[str] = set()
 
     def is_done() -> bool:
-        if store.check(names):
-            for name in {store.get(key) for key in names} - answered:
-                answered.add(name)
-                store.set(f"start/of/{name.decode()}", own)
-        return store.add(f"start/{own}/ready", 0) == world_size - 1
+        if not store.check(names):
+            return False
+        present = {store.get(key).decode() for key in names}
+        for name in present - answered:
+            answered.add(name)
+            store.set(f"start/of/{name}", own)
+        return store.check([f"start/{own}/ready/{name}" for name in present])
 
     if not _wait(is_done, timeout_s):
         _refuse_missing(store, names, timeout_s)

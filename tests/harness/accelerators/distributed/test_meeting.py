@@ -100,6 +100,25 @@ def test_a_rank_waits_for_what_rank_0_does() -> None:
     assert meet(announce, wait) == [None, None]
 
 
+def test_a_rank_waits_for_rank_0_also_if_that_did_the_same_alone_before() -> None:
+    has_waited = threading.Event()
+    early: list[bool] = []
+
+    def announce(one: Meeting) -> None:
+        one.announce("save('x')")
+        one.meet("fit")
+        early.append(has_waited.wait(0.3))
+        one.announce("save('x')")
+
+    def wait(one: Meeting) -> None:
+        one.meet("fit")
+        one.await_main("save('x')")
+        has_waited.set()
+
+    assert meet(announce, wait) == [None, None]
+    assert early == [False]
+
+
 def test_a_rank_is_told_that_rank_0_does_something_else_or_has_ended() -> None:
     def wait(one: Meeting) -> None:
         try:

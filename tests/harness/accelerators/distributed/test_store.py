@@ -43,6 +43,33 @@ def test_each_start_has_a_name_of_its_own_also_after_one_that_broke_off() -> Non
     assert len(set.union(*names)) == 5
 
 
+def test_rank_of_an_earlier_start_that_still_lives_stands_for_no_other_one() -> None:
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    found: dict[str, str] = {}
+
+    def run(name: str, rank: int) -> threading.Thread:
+        def agree() -> None:
+            found[name] = agree_on_start(store, rank, 3, timeout_s=60)
+
+        thread = threading.Thread(target=agree)
+        thread.start()
+        return thread
+
+    earlier = run("earlier 1", 1)
+    store.wait(["start/name/1"])
+    store.set("start/name/2", "of a rank that then died")
+    first = run("0", 0)
+    earlier.join(30)  # it has read the answer
+    second = run("1", 1)
+    second.join(30)
+    first.join(0.5)
+    assert first.is_alive()  # as rank 2 is not there yet
+    for thread in (run("2", 2), first):
+        thread.join(30)
+        assert not thread.is_alive()
+    assert found["0"] == found["1"] == found["2"]
+
+
 def test_rank_that_does_not_come_is_named() -> None:
     store = dist.HashStore()  # type: ignore[attr-defined]
     store.set_timeout(timedelta(seconds=5))
