@@ -326,8 +326,14 @@ def _start_new(
     )
     try:
         run = Run(path, manifest, durability=durability)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(path, ignore_errors=True)
+        if isinstance(error, OSError) and error.filename is None and error.errno:
+            raise type(error)(
+                error.errno,
+                f"start(runs_dir={str(runs)!r}): expected a disk that can be written, got "
+                f"{error.strerror}. Free some space, or pass another folder.",
+            ) from error
         raise
     return run
 

@@ -81,6 +81,13 @@ class Run(ArtifactLogger):
         atexit.register(self._finish_at_exit)
         self._worker_exit = call_at_worker_end(self._finish_at_exit)
 
+    def __reduce__(self) -> NoReturn:
+        """Refuse a copy: a run is written by the process that started it."""
+        raise TypeError(
+            f"Run: expected to stay in its process, got a copy or pickle of {self.id!r}. "
+            "Pass run.path: tracking.open reads it. Or start a run in the other process."
+        )
+
     # --------------------------------------------------------- history and manifest
 
     def rewind(

@@ -115,17 +115,22 @@ def check_count(place: str, value: object, least: int, advice: str) -> None:
 
 
 def check_folder(place: str, folder: Path) -> None:
-    """Check that a folder is one or can be made, because no file is in its place.
+    """Check that a folder is one or can be made, and that files can be written there.
 
     Raises
     ------
     NotADirectoryError
-        If a file is.
+        If a file is in its place.
+    PermissionError
+        If the folder, or the one that it would be made in, cannot be written.
     """
     existing = next((p for p in (folder, *folder.parents) if p.exists()), None)
     if existing is not None and not existing.is_dir():
         msg = f"{place}: expected a folder, got {str(folder)!r}."
         raise NotADirectoryError(f"{msg} {str(existing)!r} is a file: choose another.")
+    if existing is not None and not os.access(existing, os.W_OK | os.X_OK):
+        msg = f"{place}: expected a folder that can be written, got {str(folder)!r}."
+        raise PermissionError(f"{msg} {str(existing)!r} is read-only: choose another.")
 
 
 def as_path(place: str, value: object, expected: str = "a path") -> Path:

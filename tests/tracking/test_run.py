@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import decimal
 import enum
 import json
 import os
+import pickle
+import resource
 import signal
 import subprocess
 import sys
@@ -579,6 +582,28 @@ def test_start_that_cannot_use_its_folder_leaves_nothing(runs):
     with pytest.raises(ValueError, match="expected 'process' or 'fsync'"):
         start(durability="none", runs_dir=runs)  # type: ignore[arg-type]
     assert not runs.exists()
+
+
+def test_start_on_a_disk_that_takes_no_file_names_the_folder(runs):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(
+            OSError, match=r"start\(runs_dir=.*got File too large. Free"
+        ):
+            tracking.start(runs_dir=runs, delivery=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert list(runs.glob("*")) == []
+
+
+def test_run_is_neither_copied_nor_sent_to_another_process(runs):
+    with tracking.start(runs_dir=runs, delivery=False) as run:
+        for copied in (copy.deepcopy, pickle.dumps):
+            with pytest.raises(TypeError, match=r"stay in its process.*Pass run\.path"):
+                copied(run)
 
 
 def test_start_joining_rank_writes_its_part_alone(runs):

@@ -496,10 +496,13 @@ class Journal:
         """Warn once, until the disk can be written again."""
         if not self._has_warned:
             self._has_warned = True
+            advice = "free some space before the process ends"
+            if not self.rank_dir.exists():
+                advice = "the folder was removed, so it is lost unless it comes back"
             warn(
                 f"Journal({str(self.rank_dir)!r}): expected to write to the disk, got "
                 f"{error}. Training continues, and what is logged is kept in memory and "
-                "written later: free some space before the process ends."
+                f"written later: {advice}."
             )
 
 
