@@ -351,7 +351,8 @@ class DeepSpeedAccelerator:
                 model, opts, self._filled, self.device, self._count_step
             )
             if zero_stage(self._filled) == 3:
-                self._whole = WholeWeights(model)
+                wrappers = [engine.engine.optimizer for engine in self._engines]
+                self._whole = WholeWeights(model, wrappers)
         engines = self._engines.deepspeed_engines.values()
         self._hooks = hook_precision(model, engines, self._filled, self.device)
         self.accumulate = self.window = int(self._filled["gradient_accumulation_steps"])

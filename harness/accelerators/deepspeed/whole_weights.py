@@ -6,8 +6,9 @@ Also the form that an engine expects of a model that was divided while it was bu
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 import torch
@@ -48,6 +49,13 @@ _FORM = frozenset(
 """What a parameter says of its form, which is known without the values."""
 
 
+_DIVIDE_GRADIENTS = (
+    "independent_gradient_partition_epilogue",
+    "_DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads",
+)
+"""Methods of DeepSpeed 0.19.8 that read attributes of parameters thousands of times a step."""
+
+
 class WholeWeights(TorchFunctionMode):
     """Gives operations whole weights where ZeRO 3 has divided them.
 
@@ -60,10 +68,15 @@ class WholeWeights(TorchFunctionMode):
     ----------
     model
         The model, after its engines were created.
+    optimizers
+        DeepSpeed's of ZeRO 3.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, optimizers: Iterable[Any] = ()) -> None:
         super().__init__()
+        for wrapper in optimizers:
+            for name in _DIVIDE_GRADIENTS:
+                setattr(wrapper, name, _without_modes(getattr(wrapper, name)))
         self._params: list[Any] = [p for p in model.parameters() if hasattr(p, "ds_id")]
         self._names = {id(p): name for name, p in model.named_parameters()}
         self._held: list[Any] = []
@@ -72,12 +85,22 @@ class WholeWeights(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: object, args: Any = (), kwargs: Any = None
     ) -> object:
-        kwargs = kwargs or {}
-        for value in _flatten((*args, *kwargs.values())):
-            if _is_divided(value) and _is_called_by_user():
-                if func in _FORM:
-                    return func(_make_form(value), *args[1:], **kwargs)
-                self._read(value, func)
+        # DeepSpeed's own hooks make most calls, thousands in a step: one argument, or two.
+        for value in args if kwargs is None else (*args, *kwargs.values()):
+            kind = type(value)
+            if kind is nn.Parameter:
+                params: Iterable[nn.Parameter] = (value,)
+            elif kind is list or kind is tuple:
+                params = _flatten(value)
+            else:
+                continue
+            for param in params:
+                if _is_divided(param) and _is_called_by_user():
+                    if func in _FORM:
+                        return func(_make_form(param), *args[1:], **(kwargs or {}))
+                    self._read(param, func)
+        if kwargs is None:
+            return func(*args)
         if func is torch.autograd.grad and kwargs.get("create_graph"):
             # The second backward runs no hooks of layers.
             self._hold(filter(_is_divided, self._params))
@@ -237,7 +260,19 @@ def _name(func: Any) -> str:
 def _is_divided(value: Any) -> bool:
     """True for a parameter of ZeRO 3 of which this rank has only a part."""
     status = getattr(value, "ds_status", None)
-    return status is not None and status.name == "NOT_AVAILABLE"
+    # The name of a member of an enum costs a call.
+    return status is not None and status._name_ == "NOT_AVAILABLE"
+
+
+def _without_modes(method: Callable[..., object]) -> Callable[..., object]:
+    """The method, called without any mode of torch functions: no code of a user runs in it."""
+
+    @wraps(method)
+    def called(*args: object, **kwargs: object) -> object:
+        with torch._C.DisableTorchFunction():
+            return method(*args, **kwargs)
+
+    return called
 
 
 def _flatten(values: Iterable[Any]) -> Iterator[nn.Parameter]:

@@ -507,7 +507,7 @@ learner = harness.setup(
 )
 class Log(harness.Callback):
     def on_train_batch_end(self):
-        self.ctx.log_step("norm", self.ctx.pred.norm())
+        self.ctx.log_step({"norm": self.ctx.pred.norm()})
 learner.fit(
     (torch.randn(640, 16), target), 3,
     accelerator=harness.accelerator(CONFIG, device="cuda"),

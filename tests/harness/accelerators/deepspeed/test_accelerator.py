@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import harness
 from harness.accelerators.deepspeed.accelerator import DeepSpeedAccelerator
 from harness.accelerators.deepspeed.library import import_deepspeed
+from harness.accelerators.deepspeed.whole_weights import WholeWeights
 from harness.accelerators.single import SingleDevice
 from harness.callbacks import LRScheduler, ModelCheckpoint, ResumeFromCheckpoint
 from tests.harness.accelerators.cases import (
@@ -627,3 +628,31 @@ def test_parameter_that_a_step_uses_by_itself_is_hinted_at(make: Any) -> None:
         "hint: The weights are bfloat16: .*input.to.*, or train with precision='bf16'"
     )
     assert any(re.match(hint, note) for note in raised.value.__notes__)
+
+
+def test_backward_at_zero_3_checks_no_use_of_weights_by_deepspeed(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, check = [0], WholeWeights.__torch_function__
+
+    def count(self: Any, *given: Any) -> object:
+        calls[0] += 1
+        return check(self, *given)
+
+    monkeypatch.setattr(WholeWeights, "__torch_function__", count)
+
+    def count_backward(layers: int) -> int:
+        model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(layers)))
+        accelerator = make(3)
+        accelerator.prepare(model, adam_of_all(model))
+        for _ in range(2):  # the first one makes buffers
+            with accelerator.optimizing():
+                loss = model(torch.ones(3, 2)).sum()
+                before = calls[0]
+                accelerator.backward(loss)
+                found = calls[0] - before
+            accelerator.step()
+        accelerator.finish()
+        return found
+
+    assert 0 < count_backward(1) == count_backward(8)
