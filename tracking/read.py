@@ -122,6 +122,9 @@ class PastRun:
     def damage(self) -> list[Damage]:
         """Damage in the files of the records; empty if there is none."""
         rank_dirs = list_rank_dirs(self.path).values()
+        if not rank_dirs:
+            lost = "the folder with the records is missing"
+            return [Damage(self.path / "records", 0, 0, lost)]
         return [one for rank_dir in rank_dirs for one in read_records(rank_dir)[1]]
 
     @property

@@ -315,6 +315,8 @@ def format_sync(done: dict[str, Any]) -> str:
         return f"{run}: {sent}MLflow has all {done['present']}{most}"
     if phase == "gave up":
         return f"{run}: {done['behind']} rows still to send: {done['error']}"
+    if phase == "lost":
+        return f"{run}: records are lost: {done['error']}"
     status = {"busy": "delivery is running", "started": "delivery was restarted"}
     return f"{run}: {status[phase]}, {done['behind']} rows to send"
 

@@ -26,8 +26,9 @@ from tracking.delivery.process import (
 )
 from tracking.delivery.state import DeliveryState, rows_behind
 from tracking.errors import DeliveryError
+from tracking.journal.reader import JournalReader
 from tracking.read import PastRun
-from tracking.store import get_rank_dir, has_live_writer
+from tracking.store import get_rank_dir, has_live_writer, list_rank_dirs
 
 DEFAULT_PATIENCE_S: Final = 10.0
 HANDOVER_WAIT_S: Final = 5.0
@@ -44,7 +45,7 @@ class SyncResult:
     phase
         ``done``; ``gave up``, see ``error``; ``busy`` if another process is delivering
         the run; ``started`` if the run is being written and its delivery was started
-        again.
+        again; ``lost`` if the journal is gone, or its last rows, which MLflow has.
     sent
         Points that were sent now.
     present
@@ -153,15 +154,31 @@ def sync_each(
             if run.path in live:
                 yield live[run.path]
                 continue
+            lost = _find_loss(run.path)
             try:
                 report = process.ask(run.path)
                 num_failures = 0
+                if lost is not None:
+                    report |= {"phase": "lost", "error": lost}
             except DeliveryError as error:
                 num_failures += 1
                 if num_failures > 1 or len(runs) == 1:  # it is not about one run
                     raise
                 report = {"run": run.id, "phase": "gave up", "error": str(error)}
             yield SyncResult(**report)
+
+
+def _find_loss(run_path: Path) -> str | None:
+    """Say that a journal is lost, or rows at its end that MLflow has; None: it is not."""
+    folder = get_rank_dir(run_path, 0)
+    if not list_rank_dirs(run_path):
+        return f"expected its records in {folder.parent}, found none"
+    state = DeliveryState.read_or_none(run_path)
+    if state is None or state.delivered < 0:
+        return None
+    if JournalReader(folder, state.delivered - 1).count_unread():
+        return None
+    return f"expected the rows that MLflow has in {folder}, found fewer"
 
 
 def read_mlflow(run: PastRun) -> MlflowContents:

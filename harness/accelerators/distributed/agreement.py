@@ -74,6 +74,10 @@ class BatchAgreement:
         """
         self._count += 1
         if not self.is_pending:
+            # Nobody answers any more once what serves the store has gone.
+            failed = None if self._asked is None else self._find_failure()
+            if failed is not None:
+                raise PeerError(*failed)
             return None
         while self._due is None:
             failed = self._find_failure()

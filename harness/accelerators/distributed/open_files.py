@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from pathlib import Path
+from typing import Protocol
 
 try:
     import resource
 except ImportError:  # Windows has no such limit
     resource = None  # type: ignore[assignment]
+
+
+class Limits(Protocol):
+    """What is used of Python's module ``resource``."""
+
+    @property
+    def RLIMIT_NOFILE(self) -> int: ...  # noqa: D102
+    @property
+    def RLIM_INFINITY(self) -> int: ...  # noqa: D102
+
+    def getrlimit(self, resource: int, /) -> tuple[int, int]: ...  # noqa: D102
+    def setrlimit(  # noqa: D102
+        self, resource: int, limits: tuple[int, int], /
+    ) -> None: ...
+
 
 NUM_GROUPS = 2
 """Groups in which each rank is connected to each other one: torch's and DeepSpeed's."""
@@ -40,25 +57,36 @@ def count_files(world_size: int, *, is_server: bool) -> int:
     return count + NUM_CLIENTS * world_size if is_server else count
 
 
-def check_open_files(world_size: int, *, is_server: bool) -> None:
+def check_open_files(
+    world_size: int, *, is_server: bool, limits: Limits | None = resource
+) -> None:
     """Raise the limit of open files as far as the ranks need it.
+
+    Parameters
+    ----------
+    world_size, is_server
+        As in ``count_files``.
+    limits
+        Module ``resource``; None where the system has no such limit.
 
     Raises
     ------
     ValueError
-        If the hard limit is lower than that.
+        If the hard limit, or the system's own, is lower than that.
     """
-    if resource is None:
+    if limits is None:
         return
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, hard = limits.getrlimit(limits.RLIMIT_NOFILE)
     needed = count_open_files() + count_files(world_size, is_server=is_server)
-    most = math.inf if hard == resource.RLIM_INFINITY else hard
-    if soft == resource.RLIM_INFINITY or soft >= needed:
+    most = math.inf if hard == limits.RLIM_INFINITY else hard
+    if soft == limits.RLIM_INFINITY or soft >= needed:
         return
     if most >= needed:
-        raised = int(min(max(needed, ENOUGH), most))
-        resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
-        return
+        # macOS has no hard limit, and refuses more than a limit of its own.
+        for raised in (int(min(max(needed, ENOUGH), most)), needed):
+            with contextlib.suppress(ValueError, OSError):
+                limits.setrlimit(limits.RLIMIT_NOFILE, (raised, hard))
+                return
     msg = (
         f"launch: expected a limit of at least {needed} open files for the connections"
     )

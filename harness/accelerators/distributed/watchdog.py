@@ -230,10 +230,10 @@ class Watchdog:
             try:
                 self.failure = self._ask_once()
             except (RuntimeError, ConnectionError):  # what serves the store is gone
+                self.failure = STORE_IS_GONE  # an agreement that waits ends by it
                 if not (self._is_working or self.meeting.is_waiting):
                     self._lost_after_s = 0.0
                     return  # as at the end of a program
-                self.failure = STORE_IS_GONE
             if self.failure is not None:
                 rank, reason = self.failure
                 self._end_process(f"rank {rank} failed: {reason}", GRACE_S)

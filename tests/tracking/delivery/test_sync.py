@@ -9,12 +9,14 @@ import pytest
 
 import tracking.delivery.__main__ as delivery
 from tracking.api import start
+from tracking.cli.render import format_sync
 from tracking.delivery.state import DeliveryState
 from tracking.delivery.sync import RunByRunProcess, sync
 from tracking.errors import DeliveryError
 from tracking.mlflow_store.uris import local_path
 from tracking.read import PastRun
 from tracking.settings import Settings
+from tracking.verify.verify import verify
 
 
 def test_sync_of_a_moved_project_names_the_old_store_and_makes_nothing(
@@ -152,3 +154,27 @@ def test_delivery_that_waits_for_a_gone_address_gives_way_to_sync(
     state = wait_for_phase(run.path, "done")
     assert state.tracking_uri.startswith("sqlite:")
     assert not (run.path / "delivery" / "handover").exists()
+
+
+@pytest.mark.slow
+def test_sync_says_that_records_are_lost(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    with start(runs_dir=tmp_path, delivery=False) as run:
+        for step in range(3):
+            run.log_metric("loss", 1.0, index=step)
+    past = PastRun(run.path)
+    (result,) = sync([past])
+    assert (result.phase, result.present) == ("done", 3)
+    for records in (run.path / "records" / "0").glob("*.arrow"):
+        records.unlink()
+    (result,) = sync([past])
+    assert result.phase == "lost"
+    assert result.error is not None
+    assert "expected the rows that MLflow has" in result.error
+    assert not result.is_complete
+    shutil.rmtree(run.path / "records")
+    (result,) = sync([past])
+    assert result.phase == "lost"
+    text = format_sync(vars(result))
+    assert text.startswith(f"{run.id}: records are lost: expected its records in")
+    assert not verify(past).is_equal

@@ -158,6 +158,18 @@ def test_rank_that_waits_for_one_that_fails_ends_with_it() -> None:
     assert found[1].rank == 0
 
 
+def test_rank_that_asks_after_the_store_has_gone_ends() -> None:
+    gone: list[tuple[int, str]] = []
+    find_failure = lambda: gone[0] if gone else None  # noqa: E731
+    agreement = BatchAgreement("key", 1, 2, lambda: None, find_failure)
+    assert agreement.check() is None
+    gone.append((0, "its process has ended"))
+    assert agreement.check() is None  # nobody asks for anything
+    agreement.ask()
+    with pytest.raises(PeerError, match="its process has ended"):
+        agreement.check()
+
+
 def test_no_batch_costs_a_message() -> None:
     store = dist.HashStore()  # type: ignore[attr-defined]
     agreement = BatchAgreement("stop", 0, 2, lambda: None, lambda: None)

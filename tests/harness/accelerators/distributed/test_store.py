@@ -12,7 +12,10 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from harness.accelerators.distributed.open_files import count_files
+from harness.accelerators.distributed.open_files import (
+    check_open_files,
+    count_files,
+)
 from harness.accelerators.distributed.store import agree_on_start
 
 
@@ -77,6 +80,32 @@ def test_rank_that_does_not_come_is_named() -> None:
     text = r"launch: expected 3 ranks within 0.1 s, got none from 2\. See what that"
     with pytest.raises(TimeoutError, match=text):
         agree_on_start(store, 0, 3, timeout_s=0.1)
+
+
+class Limits:
+    """Limits of a system without a hard limit, such as macOS, but with one of its own."""
+
+    RLIMIT_NOFILE, RLIM_INFINITY = 8, -1
+
+    def __init__(self, own: int) -> None:
+        self.own, self.soft = own, 256
+
+    def getrlimit(self, kind: int) -> tuple[int, int]:
+        return self.soft, self.RLIM_INFINITY
+
+    def setrlimit(self, kind: int, limits: tuple[int, int]) -> None:
+        if limits[0] > self.own:
+            raise ValueError("current limit exceeds maximum limit")
+        self.soft = limits[0]
+
+
+def test_limit_that_the_system_refuses_is_raised_as_far_as_needed() -> None:
+    limits = Limits(own=10_240)
+    check_open_files(4, is_server=True, limits=limits)
+    needed = count_files(4, is_server=True)
+    assert needed <= limits.soft < 10_240
+    with pytest.raises(ValueError, match="expected a limit of at least"):
+        check_open_files(10_000, is_server=True, limits=limits)
 
 
 LIMITS = """
