@@ -780,6 +780,9 @@ class FakeProcess:
     def hurry(self):
         pass
 
+    def take(self, request):
+        return True
+
 
 def delivering(run, is_lost=False, **state):
     run._delivery._process = FakeProcess(is_lost)
