@@ -246,12 +246,14 @@ class RowLogger:
 
         Afterwards everything that was logged survives if the process is killed.
         """
-        if not self._deferred or not self._journal.takes_rows():
+        if not self._journal.takes_rows():
             return
-        with self._reading:
+        with self._reading:  # even if nothing waits: another thread may be reading it
             rows = []
             while self._deferred:
                 rows.append(self._deferred.popleft())
+            if not rows:
+                return
             copies = [copy for *_, leaf, _ in rows for copy in find_copies(leaf[3])]
             try:
                 values = fetch_values(copies)

@@ -265,6 +265,7 @@ class Run(ArtifactLogger):
         with contextlib.ExitStack() as last:  # Ctrl-C ends no more than a wait
             last.callback(self._journal.close)
             last.callback(self._record_end, status, error)
+            last.callback(self._journal.begin_close)
             self._end_capture()
             self.flush()
         if self._deferred:

@@ -46,22 +46,23 @@ def encode_hparams(hparams: Mapping[str, object]) -> Options:
     >>> encode_hparams({"hidden": 8, "act": torch.nn.GELU})
     {'hidden': 8, 'act': {'$import': 'torch.nn.modules.activation:GELU'}}
     """
-    secrets = read_secrets()
-    masked = {
+    may_hide = any(isinstance(value, _HIDING) for value in hparams.values())
+    secrets = read_secrets() if may_hide else ()
+    return {
         name: _SECRET if _has_secret(name, value, secrets) else _encode_whole(value)
         for name, value in hparams.items()
     }
-    return masked
 
+
+_HIDING = (str, list, tuple, Mapping)
+"""Types of values that may have a secret in them."""
 
 _SECRET = {"$secret": True}
 """In place of an hparam that is, or has in it, a secret."""
 
 
 def _has_secret(name: str, value: object, secrets: Sequence[str]) -> bool:
-    if isinstance(value, str | list | tuple | Mapping):
-        return redact_value(name, value, secrets) != value
-    return False
+    return isinstance(value, _HIDING) and redact_value(name, value, secrets) != value
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,9 @@
     python scripts/bench/delivery.py [--points 20000] [--rounds 3]
 
 Measures bare ``log_batch`` calls of 1000 points into a sqlite database, our delivery of the
-same number of points from a journal, the time until a run's page exists, and what training
-on one core takes while a process delivers what it logs, compared with no delivery.
+same number of points from a journal, the time until a run's page exists, what training
+on one core takes while a process delivers what it logs, compared with no delivery, and
+many short fits in a program of their own, until MLflow has them all.
 """
 
 # ruff: noqa: E402
@@ -21,6 +22,7 @@ import contextlib
 import gc
 import os
 import statistics
+import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -105,6 +107,46 @@ def training_s(folder: Path, num_steps: int, *, delivery: bool) -> float:
     return seconds
 
 
+FITS = """
+import os, sys, time
+import torch, harness
+from torch import nn
+from tracking.delivery import waiting
+
+torch.set_num_threads(1)
+x = torch.randn(64, 8)
+learner = harness.setup(lambda: nn.Linear(8, 1), loss=nn.MSELoss(), optimizer=torch.optim.SGD)
+options = {"valid_data": None, "verbose": False, "dataloader_options": {"batch_size": 32}}
+learner.fit((x, x[:, :1]), 1, tracker=False, **options)
+start = time.perf_counter()
+for seed in range(int(sys.argv[1])):
+    learner.fit((x, x[:, :1]), 12, seed=seed, **options)
+fitted = time.perf_counter() - start
+waiting.wait_at_end()
+delivered = time.perf_counter() - start
+ticks = os.sysconf("SC_CLK_TCK")
+busy = 0.0
+for process in waiting._deliveries._processes:
+    with open(f"/proc/{process.pid}/stat") as file:
+        busy += sum(map(int, file.read().rpartition(")")[2].split()[11:13])) / ticks
+assert not waiting._deliveries.list_unsent()
+print(fitted, delivered, time.process_time(), busy)
+"""
+"""A program of short fits: prints seconds of the fits and until MLflow has all, and
+processor seconds of this process, imports included, and of its delivery."""
+
+
+def fits_s(folder: Path, num_fits: int) -> list[float]:
+    """Seconds of a program of short fits; see `FITS`."""
+    command = [sys.executable, "-c", FITS, str(num_fits)]
+    root = str(Path(__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": root}
+    output = subprocess.check_output(
+        command, cwd=folder, env=environment, stderr=subprocess.DEVNULL, text=True
+    )
+    return [float(word) for word in output.split()]
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(
@@ -113,11 +155,13 @@ def main() -> None:
     parser.add_argument("--points", type=int, default=20_000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8_000, help="of training")
+    parser.add_argument("--fits", type=int, default=40, help="in one program")
     options = parser.parse_args()
     prepare_environment()
     collecting = gc.get_threshold()
     words = ("bare log_batch", "delivery", "page", "alone", "beside")
     times: dict[str, list[float]] = {word: [] for word in words}
+    fits: list[list[float]] = []
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         os.environ["XDG_CACHE_HOME"] = name
         cache = Path(name) / "luz-harness"
@@ -132,6 +176,7 @@ def main() -> None:
             page = page_s(folder)
             alone = training_s(folder, options.steps, delivery=False)
             beside = training_s(folder, options.steps, delivery=True)
+            fits.append(fits_s(folder, options.fits))
             if number:  # the first round warms up
                 found = (bare, delivered, page, alone, beside)
                 for word, seconds in zip(words, found, strict=True):
@@ -151,6 +196,10 @@ def main() -> None:
         f"{'training beside':>16}: {statistics.median(ratios):8.2f} of training alone"
     )
     print(f"{'page after':>16}: {statistics.median(times['page']):8.2f} s")
+    names = ("fitted", "in MLflow", "processor time", "of delivery")
+    best = map(min, zip(*fits, strict=True))
+    shown = ", ".join(f"{n} {s:.2f} s" for n, s in zip(names, best, strict=True))
+    print(f"{options.fits} short fits, quickest of each: {shown}")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import mmap
 import os
 import sys
@@ -71,12 +70,21 @@ class Filesystem:
         return self.is_local or self.name in ("ceph", "gfs2", "gpfs")
 
 
+_found: Final[dict[int, Filesystem]] = {}
+"""File systems by the number of their device, which the kernel tells in a microsecond."""
+
+
 def get_filesystem(folder: Path) -> Filesystem:
     """Find the file system that a folder is on."""
-    return _find_filesystem(folder)
+    try:
+        device = folder.stat().st_dev
+    except OSError:
+        return _find_filesystem(folder)
+    if device not in _found:
+        _found[device] = _find_filesystem(folder)
+    return _found[device]
 
 
-@functools.lru_cache
 def _find_filesystem(folder: Path) -> Filesystem:
     try:
         mounts = Path("/proc/self/mountinfo").read_text()

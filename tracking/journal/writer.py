@@ -110,6 +110,8 @@ class Journal:
 
     def _init_state(self) -> None:
         self._why_closed = ""
+        self._last: Block | None = None
+        self._is_released = False
         self._is_in_child = False
         self._has_warned_child = False
         self._auto_indices: dict[tuple[str, str], AutoIndex] = {}
@@ -343,18 +345,25 @@ class Journal:
                 return first + block.limit - 1
             block = block.next
 
-    def close(self) -> None:
-        """Seal the open blocks and release the folder; safe to call twice."""
+    def begin_close(self) -> None:
+        """Refuse further rows, and seal the open blocks beside what the caller does next."""
         if self._why_closed:
             return
-        last = self._refuse_rows(self._describe_end())
+        self._last = self._refuse_rows(self._describe_end())
         self._sealer.is_hurried = True
         self._tasks.put("stop")
+
+    def close(self) -> None:
+        """Seal the open blocks and release the folder; safe to call twice."""
+        self.begin_close()
+        if self._last is None or self._is_released:  # None in a forked child
+            return
+        self._is_released = True
         with contextlib.ExitStack() as ends:
             ends.callback(_JOURNALS.discard, self)
             ends.callback(self._lock.release)
             ends.callback(self._sealer.close)
-            ends.callback(self._retire_last, last)
+            ends.callback(self._retire_last)
             _wait_for_end(self._keeper, self._has_stopped)
 
     def _describe_end(self) -> str:
@@ -364,9 +373,12 @@ class Journal:
             "Log before finish(), or start another run."
         )
 
-    def _retire_last(self, last: Block) -> None:
+    def _retire_last(self) -> None:
         """Seal the open blocks, and remove those behind the last one."""
-        for block in self._open:
+        last = self._last
+        assert last is not None
+        while self._open:
+            block = self._open.pop(0)
             block.retire()
             if block.number <= last.number:
                 self._sealer.add(block)
@@ -408,6 +420,7 @@ class Journal:
             except queue.Empty:
                 task = "tick"
             if task == "stop":
+                self._retire_last()
                 return
             self._renew_lease()
             if self.block.number >= self._open[-1].number:

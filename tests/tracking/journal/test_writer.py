@@ -127,6 +127,21 @@ def test_journal_write_after_close_is_refused(rank_dir):
         put(journal, 1.0)
 
 
+def test_journal_that_begins_to_close_is_sealed_and_stays_locked_until_it_is_closed(
+    rank_dir, until
+):
+    journal = Journal(rank_dir)
+    put(journal, 1.0)
+    journal.begin_close()
+    with pytest.raises(RunClosedError, match=r"expected a run that is open"):
+        put(journal, 2.0)
+    until(lambda: list(rank_dir.glob("*.arrow")))  # beside what the caller does
+    assert is_being_written(rank_dir)
+    journal.close()
+    assert not is_being_written(rank_dir)
+    assert floats(read_records(rank_dir)[0]) == [1.0]
+
+
 def test_journal_second_writer_in_this_process_is_refused(rank_dir):
     journal = Journal(rank_dir)
     with pytest.raises(RunBusyError, match=r"expected a run that nobody is writing"):
