@@ -246,7 +246,10 @@ class RowLogger:
 
         Afterwards everything that was logged survives if the process is killed.
         """
-        if not self._journal.takes_rows():
+        if not self._deferred:
+            if self._journal.is_in_child:  # where nobody releases the lock
+                return
+        elif not self._journal.takes_rows():
             return
         with self._reading:  # even if nothing waits: another thread may be reading it
             rows = []

@@ -33,7 +33,11 @@ class LateJournal(Journal):
             self._last_seq = (present[-1] + 1) * CAPACITY - 1 if present else -1
         return self._last_seq
 
-    def close(self) -> None:
-        """Take no more rows; safe to call twice."""
+    def begin_close(self) -> None:
+        """Take no more rows."""
         if not self._why_closed:
             self._refuse_rows(self._describe_end())
+
+    def close(self) -> None:
+        """Take no more rows; safe to call twice."""
+        self.begin_close()

@@ -74,6 +74,8 @@ class Journal:
     block
         The block that takes rows now. Any thread replaces it when it is full; a caller
         that still has an earlier one calls ``roll``.
+    is_in_child
+        Whether this is the copy in a forked child, which must not write.
     """
 
     def __init__(
@@ -112,7 +114,7 @@ class Journal:
         self._why_closed = ""
         self._last: Block | None = None
         self._is_released = False
-        self._is_in_child = False
+        self.is_in_child = False
         self._has_warned_child = False
         self._auto_indices: dict[tuple[str, str], AutoIndex] = {}
         self._find_highest: Callable[[], Indices] | None = None
@@ -319,7 +321,7 @@ class Journal:
         RunClosedError
             If the journal is closed.
         """
-        if not self._is_in_child:
+        if not self.is_in_child:
             self.check_open()
             return True
         if not self._has_warned_child:
@@ -388,7 +390,7 @@ class Journal:
 
     def close_in_child(self) -> None:
         """Close the copy in a forked child, which must not touch the files."""
-        self._is_in_child = True
+        self.is_in_child = True
         self._refuse_rows(
             f"Run.log: expected the process that started the run, got its fork "
             f"(process {os.getpid()}). Log from the parent, or start a run here."
