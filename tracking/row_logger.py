@@ -252,32 +252,35 @@ class RowLogger:
         elif not self._journal.takes_rows():
             return
         with self._reading:  # even if nothing waits: another thread may be reading it
-            rows = []
-            while self._deferred:
-                rows.append(self._deferred.popleft())
-            if not rows:
-                return
-            copies = [copy for *_, leaf, _ in rows for copy in find_copies(leaf[3])]
-            try:
-                values = fetch_values(copies)
-            except (KeyboardInterrupt, SystemExit):  # while it waited for the device
-                self._deferred.extendleft(reversed(rows))
-                raise
-            lost: dict[str, str] = {}
-            for now, what, set, (name, _, _, value), counts in rows:
-                place = describe_call(what, set)
-                try:
-                    leaf = finish_leaf(name, value, values, place)
-                except Exception as error:  # noqa: BLE001  one value takes no other along
-                    lost[f"{what}/{set}/{name}"] = str(error)
-                else:
-                    self._journal.write(what, set, [leaf], **counts, time_us=now)
+            lost = self._write_deferred()
         if lost:
             names = list(lost)
             warn(
                 f"run {self.id!r}: expected to read all tensors that were logged, got "
                 f"{lost[names[0]]:.500} Lost: {', '.join(names[:10])}."
             )
+
+    def _write_deferred(self) -> dict[str, str]:
+        """Write the tensors that wait; return what could not be read, and why."""
+        rows = []
+        while self._deferred:
+            rows.append(self._deferred.popleft())
+        copies = [copy for *_, leaf, _ in rows for copy in find_copies(leaf[3])]
+        try:
+            values = fetch_values(copies) if copies else {}
+        except (KeyboardInterrupt, SystemExit):  # while it waited for the device
+            self._deferred.extendleft(reversed(rows))
+            raise
+        lost: dict[str, str] = {}
+        for now, what, set, (name, _, _, value), counts in rows:
+            place = describe_call(what, set)
+            try:
+                leaf = finish_leaf(name, value, values, place)
+            except Exception as error:  # noqa: BLE001  one value takes no other along
+                lost[f"{what}/{set}/{name}"] = str(error)
+            else:
+                self._journal.write(what, set, [leaf], **counts, time_us=now)
+        return lost
 
     def position(self) -> int:
         """``seq`` of the last row. Rows that are logged later have a higher one."""

@@ -82,7 +82,9 @@ def test_manifest_comes_back_as_written(tmp_path):
     manifest.write(tmp_path)
     assert Manifest.read(tmp_path) == manifest
     assert [p.name for p in tmp_path.iterdir()] == ["run.json"]
-    assert '\n  "extra": {\n    "seed": 7\n  },\n' in (tmp_path / "run.json").read_text()
+    assert (
+        '\n  "extra": {\n    "seed": 7\n  },\n' in (tmp_path / "run.json").read_text()
+    )
 
 
 def test_manifest_may_have_a_number_that_json_has_not(tmp_path):
