@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
-from pyarrow import csv, dataset, feather, fs, parquet
+from pyarrow import csv, dataset, fs, ipc, parquet
 
 from tracking.durable import replace_file
 from tracking.errors import describe_path
-from tracking.journal.fits import align_fits
-from tracking.read import PastRun
+from tracking.journal.fits import COLUMN, place_fits
+from tracking.journal.reader import list_blocks, read_block
+from tracking.journal.tombstones import Tombstones
+from tracking.read import PastRun, label_rows
 from tracking.run import Run
 from tracking.schema import SCHEMA, check_path
-from tracking.store import find_runs
+from tracking.store import find_runs, list_rank_dirs
 
 SUFFIXES: Final = (".parquet", ".csv", ".arrow", ".feather")
+
+GROUP_ROWS: Final = 1 << 17
+"""Rows that are written at once; about 30 MB in memory."""
 
 
 def export(
@@ -70,21 +75,19 @@ def export(
     system, place = _resolve_target(target)
     if not suffix:
         return sum(_write_partition(run, system, place, superseded) for run in found)
-    tables = [_read_table(run, superseded) for run in found]
-    tables = align_fits(tables, at=1 + SCHEMA.get_field_index("epoch"))
-    table = pa.concat_tables(tables).unify_dictionaries()
+    rows = _Rows(found, superseded=superseded)
     parent = place.rpartition("/")[0]
     if parent:
         system.create_dir(parent, recursive=True)
     if not isinstance(system, fs.LocalFileSystem):
-        _write(table, suffix, system, place)
-        return int(table.num_rows)
+        _write(rows, suffix, system, place)
+        return rows.num_written
     if Path(place).is_dir():
         msg = f"export({target!r}): expected a file, got {describe_path(Path(place))}."
         raise IsADirectoryError(f"{msg} Choose another name.")
     with replace_file(Path(place)) as temporary:
-        _write(table, suffix, system, str(temporary))
-    return int(table.num_rows)
+        _write(rows, suffix, system, str(temporary))
+    return rows.num_written
 
 
 def _open_runs(runs: Any) -> list[PastRun]:
@@ -118,58 +121,185 @@ def _resolve_target(target: str) -> tuple[Any, str]:
     return fs.LocalFileSystem(), str(Path(target).expanduser().absolute())
 
 
-def _read_table(run: PastRun, superseded: bool) -> pa.Table:
-    """Read the records of a run, with its id as first column."""
-    table = run.records(superseded=superseded)
-    codes = pa.array(np.zeros(table.num_rows, np.int32))
-    column = pa.DictionaryArray.from_arrays(codes, [run.id])
-    return table.add_column(0, "run", column)
+class _RankBlocks:
+    """The blocks of one rank of a run: those that were there when it was made.
+
+    Attributes
+    ----------
+    words
+        A table without rows, whose dictionaries have all words of the blocks.
+    tombstones
+        The control rows of the rank.
+    """
+
+    def __init__(self, run: PastRun, rank_dir: Path, num_kept: int) -> None:
+        self.run = run
+        self.words = SCHEMA.empty_table()
+        self.tombstones = Tombstones()
+        self._rank_dir = rank_dir
+        self._blocks: dict[int, pa.Table | None] = {}
+        for number in list_blocks(rank_dir):
+            content = read_block(rank_dir, number)
+            if content is None:
+                continue
+            table = content.table
+            self.tombstones.add(table)
+            self.words = _join_words(self.words, table.slice(0, 0))
+            # A sealed block can be read again: it does not change.
+            num_kept -= table.num_rows
+            is_kept = num_kept >= 0 or not content.is_sealed
+            self._blocks[number] = table if is_kept else None
+
+    def __iter__(self) -> Iterator[pa.Table]:
+        for number, table in self._blocks.items():
+            if table is None:
+                content = read_block(self._rank_dir, number)
+                table = SCHEMA.empty_table() if content is None else content.table
+            yield table
 
 
-def _write(table: pa.Table, suffix: str, system: Any, place: str) -> None:
-    with system.open_output_stream(place) as sink:
-        if suffix == ".parquet":
-            _write_parquet(table, sink)
-        elif suffix == ".csv":
-            csv.write_csv(_decode_dictionaries(table), sink)
-        else:
-            feather.write_feather(table, sink, compression="zstd")
+class _Rows:
+    """The records of runs, a group of rows after the other.
+
+    Only the control rows and what a live writer may still change are held in memory.
+
+    Attributes
+    ----------
+    num_written
+        Rows that were iterated over so far.
+    """
+
+    def __init__(
+        self, runs: Sequence[PastRun], *, superseded: bool, group_rows: int = GROUP_ROWS
+    ) -> None:
+        self.num_written = 0
+        self._superseded = superseded
+        self._group_rows = group_rows
+        most = group_rows // len(runs)  # small runs are read once
+        self._ranks = [
+            _RankBlocks(run, rank_dir, most)
+            for run in runs
+            for rank_dir in list_rank_dirs(run.path).values()
+        ]
+        self._has_fits = any(map(self._has_later_fit, self._ranks))
+        # Each group gets the same dictionaries, which a file of Arrow needs.
+        empty = _join_words(SCHEMA.empty_table(), *(r.words for r in self._ranks))
+        ids = [*dict.fromkeys(run.id for run in runs)]
+        self._words = self._finish(
+            label_rows(empty, Tombstones(), superseded=superseded), ids
+        )
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Columns of the rows."""
+        return self._words.schema
+
+    def __iter__(self) -> Iterator[pa.Table]:
+        """Yield the rows in order of run, rank and ``seq``; at least one table."""
+        group, num_rows = [self._words], 0
+        for table in self._read():
+            group.append(table)
+            num_rows += table.num_rows
+            if num_rows >= self._group_rows:
+                yield _join_words(*group)
+                self.num_written += num_rows
+                group, num_rows = [self._words], 0
+        if num_rows or not self.num_written:
+            yield _join_words(*group)
+            self.num_written += num_rows
+
+    def _read(self) -> Iterator[pa.Table]:
+        for rank in self._ranks:
+            for table in rank:
+                yield self._finish(self._label(rank, table), [rank.run.id])
+
+    def _label(self, rank: _RankBlocks, table: pa.Table) -> pa.Table:
+        return label_rows(table, rank.tombstones, superseded=self._superseded)
+
+    def _has_later_fit(self, rank: _RankBlocks) -> bool:
+        """Whether a row is of a later fit; most runs have one, and are not read for it."""
+        if len(rank.tombstones.fits.starts) == 1:
+            return False
+        return any(COLUMN.name in self._label(rank, one).column_names for one in rank)
+
+    def _finish(self, table: pa.Table, ids: list[str]) -> pa.Table:
+        """Add the column of the run, the first of the ids, and that of the fit."""
+        if self._has_fits:
+            table = place_fits(table, at=SCHEMA.get_field_index("epoch"))
+        codes = pa.array(np.zeros(table.num_rows, np.int32))
+        column = pa.DictionaryArray.from_arrays(codes, ids)
+        return table.add_column(0, "run", column)
 
 
-def _write_parquet(table: pa.Table, sink: Any) -> None:
+def _join_words(*tables: pa.Table) -> pa.Table:
+    """Concatenate tables; their words get one dictionary, the first table's first."""
+    return pa.concat_tables(tables).unify_dictionaries()
+
+
+def _write(rows: _Rows, suffix: str, system: Any, place: str) -> None:
+    with (
+        system.open_output_stream(place) as sink,
+        _WRITERS[suffix](sink, rows.schema) as writer,
+    ):
+        for table in rows:
+            if suffix == ".csv":
+                table = table.cast(_decode_schema(table.schema))
+            writer.write_table(table)
+
+
+def _open_parquet(sink: Any, schema: pa.Schema) -> Any:
     """Write Parquet with names as dictionaries and counts as differences."""
-    names = [field.name for field in table.schema if pa.types.is_dictionary(field.type)]
+    names = [field.name for field in schema if pa.types.is_dictionary(field.type)]
     counts = ["seq", "time", "index", "epoch", "step"]
-    parquet.write_table(
-        table,
+    return parquet.ParquetWriter(
         sink,
+        schema,
         compression="zstd",
         use_dictionary=names,
         column_encoding=dict.fromkeys(counts, "DELTA_BINARY_PACKED"),
-        row_group_size=1 << 20,
     )
 
 
-def _decode_dictionaries(table: pa.Table) -> pa.Table:
-    """Convert dictionary columns to strings, since CSV has no dictionaries."""
-    fields = [
+def _open_csv(sink: Any, schema: pa.Schema) -> Any:
+    return csv.CSVWriter(sink, _decode_schema(schema))
+
+
+def _open_arrow(sink: Any, schema: pa.Schema) -> Any:
+    """Write Feather of version 2, which is Arrow's file format."""
+    return ipc.new_file(sink, schema, options=ipc.IpcWriteOptions(compression="zstd"))
+
+
+_WRITERS: Final = {
+    ".parquet": _open_parquet,
+    ".csv": _open_csv,
+    ".arrow": _open_arrow,
+    ".feather": _open_arrow,
+}
+
+
+def _decode_schema(schema: pa.Schema) -> pa.Schema:
+    """Strings in place of dictionaries, which CSV does not have."""
+    return pa.schema(
         field.with_type(pa.string()) if pa.types.is_dictionary(field.type) else field
-        for field in table.schema
-    ]
-    return table.cast(pa.schema(fields))
+        for field in schema
+    )
 
 
 def _write_partition(run: PastRun, system: Any, place: str, superseded: bool) -> int:
     """Write the file of one run in a partitioned folder."""
-    table = _read_table(run, superseded)
+    rows = _Rows([run], superseded=superseded)
     dataset.write_dataset(
-        table,
+        (batch for table in rows for batch in table.to_batches()),
         place,
+        schema=rows.schema,
         filesystem=system,
         format="parquet",
         partitioning=["run"],
         partitioning_flavor="hive",
         existing_data_behavior="delete_matching",
         file_options=dataset.ParquetFileFormat().make_write_options(compression="zstd"),
+        use_threads=False,  # the rows stay in order
+        min_rows_per_group=GROUP_ROWS,
+        max_rows_per_group=2 * GROUP_ROWS,
     )
-    return int(table.num_rows)
+    return rows.num_written

@@ -14,8 +14,8 @@ import pyarrow as pa
 from pyarrow import compute as pc
 
 from tracking.curves.points import MetricPoints, collect_points
-from tracking.journal.fits import Fits, align_fits, get_fits, name_in_fit
-from tracking.journal.reader import read_records
+from tracking.journal.fits import COLUMN, Fits, align_fits, get_fits, name_in_fit
+from tracking.journal.reader import SealedBlocks, concat_rows, read_records
 from tracking.journal.segment import Damage
 from tracking.journal.tombstones import Tombstones
 from tracking.schema import CONTROL, SCHEMA, parse_value
@@ -92,14 +92,23 @@ class PastRun:
         """
         ranks = list_rank_dirs(self.path)
         found = [_read_rank(ranks[one]) for one in ranks if rank in (None, one)]
-        tables = [one.label_rows(superseded=superseded) for one in found]
+        tables = [
+            label_rows(one.table, one.tombstones, superseded=superseded)
+            for one in found
+        ]
         tables = align_fits(tables, at=SCHEMA.get_field_index("epoch"))
         tables = [_filter_rows(one, what=what, set=set, name=name) for one in tables]
         schema = SCHEMA.append(SUPERSEDED) if superseded else SCHEMA
-        return _concat_rows(*tables) if tables else schema.empty_table()
+        return concat_rows(tables) if tables else schema.empty_table()
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self, known: SealedBlocks | None = None) -> Snapshot:
         """Read the records once, to ask several things of them.
+
+        Parameters
+        ----------
+        known
+            An empty dictionary, given again in later calls while the run is being written:
+            they read only what is new. None: everything is read.
 
         Returns
         -------
@@ -108,12 +117,13 @@ class PastRun:
             the files hold now.
         """
         ranks = {
-            rank: _read_rank(path) for rank, path in list_rank_dirs(self.path).items()
+            rank: _read_rank(path, known)
+            for rank, path in list_rank_dirs(self.path).items()
         }
-        tables = [one.label_rows() for one in ranks.values()]
+        tables = [label_rows(one.table, one.tombstones) for one in ranks.values()]
         tables = align_fits(tables, at=SCHEMA.get_field_index("epoch"))
         return Snapshot(
-            records=_concat_rows(*tables) if tables else SCHEMA.empty_table(),
+            records=concat_rows(tables),
             damage=[damage for one in ranks.values() for damage in one.damage],
             written={rank: one.table["seq"] for rank, one in ranks.items()},
         )
@@ -253,9 +263,12 @@ class Snapshot:
 
     def _last_values(self, what: str) -> dict[str, Any]:
         found: dict[str, Any] = {}
-        table = self.select(what)
-        table = table.filter(pc.equal(table["rank"], 0))
-        columns = (table[n].to_pylist() for n in ("name", "kind", "value", "payload"))
+        words = ("name", "kind", "value", "payload")
+        table = self.records
+        is_wanted = pc.and_(pc.equal(table["what"], what), pc.equal(table["rank"], 0))
+        fits = [COLUMN.name] if COLUMN.name in table.column_names else []
+        table = table.select([*words, *fits]).filter(is_wanted)
+        columns = (table[word].to_pylist() for word in words)
         for fit, name, *value in zip(get_fits(table).tolist(), *columns, strict=True):
             parsed = parse_value(*value)
             if what == "params" and fit > 1 and found.get(name) != parsed:
@@ -289,7 +302,7 @@ def list_runs(runs_dir: str | os.PathLike[str] | None = None) -> list[PastRun]:
 
     A run whose ``run.json`` cannot be read is left out, with a warning.
     """
-    return [PastRun(path) for path in read_manifests(runs_dir)]
+    return [PastRun(path) for path, _ in read_manifests(runs_dir)]
 
 
 def find_highest_indices(rank_dir: Path) -> tuple[int, dict[tuple[str, str], int]]:
@@ -340,19 +353,32 @@ class _RankRows:
     damage: list[Damage]
     tombstones: Tombstones
 
-    def label_rows(self, *, superseded: bool = False) -> pa.Table:
-        """Return the live rows, or all with a column that tells, and the fit of each."""
-        table, is_live = self.table, self.tombstones.mask_live(self.table)
-        if superseded:
-            is_superseded = ~(is_live | _mask_control(table))
-            table = table.append_column(SUPERSEDED, [is_superseded])
-        elif not is_live.all():
-            table = table.filter(pa.array(is_live))
-        return self.tombstones.fits.label(table)
+
+def label_rows(
+    table: pa.Table, tombstones: Tombstones, *, superseded: bool = False
+) -> pa.Table:
+    """Return the live rows of a rank, with the fit of each if they are of a later one.
+
+    Parameters
+    ----------
+    table
+        Rows of one rank, in the public schema.
+    tombstones
+        All control rows of the rank.
+    superseded
+        Return all rows, with a column that tells the superseded ones.
+    """
+    is_live = tombstones.mask_live(table)
+    if superseded:
+        is_superseded = ~(is_live | _mask_control(table))
+        table = table.append_column(SUPERSEDED, [is_superseded])
+    elif not is_live.all():
+        table = table.filter(pa.array(is_live))
+    return tombstones.fits.label(table)
 
 
-def _read_rank(rank_dir: Path) -> _RankRows:
-    table, damage = read_records(rank_dir)
+def _read_rank(rank_dir: Path, known: SealedBlocks | None = None) -> _RankRows:
+    table, damage = read_records(rank_dir, known)
     tombstones = Tombstones()
     tombstones.add(table)
     return _RankRows(table, damage, tombstones)
@@ -379,7 +405,3 @@ def _filter_rows(table: pa.Table, **wanted: str | None) -> pa.Table:
 
 def _mask_equal(table: pa.Table, column: str, word: str) -> Any:
     return np.asarray(pc.equal(table[column], word), bool)
-
-
-def _concat_rows(*tables: pa.Table) -> pa.Table:
-    return pa.concat_tables(tables).unify_dictionaries()

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import importlib
 import math
+import shutil
 import struct
 import subprocess
 import sys
 
 import duckdb
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.feather
 import pyarrow.parquet
@@ -18,7 +20,7 @@ from hypothesis import strategies as st
 import tracking
 from tracking.api import start
 from tracking.errors import RunNotFoundError
-from tracking.exporter import export
+from tracking.exporter import _Rows, export
 from tracking.read import PastRun
 from tracking.run import Run
 from tracking.schema import parse_value
@@ -151,6 +153,59 @@ def test_export_superseded_rows_if_asked(run, tmp_path):
     assert "superseded" not in table.column_names
 
 
+def continue_run(path, *, fit=None, back_to=None):
+    """Log a block of its own, with names of its own."""
+    with start(run_id=path.name, runs_dir=path.parent, delivery=False) as run:
+        if back_to is not None:
+            run.rewind(back_to)
+        if fit is not None:
+            run.begin_fit(fit)
+        for index in range(1, 4):
+            run.log("metrics", "valid", {f"of fit {fit}": index, "loss": 0.5}, index)
+        run.log("metrics", "valid", {"loss": 0.25}, index=2, append=False)
+        return run.position()
+
+
+@pytest.mark.parametrize("superseded", [False, True])
+def test_export_in_groups_has_the_rows_of_the_records(run, tmp_path, superseded):
+    run.finish()
+    with start(name="two", runs_dir=tmp_path / "runs", delivery=False) as two:
+        two.log_metric("loss", 0.5)
+    position = continue_run(two.path)
+    continue_run(two.path, back_to=position)
+    continue_run(two.path, fit=2)
+    past = [PastRun(run.path), PastRun(two.path)]
+    for group_rows in (1, 10, 1000):
+        rows = _Rows(past, superseded=superseded, group_rows=group_rows)
+        tables = [*rows]
+        assert (len(tables) == 1) == (group_rows == 1000)
+        found = pa.concat_tables(tables)
+        expected = [one.records(superseded=superseded) for one in past]
+        assert found.num_rows == rows.num_written == sum(map(len, expected))
+        assert "fit" in found.column_names
+        for one, table in zip(past, expected, strict=True):
+            mine = found.filter(pc.equal(found["run"].cast(pa.string()), one.id))
+            columns = [
+                name for name in mine.column_names[1:] if name in table.column_names
+            ]
+            same = mine.select(columns).cast(table.schema).unify_dictionaries()
+            assert columns == table.column_names
+            assert repr(same.to_pylist()) == repr(table.to_pylist())
+        words = {str(t["name"].chunk(0).dictionary.to_pylist()) for t in tables}
+        assert len(words) == 1
+
+
+def test_export_of_a_run_without_rows_has_the_columns(tmp_path):
+    with start(name="none", runs_dir=tmp_path / "runs", delivery=False) as run:
+        pass
+    shutil.rmtree(run.path / "records")
+    for suffix in (".parquet", ".csv", ".arrow"):
+        assert export(run, tmp_path / f"none{suffix}") == 0
+    assert pyarrow.parquet.read_table(tmp_path / "none.parquet").num_columns == 13
+    assert pyarrow.feather.read_table(tmp_path / "none.arrow").num_columns == 13
+    assert "payload" in (tmp_path / "none.csv").read_text()
+
+
 def test_export_to_a_uri_goes_through_arrows_filesystems(run, tmp_path):
     export(run, f"file://{tmp_path}/new/folder/x.parquet")
     table = pyarrow.parquet.read_table(tmp_path / "new" / "folder" / "x.parquet")
@@ -188,7 +243,7 @@ sys.path.insert(0, ".")
 {first}
 import tracking
 print(tracking.export(sys.argv[1], sys.argv[2]))
-from tracking.exporter import export
+from tracking.exporter import _Rows, export
 print(tracking.export(sys.argv[1], sys.argv[2]))
 print("pyarrow" in sys.modules)
 """

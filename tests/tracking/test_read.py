@@ -379,3 +379,18 @@ def test_wide_and_summary_have_the_values_of_steps(tmp_path):
         "max": 5e7,
         "count": 4,
     }
+
+
+def test_snapshot_with_known_blocks_reads_only_what_is_new(tmp_path):
+    options = {"runs_dir": tmp_path, "delivery": False, "save_diff": False}
+    with tracking.start(**options) as run:
+        run.log_metric("loss", 0.5)
+    past, known = tracking.PastRun(run.path), {}
+    assert past.snapshot(known).records.num_rows == 1
+    (path,) = known
+    with tracking.start(run_id=run.id, **options) as run:
+        run.log_metric("loss", 0.25)
+        assert past.snapshot(known).records.equals(past.records())
+    path.write_bytes(b"")  # it is not looked at any more
+    assert past.snapshot(known).records["value"].to_pylist() == [0.5, 0.25]
+    assert len(known) == 2

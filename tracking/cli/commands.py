@@ -27,6 +27,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 MAIN_RUNS: Final = 20
 """Newest runs that the main metric of a list is chosen from."""
 
+INDEXED_RUNS: Final = 100
+"""A list of more runs keeps what it read in an index."""
+
 runs_dir_option = click.option(
     "--runs-dir",
     type=click.Path(file_okay=False, path_type=Path),
@@ -149,18 +152,29 @@ def _summarize_runs(
     the runs, and how many of them are of the newest `MAIN_RUNS`
     """
     from tracking.cli.describe import summarize_run  # noqa: PLC0415  imports Arrow
+    from tracking.cli.run_index import RunIndex  # noqa: PLC0415  next to it
     from tracking.errors import TrackingError  # noqa: PLC0415  next to it
     from tracking.read import PastRun  # noqa: PLC0415  imports Arrow
-    from tracking.store import run_paths  # noqa: PLC0415  next to it
+    from tracking.store import run_paths, runs_folder  # noqa: PLC0415  next to it
 
     found, num_main = [], 0
-    for place, path in enumerate(run_paths(runs_dir)[: limit or None]):
-        try:
-            found.append(summarize_run(PastRun(path)))
-        except (TrackingError, OSError, ValueError) as error:
-            render.echo(f"warning: {error}", err=True)
-        if place < MAIN_RUNS:
-            num_main = len(found)
+    paths = run_paths(runs_dir)
+    wanted = paths[: limit or None]
+    has_index = len(wanted) > INDEXED_RUNS
+    index = RunIndex(runs_folder(runs_dir), paths) if has_index else None
+    text = f"Reading {len(wanted)} runs ..."
+    with render.showing(text, when=has_index), contextlib.ExitStack() as end:
+        if index:
+            end.callback(index.save)  # also after Ctrl-C
+        for place, path in enumerate(wanted):
+            try:
+                found.append(
+                    index.summarize(path) if index else summarize_run(PastRun(path))
+                )
+            except (TrackingError, OSError, ValueError) as error:
+                render.echo(f"warning: {error}", err=True)
+            if place < MAIN_RUNS:
+                num_main = len(found)
     return found, num_main
 
 
@@ -499,7 +513,7 @@ def _select_runs(names: tuple[str, ...], runs_dir: Path | None) -> list[PastRun]
     if names:
         return open_runs(names, runs_dir)
     manifests = read_manifests(runs_dir)
-    return [PastRun(path) for path, manifest in manifests.items() if manifest.deliver]
+    return [PastRun(path) for path, manifest in manifests if manifest.deliver]
 
 
 def _find_store(

@@ -51,10 +51,10 @@ def summarize_run(run: PastRun, read: Snapshot | None = None) -> dict[str, Any]:
         "created": manifest.created,
         "duration_s": _measure_duration_s(manifest, status),
         "behind": _count_rows_behind(manifest, state, read),
-        "path": str(run.path),
         "params": read.params,
         "tags": read.tags,
         "metrics": read.summary(),
+        "path": str(run.path),
     }
 
 

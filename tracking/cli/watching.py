@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from tracking.cli import render
 from tracking.cli.describe import collect_charts, summarize_run
-from tracking.read import PastRun
+from tracking.journal.reader import SealedBlocks
+from tracking.read import PastRun, Snapshot
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -32,20 +34,28 @@ def watch_run(run: PastRun, every_s: float, *, as_json: bool = False) -> None:
     from rich.live import Live  # noqa: PLC0415  takes 20 ms
 
     with Live(console=console, auto_refresh=False) as live:
-        while True:
-            status = run.status  # before its rows, so that none is missing at the end
-            live.update(_render(run), refresh=True)
-            if status != "running":
-                return
-            time.sleep(every_s)
+        for _, read in _iter_looks(run, every_s):
+            live.update(_render(run, read), refresh=True)
 
 
-def _render(run: PastRun) -> RenderableType:
+def _iter_looks(run: PastRun, every_s: float) -> Iterator[tuple[str, Snapshot]]:
+    """Yield the status and the records of a run until it has ended."""
+    known: SealedBlocks = {}
+    while True:
+        status = run.status  # before its rows, so that none is missing at the end
+        start = time.monotonic()
+        yield status, run.snapshot(known)
+        if status != "running":
+            return
+        # A look at a long run takes a while; it gets a tenth of the time at most.
+        time.sleep(max(every_s, 9 * (time.monotonic() - start)))
+
+
+def _render(run: PastRun, read: Snapshot) -> RenderableType:
     """The state of a run, its metrics and as many charts as the terminal has room for."""
     from rich.console import Group  # noqa: PLC0415  takes 20 ms
     from rich.text import Text  # noqa: PLC0415  takes 20 ms
 
-    read = run.snapshot()
     found = summarize_run(run, read)
     parts: list[RenderableType] = [render.make_runs_table([found], None, None)]
     if found["metrics"]:
@@ -59,19 +69,15 @@ def _render(run: PastRun) -> RenderableType:
 def _print_epochs(run: PastRun, every_s: float, *, as_json: bool) -> None:
     """Print the metrics of each epoch once: when the next one has begun, or at the end."""
     printed = 0
-    while True:
-        status = run.status
-        rows = list(run.snapshot().points.iter_places())
+    for status, read in _iter_looks(run, every_s):
+        rows = list(read.points.iter_places(skip=printed))
         ready = rows if status != "running" else rows[:-1]
-        for filled in ready[printed:]:
+        for filled in ready:
             if as_json:
                 render.print_json(filled, indent=None)
                 continue
             words = [f"{name} {render.format_value(filled[name])}" for name in filled]
             render.echo("  ".join(words))
-        printed = max(printed, len(ready))
-        if status != "running":
-            if not as_json:
-                render.echo(f"{run.id}: {status}")
-            return
-        time.sleep(every_s)
+        printed += len(ready)
+    if not as_json:
+        render.echo(f"{run.id}: {status}")

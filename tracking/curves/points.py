@@ -137,9 +137,19 @@ class MetricPoints:
             columns[key] = _spread(self.value[at], row[at], num_rows)
         return pa.table(columns)
 
-    def iter_places(self) -> Iterator[dict[str, float]]:
-        """Yield what each place has: ``fit`` if there are several, ``index``, and values."""
+    def iter_places(self, skip: int = 0) -> Iterator[dict[str, float]]:
+        """Yield what each place has: ``fit`` if there are several, ``index``, and values.
+
+        Parameters
+        ----------
+        skip
+            Places to leave out at the beginning.
+        """
         order = np.lexsort((self.series, self.place, self.fit))
+        if skip:
+            fit, place = self.fit[order], self.place[order]
+            starts = np.flatnonzero(_differ(fit) | _differ(place)) + 1
+            order = order[starts[skip - 1] :] if skip <= len(starts) else order[:0]
         heads = (self.fit, self.place) if self.has_fits else (self.place,)
         words = (FIT, INDEX) if self.has_fits else (INDEX,)
         head: tuple[Any, ...] = ()

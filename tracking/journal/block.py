@@ -186,6 +186,16 @@ class Block:
         if slot < CAPACITY and not is_written(slot, self._read_row(slot)):
             self.put(*encode_row(slot, 1, *_NO_ROW))
 
+    def find_last_slot(self) -> int:
+        """Find the highest slot that has a row; -1 if none has.
+
+        Behind it are at most those slots whose rows other threads are about to write.
+        """
+        slot = min(int(repr(self.slots)[len("count(") : -1]), CAPACITY) - 1
+        while slot >= 0 and not is_written(slot, self._read_row(slot)):
+            slot -= 1
+        return slot
+
     def retire(self) -> None:
         """Stop handing out slots."""
         if self.limit is None:
@@ -295,6 +305,10 @@ class DiskBlock(Block):
             else:
                 rows = rows[:offset] + data + rows[offset + ROW_BYTES :]
         return rows, text
+
+    def find_last_slot(self) -> int:  # noqa: D102
+        pending = [at // ROW_BYTES for at, _ in tuple(self._pending) if at is not None]
+        return max([super().find_last_slot(), *pending])
 
     def write_pending(self) -> None:  # noqa: D102
         while self._pending:

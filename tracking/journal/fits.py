@@ -80,12 +80,14 @@ def align_fits(tables: list[pa.Table], at: int) -> list[pa.Table]:
     """Give all tables the column ``fit`` at a place, if any of them has it."""
     if not any(COLUMN.name in table.column_names for table in tables):
         return tables
-    found = []
-    for table in tables:
-        fits = pa.array(get_fits(table).astype(np.int32))
-        others = [name for name in table.column_names if name != COLUMN.name]
-        found.append(table.select(others).add_column(at, COLUMN, fits))
-    return found
+    return [place_fits(table, at) for table in tables]
+
+
+def place_fits(table: pa.Table, at: int) -> pa.Table:
+    """Give a table the column ``fit`` at a place, whether it has one already or not."""
+    fits = pa.array(get_fits(table).astype(np.int32))
+    others = [name for name in table.column_names if name != COLUMN.name]
+    return table.select(others).add_column(at, COLUMN, fits)
 
 
 def name_in_fit(name: str, fit: int) -> str:

@@ -56,6 +56,10 @@ class BlockContent:
     is_sealed: bool
 
 
+SealedBlocks = dict[Path, BlockContent]
+"""Sealed blocks by their files; they do not change any more."""
+
+
 def get_segment_path(rank_dir: Path, number: int) -> Path:
     """Return the file of a sealed block."""
     return rank_dir / f"{number:06d}.arrow"
@@ -121,13 +125,17 @@ def read_block(rank_dir: Path, number: int) -> BlockContent | None:
     return None
 
 
-def read_records(rank_dir: Path) -> tuple[pa.Table, list[Damage]]:
+def read_records(
+    rank_dir: Path, known: SealedBlocks | None = None
+) -> tuple[pa.Table, list[Damage]]:
     """Read all rows of a rank, including superseded and control rows.
 
     Parameters
     ----------
     rank_dir
         Folder of the rank's records, which may be being written.
+    known
+        Sealed blocks that are not read again; those that are read here are added.
 
     Returns
     -------
@@ -139,20 +147,33 @@ def read_records(rank_dir: Path) -> tuple[pa.Table, list[Damage]]:
     reported as damage.
     """
     is_live = is_being_written(rank_dir)
-    tables, damage = [SCHEMA.empty_table()], []
+    tables: list[pa.Table] = []
+    damage: list[Damage] = []
     present = list_blocks(rank_dir)
     expected = 0
     for number in present:
-        content = read_block(rank_dir, number)
+        path = get_segment_path(rank_dir, number)
+        content = known.get(path) if known else None
+        content = content or read_block(rank_dir, number)
         if content is None:
             continue
+        if known is not None and content.is_sealed:
+            known[path] = content
         if not is_live:
             damage += _describe_gap(rank_dir, expected, number)
         expected = number + 1
         tables.append(content.table)
         if content.is_sealed or not is_live:
             damage += content.damage
-    return pa.concat_tables(tables).unify_dictionaries(), damage
+    return concat_rows(tables), damage
+
+
+def concat_rows(tables: list[pa.Table]) -> pa.Table:
+    """Concatenate tables of rows, whose words get one dictionary."""
+    if not tables:
+        return SCHEMA.empty_table()
+    table = tables[0] if len(tables) == 1 else pa.concat_tables(tables)
+    return table.unify_dictionaries()
 
 
 def _describe_gap(rank_dir: Path, first: int, end: int) -> list[Damage]:

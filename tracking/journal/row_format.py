@@ -199,12 +199,6 @@ def _count_used(rows: bytes) -> int:
     return int(used[-1]) // _WORDS + 1 if len(used) else 0
 
 
-def find_last_slot(rows: bytes) -> int:
-    """Return the highest slot that is written; -1 if none is."""
-    written = np.flatnonzero(_is_written(np.frombuffer(rows, _DTYPE, CAPACITY)))
-    return int(written[-1]) if len(written) else -1
-
-
 def has_holes(rows: bytes, limit: int) -> bool:
     """Whether a slot below ``limit`` has no row yet."""
     return not _is_written(np.frombuffer(rows, _DTYPE, limit)).all()

@@ -121,7 +121,9 @@ def read_segment(path: Path) -> tuple[pa.Table, list[Damage]]:
     if not ends:
         return SCHEMA.empty_table(), [Damage(path, 0, CAPACITY, reason)]
     stream = pa.BufferReader(data[_START : ends[-1]] + _END)
-    stored = pa.ipc.open_stream(stream).read_all()
+    # Waking the threads of a pool takes longer than the work.
+    options = pa.ipc.IpcReadOptions(use_threads=False)
+    stored = pa.ipc.open_stream(stream, options=options).read_all()
     notes = json.loads(stored.schema.metadata[b"luz"])
     if notes["format"] != FORMAT:
         raise InvalidFileError(
@@ -300,7 +302,8 @@ def _decode(stored: pa.Table, notes: dict[str, Any]) -> pa.Table:
             column = _sum_differences(stored, notes, name)
         else:
             column = stored[name]
-        columns.append(column.cast(field.type))
+        same = column.type == field.type
+        columns.append(column if same else column.cast(field.type))
     return pa.table(columns, schema=SCHEMA)
 
 

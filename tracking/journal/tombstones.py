@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -22,6 +23,9 @@ from tracking.schema import CONTROL
 
 Place = tuple[str, str, int | None, int]
 """What, set, index and fit of an overwrite."""
+
+_PLACE: Final = (pa.string(), pa.string(), pa.int64(), pa.int64())
+_Numbers = np.ndarray[Any, np.dtype[np.int64]]
 
 _ENDLESS: Final = np.iinfo(np.int64).max
 
@@ -47,6 +51,7 @@ class Tombstones:
         default_factory=lambda: [(-1, _ENDLESS)]
     )
     _last_overwrites: dict[Place, int] = field(default_factory=dict)
+    _overwritten: _Overwritten | None = None
 
     def add(self, table: pa.Table) -> bool:
         """Add the control rows of the table that follows the last one.
@@ -84,6 +89,7 @@ class Tombstones:
         for seq, place in new:
             if self._is_in_live_range(seq):
                 self._last_overwrites[place] = seq
+        self._overwritten = None
         return True
 
     def mask_live(self, table: pa.Table) -> np.ndarray[Any, np.dtype[np.bool_]]:
@@ -96,7 +102,9 @@ class Tombstones:
         is_live: np.ndarray[Any, np.dtype[np.bool_]] = seq <= ends[at]
         is_live &= ~np.asarray(_is_control(table))
         if self._last_overwrites:
-            is_live &= ~self._find_overwritten(table, seq)
+            if self._overwritten is None:
+                self._overwritten = _Overwritten(self._last_overwrites)
+            is_live &= ~self._overwritten.mask(table, self.fits.find(seq))
         return is_live
 
     def _find_live_ranges(self) -> list[tuple[int, int]]:
@@ -112,20 +120,56 @@ class Tombstones:
         at = bisect_left(self._live_ranges, (seq,)) - 1  # as in ``mask_live``
         return seq <= self._live_ranges[at][1]
 
-    def _find_overwritten(
-        self, table: pa.Table, seq: np.ndarray[Any, np.dtype[np.int64]]
+
+class _Overwritten:
+    """The places that were overwritten, for a look at all rows of a table at once.
+
+    Parameters
+    ----------
+    overwrites
+        Position of the last overwrite of each place.
+
+    Notes
+    -----
+    The columns of a place are looked up one after the other, like the letters of a word: the
+    number of a beginning and the number of the next value give that of a longer beginning.
+    """
+
+    def __init__(self, overwrites: Mapping[Place, int]) -> None:
+        self._levels: list[tuple[pa.Array, _Numbers]] = []
+        place = np.zeros(len(overwrites), np.int64)
+        for column, type_ in zip(zip(*overwrites, strict=True), _PLACE, strict=True):
+            values = pa.array([*dict.fromkeys(column)], type_)
+            code = _find_codes(pa.array(column, type_), values)
+            known, place = np.unique(place * len(values) + code, return_inverse=True)
+            self._levels.append((values, known))
+        self._last = np.empty(len(overwrites), np.int64)
+        self._last[place] = [*overwrites.values()]
+
+    def mask(
+        self, table: pa.Table, fits: _Numbers
     ) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        pairs = {(what, set_) for what, set_, *_ in self._last_overwrites}
-        is_overwritten = np.zeros(len(seq), bool)
-        for what, set_ in pairs:
-            same = pc.and_(pc.equal(table["what"], what), pc.equal(table["set"], set_))
-            is_overwritten |= np.asarray(same)
-        where = np.flatnonzero(is_overwritten)
-        columns = ["seq", "what", "set", "index"]
-        places = list_places(self.fits.label(table.select(columns).take(where)))
-        last = [self._last_overwrites.get(place, -1) for place in places]
-        is_overwritten[where] = seq[where] < np.array(last, np.int64)
-        return is_overwritten
+        """Mask of the rows before the last overwrite of their place."""
+        columns = (*(table[name] for name in ("what", "set", "index")), pa.array(fits))
+        place = np.zeros(table.num_rows, np.int64)
+        is_known = np.ones(table.num_rows, bool)
+        for column, type_, level in zip(columns, _PLACE, self._levels, strict=True):
+            values, known = level
+            code = _find_codes(column.cast(type_), values)
+            longer = place * len(values) + code
+            place = np.minimum(np.searchsorted(known, longer), len(known) - 1)
+            is_known &= (code >= 0) & (known[place] == longer)
+        seq = table["seq"].to_numpy()
+        found: np.ndarray[Any, np.dtype[np.bool_]] = seq < self._last[place]
+        return found & is_known
+
+
+def _find_codes(column: pa.ChunkedArray | pa.Array, values: pa.Array) -> _Numbers:
+    """Place of each item of a column in a list of values; -1 if it is not there."""
+    found: _Numbers = (
+        pc.index_in(column, values).fill_null(-1).to_numpy().astype(np.int64)
+    )
+    return found
 
 
 def _is_finite(value: float | None) -> bool:

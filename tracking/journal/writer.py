@@ -337,8 +337,8 @@ class Journal:
             if block.limit is None:
                 # While it is read, it may be retired, sealed, and its files closed.
                 try:
-                    last = row_format.find_last_slot(block.snapshot()[0])
-                except OSError:
+                    last = block.find_last_slot()
+                except (OSError, ValueError):  # of a file, or of one that was mapped
                     if block.limit is None:
                         raise
                 if block.limit is None:

@@ -6,7 +6,7 @@ import difflib
 import functools
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeVar
@@ -36,22 +36,26 @@ def run_paths(runs_dir: str | os.PathLike[str] | None = None) -> list[Path]:
     if not runs.is_dir():
         return []
     check_runs_folder(runs)
+    # Names rather than paths: a path costs more than the look at its run.
     with os.scandir(runs) as entries:
-        is_link = {Path(one.path): one.is_symlink() for one in entries}
-    found = [path for path in is_link if has_manifest(path)]
-    links = {path for path in found if is_link[path]}
+        is_link = {one.name: one.is_symlink() for one in entries}
+    folder = os.path.join(runs, "")  # noqa: PTH118
+    found = [name for name in is_link if has_manifest(folder + name)]
+    links = {name for name in found if is_link[name]}
     if links:
-        folders = {path.resolve(): path for path in [*links, *found]}
-        folders |= {path.resolve(): path for path in found if path not in links}
-        found = list(folders.values())
-    seconds = Counter(path.name[:SECONDS] for path in found)
+        real = {os.path.realpath(folder + name): name for name in [*links, *found]}
+        real |= {
+            os.path.realpath(folder + name): name for name in found if name not in links
+        }
+        found = list(real.values())
+    seconds = Counter(name[:SECONDS] for name in found)
 
-    def age(path: Path) -> tuple[str, str, str]:
+    def age(name: str) -> tuple[str, str, str]:
         # An id has whole seconds: only runs of the same second need their manifest.
-        is_alone = seconds[path.name[:SECONDS]] == 1
-        return path.name[:SECONDS], "" if is_alone else _created(path), path.name
+        second = name[:SECONDS]
+        return second, "" if seconds[second] == 1 else _created(runs / name), name
 
-    return sorted(found, key=age, reverse=True)
+    return [runs / name for name in sorted(found, key=age, reverse=True)]
 
 
 def _created(path: Path) -> str:
@@ -64,27 +68,27 @@ def _created(path: Path) -> str:
 
 def read_manifests(
     runs_dir: str | os.PathLike[str] | None = None,
-) -> dict[Path, Manifest]:
-    """Read the manifests of all runs, newest first.
+) -> Iterator[tuple[Path, Manifest]]:
+    """Yield the folder and the manifest of each run, newest first.
 
-    Returns
-    -------
-    manifest by folder; a run whose manifest cannot be read is left out, with a warning
+    A run whose manifest cannot be read is left out, with a warning.
     """
     return _read_each(run_paths(runs_dir), Manifest.read)
 
 
-def _read_each(paths: list[Path], read: Callable[[Path], _T]) -> dict[Path, _T]:
+def _read_each(
+    paths: list[Path], read: Callable[[Path], _T]
+) -> Iterator[tuple[Path, _T]]:
     """Read something of each run; what cannot be read is left out, with a warning."""
-    found = {}
     for path in paths:
         try:
-            found[path] = read(path)
+            found = read(path)
         except InvalidFileError as error:
             warn(f"{error} The run is skipped.")
         except RunNotFoundError:  # deleted meanwhile
-            continue
-    return found
+            pass
+        else:
+            yield path, found
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,7 @@ class RunNames:
     @classmethod
     def read(cls, runs: Path) -> RunNames:
         """Read the names; a run whose manifest cannot be read has none."""
-        return cls(runs, _read_each(run_paths(runs), read_name))
+        return cls(runs, dict(_read_each(run_paths(runs), read_name)))
 
     @functools.cached_property
     def _by_name(self) -> dict[str, list[Path]]:

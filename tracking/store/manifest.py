@@ -142,7 +142,11 @@ class Manifest:
             ) from error
         manifest.adopt_environment(run_path)
         for name in ("created", "ended"):
-            _check_time(getattr(manifest, name), f"{path}: field {name!r}", advice)
+            if not _is_time(getattr(manifest, name)):
+                raise InvalidFileError(
+                    f"{path}: field {name!r}: expected a time with its zone in ISO 8601, "
+                    f"got {getattr(manifest, name)!r:.100}. {advice}"
+                )
         if _is_copy(run_path, manifest.id):
             manifest.id = run_path.name
         return manifest
@@ -173,15 +177,12 @@ def read_environment(run_path: Path) -> Environment | None:
     return None
 
 
-def _check_time(text: str | None, place: str, advice: str) -> None:
-    """Raise unless a text is a time with a zone, in ISO 8601, or empty."""
-    with contextlib.suppress(ValueError):
-        if not text or datetime.fromisoformat(text).tzinfo is not None:
-            return
-    raise InvalidFileError(
-        f"{place}: expected a time with its zone in ISO 8601, got {text!r:.100}. "
-        f"{advice}"
-    )
+def _is_time(text: str | None) -> bool:
+    """Whether a text is a time with a zone, in ISO 8601, or empty."""
+    try:
+        return not text or datetime.fromisoformat(text).tzinfo is not None
+    except ValueError:
+        return False
 
 
 def _is_copy(run_path: Path, id_: str) -> bool:
@@ -212,10 +213,10 @@ def read_name(path: Path) -> str:
     return Manifest.read(path).name
 
 
-def has_manifest(path: Path) -> bool:
+def has_manifest(path: str | Path) -> bool:
     """Whether a folder is a run: it has a ``run.json``, if only a spoilt one."""
     try:
-        return os.path.lexists(path / MANIFEST)
+        return os.path.lexists(f"{path}/{MANIFEST}")
     except ValueError:  # a null byte in the name
         return False
 

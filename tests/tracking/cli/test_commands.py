@@ -22,12 +22,14 @@ from click.testing import CliRunner
 
 import tracking
 from tracking.cli import render
-from tracking.cli.commands import commands
+from tracking.cli.commands import INDEXED_RUNS, commands
 from tracking.cli.group import CommandGroup
+from tracking.cli.run_index import INDEX, RunIndex
 from tracking.delivery.state import DeliveryState
 from tracking.errors import TrackingError
 from tracking.mlflow_store.server import Server
 from tracking.schema import FIT, REWIND
+from tracking.store import run_paths
 
 
 @click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -185,6 +187,29 @@ def test_main_metric_of_a_list_does_not_depend_on_its_limit(call, three, record)
         "0.2 *"
         in call("runs", "list", "--limit", 3 + 1, "--where", "valid/loss > 0.1").output
     )
+
+
+def test_list_of_many_runs_is_the_same_with_and_without_an_index(call, two):
+    runs = two[0].path.parent
+    manifest = (two[0].path / "run.json").read_text()
+    for second in range(INDEXED_RUNS):
+        copy = runs / f"20200101-{second:06d}-copy"
+        copy.mkdir()
+        (copy / "run.json").write_text(manifest.replace(two[0].id, copy.name))
+    table = call("runs", "list", "--limit", 0).output
+    assert len(table.splitlines()) == INDEXED_RUNS + 2 + 4
+    index = RunIndex(runs, run_paths(runs), settled_s=-1.0)
+    for path in run_paths(runs):
+        index.summarize(path)
+    index.save()
+    written = (runs / INDEX).stat()
+    assert call("runs", "list", "--limit", 0).output == table
+    assert (runs / INDEX).stat() == written  # there was nothing to read
+    found = [
+        json.loads(call("runs", "list", "--json", "--limit", limit).output)
+        for limit in (0, 20)
+    ]
+    assert found[0][:20] == found[1]
 
 
 def test_list_marks_the_best_by_the_validation_loss(call, three):

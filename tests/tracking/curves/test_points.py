@@ -125,7 +125,9 @@ def test_places_are_the_rows_of_the_wide_table(past):
         {name: value for name, value in row.items() if value is not None}
         for row in past.wide().to_pylist()
     ]
-    assert str(list(past.snapshot().points.iter_places())) == str(rows)
+    points = past.snapshot().points
+    for skip in range(len(rows) + 2):
+        assert str(list(points.iter_places(skip))) == str(rows[skip:])
 
 
 def test_snapshot_answers_as_the_run_does(tmp_path):
