@@ -86,7 +86,8 @@ class World:
         """Leave a folder as a process does that is killed."""
         copy = path.with_name(f"20200101-00000{next(self.numbers) % 10}-{path.name}")
         if not copy.exists():
-            shutil.copytree(path, copy)
+            # The lease names this process, which lives.
+            shutil.copytree(path, copy, ignore=shutil.ignore_patterns("*.lease"))
 
     def resume(self, path: Path) -> None:
         if path not in self.live:
