@@ -15,9 +15,13 @@ import base64
 import contextlib
 import copy
 import dataclasses
+import functools
 import math
+import sys
+import sysconfig
 from collections import Counter, UserDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +35,18 @@ def as_bytes(tensor: Tensor) -> Tensor:
     flat = tensor.detach().reshape(-1).contiguous()
     # A single element counts as contiguous whatever its stride is.
     return flat.as_strided(flat.shape, (1,)).view(torch.uint8)
+
+
+@functools.cache
+def is_installed(name: str) -> bool:
+    """Whether a module is of Python, this package or an installed one; else it is the user's."""
+    if name.partition(".")[0] in {"harness", "tracking"}:
+        return True
+    file = getattr(sys.modules.get(name), "__file__", None)
+    if file is None:
+        return name != "__main__"
+    places = {sysconfig.get_path(place) for place in ("stdlib", "purelib", "platlib")}
+    return any(Path(file).is_relative_to(place) for place in places)
 
 
 # ---------------------------------------------------------------- walking tensors

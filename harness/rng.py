@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from harness.pytree import StateDict
+from harness.pytree import StateDict, is_installed
 
 if TYPE_CHECKING:
     from harness.accelerators.base import Accelerator
@@ -255,8 +256,26 @@ def _set_state(generator: Generator, state: Any) -> None:
         generator.setstate(state)
 
 
-def find_generators(*roots: object) -> list[Generator]:
-    """Generators held by loaders, their samplers and data sets, and models; each once."""
+def find_generators(*roots: object, later: Sequence[object] = ()) -> list[Generator]:
+    """Generators held by loaders, their samplers and data sets, and models; each once.
+
+    Those of the user's own objects that hang on them come last.
+
+    Parameters
+    ----------
+    *roots, later
+        What to search; what `later` holds follows what the others do.
+    """
+    places = [_find_direct(roots), _find_direct(later), _find_held([*roots, *later])]
+    found: list[Generator] = []
+    for own in itertools.chain(*places):
+        if all(own is not other for other in found):
+            found.append(own)
+    return found
+
+
+def _find_direct(roots: Sequence[object]) -> list[Generator]:
+    """Generators that are attributes of loaders, samplers, data sets and modules."""
     found: list[Generator] = []
     todo, seen = list(roots), set()
     while todo:
@@ -264,14 +283,54 @@ def find_generators(*roots: object) -> list[Generator]:
         if thing is None or id(thing) in seen:
             continue
         seen.add(id(thing))
-        for own in _own_generators(thing):
-            if all(own is not other for other in found):
-                found.append(own)
+        found += _own_generators(thing)
         todo += [_get(thing, name) for name in _HOLDERS]
         if isinstance(thing, torch.nn.Module):
             todo += thing.children()
     return found
 
+
+def _find_held(roots: Sequence[object]) -> list[Generator]:
+    """Generators of the user's own objects, and in lists and dicts, at any depth."""
+    found: list[Generator] = []
+    todo, seen = list(reversed(roots)), set()
+    while todo and len(seen) < MAX_MET:
+        thing = todo.pop()
+        if (
+            type(thing) in _PLAIN
+            or isinstance(thing, torch.Tensor)
+            or id(thing) in seen
+        ):
+            continue
+        seen.add(id(thing))
+        if isinstance(thing, Generator):
+            found.append(thing)
+        elif isinstance(thing, list | tuple | dict):
+            values = thing.values() if isinstance(thing, dict) else thing
+            todo += reversed([*values]) if len(thing) <= MAX_SEARCHED else ()
+        else:
+            todo += reversed(_list_held(thing))
+    return found
+
+
+def _list_held(thing: Any) -> list[object]:
+    """What an object of the user's, or a module or data set of any package, holds."""
+    inner = [_get(thing, name) for name in (*_HOLDERS, "transforms", "datasets")]
+    if isinstance(thing, torch.nn.Module):
+        inner += thing.children()
+    elif is_installed(type(thing).__module__):
+        return inner
+    fields = getattr(thing, "__dict__", {})
+    return [*inner, *(fields[n] for n in fields if n not in _NOT_SEARCHED)]
+
+
+MAX_SEARCHED = 100
+"""Longer lists and dicts are data, and are not searched for generators."""
+
+MAX_MET = 10_000
+"""Objects that are searched for generators, at most: a tree of data has more."""
+
+_NOT_SEARCHED = frozenset(vars(torch.nn.Module())) | {"ctx"}
 
 _HOLDERS = ("sampler", "batch_sampler", "dataset", "transform")
 """Attributes of loaders, samplers and data sets whose values may hold generators."""
@@ -296,5 +355,6 @@ def _own_generators(thing: object) -> Iterator[Generator]:
             yield value
 
 
-_NO_GENERATORS = frozenset({bool, int, float, str, type(None), tuple, list, dict})
+_PLAIN = frozenset({bool, int, float, str, type(None)})
+_NO_GENERATORS = _PLAIN | {tuple, list, dict}
 """Types of most attributes, which are passed over quickly."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from torch import nn
@@ -18,6 +19,8 @@ class TrainValid(Callback):
 
     Optimizers that have both methods, as schedule-free ones do, are told too. They are in
     evaluation mode from the end of an epoch's training to the next one, and in the end.
+    Parts of a loss that were put into evaluation mode before the fit, such as a teacher, stay
+    in it.
 
     Parameters
     ----------
@@ -31,14 +34,28 @@ class TrainValid(Callback):
     """
 
     weight = -100
+    _evaluated: Sequence[nn.Module] = ()
 
     def __init__(self, *, predict_mode: Mode = "eval") -> None:
         self.predict_mode = predict_mode
 
+    def on_fit_begin(self) -> None:
+        """Note which parts of the loss the user has put into evaluation mode."""
+        loss = self.ctx.loss_fn
+        self._evaluated = ()
+        # A loss that is wholly in this mode comes from an earlier fit.
+        if isinstance(loss, nn.Module) and loss.training:
+            self._evaluated = [part for part in loss.modules() if not part.training]
+
     def _switch(self, is_training: bool) -> None:
-        for part in (self.ctx.model, self.ctx.loss_fn):
-            if isinstance(part, nn.Module):
-                part.train(is_training)
+        self.ctx.model.train(is_training)
+        self._switch_loss(is_training)
+
+    def _switch_loss(self, is_training: bool) -> None:
+        if isinstance(self.ctx.loss_fn, nn.Module):
+            self.ctx.loss_fn.train(is_training)
+        for part in self._evaluated:
+            part.training = False
 
     def on_epoch_begin(self) -> None:
         """Training mode, also after the validation of the epoch before."""
@@ -60,6 +77,8 @@ class TrainValid(Callback):
     def on_fit_end(self) -> None:
         """Evaluation mode of the optimizers, also after an epoch that ended early."""
         switch_optimizers(self.ctx, is_training=False)
+        if self._evaluated:  # so that a further fit finds them again
+            self._switch_loss(True)
 
     def on_predict_begin(self) -> None:
         """Evaluation mode, unless asked otherwise."""

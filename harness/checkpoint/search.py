@@ -7,11 +7,8 @@ own weights. What is found here is saved in a checkpoint, or named there as not 
 from __future__ import annotations
 
 import functools
-import sys
-import sysconfig
 import types
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from harness.callback import Callback
 from harness.context import Context
 from harness.metrics.kinds import is_metric
+from harness.pytree import is_installed
 
 MAX_ITEMS = 1000
 """Longer containers are data, and are not searched."""
@@ -110,7 +108,7 @@ class Search:
             for key, item in _items_of(value):
                 self._search(root, f"{path}[{key!r}]", item, depth + 1)
         elif not has_state(value) and not _is_foreign(value):
-            if path and not _is_installed(type(value).__module__):
+            if path and not is_installed(type(value).__module__):
                 self.owners[root][path] = value
             self._search_fields(root, path, value, depth)
 
@@ -203,16 +201,6 @@ def has_extra_state(module: nn.Module) -> bool:
 
 def _is_foreign(value: object) -> bool:
     return type(value).__module__.partition(".")[0] in _FOREIGN
-
-
-@functools.cache
-def _is_installed(name: str) -> bool:
-    """Whether a module belongs to Python or to an installed package, not to the user."""
-    file = getattr(sys.modules.get(name), "__file__", None)
-    if file is None:
-        return name != "__main__"
-    places = {sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")}
-    return any(Path(file).is_relative_to(place) for place in places)
 
 
 def _items_of(value: Any) -> list[tuple[object, object]]:

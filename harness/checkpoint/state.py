@@ -71,10 +71,13 @@ def get_position(ctx: Context, phase: Phase) -> Position:
 
 
 def get_generators(ctx: Context) -> list[Generator]:
-    """Random generators that loaders, model, loss and callbacks hold as attributes."""
-    found = find_generators(ctx.train_data, *ctx.valid_sets.values(), ctx.model)
-    others = find_generators(ctx.loss_fn, *ctx.callbacks)
-    return found + [own for own in others if all(own is not one for one in found)]
+    """Random generators that hang on loaders, model, loss and callbacks."""
+    return find_generators(
+        ctx.train_data,
+        *ctx.valid_sets.values(),
+        ctx.model,
+        later=(ctx.loss_fn, *ctx.callbacks),
+    )
 
 
 def search_context(ctx: Context) -> Search:

@@ -143,7 +143,10 @@ def make_fitted(
     model._compiled_call_impl = None  # torch 2.13 has no public way back
     move_real_tensors(model, torch.device("cpu"))
     for module in find_loss_modules(ctx.loss_fn, model):
-        module.cpu().eval()
+        module.cpu()
+        # Not one that TrainValid left in both modes, for a further fit.
+        if all(part.training for part in module.modules()):
+            module.eval()
     model.eval()
     return Fitted(
         home=home,

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from harness.rng import (
+    MAX_SEARCHED,
     RandomStream,
     derive_rng_state,
     derive_stream,
@@ -119,6 +120,24 @@ def test_find_generators_finds_those_of_loaders_data_sets_and_models_once(
     found = find_generators(loader, None, Noisy())
     assert len(found) == 4
     assert {id(item) for item in found} == {id(g) for g in (one, two, three, shuffled)}
+
+
+class Flip:
+    """A transform with a generator of its own."""
+
+    def __init__(self) -> None:
+        self.random = random.Random(1)
+
+
+def test_find_generators_finds_those_of_the_users_objects_after_the_others() -> None:
+    data, model = TensorDataset(torch.zeros(4)), nn.Linear(1, 1)
+    data.transform = nn.Sequential()  # type: ignore[attr-defined]
+    data.transform.transforms = [one := Flip(), {"a": (two := Flip(),)}]  # type: ignore[attr-defined]
+    model.env, model.noise = three, direct = Flip(), random.Random(2)
+    data.rows = [Flip()] * (MAX_SEARCHED + 1)  # type: ignore[attr-defined]
+    found = find_generators(data, later=[model])
+    expected = [direct, *(held.random for held in (one, two, three))]
+    assert [id(item) for item in found] == [id(item) for item in expected]
 
 
 def test_random_stream_and_what_is_outside_do_not_affect_each_other() -> None:

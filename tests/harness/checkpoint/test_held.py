@@ -134,10 +134,12 @@ class Replay:
     def __init__(self) -> None:
         self.seen: deque[tuple[torch.Tensor, int]] = deque(maxlen=3)
         self.count, self.sums = 0, np.zeros(2)
+        self.random = [np.random.default_rng(0)]
 
     def add(self, value: torch.Tensor) -> None:
         self.seen.append((value, self.count))
         self.count, self.sums = self.count + 1, self.sums + self.count
+        self.sums = self.sums + self.random[0].random()
 
 
 class HoldsReplay(Line):
@@ -374,6 +376,25 @@ def test_loss_is_trained_as_in_a_plain_loop():
     )
     assert torch.equal(fitted.model.fc.weight, model.fc.weight)
     assert fitted.loss.tell() == loss.tell()
+
+
+def test_part_of_a_loss_in_evaluation_mode_stays_in_it():
+    class Teaches(nn.Module):
+        def __init__(self, teacher):
+            super().__init__()
+            self.teacher = teacher
+            self.own = nn.Dropout(0.5)
+
+        def forward(self, pred, target):
+            assert self.own.training == self.training
+            return (pred - self.teacher(target)).pow(2).mean()
+
+    teacher = nn.BatchNorm1d(1).eval().requires_grad_(False)
+    first = fit(sgd(loss=Teaches(teacher)), epochs=1, valid=True)
+    again = first.fit((X, Y), 1, tracker=False)
+    for fitted in (first, again):
+        assert not fitted.loss.teacher.training
+        assert torch.equal(fitted.loss.teacher.running_mean, torch.zeros(1))
 
 
 def test_evaluation_uses_the_trained_loss_and_leaves_it_as_it_is():
