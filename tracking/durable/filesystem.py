@@ -23,6 +23,10 @@ _LOCAL: Final = frozenset(
 )
 """File systems of one machine: whoever writes there asks the same kernel for locks."""
 
+_STABLE: Final = frozenset(str.split("beegfs ceph gfs2 gpfs lustre nfs nfs4"))
+"""File systems of several machines whose files have the same inode on each. Those of FUSE
+(sshfs, for example) may make inodes up, anew where a file was not used for a while."""
+
 _MAPPED: Final = frozenset(
     str.split("apfs ext2 ext3 ext4 f2fs hfs jfs overlay ramfs reiserfs tmpfs xfs")
 )
@@ -68,6 +72,13 @@ class Filesystem:
         if self.name in ("cifs", "smb3"):
             return "nobrl" not in self.options
         return self.is_local or self.name in ("ceph", "gfs2", "gpfs")
+
+    @property
+    def keeps_inodes(self) -> bool:
+        """Whether a file is known to have the same inode always, and on all machines."""
+        if self.name in ("cifs", "smb3"):
+            return "serverino" in self.options
+        return self.is_local or self.name in _STABLE
 
 
 _found: Final[dict[int, Filesystem]] = {}

@@ -75,14 +75,22 @@ class Place:
         return _describe_process(os.getpid())
 
     def has_same_kernel(self, other: Place) -> bool:
-        """Whether both ask the same kernel for locks and processes."""
-        if self.boot or other.boot:
-            return self.boot == other.boot
-        return self.host == other.host
+        """Whether both ask the same kernel for locks and processes.
+
+        Machines that were cloned while they ran have the same boot, but other host names.
+        So have containers, each with a namespace of its own.
+        """
+        is_same_host = self.host == other.host
+        if not (self.boot or other.boot):
+            return is_same_host
+        is_container = self.namespace != other.namespace
+        return self.boot == other.boot and (is_same_host or is_container)
 
     def was_rebooted(self, now: Place) -> bool:
         """Whether the machine of this process has started again since."""
         is_same = self.host == now.host and self.machine == now.machine != ""
+        # Containers may have the machine's id from their image.
+        is_same = is_same and self.namespace == now.namespace
         return is_same and self.boot != now.boot
 
     def was_restarted(self, now: Place) -> bool:
@@ -185,6 +193,10 @@ def _format_time(seconds: float) -> str:
     return datetime.fromtimestamp(known, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
+FileId = tuple[int, int] | bytes
+"""Device and inode of a file; its text where inodes change."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Content:
     """What is in the file of a lease, and of the file itself."""
@@ -193,7 +205,7 @@ class _Content:
     since: float
     has_lock: bool
     beat: float
-    file: tuple[int, int]  # device and inode
+    file: FileId
 
 
 class Lease:
@@ -227,8 +239,9 @@ class Lease:
                 # A copy of the folder has the lease too, in another file.
                 "file": os.fstat(fd).st_ino,
             }
-            os.write(fd, json.dumps(text).encode())
-            self._file = _get_id(os.fstat(fd))
+            written = json.dumps(text).encode()
+            os.write(fd, written)
+            self._file = _identify(self._path, os.fstat(fd), written)
         except OSError:
             self._path.unlink(missing_ok=True)
             raise
@@ -242,7 +255,7 @@ class Lease:
             return True
         self._due = time.monotonic() + BEAT_S
         try:
-            if _get_id(self._path.stat()) != self._file:
+            if _find_id(self._path) != self._file:
                 return False
             os.utime(self._path)
         except FileNotFoundError:  # somebody took this process for ended
@@ -255,12 +268,18 @@ class Lease:
     def release(self) -> None:
         """Remove the lease; nothing happens in a forked child, or if it is another's."""
         with contextlib.suppress(OSError):
-            if self._pid == os.getpid() and _get_id(self._path.stat()) == self._file:
+            if self._pid == os.getpid() and _find_id(self._path) == self._file:
                 self._path.unlink()
 
 
-def _get_id(found: os.stat_result) -> tuple[int, int]:
-    return found.st_dev, found.st_ino
+def _identify(path: Path, found: os.stat_result, text: bytes | None = None) -> FileId:
+    if get_filesystem(path.parent).keeps_inodes:
+        return found.st_dev, found.st_ino
+    return path.read_bytes() if text is None else text
+
+
+def _find_id(path: Path) -> FileId:
+    return _identify(path, path.stat())
 
 
 def _read(path: Path) -> _Content | None:
@@ -283,7 +302,8 @@ def _read(path: Path) -> _Content | None:
     # It may be torn, or by somebody else: a wrong one tells no more than an empty one.
     with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
         content = json.loads(text)
-        if content["file"] != found.st_ino:
+        is_other = content["file"] != found.st_ino
+        if is_other and get_filesystem(path.parent).keeps_inodes:
             return None
         place, since, has_lock = _parse(content)
     return _Content(
@@ -291,7 +311,7 @@ def _read(path: Path) -> _Content | None:
         since=since,
         has_lock=has_lock,
         beat=found.st_mtime,
-        file=_get_id(found),
+        file=_identify(path, found, text),
     )
 
 
@@ -369,6 +389,6 @@ def remove(path: Path) -> None:
     with contextlib.suppress(OSError):
         aside = path.with_name(f"{path.name}.{os.getpid()}.removed")
         path.rename(aside)
-        if lease is not None and _get_id(aside.stat()) != lease.file:
+        if lease is not None and _find_id(aside) != lease.file:
             os.link(aside, path)  # taken anew meanwhile
         aside.unlink()

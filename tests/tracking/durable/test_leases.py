@@ -15,13 +15,16 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import tracking
-from tracking.durable import LockHeldError, ProcessLock, find_holder
+from tracking.durable import LockHeldError, ProcessLock, find_holder, leases
+from tracking.durable.filesystem import Filesystem
 from tracking.durable.leases import STALE_S, Lease, Place, judge
+from tracking.durable.locks import get_lease_path
 
 ROOT = Path(tracking.__file__).parents[1]
 
@@ -268,6 +271,15 @@ def test_reboot_and_restart_of_the_job_end_a_stale_lease():
     assert place.was_restarted(other)
     assert not other.was_restarted(place)
     assert not Place(host="a", boot="1").was_rebooted(Place(host="a", boot="2"))
+    inside = Place(host="node7", machine="m7", boot="second", namespace="pid:[7]")
+    assert not place.was_rebooted(inside)
+
+
+def test_machine_that_was_cloned_while_it_ran_is_another_one():
+    place = Place(host="node7", machine="m7", boot="first", namespace="pid:[1]")
+    assert place.has_same_kernel(replace(place, pid=7))
+    assert not place.has_same_kernel(replace(place, host="node8"))
+    assert place.has_same_kernel(replace(place, host="box", namespace="pid:[7]"))
 
 
 def test_lease_of_a_copied_folder_is_none(leave, tmp_path):
@@ -276,6 +288,43 @@ def test_lease_of_a_copied_folder_is_none(leave, tmp_path):
     assert judge(tmp_path / "copy.lease", "missing") is None
     path.rename(tmp_path / "moved.lease")
     assert judge(tmp_path / "moved.lease", "missing") is not None
+
+
+def give_another_inode(path):
+    """As sshfs does, where a file was not used for a while, or on another machine."""
+    copy = path.with_name("copy")
+    shutil.copy2(path, copy)
+    copy.replace(path)
+
+
+@pytest.mark.parametrize("name", ["fuse", "cifs", ""])
+def test_lease_stays_where_inodes_change(name, leave, tmp_path, monkeypatch):
+    monkeypatch.setattr(leases, "get_filesystem", lambda folder: Filesystem(name))
+    path = leave(**AFAR)
+    give_another_inode(path)
+    assert judge(path, "missing").place.host == AFAR["host"]
+    lock = ProcessLock(tmp_path / "own")
+    own = get_lease_path(tmp_path / "own")
+    before = own.stat().st_ino
+    give_another_inode(own)
+    assert own.stat().st_ino != before
+    lock._lease._due = 0.0
+    assert lock.beat()
+    lock.release()
+    assert not own.exists()
+
+
+def test_lease_that_another_process_took_over_is_lost_where_inodes_change(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(leases, "get_filesystem", lambda folder: Filesystem("fuse"))
+    lock = ProcessLock(tmp_path / "own")
+    own = get_lease_path(tmp_path / "own")
+    own.write_text(json.dumps(json.loads(own.read_text()) | {"since": 1.0}))
+    lock._lease._due = 0.0
+    assert not lock.beat()
+    lock.release()
+    assert own.exists()
 
 
 def test_empty_lease_is_live_while_it_is_made_and_ended_after_a_power_cut(leave):
