@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from operator import itemgetter
 from typing import Any
 
@@ -202,22 +202,36 @@ def detach(value: object) -> Any:
     return map_tensors(value, Tensor.detach)
 
 
-def copy_by_value(value: object) -> Any:
+def copy_by_value(
+    value: object, clone: Callable[[Tensor], Tensor] = Tensor.clone
+) -> Any:
     """A detached copy, which later changes of the original do not reach.
 
     Whatever outlives its batch is held as a copy, because models, loaders and callbacks may
     reuse their tensors.
+
+    Parameters
+    ----------
+    value
+        Tensors and arrays in any form.
+    clone
+        Copies a tensor.
     """
     if isinstance(value, Tensor):
         # detach() costs a third of the copy of a small tensor.
         has_graph = value.requires_grad and torch.is_grad_enabled()
-        return (value.detach() if has_graph else value).clone()
+        return clone(value.detach() if has_graph else value)
     if isinstance(value, np.ndarray):
         return value.copy()
     items = items_of(value)
     if items is None:
         return value
-    return with_items(value, [copy_by_value(item) for item in items])
+    return with_items(value, [copy_by_value(item, clone) for item in items])
+
+
+def clone_to_cpu(tensor: Tensor) -> Tensor:
+    """A copy of a tensor on the CPU, without one on its device first."""
+    return tensor.clone() if tensor.is_cpu else tensor.detach().cpu()
 
 
 def describe(value: object) -> str:

@@ -7,16 +7,14 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from harness.accelerators.base import (
     Accelerator,
 )
 from harness.checks.model import get_method
-from harness.data.batch import copy_by_value
+from harness.data.batch import clone_to_cpu, copy_by_value
 from harness.data.workers import iter_batches
 from harness.loop.handling import add_handlers, report_exceptions, suppress_all_handled
-from harness.pytree import map_tensors
 from harness.steps import (
     StepContext,
     add_model_note,
@@ -51,7 +49,7 @@ def predict(
                 add_model_note(ctx, error)
                 raise
             ctx.call_callbacks("on_predict_batch_end")
-            pred = map_tensors(copy_by_value(ctx.pred), Tensor.cpu)
+            pred = copy_by_value(ctx.pred, clone_to_cpu)
             waiting.append([pred] if ctx.accelerator.counted != 0 else [])
             if len(waiting) == GATHER_BATCHES:
                 preds += gather_outputs(waiting, ctx.accelerator)

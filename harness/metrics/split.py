@@ -119,9 +119,7 @@ class SplitMetrics:
         ]
         self._ungrouped = [name for name in self._metrics if name not in self._grouped]
         self._due = list(self._metrics)
-        self._keeps_batches = bool(self._grouped) or any(
-            map(has_sample_lists, self._metrics.values())
-        )
+        self._keeps_samples = any(map(has_sample_lists, self._metrics.values()))
         self._waiting: list[tuple[Tensor, Tensor]] = []
         self._waiting_numel = 0
         self._waiting_shape: tuple[object, ...] = ()
@@ -170,7 +168,8 @@ class SplitMetrics:
             is_nan = self.loss.update(losses, rows)
         if not self._due or rows == 0:
             return is_nan
-        take = copy_by_value if self._keeps_batches else detach
+        waits = bool(self._grouped) and not _is_used_at_once(pred, target)
+        take = copy_by_value if self._keeps_samples or waits else detach
         pred, target = take(pred), take(target)
         for name in self._ungrouped:
             self._update_one(name, pred, target, rows)
@@ -179,12 +178,14 @@ class SplitMetrics:
         return is_nan
 
     def _enqueue(self, pred: object, target: object) -> None:
-        """Keep a batch for the next group; batches without tensors are used at once."""
-        if not (isinstance(pred, Tensor) and isinstance(target, Tensor)):
+        """Keep a batch for the next group, unless it is used at once."""
+        if _is_used_at_once(pred, target):
             self._flush()
             for name in self._grouped:
                 self._update_one(name, pred, target)
             return
+        assert isinstance(pred, Tensor)
+        assert isinstance(target, Tensor)
         shape = _shape_of(pred, target)
         if self._waiting and self._waiting_shape != shape:
             self._flush()
@@ -438,6 +439,13 @@ def count_batch_values(ctx: Context) -> None:
     is_counted = ctx.accelerator is None or ctx.accelerator.counted != 0
     split.add_values(values, ctx.rows if is_counted else 0)
     values.clear()
+
+
+def _is_used_at_once(pred: object, target: object) -> bool:
+    """Whether a batch has no tensors to join, or fills a group, so that no copy is needed."""
+    if not (isinstance(pred, Tensor) and isinstance(target, Tensor)):
+        return True
+    return pred.numel() >= GROUP_NUMEL
 
 
 def _shape_of(pred: Tensor, target: Tensor) -> tuple[object, ...]:

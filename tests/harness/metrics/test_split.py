@@ -32,6 +32,7 @@ from torchmetrics.wrappers import MinMaxMetric
 import harness
 from harness.accelerators.single import SingleDevice
 from harness.errors import CheckpointError
+from harness.metrics import split
 from harness.metrics.sets import name_metrics
 from harness.metrics.split import GROUP_BATCHES, SplitMetrics, as_numbers, can_group
 from harness.pytree import flatten, restore
@@ -230,6 +231,24 @@ def test_binary_metric_of_logits_equals_single_updates():
         single.update(torch.tensor(pred), torch.tensor(target))
     assert metrics.compute() == {"binary_accuracy": 1.0}
     assert single.compute() == 1.0
+
+
+def test_predictions_that_fill_a_group_are_used_without_a_copy(monkeypatch):
+    monkeypatch.setattr(split, "GROUP_NUMEL", 5 * CLASSES)
+    seen = []
+
+    class Seen(MulticlassAccuracy):
+        def update(self, preds: Tensor, target: Tensor) -> None:
+            seen.append(preds.data_ptr())
+            super().update(preds, target)
+
+    Seen.__module__ = MulticlassAccuracy.__module__  # so that it can be grouped
+    metrics = split_metrics({"acc": Seen(CLASSES)})
+    metrics.update(torch.rand(2, CLASSES), torch.zeros(2).long(), None, 2)
+    large = torch.rand(5, CLASSES)
+    metrics.update(large, torch.zeros(5).long(), None, 5)
+    assert len(seen) == 2  # the waiting one came first
+    assert seen[1] == large.data_ptr()
 
 
 def test_groups_do_not_mix_batches_of_different_shapes():
