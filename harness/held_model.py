@@ -53,18 +53,19 @@ def copy_model(model: nn.Module) -> nn.Module:
     TypeError
         If it cannot be copied.
     """
-    if any(hasattr(param, "ds_id") for param in model.parameters()):
-        msg = "setup(module): expected a new model for each fit, got one that is held"
-        got = "elsewhere and divided by deepspeed.zero.Init"
-        raise TypeError(f"{msg} {got}. Build it inside the function.")
+    msg = "setup(module): expected a new model for each fit, got one that is held"
+    advice = "Build the model inside the function."
     try:
-        return copy.deepcopy(model)
+        copied = copy.deepcopy(model)
     except Exception as error:
-        msg = "setup(module): expected a new model for each fit, got one that is held"
-        advice = "Build the model inside the function."
         raise TypeError(
             f"{msg} elsewhere and cannot be copied: {error!r}. {advice}"
         ) from error
+    pairs = zip(model.parameters(), copied.parameters(), strict=True)
+    if any(hasattr(own, "ds_id") > hasattr(other, "ds_id") for own, other in pairs):
+        got = "elsewhere and divided by deepspeed.zero.Init"
+        raise TypeError(f"{msg} {got}. {advice}")
+    return copied
 
 
 @contextmanager

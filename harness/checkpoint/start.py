@@ -78,16 +78,18 @@ def load_on_main(
 ) -> WeightsReport:
     """Load weights into a new model on rank 0, which sends them to the others.
 
-    Every rank must call it. So files are read once, however many ranks there are.
+    Every rank must call it. So files are read once, however many ranks there are. If the
+    model is divided over the ranks, each rank loads its own part.
 
     Raises
     ------
     CheckpointError
-        On all ranks, if `load` raises it on rank 0.
+        On all ranks, if `load` raises it on one.
     """
     report, error = WeightsReport(loaded=()), None
     had_lazy = _has_lazy(model)
-    if accelerator.is_main:
+    is_divided = any(hasattr(param, "ds_id") for param in model.parameters())
+    if accelerator.is_main or is_divided:
         try:
             report = load()
         except CheckpointError as found:

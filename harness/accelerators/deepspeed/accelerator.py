@@ -15,7 +15,6 @@ from contextlib import (
     AbstractContextManager,
     ExitStack,
     contextmanager,
-    nullcontext,
     suppress,
 )
 from pathlib import Path
@@ -51,6 +50,7 @@ from harness.accelerators.deepspeed.gather import (
 )
 from harness.accelerators.deepspeed.library import (
     choose_kind,
+    dividing_copies,
     dividing_layers,
     forget_model,
     get_tracked_random,
@@ -78,6 +78,7 @@ from harness.accelerators.deepspeed.state import (
 )
 from harness.accelerators.deepspeed.validation import (
     check_devices,
+    check_layer,
     check_num_batches,
     check_zero_init,
     complete_config,
@@ -264,8 +265,11 @@ class DeepSpeedAccelerator:
             stack.enter_context(self._telling_device())
             stack.enter_context(keep_functions())
             if self._zero_init:
-                stack.enter_context(dividing_layers(init_config(self._config)))
-            stack.enter_context(self.guard or nullcontext())
+                config = init_config(self._config)
+                stack.enter_context(dividing_layers(config, check_layer))
+            if self.guard is not None:
+                stack.enter_context(self.guard)
+                stack.enter_context(dividing_copies())
             yield
 
     def _telling_device(self) -> AbstractContextManager[None]:

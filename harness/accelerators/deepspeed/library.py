@@ -7,7 +7,7 @@ import inspect
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
@@ -104,7 +104,9 @@ def replace_linear() -> None:
 
 
 @contextmanager
-def dividing_layers(config: Mapping[str, object]) -> Iterator[None]:
+def dividing_layers(
+    config: Mapping[str, object], check: Callable[[torch.nn.Module], None]
+) -> Iterator[None]:
     """Divide each layer over the ranks as soon as it is made inside, by ``zero.Init``.
 
     Layers are made on the CPU and in their own dtype, as without it, so that random numbers
@@ -114,18 +116,61 @@ def dividing_layers(config: Mapping[str, object]) -> Iterator[None]:
     ----------
     config
         DeepSpeed's config with a batch size, at ZeRO 3.
+    check
+        Refuses a layer that cannot be divided.
     """
-    make = import_deepspeed().zero.Init
+    kind = import_deepspeed().zero.Init
+
+    class CheckedInit(kind):  # type: ignore[misc, valid-type]
+        def _post_init_method(self, module: torch.nn.Module) -> None:
+            check(module)
+            super()._post_init_method(module)
+
     with ignore_warnings():
-        init = make(config_dict_or_path=dict(config), tensor_overrides=[])
+        init = CheckedInit(config_dict_or_path=dict(config), tensor_overrides=[])
     with init:
         yield
 
 
+@contextmanager
+def dividing_copies() -> Iterator[None]:
+    """Divide copies of divided parameters inside; in DeepSpeed 0.19.8 they have no values."""
+    copy_whole = torch.nn.Parameter.__deepcopy__
+
+    def copy_divided(param: Any, memo: dict[int, Any]) -> Any:
+        is_part = hasattr(param, "ds_id") and param.ds_status.name == "NOT_AVAILABLE"
+        if is_part:
+            param.all_gather()
+        found = copy_whole(param, memo)  # type: ignore[no-untyped-call]
+        if is_part:
+            param.partition()
+        if hasattr(param, "ds_id") and not hasattr(found, "ds_id"):
+            param.convert_to_zero_parameters([found])
+        return found
+
+    torch.nn.Parameter.__deepcopy__ = copy_divided  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.nn.Parameter.__deepcopy__ = copy_whole  # type: ignore[method-assign]
+
+
+def agree(flags: Sequence[bool]) -> list[bool]:
+    """Whether each is true on a rank; every rank must call it."""
+    deepspeed = import_deepspeed()
+    device = deepspeed.get_accelerator().current_device_name()
+    found = torch.tensor(flags, dtype=torch.int32, device=device)
+    deepspeed.comm.all_reduce(found, op=deepspeed.comm.ReduceOp.MAX)
+    return [bool(flag) for flag in found.tolist()]
+
+
 def share_and_divide(param: Any) -> None:
-    """Divide a parameter of ZeRO 3 that is whole, with the values of rank 0."""
-    whole = param.data = param.data.contiguous()
-    import_deepspeed().comm.broadcast(whole.view(torch.uint8), 0)
+    """Divide a parameter of ZeRO 3 that is whole, with the values and dtype of rank 0."""
+    deepspeed = import_deepspeed()
+    device = deepspeed.get_accelerator().current_device_name()
+    whole = param.data = param.data.to(device).contiguous()
+    deepspeed.comm.broadcast(whole.view(torch.uint8), 0)
+    param.ds_tensor.data = param.ds_tensor.data.to(whole.dtype)
     param.partition(has_been_updated=True)
 
 

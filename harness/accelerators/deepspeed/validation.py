@@ -56,7 +56,7 @@ def complete_config(
     ValueError
         If model or optimizers cannot be trained, or the config cannot be completed.
     """
-    check_parameters(model)
+    check_parameters(model.named_parameters())
     check_divided(model, config, facts.world_size, trains=optimizers is not None)
     if optimizers is not None:
         check_gradients(model, zero_stage(config))
@@ -140,8 +140,15 @@ def check_num_batches(loaders: Sequence[Any], world_size: int) -> None:
             raise ValueError(f"{msg}, {got}. {advice}")
 
 
-def check_parameters(model: nn.Module) -> None:
-    """Check that DeepSpeed can divide and send the model's parameters.
+def check_layer(module: nn.Module) -> None:
+    """Check that ``zero.Init`` can divide the parameters of a module; see ``check_parameters``."""
+    kind = type(module).__name__
+    params = module.named_parameters(recurse=False)
+    check_parameters((f"{kind}.{name}", param) for name, param in params)
+
+
+def check_parameters(params: Iterable[tuple[str, nn.Parameter]]) -> None:
+    """Check that DeepSpeed can divide and send parameters, given by name.
 
     Raises
     ------
@@ -149,7 +156,7 @@ def check_parameters(model: nn.Module) -> None:
         If a parameter is lazy, has no values, or no dims: DeepSpeed 0.19.8 cannot send that to
         other ranks.
     """
-    for name, param in model.named_parameters():
+    for name, param in params:
         if is_lazy(param):
             msg = f"prepare: expected parameters with shapes, got the lazy {name!r}."
             advice = (
@@ -158,8 +165,8 @@ def check_parameters(model: nn.Module) -> None:
             raise ValueError(f"{msg} {advice}")
         if param.is_meta:
             msg = f"prepare: expected parameters with values, got {name!r} on 'meta'."
-            advice = "Build it on the CPU: with accelerator(config, zero_init=True) no"
-            raise ValueError(f"{msg} {advice} rank holds the whole model.")
+            advice = "Build it on the CPU; harness.accelerator(config, zero_init=True)"
+            raise ValueError(f"{msg} {advice} divides each layer as it is made.")
         if len(getattr(param, "ds_shape", param.shape)) == 0:
             msg = f"prepare: expected parameters with dims, got {name!r} of shape ()."
             advice = "DeepSpeed cannot send it to other ranks: make its shape (1,)."
@@ -226,9 +233,10 @@ def check_gradients(model: nn.Module, stage: int) -> None:
         If a layer makes sparse gradients at ZeRO 1 to 3.
     """
     for name, module in model.named_modules():
-        is_sparse = getattr(module, "sparse", False) is True
+        if not stage or getattr(module, "sparse", False) is not True:
+            continue
         weight = getattr(module, "weight", None)
-        if stage and is_sparse and isinstance(weight, Tensor) and weight.requires_grad:
+        if isinstance(weight, Tensor) and weight.requires_grad:
             msg = f"prepare: expected dense gradients at ZeRO {stage}"
             advice = "Build it with sparse=False, or use ZeRO 0."
             raise ValueError(f"{msg}, got sparse ones of {name!r}. {advice}")

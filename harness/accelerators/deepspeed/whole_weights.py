@@ -15,7 +15,11 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from harness.accelerators.deepspeed.library import replace_linear, share_and_divide
+from harness.accelerators.deepspeed.library import (
+    agree,
+    replace_linear,
+    share_and_divide,
+)
 from harness.accelerators.deepspeed.precision import find_weights_dtype
 
 _MARK = -1
@@ -155,8 +159,7 @@ class NewWeights(TorchFunctionMode):
     A module sets weights of layers that it has made, as rules for initial weights do. What
     ``deepspeed.zero.Init`` has divided by then would be found empty and stay as it was, without
     an error. Here each weight that an operation reads is gathered. It is divided again, with
-    what the operation has done to it, before the next one is gathered. One of which an
-    operation has returned a view, such as ``weight.data``, stays whole until the end.
+    what was done to it, before the next one is gathered, unless a view of it is in use.
 
     Every rank must run the same operations.
     """
@@ -164,41 +167,41 @@ class NewWeights(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self._held: list[Any] = []
-        self._viewed: list[Any] = []
 
     def __torch_function__(
         self, func: Any, types: object, args: Any = (), kwargs: Any = None
     ) -> object:
         kwargs = kwargs or {}
-        params: list[Any] = list(_flatten((*args, *kwargs.values())))
-        divided = [param for param in params if _is_divided(param)]
-        if divided and _is_called_by_user() and _name(func) not in _METADATA:
+        params: list[Any] = [*filter(_is_divided, _flatten((*args, *kwargs.values())))]
+        if params and _is_called_by_user() and _name(func) not in _METADATA:
             if func in _FORM:
-                return func(_make_form(divided[0]), *args[1:], **kwargs)
-            self._divide(self._held)
-            for param in divided:
-                param.all_gather()
-                self._held.append(param)
-        found = func(*args, **kwargs)
+                return func(_make_form(params[0]), *args[1:], **kwargs)
+            self._gather(params)
+        return func(*args, **kwargs)
+
+    def _gather(self, params: list[Any]) -> None:
+        """Gather weights, after dividing those that are not in use on any rank."""
+        if self._held:
+            in_use = agree([_is_viewed(param) for param in self._held])
+            pairs = zip(self._held, in_use, strict=True)
+            self._divide([param for param, is_used in pairs if not is_used])
         for param in params:
-            is_held = any(param is held for held in self._held)
-            if is_held and _is_view(found, param):
-                self._held = [held for held in self._held if held is not param]
-                self._viewed.append(param)
-        return found
+            param.all_gather()
+        self._held += params
 
     def __exit__(self, kind: object, *error: object) -> None:
         super().__exit__(kind, *error)  # type: ignore[no-untyped-call]
         if kind is None:  # the other ranks get here too
             self._divide(self._held)
-            self._divide(self._viewed)
 
-    def _divide(self, params: list[Any]) -> None:
-        """Divide the weights of a list, and empty it."""
-        while params:
-            param = params.pop(0)
+    def _divide(self, params: Iterable[Any]) -> None:
+        """Divide weights again."""
+        params = list(params)
+        for param in params:
             if not _is_divided(param):  # by the user's own code
                 share_and_divide(param)
+        done = set(map(id, params))
+        self._held = [param for param in self._held if id(param) not in done]
 
 
 def settle_divided(
@@ -241,14 +244,16 @@ def _make_form(param: Any) -> torch.Tensor:
     return torch.empty(param.ds_shape, dtype=param.dtype, device="meta")
 
 
-def _is_view(found: object, param: torch.Tensor) -> bool:
-    """Whether a result of an operation shares the memory of a parameter that it read."""
-    if isinstance(found, list | tuple):
-        return any(_is_view(each, param) for each in found)
-    if not isinstance(found, torch.Tensor) or found is param:
-        return False
-    memory = found.untyped_storage().data_ptr()
-    return memory == param.untyped_storage().data_ptr()
+def _is_viewed(param: torch.Tensor) -> bool:
+    """Whether another tensor shares the memory of a parameter."""
+    return _count_uses(param) > _count_uses(torch.empty(1))
+
+
+def _count_uses(tensor: torch.Tensor) -> int:
+    """Tensors that share the memory of one, and a constant."""
+    # torch 2.13 has no public way to it.
+    count: int = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+    return count
 
 
 def _name(func: Any) -> str:

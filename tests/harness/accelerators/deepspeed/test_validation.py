@@ -242,7 +242,7 @@ def test_model_that_is_divided_already_is_refused_where_it_cannot_be_trained(
         SingleDevice("cpu").prepare(model, opt)
     learner = harness.setup(lambda: model, loss=nn.MSELoss(), optimizer=torch.optim.SGD)
     with pytest.raises(TypeError, match=r"held elsewhere and divided by .*zero.Init"):
-        learner.build_model()
+        learner.build_model()  # outside of a fit
     params: list[Any] = [*model.parameters()]
     for param in params:
         param.ds_zero_partition_world_size = 2
@@ -256,5 +256,30 @@ def test_parameters_without_values_are_refused(make: Any) -> None:
     with torch.device("meta"):
         model = Net()
     opt = {"opt": torch.optim.SGD(model.parameters(), lr=0.1)}
-    with pytest.raises(ValueError, match=r"on 'meta'. Build it on the CPU: with accel"):
+    with pytest.raises(
+        ValueError, match=r"on 'meta'. Build it on the CPU; harness.acc"
+    ):
         make(3).prepare(model, opt)
+
+
+@pytest.mark.parametrize(
+    ("build", "match"),
+    [
+        (lambda: nn.LazyLinear(2), r"got the lazy 'LazyLinear\.weight'"),
+        (lambda: Scaled(), r"got 'Scaled\.scale' of shape \(\)"),
+    ],
+)
+def test_layer_that_cannot_be_divided_is_refused(build: Any, match: str) -> None:
+    accelerator = harness.accelerator(
+        {"zero_optimization": 3}, device="cpu", zero_init=True
+    )
+    with pytest.raises(ValueError, match=match), accelerator.building():
+        build()
+
+
+class Scaled(nn.Module):
+    """Has a parameter without dims."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.0))
