@@ -293,7 +293,8 @@ def _find_direct(roots: Sequence[object]) -> list[Generator]:
 def _find_held(roots: Sequence[object]) -> list[Generator]:
     """Generators of the user's own objects, and in lists and dicts, at any depth."""
     found: list[Generator] = []
-    todo, seen = list(reversed(roots)), set[int]()
+    todo: list[Any] = list(reversed(roots))
+    seen: set[int] = set()
     while todo and len(seen) < MAX_MET:
         thing = todo.pop()
         if (

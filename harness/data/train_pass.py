@@ -74,6 +74,8 @@ class TrainPass:
         self._generators = find_generators(loader)
         self._start_state: StateDict | None = None
         self._left_at: dict[str, int] = {}
+        self._apart: _DrawnApart | None = None
+        self._saved_draws: StateDict | None = None
         self._num_done, self._num_to_prefetch, self._epoch = 0, 0, epoch
         self._has_workers = self._keeps_workers()
         self.is_due = self.is_paused = self.is_read = False
@@ -81,7 +83,8 @@ class TrainPass:
     def state_dict(self) -> StateDict:
         """Random state before the first batch, or the state of the loader."""
         ahead = list(self._prefetched) if self._has_state else len(self._prefetched)
-        return {
+        draws = {} if self._apart is None else {"draws": self._apart.state_dict()}
+        return draws | {
             "began": self._start_state,
             "apart": self._left_at,
             "ahead": ahead,
@@ -97,6 +100,7 @@ class TrainPass:
         """Start after `num_done` batches; the caller then restores the random state."""
         self._start_state, self._num_done = state["began"], num_done
         self._left_at = state.get("apart", {})  # missing in older checkpoints
+        self._saved_draws = state.get("draws")
         self.is_due = state.get("is_due", False)
         self.is_paused = state.get("is_paused", False)
         self.is_read = state.get("is_read", False)
@@ -150,9 +154,11 @@ class TrainPass:
         batches: Iterator[Batch] = iter_batches(self._loader)
         if not self._has_state:
             if draws_between_batches(self._loader):
-                batches = _DrawnApart(batches, self._left_at)
+                batches = self._apart = _DrawnApart(batches, self._left_at)
             skip_batches(batches, self._num_done)
             self._prefetch(batches, self._num_to_prefetch)
+            if self._apart is not None and self._saved_draws is not None:
+                self._apart.load_state_dict(self._saved_draws)
         else:
             batches = self._take_rest(batches)
         if self._accelerator.accumulate == 1:
@@ -270,6 +276,19 @@ class _DrawnApart:
     def __init__(self, batches: Iterator[object], left_at: dict[str, int]) -> None:
         self._batches, self._left_at = batches, left_at
         self._inside, self._num_fetched = get_cpu_rng_state(), 0
+
+    def state_dict(self) -> StateDict:
+        """Where the iterator's streams are, and after how many batches."""
+        return {"fetched": self._num_fetched, "inside": dict(self._inside)}
+
+    def load_state_dict(self, state: StateDict) -> None:
+        """Continue the saved streams, unless other batches were skipped, as on other ranks.
+
+        Skipping may have drawn more or less: how many numbers a choice takes depends on how
+        many things there are to choose from, such as games in a buffer.
+        """
+        if state["fetched"] == self._num_fetched:
+            self._inside = dict(state["inside"])
 
     def __iter__(self) -> _DrawnApart:
         return self

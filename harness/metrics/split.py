@@ -152,6 +152,11 @@ class SplitMetrics:
     def add_values(self, values: Iterable[tuple[str, Any]], rows: int) -> None:
         """Add values that a batch of `rows` rows logged, each a dict by optimizer name."""
         for name, value in values:
+            if name in self._metrics:
+                msg = (
+                    f"ctx.log_metric: expected a name that no metric has, got {name!r}."
+                )
+                raise ValueError(f"{msg} It is one of setup(metrics=...). Use another.")
             self._means.setdefault(name, LossAverage()).update(value, rows)
 
     def update(

@@ -107,6 +107,12 @@ class LogsMetric(Net):
         return CE(pred, target)
 
 
+class LogsName(Net):
+    def loss(self, pred: Tensor, target: Tensor) -> Any:
+        self.ctx.log_metric("accuracy", 0.5)
+        return CE(pred, target)
+
+
 class TwoInputs(Net):
     def forward(self, x: Tensor, y: Tensor) -> Any:
         return super().forward(x + y)
@@ -384,6 +390,10 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
     "metric without a prediction": (
         lambda: fit(setup(StepOfItsOwn, CE, metrics=ACC)),
         r"an own step sets ctx.pred",
+    ),
+    "name of a metric that is logged": (
+        lambda: fit(setup(LogsName, None, metrics={"accuracy": ACC})),
+        r"expected a name that no metric has, got 'accuracy'",
     ),
     "metric that is logged": (
         lambda: fit(setup(LogsMetric, None)),

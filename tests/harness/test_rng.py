@@ -133,7 +133,8 @@ def test_find_generators_finds_those_of_the_users_objects_after_the_others() -> 
     data, model = TensorDataset(torch.zeros(4)), nn.Linear(1, 1)
     data.transform = nn.Sequential()  # type: ignore[attr-defined]
     data.transform.transforms = [one := Flip(), {"a": (two := Flip(),)}]  # type: ignore[attr-defined]
-    model.env, model.noise = three, direct = Flip(), random.Random(2)
+    three, direct = Flip(), random.Random(2)
+    vars(model).update(env=three, noise=direct)
     data.rows = [Flip()] * (MAX_SEARCHED + 1)  # type: ignore[attr-defined]
     found = find_generators(data, later=[model])
     expected = [direct, *(held.random for held in (one, two, three))]

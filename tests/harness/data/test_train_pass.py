@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -18,6 +20,7 @@ from torch.utils.data import (
     TensorDataset,
 )
 
+import harness
 from harness.accelerators.single import SingleDevice
 from harness.data.tensors import TensorLoader
 from harness.data.train_pass import (
@@ -26,7 +29,8 @@ from harness.data.train_pass import (
     set_epoch,
     skip_batches,
 )
-from tests.harness.exact import LazySampler, Stream
+from tests.harness.checkpoint.test_resume import check_exact
+from tests.harness.exact import Case, LazySampler, Net, Stream, X, Y
 
 DATA = TensorDataset(torch.arange(10))
 
@@ -337,3 +341,34 @@ def test_start_fetches_nothing_ahead_from_torchs_loader_of_rows() -> None:
     loader = DataLoader(Rows(torch.arange(8)))
     next(TrainPass(loader, SingleDevice("cpu", accumulate=4), 1).start())
     assert Rows.fetched == 1
+
+
+def test_choices_from_a_buffer_that_grows_are_resumed_exactly(tmp_path):
+    """How many numbers a choice draws depends on the length of the buffer."""
+    buffers: list[Any] = []
+
+    class Agent(Net):
+        ctx: Any
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.buffer: deque[Any] = deque([(X[0], Y[0])] * 5, maxlen=11)
+            buffers.append(self.buffer)
+
+        def loss(self, pred, target):
+            if self.training:
+                self.buffer.append((self.ctx.input[0] + torch.randn(4), target[0]))
+            return nn.functional.cross_entropy(pred, target)
+
+    class Replay(IterableDataset):
+        def __iter__(self):
+            for _ in range(20):
+                yield random.choice(buffers[-1])
+
+    case = Case(
+        learner=lambda: harness.setup(Agent, optimizer=torch.optim.SGD),
+        data=lambda: DataLoader(Replay(), batch_size=2),
+        valid=None,
+        options=None,
+    )
+    check_exact(case, tmp_path, [("on_train_batch_end", k) for k in (2, 3, 5)])
