@@ -19,7 +19,7 @@ from harness.checks.context import check_iter, refuse_field
 from harness.checks.model import check_model_names
 from harness.checks.optimizers import check_optimizers
 from harness.checks.values import check_epochs
-from harness.data.batch import Batch, BatchFields, keep_numbers
+from harness.data.batch import BatchFields, keep_numbers
 from harness.data.loaders import Loader
 from harness.data.pace import NO_LIMIT, Pace, count_steps
 from harness.pytree import Options, StateDict
@@ -144,18 +144,6 @@ class Context(BatchFields):
             object.__setattr__(self, name, value)
         except AttributeError as error:
             refuse_field(type(self), name, error)
-
-    def begin_batch(
-        self, iter: int, loaded: object, read: Callable[[Any], Batch]
-    ) -> None:
-        """Begin a batch; `read` makes it of what the loader yields."""
-        put = object.__setattr__  # in each step: the names are right
-        put(self, "_iter", iter)
-        put(self, "_batch", read(loaded))
-        put(self, "_rows", None)
-        put(self, "pred", None)
-        put(self, "loss", {})
-        put(self, "batch_values", [])
 
     def __deepcopy__(self, memo: object) -> Context:
         return self  # a copy of a bound model shares the context

@@ -257,6 +257,8 @@ def flatten(tree: object, place: str = "state") -> tuple[Any, dict[str, Tensor]]
 
 def _encode(value: object, path: str, found: _Found) -> object:
     """The plan of one value; its tensors are added to `found` under their paths."""
+    if type(value) is dict:  # most values; the other questions take longer
+        return _encode_mapping(value, path, found)
     if value is None or isinstance(value, bool | str):
         return value
     if isinstance(value, int):

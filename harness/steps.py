@@ -166,7 +166,7 @@ class StepContext(Context):
             raise ValueError(f"{msg}{guess} Choose from {list(names)}.")
         return _Section(self, name)
 
-    def switch_to(self, name: str) -> None:
+    def _switch_to(self, name: str) -> None:
         """Make a named optimizer the current one."""
         if self._opt_name != name or self._opt is not self._optimizers[name]:
             self.opt_name, self.opt = name, self._optimizers[name]
@@ -407,7 +407,7 @@ class _Section:
     def enter(self) -> None:
         """Make the optimizer the current one, again after a step or an inner block."""
         ctx, name = self._ctx, self._name
-        ctx.switch_to(name)
+        ctx._switch_to(name)
         self._inside = None
         if ctx.accelerator is not None:
             inside = ctx.accelerator.optimizing(name)
@@ -420,6 +420,19 @@ class _Section:
         if self._inside is not None:
             inside, self._inside = self._inside, None
             inside.__exit__(None, None, None)
+
+
+def begin_batch(
+    ctx: Context, iter: int, loaded: object, read: Callable[[object], Batch]
+) -> None:
+    """Set the fields of a new batch; `read` makes it of what the loader yields."""
+    put = object.__setattr__  # in each step: these names need no check
+    put(ctx, "_iter", iter)
+    put(ctx, "_batch", read(loaded))
+    put(ctx, "_rows", None)
+    put(ctx, "pred", None)
+    put(ctx, "loss", {})
+    put(ctx, "batch_values", [])
 
 
 def switch_optimizers(ctx: Context, *, is_training: bool) -> None:

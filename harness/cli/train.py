@@ -296,8 +296,9 @@ def check_early(target: str, options: Options) -> None:
 
 def load_experiment(target: str, options: Options) -> Experiment:
     """Build the experiment, and apply the options of ``harness fit`` to it."""
-    from harness.errors import ExperimentError  # noqa: PLC0415  next to experiment
-    from harness.experiment import (  # noqa: PLC0415  imports torch
+    # By the package, which imports torch without the garbage collector.
+    from harness import Experiment, ExperimentError  # noqa: F401, PLC0415  imports torch
+    from harness.experiment import (  # noqa: PLC0415  next to it
         build_experiment,
         parse_literal,
     )

@@ -142,7 +142,7 @@ class FitContext(StepContext):
 
     def _fire_step(self, when: str, name: str) -> None:
         """Fire a step event, whoever makes the accelerator step."""
-        self.switch_to(name)
+        self._switch_to(name)
         self.call_callbacks(f"on_train_batch_{when}_step")
 
 

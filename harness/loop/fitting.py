@@ -29,6 +29,7 @@ from harness.metrics.split import count_batch_values
 from harness.rng import get_rng_state
 from harness.steps import (
     StepContext,
+    begin_batch,
     get_reader,
     switch_optimizers,
 )
@@ -115,7 +116,7 @@ def train_epoch(ctx: StepContext) -> None:
             if train_pass.is_paused:
                 train_pass.is_paused, ctx.iter = False, number
                 fire("on_train_begin")
-            ctx.begin_batch(number, loaded, read)
+            begin_batch(ctx, number, loaded, read)
             at = ctx.step if by_steps else 0
             fire("on_train_batch_begin")
             step()

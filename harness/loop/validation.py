@@ -24,6 +24,7 @@ from harness.metrics.split import count_batch_values
 from harness.rng import get_rng_state, set_rng_state
 from harness.steps import (
     StepContext,
+    begin_batch,
     get_reader,
 )
 
@@ -76,7 +77,7 @@ def valid_epoch(ctx: StepContext) -> None:
     with torch.no_grad(), counting_values(ctx):
         batches = fetch(ctx, iter_batches(ctx.valid_data))
         for number, loaded in enumerate(batches, 1):
-            ctx.begin_batch(number, loaded, read)
+            begin_batch(ctx, number, loaded, read)
             fire("on_valid_batch_begin")
             step()
             fire("on_valid_batch_end")
