@@ -10,13 +10,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from harness.checkpoint.format import Position
 from harness.checkpoint.parts.states import SavedParts
 from harness.context import Context
 from harness.errors import CheckpointError
 from harness.metrics.state import drop_samples
-from harness.pytree import StateDict
+from harness.pytree import StateDict, map_tensors
 from harness.reshard.convert import (
     convert_model_part,
     convert_state,
@@ -137,13 +138,6 @@ def _check_order(
     raise CheckpointError(f"{msg}, got {got}. {EPOCH_END_ADVICE}")
 
 
-def list_merged(parts: SavedParts, ctx: Context) -> list[StateDict]:
-    """States of the ranks whose metrics this rank merges; of some ranks, none."""
-    assert ctx.accelerator is not None
-    rank, world_size = ctx.accelerator.rank, ctx.accelerator.world_size
-    return parts.states[rank::world_size]
-
-
 def reshard_state(
     parts: SavedParts,
     live: StateDict,
@@ -158,7 +152,7 @@ def reshard_state(
     ----------
     parts
         Parts of the ranks that saved. Those are opened whose metrics this rank merges, and
-        those that have pieces of its own.
+        those that have pieces of its own, one after another.
     live
         State of the live accelerator.
     ctx
@@ -178,7 +172,6 @@ def reshard_state(
     rank, states = accelerator.rank, parts.states
     first, has_saved = states[0], rank < len(states)
     own = states[rank] if has_saved else first
-    metrics = [_get_metrics(state) for state in list_merged(parts, ctx)]
     train_pass = own["pass"] if keeps_batches else first["pass"]
     before = own.get("epoch_random")
     if before is not None and not has_saved:
@@ -186,16 +179,13 @@ def reshard_state(
     if train_pass is not None and not keeps_batches:
         train_pass = {**train_pass, "window": accelerator.accumulate, "ahead": 0}
     is_plain = "shared" not in first["accelerator"] and "shared" not in live
-    return {
+    kept = {
         **first,
         "groups": first.get("groups", {}) if is_plain else {},  # engines have their own
-        "accelerator": convert_state(
-            parts.accelerators, ctx.model, live, rank, wanted, parts.index
-        ),
+        "accelerator": {},
         "callbacks": {
-            **first["callbacks"],
-            **(_convert_callbacks(parts, live, ctx) if "callbacks" in wanted else {}),
-            "Metrics": _list_by_split(metrics, _get_metrics(first)),
+            name: {key: value for key, value in state.items() if key != MODEL_PART}
+            for name, state in first["callbacks"].items()
         },
         "random": own["random"] if has_saved else derive_rng_state(own["random"], rank),
         "epoch_random": before,
@@ -203,31 +193,35 @@ def reshard_state(
         "journal": own["journal"] if has_saved else -1,
         "indices": own.get("indices") if has_saved else None,
     }
-
-
-def _convert_callbacks(parts: SavedParts, live: StateDict, ctx: Context) -> StateDict:
-    """States of the callbacks that keep a part of the model, converted to this rank."""
-    assert ctx.accelerator is not None
-    found = {}
-    for name, own in parts.states[0]["callbacks"].items():
-        if own.get(MODEL_PART):
-            saved = parts.open_model_parts(name)
-            rank, index = ctx.accelerator.rank, parts.index
+    # The rest is made of the parts, which close again.
+    found: StateDict = _copy(kept)
+    found["accelerator"] = convert_state(
+        parts.accelerators, ctx.model, live, rank, wanted, parts.index
+    )
+    for name, state in first["callbacks"].items() if "callbacks" in wanted else ():
+        if state.get(MODEL_PART):
+            saved, index = parts.open_model_parts(name), parts.index
             part = convert_model_part(saved, ctx.model, live, rank, index)
-            found[name] = {**own, MODEL_PART: part}
+            found["callbacks"][name][MODEL_PART] = part
+    found["callbacks"]["Metrics"] = _merge_metrics(parts, ctx)
     return found
 
 
-def _get_metrics(state: StateDict) -> StateDict:
-    found: StateDict = state["callbacks"].get("Metrics", {})
-    return found
-
-
-def _list_by_split(mine: Sequence[StateDict], first: StateDict) -> StateDict:
+def _merge_metrics(parts: SavedParts, ctx: Context) -> StateDict:
     """List the metric states that this rank merges, by split; without any, an empty one."""
+    assert ctx.accelerator is not None
+    places = range(ctx.accelerator.rank, len(parts.states), ctx.accelerator.world_size)
+    mine = [_copy(parts.callbacks[place].get("Metrics", {})) for place in places]
     if mine:
         return {split: [state[split] for state in mine] for split in mine[0]}
+    first = _copy(parts.callbacks[0].get("Metrics", {}))
     return {split: [_empty_metrics(state)] for split, state in first.items()}
+
+
+def _copy(state: StateDict) -> StateDict:
+    """A state whose tensors are no views into files."""
+    found: StateDict = map_tensors(state, Tensor.clone)
+    return found
 
 
 def _empty_metrics(state: StateDict) -> StateDict:

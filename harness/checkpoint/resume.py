@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from harness.checkpoint.format import Manifest, Position, read_rank
 from harness.checkpoint.groups import ChangedOption, check_groups, list_changes
@@ -20,7 +20,6 @@ from harness.checkpoint.resharding import (
     check_convertible,
     convert_position,
     has_same_batches,
-    list_merged,
     reshard_state,
 )
 from harness.checkpoint.start import load_on_main
@@ -41,7 +40,7 @@ from harness.checkpoint.weights import (
 from harness.context import Context
 from harness.errors import CheckpointError
 from harness.metrics.state import check_saved_metrics
-from harness.pytree import StateDict, map_tensors
+from harness.pytree import StateDict
 from harness.records import NullRun, RecordBook, unpack_records
 from harness.reshard.consolidated import (
     STATE_ERRORS,
@@ -220,15 +219,13 @@ class Resume:
             saved_ranks, self.manifest.about, ctx
         )
         if self._has_same_layout(ctx, live) and (keeps_batches or not self.is_exact):
-            states = [dict(self.get_state(ctx))]
-            check_same(states[0]["accelerator"], live, self.parts)
+            check_same(self.get_state(ctx)["accelerator"], live, self.parts)
         else:
             self._convert(parts, ctx, live, keeps_batches=keeps_batches)
-            states = list_merged(parts, ctx)
         phase = self.position.phase if self.is_exact else "epoch"
         check_state_form(self.get_state(ctx), ctx, phase)
         if self.is_exact:
-            _check_metrics(states, ctx, is_merged=ranks < saved_ranks)
+            _check_metrics(self.get_state(ctx), ctx, is_merged=ranks < saved_ranks)
         if ranks != saved_ranks:
             self._report_difference("ranks", saved_ranks, ranks)
         self._compare_descriptions(read_description(ctx))
@@ -281,7 +278,7 @@ class Resume:
         surplus = range(ctx.accelerator.world_size, self.manifest.world_size)
         self._surplus_ranks = {rank: parts.index.journals[rank] for rank in surplus}
         state = reshard_state(parts, live, ctx, self.parts, keeps_batches=keeps_batches)
-        self._set_state(map_tensors(state, Tensor.clone))
+        self._set_state(state)
         self._is_converted = True
         saved_stage = states[0]["accelerator"].get("stage")
         stage = live.get("stage")
@@ -509,13 +506,11 @@ class Resume:
         return "\n".join([head, *lines])
 
 
-def _check_metrics(
-    states: Sequence[StateDict], ctx: Context, *, is_merged: bool
-) -> None:
+def _check_metrics(state: StateDict, ctx: Context, *, is_merged: bool) -> None:
     """Raise if the interrupted epoch had other metrics, or metrics that cannot be merged."""
     callbacks: dict[str, Any] = dict(name_callbacks(ctx.callbacks))
-    for state in states:
-        saved = state["callbacks"].get("Metrics", {}).get("train", {})
+    found = state["callbacks"].get("Metrics", {}).get("train", {})
+    for saved in found if isinstance(found, list) else [found]:
         if "metrics" in saved:
             metrics = callbacks["Metrics"].metric_set.train
             check_saved_metrics(metrics, saved["metrics"], is_merged=is_merged)

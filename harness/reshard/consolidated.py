@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Size, Tensor, nn
@@ -22,7 +23,7 @@ from harness.reshard.index import (
     Run,
     index_pieces,
     is_divided,
-    stepped_entries,
+    read_stepped,
 )
 
 STATE_ERRORS = (
@@ -162,31 +163,57 @@ def is_master_name(name: str) -> bool:
     return name.endswith("/master")
 
 
+class Piece(NamedTuple):
+    """Some elements of a tensor on one rank, which are not read yet.
+
+    Attributes
+    ----------
+    rank
+        The rank.
+    at, length
+        Place of the first of them, counted from what was asked for, and their number.
+    read
+        Returns them; the tensor has one dim.
+    """
+
+    rank: int
+    at: int
+    length: int
+    read: Callable[[], Tensor]
+
+
 @dataclass(frozen=True)
 class _Pieces:
-    """Pieces of one length, one behind the other; read by their numbers."""
+    """Pieces of one length on successive ranks, one behind the other; read by their numbers."""
 
     start: int
     length: int
     count: int
+    rank: int
     read: Callable[[int], Tensor]
 
     @property
     def end(self) -> int:
         return self.start + self.length * self.count
 
-    def iter_within(self, start: int, end: int) -> Iterator[Tensor]:
+    def iter_within(self, start: int, end: int) -> Iterator[Piece]:
         """Yield what lies in a range of the whole tensor, in order."""
         first = max(start - self.start, 0) // self.length
         for number in range(first, self.count):
             at = self.start + number * self.length
             if at >= end:
                 return
-            piece = self.read(number)
-            if piece.shape != (self.length,):
-                msg = f"a piece of {self.length} elements, got {tuple(piece.shape)}"
-                raise ValueError(msg)
-            yield piece[max(start - at, 0) : end - at]
+            cut = slice(max(start - at, 0), min(end - at, self.length))
+            read = partial(self._read_part, number, cut)
+            place = max(at - start, 0)
+            yield Piece(self.rank + number, place, cut.stop - cut.start, read)
+
+    def _read_part(self, number: int, cut: slice) -> Tensor:
+        piece = self.read(number)
+        if piece.shape != (self.length,):
+            msg = f"a piece of {self.length} elements, got {tuple(piece.shape)}"
+            raise ValueError(msg)
+        return piece[cut]
 
 
 class TensorPieces:
@@ -203,7 +230,12 @@ class TensorPieces:
         self._pieces: list[_Pieces] = []
 
     def add(
-        self, start: int, length: int, count: int, read: Callable[[int], Tensor]
+        self,
+        start: int,
+        length: int,
+        count: int,
+        read: Callable[[int], Tensor],
+        rank: int = 0,
     ) -> None:
         """Add pieces of one length that follow each other.
 
@@ -215,9 +247,11 @@ class TensorPieces:
             Elements of each piece, and number of pieces; the last may extend past the end.
         read
             Returns the piece of a number from 0 on, which has one dim.
+        rank
+            Rank of the first piece.
         """
         if length:
-            self._pieces.append(_Pieces(start, length, count, read))
+            self._pieces.append(_Pieces(start, length, count, rank, read))
 
     def check(self) -> None:
         """Raise ``ValueError`` if the pieces have gaps, overlap, or do not reach the end."""
@@ -234,7 +268,7 @@ class TensorPieces:
             msg = f"{self.shape.numel()} elements of {tuple(self.shape)}, got {at}"
             raise ValueError(msg)
 
-    def list_pieces(self, start: int, length: int) -> list[Tensor]:
+    def list_pieces(self, start: int, length: int) -> list[Piece]:
         """The pieces of up to `length` elements from `start`, in order."""
         end = min(start + length, self.shape.numel())
         return [
@@ -244,9 +278,13 @@ class TensorPieces:
             for piece in pieces.iter_within(start, end)
         ]
 
+    def list_all(self) -> list[Piece]:
+        """All pieces, in order."""
+        return self.list_pieces(0, self.shape.numel())
+
     def read(self, start: int, length: int) -> Tensor:
         """Up to `length` elements from `start`; call ``check`` first."""
-        found = self.list_pieces(start, length)
+        found = [piece.read() for piece in self.list_pieces(start, length)]
         if not found:
             return torch.empty(0)
         return found[0] if len(found) == 1 else torch.cat(found)
@@ -254,6 +292,52 @@ class TensorPieces:
     def assemble(self) -> Tensor:
         """The whole tensor."""
         return self.read(0, self.shape.numel()).reshape(self.shape)
+
+
+class Filling:
+    """Tensors into which pieces are copied, the pieces of one rank after those of another.
+
+    So each part of a checkpoint is opened once, however many tensors have a piece there.
+
+    Attributes
+    ----------
+    made
+        Tensors that were made, by their ids.
+    """
+
+    def __init__(self) -> None:
+        self.made: dict[int, Tensor] = {}
+        self._copies: list[tuple[Piece, Tensor, int]] = []
+
+    def assemble(self, pieces: TensorPieces) -> Tensor:
+        """A whole tensor, which has no values before ``run``."""
+        return self.make(
+            pieces.shape, [(piece, piece.at) for piece in pieces.list_all()]
+        )
+
+    def make(
+        self,
+        shape: Size,
+        places: Sequence[tuple[Piece, int]],
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """A tensor of zeros, into which ``run`` copies pieces, each at its place.
+
+        Without a dtype, it is that of the first piece.
+        """
+        if dtype is None and places:
+            dtype = places[0][0].read().dtype
+        made = torch.zeros(shape, dtype=dtype)
+        flat = made.view(-1)
+        self._copies += [(piece, flat, at) for piece, at in places]
+        self.made[id(made)] = made
+        return made
+
+    def run(self) -> None:
+        """Copy the pieces."""
+        for piece, flat, at in sorted(self._copies, key=lambda copy: copy[0].rank):
+            flat[at : at + piece.length] = piece.read()
+        self._copies.clear()
 
 
 class Entry(Mapping[str, object]):
@@ -314,7 +398,6 @@ class ConsolidatedState:
     ) -> None:
         first = states[0]
         self._states = states
-        self._stepped: dict[int, dict[str, dict[int, StateDict]]] = {}
         self._names, self.weights, self.buffers = _tensors(states)
         for pieces in self.weights.values():
             pieces.check()
@@ -357,7 +440,7 @@ class ConsolidatedState:
             if numel == size:
                 pieces = entry.pieces.setdefault(key, TensorPieces(shape))
                 read = partial(self._read_piece, name, run, key)
-                pieces.add(run.start, run.length, run.num_ranks, read)
+                pieces.add(run.start, run.length, run.num_ranks, read, run.rank)
             else:
                 read_other = partial(self._read_value, name, run, key, 0)
                 entry.add_other(key, read_other)
@@ -370,14 +453,17 @@ class ConsolidatedState:
 
     def _read_value(self, name: str, run: Run, key: str, number: int) -> object:
         """What the optimizer of one of a run's ranks keeps for a stepped tensor."""
-        rank = run.rank + number
-        if rank not in self._stepped:
-            self._stepped[rank] = stepped_entries(self._states[rank])
-        return self._stepped[rank][name][run.stepped][key]
+        state = self._states[run.rank + number]
+        return read_stepped(state, name, run.stepped, key)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Whole parameters and buffers."""
-        found = {name: pieces.assemble() for name, pieces in self.weights.items()}
+        """Whole parameters and buffers; those of one rank are not copied."""
+        if len(self._states) == 1:
+            whole = {name: pieces.assemble() for name, pieces in self.weights.items()}
+            return whole | self.buffers
+        filling = Filling()
+        found = {name: filling.assemble(own) for name, own in self.weights.items()}
+        filling.run()
         return found | self.buffers
 
 

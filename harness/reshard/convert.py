@@ -10,10 +10,11 @@ import torch
 from torch import Size, Tensor, nn
 
 from harness.errors import CheckpointError
-from harness.pytree import StateDict
+from harness.pytree import StateDict, map_tensors
 from harness.reshard.consolidated import (
     ConsolidatedState,
     Entry,
+    Filling,
     TensorPieces,
     check_shapes,
     is_master_name,
@@ -107,7 +108,7 @@ def convert_state(
         check_same(states[0], live, parts)
         names = [n for part in parts for n in _KEPT_ON_DEVICE.get(part, ())]
         names += [name for name in _OF_SCALING if name in states[0] and name in live]
-        kept = {name: states[0][name] for name in names}
+        kept = map_tensors({name: states[0][name] for name in names}, Tensor.clone)
         return {**live, **kept, "grads": {}, "done": dict.fromkeys(live["done"], 0)}
     builder = _StateBuilder(ConsolidatedState(states, index), live, model, rank)
     if "model" in parts:
@@ -118,8 +119,8 @@ def convert_state(
         kept = {name: states[0][name] for name in ("steps", "frozen")}
         found |= {**kept, "done": dict.fromkeys(live["done"], 0)}
     if "shared" in live:
-        return found | builder.build_for_engines(states[0], parts)
-    return found | builder.build_for_device(parts)
+        return builder.finish(found | builder.build_for_engines(states[0], parts))
+    return builder.finish(found | builder.build_for_device(parts))
 
 
 def convert_model_part(
@@ -154,7 +155,11 @@ def convert_model_part(
 
 
 class _StateBuilder:
-    """Builds the state of one rank of the live accelerator from a checkpoint."""
+    """Builds the state of one rank of the live accelerator from a checkpoint.
+
+    What it builds has memory and no values until ``finish``, which opens the parts of the
+    checkpoint one after another.
+    """
 
     def __init__(
         self,
@@ -167,6 +172,19 @@ class _StateBuilder:
         self._shapes = parameter_shapes(model)
         self._names = list(self._shapes)
         self._buffers = {name: buffer.shape for name, buffer in model.named_buffers()}
+        self._filling = Filling()
+
+    def finish(self, state: StateDict) -> StateDict:
+        """Fill in the values of what was built; other tensors are copied.
+
+        They are views into files otherwise, or live.
+        """
+        self._filling.run()
+        made = self._filling.made
+        found: StateDict = map_tensors(
+            state, lambda own: own if id(own) in made else own.clone()
+        )
+        return found
 
     # ------------------------------------------------------------------- checks
 
@@ -208,7 +226,9 @@ class _StateBuilder:
         names = [*buffers, *(name for name in whole if name not in self._shapes)]
         found = {name: self._tensor(name) for name in names}
         if "model" in self._live:
-            params = {name: whole[name].assemble() for name in self._shapes}
+            params = {
+                name: self._filling.assemble(whole[name]) for name in self._shapes
+            }
             return {"model": params | found}
         part = {side: dict(self._live[side]) for side in ("shared", "own")}
         for kinds in part.values():
@@ -223,7 +243,11 @@ class _StateBuilder:
         """Tensors and optimizers for one device."""
         found: StateDict = {"grads": {}}
         if "model" in parts:
-            found["model"] = self._saved.state_dict()
+            weights = self._saved.weights.items()
+            found["model"] = {
+                name: self._filling.assemble(own) for name, own in weights
+            }
+            found["model"] |= self._saved.buffers
         if "optimizers" in parts:
             found["optimizers"] = {
                 name: self._optimizer(name, layout)
@@ -290,9 +314,9 @@ class _StateBuilder:
     def _tensor(self, name: str) -> Tensor:
         """A whole parameter or buffer."""
         buffers = self._saved.buffers
-        return (
-            buffers[name] if name in buffers else self._saved.weights[name].assemble()
-        )
+        if name in buffers:
+            return buffers[name]
+        return self._filling.assemble(self._saved.weights[name])
 
     def _weights(self, live: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Weights: whole ones, or at ZeRO 3 this rank's part of each."""
@@ -302,7 +326,7 @@ class _StateBuilder:
             start = 0 if is_whole else self._rank * value.numel()
             row = (0, 0, 0, start, value.numel())
             pieces = self._saved.weights[name]
-            made[name] = _fill(value.shape, [(pieces, row)], value.dtype)
+            made[name] = self._fill(value.shape, [(pieces, row)], value.dtype)
         return made
 
     def _masters(self, live: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -315,7 +339,7 @@ class _StateBuilder:
                     pieces = [
                         (self._saved.weights[self._names[row[1]]], row) for row in rows
                     ]
-                    made[full] = _fill(live[full].shape, pieces, live[full].dtype)
+                    made[full] = self._fill(live[full].shape, pieces, live[full].dtype)
         return made
 
     def _entries(
@@ -356,8 +380,22 @@ class _StateBuilder:
                 entry[key] = lead.get(key)
                 self._check_divisible(name, key, entry[key], rows, shape)
             elif shape is not None:
-                entry[key] = _fill(shape, pieces)
+                entry[key] = self._fill(shape, pieces)
         return entry
+
+    def _fill(
+        self,
+        shape: Size,
+        pieces: Iterable[tuple[TensorPieces, Sequence[int]]],
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """A tensor that will have pieces at the places in their layout rows."""
+        places = [
+            (piece, at + piece.at)
+            for found, (_, _, at, start, length) in pieces
+            for piece in found.list_pieces(start, length)
+        ]
+        return self._filling.make(shape, places, dtype)
 
     def _check_divisible(
         self,
@@ -441,22 +479,3 @@ def _count_steps(entry: Entry) -> float:
     if not isinstance(count, Tensor | int | float):
         raise TypeError(f"a count of steps, got {count!r:.80}")
     return float(count)
-
-
-def _fill(
-    shape: Size,
-    pieces: Iterable[tuple[TensorPieces, Sequence[int]]],
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    """Copy pieces into a tensor of zeros, at the places in their layout rows.
-
-    Without a dtype, it is that of the pieces.
-    """
-    made = None if dtype is None else torch.zeros(shape, dtype=dtype)
-    for found, (_, _, at, start, length) in pieces:
-        piece = found.read(start, length)
-        if made is None:
-            made = torch.zeros(shape, dtype=piece.dtype)
-        made.view(-1)[at : at + len(piece)] = piece
-    assert made is not None
-    return made

@@ -235,3 +235,15 @@ def stepped_entries(state: StateDict) -> dict[str, dict[int, StateDict]]:
         name, n, key = full.rsplit("/", 2)
         found[name][int(n)][key] = value
     return found
+
+
+def read_stepped(state: StateDict, name: str, stepped: int, key: str) -> object:
+    """One value of ``stepped_entries``, without a look at the others."""
+    if "facts" not in state:
+        entries = state["optimizers"][name]["state"]
+        return entries[stepped if stepped in entries else str(stepped)][key]
+    tensors = {**state["shared"], **state["own"]}["optimizers"]
+    full = f"{name}/{stepped}/{key}"
+    if full in tensors:
+        return tensors[full]
+    return state["facts"][name]["state"][stepped][key]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import overload
 
@@ -25,8 +25,14 @@ RANK_STATE_KEYS = (
 """Keys that the state of every rank must have."""
 
 
+NUM_OPEN = 4
+"""Parts that stay open, beside that of rank 0, which is asked most often."""
+
+
 class LazyStates(Sequence[StateDict]):
-    """States by rank, each read once, when it is asked for.
+    """States by rank, each read when it is asked for; the first and the last few are kept.
+
+    So a walk over all ranks has a few parts open at a time.
 
     Parameters
     ----------
@@ -56,6 +62,9 @@ class LazyStates(Sequence[StateDict]):
             raise IndexError(f"a rank below {self._world_size}, got {rank}")
         if rank not in self.known:
             self.known[rank] = self._read(rank)
+            for number in [*self.known][:-NUM_OPEN]:
+                if number:
+                    del self.known[number]
         return self.known[rank]
 
 
@@ -76,20 +85,22 @@ class SavedParts:
     accelerators
         State of the accelerator of each rank. Of parts that are not in `states`, nothing
         else is restored.
+    callbacks
+        States of the callbacks on each rank, likewise.
     """
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self._path, self._manifest = path, manifest
         self.states = LazyStates(manifest.world_size, self._read_state)
-        self.accelerators = LazyStates(manifest.world_size, self._read_accelerator)
+        self.accelerators, self.callbacks = (
+            LazyStates(manifest.world_size, partial(self._read, key))
+            for key in ("accelerator", "callbacks")
+        )
 
     def _read_state(self, rank: int) -> StateDict:
         return check_keys(read_rank(self._path, rank, is_mapped=True))
 
-    def _read_accelerator(self, rank: int) -> StateDict:
-        return self._read(rank, "accelerator")
-
-    def _read(self, rank: int, key: str) -> StateDict:
+    def _read(self, key: str, rank: int) -> StateDict:
         if rank in self.states.known:
             found: StateDict = self.states[rank][key]
             return found
@@ -98,8 +109,7 @@ class SavedParts:
     def open_model_parts(self, callback: str) -> LazyStates:
         """The parts of the model that a callback kept on each rank."""
         return LazyStates(
-            len(self.states),
-            lambda rank: self._read(rank, "callbacks")[callback][MODEL_PART],
+            len(self.states), lambda rank: self.callbacks[rank][callback][MODEL_PART]
         )
 
     @cached_property

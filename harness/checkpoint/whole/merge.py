@@ -95,7 +95,7 @@ class MergedWeights(Mapping[str, Tensor]):
         merged = ConsolidatedState(states)
         nothing = [torch.empty(0, device="meta")]  # of a parameter without elements
         found = {
-            name: (own.shape, own.list_pieces(0, own.shape.numel()) or nothing)
+            name: (own.shape, [piece.read() for piece in own.list_all()] or nothing)
             for name, own in merged.weights.items()
         }
         whole = dict(merged.buffers)

@@ -114,6 +114,32 @@ def test_a_rank_opens_the_parts_that_overlap_its_own(
         assert opened_parts(opened) >= wanted
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux tells of maps")
+@pytest.mark.parametrize("stage", [1, 3, None])
+def test_parts_that_rank_0_needs_are_opened_one_after_another(
+    stage: Literal[1, 3] | None, tmp_path: Path
+) -> None:
+    model = faked.Model([(64, 8), (256,), (1024,)])
+    place = faked.save(tmp_path, faked.Faker(model, 32, stage or 3))
+    parts = SavedParts(place, read_manifest(place))
+    with counting_opens() as opened:
+        if stage is None:  # the weights alone
+            whole = ConsolidatedState(parts.accelerators, parts.index).state_dict()
+            weights = {name: whole[name] for name in faked.numbered(model)}
+        else:
+            zeros = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
+            live = faked.Faker(model, 16, 1).accelerator(0, zeros)
+            found = convert_state(parts.accelerators, model, live, 0, index=parts.index)
+            weights = found["shared"]["weights"]
+    for name, value in faked.numbered(model).items():
+        assert torch.equal(weights[name], value)
+    assert opened_parts(opened) == set(range(32))
+    maps = Path("/proc/self/maps").read_text()
+    mapped = set(re.findall(rf"{re.escape(str(place))}/(rank-\d+)\.safetensors", maps))
+    assert len(mapped) <= 5, mapped
+    assert max(opened.values()) <= 2
+
+
 def test_runs_of_the_index_are_as_many_as_parameters_and_ranks(tmp_path: Path) -> None:
     counts = {}
     for world_size in (16, 64):
