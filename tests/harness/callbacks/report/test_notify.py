@@ -78,7 +78,7 @@ def test_notify_tells_the_end_of_a_fit(webhook):
 
 def test_notify_tells_of_a_signal_and_of_a_failure(webhook):
     fit(webhook.url, Stop("on_train_batch_end", 2), name="my run")
-    assert webhook.lines[-1].startswith("my run was ended by signal 15: epoch 2,")
+    assert webhook.lines[-1].startswith("my run was ended by signal 2: epoch 2,")
 
     def fail(ctx):
         raise ZeroDivisionError("with a secret in it")
