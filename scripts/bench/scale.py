@@ -154,7 +154,10 @@ def fit(folder: Path, *, num_rows: int, epochs: int, callbacks: list) -> Any:
 
 
 def runs(number: int, folder: Path) -> Times:
-    """Runs of 80 values: listed, found by name, and exported."""
+    """Runs of 80 values: listed, found by name, and exported.
+
+    The last runs of 2 s, and so all of a few, are read each time that all are listed.
+    """
     with tracking.start(name="base", runs_dir=folder / "runs", delivery=False) as run:
         for epoch in range(1, EPOCHS + 1):
             for split in ("train", "valid"):
@@ -167,6 +170,8 @@ def runs(number: int, folder: Path) -> Times:
         (copy / "run.json").write_text(json.dumps(own, indent=2))
     shown: dict[str, Callable[[], object]] = {
         "runs list": lambda: command("runs", "list"),
+        "list all first": lambda: command("runs", "list", "--limit", "0"),
+        "list all again": lambda: command("runs", "list", "--limit", "0"),
         "list_runs": lambda: tracking.list_runs(folder / "runs"),
         "open by name": lambda: tracking.open(
             f"run {number // 2 - 1} of", folder / "runs"
