@@ -84,6 +84,19 @@ def get_reader(ctx: StepContext) -> Callable[[object], Batch]:
     return read_moved
 
 
+_NAMES_ELSEWHERE = {
+    "global_step": "ctx.step",
+    "current_epoch": "ctx.epoch",
+    "batch_idx": "ctx.iter",
+    "logger": "ctx.run",
+    "optimizer": "ctx.opt",
+    "lr": "ctx.opt.param_groups[0]['lr']",
+    "val_loss": "ctx.get_metrics('valid')['loss']",
+    "should_stop": "an exception, raise harness.EarlyStop(),",
+}
+"""What fields of other libraries' trainers are called here."""
+
+
 class StepContext(Context):
     """Context with the two calls that a step is written with.
 
@@ -137,8 +150,11 @@ class StepContext(Context):
             msg = f"ctx.{name}: expected a field of the context, got {name!r}."
             raise AttributeError(f"{msg} The run has it: ctx.run.{name}.")
         names = [known for known in dir(type(self)) if not known.startswith("_")]
-        guess = "" if name in names or name.startswith("_") else nearest(name, names)
         msg = f"ctx.{name}: expected a field of the context, got {name!r}."
+        if name in _NAMES_ELSEWHERE:
+            advice = f"It is {_NAMES_ELSEWHERE[name]} here."
+            raise AttributeError(f"{msg} {advice}", name=name, obj=self)
+        guess = "" if name in names or name.startswith("_") else nearest(name, names)
         raise AttributeError(f"{msg}{guess}", name=name, obj=self)
 
     def optimizing(self, name: str | None = None) -> AbstractContextManager[None]:
@@ -327,7 +343,8 @@ class StepContext(Context):
             msg = (
                 f"loss: expected parts with names other than 'loss', got {list(parts)}."
             )
-            raise ValueError(f"{msg} Return the parts alone: they are summed.")
+            advice = "Return the parts alone, which are summed, or the loss alone"
+            raise ValueError(f"{msg} {advice}, and ctx.log_metric the others.")
         first, *rest = parts.values()
         total = sum(rest, first)
         several = len(self._optimizers) > 1

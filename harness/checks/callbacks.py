@@ -20,7 +20,8 @@ def check_callbacks(callbacks: Iterable[object]) -> tuple[Callback, ...]:
     """
     if not isinstance(callbacks, Iterable):
         msg = f"callbacks: expected a list of callbacks, got {callbacks!r}."
-        raise TypeError(f"{msg} Write [...] around it.")
+        advice = "Leave it out." if callbacks is None else "Write [...] around it."
+        raise TypeError(f"{msg} {advice}")
     found = []
     for place, item in enumerate(callbacks):
         if isinstance(item, type) and issubclass(item, Callback):

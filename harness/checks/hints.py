@@ -50,9 +50,12 @@ def find_model_hint(
         return (
             f"forward is called with the batch's {', '.join(names)} by name. {advice}"
         )
-    if is_call and "positional argument" in text and isinstance(input, list):
+    if is_call and "positional argument" in text and isinstance(input, list | tuple):
         lists = "Lists in the rows of data are joined by torch item by item"
-        return f"{lists}: give torch.tensor(...) in their place."
+        whole = (
+            "A forward(self, *items) or predict(self, input) takes a list as a whole"
+        )
+        return f"{lists}: give torch.tensor(...) in their place. {whole}."
     if not isinstance(input, Tensor):
         return ""
     layers = [layer for layer in model.modules() if not list(layer.children())]

@@ -213,7 +213,13 @@ def check_definition(model: nn.Module | type, loss: object, optimizer: object) -
     for method, arguments in _ARGUMENTS.items():
         if not isinstance(model, type) and getattr(model, method, None) is not None:
             own, may_need_more = getattr(model, method), method == "predict"
-            check_call(f"{name}.{method}", own, *arguments, is_partial=may_need_more)
+            try:
+                check_call(
+                    f"{name}.{method}", own, *arguments, is_partial=may_need_more
+                )
+            except TypeError as error:
+                advice = "What it needs beside these is in self.ctx."
+                raise TypeError(f"{error} {advice}") from error
     if optimizer is None and not defines(model, "set_optimizers"):
         msg = f"setup({name}): expected an optimizer, got none."
         raise ValueError(

@@ -113,6 +113,11 @@ class LogsName(Net):
         return CE(pred, target)
 
 
+class StepOfArguments(Net):
+    def step(self, batch: Any, batch_idx: int) -> Tensor:
+        return CE(self(batch[0]), batch[1])
+
+
 class TwoInputs(Net):
     def forward(self, x: Tensor, y: Tensor) -> Any:
         return super().forward(x + y)
@@ -259,6 +264,10 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
     "loss without mean": (
         lambda: fit(setup(loss=nn.CrossEntropyLoss(reduction="none"))),
         "Use the mean over the batch",
+    ),
+    "step of another library": (
+        lambda: fit(setup(StepOfArguments)),
+        r"called as f\(\), got step.* What it needs beside these is in self.ctx",
     ),
     "loss without graph": (
         lambda: fit(setup(WithoutGraph, loss=None)),
@@ -423,6 +432,10 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
     "monitor of another library": (
         lambda: fit(valid_data=0.5, callbacks=[EarlyStopping("val_loss")]),
         "Did you mean 'valid/loss'",
+    ),
+    "field of another library": (
+        lambda: fit(callbacks=[Listens(lambda ctx: ctx.global_step)]),
+        "got 'global_step'. It is ctx.step here",
     ),
     "misspelt field that is read": (
         lambda: fit(callbacks=[Listens(lambda ctx: ctx.epochs)]),
