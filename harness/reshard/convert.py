@@ -146,12 +146,8 @@ def convert_model_part(
         If the weights are from another model.
     """
     part = take_model_part(live)
-    return (
-        part
-        | _StateBuilder(
-            ConsolidatedState(states, index), part, model, rank
-        ).build_model_part()
-    )
+    builder = _StateBuilder(ConsolidatedState(states, index), part, model, rank)
+    return builder.finish(part | builder.build_model_part())
 
 
 class _StateBuilder:

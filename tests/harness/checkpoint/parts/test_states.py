@@ -18,7 +18,8 @@ from harness.checkpoint.parts.states import SavedParts
 from harness.checkpoint.weights import load_weights
 from harness.errors import CheckpointError
 from harness.reshard.consolidated import ConsolidatedState
-from harness.reshard.convert import convert_state
+from harness.reshard.convert import convert_model_part, convert_state
+from harness.reshard.model_part import take_model_part
 from tests.harness.checkpoint.parts import faked
 from tests.harness.checkpoint.parts.ranks import counting_opens
 
@@ -79,6 +80,40 @@ def test_every_element_comes_to_its_place(
         check_equal(found["own"], wanted["own"])
         check_equal(found["shared"], wanted["shared"])
         assert found["facts"]["opt"]["state"] == [{"step": 5}]
+
+
+@pytest.mark.parametrize(("then", "now"), CHANGES)
+def test_every_element_of_a_part_of_the_model_comes_to_its_place(
+    then: Any, now: Any
+) -> None:
+    model = faked.Model(SHAPES)
+    values = faked.numbered(model)
+    zeros = {name: torch.zeros_like(value) for name, value in values.items()}
+    for dtype in (
+        "torch.float32",
+        "torch.bfloat16",
+    ):  # without master weights, and with
+        saved, live, wanted = (
+            [of_dtype(dtype, model, form, rank, of) for rank in range(form[1])]
+            for form, of in ((then, values), (now, zeros), (now, values))
+        )
+        for rank in range(now[1]):
+            taken = [take_model_part(state) for state in saved]
+            found = convert_model_part(taken, model, live[rank], rank)
+            whole = take_model_part(wanted[rank])
+            for side in ("shared", "own"):
+                found[side].get("weights", {}).pop("parts.5", None)  # padding
+                whole[side].get("weights", {}).pop("parts.5", None)
+                check_equal(found[side], whole[side])
+
+
+def of_dtype(
+    dtype: str, model: faked.Model, form: Any, rank: int, values: dict[str, Tensor]
+) -> dict[str, Any]:
+    """The state of an accelerator on a rank, whose engine says that it trains this dtype."""
+    state = faked.Faker(model, form[1], form[0]).accelerator(rank, values)
+    state["facts"]["opt"]["form"] = ["Faked", dtype]
+    return state
 
 
 def check_equal(found: Any, wanted: Any) -> None:
