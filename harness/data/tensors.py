@@ -143,10 +143,20 @@ def take_rows(
         return allocate(found.shape, dtype=tensor.dtype).copy_(found)
     if not is_plain:
         return tensor[rows].contiguous()
-    if allocate is None:
-        return torch.index_select(tensor, 0, rows)  # in half the time of indexing
-    made = allocate((len(rows), *tensor.shape[1:]), dtype=tensor.dtype)
-    return torch.index_select(tensor, 0, rows, out=made)
+    made = None
+    if allocate is not None:
+        made = allocate((len(rows), *tensor.shape[1:]), dtype=tensor.dtype)
+    try:
+        return torch.index_select(tensor, 0, rows, out=made)  # half the time of indexing
+    except IndexError as error:
+        raise _missing_row_error(rows, len(tensor)) from error
+
+
+def _missing_row_error(rows: Tensor, count: int) -> IndexError:
+    row = int(rows[(rows < 0) | (rows >= count)][0])
+    row -= count if row < 0 else 0  # as it was given
+    msg = f"data: expected rows from {-count} to {count - 1}, got {row}."
+    return IndexError(f"{msg} Look at the sampler, or the indices of the Subset.")
 
 
 def unwrap_tensors(

@@ -298,7 +298,8 @@ def test_taken_rows_are_indexed_rows(tensor, rows):
 def test_rows_out_of_range_are_refused(row):
     tensor = torch.zeros(4, 2)
     rows = count_from_start(torch.tensor([row]), tensor)
-    with pytest.raises(IndexError):
+    match = f"data: expected rows from -4 to 3, got {row}. Look at the sampler"
+    with pytest.raises(IndexError, match=match):
         take_rows(tensor, rows, None)
 
 
