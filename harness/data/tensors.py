@@ -146,8 +146,8 @@ def take_rows(
     made = None
     if allocate is not None:
         made = allocate((len(rows), *tensor.shape[1:]), dtype=tensor.dtype)
-    try:
-        return torch.index_select(tensor, 0, rows, out=made)  # half the time of indexing
+    try:  # in half the time of indexing
+        return torch.index_select(tensor, 0, rows, out=made)
     except IndexError as error:
         raise _missing_row_error(rows, len(tensor)) from error
 
