@@ -401,7 +401,7 @@ class Learner:
         # A thousand ranks do not ask git all at once.
         code = {"code": cache(get_code_commit)} if accelerator.is_main else {}
         ctx.about = describe_fit(ctx) | code
-        with finishing_failed(accelerator):
+        with finishing_failed(ctx):
             if resume is not None and not resume.is_weights_only:
                 resume.check(ctx)
                 ctx.resume = resume

@@ -23,7 +23,7 @@ from harness.export.sample import take_sample
 from harness.export.summary import format_size
 from harness.fitted import Fitted
 from harness.loop import FitContext
-from harness.pytree import Options
+from harness.pytree import Options, map_tensors
 from harness.reshard.skeleton import move_real_tensors
 
 if TYPE_CHECKING:
@@ -184,14 +184,18 @@ def call_after_fit(ctx: Context) -> None:
 
 
 @contextmanager
-def finishing_failed(accelerator: Accelerator) -> Iterator[None]:
+def finishing_failed(ctx: Context) -> Iterator[None]:
     """Finish the accelerator after an error inside, which stays the one that is raised.
 
-    A device that has failed cannot give the weights back either.
+    A device that has failed cannot give the weights back either. The graph of the last batch
+    is dropped: at ZeRO 3 it refers to the model, in a way that no garbage collection sees.
     """
+    accelerator = ctx.accelerator
+    assert accelerator is not None
     try:
         yield
     except BaseException as error:
+        ctx.loss_grad, ctx.pred = None, map_tensors(ctx.pred, torch.Tensor.detach)
         try:
             accelerator.finish(failed=True)
         except Exception as second:  # noqa: BLE001  the first error tells why
@@ -205,7 +209,7 @@ def restore_model_after(ctx: Context) -> Iterator[None]:
     modes = {module: module.training for module in ctx.model.modules()}
     assert ctx.accelerator is not None
     try:
-        with finishing_failed(ctx.accelerator):
+        with finishing_failed(ctx):
             yield
         ctx.accelerator.finish()
     finally:

@@ -487,6 +487,36 @@ def test_fit_leaves_no_tensor_behind(stage: int) -> None:
     assert living_bytes() == before
 
 
+class Failing(Net):
+    """Fails in the second batch."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls == 2:
+            raise RuntimeError("second")
+        return super().forward(self.body(x)[:, :5])
+
+
+def test_failed_fit_leaves_no_tensor_behind() -> None:
+    data = torch.randn(8, 5), torch.randn(8, 3)
+    learner = harness.setup(Failing, loss=nn.MSELoss(), optimizer=torch.optim.SGD)
+
+    def fit() -> None:
+        accelerator = harness.accelerator({"zero_optimization": 3}, device="cpu")
+        options: Any = {"dataloader_options": {"batch_size": 4}, "tracker": False}
+        with pytest.raises(RuntimeError, match="second"):
+            learner.set_opt_hparams(lr=0.1).fit(
+                data, 1, accelerator=accelerator, **options
+            )
+
+    fit()
+    before = living_bytes()
+    fit()
+    assert living_bytes() == before
+
+
 def test_log_level_in_the_config_asks_for_chatter(make: Any) -> None:
     try:
         prepared(make(1, log_level="info"))
