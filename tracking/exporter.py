@@ -23,6 +23,9 @@ from tracking.store import find_runs, list_rank_dirs
 
 SUFFIXES: Final = (".parquet", ".csv", ".arrow", ".feather")
 
+_Words = dict[str, dict[str, None]]
+_WORDS: Final = [one.name for one in SCHEMA if pa.types.is_dictionary(one.type)]
+
 GROUP_ROWS: Final = 1 << 17
 """Rows that are written at once; about 30 MB in memory."""
 
@@ -127,14 +130,14 @@ class _RankBlocks:
     Attributes
     ----------
     words
-        A table without rows, whose dictionaries have all words of the blocks.
+        The words of the blocks by column, in order of appearance.
     tombstones
         The control rows of the rank.
     """
 
     def __init__(self, run: PastRun, rank_dir: Path, num_kept: int) -> None:
         self.run = run
-        self.words = SCHEMA.empty_table()
+        self.words: _Words = {name: {} for name in _WORDS}
         self.tombstones = Tombstones()
         self._rank_dir = rank_dir
         self._blocks: dict[int, pa.Table | None] = {}
@@ -144,7 +147,9 @@ class _RankBlocks:
                 continue
             table = content.table
             self.tombstones.add(table)
-            self.words = _join_words(self.words, table.slice(0, 0))
+            for name, words in self.words.items():
+                for chunk in table[name].chunks:
+                    words.update(dict.fromkeys(chunk.dictionary.to_pylist()))
             # A sealed block can be read again: it does not change.
             num_kept -= table.num_rows
             is_kept = num_kept >= 0 or not content.is_sealed
@@ -183,7 +188,7 @@ class _Rows:
         ]
         self._has_fits = any(map(self._has_later_fit, self._ranks))
         # Each group gets the same dictionaries, which a file of Arrow needs.
-        empty = _join_words(SCHEMA.empty_table(), *(r.words for r in self._ranks))
+        empty = _make_empty([rank.words for rank in self._ranks])
         ids = [*dict.fromkeys(run.id for run in runs)]
         self._words = self._finish(
             label_rows(empty, Tombstones(), superseded=superseded), ids
@@ -229,6 +234,18 @@ class _Rows:
         codes = pa.array(np.zeros(table.num_rows, np.int32))
         column = pa.DictionaryArray.from_arrays(codes, ids)
         return table.add_column(0, "run", column)
+
+
+def _make_empty(found: list[_Words]) -> pa.Table:
+    """Make a table without rows, whose dictionaries have all words."""
+    columns = {name: pa.array([], SCHEMA.field(name).type) for name in SCHEMA.names}
+    for name in _WORDS:
+        words = dict.fromkeys(word for one in found for word in one[name])
+        codes = pa.array([], pa.int32())
+        columns[name] = pa.DictionaryArray.from_arrays(
+            codes, pa.array(words, pa.string())
+        )
+    return pa.table(columns, schema=SCHEMA)
 
 
 def _join_words(*tables: pa.Table) -> pa.Table:

@@ -21,6 +21,7 @@ import tracking
 from tracking.api import start
 from tracking.errors import RunNotFoundError
 from tracking.exporter import _Rows, export
+from tracking.journal.segment import CAPACITY, read_segment
 from tracking.read import PastRun
 from tracking.run import Run
 from tracking.schema import parse_value
@@ -195,6 +196,17 @@ def test_export_in_groups_has_the_rows_of_the_records(run, tmp_path, superseded)
         assert len(words) == 1
 
 
+def test_export_holds_no_block_that_it_can_read_again(tmp_path):
+    with start(name="long", runs_dir=tmp_path / "runs", delivery=False) as long:
+        for step in range(2 * CAPACITY + 1):
+            long.log_step({"loss": 0.5}, step)
+    block = read_segment(long.path / "records" / "0" / "000000.arrow")[0].nbytes
+    before = pa.total_allocated_bytes()
+    rows = _Rows([PastRun(long.path)], superseded=False, group_rows=CAPACITY - 1)
+    assert pa.total_allocated_bytes() - before < block / 10
+    assert [len(table) for table in rows][:2] == [CAPACITY, CAPACITY]
+
+
 def test_export_of_a_run_without_rows_has_the_columns(tmp_path):
     with start(name="none", runs_dir=tmp_path / "runs", delivery=False) as run:
         pass
@@ -244,6 +256,7 @@ sys.path.insert(0, ".")
 import tracking
 print(tracking.export(sys.argv[1], sys.argv[2]))
 from tracking.exporter import _Rows, export
+from tracking.journal.segment import CAPACITY, read_segment
 print(tracking.export(sys.argv[1], sys.argv[2]))
 print("pyarrow" in sys.modules)
 """
