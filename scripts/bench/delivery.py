@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Speed of delivery to MLflow, compared with MLflow's own bulk call for the same points.
 
-    python scripts/bench/delivery.py [--points 20000] [--rounds 3]
+    python scripts/bench/delivery.py [--points 20000] [--rounds 3] [--fits 40]
 
 Measures bare ``log_batch`` calls of 1000 points into a sqlite database, our delivery of the
 same number of points from a journal, the time until a run's page exists, what training

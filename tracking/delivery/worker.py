@@ -305,7 +305,10 @@ class DeliveryWorker:
         return self._cursor.num_pending > 0
 
     def _send_points(self, points: pa.Table, upto: int | None = None) -> None:
-        """Send points in batches; each one moves the position in MLflow and here.
+        """Send points in batches; MLflow is told the position with the last one.
+
+        A tag takes a transaction of its own. A delivery that is killed in between sends
+        the batches again, and MLflow has each point once by its time.
 
         Parameters
         ----------
@@ -316,16 +319,15 @@ class DeliveryWorker:
         """
         for start in range(0, points.num_rows or (upto is not None), BATCH):
             batch = points.slice(start, BATCH)
-            position = upto
-            if upto is not None and start + BATCH < points.num_rows:
-                position = batch["seq"][-1].as_py()
-            some = point_list(batch)
+            is_last = start + BATCH >= points.num_rows
+            some, told = point_list(batch), upto if is_last else None
             if start == 0:
-                self._send_properties(some, position)
+                self._send_properties(some, told)
             else:
-                self._retry.run(partial(self._writer.send_points, some, position))
+                self._retry.run(partial(self._writer.send_points, some, told))
             self.num_sent += batch.num_rows
-            if position is not None:
+            if upto is not None:
+                position = upto if is_last else batch["seq"][-1].as_py()
                 self._cursor.advance(position)
                 self.state.delivered = position
             self._state_file.save()

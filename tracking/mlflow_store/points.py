@@ -110,8 +110,12 @@ def points_table(table: pa.Table, keys: KeyMap) -> pa.Table:
 
 def point_list(table: pa.Table) -> list[Point]:
     """Points of a table as objects, in the same order."""
-    columns = (table[name].to_pylist() for name in ("key", "value", "time_ms", "step"))
-    return [Point(*row) for row in zip(*columns, strict=True)]
+    key = table["key"].combine_chunks()
+    words = key.dictionary.to_pylist()
+    keys = map(words.__getitem__, key.indices.to_numpy().tolist())
+    # By way of numpy: Arrow makes an object of its own for each number.
+    numbers = (table[name].to_numpy().tolist() for name in ("value", "time_ms", "step"))
+    return list(map(Point, keys, *numbers))
 
 
 class UniqueTimestamps:
