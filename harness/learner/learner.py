@@ -379,12 +379,16 @@ class Learner:
         is_whole = decide_gather(gather, num_bytes, accelerator, tracker, callbacks)
         loss = make_loss(began.loss, model, accelerator.device)
         check_parameters(loss, model, accelerator)
+        trains_loss = getattr(accelerator, "trains_loss", True)
         if self.batch is None:
             check_loss_items(model, loss, num_items(train))
         ctx = FitContext(
             model=model,
             read_batch=self.batch,
-            optimizers=partial(self.build_optimizers, model, loss),
+            # An engine has no part of the loss, whose parameters are frozen there.
+            optimizers=partial(
+                self.build_optimizers, model, loss if trains_loss else None
+            ),
             loss_fn=loss,
             hparams=self.hparams,
             opt_hparams=self.opt_hparams,

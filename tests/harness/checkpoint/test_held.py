@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import ExponentialLR
 from torchmetrics import MeanMetric
 
 import harness
+from harness.accelerators.single import SingleDevice
 from harness.callbacks import ModelCheckpoint, ResumeFromCheckpoint
 from harness.checkpoint.format import list_checkpoints, read_rank
 from harness.errors import CheckpointError
@@ -395,6 +396,27 @@ def test_part_of_a_loss_in_evaluation_mode_stays_in_it():
     for fitted in (first, again):
         assert not fitted.loss.teacher.training
         assert torch.equal(fitted.loss.teacher.running_mean, torch.zeros(1))
+
+
+def test_frozen_part_of_a_loss_is_not_given_to_an_engine():
+    class Engine(SingleDevice):
+        trains_loss = False
+
+    class Frozen(nn.MSELoss):
+        def __init__(self):
+            super().__init__()
+            self.teacher = Line().requires_grad_(False)
+
+    seen = []
+
+    class Look(harness.Callback):
+        def on_fit_begin(self) -> None:
+            seen.append(len(self.ctx.optimizers["opt"].param_groups[0]["params"]))
+
+    for accelerator in (Engine("cpu"), SingleDevice("cpu")):
+        options = {"callbacks": [Look()], "accelerator": accelerator, "tracker": False}
+        sgd(loss=Frozen()).fit((X, Y), 1, **options)
+    assert seen == [2, 4]
 
 
 def test_evaluation_uses_the_trained_loss_and_leaves_it_as_it_is():
