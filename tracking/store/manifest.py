@@ -88,12 +88,15 @@ class Manifest:
     def write(self, run_path: Path) -> None:
         """Replace ``run.json`` in a run's folder."""
         fields = vars(self)  # plain JSON values, so no copy is needed
-        data = json.dumps(fields, ensure_ascii=False).encode(errors="replace")
-        with contextlib.suppress(msgspec.DecodeError):  # NaN, which is no JSON
-            data = msgspec.json.format(data, indent=2)  # faster than the json module
-        data += b"\n"
+        text = json.dumps(fields, ensure_ascii=False).encode(errors="replace")
         try:
-            durable.write_atomically(run_path / MANIFEST, data)
+            text = msgspec.json.format(text, indent=2)  # faster than the json module
+        except msgspec.DecodeError:  # NaN, which is no JSON
+            text = json.dumps(fields, indent=2, ensure_ascii=False).encode(
+                errors="replace"
+            )
+        try:
+            durable.write_atomically(run_path / MANIFEST, text + b"\n")
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
