@@ -12,7 +12,7 @@ import pyarrow as pa
 from pyarrow import csv, dataset, fs, ipc, parquet
 
 from tracking.durable import replace_file
-from tracking.errors import describe_path
+from tracking.errors import RunNotFoundError, describe_path
 from tracking.journal.fits import COLUMN, place_fits
 from tracking.journal.reader import list_blocks, read_block
 from tracking.journal.tombstones import Tombstones
@@ -56,15 +56,16 @@ def export(
     Raises
     ------
     RunNotFoundError
-        If a run does not exist. Nothing is written then.
+        If a run does not exist, and nothing is written then; or if it is deleted while it
+        is exported.
     ValueError
         If ``runs`` is empty, or the suffix is unknown.
 
     Notes
     -----
     The first column, ``run``, is the id of the run; ``fit`` is there only if a run has
-    several. A local file is replaced only when
-    the new one is complete. In a folder, the files of the exported runs are replaced.
+    several. A local file is replaced only when the new one is complete. In a folder, the
+    files of the exported runs are replaced.
     """
     check_path(path, "export(path)")
     found = _open_runs(runs)
@@ -159,7 +160,13 @@ class _RankBlocks:
         for number, table in self._blocks.items():
             if table is None:
                 content = read_block(self._rank_dir, number)
-                table = SCHEMA.empty_table() if content is None else content.table
+                if content is None:
+                    raise RunNotFoundError(
+                        f"export({self.run.id!r}): expected the run until all of it is "
+                        f"written, got no block {number} in {self._rank_dir} any more. "
+                        "Export the other runs again."
+                    )
+                table = content.table
             yield table
 
 

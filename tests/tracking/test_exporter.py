@@ -207,6 +207,16 @@ def test_export_holds_no_block_that_it_can_read_again(tmp_path):
     assert [len(table) for table in rows][:2] == [CAPACITY, CAPACITY]
 
 
+def test_export_of_a_run_that_is_deleted_meanwhile_is_refused(tmp_path):
+    with start(runs_dir=tmp_path / "runs", delivery=False) as run:
+        for value in range(CAPACITY + 1):
+            run.log_metric("loss", value)
+    rows = _Rows([PastRun(run.path)], superseded=False, group_rows=CAPACITY)
+    shutil.rmtree(run.path)
+    with pytest.raises(RunNotFoundError, match="until all of it is written"):
+        list(rows)
+
+
 def test_export_of_a_run_without_rows_has_the_columns(tmp_path):
     with start(name="none", runs_dir=tmp_path / "runs", delivery=False) as run:
         pass

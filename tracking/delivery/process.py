@@ -239,8 +239,7 @@ class DeliveryProcess:
         """
         if self._send(json.dumps(request).encode() + b"\n"):
             return True
-        _close(self._requests)  # what follows half a line would not be understood
-        self._requests = -1
+        self._close_requests()  # what follows half a line would not be understood
         return False
 
     def _send(self, data: bytes) -> bool:
@@ -265,9 +264,14 @@ class DeliveryProcess:
 
     def close(self) -> None:
         """Close the pipes. A forked child does, which has no part in this delivery."""
-        _close(self._requests)
+        self._close_requests()
         _close(self._reports)
-        self._requests = self._reports = -1
+        self._reports = -1
+
+    def _close_requests(self) -> None:
+        # Another thread may be about to write, and the number soon be that of a file.
+        requests, self._requests = self._requests, -1
+        _close(requests)
 
     def _read_reports(self) -> None:
         """Pass on which runs are delivered, until the process has ended."""

@@ -10,6 +10,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import time
 import urllib.parse
 import urllib.request
 from contextlib import closing
@@ -25,9 +26,11 @@ from tracking.cli import render
 from tracking.cli.commands import INDEXED_RUNS, commands
 from tracking.cli.group import CommandGroup
 from tracking.cli.run_index import INDEX, RunIndex
+from tracking.cli.watching import _iter_looks
 from tracking.delivery.state import DeliveryState
 from tracking.errors import TrackingError
 from tracking.mlflow_store.server import Server
+from tracking.read import PastRun
 from tracking.schema import FIT, REWIND
 from tracking.store import run_paths
 
@@ -284,6 +287,15 @@ def test_watch_prints_each_epoch_once_and_ends_with_the_run(call, three):
     assert "finished" in output[3]
     found = call("runs", "watch", "run-1", "--json").output.splitlines()
     assert [json.loads(line)["valid/loss"] for line in found] == [1.0, 0.05, 0.1]
+
+
+def test_watch_looks_again_soon_after_a_reader_that_was_slow(record):
+    looks = _iter_looks(PastRun(record().path), 0.01)
+    next(looks)
+    time.sleep(0.5)  # what is printed is not read
+    start = time.monotonic()
+    next(looks)
+    assert time.monotonic() - start < 3
 
 
 def test_runs_are_completed_by_any_part_of_their_ids(three, tmp_path):
