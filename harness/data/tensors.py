@@ -141,7 +141,7 @@ def take_rows(
         if allocate is None or not is_plain:
             return found.clone(memory_format=torch.contiguous_format)
         return allocate(found.shape, dtype=tensor.dtype).copy_(found)
-    if not is_plain:
+    if not is_plain or tensor.dtype in _NOT_SELECTED:
         return tensor[rows].contiguous()
     made = None
     if allocate is not None:
@@ -150,6 +150,10 @@ def take_rows(
         return torch.index_select(tensor, 0, rows, out=made)
     except IndexError as error:
         raise _missing_row_error(rows, len(tensor)) from error
+
+
+_NOT_SELECTED = frozenset({torch.uint16, torch.uint32, torch.uint64})
+"""Dtypes that torch 2.13 selects in no tensor with one dim."""
 
 
 def _missing_row_error(rows: Tensor, count: int) -> IndexError:

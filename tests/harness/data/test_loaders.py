@@ -284,6 +284,7 @@ def fake_empty(allocate):
         torch.arange(4.0, requires_grad=True),
         torch.complex(torch.ones(4), torch.arange(4.0)).conj(),
         torch.zeros(4, 0, dtype=torch.bool),
+        torch.arange(4).to(torch.uint16),
     ],
 )
 @pytest.mark.parametrize("rows", [torch.tensor([2, -1, 2]), torch.tensor([-4])])
