@@ -38,19 +38,24 @@ def find_model_hint(
     if type(target).__name__ == "MixedTarget":
         return "Mixup and CutMix mix the targets: compute the loss by MixupLoss(...)."
     text = str(error).lower()
+    own = getattr(type(model).forward, "__qualname__", "")  # it may call others
     is_call = isinstance(error, TypeError) and get_method(model, "step") is None
-    if is_call and "missing" in text and target is not None:
-        several = "fit(((a, b), y)), predict(((a, b),))"
-        return (
-            f"The second item of a batch is its target. Of several inputs: {several}."
-        )
+    is_call = is_call and text.startswith(f"{own}()".lower())
     if isinstance(input, Mapping) and is_call:
         names = list(map(repr, input))
         advice = "If one is the target: setup(batch=lambda b: (b['x'], b['y']))."
         return (
             f"forward is called with the batch's {', '.join(names)} by name. {advice}"
         )
-    if is_call and "positional argument" in text and isinstance(input, list | tuple):
+    if is_call and "missing" in text and target is not None:
+        several = "fit(((a, b), y)), predict(((a, b),))"
+        return (
+            f"The second item of a batch is its target. Of several inputs: {several}."
+        )
+    if is_call and "positional argument" in text and isinstance(input, tuple):
+        items = f"The input's {len(input)} items are the arguments of forward"
+        return f"{items}. A forward(self, *items) takes any number."
+    if is_call and "positional argument" in text and isinstance(input, list):
         lists = "Lists in the rows of data are joined by torch item by item"
         whole = (
             "A forward(self, *items) or predict(self, input) takes a list as a whole"

@@ -25,7 +25,8 @@ from harness.callbacks import (
     MixupLoss,
     ResumeFromCheckpoint,
 )
-from harness.checks.hints import add_hint, find_loss_hint
+from harness.checks.hints import add_hint, find_loss_hint, find_model_hint
+from harness.steps import call_model
 
 X, Y = torch.randn(12, 4), torch.arange(12) % 3
 CE = nn.CrossEntropyLoss()
@@ -501,6 +502,43 @@ def test_mistake_is_explained(name: str) -> None:
 
 def test_table_has_fifty_mistakes() -> None:
     assert len(MISTAKES) >= 50
+
+
+class Nested(nn.Module):
+    """Calls a function of its own with too few arguments."""
+
+    def forward(self, x):
+        return self.join(x)  # type: ignore[call-arg]
+
+    def join(self, a, b):
+        return a + b
+
+
+@pytest.mark.parametrize(
+    ("model", "input", "expected"),
+    [
+        (Nested(), torch.ones(1), ""),
+        (
+            nn.Linear(1, 1),
+            (torch.ones(1),) * 2,
+            "The input's 2 items are the arguments",
+        ),
+        (nn.Linear(1, 1), [torch.ones(1)] * 2, "Lists in the rows of data"),
+        (
+            nn.Linear(1, 1),
+            {"x": torch.ones(1)},
+            "forward is called with the batch's 'x'",
+        ),
+    ],
+    ids=["inner function", "tuple", "list", "names"],
+)
+def test_hint_for_a_call_is_of_the_models_own_forward(
+    model: nn.Module, input: Any, expected: str
+) -> None:
+    with pytest.raises(TypeError) as caught:
+        call_model(model, input)
+    hint = find_model_hint(caught.value, model, input, torch.ones(1))
+    assert hint[: len(expected) or None] == expected
 
 
 class Ragged(Tensor):
