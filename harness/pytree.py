@@ -19,7 +19,7 @@ import functools
 import math
 import sys
 import sysconfig
-from collections import Counter, UserDict, defaultdict, deque
+from collections import Counter, OrderedDict, UserDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -329,9 +329,15 @@ _KINDS: dict[type, Callable[[Any, Any], object]] = {
     set: lambda items, _: set(items),
     frozenset: lambda items, _: frozenset(items),
     Counter: lambda items, _: Counter(items),
+    OrderedDict: lambda items, _: OrderedDict(items),
     defaultdict: lambda items, name: defaultdict(_FACTORY_OF.get(name), items),
 }
 """Other containers of Python, and what makes one of its items and its option."""
+
+
+def has_named_factory(value: defaultdict[Any, Any]) -> bool:
+    """Whether ``restore`` can give a ``defaultdict`` its function again."""
+    return value.default_factory is None or value.default_factory in _FACTORIES
 
 
 def _encode_items(value: Sequence[object], path: str, found: _Found) -> list[Any]:

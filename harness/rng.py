@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import numpy as np
 import torch
@@ -304,7 +304,7 @@ def _find_held(roots: Sequence[object]) -> list[Generator]:
         ):
             continue
         seen.add(id(thing))
-        if isinstance(thing, Generator):
+        if _is_generator(thing):
             found.append(thing)
         elif isinstance(thing, list | tuple | dict):
             values = thing.values() if isinstance(thing, dict) else thing
@@ -352,8 +352,13 @@ def _own_generators(thing: object) -> Iterator[Generator]:
         _get(thing, "generator"),
         *getattr(thing, "__dict__", {}).values(),
     ):
-        if type(value) not in _NO_GENERATORS and isinstance(value, Generator):
+        if type(value) not in _NO_GENERATORS and _is_generator(value):
             yield value
+
+
+def _is_generator(value: object) -> TypeGuard[Generator]:
+    """Whether a value has a state; the random numbers of the system have none."""
+    return isinstance(value, Generator) and not isinstance(value, random.SystemRandom)
 
 
 _PLAIN = frozenset({bool, int, float, str, type(None)})

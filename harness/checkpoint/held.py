@@ -224,13 +224,15 @@ def restore_held(search: Search, saved: States, params: Mapping[str, Tensor]) ->
                 _restore(f"{root}{path}", thing, state, params, search)
 
 
-def list_missing(search: Search, saved: States) -> dict[str, str]:
-    """List objects that were saved and do not exist: name, and why."""
+def list_missing(
+    found: Mapping[str, Mapping[str, object]], saved: States
+) -> dict[str, str]:
+    """List what was saved and is not found, both by root and path: name, and why."""
     return {
         f"{root}{path}": "was saved, but this fit has none"
         for root, states in saved.items()
         for path in states
-        if path not in search.objects.get(root, {})
+        if path not in found.get(root, {})
     }
 
 

@@ -20,11 +20,14 @@ from harness.checkpoint.search import (
     SCALARS,
     Search,
 )
-from harness.pytree import StateDict
+from harness.pytree import StateDict, has_named_factory
 from harness.reshard.consolidated import copy_into
 
 MAX_COPIED_BYTES = 1 << 20
-"""Larger values are not compared with what they were when the fit began: all are kept."""
+"""Larger values are not compared with what they were when the fit began: all are kept.
+
+Numbers and texts, whose copies are shallow, are compared as long as they can be kept.
+"""
 
 MAX_BYTES = 1 << 24
 """Still larger ones are not kept: they may be activations."""
@@ -55,7 +58,7 @@ def copy_fields(search: Search) -> Fields:
             path: {
                 name: _copy(value)
                 for name, value in _plain_fields(owner)
-                if type(value) in SCALARS or _size_of(value) <= MAX_COPIED_BYTES
+                if type(value) in SCALARS or _size_of(value) <= _max_copied(value)
             }
             for path, owner in found.items()
         }
@@ -74,19 +77,18 @@ def capture_fields(search: Search, before: Fields) -> tuple[Fields, dict[str, st
     left_out: dict[str, str] = {}
     for root, owners in search.owners.items():
         memory = _memory_of(owners.values())
-        of_callback = search.callbacks.get(root)
         for path, owner in owners.items():
+            is_own = root in search.callbacks and not isinstance(owner, nn.Module)
+            advice = "return it in state_dict" if is_own else ""
             old = before.get(root, {}).get(path, {})
             for name, value in _plain_fields(owner):
-                is_saved = any(_address(t) in memory for t in _tensors_of(value))
-                if is_saved or (name in old and _is_equal(value, old[name])):
+                if name in old and _is_equal(value, old[name]):
                     continue
-                if _size_of(value) > MAX_BYTES:
-                    reason = "it has more than 16 MB; make it a buffer"
-                    left_out[f"{root}{path}.{name}"] = reason
+                if any(_address(tensor) in memory for tensor in _tensors_of(value)):
                     continue
-                if of_callback is not None and not isinstance(owner, nn.Module):
-                    left_out[f"{root}{path}.{name}"] = "return it in state_dict"
+                why = _find_obstacle(value) or advice
+                if why:
+                    left_out[f"{root}{path}.{name}"] = why
                     continue
                 found = states.setdefault(root, {}).setdefault(path, {})
                 found[name] = _detach(value)
@@ -167,6 +169,26 @@ def _has_plain_items(value: object) -> bool:
     return _SIMPLE.issuperset(map(type, _items_of(value)))
 
 
+def _find_obstacle(value: object) -> str:
+    """Why a value cannot be kept; empty if it can."""
+    if _size_of(value) > MAX_BYTES:
+        return "it has more than 16 MB; make it a buffer"
+    if _loses_factory(value):
+        return "a defaultdict in it has a function of its own; use a dict"
+    return ""
+
+
+def _loses_factory(value: object) -> bool:
+    """Whether a defaultdict inside makes its values by a function that has no name."""
+    if _has_plain_items(value):
+        return False
+    return any(
+        (type(item) is defaultdict and not has_named_factory(item))
+        or _loses_factory(item)
+        for item in _items_of(value)
+    )
+
+
 def _tensors_of(value: object) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
@@ -222,6 +244,10 @@ def _copy(value: Any) -> Any:
     return copy.copy(value) if is_long else copy.deepcopy(_detach(value))
 
 
+def _max_copied(value: object) -> int:
+    return MAX_BYTES if _has_plain_items(value) else MAX_COPIED_BYTES
+
+
 def _size_of(value: object) -> int:
     """Bytes of a plain value, about."""
     if isinstance(value, np.ndarray):
@@ -243,8 +269,9 @@ def _is_equal(one: Any, two: Any) -> bool:
         return False
     if isinstance(one, np.ndarray):
         return bool(np.array_equal(one, two))
-    if isinstance(one, dict):
-        return one.keys() == two.keys() and all(_is_equal(one[k], two[k]) for k in one)
-    if isinstance(one, list | tuple | deque):
-        return len(one) == len(two) and all(map(_is_equal, one, two))
-    return bool(one == two)
+    if type(one) not in _CONTAINERS or isinstance(one, set | frozenset):
+        return bool(one == two)
+    items, others = _items_of(one), _items_of(two)  # of a dict in their order
+    if _has_plain_items(one):
+        return items == others and [*map(type, items)] == [*map(type, others)]
+    return len(items) == len(others) and all(map(_is_equal, items, others))

@@ -266,7 +266,9 @@ def list_unmatched(ctx: Context, state: StateDict) -> dict[str, str]:
         for name, own in state["callbacks"].items()
         if own and name not in named
     }
-    notes |= list_missing(search_context(ctx), state.get("held", {}))
+    search = search_context(ctx)
+    notes |= list_missing(search.objects, state.get("held", {}))
+    notes |= list_missing(search.owners, state.get("fields", {}))
     notes |= state.get("lost", {})
     return notes
 

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
 import functools
+import random
 import signal
 import warnings
-from collections import Counter, defaultdict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -153,10 +154,12 @@ class HoldsReplay(Line):
         self.latest = defaultdict(lambda: deque(maxlen=2))
         self.later: set[int] | None = None
         self.long: list[int] = []
+        self.recent: list[OrderedDict[int, int]] = [OrderedDict({0: 0, -1: 0})]
 
     def forward(self, x):
         pred = self.fc(x)
         if self.training:
+            self.recent[0].move_to_end(-(self.replay.count % 2))
             self.replay.add(pred.detach().mean())
             self.others[0].add(pred.detach().amax())
             self.later = {*(self.later or ()), self.replay.count}
@@ -168,7 +171,8 @@ class HoldsReplay(Line):
     def weigh(self) -> list[Any]:
         values: list[Any] = [value * count for value, count in self.replay.seen]
         values += [self.others[0].sums.sum(), self.kinds[1], len(self.later or ())]
-        return [*values, sum(self.latest[0]), sum(self.long) / 1000]
+        values += [sum(self.latest[0]), next(iter(self.recent[0]))]
+        return [*values, sum(self.long) / 1000]
 
 
 class Average(harness.Callback):
@@ -505,6 +509,37 @@ def test_state_that_is_not_kept_is_named(tmp_path, capsys):
     report = report_of(sgd(), saved, resumed, tmp_path, capsys)
     assert "Counts.count not kept return it in state_dict" in report
     assert "missing Unsaveable.thing Unsaveable.thing/state/odd: expected" in report
+
+
+class Game:
+    """Of the user's own; the system's random numbers have no state."""
+
+    def __init__(self) -> None:
+        self.score, self.random = 0, random.SystemRandom()
+
+
+class Plays(Line):
+    """Makes objects while it trains, and holds a large dict that never changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = {f"word {n}": n for n in range(70_000)}
+        self.games: list[Game] = []
+        self.values = {"a": defaultdict(lambda: 1)}
+
+    def forward(self, x):
+        if self.training:
+            self.games.append(Game())
+            self.games[0].score += self.values["a"][len(self.games)]
+        return super().forward(x)
+
+
+def test_state_of_objects_made_in_training_or_by_functions_is_named(tmp_path, capsys):
+    report = report_of(sgd(Plays), [], [], tmp_path, capsys)
+    assert "missing model.games[0] was saved, but this fit has none" in report
+    assert "model.values not kept a defaultdict in it has a function" in report
+    state = read_rank(list_checkpoints(tmp_path)[0], 0)
+    assert "words" not in state["fields"]["model"].get("", {})
 
 
 def test_strict_refuses_a_state_that_was_not_kept_or_has_no_owner(tmp_path):
