@@ -78,7 +78,7 @@ def collate(rows: Any) -> Any:
     return [
         torch.stack(column)
         if type(column[0]) is Tensor and _can_stack(column[0])
-        else torch_collate(column)
+        else torch_collate(column)  # type: ignore[arg-type]  # torch passes tuples, too
         for column in columns
     ]
 
