@@ -178,7 +178,7 @@ def fit_again(
     saved = lab.folder / f"{name}-{gather}"
     stop = Stop("on_train_batch_end", BATCHES + 3)
     broken = fit(saved, lab.make(), *make(), stop, gather=gather)
-    assert broken.signum == signal.SIGTERM
+    assert broken.signum == signal.SIGINT
     going_on = ResumeFromCheckpoint(saved)
     folder = lab.folder / f"{name}-{gather}-again"
     return [broken, fit(folder, lab.make(), *make(), going_on, gather=gather)]

@@ -255,6 +255,16 @@ def drop(*path: str, value: Any = None) -> Callable[[State], None]:
     return change
 
 
+def both(*changes: Callable[[State], None]) -> Callable[[State], None]:
+    """Change two pieces of the state."""
+
+    def change(state: State) -> None:
+        for one in changes:
+            one(state)
+
+    return change
+
+
 def zero_buffers(state: State) -> None:
     for name, tensor in state["accelerator"]["model"].items():
         if "running" in name:
@@ -336,9 +346,10 @@ PIECES = {
     "a data set's generator 4": ("own-generators", other_generator(3, NEW)),
     "order": ("adam-onecycle-metrics", drop("pass", "began", "torch", value=NEW)),
     "order of a stream": ("stream", drop("pass", "began", "torch", value=NEW)),
+    # Either of them is enough for a sampler without a memory.
     "order of a lazy sampler": (
         "lazy-sampler",
-        drop("pass", "began", "torch", value=NEW),
+        both(drop("pass", "began", "torch", value=NEW), drop("pass", "draws")),
     ),
     "order of a weighted sampler": (
         "weighted-sampler",
