@@ -9,7 +9,7 @@ import dataclasses
 import gc
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from types import MemberDescriptorType, TracebackType
@@ -264,7 +264,7 @@ class Run(ArtifactLogger):
         self._forget_exit()
         with contextlib.ExitStack() as last:  # Ctrl-C ends no more than a wait
             last.callback(self._journal.close)
-            last.callback(self._record_end, status, error)
+            last.callback(_again_after_interrupt, self._record_end, status, error)
             last.callback(self._journal.begin_close)
             self._end_capture()
             self.flush()
@@ -421,3 +421,12 @@ def find_error(earlier: BaseException | None) -> BaseException | None:
     if hasattr(sys, "ps1") or sys.flags.interactive or error is earlier:
         error = None
     return error or next(iter(_uncaught), None)
+
+
+def _again_after_interrupt(function: Callable[..., object], *args: object) -> None:
+    """Call a function; one that Ctrl-C interrupts is called once more, before it is raised."""
+    try:
+        function(*args)
+    except KeyboardInterrupt:
+        _again_after_interrupt(function, *args)
+        raise

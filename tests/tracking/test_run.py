@@ -757,14 +757,14 @@ def test_position_is_known_while_its_block_is_sealed_and_closed(run, until):
     run.log("metrics", "train", {"x": 0.5})
 
     def late():
-        del block.snapshot
+        del block.find_last_slot
         for _ in range(CAPACITY):
             run.log("metrics", "train", {"x": 0.5})
         until(lambda: (run.path / "records" / "0" / "000000.arrow").exists())
         until(lambda: block._file < 0)
-        return block.snapshot()
+        return block.find_last_slot()
 
-    block.snapshot = late
+    block.find_last_slot = late
     assert run.position() == CAPACITY
 
 
