@@ -531,7 +531,7 @@ def read_index(path: Path, manifest: Manifest) -> PartIndex:
     try:
         index = msgspec.convert(content, PartIndex)
         index.check()
-    except ValueError as error:  # msgspec.ValidationError too
+    except (msgspec.ValidationError, ValueError) as error:
         raise _make_error(path, f"an index in {INDEX}", str(error)) from error
     if len(index.journals) != manifest.world_size:
         expected = f"an index of {manifest.world_size} ranks"

@@ -93,6 +93,7 @@ def test_it_is_told_where_somebody_looks(
     assert found.notes[0] == (
         "train/loss: MLflow has at most 40 points, the records have all"
     )
+    capsys.readouterr()  # what MLflow says of its database
     _report_thinned([(past.id, thinned)])
     assert capsys.readouterr().err == (
         f"MLflow has at most 40 points of train/loss and others of {past.id}; the records "
