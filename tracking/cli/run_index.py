@@ -13,6 +13,7 @@ import os
 import stat
 import tempfile
 import zlib
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypedDict, cast
 
@@ -140,6 +141,7 @@ class RunIndex:
             entry = _ENTRY.decode(self._entries[path.name])
             if _get_state(path, entry.files).digest != entry.digest:
                 return None
+            datetime.fromisoformat(entry.summary["created"] or "2000-01-01")
         except (KeyError, OSError, *_SPOILT):
             return None
         # A run without an end was killed, which another machine may not know for certain.

@@ -97,7 +97,6 @@ class Journal:
         self._has_warned = False
         self._has_lost_lease = False
         self._retry_at = 0.0
-        self._init_state()
         rank_dir.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(rank_dir)
         try:
@@ -105,6 +104,7 @@ class Journal:
             present = list_blocks(rank_dir)
             first = present[-1] + 1 if present else 0
             self.block: Block = DiskBlock(rank_dir, first, is_synced=self._is_synced)
+            self._init_state()  # not earlier: a fork closes what is in ``_JOURNALS``
             self._start_threads()
         except BaseException:
             self._lock.release()

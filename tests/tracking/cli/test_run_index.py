@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import zlib
 from pathlib import Path
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 import tracking
 from tracking.cli.describe import summarize_run
-from tracking.cli.run_index import INDEX, RunIndex
+from tracking.cli.run_index import INDEX, RunIndex, _make_head
 from tracking.delivery.state import DeliveryState
 from tracking.errors import TrackingError
 from tracking.fork import fork
@@ -232,7 +233,9 @@ def test_run_that_was_deleted_leaves_the_index(ended):
     assert list_indexed(ended) == (list_plainly(ended), 0)
 
 
-@pytest.mark.parametrize("spoil", ["cut", "flip", "link", "folder", "pipe", "format"])
+@pytest.mark.parametrize(
+    "spoil", ["cut", "flip", "link", "folder", "pipe", "format", "time"]
+)
 def test_spoilt_index_is_built_again(ended, spoil):
     index = ended / INDEX
     data = index.read_bytes()
@@ -240,6 +243,9 @@ def test_spoilt_index_is_built_again(ended, spoil):
         place = len(data) // 2 if spoil != "format" else data.index(b"format 1") + 7
         rest = b"" if spoil == "cut" else bytes([data[place] ^ 2]) + data[place + 1 :]
         index.write_bytes(data[:place] + rest)
+    elif spoil == "time":  # with the right check: somebody made it
+        made = re.sub(rb"\d{4}-\d\d-\d\dT", b"0000-00-00T", data.partition(b"\n")[2])
+        index.write_bytes(_make_head(made) + made)
     else:
         index.unlink()
         {
