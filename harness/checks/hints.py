@@ -38,9 +38,9 @@ def find_model_hint(
     if type(target).__name__ == "MixedTarget":
         return "Mixup and CutMix mix the targets: compute the loss by MixupLoss(...)."
     text = str(error).lower()
-    own = getattr(type(model).forward, "__qualname__", "")  # it may call others
+    own = tuple(f"{kind.__qualname__}.forward()".lower() for kind in type(model).mro())
     is_call = isinstance(error, TypeError) and get_method(model, "step") is None
-    is_call = is_call and text.startswith(f"{own}()".lower())
+    is_call = is_call and text.startswith(own)  # not of a function that it calls
     if isinstance(input, Mapping) and is_call:
         names = list(map(repr, input))
         advice = "If one is the target: setup(batch=lambda b: (b['x'], b['y']))."
