@@ -96,6 +96,8 @@ class WholeWeights(TorchFunctionMode):
                 params: Iterable[nn.Parameter] = (value,)
             elif kind is list or kind is tuple:
                 params = _flatten(value)
+            elif kind is not torch.Tensor and hasattr(value, "ds_status"):
+                params = (value,)  # of a subclass
             else:
                 continue
             for param in params:
@@ -283,10 +285,10 @@ def _without_modes(method: Callable[..., object]) -> Callable[..., object]:
 def _flatten(values: Iterable[Any]) -> Iterator[nn.Parameter]:
     """The parameters among the arguments of an operation, also those in lists."""
     for value in values:
-        if type(value) is nn.Parameter:
-            yield value
-        elif isinstance(value, list | tuple):
+        if isinstance(value, list | tuple):
             yield from _flatten(value)
+        elif hasattr(value, "ds_status"):  # a subclass, too
+            yield value
 
 
 def _is_called_by_user() -> bool:
