@@ -262,24 +262,25 @@ class RowLogger:
 
     def _write_deferred(self) -> dict[str, str]:
         """Write the tensors that wait; return what could not be read, and why."""
-        rows = []
-        while self._deferred:
-            rows.append(self._deferred.popleft())
-        copies = [copy for *_, leaf, _ in rows for copy in find_copies(leaf[3])]
+        rows: deque[_DeferredRow] = deque()
+        lost: dict[str, str] = {}
         try:
+            while self._deferred:
+                rows.append(self._deferred.popleft())
+            copies = [copy for *_, leaf, _ in rows for copy in find_copies(leaf[3])]
             values = fetch_values(copies) if copies else {}
-        except (KeyboardInterrupt, SystemExit):  # while it waited for the device
+            while rows:
+                now, what, set, (name, _, _, value), counts = rows[0]
+                try:
+                    leaf = finish_leaf(name, value, values, describe_call(what, set))
+                except Exception as error:  # noqa: BLE001  one value takes no other along
+                    lost[f"{what}/{set}/{name}"] = str(error)
+                else:
+                    self._journal.write(what, set, [leaf], **counts, time_us=now)
+                rows.popleft()
+        except (KeyboardInterrupt, SystemExit):  # the next call writes the others
             self._deferred.extendleft(reversed(rows))
             raise
-        lost: dict[str, str] = {}
-        for now, what, set, (name, _, _, value), counts in rows:
-            place = describe_call(what, set)
-            try:
-                leaf = finish_leaf(name, value, values, place)
-            except Exception as error:  # noqa: BLE001  one value takes no other along
-                lost[f"{what}/{set}/{name}"] = str(error)
-            else:
-                self._journal.write(what, set, [leaf], **counts, time_us=now)
         return lost
 
     def position(self) -> int:

@@ -1273,15 +1273,24 @@ def test_secrets_in_params_tags_inputs_and_texts_are_masked(tmp_path, monkeypatc
     assert "as it is" in text
 
 
-def test_ctrl_c_while_a_device_is_waited_for_loses_no_row(runs, monkeypatch):
+@pytest.mark.parametrize("num_written", [None, 1])
+def test_ctrl_c_while_tensors_are_read_loses_no_row(runs, monkeypatch, num_written):
     run = tracking.start(runs_dir=runs, delivery=False)
     read, num_calls = schema.fetch_values, 0
+
+    class Values(dict[int, object]):
+        def __getitem__(self, key):
+            if key == [*self][num_written]:
+                raise KeyboardInterrupt
+            return super().__getitem__(key)
 
     def read_late(copies):
         nonlocal num_calls
         num_calls += 1
         if threading.current_thread() is threading.main_thread() and num_calls == 1:
-            raise KeyboardInterrupt
+            if num_written is None:  # while the device is waited for
+                raise KeyboardInterrupt
+            return Values(read(copies))
         return read(copies)
 
     with run._reading:  # no other thread reads meanwhile
