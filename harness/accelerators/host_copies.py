@@ -165,7 +165,9 @@ def _make_empty(shape: torch.Size, dtype: torch.dtype, *, is_cuda: bool) -> Tens
     return torch.empty(shape, dtype=dtype)
 
 
-def _keep_if_failed(copies: object, streams: Mapping[torch.device, CopyStream]) -> None:
+def _keep_if_failed(
+    copies: Mapping[str, Tensor], streams: Mapping[torch.device, CopyStream]
+) -> None:
     for stream in streams.values():
         keep_if_failed(copies, stream.synchronize)
 

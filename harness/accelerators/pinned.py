@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from functools import partial
 
 import torch
@@ -20,10 +20,11 @@ from harness.data.batch import Batch, move
 from harness.pytree import iter_tensors
 
 
-def keep_if_failed(value: object, wait: Callable[[], object]) -> None:
+def keep_if_failed(value: Sized, wait: Callable[[], object]) -> None:
     """Keep a value until the process ends if waiting for its CUDA device raises."""
     try:
-        wait()
+        if value:  # else a device that was never used would be opened
+            wait()
     except RuntimeError:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
 

@@ -161,7 +161,7 @@ class Interrupt(Callback):
 
     def _end(self) -> None:
         """Let the process end if a signal asks for it, or the fit that this one is in."""
-        for signum in self._received:
+        for signum in tuple(self._received):  # another one may come meanwhile
             if self._outer is None:
                 EndOfProcess.ask(signum)
             elif self._outer.signum is None or signum != signal.SIGINT:
