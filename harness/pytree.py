@@ -45,8 +45,13 @@ def is_installed(name: str) -> bool:
     file = getattr(sys.modules.get(name), "__file__", None)
     if file is None:
         return name != "__main__"
-    places = {sysconfig.get_path(place) for place in ("stdlib", "purelib", "platlib")}
-    return any(Path(file).is_relative_to(place) for place in places)
+    # By these names, because users and systems have more such folders than sysconfig knows.
+    is_package = not _PACKAGES.isdisjoint(Path(file).parts)
+    return is_package or Path(file).is_relative_to(sysconfig.get_path("stdlib"))
+
+
+_PACKAGES = frozenset({"site-packages", "dist-packages"})
+"""Names of folders that packages are installed into."""
 
 
 # ---------------------------------------------------------------- walking tensors

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections import (
     Counter,
     OrderedDict,
@@ -12,6 +13,7 @@ from collections import (
 )
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from torch.nn.utils.rnn import pack_sequence
 from harness.pytree import (
     DTYPES,
     flatten,
+    is_installed,
     iter_tensors,
     map_tensors,
     named_leaves,
@@ -327,3 +330,21 @@ def test_restore_sparse_tensor_is_the_same():
         assert found.is_coalesced() == value.is_coalesced()
         assert torch.equal(found._indices(), value._indices())
         assert torch.equal(found._values(), value._values())
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "expected"),
+    [
+        ("odd_of_user", "/home/me/.local/lib/python3/site-packages/odd.py", True),
+        ("odd_of_debian", "/usr/lib/python3/dist-packages/odd/__init__.py", True),
+        ("odd_of_project", "/home/me/project/odd.py", False),
+    ],
+)
+def test_installed_modules_are_known_by_their_folders(
+    monkeypatch: pytest.MonkeyPatch, name: str, file: str, expected: bool
+) -> None:
+    module = ModuleType(name)
+    module.__file__ = file
+    monkeypatch.setitem(sys.modules, name, module)
+    assert is_installed(name) is expected
+    assert is_installed(json.__name__)
