@@ -165,8 +165,12 @@ def test_sync_says_that_records_are_lost(tmp_path, monkeypatch):
     past = PastRun(run.path)
     (result,) = sync([past])
     assert (result.phase, result.present) == ("done", 3)
-    for records in (run.path / "records" / "0").glob("*.arrow"):
-        records.unlink()
+    (records,) = (run.path / "records" / "0").glob("*.arrow")
+    records.unlink()
+    records.symlink_to(records)  # which cannot be read
+    (result,) = sync([past])
+    assert result.phase == "gave up"
+    records.unlink()
     (result,) = sync([past])
     assert result.phase == "lost"
     assert result.error is not None
