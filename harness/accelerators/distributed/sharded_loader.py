@@ -108,6 +108,11 @@ class ShardedLoader:
         """True if reading draws from a random stream that all ranks share."""
         return bool(self._source.has_random_stream)
 
+    @property
+    def reads_all(self) -> bool:
+        """True if each rank reads all data and keeps its part."""
+        return bool(getattr(self._source, "reads_all", False))
+
     def set_epoch(self, epoch: int) -> None:
         """Pass the epoch on; what that draws at random is the same on every rank."""
         setters = find_epoch_setters(self._loader)

@@ -266,6 +266,7 @@ class StreamSource:
     """Samples of a stream that every rank reads completely, divided step by step."""
 
     has_random_stream = True
+    reads_all = True
 
     def __init__(self, loader: Loader, ranks: RankGroup, *, has_pairs: bool) -> None:
         self._loader, self._ranks = loader, ranks
@@ -345,6 +346,7 @@ class WholeBatchSource:
     """Batches that every rank reads completely; it keeps every ``world_size``-th."""
 
     has_random_stream = True
+    reads_all = True
 
     def __init__(self, loader: Loader, ranks: RankGroup) -> None:
         self._loader, self._ranks = loader, ranks

@@ -69,7 +69,13 @@ def describe_loader(loader: Loader) -> str:
         words.append(f"{about['batches']:,} batch{plural}")
     text = " in ".join(words) or "of unknown length"
     size = about["batch_size"]
-    return f"{text} of {size}" if words and size is not None else text
+    text += f" of {size}" if words and size is not None else ""
+    # Told because it costs more with each rank; "sharded" in the docs of DeepSpeed ends it.
+    return (
+        f"{text}, all read by each rank"
+        if getattr(loader, "reads_all", False)
+        else text
+    )
 
 
 def estimate_left_s(

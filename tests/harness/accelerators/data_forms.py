@@ -33,6 +33,7 @@ import harness
 from harness.accelerators.distributed.alike import LengthCheck
 from harness.accelerators.distributed.environment import read_launch
 from harness.accelerators.distributed.group import PeerError, RankGroup
+from harness.callbacks.display.fit_lines import describe_loader
 from tests.harness.accelerators.cases import Lab
 
 ROWS, EPOCHS = 23, 3
@@ -416,6 +417,16 @@ class Own(Stream):
 
     def order(self) -> list[int]:
         return self.hidden
+
+
+def case_stream_that_each_rank_reads_whole_is_told(lab: Lab) -> None:
+    for name, is_whole in {"stream": lab.world > 1, "stream-marked": False}.items():
+        accelerator, model = lab.make(), nn.Linear(4, 1)
+        opts = {"opt": torch.optim.SGD(model.parameters())}
+        loaders = [FORMS[name](lab.rank, lab.world)]
+        _, _, [found] = accelerator.prepare(model, opts, loaders)
+        assert describe_loader(found).endswith(", all read by each rank") == is_whole
+        accelerator.finish()
 
 
 def case_stream_in_another_order_on_a_rank_is_refused(lab: Lab) -> None:
