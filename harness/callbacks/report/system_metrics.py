@@ -21,8 +21,8 @@ from harness.checks.values import check_at_least, check_more_than
 from harness.context import Context
 from harness.pytree import StateDict
 
-MAX_GPUS = 16
-"""GPUs that are recorded by name. Of a thousand, nobody looks at 4,000 curves."""
+MAX_NAMED = 16
+"""GPUs, or nodes, that are recorded by name. Of a thousand, nobody looks at 4,000 curves."""
 
 
 class SystemMetrics(Callback):
@@ -54,8 +54,10 @@ class SystemMetrics(Callback):
     ``gpu0_memory_bytes``, ``gpu0_power_w``, and ``gpu0_energy_j`` since the fit began. The
     number is the rank. Of more than 16 GPUs, least, mean and greatest value are recorded
     (``gpus_min_frac``, ``gpus_mean_frac``, ``gpus_max_frac``), and the sum of their energy,
-    ``gpus_energy_j``. The other values are those of rank 0's machine. Rank 0 records all;
-    with each record the other ranks send it theirs in one message.
+    ``gpus_energy_j``. On several machines the values above are those of rank 0's; the first
+    rank of each other one reads its own, as ``node8_cpu_frac`` of the machine on which rank 8
+    is the first, and ``nodes_min_cpu_frac`` and so on of more than 16. Rank 0 records all; with
+    each record the other ranks send it theirs in one message.
     """
 
     # What other callbacks do at the end of a batch is no waiting for data.
@@ -79,9 +81,11 @@ class SystemMetrics(Callback):
         accelerator = self.ctx.accelerator
         assert accelerator is not None
         readers: list[Any] = []
-        if accelerator.is_main:
+        if accelerator.is_main or accelerator.local_rank == 0:
             psutil = import_optional("psutil", "SystemMetrics", "psutil")
-            readers.append(MachineReader(psutil, str(self.ctx.run.path or ".")).read)
+            read = MachineReader(psutil, str(self.ctx.run.path or ".")).read
+            prefix = "" if accelerator.is_main else f"node{accelerator.rank}_"
+            readers.append(lambda: {prefix + k: v for k, v in read().items()})
         gpu = find_gpu(accelerator.device, f"gpu{accelerator.rank}")
         if gpu is not None:
             readers.append(gpu.read)
@@ -146,25 +150,33 @@ class SystemMetrics(Callback):
 
 
 def combine_samples(samples: Sequence[Sample]) -> Sample:
-    """Join what the ranks have read, in order of rank; of many GPUs, in a few numbers."""
+    """Join what the ranks have read, in order of rank; of many of a kind, in a few numbers."""
     joined: Sample = {}
-    kinds: dict[str, list[float]] = {}
     for sample in samples:
         joined |= sample
-        for name, value in sample.items():
-            if name.startswith("gpu"):
-                kinds.setdefault(name.partition("_")[2], []).append(value)
-    if max(map(len, kinds.values()), default=0) <= MAX_GPUS:
-        return joined
-    found = {name: v for name, v in joined.items() if not name.startswith("gpu")}
-    for kind, values in kinds.items():
-        if kind == "energy_j":
-            found["gpus_energy_j"] = sum(values)
+    return _fold(_fold(joined, "gpu"), "node")
+
+
+def _fold(values: Sample, family: str) -> Sample:
+    """Give least, mean and greatest of what more than ``MAX_NAMED`` of a family have."""
+    kinds: dict[str, list[float]] = {}
+    others: Sample = {}
+    for name, value in values.items():
+        owner, _, kind = name.partition("_")
+        if owner.removeprefix(family).isdigit():
+            kinds.setdefault(kind, []).append(value)
         else:
-            found[f"gpus_min_{kind}"] = min(values)
-            found[f"gpus_mean_{kind}"] = sum(values) / len(values)
-            found[f"gpus_max_{kind}"] = max(values)
-    return found
+            others[name] = value
+    if max(map(len, kinds.values()), default=0) <= MAX_NAMED:
+        return values
+    for kind, found in kinds.items():
+        if kind == "energy_j":
+            others[f"{family}s_energy_j"] = sum(found)
+        else:
+            others[f"{family}s_min_{kind}"] = min(found)
+            others[f"{family}s_mean_{kind}"] = sum(found) / len(found)
+            others[f"{family}s_max_{kind}"] = max(found)
+    return others
 
 
 def find_gpu(device: torch.device, name: str) -> GPUReader | None:

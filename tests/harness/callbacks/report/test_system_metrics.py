@@ -198,3 +198,46 @@ def test_gpus_of_ranks_are_joined_and_many_are_summed_up():
         "gpus_energy_j": 42.0,
     }
     assert combine_samples([{}, {}]) == {}
+
+
+@pytest.mark.parametrize(
+    ("rank", "local_rank", "name"),
+    [(0, 0, "cpu_frac"), (8, 0, "node8_cpu_frac"), (9, 1, None)],
+)
+def test_first_rank_of_each_machine_reads_it(rank, local_rank, name):
+    callback, found = SystemMetrics(every_s=0.01), set()
+    accelerator = SimpleNamespace(
+        rank=rank,
+        local_rank=local_rank,
+        is_main=rank == 0,
+        device=torch.device("cpu"),
+    )
+    callback.ctx = SimpleNamespace(  # type: ignore[assignment]
+        accelerator=accelerator, run=SimpleNamespace(path=None)
+    )
+    callback.on_fit_begin()
+    try:
+        for _ in range(500 if name else 5):
+            assert callback._sampler is not None
+            found |= callback._sampler.take().keys()
+            if name in found:
+                break
+            time.sleep(0.01)
+    finally:
+        callback.on_fit_end()
+    assert (name in found) == (name is not None)
+    assert {each.startswith("node8_") for each in found} == (
+        {rank == 8} if name else set()
+    )
+
+
+def test_many_machines_are_told_in_a_few_numbers():
+    nodes = [{f"node{8 * n}_cpu_frac": n / 16} for n in range(1, 17)]
+    assert combine_samples([{"cpu_frac": 0.5}, *nodes])["node128_cpu_frac"] == 1.0
+    many = combine_samples([{"cpu_frac": 0.5}, {"node136_cpu_frac": 0.0}, *nodes])
+    assert many == {
+        "cpu_frac": 0.5,
+        "nodes_min_cpu_frac": 0.0,
+        "nodes_mean_cpu_frac": pytest.approx(0.5),
+        "nodes_max_cpu_frac": 1.0,
+    }
