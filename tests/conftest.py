@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -19,6 +20,14 @@ _frozen_modules = 0
 # The caller's settings must not influence a test, and a test must not use them.
 for name in [name for name in os.environ if name.startswith(("HARNESS_", "MLFLOW_"))]:
     del os.environ[name]
+
+# So are signals that the caller ignores, as `nohup` and a shell's `&` do.
+for number, handler in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGHUP, signal.SIG_DFL),
+):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, handler)
 
 # On busy cores, threads wait for each other at every step, and the models of the tests
 # are too small to benefit from them.

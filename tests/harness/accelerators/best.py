@@ -25,7 +25,7 @@ from harness.callbacks import (
     StochasticWeightAveraging,
 )
 from harness.checkpoint.whole.merge import MergedWeights
-from harness.cli.weights import export_weights
+from harness.cli.main import main
 from harness.pytree import iter_tensors
 from tests.harness.accelerators.cases import Lab
 from tests.harness.accelerators.whole import CASES as OTHERS
@@ -195,7 +195,9 @@ def check_same(found: harness.Fitted, wanted: harness.Fitted) -> None:
 def check_export(found: harness.Fitted, wanted: harness.Fitted, to: Path) -> None:
     """``harness export-weights`` of a final checkpoint writes what was gathered."""
     arguments = [str(found.checkpoint), str(to)]
-    done = CliRunner().invoke(export_weights, arguments, catch_exceptions=False)
+    done = CliRunner().invoke(
+        main, ["export-weights", *arguments], catch_exceptions=False
+    )
     assert done.exit_code == 0, done.output
     read = load_file(to)
     assert read.keys() == wanted.model.state_dict().keys()
