@@ -8,7 +8,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -183,11 +183,16 @@ def forget_model(model: torch.nn.Module) -> None:
     import_deepspeed()
     from deepspeed.runtime.zero import parameter_offload  # noqa: PLC0415  see door
 
-    modules, stack = set(model.modules()), parameter_offload.FWD_MODULE_STACK
-    stack[:] = [module for module in stack if module not in modules]
-    coordinator = parameter_offload.PartitionedParameterCoordinator
-    cached = vars(coordinator)["_PartitionedParameterCoordinator__params_to_release"]
-    inspect.getclosurevars(cached).nonlocals["func"].cache_clear()
+    # A version without them may keep memory; the end of a fit must not fail for it.
+    with suppress(AttributeError, KeyError, TypeError):
+        modules, stack = set(model.modules()), parameter_offload.FWD_MODULE_STACK
+        stack[:] = [module for module in stack if module not in modules]
+    with suppress(AttributeError, KeyError, TypeError):
+        coordinator = parameter_offload.PartitionedParameterCoordinator
+        cached = vars(coordinator)[
+            "_PartitionedParameterCoordinator__params_to_release"
+        ]
+        inspect.getclosurevars(cached).nonlocals["func"].cache_clear()
 
 
 @contextmanager

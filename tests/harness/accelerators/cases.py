@@ -284,6 +284,11 @@ def trained(
     return model, accelerator.full_state_dict(model)
 
 
+def sgd(model: nn.Module) -> dict[str, torch.optim.Optimizer]:
+    """Steps that follow the size of the gradient."""
+    return {"opt": torch.optim.SGD(model.parameters(), lr=0.05)}
+
+
 def train_window(
     lab: Lab,
     accelerator: Accelerator,

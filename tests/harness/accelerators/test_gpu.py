@@ -39,6 +39,7 @@ from tests.harness.accelerators.cases import (
     plain,
     regression,
     seeded,
+    sgd,
     train_window,
     windows,
 )
@@ -65,11 +66,6 @@ def make() -> Iterator[Any]:
             return found
 
         yield made
-
-
-def sgd(model: nn.Module) -> dict[str, torch.optim.Optimizer]:
-    """Steps that follow the size of the gradient."""
-    return {"opt": torch.optim.SGD(model.parameters(), lr=0.05)}
 
 
 def trained(accelerator: Any, optimizers: Any, data: Any) -> dict[str, Tensor]:

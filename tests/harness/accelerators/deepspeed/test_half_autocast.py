@@ -23,6 +23,7 @@ from tests.harness.accelerators.cases import (
     plain,
     regression,
     seeded,
+    sgd,
     train_window,
     windows,
 )
@@ -137,11 +138,6 @@ def make_weights_in_half(
             return found
 
         yield make
-
-
-def sgd(model: Any) -> dict[str, torch.optim.Optimizer]:
-    """Steps that follow the size of the gradient."""
-    return {"opt": torch.optim.SGD(model.parameters(), lr=0.05)}
 
 
 @pytest.mark.parametrize("stage", STAGES)
