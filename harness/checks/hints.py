@@ -198,14 +198,13 @@ def find_device_hint(error: BaseException) -> str:
         return f"Use {half}, or precision='bf16'."
     if "device-side assert" in text or "illegal memory access" in text:
         cause = "An index was out of range, such as a label or a row of an Embedding"
-        late = "CUDA tells it late, so that it may be of an earlier batch or line"
-        again = (
-            "device='cpu' names the place, or CUDA_LAUNCH_BLOCKING=1 in the environment"
-        )
+        late = "CUDA reports it late, so it may come from an earlier batch or line"
+        again = "device='cpu' names the place, as CUDA_LAUNCH_BLOCKING=1 in the environment does"
         return f"{cause}. {late}: {again}. This process cannot use the GPU any more."
     if "to be on the same device" in text:
-        own = "self.register_buffer(name, tensor) moves a tensor with the model or the loss"
-        return f"The batch and the weights are on the device: {own}, others tensor.to(input)."
+        own = "Make a tensor that the model or the loss holds a buffer"
+        how = "self.register_buffer(name, tensor), and it moves with the weights"
+        return f"{own}: {how}. Move any other one by tensor.to(input.device)."
     return ""
 
 

@@ -89,7 +89,7 @@ class WholeWeights(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: object, args: Any = (), kwargs: Any = None
     ) -> object:
-        # DeepSpeed's own hooks make most calls, thousands in a step: one argument, or two.
+        # DeepSpeed's hooks make thousands of these calls in a step, so this is short.
         for value in args if kwargs is None else (*args, *kwargs.values()):
             kind = type(value)
             if kind is nn.Parameter:

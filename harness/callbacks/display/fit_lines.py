@@ -70,7 +70,7 @@ def describe_loader(loader: Loader) -> str:
     text = " in ".join(words) or "of unknown length"
     size = about["batch_size"]
     text += f" of {size}" if words and size is not None else ""
-    # Told because it costs more with each rank; "sharded" in the docs of DeepSpeed ends it.
+    # Reading gets dearer with each rank; ``sharded = True`` on the data ends that.
     return (
         f"{text}, all read by each rank"
         if getattr(loader, "reads_all", False)
