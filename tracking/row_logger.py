@@ -14,7 +14,7 @@ from typing import Any, Final, Literal
 from tracking.errors import warn
 from tracking.journal.row_format import FIELDS, NO_COUNT, NO_EPOCH, ROW_BYTES
 from tracking.journal.segment import CAPACITY
-from tracking.journal.writer import Journal
+from tracking.journal.writer import Indices, Journal
 from tracking.read import count_fits, find_highest_indices
 from tracking.redaction import is_secret_name, redact_value
 from tracking.schema import (
@@ -78,9 +78,15 @@ class RowLogger:
         self._deferred: deque[_DeferredRow] = deque()
         self._reading = threading.RLock()
         self._begun_at: int | None = None
+        # Highest indices of the fits that were left, and how many fits had rows before;
+        # None: the records have to be read.
+        self._left: dict[int, Indices] = {}
+        self._num_fits: int | None = None
         self._fitting: threading.Thread | None = None
         self._secrets = read_secrets()
         self._journal = self._make_journal(durability)
+        if self._journal.last_seq() == -1:
+            self._num_fits = 0
 
     def _make_journal(self, durability: Literal["process", "fsync"]) -> Journal:
         rank_dir = get_rank_dir(self.path, self.rank)
@@ -319,6 +325,7 @@ class RowLogger:
         if indices is None:
             self.restore_indices()
             return
+        self._forget_fits()
         self.fit = indices["fit"]
         highest = {(what, set_): index for what, set_, index in indices["highest"]}
         self._journal.reset_indices(highest)
@@ -365,7 +372,7 @@ class RowLogger:
         self._fitting = thread
         here = self.position()
         if number is None:
-            number = 1 + count_fits(get_rank_dir(self.path, self.rank), self._begun_at)
+            number = 1 + self._count_fits()
         if self._begun_at is None:
             self._begun_at = here
         self._continue_fit(number)
@@ -387,19 +394,48 @@ class RowLogger:
         """Write which fit the next rows belong to, unless they do anyway."""
         if number != self.fit and self._journal.takes_rows():
             self.flush()  # deferred rows are of the fit so far
+            highest = self._journal.get_indices()
+            if highest is not None:
+                self._left[self.fit] = highest
             self._journal.write("", "", [("", FIT, float(number), None)])
-            self.restore_indices()
+            self.fit = number
+            if number in self._left:
+                self._journal.reset_indices(self._left.pop(number))
+            elif self._num_fits is not None and number > self._num_fits:
+                self._journal.reset_indices({})
+            else:
+                self._restore_indices_once_needed()
+
+    def _count_fits(self) -> int:
+        """Count the fits that have rows, from the records only where it is not known."""
+        known = self._left | {self.fit: self._journal.get_indices()}
+        newest = max(known)
+        # Rows of fit 1 may be from before it began, and rows by steps have no index.
+        if self._num_fits is None or newest == 1 or not known[newest]:
+            rank_dir = get_rank_dir(self.path, self.rank)
+            self._num_fits = count_fits(rank_dir, self._begun_at)
+        else:
+            self._num_fits = max(self._num_fits, newest)
+        return self._num_fits
+
+    def _forget_fits(self) -> None:
+        self._left, self._num_fits = {}, None
 
     def restore_indices_later(self, num_fits: int) -> None:
         """Continue behind all fits, and read the highest indices once one is needed."""
-        rank_dir = get_rank_dir(self.path, self.rank)
         if num_fits > 1:
             self._journal.write("", "", [("", FIT, 1.0, None)])
+        self._forget_fits()
         self.fit = 1
+        self._restore_indices_once_needed()
+
+    def _restore_indices_once_needed(self) -> None:
+        rank_dir = get_rank_dir(self.path, self.rank)
         self._journal.reset_indices_later(lambda: find_highest_indices(rank_dir)[1])
 
     def restore_indices(self) -> None:
         """Continue the fit and the automatic indices of the rows that are not superseded."""
+        self._forget_fits()
         rank_dir = get_rank_dir(self.path, self.rank)
         self.fit, highest = find_highest_indices(rank_dir)
         self._journal.reset_indices(highest)
