@@ -193,7 +193,7 @@ def run_program(calls: list[tuple[Any, ...]], folder: Path) -> None:
     """Make the calls, and compare what is read while and after they are made."""
     expected = Expected()
     marks: list[tuple[int, int]] = [(-1, 0)]
-    with tracking.start(runs_dir=folder, params={}, delivery=False) as run:
+    with tracking.start(runs_dir=folder, save_diff=False, delivery=False) as run:
         begin = run.position()
         marks[0] = (begin, 0)
         past = tracking.open(run.path)
