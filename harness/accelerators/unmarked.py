@@ -1,0 +1,68 @@
+"""Calls of torch's optimizers without the mark for a profiler, which takes longer than they do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, Final
+
+from torch._C._autograd import _profiler_enabled
+from torch.optim import Optimizer, optimizer
+
+_WRAPPER: Final = getattr(Optimizer.profile_hook_step(len), "__code__", None)
+_GLOBAL_HOOKS: Final = ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks")
+_OWN_HOOKS: Final = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+_DONE_HERE: Final = {
+    *("__class__", "__name__", "values", "isinstance", "tuple", "len", "RuntimeError"),
+    *("torch", "autograd", "profiler", "record_function", "Optimizer", "cast", "chain"),
+    *_GLOBAL_HOOKS,
+    *_OWN_HOOKS,
+    *("_optimizer_step_code", "func"),
+}
+"""Names in torch's wrapper of ``step``: its mark and its hooks. It does nothing else."""
+
+
+def step(opt: Any) -> None:
+    """As ``opt.step()``.
+
+    References
+    ----------
+    torch 2.13, ``Optimizer.profile_hook_step``.
+    """
+    unmarked = _find_unmarked(getattr(type(opt), "step", None))
+    if (
+        unmarked is None
+        or "step" in vars(opt)  # a schedule puts its own there
+        or _profiler_enabled()
+        or any(getattr(optimizer, name) for name in _GLOBAL_HOOKS)
+        or opt._optimizer_step_pre_hooks
+    ):
+        opt.step()
+        return
+    unmarked(opt)
+    for hook in [*opt._optimizer_step_post_hooks.values()]:
+        hook(opt, (opt,), {})
+
+
+def clear_gradients(opt: Optimizer) -> None:
+    """As ``opt.zero_grad()``."""
+    own = getattr(type(opt), "zero_grad", None)
+    is_torchs = own is Optimizer.zero_grad and "zero_grad" not in vars(opt)
+    if not is_torchs or _profiler_enabled():
+        opt.zero_grad()
+        return
+    for group in opt.param_groups:
+        for param in group["params"]:
+            param.grad = None
+
+
+@lru_cache(maxsize=64)
+def _find_unmarked(step: Callable[..., Any] | None) -> Callable[..., Any] | None:
+    """The function that torch's wrapper calls; None where the wrapper may do more."""
+    code: Any = getattr(step, "__code__", None)
+    if code is None or code is not _WRAPPER:
+        return None
+    if not {*code.co_names, *code.co_freevars} <= _DONE_HERE:
+        return None
+    inner: Callable[..., Any] = step.__wrapped__  # type: ignore[union-attr]
+    return inner
