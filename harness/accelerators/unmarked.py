@@ -9,7 +9,7 @@ from typing import Any, Final
 from torch._C._autograd import _profiler_enabled
 from torch.optim import Optimizer, optimizer
 
-_WRAPPER: Final = getattr(Optimizer.profile_hook_step(len), "__code__", None)
+_WRAPPER: Final[Any] = getattr(Optimizer.profile_hook_step(len), "__code__", None)
 _GLOBAL_HOOKS: Final = ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks")
 _OWN_HOOKS: Final = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 _DONE_HERE: Final = {
