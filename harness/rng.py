@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import numpy as np
@@ -284,7 +285,7 @@ def _find_direct(roots: Sequence[object]) -> list[Generator]:
             continue
         seen.add(id(thing))
         found += _own_generators(thing)
-        todo += [_get(thing, name) for name in _HOLDERS]
+        todo += _get_all(thing, _HOLDERS)
         if isinstance(thing, torch.nn.Module):
             todo += thing.children()
     return found
@@ -316,7 +317,7 @@ def _find_held(roots: Sequence[object]) -> list[Generator]:
 
 def _list_held(thing: Any) -> list[object]:
     """What an object of the user's, or a module or data set of any package, holds."""
-    inner = [_get(thing, name) for name in (*_HOLDERS, "transforms", "datasets")]
+    inner = _get_all(thing, (*_HOLDERS, "transforms", "datasets"))
     if isinstance(thing, torch.nn.Module):
         inner += thing.children()
     elif is_installed(type(thing).__module__):
@@ -336,31 +337,47 @@ _NOT_SEARCHED = frozenset(vars(torch.nn.Module())) | {"ctx"}
 _HOLDERS = ("sampler", "batch_sampler", "dataset", "transform")
 """Attributes of loaders, samplers and data sets whose values may hold generators."""
 
+_LOOKED_FOR = frozenset({*_HOLDERS, "transforms", "datasets", "generator"})
 
-def _get(thing: object, name: str) -> object:
-    """An attribute, or None; that a module has none is known without its slow search."""
-    if isinstance(thing, torch.nn.Module) and name not in vars(thing):
-        # A class with a search of its own may find it there.
-        own: object = type(thing).__getattr__
-        if own is torch.nn.Module.__getattr__ and not hasattr(type(thing), name):
-            return None
-    return getattr(thing, name, None)
+
+def _get_all(thing: Any, names: Sequence[str]) -> list[object]:
+    """Attributes by name, None for what is not there, without a search for each."""
+    kind: Any = type(thing)
+    fields, on_class = getattr(thing, "__dict__", {}), _find_on_class(kind)
+    return [
+        getattr(thing, name, None) if name in on_class else fields.get(name)
+        for name in names
+    ]
+
+
+@lru_cache(maxsize=1024)
+def _find_on_class(kind: Any) -> Collection[str]:
+    """Names that a class may give its objects: by itself, or by a search of its own."""
+    # What a module of torch finds is a part of it, which is searched anyway.
+    plain: Any = torch.nn.Module.__getattr__
+    if getattr(kind, "__getattr__", plain) is not plain:
+        return _LOOKED_FOR
+    if kind.__getattribute__ is not object.__getattribute__:
+        return _LOOKED_FOR
+    return frozenset(name for name in _LOOKED_FOR if hasattr(kind, name))
 
 
 def _own_generators(thing: object) -> Iterator[Generator]:
-    for value in (
-        _get(thing, "generator"),
-        *getattr(thing, "__dict__", {}).values(),
-    ):
-        if type(value) not in _NO_GENERATORS and _is_generator(value):
+    fields = getattr(thing, "__dict__", {})
+    for value in itertools.chain(_get_all(thing, ["generator"]), fields.values()):
+        if _is_generator(value):
             yield value
 
 
-def _is_generator(value: object) -> TypeGuard[Generator]:
-    """Whether a value has a state; the random numbers of the system have none."""
-    return isinstance(value, Generator) and not isinstance(value, random.SystemRandom)
+def _is_generator(value: Any) -> TypeGuard[Generator]:
+    kind: Any = type(value)
+    return _is_class_of_generators(kind)
+
+
+@lru_cache(maxsize=1024)
+def _is_class_of_generators(kind: type) -> bool:
+    """Whether its objects have a state; the random numbers of the system have none."""
+    return issubclass(kind, Generator) and not issubclass(kind, random.SystemRandom)
 
 
 _PLAIN = frozenset({bool, int, float, str, type(None)})
-_NO_GENERATORS = _PLAIN | {tuple, list, dict}
-"""Types of most attributes, which are passed over quickly."""
