@@ -82,8 +82,6 @@ def check_event(place: str, name: str, own: Iterable[str] = ()) -> None:
     ----------
     place
         Where the name comes from, for the message.
-    name
-        Name of the method.
     own
         Events that callbacks have declared.
 

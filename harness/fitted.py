@@ -295,10 +295,6 @@ class Fitted:
         data, epochs, valid_data, **options
             As in ``Learner.fit``.
 
-        Returns
-        -------
-        Fitted
-
         Notes
         -----
         To continue with the optimizer as it was, keep checkpoints, and pass

@@ -46,13 +46,7 @@ def build_own(build: Callable[[], nn.Module]) -> nn.Module:
 
 
 def copy_model(model: nn.Module) -> nn.Module:
-    """Copy a model that somebody else holds.
-
-    Raises
-    ------
-    TypeError
-        If it cannot be copied.
-    """
+    """Copy a model that somebody else holds."""
     msg = "setup(module): expected a new model for each fit, got one that is held"
     advice = "Build the model inside the function."
     try:

@@ -30,8 +30,6 @@ def make_loss(loss: Loss | None, model: nn.Module, device: torch.device) -> Loss
     ----------
     loss
         As passed to ``setup``; None: the model's own ``loss``, if it has one.
-    model
-        Model of the fit.
     device
         Where its parameters and buffers go.
 

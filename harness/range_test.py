@@ -252,10 +252,6 @@ def lr_finder(
     callbacks, accelerator, verbose, dataloader_options, seed
         As in ``Learner.fit``.
 
-    Returns
-    -------
-    LRFinderResult
-
     Raises
     ------
     TypeError, ValueError

@@ -81,8 +81,6 @@ def iter_filled(
 
     Parameters
     ----------
-    series
-        The series.
     first, last : >= 1
         Indices to begin and to end at; None: the end of the series.
     """

@@ -73,8 +73,6 @@ def start_tracking(ctx: Context, tracker: Tracker) -> Iterator[None]:
 
     Parameters
     ----------
-    ctx
-        Context of the fit.
     tracker
         As in ``Learner.fit``.
     """

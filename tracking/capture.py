@@ -89,8 +89,6 @@ def code_state(
 
     Parameters
     ----------
-    folder
-        Any folder of the repository.
     secrets
         To mask; None: those of this process.
     timeout_s : seconds
@@ -312,8 +310,6 @@ class Capture:
         Folder of the run; the process writes `ENVIRONMENT` into it.
     started
         As in `Environment`.
-    folder
-        Working folder.
     save_diff
         Whether to keep uncommitted changes of the code.
     on_end

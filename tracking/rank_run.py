@@ -20,11 +20,6 @@ class RankRun(Run):
 
     Values are checked and dropped. With ``all_ranks=True`` a value is recorded here too; the
     first one makes the part of this rank. So does an exception that ends the run.
-
-    Parameters
-    ----------
-    path, rank, durability
-        As of ``Run``.
     """
 
     def __init__(

@@ -327,8 +327,6 @@ def count_fits(rank_dir: Path, begun_at: int | None = None) -> int:
 
     Parameters
     ----------
-    rank_dir
-        Folder of the rank's records.
     begun_at
         Position at which a first fit is known to have begun. Otherwise there was one if
         a row has an epoch.

@@ -162,8 +162,6 @@ class Run(ArtifactLogger):
 
         Parameters
         ----------
-        folder
-            Working folder.
         save_diff
             Keep uncommitted changes of the code as the artifact ``code.diff``.
         """

@@ -147,8 +147,6 @@ def flatten_params(params: Mapping[Any, Any], place: str) -> list[Leaf]:
     ----------
     params
         Values by name; the names may be of any kind too.
-    place
-        Start of error messages.
 
     Returns
     -------

@@ -30,8 +30,6 @@ class Settings:
     ----------
     tracking_uri, experiment_name, experiment_id
         Values of MLflow's own variables; None if a variable is not set.
-    cache
-        Folder of prepared databases.
     secrets
         Values to mask in every text that is written.
     """
@@ -81,8 +79,6 @@ class LaunchedRank:
 
     Attributes
     ----------
-    rank : >= 0
-        As in torch.
     key
         The same on all ranks of a launch, and another one in other launches.
     """

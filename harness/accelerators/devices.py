@@ -15,13 +15,7 @@ def choose_device() -> torch.device:
 
 
 def parse_device(asked: object) -> torch.device:
-    """Return the device of a name.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If it is none.
-    """
+    """Return the device of a name."""
     msg = f"accelerator(device): expected 'cpu', 'cuda' or 'mps', got {asked!r}."
     advice = "Leave it out to take the best one."
     try:

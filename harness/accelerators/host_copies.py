@@ -44,13 +44,7 @@ class CopyStream(Protocol):
 
 
 class CudaCopyStream:
-    """Copies from a CUDA device by a stream of its own.
-
-    Parameters
-    ----------
-    device
-        The device.
-    """
+    """Copies from a CUDA device by a stream of its own."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

@@ -37,13 +37,7 @@ def make_mover(device: torch.device) -> Callable[[Batch], Batch]:
 
 
 class PinnedMover:
-    """Moves batches to a CUDA device, and holds pinned ones until they are copied.
-
-    Parameters
-    ----------
-    device
-        A CUDA device.
-    """
+    """Moves batches to a CUDA device, and holds pinned ones until they are copied."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

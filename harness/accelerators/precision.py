@@ -26,13 +26,7 @@ HALVES: Final = frozenset({torch.bfloat16, torch.float16})
 
 
 def check_precision(precision: object) -> str:
-    """The precision, if it is the name of one.
-
-    Raises
-    ------
-    ValueError
-        If it is not.
-    """
+    """The precision, if it is the name of one."""
     if isinstance(precision, str) and precision in DTYPES:
         return precision
     names = list(DTYPES)
@@ -56,10 +50,6 @@ def hook_autocast(
     """Run the model's forward under autocast and return its output in float32.
 
     What is computed from the output (losses, metrics, arrays) then has full precision.
-
-    Returns
-    -------
-    the hooks, to be removed
     """
     entered: list[AbstractContextManager[object]] = []
 
@@ -93,11 +83,6 @@ class LossScaler:
     """Scales the losses of one optimizer, so that small gradients survive in float16.
 
     It is torch's ``GradScaler``, with which a user's own function may step the optimizer.
-
-    Parameters
-    ----------
-    device
-        Device of the gradients.
     """
 
     def __init__(self, device: torch.device) -> None:

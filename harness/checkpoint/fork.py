@@ -36,8 +36,6 @@ def fork_run(
         Optimizer steps finished at the checkpoint; if several match, the one saved last.
     name
         Readable name; None: the name of the other run with ``-fork``.
-    runs_dir
-        Folder of runs.
 
     Returns
     -------

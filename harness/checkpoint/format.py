@@ -71,8 +71,6 @@ class Position:
 
     Attributes
     ----------
-    epoch : >= 1
-        The epoch.
     iter : >= 0
         Training batches finished in it.
     step : >= 0
@@ -97,8 +95,6 @@ class RunRef:
 
     Attributes
     ----------
-    id
-        Id of the run.
     path
         Its folder, absolute.
     """
@@ -194,8 +190,6 @@ def write_rank(
     ----------
     temporary
         From ``begin_checkpoint``.
-    rank
-        This rank.
     plan, tensors
         From ``flatten``; the tensors must be contiguous, on the CPU.
     summary
@@ -310,8 +304,6 @@ def write_each_tensor(
 
     Parameters
     ----------
-    path
-        The file.
     forms
         Dtype and shape of each tensor, in order.
     read
@@ -421,18 +413,9 @@ def verify_files(
 
     Parameters
     ----------
-    path
-        Folder of the checkpoint.
-    manifest
-        Its manifest.
     rank, world_size
         This rank of those that share the work. A rank's share is its own part, and the
         parts ``world_size`` ranks on; what belongs to no rank is rank 0's.
-
-    Raises
-    ------
-    CheckpointError
-        As ``verify_checkpoint``.
     """
     for name, info in manifest.files.items():
         if _get_rank(name) % world_size == rank:
@@ -546,8 +529,6 @@ def read_rank(
 
     Parameters
     ----------
-    path
-        Folder of the checkpoint.
     rank
         Rank that saved the state.
     is_mapped
@@ -556,11 +537,6 @@ def read_rank(
         round differently there. So copy such tensors before computing with them.
     key
         Read only what is below this key of the state; None: all of it.
-
-    Raises
-    ------
-    CheckpointError
-        If it cannot be read.
     """
     tensor_name, plan_name = list_rank_files(rank)
     plan = read_json(path, plan_name)

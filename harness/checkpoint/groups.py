@@ -98,8 +98,6 @@ class ChangedOption:
 
     Attributes
     ----------
-    optimizer, group, key
-        Where it is.
     saved
         Text of the value that the saved learner set.
     value

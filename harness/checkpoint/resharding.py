@@ -44,8 +44,6 @@ def check_convertible(parts: SavedParts, live: StateDict, *, is_exact: bool) -> 
     ----------
     parts
         Parts of the ranks that saved.
-    live
-        State of the live accelerator.
     is_exact
         Whether the fit continues where it stopped.
 
@@ -87,8 +85,6 @@ def convert_position(
         States of all ranks that saved.
     about
         ``describe_fit`` of the saved fit.
-    ctx
-        Context of the fit.
 
     Raises
     ------
@@ -153,19 +149,10 @@ def reshard_state(
     parts
         Parts of the ranks that saved. Those are opened whose metrics this rank merges, and
         those that have pieces of its own, one after another.
-    live
-        State of the live accelerator.
-    ctx
-        Context of the fit.
     wanted
         What is restored; of it ``model``, ``optimizers`` and ``callbacks`` are converted.
     keeps_batches
         Whether each rank continues with the batches that it would have had.
-
-    Raises
-    ------
-    CheckpointError
-        If it is from another model or other optimizers.
     """
     accelerator = ctx.accelerator
     assert accelerator is not None

@@ -74,10 +74,6 @@ class Resume:
 
     Attributes
     ----------
-    path
-        Folder of the checkpoint.
-    manifest
-        Its manifest.
     restore_model, restore_optimizers, restore_records, restore_callbacks
         What is restored. If one of them is False, the fit starts at epoch 1 with what was
         restored.
@@ -168,13 +164,7 @@ class Resume:
                 torch.set_rng_state(saved.cpu().clone())
 
     def load_weights(self, model: nn.Module, accelerator: Accelerator) -> None:
-        """Load the weights alone into a new model; every rank must call it.
-
-        Raises
-        ------
-        CheckpointError
-            If they do not fit.
-        """
+        """Load the weights alone into a new model; every rank must call it."""
         place = f"resume({str(self.path)!r})"
 
         def load() -> WeightsReport:

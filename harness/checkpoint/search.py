@@ -131,15 +131,7 @@ class Search:
 
 
 def search_fit(ctx: Context, callbacks: Mapping[str, Callback]) -> Search:
-    """Search all that belongs to a fit.
-
-    Parameters
-    ----------
-    ctx
-        Context of the fit.
-    callbacks
-        Its callbacks by name.
-    """
+    """Search all that belongs to a fit."""
     saved: list[Any] = [ctx.accelerator, ctx.run, *ctx.callbacks]
     saved += iter_parts(ctx.model.modules())
     for opt in ctx.optimizers.values():

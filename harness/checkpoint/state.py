@@ -92,8 +92,6 @@ def capture_state(
 
     Parameters
     ----------
-    ctx
-        Context of a running fit.
     phase
         Where in the epoch this is; see ``Position``.
     fields
@@ -160,8 +158,6 @@ def restore_state(ctx: Context, state: StateDict, parts: Iterable[str]) -> None:
 
     Parameters
     ----------
-    ctx
-        Context of a fit.
     state
         From ``capture_state`` or a checkpoint, with the names of this fit's callbacks.
     parts

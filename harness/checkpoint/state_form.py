@@ -288,11 +288,6 @@ def check_live_form(state: StateDict, ctx: Context) -> None:
     """Compare states with those of the callbacks and schedulers, which are ready now.
 
     The state of a user's callback may change its form at any time.
-
-    Raises
-    ------
-    ValueError
-        If one has another form.
     """
     for name, opt in ctx.optimizers.items():
         saved = state["accelerator"].get("optimizers", {}).get(name)

@@ -116,8 +116,6 @@ def save_weights(
 
     Parameters
     ----------
-    model, path
-        The model and the file.
     read
         Returns the values of a parameter that has no memory, by its name.
     """
@@ -370,8 +368,6 @@ def write_saved_model(
         Folder. An earlier saved model is replaced; anything else is left alone.
     weights
         State dict of the model: tensors, and extra states of modules, by name.
-    about
-        The rest.
     read
         Returns the values of a parameter that has no memory, by its name. Each is written
         before the next one is read.
@@ -453,8 +449,6 @@ def find_model_class(
 
     Parameters
     ----------
-    path
-        Folder of the saved model.
     name
         Module and name of the class, ``module:Class``.
     trust

@@ -45,8 +45,6 @@ class CheckpointWriter:
     ----------
     folder
         Folder of the checkpoints; made if it does not exist.
-    ctx
-        Context of the fit.
 
     Notes
     -----

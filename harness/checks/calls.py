@@ -148,11 +148,6 @@ def check_call(
     """Check that a function can be called with so many positional arguments.
 
     With `is_partial`, others may be needed beside them.
-
-    Raises
-    ------
-    TypeError
-        If it cannot.
     """
     called = function.forward if isinstance(function, nn.Module) else function
     try:

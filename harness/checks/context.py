@@ -55,13 +55,7 @@ def check_iter(new: object) -> int:
 
 
 def check_rows(new: object) -> int:
-    """Return a number of rows as an int.
-
-    Raises
-    ------
-    ValueError
-        If it is not a whole number from 0.
-    """
+    """Return a number of rows as an int."""
     try:
         rows = operator.index(new)  # type: ignore[arg-type]
     except TypeError:

@@ -155,13 +155,7 @@ def check_loss_items(model: nn.Module, loss: object, num_items: int) -> None:
 
 
 def check_model(model: object) -> nn.Module:
-    """Return what ``setup(module=...)`` built, if it is a model.
-
-    Raises
-    ------
-    TypeError
-        If it is not an ``nn.Module``.
-    """
+    """Return what ``setup(module=...)`` built, if it is a model."""
     if not isinstance(model, nn.Module):
         msg = f"setup(module): expected it to return an nn.Module, got {model!r}."
         raise TypeError(f"{msg} Pass the class, or a function that returns a model.")
@@ -175,8 +169,6 @@ def check_loss(place: str, model: nn.Module | type, loss: object) -> None:
     ----------
     place
         Where the model is used, for the message.
-    model
-        The model or its class.
     loss
         What ``setup(loss=...)`` was given.
 

@@ -54,13 +54,7 @@ def _list_options(optimizer: object) -> dict[str, object]:
 
 
 def check_config_optimizer(optimizer: object, accelerator: object) -> None:
-    """Check that the accelerator's config has the optimizer that ``"config"`` asks for.
-
-    Raises
-    ------
-    ValueError
-        If it has none.
-    """
+    """Check that the accelerator's config has the optimizer that ``"config"`` asks for."""
     if optimizer == "config" and not getattr(accelerator, "has_optimizer", False):
         msg = "fit: expected an optimizer in the accelerator's config, got none."
         raise ValueError(

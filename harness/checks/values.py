@@ -72,10 +72,6 @@ def check_at_least(place: str, value: object, least: float, advice: str) -> None
     ----------
     place
         Class and option, such as ``"Monitor(min_delta)"``.
-    value
-        What was given.
-    least
-        Smallest value that is allowed.
     advice
         Last sentence of the message.
 
@@ -134,13 +130,7 @@ def check_folder(place: str, folder: Path) -> None:
 
 
 def as_path(place: str, value: object, expected: str = "a path") -> Path:
-    """Return a path that was given as text or as a ``Path``.
-
-    Raises
-    ------
-    TypeError
-        If it is neither.
-    """
+    """Return a path that was given as text or as a ``Path``."""
     if not isinstance(value, str | os.PathLike):
         msg = f"{place}: expected {expected}, got {value!r:.100}."
         raise TypeError(f"{msg} Pass text or a pathlib.Path.")
@@ -148,13 +138,7 @@ def as_path(place: str, value: object, expected: str = "a path") -> Path:
 
 
 def check_picture(place: str, target: object) -> None:
-    """Check that a picture can be saved to a path or an open file; None: it is not saved.
-
-    Raises
-    ------
-    TypeError
-        If it is neither.
-    """
+    """Check that a picture can be saved to a path or an open file; None: it is not saved."""
     if target is not None and not hasattr(target, "write"):
         as_path(place, target)
 
@@ -196,13 +180,7 @@ def parse_every(value: object) -> tuple[int, Literal["epoch", "step"]]:
 
 
 def check_limit(place: str, limit: object) -> None:
-    """Check a number of batches, or a share of them.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If it is neither.
-    """
+    """Check a number of batches, or a share of them."""
     advice = "Pass a number of batches from 1, or a share below 1, such as 0.1."
     if not isinstance(limit, Real) or isinstance(limit, bool):
         msg = f"{place}: expected a number of batches, got {limit!r}."
@@ -220,8 +198,6 @@ def check_flags(owner: str, **flags: object) -> None:
     ----------
     owner
         What has the options, such as ``"NaNGuard"``.
-    **flags
-        The options by name.
 
     Raises
     ------

@@ -128,8 +128,6 @@ def find_launch_options(past: PastRun, num_gpus: int | None) -> Options | None:
 
     Parameters
     ----------
-    past
-        The run.
     num_gpus
         Number of ranks, on this machine; None for as many as before.
 

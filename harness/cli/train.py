@@ -248,13 +248,7 @@ def train(experiment: Experiment, options: Options) -> Fitted:
 
 
 def check_arguments(options: Options) -> None:
-    """Check the arguments of ``harness fit`` before ranks start, without a call of NAME.
-
-    Raises
-    ------
-    click.UsageError
-        If one is wrong.
-    """
+    """Check the arguments of ``harness fit`` before ranks start, without a call of NAME."""
     from harness.errors import ExperimentError  # noqa: PLC0415  next to experiment
 
     arguments, places = _read_arguments(options)
@@ -471,8 +465,6 @@ def read_recorded_fit(past: PastRun, given: Mapping[str, Any]) -> Options:
 
     Parameters
     ----------
-    past
-        The run.
     given
         Secrets that the run did not record: ``sets`` and ``opts``, as of ``fit``.
 

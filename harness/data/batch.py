@@ -289,11 +289,6 @@ def keep_number(value: object, place: str) -> float | Tensor:
     Returns
     -------
     A float, of the same value; a detached copy of what is on a device, which is not read.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If it is something else.
     """
     if isinstance(value, int | float | np.number | np.bool_):
         return float(value)

@@ -63,13 +63,7 @@ def list_leaves(tree: object, place: str) -> list[tuple[str, object]]:
 
 
 class Rows(Dataset[Any]):
-    """Rows of an object that has ``__len__`` and ``__getitem__``, such as a list of samples.
-
-    Parameters
-    ----------
-    dataset
-        The object.
-    """
+    """Rows of an object that has ``__len__`` and ``__getitem__``, such as a list of samples."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -84,13 +78,7 @@ class Rows(Dataset[Any]):
 
 
 class Batches(IterableDataset[Any]):
-    """Batches of an object that gives them anew in each pass, such as another library's loader.
-
-    Parameters
-    ----------
-    dataset
-        The object.
-    """
+    """Batches of an object that gives them anew in each pass, such as another library's loader."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset

@@ -105,13 +105,7 @@ def parse_pace(
 
 
 def fill_epochs(epochs: object, max_steps: object) -> tuple[int, int]:
-    """Return ``(min_epochs, max_epochs)``; None: ten, or as many as `max_steps` take.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As ``parse_epochs``.
-    """
+    """Return ``(min_epochs, max_epochs)``; None: ten, or as many as `max_steps` take."""
     if epochs is None:
         return 0, DEFAULT_EPOCHS if max_steps is None else NO_LIMIT
     return parse_epochs(epochs)

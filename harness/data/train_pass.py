@@ -34,8 +34,6 @@ class TrainPass:
 
     Parameters
     ----------
-    loader
-        Loader of the training data.
     accelerator
         Its ``window`` is set before the first batch of each optimizer step.
     epoch : >= 1
@@ -266,8 +264,6 @@ class _DrawnApart:
 
     Parameters
     ----------
-    batches
-        The iterator.
     left_at
         Batches that were fetched before the iterator got its own stream, by generator.
         Filled in here; after a resume, that of the interrupted pass.

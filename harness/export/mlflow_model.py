@@ -42,8 +42,6 @@ def write_mlflow_model(
     ----------
     model
         In evaluation mode, on the CPU.
-    folder
-        To create.
     example
         Input of the model as a batch has it; of its values nothing is written.
     about

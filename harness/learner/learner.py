@@ -333,10 +333,6 @@ class Learner:
             which ``fitted.checkpoint`` names. A number: as True for a model of at most so
             many bytes, or on one rank. On other ranks see ``Fitted.model``.
 
-        Returns
-        -------
-        Fitted
-
         Raises
         ------
         TypeError, ValueError
@@ -499,10 +495,6 @@ class Learner:
             As in ``fit``. Batches have the size that they had in the fit, and data sets its
             ``collate_fn``, unless `dataloader_options` says otherwise.
 
-        Returns
-        -------
-        Evaluation
-
         References
         ----------
         luz 0.5.0, ``evaluate``.
@@ -651,10 +643,6 @@ def setup(
     compile
         Compile the model's forward in fits by ``torch.compile``: True, or its options, such
         as ``{"mode": "reduce-overhead"}``. The fitted model is a plain one.
-
-    Returns
-    -------
-    Learner
 
     Raises
     ------

@@ -48,10 +48,6 @@ def decide_gather(
     ----------
     gather, tracker, callbacks
         As in ``Learner.fit``. A size counts only where there are several ranks.
-    num_bytes
-        Size of the whole weights.
-    accelerator
-        Accelerator of the fit.
 
     Raises
     ------
@@ -81,10 +77,6 @@ def choose_home(ctx: FitContext, num_bytes: int, *, gather: bool) -> ModelHome:
 
     Parameters
     ----------
-    ctx
-        Context of the fit.
-    num_bytes
-        Size of the whole weights.
     gather
         What ``decide_gather`` returned.
     """

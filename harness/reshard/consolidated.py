@@ -168,8 +168,6 @@ class Piece(NamedTuple):
 
     Attributes
     ----------
-    rank
-        The rank.
     at, length
         Place of the first of them, counted from what was asked for, and their number.
     read
@@ -247,8 +245,6 @@ class TensorPieces:
             Elements of each piece, and number of pieces; the last may extend past the end.
         read
             Returns the piece of a number from 0 on, which has one dim.
-        rank
-            Rank of the first piece.
         """
         if length:
             self._pieces.append(_Pieces(start, length, count, rank, read))

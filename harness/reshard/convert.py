@@ -85,12 +85,8 @@ def convert_state(
     states
         States of the accelerator on all ranks of a checkpoint. Of those after the first,
         only the ones are looked at that have something of this rank.
-    model
-        The live model.
     live
         State of the live accelerator on this rank.
-    rank
-        This rank.
     parts
         ``model``, ``optimizers`` or both: what to restore. The rest is that of `live`.
     index

@@ -41,17 +41,6 @@ def make_engine_layout(
 ) -> Tensor:
     """Make the layout of the tensors that an engine's optimizer steps on one rank.
 
-    Parameters
-    ----------
-    model
-        The engine's model.
-    engine
-        DeepSpeed's engine.
-    stepped
-        Tensors that its optimizer steps.
-    rank
-        This rank.
-
     References
     ----------
     DeepSpeed 0.19.8: ``zero/stage3.py``, ``set_grad_positions``; ``zero/stage_1_and_2.py``,

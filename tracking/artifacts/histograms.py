@@ -20,8 +20,6 @@ def make_histogram(values: Any, bins: int, place: str) -> dict[str, Any]:
         Tensor, array or list of bools, integers or floats, of any shape.
     bins : 1 to 512
         Number of bins. Integers of a smaller range get one bin each.
-    place
-        Start of messages.
 
     Returns
     -------

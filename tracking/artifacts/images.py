@@ -38,8 +38,6 @@ def make_pixels(image: Any, place: str) -> Array:
         those, where C is 1, 3 or 4; an image of Pillow; or a list of any of these. Bools,
         integers from 0 to 255, or floats from 0 to 1. Other floats are scaled so that the
         lowest is black and the highest is white.
-    place
-        Start of messages.
 
     Returns
     -------

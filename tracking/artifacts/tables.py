@@ -40,8 +40,6 @@ def make_table(
         Dictionary of columns, list of rows (dictionaries or lists), table of pandas,
         pyarrow or polars, or array of two dimensions. A dictionary of plain values is one
         row.
-    place
-        Start of messages.
     mask
         Called with the column's name and a cell, or with ``""`` and the column's name;
         masks the secrets in it.

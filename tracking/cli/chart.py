@@ -29,18 +29,10 @@ def draw_chart(
 
     Parameters
     ----------
-    title
-        First line.
     curves
         Points by name.
-    width
-        Columns of the terminal.
     has_colours
         Whether the terminal shows colours; otherwise each curve has a mark of its own.
-
-    Returns
-    -------
-    the lines; none if there is no curve with two points
     """
     shown = {
         name: [(x, y) for x, y in points if math.isfinite(y)]

@@ -34,8 +34,6 @@ def summarize_run(run: PastRun, read: Snapshot | None = None) -> dict[str, Any]:
 
     Parameters
     ----------
-    run
-        The run.
     read
         Its records; None: read here.
     """
@@ -59,15 +57,7 @@ def summarize_run(run: PastRun, read: Snapshot | None = None) -> dict[str, Any]:
 
 
 def collect_charts(read: Snapshot, most: int = MAX_CHARTS) -> Charts:
-    """Lines of the main metrics of a run, in its last fit, for a terminal.
-
-    Parameters
-    ----------
-    read
-        Records of the run.
-    most
-        Charts to return.
-    """
+    """Lines of the main metrics of a run, in its last fit, for a terminal."""
     points = read.points
     fit = points.find_last_fit()
     series: dict[str, dict[str, slice]] = {}
@@ -140,8 +130,6 @@ def describe_run(run: PastRun, read: Snapshot | None = None) -> dict[str, Any]:
 
     Parameters
     ----------
-    run
-        The run.
     read
         Its records; None: read here.
 

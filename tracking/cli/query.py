@@ -54,20 +54,10 @@ def find_main_metric(names: Iterable[str]) -> str | None:
 class Query:
     """A parsed expression.
 
-    Parameters
-    ----------
-    text
-        The expression.
-
     Attributes
     ----------
     names
         The names in it.
-
-    Raises
-    ------
-    ValueError
-        If it cannot be read.
     """
 
     def __init__(self, text: str) -> None:
@@ -83,13 +73,7 @@ class Query:
         return self._test(facts)
 
     def check_names(self, known: Iterable[str]) -> None:
-        """Refuse a name that no run has.
-
-        Raises
-        ------
-        ValueError
-            With the nearest name.
-        """
+        """Refuse a name that no run has."""
         known = sorted(set(known))
         for name in self.names:
             check_name("where", name, known)
@@ -161,13 +145,7 @@ class Query:
 
 
 def check_name(place: str, name: str, known: Iterable[str]) -> None:
-    """Refuse a name that is not known.
-
-    Raises
-    ------
-    ValueError
-        With the nearest name.
-    """
+    """Refuse a name that is not known."""
     known = list(known)
     if name in known:
         return

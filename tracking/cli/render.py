@@ -138,8 +138,6 @@ def make_runs_table(
 
     Parameters
     ----------
-    runs
-        The runs.
     metric
         Name of the fact that the runs are compared by; None if there is none.
     best

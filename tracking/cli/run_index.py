@@ -83,8 +83,6 @@ class RunIndex:
 
     Parameters
     ----------
-    runs
-        The folder.
     paths
         All runs in it, newest first.
     settled_s : seconds

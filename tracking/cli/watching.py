@@ -20,8 +20,6 @@ def watch_run(run: PastRun, every_s: float, *, as_json: bool = False) -> None:
 
     Parameters
     ----------
-    run
-        The run.
     every_s : seconds
         Time between two looks at its files.
     as_json

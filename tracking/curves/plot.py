@@ -45,17 +45,10 @@ def plot_curves(
         skipped.
     path
         File to save the figure to; its suffix chooses the format. None: do not save.
-    unit
-        Label of the horizontal axis.
 
     Returns
     -------
     matplotlib.figure.Figure
-
-    Raises
-    ------
-    ValueError
-        If there is no metric to plot.
     """
     series: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for split, metric, epoch, value in rows:

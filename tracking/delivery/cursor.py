@@ -71,8 +71,6 @@ class Cursor:
         ----------
         rows
             In the public schema, in order of ``seq``, perhaps with their fits.
-        scan
-            Which has read them.
         """
         num_sent = int((rows["seq"].to_numpy() <= self.position).sum())
         if num_sent:

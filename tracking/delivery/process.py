@@ -172,11 +172,6 @@ class DeliveryProcess:
     ------
     OSError
         If the process cannot be started.
-
-    Attributes
-    ----------
-    pid
-        Id of the process.
     """
 
     def __init__(

@@ -124,10 +124,6 @@ class Reconciler:
 
     Parameters
     ----------
-    scan
-        Reads the journal.
-    cursor
-        Position of the delivery.
     is_required
         Whether a comparison is needed at the end of the run in any case.
     can_replace

@@ -45,8 +45,6 @@ class Request:
     ----------
     number
         Which one it is for the training process.
-    run
-        Folder of the run.
     is_new
         Whether the run was just created, so that MLflow cannot have it.
     wake

@@ -126,8 +126,6 @@ class StateFile:
 
     Parameters
     ----------
-    run_path
-        Folder of the run.
     state
         What to write; the caller changes it.
     count_behind
@@ -163,8 +161,6 @@ def rows_behind(run_path: Path, state: DeliveryState) -> int:
 
     Parameters
     ----------
-    run_path
-        Folder of the run.
     state
         State of its delivery, as last written.
     """

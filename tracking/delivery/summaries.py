@@ -32,11 +32,6 @@ def write_summaries(run_path: Path) -> list[Path]:
     The results, for the run's description in MLflow, go beside the state of the delivery.
     The delivery process does this, so that training never waits for a picture.
 
-    Parameters
-    ----------
-    run_path
-        Folder of the run.
-
     Returns
     -------
     artifacts that were written; no picture if there is nothing to draw
@@ -108,8 +103,6 @@ def describe_results(table: pa.Table, unit: str) -> str:
 
     Parameters
     ----------
-    table
-        Records of a run.
     unit
         What the indices of metrics count.
     """

@@ -40,8 +40,6 @@ class SyncResult:
 
     Attributes
     ----------
-    run
-        Id of the run.
     phase
         ``done``; ``gave up``, see ``error``; ``busy`` if another process is delivering
         the run; ``started`` if the run is being written and its delivery was started
@@ -119,8 +117,6 @@ def sync(
 
     Parameters
     ----------
-    runs
-        Runs in any state.
     patience_s : seconds
         How long to wait for a server that does not answer, for each run.
 
@@ -228,11 +224,6 @@ class RunByRunProcess:
 
     The runs are named on its stdin: a command line has no room for thousands. It imports
     MLflow once, with the first run.
-
-    Parameters
-    ----------
-    options
-        Of the process.
     """
 
     def __init__(self, *options: str) -> None:

@@ -49,11 +49,6 @@ _SHOW_AFTER_S: Final = 0.5
 class RunDelivery:
     """Delivery of a run, seen from the training process.
 
-    Parameters
-    ----------
-    run_path
-        Folder of the run.
-
     Attributes
     ----------
     is_done
@@ -84,8 +79,6 @@ class RunDelivery:
 
         Parameters
         ----------
-        manifest
-            Of the run.
         is_new
             Whether the run was just created, so that MLflow cannot have it.
         """
@@ -325,8 +318,6 @@ def call_at_worker_end(
 
     Parameters
     ----------
-    function
-        To call.
     priority
         A higher one is called earlier; the wait for deliveries has 0.
 
@@ -371,8 +362,6 @@ def _wait_for(
 
     Parameters
     ----------
-    runs
-        To wait for.
     timeout_s : seconds
         Maximum time to wait; None: no limit.
     is_enough

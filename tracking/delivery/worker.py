@@ -95,8 +95,6 @@ class DeliveryWorker:
 
     Parameters
     ----------
-    run_path
-        Folder of the run.
     resolver
         Finds and creates runs in MLflow.
     patience_s : seconds

@@ -213,8 +213,6 @@ class Lease:
 
     Parameters
     ----------
-    path
-        File of the lease.
     has_lock
         Whether the lock itself is held too.
 
@@ -346,8 +344,6 @@ def judge(path: Path, lock: LockState, *, when_stale: bool = False) -> Holder | 
 
     Parameters
     ----------
-    path
-        File of the lease.
     lock
         What the lock beside it tells.
     when_stale

@@ -130,8 +130,6 @@ class Block:
         The following block, once made.
     limit
         Number of slots taken, once retired.
-    text_bytes
-        Size of its texts.
 
     Notes
     -----
@@ -229,8 +227,6 @@ class DiskBlock(Block):
 
     Parameters
     ----------
-    rank_dir
-        Folder of the rank's records.
     number
         Number of the block, which must be new.
     is_synced

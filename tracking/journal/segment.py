@@ -79,10 +79,6 @@ def write_segment(
     ----------
     table
         Rows in the public schema, of one rank, in order of ``seq``.
-    path
-        File to write.
-    rank
-        Rank of the rows.
     damage
         What the block lost before it was sealed; stored in the file.
     pause

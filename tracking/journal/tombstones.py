@@ -60,10 +60,6 @@ class Tombstones:
         ----------
         table
             Rows in the public schema, in order of ``seq``.
-
-        Returns
-        -------
-        whether the table has any
         """
         control = table.filter(_is_control(table))
         if not control.num_rows:

@@ -29,10 +29,6 @@ def create_database(
 
     Parameters
     ----------
-    path
-        File of the database.
-    cache
-        Folder of prepared databases.
     version
         Of MLflow; each version has its own prepared database.
     migrate

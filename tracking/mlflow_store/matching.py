@@ -63,13 +63,7 @@ def find_keys(column: pa.ChunkedArray, keys: pa.Array) -> Rows:
 
 
 class RowMatcher:
-    """Matches pages of rows with the rows of one table, each of them once.
-
-    Parameters
-    ----------
-    rows
-        Of the table.
-    """
+    """Matches pages of rows with the rows of one table, each of them once."""
 
     def __init__(self, rows: Rows) -> None:
         for seed in count():

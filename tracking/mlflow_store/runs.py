@@ -31,12 +31,6 @@ class RunResolver:
 
     Parameters
     ----------
-    run_path
-        Folder of the run.
-    uri
-        Tracking URI of the store.
-    open_client
-        Opens the store.
     experiment_name, experiment_id
         From MLflow's own variables; used if the run names no experiment.
     may_exist

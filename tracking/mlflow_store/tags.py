@@ -34,10 +34,6 @@ def run_tags(
 
     Parameters
     ----------
-    manifest
-        Of the run.
-    run_path
-        Folder of the run.
     redact
         Masks the secrets in a text.
     per_key

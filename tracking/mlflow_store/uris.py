@@ -14,8 +14,6 @@ def resolve_uri(folder: Path, given: str | None) -> str:
 
     Parameters
     ----------
-    folder
-        Working directory of the training.
     given
         Tracking URI, for example from ``MLFLOW_TRACKING_URI``; None: MLflow's default.
 
@@ -106,10 +104,6 @@ def page_url(
 
     Parameters
     ----------
-    server
-        Address of MLflow.
-    experiment_id
-        The experiment.
     runs
         Experiment of each run of MLflow: several are shown side by side. None: no run.
 

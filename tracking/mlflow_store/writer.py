@@ -168,8 +168,6 @@ class RunWriter:
 
         Parameters
         ----------
-        wanted
-            Properties from the journal.
         more
             Tags that describe the run. A tag of the user's replaces one of these, and a
             description that somebody changed in MLflow stays.
@@ -237,8 +235,6 @@ class RunWriter:
 
         Parameters
         ----------
-        wanted
-            Properties from the journal.
         folder
             With the files. An artifact without a file is recorded as refused.
         limit_s : seconds

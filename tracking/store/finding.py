@@ -97,8 +97,6 @@ class RunNames:
 
     Attributes
     ----------
-    runs
-        The folder.
     names
         Name of each run by its folder, newest first.
     """

@@ -28,8 +28,6 @@ def read_json(
 
     Parameters
     ----------
-    path
-        File to read.
     as_type
         Dataclass or other type that ``msgspec.convert`` knows. Fields of the file that
         it does not have are ignored.

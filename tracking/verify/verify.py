@@ -24,8 +24,6 @@ class Verification:
 
     Attributes
     ----------
-    run
-        Id of the run.
     mismatches
         Rows that are not the same everywhere.
     notes

@@ -88,8 +88,6 @@ class ConfigFacts:
 
     Attributes
     ----------
-    world_size : >= 1
-        Ranks.
     device
         Type of device: ``cpu`` or ``cuda``.
     accumulate : >= 1
@@ -332,8 +330,6 @@ def fill_config(config: Mapping[str, Any], facts: ConfigFacts) -> Options:
     ----------
     config
         Config that ``check_config`` accepted.
-    facts
-        Values for ``"auto"``.
 
     Returns
     -------

@@ -21,14 +21,8 @@ class NamedEngine:
 
     Parameters
     ----------
-    name
-        Name of the optimizer.
     engine
         DeepSpeed's engine for the whole model, with ``managed_gradient_accumulation`` off.
-    model
-        The model.
-    owned
-        Parameters that the optimizer steps.
     stage : 0..3
         ZeRO stage.
     groups

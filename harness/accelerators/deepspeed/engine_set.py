@@ -147,14 +147,8 @@ def create_engines(
 
     Parameters
     ----------
-    model
-        The model.
     optimizers
         By name; empty if the config describes the optimizer.
-    config
-        DeepSpeed's config without ``"auto"``.
-    device
-        Device of this rank.
     on_step
         Called after each step with the optimizer's name and whether weights changed.
     """

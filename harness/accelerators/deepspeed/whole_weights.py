@@ -218,10 +218,6 @@ def settle_divided(
     ----------
     model
         The model; one without divided parameters is left alone.
-    config
-        DeepSpeed's config without ``"auto"``.
-    device
-        Device of this rank.
     """
     if not any(hasattr(param, "ds_id") for param in model.parameters()):
         return

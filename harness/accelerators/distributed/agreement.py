@@ -29,8 +29,6 @@ class BatchAgreement:
     ----------
     key
         Begin of its keys in the store, the same on all ranks.
-    rank, world_size
-        As in torch.
     wake
         Wakes the thread that calls ``exchange``; called in a signal handler.
     find_failure

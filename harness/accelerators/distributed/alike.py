@@ -52,8 +52,6 @@ class LengthCheck:
 
     Parameters
     ----------
-    ranks
-        The ranks.
     place
         What is read, for messages.
     """

@@ -61,8 +61,6 @@ class RankGroup:
     ----------
     launch
         The launcher's description of this process.
-    device
-        Device of this rank's tensors.
 
     Notes
     -----

@@ -121,10 +121,6 @@ class Heartbeat:
 
     Parameters
     ----------
-    member
-        This rank.
-    world_size
-        Number of ranks.
     lost_after_s : > 0
         Seconds without a sign of life after which a rank is lost.
     is_waiting

@@ -255,8 +255,6 @@ def launch(
 
     Parameters
     ----------
-    command
-        Command line.
     options
         The options that it was built with; the ranks can read them (``Launch.options``).
     grace_s : >= 0

@@ -37,13 +37,7 @@ _LIBRARIES = ("/torch/", "/deepspeed/", "/contextlib.py")
 
 
 class Meeting:
-    """Where the ranks of a process group meet.
-
-    Parameters
-    ----------
-    ranks
-        The ranks.
-    """
+    """Where the ranks of a process group meet."""
 
     def __init__(self, ranks: RankGroup) -> None:
         self._ranks, self._count = ranks, 0

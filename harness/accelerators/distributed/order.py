@@ -30,8 +30,6 @@ class SharedOrder:
     ----------
     sampler
         Sampler or batch sampler of this rank.
-    ranks
-        The ranks.
     size : >= 1
         Items that are sent at once.
 

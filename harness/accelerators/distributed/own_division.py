@@ -28,8 +28,6 @@ def find_dividers(loader: object, ranks: RankGroup) -> list[object]:
     ----------
     loader
         Loader as the user made it.
-    ranks
-        The ranks.
 
     Raises
     ------

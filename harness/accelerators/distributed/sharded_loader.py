@@ -41,8 +41,6 @@ class ShardedLoader:
     ----------
     loader
         Loader as one process would use it. Its ``batch_size`` is that of each rank.
-    ranks
-        Ranks to divide it over.
     on_batch
         Called with each batch and its ``RankShare`` before it is yielded; returns the batch.
     on_begin, on_end

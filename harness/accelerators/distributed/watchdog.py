@@ -65,8 +65,6 @@ class Watchdog:
 
     Parameters
     ----------
-    ranks
-        Ranks to end together with.
     launcher
         Id of a process, besides the parents, whose end also ends this rank.
     poll_s : > 0

@@ -15,8 +15,6 @@ class Over:
 
     Parameters
     ----------
-    stream
-        The stream.
     erase
         Erases the bar, if it is drawn.
     """

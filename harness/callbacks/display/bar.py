@@ -71,14 +71,10 @@ class ProgressBar:
 
         Parameters
         ----------
-        done
-            Batches done.
         values
             Texts with the loss and the metrics so far, the most important first.
         now : seconds
             Present time.
-        width
-            Columns of the terminal.
         fit_left_s : seconds
             Time until the fit ends; None: not known.
         """

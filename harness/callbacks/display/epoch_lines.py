@@ -38,10 +38,6 @@ class EpochTable:
         ----------
         heads
             The first cells, by title: epoch, step, time.
-        values
-            The metrics.
-        width
-            Columns of the terminal.
         is_best
             Whether to mark the epoch.
         """

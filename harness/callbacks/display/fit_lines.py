@@ -89,8 +89,6 @@ def estimate_left_s(
         Batches of the present epoch that are done.
     rate
         Batches per second.
-    epochs
-        Epochs of the fit.
     epoch_s
         Mean time of the finished epochs with their validation, in seconds; None before.
     """

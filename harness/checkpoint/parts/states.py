@@ -71,13 +71,6 @@ class LazyStates(Sequence[StateDict]):
 class SavedParts:
     """The parts of a checkpoint whose files were compared with its manifest.
 
-    Parameters
-    ----------
-    path
-        Folder of the checkpoint.
-    manifest
-        Its manifest.
-
     Attributes
     ----------
     states

@@ -76,13 +76,7 @@ def export_weights(source: Path, to: Path, shard_bytes: int = SHARD_BYTES) -> Pa
 
 
 def find_weights(source: Path) -> Path:
-    """Find the checkpoint at a path: itself, the newest of a folder, or a run's.
-
-    Raises
-    ------
-    CheckpointError
-        If there is none.
-    """
+    """Find the checkpoint at a path: itself, the newest of a folder, or a run's."""
     if (source / MANIFEST).is_file():
         return source
     for folder in (source / "checkpoints", source):

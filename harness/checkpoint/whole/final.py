@@ -39,8 +39,6 @@ def save_final(ctx: Context, folder: Path) -> Path | None:
     ----------
     ctx
         Context of the fit, before the accelerator finishes.
-    folder
-        Folder of the fit's checkpoints.
 
     Returns
     -------

@@ -46,8 +46,6 @@ class ModelHome:
         unless it has read them.
     checkpoint
         The checkpoint of the weights, if they are in one.
-    rank
-        Rank of this process.
     """
 
     module: nn.Module

@@ -47,15 +47,8 @@ class MergedWeights(Mapping[str, Tensor]):
     has the precision in which the optimizer steps it, or that of the model where the
     checkpoint tells it.
 
-    Parameters
-    ----------
-    path
-        The checkpoint.
-
     Attributes
     ----------
-    manifest
-        Its manifest.
     extra
         State of modules beside tensors, by module name.
 
@@ -193,20 +186,10 @@ class _StandIns:
 class TensorFile(Mapping[str, Tensor]):
     """A safetensors file, from which tensors and parts of them are read; nothing is mapped.
 
-    Parameters
-    ----------
-    path
-        The file.
-
     Attributes
     ----------
     forms
         Tensors without memory that have the shapes and dtypes of those in the file.
-
-    Raises
-    ------
-    ValueError
-        If it is no safetensors file.
 
     References
     ----------
