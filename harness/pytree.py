@@ -359,10 +359,7 @@ def _encode_mapping(value: Mapping[object, object], path: str, found: _Found) ->
             key: _encode(item, f"{path}/{key}", found) for key, item in value.items()
         }
     pairs = [
-        [
-            _encode(key, f"{path}/key{n}", found),
-            _encode(item, f"{path}/{key}", found),
-        ]
+        [_encode(key, f"{path}/key{n}", found), _encode(item, f"{path}/{key}", found)]
         for n, (key, item) in enumerate(value.items())
     ]
     return {"$dict": pairs}

@@ -246,11 +246,7 @@ def _check_folder(runs_dir: Any) -> None:
 
 
 def _join(
-    path: Path,
-    rank: int,
-    durability: Literal["process", "fsync"],
-    *,
-    records_all: bool,
+    path: Path, rank: int, durability: Literal["process", "fsync"], *, records_all: bool
 ) -> Run:
     """Join a run that rank 0 has started."""
     if records_all:

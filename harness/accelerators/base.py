@@ -319,9 +319,7 @@ class Accelerator(Protocol):
         ...
 
     def load_state_dict(
-        self,
-        state: StateDict,
-        parts: Sequence[str] = ("model", "optimizers"),
+        self, state: StateDict, parts: Sequence[str] = ("model", "optimizers")
     ) -> None:
         """Restore what ``state_dict`` returned, all of it or one of the two parts.
 

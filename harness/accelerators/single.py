@@ -534,9 +534,7 @@ class SingleDevice:
         return self._known_layouts
 
     def load_state_dict(
-        self,
-        state: StateDict,
-        parts: Sequence[str] = ("model", "optimizers"),
+        self, state: StateDict, parts: Sequence[str] = ("model", "optimizers")
     ) -> None:
         """Restore what ``state_dict`` returned, all of it or one of the two parts.
 

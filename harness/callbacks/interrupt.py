@@ -13,12 +13,7 @@ from harness.accelerators.distributed.environment import read_slurm_end
 from harness.callback import Callback
 from harness.checks.values import check_more_than
 from harness.errors import Interrupted
-from harness.signals import (
-    GROUP_SIGNALS,
-    EndOfProcess,
-    SignalHandlers,
-    has_handler,
-)
+from harness.signals import GROUP_SIGNALS, EndOfProcess, SignalHandlers, has_handler
 
 REPEAT_S = 2.0
 """Seconds in which a second Ctrl-C comes from the launcher of several ranks."""

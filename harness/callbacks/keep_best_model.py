@@ -48,10 +48,7 @@ class KeepBestModel(Monitor):
     weight = 40
 
     def __init__(
-        self,
-        monitor: str = "valid/loss",
-        mode: Mode = "auto",
-        min_delta: float = 0.0,
+        self, monitor: str = "valid/loss", mode: Mode = "auto", min_delta: float = 0.0
     ) -> None:
         super().__init__(monitor, mode, min_delta)
         self.model_part: StateDict = {}

@@ -74,10 +74,7 @@ class Monitor(MetricsListener):
     """
 
     def __init__(
-        self,
-        monitor: str = "valid/loss",
-        mode: Mode = "auto",
-        min_delta: float = 0.0,
+        self, monitor: str = "valid/loss", mode: Mode = "auto", min_delta: float = 0.0
     ) -> None:
         name = type(self).__name__
         if mode not in {"auto", "min", "max", "zero"}:

@@ -20,11 +20,7 @@ from harness.callbacks.display.fit_lines import describe_start, estimate_left_s
 from harness.data.pace import NO_LIMIT, count_batches, count_epochs
 from harness.records import format_metrics
 from harness.run_binding import describe_next
-from tracking.errors import (
-    get_terminal_width,
-    is_terminal,
-    write_stderr,
-)
+from tracking.errors import get_terminal_width, is_terminal, write_stderr
 
 if TYPE_CHECKING:
     from harness.callbacks.display.bar import ProgressBar
@@ -248,10 +244,7 @@ class Progress(MetricsListener):
             self._write_metrics(f"{self._place}  {took_s:5.2f} s", is_best=is_best)
             return
         heads = {**self._places, "time": format_time(took_s)}
-        values, width = (
-            self._format_metrics(self.ctx.index),
-            self._columns,
-        )
+        values, width = (self._format_metrics(self.ctx.index), self._columns)
         self._write(*self._table.format(heads, values, width, is_best=is_best))
 
     def _format_metrics(self, index: int | None) -> Values:

@@ -49,10 +49,7 @@ def describe_groups(
         names = name_groups(opt, params)
         are_known = all(own and None not in own for own in names)
         found[name] = [
-            {
-                "params": own if are_known else None,
-                "options": _describe_options(group),
-            }
+            {"params": own if are_known else None, "options": _describe_options(group)}
             for own, group in zip(names, opt.param_groups, strict=True)
         ]
     return found

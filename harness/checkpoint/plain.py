@@ -14,12 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from harness.checkpoint.search import (
-    MODULE_FIELDS,
-    PLAIN_TYPES,
-    SCALARS,
-    Search,
-)
+from harness.checkpoint.search import MODULE_FIELDS, PLAIN_TYPES, SCALARS, Search
 from harness.pytree import StateDict, has_named_factory
 from harness.reshard.consolidated import copy_into
 

@@ -18,11 +18,7 @@ from harness.context import Context
 from harness.errors import CheckpointError
 from harness.metrics.state import drop_samples
 from harness.pytree import StateDict, map_tensors
-from harness.reshard.convert import (
-    convert_model_part,
-    convert_state,
-    is_convertible,
-)
+from harness.reshard.convert import convert_model_part, convert_state, is_convertible
 from harness.reshard.model_part import MODEL_PART
 from harness.rng import derive_rng_state
 

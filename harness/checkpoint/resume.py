@@ -250,12 +250,7 @@ class Resume:
         return has_same_layout(saved, live)
 
     def _convert(
-        self,
-        parts: SavedParts,
-        ctx: Context,
-        live: StateDict,
-        *,
-        keeps_batches: bool,
+        self, parts: SavedParts, ctx: Context, live: StateDict, *, keeps_batches: bool
     ) -> None:
         """Convert the states of the ranks that saved to the state of this rank."""
         assert ctx.accelerator is not None

@@ -28,12 +28,7 @@ from harness.checkpoint.held import (
 )
 from harness.checkpoint.hparams import encode_hparams
 from harness.checkpoint.matching import describe_callbacks, name_callbacks
-from harness.checkpoint.plain import (
-    Fields,
-    capture_fields,
-    copy_fields,
-    restore_fields,
-)
+from harness.checkpoint.plain import Fields, capture_fields, copy_fields, restore_fields
 from harness.checkpoint.search import (
     Search,
     has_extra_state,

@@ -157,10 +157,7 @@ def _check_pass(state: StateDict, ctx: Context) -> None:
 
 
 def _try_random(
-    state: StateDict,
-    generators: Sequence[Generator],
-    place: str,
-    device: torch.device,
+    state: StateDict, generators: Sequence[Generator], place: str, device: torch.device
 ) -> None:
     """Set the random generators, and then set them back."""
     before = copy.deepcopy(get_rng_state(generators, device))

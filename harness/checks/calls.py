@@ -135,10 +135,7 @@ def check_given(
 
 def _list_positional(parameters: Mapping[str, inspect.Parameter]) -> list[str]:
     """Names of the parameters that can be given by position."""
-    kinds = {
-        inspect.Parameter.POSITIONAL_ONLY,
-        inspect.Parameter.POSITIONAL_OR_KEYWORD,
-    }
+    kinds = {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD}
     return [name for name, p in parameters.items() if p.kind in kinds]
 
 

@@ -16,9 +16,7 @@ from harness.cli.init import init
 from harness.cli.train import fit, launch, resume
 from harness.cli.weights import export_weights
 from tracking.cli import render
-from tracking.cli.commands import (
-    commands as tracking_commands,
-)
+from tracking.cli.commands import commands as tracking_commands
 from tracking.cli.commands import (
     json_option,
     open_run,

@@ -9,12 +9,7 @@ from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
 
 from harness.checks.model import get_method
-from harness.checks.values import (
-    check_count,
-    check_limit,
-    parse_epochs,
-    parse_every,
-)
+from harness.checks.values import check_count, check_limit, parse_epochs, parse_every
 from harness.data.loaders import num_batches
 from harness.data.workers import iter_batches
 from harness.events import nearest

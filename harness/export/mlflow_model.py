@@ -20,13 +20,7 @@ import yaml
 from torch import Tensor, nn
 
 from harness.data.batch import num_rows
-from harness.export.formats import (
-    compare,
-    make_sample,
-    quietly,
-    save_program,
-    trace,
-)
+from harness.export.formats import compare, make_sample, quietly, save_program, trace
 from harness.export.sample import as_arguments
 from harness.pytree import iter_tensors
 

@@ -104,9 +104,7 @@ class ModelSummary:
 
 
 def summarize(
-    model: nn.Module,
-    example: object = None,
-    shapes: Mapping[str, str] | None = None,
+    model: nn.Module, example: object = None, shapes: Mapping[str, str] | None = None
 ) -> ModelSummary:
     """Describe a model.
 

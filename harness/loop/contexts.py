@@ -26,12 +26,7 @@ from harness.context import Context
 from harness.data.loaders import Loader
 from harness.data.pace import Pace, limit_loader
 from harness.records import NullRun
-from harness.steps import (
-    ReadBatch,
-    StepContext,
-    default_step,
-    own_step,
-)
+from harness.steps import ReadBatch, StepContext, default_step, own_step
 
 if TYPE_CHECKING:
     import tracking

@@ -27,12 +27,7 @@ from harness.loop.validation import (
 )
 from harness.metrics.split import count_batch_values
 from harness.rng import get_rng_state
-from harness.steps import (
-    StepContext,
-    begin_batch,
-    get_reader,
-    switch_optimizers,
-)
+from harness.steps import StepContext, begin_batch, get_reader, switch_optimizers
 
 
 def fit(ctx: StepContext) -> None:

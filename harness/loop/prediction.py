@@ -8,19 +8,12 @@ from typing import Any
 
 import torch
 
-from harness.accelerators.base import (
-    Accelerator,
-)
+from harness.accelerators.base import Accelerator
 from harness.checks.model import get_method
 from harness.data.batch import clone_to_cpu, copy_by_value
 from harness.data.workers import iter_batches
 from harness.loop.handling import add_handlers, report_exceptions, suppress_all_handled
-from harness.steps import (
-    StepContext,
-    add_model_note,
-    call_model,
-    get_reader,
-)
+from harness.steps import StepContext, add_model_note, call_model, get_reader
 
 
 def predict(

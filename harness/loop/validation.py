@@ -22,11 +22,7 @@ from harness.loop.handling import (
 )
 from harness.metrics.split import count_batch_values
 from harness.rng import get_rng_state, set_rng_state
-from harness.steps import (
-    StepContext,
-    begin_batch,
-    get_reader,
-)
+from harness.steps import StepContext, begin_batch, get_reader
 
 
 def validate_within(ctx: StepContext) -> None:

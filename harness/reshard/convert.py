@@ -154,11 +154,7 @@ class _StateBuilder:
     """
 
     def __init__(
-        self,
-        saved: ConsolidatedState,
-        live: StateDict,
-        model: nn.Module,
-        rank: int,
+        self, saved: ConsolidatedState, live: StateDict, model: nn.Module, rank: int
     ) -> None:
         self._saved, self._live, self._rank = saved, live, rank
         self._shapes = parameter_shapes(model)

@@ -120,8 +120,7 @@ def summarize_part(state: StateDict) -> PartSummary:
     """
     accelerator = state["accelerator"]
     about = PartSummary(
-        journal=state["journal"],
-        is_open=any(accelerator.get("done", {}).values()),
+        journal=state["journal"], is_open=any(accelerator.get("done", {}).values())
     )
     return add_pieces(about, accelerator) if is_divided(accelerator) else about
 

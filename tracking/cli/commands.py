@@ -448,11 +448,7 @@ def verify(
 @click.option("--open", "opens", is_flag=True, help="Open the page in a browser.")
 @_common_options
 def ui(
-    names: tuple[str, ...],
-    port: int,
-    opens: bool,
-    runs_dir: Path | None,
-    as_json: bool,
+    names: tuple[str, ...], port: int, opens: bool, runs_dir: Path | None, as_json: bool
 ) -> None:
     """Serve MLflow's UI on the store that the runs went to.
 

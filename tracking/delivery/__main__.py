@@ -166,10 +166,7 @@ def _describe(path: Path, **changes: Any) -> SyncResult:
 
 
 def _deliver_locked(
-    path: Path,
-    settings: Settings,
-    options: argparse.Namespace,
-    request: Request | None,
+    path: Path, settings: Settings, options: argparse.Namespace, request: Request | None
 ) -> tuple[int, SyncResult, DeliveryWorker | None]:
     """Deliver a run while holding its lock: exit code, what to report, and by whom."""
     lock = lock_path(path)
@@ -190,10 +187,7 @@ def _deliver_locked(
 
 
 def _run_worker(
-    path: Path,
-    settings: Settings,
-    options: argparse.Namespace,
-    request: Request | None,
+    path: Path, settings: Settings, options: argparse.Namespace, request: Request | None
 ) -> tuple[int, SyncResult, DeliveryWorker | None]:
     """Deliver a run: exit code, what to report, and by whom."""
     worker = None
@@ -203,7 +197,7 @@ def _run_worker(
         worker = _make_worker(path, settings, options, request)
         # Not before the page exists: it is wanted soon, and training may use all cores.
         worker.deliver(
-            on_page=lambda: lower_priority(0 if options.is_hurried() else NICENESS),
+            on_page=lambda: lower_priority(0 if options.is_hurried() else NICENESS)
         )
         code = 0
         if request is None:
@@ -279,10 +273,7 @@ def _report(values: dict[str, Any]) -> None:
 
 
 def _make_worker(
-    path: Path,
-    settings: Settings,
-    options: argparse.Namespace,
-    request: Request | None,
+    path: Path, settings: Settings, options: argparse.Namespace, request: Request | None
 ) -> DeliveryWorker:
     is_new = request is not None and request.is_new
     resolver = _make_resolver(path, settings, options.here, is_new=is_new)

@@ -163,10 +163,7 @@ class DeliveryWorker:
         """Points that MLflow has as it should, by the last comparison."""
         return self._reconciler.num_present
 
-    def deliver(
-        self,
-        on_page: Callable[[], None] = lambda: None,
-    ) -> None:
+    def deliver(self, on_page: Callable[[], None] = lambda: None) -> None:
         """Deliver all rows; while the run is being written, also those to come.
 
         Parameters

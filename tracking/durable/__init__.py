@@ -17,11 +17,7 @@ from tracking.durable.files import (
     write_atomically,
     write_synced,
 )
-from tracking.durable.filesystem import (
-    FolderReport,
-    get_filesystem,
-    try_folder,
-)
+from tracking.durable.filesystem import FolderReport, get_filesystem, try_folder
 from tracking.durable.leases import STALE_S, Holder, read_start
 from tracking.durable.locks import (
     LockHeldError,

@@ -237,10 +237,7 @@ def _match_checks(found: Any, pause: Callable[[], None]) -> Any:
 
 
 def _has_texts(
-    row: Any,
-    slot: Any,
-    keys: dict[int, tuple[str, str, str]],
-    payloads: dict[int, str],
+    row: Any, slot: Any, keys: dict[int, tuple[str, str, str]], payloads: dict[int, str]
 ) -> Any:
     """Mask of the rows whose key, payload and kind are known."""
     highest = max(keys, default=-1) + 1

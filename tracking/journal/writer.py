@@ -22,12 +22,7 @@ from tracking.durable import LockHeldError, ProcessLock
 from tracking.errors import RunBusyError, RunClosedError, warn
 from tracking.journal import row_format
 from tracking.journal.block import AutoIndex, Block, DiskBlock, KeyGroup
-from tracking.journal.reader import (
-    get_rank,
-    get_segment_path,
-    list_blocks,
-    read_block,
-)
+from tracking.journal.reader import get_rank, get_segment_path, list_blocks, read_block
 from tracking.journal.row_format import HAS_TEXT, NO_COUNT, NO_EPOCH, encode_row
 from tracking.journal.segment import CAPACITY, write_segment
 from tracking.schema import Leaf

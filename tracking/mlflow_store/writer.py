@@ -322,10 +322,7 @@ class RunWriter:
 
     def _flag_tags(self, wanted: RunProperties) -> dict[str, str]:
         """Tags about flags and changed params, if there are any."""
-        found = {
-            "luz.flags": self.flags(wanted),
-            "luz.changed_params": wanted.changed,
-        }
+        found = {"luz.flags": self.flags(wanted), "luz.changed_params": wanted.changed}
         return {
             name: json_within_limit(value)
             for name, value in found.items()

@@ -11,12 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeVar
 
-from tracking.errors import (
-    InvalidFileError,
-    RunNotFoundError,
-    describe_path,
-    warn,
-)
+from tracking.errors import InvalidFileError, RunNotFoundError, describe_path, warn
 from tracking.schema import check_path
 from tracking.store.folders import check_runs_folder, expand_user, runs_folder
 from tracking.store.manifest import Manifest, has_manifest, read_name

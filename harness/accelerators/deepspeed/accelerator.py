@@ -11,12 +11,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import (
-    AbstractContextManager,
-    ExitStack,
-    contextmanager,
-    suppress,
-)
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -652,9 +647,7 @@ class DeepSpeedAccelerator:
         return {"dtypes": dtypes} if found - {"torch.float32"} else {}
 
     def load_state_dict(
-        self,
-        state: StateDict,
-        parts: Sequence[str] = ("model", "optimizers"),
+        self, state: StateDict, parts: Sequence[str] = ("model", "optimizers")
     ) -> None:
         """Restore what ``state_dict`` returned, all of it or one of the two parts.
 

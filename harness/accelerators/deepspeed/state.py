@@ -15,11 +15,7 @@ from torch import Tensor, nn
 from harness.accelerators.base import HOW_TO_STEP, counts_on_device
 from harness.errors import CheckpointError
 from harness.pytree import StateDict
-from harness.reshard.consolidated import (
-    copy_tensors,
-    is_master_name,
-    weights_dtype,
-)
+from harness.reshard.consolidated import copy_tensors, is_master_name, weights_dtype
 
 _COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 """Attributes of an engine that count."""
@@ -31,10 +27,7 @@ _SCALES = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def capture_state(
-    model: nn.Module,
-    engines: Mapping[str, object],
-    stage: int,
-    done: Mapping[str, int],
+    model: nn.Module, engines: Mapping[str, object], stage: int, done: Mapping[str, int]
 ) -> StateDict:
     """Capture the state of model and engines on this rank.
 

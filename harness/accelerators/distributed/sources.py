@@ -192,11 +192,7 @@ class RowSource:
             if len(step) < full and self._drops:
                 return
             start, count = assign_rows(
-                len(step),
-                size,
-                ranks.rank,
-                ranks.world_size,
-                has_pairs=self._has_pairs,
+                len(step), size, ranks.rank, ranks.world_size, has_pairs=self._has_pairs
             )
             self._shares.append(RankShare(place + start, count, len(step)))
             place += len(step)

@@ -25,11 +25,7 @@ from harness.checkpoint.format import (
 )
 from harness.errors import CheckpointError
 from harness.pytree import StateDict, restore
-from harness.reshard.consolidated import (
-    STATE_ERRORS,
-    ConsolidatedState,
-    is_master_name,
-)
+from harness.reshard.consolidated import STATE_ERRORS, ConsolidatedState, is_master_name
 
 _TENSORS = {"$tensor", "$permuted", "$view", "$complex", "$sparse"}
 """Plans of tensors; see ``harness.pytree.flatten``."""
