@@ -82,7 +82,7 @@ class Context(BatchFields):
     # For this call of fit, evaluate or predict.
     buffers: dict[str, Any]  #: temporary values of callbacks
     run: tracking.Run | NullRun  #: run that records the call, or one that drops all
-    accelerator: Accelerator | None  #: device placement, backward, stepping, ranks
+    accelerator: Accelerator  #: device placement, backward, stepping, ranks
     train_data: Loader | None  #: loader of the training data
     valid_data: (
         Loader | None
@@ -135,7 +135,8 @@ class Context(BatchFields):
         self._min_epochs, self._max_epochs, self._model = 0, NO_LIMIT, None
         self.clean()
         self.run = run or NullRun()
-        self.accelerator, self.training = accelerator, training
+        self.accelerator: Accelerator = accelerator  # type: ignore[assignment]
+        self.training = training
         self.set_verbose(verbose)
         self.callbacks = callbacks
 
@@ -286,7 +287,8 @@ class Context(BatchFields):
         """Drop everything that does not outlive the call: all but records, model, hparams."""
         self.about, self.buffers, self._optimizers = {}, {}, {}
         self.handlers, self.epoch_handlers, self.run = {}, {}, NullRun()
-        self.accelerator = self.train_data = self.valid_data = self.data = None
+        self.accelerator = None  # type: ignore[assignment]
+        self.train_data = self.valid_data = self.data = None
         self.resume = self.train_pass = self.valid_start = self.stop_signal = None
         self.valid_sets, self.valid_name, self.pace = {}, "valid", Pace()
         self.train_random, self.is_saved = None, False

@@ -102,15 +102,7 @@ def check_event(place: str, name: str, own: Iterable[str] = ()) -> None:
 
 
 def check_own_events(place: str, names: object) -> None:
-    """Check the events that a class of callbacks declares.
-
-    Raises
-    ------
-    TypeError
-        If they are no tuple or list of names.
-    ValueError
-        If a name does not begin with ``on_``, or is that of an event of the loop.
-    """
+    """Check the events that a class of callbacks declares."""
     is_list = isinstance(names, tuple | list)
     if not is_list or not all(isinstance(name, str) for name in names):  # type: ignore[attr-defined]
         msg = f"{place}.events: expected a tuple of names, got {names!r}."
@@ -124,13 +116,7 @@ def check_own_events(place: str, names: object) -> None:
 
 
 def check_listeners(cls: type) -> None:
-    """Check that the methods of a class of callbacks for events need no arguments.
-
-    Raises
-    ------
-    TypeError
-        If one does, as those of other libraries.
-    """
+    """Check that the methods of a class of callbacks for events need no arguments."""
     for name, method in vars(cls).items():
         if name.startswith("on_") and isinstance(method, FunctionType):
             _, *parameters = inspect.signature(method).parameters.values()

@@ -128,13 +128,7 @@ def check_target(
     settings: Mapping[str, object],
     places: Mapping[str, str] = types.MappingProxyType({}),
 ) -> dict[str, object]:
-    """Check what ``build_experiment`` is given, without a call; returns the arguments.
-
-    Raises
-    ------
-    ExperimentError
-        If it is neither an ``Experiment`` nor a function, or a setting is wrong.
-    """
+    """Check what ``build_experiment`` is given, without a call; returns the arguments."""
     if isinstance(target, Experiment):
         if settings:
             first = next(iter(settings))

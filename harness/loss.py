@@ -67,13 +67,7 @@ def list_parameters(loss: object, model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def check_parameters(loss: object, model: nn.Module, accelerator: Accelerator) -> None:
-    """Check that an accelerator can train the parameters of a loss.
-
-    Raises
-    ------
-    ValueError
-        If engines would have to train parameters outside of the model.
-    """
+    """Check that an accelerator can train the parameters of a loss."""
     trained = [n for n, p in list_parameters(loss, model).items() if p.requires_grad]
     if trained and not getattr(accelerator, "trains_loss", True):
         msg = "setup(loss): expected a loss without parameters under DeepSpeed"

@@ -165,7 +165,6 @@ class _Sweep(Callback):
         numbers = [torch.as_tensor(loss) for loss in values if loss is not None]
         if numbers:
             loss = sum(numbers[1:], numbers[0]).detach().reshape(())
-            assert self.ctx.accelerator is not None
             self.waiting.append(mean_over_ranks(loss, self.ctx.accelerator))
         num_steps = sum(self.ctx.steps.values())
         if num_steps != self.num_steps_before:

@@ -30,15 +30,7 @@ Tracker: TypeAlias = "tracking.Run | Mapping[str, object] | bool | None"
 
 
 def check_tracker(tracker: object) -> None:
-    """Check the argument of ``Learner.fit``.
-
-    Raises
-    ------
-    TypeError
-        If `tracker` has none of the documented forms, or a dict has other arguments.
-    ValueError
-        If one of them has a wrong value.
-    """
+    """Check the argument of ``Learner.fit``."""
     is_plain = tracker is None or isinstance(tracker, bool | Mapping)
     if not is_plain and not isinstance(tracker, tracking.Run):
         msg = f"fit(tracker): expected None, False, a dict or a Run, got {tracker!r}."
@@ -85,7 +77,6 @@ def start_tracking(ctx: Context, tracker: Tracker) -> Iterator[None]:
             yield
         return
     given = tracker if isinstance(tracker, Mapping) else {}
-    assert ctx.accelerator is not None
     rank, share = ctx.accelerator.rank, ctx.accelerator.broadcast
     options: Options = {"all_ranks": False, **given} | find_resumed_run(ctx)
     if rank == 0:
@@ -137,7 +128,7 @@ def get_code_commit() -> str | None:
 def log_description(ctx: Context, seed: int | None) -> None:
     """Log what is trained on what data: params, dataset inputs and the model's layers."""
     accelerator, model, run = ctx.accelerator, ctx.model, ctx.run
-    assert accelerator is not None and ctx.train_data is not None
+    assert ctx.train_data is not None
     if not accelerator.is_main:
         return
     opt = next(iter(ctx.optimizers.values()))
@@ -178,7 +169,6 @@ def describing_model(ctx: Context) -> Iterator[None]:
 
     They are left out of a compiled model, for which a hook would be part of the graph.
     """
-    assert ctx.accelerator is not None
     is_recorded = ctx.run.id is not None and ctx.accelerator.is_main
     if not is_recorded or ctx.model._compiled_call_impl is not None:
         yield
@@ -200,7 +190,6 @@ def _log_model(ctx: Context, shapes: Mapping[str, str]) -> None:
 
 def report_start(ctx: Context, name: str, report: WeightsReport) -> None:
     """Record which weights the fit started from, and show it where progress is shown."""
-    assert ctx.accelerator is not None
     if not ctx.accelerator.is_main:
         return
     lines = [f"fit started from {name}: {report}"]

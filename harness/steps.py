@@ -69,7 +69,6 @@ ReadBatch = Callable[[Any], tuple[Any, Any]]
 
 def get_reader(ctx: StepContext) -> Callable[[object], Batch]:
     """Return what makes a batch of what the loader yields: on the device, and read."""
-    assert ctx.accelerator is not None
     move, read = ctx.accelerator.to_device, ctx.read_batch
     if read is None:
         return move
@@ -266,7 +265,6 @@ class StepContext(Context):
     def _step(self, name: str, evaluate: Callable[[], object] | None) -> None:
         """Step outside the section: neither frozen parameters nor autocast belong there."""
         section, accelerator = self._section, self.accelerator
-        assert accelerator is not None
         if not accelerator.is_boundary(name):
             return
         step_opt, later = self.step_opt or default_step_opt, None
@@ -308,7 +306,6 @@ class StepContext(Context):
     def _repeat(self, evaluate: Callable[[], object]) -> Tensor:
         """Evaluate the loss and its gradients again; nothing of it is recorded."""
         section, name, accelerator = self._section, self.opt_name, self.accelerator
-        assert accelerator is not None
         self.batch_values = []
         self.optimizers[name].zero_grad()
         with torch.enable_grad():
@@ -558,7 +555,6 @@ def own_step(ctx: StepContext, step: Callable[[], object]) -> None:
     loss of a validation batch.
     """
     accelerator = ctx.accelerator
-    assert accelerator is not None
     ctx._is_optimized, before = False, (accelerator.num_backwards, ctx.step)
     with ctx.optimizing() if len(ctx.optimizers) == 1 else nullcontext():
         try:
@@ -577,7 +573,6 @@ def _optimize_returned(
 ) -> None:
     if returned is None or ctx._is_optimized:
         return
-    assert ctx.accelerator is not None
     if before == (ctx.accelerator.num_backwards, ctx.step) and (
         ctx.training or not ctx.loss
     ):

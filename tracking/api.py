@@ -194,13 +194,7 @@ def _find_place(
 
 
 def check_start(**arguments: Any) -> None:
-    """Check arguments of ``start``, so that ranks may refuse them before one starts a run.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If one is of the wrong type, or names nothing.
-    """
+    """Check arguments of ``start``, so that ranks may refuse them before one starts a run."""
     for word in ("experiment", "name", "run_id", "note"):
         if arguments.get(word) is not None:
             _check_text(word, arguments[word])

@@ -62,20 +62,14 @@ _SETTINGS_FILES: Final = frozenset(
 
 @dataclass(frozen=True)
 class CodeState:
-    """State of the git repository around a folder.
+    """State of the git repository around a folder."""
 
-    Attributes
-    ----------
-    summary
-        ``commit``, ``branch`` (None when detached), ``dirty`` and ``remote``. Each is
-        None if git did not answer in time. None outside a repository.
-    diff
-        Uncommitted changes to tracked files, cut at 1 MiB, and the names of untracked
-        files. Empty if nothing differs from the commit. Secrets are masked, and files
-        of settings that hold some are left out.
-    """
-
+    #: ``commit``, ``branch`` (None when detached), ``dirty`` and ``remote``. Each is
+    #: None if git did not answer in time. None outside a repository.
     summary: dict[str, Any] | None
+    #: Uncommitted changes to tracked files, cut at 1 MiB, and the names of untracked
+    #: files. Empty if nothing differs from the commit. Secrets are masked, and files of
+    #: settings that hold some are left out.
     diff: str
 
 

@@ -83,18 +83,10 @@ Leaf = tuple[str, int, float, Any]
 
 @dataclass(frozen=True, slots=True)
 class TensorCopy:
-    """A tensor's value when it was logged.
+    """A tensor's value when it was logged."""
 
-    Attributes
-    ----------
-    tensor
-        The copy, on the device of the original.
-    stream
-        CUDA stream that makes the copy; None on other devices.
-    """
-
-    tensor: Any
-    stream: Any
+    tensor: Any  #: the copy, on the device of the original
+    stream: Any  #: CUDA stream that makes the copy; None on other devices
 
 
 def flatten_value(value: object, place: str) -> list[Leaf]:

@@ -75,16 +75,10 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchedRank:
-    """One of several ranks that a launcher started.
-
-    Attributes
-    ----------
-    key
-        The same on all ranks of a launch, and another one in other launches.
-    """
+    """One of several ranks that a launcher started."""
 
     rank: int
-    key: str
+    key: str  #: the same on all ranks of a launch, and another one in other launches
 
 
 _RANKS = (

@@ -109,12 +109,9 @@ def load_optimizer_state(opt: Any, saved: StateDict, name: str) -> None:
                 device = torch.device("cpu") if is_counter else live[key].device
                 live[key] = value.to(device, copy=True)
             elif isinstance(value, list | tuple | dict):  # as LBFGS has
-                live[key] = map_tensors(value, partial(_copy_to, device=param.device))
+                copy_to = partial(Tensor.to, device=param.device, copy=True)
+                live[key] = map_tensors(value, copy_to)
     opt.param_groups[:] = [group for group in opt.param_groups if LEFT not in group]
-
-
-def _copy_to(value: Tensor, device: torch.device) -> Tensor:
-    return value.to(device, copy=True)
 
 
 def parameters_of_others(optimizers: Mapping[str, Any]) -> dict[str, list[Tensor]]:

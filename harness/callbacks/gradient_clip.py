@@ -40,7 +40,6 @@ class GradientClip(Callback):
 
     def on_train_batch_before_step(self) -> None:
         """Clip the gradients of the current optimizer."""
-        assert self.ctx.accelerator is not None
         name = self.ctx.opt_name
         norm = self.ctx.accelerator.clip(self.max_norm, name, self.norm_type)
         if not getattr(self.ctx, "is_repeated", False):

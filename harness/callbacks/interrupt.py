@@ -86,7 +86,6 @@ class Interrupt(Callback):
         self._handlers.restore()
         self.signum, self._is_over = None, False
         self._received.clear()
-        assert self.ctx.accelerator is not None
         self._num_ranks = self.ctx.accelerator.world_size
         self._agreement = self.ctx.accelerator.agreement("signal")
         self._outer = None
@@ -150,7 +149,6 @@ class Interrupt(Callback):
         ctx = self.ctx
         if ctx.training or ctx.valid_start is None:
             return True
-        assert ctx.accelerator is not None
         is_changed = not ctx.valid_start.has_same_tensors(ctx.model)
         return not ctx.accelerator.any(is_changed)
 

@@ -6,7 +6,6 @@ import copy
 
 from torch import Tensor
 
-from harness.accelerators.base import Accelerator
 from harness.callbacks.monitor import Mode, Monitor
 from harness.checkpoint.state import (
     copy_loss_state,
@@ -63,16 +62,11 @@ class KeepBestModel(Monitor):
         self.model_part, self.extra, self.loss = {}, {}, {}
         self.best_epoch = self.best_step = None
 
-    @property
-    def _accelerator(self) -> Accelerator:
-        assert self.ctx.accelerator is not None
-        return self.ctx.accelerator
-
     def react(self) -> None:
         """Copy the weights if the value is the best so far."""
         if self.is_measured() and self.update_best():
             self.best_epoch, self.best_step = self.ctx.epoch, self.ctx.step
-            part = take_model_part(self._accelerator.state_dict())
+            part = take_model_part(self.ctx.accelerator.state_dict())
             self.model_part = map_tensors(part, _copy_to_host)
             self.extra = copy.deepcopy(get_extra_states(self.ctx.model))
             self.loss = copy_loss_state(self.ctx)
@@ -81,7 +75,7 @@ class KeepBestModel(Monitor):
         """Restore the best weights, and the loss as it was with them."""
         if self.model_part:
             best = match_buffers(self.model_part, self.ctx.model)
-            self._accelerator.load_state_dict(best, ["model"])
+            self.ctx.accelerator.load_state_dict(best, ["model"])
             set_extra_states(self.ctx.model, self.extra)
             if self.loss:
                 restore_loss_state(self.ctx, self.loss)
@@ -102,11 +96,11 @@ class KeepBestModel(Monitor):
         self.best_step = state.get("best_step")
         self.loss = state.get("loss", {})
         self.model_part = state.get(MODEL_PART, {})
-        model, live = self.ctx.model, self._accelerator.state_dict()
+        model, live = self.ctx.model, self.ctx.accelerator.state_dict()
         if "weights" in state:  # of an earlier version: all of them, on rank 0
-            if weights := self._accelerator.broadcast(state["weights"]):
+            if weights := self.ctx.accelerator.broadcast(state["weights"]):
                 self.model_part = convert_model_part(
-                    [{"model": weights}], model, live, self._accelerator.rank
+                    [{"model": weights}], model, live, self.ctx.accelerator.rank
                 )
         elif self.model_part:
             check_model_part(self.model_part, take_model_part(live), model)

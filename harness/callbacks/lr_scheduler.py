@@ -231,7 +231,6 @@ class LRScheduler(Monitor):
         return None if None in batches else epochs * sum(filter(None, batches))
 
     def _count_train_calls(self, ctx: Context) -> int | None:
-        assert ctx.accelerator is not None
         most, is_step = ctx.pace.max_steps, self.call_on.endswith("_step")
         if is_step and ctx.max_epochs == NO_LIMIT:
             return most
@@ -258,7 +257,6 @@ class LRScheduler(Monitor):
         elif any(word in wanted[0] for word in COUNTS):
             step(self.ctx.step if "_batch_" in self.call_on else self.ctx.epoch)
         elif self.call_on.startswith("on_train_batch"):
-            assert self.ctx.accelerator is not None
             step(mean_over_ranks(self.ctx.loss[self.opt_name], self.ctx.accelerator))
         elif self.is_measured():
             step(self.get_value())

@@ -48,7 +48,6 @@ class Metrics(Callback):
             ctx.metrics = {}
         metrics = self.get_metrics(split)
         if split not in ctx.metrics:
-            assert ctx.accelerator is not None
             ctx.metrics[split] = SplitMetrics(metrics, ctx.accelerator)
             ctx.metrics[split].bind(ctx)
         every, place = self.metric_set.every, self._count(split)
@@ -72,7 +71,6 @@ class Metrics(Callback):
         ctx = self.ctx
         if ctx.pred is None and not ctx.loss:
             return  # a step of the model's own left this batch out
-        assert ctx.accelerator is not None
         # A rank without samples left gets a stand-in batch, which must not count.
         rows = 0 if ctx.accelerator.counted == 0 else ctx.rows
         metrics = self._get(split)
@@ -116,7 +114,6 @@ class Metrics(Callback):
             points = as_points(value)
             if points is not None:
                 ctx.log("curves", split, {name: points}, index=ctx.index)
-        assert ctx.accelerator is not None
         if ctx.run.id is None or not ctx.accelerator.is_main:
             return
         try:

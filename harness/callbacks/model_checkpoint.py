@@ -146,7 +146,6 @@ class ModelCheckpoint(Monitor):
             folder = Path(self.ctx.run.path) / "checkpoints"
             self._earlier = [path.name for path in list_checkpoints(folder)]
         self.writer = CheckpointWriter(folder, self.ctx)
-        assert self.ctx.accelerator is not None
         if self.every_n_minutes is not None:
             place = self.ctx.callbacks.index(self)
             self._timed = self.ctx.accelerator.agreement(f"save {place}")
@@ -177,7 +176,6 @@ class ModelCheckpoint(Monitor):
 
     def _is_time(self, every_s: float) -> bool:
         """Whether so long has passed on rank 0; the ranks agree on the batch."""
-        assert self.ctx.accelerator is not None
         if self.ctx.accelerator.is_main and monotonic() - self._last_time >= every_s:
             self._timed.ask()
         if self._timed.check() is None:
@@ -214,7 +212,7 @@ class ModelCheckpoint(Monitor):
     def _has_time(self) -> bool:
         """Whether a save can be done before the process is killed; the same on all ranks."""
         accelerator = self.ctx.accelerator
-        assert accelerator is not None and self.writer is not None
+        assert self.writer is not None
         own = [self.writer.estimate_time(), -self._time_left()]
         of_ranks = accelerator.reduce(torch.tensor(own, dtype=torch.float64), "max")
         needed_s, left_s = float(of_ranks[0]), -float(of_ranks[1])
@@ -261,7 +259,6 @@ class ModelCheckpoint(Monitor):
         """Add the time that training waited for the save before; warn if it is a lot."""
         self._waited_s += waited_s
         passed_s = monotonic() - self._began
-        assert self.ctx.accelerator is not None
         bearable_s = max(self.max_wait_s, self.max_wait_frac * passed_s)
         is_short = self._waited_s < bearable_s
         if is_short or self._has_warned or not self.ctx.accelerator.is_main:

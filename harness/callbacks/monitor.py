@@ -139,7 +139,6 @@ class Monitor(MetricsListener):
         If ranks logged different values, that of the first rank that has one is used.
         """
         logged = get_logged_metrics(self.ctx)
-        assert self.ctx.accelerator is not None
         of_ranks = self.ctx.accelerator.gather_objects(logged.get(self.monitor))
         values = [value for value in of_ranks if value is not None]
         if not values:
@@ -151,7 +150,6 @@ class Monitor(MetricsListener):
 
     def _warn_of_ranks(self, of_ranks: list[float | None]) -> None:
         """Warn once that the ranks logged different values."""
-        assert self.ctx.accelerator is not None
         if self.ctx.accelerator.is_main and not self._has_warned:
             msg = (
                 f"{self._place}: expected the same value on every rank, got {of_ranks}."

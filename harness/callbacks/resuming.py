@@ -147,7 +147,7 @@ class AutoResume(ModelCheckpoint):
         The newest checkpoint goes last: if this is killed, a fit can still resume from it.
         """
         accelerator = self.ctx.accelerator
-        assert accelerator is not None and self.writer is not None
+        assert self.writer is not None
         if self.ctx.stop_signal is None and accelerator.is_main:
             for path in reversed(list_checkpoints(self.writer.folder)):
                 remove_checkpoint(path)

@@ -67,22 +67,13 @@ Phase = Literal["train", "valid", "epoch"]
 
 @dataclass(frozen=True, kw_only=True)
 class Position:
-    """Where in a fit a checkpoint was taken.
-
-    Attributes
-    ----------
-    iter : >= 0
-        Training batches finished in it.
-    step : >= 0
-        Optimizer steps finished since the start.
-    phase
-        ``train``: after that batch, and a validation that followed it. ``valid``: before
-        validation. ``epoch``: after the epoch.
-    """
+    """Where in a fit a checkpoint was taken."""
 
     epoch: int
-    iter: int
-    step: int
+    iter: int  #: training batches finished in it (>= 0)
+    step: int  #: optimizer steps finished since the start (>= 0)
+    #: ``train``: after that batch, and a validation that followed it. ``valid``: before
+    #: validation. ``epoch``: after the epoch.
     phase: Phase
 
     def __str__(self) -> str:
@@ -91,16 +82,10 @@ class Position:
 
 @dataclass(frozen=True, kw_only=True)
 class RunRef:
-    """The run that recorded the fit of a checkpoint; both are None if tracking was off.
-
-    Attributes
-    ----------
-    path
-        Its folder, absolute.
-    """
+    """The run that recorded the fit of a checkpoint; both are None if tracking was off."""
 
     id: str | None = None
-    path: str | None = None
+    path: str | None = None  #: its folder, absolute
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,29 +98,15 @@ class FileInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """Content of ``manifest.json``.
+    """Content of ``manifest.json``."""
 
-    Attributes
-    ----------
-    format
-        Version of the folder.
-    world_size : >= 1
-        Ranks that saved.
-    position
-        Where in the fit the checkpoint was taken.
-    run
-        Run that recorded the fit.
-    about
-        Description of the fit, which a resume compares; see ``describe_fit``.
-    files
-        Every other file of the folder, by name.
-    """
-
-    format: int = FORMAT
-    world_size: int
-    position: Position
-    run: RunRef
+    format: int = FORMAT  #: version of the folder
+    world_size: int  #: ranks that saved (>= 1)
+    position: Position  #: where in the fit the checkpoint was taken
+    run: RunRef  #: run that recorded the fit
+    #: description of the fit, which a resume compares; see ``describe_fit``
     about: dict[str, Any]
+    #: every other file of the folder, by name
     files: dict[str, FileInfo] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:

@@ -67,11 +67,6 @@ def check_groups(saved: StateDict, live: StateDict) -> None:
     ----------
     saved, live
         From ``describe_groups``.
-
-    Raises
-    ------
-    CheckpointError
-        The message names an optimizer and the parameters that it steps in one fit only.
     """
     for name in saved.keys() & live.keys():
         then, now = (_sets_of(side[name]) for side in (saved, live))
@@ -91,21 +86,13 @@ def _sets_of(groups: Sequence[StateDict]) -> list[frozenset[str] | None]:
 
 @dataclass(frozen=True, kw_only=True)
 class ChangedOption:
-    """An option of a group that the learner of the resumed fit sets to another value.
-
-    Attributes
-    ----------
-    saved
-        Text of the value that the saved learner set.
-    value
-        The value that this learner sets.
-    """
+    """An option of a group that the learner of the resumed fit sets to another value."""
 
     optimizer: str
     group: int
     key: str
-    saved: str
-    value: Any
+    saved: str  #: text of the value that the saved learner set
+    value: Any  #: the value that this learner sets
 
     def __str__(self) -> str:
         return f"saved {self.saved}, now {self.value}, which is used"

@@ -60,7 +60,6 @@ def check_convertible(parts: SavedParts, live: StateDict, *, is_exact: bool) -> 
 
 def has_same_batches(world_size: int, about: Mapping[str, Any], ctx: Context) -> bool:
     """Whether each rank continues with the batches that the same rank would have had."""
-    assert ctx.accelerator is not None
     is_same_size = about["batch_size"] == ctx.about["batch_size"]
     return ctx.accelerator.world_size == world_size and is_same_size
 
@@ -87,7 +86,6 @@ def convert_position(
     CheckpointError
         If the finished samples do not fill whole steps, or are not known.
     """
-    assert ctx.accelerator is not None
     saved_size = _rows_per_batch(len(states), about)
     size = _rows_per_batch(ctx.accelerator.world_size, ctx.about)
     rows = position.iter * saved_size
@@ -151,7 +149,6 @@ def reshard_state(
         Whether each rank continues with the batches that it would have had.
     """
     accelerator = ctx.accelerator
-    assert accelerator is not None
     rank, states = accelerator.rank, parts.states
     first, has_saved = states[0], rank < len(states)
     own = states[rank] if has_saved else first
@@ -192,7 +189,6 @@ def reshard_state(
 
 def _merge_metrics(parts: SavedParts, ctx: Context) -> StateDict:
     """List the metric states that this rank merges, by split; without any, an empty one."""
-    assert ctx.accelerator is not None
     places = range(ctx.accelerator.rank, len(parts.states), ctx.accelerator.world_size)
     mine = [_copy(parts.callbacks[place].get("Metrics", {})) for place in places]
     if mine:

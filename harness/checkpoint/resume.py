@@ -140,7 +140,6 @@ class Resume:
     def get_state(self, ctx: Context) -> StateDict:
         """Return the state for this rank; it is read once."""
         if self._state is None:
-            assert ctx.accelerator is not None
             self._set_state(read_rank(self.path, ctx.accelerator.rank))
         assert self._state is not None
         return self._state
@@ -185,7 +184,6 @@ class Resume:
             If it is from another model, other optimizers or metrics, or cannot be converted
             to the ranks and precision of this fit; with `strict`, if anything differs.
         """
-        assert ctx.accelerator is not None
         place, error = f"resume({str(self.path)!r})", None
         try:
             self._check_on_this_rank(ctx)
@@ -200,7 +198,6 @@ class Resume:
             raise error or CheckpointError(f"{msg} that another rank refuses.")
 
     def _check_on_this_rank(self, ctx: Context) -> None:
-        assert ctx.accelerator is not None
         ranks, saved_ranks = ctx.accelerator.world_size, self.manifest.world_size
         parts = SavedParts(self.path, self.manifest)
         self._take_shapes(ctx, parts)
@@ -227,7 +224,6 @@ class Resume:
 
     def _take_shapes(self, ctx: Context, parts: SavedParts) -> None:
         """Give lazy layers and changed buffers of a new model the saved shapes."""
-        assert ctx.accelerator is not None
         if "model" not in self.parts:
             return
         rank = ctx.accelerator.rank
@@ -240,7 +236,6 @@ class Resume:
 
     def _has_same_layout(self, ctx: Context, live: StateDict) -> bool:
         """Whether each rank may restore what the same rank saved."""
-        assert ctx.accelerator is not None
         kind = ctx.about["accelerator"]
         if ctx.accelerator.world_size != self.manifest.world_size:
             return False
@@ -253,7 +248,6 @@ class Resume:
         self, parts: SavedParts, ctx: Context, live: StateDict, *, keeps_batches: bool
     ) -> None:
         """Convert the states of the ranks that saved to the state of this rank."""
-        assert ctx.accelerator is not None
         check_convertible(parts, live, is_exact=self.is_exact)
         states = parts.states
         if self.is_exact and not keeps_batches:
@@ -456,7 +450,6 @@ class Resume:
 
     def _rewind_surplus_ranks(self, ctx: Context) -> None:
         """Supersede what ranks that no longer exist recorded after the checkpoint."""
-        assert ctx.accelerator is not None
         is_same_run = self.restore_records and self.is_recorded_in(ctx.run)
         if is_same_run and ctx.accelerator.is_main:
             for rank, seq in self._surplus_ranks.items():

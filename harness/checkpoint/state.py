@@ -106,7 +106,7 @@ def capture_state(
         ``lost`` and ``not_kept`` (why other such state is not in the checkpoint). Where
         validation data are a fraction, ``split_random`` (random state before the split).
     """
-    assert ctx.accelerator is not None and ctx.train_pass is not None
+    assert ctx.train_pass is not None
     is_in_pass = phase == "train" or (phase == "valid" and ctx.train_pass.is_paused)
     states = {
         name: callback.state_dict() for name, callback in name_callbacks(ctx.callbacks)
@@ -164,7 +164,6 @@ def restore_state(ctx: Context, state: StateDict, parts: Iterable[str]) -> None:
     CheckpointError
         If weights or optimizers do not fit.
     """
-    assert ctx.accelerator is not None
     wanted = set(parts)
     accelerator_parts = [part for part in ("model", "optimizers") if part in wanted]
     if "optimizers" in wanted and "shared" not in state["accelerator"]:
@@ -226,7 +225,6 @@ def _restore_journal(ctx: Context, state: StateDict) -> None:
 
 def begin_fit(ctx: Context) -> None:
     """Count what is logged from now on as another fit of the run, the same on all ranks."""
-    assert ctx.accelerator is not None
     number = ctx.run.begin_fit() if ctx.accelerator.is_main else None
     ctx.run.begin_fit(ctx.accelerator.broadcast(number))
 
@@ -279,7 +277,6 @@ def list_new(ctx: Context, state: StateDict) -> list[str]:
 def describe_fit(ctx: Context) -> dict[str, Any]:
     """Describe a fit, so that a resume can report what differs."""
     model, data = ctx.model, ctx.train_data
-    assert ctx.accelerator is not None
     precision = ctx.accelerator.precision
     params = name_parameters(model, search_context(ctx))
     loaders: dict[str, object] = {"train": data, **ctx.valid_sets}

@@ -109,11 +109,6 @@ def check_state_form(state: StateDict, ctx: Context, phase: Phase) -> None:
         Context of the fit that will restore it; unchanged afterwards.
     phase
         Where in the epoch it was captured.
-
-    Raises
-    ------
-    LookupError, AttributeError, TypeError, ValueError, RuntimeError
-        If a part has another form.
     """
     for what, sets in _mapping(state["records"], "records").items():
         _mapping(sets, f"records/{what}")

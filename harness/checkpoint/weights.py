@@ -157,7 +157,8 @@ def load_weights(model: nn.Module, path: Path, *, strict: bool = True) -> Weight
         If there are no weights at `path`, or, with `strict`, they do not fit.
     """
     place = f"load_weights({str(path)!r})"
-    return put_weights(model, read_weights(path, model, place), place, strict=strict)
+    saved = read_chosen(path, choose_weights(path, place), model, place)
+    return put_weights(model, saved, place, strict=strict)
 
 
 def put_weights(
@@ -230,11 +231,6 @@ def _enter_run(path: Path) -> Path:
     return path
 
 
-def read_weights(path: Path, model: nn.Module, place: str) -> dict[str, Tensor]:
-    """Read the weights at a path, for a model; see ``load_weights``. No code runs."""
-    return read_chosen(path, choose_weights(path, place), model, place)
-
-
 def read_chosen(
     path: Path, chosen: Chosen | None, model: nn.Module, place: str
 ) -> dict[str, Tensor]:
@@ -248,7 +244,8 @@ def read_chosen(
     if path.is_dir():
         msg = f"{place}: expected weights, got a folder without a model or checkpoint."
         raise CheckpointError(f"{msg} {advice}")
-    if path.is_file() and _is_of_torch(path):
+    is_of_torch = zipfile.is_zipfile(path) or path.suffix in TORCH_SUFFIXES
+    if path.is_file() and is_of_torch:
         return _read_torch(path, place)
     try:
         return load_file(path)
@@ -267,10 +264,6 @@ def _find_averages(callbacks: Mapping[str, StateDict]) -> dict[str, Tensor]:
         if state.get("is_validated"):
             found |= state["averages"]
     return found
-
-
-def _is_of_torch(path: Path) -> bool:
-    return zipfile.is_zipfile(path) or path.suffix in TORCH_SUFFIXES
 
 
 def _read_torch(path: Path, place: str) -> dict[str, Tensor]:

@@ -57,7 +57,6 @@ class CheckpointWriter:
     def __init__(self, folder: Path, ctx: Context) -> None:
         # A program may change its working directory while it trains.
         self.folder, self._ctx = folder.absolute(), ctx
-        assert ctx.accelerator is not None
         self._rank = ctx.accelerator.rank
         ctx.is_saved = True
         self._fields = copy_fields(search_context(ctx))
@@ -84,7 +83,6 @@ class CheckpointWriter:
         self.wait()
         self._began_at = monotonic()
         ctx, accelerator = self._ctx, self._ctx.accelerator
-        assert accelerator is not None
         path = None
         if accelerator.is_main:
             try:
@@ -104,7 +102,7 @@ class CheckpointWriter:
             If a callback's state holds what cannot be written; the error names its path.
         """
         ctx, accelerator = self._ctx, self._ctx.accelerator
-        assert self._temporary is not None and accelerator is not None
+        assert self._temporary is not None
         state = capture_state(ctx, phase, self._fields)
         path = None if ctx.run.path is None else str(Path(ctx.run.path).absolute())
         manifest = Manifest(
@@ -122,7 +120,6 @@ class CheckpointWriter:
 
     def allocate(self) -> None:
         """Allocate the memory for copies in the background, before the first save."""
-        assert self._ctx.accelerator is not None
         if self._copies or self._is_idle is not None:
             return
         _, live = flatten(self._ctx.accelerator.state_dict(), "state/accelerator")
@@ -202,7 +199,6 @@ class CheckpointWriter:
 
     def prune(self, keep_last: int, keep: set[str]) -> None:
         """Remove all but the newest `keep_last` checkpoints and those named; on rank 0."""
-        assert self._ctx.accelerator is not None
         if not self._ctx.accelerator.is_main:
             return
         for path in list_checkpoints(self.folder)[keep_last:]:

@@ -27,14 +27,7 @@ def check_setup(
     backward: object = None,
     batch: object = None,
 ) -> None:
-    """Check the arguments of ``setup`` that a model is built from.
-
-    Raises
-    ------
-    TypeError
-        If the module or the optimizer is an instance, the loss is a class, or one of them
-        cannot be called.
-    """
+    """Check the arguments of ``setup`` that a model is built from."""
     if isinstance(module, nn.Module):
         name = type(module).__name__
         msg = f"setup(module): expected a class or factory, got an instance of {name}."
@@ -84,13 +77,7 @@ def explaining_loader(options: Mapping[str, object]) -> Iterator[None]:
 
 
 def check_start(start: object, strict: object) -> None:
-    """Check ``fit(start=..., strict=...)``.
-
-    Raises
-    ------
-    TypeError
-        If `start` is nothing that has weights, or `strict` is no bool.
-    """
+    """Check ``fit(start=..., strict=...)``."""
     has_weights = hasattr(start, "home") or isinstance(
         start, nn.Module | Mapping | str | os.PathLike
     )
@@ -106,13 +93,7 @@ def check_start(start: object, strict: object) -> None:
 
 
 def check_gather(gather: object) -> None:
-    """Check ``fit(gather=...)``.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If it is neither a bool nor a number of bytes.
-    """
+    """Check ``fit(gather=...)``."""
     if not isinstance(gather, bool):
         advice = "True gathers a model of any size, False none."
         check_count("fit(gather)", gather, 0, advice)
@@ -121,14 +102,7 @@ def check_gather(gather: object) -> None:
 def check_predict(
     model: nn.Module, *, stack: object, mode: object, arguments: Mapping[str, object]
 ) -> None:
-    """Check what ``predict`` alone takes.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If `stack` is no bool, `mode` none of both, or the model's own ``predict`` does not
-        take the arguments, or there is none.
-    """
+    """Check what ``predict`` alone takes."""
     if not isinstance(stack, bool):
         msg = f"predict(stack): expected True or False, got {stack!r}."
         raise TypeError(f"{msg} False returns a list with one item a batch.")
@@ -165,14 +139,7 @@ def check_call_arguments(
     verbose: object = None,
     fitted: object = True,
 ) -> None:
-    """Check arguments that ``fit``, ``evaluate`` and ``predict`` have in common.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If the accelerator is none, the seed no whole number, `verbose` no truth value, or
-        the result of a fit no result.
-    """
+    """Check arguments that ``fit``, ``evaluate`` and ``predict`` have in common."""
     has_parts = hasattr(accelerator, "prepare") and not isinstance(accelerator, type)
     if accelerator is not None and not has_parts:
         msg = f"{place}(accelerator): expected an accelerator, got {accelerator!r}."

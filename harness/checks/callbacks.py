@@ -53,13 +53,6 @@ def check_monitor(
     Returns
     -------
     The one of `names` that is monitored; None if a callback must log the metric
-
-    Raises
-    ------
-    TypeError
-        If the name is no text.
-    ValueError
-        If the name has no set, or the metric has no data.
     """
     if not isinstance(monitor, str):
         msg = f"{place}: expected '<set>/<metric>', got {monitor!r}."
@@ -88,13 +81,7 @@ def check_logged_elsewhere(
     model: object,
     callbacks: Iterable[object],
 ) -> None:
-    """Check that the model or a callback may log a metric that the fit does not know.
-
-    Raises
-    ------
-    ValueError
-        If neither does, and the name is similar to one that the fit knows.
-    """
+    """Check that the model or a callback may log a metric that the fit does not know."""
     near = nearest(monitor, names)
     if near and not has_users(callbacks) and not names_in_code(type(model), "ctx"):
         msg = f"{place}: expected a metric of this fit, got {monitor!r}."

@@ -105,11 +105,6 @@ def check_given(
         How to give an argument, with ``{}`` for ``name=...``.
     num_positional
         How many arguments it is given before those.
-
-    Raises
-    ------
-    TypeError
-        If one is missing, or it takes fewer positional arguments.
     """
     parameters = get_parameters(function)
     if parameters is None:

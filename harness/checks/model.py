@@ -15,13 +15,7 @@ from harness.events import nearest
 
 
 def check_compile(options: object) -> dict[str, Any]:
-    """Check ``setup(compile=...)``; return the options of ``torch.compile``.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If it is neither a bool nor options that ``torch.compile`` has.
-    """
+    """Check ``setup(compile=...)``; return the options of ``torch.compile``."""
     if isinstance(options, bool):
         return {}
     if not isinstance(options, Mapping):
@@ -142,13 +136,7 @@ def _check_loss_call(place: str, loss: object) -> None:
 
 
 def check_loss_items(model: nn.Module, loss: object, num_items: int) -> None:
-    """Check that batches of so many items are enough for the loss of the default step.
-
-    Raises
-    ------
-    TypeError
-        If the loss must be given more.
-    """
+    """Check that batches of so many items are enough for the loss of the default step."""
     if not defines(model, "step") and count_needed(loss) > max(2, num_items):
         items = (f"item{n}" for n in range(3, num_items + 1))
         check_call("setup(loss)", loss, "pred", "target", *items)
@@ -171,11 +159,6 @@ def check_loss(place: str, model: nn.Module | type, loss: object) -> None:
         Where the model is used, for the message.
     loss
         What ``setup(loss=...)`` was given.
-
-    Raises
-    ------
-    ValueError
-        If there is no loss.
     """
     if loss is None and not defines(model, "loss") and not defines(model, "step"):
         name = model.__name__ if isinstance(model, type) else type(model).__name__
@@ -185,15 +168,7 @@ def check_loss(place: str, model: nn.Module | type, loss: object) -> None:
 
 
 def check_definition(model: nn.Module | type, loss: object, optimizer: object) -> None:
-    """Check that the learner or the model defines a loss and an optimizer.
-
-    Raises
-    ------
-    TypeError
-        If the model uses a name of ``harness`` for something else.
-    ValueError
-        If there is no loss or no optimizer.
-    """
+    """Check that the learner or the model defines a loss and an optimizer."""
     name = model.__name__ if isinstance(model, type) else type(model).__name__
     check_model_names(model)
     check_loss(f"setup({name})", model, loss)

@@ -74,13 +74,6 @@ def check_at_least(place: str, value: object, least: float, advice: str) -> None
         Class and option, such as ``"Monitor(min_delta)"``.
     advice
         Last sentence of the message.
-
-    Raises
-    ------
-    TypeError
-        If `value` is not a number.
-    ValueError
-        If `value` is below `least`.
     """
     check_number(place, value, advice)
     if not value >= least:  # type: ignore[operator]

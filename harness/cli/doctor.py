@@ -33,25 +33,14 @@ OPS_TIMEOUT_S = 120.0
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """The result of one check.
+    """The result of one check."""
 
-    Attributes
-    ----------
-    name
-        What was checked: ``devices``, ``DeepSpeed``, ``disk``, ...
-    state
-        ``ok``; ``limited``: training works, but slower or with fewer options; ``broken``:
-        something will fail.
-    detail
-        What was found and, if limited, what does not work.
-    advice
-        How to improve it; empty if the state is ``ok``.
-    """
-
-    name: str
+    name: str  #: what was checked: ``devices``, ``DeepSpeed``, ``disk``, ...
+    #: ``ok``; ``limited``: training works, but slower or with fewer options;
+    #: ``broken``: something will fail
     state: Literal["ok", "limited", "broken"]
-    detail: str
-    advice: str = ""
+    detail: str  #: what was found and, if limited, what does not work
+    advice: str = ""  #: how to improve it; empty if the state is ``ok``
 
 
 def examine(

@@ -262,13 +262,7 @@ def check_arguments(options: Options) -> None:
 
 
 def check_early(target: str, options: Options) -> None:
-    """Check what can be checked before torch is imported, which takes seconds.
-
-    Raises
-    ------
-    click.UsageError
-        If an argument of ``harness fit`` is wrong.
-    """
+    """Check what can be checked before torch is imported, which takes seconds."""
     from harness.errors import CheckpointError, ExperimentError  # noqa: PLC0415  keeps --help quick
 
     arguments, places = _read_arguments(options)

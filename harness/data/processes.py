@@ -11,17 +11,10 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """One process, and no later one that gets the same number.
+    """One process, and no later one that gets the same number."""
 
-    Attributes
-    ----------
-    pid
-        Its number, where it can be seen.
-    began
-        When it began, in clock ticks since the machine started; None without ``/proc``.
-    """
-
-    pid: int
+    pid: int  #: its number, where it can be seen
+    #: when it began, in clock ticks since the machine started; None without ``/proc``
     began: int | None
 
     @classmethod

@@ -67,13 +67,7 @@ def _is_tensor(item: object) -> bool:
 
 
 def check_name(name: object, place: str) -> None:
-    """Check the name of a set, which monitors and MLflow's charts use.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If it is no text, is taken, or has characters that those do not know.
-    """
+    """Check the name of a set, which monitors and MLflow's charts use."""
     msg = f"{place}: expected names of sets, got {name!r}."
     if not isinstance(name, str):
         raise TypeError(f"{msg} Write them as text.")

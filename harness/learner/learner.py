@@ -64,8 +64,6 @@ from harness.export.html import as_html
 from harness.export.summary import ModelSummary, summarize
 from harness.fitted import Evaluation, Fitted
 from harness.held_model import build_own, keep_buffers
-from harness.learner.data import build_loaders, is_fraction, restore_split_state
-from harness.learner.defaults import add_defaults, default_callbacks, make_progress
 from harness.learner.result import (
     GATHER_BYTES,
     call_after_fit,
@@ -75,7 +73,17 @@ from harness.learner.result import (
     make_fitted,
     restore_model_after,
 )
-from harness.learner.start import Start, begin, choose_loss
+from harness.learner.start import (
+    Start,
+    add_defaults,
+    begin,
+    build_loaders,
+    choose_loss,
+    default_callbacks,
+    is_fraction,
+    make_progress,
+    restore_split_state,
+)
 from harness.loop import EvaluateContext, FitContext, PredictContext
 from harness.loss import (
     check_parameters,
@@ -425,7 +433,6 @@ class Learner:
         """Return the user's backward if there is one, or else the accelerator's."""
         own = self.backward or get_method(ctx.model, "backward")
         accelerator = ctx.accelerator
-        assert accelerator is not None
         if own is None:
             return lambda loss: accelerator.backward(loss, ctx.opt_name)
 

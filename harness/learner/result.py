@@ -81,7 +81,6 @@ def choose_home(ctx: FitContext, num_bytes: int, *, gather: bool) -> ModelHome:
         What ``decide_gather`` returned.
     """
     accelerator, model = ctx.accelerator, ctx.model
-    assert accelerator is not None
     checkpoint = None if gather else save_final(ctx, find_folder(ctx).absolute())
     if checkpoint is not None:
         return ModelHome(
@@ -127,7 +126,6 @@ def make_fitted(
         Where the weights will be.
     """
     accelerator, model = ctx.accelerator, ctx.model
-    assert accelerator is not None
     if accelerator.world_size > 1:
         set_extra_states(model, accelerator.broadcast(get_extra_states(model)))
     is_kept = home.holder == "each" or (home.holder == "main" and accelerator.is_main)
@@ -165,7 +163,6 @@ def call_after_fit(ctx: Context) -> None:
 
     A failure becomes a warning, because it must not keep the result from the caller.
     """
-    assert ctx.accelerator is not None
     try:
         ctx.accelerator.barrier()
         for callback in ctx.callbacks:
@@ -183,7 +180,6 @@ def finishing_failed(ctx: Context) -> Iterator[None]:
     is dropped: at ZeRO 3 it refers to the model, in a way that no garbage collection sees.
     """
     accelerator = ctx.accelerator
-    assert accelerator is not None
     try:
         yield
     except BaseException as error:
@@ -199,7 +195,6 @@ def finishing_failed(ctx: Context) -> Iterator[None]:
 def restore_model_after(ctx: Context) -> Iterator[None]:
     """Take the model off the context, with its modes, also after an error."""
     modes = {module: module.training for module in ctx.model.modules()}
-    assert ctx.accelerator is not None
     try:
         with finishing_failed(ctx):
             yield

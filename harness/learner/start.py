@@ -1,23 +1,39 @@
-"""What a fit starts from: a new model, or weights of another one."""
+"""What a fit begins with: its model, new or with weights of another, its data and callbacks."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
+import torch
 from torch import Tensor, nn
 
 from harness.accelerators.base import Accelerator
+from harness.callback import Callback
+from harness.callbacks import Interrupt, Metrics, Profile, Progress, TrainValid
+from harness.checkpoint.resume import Resume
 from harness.checkpoint.start import Weights, load_start
 from harness.checkpoint.weights import WeightsReport, get_tensors
 from harness.checks.arguments import check_start
+from harness.checks.callbacks import check_callbacks
 from harness.checks.model import check_definition
+from harness.data.loaders import (
+    Data,
+    Loader,
+    get_device_options,
+    make_eval_loader,
+    make_train_loader,
+    split_data,
+    without_order,
+)
+from harness.data.valid_sets import name_sets
 from harness.fitted import Fitted
 from harness.held_model import copy_model
+from harness.metrics.sets import MetricSet
 
 if TYPE_CHECKING:
     from harness.learner.learner import Learner
@@ -102,3 +118,66 @@ def describe_start(start: Start) -> str:
     if isinstance(start, nn.Module):
         return type(start).__name__
     return f"{len(start)} tensors" if isinstance(start, Mapping) else repr(str(start))
+
+
+# ------------------------------------------------------------------------- data
+
+
+def is_fraction(valid_data: object) -> TypeGuard[float]:
+    """Whether validation data are a share of the training data."""
+    return isinstance(valid_data, float | int) and not isinstance(valid_data, bool)
+
+
+def restore_split_state(resume: Resume | None, accelerator: Accelerator) -> Tensor:
+    """Return torch's random state for a split; a resumed fit draws its split again."""
+    if resume is not None and resume.is_exact:
+        resume.restore_split_state(accelerator)
+    return torch.get_rng_state()
+
+
+def build_loaders(
+    data: Data,
+    valid_data: Data,
+    options: Mapping[str, object] | None,
+    accelerator: Accelerator,
+) -> tuple[Loader, dict[str, Loader]]:
+    """Return the loaders of training and validation data; a fraction splits `data`."""
+    if is_fraction(valid_data):
+        for name in {"sampler", "batch_sampler"} & set(options or {}):
+            msg = f"dataloader_options({name}): expected validation data of their own"
+            got = f"got valid_data={valid_data}, which numbers the rows anew"
+            raise ValueError(f"{msg}, {got}. Split the data yourself.")
+        data, valid_data = split_data(data, valid_data)
+    like = get_device_options(accelerator.device)
+    train = make_train_loader(data, options, accelerator.world_size, like)
+    sets, loaders = name_sets(valid_data, "valid_data", data), {}
+    for name, own in sets.items():
+        place = "valid_data" if own is valid_data else f"valid_data[{name!r}]"
+        loaders[name] = make_eval_loader(own, without_order(options), place, like)
+    return train, loaders
+
+
+# -------------------------------------------------------------------- callbacks
+
+
+def default_callbacks(metrics: MetricSet) -> list[Callback]:
+    """Return the callbacks of every fit."""
+    return [Profile(), TrainValid(), Metrics(metrics), Progress(), Interrupt()]
+
+
+def make_progress(verbose: bool | None) -> Progress:
+    """Make what shows an evaluation or prediction: a line only if asked for, or if it is long."""
+    return Progress() if verbose else Progress(min_s=1.0)
+
+
+def add_defaults(
+    defaults: Iterable[Callback], given: Iterable[Callback]
+) -> list[Callback]:
+    """Return default callbacks and given ones; a given one replaces the default it derives from."""
+    given = check_callbacks(given)
+    kept = [
+        default
+        for default in defaults
+        if not any(isinstance(callback, type(default)) for callback in given)
+    ]
+    return [*kept, *given]

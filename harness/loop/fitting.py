@@ -60,7 +60,6 @@ def fit(ctx: StepContext) -> None:
 
 def iter_epochs(ctx: Context) -> Iterator[int]:
     """Yield the epochs of a fit; after a resume, from the one that it continues with."""
-    assert ctx.accelerator is not None
     epoch, num_idle = start_epoch(ctx), 0
     while epoch <= ctx.max_epochs and not ctx.pace.is_over(ctx.step):
         before = ctx.accelerator.num_backwards, ctx.step
@@ -90,7 +89,6 @@ def begin_epoch(ctx: StepContext) -> None:
 
 def train_epoch(ctx: StepContext) -> None:
     """Train on all batches of an epoch, with the validations that are due within it."""
-    assert ctx.accelerator is not None
     read, fire, step = get_reader(ctx), ctx.call_callbacks, get_step(ctx)
     ctx.training, ctx.data, ctx.trained = True, ctx.train_data, 0
     pace = ctx.pace
@@ -173,7 +171,6 @@ def start_batches(ctx: Context) -> Iterator[Any]:
 
 def drop_gradients(ctx: Context) -> None:
     """Clear what an epoch leaves behind that was ended early."""
-    assert ctx.accelerator is not None
     ctx.accelerator.drop_window()
     for opt in ctx.optimizers.values():
         opt.zero_grad()

@@ -49,7 +49,6 @@ def suppress_handled(
         kind = next(kinds, None)
         if kind is None:
             raise
-        assert ctx.accelerator is not None
         place = f"epoch {ctx.epoch}, batch {ctx.iter}"
         ctx.accelerator.meet(f"{type(exc).__name__} in {place}")
         handlers[kind](exc)
@@ -80,7 +79,6 @@ def fetch(ctx: Context, batches: Iterator[Any]) -> Iterator[Any]:
         yield from batches
     except Exception as error:
         signum = ctx.buffers.get("signal")
-        assert ctx.accelerator is not None
         add_hint(error, find_loader_hint, error)
         if signum is None or ctx.accelerator.world_size > 1:
             raise

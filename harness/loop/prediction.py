@@ -23,7 +23,7 @@ def predict(
 
     Its own ``predict`` gets `arguments` too.
     """
-    assert ctx.accelerator is not None and ctx.data is not None
+    assert ctx.data is not None
     own, read = get_method(ctx.model, "predict"), get_reader(ctx)
     preds: list[Any] = []
     waiting: list[list[Any]] = []

@@ -66,7 +66,7 @@ def validate(ctx: StepContext) -> None:
 
 def valid_epoch(ctx: StepContext) -> None:
     """Make one pass over a set of validation data."""
-    assert ctx.accelerator is not None and ctx.valid_data is not None
+    assert ctx.valid_data is not None
     read, fire, step = get_reader(ctx), ctx.call_callbacks, get_step(ctx)
     ctx.training, ctx.data = False, ctx.valid_data
     fire("on_valid_begin")

@@ -254,11 +254,6 @@ def check_saved_metrics(
         States from ``get_states``, by name.
     is_merged
         Whether the states of several ranks will be merged.
-
-    Raises
-    ------
-    CheckpointError
-        If these are other metrics, or if the states of one cannot be merged.
     """
     objects = {name: as_metric(item) for name, item in metrics.items()}
     then = {name: sorted(states) for name, states in saved.items()}

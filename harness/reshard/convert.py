@@ -413,11 +413,6 @@ def check_same(saved: StateDict, live: StateDict, parts: Sequence[str]) -> None:
         States of one rank.
     parts
         ``model``, ``optimizers`` or both: what to check.
-
-    Raises
-    ------
-    CheckpointError
-        If names or shapes of tensors, or names or classes of optimizers, differ.
     """
     if not is_convertible(live):
         return

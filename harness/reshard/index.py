@@ -53,45 +53,25 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class PartSummary:
-    """What the index takes from the state of one rank.
+    """What the index takes from the state of one rank."""
 
-    Attributes
-    ----------
-    journal
-        Position in the run.
-    is_open
-        Whether an accumulation window is open.
-    layouts
-        Rows of the layout of each optimizer.
-    forms
-        Form of each tensor that an optimizer steps.
-    """
-
-    journal: int
-    is_open: bool
+    journal: int  #: position in the run
+    is_open: bool  #: whether an accumulation window is open
+    #: rows of the layout of each optimizer
     layouts: dict[str, list[list[int]]] = field(default_factory=dict)
+    #: form of each tensor that an optimizer steps
     forms: dict[str, list[Form]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PartIndex:
-    """Where the pieces of a checkpoint are, and what is known of each rank's part.
+    """Where the pieces of a checkpoint are, and what is known of each rank's part."""
 
-    Attributes
-    ----------
-    journals
-        Position of each rank in its run.
-    is_open
-        Whether an accumulation window is open on a rank.
-    runs
-        Runs of each optimizer, by parameter and start.
-    forms
-        Forms of each optimizer, to which runs refer by number.
-    """
-
-    journals: list[int]
-    is_open: bool
+    journals: list[int]  #: position of each rank in its run
+    is_open: bool  #: whether an accumulation window is open on a rank
+    #: runs of each optimizer, by parameter and start
     runs: dict[str, list[Run]] = field(default_factory=dict)
+    #: forms of each optimizer, to which runs refer by number
     forms: dict[str, list[Form]] = field(default_factory=dict)
 
     def check(self) -> None:

@@ -68,7 +68,6 @@ def context(size_mb: int) -> FitContext:
         accelerator=SingleDevice("cpu"),
         verbose=False,
     )
-    assert ctx.accelerator is not None
     ctx.epoch, ctx.trained = 1, 1
     ctx.train_pass = TrainPass(ctx.train_data, ctx.accelerator, 1)
     ctx.train_pass.start()
@@ -92,7 +91,6 @@ def stalls(size_mb: int, rounds: int, folder: Path) -> dict[str, list[float]]:
         fault = writer.wait()
         assert fault is None, fault
         writer.prune(1, set())
-        assert ctx.accelerator is not None
         began = time.perf_counter()
         torch.save(ctx.accelerator.state_dict(), folder / "torch.pt")
         if turn:

@@ -264,6 +264,6 @@ def callback_head(name: str) -> str:
 
 def is_default(thing: type) -> bool:
     """Whether fits have the callback without being given it."""
-    defaults = importlib.import_module("harness.learner.defaults")
+    defaults = importlib.import_module("harness.learner.start")
     given = defaults.default_callbacks(importlib.import_module("harness").MetricSet())
     return any(type(one) is thing for one in given)

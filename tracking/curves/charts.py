@@ -19,36 +19,20 @@ Line = tuple[Array, Array]
 
 @dataclass(frozen=True, kw_only=True)
 class Room:
-    """What a picture has room for.
+    """What a picture has room for."""
 
-    Attributes
-    ----------
-    charts
-        Charts, one for each metric.
-    lines
-        Lines of a chart, one for each set.
-    columns
-        Columns of dots that a line has, from left to right.
-    """
-
-    charts: int
-    lines: int
-    columns: int
+    charts: int  #: charts, one for each metric
+    lines: int  #: lines of a chart, one for each set
+    columns: int  #: columns of dots that a line has, from left to right
 
 
 @dataclass(frozen=True)
 class Charts:
-    """Lines to draw.
+    """Lines to draw."""
 
-    Attributes
-    ----------
-    lines
-        Lines by metric and set, the main metrics first.
-    num_lines
-        Lines of every metric, also of those that there is no room for.
-    """
-
+    #: lines by metric and set, the main metrics first
     lines: dict[str, dict[str, Line]]
+    #: lines of every metric, also of those that there is no room for
     num_lines: dict[str, int]
 
 

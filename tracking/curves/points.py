@@ -24,16 +24,11 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class SeriesName(NamedTuple):
-    """Name of a series.
-
-    Attributes
-    ----------
-    is_step
-        Whether its places are steps: of ``log_step``, or of a metric without index.
-    """
+    """Name of a series."""
 
     set: str
     name: str
+    #: whether its places are steps: of ``log_step``, or of a metric without index
     is_step: bool
 
     @property

@@ -34,15 +34,7 @@ class DeliveryOptions:
 
 
 def check_options(options: Mapping[str, Any] | None) -> DeliveryOptions:
-    """Check the options that the user gave.
-
-    Raises
-    ------
-    TypeError
-        If a value is of the wrong type.
-    ValueError
-        If a name is unknown, or a number too small.
-    """
+    """Check the options that the user gave."""
     given = dict(options or {})
     for name in given:
         if name not in DeliveryOptions.__dataclass_fields__:

@@ -129,21 +129,13 @@ def set_group_niceness(pid: int, niceness: int) -> None:
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What a delivery process inherits; runs that differ in it need another process.
+    """What a delivery process inherits; runs that differ in it need another process."""
 
-    Attributes
-    ----------
-    environment
-        Environment variables. Those that have to do with MLflow's store are compared: its
-        address, credentials, proxies. A program may change others from run to run.
-    folder
-        Working folder, which relative addresses start from.
-    started_in
-        Folder that the run was started in; MLflow makes new folders there.
-    """
-
+    #: Environment variables. Those that have to do with MLflow's store are compared:
+    #: its address, credentials, proxies. A program may change others from run to run.
     environment: Mapping[str, str] = field(compare=False)
-    folder: str
+    folder: str  #: working folder, which relative addresses start from
+    #: folder that the run was started in; MLflow makes new folders there
     started_in: str
     _of_stores: Mapping[str, str] = field(init=False)
 

@@ -59,14 +59,9 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class StalePoints:
-    """Points in MLflow that no live row stands for.
+    """Points in MLflow that no live row stands for."""
 
-    Attributes
-    ----------
-    timings
-        Keys of series of durations; their stale points equal any value.
-    """
-
+    #: keys of series of durations; their stale points equal any value
     timings: frozenset[str] = frozenset()
     _values: dict[tuple[str, int], Counter[float | None]] = field(default_factory=dict)
 
@@ -105,17 +100,11 @@ class StalePoints:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Result of a comparison.
+    """Result of a comparison."""
 
-    Attributes
-    ----------
-    missing
-        Points to send, as a table with the schema `POINTS`.
-    needs_new_run
-        Whether MLflow's run shows what the journal does not say any more.
-    """
-
+    #: points to send, as a table with the schema `POINTS`
     missing: pa.Table = field(default_factory=POINTS.empty_table)
+    #: whether MLflow's run shows what the journal does not say any more
     needs_new_run: bool = False
 
 

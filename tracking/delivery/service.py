@@ -39,21 +39,13 @@ _POLL_S: Final = 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """A run to deliver.
+    """A run to deliver."""
 
-    Attributes
-    ----------
-    number
-        Which one it is for the training process.
-    is_new
-        Whether the run was just created, so that MLflow cannot have it.
-    wake
-        Set by the training process to have the run looked at now.
-    """
-
-    number: int
+    number: int  #: which one it is for the training process
     run: Path
+    #: whether the run was just created, so that MLflow cannot have it
     is_new: bool = False
+    #: set by the training process to have the run looked at now
     wake: threading.Event = field(default_factory=threading.Event)
 
     def pause(self, seconds: float) -> None:

@@ -30,53 +30,29 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class DeliveryState:
-    """How far a run's delivery is.
+    """How far a run's delivery is."""
 
-    Attributes
-    ----------
-    phase
-        ``connecting``, ``delivering``, ``waiting`` (for a server that does not
-        answer), ``done``, or ``gave up``.
-    tracking_uri
-        Store that the run goes to, without credentials.
-    mlflow_run_id
-        None before the MLflow run exists.
-    page
-        Address of the run's page for a browser; None for a database without server.
-    delivered
-        MLflow has every row up to this ``seq`` that is meant for it.
-    behind
-        Rows still to send when this was written.
-    error
-        Why delivery is waiting, or gave up.
-    pid
-        Not used.
-    updated
-        When this was written; UTC, ISO 8601.
-    flags
-        What MLflow does not store exactly: by reason, number of rows for each key.
-    names
-        What, set and name by key in MLflow, where the key does not tell them; of a later
-        fit also its number.
-    superseded
-        MLflow runs that this one replaces, oldest first.
-    run_path
-        Folder of the run then; another one tells that it was moved or copied.
-    """
-
+    #: ``connecting``, ``delivering``, ``waiting`` (for a server that does not answer),
+    #: ``done``, or ``gave up``
     phase: str = "connecting"
-    tracking_uri: str = ""
+    tracking_uri: str = ""  #: store that the run goes to, without credentials
     experiment_id: str | None = None
-    mlflow_run_id: str | None = None
+    mlflow_run_id: str | None = None  #: none before the MLflow run exists
+    #: address of the run's page for a browser; None for a database without server
     page: str | None = None
-    delivered: int = -1
-    behind: int = 0
-    error: str | None = None
-    pid: int = 0
-    updated: str = ""
+    delivered: int = -1  #: MLflow has every row up to this ``seq`` that is meant for it
+    behind: int = 0  #: rows still to send when this was written
+    error: str | None = None  #: why delivery is waiting, or gave up
+    pid: int = 0  #: not used
+    updated: str = ""  #: when this was written; UTC, ISO 8601
+    #: what MLflow does not store exactly: by reason, number of rows for each key
     flags: dict[str, Any] = field(default_factory=dict)
+    #: what, set and name by key in MLflow, where the key does not tell them; of a later
+    #: fit also its number
     names: dict[str, list[str]] = field(default_factory=dict)
+    #: MLflow runs that this one replaces, oldest first
     superseded: list[str] = field(default_factory=list)
+    #: folder of the run then; another one tells that it was moved or copied
     run_path: str = ""
 
     @classmethod

@@ -90,24 +90,16 @@ class SyncResult:
 
 @dataclass(frozen=True, kw_only=True)
 class MlflowContents:
-    """What MLflow has of a run.
+    """What MLflow has of a run."""
 
-    Attributes
-    ----------
-    history
-        All points: key, time_ms, step, value.
-    artifacts
-        Size in bytes by path.
-    """
-
-    history: pa.Table
+    history: pa.Table  #: all points: key, time_ms, step, value
     mlflow_run_id: str
     experiment_id: str
     tracking_uri: str
     status: str
     params: dict[str, str]
     tags: dict[str, str]
-    artifacts: dict[str, int]
+    artifacts: dict[str, int]  #: size in bytes by path
 
 
 def sync(

@@ -38,17 +38,10 @@ late, or not at all (nfs, fuse), or are not known."""
 
 @dataclass(frozen=True)
 class Filesystem:
-    """A mounted file system; both fields are empty if the system does not tell.
+    """A mounted file system; both fields are empty if the system does not tell."""
 
-    Attributes
-    ----------
-    name
-        Its type, such as ``ext4``, ``nfs4`` or ``lustre``.
-    options
-        Options that it is mounted with, such as ``flock``.
-    """
-
-    name: str = ""
+    name: str = ""  #: its type, such as ``ext4``, ``nfs4`` or ``lustre``
+    #: options that it is mounted with, such as ``flock``
     options: frozenset[str] = frozenset()
 
     @property
@@ -137,18 +130,11 @@ def _ask_mac(folder: Path) -> str:
 
 @dataclass(frozen=True)
 class FolderReport:
-    """What works in a folder, by trying.
+    """What works in a folder, by trying."""
 
-    Attributes
-    ----------
-    filesystem
-        The file system that it is on.
-    problems
-        What does not work: ``write``, ``rename``, ``lock``, ``map`` or ``exclude`` (to make
-        a file that must be new), and the error.
-    """
-
-    filesystem: Filesystem
+    filesystem: Filesystem  #: the file system that it is on
+    #: what does not work: ``write``, ``rename``, ``lock``, ``map`` or ``exclude`` (to
+    #: make a file that must be new), and the error
     problems: dict[str, str]
 
 

@@ -25,17 +25,11 @@ MAX_FIT: Final = np.iinfo(np.int32).max
 
 @dataclass
 class Fits:
-    """Which fit logged the rows of one rank.
+    """Which fit logged the rows of one rank."""
 
-    Attributes
-    ----------
-    starts
-        ``seq`` of the rows behind which another fit may go on, in order.
-    numbers
-        The fit behind each of them.
-    """
-
+    #: ``seq`` of the rows behind which another fit may go on, in order
     starts: list[int] = field(default_factory=lambda: [-1])
+    #: the fit behind each of them
     numbers: list[int] = field(default_factory=lambda: [1])
 
     def begin(self, seq: int, number: int) -> None:

@@ -35,25 +35,14 @@ MAX_GAP: Final = 1000
 
 @dataclass(frozen=True)
 class BlockContent:
-    """A block as a reader finds it.
+    """A block as a reader finds it."""
 
-    Attributes
-    ----------
-    table
-        Rows that can be read, in the public schema.
-    damage
-        Damage of a sealed block; in an open one, rows that are being written look the
-        same, so this counts only if the block has no writer.
-    frontier
-        Slots below it will not change.
-    is_sealed
-        Whether no more rows can come.
-    """
-
-    table: pa.Table
+    table: pa.Table  #: rows that can be read, in the public schema
+    #: damage of a sealed block; in an open one, rows that are being written look the
+    #: same, so this counts only if the block has no writer
     damage: list[Damage]
-    frontier: int
-    is_sealed: bool
+    frontier: int  #: slots below it will not change
+    is_sealed: bool  #: whether no more rows can come
 
 
 SealedBlocks = dict[Path, BlockContent]

@@ -77,21 +77,11 @@ _CRC_TABLE: Final = _make_crc_table()
 
 @dataclass(frozen=True)
 class Decoded:
-    """Content of an open block.
+    """Content of an open block."""
 
-    Attributes
-    ----------
-    table
-        Its complete rows, in order.
-    frontier
-        First slot that is not complete: rows before it are final.
-    damage
-        What cannot be read, if the block has no writer any more.
-    """
-
-    table: pa.Table
-    frontier: int
-    damage: list[Damage]
+    table: pa.Table  #: its complete rows, in order
+    frontier: int  #: first slot that is not complete: rows before it are final
+    damage: list[Damage]  #: what cannot be read, if the block has no writer any more
 
 
 def get_block_paths(rank_dir: Path, number: int) -> tuple[Path, Path]:

@@ -32,21 +32,13 @@ _ENDLESS: Final = np.iinfo(np.int64).max
 
 @dataclass
 class Tombstones:
-    """The control rows of one rank, added in order.
+    """The control rows of one rank, added in order."""
 
-    Attributes
-    ----------
-    rewinds
-        Position of each rewind row, and the position that it returns to.
-    overwrites
-        Position of each overwrite row, and its place.
-    fits
-        Which fit logged each row.
-    """
-
+    #: position of each rewind row, and the position that it returns to
     rewinds: list[tuple[int, int]] = field(default_factory=list)
+    #: position of each overwrite row, and its place
     overwrites: list[tuple[int, Place]] = field(default_factory=list)
-    fits: Fits = field(default_factory=Fits)
+    fits: Fits = field(default_factory=Fits)  #: which fit logged each row
     _live_ranges: list[tuple[int, int]] = field(
         default_factory=lambda: [(-1, _ENDLESS)]
     )

@@ -45,20 +45,12 @@ _INVALID: Final = re.compile(r"[^/\w.\- :]+")
 
 @dataclass
 class KeyMap:
-    """MLflow's key for each series, in one of its name spaces.
+    """MLflow's key for each series, in one of its name spaces."""
 
-    Attributes
-    ----------
-    reserved_prefix
-        Keys that begin with this are never given to the user's names.
-    layout
-        See ``LATEST``.
-    by_series
-        Key of each series, in the order of first use.
-    """
-
+    #: keys that begin with this are never given to the user's names
     reserved_prefix: str = "\0"
-    layout: int = LATEST
+    layout: int = LATEST  #: see ``LATEST``
+    #: key of each series, in the order of first use
     by_series: dict[SeriesId, str] = field(default_factory=dict)
     _taken: dict[str, SeriesId] = field(default_factory=dict)
 

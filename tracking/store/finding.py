@@ -88,16 +88,10 @@ def _read_each(
 
 @dataclass(frozen=True)
 class RunNames:
-    """The names of the runs of a folder, read once to find several of them.
-
-    Attributes
-    ----------
-    names
-        Name of each run by its folder, newest first.
-    """
+    """The names of the runs of a folder, read once to find several of them."""
 
     runs: Path
-    names: dict[Path, str]
+    names: dict[Path, str]  #: name of each run by its folder, newest first
 
     @classmethod
     def read(cls, runs: Path) -> RunNames:

@@ -48,13 +48,7 @@ def runs_folder(runs_dir: str | os.PathLike[str] | None = None) -> Path:
 
 
 def check_runs_folder(runs: Path) -> None:
-    """Check that a folder of runs is not a run itself.
-
-    Raises
-    ------
-    NotADirectoryError
-        If it is.
-    """
+    """Check that a folder of runs is not a run itself."""
     if (runs / "run.json").is_file():
         what = describe_path(runs)
         msg = f"runs_dir={str(runs)!r}: expected a folder of runs, got {what}."

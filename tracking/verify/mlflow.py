@@ -91,21 +91,12 @@ def describe_flags(flags: Flags) -> list[str]:
 
 @dataclass
 class _Differences:
-    """Where MLflow's points differ from the journal's.
+    """Where MLflow's points differ from the journal's."""
 
-    Attributes
-    ----------
-    missing
-        Points that MLflow should have and does not have, as a table of points.
-    surplus
-        Points that MLflow has beyond the journal's, with ``kind``.
-    num_expected
-        Points that MLflow should have.
-    """
-
+    #: points that MLflow should have and does not have, as a table of points
     missing: pa.Table
-    surplus: pa.Table
-    num_expected: int
+    surplus: pa.Table  #: points that MLflow has beyond the journal's, with ``kind``
+    num_expected: int  #: points that MLflow should have
 
 
 def _compare_points(

@@ -471,13 +471,7 @@ class DeepSpeedAccelerator:
 
     @contextmanager
     def counting_backward(self, name: str | None = None) -> Iterator[None]:
-        """Check that ``backward`` is called inside.
-
-        Raises
-        ------
-        RuntimeError
-            If it was not called: DeepSpeed would not know of the gradients.
-        """
+        """Check that ``backward`` is called inside."""
         engine = self._engines.find(name)
         before = engine.done
         yield
@@ -663,7 +657,8 @@ class DeepSpeedAccelerator:
         here = {"world_size": self.world_size, "stage": stage}
         self._ranks.check_on_every_rank(lambda: check_origin(state, here))
         # The other ranks get what rank 0 has into their own memory, tensor by tensor.
-        forms = self._ranks.broadcast_objects(map_tensors(state["shared"], _as_form))
+        forms = map_tensors(state["shared"], lambda tensor: tensor.detach().to("meta"))
+        forms = self._ranks.broadcast_objects(forms)
         complete = state if self.is_main else {**state, "shared": forms}
         model = self._prepared_model()
         self._ranks.check_on_every_rank(
@@ -733,8 +728,3 @@ class DeepSpeedAccelerator:
         return gather_plain_parameters(
             self._model, read, self._dtypes, self._attributes, keep=keep
         )
-
-
-def _as_form(tensor: Tensor) -> Tensor:
-    """A tensor without memory, of the same shape and dtype."""
-    return tensor.detach().to("meta")

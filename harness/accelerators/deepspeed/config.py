@@ -185,13 +185,7 @@ def _refuse_duplicates(pairs: list[tuple[str, object]]) -> Options:
 
 
 def check_config(config: Mapping[str, Any], facts: ConfigFacts) -> None:
-    """Refuse a config that DeepSpeed would ignore, misread, or fail on during training.
-
-    Raises
-    ------
-    ValueError
-        If a key is unknown, or a value is out of its range or contradicts another.
-    """
+    """Refuse a config that DeepSpeed would ignore, misread, or fail on during training."""
     _check_keys("", config, KEYS)
     _check_types(dict(config))
     for section, value in config.items():

@@ -78,13 +78,7 @@ class NamedEngine:
         return freeze_parameters(self._others)
 
     def check_frozen(self) -> None:
-        """Refuse parameters that were frozen or unfrozen after ``prepare``: ZeRO would not notice.
-
-        Raises
-        ------
-        RuntimeError
-            At ZeRO 1 to 3, if an owned parameter changed its ``requires_grad``.
-        """
+        """Refuse parameters that were frozen or unfrozen after ``prepare``, which ZeRO misses."""
         now = [param.requires_grad for param in self._owned]
         if self.stage == 0 or now == self._trained:
             return

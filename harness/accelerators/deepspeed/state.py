@@ -363,7 +363,11 @@ def _capture_facts(engine: Any) -> StateDict:
         entries = state.get(master, {})
         numbers.append({k: v for k, v in entries.items() if not torch.is_tensor(v)})
     groups = [
-        {key: _as_json(value) for key, value in group.items() if key != "params"}
+        {
+            key: value.item() if torch.is_tensor(value) else value
+            for key, value in group.items()
+            if key != "params"
+        }
         for group in base_optimizer(engine).param_groups
     ]
     scheduler = engine.lr_scheduler
@@ -430,8 +434,3 @@ def _scalers(engine: Any) -> Iterator[Any]:
         scaler = getattr(holder, name, None)
         if scaler is not None:
             yield scaler
-
-
-def _as_json(value: object) -> Any:
-    """The value as JSON can hold it."""
-    return value.item() if torch.is_tensor(value) else value

@@ -449,11 +449,6 @@ def check_backends(found: str, kind: str) -> None:
         As torch writes the backends of a group, such as ``cpu:gloo,cuda:nccl``.
     kind
         ``cpu`` or ``cuda``.
-
-    Raises
-    ------
-    ValueError
-        If it has none for the CPU, or for CUDA another one than NCCL.
     """
     backends = dict(pair.split(":", 1) for pair in found.split(",") if ":" in pair)
     if "cpu" in backends and (kind != "cuda" or backends.get("cuda") == "nccl"):

@@ -74,19 +74,11 @@ class Silence:
 
 @dataclass(frozen=True, kw_only=True)
 class Member:
-    """One rank, and where it runs.
-
-    Attributes
-    ----------
-    host
-        Name of its machine, for messages.
-    machine
-        The same for ranks that can see one another's processes.
-    """
+    """One rank, and where it runs."""
 
     rank: int
-    host: str
-    machine: str
+    host: str  #: name of its machine, for messages
+    machine: str  #: the same for ranks that can see one another's processes
     process: Process
 
     @classmethod

@@ -9,22 +9,14 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class RankShare:
-    """One rank's part of a step.
+    """One rank's part of a step."""
 
-    Attributes
-    ----------
-    start : >= 0
-        Index of the rank's first sample in the order of the whole loader.
-    count : >= 0
-        Samples of this rank that count. 0 means that its batch is a placeholder because the
-        rank has no samples left in this step.
-    total : >= 1
-        Samples of all ranks in the step.
-    """
-
+    #: index of the rank's first sample in the order of the whole loader (>= 0)
     start: int
+    #: Samples of this rank that count. 0 means that its batch is a placeholder because
+    #: the rank has no samples left in this step (>= 0).
     count: int
-    total: int
+    total: int  #: samples of all ranks in the step (>= 1)
 
     def weight(self, world_size: int) -> float:
         """Factor for a mean loss, so that the average over ranks is the mean over samples."""

@@ -104,30 +104,13 @@ class MixupLoss(nn.Module):
 
 
 class Mixing(Callback):
-    """Base of callbacks that mix each row of a batch with another row of it.
-
-    Parameters
-    ----------
-    alpha : > 0
-        Both parameters of the beta distribution that the shares come from.
-    run_valid
-        Also mix the batches of validation.
-    auto_loss
-        Wrap the loss of the fit in ``MixupLoss``; otherwise give a ``MixupLoss`` to
-        ``setup``.
-
-    Raises
-    ------
-    ValueError
-        Before the first epoch, if the loss cannot take two targets.
-    """
+    """Base of callbacks that mix each row of a batch with another row of it; see ``Mixup``."""
 
     weight = -50  # before the metrics, which get the target with the larger share
 
     def __init__(self, alpha: float, *, run_valid: bool, auto_loss: bool) -> None:
-        place = f"{type(self).__name__}(alpha)"
-        check_more_than(place, alpha, 0, "Leave it out for the default.")
         name = type(self).__name__
+        check_more_than(f"{name}(alpha)", alpha, 0, "Leave it out for the default.")
         check_flags(name, run_valid=run_valid, auto_loss=auto_loss)
         self.alpha, self.run_valid, self.auto_loss = alpha, run_valid, auto_loss
 

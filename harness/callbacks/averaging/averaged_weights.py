@@ -82,7 +82,6 @@ class AveragedWeights(MetricsListener):
         if any(hasattr(param, "ds_id") for param in params):
             msg = f"{name}: expected whole weights on each rank, got ZeRO stage 3."
             raise ValueError(f"{msg} Use stage 0, 1 or 2.")
-        assert ctx.accelerator is not None
         is_engine = "stage" in ctx.accelerator.state_dict()
         low = {param.dtype for param in params} & _LOW
         if is_engine and low:
@@ -113,7 +112,6 @@ class AveragedWeights(MetricsListener):
         self._find_names()
 
     def _find_names(self) -> None:
-        assert self.ctx.accelerator is not None
         names = [name for name, _ in self.ctx.model.named_parameters()]
         members = self.ctx.accelerator.state_dict()["members"]
         self._names = {

@@ -79,7 +79,6 @@ class StochasticWeightAveraging(AveragedWeights):
             msg = f"{name}: expected to decide the weights of the result"
             raise ValueError(f"{msg}, got KeepBestModel too. Remove one of them.")
         has_batch_norm = any(isinstance(m, _BatchNorm) for m in ctx.model.modules())
-        assert ctx.accelerator is not None
         if has_batch_norm and ctx.accelerator.world_size > 1:
             msg = f"{name}: expected one rank for a model with BatchNorm layers"
             advice = "Train on one rank, or use GroupNorm or LayerNorm."

@@ -60,7 +60,6 @@ class Requeue(Callback):
     def after_fit(self) -> None:
         """Put the job back, on rank 0."""
         ctx = self.ctx
-        assert ctx.accelerator is not None
         job = read_slurm_job()
         is_due = (
             ctx.stop_signal == getattr(signal, "SIGUSR1", None)

@@ -79,7 +79,6 @@ class SystemMetrics(Callback):
         """Start to read."""
         self._stop()
         accelerator = self.ctx.accelerator
-        assert accelerator is not None
         readers: list[Any] = []
         if accelerator.is_main or accelerator.local_rank == 0:
             psutil = import_optional("psutil", "SystemMetrics", "psutil")
@@ -114,7 +113,7 @@ class SystemMetrics(Callback):
             self._record()
 
     def _record(self) -> None:
-        assert self._sampler is not None and self.ctx.accelerator is not None
+        assert self._sampler is not None
         accelerator = self.ctx.accelerator
         # At the same step on every rank. Rank 0 records for all.
         values = combine_samples(accelerator.gather_objects(dict(self._sampler.take())))

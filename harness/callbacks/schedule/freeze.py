@@ -97,7 +97,6 @@ class Freeze(Callback):
 
     def check(self, ctx: Context) -> None:
         """Refuse names that the model does not have, and a fit that could not train."""
-        assert ctx.accelerator is not None
         known = [name for name, _ in ctx.model.named_parameters()]
         modules = [name for name, _ in ctx.model.named_modules() if name]
         for name in self.names:

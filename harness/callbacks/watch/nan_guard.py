@@ -64,7 +64,6 @@ class NaNGuard(Callback):
 
     def check(self, ctx: Context) -> None:
         """Refuse ranks that hold only a part of each gradient."""
-        assert ctx.accelerator is not None
         state = ctx.accelerator.state_dict()
         stage = state.get("stage")
         if stage and self.gradients:
@@ -78,7 +77,6 @@ class NaNGuard(Callback):
     def on_train_batch_begin(self) -> None:
         """Keep the state before the batch."""
         if self.keep:
-            assert self.ctx.accelerator is not None
             state = map_tensors(self.ctx.accelerator.state_dict(), Tensor.clone)
             random = get_rng_state(device=self.ctx.device)
             self._before = {"state": state, "random": random}
@@ -115,7 +113,6 @@ class NaNGuard(Callback):
 
     def _is_found(self, is_here: bool) -> bool:
         """Whether any rank has found something."""
-        assert self.ctx.accelerator is not None
         return self.ctx.accelerator.any(is_here)
 
     # --- what is told
@@ -175,14 +172,12 @@ class NaNGuard(Callback):
     def _restore(self) -> None:
         """Go back to the state before the batch."""
         if self._before is not None:
-            assert self.ctx.accelerator is not None
             self.ctx.accelerator.load_state_dict(self._before["state"])
             set_rng_state(self._before["random"], device=self.ctx.device)
 
     def _save(self) -> str:
         """Write the weights before the batch, and the batch; say where."""
         accelerator, run = self.ctx.accelerator, self.ctx.run
-        assert accelerator is not None
         if self._before is None:
             return ""
         weights = accelerator.full_state_dict(self.ctx.model)

@@ -49,7 +49,6 @@ class OverfitBatches(Callback):
 
     def check(self, ctx: Context) -> None:
         """Refuse several ranks, whose loaders divide the data."""
-        assert ctx.accelerator is not None
         if ctx.accelerator.world_size > 1:
             got = ctx.accelerator.world_size
             msg = f"OverfitBatches: expected one rank, got {got}."

@@ -80,7 +80,8 @@ class SanityCheck(Callback):
             return
         assert isinstance(ctx, StepContext)
         kept = {name: getattr(ctx, name) for name in KEPT}
-        warned, modes = set(ctx.has_warned), _list_modes(ctx)
+        warned = set(ctx.has_warned)
+        modes = [(module, module.training) for module in ctx.model.modules()]
         buffers = [(buffer, buffer.clone()) for buffer in ctx.model.buffers()]
         generators = get_generators(ctx)
         random = get_rng_state(generators, ctx.device)
@@ -120,7 +121,3 @@ class SanityCheck(Callback):
             first: Any = list(islice(loader, self.batches))
             ctx.valid_name, ctx.valid_data = name, first
             valid_epoch(ctx)
-
-
-def _list_modes(ctx: Context) -> list[tuple[torch.nn.Module, bool]]:
-    return [(module, module.training) for module in ctx.model.modules()]

@@ -46,7 +46,6 @@ def save_final(ctx: Context, folder: Path) -> Path | None:
     not write
     """
     accelerator = ctx.accelerator
-    assert accelerator is not None
     position = Position(
         epoch=ctx.epoch or 1, iter=ctx.trained, step=ctx.step, phase="epoch"
     )
@@ -73,7 +72,6 @@ def save_final(ctx: Context, folder: Path) -> Path | None:
 def _write(ctx: Context, temporary: Path, position: Position) -> Exception | None:
     """Write the part of this rank and, on rank 0, commit."""
     accelerator = ctx.accelerator
-    assert accelerator is not None
     path = None if ctx.run.path is None else str(Path(ctx.run.path).absolute())
     manifest = Manifest(
         world_size=accelerator.world_size,

@@ -34,23 +34,15 @@ EVERY_RANK_BYTES = 1 << 24
 
 @dataclass(kw_only=True, eq=False)
 class ModelHome:
-    """A fitted model, and where its weights are.
+    """A fitted model, and where its weights are."""
 
-    Attributes
-    ----------
-    module
-        The model; its parameters are on the ``meta`` device where this process does not
-        hold them.
-    holder
-        ``each``: every rank holds the weights. ``main``: rank 0. ``checkpoint``: no rank,
-        unless it has read them.
-    checkpoint
-        The checkpoint of the weights, if they are in one.
-    """
-
+    #: the model; its parameters are on the ``meta`` device where this process does not
+    #: hold them
     module: nn.Module
+    #: ``each``: every rank holds the weights. ``main``: rank 0. ``checkpoint``: no
+    #: rank, unless it has read them.
     holder: Literal["each", "main", "checkpoint"] = "each"
-    checkpoint: Path | None = None
+    checkpoint: Path | None = None  #: the checkpoint of the weights, if they are in one
     rank: int = 0
 
     @property
