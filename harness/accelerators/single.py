@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial, wraps
+from types import MethodType
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -155,29 +156,35 @@ def with_dense_grad(param: Tensor) -> Tensor:
 
 
 class _StepHook:
-    """Calls a function after each step of an optimizer that is none of torch's."""
+    """Calls a function after each step of an optimizer that torch's own hooks do not count."""
 
     def __init__(self, opt: Any, function: Callable[[], object]) -> None:
-        self._opt, step = opt, opt.step
+        self._opt, self._before, step = opt, vars(opt).get("step"), opt.step
 
         @wraps(step)
-        def step_and_call(*args: Any, **kwargs: Any) -> Any:
+        def step_and_call(_: object, *args: Any, **kwargs: Any) -> Any:
             returned = step(*args, **kwargs)
             function()
             return returned
 
-        opt.step = step_and_call
+        opt.step = MethodType(step_and_call, opt)  # torch's schedulers wrap a method
 
     def remove(self) -> None:
         """Give the optimizer its own ``step`` back."""
-        del self._opt.step
+        if self._before is None:
+            del self._opt.step
+        else:
+            self._opt.step = self._before
 
 
 def _hook_step(
     opt: Any, function: Callable[..., object]
 ) -> RemovableHandle | _StepHook:
     """Call a function after each step of an optimizer."""
-    if not hasattr(opt, "register_step_post_hook"):
+    # torch 2.13 runs its hooks again for a step of the class above, if that is called in it.
+    num_steps = sum("step" in vars(kind) for kind in type(opt).__mro__)
+    is_nested = isinstance(opt, torch.optim.Optimizer) and num_steps > 2
+    if is_nested or not hasattr(opt, "register_step_post_hook"):
         return _StepHook(opt, function)
     handle: RemovableHandle = opt.register_step_post_hook(function)
     return handle

@@ -14,8 +14,6 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from harness.checks.model import get_method
-
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 CONVS = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 """Convolutions by the number of dimensions of a batch."""
@@ -39,8 +37,8 @@ def find_model_hint(
         return "Mixup and CutMix mix the targets: compute the loss by MixupLoss(...)."
     text = str(error).lower()
     own = tuple(f"{kind.__qualname__}.forward()".lower() for kind in type(model).mro())
-    is_call = isinstance(error, TypeError) and get_method(model, "step") is None
-    is_call = is_call and text.startswith(own)  # not of a function that it calls
+    is_call = isinstance(error, TypeError) and text.startswith(own)
+    is_call = is_call and "call_model" in _frames(error)  # not by the user's own code
     if isinstance(input, Mapping) and is_call:
         names = list(map(repr, input))
         advice = "If one is the target: setup(batch=lambda b: (b['x'], b['y']))."
@@ -140,11 +138,11 @@ def _hint_labels(pred: object, target: object, *, is_loss: bool) -> str:
             if low < 0 or high >= classes:
                 given = f"the target has {low}" + (f" to {high}" if high > low else "")
                 return f"For {classes} outputs labels are 0 to {classes - 1}, {given}."
+        is_known = target.dtype in {torch.int64, torch.uint8}
+        labels = "class labels" if is_known else "class labels as target.long()"
         others = "BCELoss and MSELoss a target of the prediction's shape"
         call = "A loss is called as loss(pred, target)."
-        return (
-            f"CrossEntropyLoss takes class labels, {others}. {call}" if is_loss else ""
-        )
+        return f"CrossEntropyLoss takes {labels}, {others}. {call}" if is_loss else ""
     if is_whole and target.dim() == pred.dim() and target.shape[1] == 1 < classes:
         return "Class labels have one dimension less: pass the target as target.squeeze(1)."
     if target.shape != pred.shape and target.numel() == pred.numel():
@@ -182,12 +180,17 @@ def find_metric_hint(metric: object, pred: object, target: object) -> str:
 
 def find_loader_hint(error: BaseException) -> str:
     """Return what may be wrong with rows that could not be joined; empty: nothing is known."""
-    names = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
+    names = _frames(error)
     text = str(error)  # of a worker it has the traceback, too
     if "collate" in names or "in collate" in text or "in default_collate" in text:
         advice = "dataloader_options={'collate_fn': ...} joins them as you say."
         return f"Rows of a batch are stacked: they need tensors of one shape. {advice}"
     return ""
+
+
+def _frames(error: BaseException) -> set[str]:
+    """Return the names of the functions that an error came through."""
+    return {frame.name for frame in traceback.extract_tb(error.__traceback__)}
 
 
 def find_device_hint(error: BaseException) -> str:

@@ -68,7 +68,9 @@ class PlainBatches:
 def collate(rows: Any) -> Any:
     """Join rows as torch's ``default_collate``, which looks more often at what they are."""
     known = default_collate_fn_map
-    is_pair = bool(rows) and type(rows[0]) is tuple and tuple not in known
+    # A data set that reads a batch at once may return an array.
+    is_list = type(rows) is list and len(rows) > 0
+    is_pair = is_list and type(rows[0]) is tuple and tuple not in known
     if not is_pair or known.get(Tensor) is not collate_tensor_fn:
         return torch_collate(rows)
     try:

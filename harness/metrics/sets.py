@@ -138,6 +138,11 @@ def check_metric(item: object, place: str | int) -> Any:
     if is_tracker(item):
         msg = f"metrics[{place!r}]: expected a metric of one epoch, got MetricTracker."
         raise TypeError(f"{msg} Give the metric in it: records keep every epoch.")
+    if type(item).__module__ == "torchmetrics.aggregation":
+        kind = type(item).__name__
+        msg = f"metrics[{place!r}]: expected a metric of pred and target, got {kind}."
+        advice = "ctx.log_metric(name, value) averages values of batches. A subclass"
+        raise TypeError(f"{msg} {advice} may have its own update(pred, target).")
     if not callable(item) or is_collection(item):
         msg = f"metrics[{place!r}]: expected a metric, got {item!r}."
         raise TypeError(

@@ -21,12 +21,14 @@ from harness.metrics.sets import MAX_NAMED
 from harness.metrics.state import (
     check_saved_metrics,
     combine_states,
+    find_uncounted,
     get_changed_attributes,
     get_states,
     has_sample_lists,
     is_updated,
     merge_states,
     plain_attributes,
+    reset,
     set_attributes,
     set_states,
     submetrics_of,
@@ -114,6 +116,7 @@ class SplitMetrics:
             name for name, item in self._metrics.items() if can_group(item)
         ]
         self._ungrouped = [name for name in self._metrics if name not in self._grouped]
+        self._uncounted = {n: find_uncounted(item) for n, item in self._metrics.items()}
         self._due = list(self._metrics)
         self._keeps_samples = any(map(has_sample_lists, self._metrics.values()))
         self._waiting: list[tuple[Tensor, Tensor]] = []
@@ -143,7 +146,7 @@ class SplitMetrics:
         self._waiting.clear()
         self._waiting_numel = 0
         for metric in self._metrics.values():
-            metric.reset()
+            reset(metric)
 
     def add_values(self, values: Iterable[tuple[str, Any]], rows: int) -> None:
         """Add values that a batch of `rows` rows logged, each a dict by optimizer name."""
@@ -227,6 +230,8 @@ class SplitMetrics:
                 raise missing_target_error(f"metric {name!r}") from exc
             add_hint(exc, find_metric_hint, metric, pred, target)
             raise
+        for submetric in self._uncounted[name]:
+            submetric._update_count += 1
 
     def compute(self) -> StateDict:
         """The loss and every metric as numbers, read from the device, over all ranks.
@@ -414,7 +419,7 @@ def _agree_on_names(names: list[str], accelerator: Accelerator) -> list[str]:
 
 def _fresh_copy(item: object) -> Metric:
     metric = copy.deepcopy(item) if is_metric(item) else as_metric(item)
-    metric.reset()
+    reset(metric)
     return metric
 
 

@@ -273,6 +273,29 @@ def check_saved_metrics(
             )
 
 
+def reset(metric: Metric) -> None:
+    """Reset a metric and all metrics below it, which not every class of a user's resets."""
+    metric.reset()
+    for submetric in submetrics_of(metric).values():
+        if submetric._update_count:
+            submetric.reset()
+
+
+def find_uncounted(metric: Metric) -> list[Metric]:
+    """Find wrappers with states of their own, such as ``Running``, which count no updates.
+
+    torchmetrics 1.9: ``WrapperMetric._wrap_update`` leaves the count to the metric below.
+    """
+    from torchmetrics import Metric  # noqa: PLC0415  slow to import
+
+    return [
+        submetric
+        for submetric in submetrics_of(metric).values()
+        if _states_of(submetric)
+        and type(submetric)._wrap_update is not Metric._wrap_update
+    ]
+
+
 def is_updated(metric: Metric) -> bool:
     """True if the metric or one below it was updated since the last reset."""
     return any(submetric._update_count for submetric in submetrics_of(metric).values())

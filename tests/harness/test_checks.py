@@ -61,6 +61,11 @@ SETUPS = {
     ),
     "loss class": (TypeError, "Write MSELoss", {"loss": nn.MSELoss}),
     "metric class": (TypeError, "got the class MeanMetric", {"metrics": [MeanMetric]}),
+    "average as a metric": (
+        TypeError,
+        r"metrics\['loss2'\]: expected a metric of pred and target, got MeanMetric",
+        {"metrics": {"loss2": MeanMetric()}},
+    ),
     "no metric": (TypeError, "expected a metric, got 'acc'", {"metrics": ["acc"]}),
     "name of a metric": (TypeError, "names of metrics, got 3", {"metrics": {3: max}}),
     "metric named loss": (ValueError, "'loss' is taken", {"metrics": {"loss": max}}),

@@ -124,6 +124,14 @@ class TwoInputs(Net):
         return super().forward(x + y)
 
 
+class ListOfImages(Net):
+    def step(self) -> Tensor:
+        return CE(self(self.ctx.input), self.ctx.target)
+
+    def forward(self, images: list[Tensor]) -> Any:
+        return super().forward(torch.stack(images))
+
+
 def frozen() -> nn.Module:
     return Net().requires_grad_(False)
 
@@ -233,6 +241,10 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
         lambda: fit(setup(TwoInputs), data=((X, X), Y)).predict((X, X)),
         r"Of several inputs: fit\(\(\(a, b\), y\)\), predict\(\(\(a, b\),\)\)",
     ),
+    "list of images and an own step": (
+        lambda: fit(setup(ListOfImages, None)).predict([([X[0], X[1]],)]),
+        r"Lists in the rows of data .* takes a list as a whole",
+    ),
     "features of a prediction": (
         lambda: fit().predict(torch.randn(3, 5)),
         "The first layer takes 4 features, the input has 5",
@@ -241,6 +253,10 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
     "labels as floats": (
         lambda: fit(data=(X, Y.float())),
         r"Class labels are whole numbers: pass the target as target.long\(\)",
+    ),
+    "labels of another dtype": (
+        lambda: fit(data=(X, Y.int())),
+        r"CrossEntropyLoss takes class labels as target.long\(\)",
     ),
     "labels as a column": (
         lambda: fit(data=(X, Y[:, None])),

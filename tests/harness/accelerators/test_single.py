@@ -77,6 +77,28 @@ def test_step_clears_gradients_as_the_optimizer_does(is_profiled):
         assert "Optimizer.zero_grad#SGD.zero_grad" in names
 
 
+class Decayed(torch.optim.SGD):
+    """An own step around torch's."""
+
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+def test_step_around_the_one_of_the_class_above_counts_once():
+    sgd(Line())  # since there is one, torch runs the hooks of both steps
+    accelerator, model = prepared(opt=lambda model: Decayed(model.parameters(), 0.1))
+    opt = accelerator._optimizers["opt"]
+    schedule = torch.optim.lr_scheduler.StepLR(opt, 1)
+    for _ in range(2):
+        accelerator.backward(model(torch.ones(1)).sum())
+        assert accelerator.step()
+        schedule.step()
+    assert accelerator.steps == {"opt": 2}
+    accelerator.finish()
+    opt.step()
+    assert accelerator.steps == {"opt": 2}
+
+
 def test_name_of_one_of_several_optimizers_must_be_told():
     accelerator, model = prepared(a=sgd, b=sgd)
     with pytest.raises(ValueError, match=r"one of several .*Choose from \['a', 'b'\]"):

@@ -76,6 +76,13 @@ class Fetched(Squares):
         return [(torch.tensor(float(place)), -place) for place in places]
 
 
+class Table(Squares):
+    """Rows of an array, by whole batches."""
+
+    def __getitems__(self, places):
+        return np.arange(2.0 * ROWS).reshape(ROWS, 2)[places]
+
+
 class Stream(IterableDataset):
     def __iter__(self):
         return ((torch.tensor(float(n)), torch.tensor(float(n))) for n in range(5))
@@ -156,6 +163,7 @@ LOADERS = {
     "whole batches of rows": lambda kind, size: kind(
         Fetched(), batch_size=size, shuffle=True
     ),
+    "rows of an array": lambda kind, size: kind(Table(), batch_size=size),
     "rows, weighted": lambda kind, size: kind(
         Squares(), batch_size=size, sampler=RandomSampler(Squares(), num_samples=9)
     ),

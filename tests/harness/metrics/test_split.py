@@ -27,7 +27,7 @@ from torchmetrics.regression import (
     R2Score,
     SpearmanCorrCoef,
 )
-from torchmetrics.wrappers import MinMaxMetric
+from torchmetrics.wrappers import MinMaxMetric, Running
 
 import harness
 from harness.accelerators.single import SingleDevice
@@ -91,6 +91,37 @@ def test_metrics_without_a_batch_have_no_value():
     restored = split_metrics({"function": nn.functional.l1_loss})
     restored.load_state_dict(split_metrics({"function": max}).state_dict())
     assert restored.compute() == {}
+    metrics.reset()
+    assert metrics.compute() == {}
+
+
+class Forgetful(Metric):
+    """Resets itself alone: the metric in it would be of all epochs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.error = MeanSquaredError()
+
+    def update(self, pred, target):
+        self.error.update(pred, target)
+
+    def compute(self):
+        return self.error.compute()
+
+
+@pytest.mark.parametrize(
+    "metric",
+    [lambda: Running(MeanSquaredError(), window=5), Forgetful],
+    ids=["counts no updates", "does not reset all"],
+)
+def test_wrapper_gives_each_epoch_its_own_value(metric):
+    metrics = split_metrics({"error": metric()})
+    for value in (1.0, 3.0):
+        metrics.reset()
+        metrics.update(torch.full((2,), value), torch.zeros(2), None, 2)
+        restored = split_metrics({"error": metric()})
+        restored.load_state_dict(metrics.state_dict())
+        assert metrics.compute() == restored.compute() == {"error": value**2}
     metrics.reset()
     assert metrics.compute() == {}
 
@@ -593,8 +624,8 @@ def test_metric_with_the_context_resumes(tmp_path):
 
 
 def test_value_so_far_asks_no_metric_that_asks_other_ranks():
-    own = MeanMetric(dist_sync_fn=lambda tensor, group: [tensor])
-    metrics = split_metrics({"plain": MeanMetric(), "own": own})
+    own = MeanSquaredError(dist_sync_fn=lambda tensor, group: [tensor])
+    metrics = split_metrics({"plain": MeanSquaredError(), "own": own})
     for metric in metrics._metrics.values():
-        metric.update(torch.tensor([1.0, 3.0]))
-    assert metrics.peek() == {"plain": 2.0}
+        metric.update(torch.tensor([1.0, 3.0]), torch.zeros(2))
+    assert metrics.peek() == {"plain": 5.0}
