@@ -6,10 +6,12 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, Final
 
-from torch._C._autograd import _profiler_enabled
 from torch.optim import Optimizer, optimizer
 
-_WRAPPER: Final[Any] = getattr(Optimizer.profile_hook_step(len), "__code__", None)
+from harness.data.plain_reading import is_profiling
+
+_make_wrapper = getattr(Optimizer, "profile_hook_step", lambda function: function)
+_WRAPPER: Final[Any] = getattr(_make_wrapper(len), "__code__", None)
 _GLOBAL_HOOKS: Final = ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks")
 _OWN_HOOKS: Final = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 _DONE_HERE: Final = {
@@ -33,8 +35,8 @@ def step(opt: Any) -> None:
     if (
         unmarked is None
         or "step" in vars(opt)  # a schedule puts its own there
-        or _profiler_enabled()
-        or any(getattr(optimizer, name) for name in _GLOBAL_HOOKS)
+        or is_profiling()
+        or any(getattr(optimizer, name, True) for name in _GLOBAL_HOOKS)
         or opt._optimizer_step_pre_hooks
     ):
         opt.step()
@@ -48,7 +50,7 @@ def clear_gradients(opt: Optimizer) -> None:
     """As ``opt.zero_grad()``."""
     own = getattr(type(opt), "zero_grad", None)
     is_torchs = own is Optimizer.zero_grad and "zero_grad" not in vars(opt)
-    if not is_torchs or _profiler_enabled():
+    if not is_torchs or is_profiling():
         opt.zero_grad()
         return
     for group in opt.param_groups:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._autograd import _profiler_enabled
 from torch.utils.data import DataLoader, IterableDataset, MapDataPipe
 from torch.utils.data import default_collate as torch_collate
 
 # torch 2.13: where users add kinds of their own; its documentation names no public place.
 from torch.utils.data._utils.collate import collate_tensor_fn, default_collate_fn_map
+
+is_profiling: Callable[[], bool] = getattr(
+    torch._C._autograd, "_profiler_enabled", lambda: True
+)
+"""Whether a profiler of torch runs, for which its calls are marked; True if torch cannot say."""
 
 
 def iter_rows(loader: DataLoader[Any]) -> PlainBatches | None:
@@ -22,7 +26,7 @@ def iter_rows(loader: DataLoader[Any]) -> PlainBatches | None:
         and loader.batch_sampler is not None
         and not (loader.pin_memory or loader.timeout)
         and not isinstance(loader.dataset, IterableDataset | MapDataPipe)
-        and not _profiler_enabled()  # torch's own marks each batch for it
+        and not is_profiling()  # torch's own marks each batch for it
     )
     return PlainBatches(loader) if is_plain else None
 

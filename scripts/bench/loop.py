@@ -95,6 +95,9 @@ class Raw:
     def run_epoch(self) -> list[float]:
         return [*self.run_split(self.train), *self.run_split(self.valid)]
 
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
     def run_split(self, split: DataLoader) -> tuple[float, float]:
         net, opt, loss_fn = self.net, self.opt, self.loss_fn
         is_training = split is self.train
@@ -106,7 +109,7 @@ class Raw:
                 loss = loss_fn(pred, y)
                 if is_training:
                     opt.zero_grad()
-                    loss.backward()
+                    self.backward(loss)
                     opt.step()
                 total += loss.detach() * len(y)
                 right += (pred.argmax(1) == y).sum()
