@@ -198,7 +198,7 @@ def fastai(work: Any) -> Fit:
             metrics=accuracy,
         )
         learner.recorder.train_metrics = True
-        with learner.no_bar(), learner.no_logging():
+        with learner.no_logging():  # bars come with another import
             learner.fit(epochs)
         return learner.recorder.values[-1]
 
@@ -232,6 +232,7 @@ def skorch(work: Any) -> Fit:
         of_training = {"on_train": True, "lower_is_better": False}
         net = NeuralNetClassifier(
             work.Net,
+            classes=range(10),
             criterion=nn.CrossEntropyLoss,
             optimizer=torch.optim.AdamW,
             batch_size=32,
@@ -298,8 +299,6 @@ def main() -> int:
     if not options.here:
         return run_in_environment(options.env)
     warnings.simplefilter("ignore")
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     torch.set_num_threads(1)
     work = load_work()
     contenders: dict[str, Fit] = {}
@@ -308,6 +307,8 @@ def main() -> int:
             contenders[name] = make(work)
         except ImportError as error:
             print(f"left out: {name}, {error}")
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     found = {each.name: each.version for each in distributions()}
     print(", ".join(f"{n} {found[n]}" for n in ("torch", *PEERS) if n in found))
     forms = {
