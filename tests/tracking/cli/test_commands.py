@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import sqlite3
@@ -22,6 +23,7 @@ import pytest
 from click.testing import CliRunner
 
 import tracking
+from tests.tracking.stores import Recorded
 from tracking.cli import render
 from tracking.cli.commands import INDEXED_RUNS, commands
 from tracking.cli.group import CommandGroup
@@ -60,16 +62,35 @@ def call(tmp_path, monkeypatch):
     return run
 
 
+@pytest.fixture(scope="module")
+def recorded_runs(tmp_path_factory):
+    """Folders of ended runs, which tests copy: two, and three with other losses."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("recorded"))  # no repository
+        options = {"experiment": "digits", "delivery": False}
+        for lr in (0.1, 0.2):
+            own = {"name": f"lr {lr}", "params": {"lr": lr, "same": 1}}
+            run = tracking.start(note="A **note**.", runs_dir="two", **own, **options)
+            Recorded(run).log_curve(5, scale=lr)
+            run.finish()
+        for place, loss in enumerate([0.3, 0.1, 0.2]):
+            params = {"lr": 10.0**-place, "kind": "big"}
+            own = {"name": f"run-{place}", "params": params}
+            run = tracking.start(runs_dir="three", **own, **options)
+            for index, value in enumerate([1.0, 0.05, loss], start=1):
+                run.log("metrics", "train", {"loss": 9.0}, index=index)
+                values = {"loss": value, "score": -value}
+                run.log("metrics", "valid", values, index=index)
+            run.finish()
+        yield Path.cwd()
+
+
 @pytest.fixture
-def two(record):
+def two(recorded_runs, tmp_path, monkeypatch):
     """Two runs that have ended."""
-    runs = []
-    for lr in (0.1, 0.2):
-        run = record(name=f"lr {lr}", params={"lr": lr, "same": 1}, note="A **note**.")
-        run.log_curve(5, scale=lr)
-        run.run.finish()
-        runs.append(run.run)
-    return runs
+    monkeypatch.chdir(tmp_path)
+    runs = shutil.copytree(recorded_runs / "two", tmp_path / "runs")
+    return [tracking.open(path) for path in sorted(runs.glob("2*"))]
 
 
 # ---------------------------------------------------------------------------- runs
@@ -92,16 +113,10 @@ def test_list_as_json_can_be_limited(call, two):
 
 
 @pytest.fixture
-def three(record):
+def three(recorded_runs, tmp_path, monkeypatch):
     """Runs whose last validation losses are 0.3, 0.1 and 0.2."""
-    for place, loss in enumerate([0.3, 0.1, 0.2]):
-        run = record(name=f"run-{place}", params={"lr": 10.0**-place, "kind": "big"})
-        for index, value in enumerate([1.0, 0.05, loss], start=1):
-            run.run.log("metrics", "train", {"loss": 9.0}, index=index)
-            run.run.log(
-                "metrics", "valid", {"loss": value, "score": -value}, index=index
-            )
-        run.run.finish()
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(recorded_runs / "three", tmp_path / "runs")
 
 
 @pytest.mark.parametrize(
