@@ -16,7 +16,7 @@ from tracking.artifacts.tables import encode_table, make_table
 from tracking.errors import warn
 from tracking.redaction import redact_value
 from tracking.row_logger import RowLogger, check_arguments
-from tracking.schema import check_name, flatten_value
+from tracking.schema import check_name, check_path, flatten_value
 
 _DIGEST_LENGTH: Final = 20
 """Hexadecimal digits in the name of a file that is kept once for equal content."""
@@ -51,6 +51,7 @@ class ArtifactLogger(RowLogger):
         FileNotFoundError
             If ``path`` does not exist.
         """
+        check_path(path, "Run.log_artifact")
         source = Path(path)
         name = files.check_artifact_name(name or source.name, "Run.log_artifact")
         if source.is_file():

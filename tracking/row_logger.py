@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from tracking.errors import warn
-from tracking.journal.row_format import FIELDS, NO_COUNT, NO_EPOCH, ROW_BYTES
+from tracking.journal.row_format import FIELDS, MAX_COUNT, NO_COUNT, NO_EPOCH, ROW_BYTES
 from tracking.journal.segment import CAPACITY
 from tracking.journal.writer import Indices, Journal
 from tracking.read import count_fits, find_highest_indices
@@ -39,7 +39,6 @@ from tracking.store import get_rank_dir
 _FLOATS: Final = frozenset([float])
 _TEXTS: Final = (STR, JSON)
 _pack, _crc32, _time_ns = FIELDS.pack, zlib.crc32, time.time_ns
-_MAX_COUNT: Final = 2**63 - 1
 _MAX_EPOCH: Final = 2**31 - 1
 
 _DeferredRow = tuple[int, str, str, Leaf, dict[str, int | None]]
@@ -316,7 +315,8 @@ class RowLogger:
         indices
             What ``get_indices`` returned there; None: found by reading the whole journal.
         """
-        if not -1 <= seq <= self.position():
+        _check_count(seq, "seq", MAX_COUNT, "Run.rewind")
+        if seq is None or not -1 <= seq <= self.position():
             raise ValueError(
                 f"Run.rewind: expected a position from -1 to {self.position()}, got "
                 f"{seq!r}. Pass a value that Run.position() returned."
@@ -355,12 +355,8 @@ class RowLogger:
         TypeError, ValueError
             If ``number`` is no whole number from 1.
         """
-        number = _check_count(number, "number", _MAX_EPOCH, "Run.begin_fit")
-        if number is not None and number < 1:
-            raise ValueError(
-                f"Run.begin_fit: expected number from 1, got {number}. Leave it out for "
-                "the next fit."
-            )
+        if number is not None:
+            number = _check_fit(number, "number", "Run.begin_fit")
         if not self._journal.takes_rows():
             return number or 1
         thread = threading.current_thread()
@@ -386,6 +382,7 @@ class RowLogger:
         outer : >= 1
             Fit that continues, if this one was inside of it, as in a callback.
         """
+        outer = _check_fit(outer, "outer", "Run.end_fit")
         if outer == 1:
             self._fitting = None
         self._continue_fit(outer)
@@ -401,7 +398,7 @@ class RowLogger:
             self.fit = number
             if number in self._left:
                 self._journal.reset_indices(self._left.pop(number))
-            elif self._num_fits is not None and number > self._num_fits:
+            elif self._num_fits is not None and number > max(self._num_fits, 1):
                 self._journal.reset_indices({})
             else:
                 self._restore_indices_once_needed()
@@ -463,13 +460,9 @@ class RowLogger:
             if entry is None:
                 return False
             key, auto_index = entry
-            # As ``AutoIndex.choose``, whose call would cost a tenth of this one.
-            if index is None:
+            at = index
+            if at is None:
                 at = auto_index.next() if step is None else NO_COUNT
-            else:
-                at = index
-                if index > auto_index.given:
-                    auto_index.given = int(index)
             now = _time_ns() // 1000
             after = NO_COUNT if step is None else step
             during = NO_EPOCH if epoch is None else epoch
@@ -481,6 +474,9 @@ class RowLogger:
             else:
                 leaf = (name, FLOAT, number, None)
                 journal.write_row(what, set, leaf, now, at, after, during)
+            # As ``AutoIndex.give``, whose call would cost a tenth of this one.
+            if index is not None and index > auto_index.given:
+                auto_index.given = int(index)
         except BaseException:
             block.void(slot)
             check_arguments(what, set, index, epoch, step)
@@ -507,17 +503,16 @@ class RowLogger:
             is_known = values.keys() <= keys.keys()
             if not is_known and not all(map(_is_plain_name, values)):
                 return False
-            if index is None and step is not None:
-                at = NO_COUNT
-            else:
-                at = group.auto_index.choose(index, step)
+            at = index
+            if at is None:
+                at = group.auto_index.next() if step is None else NO_COUNT
             put, now = block.put, _time_ns() // 1000
             after = NO_COUNT if step is None else step
             during = NO_EPOCH if epoch is None else epoch
             if not is_known:
                 leaves = _make_leaves(values)
                 journal.write_rows(what, set, leaves, now, at, after, during)
-                return True
+                values = {}
             for (name, number), slot in zip(values.items(), block.slots, strict=False):
                 if slot < CAPACITY:
                     # fmt: off
@@ -530,6 +525,8 @@ class RowLogger:
                     rest = _make_leaves(values)[list(values).index(name) :]
                     journal.write_rows(what, set, rest, now, at, after, during)
                     break
+            if index is not None:
+                group.auto_index.give(index)
         except BaseException:
             block.void(slot)
             # Raise a clear error if an argument is wrong. Else a signal handler raised.
@@ -648,10 +645,19 @@ def check_arguments(
     check_name(what, "what", place)
     check_name(set, "set", place)
     return (
-        _check_count(index, "index", _MAX_COUNT, place),
+        _check_count(index, "index", MAX_COUNT, place),
         _check_count(epoch, "epoch", _MAX_EPOCH, place),
-        _check_count(step, "step", _MAX_COUNT, place),
+        _check_count(step, "step", MAX_COUNT, place),
     )
+
+
+def _check_fit(number: int, word: str, place: str) -> int:
+    checked = _check_count(number, word, _MAX_EPOCH, place)
+    if checked is None or checked < 1:
+        raise ValueError(
+            f"{place}: expected {word} from 1, got {number}. Leave it out for the default."
+        )
+    return checked
 
 
 def _check_count(count: object, word: str, highest: int, place: str) -> int | None:

@@ -13,6 +13,8 @@ import tracking
 from tracking.journal.block import AutoIndex
 from tracking.store import Manifest, get_rank_dir
 
+BAD_INDEX = [2**63, 1.5, "3"]
+
 CONTINUE = """
 import sys
 opened = []
@@ -139,3 +141,28 @@ def test_segments_are_read_where_an_index_is_needed(long_run):
         again.log("notes", "own", "d")
     notes = tracking.open(run.path).records("notes")
     assert notes["index"].to_pylist()[-1] == notes.num_rows
+
+
+def test_refused_index_leaves_the_automatic_index_as_it_is(tmp_path):
+    with tracking.start(runs_dir=tmp_path, delivery=False) as run:
+        run.log_metric("loss", 1.0)
+        for index in BAD_INDEX:
+            for value in (1.0, {"loss": 1.0}, {"loss": 1.0, "new": 1.0}, 1):
+                with pytest.raises((TypeError, ValueError), match=r"Run\.log.* index"):
+                    run.log("metrics", "train", value, index=index)
+        run.log("metrics", "train", {"loss": 2.0})
+        run.log_metric("loss", 3.0)
+    table = tracking.PastRun(run.path).records("metrics", name="loss")
+    assert table["index"].to_pylist() == [1, 2, 3]
+
+
+def test_nothing_follows_the_highest_index_of_all(tmp_path):
+    highest = 2**63 - 1
+    with tracking.start(runs_dir=tmp_path, delivery=False) as run:
+        run.log_metric("loss", 1.0, index=highest)
+        with pytest.raises(ValueError, match=f"expected an index below {highest}"):
+            run.log_metric("loss", 2.0)
+    with tracking.start(runs_dir=tmp_path, delivery=False, run_id=run.id) as run:
+        with pytest.raises(ValueError, match=f"expected an index below {highest}"):
+            run.log_metric("loss", 2.0)
+        run.log_metric("loss", 2.0, index=7)

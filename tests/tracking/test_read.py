@@ -230,13 +230,25 @@ def test_tensor_belongs_to_the_fit_that_logged_it(run):
     assert rows(table, "fit", "value") == [(1, 0.5), (2, 0.25)]
 
 
+def test_series_beside_the_fits_continue_after_an_empty_fit(run):
+    run.log_metric("rows", 100, index=5)
+    run.begin_fit(3)
+    assert run.begin_fit() == 1  # no row has an epoch
+    run.log_metric("rows", 200)
+    assert rows(PastRun(run.path).records("metrics"), "index") == [(5,), (6,)]
+
+
 @pytest.mark.parametrize(
     ("number", "match"),
-    [(0, "expected number from 1, got 0"), ("2", "expected an integer .*, got '2'")],
+    [(0, "from 1, got 0"), ("2", "an integer .*, got '2'")],
 )
 def test_wrong_number_of_a_fit_is_refused(run, number, match):
-    with pytest.raises((TypeError, ValueError), match=rf"Run\.begin_fit: {match}"):
+    refused = pytest.raises((TypeError, ValueError), match=rf"_fit: expected .*{match}")
+    with refused:
         run.begin_fit(number)
+    with refused:
+        run.end_fit(number)
+    assert run.fit == 1
 
 
 def test_fit_in_a_finished_run_is_refused(run):

@@ -25,6 +25,7 @@ from typing import Any, Final
 from tracking import durable
 from tracking.journal.row_format import (
     KEY,
+    MAX_COUNT,
     NO_COUNT,
     NO_EPOCH,
     PAYLOAD,
@@ -57,7 +58,7 @@ class AutoIndex:
     def reset(self, highest: int) -> None:
         """Continue after ``highest``."""
         self.given = highest  # highest index that a caller has passed
-        self._start = highest + 1
+        self._start = min(highest + 1, MAX_COUNT)
         self._counter: Iterator[int] = itertools.count(self._start)
 
     def reset_later(self, find: Callable[[], None]) -> None:
@@ -74,9 +75,13 @@ class AutoIndex:
         """Return a row's index: ``index`` if given, none beside a step, else the next."""
         if index is None:
             return self.next() if step is None else NO_COUNT
+        self.give(index)
+        return index
+
+    def give(self, index: int) -> None:
+        """Take note of an index that a caller passed."""
         if index > self.given:
             self.given = int(index)
-        return index
 
     def next(self) -> int:
         """Take the next index; no two threads or signal handlers get the same one."""
@@ -88,6 +93,11 @@ class AutoIndex:
         if index > self.given:
             return index
         with self._lock:
+            if self.given == MAX_COUNT:
+                raise ValueError(
+                    f"Run.log: expected an index below {MAX_COUNT}, got that one before, "
+                    "and nothing can follow it. Pass an index."
+                )
             if self._start <= self.given:
                 self._start = self.given + 1
                 self._counter = itertools.count(self._start)

@@ -37,6 +37,9 @@ OLD_MARK: Final = 0x9E2A6C5B
 NO_COUNT: Final = -(2**63)
 """Null of ``index`` and ``step``."""
 
+MAX_COUNT: Final = 2**63 - 1
+"""Highest ``index`` and ``step``."""
+
 NO_EPOCH: Final = -(2**31)
 HAS_TEXT: Final = 1
 """Flag of a row with a payload."""
