@@ -80,8 +80,6 @@ def check_event(place: str, name: str, own: Iterable[str] = ()) -> None:
 
     Parameters
     ----------
-    place
-        Where the name comes from, for the message.
     own
         Events that callbacks have declared.
 

@@ -244,8 +244,6 @@ def flatten(tree: object, place: str = "state") -> tuple[Any, dict[str, Tensor]]
 
     Parameters
     ----------
-    tree
-        Nested state.
     place
         Name of the state, for messages and for the names of tensors.
 

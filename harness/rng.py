@@ -181,13 +181,6 @@ def set_rng_state(
 ) -> list[str]:
     """Restore what ``get_rng_state`` returned, for the devices that this machine has.
 
-    Parameters
-    ----------
-    state
-        From ``get_rng_state`` or ``derive_rng_state``.
-    generators, device
-        As in ``get_rng_state``, in this process.
-
     Returns
     -------
     list of str

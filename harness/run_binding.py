@@ -61,13 +61,7 @@ def _check_item(call: str, name: str, value: object, **counts: int) -> None:
 
 @contextmanager
 def start_tracking(ctx: Context, tracker: Tracker) -> Iterator[None]:
-    """Set ``ctx.run`` to the run that records the fit, and finish it after the block.
-
-    Parameters
-    ----------
-    tracker
-        As in ``Learner.fit``.
-    """
+    """Set ``ctx.run`` to the run that records the fit, and finish it after the block."""
     if tracker is False:
         ctx.run = make_null_run()
         yield

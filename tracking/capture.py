@@ -302,10 +302,6 @@ class Capture:
     ----------
     run_path
         Folder of the run; the process writes `ENVIRONMENT` into it.
-    started
-        As in `Environment`.
-    save_diff
-        Whether to keep uncommitted changes of the code.
     on_end
         Called from another thread with what was found.
     """

@@ -130,8 +130,6 @@ def redact(text: str, secrets: Iterable[str] = ()) -> str:
 
     Parameters
     ----------
-    text
-        Any text, such as an error message.
     secrets
         Values to mask, longest first, as from ``collect_secrets``.
 

@@ -42,13 +42,7 @@ class Settings:
 
     @classmethod
     def read(cls, environment: Mapping[str, str] | None = None) -> Settings:
-        """Read the settings.
-
-        Parameters
-        ----------
-        environment
-            Environment variables; None: those of this process.
-        """
+        """Read the settings."""
         if environment is None:
             environment = os.environ  # noqa: TID251  read only here
         cache = Path(environment.get("XDG_CACHE_HOME") or "~/.cache")
@@ -100,13 +94,7 @@ _SHARED = (
 
 
 def read_rank(environment: Mapping[str, str] | None = None) -> LaunchedRank | None:
-    """Read which rank this process is; None if it is not one of several.
-
-    Parameters
-    ----------
-    environment
-        Environment variables; None: those of this process.
-    """
+    """Read which rank this process is; None if it is not one of several."""
     if environment is None:
         environment = os.environ  # noqa: TID251  read only here
     for rank, size, local_size in _RANKS:
@@ -169,13 +157,7 @@ def select_of_stores(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def read_secrets(environment: Mapping[str, str] | None = None) -> tuple[str, ...]:
-    """Secrets of this process: of its environment variables and its command line.
-
-    Parameters
-    ----------
-    environment
-        Environment variables; None: those of this process.
-    """
+    """Secrets of this process: of its environment variables and its command line."""
     if environment is None:
         environment = os.environ  # noqa: TID251  read only here
     return _collect_secrets(tuple(environment.items()), tuple(sys.orig_argv))

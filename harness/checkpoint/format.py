@@ -159,8 +159,6 @@ def write_rank(
 
     Parameters
     ----------
-    temporary
-        From ``begin_checkpoint``.
     plan, tensors
         From ``flatten``; the tensors must be contiguous, on the CPU.
     summary
@@ -194,8 +192,6 @@ def commit_checkpoint(temporary: Path, manifest: Manifest) -> Path:
 
     Parameters
     ----------
-    temporary
-        From ``begin_checkpoint``.
     manifest
         Without its `files`.
 
@@ -275,8 +271,6 @@ def write_each_tensor(
 
     Parameters
     ----------
-    forms
-        Dtype and shape of each tensor, in order.
     read
         Returns the tensor of a name, contiguous and on the CPU.
 
@@ -500,8 +494,6 @@ def read_rank(
 
     Parameters
     ----------
-    rank
-        Rank that saved the state.
     is_mapped
         Whether tensors may be views into the file. Views need no memory, but their
         addresses are not aligned as torch aligns them, and kernels of some processors

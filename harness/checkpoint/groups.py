@@ -61,13 +61,7 @@ def _describe_options(group: Mapping[str, object]) -> dict[str, str]:
 
 
 def check_groups(saved: StateDict, live: StateDict) -> None:
-    """Raise if learners define groups of other parameters.
-
-    Parameters
-    ----------
-    saved, live
-        From ``describe_groups``.
-    """
+    """Raise if learners define groups of other parameters."""
     for name in saved.keys() & live.keys():
         then, now = (_sets_of(side[name]) for side in (saved, live))
         if then == now or None in (*then, *now):
@@ -142,12 +136,6 @@ def regroup(opt: Any, saved: Names, params: Mapping[str, Tensor], place: str) ->
     ----------
     opt
         Changed in place.
-    saved
-        Names of the parameters of each group.
-    params
-        All parameters that it may step, by name.
-    place
-        Name of the optimizer, for the message.
 
     Raises
     ------

@@ -40,10 +40,6 @@ def capture_held(
 
     Parameters
     ----------
-    search
-        From ``search_fit``.
-    params
-        From ``name_parameters``.
     callbacks
         States of callbacks by name; what they contain is not captured again.
 

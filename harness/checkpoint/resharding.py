@@ -36,13 +36,6 @@ EPOCH_END_ADVICE = (
 def check_convertible(parts: SavedParts, live: StateDict, *, is_exact: bool) -> None:
     """Raise if the states of a checkpoint cannot be converted for the live accelerator.
 
-    Parameters
-    ----------
-    parts
-        Parts of the ranks that saved.
-    is_exact
-        Whether the fit continues where it stopped.
-
     Raises
     ------
     CheckpointError
@@ -71,15 +64,6 @@ def convert_position(
     ctx: Context,
 ) -> Position:
     """Convert a position to batches of this fit, whose ranks or batch size differ.
-
-    Parameters
-    ----------
-    position
-        Where the checkpoint was taken.
-    states
-        States of all ranks that saved.
-    about
-        ``describe_fit`` of the saved fit.
 
     Raises
     ------

@@ -40,8 +40,6 @@ def check_like(
     ----------
     saved, live
         Nested states. Where the live value is None or an empty list, any value will do.
-    place
-        Where the value is, for the message.
     num_optional
         Levels of mappings from here whose keys may be missing in the saved value, as they
         are in a checkpoint of an earlier version.

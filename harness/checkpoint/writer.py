@@ -70,11 +70,6 @@ class CheckpointWriter:
     def begin(self, phase: Phase) -> str | None:
         """Make a temporary folder for a checkpoint of this moment.
 
-        Parameters
-        ----------
-        phase
-            As in ``Position``.
-
         Returns
         -------
         name of the checkpoint; None on all ranks if the folder could not be made, see

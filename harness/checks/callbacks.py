@@ -41,14 +41,10 @@ def check_monitor(
 
     Parameters
     ----------
-    place
-        Callback and option, for the message.
     monitor
         ``<set>/<metric>`` or ``<set>/<metric>/<part>``.
     names
         ``<set>/<metric>`` of the losses and metrics that the fit knows.
-    has_valid_data
-        Whether the fit validates.
 
     Returns
     -------

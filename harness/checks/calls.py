@@ -95,8 +95,6 @@ def check_given(
 
     Parameters
     ----------
-    place
-        Where the arguments come from, for the message.
     function
         Model, optimizer or scheduler class, or a function that returns one.
     names

@@ -155,8 +155,6 @@ def check_loss(place: str, model: nn.Module | type, loss: object) -> None:
 
     Parameters
     ----------
-    place
-        Where the model is used, for the message.
     loss
         What ``setup(loss=...)`` was given.
     """

@@ -60,17 +60,7 @@ _BUILD_OPTIONS = (
 def start_ranks(
     words: Sequence[str], options: Options, *, verbose: bool = False
 ) -> NoReturn:
-    """Run a command of ``harness`` on each rank by DeepSpeed's launcher, and exit as it does.
-
-    Parameters
-    ----------
-    words
-        The command and its arguments.
-    options
-        Options of the launcher that were given.
-    verbose
-        Show the output of DeepSpeed's launcher.
-    """
+    """Run a command of ``harness`` on each rank by DeepSpeed's launcher, and exit as it does."""
     from harness.accelerators.distributed import launcher  # noqa: PLC0415  imports torch
 
     build = {name: options[name] for name in _BUILD_OPTIONS if name in options}

@@ -128,8 +128,6 @@ def check_source(
         ``FILE.py:NAME`` or ``package.module:NAME``; only files are read.
     settings
         Names of the arguments of the function NAME.
-    places
-        As in ``build_experiment``.
 
     Raises
     ------

@@ -66,8 +66,6 @@ def num_rows(input: object, target: object = None, pred: object = None) -> int |
 
     Parameters
     ----------
-    input, target
-        As from ``input_of`` and ``target_of``.
     pred
         Output of the model, if there is one.
 
@@ -209,13 +207,6 @@ def copy_by_value(
 
     Whatever outlives its batch is held as a copy, because models, loaders and callbacks may
     reuse their tensors.
-
-    Parameters
-    ----------
-    value
-        Tensors and arrays in any form.
-    clone
-        Copies a tensor.
     """
     if isinstance(value, Tensor):
         # detach() costs a third of the copy of a small tensor.

@@ -21,8 +21,6 @@ class NestedDataset(TensorDataset):
     ----------
     tree
         Nested tensors of equal length.
-    *tensors
-        Its tensors, in order.
     """
 
     def __init__(self, tree: object, *tensors: Tensor) -> None:

@@ -107,8 +107,6 @@ def as_dataset(data: object, place: str = "data") -> Dataset[Any]:
         A Dataset; an object with ``__len__`` and ``__getitem__``; a list of samples, which
         are anything but tensors, arrays, numbers or data sets; a tensor or array, or nested tuples,
         lists and mappings of those, with equal lengths.
-    place
-        Name of the argument, for messages.
 
     Raises
     ------
@@ -267,13 +265,9 @@ def make_eval_loader(
 
     Parameters
     ----------
-    data
-        As in ``make_train_loader``.
     options
         As in ``make_train_loader``. Rows keep their order: what would change it is ignored,
         with a warning. With a DataLoader all options are ignored, with a warning.
-    place
-        Name of the argument, for messages.
     like
         Defaults of `options`, from ``get_batch_options`` and ``get_device_options``. A
         collate function is for data sets, and not for tensors.

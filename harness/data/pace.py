@@ -64,14 +64,8 @@ def parse_pace(
 
     Parameters
     ----------
-    max_steps
-        Optimizer steps, or None.
     valid_every
         A number of epochs, ``"2 epochs"``, ``"500 steps"``, or None for every epoch.
-    epochs
-        From ``fill_epochs``.
-    validates
-        Whether the fit has validation data.
 
     Raises
     ------
@@ -203,8 +197,6 @@ def check_limits(limits: object, names: Mapping[str, object]) -> dict[str, Any]:
     limits
         A whole number, a share in (0, 1), or one of both by set. ``valid`` stands for all
         sets of validation data.
-    names
-        Sets of validation data.
 
     Raises
     ------

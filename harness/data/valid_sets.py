@@ -24,10 +24,6 @@ def name_sets(data: object, place: str, like: object = None) -> dict[str, Any]:
 
     Parameters
     ----------
-    data
-        What was passed; None: no data.
-    place
-        Name of the argument, for messages.
     like
         Training data of a fit; None: not known.
 

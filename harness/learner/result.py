@@ -120,10 +120,6 @@ def make_fitted(
     ----------
     learner, ctx
         Learner and context of the fit.
-    batch_options, start
-        As in ``Fitted``.
-    home
-        Where the weights will be.
     """
     accelerator, model = ctx.accelerator, ctx.model
     if accelerator.world_size > 1:

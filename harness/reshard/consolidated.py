@@ -215,13 +215,7 @@ class _Pieces:
 
 
 class TensorPieces:
-    """A tensor in pieces, which are neither opened nor copied until they are read.
-
-    Parameters
-    ----------
-    shape
-        Shape of the whole tensor.
-    """
+    """A tensor in pieces, which are neither opened nor copied until they are read."""
 
     def __init__(self, shape: Size) -> None:
         self.shape = shape

@@ -85,8 +85,6 @@ def convert_state(
     states
         States of the accelerator on all ranks of a checkpoint. Of those after the first,
         only the ones are looked at that have something of this rank.
-    live
-        State of the live accelerator on this rank.
     parts
         ``model``, ``optimizers`` or both: what to restore. The rest is that of `live`.
     index
@@ -133,8 +131,6 @@ def convert_model_part(
     states
         What each rank took; also ``{"model": ...}`` alone, with whole weights and buffers.
         The buffers stay as they are, also if the live ones have other shapes.
-    model, live, rank, index
-        As in ``convert_state``.
 
     Raises
     ------
@@ -409,8 +405,6 @@ def check_same(saved: StateDict, live: StateDict, parts: Sequence[str]) -> None:
 
     Parameters
     ----------
-    saved, live
-        States of one rank.
     parts
         ``model``, ``optimizers`` or both: what to check.
     """

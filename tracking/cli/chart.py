@@ -29,8 +29,6 @@ def draw_chart(
 
     Parameters
     ----------
-    curves
-        Points by name.
     has_colours
         Whether the terminal shows colours; otherwise each curve has a mark of its own.
     """

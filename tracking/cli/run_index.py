@@ -83,8 +83,6 @@ class RunIndex:
 
     Parameters
     ----------
-    paths
-        All runs in it, newest first.
     settled_s : seconds
         A run that has changed within this time is not kept.
 

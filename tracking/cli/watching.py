@@ -22,8 +22,6 @@ def watch_run(run: PastRun, every_s: float, *, as_json: bool = False) -> None:
     ----------
     every_s : seconds
         Time between two looks at its files.
-    as_json
-        Print a JSON object for each epoch.
     """
     console = render.make_console()
     if as_json or not console.is_terminal:

@@ -47,8 +47,6 @@ def choose_charts(
     ----------
     series
         What is known of each line, by metric and set.
-    room
-        Room of the picture.
     get_points
         Returns places and values of a line.
     """
@@ -70,11 +68,6 @@ def _thin_line(x: Any, y: Any, columns: int) -> Line:
 
 def choose_metrics(sets: Mapping[str, Collection[object]]) -> list[str]:
     """Order metrics, the main ones first.
-
-    Parameters
-    ----------
-    sets
-        The sets of each metric.
 
     Returns
     -------

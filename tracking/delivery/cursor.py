@@ -123,8 +123,6 @@ class Cursor:
         ----------
         counts
             Number of points of each key up to the position.
-        timestamps
-            Which gave them their times.
         """
         self.timestamps = timestamps
         self.counts = dict(counts)

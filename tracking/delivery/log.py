@@ -17,13 +17,7 @@ MAX_BYTES: Final = 1 << 20
 
 
 class RedactingFormatter(logging.Formatter):
-    """Formats log records, tracebacks included, with their secrets masked.
-
-    Parameters
-    ----------
-    redact
-        Masks the secrets in a text.
-    """
+    """Formats log records, tracebacks included, with their secrets masked."""
 
     def __init__(self, redact: Callable[[str], str]) -> None:
         super().__init__("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S")

@@ -199,8 +199,6 @@ class Reconciler:
 
         Parameters
         ----------
-        history
-            All points of the MLflow run.
         stage
             Of the run. A killed run may be resumed and then replace stale points by
             equal ones, so it keeps them.
@@ -285,8 +283,6 @@ class ExpectedPoints:
         ``seq`` of the last row.
     per_key
         Maximum number of points of each metric; None: all points.
-    is_final
-        Whether no more points come.
 
     Attributes
     ----------

@@ -39,17 +39,11 @@ class RetryPolicy:
         Where the phase and the error are shown to readers.
     limit_s : seconds
         How long to retry once the run is not written any more.
-    is_being_written
-        Whether the run is still being written.
-    redact
-        Masks the secrets in a text.
     isolate
         Called when an action has failed several times. True: MLflow takes other things,
         so the action now leaves out what it fails for.
     is_replaced
         Whether another process wants to deliver the run instead.
-    sleep, clock
-        As in `time`.
     """
 
     def __init__(

@@ -133,12 +133,6 @@ class StateFile:
 
 
 def rows_behind(run_path: Path, state: DeliveryState) -> int:
-    """Count the rows that MLflow does not have yet.
-
-    Parameters
-    ----------
-    state
-        State of its delivery, as last written.
-    """
+    """Count the rows that MLflow does not have yet."""
     reader = JournalReader(get_rank_dir(run_path, 0), state.delivered)
     return max(state.behind, reader.count_unread())

@@ -364,8 +364,6 @@ def _wait_for(
     ----------
     timeout_s : seconds
         Maximum time to wait; None: no limit.
-    is_enough
-        Whether to end the wait now.
     is_live
         Whether training goes on beside the delivery, which then stays nice.
     is_last

@@ -104,8 +104,6 @@ class DeliveryWorker:
         where the journal gives a reason.
     write_summaries
         Writes files that the MLflow run gets once the run has ended.
-    redact
-        Masks the secrets in a text.
     lookahead_rows
         Rows to read ahead of sending.
     pause

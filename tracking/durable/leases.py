@@ -211,11 +211,6 @@ class _Content:
 class Lease:
     """The lease of this process on a lock.
 
-    Parameters
-    ----------
-    has_lock
-        Whether the lock itself is held too.
-
     Raises
     ------
     FileExistsError

@@ -121,11 +121,6 @@ class Block:
     (``for slot in block.slots``), write what the row refers to (``add_keys``,
     ``add_payload``), write the row (``put``).
 
-    Parameters
-    ----------
-    number
-        Number of the block, from 0.
-
     Attributes
     ----------
     slots

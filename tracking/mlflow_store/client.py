@@ -123,8 +123,6 @@ class StoreClient:
 
     Parameters
     ----------
-    uri
-        From `resolve_uri`.
     cache
         Folder for prepared databases.
 

@@ -35,8 +35,6 @@ class RunResolver:
         From MLflow's own variables; used if the run names no experiment.
     may_exist
         Whether MLflow may have the run already; else it is not searched for at first.
-    redact
-        Masks the secrets in a text.
     redact_address
         Masks the secrets in the address of a store.
 

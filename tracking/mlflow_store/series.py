@@ -82,10 +82,6 @@ def open_upload(folder: Path, name: str, about: Mapping[str, Any]) -> Iterator[P
 
     Parameters
     ----------
-    folder
-        Of the run's artifacts.
-    name
-        Path in MLflow.
     about
         As ``collect_uploads`` describes it, or a plain artifact.
 

@@ -34,8 +34,6 @@ def run_tags(
 
     Parameters
     ----------
-    redact
-        Masks the secrets in a text.
     per_key
         Number of points that MLflow has of long series; None if no series is longer.
     """

@@ -75,8 +75,6 @@ def relocate(uri: str, old: Path, new: Path) -> str:
 
     Parameters
     ----------
-    uri
-        Address before.
     old, new
         The folder before and now, absolute.
 

@@ -57,8 +57,6 @@ class RunWriter:
 
     Parameters
     ----------
-    client
-        Of the store that has the run.
     run
         The run as MLflow has it now.
     watermark_tag
@@ -171,8 +169,6 @@ class RunWriter:
         more
             Tags that describe the run. A tag of the user's replaces one of these, and a
             description that somebody changed in MLflow stays.
-        points, upto
-            As of `send_points`.
         """
         params = {k: v for k, v in wanted.params.items() if k not in self._params}
         tags = self._list_missing_tags(wanted, more)

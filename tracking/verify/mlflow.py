@@ -157,8 +157,6 @@ def _explain_surplus(
 
     Parameters
     ----------
-    ids
-        Of all points that MLflow has.
     surplus
         Points beyond the journal's.
     is_superseded

@@ -70,8 +70,6 @@ def gather_plain_parameters(
 
     Parameters
     ----------
-    model, read_whole, dtypes
-        As in ``gather_state_dict``.
     before
         What ``list_attributes`` returned before the engines were created.
     keep

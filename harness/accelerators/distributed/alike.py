@@ -48,13 +48,7 @@ def is_checked(step: int) -> bool:
 
 
 class LengthCheck:
-    """Checks on each step that all ranks still have data, without waiting for them.
-
-    Parameters
-    ----------
-    place
-        What is read, for messages.
-    """
+    """Checks on each step that all ranks still have data, without waiting for them."""
 
     def __init__(self, ranks: RankGroup, place: str) -> None:
         self._ranks, self._place = ranks, place

@@ -57,11 +57,6 @@ class PeerError(RuntimeError):
 class RankGroup:
     """The ranks of one launch, and the values that they send each other.
 
-    Parameters
-    ----------
-    launch
-        The launcher's description of this process.
-
     Notes
     -----
     The process group is created once per process and kept for the next fit. A group that

@@ -43,8 +43,6 @@ class Silence:
 
     Parameters
     ----------
-    clock
-        Gives seconds.
     most_s : > 0
         Longest time between two signs that counts.
     """
@@ -117,8 +115,6 @@ class Heartbeat:
         Seconds without a sign of life after which a rank is lost.
     is_waiting
         Whether this rank waits for the others to do the same, as in ``fit``.
-    clock
-        Gives seconds.
 
     Notes
     -----

@@ -51,11 +51,6 @@ class Meeting:
 
         Each rank asks the store as often for two ranks as for a thousand.
 
-        Parameters
-        ----------
-        what
-            What the rank does, for messages.
-
         Raises
         ------
         RuntimeError

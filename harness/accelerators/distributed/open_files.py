@@ -64,8 +64,6 @@ def check_open_files(
 
     Parameters
     ----------
-    world_size, is_server
-        As in ``count_files``.
     limits
         Module ``resource``; None where the system has no such limit.
 

@@ -28,8 +28,6 @@ class SharedOrder:
 
     Parameters
     ----------
-    sampler
-        Sampler or batch sampler of this rank.
     size : >= 1
         Items that are sent at once.
 

@@ -24,11 +24,6 @@ def find_dividers(loader: object, ranks: RankGroup) -> list[object]:
 
     If there is one, the rows are not divided again. Every rank must call it.
 
-    Parameters
-    ----------
-    loader
-        Loader as the user made it.
-
     Raises
     ------
     ValueError

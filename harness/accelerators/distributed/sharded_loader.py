@@ -45,8 +45,6 @@ class ShardedLoader:
         Called with each batch and its ``RankShare`` before it is yielded; returns the batch.
     on_begin, on_end
         Called before and after each pass over the data.
-    has_pairs
-        As in ``assign_rows``.
 
     Notes
     -----

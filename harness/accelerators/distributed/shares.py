@@ -34,8 +34,6 @@ def assign_rows(
         Samples in the step.
     size : >= 1
         Samples that fill a rank's batch.
-    rank, world_size
-        The rank, and the number of ranks.
     has_pairs
         Give no rank a single sample in a step that is not full, if there are more: the last
         ranks get none instead.

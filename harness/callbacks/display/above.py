@@ -11,13 +11,7 @@ STREAMS = ("stdout", "stderr")
 
 
 class Over:
-    """A terminal's stream that erases the bar before each write, and else does what it did.
-
-    Parameters
-    ----------
-    erase
-        Erases the bar, if it is drawn.
-    """
+    """A terminal's stream that erases the bar before each write, and else does what it did."""
 
     def __init__(self, stream: Any, erase: Callable[[], object]) -> None:
         self.stream, self._erase = stream, erase
@@ -41,13 +35,7 @@ class Over:
 
 
 class WritingAbove:
-    """Puts ``Over`` before the standard streams and the log handlers that write to a terminal.
-
-    Parameters
-    ----------
-    erase
-        Erases the bar, if it is drawn.
-    """
+    """Puts ``Over`` before the standard streams and the log handlers that write to a terminal."""
 
     def __init__(self, erase: Callable[[], object]) -> None:
         self._streams: dict[str, Over] = {}

@@ -26,8 +26,6 @@ class ProgressBar:
 
     Parameters
     ----------
-    title
-        Text at the start of the line.
     total
         Batches of the split; None if it is not known.
     now : seconds

@@ -38,8 +38,6 @@ class EpochTable:
         ----------
         heads
             The first cells, by title: epoch, step, time.
-        is_best
-            Whether to mark the epoch.
         """
         self.fit_heads([heads])
         for split, metrics in values.items():

@@ -87,8 +87,6 @@ def estimate_left_s(
     ----------
     done
         Batches of the present epoch that are done.
-    rate
-        Batches per second.
     epoch_s
         Mean time of the finished epochs with their validation, in seconds; None before.
     """

@@ -11,15 +11,7 @@ from harness.callbacks.display.bar import ProgressBar
 
 
 class NotebookOutput:
-    """Lines, and a bar below them, in one output of a cell.
-
-    Parameters
-    ----------
-    display
-        IPython's ``display``.
-    as_html
-        IPython's ``HTML``.
-    """
+    """Lines, and a bar below them, in one output of a cell."""
 
     def __init__(self, display: Any, as_html: Any) -> None:
         self._display, self._as_html = display, as_html

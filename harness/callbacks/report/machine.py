@@ -35,8 +35,6 @@ class MachineReader:
 
     Parameters
     ----------
-    psutil
-        The package of this name.
     folder
         Folder whose disk is looked at.
     """
@@ -82,10 +80,6 @@ class GPUReader:
 
     Parameters
     ----------
-    nvml
-        The module ``pynvml``.
-    uuid
-        Of the GPU, as torch gives it.
     name
         First word of the names of its values.
     """

@@ -175,10 +175,6 @@ def move_to_new_group(
     ----------
     opt
         Optimizer of the group, changed in place.
-    group
-        One of its groups.
-    moved
-        ``id`` of the parameters.
     lr : > 0
         Learning rate of the new group; its other options are those of the old one.
     """

@@ -38,8 +38,6 @@ class LazyStates(Sequence[StateDict]):
     ----------
     world_size : >= 1
         Number of states.
-    read
-        Returns the state of a rank.
     """
 
     def __init__(self, world_size: int, read: Callable[[int], StateDict]) -> None:

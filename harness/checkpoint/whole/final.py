@@ -35,11 +35,6 @@ FINAL = "final"
 def save_final(ctx: Context, folder: Path) -> Path | None:
     """Save the weights of a fit that has ended; every rank must call it.
 
-    Parameters
-    ----------
-    ctx
-        Context of the fit, before the accelerator finishes.
-
     Returns
     -------
     Path of the checkpoint; None on every rank, with a warning on rank 0, if a rank could
