@@ -53,7 +53,6 @@ class EarlyStopping(Monitor):
         self.reset()
 
     def on_fit_begin(self) -> None:
-        """Reset the counters of an earlier fit."""
         self.reset()
         self.waited = 0
 

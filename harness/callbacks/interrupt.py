@@ -168,7 +168,6 @@ class Interrupt(Callback):
         self._end()
 
     def on_exception(self) -> None:
-        """Restore the earlier signal handlers."""
         self._is_over = True
         self._handlers.restore()
         self._end()

@@ -57,7 +57,6 @@ class KeepBestModel(Monitor):
         self.best_step: int | None = None
 
     def on_fit_begin(self) -> None:
-        """Reset what an earlier fit left."""
         self.reset()
         self.model_part, self.extra, self.loss = {}, {}, {}
         self.best_epoch = self.best_step = None

@@ -128,27 +128,21 @@ class Metrics(Callback):
         ctx.run.log_figure(figure, f"{split}/{name}", step=ctx.step, epoch=ctx.epoch)
 
     def on_train_begin(self) -> None:
-        """Reset the metrics."""
         self._start("train")
 
     def on_train_batch_end(self) -> None:
-        """Update with the batch."""
         self._update("train")
 
     def on_train_end(self) -> None:
-        """Log the values of the epoch."""
         self._log("train")
 
     def on_valid_begin(self) -> None:
-        """Reset the metrics."""
         self._start(self.ctx.split)
 
     def on_valid_batch_end(self) -> None:
-        """Update with the batch."""
         self._update(self.ctx.split)
 
     def on_valid_end(self) -> None:
-        """Log the values of the epoch."""
         self._log(self.ctx.split)
 
     def state_dict(self) -> StateDict:

@@ -63,42 +63,33 @@ class Profile(Callback):
             self._batches, self._rows = state["batches"], state["rows"]
 
     def on_fit_begin(self) -> None:
-        """Start the clock of the fit."""
         self._fit_began = perf_counter()
 
     def on_fit_end(self) -> None:
-        """Log the time of the fit."""
         fit_s = perf_counter() - self._fit_began
         self.ctx.log("profile", "fit", {"fit_s": fit_s}, index=1, append=False)
 
     def on_epoch_begin(self) -> None:
-        """Start the clock of the epoch."""
         self._epoch_began = perf_counter()
 
     def on_epoch_end(self) -> None:
-        """Log the time of the epoch."""
         epoch_s = perf_counter() - self._epoch_began
         self.ctx.log("profile", "epoch", {"epoch_s": epoch_s}, index=self.ctx.index)
 
     def on_train_begin(self) -> None:
-        """Start the clock."""
         self._start()
 
     def on_train_batch_end(self) -> None:
-        """Count the batch."""
         self._batches += 1
         self._rows += self.ctx.rows
 
     def on_train_end(self) -> None:
-        """Log the times."""
         self._log("train")
 
     def on_valid_begin(self) -> None:
-        """Start the clock."""
         self._start()
 
     on_valid_batch_end = on_train_batch_end
 
     def on_valid_end(self) -> None:
-        """Log the times."""
         self._log(self.ctx.split)

@@ -185,15 +185,12 @@ class Progress(MetricsListener):
                 self._write(*wrap(pieces, width, "      "))
 
     def on_epoch_begin(self) -> None:
-        """Start the epoch's clock."""
         self._epoch_began = self.clock()
 
     def on_train_begin(self) -> None:
-        """Draw the bar."""
         self._start(f"{self._place} train")
 
     def on_train_end(self) -> None:
-        """Erase the bar."""
         self._stop()
 
     def on_valid_begin(self) -> None:
@@ -214,7 +211,6 @@ class Progress(MetricsListener):
             self._write_end("evaluate")
 
     def on_predict_begin(self) -> None:
-        """Draw the bar."""
         self._call_began = self.clock()
         self._open_output()
         self._start("predict")
@@ -320,7 +316,6 @@ class Progress(MetricsListener):
             self._write(f"interrupted in {where}; everything logged so far is kept")
 
     def on_exception(self) -> None:
-        """Leave the terminal usable."""
         self._stop()
 
     @property

@@ -71,7 +71,6 @@ class TrainValid(Callback):
         switch_optimizers(self.ctx, is_training=False)
 
     def on_valid_begin(self) -> None:
-        """Evaluation mode."""
         self._switch(False)
 
     def on_fit_end(self) -> None:
@@ -81,5 +80,4 @@ class TrainValid(Callback):
             self._switch_loss(True)
 
     def on_predict_begin(self) -> None:
-        """Evaluation mode, unless asked otherwise."""
         self._switch(self.predict_mode == "train")

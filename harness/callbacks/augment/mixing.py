@@ -150,7 +150,6 @@ class Mixing(Callback):
             raise ValueError(f"{msg} Remove all but one.")
 
     def on_fit_begin(self) -> None:
-        """Wrap the loss."""
         loss = self.ctx.loss_fn
         if self.auto_loss and loss is not None and not isinstance(loss, MixupLoss):
             self.ctx.loss_fn = MixupLoss(loss)
@@ -173,20 +172,16 @@ class Mixing(Callback):
             self.ctx.target = target.get_main()
 
     def on_train_batch_begin(self) -> None:
-        """Mix the batch."""
         self._mix_batch()
 
     def on_train_batch_end(self) -> None:
-        """Give the metrics one target."""
         self._unmix_target()
 
     def on_valid_batch_begin(self) -> None:
-        """Mix the batch, if asked to."""
         if self.run_valid:
             self._mix_batch()
 
     def on_valid_batch_end(self) -> None:
-        """Give the metrics one target."""
         self._unmix_target()
 
 

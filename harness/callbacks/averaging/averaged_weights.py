@@ -103,7 +103,6 @@ class AveragedWeights(MetricsListener):
         return is_same and self.in_result and other.in_result
 
     def on_fit_begin(self) -> None:
-        """Forget an earlier fit."""
         self._reset()
 
     def on_epoch_begin(self) -> None:
@@ -176,7 +175,6 @@ class AveragedWeights(MetricsListener):
         self.put_back()
 
     def on_exception(self) -> None:
-        """Put the weights of training back."""
         self.put_back()
 
     def on_fit_end(self) -> None:

@@ -115,9 +115,7 @@ class EMA(AveragedWeights):
         self.put_back()
 
     def on_predict_begin(self) -> None:
-        """Put the averages in."""
         self.put_in()
 
     def on_predict_end(self) -> None:
-        """Put the other weights back."""
         self.put_back()

@@ -86,7 +86,6 @@ class StochasticWeightAveraging(AveragedWeights):
             raise ValueError(f"{msg}, {got}. {advice}")
 
     def on_train_end(self) -> None:
-        """Add the weights of this epoch."""
         if self.ctx.pace.unit == "epoch":
             self._add()
 

@@ -50,7 +50,6 @@ class Notify(Callback):
         self._began = perf_counter()
 
     def on_fit_begin(self) -> None:
-        """Start the clock."""
         self._began = perf_counter()
 
     def on_fit_end(self) -> None:

@@ -93,7 +93,6 @@ class SystemMetrics(Callback):
         self._recorded_at = self._batch_ended_at = perf_counter()
 
     def on_train_begin(self) -> None:
-        """Begin to wait for the first batch."""
         self._batch_ended_at = perf_counter()
 
     def on_train_batch_begin(self) -> None:
@@ -108,7 +107,6 @@ class SystemMetrics(Callback):
         self._batch_ended_at = perf_counter()
 
     def on_epoch_end(self) -> None:
-        """Record at the end of the epoch."""
         if self.ctx.step != self._last_step:
             self._record()
 
@@ -132,11 +130,9 @@ class SystemMetrics(Callback):
             self._sampler = None
 
     def on_fit_end(self) -> None:
-        """Stop to read."""
         self._stop()
 
     def on_exception(self) -> None:
-        """Stop to read."""
         self._stop()
 
     def state_dict(self) -> StateDict:

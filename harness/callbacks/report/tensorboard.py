@@ -153,7 +153,6 @@ class TensorBoard(MetricsListener):
         self._close()
 
     def on_exception(self) -> None:
-        """Close the file."""
         self._close()
 
     def _close(self) -> None:

@@ -145,7 +145,6 @@ class Freeze(Callback):
         self._trained = []
 
     def on_epoch_begin(self) -> None:
-        """Unfreeze what this epoch trains."""
         self._freeze(self.ctx.epoch or 1)
 
     def _freeze(self, epoch: int) -> None:

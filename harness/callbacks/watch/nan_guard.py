@@ -105,7 +105,6 @@ class NaNGuard(Callback):
             self._fail("weights", f"got others in {_list_names(values)} after the step")
 
     def on_fit_end(self) -> None:
-        """Free the copy."""
         self._before = None
 
     def _params(self) -> Iterator[tuple[str, nn.Parameter]]:
