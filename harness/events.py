@@ -82,11 +82,6 @@ def check_event(place: str, name: str, own: Iterable[str] = ()) -> None:
     ----------
     own
         Events that callbacks have declared.
-
-    Raises
-    ------
-    ValueError
-        If `name` is neither in ``EVENTS`` nor in `own`; the message offers the nearest one.
     """
     own = list(own)
     if name not in EVENTS and name not in own:

@@ -183,13 +183,7 @@ def parse_arguments(
 
 
 def parse_value(place: str, value: object, hint: object) -> object:
-    """Convert the text of a setting by an annotation, or as a Python literal without one.
-
-    Raises
-    ------
-    ExperimentError
-        If the text does not fit the annotation.
-    """
+    """Convert the text of a setting by an annotation, or as a Python literal without one."""
     if not isinstance(value, str):
         return value
     kinds = [kind for kind in typing.get_args(hint) if kind is not types.NoneType]

@@ -20,11 +20,6 @@ def build_own(build: Callable[[], nn.Module]) -> nn.Module:
     build
         Returns a model. Parts with parameters that it does not make itself, and that
         something else refers to, belong to somebody else.
-
-    Raises
-    ------
-    TypeError
-        If a model that somebody else holds cannot be copied.
     """
     new: set[tuple[int, str]] = set()
     handle = register_module_parameter_registration_hook(

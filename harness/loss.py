@@ -32,11 +32,6 @@ def make_loss(loss: Loss | None, model: nn.Module, device: torch.device) -> Loss
         As passed to ``setup``; None: the model's own ``loss``, if it has one.
     device
         Where its parameters and buffers go.
-
-    Raises
-    ------
-    TypeError
-        If it is a module, or holds one, and cannot be copied.
     """
     if loss is None:
         own: Loss | None = get_method(model, "loss")

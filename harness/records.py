@@ -111,13 +111,7 @@ def pack_records(records: Records) -> Packed:
 
 
 def unpack_records(packed: Packed) -> Records:
-    """Records that ``pack_records`` packed.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If a series has another form.
-    """
+    """Records that ``pack_records`` packed."""
     return {
         what: {
             split: _unpack_series(series, f"records/{what}/{split}")

@@ -271,23 +271,13 @@ def _devices() -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Environment:
-    """What a run was started on.
+    """What a run was started on."""
 
-    Attributes
-    ----------
-    started
-        When the run was started or resumed, as its manifest has it.
-    platform
-        Operating system.
-    packages
-        Versions of the installed distributions, by name.
-    git, diff
-        As ``CodeState``; the diff is empty if it is not to be kept.
-    """
-
-    started: str
-    platform: str = ""
+    started: str  #: when the run was started or resumed, as its manifest has it
+    platform: str = ""  #: operating system
+    #: versions of the installed distributions, by name
     packages: dict[str, str] = field(default_factory=dict)
+    #: as ``CodeState``; the diff is empty if it is not to be kept
     git: dict[str, Any] | None = None
     diff: str = ""
 

@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from tracking.journal.late import LateJournal
+from tracking.journal.block import Block
+from tracking.journal.reader import get_rank, list_blocks
+from tracking.journal.segment import CAPACITY
 from tracking.journal.writer import Journal
 from tracking.row_logger import RowLogger, check_arguments, describe_call
 from tracking.run import Run
@@ -128,3 +130,30 @@ class RankRun(Run):
 
     def _add_record(self, what: str, name: str, *_: object) -> None:
         self._journal.check_open()
+
+
+class LateJournal(Journal):
+    """Stands for a journal until there is a row: it has no file, lock or thread."""
+
+    def __init__(self, rank_dir: Path) -> None:
+        self.rank_dir = rank_dir
+        self.rank = get_rank(rank_dir)
+        self.block = Block(0)
+        self._init_state()
+        self._last_seq: int | None = None
+
+    def last_seq(self) -> int:
+        """Return the highest ``seq`` that an earlier process may have written."""
+        if self._last_seq is None:
+            present = list_blocks(self.rank_dir)
+            self._last_seq = (present[-1] + 1) * CAPACITY - 1 if present else -1
+        return self._last_seq
+
+    def begin_close(self) -> None:
+        """Take no more rows."""
+        if not self._why_closed:
+            self._refuse_rows(self._describe_end())
+
+    def close(self) -> None:
+        """Take no more rows; safe to call twice."""
+        self.begin_close()

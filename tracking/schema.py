@@ -26,17 +26,8 @@ from typing import Any, Final
 import pyarrow as pa
 
 KINDS: Final = (
-    "void",
-    "float",
-    "int",
-    "bool",
-    "str",
-    "none",
-    "array",
-    "json",
-    "overwrite",
-    "rewind",
-    "fit",
+    *("void", "float", "int", "bool", "str", "none", "array", "json"),
+    *("overwrite", "rewind", "fit"),
 )
 VOID, FLOAT, INT, BOOL, STR, NONE, ARRAY, JSON, OVERWRITE, REWIND, FIT = range(
     len(KINDS)

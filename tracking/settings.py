@@ -24,21 +24,14 @@ from tracking.redaction import (
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Settings of delivery.
+    """Settings of delivery."""
 
-    Attributes
-    ----------
-    tracking_uri, experiment_name, experiment_id
-        Values of MLflow's own variables; None if a variable is not set.
-    secrets
-        Values to mask in every text that is written.
-    """
-
+    #: values of MLflow's own variables; None if a variable is not set
     tracking_uri: str | None
     experiment_name: str | None
     experiment_id: str | None
     cache: Path
-    secrets: tuple[str, ...]
+    secrets: tuple[str, ...]  #: values to mask in every text that is written
 
     @classmethod
     def read(cls, environment: Mapping[str, str] | None = None) -> Settings:

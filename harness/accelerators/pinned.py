@@ -45,13 +45,7 @@ class PinnedMover:
         weakref.finalize(self, keep_if_failed, self._held, partial(_wait_for, device))
 
     def __call__(self, batch: Batch) -> Batch:
-        """The batch on the device.
-
-        Raises
-        ------
-        RuntimeError
-            If the device has failed, in the words of torch.
-        """
+        """The batch on the device."""
         moved = move(batch, self._device)
         if any(tensor.is_pinned() for tensor in iter_tensors(batch)):
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]

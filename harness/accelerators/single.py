@@ -78,13 +78,7 @@ def listing_all_state(opt: Any) -> Iterator[None]:
 
 
 def load_optimizer_state(opt: Any, saved: StateDict, name: str) -> None:
-    """Restore the state of an optimizer in its saved dtypes.
-
-    Raises
-    ------
-    CheckpointError
-        If its parameter groups differ from the saved ones.
-    """
+    """Restore the state of an optimizer in its saved dtypes."""
     before = [dict(group) for group in opt.param_groups]
     groups = [dict(group) for group in saved["param_groups"]]
     for group, had in zip(groups, before, strict=False):  # some are no longer stepped

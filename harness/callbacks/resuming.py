@@ -170,11 +170,6 @@ def find_resume(
     """Find the checkpoint of the first callback that resumes; None if no callback does.
 
     Every rank must call it; see ``choose_checkpoint``.
-
-    Raises
-    ------
-    CheckpointError
-        If a callback requires a checkpoint and there is none.
     """
     for callback in callbacks:
         if isinstance(callback, AutoResume | ResumeFromCheckpoint):

@@ -136,11 +136,6 @@ def regroup(opt: Any, saved: Names, params: Mapping[str, Tensor], place: str) ->
     ----------
     opt
         Changed in place.
-
-    Raises
-    ------
-    CheckpointError
-        If a parameter does not exist any more, or one without a name has moved.
     """
     live = name_groups(opt, params)
     if live == saved:

@@ -122,13 +122,7 @@ def capture_module(module: nn.Module, saved: frozenset[int] = frozenset()) -> St
 def restore_module(
     module: nn.Module, state: StateDict, saved: frozenset[int] = frozenset()
 ) -> None:
-    """Restore what ``capture_module`` returned.
-
-    Raises
-    ------
-    CheckpointError
-        If names or shapes of its tensors differ.
-    """
+    """Restore what ``capture_module`` returned."""
     shape_lazy_parameters(module, state["tensors"])
     shape_buffers(module, state["tensors"])
     copy_tensors(_tensors_of(module, saved), state["tensors"])
@@ -206,13 +200,7 @@ def _is_same(one: Any, two: Any) -> bool:
 
 
 def restore_held(search: Search, saved: States, params: Mapping[str, Tensor]) -> None:
-    """Restore what ``capture_held`` returned, as far as ``list_missing`` names nothing.
-
-    Raises
-    ------
-    CheckpointError
-        If an object is of another class, or its state does not fit.
-    """
+    """Restore what ``capture_held`` returned, as far as ``list_missing`` names nothing."""
     for root, states in saved.items():
         for path, state in states.items():
             thing = search.objects.get(root, {}).get(path)

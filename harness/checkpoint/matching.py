@@ -75,11 +75,6 @@ def match_callbacks(
     Returns
     -------
     saved names by live ones; callbacks that are new are left out
-
-    Raises
-    ------
-    CheckpointError
-        If callbacks of one class cannot be told apart.
     """
     found: dict[str, str] = {}
     saved, live = _by_class(saved), _by_class(live)

@@ -80,11 +80,6 @@ def load_on_main(
 
     Every rank must call it. So files are read once, however many ranks there are. If the
     model is divided over the ranks, each rank loads its own part.
-
-    Raises
-    ------
-    CheckpointError
-        On all ranks, if `load` raises it on one.
     """
     report, error = WeightsReport(loaded=()), None
     had_lazy = _has_lazy(model)

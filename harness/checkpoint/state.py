@@ -158,11 +158,6 @@ def restore_state(ctx: Context, state: StateDict, parts: Iterable[str]) -> None:
     parts
         Any of ``model``, ``optimizers``, ``records`` and ``callbacks``. Step counters
         belong to the optimizers. What hangs on the loss belongs to the model.
-
-    Raises
-    ------
-    CheckpointError
-        If weights or optimizers do not fit.
     """
     wanted = set(parts)
     accelerator_parts = [part for part in ("model", "optimizers") if part in wanted]
@@ -354,38 +349,23 @@ def _count_rows(dataset: Any) -> int | None:
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationStart:
-    """What validation changes, as it was before.
+    """What validation changes, as it was before."""
 
-    Attributes
-    ----------
-    random
-        State of all random generators.
-    journal, indices
-        Position in the run, and the highest indices there.
-    lengths
-        Length of each series of records.
-    callbacks
-        States of the callbacks that listen to validation.
-    extra
-        State of modules beside tensors.
-    options
-        Options of each parameter group, such as learning rates, by optimizer.
-    tensors
-        Where each tensor of the model is, and how often it was changed.
-    metrics, held, fields
-        What hangs on the model, the loss and callbacks, if validation may change it.
-    """
-
-    random: StateDict
+    random: StateDict  #: state of all random generators
+    #: position in the run, and the highest indices there
     journal: int
     indices: StateDict | None
-    lengths: dict[str, dict[str, int]]
+    lengths: dict[str, dict[str, int]]  #: length of each series of records
+    #: states of the callbacks that listen to validation
     callbacks: dict[str, StateDict]
+    #: what hangs on the model, the loss and callbacks, if validation may change it
     metrics: StateDict
     held: States
     fields: Fields
-    extra: StateDict
+    extra: StateDict  #: state of modules beside tensors
+    #: options of each parameter group, such as learning rates, by optimizer
     options: dict[str, list[StateDict]]
+    #: where each tensor of the model is, and how often it was changed
     tensors: list[tuple[int, int]]
 
     def has_same_tensors(self, model: nn.Module) -> bool:

@@ -201,11 +201,6 @@ def choose_weights(
     """Choose the checkpoint that weights are read from; None if they are of another kind.
 
     With `ranks`, every rank must call it. Rank 0 looks, and each compares its share.
-
-    Raises
-    ------
-    CheckpointError
-        If there are checkpoints, and all of them are damaged.
     """
     found: Path | None = None
     if ranks is None or ranks.is_main:
@@ -315,24 +310,10 @@ def read_checkpoint_weights(
 
 @dataclass(frozen=True, kw_only=True)
 class SavedModel:
-    """Content of ``fitted.json`` in a saved model; see ``Fitted``.
+    """Content of ``fitted.json`` in a saved model; see ``Fitted``."""
 
-    Attributes
-    ----------
-    format
-        Version of the folder.
-    module
-        Where the model's class can be imported: ``module:qualified.name``.
-    other_weights
-        Plan of what a weight file cannot hold as it is; see ``harness.pytree.flatten``.
-    loss, batch, metrics
-        Written by ``encode_object``; the metrics by split and name.
-    weights
-        Size and SHA-256 of the weight file; None in a folder of an earlier version.
-    """
-
-    format: int = SAVED_MODEL_FORMAT
-    module: str
+    format: int = SAVED_MODEL_FORMAT  #: version of the folder
+    module: str  #: where the model's class can be imported: ``module:qualified.name``
     hparams: Options
     opt_hparams: Options
     records: Packed
@@ -340,10 +321,13 @@ class SavedModel:
     best_epoch: int | None = None
     best_step: int | None = None
     unit: Literal["epoch", "step"] = "epoch"
+    #: plan of what a weight file cannot hold as it is; see ``harness.pytree.flatten``
     other_weights: dict[str, Any] = field(default_factory=dict)
+    #: written by ``encode_object``; the metrics by split and name
     loss: object = None
     batch: object = None
     metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
+    #: size and SHA-256 of the weight file; None in a folder of an earlier version
     weights: FileInfo | None = None
 
 

@@ -55,13 +55,7 @@ def check_setup(
 
 @contextmanager
 def explaining_loader(options: Mapping[str, object]) -> Iterator[None]:
-    """Name the options of a ``DataLoader`` that torch refuses, in front of torch's reason.
-
-    Raises
-    ------
-    TypeError, ValueError
-        In place of torch's.
-    """
+    """Name the options of a ``DataLoader`` that torch refuses, in front of torch's reason."""
     try:
         yield
     except (TypeError, ValueError) as error:

@@ -29,13 +29,7 @@ def check_function(place: str, function: object, argument: str, advice: str) -> 
 def check_arguments(
     place: str, function: Callable[..., object], names: Iterable[str]
 ) -> None:
-    """Check that a function takes keyword arguments of these names.
-
-    Raises
-    ------
-    TypeError
-        If it does not take one; the message offers the nearest name.
-    """
+    """Check that a function takes keyword arguments of these names."""
     known = get_parameters(function)
     if known is None or any(p.kind is p.VAR_KEYWORD for p in known.values()):
         return
@@ -56,13 +50,7 @@ def check_arguments(
 def check_numbers(
     place: str, function: Callable[..., object], options: Mapping[str, object]
 ) -> None:
-    """Check that an option of one of torch's classes is no text or list where it is a number.
-
-    Raises
-    ------
-    TypeError
-        If it is; torch itself would fail at a comparison, or in the middle of the fit.
-    """
+    """Check that an option of one of torch's classes is no text or list where it is a number."""
     function = getattr(function, "func", function)  # of a partial
     known = get_parameters(function) or {}
     if not str(getattr(function, "__module__", "")).startswith("torch."):

@@ -85,11 +85,6 @@ def explaining_optimizer(model: nn.Module) -> Iterator[None]:
     """Explain an error of an optimizer without parameters, or with those of lazy layers.
 
     Also that of a function which expects the model.
-
-    Raises
-    ------
-    ValueError, TypeError
-        In place of torch's.
     """
     try:
         yield

@@ -150,13 +150,7 @@ def check_number(place: str, value: object, advice: str) -> None:
 
 
 def parse_every(value: object) -> tuple[int, Literal["epoch", "step"]]:
-    """Return the number in ``fit(valid_every)``, and its unit.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If it has another form, or the number is below 1.
-    """
+    """Return the number in ``fit(valid_every)``, and its unit."""
     msg = f"fit(valid_every): expected a number of steps or epochs, got {value!r}."
     found = _EVERY.fullmatch(value) if isinstance(value, str) else None
     if isinstance(value, Integral) and not isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""The commands ``evaluate`` and ``predict``, which use the model that a run trained."""
+"""The commands ``evaluate``, ``predict`` and ``export-weights``: use what a run trained."""
 
 from __future__ import annotations
 
@@ -74,6 +74,32 @@ def predict(
     render.echo(f"{len(rows)} rows -> {to}")
 
 
+@click.command("export-weights")
+@click.argument("source", metavar="CHECKPOINT")
+@click.argument("to", metavar="OUT", type=click.Path(path_type=Path))
+@click.option("--shard-size", "shard_gb", type=click.FloatRange(min=0, min_open=True),
+              default=5.0, show_default=True, metavar="GB",
+              help="Size of each file in a folder.")  # fmt: skip
+@runs_dir_option
+def export_weights(
+    source: str, to: Path, shard_gb: float, runs_dir: Path | None
+) -> None:
+    """Write the weights of CHECKPOINT into safetensors files.
+
+    CHECKPOINT is a checkpoint, saved on any number of ranks, a folder of checkpoints, of
+    which the newest is taken, or a run. OUT is a .safetensors file, or a folder for several
+    files with an index, as Hugging Face's libraries read them. One parameter at a time is in
+    memory.
+    """
+    from harness.checkpoint.whole.export import export_weights as write  # noqa: PLC0415  imports torch
+
+    path = Path(source)
+    if not path.exists():
+        path = open_run(source, runs_dir).path
+    found = write(path, to, max(1, int(shard_gb * 1e9)))
+    render.echo(f"{found} -> {to}")
+
+
 # ------------------------------------------------------------------- what ran before
 
 
@@ -84,13 +110,7 @@ def reload_experiment(past: PastRun, given: Mapping[str, Any]) -> Experiment:
 
 
 def load_fitted(past: PastRun, experiment: Experiment) -> Fitted:
-    """Load the model that a run trained.
-
-    Raises
-    ------
-    CheckpointError
-        If the run has no trained model.
-    """
+    """Load the model that a run trained."""
     from harness.errors import CheckpointError  # noqa: PLC0415  next to learner
     from harness.learner import load  # noqa: PLC0415  imports torch
 
@@ -139,11 +159,6 @@ def read_rows(path: Path) -> torch.Tensor:
     Returns
     -------
     (rows, ...), int64 or float32
-
-    Raises
-    ------
-    ValueError
-        If the file has another suffix or holds something else than numbers.
     """
     import numpy as np  # noqa: PLC0415  keeps --help quick
     import torch  # noqa: PLC0415  keeps --help quick
@@ -166,13 +181,7 @@ def read_rows(path: Path) -> torch.Tensor:
 
 
 def write_rows(pred: object, path: Path) -> None:
-    """Write predictions as ``.npy``, or flattened to columns as ``.csv`` or ``.parquet``.
-
-    Raises
-    ------
-    ValueError
-        If the prediction is not a tensor.
-    """
+    """Write predictions as ``.npy``, or flattened to columns as ``.csv`` or ``.parquet``."""
     import numpy as np  # noqa: PLC0415  keeps --help quick
     import torch  # noqa: PLC0415  keeps --help quick
 

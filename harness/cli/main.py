@@ -11,10 +11,9 @@ from pathlib import Path
 
 import click
 
-from harness.cli.inference import evaluate, predict
+from harness.cli.inference import evaluate, export_weights, predict
 from harness.cli.init import init
 from harness.cli.train import fit, launch, resume
-from harness.cli.weights import export_weights
 from tracking.cli import render
 from tracking.cli.commands import commands as tracking_commands
 from tracking.cli.commands import (

@@ -494,13 +494,7 @@ def read_recorded_fit(past: PastRun, given: Mapping[str, Any]) -> Options:
 
 
 def find_fit_arguments(command: Sequence[str], run_id: str) -> list[str]:
-    """Arguments of ``harness fit`` in the command that a run recorded.
-
-    Raises
-    ------
-    click.UsageError
-        If the run was started by another command.
-    """
+    """Arguments of ``harness fit`` in the command that a run recorded."""
     for place, word in enumerate(command):
         if word == "fit" and place > 0:
             program = Path(command[place - 1]).stem

@@ -57,13 +57,7 @@ def get_device_options(device: torch.device) -> Options:
 
 
 def as_tensor(value: object, place: str) -> Tensor:
-    """The value as a tensor; float64 arrays become torch's default float dtype.
-
-    Raises
-    ------
-    TypeError
-        If the value is not an array of numbers.
-    """
+    """The value as a tensor; float64 arrays become torch's default float dtype."""
     if isinstance(value, Tensor):
         return value
     if not hasattr(value, "__array__"):
@@ -161,13 +155,7 @@ LOADER_OPTIONS = tuple(
 
 
 def check_options(options: Mapping[str, object] | None) -> Options:
-    """The options as a dict.
-
-    Raises
-    ------
-    ValueError
-        If an option is not an argument of torch's ``DataLoader``.
-    """
+    """The options as a dict."""
     if options is not None and not isinstance(options, Mapping):
         msg = f"dataloader_options: expected a dict, got {options!r}."
         raise TypeError(f"{msg} Pass arguments of torch's DataLoader by name.")
@@ -200,11 +188,6 @@ def make_train_loader(
         Number of ranks, each of which takes a batch at a time.
     like
         Defaults of `options`, from ``get_device_options``.
-
-    Raises
-    ------
-    ValueError
-        If options are given for a ready DataLoader, are unknown, or leave no batch.
 
     References
     ----------
@@ -320,13 +303,7 @@ def _make_loader(
 
 
 def check_batches(loader: Loader, place: str) -> Loader:
-    """The loader, if it has at least one batch or its length is unknown.
-
-    Raises
-    ------
-    ValueError
-        If the loader has no batch.
-    """
+    """The loader, if it has at least one batch or its length is unknown."""
     if num_batches(loader) == 0:
         msg = f"{place}: expected at least one batch, got none."
         raise ValueError(f"{msg} Make batch_size smaller or set drop_last=False.")

@@ -66,11 +66,6 @@ def parse_pace(
     ----------
     valid_every
         A number of epochs, ``"2 epochs"``, ``"500 steps"``, or None for every epoch.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If one has another form, is out of range, or would never be reached.
     """
     if max_steps is not None:
         advice = "Leave it out to count epochs alone."
@@ -197,11 +192,6 @@ def check_limits(limits: object, names: Mapping[str, object]) -> dict[str, Any]:
     limits
         A whole number, a share in (0, 1), or one of both by set. ``valid`` stands for all
         sets of validation data.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If a number is out of range, or there is no such set.
     """
     if limits is None:
         return {}

@@ -26,12 +26,6 @@ def name_sets(data: object, place: str, like: object = None) -> dict[str, Any]:
     ----------
     like
         Training data of a fit; None: not known.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If a dict has no values, bare tensors that could be either, or names that cannot be
-        those of sets.
     """
     if data is None:
         return {}

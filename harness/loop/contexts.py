@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -15,7 +15,6 @@ from harness.accelerators.base import (
     default_step_opt,
     needs_closure,
 )
-from harness.callback import Callback
 from harness.checkpoint.search import name_parameters
 from harness.checkpoint.state import search_context
 from harness.checks.calls import count_needed
@@ -25,11 +24,7 @@ from harness.checks.values import parse_epochs
 from harness.context import Context
 from harness.data.loaders import Loader
 from harness.data.pace import Pace, limit_loader
-from harness.records import NullRun
-from harness.steps import ReadBatch, StepContext, default_step, own_step
-
-if TYPE_CHECKING:
-    import tracking
+from harness.steps import StepContext, default_step, own_step
 
 
 class FitContext(StepContext):
@@ -54,9 +49,7 @@ class FitContext(StepContext):
         When the fit validates and ends.
     limits
         Batches of each pass by name of the set; see ``check_limits``.
-    verbose, accelerator, callbacks, run
-        As in ``Context``.
-    read_batch
+    accelerator, **options
         As in ``StepContext``.
 
     References
@@ -81,21 +74,10 @@ class FitContext(StepContext):
         pace: Pace | None = None,
         limits: Mapping[str, float] | None = None,
         accelerator: Accelerator,
-        verbose: bool | None = None,
-        callbacks: Iterable[Callback] = (),
-        run: tracking.Run | NullRun | None = None,
         step_opt: StepOpt = default_step_opt,
-        read_batch: ReadBatch | None = None,
+        **options: Any,
     ) -> None:
-        StepContext.__init__(
-            self,
-            read_batch=read_batch,
-            verbose=verbose,
-            accelerator=accelerator,
-            callbacks=callbacks,
-            training=True,
-            run=run,
-        )
+        StepContext.__init__(self, accelerator=accelerator, training=True, **options)
         self._min_epochs, self._max_epochs = parse_epochs(epochs)
         self.pace = pace or Pace()
         self.hparams, self.opt_hparams = dict(hparams), dict(opt_hparams)
@@ -150,9 +132,7 @@ class PredictContext(StepContext):
         The accelerator places it on the device.
     newdata
         Loader of the data, or several by name.
-    verbose, accelerator, callbacks, run
-        As in ``Context``.
-    read_batch
+    accelerator, **options
         As in ``StepContext``.
 
     References
@@ -168,20 +148,9 @@ class PredictContext(StepContext):
         model: nn.Module,
         newdata: Loader | Mapping[str, Loader],
         accelerator: Accelerator,
-        verbose: bool | None = None,
-        callbacks: Iterable[Callback] = (),
-        run: tracking.Run | NullRun | None = None,
-        read_batch: ReadBatch | None = None,
+        **options: Any,
     ) -> None:
-        StepContext.__init__(
-            self,
-            read_batch=read_batch,
-            verbose=verbose,
-            accelerator=accelerator,
-            callbacks=callbacks,
-            training=False,
-            run=run,
-        )
+        StepContext.__init__(self, accelerator=accelerator, training=False, **options)
         sets = as_sets(newdata)
         model, _, loaders = accelerator.prepare(model, None, [None, *sets.values()])
         self.model = model

@@ -66,13 +66,7 @@ def on(metric: Any, *, pred: Key = None, target: Key = None) -> Any:
 
 
 def select(value: Any, key: Key, place: str) -> Any:
-    """Return the part of a prediction or target.
-
-    Raises
-    ------
-    ValueError
-        If there is no such part; the message lists what there is.
-    """
+    """Return the part of a prediction or target."""
     if key is None:
         return value
     if isinstance(key, int) and isinstance(value, Tensor):

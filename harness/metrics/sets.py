@@ -61,13 +61,7 @@ class MetricSet:
 
 
 def check_every(every: object, known: Mapping[str, object]) -> dict[str, int]:
-    """Return ``MetricSet(every=...)`` as a dict.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If a name is not one of the metrics, or a number is below 1.
-    """
+    """Return ``MetricSet(every=...)`` as a dict."""
     if not isinstance(every, Mapping):
         msg = f"MetricSet(every): expected numbers of epochs by name, got {every!r}."
         raise TypeError(f'{msg} Write for example {{"fid": 5}}.')

@@ -359,13 +359,7 @@ class SplitMetrics:
         }
 
     def load_state_dict(self, state: StateDict) -> None:
-        """Load a ``state_dict``; tensors of metrics are moved to this device.
-
-        Raises
-        ------
-        CheckpointError
-            If the state is from the middle of an epoch with other metrics.
-        """
+        """Load a ``state_dict``; tensors of metrics are moved to this device."""
         self.reset()
         state = self._move(state)
         for name, metric in self._metrics.items():

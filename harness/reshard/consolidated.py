@@ -98,13 +98,7 @@ def _is_expanded(tensor: Tensor) -> bool:
 
 
 def load_whole_state(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
-    """Load a state dict of whole weights into a model, also into expanded buffers.
-
-    Raises
-    ------
-    RuntimeError
-        As ``Module.load_state_dict``.
-    """
+    """Load a state dict of whole weights into a model, also into expanded buffers."""
     expanded = {
         name: live
         for name, live in model.named_buffers()
@@ -164,20 +158,13 @@ def is_master_name(name: str) -> bool:
 
 
 class Piece(NamedTuple):
-    """Some elements of a tensor on one rank, which are not read yet.
-
-    Attributes
-    ----------
-    at, length
-        Place of the first of them, counted from what was asked for, and their number.
-    read
-        Returns them; the tensor has one dim.
-    """
+    """Some elements of a tensor on one rank, which are not read yet."""
 
     rank: int
+    #: place of the first of them, counted from what was asked for, and their number
     at: int
     length: int
-    read: Callable[[], Tensor]
+    read: Callable[[], Tensor]  #: returns them; the tensor has one dim
 
 
 @dataclass(frozen=True)

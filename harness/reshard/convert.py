@@ -131,11 +131,6 @@ def convert_model_part(
     states
         What each rank took; also ``{"model": ...}`` alone, with whole weights and buffers.
         The buffers stay as they are, also if the live ones have other shapes.
-
-    Raises
-    ------
-    CheckpointError
-        If the weights are from another model.
     """
     part = take_model_part(live)
     builder = _StateBuilder(ConsolidatedState(states, index), part, model, rank)

@@ -23,32 +23,18 @@ Form = dict[str, int | None]
 
 
 class Run(NamedTuple):
-    """Pieces of one parameter on successive ranks, one behind the other.
+    """Pieces of one parameter on successive ranks, one behind the other."""
 
-    Attributes
-    ----------
-    param
-        Index of the parameter, as in layouts.
-    start
-        Start of the first piece in the flattened parameter.
-    length
-        Elements of each piece.
-    rank, num_ranks
-        Rank of the first piece, and number of ranks, each with one piece.
-    stepped, at
-        Index of the stepped tensor, and start of the piece in it, the same on each rank.
-    form
-        Index of the form of the stepped tensor.
-    """
-
-    param: int
-    start: int
-    length: int
+    param: int  #: index of the parameter, as in layouts
+    start: int  #: start of the first piece in the flattened parameter
+    length: int  #: elements of each piece
+    #: rank of the first piece, and number of ranks, each with one piece
     rank: int
     num_ranks: int
+    #: index of the stepped tensor, and start of the piece in it, the same on each rank
     stepped: int
     at: int
-    form: int
+    form: int  #: index of the form of the stepped tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,13 +77,7 @@ def is_divided(state: StateDict) -> bool:
 
 
 def summarize_part(state: StateDict) -> PartSummary:
-    """Summarize the state of a rank for the index; without layouts if rank 0 has all of it.
-
-    Raises
-    ------
-    LookupError, AttributeError, TypeError, ValueError
-        If the state is inconsistent.
-    """
+    """Summarize the state of a rank for the index; without layouts if rank 0 has all of it."""
     accelerator = state["accelerator"]
     about = PartSummary(
         journal=state["journal"], is_open=any(accelerator.get("done", {}).values())
@@ -134,13 +114,7 @@ def get_form(values: Mapping[str, object]) -> Form:
 
 
 def make_index(parts: Sequence[PartSummary]) -> PartIndex:
-    """Make the index of the parts of all ranks, in order of rank.
-
-    Raises
-    ------
-    LookupError, TypeError, ValueError
-        If a layout names a stepped tensor that the rank does not have.
-    """
+    """Make the index of the parts of all ranks, in order of rank."""
     found = PartIndex(
         journals=[part.journal for part in parts],
         is_open=any(part.is_open for part in parts),

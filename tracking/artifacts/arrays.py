@@ -15,11 +15,6 @@ def as_array(value: Any, place: str) -> Array:
     """Return a tensor, array or nested list as an array of bools, integers or floats.
 
     A tensor on a device is copied to the CPU, which waits for the device.
-
-    Raises
-    ------
-    TypeError
-        If it is none of these, or has other elements.
     """
     try:
         array = _read_tensor(value) if is_tensor(value) else np.asarray(value)

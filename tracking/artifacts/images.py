@@ -43,11 +43,6 @@ def make_pixels(image: Any, place: str) -> Array:
     -------
     uint8, (H, W, 1), (H, W, 3) or (H, W, 4). A batch is a grid of its first 64 images.
 
-    Raises
-    ------
-    TypeError, ValueError
-        If it is no image, or too large.
-
     Warns
     -----
     TrackingWarning

@@ -51,11 +51,6 @@ def make_table(
     dict
         ``columns`` and ``data``, a list for each row, as in ``orient="split"`` of pandas.
         NaN becomes None, as in JSON; what has no number or text of its own, its text.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If it is no table, its columns differ in length, or it is too large.
     """
     names, rows = _read_table(table, place)
     num_cells = len(names) * len(rows)

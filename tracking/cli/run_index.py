@@ -103,13 +103,7 @@ class RunIndex:
         self._settled_ns = _read_clock_ns(runs) - int(settled_s * 1e9)
 
     def summarize(self, path: Path) -> dict[str, Any]:
-        """Summarize a run of the folder, as ``summarize_run`` does.
-
-        Raises
-        ------
-        TrackingError, OSError, ValueError
-            If it cannot be read.
-        """
+        """Summarize a run of the folder, as ``summarize_run`` does."""
         summary = self._find(path) or self._read(path)
         return {"id": path.name, **summary, "path": str(path)}
 

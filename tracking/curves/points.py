@@ -48,30 +48,17 @@ class SeriesName(NamedTuple):
 
 @dataclass(frozen=True)
 class MetricPoints:
-    """Points of the numeric metrics of a run, in order of name, fit and place.
+    """Points of the numeric metrics of a run, in order of name, fit and place."""
 
-    Attributes
-    ----------
-    names
-        Name of each series, in order of appearance.
-    keys
-        The key of each series; keys that meet are numbered.
-    series
-        Place in ``names`` of each point.
-    fit, place, value
-        Fit of each point, its index, or step, and its number. Where several values were
-        logged at one place, the last one of the lowest rank.
-    has_fits
-        Whether the run has several fits.
-    """
-
-    names: list[SeriesName]
-    keys: list[str]
-    series: Array
+    names: list[SeriesName]  #: name of each series, in order of appearance
+    keys: list[str]  #: the key of each series; keys that meet are numbered
+    series: Array  #: place in ``names`` of each point
+    #: Fit of each point, its index, or step, and its number. Where several values were
+    #: logged at one place, the last one of the lowest rank.
     fit: Array
     place: Array
     value: Array
-    has_fits: bool
+    has_fits: bool  #: whether the run has several fits
 
     @cached_property
     def _starts(self) -> Array:

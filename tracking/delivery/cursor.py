@@ -20,15 +20,7 @@ COMPARED_ROWS: Final = 1 << 16
 """Rows before the position whose times are compared with those of new points."""
 
 _COLUMNS: Final = (
-    "seq",
-    "time",
-    "what",
-    "set",
-    "name",
-    "index",
-    "step",
-    "value",
-    "kind",
+    *("seq", "time", "what", "set", "name", "index", "step", "value", "kind"),
     COLUMN.name,
 )
 """Columns that are kept of rows to send; the last one only where there are several fits."""

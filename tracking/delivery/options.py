@@ -55,13 +55,7 @@ def check_options(options: Mapping[str, Any] | None) -> DeliveryOptions:
 
 
 def read_options(manifest: Manifest) -> DeliveryOptions:
-    """Read the options that a run was started with.
-
-    Raises
-    ------
-    InvalidFileError
-        If somebody has written others into its manifest.
-    """
+    """Read the options that a run was started with."""
     try:
         return check_options(manifest.delivery)
     except (TypeError, ValueError) as error:

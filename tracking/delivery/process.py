@@ -285,13 +285,7 @@ def _read(fd: int) -> bytes:
 
 
 def start_detached(run_path: Path) -> None:
-    """Start a process that delivers one run and that nothing waits for.
-
-    Raises
-    ------
-    OSError
-        If it cannot be started.
-    """
+    """Start a process that delivers one run and that nothing waits for."""
     _start(run_path, str(run_path), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
 
 

@@ -175,13 +175,7 @@ class SummaryProcess:
         self._process: subprocess.Popen[str] | None = None
 
     def write(self, path: Path) -> list[Path]:
-        """Write the summaries of a run; none if it is resumed meanwhile.
-
-        Raises
-        ------
-        RuntimeError
-            If the process dies of it.
-        """
+        """Write the summaries of a run; none if it is resumed meanwhile."""
         with self._lock:
             process = self._process
             if process is None:

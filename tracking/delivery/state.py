@@ -57,13 +57,7 @@ class DeliveryState:
 
     @classmethod
     def read(cls, run_path: Path) -> DeliveryState | None:
-        """Read the state of a run's delivery; None if the file does not exist.
-
-        Raises
-        ------
-        InvalidFileError
-            If the file is damaged, or a field has the wrong type.
-        """
+        """Read the state of a run's delivery; None if the file does not exist."""
         try:
             return read_json(
                 run_path / STATE,

@@ -24,11 +24,6 @@ def overwrite(path: Path, data: bytes) -> None:
     """Write into the space that a file has already; for a disk that is full.
 
     A kill in between leaves a torn file, so ``write_atomically`` comes first.
-
-    Raises
-    ------
-    OSError
-        If the file does not have the space.
     """
     with path.open("r+b", buffering=0) as file:
         if len(data) > os.fstat(file.fileno()).st_blocks * 512:

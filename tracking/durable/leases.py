@@ -45,27 +45,19 @@ _LATEST: Final = 1e11  # seconds since 1970: a year of four digits
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """A process, so that no other one is taken for it.
+    """A process, so that no other one is taken for it."""
 
-    Attributes
-    ----------
-    host, machine, boot
-        Name of the host, its id, and the id of its boot. The last two are empty where the
-        system has none.
-    namespace
-        The process ids are those of this namespace: containers have their own.
-    pid, began
-        Id of the process, and when it started in clock ticks since the boot.
-    job, restart
-        Job of the batch system, and how often it was restarted.
-    """
-
+    #: Name of the host, its id, and the id of its boot. The last two are empty where
+    #: the system has none.
     host: str
     machine: str = ""
     boot: str = ""
+    #: the process ids are those of this namespace: containers have their own
     namespace: str = ""
+    #: id of the process, and when it started in clock ticks since the boot
     pid: int = 0
     began: int | None = None
+    #: job of the batch system, and how often it was restarted
     job: str = ""
     restart: int = 0
 
@@ -152,25 +144,14 @@ def is_alive(pid: int, began: int | None) -> bool | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Holder:
-    """Who holds a lock, as well as it can be known.
+    """Who holds a lock, as well as it can be known."""
 
-    Attributes
-    ----------
-    state
-        Whether it lives.
-    place
-        The process; None if it has left no lease.
-    since, beat
-        When it took the lock, and when it was last heard of; seconds since 1970.
-    text
-        What it wrote into the lock.
-    """
-
-    state: State
-    place: Place | None = None
+    state: State  #: whether it lives
+    place: Place | None = None  #: the process; None if it has left no lease
+    #: when it took the lock, and when it was last heard of; seconds since 1970
     since: float = 0.0
     beat: float = 0.0
-    text: str = ""
+    text: str = ""  #: what it wrote into the lock
 
     def __str__(self) -> str:
         """``process 12 on node7``, and when it was last heard of if it may have ended."""
@@ -313,11 +294,6 @@ def _parse(content: dict[str, object]) -> tuple[Place, float, bool]:
 
     This package imports nothing but Python's library: the process that captures the
     environment of a run has no other packages.
-
-    Raises
-    ------
-    KeyError, TypeError
-        If a field is missing, or of another type.
     """
     since, has_lock = content["since"], content["has_lock"]
     defaults = {one.name: one.default for one in fields(Place)} | {"host": ""}

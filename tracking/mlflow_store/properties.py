@@ -29,27 +29,18 @@ _MAX_NAME: Final = 500
 
 @dataclass
 class RunProperties:
-    """What MLflow should have of a run besides its metrics.
+    """What MLflow should have of a run besides its metrics."""
 
-    Attributes
-    ----------
-    params, tags
-        By key.
-    changed
-        Last value of each param that was logged with several; MLflow keeps the first.
-    artifacts
-        Size and checksum by relative path in MLflow, and what the file is made from.
-    inputs
-        Data sets, each with its tags.
-    flags
-        Values that MLflow does not store exactly.
-    """
-
+    #: params and tags by key
     params: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
+    #: last value of each param that was logged with several; MLflow keeps the first
     changed: dict[str, str] = field(default_factory=dict)
+    #: size and checksum by relative path in MLflow, and what the file is made from
     artifacts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    #: data sets, each with its tags
     inputs: list[tuple[dict[str, str], dict[str, str]]] = field(default_factory=list)
+    #: values that MLflow does not store exactly
     flags: Flags = field(default_factory=dict)
 
 

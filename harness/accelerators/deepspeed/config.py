@@ -329,12 +329,6 @@ def fill_config(config: Mapping[str, Any], facts: ConfigFacts) -> Options:
     -------
     dict
         A new config with all batch sizes; ``managed_gradient_accumulation`` is false.
-
-    Raises
-    ------
-    ValueError
-        If batch sizes contradict each other, the loader or `accumulate`, or no fact fills an
-        ``"auto"``.
     """
     filled = copy.deepcopy(dict(config))
     filled |= complete_batch_sizes(filled, facts)
@@ -372,13 +366,7 @@ def fill_config(config: Mapping[str, Any], facts: ConfigFacts) -> Options:
 def complete_batch_sizes(
     config: Mapping[str, object], facts: ConfigFacts
 ) -> dict[str, int]:
-    """Complete DeepSpeed's three batch sizes from each other, loader and `accumulate`.
-
-    Raises
-    ------
-    ValueError
-        If one is not a count, or they contradict each other.
-    """
+    """Complete DeepSpeed's three batch sizes from each other, loader and `accumulate`."""
     total, micro, steps = (_count(config, name) for name in _SIZES)
     if facts.batch_size is not None:
         if micro not in {None, facts.batch_size}:

@@ -80,13 +80,7 @@ class EngineSet:
 
     @contextmanager
     def activate(self, name: str | None) -> Iterator[None]:
-        """Run the forward and backward of one optimizer inside.
-
-        Raises
-        ------
-        RuntimeError
-            At ZeRO 1 to 3, if parameters were frozen or unfrozen since ``prepare``.
-        """
+        """Run the forward and backward of one optimizer inside."""
         engine = self.find(name)
         engine.check_frozen()
         engine.begin_forward()
@@ -194,13 +188,7 @@ def create_engines(
 
 @contextmanager
 def naming_recipe(config: Mapping[str, object]) -> Iterator[None]:
-    """Name the optimizer or scheduler of the config that DeepSpeed fails to build inside.
-
-    Raises
-    ------
-    ValueError
-        If it fails at one of them.
-    """
+    """Name the optimizer or scheduler of the config that DeepSpeed fails to build inside."""
     try:
         yield
     except Exception as error:

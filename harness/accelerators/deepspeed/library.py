@@ -257,11 +257,6 @@ def unchanged_optimizers() -> Iterator[None]:
 
     Optimizers of torch and DeepSpeed allocate their state at the first real step anyway.
 
-    Raises
-    ------
-    RuntimeError
-        If an optimizer steps inside, as another version of DeepSpeed may do.
-
     References
     ----------
     DeepSpeed 0.19.8: ``initialize_optimizer_states`` in ``fp16/fused_optimizer.py``,

@@ -67,13 +67,7 @@ def _is_enabled(config: Mapping[str, Any], key: str) -> bool:
 
 
 def add_precision(config: Options, precision: str | None) -> Options:
-    """Add autocast to a config for a precision; None leaves it as it is.
-
-    Raises
-    ------
-    ValueError
-        If the config already says in which precision to train.
-    """
+    """Add autocast to a config for a precision; None leaves it as it is."""
     if precision is None:
         return config
     check_precision(precision)

@@ -76,14 +76,7 @@ def check_closed_window(config: Mapping[str, Any], engines: Iterable[Any]) -> No
 
 
 def check_origin(state: StateDict, here: StateDict) -> None:
-    """Check that a rank's state fits the number of ranks and the stage.
-
-    Raises
-    ------
-    CheckpointError
-        If it is from another number of ranks or another ZeRO stage, where a rank's tensors
-        have other sizes.
-    """
+    """Check that a rank's state fits the number of ranks and the stage."""
     for name, wanted in here.items():
         found = state.get(name)
         if found != wanted:
@@ -111,11 +104,6 @@ def restore_state(
 
     On other ranks than 0, ``shared`` has tensors without memory. They take the place of those
     of rank 0, which are sent afterwards; see ``list_restored``.
-
-    Raises
-    ------
-    CheckpointError
-        If the state is from another model or other optimizers.
     """
     found = {**state["shared"], **state["own"]}
     kinds = [kind for kind in ("weights", "buffers") if "model" in parts]

@@ -26,18 +26,10 @@ _MARK = -1
 """Stands for a layer in the set of layers that use a parameter, so that DeepSpeed keeps it."""
 
 _METADATA = frozenset(
-    {
-        "dtype",
-        "device",
-        "layout",
-        "grad",
-        "grad_fn",
-        "is_leaf",
-        "names",
-        "requires_grad",
-    }
-    | {"requires_grad_", "is_floating_point", "is_complex", "is_cuda", "is_sparse"}
-    | {"__hash__", "__repr__", "_version", "retains_grad", "is_meta", "is_cpu"}
+    {"dtype", "device", "layout", "grad", "grad_fn", "is_leaf", "names"}
+    | {"requires_grad", "requires_grad_", "retains_grad", "is_floating_point"}
+    | {"is_complex", "is_cuda", "is_cpu", "is_meta", "is_sparse"}
+    | {"__hash__", "__repr__", "_version"}
 )
 """What a part of a parameter says as the whole does."""
 

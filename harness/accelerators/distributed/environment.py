@@ -115,13 +115,6 @@ _LAUNCHERS = (
         local_rank=("LOCAL_RANK",),
         local_world_size=("LOCAL_WORLD_SIZE", "LOCAL_SIZE"),
     ),
-    _Variables(
-        by="mpi",
-        rank="OMPI_COMM_WORLD_RANK",
-        world_size="OMPI_COMM_WORLD_SIZE",
-        local_rank=("OMPI_COMM_WORLD_LOCAL_RANK",),
-        local_world_size=("OMPI_COMM_WORLD_LOCAL_SIZE",),
-    ),
     *(
         _Variables(
             by="mpi",
@@ -130,7 +123,7 @@ _LAUNCHERS = (
             local_rank=(f"{prefix}_COMM_WORLD_LOCAL_RANK",),
             local_world_size=(f"{prefix}_COMM_WORLD_LOCAL_SIZE",),
         )
-        for prefix in ("MV2", "MVP")
+        for prefix in ("OMPI", "MV2", "MVP")
     ),
     # Hydra (MPICH, Intel MPI), and Cray's PALS.
     _Variables(
@@ -220,13 +213,7 @@ def _complete(env: Mapping[str, str], places: Sequence[_Place]) -> _Place:
 
 
 def _refuse_half(env: Mapping[str, str]) -> None:
-    """Refuse half of a launcher's variables: each rank would train alone.
-
-    Raises
-    ------
-    ValueError
-        If a rank is set without the number of ranks, or the other way round.
-    """
+    """Refuse half of a launcher's variables: each rank would train alone."""
     for names in _LAUNCHERS:
         # Slurm sets a rank in batch scripts too, and WORLD_SIZE=1 is one rank.
         is_alone = names.by == "slurm" and env.get(names.rank, "0") == "0"

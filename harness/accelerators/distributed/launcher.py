@@ -209,13 +209,7 @@ def choose_hosts(
 
 
 def check_hosts(hosts: Sequence[str], ssh_port: int | None = None) -> None:
-    """Check that machines answer by ssh, without a password.
-
-    Raises
-    ------
-    ValueError
-        If one does not, or DeepSpeed's launcher has no pdsh to start ranks on several.
-    """
+    """Check that machines answer by ssh, without a password."""
     for program in ("ssh", "pdsh")[: 1 + (len(hosts) > 1)]:
         if shutil.which(program) is None:
             msg = f"launch: expected {program!r} for ranks on {', '.join(hosts)}"

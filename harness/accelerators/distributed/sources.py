@@ -108,16 +108,9 @@ def copy_loader(loader: Loader, **changes: Any) -> Loader:
     options: Options = {
         name: getattr(loader, name)
         for name in (
-            "num_workers",
-            "collate_fn",
-            "pin_memory",
-            "timeout",
-            "worker_init_fn",
-            "multiprocessing_context",
-            "generator",
-            "prefetch_factor",
-            "persistent_workers",
-            "pin_memory_device",
+            *("num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn"),
+            *("multiprocessing_context", "generator", "prefetch_factor"),
+            *("persistent_workers", "pin_memory_device"),
         )
     }
     return DataLoader(**({"dataset": loader.dataset} | options | changes))

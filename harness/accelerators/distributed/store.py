@@ -23,13 +23,7 @@ _POLL_S = 0.02
 
 
 def connect_store(launch: Launch, agent: Agent) -> Store:
-    """Connect to the store of a launch, which rank 0 serves, or torchrun's agent.
-
-    Raises
-    ------
-    ValueError
-        If this process may not open as many files as there will be connections.
-    """
+    """Connect to the store of a launch, which rank 0 serves, or torchrun's agent."""
     if launch.world_size == 1:
         return dist.HashStore()  # type: ignore[attr-defined]
     is_server = launch.rank == 0 and not agent.has_store

@@ -16,19 +16,12 @@ from harness.context import Context
 
 
 class MixedTarget(NamedTuple):
-    """Targets of a mixed batch: those of each row, those of its partner, and the weights.
+    """Targets of a mixed batch: those of each row, those of its partner, and the weights."""
 
-    Attributes
-    ----------
-    first, second
-        Target of the row, and of the row that was mixed into it.
-    weight : (rows,), in [0, 1]
-        Share of the first.
-    """
-
+    #: target of the row, and of the row that was mixed into it
     first: Tensor
     second: Tensor
-    weight: Tensor
+    weight: Tensor  #: share of the first: (rows,), in [0, 1]
 
     def get_main(self) -> Tensor:
         """Return the target with the larger share, for metrics."""

@@ -14,13 +14,7 @@ Sample = dict[str, float]
 
 
 def import_optional(name: str, place: str, package: str) -> Any:
-    """Import a package that only some callbacks need.
-
-    Raises
-    ------
-    ImportError
-        If it is not installed; the message says how to install it.
-    """
+    """Import a package that only some callbacks need."""
     try:
         return importlib.import_module(name)
     except ImportError as error:

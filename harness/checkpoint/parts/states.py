@@ -14,13 +14,7 @@ from harness.reshard.index import PartIndex, make_index, summarize_part
 from harness.reshard.model_part import MODEL_PART
 
 RANK_STATE_KEYS = (
-    "accelerator",
-    "callbacks",
-    "extra",
-    "journal",
-    "pass",
-    "random",
-    "records",
+    *("accelerator", "callbacks", "extra", "journal", "pass", "random", "records"),
 )
 """Keys that the state of every rank must have."""
 
@@ -105,13 +99,7 @@ class SavedParts:
 
     @cached_property
     def written_index(self) -> PartIndex | None:
-        """The index of the parts; None if there is one part, or an earlier version saved.
-
-        Raises
-        ------
-        CheckpointError
-            If its file is damaged.
-        """
+        """The index of the parts; None if there is one part, or an earlier version saved."""
         is_there = INDEX in self._manifest.files
         return read_index(self._path, self._manifest) if is_there else None
 
