@@ -21,12 +21,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC
-from torchmetrics.wrappers import (
-    BootStrapper,
-    ClasswiseWrapper,
-    MinMaxMetric,
-    Running,
-)
+from torchmetrics.wrappers import BootStrapper, ClasswiseWrapper, MinMaxMetric, Running
 
 import harness
 from harness.accelerators.single import SingleDevice

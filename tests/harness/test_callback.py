@@ -136,10 +136,7 @@ def test_callback_that_adds_to_the_loss_changes_the_gradient() -> None:
 def test_gradients_are_on_again_after_a_callback_raised() -> None:
     with pytest.raises(ZeroDivisionError):
         line_learner().fit(
-            slope(4),
-            1,
-            callbacks=[At("on_epoch_begin", lambda ctx: 1 / 0)],
-            **OFF,
+            slope(4), 1, callbacks=[At("on_epoch_begin", lambda ctx: 1 / 0)], **OFF
         )
     assert torch.is_grad_enabled()
 

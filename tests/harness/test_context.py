@@ -18,9 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import harness
 from harness.accelerators.base import default_step_opt
 from harness.accelerators.single import SingleDevice
-from harness.context import (
-    Context,
-)
+from harness.context import Context
 from harness.data.pace import NO_LIMIT
 from harness.events import EVENTS
 from tests.harness.fakes import At, Ear, Line, Tape, fit_context, slope

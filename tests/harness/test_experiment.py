@@ -13,11 +13,7 @@ import harness
 import tracking
 from harness.accelerators.single import SingleDevice
 from harness.cli.target import load_target
-from harness.experiment import (
-    build_experiment,
-    parse_arguments,
-    parse_value,
-)
+from harness.experiment import build_experiment, parse_arguments, parse_value
 from tests.harness.fakes import At, line_learner, slope
 
 SOURCE = """

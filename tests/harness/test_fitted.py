@@ -508,10 +508,7 @@ HARMS = {
         lambda p: (p / SAVED_MODEL).write_text("[" * 10**6),
         "could not read it",
     ),
-    "no hparams": (
-        lambda p: edit(p, hparams=[1]),
-        "object in field 'hparams'",
-    ),
+    "no hparams": (lambda p: edit(p, hparams=[1]), "object in field 'hparams'"),
     "no records": (
         lambda p: edit(p, records=5),
         "expected object in field 'records', got int",

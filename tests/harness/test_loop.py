@@ -159,8 +159,7 @@ class Stream(IterableDataset):
 
 
 @pytest.mark.parametrize(
-    "data",
-    [pytest.param(slope(5), id="sized"), pytest.param(Stream(5), id="unsized")],
+    "data", [pytest.param(slope(5), id="sized"), pytest.param(Stream(5), id="unsized")]
 )
 def test_accumulation_steps_once_a_window_and_a_short_one_at_the_end(data):
     windows, steps = [], []
@@ -333,13 +332,7 @@ def test_early_stop_at_an_epoch_end_ends_the_fit_quietly():
 
     fitted, events = fit(line_learner(), slope(2), 5, At("on_epoch_end", stop))
     part = epoch(train_part(BATCH))
-    assert events == [
-        "on_fit_begin",
-        *part,
-        *part,
-        "on_early_stopping",
-        "on_fit_end",
-    ]
+    assert events == ["on_fit_begin", *part, *part, "on_early_stopping", "on_fit_end"]
     assert len(fitted.records["metrics"]["train"]) == 2
     assert not fitted.is_interrupted
 

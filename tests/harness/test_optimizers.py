@@ -144,11 +144,7 @@ def test_optimizers_are_told_to_train_and_to_evaluate(kind):
         means.append(nn.functional.mse_loss(model(x), y).item())
     learner = harness.setup(Line, loss=nn.MSELoss(), optimizer=kind)
     fitted = learner.set_opt_hparams(lr=0.01).fit(
-        (x, y),
-        2,
-        (x, y),
-        dataloader_options={"batch_size": 4, "shuffle": False},
-        **OFF,
+        (x, y), 2, (x, y), dataloader_options={"batch_size": 4, "shuffle": False}, **OFF
     )
     assert torch.equal(fitted.model.w, model.w)
     found = [row["loss"] for row in fitted.records["metrics"]["valid"]]

@@ -3,14 +3,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections import (
-    Counter,
-    OrderedDict,
-    UserDict,
-    defaultdict,
-    deque,
-    namedtuple,
-)
+from collections import Counter, OrderedDict, UserDict, defaultdict, deque, namedtuple
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType

@@ -316,10 +316,7 @@ def test_run_holds_what_callbacks_log_and_overwrite(options):
     notes = past.records(what="notes").to_pylist()
     # Tensors are read out later than other values are written.
     found = [(r["name"], r["value"], r["payload"]) for r in notes]
-    assert sorted(found) == [
-        ("a", 1.5, None),
-        ("b/c", None, '"text"'),
-    ]
+    assert sorted(found) == [("a", 1.5, None), ("b/c", None, '"text"')]
     assert past.records(what="other")["value"].to_pylist() == [2.0]
 
 

@@ -525,11 +525,7 @@ PACKED = pack_sequence([torch.ones(3), torch.ones(2)])
 
 @pytest.mark.parametrize(
     "batch",
-    [
-        (Point(torch.ones(2), torch.ones(2)), None),
-        (PACKED, torch.ones(2)),
-        PACKED,
-    ],
+    [(Point(torch.ones(2), torch.ones(2)), None), (PACKED, torch.ones(2)), PACKED],
     ids=["named-tuple", "packed", "packed-alone"],
 )
 def test_default_step_passes_a_named_tuple_as_one_argument(batch):

@@ -10,11 +10,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torchmetrics import MeanAbsoluteError, MeanSquaredError, Metric
-from torchmetrics.classification import (
-    BinaryAccuracy,
-    BinaryAUROC,
-    MulticlassAUROC,
-)
+from torchmetrics.classification import BinaryAccuracy, BinaryAUROC, MulticlassAUROC
 
 import harness
 from tests.luz.parts import Net, linear, rows

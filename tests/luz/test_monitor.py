@@ -11,12 +11,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanAbsoluteError
 
 import harness
-from harness.callbacks import (
-    CSVLogger,
-    EarlyStopping,
-    KeepBestModel,
-    ModelCheckpoint,
-)
+from harness.callbacks import CSVLogger, EarlyStopping, KeepBestModel, ModelCheckpoint
 from harness.checkpoint.format import list_checkpoints
 from tests.harness.fakes import At
 from tests.luz.parts import Net, rows

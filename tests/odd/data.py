@@ -380,8 +380,7 @@ DATA: dict[str, DataForm] = {
     "fetches": DataForm(make=from_loader(dataset=Fetches), has_true_length=True),
     "own generator": DataForm(
         make=from_loader(
-            shuffle=True,
-            generator=lambda data, size: torch.Generator().manual_seed(5),
+            shuffle=True, generator=lambda data, size: torch.Generator().manual_seed(5)
         ),
         has_true_length=True,
     ),
@@ -394,25 +393,25 @@ DATA: dict[str, DataForm] = {
     ),
     "backwards": DataForm(make=from_loader(sampler=lambda data, size: Backwards(data))),
     "lazy order": DataForm(
-        make=from_loader(sampler=lambda data, size: LazyOrder(len(data))),
+        make=from_loader(sampler=lambda data, size: LazyOrder(len(data)))
     ),
     "by epoch": DataForm(
-        make=from_loader(sampler=lambda data, size: ByEpoch(len(data))),
+        make=from_loader(sampler=lambda data, size: ByEpoch(len(data)))
     ),
     "buckets": DataForm(
-        make=from_loader(batch_sampler=lambda data, size: Buckets(len(data))),
+        make=from_loader(batch_sampler=lambda data, size: Buckets(len(data)))
     ),
     "batches backwards": DataForm(
         make=from_loader(
             batch_sampler=lambda data, size: BatchSampler(Backwards(data), size, False)
-        ),
+        )
     ),
     "shuffled batches": DataForm(
         make=from_loader(
             batch_sampler=lambda data, size: ShuffledBatches(
                 RandomSampler(data), size, False
             )
-        ),
+        )
     ),
     "stream": DataForm(make=from_loader(dataset=Stream)),
     "sized stream": DataForm(make=from_loader(dataset=SizedStream)),
@@ -424,13 +423,13 @@ DATA: dict[str, DataForm] = {
             data=Stream(r),
             options={"batch_size": s, "collate_fn": c},
             loader=DataLoader(Stream(r), batch_size=s, collate_fn=c),
-        ),
+        )
     ),
     "ready list": DataForm(make=ready_list, keeps_batches=True),
     "ready stream": DataForm(
         make=lambda r, s, c, sh: Source(
             data=DataLoader(Batches(r, s, c), batch_size=None)
-        ),
+        )
     ),
     "reused": DataForm(
         make=lambda r, s, c, sh: Source(
@@ -441,7 +440,7 @@ DATA: dict[str, DataForm] = {
     "without length": DataForm(make=from_loader(WithoutLength)),
     "counts": DataForm(make=from_loader(Counts)),
     "resumable": DataForm(
-        make=lambda r, s, c, sh: from_loader(Resumable)(r, s, c, False),
+        make=lambda r, s, c, sh: from_loader(Resumable)(r, s, c, False)
     ),
     "workers": DataForm(
         make=from_loader(num_workers=1), has_true_length=True, is_slow=True
@@ -452,8 +451,7 @@ DATA: dict[str, DataForm] = {
         is_slow=True,
     ),
     "worker stream": DataForm(
-        make=from_loader(dataset=Stream, num_workers=1),
-        is_slow=True,
+        make=from_loader(dataset=Stream, num_workers=1), is_slow=True
     ),
     "samples": DataForm(
         make=lambda r, s, c, sh: own_loader([(x, y) for x, y, _ in r], r, s, sh),

@@ -15,13 +15,7 @@ import pytest
 
 import tracking
 from tracking import capture
-from tracking.capture import (
-    MAX_DIFF_BYTES,
-    code_state,
-    command,
-    machine,
-    packages,
-)
+from tracking.capture import MAX_DIFF_BYTES, code_state, command, machine, packages
 from tracking.delivery.summaries import write_summaries
 from tracking.store import Manifest
 

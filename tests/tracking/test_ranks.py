@@ -221,7 +221,4 @@ def test_part_of_a_rank_is_continued_and_rewound(tmp_path):
     rows = tracking.open(run.path).records(rank=1)
     assert list(
         zip(*(rows[n].to_pylist() for n in ("value", "index")), strict=True)
-    ) == [
-        (1.0, 1),
-        (3.0, 2),
-    ]
+    ) == [(1.0, 1), (3.0, 2)]

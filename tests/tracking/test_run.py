@@ -691,11 +691,7 @@ run.log("metrics", "train", 0.5)
 
 
 @pytest.mark.parametrize(
-    ("end", "status"),
-    [
-        ("", "finished"),
-        ("raise ValueError('x')", "failed"),
-    ],
+    ("end", "status"), [("", "finished"), ("raise ValueError('x')", "failed")]
 )
 def test_run_left_open_ends_as_the_interpreter_did(runs, root, end, status):
     run_script(LEFT_OPEN.format(end=end), runs, cwd=root)

@@ -44,10 +44,7 @@ def get_status(folder, code, *options, **more):
             "finished",
         ),
         pytest.param("raise KeyboardInterrupt", "killed", marks=pytest.mark.slow),
-        (
-            "import sys; sys.excepthook = lambda *more: None\n1 / 0",
-            "failed",
-        ),
+        ("import sys; sys.excepthook = lambda *more: None\n1 / 0", "failed"),
         (
             "def rows():\n  with run: yield 1\nfor row in rows(): break\nraise SystemExit(1)",
             "finished",

@@ -62,11 +62,7 @@ def fake_gpus(patch: pytest.MonkeyPatch, count: int) -> list[int]:
     ],
 )
 def test_rank_gets_the_device_of_its_number_or_the_one_asked_for(
-    asked: Any,
-    count: int,
-    local_rank: int,
-    index: int,
-    monkeypatch: pytest.MonkeyPatch,
+    asked: Any, count: int, local_rank: int, index: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen = fake_gpus(monkeypatch, count)
     assert choose_rank_device(asked, local_rank) == torch.device("cuda", index)

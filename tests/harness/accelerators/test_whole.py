@@ -112,9 +112,7 @@ class Odd(nn.Linear):
         """Take nothing back."""
 
 
-def test_weights_are_not_lost_with_a_state_that_cannot_be_saved(
-    tmp_path: Path,
-) -> None:
+def test_weights_are_not_lost_with_a_state_that_cannot_be_saved(tmp_path: Path) -> None:
     made = setup(Odd, loss=nn.MSELoss(), optimizer=torch.optim.SGD)
     made = made.set_hparams(in_features=2, out_features=1).set_opt_hparams(lr=0.1)
     saves = ModelCheckpoint(tmp_path, every_n_epochs=0)

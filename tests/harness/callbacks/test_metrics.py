@@ -98,10 +98,7 @@ class Picky(Line):
 
 
 def test_batches_that_a_step_leaves_out_do_not_count():
-    metrics = {
-        "mean": lambda pred, target: target.mean(),
-        "mae": MeanAbsoluteError(),
-    }
+    metrics = {"mean": lambda pred, target: target.mean(), "mae": MeanAbsoluteError()}
     learner = harness.setup(Picky, optimizer=torch.optim.SGD, metrics=metrics)
     fitted = learner.set_opt_hparams(lr=0.0).fit(
         slope(7), 1, slope(5), dataloader_options={**BATCHES, "drop_last": False}, **OFF

@@ -417,9 +417,7 @@ def stop_now():
     signal.raise_signal(signal.SIGTERM)
 
 
-def test_save_that_is_under_way_is_not_waited_for_until_the_process_is_killed(
-    tmp_path,
-):
+def test_save_that_is_under_way_is_not_waited_for_until_the_process_is_killed(tmp_path):
     save, release = ModelCheckpoint(tmp_path, every_n_epochs=0), threading.Event()
 
     def hang(ctx):
@@ -453,9 +451,7 @@ def resident_bytes() -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux tells it")
-def test_a_save_every_step_waits_for_the_one_before_and_says_so(
-    tmp_path: Path,
-) -> None:
+def test_a_save_every_step_waits_for_the_one_before_and_says_so(tmp_path: Path) -> None:
     saves = ModelCheckpoint(tmp_path, every_n_steps=1, every_n_epochs=0)
     saves.max_wait_s = 0.0  # not half a minute
     unfinished, resident = [], []

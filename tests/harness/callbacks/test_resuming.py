@@ -97,9 +97,7 @@ def test_resume_from_checkpoint_takes_a_folder_or_one_checkpoint(saved: Path) ->
     assert list_checkpoints(saved) == [place]
 
 
-def test_resume_from_checkpoint_skips_damaged_ones_with_a_warning(
-    saved: Path,
-) -> None:
+def test_resume_from_checkpoint_skips_damaged_ones_with_a_warning(saved: Path) -> None:
     (saved / "000099-epoch-9-batch-9-step-9").mkdir()
     with pytest.warns(UserWarning, match="skipped a damaged checkpoint: checkpoint"):
         fitted = train(ResumeFromCheckpoint(saved))
@@ -286,9 +284,7 @@ def test_auto_resume_keeps_its_checkpoints_when_gathering_the_weights_fails(
     options = {"every_n_epochs": every_n_epochs}
     with pytest.raises(MemoryError, match="no room for the weights"):
         train(
-            AutoResume(tmp_path, **options),
-            accelerator=FailsToGather("cpu"),
-            epochs=3,
+            AutoResume(tmp_path, **options), accelerator=FailsToGather("cpu"), epochs=3
         )
     assert len(list_checkpoints(tmp_path)) == 1
     count = CountBatches()

@@ -6,11 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import (
-    CosineAnnealingLR,
-    ExponentialLR,
-    LambdaLR,
-)
+from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, LambdaLR
 
 import harness
 from harness.callbacks import LRScheduler, ModelCheckpoint, ResumeFromCheckpoint

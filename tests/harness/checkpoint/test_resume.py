@@ -127,11 +127,7 @@ class StartsAnew(DataLoader):
 
 @pytest.mark.parametrize(
     ("data", "accumulate", "every"),
-    [
-        (StartsAnew, 1, "4 steps"),
-        (StartsAnew, 4, "1 step"),
-        (Stream, 2, "2 steps"),
-    ],
+    [(StartsAnew, 1, "4 steps"), (StartsAnew, 4, "1 step"), (Stream, 2, "2 steps")],
 )
 def test_resume_of_a_finished_fit_trains_and_validates_nothing_again(
     data: Any, accumulate: int, every: str, tmp_path: Path

@@ -127,12 +127,7 @@ def checkpoint_of_ranks(folder: Path, states: list[dict[str, Any]]) -> Path:
         write_rank(temporary, rank, plan, tensors)
     return commit_checkpoint(
         temporary,
-        Manifest(
-            world_size=len(states),
-            position=position,
-            run=RunRef(),
-            about={},
-        ),
+        Manifest(world_size=len(states), position=position, run=RunRef(), about={}),
     )
 
 

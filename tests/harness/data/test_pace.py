@@ -328,12 +328,7 @@ def test_open_window_survives_a_validation_by_steps() -> None:
 def test_modes_are_those_of_training_after_a_validation_by_steps() -> None:
     look, modes = seen("on_train_batch_begin", lambda ctx: ctx.model.training)
     other, valid = seen("on_valid_batch_begin", lambda ctx: ctx.model.training)
-    fit(
-        epochs=1,
-        valid_data=slope(2),
-        valid_every="2 steps",
-        callbacks=[look, other],
-    )
+    fit(epochs=1, valid_data=slope(2), valid_every="2 steps", callbacks=[look, other])
     assert all(modes)
     assert not any(valid)
 
@@ -360,12 +355,7 @@ def test_early_stopping_counts_validations(
 def test_early_stopping_by_steps_respects_min_epochs() -> None:
     stop = EarlyStopping("shifted/loss", patience=1, baseline=-1.0)
     end, steps = seen("on_fit_end", lambda ctx: ctx.step)
-    fit(
-        epochs=(1, 5),
-        valid_data=SETS,
-        valid_every="2 steps",
-        callbacks=[stop, end],
-    )
+    fit(epochs=(1, 5), valid_data=SETS, valid_every="2 steps", callbacks=[stop, end])
     assert steps == [6]
 
 

@@ -74,11 +74,7 @@ def fitted(tmp_path_factory):
 
 
 # The curve of scikit-learn's roc_curve documentation, with all thresholds.
-ROC = [
-    [0.0, 0.0, 0.5, 0.5, 1.0],
-    [0.0, 0.5, 0.5, 1.0, 1.0],
-    [1.0, 0.8, 0.4, 0.35, 0.1],
-]
+ROC = [[0.0, 0.0, 0.5, 0.5, 1.0], [0.0, 0.5, 0.5, 1.0, 1.0], [1.0, 0.8, 0.4, 0.35, 0.1]]
 
 
 def test_curve_is_recorded_apart_from_the_metrics(fitted):

@@ -115,12 +115,7 @@ def test_saved_model_keeps_its_metrics_of_parts(tmp_path: Path, fitted):
 
 
 def test_metrics_of_parts_resume_bit_for_bit(tmp_path: Path):
-    case = Case(
-        learner=learner,
-        data=lambda: DATA,
-        valid=DATA,
-        options=OPTIONS,
-    )
+    case = Case(learner=learner, data=lambda: DATA, valid=DATA, options=OPTIONS)
     whole = fit_case(case, tmp_path / "whole")
     fit_case(case, tmp_path / "parts", ("on_train_batch_end", 3))
     assert differences(whole, fit_case(case, tmp_path / "parts")) == []

@@ -123,7 +123,4 @@ def test_curves_of_fits_are_lines_of_their_own(two_fits):
     charts = collect_charts(tracking.open(two_fits.path).records())
     assert {
         name: [x.tolist() for x in line] for name, line in charts.lines["loss"].items()
-    } == {
-        "valid": [[1, 2, 3], [3.0, 2.0, 1.0]],
-        "valid, fit 2": [[1, 2], [9.0, 8.0]],
-    }
+    } == {"valid": [[1, 2, 3], [3.0, 2.0, 1.0]], "valid, fit 2": [[1, 2], [9.0, 8.0]]}

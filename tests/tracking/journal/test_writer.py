@@ -18,17 +18,8 @@ from pyarrow import compute as pc
 from tests.tracking.tables import floats, same
 from tracking.errors import RunBusyError, RunClosedError, TrackingWarning
 from tracking.journal import row_format
-from tracking.journal.block import (
-    AutoIndex,
-    Block,
-    DiskBlock,
-    KeyGroup,
-)
-from tracking.journal.reader import (
-    JournalReader,
-    read_block,
-    read_records,
-)
+from tracking.journal.block import AutoIndex, Block, DiskBlock, KeyGroup
+from tracking.journal.reader import JournalReader, read_block, read_records
 from tracking.journal.segment import CAPACITY
 from tracking.journal.writer import Journal
 from tracking.schema import FLOAT, SCHEMA, flatten_value, parse_value

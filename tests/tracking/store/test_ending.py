@@ -6,13 +6,7 @@ import pytest
 
 import tracking
 from tracking.cli.describe import describe_run
-from tracking.store import (
-    FAILURE,
-    Manifest,
-    get_first_error,
-    get_rank_dir,
-    get_status,
-)
+from tracking.store import FAILURE, Manifest, get_first_error, get_rank_dir, get_status
 
 
 @pytest.fixture

@@ -9,13 +9,7 @@ import pytest
 
 import tracking
 from tracking.errors import InvalidFileError, RunNotFoundError, TrackingWarning
-from tracking.store import (
-    Manifest,
-    create_run_dir,
-    find_run,
-    find_runs,
-    run_paths,
-)
+from tracking.store import Manifest, create_run_dir, find_run, find_runs, run_paths
 
 
 def add(runs, name, experiment=None, when=None):

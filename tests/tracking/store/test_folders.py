@@ -6,12 +6,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from tracking.store import (
-    create_run_dir,
-    get_rank_dir,
-    list_rank_dirs,
-    runs_folder,
-)
+from tracking.store import create_run_dir, get_rank_dir, list_rank_dirs, runs_folder
 
 
 def test_runs_folder_is_argument_then_variable_then_here(tmp_path, monkeypatch):

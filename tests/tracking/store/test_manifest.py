@@ -13,11 +13,7 @@ import pytest
 import tracking
 from tracking.durable import overwrite
 from tracking.errors import InvalidFileError, RunNotFoundError
-from tracking.store import (
-    Manifest,
-    create_run_dir,
-    find_run,
-)
+from tracking.store import Manifest, create_run_dir, find_run
 
 
 def add(runs, name, experiment=None, when=None):

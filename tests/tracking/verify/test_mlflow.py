@@ -58,9 +58,7 @@ def test_each_row_that_differs_is_named(finished, store, compared, change):
     change("DELETE FROM metrics WHERE key = 'train/loss' AND step = 7")
     change("DELETE FROM metrics WHERE key = 'valid/nan'")
     change("UPDATE metrics SET value = 9 WHERE key = 'train/loss' AND step = 3")
-    change(
-        "UPDATE metrics SET timestamp = 5 WHERE key = 'train/accuracy' AND step = 4",
-    )
+    change("UPDATE metrics SET timestamp = 5 WHERE key = 'train/accuracy' AND step = 4")
     copied = "SELECT key, {}, timestamp + {}, run_uuid, step, is_nan FROM metrics"
     where = "WHERE key = 'train/accuracy' AND step = 10 AND value = 0.01"
     for value, later in ((77, 2), ("value", 1)):

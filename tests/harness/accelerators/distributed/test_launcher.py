@@ -79,10 +79,7 @@ HOSTS = "node0 slots=4\nnode1 slots=2\nnode2 slots=2\n"
         ({"include": "node2@node0:1,3"}, ["node0", "node2"]),
         ({"exclude": "node0"}, ["node1", "node2"]),
         ({"exclude": "node0:0@node1"}, ["node0", "node2"]),
-        (
-            {"num_nodes": 4},
-            r"launch\(num_nodes\): expected at most 3 machines, got 4",
-        ),
+        ({"num_nodes": 4}, r"launch\(num_nodes\): expected at most 3 machines, got 4"),
         ({"include": "node3"}, r"expected one of node0, node1, node2, got 'node3'"),
         ({"include": "node1:2"}, r"a slot in 0..1 of 'node1', got 2"),
         ({"include": "node0:a"}, r"expected NAME or NAME:SLOT,SLOT, joined by '@'"),

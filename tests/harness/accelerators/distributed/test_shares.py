@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from harness.accelerators.distributed.shares import (
-    RankShare,
-    ShareTracker,
-    assign_rows,
-)
+from harness.accelerators.distributed.shares import RankShare, ShareTracker, assign_rows
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

@@ -12,10 +12,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from harness.accelerators.distributed.open_files import (
-    check_open_files,
-    count_files,
-)
+from harness.accelerators.distributed.open_files import check_open_files, count_files
 from harness.accelerators.distributed.store import agree_on_start
 
 

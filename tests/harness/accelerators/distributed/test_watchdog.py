@@ -8,11 +8,7 @@ import sys
 
 import torch
 
-from harness.accelerators.distributed.watchdog import (
-    Watchdog,
-    find_launchers,
-    is_alive,
-)
+from harness.accelerators.distributed.watchdog import Watchdog, find_launchers, is_alive
 
 
 def test_launcher_of_a_plain_process_is_its_parent() -> None:

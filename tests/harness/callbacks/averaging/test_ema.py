@@ -189,8 +189,7 @@ CASES = {
         learner=two_parts, accumulate=2, callbacks=lambda folder: [EMA(0.8)]
     ),
     "keep-best": Case(
-        learner=adam,
-        callbacks=lambda folder: [EMA(0.8, warmup=True), KeepBestModel()],
+        learner=adam, callbacks=lambda folder: [EMA(0.8, warmup=True), KeepBestModel()]
     ),
 }
 

@@ -8,12 +8,7 @@ from torch import nn
 from torch.optim.swa_utils import SWALR, AveragedModel, update_bn
 
 import harness
-from harness.callbacks import (
-    EMA,
-    KeepBestModel,
-    LRScheduler,
-    StochasticWeightAveraging,
-)
+from harness.callbacks import EMA, KeepBestModel, LRScheduler, StochasticWeightAveraging
 from tests.harness.callbacks.averaging.test_ema import fit, same, two_parts
 from tests.harness.checkpoint.test_resume import check_exact
 from tests.harness.exact import Case, Net, Stop, X, Y, loader

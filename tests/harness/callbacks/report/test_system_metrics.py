@@ -207,10 +207,7 @@ def test_gpus_of_ranks_are_joined_and_many_are_summed_up():
 def test_first_rank_of_each_machine_reads_it(rank, local_rank, name):
     callback, found = SystemMetrics(every_s=0.01), set()
     accelerator = SimpleNamespace(
-        rank=rank,
-        local_rank=local_rank,
-        is_main=rank == 0,
-        device=torch.device("cpu"),
+        rank=rank, local_rank=local_rank, is_main=rank == 0, device=torch.device("cpu")
     )
     callback.ctx = SimpleNamespace(  # type: ignore[assignment]
         accelerator=accelerator, run=SimpleNamespace(path=None)

@@ -125,10 +125,7 @@ CASES = {
     "one": Case(
         learner=adam,
         epochs=3,
-        callbacks=lambda folder: [
-            Freeze("body.0", until=2),
-            Freeze("body.1", until=3),
-        ],
+        callbacks=lambda folder: [Freeze("body.0", until=2), Freeze("body.1", until=3)],
     ),
     "rates": Case(
         learner=adam,

@@ -35,13 +35,7 @@ def convert(
     model = faked.Model(SHAPES)
     zeros = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     live = faked.Faker(model, world_size, stage).accelerator(rank, zeros)
-    return convert_state(
-        parts.accelerators,
-        model,
-        live,
-        rank,
-        index=parts.index,
-    )
+    return convert_state(parts.accelerators, model, live, rank, index=parts.index)
 
 
 def opened_parts(opened: Any) -> set[int]:
