@@ -302,10 +302,8 @@ def _list_rates(
     for name, rate in (("start_lr", start_lr), ("end_lr", end_lr)):
         check_number(f"lr_finder({name})", rate, advice)
     if not 0 < start_lr < end_lr:
-        msg = (
-            f"lr_finder: expected 0 < start_lr < end_lr, got {start_lr!r}, {end_lr!r}."
-        )
-        raise ValueError(f"{msg} {advice}")
+        msg = "lr_finder: expected 0 < start_lr < end_lr"
+        raise ValueError(f"{msg}, got {start_lr!r}, {end_lr!r}. {advice}")
     check_count("lr_finder(num_steps)", num_steps, 1, "Leave it out for 100.")
     gaps = max(1, num_steps - 1)
     factor, amount = (end_lr / start_lr) ** (1 / gaps), (end_lr - start_lr) / gaps

@@ -118,10 +118,8 @@ class LRScheduler(Monitor):
         is_known = self.opt_name in names or (self.opt_name is None and len(names) == 1)
         if not is_known:
             got = repr(self.opt_name)
-            msg = (
-                f"LRScheduler(opt_name): expected the name of an optimizer, got {got}."
-            )
-            raise ValueError(f"{msg} Choose from {names}.")
+            msg = "LRScheduler(opt_name): expected the name of an optimizer"
+            raise ValueError(f"{msg}, got {got}. Choose from {names}.")
         self._fill_options(ctx)
         if not self._is_plateau:
             return

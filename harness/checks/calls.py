@@ -66,10 +66,8 @@ def check_numbers(
         is_number = isinstance(default, int | float) and not isinstance(default, bool)
         takes_list = not isinstance(value, str) and "list" in str(kind).lower()
         if (is_number and not takes_list) or kind in {int, float, "int", "float"}:
-            msg = (
-                f"{place}({name}): expected a number for {called}, got {value!r:.100}."
-            )
-            raise TypeError(f"{msg} Pass a number.")
+            msg = f"{place}({name}): expected a number for {called}"
+            raise TypeError(f"{msg}, got {value!r:.100}. Pass a number.")
 
 
 def check_given(

@@ -230,10 +230,8 @@ def _check_recipe(section: str, recipe: Mapping[str, object] | None) -> None:
         return
     kind, params = recipe.get("type"), recipe.get("params", {})
     if not isinstance(kind, str) or kind == "auto":
-        msg = (
-            f"accelerator(config): expected a name for '{section}.type', got {kind!r}."
-        )
-        raise ValueError(f"{msg} Write it, or leave the section out.")
+        msg = f"accelerator(config): expected a name for '{section}.type'"
+        raise ValueError(f"{msg}, got {kind!r}. Write it, or leave the section out.")
     if kind in {"LBFGS", "SparseAdam"}:
         msg = f"accelerator(config): expected another {section}.type, got {kind!r}."
         raise ValueError(f"{msg} DeepSpeed cannot step it: train on one device.")
