@@ -339,24 +339,6 @@ def remove_checkpoint(path: Path) -> None:
     remove_folder(path, aside=path.with_name(f".{path.name}.removed"))
 
 
-def find_newest(folder: Path) -> tuple[Path | None, list[CheckpointError]]:
-    """Find the newest undamaged checkpoint.
-
-    Returns
-    -------
-    its path, or None; and the errors of newer, damaged ones
-    """
-    errors: list[CheckpointError] = []
-    for path in list_checkpoints(folder):
-        try:
-            verify_checkpoint(path)
-        except CheckpointError as error:
-            errors.append(error)
-        else:
-            return path, errors
-    return None, errors
-
-
 def verify_checkpoint(path: Path) -> Manifest:
     """Compare every file with the manifest, and return the manifest.
 

@@ -37,13 +37,13 @@ from harness.callbacks import (
 from harness.checkpoint.format import (
     Position,
     WrittenPart,
-    find_newest,
     read_rank,
     verify_checkpoint,
     write_rank,
 )
 from harness.pytree import flatten
 from harness.rng import get_rng_state
+from tests.harness.checkpoint.newest import find_newest
 
 ROWS, BATCH, EPOCHS = 22, 4, 2
 BATCHES = 6  # the last one short

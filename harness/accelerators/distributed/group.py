@@ -153,18 +153,6 @@ class RankGroup:
         """Wait until every rank gets here."""
         self.any(False)
 
-    def broadcast_order(self, order: Tensor | None) -> Tensor:
-        """Send rank 0's int64 vector to all ranks; the others pass None."""
-        if order is not None and self.world_size == 1:
-            return order
-        length = torch.tensor([0 if order is None else len(order)])
-        dist.broadcast(length, src=0)
-        if order is None:
-            order = torch.empty(int(length.item()), dtype=torch.int64)
-        if len(order):
-            dist.broadcast(order, src=0)
-        return order
-
     # ----------------------------------------------------------------- tensors
 
     def gather(self, tensor: Tensor) -> Tensor:

@@ -17,9 +17,10 @@ import pytest
 
 import tracking
 from harness.accelerators.distributed.launcher import build_launch_command
-from harness.checkpoint.format import find_newest, list_checkpoints
+from harness.checkpoint.format import list_checkpoints
 from tests.harness.accelerators import refusals
 from tests.harness.accelerators.launches import ROOT, Launches, free_port, started
+from tests.harness.checkpoint.newest import find_newest
 from tests.harness.fakes import is_running
 from tracking.cli.describe import describe_run
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 import tracking
-from harness.checkpoint.format import find_newest
 from tests.harness.accelerators.launches import ROOT, free_port
+from tests.harness.checkpoint.newest import find_newest
 from tests.harness.fakes import is_running
 
 PATIENCE_S = 300

@@ -22,12 +22,12 @@ from harness.accelerators.single import SingleDevice
 from harness.callbacks import Interrupt, KeepBestModel, ModelCheckpoint
 from harness.checkpoint.format import (
     RunRef,
-    find_newest,
     list_checkpoints,
     read_rank,
     verify_checkpoint,
 )
 from harness.fitted import Fitted
+from tests.harness.checkpoint.newest import find_newest
 from tests.harness.exact import CASES, Case, Stop, sgd
 from tests.harness.fakes import At, Tape, line_learner, slope
 

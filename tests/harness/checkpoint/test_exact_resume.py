@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 import harness
 import tracking
 from harness.callbacks import AutoResume
-from harness.checkpoint.format import find_newest
 from harness.checkpoint.weights import save_weights
+from tests.harness.checkpoint.newest import find_newest
 from tests.harness.exact import CASES, WITH_WORKERS, Case, Stop, same_bits
 from tracking.delivery.state import DeliveryState
 from tracking.delivery.sync import sync

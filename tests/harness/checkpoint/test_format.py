@@ -28,7 +28,6 @@ from harness.checkpoint.format import (
     RunRef,
     begin_checkpoint,
     commit_checkpoint,
-    find_newest,
     get_final_path,
     list_checkpoints,
     mark_failed,
@@ -40,6 +39,7 @@ from harness.checkpoint.format import (
 )
 from harness.errors import CheckpointError
 from harness.pytree import as_bytes, flatten
+from tests.harness.checkpoint.newest import find_newest
 from tracking.durable import mark_free
 
 POSITION = Position(epoch=1, iter=2, step=3, phase="train")

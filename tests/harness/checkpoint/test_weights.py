@@ -15,7 +15,6 @@ from harness.checkpoint.format import (
     RunRef,
     begin_checkpoint,
     commit_checkpoint,
-    find_newest,
     write_rank,
 )
 from harness.checkpoint.weights import (
@@ -28,6 +27,7 @@ from harness.checkpoint.weights import (
 from harness.errors import CheckpointError
 from harness.fitted import Fitted
 from harness.pytree import flatten
+from tests.harness.checkpoint.newest import find_newest
 from tests.harness.exact import CASES, Net, Stop, same_bits
 
 

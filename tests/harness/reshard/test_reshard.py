@@ -20,7 +20,6 @@ from harness.checkpoint.format import (
     Position,
     begin_checkpoint,
     commit_checkpoint,
-    find_newest,
     read_manifest,
     read_rank,
     write_rank,
@@ -30,6 +29,7 @@ from harness.pytree import flatten
 from harness.reshard.consolidated import ConsolidatedState, TensorPieces
 from tests.harness.accelerators.cases import Lab
 from tests.harness.accelerators.launches import run_cases
+from tests.harness.checkpoint.newest import find_newest
 from tests.harness.reshard import cases as reshapes
 from tests.harness.reshard.cases import ROWS, Y
 
