@@ -102,12 +102,6 @@ def build_experiment(
         Arguments of the function by name; text is converted by its annotations.
     places
         Where settings come from, for messages, if that is not ``--set``.
-
-    Raises
-    ------
-    ExperimentError
-        If a name is not a parameter (the nearest is offered), a value does not fit its
-        annotation, or the function does not return an ``Experiment``.
     """
     arguments = check_target(target, settings, places)
     if isinstance(target, Experiment):
@@ -149,14 +143,7 @@ def parse_arguments(
     settings: Mapping[str, object],
     places: Mapping[str, str] = types.MappingProxyType({}),
 ) -> dict[str, object]:
-    """Convert settings to arguments of a function, by its signature.
-
-    Raises
-    ------
-    ExperimentError
-        If a setting is not a parameter, does not fit its annotation, or a parameter without
-        a default has no setting.
-    """
+    """Convert settings to arguments of a function, by its signature."""
     parameters = inspect.signature(function).parameters
     hints = typing.get_type_hints(function)
     name = getattr(function, "__name__", "experiment")

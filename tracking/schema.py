@@ -130,10 +130,6 @@ def flatten_params(params: Mapping[Any, Any], place: str) -> list[Leaf]:
     ----------
     params
         Values by name; the names may be of any kind too.
-
-    Returns
-    -------
-    one leaf for each value that is no dictionary, however deep
     """
     return _tell_names_apart(list(_flatten_params(params, "", place, 0)))
 

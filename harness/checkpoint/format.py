@@ -450,13 +450,7 @@ def _check_file_names(path: Path, manifest: Manifest) -> None:
 
 
 def read_index(path: Path, manifest: Manifest) -> PartIndex:
-    """Read the index of a checkpoint.
-
-    Raises
-    ------
-    CheckpointError
-        If it has wrong types, or is not of the ranks of this checkpoint.
-    """
+    """Read the index of a checkpoint."""
     content = read_json(path, INDEX)
     try:
         index = msgspec.convert(content, PartIndex)

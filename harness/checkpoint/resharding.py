@@ -63,13 +63,7 @@ def convert_position(
     about: Mapping[str, Any],
     ctx: Context,
 ) -> Position:
-    """Convert a position to batches of this fit, whose ranks or batch size differ.
-
-    Raises
-    ------
-    CheckpointError
-        If the finished samples do not fill whole steps, or are not known.
-    """
+    """Convert a position to batches of this fit, whose ranks or batch size differ."""
     saved_size = _rows_per_batch(len(states), about)
     size = _rows_per_batch(ctx.accelerator.world_size, ctx.about)
     rows = position.iter * saved_size

@@ -54,11 +54,6 @@ def examine(
         Folder that runs will be written to.
     tracking_uri
         MLflow's tracking URI; None means MLflow's default, ``sqlite:///mlflow.db``.
-
-    Returns
-    -------
-    list of Check
-        In a fixed order.
     """
     return [
         _python(),

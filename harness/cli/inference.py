@@ -124,13 +124,7 @@ def load_fitted(past: PastRun, experiment: Experiment) -> Fitted:
 
 
 def get_test_data(experiment: Experiment) -> Any:
-    """Test data of an experiment; its validation data if it has none.
-
-    Raises
-    ------
-    ExperimentError
-        If the experiment has neither, or split its data without a seed.
-    """
+    """Test data of an experiment; its validation data if it has none."""
     from harness.data.loaders import split_data  # noqa: PLC0415  imports torch
     from harness.errors import ExperimentError  # noqa: PLC0415  next to learner
     from harness.rng import seed_all  # noqa: PLC0415  imports torch

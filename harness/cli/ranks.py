@@ -120,11 +120,6 @@ def find_launch_options(past: PastRun, num_gpus: int | None) -> Options | None:
     ----------
     num_gpus
         Number of ranks, on this machine; None for as many as before.
-
-    Raises
-    ------
-    click.UsageError
-        If the run had ranks on several machines, and it is not known how they were started.
     """
     from harness.accelerators.distributed.environment import read_launch  # noqa: PLC0415  keeps --help quick
 

@@ -17,13 +17,7 @@ from tracking.errors import describe_path
 
 
 def load_target(target: str) -> Any:
-    """Import the object that ``FILE.py:NAME`` or ``package.module:NAME`` names.
-
-    Raises
-    ------
-    ExperimentError
-        If the file, module or name does not exist; the nearest name is offered.
-    """
+    """Import the object that ``FILE.py:NAME`` or ``package.module:NAME`` names."""
     where, name = _split_target(target)
     module = (
         _import_file(Path(where)) if where.endswith(".py") else _import_module(where)

@@ -461,11 +461,6 @@ def read_recorded_fit(past: PastRun, given: Mapping[str, Any]) -> Options:
     ----------
     given
         Secrets that the run did not record: ``sets`` and ``opts``, as of ``fit``.
-
-    Raises
-    ------
-    click.UsageError
-        If another command started the run, or a secret is missing.
     """
     recorded = past.manifest.extra.get("fit")
     if recorded is None:  # a run of an earlier version

@@ -110,13 +110,7 @@ def has_rows(data: object) -> bool:
 
 
 def gives_batches(data: object) -> bool:
-    """Whether `data` is no data set, but gives batches.
-
-    Raises
-    ------
-    TypeError
-        If it gives them only once.
-    """
+    """Whether `data` is no data set, but gives batches."""
     is_other = isinstance(data, (*_NO_DATA, *_KNOWN))
     if is_other or hasattr(data, "__array__") or has_rows(data):
         return False

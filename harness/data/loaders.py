@@ -101,13 +101,6 @@ def as_dataset(data: object, place: str = "data") -> Dataset[Any]:
         A Dataset; an object with ``__len__`` and ``__getitem__``; a list of samples, which
         are anything but tensors, arrays, numbers or data sets; a tensor or array, or nested tuples,
         lists and mappings of those, with equal lengths.
-
-    Raises
-    ------
-    TypeError
-        If `data` is anything else.
-    ValueError
-        If lengths differ, or if there are no rows.
     """
     if isinstance(data, Dataset):
         dataset = data
@@ -353,12 +346,6 @@ def split_data(data: object, valid_frac: float) -> tuple[Dataset[Any], Dataset[A
         Dataset with a length, tensor, array, or several of equal length.
     valid_frac : in (0, 1)
         Fraction of the rows that goes to validation.
-
-    Raises
-    ------
-    ValueError
-        If the fraction is out of range, if a side would be empty, or if `data` is a
-        DataLoader or has no length.
 
     References
     ----------

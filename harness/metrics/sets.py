@@ -83,13 +83,6 @@ def name_metrics(metrics: object) -> dict[str, Any]:
     """Metrics by name: the key in a dict, otherwise the class name in snake case.
 
     Those of a ``MetricCollection`` have its names, after its own name in a dict.
-
-    Raises
-    ------
-    TypeError
-        If an item is not a torchmetrics object or a function, or a name is no text.
-    ValueError
-        If two have the same name, or if one is called ``loss``.
     """
     if metrics is None:
         return {}

@@ -45,10 +45,6 @@ def plot_curves(
         skipped.
     path
         File to save the figure to; its suffix chooses the format. None: do not save.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
     """
     series: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for split, metric, epoch, value in rows:

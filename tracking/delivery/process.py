@@ -159,11 +159,6 @@ class DeliveryProcess:
         Called from another thread with a run's number and whether it is delivered.
     on_exit
         Called from another thread with this object, when the process has ended.
-
-    Raises
-    ------
-    OSError
-        If the process cannot be started.
     """
 
     def __init__(

@@ -32,10 +32,6 @@ def write_summaries(run_path: Path) -> list[Path]:
     The results, for the run's description in MLflow, go beside the state of the delivery.
     The delivery process does this, so that training never waits for a picture.
 
-    Returns
-    -------
-    artifacts that were written; no picture if there is nothing to draw
-
     Notes
     -----
     A file that the user logged under one of these names is kept.

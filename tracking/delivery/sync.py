@@ -184,13 +184,7 @@ class MlflowReader:
         self._process = RunByRunProcess("--read", self._folder.name)
 
     def read(self, run: PastRun) -> MlflowContents:
-        """Read what MLflow has of a run.
-
-        Raises
-        ------
-        DeliveryError
-            If MLflow does not have the run, or does not answer.
-        """
+        """Read what MLflow has of a run."""
         report = self._process.ask(run.path)
         if report.get("error"):
             raise DeliveryError(
@@ -224,13 +218,7 @@ class RunByRunProcess:
         self._errors: IO[str]
 
     def ask(self, path: Path) -> dict[str, Any]:
-        """Let the process handle a run; return its report.
-
-        Raises
-        ------
-        DeliveryError
-            If the process ends without one.
-        """
+        """Let the process handle a run; return its report."""
         process = self._process or self._start()
         assert process.stdin is not None
         assert process.stdout is not None

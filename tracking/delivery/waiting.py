@@ -146,13 +146,7 @@ class RunDelivery:
         return DeliveryState.read_or_none(self.run_path) or DeliveryState()
 
     def wait_for_run_id(self, timeout_s: float) -> str:
-        """Wait until delivery has created the MLflow run; return its id.
-
-        Raises
-        ------
-        DeliveryError
-            If delivery does not create it in time, or has ended.
-        """
+        """Wait until delivery has created the MLflow run; return its id."""
         deadline = time.monotonic() + timeout_s
         self.wake()
         while True:

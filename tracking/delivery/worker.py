@@ -168,11 +168,6 @@ class DeliveryWorker:
         ----------
         on_page
             Called once, when the run's page in MLflow exists.
-
-        Raises
-        ------
-        GaveUpError
-            If MLflow does not answer within the time limit, or cannot take the run.
         """
         self._state_file.set_phase("connecting")
         for attempt in range(1, MAX_ATTEMPTS + 1):

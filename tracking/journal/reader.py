@@ -205,10 +205,6 @@ class JournalReader:
         max_rows : >= 1
             Fewer rows may be returned although there are more: call again until none
             are.
-
-        Returns
-        -------
-        rows in the public schema, including control rows
         """
         while True:
             # In this order: a writer that ends in between has written everything.

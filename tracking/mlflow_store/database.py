@@ -34,10 +34,6 @@ def create_database(
     migrate
         Creates a database at a path with MLflow.
 
-    Returns
-    -------
-    whether this call created it: False if it exists
-
     Raises
     ------
     OSError

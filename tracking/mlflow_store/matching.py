@@ -117,10 +117,6 @@ class RowMatcher:
 def unmatched_rows(left: Rows, right: Rows) -> tuple[Rows, Rows]:
     """Find the rows of each side that have no equal row on the other side.
 
-    Returns
-    -------
-    places of these rows in ``left`` and in ``right``, in order
-
     Notes
     -----
     Equal rows are matched in order, each once, so the later ones are returned.

@@ -41,12 +41,7 @@ _NUMERIC: Final = pa.array(["float", "int", "bool"])
 
 
 def distinct_series(table: pa.Table) -> tuple[list[SeriesId], np.ndarray[Any, Any]]:
-    """List the series in a table, and number each row's series.
-
-    Returns
-    -------
-    series in order of first appearance, and for each row its place in that list
-    """
+    """List the series in a table, and number each row's series."""
     if not table.num_rows:
         return [], np.empty(0, np.int64)
     fits = get_fits(table)
@@ -80,10 +75,6 @@ def points_table(table: pa.Table, keys: KeyMap) -> pa.Table:
         ``epoch`` and ``payload`` may be absent.
     keys
         Of MLflow's metrics; new series are added.
-
-    Returns
-    -------
-    table with the schema `POINTS`
     """
     rows = table.filter(pa.array(mask_metrics(table)))
     series, place = distinct_series(rows)

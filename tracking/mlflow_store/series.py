@@ -46,10 +46,6 @@ def collect_uploads(
     ----------
     rows
         Live rows whose ``what`` is one of `SERIES`, with ``about``, their payload.
-
-    Returns
-    -------
-    files by path in MLflow, and the tags that make its page show them
     """
     uploads: Uploads = {}
     tables: dict[str, None] = {}

@@ -16,10 +16,6 @@ def resolve_uri(folder: Path, given: str | None) -> str:
     ----------
     given
         Tracking URI, for example from ``MLFLOW_TRACKING_URI``; None: MLflow's default.
-
-    Returns
-    -------
-    a URI that means the same in every folder, with its credentials
     """
     if not given:
         if _has_file_store(folder / "mlruns"):

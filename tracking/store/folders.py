@@ -101,10 +101,6 @@ def create_run_dir(
     now
         Start time, UTC; None: the present.
 
-    Returns
-    -------
-    folder and readable name of the run
-
     Raises
     ------
     OSError

@@ -21,10 +21,6 @@ def list_findings(results: Sequence[Verification]) -> list[str]:
     ----------
     results
         One for each run. If there are several, each line names its run.
-
-    Returns
-    -------
-    the first and the last of each kind, and how many there are between them
     """
     found: dict[str, list[str]] = {}
     for result in results:

@@ -124,13 +124,6 @@ def read_config(config: Mapping[str, object] | str | Path | None) -> Options:
     dict
         With sections written out: ``"bf16": true`` and ``"zero_optimization": 2`` are short
         for their keys ``enabled`` and ``stage``. What is null is left out.
-
-    Raises
-    ------
-    TypeError
-        If it is neither a dict nor a path.
-    ValueError
-        If the file is missing or not JSON, contains a key twice, or is not an object.
     """
     if config is None:
         return {}

@@ -364,13 +364,7 @@ SHORTEST_LOST_AFTER_S = 10.0
 
 
 def read_lost_after(env: Mapping[str, str] | None = None) -> float:
-    """Read after how many seconds without a sign of life a rank is lost; 0: never.
-
-    Raises
-    ------
-    ValueError
-        If the variable is no number of seconds from 10, and not 0.
-    """
+    """Read after how many seconds without a sign of life a rank is lost; 0: never."""
     env = os.environ if env is None else env  # noqa: TID251 - the one place
     text = env.get(LOST_AFTER, str(LOST_AFTER_S))
     try:

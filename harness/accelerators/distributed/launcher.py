@@ -32,12 +32,6 @@ def read_hostfile(path: str | Path) -> dict[str, int]:
     path
         File with lines ``name slots=4``; empty lines and ``#`` comments are ignored.
 
-    Raises
-    ------
-    ValueError
-        If the file is missing or not UTF-8 without a byte-order mark, a line is malformed, a
-        host is listed twice, or there is none.
-
     References
     ----------
     DeepSpeed 0.19.8, ``launcher/runner.py``, ``_parse_hostfile``. Differs from it: a missing
@@ -163,13 +157,7 @@ def choose_hosts(
     include: str | None = None,
     exclude: str | None = None,
 ) -> list[str]:
-    """List the machines that options of ``build_launch_command`` choose.
-
-    Raises
-    ------
-    ValueError
-        If the hostfile is wrong, or machines are chosen in two ways or are not listed.
-    """
+    """List the machines that options of ``build_launch_command`` choose."""
     slots = None if hostfile is None else read_hostfile(hostfile)
     hosts = ["localhost"] if slots is None else list(slots)
     if num_nodes is not None and num_nodes > len(hosts):

@@ -15,12 +15,7 @@ if TYPE_CHECKING:
 
 
 def describe_start(ctx: Context) -> list[list[tuple[str, str]]]:
-    """Return the lines that say what is trained, where, on which data, and into which run.
-
-    Returns
-    -------
-    for each line its pieces, as ``wrap`` joins them
-    """
+    """Return the lines that say what is trained, where, on which data, and into which run."""
     assert ctx.train_data is not None
     sets = {"train": ctx.train_data, **ctx.valid_sets}
     data = [f"{name} {describe_loader(loader)}" for name, loader in sets.items()]

@@ -41,10 +41,6 @@ def choose_checkpoint(
     ranks
         The ranks that share the work; None: this process reads everything.
 
-    Returns
-    -------
-    The checkpoint and its manifest, the same on all ranks; None if there is none.
-
     Raises
     ------
     CheckpointError

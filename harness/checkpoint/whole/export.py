@@ -35,11 +35,6 @@ def export_weights(source: Path, to: Path, shard_bytes: int = SHARD_BYTES) -> Pa
     shard_bytes : >= 1
         Size of a file in a folder.
 
-    Returns
-    -------
-    Path
-        The checkpoint that was read.
-
     Raises
     ------
     CheckpointError
