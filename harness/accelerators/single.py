@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial, wraps
+from inspect import unwrap
 from types import MethodType
 from typing import Any, Literal, TypeVar
 
@@ -176,8 +177,10 @@ def _hook_step(
 ) -> RemovableHandle | _StepHook:
     """Call a function after each step of an optimizer."""
     # torch 2.13 runs its hooks again for a step of the class above, if that is called in it.
-    num_steps = sum("step" in vars(kind) for kind in type(opt).__mro__)
-    is_nested = isinstance(opt, torch.optim.Optimizer) and num_steps > 2
+    # It wraps the one of AdamW, which is Adam's, anew.
+    steps = [vars(kind)["step"] for kind in type(opt).__mro__ if "step" in vars(kind)]
+    num_own = len({id(unwrap(step)) for step in steps}) - 1  # without Optimizer's
+    is_nested = isinstance(opt, torch.optim.Optimizer) and num_own > 1
     if is_nested or not hasattr(opt, "register_step_post_hook"):
         return _StepHook(opt, function)
     handle: RemovableHandle = opt.register_step_post_hook(function)

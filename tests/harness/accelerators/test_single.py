@@ -99,6 +99,32 @@ def test_step_around_the_one_of_the_class_above_counts_once():
     assert accelerator.steps == {"opt": 2}
 
 
+class Above(torch.optim.Optimizer):
+    """An optimizer as AdamW's base: the class below has no step of its own."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {})
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for param in group["params"]:
+                param.data.sub_(param.grad)
+
+
+class Below(Above):
+    pass
+
+
+def test_step_of_the_class_above_counts_once_by_torchs_own_hook():
+    accelerator, model = prepared(opt=lambda model: Below(model.parameters()))
+    opt = accelerator._optimizers["opt"]
+    assert "step" in vars(Below)  # torch puts its wrapper there
+    assert "step" not in vars(opt)
+    accelerator.backward(model(torch.ones(1)).sum())
+    assert accelerator.step()
+    assert accelerator.steps == {"opt": 1}
+
+
 def test_name_of_one_of_several_optimizers_must_be_told():
     accelerator, model = prepared(a=sgd, b=sgd)
     with pytest.raises(ValueError, match=r"one of several .*Choose from \['a', 'b'\]"):
