@@ -265,6 +265,12 @@ def _weight_at(event: str, callback: Callback) -> float:
     return callback.event_weights.get(event, callback.weight)
 
 
+def get_context(model: nn.Module | None) -> Context | None:
+    """Return the context that a model is bound to; None without one."""
+    found: Context | None = getattr(model, "ctx", None)
+    return found if hasattr(found, "call_callbacks") else None
+
+
 def bind_context(model: nn.Module | None, ctx: Context | None) -> None:
     """Set ``ctx`` of a model, and of the user's own module inside a compiled one.
 

@@ -12,10 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from harness.callback import Callback, Listeners, bind_context
+from harness.callback import Callback, Listeners, bind_context, get_context
 from harness.checks.arguments import check_accelerator
 from harness.checks.callbacks import check_callbacks
-from harness.checks.context import check_iter, refuse_field
+from harness.checks.context import (
+    check_iter,
+    check_stepped,
+    check_trained_model,
+    refuse_field,
+)
 from harness.checks.model import check_model_names
 from harness.checks.optimizers import check_optimizers
 from harness.checks.values import check_epochs
@@ -79,6 +84,7 @@ class Context(BatchFields):
     _min_epochs: int
     _max_epochs: int
     _model: nn.Module | None
+    _outer: Context | None
     # For this call of fit, evaluate or predict.
     buffers: dict[str, Any]  #: temporary values of callbacks
     run: tracking.Run | NullRun  #: run that records the call, or one that drops all
@@ -133,6 +139,7 @@ class Context(BatchFields):
         self.hparams, self.opt_hparams, self.steps = {}, {}, {}
         self.record_book = RecordBook()
         self._min_epochs, self._max_epochs, self._model = 0, NO_LIMIT, None
+        self._outer = None
         self.clean()
         self.run = run or NullRun()
         self.accelerator: Accelerator = accelerator  # type: ignore[assignment]
@@ -305,7 +312,7 @@ class Context(BatchFields):
         A checkpoint holds more: see ``harness.checkpoint.state``.
         """
         if self.train_pass is None:
-            bind_context(self._model, None)
+            bind_context(self._model, self._outer)
         hparams = {"hparams": self.hparams, "opt_hparams": self.opt_hparams}
         return {"model": self._model, "records": self.records, "ctx": hparams}
 
@@ -318,8 +325,9 @@ class Context(BatchFields):
     def model(self, new: nn.Module | None) -> None:
         if new is not None and self.training:
             check_model_names(new, ["ctx"])
-        bind_context(self._model, None)
-        self._model = new
+            check_trained_model(self, new)
+        bind_context(self._model, self._outer)  # an evaluation may be within a fit
+        self._model, self._outer = new, get_context(new)
         bind_context(new, self)
 
     @property
@@ -406,7 +414,9 @@ class Context(BatchFields):
 
     @optimizers.setter
     def optimizers(self, new: object) -> None:
-        self._optimizers = check_optimizers(new)
+        checked = check_optimizers(new)
+        check_stepped(self, "optimizers", checked.values())
+        self._optimizers = checked
 
     @property
     def opt(self) -> Optimizer:
@@ -415,6 +425,7 @@ class Context(BatchFields):
 
     @opt.setter
     def opt(self, new: Optimizer | None) -> None:
+        check_stepped(self, "opt", [new])
         self._opt = new
 
     @property

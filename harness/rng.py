@@ -44,6 +44,7 @@ def set_cpu_rng_state(state: StateDict) -> None:
 
 def seed_all(seed: int) -> None:
     """Seed Python's, NumPy's and torch's generators, the latter on all devices."""
+    seed = int(seed)  # Python takes no integer of NumPy
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)

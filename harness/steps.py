@@ -184,7 +184,7 @@ class StepContext(Context):
     def _switch_to(self, name: str) -> None:
         """Make a named optimizer the current one."""
         if self._opt_name != name or self._opt is not self._optimizers[name]:
-            self.opt_name, self.opt = name, self._optimizers[name]
+            self._opt_name, self._opt = name, self._optimizers[name]
 
     def optimize(self, loss: object) -> None:
         """Train the current optimizer on a loss; in validation, only record the loss.

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from torch import nn
 
 from harness.checks.calls import check_arguments, check_function, check_given
@@ -138,6 +139,9 @@ def check_call_arguments(
     if accelerator is not None and not has_parts:
         msg = f"{place}(accelerator): expected an accelerator, got {accelerator!r}."
         raise TypeError(f"{msg} Pass harness.accelerator(...), or leave it out.")
+    if place == "fit" and torch.is_inference_mode_enabled():
+        msg = "fit: expected gradients to be on, got a call in torch.inference_mode()."
+        raise RuntimeError(f"{msg} Call it outside of that.")
     if seed is not None:
         check_count(f"{place}(seed)", seed, -(2**63), "Leave it out for no seed.")
     if verbose is not None and not isinstance(verbose, int | np.bool_):

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from numbers import Integral
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
+
+from torch import nn
 
 from harness.events import nearest
+
+if TYPE_CHECKING:
+    from harness.context import Context
 
 
 def refuse_field(context: type, name: str, error: AttributeError) -> NoReturn:
@@ -27,6 +33,29 @@ def refuse_field(context: type, name: str, error: AttributeError) -> NoReturn:
     msg = f"Context.{name}: expected a field of the context, got {name!r}."
     msg += f"{nearest(name, names)} Put your own values into ctx.buffers."
     raise AttributeError(msg) from None
+
+
+def check_stepped(ctx: Context, field: str, new: Iterable[object]) -> None:
+    """Refuse an optimizer that a running fit would not step."""
+    if ctx.train_data is None:
+        return
+    for opt in new:
+        if opt is None or any(opt is own for own in ctx.optimizers.values()):
+            continue
+        kind = type(opt).__name__
+        msg = f"ctx.{field}: expected an optimizer of the fit, got another {kind}."
+        advice = "Change ctx.opt.param_groups, or return several by name from"
+        raise ValueError(f"{msg} {advice} set_optimizers, and choose in an own step.")
+
+
+def check_trained_model(ctx: Context, new: nn.Module) -> None:
+    """Refuse a model with weights that a running fit does not have."""
+    if ctx.train_data is None or new is ctx.model:
+        return
+    if not set(ctx.model.parameters()).issuperset(new.parameters()):
+        msg = "ctx.model: expected the weights of the fit's model, got others."
+        advice = "Change layers in Callback.prepare, or copy weights into the model."
+        raise ValueError(f"{msg} {advice}")
 
 
 _READ_ONLY = {

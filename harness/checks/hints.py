@@ -185,6 +185,13 @@ def find_loader_hint(error: BaseException) -> str:
     if "collate" in names or "in collate" in text or "in default_collate" in text:
         advice = "dataloader_options={'collate_fn': ...} joins them as you say."
         return f"Rows of a batch are stacked: they need tensors of one shape. {advice}"
+    if "_try_get_data" in names and (
+        isinstance(error, ConnectionError | EOFError)
+        or "exited unexpectedly" in text
+        or "killed by signal" in text
+    ):
+        cause = "A worker process of the loader was killed, perhaps for its memory"
+        return f"{cause}. Use fewer workers; num_workers=0 shows where it happens."
     return ""
 
 

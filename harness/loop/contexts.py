@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
@@ -116,6 +117,8 @@ class FitContext(StepContext):
         )
         self.data = self.train_data
         set_valid_sets(self, dict(zip(sets, of_sets, strict=True)))
+        # Another one would not be stepped.
+        self._optimizers = MappingProxyType(named)  # type: ignore[assignment]
 
     def _fire_step(self, when: str, name: str) -> None:
         """Fire a step event, whoever makes the accelerator step."""

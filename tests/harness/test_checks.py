@@ -90,6 +90,14 @@ def test_setup_factory_of_something_else_is_told_by_fit():
         made.fit((X, Y), 1, tracker=False)
 
 
+def test_fit_without_any_gradient_is_told():
+    with (
+        torch.inference_mode(),
+        pytest.raises(RuntimeError, match=r"got a call in torch.inference_mode\(\)"),
+    ):
+        learner().fit((X, Y), 1, tracker=False)
+
+
 FITS = {
     "epochs zero": (ValueError, "at least 1 epoch", {"epochs": 0}),
     "epochs negative": (ValueError, "at least 1 epoch", {"epochs": -3}),

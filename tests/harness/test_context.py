@@ -21,7 +21,7 @@ from harness.accelerators.single import SingleDevice
 from harness.context import Context
 from harness.data.pace import NO_LIMIT
 from harness.events import EVENTS
-from tests.harness.fakes import At, Ear, Line, Tape, fit_context, slope
+from tests.harness.fakes import At, Ear, Line, Tape, fit_context, line_learner, slope
 
 
 @pytest.fixture
@@ -947,7 +947,42 @@ def test_step_is_the_most_steps_of_one_optimizer(ctx):
     assert ctx.step == 9
 
 
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda ctx: setattr(ctx, "opt", sgd()), "ctx.opt: .*, got another SGD"),
+        (lambda ctx: setattr(ctx, "optimizers", sgd()), "ctx.optimizers: .* another"),
+        (lambda ctx: ctx.optimizers.update(opt=sgd()), "no attribute 'update'"),
+        (lambda ctx: setattr(ctx, "model", Line()), "ctx.model: .*, got others"),
+    ],
+)
+def test_what_a_running_fit_would_not_train_is_refused(change, match):
+    class Change(harness.Callback):
+        def on_epoch_begin(self):
+            self.ctx.model = nn.Sequential(self.ctx.model)  # the same weights
+            self.ctx.model = self.ctx.model[0]
+
+        def on_train_begin(self):
+            change(self.ctx)
+
+    with pytest.raises((ValueError, AttributeError), match=match):
+        line_learner().fit(slope(4), 1, callbacks=[Change()], tracker=False, seed=1)
+
+
 # --- model binding
+
+
+def test_evaluation_within_a_fit_gives_the_model_back_to_the_fit():
+    learner, found = line_learner(), []
+
+    class Evaluate(harness.Callback):
+        def on_train_batch_end(self):
+            learner.with_model(self.ctx.model).evaluate(slope(4))
+            found.append(vars(self.ctx.model)["ctx"] is self.ctx)
+
+    fitted = learner.fit(slope(4), 1, callbacks=[Evaluate()], tracker=False)
+    assert found == [True]
+    assert not hasattr(fitted.model, "ctx")
 
 
 def test_model_set_is_bound_to_the_context(ctx):

@@ -204,9 +204,9 @@ def test_fit_with_a_seed_sets_all_generators():
     def draw(ctx):
         drawn.append((random.random(), np.random.rand(), torch.rand(1).item()))
 
-    for _ in range(2):
+    for seed in (3, np.int64(3)):
         callback = At("on_fit_begin", draw)
-        line_learner().fit(slope(2), 1, callbacks=[callback], seed=3, **OFF)
+        line_learner().fit(slope(2), 1, callbacks=[callback], seed=seed, **OFF)
     assert drawn[0] == drawn[1]
 
 

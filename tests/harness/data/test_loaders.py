@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import signal
 from functools import partial
 from typing import Any
 
@@ -228,6 +230,19 @@ def test_rows_that_torch_cannot_join_are_refused_as_by_torch(rows):
         errors.append((type(caught.value), str(caught.value)))
     assert errors[0] == errors[1]
     assert find_loader_hint(caught.value).startswith("Rows of a batch are stacked")
+
+
+class Killed(Squares):
+    """Ends the process that reads a row, as a system without memory does."""
+
+    def __getitem__(self, place):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_worker_that_was_killed_has_a_hint():
+    with pytest.raises((RuntimeError, OSError, EOFError)) as caught:
+        next(iter(DataLoader(Killed(), num_workers=1)))
+    assert find_loader_hint(caught.value).startswith("A worker process of the loader")
 
 
 def test_rows_are_joined_by_what_the_user_adds_to_torchs_table(monkeypatch):
