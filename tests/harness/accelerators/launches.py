@@ -9,25 +9,19 @@ import os
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.harness.accelerators.worker import run_rank
+from tests.harness.accelerators.worker import run_program, run_rank
 
 ROOT = Path(__file__).resolve().parents[3]
 
 RANKS = multiprocessing.get_context("forkserver")
 """Forks each rank from a process that has done the imports, which take seconds."""
-RANKS.set_forkserver_preload(
-    [
-        "harness.accelerators.deepspeed.accelerator",
-        "torchmetrics",
-        "tests.harness.accelerators.worker",
-    ]
-)
+RANKS.set_forkserver_preload(["tests.harness.accelerators.imports"])
 
 PATIENCE_S = 500
 """Seconds after which a launch is taken for hung."""
@@ -73,15 +67,13 @@ def started(
         )
 
 
-def run_cases(
-    folder: Path, module: str, world: int, stages: list[int], names: list[str]
-) -> dict[str, str]:
-    """How each case went on all ranks: "ok", or the tracebacks."""
+def forked(world: int, target: Callable[..., None], *args: object) -> list[Any]:
+    """Ranks under way that are forked and run a function, without a launcher."""
     port = free_port()
     ranks = [
         RANKS.Process(
-            target=run_rank,
-            args=(folder, module, stages, names),
+            target=target,
+            args=args,
             kwargs={"env": rank_environment(rank, world, port)},
         )
         for rank in range(world)
@@ -89,6 +81,14 @@ def run_cases(
     with server_environment():
         for process in ranks:
             process.start()
+    return ranks
+
+
+def run_cases(
+    folder: Path, module: str, world: int, stages: list[int], names: list[str]
+) -> dict[str, str]:
+    """How each case went on all ranks: "ok", or the tracebacks."""
+    ranks = forked(world, run_rank, folder, module, stages, names)
     until = time.monotonic() + PATIENCE_S
     while any(process.exitcode is None for process in ranks):
         ended = [process.exitcode for process in ranks]
@@ -109,6 +109,28 @@ def run_cases(
             if said != "ok":
                 found[key] = found.get(key, "") + f"rank {rank}: {said}\n"
     return {f"{n}-{s}": found.get(f"{n}-{s}", "ok") for s in stages for n in names}
+
+
+class ForkedProgram:
+    """Two ranks that run a script without a launcher; they write to ``log`` in a folder."""
+
+    def __init__(self, folder: Path, script: Path, how: str) -> None:
+        (folder / "log").write_text("")
+        words = [str(script), str(folder), how]
+        self.ranks = forked(2, run_program, words, folder / "log")
+
+    def wait(self, timeout: float) -> int:
+        """The highest exit code, once both have ended."""
+        for process in self.ranks:
+            process.join(timeout)
+        codes = [process.exitcode for process in self.ranks]
+        assert None not in codes, codes
+        return max(map(abs, codes))
+
+    def kill(self) -> None:
+        """End both."""
+        for process in self.ranks:
+            process.kill()
 
 
 class Launches:
