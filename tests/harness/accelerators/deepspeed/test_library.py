@@ -15,6 +15,7 @@ from harness.accelerators.deepspeed.accelerator import DeepSpeedAccelerator
 from harness.accelerators.deepspeed.library import (
     choose_kind,
     get_tracked_random,
+    import_deepspeed,
     set_tracked_random,
 )
 from tests.harness.accelerators.cases import prepared
@@ -76,3 +77,19 @@ def test_deepspeed_takes_the_index_of_the_device_where_each_rank_sees_one(
     accelerator.local_rank, accelerator.device = 3, torch.device("cpu", 0)
     prepared(accelerator)
     assert os.environ["LOCAL_RANK"] == "0"
+
+
+@pytest.mark.slow
+def test_functions_of_muon_are_compiled_when_they_are_called() -> None:
+    import_deepspeed()
+    from deepspeed.runtime.zero.muon import original_muon  # noqa: PLC0415
+
+    turn = original_muon.zeropower_via_newtonschulz5
+    value = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    with torch.compiler.set_stance("force_eager"):
+        plain = turn(value, steps=5)
+    compiles = torch._dynamo.utils.counters["stats"]
+    compiles.clear()
+    # Five iterations in bfloat16, rounded in other places.
+    torch.testing.assert_close(turn(value, steps=5), plain, rtol=0, atol=0.2)
+    assert compiles["unique_graphs"] == 1
