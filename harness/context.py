@@ -100,6 +100,7 @@ class Context(BatchFields):
     about: StateDict  #: description of the fit, which a resume compares
     resume: Resume | None  #: checkpoint to resume from, until it is restored
     train_pass: TrainPass | None  #: current pass over the training data
+    is_data_at_end: bool  #: whether the last pass has read all of the training data
     epoch_start: StateDict | None  #: random state before the events of the epoch
     valid_start: ValidationStart | None  #: state before the current validation
     train_random: StateDict | None  #: random state to train on with after a validation
@@ -298,7 +299,7 @@ class Context(BatchFields):
         self.train_data = self.valid_data = self.data = None
         self.resume = self.train_pass = self.valid_start = self.stop_signal = None
         self.valid_sets, self.valid_name, self.pace = {}, "valid", Pace()
-        self.train_random, self.is_saved = None, False
+        self.train_random, self.is_saved, self.is_data_at_end = None, False, False
         self.metrics = self.step_opt = self.loss_fn = self.backward = None
         self._verbose, self._callbacks, self.listeners = False, (), Listeners()
         self.training, self.trained, self.epoch_start = False, 0, None

@@ -19,15 +19,18 @@ import functools
 import math
 import sys
 import sysconfig
+import weakref
 from collections import Counter, OrderedDict, UserDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
+
+T = TypeVar("T")
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
@@ -35,6 +38,34 @@ def as_bytes(tensor: Tensor) -> Tensor:
     flat = tensor.detach().reshape(-1).contiguous()
     # A single element counts as contiguous whatever its stride is.
     return flat.as_strided(flat.shape, (1,)).view(torch.uint8)
+
+
+def cache_by_identity(function: Callable[[Any], T]) -> Callable[[Any], T]:
+    """Cache a function of the user's classes and functions, by which object they are.
+
+    Unlike ``functools.cache`` it needs no hash of them, and lets them die.
+    """
+    found: dict[int, T] = {}
+    refs: dict[int, weakref.ref[Any]] = {}
+
+    def forget(key: int, _: object) -> None:
+        found.pop(key, None)
+        refs.pop(key, None)
+
+    def call(thing: Any) -> T:
+        key = id(thing)
+        try:
+            return found[key]
+        except KeyError:
+            result = function(thing)
+            with contextlib.suppress(
+                TypeError
+            ):  # such as None: it has no weak reference
+                refs[key] = weakref.ref(thing, functools.partial(forget, key))
+                found[key] = result
+            return result
+
+    return functools.wraps(function)(call)
 
 
 @functools.cache
@@ -58,6 +89,12 @@ _PACKAGES = frozenset({"site-packages", "dist-packages"})
 
 _LEAVES = frozenset({str, bytes, int, float, bool, type(None)})
 """Common types of leaves, known without further checks."""
+
+
+def has_state(value: object) -> bool:
+    """Whether an object can save and restore its state."""
+    names = ("state_dict", "load_state_dict")
+    return all(callable(getattr(type(value), name, None)) for name in names)
 
 
 def items_of(value: Any) -> Sequence[Any] | None:

@@ -6,14 +6,13 @@ import hashlib
 import itertools
 import random
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from harness.pytree import StateDict, is_installed
+from harness.pytree import StateDict, cache_by_identity, is_installed
 
 if TYPE_CHECKING:
     from harness.accelerators.base import Accelerator
@@ -344,7 +343,7 @@ def _get_all(thing: Any, names: Sequence[str]) -> list[object]:
     ]
 
 
-@lru_cache(maxsize=1024)
+@cache_by_identity
 def _find_on_class(kind: Any) -> Collection[str]:
     """Names that a class may give its objects: by itself, or by a search of its own."""
     # What a module of torch finds is a part of it, which is searched anyway.
@@ -368,7 +367,7 @@ def _is_generator(value: Any) -> TypeGuard[Generator]:
     return _is_class_of_generators(kind)
 
 
-@lru_cache(maxsize=1024)
+@cache_by_identity
 def _is_class_of_generators(kind: type) -> bool:
     """Whether its objects have a state; the random numbers of the system have none."""
     return issubclass(kind, Generator) and not issubclass(kind, random.SystemRandom)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from harness.context import Context
 from harness.data.batch import Batch, as_scalar, describe, missing_target_error
 from harness.errors import EarlyStop, Signal
 from harness.events import nearest
+from harness.pytree import cache_by_identity
 from harness.records import NullRun
 
 
@@ -52,7 +53,7 @@ def _takes_labels(model: Any) -> bool:
     return _has_labels(getattr(forward, "__func__", forward))
 
 
-@lru_cache(maxsize=64)
+@cache_by_identity
 def _has_labels(function: Callable[..., object]) -> bool:
     try:
         params = inspect.signature(function).parameters

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any, Final
 
 from torch.optim import Optimizer, optimizer
 
 from harness.data.plain_reading import is_profiling
+from harness.pytree import cache_by_identity
 
 _make_wrapper = getattr(Optimizer, "profile_hook_step", lambda function: function)
 _WRAPPER: Final[Any] = getattr(_make_wrapper(len), "__code__", None)
@@ -58,7 +58,7 @@ def clear_gradients(opt: Optimizer) -> None:
             param.grad = None
 
 
-@lru_cache(maxsize=64)
+@cache_by_identity
 def _find_unmarked(step: Callable[..., Any] | None) -> Callable[..., Any] | None:
     """The function that torch's wrapper calls; None where the wrapper may do more."""
     code: Any = getattr(step, "__code__", None)

@@ -14,7 +14,6 @@ from torch.optim.lr_scheduler import LRScheduler as TorchScheduler
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from harness.callbacks.monitor import Monitor
-from harness.checkpoint.search import has_state
 from harness.checks.calls import check_arguments, check_given, check_numbers
 from harness.checks.model import get_method
 from harness.checks.optimizers import noting_options
@@ -24,7 +23,7 @@ from harness.data.pace import NO_LIMIT, count_epochs
 from harness.errors import CheckpointError
 from harness.events import check_event
 from harness.metrics.loss import mean_over_ranks
-from harness.pytree import StateDict, find_unkept_kind
+from harness.pytree import StateDict, find_unkept_kind, has_state
 
 STEP_EVENTS = frozenset(
     f"on_{split}_batch_{point}"

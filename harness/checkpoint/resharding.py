@@ -136,6 +136,8 @@ def reshard_state(
         before = derive_rng_state(before, rank)
     if train_pass is not None and not keeps_batches:
         train_pass = {**train_pass, "window": accelerator.accumulate, "ahead": 0}
+        if "parts" in train_pass:  # other ranks may read further ahead
+            train_pass["parts"] = {**train_pass["parts"], "now": {}}
     is_plain = "shared" not in first["accelerator"] and "shared" not in live
     kept = {
         **first,
@@ -148,6 +150,7 @@ def reshard_state(
         "random": own["random"] if has_saved else derive_rng_state(own["random"], rank),
         "epoch_random": before,
         "pass": train_pass,
+        "data": own.get("data"),
         "journal": own["journal"] if has_saved else -1,
         "indices": own.get("indices") if has_saved else None,
     }

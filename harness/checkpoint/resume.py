@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -29,6 +29,7 @@ from harness.checkpoint.state import (
     list_new,
     list_unmatched,
     read_description,
+    restore_data,
     restore_state,
 )
 from harness.checkpoint.state_form import check_live_form, check_state_form
@@ -38,6 +39,7 @@ from harness.checkpoint.weights import (
     read_checkpoint_weights,
 )
 from harness.context import Context
+from harness.data.stateful import Note, compare_parts
 from harness.errors import CheckpointError
 from harness.metrics.state import check_saved_metrics
 from harness.pytree import StateDict
@@ -54,9 +56,6 @@ from tracking.errors import escape_control, write_stderr
 if TYPE_CHECKING:
     import tracking
     from harness.accelerators.base import Accelerator
-
-Outcome = Literal["restored", "left out", "missing", "not kept", "differs"]
-"""What became of a part of the saved state."""
 
 OBSERVERS = frozenset({"AutoResume", "CSVLogger", "ModelCheckpoint"})
 """Callbacks that a strict resume may lack: training does not depend on them."""
@@ -90,7 +89,7 @@ class Resume:
     restore_records: bool = True
     restore_callbacks: bool = True
     strict: bool = False
-    report: list[tuple[str, Outcome, str]] = field(default_factory=list)
+    report: list[Note] = field(default_factory=list)
     _state: StateDict | None = None
     _is_converted: bool = False
     _converted_position: Position | None = None
@@ -219,6 +218,7 @@ class Resume:
         self._check_unit(ctx)
         if "optimizers" in self.parts:
             self._compare_groups(ctx)
+        self._compare_data(ctx)
         self._match_callbacks(ctx)  # raises where they cannot be told apart
         self._check_strict()
 
@@ -305,6 +305,22 @@ class Resume:
             text = f"{names} are frozen in one of both fits; they are as in this one"
             self.report.append(("frozen parameters", "differs", text))
 
+    def _compare_data(self, ctx: Context) -> None:
+        """Report, first of all, data sets and samplers whose state will not be exact."""
+        if not self.is_exact:
+            return
+        state = self.get_state(ctx)
+        in_pass, after = state["pass"], state.get("data") or {}
+        saved = (in_pass or {}).get("parts", {}).get("began") or after.get("parts", {})
+        is_late = getattr(ctx.train_data, "persistent_workers", False) and (
+            in_pass is None or in_pass.get("has_workers", False)
+        )
+        self.report[:0] = compare_parts(ctx.train_data, saved, is_late=is_late)
+        has_own = hasattr(ctx.train_data, "load_state_dict")
+        if has_own and in_pass is None and "loader" not in saved:
+            text = "the loader's state was not saved, since a limit ended its last pass"
+            self.report.insert(0, ("loader position", "not kept", text))
+
     def _match_callbacks(self, ctx: Context) -> dict[str, str]:
         """Find the saved name of each callback."""
         state = self.get_state(ctx)
@@ -376,6 +392,19 @@ class Resume:
         assert ctx.train_pass is not None
         with self._refuse_bad_state():
             ctx.train_pass.load_state_dict(self.get_state(ctx)["pass"], ctx.trained)
+
+    def restore_data(self, ctx: Context) -> None:
+        """Restore data sets and samplers that save their state, after a whole pass."""
+        state = self.get_state(ctx)
+        with self._refuse_bad_state():
+            restore_data(ctx, state)
+        if (state.get("data") or {"is_at_end": True})["is_at_end"]:
+            return
+        for place, own in state["data"]["parts"].items():
+            text = (
+                "its next pass begins where its state_dict says: a limit ended the last"
+            )
+            self.report.insert(0, (f"{place} {own['class']}", "restored", text))
 
     @contextmanager
     def _refuse_bad_state(self) -> Iterator[None]:
@@ -459,6 +488,8 @@ class Resume:
         """Restore all random generators; the last step of a resume."""
         random = self.get_state(ctx)["random"]
         missing = set_rng_state(random, get_generators(ctx), ctx.device)
+        if ctx.train_pass is not None:
+            self.report[:0] = ctx.train_pass.notes
         self.report.append(("random generators", "restored", ""))
         self.report += [("random generators", "missing", note) for note in missing]
         done = f"{self.position.iter} batches done"

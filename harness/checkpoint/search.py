@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from harness.callback import Callback
 from harness.context import Context
 from harness.metrics.kinds import is_metric
-from harness.pytree import is_installed
+from harness.pytree import has_state, is_installed
 
 MAX_ITEMS = 1000
 """Longer containers are data, and are not searched."""
@@ -178,12 +178,6 @@ def iter_parts(modules: Iterable[nn.Module]) -> Iterator[object]:
         yield module
         yield from module._parameters.values()
         yield from module._buffers.values()
-
-
-def has_state(value: object) -> bool:
-    """Whether an object can save and restore its state."""
-    names = ("state_dict", "load_state_dict")
-    return all(callable(getattr(type(value), name, None)) for name in names)
 
 
 def has_extra_state(module: nn.Module) -> bool:

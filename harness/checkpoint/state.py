@@ -39,6 +39,7 @@ from harness.checkpoint.search import (
 from harness.checks.optimizers import is_users
 from harness.context import Context
 from harness.data.pace import LimitedLoader
+from harness.data.stateful import find_stateful, get_states, set_states
 from harness.data.tensors import unwrap_tensors
 from harness.pytree import StateDict, as_bytes, map_tensors
 from harness.records import RecordBook, iter_filled, pack_records, unpack_records
@@ -100,6 +101,7 @@ def capture_state(
         beside tensors), ``callbacks`` (metrics among them), ``random``, ``pass`` (position
         and order of the loader), ``journal`` (position in the run), ``indices`` (the highest
         ones there; None if not known) and ``run`` (its id).
+        After a pass, ``data`` (states of data sets and samplers that have any).
         Also ``groups`` (names of the parameters that each optimizer steps),
         ``epoch_random`` (random state before the events of the epoch), ``held``,
         ``fields`` and ``metrics`` (what hangs on the model, the loss and callbacks), and
@@ -144,8 +146,41 @@ def capture_state(
     if phase == "valid" and ctx.valid_start is not None:
         ctx.valid_start.rewind(state)
     state["records"] = pack_records(state["records"])
+    if not is_in_pass:
+        state |= capture_data(ctx)
     split_state = getattr(ctx, "split_state", None)
     return state if split_state is None else state | {"split_random": split_state}
+
+
+def capture_data(ctx: Context) -> StateDict:
+    """State of training data after a pass, as ``data``; empty if no part of it has any.
+
+    A loader that saves its own state counts only if it has read all data. After a pass that
+    was ended early, nothing tells whether its next pass would continue or begin.
+    """
+    assert ctx.train_pass is not None
+    is_at_end = ctx.train_pass.is_at_end
+    parts = find_stateful(ctx.train_data)
+    if is_at_end and hasattr(ctx.train_data, "load_state_dict"):
+        parts = {"loader": ctx.train_data}
+    return (
+        {"data": {"parts": get_states(parts), "is_at_end": is_at_end}} if parts else {}
+    )
+
+
+def restore_data(ctx: Context, state: StateDict) -> None:
+    """Restore what ``capture_data`` returned; the caller then restores the random state."""
+    saved = state.get("data")  # older checkpoints have none
+    if saved is None:
+        return
+    parts = find_stateful(ctx.train_data)
+    if "loader" in saved["parts"]:
+        has_state = hasattr(ctx.train_data, "load_state_dict")
+        parts = {"loader": ctx.train_data} if has_state else {}
+    ctx.is_data_at_end = saved["is_at_end"]
+    if ctx.train_pass is not None:  # of the epoch whose validation follows
+        ctx.train_pass.is_at_end = saved["is_at_end"]
+    set_states(ctx.train_data, parts, saved["parts"], is_after_end=ctx.is_data_at_end)
 
 
 def restore_state(ctx: Context, state: StateDict, parts: Iterable[str]) -> None:

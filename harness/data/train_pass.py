@@ -13,6 +13,13 @@ from harness.data.batch import Batch, copy_by_value
 from harness.data.loaders import num_batches, reads_rows_by_torch
 from harness.data.pace import LimitedLoader
 from harness.data.plain_reading import PlainBatches
+from harness.data.stateful import (
+    Note,
+    find_stateful,
+    get_states,
+    set_states,
+    update_states,
+)
 from harness.data.workers import iter_batches
 from harness.pytree import StateDict, find_unkept_kind
 from harness.rng import (
@@ -38,6 +45,10 @@ class TrainPass:
         Its ``window`` is set before the first batch of each optimizer step.
     epoch : >= 1
         Passed to samplers and data sets that have ``set_epoch``.
+    is_saved
+        Whether something saves checkpoints of the fit.
+    is_after_end
+        Whether the pass before has read all of its data.
 
     Attributes
     ----------
@@ -48,6 +59,10 @@ class TrainPass:
     is_read
         Whether a loader that saves its own position has given its last batch. Its state may
         then be that of the next pass.
+    is_at_end
+        Whether this pass has read all data, as far as a part of the loader saves its state.
+    notes
+        What a resume reports on data sets and samplers that save their state.
 
     Notes
     -----
@@ -59,10 +74,19 @@ class TrainPass:
     restarts from its random state before the epoch, and the batches that are done are
     skipped. If the order may depend on random numbers drawn between batches, the loader
     draws apart from the model (``_DrawnApart``), so skipping draws the same numbers as
-    training did.
+    training did. Data sets and samplers that save their own state get the one before the
+    epoch.
     """
 
-    def __init__(self, loader: Any, accelerator: Accelerator, epoch: int) -> None:
+    def __init__(
+        self,
+        loader: Any,
+        accelerator: Accelerator,
+        epoch: int,
+        *,
+        is_saved: bool = True,
+        is_after_end: bool = False,
+    ) -> None:
         self._loader, self._accelerator = loader, accelerator
         self._prefetched: deque[Batch] = deque()
         self._has_state = hasattr(loader, "state_dict") and hasattr(
@@ -76,13 +100,27 @@ class TrainPass:
         self._saved_draws: StateDict | None = None
         self._num_done, self._num_to_prefetch, self._epoch = 0, 0, epoch
         self._has_workers = self._keeps_workers()
-        self.is_due = self.is_paused = self.is_read = False
+        self.is_due = self.is_paused = self.is_read = self.is_at_end = False
+        self._parts, self._is_saved = find_stateful(loader), is_saved
+        self._part_states: StateDict | None = None
+        self._saved_parts: StateDict = {}
+        self._is_after_end = is_after_end
+        self.notes: list[Note] = []
 
     def state_dict(self) -> StateDict:
         """Random state before the first batch, or the state of the loader."""
         ahead = list(self._prefetched) if self._has_state else len(self._prefetched)
         draws = {} if self._apart is None else {"draws": self._apart.state_dict()}
-        return draws | {
+        parts: StateDict = {}
+        if self._parts:
+            parts["parts"] = {
+                "began": self._part_states,
+                "now": get_states(self._parts),
+                "is_after_end": self._is_after_end,
+            }
+        return {
+            **draws,
+            **parts,
             "began": self._start_state,
             "apart": self._left_at,
             "ahead": ahead,
@@ -103,6 +141,7 @@ class TrainPass:
         self.is_paused = state.get("is_paused", False)
         self.is_read = state.get("is_read", False)
         self._accelerator.window = state["window"]
+        self._saved_parts = state.get("parts", {})  # missing in older checkpoints
         if self._has_state:
             self._prefetched.extend(state["ahead"])
             self._loader.load_state_dict(state["loader"])
@@ -112,6 +151,15 @@ class TrainPass:
         if getattr(self._loader, "persistent_workers", False) and self._has_workers:
             # Starting workers draws a number; later epochs only reset them.
             iter_batches(self._loader)
+        if self._parts and self._saved_parts:
+            self._part_states = self._saved_parts["began"]
+            self._is_after_end = self._saved_parts["is_after_end"]
+            set_states(
+                self._loader,
+                self._parts,
+                self._saved_parts["began"],
+                is_after_end=self._is_after_end,
+            )
         set_rng_state(state["began"], self._generators, self._accelerator.device)
         self._num_to_prefetch = state["ahead"]
 
@@ -149,6 +197,8 @@ class TrainPass:
             self._start_state = get_rng_state(
                 self._generators, self._accelerator.device
             )
+        if self._parts and self._is_saved and self._part_states is None:
+            self._part_states = get_states(self._parts)
         batches: Iterator[Batch] = iter_batches(self._loader)
         if not self._has_state:
             if draws_between_batches(self._loader):
@@ -157,6 +207,8 @@ class TrainPass:
             self._prefetch(batches, self._num_to_prefetch)
             if self._apart is not None and self._saved_draws is not None:
                 self._apart.load_state_dict(self._saved_draws)
+            if self._parts:
+                batches = self._follow_parts(batches)
         else:
             batches = self._take_rest(batches)
         if self._accelerator.accumulate == 1:
@@ -173,12 +225,38 @@ class TrainPass:
             rest = max(0, self._loader.limit - num_given)  # it may be lower than before
         if rest == 0 or self.is_read:
             next(batches, None)  # a loader may take up its position only now
+            num_given = self._num_done + len(self._prefetched)
+            self.is_at_end = self.is_read and self._is_below_limit(num_given)
             return iter(())
         return self._note_end(islice(batches, rest))
 
     def _note_end(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        yield from batches
-        self.is_read = True
+        num_given = self._num_done + len(self._prefetched)
+        for batch in batches:
+            num_given += 1
+            yield batch
+        self.is_at_end = self._is_below_limit(num_given)
+        self.is_read = self._has_state
+
+    def _is_below_limit(self, num_given: int) -> bool:
+        """Whether the data ended after so many batches, and not the limit of the pass."""
+        is_limited = isinstance(self._loader, LimitedLoader)
+        return not is_limited or num_given < self._loader.limit
+
+    def _follow_parts(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Compare the parts with the saved fit after the batches that are done."""
+        if "now" in self._saved_parts:
+            saved = self._saved_parts["now"]
+            self.notes, is_late = update_states(self._parts, saved)
+            # Every rank iterates the loader at the same time.
+            if self._accelerator.any(is_late) and not self._prefetched:
+                anew: Iterator[Batch] = iter_batches(self._loader)
+                if isinstance(self._loader, LimitedLoader):
+                    anew = islice(anew, max(0, self._loader.limit - self._num_done))
+                if self._apart is not None:
+                    self._apart.batches = anew
+                batches = self._apart or anew
+        return self._note_end(batches)
 
     def _prefetch(self, batches: Iterator[Batch], count: int) -> None:
         """Fetch copies of the next batches; a loader may reuse its tensors."""
@@ -270,7 +348,7 @@ class _DrawnApart:
     """
 
     def __init__(self, batches: Iterator[object], left_at: dict[str, int]) -> None:
-        self._batches, self._left_at = batches, left_at
+        self.batches, self._left_at = batches, left_at
         self._inside, self._num_fetched = get_cpu_rng_state(), 0
 
     def state_dict(self) -> StateDict:
@@ -299,7 +377,7 @@ class _DrawnApart:
         if left_at:
             set_cpu_rng_state(inside)
         try:
-            return next(self._batches)
+            return next(self.batches)
         finally:
             self._inside = get_cpu_rng_state()
             self._num_fetched += 1

@@ -93,8 +93,14 @@ def train_epoch(ctx: StepContext) -> None:
     ctx.training, ctx.data, ctx.trained = True, ctx.train_data, 0
     pace = ctx.pace
     by_steps, is_limited = pace.unit == "step", pace.max_steps is not None
-    train_pass = TrainPass(ctx.train_data, ctx.accelerator, ctx.epoch or 1)
-    ctx.train_pass = train_pass
+    train_pass = TrainPass(
+        ctx.train_data,
+        ctx.accelerator,
+        ctx.epoch or 1,
+        is_saved=ctx.is_saved,
+        is_after_end=ctx.is_data_at_end,
+    )
+    ctx.train_pass, ctx.is_data_at_end = train_pass, False
     fire("on_train_begin")
     is_whole, before = ctx.resume is None, dict(ctx.steps)
     phase = None if ctx.resume is None else ctx.resume.position.phase
@@ -124,6 +130,7 @@ def train_epoch(ctx: StepContext) -> None:
             if is_limited and pace.is_over(ctx.step):
                 break
     ctx.accelerator.drop_window()
+    ctx.is_data_at_end = train_pass.is_at_end
     if is_whole:
         warn_of_silence(ctx, "train", before)
     if not train_pass.is_paused and not is_closed:
@@ -144,6 +151,7 @@ def start_epoch(ctx: Context) -> int:
     resume.restore(ctx)
     if not resume.is_exact:
         return 1
+    resume.restore_data(ctx)
     resume.restore_random(ctx)
     return int(resume.position.epoch) + 1
 
@@ -160,6 +168,7 @@ def start_batches(ctx: Context) -> Iterator[Any]:
     resume.restore(ctx)
     ctx.trained = resume.position.iter
     if resume.position.phase == "valid" and not resume.has_pass(ctx):
+        resume.restore_data(ctx)
         resume.restore_random(ctx)
         return iter(())
     resume.restore_pass(ctx)

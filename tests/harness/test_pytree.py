@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import gc
+import inspect
 import json
 import math
 import sys
+import weakref
 from collections import Counter, OrderedDict, UserDict, defaultdict, deque, namedtuple
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +19,7 @@ from torch.nn.utils.rnn import pack_sequence
 
 from harness.pytree import (
     DTYPES,
+    cache_by_identity,
     flatten,
     is_installed,
     iter_tensors,
@@ -341,3 +345,29 @@ def test_installed_modules_are_known_by_their_folders(
     monkeypatch.setitem(sys.modules, name, module)
     assert is_installed(name) is expected
     assert is_installed(json.__name__)
+
+
+def test_cache_by_identity_takes_what_has_no_hash_and_lets_it_die() -> None:
+    class Unhashable(type):
+        __hash__ = None  # type: ignore[assignment]
+
+    calls = []
+
+    @cache_by_identity
+    def name(thing: Any) -> str:
+        calls.append(1)
+        return str(thing)
+
+    kind = Unhashable("Kind", (), {})
+    assert name(kind) == name(kind)
+    assert len(calls) == 1
+    assert name(None) == name(None) == "None"  # not cached: it has no weak reference
+    gone = weakref.ref(kind)
+    del kind
+    gc.collect()
+    assert gone() is None
+    assert [*get_closure(name)["found"]] == []
+
+
+def get_closure(function: Any) -> dict[str, Any]:
+    return dict(inspect.getclosurevars(function).nonlocals)

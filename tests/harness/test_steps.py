@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ import harness
 from harness.accelerators.single import SingleDevice
 from harness.callbacks import GradientClip, LRScheduler
 from harness.errors import EarlyStop, SkipEpoch
+from harness.steps import call_model
 from tests.harness.event_lists import ACCUMULATED_BATCH, BATCH, VALID_BATCH
 from tests.harness.fakes import At, Ear, Line, Tape, line_learner, slope
 
@@ -541,3 +542,18 @@ def test_default_step_passes_a_named_tuple_as_one_argument(batch):
     fitted.predict(loader)
     assert [type(item) for item in given] == [type(whole)] * 2
     assert all(item[0] is whole[0] for item in given)
+
+
+def test_call_model_takes_a_forward_without_a_hash() -> None:
+    class Forward:
+        __hash__ = None  # type: ignore[assignment]
+
+        def __eq__(self, other: object) -> bool:
+            return False
+
+        def __call__(self, x: Any) -> Any:
+            return x
+
+    model: Any = torch.nn.Module()
+    model.forward = Forward()
+    assert call_model(model, {"x": 3, "labels": 4}) == 3
