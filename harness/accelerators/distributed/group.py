@@ -340,9 +340,13 @@ class RankGroup:
 
     def report_lost(self, rank: int, how: str) -> tuple[int, str]:
         """Tell all ranks that one is lost, unless one failed first; returns what counts."""
+        return self.report_of(rank, f"it is lost: {how}")
+
+    def report_of(self, rank: int, reason: str) -> tuple[int, str]:
+        """Tell all ranks why one failed, unless one failed first; returns what counts."""
         found = self.read_failure()
         if found is None:
-            found = rank, f"it is lost: {how}"
+            found = rank, reason
             self.store.set(FAILED, f"{found[0]}:{found[1]}")
         return found
 

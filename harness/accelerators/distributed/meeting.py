@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, NoReturn
@@ -33,7 +33,8 @@ RANKS_AT_ONCE = 128
 """More ranks ask the store more rarely, so that it gets no more questions a second."""
 
 _COLLECTIVES = ("torch/distributed/", "deepspeed/comm/")
-_LIBRARIES = ("/torch/", "/deepspeed/", "/contextlib.py")
+_LIBRARIES = ("/torch/", "/deepspeed/", "/contextlib.py", "/typing_extensions.py")
+_OURS = "/harness/accelerators/"
 
 
 class Meeting:
@@ -42,6 +43,7 @@ class Meeting:
     def __init__(self, ranks: RankGroup) -> None:
         self._ranks, self._count = ranks, 0
         self._announced: Counter[str] = Counter()
+        self._problem: RuntimeError | None = None
         self._blocked_since: float | None = None
         self.is_waiting = False
         self._longest_s = _LONGEST_WAIT_S * max(1, ranks.world_size / RANKS_AT_ONCE)
@@ -54,10 +56,13 @@ class Meeting:
         Raises
         ------
         RuntimeError
-            If another rank does something else, waits in a collective, or has ended.
+            If another rank does something else, waits in a collective, or has ended. After
+            the last two this rank meets no other again: it would wait for another meeting.
         PeerError
             If another rank has failed.
         """
+        if self._problem is not None:
+            raise self._problem
         self._count += 1
         self._announced.clear()
         if self._ranks.store is None:
@@ -93,6 +98,7 @@ class Meeting:
         while not is_done():
             problem = self._find_problem(what)
             if problem is not None and not is_done():  # it may have come and gone
+                self._problem = problem
                 raise problem
             time.sleep(wait_s)
             wait_s = min(2 * wait_s, self._longest_s)
@@ -206,25 +212,38 @@ def find_collective() -> str | None:
     """Where the main thread calls the collective that it waits in; None if it is in none."""
     ident = threading.main_thread().ident
     frame: FrameType | None = sys._current_frames().get(ident or 0)
-    if frame is None or not _is_in(frame, _COLLECTIVES):
+    if frame is None or not is_in_files(frame, _COLLECTIVES):
         return None
-    while frame is not None and _is_in(frame, _LIBRARIES):
-        frame = frame.f_back
-    if frame is None:
+    return describe_place(frame)
+
+
+def describe_place(frame: FrameType) -> str:
+    """The innermost call outside of torch and DeepSpeed, for a person."""
+    outside = (one for one in list_calls(frame) if not is_in_files(one, _LIBRARIES))
+    found = next(outside, None)
+    if found is None:
         return "a collective"
-    path = Path(frame.f_code.co_filename)
-    return f"{frame.f_code.co_name} ({path.name}, line {frame.f_lineno})"
+    path = Path(found.f_code.co_filename)
+    return f"{found.f_code.co_name} ({path.name}, line {found.f_lineno})"
 
 
 def is_of_collective(traceback: TracebackType | None) -> bool:
     """Whether an error was raised in a collective."""
     while traceback is not None:
-        if _is_in(traceback.tb_frame, _COLLECTIVES):
+        if is_in_files(traceback.tb_frame, _COLLECTIVES):
             return True
         traceback = traceback.tb_next
     return False
 
 
-def _is_in(frame: FrameType, parts: tuple[str, ...]) -> bool:
+def list_calls(frame: FrameType | None) -> Iterator[FrameType]:
+    """A frame and those that called it, from the innermost."""
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def is_in_files(frame: FrameType, parts: tuple[str, ...]) -> bool:
+    """Whether a call is in a file whose path has one of these parts."""
     path = Path(frame.f_code.co_filename).as_posix()
-    return any(part in path for part in parts)
+    return _OURS not in path and any(part in path for part in parts)

@@ -16,6 +16,7 @@ from typing import ClassVar
 
 from harness.accelerators.devices import use_in_thread
 from harness.accelerators.distributed.agreement import BatchAgreement
+from harness.accelerators.distributed.deadlock import Deadlock
 from harness.accelerators.distributed.environment import LOST_AFTER_S
 from harness.accelerators.distributed.group import (
     STORE_IS_GONE,
@@ -59,8 +60,9 @@ class Watchdog:
     An uncaught exception prints its traceback, unless it follows from another rank's
     failure. Then it prints one line, so that the first traceback on the screen is the
     cause. Two threads check for what raises no exception. One asks the store: whether
-    another rank fails while this one waits for it, whether one is lost (``Heartbeat``), and
-    what ranks agree on (``BatchAgreement``). The other one needs no answer: it checks
+    another rank fails while this one waits for it, whether one is lost (``Heartbeat``),
+    whether all wait for one another (``Deadlock``), and what ranks agree on
+    (``BatchAgreement``). The other one needs no answer: it checks
     whether the launcher is killed, and whether the store still answers.
 
     Parameters
@@ -70,7 +72,8 @@ class Watchdog:
     poll_s : > 0
         Seconds between two checks of the launcher and the other ranks.
     lost_after_s : >= 0
-        Seconds without a sign of life after which a rank is lost; 0: never.
+        Seconds without a sign of life after which a rank is lost, and in which ranks may
+        wait for one another; 0: never.
 
     Notes
     -----
@@ -115,6 +118,7 @@ class Watchdog:
             self._lost_after_s,
             is_waiting=lambda: self.meeting.is_waiting,
         )
+        self._deadlock = Deadlock(ranks.rank, ranks.world_size, self._lost_after_s)
         self._threads = [
             threading.Thread(target=work, name=f"harness-{name}", daemon=True)
             for name, work in {"watch": self._watch, "ask": self._ask}.items()
@@ -251,8 +255,12 @@ class Watchdog:
         for agreement in list(self._agreements.values()):
             agreement.exchange(store)
         self.meeting.watch(store)
-        lost = self._heartbeat.look(store) if self._lost_after_s else None
-        return None if lost is None else self._asked.report_lost(*lost)
+        if not self._lost_after_s:
+            return None
+        if (lost := self._heartbeat.look(store)) is not None:
+            return self._asked.report_lost(*lost)
+        waiting = self._deadlock.look(store)
+        return None if waiting is None else self._asked.report_of(0, waiting)
 
     def _launchers(self) -> tuple[int, ...]:
         """Processes that started this one and are alive."""

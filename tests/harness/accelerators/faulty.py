@@ -79,6 +79,12 @@ def alone(how: str) -> None:
     )
     if how == "evaluate" and os.environ["RANK"] == "0":
         fitted.evaluate(data)
+    if how == "branch":
+        one = torch.zeros(1)
+        if os.environ["RANK"] == "0":
+            dist.all_reduce(one)
+        else:
+            dist.all_gather([torch.zeros(1), torch.zeros(1)], one)
     dist.barrier()
 
 
@@ -134,7 +140,7 @@ def main(folder: Path, how: str) -> None:
     if how in {"fit", "gather", "finish", "restart", "stop"}:
         in_a_fit(folder, how)
         return
-    if how in {"skip", "evaluate"}:
+    if how in {"skip", "evaluate", "branch"}:
         (folder / f"pid-{os.environ['RANK']}").write_text(str(os.getpid()))
         alone(how)
         return

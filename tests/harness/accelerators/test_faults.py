@@ -235,6 +235,21 @@ def test_what_one_rank_does_alone_is_told(
     assert re.match(f"{does}, while {place}", told[1]), run.text()
 
 
+@pytest.mark.slow
+def test_ranks_that_wait_for_one_another_end_and_tell_where(
+    start: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HARNESS_LOST_AFTER_S", "10")
+    assert callable(start)
+    run = start(torchrun, "branch")
+    assert run.code() != 0
+    run.check_nothing_left()
+    told = re.search("ended because rank 0 failed: (.*)", run.text())
+    assert told is not None, run.text()
+    text = "rank 0 in alone .*, all_reduce; rank 1 in alone .*, all_gather"
+    assert re.search(text, told[1]), told[1]
+
+
 def test_one_rank_raises_under_launch(start: object) -> None:
     assert callable(start)
     run = start(by_harness, "raise")

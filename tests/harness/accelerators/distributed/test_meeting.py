@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch.distributed as dist
 
 from harness.accelerators.distributed.group import FAILED, PeerError
@@ -69,6 +70,18 @@ def test_meet_tells_what_another_rank_does_instead() -> None:
 def test_meet_tells_of_a_rank_that_has_ended() -> None:
     errors = meet(lambda one: one.meet("predict"), lambda one: one.leave())
     assert "on rank 0, while rank 1 has ended its program" in str(errors[0])
+
+
+def test_rank_that_could_not_meet_another_meets_it_no_more() -> None:
+    def again(one: Meeting) -> None:
+        with pytest.raises(RuntimeError, match="waits in loss"):
+            one.meet("fit")
+        one.meet("evaluate")  # another would take it for a meeting of its own
+
+    def block(one: Meeting) -> None:
+        one._ranks.store.set("meeting/1/blocked", "1:loss (net.py, line 3)")
+
+    assert "waits in loss" in str(meet(again, block)[0])
 
 
 def test_meet_ends_with_a_rank_that_failed() -> None:
