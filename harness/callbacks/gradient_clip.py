@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
 from harness.callback import Callback
 from harness.checks.values import check_flags, check_more_than
+
+if TYPE_CHECKING:
+    from harness.context import Context
 
 
 class GradientClip(Callback):
@@ -37,6 +42,13 @@ class GradientClip(Callback):
         check_flags("GradientClip", record=record)
         self.max_norm, self.norm_type, self.record = max_norm, norm_type, record
         self._norm: Tensor | None = None
+
+    def check(self, ctx: Context) -> None:
+        """Refuse a norm that an engine cannot compute."""
+        if self.norm_type != 2.0 and "stage" in ctx.accelerator.state_dict():
+            msg = "GradientClip(norm_type): expected 2.0 under DeepSpeed"
+            advice = "DeepSpeed supports only the Euclidean norm."
+            raise ValueError(f"{msg}, got {self.norm_type!r}. {advice}")
 
     def on_train_batch_before_step(self) -> None:
         """Clip the gradients of the current optimizer."""

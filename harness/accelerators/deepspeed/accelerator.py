@@ -11,7 +11,13 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import (
+    AbstractContextManager,
+    ExitStack,
+    contextmanager,
+    nullcontext,
+    suppress,
+)
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -81,6 +87,7 @@ from harness.accelerators.deepspeed.validation import (
     describe_model,
 )
 from harness.accelerators.deepspeed.whole_weights import (
+    LocalGradients,
     NewWeights,
     WholeWeights,
     settle_divided,
@@ -209,6 +216,7 @@ class DeepSpeedAccelerator:
         self._cleanup = ExitStack()
         self._shares = ShareTracker(num_recent=self.accumulate + 8)
         self._whole: WholeWeights | None = None
+        self._local_gradients: AbstractContextManager[object] = nullcontext()
         self.num_backwards = 0
         self.before_step: StepHook = ignore_step
         self.after_step: StepHook = ignore_step
@@ -349,7 +357,10 @@ class DeepSpeedAccelerator:
             self._engines = create_engines(
                 model, opts, self._filled, self.device, self._count_step
             )
-            if zero_stage(self._filled) == 3:
+            stage = zero_stage(self._filled)
+            if stage > 1 or self.world_size > 1:
+                self._local_gradients = LocalGradients(stage)
+            if stage == 3:
                 wrappers = [engine.engine.optimizer for engine in self._engines]
                 self._whole = WholeWeights(model, wrappers)
         engines = self._engines.deepspeed_engines.values()
@@ -489,7 +500,8 @@ class DeepSpeedAccelerator:
         engine = self._engines.find(name)
         if engine.done < self.window:
             return False
-        self.before_step(engine.name)
+        with self._local_gradients:
+            self.before_step(engine.name)
         is_stepped = engine.step(step_opt)
         if is_stepped:
             self.after_step(engine.name)

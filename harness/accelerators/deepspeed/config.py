@@ -75,6 +75,8 @@ _SECTIONS = {
 }
 """Keys of the sections for which DeepSpeed has no pydantic model."""
 
+_PRECISIONS = ("fp16", "bf16", "bfloat16", "torch_autocast")
+
 _HALF = {"fp16", "half", "float16"}
 """DeepSpeed's names for float16, which CPUs do not train in."""
 
@@ -135,7 +137,9 @@ def read_config(config: Mapping[str, object] | str | Path | None) -> Options:
         msg = f"{place}: expected a JSON file or a dict, got {describe_path(path)}."
         raise ValueError(f"{msg} Check the path.")
     try:
-        read = json.loads(path.read_text(), object_pairs_hook=_refuse_duplicates)
+        read = json.loads(
+            path.read_text("utf-8-sig"), object_pairs_hook=_refuse_duplicates
+        )
     except ValueError as error:
         msg = f"{place}: expected JSON with each key once, got {error}."
         raise ValueError(f"{msg} Correct the file.") from error
@@ -257,11 +261,12 @@ def _check_precision(config: Mapping[str, Any], facts: ConfigFacts) -> None:
         value = config[name].get("enabled", False)
         if not isinstance(value, bool):
             msg = f"accelerator(config): expected {name}.enabled true or false, got {value!r}."
-            raise ValueError(f"{msg} Write true or false.")
+            advice = "Write true or false"
+            if value == "auto" and name in _PRECISIONS:
+                advice += ", or pass precision='fp32' or 'bf16' to harness.accelerator"
+            raise ValueError(f"{msg} {advice}.")
     enabled = [
-        name
-        for name in ("fp16", "bf16", "bfloat16", "torch_autocast")
-        if config.get(name, {}).get("enabled", False)
+        name for name in _PRECISIONS if config.get(name, {}).get("enabled", False)
     ]
     if len(enabled) > 1:
         msg = (

@@ -187,8 +187,11 @@ def create_engines(
 
 
 @contextmanager
-def naming_recipe(config: Mapping[str, object]) -> Iterator[None]:
-    """Name the optimizer or scheduler of the config that DeepSpeed fails to build inside."""
+def naming_recipe(config: Mapping[str, Any]) -> Iterator[None]:
+    """Name the optimizer or scheduler of the config that DeepSpeed fails to build inside.
+
+    Any other error gains a note: DeepSpeed's own seldom tell the key of the config.
+    """
     try:
         yield
     except Exception as error:
@@ -199,8 +202,13 @@ def naming_recipe(config: Mapping[str, object]) -> Iterator[None]:
         elif called & {"_configure_basic_optimizer", "_do_sanity_check"}:
             section = "optimizer"
         else:
-            raise
+            section = ""
         if section not in config:
+            zero = sorted(config.get("zero_optimization", {}))
+            error.add_note(
+                "in deepspeed.initialize, with a config of"
+                f" {', '.join(sorted(config))}; zero_optimization has {', '.join(zero)}"
+            )
             raise
         place = f"accelerator(config): expected an {section} that DeepSpeed builds"
         msg = f"{place.replace('an s', 'a s')}, got {config[section]!r}: {error}."

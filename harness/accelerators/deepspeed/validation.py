@@ -21,6 +21,7 @@ from torch.utils.data import IterableDataset, Subset
 from harness.accelerators.base import check_whole, has_modes, needs_closure
 from harness.accelerators.deepspeed.config import ConfigFacts, fill_config, zero_stage
 from harness.accelerators.deepspeed.library import find_config_error
+from harness.accelerators.deepspeed.precision import find_weights_dtype
 from harness.data.loaders import num_batches
 from harness.pytree import Options
 from harness.reshard.layout import ELEMENTWISE
@@ -60,7 +61,9 @@ def complete_config(
     check_divided(model, config, facts.world_size, trains=optimizers is not None)
     if optimizers is not None:
         check_gradients(model, zero_stage(config))
+        check_layers(model, zero_stage(config), facts)
         check_deepspeed_optimizers(model, optimizers, config)
+        check_dtypes(model, optimizers, config)
     lr = next(
         (opt.param_groups[0].get("lr") for opt in (optimizers or {}).values()), None
     )
@@ -240,6 +243,61 @@ def check_gradients(model: nn.Module, stage: int) -> None:
             msg = f"prepare: expected dense gradients at ZeRO {stage}"
             advice = "Build it with sparse=False, or use ZeRO 0."
             raise ValueError(f"{msg}, got sparse ones of {name!r}. {advice}")
+
+
+def check_layers(model: nn.Module, stage: int, facts: ConfigFacts) -> None:
+    """Check for layers that do something else on several ranks.
+
+    Raises
+    ------
+    ValueError
+        If an embedding changes its weights in the forward, which ranks would do to other
+        rows, and ZeRO would lose; or if BatchNorm cannot talk to other ranks.
+    """
+    is_divided, on_cpu = facts.world_size > 1, facts.device == "cpu"
+    for name, module in model.named_modules():
+        is_embedding = isinstance(module, nn.Embedding | nn.EmbeddingBag)
+        has_max = is_embedding and module.max_norm is not None
+        if has_max and (stage or is_divided):
+            msg = "prepare: expected weights that only the optimizer changes, got"
+            does = f"{name!r} with max_norm, which changes them in each forward"
+            advice = "Leave max_norm out, or train on one device."
+            raise ValueError(f"{msg} {does}. {advice}")
+        if isinstance(module, nn.SyncBatchNorm) and is_divided and on_cpu:
+            msg = f"prepare: expected a GPU for SyncBatchNorm {name!r}, got the CPU."
+            raise ValueError(f"{msg} Use BatchNorm, or a norm of each row.")
+
+
+def check_dtypes(
+    model: nn.Module, optimizers: Mapping[str, Optimizer], config: Mapping[str, Any]
+) -> None:
+    """Check that DeepSpeed can step the dtypes of what is trained.
+
+    Raises
+    ------
+    ValueError
+        If there are complex numbers, or several dtypes in what ZeRO makes one tensor of: it
+        would change them without an error, or fail without a message.
+    """
+    stage, names = zero_stage(config), {id(p): n for n, p in model.named_parameters()}
+    groups = [
+        group["params"] for opt in optimizers.values() for group in opt.param_groups
+    ]
+    if not groups:  # the config's optimizer
+        groups = [list(model.parameters())]
+    if stage == 3:
+        groups = [[param for group in groups for param in group]]
+    for group in groups:
+        found = {p.dtype: names.get(id(p)) for p in group if p.requires_grad}
+        for dtype, name in found.items():
+            if dtype.is_complex:
+                msg = f"prepare: expected real parameters under DeepSpeed, got {name!r}"
+                advice = "Keep it as torch.view_as_real of it, or train on one device."
+                raise ValueError(f"{msg} of {dtype}. {advice}")
+        if stage and len(found) > 1 and find_weights_dtype(config) is None:
+            kinds = " and ".join(f"{dtype} {name!r}" for dtype, name in found.items())
+            msg = f"prepare: expected parameters of one dtype at ZeRO {stage}, got {kinds}"
+            raise ValueError(f"{msg}. Cast the model to one of them, or use ZeRO 0.")
 
 
 def check_deepspeed_optimizers(

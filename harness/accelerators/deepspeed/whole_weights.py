@@ -33,6 +33,8 @@ _METADATA = frozenset(
 )
 """What a part of a parameter says as the whole does."""
 
+_GRADIENT = frozenset([torch.Tensor.grad.__get__, torch.Tensor.grad.__set__])  # type: ignore[union-attr]
+
 _FORM = frozenset(
     [
         *(torch.Tensor.shape.__get__, torch.Tensor.ndim.__get__),  # type: ignore[attr-defined]
@@ -145,6 +147,35 @@ class WholeWeights(TorchFunctionMode):
             param.ds_active_sub_modules.discard(_MARK)
             if not (_is_divided(param) or param.ds_active_sub_modules):
                 param.partition()
+
+
+class LocalGradients(TorchFunctionMode):
+    """Refuses gradients that code of the user reads from parameters before a step.
+
+    Engines combine the gradients of all ranks only in the step. Before it, a parameter has
+    those of this rank's rows, and at ZeRO 2 and 3 none at all: code that clips them would
+    do nothing, without an error.
+
+    Parameters
+    ----------
+    stage : 0..3
+        ZeRO stage.
+    """
+
+    def __init__(self, stage: int) -> None:
+        super().__init__()
+        self._stage = stage
+
+    def __torch_function__(
+        self, func: Any, types: object, args: Any = (), kwargs: Any = None
+    ) -> object:
+        is_read = func in _GRADIENT and isinstance(args[0], nn.Parameter)
+        if is_read and _is_called_by_user():
+            has = "it has none" if self._stage > 1 else "it is of this rank alone"
+            msg = f"ZeRO {self._stage}: expected no use of a parameter's .grad before"
+            advice = "GradientClip clips those of all ranks, and records grad_norm."
+            raise ValueError(f"{msg} the step, got one: {has}. {advice}")
+        return func(*args, **(kwargs or {}))
 
 
 class NewWeights(TorchFunctionMode):
@@ -287,7 +318,8 @@ def _is_called_by_user() -> bool:
     frame = sys._getframe(2)
     while frame is not None:
         module = frame.f_globals.get("__name__", "").partition(".")[0]
-        if module != "torch":
+        is_mode = frame.f_code.co_name == "__torch_function__"  # around this one
+        if module != "torch" and not is_mode:
             is_init = frame.f_code.co_name == "wrapper"
             return is_init or module not in {"deepspeed", "harness"}
         frame = frame.f_back  # type: ignore[assignment]

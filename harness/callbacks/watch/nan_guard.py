@@ -61,6 +61,7 @@ class NaNGuard(Callback):
         check_flags("NaNGuard", gradients=gradients, weights=weights, keep=keep)
         self.gradients, self.weights, self.keep = gradients, weights, keep
         self._before: StateDict | None = None
+        self._is_here = False
 
     def check(self, ctx: Context) -> None:
         """Refuse ranks that hold only a part of each gradient."""
@@ -112,6 +113,7 @@ class NaNGuard(Callback):
 
     def _is_found(self, is_here: bool) -> bool:
         """Whether any rank has found something."""
+        self._is_here = is_here
         return self.ctx.accelerator.any(is_here)
 
     # --- what is told
@@ -124,8 +126,11 @@ class NaNGuard(Callback):
         if what == "loss":
             rows += self._describe_module()
             self._restore()
-        kept = self._save()
-        msg = f"NaNGuard: expected finite {what} in {where}, {got}.{rows}{kept}"
+        mine = f"{got}.{rows}" if self._is_here else None
+        found = enumerate(ctx.accelerator.gather_objects(mine))
+        rank, text = next((rank, text) for rank, text in found if text is not None)
+        where += f" of rank {rank}" if ctx.accelerator.world_size > 1 else ""
+        msg = f"NaNGuard: expected finite {what} in {where}, {text}{self._save()}"
         advice = "Look at this batch, or use a lower learning rate or GradientClip."
         raise FloatingPointError(f"{msg} {advice}")
 

@@ -198,6 +198,9 @@ def test_precision_becomes_autocast_in_a_config() -> None:
     assert config["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
     assert name_precision(config) == "bf16"
     assert add_precision(config, None) is config
+    auto = {"bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto", "loss_scale": 0}}
+    assert add_precision(auto, "bf16").keys() == {"torch_autocast"}
+    assert add_precision(auto, "fp32") == {}
     assert name_precision(add_precision({}, "fp32")) == "fp32"
     with pytest.raises(
         ValueError, match=r"accelerator\(precision\): .*'torch_autocast'"

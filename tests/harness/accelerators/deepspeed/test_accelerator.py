@@ -557,6 +557,34 @@ class Reads(harness.Callback):
         self.whole = self.ctx.accelerator.full_state_dict(self.ctx.model)
 
 
+class ClipsByHand(harness.Callback):
+    """Clips as people write it; below ZeRO 2 one rank has all gradients."""
+
+    def on_train_batch_before_step(self) -> None:
+        nn.utils.clip_grad_norm_(self.ctx.model.parameters(), 1e-3)
+
+
+def test_gradients_that_engines_combine_in_the_step_are_refused_before_it(
+    make: Any,
+) -> None:
+    learner = harness.setup(Net, loss=nn.MSELoss(), optimizer=torch.optim.SGD)
+    data = torch.randn(8, 5), torch.randn(8, 3)
+    options: Any = {"epochs": 1, "tracker": False, "verbose": False}
+
+    def fit(stage: int, *callbacks: harness.Callback) -> None:
+        learner.fit(data, accelerator=make(stage), callbacks=callbacks, **options)
+
+    for stage in (2, 3):
+        with pytest.raises(
+            ValueError, match=rf"ZeRO {stage}: .*\.grad before the step"
+        ):
+            fit(stage, ClipsByHand())
+    fit(1, ClipsByHand())
+    fit(2, harness.callbacks.GradientClip())
+    with pytest.raises(ValueError, match=r"GradientClip\(norm_type\): expected 2.0"):
+        fit(2, harness.callbacks.GradientClip(norm_type=float("inf")))
+
+
 @pytest.mark.parametrize("event", ["on_fit_begin", "on_train_batch_end"])
 def test_weights_that_zero_divides_are_refused_in_callbacks(
     event: str, make: Any

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,8 +11,11 @@ import torch
 from torch import nn
 
 import harness
+from harness.accelerators.deepspeed.config import ConfigFacts
 from harness.accelerators.deepspeed.validation import (
     check_devices,
+    check_dtypes,
+    check_layers,
     check_packages,
     describe_loaders,
 )
@@ -46,6 +50,56 @@ def test_lbfgs_is_refused(stage: int, make: Any) -> None:
         ValueError, match=r"prepare\('opt'\): expected an optimizer without"
     ):
         make(stage).prepare(model, {"opt": opt})
+
+
+def in_parts(first: nn.Module, second: nn.Module) -> nn.Module:
+    return nn.ModuleDict({"first": first, "second": second})
+
+
+REAL = nn.Linear(2, 2)
+MIXED = in_parts(nn.Linear(2, 2, dtype=torch.float64), REAL)
+
+
+@pytest.mark.parametrize(
+    ("stage", "model", "match"),
+    [
+        (
+            0,
+            in_parts(nn.Linear(2, 2, dtype=torch.complex64), REAL),
+            "got 'first.*compl",
+        ),
+        (1, MIXED, r"one dtype at ZeRO 1, got torch.float64 'first.*float32 'second"),
+        (3, MIXED, "one dtype at ZeRO 3"),
+        (1, in_parts(nn.Embedding(3, 2, max_norm=1.0), REAL), "'first' with max_norm"),
+    ],
+)
+def test_weights_that_engines_would_change_otherwise_are_refused(
+    stage: int, model: nn.Module, match: str, make: Any
+) -> None:
+    opt = torch.optim.SGD(model.parameters(), lr=1)
+    with pytest.raises(ValueError, match=f"prepare: expected .*{match}"):
+        make(stage).prepare(model, {"opt": opt})
+
+
+def test_weights_of_other_dtypes_that_engines_step_as_they_are_may_be_trained() -> None:
+    config = {"zero_optimization": {"stage": 2}}
+    groups = [{"params": part.parameters()} for part in MIXED.children()]
+    check_dtypes(MIXED, {"opt": torch.optim.SGD(groups, lr=1)}, config)
+    whole = {"opt": torch.optim.SGD(MIXED.parameters(), lr=1)}
+    check_dtypes(MIXED, whole, {})
+    check_dtypes(MIXED, whole, config | {"bf16": {"enabled": True}})
+
+
+def test_layers_that_need_one_device_or_a_gpu_are_refused_on_ranks() -> None:
+    facts = ConfigFacts(world_size=2, device="cpu")
+    model = in_parts(nn.SyncBatchNorm(2), nn.EmbeddingBag(3, 2, max_norm=1.0))
+    with pytest.raises(
+        ValueError, match="a GPU for SyncBatchNorm 'first', got the CPU"
+    ):
+        check_layers(model, 0, facts)
+    with pytest.raises(ValueError, match="got 'second' with max_norm"):
+        check_layers(model, 0, replace(facts, device="cuda"))
+    check_layers(model, 0, replace(facts, world_size=1))
 
 
 def test_parameters_with_two_owners_are_refused(make: Any) -> None:
@@ -184,6 +238,17 @@ def test_recipe_that_deepspeed_cannot_build_is_named(
     opts = {} if section == "optimizer" else adam(model)
     with pytest.raises(ValueError, match=rf"accelerator\(config\): .*{match}"):
         make(1, **{section: recipe}).prepare(model, opts)
+
+
+def test_other_failures_of_deepspeed_name_the_config(make: Any) -> None:
+    # Quantized collectives have no kernel on the CPU.
+    zero = {"stage": 3, "zero_quantized_weights": True}
+    model = Net()
+    opt = torch.optim.SGD(model.parameters(), lr=1)
+    with pytest.raises(ValueError, match="not been implemented on CPU") as caught:
+        make(3, zero_optimization=zero).prepare(model, {"opt": opt})
+    assert "zero_optimization has " in caught.value.__notes__[0]
+    assert "zero_quantized_weights" in caught.value.__notes__[0]
 
 
 def test_warm_up_takes_its_rate_from_the_optimizer(make: Any) -> None:
