@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ import torch.distributed as dist
 
 from harness.accelerators.distributed.environment import Agent, Launch
 from harness.accelerators.distributed.open_files import check_open_files
+from tracking.errors import write_stderr
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -19,27 +21,57 @@ if TYPE_CHECKING:
 RENDEZVOUS_S = 300.0
 """Time that the first rank waits for the last one to start."""
 
+SLOW_S = 20.0
+"""Time after which a rank says that it waits for others."""
+
 _POLL_S = 0.02
 
 
-def connect_store(launch: Launch, agent: Agent) -> Store:
-    """Connect to the store of a launch, which rank 0 serves, or torchrun's agent."""
+def connect_store(
+    launch: Launch,
+    agent: Agent,
+    timeout_s: float = RENDEZVOUS_S,
+    slow_s: float = SLOW_S,
+) -> Store:
+    """Connect to the store of a launch, which rank 0 serves, or torchrun's agent.
+
+    Variables of a launch that are left in a notebook make it wait for ranks that nobody
+    starts, so it says what it waits for.
+    """
     if launch.world_size == 1:
         return dist.HashStore()  # type: ignore[attr-defined]
     is_server = launch.rank == 0 and not agent.has_store
     check_open_files(launch.world_size, is_server=is_server)
-    store: Store = dist.TCPStore(  # type: ignore[attr-defined]
-        launch.address or "127.0.0.1",
-        launch.port or 0,
-        launch.world_size,
-        is_master=is_server,
-        timeout=timedelta(seconds=RENDEZVOUS_S),
-    )
-    store = dist.PrefixStore(f"harness/{agent.attempt}", store)  # type: ignore[attr-defined]
-    if agent.has_store:
-        start = agree_on_start(store, launch.rank, launch.world_size)
-        store = dist.PrefixStore(start, store)  # type: ignore[attr-defined]
-    return store
+    place = f"{launch.address or '127.0.0.1'}:{launch.port or 0}"
+    waits = f"rank {launch.rank}: waits for {launch.world_size} ranks at {place}"
+    slow = threading.Timer(slow_s, write_stderr, [f"{waits} since {slow_s:g} s\n"])
+    slow.daemon = True
+    if launch.local_rank == 0:  # one line for each machine
+        slow.start()
+    try:
+        store: Store = dist.TCPStore(  # type: ignore[attr-defined]
+            launch.address or "127.0.0.1",
+            launch.port or 0,
+            launch.world_size,
+            is_master=is_server,
+            timeout=timedelta(seconds=timeout_s),
+        )
+        store = dist.PrefixStore(f"harness/{agent.attempt}", store)  # type: ignore[attr-defined]
+        if agent.has_store:
+            start = agree_on_start(store, launch.rank, launch.world_size, timeout_s)
+            store = dist.PrefixStore(start, store)  # type: ignore[attr-defined]
+        return store
+    except dist.DistError as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        msg = f"launch: expected {launch.world_size} ranks to meet at {place}, got: {reason}"
+        advice = (
+            "Start all ranks with one launcher on a free port (--master-port), or unset"
+        )
+        raise RuntimeError(
+            f"{msg}. {advice} RANK and WORLD_SIZE to train on one rank."
+        ) from error
+    finally:
+        slow.cancel()
 
 
 def agree_on_start(

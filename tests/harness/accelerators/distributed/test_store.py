@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 import threading
@@ -12,8 +13,24 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from harness.accelerators.distributed.environment import Agent, Launch
 from harness.accelerators.distributed.open_files import check_open_files, count_files
-from harness.accelerators.distributed.store import agree_on_start
+from harness.accelerators.distributed.store import agree_on_start, connect_store
+
+
+def test_ranks_that_nobody_starts_and_a_port_in_use_are_told(capfd: Any) -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        port = taken.getsockname()[1]
+        launch = Launch(world_size=2, address="127.0.0.1", port=port)
+        taken.listen()
+        place = f"2 ranks to meet at 127.0.0.1:{port}, got: "
+        with pytest.raises(RuntimeError, match=f"{place}The server socket has failed"):
+            connect_store(launch, Agent())
+    with pytest.raises(RuntimeError, match=f"{place}Timed out .* or unset RANK"):
+        connect_store(launch, Agent(), timeout_s=1, slow_s=0.1)
+    told = f"rank 0: waits for 2 ranks at 127.0.0.1:{port} since 0.1 s\n"
+    assert told in capfd.readouterr().err
 
 
 def start(store: Any, world: int, late: int | None = None) -> set[str]:
