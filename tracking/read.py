@@ -368,7 +368,8 @@ def label_rows(
     """
     is_live = tombstones.mask_live(table)
     if superseded:
-        is_superseded = ~(is_live | _mask_control(table))
+        is_control = [_mask_equal(table, "kind", kind) for kind in CONTROL]
+        is_superseded = ~(is_live | np.logical_or.reduce(is_control))
         table = table.append_column(SUPERSEDED, [is_superseded])
     elif not is_live.all():
         table = table.filter(pa.array(is_live))
@@ -387,10 +388,6 @@ def _read_live(rank_dir: Path) -> tuple[pa.Table, Fits]:
     found = _read_rank(rank_dir)
     is_live = found.tombstones.mask_live(found.table)
     return found.table.filter(pa.array(is_live)), found.tombstones.fits
-
-
-def _mask_control(table: pa.Table) -> Any:
-    return np.logical_or.reduce([_mask_equal(table, "kind", kind) for kind in CONTROL])
 
 
 def _filter_rows(table: pa.Table, **wanted: str | None) -> pa.Table:

@@ -6,7 +6,7 @@ import copy
 
 from torch import Tensor
 
-from harness.callbacks.monitor import Mode, Monitor
+from harness.callbacks.monitor import Monitor
 from harness.checkpoint.state import (
     copy_loss_state,
     get_extra_states,
@@ -46,10 +46,9 @@ class KeepBestModel(Monitor):
 
     weight = 40
 
-    def __init__(
-        self, monitor: str = "valid/loss", mode: Mode = "auto", min_delta: float = 0.0
-    ) -> None:
-        super().__init__(monitor, mode, min_delta)
+    def reset(self) -> None:
+        """Forget the best value and its weights."""
+        super().reset()
         self.model_part: StateDict = {}
         self.extra: StateDict = {}
         self.loss: StateDict = {}
@@ -58,8 +57,6 @@ class KeepBestModel(Monitor):
 
     def on_fit_begin(self) -> None:
         self.reset()
-        self.model_part, self.extra, self.loss = {}, {}, {}
-        self.best_epoch = self.best_step = None
 
     def react(self) -> None:
         """Copy the weights if the value is the best so far."""

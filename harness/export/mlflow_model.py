@@ -60,7 +60,8 @@ def write_mlflow_model(
     args, named = as_arguments(sample)
     with torch.no_grad(), quietly():
         output = model(*args, **named)
-    requirements = [f"mlflow=={metadata.version('mlflow')}", f"torch=={_torch()}"]
+    version = str(torch.__version__).partition("+")[0]  # no index has names of builds
+    requirements = [f"mlflow=={metadata.version('mlflow')}", f"torch=={version}"]
     python = platform.python_version()
     files: dict[str, object] = {
         "MLmodel": {
@@ -90,11 +91,6 @@ def write_mlflow_model(
     for name, content in files.items():
         (folder / name).write_text(yaml.safe_dump(content))
     (folder / "requirements.txt").write_text("\n".join(requirements) + "\n")
-
-
-def _torch() -> str:
-    """Version of torch without the name of its build, which no index has."""
-    return str(torch.__version__).partition("+")[0]
 
 
 def _list_flavors(

@@ -83,7 +83,7 @@ class Server:
         command = [sys.executable, "-m", "mlflow", "server", "--workers", "1"]
         command += ["--host", HOST, "--port", str(self.port)]
         command += ["--backend-store-uri", self._store]
-        environment = {**_DEFAULTS, **_environment()}
+        environment = {**_DEFAULTS, **os.environ}  # noqa: TID251 (passed on unread)
         # In its own process group: Ctrl-C reaches only us, and `end` reaches its workers.
         self.process = subprocess.Popen(
             command,
@@ -145,10 +145,6 @@ class Server:
         """Last 1000 bytes that the server wrote."""
         self._output.seek(0)
         return self._output.read()[-1000:].decode(errors="replace").strip()
-
-
-def _environment() -> dict[str, str]:
-    return dict(os.environ)  # noqa: TID251 (passed on unread)
 
 
 def _free_port(port: int) -> int:

@@ -119,7 +119,7 @@ class RunWriter:
         MLflow takes another write right after it.
         """
         if isinstance(error, RefusedError | GoneError):
-            self._check_run()
+            self.client.run(self.run_id)  # raises if it is deleted
         elif not self.is_isolating or not self.can_write():
             raise error
 
@@ -368,10 +368,6 @@ class RunWriter:
     def _send_inputs(self, inputs: list[Any]) -> None:
         for dataset, tags in inputs:
             self.client.send_input(self.run_id, dataset, tags)
-
-    def _check_run(self) -> None:
-        """Raise `GoneError` if MLflow refuses everything because the run is deleted."""
-        self.client.run(self.run_id)
 
 
 def json_within_limit(value: Mapping[str, Any]) -> str:
