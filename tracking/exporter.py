@@ -12,9 +12,10 @@ import pyarrow as pa
 from pyarrow import csv, dataset, fs, ipc, parquet
 
 from tracking.durable import replace_file
-from tracking.errors import RunNotFoundError, describe_path
+from tracking.errors import RunNotFoundError, describe_path, warn
 from tracking.journal.fits import COLUMN, place_fits
-from tracking.journal.reader import list_blocks, read_block
+from tracking.journal.reader import read_block, read_blocks
+from tracking.journal.segment import Damage
 from tracking.journal.tombstones import Tombstones
 from tracking.read import PastRun, label_rows
 from tracking.run import Run
@@ -59,17 +60,21 @@ def export(
         If a run does not exist, and nothing is written then; or if it is deleted while it
         is exported.
     ValueError
-        If ``runs`` is empty, or the suffix is unknown.
+        If ``runs`` or ``path`` is empty, or the suffix is unknown.
 
     Notes
     -----
     The first column, ``run``, is the id of the run; ``fit`` is there only if a run has
-    several. A local file is replaced only when the new one is complete. In a folder, the
-    files of the exported runs are replaced.
+    several. A warning tells which rows cannot be read. A local file is replaced only when
+    the new one is complete. In a folder, the files of the exported runs are replaced.
     """
     check_path(path, "export(path)")
     found = _open_runs(runs)
     target = os.fspath(path)
+    if not target.strip():
+        raise ValueError(
+            f"export(path): expected a path, got {target!r}. Use '.' for this folder."
+        )
     suffix = os.path.splitext(target)[1].lower()  # noqa: PTH122 (a URI, perhaps)
     if suffix and suffix not in SUFFIXES:
         raise ValueError(
@@ -142,10 +147,8 @@ class _RankBlocks:
         self.tombstones = Tombstones()
         self._rank_dir = rank_dir
         self._blocks: dict[int, pa.Table | None] = {}
-        for number in list_blocks(rank_dir):
-            content = read_block(rank_dir, number)
-            if content is None:
-                continue
+        damage: list[Damage] = []
+        for number, content in read_blocks(rank_dir, damage):
             table = content.table
             self.tombstones.add(table)
             for name, words in self.words.items():
@@ -155,6 +158,12 @@ class _RankBlocks:
             num_kept -= table.num_rows
             is_kept = num_kept >= 0 or not content.is_sealed
             self._blocks[number] = table if is_kept else None
+        for one in damage[:3]:
+            warn(
+                f"export({run.id!r}): expected undamaged records, got damage in "
+                f"{one.file.name}: {one.reason}, {one.rows_lost} rows lost. All other "
+                f"rows are written; 'harness verify {run.id}' lists the damage."
+            )
 
     def __iter__(self) -> Iterator[pa.Table]:
         for number, table in self._blocks.items():

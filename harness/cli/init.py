@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Final
 
@@ -104,6 +105,22 @@ def init(name: Path) -> None:
     if name.suffix.lower() in {".py", ".ipynb"}:
         msg = f"init: expected a name for a new folder, got {str(name)!r}."
         raise click.UsageError(f"{msg} {advice}: try 'harness init digits'.")
+    try:
+        _check_folder(name, advice)
+        name.mkdir(parents=True, exist_ok=True)
+        for file, text in files.items():
+            (name / file).write_text(text, encoding="utf-8")
+    except OSError as error:
+        msg = f"init: expected a folder that can be written, got {error}."
+        raise click.ClickException(f"{msg} Choose another one.") from error
+    render.echo(f"{name}: {', '.join(files)}\n")
+    render.echo(
+        f"next  cd {shlex.quote(str(name))}\n      harness fit train.py:experiment"
+    )
+
+
+def _check_folder(name: Path, advice: str) -> None:
+    """Refuse a folder with something in it, and one in what is no folder."""
     over = next(p for p in (name, *name.absolute().parents) if p.exists())
     if over == name and over.is_dir() and any(over.iterdir()):
         msg = f"init: expected a new folder, got {str(name)!r}, which has something in it."
@@ -111,8 +128,3 @@ def init(name: Path) -> None:
     if not over.is_dir():
         msg = f"init: expected a new folder, got {str(over)!r}, {describe_path(over)}."
         raise click.UsageError(f"{msg} {advice}: choose another name.")
-    name.mkdir(parents=True, exist_ok=True)
-    for file, text in files.items():
-        (name / file).write_text(text, encoding="utf-8")
-    render.echo(f"{name}: {', '.join(files)}\n")
-    render.echo(f"next  cd {name}\n      harness fit train.py:experiment")

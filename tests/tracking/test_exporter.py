@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import tracking
 from tracking.api import start
-from tracking.errors import RunNotFoundError
+from tracking.errors import RunNotFoundError, TrackingWarning
 from tracking.exporter import _Rows, export
 from tracking.journal.segment import CAPACITY, read_segment
 from tracking.read import PastRun
@@ -215,6 +215,22 @@ def test_export_of_a_run_that_is_deleted_meanwhile_is_refused(tmp_path):
     shutil.rmtree(run.path)
     with pytest.raises(RunNotFoundError, match="until all of it is written"):
         list(rows)
+
+
+def test_export_tells_of_rows_that_cannot_be_read(run, tmp_path):
+    run.finish()
+    (block,) = (run.path / "records" / "0").glob("*.arrow")
+    data = bytearray(block.read_bytes())
+    data[len(data) // 2] ^= 1
+    block.write_bytes(data)
+    for name in ("x.csv", "folder"):
+        with pytest.warns(TrackingWarning, match=r"damage in 000000\.arrow: .* lost\."):
+            export(PastRun(run.path), tmp_path / name)
+
+
+def test_export_to_an_empty_path_is_refused(run):
+    with pytest.raises(ValueError, match="expected a path, got ''"):
+        export(run, "")
 
 
 def test_export_of_a_run_without_rows_has_the_columns(tmp_path):

@@ -166,6 +166,8 @@ def _summarize_runs(
     with render.showing(text, when=has_index), contextlib.ExitStack() as end:
         if index:
             end.callback(index.save)  # also after Ctrl-C
+        if not paths:
+            _tell_of_none(runs_dir)
         for place, path in enumerate(wanted):
             try:
                 found.append(
@@ -508,8 +510,18 @@ def _select_runs(names: tuple[str, ...], runs_dir: Path | None) -> list[PastRun]
 
     if names:
         return open_runs(names, runs_dir)
-    manifests = read_manifests(runs_dir)
-    return [PastRun(path) for path, manifest in manifests if manifest.deliver]
+    manifests = [*read_manifests(runs_dir)]
+    found = [PastRun(path) for path, manifest in manifests if manifest.deliver]
+    if not found:
+        _tell_of_none(runs_dir, " that are sent to MLflow" if manifests else "")
+    return found
+
+
+def _tell_of_none(runs_dir: Path | None, kind: str = "") -> None:
+    """Say that a folder has no runs: it may be the wrong one."""
+    from tracking.store import runs_folder  # noqa: PLC0415  imports Arrow
+
+    render.echo(f"no runs{kind} in {runs_folder(runs_dir)}", err=True)
 
 
 def _find_store(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -135,12 +136,21 @@ def read_records(
     While the records are being written, incomplete rows are left out and are not
     reported as damage.
     """
-    is_live = is_being_written(rank_dir)
-    tables: list[pa.Table] = []
     damage: list[Damage] = []
-    present = list_blocks(rank_dir)
+    found = read_blocks(rank_dir, damage, known)
+    return concat_rows([content.table for _, content in found]), damage
+
+
+def read_blocks(
+    rank_dir: Path, damage: list[Damage], known: SealedBlocks | None = None
+) -> Iterator[tuple[int, BlockContent]]:
+    """Yield the number and the content of each block, as ``read_records``.
+
+    What could not be read is added to ``damage``.
+    """
+    is_live = is_being_written(rank_dir)
     expected = 0
-    for number in present:
+    for number in list_blocks(rank_dir):
         path = get_segment_path(rank_dir, number)
         content = known.get(path) if known else None
         content = content or read_block(rank_dir, number)
@@ -151,10 +161,9 @@ def read_records(
         if not is_live:
             damage += _describe_gap(rank_dir, expected, number)
         expected = number + 1
-        tables.append(content.table)
         if content.is_sealed or not is_live:
             damage += content.damage
-    return concat_rows(tables), damage
+        yield number, content
 
 
 def concat_rows(tables: list[pa.Table]) -> pa.Table:

@@ -56,6 +56,8 @@ class Verification:
         expected, found = self.num_rows[first.place]
         if first.place == "MLflow":
             rows, advice = "metric rows", f"Run 'harness sync {self.run}'."
+        elif first.kind == "unknown":  # an export would take away what only it has
+            rows, advice = "rows", "Keep the file: the journal has lost these rows."
         else:
             command = f"harness export {self.run} --to {first.place}"
             rows, advice = "rows", f"Run '{command}'."

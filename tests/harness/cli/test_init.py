@@ -43,3 +43,13 @@ def test_init_refuses_a_name_that_no_folder_can_have(
     assert failed.exit_code == 2
     assert re.search(f"expected a .*folder, got {got}", failed.stderr)
     assert [path.name for path in tmp_path.iterdir()] == ["notes"]
+
+
+def test_init_quotes_a_name_with_spaces_and_names_a_folder_it_cannot_write(
+    call, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert "next  cd 'my project'\n" in call("init", "my project").output
+    failed = call("init", "n" * 300)  # longer than a name of a file may be
+    assert failed.exit_code == 1
+    assert "expected a folder that can be written, got [Errno" in failed.stderr

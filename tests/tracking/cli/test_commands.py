@@ -321,10 +321,16 @@ def test_runs_are_completed_by_any_part_of_their_ids(three, tmp_path):
     assert found == [p.name for p in (tmp_path / "runs").iterdir() if "run-1" in p.name]
 
 
-def test_list_of_an_empty_folder_is_empty(call, tmp_path):
-    assert (
-        json.loads(call("runs", "list", "--json", "--runs-dir", tmp_path).output) == []
-    )
+@pytest.mark.parametrize("command", [["runs", "list"], ["sync"], ["verify"]])
+def test_command_says_that_a_folder_has_no_runs(call, tmp_path, command):
+    result = call(*command, "--json", "--runs-dir", tmp_path / "wrong")
+    assert json.loads(result.stdout) == []
+    assert result.stderr == f"no runs in {tmp_path / 'wrong'}\n"
+
+
+def test_verify_of_all_runs_says_that_none_is_sent_to_mlflow(call, two, tmp_path):
+    result = call("verify")
+    assert result.output == f"no runs that are sent to MLflow in {tmp_path / 'runs'}\n"
 
 
 def test_show_tells_all_about_a_run(call, two):

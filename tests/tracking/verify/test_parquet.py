@@ -65,6 +65,10 @@ def test_each_row_of_a_file_that_differs_is_named(exported):
     message = verify(run, [file], mlflow=False).message()
     assert "got 14 rows in the journal and 14 in both.parquet; first missing" in message
     assert message.endswith(f"Run 'harness export {run.id} --to both.parquet'.")
+    for block in (run.path / "records" / "0").iterdir():
+        block.unlink()
+    message = verify(run, [file], mlflow=False).message()
+    assert message.endswith("Keep the file: the journal has lost these rows.")
 
 
 def test_export_with_superseded_rows_is_compared_with_them(record, tmp_path):
