@@ -108,13 +108,6 @@ def update_states(
 ) -> tuple[list[Note], bool]:
     """Compare parts with the states that they had after the same batches; load the others.
 
-    Parameters
-    ----------
-    parts
-        As in ``set_states``.
-    states
-        From ``get_states``, when the checkpoint was taken.
-
     Returns
     -------
     notes for the report, and whether the loader has to be iterated anew, because a part
@@ -159,12 +152,8 @@ def compare_parts(loader: object, states: StateDict, *, is_late: bool) -> list[N
 
     Parameters
     ----------
-    loader
-        Loader of this fit.
     states
         Saved states, from ``get_states``.
-    is_late
-        Whether an earlier pass had started persistent workers.
     """
     parts = find_stateful(loader)
     notes: list[Note] = []

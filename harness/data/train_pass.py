@@ -45,8 +45,6 @@ class TrainPass:
         Its ``window`` is set before the first batch of each optimizer step.
     epoch : >= 1
         Passed to samplers and data sets that have ``set_epoch``.
-    is_saved
-        Whether something saves checkpoints of the fit.
     is_after_end
         Whether the pass before has read all of its data.
 

@@ -45,17 +45,8 @@ def complete_config(
     ----------
     config
         DeepSpeed's config as the user wrote it.
-    model
-        The model.
     optimizers
         By name; None to evaluate only.
-    facts
-        Values for ``"auto"``.
-
-    Raises
-    ------
-    ValueError
-        If model or optimizers cannot be trained, or the config cannot be completed.
     """
     check_parameters(model.named_parameters())
     check_divided(model, config, facts.world_size, trains=optimizers is not None)
@@ -94,13 +85,7 @@ _PACKAGES = {
 
 
 def check_packages(config: Options) -> None:
-    """Check that the packages of DeepSpeed's monitors are installed.
-
-    Raises
-    ------
-    ValueError
-        If one is enabled and its package is missing.
-    """
+    """Check that the packages of DeepSpeed's monitors are installed."""
     for section, package in _PACKAGES.items():
         is_enabled = config.get(section, {}).get("enabled", False)
         if is_enabled and importlib.util.find_spec(package) is None:
@@ -127,13 +112,7 @@ def check_devices(devices: Sequence[Hashable]) -> None:
 
 
 def check_num_batches(loaders: Sequence[Any], world_size: int) -> None:
-    """Check that the data fills a batch on every rank.
-
-    Raises
-    ------
-    ValueError
-        If a loader that drops a short last step has no batch left.
-    """
+    """Check that the data fills a batch on every rank."""
     for place, loader in enumerate(loaders):
         if loader is not None and num_batches(loader) == 0:
             sizes = f"{world_size} ranks x {loader.batch_size} rows"
@@ -177,13 +156,7 @@ def check_parameters(params: Iterable[tuple[str, nn.Parameter]]) -> None:
 
 
 def check_zero_init(zero_init: object, stage: int) -> None:
-    """Check that a model can be built under ``deepspeed.zero.Init``, if that is asked for.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If it is no truth value, or the stage is not 3.
-    """
+    """Check that a model can be built under ``deepspeed.zero.Init``, if that is asked for."""
     if not isinstance(zero_init, bool):
         msg = f"accelerator(zero_init): expected True or False, got {zero_init!r}."
         raise TypeError(f"{msg} True builds the model under deepspeed.zero.Init.")
@@ -228,13 +201,7 @@ def check_divided(
 
 
 def check_gradients(model: nn.Module, stage: int) -> None:
-    """Check that ZeRO can divide the gradients.
-
-    Raises
-    ------
-    ValueError
-        If a layer makes sparse gradients at ZeRO 1 to 3.
-    """
+    """Check that ZeRO can divide the gradients."""
     for name, module in model.named_modules():
         if not stage or getattr(module, "sparse", False) is not True:
             continue

@@ -44,18 +44,11 @@ ADVICE = (
 
 @dataclass(frozen=True, kw_only=True)
 class Wait:
-    """What the main thread of a rank waits in.
+    """What the main thread of a rank waits in."""
 
-    Attributes
-    ----------
-    place
-        Where, for a person.
-    stack
-        Number of all its calls, the same on ranks that wait in the same collective of the
-        same layer.
-    """
-
-    place: str
+    place: str  #: where, for a person
+    #: number of all its calls, the same on ranks that wait in the same collective of
+    #: the same layer
     stack: int
 
 
