@@ -28,46 +28,75 @@ def get_status(folder, code, *options, **more):
     return run.status
 
 
-@pytest.mark.parametrize(
-    ("code", "status"),
-    [
-        ("sys.exit(1)", "failed"),
-        ("sys.exit('a text')", "failed"),
-        ("raise SystemExit(1)", "failed"),
-        pytest.param("raise SystemExit", "finished", marks=pytest.mark.slow),
-        ("exit(3)", "failed"),
-        pytest.param("quit()", "finished", marks=pytest.mark.slow),
-        ("class Own(SystemExit): pass\nraise Own(2)", "failed"),
-        ("def main(): raise SystemExit(143)\nmain()", "killed"),
-        (
-            "try: raise SystemExit(1)\nexcept SystemExit as e: assert e.code == 1",
-            "finished",
-        ),
-        pytest.param("raise KeyboardInterrupt", "killed", marks=pytest.mark.slow),
-        ("import sys; sys.excepthook = lambda *more: None\n1 / 0", "failed"),
-        (
-            "def rows():\n  with run: yield 1\nfor row in rows(): break\nraise SystemExit(1)",
-            "finished",
-        ),
-        (
-            "import threading; t = threading.Thread(target=exit, args=(1,))\n"
-            "t.start(); t.join()",
-            "finished",
-        ),
-        ("import argparse; argparse.ArgumentParser().parse_args(['--no'])", "failed"),
-        ("1 / 0", "failed"),
-        ("sys.exit(143)", "killed"),
-        ("sys.exit(0)", "finished"),
-        ("try: sys.exit(1)\nexcept SystemExit as error: pass", "finished"),
-        (
-            "import threading; t = threading.Thread(target=sys.exit, args=(1,))\n"
-            "t.start(); t.join()",
-            "finished",
-        ),
-    ],
-)
-def test_status_at_exit(code, status, tmp_path):
-    assert get_status(tmp_path, START + code) == status
+CASES = [
+    ("sys.exit(1)", "failed"),
+    ("sys.exit('a text')", "failed"),
+    ("raise SystemExit(1)", "failed"),
+    ("raise SystemExit", "finished"),
+    ("exit(3)", "failed"),
+    ("quit()", "finished"),
+    ("class Own(SystemExit): pass\nraise Own(2)", "failed"),
+    ("def main(): raise SystemExit(143)\nmain()", "killed"),
+    (
+        "try: raise SystemExit(1)\nexcept SystemExit as e: assert e.code == 1",
+        "finished",
+    ),
+    ("raise KeyboardInterrupt", "killed"),
+    ("import sys; sys.excepthook = lambda *more: None\n1 / 0", "failed"),
+    (
+        "def rows():\n  with run: yield 1\nfor row in rows(): break\nraise SystemExit(1)",
+        "finished",
+    ),
+    (
+        "import threading; t = threading.Thread(target=exit, args=(1,))\n"
+        "t.start(); t.join()",
+        "finished",
+    ),
+    ("import argparse; argparse.ArgumentParser().parse_args(['--no'])", "failed"),
+    ("1 / 0", "failed"),
+    ("sys.exit(143)", "killed"),
+    ("sys.exit(0)", "finished"),
+    ("try: sys.exit(1)\nexcept SystemExit as error: pass", "finished"),
+    (
+        "import threading; t = threading.Thread(target=sys.exit, args=(1,))\n"
+        "t.start(); t.join()",
+        "finished",
+    ),
+]
+
+# Each program ends a fork of one process, which imports what a run needs only once.
+FORKS = """
+import os, sys, pandas, tracking.api  # pyarrow imports pandas when it first makes an array
+for number, code in enumerate(sys.argv[1:]):
+    os.mkdir(str(number))
+    if os.fork() == 0:
+        os.chdir(str(number))
+        break
+    os.wait()
+else:
+    sys.exit()
+exec(code)
+"""
+
+
+@pytest.fixture(scope="module")
+def statuses(tmp_path_factory):
+    """Status of the run of each program, by its code."""
+    folder = tmp_path_factory.mktemp("forks")
+    codes = [code for code, _ in CASES]
+    python = [sys.executable, "-c", FORKS, *(START + code for code in codes)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(tracking.__file__).parents[1])}
+    subprocess.run(python, cwd=folder, env=environment, capture_output=True, check=True)
+    found = {}
+    for number, code in enumerate(codes):
+        (run,) = tracking.list_runs(folder / str(number) / "runs")
+        found[code] = run.status
+    return found
+
+
+@pytest.mark.parametrize(("code", "status"), CASES)
+def test_status_at_exit(code, status, statuses):
+    assert statuses[code] == status
 
 
 def test_error_at_a_prompt_is_no_failure(tmp_path):
@@ -81,7 +110,7 @@ def test_error_before_the_run_is_no_failure(tmp_path):
 
 
 WORKERS = """
-import multiprocessing, sys, tracking
+import multiprocessing, pandas, sys, tracking.api
 
 def work(name):
     run = tracking.start(name=name, delivery=False, runs_dir="runs")

@@ -75,10 +75,11 @@ class Ranks:
         self.store.check(["failed"])
 
 children = []
-for _ in range(12):
+for _ in range(2):
     child = os.fork()
     if child == 0:
-        Watchdog(Ranks(), poll_s=1e-4)
+        # Without the end, a third of them is stopped in a call of the store.
+        watchdogs = [Watchdog(Ranks(), poll_s=1e-4) for _ in range(12)]
         sys.exit(0)
     children.append(child)
 sys.exit(any([os.waitpid(child, 0)[1] for child in children]))
