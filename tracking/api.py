@@ -167,15 +167,7 @@ def start(
 def _find_place(
     rank: int | None, run_id: str | None, runs: Path
 ) -> tuple[int, str | None, Path | None]:
-    """Return the rank, the run to join or continue, and where rank 0 announces a new one.
-
-    Raises
-    ------
-    TimeoutError
-        If rank 0 of the launch announces no run.
-    ValueError
-        If a rank above 0 has no run to join.
-    """
+    """Return the rank, the run to join or continue, and where rank 0 announces a new one."""
     launched = read_rank() if rank is None else None
     if launched is None:
         rank = rank or 0

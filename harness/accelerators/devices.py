@@ -33,11 +33,6 @@ def find_device(asked: object) -> torch.device:
     ----------
     asked
         Device or its name; None: the best one.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If it is no device, or this machine does not have it.
     """
     found = choose_device() if asked is None else parse_device(asked)
     try:
@@ -59,11 +54,6 @@ def choose_rank_device(
         Device or its name; with an index, as in ``cuda:1``, it is that one. None: the best.
     local_rank : >= 0
         Number of this rank on its machine, which is the index of its device.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If it is no device, DeepSpeed cannot use it, or there is none for this rank.
     """
     given = choose_device() if asked is None else parse_device(asked)
     kind = given.type

@@ -51,7 +51,6 @@ class GradientClip(Callback):
             raise ValueError(f"{msg}, got {self.norm_type!r}. {advice}")
 
     def on_train_batch_before_step(self) -> None:
-        """Clip the gradients of the current optimizer."""
         name = self.ctx.opt_name
         norm = self.ctx.accelerator.clip(self.max_norm, name, self.norm_type)
         if not getattr(self.ctx, "is_repeated", False):

@@ -176,7 +176,6 @@ class Progress(MetricsListener):
             self._bar = None
 
     def on_fit_begin(self) -> None:
-        """Write what is trained on what."""
         self._restart()
         self._open_output()
         if self._is_shown:
@@ -301,7 +300,6 @@ class Progress(MetricsListener):
             self._write(*table.format(cells[title], values, width, is_best=is_best))
 
     def on_early_stopping(self) -> None:
-        """Say why the fit ended."""
         self._stop()
         if self._is_shown:
             by_steps = self.ctx.pace.unit == "step"
@@ -309,7 +307,6 @@ class Progress(MetricsListener):
             self._write(f"stopped early after {place}")
 
     def on_interrupt(self) -> None:
-        """Say where the fit ended."""
         self._stop()
         if self._is_shown:
             where = f"epoch {self.ctx.epoch}, batch {self.ctx.iter}"

@@ -122,13 +122,6 @@ def check_source(
         ``FILE.py:NAME`` or ``package.module:NAME``; only files are read.
     settings
         Names of the arguments of the function NAME.
-
-    Raises
-    ------
-    ExperimentError
-        If the file, the name or a parameter does not exist; the nearest is offered.
-    SyntaxError
-        If the file is no Python.
     """
     where, name = _split_target(target)
     if not where.endswith(".py"):

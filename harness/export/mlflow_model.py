@@ -40,13 +40,6 @@ def write_mlflow_model(
         Input of the model as a batch has it; of its values nothing is written.
     about
         Metadata of the model, such as its run.
-
-    Raises
-    ------
-    ValueError
-        If there is no example.
-    ExportError
-        If torch.export cannot trace the model, or the graph gives other outputs.
     """
     place = "log_model"
     sample = make_sample(example, place)

@@ -100,7 +100,6 @@ class SystemMetrics(Callback):
         self._waited_s += perf_counter() - self._batch_ended_at
 
     def on_train_batch_end(self) -> None:
-        """Record if it is time."""
         step = self.ctx.step
         if step != self._last_step and step % self.every == 0:
             self._record()

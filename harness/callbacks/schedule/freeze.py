@@ -153,7 +153,6 @@ class Freeze(Callback):
                 param.requires_grad_(not _is_frozen(self.ctx, name, epoch))
 
     def on_train_begin(self) -> None:
-        """Keep the statistics of frozen BatchNorm layers."""
         epoch = self.ctx.epoch or 1
         for name, module in self.ctx.model.named_modules():
             if isinstance(module, _BatchNorm) and self._has_frozen(name, module, epoch):

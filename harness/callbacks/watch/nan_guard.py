@@ -76,14 +76,12 @@ class NaNGuard(Callback):
     # --- what is looked at
 
     def on_train_batch_begin(self) -> None:
-        """Keep the state before the batch."""
         if self.keep:
             state = map_tensors(self.ctx.accelerator.state_dict(), Tensor.clone)
             random = get_rng_state(device=self.ctx.device)
             self._before = {"state": state, "random": random}
 
     def on_train_batch_after_loss(self) -> None:
-        """Look at the loss."""
         loss = self.ctx.loss_grad
         if self._is_found(not _is_finite([loss])):
             assert loss is not None
@@ -98,7 +96,6 @@ class NaNGuard(Callback):
             self._fail("gradients", f"got others in {_list_names(grads)}")
 
     def on_train_batch_after_step(self) -> None:
-        """Look at the weights after the step."""
         if not self.weights:
             return
         values = {n: getattr(p, "ds_tensor", p) for n, p in self._params()}
