@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 from torch import Tensor
 
@@ -13,6 +14,7 @@ from harness.checkpoint.state import (
     restore_loss_state,
     set_extra_states,
 )
+from harness.errors import CheckpointError
 from harness.pytree import StateDict, map_tensors
 from harness.reshard.convert import convert_model_part
 from harness.reshard.model_part import (
@@ -71,7 +73,13 @@ class KeepBestModel(Monitor):
         """Restore the best weights, and the loss as it was with them."""
         if self.model_part:
             best = match_buffers(self.model_part, self.ctx.model)
-            self.ctx.accelerator.load_state_dict(best, ["model"])
+            try:
+                self.ctx.accelerator.load_state_dict(best, ["model"])
+            except CheckpointError as error:  # a callback has changed layers since
+                msg = "KeepBestModel: expected the weights that the best epoch had"
+                advice = "The fit returns the last ones. Change layers before the fit."
+                warnings.warn(f"{msg}, got: {error} {advice}", stacklevel=2)
+                return
             set_extra_states(self.ctx.model, self.extra)
             if self.loss:
                 restore_loss_state(self.ctx, self.loss)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from types import MappingProxyType
 
@@ -180,8 +181,15 @@ class AveragedWeights(MetricsListener):
     def on_fit_end(self) -> None:
         """Put the averages into the result; ``KeepBestModel`` may put the best ones there."""
         self.put_back()
-        if self.in_result:
-            self.copy_to(self.ctx.model)
+        if not self.in_result:
+            return
+        names = {name for name, _ in self.ctx.model.named_parameters()}
+        if missing := sorted(self.averages.keys() - names):  # layers have been changed
+            msg = f"{type(self).__name__}: expected weights {missing}, got none."
+            advice = "The fit returns those that were trained. Change layers before it."
+            warnings.warn(f"{msg} {advice}", stacklevel=2)
+            return
+        self.copy_to(self.ctx.model)
 
     def state_dict(self) -> StateDict:
         """Return the averages, the numbers of updates, and whether they are validated."""

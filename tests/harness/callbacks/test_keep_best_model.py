@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import harness
-from harness.callbacks import KeepBestModel, ModelCheckpoint, ResumeFromCheckpoint
+from harness.callbacks import EMA, KeepBestModel, ModelCheckpoint, ResumeFromCheckpoint
 from harness.errors import CheckpointError
 from tests.harness.exact import rewritten
 from tests.harness.fakes import At, Line, line_learner, slope
@@ -42,6 +43,27 @@ def weights(values, callback):
 def test_keep_best_ends_with_the_weights_of_the_best_epoch(values, mode, best):
     after, kept = weights(values, KeepBestModel("valid/watched", mode))
     assert kept == after[best - 1]
+
+
+def test_layers_that_change_after_the_best_epoch_lose_no_fit():
+    def change(ctx):
+        ctx.log("metrics", "valid", {"watched": ctx.epoch}, index=ctx.epoch)
+        if ctx.epoch == 2:
+            prune.identity(ctx.model, "weight")  # its name is "weight_orig" from now on
+
+    given = [KeepBestModel("valid/watched", "min"), EMA(), At("on_train_end", change)]
+    options = {"loss": nn.MSELoss(), "optimizer": torch.optim.SGD}
+    learner = harness.setup(nn.Linear, **options).set_hparams(
+        in_features=1, out_features=1
+    )
+    data = torch.ones(4, 1), torch.zeros(4, 1)
+    with (
+        pytest.warns(UserWarning, match="EMA: expected weights .'weight'., got none"),
+        pytest.warns(UserWarning, match="the weights that the best epoch had, got: "),
+    ):
+        fitted = learner.fit(data, 3, callbacks=given, **OFF)
+    assert hasattr(fitted.model, "weight_orig")
+    assert fitted.best_epoch is None
 
 
 class Counts(Line):
