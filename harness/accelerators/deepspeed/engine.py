@@ -206,19 +206,22 @@ class NamedEngine:
             return
         max_norm, found = self._clip
         wrapper = self.engine.optimizer
-        if hasattr(wrapper, "clip_grad"):
-            before, wrapper.clip_grad = wrapper.clip_grad, max_norm
-            try:
-                yield
-            finally:
-                wrapper.clip_grad = before
+        keeps_gradients = hasattr(wrapper, "clip_grad")
+        owner, name = wrapper, "clip_grad"
+        if not keeps_gradients:  # the config's clipping comes before ``_on_base_step``
+            owner, name, max_norm = self.engine._config, "gradient_clipping", 0.0
+        before = getattr(owner, name)
+        setattr(owner, name, max_norm)
+        try:
+            yield
+        finally:
+            setattr(owner, name, before)
+        if keeps_gradients:
             norm = self.engine.get_global_grad_norm()
             if isinstance(norm, Tensor):  # nothing is read from the device
                 found.copy_(norm.reshape(()))
             else:
                 found.fill_(math.nan if norm is None else norm)
-        else:
-            yield
         self._clip = None
 
     def _on_base_step(self, *_: object) -> None:

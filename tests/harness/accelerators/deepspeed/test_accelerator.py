@@ -180,6 +180,22 @@ def test_clipping_by_the_config_equals_clip(stage: int, make: Any) -> None:
     check_equal(accelerator.full_state_dict(model), wanted, rtol=2e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("stage", [0, 2])
+def test_clip_takes_the_place_of_clipping_by_the_config(stage: int, make: Any) -> None:
+    ((micro,),) = windows(1, [1])
+    exact = seeded(Net)
+    regression(exact, "opt", micro[0]).backward()
+    wanted = nn.utils.clip_grad_norm_(exact.parameters(), 1.0)
+    accelerator = make(stage, gradient_clipping=1e-4)
+    model, _ = prepared(accelerator)
+    with accelerator.optimizing():
+        accelerator.backward(regression(model, "opt", micro[0]))
+    norm = accelerator.clip(0.05)
+    accelerator.step()
+    assert float(norm) == pytest.approx(float(wanted), rel=1e-5)
+    assert wanted > 0.05
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_offload_equals_plain_torch(stage: int, make: Any) -> None:
     data = windows(1, [1, 3, 2])
