@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import duckdb
-import mlflow
 import pyarrow.parquet as pq
 import pytest
 
@@ -115,6 +114,8 @@ def test_parquet_reads_alike_in_pyarrow_and_duckdb(quickstart: Quickstart) -> No
 
 def test_mlflow_has_the_history_of_the_parquet_file(quickstart: Quickstart) -> None:
     quickstart.harness("sync")
+    import mlflow  # noqa: PLC0415  # three seconds, in suites without this test too
+
     store = f"sqlite:///{quickstart.folder}/mlflow.db"
     client = mlflow.MlflowClient(store)
     experiment = client.get_experiment_by_name("digits")

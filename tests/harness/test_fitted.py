@@ -571,7 +571,7 @@ def test_load_asks_no_module_for_names_it_makes_up(name, saved):
 
 def test_results_show_themselves_shortly_in_a_notebook():
     learner = line_learner()
-    fitted = learner.fit(slope(4), 300, slope(4), tracker=False)
+    fitted = learner.fit(slope(4), 30, slope(4), tracker=False)
     assert repr(fitted) == str(fitted)
     assert len(repr(fitted)) < 500  # not its records
     shown = fitted._repr_html_()
