@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -65,8 +66,9 @@ def export(
     Notes
     -----
     The first column, ``run``, is the id of the run; ``fit`` is there only if a run has
-    several. A warning tells which rows cannot be read. A local file is replaced only when
-    the new one is complete. In a folder, the files of the exported runs are replaced.
+    several. A warning tells which rows cannot be read. A file is replaced only when the new
+    one is complete; one of another filesystem is written to a temporary file first. In a
+    folder, the files of the exported runs are replaced.
     """
     check_path(path, "export(path)")
     found = _open_runs(runs)
@@ -89,13 +91,13 @@ def export(
     if parent:
         system.create_dir(parent, recursive=True)
     if not isinstance(system, fs.LocalFileSystem):
-        _write(rows, suffix, system, place)
+        _send(rows, suffix, system, place)
         return rows.num_written
     if Path(place).is_dir():
         msg = f"export({target!r}): expected a file, got {describe_path(Path(place))}."
         raise IsADirectoryError(f"{msg} Choose another name.")
     with replace_file(Path(place)) as temporary:
-        _write(rows, suffix, system, str(temporary))
+        _write(rows, suffix, temporary)
     return rows.num_written
 
 
@@ -269,9 +271,21 @@ def _join_words(*tables: pa.Table) -> pa.Table:
     return pa.concat_tables(tables).unify_dictionaries()
 
 
-def _write(rows: _Rows, suffix: str, system: Any, place: str) -> None:
+def _send(rows: _Rows, suffix: str, system: Any, place: str) -> None:
+    """Write a file of another filesystem, once all rows are read.
+
+    pyarrow 25 closes a stream that an error ends, and cannot abort it: an object store would
+    keep the rows so far as a whole object.
+    """
+    with tempfile.TemporaryDirectory(prefix="export-") as folder:
+        local = Path(folder) / f"rows{suffix}"
+        _write(rows, suffix, local)
+        fs.copy_files(str(local), place, fs.LocalFileSystem(), system)
+
+
+def _write(rows: _Rows, suffix: str, path: Path) -> None:
     with (
-        system.open_output_stream(place) as sink,
+        pa.OSFile(str(path), "wb") as sink,
         _WRITERS[suffix](sink, rows.schema) as writer,
     ):
         for table in rows:

@@ -16,11 +16,13 @@ import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow._fs import _MockFileSystem
+from pyarrow.fs import FileType
 
 import tracking
 from tracking.api import start
 from tracking.errors import RunNotFoundError, TrackingWarning
-from tracking.exporter import _Rows, export
+from tracking.exporter import _Rows, _send, export
 from tracking.journal.segment import CAPACITY, read_segment
 from tracking.read import PastRun
 from tracking.run import Run
@@ -256,6 +258,26 @@ def test_export_failing_leaves_the_old_file(run, tmp_path):
     with pytest.raises(OSError, match="expected a file, got a folder"):
         export(run, target)
     assert {p.name for p in tmp_path.iterdir()} == {"runs", "x.parquet"}
+
+
+def test_export_to_an_object_store_writes_a_whole_object_or_none(run):
+    store = _MockFileSystem()
+    run.flush()
+    rows = _Rows([PastRun(run.path)], superseded=False)
+
+    class Cut:
+        schema = rows.schema
+
+        def __iter__(self):
+            yield next(iter(rows))
+            raise OSError("the disk with the records is gone")
+
+    with pytest.raises(OSError, match="is gone"):
+        _send(Cut(), ".parquet", store, "all.parquet")
+    assert store.get_file_info("all.parquet").type == FileType.NotFound
+    _send(rows, ".parquet", store, "all.parquet")
+    with store.open_input_file("all.parquet") as file:
+        assert pa.parquet.read_table(file).num_rows == rows.num_written
 
 
 def test_export_unknown_format_is_refused(run, tmp_path):
