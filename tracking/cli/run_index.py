@@ -124,6 +124,11 @@ class RunIndex:
         data = msgspec.msgpack.encode(kept)
         with contextlib.suppress(OSError), replace_file(self._path) as temporary:
             temporary.write_bytes(_make_head(data) + data)
+        # What lists left that were killed here; another one may be writing its own now.
+        with contextlib.suppress(OSError):
+            for unfinished in self._path.parent.glob(f".*-{INDEX}"):
+                if unfinished.stat().st_mtime_ns < self._settled_ns:
+                    unfinished.unlink()
 
     def _find(self, path: Path) -> _Summary | None:
         """Find the summary of a run that has not changed since."""

@@ -225,6 +225,17 @@ def test_run_that_changed_a_moment_ago_is_not_kept(ended):
     assert [list_indexed(ended, settled_s=60.0)[1] for _ in range(2)] == [1, 1]
 
 
+def test_index_that_a_killed_list_left_unfinished_is_removed(ended):
+    old, new = (ended / f".{pid}-{INDEX}" for pid in (11, 12))
+    for path in (old, new):
+        path.touch()
+    os.utime(old, (0, 0))
+    World(ended).delete(run_paths(ended)[0])
+    list_indexed(ended, settled_s=60.0)
+    assert not old.exists()
+    assert new.exists()
+
+
 def test_run_that_was_deleted_leaves_the_index(ended):
     size = (ended / INDEX).stat().st_size
     World(ended).delete(run_paths(ended)[0])
