@@ -18,15 +18,19 @@ from typing import TYPE_CHECKING
 from harness.accelerators.distributed.heartbeat import Silence
 from harness.accelerators.distributed.meeting import (
     describe_place,
-    is_in_files,
+    is_in,
     list_calls,
 )
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
-_DEEPSPEED = ("/deepspeed/",)
-_WAITING = ("torch/distributed/", *_DEEPSPEED)
+_DEEPSPEED = ("deepspeed",)
+WAITING = (
+    *("torch.distributed.distributed_c10d", "deepspeed.comm", "deepspeed.utils.nvtx"),
+    *("deepspeed.runtime.comm", "deepspeed.runtime.zero"),
+)
+"""Modules that wait for other ranks; beside them are some that write files for long."""
 
 _IDLE_FRAC = 0.02
 """Part of the time that a process computes at most while it waits; sending takes more."""
@@ -159,7 +163,7 @@ class MainThread:
         place.
         """
         frame: FrameType | None = sys._current_frames().get(self._ident)
-        if frame is None or self._clock is None or not is_in_files(frame, _WAITING):
+        if frame is None or self._clock is None or not is_in(frame, WAITING):
             return None
         calls = tuple((id(one.f_code), one.f_lasti) for one in list_calls(frame))
         busy = time.clock_gettime(self._clock)
@@ -178,13 +182,13 @@ def describe_wait(frame: FrameType) -> Wait:
         (
             one.f_code.co_name
             for one in calls
-            if is_in_files(one, _WAITING) and "wrap" not in one.f_code.co_name
+            if is_in(one, WAITING) and "wrap" not in one.f_code.co_name
         ),
         "a collective",
     )
     for one in calls:
         # DeepSpeed 0.19.8, PartitionedParameterCoordinator: the layer that it gathers.
-        if is_in_files(one, _DEEPSPEED) and "current_submodule" in one.f_locals:
+        if is_in(one, _DEEPSPEED) and "current_submodule" in one.f_locals:
             layer = one.f_locals["current_submodule"]
             doing += f" of a layer {type(layer).__name__}"
             texts.append(str(getattr(layer, "ds_id", None)))

@@ -32,9 +32,8 @@ _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.0005, 0.1
 RANKS_AT_ONCE = 128
 """More ranks ask the store more rarely, so that it gets no more questions a second."""
 
-_COLLECTIVES = ("torch/distributed/", "deepspeed/comm/")
-_LIBRARIES = ("/torch/", "/deepspeed/", "/contextlib.py", "/typing_extensions.py")
-_OURS = f"{Path(__file__).parents[2].as_posix()}/"  # has a folder deepspeed, too
+_COLLECTIVES = ("torch.distributed", "deepspeed.comm")
+_LIBRARIES = ("torch", "deepspeed", "contextlib", "typing_extensions")
 
 
 class Meeting:
@@ -212,14 +211,14 @@ def find_collective() -> str | None:
     """Where the main thread calls the collective that it waits in; None if it is in none."""
     ident = threading.main_thread().ident
     frame: FrameType | None = sys._current_frames().get(ident or 0)
-    if frame is None or not is_in_files(frame, _COLLECTIVES):
+    if frame is None or not is_in(frame, _COLLECTIVES):
         return None
     return describe_place(frame)
 
 
 def describe_place(frame: FrameType) -> str:
     """The innermost call outside of torch and DeepSpeed, for a person."""
-    outside = (one for one in list_calls(frame) if not is_in_files(one, _LIBRARIES))
+    outside = (one for one in list_calls(frame) if not is_in(one, _LIBRARIES))
     found = next(outside, None)
     if found is None:
         return "a collective"
@@ -230,7 +229,7 @@ def describe_place(frame: FrameType) -> str:
 def is_of_collective(traceback: TracebackType | None) -> bool:
     """Whether an error was raised in a collective."""
     while traceback is not None:
-        if is_in_files(traceback.tb_frame, _COLLECTIVES):
+        if is_in(traceback.tb_frame, _COLLECTIVES):
             return True
         traceback = traceback.tb_next
     return False
@@ -243,7 +242,7 @@ def list_calls(frame: FrameType | None) -> Iterator[FrameType]:
         frame = frame.f_back
 
 
-def is_in_files(frame: FrameType, parts: tuple[str, ...]) -> bool:
-    """Whether a call is in a file whose path has one of these parts."""
-    path = Path(frame.f_code.co_filename).as_posix()
-    return not path.startswith(_OURS) and any(part in path for part in parts)
+def is_in(frame: FrameType, packages: tuple[str, ...]) -> bool:
+    """Whether a call is of one of these packages; a user's folder may have the same name."""
+    name = f"{frame.f_globals.get('__name__')}."
+    return any(name.startswith(f"{package}.") for package in packages)

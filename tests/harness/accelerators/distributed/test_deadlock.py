@@ -10,11 +10,13 @@ import pytest
 import torch.distributed as dist
 
 from harness.accelerators.distributed.deadlock import (
+    WAITING,
     Deadlock,
     MainThread,
     Wait,
     describe_wait,
 )
+from harness.accelerators.distributed.meeting import describe_place, is_in
 
 AFTER_S = 30.0
 LOSS, NORM = Wait(place="loss, all_reduce", stack=1), Wait(place="norm, wait", stack=2)
@@ -90,11 +92,30 @@ def fetch_sub_module(current_submodule):
 """
 
 
+def run_file(path: str, name: str) -> dict[str, Any]:
+    names: dict[str, Any] = {
+        "current_frame": lambda: sys._getframe(1),
+        "__name__": name,
+    }
+    exec(compile(COORDINATOR, str(Path("/x") / path), "exec"), names)
+    return names
+
+
+def test_user_in_a_folder_called_deepspeed_and_what_writes_files_wait_for_no_rank() -> (
+    None
+):
+    user = run_file("deepspeed/train.py", "__main__")["fetch_sub_module"](None)
+    place = "torch/distributed/checkpoint/filesystem.py"  # which calls os.fsync
+    name = place.removesuffix(".py").replace("/", ".")
+    writer = run_file(place, name)["fetch_sub_module"](None)
+    assert not is_in(user, WAITING)
+    assert not is_in(writer, WAITING)
+    assert describe_place(user) == "fetch_sub_module (train.py, line 3)"
+
+
 def test_wait_is_another_for_another_layer() -> None:
     # As DeepSpeed's file of that name, called where a model would call a layer.
-    code = compile(COORDINATOR, str(Path("/x/deepspeed/coordinator.py")), "exec")
-    names: dict[str, Any] = {"current_frame": lambda: sys._getframe(1)}
-    exec(code, names)
+    names = run_file("deepspeed/coordinator.py", "deepspeed.runtime.zero.coordinator")
 
     class Linear:
         def __init__(self, number: int) -> None:
