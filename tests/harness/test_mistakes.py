@@ -126,7 +126,7 @@ class TwoInputs(Net):
 
 class ListOfImages(Net):
     def step(self) -> Tensor:
-        return CE(self(self.ctx.input), self.ctx.target)
+        return CE(self(list(self.ctx.input)), self.ctx.target)
 
     def forward(self, images: list[Tensor]) -> Any:
         return super().forward(torch.stack(images))

@@ -474,7 +474,8 @@ def test_spoilt_run_is_skipped_by_every_command(call, two, spoilt):
     ):
         assert spoilt.name not in call(*words).output
     for command in ("sync", "verify --no-mlflow"):
-        (line,) = call(*command.split()).stderr.splitlines()
+        line, *others = call(*command.split()).stderr.splitlines()
+        assert all(other.startswith("no runs that") for other in others)
         assert line.startswith("warning: ")
         assert f"{spoilt.name}/run.json" in line
         assert line.endswith("The run is skipped.")
@@ -667,7 +668,9 @@ def test_sync_without_a_server_tells_what_is_left(call, two, monkeypatch):
 
 
 def test_sync_of_all_leaves_out_runs_that_are_not_to_be_delivered(call, two):
-    assert call("sync").output == ""
+    result = call("sync")
+    assert result.stdout == ""
+    assert result.stderr.startswith("no runs that are sent to MLflow in ")
 
 
 # ------------------------------------------------------------------------------- ui
