@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import pyarrow as pa
-
 from tracking import capture
 from tracking.delivery.options import check_options
 from tracking.mlflow_store.keys import LATEST
@@ -158,9 +156,6 @@ def start(
         announce_run(announcement, run.id)
     if rank == 0 and delivery is not False:
         run.deliver(is_new=run_id is None)
-    # pyarrow imports pandas with its first array, which takes half a second. Do it now,
-    # while the delivery process starts, and not when the first block is sealed.
-    pa.array([])
     return run
 
 

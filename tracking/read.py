@@ -13,7 +13,8 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import compute as pc
 
-from tracking.curves.points import MetricPoints, collect_points
+from tracking.curves.points import MetricPoints, collect_points, encode_names
+from tracking.journal.arrays import make_array, make_texts, read_array
 from tracking.journal.fits import COLUMN, Fits, align_fits, get_fits, name_in_fit
 from tracking.journal.reader import SealedBlocks, concat_rows, read_records
 from tracking.journal.segment import Damage
@@ -259,15 +260,15 @@ class Snapshot:
     def count_rows_after(self, seq: int, rank: int = 0) -> int:
         """Count the rows of a rank behind a position, whatever became of them."""
         written = self.written.get(rank)
-        return 0 if written is None else pc.sum(pc.greater(written, seq)).as_py() or 0
+        return 0 if written is None else int((read_array(written) > seq).sum())
 
     def _last_values(self, what: str) -> dict[str, Any]:
         found: dict[str, Any] = {}
         words = ("name", "kind", "value", "payload")
         table = self.records
-        is_wanted = pc.and_(pc.equal(table["what"], what), pc.equal(table["rank"], 0))
+        is_wanted = _mask_equal(table, "what", what) & (read_array(table["rank"]) == 0)
         fits = [COLUMN.name] if COLUMN.name in table.column_names else []
-        table = table.select([*words, *fits]).filter(is_wanted)
+        table = table.select([*words, *fits]).filter(make_array(is_wanted))
         columns = (table[word].to_pylist() for word in words)
         for fit, name, *value in zip(get_fits(table).tolist(), *columns, strict=True):
             parsed = parse_value(*value)
@@ -313,13 +314,14 @@ def find_highest_indices(rank_dir: Path) -> tuple[int, dict[tuple[str, str], int
     table, fits = _read_live(rank_dir)
     fit = fits.numbers[-1]
     table = table.filter(pc.is_valid(table["index"]))
-    table = table.filter(pa.array(fits.find(table["seq"].to_numpy()) == fit))
-    names = ["what", "set"]
-    plain = pa.table(
-        {**{n: table[n].cast(pa.string()) for n in names}, "index": table["index"]}
-    )
-    highest = plain.group_by(names).aggregate([("index", "max")]).to_pylist()
-    return fit, {(row["what"], row["set"]): row["index_max"] for row in highest}
+    table = table.filter(make_array(fits.find(read_array(table["seq"])) == fit))
+    what, whats = encode_names(table["what"])
+    split, splits = encode_names(table["set"])
+    pairs, place = np.unique(what * len(splits) + split, return_inverse=True)
+    highest = np.full(len(pairs), -1)
+    np.maximum.at(highest, place, read_array(table["index"]))
+    names = ((whats[pair // len(splits)], splits[pair % len(splits)]) for pair in pairs)
+    return fit, dict(zip(names, highest.tolist(), strict=True))
 
 
 def count_fits(rank_dir: Path, begun_at: int | None = None) -> int:
@@ -332,10 +334,9 @@ def count_fits(rank_dir: Path, begun_at: int | None = None) -> int:
         a row has an epoch.
     """
     table, fits = _read_live(rank_dir)
-    seq = table["seq"].to_numpy()
+    seq = read_array(table["seq"])
     has_epoch, has_index, has_step = (
-        np.asarray(pc.is_valid(table[name]), bool)
-        for name in ("epoch", "index", "step")
+        read_array(pc.is_valid(table[name])) for name in ("epoch", "index", "step")
     )
     fit = fits.find(seq)
     is_known = fit > 1 if begun_at is None else (fit > 1) | (seq > begun_at)
@@ -370,9 +371,9 @@ def label_rows(
     if superseded:
         is_control = [_mask_equal(table, "kind", kind) for kind in CONTROL]
         is_superseded = ~(is_live | np.logical_or.reduce(is_control))
-        table = table.append_column(SUPERSEDED, [is_superseded])
+        table = table.append_column(SUPERSEDED, make_array(is_superseded))
     elif not is_live.all():
-        table = table.filter(pa.array(is_live))
+        table = table.filter(make_array(is_live))
     return tombstones.fits.label(table)
 
 
@@ -387,16 +388,17 @@ def _read_live(rank_dir: Path) -> tuple[pa.Table, Fits]:
     """Read a rank's live rows, and which fit logged them."""
     found = _read_rank(rank_dir)
     is_live = found.tombstones.mask_live(found.table)
-    return found.table.filter(pa.array(is_live)), found.tombstones.fits
+    return found.table.filter(make_array(is_live)), found.tombstones.fits
 
 
 def _filter_rows(table: pa.Table, **wanted: str | None) -> pa.Table:
     """Keep the rows with these words in their columns; None matches any."""
     for column, word in wanted.items():
         if word is not None:
-            table = table.filter(pa.array(_mask_equal(table, column, word)))
+            table = table.filter(make_array(_mask_equal(table, column, word)))
     return table
 
 
 def _mask_equal(table: pa.Table, column: str, word: str) -> Any:
-    return np.asarray(pc.equal(table[column], word), bool)
+    found = pc.is_in(table[column].cast(pa.string()), make_texts([word]))
+    return read_array(found)

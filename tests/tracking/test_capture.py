@@ -189,9 +189,7 @@ def test_code_state_runs_no_program_of_gits_settings(setting, repo, tmp_path_fac
 
 STARTS = """
 import os, signal, sys
-import pyarrow
 import tracking
-pyarrow.array([])  # imports pandas, which takes longer than the capture
 count, end = int(sys.argv[1]), sys.argv[2]
 for i in range(count):
     run = tracking.start(runs_dir="runs", delivery=False)

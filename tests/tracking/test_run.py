@@ -879,8 +879,6 @@ def test_save_manifest_on_a_failing_disk_is_a_warning(runs):
 FLAT = """
 import os, sys
 from pathlib import Path
-import pyarrow as pa
-pa.array([])  # as start() does: pyarrow imports pandas here
 from tracking.run import Run
 def resident():
     with open("/proc/self/statm") as file:

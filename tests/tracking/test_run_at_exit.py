@@ -66,7 +66,7 @@ CASES = [
 
 # Each program ends a fork of one process, which imports what a run needs only once.
 FORKS = """
-import os, sys, pandas, tracking.api  # pyarrow imports pandas when it first makes an array
+import os, sys, tracking.api
 for number, code in enumerate(sys.argv[1:]):
     os.mkdir(str(number))
     if os.fork() == 0:
@@ -110,7 +110,7 @@ def test_error_before_the_run_is_no_failure(tmp_path):
 
 
 WORKERS = """
-import multiprocessing, pandas, sys, tracking.api
+import multiprocessing, sys, tracking.api
 
 def work(name):
     run = tracking.start(name=name, delivery=False, runs_dir="runs")

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import compute as pc
 
+from tracking.journal.arrays import read_array
 from tracking.journal.fits import COLUMN, get_fits, name_in_fit
 
 FIT: Final = COLUMN.name
@@ -196,8 +197,8 @@ def encode_names(column: pa.ChunkedArray) -> tuple[Array, list[str]]:
     words = [word or "" for word in (*coded.chunk(0).dictionary.to_pylist(), "")]
     numbers: dict[str, int] = {}
     merged = [numbers.setdefault(word, len(numbers)) for word in words]
-    codes = [chunk.indices.fill_null(len(words) - 1) for chunk in coded.chunks]
-    places = np.concatenate([one.to_numpy() for one in codes])
+    codes = [read_array(chunk.indices, len(words) - 1) for chunk in coded.chunks]
+    places = np.concatenate(codes)
     return np.array(merged, np.int64)[places], list(numbers)
 
 

@@ -15,6 +15,8 @@ from typing import Any, Final
 import numpy as np
 import pyarrow as pa
 
+from tracking.journal.arrays import make_array, read_array
+
 FitNumbers = np.ndarray[Any, np.dtype[np.int64]]
 
 COLUMN: Final = pa.field("fit", pa.int32(), nullable=False)
@@ -56,17 +58,17 @@ class Fits:
         """Add the column ``fit`` to a table with rows of a later fit; else return it."""
         if len(self.starts) == 1:
             return table
-        fits = self.find(table["seq"].to_numpy())
+        fits = self.find(read_array(table["seq"]))
         if not (fits > 1).any():
             return table
-        return table.append_column(COLUMN, pa.array(fits.astype(np.int32)))
+        return table.append_column(COLUMN, make_array(fits.astype(np.int32)))
 
 
 def get_fits(table: pa.Table) -> FitNumbers:
     """Return the fit of each row of a table that ``Fits.label`` returned."""
     if COLUMN.name not in table.column_names:
         return np.ones(table.num_rows, np.int64)
-    fits: FitNumbers = table[COLUMN.name].to_numpy().astype(np.int64)
+    fits: FitNumbers = read_array(table[COLUMN.name]).astype(np.int64)
     return fits
 
 
@@ -79,7 +81,7 @@ def align_fits(tables: list[pa.Table], at: int) -> list[pa.Table]:
 
 def place_fits(table: pa.Table, at: int) -> pa.Table:
     """Give a table the column ``fit`` at a place, whether it has one already or not."""
-    fits = pa.array(get_fits(table).astype(np.int32))
+    fits = make_array(get_fits(table).astype(np.int32))
     others = [name for name in table.column_names if name != COLUMN.name]
     return table.select(others).add_column(at, COLUMN, fits)
 

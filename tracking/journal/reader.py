@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Final
 
 import pyarrow as pa
-from pyarrow import compute as pc
 
 from tracking.journal import row_format
+from tracking.journal.arrays import make_array, make_empty_table, read_array
 from tracking.journal.segment import (
     CAPACITY,
     Damage,
@@ -25,7 +25,6 @@ from tracking.journal.segment import (
     read_num_rows,
     read_segment,
 )
-from tracking.schema import SCHEMA
 from tracking.store import is_being_written
 
 _BLOCK: Final = re.compile(r"([0-9]{6}|[1-9][0-9]{6,14})\.(?:arrow|rows)")
@@ -169,7 +168,7 @@ def read_blocks(
 def concat_rows(tables: list[pa.Table]) -> pa.Table:
     """Concatenate tables of rows, whose words get one dictionary."""
     if not tables:
-        return SCHEMA.empty_table()
+        return make_empty_table()
     table = tables[0] if len(tables) == 1 else pa.concat_tables(tables)
     return table.unify_dictionaries()
 
@@ -223,7 +222,7 @@ class JournalReader:
             if number not in present:
                 later = [n for n in present if n > number]
                 if is_live or not later:
-                    return SCHEMA.empty_table()
+                    return make_empty_table()
                 self.after = later[0] * CAPACITY - 1
                 continue
             content = self._read_block(number)
@@ -234,7 +233,7 @@ class JournalReader:
                 return table
             is_done = content.is_sealed or content.frontier == CAPACITY or not is_live
             if not is_done or number == present[-1]:
-                return SCHEMA.empty_table()
+                return make_empty_table()
             self.after = (number + 1) * CAPACITY - 1
 
     def count_unread(self) -> int:
@@ -244,7 +243,7 @@ class JournalReader:
         for number in list_blocks(self.rank_dir):
             if number == first:
                 table = self._read_block(number).table
-                count += pc.sum(pc.greater(table["seq"], self.after)).as_py() or 0
+                count += int((read_array(table["seq"]) > self.after).sum())
             elif number > first:
                 count += self._count_rows(number)
         return count
@@ -255,7 +254,7 @@ class JournalReader:
             return self._sealed[1]
         content = read_block(self.rank_dir, number)
         if content is None:  # somebody removed it after it was listed
-            return BlockContent(SCHEMA.empty_table(), [], CAPACITY, is_sealed=True)
+            return BlockContent(make_empty_table(), [], CAPACITY, is_sealed=True)
         self._sealed = (number, content) if content.is_sealed else None
         return content
 
@@ -281,8 +280,9 @@ def _select_rows(
     content: BlockContent, after: int, number: int, *, is_live: bool
 ) -> pa.Table:
     """Select the rows of a block past ``after`` that will not change."""
-    wanted = pc.greater(content.table["seq"], after)
+    seq = read_array(content.table["seq"])
+    wanted = seq > after
     if is_live and not content.is_sealed:
         end = number * CAPACITY + content.frontier
-        wanted = pc.and_(wanted, pc.less(content.table["seq"], end))
-    return content.table.filter(wanted)
+        wanted &= seq < end
+    return content.table.filter(make_array(wanted))

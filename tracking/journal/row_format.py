@@ -21,8 +21,9 @@ from typing import Any, Final
 import numpy as np
 import pyarrow as pa
 
+from tracking.journal.arrays import make_array, make_texts
 from tracking.journal.segment import CAPACITY, Damage
-from tracking.schema import KINDS, NAMES, SCHEMA, VALUED, VOID
+from tracking.schema import KINDS, SCHEMA, VALUED, VOID
 
 FIELDS: Final = struct.Struct("<qqqdiIHH")
 """time (us since 1970), index, step, value, epoch, key, kind, flags."""
@@ -274,9 +275,9 @@ def _build_table(
 ) -> pa.Table:
     kind, key = row["kind"], row["key"]
     columns = [
-        pa.array(slot + first_seq),
-        pa.array(np.full(len(row), rank, np.int32)),
-        pa.array(row["time"].copy()).view(SCHEMA.field("time").type),
+        make_array(slot + first_seq),
+        make_array(np.full(len(row), rank, np.int32)),
+        make_array(row["time"]).view(SCHEMA.field("time").type),
         *(_encode_words({k: v[i] for k, v in keys.items()}, key) for i in range(3)),
     ]
     pause()
@@ -299,8 +300,8 @@ def _encode_words(words: dict[int, str], numbers: Any) -> pa.DictionaryArray:
     codes = np.zeros(len(used) and used[-1] + 1, np.int32)
     for number in used:
         codes[number] = distinct.setdefault(words[int(number)], len(distinct))
-    names = pa.array([*distinct], NAMES.value_type)
-    return pa.DictionaryArray.from_arrays(codes[numbers], names)
+    names = make_texts([*distinct])
+    return pa.DictionaryArray.from_arrays(make_array(codes[numbers]), names)
 
 
 def _make_values(values: Any, kinds: Any) -> pa.Array:
@@ -308,7 +309,7 @@ def _make_values(values: Any, kinds: Any) -> pa.Array:
     is_valued = np.zeros(len(KINDS), bool)
     is_valued[list(VALUED)] = True
     valued = is_valued[kinds]
-    return pa.array(values.copy(), mask=None if valued.all() else ~valued)
+    return make_array(values, None if valued.all() else ~valued)
 
 
 def _make_payloads(flags: Any, slot: Any, payloads: dict[int, str]) -> pa.Array:
@@ -320,8 +321,8 @@ def _make_payloads(flags: Any, slot: Any, payloads: dict[int, str]) -> pa.Array:
     places[having] = np.arange(len(having))
     absent = np.ones(len(flags), bool)
     absent[having] = False
-    texts = pa.array([payloads[int(number)] for number in slot[having]], pa.string())
-    return texts.take(pa.array(places, mask=absent))
+    texts = make_texts([payloads[int(number)] for number in slot[having]])
+    return texts.take(make_array(places, absent))
 
 
 def _make_nullable(numbers: Any, null: int) -> pa.Array:
@@ -329,7 +330,7 @@ def _make_nullable(numbers: Any, null: int) -> pa.Array:
     absent = numbers == null
     if absent.all():
         return pa.nulls(len(numbers), pa.from_numpy_dtype(numbers.dtype))
-    return pa.array(numbers.copy(), mask=absent if absent.any() else None)
+    return make_array(numbers, absent if absent.any() else None)
 
 
 def _parse_texts(

@@ -29,7 +29,14 @@ import pyarrow as pa
 
 from tracking import durable
 from tracking.errors import InvalidFileError
-from tracking.schema import NAMES, SCHEMA
+from tracking.journal.arrays import (
+    join_chunks,
+    make_array,
+    make_empty_table,
+    make_texts,
+    read_array,
+)
+from tracking.schema import SCHEMA
 
 FORMAT: Final = 1
 CAPACITY: Final = 16384
@@ -115,7 +122,7 @@ def read_segment(path: Path) -> tuple[pa.Table, list[Damage]]:
     data = path.read_bytes()
     ends, reason = _check_pieces(data)
     if not ends:
-        return SCHEMA.empty_table(), [Damage(path, 0, CAPACITY, reason)]
+        return make_empty_table(), [Damage(path, 0, CAPACITY, reason)]
     stream = pa.BufferReader(data[_START : ends[-1]] + _END)
     # Waking the threads of a pool takes longer than the work.
     options = pa.ipc.IpcReadOptions(use_threads=False)
@@ -164,7 +171,7 @@ def _encode(table: pa.Table) -> tuple[dict[str, pa.Array], dict[str, Any]]:
     for name in WORDS:
         _encode_words(table[name], name, columns, constant)
     for name in ("value", "payload"):
-        column = table[name].combine_chunks()
+        column = join_chunks(table[name])
         if column.null_count == len(column):
             constant[name] = None
         else:
@@ -180,11 +187,11 @@ def _encode_count(
     first: dict[str, int],
 ) -> None:
     """Store an integer column as differences, or as a constant."""
-    whole = column.cast(pa.int64()).combine_chunks()
+    whole = join_chunks(column).cast(pa.int64())
     if whole.null_count == len(whole):
         constant[name] = None
         return
-    numbers = whole.drop_null().to_numpy()
+    numbers = read_array(whole.drop_null())
     with np.errstate(over="ignore"):  # wraps around; the sum wraps back
         steps = np.diff(numbers, prepend=numbers[:1])
     if name == "seq":  # always stored, so that rows can be counted
@@ -193,10 +200,10 @@ def _encode_count(
     if name != "seq" and whole.null_count == 0 and not steps.any():
         constant[name] = first[name]
         return
-    mask = np.asarray(whole.is_null())
+    is_null = read_array(whole.is_null())
     spread = np.zeros(len(whole), _find_narrowest(steps))
-    spread[~mask] = steps
-    columns[name] = pa.array(spread, mask=mask if whole.null_count else None)
+    spread[~is_null] = steps
+    columns[name] = make_array(spread, is_null if whole.null_count else None)
 
 
 def _find_narrowest(
@@ -216,7 +223,7 @@ def _encode_words(
     constant: dict[str, Any],
 ) -> None:
     """Store a column of names as narrow dictionary codes, or as a constant."""
-    coded = column.combine_chunks()
+    coded = join_chunks(column)
     words = coded.dictionary
     if len(words) == 1:
         constant[name] = words[0].as_py()
@@ -227,7 +234,7 @@ def _encode_words(
 
 def _narrow_floats(column: pa.Array) -> pa.Array:
     """Convert values to float32 if that keeps every bit of every value."""
-    wide = column.fill_null(0.0).to_numpy()
+    wide = read_array(column)
     with np.errstate(all="ignore"):
         narrow = wide.astype(np.float32)
         same = np.array_equal(
@@ -235,8 +242,7 @@ def _narrow_floats(column: pa.Array) -> pa.Array:
         )
     if not same:
         return column
-    mask = np.asarray(column.is_null()) if column.null_count else None
-    return pa.array(narrow, mask=mask)
+    return make_array(narrow, _find_nulls(column))
 
 
 def _build_file(columns: pa.Table, notes: dict[str, Any]) -> bytes:
@@ -291,7 +297,7 @@ def _decode(stored: pa.Table, notes: dict[str, Any]) -> pa.Table:
     for field in SCHEMA:
         name = field.name
         if name == "rank":
-            column = pa.array(np.full(num_rows, notes["rank"], np.int32))
+            column = make_array(np.full(num_rows, notes["rank"], np.int32))
         elif name in constant and (constant[name] is None or name not in COUNTS):
             column = _repeat_word(constant[name], field.type, num_rows)
         elif name in COUNTS:
@@ -306,19 +312,23 @@ def _decode(stored: pa.Table, notes: dict[str, Any]) -> pa.Table:
 def _sum_differences(stored: pa.Table, notes: dict[str, Any], name: str) -> pa.Array:
     start = notes["first"][name]
     if name in notes["constant"]:
-        return pa.array(np.full(stored.num_rows, start))
-    column = stored[name].combine_chunks()
-    steps = column.cast(pa.int64()).fill_null(0).to_numpy().copy()
-    mask = np.asarray(column.is_null()) if column.null_count else None
+        return make_array(np.full(stored.num_rows, start, np.int64))
+    column = join_chunks(stored[name])
+    steps = read_array(column.cast(pa.int64())).copy()
     if name == "seq":
         steps[1:] += 1
     steps[:1] += start
-    return pa.array(np.cumsum(steps), mask=mask)
+    return make_array(np.cumsum(steps), _find_nulls(column))
+
+
+def _find_nulls(column: pa.Array) -> Any:
+    """Mask of the nulls; None if there is none."""
+    return read_array(column.is_null()) if column.null_count else None
 
 
 def _repeat_word(value: str | None, type_: pa.DataType, num_rows: int) -> pa.Array:
     """Make a column with the same word, or null, in every row."""
     if value is None:
         return pa.nulls(num_rows, type_)
-    codes = pa.array(np.zeros(num_rows, np.int32))
-    return pa.DictionaryArray.from_arrays(codes, pa.array([value], NAMES.value_type))
+    codes = make_array(np.zeros(num_rows, np.int32))
+    return pa.DictionaryArray.from_arrays(codes, make_texts([value]))

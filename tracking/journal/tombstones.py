@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -18,12 +18,14 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import compute as pc
 
+from tracking.journal.arrays import make_array, make_texts, read_array
 from tracking.journal.fits import Fits, get_fits
 from tracking.schema import CONTROL
 
 Place = tuple[str, str, int | None, int]
 """What, set, index and fit of an overwrite."""
 
+_COLUMNS: Final = ["seq", "what", "set", "index", "value", "kind"]
 _PLACE: Final = (pa.string(), pa.string(), pa.int64(), pa.int64())
 _Numbers = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -53,7 +55,7 @@ class Tombstones:
         table
             Rows in the public schema, in order of ``seq``.
         """
-        control = table.filter(_is_control(table))
+        control = table.filter(_is_control(table)).select(_COLUMNS)
         if not control.num_rows:
             return False
         num_rewinds, num_overwrites = len(self.rewinds), len(self.overwrites)
@@ -82,13 +84,13 @@ class Tombstones:
 
     def mask_live(self, table: pa.Table) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """Mask of the live rows; control rows are not live."""
-        seq = table["seq"].to_numpy()
+        seq = read_array(table["seq"])
         starts = np.array([start for start, _ in self._live_ranges])
         ends = np.array([end for _, end in self._live_ranges])
         # A row belongs to the last range that starts before it.
         at = np.searchsorted(starts, seq, side="left") - 1
         is_live: np.ndarray[Any, np.dtype[np.bool_]] = seq <= ends[at]
-        is_live &= ~np.asarray(_is_control(table))
+        is_live &= ~read_array(_is_control(table))
         if self._last_overwrites:
             if self._overwritten is None:
                 self._overwritten = _Overwritten(self._last_overwrites)
@@ -127,8 +129,8 @@ class _Overwritten:
         self._levels: list[tuple[pa.Array, _Numbers]] = []
         place = np.zeros(len(overwrites), np.int64)
         for column, type_ in zip(zip(*overwrites, strict=True), _PLACE, strict=True):
-            values = pa.array([*dict.fromkeys(column)], type_)
-            code = _find_codes(pa.array(column, type_), values)
+            values = _make_values([*dict.fromkeys(column)], type_)
+            code = _find_codes(_make_values(column, type_), values)
             known, place = np.unique(place * len(values) + code, return_inverse=True)
             self._levels.append((values, known))
         self._last = np.empty(len(overwrites), np.int64)
@@ -138,7 +140,10 @@ class _Overwritten:
         self, table: pa.Table, fits: _Numbers
     ) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """Mask of the rows before the last overwrite of their place."""
-        columns = (*(table[name] for name in ("what", "set", "index")), pa.array(fits))
+        columns = (
+            *(table[name] for name in ("what", "set", "index")),
+            make_array(fits),
+        )
         place = np.zeros(table.num_rows, np.int64)
         is_known = np.ones(table.num_rows, bool)
         for column, type_, level in zip(columns, _PLACE, self._levels, strict=True):
@@ -147,17 +152,23 @@ class _Overwritten:
             longer = place * len(values) + code
             place = np.minimum(np.searchsorted(known, longer), len(known) - 1)
             is_known &= (code >= 0) & (known[place] == longer)
-        seq = table["seq"].to_numpy()
+        seq = read_array(table["seq"])
         found: np.ndarray[Any, np.dtype[np.bool_]] = seq < self._last[place]
         return found & is_known
 
 
 def _find_codes(column: pa.ChunkedArray | pa.Array, values: pa.Array) -> _Numbers:
     """Place of each item of a column in a list of values; -1 if it is not there."""
-    found: _Numbers = (
-        pc.index_in(column, values).fill_null(-1).to_numpy().astype(np.int64)
-    )
+    found: _Numbers = read_array(pc.index_in(column, values), -1).astype(np.int64)
     return found
+
+
+def _make_values(values: Sequence[Any], type_: pa.DataType) -> pa.Array:
+    """Make a column of a place."""
+    if type_ == pa.string():
+        return make_texts(values)
+    is_null = np.array([value is None for value in values])
+    return make_array(np.array([value or 0 for value in values], np.int64), is_null)
 
 
 def _is_finite(value: float | None) -> bool:
@@ -171,4 +182,4 @@ def list_places(table: pa.Table) -> list[Place]:
 
 
 def _is_control(table: pa.Table) -> pa.ChunkedArray:
-    return pc.is_in(table["kind"].cast(pa.string()), pa.array(CONTROL))
+    return pc.is_in(table["kind"].cast(pa.string()), make_texts(CONTROL))
