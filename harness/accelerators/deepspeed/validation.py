@@ -247,13 +247,10 @@ def check_dtypes(
         would change them without an error, or fail without a message.
     """
     stage, names = zero_stage(config), {id(p): n for n, p in model.named_parameters()}
-    groups = [
-        group["params"] for opt in optimizers.values() for group in opt.param_groups
-    ]
-    if not groups:  # the config's optimizer
-        groups = [list(model.parameters())]
-    if stage == 3:
-        groups = [[param for group in groups for param in group]]
+    groups = [] if optimizers else [list(model.parameters())]  # the config's optimizer
+    for opt in optimizers.values():
+        own = [group["params"] for group in opt.param_groups]
+        groups += [[param for group in own for param in group]] if stage == 3 else own
     for group in groups:
         found = {p.dtype: names.get(id(p)) for p in group if p.requires_grad}
         for dtype, name in found.items():

@@ -88,6 +88,8 @@ def test_weights_of_other_dtypes_that_engines_step_as_they_are_may_be_trained() 
     whole = {"opt": torch.optim.SGD(MIXED.parameters(), lr=1)}
     check_dtypes(MIXED, whole, {})
     check_dtypes(MIXED, whole, config | {"bf16": {"enabled": True}})
+    of_parts = {n: torch.optim.SGD(p.parameters(), lr=1) for n, p in MIXED.items()}
+    check_dtypes(MIXED, of_parts, {"zero_optimization": {"stage": 3}})
 
 
 def test_layers_that_need_one_device_or_a_gpu_are_refused_on_ranks() -> None:
