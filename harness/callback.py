@@ -134,7 +134,10 @@ def _list_own_events(cls: type) -> set[str]:
 def _list_declared(cls: type[Callback] = Callback) -> set[str]:
     """Events that any class of callbacks declares."""
     below = [_list_declared(kind) for kind in cls.__subclasses__()]
-    return set(vars(cls).get("events", ())).union(*below)
+    events = vars(cls).get("events", ())
+    # Those of a class that has not been refused yet may be anything.
+    own = events if isinstance(events, list | tuple | set | frozenset) else ()
+    return {event for event in own if isinstance(event, str)}.union(*below)
 
 
 class MetricsListener(Callback):

@@ -9,15 +9,16 @@ import dataclasses
 import gc
 import os
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from types import MemberDescriptorType, TracebackType
+from types import FrameType, MemberDescriptorType, TracebackType
 from typing import Any, Final, Literal, NoReturn
 
 from tracking import capture
 from tracking.artifact_logger import ArtifactLogger
-from tracking.delivery.waiting import RunDelivery, call_at_worker_end
+from tracking.delivery.waiting import RunDelivery, call_at_worker_end, is_worker
 from tracking.errors import InvalidFileError, RunClosedError, RunNotFoundError, warn
 from tracking.journal.reader import list_blocks
 from tracking.store import Manifest, describe_error, get_rank_dir, write_failure
@@ -357,14 +358,15 @@ def utc_now() -> str:
 # --------------------------------------------------------- how the interpreter ends
 
 _python_exit: Final = sys.exit
-_uncaught: list[SystemExit] = []
+_python_print_exc: Final = traceback.print_exc
+_uncaught: list[BaseException | None] = []
 
 
 class _ExitCode:
-    """``SystemExit.code``, which notes when the interpreter itself reads it.
+    """``SystemExit.code``, which notes when the interpreter or multiprocessing reads it.
 
-    It does so only for an exception that nobody caught, before it calls exit handlers, and
-    when no Python code is running any more.
+    They do so only for an exception that nobody caught, before they call exit handlers; the
+    interpreter when no Python code is running any more.
     """
 
     def __init__(self, member: MemberDescriptorType) -> None:
@@ -372,7 +374,8 @@ class _ExitCode:
 
     def __get__(self, error: SystemExit | None, owner: type | None = None) -> Any:
         code = self._member.__get__(error, owner)
-        if error is not None and sys._getframe().f_back is None:
+        caller = sys._getframe().f_back
+        if error is not None and (caller is None or _ends_worker(caller)):
             _uncaught.append(SystemExit(code))
         return code
 
@@ -393,12 +396,32 @@ def watch_exit() -> None:
     """
     if sys.exit is _python_exit:
         sys.exit = _exit
+    if is_worker():
+        traceback.print_exc = _print_exc
     # The dictionary behind the read-only view; without one, codes are not noted.
     (attributes, *_) = gc.get_referents(SystemExit.__dict__) or [{}]
     member = attributes.get("code")
     if isinstance(member, MemberDescriptorType):
         attributes["code"] = _ExitCode(member)
         ctypes.pythonapi.PyType_Modified(ctypes.py_object(SystemExit))
+
+
+def _print_exc(*args: Any, **options: Any) -> None:
+    """As Python's; notes what ends a process of multiprocessing.
+
+    Python (3.13 and 3.14) calls its exit handlers when the exception is gone.
+    """
+    if _ends_worker(sys._getframe(1)):
+        _uncaught.append(sys.exception())
+    _python_print_exc(*args, **options)
+
+
+def _ends_worker(caller: FrameType) -> bool:
+    process = sys.modules.get("multiprocessing.process")
+    if process is None:
+        return False
+    runs_all: bool = caller.f_code is process.BaseProcess._bootstrap.__code__
+    return runs_all
 
 
 def _exit(status: Any = None, /) -> NoReturn:

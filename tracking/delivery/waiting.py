@@ -305,6 +305,12 @@ def wait_at_end() -> None:
         _report_thinned(_deliveries.thinned)
 
 
+def is_worker() -> bool:
+    """Whether this is a process of multiprocessing, which skips exit handlers."""
+    process = sys.modules.get("multiprocessing.process")
+    return process is not None and process.parent_process() is not None
+
+
 def call_at_worker_end(
     function: Callable[[], None], priority: int = 1
 ) -> Finalize | None:
@@ -319,9 +325,8 @@ def call_at_worker_end(
     -------
     what can cancel the call; None in any other process, which calls nothing
     """
-    process = sys.modules.get("multiprocessing.process")
     util = sys.modules.get("multiprocessing.util")
-    if process is None or util is None or process.parent_process() is None:
+    if util is None or not is_worker():
         return None
     finalize: Finalize = util.Finalize(None, function, exitpriority=priority)
     return finalize

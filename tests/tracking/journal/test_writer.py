@@ -37,7 +37,8 @@ def put(journal, value, **counts):
 
 def run_script(script, *args, cwd):
     return subprocess.run(
-        [sys.executable, "-c", script, *map(str, args)],
+        # Python 3.12 and later warn of a fork beside threads.
+        [sys.executable, "-W", "ignore:This process", "-c", script, *map(str, args)],
         cwd=cwd,
         capture_output=True,
         text=True,
