@@ -221,9 +221,12 @@ def test_misspelt_own_event_is_an_error_when_it_is_fired() -> None:
         def on_train_batch_end(self) -> None:
             self.ctx.call_callbacks("on_bel")
 
-    class Odd(harness.Callback):  # it is refused only where it is used
-        events = (1, None)
+    with pytest.raises(TypeError, match="a tuple of names") as refused:
 
+        class Odd(harness.Callback):
+            events = (1, None)
+
+    assert refused.value  # holds the class, which is still below Callback
     with pytest.raises(ValueError, match=r"got 'on_bel'\. Did you mean 'on_bell'"):
         line_learner().fit(slope(2), 1, callbacks=[Misspells(), Hears()], **OFF)
 
