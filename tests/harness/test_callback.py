@@ -224,7 +224,7 @@ def test_misspelt_own_event_is_an_error_when_it_is_fired() -> None:
     with pytest.raises(TypeError, match="a tuple of names") as refused:
 
         class Odd(harness.Callback):
-            events = (1, None)
+            events = (1, None)  # type: ignore[assignment]
 
     assert refused.value  # holds the class, which is still below Callback
     with pytest.raises(ValueError, match=r"got 'on_bel'\. Did you mean 'on_bell'"):
