@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -31,9 +31,11 @@ from harness.records import (
     Series,
     format_value,
     iter_filled,
+    iter_metrics,
     metrics_frame,
     pack_records,
 )
+from tracking.errors import escape_control
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -46,20 +48,26 @@ if TYPE_CHECKING:
 
 def format_metrics(records: Records, index: int | None = None) -> str:
     """Return each metric at an index (None: its last) as a table, a column for each set."""
-    frame = metrics_frame(records)
-    if index is not None:
-        frame = frame[frame["epoch"] == index]
-    if frame.empty:
+    columns: dict[str, dict[str, str]] = {}
+    for split, name, at, value in iter_metrics(records):
+        if index is None or at == index:
+            columns.setdefault(split, {})[name] = format_value(value)
+    names = [*dict.fromkeys(name for column in columns.values() for name in column)]
+    if not names:
         return "no metrics"
-    last = frame.drop_duplicates(["metric", "set"], keep="last")
-    texts = [
-        format_value(value) for value in last["value"]
-    ]  # as text, because a NaN must not look like a missing value
-    metrics, splits = frame["metric"].unique(), frame["set"].unique()
-    table = last.assign(value=texts).pivot(
-        index="metric", columns="set", values="value"
-    )
-    return table.reindex(index=metrics, columns=splits).fillna("").to_string()
+    lines = _justify(["set", "metric", *names], str.ljust)
+    for split, column in columns.items():
+        texts = [split, "", *(f" {column.get(name, '')}" for name in names)]
+        cells = _justify(texts, str.rjust)
+        lines = [f"{line} {cell}" for line, cell in zip(lines, cells, strict=True)]
+    return "\n".join(lines)
+
+
+def _justify(texts: Sequence[str], justify: Callable[[str, int], str]) -> list[str]:
+    plain = str.maketrans({"\n": "\\n", "\t": "\\t"})
+    shown = [escape_control(text).translate(plain) for text in texts]
+    width = max(map(len, shown))
+    return [justify(text, width) for text in shown]
 
 
 def format_times(records: Records) -> str:

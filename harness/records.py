@@ -341,14 +341,19 @@ def metrics_frame(
     """
     import pandas as pd  # noqa: PLC0415  slow to import, seldom used
 
-    rows = [
-        (split, name, index, value)
-        for split, series in records.get("metrics", {}).items()
-        for index, metrics in iter_filled(series, first, last)
-        if isinstance(metrics, Mapping)
-        for name, value in named_leaves(metrics)
-    ]
+    rows = [*iter_metrics(records, first, last)]
     return pd.DataFrame(rows, columns=["set", "metric", unit, "value"])
+
+
+def iter_metrics(
+    records: Records, first: int = 1, last: int | None = None
+) -> Iterator[tuple[str, str, int, Any]]:
+    """Iterate over set, name, index and value of each metric."""
+    for split, series in records.get("metrics", {}).items():
+        for index, metrics in iter_filled(series, first, last):
+            if isinstance(metrics, Mapping):
+                for name, value in named_leaves(metrics):
+                    yield split, name, index, value
 
 
 def format_metrics(metrics: Mapping[str, object]) -> dict[str, str]:

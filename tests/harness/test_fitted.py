@@ -30,6 +30,8 @@ from torchmetrics.wrappers import ClasswiseWrapper, MinMaxMetric
 
 import harness
 from harness.checkpoint.weights import SAVED_MODEL, SAVED_WEIGHTS
+from harness.fitted import format_metrics
+from harness.records import format_value, metrics_frame
 from tests.harness.fakes import Net, line_learner, net_learner, points, slope
 
 DATA = points(40)
@@ -585,3 +587,19 @@ def test_results_show_themselves_shortly_in_a_notebook():
     found = harness.lr_finder(learner, slope(64))
     assert len(repr(found)) < 100
     assert "<img src=" in found._repr_html_()
+
+
+@pytest.mark.parametrize("index", [None, 1, 2, 9])
+def test_table_of_metrics_is_the_one_of_pandas(index: int | None) -> None:
+    first = {"loss": 0.5, "a/b": {"deep": 1e-9}, "long name of a metric": math.nan}
+    valid = [None, {"loss": [[10, 0], [7, 3]], "": True, "tab\tline\n": "x"}]
+    records = {"metrics": {"train": [first, {"loss": -1}], "v": valid, "none": []}}
+    frame = metrics_frame(records)
+    if index is not None:
+        frame = frame[frame["epoch"] == index]
+    last = frame.drop_duplicates(["metric", "set"], keep="last")
+    wide = last.assign(value=[format_value(value) for value in last["value"]])
+    wide = wide.pivot(index="metric", columns="set", values="value").fillna("")
+    wide = wide.reindex(index=frame["metric"].unique(), columns=frame["set"].unique())
+    expected = "no metrics" if frame.empty else wide.to_string()
+    assert format_metrics(records, index) == expected
