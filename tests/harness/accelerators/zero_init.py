@@ -21,7 +21,12 @@ from harness.checkpoint.whole.export import export_weights
 from harness.reshard.skeleton import count_elements
 from tests.harness.accelerators.cases import Gan, Lab, adversarial, players
 from tests.harness.accelerators.resumes import BreakOff, BrokenOff
-from tests.harness.accelerators.whole import read_memory, same_metrics, same_weights
+from tests.harness.accelerators.whole import (
+    begin_peak,
+    read_peak,
+    same_metrics,
+    same_weights,
+)
 
 LAYERS, WIDTH = 8, 3072
 """Matrices of the deep model. Each has 36 MiB, for which malloc asks the system each time."""
@@ -304,12 +309,11 @@ class Deep(nn.Sequential):
 def case_memory_of_a_rank_while_the_model_is_built(lab: Lab) -> None:
     layer = 4 * WIDTH * WIDTH
     accelerator = make()
-    Path("/proc/self/clear_refs").write_text("5")
-    before = read_memory("VmRSS")
+    before = begin_peak()
     with accelerator.building():
         model = Deep()
     assert all(hasattr(param, "ds_id") for param in model.parameters())
-    peak = read_memory("VmHWM") - before
+    peak = read_peak(before)
     sys.stdout.write(f"rank {lab.rank} of {lab.world}: {peak / 1e6:.0f} MB\n")
     assert count_elements(model) == LAYERS * (WIDTH + 1) * WIDTH
     if lab.world > 1:  # one rank holds everything anyway
