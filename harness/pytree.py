@@ -58,9 +58,8 @@ def cache_by_identity(function: Callable[[Any], T]) -> Callable[[Any], T]:
             return found[key]
         except KeyError:
             result = function(thing)
-            with contextlib.suppress(
-                TypeError
-            ):  # such as None: it has no weak reference
+            # None, for one, has no weak reference.
+            with contextlib.suppress(TypeError):
                 refs[key] = weakref.ref(thing, functools.partial(forget, key))
                 found[key] = result
             return result

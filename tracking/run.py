@@ -409,7 +409,7 @@ def watch_exit() -> None:
 def _print_exc(*args: Any, **options: Any) -> None:
     """As Python's; notes what ends a process of multiprocessing.
 
-    Python (3.13 and 3.14) calls its exit handlers when the exception is gone.
+    Python 3.13 calls the exit handlers of such a process when the exception is gone.
     """
     if _ends_worker(sys._getframe(1)):
         _uncaught.append(sys.exception())

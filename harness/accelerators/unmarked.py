@@ -1,4 +1,4 @@
-"""Calls of torch's optimizers without the mark for a profiler, which takes longer than they do."""
+"""Step and clear torch's optimizers without the mark that torch makes for a profiler each time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _DONE_HERE: Final = {
     *_OWN_HOOKS,
     *("_optimizer_step_code", "func"),
 }
-"""Names in torch's wrapper of ``step``: its mark and its hooks. It does nothing else."""
+"""What torch's wrapper of ``step`` uses for its mark and hooks; one with other names does more."""
 
 
 def step(opt: Any) -> None:

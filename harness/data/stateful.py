@@ -91,7 +91,8 @@ def set_states(
     before = get_states(parts)
     changed = {p: s for p, s in states.items() if not _is_same(s, before.get(p))}
     _load(parts, changed)
-    is_read_here = not getattr(loader, "num_workers", 0) or "sampler" in str([*parts])
+    is_sampled = any("sampler" in place for place in parts)
+    is_read_here = is_sampled or not getattr(loader, "num_workers", 0)
     is_tried = is_after_end and (is_read_here or "loader" in parts)
     # Without a batch, the state was that of the end, which is now behind.
     if is_tried and _has_batch(loader):
@@ -122,12 +123,10 @@ def update_states(
         found = get_states({place: parts[place]})[place]
         if not _is_same(saved, found):
             is_late = True
-            text = (
-                "it continues from its state_dict, since reading its batches again led"
-            )
-            now_at = f"{now[place].get('state')!r:.60}"
-            text = f"{text} to {now_at} and not to {saved['state']!r:.60}"
-            notes.append((f"{place} {saved['class']}", "differs", text))
+            got = f"{now[place].get('state')!r:.60} and not to {saved['state']!r:.60}"
+            text = "it continues from its state_dict, since reading its batches again"
+            name = f"{place} {saved['class']}"
+            notes.append((name, "differs", f"{text} led to {got}"))
     return notes, is_late
 
 

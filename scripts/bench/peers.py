@@ -274,7 +274,7 @@ def measure(contenders: dict[str, Fit], data: Any, epochs: int, rounds: int) -> 
                     taken = time.process_time() - began
                     times.setdefault((name, length), []).append(taken)
     short, long = lengths
-    by_hand = next(iter(contenders))
+    base = next(iter(contenders))
 
     def per_step(name: str) -> list[float]:
         pairs = zip(times[name, short], times[name, long], strict=True)
@@ -284,8 +284,8 @@ def measure(contenders: dict[str, Fit], data: Any, epochs: int, rounds: int) -> 
         return statistics.median(a / b for a, b in zip(own, other, strict=True))
 
     for name in contenders:
-        step = ratio(per_step(name), per_step(by_hand))
-        first = ratio(times[name, short], times[by_hand, short])
+        step = ratio(per_step(name), per_step(base))
+        first = ratio(times[name, short], times[base, short])
         print(f"  {name:12} {step:6.2f} {first:6.2f}", flush=True)
 
 

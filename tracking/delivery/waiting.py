@@ -306,7 +306,7 @@ def wait_at_end() -> None:
 
 
 def is_worker() -> bool:
-    """Whether this is a process of multiprocessing, which skips exit handlers."""
+    """Whether multiprocessing has started this process."""
     process = sys.modules.get("multiprocessing.process")
     return process is not None and process.parent_process() is not None
 

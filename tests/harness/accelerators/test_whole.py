@@ -23,7 +23,7 @@ MODULE = "tests.harness.accelerators.best"
 STAGES = [0, 1, 3]
 
 MEMORY = "memory_at_the_end_of_a_fit_on_ranks"
-"""How much a rank holds for a moment depends on what else it does: not with the others."""
+"""It has a launch of its own: what ran before changes how much memory a rank holds."""
 
 OTHERS = [name for name in CASES if name != MEMORY]
 
