@@ -113,12 +113,13 @@ def list_(
             runs_dir, 0 if reads_all else max(limit, MAIN_RUNS)
         )
         facts = {run["id"]: list_facts(run) for run in found}
-        known = [name for own in facts.values() for name in own]
+        known = sorted({name for own in facts.values() for name in own})
         if query is not None and found:
-            query.check_names(known)
+            for name in query.names:
+                check_name("where", name, known)
             found = [run for run in found if query.matches(facts[run["id"]])]
         if key and facts:
-            check_name("--sort", key, sorted(set(known)))
+            check_name("--sort", key, known)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     told = found if query is not None else found[:num_main]

@@ -9,8 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-from tracking.curves.charts import Charts, Room, choose_charts
-from tracking.curves.points import MetricPoints
+from tracking.curves.charts import Charts, Line, Room, choose_charts
 from tracking.delivery.state import DeliveryState
 from tracking.journal.fits import get_fits, name_in_fit
 from tracking.read import PastRun, Snapshot
@@ -39,8 +38,10 @@ def summarize_run(run: PastRun, read: Snapshot | None = None) -> dict[str, Any]:
     """
     manifest = run.manifest
     status = get_status(run.path, manifest)
-    read = run.snapshot() if read is None else read
+    read = read or run.snapshot()
     state = DeliveryState.read_or_none(run.path)
+    if state is None and manifest.deliver:
+        state = DeliveryState()
     return {
         "id": run.id,
         "name": manifest.name,
@@ -48,7 +49,8 @@ def summarize_run(run: PastRun, read: Snapshot | None = None) -> dict[str, Any]:
         "experiment": manifest.experiment,
         "created": manifest.created,
         "duration_s": _measure_duration_s(manifest, status),
-        "behind": _count_rows_behind(manifest, state, read),
+        # None for a run that is not delivered at all.
+        "behind": state and max(state.behind, read.count_rows_after(state.delivered)),
         "params": read.params,
         "tags": read.tags,
         "metrics": read.summary(),
@@ -60,13 +62,12 @@ def collect_charts(read: Snapshot, most: int = MAX_CHARTS) -> Charts:
     """Lines of the main metrics of a run, in its last fit, for a terminal."""
     points = read.points
     fit = points.find_last_fit()
-    series: dict[str, dict[str, slice]] = {}
+    lines: dict[str, dict[str, Line]] = {}
     for number, name in enumerate(points.names):
-        at = points.find_in_fit(number, fit)
-        if at.stop > at.start:
-            series.setdefault(name.metric, {})[name.set or name.metric] = at
-    room = replace(ROOM, charts=most)
-    return choose_charts(series, room, lambda at: (points.place[at], points.value[at]))
+        line = points.get_line(number, fit)
+        if len(line[0]):
+            lines.setdefault(name.metric, {})[name.set or name.metric] = line
+    return choose_charts(lines, replace(ROOM, charts=most))
 
 
 def compare_curves(reads: Mapping[str, Snapshot], key: str) -> Charts:
@@ -79,18 +80,13 @@ def compare_curves(reads: Mapping[str, Snapshot], key: str) -> Charts:
     key
         The metric, as ``<set>/<name>``.
     """
-    series: dict[str, tuple[MetricPoints, slice]] = {}
+    lines = {}
     for name, read in reads.items():
         points = read.points
         if key in points.keys:
             number = points.keys.index(key)
-            series[name] = points, points.find_in_fit(number, points.find_last_fit())
-
-    def get_points(one: tuple[MetricPoints, slice]) -> tuple[Any, Any]:
-        points, at = one
-        return points.place[at], points.value[at]
-
-    return choose_charts({key: series}, ROOM, get_points)
+            lines[name] = points.get_line(number, points.find_last_fit())
+    return choose_charts({key: lines}, ROOM)
 
 
 def describe_origin(run: PastRun, read: Snapshot) -> dict[str, str]:
@@ -140,8 +136,8 @@ def describe_run(run: PastRun, read: Snapshot | None = None) -> dict[str, Any]:
     of which it is not known whether it runs
     """
     manifest = run.manifest
-    read = run.snapshot() if read is None else read
-    state = DeliveryState.read_or_none(run.path)
+    read = read or run.snapshot()
+    writers = find_writers(run.path).values()
     return {
         **summarize_run(run, read),
         "note": manifest.note,
@@ -155,26 +151,10 @@ def describe_run(run: PastRun, read: Snapshot | None = None) -> dict[str, Any]:
         "items": list_items(read),
         "rows": read.records.num_rows,
         "ranks": len(list_rank_dirs(run.path)),
-        "damage": [
-            {
-                "file": str(damage.file),
-                "offset": damage.offset,
-                "rows_lost": damage.rows_lost,
-                "reason": damage.reason,
-            }
-            for damage in read.damage
-        ],
-        "mlflow": _describe_delivery(state),
-        "writer": _describe_writer(run),
+        "damage": [vars(damage) for damage in read.damage],
+        "mlflow": _describe_delivery(DeliveryState.read_or_none(run.path)),
+        "writer": next((str(one) for one in writers if one.state == "unknown"), None),
     }
-
-
-def _describe_writer(run: PastRun) -> str | None:
-    """Say who may still write a run; None if it is known who does."""
-    for holder in find_writers(run.path).values():
-        if holder.state == "unknown":
-            return str(holder)
-    return None
 
 
 def list_items(read: Snapshot) -> list[dict[str, Any]]:
@@ -211,16 +191,6 @@ def _measure_duration_s(manifest: Manifest, status: str) -> float | None:
     if status == "running":
         return (datetime.now(UTC) - start).total_seconds()
     return None
-
-
-def _count_rows_behind(
-    manifest: Manifest, state: DeliveryState | None, read: Snapshot
-) -> int | None:
-    """Rows that MLflow has not received; None if the run is not delivered at all."""
-    if state is None and not manifest.deliver:
-        return None
-    state = state or DeliveryState()
-    return max(state.behind, read.count_rows_after(state.delivered))
 
 
 def _describe_delivery(state: DeliveryState | None) -> dict[str, Any] | None:

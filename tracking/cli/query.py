@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import operator
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
@@ -25,6 +26,15 @@ _TOKEN: Final = re.compile(
 _EXAMPLE: Final = (
     'Write for example: valid/loss < 0.1 and params.lr = 0.001 or name = "big".'
 )
+_OPERATORS: Final[dict[str, Callable[[Any, Any], bool]]] = {
+    "=": operator.eq,
+    "==": operator.eq,
+    "!=": operator.ne,
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+}
 
 
 def list_facts(summary: dict[str, Any]) -> dict[str, Any]:
@@ -58,25 +68,17 @@ class Query:
     ----------
     names
         The names in it.
+    matches
+        Returns whether a run has what the expression asks for.
     """
 
     def __init__(self, text: str) -> None:
         self._text = text
         self._tokens = self._split(text)
         self.names: list[str] = []
-        self._test = self._parse_or()
+        self.matches: Test = self._parse_or()
         if self._tokens:
             raise self._error("'and' or 'or'", self._tokens[0][1])
-
-    def matches(self, facts: Facts) -> bool:
-        """Return whether a run has what the expression asks for."""
-        return self._test(facts)
-
-    def check_names(self, known: Iterable[str]) -> None:
-        """Refuse a name that no run has."""
-        known = sorted(set(known))
-        for name in self.names:
-            check_name("where", name, known)
 
     def _split(self, text: str) -> list[tuple[str, str]]:
         found, place = [], 0
@@ -128,25 +130,25 @@ class Query:
         return self._parse_comparison()
 
     def _parse_comparison(self) -> Test:
-        kind, name = self._tokens.pop(0) if self._tokens else ("", "")
-        if kind not in {"word", "text"}:
-            raise self._error("a name", name)
-        name = name[1:-1] if kind == "text" else name
+        name = self._take_word("a name")
         kind, sign = self._tokens.pop(0) if self._tokens else ("", "")
         if kind != "op":
             raise self._error(f"an operator after {name!r}", sign)
-        kind, text = self._tokens.pop(0) if self._tokens else ("", "")
-        if kind not in {"word", "text"}:
-            raise self._error(f"a value after {name} {sign}", text)
-        value = text[1:-1] if kind == "text" else text
+        value = self._take_word(f"a value after {name} {sign}")
         name = name.removeprefix("metrics.")
         self.names.append(name)
         return lambda facts: compare(facts.get(name), sign, value)
 
+    def _take_word(self, expected: str) -> str:
+        """Take a name or a value, without its quotation marks."""
+        kind, text = self._tokens.pop(0) if self._tokens else ("", "")
+        if kind not in {"word", "text"}:
+            raise self._error(expected, text)
+        return text[1:-1] if kind == "text" else text
 
-def check_name(place: str, name: str, known: Iterable[str]) -> None:
-    """Refuse a name that is not known."""
-    known = list(known)
+
+def check_name(place: str, name: str, known: list[str]) -> None:
+    """Refuse a name that no run has."""
     if name in known:
         return
     near = difflib.get_close_matches(name, known, n=1)
@@ -166,23 +168,8 @@ def compare(found: Any, sign: str, text: str) -> bool:
         return sign == "!="
     left, right = as_number(found), as_number(text)
     if left is None or right is None:
-        equal = str(found) == text
-        if sign in {"=", "=="}:
-            return equal
-        if sign == "!=":
-            return not equal
-        return _order(str(found), sign, text)
-    if sign in {"=", "=="}:
-        return left == right
-    if sign == "!=":
-        return left != right
-    return _order(left, sign, right)
-
-
-def _order(left: Any, sign: str, right: Any) -> bool:
-    is_below, is_above, is_equal = left < right, left > right, left == right
-    found = {"<": is_below, "<=": is_below or is_equal, ">": is_above}
-    return bool(found.get(sign, is_above or is_equal))
+        return _OPERATORS[sign](str(found), text)
+    return _OPERATORS[sign](left, right)
 
 
 def as_number(value: Any) -> float | None:

@@ -52,20 +52,17 @@ def showing(text: str, *, when: bool = True) -> Iterator[None]:
         write_stderr(f"\r{' ' * len(shown)}\r")
 
 
-def make_table(*columns: str) -> Table:
-    """Make an empty table."""
+def make_table(columns: Iterable[str], rows: Iterable[Sequence[str]] = ()) -> Table:
+    """Make a table of stored texts."""
     from rich.box import SIMPLE_HEAD  # noqa: PLC0415  takes 20 ms
     from rich.table import Table  # noqa: PLC0415  takes 20 ms
 
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for column in columns:
         table.add_column(_as_cell(column), overflow="fold")
+    for cells in rows:
+        table.add_row(*map(_as_cell, cells))
     return table
-
-
-def _add_row(table: Table, *cells: str) -> None:
-    """Add a row of stored texts."""
-    table.add_row(*map(_as_cell, cells))
 
 
 def _as_cell(text: str) -> str:
@@ -98,7 +95,7 @@ def print_table(table: Table) -> None:
     if not is_long or sum(widths) + 3 * len(widths) - 1 > console.width:
         console.print(table)
         return
-    head = make_table(*headers)
+    head = make_table(headers)
     for column, width in zip(head.columns, widths, strict=True):
         column.min_width = width
     with console.capture() as captured:
@@ -162,10 +159,7 @@ def make_runs_table(
         if _measure(columns) <= width:
             break
         del columns[name]
-    table = make_table(*columns)
-    for cells in zip(*columns.values(), strict=True):
-        _add_row(table, *cells)
-    return table
+    return make_table(columns, zip(*columns.values(), strict=True))
 
 
 def _measure(columns: dict[str, list[str]]) -> int:
@@ -236,64 +230,60 @@ def make_details_table(run: dict[str, Any]) -> Table:
         "MLflow error": mlflow.get("error"),
         "page": mlflow.get("page") or (mlflow and "harness ui"),
     }
-    table = make_table("", "")
-    table.show_header = False
+    rows = []
     for label, text in lines.items():
         for line in str(text or "").splitlines():
-            _add_row(table, label, line)
+            rows.append((label, line))
             label = ""
+    table = make_table(["", ""], rows)
+    table.show_header = False
     return table
 
 
 def make_params_table(params: dict[str, Any]) -> Table:
     """One row for each param."""
-    table = make_table("param", "value")
-    for name, value in params.items():
-        _add_row(table, name, format_value(value))
-    return table
+    rows = ((name, format_value(value)) for name, value in params.items())
+    return make_table(["param", "value"], rows)
 
 
 def make_metrics_table(metrics: dict[str, dict[str, Any]]) -> Table:
     """One row for each metric, with its last and extreme values."""
     columns = ("last", "min", "max", "count")
-    table = make_table("metric", *columns)
-    for name, values in metrics.items():
-        _add_row(table, name, *(format_value(values[column]) for column in columns))
-    return table
+    rows = (
+        [name, *(format_value(values[column]) for column in columns)]
+        for name, values in metrics.items()
+    )
+    return make_table(["metric", *columns], rows)
 
 
 def make_items_table(items: list[dict[str, Any]]) -> Table:
     """One row for each series of images, tables or histograms."""
-    table = make_table("kind", "name", "count", "last", "file of the last")
+    rows = []
     for item in items:
         last = f"step {item['last']}" if item["last"] is not None else ""
         texts = (item["kind"], item["name"], str(item["count"]), last)
-        _add_row(table, *texts, item["file"] or "")
-    return table
+        rows.append((*texts, item["file"] or ""))
+    return make_table(["kind", "name", "count", "last", "file of the last"], rows)
 
 
 def make_comparison_table(runs: list[dict[str, Any]]) -> Table:
     """What differs between runs in params, code and data, and the last value of metrics."""
-    table = make_table("", *(run["id"] for run in runs))
+    rows = []
     for what in ("params", "origin"):
         for name in _collect_keys(run[what] for run in runs):
             texts = [format_value(run[what].get(name, "")) for run in runs]
             if len(set(texts)) > 1:
-                _add_row(table, name, *texts)
+                rows.append([name, *texts])
     for name in _collect_keys(run["metrics"] for run in runs):
         last = [run["metrics"].get(name, {}).get("last", "") for run in runs]
-        _add_row(table, name, *map(format_value, last))
-    _break_ids(table)
-    return table
-
-
-def _break_ids(table: Table) -> None:
-    """Break ids at the head of columns behind the time, if the table is too wide."""
+        rows.append([name, *map(format_value, last)])
+    table = make_table(["", *(run["id"] for run in runs)], rows)
     console = make_console()
     unlimited = console.options.update(width=10_000)
     if console.measure(table, options=unlimited).maximum > console.width:
-        for column in table.columns:
+        for column in table.columns:  # break the ids behind the time
             column.header = re.sub(r"^(\d{8}-\d{6}-)(?=.)", "\\1\n", str(column.header))
+    return table
 
 
 def _collect_keys(dicts: Iterable[dict[str, Any]]) -> list[str]:

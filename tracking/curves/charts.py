@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-
-T = TypeVar("T")
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -36,34 +34,21 @@ class Charts:
     num_lines: dict[str, int]
 
 
-def choose_charts(
-    series: Mapping[str, Mapping[str, T]],
-    room: Room,
-    get_points: Callable[[T], tuple[Any, Any]],
-) -> Charts:
+def choose_charts(lines: Mapping[str, Mapping[str, Line]], room: Room) -> Charts:
     """Choose the charts that a picture has room for, and the points of each line.
 
     Parameters
     ----------
-    series
-        What is known of each line, by metric and set.
-    get_points
-        Returns places and values of a line.
+    lines
+        All lines by metric and set.
     """
-    lines = {
-        metric: {
-            name: _thin_line(*get_points(one), room.columns)
-            for name, one in islice(series[metric].items(), room.lines)
-        }
-        for metric in choose_metrics(series)[: room.charts]
-    }
-    return Charts(lines, {metric: len(sets) for metric, sets in series.items()})
-
-
-def _thin_line(x: Any, y: Any, columns: int) -> Line:
-    x, y = np.asarray(x), np.asarray(y, np.float64)
-    shown = thin_curve(x, y, columns)
-    return x[shown], y[shown]
+    shown: dict[str, dict[str, Line]] = {}
+    for metric in choose_metrics(lines)[: room.charts]:
+        chart = shown[metric] = {}
+        for name, (x, y) in islice(lines[metric].items(), room.lines):
+            at = thin_curve(x, y, room.columns)
+            chart[name] = x[at], y[at]
+    return Charts(shown, {metric: len(sets) for metric, sets in lines.items()})
 
 
 def choose_metrics(sets: Mapping[str, Collection[object]]) -> list[str]:

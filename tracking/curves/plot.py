@@ -6,11 +6,11 @@ import io
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final
+
+import numpy as np
 
 from tracking.curves.charts import Charts, Line, Room, choose_charts
-
-T = TypeVar("T")
 
 PER_ROW = 3
 """Maximum number of charts side by side."""
@@ -53,13 +53,16 @@ def plot_curves(
     if not series:
         msg = "plot: expected at least one numeric metric, got none."
         raise ValueError(f"{msg} Train for an epoch first.")
-    charts = choose_charts(series, ROOM, _split_points)
-    return plot_charts(charts, path, unit=unit)
+    lines = {
+        metric: {split: _as_line(points) for split, points in sets.items()}
+        for metric, sets in series.items()
+    }
+    return plot_charts(choose_charts(lines, ROOM), path, unit=unit)
 
 
-def _split_points(points: list[tuple[int, float]]) -> tuple[Any, Any]:
+def _as_line(points: list[tuple[int, float]]) -> Line:
     epochs, values = zip(*points, strict=True)
-    return epochs, values
+    return np.array(epochs), np.array(values, np.float64)
 
 
 def plot_charts(
@@ -85,11 +88,7 @@ def plot_charts(
         figure.suptitle(f"{len(lines)} of {len(charts.num_lines)} metrics")
     if path is not None:
         figure.savefig(path, dpi=150)
-    return show_in_notebooks(figure)
-
-
-def show_in_notebooks(figure: T) -> T:
-    """Let a notebook show a figure, also before ``%matplotlib inline``; return the figure."""
+    # A notebook shows it, also before ``%matplotlib inline``.
     figure._repr_png_ = partial(_render_png, figure)  # type: ignore[attr-defined]
     return figure
 

@@ -15,13 +15,12 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import compute as pc
 
+from tracking.curves.charts import Array, Line
 from tracking.journal.arrays import read_array
 from tracking.journal.fits import COLUMN, get_fits, name_in_fit
 
 FIT: Final = COLUMN.name
 INDEX: Final = "index"
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class SeriesName(NamedTuple):
@@ -74,11 +73,11 @@ class MetricPoints:
         """Return the number of the last fit; 1 if there is no point."""
         return int(self.fit.max(initial=1))
 
-    def find_in_fit(self, number: int, fit: int) -> slice:
-        """Where the points of a series are that one fit logged."""
+    def get_line(self, number: int, fit: int) -> Line:
+        """Return the places and values of a series that one fit logged."""
         at = self.find(number)
-        start, end = np.searchsorted(self.fit[at], [fit, fit + 1])
-        return slice(at.start + int(start), at.start + int(end))
+        start, end = at.start + np.searchsorted(self.fit[at], [fit, fit + 1])
+        return self.place[start:end], self.value[start:end]
 
     def summarize(self) -> dict[str, dict[str, float]]:
         """Return ``last``, ``min``, ``max`` and ``count`` of each series, by fit and key."""

@@ -256,18 +256,13 @@ class Reconciler:
         found = row_ids(history, expected.keys, columns)
         is_ours = found[:, 0] >= 0  # a borrowed run has metrics of others too
         history, found = history.filter(pa.array(is_ours)), found[is_ours]
-        matcher = RowMatcher(found)
-        missing = [POINTS.empty_table()]
-        for points, is_sent in expected.read_pages():
-            is_there = matcher.match(row_ids(points, expected.keys, columns))
-            missing.append(points.filter(pa.array(is_sent & ~is_there)))
+        missing, extra = expected.find_differences(found, columns)
         self._cursor.restart_counts(expected.counts, expected.timestamps)
-        extra = matcher.find_unmatched()
         self._stale = StalePoints(timing_keys(self._scan))
         for row in history.take(extra).select(["key", *columns]).to_pylist():
             self._stale.add(**row)
         self.num_present = len(found) - len(extra)
-        return pa.concat_tables(missing).unify_dictionaries()
+        return missing
 
 
 class ExpectedPoints:
@@ -292,6 +287,8 @@ class ExpectedPoints:
         Which gave the points of the pages their times.
     counts
         Number of points of each key in the pages.
+    num_sent
+        Points of the pages that MLflow should have.
     """
 
     def __init__(
@@ -300,6 +297,7 @@ class ExpectedPoints:
         self.keys = pa.array(list(scan.keys.by_series.values()), pa.string())
         self.timestamps = UniqueTimestamps()
         self.counts: dict[str, int] = {}
+        self.num_sent = 0
         self._scan = scan
         self._upto = upto
         self._per_key = per_key
@@ -310,7 +308,7 @@ class ExpectedPoints:
 
         Each call reads them from the first one.
         """
-        self.timestamps = UniqueTimestamps()
+        self.timestamps, self.num_sent = UniqueTimestamps(), 0
         lengths = self._count_points() if self._is_final else None
         counts = np.zeros(len(self.keys), np.int64)
         for page in self._read():
@@ -319,12 +317,35 @@ class ExpectedPoints:
             ordinals = counts[code] + count_within_groups(code)
             counts += np.bincount(code, minlength=len(counts))
             if self._per_key is None or (self._is_final and lengths is None):
-                yield points, np.ones(len(code), bool)
+                is_sent = np.ones(len(code), bool)
             elif lengths is None:
-                yield points, mask_early(ordinals, self._per_key)
+                is_sent = mask_early(ordinals, self._per_key)
             else:
-                yield points, mask_final(ordinals, lengths[code], self._per_key)
+                is_sent = mask_final(ordinals, lengths[code], self._per_key)
+            self.num_sent += int(is_sent.sum())
+            yield points, is_sent
         self.counts = dict(zip(self.keys.to_pylist(), counts.tolist(), strict=True))
+
+    def find_differences(
+        self, found: Rows, columns: list[str]
+    ) -> tuple[pa.Table, Rows]:
+        """Find the points to send that equal no row of MLflow's, and the rows beyond them.
+
+        Parameters
+        ----------
+        found
+            MLflow's points by ``row_ids``, with the key and these columns.
+
+        Returns
+        -------
+        points in the order of the journal, and places of rows that equal no point
+        """
+        matcher = RowMatcher(found)
+        missing = [POINTS.empty_table()]
+        for points, is_sent in self.read_pages():
+            is_there = matcher.match(row_ids(points, self.keys, columns))
+            missing.append(points.filter(pa.array(is_sent & ~is_there)))
+        return pa.concat_tables(missing).unify_dictionaries(), matcher.find_unmatched()
 
     def list_flags(self) -> Flags:
         """Flag the metrics of which MLflow gets fewer points than the pages have."""

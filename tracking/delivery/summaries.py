@@ -11,9 +11,9 @@ import pyarrow as pa
 from pyarrow import compute as pc
 from pyarrow import parquet as pq
 
-from tracking.curves.charts import Charts, choose_charts
+from tracking.curves.charts import Array, Charts, Line, choose_charts
 from tracking.curves.plot import ROOM, plot_charts
-from tracking.curves.points import Array, MetricPoints, collect_points
+from tracking.curves.points import collect_points
 from tracking.durable import replace_file, write_atomically
 from tracking.read import PastRun
 from tracking.store import read_environment, results_path
@@ -76,22 +76,20 @@ def find_unit(table: pa.Table) -> str:
 
 def collect_charts(table: pa.Table) -> Charts:
     """Lines of the metrics of a run, by name and set; each fit has lines of its own."""
-    points, series = _find_series(table)
-    return choose_charts(series, ROOM, lambda at: (points.place[at], points.value[at]))
+    return choose_charts(_collect_lines(table), ROOM)
 
 
-def _find_series(table: pa.Table) -> tuple[MetricPoints, dict[str, dict[str, slice]]]:
-    """Points of the metrics of a run, and where those of each name and set are."""
+def _collect_lines(table: pa.Table) -> dict[str, dict[str, Line]]:
+    """All points of the metrics of a run, by name and set."""
     points = collect_points(table)
-    series: dict[str, dict[str, slice]] = {}
+    lines: dict[str, dict[str, Line]] = {}
     for number, name in enumerate(points.names):
         if name.is_step:
             continue
         for fit in np.unique(points.fit[points.find(number)]).tolist():
             split = name.set if fit == 1 else f"{name.set}, fit {fit}"
-            at = points.find_in_fit(number, fit)
-            series.setdefault(name.metric, {})[split] = at
-    return points, series
+            lines.setdefault(name.metric, {})[split] = points.get_line(number, fit)
+    return lines
 
 
 def describe_results(table: pa.Table, unit: str) -> str:
@@ -102,17 +100,19 @@ def describe_results(table: pa.Table, unit: str) -> str:
     unit
         What the indices of metrics count.
     """
-    points, series = _find_series(table)
-    names = sorted(series, key=lambda name: name != "loss")
-    lines = [(name, split, at) for name in names for split, at in series[name].items()]
+    sets = _collect_lines(table)
+    names = sorted(sets, key=lambda name: name != "loss")
+    lines = [
+        (name, split, line) for name in names for split, line in sets[name].items()
+    ]
     if not lines:
         return ""
-    last = max(points.place[at].max() for *_, at in lines)
+    last = max(places.max() for *_, (places, _) in lines)
     found = [f"**Results** after {unit} {last}", ""]
     found += ["| | last | lowest | highest |", "| --- | --- | --- | --- |"]
-    for name, split, at in lines[:MAX_RESULTS]:
+    for name, split, line in lines[:MAX_RESULTS]:
         label = "/".join(filter(None, (split, name))).replace("|", "\\|")
-        cells = _describe_line(points.place[at], points.value[at])
+        cells = _describe_line(*line)
         found.append(f"| {' | '.join([' '.join(label.split()), *cells])} |")
     if len(lines) > MAX_RESULTS:
         found += ["", f"and {len(lines) - MAX_RESULTS} more"]

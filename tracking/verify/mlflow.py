@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -64,11 +64,11 @@ def compare_with_mlflow(run: PastRun, there: MlflowContents) -> Comparison:
     # MLflow's run may hold metrics of others too.
     is_ours = pc.is_in(there.history["key"].cast(pa.string()), expected.keys)
     history = there.history.filter(is_ours)
-    found = _compare_points(scan, expected, history)
+    missing, surplus = _compare_points(scan, expected, history)
     refused = read_refusals(there.tags)
     is_borrowed = bool(run.manifest.mlflow.get("borrowed"))
     mismatches = [
-        *_describe_points(found, refused, is_borrowed=is_borrowed),
+        *_describe_points(missing, surplus, refused, is_borrowed=is_borrowed),
         *_compare_properties(scan, there, refused),
     ]
     notes = describe_flags(scan.properties().flags | expected.list_flags())
@@ -76,7 +76,7 @@ def compare_with_mlflow(run: PastRun, there: MlflowContents) -> Comparison:
         notes.append(
             f"{JournalReader(rank_dir, upto).count_unread()} rows have still to be delivered"
         )
-    return Comparison(mismatches, notes, found.num_expected, history.num_rows)
+    return Comparison(mismatches, notes, expected.num_sent, history.num_rows)
 
 
 def describe_flags(flags: Flags) -> list[str]:
@@ -89,43 +89,31 @@ def describe_flags(flags: Flags) -> list[str]:
     ]
 
 
-@dataclass
-class _Differences:
-    """Where MLflow's points differ from the journal's."""
-
-    #: points that MLflow should have and does not have, as a table of points
-    missing: pa.Table
-    surplus: pa.Table  #: points that MLflow has beyond the journal's, with ``kind``
-    num_expected: int  #: points that MLflow should have
-
-
 def _compare_points(
     scan: JournalScan, expected: ExpectedPoints, history: pa.Table
-) -> _Differences:
-    """Compare the points of metrics, page by page of the journal."""
+) -> tuple[list[Point], list[Point]]:
+    """Compare the points of metrics, page by page of the journal.
+
+    Returns
+    -------
+    points that MLflow should have and does not have, in order of logging; points that it has
+    beyond the journal's, with their ``kind``, in order of key, step and time
+    """
     ids = row_ids(history, expected.keys, _EXACT)
-    matcher = RowMatcher(ids)
-    missing, num_expected = [POINTS.empty_table()], 0
-    for points, is_wanted in expected.read_pages():
-        is_there = matcher.match(row_ids(points, expected.keys, _EXACT))
-        num_expected += int(is_wanted.sum())
-        missing.append(points.filter(pa.array(is_wanted & ~is_there)))
-    extra = matcher.find_unmatched()
+    missing, extra = expected.find_differences(ids, _EXACT)
     surplus = history.take(extra)
-    if len(extra):
-        is_superseded = _match_superseded(scan, expected.keys, ids[extra])
-        missing, kind, is_left = _explain_surplus(
-            scan, expected, ids, surplus, is_superseded
-        )
-        surplus = surplus.append_column("kind", pa.array(kind)).filter(is_left)
-        order = [(name, "ascending") for name in ("key", "step", "time_ms")]
-        # Sorting needs plain texts.
-        at = surplus.schema.get_field_index("key")
-        surplus = surplus.set_column(at, "key", surplus["key"].cast(pa.string()))
-        surplus = surplus.sort_by(order)
-    return _Differences(
-        pa.concat_tables(missing).unify_dictionaries(), surplus, num_expected
+    if not len(extra):
+        return missing.to_pylist(), []
+    is_superseded = _match_superseded(scan, expected.keys, ids[extra])
+    missing, kind, is_left = _explain_surplus(
+        scan, expected, ids, surplus, is_superseded
     )
+    # Sorting needs plain texts.
+    at = surplus.schema.get_field_index("key")
+    surplus = surplus.set_column(at, "key", surplus["key"].cast(pa.string()))
+    surplus = surplus.append_column("kind", pa.array(kind)).filter(is_left)
+    order = [(name, "ascending") for name in ("key", "step", "time_ms")]
+    return missing.to_pylist(), surplus.sort_by(order).to_pylist()
 
 
 def _match_superseded(scan: JournalScan, keys: pa.Array, extra: Rows) -> Mask:
@@ -149,7 +137,7 @@ def _explain_surplus(
     ids: Rows,
     surplus: pa.Table,
     is_superseded: Mask,
-) -> tuple[list[pa.Table], list[str], pa.Array]:
+) -> tuple[pa.Table, list[str], pa.Array]:
     """Find out what MLflow's points beyond the journal's are.
 
     After a replay MLflow keeps the point of the first attempt, with its time: it stands for
@@ -194,61 +182,33 @@ def _explain_surplus(
     kind = np.where(is_known[place.reshape(-1)], "duplicate", kind)
     is_left = ~is_superseded
     is_left[np.flatnonzero(is_superseded)[first_attempts.find_unmatched()]] = True
-    return missing, kind.tolist(), pa.array(is_left)
+    return pa.concat_tables(missing), kind.tolist(), pa.array(is_left)
 
 
 def _describe_points(
-    found: _Differences, refused: Mapping[str, str], *, is_borrowed: bool
+    missing: list[Point],
+    surplus: list[Point],
+    refused: Mapping[str, str],
+    *,
+    is_borrowed: bool,
 ) -> Iterator[Mismatch]:
-    """First what is missing or changed, then what is there and should not be."""
-    pairs, lost, rest = _pair_by_place(
-        found.missing.to_pylist(), found.surplus.to_pylist()
-    )
-    yield from _describe_missing(pairs, lost, refused)
-    if not is_borrowed:
-        for point in rest:
-            yield Mismatch(
-                "MLflow", point["kind"], _describe(point), f"{point['value']!r}"
-            )
+    """First what is missing or changed, then what is there and should not be.
 
-
-def _pair_by_place(
-    missing: list[Point], surplus: list[Point]
-) -> tuple[list[tuple[Point, Point]], list[Point], list[Point]]:
-    """Pair points with the same key and step.
-
-    Returns
-    -------
-    pairs, unpaired missing points, unpaired surplus points
+    A point is changed if MLflow has one beyond the journal's with its key and step.
     """
-    places: dict[tuple[str, int], list[Point]] = {}
-    for point in missing:
-        places.setdefault((point["key"], point["step"]), []).append(point)
-    pairs, rest = [], []
+    there: dict[tuple[str, int], list[Point]] = {}
     for point in surplus:
-        candidates = places.get((point["key"], point["step"]))
-        if candidates:
-            pairs.append((candidates.pop(0), point))
-        else:
-            rest.append(point)
-    return pairs, [point for left in places.values() for point in left], rest
-
-
-def _describe_missing(
-    pairs: list[tuple[Point, Point]], missing: list[Point], refused: Mapping[str, str]
-) -> Iterator[Mismatch]:
-    """Points that MLflow has with other values, or not at all, in order of logging."""
-    found = [
-        (ours["seq"], "changed", ours, _describe_change(ours, theirs))
-        for ours, theirs in pairs
-    ]
+        there.setdefault((point["key"], point["step"]), []).append(point)
     for point in missing:
-        reason = refused.get(point["key"])
-        detail = f"{point['value']!r}"
-        detail += f", refused by MLflow: {reason}" if reason else ""
-        found.append((point["seq"], "missing", point, detail))
-    for _, kind, point, detail in sorted(found, key=lambda item: item[0]):
+        if others := there.get((point["key"], point["step"])):
+            kind, detail = "changed", _describe_change(point, others.pop(0))
+        else:
+            kind, detail = "missing", f"{point['value']!r}"
+            if reason := refused.get(point["key"]):
+                detail += f", refused by MLflow: {reason}"
         yield Mismatch("MLflow", kind, _describe(point), detail)
+    for point in itertools.chain(*there.values()) if not is_borrowed else ():
+        yield Mismatch("MLflow", point["kind"], _describe(point), f"{point['value']!r}")
 
 
 def _compare_properties(

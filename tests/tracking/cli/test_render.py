@@ -14,11 +14,7 @@ def test_long_table_is_printed_as_rich_prints_it(columns, capsys):
         [words[(row * 7 + place) % len(words)] for place in range(len(columns))]
         for row in range(render.LONG_TABLE + 1)
     ]
-    long, short = render.make_table(*columns), render.make_table(*columns)
-    for row in rows:
-        render._add_row(long, *row)
-    for row in rows[: len(words)]:
-        render._add_row(short, *row)
+    long, short = (render.make_table(columns, some) for some in (rows, rows[:6]))
     console = render.make_console()
     console.print(long)
     expected = capsys.readouterr().out
