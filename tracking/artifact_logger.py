@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-import threading
+import shutil
+import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
@@ -55,7 +57,7 @@ class ArtifactLogger(RowLogger):
         source = Path(path)
         name = files.check_artifact_name(name or source.name, "Run.log_artifact")
         if source.is_file():
-            self._add_artifact(name, lambda target: files.copy_artifact(source, target))
+            self._add_artifact(name, partial(shutil.copyfile, source))
             return
         if not source.is_dir():
             raise FileNotFoundError(
@@ -68,7 +70,8 @@ class ArtifactLogger(RowLogger):
     def log_text(self, text: str, name: str) -> None:
         """Save a text as a file below ``artifacts/``."""
         name = files.check_artifact_name(name, "Run.log_text")
-        self._add_artifact(name, lambda target: files.write_text_artifact(text, target))
+        data = text.encode(errors="replace")
+        self._add_artifact(name, lambda path: path.write_bytes(data))
 
     def log_figure(
         self,
@@ -99,9 +102,7 @@ class ArtifactLogger(RowLogger):
         name = files.check_artifact_name(name, "Run.log_figure")
         if step is None:
             name = files.add_picture_suffix(name)
-            self._add_artifact(
-                name, lambda target: files.write_figure_artifact(figure, target)
-            )
+            self._add_artifact(name, partial(files.save_figure, figure))
             return
         place = f"Run.log_figure({name!r})"
         suffix = PurePosixPath(files.add_picture_suffix(name)).suffix
@@ -113,14 +114,11 @@ class ArtifactLogger(RowLogger):
         name = name.removesuffix(suffix)
         counts = _check_series(name, epoch, step, place)
 
-        def write(folder: Path) -> dict[str, Any]:
-            drawn = folder / f".{os.getpid()}-{threading.get_ident()}{suffix}"
-            try:
-                files.write_figure_artifact(figure, drawn)
-                png = drawn.read_bytes()
-            finally:
-                drawn.unlink(missing_ok=True)
-            return self._write_once("images", png, ".png")
+        def write() -> dict[str, Any]:
+            with tempfile.TemporaryDirectory() as folder:
+                drawn = Path(folder, f"figure{suffix}")
+                files.save_figure(figure, drawn)
+                return self._write_once("images", drawn.read_bytes(), ".png")
 
         self._add_record("images", name, write, counts, place)
 
@@ -168,7 +166,7 @@ class ArtifactLogger(RowLogger):
         counts = _check_series(name, epoch, step, place)
         pixels = make_pixels(image, place)
 
-        def write(folder: Path) -> dict[str, Any]:
+        def write() -> dict[str, Any]:
             size = {"width": pixels.shape[1], "height": pixels.shape[0]}
             return self._write_once("images", encode_png(pixels), ".png") | size
 
@@ -226,7 +224,7 @@ class ArtifactLogger(RowLogger):
             save_picture=keep_picture,
         )
 
-        def write(folder: Path) -> dict[str, Any]:
+        def write() -> dict[str, Any]:
             for png in pictures.values():
                 self._write_once("table_images", png, ".png")
             size = {"columns": made["columns"], "num_rows": len(made["data"])}
@@ -269,13 +267,18 @@ class ArtifactLogger(RowLogger):
         place = f"Run.log_histogram({name!r})"
         counts = _check_series(name, epoch, step, place)
         made = make_histogram(values, bins, place)
-        self._add_record("histograms", name, lambda folder: made, counts, place)
+        self._add_record("histograms", name, lambda: made, counts, place)
 
-    def _add_artifact(self, name: str, write: Callable[[Path], dict[str, Any]]) -> None:
+    def _add_artifact(self, name: str, write: Callable[[Path], object]) -> None:
         """Write an artifact and record it."""
+        target = self.path / "artifacts" / name
+
+        def write_target() -> dict[str, Any]:
+            files.write_artifact(target, write)
+            return files.describe_file(target)
+
         if self._journal.takes_rows():
-            target = self.path / "artifacts" / name
-            described = self._try_to_write(name, lambda: write(target))
+            described = self._try_to_write(name, write_target)
             if described is not None:
                 self._log_dict("artifacts", {name: [described]}, "Run.log_artifact")
 
@@ -283,15 +286,14 @@ class ArtifactLogger(RowLogger):
         self,
         what: str,
         name: str,
-        write: Callable[[Path], dict[str, Any]],
+        write: Callable[[], dict[str, Any]],
         counts: tuple[int | None, int | None],
         place: str,
     ) -> None:
         """Write an item of a series and record it: the set of its row is the series."""
         if not self._journal.takes_rows():
             return
-        folder = self.path / "artifacts" / what
-        described = self._try_to_write(f"{what} of {name!r}", lambda: write(folder))
+        described = self._try_to_write(f"{what} of {name!r}", write)
         if described is not None:
             file = described.pop("file", "")
             (leaf,) = flatten_value({file: [described]}, place)
@@ -316,7 +318,7 @@ class ArtifactLogger(RowLogger):
         file = f"{folder}/{_digest(data)}{suffix}"
         target = self.path / "artifacts" / file
         if not target.is_file() or target.stat().st_size != len(data):
-            files.write_artifact(data, target)
+            files.write_artifact(target, lambda path: path.write_bytes(data))
         return {"file": file, "size_bytes": len(data), "sha256": digest}
 
 

@@ -125,7 +125,7 @@ class RankRun(Run):
             return
         RowLogger._log_dict(self, what, values, place)  # raises
 
-    def _add_artifact(self, name: str, write: Callable[[Path], dict[str, Any]]) -> None:
+    def _add_artifact(self, name: str, write: Callable[[Path], object]) -> None:
         self._journal.check_open()
 
     def _add_record(self, what: str, name: str, *_: object) -> None:

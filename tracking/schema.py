@@ -19,7 +19,7 @@ import math
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -114,13 +114,20 @@ def _tell_names_apart(leaves: list[Leaf]) -> list[Leaf]:
     used: set[str] = set()
     found = []
     for name, *rest in leaves:
-        fresh, number = name, 1
-        while fresh in used or (number > 1 and fresh in taken):
-            number += 1
-            fresh = f"{name}#{number}"
+        fresh = find_free_name(name, taken) if name in used else name
         used.add(fresh)
+        taken.add(fresh)
         found.append((fresh, *rest))
     return found
+
+
+def find_free_name(name: str, taken: Container[str]) -> str:
+    """Return the name, numbered if it is taken."""
+    free, number = name, 1
+    while free in taken:
+        number += 1
+        free = f"{name}#{number}"
+    return free
 
 
 def flatten_params(params: Mapping[Any, Any], place: str) -> list[Leaf]:
@@ -357,11 +364,7 @@ def _to_plain(
     _check_depth(depth, path, place)
     if isinstance(value, float):
         value = float(value)
-        return (
-            value
-            if math.isfinite(value)
-            else {"$numberDouble": _spell_special_float(value)}
-        )
+        return value if math.isfinite(value) else {"$numberDouble": json.dumps(value)}
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, int):
@@ -420,12 +423,6 @@ def _from_plain(plain: Any) -> Any:
     if plain.keys() == {"$literal"}:
         plain = plain["$literal"]
     return {key: _from_plain(item) for key, item in plain.items()}
-
-
-def _spell_special_float(value: float) -> str:
-    if math.isnan(value):
-        return "NaN"
-    return "Infinity" if value > 0 else "-Infinity"
 
 
 # With other options than its own, ``json.dumps`` makes an encoder in every call.
@@ -559,10 +556,7 @@ def fetch_values(copies: Iterable[TensorCopy]) -> dict[int, Any]:
     return values
 
 
-def _on_stream(stream: Any) -> contextlib.AbstractContextManager[Any]:
+def _on_stream(stream: Any) -> Any:
     if stream is None:
         return contextlib.nullcontext()
-    context: contextlib.AbstractContextManager[Any] = sys.modules["torch"].cuda.stream(
-        stream
-    )
-    return context
+    return sys.modules["torch"].cuda.stream(stream)

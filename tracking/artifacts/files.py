@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-import shutil
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
@@ -51,42 +51,26 @@ def add_picture_suffix(name: str) -> str:
     return name if has_format else f"{name}.png"
 
 
-def copy_artifact(source: Path, target: Path) -> dict[str, Any]:
-    """Copy a file; returns its size and SHA-256."""
+def write_artifact(target: Path, write: Callable[[Path], object]) -> None:
+    """Write a file in one step: ``write`` is called with a path of the same suffix."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with replace_file(target) as temporary:
-        shutil.copyfile(source, temporary)
-    return describe_file(target)
+        write(temporary)
 
 
-def write_text_artifact(text: str, target: Path) -> dict[str, Any]:
-    """Write a text; returns the file's size and SHA-256."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with replace_file(target) as temporary:
-        temporary.write_text(text, encoding="utf-8", errors="replace")
-    return describe_file(target)
-
-
-def write_artifact(data: bytes, target: Path) -> None:
-    """Write a file."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with replace_file(target) as temporary:
-        temporary.write_bytes(data)
-
-
-def write_figure_artifact(figure: Any, target: Path) -> dict[str, Any]:
-    """Save a figure; returns the file's size and SHA-256.
+def save_figure(figure: Any, path: Path) -> None:
+    """Save a figure.
 
     Parameters
     ----------
     figure
         Object with ``savefig`` (matplotlib), ``write_html`` (plotly, for a name that
         ends in ``.html``), ``write_image`` (plotly) or ``save`` (Pillow).
-    target
+    path
         The suffix chooses the format.
     """
     methods = ["savefig", "write_image", "save"]
-    if target.suffix == ".html":
+    if path.suffix == ".html":
         methods = ["write_html", "savefig"]
     save = next((getattr(figure, m) for m in methods if hasattr(figure, m)), None)
     if save is None:
@@ -94,10 +78,7 @@ def write_figure_artifact(figure: Any, target: Path) -> dict[str, Any]:
             f"Run.log_figure: expected a figure with savefig, write_html, write_image "
             f"or save, got {figure!r:.200}. Save it yourself and use log_artifact."
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with replace_file(target) as temporary:
-        save(str(temporary))
-    return describe_file(target)
+    save(str(path))
 
 
 def describe_file(path: Path) -> dict[str, Any]:

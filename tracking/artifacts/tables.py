@@ -11,7 +11,7 @@ import numpy as np
 
 from tracking.artifacts.arrays import as_array
 from tracking.artifacts.images import is_picture
-from tracking.schema import is_tensor
+from tracking.schema import find_free_name, is_tensor
 
 MAX_CELLS: Final = 250_000
 """Rows times columns; MLflow's page reads the whole file."""
@@ -73,8 +73,10 @@ def make_table(
         [convert(name, cell) for name, cell in zip(names, row, strict=True)]
         for row in rows
     ]
-    words = [mask("", name) for name in names]
-    return {"columns": _number_duplicates(words), "data": data}
+    columns: list[str] = []
+    for name in names:
+        columns.append(find_free_name(mask("", name), columns))
+    return {"columns": columns, "data": data}
 
 
 def encode_table(table: Mapping[str, Any]) -> bytes:
@@ -148,13 +150,8 @@ def _as_cells(values: Any) -> Any:
         return list(values) if values.ndim > 1 else values.tolist()
     if isinstance(values, str | bytes | Mapping) or not hasattr(values, "__len__"):
         return values
-    return (
-        values.tolist() if hasattr(values, "tolist") and _is_flat(values) else [*values]
-    )
-
-
-def _is_flat(values: Any) -> bool:
-    return len(getattr(values, "shape", (0,))) < 2
+    is_flat = len(getattr(values, "shape", (0,))) < 2
+    return values.tolist() if hasattr(values, "tolist") and is_flat else [*values]
 
 
 def _as_name(name: object) -> str:
@@ -185,17 +182,6 @@ def _as_plain(cell: Any, depth: int = 0) -> Any:
 
 def _cut(text: str) -> str:
     return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]}..."
-
-
-def _number_duplicates(names: Sequence[str]) -> list[str]:
-    found: list[str] = []
-    for name in names:
-        fresh, number = name, 1
-        while fresh in found:
-            number += 1
-            fresh = f"{name}#{number}"
-        found.append(fresh)
-    return found
 
 
 def _type_error(table: object, place: str) -> TypeError:

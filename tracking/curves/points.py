@@ -6,7 +6,7 @@ rows plus names, not in rows times names.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final, NamedTuple
@@ -18,6 +18,7 @@ from pyarrow import compute as pc
 from tracking.curves.charts import Array, Line
 from tracking.journal.arrays import read_array
 from tracking.journal.fits import COLUMN, get_fits, name_in_fit
+from tracking.schema import find_free_name
 
 FIT: Final = COLUMN.name
 INDEX: Final = "index"
@@ -199,15 +200,6 @@ def encode_names(column: pa.ChunkedArray) -> tuple[Array, list[str]]:
     codes = [read_array(chunk.indices, len(words) - 1) for chunk in coded.chunks]
     places = np.concatenate(codes)
     return np.array(merged, np.int64)[places], list(numbers)
-
-
-def find_free_name(name: str, taken: Container[str]) -> str:
-    """Return the name, numbered if it is taken."""
-    free, number = name, 1
-    while free in taken:
-        number += 1
-        free = f"{name}#{number}"
-    return free
 
 
 def _number_series(

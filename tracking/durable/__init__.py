@@ -13,12 +13,12 @@ from tracking.durable.files import (
     replace_file,
     replace_folder,
     sync,
-    sync_folder,
+    sync_path,
     write_atomically,
     write_synced,
 )
 from tracking.durable.filesystem import FolderReport, get_filesystem, try_folder
-from tracking.durable.leases import STALE_S, Holder, read_start
+from tracking.durable.leases import Holder, read_start
 from tracking.durable.locks import (
     LockHeldError,
     ProcessLock,
@@ -30,7 +30,6 @@ from tracking.durable.locks import (
 )
 
 __all__ = [
-    "STALE_S",
     "FolderReport",
     "Holder",
     "LockHeldError",
@@ -51,7 +50,7 @@ __all__ = [
     "replace_file",
     "replace_folder",
     "sync",
-    "sync_folder",
+    "sync_path",
     "try_folder",
     "write_atomically",
     "write_synced",

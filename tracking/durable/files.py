@@ -57,7 +57,7 @@ def replace_file(
     try:
         yield temporary
         if sync:
-            _sync_path(temporary)
+            sync_path(temporary)
         temporary.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -136,9 +136,9 @@ def remove_unfinished(folder: Path, names: re.Pattern[str]) -> None:
 
 def move_folder(source: Path, target: Path) -> None:
     """Rename a folder whose files are on the disk; durable when this returns."""
-    sync_folder(source)
+    sync_path(source)
     source.rename(target)
-    sync_folder(target.parent)
+    sync_path(target.parent)
 
 
 def remove_folder(path: Path, *, aside: Path) -> None:
@@ -162,12 +162,8 @@ def sync(fd: int) -> None:
     os.fsync(fd)
 
 
-def sync_folder(folder: Path) -> None:
-    """Wait until a folder's list of names is on the disk."""
-    _sync_path(folder)
-
-
-def _sync_path(path: Path) -> None:
+def sync_path(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
     fd = os.open(path, os.O_RDONLY)
     try:
         sync(fd)

@@ -15,7 +15,7 @@ import json
 import os
 import socket
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final, Literal
@@ -168,9 +168,7 @@ class Holder:
 
 
 def _format_time(seconds: float) -> str:
-    known = min(
-        max(seconds, 0), _LATEST
-    )  # in a file of somebody else it may be anything
+    known = min(max(seconds, 0), _LATEST)  # somebody else's file may have any
     return datetime.fromtimestamp(known, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
@@ -179,14 +177,23 @@ FileId = tuple[int, int] | bytes
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Claim:
+    """What a lease says besides its process."""
+
+    since: float
+    has_lock: bool
+    file: int  #: inode of the lease; a copy of the folder has it too, in another file
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Content:
     """What is in the file of a lease, and of the file itself."""
 
-    place: Place | None  # None: it cannot be read
-    since: float
-    has_lock: bool
     beat: float
     file: FileId
+    place: Place | None = None  # None: it cannot be read
+    since: float = 0.0
+    has_lock: bool = False
 
 
 class Lease:
@@ -207,15 +214,13 @@ class Lease:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0)
         fd = os.open(self._path, flags, 0o666)
         try:
-            text = asdict(Place.here()) | {
-                "since": self._since,
-                "has_lock": self._has_lock,
-                # A copy of the folder has the lease too, in another file.
-                "file": os.fstat(fd).st_ino,
-            }
-            written = json.dumps(text).encode()
+            found = os.fstat(fd)
+            claim = _Claim(
+                since=self._since, has_lock=self._has_lock, file=found.st_ino
+            )
+            written = json.dumps(asdict(Place.here()) | asdict(claim)).encode()
             os.write(fd, written)
-            self._file = _identify(self._path, os.fstat(fd), written)
+            self._file = _identify(self._path, found, written)
         except OSError:
             self._path.unlink(missing_ok=True)
             raise
@@ -264,7 +269,7 @@ def _read(path: Path) -> _Content | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError:  # of another user
-        return _Content(place=None, since=0, has_lock=False, beat=0, file=(0, 0))
+        return _Content(beat=0, file=(0, 0))
     try:
         found = os.fstat(fd)
         text = os.read(fd, _MAX_BYTES)
@@ -272,42 +277,21 @@ def _read(path: Path) -> _Content | None:
         text = b""
     finally:
         os.close(fd)
-    place, since, has_lock = None, 0.0, False
+    # Not above: the process that captures the environment of a run has no such package.
+    import msgspec  # noqa: PLC0415
+
+    content = _Content(beat=found.st_mtime, file=_identify(path, found, text))
     # It may be torn, or by somebody else: a wrong one tells no more than an empty one.
-    with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
-        content = json.loads(text)
-        is_other = content["file"] != found.st_ino
-        if is_other and get_filesystem(path.parent).keeps_inodes:
+    with contextlib.suppress(msgspec.MsgspecError, RecursionError, UnicodeError):
+        claim = msgspec.json.decode(text, type=_Claim)
+        if claim.file != found.st_ino and get_filesystem(path.parent).keeps_inodes:
             return None
-        place, since, has_lock = _parse(content)
-    return _Content(
-        place=place,
-        since=since,
-        has_lock=has_lock,
-        beat=found.st_mtime,
-        file=_identify(path, found, text),
-    )
-
-
-def _parse(content: dict[str, object]) -> tuple[Place, float, bool]:
-    """Return where a process is, since when it has the lease, and whether it has the lock.
-
-    This package imports nothing but Python's library: the process that captures the
-    environment of a run has no other packages.
-    """
-    since, has_lock = content["since"], content["has_lock"]
-    defaults = {one.name: one.default for one in fields(Place)} | {"host": ""}
-    given = {name: content.get(name, value) for name, value in defaults.items()}
-    kinds = {name: {type(value)} for name, value in defaults.items()}
-    kinds["began"] = {int, type(None)}
-    wrong = [name for name, value in given.items() if type(value) not in kinds[name]]
-    if type(since) not in {float, int} or type(has_lock) is not bool or wrong:
-        raise TypeError(f"lease: expected fields of their types, got {content!r}.")
-    assert isinstance(since, float | int)
-    place = Place(**given)  # type: ignore[arg-type]
-    if not (0 <= place.pid < 1 << 31 and 0 <= since < _LATEST):  # a NaN is not
-        raise TypeError(f"lease: expected a process and a time, got {content!r}.")
-    return place, float(since), bool(has_lock)
+        place = msgspec.json.decode(text, type=Place)
+        if 0 <= place.pid < 1 << 31 and 0 <= claim.since < _LATEST:
+            return replace(
+                content, place=place, since=claim.since, has_lock=claim.has_lock
+            )
+    return content
 
 
 def judge(path: Path, lock: LockState, *, when_stale: bool = False) -> Holder | None:

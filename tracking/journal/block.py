@@ -277,7 +277,7 @@ class DiskBlock(Block):
             _fill_with_zeros(self._file, CAPACITY * ROW_BYTES)
             self._rows = _map_rows(self._file) if is_mapped else bytearray()
         if self._is_synced:
-            durable.sync_folder(rows.parent)
+            durable.sync_path(rows.parent)
         if not isinstance(self._rows, mmap.mmap):
             self.put = self._put_unmapped
         elif self._is_synced:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import functools
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -86,54 +84,6 @@ def _read_each(
             yield path, found
 
 
-@dataclass(frozen=True)
-class RunNames:
-    """The names of the runs of a folder, read once to find several of them."""
-
-    runs: Path
-    names: dict[Path, str]  #: name of each run by its folder, newest first
-
-    @classmethod
-    def read(cls, runs: Path) -> RunNames:
-        """Read the names; a run whose manifest cannot be read has none."""
-        return cls(runs, dict(_read_each(run_paths(runs), read_name)))
-
-    @functools.cached_property
-    def _by_name(self) -> dict[str, list[Path]]:
-        found: dict[str, list[Path]] = {}
-        for path, name in self.names.items():
-            found.setdefault(name, []).append(path)
-        return found
-
-    def find(self, wanted: str) -> Path:
-        """Find a run by its id, its name, or a unique piece of one of them.
-
-        Raises
-        ------
-        RunNotFoundError
-            If no run matches, or several do.
-        """
-        found = self._by_name.get(wanted) or [
-            path
-            for path, name in self.names.items()
-            if wanted in path.name or wanted in name
-        ]
-        if len(found) == 1 and wanted:
-            return found[0]
-        if found:
-            raise RunNotFoundError(
-                f"open({wanted!r}): expected the id or name of one run, got a match "
-                f"with {len(found)}: {_join_ids(found)}. Give more of it."
-            )
-        got, here = "none with this path, id or name", expand_user(Path(wanted))
-        if wanted and here.exists():
-            got = describe_path(here)
-        raise RunNotFoundError(
-            f"open({wanted!r}): expected a run in {self.runs}, got {got}. "
-            f"{_suggest(wanted, self.names)}"
-        )
-
-
 def find_run(
     ref: str | os.PathLike[str], runs_dir: str | os.PathLike[str] | None = None
 ) -> Path:
@@ -169,22 +119,44 @@ def find_run_folders(
     runs_dir: str | os.PathLike[str] | None = None,
 ) -> list[Path]:
     """Find the folders of runs, or the links to them, as ``find_runs``."""
-    names: RunNames | None = None
+    runs = runs_folder(runs_dir)
+    names: dict[Path, str] | None = None
     found = []
     for ref in refs:
         check_path(ref, "open(ref)")
         wanted = os.fspath(ref)
-        here, there = expand_user(Path(ref)).absolute(), runs_folder(runs_dir) / wanted
+        here, there = expand_user(Path(ref)).absolute(), runs / wanted
         # No manifest is read: a spoilt one must not hide this run or another one.
         if wanted and has_manifest(here):
             found.append(here)
         elif wanted and has_manifest(there):
             found.append(there)
         else:
-            if names is None:
-                names = RunNames.read(runs_folder(runs_dir))
-            found.append(names.find(wanted))
+            if names is None:  # a run whose manifest cannot be read has none
+                names = dict(_read_each(run_paths(runs), read_name))
+            found.append(_find_by_name(wanted, runs, names))
     return found
+
+
+def _find_by_name(wanted: str, runs: Path, names: dict[Path, str]) -> Path:
+    """Find a run by its id, its name, or a unique piece of one of them."""
+    found = [path for path, name in names.items() if wanted == name] or [
+        path for path, name in names.items() if wanted in path.name or wanted in name
+    ]
+    if len(found) == 1 and wanted:
+        return found[0]
+    if found:
+        raise RunNotFoundError(
+            f"open({wanted!r}): expected the id or name of one run, got a match "
+            f"with {len(found)}: {_join_ids(found)}. Give more of it."
+        )
+    got, here = "none with this path, id or name", expand_user(Path(wanted))
+    if wanted and here.exists():
+        got = describe_path(here)
+    raise RunNotFoundError(
+        f"open({wanted!r}): expected a run in {runs}, got {got}. "
+        f"{_suggest(wanted, names)}"
+    )
 
 
 def _suggest(wanted: str, names: dict[Path, str]) -> str:

@@ -50,15 +50,19 @@ def read_json(
         found = msgspec.json.decode(data, type=as_type)
         if latest_format is None or getattr(found, "format", 0) <= latest_format:
             return found
-    content = _load_json(path, data, advice)
+    try:
+        content: object = json.loads(data)
+    except (RecursionError, ValueError) as error:
+        is_deep = isinstance(error, RecursionError)
+        got = "values nested too deeply to read" if is_deep else error
+        raise InvalidFileError(f"{path}: expected JSON, got {got}. {advice}") from error
     if latest_format is not None:
         _check_format(path, content, latest_format)
     try:
         return msgspec.convert(content, as_type)
     except msgspec.ValidationError as error:
-        raise InvalidFileError(
-            f"{path}: {describe_mismatch(error)}. {advice}"
-        ) from error
+        got = describe_mismatch(error)
+        raise InvalidFileError(f"{path}: {got}. {advice}") from error
 
 
 def read_regular(path: Path, advice: str) -> bytes:
@@ -74,20 +78,6 @@ def read_regular(path: Path, advice: str) -> bytes:
         )
     with open(place, "rb", buffering=0) as file:  # noqa: PTH123  as above
         return file.readall()
-
-
-def _load_json(path: Path, data: bytes, advice: str) -> object:
-    try:
-        content: object = json.loads(data)
-    except RecursionError as error:
-        raise InvalidFileError(
-            f"{path}: expected JSON, got values nested too deeply to read. {advice}"
-        ) from error
-    except ValueError as error:
-        raise InvalidFileError(
-            f"{path}: expected JSON, got {error}. {advice}"
-        ) from error
-    return content
 
 
 def _check_format(path: Path, content: object, latest: int) -> None:
