@@ -277,7 +277,9 @@ class NullRun:
         if self._check_value is not None:
             self._check_value(value, f"log({what!r}, {set!r})")
 
-    def log_metric(self, name: str, value: object, **_: object) -> None:
+    def log_metric(
+        self, name: str, value: object, step: int | None = None, **_: object
+    ) -> None:
         """Check the value and drop it."""
         if self._check_value is not None:
             self._check_value({name: value}, "log_metric")

@@ -72,7 +72,9 @@ def start_tracking(ctx: Context, tracker: Tracker) -> Iterator[None]:
         return
     given = tracker if isinstance(tracker, Mapping) else {}
     rank, share = ctx.accelerator.rank, ctx.accelerator.broadcast
-    options: Options = {"all_ranks": False, **given} | find_resumed_run(ctx)
+    options: Options = {"all_ranks": False, **given}
+    if resumed := find_resumed_run(ctx):  # which keeps its name, whatever is given now
+        options |= {"name": None, "experiment": None, **resumed}
     if rank == 0:
         run = tracking.start(**options | {"rank": 0})
         share(run.id)

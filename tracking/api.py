@@ -52,7 +52,8 @@ def start(
     experiment
         Name of the MLflow experiment; None: MLflow's own default.
     name
-        Readable name of the run; None: made from ``experiment`` and two random words.
+        Readable name of the run; None: made from ``experiment`` and two random words. A
+        run that is continued keeps its name and experiment.
     params, tags
         Logged at once, as by ``Run.log_params`` and ``Run.set_tags``.
     note
@@ -131,7 +132,8 @@ def start(
         made = None if rank_dir.exists() else rank_dir
         run = _join(path, rank, durability, records_all=records_all)
     elif run_id is not None:
-        run = _continue(find_run(run_id, runs_dir), durability)
+        given = {"name": name, "experiment": experiment}
+        run = _continue(find_run(run_id, runs_dir), durability, given)
     else:
         run = _start_new(runs_folder(runs_dir), experiment, name, durability, save_diff)
         made = run.path
@@ -322,9 +324,20 @@ def _undo_start(run: Run, made: Path | None) -> None:
         shutil.rmtree(made, ignore_errors=True)
 
 
-def _continue(path: Path, durability: Literal["process", "fsync"]) -> Run:
+def _continue(
+    path: Path,
+    durability: Literal["process", "fsync"],
+    given: Mapping[str, str | None],
+) -> Run:
     """Continue a run that has finished, failed or was killed."""
     manifest = Manifest.read(path)
+    for word, text in given.items():
+        own = getattr(manifest, word)
+        if text is not None and text != own:
+            raise ValueError(
+                f"start({word}): expected that of run {path.name!r}, {own!r}, got "
+                f"{text!r}. Leave it out: a run keeps it when it is continued."
+            )
     earlier = manifest.adopt_environment(path)
     resumed = {
         "time": utc_now(),

@@ -76,11 +76,11 @@ class RankRun(Run):
         self,
         name: str,
         value: object,
+        step: int | None = None,
         *,
         set: str = "train",
         index: int | None = None,
         epoch: int | None = None,
-        step: int | None = None,
         all_ranks: bool = False,
     ) -> None:
         """As ``Run.log_metric``; the value is dropped unless ``all_ranks`` is True."""

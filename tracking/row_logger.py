@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import threading
 import time
@@ -9,7 +10,7 @@ import zlib
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NoReturn, TypeVar
 
 from tracking.errors import warn
 from tracking.journal.row_format import FIELDS, MAX_COUNT, NO_COUNT, NO_EPOCH, ROW_BYTES
@@ -41,8 +42,25 @@ _TEXTS: Final = (STR, JSON)
 _pack, _crc32, _time_ns = FIELDS.pack, zlib.crc32, time.time_ns
 _MAX_EPOCH: Final = 2**31 - 1
 
+_MISSING: Final = object()
+_Method = TypeVar("_Method")
+
 _DeferredRow = tuple[int, str, str, Leaf, dict[str, int | None]]
 """Time in us, what, set, leaf, and index, epoch and step of a row."""
+
+
+def _explains_missing(method: _Method) -> _Method:
+    """Let a method be called without its arguments, so that it can say which it needs.
+
+    A function around it would make each call a tenth slower.
+    """
+    signature = inspect.signature(method)  # type: ignore[arg-type]
+    spec = inspect.getfullargspec(method)
+    defaults = spec.defaults or ()
+    missing = (_MISSING,) * (len(spec.args) - 1 - len(defaults))
+    method.__defaults__ = missing + defaults  # type: ignore[attr-defined]
+    method.__signature__ = signature  # type: ignore[attr-defined]
+    return method
 
 
 class RowLogger:
@@ -91,6 +109,7 @@ class RowLogger:
         rank_dir = get_rank_dir(self.path, self.rank)
         return Journal(rank_dir, durability=durability, on_tick=self.flush)
 
+    @_explains_missing
     def log(
         self,
         what: str,
@@ -154,22 +173,25 @@ class RowLogger:
                 and self._log_floats(what, set, value, index, epoch, step)
             ):
                 return
+            elif value is _MISSING:
+                _refuse_missing("log", "what, set and value", what, set)
         self._log_any(what, set, value, index, append, epoch, step)
 
+    @_explains_missing
     def log_metric(
         self,
         name: str,
         value: object,
+        step: int | None = None,
         *,
         set: str = "train",
         index: int | None = None,
         epoch: int | None = None,
-        step: int | None = None,
         all_ranks: bool = False,
     ) -> None:
         """Record one metric.
 
-        The same as ``log("metrics", set, {name: value}, index)``.
+        The same as ``log("metrics", set, {name: value}, index, step=step)``.
 
         Parameters
         ----------
@@ -179,12 +201,14 @@ class RowLogger:
             As in ``log``.
         set
             What the metric was computed on, e.g. ``"valid"``.
-        index, epoch, step, all_ranks
+        step, index, epoch, all_ranks
             As in ``log``.
         """
         if type(value) is not float or not self._log_float(
             "metrics", set, name, value, index, epoch, step
         ):
+            if value is _MISSING:
+                _refuse_missing("log_metric", "name and value", name)
             self._log_any("metrics", set, {name: value}, index, True, epoch, step)
 
     def log_step(
@@ -625,6 +649,16 @@ def _is_plain_name(name: object) -> bool:
 
 def _make_leaves(values: dict[str, float]) -> list[Leaf]:
     return [(name, FLOAT, number, None) for name, number in values.items()]
+
+
+def _refuse_missing(method: str, wanted: str, *given: object) -> NoReturn:
+    """Raise the error of a call such as ``log({"loss": 0.3})``."""
+    got = ", ".join(f"{one!r:.200}" for one in given if one is not _MISSING)
+    raise TypeError(
+        f"Run.{method}: expected {wanted}, got {f'only {got}' if got else 'none'}. Write "
+        "for example log_metric('loss', 0.3, set='valid', step=500), or "
+        "log('metrics', 'valid', {'loss': 0.3}, step=500)."
+    )
 
 
 def describe_call(what: object, set: object) -> str:

@@ -102,7 +102,8 @@ class Metrics(Callback):
         metrics = self._get(split)
         if split not in self._has_warned and metrics.loss.is_on_device:
             self._look_at_waiting(split)
-        for name, value in metrics.compute().items():
+        found = metrics.compute(self.ctx.pred, self.ctx.target)
+        for name, value in found.items():
             self.ctx.log_metric(name, value)
         for name, (metric, value) in metrics.plotted.items():
             self._log_plotted(split, name, metric, value)

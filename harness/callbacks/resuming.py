@@ -89,6 +89,11 @@ class ResumeFromCheckpoint(Callback):
             msg = f"{place}: expected an undamaged checkpoint, or"
             got = f"a folder of them, got {describe_path(self.path)}"
             advice = "Of a run, pass its folder 'checkpoints'; or set missing_ok=True."
+            if list_checkpoints(self.path):
+                got += ", all of them damaged"
+                advice = (
+                    "Train from the beginning: do not resume, or set missing_ok=True."
+                )
             raise CheckpointError(f"{msg} {got}. {advice}")
         return found
 

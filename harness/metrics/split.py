@@ -233,10 +233,15 @@ class SplitMetrics:
         for submetric in self._uncounted[name]:
             submetric._update_count += 1
 
-    def compute(self) -> StateDict:
+    def compute(self, pred: object = None, target: object = None) -> StateDict:
         """The loss and every metric as numbers, read from the device, over all ranks.
 
         Curves are in `plotted` alone. Metrics of an epoch in which no batch counted have no value.
+
+        Parameters
+        ----------
+        pred, target
+            Those of a batch, for the hint of an error that a metric raises only here.
         """
         self._flush()
         averages = {"loss": self.loss, **self._means}
@@ -252,6 +257,9 @@ class SplitMetrics:
                     value = self._metrics[name].compute()
                 except Exception as exc:
                     exc.add_note(f"in metric {name!r}")
+                    if pred is not None:
+                        metric = self._metrics[name]
+                        add_hint(exc, find_metric_hint, metric, pred, target)
                     raise
                 if self._keep_plotted(name, value):
                     values[name] = as_numbers(value)

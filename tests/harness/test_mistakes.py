@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
-from torchmetrics.classification import BinaryAccuracy, MulticlassAccuracy
+from torchmetrics.classification import BinaryAccuracy, BinaryAUROC, MulticlassAccuracy
 
 import harness
 from harness.callbacks import (
@@ -408,6 +408,10 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
     "metric of two classes": (
         lambda: fit(setup(metrics=BinaryAccuracy())),
         r"For 3 outputs use MulticlassAccuracy\(num_classes=3\)",
+    ),
+    "metric of two classes that sees it at the end": (
+        lambda: fit(setup(metrics=BinaryAUROC())),
+        r"For 3 outputs use MulticlassAUROC\(num_classes=3\)",
     ),
     "metric of a dict": (
         lambda: fit(setup(ReturnsDict, lambda pred, _: pred["a"].mean(), metrics=ACC)),

@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import decimal
 import enum
+import inspect
 import json
 import os
 import pickle
@@ -171,6 +172,34 @@ def test_log_refused_argument_writes_nothing(run, value, argument, error, match)
         run.log(**{"what": "metrics", "set": "train", "value": value, **argument})
     run.log("metrics", "train", value, step=5)
     assert len(logged(run, "name")) == 2
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda run: run.log({"loss": 1}), r"Run\.log: .* got only \{'loss': 1\}\."),
+        (lambda run: run.log("loss", 1.0, step=3), r"got only 'loss', 1\.0\."),
+        (lambda run: run.log(), "expected what, set and value, got none"),
+        (lambda run: run.log_metric({"loss": 1}), "expected name and value, got only"),
+        (
+            lambda run: run.log_metric("loss"),
+            r"Write .* log_metric\('loss', 0\.3, set=",
+        ),
+    ],
+)
+def test_log_call_in_the_form_of_another_library_shows_the_right_one(run, call, match):
+    with pytest.raises(TypeError, match=match):
+        call(run)
+    assert logged(run, "name") == []
+    assert list(inspect.signature(run.log).parameters)[:3] == ["what", "set", "value"]
+
+
+def test_log_metric_takes_the_step_in_third_place_as_mlflow(run):
+    run.log_metric("loss", 0.5, 7)
+    run.log_metric("loss", 0.25, 8)  # whose name is known by now
+    assert logged(run, "step", "index", "value") == [(7, None, 0.5), (8, None, 0.25)]
+    with pytest.raises(TypeError, match="integer or None as step, got 'valid'"):
+        run.log_metric("loss", 0.5, "valid")
 
 
 def test_log_refused_argument_holds_up_no_reader(run):
@@ -502,6 +531,18 @@ def test_start_again_goes_on_with_a_run(runs):
     assert manifest.status == "finished"
     (resumed,) = manifest.resumed
     assert resumed["status"] == "finished"
+
+
+@pytest.mark.parametrize("word", ["name", "experiment"])
+def test_start_again_under_another_name_is_refused(runs, word):
+    own = {"name": "a", "experiment": "b"}
+    with start(runs_dir=runs, delivery=False, **own) as run:
+        pass
+    with start(run_id=run.id, runs_dir=runs, delivery=False, **own) as again:
+        assert again.name == "a"
+    with pytest.raises(ValueError, match=rf"start\({word}\): expected that of run"):
+        start(run_id=run.id, runs_dir=runs, delivery=False, **own | {word: "c"})
+    assert Manifest.read(run.path).status == "finished"
 
 
 def test_start_on_a_run_being_written_is_refused_and_changes_nothing(runs):

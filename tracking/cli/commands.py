@@ -58,6 +58,12 @@ def _common_options(command: F) -> F:
     return runs_dir_option(json_option(command))
 
 
+def _patience_option(default: float) -> Callable[[F], F]:
+    return click.option("--patience", type=click.FloatRange(min=0), default=default,
+                        show_default=True, metavar="SECONDS",
+                        help="Time to wait for a server that does not answer.")  # fmt: skip
+
+
 # --------------------------------------------------------------------------- runs
 
 
@@ -115,10 +121,9 @@ def list_(
         facts = {run["id"]: list_facts(run) for run in found}
         known = sorted({name for own in facts.values() for name in own})
         if query is not None and found:
-            for name in query.names:
-                check_name("where", name, known)
+            query.check(facts.values(), known)
             found = [run for run in found if query.matches(facts[run["id"]])]
-        if key and facts:
+        if sort is not None and facts:
             check_name("--sort", key, known)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
@@ -377,8 +382,7 @@ def export(
 
 @click.command()
 @run_argument("names", nargs=-1, metavar="[RUN...]")
-@click.option("--patience", default=10.0, show_default=True,
-              help="Seconds to wait for a server that does not answer.")  # fmt: skip
+@_patience_option(10.0)
 @_common_options
 def sync(
     names: tuple[str, ...], patience: float, runs_dir: Path | None, as_json: bool
@@ -406,11 +410,13 @@ def sync(
               type=click.Path(exists=True, dir_okay=False, path_type=Path),
               help="Parquet file to compare with. Default: the exports in the run.")  # fmt: skip
 @click.option("--no-mlflow", is_flag=True, help="Do not compare with MLflow.")
+@_patience_option(30.0)
 @_common_options
 def verify(
     names: tuple[str, ...],
     files: tuple[Path, ...],
     no_mlflow: bool,
+    patience: float,
     runs_dir: Path | None,
     as_json: bool,
 ) -> None:
@@ -425,7 +431,7 @@ def verify(
     from tracking.verify.verify import verify as verify_run  # noqa: PLC0415  imports Arrow
 
     results, errors = [], []
-    with MlflowReader() as reader:
+    with MlflowReader(patience) as reader:
         for run in _select_runs(names, runs_dir):
             try:
                 mlflow = False if no_mlflow else reader

@@ -11,7 +11,7 @@ import difflib
 import math
 import operator
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Final
 
 Facts = Mapping[str, Any]
@@ -35,6 +35,10 @@ _OPERATORS: Final[dict[str, Callable[[Any, Any], bool]]] = {
     ">": operator.gt,
     ">=": operator.ge,
 }
+
+_ORDERS: Final = ("<", "<=", ">", ">=")
+_TIMES: Final = ("created", "id")
+"""Texts that begin with a time: their order is that of texts also beside ``2026``."""
 
 
 def list_facts(summary: dict[str, Any]) -> dict[str, Any]:
@@ -66,8 +70,6 @@ class Query:
 
     Attributes
     ----------
-    names
-        The names in it.
     matches
         Returns whether a run has what the expression asks for.
     """
@@ -75,10 +77,19 @@ class Query:
     def __init__(self, text: str) -> None:
         self._text = text
         self._tokens = self._split(text)
-        self.names: list[str] = []
+        self._comparisons: list[tuple[str, str, str]] = []
         self.matches: Test = self._parse_or()
         if self._tokens:
             raise self._error("'and' or 'or'", self._tokens[0][1])
+
+    def check(self, facts: Collection[Facts], known: list[str]) -> None:
+        """Refuse a name that no run has, and an order of numbers and a text."""
+        for name, sign, text in self._comparisons:
+            check_name("where", name, known)
+            found = [one[name] for one in facts if one.get(name) is not None]
+            is_order = sign in _ORDERS and as_number(text) is None
+            if is_order and found and all(as_number(one) is not None for one in found):
+                raise self._error(f"a number after {name} {sign}", text)
 
     def _split(self, text: str) -> list[tuple[str, str]]:
         found, place = [], 0
@@ -136,7 +147,9 @@ class Query:
             raise self._error(f"an operator after {name!r}", sign)
         value = self._take_word(f"a value after {name} {sign}")
         name = name.removeprefix("metrics.")
-        self.names.append(name)
+        self._comparisons.append((name, sign, value))
+        if name in _TIMES:
+            return lambda facts: _OPERATORS[sign](str(facts.get(name)), value)
         return lambda facts: compare(facts.get(name), sign, value)
 
     def _take_word(self, expected: str) -> str:
@@ -162,12 +175,15 @@ def check_name(place: str, name: str, known: list[str]) -> None:
 def compare(found: Any, sign: str, text: str) -> bool:
     """Compare what a run has with a text: as numbers if both are, otherwise as texts.
 
-    What a run does not have is unlike every value: only ``!=`` holds.
+    What a run does not have is unlike every value: only ``!=`` holds. A text is neither
+    less nor more than a number.
     """
     if found is None:
         return sign == "!="
     left, right = as_number(found), as_number(text)
     if left is None or right is None:
+        if sign in _ORDERS and (left is None) != (right is None):
+            return False
         return _OPERATORS[sign](str(found), text)
     return _OPERATORS[sign](left, right)
 

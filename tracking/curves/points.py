@@ -16,7 +16,7 @@ import pyarrow as pa
 from pyarrow import compute as pc
 
 from tracking.curves.charts import Array, Line
-from tracking.journal.arrays import read_array
+from tracking.journal.arrays import make_array, read_array
 from tracking.journal.fits import COLUMN, get_fits, name_in_fit
 from tracking.schema import find_free_name
 
@@ -112,8 +112,8 @@ class MetricPoints:
         is_new[1:] = _differ(fit) | _differ(place)
         row = np.empty(len(order), np.int64)
         row[order] = np.cumsum(is_new) - 1
-        columns = {FIT: pa.array(fit[is_new])} if self.has_fits else {}
-        columns[INDEX] = pa.array(place[is_new])
+        columns = {FIT: make_array(fit[is_new])} if self.has_fits else {}
+        columns[INDEX] = make_array(place[is_new])
         num_rows = len(columns[INDEX])
         for number, key in enumerate(self.keys):
             at = self.find(number)
@@ -161,17 +161,17 @@ def collect_points(records: pa.Table) -> MetricPoints:
     has_fits = FIT in records.column_names
     what, words = encode_names(records["what"])
     codes = [words.index(word) for word in ("metrics", "steps") if word in words]
-    has_index = np.asarray(pc.is_valid(records["index"]), bool)
-    has_place = has_index | np.asarray(pc.is_valid(records["step"]), bool)
-    is_shown = has_place & np.asarray(pc.is_valid(records["value"]), bool)
+    has_index = read_array(pc.is_valid(records["index"]))
+    has_place = has_index | read_array(pc.is_valid(records["step"]))
+    is_shown = has_place & read_array(pc.is_valid(records["value"]))
     # Metrics come before steps.
     places = [np.flatnonzero(is_shown & (what == code)) for code in codes]
     rows = np.concatenate([np.empty(0, np.int64), *places])
     series, names = _number_series(records, rows, has_index)
-    place = pc.coalesce(records["index"], records["step"]).fill_null(0)
-    fit, place = get_fits(records)[rows], place.to_numpy()[rows]
+    place = read_array(pc.coalesce(records["index"], records["step"]))
+    fit, place = get_fits(records)[rows], place[rows]
     # Ranks are in rising order: backwards, the lowest rank's value is the last.
-    order = np.argsort(-records["rank"].to_numpy()[rows], kind="stable")
+    order = np.argsort(-read_array(records["rank"])[rows], kind="stable")
     narrow = series.astype(np.min_scalar_type(len(names)))  # 16 bits are sorted quickly
     order = order[np.lexsort((place[order], fit[order], narrow[order]))]
     series, fit, place = series[order], fit[order], place[order]
@@ -183,7 +183,7 @@ def collect_points(records: pa.Table) -> MetricPoints:
         series=series[is_last],
         fit=fit[is_last],
         place=place[is_last],
-        value=records["value"].to_numpy()[rows[order[is_last]]],
+        value=read_array(records["value"])[rows[order[is_last]]],
         has_fits=has_fits,
     )
 
@@ -209,13 +209,13 @@ def _number_series(
     split, splits = encode_names(records["set"])
     name, words = encode_names(records["name"])
     pair = (split[rows] * len(words) + name[rows]) * 2 + ~has_index[rows]
-    coded = pa.array(pair).dictionary_encode()
+    coded = make_array(pair).dictionary_encode()
     names = []
     for number in coded.dictionary.to_pylist():
         number, is_step = divmod(number, 2)
         split_at, name_at = divmod(number, len(words))
         names.append(SeriesName(splits[split_at], words[name_at], bool(is_step)))
-    return coded.indices.to_numpy().astype(np.int64), names
+    return read_array(coded.indices).astype(np.int64), names
 
 
 def _name_columns(names: list[SeriesName], *, has_fits: bool) -> list[str]:
@@ -238,7 +238,7 @@ def _differ(numbers: Array) -> Array:
 def _spread(values: Array, rows: Array, num_rows: int) -> pa.Array:
     """Make a column with values in some rows, and null in the others."""
     if len(values) == num_rows:
-        return pa.array(values)
+        return make_array(values)
     column, is_absent = np.zeros(num_rows), np.ones(num_rows, bool)
     column[rows], is_absent[rows] = values, False
-    return pa.array(column, mask=is_absent)
+    return make_array(column, is_absent)

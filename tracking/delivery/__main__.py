@@ -18,6 +18,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -44,7 +45,11 @@ from tracking.delivery.sync import SyncResult
 from tracking.delivery.worker import DeliveryWorker, lower_priority
 from tracking.durable import hold_lock
 from tracking.errors import DeliveryError, TrackingError
-from tracking.mlflow_store.client import StoreClient, prepare_environment
+from tracking.mlflow_store.client import (
+    StoreClient,
+    UnreachableError,
+    prepare_environment,
+)
 from tracking.mlflow_store.runs import RunResolver
 from tracking.mlflow_store.uris import local_path, relocate, resolve_uri
 from tracking.settings import Settings
@@ -74,7 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         outlive_sigterm()
     settings = Settings.read()
     configure_logging()
-    prepare_environment()
+    prepare_environment(options.patience if options.read else None)
+    options.silent = {}
     options.here = Path.cwd()
     options.is_hurried = lambda: options.sync
     try:
@@ -238,8 +244,11 @@ def _read(path: Path, settings: Settings, options: argparse.Namespace) -> int:
     """Write down what MLflow has of a run: its points into a file, the rest to stdout."""
     report: dict[str, Any] = {"run": path.name}
     code = 1
+    began = time.monotonic()
     try:
         resolver = _make_resolver(path, settings, options.here)
+        if resolver.uri in options.silent:  # each run would wait for it again
+            raise options.silent[resolver.uri]
         run = resolver.find(_known_id(path, resolver))
         if run is None:
             report["error"] = "no such run there"
@@ -260,6 +269,12 @@ def _read(path: Path, settings: Settings, options: argparse.Namespace) -> int:
             code = 0
     except (TrackingError, OSError) as error:
         report["error"] = settings.redact(str(error))
+        patience_s = options.patience or math.inf
+        if (
+            isinstance(error, UnreachableError)
+            and time.monotonic() > began + patience_s
+        ):
+            options.silent[resolver.uri] = error
     except Exception as error:  # noqa: BLE001 (the other runs can be read)
         report["error"] = settings.redact(f"{type(error).__name__}: {error}")
     _report(report)

@@ -177,11 +177,18 @@ def read_mlflow(run: PastRun) -> MlflowContents:
 
 
 class MlflowReader:
-    """Reads what MLflow has of runs, in one process for all of them."""
+    """Reads what MLflow has of runs, in one process for all of them.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    patience_s : seconds
+        How long to wait for a server that does not answer, once for all runs.
+    """
+
+    def __init__(self, patience_s: float = DEFAULT_PATIENCE_S) -> None:
         self._folder = tempfile.TemporaryDirectory()
-        self._process = RunByRunProcess("--read", self._folder.name)
+        options = ("--read", self._folder.name, "--patience", str(patience_s))
+        self._process = RunByRunProcess(*options)
 
     def read(self, run: PastRun) -> MlflowContents:
         """Read what MLflow has of a run."""

@@ -368,12 +368,21 @@ def fit_experiment_name(name: str) -> str:
     return f"{name[: MAX_EXPERIMENT_NAME - 9]}-{digest}"
 
 
-def prepare_environment() -> None:
+def prepare_environment(timeout_s: float | None = None) -> None:
     """Set defaults for MLflow's environment variables that the user has not set.
 
     Only for the delivery process. Telemetry is off unless the user turned it on.
+
+    Parameters
+    ----------
+    timeout_s : seconds
+        How long a server may take for an answer; None: 30 s.
     """
     environment = os.environ  # noqa: TID251 (before MLflow reads it)
+    if timeout_s is not None:  # MLflow takes whole seconds
+        environment.setdefault(
+            "MLFLOW_HTTP_REQUEST_TIMEOUT", f"{max(timeout_s, 1):.0f}"
+        )
     for name, value in _DEFAULTS.items():
         environment.setdefault(name, value)
     try:

@@ -132,8 +132,9 @@ def find_run_folders(
         elif wanted and has_manifest(there):
             found.append(there)
         else:
-            if names is None:  # a run whose manifest cannot be read has none
-                names = dict(_read_each(run_paths(runs), read_name))
+            if names is None:  # that of a run whose manifest cannot be read is empty
+                paths = run_paths(runs)
+                names = dict.fromkeys(paths, "") | dict(_read_each(paths, read_name))
             found.append(_find_by_name(wanted, runs, names))
     return found
 

@@ -213,7 +213,7 @@ def check_gradients(model: nn.Module, stage: int) -> None:
 
 
 def check_layers(model: nn.Module, stage: int, facts: ConfigFacts) -> None:
-    """Check for layers that do something else on several ranks.
+    """Check for layers that do something else on several ranks, unless they are frozen.
 
     Raises
     ------
@@ -223,6 +223,9 @@ def check_layers(model: nn.Module, stage: int, facts: ConfigFacts) -> None:
     """
     is_divided, on_cpu = facts.world_size > 1, facts.device == "cpu"
     for name, module in model.named_modules():
+        own = list(module.parameters(recurse=False))
+        if own and not any(weight.requires_grad for weight in own):
+            continue
         is_embedding = isinstance(module, nn.Embedding | nn.EmbeddingBag)
         has_max = is_embedding and module.max_norm is not None
         if has_max and (stage or is_divided):

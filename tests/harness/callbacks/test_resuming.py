@@ -104,6 +104,17 @@ def test_resume_from_checkpoint_skips_damaged_ones_with_a_warning(saved: Path) -
     assert losses(fitted) == losses(train())
 
 
+def test_resume_of_damaged_checkpoints_alone_says_to_begin_anew(saved: Path) -> None:
+    for place in list_checkpoints(saved):
+        next(place.glob("*.safetensors")).write_bytes(b"")
+    match = "got .*, all of them damaged. Train from the beginning"
+    with (
+        pytest.warns(UserWarning, match="skipped a damaged checkpoint"),
+        pytest.raises(CheckpointError, match=match),
+    ):
+        train(ResumeFromCheckpoint(saved))
+
+
 def test_resume_without_a_checkpoint_is_refused_unless_it_may_be_missing(
     tmp_path: Path,
 ) -> None:

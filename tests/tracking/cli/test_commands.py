@@ -131,6 +131,9 @@ def three(recorded_runs, tmp_path, monkeypatch):
         (["--sort", "valid/loss"], ["run-1", "run-2", "run-0"]),
         (["--sort", "-valid/loss", "--limit", "2"], ["run-0", "run-2"]),
         (["--sort", "params.lr"], ["run-2", "run-1", "run-0"]),
+        (["--where", "name > run-0"], ["run-2", "run-1"]),
+        (["--where", "name > 0 or params.kind > 0"], []),
+        (["--where", "created > 2026 and id > 2026"], ["run-2", "run-1", "run-0"]),
     ],
 )
 def test_list_can_choose_and_sort_runs(call, three, words, names):
@@ -147,7 +150,9 @@ def test_list_can_choose_and_sort_runs(call, three, words, names):
         (["--where", "(valid/loss < 1"], r"expected '\)'"),
         (["--where", "valid/loss < 1 params.lr > 0"], "expected 'and' or 'or'"),
         (["--where", ""], "expected a name"),
+        (["--where", "params.lr < big"], "expected a number after params.lr <"),
         (["--sort", "los"], "--sort: expected a name that a run has, got 'los'"),
+        (["--sort", "-"], "--sort: expected a name that a run has, got ''"),
     ],
 )
 def test_list_refuses_what_it_cannot_read(call, three, words, message):
@@ -479,7 +484,7 @@ def test_spoilt_run_is_skipped_by_every_command(call, two, spoilt):
         assert line.startswith("warning: ")
         assert f"{spoilt.name}/run.json" in line
         assert line.endswith("The run is skipped.")
-    assert call("runs", "delete", "--yes", spoilt.name).exit_code == 0
+    assert call("runs", "delete", "--yes", "spoilt").exit_code == 0
     assert not spoilt.exists()
 
 
@@ -598,6 +603,22 @@ def test_verify_is_silent_where_all_is_equal(call, two):
     call("export", two[0].id, "--to", "a.parquet")
     result = call("verify", two[0].id, "--no-mlflow", "--file", "a.parquet")
     assert result.output == ""
+
+
+@pytest.mark.slow
+def test_verify_waits_once_for_a_server_that_does_not_answer(call, two, monkeypatch):
+    with closing(socket.create_server(("127.0.0.1", 0))) as server:
+        address = f"http://127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+        monkeypatch.delenv("MLFLOW_HTTP_REQUEST_TIMEOUT", raising=False)
+        words = ("verify", "--patience", "1", *(run.id for run in two))
+        *errors, _ = call(*words, code=1).stderr.split("Run 'harness sync")
+        server.setblocking(False)
+        server.accept()[0].close()
+        with pytest.raises(BlockingIOError):  # the second run asked nothing
+            server.accept()
+    assert len(errors) == 2
+    assert all("read timeout=1" in error for error in errors)
 
 
 def test_verify_names_rows_and_ends_with_1(call, two, tmp_path):

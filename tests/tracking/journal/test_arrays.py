@@ -41,6 +41,8 @@ past = tracking.open(run.id)
 table = past.records(superseded=True)
 assert past.params == {"lr": 0.1, "text": "\\u00fc", "none": None}
 assert len(past.records("metrics", name="accuracy")) == 2
+assert past.wide().num_rows > 17_000
+assert past.summary()["train/loss_step"]["count"] == 17_000
 assert "pandas" not in sys.modules
 frame = table.to_pandas()
 assert len(frame) == len(table) > 17_000

@@ -148,6 +148,8 @@ def test_spoilt_manifest_hides_no_other_run(tmp_path, kind):
     else:
         with pytest.warns(TrackingWarning, match=skipped):
             assert find_run("amber", tmp_path) == good
+        with pytest.warns(TrackingWarning, match=skipped):
+            assert find_run("spoil", tmp_path) == spoilt
     with pytest.raises(InvalidFileError, match=r"run\.json.* expected"):
         Manifest.read(spoilt)
 

@@ -102,6 +102,7 @@ def test_layers_that_need_one_device_or_a_gpu_are_refused_on_ranks() -> None:
     with pytest.raises(ValueError, match="got 'second' with max_norm"):
         check_layers(model, 0, replace(facts, device="cuda"))
     check_layers(model, 0, replace(facts, world_size=1))
+    check_layers(model.requires_grad_(False), 3, facts)
 
 
 def test_parameters_with_two_owners_are_refused(make: Any) -> None:
