@@ -17,7 +17,7 @@ def weighted_loss(pred: Tensor, target: Tensor, weight: Tensor) -> Tensor:
 
 
 class WeightedAccuracy(MeanMetric):
-    """Share of right rows by weight, exact over all batches of an epoch."""
+    """Weighted share of correct rows, exact over all batches of an epoch."""
 
     ctx: harness.Context
     higher_is_better = True  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""Language model of characters: warm-up and cosine, clipping, accumulation, bf16, samples."""
+"""Character language model: warm-up and cosine, clipping, accumulation, bf16, samples."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Transformer(nn.Module):
         self.register_buffer("mask", mask, persistent=False)
 
     def forward(self, codes: Tensor) -> Tensor:
-        """Scores ``[batch, length, letters]`` of the next character at each place."""
+        """Scores ``[batch, length, letters]`` of the next character at each position."""
         size = codes.shape[1]
         places = torch.arange(size, device=codes.device)
         hidden = self.letters(codes) + self.places(places)
@@ -50,19 +50,17 @@ class Transformer(nn.Module):
         return scores
 
     def loss(self, pred: Tensor, target: Tensor) -> Tensor:
-        """Nats for each character."""
+        """Cross-entropy in nats per character."""
         return F.cross_entropy(pred.flatten(0, 1), target.flatten())
 
 
 class Sample(harness.Callback):
-    """Writes text after each epoch, into the records of the run."""
+    """Writes sampled text into the records after each epoch."""
 
     def on_epoch_end(self) -> None:
         """Draw one character after another."""
         model, codes = self.ctx.model.eval(), [LETTERS.index(" ")]
-        generator = torch.Generator().manual_seed(
-            0
-        )  # leaves that of the training alone
+        generator = torch.Generator().manual_seed(0)  # not that of the training
         for _ in range(80):
             seen = torch.tensor([codes[-LENGTH:]], device=self.ctx.device)
             shares = F.softmax(model(seen)[0, -1].cpu() / 0.7, dim=0)
@@ -71,7 +69,7 @@ class Sample(harness.Callback):
 
 
 def warm_up(opt: torch.optim.Optimizer, total_steps: int, share: float = 0.1) -> Any:
-    """Linear to the full rate, then along a cosine to 0."""
+    """Linear warm-up to the full rate, then cosine decay to 0."""
     schedules = torch.optim.lr_scheduler
     first = max(1, int(share * total_steps))
     linear = schedules.LinearLR(opt, 0.1, total_iters=first)
@@ -107,7 +105,7 @@ def main(
     )
     loss = fitted.records["metrics"]["valid"][-1]["loss"]
     sample = fitted.records["samples"]["valid"][-1]
-    print(f"{loss:.2f} nats for a character, {len(TEXT)} characters\n{sample}")
+    print(f"{loss:.2f} nats per character, {len(TEXT)} characters\n{sample}")
     return loss, sample
 
 

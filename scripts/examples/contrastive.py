@@ -12,7 +12,7 @@ import harness
 
 
 class SimCLR(nn.Module):
-    """Two views of an image are close to each other, and far from other images."""
+    """Learns features: close for two views of an image, and far from other images."""
 
     def __init__(self, width: int = 64, temperature: float = 0.2) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class SimCLR(nn.Module):
         return features
 
     def forward(self, images: Tensor) -> Tensor:
-        """Points ``[2 * batch, 32]``: first one view of each image, then the other."""
+        """Embeddings ``[2 * batch, 32]``: first one view of each image, then the other."""
         views = torch.cat([view(images), view(images)])
         return F.normalize(self.head(self.body(views)), dim=1)
 

@@ -40,7 +40,7 @@ class Net(nn.Module):
 
 
 class Curriculum(harness.Callback):
-    """Makes the sequences longer whenever the model is good at the present length."""
+    """Makes the sequences longer whenever the model is good at the current length."""
 
     def __init__(self, data: Parity, last: int) -> None:
         self.data, self.last = data, last
@@ -59,12 +59,12 @@ class Curriculum(harness.Callback):
         return {"length": self.data.length}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with the length that was reached."""
+        """Restore the length that was reached."""
         self.data.length = state["length"]
 
 
 def right(pred: Tensor, target: Tensor) -> Tensor:
-    """Share of right answers."""
+    """Share of correct answers."""
     return ((pred > 0) == (target > 0)).float().mean()
 
 
@@ -88,7 +88,7 @@ def main(tracker: object = None) -> dict[str, float]:
             tracker=tracker,
         )
         found[name] = fitted.records["metrics"]["valid"][-1]["accuracy"]
-        print(f"{name}: {found[name]:.1%} right")
+        print(f"{name}: {found[name]:.1%} correct")
     return found
 
 

@@ -54,7 +54,7 @@ class Diffusion(nn.Module):
 
 
 def main(tracker: object = None) -> dict[str, float]:
-    """Train on two moons, and print how far half of the new points are from them at most."""
+    """Train on two moons, and print the median distance of new points from them."""
     torch.manual_seed(1)
     moons = torch.tensor(make_moons(3000, noise=0.03, random_state=0)[0])
     moons = ((moons - moons.mean(0)) / moons.std(0)).float()

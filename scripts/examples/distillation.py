@@ -71,7 +71,7 @@ def main(tracker: object = None) -> dict[str, float]:
         ("student", student, (images[train], few, scores)),
         ("without a teacher", alone, (images[:100], digits[:100])),
     ):
-        epochs = 10 * 1400 // len(rows[0])  # as many steps
+        epochs = 10 * 1400 // len(rows[0])  # the same number of steps
         fitted = (
             learner.set_hparams(**small)
             .set_opt_hparams(lr=1e-2)

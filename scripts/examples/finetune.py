@@ -1,4 +1,4 @@
-"""Fine-tuning: a pretrained text model in the shape of Hugging Face's, a new head, two rates.
+"""Fine-tuning: a pretrained text model with Hugging Face's interface, a new head, two rates.
 
 The model is built here, so that the program needs no download. With ``transformers``, replace
 `Classifier` by ``AutoModelForSequenceClassification.from_pretrained`` and `tokenize` by its
@@ -26,7 +26,7 @@ VOCABULARY = ["[PAD]", *(word for words in WORDS.values() for word in words)]
 
 
 class Encoder(nn.Module):
-    """Words to a vector for each place."""
+    """Turns words into a vector per position."""
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class Classifier(nn.Module):
         return output
 
     def set_optimizers(self, lr: float) -> torch.optim.Optimizer:
-        """Use a tenth of the rate for what is pretrained."""
+        """Use a tenth of the learning rate for the pretrained part."""
         groups = [
             {"params": self.encoder.parameters(), "lr": lr / 10},
             {"params": self.classifier.parameters(), "lr": lr},
@@ -123,7 +123,7 @@ def main(tracker: object = None) -> float:
         tracker=tracker,
     )
     found: float = fitted.records["metrics"]["valid"][-1]["accuracy"]
-    print(f"{found:.1%} of 300 new reviews are classified right")
+    print(f"{found:.1%} of 300 new reviews are classified correctly")
     return found
 
 

@@ -19,7 +19,7 @@ def mlp(inputs: int, outputs: int) -> nn.Sequential:
 
 
 class GAN(nn.Module):
-    """A generator and a critic, each with an optimizer of its own."""
+    """A generator and a critic, each with its own optimizer."""
 
     ctx: harness.FitContext
 
@@ -72,7 +72,7 @@ PLACES = torch.stack([ANGLES.cos(), ANGLES.sin()], dim=1)
 
 
 def main(tracker: object = None) -> tuple[int, float]:
-    """Train on points around six places, and look for them among generated points."""
+    """Train on points around six centers, and count the centers that new points reach."""
     torch.manual_seed(1)
     real = PLACES.repeat(400, 1) + 0.05 * torch.randn(2400, 2)
     fitted = (
@@ -84,7 +84,7 @@ def main(tracker: object = None) -> tuple[int, float]:
     nearest = torch.cdist(points, PLACES).min(dim=1)
     is_near = nearest.values < 0.25
     found, share = len(nearest.indices[is_near].unique()), float(is_near.float().mean())
-    print(f"{found} of 6 places found; {share:.0%} of the points are near one")
+    print(f"{found} of 6 centers found; {share:.0%} of the points are near one")
     return found, share
 
 

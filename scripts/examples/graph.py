@@ -10,7 +10,7 @@ import harness
 
 
 class GraphNet(nn.Module):
-    """Each node hears from its neighbours, a few times."""
+    """Each node gets messages from its neighbours, a few times."""
 
     ctx: harness.FitContext
 
@@ -23,14 +23,14 @@ class GraphNet(nn.Module):
     def forward(self, nodes: Tensor, edges: Tensor, mask: Tensor) -> Tensor:
         """Scores ``[graphs, nodes]`` of nodes ``[graphs, nodes, 1]``."""
         hidden = self.enter(nodes)
-        edges = edges * mask.unsqueeze(1)  # nothing is heard from padding
+        edges = edges * mask.unsqueeze(1)  # padding sends no messages
         for layer in self.rounds:
             heard = edges @ hidden
             hidden = hidden + F.relu(layer(torch.cat([hidden, heard], dim=2)))
         return self.leave(hidden).squeeze(2)
 
     def loss(self, pred: Tensor, target: Tensor) -> Tensor:
-        """Mean over the nodes that are no padding."""
+        """Mean over the nodes that are not padding."""
         mask = self.ctx.input["mask"]
         right = (pred > 0) == (target > 0)
         self.ctx.rows = int(mask.sum())  # what the averages of the epoch count
@@ -53,14 +53,14 @@ def graphs(count: int, most: int = 12) -> tuple[dict[str, Tensor], Tensor]:
 
 
 def main(tracker: object = None) -> float:
-    """Train, and print the share of nodes that are right."""
+    """Train, and print the share of nodes that are classified correctly."""
     torch.manual_seed(1)
     learner = harness.setup(GraphNet, optimizer=torch.optim.Adam)
     fitted = learner.set_opt_hparams(lr=5e-3).fit(
         graphs(1500), 6, graphs(300), seed=1, tracker=tracker
     )
     accuracy: float = fitted.records["metrics"]["valid"][-1]["accuracy"]
-    print(f"{accuracy:.1%} of the nodes are right")
+    print(f"{accuracy:.1%} of the nodes are correct")
     return accuracy
 
 

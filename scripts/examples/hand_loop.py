@@ -39,7 +39,7 @@ def main(tracker: object = None) -> float:
                     accelerator.step()  # also clears the gradients
                     step = accelerator.steps["opt"]
                     run.log_step({"loss": loss.detach()}, step=step, set="train")
-            accelerator.drop_window()  # a short rest of accumulated batches
+            accelerator.drop_window()  # the last window may be short
             model.eval()
             right = count = torch.zeros(())
             with torch.no_grad():

@@ -30,16 +30,16 @@ class MeanTeacher(nn.Module):
         return torch.optim.Adam(self.student.parameters(), lr=lr)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Scores of the teacher, where there is one."""
+        """Scores of the teacher, if there is one."""
         scores: Tensor = (self.teacher if self.weight else self.student)(images)
         return scores
 
     def blur(self, images: Tensor) -> Tensor:
-        """Add noise, each time other noise."""
+        """Add new noise."""
         return images + self.noise * torch.randn_like(images)
 
     def step(self) -> None:
-        """Learn from the labels and from the teacher; then the teacher learns."""
+        """Learn from the labels and from the teacher, then update the teacher."""
         ctx = self.ctx
         images, digits = ctx.batch
         ctx.pred = self(images)  # for the metrics

@@ -1,4 +1,4 @@
-"""A step of the model's own: train on attacked images too, and stay right under attack."""
+"""A custom step: train on attacked images too, and stay accurate under attack."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def main(tracker: object = None) -> dict[str, float]:
         )
         last = fitted.records["metrics"]["valid"][-1]
         found[name] = last["accuracy_attacked"]
-        print(f"{name}: {found[name]:.3f} of the attacked images are right")
+        print(f"{name}: {found[name]:.3f} accuracy on attacked images")
     return found
 
 

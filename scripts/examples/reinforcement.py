@@ -14,7 +14,7 @@ class Poles:
     """Many carts with a pole; the equations of Barto, Sutton and Anderson (1983)."""
 
     def __init__(self, count: int) -> None:
-        self.state = 0.1 * torch.rand(count, 4) - 0.05  # place, speed, angle, its speed
+        self.state = 0.1 * torch.rand(count, 4) - 0.05  # x, dx, angle, dangle
 
     def push(self, action: Tensor) -> Tensor:
         """Push each cart to the left (0) or right (1); returns which poles still stand."""
@@ -63,7 +63,7 @@ class Policy(nn.Module):
     def step(self) -> Tensor:
         """REINFORCE: actions are better the longer the pole stands afterwards."""
         chosen, alive = self.play()
-        left = alive.flip(0).cumsum(0).flip(0)  # how long each game still goes on
+        left = alive.flip(0).cumsum(0).flip(0)  # steps until each game ends
         mean = (left * alive).sum() / alive.sum()
         spread = ((left - mean).square() * alive).sum() / alive.sum()
         better = (left - mean) / (spread.sqrt() + 1e-6)
@@ -74,7 +74,7 @@ class Policy(nn.Module):
 def main(tracker: object = None) -> tuple[float, float]:
     """Play, and print how long the pole stands at first and at last."""
     learner = harness.setup(Policy, optimizer=torch.optim.Adam).set_opt_hparams(lr=2e-2)
-    games = torch.arange(8)  # the model makes its data: these only count the steps
+    games = torch.arange(8)  # only their number counts
     options = {"batch_size": 1}
     fitted = learner.fit(games, 5, dataloader_options=options, seed=1, tracker=tracker)
     steps = [epoch["steps"] for epoch in fitted.records["metrics"]["train"]]

@@ -36,7 +36,7 @@ class UNet(nn.Module):
 
 
 def block(inputs: int, outputs: int) -> nn.Sequential:
-    """A convolution with what belongs to it."""
+    """A convolution with batch norm and ReLU."""
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
         *(nn.BatchNorm2d(outputs), nn.ReLU()),
@@ -44,7 +44,7 @@ def block(inputs: int, outputs: int) -> nn.Sequential:
 
 
 def dice(pred: Tensor, target: Tensor) -> Tensor:
-    """1 minus the Dice overlap, a mean over the classes."""
+    """1 minus the Dice overlap, averaged over the classes."""
     shares = pred.softmax(1)
     truth = F.one_hot(target, shares.shape[1]).movedim(-1, 1).to(shares)
     both, either = (shares * truth).sum((0, 2, 3)), (shares + truth).sum((0, 2, 3))

@@ -24,7 +24,7 @@ class Seq2Seq(nn.Module):
         self.head = nn.Linear(4 * width, LETTERS)
 
     def encode(self, source: Tensor) -> tuple[Tensor, Tensor]:
-        """What the encoder keeps of each place, and the first state of the decoder."""
+        """Encoder outputs at each position, and the initial state of the decoder."""
         memory, last = self.encoder(self.embed(source))
         return memory, torch.cat([*last], dim=1).unsqueeze(0)
 
@@ -39,13 +39,13 @@ class Seq2Seq(nn.Module):
         return self.head(torch.cat([hidden, context], dim=2)), state
 
     def forward(self, source: Tensor, target: Tensor) -> Tensor:
-        """Scores with the right letters so far (teacher forcing)."""
+        """Scores given the correct letters so far (teacher forcing)."""
         memory, state = self.encode(source)
         before = F.pad(target[:, :-1], (1, 0), value=START)
         return self.decode(before, memory, state, source)[0]
 
     def loss(self, pred: Tensor, target: Tensor) -> Tensor:
-        """Mean over letters that are no padding; the average of the epoch is too."""
+        """Mean over the letters that are not padding, also in the average of the epoch."""
         self.ctx.rows = int((target != PAD).sum())
         return F.cross_entropy(pred.flatten(0, 1), target.flatten(), ignore_index=PAD)
 

@@ -74,7 +74,6 @@ def main() -> None:
         valid_data=0.2,
         accelerator=accelerator,
         dataloader_options={"batch_size": max(1, 32 // accelerator.world_size)},
-        # All ranks need the same seed, so that they hold out the same rows.
         seed=2,
         tracker={"experiment": "digits-deepspeed"},
     )

@@ -32,24 +32,24 @@ class Triplets(Dataset[tuple[Tensor, Tensor, Tensor]]):
 
 
 class Embedding(nn.Module):
-    """Places images on a sphere."""
+    """Embeds images on a sphere."""
 
     def __init__(self, width: int = 4) -> None:
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, width))
 
     def embed(self, images: Tensor) -> Tensor:
-        """Points ``[batch, width]`` of length 1."""
+        """Embeddings ``[batch, width]`` of length 1."""
         return F.normalize(self.layers(images), dim=1)
 
     predict = embed  # predictions are of single images
 
     def forward(self, *images: Tensor) -> tuple[Tensor, ...]:
-        """Points of the three images of each row."""
+        """Embeddings of the three images of each row."""
         return tuple(map(self.embed, images))
 
     def loss(self, pred: tuple[Tensor, Tensor, Tensor], _: object) -> Tensor:
-        """Return how far the three points are from the wanted order."""
+        """Return the triplet margin loss."""
         return F.triplet_margin_loss(*pred, margin=0.5)
 
 
@@ -72,7 +72,7 @@ def main(tracker: object = None) -> float:
     )
     found = classify(fitted, images[:100], digits[:100], images[1400:])
     accuracy = float((found == digits[1400:]).float().mean())
-    print(f"{accuracy:.1%} of 397 new images are nearest to one of their digit")
+    print(f"{accuracy:.1%} of 397 new images have a nearest image of the same digit")
     return accuracy
 
 

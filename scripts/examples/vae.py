@@ -32,7 +32,7 @@ class VAE(nn.Module):
         return self.decoder(mean + noise * (log_var / 2).exp()), mean, log_var
 
     def loss(self, pred: tuple[Tensor, Tensor, Tensor], _: object) -> dict[str, Tensor]:
-        """Return both parts, in nats for each image; the target is the input."""
+        """Return both parts, in nats per image; the target is the input."""
         logits, mean, log_var = pred
         pixels = F.binary_cross_entropy_with_logits(
             logits, self.ctx.input, reduction="none"
@@ -61,7 +61,7 @@ def main(tracker: object = None) -> tuple[float, Tensor]:
     parts = (
         f"{last['reconstruction']:.1f} for the pixels, {last['kl']:.1f} for the code"
     )
-    print(f"{last['loss']:.1f} nats for an image: {parts}")
+    print(f"{last['loss']:.1f} nats per image: {parts}")
     new = fitted.model.sample(3)
     for row in torch.cat([*new], dim=1):
         print("".join(" .:-=+*#%@"[int(pixel * 9.99)] * 2 for pixel in row))
