@@ -61,7 +61,7 @@ def predict(
 ) -> None:
     """Predict the rows of DATA with the model of RUN.
 
-    DATA and the file to write are .npy, .csv or .parquet files.
+    DATA and the output are .npy, .csv or .parquet files.
     """
     if to.suffix not in {".npy", ".csv", ".parquet"}:
         msg = f"--to {str(to)!r}: expected .npy, .csv or .parquet, got {to.suffix!r}."
@@ -84,11 +84,11 @@ def predict(
 def export_weights(
     source: str, to: Path, shard_gb: float, runs_dir: Path | None
 ) -> None:
-    """Write the weights of CHECKPOINT into safetensors files.
+    """Write the weights of CHECKPOINT to safetensors files.
 
-    CHECKPOINT is a checkpoint, saved on any number of ranks, a folder of checkpoints, of
-    which the newest is taken, or a run. OUT is a .safetensors file, or a folder for several
-    files with an index, as Hugging Face's libraries read them. One parameter at a time is in
+    CHECKPOINT is a checkpoint (saved on any number of ranks), a folder of checkpoints (the
+    newest is used), or a run. OUT is a .safetensors file, or a folder for several files with
+    an index, as Hugging Face's libraries read them. Only one parameter at a time is held in
     memory.
     """
     from harness.checkpoint.whole.export import export_weights as write  # noqa: PLC0415  imports torch

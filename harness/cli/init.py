@@ -52,7 +52,7 @@ def spirals(num_points=2000):
 
 
 def experiment(hidden=64, lr=3e-3, epochs=20, seed=1):
-    """What to train on which data; each argument can be set by --set NAME=VALUE."""
+    """What to train, and on which data. Set arguments with --set NAME=VALUE."""
     learner = harness.setup(
         Net,
         loss=nn.CrossEntropyLoss(),
@@ -69,15 +69,15 @@ README: Final = """# {name}
 
 ```text
 harness fit train.py:experiment                   # train, with checkpoints
-harness runs list                                 # all runs, the best one marked
+harness runs list                                 # newest runs, the best one marked
 harness runs show RUN                             # params, metrics and curves
 harness fit train.py:experiment --set hidden=128  # with another argument
 harness resume RUN                                # continue a run that was stopped
 harness ui                                        # the runs in MLflow
 ```
 
-`train.py` holds the model, the data and what is trained. RUN is the id of a run, or any
-part of it.
+`train.py` holds the model, the data and the experiment. RUN is the id of a run, or any
+unique part of it.
 """
 
 GITIGNORE: Final = """runs/
@@ -91,10 +91,10 @@ __pycache__/
 @click.command()
 @click.argument("name", type=click.Path(path_type=Path))
 def init(name: Path) -> None:
-    """Write a small project into the new folder NAME.
+    """Create a small project in the new folder NAME.
 
-    It trains at once. It holds train.py with a model, data and an experiment, a README.md
-    and a .gitignore.
+    It contains train.py (a model, data and an experiment), a README.md and a .gitignore, and
+    trains as it is.
     """
     files = {
         "train.py": TRAIN,
@@ -120,10 +120,10 @@ def init(name: Path) -> None:
 
 
 def _check_folder(name: Path, advice: str) -> None:
-    """Refuse a folder with something in it, and one in what is no folder."""
+    """Refuse a folder that is not empty, or a path below a file."""
     over = next(p for p in (name, *name.absolute().parents) if p.exists())
     if over == name and over.is_dir() and any(over.iterdir()):
-        msg = f"init: expected a new folder, got {str(name)!r}, which has something in it."
+        msg = f"init: expected a new folder, got {str(name)!r}, which is not empty."
         raise click.UsageError(f"{msg} Choose another name.")
     if not over.is_dir():
         msg = f"init: expected a new folder, got {str(over)!r}, {describe_path(over)}."

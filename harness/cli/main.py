@@ -67,8 +67,8 @@ def fork(
 
 
 @main.command()
-@click.option("--runs-dir", default="runs", envvar="HARNESS_RUNS", show_default=True,
-              help="Folder of runs.")  # fmt: skip
+@click.option("--runs-dir", default="runs", envvar="HARNESS_RUNS",
+              help="Folder of runs. Default: $HARNESS_RUNS or ./runs.")  # fmt: skip
 @click.option("--tracking-uri", envvar="MLFLOW_TRACKING_URI", hidden=True)
 @json_option
 def doctor(runs_dir: str, tracking_uri: str | None, as_json: bool) -> None:

@@ -42,9 +42,9 @@ _LAUNCHER_OPTIONS: dict[str, tuple[object, str]] = {
     "ssh_port": (click.IntRange(1, 65535), "Port of ssh."),
     "venv_script": (str, "Script that activates the environment."),
     "bind_core_list": (str, "Cores to bind ranks to, such as 0-7,16-23."),
-    "enable_each_rank_log": (str, "Folder for one log of each rank."),
-    "bind_cores_to_rank": (bool, "Bind each rank to other cores."),
-    "no_ssh": (bool, "Run the command on each machine; no ssh."),
+    "enable_each_rank_log": (str, "Folder for a log file of each rank."),
+    "bind_cores_to_rank": (bool, "Bind each rank to its own cores."),
+    "no_ssh": (bool, "Do not use ssh; run the command on each machine."),
     "no_ssh_check": (bool, "Do not check that machines answer by ssh."),
     "force_multi": (bool, "Use ssh even for one machine."),
 }

@@ -64,7 +64,7 @@ def _parse_pairs(
 def secret_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add options for the secrets that a run does not record."""
     for name, flag in (("opts", "--opt"), ("sets", "--set")):
-        help_ = f"Value of a secret {flag} of the run, which it does not record."
+        help_ = f"Value of a secret {flag} option, which the run does not record."
         command = click.option(flag, name, multiple=True, callback=_parse_pairs,
                                metavar="NAME=VALUE", help=help_)(command)  # fmt: skip
     return command
@@ -83,11 +83,11 @@ def secret_options(command: Callable[..., None]) -> Callable[..., None]:
               help="YAML file with arguments; --set overrides it.")  # fmt: skip
 @click.option("--epochs", help="Number of epochs, or MIN,MAX.")
 @click.option("--max-steps", type=click.IntRange(min=1), metavar="STEPS",
-              help="End after STEPS optimizer steps at the latest.")  # fmt: skip
+              help="Stop after at most STEPS optimizer steps.")  # fmt: skip
 @click.option("--valid-every", metavar="EVERY",
-              help="Validate every so often: '500 steps', or a number of epochs.")  # fmt: skip
+              help="Interval between validations: '500 steps', or a number of epochs.")  # fmt: skip
 @click.option("--limit-batches", metavar="N",
-              help="Take N batches of each pass, or a share such as 0.1.")  # fmt: skip
+              help="Use N batches of each pass, or a fraction such as 0.1.")  # fmt: skip
 @click.option("--name", help="Name of the run.")
 @click.option("--experiment", help="MLflow experiment of the run.")
 @click.option("--seed", type=int, help="Seed of all random generators.")
@@ -142,7 +142,7 @@ def fit(target: str, **options: object) -> None:
 @click.option("--strict", is_flag=True,
               help="Refuse changes in code, data or versions.")  # fmt: skip
 @click.option("--num-gpus", type=click.IntRange(min=1),
-              help="Ranks to resume on; by default as many as before.")  # fmt: skip
+              help="Number of ranks. Default: the same as before.")  # fmt: skip
 @secret_options
 @runs_dir_option
 @click.pass_context
@@ -155,10 +155,11 @@ def resume(
     runs_dir: Path | None,
     **given: Any,
 ) -> None:
-    """Resume RUN from its last checkpoint, as it was started.
+    """Resume RUN from its last checkpoint.
 
-    A run of several ranks is resumed on as many, by DeepSpeed's launcher. Another launcher
-    can start the ranks: 'torchrun ... -m harness.cli resume RUN'.
+    Runs the recorded command again. A run of several ranks is resumed on the same number of
+    ranks, with DeepSpeed's launcher. To use another launcher, run
+    'torchrun ... -m harness.cli resume RUN'.
     """
     past = open_run(run, runs_dir)
     with working_folder_of(past):
@@ -187,9 +188,9 @@ def resume(
 @click.argument("target", metavar="FILE.py:NAME | MODULE:NAME")
 @click.pass_context
 def launch(ctx: click.Context, /, target: str, **options: Any) -> None:
-    """Train on several GPUs or machines by DeepSpeed's launcher.
+    """Train on several ranks with DeepSpeed's launcher.
 
-    All other options are passed on to 'harness fit'.
+    The ranks may be on several machines. All other options are passed on to 'harness fit'.
     """
     is_verbose = options.pop("verbose_launcher")
     given = {name: value for name, value in options.items() if value}

@@ -81,7 +81,7 @@ def runs(ctx: click.Context) -> None:
 @runs.command("list")
 @_common_options
 @click.option("--where", metavar="EXPRESSION",
-              help="Only runs like this: 'valid/loss < 0.1 and params.lr = 0.001'.")  # fmt: skip
+              help="Only matching runs: 'valid/loss < 0.1 and params.lr = 0.001'.")  # fmt: skip
 @click.option("--sort", metavar="NAME",
               help="Sort by this, lowest first; -NAME: highest first.")  # fmt: skip
 @click.option("--limit", type=click.IntRange(min=0), default=20, show_default=True,
@@ -95,9 +95,9 @@ def list_(
 ) -> None:
     """List runs, newest first, with their main metric.
 
-    Its last value is shown. The main metric is the one of --sort, otherwise the validation
-    loss if one of the newest 20 runs has it; * marks the best run. Names are metrics such as
-    valid/loss (its last value), valid/loss.min or .max, params.NAME, tags.NAME, and name,
+    The main metric is the one of --sort, otherwise the validation loss if one of the newest
+    20 runs has it. Its last value is shown, and * marks the best run. Names are metrics such
+    as valid/loss (the last value), valid/loss.min or .max, params.NAME, tags.NAME, and name,
     status, experiment, created, duration_s.
     """
     from tracking.cli.query import (  # noqa: PLC0415  keeps --help quick
@@ -216,14 +216,14 @@ def show(run: str, runs_dir: Path | None, as_json: bool) -> None:
 @run_argument("run", required=False)
 @_common_options
 @click.option("--every", "every_s", type=click.FloatRange(min=0.1), default=1.0,
-              show_default=True, metavar="SECONDS", help="Time between two looks.")  # fmt: skip
+              show_default=True, metavar="SECONDS", help="Time between updates.")  # fmt: skip
 def watch(
     run: str | None, runs_dir: Path | None, as_json: bool, every_s: float
 ) -> None:
     """Watch the metrics and curves of RUN while it trains.
 
-    Without RUN, the newest one. In a pipe, prints a line for each epoch; with --json, each
-    line is JSON. Ends when the run has ended, or with Ctrl-C, which does not disturb the run.
+    Without RUN, watches the newest run. In a pipe, prints a line for each epoch; with --json,
+    each line is JSON. Ends when the run ends, or on Ctrl-C, which does not affect the run.
     """
     from tracking.cli.watching import watch_run  # noqa: PLC0415  imports Arrow
     from tracking.read import PastRun  # noqa: PLC0415  imports Arrow
@@ -246,7 +246,7 @@ def watch(
 def compare(names: tuple[str, ...], runs_dir: Path | None, as_json: bool) -> None:
     """Compare the params, code, data and metrics of runs.
 
-    The table shows what differs, and the last value of each metric; below it are curves.
+    Prints a table of the differences and of the last value of each metric, and curves.
     """
     from tracking.cli.describe import compare_curves, describe_run  # noqa: PLC0415  imports Arrow
     from tracking.cli.query import find_main_metric  # noqa: PLC0415  next to it
@@ -273,7 +273,7 @@ def delete(
 ) -> None:
     """Delete runs with their artifacts and checkpoints.
 
-    What MLflow has of the runs stays there. Of a link to a run only the link is deleted.
+    MLflow keeps its copy of the runs. If RUN is a symbolic link, only the link is deleted.
     """
     from tracking.errors import RunNotFoundError  # noqa: PLC0415  next to store
     from tracking.store import find_run_folders  # noqa: PLC0415
@@ -322,11 +322,11 @@ def _check_has_ended(path: Path) -> None:
 def release(
     names: tuple[str, ...], yes: bool, runs_dir: Path | None, as_json: bool
 ) -> None:
-    """Say that runs with status unknown have ended.
+    """Declare that runs with status unknown have ended.
 
-    Then they can be resumed or deleted. A process on another machine wrote them, and was not
-    heard of for long. Make sure that it has ended: two processes that write one run mix up
-    its records.
+    They can then be resumed or deleted. They were written by a process on another machine
+    that has given no sign of life for some time. Make sure that it has ended: if two
+    processes write one run, its records get mixed up.
     """
     from tracking.store import find_writers, release_run  # noqa: PLC0415  next to read
 
@@ -364,8 +364,8 @@ def export(
 ) -> None:
     """Write the records of runs to Parquet, CSV or Arrow.
 
-    The suffix of PATH is the format: .parquet, .csv, .arrow or .feather. A PATH without
-    a suffix is a folder that gets one Parquet file per run.
+    The suffix of PATH chooses the format: .parquet, .csv, .arrow or .feather. A PATH without
+    a suffix is a folder with one Parquet file per run.
     """
     from tracking.exporter import export as export_runs  # noqa: PLC0415  imports Arrow
 
@@ -389,7 +389,7 @@ def sync(
 ) -> None:
     """Send records that MLflow is missing. Without RUN, for every run.
 
-    The exit code is 1 if MLflow is still missing some of them.
+    The exit code is 1 if MLflow is still missing records afterwards.
     """
     from tracking.delivery.sync import sync_each  # noqa: PLC0415  imports Arrow
 
@@ -422,8 +422,8 @@ def verify(
 ) -> None:
     """Compare journals, exported files and MLflow row by row.
 
-    Prints nothing if all rows are equal. Without RUN, for every run. Differences are summed
-    up, with a few examples; --json has all of them.
+    Without RUN, checks every run. Prints nothing if all rows are equal. Differences are
+    summarized with a few examples; --json lists all of them.
     """
     from tracking.delivery.sync import MlflowReader  # noqa: PLC0415  imports Arrow
     from tracking.errors import TrackingError  # noqa: PLC0415  next to verify
@@ -459,10 +459,10 @@ def verify(
 def ui(
     names: tuple[str, ...], port: int, opens: bool, runs_dir: Path | None, as_json: bool
 ) -> None:
-    """Serve MLflow's UI on the store that the runs went to.
+    """Serve MLflow's UI for the store of the runs.
 
-    Prints the address of the page, and serves it until Ctrl-C: of the experiment, of one RUN,
-    or of several side by side, such as a run and its forks.
+    Prints the address of the page, and serves it until Ctrl-C. The page shows the experiment,
+    one RUN, or several runs side by side, such as a run and its forks.
     """
     from tracking.mlflow_store.server import Server  # noqa: PLC0415  next to page_url
     from tracking.mlflow_store.uris import page_url  # noqa: PLC0415  imports Arrow
