@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from harness.accelerators.select import accelerator as pick_accelerator
 from harness.checkpoint.hparams import HparamSource, encode_hparams, name_of
-from harness.checkpoint.objects import ObjectSource, encode_object
+from harness.checkpoint.objects import decode_objects, encode_object
 from harness.checkpoint.weights import (
     SavedModel,
     WeightsReport,
@@ -384,7 +384,7 @@ class Fitted:
         if reason := self._why_module_is_needed(about):
             msg = f"save({str(path)!r}): expected {reason}."
             warnings.warn(f"{msg} harness.load will need module=.", stacklevel=2)
-        if lost := ObjectSource(HparamSource(kind.__module__)).list_lost(about):
+        if lost := decode_objects(about, HparamSource(kind.__module__)).lost:
             msg = f"save({str(path)!r}): expected what can be found by name, got only"
             advice = "harness.load will not keep it."
             warnings.warn(f"{msg} text for {lost}. {advice}", stacklevel=2)

@@ -10,7 +10,7 @@ from harness.callback import Callback
 from harness.callbacks.model_checkpoint import ModelCheckpoint
 from harness.checkpoint.format import list_checkpoints, remove_checkpoint
 from harness.checkpoint.parts.choose import choose_checkpoint
-from harness.checkpoint.resume import Resume
+from harness.checkpoint.resume import PARTS, Resume
 from harness.checks.values import as_path, check_flags
 from harness.context import Context
 from harness.errors import CheckpointError
@@ -59,15 +59,16 @@ class ResumeFromCheckpoint(Callback):
     ) -> None:
         self.path = as_path(f"{type(self).__name__}(path)", path)
         self.missing_ok = missing_ok
-        self._options = {
+        self.strict = strict
+        flags = {
             "restore_model": restore_model,
             "restore_optimizers": restore_optimizers,
             "restore_records": restore_records,
             "restore_callbacks": restore_callbacks,
-            "strict": strict,
         }
         name = type(self).__name__
-        check_flags(name, missing_ok=missing_ok, **self._options)
+        check_flags(name, missing_ok=missing_ok, strict=strict, **flags)
+        self.parts = [part for part in PARTS if flags[f"restore_{part}"]]
 
     def find(self, ranks: Accelerator | None = None) -> Resume | None:
         """Find the checkpoint to resume from; None to start from the beginning.
@@ -83,7 +84,7 @@ class ResumeFromCheckpoint(Callback):
         CheckpointError
             If there is none and `missing_ok` is False.
         """
-        found = _open_newest(self.path, ranks, **self._options)
+        found = _open_newest(self.path, ranks, parts=self.parts, strict=self.strict)
         if found is None and not self.missing_ok:
             place = f"{type(self).__name__}({str(self.path)!r})"
             msg = f"{place}: expected an undamaged checkpoint, or"

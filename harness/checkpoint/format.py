@@ -33,6 +33,7 @@ from torch import Size, Tensor
 
 from harness.errors import CheckpointError
 from harness.pytree import DTYPES, as_bytes, restore
+from harness.reshard.consolidated import STATE_ERRORS
 from harness.reshard.index import PartIndex, PartSummary, make_index
 from tracking.durable import (
     mark_busy,
@@ -484,14 +485,7 @@ def read_rank(
         if not is_mapped:
             tensors = {name: tensor.clone() for name, tensor in tensors.items()}
         return restore(plan if key is None else plan[key], tensors)
-    except (
-        SafetensorError,
-        OSError,
-        ValueError,
-        TypeError,
-        LookupError,
-        RuntimeError,
-    ) as error:
+    except (SafetensorError, OSError, *STATE_ERRORS) as error:
         expected = f"readable files of rank {rank}"
         raise _make_error(path, expected, str(error)) from error
 

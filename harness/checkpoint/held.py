@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -49,30 +49,27 @@ def capture_held(
     """
     states: States = {}
     left_out: dict[str, str] = {}
-    for root, held in search.objects.items():
-        for path, thing in held.items():
-            try:
-                if _is_in(callbacks.get(root, {}), _public_state(thing)):
-                    continue
-                state = _capture(thing, params, search)
-                flatten(state, f"{root}{path}")
-            except Exception as error:  # noqa: BLE001  a user's object; a save goes on
-                left_out[f"{root}{path}"] = str(error)
-            else:
-                if not isinstance(thing, nn.Module) or _has_content(state):
-                    states.setdefault(root, {})[path] = state
+    for root, path, thing in search.iter_objects():
+        try:
+            if _is_in(callbacks.get(root, {}), _public_state(thing)):
+                continue
+            state = _capture(thing, params, search)
+            flatten(state, f"{root}{path}")
+        except Exception as error:  # noqa: BLE001  a user's object; a save goes on
+            left_out[f"{root}{path}"] = str(error)
+        else:
+            if not isinstance(thing, nn.Module) or _has_content(state):
+                states.setdefault(root, {})[path] = state
     return states, left_out
 
 
 def capture_changing(search: Search) -> States:
     """Capture the states that validation may change: not those of averages and optimizers."""
     found: States = {}
-    for root, held in search.objects.items():
-        for path, thing in held.items():
-            is_module = isinstance(thing, nn.Module)
-            is_fixed = is_module and root != "loss" and not _metrics_of(thing)
-            if is_fixed or isinstance(thing, Tensor | Optimizer):
-                continue
+    for root, path, thing in search.iter_objects():
+        is_module = isinstance(thing, nn.Module)
+        is_fixed = is_module and root != "loss" and not _metrics_of(thing)
+        if not is_fixed and not isinstance(thing, Tensor | Optimizer):
             with contextlib.suppress(Exception):  # a save tells why
                 found.setdefault(root, {})[path] = _capture(thing, {}, search)
     return found
@@ -83,7 +80,7 @@ def _capture(thing: Any, params: Mapping[str, Tensor], search: Search) -> StateD
         return {"value": thing.detach()}
     state: StateDict = {"class": _class_of(thing)}
     if isinstance(thing, nn.Module):
-        return state | capture_module(thing, search.saved)
+        return state | _capture_module(thing, search.saved)
     if isinstance(thing, Optimizer):
         state["groups"] = name_groups(thing, params)
         with listing_all_state(thing):
@@ -99,13 +96,11 @@ def _class_of(thing: object) -> str:
     return f"{type(thing).__module__}:{type(thing).__qualname__}"
 
 
-def capture_module(module: nn.Module, saved: frozenset[int] = frozenset()) -> StateDict:
-    """Capture a module: tensors, gradients, frozen parameters, metrics and extra states.
+def _capture_module(module: nn.Module, saved: frozenset[int]) -> StateDict:
+    """Tensors, which are live, gradients, frozen parameters, metrics and extra states.
 
     Parameters
     ----------
-    module
-        Its tensors are live in the result.
     saved
         Ids of tensors that are saved elsewhere.
     """
@@ -115,14 +110,11 @@ def capture_module(module: nn.Module, saved: frozenset[int] = frozenset()) -> St
         "grads": {n: p.grad for n, p in named.items() if p.grad is not None},
         "frozen": [n for n, p in named.items() if not p.requires_grad],
         "metrics": capture_metrics(module),
-        "extra": {n: inner.get_extra_state() for n, inner in _with_extra(module)},
+        "extra": get_extra_states(module),
     }
 
 
-def restore_module(
-    module: nn.Module, state: StateDict, saved: frozenset[int] = frozenset()
-) -> None:
-    """Restore what ``capture_module`` returned."""
+def _restore_module(module: nn.Module, state: StateDict, saved: frozenset[int]) -> None:
     shape_lazy_parameters(module, state["tensors"])
     shape_buffers(module, state["tensors"])
     copy_tensors(_tensors_of(module, saved), state["tensors"])
@@ -132,17 +124,26 @@ def restore_module(
             param.grad = None if grad is None else grad.to(param.device, copy=True)
             param.requires_grad_(name not in state["frozen"])
     restore_metrics(module, state["metrics"])
-    for name, inner in _with_extra(module):
-        if name in state["extra"]:
-            inner.set_extra_state(state["extra"][name])
+    set_extra_states(module, state["extra"])
 
 
 def _tensors_of(module: nn.Module, saved: frozenset[int]) -> dict[str, Tensor]:
     return {n: t for n, t in named_tensors(module).items() if id(t) not in saved}
 
 
-def _with_extra(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    return (pair for pair in module.named_modules() if has_extra_state(pair[1]))
+def get_extra_states(model: nn.Module) -> StateDict:
+    """State of modules beside tensors, by module name: their ``get_extra_state``."""
+    modules = model.named_modules()
+    return {
+        name: own.get_extra_state() for name, own in modules if has_extra_state(own)
+    }
+
+
+def set_extra_states(model: nn.Module, state: StateDict) -> None:
+    """Restore what ``get_extra_states`` returned."""
+    for name, module in model.named_modules():
+        if name in state and has_extra_state(module):
+            module.set_extra_state(state[name])
 
 
 def capture_metrics(module: nn.Module) -> StateDict:
@@ -235,7 +236,7 @@ def _restore(
         msg = f"resume: expected {name} of the class {_class_of(thing)}, {got}."
         raise CheckpointError(f"{msg} Resume with the code that was saved.")
     if isinstance(thing, nn.Module):
-        restore_module(thing, state, search.saved)
+        _restore_module(thing, state, search.saved)
     elif isinstance(thing, Optimizer):
         regroup(thing, state["groups"], params, name)
         load_optimizer_state(thing, state["state"], name)

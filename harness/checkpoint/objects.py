@@ -7,7 +7,8 @@ without a call of its constructor, so that no code of its class runs while it is
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ _OPTIONS_OF_METRIC = frozenset(
 def encode_object(value: object) -> Any:
     """A loss, metric or function as JSON can hold it; see ``encode_hparams``."""
     if not isinstance(value, nn.Module):
-        return encode_hparams({"value": value})["value"]
+        return _encode(value)
     hooks = [name for name in vars(value) if name.endswith("_hooks")]
     name = name_of(type(value))
     if name is None or any(vars(value)[hook] for hook in hooks):
@@ -78,84 +79,80 @@ def _encode_all(values: Mapping[str, object]) -> dict[str, Any]:
     return {name: _encode(value) for name, value in values.items()}
 
 
-class ObjectSource:
-    """Rebuilds what ``encode_object`` wrote.
+@dataclass(frozen=True, kw_only=True)
+class SavedObjects:
+    """The loss, batch function and metrics of a saved model, as far as they can be rebuilt."""
+
+    loss: Callable[..., Tensor] | None
+    batch: Any
+    metrics: MetricSet
+    lost: list[str]  #: names of those that cannot be rebuilt
+
+
+def decode_objects(about: SavedModel, source: HparamSource) -> SavedObjects:
+    """Rebuild what ``encode_object`` wrote.
 
     Parameters
     ----------
-    hparams
-        What rebuilds plain values; functions are found as it finds them.
+    source
+        Rebuilds plain values; functions are found as it finds them.
     """
+    lost: dict[str, None] = {}
 
-    def __init__(self, hparams: HparamSource) -> None:
-        self._hparams = hparams
-
-    def decode(self, saved: object) -> Any:
-        """The object.
-
-        Raises
-        ------
-        LookupError
-            If it, or a part of it, cannot be rebuilt; the text names the part.
-        """
-        if isinstance(saved, dict) and "$module" in saved:
-            return self._decode_module(saved)
-        if texts := self._hparams.list_texts({str(saved): saved}):
-            raise LookupError(texts[0])
-        return self._hparams.decode({"value": saved})["value"]
-
-    def decode_one(self, saved: object) -> Any:
-        """The object; None if it cannot be rebuilt."""
+    def decode(name: str, saved: object) -> Any:
         with contextlib.suppress(LookupError):
-            return self.decode(saved)
+            return _decode(saved, source)
+        lost[name] = None
         return None
 
-    def decode_metrics(self, about: SavedModel) -> MetricSet:
-        """The metrics of a saved model that can be rebuilt."""
-        found: dict[str, dict[str, Any]] = {"train": {}, "valid": {}}
-        for split in found:
-            for name, saved in about.metrics.get(split, {}).items():
-                with contextlib.suppress(LookupError):
-                    found[split][name] = self.decode(saved)
-        return MetricSet(**found)
-
-    def list_lost(self, about: SavedModel) -> list[str]:
-        """Names of the loss and metrics that cannot be rebuilt."""
-        every = {
-            name: item for own in about.metrics.values() for name, item in own.items()
+    loss, batch = decode("loss", about.loss), decode("batch", about.batch)
+    metrics = {
+        split: {name: decode(name, saved) for name, saved in own.items()}
+        for split, own in about.metrics.items()
+    }
+    known = {
+        split: {
+            n: item for n, item in metrics.get(split, {}).items() if item is not None
         }
-        lost = []
-        for name, saved in {"loss": about.loss, "batch": about.batch, **every}.items():
-            try:
-                self.decode(saved)
-            except LookupError:
-                lost.append(name)
-        return lost
+        for split in ("train", "valid")
+    }
+    return SavedObjects(
+        loss=loss, batch=batch, metrics=MetricSet(**known), lost=[*lost]
+    )
 
-    def _decode_module(self, saved: Options) -> nn.Module:
-        kind = self._hparams.find_class(saved["$module"], nn.Module)
-        if kind is None:
-            raise LookupError(saved["$module"])
-        module: nn.Module = object.__new__(kind)
-        if is_metric(module):
-            from torchmetrics import Metric  # noqa: PLC0415  slow to import
 
-            Metric.__init__(module)
-            for name, (default, reduction, is_kept) in saved["states"].items():
-                fx = self.decode(reduction)
-                module.add_state(name, self.decode(default), fx, persistent=is_kept)
-        else:
-            nn.Module.__init__(module)
-        for name, item in saved["attributes"].items():
-            module.__dict__[name] = self.decode(item)
-        for name, item in saved["parameters"].items():
-            module.register_parameter(name, None if item is None else self._make(*item))
-        for name, (item, is_kept) in saved["buffers"].items():
-            module.register_buffer(name, self.decode(item), persistent=is_kept)
-        for name, item in saved["modules"].items():
-            module.add_module(name, None if item is None else self.decode(item))
-        return module.train(saved["training"])
+def _decode(saved: object, source: HparamSource) -> Any:
+    """Rebuild an object; ``LookupError`` names what cannot be rebuilt."""
+    if isinstance(saved, dict) and "$module" in saved:
+        return _decode_module(saved, source)
+    if source.list_texts({"": saved}):
+        raise LookupError(str(saved))
+    return source.decode({"": saved})[""]
 
-    def _make(self, value: object, requires_grad: bool) -> nn.Parameter:
-        tensor: Tensor = self.decode(value)
-        return nn.Parameter(tensor, requires_grad=requires_grad)
+
+def _decode_module(saved: Options, source: HparamSource) -> nn.Module:
+    kind = source.find_class(saved["$module"], nn.Module)
+    if kind is None:
+        raise LookupError(saved["$module"])
+    module: nn.Module = object.__new__(kind)
+    if is_metric(module):
+        from torchmetrics import Metric  # noqa: PLC0415  slow to import
+
+        Metric.__init__(module)
+        for name, (default, reduction, is_kept) in saved["states"].items():
+            fx = _decode(reduction, source)
+            module.add_state(name, _decode(default, source), fx, persistent=is_kept)
+    else:
+        nn.Module.__init__(module)
+    for name, item in saved["attributes"].items():
+        module.__dict__[name] = _decode(item, source)
+    for name, item in saved["parameters"].items():
+        param = None
+        if item is not None:
+            param = nn.Parameter(_decode(item[0], source), requires_grad=item[1])
+        module.register_parameter(name, param)
+    for name, (item, is_kept) in saved["buffers"].items():
+        module.register_buffer(name, _decode(item, source), persistent=is_kept)
+    for name, item in saved["modules"].items():
+        module.add_module(name, None if item is None else _decode(item, source))
+    return module.train(saved["training"])

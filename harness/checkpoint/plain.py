@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -27,9 +28,6 @@ Numbers and texts, whose copies are shallow, are compared as long as they can be
 MAX_BYTES = 1 << 24
 """Still larger ones are not kept: they may be activations."""
 
-CALLBACK = "callback"
-"""Path of a callback; those of modules are empty or begin with a dot."""
-
 Fields = dict[str, dict[str, StateDict]]
 """Values by root and path of a module, and by name of the attribute."""
 
@@ -45,9 +43,6 @@ _NUMBER_BYTES = 16
 
 def copy_fields(search: Search) -> Fields:
     """Copy the plain attributes of the modules that a search found."""
-    owners = {root: dict(found) for root, found in search.owners.items()}
-    for root, callback in search.callbacks.items():
-        owners[root][CALLBACK] = callback
     return {
         root: {
             path: {
@@ -57,7 +52,7 @@ def copy_fields(search: Search) -> Fields:
             }
             for path, owner in found.items()
         }
-        for root, found in owners.items()
+        for root, found in search.owners.items()
     }
 
 
@@ -73,7 +68,7 @@ def capture_fields(search: Search, before: Fields) -> tuple[Fields, dict[str, st
     for root, owners in search.owners.items():
         memory = _memory_of(owners.values())
         for path, owner in owners.items():
-            is_own = root in search.callbacks and not isinstance(owner, nn.Module)
+            is_own = root in search.stateless and not isinstance(owner, nn.Module)
             advice = "return it in state_dict" if is_own else ""
             old = before.get(root, {}).get(path, {})
             for name, value in _plain_fields(owner):
@@ -81,17 +76,12 @@ def capture_fields(search: Search, before: Fields) -> tuple[Fields, dict[str, st
                     continue
                 if any(_address(tensor) in memory for tensor in _tensors_of(value)):
                     continue
-                why = _find_obstacle(value) or advice
+                why = advice or _find_obstacle(value)
                 if why:
                     left_out[f"{root}{path}.{name}"] = why
                     continue
                 found = states.setdefault(root, {}).setdefault(path, {})
                 found[name] = _detach(value)
-    for root, callback in search.callbacks.items():
-        old = before.get(root, {}).get(CALLBACK, {})
-        for name, value in _plain_fields(callback):
-            if name not in old or not _is_equal(value, old[name]):
-                left_out[f"{root}.{name}"] = "return it in state_dict"
     return states, left_out
 
 
@@ -164,32 +154,26 @@ def _has_plain_items(value: object) -> bool:
     return _SIMPLE.issuperset(map(type, _items_of(value)))
 
 
+def _walk(value: object) -> Iterator[object]:
+    """Yield a value and all that it contains, but not single numbers and texts of many."""
+    yield value
+    if not _has_plain_items(value):
+        for item in _items_of(value):
+            yield from _walk(item)
+
+
 def _find_obstacle(value: object) -> str:
     """Why a value cannot be kept; empty if it can."""
     if _size_of(value) > MAX_BYTES:
         return "it has more than 16 MB; make it a buffer"
-    if _loses_factory(value):
+    inside = islice(_walk(value), 1, None)
+    if any(type(v) is defaultdict and not has_named_factory(v) for v in inside):
         return "a defaultdict in it has a function of its own; use a dict"
     return ""
 
 
-def _loses_factory(value: object) -> bool:
-    """Whether a defaultdict inside makes its values by a function that has no name."""
-    if _has_plain_items(value):
-        return False
-    return any(
-        (type(item) is defaultdict and not has_named_factory(item))
-        or _loses_factory(item)
-        for item in _items_of(value)
-    )
-
-
-def _tensors_of(value: object) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif not _has_plain_items(value):
-        for item in _items_of(value):
-            yield from _tensors_of(item)
+def _tensors_of(value: object) -> list[Tensor]:
+    return [inner for inner in _walk(value) if isinstance(inner, Tensor)]
 
 
 def _memory_of(owners: Iterable[object]) -> set[int]:
@@ -245,14 +229,15 @@ def _max_copied(value: object) -> int:
 
 def _size_of(value: object) -> int:
     """Bytes of a plain value, about."""
-    if isinstance(value, np.ndarray):
-        return value.nbytes
-    if isinstance(value, Tensor):
-        return value.numel() * value.element_size()
-    items = _items_of(value)
-    if _has_plain_items(value):
-        return _NUMBER_BYTES * len(items)
-    return sum(map(_size_of, items))
+    size = 0
+    for inner in _walk(value):
+        if isinstance(inner, np.ndarray):
+            size += inner.nbytes
+        elif isinstance(inner, Tensor):
+            size += inner.numel() * inner.element_size()
+        else:
+            size += _NUMBER_BYTES * len(_items_of(inner))
+    return size
 
 
 def _is_equal(one: Any, two: Any) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,7 +39,7 @@ from harness.checkpoint.weights import (
     read_checkpoint_weights,
 )
 from harness.context import Context
-from harness.data.stateful import Note, compare_parts
+from harness.data.stateful import Note, Outcome, compare_parts
 from harness.errors import CheckpointError
 from harness.metrics.state import check_saved_metrics
 from harness.pytree import StateDict
@@ -57,6 +57,9 @@ if TYPE_CHECKING:
     import tracking
     from harness.accelerators.base import Accelerator
 
+PARTS = ("model", "optimizers", "records", "callbacks")
+"""What a resume can restore."""
+
 OBSERVERS = frozenset({"AutoResume", "CSVLogger", "ModelCheckpoint"})
 """Callbacks that a strict resume may lack: training does not depend on them."""
 
@@ -73,60 +76,45 @@ class Resume:
 
     Attributes
     ----------
-    restore_model, restore_optimizers, restore_records, restore_callbacks
-        What is restored. If one of them is False, the fit starts at epoch 1 with what was
-        restored.
+    parts
+        What is restored, some of `PARTS`. If not all are, the fit starts at epoch 1 with
+        what was restored.
     strict
         Refuse differences between the saved fit and this one. Otherwise they are reported.
     report
         Name of a part, its outcome, and details.
+    state
+        State for this rank, from ``check`` until it is restored.
+    position
+        Where the checkpoint was taken, counted in batches of this fit's ranks.
     """
 
     path: Path
     manifest: Manifest
-    restore_model: bool = True
-    restore_optimizers: bool = True
-    restore_records: bool = True
-    restore_callbacks: bool = True
+    parts: Sequence[str] = PARTS
     strict: bool = False
     report: list[Note] = field(default_factory=list)
-    _state: StateDict | None = None
+    state: StateDict = field(default_factory=dict)
+    position: Position = field(init=False)
     _is_converted: bool = False
-    _converted_position: Position | None = None
     # What the learner of this fit defines otherwise than that of the saved one.
     _changed_options: list[ChangedOption] = field(default_factory=list)
     _changed_frozen: set[str] = field(default_factory=set)
     # Positions in the run of ranks that saved, and that this fit does not have.
     _surplus_ranks: dict[int, int] = field(default_factory=dict)
 
-    @property
-    def position(self) -> Position:
-        """Where the checkpoint was taken, counted in batches of this fit's ranks."""
-        return self._converted_position or self.manifest.position
-
-    @property
-    def parts(self) -> list[str]:
-        """Names of the parts that are restored."""
-        return [name for name, is_on in self._switches.items() if is_on]
-
-    @property
-    def _switches(self) -> dict[str, bool]:
-        return {
-            "model": self.restore_model,
-            "optimizers": self.restore_optimizers,
-            "records": self.restore_records,
-            "callbacks": self.restore_callbacks,
-        }
+    def __post_init__(self) -> None:
+        self.position = self.manifest.position
 
     @property
     def is_exact(self) -> bool:
         """Whether everything is restored, so that the fit continues where it stopped."""
-        return all(self._switches.values())
+        return {*self.parts} == {*PARTS}
 
     @property
     def is_weights_only(self) -> bool:
         """Whether only the model is restored, which works on any number of ranks."""
-        return self.parts == ["model"]
+        return [*self.parts] == ["model"]
 
     def is_recorded_in(self, run: tracking.Run | NullRun) -> bool:
         """Whether `run` recorded the fit that the checkpoint is from."""
@@ -135,16 +123,6 @@ class Resume:
     def continues(self, run: tracking.Run | NullRun) -> bool:
         """Whether the resumed fit continues the one that `run` recorded."""
         return self.is_exact and self.is_recorded_in(run)
-
-    def get_state(self, ctx: Context) -> StateDict:
-        """Return the state for this rank; it is read once."""
-        if self._state is None:
-            self._set_state(read_rank(self.path, ctx.accelerator.rank))
-        assert self._state is not None
-        return self._state
-
-    def _set_state(self, state: StateDict) -> None:
-        self._state = {**state, "run": self.manifest.run.id}
 
     # --- before the fit
 
@@ -204,14 +182,18 @@ class Resume:
         keeps_batches = self.position.phase == "epoch" or has_same_batches(
             saved_ranks, self.manifest.about, ctx
         )
-        if self._has_same_layout(ctx, live) and (keeps_batches or not self.is_exact):
-            check_same(self.get_state(ctx)["accelerator"], live, self.parts)
+        is_same = self._has_same_ranks(ctx)
+        if is_same:
+            self.state = check_keys(read_rank(self.path, ctx.accelerator.rank))
+            is_same = has_same_layout(self.state["accelerator"], live)
+        if is_same and (keeps_batches or not self.is_exact):
+            check_same(self.state["accelerator"], live, self.parts)
         else:
             self._convert(parts, ctx, live, keeps_batches=keeps_batches)
         phase = self.position.phase if self.is_exact else "epoch"
-        check_state_form(self.get_state(ctx), ctx, phase)
+        check_state_form(self.state, ctx, phase)
         if self.is_exact:
-            _check_metrics(self.get_state(ctx), ctx, is_merged=ranks < saved_ranks)
+            _check_metrics(self.state, ctx, is_merged=ranks < saved_ranks)
         if ranks != saved_ranks:
             self._report_difference("ranks", saved_ranks, ranks)
         self._compare_descriptions(read_description(ctx))
@@ -234,15 +216,11 @@ class Resume:
             shape = tuple(saved[name].shape)
             self.report.append((name, "restored", f"with the saved shape {shape}"))
 
-    def _has_same_layout(self, ctx: Context, live: StateDict) -> bool:
-        """Whether each rank may restore what the same rank saved."""
+    def _has_same_ranks(self, ctx: Context) -> bool:
+        """Whether as many ranks saved, with the same kind of accelerator."""
         kind = ctx.about["accelerator"]
-        if ctx.accelerator.world_size != self.manifest.world_size:
-            return False
-        if self.manifest.about.get("accelerator", kind) != kind:
-            return False
-        saved = check_keys(self.get_state(ctx))["accelerator"]
-        return has_same_layout(saved, live)
+        is_same_kind = self.manifest.about.get("accelerator", kind) == kind
+        return is_same_kind and ctx.accelerator.world_size == self.manifest.world_size
 
     def _convert(
         self, parts: SavedParts, ctx: Context, live: StateDict, *, keeps_batches: bool
@@ -251,13 +229,14 @@ class Resume:
         check_convertible(parts, live, is_exact=self.is_exact)
         states = parts.states
         if self.is_exact and not keeps_batches:
-            self._converted_position = convert_position(
+            self.position = convert_position(
                 self.position, states, self.manifest.about, ctx
             )
         surplus = range(ctx.accelerator.world_size, self.manifest.world_size)
         self._surplus_ranks = {rank: parts.index.journals[rank] for rank in surplus}
-        state = reshard_state(parts, live, ctx, self.parts, keeps_batches=keeps_batches)
-        self._set_state(state)
+        self.state = reshard_state(
+            parts, live, ctx, self.parts, keeps_batches=keeps_batches
+        )
         self._is_converted = True
         saved_stage = states[0]["accelerator"].get("stage")
         stage = live.get("stage")
@@ -309,7 +288,7 @@ class Resume:
         """Report, first of all, data sets and samplers whose state will not be exact."""
         if not self.is_exact:
             return
-        state = self.get_state(ctx)
+        state = self.state
         in_pass, after = state["pass"], state.get("data") or {}
         saved = (in_pass or {}).get("parts", {}).get("began") or after.get("parts", {})
         is_late = getattr(ctx.train_data, "persistent_workers", False) and (
@@ -323,7 +302,7 @@ class Resume:
 
     def _match_callbacks(self, ctx: Context) -> dict[str, str]:
         """Find the saved name of each callback."""
-        state = self.get_state(ctx)
+        state = self.state
         parts = [state.get(part, {}) for part in ("callbacks", "held", "fields")]
         return match_callbacks(
             state["callbacks"],
@@ -358,7 +337,7 @@ class Resume:
             If it does not fit the model or the optimizers; with `strict`, if anything has
             no saved state, or no owner.
         """
-        state = self._name_for(ctx, self.get_state(ctx))
+        state = self._name_for(ctx, self.state)
         if "callbacks" in self.parts:
             self._report_unmatched(ctx, state)
         self._use_changes(ctx, state["accelerator"])
@@ -367,12 +346,14 @@ class Resume:
         with self._refuse_bad_state():
             if self.is_exact and not self._is_converted:
                 check_live_form(state, ctx)
-            restore_state(ctx, state, self.parts)
+            is_same_run = self.is_recorded_in(ctx.run)
+            restore_state(ctx, state, self.parts, is_same_run=is_same_run)
         self._rewind_surplus_ranks(ctx)
         if not self.is_exact and "records" in self.parts:
             begin_fit(ctx)  # behind the restored records, as its epochs begin anew
-        for name, is_on in self._switches.items():
-            self.report.append((name, "restored" if is_on else "left out", ""))
+        for name in PARTS:
+            outcome: Outcome = "restored" if name in self.parts else "left out"
+            self.report.append((name, outcome, ""))
         for name, why in state.get("not_kept", {}).items():
             self.report.append((name, "not kept", why))
         if not self.is_exact:
@@ -380,22 +361,22 @@ class Resume:
 
     def has_pass(self, ctx: Context) -> bool:
         """Whether training batches remain in the epoch, after a validation too."""
-        return self.get_state(ctx)["pass"] is not None
+        return self.state["pass"] is not None
 
     def is_after_training(self, ctx: Context) -> bool:
         """Whether the checkpoint was taken after ``on_train_end``."""
-        train_pass = self.get_state(ctx)["pass"] or {}
+        train_pass = self.state["pass"] or {}
         return self.position.phase == "valid" or train_pass.get("is_paused", False)
 
     def restore_pass(self, ctx: Context) -> None:
         """Restore the position in the data."""
         assert ctx.train_pass is not None
         with self._refuse_bad_state():
-            ctx.train_pass.load_state_dict(self.get_state(ctx)["pass"], ctx.trained)
+            ctx.train_pass.load_state_dict(self.state["pass"], ctx.trained)
 
     def restore_data(self, ctx: Context) -> None:
         """Restore data sets and samplers that save their state, after a whole pass."""
-        state = self.get_state(ctx)
+        state = self.state
         with self._refuse_bad_state():
             restore_data(ctx, state)
         if (state.get("data") or {"is_at_end": True})["is_at_end"]:
@@ -468,7 +449,7 @@ class Resume:
 
         Those are the records and the random state. The rest is restored after them.
         """
-        state = self.get_state(ctx)
+        state = self.state
         with self._refuse_bad_state():
             if "records" in self.parts:
                 records = unpack_records(copy.deepcopy(state["records"]))
@@ -479,14 +460,14 @@ class Resume:
 
     def _rewind_surplus_ranks(self, ctx: Context) -> None:
         """Supersede what ranks that no longer exist recorded after the checkpoint."""
-        is_same_run = self.restore_records and self.is_recorded_in(ctx.run)
+        is_same_run = "records" in self.parts and self.is_recorded_in(ctx.run)
         if is_same_run and ctx.accelerator.is_main:
             for rank, seq in self._surplus_ranks.items():
                 ctx.run.rewind(seq, rank)
 
     def restore_random(self, ctx: Context) -> None:
         """Restore all random generators; the last step of a resume."""
-        random = self.get_state(ctx)["random"]
+        random = self.state["random"]
         missing = set_rng_state(random, get_generators(ctx), ctx.device)
         if ctx.train_pass is not None:
             self.report[:0] = ctx.train_pass.notes
@@ -502,7 +483,7 @@ class Resume:
 
     def _show_report(self, ctx: Context) -> None:
         """Show the report if progress is shown; drop the state, which is restored now."""
-        self._state = None
+        self.state = {}
         if ctx.verbose and ctx.accelerator is not None and ctx.accelerator.is_main:
             write_stderr(f"{escape_control(str(self))}\n")
 

@@ -55,16 +55,16 @@ class Search:
     objects
         Modules, leaf tensors and objects with ``state_dict``, by root and path.
     owners
-        Modules, and the user's own objects without ``state_dict``, whose plain attributes
-        belong to the fit, by root and path.
-    callbacks
-        Callbacks that return no state, by root.
+        Modules, and the user's own objects and callbacks without ``state_dict``, whose plain
+        attributes belong to the fit, by root and path.
+    stateless
+        Roots of callbacks that return no state.
     """
 
     def __init__(self, saved: Iterable[object] = ()) -> None:
         self.objects: dict[str, dict[str, Any]] = {}
         self.owners: dict[str, dict[str, object]] = {}
-        self.callbacks: dict[str, Callback] = {}
+        self.stateless: set[str] = set()
         self._met: dict[int, object] = {}  # keeps them, so that no id is used again
         for thing in saved:
             self._meet(thing)
@@ -81,10 +81,17 @@ class Search:
             # The callbacks of this package return all of their state.
             if not _is_foreign(value):
                 if type(value).state_dict is Callback.state_dict:
-                    self.callbacks[root] = value
+                    self.stateless.add(root)
+                    self.owners[root][""] = value
                 self._search_fields(root, "", value, 0)
         else:
             self._search(root, "", value, 0)
+
+    def iter_objects(self) -> Iterator[tuple[str, str, Any]]:
+        """Yield root, path and object of each of `objects`."""
+        for root, found in self.objects.items():
+            for path, thing in found.items():
+                yield root, path, thing
 
     def _meet(self, value: object) -> bool:
         """Whether a value is met for the first time."""
@@ -162,13 +169,12 @@ def search_loss(loss: object, model: nn.Module) -> Search:
 def name_parameters(model: nn.Module, search: Search) -> dict[str, Tensor]:
     """All parameters that an optimizer may step, by name."""
     found: dict[str, Tensor] = {}
-    for root, held in search.objects.items():
-        for path, thing in held.items():
-            if isinstance(thing, nn.Module):
-                inner = thing.named_parameters()
-                found |= {f"{root}{path}/{name}": param for name, param in inner}
-            elif isinstance(thing, Tensor):
-                found[f"{root}{path}"] = thing
+    for root, path, thing in search.iter_objects():
+        if isinstance(thing, nn.Module):
+            inner = thing.named_parameters()
+            found |= {f"{root}{path}/{name}": param for name, param in inner}
+        elif isinstance(thing, Tensor):
+            found[f"{root}{path}"] = thing
     return found | dict(model.named_parameters())
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from harness.checkpoint.state import get_extra_states, set_extra_states
+from harness.checkpoint.held import get_extra_states, set_extra_states
 from harness.checkpoint.weights import (
     WeightsReport,
     choose_weights,

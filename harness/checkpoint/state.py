@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import platform
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,16 +22,17 @@ from harness.checkpoint.held import (
     capture_changing,
     capture_held,
     capture_metrics,
+    get_extra_states,
     list_missing,
     restore_held,
     restore_metrics,
+    set_extra_states,
 )
 from harness.checkpoint.hparams import encode_hparams
 from harness.checkpoint.matching import describe_callbacks, name_callbacks
 from harness.checkpoint.plain import Fields, capture_fields, copy_fields, restore_fields
 from harness.checkpoint.search import (
     Search,
-    has_extra_state,
     name_parameters,
     search_fit,
     search_loss,
@@ -81,9 +82,7 @@ def search_context(ctx: Context) -> Search:
     return search_fit(ctx, dict(name_callbacks(ctx.callbacks)))
 
 
-def capture_state(
-    ctx: Context, phase: Phase, fields: Fields | None = None
-) -> StateDict:
+def capture_state(ctx: Context, phase: Phase, fields: Fields) -> StateDict:
     """Capture all that the rest of a fit depends on; tensors are live.
 
     Parameters
@@ -91,7 +90,7 @@ def capture_state(
     phase
         Where in the epoch this is; see ``Position``.
     fields
-        Plain attributes of modules when the fit began; None: they are not captured.
+        Plain attributes of modules when the fit began.
 
     Returns
     -------
@@ -99,8 +98,8 @@ def capture_state(
         ``records``, ``ctx`` (hparams and opt_hparams), ``position``, ``accelerator``
         (weights, optimizers, gradients of an open window), ``extra`` (state of modules
         beside tensors), ``callbacks`` (metrics among them), ``random``, ``pass`` (position
-        and order of the loader), ``journal`` (position in the run), ``indices`` (the highest
-        ones there; None if not known) and ``run`` (its id).
+        and order of the loader), ``journal`` (position in the run) and ``indices`` (the
+        highest ones there; None if not known).
         After a pass, ``data`` (states of data sets and samplers that have any).
         Also ``groups`` (names of the parameters that each optimizer steps),
         ``epoch_random`` (random state before the events of the epoch), ``held``,
@@ -116,7 +115,7 @@ def capture_state(
     search = search_context(ctx)
     params = name_parameters(ctx.model, search)
     held, lost = capture_held(search, params, states)
-    own, not_kept = ({}, {}) if fields is None else capture_fields(search, fields)
+    own, not_kept = capture_fields(search, fields)
     state: StateDict = {
         "records": ctx.records,
         "ctx": {
@@ -141,7 +140,6 @@ def capture_state(
         "pass": ctx.train_pass.state_dict() if is_in_pass else None,
         "journal": ctx.run.position(),
         "indices": ctx.run.get_indices(),
-        "run": ctx.run.id,
     }
     if phase == "valid" and ctx.valid_start is not None:
         ctx.valid_start.rewind(state)
@@ -183,7 +181,9 @@ def restore_data(ctx: Context, state: StateDict) -> None:
     set_states(ctx.train_data, parts, saved["parts"], is_after_end=ctx.is_data_at_end)
 
 
-def restore_state(ctx: Context, state: StateDict, parts: Iterable[str]) -> None:
+def restore_state(
+    ctx: Context, state: StateDict, parts: Iterable[str], *, is_same_run: bool
+) -> None:
     """Restore what ``capture_state`` returned; loader and random state are not restored.
 
     Parameters
@@ -193,6 +193,8 @@ def restore_state(ctx: Context, state: StateDict, parts: Iterable[str]) -> None:
     parts
         Any of ``model``, ``optimizers``, ``records`` and ``callbacks``. Step counters
         belong to the optimizers. What hangs on the loss belongs to the model.
+    is_same_run
+        Whether ``ctx.run`` recorded the saved fit.
     """
     wanted = set(parts)
     accelerator_parts = [part for part in ("model", "optimizers") if part in wanted]
@@ -210,7 +212,7 @@ def restore_state(ctx: Context, state: StateDict, parts: Iterable[str]) -> None:
                 callback.load_state_dict(state["callbacks"][name])
     _restore_hanging(ctx, state, wanted)
     if "records" in wanted:  # last: nothing above may fail once the run is rewound
-        _restore_journal(ctx, state)
+        _restore_journal(ctx, state, is_same_run=is_same_run)
 
 
 def _restore_groups(ctx: Context, saved: StateDict) -> None:
@@ -238,9 +240,9 @@ def _restore_hanging(ctx: Context, state: StateDict, wanted: set[str]) -> None:
     restore_held(search, held, name_parameters(ctx.model, search))
 
 
-def _restore_journal(ctx: Context, state: StateDict) -> None:
+def _restore_journal(ctx: Context, state: StateDict, *, is_same_run: bool) -> None:
     """Go back in the run that recorded the fit; record everything again in another one."""
-    if state["run"] is not None and state["run"] == ctx.run.id:
+    if is_same_run:
         # Without the highest indices the whole journal is read for them.
         ctx.run.rewind(state["journal"], indices=state.get("indices"))
         return
@@ -478,16 +480,6 @@ def _mark_tensors(model: nn.Module) -> list[tuple[int, int]]:
     ]
 
 
-# ---------------------------------------------------------------------- modules
-
-
-def get_extra_states(model: nn.Module) -> StateDict:
-    """State of modules beside tensors, by module name: their ``get_extra_state``."""
-    return {
-        name: module.get_extra_state() for name, module in _modules_with_extra(model)
-    }
-
-
 def describe_left_out(model: nn.Module) -> dict[str, list[str]]:
     """Name the buffers that a state dict leaves out, if there are any."""
     names = [
@@ -497,16 +489,3 @@ def describe_left_out(model: nn.Module) -> dict[str, list[str]]:
         if module._buffers.get(name) is not None
     ]
     return {"left_out": names} if names else {}
-
-
-def set_extra_states(model: nn.Module, state: StateDict) -> None:
-    """Restore what ``get_extra_states`` returned."""
-    for name, module in _modules_with_extra(model):
-        if name in state:
-            module.set_extra_state(state[name])
-
-
-def _modules_with_extra(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for name, module in model.named_modules():
-        if has_extra_state(module):
-            yield name, module

@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from harness.accelerators.single import SingleDevice
 from harness.checkpoint.format import (
     MANIFEST,
     FileInfo,
@@ -202,13 +203,13 @@ def choose_weights(
 
     With `ranks`, every rank must call it. Rank 0 looks, and each compares its share.
     """
+    ranks = ranks or SingleDevice("cpu")
     found: Path | None = None
-    if ranks is None or ranks.is_main:
+    if ranks.is_main:
         inner = _enter_run(path)
         has_any = (inner / MANIFEST).is_file() or list_checkpoints(inner)
         found = inner if has_any else None
-    if ranks is not None:
-        found = ranks.broadcast(found)
+    found = ranks.broadcast(found)
     if found is None:
         return None
     chosen = choose_checkpoint(found, ranks)
@@ -246,9 +247,6 @@ def read_chosen(
         return load_file(path)
     except (SafetensorError, OSError) as error:
         msg = f"{place}: expected weights, got: {error}."
-        advice = (
-            "Pass a file of safetensors or torch.save, a saved model or a checkpoint."
-        )
         raise CheckpointError(f"{msg} {advice}") from error
 
 

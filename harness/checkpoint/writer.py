@@ -16,6 +16,7 @@ from harness.accelerators.host_copies import HostCopies
 from harness.checkpoint.format import (
     Manifest,
     Phase,
+    Position,
     RunRef,
     begin_checkpoint,
     commit_checkpoint,
@@ -36,6 +37,57 @@ from harness.context import Context
 from harness.pytree import flatten
 from harness.reshard.convert import is_convertible
 from harness.reshard.index import PartSummary, summarize_part
+
+Make = Callable[[], tuple[object, Mapping[str, Tensor]]]
+"""Makes the content of a rank's files: plan and tensors, as ``write_rank`` takes them."""
+
+
+def begin_on_main(
+    folder: Path, position: Position, ctx: Context
+) -> tuple[Path | None, Exception | None]:
+    """Make a temporary folder on rank 0, and tell all ranks; every rank must call it.
+
+    Returns
+    -------
+    the folder; None on every rank, and the error on rank 0, if it could not be made
+    """
+    path, error = None, None
+    if ctx.accelerator.is_main:
+        try:
+            path = begin_checkpoint(folder, position)
+        except OSError as found:
+            error = found
+    return ctx.accelerator.broadcast(path), error
+
+
+def describe_checkpoint(ctx: Context, position: Position) -> Manifest:
+    """Make the manifest of a checkpoint of this fit, without its files."""
+    run = ctx.run
+    path = None if run.path is None else str(Path(run.path).absolute())
+    return Manifest(
+        world_size=ctx.accelerator.world_size,
+        position=position,
+        run=RunRef(id=run.id, path=path),
+        about=read_description(ctx),
+    )
+
+
+def write_and_commit(
+    temporary: Path,
+    rank: int,
+    manifest: Manifest,
+    make: Make,
+    summary: PartSummary | None = None,
+) -> Exception | None:
+    """Write the files of a rank and, on rank 0, commit; return the error of a failure."""
+    try:
+        write_rank(temporary, rank, *make(), summary)
+        if rank == 0:
+            commit_checkpoint(temporary, manifest)
+    except Exception as error:  # noqa: BLE001  a failed save does not end the fit
+        mark_failed(temporary, rank)
+        return error
+    return None
 
 
 class CheckpointWriter:
@@ -77,15 +129,8 @@ class CheckpointWriter:
         """
         self.wait()
         self._began_at = monotonic()
-        ctx, accelerator = self._ctx, self._ctx.accelerator
-        path = None
-        if accelerator.is_main:
-            try:
-                path = str(begin_checkpoint(self.folder, get_position(ctx, phase)))
-            except OSError as error:
-                self._error = error
-        path = accelerator.broadcast(path)
-        self._temporary = Path(path) if path is not None else None
+        position = get_position(self._ctx, phase)
+        self._temporary, self._error = begin_on_main(self.folder, position, self._ctx)
         return get_final_path(self._temporary).name if self._temporary else None
 
     def save(self, phase: Phase) -> None:
@@ -96,22 +141,18 @@ class CheckpointWriter:
         TypeError
             If a callback's state holds what cannot be written; the error names its path.
         """
-        ctx, accelerator = self._ctx, self._ctx.accelerator
-        assert self._temporary is not None
-        state = capture_state(ctx, phase, self._fields)
-        path = None if ctx.run.path is None else str(Path(ctx.run.path).absolute())
-        manifest = Manifest(
-            world_size=accelerator.world_size,
-            position=get_position(ctx, phase),
-            run=RunRef(id=state.pop("run"), path=path),
-            about=read_description(ctx),
-        )
+        state = capture_state(self._ctx, phase, self._fields)
+        manifest = describe_checkpoint(self._ctx, get_position(self._ctx, phase))
         plan, live = flatten(state)
-        summary = (
-            summarize_part(state) if is_convertible(state["accelerator"]) else None
-        )
+        is_known = is_convertible(state["accelerator"])
+        summary = summarize_part(state) if is_known else None
         copies, wait = self._copies.copy(live)
-        self._start(self._write, plan, copies, wait, manifest, summary)
+
+        def make() -> tuple[object, Mapping[str, Tensor]]:
+            wait()
+            return plan, copies
+
+        self._start(self._write, manifest, make, summary)
 
     def allocate(self) -> None:
         """Allocate the memory for copies in the background, before the first save."""
@@ -138,25 +179,15 @@ class CheckpointWriter:
         _thread.start_new_thread(run, ())
 
     def _write(
-        self,
-        plan: object,
-        tensors: Mapping[str, Tensor],
-        wait: Callable[[], None],
-        manifest: Manifest,
-        summary: PartSummary | None,
+        self, manifest: Manifest, make: Make, summary: PartSummary | None
     ) -> None:
-        """Write the files of this rank and, on rank 0, commit; runs in the background."""
-        temporary = self._temporary
-        assert temporary is not None
-        try:
-            wait()
-            write_rank(temporary, self._rank, plan, tensors, summary)
-            if self._rank == 0:
-                commit_checkpoint(temporary, manifest)
+        """Write the files of this rank, in the background; ``wait`` returns an error."""
+        assert self._temporary is not None
+        self._error = write_and_commit(
+            self._temporary, self._rank, manifest, make, summary
+        )
+        if self._error is None:
             self._durations.append(monotonic() - self._began_at)
-        except Exception as error:  # noqa: BLE001  wait() returns it to the training thread
-            mark_failed(temporary, self._rank)
-            self._error = error
 
     def estimate_time(self) -> float:
         """Estimate the seconds until another save would be done; 0 if nothing is known.

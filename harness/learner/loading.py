@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from harness.checkpoint.hparams import HparamSource
-from harness.checkpoint.objects import ObjectSource
+from harness.checkpoint.objects import decode_objects
 from harness.checkpoint.weights import find_model_class, read_saved_model
 from harness.checkpoint.whole.home import ModelHome
 from harness.checks.values import as_path
@@ -66,13 +66,13 @@ def load(
             "They are secrets, which are not saved. Pass module=functools.partial(...)."
         )
         raise CheckpointError(f"{msg}. {advice}")
-    objects = ObjectSource(source)
     try:
+        objects = decode_objects(about, source)
         learner = Learner(
             module=module,
-            loss=objects.decode_one(about.loss),
-            metrics=objects.decode_metrics(about),
-            batch=objects.decode_one(about.batch),
+            loss=objects.loss,
+            metrics=objects.metrics,
+            batch=objects.batch,
             hparams=source.decode(about.hparams),
             opt_hparams=source.decode(about.opt_hparams),
         )

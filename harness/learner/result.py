@@ -13,8 +13,8 @@ import torch
 from harness.accelerators import Accelerator
 from harness.callback import Callback
 from harness.callbacks import ModelCheckpoint
+from harness.checkpoint.held import get_extra_states, set_extra_states
 from harness.checkpoint.search import find_loss_modules
-from harness.checkpoint.state import get_extra_states, set_extra_states
 from harness.checkpoint.weights import WeightsReport
 from harness.checkpoint.whole.final import save_final
 from harness.checkpoint.whole.home import EVERY_RANK_BYTES, ModelHome

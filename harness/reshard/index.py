@@ -99,7 +99,7 @@ def add_pieces(about: PartSummary, state: StateDict) -> PartSummary:
 
 def index_pieces(states: Sequence[StateDict]) -> PartIndex:
     """Index the pieces in the states of accelerators; those of all ranks, if divided."""
-    parts = states if is_divided(states[0]) else states[:1]
+    parts = states if is_divided(states[0]) else [states[0]]
     empty = [PartSummary(journal=-1, is_open=False) for _ in parts]
     return make_index([add_pieces(*pair) for pair in zip(empty, parts, strict=True)])
 

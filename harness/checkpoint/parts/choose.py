@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from harness.accelerators.single import SingleDevice
 from harness.checkpoint.format import (
     MANIFEST,
     Manifest,
@@ -46,74 +46,50 @@ def choose_checkpoint(
     CheckpointError
         If `path` is a checkpoint, and damaged.
     """
-    search = _Search(path) if ranks is None or ranks.is_main else None
+    ranks = ranks or SingleDevice("cpu")
+    offers = _iter_offers(path) if ranks.is_main else None
     while True:
-        offer = None if search is None else search.find_next()
-        if ranks is not None:
-            offer = ranks.broadcast(offer)
+        offer = ranks.broadcast(None if offers is None else next(offers, None))
         if offer is None:
             return None
-        if search is not None:
-            search.warn()
-        errors = [offer["error"]] if "error" in offer else []
-        if not errors:
-            place = path / offer["name"]
+        place = path / offer["name"]
+        if "error" in offer:
+            errors = [offer["error"]]
+        else:
             manifest = parse_manifest(place, offer["manifest"])
             errors = _list_errors(place, manifest, ranks)
-            if not errors:
-                return place, manifest
-        if not offer["name"]:
+        if not errors:
+            return place, manifest
+        if place == path:
             raise CheckpointError(errors[0])
-        if search is not None:
-            search.skipped += errors
+        if offers is not None:
+            for error in errors:
+                warnings.warn(f"skipped a damaged checkpoint: {error}", stacklevel=2)
 
 
-def _list_errors(
-    path: Path, manifest: Manifest, ranks: Accelerator | None
-) -> list[str]:
+def _iter_offers(path: Path) -> Iterator[dict[str, str]]:
+    """Yield name and manifest of each checkpoint at a path, newest first; or its error.
+
+    The name is empty if the path is a checkpoint itself.
+    """
+    is_one = (path / MANIFEST).is_file()
+    for place in [path] if is_one else list_checkpoints(path):
+        offer = {"name": "" if is_one else place.name}
+        try:
+            text = read_text(place, MANIFEST)
+            check_sizes(place, parse_manifest(place, text))
+        except CheckpointError as error:
+            yield offer | {"error": str(error)}
+        else:
+            yield offer | {"manifest": text}
+
+
+def _list_errors(path: Path, manifest: Manifest, ranks: Accelerator) -> list[str]:
     """What ranks found damaged, each in its share of the files."""
     error = None
-    rank, world_size = (0, 1) if ranks is None else (ranks.rank, ranks.world_size)
     try:
-        verify_files(path, manifest, rank, world_size)
+        verify_files(path, manifest, ranks.rank, ranks.world_size)
     except CheckpointError as found:
         error = str(found)
-    if ranks is None:
-        return [] if error is None else [error]
-    if not ranks.any(error is not None):
-        return []
-    return [text for text in ranks.gather_objects(error) if text is not None]
-
-
-@dataclass
-class _Search:
-    """The checkpoints at a path, newest first; on rank 0."""
-
-    path: Path
-    skipped: list[str] = field(default_factory=list)
-    _left: Iterator[Path] | None = None
-
-    def find_next(self) -> dict[str, str] | None:
-        """Name and manifest of the next one whose sizes are right, or its error."""
-        is_one = (self.path / MANIFEST).is_file()
-        if self._left is None:
-            self._left = iter([self.path] if is_one else list_checkpoints(self.path))
-        for place in self._left:
-            name = "" if is_one else place.name
-            try:
-                text = read_text(place, MANIFEST)
-                check_sizes(place, parse_manifest(place, text))
-            except CheckpointError as error:
-                if is_one:
-                    return {"name": name, "error": str(error)}
-                self.skipped.append(str(error))
-            else:
-                return {"name": name, "manifest": text}
-        self.warn()
-        return None
-
-    def warn(self) -> None:
-        """Warn of the checkpoints that were skipped."""
-        for text in self.skipped:
-            warnings.warn(f"skipped a damaged checkpoint: {text}", stacklevel=2)
-        self.skipped = []
+    errors = ranks.gather_objects(error) if ranks.any(error is not None) else []
+    return [text for text in errors if text is not None]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import overload
 
 from harness.checkpoint.format import INDEX, Manifest, read_index, read_rank
 from harness.errors import CheckpointError
@@ -41,15 +40,7 @@ class LazyStates(Sequence[StateDict]):
     def __len__(self) -> int:
         return self._world_size
 
-    @overload
-    def __getitem__(self, rank: int) -> StateDict: ...
-
-    @overload
-    def __getitem__(self, rank: slice) -> list[StateDict]: ...
-
-    def __getitem__(self, rank: int | slice) -> StateDict | list[StateDict]:
-        if isinstance(rank, slice):
-            return [self[n] for n in range(*rank.indices(len(self)))]
+    def __getitem__(self, rank: int) -> StateDict:  # type: ignore[override]
         if not 0 <= rank < self._world_size:
             raise IndexError(f"a rank below {self._world_size}, got {rank}")
         if rank not in self.known:

@@ -9,20 +9,15 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
-from harness.checkpoint.format import (
-    Manifest,
-    Position,
-    RunRef,
-    begin_checkpoint,
-    commit_checkpoint,
-    get_final_path,
-    mark_failed,
-    write_rank,
-)
-from harness.checkpoint.state import (
-    describe_left_out,
-    get_extra_states,
-    read_description,
+from torch import Tensor
+
+from harness.checkpoint.format import Position, get_final_path
+from harness.checkpoint.held import get_extra_states
+from harness.checkpoint.state import describe_left_out
+from harness.checkpoint.writer import (
+    begin_on_main,
+    describe_checkpoint,
+    write_and_commit,
 )
 from harness.context import Context
 from harness.pytree import flatten
@@ -44,19 +39,12 @@ def save_final(ctx: Context, folder: Path) -> Path | None:
     position = Position(
         epoch=ctx.epoch or 1, iter=ctx.trained, step=ctx.step, phase="epoch"
     )
-    temporary: str | None = None
-    error: Exception | None = None
-    if accelerator.is_main:
-        try:
-            temporary = str(begin_checkpoint(folder / FINAL, position))
-        except OSError as found:
-            error = found
-    temporary = accelerator.broadcast(temporary)
+    temporary, error = begin_on_main(folder / FINAL, position, ctx)
     if temporary is not None:
-        error = _write(ctx, Path(temporary), position)
+        error = _write(ctx, temporary, position)
     errors = accelerator.gather_objects(None if error is None else str(error))
     if temporary is not None and not any(errors):
-        return get_final_path(Path(temporary))
+        return get_final_path(temporary)
     if accelerator.is_main:
         reason = next((text for text in errors if text), "no folder")
         msg = f"fit: expected to write the final checkpoint, got {reason}"
@@ -65,27 +53,16 @@ def save_final(ctx: Context, folder: Path) -> Path | None:
 
 
 def _write(ctx: Context, temporary: Path, position: Position) -> Exception | None:
-    """Write the part of this rank and, on rank 0, commit."""
-    accelerator = ctx.accelerator
-    path = None if ctx.run.path is None else str(Path(ctx.run.path).absolute())
-    manifest = Manifest(
-        world_size=accelerator.world_size,
-        position=position,
-        run=RunRef(id=ctx.run.id, path=path),
-        about=read_description(ctx),
-    )
+    """Write the weights of this rank; return the error of a failure."""
     state = {
-        "accelerator": take_model_part(accelerator.state_dict()),
+        "accelerator": take_model_part(ctx.accelerator.state_dict()),
         "extra": get_extra_states(ctx.model),
         **describe_left_out(ctx.model),
     }
-    try:
+
+    def make() -> tuple[object, dict[str, Tensor]]:
         plan, tensors = flatten(state)
-        on_cpu = {name: value.cpu().contiguous() for name, value in tensors.items()}
-        write_rank(temporary, accelerator.rank, plan, on_cpu)
-        if accelerator.is_main:
-            commit_checkpoint(temporary, manifest)
-    except Exception as error:  # noqa: BLE001  the weights must not be lost with it
-        mark_failed(temporary, accelerator.rank)
-        return error
-    return None
+        return plan, {name: own.cpu().contiguous() for name, own in tensors.items()}
+
+    manifest = describe_checkpoint(ctx, position)
+    return write_and_commit(temporary, ctx.accelerator.rank, manifest, make)

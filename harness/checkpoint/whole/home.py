@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.accelerators.distributed.watchdog import Watchdog
-from harness.checkpoint.state import set_extra_states
+from harness.checkpoint.held import set_extra_states
 from harness.checkpoint.weights import NO_TENSORS, ReadTensor
 from harness.checkpoint.whole.merge import MergedWeights
 from harness.errors import CheckpointError
