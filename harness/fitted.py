@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor, nn
 
 from harness.accelerators.select import accelerator as pick_accelerator
-from harness.checkpoint.hparams import HparamSource, encode_hparams, name_of
-from harness.checkpoint.objects import decode_objects, encode_object
+from harness.checkpoint.full_weights.placement import ModelPlacement
+from harness.checkpoint.hparams import HparamDecoder, encode_hparams, find_import_name
+from harness.checkpoint.saved_objects import decode_objects, encode_object
 from harness.checkpoint.weights import (
     SavedModel,
     WeightsReport,
@@ -20,7 +21,6 @@ from harness.checkpoint.weights import (
     save_weights,
     write_saved_model,
 )
-from harness.checkpoint.whole.home import ModelHome
 from harness.checks.values import as_path, check_picture
 from harness.data.loaders import Data
 from harness.export.html import as_html
@@ -150,7 +150,7 @@ class Fitted:
 
     Attributes
     ----------
-    home : ModelHome
+    placement : ModelPlacement
         The model, and where its weights are; see `model`.
     records : dict
         What was logged: ``records[what][set][index - 1]``.
@@ -183,7 +183,7 @@ class Fitted:
         What became of the weights that the fit started from, by ``fit(start=...)``.
     """
 
-    home: ModelHome = field(repr=False, compare=False)
+    placement: ModelPlacement = field(repr=False, compare=False)
     records: Records
     learner: Learner = field(repr=False)
     hparams: Mapping[str, object]
@@ -217,12 +217,12 @@ class Fitted:
         RuntimeError
             If the weights are not in the memory of this process: see ``gather``.
         """
-        return self.home.get()
+        return self.placement.get()
 
     @property
     def checkpoint(self) -> Path | None:
         """The checkpoint that has the weights, after ``fit(gather=False)``; else None."""
-        return self.home.checkpoint
+        return self.placement.checkpoint
 
     def gather(self, *, accelerator: Accelerator | None = None) -> nn.Module:
         """Take the weights into the memory of this process, so that `model` has them.
@@ -245,7 +245,7 @@ class Fitted:
         CheckpointError
             If the checkpoint is gone or damaged.
         """
-        return self.home.gather(accelerator or pick_accelerator())
+        return self.placement.gather(accelerator or pick_accelerator())
 
     @property
     def is_interrupted(self) -> bool:
@@ -324,7 +324,7 @@ class Fitted:
             ``print`` shows it as a table.
         """
         given = self.example if example is None else example
-        return summarize(self.home.module, given)
+        return summarize(self.placement.module, given)
 
     def evaluate(self, data: Data, **options: Any) -> Evaluation:
         """Compute losses and metrics on `data`; options as in ``Learner.evaluate``."""
@@ -376,15 +376,15 @@ class Fitted:
                 for split in ("train", "valid")
             },
         )
-        with self.home.writing(f"save({str(path)!r})") as is_mine:
+        with self.placement.write_on_one_rank(f"save({str(path)!r})") as is_mine:
             if is_mine:
-                weights = self.home.module.state_dict()
-                read = self.home.open_parameters()
+                weights = self.placement.module.state_dict()
+                read = self.placement.open_parameters()
                 write_saved_model(folder, weights, about, read)
         if reason := self._why_module_is_needed(about):
             msg = f"save({str(path)!r}): expected {reason}."
             warnings.warn(f"{msg} harness.load will need module=.", stacklevel=2)
-        if lost := decode_objects(about, HparamSource(kind.__module__)).lost:
+        if lost := decode_objects(about, HparamDecoder(kind.__module__)).lost:
             msg = f"save({str(path)!r}): expected what can be found by name, got only"
             advice = "harness.load will not keep it."
             warnings.warn(f"{msg} text for {lost}. {advice}", stacklevel=2)
@@ -392,9 +392,9 @@ class Fitted:
     def _why_module_is_needed(self, about: SavedModel) -> str | None:
         """What keeps ``harness.load`` from building the model; None if nothing does."""
         kind = self.learner.module
-        if not isinstance(kind, type) or name_of(kind) != about.module:
+        if not isinstance(kind, type) or find_import_name(kind) != about.module:
             return f"a model class that can be imported, got {about.module!r}"
-        if texts := HparamSource(kind.__module__).list_texts(about.hparams):
+        if texts := HparamDecoder(kind.__module__).list_texts(about.hparams):
             return f"hparams that can be rebuilt, got only text for {texts}"
         return None
 
@@ -466,9 +466,13 @@ class Fitted:
     def save_weights(self, path: str | Path) -> None:
         """Save only the weights, in a safetensors file."""
         file = as_path("save_weights(path)", path)
-        with self.home.writing(f"save_weights({str(path)!r})") as is_mine:
+        with self.placement.write_on_one_rank(
+            f"save_weights({str(path)!r})"
+        ) as is_mine:
             if is_mine:
-                save_weights(self.home.module, file, self.home.open_parameters())
+                save_weights(
+                    self.placement.module, file, self.placement.open_parameters()
+                )
 
     def load_weights(self, path: str | Path, *, strict: bool = True) -> WeightsReport:
         """Load other weights into the model, by name.
@@ -520,9 +524,9 @@ class Fitted:
 
     def _describe(self) -> tuple[str, str, int | None]:
         """The first line about this result, the line about its run, and the best place."""
-        num_params = sum(param.numel() for param in self.home.module.parameters())
+        num_params = sum(param.numel() for param in self.placement.module.parameters())
         count = len(self.records.get("metrics", {}).get("train", []))
-        name = type(self.home.module).__name__
+        name = type(self.placement.module).__name__
         units = self.unit if count == 1 else f"{self.unit}s"
         head = f"Fitted {name}, {num_params:,} parameters, {count} {units}"
         where = f"run {self.run_id} in {self.run_path}" if self.run_id else ""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from harness.callback import Callback
 from harness.callbacks.model_checkpoint import ModelCheckpoint
 from harness.checkpoint.format import list_checkpoints, remove_checkpoint
-from harness.checkpoint.parts.choose import choose_checkpoint
+from harness.checkpoint.ranks.choose import choose_checkpoint
 from harness.checkpoint.resume import PARTS, Resume
 from harness.checks.values import as_path, check_flags
 from harness.context import Context

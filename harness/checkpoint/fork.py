@@ -13,7 +13,7 @@ from harness.checkpoint.format import (
     read_manifest,
     verify_checkpoint,
 )
-from harness.checkpoint.parts.states import SavedParts
+from harness.checkpoint.ranks.states import SavedRanks
 from harness.errors import CheckpointError
 from tracking.durable import replace_folder
 from tracking.fork import fork
@@ -52,7 +52,7 @@ def fork_run(
     parent = tracking.open(ref, runs_dir=runs_dir)
     path = _find_checkpoint(parent.path / "checkpoints", parent.id, step)
     manifest = verify_checkpoint(path)
-    positions = dict(enumerate(SavedParts(path, manifest).index.journals))
+    positions = dict(enumerate(SavedRanks(path, manifest).index.journals))
     about = {"checkpoint": path.name, **asdict(manifest.position)}
     child = fork(parent, positions, about, name)
     try:

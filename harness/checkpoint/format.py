@@ -207,7 +207,7 @@ def commit_checkpoint(temporary: Path, manifest: Manifest) -> Path:
     deadline = time.monotonic() + PEER_WAIT_S
     for rank in range(manifest.world_size):
         done = _wait_for_rank(temporary, rank, deadline)
-        found = msgspec.json.decode(done.read_bytes(), type=WrittenPart)
+        found = msgspec.json.decode(done.read_bytes(), type=WrittenFiles)
         files |= found.files
         summaries.append(found.summary)
         done.unlink()
@@ -227,7 +227,7 @@ def commit_checkpoint(temporary: Path, manifest: Manifest) -> Path:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WrittenPart:
+class WrittenFiles:
     """What a rank tells rank 0 about its part: its files, and what the index needs."""
 
     files: dict[str, FileInfo]
@@ -259,13 +259,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileInfo:
     ``safetensors.torch.save_file`` copies every tensor into a Python object while it holds
     the interpreter lock, which blocks the training thread. This function copies nothing.
     """
-    forms = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
-    return write_each_tensor(path, forms, tensors.__getitem__)
+    specs = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+    return write_each_tensor(path, specs, tensors.__getitem__)
 
 
 def write_each_tensor(
     path: Path,
-    forms: Mapping[str, tuple[torch.dtype, Size]],
+    specs: Mapping[str, tuple[torch.dtype, Size]],
     read: Callable[[str], Tensor],
 ) -> FileInfo:
     """Write a safetensors file of tensors that are read one after another.
@@ -281,7 +281,7 @@ def write_each_tensor(
     """
     header: dict[str, Any] = {}
     end = 0
-    for name, (dtype, shape) in forms.items():
+    for name, (dtype, shape) in specs.items():
         start, end = end, end + shape.numel() * dtype.itemsize
         if dtype not in FILE_DTYPES:
             msg = f"{name}: expected a dtype that a safetensors file holds"
@@ -294,7 +294,7 @@ def write_each_tensor(
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     start_of_file: Iterable[Any] = (len(text).to_bytes(8, "little"), text)
-    return _write_hashed(path, chain(start_of_file, map(_as_memory, map(read, forms))))
+    return _write_hashed(path, chain(start_of_file, map(_as_memory, map(read, specs))))
 
 
 def _as_memory(tensor: Tensor) -> memoryview:

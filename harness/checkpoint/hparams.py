@@ -66,7 +66,7 @@ def _has_secret(name: str, value: object, secrets: Sequence[str]) -> bool:
 
 
 @dataclass(frozen=True)
-class HparamSource:
+class HparamDecoder:
     """Rebuilds the hparams that ``encode_hparams`` wrote.
 
     Parameters
@@ -116,7 +116,7 @@ class HparamSource:
             with contextlib.suppress(ImportError, ValueError):
                 importlib.import_module(name.partition(":")[0])
         found = _find(name)
-        return found if found is not None and name_of(found) == name else None
+        return found if found is not None and find_import_name(found) == name else None
 
     def _is_known(self, where: str) -> bool:
         is_home = bool(self.home) and where.split(".")[0] == self.home.split(".")[0]
@@ -186,7 +186,7 @@ def _decode_array(value: Any, find: _Find) -> Any:
 
 
 def _encode_named(value: object) -> Any:
-    name = name_of(value)
+    name = find_import_name(value)
     return {"$import": name} if name is not None else _as_text(value)
 
 
@@ -199,7 +199,7 @@ def _as_text(value: object) -> dict[str, str]:
     return {"$text": re.sub(r" at 0x[0-9a-fA-F]+", "", text)}
 
 
-def name_of(value: object) -> str | None:
+def find_import_name(value: object) -> str | None:
     """``module:qualified.name`` of what is found by it; None for anything else."""
     return next((name for name in _names_of(value) if _find(name) is value), None)
 

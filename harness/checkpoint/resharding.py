@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from harness.checkpoint.format import Position
-from harness.checkpoint.parts.states import SavedParts
+from harness.checkpoint.ranks.states import SavedRanks
 from harness.context import Context
 from harness.errors import CheckpointError
 from harness.metrics.state import drop_samples
@@ -33,7 +33,7 @@ EPOCH_END_ADVICE = (
 )
 
 
-def check_convertible(parts: SavedParts, live: StateDict, *, is_exact: bool) -> None:
+def check_convertible(parts: SavedRanks, live: StateDict, *, is_exact: bool) -> None:
     """Raise if the states of a checkpoint cannot be converted for the live accelerator.
 
     Raises
@@ -107,7 +107,7 @@ def _check_order(
 
 
 def reshard_state(
-    parts: SavedParts,
+    parts: SavedRanks,
     live: StateDict,
     ctx: Context,
     wanted: Sequence[str],
@@ -168,7 +168,7 @@ def reshard_state(
     return found
 
 
-def _merge_metrics(parts: SavedParts, ctx: Context) -> StateDict:
+def _merge_metrics(parts: SavedRanks, ctx: Context) -> StateDict:
     """List the metric states that this rank merges, by split; without any, an empty one."""
     places = range(ctx.accelerator.rank, len(parts.states), ctx.accelerator.world_size)
     mine = [_copy(parts.callbacks[place].get("Metrics", {})) for place in places]

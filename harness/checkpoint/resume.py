@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from harness.checkpoint.callback_matching import match_callbacks, name_callbacks
 from harness.checkpoint.format import Manifest, Position, read_rank
-from harness.checkpoint.groups import ChangedOption, check_groups, list_changes
-from harness.checkpoint.matching import match_callbacks, name_callbacks
-from harness.checkpoint.parts.states import SavedParts, check_keys
+from harness.checkpoint.param_groups import ChangedOption, check_groups, list_changes
+from harness.checkpoint.ranks.states import SavedRanks, check_keys
 from harness.checkpoint.resharding import (
     check_convertible,
     convert_position,
     has_same_batches,
     reshard_state,
 )
-from harness.checkpoint.start import load_on_main
+from harness.checkpoint.start_weights import load_on_main
 from harness.checkpoint.state import (
     begin_fit,
     get_generators,
@@ -32,7 +32,7 @@ from harness.checkpoint.state import (
     restore_data,
     restore_state,
 )
-from harness.checkpoint.state_form import check_live_form, check_state_form
+from harness.checkpoint.state_checks import check_live_states, check_state
 from harness.checkpoint.weights import (
     WeightsReport,
     put_weights,
@@ -176,7 +176,7 @@ class Resume:
 
     def _check_on_this_rank(self, ctx: Context) -> None:
         ranks, saved_ranks = ctx.accelerator.world_size, self.manifest.world_size
-        parts = SavedParts(self.path, self.manifest)
+        parts = SavedRanks(self.path, self.manifest)
         self._take_shapes(ctx, parts)
         live = ctx.accelerator.state_dict()
         keeps_batches = self.position.phase == "epoch" or has_same_batches(
@@ -191,7 +191,7 @@ class Resume:
         else:
             self._convert(parts, ctx, live, keeps_batches=keeps_batches)
         phase = self.position.phase if self.is_exact else "epoch"
-        check_state_form(self.state, ctx, phase)
+        check_state(self.state, ctx, phase)
         if self.is_exact:
             _check_metrics(self.state, ctx, is_merged=ranks < saved_ranks)
         if ranks != saved_ranks:
@@ -204,7 +204,7 @@ class Resume:
         self._match_callbacks(ctx)  # raises where they cannot be told apart
         self._check_strict()
 
-    def _take_shapes(self, ctx: Context, parts: SavedParts) -> None:
+    def _take_shapes(self, ctx: Context, parts: SavedRanks) -> None:
         """Give lazy layers and changed buffers of a new model the saved shapes."""
         if "model" not in self.parts:
             return
@@ -223,7 +223,7 @@ class Resume:
         return is_same_kind and ctx.accelerator.world_size == self.manifest.world_size
 
     def _convert(
-        self, parts: SavedParts, ctx: Context, live: StateDict, *, keeps_batches: bool
+        self, parts: SavedRanks, ctx: Context, live: StateDict, *, keeps_batches: bool
     ) -> None:
         """Convert the states of the ranks that saved to the state of this rank."""
         check_convertible(parts, live, is_exact=self.is_exact)
@@ -345,7 +345,7 @@ class Resume:
             state["callbacks"] = {**state["callbacks"], "Metrics": {}}
         with self._refuse_bad_state():
             if self.is_exact and not self._is_converted:
-                check_live_form(state, ctx)
+                check_live_states(state, ctx)
             is_same_run = self.is_recorded_in(ctx.run)
             restore_state(ctx, state, self.parts, is_same_run=is_same_run)
         self._rewind_surplus_ranks(ctx)

@@ -15,22 +15,27 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from harness.accelerators.kernels import describe_kernels
+from harness.checkpoint.attributes import (
+    Attributes,
+    capture_attributes,
+    copy_attributes,
+    restore_attributes,
+)
+from harness.checkpoint.callback_matching import describe_callbacks, name_callbacks
 from harness.checkpoint.format import Phase, Position
-from harness.checkpoint.groups import describe_groups, name_groups, regroup
-from harness.checkpoint.held import (
+from harness.checkpoint.hparams import encode_hparams
+from harness.checkpoint.object_states import (
     States,
-    capture_changing,
-    capture_held,
+    capture_before_validation,
     capture_metrics,
+    capture_objects,
     get_extra_states,
     list_missing,
-    restore_held,
     restore_metrics,
+    restore_objects,
     set_extra_states,
 )
-from harness.checkpoint.hparams import encode_hparams
-from harness.checkpoint.matching import describe_callbacks, name_callbacks
-from harness.checkpoint.plain import Fields, capture_fields, copy_fields, restore_fields
+from harness.checkpoint.param_groups import describe_groups, name_groups, regroup
 from harness.checkpoint.search import (
     Search,
     name_parameters,
@@ -82,14 +87,14 @@ def search_context(ctx: Context) -> Search:
     return search_fit(ctx, dict(name_callbacks(ctx.callbacks)))
 
 
-def capture_state(ctx: Context, phase: Phase, fields: Fields) -> StateDict:
+def capture_state(ctx: Context, phase: Phase, attributes: Attributes) -> StateDict:
     """Capture all that the rest of a fit depends on; tensors are live.
 
     Parameters
     ----------
     phase
         Where in the epoch this is; see ``Position``.
-    fields
+    attributes
         Plain attributes of modules when the fit began.
 
     Returns
@@ -114,8 +119,8 @@ def capture_state(ctx: Context, phase: Phase, fields: Fields) -> StateDict:
     }
     search = search_context(ctx)
     params = name_parameters(ctx.model, search)
-    held, lost = capture_held(search, params, states)
-    own, not_kept = capture_fields(search, fields)
+    objects, lost = capture_objects(search, params, states)
+    own, not_kept = capture_attributes(search, attributes)
     state: StateDict = {
         "records": ctx.records,
         "ctx": {
@@ -127,7 +132,7 @@ def capture_state(ctx: Context, phase: Phase, fields: Fields) -> StateDict:
         "extra": get_extra_states(ctx.model),
         **describe_left_out(ctx.model),
         "callbacks": states,
-        "held": held,
+        "held": objects,
         "fields": own,
         "metrics": capture_metrics(ctx.model),
         "lost": lost,
@@ -232,12 +237,12 @@ def _restore_hanging(ctx: Context, state: StateDict, wanted: set[str]) -> None:
         for root in search.objects
         if ("callbacks" if root in of_callbacks else "model") in wanted
     }
-    held, fields = (
+    objects, attributes = (
         {root: own for root, own in state.get(part, {}).items() if root in roots}
         for part in ("held", "fields")
     )
-    restore_fields(search, fields, ctx.device)
-    restore_held(search, held, name_parameters(ctx.model, search))
+    restore_attributes(search, attributes, ctx.device)
+    restore_objects(search, objects, name_parameters(ctx.model, search))
 
 
 def _restore_journal(ctx: Context, state: StateDict, *, is_same_run: bool) -> None:
@@ -265,8 +270,8 @@ def copy_loss_state(ctx: Context) -> StateDict:
     """Copy the state of the loss: of what it holds, and plain attributes of its modules."""
     search = search_loss(ctx.loss_fn, ctx.model)
     state = {
-        "held": capture_held(search, {}, {})[0],
-        "fields": capture_fields(search, {})[0],
+        "held": capture_objects(search, {}, {})[0],
+        "fields": capture_attributes(search, {})[0],
     }
     copied: StateDict = copy.deepcopy(map_tensors(state, Tensor.detach))
     return copied
@@ -275,8 +280,8 @@ def copy_loss_state(ctx: Context) -> StateDict:
 def restore_loss_state(ctx: Context, state: StateDict) -> None:
     """Restore what ``copy_loss_state`` returned."""
     search = search_loss(ctx.loss_fn, ctx.model)
-    restore_fields(search, state["fields"], ctx.device)
-    restore_held(search, state["held"], {})
+    restore_attributes(search, state["fields"], ctx.device)
+    restore_objects(search, state["held"], {})
 
 
 def list_unmatched(ctx: Context, state: StateDict) -> dict[str, str]:
@@ -397,8 +402,8 @@ class ValidationStart:
     callbacks: dict[str, StateDict]
     #: what hangs on the model, the loss and callbacks, if validation may change it
     metrics: StateDict
-    held: States
-    fields: Fields
+    objects: States
+    attributes: Attributes
     extra: StateDict  #: state of modules beside tensors
     #: options of each parameter group, such as learning rates, by optimizer
     options: dict[str, list[StateDict]]
@@ -413,10 +418,10 @@ class ValidationStart:
         """Take a state captured in the middle of validation back to its beginning."""
         state["metrics"] = self.metrics
         for root, found in state["held"].items():
-            found |= {p: s for p, s in self.held.get(root, {}).items() if p in found}
+            found |= {p: s for p, s in self.objects.get(root, {}).items() if p in found}
         for root, found in state["fields"].items():
             for path, own in found.items():
-                before = self.fields.get(root, {}).get(path, {})
+                before = self.attributes.get(root, {}).get(path, {})
                 own |= {name: before[name] for name in own.keys() & before.keys()}
         state["random"], state["journal"] = self.random, self.journal
         state["indices"] = self.indices
@@ -456,8 +461,8 @@ def mark_validation(ctx: Context) -> None:
             or (is_users(callback) and hasattr(callback, "on_valid_end"))
         },
         metrics=copy.deepcopy(capture_metrics(ctx.model)),
-        held=copy.deepcopy(capture_changing(search)),
-        fields=copy_fields(search),
+        objects=copy.deepcopy(capture_before_validation(search)),
+        attributes=copy_attributes(search),
         extra=copy.deepcopy(get_extra_states(ctx.model)),
         options={
             name: [

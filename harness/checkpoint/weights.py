@@ -33,8 +33,8 @@ from harness.checkpoint.format import (
     verify_file,
     write_each_tensor,
 )
-from harness.checkpoint.parts.choose import choose_checkpoint
-from harness.checkpoint.parts.states import SavedParts
+from harness.checkpoint.ranks.choose import choose_checkpoint
+from harness.checkpoint.ranks.states import SavedRanks
 from harness.errors import CheckpointError
 from harness.pytree import Options, StateDict, flatten, restore
 from harness.records import Packed
@@ -134,8 +134,8 @@ def _write_each(
         value = tensors[name].detach()
         return (read(name) if value.is_meta else value).cpu().contiguous()
 
-    forms = {name: (value.dtype, value.shape) for name, value in tensors.items()}
-    return write_each_tensor(path, forms, read_any)
+    specs = {name: (value.dtype, value.shape) for name, value in tensors.items()}
+    return write_each_tensor(path, specs, read_any)
 
 
 def load_weights(model: nn.Module, path: Path, *, strict: bool = True) -> WeightsReport:
@@ -289,7 +289,7 @@ def read_checkpoint_weights(
     path: Path, manifest: Manifest, model: nn.Module, place: str
 ) -> dict[str, Tensor]:
     """Read the weights in a checkpoint whose files were compared with its manifest."""
-    parts = SavedParts(path, manifest)
+    parts = SavedRanks(path, manifest)
     try:
         first = read_rank(path, 0, is_mapped=True)
         whole = ConsolidatedState(parts.accelerators, parts.written_index)

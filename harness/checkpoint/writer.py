@@ -13,6 +13,7 @@ from torch import Tensor
 
 from harness.accelerators.devices import use_in_thread
 from harness.accelerators.host_copies import HostCopies
+from harness.checkpoint.attributes import copy_attributes
 from harness.checkpoint.format import (
     Manifest,
     Phase,
@@ -26,7 +27,6 @@ from harness.checkpoint.format import (
     remove_checkpoint,
     write_rank,
 )
-from harness.checkpoint.plain import copy_fields
 from harness.checkpoint.state import (
     capture_state,
     get_position,
@@ -38,7 +38,7 @@ from harness.pytree import flatten
 from harness.reshard.convert import is_convertible
 from harness.reshard.index import PartSummary, summarize_part
 
-Make = Callable[[], tuple[object, Mapping[str, Tensor]]]
+MakeContent = Callable[[], tuple[object, Mapping[str, Tensor]]]
 """Makes the content of a rank's files: plan and tensors, as ``write_rank`` takes them."""
 
 
@@ -76,7 +76,7 @@ def write_and_commit(
     temporary: Path,
     rank: int,
     manifest: Manifest,
-    make: Make,
+    make: MakeContent,
     summary: PartSummary | None = None,
 ) -> Exception | None:
     """Write the files of a rank and, on rank 0, commit; return the error of a failure."""
@@ -111,7 +111,7 @@ class CheckpointWriter:
         self.folder, self._ctx = folder.absolute(), ctx
         self._rank = ctx.accelerator.rank
         ctx.is_saved = True
-        self._fields = copy_fields(search_context(ctx))
+        self._attributes = copy_attributes(search_context(ctx))
         self._copies = HostCopies()
         self._temporary: Path | None = None
         self._is_idle: threading.Event | None = None  # while a thread works
@@ -141,7 +141,7 @@ class CheckpointWriter:
         TypeError
             If a callback's state holds what cannot be written; the error names its path.
         """
-        state = capture_state(self._ctx, phase, self._fields)
+        state = capture_state(self._ctx, phase, self._attributes)
         manifest = describe_checkpoint(self._ctx, get_position(self._ctx, phase))
         plan, live = flatten(state)
         is_known = is_convertible(state["accelerator"])
@@ -179,7 +179,7 @@ class CheckpointWriter:
         _thread.start_new_thread(run, ())
 
     def _write(
-        self, manifest: Manifest, make: Make, summary: PartSummary | None
+        self, manifest: Manifest, make: MakeContent, summary: PartSummary | None
     ) -> None:
         """Write the files of this rank, in the background; ``wait`` returns an error."""
         assert self._temporary is not None

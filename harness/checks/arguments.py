@@ -73,7 +73,7 @@ def explaining_loader(options: Mapping[str, object]) -> Iterator[None]:
 
 def check_start(start: object, strict: object) -> None:
     """Check ``fit(start=..., strict=...)``."""
-    has_weights = hasattr(start, "home") or isinstance(
+    has_weights = hasattr(start, "placement") or isinstance(
         start, nn.Module | Mapping | str | os.PathLike
     )
     if start is not None and (not has_weights or isinstance(start, type)):

@@ -91,7 +91,7 @@ def export_weights(
     an index, as Hugging Face's libraries read them. Only one parameter at a time is held in
     memory.
     """
-    from harness.checkpoint.whole.export import export_weights as write  # noqa: PLC0415  imports torch
+    from harness.checkpoint.full_weights.export import export_weights as write  # noqa: PLC0415  imports torch
 
     path = Path(source)
     if not path.exists():

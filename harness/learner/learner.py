@@ -19,8 +19,8 @@ from harness.callback import Callback
 from harness.callbacks import Metrics, TrainValid
 from harness.callbacks.resuming import find_resume
 from harness.callbacks.train_valid import Mode
+from harness.checkpoint.full_weights.placement import ModelPlacement
 from harness.checkpoint.state import describe_fit
-from harness.checkpoint.whole.home import ModelHome
 from harness.checks.arguments import (
     check_call_arguments,
     check_gather,
@@ -63,11 +63,10 @@ from harness.data.valid_sets import name_sets
 from harness.export.html import as_html
 from harness.export.summary import ModelSummary, summarize
 from harness.fitted import Evaluation, Fitted
-from harness.held_model import build_own, keep_buffers
 from harness.learner.result import (
     GATHER_BYTES,
     call_after_fit,
-    choose_home,
+    choose_placement,
     decide_gather,
     finishing_failed,
     make_fitted,
@@ -93,6 +92,7 @@ from harness.loss import (
     warn_of_untrained,
 )
 from harness.metrics.sets import MetricSet, as_metric_set
+from harness.model_copy import build_own, keep_buffers
 from harness.reshard.skeleton import count_bytes
 from harness.rng import seed_all, share_rng_state
 from harness.run_binding import (
@@ -421,9 +421,9 @@ class Learner:
                     report_start(ctx, began.name, began.report)
                 with describing_model(ctx):
                     loop.fit(ctx)
-                home = choose_home(ctx, num_bytes, gather=is_whole)
+                placement = choose_placement(ctx, num_bytes, gather=is_whole)
             options = get_batch_options(train)
-            fitted = make_fitted(self, ctx, options, began.report, home)
+            fitted = make_fitted(self, ctx, options, began.report, placement)
         call_after_fit(ctx)
         ctx.clean()
         ctx.model = None  # unbinds it
@@ -469,7 +469,7 @@ class Learner:
             raise TypeError(f"{msg} Pass the trained model.")
         check_model_names(model)
         return Fitted(
-            home=ModelHome(module=model),
+            placement=ModelPlacement(module=model),
             records={},
             learner=self,
             hparams=dict(self.hparams),
@@ -507,7 +507,7 @@ class Learner:
         luz 0.5.0, ``evaluate``.
         """
         check_call_arguments("evaluate", accelerator, verbose=verbose, fitted=fitted)
-        module = fitted.home.module
+        module = fitted.placement.module
         check_loss(f"evaluate({type(module).__name__})", module, self.loss)
         accelerator = accelerator or pick_accelerator()
         accelerator.meet("evaluate")
@@ -517,7 +517,7 @@ class Learner:
         for name, own in name_sets(data, "data").items():
             place = "data" if own is data else f"data[{name!r}]"
             loaders[name] = make_eval_loader(own, dataloader_options, place, like)
-        with fitted.home.lending(accelerator) as model:
+        with fitted.placement.allocate(accelerator) as model:
             ctx = EvaluateContext(
                 model=model,
                 read_batch=self.batch,
@@ -591,11 +591,13 @@ class Learner:
         luz 0.5.0, ``predict``.
         """
         check_call_arguments("predict", accelerator, verbose=verbose, fitted=fitted)
-        check_predict(fitted.home.module, stack=stack, mode=mode, arguments=arguments)
+        check_predict(
+            fitted.placement.module, stack=stack, mode=mode, arguments=arguments
+        )
         accelerator = accelerator or pick_accelerator()
         accelerator.meet("predict")
         like = {**fitted.batch_options, **get_device_options(accelerator.device)}
-        with fitted.home.lending(accelerator) as model:
+        with fitted.placement.allocate(accelerator) as model:
             ctx = PredictContext(
                 model=model,
                 read_batch=self.batch,

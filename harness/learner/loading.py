@@ -7,10 +7,10 @@ from pathlib import Path
 
 from torch import nn
 
-from harness.checkpoint.hparams import HparamSource
-from harness.checkpoint.objects import decode_objects
+from harness.checkpoint.full_weights.placement import ModelPlacement
+from harness.checkpoint.hparams import HparamDecoder
+from harness.checkpoint.saved_objects import decode_objects
 from harness.checkpoint.weights import find_model_class, read_saved_model
-from harness.checkpoint.whole.home import ModelHome
 from harness.checks.values import as_path
 from harness.errors import CheckpointError
 from harness.fitted import Fitted
@@ -55,7 +55,7 @@ def load(
     weights, about = read_saved_model(path)
     given = module
     module = module or find_model_class(path, about.module, trust=trust)
-    source = HparamSource(module.__module__, trust=trust)
+    source = HparamDecoder(module.__module__, trust=trust)
     if given is None and (texts := source.list_texts(about.hparams)):
         msg = f"load({str(path)!r}): expected hparams that can be rebuilt, got only"
         advice = "Pass a function as module=, or trust=True to import what they name."
@@ -88,7 +88,7 @@ def load(
         msg = f"load({str(path)!r}): expected weights that fit {module!r}, got: {exc}."
         raise CheckpointError(f"{msg} Pass the right class as module=.") from exc
     return Fitted(
-        home=ModelHome(module=model.eval()),
+        placement=ModelPlacement(module=model.eval()),
         records=records,
         learner=learner,
         hparams=dict(learner.hparams),

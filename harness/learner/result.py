@@ -13,11 +13,11 @@ import torch
 from harness.accelerators import Accelerator
 from harness.callback import Callback
 from harness.callbacks import ModelCheckpoint
-from harness.checkpoint.held import get_extra_states, set_extra_states
+from harness.checkpoint.full_weights.final import save_final
+from harness.checkpoint.full_weights.placement import EVERY_RANK_BYTES, ModelPlacement
+from harness.checkpoint.object_states import get_extra_states, set_extra_states
 from harness.checkpoint.search import find_loss_modules
 from harness.checkpoint.weights import WeightsReport
-from harness.checkpoint.whole.final import save_final
-from harness.checkpoint.whole.home import EVERY_RANK_BYTES, ModelHome
 from harness.context import Context
 from harness.export.sample import take_sample
 from harness.export.summary import format_size
@@ -70,7 +70,9 @@ def decide_gather(
     return is_whole
 
 
-def choose_home(ctx: FitContext, num_bytes: int, *, gather: bool) -> ModelHome:
+def choose_placement(
+    ctx: FitContext, num_bytes: int, *, gather: bool
+) -> ModelPlacement:
     """Choose where the weights will be, and save them if that is a checkpoint.
 
     Every rank must call it, after the fit and before the accelerator finishes.
@@ -83,7 +85,7 @@ def choose_home(ctx: FitContext, num_bytes: int, *, gather: bool) -> ModelHome:
     accelerator, model = ctx.accelerator, ctx.model
     checkpoint = None if gather else save_final(ctx, find_folder(ctx).absolute())
     if checkpoint is not None:
-        return ModelHome(
+        return ModelPlacement(
             module=model,
             holder="checkpoint",
             checkpoint=checkpoint,
@@ -91,7 +93,7 @@ def choose_home(ctx: FitContext, num_bytes: int, *, gather: bool) -> ModelHome:
         )
     is_small = num_bytes <= EVERY_RANK_BYTES
     is_alone = accelerator.world_size == 1
-    return ModelHome(
+    return ModelPlacement(
         module=model,
         holder="each" if is_small or is_alone else "main",
         rank=accelerator.rank,
@@ -112,7 +114,7 @@ def make_fitted(
     ctx: FitContext,
     batch_options: Options,
     start: WeightsReport | None,
-    home: ModelHome,
+    placement: ModelPlacement,
 ) -> Fitted:
     """Gather the weights and build the result, with the model on the CPU.
 
@@ -124,7 +126,9 @@ def make_fitted(
     accelerator, model = ctx.accelerator, ctx.model
     if accelerator.world_size > 1:
         set_extra_states(model, accelerator.broadcast(get_extra_states(model)))
-    is_kept = home.holder == "each" or (home.holder == "main" and accelerator.is_main)
+    is_kept = placement.holder == "each" or (
+        placement.holder == "main" and accelerator.is_main
+    )
     accelerator.finish(keep=is_kept)
     model._compiled_call_impl = None  # torch 2.13 has no public way back
     move_real_tensors(model, torch.device("cpu"))
@@ -135,7 +139,7 @@ def make_fitted(
             module.eval()
     model.eval()
     return Fitted(
-        home=home,
+        placement=placement,
         loss=None if learner.loss is None else ctx.loss_fn,
         batch_options=batch_options,
         records=ctx.records,

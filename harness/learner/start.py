@@ -16,7 +16,7 @@ from harness.accelerators.base import Accelerator
 from harness.callback import Callback
 from harness.callbacks import Interrupt, Metrics, Profile, Progress, TrainValid
 from harness.checkpoint.resume import Resume
-from harness.checkpoint.start import Weights, load_start
+from harness.checkpoint.start_weights import Weights, load_start
 from harness.checkpoint.weights import WeightsReport, get_tensors
 from harness.checks.arguments import check_start
 from harness.checks.callbacks import check_callbacks
@@ -32,8 +32,8 @@ from harness.data.loaders import (
 )
 from harness.data.valid_sets import name_sets
 from harness.fitted import Fitted
-from harness.held_model import copy_model
 from harness.metrics.sets import MetricSet
+from harness.model_copy import copy_model
 
 if TYPE_CHECKING:
     from harness.learner.learner import Learner
@@ -63,8 +63,8 @@ def begin(
     if isinstance(start, Fitted):
         loss = choose_loss(learner, start)
         if start.learner is learner:
-            check_trainable(learner, start.home.module)
-            with start.home.whole_on_each(accelerator) as trained:
+            check_trainable(learner, start.placement.module)
+            with start.placement.full_on_each_rank(accelerator) as trained:
                 model = copy_model(trained)
             report = WeightsReport(loaded=tuple(get_tensors(model)))
             return Began(model=model, loss=loss, report=report, name=name)
@@ -97,7 +97,7 @@ def check_trainable(learner: Learner, model: nn.Module) -> None:
 def opening(start: Fitted | Weights, accelerator: Accelerator) -> Iterator[Weights]:
     """Give the weights to start from inside, in memory if they are of a fit."""
     if isinstance(start, Fitted):
-        with start.home.whole_on_each(accelerator) as model:
+        with start.placement.full_on_each_rank(accelerator) as model:
             yield model
     else:
         yield start
@@ -113,7 +113,9 @@ def describe_start(start: Start) -> str:
     """Name the weights that a fit starts from: run, class or path."""
     if isinstance(start, Fitted):
         return (
-            f"run {start.run_id}" if start.run_id else type(start.home.module).__name__
+            f"run {start.run_id}"
+            if start.run_id
+            else type(start.placement.module).__name__
         )
     if isinstance(start, nn.Module):
         return type(start).__name__

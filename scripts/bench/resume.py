@@ -30,10 +30,10 @@ from typing import Any
 import torch
 
 from harness.checkpoint.format import list_checkpoints, read_rank
-from harness.checkpoint.parts.choose import choose_checkpoint
-from harness.checkpoint.parts.states import SavedParts
+from harness.checkpoint.ranks.choose import choose_checkpoint
+from harness.checkpoint.ranks.states import SavedRanks
 from harness.reshard.convert import convert_state
-from tests.harness.checkpoint.parts import faked
+from tests.harness.checkpoint.ranks import faked
 
 NUM_PARAMS, NUMEL = 300, 16_000_000
 """Of the model, which is the same for all numbers of ranks."""
@@ -112,7 +112,7 @@ def measure(folder: Path, form: str, rank: int) -> dict[str, Any]:
     if form == "same":
         kept: object = read_rank(place, rank)
     else:
-        parts = SavedParts(*found)
+        parts = SavedRanks(*found)
         kept = (
             parts,
             convert_state(parts.accelerators, model, live, rank, index=parts.index),

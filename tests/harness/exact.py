@@ -36,7 +36,7 @@ from harness.callbacks import (
 )
 from harness.checkpoint.format import (
     Position,
-    WrittenPart,
+    WrittenFiles,
     read_rank,
     verify_checkpoint,
     write_rank,
@@ -554,7 +554,7 @@ def rewritten(folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:
     plan, tensors = flatten(state)
     write_rank(place, 0, plan, {n: t.clone() for n, t in tensors.items()})
     done = place / "rank-0.done"
-    files = msgspec.json.decode(done.read_bytes(), type=WrittenPart).files
+    files = msgspec.json.decode(done.read_bytes(), type=WrittenFiles).files
     done.unlink()
     position = Position(**state["position"])
     replace(manifest, files=files, position=position).write(place)

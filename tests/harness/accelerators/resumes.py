@@ -16,7 +16,7 @@ from harness.callbacks import AutoResume
 from harness.checkpoint.format import list_checkpoints
 from tests.harness import exact
 from tests.harness.accelerators.cases import Lab
-from tests.harness.checkpoint.parts.ranks import counting_opens
+from tests.harness.checkpoint.ranks.threads import counting_opens
 
 BATCHES = 3  # of two ranks; the last one is short on both
 NAMES = ["two-optimizers", "accumulation", "augmented", "weighted-sampler", "stream"]

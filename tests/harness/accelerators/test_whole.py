@@ -11,7 +11,7 @@ from torch import nn
 from harness import setup
 from harness.callbacks import AutoResume, ModelCheckpoint
 from harness.checkpoint.format import list_checkpoints
-from harness.checkpoint.whole.export import find_weights
+from harness.checkpoint.full_weights.export import find_weights
 from tests.harness.accelerators.best import CASES
 from tests.harness.accelerators.cases import Lab
 from tests.harness.accelerators.launches import Launches

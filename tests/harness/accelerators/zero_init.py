@@ -17,7 +17,7 @@ import harness
 from harness.accelerators.deepspeed.library import import_deepspeed
 from harness.callbacks import AutoResume, ModelCheckpoint
 from harness.checkpoint.format import list_checkpoints
-from harness.checkpoint.whole.export import export_weights
+from harness.checkpoint.full_weights.export import export_weights
 from harness.reshard.skeleton import count_elements
 from tests.harness.accelerators.cases import Gan, Lab, adversarial, players
 from tests.harness.accelerators.resumes import BreakOff, BrokenOff

@@ -28,7 +28,7 @@ Numbers and texts, whose copies are shallow, are compared as long as they can be
 MAX_BYTES = 1 << 24
 """Still larger ones are not kept: they may be activations."""
 
-Fields = dict[str, dict[str, StateDict]]
+Attributes = dict[str, dict[str, StateDict]]
 """Values by root and path of a module, and by name of the attribute."""
 
 _CONTAINERS = frozenset(
@@ -41,7 +41,7 @@ _NUMBER_BYTES = 16
 """What a number or a short text counts as beside the bytes of tensors."""
 
 
-def copy_fields(search: Search) -> Fields:
+def copy_attributes(search: Search) -> Attributes:
     """Copy the plain attributes of the modules that a search found."""
     return {
         root: {
@@ -56,14 +56,16 @@ def copy_fields(search: Search) -> Fields:
     }
 
 
-def capture_fields(search: Search, before: Fields) -> tuple[Fields, dict[str, str]]:
-    """Capture the plain attributes that differ from what ``copy_fields`` returned before.
+def capture_attributes(
+    search: Search, before: Attributes
+) -> tuple[Attributes, dict[str, str]]:
+    """Capture the plain attributes that differ from what ``copy_attributes`` returned before.
 
     Returns
     -------
     attributes, and why others are not kept, by name
     """
-    states: Fields = {}
+    states: Attributes = {}
     left_out: dict[str, str] = {}
     for root, owners in search.owners.items():
         memory = _memory_of(owners.values())
@@ -85,8 +87,8 @@ def capture_fields(search: Search, before: Fields) -> tuple[Fields, dict[str, st
     return states, left_out
 
 
-def restore_fields(search: Search, saved: Fields, device: torch.device) -> None:
-    """Restore what ``capture_fields`` returned; new tensors go to the device."""
+def restore_attributes(search: Search, saved: Attributes, device: torch.device) -> None:
+    """Restore what ``capture_attributes`` returned; new tensors go to the device."""
     for root, owners in saved.items():
         for path, fields in owners.items():
             owner = search.owners.get(root, {}).get(path)

@@ -17,10 +17,10 @@ from harness.checkpoint.format import (
     commit_checkpoint,
     write_rank,
 )
-from harness.checkpoint.parts.choose import choose_checkpoint
+from harness.checkpoint.ranks.choose import choose_checkpoint
 from harness.errors import CheckpointError
 from harness.pytree import flatten
-from tests.harness.checkpoint.parts.ranks import counting_opens, on_ranks
+from tests.harness.checkpoint.ranks.threads import counting_opens, on_ranks
 
 POSITION = Position(epoch=1, iter=2, step=3, phase="train")
 WORLD = 4

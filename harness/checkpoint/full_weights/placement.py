@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from harness.accelerators.distributed.watchdog import Watchdog
-from harness.checkpoint.held import set_extra_states
+from harness.checkpoint.full_weights.merge import MergedWeights
+from harness.checkpoint.object_states import set_extra_states
 from harness.checkpoint.weights import NO_TENSORS, ReadTensor
-from harness.checkpoint.whole.merge import MergedWeights
 from harness.errors import CheckpointError
 from harness.export.summary import format_size
 from harness.reshard.skeleton import (
@@ -33,7 +33,7 @@ EVERY_RANK_BYTES = 1 << 24
 
 
 @dataclass(kw_only=True, eq=False)
-class ModelHome:
+class ModelPlacement:
     """A fitted model, and where its weights are."""
 
     #: the model; its parameters are on the ``meta`` device where this process does not
@@ -96,7 +96,7 @@ class ModelHome:
         return self.module
 
     @contextmanager
-    def lending(self, accelerator: Accelerator) -> Iterator[nn.Module]:
+    def allocate(self, accelerator: Accelerator) -> Iterator[nn.Module]:
         """Give the model inside, with memory for its weights on every rank.
 
         Every rank must call it. The values are those of rank 0: ``share_weights`` sends
@@ -104,7 +104,7 @@ class ModelHome:
         they were.
         """
         was_here = self.is_here
-        self._lend(accelerator)
+        self._allocate(accelerator)
         try:
             yield self.module
         finally:
@@ -114,16 +114,16 @@ class ModelHome:
                 release_parameters(self.module)
 
     @contextmanager
-    def whole_on_each(self, accelerator: Accelerator) -> Iterator[nn.Module]:
+    def full_on_each_rank(self, accelerator: Accelerator) -> Iterator[nn.Module]:
         """Give the model with its values on every rank inside; every rank must call it."""
         if self.holder == "each":
             yield self.get()
         else:
-            with self.lending(accelerator) as model:
+            with self.allocate(accelerator) as model:
                 accelerator.share_weights(model)
                 yield model
 
-    def _lend(self, accelerator: Accelerator) -> None:
+    def _allocate(self, accelerator: Accelerator) -> None:
         error = None
         if accelerator.is_main and not self.is_here:
             try:
@@ -179,7 +179,7 @@ class ModelHome:
         return lambda name: read(params[name])
 
     @contextmanager
-    def writing(self, what: str) -> Iterator[bool]:
+    def write_on_one_rank(self, what: str) -> Iterator[bool]:
         """Write inside if the value is True; otherwise rank 0 does, and it is waited for.
 
         Parameters

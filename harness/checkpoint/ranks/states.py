@@ -51,7 +51,7 @@ class LazyStates(Sequence[StateDict]):
         return self.known[rank]
 
 
-class SavedParts:
+class SavedRanks:
     """The parts of a checkpoint whose files were compared with its manifest.
 
     Attributes

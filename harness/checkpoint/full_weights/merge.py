@@ -149,7 +149,7 @@ class _StandIns:
         ((key, _),) = plan.items()
         if key not in _TENSORS:
             raise ValueError(f"a tensor, got {plan!s:.80}")
-        form = restore(plan, self._files[rank].forms)
+        form = restore(plan, self._files[rank].meta)
         made = torch.empty(form.shape, dtype=form.dtype, device="meta")
         self._made.append(made)
         self._plans[made.untyped_storage()._cdata] = rank, plan
@@ -184,7 +184,7 @@ class TensorFile(Mapping[str, Tensor]):
 
     Attributes
     ----------
-    forms
+    meta
         Tensors without memory that have the shapes and dtypes of those in the file.
 
     References
@@ -194,7 +194,7 @@ class TensorFile(Mapping[str, Tensor]):
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self.forms: dict[str, Tensor] = {}
+        self.meta: dict[str, Tensor] = {}
         self._starts: dict[str, int] = {}
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -213,17 +213,17 @@ class TensorFile(Mapping[str, Tensor]):
                 raise ValueError(
                     f"{shape} of {dtype} in {name!r}, got {end - start} bytes"
                 )
-            self.forms[name] = torch.empty(shape, dtype=dtype, device="meta")
+            self.meta[name] = torch.empty(shape, dtype=dtype, device="meta")
             self._starts[name] = 8 + length + start
 
     def __len__(self) -> int:
-        return len(self.forms)
+        return len(self.meta)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.forms)
+        return iter(self.meta)
 
     def __getitem__(self, name: str) -> Tensor:
-        form = self.forms[name]
+        form = self.meta[name]
         found = torch.empty(form.numel(), dtype=form.dtype)
         self.read_into(name, 0, found)
         return found.reshape(form.shape)

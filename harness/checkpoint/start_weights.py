@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from harness.checkpoint.held import get_extra_states, set_extra_states
+from harness.checkpoint.object_states import get_extra_states, set_extra_states
 from harness.checkpoint.weights import (
     WeightsReport,
     choose_weights,
@@ -93,8 +93,8 @@ def load_on_main(
     if had_lazy:
         live = get_tensors(model).items()
         shapes = {name: own.shape for name, own in live if not is_lazy(own)}
-        forms = accelerator.broadcast(shapes).items()
-        shaped = {name: torch.empty(shape, device="meta") for name, shape in forms}
+        specs = accelerator.broadcast(shapes).items()
+        shaped = {name: torch.empty(shape, device="meta") for name, shape in specs}
         shape_lazy_parameters(model, shaped)
     if not _has_lazy(model):  # or else prepare refuses the model on several ranks
         accelerator.share_weights(model)

@@ -18,7 +18,7 @@ import harness
 import tracking
 from harness.callbacks import ModelCheckpoint, ResumeFromCheckpoint
 from harness.checkpoint.format import list_checkpoints
-from harness.checkpoint.state_form import check_like
+from harness.checkpoint.state_checks import check_structure
 from harness.errors import CheckpointError
 from tests.harness.exact import CASES, Net, Stop
 
@@ -246,7 +246,7 @@ def test_part_of_a_wrong_form_is_named(
     ],
 )
 def test_value_of_the_same_form_is_accepted(saved: object, live: object) -> None:
-    check_like(saved, live, "here")
+    check_structure(saved, live, "here")
 
 
 @pytest.mark.parametrize(
@@ -263,8 +263,8 @@ def test_value_of_another_form_is_refused(
     saved: object, live: object, message: str
 ) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        check_like(saved, live, "here")
+        check_structure(saved, live, "here")
 
 
 def test_key_that_an_earlier_version_lacks_is_accepted_at_the_top() -> None:
-    check_like({"a": {}}, {"a": {"b": 1}, "c": 1}, "here", num_optional=2)
+    check_structure({"a": {}}, {"a": {"b": 1}, "c": 1}, "here", num_optional=2)

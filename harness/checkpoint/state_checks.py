@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from harness.accelerators.base import HOW_TO_STEP
+from harness.checkpoint.callback_matching import name_callbacks
 from harness.checkpoint.format import Phase
-from harness.checkpoint.matching import name_callbacks
 from harness.checkpoint.state import get_generators
 from harness.context import Context
 from harness.pytree import StateDict
@@ -26,7 +26,7 @@ from harness.records import unpack_records
 from harness.rng import Generator, find_generators, get_rng_state, set_rng_state
 
 
-def check_like(
+def check_structure(
     saved: object,
     live: object,
     place: str,
@@ -55,7 +55,7 @@ def check_like(
     if isinstance(live, Mapping) and isinstance(saved, Mapping):
         for key, item in live.items():
             if key in saved:
-                check_like(
+                check_structure(
                     saved[key],
                     item,
                     f"{place}/{key}",
@@ -67,7 +67,7 @@ def check_like(
     elif isinstance(live, list | tuple) and isinstance(saved, list | tuple) and live:
         pairs = list(live) if len(live) == len(saved) else [live[0]] * len(saved)
         for number, (own, item) in enumerate(zip(saved, pairs, strict=True)):
-            check_like(own, item, f"{place}/{number}", keeps_dims=keeps_dims)
+            check_structure(own, item, f"{place}/{number}", keeps_dims=keeps_dims)
 
 
 def _kind(value: object) -> str:
@@ -96,7 +96,7 @@ def _mismatch(place: str, expected: str, got: object) -> ValueError:
 # ------------------------------------------------------------- before the run is opened
 
 
-def check_state_form(state: StateDict, ctx: Context, phase: Phase) -> None:
+def check_state(state: StateDict, ctx: Context, phase: Phase) -> None:
     """Check the parts of a rank's state that are the same in every fit.
 
     Parameters
@@ -143,7 +143,7 @@ def _check_pass(state: StateDict, ctx: Context) -> None:
     _check_count(_mapping(state, "pass")["window"], "pass/window", lowest=1)
     loader = ctx.train_data
     if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict"):
-        check_like(state["ahead"], [], "pass/ahead")
+        check_structure(state["ahead"], [], "pass/ahead")
         return
     _check_count(state["ahead"], "pass/ahead")
     _try_random(state["began"], find_generators(loader), "pass/began", ctx.device)
@@ -171,7 +171,7 @@ def _check_accelerator(state: StateDict, groups: StateDict, ctx: Context) -> Non
     for name, grad in _mapping(state["grads"], "grads").items():
         if name in params and grad.shape != params[name].shape:
             raise _mismatch(f"accelerator/grads/{name}", f"{params[name].shape}", grad)
-    check_like(state["frozen"], [""], "accelerator/frozen")
+    check_structure(state["frozen"], [""], "accelerator/frozen")
     for name, opt in ctx.optimizers.items():
         if isinstance(opt, Optimizer) and name in state["optimizers"]:
             own = state["optimizers"][name]
@@ -222,7 +222,7 @@ def _check_groups(saved: StateDict, opt: Optimizer, place: str) -> None:
             for name, value in group.items()
             if (name in own or name in required) and _can_check(own, name, value)
         }
-        check_like(own, options, f"{place}/param_groups")
+        check_structure(own, options, f"{place}/param_groups")
         for name, value in own.items():
             if isinstance(value, int) and value.bit_length() > 63:
                 raise _mismatch(f"{place}/param_groups/{name}", "a number", value)
@@ -257,7 +257,7 @@ def _sample_entry(opt: Optimizer, group: StateDict, dim: int) -> StateDict | Non
 def _check_entry(
     entry: StateDict, sample: StateDict | None, param: Tensor, place: str
 ) -> None:
-    check_like(_mapping(entry, place), sample, place)
+    check_structure(_mapping(entry, place), sample, place)
     for key, tiny in (sample or {}).items():
         if not isinstance(tiny, Tensor) or not tiny.dim():
             continue
@@ -274,7 +274,7 @@ def _check_entry(
 # ------------------------------------------------------- before anything is restored
 
 
-def check_live_form(state: StateDict, ctx: Context) -> None:
+def check_live_states(state: StateDict, ctx: Context) -> None:
     """Compare states with those of the callbacks and schedulers, which are ready now.
 
     The state of a user's callback may change its form at any time.
@@ -289,7 +289,7 @@ def check_live_form(state: StateDict, ctx: Context) -> None:
             continue
         if saved[name]:
             place, live = f"callbacks/{name}", callbacks[name].state_dict()
-            check_like(saved[name], live, place, num_optional=3, keeps_dims=False)
+            check_structure(saved[name], live, place, num_optional=3, keeps_dims=False)
 
 
 def _mapping(value: StateDict, place: str) -> StateDict:

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from harness.checkpoint.format import MANIFEST, list_checkpoints, write_each_tensor
-from harness.checkpoint.whole.final import FINAL
-from harness.checkpoint.whole.merge import MergedWeights
+from harness.checkpoint.full_weights.final import FINAL
+from harness.checkpoint.full_weights.merge import MergedWeights
 from harness.errors import CheckpointError
 from tracking.durable import replace_file, replace_folder
 from tracking.errors import describe_path
@@ -111,5 +111,5 @@ def _count_bytes(merged: MergedWeights, name: str) -> int:
 
 
 def _write(path: Path, merged: MergedWeights, names: list[str]) -> None:
-    forms = {name: (merged.dtype(name), merged.shape(name)) for name in names}
-    write_each_tensor(path, forms, merged.__getitem__)
+    specs = {name: (merged.dtype(name), merged.shape(name)) for name in names}
+    write_each_tensor(path, specs, merged.__getitem__)

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from harness.checkpoint.hparams import HparamSource, encode_hparams, name_of
+from harness.checkpoint.hparams import HparamDecoder, encode_hparams, find_import_name
 from harness.checkpoint.weights import SavedModel
 from harness.metrics.kinds import is_metric
 from harness.metrics.sets import MetricSet
@@ -33,7 +33,7 @@ def encode_object(value: object) -> Any:
     if not isinstance(value, nn.Module):
         return _encode(value)
     hooks = [name for name in vars(value) if name.endswith("_hooks")]
-    name = name_of(type(value))
+    name = find_import_name(type(value))
     if name is None or any(vars(value)[hook] for hook in hooks):
         return {"$text": type(value).__qualname__}
     metric: Any = value if is_metric(value) else None
@@ -89,7 +89,7 @@ class SavedObjects:
     lost: list[str]  #: names of those that cannot be rebuilt
 
 
-def decode_objects(about: SavedModel, source: HparamSource) -> SavedObjects:
+def decode_objects(about: SavedModel, source: HparamDecoder) -> SavedObjects:
     """Rebuild what ``encode_object`` wrote.
 
     Parameters
@@ -121,7 +121,7 @@ def decode_objects(about: SavedModel, source: HparamSource) -> SavedObjects:
     )
 
 
-def _decode(saved: object, source: HparamSource) -> Any:
+def _decode(saved: object, source: HparamDecoder) -> Any:
     """Rebuild an object; ``LookupError`` names what cannot be rebuilt."""
     if isinstance(saved, dict) and "$module" in saved:
         return _decode_module(saved, source)
@@ -130,7 +130,7 @@ def _decode(saved: object, source: HparamSource) -> Any:
     return source.decode({"": saved})[""]
 
 
-def _decode_module(saved: Options, source: HparamSource) -> nn.Module:
+def _decode_module(saved: Options, source: HparamDecoder) -> nn.Module:
     kind = source.find_class(saved["$module"], nn.Module)
     if kind is None:
         raise LookupError(saved["$module"])

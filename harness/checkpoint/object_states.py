@@ -14,7 +14,7 @@ from harness.accelerators.single import (
     load_optimizer_state,
     named_tensors,
 )
-from harness.checkpoint.groups import name_groups, regroup
+from harness.checkpoint.param_groups import name_groups, regroup
 from harness.checkpoint.search import PLAIN_TYPES, Search, has_extra_state
 from harness.errors import CheckpointError
 from harness.metrics.kinds import is_metric
@@ -33,7 +33,7 @@ States = dict[str, dict[str, StateDict]]
 """States of objects by root and path."""
 
 
-def capture_held(
+def capture_objects(
     search: Search, params: Mapping[str, Tensor], callbacks: Mapping[str, StateDict]
 ) -> tuple[States, dict[str, str]]:
     """Capture the states of the objects that a search found; tensors are live.
@@ -63,7 +63,7 @@ def capture_held(
     return states, left_out
 
 
-def capture_changing(search: Search) -> States:
+def capture_before_validation(search: Search) -> States:
     """Capture the states that validation may change: not those of averages and optimizers."""
     found: States = {}
     for root, path, thing in search.iter_objects():
@@ -200,8 +200,10 @@ def _is_same(one: Any, two: Any) -> bool:
     return type(one) is type(two) and isinstance(one, PLAIN_TYPES) and one == two
 
 
-def restore_held(search: Search, saved: States, params: Mapping[str, Tensor]) -> None:
-    """Restore what ``capture_held`` returned, as far as ``list_missing`` names nothing."""
+def restore_objects(
+    search: Search, saved: States, params: Mapping[str, Tensor]
+) -> None:
+    """Restore what ``capture_objects`` returned, as far as ``list_missing`` names nothing."""
     for root, states in saved.items():
         for path, state in states.items():
             thing = search.objects.get(root, {}).get(path)

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from harness.checkpoint.format import describe_file, read_manifest, verify_checkpoint
-from harness.checkpoint.parts.states import SavedParts
+from harness.checkpoint.ranks.states import SavedRanks
 from harness.checkpoint.weights import load_weights
 from harness.errors import CheckpointError
 from harness.reshard.consolidated import ConsolidatedState
 from harness.reshard.convert import convert_model_part, convert_state
 from harness.reshard.model_part import take_model_part
-from tests.harness.checkpoint.parts import faked
-from tests.harness.checkpoint.parts.ranks import counting_opens
+from tests.harness.checkpoint.ranks import faked
+from tests.harness.checkpoint.ranks.threads import counting_opens
 
 SHAPES = [(13, 5), (3,), (40,), (2, 2, 2), (90,), (1,)]
 """None is a multiple of the numbers of ranks, and one is smaller than each."""
@@ -31,7 +31,7 @@ def convert(
     place: Path, rank: int, world_size: int, stage: Literal[1, 3]
 ) -> dict[str, Any]:
     """The state of a rank of another form, from a checkpoint."""
-    parts = SavedParts(place, read_manifest(place))
+    parts = SavedRanks(place, read_manifest(place))
     model = faked.Model(SHAPES)
     zeros = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     live = faked.Faker(model, world_size, stage).accelerator(rank, zeros)
@@ -133,7 +133,7 @@ def test_a_rank_opens_the_parts_that_overlap_its_own(
     # At ZeRO 1, rank 0 restores the whole weights for all.
     first = {0, 1} if stage == 3 else set(range(32))
     for rank, wanted in ((0, first), (9, {0, 18, 19}), (15, {0, 30, 31})):
-        parts = SavedParts(place, read_manifest(place))
+        parts = SavedRanks(place, read_manifest(place))
         live = faked.Faker(model, 16, stage).accelerator(rank, zeros)
         with counting_opens() as opened:
             convert_state(parts.accelerators, model, live, rank, index=parts.index)
@@ -150,7 +150,7 @@ def test_parts_that_rank_0_needs_are_opened_one_after_another(
 ) -> None:
     model = faked.Model([(64, 8), (256,), (1024,)])
     place = faked.save(tmp_path, faked.Faker(model, 32, stage or 3))
-    parts = SavedParts(place, read_manifest(place))
+    parts = SavedRanks(place, read_manifest(place))
     with counting_opens() as opened:
         if stage is None:  # the weights alone
             whole = ConsolidatedState(parts.accelerators, parts.index).state_dict()
@@ -250,7 +250,7 @@ def test_values_of_a_state_are_read_from_their_own_parts(tmp_path: Path) -> None
     model = faked.Model([(64,)])
     place = faked.save(tmp_path, faked.Faker(model, 4, 3))
     (place / "rank-3.json").unlink()
-    parts = SavedParts(place, read_manifest(place))
+    parts = SavedRanks(place, read_manifest(place))
     weights = ConsolidatedState(parts.accelerators, parts.index).weights["parts.0"]
     found: Tensor = weights.read(0, 40)
     assert found.tolist() == list(range(40))
