@@ -143,8 +143,18 @@ class _Sweep(Callback):
     It needs no event of a step, because a model's own ``step`` may fire none.
     """
 
-    def __init__(self, rates: Sequence[float], options: SweepOptions) -> None:
-        self.rates, self.options = rates, options
+    def __init__(
+        self, rates: Sequence[float], smoothing: float, stop_above: float | None
+    ) -> None:
+        advice = "Use 0 for none, 0.9 for the usual."
+        check_at_least("lr_finder(smoothing)", smoothing, 0, advice)
+        if smoothing >= 1:
+            msg = f"lr_finder(smoothing): expected less than 1, got {smoothing!r}."
+            raise ValueError(f"{msg} {advice}")
+        if stop_above is not None:
+            advice = "Leave it out for 4, or pass None to take all steps."
+            check_more_than("lr_finder(stop_above)", stop_above, 1, advice)
+        self.rates, self.smoothing, self.stop_above = rates, smoothing, stop_above
         self.losses: list[float] = []
         self.smoothed: list[float] = []
         self.mean, self.num_steps_before = 0.0, 0
@@ -183,31 +193,12 @@ class _Sweep(Callback):
             raise ValueError(f"{msg} a loss, got none. Call ctx.optimize(loss) in it.")
         self.losses.append(fmean(self.waiting))
         self.waiting.clear()
-        share, limit = self.options.smoothing, self.options.stop_above
+        share, limit = self.smoothing, self.stop_above
         self.mean = share * self.mean + (1 - share) * self.losses[-1]
         self.smoothed.append(self.mean / (1 - share ** len(self.losses)))
         is_far = limit is not None and has_diverged(self.smoothed, limit)
         if is_far or len(self.losses) >= len(self.rates):
             raise EarlyStop
-
-
-@dataclass(frozen=True, kw_only=True)
-class SweepOptions:
-    """How the losses of ``lr_finder`` are smoothed, and when it ends early."""
-
-    smoothing: float
-    stop_above: float | None
-
-    def __post_init__(self) -> None:
-        """Check the options."""
-        place, advice = "lr_finder(smoothing)", "Use 0 for none, 0.9 for the usual."
-        check_at_least(place, self.smoothing, 0, advice)
-        if self.smoothing >= 1:
-            msg = f"{place}: expected less than 1, got {self.smoothing!r}."
-            raise ValueError(f"{msg} {advice}")
-        if self.stop_above is not None:
-            advice = "Leave it out for 4, or pass None to take all steps."
-            check_more_than("lr_finder(stop_above)", self.stop_above, 1, advice)
 
 
 def lr_finder(
@@ -272,8 +263,7 @@ def lr_finder(
         msg = f"lr_finder(learner): expected a learner, got {learner!r:.100}."
         raise TypeError(f"{msg} Pass what harness.setup returned.")
     rates = _list_rates(start_lr, end_lr, num_steps, log_spaced=log_spaced)
-    given = SweepOptions(smoothing=smoothing, stop_above=stop_above)
-    sweep = _Sweep(rates, given)
+    sweep = _Sweep(rates, smoothing, stop_above)
     with _leave_as_it_was(data, dataloader_options or {}):
         fitted = learner.fit(
             data,

@@ -17,10 +17,11 @@ from harness.checkpoint.weights import WeightsReport
 from harness.checks.calls import check_arguments
 from harness.context import Context
 from harness.data.loaders import describe_data
-from harness.data.pace import NO_LIMIT, LimitedLoader, count_epochs
+from harness.data.pace import NO_LIMIT, count_epochs, list_limits
 from harness.export.summary import ShapeRecorder, summarize
 from harness.pytree import Options
 from harness.records import NullRun
+from harness.reshard.skeleton import count_elements
 from tracking import capture
 from tracking.errors import RunClosedError, escape_control, write_stderr
 
@@ -131,7 +132,7 @@ def log_description(ctx: Context, seed: int | None) -> None:
     is_known = not any(is_lazy(param) for param in model.parameters())
     params: Options = {"model": type(model).__name__}
     if is_known:
-        params["num_params"] = sum(param.numel() for param in model.parameters())
+        params["num_params"] = count_elements(model)
     params |= {
         "optimizer": type(getattr(opt, "optimizer", opt)).__name__,
         "loss": _name_loss(ctx.loss_fn),
@@ -209,9 +210,7 @@ def describe_pace(ctx: Context) -> Options:
         found["max_steps"] = pace.max_steps
     if pace.is_given:
         found["valid_every"] = str(pace)
-    sets: dict[str, object] = {"train": ctx.train_data, **ctx.valid_sets}
-    limits = {n: own.limit for n, own in sets.items() if isinstance(own, LimitedLoader)}
-    if limits:
+    if limits := list_limits(ctx):
         found["limit_batches"] = limits
     return found
 
@@ -241,11 +240,8 @@ def describe_next(run: tracking.Run | NullRun) -> list[str]:
     from tracking.delivery.state import DeliveryState  # noqa: PLC0415  imports Arrow
     from tracking.store import runs_folder  # noqa: PLC0415  imports Arrow
 
-    name = run.id
-    if run.path.parent != runs_folder():
-        name = str(run.path)
-        if (near := os.path.relpath(run.path)) and not near.startswith(".."):
-            name = near
+    is_default = run.path.parent == runs_folder()
+    name = run.id if is_default else shorten_path(run.path)
     lines = [f"run   {shorten_path(run.path)}"]
     state = DeliveryState.read_or_none(run.path)
     if state is not None and state.page:

@@ -44,7 +44,7 @@ from harness.checkpoint.search import (
 )
 from harness.checks.optimizers import is_users
 from harness.context import Context
-from harness.data.pace import LimitedLoader
+from harness.data.pace import list_limits
 from harness.data.stateful import find_stateful, get_states, set_states
 from harness.data.tensors import unwrap_tensors
 from harness.pytree import StateDict, as_bytes, map_tensors
@@ -316,12 +316,7 @@ def describe_fit(ctx: Context) -> dict[str, Any]:
     model, data = ctx.model, ctx.train_data
     precision = ctx.accelerator.precision
     params = name_parameters(model, search_context(ctx))
-    loaders: dict[str, object] = {"train": data, **ctx.valid_sets}
-    limits = {
-        name: loader.limit
-        for name, loader in loaders.items()
-        if isinstance(loader, LimitedLoader)
-    }
+    limits = list_limits(ctx)
     return {
         "model": f"{type(model).__module__}:{type(model).__qualname__}",
         "hparams": str(encode_hparams(ctx.hparams)),

@@ -142,23 +142,14 @@ def check_call(
 def count_needed(function: object) -> int:
     """How many positional arguments a loss must be given, at least two."""
     called = function.forward if isinstance(function, nn.Module) else function
-    try:
-        parameters = inspect.signature(called).parameters.values()  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        return 2  # written in C
-    positional = {
-        inspect.Parameter.POSITIONAL_ONLY,
-        inspect.Parameter.POSITIONAL_OR_KEYWORD,
-    }
-    needed = [p for p in parameters if p.default is p.empty and p.kind in positional]
-    return max(2, len(needed))
+    parameters = get_parameters(called) or {}  # one written in C tells none
+    named = [parameters[name] for name in _list_positional(parameters)]
+    return max(2, sum(p.default is p.empty for p in named))
 
 
-def get_parameters(
-    function: Callable[..., object],
-) -> Mapping[str, inspect.Parameter] | None:
+def get_parameters(function: object) -> Mapping[str, inspect.Parameter] | None:
     """Parameters of a function without ``self``; None if Python cannot tell them."""
     try:
-        return inspect.signature(function).parameters
+        return inspect.signature(function).parameters  # type: ignore[arg-type]
     except (TypeError, ValueError):
         return None

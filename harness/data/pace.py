@@ -180,6 +180,12 @@ class LimitedLoader:
         return getattr(self.unlimited, name)
 
 
+def list_limits(ctx: Context) -> dict[str, int]:
+    """Batches of each pass that is limited, by name of the set."""
+    sets: dict[str, object] = {"train": ctx.train_data, **ctx.valid_sets}
+    return {n: own.limit for n, own in sets.items() if isinstance(own, LimitedLoader)}
+
+
 Limit = int | float | Mapping[str, int | float] | None
 """Batches of each pass, a share of them, or one of both by set."""
 

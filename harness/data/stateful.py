@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -30,24 +30,36 @@ def find_stateful(loader: object) -> dict[str, Any]:
     loader that saves its own state has none.
     """
     loader = getattr(loader, "undivided", loader)
-    found: dict[str, Any] = {}
     if hasattr(loader, "state_dict"):
-        return found
+        return {}
+    parts = walk_parts(loader, has_state)
+    return {place: part for place, part in parts if place and has_state(part)}
+
+
+def walk_parts(
+    loader: object, is_end: Callable[[object], bool]
+) -> Iterator[tuple[str, object]]:
+    """Yield a loader and its data set and samplers, also behind wrappers, with their places.
+
+    Parameters
+    ----------
+    is_end
+        Whether a part is not looked into.
+    """
     waiting, seen = deque([("", loader)]), set[int]()
     while waiting:
         place, part = waiting.popleft()
         if part is None or id(part) in seen:
             continue
         seen.add(id(part))
-        if place and has_state(part):
-            found[place] = part
+        yield place, part
+        if is_end(part):
             continue
         inner = [(name, getattr(part, name, None)) for name in _PARTS]
         several = getattr(part, "datasets", None)  # of torch's ConcatDataset and others
         if isinstance(several, list | tuple):
             inner += [(f"datasets.{n}", one) for n, one in enumerate(several)]
         waiting += [(f"{place}.{name}".lstrip("."), one) for name, one in inner]
-    return found
 
 
 _PARTS = ("dataset", "sampler", "batch_sampler")

@@ -19,6 +19,7 @@ from harness.data.stateful import (
     get_states,
     set_states,
     update_states,
+    walk_parts,
 )
 from harness.data.workers import iter_batches
 from harness.pytree import StateDict, find_unkept_kind
@@ -299,23 +300,13 @@ def find_epoch_setters(loader: object) -> list[Callable[[int], object]]:
     behind wrappers that keep what they wrap as ``sampler`` or ``dataset``. A loader that is
     divided over ranks passes the epoch on itself.
     """
-    waiting, seen = deque([loader]), set[int]()
     found: dict[int, Callable[[int], object]] = {}
-    while waiting:
-        part = waiting.popleft()
-        if part is None or id(part) in seen:
-            continue
-        seen.add(id(part))
+    for _, part in walk_parts(loader, lambda part: hasattr(part, "undivided")):
         own = getattr(part, "set_epoch", None)
         if callable(own):
             # The owner is another part if a wrapper delegates.
             found.setdefault(id(getattr(own, "__self__", part)), own)
-        if not hasattr(part, "undivided"):
-            waiting += (getattr(part, name, None) for name in _PARTS)
     return list(found.values())
-
-
-_PARTS = ("sampler", "batch_sampler", "dataset")
 
 
 def draws_between_batches(loader: object) -> bool:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import importlib.util
-import io
-import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +15,11 @@ from torch import Tensor, nn
 
 from harness.data.batch import num_rows
 from harness.errors import ExportError
-from harness.export.sample import as_arguments, take_sample
+from harness.export.sample import as_arguments, has_rows, quietly, take_sample
 from harness.pytree import iter_tensors, map_tensors
 from tracking.durable import replace_file
 
 SUFFIXES = (".pt2", ".onnx")
-
-Example = tuple[tuple[Any, ...], dict[str, Any]]
-"""Positional and named arguments of a model."""
 
 
 def export_model(model: nn.Module, path: Path, example: object) -> None:
@@ -132,8 +125,7 @@ def _free_rows(item: object, rows: int | None) -> Any:
     auto = torch.export.Dim.AUTO
 
     def free(tensor: Tensor) -> object:
-        has_rows = tensor.ndim > 0 and len(tensor) == rows
-        return {0: auto} if has_rows else None
+        return {0: auto} if has_rows(tensor, rows) else None
 
     return map_tensors(item, free) if [*iter_tensors(item)] else None
 
@@ -173,8 +165,7 @@ def _compare_outputs(
 
 def _repeat_rows(sample: object, rows: int) -> object:
     def repeat(tensor: Tensor) -> Tensor:
-        has_rows = tensor.ndim > 0 and len(tensor) == rows
-        return torch.cat([tensor, tensor[:1]]) if has_rows else tensor
+        return torch.cat([tensor, tensor[:1]]) if has_rows(tensor, rows) else tensor
 
     return map_tensors(sample, repeat)
 
@@ -226,20 +217,3 @@ def _load_onnx(path: Path) -> Callable[..., Any]:
         return [torch.from_numpy(np.asarray(out)) for out in session.run(None, feed)]
 
     return run
-
-
-@contextmanager
-def quietly() -> Iterator[None]:
-    """Hide the warnings and messages of an exporter, which are about its own code."""
-    level = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)

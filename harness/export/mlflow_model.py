@@ -20,8 +20,8 @@ import yaml
 from torch import Tensor, nn
 
 from harness.data.batch import num_rows
-from harness.export.formats import compare, make_sample, quietly, save_program, trace
-from harness.export.sample import as_arguments
+from harness.export.formats import compare, make_sample, save_program, trace
+from harness.export.sample import as_arguments, has_rows, quietly
 from harness.pytree import iter_tensors
 
 GRAPH = "data/model.pt2"
@@ -121,7 +121,7 @@ def _list_specs(
     specs = []
     for number, (name, tensor) in enumerate(found):
         shape = list(tensor.shape)
-        if shape and shape[0] == rows:
+        if has_rows(tensor, rows):
             shape[0] = -1
         kind = str(tensor.dtype).removeprefix("torch.")
         kind = "float32" if kind == "bfloat16" else kind  # NumPy has none

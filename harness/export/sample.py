@@ -1,9 +1,12 @@
-"""A small input of a fit, to call its model with later."""
+"""A small input of a fit, to call its model with later, and how it is called."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -41,16 +44,22 @@ def _take_rows(input: object) -> Any:
     return map_tensors(input, lambda tensor: _take(tensor, rows))
 
 
+def has_rows(tensor: Tensor, rows: int | None) -> bool:
+    """Whether the first dimension of a tensor counts so many rows."""
+    return tensor.ndim > 0 and len(tensor) == rows
+
+
 def count_kept(tensor: Tensor, rows: int) -> int:
     """Bytes that a sample keeps of a tensor."""
-    has_rows = tensor.ndim > 0 and len(tensor) == rows
-    num_elements = tensor.numel() // max(1, rows) * NUM_ROWS
-    return (num_elements if has_rows else tensor.numel()) * tensor.element_size()
+    num_elements = tensor.numel()
+    if has_rows(tensor, rows):
+        num_elements = num_elements // max(1, rows) * NUM_ROWS
+    return num_elements * tensor.element_size()
 
 
 def _take(tensor: Tensor, rows: int) -> Tensor:
     tensor = tensor.detach()
-    if tensor.ndim > 0 and len(tensor) == rows > 0:
+    if has_rows(tensor, rows) and rows > 0:
         at = torch.arange(NUM_ROWS, device=tensor.device) % rows
         tensor = tensor.index_select(0, at)
     return tensor.cpu().clone(memory_format=torch.contiguous_format)
@@ -63,3 +72,20 @@ def as_arguments(input: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(input, Mapping):
         return (), dict(input)
     return (input,), {}
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Hide warnings and messages of what is called inside, which are about its own code."""
+    level = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)

@@ -6,11 +6,8 @@ of the model whose weights have no storage (torch's ``meta`` device).
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import io
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -21,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from harness.callback import bind_context
 from harness.data.batch import num_rows
-from harness.export.sample import as_arguments
+from harness.export.sample import as_arguments, has_rows, quietly
 from harness.pytree import iter_tensors, map_tensors
 
 MAX_ROWS = 100
@@ -180,7 +177,7 @@ def find_shapes(model: nn.Module, example: object) -> dict[str, str]:
     """
     recorder = ShapeRecorder()
     try:
-        with _quietly():
+        with quietly(), torch.random.fork_rng(devices=[]):
             twin = copy_without_storage(model)
             recorder.attach(twin)
             input = map_tensors(example, lambda tensor: tensor.to("meta"))
@@ -258,21 +255,9 @@ def copy_without_storage(model: nn.Module) -> nn.Module:
     return twin.eval()
 
 
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """Keep what a call prints or warns of from the user, and its random draws from torch."""
-    with (
-        warnings.catch_warnings(),
-        contextlib.redirect_stdout(io.StringIO()),
-        torch.random.fork_rng(devices=[]),
-    ):
-        warnings.simplefilter("ignore")
-        yield
-
-
 def _format_shape(tensor: Tensor, rows: int | None) -> str:
     sizes = [str(size) for size in tensor.shape]
-    if tensor.ndim and len(tensor) == rows:
+    if has_rows(tensor, rows):
         sizes[0] = "N"
     return f"({', '.join(sizes)})"
 

@@ -166,9 +166,6 @@ class Learner:
         ValueError
             If neither the learner nor the model has a loss, or an optimizer.
         """
-        check_arguments("set_hparams", self.module, self.hparams)
-        advice = "Pass them by set_hparams({})."
-        check_given("setup(module)", self.module, self.hparams, advice)
         model = build_own(self._call_module)
         check_definition(model, self.loss, self.optimizer)
         return model
@@ -186,9 +183,6 @@ class Learner:
         -----
         The model is built without storage for its weights, where it can be.
         """
-        check_arguments("set_hparams", self.module, self.hparams)
-        advice = "Pass them by set_hparams({})."
-        check_given("setup(module)", self.module, self.hparams, advice)
         with torch.random.fork_rng(devices=[]):
             try:
                 with torch.device("meta"):
@@ -218,6 +212,9 @@ class Learner:
             return "\n".join([*lines, f"not built: {error}"])
 
     def _call_module(self) -> nn.Module:
+        check_arguments("set_hparams", self.module, self.hparams)
+        advice = "Pass them by set_hparams({})."
+        check_given("setup(module)", self.module, self.hparams, advice)
         with noting_options(self.module, self.hparams):
             model = self.module(**self.hparams)
         return check_model(model)

@@ -102,18 +102,7 @@ def _thin(value: Any, step: int) -> Any:
     if isinstance(value, Tensor):
         if not value.ndim:
             return value.tolist()
-        some = value[..., ::step].tolist()
-        return (
-            _append(some, value[..., -1].tolist()) if _ends_early(value, step) else some
-        )
+        length = value.shape[-1]
+        places = dict.fromkeys([*range(0, length, step), *range(length)[-1:]])
+        return value[..., [*places]].tolist()
     return [_thin(item, step) for item in value]
-
-
-def _ends_early(tensor: Tensor, step: int) -> bool:
-    return tensor.shape[-1] > 0 and (tensor.shape[-1] - 1) % step != 0
-
-
-def _append(lines: list[Any], last: Any) -> list[Any]:
-    if isinstance(last, list):
-        return [_append(line, own) for line, own in zip(lines, last, strict=True)]
-    return [*lines, last]

@@ -9,6 +9,7 @@ from torch.nn.parameter import is_lazy
 
 from harness.data.loaders import Loader, describe_data
 from harness.data.pace import NO_LIMIT, count_batches
+from harness.reshard.skeleton import count_elements
 
 if TYPE_CHECKING:
     from harness.context import Context
@@ -40,12 +41,10 @@ def _list_pieces(title: str, words: Sequence[str], gap: str) -> list[tuple[str, 
 
 def describe_model(ctx: Context) -> list[str]:
     """Return the model's class and size, and the device, precision and ranks."""
-    accelerator, params = ctx.accelerator, [*ctx.model.parameters()]
+    accelerator = ctx.accelerator
     words = [type(ctx.model).__name__]
-    if not any(map(is_lazy, params)):
-        # ZeRO 3 keeps a part of each parameter, and its size in another attribute.
-        count = sum(int(getattr(param, "ds_numel", param.numel())) for param in params)
-        words.append(f"{count:,} parameters")
+    if not any(map(is_lazy, ctx.model.parameters())):
+        words.append(f"{count_elements(ctx.model):,} parameters")
     if accelerator is not None:
         words += [str(accelerator.device), accelerator.precision]
         if accelerator.world_size > 1:
