@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 
-def build_own(build: Callable[[], nn.Module]) -> nn.Module:
+def build_unshared(build: Callable[[], nn.Module]) -> nn.Module:
     """Build a model, and copy it if it or a part of it belongs to somebody else.
 
     Parameters

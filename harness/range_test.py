@@ -264,7 +264,7 @@ def lr_finder(
         raise TypeError(f"{msg} Pass what harness.setup returned.")
     rates = _list_rates(start_lr, end_lr, num_steps, log_spaced=log_spaced)
     sweep = _Sweep(rates, smoothing, stop_above)
-    with _leave_as_it_was(data, dataloader_options or {}):
+    with _restore_afterwards(data, dataloader_options or {}):
         fitted = learner.fit(
             data,
             epochs=num_steps,
@@ -303,7 +303,7 @@ def _list_rates(
 
 
 @contextmanager
-def _leave_as_it_was(data: object, options: Mapping[str, object]) -> Iterator[None]:
+def _restore_afterwards(data: object, options: Mapping[str, object]) -> Iterator[None]:
     """Restore the random generators, and end worker processes that a loader would keep."""
     generators = find_generators(data, SimpleNamespace(**options))
     state = get_rng_state(generators)

@@ -68,7 +68,7 @@ def start_tracking(ctx: Context, tracker: Tracker) -> Iterator[None]:
         yield
         return
     if isinstance(tracker, tracking.Run):
-        with counting_fit(ctx, tracker):
+        with count_fit(ctx, tracker):
             yield
         return
     given = tracker if isinstance(tracker, Mapping) else {}
@@ -82,7 +82,7 @@ def start_tracking(ctx: Context, tracker: Tracker) -> Iterator[None]:
     else:
         run = tracking.start(**options | {"rank": rank, "run_id": share(None)})
     with run:
-        with counting_fit(ctx, run) if "run_id" in options else nullcontext():
+        with count_fit(ctx, run) if "run_id" in options else nullcontext():
             ctx.run = run
             yield
         if ctx.stop_signal is not None:
@@ -90,7 +90,7 @@ def start_tracking(ctx: Context, tracker: Tracker) -> Iterator[None]:
 
 
 @contextmanager
-def counting_fit(ctx: Context, run: tracking.Run) -> Iterator[None]:
+def count_fit(ctx: Context, run: tracking.Run) -> Iterator[None]:
     """Count the fit as another one of a run, unless it continues one that the run has."""
     ctx.run, outer = run, run.fit
     if ctx.resume is None or not ctx.resume.continues(run):
@@ -161,7 +161,7 @@ def log_description(ctx: Context, seed: int | None) -> None:
 
 
 @contextmanager
-def describing_model(ctx: Context) -> Iterator[None]:
+def record_shapes(ctx: Context) -> Iterator[None]:
     """Describe the model again after the block, with shapes of its first call in there.
 
     They are left out of a compiled model, for which a hook would be part of the graph.

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from torch.optim import Optimizer, optimizer
 
-from harness.data.plain_reading import is_profiling
+from harness.data.row_batches import is_profiling
 from harness.pytree import cache_by_identity
 
 _make_wrapper = getattr(Optimizer, "profile_hook_step", lambda function: function)

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from harness.callbacks.monitor import Monitor
 from harness.checks.calls import check_arguments, check_given, check_numbers
 from harness.checks.model import get_method
-from harness.checks.optimizers import noting_options
+from harness.checks.optimizers import note_options_on_error
 from harness.context import Context
 from harness.data.loaders import num_batches
 from harness.data.pace import NO_LIMIT, count_epochs
@@ -137,7 +137,7 @@ class LRScheduler(Monitor):
             options = options | {"mode": self.mode}
         opt = self._opt = getattr(opt, "optimizer", opt)
         stand_in = self._make_stand_in(opt, options)
-        with noting_options(self._build, options):
+        with note_options_on_error(self._build, options):
             self.scheduler = self._build(opt, **options)
         if not callable(getattr(self.scheduler, "step", None)):
             msg = "LRScheduler(scheduler): expected it to return a scheduler"

@@ -6,7 +6,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from harness.callback import Callback
-from harness.metrics.figures import as_points, draw, is_curve
+from harness.metrics.plots import as_points, draw, is_curve
 from harness.metrics.sets import MetricSet
 from harness.metrics.split import SplitMetrics, count_batch_values
 from harness.pytree import StateDict

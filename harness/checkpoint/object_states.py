@@ -17,8 +17,8 @@ from harness.accelerators.single import (
 from harness.checkpoint.param_groups import name_groups, regroup
 from harness.checkpoint.search import PLAIN_TYPES, Search, has_extra_state
 from harness.errors import CheckpointError
-from harness.metrics.kinds import is_metric
 from harness.metrics.state import get_states, set_states
+from harness.metrics.type_checks import is_metric
 from harness.pytree import StateDict, flatten
 from harness.reshard.consolidated import (
     copy_tensors,

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from harness.checkpoint.hparams import HparamDecoder, encode_hparams, find_import_name
 from harness.checkpoint.weights import SavedModel
-from harness.metrics.kinds import is_metric
 from harness.metrics.sets import MetricSet
 from harness.metrics.state import list_common_attributes
+from harness.metrics.type_checks import is_metric
 from harness.pytree import Options
 
 _OF_MODULE = frozenset(vars(nn.Module()))

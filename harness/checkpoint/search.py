@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from harness.callback import Callback
 from harness.context import Context
-from harness.metrics.kinds import is_metric
+from harness.metrics.type_checks import is_metric
 from harness.pytree import has_state, is_installed
 
 MAX_ITEMS = 1000
@@ -65,21 +65,21 @@ class Search:
         self.objects: dict[str, dict[str, Any]] = {}
         self.owners: dict[str, dict[str, object]] = {}
         self.stateless: set[str] = set()
-        self._met: dict[int, object] = {}  # keeps them, so that no id is used again
+        self._seen: dict[int, object] = {}  # keeps them, so that no id is used again
         for thing in saved:
-            self._meet(thing)
-        self.saved = frozenset(self._met)
+            self._mark_seen(thing)
+        self.saved = frozenset(self._seen)
 
     def add(self, root: str, value: object) -> None:
         """Search below a root."""
         self.objects[root], self.owners[root] = {}, {}
         if isinstance(value, nn.Module):
-            if self._meet(value) or isinstance(value, Callback):
+            if self._mark_seen(value) or isinstance(value, Callback):
                 self.objects[root][""] = value
             self._search_modules(root, "", value, 0)
         elif isinstance(value, Callback):
             # The callbacks of this package return all of their state.
-            if not _is_foreign(value):
+            if not _is_library(value):
                 if type(value).state_dict is Callback.state_dict:
                     self.stateless.add(root)
                     self.owners[root][""] = value
@@ -93,15 +93,15 @@ class Search:
             for path, thing in found.items():
                 yield root, path, thing
 
-    def _meet(self, value: object) -> bool:
+    def _mark_seen(self, value: object) -> bool:
         """Whether a value is met for the first time."""
-        is_new = id(value) not in self._met
-        self._met[id(value)] = value
+        is_new = id(value) not in self._seen
+        self._seen[id(value)] = value
         return is_new
 
     def _search(self, root: str, path: str, value: Any, depth: int) -> None:
         is_passed = type(value) in SCALARS or isinstance(value, _PASSED_OVER)
-        if is_passed or depth > MAX_DEPTH or not self._meet(value):
+        if is_passed or depth > MAX_DEPTH or not self._mark_seen(value):
             return
         is_leaf = isinstance(value, Tensor) and value.requires_grad and value.is_leaf
         if is_leaf or isinstance(value, nn.Module) or has_state(value):
@@ -114,7 +114,7 @@ class Search:
         elif isinstance(value, Mapping | list | tuple | set):
             for key, item in _items_of(value):
                 self._search(root, f"{path}[{key!r}]", item, depth + 1)
-        elif not has_state(value) and not _is_foreign(value):
+        elif not has_state(value) and not _is_library(value):
             if path and not is_installed(type(value).__module__):
                 self.owners[root][path] = value
             self._search_fields(root, path, value, depth)
@@ -123,7 +123,7 @@ class Search:
         """Search the attributes of a module and of those below it."""
         inner = dict(top.named_modules())
         for thing in iter_parts(inner.values()):
-            self._meet(thing)
+            self._mark_seen(thing)
         for name, module in inner.items():
             if not has_extra_state(module) and not is_metric(module):
                 place = f"{path}.{name}" if name else path
@@ -191,7 +191,7 @@ def has_extra_state(module: nn.Module) -> bool:
     return type(module).get_extra_state is not nn.Module.get_extra_state
 
 
-def _is_foreign(value: object) -> bool:
+def _is_library(value: object) -> bool:
     return type(value).__module__.partition(".")[0] in _FOREIGN
 
 

@@ -69,7 +69,7 @@ def load_start(
         report = _load(model, start, place, strict=strict)
     except CheckpointError as found:
         error = found
-    _refuse_together(error, place, accelerator)
+    _raise_on_all_ranks(error, place, accelerator)
     return report
 
 
@@ -89,7 +89,7 @@ def load_on_main(
             report = load()
         except CheckpointError as found:
             error = found
-    _refuse_together(error, "fit", accelerator)
+    _raise_on_all_ranks(error, "fit", accelerator)
     if had_lazy:
         live = get_tensors(model).items()
         shapes = {name: own.shape for name, own in live if not is_lazy(own)}
@@ -106,7 +106,7 @@ def _has_lazy(model: nn.Module) -> bool:
     return any(map(is_lazy, [*model.parameters(), *model.buffers()]))
 
 
-def _refuse_together(
+def _raise_on_all_ranks(
     error: CheckpointError | None, place: str, accelerator: Accelerator
 ) -> None:
     """Raise on all ranks, if one refuses the weights."""

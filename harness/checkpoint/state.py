@@ -42,7 +42,7 @@ from harness.checkpoint.search import (
     search_fit,
     search_loss,
 )
-from harness.checks.optimizers import is_users
+from harness.checks.optimizers import is_user_defined
 from harness.context import Context
 from harness.data.pace import list_limits
 from harness.data.stateful import find_stateful, get_states, set_states
@@ -215,7 +215,7 @@ def restore_state(
         for name, callback in name_callbacks(ctx.callbacks):
             if name in state["callbacks"]:
                 callback.load_state_dict(state["callbacks"][name])
-    _restore_hanging(ctx, state, wanted)
+    _restore_attached(ctx, state, wanted)
     if "records" in wanted:  # last: nothing above may fail once the run is rewound
         _restore_journal(ctx, state, is_same_run=is_same_run)
 
@@ -228,7 +228,7 @@ def _restore_groups(ctx: Context, saved: StateDict) -> None:
             regroup(opt, saved[name], params, name)
 
 
-def _restore_hanging(ctx: Context, state: StateDict, wanted: set[str]) -> None:
+def _restore_attached(ctx: Context, state: StateDict, wanted: set[str]) -> None:
     """Restore what hangs on the model and the loss, and on callbacks."""
     search = search_context(ctx)
     of_callbacks = {name for name, _ in name_callbacks(ctx.callbacks)}
@@ -453,7 +453,7 @@ def mark_validation(ctx: Context) -> None:
             name: copy.deepcopy(callback.state_dict())
             for name, callback in name_callbacks(ctx.callbacks)
             if any(hasattr(callback, event) for event in VALIDATION_EVENTS)
-            or (is_users(callback) and hasattr(callback, "on_valid_end"))
+            or (is_user_defined(callback) and hasattr(callback, "on_valid_end"))
         },
         metrics=copy.deepcopy(capture_metrics(ctx.model)),
         objects=copy.deepcopy(capture_before_validation(search)),

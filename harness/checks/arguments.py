@@ -55,7 +55,7 @@ def check_setup(
 
 
 @contextmanager
-def explaining_loader(options: Mapping[str, object]) -> Iterator[None]:
+def explain_loader_errors(options: Mapping[str, object]) -> Iterator[None]:
     """Name the options of a ``DataLoader`` that torch refuses, in front of torch's reason."""
     try:
         yield

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from harness.callback import Callback
 from harness.checks.model import names_in_code
-from harness.checks.optimizers import has_users
+from harness.checks.optimizers import has_user_defined
 from harness.events import nearest
 
 
@@ -79,6 +79,10 @@ def check_logged_elsewhere(
 ) -> None:
     """Check that the model or a callback may log a metric that the fit does not know."""
     near = nearest(monitor, names)
-    if near and not has_users(callbacks) and not names_in_code(type(model), "ctx"):
+    if (
+        near
+        and not has_user_defined(callbacks)
+        and not names_in_code(type(model), "ctx")
+    ):
         msg = f"{place}: expected a metric of this fit, got {monitor!r}."
         raise ValueError(f"{msg}{near} It logs: {', '.join(names)}.")

@@ -64,7 +64,7 @@ def check_config_optimizer(optimizer: object, accelerator: object) -> None:
 
 
 @contextmanager
-def noting_options(
+def note_options_on_error(
     function: Callable[..., object], options: Mapping[str, object]
 ) -> Iterator[None]:
     """Add to an error of a model, optimizer or scheduler the options that it was called with.
@@ -81,7 +81,7 @@ def noting_options(
 
 
 @contextmanager
-def explaining_optimizer(model: nn.Module) -> Iterator[None]:
+def explain_optimizer_errors(model: nn.Module) -> Iterator[None]:
     """Explain an error of an optimizer without parameters, or with those of lazy layers.
 
     Also that of a function which expects the model.
@@ -186,18 +186,18 @@ def check_trained(
         msg = "optimizer: expected parameters of the model of this fit, got others."
         advice = "Use those that the factory is called with, or self.parameters()."
         raise ValueError(f"{msg} {advice}")
-    may_unfreeze = has_users(callbacks) or defines(model, "step")
+    may_unfreeze = has_user_defined(callbacks) or defines(model, "step")
     if may_unfreeze or any(param.requires_grad for param in stepped):
         return
     msg = "optimizer: expected parameters with requires_grad, got only frozen ones."
     raise ValueError(f"{msg} Call requires_grad_(True) on what should be trained.")
 
 
-def has_users(callbacks: Iterable[object]) -> bool:
+def has_user_defined(callbacks: Iterable[object]) -> bool:
     """Whether a callback is the user's own."""
-    return any(map(is_users, callbacks))
+    return any(map(is_user_defined, callbacks))
 
 
-def is_users(callback: object) -> bool:
+def is_user_defined(callback: object) -> bool:
     """Whether the class of a callback is not of this package."""
     return not type(callback).__module__.startswith("harness.")

@@ -10,10 +10,10 @@ import click
 
 from harness.cli.train import (
     MODEL,
+    enter_working_folder,
     load_experiment,
     read_recorded_fit,
     secret_options,
-    working_folder_of,
 )
 from tracking.cli import render
 from tracking.cli.commands import json_option, open_run, run_argument, runs_dir_option
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 def evaluate(run: str, runs_dir: Path | None, as_json: bool, **given: object) -> None:
     """Evaluate the model of RUN on its test or validation data."""
     past = open_run(run, runs_dir)
-    with working_folder_of(past):
+    with enter_working_folder(past):
         experiment = reload_experiment(past, given)
         data = get_test_data(experiment)
         fitted = load_fitted(past, experiment)
@@ -68,7 +68,7 @@ def predict(
         raise click.UsageError(f"{msg} Choose one of those.")
     past = open_run(run, runs_dir)
     rows = read_rows(data)
-    with working_folder_of(past):
+    with enter_working_folder(past):
         fitted = load_fitted(past, reload_experiment(past, given))
     write_rows(fitted.predict(rows), to)
     render.echo(f"{len(rows)} rows -> {to}")

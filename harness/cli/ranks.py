@@ -90,7 +90,7 @@ _WITHOUT_SSH = {"no_ssh", "no_ssh_check"}
 
 
 @contextmanager
-def ending_with_ranks() -> Iterator[None]:
+def end_with_ranks() -> Iterator[None]:
     """Let an error that ends several ranks be shown once.
 
     Wrong usage is shown by one rank of each machine, and a failure by the rank that fails

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from harness.cli.ranks import (
-    ending_with_ranks,
+    end_with_ranks,
     find_launch_options,
     is_main,
     launcher_options,
@@ -120,7 +120,7 @@ def fit(target: str, **options: object) -> None:
     options["target"] = target
     launched = read_rank()
     is_shown = not options["quiet"] and (launched is None or launched.rank == 0)
-    with ending_with_ranks():
+    with end_with_ranks():
         check_early(target, options)
         with render.showing(f"loading {target} ...", when=is_shown):
             if options.get("deterministic"):
@@ -162,7 +162,7 @@ def resume(
     'torchrun ... -m harness.cli resume RUN'.
     """
     past = open_run(run, runs_dir)
-    with working_folder_of(past):
+    with enter_working_folder(past):
         launch_options = find_launch_options(past, num_gpus)
         if launch_options is not None:
             with render.showing(f"loading {past.id} ..."):
@@ -409,7 +409,7 @@ def _parse_limit(text: str | None) -> float | None:
 
 
 @contextmanager
-def working_folder_of(past: PastRun) -> Iterator[None]:
+def enter_working_folder(past: PastRun) -> Iterator[None]:
     """Work in the folder that a run was started in, if that still exists."""
     current, recorded = Path.cwd(), Path(past.manifest.cwd)
     if recorded.is_dir():

@@ -21,7 +21,7 @@ from torch.utils.data import (
 )
 from torch.utils.data import default_collate as torch_collate
 
-from harness.checks.arguments import explaining_loader
+from harness.checks.arguments import explain_loader_errors
 from harness.checks.values import check_count
 from harness.data.forms import (
     Batches,
@@ -291,7 +291,7 @@ def _make_loader(
     options = defaults | options
     if not _has_own_order(options):
         options = {"batch_size": BATCH_SIZE} | options
-    with explaining_loader(options):
+    with explain_loader_errors(options):
         return TensorLoader(dataset, **options)
 
 

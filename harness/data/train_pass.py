@@ -12,7 +12,7 @@ from torch.utils.data import IterableDataset
 from harness.data.batch import Batch, copy_by_value
 from harness.data.loaders import num_batches, reads_rows_by_torch
 from harness.data.pace import LimitedLoader
-from harness.data.plain_reading import PlainBatches
+from harness.data.row_batches import RowBatches
 from harness.data.stateful import (
     Note,
     find_stateful,
@@ -72,7 +72,7 @@ class TrainPass:
     A loader with ``state_dict`` and ``load_state_dict`` resumes by those. Any other loader
     restarts from its random state before the epoch, and the batches that are done are
     skipped. If the order may depend on random numbers drawn between batches, the loader
-    draws apart from the model (``_DrawnApart``), so skipping draws the same numbers as
+    draws apart from the model (``_SeparateStream``), so skipping draws the same numbers as
     training did. Data sets and samplers that save their own state get the one before the
     epoch.
     """
@@ -95,7 +95,7 @@ class TrainPass:
         self._generators = find_generators(loader)
         self._start_state: StateDict | None = None
         self._left_at: dict[str, int] = {}
-        self._apart: _DrawnApart | None = None
+        self._apart: _SeparateStream | None = None
         self._saved_draws: StateDict | None = None
         self._num_done, self._num_to_prefetch, self._epoch = 0, 0, epoch
         self._has_workers = self._keeps_workers()
@@ -201,7 +201,7 @@ class TrainPass:
         batches: Iterator[Batch] = iter_batches(self._loader)
         if not self._has_state:
             if draws_between_batches(self._loader):
-                batches = self._apart = _DrawnApart(batches, self._left_at)
+                batches = self._apart = _SeparateStream(batches, self._left_at)
             skip_batches(batches, self._num_done)
             self._prefetch(batches, self._num_to_prefetch)
             if self._apart is not None and self._saved_draws is not None:
@@ -322,7 +322,7 @@ def draws_between_batches(loader: object) -> bool:
     return not reads_rows_by_torch(loader)
 
 
-class _DrawnApart:
+class _SeparateStream:
     """An iterator that draws the same random numbers whatever is drawn outside.
 
     It shares each of the global CPU generators with the outside as long as only one of the
@@ -353,7 +353,7 @@ class _DrawnApart:
         if state["fetched"] == self._num_fetched:
             self._inside = dict(state["inside"])
 
-    def __iter__(self) -> _DrawnApart:
+    def __iter__(self) -> _SeparateStream:
         return self
 
     def __next__(self) -> Batch:
@@ -379,7 +379,7 @@ def skip_batches(batches: Any, count: int) -> None:
     """Skip batches; only their indices are drawn if the order depends on nothing else."""
     # torch 2.13: the iterator of a loader without workers; there is no public way.
     is_plain = type(batches).__name__ == "_SingleProcessDataLoaderIter"
-    if isinstance(batches, PlainBatches):
+    if isinstance(batches, RowBatches):
         batches = batches.indices
     elif is_plain and not isinstance(batches._dataset, IterableDataset):
         batches = batches._sampler_iter

@@ -14,8 +14,8 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from harness.data.plain_reading import iter_rows
 from harness.data.processes import Process, end_with
+from harness.data.row_batches import iter_rows
 from harness.data.tensors import TensorLoader, iter_tensors
 from harness.signals import GROUP_SIGNALS
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from harness.data.batch import num_rows
 from harness.errors import ExportError
-from harness.export.sample import as_arguments, has_rows, quietly, take_sample
+from harness.export.sample import as_arguments, has_rows, suppress_output, take_sample
 from harness.pytree import iter_tensors, map_tensors
 from tracking.durable import replace_file
 
@@ -95,7 +95,7 @@ def trace(model: nn.Module, sample: object, place: str) -> torch.export.Exported
     # With named arguments alone, torch.export takes the shapes by name.
     shapes: Any = {**named_dims} if named else tuple(dims)
     try:
-        with quietly(), torch.no_grad():
+        with suppress_output(), torch.no_grad():
             program = torch.export.export(
                 model, args, named or None, dynamic_shapes=shapes, strict=False
             )
@@ -116,7 +116,7 @@ def _describe(error: Exception) -> str:
 def save_program(program: torch.export.ExportedProgram, path: Path) -> None:
     """Write a program without the rows of data that it was traced with."""
     program._example_inputs = None
-    with quietly():
+    with suppress_output():
         torch.export.save(program, path)
 
 
@@ -156,7 +156,7 @@ def _compare_outputs(
     args, named = as_arguments(sample)
     outputs: list[object] = []
     for call in (model, exported):
-        with torch.no_grad(), quietly(), torch.random.fork_rng(devices=[]):
+        with torch.no_grad(), suppress_output(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             outputs.append(call(*args, **named))
     expected, found = outputs
@@ -189,7 +189,7 @@ def _check_equal(expected: object, found: object, place: str) -> None:
 
 def _write_onnx(program: torch.export.ExportedProgram, path: Path, place: str) -> None:
     try:
-        with quietly():
+        with suppress_output():
             made: Any = torch.onnx.export(program, dynamo=True, verbose=False)
             made.save(str(path), external_data=False)
     except Exception as error:

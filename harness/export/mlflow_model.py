@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from harness.data.batch import num_rows
 from harness.export.formats import compare, make_sample, save_program, trace
-from harness.export.sample import as_arguments, has_rows, quietly
+from harness.export.sample import as_arguments, has_rows, suppress_output
 from harness.pytree import iter_tensors
 
 GRAPH = "data/model.pt2"
@@ -47,11 +47,11 @@ def write_mlflow_model(
     path = folder / GRAPH
     path.parent.mkdir(parents=True)
     save_program(program, path)
-    with quietly():
+    with suppress_output():
         graph = torch.export.load(path).module()
     compare(model, graph, sample, place)
     args, named = as_arguments(sample)
-    with torch.no_grad(), quietly():
+    with torch.no_grad(), suppress_output():
         output = model(*args, **named)
     version = str(torch.__version__).partition("+")[0]  # no index has names of builds
     requirements = [f"mlflow=={metadata.version('mlflow')}", f"torch=={version}"]

@@ -75,7 +75,7 @@ def as_arguments(input: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def quietly() -> Iterator[None]:
+def suppress_output() -> Iterator[None]:
     """Hide warnings and messages of what is called inside, which are about its own code."""
     level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)

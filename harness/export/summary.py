@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from harness.callback import bind_context
 from harness.data.batch import num_rows
-from harness.export.sample import as_arguments, has_rows, quietly
+from harness.export.sample import as_arguments, has_rows, suppress_output
 from harness.pytree import iter_tensors, map_tensors
 
 MAX_ROWS = 100
@@ -177,7 +177,7 @@ def find_shapes(model: nn.Module, example: object) -> dict[str, str]:
     """
     recorder = ShapeRecorder()
     try:
-        with quietly(), torch.random.fork_rng(devices=[]):
+        with suppress_output(), torch.random.fork_rng(devices=[]):
             twin = copy_without_storage(model)
             recorder.attach(twin)
             input = map_tensors(example, lambda tensor: tensor.to("meta"))

@@ -46,8 +46,8 @@ from harness.checks.model import (
 from harness.checks.optimizers import (
     check_config_optimizer,
     check_optimizers,
-    explaining_optimizer,
-    noting_options,
+    explain_optimizer_errors,
+    note_options_on_error,
 )
 from harness.context import Context
 from harness.data.batch import join
@@ -68,15 +68,15 @@ from harness.learner.result import (
     call_after_fit,
     choose_placement,
     decide_gather,
-    finishing_failed,
+    finish_on_error,
     make_fitted,
     restore_model_after,
 )
 from harness.learner.start import (
     Start,
     add_defaults,
-    begin,
     build_loaders,
+    build_start,
     choose_loss,
     default_callbacks,
     is_fraction,
@@ -92,16 +92,16 @@ from harness.loss import (
     warn_of_untrained,
 )
 from harness.metrics.sets import MetricSet, as_metric_set
-from harness.model_copy import build_own, keep_buffers
+from harness.model_copy import build_unshared, keep_buffers
 from harness.reshard.skeleton import count_bytes
 from harness.rng import seed_all, share_rng_state
 from harness.run_binding import (
     Tracker,
     check_tracker,
-    describing_model,
     get_code_commit,
     log_description,
     make_null_run,
+    record_shapes,
     report_start,
     start_tracking,
 )
@@ -166,7 +166,7 @@ class Learner:
         ValueError
             If neither the learner nor the model has a loss, or an optimizer.
         """
-        model = build_own(self._call_module)
+        model = build_unshared(self._call_module)
         check_definition(model, self.loss, self.optimizer)
         return model
 
@@ -215,7 +215,7 @@ class Learner:
         check_arguments("set_hparams", self.module, self.hparams)
         advice = "Pass them by set_hparams({})."
         check_given("setup(module)", self.module, self.hparams, advice)
-        with noting_options(self.module, self.hparams):
+        with note_options_on_error(self.module, self.hparams):
             model = self.module(**self.hparams)
         return check_model(model)
 
@@ -246,7 +246,10 @@ class Learner:
         check_numbers("set_opt_hparams", build, self.opt_hparams)
         check_given(place, build, self.opt_hparams, advice, 0 if is_own else 1)
         has_choice = is_own or takes_model(build)
-        with explaining_optimizer(model), noting_options(build, self.opt_hparams):
+        with (
+            explain_optimizer_errors(model),
+            note_options_on_error(build, self.opt_hparams),
+        ):
             if is_own:
                 built = build(**self.opt_hparams)
             elif has_choice:
@@ -370,15 +373,15 @@ class Learner:
         train, valid = build_loaders(data, valid_data, dataloader_options, accelerator)
         limits = check_limits(limit_batches, valid)
         check_config_optimizer(self.optimizer, accelerator)
-        began = begin(self, start, strict, accelerator)
-        model = began.model
+        start_model = build_start(self, start, strict, accelerator)
+        model = start_model.model
         if resume is not None and resume.is_weights_only:
             resume.load_weights(model, accelerator)
         if self.compile is not False:
             model.compile(**check_compile(self.compile))
         num_bytes = count_bytes(model)
         is_whole = decide_gather(gather, num_bytes, accelerator, tracker, callbacks)
-        loss = make_loss(began.loss, model, accelerator.device)
+        loss = make_loss(start_model.loss, model, accelerator.device)
         check_parameters(loss, model, accelerator)
         trains_loss = getattr(accelerator, "trains_loss", True)
         if self.batch is None:
@@ -406,7 +409,7 @@ class Learner:
         # A thousand ranks do not ask git all at once.
         code = {"code": cache(get_code_commit)} if accelerator.is_main else {}
         ctx.about = describe_fit(ctx) | code
-        with finishing_failed(ctx):
+        with finish_on_error(ctx):
             if resume is not None and not resume.is_weights_only:
                 resume.check(ctx)
                 ctx.resume = resume
@@ -414,13 +417,13 @@ class Learner:
                 is_described = resume is not None and resume.continues(ctx.run)
                 if ctx.run.id is not None and not is_described:
                     log_description(ctx, seed)
-                if began.report is not None and not is_described:
-                    report_start(ctx, began.name, began.report)
-                with describing_model(ctx):
+                if start_model.report is not None and not is_described:
+                    report_start(ctx, start_model.name, start_model.report)
+                with record_shapes(ctx):
                     loop.fit(ctx)
                 placement = choose_placement(ctx, num_bytes, gather=is_whole)
             options = get_batch_options(train)
-            fitted = make_fitted(self, ctx, options, began.report, placement)
+            fitted = make_fitted(self, ctx, options, start_model.report, placement)
         call_after_fit(ctx)
         ctx.clean()
         ctx.model = None  # unbinds it

@@ -173,7 +173,7 @@ def call_after_fit(ctx: Context) -> None:
 
 
 @contextmanager
-def finishing_failed(ctx: Context) -> Iterator[None]:
+def finish_on_error(ctx: Context) -> Iterator[None]:
     """Finish the accelerator after an error inside, which stays the one that is raised.
 
     A device that has failed cannot give the weights back either. The graph of the last batch
@@ -196,7 +196,7 @@ def restore_model_after(ctx: Context) -> Iterator[None]:
     """Take the model off the context, with its modes, also after an error."""
     modes = {module: module.training for module in ctx.model.modules()}
     try:
-        with finishing_failed(ctx):
+        with finish_on_error(ctx):
             yield
         ctx.accelerator.finish()
     finally:

@@ -43,7 +43,7 @@ Start = Fitted | nn.Module | Mapping[str, object] | str | Path | None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Began:
+class StartModel:
     """Model and loss at the beginning of a fit, and what became of start weights."""
 
     model: nn.Module
@@ -52,13 +52,13 @@ class Began:
     name: str = ""
 
 
-def begin(
+def build_start(
     learner: Learner, start: Start, strict: bool | None, accelerator: Accelerator
-) -> Began:
+) -> StartModel:
     """Build the model of a fit, with the weights that it starts from."""
     check_start(start, strict)
     if start is None:
-        return Began(model=build_model(learner, accelerator), loss=learner.loss)
+        return StartModel(model=build_model(learner, accelerator), loss=learner.loss)
     name, loss = describe_start(start), learner.loss
     if isinstance(start, Fitted):
         loss = choose_loss(learner, start)
@@ -67,15 +67,15 @@ def begin(
             with start.placement.full_on_each_rank(accelerator) as trained:
                 model = copy_model(trained)
             report = WeightsReport(loaded=tuple(get_tensors(model)))
-            return Began(model=model, loss=loss, report=report, name=name)
+            return StartModel(model=model, loss=loss, report=report, name=name)
     model = build_model(learner, accelerator)
-    with opening(start, accelerator) as weights:
+    with open_start(start, accelerator) as weights:
         report = load_start(model, weights, accelerator, strict=bool(strict))
     if strict is None and not report.is_complete and accelerator.is_main:
         msg = f"fit(start={name}): expected weights of the whole model, got {report}."
         advice = "The rest of the model is new. Pass strict=False if that is right."
         warnings.warn(f"{msg} {advice}", stacklevel=3)
-    return Began(model=model, loss=loss, report=report, name=name)
+    return StartModel(model=model, loss=loss, report=report, name=name)
 
 
 def build_model(learner: Learner, accelerator: Accelerator) -> nn.Module:
@@ -94,7 +94,7 @@ def check_trainable(learner: Learner, model: nn.Module) -> None:
 
 
 @contextmanager
-def opening(start: Fitted | Weights, accelerator: Accelerator) -> Iterator[Weights]:
+def open_start(start: Fitted | Weights, accelerator: Accelerator) -> Iterator[Weights]:
     """Give the weights to start from inside, in memory if they are of a fit."""
     if isinstance(start, Fitted):
         with start.placement.full_on_each_rank(accelerator) as model:

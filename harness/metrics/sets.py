@@ -10,7 +10,7 @@ from typing import Any
 from harness.checks.calls import check_call
 from harness.checks.values import check_count
 from harness.events import nearest
-from harness.metrics.kinds import is_collection, is_metric, is_tracker
+from harness.metrics.type_checks import is_collection, is_metric, is_tracker
 
 MAX_NAMED = 100
 """A metric with a vector of more elements is logged as a list, not element by element."""

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from harness.checks.hints import add_hint, find_metric_hint
 from harness.data.batch import copy_by_value, detach, missing_target_error, move
-from harness.metrics.figures import MAX_NUMBERS, is_curve, is_matrix
-from harness.metrics.kinds import as_metric, is_metric
 from harness.metrics.loss import LossAverage, Sums, compute_means
+from harness.metrics.plots import MAX_NUMBERS, is_curve, is_matrix
 from harness.metrics.sets import MAX_NAMED
 from harness.metrics.state import (
     check_saved_metrics,
@@ -34,6 +33,7 @@ from harness.metrics.state import (
     submetrics_of,
     syncs_itself,
 )
+from harness.metrics.type_checks import as_metric, is_metric
 from harness.pytree import StateDict
 
 if TYPE_CHECKING:

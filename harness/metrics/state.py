@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from harness.errors import CheckpointError
-from harness.metrics.kinds import as_metric, is_metric
+from harness.metrics.type_checks import as_metric, is_metric
 from harness.pytree import StateDict
 
 if TYPE_CHECKING:

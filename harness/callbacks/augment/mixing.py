@@ -68,7 +68,7 @@ class MixupLoss(nn.Module):
         """Return the mean loss of a batch, mixed or not."""
         if not isinstance(target, MixedTarget):
             return self.loss(pred, target).mean()
-        with self._by_row():
+        with self._without_reduction():
             first, second = (
                 self._mean_by_row(self.loss(pred, one), len(target.weight))
                 for one in (target.first, target.second)
@@ -76,7 +76,7 @@ class MixupLoss(nn.Module):
         return torch.lerp(second, first, target.weight.to(first.dtype)).mean()
 
     @contextmanager
-    def _by_row(self) -> Iterator[None]:
+    def _without_reduction(self) -> Iterator[None]:
         """Turn the reduction of the loss off inside."""
         loss: Any = self.loss
         before = getattr(loss, "reduction", None)

@@ -91,12 +91,12 @@ class AveragedWeights(MetricsListener):
             raise ValueError(f"{msg} Use torch_autocast in DeepSpeed's config.")
         others = (c for c in ctx.callbacks if isinstance(c, AveragedWeights))
         for other in others:
-            if other is not self and self._is_in_the_way_of(other):
+            if other is not self and self._conflicts_with(other):
                 got = f"two, {type(other).__name__} and {name}"
                 msg = f"{name}: expected one average of the same weights, got {got}."
                 raise ValueError(f"{msg} Pass in_result=False to one, or opt_name.")
 
-    def _is_in_the_way_of(self, other: AveragedWeights) -> bool:
+    def _conflicts_with(self, other: AveragedWeights) -> bool:
         """Whether both would put their averages into the same weights of the result."""
         is_same = None in {self.opt_name, other.opt_name} or (
             self.opt_name == other.opt_name

@@ -11,8 +11,8 @@ from rich.control import Control
 from rich.progress_bar import ProgressBar as RichBar
 from rich.segment import ControlType, Segment, Segments
 
-from harness.callbacks.display.above import WritingAbove
 from harness.callbacks.display.epoch_lines import format_duration
+from harness.callbacks.display.stream_redirect import StreamRedirect
 
 MIN_BAR_WIDTH = 8
 """Columns that the bar keeps; less important text is left out instead."""
@@ -45,7 +45,7 @@ class ProgressBar:
         self._title, self._total, self._began_at = title, total, now
         self._is_drawn = self._is_lost = False
         self._console = Console(file=sys.stderr, highlight=False)
-        self._above: WritingAbove | None = None
+        self._redirect: StreamRedirect | None = None
 
     @property
     def is_supported(self) -> bool:
@@ -77,9 +77,9 @@ class ProgressBar:
             Time until the fit ends; None: not known.
         """
         self.drawn_at = now
-        if self._above is None:
-            self._above = WritingAbove(self._erase)
-        if self._is_lost or self._above.is_within_line:
+        if self._redirect is None:
+            self._redirect = StreamRedirect(self._erase)
+        if self._is_lost or self._redirect.is_within_line:
             return
         self._is_drawn = True
         title, text = self._format_ends(done, values, now, width, fit_left_s)
@@ -116,8 +116,8 @@ class ProgressBar:
     def end(self) -> None:
         """Erase the line, if it was drawn, and draw no other."""
         self._erase()
-        if self._above is not None:
-            self._above.stop()
+        if self._redirect is not None:
+            self._redirect.stop()
 
     def _erase(self) -> None:
         if self._is_drawn:

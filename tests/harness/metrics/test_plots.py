@@ -19,7 +19,7 @@ from torchmetrics.classification import (
 
 import harness
 import tracking
-from harness.metrics.figures import as_points, draw, is_curve, is_matrix
+from harness.metrics.plots import as_points, draw, is_curve, is_matrix
 
 SCORES = torch.tensor([0.1, 0.4, 0.35, 0.8])
 LABELS = torch.tensor([0, 0, 1, 1])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from harness.metrics.kinds import is_metric
+from harness.metrics.type_checks import is_metric
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -69,8 +69,8 @@ def draw(metric: Metric, value: Any) -> Figure:
     """
     plotted = get_plotted(metric)
     assert plotted is not None
-    figures = importlib.import_module("matplotlib.figure")  # takes half a second
-    figure: Figure = figures.Figure()
+    module = importlib.import_module("matplotlib.figure")  # takes half a second
+    figure: Figure = module.Figure()
     options: dict[str, object] = {}
     writes = "add_text" in inspect.signature(plotted.plot).parameters
     if writes and isinstance(value, Tensor) and value.shape[-1] > MAX_WRITTEN:

@@ -19,7 +19,7 @@ is_profiling: Callable[[], bool] = getattr(
 """Whether a profiler of torch runs, for which its calls are marked; True if torch cannot say."""
 
 
-def iter_rows(loader: DataLoader[Any]) -> PlainBatches | None:
+def iter_rows(loader: DataLoader[Any]) -> RowBatches | None:
     """Return the batches of a loader of rows without workers; None for other loaders."""
     is_plain = (
         loader.num_workers == 0
@@ -28,10 +28,10 @@ def iter_rows(loader: DataLoader[Any]) -> PlainBatches | None:
         and not isinstance(loader.dataset, IterableDataset | MapDataPipe)
         and not is_profiling()  # torch's own marks each batch for it
     )
-    return PlainBatches(loader) if is_plain else None
+    return RowBatches(loader) if is_plain else None
 
 
-class PlainBatches:
+class RowBatches:
     """Batches in the order of the sampler, with the random numbers and values of torch's.
 
     Parameters
@@ -58,7 +58,7 @@ class PlainBatches:
         is_torchs = loader.collate_fn is torch_collate
         self._collate = collate if is_torchs else loader.collate_fn
 
-    def __iter__(self) -> PlainBatches:
+    def __iter__(self) -> RowBatches:
         return self
 
     def __next__(self) -> Any:

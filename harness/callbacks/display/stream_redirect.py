@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 STREAMS = ("stdout", "stderr")
 
 
-class Over:
+class ErasingStream:
     """A terminal's stream that erases the bar before each write, and else does what it did."""
 
     def __init__(self, stream: Any, erase: Callable[[], object]) -> None:
@@ -34,37 +34,30 @@ class Over:
         return getattr(self.stream, name)
 
 
-class WritingAbove:
-    """Puts ``Over`` before the standard streams and the log handlers that write to a terminal."""
+class StreamRedirect:
+    """Puts ``ErasingStream`` before standard streams, and log handlers, of a terminal."""
 
     def __init__(self, erase: Callable[[], object]) -> None:
-        self._streams: dict[str, Over] = {}
-        for name in STREAMS:
-            stream = getattr(sys, name)
-            if _is_terminal(stream):
-                self._streams[name] = Over(stream, erase)
-                setattr(sys, name, self._streams[name])
-        overs = {id(over.stream): over for over in self._streams.values()}
-        for handler in _list_handlers():
-            over = overs.get(id(handler.stream))
-            if over is not None:
-                handler.stream = over
+        self._streams = {
+            name: ErasingStream(stream, erase)
+            for name in STREAMS
+            if _is_terminal(stream := getattr(sys, name))
+        }
+        for name, own in self._streams.items():
+            setattr(sys, name, own)
+            _redirect_handlers(own.stream, own)
 
     @property
     def is_within_line(self) -> bool:
         """Whether a line was begun that a bar would erase."""
-        return any(over.is_within_line for over in self._streams.values())
+        return any(own.is_within_line for own in self._streams.values())
 
     def stop(self) -> None:
         """Put the streams back, where nobody else has put another one."""
-        for name, over in self._streams.items():
-            if getattr(sys, name) is over:
-                setattr(sys, name, over.stream)
-        overs = {id(over): over for over in self._streams.values()}
-        for handler in _list_handlers():  # also those that were made meanwhile
-            mine = overs.get(id(handler.stream))
-            if mine is not None:
-                handler.stream = mine.stream
+        for name, own in self._streams.items():
+            if getattr(sys, name) is own:
+                setattr(sys, name, own.stream)
+            _redirect_handlers(own, own.stream)  # also those that were made meanwhile
 
 
 def _is_terminal(stream: Any) -> bool:
@@ -74,9 +67,9 @@ def _is_terminal(stream: Any) -> bool:
         return False
 
 
-def _list_handlers() -> Iterator[Any]:
-    """Log handlers that write to a stream."""
+def _redirect_handlers(old: object, new: object) -> None:
+    """Let the log handlers that write to a stream write to another one."""
     for logger in [logging.root, *list(logging.root.manager.loggerDict.values())]:
         for handler in getattr(logger, "handlers", ()):
-            if hasattr(handler, "stream"):
-                yield handler
+            if getattr(handler, "stream", None) is old:
+                handler.stream = new
