@@ -29,7 +29,7 @@ import msgspec
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Size, Tensor
+from torch import Tensor
 
 from harness.errors import CheckpointError
 from harness.pytree import DTYPES, as_bytes, restore
@@ -259,19 +259,20 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileInfo:
     ``safetensors.torch.save_file`` copies every tensor into a Python object while it holds
     the interpreter lock, which blocks the training thread. This function copies nothing.
     """
-    specs = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
-    return write_each_tensor(path, specs, tensors.__getitem__)
+    return write_each_tensor(path, tensors, tensors.__getitem__)
 
 
 def write_each_tensor(
     path: Path,
-    specs: Mapping[str, tuple[torch.dtype, Size]],
+    specs: Mapping[str, Tensor],
     read: Callable[[str], Tensor],
 ) -> FileInfo:
     """Write a safetensors file of tensors that are read one after another.
 
     Parameters
     ----------
+    specs
+        Tensors by name that have the dtypes and shapes; they may be without memory.
     read
         Returns the tensor of a name, contiguous and on the CPU.
 
@@ -281,7 +282,8 @@ def write_each_tensor(
     """
     header: dict[str, Any] = {}
     end = 0
-    for name, (dtype, shape) in specs.items():
+    for name, spec in specs.items():
+        dtype, shape = spec.dtype, spec.shape
         start, end = end, end + shape.numel() * dtype.itemsize
         if dtype not in FILE_DTYPES:
             msg = f"{name}: expected a dtype that a safetensors file holds"

@@ -35,8 +35,8 @@ from harness.checkpoint.state import (
 from harness.checkpoint.state_checks import check_live_states, check_state
 from harness.checkpoint.weights import (
     WeightsReport,
+    open_checkpoint_weights,
     put_weights,
-    read_checkpoint_weights,
 )
 from harness.context import Context
 from harness.data.stateful import Note, Outcome, compare_parts
@@ -144,8 +144,7 @@ class Resume:
         place = f"resume({str(self.path)!r})"
 
         def load() -> WeightsReport:
-            chosen = self.path, self.manifest
-            saved = read_checkpoint_weights(*chosen, model, place)
+            saved = open_checkpoint_weights(self.path, self.manifest, model)
             return put_weights(model, saved, place, strict=True)
 
         load_on_main(model, load, accelerator)

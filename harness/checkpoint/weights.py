@@ -29,18 +29,16 @@ from harness.checkpoint.format import (
     FileInfo,
     Manifest,
     list_checkpoints,
-    read_rank,
     verify_file,
     write_each_tensor,
 )
 from harness.checkpoint.ranks.choose import choose_checkpoint
-from harness.checkpoint.ranks.states import SavedRanks
+from harness.checkpoint.ranks.merge import MergedWeights
 from harness.errors import CheckpointError
-from harness.pytree import Options, StateDict, flatten, restore
+from harness.pytree import Options, flatten, restore
 from harness.records import Packed
 from harness.reshard.consolidated import (
     STATE_ERRORS,
-    ConsolidatedState,
     copy_into,
     shape_lazy_parameters,
     whole_shape,
@@ -134,8 +132,7 @@ def _write_each(
         value = tensors[name].detach()
         return (read(name) if value.is_meta else value).cpu().contiguous()
 
-    specs = {name: (value.dtype, value.shape) for name, value in tensors.items()}
-    return write_each_tensor(path, specs, read_any)
+    return write_each_tensor(path, tensors, read_any)
 
 
 def load_weights(model: nn.Module, path: Path, *, strict: bool = True) -> WeightsReport:
@@ -166,16 +163,17 @@ def put_weights(
     model: nn.Module, saved: Mapping[str, Tensor], place: str, *, strict: bool
 ) -> WeightsReport:
     """Copy weights into a model, by name; `place` and errors as of ``load_weights``."""
-    shape_lazy_parameters(model, saved)
+    specs = saved.specs if isinstance(saved, MergedWeights) else saved
+    shape_lazy_parameters(model, specs)
     live = get_tensors(model)
-    both = [name for name in live if name in saved]
+    both = [name for name in live if name in specs]
     taken = {id(live[name]) for name in both}  # tied weights have several names
     shapes = {name: whole_shape(value) for name, value in live.items()}
     report = WeightsReport(
-        loaded=tuple(n for n in both if saved[n].shape == shapes[n]),
+        loaded=tuple(n for n in both if specs[n].shape == shapes[n]),
         missing=tuple(n for n in live if n not in saved and id(live[n]) not in taken),
         unexpected=tuple(name for name in saved if name not in live),
-        mismatched=tuple(n for n in both if saved[n].shape != shapes[n]),
+        mismatched=tuple(n for n in both if specs[n].shape != shapes[n]),
     )
     if strict and not report.is_complete:
         msg = f"{place}: expected weights of this model, got {report}."
@@ -229,10 +227,10 @@ def _enter_run(path: Path) -> Path:
 
 def read_chosen(
     path: Path, chosen: Chosen | None, model: nn.Module, place: str
-) -> dict[str, Tensor]:
+) -> Mapping[str, Tensor]:
     """Read the weights of what ``choose_weights`` chose, or else of the files at a path."""
     if chosen is not None:
-        return read_checkpoint_weights(*chosen, model, place)
+        return open_checkpoint_weights(*chosen, model)
     path = _enter_run(path)
     if (path / SAVED_MODEL).is_file():
         return find_tensors(read_saved_model(path)[0])
@@ -248,15 +246,6 @@ def read_chosen(
     except (SafetensorError, OSError) as error:
         msg = f"{place}: expected weights, got: {error}."
         raise CheckpointError(f"{msg} {advice}") from error
-
-
-def _find_averages(callbacks: Mapping[str, StateDict]) -> dict[str, Tensor]:
-    """Averaged weights that were validated in place of those of training, by name."""
-    found: dict[str, Tensor] = {}
-    for state in callbacks.values():
-        if state.get("is_validated"):
-            found |= state["averages"]
-    return found
 
 
 def _read_torch(path: Path, place: str) -> dict[str, Tensor]:
@@ -285,22 +274,14 @@ def find_tensors(found: Mapping[str, object]) -> dict[str, Tensor]:
     return tensors
 
 
-def read_checkpoint_weights(
-    path: Path, manifest: Manifest, model: nn.Module, place: str
-) -> dict[str, Tensor]:
-    """Read the weights in a checkpoint whose files were compared with its manifest."""
-    parts = SavedRanks(path, manifest)
-    try:
-        first = read_rank(path, 0, is_mapped=True)
-        whole = ConsolidatedState(parts.accelerators, parts.written_index)
-        found = whole.state_dict() | _find_averages(first.get("callbacks", {}))
-    except STATE_ERRORS as error:
-        msg = f"{place}: expected weights, got none: {error!r}."
-        raise CheckpointError(f"{msg} Take another checkpoint.") from error
+def open_checkpoint_weights(
+    path: Path, manifest: Manifest, model: nn.Module
+) -> MergedWeights:
+    """Open the weights in a checkpoint whose files were compared with its manifest."""
     # A checkpoint also holds the buffers that a state dict leaves out.
     kept = get_tensors(model)
     left_out = {name for name, _ in model.named_buffers() if name not in kept}
-    return {name: value for name, value in found.items() if name not in left_out}
+    return MergedWeights(path, manifest, in_model_dtype=False, skipped=left_out)
 
 
 # ----------------------------------------------------------------- saved models

@@ -433,16 +433,6 @@ class ConsolidatedState:
         state = self._states[run.rank + number]
         return read_stepped(state, name, run.stepped, key)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Whole parameters and buffers; those of one rank are not copied."""
-        if len(self._states) == 1:
-            whole = {name: pieces.assemble() for name, pieces in self.weights.items()}
-            return whole | self.buffers
-        filling = Filling()
-        found = {name: filling.assemble(own) for name, own in self.weights.items()}
-        filling.run()
-        return found | self.buffers
-
 
 def _tensors(
     states: Sequence[StateDict],

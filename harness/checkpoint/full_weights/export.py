@@ -9,7 +9,7 @@ from pathlib import Path
 
 from harness.checkpoint.format import MANIFEST, list_checkpoints, write_each_tensor
 from harness.checkpoint.full_weights.final import FINAL
-from harness.checkpoint.full_weights.merge import MergedWeights
+from harness.checkpoint.ranks.merge import MergedWeights
 from harness.errors import CheckpointError
 from tracking.durable import replace_file, replace_folder
 from tracking.errors import describe_path
@@ -63,7 +63,7 @@ def export_weights(source: Path, to: Path, shard_bytes: int = SHARD_BYTES) -> Pa
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             _write(temporary / file, merged, shard)
             weight_map |= dict.fromkeys(shard, file)
-        total = sum(_count_bytes(merged, name) for name in names)
+        total = sum(merged.specs[name].nbytes for name in names)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         text = json.dumps(index, indent=2, sort_keys=True)
         (temporary / INDEX).write_text(text, encoding="utf-8")
@@ -97,7 +97,7 @@ def _split(
     shard: list[str] = []
     total = 0
     for name in names:
-        size = _count_bytes(merged, name)
+        size = merged.specs[name].nbytes
         if shard and total + size > shard_bytes:
             yield shard
             shard, total = [], 0
@@ -106,10 +106,6 @@ def _split(
     yield shard
 
 
-def _count_bytes(merged: MergedWeights, name: str) -> int:
-    return merged.shape(name).numel() * merged.dtype(name).itemsize
-
-
 def _write(path: Path, merged: MergedWeights, names: list[str]) -> None:
-    specs = {name: (merged.dtype(name), merged.shape(name)) for name in names}
+    specs = {name: merged.specs[name] for name in names}
     write_each_tensor(path, specs, merged.__getitem__)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from harness.accelerators.distributed.watchdog import Watchdog
-from harness.checkpoint.full_weights.merge import MergedWeights
 from harness.checkpoint.object_states import set_extra_states
+from harness.checkpoint.ranks.merge import MergedWeights
 from harness.checkpoint.weights import NO_TENSORS, ReadTensor
 from harness.errors import CheckpointError
 from harness.export.summary import format_size
@@ -152,7 +152,7 @@ class ModelPlacement:
         assert self.checkpoint is not None
         merged = MergedWeights(self.checkpoint)
         for name, param in self.module.named_parameters():
-            got = merged.shape(name) if name in merged else None
+            got = merged.specs[name].shape if name in merged else None
             if got != param.shape:
                 msg = f"checkpoint {str(self.checkpoint)!r}: expected {name!r} of shape"
                 wanted = f"{tuple(param.shape)}, got {got and tuple(got)}"

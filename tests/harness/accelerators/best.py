@@ -24,7 +24,7 @@ from harness.callbacks import (
     ResumeFromCheckpoint,
     StochasticWeightAveraging,
 )
-from harness.checkpoint.full_weights.merge import MergedWeights
+from harness.checkpoint.ranks.merge import MergedWeights
 from harness.cli.main import main
 from harness.pytree import iter_tensors
 from tests.harness.accelerators.cases import Lab

@@ -19,7 +19,7 @@ import harness
 from harness.callbacks import ModelCheckpoint
 from harness.checkpoint.format import list_checkpoints
 from harness.checkpoint.full_weights.export import INDEX, export_weights
-from harness.checkpoint.full_weights.merge import MergedWeights
+from harness.checkpoint.ranks.merge import MergedWeights
 from harness.reshard.skeleton import is_skeleton
 from tests.harness.accelerators.cases import Lab
 from tests.harness.accelerators.fits import data

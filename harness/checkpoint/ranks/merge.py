@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,11 @@ from harness.checkpoint.format import (
     read_json,
     verify_checkpoint,
 )
+from harness.checkpoint.ranks.states import SavedRanks
 from harness.errors import CheckpointError
 from harness.pytree import StateDict, restore
 from harness.reshard.consolidated import STATE_ERRORS, ConsolidatedState, is_master_name
+from harness.reshard.index import PartIndex
 
 _TENSORS = {"$tensor", "$permuted", "$view", "$complex", "$sparse"}
 """Plans of tensors; see ``harness.pytree.flatten``."""
@@ -39,12 +41,22 @@ _FACTS = ("shapes", "layouts", "members", "facts", "dtypes")
 class MergedWeights(Mapping[str, Tensor]):
     """The parameters and buffers of a checkpoint by name; each is read when it is asked for.
 
-    Averaged weights that the fit validated take the place of those of training. A weight
-    has the precision in which the optimizer steps it, or that of the model where the
-    checkpoint tells it.
+    Averaged weights that the fit validated take the place of those of training.
+
+    Parameters
+    ----------
+    manifest
+        Manifest that the files were compared with; None: they are compared here.
+    in_model_dtype
+        Whether a weight has the dtype of the model, where the checkpoint tells it. Otherwise
+        it has the precision in which the optimizer steps it.
+    skipped
+        Names that are left out.
 
     Attributes
     ----------
+    specs
+        Tensors without memory that have the shapes and dtypes of the weights, by name.
     extra
         State of modules beside tensors, by module name.
 
@@ -54,34 +66,51 @@ class MergedWeights(Mapping[str, Tensor]):
         If the checkpoint is damaged, or has no weights.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(
+        self,
+        path: Path,
+        manifest: Manifest | None = None,
+        *,
+        in_model_dtype: bool = True,
+        skipped: Collection[str] = (),
+    ) -> None:
         self.path = path
-        self.manifest: Manifest = verify_checkpoint(path)
+        manifest = manifest or verify_checkpoint(path)
         self._files = []
         try:
             plans = []
-            for rank in range(self.manifest.world_size):
+            for rank in range(manifest.world_size):
                 tensors_name, plan_name = list_rank_files(rank)
                 self._files.append(TensorFile(path / tensors_name))
                 plans.append(read_json(path, plan_name))
             self._stand_ins = _StandIns(self._files)
-            self._pieces = self._find_pieces(plans)
-            self._dtypes: dict[str, torch.dtype] = {
-                name: getattr(torch, text.removeprefix("torch."))
-                for name, text in plans[0]["accelerator"].get("dtypes", {}).items()
-            }
+            index = SavedRanks(path, manifest).written_index
+            found = self._find_pieces(plans, index)
+            dtypes = plans[0]["accelerator"].get("dtypes", {}) if in_model_dtype else {}
+            self.specs: dict[str, Tensor] = {}
+            self._pieces: dict[str, list[Tensor]] = {}
+            for name in found:
+                if name in skipped:
+                    continue
+                shape, self._pieces[name] = found[name]
+                dtype = self._pieces[name][0].dtype
+                if name in dtypes:
+                    dtype = getattr(torch, dtypes[name].removeprefix("torch."))
+                self.specs[name] = torch.empty(shape, dtype=dtype, device="meta")
             self.extra: StateDict = restore(plans[0].get("extra", {}), self._files[0])
             self.left_out = frozenset(plans[0].get("left_out", ()))
         except STATE_ERRORS as error:
             raise _make_error(path, error) from error
 
-    def _find_pieces(self, plans: list[Any]) -> dict[str, tuple[Size, list[Tensor]]]:
+    def _find_pieces(
+        self, plans: list[Any], index: PartIndex | None
+    ) -> dict[str, tuple[Size, list[Tensor]]]:
         """Shape of each tensor, and stand-ins for its pieces in order."""
         states = [
             self._read_state(plan["accelerator"], rank)
             for rank, plan in enumerate(plans)
         ]
-        merged = ConsolidatedState(states)
+        merged = ConsolidatedState(states, index)
         nothing = [torch.empty(0, device="meta")]  # of a parameter without elements
         found = {
             name: (own.shape, [piece.read() for piece in own.list_all()] or nothing)
@@ -116,8 +145,8 @@ class MergedWeights(Mapping[str, Tensor]):
         return iter(self._pieces)
 
     def __getitem__(self, name: str) -> Tensor:
-        shape, pieces = self._pieces[name]
-        found = torch.empty(shape.numel(), dtype=pieces[0].dtype)
+        spec, pieces = self.specs[name], self._pieces[name]
+        found = torch.empty(spec.numel(), dtype=pieces[0].dtype)
         try:
             for piece, part in zip(
                 pieces, torch.split(found, [*map(len, pieces)]), strict=True
@@ -125,15 +154,7 @@ class MergedWeights(Mapping[str, Tensor]):
                 self._stand_ins.read(piece, part)
         except (OSError, *STATE_ERRORS) as error:
             raise _make_error(self.path, error) from error
-        return found.reshape(shape).to(self.dtype(name))
-
-    def shape(self, name: str) -> Size:
-        """Shape of a tensor, which is not read."""
-        return self._pieces[name][0]
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Dtype of a tensor, which is not read."""
-        return self._dtypes.get(name, self._pieces[name][1][0].dtype)
+        return found.reshape(spec.shape).to(spec.dtype)
 
 
 class _StandIns:
