@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from harness.cli.target import check_source, load_target
 from tracking.cli import render
 from tracking.cli.commands import open_run, run_argument, runs_dir_option
 from tracking.errors import is_terminal
-from tracking.redaction import MASK, is_secret
+from tracking.redaction import is_secret
 from tracking.settings import read_rank
 
 if TYPE_CHECKING:
@@ -464,52 +464,23 @@ def read_recorded_fit(past: PastRun, given: Mapping[str, Any]) -> Options:
         Secrets that the run did not record: ``sets`` and ``opts``, as of ``fit``.
     """
     recorded = past.manifest.extra.get("fit")
-    if recorded is None:  # a run of an earlier version
-        arguments = find_fit_arguments(past.manifest.command, past.id)
-        arguments = remove_options(arguments, "--resume", "--runs-dir")
-    else:
-        arguments = [recorded["target"]]
-    context = fit.make_context("fit", arguments, click.get_current_context())
-    options = {**context.params, **(recorded or {})}
+    if recorded is None:
+        shown = " ".join(past.manifest.command)[:120]
+        msg = f"run {past.id!r}: expected a run of 'harness fit', got one of {shown!r}."
+        raise click.UsageError(f"{msg} Run that script again; AutoResume continues it.")
+    context = fit.make_context("fit", [recorded["target"]], click.get_current_context())
+    options = {**context.params, **recorded}
     if options["config"] is not None:
         options["config"] = Path(options["config"])
     secrets = past.manifest.extra.get("fit_secrets") or {}
     for option, flag in (("sets", "--set"), ("opts", "--opt")):
         options[option] = {**options[option], **given[option]}
-        missing = [
-            name for name in secrets.get(option, ()) if name not in given[option]
-        ]
-        missing += [name for name, text in options[option].items() if text == MASK]
-        for name in missing:
-            msg = f"run {past.id!r}: expected {flag} {name}=VALUE, got no value."
-            raise click.UsageError(
-                f"{msg} It is a secret, which the run does not record. Add {flag} "
-                f"{name}=VALUE to this command."
+        missing = [n for n in secrets.get(option, ()) if n not in given[option]]
+        if missing:
+            way = f"{flag} {missing[0]}=VALUE"
+            msg = (
+                f"run {past.id!r}: expected {way}, got no value. It is a secret, which"
             )
+            advice = f"Add {way} to this command."
+            raise click.UsageError(f"{msg} the run does not record. {advice}")
     return options
-
-
-def find_fit_arguments(command: Sequence[str], run_id: str) -> list[str]:
-    """Arguments of ``harness fit`` in the command that a run recorded."""
-    for place, word in enumerate(command):
-        if word == "fit" and place > 0:
-            program = Path(command[place - 1]).stem
-            if program in {"harness", "cli"}:
-                return list(command[place + 1 :])
-    shown = " ".join(command)[:120]
-    msg = f"run {run_id!r}: expected a command 'harness fit ...', got {shown!r}."
-    raise click.UsageError(f"{msg} Run that script again; AutoResume continues it.")
-
-
-def remove_options(arguments: Sequence[str], *names: str) -> list[str]:
-    """Remove options that take one value."""
-    kept, skip = [], False
-    for word in arguments:
-        name, equals, _ = word.partition("=")
-        if skip:
-            skip = False
-        elif name in names:
-            skip = not equals
-        else:
-            kept.append(word)
-    return kept

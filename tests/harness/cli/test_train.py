@@ -6,12 +6,10 @@ import os
 import re
 import signal
 
-import click
 import pytest
 import torch
 
 import tracking
-from harness.cli.train import find_fit_arguments, remove_options
 
 
 def test_fit_untracked_takes_set_opt_and_epochs(call, folder):
@@ -249,17 +247,13 @@ def test_fit_signal_in_mid_epoch_keeps_the_record_and_resumes_exactly(
     assert len(found[0]) == 8
 
 
-def test_find_fit_arguments_of_another_command_is_a_usage_error():
-    command = ["python", "-m", "harness.cli", "fit", "exp.py:x", "--epochs", "2"]
-    assert find_fit_arguments(command, "r") == ["exp.py:x", "--epochs", "2"]
-    with pytest.raises(click.UsageError, match=r"run 'r': .* got 'python fit\.py'"):
-        find_fit_arguments(["python", "fit.py"], "r")
-
-
-def test_remove_options_takes_their_values_too():
-    arguments = ["a", "--resume", "x", "--epochs=3", "--runs-dir=y", "b"]
-    kept = remove_options(arguments, "--resume", "--runs-dir")
-    assert kept == ["a", "--epochs=3", "b"]
+def test_resume_of_a_run_of_another_program_is_a_usage_error(call, folder):
+    with tracking.start(name="r", delivery=False):
+        pass
+    done = call("resume", "r")
+    assert done.exit_code == 2
+    assert "expected a run of 'harness fit', got one of" in done.output
+    assert "Run that script again" in done.output
 
 
 TOKENS = """
@@ -293,12 +287,3 @@ def test_recorded_arguments_are_replayed_as_given_and_secrets_asked_for(call, fo
         assert refused.exit_code == 2
         assert "expected --set api_key=VALUE, got no value" in refused.output
         assert call(command, "r", "--set", "api_key=hunter22").exit_code == 0
-
-
-def test_mask_in_the_command_of_an_older_run_is_never_replayed(call, folder):
-    with tracking.start(runs_dir="runs", name="old", delivery=False) as run:
-        run.manifest.command = ["harness", "fit", "exp_cli.py:experiment"]
-        run.manifest.command += ["--set", "hidden=***"]
-    found = call("evaluate", "old")
-    assert found.exit_code == 2
-    assert "expected --set hidden=VALUE" in found.output
