@@ -219,7 +219,7 @@ class ModelCheckpoint(Monitor):
         if needed_s == 0 or needed_s <= left_s:  # it is not known of the first one
             return True
         if accelerator.is_main:
-            msg = "checkpoint not begun: expected time for it before the process is killed"
+            msg = "checkpoint not started: expected time for it before the process is killed"
             got = f"got {left_s:.0f} s left and {needed_s:.0f} s for it, as the last ones took"
             advice = "The newest checkpoint stays. Save more often, or send the signal earlier."
             warnings.warn(f"{msg}, {got}. {advice}", stacklevel=2)
@@ -279,8 +279,8 @@ class ModelCheckpoint(Monitor):
             return
         error = self.writer.wait(timeout_s)
         if self.writer.is_busy:
-            msg = "checkpoint not waited for: the process is about to be killed."
-            warnings.warn(f"{msg} The one before it stays.", stacklevel=2)
+            msg = "checkpoint not finished: the process is about to be killed."
+            warnings.warn(f"{msg} The previous one stays.", stacklevel=2)
         elif error is not None:
             msg = f"checkpoint not written: {error} Training continues."
             warnings.warn(f"{msg} The next save tries again.", stacklevel=2)

@@ -89,7 +89,7 @@ class ResumeFromCheckpoint(Callback):
             place = f"{type(self).__name__}({str(self.path)!r})"
             msg = f"{place}: expected an undamaged checkpoint, or"
             got = f"a folder of them, got {describe_path(self.path)}"
-            advice = "Of a run, pass its folder 'checkpoints'; or set missing_ok=True."
+            advice = "For a run, pass its folder 'checkpoints', or set missing_ok=True."
             if list_checkpoints(self.path):
                 got += ", all of them damaged"
                 advice = (

@@ -280,7 +280,7 @@ class Resume:
         self._changed_frozen = set(self.manifest.about.get("frozen", now)) ^ set(now)
         if self._changed_frozen:
             names = ", ".join(sorted(self._changed_frozen)[:5])
-            text = f"{names} are frozen in one of both fits; they are as in this one"
+            text = f"{names} are frozen in one of the two fits; they are as in this one"
             self.report.append(("frozen parameters", "differs", text))
 
     def _compare_data(self, ctx: Context) -> None:

@@ -48,7 +48,7 @@ def find_model_hint(
     if is_call and "missing" in text and target is not None:
         several = "fit(((a, b), y)), predict(((a, b),))"
         return (
-            f"The second item of a batch is its target. Of several inputs: {several}."
+            f"The second item of a batch is its target. For several inputs: {several}."
         )
     if is_call and "positional argument" in text and isinstance(input, tuple):
         items = f"The input's {len(input)} items are the arguments of forward"
@@ -144,19 +144,17 @@ def _hint_labels(pred: object, target: object, *, is_loss: bool) -> str:
         call = "A loss is called as loss(pred, target)."
         return f"CrossEntropyLoss takes {labels}, {others}. {call}" if is_loss else ""
     if is_whole and target.dim() == pred.dim() and target.shape[1] == 1 < classes:
-        return "Class labels have one dimension less: pass the target as target.squeeze(1)."
+        return "Class labels have one dimension fewer: pass the target as target.squeeze(1)."
     if target.shape != pred.shape and target.numel() == pred.numel():
         sizes = ", ".join(map(str, (-1, *pred.shape[1:])))
-        return f"Give both one shape: target.reshape({sizes})."
+        return f"Give both the same shape: target.reshape({sizes})."
     return ""
 
 
 def find_metric_hint(metric: object, pred: object, target: object) -> str:
     """Return what may be wrong with a metric for such predictions; empty: nothing is known."""
     if pred is None:
-        return (
-            "There is no prediction: an own step sets ctx.pred, a forward returns it."
-        )
+        return "There is no prediction: set ctx.pred in your step, or return it in forward."
     if isinstance(pred, Mapping) and pred:
         return (
             f"The prediction is a dict: harness.on(metric, pred={next(iter(pred))!r})."
@@ -183,7 +181,7 @@ def find_loader_hint(error: BaseException) -> str:
     names = _frames(error)
     text = str(error)  # of a worker it has the traceback, too
     if "collate" in names or "in collate" in text or "in default_collate" in text:
-        advice = "dataloader_options={'collate_fn': ...} joins them as you say."
+        advice = "dataloader_options={'collate_fn': ...} collates them in another way."
         return f"Rows of a batch are stacked: they need tensors of one shape. {advice}"
     if "_try_get_data" in names and (
         isinstance(error, ConnectionError | EOFError)

@@ -183,7 +183,7 @@ def check_definition(model: nn.Module | type, loss: object, optimizer: object) -
                     f"{name}.{method}", own, *arguments, is_partial=may_need_more
                 )
             except TypeError as error:
-                advice = "What it needs beside these is in self.ctx."
+                advice = "Everything else that it needs is in self.ctx."
                 raise TypeError(f"{error} {advice}") from error
     if optimizer is None and not defines(model, "set_optimizers"):
         msg = f"setup({name}): expected an optimizer, got none."

@@ -168,13 +168,15 @@ def parse_every(value: object) -> tuple[int, Literal["epoch", "step"]]:
 
 def check_limit(place: str, limit: object) -> None:
     """Check a number of batches, or a share of them."""
-    advice = "Pass a number of batches from 1, or a share below 1, such as 0.1."
+    advice = "Pass a number of batches from 1, or a fraction below 1, such as 0.1."
     if not isinstance(limit, Real) or isinstance(limit, bool):
         msg = f"{place}: expected a number of batches, got {limit!r}."
         raise TypeError(f"{msg} {advice}")
     least, most = (1.0, math.inf) if isinstance(limit, Integral) else (0.0, 1.0)
     if not least <= float(limit) <= most or limit == 0:
-        msg = f"{place}: expected at least 1 batch, or a share of them, got {limit!r}."
+        msg = (
+            f"{place}: expected at least 1 batch, or a fraction of them, got {limit!r}."
+        )
         raise ValueError(f"{msg} {advice}")
 
 

@@ -289,16 +289,16 @@ def _runs_folder(report: FolderReport) -> Check:
 _DOES = {
     "write": "to write",
     "rename": "to rename a file",
-    "exclude": "to make a file only once",
+    "exclude": "to create a file only once",
 }
 _LEASES = (
-    "leases tell who writes a run; after a kill on another machine, 'harness runs release' "
-    "is asked for before it can be resumed"
+    "leases show who writes a run; after a kill on another machine, it may need "
+    "'harness runs release' before it can be resumed"
 )
 _LACKS = {
     "locks": f"Without locks {_LEASES}. On Lustre, mount with -o flock",
-    "locks seen by other machines": f"Where locks are of one machine, {_LEASES}",
-    "maps": "Each logged row is a system call, of about a microsecond more",
+    "locks seen by other machines": f"If machines do not share locks, {_LEASES}",
+    "maps": "Each logged row is a system call, which takes about a microsecond more",
 }
 
 

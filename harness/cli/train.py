@@ -398,9 +398,7 @@ def _parse_limit(text: str | None) -> float | None:
         limit = float(text) if "." in text else int(text)
         check_limit("--limit-batches", limit)
     except ValueError as error:
-        msg = (
-            f"--limit-batches: expected a number of batches, or a share, got {text!r}."
-        )
+        msg = f"--limit-batches: expected a number of batches, or a fraction, got {text!r}."
         raise click.UsageError(f"{msg} Write for example 10 or 0.1.") from error
     return limit
 

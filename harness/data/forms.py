@@ -117,7 +117,9 @@ def gives_batches(data: object) -> bool:
     if not callable(getattr(data, "__iter__", None)):
         return False
     if isinstance(data, Iterator):
-        msg = "data: expected batches again in each epoch"
+        msg = "data: expected data that can be read in each epoch"
         advice = "Pass a list of samples, or an object with its own __iter__."
-        raise TypeError(f"{msg}, got {type(data).__name__}, which ends once. {advice}")
+        raise TypeError(
+            f"{msg}, got {type(data).__name__}, which can be read only once. {advice}"
+        )
     return True

@@ -68,7 +68,7 @@ def iter_epochs(ctx: Context) -> Iterator[int]:
         num_idle = num_idle + 1 if is_idle else 0
         if num_idle == MAX_IDLE and ctx.max_epochs == NO_LIMIT:
             msg = f"fit(max_steps): expected optimizer steps, got none in {MAX_IDLE}"
-            advice = "The data may be used up: pass what gives batches again each time."
+            advice = "The data may be exhausted: pass data that can be read again."
             raise ValueError(f"{msg} epochs. {advice}")
         epoch += 1
 

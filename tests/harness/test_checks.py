@@ -183,7 +183,7 @@ FITS = {
         {"valid_data": None, "limit_batches": {"valid": 3}},
     ),
     "limit zero": (ValueError, "at least 1 batch", {"limit_batches": 0}),
-    "limit 1.5": (ValueError, "a share of them, got 1.5", {"limit_batches": 1.5}),
+    "limit 1.5": (ValueError, "a fraction of them, got 1.5", {"limit_batches": 1.5}),
     "limit word": (TypeError, "a number of batches, got 'x'", {"limit_batches": "x"}),
     "limit of a set": (
         ValueError,

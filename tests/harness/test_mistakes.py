@@ -239,7 +239,7 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "several inputs of a prediction": (
         lambda: fit(setup(TwoInputs), data=((X, X), Y)).predict((X, X)),
-        r"Of several inputs: fit\(\(\(a, b\), y\)\), predict\(\(\(a, b\),\)\)",
+        r"For several inputs: fit\(\(\(a, b\), y\)\), predict\(\(\(a, b\),\)\)",
     ),
     "list of images and an own step": (
         lambda: fit(setup(ListOfImages, None)).predict([([X[0], X[1]],)]),
@@ -284,7 +284,7 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "step of another library": (
         lambda: fit(setup(StepOfArguments)),
-        r"called as f\(\), got step.* What it needs beside these is in self.ctx",
+        r"called as f\(\), got step.* Everything else that it needs is in self.ctx",
     ),
     "loss without graph": (
         lambda: fit(setup(WithoutGraph, loss=None)),
@@ -331,7 +331,7 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "generator": (
         lambda: fit(data=((X, Y) for _ in range(3))),
-        "expected batches again in each epoch, got generator",
+        "expected data that can be read in each epoch, got generator",
     ),
     "mapping with its target": (
         lambda: fit(data=Samples(lambda row: {"x": X[row], "y": Y[row]})),
@@ -419,7 +419,7 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "metric without a prediction": (
         lambda: fit(setup(StepOfItsOwn, CE, metrics=ACC)),
-        r"an own step sets ctx.pred",
+        r"set ctx.pred in your step",
     ),
     "name of a metric that is logged": (
         lambda: fit(setup(LogsName, None, metrics={"accuracy": ACC})),

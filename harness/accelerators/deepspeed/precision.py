@@ -73,9 +73,7 @@ def add_precision(config: Options, precision: str | None) -> Options:
     check_precision(precision)
     given = [key for key in PRECISION_KEYS if _is_enabled(config, key)]
     if given:
-        msg = (
-            f"accelerator(precision): expected no {given[0]!r} in the config beside it"
-        )
+        msg = f"accelerator(precision): expected no {given[0]!r} in the config too"
         raise ValueError(f"{msg}, got both. Leave one of them out.")
     dtype = DTYPES[precision]
     config = {key: value for key, value in config.items() if key not in PRECISION_KEYS}

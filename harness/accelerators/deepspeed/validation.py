@@ -150,7 +150,7 @@ def check_parameters(params: Iterable[tuple[str, nn.Parameter]]) -> None:
             advice = "Build it on the CPU; harness.accelerator(config, zero_init=True)"
             raise ValueError(f"{msg} {advice} divides each layer as it is made.")
         if len(getattr(param, "ds_shape", param.shape)) == 0:
-            msg = f"prepare: expected parameters with dims, got {name!r} of shape ()."
+            msg = f"prepare: expected parameters with dimensions, got {name!r} of shape ()."
             advice = "DeepSpeed cannot send it to other ranks: make its shape (1,)."
             raise ValueError(f"{msg} {advice}")
 

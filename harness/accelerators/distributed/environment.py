@@ -176,7 +176,7 @@ def read_launch(env: Mapping[str, str] | None = None) -> Launch:
         return Launch(by=place.by)
     if place.local_rank is None:
         names = places[0].names
-        msg = f"launch: expected {' or '.join(names.local_rank)} beside {names.rank}"
+        msg = f"launch: expected {' or '.join(names.local_rank)} with {names.rank}"
         advice = "Start the ranks with torchrun, deepspeed, srun or mpirun, or set it."
         raise ValueError(f"{msg} and {names.world_size}, got none. {advice}")
     address, port = _rendezvous(env, place)
@@ -223,12 +223,12 @@ def _refuse_half(env: Mapping[str, str]) -> None:
             there, missing = names.world_size, names.rank
         else:
             continue
-        msg = f"launch: expected {missing} beside {there}={env[there]!r}, got none."
+        msg = f"launch: expected {missing} with {there}={env[there]!r}, got none."
         advice = "Start the ranks with torchrun, deepspeed, srun or mpirun"
         raise ValueError(f"{msg} {advice}, or unset {there} to train on one rank.")
     for name in _RANKS_ALONE:
         if name in env:
-            msg = f"launch: expected the number of ranks beside {name}={env[name]!r}"
+            msg = f"launch: expected the number of ranks with {name}={env[name]!r}"
             advice = "Set RANK, LOCAL_RANK, WORLD_SIZE and MASTER_ADDR for each rank"
             raise ValueError(
                 f"{msg}, got none. {advice}, or unset {name} to train on one rank."

@@ -49,7 +49,7 @@ def read_hostfile(path: str | Path) -> dict[str, int]:
         lines = []
     if content.startswith(b"\xef\xbb\xbf") or (content and not lines):
         # DeepSpeed would take the mark for a part of the first name.
-        msg = f"{place}: expected plain UTF-8, got {content[:3]!r} at its begin."
+        msg = f"{place}: expected plain UTF-8, got {content[:3]!r} at its beginning."
         raise ValueError(f"{msg} Save it as UTF-8 without a byte-order mark.")
     slots: dict[str, int] = {}
     for number, text in enumerate(lines, start=1):
@@ -172,7 +172,7 @@ def choose_hosts(
     if not choice:
         return hosts[:num_nodes]
     if num_gpus is not None or num_nodes is not None:
-        msg = f"launch({name}): expected no num_gpus or num_nodes beside it, got both."
+        msg = f"launch({name}): expected no num_gpus or num_nodes with it, got both."
         raise ValueError(f"{msg} Leave num_gpus and num_nodes out.")
     chosen: dict[str, list[int]] = {}
     for part in choice.split("@"):

@@ -58,7 +58,7 @@ class Freeze(Callback):
             check_more_than("Freeze(lr)", lr, 0, "Leave it out for that of the group.")
             if until is None:
                 msg = f"Freeze(lr): expected until=... with it, got lr={lr!r} alone."
-                raise ValueError(f"{msg} What is never trained has no learning rate.")
+                raise ValueError(f"{msg} Frozen weights have no learning rate.")
         self.names, self.until, self.lr = names, until, lr
         self._trained: list[str] = []
 

@@ -138,7 +138,7 @@ class NaNGuard(Callback):
             if rows:
                 shown = ", ".join(map(str, rows[:MAX_SHOWN]))
                 more = f" and {len(rows) - MAX_SHOWN} more" * (len(rows) > MAX_SHOWN)
-                return f" Rows of the {name} that are not: {shown}{more}."
+                return f" Rows of the {name} that are not finite: {shown}{more}."
         return ""
 
     def _describe_module(self) -> str:
@@ -146,7 +146,7 @@ class NaNGuard(Callback):
         ctx, found = self.ctx, list[str]()
         weights = dict(ctx.model.state_dict())
         if not _is_finite(iter_tensors(weights)):
-            return f" Weights that are not, before it: {_list_names(weights)}."
+            return f" Weights that were not finite before: {_list_names(weights)}."
         if (
             get_method(ctx.model, "step") is not None
         ):  # only the step knows how to call the model
@@ -163,10 +163,9 @@ class NaNGuard(Callback):
             for name, module in ctx.model.named_modules():
                 stack.callback(module.register_forward_hook(hook_for(name)).remove)
             call_model(ctx.model, ctx.input)
-        source = (
-            f"first in the output of {found[0]}" if found else "not in the prediction"
-        )
-        return f" It comes {source}."
+        if found:
+            return f" It first appears in the output of {found[0]}."
+        return " The prediction is finite."
 
     # --- what is kept
 

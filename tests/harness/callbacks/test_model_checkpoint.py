@@ -374,7 +374,7 @@ def test_model_checkpoint_with_an_unknown_field_is_refused(
 
 
 NOT_BEGUN = (
-    "checkpoint not begun: expected time for it before the process is killed, got"
+    "checkpoint not started: expected time for it before the process is killed, got"
 )
 
 
@@ -426,7 +426,7 @@ def test_save_that_is_under_way_is_not_waited_for_until_the_process_is_killed(tm
         save.writer._start(release.wait)
 
     own = [save, At("on_train_batch_end", lambda _: stop_now()), At("on_fit_end", hang)]
-    match = "checkpoint not waited for: the process is"
+    match = "checkpoint not finished: the process is"
     with pytest.warns(UserWarning, match=match):
         train(*own, Interrupt(stop_within=3.5))
     release.set()

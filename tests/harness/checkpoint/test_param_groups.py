@@ -186,7 +186,7 @@ def test_parameter_that_the_user_freezes_stays_frozen(tmp_path):
     fitted = fit(sgd(Frozen), [ResumeFromCheckpoint(tmp_path)], epochs=3)
     assert torch.equal(half.model.fc.bias, fitted.model.fc.bias)
     assert not torch.equal(half.model.fc.weight, fitted.model.fc.weight)
-    with pytest.raises(CheckpointError, match=r"fc.bias are frozen in one of both"):
+    with pytest.raises(CheckpointError, match=r"fc.bias are frozen in one of the two"):
         fit(sgd(Frozen), [ResumeFromCheckpoint(tmp_path, strict=True)])
 
 

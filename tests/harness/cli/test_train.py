@@ -73,7 +73,7 @@ USAGE = {
     ),
     "limit": (
         ["fit", "exp_cli.py:experiment", "--limit-batches", "1.5"],
-        "--limit-batches: expected a number of batches, or a share, got '1.5'",
+        "--limit-batches: expected a number of batches, or a fraction, got '1.5'",
     ),
     "unknown run": (["resume", "nowhere"], "nowhere"),
     "run to resume": (["fit", "exp_cli.py:experiment", "--resume", "no"], "'no'"),

@@ -185,7 +185,7 @@ def test_first_host_of_a_node_list(nodes: str, host: str) -> None:
     [
         (
             {"RANK": "1", "WORLD_SIZE": "2"},
-            r"expected LOCAL_RANK beside RANK and WORLD_SIZE",
+            r"expected LOCAL_RANK with RANK and WORLD_SIZE",
         ),
         (TORCHRUN | {"WORLD_SIZE": "x"}, r"expected a number in WORLD_SIZE, got 'x'"),
         (TORCHRUN | {"RANK": "4"}, r"expected a rank in 0..3, got 4"),
@@ -195,24 +195,24 @@ def test_first_host_of_a_node_list(nodes: str, host: str) -> None:
         ),
         (
             PMI | {"MASTER_ADDR": "a"},
-            r"expected MPI_LOCALRANKID or PMI_LOCAL_RANK or PALS_LOCAL_RANKID beside PMI_RANK and",
+            r"expected MPI_LOCALRANKID or PMI_LOCAL_RANK or PALS_LOCAL_RANKID with PMI_RANK and",
         ),
         (
             PMI | {"PMI_LOCAL_RANK": "1"},  # perhaps on several machines
             r"expected MASTER_ADDR for 8 ranks, got none",
         ),
-        ({"RANK": "0"}, r"expected WORLD_SIZE beside RANK='0', got none.*unset RANK"),
-        ({"WORLD_SIZE": "2"}, r"expected RANK beside WORLD_SIZE='2', got none"),
-        ({"PMI_RANK": "0"}, r"expected PMI_SIZE beside PMI_RANK='0', got none"),
+        ({"RANK": "0"}, r"expected WORLD_SIZE with RANK='0', got none.*unset RANK"),
+        ({"WORLD_SIZE": "2"}, r"expected RANK with WORLD_SIZE='2', got none"),
+        ({"PMI_RANK": "0"}, r"expected PMI_SIZE with PMI_RANK='0', got none"),
         (
             {"MV2_COMM_WORLD_SIZE": "4"},
-            r"expected MV2_COMM_WORLD_RANK beside MV2_COMM_WORLD_SIZE='4'",
+            r"expected MV2_COMM_WORLD_RANK with MV2_COMM_WORLD_SIZE='4'",
         ),
         (
             {"SLURM_PROCID": "3", "SLURM_NTASKS": "8"},
-            r"expected SLURM_STEP_NUM_TASKS beside SLURM_PROCID='3'",
+            r"expected SLURM_STEP_NUM_TASKS with SLURM_PROCID='3'",
         ),
-        ({"PMIX_RANK": "1"}, r"expected the number of ranks beside PMIX_RANK='1'"),
+        ({"PMIX_RANK": "1"}, r"expected the number of ranks with PMIX_RANK='1'"),
         (
             TORCHRUN | {"MASTER_PORT": "99999"},
             r"expected MASTER_PORT in 1..65535, got 99999",

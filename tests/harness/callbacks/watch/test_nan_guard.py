@@ -68,8 +68,8 @@ def test_guard_names_the_rows_and_keeps_the_state_before_them(
         )
     text = str(info.value)
     assert "expected finite loss in epoch 1, batch 3, got nan" in text
-    assert "Rows of the input that are not: 1." in text
-    assert "first in the output of body.0 (Linear)" in text
+    assert "Rows of the input that are not finite: 1." in text
+    assert "first appears in the output of body.0 (Linear)" in text
     folder = Path(re.search(r"are in '(.*)'", text).group(1))
     kept, wanted = (
         load_file(folder / "weights.safetensors"),
@@ -89,7 +89,8 @@ def test_guard_names_the_module():
             return self.head(hidden * INF if spoilt else hidden)
 
     with pytest.raises(
-        FloatingPointError, match=r"Rows of the pred.* first in the output of head"
+        FloatingPointError,
+        match=r"Rows of the pred.* first appears in the output of head",
     ):
         fit(NaNGuard(), module=Wrong)
 
@@ -135,7 +136,7 @@ def test_guard_names_weights_that_were_spoilt_before():
             ctx.model.head.bias.fill_(NAN)
 
     with pytest.raises(
-        FloatingPointError, match=r"epoch 2, batch 1.*not, before it: head.bias\."
+        FloatingPointError, match=r"epoch 2, batch 1.*not finite before: head.bias\."
     ):
         fit(At("on_epoch_begin", spoil_one), NaNGuard(keep=False))
 
@@ -147,7 +148,7 @@ def test_guard_of_a_model_with_its_own_step_names_the_rows():
             return nn.functional.cross_entropy(self.ctx.pred, self.ctx.target)
 
     with pytest.raises(
-        FloatingPointError, match=r"Rows of the input that are not: 1\. L"
+        FloatingPointError, match=r"Rows of the input that are not finite: 1\. L"
     ):
         fit(NaNGuard(), module=Own, x=spoil(9))
 
