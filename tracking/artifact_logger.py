@@ -17,7 +17,7 @@ from tracking.artifacts.images import encode_png, make_pixels
 from tracking.artifacts.tables import encode_table, make_table
 from tracking.errors import warn
 from tracking.redaction import redact_value
-from tracking.row_logger import RowLogger, check_arguments
+from tracking.row_logger import Counts, RowLogger, check_arguments
 from tracking.schema import check_name, check_path, flatten_value
 
 _DIGEST_LENGTH: Final = 20
@@ -287,7 +287,7 @@ class ArtifactLogger(RowLogger):
         what: str,
         name: str,
         write: Callable[[], dict[str, Any]],
-        counts: tuple[int | None, int | None],
+        counts: Counts,
         place: str,
     ) -> None:
         """Write an item of a series and record it: the set of its row is the series."""
@@ -297,7 +297,7 @@ class ArtifactLogger(RowLogger):
         if described is not None:
             file = described.pop("file", "")
             (leaf,) = flatten_value({file: [described]}, place)
-            self._log_leaves(what, name, [leaf], None, *counts)
+            self._log_leaves(what, name, [leaf], counts)
 
     def _try_to_write(
         self, name: str, write: Callable[[], dict[str, Any]]
@@ -346,9 +346,7 @@ def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:_DIGEST_LENGTH]
 
 
-def _check_series(
-    name: object, epoch: object, step: object, place: str
-) -> tuple[int | None, int | None]:
+def _check_series(name: object, epoch: object, step: object, place: str) -> Counts:
     """Check the name of a series, and the counts of an item; returns these as ints."""
     check_name(name, "name", place)
     if not str(name).strip():
@@ -356,5 +354,4 @@ def _check_series(
             f"{place}: expected a name, got {name!r}. Name what is shown, such as "
             "'samples'."
         )
-    _, epoch, step = check_arguments("", "", None, epoch, step, place)
-    return epoch, step
+    return check_arguments("", "", place, epoch=epoch, step=step)

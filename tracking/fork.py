@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import compute as pc
 
-from tracking.journal.reader import list_blocks, read_block
+from tracking.journal.reader import get_segment_path, list_blocks, read_block
 from tracking.journal.segment import write_segment
 from tracking.read import PastRun
 from tracking.run import utc_now
@@ -59,9 +59,8 @@ def fork(
     )
     try:
         for rank, position in positions.items():
-            _copy_rows(
-                get_rank_dir(parent.path, rank), get_rank_dir(path, rank), position
-            )
+            folders = (get_rank_dir(run_path, rank) for run_path in (parent.path, path))
+            _copy_rows(*folders, position)
         child = dataclasses.replace(
             manifest,
             id=path.name,
@@ -90,12 +89,7 @@ def _copy_rows(source: Path, target: Path, position: int) -> None:
         assert view is not None
         kept = view.table.filter(pc.less_equal(view.table["seq"], pa.scalar(position)))
         if kept.num_rows:
-            write_segment(
-                kept,
-                target / f"{number:06d}.arrow",
-                rank=int(target.name),
-                damage=tuple(view.damage),
-            )
+            write_segment(kept, get_segment_path(target, number), damage=view.damage)
 
 
 def _copy_artifacts(source: Path, child: PastRun) -> None:

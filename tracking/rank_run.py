@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tracking.journal.block import Block
-from tracking.journal.reader import get_rank, list_blocks
+from tracking.journal.reader import list_blocks
 from tracking.journal.segment import CAPACITY
 from tracking.journal.writer import Journal
 from tracking.row_logger import RowLogger, check_arguments, describe_call
 from tracking.run import Run
 from tracking.schema import flatten_params, flatten_value
-from tracking.store import get_rank_dir
 
 
 class RankRun(Run):
@@ -32,7 +31,7 @@ class RankRun(Run):
         super().__init__(path, None, rank=rank, durability=durability)
 
     def _make_journal(self, durability: Literal["process", "fsync"]) -> Journal:
-        return LateJournal(get_rank_dir(self.path, self.rank))
+        return LateJournal(self._rank_dir)
 
     @property
     def _has_part(self) -> bool:
@@ -68,7 +67,7 @@ class RankRun(Run):
             return
         self._journal.check_open()
         place = describe_call(what, set)
-        check_arguments(what, set, index, epoch, step, place)
+        check_arguments(what, set, place, index=index, epoch=epoch, step=step)
         if type(value) is not float:
             flatten_value(value, place)
 
@@ -137,7 +136,6 @@ class LateJournal(Journal):
 
     def __init__(self, rank_dir: Path) -> None:
         self.rank_dir = rank_dir
-        self.rank = get_rank(rank_dir)
         self.block = Block(0)
         self._init_state()
         self._last_seq: int | None = None

@@ -40,13 +40,17 @@ from tracking.store import get_rank_dir
 _FLOATS: Final = frozenset([float])
 _TEXTS: Final = (STR, JSON)
 _pack, _crc32, _time_ns = FIELDS.pack, zlib.crc32, time.time_ns
-_MAX_EPOCH: Final = 2**31 - 1
+_HIGHEST: Final = {"epoch": 2**31 - 1}
+"""Where it is not ``MAX_COUNT``."""
 
 _MISSING: Final = object()
 _Method = TypeVar("_Method")
 
-_DeferredRow = tuple[int, str, str, Leaf, dict[str, int | None]]
-"""Time in us, what, set, leaf, and index, epoch and step of a row."""
+Counts = dict[str, int | None]
+"""Index, epoch and step of a row, by these words; None, or no such word, is null."""
+
+_DeferredRow = tuple[int, str, str, Leaf, Counts]
+"""Time in us, what, set, leaf and counts of a row."""
 
 
 def _explains_missing(method: _Method) -> _Method:
@@ -92,6 +96,7 @@ class RowLogger:
         self.path = path
         self.rank = rank
         self.fit = 1
+        self._rank_dir = get_rank_dir(path, rank)
         self._deferred: deque[_DeferredRow] = deque()
         self._reading = threading.RLock()
         self._begun_at: int | None = None
@@ -106,8 +111,7 @@ class RowLogger:
             self._num_fits = 0
 
     def _make_journal(self, durability: Literal["process", "fsync"]) -> Journal:
-        rank_dir = get_rank_dir(self.path, self.rank)
-        return Journal(rank_dir, durability=durability, on_tick=self.flush)
+        return Journal(self._rank_dir, durability=durability, on_tick=self.flush)
 
     @_explains_missing
     def log(
@@ -175,7 +179,7 @@ class RowLogger:
                 return
             elif value is _MISSING:
                 _refuse_missing("log", "what, set and value", what, set)
-        self._log_any(what, set, value, index, append, epoch, step)
+        self._log_any(what, set, value, append, index=index, epoch=epoch, step=step)
 
     @_explains_missing
     def log_metric(
@@ -209,7 +213,8 @@ class RowLogger:
         ):
             if value is _MISSING:
                 _refuse_missing("log_metric", "name and value", name)
-            self._log_any("metrics", set, {name: value}, index, True, epoch, step)
+            counts = {"index": index, "epoch": epoch, "step": step}
+            self._log_any("metrics", set, {name: value}, True, **counts)
 
     def log_step(
         self,
@@ -339,7 +344,7 @@ class RowLogger:
         indices
             What ``get_indices`` returned there; None: found by reading the whole journal.
         """
-        _check_count(seq, "seq", MAX_COUNT, "Run.rewind")
+        _check_count(seq, "seq", "Run.rewind")
         if seq is None or not -1 <= seq <= self.position():
             raise ValueError(
                 f"Run.rewind: expected a position from -1 to {self.position()}, got "
@@ -433,8 +438,7 @@ class RowLogger:
         newest = max(known)
         # Rows of fit 1 may be from before it began, and rows by steps have no index.
         if self._num_fits is None or newest == 1 or not known[newest]:
-            rank_dir = get_rank_dir(self.path, self.rank)
-            self._num_fits = count_fits(rank_dir, self._begun_at)
+            self._num_fits = count_fits(self._rank_dir, self._begun_at)
         else:
             self._num_fits = max(self._num_fits, newest)
         return self._num_fits
@@ -451,14 +455,13 @@ class RowLogger:
         self._restore_indices_once_needed()
 
     def _restore_indices_once_needed(self) -> None:
-        rank_dir = get_rank_dir(self.path, self.rank)
+        rank_dir = self._rank_dir
         self._journal.reset_indices_later(lambda: find_highest_indices(rank_dir)[1])
 
     def restore_indices(self) -> None:
         """Continue the fit and the automatic indices of the rows that are not superseded."""
         self._forget_fits()
-        rank_dir = get_rank_dir(self.path, self.rank)
-        self.fit, highest = find_highest_indices(rank_dir)
+        self.fit, highest = find_highest_indices(self._rank_dir)
         self._journal.reset_indices(highest)
 
     # ------------------------------------------------------------- writing of rows
@@ -497,13 +500,14 @@ class RowLogger:
                 block.put(slot * ROW_BYTES, data, _crc32(data, slot))
             else:
                 leaf = (name, FLOAT, number, None)
-                journal.write_row(what, set, leaf, now, at, after, during)
+                journal.write_row(what, set, leaf, (now, at, after, during))
             # As ``AutoIndex.give``, whose call would cost a tenth of this one.
             if index is not None and index > auto_index.given:
                 auto_index.given = int(index)
         except BaseException:
             block.void(slot)
-            check_arguments(what, set, index, epoch, step)
+            counts = {"index": index, "epoch": epoch, "step": step}
+            check_arguments(what, set, describe_call(what, set), **counts)
             raise
         return True
 
@@ -535,7 +539,7 @@ class RowLogger:
             during = NO_EPOCH if epoch is None else epoch
             if not is_known:
                 leaves = _make_leaves(values)
-                journal.write_rows(what, set, leaves, now, at, after, during)
+                journal.write_rows(what, set, leaves, (now, at, after, during))
                 values = {}
             for (name, number), slot in zip(values.items(), block.slots, strict=False):
                 if slot < CAPACITY:
@@ -547,14 +551,15 @@ class RowLogger:
                     put(slot * ROW_BYTES, data, _crc32(data, slot))
                 else:
                     rest = _make_leaves(values)[list(values).index(name) :]
-                    journal.write_rows(what, set, rest, now, at, after, during)
+                    journal.write_rows(what, set, rest, (now, at, after, during))
                     break
             if index is not None:
                 group.auto_index.give(index)
         except BaseException:
             block.void(slot)
             # Raise a clear error if an argument is wrong. Else a signal handler raised.
-            check_arguments(what, set, index, epoch, step)
+            counts = {"index": index, "epoch": epoch, "step": step}
+            check_arguments(what, set, describe_call(what, set), **counts)
             raise
         return True
 
@@ -563,36 +568,32 @@ class RowLogger:
         what: str,
         set: str,
         value: object,
-        index: int | None,
         append: bool,
-        epoch: int | None,
-        step: int | None,
+        **counts: int | None,
     ) -> None:
         """Check all arguments, then write any kind of value."""
         place = describe_call(what, set)
-        index, epoch, step = check_arguments(what, set, index, epoch, step, place)
+        counts = check_arguments(what, set, place, **counts)
         if not self._journal.takes_rows():
             return
         leaves = flatten_value(value, place)
         if any(self._may_be_secret(leaf) for leaf in leaves):
             leaves = [self._redact(leaf) for leaf in leaves]
-        overwrites = not append and index is not None
-        self._log_leaves(what, set, leaves, index, epoch, step, overwrites)
+        self._log_leaves(what, set, leaves, counts, append)
 
     def _log_leaves(
         self,
         what: str,
         set: str,
         leaves: list[Leaf],
-        index: int | None,
-        epoch: int | None,
-        step: int | None,
-        overwrites: bool = False,
+        counts: Counts,
+        append: bool = True,
     ) -> None:
         """Write leaves at one place of a series."""
-        at = self._journal.get_auto_index(what, set).choose(index, step)
-        counts = {"index": None if at == NO_COUNT else at, "epoch": epoch, "step": step}
-        if overwrites:
+        index = counts.get("index")
+        at = self._journal.get_auto_index(what, set).choose(index, counts["step"])
+        counts = counts | {"index": None if at == NO_COUNT else at}
+        if not append and index is not None:
             self.flush()  # deferred rows come first, so that they are superseded too
             self._journal.write(what, set, [("", OVERWRITE, 0.0, None)], **counts)
         self._write(what, set, leaves, counts)
@@ -629,9 +630,7 @@ class RowLogger:
             return leaf
         return name, kind, number, json.dumps(masked, ensure_ascii=False)
 
-    def _write(
-        self, what: str, set: str, leaves: list[Leaf], counts: dict[str, int | None]
-    ) -> None:
+    def _write(self, what: str, set: str, leaves: list[Leaf], counts: Counts) -> None:
         """Write the leaves that are ready; keep tensors until ``flush`` reads them."""
         now = time.time_ns() // 1000
         ready = [leaf for leaf in leaves if leaf[1] != DEFERRED]
@@ -666,27 +665,15 @@ def describe_call(what: object, set: object) -> str:
     return f"Run.log({what!r}, {set!r})"
 
 
-def check_arguments(
-    what: object,
-    set: object,
-    index: object,
-    epoch: object,
-    step: object,
-    place: str = "",
-) -> tuple[int | None, int | None, int | None]:
-    """Check names and counts; returns index, epoch and step as ints."""
-    place = place or describe_call(what, set)
+def check_arguments(what: object, set: object, place: str, **counts: object) -> Counts:
+    """Check names and counts; returns the counts as ints."""
     check_name(what, "what", place)
     check_name(set, "set", place)
-    return (
-        _check_count(index, "index", MAX_COUNT, place),
-        _check_count(epoch, "epoch", _MAX_EPOCH, place),
-        _check_count(step, "step", MAX_COUNT, place),
-    )
+    return {word: _check_count(one, word, place) for word, one in counts.items()}
 
 
 def _check_fit(number: int, word: str, place: str) -> int:
-    checked = _check_count(number, word, _MAX_EPOCH, place)
+    checked = _check_count(number, word, place, _HIGHEST["epoch"])
     if checked is None or checked < 1:
         raise ValueError(
             f"{place}: expected {word} from 1, got {number}. Leave it out for the default."
@@ -694,9 +681,12 @@ def _check_fit(number: int, word: str, place: str) -> int:
     return checked
 
 
-def _check_count(count: object, word: str, highest: int, place: str) -> int | None:
+def _check_count(
+    count: object, word: str, place: str, highest: int | None = None
+) -> int | None:
     if count is None:
         return None
+    highest = highest or _HIGHEST.get(word, MAX_COUNT)
     if type(count) is int and -highest <= count <= highest:
         return count
     try:

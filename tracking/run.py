@@ -299,7 +299,7 @@ class Run(ArtifactLogger):
             if self._capture is not None and self._has_packages():
                 self._capture.remove_file()
         elif error is not None:
-            write_failure(get_rank_dir(self.path, self.rank), error, utc_now())
+            write_failure(self._rank_dir, error, utc_now())
 
     def _has_packages(self) -> bool:
         """Whether what was captured is in the manifest's file, even on a full disk."""

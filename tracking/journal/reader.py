@@ -7,10 +7,10 @@ Reading changes nothing on the disk.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from tracking.journal import row_format
 from tracking.journal.arrays import make_array, make_empty_table, read_array
+from tracking.journal.row_format import BlockContent
 from tracking.journal.segment import (
     CAPACITY,
     Damage,
@@ -33,18 +34,6 @@ MAX_GAP: Final = 1000
 """Missing blocks before one that must prove that it is no stray file."""
 
 
-@dataclass(frozen=True)
-class BlockContent:
-    """A block as a reader finds it."""
-
-    table: pa.Table  #: rows that can be read, in the public schema
-    #: damage of a sealed block; in an open one, rows that are being written look the
-    #: same, so this counts only if the block has no writer
-    damage: list[Damage]
-    frontier: int  #: slots below it will not change
-    is_sealed: bool  #: whether no more rows can come
-
-
 SealedBlocks = dict[Path, BlockContent]
 """Sealed blocks by their files; they do not change any more."""
 
@@ -52,11 +41,6 @@ SealedBlocks = dict[Path, BlockContent]
 def get_segment_path(rank_dir: Path, number: int) -> Path:
     """Return the file of a sealed block."""
     return rank_dir / f"{number:06d}.arrow"
-
-
-def get_rank(rank_dir: Path) -> int:
-    """Return the rank whose records a folder contains: its name."""
-    return int(rank_dir.name) if rank_dir.name.isdecimal() else 0
 
 
 def list_blocks(rank_dir: Path) -> list[int]:
@@ -96,21 +80,15 @@ def read_block(rank_dir: Path, number: int) -> BlockContent | None:
     segment_path = get_segment_path(rank_dir, number)
     for _ in range(3):
         try:
-            table, damage = read_segment(segment_path)
-            return BlockContent(table, damage, CAPACITY, is_sealed=True)
+            return BlockContent(*read_segment(segment_path))
         except (FileNotFoundError, IsADirectoryError):
             pass
         try:
             found = row_format.read_block_files(rank_dir, number)
         except FileNotFoundError:
             continue
-        if segment_path.is_file():
-            continue
-        rank = get_rank(rank_dir)
-        decoded = row_format.decode_block(rank_dir, number, rank, *found)
-        return BlockContent(
-            decoded.table, decoded.damage, decoded.frontier, is_sealed=False
-        )
+        if not segment_path.is_file():
+            return row_format.decode_block(rank_dir, number, *found)
     return None
 
 
@@ -254,26 +232,22 @@ class JournalReader:
             return self._sealed[1]
         content = read_block(self.rank_dir, number)
         if content is None:  # somebody removed it after it was listed
-            return BlockContent(make_empty_table(), [], CAPACITY, is_sealed=True)
+            return BlockContent(make_empty_table(), [])
         self._sealed = (number, content) if content.is_sealed else None
         return content
 
     def _count_rows(self, number: int) -> int:
         """Count the rows of a block of which none was read."""
-        if number in self._counts:
+        with contextlib.suppress(FileNotFoundError):
+            if number not in self._counts:
+                path = get_segment_path(self.rank_dir, number)
+                self._counts[number] = read_num_rows(path)
             return self._counts[number]
-        try:
-            path = get_segment_path(self.rank_dir, number)
-            self._counts[number] = read_num_rows(path)
-            return self._counts[number]
-        except FileNotFoundError:
-            pass
         try:
             return row_format.count_rows(self.rank_dir, number)
         except FileNotFoundError:  # it was sealed after the first look
-            return (
-                self._count_rows(number) if number in list_blocks(self.rank_dir) else 0
-            )
+            is_there = number in list_blocks(self.rank_dir)
+            return self._count_rows(number) if is_there else 0
 
 
 def _select_rows(

@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from tracking.journal.arrays import make_array, make_texts
-from tracking.journal.segment import CAPACITY, Damage
+from tracking.journal.segment import CAPACITY, Damage, get_rank
 from tracking.schema import KINDS, SCHEMA, VALUED, VOID
 
 FIELDS: Final = struct.Struct("<qqqdiIHH")
@@ -80,12 +80,15 @@ _CRC_TABLE: Final = _make_crc_table()
 
 
 @dataclass(frozen=True)
-class Decoded:
-    """Content of an open block."""
+class BlockContent:
+    """A block as a reader finds it."""
 
-    table: pa.Table  #: its complete rows, in order
-    frontier: int  #: first slot that is not complete: rows before it are final
-    damage: list[Damage]  #: what cannot be read, if the block has no writer any more
+    table: pa.Table  #: rows that can be read, in order, in the public schema
+    #: damage of a sealed block; in an open one, rows that are being written look the
+    #: same, so this counts only if the block has no writer
+    damage: list[Damage]
+    frontier: int = CAPACITY  #: slots below it will not change
+    is_sealed: bool = True  #: whether no more rows can come
 
 
 def get_block_paths(rank_dir: Path, number: int) -> tuple[Path, Path]:
@@ -127,17 +130,16 @@ def _no_pause() -> None:
 def decode_block(
     rank_dir: Path,
     number: int,
-    rank: int,
     before: bytes,
     rows: bytes,
     text: bytes,
     pause: Callable[[], None] = _no_pause,
-) -> Decoded:
+) -> BlockContent:
     """Decode the bytes of an open block's files.
 
     Parameters
     ----------
-    rank_dir, number, rank
+    rank_dir, number
         Identify the block.
     before, rows, text
         Bytes of the files; ``before`` is an earlier reading of ``rows``.
@@ -174,8 +176,9 @@ def decode_block(
     kept = is_known & (row["kind"] != VOID)
     if not kept.all():
         row, slot = row[kept], slot[kept]
-    table = _build_table(row, slot, number * CAPACITY, rank, keys, payloads, pause)
-    return Decoded(table, frontier, damage)
+    place = number * CAPACITY, get_rank(rank_dir)
+    table = _build_table(row, slot, *place, keys, payloads, pause)
+    return BlockContent(table, damage, frontier, is_sealed=False)
 
 
 def count_rows(rank_dir: Path, number: int) -> int:
@@ -187,9 +190,8 @@ def count_rows(rank_dir: Path, number: int) -> int:
 
 def _count_used(rows: bytes) -> int:
     """Count the slots up to the last one that is not empty; a short run leaves most empty."""
-    used = np.flatnonzero(
-        np.frombuffer(rows, np.int64, len(rows) // ROW_BYTES * _WORDS)
-    )
+    words = np.frombuffer(rows, np.int64, len(rows) // ROW_BYTES * _WORDS)
+    used = np.flatnonzero(words)
     return int(used[-1]) // _WORDS + 1 if len(used) else 0
 
 

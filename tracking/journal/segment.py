@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -72,12 +72,16 @@ class Damage:
     reason: str
 
 
+def get_rank(rank_dir: Path) -> int:
+    """Return the rank whose records a folder contains: its name."""
+    return int(rank_dir.name) if rank_dir.name.isdecimal() else 0
+
+
 def write_segment(
     table: pa.Table,
     path: Path,
     *,
-    rank: int,
-    damage: tuple[Damage, ...] = (),
+    damage: Iterable[Damage] = (),
     pause: Callable[[], None] | None = None,
 ) -> None:
     """Write rows as a sealed block; the file is complete and on the disk afterwards.
@@ -92,6 +96,7 @@ def write_segment(
         Called between the steps, so that other threads can run.
     """
     columns, notes = _encode(table)
+    rank = get_rank(path.parent)
     notes |= {"format": FORMAT, "rank": rank, "num_rows": table.num_rows}
     notes["damage"] = [[d.file.name, d.offset, d.rows_lost, d.reason] for d in damage]
     if pause:
@@ -166,44 +171,37 @@ def _encode(table: pa.Table) -> tuple[dict[str, pa.Array], dict[str, Any]]:
     constant: dict[str, Any] = {}
     first: dict[str, int] = {}
     columns: dict[str, pa.Array] = {}
-    for name in COUNTS:
-        _encode_count(table[name], name, columns, constant, first)
-    for name in WORDS:
-        _encode_words(table[name], name, columns, constant)
-    for name in ("value", "payload"):
+    for name in (*COUNTS, *WORDS, "value", "payload"):
         column = join_chunks(table[name])
-        if column.null_count == len(column):
+        if column.null_count == len(column) and name not in WORDS:
             constant[name] = None
+        elif name in COUNTS:
+            whole = column.cast(pa.int64())
+            first[name] = read_array(whole.drop_null())[0].item()
+            steps = _find_differences(whole)
+            if name == "seq":  # always stored, so that rows can be counted
+                steps[1:] -= 1
+            elif whole.null_count == 0 and not steps.any():
+                constant[name] = first[name]
+                continue
+            narrow = steps.astype(_find_narrowest(steps))
+            columns[name] = make_array(narrow, _find_nulls(whole))
+        elif name in WORDS and len(column.dictionary) == 1:
+            constant[name] = column.dictionary[0].as_py()
+        elif name in WORDS:
+            columns[name] = _narrow_codes(column)
         else:
             columns[name] = _narrow_floats(column) if name == "value" else column
     return columns, {"constant": constant, "first": first}
 
 
-def _encode_count(
-    column: pa.ChunkedArray,
-    name: str,
-    columns: dict[str, pa.Array],
-    constant: dict[str, Any],
-    first: dict[str, int],
-) -> None:
-    """Store an integer column as differences, or as a constant."""
-    whole = join_chunks(column).cast(pa.int64())
-    if whole.null_count == len(whole):
-        constant[name] = None
-        return
-    numbers = read_array(whole.drop_null())
+def _find_differences(column: pa.Array) -> Any:
+    """Difference of each number from the one before it; 0 at the first, and at a null."""
+    numbers = read_array(column.drop_null())
+    steps = np.zeros(len(column), np.int64)
     with np.errstate(over="ignore"):  # wraps around; the sum wraps back
-        steps = np.diff(numbers, prepend=numbers[:1])
-    if name == "seq":  # always stored, so that rows can be counted
-        steps[1:] -= 1
-    first[name] = int(numbers[0])
-    if name != "seq" and whole.null_count == 0 and not steps.any():
-        constant[name] = first[name]
-        return
-    is_null = read_array(whole.is_null())
-    spread = np.zeros(len(whole), _find_narrowest(steps))
-    spread[~is_null] = steps
-    columns[name] = make_array(spread, is_null if whole.null_count else None)
+        steps[read_array(column.is_valid())] = np.diff(numbers, prepend=numbers[:1])
+    return steps
 
 
 def _find_narrowest(
@@ -216,20 +214,9 @@ def _find_narrowest(
     return np.int64
 
 
-def _encode_words(
-    column: pa.ChunkedArray,
-    name: str,
-    columns: dict[str, pa.Array],
-    constant: dict[str, Any],
-) -> None:
-    """Store a column of names as narrow dictionary codes, or as a constant."""
-    coded = join_chunks(column)
-    words = coded.dictionary
-    if len(words) == 1:
-        constant[name] = words[0].as_py()
-        return
-    width = pa.int8() if len(words) < 128 else pa.int16()
-    columns[name] = pa.DictionaryArray.from_arrays(coded.indices.cast(width), words)
+def _narrow_codes(column: pa.DictionaryArray) -> pa.DictionaryArray:
+    width = pa.int8() if len(column.dictionary) < 128 else pa.int16()
+    return pa.DictionaryArray.from_arrays(column.indices.cast(width), column.dictionary)
 
 
 def _narrow_floats(column: pa.Array) -> pa.Array:

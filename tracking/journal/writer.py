@@ -22,7 +22,7 @@ from tracking.durable import LockHeldError, ProcessLock
 from tracking.errors import RunBusyError, RunClosedError, warn
 from tracking.journal import row_format
 from tracking.journal.block import AutoIndex, Block, DiskBlock, KeyGroup
-from tracking.journal.reader import get_rank, get_segment_path, list_blocks, read_block
+from tracking.journal.reader import get_segment_path, list_blocks, read_block
 from tracking.journal.row_format import HAS_TEXT, NO_COUNT, NO_EPOCH, encode_row
 from tracking.journal.segment import CAPACITY, write_segment
 from tracking.schema import Leaf
@@ -39,6 +39,9 @@ RETRY_S: Final = 1.0
 
 Indices = Mapping[tuple[str, str], int]
 """Highest index of each (what, set)."""
+
+Counts = tuple[int, int, int, int]
+"""Time (us since 1970), index, step and epoch of a row; nulls are those of ``row_format``."""
 
 _JOURNALS: Final[weakref.WeakSet[Journal]] = weakref.WeakSet()
 
@@ -86,7 +89,6 @@ class Journal:
                 f"{durability!r}. Choose one of the two."
             )
         self.rank_dir = rank_dir
-        self.rank = get_rank(rank_dir)
         self._is_synced = durability == "fsync"
         self._on_tick = on_tick
         self._has_warned = False
@@ -119,11 +121,8 @@ class Journal:
     def _start_threads(self) -> None:
         self._open: list[Block] = [self.block]  # in order; only the keeper changes it
         self._tasks: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self._sealer = _Sealer(self.rank_dir, self.rank, self._warn_of)
-        self._has_stopped = threading.Event()
-        self._keeper = threading.Thread(
-            target=self._run_keeper, name="tracking-keeper", daemon=True
-        )
+        self._sealer = _Sealer(self.rank_dir, self._warn_of)
+        self._keeper = _Thread(self._keep, "tracking-keeper")
         try:
             self._keeper.start()
         except RuntimeError:  # the system has no more threads
@@ -136,8 +135,8 @@ class Journal:
         """Return the automatic index of one (what, set)."""
         found = self._auto_indices.get((what, set))
         if found is None:
-            is_known = self._find_highest is None
-            made = AutoIndex() if is_known else AutoIndex(find=self._find_indices)
+            find = None if self._find_highest is None else self._find_indices
+            made = AutoIndex(find=find)
             found = self._auto_indices.setdefault((what, set), made)
         return found
 
@@ -208,39 +207,29 @@ class Journal:
         RunClosedError
             If the journal is closed.
         """
-        fields = (
+        counts = (
             time.time_ns() // 1000 if time_us is None else time_us,
             NO_COUNT if index is None else index,
             NO_COUNT if step is None else step,
             NO_EPOCH if epoch is None else epoch,
         )
-        self.write_rows(what, set, list(leaves), *fields)
+        self.write_rows(what, set, list(leaves), counts)
 
     def write_rows(
-        self,
-        what: str,
-        set: str,
-        leaves: Sequence[Leaf],
-        time_us: int,
-        index: int,
-        step: int,
-        epoch: int,
+        self, what: str, set: str, leaves: Sequence[Leaf], counts: Counts
     ) -> None:
-        """Write one row for each leaf, as ``write``; nulls are those of ``row_format``."""
+        """Write one row for each leaf, as ``write``."""
         for first in range(0, len(leaves), NAMES_AT_ONCE):
             some = leaves[first : first + NAMES_AT_ONCE]
             for leaf in some:
-                self.write_row(what, set, leaf, time_us, index, step, epoch, some)
+                self.write_row(what, set, leaf, counts, some)
 
     def write_row(
         self,
         what: str,
         set: str,
         leaf: Leaf,
-        time_us: int,
-        index: int,
-        step: int,
-        epoch: int,
+        counts: Counts,
         beside: Sequence[Leaf] = (),
     ) -> None:
         """Write one row, as ``write_rows``.
@@ -255,8 +244,7 @@ class Journal:
                 if slot < CAPACITY:
                     break
                 self.roll(block)
-                counts = (time_us, index, step, epoch)
-                return self.write_row(what, set, leaf, *counts, beside)
+                return self.write_row(what, set, leaf, counts, beside)
             group = self.get_group(block, what, set)
             key = group.ids.get(name)
             if key is None:
@@ -267,8 +255,8 @@ class Journal:
             if payload is not None:
                 flags = HAS_TEXT
                 block.add_payload(slot, payload)
-            fields = (time_us, index, step, number, epoch, key, kind, flags)
-            block.put(*encode_row(slot, *fields))
+            *first, epoch = counts
+            block.put(*encode_row(slot, *first, number, epoch, key, kind, flags))
         except BaseException:
             block.void(slot)
             raise
@@ -290,10 +278,8 @@ class Journal:
         """
         while block.next is None:
             self.check_open()
-            if (
-                threading.current_thread() is self._keeper
-                or not self._keeper.is_alive()
-            ):
+            keeper = self._keeper
+            if threading.current_thread() is keeper or not keeper.is_alive():
                 self._make_next_block()
             else:
                 self._tasks.put("make")
@@ -361,7 +347,7 @@ class Journal:
             ends.callback(self._lock.release)
             ends.callback(self._sealer.close)
             ends.callback(self._retire_last)
-            _wait_for_end(self._keeper, self._has_stopped)
+            self._keeper.wait()
 
     def _describe_end(self) -> str:
         return (
@@ -402,14 +388,8 @@ class Journal:
 
     # -------------------------------------------------------------------- keeper
 
-    def _run_keeper(self) -> None:
-        """Thread: make blocks, retry what failed, pass full blocks to the sealer."""
-        try:
-            self._keep()
-        finally:
-            self._has_stopped.set()
-
     def _keep(self) -> None:
+        """Thread: make blocks, retry what failed, pass full blocks to the sealer."""
         next_tick = 0.0
         while True:
             try:
@@ -516,16 +496,29 @@ class Journal:
             )
 
 
-def _wait_for_end(thread: threading.Thread, has_stopped: threading.Event) -> None:
-    """Wait for a thread; what a signal such as Ctrl-C raises meanwhile is raised afterwards.
+class _Thread(threading.Thread):
+    """A thread that the end of the interpreter does not wait for."""
 
-    ``join`` alone takes a thread for ended once a signal has interrupted it (Python 3.11).
-    """
-    try:
-        has_stopped.wait()
-    finally:
-        has_stopped.wait()
-        thread.join()
+    def __init__(self, target: Callable[[], None], name: str) -> None:
+        super().__init__(target=target, name=name, daemon=True)
+        self._has_stopped = threading.Event()
+
+    def run(self) -> None:
+        try:
+            super().run()
+        finally:
+            self._has_stopped.set()
+
+    def wait(self) -> None:
+        """Wait for its end; what a signal such as Ctrl-C raises meanwhile is raised afterwards.
+
+        ``join`` alone takes a thread for ended once a signal has interrupted it (Python 3.11).
+        """
+        try:
+            self._has_stopped.wait()
+        finally:
+            self._has_stopped.wait()
+            self.join()
 
 
 class _Sealer:
@@ -539,19 +532,13 @@ class _Sealer:
         Set when nothing is logged any more: the thread makes no pauses then.
     """
 
-    def __init__(
-        self, rank_dir: Path, rank: int, warn_of: Callable[[OSError], None]
-    ) -> None:
+    def __init__(self, rank_dir: Path, warn_of: Callable[[OSError], None]) -> None:
         self.has_waiting = False
         self.is_hurried = False
         self._rank_dir = rank_dir
-        self._rank = rank
         self._warn_of = warn_of
         self._queue: queue.SimpleQueue[Block | None] = queue.SimpleQueue()
-        self._has_stopped = threading.Event()
-        self._thread = threading.Thread(
-            target=self._run, name="tracking-sealer", daemon=True
-        )
+        self._thread = _Thread(self._seal_all, "tracking-sealer")
         self._thread.start()
 
     def add(self, block: Block) -> None:
@@ -561,13 +548,7 @@ class _Sealer:
     def close(self) -> None:
         """Seal what was added and end the thread; it gives up after ``RETRY_S``."""
         self._queue.put(None)
-        _wait_for_end(self._thread, self._has_stopped)
-
-    def _run(self) -> None:
-        try:
-            self._seal_all()
-        finally:
-            self._has_stopped.set()
+        self._thread.wait()
 
     def _seal_all(self) -> None:
         waiting: list[Block] = []
@@ -594,15 +575,13 @@ class _Sealer:
             return False
         rows, text = block.snapshot()
         found = row_format.decode_block(
-            self._rank_dir, block.number, self._rank, rows, rows, text, self._pause
+            self._rank_dir, block.number, rows, rows, text, self._pause
         )
         # Damage without a lost row, such as a text written twice, is not worth a note.
-        damage = tuple(d for d in found.damage if d.rows_lost)
+        damage = [one for one in found.damage if one.rows_lost]
         path = get_segment_path(self._rank_dir, block.number)
         try:
-            write_segment(
-                found.table, path, rank=self._rank, damage=damage, pause=self._pause
-            )
+            write_segment(found.table, path, damage=damage, pause=self._pause)
             block.close(unlink=True)
         except OSError as error:
             self._warn_of(error)
@@ -645,8 +624,7 @@ def recover(rank_dir: Path) -> None:
         if not path.is_file():
             content = read_block(rank_dir, number)
             assert content is not None
-            damage = tuple(content.damage)
-            write_segment(content.table, path, rank=get_rank(rank_dir), damage=damage)
+            write_segment(content.table, path, damage=content.damage)
         for open_file in row_format.get_block_paths(rank_dir, number):
             open_file.unlink(missing_ok=True)
 

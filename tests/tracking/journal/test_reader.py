@@ -323,7 +323,7 @@ def test_block_far_behind_a_gap_is_read_and_the_gap_is_named_once(rank_dir):
     table, _ = read_records(rank_dir)
     seq = pa.array([number * CAPACITY])
     write_segment(table.set_column(0, table.schema.field(0), seq),
-                  get_segment_path(rank_dir, number), rank=0)  # fmt: skip
+                  get_segment_path(rank_dir, number))  # fmt: skip
     table, damage = read_records(rank_dir)
     assert table["seq"].to_pylist() == [0, number * CAPACITY]
     (gap,) = damage

@@ -617,7 +617,7 @@ def test_memory_block_is_read_like_one_on_the_disk():
     fields = (1, 2, 3, math.nan, 4, group.ids["x"], 4, row_format.HAS_TEXT)
     block.put(*row_format.encode_row(0, *fields))
     marks, text = block.snapshot()
-    found = row_format.decode_block(Path("part"), 4, 0, marks, marks, text)
+    found = row_format.decode_block(Path("part"), 4, marks, marks, text)
     assert found.table["payload"].to_pylist() == ['"text"']
     assert found.table["seq"].to_pylist() == [4 * CAPACITY]
     assert not block.is_durable
@@ -643,7 +643,7 @@ def test_new_names_of_a_block_are_one_text(tmp_path):
     rows, text = block.snapshot()
     # A kill in the middle of the text leaves the names before it.
     for cut, whole in ((len(text), 4), (len(text) - 1, 3)):
-        found = row_format.decode_block(tmp_path, 0, 0, rows, rows, text[:cut])
+        found = row_format.decode_block(tmp_path, 0, rows, rows, text[:cut])
         assert found.table["name"].to_pylist() == names[:whole]
         assert found.table["what"].to_pylist() == ["m\n"] * whole
 
