@@ -12,8 +12,7 @@ from typing import Any, Literal
 from tracking import capture
 from tracking.delivery.options import check_options
 from tracking.mlflow_store.keys import LATEST
-from tracking.rank_run import RankRun
-from tracking.ranks import announce_run, next_announcement, wait_for_run
+from tracking.ranks import RankRun, announce_run, next_announcement, wait_for_run
 from tracking.redaction import redact, strip_url
 from tracking.run import Run, utc_now
 from tracking.schema import check_name, check_path
@@ -25,6 +24,7 @@ from tracking.store import (
     find_run,
     get_rank_dir,
     get_status,
+    get_working_folder,
     remove_failures,
     runs_folder,
 )
@@ -104,20 +104,7 @@ def start(
     >>> with start(experiment="digits", delivery=False) as run:
     ...     run.log("metrics", "train", {"loss": 0.31}, index=1, step=500)
     """
-    check_start(
-        experiment=experiment,
-        name=name,
-        params=params,
-        tags=tags,
-        note=note,
-        runs_dir=runs_dir,
-        durability=durability,
-        delivery=delivery,
-        save_diff=save_diff,
-        rank=rank,
-        run_id=run_id,
-        all_ranks=all_ranks,
-    )
+    check_start(**locals())
     options = dict(delivery) if isinstance(delivery, Mapping) else {}
     experiment, name, note = (
         text and redact(text, read_secrets()) for text in (experiment, name, note)
@@ -125,12 +112,16 @@ def start(
     records_all = rank is not None if all_ranks is None else all_ranks
     rank, run_id, announcement = _find_place(rank, run_id, runs_folder(runs_dir))
     made = None
+    run: Run
     if rank > 0:
         assert run_id is not None
         path = runs_folder(runs_dir) / run_id
         rank_dir = get_rank_dir(path, rank)
         made = None if rank_dir.exists() else rank_dir
-        run = _join(path, rank, durability, records_all=records_all)
+        if records_all:
+            run = Run(path, None, rank=rank, durability=durability)
+        else:
+            run = RankRun(path, rank=rank, durability=durability)
     elif run_id is not None:
         given = {"name": name, "experiment": experiment}
         run = _continue(find_run(run_id, runs_dir), durability, given)
@@ -148,11 +139,13 @@ def start(
             manifest.deliver = delivery is not False
             manifest.delivery = options or manifest.delivery
             manifest.mlflow = manifest.mlflow or _active_mlflow_run()
-            run._start_capture(_get_folder(), save_diff=save_diff and run_id is None)
+            run._start_capture(save_diff=save_diff and run_id is None)
             run.save_manifest()
             remove_failures(run.path)
-    except BaseException:
-        _undo_start(run, made)
+    except BaseException:  # leaves nothing of it: no thread, lock or new folder
+        run._abandon()
+        if made is not None:
+            shutil.rmtree(made, ignore_errors=True)
         raise
     if announcement is not None:
         announce_run(announcement, run.id)
@@ -203,11 +196,7 @@ def check_start(**arguments: Any) -> None:
             "Choose one of the two."
         )
     _check_delivery(arguments.get("delivery", True))
-    _check_options(
-        arguments.get("save_diff", True),
-        arguments.get("rank"),
-        arguments.get("all_ranks"),
-    )
+    _check_options(**arguments)
 
 
 def _check_text(word: str, text: object) -> None:
@@ -228,15 +217,6 @@ def _check_folder(runs_dir: Any) -> None:
         )
 
 
-def _join(
-    path: Path, rank: int, durability: Literal["process", "fsync"], *, records_all: bool
-) -> Run:
-    """Join a run that rank 0 has started."""
-    if records_all:
-        return Run(path, None, rank=rank, durability=durability)
-    return RankRun(path, rank=rank, durability=durability)
-
-
 def _go_behind_fits(run: Run) -> None:
     """Leave the fit of a process that was killed; a resume goes back into it.
 
@@ -250,7 +230,9 @@ def _go_behind_fits(run: Run) -> None:
         run.restore_indices_later(num_fits)
 
 
-def _check_options(save_diff: object, rank: object, all_ranks: object) -> None:
+def _check_options(
+    save_diff: object = True, rank: object = None, all_ranks: object = None, **_: object
+) -> None:
     if all_ranks is not None and not isinstance(all_ranks, bool):
         raise TypeError(
             f"start(all_ranks): expected True, False or None, got {all_ranks!r}. "
@@ -288,7 +270,6 @@ def _start_new(
     save_diff: bool,
 ) -> Run:
     """Create a run; its folder is removed again if that fails."""
-    folder = _get_folder()
     path, name = create_run_dir(runs, experiment, name)
     manifest = Manifest(
         id=path.name,
@@ -297,14 +278,14 @@ def _start_new(
         experiment=experiment,
         created=utc_now(),
         command=capture.command(),
-        cwd=str(folder),
+        cwd=str(get_working_folder()),
         pid=os.getpid(),
         keys=LATEST,
         num_fits=1,
         **capture.machine(),
     )
     try:
-        run = Run(path, manifest, durability=durability)
+        return Run(path, manifest, durability=durability)
     except BaseException as error:
         shutil.rmtree(path, ignore_errors=True)
         if isinstance(error, OSError) and error.filename is None and error.errno:
@@ -314,14 +295,6 @@ def _start_new(
                 f"{error.strerror}. Free some space, or pass another folder.",
             ) from error
         raise
-    return run
-
-
-def _undo_start(run: Run, made: Path | None) -> None:
-    """Leave nothing of a run whose start failed: no thread, lock or new folder."""
-    run._abandon()
-    if made is not None:
-        shutil.rmtree(made, ignore_errors=True)
 
 
 def _continue(
@@ -354,14 +327,6 @@ def _continue(
     if earlier is not None and earlier.diff:
         run.log_text(earlier.diff, "code.diff")
     return run
-
-
-def _get_folder() -> Path:
-    """Return the working folder, or the root if it was removed."""
-    try:
-        return Path.cwd()
-    except OSError:
-        return Path("/")
 
 
 def _active_mlflow_run() -> dict[str, Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import getpass
 import json
 import platform
@@ -92,27 +91,23 @@ def code_state(
     """
     deadline = time.monotonic() + timeout_s
     hidden = [f":(exclude,icase,glob)**/{name}" for name in _HIDDEN_FILES]
+    shown = [":/"]
+    if runs is not None and folder in runs.parents:
+        shown.append(f":(exclude,literal){runs.relative_to(folder)}")
+    plain = ("--no-color", "--no-ext-diff", "--no-textconv")
     questions = {
         "commit": ["rev-parse", "HEAD"],
         "branch": ["symbolic-ref", "--short", "-q", "HEAD"],
-        "status": [
-            "status",
-            "--porcelain=v1",
-            "-z",
-            "--",
-            ":/",
-            *_leave_out(runs, folder),
-        ],
+        "status": ["status", "--porcelain=v1", "-z", "--", *shown],
         "remote": ["config", "--get", "remote.origin.url"],
-        "diff": ["diff", *_PLAIN_DIFF, "HEAD", "--", ":/", *hidden],
+        "diff": ["diff", *plain, "HEAD", "--", ":/", *hidden],
     }
     options = _turn_off_programs(folder, deadline)
     answers = _ask_git(folder, questions, deadline, options)
-    if answers["commit"] is None and answers["status"] is None:
+    status, remote = answers["status"], answers["remote"]
+    if answers["commit"] is None and status is None:
         return CodeState(None, "")
-    status = answers["status"]
     changes = [] if status is None else [line for line in status.split("\0") if line]
-    remote = answers["remote"]
     summary = {
         "commit": (answers["commit"] or "").strip() or None,
         "branch": (answers["branch"] or "").strip() or None,
@@ -123,16 +118,6 @@ def code_state(
     secrets = read_secrets() if secrets is None else secrets
     diff = _redact_diff(answers["diff"] or "", secrets)
     return CodeState(summary, _format_diff(diff, untracked))
-
-
-def _leave_out(runs: Path | None, folder: Path) -> list[str]:
-    """Pattern of git that leaves out a folder of runs below the working folder."""
-    if runs is None or folder not in runs.parents:
-        return []
-    return [f":(exclude,literal){runs.relative_to(folder)}"]
-
-
-_PLAIN_DIFF: Final = ("--no-color", "--no-ext-diff", "--no-textconv")
 
 
 def _turn_off_programs(folder: Path, deadline: float) -> list[str]:
@@ -351,6 +336,7 @@ class Capture:
             self._on_end(self.found)
 
 
+_summaries: Final[dict[Path, dict[str, Any] | None]] = {}
 _captures: Final[dict[tuple[Path, bool], Capture]] = {}
 """Latest one by working folder, and whether it keeps the changes of the code."""
 
@@ -386,12 +372,9 @@ def code_summary(folder: Path) -> dict[str, Any] | None:
         found = capture.wait(GIT_TIMEOUT_S) if capture else None
         if found is not None:
             return found.git
-    return _read_summary(folder)
-
-
-@functools.cache
-def _read_summary(folder: Path) -> dict[str, Any] | None:
-    return code_state(folder).summary
+    if folder not in _summaries:
+        _summaries[folder] = code_state(folder).summary
+    return _summaries[folder]
 
 
 def is_prompt() -> bool:

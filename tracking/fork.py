@@ -59,8 +59,8 @@ def fork(
     )
     try:
         for rank, position in positions.items():
-            folders = (get_rank_dir(run_path, rank) for run_path in (parent.path, path))
-            _copy_rows(*folders, position)
+            source, target = (get_rank_dir(one, rank) for one in (parent.path, path))
+            _copy_rows(source, target, position)
         child = dataclasses.replace(
             manifest,
             id=path.name,

@@ -1,7 +1,8 @@
 """One run for the ranks of a launch: rank 0 starts it, and tells the others which it is.
 
 The ranks have nothing in common but the folder of runs. Rank 0 writes the id of the run
-into a file whose name is made from what the launcher told all of them.
+into a file whose name is made from what the launcher told all of them. The others record
+what is their own.
 """
 
 from __future__ import annotations
@@ -11,11 +12,20 @@ import itertools
 import json
 import os
 import platform
+import threading
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from tracking.durable import read_start, write_atomically
+from tracking.journal.block import Block
+from tracking.journal.reader import list_blocks
+from tracking.journal.segment import CAPACITY
+from tracking.journal.writer import Journal
+from tracking.row_logger import RowLogger, check_arguments, describe_call
+from tracking.run import Run
+from tracking.schema import flatten_params, flatten_value
 from tracking.settings import LaunchedRank
 
 WAIT_S: Final = 300.0
@@ -24,6 +34,9 @@ WAIT_S: Final = 300.0
 _POLL_S: Final = 0.05
 _KEPT_S: Final = 24 * 3600.0
 """Seconds after which the file of an old launch is removed."""
+
+_TOGETHER_TICKS: Final = 50
+"""Clock ticks, of 10 ms, within which a launcher starts its ranks."""
 
 _numbers = itertools.count(1)
 """How many runs the ranks of this launch have started, as each of them counts."""
@@ -80,5 +93,140 @@ def _is_of_this_launch(told: dict[str, Any]) -> bool:
     return bool(is_running or told["began"] >= own - _TOGETHER_TICKS)
 
 
-_TOGETHER_TICKS: Final = 50
-"""Clock ticks, of 10 ms, within which a launcher starts its ranks."""
+# ------------------------------------------------- the run of another rank
+
+
+class RankRun(Run):
+    """A run on a rank other than 0, which leaves it to rank 0 to record what all log.
+
+    Values are checked and dropped. With ``all_ranks=True`` a value is recorded here too; the
+    first one makes the part of this rank. So does an exception that ends the run.
+    """
+
+    def __init__(
+        self, path: Path, *, rank: int, durability: Literal["process", "fsync"]
+    ) -> None:
+        self._durability = durability
+        self._opening = threading.Lock()
+        super().__init__(path, None, rank=rank, durability=durability)
+
+    def _make_journal(self, durability: Literal["process", "fsync"]) -> Journal:
+        return LateJournal(self._rank_dir)
+
+    @property
+    def _has_part(self) -> bool:
+        return not isinstance(self._journal, LateJournal)
+
+    def _open_part(self) -> None:
+        """Make the part of this rank, unless it is made, or the run has finished."""
+        with self._opening:
+            if self._has_part or not self._journal.takes_rows():
+                return
+            late, fit = self._journal, self.fit
+            self._journal = super()._make_journal(self._durability)
+            late.close()
+            super().restore_indices()
+            super()._continue_fit(fit)
+
+    def log(
+        self,
+        what: str,
+        set: str,
+        value: object,
+        index: int | None = None,
+        append: bool = True,
+        *,
+        epoch: int | None = None,
+        step: int | None = None,
+        all_ranks: bool = False,
+    ) -> None:
+        """As ``Run.log``; the value is dropped unless ``all_ranks`` is True."""
+        if all_ranks:
+            self._open_part()
+            super().log(what, set, value, index, append, epoch=epoch, step=step)
+            return
+        self._journal.check_open()
+        place = describe_call(what, set)
+        check_arguments(what, set, place, index=index, epoch=epoch, step=step)
+        if type(value) is not float:
+            flatten_value(value, place)
+
+    def log_metric(
+        self,
+        name: str,
+        value: object,
+        step: int | None = None,
+        *,
+        set: str = "train",
+        **options: Any,
+    ) -> None:
+        """As ``Run.log_metric``; the value is dropped unless ``all_ranks`` is True."""
+        self.log("metrics", set, {name: value}, step=step, **options)
+
+    def rewind(
+        self,
+        seq: int,
+        rank: int | None = None,
+        *,
+        indices: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Go back to a position, if this rank has recorded anything behind it."""
+        if rank in (None, self.rank):
+            if seq >= self._journal.last_seq():
+                return
+            self._open_part()
+        super().rewind(seq, rank, indices=indices)
+
+    def restore_indices(self) -> None:
+        """Continue where the part of this rank ends, if it has one."""
+        if self._has_part:
+            super().restore_indices()
+
+    def get_indices(self) -> dict[str, Any] | None:
+        """As ``Run.get_indices``; None if this rank has no part."""
+        return super().get_indices() if self._has_part else None
+
+    def _continue_fit(self, number: int) -> None:
+        if self._has_part:
+            super()._continue_fit(number)
+        else:
+            self.fit = number
+
+    def _log_dict(self, what: str, values: Mapping[str, Any], place: str) -> None:
+        if isinstance(values, Mapping):
+            self._journal.check_open()
+            flatten_params(values, place)
+            return
+        RowLogger._log_dict(self, what, values, place)  # raises
+
+    def _add_artifact(self, name: str, write: Callable[[Path], object]) -> None:
+        self._journal.check_open()
+
+    def _add_record(self, what: str, name: str, *_: object) -> None:
+        self._journal.check_open()
+
+
+class LateJournal(Journal):
+    """Stands for a journal until there is a row: it has no file, lock or thread."""
+
+    def __init__(self, rank_dir: Path) -> None:
+        self.rank_dir = rank_dir
+        self.block = Block(0)
+        self._init_state()
+        self._last_seq: int | None = None
+
+    def last_seq(self) -> int:
+        """Return the highest ``seq`` that an earlier process may have written."""
+        if self._last_seq is None:
+            present = list_blocks(self.rank_dir)
+            self._last_seq = (present[-1] + 1) * CAPACITY - 1 if present else -1
+        return self._last_seq
+
+    def begin_close(self) -> None:
+        """Take no more rows."""
+        if not self._why_closed:
+            self._refuse_rows(self._describe_end())
+
+    def close(self) -> None:
+        """Take no more rows; safe to call twice."""
+        self.begin_close()

@@ -21,7 +21,13 @@ from tracking.artifact_logger import ArtifactLogger
 from tracking.delivery.waiting import RunDelivery, call_at_worker_end, is_worker
 from tracking.errors import InvalidFileError, RunClosedError, RunNotFoundError, warn
 from tracking.journal.reader import list_blocks
-from tracking.store import Manifest, describe_error, get_rank_dir, write_failure
+from tracking.store import (
+    Manifest,
+    describe_error,
+    get_rank_dir,
+    get_working_folder,
+    write_failure,
+)
 
 _STATUSES: Final = ("finished", "failed", "killed")
 
@@ -155,7 +161,7 @@ class Run(ArtifactLogger):
                 "Training continues; free some space before the run ends."
             )
 
-    def _start_capture(self, folder: Path, *, save_diff: bool) -> None:
+    def _start_capture(self, *, save_diff: bool) -> None:
         """Record the code, the packages and the system that the run was started on.
 
         They are found out beside training, and at once if an earlier run of this program
@@ -168,25 +174,21 @@ class Run(ArtifactLogger):
         """
         manifest = self.manifest
         started = manifest.resumed[-1]["time"] if manifest.resumed else manifest.created
+        folder = get_working_folder()
+
+        def add(found: capture.Environment) -> None:
+            manifest.add_environment(dataclasses.replace(found, started=started))
+            if save_diff and found.diff:
+                with contextlib.suppress(RunClosedError):
+                    self.log_text(found.diff, "code.diff")
+
         found = capture.recall(folder, save_diff=save_diff)
         if found is not None:
-            self._add_environment(
-                dataclasses.replace(found, started=started), save_diff
-            )
+            add(found)
             return
         self._capture = capture.begin(
-            self.path,
-            started,
-            folder,
-            save_diff=save_diff,
-            on_end=lambda found: self._add_environment(found, save_diff),
+            self.path, started, folder, save_diff=save_diff, on_end=add
         )
-
-    def _add_environment(self, found: capture.Environment, save_diff: bool) -> None:
-        self.manifest.add_environment(found)
-        if save_diff and found.diff:
-            with contextlib.suppress(RunClosedError):
-                self.log_text(found.diff, "code.diff")
 
     def _end_capture(self) -> None:
         """Wait a moment for what is captured; what comes later stays in a file."""

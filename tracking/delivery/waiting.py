@@ -32,7 +32,7 @@ from tracking.errors import (
 )
 from tracking.redaction import redact
 from tracking.settings import read_environment
-from tracking.store import Manifest, find_start_folder
+from tracking.store import Manifest, find_start_folder, get_working_folder
 
 if TYPE_CHECKING:
     from multiprocessing.util import Finalize
@@ -91,12 +91,14 @@ class RunDelivery:
             return
         self.wait_s = read_options(manifest).wait_s
         self._is_new = is_new
-        started_in = str(find_start_folder(self.run_path, manifest))
+        surroundings = Surroundings(
+            environment=read_environment(),
+            folder=str(get_working_folder()),
+            started_in=str(find_start_folder(self.run_path, manifest)),
+        )
         try:
             (self.run_path / "delivery").mkdir(exist_ok=True)
-            _deliveries.add(
-                self, Surroundings(read_environment(), _get_folder(), started_in)
-            )
+            _deliveries.add(self, surroundings)
         except OSError as error:
             warn(
                 f"start(delivery=True): expected to start the delivery process, got "
@@ -440,11 +442,3 @@ def _report_thinned(runs: Sequence[tuple[str, Mapping[str, int]]]) -> None:
         f"MLflow has at most {per_key} points of {names} of {what}; the records have all. "
         "delivery={'per_key': None} sends all.\n"
     )
-
-
-def _get_folder() -> str:
-    """The working folder, or the root if it was removed."""
-    try:
-        return str(Path.cwd())
-    except OSError:
-        return "/"

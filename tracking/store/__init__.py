@@ -3,8 +3,15 @@
 from tracking.store.ending import (
     FAILURE,
     describe_error,
+    describe_unknown,
+    find_writer,
+    find_writers,
     get_first_error,
+    get_lock_path,
     get_status,
+    has_live_writer,
+    is_being_written,
+    release_run,
     remove_failures,
     write_failure,
 )
@@ -18,6 +25,7 @@ from tracking.store.finding import (
 from tracking.store.folders import (
     create_run_dir,
     get_rank_dir,
+    get_working_folder,
     list_rank_dirs,
     results_path,
     runs_folder,
@@ -29,15 +37,6 @@ from tracking.store.manifest import (
     Manifest,
     find_start_folder,
     read_environment,
-)
-from tracking.store.writers import (
-    describe_unknown,
-    find_writer,
-    find_writers,
-    get_lock_path,
-    has_live_writer,
-    is_being_written,
-    release_run,
 )
 
 __all__ = [
@@ -58,6 +57,7 @@ __all__ = [
     "get_lock_path",
     "get_rank_dir",
     "get_status",
+    "get_working_folder",
     "has_live_writer",
     "is_being_written",
     "list_rank_dirs",

@@ -62,6 +62,14 @@ def expand_user(path: Path) -> Path:
     return path
 
 
+def get_working_folder() -> Path:
+    """Return the working folder, or the root if it was removed."""
+    try:
+        return Path.cwd()
+    except OSError:
+        return Path("/")
+
+
 def results_path(run_path: Path) -> Path:
     """File with the results of an ended run, in Markdown for its description in MLflow."""
     return run_path / "delivery" / "results.md"
