@@ -304,15 +304,13 @@ def _check_has_ended(path: Path) -> None:
     from tracking.store import describe_unknown, find_writers  # noqa: PLC0415
 
     for writer in find_writers(path).values():
-        wanted = "runs delete: expected a run that has ended,"
+        got = (
+            f"got {path.name}, which is still being written by {writer}. Stop it first."
+        )
         if writer.state == "unknown":
-            text = f"{wanted} {describe_unknown(writer, path.name)}"
-        else:
-            text = (
-                f"{wanted} got {path.name}, which is still being written by {writer}. "
-            )
-            text += "Stop it first."
-        raise click.ClickException(text)
+            got = describe_unknown(writer, path.name)
+        msg = f"runs delete: expected a run that has ended, {got}"
+        raise click.ClickException(msg)
 
 
 @runs.command()
@@ -425,16 +423,16 @@ def verify(
     Without RUN, checks every run. Prints nothing if all rows are equal. Differences are
     summarized with a few examples; --json lists all of them.
     """
-    from tracking.delivery.sync import MlflowReader  # noqa: PLC0415  imports Arrow
+    from tracking.delivery.sync import open_mlflow  # noqa: PLC0415  imports Arrow
     from tracking.errors import TrackingError  # noqa: PLC0415  next to verify
     from tracking.verify.report import list_errors, list_findings  # noqa: PLC0415  next to it
     from tracking.verify.verify import verify as verify_run  # noqa: PLC0415  imports Arrow
 
     results, errors = [], []
-    with MlflowReader(patience) as reader:
+    with open_mlflow(patience) as read:
         for run in _select_runs(names, runs_dir):
             try:
-                mlflow = False if no_mlflow else reader
+                mlflow = False if no_mlflow else read
                 results.append(verify_run(run, files or None, mlflow=mlflow))
             except (TrackingError, OSError, ValueError) as error:  # of this run alone
                 errors.append(str(error))

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 from tracking.errors import InvalidFileError
 from tracking.store import Manifest
-
-DEFAULT_PER_KEY: Final = 10_000
-DEFAULT_PATIENCE_S: Final = 60.0
-DEFAULT_WAIT_S: Final = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,30 +24,25 @@ class DeliveryOptions:
         How long the end of the interpreter waits for the delivery.
     """
 
-    per_key: int | None = DEFAULT_PER_KEY
-    patience_s: float = DEFAULT_PATIENCE_S
-    wait_s: float = DEFAULT_WAIT_S
+    per_key: int | None = 10_000
+    patience_s: float = 60.0
+    wait_s: float = 60.0
 
 
 def check_options(options: Mapping[str, Any] | None) -> DeliveryOptions:
     """Check the options that the user gave."""
     given = dict(options or {})
-    for name in given:
+    for name, value in given.items():
         if name not in DeliveryOptions.__dataclass_fields__:
             raise ValueError(
                 f"start(delivery=): expected per_key, patience_s or wait_s, got {name!r}. "
                 "Use one of the three."
             )
-    per_key = given.get("per_key", DEFAULT_PER_KEY)
-    patience_s = given.get("patience_s", DEFAULT_PATIENCE_S)
-    if per_key is not None:
-        _check_number("per_key", per_key, int, 2)
-    wait_s = given.get("wait_s", DEFAULT_WAIT_S)
-    _check_number("patience_s", patience_s, (int, float), 0)
-    _check_number("wait_s", wait_s, (int, float), 0)
-    return DeliveryOptions(
-        per_key=per_key, patience_s=float(patience_s), wait_s=float(wait_s)
-    )
+        if name != "per_key":
+            _check_number(name, value, (int, float), 0)
+        elif value is not None:
+            _check_number(name, value, int, 2)
+    return DeliveryOptions(**given)
 
 
 def read_options(manifest: Manifest) -> DeliveryOptions:
@@ -66,15 +57,10 @@ def read_options(manifest: Manifest) -> DeliveryOptions:
 
 
 def _check_number(name: str, value: Any, kind: Any, least: int) -> None:
-    place = f"start(delivery={{{name!r}: ...}})"
     word = "a whole number" if kind is int else "a number"
-    if isinstance(value, bool) or not isinstance(value, kind):
-        raise TypeError(
-            f"{place}: expected {word} of at least {least}, got {value!r}. "
-            "Leave it out for the default."
-        )
-    if not value >= least:
-        raise ValueError(
-            f"{place}: expected {word} of at least {least}, got {value!r}. "
-            "Leave it out for the default."
+    is_number = isinstance(value, kind) and not isinstance(value, bool)
+    if not (is_number and value >= least):
+        raise (ValueError if is_number else TypeError)(
+            f"start(delivery={{{name!r}: ...}}): expected {word} of at least {least}, got "
+            f"{value!r}. Leave it out for the default."
         )

@@ -230,19 +230,12 @@ class DeliveryProcess:
             try:
                 data = data[os.write(self._requests, data) :]
             except BlockingIOError:
-                left_s = deadline - time.monotonic()
-                if (
-                    left_s <= 0
-                    or not select.select([], [self._requests], [], left_s)[1]
-                ):
+                left_s = max(0.0, deadline - time.monotonic())
+                if not select.select([], [self._requests], [], left_s)[1]:
                     return False
             except OSError:
                 return False
         return True
-
-    def hurry(self) -> None:
-        """Let the process be as fast as others, because training waits for it."""
-        set_group_niceness(self.pid, 0)
 
     def close(self) -> None:
         """Close the pipes. A forked child does, which has no part in this delivery."""
@@ -258,11 +251,12 @@ class DeliveryProcess:
     def _read_reports(self) -> None:
         """Pass on which runs are delivered, until the process has ended."""
         rest = b""
-        while data := _read(self._reports):
-            *lines, rest = (rest + data).split(b"\n")
-            for line in lines:
-                report = json.loads(line)
-                self._on_report(report["number"], report["is_done"])
+        with contextlib.suppress(OSError):  # closed meanwhile
+            while data := os.read(self._reports, 1 << 16):
+                *lines, rest = (rest + data).split(b"\n")
+                for line in lines:
+                    report = json.loads(line)
+                    self._on_report(report["number"], report["is_done"])
         self._process.wait()
         self._on_exit(self)  # which closes the pipes
 
@@ -270,13 +264,6 @@ class DeliveryProcess:
 def _close(fd: int) -> None:
     with contextlib.suppress(OSError):
         os.close(fd)
-
-
-def _read(fd: int) -> bytes:
-    try:
-        return os.read(fd, 1 << 16)
-    except OSError:
-        return b""
 
 
 def start_detached(run_path: Path) -> None:

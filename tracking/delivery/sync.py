@@ -10,7 +10,7 @@ import contextlib
 import json
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Final
@@ -170,46 +170,44 @@ def _find_loss(run_path: Path) -> str | None:
     return None
 
 
-def read_mlflow(run: PastRun) -> MlflowContents:
-    """Read what MLflow has of one run, as `MlflowReader` does."""
-    with MlflowReader() as reader:
-        return reader.read(run)
+MlflowReader = Callable[[PastRun], MlflowContents]
+"""Reads what MLflow has of a run."""
 
 
-class MlflowReader:
-    """Reads what MLflow has of runs, in one process for all of them.
+@contextlib.contextmanager
+def open_mlflow(patience_s: float = DEFAULT_PATIENCE_S) -> Iterator[MlflowReader]:
+    """Yield what reads runs from MLflow, in one process for all of them.
 
     Parameters
     ----------
     patience_s : seconds
         How long to wait for a server that does not answer, once for all runs.
     """
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        RunByRunProcess("--read", folder, "--patience", str(patience_s)) as process,
+    ):
 
-    def __init__(self, patience_s: float = DEFAULT_PATIENCE_S) -> None:
-        self._folder = tempfile.TemporaryDirectory()
-        options = ("--read", self._folder.name, "--patience", str(patience_s))
-        self._process = RunByRunProcess(*options)
+        def read(run: PastRun) -> MlflowContents:
+            report = process.ask(run.path)
+            if report.get("error"):
+                raise DeliveryError(
+                    f"run {run.id}: expected it in MLflow, got {report['error']}. "
+                    f"Run 'harness sync {run.id}'."
+                )
+            path = Path(folder, f"{report.pop('run')}.arrow")
+            with pa.OSFile(str(path)) as file:
+                history = pa.ipc.open_file(file).read_all()
+            path.unlink()
+            return MlflowContents(history=history, **report)
 
-    def read(self, run: PastRun) -> MlflowContents:
-        """Read what MLflow has of a run."""
-        report = self._process.ask(run.path)
-        if report.get("error"):
-            raise DeliveryError(
-                f"run {run.id}: expected it in MLflow, got {report['error']}. "
-                f"Run 'harness sync {run.id}'."
-            )
-        path = Path(self._folder.name, f"{report.pop('run')}.arrow")
-        with pa.OSFile(str(path)) as file:
-            history = pa.ipc.open_file(file).read_all()
-        path.unlink()
-        return MlflowContents(history=history, **report)
+        yield read
 
-    def __enter__(self) -> MlflowReader:
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self._process.close()
-        self._folder.cleanup()
+def read_mlflow(run: PastRun) -> MlflowContents:
+    """Read what MLflow has of one run."""
+    with open_mlflow() as read:
+        return read(run)
 
 
 class RunByRunProcess:

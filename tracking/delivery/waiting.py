@@ -21,7 +21,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from tracking.delivery.options import read_options
-from tracking.delivery.process import DeliveryProcess, Surroundings
+from tracking.delivery.process import (
+    DeliveryProcess,
+    Surroundings,
+    set_group_niceness,
+)
 from tracking.delivery.state import DeliveryState
 from tracking.errors import (
     DeliveryError,
@@ -137,7 +141,7 @@ class RunDelivery:
     def hurry(self) -> None:
         """Let the delivery be as fast as other processes."""
         if self._process is not None:
-            self._process.hurry()
+            set_group_niceness(self._process.pid, 0)
 
     def pause(self, seconds: float) -> None:
         """Wait for the end of the delivery, at most for some time."""

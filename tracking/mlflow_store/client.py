@@ -109,13 +109,10 @@ class MlflowRun:
 
     run_id: str
     experiment_id: str
-    name: str
     status: str
-    start_ms: int
     end_ms: int | None
     tags: dict[str, str]
     params: dict[str, str]
-    keys: tuple[str, ...]
 
 
 class StoreClient:
@@ -454,13 +451,10 @@ def _as_mlflow_run(run: Any) -> MlflowRun:
     return MlflowRun(
         run_id=info.run_id,
         experiment_id=info.experiment_id,
-        name=info.run_name or "",
         status=info.status,
-        start_ms=info.start_time,
         end_ms=info.end_time,
         tags=dict(data.tags),
         params=dict(data.params),
-        keys=tuple(data.metrics),
     )
 
 

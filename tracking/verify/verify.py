@@ -116,6 +116,6 @@ def verify(
     for file in files:
         result.add(file.name, compare_with_file(run, file))
     if mlflow:
-        there = read_mlflow(run) if mlflow is True else mlflow.read(run)
+        there = read_mlflow(run) if mlflow is True else mlflow(run)
         result.add("MLflow", compare_with_mlflow(run, there))
     return result
