@@ -206,7 +206,7 @@ class Lease:
     """
 
     def __init__(self, path: Path, *, has_lock: bool) -> None:
-        self._path, self._has_lock = path, has_lock
+        self._path, self.has_lock = path, has_lock
         self._since, self._pid = time.time(), os.getpid()
         self._create()
 
@@ -215,9 +215,7 @@ class Lease:
         fd = os.open(self._path, flags, 0o666)
         try:
             found = os.fstat(fd)
-            claim = _Claim(
-                since=self._since, has_lock=self._has_lock, file=found.st_ino
-            )
+            claim = _Claim(since=self._since, has_lock=self.has_lock, file=found.st_ino)
             written = json.dumps(asdict(Place.here()) | asdict(claim)).encode()
             os.write(fd, written)
             self._file = _identify(self._path, found, written)

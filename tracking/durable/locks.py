@@ -9,7 +9,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -92,11 +92,10 @@ class ProcessLock:
             flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
             self._fd = os.open(path, flags)
             failed.callback(os.close, self._fd)
-            has_lock = _lock_record(self._fd, self._path)
-            self._lease = _take_lease(self._path, self._fd, has_lock=has_lock)
+            self._lease = _take(self._path, self._fd)
             failed.callback(self._lease.release)
             os.ftruncate(self._fd, 0)
-            if has_lock:
+            if self._lease.has_lock:
                 text = f"{os.getpid()} on {socket.gethostname()}"
                 os.pwrite(self._fd, text.encode(), 0)
             failed.pop_all()
@@ -143,12 +142,18 @@ def _ask_lock(path: Path) -> tuple[LockState, str]:
         return "missing", ""
     try:
         text = _read_text(fd)
-        fcntl.lockf(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError as error:
-        return ("held" if error.errno in _TAKEN else "missing"), text
+        return _try_lock(fcntl.lockf, fd, fcntl.LOCK_SH | fcntl.LOCK_NB), text
     finally:
         os.close(fd)
-    return "free", text
+
+
+def _try_lock(lock: Callable[[int, int], object], fd: int, operation: int) -> LockState:
+    """Call a function of ``fcntl`` for the lock of an open file; what it tells."""
+    try:
+        lock(fd, operation)
+    except OSError as error:
+        return "held" if error.errno in _TAKEN else "missing"
+    return "free"
 
 
 def _read_text(fd: int) -> str:
@@ -175,75 +180,52 @@ def _find_holder(
     return Holder(state="unknown", text=text)
 
 
-def _lock_record(fd: int, path: Path) -> bool:
-    """Take the POSIX lock; False if the file system has none.
+def _take(path: Path, fd: int) -> Lease:
+    """Take the POSIX lock, where the file system has one, and write a lease.
 
-    ``find_holder`` elsewhere holds it for an instant only.
+    A holder that may be gone is waited for, until it shows that it lives.
     """
+    first: Holder | None = None
+    deadline = 0.0
     for attempt in itertools.count():
-        try:
-            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except OSError as error:
-            if error.errno not in _TAKEN:
-                return False
-        if attempt < 50:
+        lock = _try_lock(fcntl.lockf, fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if lock == "held" and attempt < 50:  # ``find_holder`` has it for an instant
             time.sleep(0.01)
-        elif attempt == 50:
-            holder = _find_holder(path, "held", _read_text(fd))
-            if not _may_be_dead(holder):
-                raise LockHeldError(holder)
-            deadline = time.monotonic() + leases.STALE_S
+            continue
+        text = _read_text(fd)
+        holder = _find_holder(path, lock, text)
+        if holder is None or holder.state == "ended":
+            if holder is not None:
+                leases.remove(get_lease_path(path))
+            with contextlib.suppress(FileExistsError):
+                return Lease(get_lease_path(path), has_lock=lock == "free")
+            continue
+        if not _may_be_gone(path, lock, text, holder):
+            raise LockHeldError(holder)
+        if first is None:
+            first, deadline = holder, time.monotonic() + leases.STALE_S
             warn(
                 f"{path.parent}: expected a folder that nobody writes, got one of "
-                f"{holder}. This process waits up to {leases.STALE_S:g} s, in case that "
-                "machine is gone and its lock is not released yet."
+                f"{holder}, which may have been killed. This process waits up to "
+                f"{leases.STALE_S:g} s for a sign of life."
             )
-        else:
-            time.sleep(_POLL_S)
-            now = _find_holder(path, "held", _read_text(fd))
-            is_renewed = _may_be_dead(now) and now != holder
-            if is_renewed or time.monotonic() > deadline:
-                raise LockHeldError(now)
+        elif holder != first or (lock == "held" and time.monotonic() > deadline):
+            raise LockHeldError(holder)
+        time.sleep(_POLL_S)
     raise AssertionError
 
 
-def _may_be_dead(holder: Holder | None) -> bool:
-    """Whether the holder of a lock may be on a machine that is gone.
+def _may_be_gone(path: Path, lock: LockState, text: str, holder: Holder) -> bool:
+    """Whether the holder of a lock may be on a machine that is gone, or be killed.
 
     A file server releases the locks of a machine that does not answer only after a while:
-    NFS 4 after 90 s.
+    NFS 4 after 90 s. A lease shows it once it is stale.
     """
-    place = None if holder is None else holder.place
-    return place is not None and not place.has_same_kernel(leases.Place.here())
-
-
-def _take_lease(path: Path, fd: int, *, has_lock: bool) -> Lease:
-    """Write a lease once there is none of a process that lives or may live."""
-    lock: LockState = "free" if has_lock else "missing"
-    lease_path, text = get_lease_path(path), _read_text(fd)
-    last_beat: float | None = None
-    while True:
-        holder = _find_holder(path, lock, text)
-        if holder is not None and holder.state != "ended":
-            later = _find_holder(path, lock, text, when_stale=True)
-            if last_beat not in (None, holder.beat) or (
-                later is not None and later.state != "ended"
-            ):
-                raise LockHeldError(holder)
-            if last_beat is None:
-                last_beat = holder.beat
-                warn(
-                    f"{path.parent}: expected a folder that nobody writes, got one of "
-                    f"{holder}, which seems to have been killed. This process goes on "
-                    f"after {leases.STALE_S:g} s without a sign of life."
-                )
-            time.sleep(_POLL_S)
-            continue
-        if holder is not None:
-            leases.remove(lease_path)
-        with contextlib.suppress(FileExistsError):
-            return Lease(lease_path, has_lock=has_lock)
+    if lock == "held":
+        place = holder.place
+        return place is not None and not place.has_same_kernel(leases.Place.here())
+    later = _find_holder(path, lock, text, when_stale=True)
+    return later is None or later.state == "ended"
 
 
 # -------------------------------------------------------------------- locks of a block
@@ -288,7 +270,8 @@ def _try_to_hold(
 
     Without a deadline, the lock is waited for.
     """
-    lock = _lock_file(fd, fcntl.LOCK_EX | (0 if deadline is None else fcntl.LOCK_NB))
+    wait = 0 if deadline is None else fcntl.LOCK_NB
+    lock = _try_lock(fcntl.flock, fd, fcntl.LOCK_EX | wait)
     if lock == "held":
         return False
     if lock == "free" and get_filesystem(path.parent).shares_locks:
@@ -307,17 +290,6 @@ def _try_to_hold(
         return False
     stack.enter_context(_beating(lease))
     return True
-
-
-def _lock_file(fd: int, operation: int) -> LockState:
-    """Take the lock of an open file; what was found."""
-    try:
-        fcntl.flock(fd, operation)
-    except BlockingIOError:
-        return "held"
-    except OSError:
-        return "missing"
-    return "free"
 
 
 @contextlib.contextmanager
@@ -363,7 +335,7 @@ def is_busy(folder: Path) -> bool:
     except OSError:
         return True
     try:
-        lock = _lock_file(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock = _try_lock(fcntl.flock, fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     finally:
         os.close(fd)
     if lock == "held":

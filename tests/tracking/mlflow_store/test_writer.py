@@ -277,7 +277,7 @@ def test_artifact_that_fails_holds_up_no_other(tmp_path):
     for name in names:
         (tmp_path / name).write_text("x")
     wanted = RunProperties(artifacts={name: {"size_bytes": 1} for name in names})
-    run = MlflowRun("r", "0", "", "RUNNING", 0, None, {}, {}, ())
+    run = MlflowRun("r", "0", "RUNNING", None, {}, {})
     store = Store()
     writer = RunWriter(store, run, "luz.delivered")
     for _ in names:  # one at a time, as while the run is live
