@@ -21,6 +21,8 @@ from tracking.redaction import (
     redact_address,
 )
 
+_ENVIRONMENT: Final[Mapping[str, str]] = os.environ  # noqa: TID251  read only here
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -34,10 +36,8 @@ class Settings:
     secrets: tuple[str, ...]  #: values to mask in every text that is written
 
     @classmethod
-    def read(cls, environment: Mapping[str, str] | None = None) -> Settings:
+    def read(cls, environment: Mapping[str, str] = _ENVIRONMENT) -> Settings:
         """Read the settings."""
-        if environment is None:
-            environment = os.environ  # noqa: TID251  read only here
         cache = Path(environment.get("XDG_CACHE_HOME") or "~/.cache")
         try:
             cache = cache.expanduser()
@@ -86,10 +86,8 @@ _SHARED = (
 """Variables that are the same on all ranks of a launch."""
 
 
-def read_rank(environment: Mapping[str, str] | None = None) -> LaunchedRank | None:
+def read_rank(environment: Mapping[str, str] = _ENVIRONMENT) -> LaunchedRank | None:
     """Read which rank this process is; None if it is not one of several."""
-    if environment is None:
-        environment = os.environ  # noqa: TID251  read only here
     for rank, size, local_size in _RANKS:
         numbers = environment.get(rank, ""), environment.get(size, "")
         if not all(number.isdecimal() for number in numbers):
@@ -106,13 +104,11 @@ def read_rank(environment: Mapping[str, str] | None = None) -> LaunchedRank | No
     return None
 
 
-def read_job(environment: Mapping[str, str] | None = None) -> tuple[str, int] | None:
+def read_job(environment: Mapping[str, str] = _ENVIRONMENT) -> tuple[str, int] | None:
     """Read the job of the batch system, and how often it was restarted; None without one.
 
     Slurm ends what is left of a job before it starts it again.
     """
-    if environment is None:
-        environment = os.environ  # noqa: TID251  read only here
     job = environment.get("SLURM_JOB_ID", "")
     restart = environment.get("SLURM_RESTART_COUNT", "0")
     if not job or not restart.isdecimal():
@@ -122,7 +118,7 @@ def read_job(environment: Mapping[str, str] | None = None) -> tuple[str, int] | 
 
 def read_environment() -> dict[str, str]:
     """All environment variables as they are now."""
-    return dict(os.environ)  # noqa: TID251  for a process that inherits them
+    return dict(_ENVIRONMENT)
 
 
 _OF_STORES: Final = re.compile(
@@ -149,10 +145,8 @@ def select_of_stores(environment: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def read_secrets(environment: Mapping[str, str] | None = None) -> tuple[str, ...]:
+def read_secrets(environment: Mapping[str, str] = _ENVIRONMENT) -> tuple[str, ...]:
     """Secrets of this process: of its environment variables and its command line."""
-    if environment is None:
-        environment = os.environ  # noqa: TID251  read only here
     return _collect_secrets(tuple(environment.items()), tuple(sys.orig_argv))
 
 

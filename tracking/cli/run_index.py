@@ -15,7 +15,7 @@ import tempfile
 import zlib
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Final, NamedTuple, TypedDict, cast
+from typing import Any, Final, TypedDict, cast
 
 import msgspec
 
@@ -63,13 +63,6 @@ class _Entry(msgspec.Struct, array_like=True):
     files: list[str]
     digest: bytes
     summary: _Summary
-
-
-class _State(NamedTuple):
-    """State of files: a digest of it, and their latest time, ns since 1970."""
-
-    digest: bytes
-    latest_ns: int
 
 
 _ENTRY: Final = msgspec.msgpack.Decoder(_Entry)
@@ -134,7 +127,7 @@ class RunIndex:
         """Find the summary of a run that has not changed since."""
         try:
             entry = _ENTRY.decode(self._entries[path.name])
-            if _get_state(path, entry.files).digest != entry.digest:
+            if _get_state(path, entry.files)[0] != entry.digest:
                 return None
             datetime.fromisoformat(entry.summary["created"] or "2000-01-01")
         except (KeyError, OSError, *_SPOILT):
@@ -148,16 +141,16 @@ class RunIndex:
         """Read the summary of a run, and keep it if the run cannot change unnoticed."""
         self.num_read += 1
         files = _list_files(path)
-        state = _get_state(path, files)
+        digest, latest_ns = _get_state(path, files)
         # In this order: a writer that is killed later than this may have written more.
         has_writer = bool(find_writers(path))
         summary = summarize_run(PastRun(path))
         del summary["id"], summary["path"]
-        is_kept = not has_writer and state.latest_ns < self._settled_ns
-        if is_kept and _get_state(path, _list_files(path)) == state:
+        is_kept = not has_writer and latest_ns < self._settled_ns
+        if is_kept and _get_state(path, _list_files(path))[0] == digest:
             # What MessagePack does not have, such as an integer of 80 bits, is read again.
             with contextlib.suppress(*_SPOILT, TypeError, OverflowError):
-                entry = _Entry(files, state.digest, cast("_Summary", summary))
+                entry = _Entry(files, digest, cast("_Summary", summary))
                 self._new[path.name] = msgspec.Raw(msgspec.msgpack.encode(entry))
         return summary
 
@@ -195,8 +188,8 @@ def _list_files(path: Path) -> list[str]:
     return found
 
 
-def _get_state(path: Path, files: list[str]) -> _State:
-    """Get the state of files, which may be missing.
+def _get_state(path: Path, files: list[str]) -> tuple[bytes, int]:
+    """Get a digest of the state of files, which may be missing, and their latest time in ns.
 
     The state of a folder tells that files in it were added, removed or renamed.
     """
@@ -213,4 +206,4 @@ def _get_state(path: Path, files: list[str]) -> _State:
         states.append((found.st_ino, found.st_size, *times))
         latest_ns = max(latest_ns, *times)
     digest = hashlib.blake2b(repr(states).encode(), digest_size=16).digest()
-    return _State(digest, latest_ns)
+    return digest, latest_ns

@@ -16,7 +16,7 @@ import pyarrow as pa
 from pyarrow import compute as pc
 
 from tracking.curves.charts import Array, Line
-from tracking.journal.arrays import make_array, read_array
+from tracking.journal.arrays import make_array, mask_first, read_array
 from tracking.journal.fits import COLUMN, get_fits, name_in_fit
 from tracking.schema import find_free_name
 
@@ -84,9 +84,7 @@ class MetricPoints:
         """Return ``last``, ``min``, ``max`` and ``count`` of each series, by fit and key."""
         if not len(self.value):
             return {}
-        is_first = np.ones(len(self.value), bool)
-        is_first[1:] = _differ(self.series) | _differ(self.fit)
-        starts = np.flatnonzero(is_first)
+        starts = np.flatnonzero(mask_first(self.series, self.fit))
         ends = np.append(starts[1:], len(self.value))
         columns = {
             "last": self.value[ends - 1].tolist(),
@@ -98,9 +96,8 @@ class MetricPoints:
         series, fit = self.series[starts], self.fit[starts]
         found: dict[str, dict[str, float]] = {}
         for at in np.lexsort((series, fit)).tolist():
-            name = find_free_name(
-                name_in_fit(self.keys[series[at]], int(fit[at])), found
-            )
+            name = name_in_fit(self.keys[series[at]], int(fit[at]))
+            name = find_free_name(name, found)
             found[name] = {word: numbers[at] for word, numbers in columns.items()}
         return found
 
@@ -108,8 +105,7 @@ class MetricPoints:
         """Return a table with a row for each place and a column for each series."""
         order = np.lexsort((self.place, self.fit))
         fit, place = self.fit[order], self.place[order]
-        is_new = np.ones(len(order), bool)
-        is_new[1:] = _differ(fit) | _differ(place)
+        is_new = mask_first(fit, place)
         row = np.empty(len(order), np.int64)
         row[order] = np.cumsum(is_new) - 1
         columns = {FIT: make_array(fit[is_new])} if self.has_fits else {}
@@ -130,9 +126,8 @@ class MetricPoints:
         """
         order = np.lexsort((self.series, self.place, self.fit))
         if skip:
-            fit, place = self.fit[order], self.place[order]
-            starts = np.flatnonzero(_differ(fit) | _differ(place)) + 1
-            order = order[starts[skip - 1] :] if skip <= len(starts) else order[:0]
+            starts = np.flatnonzero(mask_first(self.fit[order], self.place[order]))
+            order = order[starts[skip] :] if skip < len(starts) else order[:0]
         heads = (self.fit, self.place) if self.has_fits else (self.place,)
         words = (FIT, INDEX) if self.has_fits else (INDEX,)
         head: tuple[Any, ...] = ()
@@ -176,7 +171,7 @@ def collect_points(records: pa.Table) -> MetricPoints:
     order = order[np.lexsort((place[order], fit[order], narrow[order]))]
     series, fit, place = series[order], fit[order], place[order]
     is_last = np.ones(len(order), bool)
-    is_last[:-1] = _differ(series) | _differ(fit) | _differ(place)
+    is_last[:-1] = mask_first(series, fit, place)[1:]
     return MetricPoints(
         names=names,
         keys=_name_columns(names, has_fits=has_fits),
@@ -227,12 +222,6 @@ def _name_columns(names: list[SeriesName], *, has_fits: bool) -> list[str]:
     for one in names:
         keys[find_free_name(one.key, keys)] = None
     return [*keys][num_others:]
-
-
-def _differ(numbers: Array) -> Array:
-    """Whether each number but the first differs from the one before it."""
-    differs: Array = numbers[1:] != numbers[:-1]
-    return differs
 
 
 def _spread(values: Array, rows: Array, num_rows: int) -> pa.Array:

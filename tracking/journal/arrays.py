@@ -91,6 +91,13 @@ def _read_chunk(chunk: pa.Array, dtype: Any, null: float) -> Any:
     return values
 
 
+def mask_first(*columns: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Mask of the rows of columns that differ from the row before them."""
+    is_first = np.ones(len(columns[0]), bool)
+    is_first[1:] = np.any([one[1:] != one[:-1] for one in columns], axis=0)
+    return is_first
+
+
 def _pack(mask: Any) -> Any:
     """Pack booleans into bits, as Arrow has them."""
     return np.packbits(mask, bitorder="little")

@@ -218,8 +218,16 @@ class StoreClient:
 
     def _take(self, run: Any) -> MlflowRun:
         """Convert a run of MLflow's, and remember where its artifacts are."""
-        self._artifact_roots[run.info.run_id] = run.info.artifact_uri
-        return _as_mlflow_run(run)
+        info, data = run.info, run.data
+        self._artifact_roots[info.run_id] = info.artifact_uri
+        return MlflowRun(
+            run_id=info.run_id,
+            experiment_id=info.experiment_id,
+            status=info.status,
+            end_ms=info.end_time,
+            tags=dict(data.tags),
+            params=dict(data.params),
+        )
 
     def send(
         self,
@@ -444,18 +452,6 @@ def _make_page(*columns: Sequence[Any]) -> pa.Table:
 def _concat(tables: list[pa.Table]) -> pa.Table:
     """One table with one dictionary of keys."""
     return pa.concat_tables([HISTORY.empty_table(), *tables]).unify_dictionaries()
-
-
-def _as_mlflow_run(run: Any) -> MlflowRun:
-    info, data = run.info, run.data
-    return MlflowRun(
-        run_id=info.run_id,
-        experiment_id=info.experiment_id,
-        status=info.status,
-        end_ms=info.end_time,
-        tags=dict(data.tags),
-        params=dict(data.params),
-    )
 
 
 @contextlib.contextmanager

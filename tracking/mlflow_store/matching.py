@@ -13,6 +13,8 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import compute as pc
 
+from tracking.journal.arrays import mask_first
+
 Rows = np.ndarray[Any, np.dtype[np.int64]]
 Mask = np.ndarray[Any, np.dtype[np.bool_]]
 Hashes = np.ndarray[Any, np.dtype[np.uint64]]
@@ -70,8 +72,7 @@ class RowMatcher:
             hashes = hash_rows(rows, seed)
             order = np.argsort(hashes, kind="stable")
             hashes = hashes[order]
-            is_first = np.ones(len(rows), bool)
-            is_first[1:] = hashes[1:] != hashes[:-1]
+            is_first = mask_first(hashes)
             is_same = (rows[order[1:]] == rows[order[:-1]]).all(axis=1)
             if (is_same | is_first[1:]).all():  # equal hashes are equal rows
                 break
@@ -135,9 +136,7 @@ def count_within_groups(group: Rows) -> Rows:
     """
     order = np.argsort(group, kind="stable")
     ordered = group[order]
-    is_first = np.ones(len(ordered), bool)
-    is_first[1:] = ordered[1:] != ordered[:-1]
-    starts = np.flatnonzero(is_first)
+    starts = np.flatnonzero(mask_first(ordered))
     lengths = np.diff(starts, append=len(ordered))
     counts = np.empty(len(group), np.int64)
     counts[order] = np.arange(len(ordered)) - np.repeat(starts, lengths)

@@ -14,7 +14,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Final
+from typing import IO, Final
 
 from tracking.errors import TrackingError
 
@@ -158,5 +158,4 @@ def _free_port(port: int) -> int:
                 f"ui: expected port {port} of {HOST} to be free, got {error.strerror}. "
                 "Choose another one with --port, or 0 for any free port."
             ) from error
-        number: Any = probe.getsockname()[1]
-        return int(number)
+        return int(probe.getsockname()[1])

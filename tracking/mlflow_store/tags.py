@@ -145,12 +145,8 @@ def find_source(command: list[str]) -> str:
     """Script or module that a command runs; the program itself for code in the command."""
     words = iter(command[1:])
     for word in words:
-        if word in {
-            "-X",
-            "-W",
-            "--check-hash-based-pycs",
-        }:  # the next word is its value
-            next(words, None)
+        if word in {"-X", "-W", "--check-hash-based-pycs"}:
+            next(words, None)  # its value
         elif word == "-m":
             return next(words, "")
         elif word in {"-c", "-"}:

@@ -151,7 +151,7 @@ def test_lock_of_a_machine_that_is_gone_is_waited_for(lives, tmp_path, root):
         assert holder.stdout.readline() == "held\n"
         holder.stdin.write("\n")
         holder.stdin.flush()
-        told = r"got one of process 12 on node7, which may have been killed\. This process waits up to 120 s"
+        told = r"on node7, which may have been killed\. This process waits up to 120 s"
         refused = pytest.raises(LockHeldError, match="process 12 on node7")
         with (
             pytest.warns(TrackingWarning, match=told),
