@@ -111,11 +111,11 @@ class RankRun(Run):
         super().__init__(path, None, rank=rank, durability=durability)
 
     def _make_journal(self, durability: Literal["process", "fsync"]) -> Journal:
-        return LateJournal(self._rank_dir)
+        return LazyJournal(self._rank_dir)
 
     @property
     def _has_part(self) -> bool:
-        return not isinstance(self._journal, LateJournal)
+        return not isinstance(self._journal, LazyJournal)
 
     def _open_part(self) -> None:
         """Make the part of this rank, unless it is made, or the run has finished."""
@@ -206,7 +206,7 @@ class RankRun(Run):
         self._journal.check_open()
 
 
-class LateJournal(Journal):
+class LazyJournal(Journal):
     """Stands for a journal until there is a row: it has no file, lock or thread."""
 
     def __init__(self, rank_dir: Path) -> None:

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-from tracking.curves.charts import Charts, Line, Room, choose_charts
+from tracking.curves.charts import ChartLimits, Charts, Line, choose_charts
 from tracking.delivery.state import DeliveryState
 from tracking.journal.fits import get_fits, name_in_fit
 from tracking.read import PastRun, Snapshot
@@ -24,8 +24,8 @@ from tracking.store import (
 MAX_CHARTS: Final = 4
 """Charts of one run; ``harness ui`` shows all."""
 
-ROOM: Final = Room(charts=MAX_CHARTS, lines=8, columns=200)
-"""Room of a terminal: it has a mark for each of eight lines."""
+LIMITS: Final = ChartLimits(charts=MAX_CHARTS, lines=8, columns=200)
+"""A terminal has a mark for each of eight lines."""
 
 
 def summarize_run(run: PastRun, read: Snapshot | None = None) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def collect_charts(read: Snapshot, most: int = MAX_CHARTS) -> Charts:
         line = points.get_line(number, fit)
         if len(line[0]):
             lines.setdefault(name.metric, {})[name.set or name.metric] = line
-    return choose_charts(lines, replace(ROOM, charts=most))
+    return choose_charts(lines, replace(LIMITS, charts=most))
 
 
 def compare_curves(reads: Mapping[str, Snapshot], key: str) -> Charts:
@@ -86,7 +86,7 @@ def compare_curves(reads: Mapping[str, Snapshot], key: str) -> Charts:
         if key in points.keys:
             number = points.keys.index(key)
             lines[name] = points.get_line(number, points.find_last_fit())
-    return choose_charts({key: lines}, ROOM)
+    return choose_charts({key: lines}, LIMITS)
 
 
 def describe_origin(run: PastRun, read: Snapshot) -> dict[str, str]:

@@ -16,8 +16,8 @@ Line = tuple[Array, Array]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Room:
-    """What a picture has room for."""
+class ChartLimits:
+    """How much a picture shows at most."""
 
     charts: int  #: charts, one for each metric
     lines: int  #: lines of a chart, one for each set
@@ -34,7 +34,9 @@ class Charts:
     num_lines: dict[str, int]
 
 
-def choose_charts(lines: Mapping[str, Mapping[str, Line]], room: Room) -> Charts:
+def choose_charts(
+    lines: Mapping[str, Mapping[str, Line]], limits: ChartLimits
+) -> Charts:
     """Choose the charts that a picture has room for, and the points of each line.
 
     Parameters
@@ -43,10 +45,10 @@ def choose_charts(lines: Mapping[str, Mapping[str, Line]], room: Room) -> Charts
         All lines by metric and set.
     """
     shown: dict[str, dict[str, Line]] = {}
-    for metric in choose_metrics(lines)[: room.charts]:
+    for metric in choose_metrics(lines)[: limits.charts]:
         chart = shown[metric] = {}
-        for name, (x, y) in islice(lines[metric].items(), room.lines):
-            at = thin_curve(x, y, room.columns)
+        for name, (x, y) in islice(lines[metric].items(), limits.lines):
+            at = thin_curve(x, y, limits.columns)
             chart[name] = x[at], y[at]
     return Charts(shown, {metric: len(sets) for metric, sets in lines.items()})
 

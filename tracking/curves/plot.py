@@ -10,12 +10,12 @@ from typing import Any, Final
 
 import numpy as np
 
-from tracking.curves.charts import Charts, Line, Room, choose_charts
+from tracking.curves.charts import ChartLimits, Charts, Line, choose_charts
 
 PER_ROW = 3
 """Maximum number of charts side by side."""
 
-ROOM: Final = Room(charts=24, lines=20, columns=600)
+LIMITS: Final = ChartLimits(charts=24, lines=20, columns=600)
 """Each chart takes two megabytes of memory while it is drawn, and has 600 pixels at most."""
 
 _MAX_WORD = 60
@@ -57,7 +57,7 @@ def plot_curves(
         metric: {split: _as_line(points) for split, points in sets.items()}
         for metric, sets in series.items()
     }
-    return plot_charts(choose_charts(lines, ROOM), path, unit=unit)
+    return plot_charts(choose_charts(lines, LIMITS), path, unit=unit)
 
 
 def _as_line(points: list[tuple[int, float]]) -> Line:
@@ -68,7 +68,7 @@ def _as_line(points: list[tuple[int, float]]) -> Line:
 def plot_charts(
     charts: Charts, path: str | Path | None = None, *, unit: str = "epoch"
 ) -> Any:
-    """Plot charts that `ROOM` has room for; arguments and result as of ``plot_curves``."""
+    """Plot charts within `LIMITS`; arguments and result as of ``plot_curves``."""
     from matplotlib.figure import Figure  # noqa: PLC0415  takes half a second
 
     lines = charts.lines

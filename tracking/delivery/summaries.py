@@ -12,7 +12,7 @@ from pyarrow import compute as pc
 from pyarrow import parquet as pq
 
 from tracking.curves.charts import Array, Charts, Line, choose_charts
-from tracking.curves.plot import ROOM, plot_charts
+from tracking.curves.plot import LIMITS, plot_charts
 from tracking.curves.points import collect_points
 from tracking.durable import replace_file, write_atomically
 from tracking.read import PastRun
@@ -76,7 +76,7 @@ def find_unit(table: pa.Table) -> str:
 
 def collect_charts(table: pa.Table) -> Charts:
     """Lines of the metrics of a run, by name and set; each fit has lines of its own."""
-    return choose_charts(_collect_lines(table), ROOM)
+    return choose_charts(_collect_lines(table), LIMITS)
 
 
 def _collect_lines(table: pa.Table) -> dict[str, dict[str, Line]]:

@@ -44,7 +44,7 @@ _LATEST: Final = 1e11  # seconds since 1970: a year of four digits
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class ProcessId:
     """A process, so that no other one is taken for it."""
 
     #: Name of the host, its id, and the id of its boot. The last two are empty where
@@ -62,11 +62,11 @@ class Place:
     restart: int = 0
 
     @classmethod
-    def here(cls) -> Place:
+    def here(cls) -> ProcessId:
         """Describe this process."""
         return _describe_process(os.getpid())
 
-    def has_same_kernel(self, other: Place) -> bool:
+    def has_same_kernel(self, other: ProcessId) -> bool:
         """Whether both ask the same kernel for locks and processes.
 
         Machines that were cloned while they ran have the same boot, but other host names.
@@ -78,25 +78,25 @@ class Place:
         is_container = self.namespace != other.namespace
         return self.boot == other.boot and (is_same_host or is_container)
 
-    def was_rebooted(self, now: Place) -> bool:
+    def was_rebooted(self, now: ProcessId) -> bool:
         """Whether the machine of this process has started again since."""
         is_same = self.host == now.host and self.machine == now.machine != ""
         # Containers may have the machine's id from their image.
         is_same = is_same and self.namespace == now.namespace
         return is_same and self.boot != now.boot
 
-    def was_restarted(self, now: Place) -> bool:
+    def was_restarted(self, now: ProcessId) -> bool:
         """Whether the batch system has started the same job again since."""
         return self.job == now.job != "" and self.restart < now.restart
 
 
 @functools.lru_cache(1)
-def _describe_process(pid: int) -> Place:
+def _describe_process(pid: int) -> ProcessId:
     namespace = ""
     with contextlib.suppress(OSError):
         namespace = str(Path("/proc/self/ns/pid").readlink())
     job, restart = read_job() or ("", 0)
-    return Place(
+    return ProcessId(
         host=socket.gethostname(),
         machine=_read_line("/etc/machine-id"),
         boot=_read_line("/proc/sys/kernel/random/boot_id"),
@@ -147,7 +147,7 @@ class Holder:
     """Who holds a lock, as well as it can be known."""
 
     state: State  #: whether it lives
-    place: Place | None = None  #: the process; None if it has left no lease
+    process: ProcessId | None = None  #: the process; None if it has left no lease
     #: when it took the lock, and when it was last heard of; seconds since 1970
     since: float = 0.0
     beat: float = 0.0
@@ -155,10 +155,10 @@ class Holder:
 
     def __str__(self) -> str:
         """``process 12 on node7``, and when it was last heard of if it may have ended."""
-        if self.place is None:
+        if self.process is None:
             name = f"process {self.text}" if self.text else "a process without a name"
         else:
-            name = f"process {self.place.pid} on {self.place.host}"
+            name = f"process {self.process.pid} on {self.process.host}"
         if self.state != "unknown":
             return name
         if not self.beat:
@@ -191,7 +191,7 @@ class _Content:
 
     beat: float
     file: FileId
-    place: Place | None = None  # None: it cannot be read
+    process: ProcessId | None = None  # None: it cannot be read
     since: float = 0.0
     has_lock: bool = False
 
@@ -216,7 +216,7 @@ class Lease:
         try:
             found = os.fstat(fd)
             claim = _Claim(since=self._since, has_lock=self.has_lock, file=found.st_ino)
-            written = json.dumps(asdict(Place.here()) | asdict(claim)).encode()
+            written = json.dumps(asdict(ProcessId.here()) | asdict(claim)).encode()
             os.write(fd, written)
             self._file = _identify(self._path, found, written)
         except OSError:
@@ -284,10 +284,10 @@ def _read(path: Path) -> _Content | None:
         claim = msgspec.json.decode(text, type=_Claim)
         if claim.file != found.st_ino and get_filesystem(path.parent).keeps_inodes:
             return None
-        place = msgspec.json.decode(text, type=Place)
-        if 0 <= place.pid < 1 << 31 and 0 <= claim.since < _LATEST:
+        process = msgspec.json.decode(text, type=ProcessId)
+        if 0 <= process.pid < 1 << 31 and 0 <= claim.since < _LATEST:
             return replace(
-                content, place=place, since=claim.since, has_lock=claim.has_lock
+                content, process=process, since=claim.since, has_lock=claim.has_lock
             )
     return content
 
@@ -306,26 +306,28 @@ def judge(path: Path, lock: LockState, *, when_stale: bool = False) -> Holder | 
     if lease is None:
         return None
     state = _judge(path, lease, lock, when_stale=when_stale)
-    return Holder(state=state, place=lease.place, since=lease.since, beat=lease.beat)
+    return Holder(
+        state=state, process=lease.process, since=lease.since, beat=lease.beat
+    )
 
 
 def _judge(path: Path, lease: _Content, lock: LockState, *, when_stale: bool) -> State:
     if lock == "held":
         return "live"
     is_stale = when_stale or abs(time.time() - lease.beat) > STALE_S
-    place, here = lease.place, Place.here()
+    process, here = lease.process, ProcessId.here()
     # A power cut may leave an empty file.
-    is_locked_no_more = lock == "free" and (lease.has_lock or place is None)
-    if place is not None and place.has_same_kernel(here):
+    is_locked_no_more = lock == "free" and (lease.has_lock or process is None)
+    if process is not None and process.has_same_kernel(here):
         if is_locked_no_more:
             return "ended"
-        if place.namespace == here.namespace:
-            lives = is_alive(place.pid, place.began)
+        if process.namespace == here.namespace:
+            lives = is_alive(process.pid, process.began)
             if lives is not None:
                 return "live" if lives else "ended"
     if not is_stale:
         return "live"
-    if place and (place.was_rebooted(here) or place.was_restarted(here)):
+    if process and (process.was_rebooted(here) or process.was_restarted(here)):
         return "ended"
     if is_locked_no_more and get_filesystem(path.parent).shares_locks:
         return "ended"

@@ -120,7 +120,7 @@ def find_holder(path: Path) -> Holder | None:
     A holder that may have ended, or may not, is returned as ``unknown``.
     """
     if path.resolve() in _HELD:
-        return Holder(state="live", place=leases.Place.here())
+        return Holder(state="live", process=leases.ProcessId.here())
     holder = _find_holder(path, *_ask_lock(path))
     return None if holder is None or holder.state == "ended" else holder
 
@@ -222,8 +222,10 @@ def _may_be_gone(path: Path, lock: LockState, text: str, holder: Holder) -> bool
     NFS 4 after 90 s. A lease shows it once it is stale.
     """
     if lock == "held":
-        place = holder.place
-        return place is not None and not place.has_same_kernel(leases.Place.here())
+        process = holder.process
+        return process is not None and not process.has_same_kernel(
+            leases.ProcessId.here()
+        )
     later = _find_holder(path, lock, text, when_stale=True)
     return later is None or later.state == "ended"
 

@@ -40,7 +40,7 @@ RETRY_S: Final = 1.0
 Indices = Mapping[tuple[str, str], int]
 """Highest index of each (what, set)."""
 
-Counts = tuple[int, int, int, int]
+RowFields = tuple[int, int, int, int]
 """Time (us since 1970), index, step and epoch of a row; nulls are those of ``row_format``."""
 
 _JOURNALS: Final[weakref.WeakSet[Journal]] = weakref.WeakSet()
@@ -216,7 +216,7 @@ class Journal:
         self.write_rows(what, set, list(leaves), counts)
 
     def write_rows(
-        self, what: str, set: str, leaves: Sequence[Leaf], counts: Counts
+        self, what: str, set: str, leaves: Sequence[Leaf], counts: RowFields
     ) -> None:
         """Write one row for each leaf, as ``write``."""
         for first in range(0, len(leaves), NAMES_AT_ONCE):
@@ -229,7 +229,7 @@ class Journal:
         what: str,
         set: str,
         leaf: Leaf,
-        counts: Counts,
+        counts: RowFields,
         beside: Sequence[Leaf] = (),
     ) -> None:
         """Write one row, as ``write_rows``.

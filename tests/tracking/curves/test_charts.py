@@ -6,7 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tracking.curves.charts import Room, choose_charts, choose_metrics, thin_curve
+from tracking.curves.charts import (
+    ChartLimits,
+    choose_charts,
+    choose_metrics,
+    thin_curve,
+)
 from tracking.curves.plot import plot_curves
 from tracking.delivery.summaries import collect_charts
 from tracking.read import PastRun
@@ -68,7 +73,7 @@ def test_thin_curve_takes_odd_points():
 def test_charts_keep_to_their_room_and_count_what_is_left_out():
     line = np.arange(1000), np.zeros(1000)
     lines = {f"m{i}": {f"set {n}": line for n in range(5)} for i in range(50)}
-    charts = choose_charts(lines, Room(charts=2, lines=3, columns=10))
+    charts = choose_charts(lines, ChartLimits(charts=2, lines=3, columns=10))
     assert [*charts.lines] == ["m0", "m1"]
     assert [*charts.lines["m1"]] == ["set 0", "set 1", "set 2"]
     assert charts.num_lines == dict.fromkeys(lines, 5)

@@ -23,7 +23,7 @@ import pytest
 import tracking
 from tracking.durable import LockHeldError, ProcessLock, find_holder, leases
 from tracking.durable.filesystem import Filesystem
-from tracking.durable.leases import STALE_S, Lease, Place, judge
+from tracking.durable.leases import STALE_S, Lease, ProcessId, judge
 from tracking.durable.locks import get_lease_path
 
 ROOT = Path(tracking.__file__).parents[1]
@@ -191,7 +191,7 @@ def test_rows_survive_a_kill_where_files_are_not_mapped(tmp_path, elsewhere):
 
 # ---------------------------------------------------------------------- what is judged
 
-HERE = Place.here()
+HERE = ProcessId.here()
 AFAR = {"host": "node7", "boot": "other", "machine": "m7"}
 
 
@@ -262,21 +262,21 @@ def test_lease_that_nests_deeply_is_as_an_empty_one(leave):
 
 
 def test_reboot_and_restart_of_the_job_end_a_stale_lease():
-    place = Place(host="node7", machine="m7", boot="first", job="/12", restart=0)
-    again = Place(host="node7", machine="m7", boot="second", job="/12", restart=0)
-    other = Place(host="node8", machine="m8", boot="third", job="/12", restart=1)
+    place = ProcessId(host="node7", machine="m7", boot="first", job="/12", restart=0)
+    again = ProcessId(host="node7", machine="m7", boot="second", job="/12", restart=0)
+    other = ProcessId(host="node8", machine="m8", boot="third", job="/12", restart=1)
     assert place.was_rebooted(again)
     assert not place.was_rebooted(other)
     assert not place.was_restarted(again)
     assert place.was_restarted(other)
     assert not other.was_restarted(place)
-    assert not Place(host="a", boot="1").was_rebooted(Place(host="a", boot="2"))
-    inside = Place(host="node7", machine="m7", boot="second", namespace="pid:[7]")
+    assert not ProcessId(host="a", boot="1").was_rebooted(ProcessId(host="a", boot="2"))
+    inside = ProcessId(host="node7", machine="m7", boot="second", namespace="pid:[7]")
     assert not place.was_rebooted(inside)
 
 
 def test_machine_that_was_cloned_while_it_ran_is_another_one():
-    place = Place(host="node7", machine="m7", boot="first", namespace="pid:[1]")
+    place = ProcessId(host="node7", machine="m7", boot="first", namespace="pid:[1]")
     assert place.has_same_kernel(replace(place, pid=7))
     assert not place.has_same_kernel(replace(place, host="node8"))
     assert place.has_same_kernel(replace(place, host="box", namespace="pid:[7]"))
@@ -302,7 +302,7 @@ def test_lease_stays_where_inodes_change(name, leave, tmp_path, monkeypatch):
     monkeypatch.setattr(leases, "get_filesystem", lambda folder: Filesystem(name))
     path = leave(**AFAR)
     give_another_inode(path)
-    assert judge(path, "missing").place.host == AFAR["host"]
+    assert judge(path, "missing").process.host == AFAR["host"]
     lock = ProcessLock(tmp_path / "own")
     own = get_lease_path(tmp_path / "own")
     before = own.stat().st_ino
@@ -344,7 +344,7 @@ def test_lock_waits_for_a_writer_that_was_killed_on_another_machine(leave, tmp_p
     ):
         lock = ProcessLock(tmp_path / "lock")
     assert json.loads(path.read_text())["host"] == HERE.host
-    assert find_holder(tmp_path / "lock").place == HERE
+    assert find_holder(tmp_path / "lock").process == HERE
     lock.release()
     assert not path.exists()
 
@@ -355,7 +355,7 @@ def test_one_thread_of_a_process_takes_a_lock(leave, tmp_path):
     path, taken = tmp_path / "lock", []
     first = threading.Thread(target=lambda: taken.append(ProcessLock(path)))
     first.start()
-    while find_holder(path).place != HERE:
+    while find_holder(path).process != HERE:
         time.sleep(0.001)
     with pytest.raises(LockHeldError, match="this one"):  # the first waits still
         ProcessLock(path)
@@ -363,7 +363,7 @@ def test_one_thread_of_a_process_takes_a_lock(leave, tmp_path):
     taken[0].release()
     second = ProcessLock(path)
     taken[0].release()
-    assert find_holder(path).place == HERE
+    assert find_holder(path).process == HERE
     second.release()
 
 
