@@ -92,10 +92,10 @@ class PastRun:
         column ``fit`` before ``epoch``, which counts from 1
         """
         ranks = list_rank_dirs(self.path)
-        found = [_read_rank(ranks[one]) for one in ranks if rank in (None, one)]
+        found = (_read_rank(ranks[one]) for one in ranks if rank in (None, one))
         tables = [
-            label_rows(one.table, one.tombstones, superseded=superseded)
-            for one in found
+            label_rows(table, tombstones, superseded=superseded)
+            for table, _, tombstones in found
         ]
         tables = align_fits(tables, at=SCHEMA.get_field_index("epoch"))
         tables = [_filter_rows(one, what=what, set=set, name=name) for one in tables]
@@ -117,17 +117,14 @@ class PastRun:
             ``params``, ``tags``, ``inputs``, ``wide`` and ``summary`` as here, of what
             the files hold now.
         """
-        ranks = {
-            rank: _read_rank(path, known)
-            for rank, path in list_rank_dirs(self.path).items()
-        }
-        tables = [label_rows(one.table, one.tombstones) for one in ranks.values()]
+        tables, damage, written = [], [], {}
+        for rank, path in list_rank_dirs(self.path).items():
+            table, lost, tombstones = _read_rank(path, known)
+            tables.append(label_rows(table, tombstones))
+            damage += lost
+            written[rank] = table["seq"]
         tables = align_fits(tables, at=SCHEMA.get_field_index("epoch"))
-        return Snapshot(
-            records=concat_rows(tables),
-            damage=[damage for one in ranks.values() for damage in one.damage],
-            written={rank: one.table["seq"] for rank, one in ranks.items()},
-        )
+        return Snapshot(concat_rows(tables), damage, written)
 
     @property
     def damage(self) -> list[Damage]:
@@ -344,15 +341,6 @@ def count_fits(rank_dir: Path, begun_at: int | None = None) -> int:
     return int(fit[is_of_fit].max(initial=0))
 
 
-@dataclass(frozen=True)
-class _RankRows:
-    """All rows of one rank, and what its control rows say."""
-
-    table: pa.Table
-    damage: list[Damage]
-    tombstones: Tombstones
-
-
 def label_rows(
     table: pa.Table, tombstones: Tombstones, *, superseded: bool = False
 ) -> pa.Table:
@@ -377,18 +365,20 @@ def label_rows(
     return tombstones.fits.label(table)
 
 
-def _read_rank(rank_dir: Path, known: SealedBlocks | None = None) -> _RankRows:
+def _read_rank(
+    rank_dir: Path, known: SealedBlocks | None = None
+) -> tuple[pa.Table, list[Damage], Tombstones]:
+    """Read all rows of one rank, their damage, and what its control rows say."""
     table, damage = read_records(rank_dir, known)
     tombstones = Tombstones()
     tombstones.add(table)
-    return _RankRows(table, damage, tombstones)
+    return table, damage, tombstones
 
 
 def _read_live(rank_dir: Path) -> tuple[pa.Table, Fits]:
     """Read a rank's live rows, and which fit logged them."""
-    found = _read_rank(rank_dir)
-    is_live = found.tombstones.mask_live(found.table)
-    return found.table.filter(make_array(is_live)), found.tombstones.fits
+    table, _, tombstones = _read_rank(rank_dir)
+    return table.filter(make_array(tombstones.mask_live(table))), tombstones.fits
 
 
 def _filter_rows(table: pa.Table, **wanted: str | None) -> pa.Table:
