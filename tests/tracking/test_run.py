@@ -811,11 +811,10 @@ def test_position_is_known_while_its_block_is_sealed_and_closed(run, until):
 class FakeProcess:
     """A delivery process, which has ended or not."""
 
+    pid = 0
+
     def __init__(self, is_lost):
         self.is_lost = is_lost
-
-    def hurry(self):
-        pass
 
     def take(self, request):
         return True
