@@ -95,12 +95,10 @@ def print_table(table: Table) -> None:
     if not is_long or sum(widths) + 3 * len(widths) - 1 > console.width:
         console.print(table)
         return
-    head = make_table(headers)
-    for column, width in zip(head.columns, widths, strict=True):
-        column.min_width = width
+    head = make_table(headers, [["x" * width for width in widths]])
     with console.capture() as captured:
         console.print(head)
-    *lines, end = captured.get().splitlines()
+    *lines, _, end = captured.get().splitlines()
     for row in zip(*columns, strict=True):
         cells = [
             cell + " " * (width - cell_len(cell))
