@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor  # torch 2.13: no public way
 
 from harness.checkpoint.search import MODULE_FIELDS, PLAIN_TYPES, SCALARS, Search
 from harness.pytree import StateDict, has_named_factory
@@ -135,8 +136,12 @@ def _is_plain(value: object, depth: int = 4) -> bool:
     if isinstance(value, (*PLAIN_TYPES, np.generic)):
         return type(value) is not complex
     if isinstance(value, Tensor):
-        # A leaf is found as an object; any other is computed anew from parameters.
-        return not value.requires_grad
+        # A leaf that is trained is found as an object. Of any other, such as the state of a
+        # recurrent model that the next batch detaches, the numbers are kept.
+        is_dead = is_functorch_wrapped_tensor(
+            value
+        )  # it escaped from vmap, without values
+        return not is_dead and not (value.requires_grad and value.is_leaf)
     if type(value) not in _CONTAINERS or not depth:
         return False
     return _has_plain_items(value) or all(

@@ -120,11 +120,14 @@ class PlainState(Line):
         super().__init__()
         self.gain, self.carry = 1.0, torch.zeros(1)
         self.history: list[float] = []
+        self.state = (torch.zeros(1),)  # of the batch before, with its graph
 
     def forward(self, x):
-        pred = self.fc(x) * self.gain + self.carry
+        pred = self.fc(x) * self.gain + self.carry + self.state[0].detach()
         if self.training:
             self.gain *= 0.95
+            self.state = (0.1 * pred.amax(0),)
+            torch.vmap(lambda row: vars(self).update(row=row) or row)(pred)
             self.carry = 0.1 * pred.detach().mean(0)
             self.history.append(self.gain)
         return pred
