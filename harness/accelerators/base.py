@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, Protocol, TypeVar
 
 import torch
@@ -56,6 +56,11 @@ def has_modes(opt: object) -> bool:
     return all(callable(getattr(opt, name, None)) for name in ("train", "eval"))
 
 
+def list_parameters(opt: Any) -> list[Any]:
+    """The parameters that an optimizer steps, in the order of its groups."""
+    return [param for group in opt.param_groups for param in group["params"]]
+
+
 HOW_TO_STEP = frozenset({"capturable", "differentiable", "foreach", "fused"})
 """Options of torch's optimizers that say how a step is computed. A state does not change them."""
 
@@ -94,12 +99,22 @@ def missing_backward(where: str) -> RuntimeError:
     return RuntimeError(f"{msg}, got none {where}. {advice}")
 
 
-class Agreement(Protocol):
-    """A batch at which all ranks do what one of them asks for, such as to stop."""
+class Agreement:
+    """A batch at which all ranks do what one of them asks for, such as to stop.
+
+    This one is of a rank alone.
+    """
+
+    def __init__(self) -> None:
+        self._asked: int | None = None
 
     def ask(self, value: int = 1) -> None:
-        """Ask for it, with a value that all ranks will get; safe in a signal handler."""
-        ...
+        """Ask for it, with a value that all ranks will get; safe in a signal handler.
+
+        The first value counts.
+        """
+        if self._asked is None:
+            self._asked = value
 
     def check(self) -> int | None:
         """Count a batch; return the value asked for if all ranks are to act after it.
@@ -107,35 +122,17 @@ class Agreement(Protocol):
         Every rank calls it after each batch. It sends nothing, and waits only if something
         is asked for. Once it has returned a value, it does so until ``renew``.
         """
-        ...
-
-    def renew(self) -> None:
-        """Begin anew, after ``check`` has returned a value; at the same batch on all ranks."""
-        ...
-
-
-class OwnAgreement:
-    """The agreement of one rank with itself."""
-
-    def __init__(self) -> None:
-        self._asked: int | None = None
-
-    def ask(self, value: int = 1) -> None:
-        """Ask for it, with a value; the first one counts."""
-        if self._asked is None:
-            self._asked = value
-
-    def check(self) -> int | None:
-        """Return the value asked for, or None."""
         return self._asked
 
     def renew(self) -> None:
-        """Begin anew."""
+        """Begin anew, after ``check`` has returned a value; at the same batch on all ranks."""
         self._asked = None
 
 
 class Accelerator(Protocol):
     """Places model and data, runs backward and steps, and communicates between ranks.
+
+    Methods that communicate have a default: what they do where there is one rank.
 
     Attributes
     ----------
@@ -177,12 +174,10 @@ class Accelerator(Protocol):
     @property
     def precision(self) -> str:
         """Precision of the forward; the weights may have another."""
-        ...
 
     @property
     def counted(self) -> int | None:
         """Samples of the present batch that count; None if all do."""
-        ...
 
     def prepare(
         self,
@@ -196,15 +191,13 @@ class Accelerator(Protocol):
         ``zero_grad``, ``param_groups``, ``state_dict`` and ``load_state_dict``. A loader that
         is None stays None.
         """
-        ...
 
     def optimizing(self, name: str | None = None) -> AbstractContextManager[object]:
         """Run the forward and backward of one optimizer inside (None: the only one)."""
-        ...
 
     def building(self) -> AbstractContextManager[object]:
         """Build the model of a fit inside, before ``prepare``."""
-        ...
+        return nullcontext()
 
     @property
     def guard(self) -> AbstractContextManager[object] | None:
@@ -212,11 +205,9 @@ class Accelerator(Protocol):
 
         Before ``prepare`` it gives operations the whole weights.
         """
-        ...
 
     def backward(self, loss: Tensor, name: str | None = None) -> None:
         """Add the gradients of ``loss / window``; `loss` is a scalar with a graph."""
-        ...
 
     def counting_backward(
         self, name: str | None = None
@@ -225,11 +216,9 @@ class Accelerator(Protocol):
 
         On one device, any way of doing so works. DeepSpeed needs a call of ``backward``.
         """
-        ...
 
     def is_boundary(self, name: str | None = None) -> bool:
         """True when the window has as many backwards as it should."""
-        ...
 
     def step(
         self, name: str | None = None, step_opt: StepOpt = default_step_opt
@@ -238,46 +227,42 @@ class Accelerator(Protocol):
 
         It calls ``before_step`` before, and ``after_step`` if the weights were changed.
         """
-        ...
 
     def drop_window(self) -> None:
         """Clear the gradients of windows that were not stepped, and count them as empty."""
-        ...
 
     def clip(
         self, max_norm: float, name: str | None = None, norm_type: float = 2.0
     ) -> Tensor:
         """Clip the total gradient norm before ``step``; returns the norm, a scalar."""
-        ...
 
     def to_device(self, batch: Batch) -> Batch:
         """Move the batch to ``device``; tuples, lists and mappings keep their structure."""
-        ...
 
     def gather(self, tensor: Tensor) -> Tensor:
         """Concatenate the tensors of all ranks along dim 0; their lengths may differ.
 
         A rank whose batch is a placeholder (``counted`` is 0) adds no rows.
         """
-        ...
+        return tensor
 
     def reduce(
         self, tensor: Tensor, op: Literal["sum", "mean", "max"] = "sum"
     ) -> Tensor:
         """The tensor reduced over ranks; the same value on each."""
-        ...
+        return tensor
 
     def broadcast(self, value: object, src: int = 0) -> Any:
         """The value that rank `src` holds: numbers, strings, lists, dicts, tensors."""
-        ...
+        return value
 
     def gather_objects(self, value: T) -> list[T]:
         """The value of each rank, in order of rank: what ``broadcast`` takes, on the CPU."""
-        ...
+        return [value]
 
     def any(self, flag: bool) -> bool:
         """True on every rank if it is on one."""
-        ...
+        return flag
 
     def meet(self, what: str) -> None:
         """Wait until every rank does the same, before something that all must do.
@@ -289,7 +274,7 @@ class Accelerator(Protocol):
         what
             What this rank does, for messages.
         """
-        ...
+        return
 
     def agreement(self, name: str) -> Agreement:
         """Make what ranks use to agree on a batch, without a message in each.
@@ -301,22 +286,20 @@ class Accelerator(Protocol):
         name
             Its name. A new one of the same name takes the place of the earlier one.
         """
-        ...
+        return Agreement()
 
     def barrier(self) -> None:
         """Wait until every rank gets here."""
-        ...
+        return
 
     def full_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
         """Whole weights and buffers, detached, on the CPU; empty except on rank 0."""
-        ...
 
     def state_dict(self) -> StateDict:
         """Weights, buffers, optimizers, open gradients and counters of this rank.
 
         Tensors are live: copy them before the next step. Everything else is plain JSON.
         """
-        ...
 
     def load_state_dict(
         self, state: StateDict, parts: Sequence[str] = ("model", "optimizers")
@@ -328,11 +311,10 @@ class Accelerator(Protocol):
         CheckpointError
             If it is from another model, other optimizers or another number of ranks.
         """
-        ...
 
     def share_weights(self, model: nn.Module) -> None:
         """Give every rank the parameters and buffers of rank 0's model, before ``prepare``."""
-        ...
+        return
 
     def finish(self, *, failed: bool = False, keep: bool = True) -> None:
         """Release what ``prepare`` created, engines and hooks; the model is whole again.
@@ -344,4 +326,3 @@ class Accelerator(Protocol):
         keep
             False: this rank needs no weights. Its parameters are on the ``meta`` device.
         """
-        ...

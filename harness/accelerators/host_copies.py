@@ -10,37 +10,11 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from harness.accelerators.pinned import keep_if_failed
-
-
-class CopyStream(Protocol):
-    """Queues copies from one device to the host."""
-
-    def begin(self) -> None:
-        """Let the copies wait for what the device has been asked to compute."""
-        ...
-
-    def copy(self, host: Tensor, live: Tensor) -> None:
-        """Queue a copy."""
-        ...
-
-    def end(self) -> Callable[[], object]:
-        """Let what the device is asked to do next wait for the copies.
-
-        Returns
-        -------
-        Function that waits until the copies are made, in any thread.
-        """
-        ...
-
-    def synchronize(self) -> None:
-        """Wait until all copies are made; raises what torch does if the device has failed."""
-        ...
 
 
 class CudaCopyStream:
@@ -60,7 +34,12 @@ class CudaCopyStream:
             host.copy_(live, non_blocking=True)
 
     def end(self) -> Callable[[], object]:
-        """Let what the device is asked to do next wait for the copies."""
+        """Let what the device is asked to do next wait for the copies.
+
+        Returns
+        -------
+        Function that waits until the copies are made, in any thread.
+        """
         # Blocking: the thread that waits sleeps, and takes no core from training.
         event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         event.record(self._stream)
@@ -83,10 +62,10 @@ class HostCopies:
     """
 
     def __init__(
-        self, make_stream: Callable[[torch.device], CopyStream] = CudaCopyStream
+        self, make_stream: Callable[[torch.device], CudaCopyStream] = CudaCopyStream
     ) -> None:
         self._make_stream = make_stream
-        self._streams: dict[torch.device, CopyStream] = {}
+        self._streams: dict[torch.device, CudaCopyStream] = {}
         self._copies: dict[str, Tensor] = {}
         weakref.finalize(self, _keep_if_failed, self._copies, self._streams)
 
@@ -160,7 +139,7 @@ def _make_empty(shape: torch.Size, dtype: torch.dtype, *, is_cuda: bool) -> Tens
 
 
 def _keep_if_failed(
-    copies: Mapping[str, Tensor], streams: Mapping[torch.device, CopyStream]
+    copies: Mapping[str, Tensor], streams: Mapping[torch.device, CudaCopyStream]
 ) -> None:
     for stream in streams.values():
         keep_if_failed(copies, stream.synchronize)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from harness.accelerators.base import StepOpt
+from harness.accelerators.base import StepOpt, list_parameters
 from harness.events import nearest
 from harness.pytree import StateDict, map_tensors
 
@@ -148,6 +148,4 @@ class _Target:
 
 
 def _has_gradient(opt: torch.optim.Optimizer) -> bool:
-    return any(
-        p.grad is not None for group in opt.param_groups for p in group["params"]
-    )
+    return any(param.grad is not None for param in list_parameters(opt))

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from functools import partial, wraps
 from inspect import unwrap
 from types import MethodType
-from typing import Any, Literal, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +16,14 @@ from torch.utils.hooks import RemovableHandle
 from harness.accelerators import unmarked
 from harness.accelerators.base import (
     HOW_TO_STEP,
-    Agreement,
-    OwnAgreement,
+    Accelerator,
     StepHook,
     StepOpt,
     check_whole,
     counts_on_device,
     default_step_opt,
     ignore_step,
+    list_parameters,
     missing_backward,
     needs_closure,
 )
@@ -44,8 +44,6 @@ from harness.reshard.consolidated import copy_tensors
 from harness.reshard.layout import group_members, make_plain_layout
 from harness.reshard.skeleton import release_parameters
 
-T = TypeVar("T")
-
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """All weights, then all buffers, also those that a ``state_dict`` leaves out; live."""
@@ -62,7 +60,7 @@ def listing_all_state(opt: Any) -> Iterator[None]:
 
     torch 2.13: ``Optimizer.state_dict`` fails if it has state of a parameter in no group.
     """
-    stepped = {id(param) for group in opt.param_groups for param in group["params"]}
+    stepped = set(map(id, list_parameters(opt)))
     left = [
         param
         for param in getattr(opt, "state", ())
@@ -87,10 +85,9 @@ def load_optimizer_state(opt: Any, saved: StateDict, name: str) -> None:
     try:
         opt.load_state_dict({**saved, "param_groups": groups})
     except (ValueError, KeyError) as error:
-        msg = f"resume: expected the saved groups of optimizer {name!r}, got: {error}."
-        raise CheckpointError(
-            f"{msg} Resume with the learner that was saved."
-        ) from error
+        msg = f"resume: expected the saved groups of optimizer {name!r}, got: {error}"
+        advice = "Resume with the learner that was saved."
+        raise CheckpointError(f"{msg}. {advice}") from error
     # Keep what a scheduler that is new in this fit has added.
     for group, had in zip(opt.param_groups, before, strict=True):
         group.update({k: v for k, v in had.items() if k not in group})
@@ -113,7 +110,7 @@ def load_optimizer_state(opt: Any, saved: StateDict, name: str) -> None:
 def parameters_of_others(optimizers: Mapping[str, Any]) -> dict[str, list[Tensor]]:
     """For each optimizer, the parameters that only other optimizers own."""
     owned = {
-        name: {id(p): p for group in opt.param_groups for p in group["params"]}
+        name: {id(param): param for param in list_parameters(opt)}
         for name, opt in optimizers.items()
     }
     union = {key: param for params in owned.values() for key, param in params.items()}
@@ -187,11 +184,7 @@ def _hook_step(
     return handle
 
 
-_KnownLayout = tuple[Tensor, list[list[int]], list[list[int]]]
-"""Layout, members of the groups, and the ids of the parameters that these are of."""
-
-
-class SingleDevice:
+class SingleDevice(Accelerator):
     """One CPU, CUDA or MPS device.
 
     Parameters
@@ -226,6 +219,8 @@ class SingleDevice:
     world_size = 1
     is_main = True
     counted: int | None = None
+    guard: AbstractContextManager[object] | None = None
+    precision = "fp32"
 
     def __init__(
         self,
@@ -252,7 +247,6 @@ class SingleDevice:
         self._done: dict[str, int] = {}
         self._hooks: list[RemovableHandle | _StepHook] = []
         self._others: dict[str, list[Tensor]] = {}
-        self._known_layouts: dict[str, _KnownLayout] = {}
         self._scalers: dict[str, LossScaler] = {}
         self._nothing: AbstractContextManager[object] = nullcontext()
 
@@ -276,7 +270,6 @@ class SingleDevice:
         self._model = model.to(self.device)
         self._optimizers = dict(optimizers or {})
         self._others = parameters_of_others(self._optimizers)
-        self._known_layouts = {}
         self._done = dict.fromkeys(self._optimizers, 0)
         self.steps = dict.fromkeys(self._optimizers, 0)
         self.overflows = dict.fromkeys(self._optimizers, 0)
@@ -288,7 +281,7 @@ class SingleDevice:
             self._scalers = {name: LossScaler(self.device) for name in self._optimizers}
         for name, opt in self._optimizers.items():
             self._place_state(opt)
-            self._hooks.append(_hook_step(opt, self._make_counter(name)))
+            self._hooks.append(_hook_step(opt, partial(self._count_step, name)))
         return model, self._optimizers, list(loaders)
 
     def _check_closures(self, optimizers: Mapping[str, Any]) -> None:
@@ -298,10 +291,9 @@ class SingleDevice:
         for name, opt in optimizers.items() if is_refused else ():
             if needs_closure(opt):
                 msg = f"accelerator: expected accumulate=1 and no 'fp16' with {name!r}"
-                advice = (
-                    "computes gradients itself. Train on larger batches, in 'bf16'."
-                )
-                raise ValueError(f"{msg}, got {got}. {type(opt).__name__} {advice}")
+                does = f"{type(opt).__name__} computes gradients itself"
+                advice = "Train on larger batches, in 'bf16'."
+                raise ValueError(f"{msg}, got {got}. {does}. {advice}")
 
     def _place_state(self, opt: torch.optim.Optimizer) -> None:
         """Move the state of an optimizer to the device of its parameters."""
@@ -310,13 +302,9 @@ class SingleDevice:
                 if isinstance(value, Tensor) and value.dim() > 0:
                     state[key] = value.to(self.device)
 
-    def _make_counter(self, name: str) -> Any:
-        """Make a hook that counts steps, also those of a model's own ``step``."""
-
-        def count(*_: object) -> None:
-            self.steps[name] += 1
-
-        return count
+    def _count_step(self, name: str, *_: object) -> None:
+        """Count a step, also one of a model's own ``step``."""
+        self.steps[name] += 1
 
     def _only(self, name: str | None) -> str:
         """The name; for None, that of the only optimizer."""
@@ -363,12 +351,6 @@ class SingleDevice:
                 raise missing_backward("in fp16")
             self._done[name] += 1
             self.num_backwards += 1
-
-    guard = None
-
-    def building(self) -> AbstractContextManager[None]:
-        """Build the model of a fit inside."""
-        return nullcontext()
 
     def backward(self, loss: Tensor, name: str | None = None) -> None:
         """Add the gradients of ``loss / window``; `loss` is a scalar with a graph."""
@@ -437,45 +419,12 @@ class SingleDevice:
                 advice = "Clip at the end of the window: see is_boundary."
                 raise RuntimeError(f"{msg}, got {self._done[name]}. {advice}")
             self._scalers[name].unscale(opt)
-        groups = opt.param_groups
-        params = [with_dense_grad(p) for group in groups for p in group["params"]]
+        params = [with_dense_grad(param) for param in list_parameters(opt)]
         return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type)
 
     def to_device(self, batch: Batch) -> Batch:
         """Move the batch to the device."""
         return self._move(batch)
-
-    def gather(self, tensor: Tensor) -> Tensor:
-        """The tensor itself: there is one rank."""
-        return tensor
-
-    def reduce(
-        self, tensor: Tensor, op: Literal["sum", "mean", "max"] = "sum"
-    ) -> Tensor:
-        """The tensor itself: there is one rank."""
-        return tensor
-
-    def broadcast(self, value: object, src: int = 0) -> Any:
-        """The value itself: there is one rank."""
-        return value
-
-    def gather_objects(self, value: T) -> list[T]:
-        """The value alone: there is one rank."""
-        return [value]
-
-    def any(self, flag: bool) -> bool:
-        """The flag itself: there is one rank."""
-        return flag
-
-    def meet(self, what: str) -> None:
-        """Do nothing: there is one rank."""
-
-    def agreement(self, name: str) -> Agreement:
-        """Make one in which what is asked for is due after the same batch."""
-        return OwnAgreement()
-
-    def barrier(self) -> None:
-        """Do nothing: there is one rank."""
 
     def full_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
         """All weights and buffers, detached, on the CPU."""
@@ -498,8 +447,14 @@ class SingleDevice:
             "world_size": 1,
             "model": named_tensors(model),
             "optimizers": {n: opt.state_dict() for n, opt in self._optimizers.items()},
-            "layouts": {n: known[0] for n, known in self._layouts().items()},
-            "members": {n: known[1] for n, known in self._layouts().items()},
+            "layouts": {
+                n: make_plain_layout(model, list_parameters(opt))
+                for n, opt in self._optimizers.items()
+            },
+            "members": {
+                n: group_members(model, opt.param_groups)
+                for n, opt in self._optimizers.items()
+            },
             "kinds": {n: type(opt).__name__ for n, opt in self._optimizers.items()},
             "steps": dict(self.steps),
             "done": dict(self._done),
@@ -518,21 +473,6 @@ class SingleDevice:
             return {}
         scalers = {name: scaler.state_dict() for name, scaler in self._scalers.items()}
         return {"overflows": dict(self.overflows), "scalers": scalers}
-
-    def _layouts(self) -> dict[str, _KnownLayout]:
-        """Layout and group members of each optimizer; made anew if its groups changed."""
-        assert self._model is not None
-        for name, opt in self._optimizers.items():
-            groups = [group["params"] for group in opt.param_groups]
-            ids = [[id(param) for param in params] for params in groups]
-            if name not in self._known_layouts or self._known_layouts[name][2] != ids:
-                stepped = [param for params in groups for param in params]
-                self._known_layouts[name] = (
-                    make_plain_layout(self._model, stepped),
-                    group_members(self._model, opt.param_groups),
-                    ids,
-                )
-        return self._known_layouts
 
     def load_state_dict(
         self, state: StateDict, parts: Sequence[str] = ("model", "optimizers")
@@ -569,9 +509,6 @@ class SingleDevice:
             grad = state["grads"].get(name)
             param.grad = None if grad is None else grad.to(self.device, copy=True)
             param.requires_grad_(name not in state["frozen"])
-
-    def share_weights(self, model: nn.Module) -> None:
-        """Do nothing: there is one rank."""
 
     def finish(self, *, failed: bool = False, keep: bool = True) -> None:
         """Remove the hooks from model and optimizers.

@@ -8,7 +8,7 @@ import threading
 from time import monotonic, time
 from types import FrameType
 
-from harness.accelerators.base import Agreement, OwnAgreement
+from harness.accelerators.base import Agreement
 from harness.accelerators.distributed.environment import read_slurm_end
 from harness.callback import Callback
 from harness.checks.values import check_more_than
@@ -75,7 +75,7 @@ class Interrupt(Callback):
         self.signum: int | None = None
         self._signalled_at = 0.0
         self._num_ranks = 1
-        self._agreement: Agreement = OwnAgreement()
+        self._agreement = Agreement()
         self._is_over = False
         self._handlers = SignalHandlers()
         self._outer: Interrupt | None = None

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from harness.accelerators.base import Agreement, OwnAgreement
+from harness.accelerators.base import Agreement
 from harness.callbacks.monitor import Mode, Monitor
 from harness.checkpoint.format import Phase, list_checkpoints, remove_killed_saves
 from harness.checkpoint.writer import CheckpointWriter
@@ -106,7 +106,7 @@ class ModelCheckpoint(Monitor):
         self._last_step = 0
         self._last_time = 0.0
         self._has_saved = False
-        self._timed: Agreement = OwnAgreement()
+        self._timed = Agreement()
 
     def check(self, ctx: Context) -> None:
         """Refuse a fit without a folder for checkpoints, or without the monitored loss."""

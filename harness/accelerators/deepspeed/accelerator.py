@@ -27,13 +27,13 @@ from torch.utils.hooks import RemovableHandle
 
 from harness.accelerators.base import (
     Agreement,
-    OwnAgreement,
     StepHook,
     StepOpt,
     default_step_opt,
     ignore_step,
     missing_backward,
 )
+from harness.accelerators.deepspeed import library, validation
 from harness.accelerators.deepspeed.config import (
     ConfigFacts,
     check_config,
@@ -48,19 +48,6 @@ from harness.accelerators.deepspeed.gather import (
     gather_state_dict,
     list_attributes,
     read_no_values,
-)
-from harness.accelerators.deepspeed.library import (
-    choose_kind,
-    dividing_copies,
-    dividing_layers,
-    forget_model,
-    get_tracked_random,
-    import_deepspeed,
-    keep_autocast,
-    keep_functions,
-    known_fields,
-    set_tracked_random,
-    silence_deepspeed_warnings,
 )
 from harness.accelerators.deepspeed.precision import (
     add_precision,
@@ -77,20 +64,11 @@ from harness.accelerators.deepspeed.state import (
     refresh_masters,
     restore_state,
 )
-from harness.accelerators.deepspeed.validation import (
-    check_devices,
-    check_layer,
-    check_num_batches,
-    check_zero_init,
-    complete_config,
-    describe_loaders,
-    describe_model,
-)
 from harness.accelerators.deepspeed.whole_weights import (
     LocalGradients,
     NewWeights,
     WholeWeights,
-    settle_divided,
+    finish_zero_init,
 )
 from harness.accelerators.devices import choose_rank_device
 from harness.accelerators.distributed.environment import (
@@ -239,14 +217,14 @@ class DeepSpeedAccelerator:
         precision: str | None,
         zero_init: object,
     ) -> dict[str, Any]:
-        choose_kind(self.device.type)
+        library.choose_kind(self.device.type)
         read = add_precision(read_config(config), precision)
         check_config(read, self._collect_facts())
-        check_zero_init(zero_init, zero_stage(read))
+        validation.check_zero_init(zero_init, zero_stage(read))
         return read
 
     def _collect_facts(self, **facts: Any) -> ConfigFacts:
-        device, fields = self.device.type, known_fields()
+        device, fields = self.device.type, library.known_fields()
         return ConfigFacts(
             world_size=self.world_size, device=device, fields=fields, **facts
         )
@@ -255,7 +233,7 @@ class DeepSpeedAccelerator:
         if self.device.type == "cuda" and self.world_size > 1:
             uuid = str(torch.cuda.get_device_properties(self.device).uuid)
             devices = self._ranks.gather_objects((socket.gethostname(), uuid))
-            self._ranks.check_on_every_rank(lambda: check_devices(devices))
+            self._ranks.check_on_every_rank(lambda: validation.check_devices(devices))
 
     @contextmanager
     def building(self) -> Iterator[None]:
@@ -263,19 +241,21 @@ class DeepSpeedAccelerator:
 
         The model may also enter ``deepspeed.zero.Init`` itself.
         """
-        silence_deepspeed_warnings()
+        library.silence_deepspeed_warnings()
         with ExitStack() as stack:
-            stack.enter_context(self._telling_device())
-            stack.enter_context(keep_functions())
+            stack.enter_context(self._set_local_rank())
+            stack.enter_context(library.keep_functions())
             if self._zero_init:
                 config = init_config(self._config)
-                stack.enter_context(dividing_layers(config, check_layer))
+                stack.enter_context(
+                    library.divide_layers(config, validation.check_layer)
+                )
             if self.guard is not None:
                 stack.enter_context(self.guard)
-                stack.enter_context(dividing_copies())
+                stack.enter_context(library.divide_copies())
             yield
 
-    def _telling_device(self) -> AbstractContextManager[None]:
+    def _set_local_rank(self) -> AbstractContextManager[None]:
         """Tell DeepSpeed inside the index of the device, which it reads at any time."""
         index = self.local_rank if self.device.index is None else self.device.index
         return set_environment(LOCAL_RANK=str(index))
@@ -337,11 +317,12 @@ class DeepSpeedAccelerator:
             opt_hparams=opt_hparams or {},
         )
         self._filled = self._ranks.check_on_every_rank(
-            lambda: complete_config(self._config, model, opts, facts)
+            lambda: validation.complete_config(self._config, model, opts, facts)
         )
         self._ranks.check_same(
             "prepare",
-            describe_model(model, opts or {}) | describe_loaders(loaders),
+            validation.describe_model(model, opts or {})
+            | validation.describe_loaders(loaders),
             "Start every rank with the same code and data.",
         )
         self._record_model(model)
@@ -349,11 +330,11 @@ class DeepSpeedAccelerator:
             model.to(self.device)
             self.share_weights(model)
         else:
-            self._cleanup.enter_context(self._telling_device())
-            self._cleanup.enter_context(keep_functions())
-            self._cleanup.enter_context(keep_autocast())
-            self._cleanup.callback(forget_model, model)
-            settle_divided(model, self._filled, self.device)
+            self._cleanup.enter_context(self._set_local_rank())
+            self._cleanup.enter_context(library.keep_functions())
+            self._cleanup.enter_context(library.reset_autocast())
+            self._cleanup.callback(library.forget_model, model)
+            finish_zero_init(model, self._filled, self.device)
             self._engines = create_engines(
                 model, opts, self._filled, self.device, self._count_step
             )
@@ -380,7 +361,7 @@ class DeepSpeedAccelerator:
             has_pairs=any(isinstance(part, BatchNorm) for part in model.modules()),
         )
         self._ranks.check_on_every_rank(
-            lambda: check_num_batches(sharded, self.world_size)
+            lambda: validation.check_num_batches(sharded, self.world_size)
         )
         part_rng_state(self.rank, self.device)
         return model, facades, sharded
@@ -587,7 +568,7 @@ class DeepSpeedAccelerator:
     def agreement(self, name: str) -> Agreement:
         """Make what ranks use to agree on a batch; every rank must call it."""
         if self._watchdog is None:
-            return OwnAgreement()
+            return Agreement()
         return self._watchdog.make_agreement(name)
 
     def barrier(self) -> None:
@@ -604,7 +585,7 @@ class DeepSpeedAccelerator:
             return precise
         if not hasattr(param, "ds_id"):
             return param.data
-        with import_deepspeed().zero.GatheredParameters([param]):
+        with library.import_deepspeed().zero.GatheredParameters([param]):
             return param.data.clone()
 
     def full_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
@@ -631,7 +612,7 @@ class DeepSpeedAccelerator:
         state = capture_state(model, self._engines.deepspeed_engines, stage, done)
         if not self.is_main:
             state["shared"] = {}
-        if tracked := get_tracked_random():
+        if tracked := library.get_tracked_random():
             state["tracked_random"] = tracked
         return state | {
             "world_size": self.world_size,
@@ -681,7 +662,7 @@ class DeepSpeedAccelerator:
             refresh_masters(engines.values())
         if "optimizers" in parts:
             if "tracked_random" in state:
-                set_tracked_random(state["tracked_random"])
+                library.set_tracked_random(state["tracked_random"])
             self.steps.update(state["steps"])
             self.overflows.update(state["overflows"])
             for engine in self._engines:

@@ -60,13 +60,13 @@ _TEXTS = frozenset(
     ]
 )
 
-_SIZES = (
+SIZES = (
     "train_batch_size",
     "train_micro_batch_size_per_gpu",
     "gradient_accumulation_steps",
 )
 
-KEYS = _OBJECTS | _FLAGS | _NUMBERS | _TEXTS | frozenset(_SIZES)
+KEYS = _OBJECTS | _FLAGS | _NUMBERS | _TEXTS | frozenset(SIZES)
 
 _SECTIONS = {
     "optimizer": {"type", "params", "legacy_fusion"},
@@ -79,6 +79,8 @@ _PRECISIONS = ("fp16", "bf16", "bfloat16", "torch_autocast")
 
 _HALF = {"fp16", "half", "float16"}
 """DeepSpeed's names for float16, which CPUs do not train in."""
+
+SEE_KEYS = "See https://www.deepspeed.ai/docs/config-json/."
 
 _BUCKET = 500_000_000
 """DeepSpeed's default of ``reduce_bucket_size``, in parameters."""
@@ -194,9 +196,8 @@ def check_config(config: Mapping[str, Any], facts: ConfigFacts) -> None:
     stage = zero_stage(config)
     if type(stage) is not int or stage not in range(4):
         msg = f"accelerator(config): expected zero_optimization.stage in 0..3, got {stage!r}"
-        raise ValueError(
-            f"{msg}. 0 divides nothing over the ranks, 3 divides everything."
-        )
+        advice = "0 divides nothing over the ranks, 3 divides everything."
+        raise ValueError(f"{msg}. {advice}")
     _check_precision(config, facts)
     _check_modes(config, stage)
 
@@ -218,7 +219,7 @@ def _check_types(config: Options) -> None:
         else:
             continue
         msg = f"accelerator(config): expected {expected}, got {value!r}."
-        raise ValueError(f"{msg} See https://www.deepspeed.ai/docs/config-json/.")
+        raise ValueError(f"{msg} {SEE_KEYS}")
 
 
 def _check_recipe(section: str, recipe: Mapping[str, object] | None) -> None:
@@ -233,10 +234,8 @@ def _check_recipe(section: str, recipe: Mapping[str, object] | None) -> None:
         msg = f"accelerator(config): expected another {section}.type, got {kind!r}."
         raise ValueError(f"{msg} DeepSpeed cannot step it: train on one device.")
     if not isinstance(params, Mapping):
-        msg = "accelerator(config): expected an object for"
-        raise ValueError(
-            f"{msg} '{section}.params', got {params!r}. Write it in braces."
-        )
+        msg = f"accelerator(config): expected an object for '{section}.params'"
+        raise ValueError(f"{msg}, got {params!r}. Write it in braces.")
 
 
 def zero_stage(config: Mapping[str, Any]) -> Any:
@@ -251,8 +250,7 @@ def _check_keys(
     for name in found:
         if name not in known:
             msg = f"accelerator(config): expected a key of DeepSpeed, got {prefix + name!r}."
-            advice = "All keys: https://www.deepspeed.ai/docs/config-json/."
-            raise ValueError(f"{msg}{nearest(name, known)} {advice}")
+            raise ValueError(f"{msg}{nearest(name, known)} {SEE_KEYS}")
 
 
 def _check_precision(config: Mapping[str, Any], facts: ConfigFacts) -> None:
@@ -269,17 +267,16 @@ def _check_precision(config: Mapping[str, Any], facts: ConfigFacts) -> None:
         name for name in _PRECISIONS if config.get(name, {}).get("enabled", False)
     ]
     if len(enabled) > 1:
-        msg = (
-            f"accelerator(config): expected one precision, got {' and '.join(enabled)}."
-        )
+        got = " and ".join(enabled)
+        msg = f"accelerator(config): expected one precision, got {got}."
         raise ValueError(f"{msg} Enable only one of them.")
     dtype = str(config.get("torch_autocast", {}).get("dtype", "bfloat16"))
     is_half = "torch_autocast" in enabled and dtype.removeprefix("torch.") in _HALF
     if facts.device == "cpu" and (is_half or "fp16" in enabled):
         msg = (
-            "accelerator(config): expected bf16 or full precision on the CPU, got fp16."
+            "accelerator(config): expected bf16 or full precision on the CPU, got fp16"
         )
-        raise ValueError(f'{msg} Use "bf16": {{"enabled": true}} or a CUDA device.')
+        raise ValueError(f'{msg}. Use "bf16": {{"enabled": true}} or a CUDA device.')
 
 
 def _check_modes(config: Mapping[str, Any], stage: int) -> None:
@@ -363,16 +360,16 @@ def complete_batch_sizes(
     config: Mapping[str, object], facts: ConfigFacts
 ) -> dict[str, int]:
     """Complete DeepSpeed's three batch sizes from each other, loader and `accumulate`."""
-    total, micro, steps = (_count(config, name) for name in _SIZES)
+    total, micro, steps = (_count(config, name) for name in SIZES)
     if facts.batch_size is not None:
         if micro not in {None, facts.batch_size}:
-            msg = f"accelerator(config): expected {_SIZES[1]} = {facts.batch_size}"
+            msg = f"accelerator(config): expected {SIZES[1]} = {facts.batch_size}"
             advice = "Change it or the loader's batch_size, or write 'auto'."
             raise ValueError(f"{msg}, the loader's batch size, got {micro}. {advice}")
         micro = facts.batch_size
     if facts.accumulate > 1:
         if steps not in {None, facts.accumulate}:
-            msg = f"accelerator(config): expected {_SIZES[2]} = {facts.accumulate}"
+            msg = f"accelerator(config): expected {SIZES[2]} = {facts.accumulate}"
             advice = "Change one of the two, or write 'auto'."
             raise ValueError(f"{msg}, the value of accumulate, got {steps}. {advice}")
         steps = facts.accumulate
@@ -387,7 +384,7 @@ def complete_batch_sizes(
         msg = f"accelerator(config): expected train_batch_size = {sizes} = {product}"
         advice = "Change one of the three, or write 'auto' for it."
         raise ValueError(f"{msg}, got {total}. {advice}")
-    return dict(zip(_SIZES, (product, micro, steps), strict=True))
+    return dict(zip(SIZES, (product, micro, steps), strict=True))
 
 
 def _count(config: Mapping[str, object], name: str) -> int | None:

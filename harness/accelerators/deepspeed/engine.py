@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.accelerators.base import StepOpt
+from harness.accelerators.deepspeed.library import replace_attributes
 from harness.accelerators.deepspeed.state import base_optimizer, master_weights
 from harness.accelerators.single import freeze_parameters
 from harness.reshard.layout import group_members, make_engine_layout
@@ -207,15 +208,12 @@ class NamedEngine:
         max_norm, found = self._clip
         wrapper = self.engine.optimizer
         keeps_gradients = hasattr(wrapper, "clip_grad")
-        owner, name = wrapper, "clip_grad"
-        if not keeps_gradients:  # the config's clipping comes before ``_on_base_step``
-            owner, name, max_norm = self.engine._config, "gradient_clipping", 0.0
-        before = getattr(owner, name)
-        setattr(owner, name, max_norm)
-        try:
+        if keeps_gradients:
+            clipping = replace_attributes(wrapper, clip_grad=max_norm)
+        else:  # the config's clipping comes before ``_on_base_step``
+            clipping = replace_attributes(self.engine._config, gradient_clipping=0.0)
+        with clipping:
             yield
-        finally:
-            setattr(owner, name, before)
         if keeps_gradients:
             norm = self.engine.get_global_grad_norm()
             if isinstance(norm, Tensor):  # nothing is read from the device
@@ -342,10 +340,8 @@ class EngineOptimizer(torch.optim.Optimizer):
         return self._base.register_step_post_hook(hook)
 
     def __getstate__(self) -> Any:
-        msg = (
-            "DeepSpeed optimizer: expected accelerator.save(), got pickle or deepcopy."
-        )
-        raise TypeError(f"{msg} Its state is divided over the ranks.")
+        msg = "DeepSpeed optimizer: expected accelerator.save(), got pickle or deepcopy"
+        raise TypeError(f"{msg}. Its state is divided over the ranks.")
 
 
 def find_parameters(loss: Tensor) -> set[int]:

@@ -12,15 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from harness.accelerators.base import list_parameters
 from harness.accelerators.deepspeed.config import zero_stage
 from harness.accelerators.deepspeed.engine import NamedEngine, find_parameters
 from harness.accelerators.deepspeed.library import (
+    allow_float64,
     correct_half_autocast,
     ignore_warnings,
     import_deepspeed,
-    letting_float64_in,
+    keep_optimizers,
     silence_deepspeed_warnings,
-    unchanged_optimizers,
 )
 
 DEFAULT_NAME = "opt"
@@ -153,18 +154,18 @@ def create_engines(
     trained: list[Tensor] = [
         param for param in model.parameters() if param.requires_grad
     ]
-    owned = _list_owned(optimizers) or {DEFAULT_NAME: trained}
-    if stage:
-        _drop_frozen(optimizers)
-    groups = _copy_groups(optimizers) or {DEFAULT_NAME: [{"params": trained}]}
+    owned = {name: list_parameters(opt) for name, opt in optimizers.items()}
     # DeepSpeed changes the model in each call, so all groups are copied before the first.
+    groups = {name: _copy_groups(opt, stage) for name, opt in optimizers.items()}
+    if not optimizers:
+        owned, groups = {DEFAULT_NAME: trained}, {DEFAULT_NAME: [{"params": trained}]}
     made = {}
     for name in owned:
         with (
             ignore_warnings(),
-            unchanged_optimizers(),
-            letting_float64_in(),
-            naming_recipe(config),
+            keep_optimizers(),
+            allow_float64(),
+            explain_failure(config),
         ):
             made[name], *_ = deepspeed.initialize(
                 args=Namespace(device_rank=device.index or 0),
@@ -187,7 +188,7 @@ def create_engines(
 
 
 @contextmanager
-def naming_recipe(config: Mapping[str, Any]) -> Iterator[None]:
+def explain_failure(config: Mapping[str, Any]) -> Iterator[None]:
     """Name the optimizer or scheduler of the config that DeepSpeed fails to build inside.
 
     Any other error gains a note: DeepSpeed's own seldom tell the key of the config.
@@ -219,24 +220,8 @@ def naming_recipe(config: Mapping[str, Any]) -> Iterator[None]:
         raise ValueError(f"{msg} Correct its type or params.") from error
 
 
-def _list_owned(optimizers: Mapping[str, Optimizer]) -> dict[str, list[Tensor]]:
-    return {
-        name: [param for group in opt.param_groups for param in group["params"]]
-        for name, opt in optimizers.items()
-    }
-
-
-def _drop_frozen(optimizers: Mapping[str, Optimizer]) -> None:
-    """ZeRO 1 and 2 fail on a parameter group whose parameters are all frozen."""
-    for opt in optimizers.values():
-        for group in opt.param_groups:
-            group["params"] = [p for p in group["params"] if p.requires_grad]
-
-
-def _copy_groups(
-    optimizers: Mapping[str, Optimizer],
-) -> dict[str, list[dict[str, Any]]]:
-    return {
-        name: [dict(group) for group in opt.param_groups if group["params"]]
-        for name, opt in optimizers.items()
-    }
+def _copy_groups(opt: Optimizer, stage: int) -> list[dict[str, Any]]:
+    """Copy the groups; ZeRO 1 and 2 fail on one whose parameters are all frozen."""
+    for group in opt.param_groups if stage else ():
+        group["params"] = [p for p in group["params"] if p.requires_grad]
+    return [dict(group) for group in opt.param_groups if group["params"]]

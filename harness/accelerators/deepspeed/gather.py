@@ -7,18 +7,20 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from harness.reshard.skeleton import replace_parameters
+
 ReadParameter = Callable[[nn.Parameter], Tensor]
 """Returns the whole parameter, in full precision, on this rank's device."""
 
 
-def gather_state_dict(
+def gather_parameters(
     model: nn.Module,
     read_whole: ReadParameter,
     dtypes: Mapping[str, torch.dtype],
     *,
     keep: bool,
-) -> dict[str, Tensor]:
-    """State dict with whole weights on the CPU, in the dtypes of the user's model.
+) -> dict[int, Tensor]:
+    """Gather whole parameters by their ids, on the CPU, in the dtypes of the user's model.
 
     Parameters
     ----------
@@ -29,24 +31,36 @@ def gather_state_dict(
     dtypes
         Dtypes of the parameters by name, before an engine changed them.
     keep
-        False: take part in the gathering, but return nothing.
+        False: take part in the gathering, one parameter at a time, but keep no values. The
+        tensors are on the ``meta`` device.
     """
-    state: dict[str, Tensor] = {}
-    gathered: dict[int, Tensor] = {}
-    for name, value in model.state_dict(keep_vars=True).items():
-        if not isinstance(value, nn.Parameter):
-            if keep:
-                is_tensor = isinstance(value, Tensor)
-                state[name] = value.detach().cpu().clone() if is_tensor else value
-            continue
-        if id(value) not in gathered:
-            full = read_whole(value)
-            if keep:
-                dtype = dtypes.get(name, full.dtype)
-                full = full.detach().to("cpu", dtype, copy=True)
-            gathered[id(value)] = full if keep else value
+    found = {}
+    for name, param in model.named_parameters():
+        full = read_whole(param).detach()
+        dtype = dtypes.get(name, full.dtype)
         if keep:
+            found[id(param)] = full.to("cpu", dtype, copy=True)
+        else:
+            found[id(param)] = torch.empty(full.shape, dtype=dtype, device="meta")
+    return found
+
+
+def gather_state_dict(
+    model: nn.Module,
+    read_whole: ReadParameter,
+    dtypes: Mapping[str, torch.dtype],
+    *,
+    keep: bool,
+) -> dict[str, Tensor]:
+    """State dict with whole weights; see ``gather_parameters``. It is empty without `keep`."""
+    gathered = gather_parameters(model, read_whole, dtypes, keep=keep)
+    state: dict[str, Tensor] = {}
+    for name, value in model.state_dict(keep_vars=True).items() if keep else ():
+        if id(value) in gathered:
             state[name] = gathered[id(value)]
+        else:
+            is_tensor = isinstance(value, Tensor)
+            state[name] = value.detach().cpu().clone() if is_tensor else value
     return state
 
 
@@ -73,30 +87,18 @@ def gather_plain_parameters(
     before
         What ``list_attributes`` returned before the engines were created.
     keep
-        False: take part in the gathering, one parameter at a time, but keep no values. The
-        plain parameters are on the ``meta`` device.
+        As in ``gather_parameters``.
     """
-    made: dict[int, nn.Parameter] = {}
-    for name, param in model.named_parameters():
-        full = read_whole(param).detach()
-        dtype = dtypes.get(name, full.dtype)
-        if keep:
-            full = full.to("cpu", dtype, copy=True)
-        else:
-            full = torch.empty(full.shape, dtype=dtype, device="meta")
-        made[id(param)] = nn.Parameter(full, param.requires_grad)
+    gathered = gather_parameters(model, read_whole, dtypes, keep=keep)
 
     def install() -> None:
         for module in model.modules():
             # ZeRO 3 puts its own dict here, and adds attributes to modules.
-            module._parameters = {
-                name: None if param is None else made[id(param)]
-                for name, param in module._parameters.items()
-            }
-            for name in _LEFTOVERS & (
-                vars(module).keys() - before.get(module, frozenset())
-            ):
+            module._parameters = dict(module._parameters.items())
+            new = vars(module).keys() - before.get(module, frozenset())
+            for name in _LEFTOVERS & new:
                 delattr(module, name)
+        replace_parameters(model, lambda param: gathered[id(param)])
 
     return install
 

@@ -8,7 +8,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import cache, wraps
 from types import ModuleType
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from harness.accelerators.deepspeed.config import SIZES
 from harness.accelerators.devices import choose_device
 from harness.accelerators.distributed.environment import set_environment
 from harness.pytree import map_tensors
@@ -63,12 +64,8 @@ def _import_muon() -> None:
     with suppress(ImportError, AttributeError):
         from deepspeed.runtime import compiler  # noqa: PLC0415  see door
 
-        before = compiler.compile
-        compiler.compile = lambda: _compile_at_call
-        try:
+        with replace_attributes(compiler, compile=lambda: _compile_at_call):
             import deepspeed.runtime.zero.muon.original_muon  # noqa: PLC0415, F401
-        finally:
-            compiler.compile = before
 
 
 def _compile_at_call(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -119,13 +116,22 @@ def ignore_warnings() -> Iterator[None]:
 
 
 @contextmanager
-def keep_functions() -> Iterator[None]:
-    """Restore torch's ``linear``: at ZeRO 3, DeepSpeed 0.19.8 replaces it and leaves it so."""
-    linear = torch.nn.functional.linear
+def replace_attributes(owner: Any, **attributes: object) -> Iterator[None]:
+    """Give a module, class or object other attributes inside."""
+    before = {name: getattr(owner, name) for name in attributes}
+    for name, value in attributes.items():
+        setattr(owner, name, value)
     try:
         yield
     finally:
-        torch.nn.functional.linear = linear
+        for name, value in before.items():
+            setattr(owner, name, value)
+
+
+def keep_functions() -> AbstractContextManager[None]:
+    """Restore torch's ``linear``: at ZeRO 3, DeepSpeed 0.19.8 replaces it and leaves it so."""
+    functional = torch.nn.functional
+    return replace_attributes(functional, linear=functional.linear)
 
 
 def replace_linear() -> None:
@@ -140,7 +146,7 @@ def replace_linear() -> None:
 
 
 @contextmanager
-def dividing_layers(
+def divide_layers(
     config: Mapping[str, object], check: Callable[[torch.nn.Module], None]
 ) -> Iterator[None]:
     """Divide each layer over the ranks as soon as it is made inside, by ``zero.Init``.
@@ -168,8 +174,7 @@ def dividing_layers(
         yield
 
 
-@contextmanager
-def dividing_copies() -> Iterator[None]:
+def divide_copies() -> AbstractContextManager[None]:
     """Divide copies of divided parameters inside; in DeepSpeed 0.19.8 they have no values."""
     copy_whole = torch.nn.Parameter.__deepcopy__
 
@@ -184,15 +189,11 @@ def dividing_copies() -> Iterator[None]:
             param.convert_to_zero_parameters([found])
         return found
 
-    torch.nn.Parameter.__deepcopy__ = copy_divided  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        torch.nn.Parameter.__deepcopy__ = copy_whole  # type: ignore[method-assign]
+    return replace_attributes(torch.nn.Parameter, __deepcopy__=copy_divided)
 
 
-def agree(flags: Sequence[bool]) -> list[bool]:
-    """Whether each is true on a rank; every rank must call it."""
+def any_rank(flags: Sequence[bool]) -> list[bool]:
+    """For each flag, whether it is true on any rank; every rank must call it."""
     deepspeed = import_deepspeed()
     device = deepspeed.get_accelerator().current_device_name()
     found = torch.tensor(flags, dtype=torch.int32, device=device)
@@ -231,8 +232,7 @@ def forget_model(model: torch.nn.Module) -> None:
         inspect.getclosurevars(cached).nonlocals["func"].cache_clear()
 
 
-@contextmanager
-def keep_autocast() -> Iterator[None]:
+def reset_autocast() -> AbstractContextManager[None]:
     """Begin without autocast, and restore what there was before.
 
     DeepSpeed 0.19.8 notes for the whole process that an engine has autocast, so that every
@@ -241,14 +241,9 @@ def keep_autocast() -> Iterator[None]:
     import_deepspeed()
     from deepspeed.runtime import torch_autocast  # noqa: PLC0415  see door
 
-    names = ("TORCH_AUTOCAST_INITIALIZED", "TORCH_AUTOCAST_DTYPE")
-    before = {name: getattr(torch_autocast, name) for name in names}
-    torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
-    torch_autocast.TORCH_AUTOCAST_DTYPE = None
-    try:
-        yield
-    finally:
-        vars(torch_autocast).update(before)
+    return replace_attributes(
+        torch_autocast, TORCH_AUTOCAST_INITIALIZED=False, TORCH_AUTOCAST_DTYPE=None
+    )
 
 
 def silence_deepspeed_warnings() -> None:
@@ -258,8 +253,7 @@ def silence_deepspeed_warnings() -> None:
     )
 
 
-@contextmanager
-def letting_float64_in() -> Iterator[None]:
+def allow_float64() -> AbstractContextManager[None]:
     """Let ZeRO 3 take models in float64 wherever it runs.
 
     DeepSpeed 0.19.8 refuses them where the processor computes in float16, as GPUs do. Elsewhere
@@ -273,15 +267,11 @@ def letting_float64_in() -> Iterator[None]:
     def set_dtype(self: Any, config: object, dtype: torch.dtype | None) -> None:
         before(self, config, torch.float32 if dtype == torch.float64 else dtype)
 
-    maker._set_dtype = set_dtype
-    try:
-        yield
-    finally:
-        maker._set_dtype = before
+    return replace_attributes(maker, _set_dtype=set_dtype)
 
 
 @contextmanager
-def unchanged_optimizers() -> Iterator[None]:
+def keep_optimizers() -> Iterator[None]:
     """Let DeepSpeed initialize without changing the optimizers that it is given.
 
     DeepSpeed 0.19.8 changes them in two ways, both to allocate their state:
@@ -298,17 +288,12 @@ def unchanged_optimizers() -> Iterator[None]:
     DeepSpeed 0.19.8: ``initialize_optimizer_states`` in ``fp16/fused_optimizer.py``,
     ``fp16/unfused_optimizer.py``, ``zero/stage_1_and_2.py`` and ``zero/stage3.py``.
     """
-    changes = _initializers()
-    before = [wrapper.initialize_optimizer_states for wrapper in changes]
-    hook = register_optimizer_step_pre_hook(_refuse_step)
-    for wrapper, initialize in changes.items():
-        wrapper.initialize_optimizer_states = initialize
-    try:
+    with ExitStack() as stack:
+        stack.callback(register_optimizer_step_pre_hook(_refuse_step).remove)
+        for wrapper, initialize in _initializers().items():
+            new = {"initialize_optimizer_states": initialize}
+            stack.enter_context(replace_attributes(wrapper, **new))
         yield
-    finally:
-        hook.remove()
-        for wrapper, method in zip(changes, before, strict=True):
-            wrapper.initialize_optimizer_states = method
 
 
 def _initializers() -> dict[Any, Callable[[Any], None]]:
@@ -439,7 +424,7 @@ def find_config_error(config: Mapping[str, object]) -> tuple[str, str] | None:
     import_deepspeed()
     from deepspeed.runtime.config import DeepSpeedConfig  # noqa: PLC0415  see door
 
-    sized = {name: value for name, value in config.items() if name not in _SIZES}
+    sized = {name: value for name, value in config.items() if name not in SIZES}
 
     def read(without: str | None = None) -> Exception | None:
         kept = {name: value for name, value in sized.items() if name != without}
@@ -463,12 +448,6 @@ def find_config_error(config: Mapping[str, object]) -> tuple[str, str] | None:
         reason = str(first["msg"])
     return place, reason
 
-
-_SIZES = {
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-}
 
 _MANY = 2**10 * 3**4 * 5**2 * 7
 

@@ -18,8 +18,18 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils.data import IterableDataset, Subset
 
-from harness.accelerators.base import check_whole, has_modes, needs_closure
-from harness.accelerators.deepspeed.config import ConfigFacts, fill_config, zero_stage
+from harness.accelerators.base import (
+    check_whole,
+    has_modes,
+    list_parameters,
+    needs_closure,
+)
+from harness.accelerators.deepspeed.config import (
+    SEE_KEYS,
+    ConfigFacts,
+    fill_config,
+    zero_stage,
+)
 from harness.accelerators.deepspeed.library import find_config_error
 from harness.accelerators.deepspeed.precision import find_weights_dtype
 from harness.data.loaders import num_batches
@@ -65,9 +75,7 @@ def complete_config(
     if found is not None:
         key, reason = found
         msg = f"accelerator(config): expected a value that DeepSpeed reads at {key!r}"
-        raise ValueError(
-            f"{msg}, got: {reason}. See https://www.deepspeed.ai/docs/config-json/."
-        )
+        raise ValueError(f"{msg}, got: {reason}. {SEE_KEYS}")
     check_packages(filled)
     if all(is_elementwise(opt) for opt in (optimizers or {}).values()):
         filled.setdefault("zero_allow_untested_optimizer", True)
@@ -89,9 +97,8 @@ def check_packages(config: Options) -> None:
     for section, package in _PACKAGES.items():
         is_enabled = config.get(section, {}).get("enabled", False)
         if is_enabled and importlib.util.find_spec(package) is None:
-            msg = (
-                f"accelerator(config): expected the package {package!r} for {section!r}"
-            )
+            what = f"the package {package!r} for {section!r}"
+            msg = f"accelerator(config): expected {what}"
             advice = "Install it, or leave the section out"
             raise ValueError(f"{msg}, found no such package. {advice}.")
 
@@ -142,9 +149,9 @@ def check_parameters(params: Iterable[tuple[str, nn.Parameter]]) -> None:
         if is_lazy(param):
             msg = f"prepare: expected parameters with shapes, got the lazy {name!r}."
             advice = (
-                "Call the model once on a batch when it is built, or give its sizes."
+                "Call the model once on a batch when it is built, or give its sizes"
             )
-            raise ValueError(f"{msg} {advice}")
+            raise ValueError(f"{msg} {advice}.")
         if param.is_meta:
             msg = f"prepare: expected parameters with values, got {name!r} on 'meta'."
             advice = "Build it on the CPU; harness.accelerator(config, zero_init=True)"
@@ -195,9 +202,8 @@ def check_divided(
         ):
             if value is not None:
                 msg = f"prepare: expected no {key} where zero.Init divides the model"
-                raise ValueError(
-                    f"{msg}, got {name!r} with it. {advice}, or build it whole."
-                )
+                advice = f"{advice}, or build it whole."
+                raise ValueError(f"{msg}, got {name!r} with it. {advice}")
 
 
 def check_gradients(model: nn.Module, stage: int) -> None:
@@ -253,7 +259,7 @@ def check_dtypes(
     groups = [] if optimizers else [list(model.parameters())]  # the config's optimizer
     for opt in optimizers.values():
         own = [group["params"] for group in opt.param_groups]
-        groups += [[param for group in own for param in group]] if stage == 3 else own
+        groups += [list_parameters(opt)] if stage == 3 else own
     for group in groups:
         found = {p.dtype: names.get(id(p)) for p in group if p.requires_grad}
         for dtype, name in found.items():
@@ -293,34 +299,26 @@ def _check_one_source(
         advice = "Remove it from the config or from the learner."
         raise ValueError(f"{msg} in the learner and one in the config. {advice}")
     if "optimizer" not in config and not optimizers:
-        msg = (
-            "prepare: expected an optimizer in the learner or in the config, got none."
-        )
-        raise ValueError(f"{msg} Pass one, or optimizers=None to evaluate only.")
+        msg = "prepare: expected an optimizer in the learner or in the config, got none"
+        raise ValueError(f"{msg}. Pass one, or optimizers=None to evaluate only.")
 
 
 def _check_optimizer(name: str, opt: Any, config: Mapping[str, Any]) -> None:
+    place, kind, stage = f"prepare({name!r})", type(opt).__name__, zero_stage(config)
     if needs_closure(opt):
-        kind = type(opt).__name__
-        msg = f"prepare({name!r}): expected an optimizer without a closure, got {kind}."
+        msg = f"{place}: expected an optimizer without a closure, got {kind}."
         raise ValueError(f"{msg} DeepSpeed cannot step it: train on one device.")
     if has_modes(opt):
-        kind = type(opt).__name__
-        msg = f"prepare({name!r}): expected an optimizer without train() and eval()"
-        advice = (
-            "Engines keep copies of the weights, which it changes: train on one device."
-        )
-        raise ValueError(f"{msg}, got {kind}. {advice}")
-    stage = zero_stage(config)
+        msg = f"{place}: expected an optimizer without train() and eval(), got {kind}."
+        advice = "Engines keep copies of the weights, which it changes"
+        raise ValueError(f"{msg} {advice}: train on one device.")
     is_allowed = config.get("zero_allow_untested_optimizer", False)
     if stage and not is_elementwise(opt) and not is_allowed:
-        kind = type(opt).__name__
-        msg = f"prepare({name!r}): expected an optimizer that updates each element by itself"
+        msg = f"{place}: expected an optimizer that updates each element by itself"
         advice = 'If it does, set "zero_allow_untested_optimizer": true.'
         raise ValueError(f"{msg} at ZeRO {stage}, got {kind}. {advice}")
-    params = (param for group in opt.param_groups for param in group["params"])
-    if not any(param.requires_grad for param in params):
-        msg = f"prepare({name!r}): expected parameters to train, got frozen ones only."
+    if not any(param.requires_grad for param in list_parameters(opt)):
+        msg = f"{place}: expected parameters to train, got frozen ones only."
         raise ValueError(f"{msg} Set requires_grad on some, or remove {name!r}.")
 
 
@@ -329,7 +327,7 @@ def _check_ownership(model: nn.Module, optimizers: Mapping[str, Optimizer]) -> N
     names = {id(param): name for name, param in model.named_parameters()}
     owner: dict[int, str] = {}
     for opt_name, opt in optimizers.items():
-        for param in (p for group in opt.param_groups for p in group["params"]):
+        for param in list_parameters(opt):
             before = owner.setdefault(id(param), opt_name)
             if before != opt_name:
                 which = names.get(id(param), "a parameter")

@@ -16,7 +16,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from harness.accelerators.deepspeed.library import (
-    agree,
+    any_rank,
     replace_linear,
     share_and_divide,
 )
@@ -207,7 +207,7 @@ class NewWeights(TorchFunctionMode):
     def _gather(self, params: list[Any]) -> None:
         """Gather weights, after dividing those that are not in use on any rank."""
         if self._held:
-            in_use = agree([_is_viewed(param) for param in self._held])
+            in_use = any_rank([_is_viewed(param) for param in self._held])
             pairs = zip(self._held, in_use, strict=True)
             self._divide([param for param, is_used in pairs if not is_used])
         for param in params:
@@ -229,7 +229,7 @@ class NewWeights(TorchFunctionMode):
         self._held = [param for param in self._held if id(param) not in done]
 
 
-def settle_divided(
+def finish_zero_init(
     model: nn.Module, config: Mapping[str, Any], device: torch.device
 ) -> None:
     """Do for a model that was divided while it was built what DeepSpeed does for others.

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from harness.accelerators.base import Agreement
 from harness.accelerators.distributed.group import PeerError
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 _WAIT_S = 0.005
 
 
-class BatchAgreement:
+class BatchAgreement(Agreement):
     """A batch at which all ranks do what one of them asks for.
 
     Every rank must make it at the same point, and then call ``check`` after each batch.
@@ -43,22 +44,18 @@ class BatchAgreement:
         wake: Callable[[], object],
         find_failure: Callable[[], tuple[int, str] | None],
     ) -> None:
+        super().__init__()
         self._key, self._rank, self._world_size = key, rank, world_size
         self._wake, self._find_failure = wake, find_failure
         self._count = self._round = 0
         self._lock = threading.Lock()
-        self._clear()
-
-    def _clear(self) -> None:
-        self._asked: int | None = None
-        self._is_told = self.is_pending = False
+        self._is_sent = self.is_pending = False
         self._due: tuple[int, int] | None = None
 
     def ask(self, value: int = 1) -> None:
         """Ask for it, with a value that all ranks will get; safe in a signal handler."""
-        if self._asked is None:
-            self._asked = value
-            self._wake()
+        super().ask(value)
+        self._wake()
 
     def check(self) -> int | None:
         """Count a batch; return the value asked for if all ranks are to act after it.
@@ -93,8 +90,10 @@ class BatchAgreement:
     def renew(self) -> None:
         """Begin anew, after ``check`` has returned a value; at the same batch on all ranks."""
         with self._lock:
+            super().renew()
             self._round += 1
-            self._clear()
+            self._is_sent = self.is_pending = False
+            self._due = None
 
     def exchange(self, store: Store) -> None:
         """Ask and tell the other ranks; called in a thread, again and again."""
@@ -102,9 +101,9 @@ class BatchAgreement:
             self._exchange(store, f"{self._key}/{self._round}")
 
     def _exchange(self, store: Store, key: str) -> None:
-        if self._asked is not None and not self._is_told:
+        if self._asked is not None and not self._is_sent:
             store.set(f"{key}/asked", str(self._asked))
-            self._is_told = True
+            self._is_sent = True
         if not self.is_pending:
             if not store.check([f"{key}/asked"]):
                 return

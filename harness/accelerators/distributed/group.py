@@ -109,17 +109,17 @@ class RankGroup:
         """The value that rank `src` holds, with its tensors on this rank's device."""
         if self.world_size == 1:
             return value
-        held = [detach_to(value, torch.device("cpu")) if self.rank == src else None]
-        dist.broadcast_object_list(held, src=src, device=torch.device("cpu"))
-        return value if self.rank == src else detach_to(held[0], self.device)
+        own = detach_to(value, torch.device("cpu")) if self.rank == src else None
+        found = self.broadcast_objects(own, src)
+        return value if self.rank == src else detach_to(found, self.device)
 
-    def broadcast_objects(self, value: T) -> T:
-        """The value of rank 0, with its tensors on the CPU."""
+    def broadcast_objects(self, value: T, src: int = 0) -> T:
+        """The value that rank `src` holds, with its tensors on the CPU."""
         if self.world_size == 1:
             return value
-        held: list[Any] = [value]
-        dist.broadcast_object_list(held, src=0, device=torch.device("cpu"))
-        return value if self.rank == 0 else held[0]
+        values = [value]
+        dist.broadcast_object_list(values, src=src, device=torch.device("cpu"))
+        return value if self.rank == src else values[0]
 
     def gather_counts(self, value: int) -> list[int]:
         """The count of each rank, in order of rank; faster than ``gather_objects``."""
@@ -333,21 +333,13 @@ class RankGroup:
         """Whether the store has a client for each thread: not before torch 2.8."""
         return hasattr(self.store, "clone")
 
-    def report_failure(self, error: BaseException) -> None:
-        """Tell the other ranks why this one ends, unless another failed first."""
-        if self.store is not None and self.first_failure() is None:
-            self.store.set(FAILED, f"{self.rank}:{format_error(error)}")
-
-    def report_lost(self, rank: int, how: str) -> tuple[int, str]:
-        """Tell all ranks that one is lost, unless one failed first; returns what counts."""
-        return self.report_of(rank, f"it is lost: {how}")
-
-    def report_of(self, rank: int, reason: str) -> tuple[int, str]:
+    def report_failure(self, rank: int, reason: str) -> tuple[int, str]:
         """Tell all ranks why one failed, unless one failed first; returns what counts."""
         found = self.read_failure()
         if found is None:
             found = rank, reason
-            self.store.set(FAILED, f"{found[0]}:{found[1]}")
+            if self.store is not None:
+                self.store.set(FAILED, f"{rank}:{reason}")
         return found
 
     def first_failure(self) -> tuple[int, str] | None:

@@ -91,19 +91,24 @@ class Member:
         machine = f"{host} {boot} {space}"
         return cls(rank=rank, host=host, machine=machine, process=process)
 
-    def to_json(self) -> str:
-        """Text for the store."""
-        return json.dumps(asdict(self))
-
     @classmethod
-    def from_json(cls, text: str | bytes) -> Member:
-        """Read what ``to_json`` wrote."""
-        values = json.loads(text)
+    def read(cls, store: Store, rank: int) -> Member:
+        """Read what ``write`` wrote."""
+        values = json.loads(store.get(f"member/{rank}"))
         return cls(**values | {"process": Process(**values["process"])})
+
+    def write(self, store: Store) -> None:
+        """Tell the other ranks."""
+        store.set(f"member/{self.rank}", json.dumps(asdict(self)))
 
     def is_running(self) -> bool:
         """Whether its process runs; only for ranks of the same machine."""
         return self.process.state() not in (None, STOPPED)
+
+
+def _describe_lost(member: Member, does: str) -> str:
+    where = f"its process {member.process.pid} on {member.host!r}"
+    return f"it is lost: {where} {does}"
 
 
 class Heartbeat:
@@ -160,12 +165,12 @@ class Heartbeat:
     def _meet_members(self, store: Store) -> bool:
         """Tell who this rank is, and read who the others are, when all have come."""
         if not self._is_known:
-            store.set(f"member/{self._member.rank}", self._member.to_json())
+            self._member.write(store)
             self._is_known = True
-        keys = [f"member/{rank}" for rank in range(self._world_size)]
-        if not store.check(keys):
+        ranks = range(self._world_size)
+        if not store.check([f"member/{rank}" for rank in ranks]):
             return False
-        self.members = [Member.from_json(store.get(key)) for key in keys]
+        self.members = [Member.read(store, rank) for rank in ranks]
         self._machines = list(dict.fromkeys(m.machine for m in self.members))
         return True
 
@@ -195,23 +200,20 @@ class Heartbeat:
             limit_s = GONE_S if state is None else self._lost_after_s
             if self._near.update(sign) < limit_s:
                 return None
-            return member.rank, self.describe(member, self._near.describe())
+            does = "has ended without a message"
+            if state is not None:
+                does = f"is stopped; {self._near.describe()}"
+            return member.rank, _describe_lost(member, does)
         return None
 
-    def describe(self, member: Member, heard: str = "") -> str:
-        """Describe a lost rank of this machine."""
-        is_gone = member.process.state() is None
-        does = "has ended without a message" if is_gone else "is stopped"
-        text = f"its process {member.process.pid} on {member.host!r} {does}"
-        return f"{text}; {heard}" if heard and not is_gone else text
-
-    def find_gone(self, store: Store) -> Member | None:
+    def find_gone(self, store: Store) -> tuple[int, str] | None:
         """Find a rank of this machine whose process has ended, though it is needed."""
         if not self.members and not self._meet_members(store):
             return None
         for member in self._near_members()[:-1]:
             if member.process.state() is None and self._is_needed(store, member):
-                return member
+                does = "has ended without a message"
+                return member.rank, _describe_lost(member, does)
         return None
 
     def _is_needed(self, store: Store, member: Member) -> bool:
@@ -230,8 +232,8 @@ class Heartbeat:
         if any(m.is_running() for m in before):
             return None
         place = self._machines.index(self._member.machine)
-        others = self._machines[place + 1 :] + self._machines[:place]
-        for machine in (name for name in others if name not in self._ended):
+        next_ones = self._machines[place + 1 :] + self._machines[:place]
+        for machine in (name for name in next_ones if name not in self._ended):
             if machine != self._watched_machine:
                 self._watched_machine = machine
                 self._far = Silence(self._clock, 2 * BEAT_S)
@@ -241,11 +243,9 @@ class Heartbeat:
             ranks = [m for m in self.members if m.machine == machine]
             lost = next((m for m in ranks if self._is_needed(store, m)), None)
             if lost is not None:
-                more = (
-                    "" if len(ranks) == 1 else f", nor of its {len(ranks) - 1} others"
-                )
-                heard = self._far.describe()
-                return lost.rank, f"its machine {lost.host!r} was {heard}{more}"
+                others = f", nor of its {len(ranks) - 1} others" if ranks[1:] else ""
+                what = f"its machine {lost.host!r} was {self._far.describe()}{others}"
+                return lost.rank, f"it is lost: {what}"
             # All its ranks have ended their programs: look at the machine after it.
             self._ended.add(machine)
         return None

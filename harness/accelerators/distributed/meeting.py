@@ -76,7 +76,7 @@ class Meeting:
         key, mine = f"meeting/{self._count}", f"{self._ranks.rank}:{what}"
         if store.add(f"{key}/place", 1) == 1:
             store.set(f"{key}/first", mine)
-        self._wait_for(lambda: store.check([f"{key}/first"]), what)
+        self._wait_to_meet(lambda: store.check([f"{key}/first"]), what)
         first = store.get(f"{key}/first").decode()
         if first.partition(":")[2] != what:
             store.set(f"{key}/other", mine)
@@ -90,32 +90,39 @@ class Meeting:
                 self._refuse(what, store.get(f"{key}/other").decode())
             return False
 
-        self._wait_for(is_complete, what)
+        self._wait_to_meet(is_complete, what)
 
-    def _wait_for(self, is_done: Callable[[], bool], what: str) -> None:
+    def _wait_to_meet(self, is_done: Callable[[], bool], what: str) -> None:
+        self._problem = self._wait(is_done, lambda: self._find_problem(what))
+        if self._problem is not None:
+            raise self._problem
+
+    def _wait(
+        self,
+        is_done: Callable[[], bool],
+        find_problem: Callable[[], RuntimeError | None],
+    ) -> RuntimeError | None:
+        """Wait until something is done; returns why it cannot be, or None."""
         wait_s = _FIRST_WAIT_S
         while not is_done():
-            problem = self._find_problem(what)
+            failed = self._ranks.first_failure()
+            problem = find_problem() if failed is None else PeerError(*failed)
             if problem is not None and not is_done():  # it may have come and gone
-                self._problem = problem
-                raise problem
+                return problem
             time.sleep(wait_s)
             wait_s = min(2 * wait_s, self._longest_s)
+        return None
 
     def _refuse(self, what: str, found: str) -> NoReturn:
         other, _, does = found.partition(":")
         msg = f"{what}: expected the same on every rank"
-        advice = "Do the same on every rank, in the same order."
+        got = f"got it on rank {self._ranks.rank} and {does} on rank {other}"
         raise RuntimeError(
-            f"{msg}, got it on rank {self._ranks.rank} and {does} on rank {other}."
-            f" {advice}"
+            f"{msg}, {got}. Do the same on every rank, in the same order."
         )
 
     def _find_problem(self, what: str) -> RuntimeError | None:
         """Find why a rank cannot come to the present meeting; None if all can."""
-        failed = self._ranks.first_failure()
-        if failed is not None:
-            return PeerError(*failed)
         store, blocked = self._ranks.store, f"meeting/{self._count}/blocked"
         if store.check([blocked]):
             other, _, place = store.get(blocked).decode().partition(":")
@@ -150,27 +157,28 @@ class Meeting:
         PeerError
             If another rank has failed.
         """
-        store, wait_s = self._ranks.store, _FIRST_WAIT_S
-        key = self._name_next(what)
-        while store is not None and not store.check([key]):
-            failed = self._ranks.first_failure()
-            if failed is not None:
-                raise PeerError(*failed)
-            does = self._find_other_work()
-            if does is not None and not store.check([key]):
-                msg = f"{what}: expected it on rank 0, got {does} there"
-                raise RuntimeError(f"{msg}. Call it on every rank, or on rank 0 alone.")
-            time.sleep(wait_s)
-            wait_s = min(2 * wait_s, self._longest_s)
+        store, key = self._ranks.store, self._name_next(what)
+        if store is None:
+            return
+        problem = self._wait(
+            lambda: store.check([key]), lambda: self._find_other_work(what)
+        )
+        if problem is not None:
+            raise problem
 
-    def _find_other_work(self) -> str | None:
-        """What rank 0 does, in place of what this rank waits for without a meeting."""
+    def _find_other_work(self, what: str) -> RuntimeError | None:
+        """Find what rank 0 does, in place of what this rank waits for without a meeting."""
         store, coming = self._ranks.store, f"meeting/{self._count + 1}/first"
         if store.check([coming]):
-            rank, _, what = store.get(coming).decode().partition(":")
-            return what if rank == "0" else None
-        has_ended = store.check([ENDED]) and store.get(ENDED).decode() == "0"
-        return "the end of its program" if has_ended else None
+            rank, _, does = store.get(coming).decode().partition(":")
+        elif store.check([ENDED]):
+            rank, does = store.get(ENDED).decode(), "the end of its program"
+        else:
+            return None
+        if rank != "0":
+            return None
+        msg = f"{what}: expected it on rank 0, got {does} there"
+        return RuntimeError(f"{msg}. Call it on every rank, or on rank 0 alone.")
 
     def watch(self, store: Store | None) -> None:
         """Tell the others if they meet while this rank waits for them in a collective.

@@ -41,10 +41,12 @@ class ShardedLoader:
     ----------
     loader
         Loader as one process would use it. Its ``batch_size`` is that of each rank.
-    on_batch
-        Called with each batch and its ``RankShare`` before it is yielded; returns the batch.
-    on_begin, on_end
-        Called before and after each pass over the data.
+    shares
+        Records the share of each batch.
+    before_eval
+        Called before each pass; None: this is the training loader.
+    has_pairs
+        Give no rank a single row; see ``RowSplit``.
 
     Notes
     -----
@@ -63,31 +65,32 @@ class ShardedLoader:
         self,
         loader: Loader,
         ranks: RankGroup,
-        on_batch: Callable[[Batch, RankShare], object] = lambda batch, share: batch,
-        on_begin: Callable[[], None] = lambda: None,
-        on_end: Callable[[], None] = lambda: None,
+        shares: ShareTracker,
+        before_eval: Callable[[], None] | None,
         *,
-        has_pairs: bool = False,
+        has_pairs: bool,
     ) -> None:
-        self._loader = loader
-        self._ranks = ranks
-        self._on_batch = on_batch
-        self._on_begin, self._on_end = on_begin, on_end
+        self._loader, self._ranks = loader, ranks
+        self._shares, self._before_eval = shares, before_eval
         self.share: RankShare | None = None
         self._source = make_source(loader, ranks, has_pairs=has_pairs)
 
     def __iter__(self) -> Iterator[Batch]:
-        self._on_begin()
+        if self._before_eval is not None:
+            self._before_eval()
         # Create the iterator now and not lazily: torch draws a random number for it.
         return self._iterate(iter(self._source))
 
     def _iterate(self, source: Iterator[tuple[Batch, RankShare]]) -> Iterator[Batch]:
         try:
             for batch, share in source:
-                self.share = share
-                yield self._on_batch(batch, share)
+                yield self._record(batch, share)
         finally:
-            self._on_end()
+            self._shares.clear()
+
+    def _record(self, batch: Batch, share: RankShare) -> Batch:
+        self.share = share
+        return self._shares.record(batch, share, is_train=self._before_eval is None)
 
     def __len__(self) -> int:
         return len(self._source)
@@ -102,12 +105,12 @@ class ShardedLoader:
     @property
     def has_random_stream(self) -> bool:
         """True if reading draws from a random stream that all ranks share."""
-        return bool(self._source.has_random_stream)
+        return self._source.has_random_stream
 
     @property
     def reads_all(self) -> bool:
         """True if each rank reads all data and keeps its part."""
-        return bool(getattr(self._source, "reads_all", False))
+        return self._source.reads_all
 
     def set_epoch(self, epoch: int) -> None:
         """Pass the epoch on; what that draws at random is the same on every rank."""
@@ -124,7 +127,7 @@ class ShardedLoader:
     def copy_batch(self, batch: Batch) -> Batch:
         """Copy the last batch and record the same share for the copy."""
         assert self.share is not None
-        return self._on_batch(copy_by_value(batch), self.share)
+        return self._record(copy_by_value(batch), self.share)
 
 
 def shard_loaders(
@@ -148,7 +151,7 @@ def shard_loaders(
     before_eval
         Called before each pass over a loader other than the training loader.
     has_pairs
-        Give no rank a single row of the training loader; see ``assign_rows``.
+        Give no rank a single row of the training loader; see ``RowSplit``.
     """
     if ranks.world_size == 1:
         return list(loaders)
@@ -158,9 +161,8 @@ def shard_loaders(
         else ShardedLoader(
             loader,
             ranks,
-            on_batch=shares.record_eval if place else shares.record,
-            on_begin=before_eval if place else lambda: None,
-            on_end=shares.clear,
+            shares,
+            before_eval if place else None,
             has_pairs=has_pairs and place == 0,
         )
         for place, loader in enumerate(loaders)

@@ -33,7 +33,7 @@ from harness.accelerators.distributed.order import (
     UndividedSampler,
 )
 from harness.accelerators.distributed.own_division import find_dividers, is_alike
-from harness.accelerators.distributed.shares import RankShare, assign_rows
+from harness.accelerators.distributed.shares import RankShare, RowSplit
 from harness.data.batch import (
     Batch,
     copy_by_value,
@@ -58,10 +58,10 @@ Shared = tuple[Batch, RankShare]
 """A batch of this rank, and its share of the step."""
 
 
-def make_source(loader: Loader, ranks: RankGroup, *, has_pairs: bool) -> Any:
+def make_source(loader: Loader, ranks: RankGroup, *, has_pairs: bool) -> Source:
     """Choose the source of the rank's batches and shares for this kind of loader.
 
-    Every rank must call it; `has_pairs` is as in ``assign_rows``.
+    Every rank must call it; `has_pairs` is as in ``RowSplit``.
     """
     dividers = find_dividers(loader, ranks)
     rows = find_row_batches(loader)
@@ -116,13 +116,90 @@ def copy_loader(loader: Loader, **changes: Any) -> Loader:
     return DataLoader(**({"dataset": loader.dataset} | options | changes))
 
 
+class Source:
+    """One rank's batches of a loader, each with its share of the step.
+
+    Attributes
+    ----------
+    has_random_stream
+        Reading draws from a random stream that all ranks share.
+    reads_all
+        Each rank reads all data and keeps its part.
+    """
+
+    has_random_stream = False
+    reads_all = False
+
+    def __init__(self, loader: Loader, ranks: RankGroup) -> None:
+        self._loader, self._ranks = loader, ranks
+        self._has_warned = False
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __iter__(self) -> Iterator[Shared]:
+        raise NotImplementedError
+
+    def _count_steps(self, num_batches: int) -> int:
+        """Steps that take one batch per rank."""
+        return -(-num_batches // self._ranks.world_size)
+
+    def _count_rows(self, batch: object) -> int:
+        """Rows of a batch; warns once if they cannot be known."""
+        rows = num_rows(input_of(batch), target_of(batch))
+        if rows is None and not self._has_warned:
+            self._has_warned = True
+            warn_unknown_rows(batch)
+        return 1 if rows is None else rows
+
+    def _read_alike(self) -> Iterator[Batch]:
+        """Batches of the loader, read with the same random numbers on every rank."""
+        stream = share_random_stream(self._loader, self._ranks)
+        return stream.iterate(stream.run(lambda: iter_batches(self._loader)))
+
+
 # --------------------------------------------------------------- map-style data
 
 
-class RowSource:
+def _copy_of_rank(
+    loader: Loader, ranks: RankGroup, pick: Callable[[], Iterator[object]]
+) -> Loader:
+    """Copy a loader for what this rank picks; its workers draw numbers of their own."""
+    picks = PickSampler(pick)
+    options: Options = {} if ranks.rank == 0 else {"generator": None}
+    if loader.batch_sampler is None:
+        return copy_loader(loader, batch_size=None, sampler=picks, **options)
+    return copy_loader(loader, batch_sampler=picks, **options)
+
+
+class _OrderSource(Source):
     """Rows in an order that all ranks share, divided step by step."""
 
-    has_random_stream = False
+    def __init__(self, loader: Loader, ranks: RankGroup, order: SharedOrder) -> None:
+        super().__init__(loader, ranks)
+        self._order = order
+        self._shares: deque[RankShare] = deque()
+        self._rank_loader = _copy_of_rank(loader, ranks, self._pick)
+
+    def __iter__(self) -> Iterator[Shared]:
+        self._shares.clear()
+        return self._add_shares(self._read())
+
+    def _add_shares(self, batches: Iterator[object]) -> Iterator[Shared]:
+        for batch in batches:
+            yield batch, self._shares.popleft()
+
+    def _read(self) -> Iterator[object]:
+        """Batches of the rows that ``_pick`` yields; the loader may read ahead."""
+        return iter_batches(self._rank_loader)
+
+    def _pick(self) -> Iterator[list[object]]:
+        """Rows of this rank in each step; their shares are queued for ``__iter__``."""
+        raise NotImplementedError
+
+
+class RowSource(_OrderSource):
+    """Rows of torch's own batches, which are cut anew."""
 
     def __init__(
         self,
@@ -133,37 +210,24 @@ class RowSource:
         *,
         has_pairs: bool,
     ) -> None:
-        self._has_pairs = has_pairs
-        self._ranks, self._loader = ranks, loader
-        self._order = SharedOrder(sampler, ranks)
-        self._size, self._drops = batches.batch_size, batches.drop_last
-        self._shares: deque[RankShare] = deque()
-        order = PickSampler(self._rows_of_rank)
-        if loader.batch_size is None:
-            self._rank_loader = _copy_of_rank(
-                loader, ranks, batch_size=None, sampler=order
-            )
-        else:
-            self._rank_loader = _copy_of_rank(loader, ranks, batch_sampler=order)
-        found = unwrap_tensors(loader.dataset)
-        fast = found is not None and not loader.num_workers
+        super().__init__(loader, ranks, SharedOrder(sampler, ranks))
+        sizes = batches.batch_size, batches.drop_last
+        self._split = RowSplit(*sizes, ranks.rank, ranks.world_size, has_pairs)
         is_plain = (
             loader.batch_size is not None and loader.collate_fn is default_collate
         )
-        self._tensors = found if fast and is_plain else None
+        is_fast = is_plain and not loader.num_workers
+        self._tensors = unwrap_tensors(loader.dataset) if is_fast else None
 
     def __len__(self) -> int:
-        count = len(self._order)
-        full, rest = divmod(count, self._size * self._ranks.world_size)
-        return full + bool(rest and not self._drops)
+        return self._split.count_steps(len(self._order))
 
-    def __iter__(self) -> Iterator[Shared]:
-        self._shares.clear()
+    def _read(self) -> Iterator[object]:
         if self._tensors is None:
-            return _pair_with_shares(iter_batches(self._rank_loader), self._shares)
+            return super()._read()
         # torch's loader draws its base seed here, before the sampler draws.
         torch.empty((), dtype=torch.int64).random_(generator=self._loader.generator)
-        return _pair_with_shares(self._index_tensors(*self._tensors), self._shares)
+        return self._index_tensors(*self._tensors)
 
     def _index_tensors(
         self, tensors: Sequence[Tensor], rows: Tensor | None
@@ -171,69 +235,37 @@ class RowSource:
         """Index whole tensors, as ``TensorLoader`` does."""
         loader, build = self._loader, get_form(self._loader.dataset)
         sources = [(tensor, choose_allocation(loader, tensor)) for tensor in tensors]
-        for picks in self._rows_of_rank():
+        for picks in self._pick():
             chosen = torch.tensor(picks, dtype=torch.int64)
             chosen = chosen if rows is None else rows[chosen]
             chosen = count_from_start(chosen, tensors[0])
             yield build([take_rows(tensor, chosen, make) for tensor, make in sources])
 
-    def _rows_of_rank(self) -> Iterator[list[object]]:
-        """Rows of this rank in each step; their shares are queued for ``__iter__``."""
-        ranks, size, place = self._ranks, self._size, 0
-        full = size * ranks.world_size
-        for step in self._order.group(full):
-            if len(step) < full and self._drops:
-                return
-            start, count = assign_rows(
-                len(step), size, ranks.rank, ranks.world_size, has_pairs=self._has_pairs
-            )
-            self._shares.append(RankShare(place + start, count, len(step)))
-            place += len(step)
-            yield step[start : start + count] if count else step[:size]
+    def _pick(self) -> Iterator[list[object]]:
+        for own, share, _ in self._split.divide(
+            self._order.group(self._split.num_rows)
+        ):
+            self._shares.append(share)
+            yield own
 
 
-def _copy_of_rank(loader: Loader, ranks: RankGroup, **changes: Any) -> Loader:
-    """Copy a loader for what this rank picks; its workers draw numbers of their own."""
-    own = {} if ranks.rank == 0 else {"generator": None}
-    return copy_loader(loader, **own, **changes)
-
-
-def _pair_with_shares(
-    batches: Iterator[object], shares: deque[RankShare]
-) -> Iterator[Shared]:
-    """Pair each batch with the share that was queued when its rows were chosen."""
-    for batch in batches:
-        yield batch, shares.popleft()
-
-
-class BatchSamplerSource:
+class BatchSamplerSource(_OrderSource):
     """Batches of rows from a custom batch sampler, one per rank in each step."""
 
-    has_random_stream = False
-
     def __init__(self, loader: Loader, ranks: RankGroup) -> None:
-        self._ranks = ranks
-        self._order = SharedOrder(loader.batch_sampler, ranks, CHUNK // 1024)
-        self._shares: deque[RankShare] = deque()
-        picks = PickSampler(self._rows_of_rank)
-        self._rank_loader = _copy_of_rank(loader, ranks, batch_sampler=picks)
+        order = SharedOrder(loader.batch_sampler, ranks, CHUNK // 1024)
+        super().__init__(loader, ranks, order)
 
     def __len__(self) -> int:
-        return -(-len(self._order) // self._ranks.world_size)
+        return self._count_steps(len(self._order))
 
-    def __iter__(self) -> Iterator[Shared]:
-        self._shares.clear()
-        return _pair_with_shares(iter_batches(self._rank_loader), self._shares)
-
-    def _rows_of_rank(self) -> Iterator[list[object]]:
+    def _pick(self) -> Iterator[list[object]]:
         ranks, place = self._ranks, 0
         for step in self._order.group(ranks.world_size):
-            sizes = [len(rows) for rows in step]
-            mine = list(step[ranks.rank]) if ranks.rank < len(step) else []
-            start = place + sum(sizes[: ranks.rank])
-            self._shares.append(RankShare(start, len(mine), sum(sizes)))
-            place += sum(sizes)
-            yield mine or list(step[0])
+            share = RankShare.of_counts(place, [len(rows) for rows in step], ranks.rank)
+            self._shares.append(share)
+            place += share.total
+            yield list(step[ranks.rank]) if share.count else list(step[0])
 
 
 # ----------------------------------------------------------------------- streams
@@ -251,25 +283,25 @@ class _Step:
     digests: list[list[int]] | None
 
 
-class StreamSource:
+class StreamSource(Source):
     """Samples of a stream that every rank reads completely, divided step by step."""
 
     has_random_stream = True
     reads_all = True
 
     def __init__(self, loader: Loader, ranks: RankGroup, *, has_pairs: bool) -> None:
-        self._loader, self._ranks = loader, ranks
+        super().__init__(loader, ranks)
+        sizes = loader.batch_size or 1, loader.drop_last
+        self._split = RowSplit(*sizes, ranks.rank, ranks.world_size, has_pairs)
         self._rank_loader = copy_loader(
             loader,
-            dataset=_RankStream(loader, ranks.rank, ranks.world_size, has_pairs),
+            dataset=_RankStream(loader, self._split),
             batch_size=None,
             collate_fn=_CollateStep(loader.collate_fn),
         )
 
     def __len__(self) -> int:
-        count = len(self._loader.dataset)  # type: ignore[arg-type]
-        size = (self._loader.batch_size or 1) * self._ranks.world_size
-        return count // size if self._loader.drop_last else -(-count // size)
+        return self._split.count_steps(len(self._loader.dataset))  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[Shared]:
         stream = share_random_stream(self._loader, self._ranks)
@@ -278,7 +310,7 @@ class StreamSource:
 
     def _check(self, batches: Iterator[Any]) -> Iterator[Shared]:
         """Check in each step that the ranks read alike."""
-        place = f"{type(self._loader.dataset).__name__}"
+        place = type(self._loader.dataset).__name__
         lengths = LengthCheck(self._ranks, place)
         for batch, share, digests in batches:
             lengths.step(has_data=True)
@@ -291,31 +323,17 @@ class StreamSource:
 class _RankStream(IterableDataset[_Step]):
     """One rank's samples of a stream; in a worker, of the worker's part of the stream."""
 
-    def __init__(
-        self, loader: Loader, rank: int, world_size: int, has_pairs: bool
-    ) -> None:
+    def __init__(self, loader: Loader, split: RowSplit) -> None:
         self._dataset: Any = loader.dataset
-        self._size, self._drops = loader.batch_size or 1, loader.drop_last
+        self._split = split
         self._is_checked = not is_alike(loader)
-        self._rank, self._world_size = rank, world_size
-        self._has_pairs = has_pairs
 
     def __iter__(self) -> Iterator[_Step]:
-        samples, place, number = iter(self._dataset), 0, 0
-        size, rank, world_size = self._size, self._rank, self._world_size
-        while step := list(islice(samples, size * world_size)):
-            if len(step) < size * world_size and self._drops:
-                return
-            number += 1
-            start, count = assign_rows(
-                len(step), size, rank, world_size, has_pairs=self._has_pairs
-            )
-            share = RankShare(place + start, count, len(step))
-            place += len(step)
+        samples, size = iter(self._dataset), self._split.num_rows
+        steps = iter(lambda: list(islice(samples, size)), [])
+        for number, (own, share, step) in enumerate(self._split.divide(steps), start=1):
             is_due = self._is_checked and is_checked(number)
-            digests = digest_leaves(step) if is_due else None
-            own = step[start : start + count] or step[:size]
-            yield _Step(own, share, digests)
+            yield _Step(own, share, digest_leaves(step) if is_due else None)
 
 
 class _CollateStep:
@@ -331,23 +349,17 @@ class _CollateStep:
 # ------------------------------------------------------------------ whole batches
 
 
-class WholeBatchSource:
+class WholeBatchSource(Source):
     """Batches that every rank reads completely; it keeps every ``world_size``-th."""
 
     has_random_stream = True
     reads_all = True
 
-    def __init__(self, loader: Loader, ranks: RankGroup) -> None:
-        self._loader, self._ranks = loader, ranks
-        self._count = _RowCounter()
-
     def __len__(self) -> int:
-        return -(-len(self._loader) // self._ranks.world_size)
+        return self._count_steps(len(self._loader))
 
     def __iter__(self) -> Iterator[Shared]:
-        stream = share_random_stream(self._loader, self._ranks)
-        batches = stream.run(lambda: iter_batches(self._loader))
-        return self._divide(stream.iterate(batches))
+        return self._divide(self._read_alike())
 
     def _divide(self, batches: Iterator[Batch]) -> Iterator[Shared]:
         ranks, number, place = self._ranks, 0, 0
@@ -364,7 +376,7 @@ class WholeBatchSource:
                 # A loader may reuse its tensors for the next batch.
                 if len(counts) == ranks.rank or (not counts and last is None):
                     last = copy_by_value(batch)
-                counts.append(self._count(batch))
+                counts.append(self._count_rows(batch))
             lengths.step(has_data=bool(counts))
             if not counts:
                 return
@@ -373,14 +385,12 @@ class WholeBatchSource:
                     list(chain(*places)) for places in zip(*digests, strict=False)
                 ]
                 check_alike(leaves, name, ranks)
-            total = sum(counts)
-            mine = counts[ranks.rank] if ranks.rank < len(counts) else 0
-            start = place + sum(counts[: ranks.rank])
-            place += total
-            yield last, RankShare(start, mine, max(1, total))
+            share = RankShare.of_counts(place, counts, ranks.rank)
+            place += sum(counts)
+            yield last, share
 
 
-class OwnBatchSource:
+class OwnBatchSource(Source):
     """Batches of a loader that gives each rank its own, in any number on each rank.
 
     Ranks draw the same random numbers: the loader may draw an order of all and take a part.
@@ -388,23 +398,19 @@ class OwnBatchSource:
 
     has_random_stream = True
 
-    def __init__(self, loader: Loader, ranks: RankGroup) -> None:
-        self._loader, self._ranks = loader, ranks
-        self._count = _RowCounter()
-
     def __len__(self) -> int:
         return max(self._ranks.gather_counts(len(self._loader)))
 
     def __iter__(self) -> Iterator[Shared]:
-        stream = share_random_stream(self._loader, self._ranks)
-        batches = stream.run(lambda: iter_batches(self._loader))
-        return self._take_turns(stream.iterate(batches))
+        return self._take_turns(self._read_alike())
 
     def _take_turns(self, batches: Iterator[Batch]) -> Iterator[Shared]:
         ranks, place, last = self._ranks, 0, None
         while True:
             batch = next(batches, None)
-            counts = ranks.gather_counts(-1 if batch is None else self._count(batch))
+            counts = ranks.gather_counts(
+                -1 if batch is None else self._count_rows(batch)
+            )
             alive = [rank for rank, count in enumerate(counts) if count >= 0]
             if not alive:
                 return
@@ -415,8 +421,7 @@ class OwnBatchSource:
                 received = ranks.broadcast(batch, src=alive[0])
                 last = received if last is None else last
             counts = [max(count, 0) for count in counts]
-            start = place + sum(counts[: ranks.rank])
-            share = RankShare(start, counts[ranks.rank], max(1, sum(counts)))
+            share = RankShare.of_counts(place, counts, ranks.rank)
             place += sum(counts)
             last = last if batch is None else batch
             yield last, share
@@ -429,13 +434,7 @@ class _PickedBatchSource(OwnBatchSource):
 
     def __init__(self, loader: Loader, ranks: RankGroup) -> None:
         super().__init__(loader, ranks)
-        picks = PickSampler(self._pick)
-        if loader.batch_sampler is None:
-            self._rank_loader = _copy_of_rank(
-                loader, ranks, batch_size=None, sampler=picks
-            )
-        else:
-            self._rank_loader = _copy_of_rank(loader, ranks, batch_sampler=picks)
+        self._rank_loader = _copy_of_rank(loader, ranks, self._pick)
 
     def __iter__(self) -> Iterator[Shared]:
         return self._take_turns(iter_batches(self._rank_loader))
@@ -469,23 +468,9 @@ class ReadyBatchSource(_PickedBatchSource):
         self._order = SharedOrder(loader.sampler, ranks)
 
     def __len__(self) -> int:
-        return -(-len(self._order) // self._ranks.world_size)
+        return self._count_steps(len(self._order))
 
     def _pick(self) -> Iterator[object]:
         for step in self._order.group(self._ranks.world_size):
             if self._ranks.rank < len(step):
                 yield step[self._ranks.rank]
-
-
-class _RowCounter:
-    """Counts the rows of batches; warns once if they cannot be known."""
-
-    def __init__(self) -> None:
-        self._has_warned = False
-
-    def __call__(self, batch: object) -> int:
-        rows = num_rows(input_of(batch), target_of(batch))
-        if rows is None and not self._has_warned:
-            self._has_warned = True
-            warn_unknown_rows(batch)
-        return 1 if rows is None else rows

@@ -23,6 +23,7 @@ from harness.accelerators.distributed.group import (
     PeerError,
     RankGroup,
     disconnect,
+    format_error,
 )
 from harness.accelerators.distributed.heartbeat import (
     WORKING,
@@ -187,27 +188,23 @@ class Watchdog:
         atexit.unregister(disconnect)
         if isinstance(error, PeerError):
             return False
-        first = self._ranks.first_failure() or self._find_cause(error)
-        if first is None or first[0] == self._ranks.rank:
-            self._ranks.report_failure(error)
+        try:
+            rank, reason = self._find_cause(error)
+        except (RuntimeError, ConnectionError):  # what serves the store is gone
+            rank, reason = STORE_IS_GONE
+        if rank == self._ranks.rank:
             return True
-        rank, reason = first
         text = f"rank {self._ranks.rank}: ended because rank {rank} failed: {reason}"
         write_stderr(f"{text}\n")  # instead of a traceback
         return False
 
-    def _find_cause(self, error: BaseException) -> tuple[int, str] | None:
-        """Find the rank of this machine that was killed, if a collective failed."""
-        if not is_of_collective(error.__traceback__):
-            return None
-        try:
-            gone = self._heartbeat.find_gone(self._ranks.store)
-            if gone is not None:
-                how = self._heartbeat.describe(gone)
-                return self._ranks.report_lost(gone.rank, how)
-        except (RuntimeError, ConnectionError):  # what serves the store is gone
-            return STORE_IS_GONE
-        return None
+    def _find_cause(self, error: BaseException) -> tuple[int, str]:
+        """Report the rank that failed first: one of this machine that was killed, or this."""
+        cause = self._ranks.rank, format_error(error)
+        failed = self._ranks.read_failure()
+        if failed is None and is_of_collective(error.__traceback__):
+            cause = self._heartbeat.find_gone(self._ranks.store) or cause
+        return failed or self._ranks.report_failure(*cause)
 
     def _watch(self) -> None:
         """Watch what needs no answer of the store."""
@@ -257,10 +254,10 @@ class Watchdog:
         self.meeting.watch(store)
         if not self._lost_after_s:
             return None
-        if (lost := self._heartbeat.look(store)) is not None:
-            return self._asked.report_lost(*lost)
-        waiting = self._deadlock.look(store)
-        return None if waiting is None else self._asked.report_of(0, waiting)
+        found = self._heartbeat.look(store)
+        if found is None and (waiting := self._deadlock.look(store)) is not None:
+            found = 0, waiting
+        return None if found is None else self._asked.report_failure(*found)
 
     def _launchers(self) -> tuple[int, ...]:
         """Processes that started this one and are alive."""

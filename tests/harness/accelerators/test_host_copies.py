@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from harness.accelerators.host_copies import HostCopies
+from harness.accelerators.host_copies import CudaCopyStream, HostCopies
 
 
-class Tape:
+class Tape(CudaCopyStream):
     """Writes down what is asked of the stream of a device."""
 
     def __init__(self, device: torch.device, calls: list[str]) -> None:

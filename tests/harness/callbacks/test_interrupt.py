@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import harness
-from harness.accelerators.base import OwnAgreement
+from harness.accelerators.base import Agreement
 from harness.accelerators.single import SingleDevice
 from harness.callbacks import ModelCheckpoint, ResumeFromCheckpoint, interrupt
 from harness.signals import EndOfProcess
@@ -38,7 +38,7 @@ def fit(*callbacks, epochs=3, **options):
     return line_learner().fit(slope(4), epochs, callbacks=callbacks, **(OFF | options))
 
 
-class Agreement(OwnAgreement):
+class OtherRank(Agreement):
     """Asks for the signals of another rank, each before one of the checks."""
 
     def __init__(self, signals: list[int]) -> None:
@@ -58,7 +58,7 @@ class OneOfTwo(SingleDevice):
     def __init__(self, *signals: int) -> None:
         super().__init__("cpu")
         self.world_size = 2
-        self.signals = Agreement(list(signals))
+        self.signals = OtherRank(list(signals))
 
     def agreement(self, name):
         return self.signals

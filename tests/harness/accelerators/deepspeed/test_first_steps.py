@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.accelerators.deepspeed.accelerator import DeepSpeedAccelerator
-from harness.accelerators.deepspeed.library import unchanged_optimizers
+from harness.accelerators.deepspeed.library import keep_optimizers
 from tests.harness.accelerators.cases import (
     Lab,
     Net,
@@ -152,7 +152,7 @@ def test_step_of_an_optimizer_while_deepspeed_initializes_is_refused() -> None:
     opt = two_groups("AdamW", Net())
     with (
         pytest.raises(RuntimeError, match=r"expected no step.*got one of AdamW"),
-        unchanged_optimizers(),
+        keep_optimizers(),
     ):
         opt.step()
     opt.step()

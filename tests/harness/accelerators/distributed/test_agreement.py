@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from harness.accelerators.base import OwnAgreement
+from harness.accelerators.base import Agreement
 from harness.accelerators.distributed.agreement import BatchAgreement
 from harness.accelerators.distributed.group import PeerError
 
@@ -179,7 +179,7 @@ def test_no_batch_costs_a_message() -> None:
 
 
 def test_one_rank_acts_at_once_and_until_it_begins_anew() -> None:
-    own = OwnAgreement()
+    own = Agreement()
     assert own.check() is None
     own.ask(15)
     own.ask(2)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -102,9 +104,7 @@ def test_stopped_rank_is_lost_after_a_while_and_not_if_it_continues(
     wait_for_state(stopped, "T")
     (lost, *_) = look([rank], store, clock, LOST_S + BEAT_S)
     assert lost[0] == 1
-    text = (
-        f"its process {stopped} on 'host-a' is stopped; not heard of for 30 s, last at"
-    )
+    text = f"it is lost: its process {stopped} on 'host-a' is stopped; not heard of for 30 s, last at"
     assert lost[1].startswith(text)
 
 
@@ -115,7 +115,7 @@ def test_rank_whose_process_is_killed_is_lost_soon(store, clock, others):
     found = look(ranks[:1], store, clock, 3 * BEAT_S)
     assert found[0] == (
         1,
-        f"its process {others[0].pid} on 'host-a' has ended without a message",
+        f"it is lost: its process {others[0].pid} on 'host-a' has ended without a message",
     )
 
 
@@ -140,7 +140,7 @@ def test_silent_machine_is_lost_and_named_with_its_ranks(store, clock, others):
     found = look([ranks[n] for n in (0, 3, 4)], store, clock, LOST_S + BEAT_S)
     assert len(found) == 1  # by the machine before it alone
     assert found[0][0] == 1
-    text = "its machine 'host-b' was not heard of for 30 s, last at "
+    text = "it is lost: its machine 'host-b' was not heard of for 30 s, last at "
     assert found[0][1].startswith(text)
     assert found[0][1].endswith(", nor of its 1 others")
 
@@ -195,7 +195,7 @@ def test_messages_of_a_thousand_ranks_are_bounded(clock):
         for n in range(1024)
     ]
     for member in members:
-        counting.store.set(f"member/{member.rank}", member.to_json())
+        counting.store.set(f"member/{member.rank}", json.dumps(asdict(member)))
     # One machine's ranks; the others do the same.
     ranks = [Heartbeat(member, 1024, LOST_S, clock=clock) for member in members[8:16]]
     for rank in ranks:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from harness.accelerators.distributed.shares import RankShare, ShareTracker, assign_rows
+from harness.accelerators.distributed.shares import RankShare, RowSplit, ShareTracker
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_rows_of_a_step_are_divided_evenly_and_in_order(world_size: int) -> None:
     for total in range(1, 4 * world_size + 1):
-        shares = [assign_rows(total, 4, rank, world_size) for rank in range(world_size)]
+        shares = [
+            RowSplit(4, False, rank, world_size).assign(total)
+            for rank in range(world_size)
+        ]
         rows = [n for start, count in shares for n in range(start, start + count)]
         assert rows == list(range(total))
         counts = [count for _, count in shares]
@@ -24,7 +27,7 @@ def test_no_rank_has_a_single_row_where_there_are_more(
 ) -> None:
     for total in range(1, size * world_size + 1):
         shares = [
-            assign_rows(total, size, rank, world_size, has_pairs=True)
+            RowSplit(size, False, rank, world_size, has_pairs=True).assign(total)
             for rank in range(world_size)
         ]
         rows = [n for start, count in shares for n in range(start, start + count)]
@@ -46,8 +49,8 @@ def test_weights_make_the_average_over_ranks_the_mean_over_samples() -> None:
 def test_batch_read_ahead_keeps_its_share() -> None:
     tracker = ShareTracker(num_recent=2)
     first, second = object(), object()
-    assert tracker.record(first, RankShare(0, 2, 2)) is first
-    tracker.record(second, RankShare(2, 1, 2))
+    assert tracker.record(first, RankShare(0, 2, 2), is_train=True) is first
+    tracker.record(second, RankShare(2, 1, 2), is_train=True)
     tracker.select(first)
     assert tracker.present == RankShare(0, 2, 2)
     tracker.select(object())  # not from a divided loader: the present one stays
