@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from harness.accelerators import unmarked
+from harness.accelerators.optimizer_step import step_optimizer
 from harness.data.batch import Batch
 from harness.pytree import StateDict
 
@@ -25,7 +25,7 @@ StepOpt = Callable[[Any], object]
 
 def default_step_opt(opt: Any) -> None:
     """Call ``opt.step()``, as fast as torch can do it."""
-    unmarked.step(opt)
+    step_optimizer(opt)
 
 
 def needs_closure(opt: Any) -> bool:

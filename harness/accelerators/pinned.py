@@ -41,8 +41,10 @@ class PinnedMover:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._held: deque[tuple[torch.cuda.Event, Batch]] = deque()
-        weakref.finalize(self, keep_if_failed, self._held, partial(_wait_for, device))
+        self._in_flight: deque[tuple[torch.cuda.Event, Batch]] = deque()
+        weakref.finalize(
+            self, keep_if_failed, self._in_flight, partial(_wait_for, device)
+        )
 
     def __call__(self, batch: Batch) -> Batch:
         """The batch on the device."""
@@ -50,9 +52,9 @@ class PinnedMover:
         if any(tensor.is_pinned() for tensor in iter_tensors(batch)):
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(torch.cuda.current_stream(self._device))
-            self._held.append((event, batch))
-            while len(self._held) > 1 and self._held[0][0].query():  # type: ignore[no-untyped-call]
-                self._held.popleft()
+            self._in_flight.append((event, batch))
+            while len(self._in_flight) > 1 and self._in_flight[0][0].query():  # type: ignore[no-untyped-call]
+                self._in_flight.popleft()
         return moved
 
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from harness.accelerators import unmarked
 from harness.accelerators.base import (
     HOW_TO_STEP,
     Accelerator,
@@ -28,6 +27,7 @@ from harness.accelerators.base import (
     needs_closure,
 )
 from harness.accelerators.devices import find_device
+from harness.accelerators.optimizer_step import clear_gradients
 from harness.accelerators.pinned import make_mover
 from harness.accelerators.precision import (
     DTYPES,
@@ -42,7 +42,7 @@ from harness.errors import CheckpointError
 from harness.pytree import StateDict, map_tensors
 from harness.reshard.consolidated import copy_tensors
 from harness.reshard.layout import group_members, make_plain_layout
-from harness.reshard.skeleton import release_parameters
+from harness.reshard.meta_parameters import release_parameters
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -50,12 +50,12 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-LEFT = "left_out"
+LEFT_OUT = "left_out"
 """Key of a saved group whose parameters the optimizer has state of, and no longer steps."""
 
 
 @contextmanager
-def listing_all_state(opt: Any) -> Iterator[None]:
+def list_all_state(opt: Any) -> Iterator[None]:
     """List parameters that are no longer stepped in a last group, so that none is lost.
 
     torch 2.13: ``Optimizer.state_dict`` fails if it has state of a parameter in no group.
@@ -69,7 +69,7 @@ def listing_all_state(opt: Any) -> Iterator[None]:
     if not left:
         yield
         return
-    opt.param_groups.append({**opt.param_groups[0], "params": left, LEFT: True})
+    opt.param_groups.append({**opt.param_groups[0], "params": left, LEFT_OUT: True})
     try:
         yield
     finally:
@@ -104,7 +104,7 @@ def load_optimizer_state(opt: Any, saved: StateDict, name: str) -> None:
             elif isinstance(value, list | tuple | dict):  # as LBFGS has
                 copy_to = partial(Tensor.to, device=param.device, copy=True)
                 live[key] = map_tensors(value, copy_to)
-    opt.param_groups[:] = [group for group in opt.param_groups if LEFT not in group]
+    opt.param_groups[:] = [group for group in opt.param_groups if LEFT_OUT not in group]
 
 
 def parameters_of_others(optimizers: Mapping[str, Any]) -> dict[str, list[Tensor]]:
@@ -391,7 +391,7 @@ class SingleDevice(Accelerator):
             step_opt(opt)
         else:
             self.overflows[name] += not scaler.step(opt, step_opt)
-        unmarked.clear_gradients(opt)
+        clear_gradients(opt)
         self._done[name] = 0
         is_stepped = self.steps[name] > before
         if is_stepped:
@@ -437,7 +437,7 @@ class SingleDevice(Accelerator):
         """Weights, buffers, optimizers, gradients, counters and frozen parameters; live."""
         with ExitStack() as stack:
             for opt in self._optimizers.values():
-                stack.enter_context(listing_all_state(opt))
+                stack.enter_context(list_all_state(opt))
             return self._capture()
 
     def _capture(self) -> StateDict:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from harness.accelerators.single import (
-    listing_all_state,
+    list_all_state,
     load_optimizer_state,
     named_tensors,
 )
@@ -83,7 +83,7 @@ def _capture(thing: Any, params: Mapping[str, Tensor], search: Search) -> StateD
         return state | _capture_module(thing, search.saved)
     if isinstance(thing, Optimizer):
         state["groups"] = name_groups(thing, params)
-        with listing_all_state(thing):
+        with list_all_state(thing):
             return state | {"state": thing.state_dict()}
     return state | {"state": thing.state_dict()}
 

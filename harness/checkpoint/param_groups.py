@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from harness.accelerators.single import listing_all_state
+from harness.accelerators.single import list_all_state
 from harness.checkpoint.hparams import encode_hparams
 from harness.errors import CheckpointError
 from harness.pytree import StateDict
@@ -27,7 +27,7 @@ ADVICE = "Resume with the learner that was saved, or restore_optimizers=False."
 def name_groups(opt: Any, params: Mapping[str, Tensor]) -> Names:
     """Names of the parameters in each group of an optimizer, and of those it no longer steps."""
     names = {id(param): name for name, param in params.items()}
-    with listing_all_state(opt):
+    with list_all_state(opt):
         return [
             [names.get(id(param)) for param in group["params"]]
             for group in opt.param_groups

@@ -21,7 +21,7 @@ class Process:
     def current(cls) -> Process:
         """The process that calls it."""
         pid = os.getpid()
-        fields = _read_stat(pid)
+        fields = read_stat(pid)
         return cls(pid, None if fields is None else int(fields[_BEGAN]))
 
     def state(self) -> str | None:
@@ -29,7 +29,7 @@ class Process:
 
         A process that has ended but is still listed by its parent has ended, too.
         """
-        fields = _read_stat(self.pid)
+        fields = read_stat(self.pid)
         if fields is None or int(fields[_BEGAN]) != self.began or fields[0] in "ZX":
             return None
         return fields[0]
@@ -39,8 +39,8 @@ _BEGAN = 19
 """Place of the time that a process began, counted from its state; see proc(5)."""
 
 
-def _read_stat(pid: int) -> list[str] | None:
-    """Fields of ``/proc/<pid>/stat`` from the state on; None if there is no such process."""
+def read_stat(pid: int) -> list[str] | None:
+    """Fields of ``/proc/<pid>/stat``: state, parent, group and so on; None if there are none."""
     try:
         text = (Path("/proc") / str(pid) / "stat").read_text(errors="replace")
     except OSError:

@@ -24,7 +24,7 @@ from harness.export.summary import format_size
 from harness.fitted import Fitted
 from harness.loop import FitContext
 from harness.pytree import Options, map_tensors
-from harness.reshard.skeleton import move_real_tensors
+from harness.reshard.meta_parameters import move_real_tensors
 
 if TYPE_CHECKING:
     from harness.accelerators.base import Accelerator

@@ -168,17 +168,18 @@ class Piece(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Pieces:
-    """Pieces of one length on successive ranks, one behind the other; read by their numbers."""
+class PieceRun:
+    """Pieces of one length on successive ranks, one behind the other."""
 
-    start: int
-    length: int
-    count: int
-    rank: int
-    read: Callable[[int], Tensor]
+    start: int  #: start of the first piece in the flattened tensor
+    length: int  #: elements of each piece
+    count: int  #: number of pieces; the last may extend past the end
+    read: Callable[[int], Tensor]  #: returns the piece of a number, with one dim
+    rank: int = 0  #: of the first piece
 
     @property
     def end(self) -> int:
+        """End of the last piece."""
         return self.start + self.length * self.count
 
     def iter_within(self, start: int, end: int) -> Iterator[Piece]:
@@ -206,61 +207,40 @@ class TensorPieces:
 
     def __init__(self, shape: Size) -> None:
         self.shape = shape
-        self._pieces: list[_Pieces] = []
+        self._runs: list[PieceRun] = []
 
-    def add(
-        self,
-        start: int,
-        length: int,
-        count: int,
-        read: Callable[[int], Tensor],
-        rank: int = 0,
-    ) -> None:
-        """Add pieces of one length that follow each other.
-
-        Parameters
-        ----------
-        start
-            Start of the first piece in the flattened tensor.
-        length, count
-            Elements of each piece, and number of pieces; the last may extend past the end.
-        read
-            Returns the piece of a number from 0 on, which has one dim.
-        """
-        if length:
-            self._pieces.append(_Pieces(start, length, count, rank, read))
+    def add(self, run: PieceRun) -> None:
+        """Add pieces that follow each other."""
+        if run.length:
+            self._runs.append(run)
 
     def check(self) -> None:
         """Raise ``ValueError`` if the pieces have gaps, overlap, or do not reach the end."""
         at = 0
-        self._pieces.sort(key=lambda pieces: pieces.start)
-        for pieces in self._pieces:
-            if pieces.start != at:
-                msg = (
-                    f"a piece at {at} of {tuple(self.shape)}, got one at {pieces.start}"
-                )
-                raise ValueError(msg)
-            at = pieces.end
+        self._runs.sort(key=lambda run: run.start)
+        for run in self._runs:
+            if run.start != at:
+                whole = tuple(self.shape)
+                raise ValueError(f"a piece at {at} of {whole}, got one at {run.start}")
+            at = run.end
         if at < self.shape.numel():
             msg = f"{self.shape.numel()} elements of {tuple(self.shape)}, got {at}"
             raise ValueError(msg)
 
-    def list_pieces(self, start: int, length: int) -> list[Piece]:
-        """The pieces of up to `length` elements from `start`, in order."""
-        end = min(start + length, self.shape.numel())
+    def list_pieces(self, start: int = 0, length: int | None = None) -> list[Piece]:
+        """The pieces of up to `length` elements from `start`, in order; of all by default."""
+        end = self.shape.numel()
+        if length is not None:
+            end = min(start + length, end)
         return [
             piece
-            for pieces in self._pieces
-            if pieces.start < end and pieces.end > start
-            for piece in pieces.iter_within(start, end)
+            for run in self._runs
+            if run.start < end and run.end > start
+            for piece in run.iter_within(start, end)
         ]
 
-    def list_all(self) -> list[Piece]:
-        """All pieces, in order."""
-        return self.list_pieces(0, self.shape.numel())
-
-    def read(self, start: int, length: int) -> Tensor:
-        """Up to `length` elements from `start`; call ``check`` first."""
+    def read(self, start: int = 0, length: int | None = None) -> Tensor:
+        """Up to `length` elements from `start`, by default all; call ``check`` first."""
         found = [piece.read() for piece in self.list_pieces(start, length)]
         if not found:
             return torch.empty(0)
@@ -268,7 +248,7 @@ class TensorPieces:
 
     def assemble(self) -> Tensor:
         """The whole tensor."""
-        return self.read(0, self.shape.numel()).reshape(self.shape)
+        return self.read().reshape(self.shape)
 
 
 class Filling:
@@ -288,9 +268,8 @@ class Filling:
 
     def assemble(self, pieces: TensorPieces) -> Tensor:
         """A whole tensor, which has no values before ``run``."""
-        return self.make(
-            pieces.shape, [(piece, piece.at) for piece in pieces.list_all()]
-        )
+        places = [(piece, piece.at) for piece in pieces.list_pieces()]
+        return self.make(pieces.shape, places)
 
     def make(
         self,
@@ -417,7 +396,8 @@ class ConsolidatedState:
             if numel == size:
                 pieces = entry.pieces.setdefault(key, TensorPieces(shape))
                 read = partial(self._read_piece, name, run, key)
-                pieces.add(run.start, run.length, run.num_ranks, read, run.rank)
+                own = PieceRun(run.start, run.length, run.num_ranks, read, run.rank)
+                pieces.add(own)
             else:
                 read_other = partial(self._read_value, name, run, key, 0)
                 entry.add_other(key, read_other)
@@ -460,7 +440,7 @@ def _tensors(
 
     weights = {name: TensorPieces(shape) for name, shape in shapes.items()}
     for name, pieces in weights.items():
-        pieces.add(0, whole[name].numel(), count, partial(read, name))
+        pieces.add(PieceRun(0, whole[name].numel(), count, partial(read, name)))
     return list(whole), weights, buffers
 
 

@@ -203,30 +203,23 @@ class _StateBuilder:
             self._shapes,
         )
         names = [*buffers, *(name for name in whole if name not in self._shapes)]
-        found = {name: self._tensor(name) for name in names}
         if "model" in self._live:
-            params = {
-                name: self._filling.assemble(whole[name]) for name in self._shapes
-            }
-            return {"model": params | found}
+            return {"model": {n: self._tensor(n) for n in (*self._shapes, *names)}}
         part = {side: dict(self._live[side]) for side in ("shared", "own")}
         for kinds in part.values():
             if "weights" in kinds:
                 kinds["weights"] = self._weights(kinds["weights"])
             if "optimizers" in kinds:
                 kinds["optimizers"] |= self._masters(kinds["optimizers"])
-        part["own"]["buffers"] = found
+        part["own"]["buffers"] = {name: self._tensor(name) for name in names}
         return part
 
     def build_for_device(self, parts: Sequence[str]) -> StateDict:
         """Tensors and optimizers for one device."""
         found: StateDict = {"grads": {}}
         if "model" in parts:
-            weights = self._saved.weights.items()
-            found["model"] = {
-                name: self._filling.assemble(own) for name, own in weights
-            }
-            found["model"] |= self._saved.buffers
+            names = (*self._saved.weights, *self._saved.buffers)
+            found["model"] = {name: self._tensor(name) for name in names}
         if "optimizers" in parts:
             found["optimizers"] = {
                 name: self._optimizer(name, layout)
@@ -276,9 +269,8 @@ class _StateBuilder:
             for name in live["layouts"]:
                 entries, numbers = self._entries(name, tensors, has_tensors=has_tensors)
                 tensors |= entries
-                former = saved["facts"] if "facts" in saved else live["facts"]
                 facts[name] = {
-                    **former[name],
+                    **(saved if "facts" in saved else live)["facts"][name],
                     "form": live["facts"][name]["form"],
                     "groups": self._groups(name),
                     "state": numbers,
@@ -424,19 +416,18 @@ def check_same_optimizers(saved: StateDict, live: StateDict) -> None:
     then, now = optimizer_classes(saved), optimizer_classes(live)
     if then != now:
         msg = f"resume: expected the optimizers {now}, got {then}."
-        raise CheckpointError(
-            f"{msg} Resume with the learner that was saved, or restore_optimizers=False."
-        )
+        advice = "Resume with the learner that was saved, or restore_optimizers=False."
+        raise CheckpointError(f"{msg} {advice}")
     saved_names, live_names = (
         {n for n, facts in of.get("facts", {}).items() if facts["scheduler"]}
         for of in (saved, live)
     )
     if saved_names != live_names:
         msg = f"resume: expected schedulers in DeepSpeed's config for {sorted(live_names)}"
-        raise CheckpointError(
-            f"{msg}, got {sorted(saved_names)}. Resume with the scheduler that was saved, or "
-            "restore_optimizers=False."
+        advice = (
+            "Resume with the scheduler that was saved, or restore_optimizers=False."
         )
+        raise CheckpointError(f"{msg}, got {sorted(saved_names)}. {advice}")
 
 
 def _group_rows(layout: Tensor) -> Iterator[tuple[int, list[_Row]]]:

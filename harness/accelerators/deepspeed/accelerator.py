@@ -10,7 +10,7 @@ every ``engine.step()`` is a boundary. The model is called directly and never th
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import (
     AbstractContextManager,
     ExitStack,
@@ -34,6 +34,7 @@ from harness.accelerators.base import (
     missing_backward,
 )
 from harness.accelerators.deepspeed import library, validation
+from harness.accelerators.deepspeed import state as engine_state
 from harness.accelerators.deepspeed.config import (
     ConfigFacts,
     check_config,
@@ -43,10 +44,8 @@ from harness.accelerators.deepspeed.config import (
 )
 from harness.accelerators.deepspeed.engine_set import EngineSet, create_engines
 from harness.accelerators.deepspeed.gather import (
+    OriginalModel,
     ReadParameter,
-    gather_plain_parameters,
-    gather_state_dict,
-    list_attributes,
     read_no_values,
 )
 from harness.accelerators.deepspeed.precision import (
@@ -54,15 +53,6 @@ from harness.accelerators.deepspeed.precision import (
     find_autocast_dtype,
     hook_precision,
     name_precision,
-)
-from harness.accelerators.deepspeed.state import (
-    capture_state,
-    check_closed_window,
-    check_origin,
-    fetch_persistent,
-    list_restored,
-    refresh_masters,
-    restore_state,
 )
 from harness.accelerators.deepspeed.whole_weights import (
     LocalGradients,
@@ -77,8 +67,8 @@ from harness.accelerators.distributed.environment import (
     set_environment,
 )
 from harness.accelerators.distributed.group import RankGroup, detach_to
+from harness.accelerators.distributed.row_split import ShareTracker
 from harness.accelerators.distributed.sharded_loader import shard_loaders
-from harness.accelerators.distributed.shares import ShareTracker
 from harness.accelerators.distributed.watchdog import Watchdog
 from harness.accelerators.pinned import make_mover
 from harness.accelerators.precision import make_autocast
@@ -86,8 +76,8 @@ from harness.accelerators.single import named_tensors
 from harness.checks.values import check_count
 from harness.data.batch import Batch
 from harness.pytree import Options, StateDict, map_tensors
-from harness.reshard.consolidated import parameter_shapes, weights_dtype
-from harness.reshard.skeleton import count_elements, move_real_tensors
+from harness.reshard.consolidated import weights_dtype
+from harness.reshard.meta_parameters import count_elements, move_real_tensors
 from harness.rng import part_rng_state
 
 T = TypeVar("T")
@@ -187,9 +177,7 @@ class DeepSpeedAccelerator:
         self._model: nn.Module | None = None
         self._filled: Options = {}
         self._engines = EngineSet()
-        self._dtypes: dict[str, torch.dtype] = {}
-        self._shapes: dict[str, list[int]] = {}
-        self._attributes: dict[nn.Module, frozenset[str]] = {}
+        self._original: OriginalModel | None = None
         self._hooks: list[RemovableHandle] = []
         self._cleanup = ExitStack()
         self._shares = ShareTracker(num_recent=self.accumulate + 8)
@@ -325,7 +313,7 @@ class DeepSpeedAccelerator:
             | validation.describe_loaders(loaders),
             "Start every rank with the same code and data.",
         )
-        self._record_model(model)
+        self._original = OriginalModel(model)
         if opts is None:
             model.to(self.device)
             self.share_weights(model)
@@ -365,13 +353,6 @@ class DeepSpeedAccelerator:
         )
         part_rng_state(self.rank, self.device)
         return model, facades, sharded
-
-    def _record_model(self, model: nn.Module) -> None:
-        """Record what engines will change about the model."""
-        self._dtypes = {name: value.dtype for name, value in model.named_parameters()}
-        shapes = parameter_shapes(model)
-        self._shapes = {name: list(shape) for name, shape in shapes.items()}
-        self._attributes = list_attributes(model)
 
     def _count_step(self, name: str, applied: bool) -> None:
         counts = self.steps if applied else self.overflows
@@ -558,7 +539,7 @@ class DeepSpeedAccelerator:
     def meet(self, what: str) -> None:
         """Wait until every rank does the same; an error tells what another rank does."""
         if self._watchdog is not None:
-            self._watchdog.meeting.meet(what)
+            self._watchdog.barrier.wait(what)
 
     def _set_working(self, is_working: bool) -> None:
         """Tell the other ranks whether they need this one."""
@@ -590,9 +571,8 @@ class DeepSpeedAccelerator:
 
     def full_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
         """Whole weights and buffers, detached, on the CPU; empty except on rank 0."""
-        return gather_state_dict(
-            model, self._read_whole, self._dtypes, keep=self.is_main
-        )
+        original = self._original or OriginalModel(model)
+        return original.gather_state_dict(self._read_whole, keep=self.is_main)
 
     def state_dict(self) -> StateDict:
         """Weights, buffers, optimizers, open gradients and counters of this rank.
@@ -605,15 +585,20 @@ class DeepSpeedAccelerator:
         RuntimeError
             Before ``prepare``, and in an open window with offloaded optimizer states.
         """
-        check_closed_window(self._filled, self._engines)
+        engine_state.check_closed_window(self._filled, self._engines)
         stage = zero_stage(self._filled)
-        model = self._prepared_model()
+        model, original = self._prepared_model()
         done = {engine.name: engine.done for engine in self._engines}
-        state = capture_state(model, self._engines.deepspeed_engines, stage, done)
+        state = engine_state.capture_state(
+            model, self._engines.deepspeed_engines, stage, done
+        )
         if not self.is_main:
             state["shared"] = {}
         if tracked := library.get_tracked_random():
             state["tracked_random"] = tracked
+        dtypes = {name: str(dtype) for name, dtype in original.dtypes.items()}
+        if {*dtypes.values(), weights_dtype(model)} - {"torch.float32"}:
+            state["dtypes"] = dtypes
         return state | {
             "world_size": self.world_size,
             "stage": stage,
@@ -622,16 +607,9 @@ class DeepSpeedAccelerator:
             "done": done,
             "layouts": {e.name: e.layout(self.rank) for e in self._engines},
             "members": {engine.name: engine.members for engine in self._engines},
-            "shapes": self._shapes,
+            "shapes": original.shapes,
             "frozen": [n for n, p in model.named_parameters() if not p.requires_grad],
-            **self._describe_dtypes(),
         }
-
-    def _describe_dtypes(self) -> dict[str, dict[str, str]]:
-        """Dtypes of the user's model, unless all are float32, also those that are trained."""
-        dtypes = {name: str(dtype) for name, dtype in self._dtypes.items()}
-        found = {*dtypes.values(), weights_dtype(self._prepared_model())}
-        return {"dtypes": dtypes} if found - {"torch.float32"} else {}
 
     def load_state_dict(
         self, state: StateDict, parts: Sequence[str] = ("model", "optimizers")
@@ -648,18 +626,20 @@ class DeepSpeedAccelerator:
         """
         stage, engines = zero_stage(self._filled), self._engines.deepspeed_engines
         here = {"world_size": self.world_size, "stage": stage}
-        self._ranks.check_on_every_rank(lambda: check_origin(state, here))
+        self._ranks.check_on_every_rank(lambda: engine_state.check_origin(state, here))
         # The other ranks get what rank 0 has into their own memory, tensor by tensor.
         forms = map_tensors(state["shared"], lambda tensor: tensor.detach().to("meta"))
         forms = self._ranks.broadcast_objects(forms)
         complete = state if self.is_main else {**state, "shared": forms}
-        model = self._prepared_model()
+        model, _ = self._prepared_model()
         self._ranks.check_on_every_rank(
-            lambda: restore_state(model, engines, stage, complete, parts)
+            lambda: engine_state.restore_state(model, engines, stage, complete, parts)
         )
-        self._ranks.send_tensors(list_restored(model, engines, forms, parts))
+        self._ranks.send_tensors(
+            engine_state.list_restored(model, engines, forms, parts)
+        )
         if "model" in parts and "layouts" not in state:
-            refresh_masters(engines.values())
+            engine_state.refresh_masters(engines.values())
         if "optimizers" in parts:
             if "tracked_random" in state:
                 library.set_tracked_random(state["tracked_random"])
@@ -672,13 +652,13 @@ class DeepSpeedAccelerator:
                 for name, param in model.named_parameters():
                     param.requires_grad_(name not in state["frozen"])
         for engine in engines.values():
-            fetch_persistent(engine)
+            engine_state.fetch_persistent(engine)
 
-    def _prepared_model(self) -> nn.Module:
-        if self._model is None:
+    def _prepared_model(self) -> tuple[nn.Module, OriginalModel]:
+        if self._model is None or self._original is None:
             msg = "accelerator: expected prepare(model, ...) first, got no model."
             raise RuntimeError(f"{msg} Call prepare before this.")
-        return self._model
+        return self._model, self._original
 
     def finish(self, *, failed: bool = False, keep: bool = True) -> None:
         """Release the engines; the model is a plain one with whole weights, on the CPU.
@@ -698,11 +678,15 @@ class DeepSpeedAccelerator:
         """
         for hook in self._hooks:
             hook.remove()
-        if self._model is not None and len(self._engines):
+        if self._model is not None and self._original and len(self._engines):
             install = None
             if self.world_size == 1 or not failed:
                 self._send_buffers()
-                install = self._gather_plain(keep=keep)
+                # If no rank keeps the weights, none are gathered.
+                read: ReadParameter = self._read_whole
+                if not self.any(keep):
+                    read = read_no_values
+                install = self._original.gather_plain(read, keep=keep)
             for engine in self._engines:
                 engine.finish()
             if install is not None:
@@ -711,13 +695,3 @@ class DeepSpeedAccelerator:
         self._cleanup.close()
         self._clear()
         self._set_working(False)
-
-    def _gather_plain(self, *, keep: bool) -> Callable[[], None]:
-        """Gather the weights; the returned function installs them as plain parameters."""
-        assert self._model is not None
-        read: ReadParameter = self._read_whole
-        if not self.any(keep):
-            read = read_no_values
-        return gather_plain_parameters(
-            self._model, read, self._dtypes, self._attributes, keep=keep
-        )

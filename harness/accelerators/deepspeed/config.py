@@ -75,7 +75,8 @@ _SECTIONS = {
 }
 """Keys of the sections for which DeepSpeed has no pydantic model."""
 
-_PRECISIONS = ("fp16", "bf16", "bfloat16", "torch_autocast")
+PRECISION_KEYS = ("fp16", "bf16", "bfloat16", "torch_autocast")
+"""Keys of which one at most is enabled."""
 
 _HALF = {"fp16", "half", "float16"}
 """DeepSpeed's names for float16, which CPUs do not train in."""
@@ -260,11 +261,11 @@ def _check_precision(config: Mapping[str, Any], facts: ConfigFacts) -> None:
         if not isinstance(value, bool):
             msg = f"accelerator(config): expected {name}.enabled true or false, got {value!r}."
             advice = "Write true or false"
-            if value == "auto" and name in _PRECISIONS:
+            if value == "auto" and name in PRECISION_KEYS:
                 advice += ", or pass precision='fp32' or 'bf16' to harness.accelerator"
             raise ValueError(f"{msg} {advice}.")
     enabled = [
-        name for name in _PRECISIONS if config.get(name, {}).get("enabled", False)
+        name for name in PRECISION_KEYS if config.get(name, {}).get("enabled", False)
     ]
     if len(enabled) > 1:
         got = " and ".join(enabled)

@@ -188,8 +188,8 @@ class NamedEngine:
         a gradient: its old gradient would be applied again.
         """
         wrapper = self.engine.optimizer
-        held = getattr(wrapper, "grad_partitions_flat_buffer", None)
-        kept = [] if held is None else [held]
+        flat = getattr(wrapper, "grad_partitions_flat_buffer", None)
+        kept = [] if flat is None else [flat]
         kept += [
             master.grad
             for master in master_weights(self.engine)

@@ -13,16 +13,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from harness.accelerators.base import list_parameters
+from harness.accelerators.deepspeed import library
 from harness.accelerators.deepspeed.config import zero_stage
 from harness.accelerators.deepspeed.engine import NamedEngine, find_parameters
-from harness.accelerators.deepspeed.library import (
-    allow_float64,
-    correct_half_autocast,
-    ignore_warnings,
-    import_deepspeed,
-    keep_optimizers,
-    silence_deepspeed_warnings,
-)
 
 DEFAULT_NAME = "opt"
 """Name of the optimizer that DeepSpeed's config describes."""
@@ -147,8 +140,8 @@ def create_engines(
     on_step
         Called after each step with the optimizer's name and whether weights changed.
     """
-    deepspeed = import_deepspeed()
-    silence_deepspeed_warnings()
+    deepspeed = library.import_deepspeed()
+    library.silence_deepspeed_warnings()
     deepspeed.utils.logger.setLevel(str(config.get("log_level", "error")).upper())
     stage = zero_stage(config)
     trained: list[Tensor] = [
@@ -162,9 +155,9 @@ def create_engines(
     made = {}
     for name in owned:
         with (
-            ignore_warnings(),
-            keep_optimizers(),
-            allow_float64(),
+            library.ignore_warnings(),
+            library.keep_optimizers(),
+            library.allow_float64(),
             explain_failure(config),
         ):
             made[name], *_ = deepspeed.initialize(
@@ -174,7 +167,7 @@ def create_engines(
                 model_parameters=None if optimizers else trained,
                 config=dict(config),
             )
-        correct_half_autocast(made[name])
+        library.correct_half_autocast(made[name])
         is_double = any(param.dtype == torch.float64 for param in owned[name])
         if is_double and "communication_data_type" not in config:
             # DeepSpeed would send them as float32.

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from harness.accelerators.deepspeed.config import PRECISION_KEYS
 from harness.accelerators.precision import (
     DTYPES,
     HALVES,
@@ -21,9 +22,6 @@ from harness.accelerators.precision import (
 )
 from harness.checks.model import get_method
 from harness.pytree import Options, map_tensors
-
-PRECISION_KEYS = ("fp16", "bf16", "bfloat16", "torch_autocast")
-"""Keys of DeepSpeed's config, of which one at most is enabled."""
 
 AUTOCAST_DTYPES = {
     "fp16": torch.float16,

@@ -272,11 +272,11 @@ def capture_open_gradients(engine: Any, stage: int, *, is_open: bool) -> StateDi
     if stage == 2:
         return {
             "lists": [
-                held and list(held) for held in _by_group(wrapper.all_grad_tensors)
+                grads and list(grads) for grads in _by_group(wrapper.all_grad_tensors)
             ],
             "flat": [
-                getattr(held, "flat_partition", None)
-                for held in _by_group(wrapper.averaged_gradients)
+                getattr(buffer, "flat_partition", None)
+                for buffer in _by_group(wrapper.averaged_gradients)
             ],
             "micro": wrapper.micro_step_id,
         }
@@ -291,9 +291,9 @@ def capture_open_gradients(engine: Any, stage: int, *, is_open: bool) -> StateDi
     }
 
 
-def _by_group(held: Mapping[int, object]) -> list[Any]:
+def _by_group(values: Mapping[int, object]) -> list[Any]:
     """List the values by group number; None for a group without a value."""
-    return [held.get(n) for n in range(max(held, default=-1) + 1)]
+    return [values.get(n) for n in range(max(values, default=-1) + 1)]
 
 
 def restore_open_gradients(engine: Any, stage: int, saved: StateDict) -> None:
@@ -331,8 +331,8 @@ def _fill_gradients(live: Tensor, saved: Tensor | None) -> None:
 def _restore_zero2_gradients(engine: Any, saved: StateDict) -> None:
     """Restore gradients of ZeRO 2: whole tensors, or flat ones in another dtype."""
     wrapper = engine.optimizer
-    for n, held in enumerate(saved["lists"]):
-        copies = held and [grad.to(engine.device, copy=True) for grad in held]
+    for n, grads in enumerate(saved["lists"]):
+        copies = grads and [grad.to(engine.device, copy=True) for grad in grads]
         wrapper.all_grad_tensors[n] = copies
     for n, flat in enumerate(saved["flat"]):
         if flat is not None:

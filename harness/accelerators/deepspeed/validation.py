@@ -61,7 +61,6 @@ def complete_config(
     check_parameters(model.named_parameters())
     check_divided(model, config, facts.world_size, trains=optimizers is not None)
     if optimizers is not None:
-        check_gradients(model, zero_stage(config))
         check_layers(model, zero_stage(config), facts)
         check_deepspeed_optimizers(model, optimizers, config)
         check_dtypes(model, optimizers, config)
@@ -206,32 +205,27 @@ def check_divided(
                 raise ValueError(f"{msg}, got {name!r} with it. {advice}")
 
 
-def check_gradients(model: nn.Module, stage: int) -> None:
-    """Check that ZeRO can divide the gradients."""
-    for name, module in model.named_modules():
-        if not stage or getattr(module, "sparse", False) is not True:
-            continue
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, Tensor) and weight.requires_grad:
-            msg = f"prepare: expected dense gradients at ZeRO {stage}"
-            advice = "Build it with sparse=False, or use ZeRO 0."
-            raise ValueError(f"{msg}, got sparse ones of {name!r}. {advice}")
-
-
 def check_layers(model: nn.Module, stage: int, facts: ConfigFacts) -> None:
-    """Check for layers that do something else on several ranks, unless they are frozen.
+    """Check for layers that do something else on several ranks or at ZeRO, unless frozen.
 
     Raises
     ------
     ValueError
-        If an embedding changes its weights in the forward, which ranks would do to other
-        rows, and ZeRO would lose; or if BatchNorm cannot talk to other ranks.
+        If an embedding has sparse gradients, which ZeRO cannot divide, or changes its weights
+        in the forward, which ranks would do to other rows, and ZeRO would lose; or if
+        BatchNorm cannot talk to other ranks.
     """
     is_divided, on_cpu = facts.world_size > 1, facts.device == "cpu"
     for name, module in model.named_modules():
         own = list(module.parameters(recurse=False))
         if own and not any(weight.requires_grad for weight in own):
             continue
+        weight = getattr(module, "weight", None)
+        is_trained = isinstance(weight, Tensor) and weight.requires_grad
+        if stage and is_trained and getattr(module, "sparse", False) is True:
+            msg = f"prepare: expected dense gradients at ZeRO {stage}"
+            advice = "Build it with sparse=False, or use ZeRO 0."
+            raise ValueError(f"{msg}, got sparse ones of {name!r}. {advice}")
         is_embedding = isinstance(module, nn.Embedding | nn.EmbeddingBag)
         has_max = is_embedding and module.max_norm is not None
         if has_max and (stage or is_divided):
@@ -353,7 +347,7 @@ def describe_model(
         "Python": platform.python_version(),
         "torch": torch.__version__,
         "model class": type(model).__qualname__,
-        "model parameters": _hash_texts(map(str, shapes)),
+        "model parameters": _hash("\n".join(map(str, shapes)).encode()),
         "code of the model": _hash_source(type(model)),
         "script": _hash_file(sys.argv[0]),
     }
@@ -381,15 +375,14 @@ def describe_loaders(loaders: Sequence[Any]) -> dict[str, object]:
             facts[f"length of data {place}"] = len(dataset)
         while isinstance(dataset, Subset):
             # Ranks with different random splits would train on each other's held-out rows.
-            rows = hashlib.sha256(repr(list(dataset.indices)).encode())
-            facts[f"choice of rows of data {place}"] = rows.hexdigest()[:16]
+            rows = repr(list(dataset.indices))
+            facts[f"choice of rows of data {place}"] = _hash(rows.encode())
             dataset = dataset.dataset
     return facts
 
 
-def _hash_texts(texts: Iterable[str]) -> str:
-    """Short hash of a list of texts."""
-    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def _hash_source(kind: type) -> str | None:
@@ -403,6 +396,6 @@ def _hash_source(kind: type) -> str | None:
 def _hash_file(path: str) -> str | None:
     """Hash of a file; None if it cannot be read, as in a notebook."""
     try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+        return _hash(Path(path).read_bytes())
     except OSError:
         return None

@@ -77,7 +77,7 @@ class WholeWeights(TorchFunctionMode):
                 setattr(wrapper, name, _without_modes(getattr(wrapper, name)))
         self._params: list[Any] = [p for p in model.parameters() if hasattr(p, "ds_id")]
         self._names = {id(p): name for name, p in model.named_parameters()}
-        self._held: list[Any] = []
+        self._gathered: list[Any] = []
         self._is_gathering = False
 
     def __torch_function__(
@@ -103,30 +103,30 @@ class WholeWeights(TorchFunctionMode):
             return func(*args)
         if func is torch.autograd.grad and kwargs.get("create_graph"):
             # The second backward runs no hooks of layers.
-            self._hold(filter(_is_divided, self._params))
+            self._gather_and_keep(filter(_is_divided, self._params))
         return func(*args, **kwargs)
 
     def _read(self, param: Any, func: Any) -> None:
         """Gather a parameter that an operation reads, or refuse it."""
         if self._is_gathering:
-            self._hold([param])
+            self._gather_and_keep([param])
             return
         name = _name(func)
         if name in _METADATA:
             return
         msg = f"ZeRO 3: expected no use of the weight {self._names.get(id(param))!r}"
-        advice = "Read ctx.accelerator.full_state_dict(ctx.model) on every rank"
+        got = f"got {name}: this rank has a part of it"
+        advice = "Read ctx.accelerator.full_state_dict(ctx.model) on every rank (rank 0"
         raise ValueError(
-            f"{msg} outside a step, got {name}: this rank has a part of it. {advice}"
-            " (rank 0 gets them), or use ZeRO 2."
+            f"{msg} outside a step, {got}. {advice} gets them), or use ZeRO 2."
         )
 
-    def _hold(self, params: Iterable[Any]) -> None:
+    def _gather_and_keep(self, params: Iterable[Any]) -> None:
         """Gather parameters, and keep DeepSpeed from dividing them again."""
         for param in params:
             param.ds_active_sub_modules.add(_MARK)
             param.all_gather(param_list=[param])
-            self._held.append(param)
+            self._gathered.append(param)
 
     @contextmanager
     def gathering(self) -> Iterator[None]:
@@ -142,8 +142,8 @@ class WholeWeights(TorchFunctionMode):
 
     def release(self) -> None:
         """Divide the weights again that were gathered."""
-        while self._held:
-            param = self._held.pop()
+        while self._gathered:
+            param = self._gathered.pop()
             param.ds_active_sub_modules.discard(_MARK)
             if not (_is_divided(param) or param.ds_active_sub_modules):
                 param.partition()
@@ -191,7 +191,7 @@ class NewWeights(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._held: list[Any] = []
+        self._gathered: list[Any] = []
 
     def __torch_function__(
         self, func: Any, types: object, args: Any = (), kwargs: Any = None
@@ -206,18 +206,18 @@ class NewWeights(TorchFunctionMode):
 
     def _gather(self, params: list[Any]) -> None:
         """Gather weights, after dividing those that are not in use on any rank."""
-        if self._held:
-            in_use = any_rank([_is_viewed(param) for param in self._held])
-            pairs = zip(self._held, in_use, strict=True)
+        if self._gathered:
+            in_use = any_rank([_is_viewed(param) for param in self._gathered])
+            pairs = zip(self._gathered, in_use, strict=True)
             self._divide([param for param, is_used in pairs if not is_used])
         for param in params:
             param.all_gather()
-        self._held += params
+        self._gathered += params
 
     def __exit__(self, kind: object, *error: object) -> None:
         super().__exit__(kind, *error)  # type: ignore[no-untyped-call]
         if kind is None:  # the other ranks get here too
-            self._divide(self._held)
+            self._divide(self._gathered)
 
     def _divide(self, params: Iterable[Any]) -> None:
         """Divide weights again."""
@@ -226,7 +226,7 @@ class NewWeights(TorchFunctionMode):
             if not _is_divided(param):  # by the user's own code
                 share_and_divide(param)
         done = set(map(id, params))
-        self._held = [param for param in self._held if id(param) not in done]
+        self._gathered = [param for param in self._gathered if id(param) not in done]
 
 
 def finish_zero_init(

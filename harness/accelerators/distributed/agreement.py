@@ -111,10 +111,10 @@ class BatchAgreement(Agreement):
             # after those that it has counted, so it has not passed the end of that one.
             self.is_pending = True
             store.set(f"{key}/of/{self._rank}", str(self._count + 1))
-            store.add(f"{key}/told", 1)
+            store.add(f"{key}/num_ranks", 1)
         if self._due is not None:
             return
-        if self._rank == 0 and store.add(f"{key}/told", 0) == self._world_size:
+        if self._rank == 0 and store.add(f"{key}/num_ranks", 0) == self._world_size:
             of_ranks = [store.get(f"{key}/of/{n}") for n in range(self._world_size)]
             value = store.get(f"{key}/asked").decode()
             store.set(f"{key}/due", f"{max(map(int, of_ranks))} {value}")

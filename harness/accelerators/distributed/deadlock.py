@@ -16,7 +16,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from harness.accelerators.distributed.heartbeat import Silence
-from harness.accelerators.distributed.meeting import (
+from harness.accelerators.distributed.named_barrier import (
     describe_place,
     is_in,
     list_calls,
@@ -89,7 +89,7 @@ class Deadlock:
         self._count_busy = count_busy
         self._still = Silence(clock, _LONGEST_LOOK_S)
         self._busy_at = 0.0
-        self._told: Wait | None = None
+        self._reported: Wait | None = None
         self._looks = 0
 
     def look(self, store: Store) -> str | None:
@@ -107,23 +107,23 @@ class Deadlock:
         if not passed_s:
             self._busy_at = busy
         is_idle = busy - self._busy_at <= _IDLE_FRAC * passed_s
-        self._tell(store, wait if passed_s >= self._after_s and is_idle else None)
-        if self._rank or not self._told:
+        self._report(store, wait if passed_s >= self._after_s and is_idle else None)
+        if self._rank or not self._reported:
             return None
         all_wait = store.add("deadlock/waiting", 0) == self._world_size
         self._looks = self._looks + 1 if all_wait else 0
         # A rank that has just continued tells so at its next look.
         return self._describe(store) if self._looks > 1 else None
 
-    def _tell(self, store: Store, wait: Wait | None) -> None:
+    def _report(self, store: Store, wait: Wait | None) -> None:
         """Tell the other ranks if this one begins to wait, or has continued."""
-        if wait == self._told:
+        if wait == self._reported:
             return
         if wait is not None:
             store.set(f"deadlock/{self._rank}", f"{wait.stack}:{wait.place}")
-        change = int(wait is not None) - int(self._told is not None)
+        change = int(wait is not None) - int(self._reported is not None)
         store.add("deadlock/waiting", change)
-        self._told = wait
+        self._reported = wait
 
     def _describe(self, store: Store) -> str | None:
         """What the ranks wait in; None if it is the same."""
@@ -133,8 +133,8 @@ class Deadlock:
         if len(ranks) == 1:
             return None
         places = [
-            f"{_name_ranks(found)} in {told.partition(':')[2]}"
-            for told, found in list(ranks.items())[:_MOST]
+            f"{_name_ranks(found)} in {wait.partition(':')[2]}"
+            for wait, found in list(ranks.items())[:_MOST]
         ]
         msg = "expected the ranks in the same collective, but they wait for one another"
         return f"{msg}: {'; '.join(places)}. {ADVICE}"

@@ -52,9 +52,8 @@ class Launch:
     def __post_init__(self) -> None:
         """Refuse ranks that do not exist."""
         if not 0 <= self.rank < self.world_size:
-            msg = (
-                f"launch: expected a rank in 0..{self.world_size - 1}, got {self.rank}."
-            )
+            last = self.world_size - 1
+            msg = f"launch: expected a rank in 0..{last}, got {self.rank}."
             raise ValueError(f"{msg} Check what the launcher ({self.by}) exports.")
         if self.world_size > 1 and self.address is None:
             msg = f"launch: expected MASTER_ADDR for {self.world_size} ranks, got none."
@@ -230,9 +229,8 @@ def _refuse_half(env: Mapping[str, str]) -> None:
         if name in env:
             msg = f"launch: expected the number of ranks with {name}={env[name]!r}"
             advice = "Set RANK, LOCAL_RANK, WORLD_SIZE and MASTER_ADDR for each rank"
-            raise ValueError(
-                f"{msg}, got none. {advice}, or unset {name} to train on one rank."
-            )
+            or_one = f"or unset {name} to train on one rank."
+            raise ValueError(f"{msg}, got none. {advice}, {or_one}")
 
 
 def _first(env: Mapping[str, str], names: Iterable[str]) -> str | None:

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.accelerators.distributed.meeting import ENDED
+from harness.accelerators.distributed.named_barrier import ENDED
 from harness.data.processes import Process
 
 if TYPE_CHECKING:

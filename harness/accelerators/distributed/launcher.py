@@ -18,6 +18,7 @@ from types import FrameType
 import torch
 
 from harness.accelerators.distributed.environment import LAUNCH_OPTIONS, LAUNCHER_PID
+from harness.data.processes import read_stat
 from tracking.errors import describe_path
 
 SSH_S = 10
@@ -59,9 +60,8 @@ def read_hostfile(path: str | Path) -> dict[str, int]:
         found = re.fullmatch(r"(\S+)\s+slots=(\d+)", line)
         if found is None or int(found.group(2)) == 0:
             msg = f"{place}: expected 'name slots=N' on line {number}, got {text!r}."
-            raise ValueError(
-                f"{msg} Write one host per line, with its number of devices."
-            )
+            advice = "Write one host per line, with its number of devices."
+            raise ValueError(f"{msg} {advice}")
         host = found.group(1)
         if host in slots:
             msg = f"{place}: expected each host once, got {host!r} again on line {number}."
@@ -164,9 +164,8 @@ def choose_hosts(
         msg = f"launch(num_nodes): expected at most {len(hosts)} machines"
         raise ValueError(f"{msg}, got {num_nodes!r}. List them in a hostfile.")
     if include and exclude:
-        msg = (
-            f"launch(include, exclude): expected one, got {include!r} and {exclude!r}."
-        )
+        got = f"{include!r} and {exclude!r}"
+        msg = f"launch(include, exclude): expected one, got {got}."
         raise ValueError(f"{msg} Leave one of them out.")
     name, choice = ("include", include) if include else ("exclude", exclude)
     if not choice:
@@ -179,9 +178,8 @@ def choose_hosts(
         found = re.fullmatch(r"([^:,\s]+)(?::(\d+(?:,\d+)*))?", part)
         if found is None:
             msg = f"launch({name}): expected NAME or NAME:SLOT,SLOT, joined by '@'"
-            raise ValueError(
-                f"{msg}, got {choice!r}. Write for example 'localhost:0,1'."
-            )
+            advice = "Write for example 'localhost:0,1'."
+            raise ValueError(f"{msg}, got {choice!r}. {advice}")
         host, listed = found.groups()
         if host not in hosts:
             msg = f"launch({name}): expected one of {', '.join(hosts)}, got {host!r}."
@@ -219,9 +217,8 @@ def check_hosts(hosts: Sequence[str], ssh_port: int | None = None) -> None:
         if process.returncode:
             reason = (answers[host].strip().splitlines() or ["no answer"])[-1]
             msg = f"launch: expected {host!r} to answer by ssh, got {reason!r}."
-            raise ValueError(
-                f"{msg} Check its name, and set up ssh without a password."
-            )
+            advice = "Check its name, and set up ssh without a password."
+            raise ValueError(f"{msg} {advice}")
 
 
 def launch(
@@ -284,22 +281,22 @@ def find_ranks(group: int) -> list[int]:
     """Process ids of the ranks that DeepSpeed's launcher started in a process group."""
     parents, launchers = {}, set()
     for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            # After the command's name in brackets come state, parent and group.
-            fields = (folder / "stat").read_text().rpartition(")")[2].split()
-            if int(fields[2]) != group:
-                continue
-            parents[int(folder.name)] = int(fields[1])
-            if is_inner_launcher(folder):
-                launchers.add(int(folder.name))
-        except OSError:  # it has ended
+        pid = int(folder.name)
+        fields = read_stat(pid)
+        if fields is None or int(fields[2]) != group:
             continue
+        parents[pid] = int(fields[1])
+        if is_inner_launcher(pid):
+            launchers.add(pid)
     return [pid for pid, parent in parents.items() if parent in launchers]
 
 
-def is_inner_launcher(folder: Path) -> bool:
-    """True if a folder of ``/proc`` is that of the process that starts a machine's ranks."""
-    words = (folder / "cmdline").read_bytes().split(b"\0")
+def is_inner_launcher(pid: int) -> bool:
+    """True for DeepSpeed's process that starts a machine's ranks; needs ``/proc``."""
+    try:
+        words = (Path("/proc") / str(pid) / "cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
     return b"deepspeed.launcher.launch" in words
 
 

@@ -49,15 +49,15 @@ class SharedOrder:
 
     def group(self, size: int) -> Iterator[list[Any]]:
         """Yield the items `size` at a time; the last group may be shorter."""
-        held: list[object] = []
+        pending: list[object] = []
         for piece in self._send():
-            held += piece
-            full = len(held) // size * size
+            pending += piece
+            full = len(pending) // size * size
             for first in range(0, full, size):
-                yield held[first : first + size]
-            held = held[full:]
-        if held:
-            yield held
+                yield pending[first : first + size]
+            pending = pending[full:]
+        if pending:
+            yield pending
 
     def _send(self) -> Iterator[list[object]]:
         """Rank 0's items in pieces, sent to every rank."""

@@ -16,9 +16,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from harness.accelerators.distributed.alike import share_random_stream
 from harness.accelerators.distributed.group import RankGroup
-from harness.accelerators.distributed.shares import RankShare, ShareTracker
+from harness.accelerators.distributed.row_split import RankShare, ShareTracker
+from harness.accelerators.distributed.sharding import share_random_stream
 from harness.accelerators.distributed.sources import make_source
 from harness.data.batch import Batch, copy_by_value
 from harness.data.loaders import Loader

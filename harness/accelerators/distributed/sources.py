@@ -18,13 +18,6 @@ from torch.utils.data import (
     default_collate,
 )
 
-from harness.accelerators.distributed.alike import (
-    LengthCheck,
-    check_alike,
-    digest_leaves,
-    is_checked,
-    share_random_stream,
-)
 from harness.accelerators.distributed.group import RankGroup
 from harness.accelerators.distributed.order import (
     CHUNK,
@@ -32,8 +25,16 @@ from harness.accelerators.distributed.order import (
     SharedOrder,
     UndividedSampler,
 )
-from harness.accelerators.distributed.own_division import find_dividers, is_alike
-from harness.accelerators.distributed.shares import RankShare, RowSplit
+from harness.accelerators.distributed.row_split import RankShare, RowSplit
+from harness.accelerators.distributed.sharding import (
+    LengthCheck,
+    check_same_rows,
+    digest_leaves,
+    find_sharding_parts,
+    is_check_due,
+    is_marked_unsharded,
+    share_random_stream,
+)
 from harness.data.batch import (
     Batch,
     copy_by_value,
@@ -63,7 +64,7 @@ def make_source(loader: Loader, ranks: RankGroup, *, has_pairs: bool) -> Source:
 
     Every rank must call it; `has_pairs` is as in ``RowSplit``.
     """
-    dividers = find_dividers(loader, ranks)
+    dividers = find_sharding_parts(loader, ranks)
     rows = find_row_batches(loader)
     if dividers:
         by_torch = all(type(part) is DistributedSampler for part in dividers)
@@ -152,7 +153,7 @@ class Source:
             warn_unknown_rows(batch)
         return 1 if rows is None else rows
 
-    def _read_alike(self) -> Iterator[Batch]:
+    def _read_as_one(self) -> Iterator[Batch]:
         """Batches of the loader, read with the same random numbers on every rank."""
         stream = share_random_stream(self._loader, self._ranks)
         return stream.iterate(stream.run(lambda: iter_batches(self._loader)))
@@ -315,7 +316,7 @@ class StreamSource(Source):
         for batch, share, digests in batches:
             lengths.step(has_data=True)
             if digests is not None:
-                check_alike(digests, place, self._ranks)
+                check_same_rows(digests, place, self._ranks)
             yield batch, share
         lengths.step(has_data=False)
 
@@ -326,13 +327,13 @@ class _RankStream(IterableDataset[_Step]):
     def __init__(self, loader: Loader, split: RowSplit) -> None:
         self._dataset: Any = loader.dataset
         self._split = split
-        self._is_checked = not is_alike(loader)
+        self._is_checked = not is_marked_unsharded(loader)
 
     def __iter__(self) -> Iterator[_Step]:
         samples, size = iter(self._dataset), self._split.num_rows
         steps = iter(lambda: list(islice(samples, size)), [])
         for number, (own, share, step) in enumerate(self._split.divide(steps), start=1):
-            is_due = self._is_checked and is_checked(number)
+            is_due = self._is_checked and is_check_due(number)
             yield _Step(own, share, digest_leaves(step) if is_due else None)
 
 
@@ -359,19 +360,22 @@ class WholeBatchSource(Source):
         return self._count_steps(len(self._loader))
 
     def __iter__(self) -> Iterator[Shared]:
-        return self._divide(self._read_alike())
+        return self._divide(self._read_as_one())
 
     def _divide(self, batches: Iterator[Batch]) -> Iterator[Shared]:
         ranks, number, place = self._ranks, 0, 0
         name = type(self._loader).__name__
-        lengths, is_due = LengthCheck(ranks, name), not is_alike(self._loader)
+        lengths, is_due = (
+            LengthCheck(ranks, name),
+            not is_marked_unsharded(self._loader),
+        )
         last: object = None
         while True:
             number += 1
             counts: list[int] = []
             digests: list[list[list[int]]] = []
             for batch in islice(batches, ranks.world_size):
-                if is_due and is_checked(number):
+                if is_due and is_check_due(number):
                     digests.append(digest_leaves([batch]))
                 # A loader may reuse its tensors for the next batch.
                 if len(counts) == ranks.rank or (not counts and last is None):
@@ -380,11 +384,11 @@ class WholeBatchSource(Source):
             lengths.step(has_data=bool(counts))
             if not counts:
                 return
-            if is_due and is_checked(number):
+            if is_due and is_check_due(number):
                 leaves = [
                     list(chain(*places)) for places in zip(*digests, strict=False)
                 ]
-                check_alike(leaves, name, ranks)
+                check_same_rows(leaves, name, ranks)
             share = RankShare.of_counts(place, counts, ranks.rank)
             place += sum(counts)
             yield last, share
@@ -402,7 +406,7 @@ class OwnBatchSource(Source):
         return max(self._ranks.gather_counts(len(self._loader)))
 
     def __iter__(self) -> Iterator[Shared]:
-        return self._take_turns(self._read_alike())
+        return self._take_turns(self._read_as_one())
 
     def _take_turns(self, batches: Iterator[Batch]) -> Iterator[Shared]:
         ranks, place, last = self._ranks, 0, None

@@ -9,7 +9,6 @@ import signal
 import sys
 import threading
 import time
-from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import ClassVar
@@ -32,11 +31,12 @@ from harness.accelerators.distributed.heartbeat import (
     Silence,
 )
 from harness.accelerators.distributed.launcher import is_inner_launcher
-from harness.accelerators.distributed.meeting import (
+from harness.accelerators.distributed.named_barrier import (
     RANKS_AT_ONCE,
-    Meeting,
+    NamedBarrier,
     is_of_collective,
 )
+from harness.data.processes import read_stat
 from tracking.errors import write_stderr
 
 POLL_S = 0.5
@@ -97,7 +97,7 @@ class Watchdog:
         lost_after_s: float = LOST_AFTER_S,
     ) -> None:
         self._ranks, self._poll_s = ranks, poll_s
-        self.meeting = Meeting(ranks)
+        self.barrier = NamedBarrier(ranks)
         self.failure: tuple[int, str] | None = None
         self._launcher = launcher
         self._parents = self._launchers()
@@ -117,7 +117,7 @@ class Watchdog:
             Member.current(ranks.rank),
             ranks.world_size,
             self._lost_after_s,
-            is_waiting=lambda: self.meeting.is_waiting,
+            is_waiting=lambda: self.barrier.is_waiting,
         )
         self._deadlock = Deadlock(ranks.rank, ranks.world_size, self._lost_after_s)
         self._threads = [
@@ -144,7 +144,7 @@ class Watchdog:
         self._woken.put(None)
         for thread in self._threads:
             thread.join(JOIN_S)
-        self.meeting.leave()
+        self.barrier.leave()
 
     def set_working(self, is_working: bool) -> None:
         """Tell the others whether they need this rank, as in a fit, if it vanishes."""
@@ -230,7 +230,7 @@ class Watchdog:
                 self.failure = self._ask_once()
             except (RuntimeError, ConnectionError):  # what serves the store is gone
                 self.failure = STORE_IS_GONE  # an agreement that waits ends by it
-                if not (self._is_working or self.meeting.is_waiting):
+                if not (self._is_working or self.barrier.is_waiting):
                     self._lost_after_s = 0.0
                     return  # as at the end of a program
             if self.failure is not None:
@@ -251,7 +251,7 @@ class Watchdog:
             return failed
         for agreement in list(self._agreements.values()):
             agreement.exchange(store)
-        self.meeting.watch(store)
+        self.barrier.watch(store)
         if not self._lost_after_s:
             return None
         found = self._heartbeat.look(store)
@@ -281,15 +281,8 @@ def find_launchers(pid: int) -> tuple[int, ...]:
     user's command starts, and its child ``launch``. Without ``/proc`` only the parent is
     known.
     """
-    parent = Path("/proc") / str(pid)
-    try:
-        if not is_inner_launcher(parent):
-            return (pid,)
-        # After the command's name in brackets come the state and the parent's id.
-        fields = (parent / "stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return (pid,)
-    return pid, int(fields[1])
+    fields = read_stat(pid) if is_inner_launcher(pid) else None
+    return (pid,) if fields is None else (pid, int(fields[1]))
 
 
 def is_alive(pid: int) -> bool:

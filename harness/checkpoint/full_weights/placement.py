@@ -17,10 +17,10 @@ from harness.checkpoint.ranks.merge import MergedWeights
 from harness.checkpoint.weights import NO_TENSORS, ReadTensor
 from harness.errors import CheckpointError
 from harness.export.summary import format_size
-from harness.reshard.skeleton import (
+from harness.reshard.meta_parameters import (
     allocate_parameters,
     count_bytes,
-    is_skeleton,
+    has_meta_parameters,
     release_parameters,
     replace_parameters,
 )
@@ -48,7 +48,7 @@ class ModelPlacement:
     @property
     def is_here(self) -> bool:
         """Whether this process holds the weights."""
-        return not is_skeleton(self.module)
+        return not has_meta_parameters(self.module)
 
     def get(self) -> nn.Module:
         """Return the model with its weights.
@@ -191,9 +191,9 @@ class ModelPlacement:
         if self.is_writer:
             yield True
             if watchdog is not None and self.holder != "each" and self.rank == 0:
-                watchdog.meeting.announce(what)
+                watchdog.barrier.announce(what)
         elif watchdog is None:
             self.get()  # raises: rank 0 is in another process, of which nothing is known
         else:
             yield False
-            watchdog.meeting.await_main(what)
+            watchdog.barrier.await_main(what)

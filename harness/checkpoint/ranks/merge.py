@@ -113,7 +113,7 @@ class MergedWeights(Mapping[str, Tensor]):
         merged = ConsolidatedState(states, index)
         nothing = [torch.empty(0, device="meta")]  # of a parameter without elements
         found = {
-            name: (own.shape, [piece.read() for piece in own.list_all()] or nothing)
+            name: (own.shape, [piece.read() for piece in own.list_pieces()] or nothing)
             for name, own in merged.weights.items()
         }
         whole = dict(merged.buffers)

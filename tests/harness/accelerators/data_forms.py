@@ -30,9 +30,9 @@ from torch.utils.data import (
 )
 
 import harness
-from harness.accelerators.distributed.alike import LengthCheck
 from harness.accelerators.distributed.environment import read_launch
 from harness.accelerators.distributed.group import PeerError, RankGroup
+from harness.accelerators.distributed.sharding import LengthCheck
 from harness.callbacks.display.fit_lines import describe_loader
 from tests.harness.accelerators.cases import Lab
 

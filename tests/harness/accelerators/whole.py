@@ -20,7 +20,7 @@ from harness.callbacks import ModelCheckpoint
 from harness.checkpoint.format import list_checkpoints
 from harness.checkpoint.full_weights.export import INDEX, export_weights
 from harness.checkpoint.ranks.merge import MergedWeights
-from harness.reshard.skeleton import is_skeleton
+from harness.reshard.meta_parameters import has_meta_parameters
 from tests.harness.accelerators.cases import Lab
 from tests.harness.accelerators.fits import data
 from tests.harness.checkpoint.ranks.threads import counting_opens
@@ -86,7 +86,7 @@ def same_weights(found: nn.Module, wanted: nn.Module) -> bool:
 
 
 def check_passes(lab: Lab, found: harness.Fitted, wanted: nn.Module) -> None:
-    was_skeleton = is_skeleton(found.placement.module)
+    was_meta = has_meta_parameters(found.placement.module)
     x, y = data(31, seed=2)
     with torch.no_grad():
         outputs = wanted(x)
@@ -95,12 +95,12 @@ def check_passes(lab: Lab, found: harness.Fitted, wanted: nn.Module) -> None:
     loss = said.records["metrics"]["valid"][0]["loss"]
     loss = loss["rest"] if isinstance(loss, dict) else loss
     assert abs(loss - float(nn.functional.cross_entropy(outputs, y))) < 1e-5
-    assert is_skeleton(found.placement.module) == was_skeleton
+    assert has_meta_parameters(found.placement.module) == was_meta
 
 
 def check_uses(lab: Lab, found: harness.Fitted, wanted: nn.Module) -> None:
     """What works on every rank, wherever the weights are; they are there again afterwards."""
-    was_skeleton = is_skeleton(found.placement.module)
+    was_meta = has_meta_parameters(found.placement.module)
     check_passes(lab, found, wanted)
     folder = lab.folder / f"saved-{lab.stage}-{found.placement.holder}"
     found.save(folder)
@@ -113,7 +113,7 @@ def check_uses(lab: Lab, found: harness.Fitted, wanted: nn.Module) -> None:
         data(48), 1, accelerator=lab.make(), tracker=False, verbose=False, seed=1
     )
     check_start(lab, found, found, wanted)
-    assert is_skeleton(found.placement.module) == was_skeleton
+    assert has_meta_parameters(found.placement.module) == was_meta
     if lab.rank == 0:
         assert not same_weights(more.model, wanted)
 
@@ -134,7 +134,7 @@ def case_weights_stay_on_rank_0(lab: Lab) -> None:
             RuntimeError, match=r"got them in rank 0, not on rank 1.* 17"
         ):
             _ = found.model
-        assert is_skeleton(found.placement.module)
+        assert has_meta_parameters(found.placement.module)
     weights = found.model.state_dict() if lab.rank == 0 else {}
     wanted = Wide()
     wanted.load_state_dict(lab.make().broadcast(weights))

@@ -18,7 +18,7 @@ from harness.accelerators.deepspeed.library import import_deepspeed
 from harness.callbacks import AutoResume, ModelCheckpoint
 from harness.checkpoint.format import list_checkpoints
 from harness.checkpoint.full_weights.export import export_weights
-from harness.reshard.skeleton import count_elements
+from harness.reshard.meta_parameters import count_elements
 from tests.harness.accelerators.cases import Gan, Lab, adversarial, players
 from tests.harness.accelerators.resumes import BreakOff, BrokenOff
 from tests.harness.accelerators.whole import (

@@ -16,7 +16,7 @@ from harness.accelerators.distributed.deadlock import (
     Wait,
     describe_wait,
 )
-from harness.accelerators.distributed.meeting import describe_place, is_in
+from harness.accelerators.distributed.named_barrier import describe_place, is_in
 
 AFTER_S = 30.0
 LOSS, NORM = Wait(place="loss, all_reduce", stack=1), Wait(place="norm, wait", stack=2)

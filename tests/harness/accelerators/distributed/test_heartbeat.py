@@ -21,8 +21,8 @@ from harness.accelerators.distributed.heartbeat import (
     Member,
     Silence,
 )
-from harness.accelerators.distributed.meeting import ENDED
-from harness.data.processes import Process, _read_stat
+from harness.accelerators.distributed.named_barrier import ENDED
+from harness.data.processes import Process, read_stat
 
 LOST_S = 30.0
 
@@ -60,7 +60,7 @@ def make(store: Any, clock: Clock, machines: str, pids: list[int]) -> list[Heart
     """Ranks on machines, one letter for each rank, with their processes."""
     found = []
     for rank, (machine, pid) in enumerate(zip(machines, pids, strict=True)):
-        fields = _read_stat(pid)
+        fields = read_stat(pid)
         assert fields is not None
         process = Process(pid, int(fields[19]))
         host = f"host-{machine}"
@@ -83,7 +83,7 @@ def look(ranks: list[Heartbeat], store: Any, clock: Clock, seconds: float) -> li
 
 def wait_for_state(pid: int, wanted: str) -> None:
     until = time.monotonic() + 30
-    while (fields := _read_stat(pid)) and fields[0] != wanted:
+    while (fields := read_stat(pid)) and fields[0] != wanted:
         assert time.monotonic() < until
         time.sleep(0.01)
 
@@ -104,8 +104,8 @@ def test_stopped_rank_is_lost_after_a_while_and_not_if_it_continues(
     wait_for_state(stopped, "T")
     (lost, *_) = look([rank], store, clock, LOST_S + BEAT_S)
     assert lost[0] == 1
-    text = f"it is lost: its process {stopped} on 'host-a' is stopped; not heard of for 30 s, last at"
-    assert lost[1].startswith(text)
+    text = f"it is lost: its process {stopped} on 'host-a' is stopped; "
+    assert lost[1].startswith(f"{text}not heard of for 30 s, last at")
 
 
 def test_rank_whose_process_is_killed_is_lost_soon(store, clock, others):
@@ -187,7 +187,7 @@ def test_messages_of_a_thousand_ranks_are_bounded(clock):
             return getattr(self.store, name)
 
     counting, own = Counting(), os.getpid()
-    fields = _read_stat(own)
+    fields = read_stat(own)
     assert fields is not None
     process = Process(own, int(fields[19]))
     members = [

@@ -8,14 +8,19 @@ import sys
 import threading
 import time
 from datetime import timedelta
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch.distributed as dist
 
 from harness.accelerators.distributed.environment import Agent, Launch
-from harness.accelerators.distributed.open_files import check_open_files, count_files
-from harness.accelerators.distributed.store import agree_on_start, connect_store
+from harness.accelerators.distributed.store import (
+    agree_on_start,
+    check_open_files,
+    connect_store,
+    count_files,
+)
 
 
 def test_ranks_that_nobody_starts_and_a_port_in_use_are_told(capfd: Any) -> None:
@@ -96,7 +101,7 @@ def test_rank_that_does_not_come_is_named() -> None:
         agree_on_start(store, 0, 3, timeout_s=0.1)
 
 
-class Limits:
+class Limits(ModuleType):
     """Limits of a system without a hard limit, such as macOS, but with one of its own."""
 
     RLIMIT_NOFILE, RLIM_INFINITY = 8, -1
@@ -124,7 +129,7 @@ def test_limit_that_the_system_refuses_is_raised_as_far_as_needed() -> None:
 
 LIMITS = """
 import resource, sys
-from harness.accelerators.distributed.open_files import check_open_files
+from harness.accelerators.distributed.store import check_open_files
 soft, hard, world = map(int, sys.argv[1:4])
 resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 try:

@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from harness.accelerators.distributed.group import FAILED, PeerError
-from harness.accelerators.distributed.meeting import Meeting, find_collective
+from harness.accelerators.distributed.named_barrier import NamedBarrier, find_collective
 
 
 class Rank:
@@ -28,14 +28,16 @@ class Rank:
         return int(rank), reason
 
 
-def meet(*programs: Callable[[Meeting], object]) -> list[BaseException | None]:
+def run_ranks(
+    *programs: Callable[[NamedBarrier], object],
+) -> list[BaseException | None]:
     """Run a program on each of two ranks; gives the error of each."""
     store = dist.HashStore()  # type: ignore[attr-defined]
     errors: list[BaseException | None] = [None, None]
 
     def run(rank: int) -> None:
         try:
-            programs[rank](Meeting(Rank(rank, store)))  # type: ignore[arg-type]
+            programs[rank](NamedBarrier(Rank(rank, store)))  # type: ignore[arg-type]
         except Exception as error:  # noqa: BLE001  looked at below
             errors[rank] = error
 
@@ -49,15 +51,15 @@ def meet(*programs: Callable[[Meeting], object]) -> list[BaseException | None]:
 
 
 def test_meet_lets_ranks_pass_that_do_the_same() -> None:
-    def program(meeting: Meeting) -> None:
+    def program(barrier: NamedBarrier) -> None:
         for what in ("fit", "SkipEpoch", "SkipEpoch", "evaluate"):
-            meeting.meet(what)
+            barrier.wait(what)
 
-    assert meet(program, program) == [None, None]
+    assert run_ranks(program, program) == [None, None]
 
 
 def test_meet_tells_what_another_rank_does_instead() -> None:
-    errors = meet(lambda one: one.meet("evaluate"), lambda one: one.meet("fit"))
+    errors = run_ranks(lambda one: one.wait("evaluate"), lambda one: one.wait("fit"))
     assert (
         "evaluate: expected the same on every rank, got it on rank 0 and fit on"
         in str(errors[0])
@@ -68,25 +70,25 @@ def test_meet_tells_what_another_rank_does_instead() -> None:
 
 
 def test_meet_tells_of_a_rank_that_has_ended() -> None:
-    errors = meet(lambda one: one.meet("predict"), lambda one: one.leave())
+    errors = run_ranks(lambda one: one.wait("predict"), lambda one: one.leave())
     assert "on rank 0, while rank 1 has ended its program" in str(errors[0])
 
 
 def test_rank_that_could_not_meet_another_meets_it_no_more() -> None:
-    def again(one: Meeting) -> None:
+    def again(one: NamedBarrier) -> None:
         with pytest.raises(RuntimeError, match="waits in loss"):
-            one.meet("fit")
-        one.meet("evaluate")  # another would take it for a meeting of its own
+            one.wait("fit")
+        one.wait("evaluate")  # another would take it for a meeting of its own
 
-    def block(one: Meeting) -> None:
+    def block(one: NamedBarrier) -> None:
         one._ranks.store.set("meeting/1/blocked", "1:loss (net.py, line 3)")
 
-    assert "waits in loss" in str(meet(again, block)[0])
+    assert "waits in loss" in str(run_ranks(again, block)[0])
 
 
 def test_meet_ends_with_a_rank_that_failed() -> None:
-    errors = meet(
-        lambda one: one.meet("fit"), lambda one: one._ranks.store.set(FAILED, "1:boom")
+    errors = run_ranks(
+        lambda one: one.wait("fit"), lambda one: one._ranks.store.set(FAILED, "1:boom")
     )
     assert isinstance(errors[0], PeerError)
     assert errors[0].rank == 1
@@ -99,41 +101,41 @@ def test_find_collective_is_none_outside_a_collective() -> None:
 def test_a_rank_waits_for_what_rank_0_does() -> None:
     done: list[str] = []
 
-    def announce(one: Meeting) -> None:
+    def announce(one: NamedBarrier) -> None:
         for what in ("first", "second"):
             done.append(what)
             one.announce("save('x')")
 
-    def wait(one: Meeting) -> None:
+    def wait(one: NamedBarrier) -> None:
         one.await_main("save('x')")
         assert "first" in done
         one.await_main("save('x')")
         assert done == ["first", "second"]
 
-    assert meet(announce, wait) == [None, None]
+    assert run_ranks(announce, wait) == [None, None]
 
 
 def test_a_rank_waits_for_rank_0_also_if_that_did_the_same_alone_before() -> None:
     has_waited = threading.Event()
     early: list[bool] = []
 
-    def announce(one: Meeting) -> None:
+    def announce(one: NamedBarrier) -> None:
         one.announce("save('x')")
-        one.meet("fit")
+        one.wait("fit")
         early.append(has_waited.wait(0.3))
         one.announce("save('x')")
 
-    def wait(one: Meeting) -> None:
-        one.meet("fit")
+    def wait(one: NamedBarrier) -> None:
+        one.wait("fit")
         one.await_main("save('x')")
         has_waited.set()
 
-    assert meet(announce, wait) == [None, None]
+    assert run_ranks(announce, wait) == [None, None]
     assert early == [False]
 
 
 def test_a_rank_is_told_that_rank_0_does_something_else_or_has_ended() -> None:
-    def wait(one: Meeting) -> None:
+    def wait(one: NamedBarrier) -> None:
         try:
             one.await_main("save('x')")
         finally:
@@ -141,7 +143,7 @@ def test_a_rank_is_told_that_rank_0_does_something_else_or_has_ended() -> None:
 
     for program, does in (
         (lambda one: one.leave(), "the end of its program"),
-        (lambda one: one.meet("evaluate"), "evaluate"),
+        (lambda one: one.wait("evaluate"), "evaluate"),
     ):
-        error = meet(program, wait)[1]
+        error = run_ranks(program, wait)[1]
         assert f"save('x'): expected it on rank 0, got {does} there" in str(error)

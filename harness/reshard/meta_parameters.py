@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 
-def is_skeleton(model: nn.Module) -> bool:
+def has_meta_parameters(model: nn.Module) -> bool:
     """Whether a parameter of the model has no memory."""
     return any(param.is_meta for param in model.parameters())
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from harness.accelerators.distributed.shares import RankShare, RowSplit, ShareTracker
+from harness.accelerators.distributed.row_split import RankShare, RowSplit, ShareTracker
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

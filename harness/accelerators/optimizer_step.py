@@ -24,16 +24,16 @@ _DONE_HERE: Final = {
 """What torch's wrapper of ``step`` uses for its mark and hooks; one with other names does more."""
 
 
-def step(opt: Any) -> None:
+def step_optimizer(opt: Any) -> None:
     """As ``opt.step()``.
 
     References
     ----------
     torch 2.13, ``Optimizer.profile_hook_step``.
     """
-    unmarked = _find_unmarked(getattr(type(opt), "step", None))
+    inner = _find_inner_step(getattr(type(opt), "step", None))
     if (
-        unmarked is None
+        inner is None
         or "step" in vars(opt)  # a schedule puts its own there
         or is_profiling()
         or any(getattr(optimizer, name, True) for name in _GLOBAL_HOOKS)
@@ -41,7 +41,7 @@ def step(opt: Any) -> None:
     ):
         opt.step()
         return
-    unmarked(opt)
+    inner(opt)
     for hook in [*opt._optimizer_step_post_hooks.values()]:
         hook(opt, (opt,), {})
 
@@ -59,7 +59,7 @@ def clear_gradients(opt: Optimizer) -> None:
 
 
 @cache_by_identity
-def _find_unmarked(step: Callable[..., Any] | None) -> Callable[..., Any] | None:
+def _find_inner_step(step: Callable[..., Any] | None) -> Callable[..., Any] | None:
     """The function that torch's wrapper calls; None where the wrapper may do more."""
     code: Any = getattr(step, "__code__", None)
     if code is None or code is not _WRAPPER:

@@ -1,8 +1,8 @@
-"""Meetings: points that every rank must reach, such as a call of fit or an epoch that ends early.
+"""A barrier with a name, at which each rank says what it does next.
 
-A rank that gets there alone would wait for the others forever, or mix up what they send. So
-ranks meet in the store first, without a collective, and a rank that waits alone is told
-what the others do.
+Every rank must reach it, such as at a call of fit or an epoch that ends early. A rank that gets
+there alone would wait for the others forever, or mix up what they send. So ranks meet in the store
+first, without a collective, and a rank that waits alone is told what the others do.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ _COLLECTIVES = ("torch.distributed", "deepspeed.comm")
 _LIBRARIES = ("torch", "deepspeed", "contextlib", "typing_extensions")
 
 
-class Meeting:
-    """Where the ranks of a process group meet."""
+class NamedBarrier:
+    """Barriers of the ranks of a process group, one after another."""
 
     def __init__(self, ranks: RankGroup) -> None:
         self._ranks, self._count = ranks, 0
@@ -47,7 +47,7 @@ class Meeting:
         self.is_waiting = False
         self._longest_s = _LONGEST_WAIT_S * max(1, ranks.world_size / RANKS_AT_ONCE)
 
-    def meet(self, what: str) -> None:
+    def wait(self, what: str) -> None:
         """Wait until every rank does the same.
 
         Each rank asks the store as often for two ranks as for a thousand.
@@ -68,15 +68,15 @@ class Meeting:
             return
         self.is_waiting = True
         try:
-            self._meet(self._ranks.store, what)
+            self._arrive(self._ranks.store, what)
         finally:
             self.is_waiting = False
 
-    def _meet(self, store: Store, what: str) -> None:
+    def _arrive(self, store: Store, what: str) -> None:
         key, mine = f"meeting/{self._count}", f"{self._ranks.rank}:{what}"
         if store.add(f"{key}/place", 1) == 1:
             store.set(f"{key}/first", mine)
-        self._wait_to_meet(lambda: store.check([f"{key}/first"]), what)
+        self._wait_for_ranks(lambda: store.check([f"{key}/first"]), what)
         first = store.get(f"{key}/first").decode()
         if first.partition(":")[2] != what:
             store.set(f"{key}/other", mine)
@@ -90,14 +90,14 @@ class Meeting:
                 self._refuse(what, store.get(f"{key}/other").decode())
             return False
 
-        self._wait_to_meet(is_complete, what)
+        self._wait_for_ranks(is_complete, what)
 
-    def _wait_to_meet(self, is_done: Callable[[], bool], what: str) -> None:
-        self._problem = self._wait(is_done, lambda: self._find_problem(what))
+    def _wait_for_ranks(self, is_done: Callable[[], bool], what: str) -> None:
+        self._problem = self._poll(is_done, lambda: self._find_problem(what))
         if self._problem is not None:
             raise self._problem
 
-    def _wait(
+    def _poll(
         self,
         is_done: Callable[[], bool],
         find_problem: Callable[[], RuntimeError | None],
@@ -160,7 +160,7 @@ class Meeting:
         store, key = self._ranks.store, self._name_next(what)
         if store is None:
             return
-        problem = self._wait(
+        problem = self._poll(
             lambda: store.check([key]), lambda: self._find_other_work(what)
         )
         if problem is not None:

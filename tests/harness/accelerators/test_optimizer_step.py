@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from harness.accelerators import unmarked
+from harness.accelerators.optimizer_step import clear_gradients, step_optimizer
 
 KINDS = [
     torch.optim.SGD,
@@ -36,7 +36,7 @@ def is_marked(opt: torch.optim.Optimizer) -> bool:
     """Whether a step runs torch's wrapper, which calls this method of the optimizer."""
     seen = []
     opt._optimizer_step_code = lambda: seen.append(True)  # type: ignore[method-assign]
-    unmarked.step(opt)
+    step_optimizer(opt)
     return bool(seen)
 
 
@@ -47,9 +47,9 @@ def test_weights_and_states_are_those_of_a_plain_step(kind: type) -> None:
     for _ in range(3):
         backward(ours)
         backward(theirs)
-        unmarked.step(opt)
+        step_optimizer(opt)
         plain.step()
-        unmarked.clear_gradients(opt)
+        clear_gradients(opt)
         plain.zero_grad()
     assert torch.equal(ours.weight, theirs.weight)
     assert ours.weight.requires_grad
@@ -73,7 +73,7 @@ def test_hooks_after_a_step_see_what_torch_shows_them() -> None:
     seen: list[Any] = []
     opt.register_step_post_hook(lambda *given: seen.append(given))
     backward(net)
-    unmarked.step(opt)
+    step_optimizer(opt)
     assert not is_marked(opt)
     assert seen == [(opt, (opt,), {})] * 2
 
@@ -96,7 +96,7 @@ def test_a_schedule_and_a_profiler_see_each_step() -> None:
     net, opt = make()
     backward(net)
     with torch.profiler.profile() as profile:
-        unmarked.step(opt)
+        step_optimizer(opt)
     assert "Optimizer.step#AdamW.step" in {
         event.key for event in profile.key_averages()
     }
@@ -129,8 +129,8 @@ def test_own_steps_are_called() -> None:
     opt, other = Own(net.parameters(), lr=0.1), NotTorchs()
     backward(net)
     before = copy.deepcopy(net.weight)
-    unmarked.step(opt)
-    unmarked.step(other)
+    step_optimizer(opt)
+    step_optimizer(other)
     assert opt.steps == other.steps == 1
     assert not torch.equal(net.weight, before)
 
@@ -140,8 +140,8 @@ def test_a_method_put_on_the_class_later_is_called(
 ) -> None:
     net, opt = make()
     backward(net)
-    unmarked.step(opt)
+    step_optimizer(opt)
     seen: list[Any] = []
     monkeypatch.setattr(type(opt), "step", lambda self: seen.append(self))
-    unmarked.step(opt)
+    step_optimizer(opt)
     assert seen == [opt]
