@@ -239,16 +239,11 @@ class TensorPieces:
             for piece in run.iter_within(start, end)
         ]
 
-    def read(self, start: int = 0, length: int | None = None) -> Tensor:
-        """Up to `length` elements from `start`, by default all; call ``check`` first."""
-        found = [piece.read() for piece in self.list_pieces(start, length)]
-        if not found:
-            return torch.empty(0)
-        return found[0] if len(found) == 1 else torch.cat(found)
-
     def assemble(self) -> Tensor:
-        """The whole tensor."""
-        return self.read().reshape(self.shape)
+        """The whole tensor; call ``check`` first."""
+        found = [piece.read() for piece in self.list_pieces()] or [torch.empty(0)]
+        flat = found[0] if len(found) == 1 else torch.cat(found)
+        return flat.reshape(self.shape)
 
 
 class Filling:

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+_ENVIRONMENT = os.environ  # noqa: TID251 - the one place
+
 LAUNCHER_PID = "HARNESS_LAUNCHER_PID"
 """Variable with the process id of ``launch``; the ranks end when that process ends."""
 
@@ -152,20 +154,19 @@ _RANKS_ALONE = ("PMIX_RANK", "PALS_RANKID", "ALPS_APP_PE", "JSM_NAMESPACE_RANK")
 """Variables that number the processes of a launcher, without one that counts them."""
 
 
-def read_launch(env: Mapping[str, str] | None = None) -> Launch:
+def read_launch(env: Mapping[str, str] = _ENVIRONMENT) -> Launch:
     """Read the launcher's description of this process; without a launcher, one rank.
 
     Parameters
     ----------
     env
-        Environment to read; None reads this process's.
+        Environment to read, by default that of this process.
 
     Raises
     ------
     ValueError
         If the launcher's variables are incomplete, not numbers, or contradict each other.
     """
-    env = os.environ if env is None else env  # noqa: TID251 - the one place
     places = [place for names in _LAUNCHERS if (place := names.read(env)) is not None]
     if not places:
         _refuse_half(env)
@@ -289,16 +290,16 @@ def first_host(nodes: str) -> str:
 @contextmanager
 def set_environment(**values: str) -> Iterator[None]:
     """Set variables for libraries that have no other option; restore them afterwards."""
-    before = {name: os.environ.get(name) for name in values}  # noqa: TID251
-    os.environ.update(values)  # noqa: TID251
+    before = {name: _ENVIRONMENT.get(name) for name in values}
+    _ENVIRONMENT.update(values)
     try:
         yield
     finally:
         for name, value in before.items():
             if value is None:
-                os.environ.pop(name, None)  # noqa: TID251
+                _ENVIRONMENT.pop(name, None)
             else:
-                os.environ[name] = value  # noqa: TID251
+                _ENVIRONMENT[name] = value
 
 
 CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
@@ -307,7 +308,7 @@ CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
 def read_cublas_workspace() -> str | None:
     """Read the setting of cuBLAS's memory; None if there is none."""
-    return os.environ.get(CUBLAS_WORKSPACE)  # noqa: TID251 - the one place
+    return _ENVIRONMENT.get(CUBLAS_WORKSPACE)
 
 
 def fix_cublas_workspace() -> None:
@@ -317,7 +318,7 @@ def fix_cublas_workspace() -> None:
     ----------
     https://docs.nvidia.com/cuda/cublas/#results-reproducibility
     """
-    os.environ.setdefault(CUBLAS_WORKSPACE, ":4096:8")  # noqa: TID251 - the one place
+    _ENVIRONMENT.setdefault(CUBLAS_WORKSPACE, ":4096:8")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -336,14 +337,13 @@ class Agent:
     attempt: int = 0
 
 
-def read_agent(env: Mapping[str, str] | None = None) -> Agent:
+def read_agent(env: Mapping[str, str] = _ENVIRONMENT) -> Agent:
     """Read what torchrun's agent says of its store; the default without an agent.
 
     References
     ----------
     torch 2.13.0, ``distributed/rendezvous.py``, ``_create_c10d_store``.
     """
-    env = os.environ if env is None else env  # noqa: TID251 - the one place
     name = "TORCHELASTIC_RESTART_COUNT"
     return Agent(
         has_store=env.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
@@ -361,9 +361,8 @@ SHORTEST_LOST_AFTER_S = 10.0
 """The least that it may be: signs of life come every 5 s."""
 
 
-def read_lost_after(env: Mapping[str, str] | None = None) -> float:
+def read_lost_after(env: Mapping[str, str] = _ENVIRONMENT) -> float:
     """Read after how many seconds without a sign of life a rank is lost; 0: never."""
-    env = os.environ if env is None else env  # noqa: TID251 - the one place
     text = env.get(LOST_AFTER, str(LOST_AFTER_S))
     try:
         seconds = float(text)
@@ -376,22 +375,20 @@ def read_lost_after(env: Mapping[str, str] | None = None) -> float:
     return seconds
 
 
-def read_slurm_job(env: Mapping[str, str] | None = None) -> str | None:
+def read_slurm_job(env: Mapping[str, str] = _ENVIRONMENT) -> str | None:
     """Read the id of the Slurm job, with its task if it is one of an array; None outside Slurm."""
-    env = os.environ if env is None else env  # noqa: TID251 - the one place
     array, task = env.get("SLURM_ARRAY_JOB_ID"), env.get("SLURM_ARRAY_TASK_ID")
     if array and task:
         return f"{array}_{task}"
     return env.get("SLURM_JOB_ID") or None
 
 
-def read_slurm_end(env: Mapping[str, str] | None = None) -> float | None:
+def read_slurm_end(env: Mapping[str, str] = _ENVIRONMENT) -> float | None:
     """Read when the Slurm job ends, in seconds since 1970; None outside Slurm before 23.02.
 
     References
     ----------
     https://slurm.schedmd.com/sbatch.html, ``SLURM_JOB_END_TIME``.
     """
-    env = os.environ if env is None else env  # noqa: TID251 - the one place
     text = env.get("SLURM_JOB_END_TIME", "")
     return float(text) if text.isdecimal() else None
