@@ -21,7 +21,7 @@ from harness.data.pace import NO_LIMIT, count_epochs, list_limits
 from harness.export.summary import ShapeRecorder, summarize
 from harness.pytree import Options
 from harness.records import NullRun
-from harness.reshard.skeleton import count_elements
+from harness.reshard.meta_parameters import count_elements
 from tracking import capture
 from tracking.errors import RunClosedError, escape_control, write_stderr
 

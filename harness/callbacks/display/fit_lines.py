@@ -9,7 +9,7 @@ from torch.nn.parameter import is_lazy
 
 from harness.data.loaders import Loader, describe_data
 from harness.data.pace import NO_LIMIT, count_batches
-from harness.reshard.skeleton import count_elements
+from harness.reshard.meta_parameters import count_elements
 
 if TYPE_CHECKING:
     from harness.context import Context
