@@ -44,7 +44,7 @@ class Callback:
     event_weights : dict
         Other weights at single events, by their names.
     events : tuple of str
-        Events of one's own, such as ``("on_my_event",)``, which a class fires or listens to.
+        Your own events, such as ``("on_my_event",)``, which a class fires or listens to.
         ``ctx.call_callbacks`` fires them, without gradients.
     ctx : Context
         Set before the first event.

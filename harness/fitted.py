@@ -340,15 +340,15 @@ class Fitted:
         Parameters
         ----------
         path
-            Folder to create, for ``harness.load``. A model saved there before is replaced. If
-        rank 0 holds the weights, it writes, and other ranks that call this wait for it.
+            Folder to create, for ``harness.load``. A model saved there before is replaced.
+            On several ranks, every rank calls this; rank 0 writes, and the others wait.
 
         Warns
         -----
         UserWarning
-            If ``harness.load`` will need ``module=``: the model does not come from a class
-            that can be imported, or an hparam could only be saved as text. Or if it will not
-            keep the loss or a metric, such as a lambda.
+            If ``harness.load`` will need ``module=``, because the model's class cannot be
+            imported or an hparam could only be saved as text; or if it will not restore the
+            loss or a metric, such as a lambda.
 
         Raises
         ------

@@ -70,17 +70,16 @@ def start(
     save_diff
         Keep uncommitted changes of the code as the artifact ``code.diff``.
     rank : >= 0, or None
-        Rank of this process. None: as a launcher such as torchrun tells, else 0. The ranks
-        of a launch have one run. Only rank 0 writes the manifest and sends to MLflow. 0
-        gives each process a run of its own.
+        Rank of this process. None: the rank that a launcher such as torchrun gave it, else
+        0. All ranks of a launch share one run, in which only rank 0 writes the manifest and
+        sends to MLflow. 0 gives each process its own run.
     run_id
         Run to join (on a rank above 0) or to continue (on rank 0). None: a new run, which
         rank 0 starts; other ranks of a launch wait for it.
     all_ranks
-        Whether this rank records all that it logs, if it is not rank 0. False: rank 0 alone
-        records, and this rank makes a part of its own only for what it logs with
-        ``all_ranks=True``, and for an exception that ends it. None: True if ``rank`` is
-        given, False if the launcher told it.
+        Whether a rank other than 0 records everything that it logs. False: it records only
+        what it logs with ``all_ranks=True``, and an exception that ends it. None: True if
+        ``rank`` is given, False if it comes from the launcher.
 
     Returns
     -------

@@ -19,7 +19,7 @@ _CONTROL: Final = re.compile(
 
 
 class TrackingError(Exception):
-    """Base of the errors here."""
+    """Base class of the errors of this package."""
 
 
 class RunBusyError(TrackingError):

@@ -58,8 +58,7 @@ def export(
     Raises
     ------
     RunNotFoundError
-        If a run does not exist, and nothing is written then; or if it is deleted while it
-        is exported.
+        If a run does not exist (nothing is written), or is deleted during the export.
     ValueError
         If ``runs`` or ``path`` is empty, or the suffix is unknown.
 

@@ -33,7 +33,7 @@ SUPERSEDED: Final = pa.field("superseded", pa.bool_(), nullable=False)
 
 
 class PastRun:
-    """A run on the disk; reading changes nothing there.
+    """A run on disk, opened for reading.
 
     Returned by ``tracking.open``. Every call reads the files again, so that a run can be
     watched while it is being written.
@@ -60,9 +60,10 @@ class PastRun:
 
     @property
     def status(self) -> str:
-        """``running``, ``finished``, ``failed`` or ``killed``.
+        """``running``, ``finished``, ``failed``, ``killed`` or ``unknown``.
 
-        A run that says ``running`` but that no process writes was ``killed``.
+        A run without an end whose process is gone was ``killed``. It is ``unknown`` if the
+        process may be alive on another machine.
         """
         return get_status(self.path, self.manifest)
 

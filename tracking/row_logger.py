@@ -248,8 +248,8 @@ class RowLogger:
         Secrets are masked: texts under a name such as ``api_key``, credentials in URLs,
         and the values of environment variables that hold secrets.
 
-        Values of any kind are recorded: what is no number, string, small array, dict or
-        list of those, as its text.
+        Values of any kind are recorded. Anything other than a number, string, small array,
+        dict or list of those is recorded as text.
         """
         self._log_dict("params", params, "Run.log_params")
 
@@ -404,7 +404,7 @@ class RowLogger:
         return number
 
     def end_fit(self, outer: int = 1) -> None:
-        """Count what is logged from now on as logged beside the fits, as before them.
+        """Count what is logged from now on as outside any fit, as before the first one.
 
         Parameters
         ----------

@@ -39,8 +39,8 @@ class Run(ArtifactLogger):
     """A run that is being recorded. ``tracking.start`` makes one.
 
     Use it as a context manager. Leaving the block finishes the run: as ``finished``, as
-    ``failed`` after an exception, or as ``killed`` after Ctrl-C or a signal. A run that
-    is still open when the interpreter exits is finished then.
+    ``failed`` after an exception, or as ``killed`` after Ctrl-C or a signal. A run that is
+    still open when the interpreter exits ends then.
 
     Any thread and any signal handler may log. A number, bool or string whose ``log``
     call has returned survives if the process is killed at any later instant. A tensor

@@ -16,8 +16,8 @@ class EarlyStopping(Monitor):
     monitor, mode, min_delta
         Metric to watch; see ``Monitor``.
     patience : >= 0
-        Epochs to wait without improvement; 0, like 1, ends the fit at the first one. Of
-        those without a value of the metric none counts.
+        Epochs without improvement after which the fit ends; 0 is the same as 1. Epochs
+        without a value of the metric do not count.
     baseline
         Value that the first epoch must improve on; None: any first value is the best.
 

@@ -26,19 +26,19 @@ LAUNCHER_S = 30.0
 
 
 class Interrupt(Callback):
-    """Ends the fit after the batch on a signal, such as Ctrl-C; a second Ctrl-C ends it now.
+    """Ends the fit after the current batch on a signal such as Ctrl-C; a second one ends it now.
 
-    Several ranks end after the same batch, the one that they are in, or the next. No batch
-    costs a message for it. Outside the main thread, no signal handler is installed.
+    Several ranks end after the same batch: the current one or the next. No message is sent
+    in each batch for this. Outside the main thread, no signal handler is installed.
 
-    After SIGTERM or SIGHUP, the process begins no other fit: ``fit`` raises ``SystemExit``.
+    After SIGTERM or SIGHUP, the process starts no other fit: ``fit`` raises ``SystemExit``.
 
     Parameters
     ----------
     stop_within : > 0
-        Seconds from the signal until the process is killed, as the batch system has it. A
-        checkpoint that would take longer, by the last ones, is not begun then. None: until
-        the end of the Slurm job, if Slurm tells it.
+        Seconds from the signal until the batch system kills the process. A checkpoint that
+        would take longer, judging by the last ones, is not started. None: the time until
+        the end of the Slurm job, if Slurm says it.
 
     Attributes
     ----------

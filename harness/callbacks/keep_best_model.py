@@ -22,7 +22,7 @@ from harness.reshard.model_part import (
 
 
 class KeepBestModel(Monitor):
-    """Restores the weights of the best epoch at the end of the fit, and the state of its loss.
+    """Restores the weights, and the state of the loss, of the best epoch at the end of the fit.
 
     ``fitted.best_epoch`` is that epoch, and ``print(fitted)`` shows its metrics. In a fit that
     validates by steps, the best validation decides, at ``fitted.best_step``.

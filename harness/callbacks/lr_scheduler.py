@@ -54,10 +54,11 @@ class LRScheduler(Monitor):
     opt_name
         Name of the optimizer; None: the only one.
     monitor
-        Metric for ``ReduceLROnPlateau`` and any other scheduler whose ``step`` takes a value.
-        At an event of a training batch it gets the loss of the batch, over all ranks. The
-        mode is found as in ``Monitor``. A ``step(epoch)``, or of another count by its name,
-        gets the number of epochs, at an event of a batch of optimizer steps.
+        Metric for ``ReduceLROnPlateau`` and any other scheduler whose ``step`` takes a
+        value. At an event of a training batch it gets the loss of the batch, over all
+        ranks. The mode is found as in ``Monitor``. If the parameter of ``step`` is named
+        ``epoch``, or like another count, it gets the number of epochs, or of optimizer
+        steps at an event of a batch.
     **options
         Arguments of the scheduler. ``"auto"`` stands for the number of times that the
         scheduler steps in the whole fit, as for ``total_steps`` or ``T_max``.

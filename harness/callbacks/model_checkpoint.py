@@ -25,7 +25,7 @@ LAST_S = 3.0
 
 
 class ModelCheckpoint(Monitor):
-    """Save checkpoints at epoch ends, every so many steps or minutes, and on interrupt.
+    """Saves checkpoints at the end of epochs, every few steps or minutes, and on interrupt.
 
     A checkpoint holds all that the rest of the fit depends on; see
     ``harness.checkpoint.state``. In a fit that validates by steps, validations count in place
@@ -38,14 +38,14 @@ class ModelCheckpoint(Monitor):
         may name ``{run}`` (the run's id), ``{model}`` (its class) and hparams, as in
         ``"out/{model}-{hidden}"``.
     every_n_epochs : >= 0
-        Save at the end of every so many epochs; 0: at none.
+        Save after every n-th epoch; 0: not at the end of epochs.
     every_n_steps, every_n_minutes : > 0
-        Also save after so many optimizer steps, or minutes; None: do not.
+        Also save every n optimizer steps, or n minutes; None: do not.
     keep_last : >= 0
         Number of newest checkpoints to keep. With 0, only the best ones are kept, and the
         one of an interrupted fit.
     keep_best : >= 0
-        Number of checkpoints to keep beside those, of the best epochs.
+        Number of checkpoints of the best epochs to keep in addition.
     monitor, mode
         Which epochs are best; see ``Monitor``.
 

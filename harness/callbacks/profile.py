@@ -11,9 +11,9 @@ from harness.pytree import StateDict
 class Profile(Callback):
     """Logs ``profile`` records once an epoch: ``epoch_s``, ``batches``, ``samples_per_s``.
 
-    The sets ``train`` and ``valid`` (or those of several sets) have those of a split,
-    ``epoch`` has the ``epoch_s`` of all, and ``fit`` has ``fit_s``, all time that the fit has
-    taken. ``print(fitted)`` shows the last two.
+    The sets ``train`` and ``valid`` (or the names of several sets) have the values of a
+    split. ``epoch`` has the ``epoch_s`` of the whole epoch, and ``fit`` has ``fit_s``, the
+    time of the whole fit so far. ``print(fitted)`` shows the last two.
 
     Times are wall-clock seconds; work queued on a GPU counts when the program waits for it.
     ``overflows`` is the number of steps since the beginning of the fit, over all optimizers,

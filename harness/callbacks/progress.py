@@ -49,7 +49,8 @@ class Progress(MetricsListener):
     Parameters
     ----------
     min_s : >= 0
-        Seconds that an evaluation or prediction takes at least if it gets a line.
+        An evaluation or prediction ends with a line only if it took at least so many
+        seconds.
 
     References
     ----------

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class ResumeFromCheckpoint(Callback):
-    """Resume from a checkpoint, or restore parts of it.
+    """Resumes from a checkpoint, or restores parts of it.
 
     Parameters
     ----------
@@ -100,7 +100,7 @@ class ResumeFromCheckpoint(Callback):
 
 
 class AutoResume(ModelCheckpoint):
-    """Save checkpoints, and resume from them when the same script runs again.
+    """Saves checkpoints, and resumes from them when the same script runs again.
 
     Parameters
     ----------

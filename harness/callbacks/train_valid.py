@@ -17,10 +17,10 @@ Mode = Literal["eval", "train"]
 class TrainValid(Callback):
     """Switches the model, and a loss that is a module, between ``train()`` and ``eval()``.
 
-    Optimizers that have both methods, as schedule-free ones do, are told too. They are in
-    evaluation mode from the end of an epoch's training to the next one, and in the end.
-    Parts of a loss that were put into evaluation mode before the fit, such as a teacher, stay
-    in it.
+    Optimizers that have both methods, as schedule-free ones do, are switched too. They are
+    in evaluation mode from the end of an epoch's training until the next epoch, and after
+    the fit. Parts of a loss that were put into evaluation mode before the fit, such as a
+    teacher, stay in it.
 
     Parameters
     ----------

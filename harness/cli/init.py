@@ -93,8 +93,8 @@ __pycache__/
 def init(name: Path) -> None:
     """Create a small project in the new folder NAME.
 
-    It contains train.py (a model, data and an experiment), a README.md and a .gitignore, and
-    trains as it is.
+    It contains train.py (a model, data and an experiment), a README.md and a .gitignore,
+    and trains as it is.
     """
     files = {
         "train.py": TRAIN,

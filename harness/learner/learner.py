@@ -288,16 +288,17 @@ class Learner:
         Parameters
         ----------
         data
-            DataLoader or any iterable that gives batches anew in each pass; Dataset or any
-            object with ``__len__`` and ``__getitem__``; list of samples; tensors or arrays of
-            equal length, also nested in tuples and dicts. Batches are ``(input, target)``.
-            By default they have 32 rows and are shuffled, and a short last batch is dropped.
+            DataLoader, or any iterable of batches that can be read in each pass; Dataset,
+            or any object with ``__len__`` and ``__getitem__``; list of samples; tensors or
+            arrays of equal length, also nested in tuples and dicts. Batches are ``(input,
+            target)``. By default they have 32 rows and are shuffled, and a short last batch
+            is dropped.
         epochs : >= 1
             Number, or pair ``(min_epochs, max_epochs)``; None: 10, or with `max_steps` as
             many as those need.
         valid_data
-            Share of `data` in (0, 1), data in one of the same forms, a dict of several sets
-            by name, or None.
+            Fraction of `data` in (0, 1), data in one of the same forms, a dict of several
+            sets by name, or None.
         max_steps : >= 1
             Optimizer steps after which the fit ends, as ``ctx.step`` counts them: with
             several optimizers, those of the one with the most. If `epochs` is given too,
@@ -307,8 +308,8 @@ class Learner:
             from one validation to the next; None: every epoch. The fit ends with a
             validation. By steps, metrics are recorded at each validation, at its step.
         limit_batches : >= 1, or in (0, 1)
-            Batches of each pass over the data, or a share of them, to try things; one for
-            all, or a dict by set, such as ``{"train": 100, "valid": 10}``.
+            Number or fraction of the batches of each pass, to try things; one for all, or a
+            dict by set, such as ``{"train": 100, "valid": 10}``.
         callbacks
             Instances of ``harness.Callback``, added to the default ones. One of the class of
             a default callback, such as ``Profile``, replaces it.
@@ -336,10 +337,10 @@ class Learner:
             name and shape are loaded, and ``fitted.start`` and the run say which. None: if
             not all fit, a warning says it too.
         gather : >= 0
-            Whether rank 0 takes the whole weights into memory at the end. False: they stay
-            in a final checkpoint, beside the fit's other ones or in the folder of its run,
-            which ``fitted.checkpoint`` names. A number: as True for a model of at most so
-            many bytes, or on one rank. On other ranks see ``Fitted.model``.
+            Whether rank 0 gathers the whole weights in memory at the end. False: they stay
+            in a final checkpoint, ``fitted.checkpoint``, next to the fit's other
+            checkpoints or in the folder of its run. A number: True for a model of at most
+            this many bytes, or on one rank. See also ``Fitted.model``.
 
         Raises
         ------

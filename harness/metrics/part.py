@@ -36,8 +36,8 @@ def on(metric: Any, *, pred: Key = None, target: Key = None) -> Any:
     Raises
     ------
     TypeError, ValueError
-        If the metric is none, or a key has another type. In the first batch, if there is no
-        such part.
+        If `metric` is not a metric, or a key has the wrong type. In the first batch, if
+        there is no such part.
 
     Examples
     --------

@@ -23,7 +23,7 @@ def check_artifact_name(name: str, place: str) -> str:
     if not path.parts or path.is_absolute() or ".." in path.parts or "\0" in name:
         raise ValueError(
             f"{place}: expected a relative name without '..', got {name!r}. "
-            "Pass the name that it shall have below artifacts/."
+            "Pass the name that it should have below artifacts/."
         )
     return str(path)
 

@@ -473,8 +473,10 @@ def ui(
             msg = f"ui: expected a run that MLflow has, got {run.id}."
             raise click.UsageError(f"{msg} Run 'harness sync {run.id}' first.")
         if number and own != store:
-            msg = f"ui: expected runs of one store of MLflow, got {run.id} in another."
-            raise click.UsageError(f"{msg} Name the runs of one.")
+            msg = (
+                f"ui: expected runs of the same MLflow store, got {run.id} in another."
+            )
+            raise click.UsageError(f"{msg} Name runs of the same store.")
         store, pages[run_id] = own, experiment
     if store.startswith(("http://", "https://")):
         _print_page(page_url(store, experiment, pages), opens, as_json)

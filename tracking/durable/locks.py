@@ -205,7 +205,7 @@ def _take(path: Path, fd: int) -> Lease:
         if first is None:
             first, deadline = holder, time.monotonic() + leases.STALE_S
             warn(
-                f"{path.parent}: expected a folder that nobody writes, got one of "
+                f"{path.parent}: expected a folder that no process writes, got one of "
                 f"{holder}, which may have been killed. This process waits up to "
                 f"{leases.STALE_S:g} s for a sign of life."
             )

@@ -96,7 +96,7 @@ class AutoIndex:
             if self.given == MAX_COUNT:
                 raise ValueError(
                     f"Run.log: expected an index below {MAX_COUNT}, got that one before, "
-                    "and nothing can follow it. Pass an index."
+                    "so there is no next one. Pass an index."
                 )
             if self._start <= self.given:
                 self._start = self.given + 1

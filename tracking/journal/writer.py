@@ -421,8 +421,8 @@ class Journal:
             self._has_lost_lease = True
             warn(
                 f"Journal({str(self.rank_dir)!r}): expected to be its only writer, got "
-                "another process, which took this one for ended. End one of both: the "
-                "records of both are in one folder now."
+                "another process, which assumed that this one had ended. End one of them: "
+                "both now write to the same folder."
             )
 
     def _make_next_block(self) -> None:

@@ -149,7 +149,7 @@ def _find_by_name(wanted: str, runs: Path, names: dict[Path, str]) -> Path:
     if found:
         raise RunNotFoundError(
             f"open({wanted!r}): expected the id or name of one run, got a match "
-            f"with {len(found)}: {_join_ids(found)}. Give more of it."
+            f"with {len(found)}: {_join_ids(found)}. Give more characters of it."
         )
     got, here = "none with this path, id or name", expand_user(Path(wanted))
     if wanted and here.exists():

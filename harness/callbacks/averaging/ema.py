@@ -14,8 +14,8 @@ class EMA(AveragedWeights):
     """Keeps an exponential moving average of the weights, updated at optimizer steps.
 
     Validation uses the averages, and the fit returns them. So they are also what
-    ``fitted.predict`` uses and ``fitted.save`` writes. Training continues with its own
-    weights, to the bit.
+    ``fitted.predict`` uses and ``fitted.save`` writes. Training itself does not change, bit
+    for bit.
 
     Parameters
     ----------

@@ -52,12 +52,13 @@ class SystemMetrics(Callback):
 
     With ``nvidia-ml-py`` installed, each rank reads its own GPU: ``gpu0_frac``,
     ``gpu0_memory_bytes``, ``gpu0_power_w``, and ``gpu0_energy_j`` since the fit began. The
-    number is the rank. Of more than 16 GPUs, least, mean and greatest value are recorded
-    (``gpus_min_frac``, ``gpus_mean_frac``, ``gpus_max_frac``), and the sum of their energy,
-    ``gpus_energy_j``. On several machines the values above are those of rank 0's; the first
-    rank of each other one reads its own, as ``node8_cpu_frac`` of the machine on which rank 8
-    is the first, and ``nodes_min_cpu_frac`` and so on of more than 16. Rank 0 records all; with
-    each record the other ranks send it theirs in one message.
+    number is the rank. With more than 16 GPUs, the lowest, mean and highest values are
+    recorded (``gpus_min_frac``, ``gpus_mean_frac``, ``gpus_max_frac``), and the sum of
+    their energy, ``gpus_energy_j``. On several machines, the values above are those of rank
+    0's machine. The first rank of each other machine reads its own, such as
+    ``node8_cpu_frac`` if rank 8 is the first one there; with more than 16 machines,
+    ``nodes_min_cpu_frac`` and so on are recorded. Rank 0 records everything; the other
+    ranks send it their values in one message per record.
     """
 
     # What other callbacks do at the end of a batch is no waiting for data.

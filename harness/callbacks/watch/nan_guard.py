@@ -35,7 +35,7 @@ class NaNGuard(Callback):
     Parameters
     ----------
     gradients, weights
-        Whether to look at gradients before each step, and at weights after it.
+        Whether to check gradients before each step, and weights after it.
     keep
         Keep the state before the batch. This copies weights and optimizer state on their
         device before each batch.
@@ -49,8 +49,8 @@ class NaNGuard(Callback):
 
     Notes
     -----
-    Each look waits for the device. Use it to find a fault, not in every fit. In ``fp16``,
-    gradients are not looked at: a step whose gradients overflow is skipped on purpose.
+    Each check waits for the device. Use it to find a fault, not in every fit. In ``fp16``,
+    gradients are not checked: a step whose gradients overflow is skipped on purpose.
     """
 
     weight = -5  # before clipping, which spreads a NaN over all gradients

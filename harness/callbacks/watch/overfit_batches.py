@@ -17,7 +17,7 @@ from harness.pytree import StateDict
 class OverfitBatches(Callback):
     """Trains on the first batches of the data only, the same ones in every epoch.
 
-    A model that can learn at all learns them by heart: if the loss does not go to zero, look
+    A model that can learn at all will memorize them. If the loss does not go to zero, look
     for a mistake in the model, the loss or the learning rate. Validation stays as it is.
 
     Parameters

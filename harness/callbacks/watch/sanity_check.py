@@ -30,11 +30,11 @@ KEPT = (
 
 
 class SanityCheck(Callback):
-    """Validates the first batches before the first epoch: the step, the loss, the metrics.
+    """Validates a few batches before the first epoch, with the step, loss and metrics.
 
-    So an error in validation shows before an epoch is trained. Nothing is left behind:
-    records, metrics, random state, buffers of the model and the step counters are as without
-    the check, and no other callback is called. A resumed fit is not checked.
+    So an error in validation appears before an epoch is trained. The fit is not affected:
+    records, metrics, random state, buffers of the model and the step counters are as
+    without the check, and no other callback is called. A resumed fit is not checked.
 
     Parameters
     ----------
