@@ -153,6 +153,46 @@ def test_workflow_has_the_python_versions_of_the_classifiers(
     assert job["steps"][-1] == {"run": ".ci/run"}
 
 
+STUB = """\
+#!/usr/bin/env bash
+echo "said by $0 $*"
+[ "${0##*/}" != setup ] || { mkdir -p "$HARNESS_ENV/bin"; cp "$0" "$HARNESS_ENV/bin/python"; }
+[[ "$0 $*" != *"$FAILING"* ]]
+"""
+
+
+@pytest.mark.parametrize(
+    "failing", ["nothing", "setup", "check", "docs --site", "durations", "or browser"]
+)
+def test_ci_fails_with_each_of_its_parts_and_shows_what_all_said(
+    failing: str, root: Path, tmp_path: Path
+) -> None:
+    for name in ("setup", "check", "test"):
+        path = tmp_path / "scripts" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(STUB)
+        path.chmod(0o755)
+    for folder in ("harness/accelerators/deepspeed", "odd", "tracking", "harness/cli"):
+        (tmp_path / "tests" / folder).mkdir(parents=True)
+    (tmp_path / ".ci").mkdir()
+    (tmp_path / ".ci" / "run").write_bytes((root / ".ci" / "run").read_bytes())
+    done = subprocess.run(
+        ["bash", tmp_path / ".ci" / "run"],
+        env={**os.environ, "FAILING": failing, "TMPDIR": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert (done.returncode != 0) is (failing != "nothing")
+    wanted = ["setup dev"] if failing == "setup" else [
+        *("setup dev", "--durations", "scripts/check", "docs --site"),
+        *("distributed and not slow", "or browser"),
+    ]  # fmt: skip
+    said = [line for line in done.stdout.splitlines() if line.startswith("said by")]
+    assert len(said) == len(wanted)
+    assert all(text in line for text, line in zip(wanted, said, strict=True))
+    assert not list(tmp_path.glob("luz-harness-ci.*"))
+
+
 def test_pre_commit_runs_scripts_check(root: Path) -> None:
     config = yaml.safe_load((root / ".pre-commit-config.yaml").read_text())
     (hook,) = config["repos"][0]["hooks"]
