@@ -294,7 +294,7 @@ def test_odd_programs_find_what_they_logged(calls: list[tuple[Any, ...]]) -> Non
 @pytest.mark.slow
 @given(PROGRAMS)
 @settings(
-    max_examples=400, database=None, print_blob=True, suppress_health_check=CHECKS
+    max_examples=200, database=None, print_blob=True, suppress_health_check=CHECKS
 )
 def test_many_odd_programs_find_what_they_logged(calls: list[tuple[Any, ...]]) -> None:
     with tempfile.TemporaryDirectory() as folder:

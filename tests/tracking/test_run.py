@@ -947,8 +947,8 @@ def test_log_step_memory_stays_flat(tmp_path, root):
 
 
 @pytest.mark.slow
-def test_log_step_memory_stays_flat_over_5_million_rows(tmp_path, root):
-    check_flat(tmp_path, root, 5_000_000)
+def test_log_step_memory_stays_flat_over_2_million_rows(tmp_path, root):
+    check_flat(tmp_path, root, 2_000_000)
 
 
 # ------------------------------------------------------------- params of any kind
