@@ -439,7 +439,7 @@ class DeepSpeedAccelerator:
         Before ``prepare`` it gathers the weights that operations read.
         """
         if self._model is None and zero_stage(self._config) == 3:
-            return NewWeights()
+            return NewWeights(self._ranks)
         return self._whole
 
     @contextmanager

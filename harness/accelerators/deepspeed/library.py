@@ -7,7 +7,7 @@ import inspect
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import cache, wraps
 from types import ModuleType
@@ -190,15 +190,6 @@ def divide_copies() -> AbstractContextManager[None]:
         return found
 
     return replace_attributes(torch.nn.Parameter, __deepcopy__=copy_divided)
-
-
-def any_rank(flags: Sequence[bool]) -> list[bool]:
-    """For each flag, whether it is true on any rank; every rank must call it."""
-    deepspeed = import_deepspeed()
-    device = deepspeed.get_accelerator().current_device_name()
-    found = torch.tensor(flags, dtype=torch.int32, device=device)
-    deepspeed.comm.all_reduce(found, op=deepspeed.comm.ReduceOp.MAX)
-    return [bool(flag) for flag in found.tolist()]
 
 
 def share_and_divide(param: Any) -> None:

@@ -16,11 +16,11 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from harness.accelerators.deepspeed.library import (
-    any_rank,
     replace_linear,
     share_and_divide,
 )
 from harness.accelerators.deepspeed.precision import find_weights_dtype
+from harness.accelerators.distributed.group import RankGroup
 
 _MARK = -1
 """Stands for a layer in the set of layers that use a parameter, so that DeepSpeed keeps it."""
@@ -189,8 +189,9 @@ class NewWeights(TorchFunctionMode):
     Every rank must run the same operations.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: RankGroup) -> None:
         super().__init__()
+        self._ranks = ranks
         self._gathered: list[Any] = []
 
     def __torch_function__(
@@ -207,7 +208,7 @@ class NewWeights(TorchFunctionMode):
     def _gather(self, params: list[Any]) -> None:
         """Gather weights, after dividing those that are not in use on any rank."""
         if self._gathered:
-            in_use = any_rank([_is_viewed(param) for param in self._gathered])
+            in_use = self._ranks.any_each(list(map(_is_viewed, self._gathered)))
             pairs = zip(self._gathered, in_use, strict=True)
             self._divide([param for param, is_used in pairs if not is_used])
         for param in params:

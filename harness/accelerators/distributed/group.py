@@ -123,20 +123,28 @@ class RankGroup:
 
     def gather_counts(self, value: int) -> list[int]:
         """The count of each rank, in order of rank; faster than ``gather_objects``."""
-        if self.world_size == 1:
-            return [value]
-        mine = torch.tensor([value])
-        theirs = [torch.empty_like(mine) for _ in range(self.world_size)]
-        dist.all_gather(theirs, mine)
-        return [int(number) for number in theirs]
+        return self._gather_numbers([value])[0]
+
+    def _gather_numbers(self, numbers: Sequence[int]) -> list[list[int]]:
+        """Each of the numbers as the ranks have it, in order of rank."""
+        mine = torch.tensor(numbers)
+        theirs = [mine.clone() for _ in range(self.world_size)]
+        if self.world_size > 1:
+            dist.all_gather(theirs, mine)
+        found: list[list[int]] = torch.stack(theirs).T.tolist()
+        return found
 
     def any(self, flag: bool) -> bool:
         """True on every rank if it is on one."""
+        return self.any_each([flag])[0]
+
+    def any_each(self, flags: Sequence[bool]) -> list[bool]:
+        """For each of the flags, true on every rank if it is on one."""
         if self.world_size == 1:
-            return flag
-        found = torch.tensor([int(flag)])
+            return list(flags)
+        found = torch.tensor(flags, dtype=torch.int64)
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
-        return bool(found.item())
+        return [bool(flag) for flag in found.tolist()]
 
     def count_later(self, flag: bool) -> Callable[[], int]:
         """Start to count the ranks where the flag is true; the result waits for the number."""
@@ -190,10 +198,7 @@ class RankGroup:
         """
         form = (str(tensor.dtype), tuple(tensor.shape[1:]))
         digest = int.from_bytes(hashlib.sha256(repr(form).encode()).digest()[:7])
-        mine = torch.tensor([len(tensor), digest])
-        theirs = [torch.empty_like(mine) for _ in range(self.world_size)]
-        dist.all_gather(theirs, mine)
-        lengths, digests = (list(numbers) for numbers in torch.stack(theirs).T.tolist())
+        lengths, digests = self._gather_numbers([len(tensor), digest])
         if len(set(digests)) > 1:
             forms = self.gather_objects((tensor.dtype, tensor.shape[1:]))
             has_rows = [n for n, length in enumerate(lengths) if length]
