@@ -154,9 +154,7 @@ def read_config(config: Mapping[str, object] | str | Path | None) -> Options:
 
 def _write_out(config: Options) -> Options:
     """Write out short forms of sections, and leave out nulls."""
-    found: Options = {
-        name: _drop_nulls(value) for name, value in config.items() if value is not None
-    }
+    found = _drop(config, None)
     for name, value in found.items():
         if name in _SWITCHED and isinstance(value, bool):
             found[name] = {"enabled": value}
@@ -165,12 +163,12 @@ def _write_out(config: Options) -> Options:
     return found
 
 
-def _drop_nulls(value: object) -> object:
-    """The value without keys that are null, at any depth."""
-    if not isinstance(value, Mapping):
-        return value
+def _drop(section: Mapping[str, object], unset: object) -> Options:
+    """A section without keys that are unset, at any depth: null, or ``"auto"``."""
     return {
-        name: _drop_nulls(inner) for name, inner in value.items() if inner is not None
+        name: _drop(value, unset) if isinstance(value, Mapping) else value
+        for name, value in section.items()
+        if value != unset
     }
 
 
@@ -307,7 +305,7 @@ def _check_modes(config: Mapping[str, Any], stage: int) -> None:
 
 def init_config(config: Mapping[str, Any]) -> Options:
     """What ``zero.Init`` reads of a config, before the batch sizes are known."""
-    zero = _drop_autos(config["zero_optimization"])
+    zero = _drop(config["zero_optimization"], "auto")
     return {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
 
 
@@ -339,7 +337,7 @@ def fill_config(config: Mapping[str, Any], facts: ConfigFacts) -> Options:
     filled["timers"] = {"throughput": {"enabled": False}} | filled.get("timers", {})
     filled.setdefault("zero_optimization", {})
     for section in facts.fields.keys() & filled.keys():
-        filled[section] = _drop_autos(filled[section])
+        filled[section] = _drop(filled[section], "auto")
     _fill_zero(filled["zero_optimization"], facts)
     if "torch_autocast" in filled:
         filled["torch_autocast"].setdefault("dtype", "bfloat16")
@@ -397,17 +395,6 @@ def _count(config: Mapping[str, object], name: str) -> int | None:
         msg = f"accelerator(config): expected {name} of at least 1 or 'auto', got {value!r}."
         raise ValueError(f"{msg} Write a whole number.")
     return value
-
-
-def _drop_autos(value: object) -> object:
-    """A section that DeepSpeed has defaults for, without its ``"auto"`` values."""
-    if not isinstance(value, Mapping):
-        return value
-    return {
-        name: _drop_autos(inner)
-        for name, inner in value.items()
-        if not isinstance(inner, str) or inner != "auto"
-    }
 
 
 def _fill_zero(zero: Options, facts: ConfigFacts) -> None:

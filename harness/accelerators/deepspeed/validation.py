@@ -220,9 +220,9 @@ def check_layers(model: nn.Module, stage: int, facts: ConfigFacts) -> None:
         own = list(module.parameters(recurse=False))
         if own and not any(weight.requires_grad for weight in own):
             continue
-        weight = getattr(module, "weight", None)
-        is_trained = isinstance(weight, Tensor) and weight.requires_grad
-        if stage and is_trained and getattr(module, "sparse", False) is True:
+        # A weight may be computed from others when it is read.
+        is_sparse = getattr(module, "sparse", False) is True
+        if stage and is_sparse and isinstance(getattr(module, "weight", None), Tensor):
             msg = f"prepare: expected dense gradients at ZeRO {stage}"
             advice = "Build it with sparse=False, or use ZeRO 0."
             raise ValueError(f"{msg}, got sparse ones of {name!r}. {advice}")

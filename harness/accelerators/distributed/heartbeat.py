@@ -141,9 +141,7 @@ class Heartbeat:
         self._is_known = False
         self.members: list[Member] = []
         self._machines: list[str] = []
-        self._near = self._far = Silence(clock, 2 * BEAT_S)
-        self._watched: Member | None = None
-        self._watched_machine: str | None = None
+        self._near, self._far = (Silence(clock, 2 * BEAT_S) for _ in range(2))
         self._ended: set[str] = set()
 
     def look(self, store: Store) -> tuple[int, str] | None:
@@ -192,13 +190,10 @@ class Heartbeat:
             runs = state not in (None, STOPPED)
             if not (runs or self._is_needed(store, member)):
                 continue
-            if member != self._watched:
-                self._watched = member
-                self._near = Silence(self._clock, 2 * BEAT_S)
             # A process that runs gives another sign each time.
-            sign = object() if runs else state or "gone"
+            sign = object() if runs else state
             limit_s = GONE_S if state is None else self._lost_after_s
-            if self._near.update(sign) < limit_s:
+            if self._near.update((member, sign)) < limit_s:
                 return None
             does = "has ended without a message"
             if state is not None:
@@ -234,11 +229,8 @@ class Heartbeat:
         place = self._machines.index(self._member.machine)
         next_ones = self._machines[place + 1 :] + self._machines[:place]
         for machine in (name for name in next_ones if name not in self._ended):
-            if machine != self._watched_machine:
-                self._watched_machine = machine
-                self._far = Silence(self._clock, 2 * BEAT_S)
             count = store.add(self._beat_key(machine), 0)
-            if self._far.update(count) < self._lost_after_s:
+            if self._far.update((machine, count)) < self._lost_after_s:
                 return None
             ranks = [m for m in self.members if m.machine == machine]
             lost = next((m for m in ranks if self._is_needed(store, m)), None)
