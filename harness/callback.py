@@ -143,8 +143,8 @@ def _list_declared(cls: type[Callback] = Callback) -> set[str]:
 class MetricsListener(Callback):
     """Base of callbacks that act when the metrics of a fit are complete.
 
-    That is at the end of each epoch. In a fit that validates every so many steps, it is after
-    each validation, when the last set of validation data is done.
+    That is at the end of each epoch. In a fit that validates by steps, it is after each
+    validation, when the last set of validation data is done.
     """
 
     def react(self) -> None:

@@ -80,14 +80,14 @@ class Context(BatchFields):
     hparams: Options  #: keyword arguments that built `model`
     opt_hparams: Options  #: keyword arguments that built `optimizers`
     steps: dict[str, int]  #: optimizer steps finished, by optimizer name
-    record_book: RecordBook  #: keeps `records`; its tensors are unread
+    record_book: RecordBook  #: holds `records`; tensors in it are read later
     _min_epochs: int
     _max_epochs: int
     _model: nn.Module | None
     _outer: Context | None
     # For this call of fit, evaluate or predict.
     buffers: dict[str, Any]  #: temporary values of callbacks
-    run: tracking.Run | NullRun  #: run that records the call, or one that drops all
+    run: tracking.Run | NullRun  #: the run, or one that drops all if not tracked
     accelerator: Accelerator  #: device placement, backward, stepping, ranks
     train_data: Loader | None  #: loader of the training data
     valid_data: (
@@ -96,14 +96,14 @@ class Context(BatchFields):
     valid_sets: dict[str, Loader]  #: loaders of the validation data, by name of the set
     valid_name: str  #: name of the current set of validation data
     pace: Pace  #: steps of the fit, and how often it validates
-    is_saved: bool  #: whether something saves checkpoints of the fit
+    is_saved: bool  #: whether a callback saves checkpoints of the fit
     about: StateDict  #: description of the fit, which a resume compares
     resume: Resume | None  #: checkpoint to resume from, until it is restored
     train_pass: TrainPass | None  #: current pass over the training data
-    is_data_at_end: bool  #: whether the last pass has read all of the training data
+    is_data_at_end: bool  #: whether the last pass read all training data
     epoch_start: StateDict | None  #: random state before the events of the epoch
     valid_start: ValidationStart | None  #: state before the current validation
-    train_random: StateDict | None  #: random state to train on with after a validation
+    train_random: StateDict | None  #: random state to restore after a validation
     stop_signal: int | None  #: signal that ended the fit after a batch
     handlers: Handlers  #: exception type -> callable; a match ends the fit quietly
     epoch_handlers: Handlers  #: as `handlers`; a match ends the epoch quietly
@@ -123,7 +123,9 @@ class Context(BatchFields):
     pred: Any  #: last prediction of `model`
     loss: Any  #: last losses, detached, by optimizer name
     loss_grad: Tensor | None  #: last loss with its graph
-    batch_values: list[tuple[str, Any]] | None  #: logged in this batch; None: outside
+    batch_values: (
+        list[tuple[str, Any]] | None
+    )  #: logged in this batch; None outside one
     _iter: int | None
     _opt: Optimizer | None
     _opt_name: str | None
@@ -392,7 +394,7 @@ class Context(BatchFields):
 
     @property
     def min_epochs(self) -> int:
-        """Epochs that run even if a callback stops the fit; 0 if none was given."""
+        """Minimum number of epochs, even if a callback stops the fit; 0 by default."""
         return self._min_epochs
 
     @min_epochs.setter
@@ -401,7 +403,7 @@ class Context(BatchFields):
 
     @property
     def max_epochs(self) -> int:
-        """Epochs that run at most."""
+        """Maximum number of epochs."""
         return self._max_epochs
 
     @max_epochs.setter

@@ -1,4 +1,4 @@
-"""A fit trains a model of its own: one that somebody else holds is copied."""
+"""Copy a model that something else holds, so that a fit trains its own."""
 
 from __future__ import annotations
 

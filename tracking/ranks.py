@@ -1,4 +1,4 @@
-"""One run for the ranks of a launch: rank 0 starts it, and tells the others which it is.
+"""One run for the ranks of a launch: rank 0 starts it, and the others join it.
 
 The ranks have nothing in common but the folder of runs. Rank 0 writes the id of the run
 into a file whose name is made from what the launcher told all of them. The others record

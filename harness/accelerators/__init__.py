@@ -1,4 +1,4 @@
-"""Accelerators: one device, or many ranks with DeepSpeed, behind one protocol.
+"""Accelerators: one device, or several ranks with DeepSpeed, behind one protocol.
 
 Names are imported on first use: who asks for the launcher's variables does not need torch.
 """

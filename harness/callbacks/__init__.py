@@ -1,4 +1,4 @@
-"""Ready-made callbacks, one concern a file."""
+"""Ready-made callbacks, one concern per file."""
 
 from __future__ import annotations
 

@@ -42,9 +42,9 @@ def find_directions(ctx: Context) -> dict[str, bool | None]:
 class Monitor(MetricsListener):
     """Base of callbacks that watch one logged metric, at the end of each epoch.
 
-    In a fit that validates every so many steps, they watch it after each validation. Epochs
-    without validation, or without a value of a metric that is not computed in each, are
-    passed over.
+    In a fit that validates by steps, they watch it after each validation. Epochs without
+    validation, or without a value of a metric that is not computed in each, are passed
+    over.
 
     Parameters
     ----------

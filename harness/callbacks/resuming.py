@@ -107,7 +107,7 @@ class AutoResume(ModelCheckpoint):
     path
         Folder of the checkpoints; emptied when the fit has finished.
     every_n_steps
-        Also save after every so many optimizer steps.
+        Also save every n optimizer steps.
     **options
         As in ``ModelCheckpoint``.
 

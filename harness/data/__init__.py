@@ -1,1 +1,1 @@
-"""Data: from what the user passes to batches."""
+"""Data: from the user's data to batches."""

@@ -371,7 +371,7 @@ class BatchFields:
 
     @property
     def input(self) -> Any:
-        """Input of the batch: a tensor, tuple or mapping; the batch itself if it is no pair."""
+        """Input of the batch: a tensor, tuple or mapping; the batch itself if it is not a pair."""
         return input_of(self._batch)
 
     @input.setter

@@ -1,1 +1,1 @@
-"""Artifacts of a run: files, images, tables and histograms, each complete or not there."""
+"""Artifacts of a run: files, images, tables and histograms, each complete or absent."""

@@ -1,1 +1,1 @@
-"""Reports about a fit that go elsewhere than its metrics."""
+"""Reports about a fit, apart from its metrics."""

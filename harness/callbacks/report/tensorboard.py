@@ -28,8 +28,8 @@ class TensorBoard(MetricsListener):
     folder
         Folder of the event files; None: ``tensorboard/`` of the run that records the fit.
     histograms
-        Write histograms of weights and gradients every so many epochs, or validations by
-        steps; 0: none.
+        Write histograms of weights and gradients every n epochs, or every n validations in
+        a fit that validates by steps; 0: none.
     writer
         Object with the methods of torch's ``SummaryWriter``; None: one in `folder`, which
         is closed at the end of the fit.
