@@ -35,15 +35,29 @@ def allocate_parameters(model: nn.Module, device: torch.device) -> None:
 def replace_parameters(
     model: nn.Module, make: Callable[[nn.Parameter], Tensor]
 ) -> None:
-    """Put a plain parameter with other values in the place of each; tied ones stay tied."""
+    """Give each parameter other values; tied ones stay tied.
+
+    A parameter stays the same object, which the user may keep elsewhere too. Between ``meta``
+    and memory that is impossible: a new one takes its place, with its attributes.
+    """
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, param in module._parameters.items():
             if param is None:
                 continue
             if id(param) not in made:
-                made[id(param)] = nn.Parameter(make(param), param.requires_grad)
+                made[id(param)] = _replace(param, make(param))
             module._parameters[name] = made[id(param)]
+
+
+def _replace(param: nn.Parameter, value: Tensor) -> nn.Parameter:
+    """A parameter with another value: the same one, if it can have it."""
+    if value.is_meta == param.is_meta:
+        param.grad, param.data = None, value
+        return param
+    made = nn.Parameter(value, param.requires_grad)
+    vars(made).update(vars(param))
+    return made
 
 
 def move_real_tensors(model: nn.Module, device: torch.device) -> None:

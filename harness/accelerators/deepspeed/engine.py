@@ -277,7 +277,14 @@ class NamedEngine:
         self._hook.remove()
         for hook in ("module_forward_pre_hook", "module_forward_post_hook"):
             getattr(self.engine, hook).remove()
+        wrapper = self.engine.optimizer
         self.engine.destroy()
+        # They refer to each other: the memory of their tensors would otherwise be free
+        # only when Python looks for such cycles.
+        for owner in (self.engine, wrapper):
+            if owner is not self._base:
+                vars(owner).clear()
+        del self.facade
 
 
 class EngineOptimizer(torch.optim.Optimizer):

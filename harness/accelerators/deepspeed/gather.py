@@ -22,6 +22,24 @@ _LEFTOVERS = frozenset(
 """Attributes that ZeRO 3 of DeepSpeed 0.19.8 leaves on modules."""
 
 
+_OF_ZERO_INIT = frozenset(
+    {"aligned_size", "all_gather", "all_gather_coalesced", "is_external_param", "item"}
+    | {"convert_to_zero_parameters", "nvme_swapper", "padding_size", "partition"}
+    | {"partition_gradients", "partition_numel", "reduce_gradients_at_owner"}
+)
+"""Attributes of divided parameters in DeepSpeed 0.19.8, besides those with ``ds_``."""
+
+
+def _own_attributes(param: nn.Parameter) -> dict[str, object]:
+    """The user's attributes of a parameter, such as ``no_decay``."""
+    is_divided = hasattr(param, "ds_id")
+    return {
+        name: value
+        for name, value in vars(param).items()
+        if not (is_divided and (name in _OF_ZERO_INIT or name.startswith("ds_")))
+    }
+
+
 class OriginalModel:
     """What a model was before engines changed it, and its weights as they are now.
 
@@ -44,6 +62,7 @@ class OriginalModel:
         self._attributes = {
             module: frozenset(vars(module)) for module in model.modules()
         }
+        self._parameters = [(p, _own_attributes(p)) for p in model.parameters()]
 
     def gather(self, read_whole: ReadParameter, *, keep: bool) -> dict[int, Tensor]:
         """Gather whole parameters by their ids, on the CPU, in their original dtypes.
@@ -84,10 +103,10 @@ class OriginalModel:
     def gather_plain(
         self, read_whole: ReadParameter, *, keep: bool
     ) -> Callable[[], None]:
-        """Gather whole weights; the returned function installs them as plain parameters.
+        """Gather whole weights; the returned function makes the parameters plain ones with them.
 
-        There are two steps because gathering needs the engines, and replacing the
-        parameters needs them destroyed.
+        There are two steps because gathering needs the engines, and the second one needs
+        them destroyed.
         """
         gathered = self.gather(read_whole, keep=keep)
 
@@ -98,6 +117,13 @@ class OriginalModel:
                 new = vars(module).keys() - self._attributes.get(module, frozenset())
                 for name in _LEFTOVERS & new:
                     delattr(module, name)
+            for param, own in self._parameters:
+                # ZeRO 3 adds functions that refer to the parameter. Its memory would be free
+                # only when Python looks for such cycles.
+                vars(param).clear()
+                vars(param).update(own)
+                if gathered[id(param)].is_meta:
+                    param.data = param.data.new_empty(0)
             replace_parameters(self._model, lambda param: gathered[id(param)])
 
         return install

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.harness.accelerators.worker import run_program, run_rank
+from tests.harness.accelerators.worker import OWN_MAPPINGS, run_program, run_rank
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -54,6 +54,8 @@ def server_environment() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("PYTHONPATH", str(ROOT))
+        for name, value in OWN_MAPPINGS.items():
+            patch.setenv(name, value)
         yield
 
 

@@ -22,11 +22,6 @@ MODULE = "tests.harness.accelerators.best"
 
 STAGES = [0, 1, 3]
 
-MEMORY = "memory_at_the_end_of_a_fit_on_ranks"
-"""It has a launch of its own: what ran before changes how much memory a rank holds."""
-
-OTHERS = [name for name in CASES if name != MEMORY]
-
 OF_ONE = [name for name in CASES if "rank" not in name]
 """Cases that say something of one process too."""
 
@@ -45,16 +40,9 @@ def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> Launches:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", CASES)
 def test_weights_two_ranks(name: str, stage: int, on_ranks: Launches) -> None:
-    said = on_ranks.said(2, STAGES, OTHERS, name, stage)
-    assert said == "ok", said
-
-
-@pytest.mark.slow
-@pytest.mark.distributed
-def test_memory_at_the_end_of_a_fit_on_ranks(on_ranks: Launches) -> None:
-    said = on_ranks.said(2, [3], [MEMORY], MEMORY, 3)
+    said = on_ranks.said(2, STAGES, [*CASES], name, stage)
     assert said == "ok", said
 
 

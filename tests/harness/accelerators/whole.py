@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from harness.checkpoint.ranks.merge import MergedWeights
 from harness.reshard.meta_parameters import has_meta_parameters
 from tests.harness.accelerators.cases import Lab
 from tests.harness.accelerators.fits import data
+from tests.harness.accelerators.worker import OWN_MAPPINGS
 from tests.harness.checkpoint.ranks.threads import counting_opens
 from tests.harness.exact import same_bits
 
@@ -252,10 +254,10 @@ def read_memory(name: str) -> int:
 
 
 class Deep(nn.Sequential):
-    """Twelve matrices of 16 MiB."""
+    """Twelve matrices of 4 MiB."""
 
     def __init__(self) -> None:
-        super().__init__(*(nn.Linear(2048, 2048) for _ in range(12)))
+        super().__init__(*(nn.Linear(1024, 1024) for _ in range(12)))
 
 
 EXPORT = """
@@ -273,12 +275,12 @@ def case_memory_at_the_end_of_a_fit_on_ranks(lab: Lab) -> None:
     if lab.stage != 3:
         return
     made = harness.setup(Deep, loss=nn.MSELoss(), optimizer=torch.optim.SGD)
-    layer = 4 * 2048 * 2048
+    layer = 4 * 1024 * 1024
     for gather in (True, False):
         saves = ModelCheckpoint(lab.folder / "deep", every_n_epochs=9)
         measure = Measure(saves)
         found = made.set_opt_hparams(lr=0.01).fit(
-            (torch.randn(8, 2048), torch.randn(8, 2048)),
+            (torch.randn(8, 1024), torch.randn(8, 1024)),
             *(1,),
             callbacks=[saves, measure],
             gather=gather,
@@ -289,14 +291,17 @@ def case_memory_at_the_end_of_a_fit_on_ranks(lab: Lab) -> None:
         )
         peak = read_peak(measure.bytes_before)
         sys.stdout.write(f"{gather=}, rank {lab.rank}: {peak / 1e6:.0f} MB more\n")
-        if lab.rank or not gather:
-            assert peak < 4 * layer, peak  # the model has 12
+        # The model has 12 layers; one is gathered, and copied, at a time.
+        assert peak < (15 if gather and lab.rank == 0 else 3) * layer, peak
         if lab.rank == 0 and not gather:
             command = [sys.executable, "-c", EXPORT, str(found.checkpoint)]
             command.append(str(lab.folder / "deep.safetensors"))
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            env = os.environ | OWN_MAPPINGS
+            done = subprocess.run(
+                command, env=env, capture_output=True, text=True, check=True
+            )
             sys.stdout.write(f"export: {int(done.stdout) / 1e6:.0f} MB\n")
-            assert int(done.stdout) < 6 * layer, done.stdout  # the model has 12
+            assert int(done.stdout) < 3 * layer, done.stdout
 
 
 CASES: dict[str, Callable[[Lab], None]] = {

@@ -19,6 +19,10 @@ import torch
 
 from tests.harness.accelerators.cases import Lab
 
+OWN_MAPPINGS = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+"""Environment of a process whose memory is measured. What glibc has freed for tensors of more
+than 1 MiB goes back to the system at once; by default it keeps up to twice the greatest."""
+
 
 def main(folder: Path, module: str, stages: list[int], names: list[str]) -> int:
     """Run the cases at each stage; stop at the first that fails, for ranks must agree."""

@@ -7,6 +7,8 @@ import re
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -479,8 +481,7 @@ def test_functions_of_torch_are_its_own_again(make: Any) -> None:
 
 
 def living_bytes() -> int:
-    """Bytes of all tensors in the process."""
-    gc.collect()
+    """Bytes of all tensors in the process, also of those in reference cycles."""
     found = [each for each in gc.get_objects() if issubclass(type(each), Tensor)]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in found}
     return sum(storage.nbytes() for storage in storages.values())
@@ -491,18 +492,59 @@ def test_fit_leaves_no_tensor_behind(stage: int) -> None:
     config = {"zero_optimization": {"stage": stage}, "bf16": {"enabled": True}}
     data = torch.randn(8, 5), torch.randn(8, 3)
 
-    def fit() -> None:
+    def fit() -> harness.Fitted:
         learner = harness.setup(
             Net, loss=nn.MSELoss(), optimizer=torch.optim.AdamW
         ).set_opt_hparams(lr=0.01)
         accelerator = harness.accelerator(config, device="cpu")
-        learner.fit(data, epochs=2, accelerator=accelerator, tracker=False)
+        return learner.fit(data, epochs=2, accelerator=accelerator, tracker=False)
 
     fit()
-    before = living_bytes()
-    fit()
-    # A single number of somebody else may come or go; the net has 66 of them.
-    assert living_bytes() - before < 66 * 4
+    gc.collect()
+    with no_collector():
+        before = living_bytes()
+        fitted = fit()
+        own = sum(param.nbytes for param in fitted.model.parameters())
+        # A single number of somebody else may come or go; the net has 66 of them.
+        assert living_bytes() - before - own < 66 * 4
+
+
+@contextmanager
+def no_collector() -> Iterator[None]:
+    """Let Python not look for garbage in reference cycles inside."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+class Aliased(Net):
+    """Keeps a weight in a list, too, and marks it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = [self.body.weight]
+        self.body.weight.no_decay = True  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("stage", "zero_init"), [(0, False), (2, False), (3, False), (3, True)]
+)
+def test_parameters_stay_the_same_objects(stage: int, zero_init: bool) -> None:
+    config = {"zero_optimization": {"stage": stage}, "bf16": {"enabled": True}}
+    accelerator = harness.accelerator(config, device="cpu", zero_init=zero_init)
+    data = torch.randn(8, 5), torch.randn(8, 3)
+    learner = harness.setup(Aliased, loss=nn.MSELoss(), optimizer=torch.optim.AdamW)
+    fitted = learner.fit(data, epochs=1, accelerator=accelerator, tracker=False)
+    model: Any = fitted.model
+    assert model.own[0] is model.body.weight
+    assert [vars(param) for param in model.parameters()] == [
+        {"no_decay": True},
+        {},
+        {},
+        {},
+    ]
 
 
 class Failing(Net):
@@ -530,8 +572,10 @@ def test_failed_fit_leaves_no_tensor_behind() -> None:
             )
 
     fit()
+    gc.collect()
     before = living_bytes()
     fit()
+    gc.collect()
     # A single number of somebody else may come or go; the net has 66 of them.
     assert living_bytes() - before < 66 * 4
 
