@@ -175,7 +175,7 @@ def _find_obstacle(value: object) -> str:
         return "it has more than 16 MB; make it a buffer"
     inside = islice(_walk(value), 1, None)
     if any(type(v) is defaultdict and not has_named_factory(v) for v in inside):
-        return "a defaultdict in it has a function of its own; use a dict"
+        return "a defaultdict in it has your own function; use a dict"
     return ""
 
 

@@ -23,7 +23,7 @@ def check_optimizer(optimizer: object) -> None:
         options = ", ".join(f"{n}={v!r}" for n, v in _list_options(optimizer).items())
         where = "torch.optim." if kind.__module__.startswith("torch.optim") else ""
         msg = f"setup(optimizer): expected a class, got an instance of {kind.__name__}."
-        why = "Each fit trains a model of its own, with an optimizer of its own."
+        why = "Each fit trains a new model, with a new optimizer."
         way = f"Pass {where}{kind.__name__}, and set_opt_hparams({options})."
         raise TypeError(f"{msg} {why} {way}")
     if isinstance(optimizer, Mapping | list | tuple):

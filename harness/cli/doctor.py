@@ -102,13 +102,11 @@ def _devices() -> Check:
 def _precision() -> Check:
     if torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
         detail = "fp16 and float32; bf16 is emulated and slow"
-        advice = 'Write "fp16": {"enabled": true} in DeepSpeed\'s config.'
+        advice = "Use precision='fp16', or harness fit --precision fp16."
         return Check("precision", "limited", detail, advice)
     detail = "bf16 and float32"
     if torch.cuda.is_available():
-        hint = (
-            "at ZeRO 0 by --precision, since 'bf16' in the config reads each gradient"
-        )
+        hint = "at ZeRO 0 use --precision, because 'bf16' in the config is slower"
         detail = f"bf16, fp16 and float32; {hint}"
     return Check("precision", "ok", detail)
 

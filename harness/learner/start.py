@@ -147,7 +147,7 @@ def build_loaders(
     if is_fraction(valid_data):
         for name in {"sampler", "batch_sampler"} & set(options or {}):
             msg = f"dataloader_options({name}): expected validation data of their own"
-            got = f"got valid_data={valid_data}, which numbers the rows anew"
+            got = f"got valid_data={valid_data}, which renumbers the rows"
             raise ValueError(f"{msg}, {got}. Split the data yourself.")
         data, valid_data = split_data(data, valid_data)
     like = get_device_options(accelerator.device)

@@ -181,7 +181,7 @@ class _StateBuilder:
         is_divided = states[0].get("stage") or self._live.get("stage")
         for name in sorted(kinds):
             if is_divided and kinds[name] in BY_MATRIX:
-                msg = f"resume: expected optimizer {name!r} to update each element by itself"
+                msg = f"resume: expected optimizer {name!r} to update each element separately"
                 advice = "Resume on as many ranks and at the same ZeRO stage as before."
                 raise CheckpointError(f"{msg}, got {kinds[name]}. {advice}")
             # A parameter without a layout would silently lose its state.

@@ -327,7 +327,7 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "sampler of all rows and a share of them": (
         lambda: fit(valid_data=0.5, dataloader_options={"sampler": range(12)}),
-        "got valid_data=0.5, which numbers the rows anew. Split the data yourself",
+        "got valid_data=0.5, which renumbers the rows. Split the data yourself",
     ),
     "generator": (
         lambda: fit(data=((X, Y) for _ in range(3))),

@@ -548,7 +548,9 @@ def test_start_again_under_another_name_is_refused(runs, word):
 def test_start_on_a_run_being_written_is_refused_and_changes_nothing(runs):
     with start(runs_dir=runs, delivery=False) as run:
         before = (run.path / "run.json").read_bytes()
-        with pytest.raises(RunBusyError, match="expected a run that nobody is writing"):
+        with pytest.raises(
+            RunBusyError, match="expected a run that no process is writing"
+        ):
             start(run_id=run.id, runs_dir=runs, delivery=False)
         assert (run.path / "run.json").read_bytes() == before
 

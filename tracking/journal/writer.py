@@ -633,7 +633,7 @@ def _lock(rank_dir: Path) -> ProcessLock:
     try:
         return ProcessLock(get_lock_path(rank_dir))
     except LockHeldError as error:
-        msg = f"Journal({str(rank_dir)!r}): expected a run that nobody is writing,"
+        msg = f"Journal({str(rank_dir)!r}): expected a run that no process is writing,"
         holder = error.holder
         if holder is not None and holder.state == "unknown":
             unknown = describe_unknown(holder, rank_dir.parent.parent.name)

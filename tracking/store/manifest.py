@@ -127,7 +127,7 @@ class Manifest:
         name of the copy.
         """
         path = run_path / MANIFEST
-        advice = "Restore the file; the records beside it can be read without it."
+        advice = "Restore the file; the records next to it can be read without it."
         try:
             manifest = read_json(path, cls, advice=advice, latest_format=FORMAT)
         except (FileNotFoundError, NotADirectoryError) as error:

@@ -297,7 +297,7 @@ def _check_modes(config: Mapping[str, Any], stage: int) -> None:
         raise ValueError(f"{msg}, got {level!r}. Choose one of them.")
     if parts not in {None, 1, "auto"}:
         msg = f"accelerator(config): expected sequence_parallel_size 1, got {parts!r}."
-        raise ValueError(f"{msg} Leave it out: every rank reads rows of its own.")
+        raise ValueError(f"{msg} Leave it out: every rank reads its own rows.")
     if config.get("compile", {}).get("deepcompile", False):
         msg = "accelerator(config): expected no compile.deepcompile, got true."
         raise ValueError(f"{msg} Compile the model with torch.compile instead.")

@@ -119,7 +119,7 @@ class EngineSet:
         used = find_parameters(loss)
         for other in self:
             if other is not engine and used & other.owned_ids:
-                msg = f"{place}: expected a graph of its own, got one shared with"
+                msg = f"{place}: expected a separate graph, got one shared with"
                 advice = f"Compute the loss of {engine.name!r} inside its optimizing()."
                 raise ValueError(f"{msg} optimizer {other.name!r}. {advice}")
 

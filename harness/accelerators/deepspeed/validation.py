@@ -308,7 +308,7 @@ def _check_optimizer(name: str, opt: Any, config: Mapping[str, Any]) -> None:
         raise ValueError(f"{msg} {advice}: train on one device.")
     is_allowed = config.get("zero_allow_untested_optimizer", False)
     if stage and not is_elementwise(opt) and not is_allowed:
-        msg = f"{place}: expected an optimizer that updates each element by itself"
+        msg = f"{place}: expected an optimizer that updates each element separately"
         advice = 'If it does, set "zero_allow_untested_optimizer": true.'
         raise ValueError(f"{msg} at ZeRO {stage}, got {kind}. {advice}")
     if not any(param.requires_grad for param in list_parameters(opt)):

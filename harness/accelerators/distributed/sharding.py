@@ -198,7 +198,7 @@ class LengthCheck:
 
 ADVICE = (
     "Ranks read all rows and keep their part: draw random numbers from the generators of"
-    " torch, NumPy and Python. If each rank gets rows of its own, set sharded = True on the"
+    " torch, NumPy and Python. If each rank gets its own rows, set sharded = True on the"
     " data set; if it is only augmented at random, sharded = False."
 )
 

@@ -64,7 +64,7 @@ def test_precision_says_how_to_take_bf16_at_zero_0(
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: True)
     found = doctor._precision()
     assert found.state == "ok"
-    assert "at ZeRO 0 by --precision" in found.detail
+    assert "at ZeRO 0 use --precision" in found.detail
 
 
 def test_ops_that_cannot_be_built_are_a_limitation() -> None:

@@ -138,7 +138,7 @@ def test_run_without_locks_has_one_writer_until_that_is_killed(
         found = look(path, "delete", **environment)
         assert (found["status"], found["rows"]) == ("running", 3)
         assert (
-            "expected a run that nobody is writing, got one held by " + name
+            "expected a run that no process is writing, got one held by " + name
             in (found["start"])
         )
         assert f"still being written by {name}" in found["delete"]

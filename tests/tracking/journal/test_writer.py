@@ -136,7 +136,9 @@ def test_journal_that_begins_to_close_is_sealed_and_stays_locked_until_it_is_clo
 
 def test_journal_second_writer_in_this_process_is_refused(rank_dir):
     journal = Journal(rank_dir)
-    with pytest.raises(RunBusyError, match=r"expected a run that nobody is writing"):
+    with pytest.raises(
+        RunBusyError, match=r"expected a run that no process is writing"
+    ):
         Journal(rank_dir)
     assert is_being_written(rank_dir)
     put(journal, 1.0)

@@ -35,7 +35,7 @@ def test_graph_shared_by_two_optimizers_is_refused(make: Any) -> None:
     pred = model(x)
     with (
         pytest.raises(
-            ValueError, match=r"graph of its own, got one shared with optimizer 'head'"
+            ValueError, match=r"separate graph, got one shared with optimizer 'head'"
         ),
         accelerator.optimizing("body"),
     ):

@@ -197,7 +197,7 @@ def test_unknown_optimizer_is_refused_where_zero_divides_it(make: Any) -> None:
         return {"opt": Rowwise(model.parameters(), lr=0.1)}
 
     with pytest.raises(
-        ValueError, match=r"each element by itself at ZeRO 2, got Rowwise"
+        ValueError, match=r"each element separately at ZeRO 2, got Rowwise"
     ):
         prepared(make(2), Net, own)
     prepared(make(0), Net, own)
