@@ -110,7 +110,7 @@ def _match(
     shared = [key for key in sorted(keys) if _has_same_values(key, old, new)]
     left = list(range(len(old)))
     for place, own in enumerate(new):
-        alike = [n for n in left if all(old[n][key] == own[key] for key in shared)]
+        alike = [n for n in left if _agree(old[n], own, shared)]
         if not alike:
             continue
         others = [n for n, other in enumerate(new) if _agree(own, other, shared)]

@@ -23,7 +23,7 @@ from torch.utils.data import default_collate as torch_collate
 
 from harness.checks.arguments import explain_loader_errors
 from harness.checks.values import check_count
-from harness.data.forms import (
+from harness.data.datasets import (
     Batches,
     NestedDataset,
     Rows,

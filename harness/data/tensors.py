@@ -22,7 +22,7 @@ from torch.utils.data import (
 )
 from torch.utils.data import default_collate as torch_collate
 
-from harness.data.forms import NestedDataset
+from harness.data.datasets import NestedDataset
 
 
 class TensorLoader(DataLoader[Any]):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -77,17 +76,13 @@ def find_weights(source: Path) -> Path:
     for folder in (source / "checkpoints", source):
         found = [*list_checkpoints(folder / FINAL)[:1], *list_checkpoints(folder)[:1]]
         if found:
-            return max(found, key=_read_step)  # of equal ones the first, the final one
+            # By the step, which ends the name; of equal ones the first, the final one.
+            return max(found, key=lambda path: int(path.name.rpartition("-")[2]))
     msg = f"export_weights({str(source)!r}): expected a checkpoint"
     got = describe_path(source)
     raise CheckpointError(
         f"{msg}, got {got}. Pass a checkpoint, a folder of them, or a run."
     )
-
-
-def _read_step(path: Path) -> int:
-    found = re.search(r"-step-(\d+)$", path.name)
-    return int(found[1]) if found else 0
 
 
 def _split(
