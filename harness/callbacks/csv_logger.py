@@ -50,17 +50,13 @@ class CSVLogger(MetricsListener):
         """Create the file; a resumed fit keeps the old one until it has an epoch to add."""
         self._is_begun, self._written = False, 0
         self._last: list[tuple[object, ...]] = []
-        if self.ctx.resume is None and self._is_writer:
+        if self.ctx.resume is None and self.ctx.accelerator.is_main:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._write([self._columns], "w")
 
     @property
     def _columns(self) -> tuple[str, ...]:
         return (self.ctx.pace.unit, "set", "metric", "value")
-
-    @property
-    def _is_writer(self) -> bool:
-        return self.ctx.accelerator is not None and self.ctx.accelerator.is_main
 
     def on_epoch_end(self) -> None:
         """Add the metrics of the epoch, or of the rest that no validation followed."""
@@ -71,7 +67,7 @@ class CSVLogger(MetricsListener):
 
         By steps, values are replaced if no optimizer stepped between two epochs.
         """
-        if not self._is_writer:
+        if not self.ctx.accelerator.is_main:
             return
         now = self.ctx.index or 0
         lines, num_last = self._format(self._written, now), len(self._last)

@@ -77,8 +77,7 @@ class Progress(MetricsListener):
 
     @property
     def _is_shown(self) -> bool:
-        accelerator = self.ctx.accelerator
-        return self.ctx.verbose and (accelerator is None or accelerator.is_main)
+        return self.ctx.verbose and self.ctx.accelerator.is_main
 
     @property
     def _places(self) -> dict[str, str]:

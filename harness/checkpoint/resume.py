@@ -483,7 +483,7 @@ class Resume:
     def _show_report(self, ctx: Context) -> None:
         """Show the report if progress is shown; drop the state, which is restored now."""
         self.state = {}
-        if ctx.verbose and ctx.accelerator is not None and ctx.accelerator.is_main:
+        if ctx.verbose and ctx.accelerator.is_main:
             write_stderr(f"{escape_control(str(self))}\n")
 
     def __str__(self) -> str:

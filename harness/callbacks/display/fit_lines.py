@@ -45,12 +45,11 @@ def describe_model(ctx: Context) -> list[str]:
     words = [type(ctx.model).__name__]
     if not any(map(is_lazy, ctx.model.parameters())):
         words.append(f"{count_elements(ctx.model):,} parameters")
-    if accelerator is not None:
-        words += [str(accelerator.device), accelerator.precision]
-        if accelerator.world_size > 1:
-            words.append(f"{accelerator.world_size} ranks")
-        if accelerator.accumulate > 1:
-            words.append(f"{accelerator.accumulate} batches a step")
+    words += [str(accelerator.device), accelerator.precision]
+    if accelerator.world_size > 1:
+        words.append(f"{accelerator.world_size} ranks")
+    if accelerator.accumulate > 1:
+        words.append(f"{accelerator.accumulate} batches a step")
     return words
 
 

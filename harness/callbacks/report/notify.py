@@ -76,8 +76,7 @@ class Notify(Callback):
         return f"{self.name or type(ctx.model).__name__} {what}: {', '.join(parts)}"
 
     def _send(self, what: str) -> None:
-        accelerator = self.ctx.accelerator
-        if accelerator is None or not accelerator.is_main:
+        if not self.ctx.accelerator.is_main:
             return
         try:
             body = json.dumps({"text": self.describe(what)}).encode()

@@ -80,15 +80,10 @@ class TensorBoard(MetricsListener):
             msg = "TensorBoard(histograms): expected whole weights, got ZeRO stage 3."
             raise ValueError(f"{msg} Use stage 0, 1 or 2, or histograms=0.")
 
-    @property
-    def _is_writer(self) -> bool:
-        accelerator = self.ctx.accelerator
-        return accelerator is not None and accelerator.is_main
-
     def on_fit_begin(self) -> None:
         """Open the event file."""
         self._gradients, self._num_written = {}, 0
-        if not self._is_writer:
+        if not self.ctx.accelerator.is_main:
             return
         if self._given is None:
             torch_board = import_optional(
@@ -102,7 +97,7 @@ class TensorBoard(MetricsListener):
 
     def on_train_batch_before_step(self) -> None:
         """Keep the last gradients of an epoch whose histograms are written."""
-        if self._is_writer and self._has_histograms(1):
+        if self.ctx.accelerator.is_main and self._has_histograms(1):
             for name, param in self.ctx.model.named_parameters():
                 if param.grad is not None and not param.grad.is_sparse:
                     self._gradients[name] = param.grad.detach().clone()
@@ -116,7 +111,7 @@ class TensorBoard(MetricsListener):
 
     def react(self) -> None:
         """Write the new metrics, and histograms; the first time, earlier metrics too."""
-        if not self._is_writer:
+        if not self.ctx.accelerator.is_main:
             return
         index = self.ctx.index or 0
         for at in range(self._num_written + 1, index + 1):
@@ -137,7 +132,7 @@ class TensorBoard(MetricsListener):
 
     def on_fit_end(self) -> None:
         """Write hyper-parameters beside the last metrics, and close the file."""
-        if not self._is_writer:
+        if not self.ctx.accelerator.is_main:
             return
         ctx = self.ctx
         params = {**{f"opt.{n}": v for n, v in ctx.opt_hparams.items()}, **ctx.hparams}
