@@ -15,6 +15,7 @@ from torch import nn
 from harness.checkpoint.callback_matching import match_callbacks, name_callbacks
 from harness.checkpoint.format import Manifest, Position, read_rank
 from harness.checkpoint.param_groups import ChangedOption, check_groups, list_changes
+from harness.checkpoint.ranks.errors import raise_together
 from harness.checkpoint.ranks.states import SavedRanks, check_keys
 from harness.checkpoint.resharding import (
     check_convertible,
@@ -160,18 +161,19 @@ class Resume:
             If it is from another model, other optimizers or metrics, or cannot be converted
             to the ranks and precision of this fit; with `strict`, if anything differs.
         """
-        place, error = f"resume({str(self.path)!r})", None
-        try:
-            self._check_on_this_rank(ctx)
-        except CheckpointError as found:
-            error = CheckpointError(f"{place}: {str(found).removeprefix('resume: ')}")
-        except STATE_ERRORS as found:
-            msg = f"{place}: expected the state of a fit, got a state with {found!r}."
-            error = CheckpointError(f"{msg} Take another checkpoint.")
-        # If one rank stopped alone, the others would wait for it.
-        if ctx.accelerator.any(error is not None):
-            msg = f"{place}: expected a checkpoint that fits all ranks, got one"
-            raise error or CheckpointError(f"{msg} that another rank refuses.")
+        place = f"resume({str(self.path)!r})"
+        msg = f"{place}: expected a checkpoint that fits all ranks, got one"
+        with raise_together(ctx.accelerator, f"{msg} that another rank refuses."):
+            try:
+                self._check_on_this_rank(ctx)
+            except CheckpointError as error:
+                text = str(error).removeprefix("resume: ")
+                raise CheckpointError(f"{place}: {text}") from error
+            except STATE_ERRORS as error:
+                msg = (
+                    f"{place}: expected the state of a fit, got a state with {error!r}"
+                )
+                raise CheckpointError(f"{msg}. Take another checkpoint.") from error
 
     def _check_on_this_rank(self, ctx: Context) -> None:
         ranks, saved_ranks = ctx.accelerator.world_size, self.manifest.world_size

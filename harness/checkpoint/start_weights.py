@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from harness.checkpoint.object_states import get_extra_states, set_extra_states
+from harness.checkpoint.ranks.errors import raise_together
 from harness.checkpoint.weights import (
     WeightsReport,
     choose_weights,
@@ -24,6 +25,12 @@ from harness.reshard.consolidated import shape_lazy_parameters
 
 if TYPE_CHECKING:
     from harness.accelerators.base import Accelerator
+
+REFUSED_ELSEWHERE = (
+    "expected weights that each rank can load, got some that another rank refuses. "
+    "See its message."
+)
+"""What a rank says that could load weights which another one could not."""
 
 Weights = nn.Module | Mapping[str, object] | str | Path
 """A model, a state dict, or the path of weights."""
@@ -64,13 +71,8 @@ def load_start(
             return _put(model, saved, place, strict=strict)
 
         return load_on_main(model, load, accelerator)
-    report, error = WeightsReport(loaded=()), None
-    try:
-        report = _load(model, start, place, strict=strict)
-    except CheckpointError as found:
-        error = found
-    _raise_on_all_ranks(error, place, accelerator)
-    return report
+    with raise_together(accelerator, f"{place}: {REFUSED_ELSEWHERE}"):
+        return _load(model, start, place, strict=strict)
 
 
 def load_on_main(
@@ -81,15 +83,11 @@ def load_on_main(
     Every rank must call it. So files are read once, however many ranks there are. If the
     model is divided over the ranks, each rank loads its own part.
     """
-    report, error = WeightsReport(loaded=()), None
-    had_lazy = _has_lazy(model)
+    report, had_lazy = WeightsReport(loaded=()), _has_lazy(model)
     is_divided = any(hasattr(param, "ds_id") for param in model.parameters())
-    if accelerator.is_main or is_divided:
-        try:
+    with raise_together(accelerator, f"fit: {REFUSED_ELSEWHERE}"):
+        if accelerator.is_main or is_divided:
             report = load()
-        except CheckpointError as found:
-            error = found
-    _raise_on_all_ranks(error, "fit", accelerator)
     if had_lazy:
         live = get_tensors(model).items()
         shapes = {name: own.shape for name, own in live if not is_lazy(own)}
@@ -104,15 +102,6 @@ def load_on_main(
 
 def _has_lazy(model: nn.Module) -> bool:
     return any(map(is_lazy, [*model.parameters(), *model.buffers()]))
-
-
-def _raise_on_all_ranks(
-    error: CheckpointError | None, place: str, accelerator: Accelerator
-) -> None:
-    """Raise on all ranks, if one refuses the weights."""
-    if accelerator.any(error is not None):
-        msg = f"{place}: expected weights that each rank can load, got some that"
-        raise error or CheckpointError(f"{msg} another rank refuses. See its message.")
 
 
 def _load(

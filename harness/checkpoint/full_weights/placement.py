@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from harness.accelerators.distributed.watchdog import Watchdog
 from harness.checkpoint.object_states import set_extra_states
+from harness.checkpoint.ranks.errors import raise_together
 from harness.checkpoint.ranks.merge import MergedWeights
 from harness.checkpoint.weights import NO_TENSORS, ReadTensor
 from harness.errors import CheckpointError
@@ -124,15 +125,11 @@ class ModelPlacement:
                 yield model
 
     def _allocate(self, accelerator: Accelerator) -> None:
-        error = None
-        if accelerator.is_main and not self.is_here:
-            try:
+        msg = "Fitted: expected weights that rank 0 can read, got an error there."
+        kinds = (CheckpointError, RuntimeError)
+        with raise_together(accelerator, f"{msg} See its message.", kinds):
+            if accelerator.is_main and not self.is_here:
                 self._fill(accelerator.device)
-            except (CheckpointError, RuntimeError) as found:
-                error = found
-        if accelerator.any(error is not None):
-            msg = "Fitted: expected weights that rank 0 can read, got an error there."
-            raise error or CheckpointError(f"{msg} See its message.")
         if not self.is_here:
             allocate_parameters(self.module, accelerator.device)
 

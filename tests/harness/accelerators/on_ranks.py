@@ -33,7 +33,7 @@ from harness.errors import CheckpointError
 from harness.signals import EndOfProcess
 from tests.harness.accelerators.cases import Lab
 from tests.harness.accelerators.fits import data, fitted, learner
-from tests.harness.data.test_forms import Both, forms
+from tests.harness.data.test_datasets import Both, forms
 from tests.harness.exact import Stop, same_bits
 from tests.harness.fakes import points
 
