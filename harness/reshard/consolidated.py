@@ -246,7 +246,7 @@ class TensorPieces:
         return flat.reshape(self.shape)
 
 
-class Filling:
+class PieceCopier:
     """Tensors into which pieces are copied, the pieces of one rank after those of another.
 
     So each part of a checkpoint is opened once, however many tensors have a piece there.
@@ -261,18 +261,18 @@ class Filling:
         self.made: dict[int, Tensor] = {}
         self._copies: list[tuple[Piece, Tensor, int]] = []
 
-    def assemble(self, pieces: TensorPieces) -> Tensor:
-        """A whole tensor, which has no values before ``run``."""
+    def add_whole(self, pieces: TensorPieces) -> Tensor:
+        """A whole tensor, which has no values before ``copy``."""
         places = [(piece, piece.at) for piece in pieces.list_pieces()]
-        return self.make(pieces.shape, places)
+        return self.add(pieces.shape, places)
 
-    def make(
+    def add(
         self,
         shape: Size,
         places: Sequence[tuple[Piece, int]],
         dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """A tensor of zeros, into which ``run`` copies pieces, each at its place.
+        """A tensor of zeros, into which ``copy`` copies pieces, each at its place.
 
         Without a dtype, it is that of the first piece.
         """
@@ -284,7 +284,7 @@ class Filling:
         self.made[id(made)] = made
         return made
 
-    def run(self) -> None:
+    def copy(self) -> None:
         """Copy the pieces."""
         for piece, flat, at in sorted(self._copies, key=lambda copy: copy[0].rank):
             flat[at : at + piece.length] = piece.read()

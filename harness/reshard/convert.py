@@ -14,7 +14,7 @@ from harness.pytree import StateDict, map_tensors
 from harness.reshard.consolidated import (
     ConsolidatedState,
     Entry,
-    Filling,
+    PieceCopier,
     TensorPieces,
     check_shapes,
     is_master_name,
@@ -151,15 +151,15 @@ class _StateBuilder:
         self._shapes = parameter_shapes(model)
         self._names = list(self._shapes)
         self._buffers = {name: buffer.shape for name, buffer in model.named_buffers()}
-        self._filling = Filling()
+        self._copier = PieceCopier()
 
     def finish(self, state: StateDict) -> StateDict:
         """Fill in the values of what was built; other tensors are copied.
 
         They are views into files otherwise, or live.
         """
-        self._filling.run()
-        made = self._filling.made
+        self._copier.copy()
+        made = self._copier.made
         found: StateDict = map_tensors(
             state, lambda own: own if id(own) in made else own.clone()
         )
@@ -287,7 +287,7 @@ class _StateBuilder:
         buffers = self._saved.buffers
         if name in buffers:
             return buffers[name]
-        return self._filling.assemble(self._saved.weights[name])
+        return self._copier.add_whole(self._saved.weights[name])
 
     def _weights(self, live: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Weights: whole ones, or at ZeRO 3 this rank's part of each."""
@@ -366,7 +366,7 @@ class _StateBuilder:
             for found, (_, _, at, start, length) in pieces
             for piece in found.list_pieces(start, length)
         ]
-        return self._filling.make(shape, places, dtype)
+        return self._copier.add(shape, places, dtype)
 
     def _check_divisible(
         self,

@@ -43,7 +43,7 @@ from harness.accelerators.deepspeed.config import (
     zero_stage,
 )
 from harness.accelerators.deepspeed.engine_set import EngineSet, create_engines
-from harness.accelerators.deepspeed.gather import (
+from harness.accelerators.deepspeed.original_model import (
     OriginalModel,
     ReadParameter,
     read_no_values,
@@ -54,7 +54,7 @@ from harness.accelerators.deepspeed.precision import (
     hook_precision,
     name_precision,
 )
-from harness.accelerators.deepspeed.whole_weights import (
+from harness.accelerators.deepspeed.zero3_weights import (
     LocalGradients,
     NewWeights,
     WholeWeights,

@@ -113,7 +113,7 @@ def hook_ends(model: nn.Module, dtype: torch.dtype) -> list[RemovableHandle]:
     no 16-bit prediction beside a target in float32. The same holds for submodules with
     weights of that dtype that an own step or loss calls. Returns the hooks.
     """
-    called, ends = [model], _Ends(model, dtype)
+    called, ends = [model], _EndCasts(model, dtype)
     has_own = any(get_method(model, name) is not None for name in OWN_METHODS)
     if has_own and model._compiled_call_impl is None:
         called += [
@@ -129,7 +129,7 @@ def hook_ends(model: nn.Module, dtype: torch.dtype) -> list[RemovableHandle]:
     return hooks
 
 
-class _Ends:
+class _EndCasts:
     """Converts inputs and outputs of calls that come from no other module of a model."""
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:

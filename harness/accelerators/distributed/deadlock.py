@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from harness.accelerators.distributed.heartbeat import Silence
+from harness.accelerators.distributed.heartbeat import SilenceTimer
 from harness.accelerators.distributed.named_barrier import (
     describe_place,
     is_in,
@@ -87,7 +87,7 @@ class Deadlock:
         self._rank, self._world_size, self._after_s = rank, world_size, after_s
         self._find_wait = find_wait or MainThread().find_wait
         self._count_busy = count_busy
-        self._still = Silence(clock, _LONGEST_LOOK_S)
+        self._still = SilenceTimer(clock, _LONGEST_LOOK_S)
         self._busy_at = 0.0
         self._reported: Wait | None = None
         self._looks = 0

@@ -35,7 +35,7 @@ WORKING = "working"
 """Begin of the key in the store that says whether a rank is in a fit, or such."""
 
 
-class Silence:
+class SilenceTimer:
     """Time without a sign of life, as far as this process itself was running.
 
     A process that was stopped for an hour, as all those of a suspended job, has heard
@@ -141,7 +141,7 @@ class Heartbeat:
         self._is_known = False
         self.members: list[Member] = []
         self._machines: list[str] = []
-        self._near, self._far = (Silence(clock, 2 * BEAT_S) for _ in range(2))
+        self._near, self._far = (SilenceTimer(clock, 2 * BEAT_S) for _ in range(2))
         self._ended: set[str] = set()
 
     def look(self, store: Store) -> tuple[int, str] | None:

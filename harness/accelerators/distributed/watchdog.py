@@ -28,7 +28,7 @@ from harness.accelerators.distributed.heartbeat import (
     WORKING,
     Heartbeat,
     Member,
-    Silence,
+    SilenceTimer,
 )
 from harness.accelerators.distributed.launcher import is_inner_launcher
 from harness.accelerators.distributed.named_barrier import (
@@ -208,7 +208,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         """Watch what needs no answer of the store."""
-        answers = Silence(time.monotonic, 10 * self._poll_s)
+        answers = SilenceTimer(time.monotonic, 10 * self._poll_s)
         while not self._quiet.wait(self._poll_s):
             if self._launchers() != self._parents:
                 os.kill(os.getpid(), signal.SIGTERM)

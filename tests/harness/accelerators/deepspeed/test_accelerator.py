@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import harness
 from harness.accelerators.deepspeed.accelerator import DeepSpeedAccelerator
 from harness.accelerators.deepspeed.library import import_deepspeed
-from harness.accelerators.deepspeed.whole_weights import WholeWeights
+from harness.accelerators.deepspeed.zero3_weights import WholeWeights
 from harness.accelerators.single import SingleDevice
 from harness.callbacks import LRScheduler, ModelCheckpoint, ResumeFromCheckpoint
 from tests.harness.accelerators.cases import (

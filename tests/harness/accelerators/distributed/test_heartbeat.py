@@ -19,7 +19,7 @@ from harness.accelerators.distributed.heartbeat import (
     WORKING,
     Heartbeat,
     Member,
-    Silence,
+    SilenceTimer,
 )
 from harness.accelerators.distributed.named_barrier import ENDED
 from harness.data.processes import Process, read_stat
@@ -167,7 +167,7 @@ def test_next_rank_watches_where_the_first_of_a_machine_is_stopped(
 
 
 def test_job_that_was_suspended_as_a_whole_is_alive(clock):
-    silence = Silence(clock, 2 * BEAT_S)
+    silence = SilenceTimer(clock, 2 * BEAT_S)
     silence.update(1)
     clock.now += 3600
     assert silence.update(1) == 2 * BEAT_S
