@@ -77,7 +77,11 @@ def list_all_state(opt: Any) -> Iterator[None]:
 
 
 def load_optimizer_state(opt: Any, saved: StateDict, name: str) -> None:
-    """Restore the state of an optimizer in its saved dtypes."""
+    """Restore the state of an optimizer in its saved dtypes.
+
+    Its groups stay the same objects: another optimizer may share them.
+    """
+    live_groups, own_groups = opt.param_groups, list(opt.param_groups)
     before = [dict(group) for group in opt.param_groups]
     groups = [dict(group) for group in saved["param_groups"]]
     for group, had in zip(groups, before, strict=False):  # some are no longer stepped
@@ -88,6 +92,12 @@ def load_optimizer_state(opt: Any, saved: StateDict, name: str) -> None:
         msg = f"resume: expected the saved groups of optimizer {name!r}, got: {error}"
         advice = "Resume with the learner that was saved."
         raise CheckpointError(f"{msg}. {advice}") from error
+    if vars(opt).get("param_groups", live_groups) is not live_groups:
+        for own, loaded in zip(own_groups, opt.param_groups, strict=True):
+            own.clear()
+            own.update(loaded)
+        opt.param_groups[:] = live_groups[:] = own_groups
+        opt.param_groups = live_groups
     # Keep what a scheduler that is new in this fit has added.
     for group, had in zip(opt.param_groups, before, strict=True):
         group.update({k: v for k, v in had.items() if k not in group})

@@ -16,7 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor  # torch 2.13: no public way
 
-from harness.checkpoint.search import MODULE_FIELDS, PLAIN_TYPES, SCALARS, Search
+from harness.checkpoint.search import (
+    PLAIN_TYPES,
+    SCALARS,
+    Search,
+    list_library_fields,
+)
 from harness.pytree import StateDict, has_named_factory
 from harness.reshard.consolidated import copy_into
 
@@ -90,17 +95,26 @@ def capture_attributes(
 
 def restore_attributes(search: Search, saved: Attributes, device: torch.device) -> None:
     """Restore what ``capture_attributes`` returned; new tensors go to the device."""
+    memory = _memory_of(
+        one for found in search.owners.values() for one in found.values()
+    )
     for root, owners in saved.items():
         for path, fields in owners.items():
             owner = search.owners.get(root, {}).get(path)
             for name, value in fields.items() if owner is not None else ():
                 moved = _map(value, lambda tensor: tensor.to(device))
-                if not _copy_into(vars(owner).get(name), moved):
+                if not _copy_into(vars(owner).get(name), moved, memory):
                     vars(owner)[name] = moved
 
 
-def _copy_into(live: object, value: Any) -> bool:
-    """Put a value into the live object of the same form, which others may hold."""
+def _copy_into(live: object, value: Any, memory: set[int]) -> bool:
+    """Put a value into the live object of the same form, which others may hold.
+
+    Parameters
+    ----------
+    memory
+        Addresses of parameters and buffers, of which a live tensor may be a view.
+    """
     if isinstance(live, deque) and isinstance(value, deque):
         live.clear()
         live.extend(value)
@@ -112,7 +126,7 @@ def _copy_into(live: object, value: Any) -> bool:
     if not isinstance(live, Tensor) or not isinstance(value, Tensor):
         return False
     is_alike = live.shape == value.shape and live.dtype == value.dtype
-    if not is_alike or not live.is_leaf:
+    if not is_alike or not live.is_leaf or _address(live) in memory:
         return False
     with torch.no_grad():
         copy_into(live, value)
@@ -120,10 +134,9 @@ def _copy_into(live: object, value: Any) -> bool:
 
 
 def _plain_fields(owner: object) -> Iterator[tuple[str, Any]]:
+    skipped = list_library_fields(owner)
     for name, value in list(vars(owner).items()):
-        if name in MODULE_FIELDS or name.startswith(
-            ("ds_", "_ds", "_z3")
-        ):  # an engine's
+        if name in skipped or name.startswith(("ds_", "_ds", "_z3")):  # an engine's
             continue
         if _is_plain(value):
             yield name, value
@@ -138,10 +151,9 @@ def _is_plain(value: object, depth: int = 4) -> bool:
     if isinstance(value, Tensor):
         # A leaf that is trained is found as an object. Of any other, such as the state of a
         # recurrent model that the next batch detaches, the numbers are kept.
-        is_dead = is_functorch_wrapped_tensor(
-            value
-        )  # it escaped from vmap, without values
-        return not is_dead and not (value.requires_grad and value.is_leaf)
+        if value.is_meta or is_functorch_wrapped_tensor(value):  # it escaped from vmap
+            return False  # it has no numbers
+        return not (value.requires_grad and value.is_leaf)
     if type(value) not in _CONTAINERS or not depth:
         return False
     return _has_plain_items(value) or all(

@@ -128,7 +128,11 @@ def _restore_module(module: nn.Module, state: StateDict, saved: frozenset[int]) 
 
 
 def _tensors_of(module: nn.Module, saved: frozenset[int]) -> dict[str, Tensor]:
-    return {n: t for n, t in named_tensors(module).items() if id(t) not in saved}
+    return {
+        name: tensor
+        for name, tensor in named_tensors(module).items()
+        if id(tensor) not in saved and not tensor.is_meta
+    }
 
 
 def get_extra_states(model: nn.Module) -> StateDict:
@@ -241,6 +245,12 @@ def _restore(
         _restore_module(thing, state, search.saved)
     elif isinstance(thing, Optimizer):
         regroup(thing, state["groups"], params, name)
-        load_optimizer_state(thing, state["state"], name)
+        own = state["state"]
+        if search.saved.issuperset(map(id, thing.param_groups)):
+            # The groups of an optimizer of the fit, which have their options already.
+            pairs = zip(thing.param_groups, own["param_groups"], strict=True)
+            groups = [{**live, "params": saved["params"]} for live, saved in pairs]
+            own = {**own, "param_groups": groups}
+        load_optimizer_state(thing, own, name)
     else:
         thing.load_state_dict(state["state"])

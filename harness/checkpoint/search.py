@@ -12,8 +12,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from harness.accelerators.single import SingleDevice
 from harness.callback import Callback
 from harness.context import Context
 from harness.metrics.type_checks import is_metric
@@ -25,8 +27,11 @@ MAX_ITEMS = 1000
 MAX_DEPTH = 6
 """How deep objects inside objects are searched."""
 
-MODULE_FIELDS = frozenset(vars(nn.Module())) | {"ctx"}
-"""Attributes of a module that are not its own."""
+_MODULE_FIELDS = frozenset(vars(nn.Module())) | {"ctx"}
+_OPTIMIZER_FIELDS = frozenset({"defaults", "param_groups", "state", "_opt_called"})
+
+OPTIMIZERS = "optimizers"
+"""How roots of optimizers begin."""
 
 PLAIN_TYPES = (bool, int, float, complex, str, type(None))
 SCALARS = frozenset(PLAIN_TYPES)
@@ -87,6 +92,11 @@ class Search:
         else:
             self._search(root, "", value, 0)
 
+    def add_optimizer(self, root: str, opt: object) -> None:
+        """Search the attributes of an optimizer, which are no part of its ``state_dict``."""
+        self.objects[root], self.owners[root] = {}, {"": opt}
+        self._search_fields(root, "", opt, 0)
+
     def iter_objects(self) -> Iterator[tuple[str, str, Any]]:
         """Yield root, path and object of each of `objects`."""
         for root, found in self.objects.items():
@@ -131,7 +141,7 @@ class Search:
                 self._search_fields(root, place, module, depth)
 
     def _search_fields(self, root: str, path: str, owner: object, depth: int) -> None:
-        skipped = MODULE_FIELDS if isinstance(owner, nn.Module) else {"ctx"}
+        skipped = list_library_fields(owner)
         for name, value in list(getattr(owner, "__dict__", {}).items()):
             if name not in skipped and type(value) not in SCALARS:
                 self._search(root, f"{path}.{name}", value, depth + 1)
@@ -141,9 +151,14 @@ def search_fit(ctx: Context, callbacks: Mapping[str, Callback]) -> Search:
     """Search all that belongs to a fit."""
     saved: list[Any] = [ctx.accelerator, ctx.run, *ctx.callbacks]
     saved += iter_parts(ctx.model.modules())
+    is_single = isinstance(ctx.accelerator, SingleDevice)  # engines wrap optimizers
     for opt in ctx.optimizers.values():
-        saved += [opt, getattr(opt, "optimizer", opt)]
+        saved += [opt, *([] if is_single else [getattr(opt, "optimizer", opt)])]
+        saved += getattr(opt, "param_groups", [])
     search = Search(saved)
+    for name, opt in ctx.optimizers.items() if is_single else ():
+        if not _is_library(opt):
+            search.add_optimizer(f"{OPTIMIZERS}.{name}", opt)
     search.add("loss", ctx.loss_fn)
     search.add("model", ctx.model)
     search.add("backward", ctx.backward)
@@ -189,6 +204,13 @@ def iter_parts(modules: Iterable[nn.Module]) -> Iterator[object]:
 def has_extra_state(module: nn.Module) -> bool:
     """Whether a module saves state beside its tensors by itself."""
     return type(module).get_extra_state is not nn.Module.get_extra_state
+
+
+def list_library_fields(owner: object) -> frozenset[str]:
+    """Attributes of an object that are not its own."""
+    if isinstance(owner, Optimizer):
+        return _OPTIMIZER_FIELDS
+    return _MODULE_FIELDS if isinstance(owner, nn.Module) else frozenset({"ctx"})
 
 
 def _is_library(value: object) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import platform
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -37,6 +37,7 @@ from harness.checkpoint.object_states import (
 )
 from harness.checkpoint.param_groups import describe_groups, name_groups, regroup
 from harness.checkpoint.search import (
+    OPTIMIZERS,
     Search,
     name_parameters,
     search_fit,
@@ -232,17 +233,20 @@ def _restore_attached(ctx: Context, state: StateDict, wanted: set[str]) -> None:
     """Restore what hangs on the model and the loss, and on callbacks."""
     search = search_context(ctx)
     of_callbacks = {name for name, _ in name_callbacks(ctx.callbacks)}
-    roots = {
-        root
-        for root in search.objects
-        if ("callbacks" if root in of_callbacks else "model") in wanted
-    }
+    roots = {root for root in search.objects if _get_part(root, of_callbacks) in wanted}
     objects, attributes = (
         {root: own for root, own in state.get(part, {}).items() if root in roots}
         for part in ("held", "fields")
     )
     restore_attributes(search, attributes, ctx.device)
     restore_objects(search, objects, name_parameters(ctx.model, search))
+
+
+def _get_part(root: str, of_callbacks: Container[str]) -> str:
+    """Part of a checkpoint that what hangs on a root belongs to."""
+    if root in of_callbacks:
+        return "callbacks"
+    return OPTIMIZERS if root.startswith(f"{OPTIMIZERS}.") else "model"
 
 
 def _restore_journal(ctx: Context, state: StateDict, *, is_same_run: bool) -> None:

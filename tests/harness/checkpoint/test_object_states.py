@@ -259,6 +259,39 @@ class OwnOptimizer(Line):
         return torch.optim.Adam(groups, lr=0.01)
 
 
+class Wraps(torch.optim.Optimizer):
+    """Steps by another optimizer with the same groups, every second time twice as far."""
+
+    def __init__(self, params, lr=0.01) -> None:
+        super().__init__(params, {"lr": lr, "momentum": 0.9})
+        self.base = torch.optim.SGD(self.param_groups, lr=lr, momentum=0.9)
+        self.param_groups, self.count = self.base.param_groups, 0
+
+    def step(self, closure=None):
+        self.count += 1
+        for _ in range(1 + (self.count % 3 == 0)):
+            self.base.step()
+
+
+class HoldsModules(Line):
+    """A module without numbers, and a weight that is computed anew in each forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.others = [nn.Linear(1, 1, device="meta")]
+        self.weight = self.fc.weight.data
+
+    def forward(self, x):
+        self.weight = self.fc.weight / self.fc.weight.norm()
+        return self.fc(x) * self.weight.sum()
+
+
+def with_wrapped_optimizer() -> harness.Learner:
+    mse = nn.MSELoss()
+    learner = harness.setup(HoldsModules, loss=mse, optimizer=Wraps)
+    return learner.set_opt_hparams(lr=0.02)
+
+
 def with_closure() -> harness.Learner:
     part = Balanced()
     return sgd(loss=lambda pred, target: part(pred, target))
@@ -292,6 +325,7 @@ PROGRAMS: dict[str, tuple[Any, Any, Callable[[Any], list[Any]]]] = {
         list,
         lambda f: f.model.gains,
     ),
+    "an optimizer that wraps one": (with_wrapped_optimizer, list, nothing),
     "a metric": (lambda: sgd(HasMetric), list, lambda f: [f.model.mean.compute()]),
     "plain attributes": (
         lambda: sgd(PlainState),
