@@ -40,7 +40,7 @@ PREDICT_EVENTS: Final[dict[str, str]] = {
 """Events of ``predict`` and when they fire."""
 
 EXTRA_EVENTS: Final[dict[str, str]] = {
-    "on_interrupt": "after Ctrl-C or SIGTERM ended the fit at the end of a batch",
+    "on_interrupt": "after a signal such as Ctrl-C ended the fit at the end of a batch",
     "on_early_stopping": "after `EarlyStop` ended the fit",
     "on_exception": "before an exception leaves the loop, in every callback",
 }
