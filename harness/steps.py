@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.accelerators.base import StepOpt, default_step_opt, has_modes
+from harness.accelerators.base import StepOpt, has_modes
+from harness.accelerators.optimizer_step import default_step_opt
 from harness.callback import Listeners
 from harness.checks.hints import add_hint, find_loss_hint, find_model_hint
 from harness.checks.model import get_method

@@ -9,7 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from harness.accelerators.base import Accelerator, default_step_opt
+    from harness.accelerators.base import Accelerator
+    from harness.accelerators.optimizer_step import default_step_opt
     from harness.accelerators.select import accelerator
     from harness.accelerators.single import SingleDevice
 
@@ -17,7 +18,7 @@ _HOMES = {
     "Accelerator": "base",
     "SingleDevice": "single",
     "accelerator": "select",
-    "default_step_opt": "base",
+    "default_step_opt": "optimizer_step",
 }
 
 __all__ = ["Accelerator", "SingleDevice", "accelerator", "default_step_opt"]

@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from harness.accelerators.optimizer_step import step_optimizer
+from harness.accelerators.optimizer_step import default_step_opt
 from harness.data.batch import Batch
 from harness.pytree import StateDict
 
@@ -21,11 +21,6 @@ StepHook = Callable[[str], object]
 
 StepOpt = Callable[[Any], object]
 """A function that steps an optimizer; see ``Context.step_opt``."""
-
-
-def default_step_opt(opt: Any) -> None:
-    """Call ``opt.step()``, as fast as torch can do it."""
-    step_optimizer(opt)
 
 
 def needs_closure(opt: Any) -> bool:

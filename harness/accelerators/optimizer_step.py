@@ -24,8 +24,8 @@ _DONE_HERE: Final = {
 """What torch's wrapper of ``step`` uses for its mark and hooks; one with other names does more."""
 
 
-def step_optimizer(opt: Any) -> None:
-    """As ``opt.step()``.
+def default_step_opt(opt: Any) -> None:
+    """Call ``opt.step()``, as fast as torch can do it.
 
     References
     ----------

@@ -20,14 +20,13 @@ from harness.accelerators.base import (
     StepOpt,
     check_whole,
     counts_on_device,
-    default_step_opt,
     ignore_step,
     list_parameters,
     missing_backward,
     needs_closure,
 )
 from harness.accelerators.devices import find_device
-from harness.accelerators.optimizer_step import clear_gradients
+from harness.accelerators.optimizer_step import clear_gradients, default_step_opt
 from harness.accelerators.pinned import make_mover
 from harness.accelerators.precision import (
     DTYPES,

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from harness.accelerators.base import (
     Accelerator,
     StepOpt,
-    default_step_opt,
     needs_closure,
 )
+from harness.accelerators.optimizer_step import default_step_opt
 from harness.checkpoint.search import name_parameters
 from harness.checkpoint.state import search_context
 from harness.checks.calls import count_needed

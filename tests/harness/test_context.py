@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import harness
-from harness.accelerators.base import default_step_opt
+from harness.accelerators.optimizer_step import default_step_opt
 from harness.accelerators.single import SingleDevice
 from harness.context import Context
 from harness.data.pace import NO_LIMIT

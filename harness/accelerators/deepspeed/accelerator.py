@@ -29,7 +29,6 @@ from harness.accelerators.base import (
     Agreement,
     StepHook,
     StepOpt,
-    default_step_opt,
     ignore_step,
     missing_backward,
 )
@@ -70,6 +69,7 @@ from harness.accelerators.distributed.group import RankGroup, detach_to
 from harness.accelerators.distributed.row_split import ShareTracker
 from harness.accelerators.distributed.sharded_loader import shard_loaders
 from harness.accelerators.distributed.watchdog import Watchdog
+from harness.accelerators.optimizer_step import default_step_opt
 from harness.accelerators.pinned import make_mover
 from harness.accelerators.precision import make_autocast
 from harness.accelerators.single import named_tensors

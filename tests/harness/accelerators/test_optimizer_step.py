@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from harness.accelerators.optimizer_step import clear_gradients, step_optimizer
+from harness.accelerators.optimizer_step import clear_gradients, default_step_opt
 
 KINDS = [
     torch.optim.SGD,
@@ -36,7 +36,7 @@ def is_marked(opt: torch.optim.Optimizer) -> bool:
     """Whether a step runs torch's wrapper, which calls this method of the optimizer."""
     seen = []
     opt._optimizer_step_code = lambda: seen.append(True)  # type: ignore[method-assign]
-    step_optimizer(opt)
+    default_step_opt(opt)
     return bool(seen)
 
 
@@ -47,7 +47,7 @@ def test_weights_and_states_are_those_of_a_plain_step(kind: type) -> None:
     for _ in range(3):
         backward(ours)
         backward(theirs)
-        step_optimizer(opt)
+        default_step_opt(opt)
         plain.step()
         clear_gradients(opt)
         plain.zero_grad()
@@ -73,7 +73,7 @@ def test_hooks_after_a_step_see_what_torch_shows_them() -> None:
     seen: list[Any] = []
     opt.register_step_post_hook(lambda *given: seen.append(given))
     backward(net)
-    step_optimizer(opt)
+    default_step_opt(opt)
     assert not is_marked(opt)
     assert seen == [(opt, (opt,), {})] * 2
 
@@ -96,7 +96,7 @@ def test_a_schedule_and_a_profiler_see_each_step() -> None:
     net, opt = make()
     backward(net)
     with torch.profiler.profile() as profile:
-        step_optimizer(opt)
+        default_step_opt(opt)
     assert "Optimizer.step#AdamW.step" in {
         event.key for event in profile.key_averages()
     }
@@ -129,8 +129,8 @@ def test_own_steps_are_called() -> None:
     opt, other = Own(net.parameters(), lr=0.1), NotTorchs()
     backward(net)
     before = copy.deepcopy(net.weight)
-    step_optimizer(opt)
-    step_optimizer(other)
+    default_step_opt(opt)
+    default_step_opt(other)
     assert opt.steps == other.steps == 1
     assert not torch.equal(net.weight, before)
 
@@ -140,8 +140,8 @@ def test_a_method_put_on_the_class_later_is_called(
 ) -> None:
     net, opt = make()
     backward(net)
-    step_optimizer(opt)
+    default_step_opt(opt)
     seen: list[Any] = []
     monkeypatch.setattr(type(opt), "step", lambda self: seen.append(self))
-    step_optimizer(opt)
+    default_step_opt(opt)
     assert seen == [opt]

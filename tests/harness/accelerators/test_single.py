@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import harness
-from harness.accelerators.base import default_step_opt
 from harness.accelerators.devices import choose_device
+from harness.accelerators.optimizer_step import default_step_opt
 from harness.accelerators.single import SingleDevice, load_optimizer_state
 from tests.harness.fakes import Line
 
