@@ -295,8 +295,8 @@ class Fitted:
     ) -> Fitted:
         """Train a copy of this model further; this result stays as it is.
 
-        The fit is a new one: of the same learner, with a new optimizer, records from epoch
-        1, and a run of its own. A loss with a state continues with what it has learned.
+        This is a new fit of the same learner, with a new optimizer, records from epoch 1
+        and its own run. A loss with state continues from what it has learned.
 
         Parameters
         ----------
@@ -446,7 +446,7 @@ class Fitted:
         Raises
         ------
         ValueError
-            If the fit was not tracked, the name is no name, or no example is known.
+            If the fit was not tracked, the name is invalid, or no example is known.
         ExportError
             As in ``export``.
         """

@@ -237,7 +237,7 @@ def lr_finder(
     smoothing : in [0, 1)
         Share of the earlier mean that the smoothed loss keeps.
     stop_above : > 1
-        End when the smoothed loss is more than so many times the lowest one, or no number;
+        End when the smoothed loss is NaN, or more than this many times the lowest one;
         None: take all steps.
     callbacks, accelerator, verbose, dataloader_options, seed
         As in ``Learner.fit``.

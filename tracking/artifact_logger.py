@@ -149,7 +149,8 @@ class ArtifactLogger(RowLogger):
         Raises
         ------
         TypeError, ValueError
-            If it is no image, or has more than 16 million pixels. Nothing is recorded then.
+            If it is not an image, or has more than 16 million pixels. Nothing is recorded
+            then.
 
         Notes
         -----
@@ -199,7 +200,7 @@ class ArtifactLogger(RowLogger):
         Raises
         ------
         TypeError, ValueError
-            If it is no table, its columns differ in length, or it has more than 250,000
+            If it is not a table, its columns differ in length, or it has more than 250,000
             cells. Nothing is recorded then.
 
         Notes
@@ -251,7 +252,7 @@ class ArtifactLogger(RowLogger):
             Name of the series of histograms, such as ``"grads"``.
         values
             Tensor, array or list of bools, integers or floats, of any shape. NaN and
-            infinities are counted apart from the others.
+            infinities are counted separately.
         bins : 1 to 512
             Number of bins. Integers of a smaller range get one bin each.
         step

@@ -64,10 +64,10 @@ def export(
 
     Notes
     -----
-    The first column, ``run``, is the id of the run; ``fit`` is there only if a run has
-    several. A warning tells which rows cannot be read. A file is replaced only when the new
-    one is complete; one of another filesystem is written to a temporary file first. In a
-    folder, the files of the exported runs are replaced.
+    The first column, ``run``, is the id of the run; there is a column ``fit`` only if a run
+    has several. A warning lists rows that cannot be read. A file is replaced only when the
+    new one is complete; one of another filesystem is written to a temporary file first. In
+    a folder, the files of the exported runs are replaced.
     """
     check_path(path, "export(path)")
     found = _open_runs(runs)

@@ -360,7 +360,7 @@ class RowLogger:
         self._journal.reset_indices(highest)
 
     def begin_fit(self, number: int | None = None) -> int:
-        """Count what is logged from now on as another fit, whose epochs begin anew.
+        """Count what is logged from now on as another fit, whose epochs start again at 1.
 
         Its metrics have rows of their own in ``PastRun.wide``, and names of their own in
         MLflow, such as ``valid/loss_fit2``. ``Learner.fit`` calls this.
@@ -382,7 +382,7 @@ class RowLogger:
         RuntimeError
             If another thread is in a fit of this run: their rows could not be told apart.
         TypeError, ValueError
-            If ``number`` is no whole number from 1.
+            If ``number`` is not a whole number from 1.
         """
         if number is not None:
             number = _check_fit(number, "number", "Run.begin_fit")

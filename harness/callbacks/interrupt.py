@@ -48,11 +48,11 @@ class Interrupt(Callback):
     Notes
     -----
     A terminal sends Ctrl-C to the ranks and to their launcher, which then signals the ranks
-    again: torchrun by the same signal, DeepSpeed's launcher by SIGTERM. Batch systems repeat
-    SIGTERM too. So only a second Ctrl-C shows that somebody wants the fit to end now, and
-    with several ranks only one that comes more than ``REPEAT_S`` later. A fit of several
-    ranks that a signal ended leaves its handlers installed, because launchers may repeat
-    the signal for ``LAUNCHER_S``. A signal after that has its earlier effect again.
+    again: torchrun with the same signal, DeepSpeed's launcher with SIGTERM. Batch systems
+    repeat SIGTERM too. So only a second Ctrl-C shows that somebody wants the fit to end
+    now, and with several ranks only one that comes more than ``REPEAT_S`` later. A fit of
+    several ranks that a signal ended leaves its handlers installed, because launchers may
+    repeat the signal for ``LAUNCHER_S``. A signal after that has its earlier effect again.
 
     SIGUSR1 and SIGHUP are left to a program that handles or ignores them, such as by
     ``faulthandler.register`` or under ``nohup``. A fit inside another one's event passes

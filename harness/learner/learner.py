@@ -157,7 +157,7 @@ class Learner:
         return replace(self, opt_hparams={**self.opt_hparams, **opt_hparams})
 
     def build_model(self) -> nn.Module:
-        """Build a new model; one that somebody else holds is copied.
+        """Build a new model; one that something else holds is copied.
 
         Raises
         ------
@@ -456,7 +456,7 @@ class Learner:
         Raises
         ------
         TypeError
-            If it is no model, or uses a name of ``harness`` for something else.
+            If it is not a model, or uses a name of ``harness`` for something else.
 
         Examples
         --------
@@ -568,8 +568,8 @@ class Learner:
         callbacks, accelerator, verbose, dataloader_options
             As in ``evaluate``.
         stack
-            Join the outputs of all batches; False returns a list with one item a batch. On
-            several ranks these are the batches of each rank, in order of their rows.
+            Join the outputs of all batches; False returns a list with one item per batch.
+            On several ranks these are the batches of each rank, in order of their rows.
         mode
             ``"train"`` keeps dropout on, to predict several times, for example. Modes and
             buffers (BatchNorm's statistics) are afterwards as before.
@@ -579,7 +579,7 @@ class Learner:
         Returns
         -------
         tensor whose first dim is the rows of `data`; tuples and dicts of tensors if the
-        model returns those; a list with one item a batch for anything else
+        model returns those; a list with one item per batch for anything else
 
         Raises
         ------

@@ -22,7 +22,7 @@ from harness.steps import StepContext, call_model, get_reader
 class StochasticWeightAveraging(AveragedWeights):
     """Returns the mean of the weights after each of the last epochs.
 
-    At the end of the fit, BatchNorm's statistics are computed anew by one pass over the
+    At the end of the fit, BatchNorm's statistics are computed again in one pass over the
     training data, without gradients. Validation uses the weights of training, and so does
     the result of a fit that a signal interrupts.
 

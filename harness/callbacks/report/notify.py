@@ -32,7 +32,7 @@ class Notify(Callback):
     Raises
     ------
     ValueError
-        If `url` is no web address.
+        If `url` is not a web address.
     """
 
     weight = math.inf  # after the last checkpoint is written

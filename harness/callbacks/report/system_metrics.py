@@ -28,8 +28,8 @@ MAX_NAMED = 16
 class SystemMetrics(Callback):
     """Records the use of processor, memory, disk, network and the run's own GPUs.
 
-    A thread of its own reads them; their means are recorded every `every` optimizer steps
-    and at the end of each epoch. MLflow shows them on its page of system metrics.
+    A background thread reads them. Their means are recorded every `every` optimizer steps
+    and at the end of each epoch. MLflow shows them on its tab *System metrics*.
 
     Parameters
     ----------

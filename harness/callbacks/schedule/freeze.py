@@ -29,8 +29,8 @@ class Freeze(Callback):
     until : >= 2
         First epoch that trains them; None: they are never trained.
     lr : > 0
-        Learning rate of what is unfrozen, in a parameter group of its own; None: that of
-        its group. Of several callbacks, the one with the longest name decides.
+        Learning rate of the unfrozen weights, in a separate parameter group; None: that of
+        their group. If several callbacks name a weight, the longest name decides.
 
     Raises
     ------
@@ -40,8 +40,8 @@ class Freeze(Callback):
 
     Notes
     -----
-    The group is there from the beginning, so schedulers change its rate like the others. At
-    the end of the fit everything can be trained again that could be before it.
+    The group exists from the beginning, so schedulers change its rate like the others. At
+    the end of the fit, everything that could be trained before it can be trained again.
     """
 
     weight = -60  # after TrainValid
