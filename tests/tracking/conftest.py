@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
 import os
 import time
 import warnings
@@ -12,11 +14,18 @@ from typing import Any
 import pytest
 
 import tracking
-from tests.tracking.stores import Delivering, Proxy, Recorded
+from tests.tracking.stores import (
+    Delivering,
+    ForkedDelivery,
+    Proxy,
+    Recorded,
+    TrackingServer,
+    serve_mlflow,
+)
+from tracking.delivery.sync import MlflowContents
 from tracking.delivery.worker import DeliveryWorker
 from tracking.mlflow_store.keys import SeriesId, plain_key
 from tracking.mlflow_store.runs import RunResolver
-from tracking.mlflow_store.server import Server
 
 Points = list[tuple[str, int, float, int]]
 
@@ -57,17 +66,24 @@ def store(tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path}/mlflow.db"
 
 
+@pytest.fixture(scope="session")
+def no_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder in which runs are started: only for the first one, a process describes it."""
+    return tmp_path_factory.mktemp("no_repository")
+
+
 @pytest.fixture
 def record(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, no_repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[..., Recorded]]:
     """Starts runs that no process delivers."""
-    monkeypatch.chdir(tmp_path)  # no repository, whose state would be asked for
+    monkeypatch.chdir(tmp_path)
     runs: list[tracking.Run] = []
 
     def start(delivery: dict[str, Any] | None = None, **options: Any) -> Recorded:
         options = {"experiment": "digits", "delivery": False, **options}
-        run = tracking.start(runs_dir=tmp_path / "runs", **options)
+        with contextlib.chdir(no_repository):
+            run = tracking.start(runs_dir=tmp_path / "runs", **options)
         runs.append(run)
         if delivery is not None:
             run.manifest.delivery = delivery
@@ -104,6 +120,23 @@ def deliver(
         return made
 
     return run
+
+
+@pytest.fixture
+def fork_delivery(
+    client_class: Any, tmp_path: Path
+) -> Iterator[Callable[..., ForkedDelivery]]:
+    """Starts delivery processes with a command line and variables of the environment."""
+    made: list[ForkedDelivery] = []
+
+    def start(*words: str, **variables: str) -> ForkedDelivery:
+        output = tmp_path / f"delivery-{len(made)}.txt"
+        made.append(ForkedDelivery(words, output, **variables))
+        return made[-1]
+
+    yield start
+    for process in made:
+        process.kill()
 
 
 @pytest.fixture
@@ -147,6 +180,28 @@ def in_mlflow(client: Callable[[str], Any]) -> Callable[..., Points]:
 
 
 @pytest.fixture
+def read_back(client_class: Any, cache: Path) -> Callable[[Path, str], MlflowContents]:
+    """What MLflow has of a run, read in this process."""
+
+    def read(path: Path, store: str) -> MlflowContents:
+        resolver = RunResolver(path, store, lambda uri: client_class(uri, cache))
+        run = resolver.find()
+        assert run is not None
+        return MlflowContents(
+            history=resolver.client.history(run.run_id),
+            mlflow_run_id=run.run_id,
+            experiment_id=run.experiment_id,
+            tracking_uri=store,
+            status=run.status,
+            params=run.params,
+            tags=run.tags,
+            artifacts=resolver.client.artifacts(run.run_id),
+        )
+
+    return read
+
+
+@pytest.fixture
 def in_journal() -> Callable[[Path], Points]:
     """All points of a run's journal, computed row by row."""
 
@@ -173,11 +228,29 @@ def in_journal() -> Callable[[Path], Points]:
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A real tracking server with its own database."""
+def server(
+    tmp_path_factory: pytest.TempPathFactory, client_class: Any
+) -> Iterator[TrackingServer]:
+    """MLflow's tracking server with its own database.
+
+    It is forked from this process, which has imported MLflow. ``mlflow server`` imports
+    it twice, which takes ten seconds.
+    """
     folder = tmp_path_factory.mktemp("server")
-    with Server(f"sqlite:///{folder}/mlflow.db", folder=folder) as started:
-        yield started
+    context = multiprocessing.get_context("fork")
+    reader, writer = context.Pipe(duplex=False)
+    process = context.Process(
+        target=serve_mlflow,
+        args=(f"sqlite:///{folder}/mlflow.db", folder, writer),
+        daemon=True,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads
+        process.start()
+    assert reader.poll(120)
+    yield TrackingServer(reader.recv())
+    process.kill()
+    process.join()
 
 
 @pytest.fixture
@@ -195,7 +268,7 @@ def connect() -> Iterator[Callable[..., Proxy]]:
 
 
 @pytest.fixture
-def proxy(server: Server, connect: Callable[..., Proxy]) -> Proxy:
+def proxy(server: TrackingServer, connect: Callable[..., Proxy]) -> Proxy:
     """A connection to the server."""
     return connect(server.port)
 

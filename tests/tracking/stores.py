@@ -5,8 +5,17 @@ from __future__ import annotations
 import contextlib
 import http.client
 import http.server
+import logging
+import multiprocessing
+import os
 import sqlite3
+import sys
 import threading
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import tracking
@@ -62,6 +71,82 @@ class Delivering:
         self.thread.join(300)
         assert not self.thread.is_alive()
         return self.worker.state
+
+
+@dataclass(frozen=True)
+class TrackingServer:
+    """Where a tracking server of MLflow answers."""
+
+    port: int
+
+    @property
+    def address(self) -> str:
+        """URL of the server."""
+        return f"http://127.0.0.1:{self.port}"
+
+
+def serve_mlflow(store: str, folder: Path, ready: Connection) -> None:
+    """Serve MLflow's application in this process, as ``mlflow server`` sets it up."""
+    warnings.simplefilter("ignore")
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    os.chdir(folder)
+    import mlflow.server as mlflow_server  # noqa: PLC0415 (only where it is needed)
+    from werkzeug.serving import make_server  # noqa: PLC0415
+
+    os.environ[mlflow_server.BACKEND_STORE_URI_ENV_VAR] = store
+    os.environ[mlflow_server.ARTIFACT_ROOT_ENV_VAR] = "mlflow-artifacts:/"
+    os.environ[mlflow_server.ARTIFACTS_DESTINATION_ENV_VAR] = str(folder / "artifacts")
+    os.environ[mlflow_server.SERVE_ARTIFACTS_ENV_VAR] = "true"
+    server = make_server("127.0.0.1", 0, mlflow_server.app, threaded=True)
+    ready.send(server.port)
+    server.serve_forever()
+
+
+class ForkedDelivery:
+    """A delivery process, forked from this one, which has imported MLflow.
+
+    Parameters
+    ----------
+    words
+        Its command line.
+    output
+        File for what it prints.
+    """
+
+    def __init__(self, words: Sequence[str], output: Path, **variables: str) -> None:
+        self._output = output
+        context = multiprocessing.get_context("fork")
+        self._process = context.Process(
+            target=self._run, args=(words, variables), daemon=True
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # threads are beside it
+            self._process.start()
+
+    def _run(self, words: Sequence[str], variables: Mapping[str, str]) -> None:
+        warnings.resetwarnings()
+        os.environ.update(variables)
+        with self._output.open("w") as file:
+            for number in (1, 2):
+                os.dup2(file.fileno(), number)
+        sys.stdout, sys.stderr = (open(n, "w", closefd=False) for n in (1, 2))  # noqa: SIM115
+        from tracking.delivery.__main__ import main  # noqa: PLC0415 (slow)
+
+        code = main(list(words))
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+    def wait(self) -> tuple[int, str]:
+        """Its exit code, and what it printed."""
+        self._process.join(300)
+        assert self._process.exitcode is not None
+        return self._process.exitcode, self._output.read_text()
+
+    def kill(self) -> None:
+        """End it at once, as SIGKILL does; safe to call twice."""
+        self._process.kill()
+        self._process.join()
 
 
 class Proxy:

@@ -16,9 +16,9 @@ IMAGE = np.eye(4)
 
 
 @pytest.fixture(autouse=True)
-def no_repository(tmp_path, monkeypatch):
+def _elsewhere(no_repository, monkeypatch):
     """No code to describe, so that a run has only the files of the test."""
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(no_repository)
 
 
 @pytest.fixture

@@ -11,7 +11,10 @@ import pytest
 
 import tracking
 
-START = "import sys, tracking; run = tracking.start(delivery=False, runs_dir='runs')\n"
+START = """
+import sys, tracking
+run = tracking.start(delivery=False, runs_dir=globals().get("runs", "runs"))
+"""
 
 
 def get_status(folder, code, *options, **more):
@@ -64,13 +67,14 @@ CASES = [
     ),
 ]
 
-# Each program ends a fork of one process, which imports what a run needs only once.
+# Each program ends a fork of one process, which imports what a run needs, and describes
+# the folder that runs are started in, only once.
 FORKS = """
-import os, sys, tracking.api
+import os, sys, tracking
+tracking.start(delivery=False, runs_dir="first").finish()
 for number, code in enumerate(sys.argv[1:]):
-    os.mkdir(str(number))
     if os.fork() == 0:
-        os.chdir(str(number))
+        runs = f"{number}/runs"
         break
     os.wait()
 else:

@@ -7,6 +7,8 @@ answered by an error, not answered, or whose answer is lost.
 from __future__ import annotations
 
 import contextlib
+import itertools
+import json
 import os
 import random
 import signal
@@ -22,7 +24,6 @@ import pytest
 
 import tracking
 from tests.tracking.stores import Delivering
-from tracking.delivery.process import delivery_command
 from tracking.delivery.retry import GaveUpError
 from tracking.delivery.state import DeliveryState
 from tracking.delivery.sync import sync
@@ -30,6 +31,8 @@ from tracking.delivery.worker import DeliveryWorker
 from tracking.mlflow_store.client import StoreClient
 from tracking.mlflow_store.runs import RunResolver
 from tracking.mlflow_store.server import Server
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(tracking.__file__).parents[1])}
 
@@ -257,7 +260,7 @@ import itertools, sys, time, tracking
 run = tracking.start(experiment="digits", runs_dir="runs")
 print(run.id, flush=True)
 for i in itertools.count():
-    run.log("metrics", "train", {"loss": 1 / (i + 1)}, index=i)
+    run.log_step({"loss": 1 / (i + 1)}, step=i)
     time.sleep(0.02)
 """
 
@@ -277,6 +280,12 @@ def trainer(tmp_path):
     process.kill()
     process.wait()
     process.stdout.close()
+
+
+def log_steps(run, count, first=0):
+    """Rows of steps: no picture is drawn of them, which takes seconds."""
+    for i in range(first, first + count):
+        run.run.log_step({"loss": 1 / (i + 1)}, step=i)
 
 
 def delivery_of(path):
@@ -304,32 +313,54 @@ def test_delivery_outlives_a_killed_trainer_and_closes_its_run(
     assert client(store).get_run(state.mlflow_run_id).info.status == "KILLED"
 
 
+@pytest.fixture
+def forked_trainer(record, until):
+    """A process, forked from this one, that logs until it is killed, and its run."""
+    reader, writer = os.pipe()
+    process = os.fork()
+    if process == 0:
+        run = record().run
+        os.write(writer, str(run.path).encode())
+        for i in itertools.count():
+            run.log_step({"loss": 1 / (i + 1)}, step=i)
+            time.sleep(0.02)
+    os.close(writer)
+    path = Path(os.read(reader, 1000).decode())
+    os.close(reader)
+    yield process, path
+    with contextlib.suppress(ProcessLookupError, ChildProcessError):
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+
+
 def test_killed_trainer_and_delivery_leave_what_sync_finishes(
-    trainer, until, is_equal, client_class, tmp_path
+    forked_trainer, store, fork_delivery, until, is_equal
 ):
-    process, path = trainer
+    process, path = forked_trainer
+    delivery = fork_delivery(str(path), MLFLOW_TRACKING_URI=store)
     until(lambda: (DeliveryState.read(path) or DeliveryState()).delivered >= 20)
-    process.kill()
-    os.kill(delivery_of(path), signal.SIGKILL)
-    process.wait()
-    (done,) = sync([tracking.open(path)])
-    assert (done.phase, done.behind) == ("done", 0)
-    assert is_equal(path, f"sqlite:///{tmp_path}/mlflow.db")
+    os.kill(process, signal.SIGKILL)
+    delivery.kill()
+    os.waitpid(process, 0)
+    assert tracking.open(path).status == "killed"
+    code, report = fork_delivery("--sync", str(path), MLFLOW_TRACKING_URI=store).wait()
+    done = json.loads(report)
+    assert (code, done["phase"], done["behind"]) == (0, "done", 0)
+    assert is_equal(path, store)
 
 
 def test_killed_delivery_of_a_live_run_is_restarted_by_sync(
-    record, store, until, is_equal, client_class, monkeypatch, tmp_path
+    record, store, until, is_equal, fork_delivery, monkeypatch
 ):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
     run = record()
-    run.log_curve(10)
-    process = subprocess.Popen(delivery_command(str(run.path)))
+    log_steps(run, 20)
+    process = fork_delivery(str(run.path))
     until(lambda: (DeliveryState.read(run.path) or DeliveryState()).delivered >= 19)
     (busy,) = sync([tracking.open(run.path)])
     assert busy.phase == "busy"
     process.kill()
-    process.wait()
-    run.log_curve(10, first=10)
+    log_steps(run, 20, first=20)
     (again,) = sync([tracking.open(run.path)])
     assert (again.phase, again.behind) == ("started", 20)
     until(lambda: DeliveryState.read(run.path).delivered >= 39)

@@ -8,7 +8,6 @@ import tracking
 from tests.tracking.stores import get_run
 from tracking.delivery.state import DeliveryState
 from tracking.delivery.summaries import collect_charts
-from tracking.delivery.sync import read_mlflow
 from tracking.verify.mlflow import compare_with_mlflow
 from tracking.verify.verify import verify
 
@@ -34,7 +33,9 @@ def points_of(store, run_id, in_mlflow):
     return [point[:3] for point in in_mlflow(store, run_id)]
 
 
-def test_each_fit_has_a_series_of_its_own(two_fits, deliver, store, in_mlflow, client):
+def test_each_fit_has_a_series_of_its_own(
+    two_fits, deliver, store, in_mlflow, client, read_back
+):
     run = two_fits.run
     run.log("metrics", "valid", {"loss": 7.0}, 2, append=False, epoch=2)
     run.log_metric("a?b", 1.0, index=1)
@@ -56,12 +57,13 @@ def test_each_fit_has_a_series_of_its_own(two_fits, deliver, store, in_mlflow, c
     names = DeliveryState.read(run.path).names
     assert names["valid/loss_fit2"] == ["metrics", "valid", "loss", "2"]
     assert sorted(names.values())[0] == ["metrics", "train", "a?b", "2"]
-    assert not verify(tracking.open(run.path)).mismatches
+    past = tracking.open(run.path)
+    assert not compare_with_mlflow(past, read_back(past.path, store)).mismatches
 
 
 @pytest.mark.slow
 def test_resume_inside_the_second_fit_continues_its_series(
-    record, two_fits, deliver, store, in_mlflow
+    record, two_fits, deliver, store, in_mlflow, read_back
 ):
     run = two_fits.run
     position = run.position()
@@ -77,7 +79,7 @@ def test_resume_inside_the_second_fit_continues_its_series(
         ("valid/loss_fit2", epoch, 10.0 - epoch) for epoch in (1, 2, 3, 4)
     ]
     past = tracking.open(run.path)
-    assert not compare_with_mlflow(past, read_mlflow(past)).mismatches
+    assert not compare_with_mlflow(past, read_back(past.path, store)).mismatches
 
 
 @pytest.mark.slow
@@ -104,7 +106,9 @@ def test_rewind_behind_the_second_fit_takes_its_series_back(
 
 
 @pytest.mark.slow
-def test_thinning_counts_each_fit_by_itself(record, deliver, store, in_mlflow):
+def test_thinning_counts_each_fit_by_itself(
+    record, deliver, store, in_mlflow, read_back
+):
     run = record(delivery={"per_key": 4}).run
     log_epochs(run, *map(float, range(20)))
     run.begin_fit()
@@ -115,7 +119,7 @@ def test_thinning_counts_each_fit_by_itself(record, deliver, store, in_mlflow):
     assert keys.count("valid/loss") <= 4
     assert keys.count("valid/loss_fit2") == 3
     past = tracking.open(run.path)
-    assert not compare_with_mlflow(past, read_mlflow(past)).mismatches
+    assert not compare_with_mlflow(past, read_back(past.path, store)).mismatches
 
 
 def test_curves_of_fits_are_lines_of_their_own(two_fits):

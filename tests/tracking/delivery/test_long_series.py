@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 import tracking
-from tests.tracking.stores import get_run
-from tracking.delivery.sync import read_mlflow
+from tests.tracking.stores import execute_sql, get_run
 from tracking.delivery.waiting import _report_thinned
 from tracking.verify.mlflow import compare_with_mlflow
 
@@ -73,9 +72,8 @@ def test_series_of_half_the_limit_is_complete_while_it_grows(
 
 
 def test_it_is_told_where_somebody_looks(
-    record, deliver, store, client, monkeypatch, capsys
+    record, deliver, store, client, read_back, capsys
 ):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
     recorded = record(delivery={"per_key": 40})
     recorded.log_curve(50)
     recorded.run.log_metric("loss", 1.0, set="valid", index=1)
@@ -87,7 +85,7 @@ def test_it_is_told_where_somebody_looks(
     assert '"thinned":{"train/loss":40,"train/accuracy":40}' in tags["luz.flags"]
     assert "at most 40, spread over its steps" in tags["mlflow.note.content"]
     past = tracking.open(recorded.path)
-    found = compare_with_mlflow(past, read_mlflow(past))
+    found = compare_with_mlflow(past, read_back(past.path, store))
     assert found.mismatches == []
     assert found.num_expected == found.num_found <= 81
     assert found.notes[0] == (
@@ -101,15 +99,14 @@ def test_it_is_told_where_somebody_looks(
     )
 
 
-def test_all_points_are_sent_if_asked_for(
-    record, deliver, store, in_mlflow, in_journal, client
-):
+def test_all_points_are_sent_if_asked_for(record, deliver, store, client):
     recorded = record(delivery={"per_key": None})
     for i in range(10_001):
         recorded.run.log_step({"loss": i / 7}, step=i)
     recorded.run.finish()
     state = deliver(recorded.path, store).state
-    assert in_mlflow(store, state.mlflow_run_id) == in_journal(recorded.path)
+    points = execute_sql(store, "SELECT step, value FROM metrics ORDER BY step")
+    assert points == [(i, i / 7) for i in range(10_001)]
     assert state.list_thinned() == {}
     assert "**Points**" not in get_run(client, store, state).data.tags
 

@@ -12,7 +12,6 @@ import pytest
 
 import tracking
 from tracking.delivery.process import (
-    delivery_command,
     is_being_delivered,
     lock_path,
     set_group_niceness,
@@ -71,18 +70,15 @@ def test_run_is_delivered_by_a_process_of_its_own(
     assert names - {"mlruns"} == {"mlflow.db", "runs"}
 
 
-def test_process_exits_when_another_one_delivers_the_run(record, store):
+def test_process_exits_when_another_one_delivers_the_run(record, store, fork_delivery):
     run = record()
     run.log_curve(3)
     run.run.finish()
     lock_path(run.path).parent.mkdir()
     with hold_lock(lock_path(run.path)):
-        process = subprocess.run(
-            delivery_command("--lock-wait", "0.1", str(run.path)),
-            env={**os.environ, "MLFLOW_TRACKING_URI": store},
-            check=False,
-        )
-    assert process.returncode == 0
+        words = ("--lock-wait", "0.1", str(run.path))
+        process = fork_delivery(*words, MLFLOW_TRACKING_URI=store)
+        assert process.wait() == (0, "")
     assert DeliveryState.read(run.path) is None
 
 
@@ -102,17 +98,13 @@ def test_run_without_a_delivery_folder_is_not_being_delivered(tmp_path):
     assert not is_being_delivered(tmp_path)
 
 
-def test_run_that_cannot_be_delivered_says_why_in_state_and_log(record, store):
+def test_run_that_cannot_be_delivered_says_why_in_state_and_log(
+    record, store, fork_delivery
+):
     run = record(delivery={"per_key": "many"})
     run.run.finish()
-    process = subprocess.run(
-        delivery_command(str(run.path)),
-        env={**os.environ, "MLFLOW_TRACKING_URI": store},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (process.returncode, process.stdout, process.stderr) == (1, "", "")
+    process = fork_delivery(str(run.path), MLFLOW_TRACKING_URI=store)
+    assert process.wait() == (1, "")
     state = DeliveryState.read(run.path)
     assert state.phase == "gave up"
     assert "expected a whole number of at least 2, got 'many'" in state.error
@@ -120,26 +112,21 @@ def test_run_that_cannot_be_delivered_says_why_in_state_and_log(record, store):
     assert "ERROR giving up\nTraceback" in log
 
 
-def test_secrets_are_in_no_file_and_no_tag(record, store, tmp_path):
+def test_secrets_are_in_no_file_and_no_tag(record, fork_delivery):
     run = record()
     run.log_curve(3)
     run.run.finish()
     secrets = {"user": "u53rn4me", "password": "pa55w0rd", "token": "t0k3nt0k3n"}
     uri = f"http://{secrets['user']}:{secrets['password']}@127.0.0.1:9/"
     variables = {"MLFLOW_TRACKING_URI": uri, "MLFLOW_TRACKING_TOKEN": secrets["token"]}
-    process = subprocess.run(
-        delivery_command("--patience", "0", str(run.path)),
-        env={**os.environ, **variables},
-        capture_output=True,
-        check=False,
-    )
-    assert process.returncode == 1
+    code, output = fork_delivery("--patience", "0", str(run.path), **variables).wait()
+    assert code == 1
     state = DeliveryState.read(run.path)
     assert state.tracking_uri == "http://127.0.0.1:9/"
     assert "127.0.0.1" in state.error
     written = b"".join(p.read_bytes() for p in run.path.rglob("*") if p.is_file())
     for secret in secrets.values():
-        assert secret.encode() not in written + process.stdout + process.stderr
+        assert secret.encode() not in written + output.encode()
 
 
 def test_summaries_that_die_are_left_out(record, deliver, store):

@@ -10,30 +10,7 @@ from pathlib import Path
 import pytest
 
 import tracking
-from tracking.delivery.sync import MlflowContents
-from tracking.mlflow_store.runs import RunResolver
 from tracking.verify.mlflow import compare_with_mlflow
-
-
-@pytest.fixture
-def read_back(client_class, cache):
-    """What MLflow has of a run, read in this process."""
-
-    def read(path, store):
-        resolver = RunResolver(path, store, lambda uri: client_class(uri, cache))
-        run = resolver.find()
-        return MlflowContents(
-            history=resolver.client.history(run.run_id),
-            mlflow_run_id=run.run_id,
-            experiment_id=run.experiment_id,
-            tracking_uri=store,
-            status=run.status,
-            params=run.params,
-            tags=run.tags,
-            artifacts=resolver.client.artifacts(run.run_id),
-        )
-
-    return read
 
 
 @pytest.fixture
