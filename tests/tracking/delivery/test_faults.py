@@ -72,7 +72,7 @@ def test_server_that_fails_for_a_while_gets_every_row_once(
     proxy.mode = mode
     if mode == "gone":
         proxy.close()
-    run.log_curve(2000, first=200)
+    run.log_curve(800, first=200)
     run.run.log_params({"late": 1})
     until(lambda: proxy.num_faults >= 2 or mode == "gone")
     until(lambda: work.state.phase == "waiting")
@@ -83,7 +83,7 @@ def test_server_that_fails_for_a_while_gets_every_row_once(
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
     proxy.mode = "pass"
     proxy.released.set()
-    run.log_curve(200, first=2200)
+    run.log_curve(200, first=1000)
     run.run.finish(wait_s=0)
     assert work.join().phase == "done"
     assert is_equal(run.path, server.address)
