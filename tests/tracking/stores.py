@@ -93,10 +93,11 @@ def serve_mlflow(store: str, folder: Path, ready: Connection) -> None:
     import mlflow.server as mlflow_server  # noqa: PLC0415 (only where it is needed)
     from werkzeug.serving import make_server  # noqa: PLC0415
 
-    os.environ[mlflow_server.BACKEND_STORE_URI_ENV_VAR] = store
-    os.environ[mlflow_server.ARTIFACT_ROOT_ENV_VAR] = "mlflow-artifacts:/"
-    os.environ[mlflow_server.ARTIFACTS_DESTINATION_ENV_VAR] = str(folder / "artifacts")
-    os.environ[mlflow_server.SERVE_ARTIFACTS_ENV_VAR] = "true"
+    names = vars(mlflow_server)
+    os.environ[names["BACKEND_STORE_URI_ENV_VAR"]] = store
+    os.environ[names["ARTIFACT_ROOT_ENV_VAR"]] = "mlflow-artifacts:/"
+    os.environ[names["ARTIFACTS_DESTINATION_ENV_VAR"]] = str(folder / "artifacts")
+    os.environ[names["SERVE_ARTIFACTS_ENV_VAR"]] = "true"
     server = make_server("127.0.0.1", 0, mlflow_server.app, threaded=True)
     ready.send(server.port)
     server.serve_forever()

@@ -150,7 +150,6 @@ def test_log_refused_value_writes_nothing_of_it(run):
     assert logged(run, "name") == []
 
 
-@pytest.mark.parametrize("value", [0.5, {"a": 0.5}, 1])
 @pytest.mark.parametrize(
     ("argument", "error", "match"),
     [
@@ -166,12 +165,13 @@ def test_log_refused_value_writes_nothing_of_it(run):
         ({"step": -(2**63) - 1}, ValueError, "expected step up to"),
     ],
 )
-def test_log_refused_argument_writes_nothing(run, value, argument, error, match):
-    run.log("metrics", "train", value)
-    with pytest.raises(error, match=rf"Run\.log\(.*\): {match}"):
-        run.log(**{"what": "metrics", "set": "train", "value": value, **argument})
-    run.log("metrics", "train", value, step=5)
-    assert len(logged(run, "name")) == 2
+def test_log_refused_argument_writes_nothing(run, argument, error, match):
+    for count, value in enumerate([0.5, {"a": 0.5}, 1]):
+        run.log("metrics", "train", value)
+        with pytest.raises(error, match=rf"Run\.log\(.*\): {match}"):
+            run.log(**{"what": "metrics", "set": "train", "value": value, **argument})
+        run.log("metrics", "train", value, step=5)
+        assert len(logged(run, "name")) == 2 * (count + 1)
 
 
 @pytest.mark.parametrize(
@@ -729,17 +729,14 @@ LEFT_OPEN = """
 import sys, tracking
 run = tracking.start(runs_dir=sys.argv[1], delivery=False)
 run.log("metrics", "train", 0.5)
-{end}
+raise ValueError("x")
 """
 
 
-@pytest.mark.parametrize(
-    ("end", "status"), [("", "finished"), ("raise ValueError('x')", "failed")]
-)
-def test_run_left_open_ends_as_the_interpreter_did(runs, root, end, status):
-    run_script(LEFT_OPEN.format(end=end), runs, cwd=root)
+def test_run_left_open_ends_as_the_interpreter_did(runs, root):
+    run_script(LEFT_OPEN, runs, cwd=root)
     (path,) = runs.iterdir()
-    assert Manifest.read(path).status == status
+    assert Manifest.read(path).status == "failed"
     assert PastRun(path).damage == []
     assert sorted(p.suffix for p in (path / "records" / "0").iterdir()) == [
         "",

@@ -16,7 +16,7 @@ from tracking.delivery.scan import JournalScan
 from tracking.mlflow_store.keys import SeriesId
 from tracking.mlflow_store.series import IMAGES_TAG, TABLES_TAG
 from tracking.store import get_rank_dir
-from tracking.verify.verify import verify
+from tracking.verify.mlflow import compare_with_mlflow
 
 # As MLflow 3.17 takes the names of files apart, in MetricsReducer's imagesByRunUuid.
 FILE = re.compile(r"images/([\w.\-~ ]+)\+step\+(-?\d+)\+timestamp\+(\d+)\+([^+.]+)(.*)")
@@ -37,7 +37,7 @@ def picture():
 
 
 def test_page_shows_images_histograms_and_tables(
-    record, deliver, store, client, picture, tmp_path
+    record, deliver, store, client, picture, tmp_path, read_back
 ):
     run = record()
     run.run.log_image("valid/samples", picture, step=10)
@@ -70,7 +70,8 @@ def test_page_shows_images_histograms_and_tables(
     file = client(store).download_artifacts(run_id, path, str(tmp_path))
     with Image.open(file) as image:
         assert image.size == (256, 192)
-    assert verify(tracking.open(run.path)).mismatches == []
+    past = tracking.open(run.path)
+    assert compare_with_mlflow(past, read_back(past.path, store)).mismatches == []
 
 
 def test_second_delivery_uploads_nothing_again(record, deliver, store, client):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import signal
-import subprocess
 import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,8 @@ from harness.accelerators.distributed.launcher import (
     launch,
     read_hostfile,
 )
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
 
 def test_hostfile_is_read(tmp_path: Path) -> None:
@@ -185,6 +189,15 @@ def test_launch_returns_the_exit_code(code: str, wanted: int, tmp_path: Path) ->
     assert launch(command) == wanted
 
 
+def fork_launch(command: list[str], **options: float) -> BaseProcess:
+    """A process that launches a command; it is forked, as its imports take seconds."""
+    process = multiprocessing.get_context("fork").Process(
+        target=lambda: os._exit(launch(command, **options))
+    )
+    process.start()
+    return process
+
+
 def test_launch_leaves_no_process_behind(tmp_path: Path) -> None:
     # The command starts a process that outlives it, as DeepSpeed's runner does.
     note = tmp_path / "pid"
@@ -195,12 +208,9 @@ def test_launch_leaves_no_process_behind(tmp_path: Path) -> None:
         f"while not os.path.exists({str(note)!r}): time.sleep(0.05)\n"
         "sys.exit(4)"
     )
-    caller = (
-        "import sys; from harness.accelerators.distributed import launcher as l\n"
-        f"sys.exit(l.launch([sys.executable, '-c', {starting!r}], grace_s=0))"
-    )
-    done = subprocess.run([sys.executable, "-c", caller], timeout=60, check=False)
-    assert done.returncode == 4
+    caller = fork_launch([sys.executable, "-c", starting], grace_s=0)
+    caller.join(60)
+    assert caller.exitcode == 4
     assert not Path(f"/proc/{note.read_text()}").exists()
 
 
@@ -222,15 +232,12 @@ def test_signal_reaches_each_rank_once_and_not_the_launchers(tmp_path: Path) -> 
         f"ranks = [subprocess.Popen([sys.executable, '-c', {rank!r}, n]) for n in '01']\n"
         "sys.exit(max([rank.wait() for rank in ranks]))"
     )
-    caller = (
-        "import sys; from harness.accelerators.distributed import launcher as l\n"
-        f"sys.exit(l.launch([sys.executable, '-c', {inner!r}, 'deepspeed.launcher.launch']))"
-    )
-    with subprocess.Popen([sys.executable, "-c", caller]) as process:
-        paths = [tmp_path / f"rank-{rank}" for rank in "01"]
-        while not all(path.exists() for path in paths):
-            assert process.poll() is None
-            time.sleep(0.05)
-        process.terminate()
-        assert process.wait(60) == 128 + signal.SIGTERM
+    caller = fork_launch([sys.executable, "-c", inner, "deepspeed.launcher.launch"])
+    paths = [tmp_path / f"rank-{rank}" for rank in "01"]
+    while not all(path.exists() for path in paths):
+        assert caller.is_alive()
+        time.sleep(0.05)
+    caller.terminate()
+    caller.join(60)
+    assert caller.exitcode == 128 + signal.SIGTERM
     assert [path.read_text() for path in paths] == ["1", "1"]
