@@ -93,9 +93,10 @@ COUNTERPARTS = [
 ]
 
 
-@pytest.mark.parametrize("name", sorted(set(COUNTERPARTS)))
-def test_counterpart_exists(name: str) -> None:
-    check_counterpart(name)
+def test_every_counterpart_exists() -> None:
+    assert len(COUNTERPARTS) > 100
+    for name in COUNTERPARTS:
+        check_counterpart(name)
 
 
 def test_counterpart_that_does_not_exist_is_found() -> None:
