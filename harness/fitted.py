@@ -267,8 +267,8 @@ class Fitted:
     def plot(self, path: str | Path | None = None) -> Figure:
         """Plot each metric by epoch, or step; sets share a panel.
 
-        Of more than 24 metrics the main ones are shown: losses first, then those that
-        several sets have. A long curve keeps its lowest and highest points.
+        If there are more than 24 metrics, the main ones are shown: losses first, then
+        metrics that several sets have. A long curve keeps its lowest and highest points.
 
         Parameters
         ----------

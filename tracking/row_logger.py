@@ -147,8 +147,8 @@ class RowLogger:
         step
             Optimizer steps finished.
         all_ranks
-            Whether other ranks than 0 record it too. Of what every rank logs, such as an
-            averaged metric, the rows of rank 0 are enough.
+            Whether ranks other than 0 record it too. For values that every rank logs, such
+            as an averaged metric, the rows of rank 0 are enough.
 
         Raises
         ------

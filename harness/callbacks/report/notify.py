@@ -17,7 +17,7 @@ class Notify(Callback):
     """Sends one line to a webhook when a fit finishes, fails or is killed by a signal.
 
     The line is the ``text`` of a JSON object, as chat programs take it. It names the model,
-    how the fit ended, epochs, time, the last losses and the run; of an exception only the
+    how the fit ended, epochs, time, the last losses and the run; for an exception, only its
     class. If it cannot be delivered, there is a warning, and the fit ends as without it.
 
     Parameters
