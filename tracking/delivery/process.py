@@ -10,14 +10,16 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, Any, Final
 
 from tracking.durable import hold_lock
+from tracking.errors import DeliveryError
 from tracking.settings import select_of_stores
 
 # The folder of the packages goes to the end of the path, for a checkout that is not
@@ -264,6 +266,76 @@ class DeliveryProcess:
 def _close(fd: int) -> None:
     with contextlib.suppress(OSError):
         os.close(fd)
+
+
+class RunByRunProcess:
+    """A delivery process that handles one run after another, as it is asked to.
+
+    The runs are named on its stdin: a command line has no room for thousands. It imports
+    MLflow once, with the first run.
+    """
+
+    def __init__(self, *options: str) -> None:
+        self._options = options
+        self._process: subprocess.Popen[str] | None = None
+        self._errors: IO[str]
+
+    def ask(
+        self, path: Path, is_wanted: Callable[[], bool] = lambda: True
+    ) -> dict[str, Any]:
+        """Let the process handle a run; return its report.
+
+        Parameters
+        ----------
+        is_wanted
+            Asked again and again; if it says no, the process is killed, and the report is
+            empty.
+        """
+        process = self._process or self._start()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        with contextlib.suppress(OSError):  # it has ended
+            process.stdin.write(f"{json.dumps(str(path.absolute()))}\n")
+            process.stdin.flush()
+        while not select.select([process.stdout], [], [], _POLL_S)[0]:
+            if not is_wanted():
+                process.kill()
+                self.close()
+                return {}
+        if line := process.stdout.readline():
+            report: dict[str, Any] = json.loads(line)
+            return report
+        code = process.wait()
+        self._errors.seek(0)
+        reason = self._errors.read()[-2000:].strip()
+        self.close()
+        raise DeliveryError(
+            f"delivery of {path.name}: expected a report, got exit code {code}: {reason}"
+        )
+
+    def close(self) -> None:
+        """End the process, after the run that it is at; a later run starts another one."""
+        if self._process is not None:
+            with self._errors, contextlib.suppress(OSError), self._process:
+                pass  # this closes its stdin
+            self._process = None
+
+    def _start(self) -> subprocess.Popen[str]:
+        self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
+        self._process = subprocess.Popen(
+            delivery_command(*self._options),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+        )
+        return self._process
+
+    def __enter__(self) -> RunByRunProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def start_detached(run_path: Path) -> None:

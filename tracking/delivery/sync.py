@@ -7,19 +7,17 @@ out of the caller's process.
 from __future__ import annotations
 
 import contextlib
-import json
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import Any, Final
 
 import pyarrow as pa
 
 from tracking.delivery.process import (
+    RunByRunProcess,
     ask_for_handover,
-    delivery_command,
     is_being_delivered,
     start_detached,
     wait_for_delivery,
@@ -208,63 +206,6 @@ def read_mlflow(run: PastRun) -> MlflowContents:
     """Read what MLflow has of one run."""
     with open_mlflow() as read:
         return read(run)
-
-
-class RunByRunProcess:
-    """A delivery process that handles one run after another, as it is asked to.
-
-    The runs are named on its stdin: a command line has no room for thousands. It imports
-    MLflow once, with the first run.
-    """
-
-    def __init__(self, *options: str) -> None:
-        self._options = options
-        self._process: subprocess.Popen[str] | None = None
-        self._errors: IO[str]
-
-    def ask(self, path: Path) -> dict[str, Any]:
-        """Let the process handle a run; return its report."""
-        process = self._process or self._start()
-        assert process.stdin is not None
-        assert process.stdout is not None
-        with contextlib.suppress(OSError):  # it has ended
-            process.stdin.write(f"{json.dumps(str(path.absolute()))}\n")
-            process.stdin.flush()
-        line = process.stdout.readline()
-        if line:
-            report: dict[str, Any] = json.loads(line)
-            return report
-        code = process.wait()
-        self._errors.seek(0)
-        reason = self._errors.read()[-2000:].strip()
-        self.close()
-        raise DeliveryError(
-            f"delivery of {path.name}: expected a report, got exit code {code}: {reason}"
-        )
-
-    def close(self) -> None:
-        """End the process, after the run that it is at; a later run starts another one."""
-        if self._process is not None:
-            with self._errors, contextlib.suppress(OSError), self._process:
-                pass  # this closes its stdin
-            self._process = None
-
-    def _start(self) -> subprocess.Popen[str]:
-        self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
-        self._process = subprocess.Popen(
-            delivery_command(*self._options),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            text=True,
-        )
-        return self._process
-
-    def __enter__(self) -> RunByRunProcess:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def _restart_delivery(run_path: Path) -> SyncResult:

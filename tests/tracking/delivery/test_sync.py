@@ -10,8 +10,9 @@ import pytest
 import tracking.delivery.__main__ as delivery
 from tracking.api import start
 from tracking.cli.render import format_sync
+from tracking.delivery.process import RunByRunProcess
 from tracking.delivery.state import DeliveryState
-from tracking.delivery.sync import RunByRunProcess, sync
+from tracking.delivery.sync import sync
 from tracking.errors import DeliveryError
 from tracking.mlflow_store.uris import local_path
 from tracking.read import PastRun
