@@ -23,7 +23,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -61,7 +61,6 @@ LOCK_WAIT_S: Final = 10.0
 NICENESS: Final = 10
 
 _log = logging.getLogger("tracking.delivery")
-_summaries = SummaryProcess()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -80,145 +79,229 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = Settings.read()
     configure_logging()
     prepare_environment(options.patience if options.read else None)
-    options.silent = {}
-    options.here = Path.cwd()
-    options.is_hurried = lambda: options.sync
-    try:
+    program = Program(options, settings, Path.cwd())
+    with program.writing_errors():
         if options.follow:
-            return _follow(settings, options)
+            return program.follow()
         if options.summaries:
             return _write_summaries()
-        runs = _list_runs(options)
-        if options.read:
-            return max((_read(run, settings, options) for run in runs), default=0)
-        return max((_deliver(run, settings, options)[0] for run in runs), default=0)
-    except Exception:  # noqa: BLE001 (the default message would show secrets)
-        sys.stderr.write(settings.redact(traceback.format_exc()))
-        return 1
+        # The run of the command line, or those of stdin as they are named.
+        paths: Iterable[Path] = (Path(json.loads(line)) for line in sys.stdin)
+        if options.run is not None:
+            paths = [options.run.absolute()]
+        do = program.read if options.read else program.deliver
+        return max(map(do, paths), default=0)
+    return 1
 
 
-def _list_runs(options: argparse.Namespace) -> Iterator[Path]:
-    """Return the run of the command line, or those of stdin as they are named."""
-    if options.run is not None:
-        return iter([options.run.absolute()])
-    return (Path(json.loads(line)) for line in sys.stdin)
+class Program:
+    """What one call of the program does with runs.
 
-
-def _follow(settings: Settings, options: argparse.Namespace) -> int:
-    """Deliver the runs that the training process names, until it has ended."""
-    options.lock_wait = None
-    reports = os.dup(1)
-    os.dup2(2, 1)  # what a library prints is no report
-
-    def deliver(request: Request) -> Callable[[], None] | None:
-        with _writing_errors(settings):
-            code, worker = _deliver(request.run, settings, options, request)
-            if code == 0 and worker is not None:
-                return lambda: _summarize(worker, settings)
-        return None
-
-    service = DeliveryService(deliver, requests=0, reports=reports)
-    options.is_hurried = lambda: not service.is_training
-    service.serve()
-    _summaries.close()
-    return 0
-
-
-@contextlib.contextmanager
-def _writing_errors(settings: Settings) -> Iterator[None]:
-    """Write what the block raises to stderr: nobody watches this process."""
-    try:
-        yield
-    except Exception:  # noqa: BLE001 (the default message would show secrets)
-        sys.stderr.write(settings.redact(traceback.format_exc()))
-
-
-def _deliver(
-    path: Path,
-    settings: Settings,
-    options: argparse.Namespace,
-    request: Request | None = None,
-) -> tuple[int, DeliveryWorker | None]:
-    """Deliver a run, unless another process does; with ``--sync``, report it.
-
-    Summaries follow at once if there is no request, for which other runs may be waiting.
+    Parameters
+    ----------
+    options
+        Of the command line.
+    here
+        Working folder at the start; relative addresses of stores start from it.
     """
-    worker = None
-    try:
-        code, result, worker = _deliver_locked(path, settings, options, request)
-    except OSError as error:  # its folder cannot be used; the other runs' can
+
+    def __init__(
+        self, options: argparse.Namespace, settings: Settings, here: Path
+    ) -> None:
+        self._options = options
+        self._settings = settings
+        self._here = here
+        self._summaries = SummaryProcess()
+        self._service: DeliveryService | None = None
+        self._silent: dict[str, UnreachableError] = {}
+
+    @contextlib.contextmanager
+    def writing_errors(self) -> Iterator[None]:
+        """Write what the block raises to stderr: nobody watches this process."""
+        try:
+            yield
+        except Exception:  # noqa: BLE001 (the default message would show secrets)
+            sys.stderr.write(self._settings.redact(traceback.format_exc()))
+
+    def follow(self) -> int:
+        """Deliver the runs that the training process names, until it has ended."""
+        self._options.lock_wait = None
+        reports = os.dup(1)
+        os.dup2(2, 1)  # what a library prints is no report
+
+        def deliver(request: Request) -> Callable[[], None] | None:
+            with self.writing_errors():
+                code, _, worker = self._deliver(request.run, request)
+                if code == 0 and worker is not None:
+                    return lambda: self._summarize(worker)
+            return None
+
+        self._service = DeliveryService(deliver, requests=0, reports=reports)
+        self._service.serve()
+        self._summaries.close()
+        return 0
+
+    def deliver(self, path: Path) -> int:
+        """Deliver a run with its summaries; with ``--sync``, report it."""
+        code, result, _ = self._deliver(path, None)
+        if self._options.sync:
+            _report(dataclasses.asdict(result))
+        return code
+
+    def _deliver(
+        self, path: Path, request: Request | None
+    ) -> tuple[int, SyncResult, DeliveryWorker | None]:
+        """Deliver a run, unless another process does: exit code, report, and by whom."""
+        lock = lock_path(path)
+        try:
+            lock.parent.mkdir(exist_ok=True)
+            if lock.parent.is_symlink():
+                raise NotADirectoryError(
+                    f"run {path.name!r}: expected a folder {lock.parent.name!r} in it, "
+                    "got a link, which may lead anywhere. Remove it."
+                )
+            asking = contextlib.ExitStack()
+            if self._options.sync and is_being_delivered(path):
+                asking.enter_context(ask_for_handover(path))
+            with asking, hold_lock(lock, self._options.lock_wait) as is_held:
+                if not is_held:
+                    return int(self._options.sync), _describe(path, phase="busy"), None
+                with log_to_file(path, self._settings.redact):
+                    return self._run_worker(path, request)
+        except OSError as error:  # its folder cannot be used; the other runs' can
+            reason = self._settings.redact(str(error))
+            return 1, _describe(path, phase="gave up", error=reason), None
+
+    def _run_worker(
+        self, path: Path, request: Request | None
+    ) -> tuple[int, SyncResult, DeliveryWorker | None]:
+        """Deliver a run, as ``_deliver``.
+
+        Summaries follow at once if there is no request, for which other runs may be waiting.
+        """
+        worker = None
         code = 1
-        result = _describe(path, phase="gave up", error=settings.redact(str(error)))
-    if options.sync:
-        _report(dataclasses.asdict(result))
-    return code, worker
-
-
-def _summarize(worker: DeliveryWorker, settings: Settings) -> None:
-    """Summarize a run that was delivered, unless it is deleted or delivered again."""
-    path = worker.run_path
-    if not path.is_dir():
-        return
-    with _writing_errors(settings), hold_lock(lock_path(path), 0.0) as is_held:
-        if is_held:
-            with log_to_file(path, settings.redact):
+        changes: dict[str, Any] = {}
+        try:
+            worker = self._make_worker(path, request)
+            worker.deliver(on_page=self._lower_priority)
+            code = 0
+            if request is None:
                 worker.send_summaries()
+        except GaveUpError:
+            pass
+        except Exception as error:  # noqa: BLE001 (nobody watches this process)
+            reason = self._settings.redact(f"{type(error).__name__}: {error}")
+            _record_failure(path, reason)
+            changes = {"phase": "gave up", "error": reason}
+        if worker is None:
+            return code, _describe(path, **changes), None
+        changes |= {"sent": worker.num_sent, "present": worker.num_present}
+        # Its own state: the file is an earlier one where the disk is full.
+        return code, SyncResult.from_state(path.name, worker.state, **changes), worker
+
+    def _lower_priority(self) -> None:
+        """Let training go first, which may use all cores; not before its page exists."""
+        is_training = self._service is None or self._service.is_training
+        lower_priority(NICENESS if is_training and not self._options.sync else 0)
+
+    def _summarize(self, worker: DeliveryWorker) -> None:
+        """Summarize a run that was delivered, unless it is deleted or delivered again."""
+        path = worker.run_path
+        if not path.is_dir():
+            return
+        with self.writing_errors(), hold_lock(lock_path(path), 0.0) as is_held:
+            if is_held:
+                with log_to_file(path, self._settings.redact):
+                    worker.send_summaries()
+
+    def _make_worker(self, path: Path, request: Request | None) -> DeliveryWorker:
+        is_new = request is not None and request.is_new
+        resolver = self.make_resolver(path, is_new=is_new)
+        patience_s = self._options.patience
+        if patience_s is None:
+            patience_s = read_options(resolver.manifest).patience_s
+        return DeliveryWorker(
+            path,
+            resolver,
+            patience_s=patience_s,
+            is_sync=self._options.sync,
+            write_summaries=self._summaries.write,
+            pause=time.sleep if request is None else request.pause,
+        )
+
+    def make_resolver(self, path: Path, *, is_new: bool = False) -> RunResolver:
+        """Make the resolver for the store of the environment, else the one used before.
+
+        The one of a project that was moved or copied is the one at its new place.
+        """
+        settings = self._settings
+        manifest = Manifest.read(path)
+        state = DeliveryState.read_or_none(path)
+        before = (state and state.tracking_uri) or manifest.mlflow.get("tracking_uri")
+        started_in = find_start_folder(path, manifest)
+        if settings.tracking_uri:
+            uri = resolve_uri(self._here, settings.tracking_uri)
+        elif before:
+            lay_in = (state and state.run_path) or manifest.path or str(path)
+            uri = relocate(before, Path(lay_in), path)
+            _check_place(path, uri)
+        else:
+            uri = resolve_uri(started_in if started_in.is_dir() else self._here, None)
+        if started_in.is_dir():
+            os.chdir(
+                started_in
+            )  # the artifacts of a new experiment are stored below it
+        return RunResolver(
+            path,
+            uri,
+            lambda uri: StoreClient(uri, settings.cache),
+            settings,
+            may_exist=not is_new or state is not None,
+        )
+
+    def read(self, path: Path) -> int:
+        """Write down what MLflow has of a run: its points into a file, the rest to stdout."""
+        report: dict[str, Any] = {"run": path.name}
+        began = time.monotonic()
+        try:
+            resolver = self.make_resolver(path)
+            if resolver.uri in self._silent:  # each run would wait for it again
+                raise self._silent[resolver.uri]
+            state = DeliveryState.read_or_new(path, resolver.uri)
+            run = resolver.find(state.mlflow_run_id)
+            if run is None:
+                report["error"] = "no such run there"
+            else:
+                history = resolver.client.history(run.run_id)
+                target = self._options.read / f"{path.name}.arrow"
+                with pa.ipc.new_file(target, history.schema) as file:
+                    file.write_table(history)
+                report |= {
+                    "mlflow_run_id": run.run_id,
+                    "experiment_id": run.experiment_id,
+                    "tracking_uri": resolver.uri,
+                    "status": run.status,
+                    "params": run.params,
+                    "tags": run.tags,
+                    "artifacts": resolver.client.artifacts(run.run_id),
+                }
+        except Exception as error:  # noqa: BLE001 (the other runs can be read)
+            is_clear = isinstance(error, TrackingError | OSError)
+            text = str(error) if is_clear else f"{type(error).__name__}: {error}"
+            report["error"] = self._settings.redact(text)
+            waited_s = time.monotonic() - began
+            if isinstance(error, UnreachableError) and waited_s > (
+                self._options.patience or math.inf
+            ):
+                self._silent[resolver.uri] = error
+        _report(report)
+        return int("error" in report)
 
 
 def _describe(path: Path, **changes: Any) -> SyncResult:
     """Result of a run that nothing is known of but its last state."""
-    state = DeliveryState.read_or_none(path) or DeliveryState()
-    return SyncResult.from_state(path.name, state, **changes)
-
-
-def _deliver_locked(
-    path: Path, settings: Settings, options: argparse.Namespace, request: Request | None
-) -> tuple[int, SyncResult, DeliveryWorker | None]:
-    """Deliver a run while holding its lock: exit code, what to report, and by whom."""
-    lock = lock_path(path)
-    lock.parent.mkdir(exist_ok=True)
-    if lock.parent.is_symlink():
-        raise NotADirectoryError(
-            f"run {path.name!r}: expected a folder {lock.parent.name!r} in it, got a "
-            "link, which may lead anywhere. Remove it."
-        )
-    asking = contextlib.ExitStack()
-    if options.sync and is_being_delivered(path):
-        asking.enter_context(ask_for_handover(path))
-    with asking, hold_lock(lock, options.lock_wait) as is_held:
-        if not is_held:
-            return int(options.sync), _describe(path, phase="busy"), None
-        with log_to_file(path, settings.redact):
-            return _run_worker(path, settings, options, request)
-
-
-def _run_worker(
-    path: Path, settings: Settings, options: argparse.Namespace, request: Request | None
-) -> tuple[int, SyncResult, DeliveryWorker | None]:
-    """Deliver a run: exit code, what to report, and by whom."""
-    worker = None
-    code = 1
-    changes: dict[str, Any] = {}
-    try:
-        worker = _make_worker(path, settings, options, request)
-        # Not before the page exists: it is wanted soon, and training may use all cores.
-        worker.deliver(
-            on_page=lambda: lower_priority(0 if options.is_hurried() else NICENESS)
-        )
-        code = 0
-        if request is None:
-            worker.send_summaries()
-    except GaveUpError:
-        pass
-    except Exception as error:  # noqa: BLE001 (nobody watches this process)
-        reason = settings.redact(f"{type(error).__name__}: {error}")
-        _record_failure(path, reason)
-        changes = {"phase": "gave up", "error": reason}
-    if worker is None:
-        return code, _describe(path, **changes), None
-    changes |= {"sent": worker.num_sent, "present": worker.num_present}
-    # Its own state: the file is an earlier one where the disk is full.
-    return code, SyncResult.from_state(path.name, worker.state, **changes), worker
+    return SyncResult.from_state(path.name, DeliveryState.read_or_new(path), **changes)
 
 
 def _record_failure(path: Path, error: str) -> None:
@@ -226,7 +309,7 @@ def _record_failure(path: Path, error: str) -> None:
     if not path.is_dir():  # the run was deleted
         return
     _log.exception("giving up")
-    state = DeliveryState.read_or_none(path) or DeliveryState()
+    state = DeliveryState.read_or_new(path)
     state.phase, state.error = "gave up", error
     state.write(path)
 
@@ -240,104 +323,10 @@ def _write_summaries() -> int:
     return 0
 
 
-def _read(path: Path, settings: Settings, options: argparse.Namespace) -> int:
-    """Write down what MLflow has of a run: its points into a file, the rest to stdout."""
-    report: dict[str, Any] = {"run": path.name}
-    code = 1
-    began = time.monotonic()
-    try:
-        resolver = _make_resolver(path, settings, options.here)
-        if resolver.uri in options.silent:  # each run would wait for it again
-            raise options.silent[resolver.uri]
-        run = resolver.find(_known_id(path, resolver))
-        if run is None:
-            report["error"] = "no such run there"
-        else:
-            history = resolver.client.history(run.run_id)
-            target = options.read / f"{path.name}.arrow"
-            with pa.ipc.new_file(target, history.schema) as file:
-                file.write_table(history)
-            report |= {
-                "mlflow_run_id": run.run_id,
-                "experiment_id": run.experiment_id,
-                "tracking_uri": resolver.uri,
-                "status": run.status,
-                "params": run.params,
-                "tags": run.tags,
-                "artifacts": resolver.client.artifacts(run.run_id),
-            }
-            code = 0
-    except (TrackingError, OSError) as error:
-        report["error"] = settings.redact(str(error))
-        patience_s = options.patience or math.inf
-        if (
-            isinstance(error, UnreachableError)
-            and time.monotonic() > began + patience_s
-        ):
-            options.silent[resolver.uri] = error
-    except Exception as error:  # noqa: BLE001 (the other runs can be read)
-        report["error"] = settings.redact(f"{type(error).__name__}: {error}")
-    _report(report)
-    return code
-
-
 def _report(values: dict[str, Any]) -> None:
     """Print a line of JSON for the process that started this one."""
     sys.stdout.write(f"{json.dumps(values)}\n")
     sys.stdout.flush()
-
-
-def _make_worker(
-    path: Path, settings: Settings, options: argparse.Namespace, request: Request | None
-) -> DeliveryWorker:
-    is_new = request is not None and request.is_new
-    resolver = _make_resolver(path, settings, options.here, is_new=is_new)
-    patience_s = options.patience
-    if patience_s is None:
-        patience_s = read_options(resolver.manifest).patience_s
-    return DeliveryWorker(
-        path,
-        resolver,
-        patience_s=patience_s,
-        is_sync=options.sync,
-        write_summaries=_summaries.write,
-        redact=settings.redact,
-        pause=time.sleep if request is None else request.pause,
-    )
-
-
-def _make_resolver(
-    path: Path, settings: Settings, here: Path, *, is_new: bool = False
-) -> RunResolver:
-    """Resolver for the store of the environment, else the one that was used before.
-
-    The one of a project that was moved or copied is the one at its new place. Relative
-    addresses start from ``here``.
-    """
-    manifest = Manifest.read(path)
-    state = DeliveryState.read_or_none(path)
-    before = (state and state.tracking_uri) or manifest.mlflow.get("tracking_uri")
-    started_in = find_start_folder(path, manifest)
-    if settings.tracking_uri:
-        uri = resolve_uri(here, settings.tracking_uri)
-    elif before:
-        lay_in = (state and state.run_path) or manifest.path or str(path)
-        uri = relocate(before, Path(lay_in), path)
-        _check_place(path, uri)
-    else:
-        uri = resolve_uri(started_in if started_in.is_dir() else here, None)
-    if started_in.is_dir():
-        os.chdir(started_in)  # the artifacts of a new experiment are stored below it
-    return RunResolver(
-        path,
-        uri,
-        lambda uri: StoreClient(uri, settings.cache),
-        experiment_name=settings.experiment_name,
-        experiment_id=settings.experiment_id,
-        may_exist=not is_new or state is not None,
-        redact=settings.redact,
-        redact_address=settings.redact_address,
-    )
 
 
 def _check_place(run_path: Path, uri: str) -> None:
@@ -349,13 +338,6 @@ def _check_place(run_path: Path, uri: str) -> None:
             "folder. If the project was moved, set MLFLOW_TRACKING_URI to the store at "
             "its new place, e.g. sqlite:///mlflow.db."
         )
-
-
-def _known_id(path: Path, resolver: RunResolver) -> str | None:
-    """Id of the MLflow run that an earlier delivery to this store used."""
-    state = DeliveryState.read_or_none(path)
-    is_same_store = state is not None and state.tracking_uri == resolver.uri
-    return state.mlflow_run_id if state and is_same_store else None
 
 
 if __name__ == "__main__":

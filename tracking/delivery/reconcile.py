@@ -98,16 +98,6 @@ class StalePoints:
         return True
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """Result of a comparison."""
-
-    #: points to send, as a table with the schema `POINTS`
-    missing: pa.Table = field(default_factory=POINTS.empty_table)
-    #: whether MLflow's run shows what the journal does not say any more
-    needs_new_run: bool = False
-
-
 class Reconciler:
     """Decides when to compare one MLflow run with the journal, and what follows.
 
@@ -194,7 +184,7 @@ class Reconciler:
         missing, is_different = self._match(points)
         return None if is_different and self._can_replace else missing
 
-    def compare(self, history: pa.Table, stage: Stage) -> Outcome:
+    def compare(self, history: pa.Table, stage: Stage) -> pa.Table | None:
         """Compare MLflow's points with all rows up to the cursor.
 
         Parameters
@@ -202,27 +192,32 @@ class Reconciler:
         stage
             Of the run. A killed run may be resumed and then replace stale points by
             equal ones, so it keeps them.
+
+        Returns
+        -------
+        points to send, as a table with the schema `POINTS`; None if MLflow's run shows what
+        the journal does not say any more, so that only a new run can show the history
         """
         self.is_requested = False
         missing = self._find_differences(history, is_final=stage == "ended")
         if stage == "live" and self._deferred:
-            return Outcome()
+            return POINTS.empty_table()
         missing, is_different = self._match(missing)
         if stage != "live":
             is_different |= bool(len(self._stale))
         if is_different and self._can_replace:
             if stage == "killed":
                 self._is_required = False
-                return Outcome()
+                return POINTS.empty_table()
             _log.info("MLflow has %d points without a row", len(self._stale))
-            return Outcome(needs_new_run=True)
+            return None
         self.num_present += missing.num_rows
         if stage != "live":
             self._stale = StalePoints()
             self._deferred.clear()
             self.num_deferred = 0
             self._is_required = False
-        return Outcome(missing)
+        return missing
 
     def _request(self) -> None:
         self._last_at = self._clock()

@@ -13,7 +13,6 @@ import contextlib
 import json
 import os
 import select
-import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from tracking.delivery.process import delivery_command, set_group_niceness
+from tracking.delivery.process import RunByRunProcess, set_group_niceness
 from tracking.store import get_rank_dir, is_being_written
 
 LINGER_S: Final = 30.0
@@ -107,9 +106,7 @@ class DeliveryService:
                 data = os.read(self._requests, 1 << 16)
                 *lines, rest = (rest + data).split(b"\n")
                 is_open = bool(data)
-                if (
-                    not is_open
-                ):  # training has ended, so nobody needs the processor more
+                if not is_open:  # training has ended: nobody needs the processor more
                     self.is_training = False
                     set_group_niceness(os.getpid(), 0)
                 for line in lines:
@@ -163,7 +160,7 @@ class DeliveryService:
                 self._changed.wait(min(QUIET_S, deadline - now))
 
 
-class SummaryProcess:
+class SummaryProcess(RunByRunProcess):
     """Writes the summaries of runs, one after another, in a process of its own.
 
     They need memory in proportion to the rows; if there is not enough, the delivery
@@ -171,50 +168,12 @@ class SummaryProcess:
     """
 
     def __init__(self) -> None:
+        super().__init__("--summaries")
         self._lock = threading.Lock()
-        self._process: subprocess.Popen[str] | None = None
 
     def write(self, path: Path) -> list[Path]:
         """Write the summaries of a run; none if it is resumed meanwhile."""
+        rank_dir = get_rank_dir(path, 0)
         with self._lock:
-            process = self._process
-            if process is None:
-                process = self._process = subprocess.Popen(
-                    delivery_command("--summaries"),
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    text=True,
-                )
-            try:
-                return self._ask(process, path)
-            finally:
-                if process.poll() is not None:
-                    self._process = None
-
-    def close(self) -> None:
-        """End the process, if there is one."""
-        with self._lock:
-            if self._process is not None:
-                self._end(self._process)
-                self._process = None
-
-    def _ask(self, process: subprocess.Popen[str], path: Path) -> list[Path]:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        with contextlib.suppress(OSError):
-            process.stdin.write(f"{json.dumps(str(path))}\n")
-            process.stdin.flush()
-        while not select.select([process.stdout], [], [], 0.1)[0]:
-            if is_being_written(get_rank_dir(path, 0)):
-                self._end(process)
-                return []
-        line = process.stdout.readline()
-        if not line:
-            self._end(process)
-            raise RuntimeError(f"their process ended with code {process.returncode}")
-        return [Path(file) for file in json.loads(line)["files"]]
-
-    @staticmethod
-    def _end(process: subprocess.Popen[str]) -> None:
-        with process:
-            process.kill()
+            report = self.ask(path, lambda: not is_being_written(rank_dir))
+        return [Path(file) for file in report.get("files", [])]

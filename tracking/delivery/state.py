@@ -76,6 +76,13 @@ class DeliveryState:
             _log.warning("%s", error)
             return None
 
+    @classmethod
+    def read_or_new(cls, run_path: Path, uri: str | None = None) -> DeliveryState:
+        """Read the state; a new one if there is none, or it is of another store."""
+        state = cls.read_or_none(run_path)
+        is_same_store = state is not None and uri in (None, state.tracking_uri)
+        return state if state and is_same_store else cls(tracking_uri=uri or "")
+
     def list_thinned(self) -> dict[str, int]:
         """Metrics of which MLflow has fewer points than the run, and how many at most."""
         thinned = self.flags.get(THINNED)

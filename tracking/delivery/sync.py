@@ -211,7 +211,7 @@ def read_mlflow(run: PastRun) -> MlflowContents:
 def _restart_delivery(run_path: Path) -> SyncResult:
     """Deliver a run that is being written, if no process does so."""
     phase, error = "busy", None
-    state = DeliveryState.read_or_none(run_path) or DeliveryState()
+    state = DeliveryState.read_or_new(run_path)
     try:
         if state.phase == "waiting":
             with ask_for_handover(run_path):

@@ -149,7 +149,7 @@ class RunDelivery:
 
     def read_state(self) -> DeliveryState:
         """How far the delivery is."""
-        return DeliveryState.read_or_none(self.run_path) or DeliveryState()
+        return DeliveryState.read_or_new(self.run_path)
 
     def wait_for_run_id(self, timeout_s: float) -> str:
         """Wait until delivery has created the MLflow run; return its id."""

@@ -25,6 +25,7 @@ from tracking.delivery.retry import LONGEST_DELAY_S, GaveUpError, RetryPolicy
 from tracking.delivery.scan import JournalScan
 from tracking.delivery.state import DeliveryState, StateFile
 from tracking.delivery.thinning import THINNED
+from tracking.errors import DeliveryError
 from tracking.mlflow_store.client import (
     GoneError,
     MlflowRun,
@@ -125,14 +126,11 @@ class DeliveryWorker:
         patience_s: float,
         is_sync: bool = False,
         write_summaries: Callable[[Path], list[Path]] = lambda path: [],
-        redact: Callable[[str], str] = str,
         lookahead_rows: int = LOOKAHEAD_ROWS,
         pause: Callable[[float], object] = time.sleep,
     ) -> None:
         self.run_path = run_path
-        state = DeliveryState.read_or_none(run_path)
-        if state is None or state.tracking_uri != resolver.uri:
-            state = DeliveryState(tracking_uri=resolver.uri)
+        state = DeliveryState.read_or_new(run_path, resolver.uri)
         state.run_path = str(run_path)
         self.state = state
         self.num_sent = 0
@@ -149,7 +147,7 @@ class DeliveryWorker:
             is_replaced=lambda: not is_sync and handover_path(run_path).exists(),
             limit_s=patience_s,
             is_being_written=lambda: has_live_writer(self._rank_dir),
-            redact=redact,
+            redact=resolver.settings.redact,
         )
         self._next_artifact_at = 0.0
         self._writer: RunWriter
@@ -359,12 +357,12 @@ class DeliveryWorker:
         """Compare MLflow with the journal and mend it; whether by a new MLflow run."""
         run_id = self._writer.run_id
         history = self._retry.run(lambda: self._resolver.client.history(run_id))
-        outcome = self._reconciler.compare(history, stage)
-        if outcome.needs_new_run:
+        missing = self._reconciler.compare(history, stage)
+        if missing is None:
             self._replace_run()
-        else:
-            self._send_points(outcome.missing)
-        return outcome.needs_new_run
+            return True
+        self._send_points(missing)
+        return False
 
     # ------------------------------------------------------------- the end of a run
 
@@ -414,7 +412,7 @@ class DeliveryWorker:
             return
         try:
             files = self._write_summaries(self.run_path)
-        except (ImportError, OSError, ValueError, RuntimeError) as error:
+        except (ImportError, OSError, ValueError, DeliveryError) as error:
             _log.warning("no curves.png or records.parquet: %s", error)
             return
         send = self._resolver.client.send_artifact

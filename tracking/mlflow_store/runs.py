@@ -17,6 +17,7 @@ from tracking.mlflow_store.client import (
 from tracking.mlflow_store.tags import run_tags, to_ms
 from tracking.mlflow_store.uris import page_url
 from tracking.mlflow_store.writer import RunWriter
+from tracking.settings import Settings
 from tracking.store import Manifest, get_first_error
 
 RUN_TAG: Final = "luz.run_id"
@@ -31,12 +32,11 @@ class RunResolver:
 
     Parameters
     ----------
-    experiment_name, experiment_id
-        From MLflow's own variables; used if the run names no experiment.
+    settings
+        Its experiment is used if the run names none, and its secrets are masked. None: no
+        variable is set.
     may_exist
         Whether MLflow may have the run already; else it is not searched for at first.
-    redact_address
-        Masks the secrets in the address of a store.
 
     Attributes
     ----------
@@ -55,25 +55,20 @@ class RunResolver:
         run_path: Path,
         uri: str,
         open_client: Callable[[str], StoreClient],
+        settings: Settings | None = None,
         *,
-        experiment_name: str | None = None,
-        experiment_id: str | None = None,
         may_exist: bool = True,
-        redact: Callable[[str], str] = str,
-        redact_address: Callable[[str], str] = str,
     ) -> None:
+        self.settings = settings or Settings.read({})
         self.manifest = Manifest.read(run_path)
         self.client: StoreClient
         self.is_borrowed = bool(self.manifest.mlflow.get("borrowed"))
-        self.uri = redact_address(uri)
+        self.uri = self.settings.redact_address(uri)
         self._run_path = run_path
         self._secret_uri = uri
         self._open_client = open_client
         self._is_open = False
-        self._experiment_name = self.manifest.experiment or experiment_name
-        self._experiment_id = experiment_id
         self._may_exist = may_exist
-        self._redact = redact
 
     def reload_manifest(self) -> Manifest:
         """Read the manifest again, with the error of whichever rank failed first."""
@@ -136,7 +131,8 @@ class RunResolver:
         per_key
             Number of points that MLflow has of long series; None if no series is longer.
         """
-        found = run_tags(self.manifest, self._run_path, self._redact, per_key)
+        redact = self.settings.redact
+        found = run_tags(self.manifest, self._run_path, redact, per_key)
         for i, text in enumerate(_name_tags(names), start=1):
             found["luz.names" if i == 1 else f"luz.names.{i}"] = text
         return found
@@ -152,7 +148,8 @@ class RunResolver:
     def _resolve_experiment(self) -> str:
         """Id of the experiment, created if needed."""
         try:
-            return self.client.experiment_id(self._experiment_name, self._experiment_id)
+            name = self.manifest.experiment or self.settings.experiment_name
+            return self.client.experiment_id(name, self.settings.experiment_id)
         except GoneError as error:  # deleted: it may be restored at any time
             raise UnreachableError(str(error)) from error
 
@@ -180,7 +177,7 @@ class RunResolver:
         return next(iter(by_id.values()), None)
 
     def _create(self, experiment_id: str, more: Mapping[str, str]) -> MlflowRun:
-        tags = run_tags(self.manifest, self._run_path, self._redact)
+        tags = run_tags(self.manifest, self._run_path, self.settings.redact)
         start_ms = to_ms(self.manifest.created) or 0
         return self.client.create_run(
             experiment_id, self.manifest.name, start_ms, {**tags, **more}

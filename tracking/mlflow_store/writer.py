@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -173,12 +173,13 @@ class RunWriter:
         params = {k: v for k, v in wanted.params.items() if k not in self._params}
         tags = self._list_missing_tags(wanted, more)
         if not self._send_together(params, tags, points, upto):
-            for some in _split(params, MAX_PARAMS):
-                self._bisect(self._send_params, list(some.items()))
-                self._params |= some
-            for some in _split(tags, MAX_PARAMS):
-                self._bisect(self._send_tags, list(some.items()))
-                self.tags |= some
+            send = partial(self.client.send, self.run_id)
+            for some in _split(params):
+                self._bisect(lambda items: send(params=dict(items)), some)
+                self._params |= dict(some)
+            for some in _split(tags):
+                self._bisect(lambda items: send(tags=dict(items)), some)
+                self.tags |= dict(some)
             self._send_batch(points, self._watermark(upto))
         for described in wanted.inputs:
             if described not in self._inputs:
@@ -335,18 +336,12 @@ class RunWriter:
             self._check_refusal(error)
             if not points:
                 raise UnreachableError(str(error)) from error
-            if len(points) == 1:
-                send = partial(self.client.send, self.run_id, points)
-                self._leave_out(points[0].key, send, error)
-                self._send_batch([], tags)
-                return
-            half = len(points) // 2
-            self._send_batch(points[:half], {})
-            self._send_batch(points[half:], tags)
+            self._bisect(partial(self.client.send, self.run_id), points)
+            self._send_batch((), tags)
         else:
             self.tags |= tags
 
-    def _bisect(self, send: Callable[[list[T]], None], items: list[T]) -> None:
+    def _bisect(self, send: Callable[[Sequence[T]], None], items: Sequence[T]) -> None:
         """Send items; leave out and record those that MLflow refuses."""
         try:
             send(items)
@@ -359,13 +354,7 @@ class RunWriter:
             self._bisect(send, items[:half])
             self._bisect(send, items[half:])
 
-    def _send_params(self, params: list[tuple[str, str]]) -> None:
-        self.client.send(self.run_id, params=dict(params))
-
-    def _send_tags(self, tags: list[tuple[str, str]]) -> None:
-        self.client.send(self.run_id, (), dict(tags))
-
-    def _send_inputs(self, inputs: list[Any]) -> None:
+    def _send_inputs(self, inputs: Sequence[Any]) -> None:
         for dataset, tags in inputs:
             self.client.send_input(self.run_id, dataset, tags)
 
@@ -399,11 +388,12 @@ def _cut(value: Any, limit: int) -> Any:
 
 
 def _name_of(item: Any) -> str:
-    """Name of a param, tag or data set."""
+    """Name of a param, tag, point or data set."""
     return item[0] if isinstance(item[0], str) else str(item[0].get("name"))
 
 
-def _split(items: Mapping[str, str], size: int) -> list[dict[str, str]]:
-    """Split a dictionary into several of at most ``size`` entries."""
+def _split(items: Mapping[str, str]) -> Iterator[list[tuple[str, str]]]:
+    """Split a dictionary into parts that one call takes."""
     pairs = list(items.items())
-    return [dict(pairs[i : i + size]) for i in range(0, len(pairs), size)]
+    for start in range(0, len(pairs), MAX_PARAMS):
+        yield pairs[start : start + MAX_PARAMS]

@@ -20,6 +20,7 @@ from tracking.delivery.process import (
 from tracking.delivery.service import SummaryProcess
 from tracking.delivery.state import DeliveryState
 from tracking.durable import hold_lock
+from tracking.errors import DeliveryError
 
 TRAINER = """
 import os, signal, sys, tracking
@@ -174,7 +175,7 @@ def test_summaries_of_several_runs_are_made_in_one_process(record, summaries):
     assert len(pids) == 1
     (run.path / "artifacts" / "records.parquet").unlink()
     (run.path / "artifacts" / "records.parquet").mkdir()
-    with pytest.raises(RuntimeError, match="ended with code 1"):
+    with pytest.raises(DeliveryError, match="got exit code 1"):
         summaries.write(run.path)
     assert [path.name for path in summaries.write(record().path)] == []
 

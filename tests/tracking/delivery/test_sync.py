@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 import shutil
 import socket
 import time
@@ -62,7 +63,8 @@ def project(tmp_path, monkeypatch):
 
 
 def find_store(path):
-    return delivery._make_resolver(path, Settings.read({}), Path.cwd()).uri
+    program = delivery.Program(argparse.Namespace(), Settings.read({}), Path.cwd())
+    return program.make_resolver(path).uri
 
 
 @pytest.mark.parametrize("store", ["mlflow.db", "mlruns"])

@@ -80,8 +80,7 @@ def test_experiment_of_the_environment_is_used_where_the_run_names_none(
         run.path,
         store,
         lambda uri: client_class(uri, cache),
-        experiment_name=settings.experiment_name,
-        experiment_id=settings.experiment_id,
+        settings,
     )
     writer = resolver.connect()
     assert client(store).get_experiment(writer.experiment_id).name == "theirs"
