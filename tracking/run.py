@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from types import FrameType, MemberDescriptorType, TracebackType
+from types import FrameType, MemberDescriptorType
 from typing import Any, Final, Literal, NoReturn
 
 from tracking import capture
@@ -324,12 +324,7 @@ class Run(ArtifactLogger):
     def __enter__(self) -> Run:
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, _: object, exc: BaseException | None, __: object) -> None:
         status = _get_status(exc)
         self.finish(status, exc if status == "failed" else None)
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import logging
 import math
@@ -24,6 +23,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -94,6 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1
 
 
+@dataclass
 class Program:
     """What one call of the program does with runs.
 
@@ -105,15 +106,12 @@ class Program:
         Working folder at the start; relative addresses of stores start from it.
     """
 
-    def __init__(
-        self, options: argparse.Namespace, settings: Settings, here: Path
-    ) -> None:
-        self._options = options
-        self._settings = settings
-        self._here = here
-        self._summaries = SummaryProcess()
-        self._service: DeliveryService | None = None
-        self._silent: dict[str, UnreachableError] = {}
+    options: argparse.Namespace
+    settings: Settings
+    here: Path
+    _summaries: SummaryProcess = field(default_factory=SummaryProcess)
+    _service: DeliveryService | None = None
+    _silent: dict[str, UnreachableError] = field(default_factory=dict)
 
     @contextlib.contextmanager
     def writing_errors(self) -> Iterator[None]:
@@ -121,11 +119,11 @@ class Program:
         try:
             yield
         except Exception:  # noqa: BLE001 (the default message would show secrets)
-            sys.stderr.write(self._settings.redact(traceback.format_exc()))
+            sys.stderr.write(self.settings.redact(traceback.format_exc()))
 
     def follow(self) -> int:
         """Deliver the runs that the training process names, until it has ended."""
-        self._options.lock_wait = None
+        self.options.lock_wait = None
         reports = os.dup(1)
         os.dup2(2, 1)  # what a library prints is no report
 
@@ -144,8 +142,8 @@ class Program:
     def deliver(self, path: Path) -> int:
         """Deliver a run with its summaries; with ``--sync``, report it."""
         code, result, _ = self._deliver(path, None)
-        if self._options.sync:
-            _report(dataclasses.asdict(result))
+        if self.options.sync:
+            _report(asdict(result))
         return code
 
     def _deliver(
@@ -161,15 +159,15 @@ class Program:
                     "got a link, which may lead anywhere. Remove it."
                 )
             asking = contextlib.ExitStack()
-            if self._options.sync and is_being_delivered(path):
+            if self.options.sync and is_being_delivered(path):
                 asking.enter_context(ask_for_handover(path))
-            with asking, hold_lock(lock, self._options.lock_wait) as is_held:
+            with asking, hold_lock(lock, self.options.lock_wait) as is_held:
                 if not is_held:
-                    return int(self._options.sync), _describe(path, phase="busy"), None
-                with log_to_file(path, self._settings.redact):
+                    return int(self.options.sync), _describe(path, phase="busy"), None
+                with log_to_file(path, self.settings.redact):
                     return self._run_worker(path, request)
         except OSError as error:  # its folder cannot be used; the other runs' can
-            reason = self._settings.redact(str(error))
+            reason = self.settings.redact(str(error))
             return 1, _describe(path, phase="gave up", error=reason), None
 
     def _run_worker(
@@ -191,7 +189,7 @@ class Program:
         except GaveUpError:
             pass
         except Exception as error:  # noqa: BLE001 (nobody watches this process)
-            reason = self._settings.redact(f"{type(error).__name__}: {error}")
+            reason = self.settings.redact(f"{type(error).__name__}: {error}")
             _record_failure(path, reason)
             changes = {"phase": "gave up", "error": reason}
         if worker is None:
@@ -203,7 +201,7 @@ class Program:
     def _lower_priority(self) -> None:
         """Let training go first, which may use all cores; not before its page exists."""
         is_training = self._service is None or self._service.is_training
-        lower_priority(NICENESS if is_training and not self._options.sync else 0)
+        lower_priority(NICENESS if is_training and not self.options.sync else 0)
 
     def _summarize(self, worker: DeliveryWorker) -> None:
         """Summarize a run that was delivered, unless it is deleted or delivered again."""
@@ -212,20 +210,20 @@ class Program:
             return
         with self.writing_errors(), hold_lock(lock_path(path), 0.0) as is_held:
             if is_held:
-                with log_to_file(path, self._settings.redact):
+                with log_to_file(path, self.settings.redact):
                     worker.send_summaries()
 
     def _make_worker(self, path: Path, request: Request | None) -> DeliveryWorker:
         is_new = request is not None and request.is_new
         resolver = self.make_resolver(path, is_new=is_new)
-        patience_s = self._options.patience
+        patience_s = self.options.patience
         if patience_s is None:
             patience_s = read_options(resolver.manifest).patience_s
         return DeliveryWorker(
             path,
             resolver,
             patience_s=patience_s,
-            is_sync=self._options.sync,
+            is_sync=self.options.sync,
             write_summaries=self._summaries.write,
             pause=time.sleep if request is None else request.pause,
         )
@@ -235,19 +233,19 @@ class Program:
 
         The one of a project that was moved or copied is the one at its new place.
         """
-        settings = self._settings
+        settings = self.settings
         manifest = Manifest.read(path)
         state = DeliveryState.read_or_none(path)
         before = (state and state.tracking_uri) or manifest.mlflow.get("tracking_uri")
         started_in = find_start_folder(path, manifest)
         if settings.tracking_uri:
-            uri = resolve_uri(self._here, settings.tracking_uri)
+            uri = resolve_uri(self.here, settings.tracking_uri)
         elif before:
             lay_in = (state and state.run_path) or manifest.path or str(path)
             uri = relocate(before, Path(lay_in), path)
             _check_place(path, uri)
         else:
-            uri = resolve_uri(started_in if started_in.is_dir() else self._here, None)
+            uri = resolve_uri(started_in if started_in.is_dir() else self.here, None)
         if started_in.is_dir():
             os.chdir(
                 started_in
@@ -274,7 +272,7 @@ class Program:
                 report["error"] = "no such run there"
             else:
                 history = resolver.client.history(run.run_id)
-                target = self._options.read / f"{path.name}.arrow"
+                target = self.options.read / f"{path.name}.arrow"
                 with pa.ipc.new_file(target, history.schema) as file:
                     file.write_table(history)
                 report |= {
@@ -289,10 +287,10 @@ class Program:
         except Exception as error:  # noqa: BLE001 (the other runs can be read)
             is_clear = isinstance(error, TrackingError | OSError)
             text = str(error) if is_clear else f"{type(error).__name__}: {error}"
-            report["error"] = self._settings.redact(text)
+            report["error"] = self.settings.redact(text)
             waited_s = time.monotonic() - began
             if isinstance(error, UnreachableError) and waited_s > (
-                self._options.patience or math.inf
+                self.options.patience or math.inf
             ):
                 self._silent[resolver.uri] = error
         _report(report)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
@@ -26,6 +27,7 @@ _COLUMNS: Final = (
 """Columns that are kept of rows to send; the last one only where there are several fits."""
 
 
+@dataclass
 class Cursor:
     """Position in the journal up to which MLflow has all rows, and the next rows.
 
@@ -46,15 +48,14 @@ class Cursor:
         Rows that have been read and not sent.
     """
 
-    def __init__(self, position: int = -1, per_key: int | None = None) -> None:
-        self.position = position
-        self.per_key = per_key
-        self.timestamps = UniqueTimestamps()
-        self.counts: dict[str, int] = {}
-        self.num_pending = 0
-        self._longest = 0
-        self._pending: deque[pa.Table] = deque()
-        self._index_bounds: dict[tuple[str, str, int], list[int]] = {}
+    position: int = -1
+    per_key: int | None = None
+    timestamps: UniqueTimestamps = field(default_factory=UniqueTimestamps)
+    counts: dict[str, int] = field(default_factory=dict)
+    num_pending: int = 0
+    _longest: int = 0
+    _pending: deque[pa.Table] = field(default_factory=deque)
+    _index_bounds: dict[tuple[str, str, int], list[int]] = field(default_factory=dict)
 
     def push(self, rows: pa.Table, scan: JournalScan) -> None:
         """Add the next rows of the journal. Those up to the position are not sent again.

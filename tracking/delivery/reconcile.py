@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Final, Literal
 
 import numpy as np
@@ -98,6 +99,7 @@ class StalePoints:
         return True
 
 
+@dataclass
 class Reconciler:
     """Decides when to compare one MLflow run with the journal, and what follows.
 
@@ -120,48 +122,41 @@ class Reconciler:
         Whether a rewind asks for a comparison.
     """
 
-    def __init__(
-        self,
-        scan: JournalScan,
-        cursor: Cursor,
-        *,
-        is_required: bool = False,
-        can_replace: bool = True,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self.num_deferred = 0
-        self.num_present = 0
-        self.is_requested = False
-        self._scan = scan
-        self._cursor = cursor
-        self._is_required = is_required
-        self._can_replace = can_replace
-        self._clock = clock
-        self._stale = StalePoints()
-        self._deferred: set[Place] = set()
-        self._num_rewinds = self._num_overwrites = 0
-        self._first_at = self._last_at = 0.0
+    scan: JournalScan
+    cursor: Cursor
+    is_required: bool = False
+    can_replace: bool = True
+    clock: Callable[[], float] = time.monotonic
+    num_deferred: int = 0
+    num_present: int = 0
+    is_requested: bool = False
+    _stale: StalePoints = field(default_factory=StalePoints)
+    _deferred: set[Place] = field(default_factory=set)
+    _num_rewinds: int = 0
+    _num_overwrites: int = 0
+    _first_at: float = 0.0
+    _last_at: float = 0.0
 
     @property
     def is_required_at_end(self) -> bool:
         """Whether MLflow may still differ from the journal when all rows are sent."""
-        return self._is_required or bool(self._deferred) or bool(len(self._stale))
+        return self.is_required or bool(self._deferred) or bool(len(self._stale))
 
     def check_control_rows(self) -> None:
         """Find out whether control rows that were read last concern rows in MLflow."""
-        tombstones = self._scan.tombstones
+        tombstones = self.scan.tombstones
         for _, position in tombstones.rewinds[self._num_rewinds :]:
-            if position < self._cursor.position:
+            if position < self.cursor.position:
                 self._request()
         for _, place in tombstones.overwrites[self._num_overwrites :]:
-            if self._cursor.may_have_sent(place):
+            if self.cursor.may_have_sent(place):
                 self._deferred.add(place)
         self._num_rewinds = len(tombstones.rewinds)
         self._num_overwrites = len(tombstones.overwrites)
 
     def is_due(self) -> bool:
         """Whether the burst of control rows that asked for a comparison is over."""
-        now = self._clock()
+        now = self.clock()
         is_quiet = now - self._last_at >= QUIET_S
         return is_quiet or now - self._first_at >= LONGEST_WAIT_S
 
@@ -182,7 +177,7 @@ class Reconciler:
         only a new run can show the history
         """
         missing, is_different = self._match(points)
-        return None if is_different and self._can_replace else missing
+        return None if is_different and self.can_replace else missing
 
     def compare(self, history: pa.Table, stage: Stage) -> pa.Table | None:
         """Compare MLflow's points with all rows up to the cursor.
@@ -205,9 +200,9 @@ class Reconciler:
         missing, is_different = self._match(missing)
         if stage != "live":
             is_different |= bool(len(self._stale))
-        if is_different and self._can_replace:
+        if is_different and self.can_replace:
             if stage == "killed":
-                self._is_required = False
+                self.is_required = False
                 return POINTS.empty_table()
             _log.info("MLflow has %d points without a row", len(self._stale))
             return None
@@ -216,11 +211,11 @@ class Reconciler:
             self._stale = StalePoints()
             self._deferred.clear()
             self.num_deferred = 0
-            self._is_required = False
+            self.is_required = False
         return missing
 
     def _request(self) -> None:
-        self._last_at = self._clock()
+        self._last_at = self.clock()
         if not self.is_requested:
             self._first_at = self._last_at
         self.is_requested = True
@@ -232,7 +227,7 @@ class Reconciler:
         is_missing, is_different = [], False
         for point in point_list(points):
             is_equal = self._stale.take(point)
-            if is_equal is False and self._can_replace:
+            if is_equal is False and self.can_replace:
                 _log.info("%s at step %d differs in MLflow", point.key, point.step)
                 is_different = True
             is_missing.append(not is_equal)
@@ -245,21 +240,22 @@ class Reconciler:
         in MLflow or not.
         """
         expected = ExpectedPoints(
-            self._scan, self._cursor.position, self._cursor.per_key, is_final=is_final
+            self.scan, self.cursor.position, self.cursor.per_key, is_final=is_final
         )
         columns = ["step", "value"]
         found = row_ids(history, expected.keys, columns)
         is_ours = found[:, 0] >= 0  # a borrowed run has metrics of others too
         history, found = history.filter(pa.array(is_ours)), found[is_ours]
         missing, extra = expected.find_differences(found, columns)
-        self._cursor.restart_counts(expected.counts, expected.timestamps)
-        self._stale = StalePoints(timing_keys(self._scan))
+        self.cursor.restart_counts(expected.counts, expected.timestamps)
+        self._stale = StalePoints(timing_keys(self.scan))
         for row in history.take(extra).select(["key", *columns]).to_pylist():
             self._stale.add(**row)
         self.num_present = len(found) - len(extra)
         return missing
 
 
+@dataclass
 class ExpectedPoints:
     """Points of all live rows up to a position, and which of them MLflow should have.
 
@@ -276,8 +272,6 @@ class ExpectedPoints:
 
     Attributes
     ----------
-    keys
-        All keys of the run.
     timestamps
         Which gave the points of the pages their times.
     counts
@@ -286,17 +280,18 @@ class ExpectedPoints:
         Points of the pages that MLflow should have.
     """
 
-    def __init__(
-        self, scan: JournalScan, upto: int, per_key: int | None, *, is_final: bool
-    ) -> None:
-        self.keys = pa.array(list(scan.keys.by_series.values()), pa.string())
-        self.timestamps = UniqueTimestamps()
-        self.counts: dict[str, int] = {}
-        self.num_sent = 0
-        self._scan = scan
-        self._upto = upto
-        self._per_key = per_key
-        self._is_final = is_final
+    scan: JournalScan
+    upto: int
+    per_key: int | None
+    is_final: bool
+    timestamps: UniqueTimestamps = field(default_factory=UniqueTimestamps)
+    counts: dict[str, int] = field(default_factory=dict)
+    num_sent: int = 0
+
+    @cached_property
+    def keys(self) -> pa.Array:
+        """All keys of the run."""
+        return pa.array(list(self.scan.keys.by_series.values()), pa.string())
 
     def read_pages(self) -> Iterator[tuple[pa.Table, Mask]]:
         """Read the points in the order of the journal, and a mask of those to send.
@@ -304,19 +299,19 @@ class ExpectedPoints:
         Each call reads them from the first one.
         """
         self.timestamps, self.num_sent = UniqueTimestamps(), 0
-        lengths = self._count_points() if self._is_final else None
+        lengths = self._count_points() if self.is_final else None
         counts = np.zeros(len(self.keys), np.int64)
         for page in self._read():
             points = self.timestamps.assign(page)
             code = find_keys(points["key"], self.keys)
             ordinals = counts[code] + count_within_groups(code)
             counts += np.bincount(code, minlength=len(counts))
-            if self._per_key is None or (self._is_final and lengths is None):
+            if self.per_key is None or (self.is_final and lengths is None):
                 is_sent = np.ones(len(code), bool)
             elif lengths is None:
-                is_sent = mask_early(ordinals, self._per_key)
+                is_sent = mask_early(ordinals, self.per_key)
             else:
-                is_sent = mask_final(ordinals, lengths[code], self._per_key)
+                is_sent = mask_final(ordinals, lengths[code], self.per_key)
             self.num_sent += int(is_sent.sum())
             yield points, is_sent
         self.counts = dict(zip(self.keys.to_pylist(), counts.tolist(), strict=True))
@@ -344,7 +339,7 @@ class ExpectedPoints:
 
     def list_flags(self) -> Flags:
         """Flag the metrics of which MLflow gets fewer points than the pages have."""
-        limit = self._per_key
+        limit = self.per_key
         if limit is None:
             return {}
         keys = [key for key, num_points in self.counts.items() if num_points > limit]
@@ -352,7 +347,7 @@ class ExpectedPoints:
 
     def _count_points(self) -> Rows | None:
         """Number of points of each key; None if none can be too long."""
-        if self._per_key is None or self._upto < self._per_key:
+        if self.per_key is None or self.upto < self.per_key:
             return None
         counts = np.zeros(len(self.keys), np.int64)
         for page in self._read():
@@ -361,14 +356,14 @@ class ExpectedPoints:
         return counts
 
     def _read(self) -> Iterator[pa.Table]:
-        reader = JournalReader(self._scan.rank_dir)
-        tombstones = self._scan.tombstones
+        reader = JournalReader(self.scan.rank_dir)
+        tombstones = self.scan.tombstones
         while (rows := reader.read(READ_ROWS)).num_rows:
             seq = rows["seq"].to_numpy()
-            is_live = tombstones.mask_live(rows) & (seq <= self._upto)
+            is_live = tombstones.mask_live(rows) & (seq <= self.upto)
             live = tombstones.fits.label(rows.filter(pa.array(is_live)))
-            yield points_table(live, self._scan.keys)
-            if seq[-1] >= self._upto:
+            yield points_table(live, self.scan.keys)
+            if seq[-1] >= self.upto:
                 return
 
 

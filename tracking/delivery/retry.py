@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Final, TypeVar
 
 from tracking.delivery.state import StateFile
@@ -28,6 +29,7 @@ class GaveUpError(TrackingError):
     """MLflow did not answer within the time limit, or cannot take the run."""
 
 
+@dataclass
 class RetryPolicy:
     """Retries calls to MLflow, with growing delays.
 
@@ -46,27 +48,15 @@ class RetryPolicy:
         Whether another process wants to deliver the run instead.
     """
 
-    def __init__(
-        self,
-        state_file: StateFile,
-        *,
-        limit_s: float,
-        is_being_written: Callable[[], bool],
-        redact: Callable[[str], str] = str,
-        isolate: Callable[[], bool] = lambda: False,
-        is_replaced: Callable[[], bool] = lambda: False,
-        sleep: Callable[[float], None] = time.sleep,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._state_file = state_file
-        self._limit_s = limit_s
-        self._is_being_written = is_being_written
-        self._redact = redact
-        self._isolate = isolate
-        self._is_replaced = is_replaced
-        self._sleep = sleep
-        self._clock = clock
-        self._deadline: float | None = None
+    state_file: StateFile
+    limit_s: float
+    is_being_written: Callable[[], bool]
+    redact: Callable[[str], str] = str
+    isolate: Callable[[], bool] = lambda: False
+    is_replaced: Callable[[], bool] = lambda: False
+    sleep: Callable[[float], None] = time.sleep
+    clock: Callable[[], float] = time.monotonic
+    _deadline: float | None = field(default=None, init=False)
 
     def run(self, action: Callable[[], T]) -> T:
         """Call an action until MLflow answers; return its result.
@@ -86,7 +76,7 @@ class RetryPolicy:
                 num_failures += 1
                 is_over = self._is_over_limit()
                 is_stuck = is_over or num_failures >= MAX_FAILURES
-                if is_stuck and not has_isolated and self._isolate():
+                if is_stuck and not has_isolated and self.isolate():
                     _log.warning("leaving out what MLflow fails for: %s", error)
                     has_isolated = True
                     continue
@@ -97,37 +87,37 @@ class RetryPolicy:
                 delay_s = min(2 * delay_s, LONGEST_DELAY_S)
             else:
                 self._deadline = None
-                if self._state_file.state.error:
+                if self.state_file.state.error:
                     _log.info("MLflow answers again")
-                    self._state_file.set_phase("delivering")
+                    self.state_file.set_phase("delivering")
                 return result
 
     def _wait(self, delay_s: float, error: Exception) -> None:
         """Sleep; end the delivery as soon as another process wants to take over."""
         while delay_s > 0:
-            if self._is_replaced():
+            if self.is_replaced():
                 raise self.give_up(error) from error
-            self._sleep(min(delay_s, LONGEST_SLEEP_S))
+            self.sleep(min(delay_s, LONGEST_SLEEP_S))
             delay_s -= LONGEST_SLEEP_S
 
     def give_up(self, error: Exception) -> GaveUpError:
         """Record the error that ends the delivery; return the exception to raise."""
-        text = self._redact(str(error))[:_MAX_ERROR]
+        text = self.redact(str(error))[:_MAX_ERROR]
         _log.error("giving up: %s", text)
-        self._state_file.set_phase("gave up", text)
+        self.state_file.set_phase("gave up", text)
         return GaveUpError(text)
 
     def _is_over_limit(self) -> bool:
-        if self._is_being_written():
+        if self.is_being_written():
             self._deadline = None
             return False
         if self._deadline is None:
-            self._deadline = self._clock() + self._limit_s
-        return self._clock() >= self._deadline
+            self._deadline = self.clock() + self.limit_s
+        return self.clock() >= self._deadline
 
     def _report_waiting(self, error: Exception) -> None:
         """Show why delivery waits; log each reason once."""
-        text = self._redact(str(error))[:_MAX_ERROR]
-        if text != self._state_file.state.error:
+        text = self.redact(str(error))[:_MAX_ERROR]
+        if text != self.state_file.state.error:
             _log.warning("waiting for MLflow: %s", text)
-        self._state_file.set_phase("waiting", text)
+        self.state_file.set_phase("waiting", text)

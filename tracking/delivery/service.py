@@ -53,6 +53,7 @@ class Request:
         self.wake.clear()
 
 
+@dataclass
 class DeliveryService:
     """Delivers runs in threads until nothing is left to do.
 
@@ -72,23 +73,18 @@ class DeliveryService:
         Whether the training process has not ended yet.
     """
 
-    def __init__(
-        self,
-        deliver: Callable[[Request], Callable[[], None] | None],
-        requests: int,
-        reports: int,
-        linger_s: float = LINGER_S,
-    ) -> None:
-        self._deliver = deliver
-        self._requests = requests
-        self._reports = reports
-        self._linger_s = linger_s
-        self._threads: list[threading.Thread] = []
-        self._changed = threading.Condition()
-        self._busy: dict[int, Request] = {}
-        self._busy_at = 0.0
-        self.is_training = True
-        os.set_blocking(reports, False)  # a training process that does not read
+    deliver: Callable[[Request], Callable[[], None] | None]
+    requests: int
+    reports: int
+    linger_s: float = LINGER_S
+    is_training: bool = True
+    _threads: list[threading.Thread] = field(default_factory=list)
+    _changed: threading.Condition = field(default_factory=threading.Condition)
+    _busy: dict[int, Request] = field(default_factory=dict)
+    _busy_at: float = 0.0
+
+    def __post_init__(self) -> None:
+        os.set_blocking(self.reports, False)  # a training process that does not read
 
     def serve(self) -> None:
         """Deliver runs until the training process has ended, or hands over no more."""
@@ -98,12 +94,12 @@ class DeliveryService:
             self._threads = [thread for thread in self._threads if thread.is_alive()]
             if self._threads:
                 idle_since = time.monotonic()
-            elif not is_open or time.monotonic() - idle_since > self._linger_s:
+            elif not is_open or time.monotonic() - idle_since > self.linger_s:
                 return
             if not is_open:
                 self._threads[0].join()
-            elif select.select([self._requests], [], [], _POLL_S)[0]:
-                data = os.read(self._requests, 1 << 16)
+            elif select.select([self.requests], [], [], _POLL_S)[0]:
+                data = os.read(self.requests, 1 << 16)
                 *lines, rest = (rest + data).split(b"\n")
                 is_open = bool(data)
                 if not is_open:  # training has ended: nobody needs the processor more
@@ -134,10 +130,10 @@ class DeliveryService:
 
     def _run(self, request: Request, delay_s: float) -> None:
         request.wake.wait(delay_s)
-        finish = self._deliver(request)
+        finish = self.deliver(request)
         report = {"number": request.number, "is_done": finish is not None}
         with contextlib.suppress(OSError):  # the training process has ended
-            os.write(self._reports, f"{json.dumps(report)}\n".encode())
+            os.write(self.reports, f"{json.dumps(report)}\n".encode())
         with self._changed:
             del self._busy[request.number]
             self._busy_at = time.monotonic()

@@ -98,6 +98,7 @@ class DeliveryState:
                 temporary.write_bytes(text.encode(errors="replace"))
 
 
+@dataclass
 class StateFile:
     """Keeps a run's ``state.json`` up to date.
 
@@ -109,13 +110,10 @@ class StateFile:
         Counts the rows that are still to be sent.
     """
 
-    def __init__(
-        self, run_path: Path, state: DeliveryState, count_behind: Callable[[], int]
-    ) -> None:
-        self.run_path = run_path
-        self.state = state
-        self._count_behind = count_behind
-        self._saved_at = 0.0
+    run_path: Path
+    state: DeliveryState
+    count_behind: Callable[[], int]
+    _saved_at: float = 0.0
 
     def set_phase(self, phase: str, error: str | None = None) -> None:
         """Change the phase, and write the file at once."""
@@ -128,7 +126,7 @@ class StateFile:
         if not at_once and now - self._saved_at < SAVE_EVERY_S:
             return
         self._saved_at = now
-        self.state.behind = self._count_behind()
+        self.state.behind = self.count_behind()
         self.state.updated = datetime.now(UTC).isoformat()
         self.state.write(self.run_path)
 

@@ -11,6 +11,7 @@ import contextlib
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -161,6 +162,7 @@ def _describe_gap(rank_dir: Path, first: int, end: int) -> list[Damage]:
     return [Damage(path, 0, missing * CAPACITY, reason)]
 
 
+@dataclass
 class JournalReader:
     """Reads a rank's rows as they are written: in order, each once.
 
@@ -177,11 +179,10 @@ class JournalReader:
     since it may still be completed. Once there is no writer, it skips such a row.
     """
 
-    def __init__(self, rank_dir: Path, after: int = -1) -> None:
-        self.rank_dir = rank_dir
-        self.after = after
-        self._sealed: tuple[int, BlockContent] | None = None
-        self._counts: dict[int, int] = {}
+    rank_dir: Path
+    after: int = -1
+    _sealed: tuple[int, BlockContent] | None = None
+    _counts: dict[int, int] = field(default_factory=dict)
 
     def read(self, max_rows: int = 10_000) -> pa.Table:
         """Read the next rows; an empty table if there are none yet.

@@ -49,17 +49,10 @@ KEY, PAYLOAD = 1, 2
 """Tags of a text: a name, or the payload of the row in a slot."""
 
 _DTYPE: Final = np.dtype(
-    [
-        ("time", "<i8"),
-        ("index", "<i8"),
-        ("step", "<i8"),
-        ("value", "<f8"),
-        ("epoch", "<i4"),
-        ("key", "<u4"),
-        ("kind", "<u2"),
-        ("flags", "<u2"),
-        ("check", "<u4"),
-    ]
+    {
+        "names": str.split("time index step value epoch key kind flags check"),
+        "formats": str.split("<i8 <i8 <i8 <f8 <i4 <u4 <u2 <u2 <u4"),
+    }
 )
 _END_OF_TIME: Final = 253_402_300_800_000_000  # us to the year 10000
 _WORDS: Final = ROW_BYTES // 8

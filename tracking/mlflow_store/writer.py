@@ -239,7 +239,7 @@ class RunWriter:
         """
         started = time.monotonic()
         if self._may_have_images:
-            self._recognize(wanted, self.client.artifacts(self.run_id, "images"))
+            self.recognize_artifacts(wanted, "images")
             self._may_have_images = False
         missing = self._list_missing_artifacts(wanted, folder)
         missing.sort(key=self._failed_artifacts.__contains__)  # what failed comes last
@@ -273,11 +273,11 @@ class RunWriter:
         ):
             raise RefusedError("MLflow stores it under another name")
 
-    def recognize_artifacts(self, wanted: RunProperties) -> None:
+    def recognize_artifacts(
+        self, wanted: RunProperties, folder: str | None = None
+    ) -> None:
         """Treat artifacts that MLflow has under the same name and size as uploaded."""
-        self._recognize(wanted, self.client.artifacts(self.run_id))
-
-    def _recognize(self, wanted: RunProperties, present: Mapping[str, int]) -> None:
+        present = self.client.artifacts(self.run_id, folder)
         for name, described in wanted.artifacts.items():
             size_bytes = described.get("size_bytes")
             # The size of a picture that delivery made is not known; its name tells what it is.
