@@ -163,19 +163,13 @@ class RankRun(Run):
         """As ``Run.log_metric``; the value is dropped unless ``all_ranks`` is True."""
         self.log("metrics", set, {name: value}, step=step, **options)
 
-    def rewind(
-        self,
-        seq: int,
-        rank: int | None = None,
-        *,
-        indices: Mapping[str, Any] | None = None,
-    ) -> None:
+    def rewind(self, seq: int, rank: int | None = None, **options: Any) -> None:
         """Go back to a position, if this rank has recorded anything behind it."""
         if rank in (None, self.rank):
             if seq >= self._journal.last_seq():
                 return
             self._open_part()
-        super().rewind(seq, rank, indices=indices)
+        super().rewind(seq, rank, **options)
 
     def restore_indices(self) -> None:
         """Continue where the part of this rank ends, if it has one."""

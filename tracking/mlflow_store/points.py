@@ -16,22 +16,14 @@ import pyarrow as pa
 from pyarrow import compute as pc
 
 from tracking.journal.fits import get_fits
-from tracking.mlflow_store.client import Point
+from tracking.mlflow_store.client import HISTORY, Point
 from tracking.mlflow_store.keys import KeyMap, SeriesId
 from tracking.mlflow_store.matching import Hashes, Rows, hash_rows, row_ids
 
 NON_METRICS: Final = ("params", "tags", "artifacts", "inputs")
 """``what`` of the rows that MLflow does not store as metrics."""
 
-POINTS: Final = pa.schema(
-    [
-        pa.field("seq", pa.int64()),
-        pa.field("key", pa.dictionary(pa.int32(), pa.string())),
-        pa.field("time_ms", pa.int64()),
-        pa.field("step", pa.int64()),
-        pa.field("value", pa.float64()),
-    ]
-)
+POINTS: Final = pa.schema([pa.field("seq", pa.int64()), *HISTORY])
 """Columns of a table of points."""
 
 _TIME: Final = 3
