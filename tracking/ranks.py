@@ -70,9 +70,9 @@ def wait_for_run(path: Path, rank: int, timeout_s: float = WAIT_S) -> str:
     deadline = time.monotonic() + timeout_s
     while True:
         with contextlib.suppress(OSError, ValueError):  # not there yet
-            told = json.loads(path.read_bytes())
-            if _is_of_this_launch(told):
-                return str(told["run"])
+            announced = json.loads(path.read_bytes())
+            if _is_of_this_launch(announced):
+                return str(announced["run"])
         if time.monotonic() > deadline:
             raise TimeoutError(
                 f"start: expected rank 0 to start a run in {str(path.parents[1])!r} within "
@@ -82,15 +82,19 @@ def wait_for_run(path: Path, rank: int, timeout_s: float = WAIT_S) -> str:
         time.sleep(_POLL_S)
 
 
-def _is_of_this_launch(told: dict[str, Any]) -> bool:
-    """False if a process of an earlier launch under the same names told it."""
+def _is_of_this_launch(announced: dict[str, Any]) -> bool:
+    """Whether no process of an earlier launch under the same names announced it."""
     own = read_start(os.getpid())
-    if told["host"] != platform.node() or own is None or told["began"] is None:
+    if (
+        announced["host"] != platform.node()
+        or own is None
+        or announced["began"] is None
+    ):
         # Clocks and starts may differ by that much.
-        return bool(time.time() - told["time"] < WAIT_S)
-    is_running = read_start(told["pid"]) == told["began"]
+        return bool(time.time() - announced["time"] < WAIT_S)
+    is_running = read_start(announced["pid"]) == announced["began"]
     # A rank 0 that has ended already was started no earlier than this rank.
-    return bool(is_running or told["began"] >= own - _TOGETHER_TICKS)
+    return bool(is_running or announced["began"] >= own - _TOGETHER_TICKS)
 
 
 # ------------------------------------------------- the run of another rank

@@ -127,8 +127,8 @@ def list_(
             check_name("--sort", key, known)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
-    told = found if query is not None else found[:num_main]
-    names = dict.fromkeys(name for run in told for name in run["metrics"])
+    candidates = found if query is not None else found[:num_main]
+    names = dict.fromkeys(name for run in candidates for name in run["metrics"])
     metric = key or find_main_metric(names) or ""
     if query is None and not key:
         found = found[: limit or None]

@@ -306,11 +306,11 @@ class DeliveryWorker:
         for start in range(0, points.num_rows or (upto is not None), BATCH):
             batch = points.slice(start, BATCH)
             is_last = start + BATCH >= points.num_rows
-            some, told = point_list(batch), upto if is_last else None
+            some, watermark = point_list(batch), upto if is_last else None
             if start == 0:
-                self._send_properties(some, told)
+                self._send_properties(some, watermark)
             else:
-                self._retry.run(partial(self._writer.send_points, some, told))
+                self._retry.run(partial(self._writer.send_points, some, watermark))
             self.num_sent += batch.num_rows
             if upto is not None:
                 position = upto if is_last else batch["seq"][-1].as_py()

@@ -83,11 +83,6 @@ class Journal:
         durability: Literal["process", "fsync"] = "process",
         on_tick: Callable[[], None] | None = None,
     ) -> None:
-        if durability not in ("process", "fsync"):
-            raise ValueError(
-                f"Journal(durability=): expected 'process' or 'fsync', got "
-                f"{durability!r}. Choose one of the two."
-            )
         self.rank_dir = rank_dir
         self._is_synced = durability == "fsync"
         self._on_tick = on_tick

@@ -106,11 +106,6 @@ def test_journal_folder_that_cannot_be_made_is_an_error(tmp_path):
         Journal(tmp_path / "file" / "0")
 
 
-def test_journal_unknown_durability_is_refused(rank_dir):
-    with pytest.raises(ValueError, match=r"expected 'process' or 'fsync', got 'max'"):
-        Journal(rank_dir, durability="max")  # type: ignore[arg-type]
-
-
 def test_journal_write_after_close_is_refused(rank_dir):
     journal = Journal(rank_dir)
     journal.close()
