@@ -18,6 +18,14 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import click
 
 from tracking.cli import render
+from tracking.cli.query import (
+    Query,
+    check_name,
+    find_main_metric,
+    has_order,
+    list_facts,
+    sort_key,
+)
 
 if TYPE_CHECKING:
     from tracking.read import PastRun
@@ -100,15 +108,6 @@ def list_(
     as valid/loss (the last value), valid/loss.min or .max, params.NAME, tags.NAME, and name,
     status, experiment, created, duration_s.
     """
-    from tracking.cli.query import (  # noqa: PLC0415  keeps --help quick
-        Query,
-        check_name,
-        find_main_metric,
-        has_order,
-        list_facts,
-        sort_key,
-    )
-
     descends, key = (sort or "").startswith("-"), (sort or "").removeprefix("-")
     try:
         query = Query(where) if where is not None else None
@@ -249,7 +248,6 @@ def compare(names: tuple[str, ...], runs_dir: Path | None, as_json: bool) -> Non
     Prints a table of the differences and of the last value of each metric, and curves.
     """
     from tracking.cli.describe import compare_curves, describe_run  # noqa: PLC0415  imports Arrow
-    from tracking.cli.query import find_main_metric  # noqa: PLC0415  next to it
 
     past = open_runs(names, runs_dir)
     reads = [run.snapshot() for run in past]
