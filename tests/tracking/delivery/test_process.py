@@ -132,7 +132,7 @@ def test_secrets_are_in_no_file_and_no_tag(record, fork_delivery):
 
 def test_summaries_that_die_are_left_out(record, deliver, store):
     def die(path):
-        raise RuntimeError("their process ended with code -9")
+        raise DeliveryError("expected a report, got exit code -9")
 
     run = record()
     run.log_curve(5)
