@@ -311,17 +311,12 @@ class StoreClient:
         self, run_id: str, dataset: Mapping[str, str], tags: Mapping[str, str]
     ) -> None:
         """Add a data set to the run's inputs."""
-        from mlflow.entities import (  # noqa: PLC0415 (slow)
-            Dataset,
-            DatasetInput,
-            InputTag,
-        )
+        from mlflow import entities  # noqa: PLC0415 (slow)
 
-        input_tags = [InputTag(key, value) for key, value in tags.items()]
+        input_tags = [entities.InputTag(key, value) for key, value in tags.items()]
+        used = entities.DatasetInput(entities.Dataset(**dataset), input_tags)
         with self._call():
-            self._client.log_inputs(
-                run_id, [DatasetInput(Dataset(**dataset), input_tags)]
-            )
+            self._client.log_inputs(run_id, [used])
 
     def set_status(
         self, run_id: str, status: str, end_ms: int | None, name: str | None = None
@@ -406,11 +401,10 @@ def _open_client(uri: str) -> MlflowClient:
 
 def _open_artifacts(root: str, uri: str) -> Any:
     """Open the place of a run's artifacts, as MLflow's client does once it knows it."""
-    from mlflow.store.artifact.artifact_repository_registry import (  # noqa: PLC0415
-        get_artifact_repository,
-    )
+    from mlflow.store.artifact import artifact_repository_registry  # noqa: PLC0415
 
-    return get_artifact_repository(root, tracking_uri=uri)
+    open_artifacts = artifact_repository_registry.get_artifact_repository
+    return open_artifacts(root, tracking_uri=uri)
 
 
 def _migrate(path: Path) -> None:
