@@ -162,19 +162,17 @@ class StoreClient:
         with self._call():
             found = self._client.get_experiment_by_name(name)
             if found is None:
-                refusal = None
                 try:
                     with self._call(exists=True):
                         return self._client.create_experiment(name)
                 except RefusedError as error:  # unless another process made it
-                    refusal = error
-                found = self._client.get_experiment_by_name(name)
-                if found is None and refusal is not None:
-                    raise RefusedError(
-                        f"delivery: expected an experiment's name that MLflow takes, "
-                        f"got {name!r}: {refusal}. Start the run with another one."
-                    )
-        if found is None or found.lifecycle_stage != "active":
+                    found = self._client.get_experiment_by_name(name)
+                    if found is None:
+                        raise RefusedError(
+                            f"delivery: expected an experiment's name that MLflow takes, "
+                            f"got {name!r}: {error}. Start the run with another one."
+                        ) from error
+        if found.lifecycle_stage != "active":
             raise GoneError(
                 f"delivery: expected an active experiment in MLflow, got {name!r}, which "
                 "is deleted. Restore it there, or delete it permanently.",

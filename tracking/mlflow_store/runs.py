@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
@@ -44,8 +45,6 @@ class RunResolver:
         Tracking URI of the store, without credentials.
     manifest
         Of the run, as last read.
-    client
-        Of the store, once it is open.
     is_borrowed
         Whether the records go into an MLflow run that the caller created.
     """
@@ -61,14 +60,17 @@ class RunResolver:
     ) -> None:
         self.settings = settings or Settings.read({})
         self.manifest = Manifest.read(run_path)
-        self.client: StoreClient
         self.is_borrowed = bool(self.manifest.mlflow.get("borrowed"))
         self.uri = self.settings.redact_address(uri)
         self._run_path = run_path
         self._secret_uri = uri
         self._open_client = open_client
-        self._is_open = False
         self._may_exist = may_exist
+
+    @functools.cached_property
+    def client(self) -> StoreClient:
+        """Client of the store, which is opened at its first use."""
+        return self._open_client(self._secret_uri)
 
     def reload_manifest(self) -> Manifest:
         """Read the manifest again, with the error of whichever rank failed first."""
@@ -94,9 +96,6 @@ class RunResolver:
 
     def find(self, known_id: str | None = None) -> MlflowRun | None:
         """Find the MLflow run; None if there is none, or only superseded ones."""
-        if not self._is_open:
-            self.client = self._open_client(self._secret_uri)
-            self._is_open = True
         if self.is_borrowed:
             return self.client.run(self.manifest.mlflow["run_id"])
         if not self._may_exist:
