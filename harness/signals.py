@@ -94,7 +94,7 @@ class EndOfProcess:
         if number:
             if accelerator.is_main:
                 told = f"{signal.Signals(number).name} asked this process to end"
-                write_stderr(f"harness: {told}, so no other fit begins.\n")
+                write_stderr(f"harness: {told}, so no other fit starts.\n")
             raise SystemExit(128 + number)
 
 

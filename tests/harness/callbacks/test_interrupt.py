@@ -83,7 +83,7 @@ def test_program_begins_no_other_fit_after_a_signal_that_ends_programs(
             begin()
         assert ended.value.code == 128 + number
     assert tape.events == []
-    told = f"harness: {number.name} asked this process to end, so no other fit begins."
+    told = f"harness: {number.name} asked this process to end, so no other fit starts."
     assert capsys.readouterr().err.splitlines() == [told] * 3
 
 
