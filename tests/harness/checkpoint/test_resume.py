@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import random
+import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -38,12 +39,18 @@ from tests.harness.exact import (
 )
 from tests.harness.fakes import At, Tape
 
-SHOWN = (5, 8)
-"""Batches after which the quick form stops: within windows of both epochs."""
+EARLY, LATE = ("on_train_batch_end", 5), ("on_train_batch_end", 8)
+"""Where the quick form stops: within windows of both epochs."""
 
 
-def check_exact(case: Case, tmp_path: Path, stops: list[tuple[str, int]]) -> None:
-    unbroken = fit(case, tmp_path / "unbroken")
+def check_exact(
+    case: Case,
+    tmp_path: Path,
+    stops: list[tuple[str, int]],
+    unbroken: Any = None,
+) -> None:
+    if unbroken is None:
+        unbroken = fit(case, tmp_path / "unbroken")
     for event, after in stops:
         folder = tmp_path / f"{event}-{after}"
         broken = fit(case, folder, (event, after))
@@ -53,21 +60,52 @@ def check_exact(case: Case, tmp_path: Path, stops: list[tuple[str, int]]) -> Non
         assert differences(resumed, unbroken) == [], f"stopped at {event} {after}"
 
 
+class Made:
+    """Fits of the cases that several tests look at, each made once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._unbroken: dict[str, Any] = {}
+
+    def fit_unbroken(self, name: str) -> Any:
+        """Outcome of the whole fit."""
+        if name not in self._unbroken:
+            self._unbroken[name] = fit(CASES[name], self.folder / "unbroken" / name)
+        return self._unbroken[name]
+
+    def copy_stopped(self, name: str, folder: Path) -> None:
+        """Copy what a fit leaves that stops late."""
+        stopped = self.folder / "stopped" / name
+        if not stopped.exists():
+            assert fit(CASES[name], stopped, LATE)["signum"] == signal.SIGINT
+        shutil.copytree(stopped, folder)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    return Made(tmp_path_factory.mktemp("made"))
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_resume_after_some_batches_equals_the_unbroken_fit(
-    name: str, tmp_path: Path
+    name: str, tmp_path: Path, made: Made
 ) -> None:
-    check_exact(CASES[name], tmp_path, [("on_train_batch_end", k) for k in SHOWN])
+    unbroken = made.fit_unbroken(name)
+    check_exact(CASES[name], tmp_path, [EARLY], unbroken)
+    made.copy_stopped(name, tmp_path / "late")
+    resumed = fit(CASES[name], tmp_path / "late")
+    assert resumed["signum"] is None
+    assert differences(resumed, unbroken) == []
 
 
 @pytest.mark.parametrize(
     "name", ["adam-onecycle-metrics", "accumulation", "wrapped-metrics"]
 )
 def test_resume_at_the_ends_of_epochs_equals_the_unbroken_fit(
-    name: str, tmp_path: Path
+    name: str, tmp_path: Path, made: Made
 ) -> None:
-    ends = [BATCHES, EPOCHS * BATCHES]
-    check_exact(CASES[name], tmp_path, [("on_train_batch_end", k) for k in ends])
+    ends = [("on_train_batch_end", k) for k in (BATCHES, EPOCHS * BATCHES)]
+    check_exact(CASES[name], tmp_path, ends, made.fit_unbroken(name))
 
 
 @pytest.mark.slow
@@ -88,10 +126,10 @@ def test_resume_with_worker_processes_equals_the_unbroken_fit(
 
 @pytest.mark.parametrize("name", ["adam-onecycle-metrics", "callbacks"])
 def test_resume_after_a_stop_in_validation_equals_the_unbroken_fit(
-    name: str, tmp_path: Path
+    name: str, tmp_path: Path, made: Made
 ) -> None:
     stops = [("on_valid_batch_end", k) for k in (1, 3, 6)]
-    check_exact(CASES[name], tmp_path, stops)
+    check_exact(CASES[name], tmp_path, stops, made.fit_unbroken(name))
 
 
 @pytest.mark.parametrize("name", BY_STEPS)
@@ -436,33 +474,23 @@ def test_resume_with_workers_that_a_later_epoch_started_is_exact(
 
 @pytest.mark.parametrize("piece", PIECES)
 def test_resume_without_one_piece_of_the_state_differs(
-    piece: str, tmp_path: Path, unbroken_fits: dict[str, Any]
+    piece: str, tmp_path: Path, made: Made
 ) -> None:
     name, change = PIECES[piece]
-    case = CASES[name]
-    if name not in unbroken_fits:
-        unbroken_fits[name] = fit(case, tmp_path / "unbroken")
-    stop = ("on_train_batch_end", 8)
-    fit(case, tmp_path / "broken", stop)
+    made.copy_stopped(name, tmp_path / "broken")
     rewritten(tmp_path / "broken" / "saved", change)
-    assert differences(fit(case, tmp_path / "broken"), unbroken_fits[name]) != []
-
-
-@pytest.fixture(scope="module")
-def unbroken_fits() -> dict[str, Any]:
-    """Outcomes of unbroken fits."""
-    return {}
+    resumed = fit(CASES[name], tmp_path / "broken")
+    assert differences(resumed, made.fit_unbroken(name)) != []
 
 
 def test_resume_from_a_state_put_together_again_equals_the_unbroken_fit(
-    tmp_path: Path,
+    tmp_path: Path, made: Made
 ) -> None:
     """The ground of the tests above: rewriting alone changes nothing."""
-    case = CASES["callbacks"]
-    unbroken = fit(case, tmp_path / "unbroken")
-    fit(case, tmp_path / "broken", ("on_train_batch_end", 9))
+    made.copy_stopped("callbacks", tmp_path / "broken")
     rewritten(tmp_path / "broken" / "saved", lambda state: None)
-    assert differences(fit(case, tmp_path / "broken"), unbroken) == []
+    resumed = fit(CASES["callbacks"], tmp_path / "broken")
+    assert differences(resumed, made.fit_unbroken("callbacks")) == []
 
 
 class Growing(nn.Module):
