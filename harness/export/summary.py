@@ -284,8 +284,8 @@ def format_size(size_bytes: float) -> str:
     """
     if size_bytes < 1000:
         return f"{size_bytes:.0f} bytes"
-    for unit in ("kB", "MB", "GB"):
+    for unit in ("kB", "MB"):
         size_bytes /= 1000
-        if size_bytes < 1000 or unit == "GB":
+        if size_bytes < 1000:
             return f"{size_bytes:.3g} {unit}"
-    raise AssertionError
+    return f"{size_bytes / 1000:.3g} GB"

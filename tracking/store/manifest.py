@@ -89,8 +89,11 @@ class Manifest:
         """Replace ``run.json`` in a run's folder."""
         fields = vars(self)  # plain JSON values, so no copy is needed
         text = json.dumps(fields, ensure_ascii=False).encode(errors="replace")
-        with contextlib.suppress(msgspec.DecodeError):  # NaN, which is no JSON
+        try:
             text = msgspec.json.format(text, indent=2)  # faster than the json module
+        except msgspec.DecodeError:  # NaN, which is no JSON
+            lines = json.dumps(fields, indent=2, ensure_ascii=False)
+            text = lines.encode(errors="replace")
         try:
             durable.write_atomically(run_path / MANIFEST, text + b"\n")
         except OSError as error:
