@@ -186,8 +186,13 @@ def check_start(**arguments: Any) -> None:
                 f"start({word}): expected a dictionary, got {given!r}. "
                 f"Use for example {word}={{'lr': 0.1}}."
             )
-    if arguments.get("runs_dir") is not None:
-        _check_folder(arguments["runs_dir"])
+    if (runs_dir := arguments.get("runs_dir")) is not None:
+        check_path(runs_dir, "start(runs_dir)")
+        if not str(runs_dir).strip():
+            raise ValueError(
+                f"start(runs_dir): expected a path, got {runs_dir!r}. "
+                "Leave it out for HARNESS_RUNS or ./runs, or use '.' for this folder."
+            )
     durability = arguments.get("durability", "process")
     if durability not in ("process", "fsync"):
         raise ValueError(
@@ -204,15 +209,6 @@ def _check_text(word: str, text: object) -> None:
         raise ValueError(
             f"start({word}): expected a name, got {text!r}. "
             "Leave it out for the default."
-        )
-
-
-def _check_folder(runs_dir: Any) -> None:
-    check_path(runs_dir, "start(runs_dir)")
-    if not str(runs_dir).strip():
-        raise ValueError(
-            f"start(runs_dir): expected a path, got {runs_dir!r}. "
-            "Leave it out for HARNESS_RUNS or ./runs, or use '.' for this folder."
         )
 
 

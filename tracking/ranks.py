@@ -104,7 +104,7 @@ class RankRun(Run):
     """A run on a rank other than 0, which leaves it to rank 0 to record what all log.
 
     Values are checked and dropped. With ``all_ranks=True`` a value is recorded here too; the
-    first one makes the part of this rank. So does an exception that ends the run.
+    first one makes the journal of this rank. So does an exception that ends the run.
     """
 
     def __init__(
@@ -118,13 +118,13 @@ class RankRun(Run):
         return LazyJournal(self._rank_dir)
 
     @property
-    def _has_part(self) -> bool:
+    def _has_journal(self) -> bool:
         return not isinstance(self._journal, LazyJournal)
 
-    def _open_part(self) -> None:
-        """Make the part of this rank, unless it is made, or the run has finished."""
+    def _open_journal(self) -> None:
+        """Make the journal of this rank, unless it is made, or the run has finished."""
         with self._opening:
-            if self._has_part or not self._journal.takes_rows():
+            if self._has_journal or not self._journal.takes_rows():
                 return
             late, fit = self._journal, self.fit
             self._journal = super()._make_journal(self._durability)
@@ -146,7 +146,7 @@ class RankRun(Run):
     ) -> None:
         """As ``Run.log``; the value is dropped unless ``all_ranks`` is True."""
         if all_ranks:
-            self._open_part()
+            self._open_journal()
             super().log(what, set, value, index, append, epoch=epoch, step=step)
             return
         self._journal.check_open()
@@ -172,20 +172,20 @@ class RankRun(Run):
         if rank in (None, self.rank):
             if seq >= self._journal.last_seq():
                 return
-            self._open_part()
+            self._open_journal()
         super().rewind(seq, rank, **options)
 
     def restore_indices(self) -> None:
-        """Continue where the part of this rank ends, if it has one."""
-        if self._has_part:
+        """Continue where the journal of this rank ends, if it has one."""
+        if self._has_journal:
             super().restore_indices()
 
     def get_indices(self) -> dict[str, Any] | None:
-        """As ``Run.get_indices``; None if this rank has no part."""
-        return super().get_indices() if self._has_part else None
+        """As ``Run.get_indices``; None if this rank has no journal."""
+        return super().get_indices() if self._has_journal else None
 
     def _continue_fit(self, number: int) -> None:
-        if self._has_part:
+        if self._has_journal:
             super()._continue_fit(number)
         else:
             self.fit = number

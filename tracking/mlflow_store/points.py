@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections import deque
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
@@ -101,6 +102,7 @@ def point_list(table: pa.Table) -> list[Point]:
     return list(map(Point, keys, *numbers))
 
 
+@dataclass
 class UniqueTimestamps:
     """Gives equal points of the same millisecond different times.
 
@@ -113,11 +115,10 @@ class UniqueTimestamps:
         Number of points that are remembered at least.
     """
 
-    def __init__(self, window: int = 32_768) -> None:
-        self._window = window
-        self._keys: dict[str, None] = {}
-        self._pages: deque[Rows] = deque()
-        self._hashes: deque[Hashes] = deque()
+    window: int = 32_768
+    _keys: dict[str, None] = field(default_factory=dict)
+    _pages: deque[Rows] = field(default_factory=deque)
+    _hashes: deque[Hashes] = field(default_factory=deque)
 
     def assign(self, points: pa.Table) -> pa.Table:
         """Replace the times of points that repeat an earlier one."""
@@ -136,7 +137,7 @@ class UniqueTimestamps:
             points = points.set_column(column, POINTS.field("time_ms"), times)
         self._pages.append(rows)
         self._hashes.append(hashes)
-        while sum(map(len, self._pages)) - len(self._pages[0]) >= self._window:
+        while sum(map(len, self._pages)) - len(self._pages[0]) >= self.window:
             self._pages.popleft()
             self._hashes.popleft()
         return points
