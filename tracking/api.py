@@ -188,7 +188,7 @@ def check_start(**arguments: Any) -> None:
             )
     if (runs_dir := arguments.get("runs_dir")) is not None:
         check_path(runs_dir, "start(runs_dir)")
-        if not str(runs_dir).strip():
+        if not str(runs_dir).strip() or "\0" in str(runs_dir):
             raise ValueError(
                 f"start(runs_dir): expected a path, got {runs_dir!r}. "
                 "Leave it out for HARNESS_RUNS or ./runs, or use '.' for this folder."

@@ -70,6 +70,11 @@ class ArtifactLogger(RowLogger):
     def log_text(self, text: str, name: str) -> None:
         """Save a text as a file below ``artifacts/``."""
         name = files.check_artifact_name(name, "Run.log_text")
+        if not isinstance(text, str):
+            msg = f"Run.log_text({name!r}): expected a text, got {text!r:.100}."
+            raise TypeError(
+                f"{msg} Pass str(...) of it, or write a file for log_artifact."
+            )
         data = text.encode(errors="replace")
         self._add_artifact(name, lambda path: path.write_bytes(data))
 

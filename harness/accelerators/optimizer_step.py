@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from torch.optim import Optimizer, optimizer
 
+from harness.checks.hints import add_hint, find_step_hint
 from harness.data.row_batches import is_profiling
 from harness.pytree import cache_by_identity
 
@@ -32,16 +33,20 @@ def default_step_opt(opt: Any) -> None:
     torch 2.13, ``Optimizer.profile_hook_step``.
     """
     inner = _find_inner_step(getattr(type(opt), "step", None))
-    if (
-        inner is None
-        or "step" in vars(opt)  # a schedule puts its own there
-        or is_profiling()
-        or any(getattr(optimizer, name, True) for name in _GLOBAL_HOOKS)
-        or opt._optimizer_step_pre_hooks
-    ):
-        opt.step()
-        return
-    inner(opt)
+    try:
+        if (
+            inner is None
+            or "step" in vars(opt)  # a schedule puts its own there
+            or is_profiling()
+            or any(getattr(optimizer, name, True) for name in _GLOBAL_HOOKS)
+            or opt._optimizer_step_pre_hooks
+        ):
+            opt.step()
+            return
+        inner(opt)
+    except (AssertionError, TypeError) as error:
+        add_hint(error, find_step_hint, opt)
+        raise
     for hook in [*opt._optimizer_step_post_hooks.values()]:
         hook(opt, (opt,), {})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial, wraps
@@ -182,15 +183,29 @@ def _hook_step(
     opt: Any, function: Callable[..., object]
 ) -> RemovableHandle | _StepHook:
     """Call a function after each step of an optimizer."""
+    is_torchs = isinstance(opt, torch.optim.Optimizer)
+    if is_torchs and not hasattr(opt, "_optimizer_step_post_hooks"):
+        # It wraps another one and has not called __init__ of the class above, which adds
+        # what torch's own methods need, and wraps ``step``.
+        vars(opt).update({name: OrderedDict() for name in _OPTIMIZER_HOOKS})
+        return _StepHook(opt, function)
     # torch 2.13 runs its hooks again for a step of the class above, if that is called in it.
     # It wraps the one of AdamW, which is Adam's, anew.
     steps = [vars(kind)["step"] for kind in type(opt).__mro__ if "step" in vars(kind)]
     num_own = len({id(unwrap(step)) for step in steps}) - 1  # without Optimizer's
-    is_nested = isinstance(opt, torch.optim.Optimizer) and num_own > 1
+    is_nested = is_torchs and num_own > 1
     if is_nested or not hasattr(opt, "register_step_post_hook"):
         return _StepHook(opt, function)
     handle: RemovableHandle = opt.register_step_post_hook(function)
     return handle
+
+
+_OPTIMIZER_HOOKS = [
+    f"_optimizer_{method}_{when}_hooks"
+    for method in ("step", "state_dict", "load_state_dict")
+    for when in ("pre", "post")
+]
+"""Attributes of torch's optimizers (torch 2.13)."""
 
 
 class SingleDevice(Accelerator):

@@ -8,6 +8,7 @@ version words it differently, there is no hint.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import traceback
 from collections.abc import Callable, Mapping
 
@@ -174,6 +175,18 @@ def find_metric_hint(metric: object, pred: object, target: object) -> str:
     if given != classes:
         return f"The model has {classes} outputs: {name}(num_classes={classes})."
     return _hint_labels(pred, target, is_loss=False)
+
+
+def find_step_hint(opt: object) -> str:
+    """Return what an optimizer may miss whose step failed; empty: nothing is known."""
+    kind = type(opt)
+    step = getattr(kind, "step", None)
+    if kind.__module__.startswith("torch.") or not callable(step):
+        return ""
+    if "closure" not in inspect.signature(step).parameters:
+        return ""
+    advice = "If it needs one, say so in a subclass: def step(self, closure)."
+    return f"{kind.__name__}.step was called without a closure. {advice}"
 
 
 def find_loader_hint(error: BaseException) -> str:

@@ -210,6 +210,20 @@ class Sharpness(torch.optim.SGD):
         return super().step()
 
 
+def test_optimizer_that_needs_a_closure_and_does_not_say_so_has_a_hint():
+    class Silent(Sharpness):
+        def step(self, closure=None):
+            assert closure is not None
+            return super().step(closure)
+
+    learner = harness.setup(Curve, loss=nn.MSELoss(), optimizer=Silent)
+    with pytest.raises(AssertionError) as caught:
+        learner.set_opt_hparams(lr=0.1).fit(DATA, 1, tracker=False)
+    assert any(
+        "Silent.step was called without" in one for one in caught.value.__notes__
+    )
+
+
 def test_own_optimizer_that_moves_before_its_closure_sees_the_loss_there():
     torch.manual_seed(1)
     model = Curve()

@@ -384,6 +384,13 @@ def test_log_artifact_name_that_leads_out_is_refused(run, tmp_path, name):
         run.log_text("", name)
 
 
+def test_log_text_of_something_else_is_refused(run):
+    with pytest.raises(
+        TypeError, match=r"Run\.log_text\('a'\): expected a text, got b'x'"
+    ):
+        run.log_text(b"x", "a")
+
+
 def test_log_artifact_that_is_not_there_is_refused(run, tmp_path):
     with pytest.raises(
         FileNotFoundError, match=r"expected a file or folder, got '.*no'"
@@ -1350,6 +1357,7 @@ def test_ctrl_c_while_tensors_are_read_loses_no_row(runs, monkeypatch, num_writt
         ({"params": 0}, TypeError, r"start\(params\): expected a dictionary, got 0"),
         ({"tags": "a"}, TypeError, r"start\(tags\): expected a dictionary, got 'a'"),
         ({"runs_dir": ""}, ValueError, r"start\(runs_dir\): expected a path, got ''"),
+        ({"runs_dir": "a\0b"}, ValueError, r"start\(runs_dir\): expected a path, got"),
         ({"runs_dir": 3}, TypeError, r"start\(runs_dir\): expected a path, got 3"),
         ({"durability": ""}, ValueError, "expected 'process' or 'fsync', got ''"),
         ({"delivery": None}, TypeError, "expected True, False or a dict of options"),

@@ -273,6 +273,15 @@ class Wraps(torch.optim.Optimizer):
             self.base.step()
 
 
+class WrapsAlone(Wraps):
+    """As many do, without what torch's own class has."""
+
+    def __init__(self, params, lr=0.01) -> None:
+        self.base = torch.optim.SGD(params, lr=lr, momentum=0.9)
+        self.param_groups, self.defaults = self.base.param_groups, self.base.defaults
+        self.state, self.count = defaultdict(dict), 0
+
+
 class HoldsModules(Line):
     """A module without numbers, and a weight that is computed anew in each forward."""
 
@@ -286,9 +295,9 @@ class HoldsModules(Line):
         return self.fc(x) * self.weight.sum()
 
 
-def with_wrapped_optimizer() -> harness.Learner:
+def with_wrapped_optimizer(optimizer: Any = Wraps) -> harness.Learner:
     mse = nn.MSELoss()
-    learner = harness.setup(HoldsModules, loss=mse, optimizer=Wraps)
+    learner = harness.setup(HoldsModules, loss=mse, optimizer=optimizer)
     return learner.set_opt_hparams(lr=0.02)
 
 
@@ -326,6 +335,11 @@ PROGRAMS: dict[str, tuple[Any, Any, Callable[[Any], list[Any]]]] = {
         lambda f: f.model.gains,
     ),
     "an optimizer that wraps one": (with_wrapped_optimizer, list, nothing),
+    "an optimizer that wraps one alone": (
+        lambda: with_wrapped_optimizer(WrapsAlone),
+        list,
+        nothing,
+    ),
     "a metric": (lambda: sgd(HasMetric), list, lambda f: [f.model.mean.compute()]),
     "plain attributes": (
         lambda: sgd(PlainState),
