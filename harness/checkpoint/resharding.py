@@ -17,7 +17,7 @@ from harness.checkpoint.ranks.states import SavedRanks
 from harness.context import Context
 from harness.errors import CheckpointError
 from harness.metrics.state import drop_samples
-from harness.pytree import StateDict, map_tensors
+from harness.pytree import StateDict, has_state, map_tensors
 from harness.reshard.convert import convert_model_part, convert_state, is_convertible
 from harness.reshard.model_part import MODEL_PART
 from harness.rng import derive_rng_state
@@ -96,7 +96,8 @@ def _check_order(
 ) -> None:
     """Raise if the order of the samples depends on the number of ranks."""
     has_workers = about["num_workers"] or ctx.about["num_workers"]
-    if states[0]["pass"]["loader"] is not None:
+    now = getattr(ctx.train_data, "undivided", ctx.train_data)
+    if states[0]["pass"]["loader"] is not None or has_state(now):
         got = "a loader that keeps its own position"
     elif about["rows"] is None and has_workers:
         got = "a stream that worker processes read"

@@ -178,9 +178,8 @@ def restore_data(ctx: Context, state: StateDict) -> None:
     if saved is None:
         return
     parts = find_stateful(ctx.train_data)
-    if "loader" in saved["parts"]:
-        has_state = hasattr(ctx.train_data, "load_state_dict")
-        parts = {"loader": ctx.train_data} if has_state else {}
+    if "loader" in saved["parts"] and hasattr(ctx.train_data, "load_state_dict"):
+        parts = {"loader": ctx.train_data}
     ctx.is_data_at_end = saved["is_at_end"]
     if ctx.train_pass is not None:  # of the epoch whose validation follows
         ctx.train_pass.is_at_end = saved["is_at_end"]

@@ -27,11 +27,13 @@ def find_stateful(loader: object) -> dict[str, Any]:
     """Find the parts of a loader with ``state_dict`` and ``load_state_dict``, by their place.
 
     They are its data set and samplers, also behind wrappers; not what such a part holds. A
-    loader that saves its own state has none.
+    loader that saves its own state has none, except where it is divided over ranks, which
+    read its batches again in a resume: it is a part itself, as ``loader``.
     """
-    loader = getattr(loader, "undivided", loader)
-    if hasattr(loader, "state_dict"):
-        return {}
+    whole = getattr(loader, "undivided", loader)
+    if hasattr(whole, "state_dict"):
+        return {"loader": whole} if whole is not loader and has_state(whole) else {}
+    loader = whole
     parts = walk_parts(loader, has_state)
     return {place: part for place, part in parts if place and has_state(part)}
 
@@ -100,7 +102,9 @@ def set_states(
         Whether the states are those after a pass that read all there is. Some data sets
         then say where the next pass begins, and others where the last one ended.
     """
-    before = get_states(parts)
+    if not states:
+        return
+    before = get_states({place: parts[place] for place in states if place in parts})
     changed = {p: s for p, s in states.items() if not _is_same(s, before.get(p))}
     _load(parts, changed)
     is_sampled = any("sampler" in place for place in parts)
@@ -109,6 +113,9 @@ def set_states(
     # Without a batch, the state was that of the end, which is now behind.
     if is_tried and _has_batch(loader):
         _load(parts, states)
+        if "_iterator_finished" in states.get("loader", {}).get("state", {}):
+            # torchdata 0.11 takes it up with one random number more than a new pass draws.
+            iter_batches(loader)
 
 
 def _has_batch(loader: object) -> bool:
@@ -132,6 +139,11 @@ def update_states(
         if "state" not in saved or place not in parts or _is_same(saved, now[place]):
             continue
         _load(parts, {place: saved})
+        if place == "loader":
+            is_late = True
+            text = "by its state_dict, since reading its batches again led to another"
+            notes.append((f"loader {saved['class']}", "restored", text))
+            continue
         found = get_states({place: parts[place]})[place]
         if not _is_same(saved, found):
             is_late = True

@@ -111,7 +111,7 @@ class TrainPass:
         ahead = list(self._prefetched) if self._has_state else len(self._prefetched)
         draws = {} if self._apart is None else {"draws": self._apart.state_dict()}
         parts: StateDict = {}
-        if self._parts:
+        if self._parts and self._start_state is not None:
             parts["parts"] = {
                 "began": self._part_states,
                 "now": get_states(self._parts),
@@ -197,7 +197,11 @@ class TrainPass:
                 self._generators, self._accelerator.device
             )
         if self._parts and self._is_saved and self._part_states is None:
-            self._part_states = get_states(self._parts)
+            # A loader may make an iterator to tell its state, unless it has one that is
+            # finished: beside the random numbers that ranks share.
+            is_told = self._is_after_end
+            own = {p: o for p, o in self._parts.items() if is_told or p != "loader"}
+            self._part_states = get_states(own)
         batches: Iterator[Batch] = iter_batches(self._loader)
         if not self._has_state:
             if draws_between_batches(self._loader):
@@ -235,7 +239,7 @@ class TrainPass:
             num_given += 1
             yield batch
         self.is_at_end = self._is_below_limit(num_given)
-        self.is_read = self._has_state
+        self.is_read = self._has_state or "loader" in self._parts
 
     def _is_below_limit(self, num_given: int) -> bool:
         """Whether the data ended after so many batches, and not the limit of the pass."""
@@ -244,7 +248,7 @@ class TrainPass:
 
     def _follow_parts(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Compare the parts with the saved fit after the batches that are done."""
-        if "now" in self._saved_parts:
+        if "now" in self._saved_parts and not self.is_read:
             saved = self._saved_parts["now"]
             self.notes, is_late = update_states(self._parts, saved)
             # Every rank iterates the loader at the same time.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -133,4 +134,6 @@ CASES: dict[str, Callable[[Lab], None]] = {  # type: ignore[assignment]
     for name in BY_STEPS
 }
 CASES["damaged"] = damaged
+_own = replace(exact.CASES["own-position"], accumulate=2)
+CASES["own-position"] = partial(resumed, case=_own, name="own-position")
 """Every case, by name."""

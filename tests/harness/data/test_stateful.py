@@ -135,6 +135,40 @@ class Walk(Stateful, Sampler[int]):
         self.at = 0
 
 
+class AsTorchdata(DataLoader):
+    """As torchdata's: a pass after a state that is loaded costs a random number more."""
+
+    def __init__(self) -> None:
+        super().__init__(TensorDataset(X, Y), batch_size=BATCH)
+        self.saved: Any = None
+        self.now = {"seed": 0, "at": 0, "_iterator_finished": False}
+
+    def __iter__(self) -> Any:
+        saved, self.saved = self.saved, None
+        drawn = int(torch.randint(99, ()))
+        if saved is not None and saved["_iterator_finished"]:
+            drawn = int(torch.randint(99, ()))
+        is_new = saved is None or saved["_iterator_finished"]
+        new = {"seed": drawn, "at": 0, "_iterator_finished": False}
+        self.now = new if is_new else dict(saved)
+        return self.read(self.now)
+
+    def read(self, now: dict[str, Any]) -> Iterator[Any]:
+        order = torch.randperm(
+            ROWS, generator=torch.Generator().manual_seed(now["seed"])
+        )
+        for rows in order.split(BATCH)[now["at"] :]:
+            now["at"] += 1
+            yield [X[rows], Y[rows]]
+        now["_iterator_finished"] = True
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self.now)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.saved = state
+
+
 class Scale(harness.Callback):
     def on_train_batch_end(self) -> None:
         data = getattr(self.ctx.train_data, "dataset", None)
@@ -197,8 +231,18 @@ def load(part: Any, **options: Any) -> DataLoader:
         (lambda: load(Scaled(), shuffle=True), {}),
         (lambda: load(TensorDataset(X, Y), sampler=Walk()), {}),
         (OwnPosition, {}),
+        (AsTorchdata, {}),
     ],
-    ids=["endless", "resets", "begins", "epochs", "scaled", "sampler", "loader"],
+    ids=[
+        "endless",
+        "resets",
+        "begins",
+        "epochs",
+        "scaled",
+        "sampler",
+        "loader",
+        "torchdata",
+    ],
 )
 def test_part_of_a_loader_with_a_state_resumes_exactly(
     make: Any, options: dict[str, Any], tmp_path: Path
