@@ -248,8 +248,9 @@ def _restore(
         own = state["state"]
         if search.saved.issuperset(map(id, thing.param_groups)):
             # The groups of an optimizer of the fit, which have their options already.
-            pairs = zip(thing.param_groups, own["param_groups"], strict=True)
+            pairs = zip(thing.param_groups, own["param_groups"], strict=False)
             groups = [{**live, "params": saved["params"]} for live, saved in pairs]
+            groups += own["param_groups"][len(groups) :]  # of what is no longer stepped
             own = {**own, "param_groups": groups}
         load_optimizer_state(thing, own, name)
     else:
