@@ -34,6 +34,7 @@ def conda(root: Path) -> list[Any]:
     return yaml.safe_load((root / "conda-env.yml").read_text())["dependencies"]
 
 
+@pytest.fixture(scope="module")
 def imported_modules(root: Path) -> set[str]:
     """Top-level modules that the packages import anywhere, lazily too."""
     found = set()
@@ -65,12 +66,16 @@ def test_conda_env_has_python_of_pyproject(
     assert f"python{project['requires-python']}" in conda
 
 
-def test_every_import_is_a_dependency(root: Path, project: dict[str, Any]) -> None:
-    assert imported_modules(root) - dependency_modules(project) == set()
+def test_every_import_is_a_dependency(
+    imported_modules: set[str], project: dict[str, Any]
+) -> None:
+    assert imported_modules - dependency_modules(project) == set()
 
 
-def test_every_dependency_is_imported(root: Path, project: dict[str, Any]) -> None:
-    assert dependency_modules(project) - imported_modules(root) == set()
+def test_every_dependency_is_imported(
+    imported_modules: set[str], project: dict[str, Any]
+) -> None:
+    assert dependency_modules(project) - imported_modules == set()
 
 
 def test_every_dependency_has_a_reason_in_decisions(
