@@ -6,10 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from functorch.compile import make_boxed_func  # type: ignore[import-untyped]
 from torch import Tensor, nn
-from torch._dynamo.backends.common import aot_autograd
-from torch._dynamo.testing import CompileCounter
 from torchmetrics import MeanAbsoluteError
 
 import harness
@@ -85,8 +82,27 @@ def test_compiled_fit_resumes_exactly(tmp_path: Any) -> None:
         assert torch.equal(resumed.model.state_dict()[name], wanted), name
 
 
+# These imports take a second, which the workers that run other tests need not wait for.
+
+
+def make_counter() -> Any:
+    """A backend that counts what it compiles."""
+    from torch._dynamo.testing import CompileCounter  # noqa: PLC0415
+
+    return CompileCounter()
+
+
+def boxed(run: Any) -> Any:
+    """Let a function take its inputs as one list."""
+    from functorch.compile import (  # type: ignore[import-untyped]  # noqa: PLC0415
+        make_boxed_func,
+    )
+
+    return make_boxed_func(run)
+
+
 def test_several_optimizers_compile_once_for_each() -> None:
-    counter = CompileCounter()
+    counter = make_counter()
     torch._dynamo.reset()
     fit(Two, {"backend": counter})
     # Each freezes the other's parameters; validation has no gradients.
@@ -95,7 +111,7 @@ def test_several_optimizers_compile_once_for_each() -> None:
 
 
 def test_compiled_forward_under_autocast_compiles_once() -> None:
-    counter = CompileCounter()
+    counter = make_counter()
     torch._dynamo.reset()
     accelerator = harness.accelerator(device="cpu", precision="bf16")
     fit(Compiled, {"backend": counter}, accelerator=accelerator)
@@ -126,7 +142,7 @@ def test_what_is_no_option_is_refused(options: Any, match: str) -> None:
 
 def as_it_is(graph: Any, inputs: list[Tensor]) -> Any:
     """Run a graph by Python."""
-    return make_boxed_func(graph.forward)
+    return boxed(graph.forward)
 
 
 def reusing_outputs(graph: Any, inputs: list[Tensor]) -> Any:
@@ -144,7 +160,7 @@ def reusing_outputs(graph: Any, inputs: list[Tensor]) -> Any:
         places = iter(kept)
         return [next(places) if isinstance(item, Tensor) else item for item in found]
 
-    return make_boxed_func(run)
+    return boxed(run)
 
 
 def without_dropout(module: type[Net]) -> Net:
@@ -156,6 +172,8 @@ def without_dropout(module: type[Net]) -> Net:
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is:DeprecationWarning")
 def test_outputs_that_the_next_call_overwrites_are_kept_by_value() -> None:
+    from torch._dynamo.backends.common import aot_autograd  # noqa: PLC0415
+
     last: list[Tensor] = []
 
     class Keep(harness.Callback):
