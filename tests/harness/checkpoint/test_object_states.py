@@ -588,7 +588,7 @@ class Plays(Line):
 def test_state_of_objects_made_in_training_or_by_functions_is_named(tmp_path, capsys):
     report = report_of(sgd(Plays), [], [], tmp_path, capsys)
     assert "missing model.games[0] was saved, but this fit has none" in report
-    assert "model.values not kept a defaultdict in it has a function" in report
+    assert "a defaultdict in it has your own function; use a dict" in report
     state = read_rank(list_checkpoints(tmp_path)[0], 0)
     assert "words" not in state["fields"]["model"].get("", {})
 
