@@ -12,9 +12,16 @@ from torch import Tensor, nn
 
 from harness.accelerators.base import StepOpt
 from harness.accelerators.deepspeed.library import replace_attributes
-from harness.accelerators.deepspeed.state import base_optimizer, master_weights
+from harness.accelerators.deepspeed.state import (
+    base_optimizer,
+    master_weights,
+    refresh_masters,
+)
 from harness.accelerators.single import freeze_parameters
 from harness.reshard.layout import group_members, make_engine_layout
+
+_STEPPED_ALIKE = frozenset({torch.float32, torch.float64})
+"""Dtypes of weights whose copies, which ZeRO steps, have the same values."""
 
 
 class NamedEngine:
@@ -70,6 +77,7 @@ class NamedEngine:
         self._clip: tuple[float, Tensor] | None = None
         self._is_fresh = False
         self._was_stepped = False
+        self._versions = [param._version for param in owned]
         self.facade = EngineOptimizer(self._base, self._engine_step)
 
     # --------------------------------------------------------- forward, backward
@@ -88,6 +96,18 @@ class NamedEngine:
         got = f"begin at ZeRO {self.stage}, got some {change} later"
         advice = "Choose them before fit and fit in two parts, or use ZeRO 0."
         raise RuntimeError(f"{msg} {got}. {advice}")
+
+    def follow_weights(self) -> None:
+        """Let ZeRO 1 and 2 step weights that code of the user has changed since the last step.
+
+        They step float32 copies. Weights in 16 bits are left alone: the copies have more.
+        """
+        if self.stage in {1, 2}:
+            versions = [param._version for param in self._owned]
+            is_exact = all(p.dtype in _STEPPED_ALIKE for p in self._owned)
+            if is_exact and versions != self._versions:
+                refresh_masters([self.engine])
+            self._versions = versions
 
     def begin_forward(self) -> None:
         """Tell ZeRO that a forward begins, so that it counts micro-batches correctly.
@@ -154,6 +174,7 @@ class NamedEngine:
                 for param, grad in kept:
                     param.grad = grad
         self.done = 0
+        self._versions = [param._version for param in self._owned]
         self._clear_gradients()
         applied = bool(self.engine.was_step_applied()) and self._base_stepped
         self._was_stepped = applied

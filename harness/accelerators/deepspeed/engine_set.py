@@ -77,6 +77,7 @@ class EngineSet:
         """Run the forward and backward of one optimizer inside."""
         engine = self.find(name)
         engine.check_frozen()
+        engine.follow_weights()
         engine.begin_forward()
         before, self._active = self._active, engine
         try:

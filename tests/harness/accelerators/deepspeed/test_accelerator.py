@@ -547,6 +547,35 @@ def test_parameters_stay_the_same_objects(stage: int, zero_init: bool) -> None:
     ]
 
 
+class Clamp(harness.Callback):
+    """Clamps weights after each step, as for a Wasserstein critic."""
+
+    def on_train_batch_end(self) -> None:
+        for param in self.ctx.model.parameters():
+            param.clamp_(-0.1, 0.1)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_weights_that_a_callback_changes_stay_changed(stage: int) -> None:
+    learner = harness.setup(Net, loss=nn.MSELoss(), optimizer=torch.optim.AdamW)
+    learner = learner.set_opt_hparams(lr=0.1)
+    data = torch.randn(8, 5), torch.randn(8, 3)
+    found, wanted = (
+        learner.fit(
+            *(data, 4),
+            callbacks=[Clamp()],
+            accelerator=accelerator,
+            tracker=False,
+            seed=1,
+        ).model
+        for accelerator in (Lab(stage, Path()).make(), SingleDevice("cpu"))
+    )
+    assert (
+        max(float(param.detach().abs().max()) for param in wanted.parameters()) > 0.09
+    )
+    check_equal(found.state_dict(), wanted, atol=1e-6)
+
+
 class Failing(Net):
     """Fails in the second batch."""
 
