@@ -98,16 +98,31 @@ class NamedEngine:
         raise RuntimeError(f"{msg} {got}. {advice}")
 
     def follow_weights(self) -> None:
-        """Let ZeRO 1 and 2 step weights that code of the user has changed since the last step.
+        """Let ZeRO step weights that code of the user has changed since the last step.
 
-        They step float32 copies. Weights in 16 bits are left alone: the copies have more.
+        It steps float32 copies. Weights in 16 bits are left alone: the copies have more.
         """
-        if self.stage in {1, 2}:
-            versions = [param._version for param in self._owned]
-            is_exact = all(p.dtype in _STEPPED_ALIKE for p in self._owned)
-            if is_exact and versions != self._versions:
-                refresh_masters([self.engine])
-            self._versions = versions
+        if self.stage == 0:
+            return
+        versions = [param._version for param in self._owned]
+        is_exact = all(p.dtype in _STEPPED_ALIKE for p in self._owned)
+        if is_exact and versions != self._versions:
+            if self.stage == 3:
+                self._divide_whole()
+            refresh_masters([self.engine])
+        self._versions = versions
+
+    def _divide_whole(self) -> None:
+        """Put values of small parameters, which ZeRO 3 keeps whole, into the parts of this rank."""
+        owned: list[Any] = self._owned
+        for param in owned:
+            if param.numel() and hasattr(param, "ds_tensor"):
+                part = param.ds_tensor.data
+                own = param.data.reshape(-1)[
+                    param.ds_zero_partition_rank * part.numel() :
+                ]
+                own = own[: part.numel()]
+                part[: own.numel()].copy_(own)
 
     def begin_forward(self) -> None:
         """Tell ZeRO that a forward begins, so that it counts micro-batches correctly.

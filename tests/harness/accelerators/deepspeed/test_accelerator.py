@@ -555,7 +555,7 @@ class Clamp(harness.Callback):
             param.clamp_(-0.1, 0.1)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", STAGES)
 def test_weights_that_a_callback_changes_stay_changed(stage: int) -> None:
     learner = harness.setup(Net, loss=nn.MSELoss(), optimizer=torch.optim.AdamW)
     learner = learner.set_opt_hparams(lr=0.1)
