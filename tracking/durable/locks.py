@@ -200,16 +200,19 @@ def _take(path: Path, fd: int) -> Lease:
             with contextlib.suppress(FileExistsError):
                 return Lease(get_lease_path(path), has_lock=lock == "free")
             continue
-        if not _may_be_gone(path, lock, text, holder):
-            raise LockHeldError(holder)
+        is_unreadable = holder.process is None  # its lease may be being written
         if first is None:
+            if not _may_be_gone(path, lock, text, holder):
+                raise LockHeldError(holder)
             first, deadline = holder, time.monotonic() + leases.STALE_S
             warn(
                 f"{path.parent}: expected a folder that no process writes, got one of "
                 f"{holder}, which may have been killed. This process waits up to "
                 f"{leases.STALE_S:g} s for a sign of life."
             )
-        elif holder != first or (lock == "held" and time.monotonic() > deadline):
+        elif holder != first and not is_unreadable:
+            raise LockHeldError(holder)
+        elif (lock == "held" or is_unreadable) and time.monotonic() > deadline:
             raise LockHeldError(holder)
         time.sleep(_POLL_S)
     raise AssertionError
