@@ -210,10 +210,10 @@ def _take(path: Path, fd: int) -> Lease:
                 f"{holder}, which may have been killed. This process waits up to "
                 f"{leases.STALE_S:g} s for a sign of life."
             )
-        elif (holder != first and not is_unreadable) or (
-            (lock == "held" or is_unreadable) and time.monotonic() > deadline
-        ):
-            raise LockHeldError(holder)
+        else:
+            is_late = time.monotonic() > deadline and (lock == "held" or is_unreadable)
+            if is_late or (holder != first and not is_unreadable):
+                raise LockHeldError(holder)
         time.sleep(_POLL_S)
     raise AssertionError
 
