@@ -185,6 +185,16 @@ class NamedEngine:
                 param.grad = None
             try:
                 self.engine.step()
+            except AttributeError as error:
+                if "'ds_" in str(error):
+                    msg = (
+                        "ZeRO 3 steps only layers that the model had when the fit began"
+                    )
+                    advice = (
+                        "Add them in its __init__, or in prepare(ctx) of a callback"
+                    )
+                    error.add_note(f"{msg}. {advice}.")
+                raise
             finally:
                 for param, grad in kept:
                     param.grad = grad

@@ -547,6 +547,23 @@ def test_parameters_stay_the_same_objects(stage: int, zero_init: bool) -> None:
     ]
 
 
+class Grow(harness.Callback):
+    """Adds a layer while the model trains."""
+
+    def on_train_batch_begin(self) -> None:
+        self.ctx.model.later = nn.Linear(2, 2)
+
+
+def test_layer_that_is_added_later_is_told_at_zero_3() -> None:
+    learner = harness.setup(Net, loss=nn.MSELoss(), optimizer=torch.optim.AdamW)
+    accelerator = Lab(3, Path()).make()
+    data = torch.randn(8, 5), torch.randn(8, 3)
+    options: Any = {"callbacks": [Grow()], "tracker": False}
+    with pytest.raises(AttributeError) as caught:
+        learner.fit(data, 1, accelerator=accelerator, **options)
+    assert any("ZeRO 3 steps only layers" in note for note in caught.value.__notes__)
+
+
 class Clamp(harness.Callback):
     """Clamps weights after each step, as for a Wasserstein critic."""
 
