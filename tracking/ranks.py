@@ -23,7 +23,13 @@ from tracking.journal.block import Block
 from tracking.journal.reader import list_blocks
 from tracking.journal.segment import CAPACITY
 from tracking.journal.writer import Journal
-from tracking.row_logger import RowLogger, check_arguments, describe_call
+from tracking.row_logger import (
+    MISSING,
+    RowLogger,
+    check_arguments,
+    describe_call,
+    refuse_missing,
+)
 from tracking.run import Run
 from tracking.schema import flatten_params, flatten_value
 from tracking.settings import LaunchedRank
@@ -135,8 +141,8 @@ class RankRun(Run):
     def log(
         self,
         what: str,
-        set: str,
-        value: object,
+        set: str = MISSING,
+        value: object = MISSING,
         index: int | None = None,
         append: bool = True,
         *,
@@ -150,6 +156,8 @@ class RankRun(Run):
             super().log(what, set, value, index, append, epoch=epoch, step=step)
             return
         self._journal.check_open()
+        if value is MISSING:
+            refuse_missing("log", "what, set and value", what, set)
         place = describe_call(what, set)
         check_arguments(what, set, place, index=index, epoch=epoch, step=step)
         if type(value) is not float:
@@ -158,13 +166,15 @@ class RankRun(Run):
     def log_metric(
         self,
         name: str,
-        value: object,
+        value: object = MISSING,
         step: int | None = None,
         *,
         set: str = "train",
         **options: Any,
     ) -> None:
         """As ``Run.log_metric``; the value is dropped unless ``all_ranks`` is True."""
+        if value is MISSING:
+            refuse_missing("log_metric", "name and value", name)
         self.log("metrics", set, {name: value}, step=step, **options)
 
     def rewind(self, seq: int, rank: int | None = None, **options: Any) -> None:

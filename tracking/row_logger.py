@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import threading
 import time
@@ -10,7 +9,7 @@ import zlib
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final, Literal, NoReturn, TypeVar
+from typing import Any, Final, Literal, NoReturn
 
 from tracking.errors import warn
 from tracking.journal.row_format import FIELDS, MAX_COUNT, NO_COUNT, NO_EPOCH, ROW_BYTES
@@ -43,28 +42,14 @@ _pack, _crc32, _time_ns = FIELDS.pack, zlib.crc32, time.time_ns
 _HIGHEST: Final = {"epoch": 2**31 - 1}
 """Where it is not ``MAX_COUNT``."""
 
-_MISSING: Final = object()
-_Method = TypeVar("_Method")
+MISSING: Final[Any] = ...
+"""Default of arguments that must be given: a call without them says which."""
 
 Counts = dict[str, int | None]
 """Index, epoch and step of a row, by these words; None, or no such word, is null."""
 
 _DeferredRow = tuple[int, str, str, Leaf, Counts]
 """Time in us, what, set, leaf and counts of a row."""
-
-
-def _explains_missing(method: _Method) -> _Method:
-    """Let a method be called without its arguments, so that it can say which it needs.
-
-    A function around it would make each call a tenth slower.
-    """
-    signature = inspect.signature(method)  # type: ignore[arg-type]
-    spec = inspect.getfullargspec(method)
-    defaults = spec.defaults or ()
-    missing = (_MISSING,) * (len(spec.args) - 1 - len(defaults))
-    method.__defaults__ = missing + defaults  # type: ignore[attr-defined]
-    method.__signature__ = signature  # type: ignore[attr-defined]
-    return method
 
 
 class RowLogger:
@@ -113,12 +98,11 @@ class RowLogger:
     def _make_journal(self, durability: Literal["process", "fsync"]) -> Journal:
         return Journal(self._rank_dir, durability=durability, on_tick=self.flush)
 
-    @_explains_missing
     def log(
         self,
         what: str,
-        set: str,
-        value: object,
+        set: str = MISSING,
+        value: object = MISSING,
         index: int | None = None,
         append: bool = True,
         *,
@@ -177,15 +161,14 @@ class RowLogger:
                 and self._log_floats(what, set, value, index, epoch, step)
             ):
                 return
-            elif value is _MISSING:
-                _refuse_missing("log", "what, set and value", what, set)
+            elif value is MISSING:
+                refuse_missing("log", "what, set and value", what, set)
         self._log_any(what, set, value, append, index=index, epoch=epoch, step=step)
 
-    @_explains_missing
     def log_metric(
         self,
         name: str,
-        value: object,
+        value: object = MISSING,
         step: int | None = None,
         *,
         set: str = "train",
@@ -211,8 +194,8 @@ class RowLogger:
         if type(value) is not float or not self._log_float(
             "metrics", set, name, value, index, epoch, step
         ):
-            if value is _MISSING:
-                _refuse_missing("log_metric", "name and value", name)
+            if value is MISSING:
+                refuse_missing("log_metric", "name and value", name)
             counts = {"index": index, "epoch": epoch, "step": step}
             self._log_any("metrics", set, {name: value}, True, **counts)
 
@@ -650,11 +633,11 @@ def _make_leaves(values: dict[str, float]) -> list[Leaf]:
     return [(name, FLOAT, number, None) for name, number in values.items()]
 
 
-def _refuse_missing(method: str, wanted: str, *given: object) -> NoReturn:
+def refuse_missing(method: str, wanted: str, *given: object) -> NoReturn:
     """Raise the error of a call such as ``log({"loss": 0.3})``."""
-    got = ", ".join(f"{one!r:.200}" for one in given if one is not _MISSING)
+    got = ", ".join(f"{one!r:.200}" for one in given if one is not MISSING)
     raise TypeError(
-        f"Run.{method}: expected {wanted}, got {f'only {got}' if got else 'none'}. Write "
+        f"Run.{method}: expected {wanted}, got only {got}. Write "
         "for example log_metric('loss', 0.3, set='valid', step=500), or "
         "log('metrics', 'valid', {'loss': 0.3}, step=500)."
     )
