@@ -194,6 +194,7 @@ class _Content:
     process: ProcessId | None = None  # None: it cannot be read
     since: float = 0.0
     has_lock: bool = False
+    is_copy: bool = False  #: it came with a copied folder
 
 
 class Lease:
@@ -256,18 +257,21 @@ def _identify(path: Path, found: os.stat_result, text: bytes | None = None) -> F
 
 
 def _find_id(path: Path) -> FileId:
-    return _identify(path, path.stat())
+    return _identify(path, path.lstat())
 
 
 def _read(path: Path) -> _Content | None:
-    """Read a lease; None if there is none, or if it is a copy of another one."""
+    """Read a lease; None if there is none."""
     flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
     try:
-        fd = os.open(path, flags)
+        fd = os.open(path, flags | getattr(os, "O_NOFOLLOW", 0))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except OSError:  # of another user
-        return _Content(beat=0, file=(0, 0))
+    except OSError:  # of another user, or a link
+        with contextlib.suppress(OSError):
+            found = path.lstat()
+            return _Content(beat=0, file=(found.st_dev, found.st_ino))
+        return None
     try:
         found = os.fstat(fd)
         text = os.read(fd, _MAX_BYTES)
@@ -283,7 +287,7 @@ def _read(path: Path) -> _Content | None:
     with contextlib.suppress(msgspec.MsgspecError, RecursionError, UnicodeError):
         claim = msgspec.json.decode(text, type=_Claim)
         if claim.file != found.st_ino and get_filesystem(path.parent).keeps_inodes:
-            return None
+            return replace(content, is_copy=True)
         process = msgspec.json.decode(text, type=ProcessId)
         if 0 <= process.pid < 1 << 31 and 0 <= claim.since < _LATEST:
             return replace(
@@ -295,6 +299,8 @@ def _read(path: Path) -> _Content | None:
 def judge(path: Path, lock: LockState, *, when_stale: bool = False) -> Holder | None:
     """Judge whether the holder of a lease lives; None if there is no lease.
 
+    That of a copied folder is that of an ended process, and tells nothing of a held lock.
+
     Parameters
     ----------
     lock
@@ -303,7 +309,7 @@ def judge(path: Path, lock: LockState, *, when_stale: bool = False) -> Holder | 
         Judge as if the lease had not been renewed for long.
     """
     lease = _read(path)
-    if lease is None:
+    if lease is None or (lease.is_copy and lock == "held"):
         return None
     state = _judge(path, lease, lock, when_stale=when_stale)
     return Holder(
@@ -314,6 +320,8 @@ def judge(path: Path, lock: LockState, *, when_stale: bool = False) -> Holder | 
 def _judge(path: Path, lease: _Content, lock: LockState, *, when_stale: bool) -> State:
     if lock == "held":
         return "live"
+    if lease.is_copy:
+        return "ended"
     is_stale = when_stale or abs(time.time() - lease.beat) > STALE_S
     process, here = lease.process, ProcessId.here()
     # A power cut may leave an empty file.
@@ -334,12 +342,23 @@ def _judge(path: Path, lease: _Content, lock: LockState, *, when_stale: bool) ->
     return "unknown"
 
 
-def remove(path: Path) -> None:
-    """Remove a lease whose holder has ended, unless it is another one by now."""
+def remove(path: Path, lock: LockState | None = None) -> None:
+    """Remove a lease, unless it is another one by now.
+
+    Parameters
+    ----------
+    lock
+        What the lock beside it tells: then only that of an ended process is removed. Two
+        processes may find it at the same time, and one has written its own since.
+    """
     lease = _read(path)
     with contextlib.suppress(OSError):
         aside = path.with_name(f"{path.name}.{os.getpid()}.removed")
         path.rename(aside)
-        if lease is not None and _find_id(aside) != lease.file:
-            os.link(aside, path)  # taken anew meanwhile
+        is_other = lease is not None and _find_id(aside) != lease.file
+        if lock is not None:
+            holder = judge(aside, lock)
+            is_other |= holder is not None and holder.state != "ended"
+        if is_other:
+            os.link(aside, path)
         aside.unlink()

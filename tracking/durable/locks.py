@@ -196,7 +196,7 @@ def _take(path: Path, fd: int) -> Lease:
         holder = _find_holder(path, lock, text)
         if holder is None or holder.state == "ended":
             if holder is not None:
-                leases.remove(get_lease_path(path))
+                leases.remove(get_lease_path(path), lock)
             with contextlib.suppress(FileExistsError):
                 return Lease(get_lease_path(path), has_lock=lock == "free")
             continue
@@ -288,7 +288,7 @@ def _try_to_hold(
             raise LockHeldError(holder)
         if holder.state != "ended":
             return False
-        leases.remove(lease_path)
+        leases.remove(lease_path, lock)
     try:
         lease = Lease(lease_path, has_lock=lock == "free")
     except FileExistsError:
@@ -351,7 +351,7 @@ def is_busy(folder: Path) -> bool:
     if holder is None:  # where there are no locks, an earlier version left none either
         return lock == "missing"
     if holder.state == "ended":
-        leases.remove(get_lease_path(folder))
+        leases.remove(get_lease_path(folder), lock)
     return holder.state != "ended"
 
 

@@ -282,12 +282,39 @@ def test_machine_that_was_cloned_while_it_ran_is_another_one():
     assert place.has_same_kernel(replace(place, host="box", namespace="pid:[7]"))
 
 
-def test_lease_of_a_copied_folder_is_none(leave, tmp_path):
+def test_lease_of_a_copied_folder_is_that_of_an_ended_process(leave, tmp_path):
     path = leave(**AFAR)
-    shutil.copy2(path, tmp_path / "copy.lease")
-    assert judge(tmp_path / "copy.lease", "missing") is None
+    copy = tmp_path / "copy.lease"
+    shutil.copy2(path, copy)
+    assert judge(copy, "missing").state == "ended"
+    assert judge(copy, "held") is None
+    assert find_holder(tmp_path / "copy") is None
+    ProcessLock(tmp_path / "copy").release()
+    assert not copy.exists()
     path.rename(tmp_path / "moved.lease")
-    assert judge(tmp_path / "moved.lease", "missing") is not None
+    assert judge(tmp_path / "moved.lease", "missing").state == "live"
+
+
+@pytest.mark.parametrize("target", ["nowhere", "lock.lease", "precious"])
+def test_lease_that_is_a_link_is_replaced_and_not_followed(tmp_path, target):
+    (tmp_path / "precious").write_text("mine")
+    get_lease_path(tmp_path / "lock").symlink_to(tmp_path / target)
+    lock = ProcessLock(tmp_path / "lock")
+    assert not get_lease_path(tmp_path / "lock").is_symlink()
+    lock.release()
+    assert [path.name for path in tmp_path.iterdir() if path.name != "lock"] == [
+        "precious"
+    ]
+
+
+def test_lease_that_another_process_has_just_taken_is_not_removed(tmp_path):
+    path = tmp_path / "lock.lease"
+    lease = Lease(path, has_lock=False)
+    leases.remove(path, "missing")  # it was found to be that of an ended process before
+    assert json.loads(path.read_text())["pid"] == os.getpid()
+    assert [one.name for one in tmp_path.iterdir()] == ["lock.lease"]
+    assert lease.beat()
+    lease.release()
 
 
 def give_another_inode(path):
