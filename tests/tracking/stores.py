@@ -86,7 +86,11 @@ class TrackingServer:
 
 
 def serve_mlflow(store: str, folder: Path, ready: Connection) -> None:
-    """Serve MLflow's application in this process, as ``mlflow server`` sets it up."""
+    """Serve MLflow's application in this process, as ``mlflow server`` sets it up.
+
+    It ends with the process that started it, even if that was killed.
+    """
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     warnings.simplefilter("ignore")
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     os.chdir(folder)
@@ -101,6 +105,13 @@ def serve_mlflow(store: str, folder: Path, ready: Connection) -> None:
     server = make_server("127.0.0.1", 0, mlflow_server.app, threaded=True)
     ready.send(server.port)
     server.serve_forever()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 class ForkedDelivery:

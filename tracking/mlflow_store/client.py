@@ -378,9 +378,8 @@ def prepare_environment(timeout_s: float | None = None) -> None:
     """
     environment = os.environ  # noqa: TID251 (before MLflow reads it)
     if timeout_s is not None:  # MLflow takes whole seconds
-        environment.setdefault(
-            "MLFLOW_HTTP_REQUEST_TIMEOUT", f"{max(timeout_s, 1):.0f}"
-        )
+        seconds = min(max(1, timeout_s), 86_400)  # it may be infinite
+        environment.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", f"{seconds:.0f}")
     for name, value in _DEFAULTS.items():
         environment.setdefault(name, value)
     try:

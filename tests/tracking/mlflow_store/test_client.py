@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import math
+import os
+
 import pytest
 
 from tests.tracking.stores import execute_sql
 from tracking.delivery.retry import GaveUpError
+from tracking.mlflow_store.client import prepare_environment
 
 
 def test_database_of_another_version_stays_and_is_an_error(
@@ -29,3 +33,13 @@ def test_artifacts_of_a_new_experiment_lie_beside_the_database(
     for id_ in ("0", made.state.experiment_id):
         found = client(store).get_experiment(id_)
         assert found.artifact_location == f"{tmp_path}/mlruns/{id_}"
+
+
+@pytest.mark.parametrize(
+    ("timeout_s", "seconds"),
+    [(None, 30), (0, 1), (2.6, 3), (math.inf, 86_400), (math.nan, 1)],
+)
+def test_timeout_of_mlflow_is_in_whole_seconds(monkeypatch, timeout_s, seconds):
+    monkeypatch.setattr(os, "environ", {"HOME": "/"})
+    prepare_environment(timeout_s)
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == str(seconds)
