@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -73,8 +73,8 @@ def capture_attributes(
     """
     states: Attributes = {}
     left_out: dict[str, str] = {}
+    memory = _memory_of(search)
     for root, owners in search.owners.items():
-        memory = _memory_of(owners.values())
         for path, owner in owners.items():
             is_own = root in search.stateless and not isinstance(owner, nn.Module)
             advice = "return it in state_dict" if is_own else ""
@@ -95,9 +95,7 @@ def capture_attributes(
 
 def restore_attributes(search: Search, saved: Attributes, device: torch.device) -> None:
     """Restore what ``capture_attributes`` returned; new tensors go to the device."""
-    memory = _memory_of(
-        one for found in search.owners.values() for one in found.values()
-    )
+    memory = _memory_of(search)
     for root, owners in saved.items():
         for path, fields in owners.items():
             owner = search.owners.get(root, {}).get(path)
@@ -195,11 +193,12 @@ def _tensors_of(value: object) -> list[Tensor]:
     return [inner for inner in _walk(value) if isinstance(inner, Tensor)]
 
 
-def _memory_of(owners: Iterable[object]) -> set[int]:
+def _memory_of(search: Search) -> set[int]:
     """Addresses of the memory of parameters and buffers, which other parts save."""
     tensors = [
         tensor
-        for owner in owners
+        for owners in search.owners.values()
+        for owner in owners.values()
         if isinstance(owner, nn.Module)
         for tensor in (*owner._parameters.values(), *owner._buffers.values())
     ]

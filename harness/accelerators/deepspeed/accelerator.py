@@ -588,6 +588,8 @@ class DeepSpeedAccelerator:
         engine_state.check_closed_window(self._filled, self._engines)
         stage = zero_stage(self._filled)
         model, original = self._prepared_model()
+        for engine in self._engines:
+            engine.follow_weights()  # which code of the user changed after the last step
         done = {engine.name: engine.done for engine in self._engines}
         state = engine_state.capture_state(
             model, self._engines.deepspeed_engines, stage, done

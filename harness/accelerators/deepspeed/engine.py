@@ -178,6 +178,7 @@ class NamedEngine:
             msg = f"step({self.name!r}): expected accelerator.backward(loss) first, got none."
             raise RuntimeError(f"{msg} Call it instead of loss.backward().")
         self._base_stepped = False
+        self.follow_weights()
         # Without ZeRO, DeepSpeed reduces and clears the gradients of the whole module.
         kept = [(p, p.grad) for p in self._others] if self.stage == 0 else []
         with self.freeze_others(), self._clipping():
