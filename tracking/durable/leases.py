@@ -352,13 +352,19 @@ def remove(path: Path, lock: LockState | None = None) -> None:
         processes may find it at the same time, and one has written its own since.
     """
     lease = _read(path)
+    aside = path.with_name(f"{path.name}.{os.getpid()}.removed")
     with contextlib.suppress(OSError):
-        aside = path.with_name(f"{path.name}.{os.getpid()}.removed")
+        if lock is not None and not _has_ended(path, lock):
+            return
         path.rename(aside)
-        is_other = lease is not None and _find_id(aside) != lease.file
-        if lock is not None:
-            holder = judge(aside, lock)
-            is_other |= holder is not None and holder.state != "ended"
-        if is_other:
-            os.link(aside, path)
-        aside.unlink()
+        try:
+            is_other = lease is not None and _find_id(aside) != lease.file
+            if is_other or (lock is not None and not _has_ended(aside, lock)):
+                os.link(aside, path)  # taken anew meanwhile
+        finally:
+            aside.unlink()
+
+
+def _has_ended(path: Path, lock: LockState) -> bool:
+    holder = judge(path, lock)
+    return holder is not None and holder.state == "ended"
