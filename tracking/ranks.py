@@ -75,7 +75,8 @@ def wait_for_run(path: Path, rank: int, timeout_s: float = WAIT_S) -> str:
     """
     deadline = time.monotonic() + timeout_s
     while True:
-        with contextlib.suppress(OSError, ValueError):  # not there yet
+        # It may not be there yet, or be somebody else's.
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
             announced = json.loads(path.read_bytes())
             if _is_of_this_launch(announced):
                 return str(announced["run"])

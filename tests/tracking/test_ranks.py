@@ -111,6 +111,14 @@ def test_announcement_of_a_rank_that_ended_before_is_not_taken(tmp_path):
         wait_for_run(path, 1, timeout_s=0.0)
 
 
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"host": 1, "run": 2}'])
+def test_announcement_that_is_no_such_thing_is_not_taken(tmp_path, text):
+    path = tmp_path / "key-1.json"
+    path.write_text(text)
+    with pytest.raises(TimeoutError):
+        wait_for_run(path, 1, timeout_s=0.0)
+
+
 def test_rank_0_gives_a_run_of_its_own(tmp_path, monkeypatch):
     for name, text in TORCHRUN.items():
         monkeypatch.setenv(name, text)

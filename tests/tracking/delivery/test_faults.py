@@ -256,12 +256,14 @@ def test_full_disk_under_the_state_file_stops_nothing(record, deliver, store, cl
 # -------------------------------------------------------------- processes killed
 
 TRAINER = """
-import itertools, sys, time, tracking
+import itertools, os, sys, time, tracking
+parent = os.getppid()
 run = tracking.start(experiment="digits", runs_dir="runs")
 print(run.id, flush=True)
 for i in itertools.count():
     run.log_step({"loss": 1 / (i + 1)}, step=i)
     time.sleep(0.02)
+    assert os.getppid() == parent  # else nobody would ever end it
 """
 
 
@@ -317,13 +319,18 @@ def test_delivery_outlives_a_killed_trainer_and_closes_its_run(
 def forked_trainer(record, until):
     """A process, forked from this one, that logs until it is killed, and its run."""
     reader, writer = os.pipe()
+    parent = os.getpid()
     process = os.fork()
     if process == 0:
-        run = record().run
-        os.write(writer, str(run.path).encode())
-        for i in itertools.count():
-            run.log_step({"loss": 1 / (i + 1)}, step=i)
-            time.sleep(0.02)
+        try:
+            run = record().run
+            os.write(writer, str(run.path).encode())
+            for i in itertools.count():
+                run.log_step({"loss": 1 / (i + 1)}, step=i)
+                time.sleep(0.02)
+                assert os.getppid() == parent  # else nobody would ever end it
+        finally:
+            os._exit(1)
     os.close(writer)
     path = Path(os.read(reader, 1000).decode())
     os.close(reader)
