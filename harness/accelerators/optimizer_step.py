@@ -45,7 +45,7 @@ def default_step_opt(opt: Any) -> None:
             return
         inner(opt)
     except (AssertionError, TypeError) as error:
-        add_hint(error, find_step_hint, opt)
+        add_hint(error, find_step_hint, opt, error)
         raise
     for hook in [*opt._optimizer_step_post_hooks.values()]:
         hook(opt, (opt,), {})

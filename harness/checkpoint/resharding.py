@@ -14,10 +14,11 @@ from torch import Tensor
 
 from harness.checkpoint.format import Position
 from harness.checkpoint.ranks.states import SavedRanks
+from harness.checkpoint.search import OPTIMIZERS
 from harness.context import Context
 from harness.errors import CheckpointError
 from harness.metrics.state import drop_samples
-from harness.pytree import StateDict, has_state, map_tensors
+from harness.pytree import StateDict, has_state, iter_tensors, map_tensors
 from harness.reshard.convert import convert_model_part, convert_state, is_convertible
 from harness.reshard.model_part import MODEL_PART
 from harness.rng import derive_rng_state
@@ -141,7 +142,7 @@ def reshard_state(
             train_pass["parts"] = {**train_pass["parts"], "now": {}}
     is_plain = "shared" not in first["accelerator"] and "shared" not in live
     kept = {
-        **first,
+        **(first if is_plain else _leave_out_parts(first)),
         "groups": first.get("groups", {}) if is_plain else {},  # engines have their own
         "accelerator": {},
         "callbacks": {
@@ -167,6 +168,27 @@ def reshard_state(
             found["callbacks"][name][MODEL_PART] = part
     found["callbacks"]["Metrics"] = _merge_metrics(parts, ctx)
     return found
+
+
+def _leave_out_parts(state: StateDict) -> StateDict:
+    """A state without what optimizers hold for the weights of a rank, which ``lost`` names."""
+    kept: dict[str, StateDict] = {"held": {}, "fields": {}}
+    lost, why = dict(state.get("lost", {})), "belongs to the ranks that saved it"
+    for part, of_part in kept.items():
+        for root, owners in state.get(part, {}).items():
+            if not root.startswith(f"{OPTIMIZERS}."):
+                of_part[root] = owners
+            elif part == "held":
+                lost |= {f"{root}{path}": why for path in owners}
+            else:
+                of_part[root] = {path: {} for path in owners}
+                for path, fields in owners.items():
+                    for name, value in fields.items():
+                        if [*iter_tensors(value)]:
+                            lost[f"{root}{path}.{name}"] = why
+                        else:
+                            of_part[root][path][name] = value
+    return {**state, **kept, "lost": lost}
 
 
 def _merge_metrics(parts: SavedRanks, ctx: Context) -> StateDict:

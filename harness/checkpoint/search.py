@@ -43,6 +43,7 @@ _PASSED_OVER = (
 _FUNCTIONS = (functools.partial, types.FunctionType, types.MethodType)
 _FOREIGN = frozenset(
     {"torch", "numpy", "builtins", "threading", "_thread", "tracking", "harness"}
+    | {"deepspeed"}
 )
 """Packages whose objects are searched only if they have a ``state_dict``."""
 
@@ -152,11 +153,16 @@ def search_fit(ctx: Context, callbacks: Mapping[str, Callback]) -> Search:
     saved: list[Any] = [ctx.accelerator, ctx.run, *ctx.callbacks]
     saved += iter_parts(ctx.model.modules())
     is_single = isinstance(ctx.accelerator, SingleDevice)  # engines wrap optimizers
-    for opt in ctx.optimizers.values():
-        saved += [opt, *([] if is_single else [getattr(opt, "optimizer", opt)])]
+    own = {
+        name: opt if is_single else getattr(opt, "unwrapped", opt)
+        for name, opt in ctx.optimizers.items()
+    }
+    for name, opt in ctx.optimizers.items():
+        saved += [opt, own[name]]
+        saved += [] if is_single else [getattr(opt, "optimizer", opt)]
         saved += getattr(opt, "param_groups", [])
     search = Search(saved)
-    for name, opt in ctx.optimizers.items() if is_single else ():
+    for name, opt in own.items():
         if not _is_library(opt):
             search.add_optimizer(f"{OPTIMIZERS}.{name}", opt)
     search.add("loss", ctx.loss_fn)

@@ -177,11 +177,13 @@ def find_metric_hint(metric: object, pred: object, target: object) -> str:
     return _hint_labels(pred, target, is_loss=False)
 
 
-def find_step_hint(opt: object) -> str:
+def find_step_hint(opt: object, error: BaseException) -> str:
     """Return what an optimizer may miss whose step failed; empty: nothing is known."""
     kind = type(opt)
     step = getattr(kind, "step", None)
-    if kind.__module__.startswith("torch.") or not callable(step):
+    if kind.__module__.startswith(("torch.", "harness.")) or not callable(step):
+        return ""
+    if isinstance(error, TypeError) and "NoneType" not in str(error):
         return ""
     if "closure" not in inspect.signature(step).parameters:
         return ""

@@ -224,6 +224,17 @@ def test_optimizer_that_needs_a_closure_and_does_not_say_so_has_a_hint():
     )
 
 
+def test_error_of_a_step_that_is_not_about_a_closure_has_no_hint_of_one():
+    class Fails(torch.optim.SGD):
+        def step(self, closure=None):
+            raise TypeError("a wrong type")
+
+    learner = harness.setup(Curve, loss=nn.MSELoss(), optimizer=Fails)
+    with pytest.raises(TypeError) as caught:
+        learner.set_opt_hparams(lr=0.1).fit(DATA, 1, tracker=False)
+    assert not any("closure" in one for one in caught.value.__notes__)
+
+
 def test_own_optimizer_that_moves_before_its_closure_sees_the_loss_there():
     torch.manual_seed(1)
     model = Curve()

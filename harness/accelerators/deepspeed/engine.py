@@ -347,6 +347,11 @@ class EngineOptimizer(torch.optim.Optimizer):
         self._base, self._step = base, step
 
     @property
+    def unwrapped(self) -> torch.optim.Optimizer:
+        """The torch optimizer below it."""
+        return self._base
+
+    @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
         """Groups of the torch optimizer, live."""
         return self._base.param_groups

@@ -605,6 +605,59 @@ def test_weights_that_a_callback_changes_stay_changed(
     check_equal(found.model.state_dict(), wanted, atol=1e-6)
 
 
+class Doubles(torch.optim.Optimizer):
+    """Steps by another optimizer with the same groups, every third time twice as far."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr, "momentum": 0.9})
+        self.inner = torch.optim.SGD(self.param_groups, lr=lr, momentum=0.9)
+        self.param_groups, self.count = self.inner.param_groups, 0
+
+    def step(self, closure: Any = None) -> None:
+        self.count += 1
+        for _ in range(1 + (self.count % 3 == 0)):
+            self.inner.step()
+
+
+def test_what_an_optimizer_holds_resumes_or_is_named(
+    make: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    learner = harness.setup(Net, loss=nn.MSELoss(), optimizer=Doubles)
+    data = torch.randn(8, 5), torch.randn(8, 3)
+
+    def fit(epochs: int, callback: harness.Callback, stage: int = 1) -> nn.Module:
+        fitted = learner.set_opt_hparams(lr=0.02).fit(
+            *(data, epochs),
+            callbacks=[callback],
+            accelerator=make(stage, zero_allow_untested_optimizer=True),
+            tracker=False,
+            verbose=stage == 2,
+            seed=1,
+        )
+        return fitted.model
+
+    wanted = fit(7, harness.Callback())
+    fit(2, ModelCheckpoint(tmp_path))
+    resumed = fit(7, ResumeFromCheckpoint(tmp_path, strict=True))
+    check_equal(resumed.state_dict(), wanted)
+    fit(3, ResumeFromCheckpoint(tmp_path), stage=2)
+    lost = "optimizers.opt.inner belongs to the ranks that saved it"
+    assert lost in capsys.readouterr().err
+
+
+def test_optimizer_that_leaves_out_what_torch_adds_is_refused(make: Any) -> None:
+    class Alone(Doubles):
+        def __init__(self, params: Any, lr: float) -> None:
+            self.inner = torch.optim.SGD(params, lr=lr)
+            self.param_groups = self.inner.param_groups
+
+    learner = harness.setup(Net, loss=nn.MSELoss(), optimizer=Alone)
+    data = torch.randn(8, 5), torch.randn(8, 3)
+    match = r"prepare\('opt'\): expected an optimizer that calls torch's .*, got Alone"
+    with pytest.raises(ValueError, match=match):
+        learner.set_opt_hparams(lr=0.1).fit(data, 1, accelerator=make(0), tracker=False)
+
+
 class Failing(Net):
     """Fails in the second batch."""
 
