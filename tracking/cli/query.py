@@ -78,7 +78,10 @@ class Query:
         self._text = text
         self._tokens = self._split(text)
         self._comparisons: list[tuple[str, str, str]] = []
-        self.matches: Test = self._parse_or()
+        try:
+            self.matches: Test = self._parse_or()
+        except RecursionError:
+            raise self._error("fewer 'not' and '('", "very many") from None
         if self._tokens:
             raise self._error("'and' or 'or'", self._tokens[0][1])
 
@@ -105,7 +108,7 @@ class Query:
         return found
 
     def _error(self, expected: str, got: str) -> ValueError:
-        msg = f"where: expected {expected}, got {got!r} in {self._text!r}."
+        msg = f"where: expected {expected}, got {got!r} in {self._text!r:.200}."
         return ValueError(f"{msg} {_EXAMPLE}")
 
     def _take(self, *wanted: str) -> str | None:

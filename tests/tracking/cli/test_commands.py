@@ -146,6 +146,7 @@ def test_list_can_choose_and_sort_runs(call, three, words, names):
     [
         (["--where", "valid/los < 1"], "Did you mean 'valid/loss'"),
         (["--where", "valid/loss <"], "expected a value after valid/loss <"),
+        (["--where", "(" * 5000], "expected fewer 'not' and"),
         (["--where", "valid/loss"], "expected an operator after 'valid/loss'"),
         (["--where", "(valid/loss < 1"], r"expected '\)'"),
         (["--where", "valid/loss < 1 params.lr > 0"], "expected 'and' or 'or'"),
