@@ -511,6 +511,17 @@ def _decode_view(value: list[Any], tensors: Mapping[str, Tensor]) -> Tensor:
     return memory.as_strided(shape, stride, memory.storage_offset() + offset)
 
 
+def _decode_mapping(
+    value: list[Any], tensors: Mapping[str, Tensor]
+) -> dict[Any, object]:
+    found = {restore(key, tensors): restore(item, tensors) for key, item in value}
+    if len(found) < len(value):
+        keys = [key for key, _ in value]
+        msg = f"state: expected each key once, got {keys!r:.200}."
+        raise ValueError(f"{msg} The file is damaged or from another version.")
+    return found
+
+
 def _decode_sparse(value: list[Any], tensors: Mapping[str, Tensor]) -> Tensor:
     indices, values, shape, is_coalesced = value
     return torch.sparse_coo_tensor(
@@ -544,11 +555,6 @@ _DECODERS: dict[str, tuple[type, Callable[[Any, Mapping[str, Tensor]], object]]]
     "$bytes": (str, lambda value, tensors: base64.b64decode(value, validate=True)),
     "$kind": (list, _decode_kind),
     "$tuple": (list, lambda value, tensors: tuple(restore(value, tensors))),
-    "$dict": (
-        list,
-        lambda value, tensors: {
-            restore(key, tensors): restore(item, tensors) for key, item in value
-        },
-    ),
+    "$dict": (list, _decode_mapping),
 }
 """For each ``$`` key, the JSON type behind it and what reads it."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from harness.accelerators.optimizer_step import default_step_opt
 from harness.data.batch import Batch
-from harness.pytree import StateDict
+from harness.pytree import StateDict, map_tensors
 
 T = TypeVar("T")
 
@@ -58,6 +58,17 @@ def list_parameters(opt: Any) -> list[Any]:
 
 HOW_TO_STEP = frozenset({"capturable", "differentiable", "foreach", "fused"})
 """Options of torch's optimizers that say how a step is computed. A state does not change them."""
+
+
+def restore_named_state(
+    opt: Any, saved: Mapping[str, object], device: torch.device
+) -> None:
+    """Restore what an optimizer keeps in ``state`` under names, and not for a parameter."""
+    for name, value in saved.items():
+        opt.state[name] = map_tensors(
+            value,
+            lambda tensor: tensor.to(device if tensor.dim() else "cpu", copy=True),
+        )
 
 
 def counts_on_device(group: Mapping[str, object]) -> bool:

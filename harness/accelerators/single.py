@@ -25,6 +25,7 @@ from harness.accelerators.base import (
     list_parameters,
     missing_backward,
     needs_closure,
+    restore_named_state,
 )
 from harness.accelerators.devices import find_device
 from harness.accelerators.optimizer_step import clear_gradients, default_step_opt
@@ -101,12 +102,21 @@ def load_optimizer_state(opt: Any, saved: StateDict, name: str) -> None:
     # Keep what a scheduler that is new in this fit has added.
     for group, had in zip(opt.param_groups, before, strict=True):
         group.update({k: v for k, v in had.items() if k not in group})
-    # torch converts the state to the parameter's dtype, which may be less precise.
+    _load_entries(opt, saved["state"])
+    opt.param_groups[:] = [group for group in opt.param_groups if LEFT_OUT not in group]
+
+
+def _load_entries(opt: Any, saved: StateDict) -> None:
+    """Restore the state of each parameter, and what is kept under names.
+
+    torch converts it to the parameter's dtype, which may be less precise.
+    """
     params = [(p, group) for group in opt.param_groups for p in group["params"]]
-    for n, entry in saved["state"].items():
+    named = {key: value for key, value in saved.items() if isinstance(key, str)}
+    for n in saved.keys() - named.keys():
         param, group = params[int(n)]
         live = opt.state[param]
-        for key, value in entry.items():
+        for key, value in saved[n].items():
             if isinstance(value, Tensor):
                 is_counter = key == "step" and not counts_on_device(group)
                 device = torch.device("cpu") if is_counter else live[key].device
@@ -114,7 +124,8 @@ def load_optimizer_state(opt: Any, saved: StateDict, name: str) -> None:
             elif isinstance(value, list | tuple | dict):  # as LBFGS has
                 copy_to = partial(Tensor.to, device=param.device, copy=True)
                 live[key] = map_tensors(value, copy_to)
-    opt.param_groups[:] = [group for group in opt.param_groups if LEFT_OUT not in group]
+    if named:
+        restore_named_state(opt, named, params[0][0].device)
 
 
 def parameters_of_others(optimizers: Mapping[str, Any]) -> dict[str, list[Tensor]]:

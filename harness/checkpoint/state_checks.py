@@ -210,6 +210,11 @@ def _check_optimizer(
                     samples[param.dim()] = _sample_entry(opt, own, param.dim())
                 sample = samples[param.dim()]
                 _check_entry(entry, sample, param, f"{place}/state/{number}")
+    numbers = {number for own in saved["param_groups"] for number in own["params"]}
+    for key in saved["state"]:
+        # An optimizer may keep more under names of its own.
+        if not (isinstance(key, str) or (type(key) is int and key in numbers)):
+            raise _mismatch(f"{place}/state", "the number of a parameter", key)
 
 
 def _check_groups(saved: StateDict, opt: Optimizer, place: str) -> None:

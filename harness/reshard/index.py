@@ -177,7 +177,7 @@ def stepped_entries(state: StateDict) -> dict[str, dict[int, StateDict]]:
     """State of each optimizer by its name and the index of the stepped tensor."""
     if "facts" not in state:
         return {
-            name: {int(n): dict(entry) for n, entry in own["state"].items()}
+            name: {n: dict(own["state"][n]) for n in own["state"] if type(n) is int}
             for name, own in state["optimizers"].items()
         }
     found = {
@@ -193,8 +193,7 @@ def stepped_entries(state: StateDict) -> dict[str, dict[int, StateDict]]:
 def read_stepped(state: StateDict, name: str, stepped: int, key: str) -> object:
     """One value of ``stepped_entries``, without a look at the others."""
     if "facts" not in state:
-        entries = state["optimizers"][name]["state"]
-        return entries[stepped if stepped in entries else str(stepped)][key]
+        return state["optimizers"][name]["state"][stepped][key]
     tensors = {**state["shared"], **state["own"]}["optimizers"]
     full = f"{name}/{stepped}/{key}"
     if full in tensors:

@@ -75,6 +75,18 @@ class Net(nn.Module):
         return self.head(self.body(x))
 
 
+class KeepsNamedState(torch.optim.SGD):
+    """Steps further each time; what it counts belongs to no parameter."""
+
+    def step(self, closure=None):
+        kept = self.state.setdefault("kept", {"count": 0, "rates": torch.zeros(2)})
+        kept["count"] += 1
+        kept["rates"] += 0.001 * kept["count"]
+        for group in self.param_groups:
+            group["lr"] = 0.05 + float(kept["rates"].sum())
+        return super().step(closure)
+
+
 class TwoParts(Net):
     """Two named optimizers."""
 
@@ -285,11 +297,9 @@ def wrapped() -> harness.Learner:
     )
 
 
-def sgd(module: Any = Net) -> harness.Learner:
+def sgd(module: Any = Net, optimizer: Any = torch.optim.SGD) -> harness.Learner:
     """A learner with momentum and nothing to measure but the loss."""
-    learner = harness.setup(
-        module, loss=nn.CrossEntropyLoss(), optimizer=torch.optim.SGD
-    )
+    learner = harness.setup(module, loss=nn.CrossEntropyLoss(), optimizer=optimizer)
     return learner.set_opt_hparams(lr=0.05, momentum=0.9)
 
 
@@ -349,6 +359,7 @@ CASES = {
         data=lambda: loader(Stream()), options=None, accumulate=4
     ),
     "own-step": Case(learner=lambda: sgd(OwnStep)),
+    "named-state": Case(learner=lambda: sgd(optimizer=KeepsNamedState)),
     "channels-last": Case(learner=lambda: adam(Conv, betas=(0.5, 0.6))),
     "augmented": Case(data=Augmented),
     "own-generators": Case(data=OwnGenerators),

@@ -12,7 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harness.accelerators.base import HOW_TO_STEP, counts_on_device
+from harness.accelerators.base import (
+    HOW_TO_STEP,
+    counts_on_device,
+    restore_named_state,
+)
 from harness.errors import CheckpointError
 from harness.pytree import StateDict
 from harness.reshard.consolidated import copy_tensors, is_master_name, weights_dtype
@@ -359,7 +363,9 @@ def _capture_facts(engine: Any) -> StateDict:
         for group in base_optimizer(engine).param_groups
     ]
     scheduler = engine.lr_scheduler
+    named = {key: value for key, value in state.items() if isinstance(key, str)}
     return {
+        **({"named": named} if named else {}),
         "kind": type(base_optimizer(engine)).__name__,
         "form": [type(engine.optimizer).__name__, weights_dtype(engine.module)],
         "counters": {name: getattr(engine, name) for name in _COUNTERS},
@@ -394,6 +400,8 @@ def _restore_facts(engine: Any, facts: StateDict) -> None:
         scaler.load_state_dict(saved)
     if facts["scheduler"] is not None:
         engine.lr_scheduler.load_state_dict(facts["scheduler"])
+    named = facts.get("named", {})
+    restore_named_state(base_optimizer(engine), named, engine.device)
 
 
 def _restore_options(group: dict[str, Any], saved: StateDict) -> None:

@@ -49,7 +49,7 @@ def fit(
     """Fit, or go on with what lies in the folder; gives all that it ended with."""
     torch.set_num_threads(1)
     look = exact.Look()
-    accelerator = lab.make(accumulate=case.accumulate)
+    accelerator = lab.make(case.accumulate, zero_allow_untested_optimizer=True)
     is_first = accelerator.broadcast(not (folder / "saved").exists())
     resume = AutoResume(folder / "saved", every_n_steps=1, keep_last=keep_last)
     callbacks = [*case.callbacks(folder), look, resume, BreakOff(after)]
@@ -136,4 +136,7 @@ CASES: dict[str, Callable[[Lab], None]] = {  # type: ignore[assignment]
 CASES["damaged"] = damaged
 _own = replace(exact.CASES["own-position"], accumulate=2)
 CASES["own-position"] = partial(resumed, case=_own, name="own-position")
+CASES["named-state"] = partial(
+    resumed, case=exact.CASES["named-state"], name="named-state"
+)
 """Every case, by name."""

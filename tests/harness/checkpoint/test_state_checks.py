@@ -207,6 +207,8 @@ def test_saved_model_of_an_earlier_version_has_no_digest(tmp_path: Path) -> None
         ("accelerator/optimizers/opt/param_groups/0/betas", 0.5),
         ("accelerator/optimizers/opt/state/$dict/0/1/exp_avg", 1),
         ("accelerator/optimizers/opt/state/$dict/0/1", {}),
+        ("accelerator/optimizers/opt/state/$dict/2/0", -1),
+        ("accelerator/optimizers/opt/state/$dict/2/0", 0),
         ("accelerator/grads", None),
         ("callbacks/EarlyStopping/waited", None),
         ("callbacks/KeepBestModel/best", "x"),
