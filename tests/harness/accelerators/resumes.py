@@ -136,7 +136,7 @@ CASES: dict[str, Callable[[Lab], None]] = {  # type: ignore[assignment]
 CASES["damaged"] = damaged
 _own = replace(exact.CASES["own-position"], accumulate=2)
 CASES["own-position"] = partial(resumed, case=_own, name="own-position")
-CASES["named-state"] = partial(
-    resumed, case=exact.CASES["named-state"], name="named-state"
+CASES["own-optimizer"] = partial(
+    resumed, case=exact.CASES["own-optimizer"], name="own-optimizer"
 )
 """Every case, by name."""
