@@ -20,6 +20,7 @@ from harness.checkpoint.search import (
     PLAIN_TYPES,
     SCALARS,
     Search,
+    is_trained_leaf,
     list_library_fields,
 )
 from harness.pytree import StateDict, has_named_factory
@@ -124,7 +125,7 @@ def _copy_into(live: object, value: Any, memory: set[int]) -> bool:
     if not isinstance(live, Tensor) or not isinstance(value, Tensor):
         return False
     is_alike = live.shape == value.shape and live.dtype == value.dtype
-    if not is_alike or not live.is_leaf or _address(live) in memory:
+    if not is_alike or _address(live) in memory or not live.is_leaf:
         return False
     with torch.no_grad():
         copy_into(live, value)
@@ -151,7 +152,7 @@ def _is_plain(value: object, depth: int = 4) -> bool:
         # recurrent model that the next batch detaches, the numbers are kept.
         if value.is_meta or is_functorch_wrapped_tensor(value):  # it escaped from vmap
             return False  # it has no numbers
-        return not (value.requires_grad and value.is_leaf)
+        return not is_trained_leaf(value)
     if type(value) not in _CONTAINERS or not depth:
         return False
     return _has_plain_items(value) or all(

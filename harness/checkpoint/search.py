@@ -114,8 +114,8 @@ class Search:
         is_passed = type(value) in SCALARS or isinstance(value, _PASSED_OVER)
         if is_passed or depth > MAX_DEPTH or not self._mark_seen(value):
             return
-        is_leaf = isinstance(value, Tensor) and value.requires_grad and value.is_leaf
-        if is_leaf or isinstance(value, nn.Module) or has_state(value):
+        is_trained = isinstance(value, Tensor) and is_trained_leaf(value)
+        if is_trained or isinstance(value, nn.Module) or has_state(value):
             self.objects[root][path] = value
         if isinstance(value, nn.Module):
             self._search_modules(root, path, value, depth)
@@ -210,6 +210,14 @@ def iter_parts(modules: Iterable[nn.Module]) -> Iterator[object]:
 def has_extra_state(module: nn.Module) -> bool:
     """Whether a module saves state beside its tensors by itself."""
     return type(module).get_extra_state is not nn.Module.get_extra_state
+
+
+def is_trained_leaf(tensor: Tensor) -> bool:
+    """Whether a tensor is one that is trained, not one that is computed from others."""
+    try:
+        return tensor.requires_grad and tensor.is_leaf
+    except RuntimeError:  # a view from no_grad of a weight that was changed since
+        return False
 
 
 def list_library_fields(owner: object) -> frozenset[str]:

@@ -105,12 +105,13 @@ class NamedEngine:
         if self.stage == 0:
             return
         versions = [param._version for param in self._owned]
-        is_exact = all(p.dtype in _STEPPED_ALIKE for p in self._owned)
-        if is_exact and versions != self._versions:
+        if versions == self._versions:
+            return
+        self._versions = versions
+        if all(param.dtype in _STEPPED_ALIKE for param in self._owned):
             if self.stage == 3:
                 self._divide_whole()
             refresh_masters([self.engine])
-        self._versions = versions
 
     def _divide_whole(self) -> None:
         """Put values of small parameters, which ZeRO 3 keeps whole, into the parts of this rank."""

@@ -304,6 +304,26 @@ def with_wrapped_optimizer(optimizer: Any = Wraps) -> harness.Learner:
     return learner.set_opt_hparams(lr=0.02)
 
 
+class Penalty(nn.Module):
+    """A loss that reads a weight of the model."""
+
+    weight: torch.Tensor
+
+    def forward(self, pred, target):
+        return nn.functional.mse_loss(pred, target) + self.weight.square().sum()
+
+
+class Links(harness.Callback):
+    """Holds a view that torch lets into no graph, once the weight was changed."""
+
+    def on_fit_begin(self) -> None:
+        weight = self.ctx.model.fc.weight
+        self.ctx.loss_fn.weight, self.view = weight.detach(), weight.t()
+
+    def tell(self) -> list[Any]:
+        return []
+
+
 def with_closure() -> harness.Learner:
     part = Balanced()
     return sgd(loss=lambda pred, target: part(pred, target))
@@ -315,6 +335,11 @@ def nothing(fitted: Any) -> list[Any]:
 
 PROGRAMS: dict[str, tuple[Any, Any, Callable[[Any], list[Any]]]] = {
     "a loss": (lambda: sgd(loss=Balanced()), list, lambda f: f.loss.tell()),
+    "a loss with a view of a weight": (
+        lambda: sgd(loss=Penalty()),
+        lambda: [Links()],
+        nothing,
+    ),
     "a loss in a partial": (
         lambda: sgd(loss=functools.partial(call_part, Balanced())),
         list,
