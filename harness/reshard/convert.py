@@ -22,7 +22,7 @@ from harness.reshard.consolidated import (
     optimizer_classes,
     parameter_shapes,
 )
-from harness.reshard.index import PartIndex
+from harness.reshard.index import PartIndex, named_entries
 from harness.reshard.layout import BY_MATRIX, ELEMENTWISE
 from harness.reshard.model_part import take_model_part
 
@@ -113,8 +113,16 @@ def convert_state(
         kept = {name: states[0][name] for name in ("steps", "frozen")}
         found |= {**kept, "done": dict.fromkeys(live["done"], 0)}
     if "shared" in live:
-        return builder.finish(found | builder.build_for_engines(states[0], parts))
-    return builder.finish(found | builder.build_for_device(parts))
+        found |= builder.build_for_engines(states[0], parts)
+    else:
+        found |= builder.build_for_device(parts)
+    for name in live["layouts"] if "optimizers" in parts else ():
+        if named := named_entries(states[0], name):
+            if "facts" in found:
+                found["facts"][name]["named"] = named
+            else:
+                found["optimizers"][name]["state"] |= named
+    return builder.finish(found)
 
 
 def convert_model_part(

@@ -190,6 +190,15 @@ def stepped_entries(state: StateDict) -> dict[str, dict[int, StateDict]]:
     return found
 
 
+def named_entries(state: StateDict, name: str) -> StateDict:
+    """What an optimizer keeps under names, and not for a parameter."""
+    if "facts" in state:
+        found: StateDict = state["facts"][name].get("named", {})
+        return found
+    entries = state["optimizers"][name]["state"]
+    return {key: value for key, value in entries.items() if isinstance(key, str)}
+
+
 def read_stepped(state: StateDict, name: str, stepped: int, key: str) -> object:
     """One value of ``stepped_entries``, without a look at the others."""
     if "facts" not in state:

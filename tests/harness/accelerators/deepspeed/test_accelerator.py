@@ -645,6 +645,42 @@ def test_what_an_optimizer_holds_resumes_or_is_named(
     assert lost in capsys.readouterr().err
 
 
+class Counts(torch.optim.SGD):
+    """Keeps in its state what belongs to no parameter."""
+
+    def step(self, closure: Any = None) -> Any:
+        kept: Any = self.state.setdefault("kept", {"count": 0})  # type: ignore[call-overload]
+        kept["count"] += 1
+        self.param_groups[0]["lr"] = 0.01 * kept["count"]
+        return super().step(closure)
+
+
+def test_what_an_optimizer_keeps_under_names_is_converted(
+    make: Any, tmp_path: Path
+) -> None:
+    learner = harness.setup(Net, loss=nn.MSELoss(), optimizer=Counts)
+    data = torch.randn(8, 5), torch.randn(8, 3)
+
+    def fit(accelerator: Any, epochs: int, *callbacks: harness.Callback) -> nn.Module:
+        fitted = learner.set_opt_hparams(lr=0.01).fit(
+            *(data, epochs),
+            callbacks=callbacks,
+            accelerator=accelerator,
+            tracker=False,
+            verbose=False,
+            seed=1,
+        )
+        return fitted.model
+
+    wanted = fit(SingleDevice("cpu"), 6)
+    one, two = tmp_path / "one", tmp_path / "two"
+    fit(SingleDevice("cpu"), 2, ModelCheckpoint(one))
+    engine = make(1, zero_allow_untested_optimizer=True)
+    fit(engine, 4, ResumeFromCheckpoint(one), ModelCheckpoint(two))
+    found = fit(SingleDevice("cpu"), 6, ResumeFromCheckpoint(two))
+    check_equal(found.state_dict(), wanted, atol=1e-6)
+
+
 def test_optimizer_that_leaves_out_what_torch_adds_is_refused(make: Any) -> None:
     class Alone(Doubles):
         def __init__(self, params: Any, lr: float) -> None:
