@@ -56,7 +56,10 @@ def capture_objects(
             state = _capture(thing, params, search)
             flatten(state, f"{root}{path}")
         except Exception as error:  # noqa: BLE001  a user's object; a save goes on
-            left_out[f"{root}{path}"] = f"{type(error).__name__}: {error}"
+            # The text of a KeyError is the key alone.
+            left_out[f"{root}{path}"] = (
+                repr(error) if isinstance(error, KeyError) else str(error)
+            )
         else:
             if not isinstance(thing, nn.Module) or _has_content(state):
                 states.setdefault(root, {})[path] = state
