@@ -42,6 +42,7 @@ from harness.data.batch import Batch
 from harness.errors import CheckpointError
 from harness.pytree import StateDict, map_tensors
 from harness.reshard.consolidated import copy_tensors
+from harness.reshard.index import select_named
 from harness.reshard.layout import group_members, make_plain_layout
 from harness.reshard.meta_parameters import release_parameters
 
@@ -112,7 +113,7 @@ def _load_entries(opt: Any, saved: StateDict) -> None:
     torch converts it to the parameter's dtype, which may be less precise.
     """
     params = [(p, group) for group in opt.param_groups for p in group["params"]]
-    named = {key: value for key, value in saved.items() if isinstance(key, str)}
+    named = select_named(saved)
     for n in saved.keys() - named.keys():
         param, group = params[int(n)]
         live = opt.state[param]

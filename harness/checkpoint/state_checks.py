@@ -23,6 +23,7 @@ from harness.checkpoint.state import get_generators
 from harness.context import Context
 from harness.pytree import StateDict
 from harness.records import unpack_records
+from harness.reshard.index import select_named
 from harness.rng import Generator, find_generators, get_rng_state, set_rng_state
 
 
@@ -211,9 +212,9 @@ def _check_optimizer(
                 sample = samples[param.dim()]
                 _check_entry(entry, sample, param, f"{place}/state/{number}")
     numbers = {number for own in saved["param_groups"] for number in own["params"]}
+    named = select_named(saved["state"])
     for key in saved["state"]:
-        # An optimizer may keep more under names of its own.
-        if not (isinstance(key, str) or (type(key) is int and key in numbers)):
+        if key not in named and (type(key) is not int or key not in numbers):
             raise _mismatch(f"{place}/state", "the number of a parameter", key)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -191,12 +191,18 @@ def stepped_entries(state: StateDict) -> dict[str, dict[int, StateDict]]:
 
 
 def named_entries(state: StateDict, name: str) -> StateDict:
-    """What an optimizer keeps under names, and not for a parameter."""
+    """What an optimizer keeps under names, and not for a parameter, in a saved state."""
     if "facts" in state:
         found: StateDict = state["facts"][name].get("named", {})
         return found
-    entries = state["optimizers"][name]["state"]
-    return {key: value for key, value in entries.items() if isinstance(key, str)}
+    return select_named(state["optimizers"][name]["state"])
+
+
+def select_named(entries: Mapping[Any, Any]) -> dict[Any, Any]:
+    """What the state of an optimizer keeps under names, and not for a parameter."""
+    return {
+        key: value for key, value in entries.items() if isinstance(key, str | tuple)
+    }
 
 
 def read_stepped(state: StateDict, name: str, stepped: int, key: str) -> object:

@@ -81,7 +81,7 @@ class KeepsMore(torch.optim.SGD):
     turns = 0
 
     def step(self, closure=None):
-        kept = self.state.setdefault("kept", {"count": 0, "rates": torch.zeros(2)})
+        kept = self.state.setdefault(("kept", 1), {"count": 0, "rates": torch.zeros(2)})
         kept["count"] += 1
         kept["rates"] += 0.001 * kept["count"]
         self.turns += 1

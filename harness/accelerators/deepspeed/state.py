@@ -20,6 +20,7 @@ from harness.accelerators.base import (
 from harness.errors import CheckpointError
 from harness.pytree import StateDict
 from harness.reshard.consolidated import copy_tensors, is_master_name, weights_dtype
+from harness.reshard.index import select_named
 
 _COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 """Attributes of an engine that count."""
@@ -363,7 +364,7 @@ def _capture_facts(engine: Any) -> StateDict:
         for group in base_optimizer(engine).param_groups
     ]
     scheduler = engine.lr_scheduler
-    named = {key: value for key, value in state.items() if isinstance(key, str)}
+    named = select_named(state)
     return {
         **({"named": named} if named else {}),
         "kind": type(base_optimizer(engine)).__name__,

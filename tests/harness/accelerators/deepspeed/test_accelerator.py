@@ -39,6 +39,7 @@ from tests.harness.accelerators.cases import (
     two_rates,
     windows,
 )
+from tests.harness.exact import KeepsMore
 
 STAGES = [0, 1, 2, 3]
 
@@ -645,20 +646,10 @@ def test_what_an_optimizer_holds_resumes_or_is_named(
     assert lost in capsys.readouterr().err
 
 
-class Counts(torch.optim.SGD):
-    """Keeps in its state what belongs to no parameter."""
-
-    def step(self, closure: Any = None) -> Any:
-        kept: Any = self.state.setdefault("kept", {"count": 0})  # type: ignore[call-overload]
-        kept["count"] += 1
-        self.param_groups[0]["lr"] = 0.01 * kept["count"]
-        return super().step(closure)
-
-
 def test_what_an_optimizer_keeps_under_names_is_converted(
     make: Any, tmp_path: Path
 ) -> None:
-    learner = harness.setup(Net, loss=nn.MSELoss(), optimizer=Counts)
+    learner = harness.setup(Net, loss=nn.MSELoss(), optimizer=KeepsMore)
     data = torch.randn(8, 5), torch.randn(8, 3)
 
     def fit(accelerator: Any, epochs: int, *callbacks: harness.Callback) -> nn.Module:
