@@ -43,7 +43,7 @@ _HIGHEST: Final = {"epoch": 2**31 - 1}
 """Where it is not ``MAX_COUNT``."""
 
 MISSING: Final[Any] = ...
-"""Default of arguments that must be given: a call without them says which."""
+"""Default of required arguments, so that a call without them gets a message of ours."""
 
 Counts = dict[str, int | None]
 """Index, epoch and step of a row, by these words; None, or no such word, is null."""

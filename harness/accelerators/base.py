@@ -63,7 +63,7 @@ HOW_TO_STEP = frozenset({"capturable", "differentiable", "foreach", "fused"})
 def restore_named_state(
     opt: Any, saved: Mapping[str, object], device: torch.device
 ) -> None:
-    """Restore what an optimizer keeps in ``state`` under names, and not for a parameter."""
+    """Restore entries of an optimizer's state that belong to no parameter."""
     for name, value in saved.items():
         opt.state[name] = map_tensors(
             value,

@@ -108,7 +108,7 @@ def load_optimizer_state(opt: Any, saved: StateDict, name: str) -> None:
 
 
 def _load_entries(opt: Any, saved: StateDict) -> None:
-    """Restore the state of each parameter, and what is kept under names.
+    """Restore the state of each parameter, and the entries that belong to none.
 
     torch converts it to the parameter's dtype, which may be less precise.
     """

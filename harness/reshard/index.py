@@ -191,7 +191,7 @@ def stepped_entries(state: StateDict) -> dict[str, dict[int, StateDict]]:
 
 
 def named_entries(state: StateDict, name: str) -> StateDict:
-    """What an optimizer keeps under names, and not for a parameter, in a saved state."""
+    """Entries of a saved optimizer state that belong to no parameter."""
     if "facts" in state:
         found: StateDict = state["facts"][name].get("named", {})
         return found
@@ -199,7 +199,7 @@ def named_entries(state: StateDict, name: str) -> StateDict:
 
 
 def select_named(entries: Mapping[Any, Any]) -> dict[Any, Any]:
-    """What the state of an optimizer keeps under names, and not for a parameter."""
+    """Entries of an optimizer's state that belong to no parameter, such as a counter."""
     return {
         key: value for key, value in entries.items() if isinstance(key, str | tuple)
     }
