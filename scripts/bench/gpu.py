@@ -111,8 +111,10 @@ class Clock:
     def __init__(self, size: Size, device: torch.device) -> None:
         self.size, self.device = size, device
         self.done, self.begun, self.seconds, self.peak = 0, 0.0, float("nan"), 0
+        self.before = 0  # bytes; a DeepSpeed engine leaves some when it is destroyed
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
+            self.before = torch.cuda.memory_allocated(device)
 
     def tick(self) -> bool:
         """Count one step; True if it was the last."""
@@ -122,7 +124,8 @@ class Clock:
         if self.done == self.size.warmup + self.size.steps:
             self.seconds = self.now() - self.begun
             if self.device.type == "cuda":
-                self.peak = torch.cuda.max_memory_allocated(self.device)
+                peak = torch.cuda.max_memory_allocated(self.device)
+                self.peak = peak - self.before
             return True
         return False
 

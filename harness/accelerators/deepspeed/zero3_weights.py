@@ -12,8 +12,13 @@ from functools import wraps
 from typing import Any
 
 import torch
-from torch import nn
-from torch.overrides import TorchFunctionMode
+from torch import Tensor, nn
+from torch.overrides import (
+    TorchFunctionMode,
+    _get_current_function_mode,
+    _pop_mode,
+    _push_mode,
+)
 
 from harness.accelerators.deepspeed.library import (
     replace_linear,
@@ -51,7 +56,7 @@ _DIVIDE_GRADIENTS = (
     "independent_gradient_partition_epilogue",
     "_DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads",
 )
-"""Methods of DeepSpeed 0.19.8 that read attributes of parameters thousands of times a step."""
+"""Methods of DeepSpeed 0.19.8 that read many attributes of parameters in a step."""
 
 
 class WholeWeights(TorchFunctionMode):
@@ -74,7 +79,15 @@ class WholeWeights(TorchFunctionMode):
         super().__init__()
         for wrapper in optimizers:
             for name in _DIVIDE_GRADIENTS:
-                setattr(wrapper, name, _without_modes(getattr(wrapper, name)))
+                setattr(wrapper, name, self._leave(getattr(wrapper, name)))
+        for module in model.modules():
+            for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                for number, hook in hooks.items():
+                    if hook.__module__.startswith("deepspeed."):
+                        hooks[number] = self._leave(hook)
+        # DeepSpeed's, until ``keep_functions`` ends.
+        functional = torch.nn.functional
+        functional.linear = self._make_linear(functional.linear)
         self._params: list[Any] = [p for p in model.parameters() if hasattr(p, "ds_id")]
         self._names = {id(p): name for name, p in model.named_parameters()}
         self._gathered: list[Any] = []
@@ -83,7 +96,7 @@ class WholeWeights(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: object, args: Any = (), kwargs: Any = None
     ) -> object:
-        # DeepSpeed's hooks make thousands of these calls in a step, so this is short.
+        # Each operation of a model's forward comes here, so this is short.
         for value in args if kwargs is None else (*args, *kwargs.values()):
             kind = type(value)
             if kind is nn.Parameter:
@@ -105,6 +118,36 @@ class WholeWeights(TorchFunctionMode):
             # The second backward runs no hooks of layers.
             self._gather_and_keep(filter(_is_divided, self._params))
         return func(*args, **kwargs)
+
+    def _leave(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        """The method of DeepSpeed, called outside of this mode: no code of a user runs in it.
+
+        It calls torch thousands of times in a step, which the mode would make a tenth longer.
+        """
+
+        @wraps(method)
+        def called(*args: Any, **kwargs: Any) -> Any:
+            if _get_current_function_mode() is not self:
+                return method(*args, **kwargs)
+            _pop_mode()
+            try:
+                return method(*args, **kwargs)
+            finally:
+                _push_mode(self)
+
+        return called
+
+    def _make_linear(self, linear: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """DeepSpeed's ``linear``, which no mode sees, for divided weights as well."""
+        called = self._leave(linear)
+
+        @wraps(linear)
+        def run(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+            for param in filter(_is_divided, (weight, bias)):
+                self._read(param, linear)
+            return called(input, weight, bias)
+
+        return run
 
     def _read(self, param: Any, func: Any) -> None:
         """Gather a parameter that an operation reads, or refuse it."""
@@ -289,17 +332,6 @@ def _is_divided(value: Any) -> bool:
     status = getattr(value, "ds_status", None)
     # The name of a member of an enum costs a call.
     return status is not None and status._name_ == "NOT_AVAILABLE"
-
-
-def _without_modes(method: Callable[..., object]) -> Callable[..., object]:
-    """The method, called without any mode of torch functions: no code of a user runs in it."""
-
-    @wraps(method)
-    def called(*args: object, **kwargs: object) -> object:
-        with torch._C.DisableTorchFunction():
-            return method(*args, **kwargs)
-
-    return called
 
 
 def _flatten(values: Iterable[Any]) -> Iterator[nn.Parameter]:

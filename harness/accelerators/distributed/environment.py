@@ -302,6 +302,20 @@ def set_environment(**values: str) -> Iterator[None]:
                 _ENVIRONMENT[name] = value
 
 
+def let_device_errors_be_raised(world_size: int) -> None:
+    """Let a device's error be raised where Python meets it, unless the user chose otherwise.
+
+    In torch 2.13 a thread of each NCCL group watches the device as well. At an error it ends
+    the whole process, often before anything is told or recorded. Without that it only ends
+    itself; then torch ends the process some minutes after a wait for ranks that do not come,
+    which one rank alone does not need. All groups that are made later read this, DeepSpeed's
+    too.
+    """
+    _ENVIRONMENT.setdefault("TORCH_NCCL_RETHROW_CUDA_ERRORS", "0")
+    if world_size == 1:
+        _ENVIRONMENT.setdefault("TORCH_NCCL_ENABLE_MONITORING", "0")
+
+
 CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 """Variable that cuBLAS reads once; without it, products may differ between two runs."""
 

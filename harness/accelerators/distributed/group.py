@@ -18,7 +18,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from harness.accelerators.distributed.environment import Launch, read_agent
+from harness.accelerators.distributed.environment import (
+    Launch,
+    let_device_errors_be_raised,
+    read_agent,
+)
 from harness.accelerators.distributed.store import connect_store
 from harness.pytree import as_bytes, map_tensors
 from harness.reshard.consolidated import copy_into
@@ -85,7 +89,10 @@ class RankGroup:
         if agent.has_store:
             self.server = f"torchrun's agent on {launch.address}"
         self.store = connect_store(launch, agent)
-        backend = CUDA_BACKENDS if self.device.type == "cuda" else "gloo"
+        backend = "gloo"
+        if self.device.type == "cuda":
+            backend = CUDA_BACKENDS
+            let_device_errors_be_raised(self.world_size)
         dist.init_process_group(
             backend,
             store=self.store,

@@ -416,6 +416,21 @@ def case_penalty_on_gradients_equals_plain_torch(lab: Lab) -> None:
     run_equal(lab, Net, adam, smoothed, sizes=(1, 2), rtol=1e-6, atol=1e-7)
 
 
+class Listed(Net):
+    """A net whose forward finds weights of a layer in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.listed = [self.head.weight, self.head.bias]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + nn.functional.linear(self.body(x), *self.listed)
+
+
+def case_weights_in_a_list_equal_plain_torch(lab: Lab) -> None:
+    run_equal(lab, Listed, adam, sizes=(1, 2), rtol=1e-6, atol=1e-7)
+
+
 class Double(Net):
     """A net in float64."""
 
