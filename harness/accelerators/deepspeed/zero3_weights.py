@@ -13,12 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import (
-    TorchFunctionMode,
-    _get_current_function_mode,
-    _pop_mode,
-    _push_mode,
-)
+from torch.overrides import TorchFunctionMode
 
 from harness.accelerators.deepspeed.library import (
     replace_linear,
@@ -127,22 +122,23 @@ class WholeWeights(TorchFunctionMode):
 
         @wraps(method)
         def called(*args: Any, **kwargs: Any) -> Any:
-            if _get_current_function_mode() is not self:
+            depth = torch._C._len_torch_function_stack()
+            if not depth or torch._C._get_function_stack_at(depth - 1) is not self:
                 return method(*args, **kwargs)
-            _pop_mode()
+            torch._C._pop_torch_function_stack()
             try:
                 return method(*args, **kwargs)
             finally:
-                _push_mode(self)
+                torch._C._push_on_torch_function_stack(self)
 
         return called
 
-    def _make_linear(self, linear: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def _make_linear(self, linear: Callable[..., Any]) -> Callable[..., Any]:
         """DeepSpeed's ``linear``, which no mode sees, for divided weights as well."""
         called = self._leave(linear)
 
         @wraps(linear)
-        def run(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        def run(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
             for param in filter(_is_divided, (weight, bias)):
                 self._read(param, linear)
             return called(input, weight, bias)
