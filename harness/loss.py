@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from types import BuiltinFunctionType, FunctionType, MethodType
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from harness.checkpoint.search import find_loss_modules
 from harness.checks.model import get_method
+from harness.model_copy import copy_with_hooks
 
 if TYPE_CHECKING:
     from harness.accelerators.base import Accelerator
@@ -36,10 +36,11 @@ def make_loss(loss: Loss | None, model: nn.Module, device: torch.device) -> Loss
     if loss is None:
         own: Loss | None = get_method(model, "loss")
         return own
-    if isinstance(loss, _FUNCTIONS) or not find_loss_modules(loss, model):
+    modules = [] if isinstance(loss, _FUNCTIONS) else find_loss_modules(loss, model)
+    if not modules:
         return loss
     try:
-        made = copy.deepcopy(loss)
+        made: Loss = copy_with_hooks(loss, modules)
     except Exception as error:
         msg = f"setup(loss): expected a loss that can be copied for each fit, got {error!r}."
         raise TypeError(

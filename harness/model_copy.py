@@ -5,14 +5,20 @@ from __future__ import annotations
 import copy
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from types import CellType, FunctionType, MethodType
+from typing import Any
+from weakref import ref
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from harness.pytree import iter_tensors
 
-def build_unshared(build: Callable[[], nn.Module]) -> nn.Module:
+
+def build_unshared(build: Callable[[], nn.Module]) -> tuple[nn.Module, nn.Module]:
     """Build a model, and copy it if it or a part of it belongs to somebody else.
 
     Parameters
@@ -20,6 +26,10 @@ def build_unshared(build: Callable[[], nn.Module]) -> nn.Module:
     build
         Returns a model. Parts with parameters that it does not make itself, and that
         something else refers to, belong to somebody else.
+
+    Returns
+    -------
+    The model, and what it is a copy of; the same twice if it is none.
     """
     new: set[tuple[int, str]] = set()
     handle = register_module_parameter_registration_hook(
@@ -36,16 +46,16 @@ def build_unshared(build: Callable[[], nn.Module]) -> nn.Module:
         if param is not None
     )
     if is_new or not _has_other_references(made):
-        return made[0]
-    return copy_model(made[0])
+        return made[0], made[0]
+    return copy_model(made[0]), made[0]
 
 
 def copy_model(model: nn.Module) -> nn.Module:
-    """Copy a model that somebody else holds."""
+    """Copy a model that somebody else holds, with the hooks of its weights."""
     msg = "setup(module): expected a new model for each fit, got one that is held"
     advice = "Build the model inside the function."
     try:
-        copied = copy.deepcopy(model)
+        copied: nn.Module = copy_with_hooks(model, [model])
     except Exception as error:
         raise TypeError(
             f"{msg} elsewhere and cannot be copied: {error!r}. {advice}"
@@ -55,6 +65,138 @@ def copy_model(model: nn.Module) -> nn.Module:
         got = "elsewhere and divided by deepspeed.zero.Init"
         raise TypeError(f"{msg} {got}. {advice}")
     return copied
+
+
+def copy_with_hooks(value: Any, modules: Iterable[nn.Module]) -> Any:
+    """Copy a value with modules in it, so that their hooks work on the copies.
+
+    torch 2.13: a copied tensor has none of its hooks, and a copied module has the same
+    functions, whose closures refer to the original.
+    """
+    own = [inner for module in modules for inner in module.modules()]
+    parts = {*map(id, own), *(id(p) for inner in own for p in inner.parameters(False))}
+    memo: dict[int, Any] = {
+        id(holder): holder  # not copied: the user reads what it collects
+        for inner in own
+        for holder in map(_get_holder, _list_hooks(inner))
+        if not isinstance(holder, FunctionType | partial)
+        and parts.isdisjoint([id(holder), *_list_held(holder)])
+    }
+    for inner in own:
+        for tensor in iter_tensors([*vars(inner).values()]):
+            if tensor.grad_fn is not None:  # torch copies none with a graph
+                memo[id(tensor)] = tensor.detach().clone()
+    copied = copy.deepcopy(value, memo)
+    for inner in own:
+        if id(inner) in memo:  # else reached by a function, which is not copied
+            _move_hooks(inner, memo[id(inner)], memo)
+    return copied
+
+
+def _move_hooks(source: nn.Module, target: nn.Module, memo: dict[int, Any]) -> None:
+    """Let the hooks and functions of a copied module refer to copies."""
+    for name, item in vars(target).items():
+        if isinstance(item, FunctionType):
+            vars(target)[name] = _move_function(item, memo)
+        elif name.endswith("_hooks") and isinstance(item, dict):
+            item.update({n: _move_function(hook, memo) for n, hook in item.items()})
+    for name, param in source._parameters.items():
+        if param is not None:
+            _copy_tensor_hooks(param, target._parameters[name], memo)
+
+
+def _list_hooks(module: nn.Module) -> list[object]:
+    fields = [item for name, item in vars(module).items() if name.endswith("_hooks")]
+    return [hook for item in fields if isinstance(item, dict) for hook in item.values()]
+
+
+def _get_holder(hook: object) -> object:
+    return getattr(hook, "__self__", hook)
+
+
+def _list_held(holder: object) -> list[int]:
+    """Ids of what an object has as attributes."""
+    items = getattr(holder, "__dict__", {}).values()
+    return [id(item() if isinstance(item, ref) else item) for item in items]
+
+
+def _copy_tensor_hooks(source: Any, target: Any, memo: dict[int, Any]) -> None:
+    """Register the hooks of one weight at its copy."""
+    if target._backward_hooks or target._post_accumulate_grad_hooks:
+        return  # of a weight that is tied to another
+    for hook in (source._backward_hooks or {}).values():
+        target.register_hook(_move_function(hook, memo))
+    for hook in (source._post_accumulate_grad_hooks or {}).values():
+        target.register_post_accumulate_grad_hook(_move_function(hook, memo))
+
+
+def _move_function(item: Any, memo: dict[int, Any]) -> Any:
+    """Return a function that refers to copies where this one refers to the originals.
+
+    Of anything else its copy, or itself if it has none.
+    """
+    if id(item) in memo:
+        return memo[id(item)]
+    if isinstance(item, MethodType) and id(item.__self__) in memo:
+        return MethodType(item.__func__, memo[id(item.__self__)])
+    if not isinstance(item, FunctionType):
+        return item
+    memo[id(item)] = item  # it may refer to itself
+    had = item.__closure__ or (), item.__defaults__ or ()
+    cells = tuple(_move_cell(cell, memo) for cell in had[0])
+    defaults = tuple(_move_function(value, memo) for value in had[1])
+    if [*map(id, cells + defaults)] != [*map(id, (*had[0], *had[1]))]:
+        name = item.__name__
+        moved = FunctionType(item.__code__, item.__globals__, name, defaults, cells)
+        moved.__kwdefaults__ = item.__kwdefaults__
+        memo[id(item)] = moved
+    return memo[id(item)]
+
+
+def _move_cell(cell: CellType, memo: dict[int, Any]) -> CellType:
+    """A cell of a closure with the copy of what it holds; itself if that has none."""
+    try:
+        held = cell.cell_contents
+    except ValueError:  # a variable without a value
+        return cell
+    moved = _move_function(held, memo)
+    return cell if moved is held else CellType(moved)
+
+
+@contextmanager
+def refuse_gradients(original: nn.Module, model: nn.Module) -> Iterator[None]:
+    """Refuse a backward that computes gradients of what the model is a copy of.
+
+    Raises
+    ------
+    ValueError
+        In the backward, if the loss, or a hook or step, uses the original model.
+    """
+    hook: Any = Tensor.register_post_accumulate_grad_hook
+    trained = [param for param in original.parameters() if param.requires_grad]
+    is_copy = original is not model
+    handles = [hook(param, lambda _: _refuse(original)) for param in trained if is_copy]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def check_parameters_of_loss(params: Iterable[Tensor], original: nn.Module) -> None:
+    """Check that a loss does not train what the model of a fit is a copy of."""
+    own = set(map(id, original.parameters()))
+    if any(param.requires_grad and id(param) in own for param in params):
+        _refuse(original)
+
+
+def _refuse(original: nn.Module) -> None:
+    kind = type(original).__name__
+    msg = "loss: expected gradients of the model of this fit only, got some of the"
+    why = f"{kind} that setup was called with, which each fit copies."
+    advice = "Write the loss as a method of the model, or use ctx.model in a callback."
+    fixed = "For fixed weights, use copy.deepcopy(model)."
+    raise ValueError(f"{msg} {why} {advice} {fixed}")
 
 
 @contextmanager

@@ -332,18 +332,18 @@ class StepContext(Context):
         """The loss as a scalar; the parts of a dict are logged."""
         if isinstance(loss, Tensor) or not isinstance(loss, Mapping):
             return as_scalar(loss, "loss")
+        if not loss or ("loss" in loss and len(loss) > 1):
+            msg = (
+                f"loss: expected parts with names other than 'loss', got {list(loss)}."
+            )
+            advice = "Return the parts alone, which are summed, or the loss alone"
+            raise ValueError(f"{msg} {advice}, and ctx.log_metric the others.")
         parts = {
             str(name): torch.as_tensor(part)
             if isinstance(part, int | float)
             else as_scalar(part, f"loss[{name!r}]")
             for name, part in loss.items()
         }
-        if not parts or ("loss" in parts and len(parts) > 1):
-            msg = (
-                f"loss: expected parts with names other than 'loss', got {list(parts)}."
-            )
-            advice = "Return the parts alone, which are summed, or the loss alone"
-            raise ValueError(f"{msg} {advice}, and ctx.log_metric the others.")
         first, *rest = parts.values()
         total = sum(rest, first)
         several = len(self._optimizers) > 1

@@ -114,6 +114,9 @@ def explain_optimizer_errors(model: nn.Module) -> Iterator[None]:
 _SCHEDULERS = "Schedulers are callbacks: callbacks=[LRScheduler(StepLR, ...)]."
 
 
+_PARTS = ("state", "step", "zero_grad", "state_dict", "load_state_dict")
+
+
 def check_optimizers(
     optimizers: object, place: str = "set_optimizers()"
 ) -> dict[str, Any]:
@@ -142,6 +145,12 @@ def check_optimizers(
             if "scheduler" in f"{name} {type(opt).__module__}":
                 advice = _SCHEDULERS
             raise TypeError(f"{msg} {advice}")
+        missing = [part for part in _PARTS if not hasattr(opt, part)]
+        if missing:
+            kind = type(opt).__name__
+            msg = f"{place}: expected a torch optimizer at {name!r}, got {kind} without"
+            advice = "Make it a subclass of torch.optim.Optimizer."
+            raise TypeError(f"{msg} {', '.join(missing)}. {advice}")
     if not optimizers:
         msg = f"{place}: expected at least one optimizer, got none."
         raise TypeError(f"{msg} Return one, or a dict of named ones.")

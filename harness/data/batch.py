@@ -259,7 +259,8 @@ def as_scalar(loss: object, place: str) -> Tensor:
         If it has more than one element, or none.
     """
     if not isinstance(loss, Tensor):
-        msg = f"{place}: expected a tensor with one element, got {loss!r:.100}."
+        got = describe(loss) if items_of(loss) else f"{loss!r:.100}"
+        msg = f"{place}: expected a tensor with one element, got {got}."
         advice = "Return the mean over the batch, or a dict of parts."
         raise TypeError(f"{msg} {advice}")
     if loss.is_complex():

@@ -18,6 +18,7 @@ from torch.utils.data import (
     IterableDataset,
     Subset,
     TensorDataset,
+    default_convert,
 )
 from torch.utils.data import default_collate as torch_collate
 
@@ -206,9 +207,23 @@ def make_train_loader(
 
 def as_loader(data: object) -> object:
     """Return a loader of batches that are given; anything else as it is."""
-    if not gives_batches(data):
-        return data
-    return DataLoader(Batches(data), batch_size=None)  # arrays become tensors
+    return GivenBatches(data) if gives_batches(data) else data
+
+
+class GivenBatches(DataLoader[Any]):
+    """Loader of an object that gives batches; arrays in them become tensors.
+
+    Notes
+    -----
+    torch 2.13: ``DataLoader`` draws a random number for its workers in each pass. This one has
+    none and draws nothing, as a loop over the object.
+    """
+
+    def __init__(self, data: object) -> None:
+        super().__init__(Batches(data), batch_size=None)
+
+    def __iter__(self) -> Any:
+        return map(default_convert, iter(self.dataset))
 
 
 def num_items(loader: Loader) -> int:

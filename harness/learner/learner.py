@@ -92,7 +92,12 @@ from harness.loss import (
     warn_of_untrained,
 )
 from harness.metrics.sets import MetricSet, as_metric_set
-from harness.model_copy import build_unshared, keep_buffers
+from harness.model_copy import (
+    build_unshared,
+    check_parameters_of_loss,
+    keep_buffers,
+    refuse_gradients,
+)
 from harness.reshard.meta_parameters import count_bytes
 from harness.rng import seed_all, share_rng_state
 from harness.run_binding import (
@@ -166,9 +171,13 @@ class Learner:
         ValueError
             If neither the learner nor the model has a loss, or an optimizer.
         """
-        model = build_unshared(self._call_module)
+        return self.build_with_original()[0]
+
+    def build_with_original(self) -> tuple[nn.Module, nn.Module]:
+        """As ``build_model``, and what it is a copy of; the same twice if it is none."""
+        model, original = build_unshared(self._call_module)
         check_definition(model, self.loss, self.optimizer)
-        return model
+        return model, original
 
     def summary(self, example: object = None) -> ModelSummary:
         """Describe the model that this learner builds; ``print`` shows it as a table.
@@ -384,6 +393,8 @@ class Learner:
         is_whole = decide_gather(gather, num_bytes, accelerator, tracker, callbacks)
         loss = make_loss(start_model.loss, model, accelerator.device)
         check_parameters(loss, model, accelerator)
+        of_loss = list_parameters(start_model.loss, model).values()
+        check_parameters_of_loss(of_loss, start_model.original)
         trains_loss = getattr(accelerator, "trains_loss", True)
         if self.batch is None:
             check_loss_items(model, loss, num_items(train))
@@ -420,7 +431,7 @@ class Learner:
                     log_description(ctx, seed)
                 if start_model.report is not None and not is_described:
                     report_start(ctx, start_model.name, start_model.report)
-                with record_shapes(ctx):
+                with record_shapes(ctx), refuse_gradients(start_model.original, model):
                     loop.fit(ctx)
                 placement = choose_placement(ctx, num_bytes, gather=is_whole)
             options = get_batch_options(train)

@@ -44,9 +44,16 @@ Start = Fitted | nn.Module | Mapping[str, object] | str | Path | None
 
 @dataclass(frozen=True, kw_only=True)
 class StartModel:
-    """Model and loss at the beginning of a fit, and what became of start weights."""
+    """Model and loss at the beginning of a fit, and what became of start weights.
+
+    Attributes
+    ----------
+    original
+        What the user's factory has returned; the model itself, if it is no copy.
+    """
 
     model: nn.Module
+    original: nn.Module
     loss: Callable[..., Tensor] | None
     report: WeightsReport | None = None
     name: str = ""
@@ -58,7 +65,8 @@ def build_start(
     """Build the model of a fit, with the weights that it starts from."""
     check_start(start, strict)
     if start is None:
-        return StartModel(model=build_model(learner, accelerator), loss=learner.loss)
+        model, original = build_model(learner, accelerator)
+        return StartModel(model=model, original=original, loss=learner.loss)
     name, loss = describe_start(start), learner.loss
     if isinstance(start, Fitted):
         loss = choose_loss(learner, start)
@@ -67,21 +75,32 @@ def build_start(
             with start.placement.full_on_each_rank(accelerator) as trained:
                 model = copy_model(trained)
             report = WeightsReport(loaded=tuple(get_tensors(model)))
-            return StartModel(model=model, loss=loss, report=report, name=name)
-    model = build_model(learner, accelerator)
+            return StartModel(
+                model=model, original=model, loss=loss, report=report, name=name
+            )
+    model, original = build_model(learner, accelerator)
     with open_start(start, accelerator) as weights:
         report = load_start(model, weights, accelerator, strict=bool(strict))
     if strict is None and not report.is_complete and accelerator.is_main:
         msg = f"fit(start={name}): expected weights of the whole model, got {report}."
         advice = "The rest of the model is new. Pass strict=False if that is right."
         warnings.warn(f"{msg} {advice}", stacklevel=3)
-    return StartModel(model=model, loss=loss, report=report, name=name)
+    return StartModel(
+        model=model, original=original, loss=loss, report=report, name=name
+    )
 
 
-def build_model(learner: Learner, accelerator: Accelerator) -> nn.Module:
-    """Build a new model, in the way that the accelerator wants it built."""
+def build_model(
+    learner: Learner, accelerator: Accelerator
+) -> tuple[nn.Module, nn.Module]:
+    """Build a new model, in the way that the accelerator wants it built.
+
+    Returns
+    -------
+    As ``Learner.build_with_original``.
+    """
     with accelerator.building():
-        return learner.build_model()
+        return learner.build_with_original()
 
 
 def check_trainable(learner: Learner, model: nn.Module) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -217,7 +218,9 @@ def test_fit_wrong_argument_is_told_before_any_epoch(case, tmp_path):
 class Optimizers(Net):
     def set_optimizers(self, kind="list", lr=0.1):
         one = torch.optim.SGD(self.parameters(), lr=lr)
-        return {"list": [one, one], "none": {}, "other": {"a": 3}}[kind]
+        alike = SimpleNamespace(param_groups=one.param_groups, step=one.step)
+        made = {"list": [one, one], "none": {}, "other": {"a": 3}, "alike": alike}
+        return made[kind]
 
 
 @pytest.mark.parametrize(
@@ -226,6 +229,7 @@ class Optimizers(Net):
         ("list", "expected a dict of named optimizers, got a list"),
         ("none", "at least one optimizer"),
         ("other", "expected a torch optimizer at 'a', got 3"),
+        ("alike", "got SimpleNamespace without state, zero_grad, state_dict, load"),
     ],
 )
 def test_fit_wrong_optimizers_are_told(kind, match):

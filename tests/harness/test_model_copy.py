@@ -87,3 +87,128 @@ def test_held_model_that_cannot_be_copied_is_refused():
     net = Odd()
     with pytest.raises(TypeError, match="a new model for each fit"):
         fit(sgd(lambda: net))
+
+
+DATA = [(torch.randn(8, 4), torch.randn(8, 1)) for _ in range(3)]
+
+
+def train_by_hand(model: nn.Module, loss: Any = None, epochs: int = 1) -> None:
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(epochs):
+        for x, y in DATA:
+            (loss or nn.functional.mse_loss)(model(x), y).backward()
+            opt.step()
+            opt.zero_grad()
+
+
+def train(factory: Any, loss: Any = nn.functional.mse_loss) -> harness.Fitted:
+    learner = harness.setup(factory, loss=loss, optimizer=torch.optim.SGD)
+    loader = torch.utils.data.DataLoader(DATA, batch_size=None)
+    return learner.set_opt_hparams(lr=0.1).fit(loader, 1, tracker=False)
+
+
+def clamp(model: nn.Module) -> None:
+    for param in model.parameters():
+        param.register_hook(lambda grad: grad.clamp(-0.01, 0.01))
+
+
+def decay(model: nn.Module) -> None:
+    for param in model.parameters():
+        param.register_hook(lambda grad, param=param: grad + 0.5 * param.detach())
+
+
+def scale_after_accumulation(model: nn.Module) -> None:
+    def scale(param: Any) -> None:
+        param.grad.mul_(0.1 + model.fc.bias.detach() ** 2)
+
+    for param in model.parameters():
+        param.register_post_accumulate_grad_hook(scale)
+
+
+def patch_forward(model: nn.Module) -> None:
+    old = model.forward
+    model.forward = lambda x: old(2 * x) + model.fc.weight.sum()
+
+
+@pytest.mark.parametrize(
+    "change", [clamp, decay, scale_after_accumulation, patch_forward]
+)
+def test_copied_model_has_the_hooks_and_changes_of_the_original(change):
+    held, other = Line(), Line()
+    other.load_state_dict(held.state_dict())
+    change(held)
+    change(other)
+    fitted = train(lambda: held)
+    train_by_hand(other)
+    assert torch.equal(fitted.model.fc.weight, other.fc.weight)
+    more = fitted.fit(
+        torch.utils.data.DataLoader(DATA, batch_size=None), 1, tracker=False
+    )
+    train_by_hand(other)
+    assert torch.equal(more.model.fc.weight, other.fc.weight)
+    assert not torch.equal(fitted.model.fc.weight, other.fc.weight)
+
+
+class Collector:
+    """Keeps the output of a layer, for a loss."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        layer.register_forward_hook(self.keep)
+
+    def keep(self, layer: nn.Module, input: Any, output: Any) -> None:
+        self.output = output
+
+    def loss(self, pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return nn.functional.mse_loss(pred, target) + self.output.abs().mean()
+
+
+def test_what_a_hook_collects_from_a_copied_model_reaches_the_user():
+    held, other = Line(), Line()
+    other.load_state_dict(held.state_dict())
+    seen, by_hand = Collector(held.fc), Collector(other.fc)
+    fitted = train(lambda: held, lambda pred, target: seen.loss(pred, target))
+    train_by_hand(other, by_hand.loss)
+    assert torch.equal(fitted.model.fc.weight, other.fc.weight)
+
+
+class KeepsState(Line):
+    """Keeps tensors with their graph, by a hook that refers to the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[torch.Tensor] = []
+        self.fc.register_forward_hook(lambda *args: self.keep(args[-1]))
+
+    def keep(self, output: torch.Tensor) -> None:
+        self.kept = [output]
+
+    def loss(self, pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return nn.functional.mse_loss(pred, target) + self.kept[0].abs().mean()
+
+
+def test_model_that_keeps_tensors_with_a_graph_trains_further():
+    fitted = train(KeepsState, None)
+    other = KeepsState()
+    other.load_state_dict(fitted.model.state_dict())
+    more = fitted.fit(
+        torch.utils.data.DataLoader(DATA, batch_size=None), 1, tracker=False
+    )
+    train_by_hand(other, other.loss)
+    assert torch.equal(more.model.fc.weight, other.fc.weight)
+
+
+def penalty() -> torch.Tensor:
+    return NET.fc.weight.abs().sum()
+
+
+@pytest.mark.parametrize(
+    "term",
+    [lambda: penalty(), lambda: NET.fc.weight.abs().sum()],
+    ids=["within", "own"],
+)
+def test_loss_that_would_train_the_original_of_a_copied_model_is_refused(term):
+    before = NET.fc.weight.clone()
+    with pytest.raises(ValueError, match="some of the Line that setup was called with"):
+        train(lambda: NET, lambda p, t: nn.functional.mse_loss(p, t) + term())
+    assert torch.equal(NET.fc.weight, before)
+    NET.zero_grad()

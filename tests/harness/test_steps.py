@@ -307,10 +307,19 @@ WRONG = {
     ),
     "empty": (lambda error: error[:0], ValueError, r"one element, got shape \(0,\)"),
     "number": (lambda error: 1.5, TypeError, "one element, got 1.5"),
-    "tuple": (lambda error: (error.mean(), 1), TypeError, r"one element, got \(tensor"),
+    "tuple": (
+        lambda error: (error.mean(), error),
+        TypeError,
+        r"one element, got tuple of \(float32 \(\), float32 \(2,\)\)",
+    ),
     "nothing": (lambda error: {}, ValueError, r"names other than 'loss', got \[\]"),
     "total": (
         lambda error: {"loss": error.mean(), "a": error.mean()},
+        ValueError,
+        "names other than 'loss', got",
+    ),
+    "total beside predictions": (
+        lambda error: {"loss": error.mean(), "preds": error},
         ValueError,
         "names other than 'loss', got",
     ),

@@ -552,6 +552,19 @@ def test_make_train_loader_of_a_stream_takes_it_in_order():
     assert [batch[0].tolist() for batch in loader] == [[0, 1], [2, 3], [4]]
 
 
+def test_make_train_loader_of_given_batches_draws_no_random_number():
+    class Given:
+        def __iter__(self):
+            yield np.ones(2), torch.rand(2)
+
+    torch.manual_seed(1)
+    expected = torch.rand(2)
+    torch.manual_seed(1)
+    [[array, drawn]] = make_train_loader(Given())
+    assert torch.equal(array, torch.ones(2, dtype=torch.float64))
+    assert torch.equal(drawn, expected)
+
+
 def test_make_train_loader_of_a_loader_is_itself():
     loader = DataLoader(dataset())
     assert make_train_loader(loader) is loader
