@@ -21,6 +21,7 @@ from harness.checks.context import (
     check_trained_model,
     refuse_field,
 )
+from harness.checks.hints import add_hint, find_state_hint
 from harness.checks.model import check_model_names
 from harness.checks.optimizers import check_optimizers
 from harness.checks.values import check_epochs
@@ -292,6 +293,7 @@ class Context(BatchFields):
         """Add to an exception where it was raised: callback or metric, epoch, iter."""
         part = "training" if self.training else "not training"
         exc.add_note(f"in {where}, epoch {self.epoch}, iter {self.iter}, {part}")
+        add_hint(exc, find_state_hint, exc)
 
     def clean(self) -> None:
         """Drop everything that does not outlive the call: all but records, model, hparams."""

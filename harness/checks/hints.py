@@ -213,8 +213,8 @@ def _frames(error: BaseException) -> set[str]:
     return {frame.name for frame in traceback.extract_tb(error.__traceback__)}
 
 
-def find_device_hint(error: BaseException) -> str:
-    """Return what may have made a device fail, or work with another one; empty: not known."""
+def find_state_hint(error: BaseException) -> str:
+    """Return what may have made a device or autograd fail, whatever they were given."""
     text = str(error)
     if isinstance(error, torch.OutOfMemoryError):
         half = "a batch_size of half as many rows, and accumulate=2 for the same steps"
@@ -224,6 +224,9 @@ def find_device_hint(error: BaseException) -> str:
         late = "CUDA reports it late, so it may come from an earlier batch or line"
         again = "device='cpu' names the place, as CUDA_LAUNCH_BLOCKING=1 in the environment does"
         return f"{cause}. {late}: {again}. This process cannot use the GPU any more."
+    if "does not require grad" in text and not torch.is_grad_enabled():
+        where = "Gradients are off in validation, predictions and callbacks"
+        return f"{where}: compute them inside 'with torch.enable_grad():'."
     if "to be on the same device" in text:
         own = "Make a tensor that the model or the loss holds a buffer"
         how = "self.register_buffer(name, tensor), and it moves with the weights"
@@ -234,10 +237,11 @@ def find_device_hint(error: BaseException) -> str:
 def add_hint(error: BaseException, find: Callable[..., str], *given: object) -> None:
     """Add the hint that a function finds to an error, as its last note, unless it has one.
 
-    What a device has to say comes first. Errors of names and keys, and those of what autograd
-    keeps, come from the code, not from what it was given, and ours say themselves what to do:
-    they get none. A hint that is empty, or that cannot be found, is left out: the error of the
-    user must not be replaced by one of ours, as where a nested tensor has no shape.
+    What is wrong with a device, or where gradients are off, comes first. Errors of names and
+    keys, and those of what autograd keeps, come from the code, not from what it was given, and
+    ours say themselves what to do: they get none. A hint that is empty, or that cannot be found,
+    is left out: the error of the user must not be replaced by one of ours, as where a nested
+    tensor has no shape.
     """
     text = str(error)
     is_of_names = isinstance(error, NameError | KeyError | ImportError) or (
@@ -247,7 +251,7 @@ def add_hint(error: BaseException, find: Callable[..., str], *given: object) -> 
     if is_of_names or "inplace operation" in text or ": expected " in text:
         return
     with contextlib.suppress(Exception):
-        hint = find_device_hint(error) or find(*given)
+        hint = find_state_hint(error) or find(*given)
         has_one = any(
             note.startswith("hint: ") for note in getattr(error, "__notes__", ())
         )

@@ -300,29 +300,52 @@ def keep_numbers(value: object, place: str) -> dict[str, float | Tensor]:
     return {name: keep_number(item, place) for name, item in items.items()}
 
 
-def join(outputs: Sequence[Any]) -> Any:
+def join(outputs: Sequence[Any], rows: Sequence[int | None] = ()) -> Any:
     """Outputs of several batches as one, in the same form, on the CPU.
 
     Tensors are concatenated, also in tuples and mappings. Tensors of other widths, and
     outputs of any other kind or of several forms, become a list with one item a batch.
+
+    Parameters
+    ----------
+    rows
+        Rows of each batch. Tensors that have them in their second dim, as the hidden state
+        of a recurrent layer has, are concatenated there.
     """
     first = outputs[0] if outputs else None
-    if len({_form_of(output) for output in outputs}) > 1:
+    dim = 1 if _has_rows_second(outputs, rows) else 0
+    if len({_form_of(output, dim) for output in outputs}) > 1:
         return list(outputs)
     if isinstance(first, Tensor) and first.dim():
-        return torch.cat([output.cpu() for output in outputs])
+        return torch.cat([output.cpu() for output in outputs], dim)
     if isinstance(first, Mapping):
-        items = [join([output[name] for output in outputs]) for name in first]
+        items = [join([output[name] for output in outputs], rows) for name in first]
         return with_items(first, items)
     if isinstance(first, tuple) and not isinstance(first, PackedSequence):
-        return with_items(first, [join(item) for item in zip(*outputs, strict=True)])
+        columns = zip(*outputs, strict=True)
+        return with_items(first, [join(column, rows) for column in columns])
     return list(outputs)
 
 
-def _form_of(output: object) -> object:
-    """What outputs must have in common to be joined."""
+def _has_rows_second(outputs: Sequence[Any], rows: Sequence[int | None]) -> bool:
+    """Whether all outputs have the rows of their batches in the second dim, not the first."""
+    shapes = [
+        (*output.shape[:2], num)
+        for output, num in zip(outputs, rows, strict=False)
+        if isinstance(output, Tensor) and output.dim() > 1 and not output.is_nested
+    ]
+    is_second = len(shapes) == len(outputs) and all(n == num for _, n, num in shapes)
+    firsts = {n for n, _, _ in shapes}
+    return is_second and len(firsts) == 1 and firsts != {num for _, _, num in shapes}
+
+
+def _form_of(output: object, dim: int) -> object:
+    """What outputs must have in common to be joined along a dim."""
     if isinstance(output, Tensor):
-        return Tensor, output.layout, output.shape[1:], output.dim(), output.is_nested
+        if output.is_nested or not output.dim():
+            return Tensor, output.layout, output.dim(), output.is_nested
+        widths = output.shape[:dim] + output.shape[dim + 1 :]
+        return Tensor, output.layout, widths, output.dim(), False
     if isinstance(output, Mapping):
         return type(output), frozenset(output)
     return type(output), len(output) if isinstance(output, tuple) else None

@@ -589,8 +589,9 @@ class Learner:
 
         Returns
         -------
-        tensor whose first dim is the rows of `data`; tuples and dicts of tensors if the
-        model returns those; a list with one item per batch for anything else
+        tensor whose first dim is the rows of `data`, or its second one if the model returns
+        them there; tuples and dicts of tensors if the model returns those; a list with one
+        item per batch for anything else
 
         Raises
         ------
@@ -622,8 +623,9 @@ class Learner:
                 ),
             )
             with restore_model_after(ctx), keep_buffers(ctx.model, mode):
-                preds = loop.predict(ctx, arguments)
-        return join(preds) if stack else preds
+                found = loop.predict(ctx, arguments)
+        preds = [pred for pred, _ in found]
+        return join(preds, [rows for _, rows in found]) if stack else preds
 
 
 def setup(

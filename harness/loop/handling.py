@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from harness.checks.hints import add_hint, find_device_hint, find_loader_hint
+from harness.checks.hints import add_hint, find_loader_hint, find_state_hint
 from harness.context import Context, Handlers
 from harness.errors import EarlyStop, Interrupted, SkipEpoch
 
@@ -64,7 +64,7 @@ def report_exceptions(ctx: Context) -> Iterator[None]:
         has_note = any(", epoch " in note for note in notes)
         if isinstance(exc, Exception) and not has_note:
             ctx.add_note(exc, "the loop")
-        add_hint(exc, find_device_hint, exc)
+        add_hint(exc, find_state_hint, exc)
         ctx.call_callbacks("on_exception")
         raise
 

@@ -10,7 +10,7 @@ import torch
 
 from harness.accelerators.base import Accelerator
 from harness.checks.model import get_method
-from harness.data.batch import clone_to_cpu, copy_by_value
+from harness.data.batch import clone_to_cpu, copy_by_value, num_rows
 from harness.data.workers import iter_batches
 from harness.loop.handling import add_handlers, report_exceptions, suppress_all_handled
 from harness.steps import StepContext, add_model_note, call_model, get_reader
@@ -18,10 +18,10 @@ from harness.steps import StepContext, add_model_note, call_model, get_reader
 
 def predict(
     ctx: StepContext, arguments: Mapping[str, object] = MappingProxyType({})
-) -> list[Any]:
-    """Return the model's output for each batch of ``ctx.data``, detached, of all ranks.
+) -> list[tuple[Any, int | None]]:
+    """Return the output for each batch of ``ctx.data``, detached, of all ranks, and its rows.
 
-    Its own ``predict`` gets `arguments` too.
+    The model's own ``predict`` gets `arguments` too.
     """
     assert ctx.data is not None
     own, read = get_method(ctx.model, "predict"), get_reader(ctx)
@@ -43,7 +43,8 @@ def predict(
                 raise
             ctx.call_callbacks("on_predict_batch_end")
             pred = copy_by_value(ctx.pred, clone_to_cpu)
-            waiting.append([pred] if ctx.accelerator.counted != 0 else [])
+            found = pred, num_rows(ctx.input, ctx.target)
+            waiting.append([found] if ctx.accelerator.counted != 0 else [])
             if len(waiting) == GATHER_BATCHES:
                 preds += gather_outputs(waiting, ctx.accelerator)
         ctx.call_callbacks("on_predict_end")

@@ -78,6 +78,19 @@ class WithoutGraph(Net):
         return nn.functional.cross_entropy(pred, target).detach()
 
 
+class OutputOfGradients(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        x.requires_grad_()
+        out = super().forward(x)
+        [found] = torch.autograd.grad(out.sum(), x, create_graph=self.training)
+        return out + found.sum()
+
+
+class Backward(harness.Callback):
+    def on_epoch_end(self) -> None:
+        CE(self.ctx.model(X), Y).backward()
+
+
 class LossAsNumber(Net):
     def loss(self, pred: Tensor, target: Tensor) -> Any:
         return nn.functional.cross_entropy(pred, target).item()
@@ -289,6 +302,14 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
     "loss without graph": (
         lambda: fit(setup(WithoutGraph, loss=None)),
         "expected a loss with a graph, got one without",
+    ),
+    "gradients in a validation": (
+        lambda: fit(setup(OutputOfGradients), valid_data=(X, Y)),
+        r"Gradients are off in validation.*inside 'with torch.enable_grad\(\):'",
+    ),
+    "gradients in a callback": (
+        lambda: fit(callbacks=[Backward()]),
+        r"Gradients are off in validation.*inside 'with torch.enable_grad\(\):'",
     ),
     "loss as a number": (
         lambda: fit(setup(LossAsNumber, loss=None)),

@@ -292,6 +292,17 @@ def test_join_of_other_widths_is_a_list_by_batch():
     assert pair[1].shape == (4, 3)
 
 
+def test_join_of_outputs_with_rows_in_the_second_dim_concatenates_there():
+    whole = torch.arange(2 * 5 * 3).view(2, 5, 3)
+    parts = [*whole.split([2, 2, 1], dim=1)]
+    pairs = [(part[0], part) for part in parts]
+    rows, states = join(pairs, [2, 2, 1])
+    assert torch.equal(rows, whole[0])
+    assert torch.equal(states, whole)
+    assert join(parts[:2], [2, 2]).shape == (4, 2, 3)  # as if the first dim were rows
+    assert join(parts, [None, None, None]) == parts
+
+
 def test_join_of_other_forms_is_a_list_by_batch():
     one = torch.ones(2)
     for outputs in ([one, {"a": one}], [{"a": one}, {"b": one}], [(one,), (one, one)]):
