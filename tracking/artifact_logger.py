@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -15,7 +16,7 @@ from tracking.artifacts import files
 from tracking.artifacts.histograms import make_histogram
 from tracking.artifacts.images import encode_png, make_pixels
 from tracking.artifacts.tables import encode_table, make_table
-from tracking.errors import warn
+from tracking.errors import describe_path, warn
 from tracking.redaction import redact_value
 from tracking.row_logger import Counts, RowLogger, check_arguments
 from tracking.schema import check_name, check_path, flatten_value
@@ -62,7 +63,7 @@ class ArtifactLogger(RowLogger):
         if not source.is_dir():
             raise FileNotFoundError(
                 f"Run.log_artifact: expected a file or folder, got {os.fspath(path)!r}, "
-                "which does not exist. Write it first."
+                f"{describe_path(source)}. Write it to a file first."
             )
         for file in sorted(file for file in source.rglob("*") if file.is_file()):
             self.log_artifact(file, f"{name}/{file.relative_to(source).as_posix()}")
@@ -312,9 +313,11 @@ class ArtifactLogger(RowLogger):
         try:
             return write()
         except OSError as error:
+            is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            advice = "free some space" if is_full else "use another name"
             warn(
-                f"run {self.id!r}: expected to write artifacts/{name}, got {error}. "
-                "Training continues without it; free some space."
+                f"run {self.id!r}: expected to write artifacts/{name:.300}, got "
+                f"{error!s:.500}. Training continues without it; {advice}."
             )
             return None
 

@@ -87,8 +87,10 @@ def describe_path(path: Path) -> str:
             inside = map(_find_kind, itertools.islice(path.iterdir(), 100))
             of = next((f" of {one}s" for one in inside if one), "")
             what = f"a {kind}" if kind else f"a folder{of}"
-        elif path.exists():
+        elif path.is_file():
             what = "a file"
+        elif path.exists():
+            what = "a pipe or a device"
         parents = path.absolute().parents
         run = next((one for one in parents if _find_kind(one) == "run"), None)
         if run is not None and path.exists():

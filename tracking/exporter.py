@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import tempfile
+import urllib.parse
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
-from pyarrow import csv, dataset, fs, ipc, parquet
+from pyarrow import csv, fs, ipc, parquet
 
 from tracking.durable import replace_file
 from tracking.errors import RunNotFoundError, describe_path, warn
@@ -27,6 +28,9 @@ SUFFIXES: Final = (".parquet", ".csv", ".arrow", ".feather")
 
 _Words = dict[str, dict[str, None]]
 _WORDS: Final = [one.name for one in SCHEMA if pa.types.is_dictionary(one.type)]
+
+_OBJECT_STORES: Final = ("s3", "gcs", "abfs")
+"""Filesystems of pyarrow without folders; a rename copies there."""
 
 GROUP_ROWS: Final = 1 << 17
 """Rows that are written at once; about 30 MB in memory."""
@@ -67,7 +71,7 @@ def export(
     The first column, ``run``, is the id of the run; there is a column ``fit`` only if a run
     has several. A warning lists rows that cannot be read. A file is replaced only when the
     new one is complete; one of another filesystem is written to a temporary file first. In
-    a folder, the files of the exported runs are replaced.
+    a folder, the file of each exported run is replaced in the same way.
     """
     check_path(path, "export(path)")
     found = _open_runs(runs)
@@ -86,17 +90,7 @@ def export(
     if not suffix:
         return sum(_write_partition(run, system, place, superseded) for run in found)
     rows = _Rows(found, superseded=superseded)
-    parent = place.rpartition("/")[0]
-    if parent:
-        system.create_dir(parent, recursive=True)
-    if not isinstance(system, fs.LocalFileSystem):
-        _send(rows, suffix, system, place)
-        return rows.num_written
-    if Path(place).is_dir():
-        msg = f"export({target!r}): expected a file, got {describe_path(Path(place))}."
-        raise IsADirectoryError(f"{msg} Choose another name.")
-    with replace_file(Path(place)) as temporary:
-        _write(rows, suffix, temporary)
+    _write_file(rows, suffix, system, place)
     return rows.num_written
 
 
@@ -126,8 +120,14 @@ def _open_runs(runs: Any) -> list[PastRun]:
 def _resolve_target(target: str) -> tuple[Any, str]:
     """Find the file system of a target, and the path in it."""
     if "://" in target:
-        system, place = fs.FileSystem.from_uri(target)
-        return system, place
+        try:
+            system, place = fs.FileSystem.from_uri(target)
+        except pa.ArrowInvalid as error:
+            raise ValueError(
+                f"export({target!r}): expected an address that pyarrow knows, got "
+                f"{error}. Use for example s3://bucket/all.parquet, or a path."
+            ) from error
+        return system, place.rstrip("/")
     return fs.LocalFileSystem(), str(Path(target).expanduser().absolute())
 
 
@@ -192,10 +192,16 @@ class _Rows:
     """
 
     def __init__(
-        self, runs: Sequence[PastRun], *, superseded: bool, group_rows: int = GROUP_ROWS
+        self,
+        runs: Sequence[PastRun],
+        *,
+        superseded: bool,
+        group_rows: int = GROUP_ROWS,
+        names_runs: bool = True,
     ) -> None:
         self.num_written = 0
         self._superseded = superseded
+        self._names_runs = names_runs
         self._group_rows = group_rows
         most = group_rows // len(runs)  # small runs are read once
         self._ranks = [
@@ -248,6 +254,8 @@ class _Rows:
         """Add the column of the run, the first of the ids, and that of the fit."""
         if self._has_fits:
             table = place_fits(table, at=SCHEMA.get_field_index("epoch"))
+        if not self._names_runs:  # as a folder does
+            return table
         codes = pa.array(np.zeros(table.num_rows, np.int32))
         column = pa.DictionaryArray.from_arrays(codes, ids)
         return table.add_column(0, "run", column)
@@ -270,6 +278,22 @@ def _join_words(*tables: pa.Table) -> pa.Table:
     return pa.concat_tables(tables).unify_dictionaries()
 
 
+def _write_file(rows: _Rows, suffix: str, system: Any, place: str) -> None:
+    """Write a file, which is seen whole or not at all; its folder is made."""
+    parent = place.rpartition("/")[0]
+    if parent:
+        system.create_dir(parent, recursive=True)
+    if not isinstance(system, fs.LocalFileSystem):
+        _send(rows, suffix, system, place)
+        return
+    path = Path(place)
+    if path.is_dir():
+        msg = f"export({place!r}): expected a file, got {describe_path(path)}."
+        raise IsADirectoryError(f"{msg} Choose another name.")
+    with replace_file(path) as temporary:
+        _write(rows, suffix, temporary)
+
+
 def _send(rows: _Rows, suffix: str, system: Any, place: str) -> None:
     """Write a file of another filesystem, once all rows are read.
 
@@ -279,7 +303,13 @@ def _send(rows: _Rows, suffix: str, system: Any, place: str) -> None:
     with tempfile.TemporaryDirectory(prefix="export-") as folder:
         local = Path(folder) / f"rows{suffix}"
         _write(rows, suffix, local)
-        fs.copy_files(str(local), place, fs.LocalFileSystem(), system)
+        parent, slash, name = place.rpartition("/")
+        # An object appears when all of it is there; a file is renamed once it is whole.
+        is_store = system.type_name in _OBJECT_STORES
+        sent = place if is_store else f"{parent}{slash}.{os.getpid()}-{name}"
+        fs.copy_files(str(local), sent, fs.LocalFileSystem(), system)
+        if not is_store:
+            system.move(sent, place)
 
 
 def _write(rows: _Rows, suffix: str, path: Path) -> None:
@@ -331,21 +361,13 @@ def _decode_schema(schema: pa.Schema) -> pa.Schema:
     )
 
 
-def _write_partition(run: PastRun, system: Any, place: str, superseded: bool) -> int:
-    """Write the file of one run in a partitioned folder."""
-    rows = _Rows([run], superseded=superseded)
-    dataset.write_dataset(
-        (batch for table in rows for batch in table.to_batches()),
-        place,
-        schema=rows.schema,
-        filesystem=system,
-        format="parquet",
-        partitioning=["run"],
-        partitioning_flavor="hive",
-        existing_data_behavior="delete_matching",
-        file_options=dataset.ParquetFileFormat().make_write_options(compression="zstd"),
-        use_threads=False,  # the rows stay in order
-        min_rows_per_group=GROUP_ROWS,
-        max_rows_per_group=2 * GROUP_ROWS,
-    )
+def _write_partition(run: PastRun, system: Any, folder: str, superseded: bool) -> int:
+    """Write the file of one run in a partitioned folder, and remove others of this run."""
+    rows = _Rows([run], superseded=superseded, names_runs=False)
+    part = f"{folder}/run={urllib.parse.quote(run.id, safe='')}"
+    name = "part-0.parquet"
+    _write_file(rows, ".parquet", system, f"{part}/{name}")
+    for one in system.get_file_info(fs.FileSelector(part)):
+        if one.base_name.startswith("part-") and one.base_name != name:
+            system.delete_file(one.path)
     return rows.num_written

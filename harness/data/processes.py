@@ -6,7 +6,8 @@ import os
 import select
 import threading
 from dataclasses import dataclass
-from pathlib import Path
+
+from tracking.durable import read_start, read_stat
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,32 +22,14 @@ class Process:
     def current(cls) -> Process:
         """The process that calls it."""
         pid = os.getpid()
-        fields = read_stat(pid)
-        return cls(pid, None if fields is None else int(fields[_BEGAN]))
+        return cls(pid, read_start(pid))
 
     def state(self) -> str | None:
-        """State as ``ps`` shows it, such as ``S`` or ``T``; None if it has ended.
-
-        A process that has ended but is still listed by its parent has ended, too.
-        """
+        """State as ``ps`` shows it, such as ``S`` or ``T``; None if it has ended."""
         fields = read_stat(self.pid)
-        if fields is None or int(fields[_BEGAN]) != self.began or fields[0] in "ZX":
+        if fields is None or read_start(self.pid) != self.began:
             return None
         return fields[0]
-
-
-_BEGAN = 19
-"""Place of the time that a process began, counted from its state; see proc(5)."""
-
-
-def read_stat(pid: int) -> list[str] | None:
-    """Fields of ``/proc/<pid>/stat``: state, parent, group and so on; None if there are none."""
-    try:
-        text = (Path("/proc") / str(pid) / "stat").read_text(errors="replace")
-    except OSError:
-        return None
-    # The command's name comes first, in brackets, and may contain any character.
-    return text.rpartition(")")[2].split()
 
 
 def end_with(process: Process) -> None:

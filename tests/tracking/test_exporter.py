@@ -14,15 +14,16 @@ import pyarrow.csv
 import pyarrow.feather
 import pyarrow.parquet
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow._fs import _MockFileSystem
-from pyarrow.fs import FileType
+from pyarrow.fs import FileSelector, FileType, FSSpecHandler, PyFileSystem
 
 import tracking
 from tracking.api import start
 from tracking.errors import RunNotFoundError, TrackingWarning
-from tracking.exporter import _Rows, _send, export
+from tracking.exporter import _Rows, _send, _write_partition, export
 from tracking.journal.segment import CAPACITY, read_segment
 from tracking.read import PastRun
 from tracking.run import Run
@@ -278,6 +279,54 @@ def test_export_to_an_object_store_writes_a_whole_object_or_none(run):
     _send(rows, ".parquet", store, "all.parquet")
     with store.open_input_file("all.parquet") as file:
         assert pa.parquet.read_table(file).num_rows == rows.num_written
+
+
+class Disk(MemoryFileSystem):
+    """A filesystem of another machine, which may be full."""
+
+    cachable = False
+    is_full = False
+
+    def _open(self, path, mode="rb", **options):
+        file = super()._open(path, mode, **options)
+        if mode == "wb" and self.is_full:
+            file.write(b"half")
+            raise OSError("no space left")
+        return file
+
+
+def test_partition_of_another_filesystem_is_replaced_whole_or_stays(run):
+    disk = Disk()
+    store = PyFileSystem(FSSpecHandler(disk))
+    run.flush()
+
+    def write():
+        _write_partition(PastRun(run.path), store, "set", superseded=False)
+        infos = store.get_file_info(FileSelector("set", recursive=True))
+        (path,) = [info.path for info in infos if info.type == FileType.File]
+        assert path.endswith(f"set/run={run.id}/part-0.parquet")
+        return path
+
+    path = write()
+    disk.is_full = True
+    with pytest.raises(OSError, match="no space left"):
+        write()
+    disk.is_full = False
+    with store.open_input_file(path) as file:
+        table = pyarrow.parquet.ParquetFile(file).read()
+    assert "run" not in table.column_names  # the folder names it
+    check_nasty(table.to_pylist())
+    run.log_metric("more", 1.0, index=2)
+    run.flush()
+    disk.pipe(path.replace("part-0", "part-1"), b"of an earlier version")
+    assert write() == path
+    with store.open_input_file(path) as file:
+        assert pyarrow.parquet.ParquetFile(file).read().num_rows == table.num_rows + 1
+
+
+def test_export_to_an_unknown_kind_of_address_is_refused(run):
+    with pytest.raises(ValueError, match=r"an address that pyarrow knows, got Unrec"):
+        export(run, "nope://bucket/x.parquet")
 
 
 def test_export_unknown_format_is_refused(run, tmp_path):

@@ -383,6 +383,27 @@ def test_log_artifact_name_that_leads_out_is_refused(run, tmp_path, name):
         run.log_text("", name)
 
 
+@pytest.mark.parametrize(
+    ("name", "kind", "got"), [(3, TypeError, "3"), ("\ud800", ValueError, r"'\\ud800'")]
+)
+def test_artifact_name_that_is_no_text_is_refused(run, tmp_path, name, kind, got):
+    with pytest.raises(kind, match=rf"Run\.log_text: expected .* as name, got {got}"):
+        run.log_text("x", name)
+    with pytest.raises(kind, match=rf"Run\.log_figure: expected .* name, got {got}"):
+        run.log_figure(None, name)
+
+
+def test_artifact_that_is_a_pipe_or_a_device_is_refused(run):
+    with pytest.raises(FileNotFoundError, match="'/dev/null', a pipe or a device"):
+        run.log_artifact("/dev/null")
+
+
+def test_artifact_with_a_name_that_is_taken_by_a_folder_asks_for_another(run):
+    run.log_text("x", "a/b.txt")
+    with pytest.warns(TrackingWarning, match="without it; use another name"):
+        run.log_text("x", "a")
+
+
 def test_log_text_of_something_else_is_refused(run):
     with pytest.raises(
         TypeError, match=r"Run\.log_text\('a'\): expected a text, got b'x'"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 from tracking.durable import replace_file
+from tracking.schema import check_name
 
 _PICTURE_SUFFIX: Final = re.compile(
     r"\.(bmp|eps|gif|html|jpe?g|json|pdf|pgf|png|ps|raw|rgba|svgz?|tiff?|webp)",
@@ -17,8 +19,10 @@ _PICTURE_SUFFIX: Final = re.compile(
 """Formats that matplotlib, plotly and Pillow know by these suffixes."""
 
 
-def check_artifact_name(name: str, place: str) -> str:
+def check_artifact_name(name: str | os.PathLike[str], place: str) -> str:
     """Return an artifact's name relative to its folder, which it must not leave."""
+    name = os.fspath(name) if isinstance(name, os.PathLike) else name
+    check_name(name, "name", place)
     path = PurePosixPath(name)
     if not path.parts or path.is_absolute() or ".." in path.parts or "\0" in name:
         raise ValueError(

@@ -48,6 +48,7 @@ from tracking.errors import DeliveryError, TrackingError
 from tracking.mlflow_store.client import (
     StoreClient,
     UnreachableError,
+    limit_requests,
     prepare_environment,
 )
 from tracking.mlflow_store.runs import RunResolver
@@ -78,7 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         outlive_sigterm()
     settings = Settings.read()
     configure_logging()
-    prepare_environment(options.patience if options.read else None)
+    prepare_environment()
+    if options.read:
+        limit_requests(options.patience)
     program = Program(options, settings, Path.cwd())
     with program.writing_errors():
         if options.follow:
@@ -182,7 +185,9 @@ class Program:
         changes: dict[str, Any] = {}
         try:
             worker = self._make_worker(path, request)
-            worker.deliver(on_page=self._lower_priority)
+            if self.options.sync:  # each run waits for a silent server
+                limit_requests(self.options.patience)
+            worker.deliver(on_page=self._begin_to_send)
             code = 0
             if request is None:
                 worker.send_summaries()
@@ -198,8 +203,13 @@ class Program:
         # Its own state: the file is an earlier one where the disk is full.
         return code, SyncResult.from_state(path.name, worker.state, **changes), worker
 
-    def _lower_priority(self) -> None:
-        """Let training go first, which may use all cores; not before its page exists."""
+    def _begin_to_send(self) -> None:
+        """Give the server time, which has answered, and let training go first.
+
+        Training may use all cores, so this is not before its page exists.
+        """
+        if self.options.sync:
+            limit_requests()
         is_training = self._service is None or self._service.is_training
         lower_priority(NICENESS if is_training and not self.options.sync else 0)
 

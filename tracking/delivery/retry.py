@@ -70,11 +70,12 @@ class RetryPolicy:
         delay_s = FIRST_DELAY_S
         num_failures, has_isolated = 0, False
         while True:
+            began = self.clock()
             try:
                 result = action()
             except UnreachableError as error:
                 num_failures += 1
-                is_over = self._is_over_limit()
+                is_over = self._is_over_limit(began)
                 is_stuck = is_over or num_failures >= MAX_FAILURES
                 if is_stuck and not has_isolated and self.isolate():
                     _log.warning("leaving out what MLflow fails for: %s", error)
@@ -107,12 +108,13 @@ class RetryPolicy:
         self.state_file.set_phase("gave up", text)
         return GaveUpError(text)
 
-    def _is_over_limit(self) -> bool:
+    def _is_over_limit(self, began: float) -> bool:
+        """Whether MLflow has been silent for too long; the first call began at ``began``."""
         if self.is_being_written():
             self._deadline = None
             return False
         if self._deadline is None:
-            self._deadline = self.clock() + self.limit_s
+            self._deadline = began + self.limit_s
         return self.clock() >= self._deadline
 
     def _report_waiting(self, error: Exception) -> None:

@@ -419,10 +419,10 @@ class DeliveryWorker:
         for path in files:
             try:
                 self._retry.run(partial(send, self._writer.run_id, path, None))
-            except (GaveUpError, RefusedError) as error:
+            except (GaveUpError, GoneError, RefusedError) as error:
                 _log.warning("%s is not in MLflow: %s", path.name, error)
                 break
-        with contextlib.suppress(GaveUpError):
+        with contextlib.suppress(GaveUpError, GoneError):
             self._send_properties()  # the description has the results
         if self.state.phase != "done":  # whatever came of the pictures
             self._state_file.set_phase("done")

@@ -18,7 +18,7 @@ from tracking.durable.files import (
     write_synced,
 )
 from tracking.durable.filesystem import FolderReport, get_filesystem, try_folder
-from tracking.durable.leases import Holder, read_start
+from tracking.durable.leases import Holder, read_start, read_stat
 from tracking.durable.locks import (
     LockHeldError,
     ProcessLock,
@@ -44,6 +44,7 @@ __all__ = [
     "move_folder",
     "overwrite",
     "read_start",
+    "read_stat",
     "release_lock",
     "remove_folder",
     "remove_unfinished",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 import re
@@ -94,9 +95,9 @@ def has_content(path: Path) -> bool:
 def replace_folder(path: Path, *, temporary: Path | None = None) -> Iterator[Path]:
     """Replace a folder by the one that the block fills, if the block succeeds.
 
-    An earlier folder is renamed before the new one takes its place, and then removed. A
-    kill at any moment leaves the earlier or the new one whole, if not always under its
-    name.
+    Both change places in one step where the system can do that (Linux), and the earlier
+    one is removed. Elsewhere it is renamed first: a kill in between leaves it whole, but
+    not under its name.
 
     Parameters
     ----------
@@ -111,13 +112,17 @@ def replace_folder(path: Path, *, temporary: Path | None = None) -> Iterator[Pat
     """
     temporary = temporary or _temporary(path)
     earlier = path.with_name(f".{path.name}.{os.getpid()}.earlier")
+    if not is_busy(temporary):  # in a container, a killed process had the same number
+        shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     mark_busy(temporary)
     try:
         yield temporary
-        if path.exists():
-            path.rename(earlier)
-        temporary.rename(path)
+        if not _exchange(temporary, path):
+            if path.exists():
+                shutil.rmtree(earlier, ignore_errors=True)
+                path.rename(earlier)
+            temporary.rename(path)
     finally:
         mark_free(temporary)
         shutil.rmtree(temporary, ignore_errors=True)
@@ -125,6 +130,18 @@ def replace_folder(path: Path, *, temporary: Path | None = None) -> Iterator[Pat
     name = re.escape(path.name)
     remove_unfinished(path.parent, re.compile(rf"\.(\d+-{name}|{name}\.\d+\.earlier)"))
     shutil.rmtree(earlier, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two files or folders change places; False if the system cannot, or one is missing."""
+    rename = (
+        getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
+    )
+    if rename is None:
+        return False
+    here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of <fcntl.h>, <stdio.h>
+    names = os.fsencode(one.absolute()), os.fsencode(other.absolute())
+    return bool(rename(here, names[0], here, names[1], exchange) == 0)
 
 
 def remove_unfinished(folder: Path, names: re.Pattern[str]) -> None:

@@ -114,15 +114,24 @@ def _read_line(path: str) -> str:
     return ""
 
 
-def read_start(pid: int) -> int | None:
-    """When a process started, in clock ticks of the system; None if it has ended."""
-    try:
-        # After the command's name in brackets: the state comes first.
+def read_stat(pid: int) -> list[str] | None:
+    """Fields of ``/proc/<pid>/stat``: state, parent, group and so on; None if there are none.
+
+    See proc(5); the command's name comes before them, in brackets, and may contain anything.
+    """
+    with contextlib.suppress(OSError):
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    found = text.rpartition(")")[2].split()
-    return None if found[0] in "ZX" else int(found[19])
+        return text.rpartition(")")[2].split()
+    return None
+
+
+def read_start(pid: int) -> int | None:
+    """When a process started, in clock ticks of the system; None if it has ended.
+
+    A process that has ended but is still listed by its parent has ended, too.
+    """
+    found = read_stat(pid)
+    return None if found is None or found[0] in "ZX" else int(found[19])
 
 
 def is_alive(pid: int, began: int | None) -> bool | None:

@@ -566,19 +566,19 @@ class _Sealer:
 
     def _seal(self, block: Block, *, must: bool) -> bool:
         """Seal a block; False if it has to wait for a row or for the disk."""
-        if _has_holes(block) and not must:
-            return False
-        rows, text = block.snapshot()
-        found = row_format.decode_block(
-            self._rank_dir, block.number, rows, rows, text, self._pause
-        )
-        # Damage without a lost row, such as a text written twice, is not worth a note.
-        damage = [one for one in found.damage if one.rows_lost]
-        path = get_segment_path(self._rank_dir, block.number)
         try:
+            if _has_holes(block) and not must:
+                return False
+            rows, text = block.snapshot()
+            found = row_format.decode_block(
+                self._rank_dir, block.number, rows, rows, text, self._pause
+            )
+            # Damage without a lost row, such as a text written twice, is not worth a note.
+            damage = [one for one in found.damage if one.rows_lost]
+            path = get_segment_path(self._rank_dir, block.number)
             write_segment(found.table, path, damage=damage, pause=self._pause)
             block.close(unlink=True)
-        except OSError as error:
+        except OSError as error:  # also of a folder that is gone, and may come back
             self._warn_of(error)
             return False
         return True

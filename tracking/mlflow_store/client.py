@@ -57,8 +57,9 @@ _DEFAULTS: Final = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
 }
+_TIMEOUT: Final = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+_HAS_TIMEOUT: Final = bool(os.environ.get(_TIMEOUT))  # noqa: TID251 (MLflow's own)
 _LOCKS: Final[defaultdict[Path, threading.RLock]] = defaultdict(threading.RLock)
 """A database takes one writer at a time and lets others fail after some seconds."""
 
@@ -366,20 +367,30 @@ def fit_experiment_name(name: str) -> str:
     return f"{name[: MAX_EXPERIMENT_NAME - 9]}-{digest}"
 
 
-def prepare_environment(timeout_s: float | None = None) -> None:
-    """Set defaults for MLflow's environment variables that the user has not set.
+def limit_requests(timeout_s: float | None = None) -> None:
+    """Set how long a server may take for an answer from now on, unless the user has set it.
 
-    Only for the delivery process. Telemetry is off unless the user turned it on.
+    Only for the delivery process.
 
     Parameters
     ----------
     timeout_s : seconds
-        How long a server may take for an answer; None: 30 s.
+        For one request; None: 30 s.
+    """
+    if timeout_s is None:
+        timeout_s = 30.0
+    if not _HAS_TIMEOUT:  # MLflow takes whole seconds, for each request
+        seconds = min(max(1, timeout_s), 86_400)  # it may be infinite
+        os.environ[_TIMEOUT] = f"{seconds:.0f}"  # noqa: TID251 (MLflow reads it)
+
+
+def prepare_environment() -> None:
+    """Set defaults for MLflow's environment variables that the user has not set.
+
+    Only for the delivery process. Telemetry is off unless the user turned it on.
     """
     environment = os.environ  # noqa: TID251 (before MLflow reads it)
-    if timeout_s is not None:  # MLflow takes whole seconds
-        seconds = min(max(1, timeout_s), 86_400)  # it may be infinite
-        environment.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", f"{seconds:.0f}")
+    limit_requests()
     for name, value in _DEFAULTS.items():
         environment.setdefault(name, value)
     try:

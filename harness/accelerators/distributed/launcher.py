@@ -18,7 +18,7 @@ from types import FrameType
 import torch
 
 from harness.accelerators.distributed.environment import LAUNCH_OPTIONS, LAUNCHER_PID
-from harness.data.processes import read_stat
+from tracking.durable import read_stat
 from tracking.errors import describe_path
 
 SSH_S = 10

@@ -36,7 +36,7 @@ from harness.accelerators.distributed.named_barrier import (
     NamedBarrier,
     is_of_collective,
 )
-from harness.data.processes import read_stat
+from tracking.durable import read_stat
 from tracking.errors import write_stderr
 
 POLL_S = 0.5

@@ -101,6 +101,18 @@ def test_ended_run_is_given_up_after_the_time_limit(make_policy, time, tmp_path)
     assert DeliveryState.read(tmp_path) == state
 
 
+def test_time_that_a_silent_server_takes_counts_for_the_limit(make_policy, time):
+    policy, _ = make_policy(limit_s=3.0)
+
+    def wait_in_vain():
+        time.now_s += 3.0
+        raise UnreachableError("no answer in 3 s")
+
+    with pytest.raises(GaveUpError, match="no answer in 3 s"):
+        policy.run(wait_in_vain)
+    assert time.now_s == 103
+
+
 def test_time_limit_starts_again_after_an_answer(make_policy, time):
     policy, _ = make_policy(limit_s=1.0)
     for _ in range(5):

@@ -10,6 +10,7 @@ import pytest
 
 from tests.tracking.stores import execute_sql, get_run
 from tracking.delivery.state import DeliveryState
+from tracking.store import results_path
 
 CURVE = 30
 
@@ -282,6 +283,25 @@ def spy_on(worker):
 
     worker._resolver._open_client = open_spied
     return calls
+
+
+def test_mlflow_run_that_is_gone_before_its_summaries_stays_away(
+    record, make_worker, store, client, tmp_path
+):
+    run = record()
+    run.log_curve(5)
+    run.run.finish()
+
+    def write_summaries(path):
+        results_path(path).write_text("loss 0.5")
+        (tmp_path / "curves.png").write_bytes(b"x")
+        return [tmp_path / "curves.png"]
+
+    made = make_worker(run.path, store, write_summaries=write_summaries)
+    made.deliver()
+    client(store).delete_run(made.state.mlflow_run_id)
+    made.send_summaries()
+    assert made.state.phase == "done"
 
 
 def test_summaries_of_a_run_that_goes_on_are_left_out(record, make_worker, store):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -72,6 +73,32 @@ def test_replace_folder_replaces_all_files(tmp_path):
     assert names(tmp_path / "made" / "folder") == ["second"]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="exchanges no folders")
+def test_replaced_folder_is_always_there(tmp_path):
+    target, has_ended, num_missing = tmp_path / "folder", threading.Event(), 0
+    target.mkdir()
+
+    def look():
+        nonlocal num_missing
+        while not has_ended.is_set():
+            num_missing += not target.exists()
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        for _ in range(100):
+            with replace_folder(target):
+                pass
+    finally:
+        sys.setswitchinterval(interval)
+        has_ended.set()
+        thread.join()
+    assert num_missing == 0
+    assert names(tmp_path) == ["folder"]
+
+
 def test_replace_folder_that_raises_keeps_the_earlier_one(tmp_path):
     target = tmp_path / "folder"
     with replace_folder(target) as temporary:
@@ -81,6 +108,18 @@ def test_replace_folder_that_raises_keeps_the_earlier_one(tmp_path):
         raise ValueError("full")
     assert names(tmp_path) == ["folder"]
     assert names(target) == ["first"]
+
+
+def test_folder_that_a_killed_process_of_the_same_number_left_is_no_obstacle(tmp_path):
+    target = tmp_path / "model"
+    target.mkdir()
+    for name in (f".{os.getpid()}-model", f".model.{os.getpid()}.earlier"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "left").write_text("x")
+    with replace_folder(target) as temporary:
+        (temporary / "whole").write_text("x")
+    assert names(tmp_path) == ["model"]
+    assert names(target) == ["whole"]
 
 
 KILLED = """

@@ -575,6 +575,24 @@ def test_journal_that_never_reaches_the_disk_says_how_many_rows_are_lost(rank_di
     assert floats(read_records(rank_dir)[0]) == [1.0]
 
 
+def test_folder_that_was_away_for_a_while_gets_all_rows(rank_dir, until):
+    journal = Journal(rank_dir)
+    folder = rank_dir.parent.parent
+    away = folder.with_name("away")
+    with pytest.warns(TrackingWarning, match="expected to write to the disk"):  # noqa: PT031
+        put(journal, 0.0)
+        until(lambda: (rank_dir / "000001.rows").exists())
+        folder.rename(away)
+        for value in range(1, 2 * CAPACITY + 10):
+            put(journal, float(value))
+        until(lambda: journal._sealer.has_waiting)
+    away.rename(folder)
+    journal.close()
+    table, damage = read_records(rank_dir)
+    assert floats(table) == list(range(2 * CAPACITY + 10))
+    assert damage == []
+
+
 # ---------------------------------------------------------------- values and blocks
 
 

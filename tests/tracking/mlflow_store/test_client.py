@@ -7,7 +7,7 @@ import pytest
 
 from tests.tracking.stores import execute_sql
 from tracking.delivery.retry import GaveUpError
-from tracking.mlflow_store.client import prepare_environment
+from tracking.mlflow_store.client import limit_requests, prepare_environment
 
 
 def test_database_of_another_version_stays_and_is_an_error(
@@ -41,5 +41,6 @@ def test_artifacts_of_a_new_experiment_lie_beside_the_database(
 )
 def test_timeout_of_mlflow_is_in_whole_seconds(monkeypatch, timeout_s, seconds):
     monkeypatch.setattr(os, "environ", {"HOME": "/"})
-    prepare_environment(timeout_s)
+    prepare_environment()
+    limit_requests(timeout_s)
     assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == str(seconds)

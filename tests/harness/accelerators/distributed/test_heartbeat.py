@@ -22,7 +22,8 @@ from harness.accelerators.distributed.heartbeat import (
     SilenceTimer,
 )
 from harness.accelerators.distributed.named_barrier import ENDED
-from harness.data.processes import Process, read_stat
+from harness.data.processes import Process
+from tracking.durable import read_stat
 
 LOST_S = 30.0
 
