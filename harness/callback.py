@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -81,6 +81,13 @@ class Callback:
             if name.startswith("on_") or name in cls.event_weights:
                 check_event(place, name, own)
         check_listeners(cls)
+
+    def __getattr__(self, name: str) -> Any:
+        """Refuse an attribute that is not there; say when ``ctx`` is."""
+        msg = f"{type(self).__name__!r} object has no attribute {name!r}"
+        if name == "ctx":
+            msg += ": it is there in events, and not in __init__"
+        raise AttributeError(msg, name=name, obj=self)
 
     def prepare(self, ctx: Context) -> None:
         """Change the model or the optimizers of a fit before the accelerator takes them.

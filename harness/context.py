@@ -19,6 +19,7 @@ from harness.checks.context import (
     check_iter,
     check_stepped,
     check_trained_model,
+    describe_moment,
     refuse_field,
 )
 from harness.checks.hints import add_hint, find_state_hint
@@ -291,8 +292,7 @@ class Context(BatchFields):
 
     def add_note(self, exc: BaseException, where: str) -> None:
         """Add to an exception where it was raised: callback or metric, epoch, iter."""
-        part = "training" if self.training else "not training"
-        exc.add_note(f"in {where}, epoch {self.epoch}, iter {self.iter}, {part}")
+        exc.add_note(f"in {where}{describe_moment(self)}")
         add_hint(exc, find_state_hint, exc)
 
     def clean(self) -> None:

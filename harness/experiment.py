@@ -110,7 +110,8 @@ def build_experiment(
     made = target(**arguments)
     if not isinstance(made, Experiment):
         name = getattr(target, "__name__", "it")
-        msg = f"{name}(): expected it to return a harness.Experiment, got {made!r}."
+        given = " ".join(repr(made).split())  # that of a model has lines
+        msg = f"{name}(): expected it to return a harness.Experiment, got {given:.100}."
         raise ExperimentError(
             f"{msg} Return harness.Experiment(learner=..., data=...)."
         )

@@ -21,6 +21,7 @@ from harness.checkpoint.weights import (
     save_weights,
     write_saved_model,
 )
+from harness.checks.calls import explain_calls
 from harness.checks.values import as_path, check_picture
 from harness.data.loaders import Data
 from harness.export.html import as_html
@@ -264,6 +265,7 @@ class Fitted:
         """
         return metrics_frame(self.records, self.unit)
 
+    @explain_calls
     def plot(self, path: str | Path | None = None) -> Figure:
         """Plot each metric by epoch, or step; sets share a panel.
 
@@ -326,14 +328,17 @@ class Fitted:
         given = self.example if example is None else example
         return summarize(self.placement.module, given)
 
+    @explain_calls
     def evaluate(self, data: Data, **options: Any) -> Evaluation:
         """Compute losses and metrics on `data`; options as in ``Learner.evaluate``."""
         return self.learner.evaluate(self, data, **options)
 
+    @explain_calls
     def predict(self, data: Data, **options: Any) -> Any:
         """Return the model's output for `data`; options as in ``Learner.predict``."""
         return self.learner.predict(self, data, **options)
 
+    @explain_calls
     def save(self, path: str | Path) -> None:
         """Save weights, hparams, records, loss, metrics and the model's name in a folder.
 
@@ -398,6 +403,7 @@ class Fitted:
             return f"hparams that can be rebuilt, got only text for {texts}"
         return None
 
+    @explain_calls
     def export(self, path: str | Path, *, example: object = None) -> None:
         """Export the model for programs without its class, and compare outputs.
 

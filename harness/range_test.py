@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from harness.callback import Callback
+from harness.checks.calls import explain_calls
 from harness.checks.values import (
     check_at_least,
     check_count,
@@ -201,6 +202,7 @@ class _Sweep(Callback):
             raise EarlyStop
 
 
+@explain_calls
 def lr_finder(
     learner: Learner | Fitted,
     data: Data,

@@ -36,6 +36,11 @@ def check_tracker(tracker: object) -> None:
     if not is_plain and not isinstance(tracker, tracking.Run):
         msg = f"fit(tracker): expected None, False, a dict or a Run, got {tracker!r}."
         raise TypeError(f"{msg} A dict holds arguments of tracking.start().")
+    if isinstance(tracker, tracking.Run) and tracker.status != "running":
+        msg = (
+            f"fit(tracker): expected a run that is open, got {tracker.id!r}, which has"
+        )
+        raise tracking.RunClosedError(f"{msg} finished. Fit before it ends.")
     if isinstance(tracker, Mapping):
         from tracking.api import check_start  # noqa: PLC0415  imports Arrow
 

@@ -256,8 +256,9 @@ class StepContext(Context):
         self.call_callbacks("on_train_batch_before_backward")
         assert self.backward is not None and self.loss_grad is not None
         if not self.loss_grad.requires_grad:
-            msg = "ctx.optimize(loss): expected a loss with a graph, got one without."
-            raise ValueError(f"{msg} Compute it from parameters, with gradients on.")
+            msg = "loss: expected a loss with gradients, got one without."
+            cuts = "detach(), item(), numpy(), argmax and torch.no_grad() cut them off"
+            raise ValueError(f"{msg} Compute it from the parameters: {cuts}.")
         try:
             self.backward(self.loss_grad)
         except Exception as error:
@@ -539,7 +540,7 @@ def add_loss_note(ctx: Context, error: Exception) -> None:
     pair = f"prediction {describe(ctx.pred)}, target {describe(ctx.target)}"
     _add_note(ctx, error, f"loss {name} ({pair})")
     if ctx.pred is not None or get_method(ctx.model, "step") is None:
-        add_hint(error, find_loss_hint, ctx.pred, ctx.target)
+        add_hint(error, find_loss_hint, ctx.pred, ctx.target, error)
     if getattr(ctx.loss_fn, "__self__", None) is ctx.model:  # it may call submodules
         add_hint(error, find_model_hint, error, ctx.model, ctx.input, ctx.target)
 
@@ -554,7 +555,7 @@ def own_step(ctx: StepContext, step: Callable[[], object]) -> None:
     """Run the step of a model that defines one, and optimize the loss that it returns.
 
     A loss is optimized once: not if the step has made a backward pass, or has recorded the
-    loss of a validation batch.
+    loss of a validation batch. The loss of a step that ran its own optimizer is recorded.
     """
     accelerator = ctx.accelerator
     ctx._is_optimized, before = False, (accelerator.num_backwards, ctx.step)
@@ -575,7 +576,8 @@ def _optimize_returned(
 ) -> None:
     if returned is None or ctx._is_optimized:
         return
-    if before == (ctx.accelerator.num_backwards, ctx.step) and (
-        ctx.training or not ctx.loss
-    ):
+    has_trained = before != (ctx.accelerator.num_backwards, ctx.step)
+    if not has_trained and (ctx.training or not ctx.loss):
         ctx.optimize_first(returned, step)
+    elif has_trained and not ctx.loss and len(ctx.optimizers) == 1:
+        ctx._take_loss(returned, next(iter(ctx.optimizers)))

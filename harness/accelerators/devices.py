@@ -20,10 +20,10 @@ def parse_device(asked: object) -> torch.device:
     advice = "Leave it out to take the best one."
     try:
         return torch.device(asked)  # type: ignore[call-overload, no-any-return]
-    except TypeError as error:
-        raise TypeError(f"{msg} {advice}") from error
-    except RuntimeError as error:
-        raise ValueError(f"{msg} {advice}") from error
+    except TypeError:
+        raise TypeError(f"{msg} {advice}") from None
+    except RuntimeError:
+        raise ValueError(f"{msg} {advice}") from None
 
 
 def find_device(asked: object) -> torch.device:

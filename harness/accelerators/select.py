@@ -11,8 +11,10 @@ import torch
 from harness.accelerators.base import Accelerator
 from harness.accelerators.distributed.environment import Launch, read_launch
 from harness.accelerators.single import SingleDevice
+from harness.checks.calls import explain_calls
 
 
+@explain_calls
 def accelerator(
     config: Mapping[str, object] | str | Path | None = None,
     *,

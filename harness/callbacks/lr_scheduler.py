@@ -97,7 +97,7 @@ class LRScheduler(Monitor):
             advice = "Pass for example torch.optim.lr_scheduler.CosineAnnealingLR."
             raise TypeError(f"{msg} {advice}")
         check_event("LRScheduler(call_on)", call_on)
-        check_arguments("LRScheduler(**options)", scheduler, options)
+        check_arguments("LRScheduler(**options)", scheduler, options, 1)
         given = {name: value for name, value in options.items() if value != "auto"}
         check_numbers("LRScheduler", scheduler, given)
         advice = "Pass them as LRScheduler(..., {})."

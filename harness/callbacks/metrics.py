@@ -9,7 +9,7 @@ from harness.callback import Callback
 from harness.metrics.plots import as_points, draw, is_curve
 from harness.metrics.sets import MetricSet
 from harness.metrics.split import SplitMetrics, count_batch_values
-from harness.pytree import StateDict
+from harness.pytree import StateDict, iter_tensors
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
@@ -96,6 +96,12 @@ class Metrics(Callback):
             f"{split}/loss: expected a number, got nan in {where}. Training continues."
         )
         advice = "Look at this batch, or use a lower learning rate or GradientClip."
+        parts = {"input": ctx.input, "target": ctx.target} if ago == 0 else {}
+        found = [name for name, part in parts.items() if _has_nan(part)]
+        if found:
+            advice = (
+                f"The {' and the '.join(found)} of the batch has nan: clean the data."
+            )
         warnings.warn(f"{msg} {advice}", stacklevel=2)
 
     def _log(self, split: str) -> None:
@@ -163,3 +169,11 @@ class Metrics(Callback):
             self._get(split).load_state_dict(first)
             for other in rest:
                 self._get(split).merge(other)
+
+
+def _has_nan(value: object) -> bool:
+    """Whether a tensor of an input or target has a NaN."""
+    return any(
+        tensor.is_floating_point() and bool(tensor.isnan().any())
+        for tensor in iter_tensors(value)
+    )

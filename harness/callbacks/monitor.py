@@ -98,10 +98,11 @@ class Monitor(MetricsListener):
         """Refuse a monitor that cannot be logged in this fit; find out what is better."""
         names, place = find_directions(ctx), self._place
         known = check_monitor(place, self.monitor, names, bool(ctx.valid_sets))
+        if known is None:
+            check_logged_elsewhere(place, self.monitor, names, ctx.model, ctx.callbacks)
         if self._given_mode != "auto":
             return
         if known is None:
-            check_logged_elsewhere(place, self.monitor, names, ctx.model, ctx.callbacks)
             msg = f"{place}: expected a mode for a metric that the fit does not know."
             warnings.warn(
                 f"{msg} 'min' is used. Pass mode='min' or 'max'.", stacklevel=2

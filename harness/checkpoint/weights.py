@@ -386,7 +386,10 @@ def _read_about(path: Path) -> SavedModel:
         is_there = (path / SAVED_MODEL).exists()
         got = f"could not read it: {exc}" if is_there else f"got {describe_path(path)}"
         msg = f"load({str(path)!r}): expected a saved model, {got}."
-        raise CheckpointError(f"{msg} Pass a folder that Fitted.save() wrote.") from exc
+        advice = "Pass a folder that Fitted.save() wrote."
+        if (path / "model" / SAVED_MODEL).exists():
+            advice = f"The model is in {str(path / 'model')!r}."
+        raise CheckpointError(f"{msg} {advice}") from (exc if is_there else None)
     if isinstance(content, dict) and content.get("format") != SAVED_MODEL_FORMAT:
         msg = f"load({str(path)!r}): expected format {SAVED_MODEL_FORMAT}"
         got = f"got {content.get('format')!r}"

@@ -19,7 +19,10 @@ def check_callbacks(callbacks: Iterable[object]) -> tuple[Callback, ...]:
         If one is not a ``Callback``, or is a class instead of an instance.
     """
     if not isinstance(callbacks, Iterable):
-        msg = f"callbacks: expected a list of callbacks, got {callbacks!r}."
+        given = (
+            type(callbacks).__name__ if isinstance(callbacks, Callback) else callbacks
+        )
+        msg = f"callbacks: expected a list of callbacks, got {given}."
         advice = "Leave it out." if callbacks is None else "Write [...] around it."
         raise TypeError(f"{msg} {advice}")
     found = []
@@ -28,8 +31,11 @@ def check_callbacks(callbacks: Iterable[object]) -> tuple[Callback, ...]:
             msg = f"callbacks[{place}]: expected an instance, got the class {item.__name__}."
             raise TypeError(f"{msg} Write {item.__name__}(...).")
         if not isinstance(item, Callback):
-            msg = f"callbacks[{place}]: expected a harness.Callback, got {item!r}."
-            raise TypeError(f"{msg} Derive its class from harness.Callback.")
+            msg = f"callbacks[{place}]: expected a harness.Callback, got {item!r:.100}."
+            advice = "Derive its class from harness.Callback."
+            if getattr(item, "__module__", "") == "torch.optim.lr_scheduler":
+                advice = f"Write LRScheduler({getattr(item, '__name__', '...')}, ...)."
+            raise TypeError(f"{msg} {advice}")
         found.append(item)
     return tuple(sorted(found, key=lambda callback: callback.weight))
 

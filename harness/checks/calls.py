@@ -2,13 +2,108 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
+import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import ParamSpec, TypeVar
 
 from torch import nn
 
 from harness.events import nearest
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_OWN_FILES = tuple(
+    f"{Path(__file__).parents[2] / package}/" for package in ("harness", "tracking")
+)
+
+
+def explain_calls(function: Callable[P, R]) -> Callable[P, R]:
+    """Make the errors of a public function short to read.
+
+    An error that is explained by its message (``<place>: expected <what>``) ends in the line
+    of the user that led to it, without the frames of this package below that line. A call
+    with arguments that the function does not take gets a note of what it takes instead.
+    """
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:
+            below = error.__traceback__.tb_next if error.__traceback__ else None
+            if below is None and isinstance(error, TypeError):
+                hint = _hint_arguments(function, str(error))
+                if hint:
+                    error.add_note(f"hint: {hint}")
+            elif ": expected " in str(error):
+                _cut_own_frames(error.__traceback__)
+            raise
+
+    return call
+
+
+def warn_user(message: str) -> None:
+    """Warn at the line of the user that called this package."""
+    level, frame = 1, inspect.currentframe()
+    while frame is not None and frame.f_code.co_filename.startswith(_OWN_FILES):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
+
+
+def _cut_own_frames(frames: TracebackType | None) -> None:
+    """Cut what follows the last frame outside of this package, or else the first frame."""
+    last = frames
+    while frames is not None:
+        if not frames.tb_frame.f_code.co_filename.startswith(_OWN_FILES):
+            last = frames
+        frames = frames.tb_next
+    if last is not None:
+        last.tb_next = None
+
+
+_OTHER_WAYS = {
+    ("batch_size", "shuffle", "num_workers", "collate_fn", "drop_last"): (
+        "dataloader_options={{{0!r}: ...}}"
+    ),
+    ("device", "precision", "accumulate"): ("accelerator=harness.accelerator({0}=...)"),
+    ("val_data", "validation_data", "validation_split"): "valid_data=...",
+    ("max_epochs", "num_epochs", "n_epochs"): "epochs=...",
+    ("experiment", "name", "runs_dir"): "tracker={{{0!r}: ...}}",
+    ("resume", "ckpt_path"): "callbacks=[ResumeFromCheckpoint(path)]",
+    ("loss_fn", "criterion"): "loss=...",
+    ("lr", "learning_rate"): "set_opt_hparams(lr=...)",
+}
+"""How to pass here what functions of other libraries take by these names."""
+
+
+def _hint_arguments(function: Callable[..., object], text: str) -> str:
+    """Return how to pass what a call of a function, which failed as `text` says, was given."""
+    known = list(get_parameters(function) or {})
+    if found := re.search(r"unexpected keyword argument '(\w+)'", text):
+        name = found[1]
+        for names, way in _OTHER_WAYS.items():
+            argument = way.partition("=")[0]
+            if name in names and (argument in known or "set_" in argument):
+                return f"It is {way.format(name)} here."
+        return nearest(name, known).strip()
+    if "data" in known and re.search(
+        r"positional arguments? but|multiple values", text
+    ):
+        return "Data is one argument: (input, target)."
+    if text.endswith("missing 1 required positional argument: 'data'"):
+        return (
+            "The first argument is the result of fit. fitted.predict(data) is shorter."
+        )
+    if "positional argument" in text and "hparams" in known:
+        return "Pass each by name, such as lr=0.1, or a dict as **options."
+    return ""
 
 
 def takes_model(build: Callable[..., object]) -> bool:
@@ -27,16 +122,26 @@ def check_function(place: str, function: object, argument: str, advice: str) -> 
 
 
 def check_arguments(
-    place: str, function: Callable[..., object], names: Iterable[str]
+    place: str,
+    function: Callable[..., object],
+    names: Iterable[str],
+    num_positional: int = 0,
 ) -> None:
-    """Check that a function takes keyword arguments of these names."""
+    """Check that a function takes keyword arguments of these names.
+
+    Parameters
+    ----------
+    num_positional
+        How many arguments it is given before those.
+    """
     known = get_parameters(function)
     if known is None or any(p.kind is p.VAR_KEYWORD for p in known.values()):
         return
+    given = _list_positional(known)[:num_positional]
     choices = [
         name
         for name, p in known.items()
-        if p.kind in {p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY}
+        if p.kind in {p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY} and name not in given
     ]
     for name in map(str, names):
         if name not in choices:
@@ -134,9 +239,9 @@ def check_call(
         (signature.bind_partial if is_partial else signature.bind)(*arguments)
     except TypeError as error:
         name = getattr(function, "__name__", type(function).__name__)
-        given = ", ".join(arguments)
+        given, takes = ", ".join(arguments), ", ".join(signature.parameters)
         msg = f"{place}: expected a function that can be called as f({given})"
-        raise TypeError(f"{msg}, got {name}{signature}.") from error
+        raise TypeError(f"{msg}, got {name}({takes:.100}): {error}.") from None
 
 
 def count_needed(function: object) -> int:

@@ -69,6 +69,17 @@ _READ_ONLY = {
 """What to do instead of setting a read-only field of the context."""
 
 
+def describe_moment(ctx: Context) -> str:
+    """Return where a call is, as the end of a note: ``, epoch 1, iter 3, training``."""
+    counts = {"epoch": ctx.epoch, "iter": ctx.iter}
+    parts = [f"{name} {at}" for name, at in counts.items() if at is not None]
+    if ctx.training:
+        parts.append("training")
+    elif parts and ctx.valid_sets:
+        parts.append("evaluation" if ctx.train_data is None else "validation")
+    return "".join(f", {part}" for part in parts)
+
+
 def check_iter(new: object) -> int:
     """Return a batch number as an int.
 

@@ -60,6 +60,8 @@ def find_model_hint(
             "A forward(self, *items) or predict(self, input) takes a list as a whole"
         )
         return f"{lists}: give torch.tensor(...) in their place. {whole}."
+    if "indices" in text and "embedding" in text:
+        return "nn.Embedding takes whole numbers: pass them as int64, by .long()."
     if not isinstance(input, Tensor):
         return ""
     layers = [layer for layer in model.modules() if not list(layer.children())]
@@ -67,19 +69,16 @@ def find_model_hint(
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
     found = _hint_dtype(layers, input, dtype) if "type" in text else ""
     is_of_sizes = any(word in text for word in ("shape", "size", "channel", "dim"))
-    return (
-        found
-        or (_hint_width(first, input) if is_of_sizes else "")
-        or _hint_rows(model, layers, input)
-    )
+    width = _hint_width(first, input) if is_of_sizes else ""
+    if width and target is None and model.training:
+        width += " The batch has no target: pass data as (input, target)."
+    return found or width or _hint_rows(model, layers, input)
 
 
 def _hint_dtype(
     layers: list[nn.Module], input: Tensor, dtype: torch.dtype | None
 ) -> str:
     if any(isinstance(layer, nn.Embedding) for layer in layers):
-        if input.is_floating_point():
-            return "nn.Embedding takes whole numbers: pass the input as input.long()."
         return ""
     if dtype is None or input.dtype == dtype or input.is_complex():
         return ""
@@ -118,11 +117,36 @@ def _hint_rows(model: nn.Module, layers: list[nn.Module], input: Tensor) -> str:
     return ""
 
 
-def find_loss_hint(pred: object, target: object) -> str:
+def find_loss_hint(
+    pred: object, target: object, error: BaseException | None = None
+) -> str:
     """Return what may be wrong with a prediction and its target; empty: nothing is known."""
     if pred is None:
         return "The model's forward returned None: does it end with 'return'?"
-    return _hint_labels(pred, target, is_loss=True)
+    if isinstance(pred, Mapping | tuple | list) and pred:
+        first = repr(next(iter(pred))) if isinstance(pred, Mapping) else "0"
+        way = f"setup(loss=lambda pred, target: loss(pred[{first}], target))"
+        return f"The prediction is a {type(pred).__name__}: {way} takes an item of it."
+    return _hint_labels(pred, target, is_loss=True) or _hint_kind(
+        pred, target, str(error)
+    )
+
+
+def _hint_kind(pred: object, target: object, text: str) -> str:
+    """Hint on a target of the prediction's shape; `text` is the error's."""
+    if not (isinstance(pred, Tensor) and isinstance(target, Tensor)):
+        return ""
+    if target.shape != pred.shape:
+        return ""
+    is_of_kind = "float" in text.lower() or "bool" in text
+    if is_of_kind and not target.is_floating_point():
+        other = " Class labels, which CrossEntropyLoss takes too, are target.argmax(1)."
+        classes = pred.dim() > 1 and pred.shape[1] > 1
+        return f"Pass the target as target.float().{other if classes else ''}"
+    if "between 0 and 1" in text:
+        way = "end the model with a sigmoid, or use BCEWithLogitsLoss"
+        return f"BCELoss takes probabilities from 0 to 1: {way}."
+    return ""
 
 
 def _hint_labels(pred: object, target: object, *, is_loss: bool) -> str:

@@ -162,6 +162,8 @@ def check_loss(place: str, model: nn.Module | type, loss: object) -> None:
         name = model.__name__ if isinstance(model, type) else type(model).__name__
         msg = f"{place}: expected a loss, got none, and {name} has no loss or step."
         advice = f"Pass setup(loss=...), or define {name}.loss(pred, target)."
+        if hasattr(model, "training_step"):
+            advice = f"Turn {name}.training_step into step(self), with self.ctx.batch."
         raise ValueError(f"{msg} {advice}")
 
 
@@ -184,7 +186,7 @@ def check_definition(model: nn.Module | type, loss: object, optimizer: object) -
                 )
             except TypeError as error:
                 advice = "Everything else that it needs is in self.ctx."
-                raise TypeError(f"{error} {advice}") from error
+                raise TypeError(f"{error} {advice}") from None
     if optimizer is None and not defines(model, "set_optimizers"):
         msg = f"setup({name}): expected an optimizer, got none."
         raise ValueError(

@@ -15,6 +15,8 @@ from torch.optim import Optimizer
 from harness.checks.calls import get_parameters
 from harness.checks.model import defines
 
+_SCHEDULERS = "Schedulers are callbacks: callbacks=[LRScheduler(StepLR, ...)]."
+
 
 def check_optimizer(optimizer: object) -> None:
     """Check that it is a class, a function, ``"config"`` or None."""
@@ -26,6 +28,10 @@ def check_optimizer(optimizer: object) -> None:
         why = "Each fit trains a new model, with a new optimizer."
         way = f"Pass {where}{kind.__name__}, and set_opt_hparams({options})."
         raise TypeError(f"{msg} {why} {way}")
+    if str(getattr(optimizer, "__module__", "")).endswith("lr_scheduler"):
+        name = getattr(optimizer, "__name__", type(optimizer).__name__)
+        msg = f"setup(optimizer): expected an optimizer class, got {name}."
+        raise TypeError(f"{msg} {_SCHEDULERS.replace('StepLR', name)}")
     if isinstance(optimizer, Mapping | list | tuple):
         kind = type(optimizer)
         msg = f"setup(optimizer): expected a class or function, got a {kind.__name__}."
@@ -109,9 +115,6 @@ def explain_optimizer_errors(model: nn.Module) -> Iterator[None]:
         msg = "optimizer: expected parameters whose sizes are known, got lazy layers"
         advice = "Run a batch through the model where it is made, or use SGD or Adam."
         raise ValueError(f"{msg} {lazy}. {advice}") from error
-
-
-_SCHEDULERS = "Schedulers are callbacks: callbacks=[LRScheduler(StepLR, ...)]."
 
 
 _PARTS = ("state", "step", "zero_grad", "state_dict", "load_state_dict")

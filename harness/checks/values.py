@@ -133,7 +133,10 @@ def as_path(place: str, value: object, expected: str = "a path") -> Path:
 def check_picture(place: str, target: object) -> None:
     """Check that a picture can be saved to a path or an open file; None: it is not saved."""
     if target is not None and not hasattr(target, "write"):
-        as_path(place, target)
+        folder = as_path(place, target).parent
+        if not folder.is_dir():
+            msg = f"{place}: expected a folder that exists, got {str(folder)!r}."
+            raise FileNotFoundError(f"{msg} Create it first.")
 
 
 def check_number(place: str, value: object, advice: str) -> None:

@@ -56,10 +56,24 @@ def _import_file(path: Path) -> types.ModuleType:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except BaseException:
+    except BaseException as error:
         del sys.modules[name]
+        if isinstance(error, ImportError) and "no known parent" in str(error):
+            error.add_note(f"hint: {_explain_relative_import(path)}")
         raise
     return module
+
+
+def _explain_relative_import(path: Path) -> str:
+    folder = path.resolve().parent
+    if not (folder / "__init__.py").exists():
+        return (
+            "A file outside of a package imports others by name: from NAME import ..."
+        )
+    name = path.stem
+    while (folder / "__init__.py").exists():
+        name, folder = f"{folder.name}.{name}", folder.parent
+    return f"Name a file of a package as a module, in the folder {folder}: {name}:NAME"
 
 
 def _check_file(path: Path) -> None:

@@ -345,9 +345,11 @@ def _read_config(path: Path | None) -> Options:
     import yaml  # noqa: PLC0415  keeps --help quick
 
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        with path.open(encoding="utf-8") as file:  # it is named in an error
+            found = yaml.safe_load(file) or {}
     except yaml.YAMLError as error:
-        msg = f"--config {path}: expected YAML, got: {error}."
+        reason = " ".join(str(error).split())
+        msg = f"--config {path}: expected YAML, got: {reason}."
         raise click.UsageError(msg) from error
     if not isinstance(found, dict):
         msg = f"--config {path}: expected arguments by name, got {found!r}."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 import warnings
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ from torch.utils.data import (
 from torch.utils.data import default_collate as torch_collate
 
 from harness.checks.arguments import explain_loader_errors
+from harness.checks.calls import warn_user
 from harness.checks.values import check_count
 from harness.data.datasets import (
     Batches,
@@ -63,10 +65,16 @@ def as_tensor(value: object, place: str) -> Tensor:
         return value
     if not hasattr(value, "__array__"):
         kind = type(value).__name__
-        msg = f"{place}: expected a tensor or array, got {kind}."
         advice = "Give a DataLoader, data set, list of samples, tensors or arrays."
-        if isinstance(value, int | float):
+        if isinstance(value, type):
+            kind = f"the class {value.__name__}"
+            advice = f"Write {value.__name__}(...)."
+        elif isinstance(value, str | os.PathLike):
+            kind = f"{kind} {str(value)!r:.100}"
+            advice = "Read files first, and convert texts to numbers."
+        elif isinstance(value, int | float) and place[-2:-1].isdigit():
             advice = "Make a tensor of the list of numbers: torch.tensor(...)."
+        msg = f"{place}: expected a tensor or array, got {kind}."
         raise TypeError(f"{msg} {advice}")
     array = _as_array(value)
     if array.dtype.kind not in "biufc":
@@ -105,27 +113,56 @@ def as_dataset(data: object, place: str = "data") -> Dataset[Any]:
     """
     if isinstance(data, Dataset):
         dataset = data
+    elif _is_table(data):
+        msg = f"{place}: expected a tensor or array, got a list of lists of numbers."
+        raise TypeError(f"{msg} Make a tensor of it: torch.tensor(...).")
     elif is_samples(data) or (has_rows(data) and not hasattr(data, "__array__")):
         dataset = Rows(data)
     else:
         dataset = _zip_tensors(data, place)
-    if not isinstance(dataset, IterableDataset) and len(dataset) == 0:  # type: ignore[arg-type]
-        raise empty_data_error(place)
+    if not isinstance(dataset, IterableDataset):
+        check_rows_by_index(dataset, place)
+        if len(dataset) == 0:  # type: ignore[arg-type]
+            raise empty_data_error(place)
     return dataset
+
+
+def _is_table(data: object) -> bool:
+    """Whether `data` is a list of rows of numbers, and not of pairs of input and target."""
+    first = data[0] if isinstance(data, list) and data else None
+    if not isinstance(first, list) or len(first) == 2:
+        return False
+    return all(isinstance(item, int | float) for item in first)
+
+
+def check_rows_by_index(dataset: Dataset[Any], place: str) -> None:
+    """Check that a data set has a length, and rows by index."""
+    kind = type(dataset)
+    is_read = (
+        hasattr(kind, "__getitems__") or kind.__getitem__ is not Dataset.__getitem__
+    )
+    missing = "__len__" if not hasattr(kind, "__len__") else ""
+    missing = missing or ("" if is_read else "__getitem__")
+    if missing:
+        msg = f"{place}: expected a data set with {missing}, got {kind.__name__}."
+        advice = (
+            f"Define {missing}, or derive it from IterableDataset if it is a stream."
+        )
+        raise TypeError(f"{msg} {advice}")
 
 
 def _zip_tensors(data: object, place: str) -> Dataset[Any]:
     """Rows of tensors of equal length, in the form that holds them."""
-    if isinstance(data, str | bytes):
-        as_tensor(data, place)
     tree = data if isinstance(data, tuple | list | Mapping) else (data,)
-    leaves = list_leaves(tree, place)
+    leaves = [(place, data)] if tree is not data else list_leaves(tree, place)
     tensors = [as_tensor(leaf, where) for where, leaf in leaves]
     if not tensors:
         raise ValueError(f"{place}: expected at least one tensor, got {data!r}.")
     lengths = [len(tensor) if tensor.dim() else 0 for tensor in tensors]
     if len(set(lengths)) > 1:
-        msg = f"{place}: expected tensors of equal length, got lengths {lengths}."
+        more = ", ..." if len(lengths) > 10 else ""
+        given = f"{', '.join(map(str, lengths[:10]))}{more}"
+        msg = f"{place}: expected tensors of equal length, got lengths [{given}]."
         raise ValueError(f"{msg} Each needs one row for each sample.")
     if lengths[0] == 0:
         raise empty_data_error(place)
@@ -268,13 +305,13 @@ def make_eval_loader(
     if isinstance(data, DataLoader):
         if options:
             msg = f"{place} is a DataLoader: dataloader_options do not apply to it."
-            warnings.warn(msg, stacklevel=4)
+            warn_user(msg)
         return check_batches(data, place)
     ignored = [name for name in ORDER_OPTIONS if options.pop(name, None)]
     options.pop("generator", None)  # nothing is drawn
     if ignored:
         msg = f"{place}: expected no options about the order of rows, got {ignored}."
-        warnings.warn(f"{msg} The rows keep their order.", stacklevel=4)
+        warn_user(f"{msg} The rows keep their order.")
     dataset = as_dataset(data, place)
     defaults = dict(like or {})
     if unwrap_tensors(dataset) is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from harness.checks.calls import warn_user
 from harness.data.batch import num_rows
 from harness.errors import ExportError
 from harness.export.sample import as_arguments, has_rows, suppress_output, take_sample
@@ -146,7 +146,7 @@ def compare(
     except Exception:  # noqa: BLE001  each runtime has its own
         msg = f"{place}: expected a model that takes any number of rows, got one that"
         advice = f"only takes {rows}: its forward depends on their number."
-        warnings.warn(f"{msg} {advice}", stacklevel=4)
+        warn_user(f"{msg} {advice}")
 
 
 def _compare_outputs(

@@ -32,6 +32,7 @@ from harness.checks.calls import (
     check_arguments,
     check_given,
     check_numbers,
+    explain_calls,
     takes_model,
 )
 from harness.checks.model import (
@@ -153,10 +154,12 @@ class Learner:
         vars(self).update(state)
         self.__post_init__()
 
+    @explain_calls
     def set_hparams(self, **hparams: object) -> Learner:
         """Return a learner with more keyword arguments for the model."""
         return replace(self, hparams={**self.hparams, **hparams})
 
+    @explain_calls
     def set_opt_hparams(self, **opt_hparams: object) -> Learner:
         """Return a learner with more keyword arguments for the optimizers."""
         return replace(self, opt_hparams={**self.opt_hparams, **opt_hparams})
@@ -251,9 +254,10 @@ class Learner:
         is_own = self.optimizer is None
         place = "set_optimizers()" if is_own else "setup(optimizer)"
         advice = "Pass them by set_opt_hparams({})."
-        check_arguments("set_opt_hparams", build, self.opt_hparams)
+        num_given = 0 if is_own else 1
+        check_arguments("set_opt_hparams", build, self.opt_hparams, num_given)
         check_numbers("set_opt_hparams", build, self.opt_hparams)
-        check_given(place, build, self.opt_hparams, advice, 0 if is_own else 1)
+        check_given(place, build, self.opt_hparams, advice, num_given)
         has_choice = is_own or takes_model(build)
         with (
             explain_optimizer_errors(model),
@@ -273,6 +277,7 @@ class Learner:
             warn_of_untrained(optimizers, loss, model)
         return optimizers
 
+    @explain_calls
     def fit(
         self,
         data: Data,
@@ -488,6 +493,7 @@ class Learner:
             opt_hparams=dict(self.opt_hparams),
         )
 
+    @explain_calls
     def evaluate(
         self,
         fitted: Fitted,
@@ -555,6 +561,7 @@ class Learner:
             return torch.optim.SGD([nn.Parameter(torch.zeros(()))])
         return self.build_optimizers(model)
 
+    @explain_calls
     def predict(
         self,
         fitted: Fitted,
@@ -628,6 +635,7 @@ class Learner:
         return join(preds, [rows for _, rows in found]) if stack else preds
 
 
+@explain_calls
 def setup(
     module: Callable[..., nn.Module],
     *,

@@ -11,6 +11,7 @@ from harness.checkpoint.full_weights.placement import ModelPlacement
 from harness.checkpoint.hparams import HparamDecoder
 from harness.checkpoint.saved_objects import decode_objects
 from harness.checkpoint.weights import find_model_class, read_saved_model
+from harness.checks.calls import explain_calls
 from harness.checks.values import as_path
 from harness.errors import CheckpointError
 from harness.fitted import Fitted
@@ -19,6 +20,7 @@ from harness.records import unpack_records
 from harness.reshard.consolidated import STATE_ERRORS, load_whole_state, shape_buffers
 
 
+@explain_calls
 def load(
     path: str | Path,
     module: Callable[..., nn.Module] | None = None,

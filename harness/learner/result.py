@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ from harness.checkpoint.full_weights.placement import EVERY_RANK_BYTES, ModelPla
 from harness.checkpoint.object_states import get_extra_states, set_extra_states
 from harness.checkpoint.search import find_loss_modules
 from harness.checkpoint.weights import WeightsReport
+from harness.checks.calls import warn_user
 from harness.context import Context
 from harness.export.sample import take_sample
 from harness.export.summary import format_size
@@ -169,7 +169,7 @@ def call_after_fit(ctx: Context) -> None:
             callback.after_fit()
     except Exception as error:  # noqa: BLE001  any failure, the result is complete
         msg = f"fit: expected after_fit to succeed, got {error!r}. The result is complete."
-        warnings.warn(msg, stacklevel=3)
+        warn_user(msg)
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from harness.checkpoint.start_weights import Weights, load_start
 from harness.checkpoint.weights import WeightsReport, get_tensors
 from harness.checks.arguments import check_start
 from harness.checks.callbacks import check_callbacks
+from harness.checks.calls import warn_user
 from harness.checks.model import check_definition
 from harness.data.loaders import (
     Data,
@@ -84,7 +84,7 @@ def build_start(
     if strict is None and not report.is_complete and accelerator.is_main:
         msg = f"fit(start={name}): expected weights of the whole model, got {report}."
         advice = "The rest of the model is new. Pass strict=False if that is right."
-        warnings.warn(f"{msg} {advice}", stacklevel=3)
+        warn_user(f"{msg} {advice}")
     return StartModel(
         model=model, original=original, loss=loss, report=report, name=name
     )

@@ -61,7 +61,7 @@ def report_exceptions(ctx: Context) -> Iterator[None]:
         yield
     except BaseException as exc:
         notes = getattr(exc, "__notes__", [])
-        has_note = any(", epoch " in note for note in notes)
+        has_note = any(note.startswith("in ") for note in notes)
         if isinstance(exc, Exception) and not has_note:
             ctx.add_note(exc, "the loop")
         add_hint(exc, find_state_hint, exc)
@@ -79,6 +79,10 @@ def fetch(ctx: Context, batches: Iterator[Any]) -> Iterator[Any]:
         yield from batches
     except Exception as error:
         signum = ctx.buffers.get("signal")
+        after = f", after batch {ctx.trained}" if ctx.training else ""
+        error.add_note(
+            f"in the loader of {ctx.split} batches, epoch {ctx.epoch}{after}"
+        )
         add_hint(error, find_loader_hint, error)
         if signum is None or ctx.accelerator.world_size > 1:
             raise

@@ -298,7 +298,7 @@ def test_early_stopping_unknown_monitor_lists_what_was_logged():
         learner().fit(
             (X, Y),
             2,
-            callbacks=[EarlyStopping("valid/acc", mode="max")],
+            callbacks=[EarlyStopping("valid/acc", mode="max"), Seen()],  # it may log it
             tracker=False,
             verbose=False,
         )
@@ -1279,7 +1279,7 @@ def test_error_of_a_model_tells_the_batch(module, dtype):
     fitted = made.fit(LOADER, 1, tracker=False, verbose=False)
     with pytest.raises(RuntimeError) as caught:
         fitted.evaluate(loader)
-    assert caught.value.__notes__[0] == f"{note}, not training"
+    assert caught.value.__notes__[0] == f"{note}, evaluation"
 
 
 def test_error_of_a_model_in_predict_tells_the_batch():

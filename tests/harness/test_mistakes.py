@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from harness.checks.hints import add_hint, find_loss_hint, find_model_hint
 from harness.steps import call_model
 
 X, Y = torch.randn(12, 4), torch.arange(12) % 3
+ONE_HOT = nn.functional.one_hot(Y)
 CE = nn.CrossEntropyLoss()
 ACC = MulticlassAccuracy(num_classes=3)
 
@@ -115,6 +117,16 @@ class ReturnsDict(Net):
         return {"a": super().forward(x)}
 
 
+class Unlisted(Dataset[Any]):
+    def __getitem__(self, index: int) -> Any:
+        return X[index], Y[index]
+
+
+class TooLong(Unlisted):
+    def __len__(self) -> int:
+        return 99
+
+
 class LogsMetric(Net):
     def loss(self, pred: Tensor, target: Tensor) -> Any:
         self.ctx.log_metric("accuracy", ACC)
@@ -176,8 +188,12 @@ class Listens(harness.Callback):
         self.do(self.ctx)
 
 
-def define(**methods: Any) -> None:
-    type("Own", (harness.Callback,), methods)
+def define(**methods: Any) -> type:
+    return type("Own", (harness.Callback,), methods)
+
+
+def define_net(**methods: Any) -> type:
+    return type("Made", (Net,), methods)
 
 
 def wrong_field(ctx: Any) -> None:
@@ -230,7 +246,7 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "tokens as floats": (
         lambda: fit(setup(Tokens), data=(torch.ones(12, 5), Y)),
-        "nn.Embedding takes whole numbers: pass the input as input.long()",
+        "nn.Embedding takes whole numbers: pass them as int64, by .long()",
     ),
     "channels last": (
         lambda: fit(setup(conv), data=(torch.zeros(12, 8, 8, 3), Y)),
@@ -301,7 +317,7 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "loss without graph": (
         lambda: fit(setup(WithoutGraph, loss=None)),
-        "expected a loss with a graph, got one without",
+        r"expected a loss with gradients, got one without.* detach\(\), item\(\)",
     ),
     "gradients in a validation": (
         lambda: fit(setup(OutputOfGradients), valid_data=(X, Y)),
@@ -316,6 +332,87 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
         "expected a tensor with one element, got ",
     ),
     "no target": (lambda: fit(data=X), r"Pass data as \(input, target\)"),
+    "table with the target in it": (
+        lambda: fit(data=torch.randn(12, 5)),
+        "takes 4 features, the input has 5. The batch has no target",
+    ),
+    "prediction of several parts": (
+        lambda: fit(setup(ReturnsDict)),
+        r"loss=lambda pred, target: loss\(pred\['a'\], target\)",
+    ),
+    "whole numbers for BCEWithLogitsLoss": (
+        lambda: fit(setup(loss=nn.BCEWithLogitsLoss()), data=(X, ONE_HOT)),
+        r"target as target.float\(\). Class labels, .* are target.argmax\(1\)",
+    ),
+    "BCELoss without a sigmoid": (
+        lambda: fit(setup(loss=nn.BCELoss()), data=(X, ONE_HOT.float())),
+        "probabilities from 0 to 1: end the model with a sigmoid",
+    ),
+    "class of a scheduler as an optimizer": (
+        lambda: setup(optimizer=torch.optim.lr_scheduler.StepLR),
+        r"Schedulers are callbacks: callbacks=\[LRScheduler\(StepLR, ...\)\]",
+    ),
+    "scheduler as a callback": (
+        lambda: fit(callbacks=[torch.optim.lr_scheduler.StepLR]),
+        r"Write LRScheduler\(StepLR, ...\)",
+    ),
+    "callback without a list": (
+        lambda: fit(callbacks=EarlyStopping()),
+        r"got EarlyStopping. Write \[...\] around it",
+    ),
+    "context in __init__": (
+        lambda: define(__init__=lambda self: setattr(self.ctx, "epoch", 1))(),
+        "no attribute 'ctx': it is there in events, and not in __init__",
+    ),
+    "misspelt monitor with a mode": (
+        lambda: fit(valid_data=0.5, callbacks=[EarlyStopping("valid/los", mode="min")]),
+        "got 'valid/los'. Did you mean 'valid/loss'",
+    ),
+    "training_step alone": (
+        lambda: fit(setup(define_net(training_step=None), loss=None)),
+        r"Turn Made.training_step into step\(self\)",
+    ),
+    # --- arguments of other libraries' functions
+    "batch_size": (
+        lambda: fit(batch_size=16),
+        r"It is dataloader_options=\{'batch_size': ...\} here",
+    ),
+    "device": (
+        lambda: fit(device="cuda"),
+        r"It is accelerator=harness.accelerator\(device=...\) here",
+    ),
+    "learning rate": (
+        lambda: harness.setup(Net, loss=CE, lr=0.1),  # type: ignore[call-arg]
+        r"It is set_opt_hparams\(lr=...\) here",
+    ),
+    "validation data": (lambda: fit(val_data=(X, Y)), "It is valid_data=... here"),
+    "epoch": (lambda: fit(epoch=2), "Did you mean 'epochs'"),
+    "options as a dict": (
+        lambda: setup().set_hparams({"width": 8}),  # type: ignore[call-arg]
+        r"or a dict as \*\*options",
+    ),
+    "input and target": (
+        lambda: fit().evaluate(X, Y),  # type: ignore[call-arg]
+        r"Data is one argument: \(input, target\)",
+    ),
+    "prediction before a fit": (
+        lambda: setup().predict(X),  # type: ignore[call-arg]
+        r"first argument is the result of fit. fitted.predict\(data\)",
+    ),
+    # --- data
+    "class of a data set": (lambda: fit(data=Unlisted), r"Write Unlisted\(...\)"),
+    "data set without a length": (
+        lambda: fit(data=Unlisted()),
+        "expected a data set with __len__, got Unlisted. Define __len__",
+    ),
+    "rows as lists of numbers": (
+        lambda: fit().predict([[1.0, 2.0, 3.0, 4.0]]),
+        r"got a list of lists of numbers. Make a tensor of it: torch.tensor\(...\)",
+    ),
+    "tensors of many lengths": (
+        lambda: fit(data=([torch.ones(n % 3 + 1) for n in range(12)], Y)),
+        r"lengths \[1, 2, 3, 1, 2, 3, 1, 2, 3, 1, ...\]",
+    ),
     "mixed target": (
         lambda: fit(setup(StepOfItsOwn, MixupLoss(CE)), callbacks=[Mixup()]),
         r"mix the targets: compute the loss by MixupLoss\(...\)",
@@ -328,7 +425,7 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
     "no rows": (lambda: fit(data=(X[:0], Y[:0])), "expected at least one row"),
     "path of a file": (
         lambda: fit(data="train.csv"),
-        "^data: expected a tensor or array, got str",
+        "^data: expected a tensor or array, got str 'train.csv'. Read files first",
     ),
     "data frame of texts": (
         lambda: fit(data=pd.DataFrame({"a": ["x", "y"]})),
@@ -492,6 +589,10 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
         r"expected a number, .* at value\['m'\]",
     ),
     # --- files and devices
+    "no folder for a picture": (
+        lambda: fit().plot("nowhere/curves.png"),
+        r"^plot\(path\): expected a folder that exists, got 'nowhere'",
+    ),
     "no checkpoint": (
         lambda: fit(callbacks=[ResumeFromCheckpoint("nothing")]),
         "got a path that does not exist. .*or set missing_ok=True",
@@ -539,6 +640,48 @@ def test_mistake_is_explained(name: str) -> None:
     notes = getattr(caught.value, "__notes__", [])
     found = "\n".join([str(caught.value), *notes])
     assert re.search(expected, found), found
+
+
+def test_explained_error_ends_in_the_line_of_the_user() -> None:
+    def get_last(make: Callable[[], object]) -> str:
+        with pytest.raises(Exception, match="expected") as caught:
+            make()
+        return caught.traceback[-1].name if len(caught.traceback) < 5 else "long"
+
+    assert get_last(lambda: setup().fit((X, Y[:3]), 1)) == "call"
+    assert get_last(lambda: fit().evaluate((X, Y[:3]))) == "call"
+
+    class Logs(Net):
+        def loss(self, pred: Tensor, target: Tensor) -> Any:
+            self.ctx.log("notes", "train", object())  # type: ignore[call-arg]
+
+    with pytest.raises(TypeError, match="expected a number") as caught:
+        fit(setup(Logs, None))
+    assert caught.traceback[-1].name == "loss"
+
+
+def test_warning_is_of_the_line_of_the_user() -> None:
+    loader = DataLoader(TensorDataset(X, Y), 4)
+    fitted = fit()
+    for call in (fitted.predict, partial(setup().evaluate, fitted)):
+        with pytest.warns(UserWarning, match="do not apply to it") as caught:
+            call(loader, dataloader_options={"batch_size": 2})
+        assert caught[0].filename == __file__
+
+
+def test_nan_of_the_data_is_told_from_one_of_the_training() -> None:
+    broken = X.clone()
+    broken[3, 2] = float("nan")
+    with pytest.warns(UserWarning, match="The input of the batch has nan"):
+        fit(data=(broken, Y))
+
+
+def test_error_of_a_data_set_tells_which_data() -> None:
+    with pytest.raises(IndexError) as caught:
+        fit(data=TooLong())
+    assert caught.value.__notes__ == [
+        "in the loader of train batches, epoch 1, after batch 0"
+    ]
 
 
 def test_table_has_fifty_mistakes() -> None:

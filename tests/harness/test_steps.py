@@ -299,6 +299,25 @@ def test_loss_in_parts_is_summed_and_logged_by_name(is_own):
         assert fitted.records["metrics"][split][0] == pytest.approx(wanted)
 
 
+def test_loss_of_a_step_that_steps_by_itself_is_recorded():
+    class ByHand(Line):
+        def step(self):
+            self.ctx.pred = self(self.ctx.input)
+            loss = nn.functional.mse_loss(self.ctx.pred, self.ctx.target)
+            if self.ctx.training:
+                self.ctx.opt.zero_grad()
+                loss.backward()
+                self.ctx.opt.step()
+            return loss
+
+    class Default(Line):
+        def loss(self, pred, target):
+            return nn.functional.mse_loss(pred, target)
+
+    by_hand, wanted = (fit(model, slope(3)) for model in (ByHand, Default))
+    assert by_hand.records["metrics"] == wanted.records["metrics"]
+
+
 WRONG = {
     "vector": (
         lambda error: error.square(),
@@ -324,7 +343,7 @@ WRONG = {
         "names other than 'loss', got",
     ),
     "part": (lambda error: {"a": error}, ValueError, r"loss\['a'\]: expected a tensor"),
-    "no graph": (lambda error: torch.ones(()), ValueError, "loss with a graph"),
+    "no graph": (lambda error: torch.ones(()), ValueError, "loss with gradients"),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import sys
 import sysconfig
 import traceback
@@ -18,7 +19,7 @@ from tracking.errors import TrackingWarning, escape_control
 
 
 class CommandGroup(click.Group):
-    """A click group whose failures print one line; ``--debug`` shows the traceback."""
+    """A click group whose failures print a line and hints; ``--debug`` shows the traceback."""
 
     def invoke(self, ctx: click.Context) -> object:
         """Run the command; map exceptions to exit codes 1 and 130."""
@@ -30,6 +31,8 @@ class CommandGroup(click.Group):
             with _print_warnings():
                 return super().invoke(ctx)
         except click.ClickException as error:
+            if isinstance(error, click.NoSuchOption):
+                _suggest_option(error)
             error.message = escape_control(error.message)  # type: ignore[misc]
             raise
         except (click.exceptions.Exit, click.Abort):
@@ -44,6 +47,20 @@ class CommandGroup(click.Group):
             sys.exit(1)
 
 
+def _suggest_option(error: click.NoSuchOption) -> None:
+    """Offer only near names; else, in commands that have it, how a function's is given."""
+    near = difflib.get_close_matches(
+        error.option_name, error.possibilities or (), 1, 0.7
+    )
+    error.possibilities = near  # type: ignore[misc]
+    known = error.ctx.command.params if error.ctx else ()
+    if not near and any("--opt" in param.opts for param in known):
+        name = error.option_name.lstrip("-")
+        ways = f"--opt {name}=VALUE, one of the function --set {name}=VALUE"
+        advice = f"An option of the optimizer is given as {ways}."
+        error.message = f"{error.message} {advice}"  # type: ignore[misc]
+
+
 def _is_stdout_read() -> bool:
     """Whether what is left in stdout still reaches a reader; any other failure counts as yes."""
     try:
@@ -56,16 +73,23 @@ def _is_stdout_read() -> bool:
 
 
 def format_error(error: Exception) -> str:
-    """Format an exception and its notes as one line, with the place in the user's code."""
+    """Format an exception and its notes as one line, with the place in the user's code.
+
+    A hint of what to do has a line of its own.
+    """
     text = str(error) or type(error).__name__
-    notes = " ".join(getattr(error, "__notes__", []))
+    given = [note.partition("hint: ")[::2] for note in getattr(error, "__notes__", [])]
+    notes = ", ".join(note for note, _ in given if note)
+    hints = "".join(f"\nhint: {hint}" for _, hint in given if hint)
     is_clear = isinstance(error, ValueError | TypeError | LookupError | OSError)
     is_clear = is_clear and type(error) is not KeyError  # its text is only the key
+    is_clear = is_clear or ": expected " in text  # our own
     if not is_clear and not text.startswith(type(error).__name__):
         text = f"{type(error).__name__}: {text}"
     text = f"{text} ({notes})" if notes else text
-    place = find_user_code(error)
-    return f"{text} [{place}; --debug shows the traceback]" if place else text
+    if place := find_user_code(error):
+        text = f"{text} [{place}; --debug shows the traceback]"
+    return text + hints
 
 
 def find_user_code(error: Exception) -> str | None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import runpy
 
 import click
 import pytest
 
 from harness.cli.main import main
+from harness.errors import ExperimentError
+from tracking.cli.group import format_error
 
 
 def walk(context: click.Context):
@@ -30,6 +33,37 @@ def test_help_fits_its_column_and_has_a_short_option():
         lines, commands = shown.splitlines(), shown.partition("\nCommands:\n")[2]
         assert "..." not in commands, context.command_path
         assert any(line.lstrip().startswith("-h, --help") for line in lines), shown
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("--lr", "3"), "of the optimizer is given as --opt lr=VALUE, one of the func"),
+        (("--epoch", "3"), "'--epoch'. Did you mean '--epochs'?"),
+    ],
+)
+def test_unknown_option_is_answered_with_the_near_one_or_the_way(call, words, expected):
+    shown = " ".join(call("fit", "x.py:x", *words).output.split())
+    assert expected in shown
+    assert "--help'?" not in shown
+
+
+def test_failure_shows_notes_on_its_line_and_hints_below():
+    error = RuntimeError("no")
+    for note in ("in Net", "epoch 1", "hint: try this", "hint: or that"):
+        error.add_note(note)
+    assert format_error(error) == (
+        "RuntimeError: no (in Net, epoch 1)\nhint: try this\nhint: or that"
+    )
+    assert format_error(ExperimentError("fit: expected a, got b.")).startswith("fit:")
+
+
+def test_package_runs_as_the_command(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["harness", "--version"])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_module("harness", run_name="__main__")
+    assert caught.value.code == 0
+    assert "version" in capsys.readouterr().out
 
 
 def test_help_of_the_group_describes_every_command(call):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -57,6 +58,24 @@ def source(tmp_path):
 )
 def test_what_a_file_may_define_is_accepted(source, name, settings):
     check_source(f"{source}:{name}", settings, {})
+
+
+@pytest.mark.parametrize(
+    ("folder", "advice"),
+    [
+        ("pkg/deep", r"as a module, in the folder {}: pkg\.deep\.rel:NAME"),
+        (".", "imports others by name: from NAME import"),
+    ],
+)
+def test_relative_import_of_a_file_says_how_to_name_it(folder, advice, tmp_path):
+    inner = tmp_path / folder
+    inner.mkdir(parents=True, exist_ok=True)
+    for package in [inner, inner.parent] if folder != "." else []:
+        (package / "__init__.py").touch()
+    (inner / "rel.py").write_text("from .net import Net\n")
+    with pytest.raises(ImportError, match="relative import") as caught:
+        load_target(f"{inner / 'rel.py'}:experiment")
+    assert re.search(advice.format(tmp_path), caught.value.__notes__[0])
 
 
 def test_missing_file_name_and_parameter_are_told_with_the_nearest(source):

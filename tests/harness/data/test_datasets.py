@@ -228,7 +228,7 @@ def fit_share(data: Any) -> None:
         ({"a": X, "b": Y[:3]}, ValueError, r"equal length, got lengths \[7, 3\]"),
         ({"a": X, "b": "text"}, TypeError, r"data\['b'\]: .*got str"),
         ((X, (Y, [1, 2])), TypeError, r"data\[1\]\[1\]\[0\]: .*got int"),
-        ({1, 2}, TypeError, r"data\[0\]: .*got set"),
+        ({1, 2}, TypeError, r"data: .*got set"),
         (
             iter([X]),
             TypeError,

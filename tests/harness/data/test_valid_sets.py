@@ -112,7 +112,7 @@ def test_dict_of_tensors_is_one_set_where_it_can_be_nothing_else() -> None:
         ({1: slope(4)}, TypeError, "expected names of sets, got 1"),
         ({"a/b": slope(4)}, ValueError, "Use letters, digits"),
         ({"": slope(4)}, ValueError, "Use letters, digits"),
-        ({"a": 0.2}, TypeError, r"valid_data\['a'\]\[0\]: expected a tensor"),
+        ({"a": 0.2}, TypeError, r"valid_data\['a'\]: expected a tensor"),
         ({"a": (slope(4)[0], slope(3)[0])}, ValueError, r"valid_data\['a'\]: expected"),
     ],
 )
