@@ -156,10 +156,8 @@ def _summarize_runs(
     -------
     the runs, and how many of them are of the newest `MAIN_RUNS`
     """
-    from tracking.cli.describe import summarize_run  # noqa: PLC0415  imports Arrow
-    from tracking.cli.run_index import RunIndex  # noqa: PLC0415  next to it
+    from tracking.cli.run_index import RunIndex, read_summary  # noqa: PLC0415  imports Arrow
     from tracking.errors import TrackingError  # noqa: PLC0415  next to it
-    from tracking.read import PastRun  # noqa: PLC0415  imports Arrow
     from tracking.store import run_paths, runs_folder  # noqa: PLC0415  next to it
 
     found, num_main = [], 0
@@ -175,9 +173,7 @@ def _summarize_runs(
             _tell_of_none(runs_dir)
         for place, path in enumerate(wanted):
             try:
-                found.append(
-                    index.summarize(path) if index else summarize_run(PastRun(path))
-                )
+                found.append(index.summarize(path) if index else read_summary(path))
             except (TrackingError, OSError, ValueError) as error:
                 render.echo(f"warning: {error}", err=True)
             if place < MAIN_RUNS:

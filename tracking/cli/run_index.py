@@ -20,9 +20,7 @@ from typing import Any, Final, TypedDict, cast
 import msgspec
 
 import tracking
-from tracking.cli.describe import summarize_run
 from tracking.durable import replace_file
-from tracking.read import PastRun
 from tracking.store import MANIFEST, find_writers, list_rank_dirs
 
 INDEX: Final = ".runs-index"
@@ -69,6 +67,14 @@ _ENTRY: Final = msgspec.msgpack.Decoder(_Entry)
 _ENTRIES: Final = msgspec.msgpack.Decoder(dict[str, msgspec.Raw])
 _SPOILT: Final = (msgspec.MsgspecError, RecursionError, ValueError)
 """What msgspec raises for bytes that are no entries."""
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """Summarize a run from its records; see ``summarize_run``."""
+    from tracking.cli.describe import summarize_run  # noqa: PLC0415  an index does without
+    from tracking.read import PastRun  # noqa: PLC0415  next to it
+
+    return summarize_run(PastRun(path))
 
 
 class RunIndex:
@@ -144,7 +150,7 @@ class RunIndex:
         digest, latest_ns = _get_state(path, files)
         # In this order: a writer that is killed later than this may have written more.
         has_writer = bool(find_writers(path))
-        summary = summarize_run(PastRun(path))
+        summary = read_summary(path)
         del summary["id"], summary["path"]
         is_kept = not has_writer and latest_ns < self._settled_ns
         if is_kept and _get_state(path, _list_files(path))[0] == digest:

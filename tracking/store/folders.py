@@ -85,10 +85,8 @@ def list_rank_dirs(run_path: Path) -> dict[int, Path]:
     records = run_path / "records"
     if not records.is_dir():
         return {}
-    # Anything else there is not ours.
-    found = [
-        p.name for p in records.iterdir() if _RANK.fullmatch(p.name) and p.is_dir()
-    ]
+    with os.scandir(records) as entries:  # anything else there is not ours
+        found = [e.name for e in entries if _RANK.fullmatch(e.name) and e.is_dir()]
     ranks = sorted(rank for rank in map(int, found) if rank <= _MAX_RANK)
     return {rank: get_rank_dir(run_path, rank) for rank in ranks}
 
