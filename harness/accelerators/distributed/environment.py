@@ -335,6 +335,11 @@ def fix_cublas_workspace() -> None:
     _ENVIRONMENT.setdefault(CUBLAS_WORKSPACE, ":4096:8")
 
 
+def read_visible_devices(env: Mapping[str, str] = _ENVIRONMENT) -> str:
+    """Read which devices of this machine the user chose; empty if all."""
+    return env.get("CUDA_VISIBLE_DEVICES", "")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Agent:
     """What torchrun's agent says of the store in which the ranks meet.

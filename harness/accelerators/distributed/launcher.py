@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import os
@@ -17,7 +18,11 @@ from types import FrameType
 
 import torch
 
-from harness.accelerators.distributed.environment import LAUNCH_OPTIONS, LAUNCHER_PID
+from harness.accelerators.distributed.environment import (
+    LAUNCH_OPTIONS,
+    LAUNCHER_PID,
+    read_visible_devices,
+)
 from tracking.durable import read_stat
 from tracking.errors import describe_path
 
@@ -115,8 +120,8 @@ def build_launch_command(
 
     Examples
     --------
-    >>> build_launch_command(["train.py", "--lr=1"], num_gpus=2)[-4:]
-    ['--no_local_rank', '--num_gpus=2', 'train.py', '--lr=1']
+    >>> build_launch_command(["train.py", "--lr=1"], num_gpus=2)[-3:]
+    ['--no_local_rank', 'train.py', '--lr=1']
     """
     if not argv or argv == ["-m"]:
         msg = f"launch: expected a script or -m module, got {list(argv)!r}."
@@ -137,9 +142,19 @@ def build_launch_command(
         "master_addr": master_addr,
         "master_port": master_port,
     }
-    command = [sys.executable, "-m", "deepspeed.launcher.runner"]
-    # By default DeepSpeed reads /job/hostfile; an empty name turns that off.
-    command.append(f"--hostfile={'' if hostfile is None else Path(hostfile).resolve()}")
+    is_plain = hostfile is None and all(map(_STARTS_RANKS.match, launcher_options))
+    # With visible devices, the runner tells which of them it uses.
+    if num_gpus and is_plain and not read_visible_devices():
+        # The runner would only import all of DeepSpeed and start this.
+        slots = json.dumps({"localhost": [*range(num_gpus)]}).encode()
+        command = [sys.executable, "-u", "-m", "deepspeed.launcher.launch"]
+        command.append(f"--world_info={base64.urlsafe_b64encode(slots).decode()}")
+        options = {"master_port": master_port}
+    else:
+        command = [sys.executable, "-m", "deepspeed.launcher.runner"]
+        # By default it reads /job/hostfile; an empty name turns that off.
+        path = "" if hostfile is None else Path(hostfile).resolve()
+        command.append(f"--hostfile={path}")
     command += [] if verbose else ["--quiet"]
     command += launcher_options
     # Otherwise the launcher adds --local_rank=N to the script's arguments.
@@ -148,6 +163,10 @@ def build_launch_command(
     if argv[0] == "-m":
         return [*command, "--module", *argv[1:]]
     return [*command, *argv]
+
+
+_STARTS_RANKS = re.compile("--(bind_core|enable_each_rank_log)")
+"""Begins the options of DeepSpeed's runner that its process on each machine takes, too."""
 
 
 def choose_hosts(

@@ -173,6 +173,43 @@ def test_command_runs_deepspeeds_launcher(tmp_path: Path) -> None:
     assert "--quiet" not in build_launch_command(["x.py"], verbose=True)
 
 
+@pytest.mark.parametrize(
+    ("words", "visible", "program"),
+    [
+        ([], "", "launch"),
+        (["--enable_each_rank_log=logs", "--bind_cores_to_rank"], "", "launch"),
+        ([], "2,3", "runner"),
+        (["--force_multi"], "", "runner"),
+        (["--no_ssh", "--node_rank=0"], "", "runner"),
+    ],
+)
+def test_ranks_of_one_machine_are_started_without_the_runner(
+    words: list[str], visible: str, program: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    found = build_launch_command(
+        ["-m", "own", "--quiet"],
+        num_gpus=2,
+        master_port=7,
+        launcher_options=words,
+        verbose=True,
+    )
+    assert f"deepspeed.launcher.{program}" in found
+    if program == "launch":
+        # As DeepSpeed 0.19.8 writes {"localhost": [0, 1]}.
+        assert found[4:] == [
+            "--world_info=eyJsb2NhbGhvc3QiOiBbMCwgMV19",
+            *words,
+            "--no_local_rank",
+            "--master_port=7",
+            "--module",
+            "own",
+            "--quiet",
+        ]
+    # Only the runner knows how many devices there are.
+    assert "deepspeed.launcher.runner" in build_launch_command(["x.py"])
+
+
 def test_empty_command_is_refused() -> None:
     with pytest.raises(ValueError, match=r"expected a script or -m module, got \[\]"):
         build_launch_command([])
