@@ -262,7 +262,7 @@ class StepContext(Context):
         try:
             self.backward(self.loss_grad)
         except Exception as error:
-            add_loss_note(self, error)
+            note_loss(self, error)
             raise
 
     def _step(self, name: str, evaluate: Callable[[], object] | None) -> None:
@@ -533,12 +533,17 @@ def add_model_note(ctx: Context, error: Exception) -> None:
     add_hint(error, find_model_hint, error, ctx.model, ctx.input, ctx.target)
 
 
-def add_loss_note(ctx: Context, error: Exception) -> None:
-    """Add to an error of the loss, or its backward, what it was called with."""
+def note_loss(ctx: Context, error: Exception) -> None:
+    """Note what a loss was called with, whose computation or backward failed."""
     loss = ctx.loss_fn or ctx.model
     name = getattr(loss, "__name__", type(loss).__name__)
     pair = f"prediction {describe(ctx.pred)}, target {describe(ctx.target)}"
     _add_note(ctx, error, f"loss {name} ({pair})")
+
+
+def add_loss_note(ctx: Context, error: Exception) -> None:
+    """Add to an error of the loss what it was called with, and what may be wrong with that."""
+    note_loss(ctx, error)
     if ctx.pred is not None or get_method(ctx.model, "step") is None:
         add_hint(error, find_loss_hint, ctx.pred, ctx.target, error)
     if getattr(ctx.loss_fn, "__self__", None) is ctx.model:  # it may call submodules

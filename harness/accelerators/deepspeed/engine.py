@@ -74,7 +74,7 @@ class NamedEngine:
         self._base = base_optimizer(engine)
         self._hook = self._base.register_step_pre_hook(self._on_base_step)
         self._base_stepped = False
-        self._clip: tuple[float, Tensor] | None = None
+        self._clips: list[tuple[float, Tensor]] = []
         self._is_fresh = False
         self._was_stepped = False
         self._versions = [param._version for param in owned]
@@ -164,7 +164,7 @@ class NamedEngine:
     def clip(self, max_norm: float) -> Tensor:
         """Clip at the next step, which then writes the norm into the returned tensor."""
         found = torch.full((), math.nan, device=self.engine.device)
-        self._clip = (max_norm, found)
+        self._clips.append((max_norm, found))
         return found
 
     def step(self, step_opt: StepOpt) -> bool:
@@ -227,7 +227,8 @@ class NamedEngine:
             wrapper.averaged_gradients.clear()
             getattr(wrapper, "all_grad_tensors", {}).clear()
         self._clear_gradients()
-        self.done, self._clip, self._is_fresh = 0, None, False
+        self.done, self._is_fresh = 0, False
+        self._clips.clear()
 
     def _clear_gradients(self) -> None:
         """Clear the gradients that ZeRO 3 and offload keep after a step.
@@ -250,32 +251,32 @@ class NamedEngine:
     @contextmanager
     def _clipping(self) -> Iterator[None]:
         """Clip in the step inside; DeepSpeed does it if it keeps the gradients itself."""
-        if self._clip is None:
+        if not self._clips:
             yield
             return
-        max_norm, found = self._clip
         wrapper = self.engine.optimizer
         keeps_gradients = hasattr(wrapper, "clip_grad")
         if keeps_gradients:
-            clipping = replace_attributes(wrapper, clip_grad=max_norm)
+            least = min(max_norm for max_norm, _ in self._clips)
+            clipping = replace_attributes(wrapper, clip_grad=least)
         else:  # the config's clipping comes before ``_on_base_step``
             clipping = replace_attributes(self.engine._config, gradient_clipping=0.0)
         with clipping:
             yield
         if keeps_gradients:
             norm = self.engine.get_global_grad_norm()
-            if isinstance(norm, Tensor):  # nothing is read from the device
-                found.copy_(norm.reshape(()))
-            else:
-                found.fill_(math.nan if norm is None else norm)
-        self._clip = None
+            # Nothing is read from the device.
+            norm = torch.as_tensor(math.nan if norm is None else norm).reshape(())
+            for max_norm, found in self._clips:
+                norm = found.copy_(norm).clamp(max=max_norm)
+        self._clips.clear()
 
     def _on_base_step(self, *_: object) -> None:
         """Record that the torch optimizer is stepped: gradient scalers may skip it."""
         self._base_stepped = True
-        if self._clip is not None and not hasattr(self.engine.optimizer, "clip_grad"):
-            max_norm, found = self._clip
-            found.copy_(nn.utils.clip_grad_norm_(self._owned, max_norm))
+        if not hasattr(self.engine.optimizer, "clip_grad"):
+            for max_norm, found in self._clips:
+                found.copy_(nn.utils.clip_grad_norm_(self._owned, max_norm))
 
     def read_full_precision(self, param: Any) -> Tensor | None:
         """The whole parameter in float32, gathered from all ranks; None if it is float32 already.

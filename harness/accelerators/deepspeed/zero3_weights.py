@@ -79,7 +79,7 @@ class WholeWeights(TorchFunctionMode):
             for hooks in (module._forward_pre_hooks, module._forward_hooks):
                 for number, hook in hooks.items():
                     if hook.__module__.startswith("deepspeed."):
-                        hooks[number] = self._leave(hook)
+                        hooks[number] = self._leave(hook, of_layer=True)
         # DeepSpeed's, until ``keep_functions`` ends.
         functional = torch.nn.functional
         functional.linear = self._make_linear(functional.linear)
@@ -110,11 +110,14 @@ class WholeWeights(TorchFunctionMode):
         if kwargs is None:
             return func(*args)
         if func is torch.autograd.grad and kwargs.get("create_graph"):
-            # The second backward runs no hooks of layers.
-            self._gather_and_keep(filter(_is_divided, self._params))
+            # The second backward runs no hooks of layers, but the first one divides weights
+            # that layers have gathered.
+            self._gather_and_keep(self._params)
         return func(*args, **kwargs)
 
-    def _leave(self, method: Callable[..., Any]) -> Callable[..., Any]:
+    def _leave(
+        self, method: Callable[..., Any], *, of_layer: bool = False
+    ) -> Callable[..., Any]:
         """The method of DeepSpeed, called outside of this mode: no code of a user runs in it.
 
         It calls torch thousands of times in a step, which the mode would make a tenth longer.
@@ -125,9 +128,18 @@ class WholeWeights(TorchFunctionMode):
             depth = torch._C._len_torch_function_stack()
             if not depth or torch._C._get_function_stack_at(depth - 1) is not self:
                 return method(*args, **kwargs)
+            if of_layer:
+                _check_no_transform()
             torch._C._pop_torch_function_stack()
             try:
                 return method(*args, **kwargs)
+            except AttributeError as error:
+                if "'Tensor' object has no attribute 'ds_" in str(error):
+                    what = "torch.func.functional_call gives them others"
+                    error.add_note(
+                        f"ZeRO 3 runs layers with their own weights, and {what}: use ZeRO 2."
+                    )
+                raise
             finally:
                 torch._C._push_on_torch_function_stack(self)
 
@@ -162,9 +174,11 @@ class WholeWeights(TorchFunctionMode):
 
     def _gather_and_keep(self, params: Iterable[Any]) -> None:
         """Gather parameters, and keep DeepSpeed from dividing them again."""
+        _check_no_transform()
         for param in params:
             param.ds_active_sub_modules.add(_MARK)
-            param.all_gather(param_list=[param])
+            if _is_divided(param):
+                param.all_gather(param_list=[param])
             self._gathered.append(param)
 
     @contextmanager
@@ -303,6 +317,14 @@ _CAST = frozenset({torch.float32, torch.float16, torch.bfloat16})
 def _make_form(param: Any) -> torch.Tensor:
     """A tensor without values that has the form of the whole parameter."""
     return torch.empty(param.ds_shape, dtype=param.dtype, device="meta")
+
+
+def _check_no_transform() -> None:
+    """Refuse layers and divided weights in a transform, which would keep what is gathered."""
+    # torch 2.13 has no public way to it.
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        msg = "ZeRO 3: expected no layer or weight in a function that torch.func transforms"
+        raise ValueError(f"{msg}, got one (vmap, grad, jvp, ...). Use ZeRO 2.")
 
 
 def _is_viewed(param: torch.Tensor) -> bool:

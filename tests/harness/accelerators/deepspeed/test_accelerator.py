@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -914,3 +915,42 @@ def test_step_at_zero_3_checks_no_use_of_weights_by_deepspeed(
         return found
 
     assert 0 < count_checks(1) == count_checks(8)
+
+
+class Transformed(nn.Module):
+    """A net of layers, one of which `how` runs in a way of its own."""
+
+    def __init__(self, how: Any) -> None:
+        super().__init__()
+        self.layer, self.how = nn.Linear(5, 3), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.layer(x) + self.how(self.layer, x)
+        return found
+
+
+def call_with_others(layer: Any, x: Tensor) -> Any:
+    others = {name: p * 0.5 for name, p in layer.named_parameters()}
+    return torch.func.functional_call(layer, others, (x,))
+
+
+def call_for_rows(layer: Any, x: Tensor) -> Any:
+    return torch.func.vmap(layer)(x)
+
+
+def test_functional_torch_at_zero_3_is_refused(make: Any) -> None:
+    ways: dict[Any, tuple[type[Exception], str]] = {
+        call_with_others: (AttributeError, "functional_call gives them others"),
+        call_for_rows: (ValueError, r"ZeRO 3: expected no layer or weight in a"),
+    }
+    data = torch.randn(8, 5), torch.randn(8, 3)
+    options = {"tracker": False, "verbose": False}
+    for how, (kind, text) in ways.items():
+        model = partial(Transformed, how)
+        learner = harness.setup(model, loss=nn.MSELoss(), optimizer=torch.optim.SGD)
+        learner = learner.set_opt_hparams(lr=0.1)
+        learner.fit(data, 1, accelerator=make(2), **options)
+        with pytest.raises(kind) as raised:
+            learner.fit(data, 1, accelerator=make(3), **options)
+        notes = getattr(raised.value, "__notes__", [])
+        assert re.search(text, "\n".join([str(raised.value), *notes]))
