@@ -5,7 +5,14 @@ from __future__ import annotations
 import hashlib
 import itertools
 import random
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import numpy as np
@@ -23,6 +30,23 @@ Generator = (
     torch.Generator | np.random.Generator | np.random.RandomState | random.Random
 )
 """A generator that a data set, sampler or model may hold as an attribute."""
+
+
+class Generators(list[Generator]):
+    """Generators in the order in which they were found, and others by name.
+
+    Attributes
+    ----------
+    named
+        Those that functions, modules and other objects hold. A resume finds them by name.
+    """
+
+    def __init__(
+        self, found: Iterable[Generator] = (), named: Mapping[str, Generator] = {}
+    ) -> None:
+        super().__init__(found)
+        known = {id(own) for own in self}
+        self.named = {n: own for n, own in named.items() if id(own) not in known}
 
 
 def get_cpu_rng_state() -> StateDict:
@@ -143,6 +167,11 @@ def get_rng_state(
     """
     state = get_cpu_rng_state()
     state["generators"] = get_generator_states(generators)
+    if isinstance(generators, Generators) and generators.named:
+        named = {
+            n: [type(g).__name__, _get_state(g)] for n, g in generators.named.items()
+        }
+        state["named"] = named
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state_all()
     if torch.backends.mps.is_available():
@@ -194,6 +223,12 @@ def set_rng_state(
             f"{want} generators of loaders and model were saved, {have} found"
         )
     set_generator_states(generators, state["generators"])
+    named = generators.named if isinstance(generators, Generators) else {}
+    for name, (kind, own) in state.get("named", {}).items():  # older ones have none
+        if name in named and type(named[name]).__name__ == kind:
+            _set_state(named[name], own)
+        elif isinstance(generators, Generators):
+            missing.append(f"the generator {name} was saved, and this fit has none")
     devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
     saved = state.get("cuda", [])
     for index, other in enumerate(saved[:devices]):
@@ -294,7 +329,7 @@ def _find_held(roots: Sequence[object]) -> list[Generator]:
         ):
             continue
         seen.add(id(thing))
-        if _is_generator(thing):
+        if is_generator(thing):
             found.append(thing)
         elif isinstance(thing, list | tuple | dict):
             values = thing.values() if isinstance(thing, dict) else thing
@@ -354,11 +389,12 @@ def _find_on_class(kind: Any) -> Collection[str]:
 def _own_generators(thing: object) -> Iterator[Generator]:
     fields = getattr(thing, "__dict__", {})
     for value in itertools.chain(_get_all(thing, ["generator"]), fields.values()):
-        if _is_generator(value):
+        if is_generator(value):
             yield value
 
 
-def _is_generator(value: Any) -> TypeGuard[Generator]:
+def is_generator(value: Any) -> TypeGuard[Generator]:
+    """Whether a value is a random generator whose state can be saved."""
     kind: Any = type(value)
     return _is_class_of_generators(kind)
 

@@ -81,9 +81,10 @@ def list_all_state(opt: Any) -> Iterator[None]:
 def load_optimizer_state(opt: Any, saved: StateDict, name: str) -> None:
     """Restore the state of an optimizer in its saved dtypes.
 
-    Its groups stay the same objects: another optimizer may share them.
+    Its groups and its state stay the same objects: another optimizer may share them.
     """
     live_groups, own_groups = opt.param_groups, list(opt.param_groups)
+    live_state = vars(opt).get("state")
     before = [dict(group) for group in opt.param_groups]
     groups = [dict(group) for group in saved["param_groups"]]
     for group, had in zip(groups, before, strict=False):  # some are no longer stepped
@@ -100,6 +101,11 @@ def load_optimizer_state(opt: Any, saved: StateDict, name: str) -> None:
             own.update(loaded)
         opt.param_groups[:] = live_groups[:] = own_groups
         opt.param_groups = live_groups
+    if isinstance(live_state, dict) and opt.state is not live_state:
+        loaded = dict(opt.state)
+        live_state.clear()
+        live_state.update(loaded)
+        opt.state = live_state
     # Keep what a scheduler that is new in this fit has added.
     for group, had in zip(opt.param_groups, before, strict=True):
         group.update({k: v for k, v in had.items() if k not in group})

@@ -1,15 +1,28 @@
-"""Plain attributes of modules: numbers, texts and tensors that a model changes in training.
+"""Plain attributes and variables: numbers, texts and tensors that a fit changes.
 
-Those of the user's own objects that a module holds, such as a buffer of games, are kept too.
+They are those of modules, of the user's own objects, of functions and modules that the code
+of the fit names, and of data sets. What cannot be kept is named if it has changed.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
+import sys
+import weakref
+from array import array
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import date, time, timedelta
+from decimal import Decimal
+from enum import Enum
+from fractions import Fraction
+from io import IOBase
 from itertools import islice
+from pathlib import PurePath
 from typing import Any
+from uuid import UUID
 
 import numpy as np
 import torch
@@ -17,14 +30,16 @@ from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor  # torch 2.13: no public way
 
 from harness.checkpoint.search import (
+    PASSIVE,
     PLAIN_TYPES,
     SCALARS,
     Search,
     is_trained_leaf,
     list_library_fields,
 )
-from harness.pytree import StateDict, has_named_factory
+from harness.pytree import StateDict, has_named_factory, has_state
 from harness.reshard.consolidated import copy_into
+from harness.variables import Cached, Identity, fields_of, is_function, set_field
 
 MAX_COPIED_BYTES = 1 << 20
 """Larger values are not compared with what they were when the fit began: all are kept.
@@ -35,8 +50,27 @@ Numbers and texts, whose copies are shallow, are compared as long as they can be
 MAX_BYTES = 1 << 24
 """Still larger ones are not kept: they may be activations."""
 
+MAX_WALKED = 2000
+"""Containers of more items are not searched, if they may be data."""
+
+MAX_COMPARED = 100_000
+"""The same for numbers and texts, which are compared fast."""
+
+_MAX_DEPTH = 4
+"""How deep containers may be in containers."""
+
 Attributes = dict[str, dict[str, StateDict]]
 """Values by root and path of a module, and by name of the attribute."""
+
+Memory = Mapping[int, tuple[str, Tensor]]
+"""Name and tensor of each parameter and buffer, by the address of its memory."""
+
+_VALUES = (
+    *(complex, bytearray, array, range, PurePath, UUID, Cached, Identity),
+    *(date, time, timedelta, Decimal, Fraction),
+    *(torch.device, torch.dtype, torch.Size),
+)
+"""Types that a checkpoint cannot hold, and whose values can be compared."""
 
 _CONTAINERS = frozenset(
     {list, tuple, dict, deque, set, frozenset, OrderedDict, defaultdict, Counter}
@@ -49,18 +83,35 @@ _NUMBER_BYTES = 16
 
 
 def copy_attributes(search: Search) -> Attributes:
-    """Copy the plain attributes of the modules that a search found."""
+    """Copy the attributes that a search found, to compare them with later.
+
+    Of large ones that may not belong to the fit, and of large tensors, only what tells a
+    change is noted.
+    """
+    memory = _memory_of(search)
     return {
         root: {
             path: {
-                name: _copy(value)
-                for name, value in _plain_fields(owner)
-                if type(value) in SCALARS or _size_of(value) <= _max_copied(value)
+                name: _copy(value, memory, is_passive=is_passive)
+                for name, value in _own_fields(owner, is_passive=is_passive)
+                if _is_noted(value, is_passive=is_passive)
             }
             for path, owner in found.items()
+            for is_passive in [_is_passive(search, root, path)]
         }
         for root, found in search.owners.items()
     }
+
+
+def _is_passive(search: Search, root: str, path: str) -> bool:
+    """Whether an owner may hold data, or what has nothing to do with the fit."""
+    return root in PASSIVE or (root, path) in search.foreign
+
+
+def _is_noted(value: object, *, is_passive: bool) -> bool:
+    if type(value) in SCALARS or is_passive or not is_plain(value):
+        return True
+    return isinstance(value, Tensor) or _size_of(value) <= _max_copied(value)
 
 
 def capture_attributes(
@@ -77,75 +128,251 @@ def capture_attributes(
     memory = _memory_of(search)
     for root, owners in search.owners.items():
         for path, owner in owners.items():
-            is_own = root in search.stateless and not isinstance(owner, nn.Module)
-            advice = "return it in state_dict" if is_own else ""
-            old = before.get(root, {}).get(path, {})
-            for name, value in _plain_fields(owner):
-                if name in old and _is_equal(value, old[name]):
+            is_passive = _is_passive(search, root, path)
+            if is_passive and path not in before.get(root, {}):
+                continue  # nothing tells whether it has changed
+            old, place = before.get(root, {}).get(path, {}), f"{root}{path}"
+            for name, value in _own_fields(owner, is_passive=is_passive):
+                if name in old and _is_as_before(value, old[name], memory):
                     continue
-                if any(_address(tensor) in memory for tensor in _tensors_of(value)):
-                    continue
-                why = advice or _find_obstacle(value)
+                why = _find_reason(search, root, path, owner)
+                if is_passive and _is_long(value):
+                    why = why or f"it has more than {MAX_WALKED} items"
+                why = why or _find_obstacle(value)
                 if why:
-                    left_out[f"{root}{path}.{name}"] = why
+                    is_whole = (root, path) in search.foreign
+                    left_out[place if is_whole else f"{place}.{name}"] = why
                     continue
                 found = states.setdefault(root, {}).setdefault(path, {})
-                found[name] = _detach(value)
+                found[name] = _detach(value, memory)
     return states, left_out
+
+
+def list_changed(copied: Attributes, before: Attributes) -> Attributes:
+    """Those of two results of ``copy_attributes`` that differ and can be kept."""
+    return {
+        root: {
+            path: {
+                name: value
+                for name, value in own.items()
+                if not isinstance(value, _Mark) and is_plain(value)
+                if name not in (old := before.get(root, {}).get(path, {}))
+                or not _is_equal(value, old[name])
+            }
+            for path, own in found.items()
+        }
+        for root, found in copied.items()
+    }
+
+
+def _find_reason(search: Search, root: str, path: str, owner: object) -> str:
+    """Why nothing of an owner is kept; empty if its attributes may be."""
+    if (root, path) in search.foreign:
+        package = type(owner).__module__.partition(".")[0]
+        return f"it is a {type(owner).__name__} of {package}, without state_dict"
+    is_own = root in search.stateless and not isinstance(owner, nn.Module)
+    return "return it in state_dict" if is_own else ""
 
 
 def restore_attributes(search: Search, saved: Attributes, device: torch.device) -> None:
     """Restore what ``capture_attributes`` returned; new tensors go to the device."""
     memory = _memory_of(search)
-    for root, owners in saved.items():
-        for path, fields in owners.items():
-            owner = search.owners.get(root, {}).get(path)
-            for name, value in fields.items() if owner is not None else ():
-                moved = _map(value, lambda tensor: tensor.to(device))
-                if not _copy_into(vars(owner).get(name), moved, memory):
-                    vars(owner)[name] = moved
+    move = _Mover(device, {view: tensor for _, (view, tensor) in memory.items()})
+    places = [
+        (owner, name, fields_of(owner).get(name), move.map(value))
+        for root, owners in saved.items()
+        for path, fields in owners.items()
+        if (owner := search.owners.get(root, {}).get(path)) is not None
+        for name, value in fields.items()
+    ]
+    pairs = [pair for *_, live, value in places for pair in _pair(live, value)]
+    is_alike = _compare_sharing(pairs, memory)
+    for owner, name, live, value in places:
+        set_field(owner, name, _put(live, value, is_alike))
+    for (
+        owner,
+        name,
+        _,
+        value,
+    ) in places:  # objects may be shared, and were not when saved
+        if not _is_equal(fields_of(owner).get(name), value):
+            set_field(owner, name, value)
 
 
-def _copy_into(live: object, value: Any, memory: set[int]) -> bool:
-    """Put a value into the live object of the same form, which others may hold.
+class _Mover:
+    """Moves saved values to a device; tensors that share memory share it there.
 
     Parameters
     ----------
-    memory
-        Addresses of parameters and buffers, of which a live tensor may be a view.
+    views
+        Parameters and buffers by name, for attributes that are views of them.
     """
-    if isinstance(live, deque) and isinstance(value, deque):
+
+    def __init__(self, device: torch.device, views: dict[str, Tensor]) -> None:
+        self._device, self._views = device, views
+        self._moved: dict[tuple[int, torch.dtype], Tensor] = {}
+
+    def map(self, value: Any) -> Any:
+        """The value with its tensors on the device, and views of what they belong to."""
+        if isinstance(value, dict) and value.keys() == _VIEW_KEYS:
+            own = self._views.get(value[_VIEW])
+            if own is None:
+                return value
+            offset = own.storage_offset() + value["offset"]
+            return own.detach().as_strided(value["shape"], value["stride"], offset)
+        if isinstance(value, dict) and value.keys() == _MEMBER_KEYS:
+            kind = _find_enum(str(value["class"]))
+            return value if kind is None else kind.__members__[value[_MEMBER]]
+        if isinstance(value, Tensor):
+            return self._move(value)
+        return _map_items(value, self.map)
+
+    def _move(self, tensor: Tensor) -> Tensor:
+        address = _address(tensor)
+        if tensor.device == self._device or not address:
+            return tensor.to(self._device)
+        key = address, tensor.dtype
+        if key not in self._moved:
+            num = tensor.untyped_storage().nbytes() // tensor.element_size()
+            self._moved[key] = tensor.as_strided((num,), (1,), 0).to(self._device)
+        form = tensor.shape, tensor.stride(), tensor.storage_offset()
+        return self._moved[key].as_strided(*form)
+
+
+def _pair(live: Any, value: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """Tensors at the same place of two plain values."""
+    if isinstance(live, Tensor) and isinstance(value, Tensor):
+        yield live, value
+    elif isinstance(live, dict) and isinstance(value, dict):
+        for key in live.keys() & value.keys():
+            yield from _pair(live[key], value[key])
+    elif isinstance(live, list | tuple | deque) and type(live) is type(value):
+        for one, two in (
+            () if _has_plain_items(live) else zip(live, value, strict=False)
+        ):
+            yield from _pair(one, two)
+
+
+def _compare_sharing(
+    pairs: list[tuple[Tensor, Tensor]], memory: Mapping[int, object]
+) -> Callable[[Tensor, Tensor], bool]:
+    """Return what tells whether a live tensor can take the numbers of a saved one.
+
+    It cannot if the two share their memory with others in different ways.
+    """
+    places: dict[tuple[str, int], object] = {}
+    bad: set[tuple[str, int]] = set()
+    for live, value in pairs:
+        ours, theirs = ("live", _address(live)), ("saved", _address(value))
+        if not (ours[1] and theirs[1]):
+            continue
+        shift = live.storage_offset() - value.storage_offset()
+        is_same = live.shape == value.shape and live.dtype == value.dtype
+        one = places.setdefault(ours, (theirs, shift)) == (theirs, shift)
+        two = places.setdefault(theirs, (ours, shift)) == (ours, shift)
+        if not (one and two and is_same and live.stride() == value.stride()):
+            bad |= {ours, theirs}
+
+    def is_alike(live: Tensor, value: Tensor) -> bool:
+        ours, theirs = _address(live), _address(value)
+        is_free = ("live", ours) not in bad and ("saved", theirs) not in bad
+        same = live.shape == value.shape and live.dtype == value.dtype
+        return same and is_free and ours not in memory and live.is_leaf
+
+    return is_alike
+
+
+def _put(live: Any, value: Any, is_alike: Callable[[Tensor, Tensor], bool]) -> Any:
+    """Put a value into the live object of the same form, which others may hold.
+
+    Returns
+    -------
+    the live object, or the value where it cannot take it
+    """
+    if isinstance(live, Tensor) and isinstance(value, Tensor):
+        if not is_alike(live, value):
+            return value
+        with torch.no_grad():
+            copy_into(live, value)
+        return live
+    if isinstance(live, np.ndarray) and isinstance(value, np.ndarray):
+        is_same = live.shape == value.shape and live.dtype == value.dtype
+        if not (is_same and live.flags.writeable):
+            return value
+        live[...] = value
+        return live
+    is_dict = isinstance(live, dict) and isinstance(value, dict)
+    if type(live) not in _CONTAINERS or not (is_dict or type(live) is type(value)):
+        return value
+    if isinstance(live, dict):  # a defaultdict may have come back without its function
+        own = {k: _put(live.get(k), item, is_alike) for k, item in value.items()}
         live.clear()
-        live.extend(value)
-        return True
-    if type(live) in {OrderedDict, defaultdict} and isinstance(value, dict):
-        live.clear()  # type: ignore[attr-defined]
-        live.update(value)  # type: ignore[attr-defined]
-        return True
-    if not isinstance(live, Tensor) or not isinstance(value, Tensor):
-        return False
-    is_alike = live.shape == value.shape and live.dtype == value.dtype
-    if not is_alike or _address(live) in memory or not live.is_leaf:
-        return False
-    with torch.no_grad():
-        copy_into(live, value)
-    return True
+        live.update(own)
+        return live
+    if isinstance(live, set):
+        live.clear()
+        live.update(value)
+        return live
+    if isinstance(live, frozenset):
+        return value
+    rest = itertools.chain(live, itertools.repeat(None))
+    items = [_put(one, two, is_alike) for one, two in zip(rest, value, strict=False)]
+    if isinstance(live, tuple):
+        return tuple(items)
+    live.clear()
+    live.extend(items)
+    return live
 
 
-def _plain_fields(owner: object) -> Iterator[tuple[str, Any]]:
+def _own_fields(owner: object, *, is_passive: bool) -> Iterator[tuple[str, Any]]:
+    """Attributes that are kept, or whose change is told."""
     skipped = list_library_fields(owner)
-    for name, value in list(vars(owner).items()):
+    for name, value in fields_of(owner).items():
         if name in skipped or name.startswith(("ds_", "_ds", "_z3")):  # an engine's
             continue
-        if _is_plain(value):
+        is_known = type(value) in SCALARS or (is_passive and _is_long(value))
+        if is_known or is_plain(value) or _is_compared(value):
             yield name, value
 
 
-def _is_plain(value: object, depth: int = 4) -> bool:
+def _is_long(value: object) -> bool:
+    """Whether a value has too many items to be looked at one by one."""
+    if type(value) not in _CONTAINERS:
+        return False
+    waiting, num = [value], 0
+    while waiting and num <= MAX_WALKED:
+        inner: Any = waiting.pop()
+        num += 1
+        if type(inner) in _CONTAINERS and len(inner) > MAX_WALKED:
+            if len(inner) > MAX_COMPARED or not _has_plain_items(inner):
+                return True
+        elif not _has_plain_items(inner):
+            waiting += _items_of(inner)
+    return num > MAX_WALKED
+
+
+def _is_compared(value: object, depth: int = _MAX_DEPTH) -> bool:
+    """Whether a value cannot be kept, but a change of it can be told."""
+    if isinstance(value, Iterator):
+        is_alone = depth == _MAX_DEPTH and not isinstance(value, IOBase)
+        return is_alone and not has_state(value)
+    if isinstance(value, (*_VALUES, Enum)) or is_function(value):
+        return True
+    if isinstance(value, np.ndarray):
+        return bool(value.dtype.kind != "O")
+    items = _items_of(value)
+    if type(value) not in _CONTAINERS or not depth or len(items) > MAX_WALKED:
+        return False
+    return all(is_plain(v) or _is_compared(v, depth - 1) for v in items)
+
+
+def is_plain(value: object, depth: int = _MAX_DEPTH) -> bool:
     """Whether a value is a number, text, array or tensor, or a container of those."""
     if isinstance(value, np.ndarray):
         return value.dtype.kind in "biuf"
-    if isinstance(value, (*PLAIN_TYPES, np.generic)):
+    if isinstance(value, Enum):
+        return _find_enum(_name_enum(type(value))) is type(value)
+    if isinstance(value, (*PLAIN_TYPES, bytes, np.generic)):
         return type(value) is not complex
     if isinstance(value, Tensor):
         # A leaf that is trained is found as an object. Of any other, such as the state of a
@@ -156,7 +383,7 @@ def _is_plain(value: object, depth: int = 4) -> bool:
     if type(value) not in _CONTAINERS or not depth:
         return False
     return _has_plain_items(value) or all(
-        _is_plain(item, depth - 1) for item in _items_of(value)
+        is_plain(item, depth - 1) for item in _items_of(value)
     )
 
 
@@ -182,6 +409,17 @@ def _walk(value: object) -> Iterator[object]:
 
 def _find_obstacle(value: object) -> str:
     """Why a value cannot be kept; empty if it can."""
+    if isinstance(value, Iterator):
+        return "nothing tells the position of an iterator; keep a count instead"
+    if not is_plain(value):
+        if isinstance(value, Cached):
+            return "it keeps results, which will be computed again"
+        if isinstance(value, Identity):
+            return f"the fit replaced it by another {type(value.thing).__name__}"
+        kind = type(value).__name__
+        return (
+            f"a checkpoint cannot hold a value of type {kind}; keep a number or a text"
+        )
     if _size_of(value) > MAX_BYTES:
         return "it has more than 16 MB; make it a buffer"
     inside = islice(_walk(value), 1, None)
@@ -190,56 +428,141 @@ def _find_obstacle(value: object) -> str:
     return ""
 
 
-def _tensors_of(value: object) -> list[Tensor]:
-    return [inner for inner in _walk(value) if isinstance(inner, Tensor)]
-
-
-def _memory_of(search: Search) -> set[int]:
-    """Addresses of the memory of parameters and buffers, which other parts save."""
-    tensors = [
-        tensor
-        for owners in search.owners.values()
-        for owner in owners.values()
+def _memory_of(search: Search) -> Memory:
+    """Parameters and buffers, which other parts save, by the address of their memory."""
+    found = {
+        _address(tensor): (f"{root}{path}.{name}", tensor)
+        for root, owners in search.owners.items()
+        for path, owner in owners.items()
         if isinstance(owner, nn.Module)
-        for tensor in (*owner._parameters.values(), *owner._buffers.values())
-    ]
-    return {_address(tensor) for tensor in tensors if tensor is not None} - {0}
+        for name, tensor in (*owner._parameters.items(), *owner._buffers.items())
+        if tensor is not None
+    }
+    found.pop(0, None)
+    return found
 
 
 def _address(tensor: Tensor) -> int:
     """Address of a tensor's memory; 0 if it has none, or no single one."""
     try:
         return tensor.untyped_storage().data_ptr()
-    except (RuntimeError, NotImplementedError):  # sparse tensors and the like
+    except (RuntimeError, NotImplementedError, ValueError):  # sparse, lazy and the like
         return 0
 
 
-def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """A plain value with other tensors, in containers of the same kinds."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if _has_plain_items(value):
+def _map_items(value: Any, function: Callable[[Any], Any]) -> Any:
+    """A plain value with other items, in a container of the same kind."""
+    if type(value) not in _CONTAINERS or _has_plain_items(value):
         return value
     if isinstance(value, dict):
         changed = copy.copy(value)
-        changed.update({key: _map(item, function) for key, item in value.items()})
+        changed.update({key: function(item) for key, item in value.items()})
         return changed
-    items = [_map(item, function) for item in value]
+    items = [function(item) for item in value]
     return (
         deque(items, value.maxlen) if isinstance(value, deque) else type(value)(items)
     )
 
 
-def _detach(value: object) -> Any:
-    return _map(value, Tensor.detach)
+def _detach(value: Any, memory: Memory) -> Any:
+    """A plain value without graphs; of a view of a weight, only where in it it is."""
+    if isinstance(value, Enum):
+        return {_MEMBER: value.name, "class": _name_enum(type(value))}
+    if isinstance(value, Tensor):
+        view = memory.get(_address(value))
+        return value.detach() if view is None else _describe_view(value, *view)
+    return _map_items(value, lambda item: _detach(item, memory))
 
 
-def _copy(value: Any) -> Any:
+def _describe_view(tensor: Tensor, name: str, whole: Tensor) -> dict[str, Any]:
+    return {
+        _VIEW: name,
+        "shape": list(tensor.shape),
+        "stride": list(tensor.stride()),
+        "offset": tensor.storage_offset() - whole.storage_offset(),
+    }
+
+
+def _name_enum(kind: type) -> str:
+    return f"{kind.__module__}:{kind.__qualname__}"
+
+
+def _find_enum(name: str) -> type[Enum] | None:
+    """An enum of a module that is imported already; None if there is none."""
+    module, _, path = name.partition(":")
+    found: object = sys.modules.get(module)
+    for part in path.split("."):
+        found = getattr(found, "__dict__", {}).get(part)
+    return found if isinstance(found, type) and issubclass(found, Enum) else None
+
+
+_MEMBER, _MEMBER_KEYS = "member", {"member", "class"}
+_VIEW = "view of"
+_VIEW_KEYS = {_VIEW, "shape", "stride", "offset"}
+
+
+@dataclass(frozen=True, eq=False)
+class _Mark:
+    """What tells whether a large value has changed, without a copy of it."""
+
+    value: Callable[[], object]
+    form: tuple[object, ...]
+
+    @classmethod
+    def of(cls, value: Any) -> _Mark:
+        if isinstance(value, Tensor | np.ndarray):
+            return cls(weakref.ref(value), _form_of(value))
+        # A list has no weak references. It is kept as long as the mark.
+        return cls(lambda: value, _form_of(value))
+
+    def is_same(self, value: object) -> bool:
+        return self.value() is value and self.form == _form_of(value)
+
+
+def _form_of(value: Any) -> tuple[object, ...]:
+    if isinstance(value, Tensor):
+        version = None if value.is_inference() else value._version
+        return value.data_ptr(), version
+    return (len(value),)
+
+
+def _copy(value: Any, memory: Memory, *, is_passive: bool) -> Any:
     """A copy to compare with later; numbers and texts are not copied one by one."""
     if type(value) in SCALARS:
         return value
+    if isinstance(value, Tensor) and _address(value) in memory:
+        return _detach(value, memory)
+    is_array = isinstance(value, Tensor | np.ndarray)
+    if is_passive and _is_long(value):
+        return _Mark.of(value)
+    if (is_array or is_passive) and _size_of(value) > _max_copied(value):
+        return _Mark.of(value)
+    if not is_plain(value):
+        return _freeze(value)
     is_long = type(value) in _CONTAINERS and _has_plain_items(value)
-    return copy.copy(value) if is_long else copy.deepcopy(_detach(value))
+    return copy.copy(value) if is_long else copy.deepcopy(_detach(value, memory))
+
+
+def _freeze(value: Any) -> Any:
+    """A copy to compare with later of what cannot be kept."""
+    if type(value) in _CONTAINERS:
+        is_flat = _has_plain_items(value)
+        return copy.copy(value) if is_flat else _map_items(value, _freeze)
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    is_changed = isinstance(value, np.ndarray | bytearray | array)
+    return copy.copy(value) if is_changed else value
+
+
+def _is_as_before(value: Any, old: Any, memory: Memory) -> bool:
+    """Whether a value is as it was when ``copy_attributes`` returned `old`."""
+    if isinstance(value, Iterator):
+        return False  # nothing tells where it is
+    if isinstance(old, _Mark):
+        return old.is_same(value)
+    if not is_plain(value):
+        return _is_equal(value, old)
+    return _is_equal(_detach(value, memory), old)
 
 
 def _max_copied(value: object) -> int:

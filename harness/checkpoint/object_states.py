@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from harness.accelerators.single import (
@@ -15,7 +16,12 @@ from harness.accelerators.single import (
     named_tensors,
 )
 from harness.checkpoint.param_groups import name_groups, regroup
-from harness.checkpoint.search import PLAIN_TYPES, Search, has_extra_state
+from harness.checkpoint.search import (
+    PASSIVE,
+    PLAIN_TYPES,
+    Search,
+    has_extra_state,
+)
 from harness.errors import CheckpointError
 from harness.metrics.state import get_states, set_states
 from harness.metrics.type_checks import is_metric
@@ -33,8 +39,34 @@ States = dict[str, dict[str, StateDict]]
 """States of objects by root and path."""
 
 
+Marks = dict[str, list[tuple[int, int]]]
+"""Address and number of changes of each tensor of a module, by name of the module."""
+
+
+def mark_modules(search: Search) -> Marks:
+    """Mark modules that may have nothing to do with the fit, to see whether they change."""
+    return {
+        f"{root}{path}": mark_tensors(thing)
+        for root, path, thing in search.iter_objects()
+        if root in PASSIVE and isinstance(thing, nn.Module) and not _metrics_of(thing)
+    }
+
+
+def mark_tensors(module: nn.Module) -> list[tuple[int, int]]:
+    """Address and number of changes of each weight and buffer, to see a change."""
+    return [
+        (tensor.data_ptr(), tensor._version)
+        for tensor in (*module.parameters(), *module.buffers())
+        # DeepSpeed moves the weights of stage 3; a lazy layer has none yet.
+        if not (hasattr(tensor, "ds_id") or is_lazy(tensor) or tensor.is_inference())
+    ]
+
+
 def capture_objects(
-    search: Search, params: Mapping[str, Tensor], callbacks: Mapping[str, StateDict]
+    search: Search,
+    params: Mapping[str, Tensor],
+    callbacks: Mapping[str, StateDict],
+    marks: Marks | None = None,
 ) -> tuple[States, dict[str, str]]:
     """Capture the states of the objects that a search found; tensors are live.
 
@@ -42,6 +74,8 @@ def capture_objects(
     ----------
     callbacks
         States of callbacks by name; what they contain is not captured again.
+    marks
+        From ``mark_modules``; modules that are as they were then are left out.
 
     Returns
     -------
@@ -49,7 +83,10 @@ def capture_objects(
     """
     states: States = {}
     left_out: dict[str, str] = {}
+    known = marks or {}
     for root, path, thing in search.iter_objects():
+        if f"{root}{path}" in known and known[f"{root}{path}"] == mark_tensors(thing):
+            continue
         try:
             if _is_in(callbacks.get(root, {}), _public_state(thing)):
                 continue

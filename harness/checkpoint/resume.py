@@ -31,6 +31,7 @@ from harness.checkpoint.state import (
     list_unmatched,
     read_description,
     restore_data,
+    restore_data_fields,
     restore_state,
 )
 from harness.checkpoint.state_checks import check_live_states, check_state
@@ -372,8 +373,10 @@ class Resume:
     def restore_pass(self, ctx: Context) -> None:
         """Restore the position in the data."""
         assert ctx.train_pass is not None
+        state = self.state["pass"]
         with self._refuse_bad_state():
-            ctx.train_pass.load_state_dict(self.state["pass"], ctx.trained)
+            restore_data_fields(ctx, state.get("fields", {}))
+            ctx.train_pass.load_state_dict(state, ctx.trained)
 
     def restore_data(self, ctx: Context) -> None:
         """Restore data sets and samplers that save their state, after a whole pass."""
@@ -467,8 +470,10 @@ class Resume:
                 ctx.run.rewind(seq, rank)
 
     def restore_random(self, ctx: Context) -> None:
-        """Restore all random generators; the last step of a resume."""
+        """Restore all random generators, and the data's attributes: the last step."""
         random = self.state["random"]
+        with self._refuse_bad_state():
+            restore_data_fields(ctx, self.state.get("fields", {}))
         missing = set_rng_state(random, get_generators(ctx), ctx.device)
         if ctx.train_pass is not None:
             self.report[:0] = ctx.train_pass.notes

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import types
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -18,8 +19,22 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from harness.accelerators.single import SingleDevice
 from harness.callback import Callback
 from harness.context import Context
+from harness.data.stateful import walk_parts
 from harness.metrics.type_checks import is_metric
 from harness.pytree import has_state, is_installed
+from harness.rng import Generator, is_generator
+from harness.variables import (
+    FUNCTIONS,
+    Identity,
+    Variables,
+    fields_of,
+    find_functions,
+    find_globals,
+    of_class,
+    of_function,
+    of_module,
+    unwrap,
+)
 
 MAX_ITEMS = 1000
 """Longer containers are data, and are not searched."""
@@ -33,6 +48,15 @@ _OPTIMIZER_FIELDS = frozenset({"defaults", "param_groups", "state", "_opt_called
 OPTIMIZERS = "optimizers"
 """How roots of optimizers begin."""
 
+GLOBALS = "globals"
+"""Root of what the user's code names: variables of modules and classes."""
+
+DATA = "data"
+"""Root of data sets, samplers and what they hold; it is restored with the pass."""
+
+PASSIVE = frozenset({GLOBALS, DATA})
+"""Roots of what may have nothing to do with the fit, and is kept only if it changes."""
+
 PLAIN_TYPES = (bool, int, float, complex, str, type(None))
 SCALARS = frozenset(PLAIN_TYPES)
 """The same, to look a type up quickly: most attributes are of one of them."""
@@ -40,10 +64,14 @@ SCALARS = frozenset(PLAIN_TYPES)
 _PASSED_OVER = (
     *(*PLAIN_TYPES, type, types.ModuleType, Context, DataLoader, Dataset, Sampler),
 )
-_FUNCTIONS = (functools.partial, types.FunctionType, types.MethodType)
+_HOOKS = (
+    *("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"),
+    *("_backward_pre_hooks",),
+)
+_OF_LOADER = ("collate_fn", "worker_init_fn", "transform", "target_transform")
 _FOREIGN = frozenset(
     {"torch", "numpy", "builtins", "threading", "_thread", "tracking", "harness"}
-    | {"deepspeed"}
+    | {"deepspeed", "logging", "io", "_io", "weakref", "tqdm", "rich"}
 )
 """Packages whose objects are searched only if they have a ``state_dict``."""
 
@@ -62,7 +90,12 @@ class Search:
         Modules, leaf tensors and objects with ``state_dict``, by root and path.
     owners
         Modules, and the user's own objects and callbacks without ``state_dict``, whose plain
-        attributes belong to the fit, by root and path.
+        attributes belong to the fit, by root and path; also variables of functions, modules
+        and classes.
+    foreign
+        Root and path of those of `owners` that are of an installed package.
+    generators
+        Random generators that were met, by root and path.
     stateless
         Roots of callbacks that return no state.
     """
@@ -70,6 +103,9 @@ class Search:
     def __init__(self, saved: Iterable[object] = ()) -> None:
         self.objects: dict[str, dict[str, Any]] = {}
         self.owners: dict[str, dict[str, object]] = {}
+        self.foreign: set[tuple[str, str]] = set()
+        self.generators: dict[str, Generator] = {}
+        self._functions: deque[types.FunctionType] = deque()
         self.stateless: set[str] = set()
         self._seen: dict[int, object] = {}  # keeps them, so that no id is used again
         for thing in saved:
@@ -84,8 +120,11 @@ class Search:
                 self.objects[root][""] = value
             self._search_modules(root, "", value, 0)
         elif isinstance(value, Callback):
-            # The callbacks of this package return all of their state.
-            if not _is_library(value):
+            if _is_library(value):
+                # They return all of their state, but not that of functions of the user's.
+                for name, own in vars(value).items():
+                    self._search_functions(root, f".{name}", own)
+            else:
                 if type(value).state_dict is Callback.state_dict:
                     self.stateless.add(root)
                     self.owners[root][""] = value
@@ -115,20 +154,102 @@ class Search:
         if is_passed or depth > MAX_DEPTH or not self._mark_seen(value):
             return
         is_trained = isinstance(value, Tensor) and is_trained_leaf(value)
-        if is_trained or isinstance(value, nn.Module) or has_state(value):
+        if is_generator(value):
+            self.generators[f"{root}{path}"] = value
+        elif is_trained or isinstance(value, nn.Module) or has_state(value):
             self.objects[root][path] = value
+        self._search_inside(root, path, value, depth)
+
+    def _search_inside(self, root: str, path: str, value: Any, depth: int) -> None:
+        """Search what a value holds."""
         if isinstance(value, nn.Module):
             self._search_modules(root, path, value, depth)
-        elif isinstance(value, _FUNCTIONS):
+        elif isinstance(value, FUNCTIONS):
+            self._add_function(root, path, value)
             for name, item in _parts_of_function(value):
                 self._search(root, f"{path}.{name}", item, depth + 1)
         elif isinstance(value, Mapping | list | tuple | set):
             for key, item in _items_of(value):
                 self._search(root, f"{path}[{key!r}]", item, depth + 1)
         elif not has_state(value) and not _is_library(value):
-            if path and not is_installed(type(value).__module__):
+            if path:
                 self.owners[root][path] = value
+            if is_installed(type(value).__module__) and type(value) not in _OPEN:
+                self.foreign.add((root, path))
             self._search_fields(root, path, value, depth)
+
+    def _search_functions(self, root: str, path: str, value: object) -> None:
+        """Search functions, also in lists and dicts, and nothing else."""
+        if isinstance(value, FUNCTIONS):
+            self._search(root, path, value, 0)
+        elif type(value) in {dict, list, tuple}:
+            for key, item in _items_of(value):
+                self._search_functions(root, f"{path}[{key!r}]", item)
+
+    def _add_function(self, root: str, path: str, value: object) -> None:
+        """Add the variables of a function of the user's own."""
+        function = unwrap(value)
+        if function is not None and not is_installed(function.__module__):
+            self._functions.append(function)
+            if function.__closure__ or function.__defaults__ or vars(function):
+                self.owners[root][path] = of_function(function)
+
+    def add_variables(self, root: str, found: Mapping[str, Variables]) -> None:
+        """Search variables, by path."""
+        self.objects[root], self.owners[root] = {}, dict(found)
+        for path, own in found.items():
+            self._search_fields(root, path, own, 0)
+
+    def add_data(self, name: str, loader: object) -> None:
+        """Search the data sets and samplers of a loader that save no state themselves."""
+        root = DATA
+        self.objects.setdefault(root, {})
+        self.owners.setdefault(root, {})
+        for place, part in walk_parts(loader, has_state):
+            if has_state(part) or not self._mark_seen(part):
+                continue
+            path = f".{name}.{place}".rstrip(".")
+            if _is_library(part):
+                self.owners[root][path] = part
+            if is_installed(type(part).__module__):
+                for field in _OF_LOADER:
+                    own = getattr(part, "__dict__", {}).get(field)
+                    self._search(root, f"{path}.{field}", own, 1)
+            else:
+                self.owners[root][path] = part
+                self._search_fields(root, path, part, 0)
+
+    def add_globals(self) -> None:
+        """Search the variables of modules and classes that the code met so far names."""
+        root = GLOBALS
+        self.objects[root], self.owners[root] = {}, {}
+        names: dict[str, set[str]] = {}
+        kinds, seen = {type(thing) for thing in self._seen.values()}, set[object]()
+        while self._functions or kinds:
+            for kind in kinds - seen:
+                self._functions.extend(find_functions(kind))
+                if not is_installed(kind.__module__):
+                    path = f" {kind.__module__}.{kind.__qualname__}"
+                    self.owners[root][path] = of_class(kind)
+            seen |= kinds
+            kinds = set()
+            while self._functions:
+                function = self._functions.popleft()
+                if function in seen or is_installed(function.__module__):
+                    continue
+                seen.add(function)
+                place, known = function.__module__, len(self._seen)
+                for name, value in find_globals(function):
+                    own = names.setdefault(place, set())
+                    if name not in own:
+                        own.add(name)
+                        self.owners[root][f" {place}"] = of_module(
+                            own, function.__globals__
+                        )
+                        self._search(root, f" {place}.{name}", value, 1)
+                        if isinstance(value, type):
+                            kinds.add(value)
+                kinds |= {type(t) for t in list(self._seen.values())[known:]}
 
     def _search_modules(self, root: str, path: str, top: nn.Module, depth: int) -> None:
         """Search the attributes of a module and of those below it."""
@@ -140,10 +261,13 @@ class Search:
                 place = f"{path}.{name}" if name else path
                 self.owners[root][place] = module
                 self._search_fields(root, place, module, depth)
+                for name in _HOOKS:
+                    for n, hook in enumerate(vars(module).get(name, {}).values()):
+                        self._search(root, f"{place}.{name}[{n}]", hook, depth + 1)
 
     def _search_fields(self, root: str, path: str, owner: object, depth: int) -> None:
         skipped = list_library_fields(owner)
-        for name, value in list(getattr(owner, "__dict__", {}).items()):
+        for name, value in fields_of(owner).items():
             if name not in skipped and type(value) not in SCALARS:
                 self._search(root, f"{path}.{name}", value, depth + 1)
 
@@ -169,9 +293,49 @@ def search_fit(ctx: Context, callbacks: Mapping[str, Callback]) -> Search:
     search.add("model", ctx.model)
     search.add("backward", ctx.backward)
     search.add("step_opt", ctx.step_opt)
+    search.add("batch", getattr(ctx, "read_batch", None))
+    search.add("metrics", _list_functions(callbacks.values()))
+    search.add_variables("ctx", _variables_of(ctx))
+    search.add_data("train", ctx.train_data)
+    for name, loader in ctx.valid_sets.items():
+        search.add_data(name, loader)
     for name, callback in callbacks.items():
         search.add(name, callback)
+    search.add_globals()
     return search
+
+
+def _list_functions(callbacks: Iterable[Callback]) -> list[object]:
+    """Metrics that are functions; the callback of metrics saves those with a state."""
+    sets = [getattr(callback, "metric_set", None) for callback in callbacks]
+    return [
+        metric
+        for own in sets
+        if own is not None
+        for metric in (*own.train.values(), *own.valid.values())
+        if not isinstance(metric, nn.Module)
+    ]
+
+
+def _variables_of(ctx: Context) -> dict[str, Variables]:
+    """What callbacks may write on the context."""
+
+    def read(own: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: v for name, v in own.items() if name not in _OF_SIGNALS}
+
+    replaced: dict[str, Any] = {"loss_fn": Identity(ctx.loss_fn)}
+    found = {"": Variables(lambda: replaced, replaced.__setitem__)}
+    for name in ("buffers", "hparams", "opt_hparams"):
+        own = getattr(ctx, name)
+        found[f".{name}"] = Variables(functools.partial(read, own), own.__setitem__)
+    return found
+
+
+_OF_SIGNALS = frozenset({"signal", "stop_by"})
+"""What an interrupt leaves on the context, which ends with it."""
+
+_OPEN = frozenset({types.SimpleNamespace})
+"""Classes of Python whose objects are the user's own: attributes and nothing else."""
 
 
 def find_loss_modules(loss: object, model: nn.Module) -> list[nn.Module]:
@@ -224,6 +388,8 @@ def list_library_fields(owner: object) -> frozenset[str]:
     """Attributes of an object that are not its own."""
     if isinstance(owner, Optimizer):
         return _OPTIMIZER_FIELDS
+    if isinstance(owner, Variables):
+        return frozenset()
     return _MODULE_FIELDS if isinstance(owner, nn.Module) else frozenset({"ctx"})
 
 

@@ -12,31 +12,35 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from harness.accelerators.kernels import describe_kernels
 from harness.checkpoint.attributes import (
     Attributes,
     capture_attributes,
     copy_attributes,
+    list_changed,
     restore_attributes,
 )
 from harness.checkpoint.callback_matching import describe_callbacks, name_callbacks
 from harness.checkpoint.format import Phase, Position
 from harness.checkpoint.hparams import encode_hparams
 from harness.checkpoint.object_states import (
+    Marks,
     States,
     capture_before_validation,
     capture_metrics,
     capture_objects,
     get_extra_states,
     list_missing,
+    mark_modules,
+    mark_tensors,
     restore_metrics,
     restore_objects,
     set_extra_states,
 )
 from harness.checkpoint.param_groups import describe_groups, name_groups, regroup
 from harness.checkpoint.search import (
+    DATA,
     OPTIMIZERS,
     Search,
     name_parameters,
@@ -51,7 +55,7 @@ from harness.data.tensors import unwrap_tensors
 from harness.pytree import StateDict, as_bytes, map_tensors
 from harness.records import RecordBook, iter_filled, pack_records, unpack_records
 from harness.reshard.consolidated import option_groups, weights_dtype
-from harness.rng import Generator, find_generators, get_rng_state
+from harness.rng import Generators, find_generators, get_rng_state
 
 VALIDATION_EVENTS = (
     "on_valid_begin",
@@ -73,14 +77,20 @@ def get_position(ctx: Context, phase: Phase) -> Position:
     return Position(epoch=ctx.epoch, iter=ctx.trained, step=ctx.step, phase=phase)
 
 
-def get_generators(ctx: Context) -> list[Generator]:
-    """Random generators that hang on loaders, model, loss and callbacks."""
-    return find_generators(
+def get_generators(ctx: Context) -> Generators:
+    """Random generators of loaders, model, loss and callbacks, and of code that they run."""
+    found = find_generators(
         ctx.train_data,
         *ctx.valid_sets.values(),
         ctx.model,
         later=(ctx.loss_fn, *ctx.callbacks),
     )
+    return Generators(found, search_context(ctx).generators)
+
+
+def get_pass_generators(ctx: Context) -> Generators:
+    """Those of the training data first, and all others, which its order may depend on."""
+    return Generators(find_generators(ctx.train_data), search_context(ctx).generators)
 
 
 def search_context(ctx: Context) -> Search:
@@ -88,15 +98,29 @@ def search_context(ctx: Context) -> Search:
     return search_fit(ctx, dict(name_callbacks(ctx.callbacks)))
 
 
-def capture_state(ctx: Context, phase: Phase, attributes: Attributes) -> StateDict:
+@dataclass(frozen=True)
+class FitStart:
+    """What of a fit's own objects was there when it began, to keep only what changes."""
+
+    attributes: Attributes
+    modules: Marks
+
+
+def mark_start(ctx: Context) -> FitStart:
+    """Remember how a fit began; see ``capture_state``."""
+    search = search_context(ctx)
+    return FitStart(copy_attributes(search), mark_modules(search))
+
+
+def capture_state(ctx: Context, phase: Phase, began: FitStart) -> StateDict:
     """Capture all that the rest of a fit depends on; tensors are live.
 
     Parameters
     ----------
     phase
         Where in the epoch this is; see ``Position``.
-    attributes
-        Plain attributes of modules when the fit began.
+    began
+        From ``mark_start``, when the fit began.
 
     Returns
     -------
@@ -120,8 +144,8 @@ def capture_state(ctx: Context, phase: Phase, attributes: Attributes) -> StateDi
     }
     search = search_context(ctx)
     params = name_parameters(ctx.model, search)
-    objects, lost = capture_objects(search, params, states)
-    own, not_kept = capture_attributes(search, attributes)
+    objects, lost = capture_objects(search, params, states, began.modules)
+    own, not_kept = capture_attributes(search, began.attributes)
     state: StateDict = {
         "records": ctx.records,
         "ctx": {
@@ -152,6 +176,8 @@ def capture_state(ctx: Context, phase: Phase, attributes: Attributes) -> StateDi
     state["records"] = pack_records(state["records"])
     if not is_in_pass:
         state |= capture_data(ctx)
+    elif ctx.train_pass.fields:
+        state["pass"]["fields"] = list_changed(ctx.train_pass.fields, began.attributes)
     split_state = getattr(ctx, "split_state", None)
     return state if split_state is None else state | {"split_random": split_state}
 
@@ -170,6 +196,26 @@ def capture_data(ctx: Context) -> StateDict:
     return (
         {"data": {"parts": get_states(parts), "is_at_end": is_at_end}} if parts else {}
     )
+
+
+def mark_pass(ctx: Context) -> None:
+    """Remember the attributes of data sets and samplers before a pass that may be saved."""
+    if ctx.is_saved and ctx.train_pass is not None:
+        ctx.train_pass.fields = copy_attributes(_search_data(ctx))
+
+
+def restore_data_fields(ctx: Context, fields: Attributes) -> None:
+    """Restore attributes of data sets and samplers."""
+    if fields.get(DATA):
+        own = {DATA: fields[DATA]}
+        restore_attributes(_search_data(ctx), own, torch.device("cpu"))
+
+
+def _search_data(ctx: Context) -> Search:
+    """What data sets and samplers hold, as a search of the whole fit finds it."""
+    search = search_context(ctx)
+    search.owners = {DATA: search.owners[DATA]}
+    return search
 
 
 def restore_data(ctx: Context, state: StateDict) -> None:
@@ -245,6 +291,8 @@ def _get_part(root: str, of_callbacks: Container[str]) -> str:
     """Part of a checkpoint that what hangs on a root belongs to."""
     if root in of_callbacks:
         return "callbacks"
+    if root == DATA:  # see ``restore_data_fields``
+        return DATA
     return OPTIMIZERS if root.startswith(f"{OPTIMIZERS}.") else "model"
 
 
@@ -410,7 +458,7 @@ class ValidationStart:
 
     def has_same_tensors(self, model: nn.Module) -> bool:
         """False if validation has changed the model, so that ``rewind`` is not enough."""
-        return self.tensors == _mark_tensors(model)
+        return self.tensors == mark_tensors(model)
 
     def rewind(self, state: StateDict) -> None:
         """Take a state captured in the middle of validation back to its beginning."""
@@ -469,18 +517,8 @@ def mark_validation(ctx: Context) -> None:
             ]
             for name, opt in ctx.optimizers.items()
         },
-        tensors=_mark_tensors(ctx.model),
+        tensors=mark_tensors(ctx.model),
     )
-
-
-def _mark_tensors(model: nn.Module) -> list[tuple[int, int]]:
-    """Address and number of changes of each weight and buffer, to see a change."""
-    return [
-        (tensor.data_ptr(), tensor._version)
-        for tensor in (*model.parameters(), *model.buffers())
-        # DeepSpeed moves the weights of stage 3; a lazy layer has none yet.
-        if not (hasattr(tensor, "ds_id") or is_lazy(tensor) or tensor.is_inference())
-    ]
 
 
 def describe_left_out(model: nn.Module) -> dict[str, list[str]]:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from harness.accelerators.devices import use_in_thread
 from harness.accelerators.host_copies import HostCopies
-from harness.checkpoint.attributes import copy_attributes
 from harness.checkpoint.format import (
     Manifest,
     Phase,
@@ -30,8 +29,8 @@ from harness.checkpoint.format import (
 from harness.checkpoint.state import (
     capture_state,
     get_position,
+    mark_start,
     read_description,
-    search_context,
 )
 from harness.context import Context
 from harness.pytree import flatten
@@ -111,7 +110,7 @@ class CheckpointWriter:
         self.folder, self._ctx = folder.absolute(), ctx
         self._rank = ctx.accelerator.rank
         ctx.is_saved = True
-        self._attributes = copy_attributes(search_context(ctx))
+        self._start_of_fit = mark_start(ctx)
         self._copies = HostCopies()
         self._temporary: Path | None = None
         self._is_idle: threading.Event | None = None  # while a thread works
@@ -141,7 +140,7 @@ class CheckpointWriter:
         TypeError
             If a callback's state holds what cannot be written; the error names its path.
         """
-        state = capture_state(self._ctx, phase, self._attributes)
+        state = capture_state(self._ctx, phase, self._start_of_fit)
         manifest = describe_checkpoint(self._ctx, get_position(self._ctx, phase))
         plan, live = flatten(state)
         is_known = is_convertible(state["accelerator"])

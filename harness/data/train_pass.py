@@ -24,6 +24,7 @@ from harness.data.stateful import (
 from harness.data.workers import iter_batches
 from harness.pytree import StateDict, find_unkept_kind
 from harness.rng import (
+    Generators,
     derive_stream,
     find_generators,
     get_cpu_rng_state,
@@ -46,6 +47,8 @@ class TrainPass:
         Its ``window`` is set before the first batch of each optimizer step.
     epoch : >= 1
         Passed to samplers and data sets that have ``set_epoch``.
+    generators
+        Random generators that the order may depend on; None: those of the loader.
     is_after_end
         Whether the pass before has read all of its data.
 
@@ -62,6 +65,8 @@ class TrainPass:
         Whether this pass has read all data, as far as a part of the loader saves its state.
     notes
         What a resume reports on data sets and samplers that save their state.
+    fields
+        Attributes of other data sets and samplers before the pass.
 
     Notes
     -----
@@ -82,6 +87,7 @@ class TrainPass:
         loader: Any,
         accelerator: Accelerator,
         epoch: int,
+        generators: Generators | None = None,
         *,
         is_saved: bool = True,
         is_after_end: bool = False,
@@ -92,7 +98,9 @@ class TrainPass:
             loader, "load_state_dict"
         )
         set_epoch(loader, epoch)
-        self._generators = find_generators(loader)
+        self._generators = (
+            Generators(find_generators(loader)) if generators is None else generators
+        )
         self._start_state: StateDict | None = None
         self._left_at: dict[str, int] = {}
         self._apart: _SeparateStream | None = None
@@ -105,6 +113,7 @@ class TrainPass:
         self._saved_parts: StateDict = {}
         self._is_after_end = is_after_end
         self.notes: list[Note] = []
+        self.fields: StateDict = {}
 
     def state_dict(self) -> StateDict:
         """Random state before the first batch, or the state of the loader."""

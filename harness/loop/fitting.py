@@ -7,7 +7,11 @@ from typing import Any
 
 import torch
 
-from harness.checkpoint.state import get_generators
+from harness.checkpoint.state import (
+    get_generators,
+    get_pass_generators,
+    mark_pass,
+)
 from harness.context import Context
 from harness.data.pace import NO_LIMIT, validates_now
 from harness.data.train_pass import TrainPass
@@ -83,7 +87,8 @@ def begin_epoch(ctx: StepContext) -> None:
     ctx.training = True
     if ctx.resume is not None:
         ctx.resume.restore_before_epoch(ctx)
-    ctx.epoch_start = get_rng_state(get_generators(ctx), ctx.device)
+    if ctx.is_saved:
+        ctx.epoch_start = get_rng_state(get_generators(ctx), ctx.device)
     ctx.call_callbacks("on_epoch_begin")
 
 
@@ -97,6 +102,7 @@ def train_epoch(ctx: StepContext) -> None:
         ctx.train_data,
         ctx.accelerator,
         ctx.epoch or 1,
+        get_pass_generators(ctx) if ctx.is_saved or ctx.resume is not None else None,
         is_saved=ctx.is_saved,
         is_after_end=ctx.is_data_at_end,
     )
@@ -162,6 +168,7 @@ def start_batches(ctx: Context) -> Iterator[Any]:
     train_pass = ctx.train_pass
     assert train_pass is not None
     if resume is None:
+        mark_pass(ctx)
         return train_pass.start()
     if resume.is_after_training(ctx):
         switch_optimizers(ctx, is_training=False)  # as they were when it was saved
@@ -172,6 +179,7 @@ def start_batches(ctx: Context) -> Iterator[Any]:
         resume.restore_random(ctx)
         return iter(())
     resume.restore_pass(ctx)
+    mark_pass(ctx)
     batches = train_pass.start()
     resume.restore_random(ctx)
     # The saved fit may have ended by a number of steps.

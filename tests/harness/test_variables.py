@@ -1,0 +1,332 @@
+"""State that code keeps beside its objects, in fits that are stopped and resumed."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import queue
+import random
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from decimal import Decimal
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader, Dataset, Sampler, WeightedRandomSampler
+
+import harness
+from harness.accelerators.single import SingleDevice
+from harness.callbacks import LRScheduler, ModelCheckpoint, ResumeFromCheckpoint
+from harness.checkpoint.format import list_checkpoints, read_rank
+from tests.harness.stops import Line, StopAt, X, Y, sgd
+
+CALLS, SEEN = 0, [0]
+RANDOM: Any = None
+FROZEN: Any = None
+
+
+class Stage(Enum):
+    EARLY = 1
+    LATE = 2
+
+
+def begin() -> None:
+    """Set the variables of this module as when it was imported."""
+    global CALLS, RANDOM, FROZEN
+    CALLS, RANDOM, FROZEN = 0, np.random.default_rng(3), nn.Linear(50, 50)
+    SEEN[:] = [0]
+    Model.passes = 0
+    weigh.count = 0  # type: ignore[attr-defined]
+    weigh.__defaults__ = ([],)
+
+
+def weigh(seen: list[int] = []) -> float:  # noqa: B006  it keeps state
+    """Called by the loss: state in an attribute, a default and this module."""
+    global CALLS
+    CALLS += 1
+    weigh.count += 1  # type: ignore[attr-defined]
+    seen.append(1)
+    SEEN.append(CALLS)
+    return 1 + 0.01 * (CALLS + len(seen) + len(SEEN)) + float(RANDOM.random())
+
+
+@dataclass(slots=True)
+class Slots:
+    count: int = 0
+
+
+class Model(Line):
+    """State in a class, a hook, slots, and attributes that share memory."""
+
+    passes = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slots, self.space = Slots(), types.SimpleNamespace(count=0)
+        self.stage, self.text = Stage.EARLY, b""
+        self.log: list[int] = []
+        self.logs = {"all": self.log}
+        self.one = torch.zeros(3)
+        self.two = self.one[1:]
+        self.late: Any = None
+        self.part: Any = None
+        self.view: Any = None
+        self.fc.register_forward_hook(self.make_hook())
+
+    @staticmethod
+    def make_hook() -> Callable[..., torch.Tensor]:
+        state = {"count": 0}
+        noise = torch.Generator().manual_seed(5)
+
+        def hook(module, inputs, output):
+            state["count"] += 1
+            noisy = torch.rand((), generator=noise)
+            return output * (1 + 0.01 * state["count"] + 0.01 * noisy)
+
+        return hook
+
+    def forward(self, x):
+        if self.training:
+            Model.passes += 1
+            self.slots.count, self.space.count = Model.passes, Model.passes
+            self.stage = Stage.LATE if Model.passes > 1 else Stage.EARLY
+            self.text += b"x"
+            self.log.append(1)
+            self.two += 1
+            if self.view is None:
+                self.view = self.fc.weight.detach()[:, 1:3]
+                self.late = torch.zeros(2)
+                self.part = self.late[:1]
+            self.part += 1
+        pred = super().forward(x)
+        if self.view is not None:
+            pred = pred + 0.01 * (self.view.sum() + self.late.sum())
+        counts = self.slots.count + self.space.count + len(self.logs["all"])
+        counts += len(self.text) + self.stage.value + int(self.one.sum())
+        return pred * (1 + 0.01 * counts)
+
+
+def make_loss() -> Callable[..., torch.Tensor]:
+    count, state = 0, {"mean": torch.zeros(())}
+    draw = random.Random(4)
+
+    def loss(pred, target):
+        nonlocal count
+        count += 1
+        own = (pred - target).pow(2).mean() * weigh() * (1 + 0.1 * draw.random())
+        state["mean"] = 0.9 * state["mean"] + 0.1 * own.detach()
+        assert FROZEN is not None  # a module that the fit does not change
+        return own / (1 + state["mean"] + 0.01 * count)
+
+    return loss
+
+
+def make_schedule() -> Callable[[int], float]:
+    state = {"count": 0}
+
+    def schedule(_: int) -> float:
+        state["count"] += 1
+        return 1 / state["count"]
+
+    return schedule
+
+
+class Shares(torch.optim.Optimizer):
+    """Shares groups and state with the optimizer that it wraps."""
+
+    def __init__(self, params, lr=0.05) -> None:
+        self.base = torch.optim.Adam(params, lr=lr)
+        self.param_groups, self.state = self.base.param_groups, self.base.state
+        self.defaults = self.base.defaults
+
+    def step(self, closure=None):
+        self.base.step()
+
+
+class Rows(Dataset):
+    """Counts, keeps what it drew, and has a level that a callback changes."""
+
+    def __init__(self) -> None:
+        self.num_reads, self.level = 0, 1.0
+        self.kept: dict[int, torch.Tensor] = {}
+        self.names = [{"row": row} for row in range(5000)]
+
+    def __len__(self) -> int:
+        return len(X)
+
+    def __getitem__(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
+        self.num_reads += 1
+        if row not in self.kept:
+            self.kept[row] = torch.rand(())
+        noise = self.kept[row] + 0.001 * self.num_reads
+        return X[row] * self.level + noise, Y[row]
+
+
+class Order(Sampler[int]):
+    """Another order in each epoch, from numbers of its own."""
+
+    def __init__(self) -> None:
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(X)
+
+    def __iter__(self) -> Iterator[int]:
+        self.epoch += 1
+        draws = torch.Generator().manual_seed(self.epoch)
+        own = RANDOM.integers(1 << 30)
+        return iter(((torch.randperm(len(X), generator=draws) + own) % len(X)).tolist())
+
+
+class Levels(harness.Callback):
+    """Changes the data and the context; it has no number of its own."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+
+    def on_train_batch_end(self) -> None:
+        self.rows.level *= 0.95
+        self.ctx.buffers["count"] = self.ctx.buffers.get("count", 0) + 1
+        self.ctx.model.fc.bias.data += 0.001 * self.ctx.buffers["count"]
+
+
+def run(data: Any, *callbacks: Any, seed: int = 1) -> dict[str, Any]:
+    """Fit, and tell the weights, the losses and what is kept elsewhere."""
+    learner = harness.setup(Model, loss=make_loss(), optimizer=Shares)
+    found: list[Any] = []
+
+    class Look(harness.Callback):
+        def on_fit_end(self) -> None:
+            found.append(self.ctx.opt)
+
+    fitted = learner.fit(
+        data,
+        4,
+        callbacks=[
+            LRScheduler(LambdaLR, lr_lambda=make_schedule()),
+            Look(),
+            *callbacks,
+        ],
+        accelerator=SingleDevice("cpu"),
+        seed=seed,
+        tracker=False,
+        verbose=False,
+    )
+    model: Any = fitted.model
+    opt = found[0]
+    assert opt.state is opt.base.state
+    assert opt.param_groups is opt.base.param_groups
+    names = ("slots", "space", "stage", "text", "logs", "one", "two", "late", "part")
+    return {
+        "weights": {n: p.tolist() for n, p in model.state_dict().items()},
+        "state": [
+            own.tolist() for entry in opt.state.values() for own in entry.values()
+        ],
+        "records": fitted.records["metrics"],
+        "module": (CALLS, SEEN, RANDOM.bit_generator.state, weigh.__defaults__),
+        "model": {name: repr(getattr(model, name)) for name in names},
+        "shared": model.logs["all"] is model.log,
+        "views": (
+            model.view.data_ptr() - model.fc.weight.data_ptr(),
+            model.part.data_ptr() - model.late.data_ptr(),
+        ),
+    }
+
+
+def make_data(rows: Rows) -> DataLoader:
+    return DataLoader(rows, 12, sampler=Order())
+
+
+def stop_and_resume(folder: Path, stop: int) -> dict[str, Any]:
+    begin()
+    rows = Rows()
+    save = ModelCheckpoint(folder, every_n_epochs=0)
+    run(make_data(rows), Levels(rows), save, StopAt(stop))
+    begin()
+    rows = Rows()
+    resume = ResumeFromCheckpoint(folder, strict=True)
+    found = run(make_data(rows), Levels(rows), resume, seed=9)
+    return {**found, "rows": [rows.num_reads, rows.level]}
+
+
+@pytest.mark.parametrize("stop", [3, 4])
+def test_resume_with_state_in_code_and_data_equals_the_unbroken_fit(tmp_path, stop):
+    begin()
+    rows = Rows()
+    whole = run(make_data(rows), Levels(rows))
+    whole["rows"] = [rows.num_reads, rows.level]
+    resumed = stop_and_resume(tmp_path, stop)
+    for name, expected in whole.items():
+        assert repr(resumed[name]) == repr(expected), name
+    state = read_rank(list_checkpoints(tmp_path)[0], 0)
+    assert "globals" not in state["held"]  # the frozen module has not changed
+    assert state["not_kept"] == {}
+
+
+def test_weights_of_a_sampler_of_torch_are_resumed(tmp_path):
+    class Favors(harness.Callback):
+        def __init__(self, sampler: WeightedRandomSampler) -> None:
+            self.sampler = sampler
+
+        def on_epoch_end(self) -> None:
+            self.sampler.weights[:3] *= 3
+
+    def fit_weighted(*callbacks: Any) -> Any:
+        sampler = WeightedRandomSampler(torch.ones(24), 24)  # type: ignore[arg-type]
+        data = DataLoader(torch.utils.data.TensorDataset(X, Y), 12, sampler=sampler)
+        own = [Favors(sampler), *callbacks]
+        return sgd().fit(data, 3, callbacks=own, seed=1, tracker=False, verbose=False)
+
+    whole = fit_weighted().model.fc.weight
+    fit_weighted(ModelCheckpoint(tmp_path, every_n_epochs=0), StopAt(3))
+    assert torch.equal(
+        fit_weighted(ResumeFromCheckpoint(tmp_path)).model.fc.weight, whole
+    )
+
+
+class Untold(Line):
+    """What a checkpoint cannot hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = itertools.count()
+        self.act: Callable[[torch.Tensor], torch.Tensor] = torch.tanh
+        self.price = Decimal(1)
+        self.queue: queue.Queue[int] = queue.Queue()
+
+    @functools.lru_cache(maxsize=8)  # noqa: B019  a program of a user
+    def noise(self, num: int) -> float:
+        return float(torch.rand(()))
+
+    def forward(self, x):
+        self.price, self.act = self.price * 2, torch.relu
+        self.queue.put(next(self.numbers))
+        return self.act(super().forward(x)) + self.noise(len(x))
+
+
+class Replaces(harness.Callback):
+    def on_train_batch_end(self) -> None:
+        self.ctx.loss_fn = nn.L1Loss()
+
+
+def test_state_that_no_checkpoint_holds_is_named(tmp_path):
+    data: Any = (X, Y)
+    own = [Replaces(), ModelCheckpoint(tmp_path)]
+    sgd(Untold).fit(data, 1, callbacks=own, tracker=False, verbose=False)
+    notes = read_rank(list_checkpoints(tmp_path)[0], 0)["not_kept"]
+    place, cannot = f"globals {__name__}", "a checkpoint cannot hold a value of type"
+    assert notes == {
+        "model.numbers": "nothing tells the position of an iterator; keep a count instead",
+        "model.price": f"{cannot} Decimal; keep a number or a text",
+        "model.act": f"{cannot} builtin_function_or_method; keep a number or a text",
+        "model.queue": "it is a Queue of queue, without state_dict",
+        f"{place}.Untold.noise": "it keeps results, which will be computed again",
+        "ctx.loss_fn": "the fit replaced it by another L1Loss",
+    }
