@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 import urllib.parse
@@ -281,17 +282,35 @@ def _join_words(*tables: pa.Table) -> pa.Table:
 def _write_file(rows: _Rows, suffix: str, system: Any, place: str) -> None:
     """Write a file, which is seen whole or not at all; its folder is made."""
     parent = place.rpartition("/")[0]
-    if parent:
-        system.create_dir(parent, recursive=True)
-    if not isinstance(system, fs.LocalFileSystem):
+    path, is_local = Path(place), isinstance(system, fs.LocalFileSystem)
+    with _name_place(place):
+        if parent:
+            system.create_dir(parent, recursive=True)
+        is_folder = is_local and path.is_dir()
+    if not is_local:
         _send(rows, suffix, system, place)
         return
-    path = Path(place)
-    if path.is_dir():
+    if is_folder:
         msg = f"export({place!r}): expected a file, got {describe_path(path)}."
         raise IsADirectoryError(f"{msg} Choose another name.")
     with replace_file(path) as temporary:
+        with _name_place(place):
+            temporary.touch()
         _write(rows, suffix, temporary)
+
+
+@contextlib.contextmanager
+def _name_place(place: str) -> Iterator[None]:
+    """Say which target cannot be written, if the block fails for it."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise type(error)(
+            error.errno,
+            f"export({place!r}): expected a place that can be written, got {reason}. "
+            "Choose another one.",
+        ) from error
 
 
 def _send(rows: _Rows, suffix: str, system: Any, place: str) -> None:

@@ -324,6 +324,16 @@ def test_partition_of_another_filesystem_is_replaced_whole_or_stays(run):
         assert pyarrow.parquet.ParquetFile(file).read().num_rows == table.num_rows + 1
 
 
+def test_export_to_a_place_that_cannot_be_written_names_it(run, tmp_path):
+    (tmp_path / "taken").write_text("x")
+    message = r"export\('.*taken.*'\): expected a place that can be written, got .*"
+    for name in ("taken/all.csv", "taken/deep/all.parquet", "taken/folder"):
+        with pytest.raises(OSError, match=message):
+            export(run, tmp_path / name)
+    with pytest.raises(OSError, match="expected a place that can be written, got File"):
+        export(run, tmp_path / f"{'n' * 250}.parquet")  # with room for no more
+
+
 def test_export_to_an_unknown_kind_of_address_is_refused(run):
     with pytest.raises(ValueError, match=r"an address that pyarrow knows, got Unrec"):
         export(run, "nope://bucket/x.parquet")

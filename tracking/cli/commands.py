@@ -444,7 +444,7 @@ def verify(
 
 @click.command()
 @run_argument("names", nargs=-1, metavar="[RUN...]")
-@click.option("--port", default=5000, show_default=True,
+@click.option("--port", type=click.IntRange(0, 65535), default=5000, show_default=True,
               help="Port of the server; 0 picks a free one.")  # fmt: skip
 @click.option("--open", "opens", is_flag=True, help="Open the page in a browser.")
 @_common_options

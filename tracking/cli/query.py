@@ -167,7 +167,8 @@ def check_name(place: str, name: str, known: list[str]) -> None:
     """Refuse a name that no run has."""
     if name in known:
         return
-    near = difflib.get_close_matches(name, known, n=1)
+    near = [one for one in known if name and one.endswith((f".{name}", f"/{name}"))]
+    near = near or difflib.get_close_matches(name, known, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     names = f" There are: {', '.join(known)}." if len(known) <= 20 else ""
     raise ValueError(

@@ -26,7 +26,7 @@ from tracking.delivery.process import (
     Surroundings,
     set_group_niceness,
 )
-from tracking.delivery.state import DeliveryState
+from tracking.delivery.state import DeliveryState, rows_behind
 from tracking.errors import (
     DeliveryError,
     get_terminal_width,
@@ -150,6 +150,11 @@ class RunDelivery:
     def read_state(self) -> DeliveryState:
         """How far the delivery is."""
         return DeliveryState.read_or_new(self.run_path)
+
+    def is_behind(self) -> bool:
+        """Whether MLflow is missing anything; ``harness sync`` may have sent it meanwhile."""
+        state = self.read_state()
+        return state.phase != "done" or rows_behind(self.run_path, state) > 0
 
     def wait_for_run_id(self, timeout_s: float) -> str:
         """Wait until delivery has created the MLflow run; return its id."""
@@ -307,7 +312,7 @@ def wait_at_end() -> None:
     with _catch_interrupt() as is_interrupted:
         limit_s = max((run.wait_s for run in runs), default=0.0)
         _wait_for(runs, limit_s, is_enough=is_interrupted, is_last=True)
-        _report_unsent([run for run in runs if not run.is_done])
+        _report_unsent([run for run in runs if not run.is_done and run.is_behind()])
         _report_thinned(_deliveries.thinned)
 
 

@@ -183,11 +183,14 @@ class StoreClient:
 
     def find_runs(self, experiment_id: str, tag: str, value: str) -> list[MlflowRun]:
         """Active runs of an experiment that have a tag, newest first."""
+        operator, pattern = "=", value
+        if "'" in value:  # a filter cannot quote it: any letter matches at its place
+            operator, pattern = "LIKE", value.replace("'", "_")
         with self._call():
             runs = self._client.search_runs(
-                [experiment_id], f"tags.`{tag}` = '{value}'", max_results=100
+                [experiment_id], f"tags.`{tag}` {operator} '{pattern}'", max_results=100
             )
-        return [self._take(run) for run in runs]
+        return [self._take(run) for run in runs if run.data.tags.get(tag) == value]
 
     def run(self, run_id: str) -> MlflowRun:
         """Read a run.

@@ -145,6 +145,7 @@ def test_list_can_choose_and_sort_runs(call, three, words, names):
     ("words", "message"),
     [
         (["--where", "valid/los < 1"], "Did you mean 'valid/loss'"),
+        (["--where", "lr < 1"], "Did you mean 'params.lr'"),
         (["--where", "valid/loss <"], "expected a value after valid/loss <"),
         (["--where", "(" * 5000], "expected fewer 'not' and"),
         (["--where", "valid/loss"], "expected an operator after 'valid/loss'"),
@@ -720,6 +721,7 @@ def test_ui_of_several_runs_shows_them_side_by_side(call, two, monkeypatch):
         state.write(run.path)
     page = call("ui", first.id).output
     assert page.startswith(f"{address}/#/experiments/7/runs/a1/model-metrics?")
+    assert "0<=x<=65535" in call("ui", first.id, "--port", "99999", code=2).stderr
     refused = call("ui", first.id, second.id, code=2).stderr
     assert f"expected a run that MLflow has, got {second.id}." in refused
     replace(state, mlflow_run_id="b2").write(second.path)

@@ -100,6 +100,22 @@ def test_runs_of_a_process_share_a_delivery_and_are_waited_for_at_its_end(
     ]
 
 
+def test_run_that_something_else_has_delivered_is_behind_no_more(tmp_path):
+    run = tracking.start(runs_dir=tmp_path, delivery=False)
+    run.log_metric("x", 1.0, index=1)
+    delivery = RunDelivery(run.path)
+    assert delivery.is_behind()  # it gave up before it wrote a state
+    state = DeliveryState(phase="gave up", delivered=-1)
+    state.write(run.path)
+    assert delivery.is_behind()
+    state.phase, state.delivered = "done", run.position()
+    state.write(run.path)  # as "harness sync" does
+    assert not delivery.is_behind()
+    run.log_metric("x", 2.0, index=2)
+    run.finish()
+    assert delivery.is_behind()
+
+
 KILLED = """
 with tracking.start(runs_dir="runs", experiment="digits") as run:
     run.log_metric("x", 1.0, index=1)

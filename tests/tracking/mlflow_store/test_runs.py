@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
 from tests.tracking.stores import execute_sql
@@ -38,6 +40,24 @@ def test_deleted_run_stays_deleted_and_sync_creates_a_new_one(
     second = deliver(run.path, store, is_sync=True)
     assert second.state.mlflow_run_id != first.state.mlflow_run_id
     assert in_mlflow(store, second.state.mlflow_run_id) == in_journal(run.path)
+
+
+def test_copies_with_a_quotation_mark_in_their_name_are_told_apart(
+    record, deliver, store
+):
+    run = record()
+    run.log_curve(3)
+    run.run.finish()
+    ids = {}
+    for name in ("it's a copy", "it_s a copy"):
+        copy = run.path.with_name(name)
+        shutil.copytree(run.path, copy)
+        ids[name] = deliver(copy, store).state.mlflow_run_id
+    assert len(set(ids.values())) == 2
+    for name, id_ in ids.items():
+        copy = run.path.with_name(name)
+        shutil.rmtree(copy / "delivery")
+        assert deliver(copy, store).state.mlflow_run_id == id_
 
 
 def test_deleted_experiment_is_an_error(record, deliver, store, client):
