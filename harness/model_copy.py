@@ -12,7 +12,7 @@ from types import CellType, FunctionType, MethodType
 from typing import Any
 from weakref import ref
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from harness.pytree import iter_tensors
@@ -161,42 +161,6 @@ def _move_cell(cell: CellType, memo: dict[int, Any]) -> CellType:
         return cell
     moved = _move_function(held, memo)
     return cell if moved is held else CellType(moved)
-
-
-@contextmanager
-def refuse_gradients(original: nn.Module, model: nn.Module) -> Iterator[None]:
-    """Refuse a backward that computes gradients of what the model is a copy of.
-
-    Raises
-    ------
-    ValueError
-        In the backward, if the loss, or a hook or step, uses the original model.
-    """
-    hook: Any = Tensor.register_post_accumulate_grad_hook
-    trained = [param for param in original.parameters() if param.requires_grad]
-    is_copy = original is not model
-    handles = [hook(param, lambda _: _refuse(original)) for param in trained if is_copy]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def check_parameters_of_loss(params: Iterable[Tensor], original: nn.Module) -> None:
-    """Check that a loss does not train what the model of a fit is a copy of."""
-    own = set(map(id, original.parameters()))
-    if any(param.requires_grad and id(param) in own for param in params):
-        _refuse(original)
-
-
-def _refuse(original: nn.Module) -> None:
-    kind = type(original).__name__
-    msg = "loss: expected gradients of the model of this fit only, got some of the"
-    why = f"{kind} that setup was called with, which each fit copies."
-    advice = "Write the loss as a method of the model, or use ctx.model in a callback."
-    fixed = "For fixed weights, use copy.deepcopy(model)."
-    raise ValueError(f"{msg} {why} {advice} {fixed}")
 
 
 @contextmanager

@@ -132,10 +132,15 @@ class Search:
         else:
             self._search(root, "", value, 0)
 
-    def add_optimizer(self, root: str, opt: object) -> None:
-        """Search the attributes of an optimizer, which are no part of its ``state_dict``."""
-        self.objects[root], self.owners[root] = {}, {"": opt}
-        self._search_fields(root, "", opt, 0)
+    def add_fields(self, root: str, owner: object) -> None:
+        """Search the attributes of an object, such as an optimizer, and not its own state."""
+        self.objects[root], self.owners[root] = {}, {"": owner}
+        self._search_fields(root, "", owner, 0)
+
+    @property
+    def seen(self) -> frozenset[int]:
+        """Ids of all objects that were met."""
+        return frozenset(self._seen)
 
     def iter_objects(self) -> Iterator[tuple[str, str, Any]]:
         """Yield root, path and object of each of `objects`."""
@@ -288,7 +293,7 @@ def search_fit(ctx: Context, callbacks: Mapping[str, Callback]) -> Search:
     search = Search(saved)
     for name, opt in own.items():
         if not _is_library(opt):
-            search.add_optimizer(f"{OPTIMIZERS}.{name}", opt)
+            search.add_fields(f"{OPTIMIZERS}.{name}", opt)
     search.add("loss", ctx.loss_fn)
     search.add("model", ctx.model)
     search.add("backward", ctx.backward)
@@ -342,6 +347,17 @@ def find_loss_modules(loss: object, model: nn.Module) -> list[nn.Module]:
     """Modules with the state of a loss: itself, or what it holds; not those of the model."""
     found = search_loss(loss, model).objects["loss"].values()
     return [thing for thing in found if isinstance(thing, nn.Module)]
+
+
+def list_references(user: object) -> frozenset[int]:
+    """Ids of the objects that one refers to, by its attributes and its class's methods."""
+    search = Search()
+    search.add_fields("", user)
+    for kind in type(user).__mro__:
+        if kind.__module__.partition(".")[0] not in _FOREIGN:
+            for function in vars(kind).values():
+                search.add("", function)
+    return search.seen
 
 
 def search_loss(loss: object, model: nn.Module) -> Search:

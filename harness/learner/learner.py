@@ -64,6 +64,13 @@ from harness.data.valid_sets import name_sets
 from harness.export.html import as_html
 from harness.export.summary import ModelSummary, summarize
 from harness.fitted import Evaluation, Fitted
+from harness.learner.originals import (
+    WatchOriginals,
+    check_parameters_of_loss,
+    find_originals,
+    refuse_gradients,
+    warn_of_references,
+)
 from harness.learner.result import (
     GATHER_BYTES,
     call_after_fit,
@@ -95,9 +102,7 @@ from harness.loss import (
 from harness.metrics.sets import MetricSet, as_metric_set
 from harness.model_copy import (
     build_unshared,
-    check_parameters_of_loss,
     keep_buffers,
-    refuse_gradients,
 )
 from harness.reshard.meta_parameters import count_bytes
 from harness.rng import seed_all, share_rng_state
@@ -174,9 +179,9 @@ class Learner:
         ValueError
             If neither the learner nor the model has a loss, or an optimizer.
         """
-        return self.build_with_original()[0]
+        return self._build_with_original()[0]
 
-    def build_with_original(self) -> tuple[nn.Module, nn.Module]:
+    def _build_with_original(self) -> tuple[nn.Module, nn.Module]:
         """As ``build_model``, and what it is a copy of; the same twice if it is none."""
         model, original = build_unshared(self._call_module)
         check_definition(model, self.loss, self.optimizer)
@@ -398,8 +403,9 @@ class Learner:
         is_whole = decide_gather(gather, num_bytes, accelerator, tracker, callbacks)
         loss = make_loss(start_model.loss, model, accelerator.device)
         check_parameters(loss, model, accelerator)
-        of_loss = list_parameters(start_model.loss, model).values()
-        check_parameters_of_loss(of_loss, start_model.original)
+        originals = find_originals(start_model.original, model, self.loss, loss)
+        check_parameters_of_loss(list_parameters(loss, model).values(), originals)
+        watch = [WatchOriginals(originals)] if originals.by_field else []
         trains_loss = getattr(accelerator, "trains_loss", True)
         if self.batch is None:
             check_loss_items(model, loss, num_items(train))
@@ -420,8 +426,11 @@ class Learner:
             limits=limits,
             accelerator=accelerator,
             verbose=verbose,
-            callbacks=add_defaults(default_callbacks(self.metrics), callbacks),
+            callbacks=add_defaults(
+                [*default_callbacks(self.metrics), *watch], callbacks
+            ),
         )
+        warn_of_references(originals, ctx.callbacks, train)
         ctx.backward, ctx.split_state = self._get_backward(ctx), split_state
         # A thousand ranks do not ask git all at once.
         code = {"code": cache(get_code_commit)} if accelerator.is_main else {}
@@ -436,7 +445,7 @@ class Learner:
                     log_description(ctx, seed)
                 if start_model.report is not None and not is_described:
                     report_start(ctx, start_model.name, start_model.report)
-                with record_shapes(ctx), refuse_gradients(start_model.original, model):
+                with record_shapes(ctx), refuse_gradients(originals):
                     loop.fit(ctx)
                 placement = choose_placement(ctx, num_bytes, gather=is_whole)
             options = get_batch_options(train)

@@ -97,10 +97,10 @@ def build_model(
 
     Returns
     -------
-    As ``Learner.build_with_original``.
+    As ``Learner._build_with_original``.
     """
     with accelerator.building():
-        return learner.build_with_original()
+        return learner._build_with_original()
 
 
 def check_trainable(learner: Learner, model: nn.Module) -> None:
