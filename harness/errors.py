@@ -53,7 +53,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class ExportError(Exception):
-    """A model cannot be exported, or the exported one gives other outputs."""
+    """A model cannot be exported, or the exported one gives different outputs."""
 
 
 def unknown_parameter(

@@ -93,7 +93,7 @@ class Evaluation(Mapping[str, Any]):
     """Losses and metrics of one evaluation, by name: ``dict(evaluation)`` has them all.
 
     The name is that of the metric; of several sets, ``<set>/<metric>``. The value of a curve,
-    such as of ``MulticlassROC``, are its points.
+    such as ``MulticlassROC``, is its points.
 
     Attributes
     ----------
@@ -175,7 +175,7 @@ class Fitted:
         Signal that ended the fit early, 2 for Ctrl-C; None without a signal.
     example : object
         Two rows of an input of the fit, on the CPU, as a batch has it: ``export`` and
-        ``summary`` call the model with it. None if it is not known, as of a loaded model.
+        ``summary`` call the model with it. None if it is not known, as for a loaded model.
     best_epoch, best_step : int or None
         Epoch and optimizer step of the weights, if ``KeepBestModel`` restored the best ones.
     unit : ``"epoch"`` or ``"step"``

@@ -221,7 +221,7 @@ def lr_finder(
 ) -> LRFinderResult:
     """Train a new model briefly with a growing learning rate.
 
-    Afterwards the random generators are as they were before, also those of the data.
+    The random generators, also those of the data, are restored afterwards.
 
     Parameters
     ----------

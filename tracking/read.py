@@ -104,7 +104,7 @@ class PastRun:
         return concat_rows(tables) if tables else schema.empty_table()
 
     def snapshot(self, known: SealedBlocks | None = None) -> Snapshot:
-        """Read the records once, to ask several things of them.
+        """Read the records once, and answer several questions from them.
 
         Parameters
         ----------
@@ -140,8 +140,7 @@ class PastRun:
     def params(self) -> dict[str, Any]:
         """Last value of each hyper-parameter.
 
-        One that a later fit has with another value than the first is named after that
-        fit too, such as ``lr_fit2``.
+        A value that a later fit changes is listed under that fit too, such as ``lr_fit2``.
         """
         return self.snapshot().params
 

@@ -28,7 +28,7 @@ def accelerator(
     Parameters
     ----------
     config
-        DeepSpeed's own config: a dict or a JSON file, in DeepSpeed's words. None uses
+        DeepSpeed's own config: a dict or a JSON file, with DeepSpeed's keys. None uses
         DeepSpeed only if a launcher started more than one rank.
     device
         Device of this rank; None takes the best one.
@@ -41,7 +41,7 @@ def accelerator(
     zero_init
         Build the model of a fit under ``deepspeed.zero.Init``: each layer is divided over
         the ranks as soon as it is made, so that no rank ever holds the whole model. Its
-        numbers are the same. Needs ZeRO 3.
+        weights are the same. Needs ZeRO 3.
 
     Returns
     -------

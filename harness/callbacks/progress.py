@@ -38,7 +38,8 @@ class Progress(MetricsListener):
 
     The bar is redrawn at most ten times a second. The table marks the best epoch so far with
     ``*``: by the metric that a callback of the fit monitors, otherwise by the validation
-    loss. If a row does not fit the terminal, each set gets a line. The last lines repeat the
+    loss. If a row does not fit the terminal, each set
+    gets a line. Matrices, such as confusion matrices, are left out. The last lines repeat the
     metrics of the last and the best epoch, and say where the run is and what to type next.
 
     In a fit that validates by steps, the table has a row for each validation. Evaluations
@@ -243,9 +244,13 @@ class Progress(MetricsListener):
         self._write(*self._table.format(heads, values, width, is_best=is_best))
 
     def _format_metrics(self, index: int | None) -> Values:
-        """Return the metrics of each set at an epoch, or step."""
+        """Return the metrics of each set at an epoch, or step, but no matrices."""
         found = {
-            split: self.ctx.get_formatted_metrics(split, index)
+            split: {
+                name: text
+                for name, text in self.ctx.get_formatted_metrics(split, index).items()
+                if not text.startswith("[[")
+            }
             for split in ("train", *self.ctx.valid_sets)
         }
         return {split: metrics for split, metrics in found.items() if metrics}
@@ -274,9 +279,17 @@ class Progress(MetricsListener):
             what = f"{num} epoch{'' if num == 1 else 's'}"
             if self.ctx.pace.unit == "step":
                 what = f"{self.ctx.step} steps"
-            self._write(f"ended  {what} in {format_time(took_s)}")
+            self._write(f"ended  {what} in {format_time(took_s)}{self._tell_monitor()}")
         self._write_last_and_best()
         self._write(*describe_next(self.ctx.run))
+
+    def _tell_monitor(self) -> str:
+        """Say which metric tells the best from the last, if it is not the usual one."""
+        best = self._best
+        if best is None or best.index is None or self._shown[-1:] == [best.index]:
+            return ""
+        is_usual = str(best.monitor).endswith("/loss")
+        return "" if is_usual else f", the best by {best.monitor}"
 
     def _write_last_and_best(self) -> None:
         """Write the metrics of the best epoch, and those of the last if it is another."""

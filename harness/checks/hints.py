@@ -125,7 +125,7 @@ def find_loss_hint(
         return "The model's forward returned None: does it end with 'return'?"
     if isinstance(pred, Mapping | tuple | list) and pred:
         first = repr(next(iter(pred))) if isinstance(pred, Mapping) else "0"
-        way = f"setup(loss=lambda pred, target: loss(pred[{first}], target))"
+        way = f"setup(loss=harness.on(loss, pred={first}))"
         return f"The prediction is a {type(pred).__name__}: {way} takes an item of it."
     return _hint_labels(pred, target, is_loss=True) or _hint_kind(
         pred, target, str(error)

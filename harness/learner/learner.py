@@ -239,7 +239,7 @@ class Learner:
     def build_optimizers(
         self, model: nn.Module, loss: object = None
     ) -> dict[str, Any] | None:
-        """Build the optimizers of a model, as ``setup(optimizer=...)`` or the model says.
+        """Build the optimizers of a model, as ``setup(optimizer=...)`` or the model defines them.
 
         Parameters
         ----------
@@ -327,7 +327,7 @@ class Learner:
             from one validation to the next; None: every epoch. The fit ends with a
             validation. By steps, metrics are recorded at each validation, at its step.
         limit_batches : >= 1, or in (0, 1)
-            Number or fraction of the batches of each pass, to try things; one for all, or a
+            Number or fraction of the batches of each pass, for a quick try: one for all, or a
             dict by set, such as ``{"train": 100, "valid": 10}``.
         callbacks
             Instances of ``harness.Callback``, added to the default ones. One of the class of
@@ -353,8 +353,8 @@ class Learner:
             A ``Fitted`` of this learner is copied whole, as by ``Fitted.fit``.
         strict
             True refuses weights that do not all fit the model. Otherwise those of the same
-            name and shape are loaded, and ``fitted.start`` and the run say which. None: if
-            not all fit, a warning says it too.
+            name and shape are loaded, and ``fitted.start`` and the run say which. None: the
+            same, with a warning if not all fit.
         gather : >= 0
             Whether rank 0 gathers the whole weights in memory at the end. False: they stay
             in a final checkpoint, ``fitted.checkpoint``, next to the fit's other
@@ -469,7 +469,7 @@ class Learner:
         return backward
 
     def with_model(self, model: nn.Module) -> Fitted:
-        """Return a result around a model that was trained elsewhere, without records.
+        """Wrap a model that was trained elsewhere as a result without records.
 
         It evaluates and predicts with the model, and trains a copy of it further.
 
@@ -599,7 +599,7 @@ class Learner:
             On several ranks these are the batches of each rank, in order of their rows.
         mode
             ``"train"`` keeps dropout on, to predict several times, for example. Modes and
-            buffers (BatchNorm's statistics) are afterwards as before.
+            buffers, such as BatchNorm's statistics, are restored afterwards.
         **arguments
             For the model's own ``predict(input, **arguments)``.
 

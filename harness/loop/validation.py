@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from harness.checkpoint.state import get_generators, mark_validation
+from harness.checks.hints import add_hint
 from harness.checks.model import get_method
 from harness.context import Context
 from harness.data.workers import iter_batches
@@ -70,7 +71,7 @@ def valid_epoch(ctx: StepContext) -> None:
     read, fire, step = get_reader(ctx), ctx.call_callbacks, get_step(ctx)
     ctx.training, ctx.data = False, ctx.valid_data
     fire("on_valid_begin")
-    with torch.no_grad(), counting_values(ctx):
+    with torch.no_grad(), counting_values(ctx), _advising_sanity_check(ctx):
         batches = fetch(ctx, iter_batches(ctx.valid_data))
         for number, loaded in enumerate(batches, 1):
             begin_batch(ctx, number, loaded, read)
@@ -88,6 +89,18 @@ def evaluate(ctx: StepContext) -> None:
     add_handlers(ctx)
     with report_exceptions(ctx), suppress_all_handled(ctx):
         validate(ctx)
+
+
+@contextmanager
+def _advising_sanity_check(ctx: Context) -> Iterator[None]:
+    """Tell, where validation fails for the first time, how to know it before an epoch."""
+    try:
+        yield
+    except Exception as error:
+        if ctx.epoch == 1 and ctx.train_data is not None:
+            advice = "callbacks.SanityCheck() validates before the first epoch."
+            add_hint(error, lambda: advice)
+        raise
 
 
 @contextmanager

@@ -445,8 +445,9 @@ def test_exception_in_the_model_tells_where():
     learner = harness.setup(Breaks, loss=nn.MSELoss(), optimizer=torch.optim.SGD)
     with pytest.raises(LookupError, match="no such row") as caught:
         fit(learner, slope(2), valid_data=slope(2))
-    (note,) = caught.value.__notes__
+    note, hint = caught.value.__notes__
     assert note.endswith("epoch 1, iter 1, validation")
+    assert hint.startswith("hint: callbacks.SanityCheck()")
 
 
 def test_exception_with_a_note_of_its_own_still_tells_where():

@@ -338,7 +338,7 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "prediction of several parts": (
         lambda: fit(setup(ReturnsDict)),
-        r"loss=lambda pred, target: loss\(pred\['a'\], target\)",
+        r"setup\(loss=harness.on\(loss, pred='a'\)\) takes an item",
     ),
     "whole numbers for BCEWithLogitsLoss": (
         lambda: fit(setup(loss=nn.BCEWithLogitsLoss()), data=(X, ONE_HOT)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -97,7 +97,7 @@ def describe_origin(run: PastRun, read: Snapshot) -> dict[str, str]:
         "commit": str(git.get("commit") or ""),
         "branch": str(git.get("branch") or ""),
         "code.diff": _describe_file(run.path / "artifacts" / "code.diff"),
-        "command": " ".join(manifest.command),
+        "command": format_command(manifest.command),
         "python": manifest.python,
         "host": manifest.host,
         "devices": ", ".join(manifest.devices),
@@ -109,6 +109,23 @@ def describe_origin(run: PastRun, read: Snapshot) -> dict[str, str]:
             place = f"data {facts.pop('name', context)}"
             found |= {f"{place} {key}".rstrip(): str(facts[key]) for key in facts}
     return {name: text for name, text in found.items() if text}
+
+
+def format_command(words: Sequence[str]) -> str:
+    """Return a command line as it was typed: programs without their folders.
+
+    Examples
+    --------
+    >>> format_command(["/venv/bin/python3", "/venv/bin/harness", "fit", "a.py:run"])
+    'harness fit a.py:run'
+    >>> format_command(["/venv/bin/python3", "train.py"])
+    'python3 train.py'
+    """
+    program, *rest = words or [""]
+    is_script = program.rpartition("/")[2].startswith("python") and rest
+    if is_script and rest[0].startswith("/") and not rest[0].endswith(".py"):
+        program, *rest = rest
+    return " ".join([program.rpartition("/")[2], *rest])
 
 
 def _describe_file(path: Path) -> str:

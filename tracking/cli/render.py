@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from tracking.cli.chart import draw_chart
+from tracking.cli.describe import format_command
 from tracking.cli.query import list_facts
 from tracking.errors import escape_control, is_terminal, write_stderr
 
@@ -214,7 +215,7 @@ def make_details_table(run: dict[str, Any]) -> Table:
         "started": f"{format_time(run['created'])} on {run['host']}",
         "duration": format_duration(run["duration_s"]),
         "resumed": f"{len(run['resumed'])} times" if run["resumed"] else "",
-        "command": " ".join(run["command"]),
+        "command": format_command(run["command"]),
         "folder": run["cwd"],
         "commit": " ".join(str(git[k]) for k in ("commit", "branch") if git.get(k)),
         "changes": "uncommitted, see code.diff" if git.get("dirty") else "",

@@ -32,7 +32,7 @@ KEPT = (
 class SanityCheck(Callback):
     """Validates a few batches before the first epoch, with the step, loss and metrics.
 
-    So an error in validation appears before an epoch is trained. The fit is not affected:
+    An error in validation then appears before an epoch is trained. The fit is not affected:
     records, metrics, random state, buffers of the model and the step counters are as
     without the check, and no other callback is called. A resumed fit is not checked.
 

@@ -399,8 +399,15 @@ def test_table_gets_a_heading_again_when_a_metric_appears():
 def test_progress_marks_the_best_by_what_a_callback_monitors(capsys):
     values = iter([0.5, 0.7, 0.6])
     log = At("on_valid_end", lambda ctx: ctx.log_metric("score", next(values)))
-    found = epoch_lines(capsys, log, KeepBestModel("valid/score", "max"), epochs=3)
+    shown = lines(capsys, log, KeepBestModel("valid/score", "max"), epochs=3)
+    found = [line for line in shown if line.startswith("epoch ")]
     assert [line.endswith("*") for line in found] == [True, True, False]
+    assert "ended  3 epochs in T s, the best by valid/score" in shown
+
+
+def test_progress_leaves_matrices_out(capsys):
+    log = At("on_valid_end", lambda ctx: ctx.log_metric("table", [[1, 2], [3, 4]]))
+    assert not [line for line in lines(capsys, log) if "table" in line]
 
 
 def test_progress_after_a_resume_knows_the_best_of_before(tmp_path, capsys):
