@@ -91,6 +91,9 @@ def __getattr__(name: str) -> Any:
     home = _HOMES.get(name)
     if home is None:
         msg = f"module 'harness' has no attribute {name!r}"
+        if not name.startswith("_"):
+            near = _import_module("harness.events").nearest(name, __all__)
+            msg += f".{near}" if near else ""
         raise AttributeError(msg)
     module = _import_module(f"harness.{home}")
     value = module if home == name else getattr(module, name)

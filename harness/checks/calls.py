@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import inspect
 import math
@@ -34,6 +35,7 @@ def explain_calls(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        __tracebackhide__ = True  # in notebooks and in pytest
         try:
             return function(*args, **kwargs)
         except Exception as error:
@@ -87,12 +89,16 @@ def _hint_arguments(function: Callable[..., object], text: str) -> str:
     """Return how to pass what a call of a function, which failed as `text` says, was given."""
     known = list(get_parameters(function) or {})
     if found := re.search(r"unexpected keyword argument '(\w+)'", text):
-        name = found[1]
-        for names, way in _OTHER_WAYS.items():
-            argument = way.partition("=")[0]
-            if name in names and (argument in known or "set_" in argument):
-                return f"It is {way.format(name)} here."
-        return nearest(name, known).strip()
+        ways = {
+            name: way.format(name)
+            for names, way in _OTHER_WAYS.items()
+            for name in names
+            if "set_" in way or way.partition("=")[0] in known
+        }
+        near = difflib.get_close_matches(found[1], [*known, *ways], 1)
+        if near and near[0] in ways:
+            return f"It is {ways[near[0]]} here."
+        return nearest(found[1], known).strip()
     if "data" in known and re.search(
         r"positional arguments? but|multiple values", text
     ):

@@ -374,7 +374,7 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
     ),
     # --- arguments of other libraries' functions
     "batch_size": (
-        lambda: fit(batch_size=16),
+        lambda: fit(batchsize=16),
         r"It is dataloader_options=\{'batch_size': ...\} here",
     ),
     "device": (
@@ -394,6 +394,10 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
     "input and target": (
         lambda: fit().evaluate(X, Y),  # type: ignore[call-arg]
         r"Data is one argument: \(input, target\)",
+    ),
+    "misspelt name of the package": (
+        lambda: harness.seutp,
+        "module 'harness' has no attribute 'seutp'. Did you mean 'setup'",
     ),
     "prediction before a fit": (
         lambda: setup().predict(X),  # type: ignore[call-arg]

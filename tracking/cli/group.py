@@ -53,8 +53,9 @@ def _suggest_option(error: click.NoSuchOption) -> None:
         error.option_name, error.possibilities or (), 1, 0.7
     )
     error.possibilities = near  # type: ignore[misc]
-    known = error.ctx.command.params if error.ctx else ()
-    if not near and any("--opt" in param.opts for param in known):
+    params = error.ctx.command.params if error.ctx else ()
+    known = {name for param in params for name in param.opts}
+    if not near and known.issuperset({"--opt", "--epochs"}):
         name = error.option_name.lstrip("-")
         ways = f"--opt {name}=VALUE, one of the function --set {name}=VALUE"
         advice = f"An option of the optimizer is given as {ways}."

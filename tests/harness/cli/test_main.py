@@ -48,6 +48,10 @@ def test_unknown_option_is_answered_with_the_near_one_or_the_way(call, words, ex
     assert "--help'?" not in shown
 
 
+def test_unknown_option_of_another_command_gets_no_advice(call):
+    assert "--opt epochs" not in call("resume", "x", "--epochs", "3").output
+
+
 def test_failure_shows_notes_on_its_line_and_hints_below():
     error = RuntimeError("no")
     for note in ("in Net", "epoch 1", "hint: try this", "hint: or that"):
