@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -175,12 +175,26 @@ class Identity:
         return id(self.thing)
 
 
-def find_globals(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
-    """Name and value of the global variables that a function names."""
-    values: Mapping[str, Any] = function.__globals__
-    for name in _names_of(function.__code__):
-        if name in values and not name.startswith("__"):
-            yield name, values[name]
+def find_globals(
+    function: types.FunctionType,
+) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Find the global variables that a function names, in its module and in others.
+
+    Yields
+    ------
+    name of the module, all of its variables, and the name of one of them
+    """
+    names = _names_of(function.__code__)
+    values = function.__globals__
+    modules = {function.__module__: values}
+    for name in names:
+        found = values.get(name)
+        if isinstance(found, types.ModuleType) and not is_installed(found.__name__):
+            modules[found.__name__] = vars(found)
+    for place, own in modules.items():
+        for name in names:
+            if name in own and not name.startswith("__"):
+                yield place, own, name
 
 
 @cache_by_identity

@@ -69,9 +69,10 @@ def convert_position(
     size = _rows_per_batch(ctx.accelerator.world_size, ctx.about)
     rows = position.iter * saved_size
     is_over = position.phase == "valid" and states[0]["pass"] is None
+    if not is_over:
+        _check_order(states, about, ctx)
     if is_over or (about["rows"] and rows >= about["rows"]):
         return replace(position, iter=-(-rows // size))
-    _check_order(states, about, ctx)
     _check_whole_steps(position.iter, saved_size, size, ctx.accelerator.accumulate)
     return replace(position, iter=rows // size)
 

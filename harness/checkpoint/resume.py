@@ -297,6 +297,9 @@ class Resume:
             in_pass is None or in_pass.get("has_workers", False)
         )
         self.report[:0] = compare_parts(ctx.train_data, saved, is_late=is_late)
+        if is_late:
+            note = "persistent workers start new, so their random numbers differ"
+            self.report.append(("loader workers", "missing", note))
         has_own = hasattr(ctx.train_data, "load_state_dict")
         if has_own and in_pass is None and "loader" not in saved:
             text = "the loader's state was not saved, since a limit ended its last pass"
@@ -481,10 +484,6 @@ class Resume:
         self.report += [("random generators", "missing", note) for note in missing]
         done = f"{self.position.iter} batches done"
         self.report.append(("loader position", "restored", done))
-        workers = getattr(ctx.train_data, "persistent_workers", False)
-        if workers and self.position.epoch > 1:
-            note = "persistent workers start new, so their random numbers differ"
-            self.report.append(("loader workers", "missing", note))
         self._show_report(ctx)
 
     def _show_report(self, ctx: Context) -> None:

@@ -7,6 +7,7 @@ own weights. What is found here is saved in a checkpoint, or named there as not 
 from __future__ import annotations
 
 import functools
+import threading
 import types
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -176,7 +177,7 @@ class Search:
         elif isinstance(value, Mapping | list | tuple | set):
             for key, item in _items_of(value):
                 self._search(root, f"{path}[{key!r}]", item, depth + 1)
-        elif not has_state(value) and not _is_library(value):
+        elif not has_state(value) and (type(value) in _OPEN or not _is_library(value)):
             if path:
                 self.owners[root][path] = value
             if is_installed(type(value).__module__) and type(value) not in _OPEN:
@@ -214,7 +215,7 @@ class Search:
             if has_state(part) or not self._mark_seen(part):
                 continue
             path = f".{name}.{place}".rstrip(".")
-            if _is_library(part):
+            if _is_library(part) and not isinstance(part, DataLoader):
                 self.owners[root][path] = part
             if is_installed(type(part).__module__):
                 for field in _OF_LOADER:
@@ -232,10 +233,7 @@ class Search:
         kinds, seen = {type(thing) for thing in self._seen.values()}, set[object]()
         while self._functions or kinds:
             for kind in kinds - seen:
-                self._functions.extend(find_functions(kind))
-                if not is_installed(kind.__module__):
-                    path = f" {kind.__module__}.{kind.__qualname__}"
-                    self.owners[root][path] = of_class(kind)
+                self._add_class(root, kind)
             seen |= kinds
             kinds = set()
             while self._functions:
@@ -243,18 +241,27 @@ class Search:
                 if function in seen or is_installed(function.__module__):
                     continue
                 seen.add(function)
-                place, known = function.__module__, len(self._seen)
-                for name, value in find_globals(function):
+                known = len(self._seen)
+                for place, values, name in find_globals(function):
                     own = names.setdefault(place, set())
-                    if name not in own:
-                        own.add(name)
-                        self.owners[root][f" {place}"] = of_module(
-                            own, function.__globals__
-                        )
-                        self._search(root, f" {place}.{name}", value, 1)
-                        if isinstance(value, type):
-                            kinds.add(value)
+                    if name in own:
+                        continue
+                    own.add(name)
+                    self.owners[root][f" {place}"] = of_module(own, values)
+                    self._search(root, f" {place}.{name}", values[name], 1)
+                    if isinstance(values[name], type):
+                        kinds.add(values[name])
                 kinds |= {type(t) for t in list(self._seen.values())[known:]}
+
+    def _add_class(self, root: str, kind: type) -> None:
+        """Add the attributes of a class of the user's own, and search its functions."""
+        for function in find_functions(kind):
+            place = f" {function.__module__}.{function.__qualname__}"
+            self._search(root, place, function, 1)
+        if not is_installed(kind.__module__):
+            path = f" {kind.__module__}.{kind.__qualname__}"
+            self.owners[root][path] = variables = of_class(kind)
+            self._search_fields(root, path, variables, 1)
 
     def _search_modules(self, root: str, path: str, top: nn.Module, depth: int) -> None:
         """Search the attributes of a module and of those below it."""
@@ -339,7 +346,7 @@ def _variables_of(ctx: Context) -> dict[str, Variables]:
 _OF_SIGNALS = frozenset({"signal", "stop_by"})
 """What an interrupt leaves on the context, which ends with it."""
 
-_OPEN = frozenset({types.SimpleNamespace})
+_OPEN = frozenset({types.SimpleNamespace, threading.local})
 """Classes of Python whose objects are the user's own: attributes and nothing else."""
 
 

@@ -6,6 +6,7 @@ import functools
 import itertools
 import queue
 import random
+import threading
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,11 +26,14 @@ import harness
 from harness.accelerators.single import SingleDevice
 from harness.callbacks import LRScheduler, ModelCheckpoint, ResumeFromCheckpoint
 from harness.checkpoint.format import list_checkpoints, read_rank
+from harness.variables import find_globals
+from tests.harness import stops
 from tests.harness.stops import Line, StopAt, X, Y, sgd
 
 CALLS, SEEN = 0, [0]
 RANDOM: Any = None
 FROZEN: Any = None
+LOCAL = threading.local()
 
 
 class Stage(Enum):
@@ -43,6 +47,8 @@ def begin() -> None:
     CALLS, RANDOM, FROZEN = 0, np.random.default_rng(3), nn.Linear(50, 50)
     SEEN[:] = [0]
     Model.passes = 0
+    Model.draws.seed(6)
+    LOCAL.count = 0
     weigh.count = 0  # type: ignore[attr-defined]
     weigh.__defaults__ = ([],)
 
@@ -66,6 +72,7 @@ class Model(Line):
     """State in a class, a hook, slots, and attributes that share memory."""
 
     passes = 0
+    draws = random.Random(6)
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,6 +102,7 @@ class Model(Line):
     def forward(self, x):
         if self.training:
             Model.passes += 1
+            LOCAL.count += 1
             self.slots.count, self.space.count = Model.passes, Model.passes
             self.stage = Stage.LATE if Model.passes > 1 else Stage.EARLY
             self.text += b"x"
@@ -110,6 +118,7 @@ class Model(Line):
             pred = pred + 0.01 * (self.view.sum() + self.late.sum())
         counts = self.slots.count + self.space.count + len(self.logs["all"])
         counts += len(self.text) + self.stage.value + int(self.one.sum())
+        counts += LOCAL.count + self.draws.random()
         return pred * (1 + 0.01 * counts)
 
 
@@ -185,16 +194,20 @@ class Order(Sampler[int]):
         return iter(((torch.randperm(len(X), generator=draws) + own) % len(X)).tolist())
 
 
-class Levels(harness.Callback):
-    """Changes the data and the context; it has no number of its own."""
+def make_levels(rows: Rows) -> harness.Callback:
+    """A callback that changes the data and the context, and a number of its closure."""
+    num = 0
 
-    def __init__(self, rows: Rows) -> None:
-        self.rows = rows
+    class Levels(harness.Callback):
+        def on_train_batch_end(self) -> None:
+            nonlocal num
+            num += 1
+            rows.level *= 0.95
+            self.ctx.buffers["count"] = self.ctx.buffers.get("count", 0) + 1
+            change = 0.001 * (num + self.ctx.buffers["count"])
+            self.ctx.model.fc.bias.data += change
 
-    def on_train_batch_end(self) -> None:
-        self.rows.level *= 0.95
-        self.ctx.buffers["count"] = self.ctx.buffers.get("count", 0) + 1
-        self.ctx.model.fc.bias.data += 0.001 * self.ctx.buffers["count"]
+    return Levels()
 
 
 def run(data: Any, *callbacks: Any, seed: int = 1) -> dict[str, Any]:
@@ -248,11 +261,11 @@ def stop_and_resume(folder: Path, stop: int) -> dict[str, Any]:
     begin()
     rows = Rows()
     save = ModelCheckpoint(folder, every_n_epochs=0)
-    run(make_data(rows), Levels(rows), save, StopAt(stop))
+    run(make_data(rows), make_levels(rows), save, StopAt(stop))
     begin()
     rows = Rows()
     resume = ResumeFromCheckpoint(folder, strict=True)
-    found = run(make_data(rows), Levels(rows), resume, seed=9)
+    found = run(make_data(rows), make_levels(rows), resume, seed=9)
     return {**found, "rows": [rows.num_reads, rows.level]}
 
 
@@ -260,7 +273,7 @@ def stop_and_resume(folder: Path, stop: int) -> dict[str, Any]:
 def test_resume_with_state_in_code_and_data_equals_the_unbroken_fit(tmp_path, stop):
     begin()
     rows = Rows()
-    whole = run(make_data(rows), Levels(rows))
+    whole = run(make_data(rows), make_levels(rows))
     whole["rows"] = [rows.num_reads, rows.level]
     resumed = stop_and_resume(tmp_path, stop)
     for name, expected in whole.items():
@@ -330,3 +343,12 @@ def test_state_that_no_checkpoint_holds_is_named(tmp_path):
         f"{place}.Untold.noise": "it keeps results, which will be computed again",
         "ctx.loss_fn": "the fit replaced it by another L1Loss",
     }
+
+
+def test_variables_of_other_modules_are_found_where_code_names_them():
+    def use() -> Any:
+        return stops.fit, np.zeros, CALLS
+
+    names = {f"{place}.{name}" for place, _, name in find_globals(use)}
+    assert {f"{stops.__name__}.fit", f"{__name__}.CALLS", f"{__name__}.stops"} <= names
+    assert not any(name.startswith("numpy.") for name in names)

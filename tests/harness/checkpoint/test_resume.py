@@ -19,6 +19,7 @@ from torchmetrics.regression import R2Score
 import harness
 from harness.accelerators.single import SingleDevice
 from harness.callbacks import LRScheduler, ModelCheckpoint, ResumeFromCheckpoint
+from harness.checkpoint.format import list_checkpoints
 from harness.errors import CheckpointError
 from tests.harness.exact import (
     BATCHES,
@@ -29,11 +30,13 @@ from tests.harness.exact import (
     WITH_WORKERS,
     Case,
     Conv,
+    OwnPosition,
     Stream,
     X,
     Y,
     differences,
     fit,
+    loader,
     rewritten,
     sgd,
 )
@@ -634,3 +637,31 @@ def test_resume_with_other_kernels_tells_and_strict_refuses_it(tmp_path):
     finally:
         torch.use_deterministic_algorithms(False)
     fit(2, resume(tmp_path, strict=True))
+
+
+def test_strict_refuses_persistent_workers_that_start_new(tmp_path):
+    def train(epochs, *callbacks):
+        data = loader(num_workers=1, persistent_workers=True)
+        sgd().fit(data, epochs, callbacks=callbacks, tracker=False, verbose=False)
+
+    train(1, ModelCheckpoint(tmp_path))
+    with pytest.raises(
+        CheckpointError, match=r"strict: .*persistent workers start new"
+    ):
+        train(2, ResumeFromCheckpoint(tmp_path, strict=True))
+
+
+def test_loader_with_its_own_position_is_refused_if_batches_are_divided_otherwise(
+    tmp_path,
+):
+    def train(data, *callbacks):
+        sgd().fit(data, 2, callbacks=callbacks, tracker=False, verbose=False)
+
+    save = ModelCheckpoint(tmp_path, every_n_steps=3, every_n_epochs=0, keep_last=2)
+    train(OwnPosition(), save)
+    data = OwnPosition()
+    data.__dict__["batch_size"] = 2  # as two ranks would have
+    got = "got a loader that keeps its own position. Save at the ends of epochs"
+    for path in list_checkpoints(tmp_path):  # at the end of the data, and before it
+        with pytest.raises(CheckpointError, match=got):
+            train(data, ResumeFromCheckpoint(path))
