@@ -475,6 +475,8 @@ def restore(plan: object, tensors: Mapping[str, Tensor]) -> Any:
         If the plan has an unknown form or names a tensor that does not exist.
     """
     if isinstance(plan, list):
+        if _PLAIN.issuperset(map(type, plan)):  # as ``_encode_items`` writes them
+            return list(plan)
         return [restore(item, tensors) for item in plan]
     if not isinstance(plan, dict):
         return plan

@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -59,6 +60,26 @@ def pytest_runtest_setup() -> None:
 def root() -> Path:
     """The folder of the project."""
     return ROOT
+
+
+@pytest.fixture
+def disk_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Waits for the disk, and renames, in order: the call and the inode it was made on."""
+    calls: list[tuple[str, int]] = []
+
+    def record(name: str) -> None:
+        real = getattr(os, name)
+
+        def call(file: Any, *args: Any, **options: Any) -> None:
+            found = os.fstat(file) if isinstance(file, int) else Path(file).stat()
+            calls.append((name, found.st_ino))
+            real(file, *args, **options)
+
+        monkeypatch.setattr(os, name, call)
+
+    for name in ("fsync", "rename", "replace"):
+        record(name)
+    return calls
 
 
 def pytest_configure(config: pytest.Config) -> None:

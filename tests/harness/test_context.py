@@ -469,7 +469,7 @@ def test_get_metrics_df_passes_over_gaps_and_joins_nested_names(ctx):
 @pytest.mark.parametrize("verbose", [True, False])
 def test_set_verbose_takes_a_bool(ctx, verbose):
     ctx.set_verbose(verbose)
-    assert ctx.verbose is verbose
+    assert ctx.verbose is Context(verbose=verbose).verbose is verbose
 
 
 def test_set_verbose_none_asks_whether_a_person_watches(ctx):

@@ -871,6 +871,7 @@ def test_metrics_callback_replaces_the_default_in_evaluate():
     assert set(found.records["metrics"]["valid"][0]) == {"loss", "bias"}
 
 
+@pytest.mark.slow
 def test_setup_and_a_fit_import_only_what_they_use(tmp_path, root):
     script = """
 import sys, torch, harness

@@ -108,6 +108,13 @@ def test_index_far_beyond_the_end_takes_no_memory(step):
     assert book.check_index("notes", "train", None) == 5 * step + 1
 
 
+def test_tensor_that_was_logged_before_a_gap_is_read_as_a_number():
+    book = RecordBook()
+    book.add("notes", "train", torch.tensor(2.0), 1, append=True)
+    book.add("notes", "train", 1.5, FAR, append=True)
+    assert type(book.read()["notes"]["train"][0]) is float
+
+
 def test_sparse_series_is_read_as_a_list():
     book = far_book()
     assert isinstance(book.get_series("metrics", "train")[0]["loss"], torch.Tensor)

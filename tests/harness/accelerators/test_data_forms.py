@@ -13,7 +13,14 @@ from tests.harness.accelerators.launches import Launches
 MODULE = "tests.harness.accelerators.data_forms"
 
 
-@pytest.mark.parametrize("name", CASES)
+# Two ranks read these two as well; the other forms with workers show them on one.
+SLOW = {"ready-workers", "batches-by-length-workers"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in CASES],
+)
 def test_data_one_rank(name: str, tmp_path: Path) -> None:
     CASES[name](Lab(stage=None, folder=tmp_path))
 

@@ -60,6 +60,18 @@ def save(folder: Path, step: int = 3, value: float = 1.0) -> Path:
     return commit_checkpoint(temporary, manifest_of(position=position))
 
 
+def test_checkpoint_is_on_the_disk_before_it_gets_its_name(tmp_path, disk_calls):
+    path = save(tmp_path)
+    inode, above = path.stat().st_ino, tmp_path.stat().st_ino
+    *written, first, second, third = disk_calls
+    assert [first, second, third] == [
+        ("fsync", inode),
+        ("rename", inode),
+        ("fsync", above),
+    ]
+    assert {("fsync", file.stat().st_ino) for file in path.iterdir()} <= set(written)
+
+
 # -------------------------------------------------------------- written completely
 
 

@@ -136,7 +136,7 @@ def check_mutations(case: str, seed: int, count: int, stopped: Any, folder: Path
 def test_checkpoint_of_a_wrong_form_is_refused_before_the_run_is_rewound(
     stopped: Any, tmp_path: Path
 ) -> None:
-    check_mutations("callbacks", 1, 25, stopped, tmp_path)
+    check_mutations("callbacks", 1, 15, stopped, tmp_path)
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from harness.checkpoint.format import (
     commit_checkpoint,
     write_rank,
 )
+from harness.checkpoint.full_weights.export import export_weights
 from harness.checkpoint.weights import (
     SavedModel,
     load_weights,
@@ -111,7 +112,9 @@ def test_fitted_weights_go_round_by_file_saved_model_and_checkpoint(
     first.save(tmp_path / "model")
     place, _ = find_newest(tmp_path / "saved")
     assert place is not None
-    for path in (tmp_path / "w.safetensors", tmp_path / "model", place):
+    exported = tmp_path / "new" / "folder" / "w.safetensors"
+    export_weights(place, exported)
+    for path in (tmp_path / "w.safetensors", tmp_path / "model", place, exported):
         second = fitted(tmp_path)
         assert not same(first.model, second.model)
         assert second.load_weights(path).is_complete

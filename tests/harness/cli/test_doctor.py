@@ -25,6 +25,7 @@ def checks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, doctor.Check]:
     return {one.name: one for one in found}
 
 
+@pytest.mark.slow
 def test_examine_looks_at_everything(checks: dict[str, doctor.Check]) -> None:
     assert list(checks)[:10] == [
         "Python",
@@ -41,6 +42,7 @@ def test_examine_looks_at_everything(checks: dict[str, doctor.Check]) -> None:
     assert {"disk"} <= set(checks)
 
 
+@pytest.mark.slow
 def test_examine_says_what_to_do_about_each_limitation(
     checks: dict[str, doctor.Check],
 ) -> None:

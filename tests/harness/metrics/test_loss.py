@@ -213,3 +213,20 @@ def test_losses_of_an_earlier_checkpoint_are_a_tensor_each() -> None:
     item = {"waiting": [torch.ones(3)], "rows": [1], "sums": None}
     with pytest.raises(ValueError, match="expected rows of 3 losses, got those of 1"):
         average.load_state_dict({"opt": item})
+
+
+def test_losses_of_ranks_are_merged_whether_they_wait_or_are_summed():
+    # (1 * 3 + 4 * 1 + 0.5 * 8 + 2 * 2) / 14 = 15 / 14
+    merged = LossAverage()
+    for loss, rows, is_summed in (
+        (1.0, 3, True),
+        (4.0, 1, False),
+        (0.5, 8, True),
+        (2.0, 2, False),
+    ):
+        rank = LossAverage()
+        rank.update({"opt": torch.tensor(loss)}, rows)
+        if is_summed:
+            rank.get_sums()
+        merged.merge(rank.state_dict())
+    assert merged.compute() == 15 / 14

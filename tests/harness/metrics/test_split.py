@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 import warnings
@@ -505,8 +506,26 @@ def test_merge_adds_waiting_batches_of_any_shape():
         pred, target = torch.rand(6, 4, width), torch.randint(4, (6, width))
         for one in (metrics, both):
             one.update(pred, target, None, 6)
+            one.add_values([("width", {"": width})], width)
     first.merge(second.state_dict())
     assert first.compute() == both.compute()
+
+
+class TwoAlike(SingleDevice):
+    """One of two ranks that have seen the same."""
+
+    world_size = 2
+
+    def gather_objects(self, value):
+        return [value, copy.deepcopy(value)]
+
+
+def test_value_of_all_ranks_leaves_each_rank_its_own_states():
+    metrics = SplitMetrics({"table": MulticlassConfusionMatrix(2)}, TwoAlike("cpu"))
+    metrics.update(torch.tensor([0, 1, 1]), torch.tensor([0, 0, 1]), None, 3)
+    assert metrics.compute()["table"] == [[2, 2], [0, 2]]
+    (state,) = metrics.state_dict()["metrics"].values()
+    assert [own.tolist() for own in flatten(state)[1].values()] == [[[1, 1], [0, 1]]]
 
 
 def test_state_of_grouped_regression_continues_bit_for_bit():

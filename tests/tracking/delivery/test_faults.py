@@ -300,6 +300,7 @@ def delivery_of(path):
     return None
 
 
+@pytest.mark.slow
 def test_delivery_outlives_a_killed_trainer_and_closes_its_run(
     trainer, until, is_equal, client_class, client, tmp_path
 ):
@@ -356,6 +357,7 @@ def test_killed_trainer_and_delivery_leave_what_sync_finishes(
     assert is_equal(path, store)
 
 
+@pytest.mark.slow
 def test_killed_delivery_of_a_live_run_is_restarted_by_sync(
     record, store, until, is_equal, fork_delivery, monkeypatch
 ):

@@ -10,6 +10,7 @@ import pytest
 import tracking
 from tracking.durable import (
     copy_if_absent,
+    move_folder,
     replace_file,
     replace_folder,
     write_atomically,
@@ -38,6 +39,23 @@ def test_replace_file_shows_the_new_content_only_after_the_block(tmp_path):
         assert target.read_text() == "old"
     assert target.read_text() == "new"
     assert names(tmp_path) == ["curve.png"]
+
+
+def test_content_is_on_the_disk_before_it_gets_its_name(tmp_path, disk_calls):
+    target, source = tmp_path / "target", tmp_path / "source"
+    write_atomically(target, b"new")
+    inode = target.stat().st_ino
+    assert disk_calls == [("fsync", inode), ("replace", inode)]
+    disk_calls.clear()
+    with replace_file(target, sync=True) as temporary:
+        temporary.write_text("newer")
+    inode = target.stat().st_ino
+    assert disk_calls == [("fsync", inode), ("replace", inode)]
+    disk_calls.clear()
+    source.mkdir()
+    move_folder(source, tmp_path / "moved")
+    inode, above = (tmp_path / "moved").stat().st_ino, tmp_path.stat().st_ino
+    assert disk_calls == [("fsync", inode), ("rename", inode), ("fsync", above)]
 
 
 @pytest.mark.parametrize("error", [OSError, ValueError, KeyboardInterrupt])

@@ -224,6 +224,7 @@ DEAD = {"pid": 2**22 + 1}
         ("missing", {"age_s": OLD}, "live"),
         ("missing", {"age_s": OLD} | DEAD, "ended"),
         ("missing", {"age_s": OLD, "began": 7}, "ended"),
+        ("missing", {"age_s": OLD, "began": None}, "unknown"),
         ("free", {"age_s": OLD, "has_lock": False}, "live"),
         ("missing", {"namespace": "pid:[7]"}, "live"),
         ("missing", {"age_s": OLD, "namespace": "pid:[7]"}, "unknown"),
@@ -336,7 +337,9 @@ def test_lease_stays_where_inodes_change(name, leave, tmp_path, monkeypatch):
     give_another_inode(own)
     assert own.stat().st_ino != before
     lock._lease._due = 0.0
+    os.utime(own, (1, 1))
     assert lock.beat()
+    assert own.stat().st_mtime > 1
     lock.release()
     assert not own.exists()
 

@@ -8,7 +8,9 @@ from contextlib import nullcontext
 
 import pytest
 
-from tracking.durable import LockHeldError, ProcessLock, find_holder, hold_lock
+from tracking.durable import LockHeldError, ProcessLock, find_holder, hold_lock, locks
+from tracking.durable.filesystem import Filesystem
+from tracking.durable.locks import get_lease_path
 from tracking.errors import TrackingWarning
 
 TRY = """
@@ -159,3 +161,16 @@ def test_lock_of_a_machine_that_is_gone_is_waited_for(lives, tmp_path, root):
         ):
             ProcessLock(path).release()
         holder.communicate("\n")
+
+
+def test_block_that_holds_a_lock_has_a_lease_where_locks_are_not_shared(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(locks, "get_filesystem", lambda folder: Filesystem("fuse"))
+    path = tmp_path / "lock"
+    with hold_lock(path, 0) as is_held:
+        assert is_held
+        assert get_lease_path(path).exists()
+        with hold_lock(path, 0) as is_held_twice:
+            assert not is_held_twice
+    assert not get_lease_path(path).exists()

@@ -239,12 +239,32 @@ def test_journal_many_texts_start_a_new_block(rank_dir, until):
     assert table["payload"].to_pylist() == [f'"{text}"'] * 40 + ['"last"']
 
 
-def test_journal_synced_to_disk_reads_the_same(rank_dir):
+def test_journal_synced_to_disk_waits_for_each_file_and_reads_the_same(
+    rank_dir, disk_calls
+):
     journal = Journal(rank_dir, durability="fsync")
     put(journal, {"a": 1.0, "b": "text"})
     assert read_records(rank_dir)[0].num_rows == 2
+    inodes = [path.stat().st_ino for path in row_format.get_block_paths(rank_dir, 0)]
+    assert {("fsync", inode) for inode in inodes} <= set(disk_calls)
+    named = disk_calls.index(("replace", inodes[0]))
+    assert disk_calls.index(("fsync", inodes[0])) < named
+    assert ("fsync", rank_dir.stat().st_ino) in disk_calls[named:]
     journal.close()
     assert read_records(rank_dir)[0].num_rows == 2
+    sealed = (rank_dir / "000000.arrow").stat().st_ino
+    assert disk_calls[-2:] == [("fsync", sealed), ("replace", sealed)]
+
+
+def test_unmapped_block_synced_to_disk_waits_for_each_row(tmp_path, disk_calls):
+    block = DiskBlock(tmp_path, 0, is_synced=True, is_mapped=False)
+    group = KeyGroup(AutoIndex())
+    block.add_keys(group, "m", "s", ["x"])
+    disk_calls.clear()
+    block.put(*row_format.encode_row(0, 1, 2, 3, 0.5, 4, group.ids["x"], FLOAT, 0))
+    rows, _ = row_format.get_block_paths(tmp_path, 0)
+    assert disk_calls == [("fsync", rows.stat().st_ino)]
+    block.close(unlink=True)
 
 
 def test_disk_block_without_mapping_writes_by_call(tmp_path):

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from harness.accelerators.distributed.watchdog import Watchdog, find_launchers, is_alive
@@ -86,6 +87,7 @@ sys.exit(any([os.waitpid(child, 0)[1] for child in children]))
 """
 
 
+@pytest.mark.distributed
 def test_watchdog_ends_before_the_interpreter() -> None:
     # Python ends other threads where they are; the store's C++ code would then abort.
     command = [sys.executable, "-c", ENDING]

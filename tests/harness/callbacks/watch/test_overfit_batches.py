@@ -36,7 +36,8 @@ def test_overfit_trains_on_the_same_batches_in_every_epoch(batches):
 def test_overfit_learns_its_batch_and_keeps_validation():
     own = [OverfitBatches()]
     data, valid = slope(4), (torch.tensor([1.0, 9.0]), torch.tensor([7.0, 7.0]))
-    fitted = line_learner().fit(data, 400, valid, callbacks=own, **OFF)
+    learner = line_learner().set_opt_hparams(lr=0.1)
+    fitted = learner.fit(data, 60, valid, callbacks=own, **OFF)
     assert fitted.records["metrics"]["train"][-1]["loss"] < 1e-2
     assert fitted.records["metrics"]["valid"][-1]["loss"] > 10
     assert fitted.records["profile"]["valid"][0]["batches"] == 1
