@@ -7,8 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 Values = Mapping[str, Mapping[str, str]]
 """Formatted metrics by set and name."""
 
-MIN_COLUMN = 7
-"""Columns of the terminal that a metric gets at least."""
+MIN_COLUMN = len("0.001234")
+"""Columns of the terminal that a metric gets at least, so that its heading stays above it."""
+
+MIN_TIME = len("12.34 s")
+"""The same for the time of an epoch."""
 
 GAP = "  "
 
@@ -60,7 +63,8 @@ class EpochTable:
         """Make room for the first cells of rows."""
         for heads in rows:
             for title, text in heads.items():
-                widest = max(len(title), len(text), self._heads.get(title, 0))
+                least = MIN_TIME if title == "time" else len(title)
+                widest = max(least, len(text), self._heads.get(title, 0))
                 self._heads[title] = widest
 
     @property

@@ -393,7 +393,17 @@ def test_table_gets_a_heading_again_when_a_metric_appears():
     second = {"train": {"loss": "1"}, "valid": {"loss": "2"}}
     assert len(table.format({"epoch": "2"}, second, 80, is_best=False)) == 3
     third = table.format({"epoch": "3"}, first, 80, is_best=False)
-    assert third == ["    3 |       1 |"]
+    assert third == ["    3 |        1 |"]
+
+
+def test_table_keeps_its_columns_when_numbers_get_small_and_times_long():
+    table = EpochTable()
+    rows = []
+    for took, loss in (("9.99 s", "0.1234"), ("59.99 s", "0.001234"), ("1:02:03", "1")):
+        heads, values = {"epoch": "1/3", "time": took}, {"train": {"loss": loss}}
+        rows += table.format(heads, values, 80, is_best=False)
+    assert len(rows) == 5  # two of them are the heading
+    assert len({row.index("|") for row in rows}) == len(set(map(len, rows[1:]))) == 1
 
 
 def test_progress_marks_the_best_by_what_a_callback_monitors(capsys):
