@@ -50,7 +50,9 @@ def describe_groups(
         are_known = all(own and None not in own for own in names)
         found[name] = [
             {"params": own if are_known else None, "options": _describe_options(group)}
-            for own, group in zip(names, opt.param_groups, strict=True)
+            # A last one may be of parameters that are no longer stepped: at ZeRO those that
+            # have state before the engine gives the optimizer others, as Adagrad's.
+            for own, group in zip(names, opt.param_groups, strict=False)
         ]
     return found
 
