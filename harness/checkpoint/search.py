@@ -11,6 +11,7 @@ import threading
 import types
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import filterfalse
 from typing import Any
 
 from torch import Tensor, nn
@@ -274,7 +275,8 @@ class Search:
                 self.owners[root][place] = module
                 self._search_fields(root, place, module, depth)
                 for name in _HOOKS:
-                    for n, hook in enumerate(vars(module).get(name, {}).values()):
+                    hooks = vars(module).get(name, {}).values()
+                    for n, hook in enumerate(filterfalse(_is_of_engine, hooks)):
                         self._search(root, f"{place}.{name}[{n}]", hook, depth + 1)
 
     def _search_fields(self, root: str, path: str, owner: object, depth: int) -> None:
@@ -418,6 +420,12 @@ def list_library_fields(owner: object) -> frozenset[str]:
 
 def _is_library(value: object) -> bool:
     return type(value).__module__.partition(".")[0] in _FOREIGN
+
+
+def _is_of_engine(hook: object) -> bool:
+    """Whether a hook is of an engine, whose state the accelerator saves."""
+    package = getattr(hook, "__module__", "").partition(".")[0]
+    return package in {"deepspeed", "harness"}
 
 
 def _items_of(value: Any) -> list[tuple[object, object]]:

@@ -24,6 +24,7 @@ from harness.accelerators.deepspeed.library import import_deepspeed
 from harness.accelerators.deepspeed.zero3_weights import WholeWeights
 from harness.accelerators.single import SingleDevice
 from harness.callbacks import LRScheduler, ModelCheckpoint, ResumeFromCheckpoint
+from harness.checkpoint.state import search_context
 from tests.harness.accelerators.cases import (
     Gan,
     Lab,
@@ -954,3 +955,33 @@ def test_functional_torch_at_zero_3_is_refused(make: Any) -> None:
             learner.fit(data, 1, accelerator=make(3), **options)
         notes = getattr(raised.value, "__notes__", [])
         assert re.search(text, "\n".join([str(raised.value), *notes]))
+
+
+class Saved(harness.Callback):
+    """Notes what a checkpoint has beside the model and the optimizers."""
+
+    def on_valid_begin(self) -> None:
+        found = search_context(self.ctx)
+        places = [*found.objects["model"], *found.owners["model"]]
+        self.places = [place for place in places if "hooks" in place]
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_checkpoint_has_state_of_an_engine_once(
+    make: Any, stage: int, tmp_path: Path
+) -> None:
+    # Adagrad has state before the engine replaces what it steps.
+    learner = harness.setup(
+        Net, loss=nn.MSELoss(), optimizer=torch.optim.Adagrad
+    ).set_opt_hparams(lr=0.1)
+    data, saved = (torch.randn(8, 5), torch.randn(8, 3)), Saved()
+    learner.fit(
+        data,
+        1,
+        data,
+        callbacks=[ModelCheckpoint(tmp_path), saved],
+        accelerator=make(stage),
+        tracker=False,
+        verbose=False,
+    )
+    assert saved.places == []
