@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import inspect
@@ -13,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import ParamSpec, TypeVar
 
+import torch
 from torch import nn
 
 from harness.events import nearest
@@ -23,6 +25,15 @@ R = TypeVar("R")
 _OWN_FILES = tuple(
     f"{Path(__file__).parents[2] / package}/" for package in ("harness", "tracking")
 )
+
+_BETWEEN = (
+    contextlib.__file__,
+    *(
+        f"{Path(torch.__file__).parents[1] / name}/"
+        for name in ("torch", "torchmetrics")
+    ),
+)
+"""Files of others that this package calls, and that call it."""
 
 
 def explain_calls(function: Callable[P, R]) -> Callable[P, R]:
@@ -60,13 +71,14 @@ def warn_user(message: str) -> None:
 
 
 def _cut_own_frames(frames: TracebackType | None) -> None:
-    """Cut what follows the last frame outside of this package, or else the first frame."""
-    last = frames
+    """Cut what follows the user's last frame, or else the first one, if an own frame ends it."""
+    last, file = frames, ""
     while frames is not None:
-        if not frames.tb_frame.f_code.co_filename.startswith(_OWN_FILES):
+        file = frames.tb_frame.f_code.co_filename
+        if not file.startswith(_OWN_FILES + _BETWEEN):
             last = frames
         frames = frames.tb_next
-    if last is not None:
+    if last is not None and file.startswith(_OWN_FILES + _BETWEEN[:1]):
         last.tb_next = None
 
 

@@ -654,6 +654,10 @@ def test_explained_error_ends_in_the_line_of_the_user() -> None:
 
     assert get_last(lambda: setup().fit((X, Y[:3]), 1)) == "call"
     assert get_last(lambda: fit().evaluate((X, Y[:3]))) == "call"
+    options = {"num_workers": -1}  # refused in a context manager
+    assert get_last(lambda: fit(dataloader_options=options)) == "call"
+    words = setup(metrics={"a": lambda pred, target: "good"})  # and below torchmetrics
+    assert get_last(lambda: fit(words)) == "call"
 
     class Logs(Net):
         def loss(self, pred: Tensor, target: Tensor) -> Any:
