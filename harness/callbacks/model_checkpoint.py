@@ -112,7 +112,7 @@ class ModelCheckpoint(Monitor):
         """Refuse a fit without a folder for checkpoints, or without the monitored loss."""
         if self.path is None and ctx.run.path is None:
             msg = f"{type(self).__name__}(path): expected a folder, got None."
-            raise ValueError(f"{msg} A fit without a run has no default folder.")
+            raise ValueError(f"{msg} Pass one: only a fit with a run has its own.")
         folder = self._fill_path(ctx)
         if folder is not None:
             check_folder(f"{type(self).__name__}(path)", folder)
@@ -282,7 +282,8 @@ class ModelCheckpoint(Monitor):
             msg = "checkpoint not finished: the process is about to be killed."
             warnings.warn(f"{msg} The previous one stays.", stacklevel=2)
         elif error is not None:
-            msg = f"checkpoint not written: {error} Training continues."
+            reason = str(error).rstrip(".")
+            msg = f"checkpoint not written: {reason}. Training continues."
             warnings.warn(f"{msg} The next save tries again.", stacklevel=2)
         elif self._has_saved:
             is_interrupted = self.ctx.stop_signal is not None
