@@ -84,6 +84,9 @@ class Callback:
 
     def __getattr__(self, name: str) -> Any:
         """Refuse an attribute that is not there; say when ``ctx`` is."""
+        inherited = getattr(super(), "__getattr__", None)
+        if inherited is not None:  # of a callback that is a module too
+            return inherited(name)
         msg = f"{type(self).__name__!r} object has no attribute {name!r}"
         if name == "ctx":
             msg += ": it is there in events, and not in __init__"

@@ -12,7 +12,7 @@ import sys
 import weakref
 from array import array
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date, time, timedelta
 from decimal import Decimal
@@ -61,6 +61,9 @@ _MAX_DEPTH = 4
 
 Attributes = dict[str, dict[str, StateDict]]
 """Values by root and path of a module, and by name of the attribute."""
+
+Place = list[int | str]
+"""Root, path and name of an attribute, and keys inside of it."""
 
 Memory = Mapping[int, tuple[str, Tensor]]
 """Name and tensor of each parameter and buffer, by the address of its memory."""
@@ -116,14 +119,15 @@ def _is_noted(value: object, *, is_passive: bool) -> bool:
 
 def capture_attributes(
     search: Search, before: Attributes
-) -> tuple[Attributes, dict[str, str]]:
+) -> tuple[Attributes, dict[str, str], list[list[Place]]]:
     """Capture the plain attributes that differ from what ``copy_attributes`` returned before.
 
     Returns
     -------
-    attributes, and why others are not kept, by name
+    attributes; why others are not kept, by name; and places that hold the same object
     """
     states: Attributes = {}
+    met: dict[int, list[Place]] = {}
     left_out: dict[str, str] = {}
     memory = _memory_of(search)
     for root, owners in search.owners.items():
@@ -145,7 +149,39 @@ def capture_attributes(
                     continue
                 found = states.setdefault(root, {}).setdefault(path, {})
                 found[name] = _detach(value, memory)
-    return states, left_out
+                _note_objects(value, [root, path, name], met)
+    return states, left_out, [places for places in met.values() if len(places) > 1]
+
+
+def _note_objects(value: Any, place: Place, met: dict[int, list[Place]]) -> None:
+    """Note where lists, dicts and the like are, by their identity."""
+    if isinstance(value, list | dict | deque | set | np.ndarray):
+        met.setdefault(id(value), []).append(place)
+    if isinstance(value, list | dict | deque) and not _has_plain_items(value):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, item in items:
+            if isinstance(key, int | str):
+                _note_objects(item, [*place, key], met)
+
+
+def _join_objects(search: Search, same: Iterable[list[Place]]) -> None:
+    """Put one object into all of the places that held one."""
+    holder: Any
+    for places in same:
+        first: object = None
+        for root, path, name, *keys in places:
+            owner = search.owners.get(str(root), {}).get(str(path))
+            if owner is None:
+                continue
+            holder, key = fields_of(owner), name
+            for inner in keys:
+                holder, key = holder[key], inner
+            if first is None:
+                first = holder[key]
+            elif keys:
+                holder[key] = first
+            else:
+                set_field(owner, str(name), first)
 
 
 def list_changed(copied: Attributes, before: Attributes) -> Attributes:
@@ -174,7 +210,12 @@ def _find_reason(search: Search, root: str, path: str, owner: object) -> str:
     return "return it in state_dict" if is_own else ""
 
 
-def restore_attributes(search: Search, saved: Attributes, device: torch.device) -> None:
+def restore_attributes(
+    search: Search,
+    saved: Attributes,
+    device: torch.device,
+    same: Iterable[list[Place]] = (),
+) -> None:
     """Restore what ``capture_attributes`` returned; new tensors go to the device."""
     memory = _memory_of(search)
     move = _Mover(device, {view: tensor for _, (view, tensor) in memory.items()})
@@ -197,6 +238,7 @@ def restore_attributes(search: Search, saved: Attributes, device: torch.device) 
     ) in places:  # objects may be shared, and were not when saved
         if not _is_equal(fields_of(owner).get(name), value):
             set_field(owner, name, value)
+    _join_objects(search, same)
 
 
 class _Mover:

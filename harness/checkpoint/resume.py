@@ -72,6 +72,10 @@ COMPARED_APART = frozenset({"groups", "frozen", "callbacks", "kernels"})
 """Parts of the description of a fit whose differences are not reported as a whole."""
 
 
+LATER = frozenset({"loss", "sampler", "validation"})
+"""Parts of the description that checkpoints of earlier versions do not have."""
+
+
 @dataclass(kw_only=True)
 class Resume:
     """A checkpoint to resume from, chosen by ``choose_checkpoint``.
@@ -250,6 +254,7 @@ class Resume:
         names = {*saved, *about} - COMPARED_APART
         if "code" not in about:  # which rank 0 compares
             names.discard("code")
+        names -= LATER - saved.keys()
         for name in sorted(names):
             if saved.get(name) != about.get(name):
                 self._report_difference(

@@ -133,7 +133,8 @@ def capture_state(ctx: Context, phase: Phase, began: FitStart) -> StateDict:
         After a pass, ``data`` (states of data sets and samplers that have any).
         Also ``groups`` (names of the parameters that each optimizer steps),
         ``epoch_random`` (random state before the events of the epoch), ``held``,
-        ``fields`` and ``metrics`` (what hangs on the model, the loss and callbacks), and
+        ``fields`` and ``metrics`` (what hangs on the model, the loss and callbacks),
+        ``same`` (places of ``fields`` that hold one object), and
         ``lost`` and ``not_kept`` (why other such state is not in the checkpoint). Where
         validation data are a fraction, ``split_random`` (random state before the split).
     """
@@ -145,7 +146,7 @@ def capture_state(ctx: Context, phase: Phase, began: FitStart) -> StateDict:
     search = search_context(ctx)
     params = name_parameters(ctx.model, search)
     objects, lost = capture_objects(search, params, states, began.modules)
-    own, not_kept = capture_attributes(search, began.attributes)
+    own, not_kept, same = capture_attributes(search, began.attributes)
     state: StateDict = {
         "records": ctx.records,
         "ctx": {
@@ -159,6 +160,7 @@ def capture_state(ctx: Context, phase: Phase, began: FitStart) -> StateDict:
         "callbacks": states,
         "held": objects,
         "fields": own,
+        **({"same": same} if same else {}),
         "metrics": capture_metrics(ctx.model),
         "lost": lost,
         "not_kept": not_kept,
@@ -283,7 +285,7 @@ def _restore_attached(ctx: Context, state: StateDict, wanted: set[str]) -> None:
         {root: own for root, own in state.get(part, {}).items() if root in roots}
         for part in ("held", "fields")
     )
-    restore_attributes(search, attributes, ctx.device)
+    restore_attributes(search, attributes, ctx.device, state.get("same", ()))
     restore_objects(search, objects, name_parameters(ctx.model, search))
 
 
@@ -365,6 +367,7 @@ def list_new(ctx: Context, state: StateDict) -> list[str]:
 def describe_fit(ctx: Context) -> dict[str, Any]:
     """Describe a fit, so that a resume can report what differs."""
     model, data = ctx.model, ctx.train_data
+    whole, loss = getattr(data, "undivided", data), ctx.loss_fn
     precision = ctx.accelerator.precision
     params = name_parameters(model, search_context(ctx))
     limits = list_limits(ctx)
@@ -389,6 +392,12 @@ def describe_fit(ctx: Context) -> dict[str, Any]:
         **({} if precision == "fp32" else {"precision": precision}),
         **({"valid_every": str(ctx.pace)} if ctx.pace.is_given else {}),
         **({"limit_batches": limits} if limits else {}),
+        "loss": getattr(loss, "__qualname__", type(loss).__qualname__),
+        "sampler": type(getattr(whole, "sampler", None)).__qualname__,
+        "validation": {
+            name: _count_rows(getattr(own, "dataset", None))
+            for name, own in ctx.valid_sets.items()
+        },
         "groups": describe_groups(ctx.optimizers, params),
         "frozen": [n for n, p in model.named_parameters() if not p.requires_grad],
         "callbacks": describe_callbacks(ctx.callbacks),

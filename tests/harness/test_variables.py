@@ -109,10 +109,13 @@ class Model(Line):
             self.log.append(1)
             self.two += 1
             if self.view is None:
+                self.seen: list[int] = []
+                self.both = {"seen": [self.seen, 1]}
                 self.view = self.fc.weight.detach()[:, 1:3]
                 self.late = torch.zeros(2)
                 self.part = self.late[:1]
             self.part += 1
+            self.seen.append(1)
         pred = super().forward(x)
         if self.view is not None:
             pred = pred + 0.01 * (self.view.sum() + self.late.sum())
@@ -245,7 +248,7 @@ def run(data: Any, *callbacks: Any, seed: int = 1) -> dict[str, Any]:
         "records": fitted.records["metrics"],
         "module": (CALLS, SEEN, RANDOM.bit_generator.state, weigh.__defaults__),
         "model": {name: repr(getattr(model, name)) for name in names},
-        "shared": model.logs["all"] is model.log,
+        "shared": [model.logs["all"] is model.log, model.both["seen"][0] is model.seen],
         "views": (
             model.view.data_ptr() - model.fc.weight.data_ptr(),
             model.part.data_ptr() - model.late.data_ptr(),
@@ -343,6 +346,28 @@ def test_state_that_no_checkpoint_holds_is_named(tmp_path):
         f"{place}.Untold.noise": "it keeps results, which will be computed again",
         "ctx.loss_fn": "the fit replaced it by another L1Loss",
     }
+
+
+def test_report_names_another_loss_order_and_validation(tmp_path, capsys):
+    def train(epochs: int, loss: Any, valid: Any, *callbacks: Any, **options: Any):
+        data: Any = (X, Y)
+        sgd(loss=loss).fit(
+            data,
+            epochs,
+            valid,
+            callbacks=callbacks,
+            dataloader_options=options,
+            tracker=False,
+            verbose=True,
+        )
+
+    train(1, nn.MSELoss(), (X, Y), ModelCheckpoint(tmp_path))
+    resume = ResumeFromCheckpoint(tmp_path)
+    train(2, nn.functional.l1_loss, None, resume, shuffle=False)
+    report = " ".join(capsys.readouterr().err.split())
+    assert "loss differs saved 'MSELoss', now 'l1_loss'" in report
+    assert "sampler differs saved 'RandomSampler', now 'SequentialSampler'" in report
+    assert "validation differs saved {'valid': 24}, now {}" in report
 
 
 def test_variables_of_other_modules_are_found_where_code_names_them():
