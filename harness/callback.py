@@ -298,4 +298,6 @@ def bind_context(model: nn.Module | None, ctx: Context | None) -> None:
         if ctx is not None and (is_bound or is_free):
             model.__dict__["ctx"] = ctx
         # torch 2.13, OptimizedModule: the methods of the user's module see only that one.
-        model = model.__dict__.get("_modules", {}).get("_orig_mod")
+        # A scripted module has another kind of mapping, which only tells what it contains.
+        modules = model.__dict__.get("_modules", {})
+        model = model.get_submodule("_orig_mod") if "_orig_mod" in modules else None

@@ -12,6 +12,7 @@ from types import CellType, FunctionType, MethodType
 from typing import Any
 from weakref import ref
 
+import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
@@ -60,7 +61,10 @@ def copy_model(model: nn.Module) -> nn.Module:
         raise TypeError(
             f"{msg} elsewhere and cannot be copied: {error!r}. {advice}"
         ) from error
-    pairs = zip(model.parameters(), copied.parameters(), strict=True)
+    pairs = [*zip(model.parameters(), copied.parameters(), strict=True)]
+    for source, target in pairs:
+        if target.requires_grad != source.requires_grad:  # of a scripted copy
+            target.requires_grad_(source.requires_grad)
     if any(hasattr(own, "ds_id") > hasattr(other, "ds_id") for own, other in pairs):
         got = "elsewhere and divided by deepspeed.zero.Init"
         raise TypeError(f"{msg} {got}. {advice}")
@@ -86,7 +90,10 @@ def copy_with_hooks(value: Any, modules: Iterable[nn.Module]) -> Any:
         for tensor in iter_tensors([*vars(inner).values()]):
             if tensor.grad_fn is not None:  # torch copies none with a graph
                 memo[id(tensor)] = tensor.detach().clone()
-    copied = copy.deepcopy(value, memo)
+    with (
+        torch.no_grad()
+    ):  # torch 2.13: else the weights of a scripted copy have a graph
+        copied = copy.deepcopy(value, memo)
     for inner in own:
         if id(inner) in memo:  # else reached by a function, which is not copied
             _move_hooks(inner, memo[id(inner)], memo)

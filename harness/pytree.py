@@ -68,9 +68,12 @@ def cache_by_identity(function: Callable[[Any], T]) -> Callable[[Any], T]:
 
 
 @functools.cache
-def is_installed(name: str) -> bool:
-    """Whether a module is of Python, this package or an installed one; else it is the user's."""
-    if name.partition(".")[0] in {"harness", "tracking"}:
+def is_installed(name: str | None) -> bool:
+    """Whether a module is of Python, this package or an installed one; else it is the user's.
+
+    Generated functions, such as those of ``torch.fx``, have no module.
+    """
+    if name is None or name.partition(".")[0] in {"harness", "tracking"}:
         return True
     file = getattr(sys.modules.get(name), "__file__", None)
     if file is None:

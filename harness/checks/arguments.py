@@ -142,6 +142,11 @@ def check_call_arguments(
     if place == "fit" and torch.is_inference_mode_enabled():
         msg = "fit: expected gradients to be on, got a call in torch.inference_mode()."
         raise RuntimeError(f"{msg} Call it outside of that.")
+    if place == "fit" and any(map(torch.is_autocast_enabled, _AUTOCAST)):
+        # torch 2.13: inside one autocast, casts of weights are kept when the weights change.
+        msg = "fit: expected autocast to be off, got a call in torch.autocast."
+        advice = "Pass accelerator=harness.accelerator(precision='bf16') instead."
+        raise RuntimeError(f"{msg} {advice}")
     if seed is not None:
         check_count(f"{place}(seed)", seed, -(2**63), "Leave it out for no seed.")
     if verbose is not None and not isinstance(verbose, int | np.bool_):
@@ -150,6 +155,9 @@ def check_call_arguments(
     if fitted is not True and not hasattr(fitted, "learner"):
         msg = f"{place}(fitted): expected the result of fit, got {fitted!r:.100}."
         raise TypeError(f"{msg} Pass what fit or harness.load returned.")
+
+
+_AUTOCAST = ("cpu", "cuda", "mps")
 
 
 def check_accelerator(accelerator: Accelerator | None, place: str) -> Accelerator:

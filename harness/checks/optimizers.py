@@ -28,7 +28,7 @@ def check_optimizer(optimizer: object) -> None:
         why = "Each fit trains a new model, with a new optimizer."
         way = f"Pass {where}{kind.__name__}, and set_opt_hparams({options})."
         raise TypeError(f"{msg} {why} {way}")
-    if str(getattr(optimizer, "__module__", "")).endswith("lr_scheduler"):
+    if getattr(optimizer, "__module__", "") == "torch.optim.lr_scheduler":
         name = getattr(optimizer, "__name__", type(optimizer).__name__)
         msg = f"setup(optimizer): expected an optimizer class, got {name}."
         raise TypeError(f"{msg} {_SCHEDULERS.replace('StepLR', name)}")

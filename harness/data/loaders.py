@@ -72,6 +72,10 @@ def as_tensor(value: object, place: str) -> Tensor:
         elif isinstance(value, str | os.PathLike):
             kind = f"{kind} {str(value)!r:.100}"
             advice = "Read files first, and convert texts to numbers."
+        elif isinstance(value, DataLoader | Dataset):
+            advice = (
+                "Pass one as data, and others as valid_data, several by name in a dict."
+            )
         elif isinstance(value, int | float) and place[-2:-1].isdigit():
             advice = "Make a tensor of the list of numbers: torch.tensor(...)."
         msg = f"{place}: expected a tensor or array, got {kind}."

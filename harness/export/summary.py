@@ -204,7 +204,9 @@ class ShapeRecorder:
         self._others: list[RemovableHandle] = []
 
     def attach(self, model: nn.Module) -> None:
-        """Wait for the first call of a model."""
+        """Wait for the first call of a model; a scripted one takes no hook."""
+        if isinstance(model, torch.jit.ScriptModule):
+            return
         self._first = model.register_forward_pre_hook(self._begin, with_kwargs=True)
 
     def detach(self) -> None:
@@ -226,8 +228,9 @@ class ShapeRecorder:
         rows = num_rows([args, dict(named)])
         modules = [*model.named_modules(remove_duplicate=False)]
         for path, module in [*modules[1:], modules[0]]:
-            note = partial(self._note, path, rows)
-            self._others.append(module.register_forward_hook(note))
+            if not isinstance(module, torch.jit.ScriptModule):
+                note = partial(self._note, path, rows)
+                self._others.append(module.register_forward_hook(note))
         self._others.append(model.register_forward_hook(lambda *_: self.detach()))
 
     def _note(

@@ -426,6 +426,14 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
         lambda: fit(data=(X, Y[:7])),
         r"expected tensors of equal length, got lengths \[12, 7\]",
     ),
+    "several loaders": (
+        lambda: fit(data={"train": DataLoader(X), "val": DataLoader(X)}),
+        r"got DataLoader. Pass one as data, and others as valid_data",
+    ),
+    "fit inside autocast": (
+        lambda: torch.autocast("cpu", dtype=torch.bfloat16)(fit)(),
+        r"expected autocast to be off.*precision='bf16'",
+    ),
     "no rows": (lambda: fit(data=(X[:0], Y[:0])), "expected at least one row"),
     "path of a file": (
         lambda: fit(data="train.csv"),

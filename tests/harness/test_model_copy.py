@@ -171,6 +171,23 @@ def test_what_a_hook_collects_from_a_copied_model_reaches_the_user():
     assert torch.equal(fitted.model.fc.weight, other.fc.weight)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_scripted_model_is_trained_tracked_and_trained_further(tmp_path):
+    held = torch.jit.script(Line())
+    other = Line()
+    other.load_state_dict(held.state_dict())
+    learner = harness.setup(
+        lambda: nn.Sequential(held), loss=nn.MSELoss(), optimizer=torch.optim.SGD
+    )
+    loader = torch.utils.data.DataLoader(DATA, batch_size=None)
+    tracker = {"runs_dir": tmp_path, "delivery": False}
+    fitted = learner.set_opt_hparams(lr=0.1).fit(loader, 1, tracker=tracker)
+    more = fitted.fit(loader, 1, tracker=False)
+    train_by_hand(other, epochs=2)
+    assert torch.equal(more.model.get_parameter("0.fc.weight"), other.fc.weight)
+    train(lambda: held).evaluate(loader)
+
+
 class KeepsState(Line):
     """Keeps tensors with their graph, by a hook that refers to the model."""
 

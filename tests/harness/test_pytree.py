@@ -345,6 +345,7 @@ def test_installed_modules_are_known_by_their_folders(
     monkeypatch.setitem(sys.modules, name, module)
     assert is_installed(name) is expected
     assert is_installed(json.__name__)
+    assert is_installed(None)  # of a generated function
 
 
 def test_cache_by_identity_takes_what_has_no_hash_and_lets_it_die() -> None:
