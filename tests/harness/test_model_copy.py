@@ -184,7 +184,7 @@ def test_scripted_model_is_trained_tracked_and_trained_further(tmp_path):
     fitted = learner.set_opt_hparams(lr=0.1).fit(loader, 1, tracker=tracker)
     more = fitted.fit(loader, 1, tracker=False)
     train_by_hand(other, epochs=2)
-    assert torch.equal(more.model.get_parameter("0.fc.weight"), other.fc.weight)
+    assert torch.equal(more.model.state_dict()["0.fc.weight"], other.fc.weight)
     train(lambda: held).evaluate(loader)
 
 
