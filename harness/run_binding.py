@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 import tracking
+from harness.accelerators.base import Accelerator
 from harness.checkpoint.state import begin_fit
 from harness.checkpoint.weights import WeightsReport
 from harness.checks.calls import check_arguments
@@ -63,6 +65,21 @@ def _check_item(call: str, name: str, value: object, **counts: int) -> None:
     from tracking.artifact_logger import check_item  # noqa: PLC0415  imports Arrow
 
     check_item(call, name, value, **counts)
+
+
+def prepare_tracking(tracker: Tracker, accelerator: Accelerator) -> None:
+    """Let MLflow be imported beside torch's compiler, which the first optimizer imports.
+
+    Each takes more than a second. A later fit of the process finds both imported.
+    """
+    if isinstance(tracker, tracking.Run) or tracker is False:
+        return
+    given = tracker if isinstance(tracker, Mapping) else {}
+    is_delivered = "run_id" not in given and given.get("delivery") is not False
+    if is_delivered and accelerator.is_main and "torch._dynamo" not in sys.modules:
+        from tracking.delivery.waiting import prepare_delivery  # noqa: PLC0415  Arrow
+
+        prepare_delivery()
 
 
 @contextmanager

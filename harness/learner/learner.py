@@ -112,6 +112,7 @@ from harness.run_binding import (
     get_code_commit,
     log_description,
     make_null_run,
+    prepare_tracking,
     record_shapes,
     report_start,
     start_tracking,
@@ -409,6 +410,7 @@ class Learner:
         trains_loss = getattr(accelerator, "trains_loss", True)
         if self.batch is None:
             check_loss_items(model, loss, num_items(train))
+        prepare_tracking(tracker, accelerator)
         ctx = FitContext(
             model=model,
             read_batch=self.batch,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -59,6 +60,45 @@ def test_fit_without_tracking_leaves_no_file(tmp_path, monkeypatch):
     fitted = line_learner().fit(slope(2), 1, tracker=False, verbose=False)
     assert (fitted.run_id, fitted.run_path) == (None, None)
     assert list(tmp_path.iterdir()) == []
+
+
+FIRST_FIT = """
+import contextlib, sys
+import torch
+import harness
+from tracking.delivery.waiting import _deliveries
+
+class Line(torch.nn.Linear):
+    def set_optimizers(self, fails):
+        assert "torch._dynamo" not in sys.modules
+        print(len(_deliveries._processes), end=" ")
+        if fails:
+            raise KeyError
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+def fit(tracker, fails=True):
+    learner = harness.setup(Line, loss=torch.nn.MSELoss())
+    learner = learner.set_hparams(in_features=1, out_features=1)
+    x = torch.ones(2, 1)
+    learner.set_opt_hparams(fails=fails).fit((x, x), 1, tracker=tracker, verbose=False)
+
+for tracker in (False, {"delivery": False}, {"run_id": "0"}, None):
+    with contextlib.suppress(KeyError):
+        fit(tracker)
+fit(None, fails=False)
+(process,) = _deliveries._processes
+(run,) = _deliveries.list_unsent()
+print(run._process is process)
+"""
+
+
+@pytest.mark.slow
+def test_first_fit_has_mlflow_imported_beside_the_compiler_of_torch(tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(Path(harness.__file__).parents[1])}
+    out = subprocess.check_output(
+        [sys.executable, "-c", FIRST_FIT], cwd=tmp_path, env=environment, text=True
+    )
+    assert out.split() == ["0", "0", "0", "1", "1", "True"]
 
 
 def test_fit_into_a_run_of_the_users_leaves_it_open(tmp_path):

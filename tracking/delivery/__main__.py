@@ -4,11 +4,12 @@ It reads the journal while training writes it, so training neither waits for del
 nor knows how far it is. It continues when training has ended, however that ended, and
 exits when all is delivered, or when a server has not answered for a while.
 
-With ``--follow`` the training process hands runs over on stdin (see ``service``). Else
-one is on the command line, or each line of stdin is the path of one as JSON. With
-``--sync`` it delivers runs that have ended, and compares all that MLflow has with the
-journal. With ``--read FOLDER`` it only writes down what MLflow has. Both print one line
-of JSON for each run to stdout.
+With ``--follow`` the training process hands runs over on stdin (see ``service``). Without a
+run on the command line, it imports MLflow before the first one comes. Else a run is on the
+command line, or each line of stdin is the path of one as JSON. With ``--sync`` it delivers
+runs that have ended, and compares all that MLflow has with the journal. With ``--read
+FOLDER`` it only writes down what MLflow has. Both print one line of JSON for each run to
+stdout.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import logging
 import math
 import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -35,7 +37,9 @@ from tracking.delivery.process import (
     ask_for_handover,
     is_being_delivered,
     lock_path,
+    open_log,
     outlive_sigterm,
+    set_group_niceness,
 )
 from tracking.delivery.retry import GaveUpError
 from tracking.delivery.service import DeliveryService, Request, SummaryProcess
@@ -48,6 +52,7 @@ from tracking.errors import DeliveryError, TrackingError
 from tracking.mlflow_store.client import (
     StoreClient,
     UnreachableError,
+    import_for,
     limit_requests,
     prepare_environment,
 )
@@ -129,8 +134,13 @@ class Program:
         self.options.lock_wait = None
         reports = os.dup(1)
         os.dup2(2, 1)  # what a library prints is no report
+        if self.options.run is None:
+            set_group_niceness(os.getpid(), NICENESS)  # nothing waits for it yet
+            threading.Thread(target=self._import_mlflow, daemon=True).start()
 
         def deliver(request: Request) -> Callable[[], None] | None:
+            if self.options.run is None:
+                self._begin_first(request.run)
             with self.writing_errors():
                 code, _, worker = self._deliver(request.run, request)
                 if code == 0 and worker is not None:
@@ -141,6 +151,19 @@ class Program:
         self._service.serve()
         self._summaries.close()
         return 0
+
+    def _import_mlflow(self) -> None:
+        pa.array([0])  # Arrow looks for pandas now, while there is none
+        with contextlib.suppress(Exception):  # a run's delivery says why
+            import_for(resolve_uri(self.here, self.settings.tracking_uri))
+
+    def _begin_first(self, path: Path) -> None:
+        """Continue as a process does that was started with this run."""
+        self.options.run = path
+        set_group_niceness(os.getpid(), 0)
+        with contextlib.suppress(OSError), open_log(path) as errors:
+            os.dup2(errors.fileno(), 1)
+            os.dup2(errors.fileno(), 2)
 
     def deliver(self, path: Path) -> int:
         """Deliver a run with its summaries; with ``--sync``, report it."""

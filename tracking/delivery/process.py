@@ -154,7 +154,8 @@ class DeliveryProcess:
     Parameters
     ----------
     run_path
-        Folder of the first run; its log gets what Python writes if it fails to start.
+        Folder of the first run; its log gets what Python writes if it fails to start. None:
+        the process imports MLflow until it gets its first run.
     surroundings
         What the process inherits.
     on_report
@@ -165,7 +166,7 @@ class DeliveryProcess:
 
     def __init__(
         self,
-        run_path: Path,
+        run_path: Path | None,
         surroundings: Surroundings,
         on_report: Callable[[int, bool], None],
         on_exit: Callable[[DeliveryProcess], None],
@@ -178,7 +179,8 @@ class DeliveryProcess:
             self._process = _start(
                 run_path,
                 "--follow",
-                str(run_path),  # for who looks at the list of processes
+                # For who looks at the list of processes.
+                *([] if run_path is None else [str(run_path)]),
                 stdin=requests,
                 stdout=reports,
                 env=surroundings.environment,
@@ -343,14 +345,23 @@ def start_detached(run_path: Path) -> None:
     _start(run_path, str(run_path), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
 
 
+@contextlib.contextmanager
+def open_log(run_path: Path | None) -> Iterator[IO[bytes]]:
+    """Open a run's log for what is written to stderr; without a run, nobody reads that."""
+    log = Path(os.devnull)
+    if run_path is not None:
+        log = run_path / "delivery" / "log.txt"
+        log.parent.mkdir(exist_ok=True)
+    with log.open("ab") as errors:
+        yield errors
+
+
 def _start(
-    run_path: Path, *arguments: str, stdin: int, stdout: int, **options: Any
+    run_path: Path | None, *arguments: str, stdin: int, stdout: int, **options: Any
 ) -> subprocess.Popen[bytes]:
     """Start a delivery process, detached from this one and its terminal."""
-    log = run_path / "delivery" / "log.txt"
-    log.parent.mkdir(exist_ok=True)
     # The file is for what Python writes if it fails to start.
-    with log.open("ab") as errors, block_sigterm():
+    with open_log(run_path) as errors, block_sigterm():
         process = subprocess.Popen(
             delivery_command(*arguments),
             stdin=stdin,

@@ -255,11 +255,22 @@ class _Deliveries:
         for process in self._processes:
             if process.surroundings == surroundings and run.hand_to(process, number):
                 return
+        run.hand_to(self._start(run.run_path, surroundings), number)
+
+    def prepare(self, surroundings: Surroundings) -> None:
+        """Start a process with these surroundings, if there is none, for runs to come."""
+        with self._lock:
+            if all(process.surroundings != surroundings for process in self._processes):
+                self._start(None, surroundings)
+
+    def _start(
+        self, run_path: Path | None, surroundings: Surroundings
+    ) -> DeliveryProcess:
         process = DeliveryProcess(
-            run.run_path, surroundings, self._note_report, self._replace
+            run_path, surroundings, self._note_report, self._replace
         )
         self._processes.append(process)
-        run.hand_to(process, number)
+        return process
 
     def list_unsent(self) -> list[RunDelivery]:
         """Runs that MLflow does not have completely."""
@@ -297,6 +308,19 @@ _deliveries = _Deliveries()
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_deliveries.forget_all)
+
+
+def prepare_delivery() -> None:
+    """Start the process that delivers runs, for a new run that is about to be started here.
+
+    It imports MLflow meanwhile.
+    """
+    if _is_installed("mlflow"):
+        folder = str(get_working_folder())
+        environment = read_environment()
+        surroundings = Surroundings(environment, folder=folder, started_in=folder)
+        with contextlib.suppress(OSError):  # the run tries again, and says so
+            _deliveries.prepare(surroundings)
 
 
 # ------------------------------------------------------- the end of the interpreter

@@ -137,7 +137,7 @@ class StoreClient:
         path = sqlite_path(uri)
         self._lock = contextlib.nullcontext() if path is None else _LOCKS[path]
         with self._call():
-            import_mlflow(_SQL if path else "mlflow")
+            import_for(uri)
             if path is None or path.exists():
                 self._client = _open_client(uri)
                 return
@@ -385,6 +385,11 @@ def limit_requests(timeout_s: float | None = None) -> None:
     if not _HAS_TIMEOUT:  # MLflow takes whole seconds, for each request
         seconds = min(max(1, timeout_s), 86_400)  # it may be infinite
         os.environ[_TIMEOUT] = f"{seconds:.0f}"  # noqa: TID251 (MLflow reads it)
+
+
+def import_for(uri: str) -> None:
+    """Import what the client of a store needs, which takes more than a second."""
+    import_mlflow(_SQL if sqlite_path(uri) else "mlflow")
 
 
 def prepare_environment() -> None:

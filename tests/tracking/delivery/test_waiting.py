@@ -68,6 +68,10 @@ def is_in_mlflow(tmp_path, in_mlflow, in_journal, client):
 
 
 MANY = """
+from tracking.delivery.waiting import _deliveries, prepare_delivery
+prepare_delivery()
+prepare_delivery()
+(prepared,) = _deliveries._processes
 runs = [record(), record(delivery={"wait_s": 400})]
 broken = record(delivery=False)
 (broken.path / "delivery" / "lock").mkdir(parents=True)
@@ -79,7 +83,7 @@ os.environ["FOLD"] = "2"  # has nothing to do with MLflow
 runs.append(record(experiment="others"))
 assert "mlflow" not in sys.modules
 assert not runs[-1].wait(0.0)
-pids = {run._delivery._process.pid for run in runs}
+pids = {prepared.pid, *(run._delivery._process.pid for run in runs)}
 print(len(pids | {broken._delivery._process.pid}), other._delivery._process.pid in pids)
 print(broken.id, other.id, *[run.id for run in runs])
 """
@@ -117,6 +121,9 @@ def test_run_that_something_else_has_delivered_is_behind_no_more(tmp_path):
 
 
 KILLED = """
+from tracking.delivery.waiting import _deliveries, prepare_delivery
+prepare_delivery()
+os.kill(_deliveries._processes[0].pid, signal.SIGKILL)
 with tracking.start(runs_dir="runs", experiment="digits") as run:
     run.log_metric("x", 1.0, index=1)
     assert run.wait(300)
