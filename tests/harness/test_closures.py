@@ -16,7 +16,7 @@ from harness.callbacks import EMA, GradientClip
 from harness.errors import EarlyStop, SkipEpoch
 from tests.harness.exact import Case, differences
 from tests.harness.exact import fit as fit_case
-from tests.harness.fakes import Ear, Tape, fit_context
+from tests.harness.fakes import Ear, Line, Tape, fit_context, slope
 
 OPTIONS = {"line_search_fn": "strong_wolfe", "max_iter": 4}
 X = torch.linspace(-1, 1, 12).reshape(-1, 1)
@@ -286,6 +286,26 @@ def test_two_optimizers_share_the_weights_one_after_the_other():
     trained = fit(AdamThenLBFGS, optimizer=None, options={})
     assert is_same(trained.model, model.parameters())
     assert not is_same(fitted.model, model.parameters())
+
+
+def test_evaluations_of_an_optimizer_leave_the_gradients_of_the_others():
+    def both(model):
+        return {"w": LBFGS([model.w], max_iter=3), "b": torch.optim.SGD([model.b], 0.1)}
+
+    learner = harness.setup(Line, loss=nn.MSELoss(), optimizer=both)
+    fitted = learner.fit(slope(8), 2, tracker=False, verbose=False)
+    model = Line()
+    opts, (x, y) = both(model), slope(8)
+
+    def closure():
+        (model.w.grad,) = torch.autograd.grad(nn.MSELoss()(model(x), y), [model.w])
+        return nn.MSELoss()(model(x), y)
+
+    for _ in range(2):
+        opts["w"].step(closure)
+        (model.b.grad,) = torch.autograd.grad(nn.MSELoss()(model(x), y), [model.b])
+        opts["b"].step()
+    torch.testing.assert_close(fitted.model.state_dict(), model.state_dict())
 
 
 @pytest.mark.parametrize("event", ["on_train_batch_end", "on_valid_batch_end"])

@@ -42,6 +42,19 @@ def test_functions_make_optimizers_of_parameters_or_of_the_model():
     assert named.records["metrics"]["train"][0]["loss"].keys() == {"w", "b"}
 
 
+def test_parts_of_the_losses_of_two_optimizers_are_logged_by_optimizer():
+    def parts(pred, target):
+        error = nn.functional.mse_loss(pred, target)
+        return {"near": error, "far": 2 * error}
+
+    learner = harness.setup(Line, loss=parts, optimizer=by_model)
+    fitted = learner.set_opt_hparams(lr=0.01).fit(slope(8), 1, **OFF)
+    row = fitted.records["metrics"]["train"][0]
+    for name in ("w", "b"):
+        assert row["far"][name] == pytest.approx(2 * row["near"][name])
+        assert row["loss"][name] == pytest.approx(3 * row["near"][name])
+
+
 def test_function_that_expects_the_model_is_told_how_to_get_it():
     with pytest.raises(TypeError, match=r"one of parameters\(\)\. Call .*'model'"):
         fit(lambda net: SGD(net.parameters(), 0.1))

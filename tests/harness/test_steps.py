@@ -585,3 +585,15 @@ def test_call_model_takes_a_forward_without_a_hash() -> None:
     model: Any = torch.nn.Module()
     model.forward = Forward()
     assert call_model(model, {"x": 3, "labels": 4}) == 3
+
+
+def test_batch_with_fewer_items_than_the_loss_needs_is_refused():
+    class Weighted(nn.Module):
+        def forward(self, pred, target, weights):
+            return (weights * (pred - target).square()).mean()
+
+    data, rows = (*slope(4), torch.ones(4)), slope(4)
+    with pytest.raises(
+        TypeError, match=r"expected batches of 3 items for Weighted, got 2\."
+    ):
+        line_learner(loss=Weighted()).fit(data, 1, rows, tracker=False, verbose=False)

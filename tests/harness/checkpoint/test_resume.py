@@ -30,6 +30,7 @@ from tests.harness.exact import (
     WITH_WORKERS,
     Case,
     Conv,
+    Net,
     OwnPosition,
     Stream,
     X,
@@ -38,6 +39,7 @@ from tests.harness.exact import (
     fit,
     loader,
     rewritten,
+    scheduled,
     sgd,
 )
 from tests.harness.fakes import At, Tape
@@ -108,6 +110,21 @@ def test_resume_at_the_ends_of_epochs_equals_the_unbroken_fit(
 ) -> None:
     ends = [("on_train_batch_end", k) for k in (BATCHES, EPOCHS * BATCHES)]
     check_exact(CASES[name], tmp_path, ends, made.fit_unbroken(name))
+
+
+class Optimizes(Net):
+    """A step that fires the events of a step."""
+
+    def step(self) -> None:
+        pred = self(self.ctx.input)
+        self.ctx.optimize(nn.functional.cross_entropy(pred, self.ctx.target))
+
+
+def test_resume_of_an_epoch_without_batches_left_warns_of_no_silent_listener(
+    tmp_path: Path,
+) -> None:
+    case = Case(learner=lambda: sgd(Optimizes), callbacks=scheduled)
+    check_exact(case, tmp_path, [("on_train_batch_end", BATCHES)])
 
 
 @pytest.mark.slow
@@ -203,11 +220,11 @@ def test_resume_of_a_finished_fit_trains_and_validates_nothing_again(
 def test_lower_limit_ends_the_resumed_epoch_and_strict_refuses_it(
     tmp_path: Path,
 ) -> None:
-    def train(limit: int, *callbacks: harness.Callback) -> list[str]:
+    def train(limit: int, *callbacks: harness.Callback, epochs: int = 1) -> list[str]:
         tape = Tape()
         sgd().fit(
             StartsAnew(),
-            1,
+            epochs,
             limit_batches=limit,
             callbacks=[*callbacks, tape],
             tracker=False,
@@ -219,6 +236,8 @@ def test_lower_limit_ends_the_resumed_epoch_and_strict_refuses_it(
     (path,) = tmp_path.iterdir()
     assert train(5, ResumeFromCheckpoint(path)).count("on_train_batch_end") == 1
     assert "on_train_batch_end" not in train(3, ResumeFromCheckpoint(path))
+    later = train(4, ResumeFromCheckpoint(path), epochs=2)  # begins at the first row
+    assert later.count("on_train_batch_end") == 4
     with pytest.raises(CheckpointError, match=r"limit_batches: saved .*5.*now .*3"):
         train(3, ResumeFromCheckpoint(path, strict=True))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 import harness
 from harness.accelerators.single import SingleDevice
 from harness.callbacks import EarlyStopping, KeepBestModel, LRScheduler
+from harness.data.pace import limit_loader
 from tests.harness.fakes import At, Line, Tape, line_learner, net_learner, points, slope
 
 STEPS = torch.optim.lr_scheduler.StepLR
@@ -474,3 +476,8 @@ def test_metric_of_some_validations_by_steps() -> None:
     )
     assert places(fitted, "valid", "a") == places(fitted, "train", "a") == [2, 4, 6]
     assert not math.isnan(fitted.get_metrics()["value"].sum())
+
+
+def test_limited_loader_can_be_copied():
+    loader = limit_loader(DataLoader(TensorDataset(torch.arange(8.0)), 2), 3, "train")
+    assert len(copy.copy(loader)) == len(list(copy.deepcopy(loader))) == 3
