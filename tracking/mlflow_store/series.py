@@ -176,9 +176,13 @@ def _draw_histogram(about: Mapping[str, Any], path: Path) -> None:
 
     figure = Figure(figsize=(4.0, 3.0), layout="constrained")
     axes = figure.add_subplot()
-    if about.get("counts"):
-        axes.stairs(np.asarray(about["counts"]), np.asarray(about["edges"]), fill=True)
     words = [f"{about.get('num')} values"]
+    if about.get("counts"):
+        edges = np.asarray(about["edges"], float)
+        if np.abs(edges).max() > 1e300:  # matplotlib needs a finite range, and margins
+            edges = edges / 1e10
+            words.append("in 1e10")
+        axes.stairs(np.asarray(about["counts"]), edges, fill=True)
     words += [f"{about[n]} {n[4:]}" for n in ("num_nan", "num_inf") if about.get(n)]
     axes.set_title(", ".join(words), fontsize=10)
     axes.grid(alpha=0.25)

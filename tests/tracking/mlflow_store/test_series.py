@@ -12,9 +12,10 @@ from PIL import Image
 
 import tracking
 from tests.tracking.stores import get_run
+from tracking.artifacts.histograms import make_histogram
 from tracking.delivery.scan import JournalScan
 from tracking.mlflow_store.keys import SeriesId
-from tracking.mlflow_store.series import IMAGES_TAG, TABLES_TAG
+from tracking.mlflow_store.series import IMAGES_TAG, TABLES_TAG, open_upload
 from tracking.store import get_rank_dir
 from tracking.verify.mlflow import compare_with_mlflow
 
@@ -143,3 +144,10 @@ def test_tables_of_one_series_take_no_place_of_another(record):
     assert len(paths) == 8  # for each table a file, and the newest of its series
     folders = {str(folder) for path in paths for folder in Path(path).parents}
     assert not paths & folders
+
+
+def test_histogram_of_the_largest_numbers_is_drawn(tmp_path):
+    about = make_histogram([-1.7e308, 1.7e308], 2, "test")
+    uploads = {"histogram": about}
+    with open_upload(tmp_path, "grads.png", uploads) as path:
+        assert path.stat().st_size > 1000
