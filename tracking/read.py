@@ -19,7 +19,7 @@ from tracking.journal.fits import COLUMN, Fits, align_fits, get_fits, name_in_fi
 from tracking.journal.reader import SealedBlocks, concat_rows, read_records
 from tracking.journal.segment import Damage
 from tracking.journal.tombstones import Tombstones
-from tracking.schema import CONTROL, SCHEMA, parse_value
+from tracking.schema import CONTROL, SCHEMA, check_name, parse_value
 from tracking.store import (
     Manifest,
     find_run,
@@ -92,6 +92,9 @@ class PastRun:
         table in the schema of ``tracking.schema``; if the run has several fits, with a
         column ``fit`` before ``epoch``, which counts from 1
         """
+        for word, given in (("what", what), ("set", set), ("name", name)):
+            if given is not None:
+                check_name(given, word, "PastRun.records")
         ranks = list_rank_dirs(self.path)
         found = (_read_rank(ranks[one]) for one in ranks if rank in (None, one))
         tables = [

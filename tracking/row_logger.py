@@ -223,6 +223,13 @@ class RowLogger:
         all_ranks
             As in ``log``.
         """
+        if step is None or (
+            type(values) is not dict and not isinstance(values, Mapping)
+        ):
+            raise TypeError(
+                f"Run.log_step: expected values by name and a step, got {values!r:.200} and "
+                f"step={step!r}. Write for example log_step({{'loss': 0.2}}, step=501)."
+            )
         self.log("steps", set, values, epoch=epoch, step=step, all_ranks=all_ranks)
 
     def log_params(self, params: Mapping[str, Any]) -> None:
@@ -252,6 +259,7 @@ class RowLogger:
         **description
             More about it, e.g. ``num_samples=1797, digest="3f2a"``.
         """
+        check_name(name, "name", "Run.log_input")
         check_name(context, "context", "Run.log_input")
         described = [{"name": name, **description}]
         self._log_dict("inputs", {context: described}, "Run.log_input")

@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import dataclasses
 import gc
+import json
 import os
 import sys
 import traceback
@@ -152,6 +153,16 @@ class Run(ArtifactLogger):
         """Write the manifest on rank 0; ``extra`` is added to its field of that name."""
         if self._manifest is None or os.getpid() != self._pid:
             return
+        try:
+            json.dumps(extra)
+        except (
+            TypeError,
+            ValueError,
+        ) as error:  # it would spoil the end of the run, too
+            raise type(error)(
+                f"Run.save_manifest: expected JSON values, got {extra!r:.200}: {error}. "
+                "Convert them to numbers, texts, lists and dicts."
+            ) from error
         self._manifest.extra |= extra
         try:
             self._manifest.write(self.path)

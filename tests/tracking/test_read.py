@@ -406,3 +406,11 @@ def test_snapshot_with_known_blocks_reads_only_what_is_new(tmp_path):
     path.write_bytes(b"")  # it is not looked at any more
     assert past.snapshot(known).records["value"].to_pylist() == [0.5, 0.25]
     assert len(known) == 2
+
+
+@pytest.mark.parametrize("word", ["what", "set", "name"])
+def test_records_of_something_that_is_no_name_are_refused(tmp_path, word):
+    with pytest.raises(
+        TypeError, match=rf"PastRun.records: expected a .* as {word}, got"
+    ):
+        PastRun(tmp_path).records(**{word: ["a"]})

@@ -393,6 +393,27 @@ def test_artifact_name_that_is_no_text_is_refused(run, tmp_path, name, kind, got
         run.log_figure(None, name)
 
 
+def test_step_without_a_number_or_values_without_names_are_refused(run):
+    for values, step in (({"loss": 0.5}, None), (0.5, 3)):
+        with pytest.raises(
+            TypeError, match=r"Run\.log_step: expected values by name and"
+        ):
+            run.log_step(values, step)
+    with pytest.raises(TypeError, match="expected a string as name, got 3"):
+        run.log_input(3, "train")
+    assert logged(run, "name") == []
+
+
+def test_manifest_takes_no_value_that_it_cannot_write(tmp_path):
+    run = start(runs_dir=tmp_path, delivery=False)
+    with pytest.raises(
+        TypeError, match=r"save_manifest: expected JSON values, got {'x'"
+    ):
+        run.save_manifest(x=object())
+    run.finish()
+    assert Manifest.read(run.path).status == "finished"
+
+
 def test_artifact_that_is_a_pipe_or_a_device_is_refused(run):
     with pytest.raises(FileNotFoundError, match="'/dev/null', a pipe or a device"):
         run.log_artifact("/dev/null")

@@ -37,7 +37,11 @@ class Failure:
 
 def describe_error(error: BaseException) -> dict[str, str]:
     """Return type and message of an exception, as a manifest stores them: redacted."""
-    message = redact(str(error), read_secrets())[:10_000]
+    try:
+        text = str(error)
+    except Exception:  # noqa: BLE001  of a text of its own that fails
+        text = object.__repr__(error)
+    message = redact(text, read_secrets())[:10_000]
     return {"type": type(error).__name__, "message": message}
 
 

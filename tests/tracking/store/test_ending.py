@@ -77,3 +77,19 @@ def test_invalid_failure_file_is_ignored(ranks, text):
     (get_rank_dir(second.path, 1) / FAILURE).write_text(text)
     first._journal.close()
     assert tracking.open(first.path).status == "killed"
+
+
+class Broken(Exception):
+    def __str__(self):
+        raise RuntimeError("no text")
+
+
+def test_exception_without_a_text_ends_the_run_and_reaches_the_caller(tmp_path):
+    with (
+        pytest.raises(Broken),
+        tracking.start(runs_dir=tmp_path, delivery=False) as run,
+    ):
+        raise Broken
+    past = tracking.open(run.path)
+    assert past.status == "failed"
+    assert past.manifest.error["type"] == "Broken"
