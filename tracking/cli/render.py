@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from tracking.cli.chart import draw_chart
-from tracking.cli.describe import format_command
 from tracking.cli.query import list_facts
 from tracking.errors import escape_control, is_terminal, write_stderr
 
@@ -202,6 +201,8 @@ def print_lines(lines: Iterable[str]) -> None:
 
 def make_details_table(run: dict[str, Any]) -> Table:
     """One line for each thing known about a run, from ``describe_run``."""
+    from tracking.cli.describe import format_command  # noqa: PLC0415  imports Arrow
+
     git, mlflow = run["git"] or {}, run["mlflow"] or {}
     lines = {
         "run": run["id"],
