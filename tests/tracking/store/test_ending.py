@@ -92,4 +92,5 @@ def test_exception_without_a_text_ends_the_run_and_reaches_the_caller(tmp_path):
         raise Broken
     past = tracking.open(run.path)
     assert past.status == "failed"
+    assert past.manifest.error is not None
     assert past.manifest.error["type"] == "Broken"
