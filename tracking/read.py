@@ -272,7 +272,7 @@ class Snapshot:
         columns = (table[word].to_pylist() for word in words)
         for fit, name, *value in zip(get_fits(table).tolist(), *columns, strict=True):
             parsed = parse_value(*value)
-            if what == "params" and fit > 1 and found.get(name) != parsed:
+            if what == "params" and found.get(name) != parsed:
                 name = name_in_fit(name, fit)
             found[name] = parsed
         return found
