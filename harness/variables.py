@@ -119,6 +119,11 @@ def of_class(kind: type) -> Variables:
     )
 
 
+def is_of_user(function: types.FunctionType) -> bool:
+    """Whether code of the user defines a function; a decorator copies the module's name."""
+    return not is_installed(function.__globals__.get("__name__", function.__module__))
+
+
 def is_function(value: object) -> bool:
     """Whether a value is a function, a method or a class."""
     return isinstance(value, (*FUNCTIONS, types.BuiltinFunctionType, type))

@@ -39,7 +39,14 @@ from harness.checkpoint.search import (
 )
 from harness.pytree import StateDict, has_named_factory, has_state
 from harness.reshard.consolidated import copy_into
-from harness.variables import Cached, Identity, fields_of, is_function, set_field
+from harness.variables import (
+    Cached,
+    Identity,
+    Variables,
+    fields_of,
+    is_function,
+    set_field,
+)
 
 MAX_COPIED_BYTES = 1 << 20
 """Larger values are not compared with what they were when the fit began: all are kept.
@@ -372,6 +379,8 @@ def _own_fields(owner: object, *, is_passive: bool) -> Iterator[tuple[str, Any]]
     for name, value in fields_of(owner).items():
         if name in skipped or name.startswith(("ds_", "_ds", "_z3")):  # an engine's
             continue
+        if isinstance(owner, Variables) and is_function(value):
+            continue  # code, which decorators and torch replace
         is_known = type(value) in SCALARS or (is_passive and _is_long(value))
         if is_known or is_plain(value) or _is_compared(value):
             yield name, value

@@ -32,6 +32,7 @@ from harness.variables import (
     fields_of,
     find_functions,
     find_globals,
+    is_of_user,
     of_class,
     of_function,
     of_module,
@@ -196,7 +197,7 @@ class Search:
     def _add_function(self, root: str, path: str, value: object) -> None:
         """Add the variables of a function of the user's own."""
         function = unwrap(value)
-        if function is not None and not is_installed(function.__module__):
+        if function is not None and is_of_user(function):
             self._functions.append(function)
             if function.__closure__ or function.__defaults__ or vars(function):
                 self.owners[root][path] = of_function(function)
@@ -239,7 +240,7 @@ class Search:
             kinds = set()
             while self._functions:
                 function = self._functions.popleft()
-                if function in seen or is_installed(function.__module__):
+                if function in seen or not is_of_user(function):
                     continue
                 seen.add(function)
                 known = len(self._seen)
