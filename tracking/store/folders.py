@@ -44,7 +44,13 @@ def runs_folder(runs_dir: str | os.PathLike[str] | None = None) -> Path:
     if runs_dir is not None:
         check_path(runs_dir, "runs_dir")
     chosen = runs_dir or os.environ.get("HARNESS_RUNS") or "runs"  # noqa: TID251
-    return expand_user(Path(chosen)).absolute()
+    try:
+        return expand_user(Path(chosen)).absolute()
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"runs_dir={str(chosen)!r}: expected a working folder that exists, got one that "
+            "was removed. Change to another folder, or pass an absolute path."
+        ) from error
 
 
 def check_runs_folder(runs: Path) -> None:

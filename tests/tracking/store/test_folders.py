@@ -63,3 +63,14 @@ def test_list_rank_dirs_leaves_out_what_is_no_rank(tmp_path):
         (tmp_path / "records" / name).mkdir()
     (tmp_path / "records" / "2").write_text("a file")
     assert list(list_rank_dirs(tmp_path)) == [1]
+
+
+def test_runs_folder_of_a_removed_working_folder_is_refused(tmp_path, monkeypatch):
+    (gone := tmp_path / "gone").mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(
+        FileNotFoundError, match="expected a working folder that exists"
+    ):
+        runs_folder("runs")
+    assert runs_folder(tmp_path) == tmp_path
