@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from harness.accelerators.base import list_parameters
 from harness.accelerators.single import (
     list_all_state,
     load_optimizer_state,
@@ -218,6 +219,9 @@ def _public_state(thing: Any) -> object:
         return thing.detach()
     if isinstance(thing, nn.Module):
         return named_tensors(thing)  # buffers that are not persistent too
+    if isinstance(thing, Optimizer) and thing.state and not list_parameters(thing):
+        # Another optimizer holds it. DeepSpeed fills its groups inside a step only.
+        raise ValueError("has no parameters between steps at ZeRO 3: use ZeRO 2")
     return thing.state_dict()
 
 

@@ -77,7 +77,10 @@ class NamedEngine:
         self._clips: list[tuple[float, Tensor]] = []
         self._is_fresh = False
         self._was_stepped = False
-        self._versions = [param._version for param in owned]
+        self._followed = list(self._owned)
+        if stage == 3:  # code of the user may also change weights that nothing steps
+            self._followed += [p for p in self._others if not p.requires_grad]
+        self._versions = [param._version for param in self._followed]
         self.facade = EngineOptimizer(self._base, self._engine_step)
 
     # --------------------------------------------------------- forward, backward
@@ -104,20 +107,21 @@ class NamedEngine:
         """
         if self.stage == 0:
             return
-        versions = [param._version for param in self._owned]
+        versions = [param._version for param in self._followed]
         if versions == self._versions:
             return
         self._versions = versions
+        if self.stage == 3:
+            self._divide_whole()
         if all(param.dtype in _STEPPED_ALIKE for param in self._owned):
-            if self.stage == 3:
-                self._divide_whole()
             refresh_masters([self.engine])
 
     def _divide_whole(self) -> None:
         """Put values of small parameters, which ZeRO 3 keeps whole, into the parts of this rank."""
-        owned: list[Any] = self._owned
-        for param in owned:
-            if param.numel() and hasattr(param, "ds_tensor"):
+        followed: list[Any] = self._followed
+        for param in followed:
+            is_whole = param.numel() and hasattr(param, "ds_tensor")
+            if is_whole and param.dtype in _STEPPED_ALIKE:
                 part = param.ds_tensor.data
                 own = param.data.reshape(-1)[
                     param.ds_zero_partition_rank * part.numel() :
@@ -201,7 +205,7 @@ class NamedEngine:
                 for param, grad in kept:
                     param.grad = grad
         self.done = 0
-        self._versions = [param._version for param in self._owned]
+        self._versions = [param._version for param in self._followed]
         self._clear_gradients()
         applied = bool(self.engine.was_step_applied()) and self._base_stepped
         self._was_stepped = applied

@@ -308,7 +308,8 @@ def _check_optimizer(name: str, opt: Any, config: Mapping[str, Any]) -> None:
         raise ValueError(f"{msg} {advice}: train on one device.")
     if not hasattr(opt, "_optimizer_step_pre_hooks"):  # it wraps another one
         msg = f"{place}: expected an optimizer that calls torch's Optimizer.__init__"
-        advice = "Call it in its own __init__, or train on one device."
+        how = "super().__init__(base.param_groups, base.defaults) for one that wraps another"
+        advice = f"Call it in its own __init__, as {how}, or train on one device."
         raise ValueError(f"{msg}, got {kind}. {advice}")
     is_allowed = config.get("zero_allow_untested_optimizer", False)
     if stage and not is_elementwise(opt) and not is_allowed:

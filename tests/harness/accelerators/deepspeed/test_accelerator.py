@@ -25,6 +25,7 @@ from harness.accelerators.deepspeed.zero3_weights import WholeWeights
 from harness.accelerators.single import SingleDevice
 from harness.callbacks import LRScheduler, ModelCheckpoint, ResumeFromCheckpoint
 from harness.checkpoint.state import search_context
+from harness.errors import CheckpointError
 from tests.harness.accelerators.cases import (
     Gan,
     Lab,
@@ -680,11 +681,10 @@ def test_optimizer_that_leaves_out_what_torch_adds_is_refused(make: Any) -> None
             self.inner = torch.optim.SGD(params, lr=lr)
             self.param_groups = self.inner.param_groups
 
-    learner = harness.setup(Net, loss=nn.MSELoss(), optimizer=Alone)
-    data = torch.randn(8, 5), torch.randn(8, 3)
+    model = Net()
     match = r"prepare\('opt'\): expected an optimizer that calls torch's .*, got Alone"
     with pytest.raises(ValueError, match=match):
-        learner.set_opt_hparams(lr=0.1).fit(data, 1, accelerator=make(0), tracker=False)
+        make(0).prepare(model, {"opt": Alone(model.parameters(), 0.1)})
 
 
 class Failing(Net):
@@ -985,3 +985,82 @@ def test_checkpoint_has_state_of_an_engine_once(
         verbose=False,
     )
     assert saved.places == []
+
+
+class Wraps(torch.optim.Optimizer):
+    """Steps by another optimizer, which has the state."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        self.base = torch.optim.SGD(params, lr=lr, momentum=0.9)
+        super().__init__(self.base.param_groups, self.base.defaults)
+
+    def step(self, closure: Any = None) -> Any:
+        return self.base.step()
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_optimizer_that_wraps_another_is_resumed_or_named(
+    make: Any, stage: int, tmp_path: Path
+) -> None:
+    learner = harness.setup(Net, loss=nn.MSELoss(), optimizer=Wraps)
+    data = torch.randn(8, 5), torch.randn(8, 3)
+
+    def fit(epochs: int, *callbacks: harness.Callback) -> Any:
+        return learner.set_opt_hparams(lr=0.1).fit(
+            *(data, epochs),
+            callbacks=callbacks,
+            accelerator=make(stage, zero_allow_untested_optimizer=True),
+            tracker=False,
+            verbose=False,
+            seed=1,
+        )
+
+    wanted = fit(2).model.state_dict()
+    fit(1, ModelCheckpoint(tmp_path))
+    if stage == 1:
+        found = fit(2, ResumeFromCheckpoint(tmp_path, strict=True))
+        for name, value in found.model.state_dict().items():
+            assert torch.equal(value, wanted[name]), name
+        return
+    text = r"opt.base has no parameters between steps at ZeRO 3: use ZeRO 2"
+    with pytest.raises(CheckpointError, match=text):
+        fit(2, ResumeFromCheckpoint(tmp_path, strict=True))
+
+
+class Taught(Net):
+    """A net with a teacher that nothing steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.teacher = nn.Linear(5, 3).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = super().forward(x) + self.teacher(x)
+        return found
+
+
+class Teaches(harness.Callback):
+    """Moves the teacher after each step."""
+
+    def on_train_batch_after_step(self) -> None:
+        with torch.no_grad():
+            for param in self.ctx.model.teacher.parameters():
+                param.mul_(0.5)
+
+
+def test_weights_that_nothing_steps_follow_the_users_code_at_zero_3(make: Any) -> None:
+    learner = harness.setup(Taught, loss=nn.MSELoss(), optimizer=torch.optim.SGD)
+    torch.manual_seed(0)
+    data = torch.randn(8, 5), torch.randn(8, 3)
+    one, two = (
+        learner.set_opt_hparams(lr=0.1).fit(
+            *(data, 4),
+            callbacks=[Teaches()],
+            accelerator=accelerator,
+            tracker=False,
+            verbose=False,
+            seed=1,
+        )
+        for accelerator in (SingleDevice("cpu"), make(3))
+    )
+    check_equal(two.model.state_dict(), one.model, atol=1e-6)
