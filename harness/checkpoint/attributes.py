@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import marshal
 import sys
 import weakref
 from array import array
@@ -103,7 +104,7 @@ def copy_attributes(search: Search) -> Attributes:
         root: {
             path: {
                 name: _copy(value, memory, is_passive=is_passive)
-                for name, value in _own_fields(owner, is_passive=is_passive)
+                for name, value in _own_fields(owner, {}, is_passive=is_passive)
                 if _is_noted(value, is_passive=is_passive)
             }
             for path, owner in found.items()
@@ -143,7 +144,7 @@ def capture_attributes(
             if is_passive and path not in before.get(root, {}):
                 continue  # nothing tells whether it has changed
             old, place = before.get(root, {}).get(path, {}), f"{root}{path}"
-            for name, value in _own_fields(owner, is_passive=is_passive):
+            for name, value in _own_fields(owner, old, is_passive=is_passive):
                 if name in old and _is_as_before(value, old[name], memory):
                     continue
                 why = _find_reason(search, root, path, owner)
@@ -373,11 +374,15 @@ def _put(live: Any, value: Any, is_alike: Callable[[Tensor, Tensor], bool]) -> A
     return live
 
 
-def _own_fields(owner: object, *, is_passive: bool) -> Iterator[tuple[str, Any]]:
-    """Attributes that are kept, or whose change is told."""
+def _own_fields(
+    owner: object, old: Mapping[str, Any], *, is_passive: bool
+) -> Iterator[tuple[str, Any]]:
+    """Attributes that are kept, or whose change is told; not those that clearly are as before."""
     skipped = list_library_fields(owner)
     for name, value in fields_of(owner).items():
         if name in skipped or name.startswith(("ds_", "_ds", "_z3")):  # an engine's
+            continue
+        if name in old and _is_clearly_same(value, old[name]):
             continue
         if isinstance(owner, Variables) and is_function(value):
             continue  # code, which decorators and torch replace
@@ -614,6 +619,21 @@ def _is_as_before(value: Any, old: Any, memory: Memory) -> bool:
     if not is_plain(value):
         return _is_equal(value, old)
     return _is_equal(_detach(value, memory), old)
+
+
+def _is_clearly_same(value: Any, old: Any) -> bool:
+    """Whether a value is as before, where that is found fast.
+
+    A save stops training, and code may name tables of many items that never change.
+    """
+    if isinstance(old, _Mark):
+        return old.is_same(value)
+    if type(value) is not type(old) or type(value) not in _CONTAINERS:
+        return False
+    try:  # version 2 tells types and bits apart, and nothing else
+        return marshal.dumps(value, 2) == marshal.dumps(old, 2)
+    except ValueError:  # it has other items than plain ones
+        return False
 
 
 def _max_copied(value: object) -> int:

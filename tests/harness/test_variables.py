@@ -377,3 +377,25 @@ def test_variables_of_other_modules_are_found_where_code_names_them():
     names = {f"{place}.{name}" for place, _, name in find_globals(use)}
     assert {f"{stops.__name__}.fit", f"{__name__}.CALLS", f"{__name__}.stops"} <= names
     assert not any(name.startswith("numpy.") for name in names)
+
+
+class Signs(nn.Linear):
+    """A layer whose table changes only by a sign and a type."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 1)
+        self.table = {"a": [0.0, 1]}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.table["a"] = [-0.0, True]
+        return super().forward(x)
+
+
+def test_tables_that_change_by_a_sign_or_a_type_alone_are_kept(tmp_path):
+    learner = harness.setup(Signs, loss=nn.MSELoss(), optimizer=torch.optim.Adam)
+    data = torch.ones(8, 3), torch.ones(8, 1)
+    learner.fit(data, 1, callbacks=[ModelCheckpoint(tmp_path)], tracker=False)
+    resume = ResumeFromCheckpoint(tmp_path)
+    fitted = learner.fit(data, 1, callbacks=[resume], tracker=False)
+    assert str(fitted.model.table) == "{'a': [-0.0, True]}"
