@@ -207,6 +207,47 @@ def case_fit_by_steps_gives_what_one_process_gives(lab: Lab) -> None:
     )
 
 
+class Taught(Scorer):
+    """A net with a teacher that nothing steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.teacher = nn.Linear(6, CLASSES).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.teacher(x)
+
+
+class Teaches(harness.Callback):
+    """Changes the teacher after each step."""
+
+    def on_train_batch_after_step(self) -> None:
+        assert isinstance(self.ctx.model, Taught)
+        with torch.no_grad():
+            for param in self.ctx.model.teacher.parameters():
+                param.mul_(0.9)
+
+
+def case_weights_that_nothing_steps_follow_the_users_code(lab: Lab) -> None:
+    made = harness.setup(Taught, loss=nn.CrossEntropyLoss(), optimizer=torch.optim.SGD)
+    one, two = (
+        made.set_opt_hparams(lr=0.1).fit(
+            *(data(97), 3, data(31, seed=1)),
+            callbacks=[Teaches()],
+            seed=4,
+            tracker=False,
+            verbose=False,
+            accelerator=accelerator,
+            dataloader_options={"batch_size": 24 // accelerator.world_size},
+        )
+        for accelerator in (SingleDevice("cpu"), lab.make())
+    )
+    if lab.rank == 0:
+        found = two.model.state_dict()
+        for name, value in one.model.state_dict().items():
+            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
+
+
 CASES: dict[str, Callable[[Lab], None]] = {
     name.removeprefix("case_"): case
     for name, case in list(globals().items())
