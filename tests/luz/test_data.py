@@ -73,7 +73,7 @@ def test_switch_parameters(learner):
 
 
 def test_as_dataloader_fails(learner):
-    with pytest.raises(TypeError, match=r"data\[0\]: expected a tensor or array"):
+    with pytest.raises(TypeError, match="data: expected a tensor or array"):
         learner.fit(object(), tracker=False)
 
 

@@ -104,7 +104,7 @@ def test_resume_of_a_run_without_checkpoints_says_to_repeat_its_command(call, fo
     done = call("resume", run.id)
     assert done.exit_code == 1
     assert done.output == (
-        f"error: CheckpointError: harness resume: expected a checkpoint of run {run.id!r},"
+        f"error: harness resume: expected a checkpoint of run {run.id!r},"
         " found none. It saved none: repeat its command instead.\n"
     )
 
