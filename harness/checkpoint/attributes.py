@@ -233,17 +233,14 @@ def restore_attributes(
         for path, fields in owners.items()
         if (owner := search.owners.get(root, {}).get(path)) is not None
         for name, value in fields.items()
+        if name not in list_library_fields(owner)  # engines', in checkpoints of before
     ]
     pairs = [pair for *_, live, value in places for pair in _pair(live, value)]
     is_alike = _compare_sharing(pairs, memory)
     for owner, name, live, value in places:
         set_field(owner, name, _put(live, value, is_alike))
-    for (
-        owner,
-        name,
-        _,
-        value,
-    ) in places:  # objects may be shared, and were not when saved
+    # Objects may be shared, and were not when saved.
+    for owner, name, _, value in places:
         if not _is_equal(fields_of(owner).get(name), value):
             set_field(owner, name, value)
     _join_objects(search, same)

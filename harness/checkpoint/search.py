@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from harness.accelerators.deepspeed.original_model import LEFTOVERS
 from harness.accelerators.single import SingleDevice
 from harness.callback import Callback
 from harness.context import Context
@@ -45,7 +46,7 @@ MAX_ITEMS = 1000
 MAX_DEPTH = 6
 """How deep objects inside objects are searched."""
 
-_MODULE_FIELDS = frozenset(vars(nn.Module())) | {"ctx"}
+_MODULE_FIELDS = frozenset(vars(nn.Module())) | LEFTOVERS | {"ctx"}
 _OPTIMIZER_FIELDS = frozenset({"defaults", "param_groups", "state", "_opt_called"})
 
 OPTIMIZERS = "optimizers"

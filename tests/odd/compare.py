@@ -38,6 +38,7 @@ from tests.odd.plain import Loop
 from tests.odd.programs import Program
 
 HARNESS = Path(harness.__file__).parent
+PROGRAMS = Path(__file__).parent
 SEED = 7
 
 
@@ -359,8 +360,11 @@ def check_refusal(result: Result, num_batches: int = 0) -> None:
     if result.num_batches > num_batches:
         raise Difference(f"refused after {result.num_batches} batches") from error
     last = traceback.extract_tb(error.__traceback__)[-1]
-    is_ours = Path(last.filename).is_relative_to(HARNESS)
-    if not is_ours or not re.search(r"expected .+ got ", str(error)):
+    # An error that is explained ends in the line of the program that led to it.
+    is_ours = any(
+        Path(last.filename).is_relative_to(own) for own in (HARNESS, PROGRAMS)
+    )
+    if not is_ours or not re.search(r": expected .+ got ", str(error)):
         raise Difference("expected a message of harness") from error
 
 

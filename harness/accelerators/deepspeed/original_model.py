@@ -13,7 +13,7 @@ from harness.reshard.meta_parameters import replace_parameters
 ReadParameter = Callable[[nn.Parameter], Tensor]
 """Returns the whole parameter, in full precision, on this rank's device."""
 
-_LEFTOVERS = frozenset(
+LEFTOVERS = frozenset(
     {"_external_params", "_original_parameters", "all_parameters"}
     | {"applied_pre_backward_ref_cnt", "ds_external_parameters", "ds_grads_remaining"}
     | {"ds_id", "ds_inflight_param_registry", "ds_recompute_parameters"}
@@ -115,7 +115,7 @@ class OriginalModel:
                 # ZeRO 3 puts its own dict here, and adds attributes to modules.
                 module._parameters = dict(module._parameters.items())
                 new = vars(module).keys() - self._attributes.get(module, frozenset())
-                for name in _LEFTOVERS & new:
+                for name in LEFTOVERS & new:
                     delattr(module, name)
             for param, own in self._parameters:
                 # ZeRO 3 adds functions that refer to the parameter. Its memory would be free

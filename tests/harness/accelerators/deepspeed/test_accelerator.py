@@ -24,6 +24,7 @@ from harness.accelerators.deepspeed.library import import_deepspeed
 from harness.accelerators.deepspeed.zero3_weights import WholeWeights
 from harness.accelerators.single import SingleDevice
 from harness.callbacks import LRScheduler, ModelCheckpoint, ResumeFromCheckpoint
+from harness.checkpoint.format import list_checkpoints, read_rank
 from harness.checkpoint.state import search_context
 from harness.errors import CheckpointError
 from tests.harness.accelerators.cases import (
@@ -985,6 +986,8 @@ def test_checkpoint_has_state_of_an_engine_once(
         verbose=False,
     )
     assert saved.places == []
+    (path,) = list_checkpoints(tmp_path)
+    assert read_rank(path, 0)["fields"] == {}
 
 
 class Wraps(torch.optim.Optimizer):
