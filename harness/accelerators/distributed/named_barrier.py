@@ -33,7 +33,10 @@ RANKS_AT_ONCE = 128
 """More ranks ask the store more rarely, so that it gets no more questions a second."""
 
 _COLLECTIVES = ("torch.distributed", "deepspeed.comm")
-_LIBRARIES = ("torch", "deepspeed", "contextlib", "typing_extensions")
+_LIBRARIES = (
+    *("torch", "deepspeed", "contextlib", "typing_extensions"),
+    "harness.accelerators.deepspeed.zero3_weights",  # calls methods of DeepSpeed
+)
 
 
 class NamedBarrier:

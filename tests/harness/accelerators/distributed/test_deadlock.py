@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
+from torch import nn
 
+from harness.accelerators.deepspeed.library import keep_functions
+from harness.accelerators.deepspeed.zero3_weights import WholeWeights
 from harness.accelerators.distributed.deadlock import (
     WAITING,
     Deadlock,
@@ -111,6 +114,13 @@ def test_user_in_a_folder_called_deepspeed_and_what_writes_files_wait_for_no_ran
     assert not is_in(user, WAITING)
     assert not is_in(writer, WAITING)
     assert describe_place(user) == "fetch_sub_module (train.py, line 3)"
+
+
+def test_place_of_a_wait_is_in_code_that_uses_a_layer() -> None:
+    with keep_functions():
+        called = WholeWeights(nn.Identity())._leave(sys._getframe)(0)
+    found = describe_place(called)
+    assert found.startswith("test_place_of_a_wait"), found
 
 
 def test_wait_is_another_for_another_layer() -> None:
