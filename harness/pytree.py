@@ -19,6 +19,7 @@ import functools
 import math
 import sys
 import sysconfig
+import types
 import weakref
 from collections import Counter, OrderedDict, UserDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -97,6 +98,31 @@ def has_state(value: object) -> bool:
     """Whether an object can save and restore its state."""
     names = ("state_dict", "load_state_dict")
     return all(callable(getattr(type(value), name, None)) for name in names)
+
+
+def is_proxy(value: object) -> bool:
+    """Whether code of its own answers for an object's class and attributes.
+
+    So do mocks, proxies and lazily loaded objects. A question to them may fail or take long.
+    """
+    return type(value) not in _LEAVES and _is_class_of_proxies(type(value))
+
+
+@cache_by_identity
+def _is_class_of_proxies(kind: type) -> bool:
+    if issubclass(kind, (*weakref.ProxyTypes, torch.nn.Module, Tensor)):
+        return issubclass(kind, weakref.ProxyTypes)
+    for base in kind.__mro__[:-1]:
+        own = vars(base)
+        is_plain = isinstance(own.get("__dict__", _FIELDS), _OF_C)
+        is_looked_up = isinstance(own.get("__getattribute__"), types.FunctionType)
+        if "__class__" in own or is_looked_up or not is_plain:
+            return True
+    return False
+
+
+_OF_C = types.GetSetDescriptorType | types.MemberDescriptorType
+_FIELDS = vars(types.ModuleType)["__dict__"]
 
 
 def items_of(value: Any) -> Sequence[Any] | None:
@@ -342,6 +368,23 @@ def _encode_tensor(value: Tensor, path: str, found: _Found) -> object:
         plan = {"$tensor": path}
     found.leaves.append(_Leaf(path, value, plan))
     return plan
+
+
+def can_keep(value: Tensor | np.ndarray | np.generic) -> bool:
+    """Whether ``flatten`` takes a tensor, an array or a number of NumPy."""
+    if isinstance(value, Tensor):
+        if value.layout == torch.sparse_coo:
+            return value.dtype in DTYPES
+        is_known = value.dtype in DTYPES or value.is_complex()
+        return is_known and value.layout == torch.strided and not value.is_nested
+    if isinstance(value, np.ndarray):
+        is_number = value.dtype.kind in "biuf" and value.dtype.isnative
+        return is_number and value.dtype.itemsize <= _MAX_NUMBER_BYTES
+    return isinstance(value.item(), bool | int | float | str | bytes)
+
+
+_MAX_NUMBER_BYTES = 8
+"""Larger numbers of NumPy, ``longdouble``, have no type in torch."""
 
 
 def _encode_container(value: object, path: str, found: _Found) -> object:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import random
 from collections.abc import (
     Callable,
-    Collection,
     Iterable,
     Iterator,
     Mapping,
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from harness.pytree import StateDict, cache_by_identity, is_installed
+from harness.pytree import StateDict, cache_by_identity, is_installed, is_proxy
 
 if TYPE_CHECKING:
     from harness.accelerators.base import Accelerator
@@ -324,6 +324,7 @@ def _find_held(roots: Sequence[object]) -> list[Generator]:
         thing = todo.pop()
         if (
             type(thing) in _PLAIN
+            or is_proxy(thing)
             or isinstance(thing, torch.Tensor)
             or id(thing) in seen
         ):
@@ -368,14 +369,15 @@ def _get_all(thing: Any, names: Sequence[str]) -> list[object]:
     """Attributes by name, None for what is not there, without a search for each."""
     kind: Any = type(thing)
     fields, on_class = getattr(thing, "__dict__", {}), _find_on_class(kind)
-    return [
-        getattr(thing, name, None) if name in on_class else fields.get(name)
-        for name in names
-    ]
+    found = {name: fields.get(name) for name in names}
+    for name in on_class & found.keys():
+        with contextlib.suppress(Exception):  # a user's object, such as an unread file
+            found[name] = getattr(thing, name, None)
+    return [*found.values()]
 
 
 @cache_by_identity
-def _find_on_class(kind: Any) -> Collection[str]:
+def _find_on_class(kind: Any) -> frozenset[str]:
     """Names that a class may give its objects: by itself, or by a search of its own."""
     # What a module of torch finds is a part of it, which is searched anyway.
     plain: Any = torch.nn.Module.__getattr__

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import types
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from harness.pytree import cache_by_identity, is_installed
+from harness.pytree import cache_by_identity, is_installed, is_proxy
 
 FUNCTIONS = (functools.partial, types.FunctionType, types.MethodType)
 
@@ -102,7 +103,7 @@ def of_module(names: set[str], values: dict[str, Any]) -> Variables:
 
 
 def _read_cached(value: Any) -> object:
-    if isinstance(value, functools._lru_cache_wrapper):
+    if type(value) is functools._lru_cache_wrapper:
         return Cached(value.cache_info().currsize)
     return value
 
@@ -112,10 +113,10 @@ def of_class(kind: type) -> Variables:
     return Variables(
         lambda: {
             name: _read_cached(value)
-            for name, value in vars(kind).items()
+            for name, value in vars(kind).copy().items()
             if not name.startswith("__")
         },
-        lambda name, value: setattr(kind, name, value),
+        functools.partial(type.__setattr__, kind),
     )
 
 
@@ -129,31 +130,42 @@ def is_function(value: object) -> bool:
     return isinstance(value, (*FUNCTIONS, types.BuiltinFunctionType, type))
 
 
-@cache_by_identity
-def find_functions(kind: type) -> tuple[types.FunctionType, ...]:
+def find_functions(kind: type) -> list[types.FunctionType]:
     """Functions that the user's own classes among a class and its bases define."""
+    return [own for ref in _refer_to_functions(kind) if (own := ref()) is not None]
+
+
+@cache_by_identity
+def _refer_to_functions(kind: type) -> tuple[weakref.ref[types.FunctionType], ...]:
+    # Functions that call super() hold their class, which has to die when it is not used.
     found: list[types.FunctionType] = []
     own: tuple[types.FunctionType | None, ...]
     for base in kind.__mro__:
         if is_installed(base.__module__):
             continue
-        for value in vars(base).values():
-            if isinstance(value, property):
+        for value in vars(base).copy().values():
+            if issubclass(type(value), property):
                 own = (unwrap(value.fget), unwrap(value.fset))
             else:
                 own = (unwrap(value),)
             found += [function for function in own if function is not None]
-    return tuple(found)
+    return tuple(map(weakref.ref, found))
 
 
 def unwrap(value: Any) -> types.FunctionType | None:
     """The plain function behind a method, a decorator or a partial; None if there is none."""
     for _ in range(_MAX_WRAPPERS):
+        if is_proxy(value):
+            return None
         if isinstance(value, types.FunctionType):
             return value
-        value = getattr(value, "__func__", None) or getattr(
-            value, "__wrapped__", getattr(value, "func", None)
-        )
+        if isinstance(value, (staticmethod, classmethod, types.MethodType)):
+            value = value.__func__
+        elif isinstance(value, functools.partial):
+            value = value.func
+        else:
+            fields = getattr(value, "__dict__", {})
+            value = fields.get("__wrapped__", fields.get("func"))
     return None
 
 
@@ -194,7 +206,9 @@ def find_globals(
     modules = {function.__module__: values}
     for name in names:
         found = values.get(name)
-        if isinstance(found, types.ModuleType) and not is_installed(found.__name__):
+        if is_proxy(found) or not isinstance(found, types.ModuleType):
+            continue  # a module that is loaded later is a proxy
+        if not is_installed(found.__name__):
             modules[found.__name__] = vars(found)
     for place, own in modules.items():
         for name in names:

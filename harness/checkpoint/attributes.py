@@ -38,7 +38,14 @@ from harness.checkpoint.search import (
     is_trained_leaf,
     list_library_fields,
 )
-from harness.pytree import StateDict, has_named_factory, has_state
+from harness.pytree import (
+    StateDict,
+    as_bytes,
+    can_keep,
+    has_named_factory,
+    has_state,
+    is_proxy,
+)
 from harness.reshard.consolidated import copy_into
 from harness.variables import (
     Cached,
@@ -79,7 +86,7 @@ Memory = Mapping[int, tuple[str, Tensor]]
 _VALUES = (
     *(complex, bytearray, array, range, PurePath, UUID, Cached, Identity),
     *(date, time, timedelta, Decimal, Fraction),
-    *(torch.device, torch.dtype, torch.Size),
+    *(torch.device, torch.dtype, torch.Size, np.generic),
 )
 """Types that a checkpoint cannot hold, and whose values can be compared."""
 
@@ -167,7 +174,7 @@ def _note_objects(value: Any, place: Place, met: dict[int, list[Place]]) -> None
         met.setdefault(id(value), []).append(place)
     if isinstance(value, list | dict | deque) and not _has_plain_items(value):
         items = value.items() if isinstance(value, dict) else enumerate(value)
-        for key, item in items:
+        for key, item in list(items):  # a thread may change it meanwhile
             if isinstance(key, int | str):
                 _note_objects(item, [*place, key], met)
 
@@ -379,7 +386,7 @@ def _own_fields(
     for name, value in fields_of(owner).items():
         if name in skipped or name.startswith(("ds_", "_ds", "_z3")):  # an engine's
             continue
-        if name in old and _is_clearly_same(value, old[name]):
+        if is_proxy(value) or (name in old and _is_clearly_same(value, old[name])):
             continue
         if isinstance(owner, Variables) and is_function(value):
             continue  # code, which decorators and torch replace
@@ -406,6 +413,8 @@ def _is_long(value: object) -> bool:
 
 def _is_compared(value: object, depth: int = _MAX_DEPTH) -> bool:
     """Whether a value cannot be kept, but a change of it can be told."""
+    if is_proxy(value):
+        return False
     if isinstance(value, Iterator):
         is_alone = depth == _MAX_DEPTH and not isinstance(value, IOBase)
         return is_alone and not has_state(value)
@@ -421,23 +430,29 @@ def _is_compared(value: object, depth: int = _MAX_DEPTH) -> bool:
 
 def is_plain(value: object, depth: int = _MAX_DEPTH) -> bool:
     """Whether a value is a number, text, array or tensor, or a container of those."""
-    if isinstance(value, np.ndarray):
-        return value.dtype.kind in "biuf"
+    if type(value) in SCALARS or is_proxy(value):
+        return type(value) in _SIMPLE
+    if isinstance(value, np.ndarray | np.generic):
+        return can_keep(value)
     if isinstance(value, Enum):
-        return _find_enum(_name_enum(type(value))) is type(value)
-    if isinstance(value, (*PLAIN_TYPES, bytes, np.generic)):
-        return type(value) is not complex
+        is_member = value.name in type(value).__members__  # not several flags
+        return is_member and _find_enum(_name_enum(type(value))) is type(value)
+    if isinstance(value, (*PLAIN_TYPES, bytes)):
+        return not isinstance(value, complex)
     if isinstance(value, Tensor):
         # A leaf that is trained is found as an object. Of any other, such as the state of a
         # recurrent model that the next batch detaches, the numbers are kept.
         if value.is_meta or is_functorch_wrapped_tensor(value):  # it escaped from vmap
             return False  # it has no numbers
-        return not is_trained_leaf(value)
+        return not is_trained_leaf(value) and can_keep(value)
     if type(value) not in _CONTAINERS or not depth:
         return False
-    return _has_plain_items(value) or all(
-        is_plain(item, depth - 1) for item in _items_of(value)
-    )
+    if _has_plain_items(value):
+        return True
+    keys = [*value] if isinstance(value, dict) else []
+    if any(isinstance(own, Enum) for key in keys for own in _walk(key)):
+        return False  # keys are written as they are
+    return all(is_plain(item, depth - 1) for item in _items_of(value))
 
 
 def _items_of(value: Any) -> list[object]:
@@ -504,13 +519,15 @@ def _address(tensor: Tensor) -> int:
 
 
 def _map_items(value: Any, function: Callable[[Any], Any]) -> Any:
-    """A plain value with other items, in a container of the same kind."""
-    if type(value) not in _CONTAINERS or _has_plain_items(value):
+    """A plain value with other items, in a new container of the same kind."""
+    if type(value) not in _CONTAINERS:
+        return value
+    value = copy.copy(value)  # at once: a thread may change it meanwhile
+    if _has_plain_items(value):
         return value
     if isinstance(value, dict):
-        changed = copy.copy(value)
-        changed.update({key: function(item) for key, item in value.items()})
-        return changed
+        value.update({key: function(item) for key, item in value.items()})
+        return value
     items = [function(item) for item in value]
     return (
         deque(items, value.maxlen) if isinstance(value, deque) else type(value)(items)
@@ -592,15 +609,15 @@ def _copy(value: Any, memory: Memory, *, is_passive: bool) -> Any:
         return _Mark.of(value)
     if not is_plain(value):
         return _freeze(value)
-    is_long = type(value) in _CONTAINERS and _has_plain_items(value)
-    return copy.copy(value) if is_long else copy.deepcopy(_detach(value, memory))
+    own = _detach(value, memory)
+    is_flat = type(own) in _CONTAINERS and _has_plain_items(own)
+    return own if is_flat else copy.deepcopy(own)
 
 
 def _freeze(value: Any) -> Any:
     """A copy to compare with later of what cannot be kept."""
     if type(value) in _CONTAINERS:
-        is_flat = _has_plain_items(value)
-        return copy.copy(value) if is_flat else _map_items(value, _freeze)
+        return _map_items(value, _freeze)
     if isinstance(value, Tensor):
         return value.detach().clone()
     is_changed = isinstance(value, np.ndarray | bytearray | array)
@@ -653,8 +670,10 @@ def _size_of(value: object) -> int:
 def _is_equal(one: Any, two: Any) -> bool:
     """Whether two plain values are equal, with their types."""
     if isinstance(one, Tensor):
-        is_alike = isinstance(two, Tensor) and one.dtype == two.dtype
-        return is_alike and one.layout == torch.strided and torch.equal(one, two)
+        if not isinstance(two, Tensor) or one.layout != torch.strided:
+            return False
+        forms = [(own.dtype, own.shape, own.device) for own in (one, two)]
+        return forms[0] == forms[1] and torch.equal(as_bytes(one), as_bytes(two))
     if type(one) is not type(two):
         return False
     if isinstance(one, np.ndarray):

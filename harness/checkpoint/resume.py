@@ -347,7 +347,7 @@ class Resume:
             If it does not fit the model or the optimizers; with `strict`, if anything has
             no saved state, or no owner.
         """
-        state = self._name_for(ctx, self.state)
+        state = self.name_state(ctx)
         if "callbacks" in self.parts:
             self._report_unmatched(ctx, state)
         self._use_changes(ctx, state["accelerator"])
@@ -428,8 +428,9 @@ class Resume:
         late = [*(notes[name] for name in sorted(harmless)), *new]
         self.report += [("callbacks", "missing", note) for note in late]
 
-    def _name_for(self, ctx: Context, state: StateDict) -> StateDict:
+    def name_state(self, ctx: Context) -> StateDict:
         """The state with the names that callbacks have in this fit."""
+        state = self.state
         found = {then: now for now, then in self._match_callbacks(ctx).items()}
         saved = state["callbacks"]
         free = (name for name in saved if name not in found)

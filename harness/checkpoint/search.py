@@ -9,8 +9,9 @@ from __future__ import annotations
 import functools
 import threading
 import types
-from collections import deque
+from collections import UserDict, deque
 from collections.abc import Iterable, Iterator, Mapping
+from enum import Enum
 from itertools import filterfalse
 from typing import Any
 
@@ -24,7 +25,7 @@ from harness.callback import Callback
 from harness.context import Context
 from harness.data.stateful import walk_parts
 from harness.metrics.type_checks import is_metric
-from harness.pytree import has_state, is_installed
+from harness.pytree import has_state, is_installed, is_proxy
 from harness.rng import Generator, is_generator
 from harness.variables import (
     FUNCTIONS,
@@ -66,8 +67,14 @@ SCALARS = frozenset(PLAIN_TYPES)
 """The same, to look a type up quickly: most attributes are of one of them."""
 
 _PASSED_OVER = (
-    *(*PLAIN_TYPES, type, types.ModuleType, Context, DataLoader, Dataset, Sampler),
+    *(*PLAIN_TYPES, Enum, type, types.ModuleType),
+    *(Context, DataLoader, Dataset, Sampler),
 )
+_MAPPINGS = (dict, UserDict, types.MappingProxyType)
+"""Those that are searched: another one, such as one of files, may read what it is asked for."""
+
+_CONTAINERS = (*_MAPPINGS, list, tuple, set)
+
 _HOOKS = (
     *("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"),
     *("_backward_pre_hooks",),
@@ -159,8 +166,13 @@ class Search:
         return is_new
 
     def _search(self, root: str, path: str, value: Any, depth: int) -> None:
-        is_passed = type(value) in SCALARS or isinstance(value, _PASSED_OVER)
-        if is_passed or depth > MAX_DEPTH or not self._mark_seen(value):
+        if type(value) in SCALARS or is_proxy(value):
+            return
+        if (
+            isinstance(value, _PASSED_OVER)
+            or depth > MAX_DEPTH
+            or not self._mark_seen(value)
+        ):
             return
         is_trained = isinstance(value, Tensor) and is_trained_leaf(value)
         if is_generator(value):
@@ -177,7 +189,7 @@ class Search:
             self._add_function(root, path, value)
             for name, item in _parts_of_function(value):
                 self._search(root, f"{path}.{name}", item, depth + 1)
-        elif isinstance(value, Mapping | list | tuple | set):
+        elif isinstance(value, _CONTAINERS):
             for key, item in _items_of(value):
                 self._search(root, f"{path}[{key!r}]", item, depth + 1)
         elif not has_state(value) and (type(value) in _OPEN or not _is_library(value)):
@@ -252,7 +264,7 @@ class Search:
                     own.add(name)
                     self.owners[root][f" {place}"] = of_module(own, values)
                     self._search(root, f" {place}.{name}", values[name], 1)
-                    if isinstance(values[name], type):
+                    if issubclass(type(values[name]), type):
                         kinds.add(values[name])
                 kinds |= {type(t) for t in list(self._seen.values())[known:]}
 
@@ -261,7 +273,7 @@ class Search:
         for function in find_functions(kind):
             place = f" {function.__module__}.{function.__qualname__}"
             self._search(root, place, function, 1)
-        if not is_installed(kind.__module__):
+        if not is_installed(kind.__module__) and not issubclass(kind, Enum):
             path = f" {kind.__module__}.{kind.__qualname__}"
             self.owners[root][path] = variables = of_class(kind)
             self._search_fields(root, path, variables, 1)
@@ -434,7 +446,7 @@ def _items_of(value: Any) -> list[tuple[object, object]]:
     """Keys and values of a container that is no data."""
     if len(value) > MAX_ITEMS:
         return []
-    return list(value.items() if isinstance(value, Mapping) else enumerate(value))
+    return list(value.items() if isinstance(value, _MAPPINGS) else enumerate(value))
 
 
 def _parts_of_function(value: Any) -> Iterator[tuple[str, object]]:
@@ -456,6 +468,6 @@ def _parts_of_function(value: Any) -> Iterator[tuple[str, object]]:
             continue
     for name in value.__code__.co_names:
         found = value.__globals__.get(name)
-        if isinstance(found, nn.Module) or has_state(found):
+        if issubclass(type(found), nn.Module) or has_state(found):
             yield name, found
     yield "defaults", value.__defaults__

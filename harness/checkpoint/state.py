@@ -109,7 +109,27 @@ class FitStart:
 def mark_start(ctx: Context) -> FitStart:
     """Remember how a fit began; see ``capture_state``."""
     search = search_context(ctx)
-    return FitStart(copy_attributes(search), mark_modules(search))
+    began = FitStart(copy_attributes(search), mark_modules(search))
+    if ctx.resume is not None:
+        _count_as_changed(began, ctx.resume.name_state(ctx))
+    return began
+
+
+def _count_as_changed(began: FitStart, state: StateDict) -> None:
+    """Let later checkpoints hold what a resume restores.
+
+    This process may have had the same values already. Another one starts with others.
+    """
+    in_pass = state["pass"] or {}
+    for fields in (state.get("fields", {}), in_pass.get("fields", {})):
+        for root, owners in fields.items():
+            for path, own in owners.items():
+                known = began.attributes.get(root, {}).get(path, {})
+                for name in own:
+                    known.pop(name, None)
+    for root, found in state.get("held", {}).items():
+        for path in found:
+            began.modules.pop(f"{root}{path}", None)
 
 
 def capture_state(ctx: Context, phase: Phase, began: FitStart) -> StateDict:

@@ -27,6 +27,7 @@ from harness.checkpoint.format import (
     write_rank,
 )
 from harness.checkpoint.state import (
+    FitStart,
     capture_state,
     get_position,
     mark_start,
@@ -219,7 +220,8 @@ class CheckpointWriter:
         return error
 
     def release(self) -> None:
-        """Give the memory of the copies back, because the fit is over."""
+        """Give the memory of the copies back, and what they were compared with."""
+        self._start_of_fit = FitStart({}, {})
         self._copies = HostCopies()  # a thread that still writes has the earlier ones
 
     def prune(self, keep_last: int, keep: set[str]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from harness.checks.calls import check_call, count_needed
 from harness.events import nearest
+from harness.variables import unwrap
 
 
 def check_compile(options: object) -> dict[str, Any]:
@@ -121,12 +122,13 @@ def defines(model: nn.Module | type, name: str) -> bool:
 def names_in_code(model: type, name: str) -> bool:
     """Whether the methods of a model's class use a name."""
     functions = [
-        getattr(value, "__code__", None)
+        unwrap(value)
         for cls in model.__mro__
         if not cls.__module__.startswith("torch.")
         for value in vars(cls).values()
     ]
-    return any(name in (*code.co_names, *code.co_consts) for code in functions if code)
+    codes = [function.__code__ for function in functions if function is not None]
+    return any(name in (*code.co_names, *code.co_consts) for code in codes)
 
 
 def _check_loss_call(place: str, loss: object) -> None:

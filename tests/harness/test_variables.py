@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import functools
+import gc
 import itertools
 import queue
 import random
 import threading
 import types
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
-from enum import Enum
+from enum import Enum, Flag
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ from harness.variables import find_globals
 from tests.harness import stops
 from tests.harness.stops import Line, StopAt, X, Y, sgd
 
-CALLS, SEEN = 0, [0]
+CALLS, SEEN, EARLY = 0, [0], [0]
 RANDOM: Any = None
 FROZEN: Any = None
 LOCAL = threading.local()
@@ -281,6 +283,7 @@ def test_resume_with_state_in_code_and_data_equals_the_unbroken_fit(tmp_path, st
     resumed = stop_and_resume(tmp_path, stop)
     for name, expected in whole.items():
         assert repr(resumed[name]) == repr(expected), name
+    assert [(own.name, own.value) for own in Stage] == [("EARLY", 1), ("LATE", 2)]
     state = read_rank(list_checkpoints(tmp_path)[0], 0)
     assert "globals" not in state["held"]  # the frozen module has not changed
     assert state["not_kept"] == {}
@@ -325,6 +328,126 @@ class Untold(Line):
         self.price, self.act = self.price * 2, torch.relu
         self.queue.put(next(self.numbers))
         return self.act(super().forward(x)) + self.noise(len(x))
+
+
+class Mode(Flag):
+    ONE = 1
+    TWO = 2
+
+
+class Asked:
+    """An object that fails whatever it is asked, as a proxy outside of its request does."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError(name)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        raise RuntimeError
+
+    @property
+    def __dict__(self) -> Any:
+        raise RuntimeError
+
+    def __eq__(self, other: object) -> bool:
+        raise RuntimeError
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class Files(Mapping[str, bytes]):
+    """A mapping that reads a file when it is asked for an item."""
+
+    def __getitem__(self, name: str) -> bytes:
+        raise OSError(name)
+
+    def __len__(self) -> int:
+        raise OSError
+
+    def __iter__(self) -> Iterator[str]:
+        raise OSError
+
+
+ASKED: Any = Asked()
+FILES: Any = Files()
+
+
+def make_odd(num: int) -> dict[str, Any]:
+    """Values that look plain, and that no checkpoint holds."""
+    flat = torch.full((2, 2), float(num))
+    return {
+        "flags": Mode.ONE | Mode.TWO if num else Mode.ONE,
+        "keys": {(Stage.EARLY, 1): num},
+        "day": np.datetime64(num, "D"),
+        "complex": np.complex64(num),
+        "long": np.longdouble(num),
+        "longs": np.full(2, num, np.longdouble),
+        "bytes": np.full(2, num, ">f4"),
+        "rows": flat.to_sparse_coo().to(torch.complex64),
+        "list": [Decimal(num)],
+    }
+
+
+class Odd(Line):
+    asked = ASKED
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count, self.small, self.nan = 0, torch.zeros(2), torch.zeros(1)
+        vars(self).update(make_odd(0))
+
+    def forward(self, x):
+        if self.training:
+            self.count += 1
+            self.small = torch.ones(2).to(torch.float8_e4m3fn)
+            self.nan = torch.full((1,), float("nan"))
+            vars(self).update(make_odd(self.count))
+        return super().forward(x) if ASKED is not FILES else x
+
+
+def test_odd_values_that_code_names_end_neither_a_fit_nor_its_resume(tmp_path):
+    data: Any = (X, Y)
+    sgd(Odd).fit(data, 1, callbacks=[ModelCheckpoint(tmp_path)], tracker=False)
+    notes = read_rank(list_checkpoints(tmp_path)[0], 0)["not_kept"]
+    assert {*notes} == {f"model.{name}" for name in make_odd(0)} - {"model.rows"}
+    resume = ResumeFromCheckpoint(tmp_path)
+    model: Any = sgd(Odd).fit(data, 1, callbacks=[resume], tracker=False).model
+    assert model.count > 0
+    assert model.small.float().tolist() == [1, 1]
+
+
+class Early(harness.Callback):
+    """Changes a global variable at the first batch alone."""
+
+    def on_train_batch_end(self) -> None:
+        if self.ctx.step == 1:
+            EARLY[0] += 7
+
+
+def test_later_checkpoints_hold_what_a_resume_in_the_same_process_restored(tmp_path):
+    EARLY[0] = 0
+    for epochs, callbacks in [(1, []), (2, [ResumeFromCheckpoint(tmp_path)])]:
+        save = ModelCheckpoint(tmp_path)
+        data: Any = (X, Y)
+        own = [Early(), save, *callbacks]
+        sgd().fit(data, epochs, callbacks=own, tracker=False)
+    EARLY[0] = 0  # as in a new process
+    resume = ResumeFromCheckpoint(tmp_path)
+    sgd().fit(data, 2, callbacks=[Early(), resume], tracker=False)
+    assert EARLY == [7]
+
+
+def test_class_of_a_model_dies_after_its_fit(tmp_path):
+    class Own(Line):
+        def forward(self, x):
+            return super().forward(x)  # its closure holds the class
+
+    save, data = ModelCheckpoint(tmp_path), (X, Y)
+    sgd(Own).fit(data, 1, callbacks=[save], tracker=False)  # type: ignore[arg-type]
+    ref = weakref.ref(Own)
+    del Own
+    gc.collect()
+    assert ref() is None
 
 
 class Replaces(harness.Callback):
