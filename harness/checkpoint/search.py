@@ -6,11 +6,13 @@ own weights. What is found here is saved in a checkpoint, or named there as not 
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import functools
 import threading
 import types
 from collections import UserDict, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from itertools import filterfalse
 from typing import Any
@@ -38,6 +40,7 @@ from harness.variables import (
     of_class,
     of_function,
     of_module,
+    set_field,
     unwrap,
 )
 
@@ -116,6 +119,7 @@ class Search:
         self.owners: dict[str, dict[str, object]] = {}
         self.foreign: set[tuple[str, str]] = set()
         self.generators: dict[str, Generator] = {}
+        self._holders: dict[tuple[str, str], tuple[object, str]] = {}
         self._functions: deque[types.FunctionType] = deque()
         self.stateless: set[str] = set()
         self._seen: dict[int, object] = {}  # keeps them, so that no id is used again
@@ -158,6 +162,24 @@ class Search:
         for root, found in self.objects.items():
             for path, thing in found.items():
                 yield root, path, thing
+
+    def iter_held(self) -> Iterator[tuple[str, str, object]]:
+        """Yield root, path and object of those of `owners` that another one may replace."""
+        for root, found in self.owners.items():
+            for path, owner in found.items():
+                is_fixed = isinstance(owner, nn.Module | Variables)
+                if (root, path) in self._holders and not is_fixed:
+                    yield root, path, owner
+
+    def replace(self, places: Iterable[Sequence[str]]) -> None:
+        """Put copies into the places of objects, which other code may hold too."""
+        copies: dict[int, object] = {}
+        for root, path, owner in list(self.iter_held()):
+            if [root, path] in places:
+                holder, name = self._holders[root, path]
+                with contextlib.suppress(Exception):  # an object of the user's
+                    copies[id(owner)] = self.owners[root][path] = copy.copy(owner)
+                    set_field(copies.get(id(holder), holder), name, copies[id(owner)])
 
     def _mark_seen(self, value: object) -> bool:
         """Whether a value is met for the first time."""
@@ -297,6 +319,7 @@ class Search:
         skipped = list_library_fields(owner)
         for name, value in fields_of(owner).items():
             if name not in skipped and type(value) not in SCALARS:
+                self._holders.setdefault((root, f"{path}.{name}"), (owner, name))
                 self._search(root, f"{path}.{name}", value, depth + 1)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import platform
-from collections.abc import Container, Iterable
+import weakref
+from collections.abc import Callable, Container, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -104,15 +105,35 @@ class FitStart:
 
     attributes: Attributes
     modules: Marks
+    #: objects of the user's own, by root and path
+    owners: dict[tuple[str, str], Callable[[], object]]
 
 
 def mark_start(ctx: Context) -> FitStart:
     """Remember how a fit began; see ``capture_state``."""
     search = search_context(ctx)
-    began = FitStart(copy_attributes(search), mark_modules(search))
+    owners = {(root, path): _refer(own) for root, path, own in search.iter_held()}
+    began = FitStart(copy_attributes(search), mark_modules(search), owners)
     if ctx.resume is not None:
         _count_as_changed(began, ctx.resume.name_state(ctx))
     return began
+
+
+def _refer(thing: object) -> Callable[[], object]:
+    """Refer to an object without keeping it alive, if its class allows that."""
+    try:
+        return weakref.ref(thing)
+    except TypeError:
+        return lambda: thing
+
+
+def _list_replaced(search: Search, began: FitStart) -> list[list[str]]:
+    """Root and path of objects that others have replaced since the fit began."""
+    return [
+        [root, path]
+        for root, path, owner in search.iter_held()
+        if (root, path) in began.owners and began.owners[root, path]() is not owner
+    ]
 
 
 def _count_as_changed(began: FitStart, state: StateDict) -> None:
@@ -154,7 +175,8 @@ def capture_state(ctx: Context, phase: Phase, began: FitStart) -> StateDict:
         Also ``groups`` (names of the parameters that each optimizer steps),
         ``epoch_random`` (random state before the events of the epoch), ``held``,
         ``fields`` and ``metrics`` (what hangs on the model, the loss and callbacks),
-        ``same`` (places of ``fields`` that hold one object), and
+        ``same`` (places of ``fields`` that hold one object), ``replaced`` (root and path of
+        objects that are others than when the fit began), and
         ``lost`` and ``not_kept`` (why other such state is not in the checkpoint). Where
         validation data are a fraction, ``split_random`` (random state before the split).
     """
@@ -167,6 +189,7 @@ def capture_state(ctx: Context, phase: Phase, began: FitStart) -> StateDict:
     params = name_parameters(ctx.model, search)
     objects, lost = capture_objects(search, params, states, began.modules)
     own, not_kept, same = capture_attributes(search, began.attributes)
+    replaced = _list_replaced(search, began)
     state: StateDict = {
         "records": ctx.records,
         "ctx": {
@@ -181,6 +204,7 @@ def capture_state(ctx: Context, phase: Phase, began: FitStart) -> StateDict:
         "held": objects,
         "fields": own,
         **({"same": same} if same else {}),
+        **({"replaced": replaced} if replaced else {}),
         "metrics": capture_metrics(ctx.model),
         "lost": lost,
         "not_kept": not_kept,
@@ -305,6 +329,8 @@ def _restore_attached(ctx: Context, state: StateDict, wanted: set[str]) -> None:
         {root: own for root, own in state.get(part, {}).items() if root in roots}
         for part in ("held", "fields")
     )
+    held = state.get("replaced", [])
+    search.replace([place for place in held if place[0] in attributes])
     restore_attributes(search, attributes, ctx.device, state.get("same", ()))
     restore_objects(search, objects, name_parameters(ctx.model, search))
 

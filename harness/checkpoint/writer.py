@@ -221,7 +221,7 @@ class CheckpointWriter:
 
     def release(self) -> None:
         """Give the memory of the copies back, and what they were compared with."""
-        self._start_of_fit = FitStart({}, {})
+        self._start_of_fit = FitStart({}, {}, {})
         self._copies = HostCopies()  # a thread that still writes has the earlier ones
 
     def prune(self, keep_last: int, keep: set[str]) -> None:

@@ -416,6 +416,35 @@ def test_odd_values_that_code_names_end_neither_a_fit_nor_its_resume(tmp_path):
     assert model.small.float().tolist() == [1, 1]
 
 
+@dataclass(frozen=True)
+class Choice:
+    name: str
+
+
+ONE, TWO = Choice("one"), Choice("two")
+
+
+class Chooses(harness.Callback):
+    def on_train_batch_end(self) -> None:
+        model: Any = self.ctx.model
+        model.choice = TWO
+
+
+class Chosen(Line):
+    def __init__(self) -> None:
+        super().__init__()
+        self.choice = ONE
+
+
+def test_resume_writes_into_no_object_that_the_fit_replaced(tmp_path):
+    data: Any = (X, Y)
+    own = [Chooses(), ModelCheckpoint(tmp_path)]
+    sgd(Chosen).fit(data, 1, callbacks=own, tracker=False)
+    resume = ResumeFromCheckpoint(tmp_path)
+    model: Any = sgd(Chosen).fit(data, 1, callbacks=[resume], tracker=False).model
+    assert (model.choice, ONE.name, TWO.name) == (TWO, "one", "two")
+
+
 class Early(harness.Callback):
     """Changes a global variable at the first batch alone."""
 
