@@ -300,10 +300,10 @@ def _pair(live: Any, value: Any) -> Iterator[tuple[Tensor, Tensor]]:
     elif isinstance(live, dict) and isinstance(value, dict):
         for key in live.keys() & value.keys():
             yield from _pair(live[key], value[key])
+    elif _has_plain_items(live):
+        return
     elif isinstance(live, list | tuple | deque) and type(live) is type(value):
-        for one, two in (
-            () if _has_plain_items(live) else zip(live, value, strict=False)
-        ):
+        for one, two in zip(live, value, strict=False):
             yield from _pair(one, two)
 
 
