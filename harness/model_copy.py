@@ -6,8 +6,9 @@ import copy
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
+from itertools import islice
 from types import CellType, FunctionType, MethodType
 from typing import Any
 from weakref import ref
@@ -79,13 +80,16 @@ def copy_with_hooks(value: Any, modules: Iterable[nn.Module]) -> Any:
     """
     own = [inner for module in modules for inner in module.modules()]
     parts = {*map(id, own), *(id(p) for inner in own for p in inner.parameters(False))}
+    hooks = [hook for inner in own for hook in _list_hooks(inner)]
+    functions = {id(hook): hook for hook in hooks if _is_function(hook)}
     memo: dict[int, Any] = {
-        id(holder): holder  # not copied: the user reads what it collects
-        for inner in own
-        for holder in map(_get_holder, _list_hooks(inner))
-        if not isinstance(holder, FunctionType | partial)
-        and parts.isdisjoint([id(holder), *_list_held(holder)])
+        id(thing): thing  # not copied: the user reads what it collects
+        for hook in hooks
+        if id(hook) not in functions
+        for thing in _list_collectors(_get_holder(hook))
+        if parts.isdisjoint([id(thing), *_list_held(thing)])
     }
+    memo |= functions
     for inner in own:
         for tensor in iter_tensors([*vars(inner).values()]):
             if tensor.grad_fn is not None:  # torch copies none with a graph
@@ -94,6 +98,8 @@ def copy_with_hooks(value: Any, modules: Iterable[nn.Module]) -> Any:
         torch.no_grad()
     ):  # torch 2.13: else the weights of a scripted copy have a graph
         copied = copy.deepcopy(value, memo)
+    for key in functions:
+        del memo[key]
     for inner in own:
         if id(inner) in memo:  # else reached by a function, which is not copied
             _move_hooks(inner, memo[id(inner)], memo)
@@ -121,10 +127,24 @@ def _get_holder(hook: object) -> object:
     return getattr(hook, "__self__", hook)
 
 
-def _list_held(holder: object) -> list[int]:
-    """Ids of what an object has as attributes."""
+def _list_collectors(holder: object) -> list[object]:
+    """An object, and the lists and dicts that it has as attributes."""
     items = getattr(holder, "__dict__", {}).values()
+    return [holder, *(item for item in items if isinstance(item, list | dict | set))]
+
+
+def _list_held(thing: object) -> list[int]:
+    """Ids of what an object has as attributes, or a list or dict as items."""
+    items: Iterable[object] = getattr(thing, "__dict__", {}).values()
+    if isinstance(thing, list | dict | set):
+        items = thing.values() if isinstance(thing, dict) else thing
     return [id(item() if isinstance(item, ref) else item) for item in items]
+
+
+def _is_function(hook: object) -> bool:
+    """Whether a hook is a function, or one with given arguments."""
+    function = hook.func if isinstance(hook, partial) else hook
+    return isinstance(function, FunctionType)
 
 
 def _copy_tensor_hooks(source: Any, target: Any, memo: dict[int, Any]) -> None:
@@ -140,34 +160,49 @@ def _copy_tensor_hooks(source: Any, target: Any, memo: dict[int, Any]) -> None:
 def _move_function(item: Any, memo: dict[int, Any]) -> Any:
     """Return a function that refers to copies where this one refers to the originals.
 
-    Of anything else its copy, or itself if it has none.
+    Of anything else its copy, or itself if it has none. What functions share stays shared.
     """
     if id(item) in memo:
         return memo[id(item)]
     if isinstance(item, MethodType) and id(item.__self__) in memo:
         return MethodType(item.__func__, memo[id(item.__self__)])
-    if not isinstance(item, FunctionType):
-        return item
+    had = _list_parts(item)
     memo[id(item)] = item  # it may refer to itself
-    had = item.__closure__ or (), item.__defaults__ or ()
-    cells = tuple(_move_cell(cell, memo) for cell in had[0])
-    defaults = tuple(_move_function(value, memo) for value in had[1])
-    if [*map(id, cells + defaults)] != [*map(id, (*had[0], *had[1]))]:
-        name = item.__name__
-        moved = FunctionType(item.__code__, item.__globals__, name, defaults, cells)
-        moved.__kwdefaults__ = item.__kwdefaults__
-        memo[id(item)] = moved
+    now = [_move_function(part, memo) for part in had]
+    if any(part is not moved for part, moved in zip(had, now, strict=True)):
+        memo[id(item)] = _build_function(item, now)
     return memo[id(item)]
 
 
-def _move_cell(cell: CellType, memo: dict[int, Any]) -> CellType:
-    """A cell of a closure with the copy of what it holds; itself if that has none."""
-    try:
-        held = cell.cell_contents
-    except ValueError:  # a variable without a value
-        return cell
-    moved = _move_function(held, memo)
-    return cell if moved is held else CellType(moved)
+def _list_parts(item: Any) -> list[Any]:
+    """What a function refers to by its variables and given arguments."""
+    if isinstance(item, FunctionType):
+        named = (item.__kwdefaults__ or {}).values()
+        return [*(item.__closure__ or ()), *(item.__defaults__ or ()), *named]
+    if isinstance(item, CellType):
+        with suppress(ValueError):  # a variable without a value
+            return [item.cell_contents]
+    if isinstance(item, partial) and _is_function(item):
+        return [item.func, *item.args, *item.keywords.values()]
+    return []
+
+
+def _build_function(item: Any, parts: list[Any]) -> Any:
+    """A function as another one, with other parts, as ``_list_parts`` lists them."""
+    if isinstance(item, CellType):
+        return CellType(parts[0])
+    given = iter(parts)
+    if isinstance(item, partial):
+        function, args = next(given), [*islice(given, len(item.args))]
+        return partial(function, *args, **dict(zip(item.keywords, given, strict=True)))
+    cells = tuple(islice(given, len(item.__closure__ or ())))
+    defaults = tuple(islice(given, len(item.__defaults__ or ())))
+    moved = FunctionType(
+        item.__code__, item.__globals__, item.__name__, defaults, cells
+    )
+    moved.__kwdefaults__ = dict(zip(item.__kwdefaults__ or (), given, strict=True))
+    moved.__qualname__, moved.__dict__ = item.__qualname__, item.__dict__
+    return moved
 
 
 @contextmanager

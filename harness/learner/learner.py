@@ -405,7 +405,7 @@ class Learner:
         loss = make_loss(start_model.loss, model, accelerator.device)
         check_parameters(loss, model, accelerator)
         originals = find_originals(start_model.original, model, self.loss, loss)
-        check_parameters_of_loss(list_parameters(loss, model).values(), originals)
+        check_parameters_of_loss(list_parameters(self.loss, model).values(), originals)
         watch = [WatchOriginals(originals)] if originals.by_field else []
         trains_loss = getattr(accelerator, "trains_loss", True)
         if self.batch is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from harness.callback import Callback
 from harness.checkpoint.search import SCALARS, find_loss_modules, list_references
+from harness.checks.calls import warn_user
 from harness.checks.optimizers import is_user_defined
 
 
@@ -75,7 +75,10 @@ def refuse_gradients(originals: Originals) -> Iterator[None]:
 
 
 def check_parameters_of_loss(params: Iterable[Tensor], originals: Originals) -> None:
-    """Check that a loss does not train what the model of a fit is a copy of."""
+    """Check that a loss, as passed to ``setup``, has no part of what a fit has copied to train.
+
+    A loss that is an object is copied too, and would have a model of its own.
+    """
     if originals.model is None:
         return
     own = set(map(id, originals.model.parameters()))
@@ -120,7 +123,7 @@ def _warn(expected: str, originals: Originals, field: str) -> None:
     kind = type(originals.by_field[field][0]).__name__
     msg = f"{expected}, got the {kind} that setup was called with."
     why = "Each fit uses a copy of it, and the original stays as it is."
-    warnings.warn(f"{msg} {why} Use {field}.", stacklevel=3)
+    warn_user(f"{msg} {why} Use {field}.")
 
 
 class WatchOriginals(Callback):

@@ -149,6 +149,45 @@ def test_copied_model_has_the_hooks_and_changes_of_the_original(change):
     assert not torch.equal(fitted.model.fc.weight, other.fc.weight)
 
 
+def test_hooks_of_a_copied_model_share_what_those_of_the_original_share():
+    held, seen = HasPart(nn.Linear(4, 4)), list[object]()
+    target: nn.Module = held.part
+
+    def choose(*_: object) -> None:
+        nonlocal target
+        target = held.fc
+
+    def record(layer: object, *_: object, given: object = held.fc) -> None:
+        seen.extend([target is layer, given is layer])
+
+    def collect(store: list[object], part: object, layer: object, *_: object) -> None:
+        store.append(part is layer)
+
+    held.part.register_forward_hook(choose)
+    held.fc.register_forward_hook(record)
+    held.fc.register_forward_hook(functools.partial(collect, seen, held.fc))
+    train(lambda: held)
+    assert seen == [True] * 9
+
+
+class Extractor:
+    """Collects from a model that it holds."""
+
+    def __init__(self, net: nn.Module) -> None:
+        self.net, self.seen = net, list[bool]()
+        net.fc.register_forward_hook(self.keep)
+
+    def keep(self, layer: nn.Module, *_: object) -> None:
+        self.seen.append(layer is self.net.fc)
+
+
+def test_what_the_holder_of_a_copied_model_collects_reaches_the_user():
+    held = Line()
+    extractor = Extractor(held)
+    train(lambda: held)
+    assert extractor.seen == [True] * 3
+
+
 class Collector:
     """Keeps the output of a layer, for a loss."""
 

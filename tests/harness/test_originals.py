@@ -33,6 +33,22 @@ def test_loss_that_would_train_the_original_of_a_model_is_refused(term):
     NET.zero_grad()
 
 
+class Penalty(nn.Module):
+    """A loss that holds the original."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = NET
+
+    def forward(self, pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return nn.functional.mse_loss(pred, target) + self.net.fc.weight.abs().sum()
+
+
+def test_loss_that_holds_the_original_of_a_model_is_refused():
+    with pytest.raises(ValueError, match="some of the Line that setup was called with"):
+        fit(sgd(lambda: NET, Penalty()))
+
+
 class Weighted(nn.Module):
     """A loss with a plain attribute and a weight."""
 
@@ -112,3 +128,4 @@ def test_use_of_an_original_that_the_fit_does_not_use_is_warned_of(make, data, m
     LOSS.beta = 0.0
     found = [str(warning.message) for warning in told]
     assert any(match in text for text in found) if match else not found, found
+    assert all(warning.filename == __file__ for warning in told)
