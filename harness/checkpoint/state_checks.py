@@ -119,9 +119,9 @@ def check_state(state: StateDict, ctx: Context, phase: Phase) -> None:
         _mapping(own, f"callbacks/{name}")
     for part in ("held", "fields", "metrics", "groups", "lost", "not_kept"):
         _mapping(state.get(part, {}), part)  # older checkpoints have none
-    for part in ("held", "fields"):
-        for name, own in state.get(part, {}).items():
-            _mapping(own, f"{part}/{name}")
+    for name, own in state.get("held", {}).items():
+        _mapping(own, f"held/{name}")
+    _check_fields(state, "fields")
     _try_random(state["random"], get_generators(ctx), "random", ctx.device)
     if phase == "train" or (phase == "valid" and state["pass"] is not None):
         _check_pass(state["pass"], ctx)
@@ -139,9 +139,17 @@ def _check_indices(indices: StateDict | None) -> None:
         _check_count(highest, "indices/highest", lowest=-(2**63))
 
 
+def _check_fields(state: StateDict, place: str) -> None:
+    """Check attributes by root, owner and name, which older checkpoints do not have."""
+    for root, owners in _mapping(state.get("fields", {}), place).items():
+        for path, own in _mapping(owners, f"{place}/{root}").items():
+            _mapping(own, f"{place}/{root}{path}")
+
+
 def _check_pass(state: StateDict, ctx: Context) -> None:
     """Check the position in the data."""
     _check_count(_mapping(state, "pass")["window"], "pass/window", lowest=1)
+    _check_fields(state, "pass/fields")
     loader = ctx.train_data
     if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict"):
         check_structure(state["ahead"], [], "pass/ahead")

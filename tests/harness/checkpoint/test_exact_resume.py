@@ -314,7 +314,11 @@ def histories(folder: Path, run_id: str) -> dict[str, list[tuple[int, float]]]:
     import mlflow  # noqa: PLC0415
 
     client = mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db")
-    keys = [key for key in client.get_run(run_id).data.metrics if "profile/" not in key]
+    keys = [
+        key
+        for key in client.get_run(run_id).data.metrics
+        if not key.startswith("system/")
+    ]
     return {
         key: sorted((p.step, p.value) for p in client.get_metric_history(run_id, key))
         for key in keys
