@@ -179,20 +179,28 @@ def _note_objects(value: Any, place: Place, met: dict[int, list[Place]]) -> None
                 _note_objects(item, [*place, key], met)
 
 
-def _join_objects(search: Search, same: Iterable[list[Place]]) -> None:
-    """Put one object into all of the places that held one."""
+def _join_objects(
+    search: Search, saved: Attributes, same: Iterable[list[Place]]
+) -> None:
+    """Put one object into all of the restored places that held one."""
     holder: Any
+    key: int | str
     for places in same:
         first: object = None
         for root, path, name, *keys in places:
             owner = search.owners.get(str(root), {}).get(str(path))
-            if owner is None:
+            own = saved.get(str(root), {}).get(str(path), {})
+            if owner is None or name not in own:
                 continue
             holder, key = fields_of(owner), name
-            for inner in keys:
-                holder, key = holder[key], inner
+            try:
+                for inner in keys:
+                    holder, key = holder[key], inner
+                found = holder[key]
+            except (KeyError, IndexError, TypeError):  # of another form now
+                continue
             if first is None:
-                first = holder[key]
+                first = found
             elif keys:
                 holder[key] = first
             else:
@@ -250,7 +258,7 @@ def restore_attributes(
     for owner, name, _, value in places:
         if not _is_equal(fields_of(owner).get(name), value):
             set_field(owner, name, value)
-    _join_objects(search, same)
+    _join_objects(search, saved, same)
 
 
 class _Mover:

@@ -122,6 +122,7 @@ def check_state(state: StateDict, ctx: Context, phase: Phase) -> None:
     for name, own in state.get("held", {}).items():
         _mapping(own, f"held/{name}")
     _check_fields(state, "fields")
+    _check_places(state)
     _try_random(state["random"], get_generators(ctx), "random", ctx.device)
     if phase == "train" or (phase == "valid" and state["pass"] is not None):
         _check_pass(state["pass"], ctx)
@@ -144,6 +145,21 @@ def _check_fields(state: StateDict, place: str) -> None:
     for root, owners in _mapping(state.get("fields", {}), place).items():
         for path, own in _mapping(owners, f"{place}/{root}").items():
             _mapping(own, f"{place}/{root}{path}")
+
+
+def _check_places(state: StateDict) -> None:
+    """Check where objects are that are shared or were replaced; older checkpoints have none."""
+    shared = [place for places in state.get("same", ()) for place in places]
+    for part, places, size in (
+        ("same", shared, 3),
+        ("replaced", state.get("replaced", ()), 2),
+    ):
+        for place in places:
+            names = place[:size] if isinstance(place, list) else []
+            if len(names) < size or not all(isinstance(name, str) for name in names):
+                raise TypeError(
+                    f"{part}: expected the place of an object, got {place!r}"
+                )
 
 
 def _check_pass(state: StateDict, ctx: Context) -> None:

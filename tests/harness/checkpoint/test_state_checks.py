@@ -203,6 +203,8 @@ def test_saved_model_of_an_earlier_version_has_no_digest(tmp_path: Path) -> None
         ("pass/began/python/$tuple/1/$tuple/0", -1),
         ("pass/window", 0),
         ("pass/fields/data/.train.batch_sampler", 1),
+        ("same", [[["model", ""]]]),
+        ("replaced", 1),
         ("accelerator/steps", []),
         ("accelerator/optimizers/opt/param_groups/0/lr", "x"),
         ("accelerator/optimizers/opt/param_groups/0/betas", 0.5),
