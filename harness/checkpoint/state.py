@@ -78,15 +78,21 @@ def get_position(ctx: Context, phase: Phase) -> Position:
     return Position(epoch=ctx.epoch, iter=ctx.trained, step=ctx.step, phase=phase)
 
 
-def get_generators(ctx: Context) -> Generators:
-    """Random generators of loaders, model, loss and callbacks, and of code that they run."""
+def get_generators(ctx: Context, search: Search | None = None) -> Generators:
+    """Random generators of loaders, model, loss and callbacks, and of code that they run.
+
+    Parameters
+    ----------
+    search
+        Of ``search_context``, if it was made already.
+    """
     found = find_generators(
         ctx.train_data,
         *ctx.valid_sets.values(),
         ctx.model,
         later=(ctx.loss_fn, *ctx.callbacks),
     )
-    return Generators(found, search_context(ctx).generators)
+    return Generators(found, (search or search_context(ctx)).generators)
 
 
 def get_pass_generators(ctx: Context) -> Generators:
@@ -211,7 +217,8 @@ def capture_state(ctx: Context, phase: Phase, began: FitStart) -> StateDict:
         "groups": {
             name: name_groups(opt, params) for name, opt in ctx.optimizers.items()
         },
-        "random": ctx.train_random or get_rng_state(get_generators(ctx), ctx.device),
+        "random": ctx.train_random
+        or get_rng_state(get_generators(ctx, search), ctx.device),
         "epoch_random": ctx.epoch_start,
         "pass": ctx.train_pass.state_dict() if is_in_pass else None,
         "journal": ctx.run.position(),
