@@ -94,9 +94,7 @@ def copy_with_hooks(value: Any, modules: Iterable[nn.Module]) -> Any:
         for tensor in iter_tensors([*vars(inner).values()]):
             if tensor.grad_fn is not None:  # torch copies none with a graph
                 memo[id(tensor)] = tensor.detach().clone()
-    with (
-        torch.no_grad()
-    ):  # torch 2.13: else the weights of a scripted copy have a graph
+    with torch.no_grad():  # else the weights of a scripted copy have a graph
         copied = copy.deepcopy(value, memo)
     for key in functions:
         del memo[key]

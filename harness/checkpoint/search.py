@@ -461,7 +461,7 @@ def _is_library(value: object) -> bool:
 
 def _is_of_engine(hook: object) -> bool:
     """Whether a hook is of an engine, whose state the accelerator saves."""
-    package = getattr(hook, "__module__", "").partition(".")[0]
+    package = str(getattr(hook, "__module__", "")).partition(".")[0]
     return package in {"deepspeed", "harness"}
 
 

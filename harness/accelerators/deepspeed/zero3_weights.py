@@ -78,7 +78,8 @@ class WholeWeights(TorchFunctionMode):
         for module in model.modules():
             for hooks in (module._forward_pre_hooks, module._forward_hooks):
                 for number, hook in hooks.items():
-                    if hook.__module__.startswith("deepspeed."):
+                    # A method of a dict or another type of C has None.
+                    if str(getattr(hook, "__module__", "")).startswith("deepspeed."):
                         hooks[number] = self._leave(hook, of_layer=True)
         # DeepSpeed's, until ``keep_functions`` ends.
         functional = torch.nn.functional

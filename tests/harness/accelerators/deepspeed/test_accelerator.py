@@ -990,6 +990,29 @@ def test_checkpoint_has_state_of_an_engine_once(
     assert read_rank(path, 0)["fields"] == {}
 
 
+def test_hook_that_is_a_method_of_a_dict_trains_and_is_passed_over(
+    make: Any, tmp_path: Path
+) -> None:
+    met: dict[object, object] = {}
+
+    class Hooked(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body.register_forward_pre_hook(met.setdefault)
+
+    learner = harness.setup(Hooked, loss=nn.MSELoss(), optimizer=torch.optim.SGD)
+    learner.set_opt_hparams(lr=0.1).fit(
+        (torch.randn(8, 5), torch.randn(8, 3)),
+        1,
+        callbacks=[ModelCheckpoint(tmp_path)],
+        accelerator=make(3),
+        tracker=False,
+        verbose=False,
+    )
+    assert len(met) == 1
+    assert list_checkpoints(tmp_path)
+
+
 class Wraps(torch.optim.Optimizer):
     """Steps by another optimizer, which has the state."""
 
