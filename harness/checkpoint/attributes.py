@@ -389,7 +389,7 @@ def _put(live: Any, value: Any, is_alike: Callable[[Tensor, Tensor], bool]) -> A
 def _own_fields(
     owner: object, old: Mapping[str, Any], *, is_passive: bool
 ) -> Iterator[tuple[str, Any]]:
-    """Attributes that are kept, or whose change is told; not those that clearly are as before."""
+    """Attributes that a checkpoint keeps or reports, without those that clearly did not change."""
     skipped = list_library_fields(owner)
     for name, value in fields_of(owner).items():
         if name in skipped or name.startswith(("ds_", "_ds", "_z3")):  # an engine's
@@ -644,9 +644,9 @@ def _is_as_before(value: Any, old: Any, memory: Memory) -> bool:
 
 
 def _is_clearly_same(value: Any, old: Any) -> bool:
-    """Whether a value is as before, where that is found fast.
+    """Whether a quick look shows that a value is unchanged.
 
-    A save stops training, and code may name tables of many items that never change.
+    A save stops training, and code may name large tables that never change.
     """
     if isinstance(old, _Mark):
         return old.is_same(value)

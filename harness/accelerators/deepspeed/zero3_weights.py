@@ -119,9 +119,10 @@ class WholeWeights(TorchFunctionMode):
     def _leave(
         self, method: Callable[..., Any], *, of_layer: bool = False
     ) -> Callable[..., Any]:
-        """The method of DeepSpeed, called outside of this mode: no code of a user runs in it.
+        """Wrap a method of DeepSpeed to run outside of this mode; it runs no code of the user.
 
-        It calls torch thousands of times in a step, which the mode would make a tenth longer.
+        DeepSpeed calls torch thousands of times in a step. The mode would make the step a
+        tenth slower.
         """
 
         @wraps(method)
@@ -147,7 +148,7 @@ class WholeWeights(TorchFunctionMode):
         return called
 
     def _make_linear(self, linear: Callable[..., Any]) -> Callable[..., Any]:
-        """DeepSpeed's ``linear``, which no mode sees, for divided weights as well."""
+        """Wrap DeepSpeed's ``linear``, which no mode sees, to gather divided weights first."""
         called = self._leave(linear)
 
         @wraps(linear)

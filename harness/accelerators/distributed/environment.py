@@ -305,11 +305,11 @@ def set_environment(**values: str) -> Iterator[None]:
 def let_device_errors_be_raised(world_size: int) -> None:
     """Let a device's error be raised where Python meets it, unless the user chose otherwise.
 
-    In torch 2.13 a thread of each NCCL group watches the device as well. At an error it ends
-    the whole process, often before anything is told or recorded. Without that it only ends
-    itself; then torch ends the process some minutes after a wait for ranks that do not come,
-    which one rank alone does not need. All groups that are made later read this, DeepSpeed's
-    too.
+    torch 2.13 also watches the device from a thread of each NCCL group. At an error that thread
+    aborts the process, often before the error is shown or recorded. With this setting only the
+    thread ends. Another thread of torch still ends the process if a collective never finishes;
+    one rank alone waits for nobody and does without. Every group that is created later reads
+    the setting, DeepSpeed's too.
     """
     _ENVIRONMENT.setdefault("TORCH_NCCL_RETHROW_CUDA_ERRORS", "0")
     if world_size == 1:
