@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from harness.checkpoint.search import find_loss_modules
+from harness.checkpoint.held.search import find_loss_modules
 from harness.checks.model import get_method
 from harness.model_copy import copy_with_hooks
 

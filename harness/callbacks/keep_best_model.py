@@ -8,7 +8,7 @@ import warnings
 from torch import Tensor
 
 from harness.callbacks.monitor import Monitor
-from harness.checkpoint.object_states import get_extra_states, set_extra_states
+from harness.checkpoint.held.objects import get_extra_states, set_extra_states
 from harness.checkpoint.state import copy_loss_state, restore_loss_state
 from harness.errors import CheckpointError
 from harness.pytree import StateDict, map_tensors

@@ -9,8 +9,8 @@ from enum import Enum
 from pathlib import Path
 
 from harness.callback import Callback
+from harness.checkpoint.held.values import PLAIN_TYPES
 from harness.checkpoint.hparams import encode_hparams
-from harness.checkpoint.search import PLAIN_TYPES
 from harness.errors import CheckpointError
 
 MAX_ITEMS = 20

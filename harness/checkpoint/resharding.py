@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from harness.checkpoint.format import Position
+from harness.checkpoint.held.search import OPTIMIZERS
 from harness.checkpoint.ranks.states import SavedRanks
-from harness.checkpoint.search import OPTIMIZERS
 from harness.context import Context
 from harness.errors import CheckpointError
 from harness.metrics.state import drop_samples

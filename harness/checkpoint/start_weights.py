@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from harness.checkpoint.object_states import get_extra_states, set_extra_states
+from harness.checkpoint.held.objects import get_extra_states, set_extra_states
 from harness.checkpoint.ranks.errors import raise_together
 from harness.checkpoint.weights import (
     WeightsReport,

@@ -15,17 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from harness.accelerators.kernels import describe_kernels
-from harness.checkpoint.attributes import (
+from harness.checkpoint.callback_matching import describe_callbacks, name_callbacks
+from harness.checkpoint.format import Phase, Position
+from harness.checkpoint.held.attributes import (
     Attributes,
     capture_attributes,
     copy_attributes,
     list_changed,
-    restore_attributes,
 )
-from harness.checkpoint.callback_matching import describe_callbacks, name_callbacks
-from harness.checkpoint.format import Phase, Position
-from harness.checkpoint.hparams import encode_hparams
-from harness.checkpoint.object_states import (
+from harness.checkpoint.held.objects import (
     Marks,
     States,
     capture_before_validation,
@@ -39,8 +37,8 @@ from harness.checkpoint.object_states import (
     restore_objects,
     set_extra_states,
 )
-from harness.checkpoint.param_groups import describe_groups, name_groups, regroup
-from harness.checkpoint.search import (
+from harness.checkpoint.held.restore import restore_attributes
+from harness.checkpoint.held.search import (
     DATA,
     OPTIMIZERS,
     Search,
@@ -48,6 +46,8 @@ from harness.checkpoint.search import (
     search_fit,
     search_loss,
 )
+from harness.checkpoint.hparams import encode_hparams
+from harness.checkpoint.param_groups import describe_groups, name_groups, regroup
 from harness.checks.optimizers import is_user_defined
 from harness.context import Context
 from harness.data.pace import list_limits

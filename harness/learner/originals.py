@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from harness.callback import Callback
-from harness.checkpoint.search import SCALARS, find_loss_modules, list_references
+from harness.checkpoint.held.search import find_loss_modules, list_references
+from harness.checkpoint.held.values import SCALARS
 from harness.checks.calls import warn_user
 from harness.checks.optimizers import is_user_defined
 

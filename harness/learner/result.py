@@ -14,8 +14,8 @@ from harness.callback import Callback
 from harness.callbacks import ModelCheckpoint
 from harness.checkpoint.full_weights.final import save_final
 from harness.checkpoint.full_weights.placement import EVERY_RANK_BYTES, ModelPlacement
-from harness.checkpoint.object_states import get_extra_states, set_extra_states
-from harness.checkpoint.search import find_loss_modules
+from harness.checkpoint.held.objects import get_extra_states, set_extra_states
+from harness.checkpoint.held.search import find_loss_modules
 from harness.checkpoint.weights import WeightsReport
 from harness.checks.calls import warn_user
 from harness.context import Context

@@ -16,7 +16,7 @@ from harness.accelerators.base import (
     needs_closure,
 )
 from harness.accelerators.optimizer_step import default_step_opt
-from harness.checkpoint.search import name_parameters
+from harness.checkpoint.held.search import name_parameters
 from harness.checkpoint.state import search_context
 from harness.checks.calls import count_needed
 from harness.checks.model import get_method

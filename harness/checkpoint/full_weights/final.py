@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from harness.checkpoint.format import Position, get_final_path
-from harness.checkpoint.object_states import get_extra_states
+from harness.checkpoint.held.objects import get_extra_states
 from harness.checkpoint.state import describe_left_out
 from harness.checkpoint.writer import (
     begin_on_main,

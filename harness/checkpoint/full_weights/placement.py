@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.accelerators.distributed.watchdog import Watchdog
-from harness.checkpoint.object_states import set_extra_states
+from harness.checkpoint.held.objects import set_extra_states
 from harness.checkpoint.ranks.errors import raise_together
 from harness.checkpoint.ranks.merge import MergedWeights
 from harness.checkpoint.weights import NO_TENSORS, ReadTensor

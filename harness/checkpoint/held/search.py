@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from harness.accelerators.deepspeed.original_model import LEFTOVERS
 from harness.accelerators.single import SingleDevice
 from harness.callback import Callback
+from harness.checkpoint.held.values import PLAIN_TYPES, SCALARS, is_trained_leaf
 from harness.context import Context
 from harness.data.stateful import walk_parts
 from harness.metrics.type_checks import is_metric
@@ -64,10 +65,6 @@ DATA = "data"
 
 PASSIVE = frozenset({GLOBALS, DATA})
 """Roots of what may have nothing to do with the fit, and is kept only if it changes."""
-
-PLAIN_TYPES = (bool, int, float, complex, str, type(None))
-SCALARS = frozenset(PLAIN_TYPES)
-"""The same, to look a type up quickly: most attributes are of one of them."""
 
 _PASSED_OVER = (
     *(*PLAIN_TYPES, Enum, type, types.ModuleType),
@@ -436,14 +433,6 @@ def iter_parts(modules: Iterable[nn.Module]) -> Iterator[object]:
 def has_extra_state(module: nn.Module) -> bool:
     """Whether a module saves state beside its tensors by itself."""
     return type(module).get_extra_state is not nn.Module.get_extra_state
-
-
-def is_trained_leaf(tensor: Tensor) -> bool:
-    """Whether a tensor is one that is trained, not one that is computed from others."""
-    try:
-        return tensor.requires_grad and tensor.is_leaf
-    except RuntimeError:  # a view from no_grad of a weight that was changed since
-        return False
 
 
 def list_library_fields(owner: object) -> frozenset[str]:

@@ -16,13 +16,13 @@ from harness.accelerators.single import (
     load_optimizer_state,
     named_tensors,
 )
-from harness.checkpoint.param_groups import name_groups, regroup
-from harness.checkpoint.search import (
+from harness.checkpoint.held.search import (
     PASSIVE,
-    PLAIN_TYPES,
     Search,
     has_extra_state,
 )
+from harness.checkpoint.held.values import PLAIN_TYPES
+from harness.checkpoint.param_groups import name_groups, regroup
 from harness.errors import CheckpointError
 from harness.metrics.state import get_states, set_states
 from harness.metrics.type_checks import is_metric
