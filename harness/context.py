@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     import tracking
     from harness.accelerators.base import Accelerator, StepOpt
     from harness.checkpoint.resume import Resume
-    from harness.checkpoint.state import ValidationStart
+    from harness.checkpoint.validation_start import ValidationStart
     from harness.data.train_pass import TrainPass
     from harness.metrics.split import SplitMetrics
 

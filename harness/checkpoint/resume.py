@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from harness.checkpoint.callback_matching import match_callbacks, name_callbacks
+from harness.checkpoint.description import read_description
 from harness.checkpoint.format import Manifest, Position, read_rank
 from harness.checkpoint.param_groups import ChangedOption, check_groups, list_changes
 from harness.checkpoint.ranks.errors import raise_together
@@ -29,7 +30,6 @@ from harness.checkpoint.state import (
     get_generators,
     list_new,
     list_unmatched,
-    read_description,
     restore_data,
     restore_data_fields,
     restore_state,

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import platform
 import weakref
 from collections.abc import Callable, Container, Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from harness.accelerators.kernels import describe_kernels
-from harness.checkpoint.callback_matching import describe_callbacks, name_callbacks
+from harness.checkpoint.callback_matching import name_callbacks
 from harness.checkpoint.format import Phase, Position
 from harness.checkpoint.held.attributes import (
     Attributes,
@@ -25,14 +20,11 @@ from harness.checkpoint.held.attributes import (
 )
 from harness.checkpoint.held.objects import (
     Marks,
-    States,
-    capture_before_validation,
     capture_metrics,
     capture_objects,
     get_extra_states,
     list_missing,
     mark_modules,
-    mark_tensors,
     restore_metrics,
     restore_objects,
     set_extra_states,
@@ -47,29 +39,12 @@ from harness.checkpoint.held.search import (
     search_loss,
 )
 from harness.checkpoint.hparams import encode_hparams
-from harness.checkpoint.param_groups import describe_groups, name_groups, regroup
-from harness.checks.optimizers import is_user_defined
+from harness.checkpoint.param_groups import name_groups, regroup
 from harness.context import Context
-from harness.data.pace import list_limits
 from harness.data.stateful import find_stateful, get_states, set_states
-from harness.data.tensors import unwrap_tensors
-from harness.pytree import StateDict, as_bytes, map_tensors
+from harness.pytree import StateDict, map_tensors
 from harness.records import RecordBook, iter_filled, pack_records, unpack_records
-from harness.reshard.consolidated import option_groups, weights_dtype
 from harness.rng import Generators, find_generators, get_rng_state
-
-VALIDATION_EVENTS = (
-    "on_valid_begin",
-    "on_valid_batch_begin",
-    "on_valid_batch_after_pred",
-    "on_valid_batch_after_loss",
-    "on_valid_batch_end",
-)
-"""Events that fire again when a fit that stopped in validation resumes.
-
-With several sets, ``on_valid_end`` does too. The callbacks of this package act there once the
-last set is done.
-"""
 
 
 def get_position(ctx: Context, phase: Phase) -> Position:
@@ -412,175 +387,6 @@ def list_new(ctx: Context, state: StateDict) -> list[str]:
         for name, callback in name_callbacks(ctx.callbacks)
         if name not in state["callbacks"] and callback.state_dict()
     ]
-
-
-# ------------------------------------------------------------------ description
-
-
-def describe_fit(ctx: Context) -> dict[str, Any]:
-    """Describe a fit, so that a resume can report what differs."""
-    model, data = ctx.model, ctx.train_data
-    whole, loss = getattr(data, "undivided", data), ctx.loss_fn
-    precision = ctx.accelerator.precision
-    params = name_parameters(model, search_context(ctx))
-    limits = list_limits(ctx)
-    return {
-        "model": f"{type(model).__module__}:{type(model).__qualname__}",
-        "hparams": str(encode_hparams(ctx.hparams)),
-        "opt_hparams": str(encode_hparams(ctx.opt_hparams)),
-        "rows": _count_rows(getattr(data, "dataset", None)),
-        "data": _digest_data(getattr(data, "dataset", None)),
-        "batch_size": getattr(data, "batch_size", None),
-        "num_workers": getattr(data, "num_workers", None),
-        "accumulate": ctx.accelerator.accumulate,
-        "accelerator": type(ctx.accelerator).__name__,
-        "dtype": weights_dtype(model),
-        "device": describe_device(ctx.accelerator.device),
-        "kernels": describe_kernels(ctx.accelerator.device),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "numpy": np.__version__,
-        # Checkpoints from before there was a choice do not name it.
-        **({} if precision == "fp32" else {"precision": precision}),
-        **({"valid_every": str(ctx.pace)} if ctx.pace.is_given else {}),
-        **({"limit_batches": limits} if limits else {}),
-        "loss": getattr(loss, "__qualname__", type(loss).__qualname__),
-        "sampler": type(getattr(whole, "sampler", None)).__qualname__,
-        "validation": {
-            name: _count_rows(getattr(own, "dataset", None))
-            for name, own in ctx.valid_sets.items()
-        },
-        "groups": describe_groups(ctx.optimizers, params),
-        "frozen": [n for n, p in model.named_parameters() if not p.requires_grad],
-        "callbacks": describe_callbacks(ctx.callbacks),
-    }
-
-
-def read_description(ctx: Context) -> dict[str, Any]:
-    """Return ``ctx.about``, with values that are only found out when they are needed."""
-    return {
-        name: value() if callable(value) else value for name, value in ctx.about.items()
-    }
-
-
-def describe_device(device: torch.device) -> str:
-    """Name a device by its GPU model or its CPU instruction set, on which bits depend."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type == "cpu":
-        return f"cpu {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-    return device.type
-
-
-def _digest_data(dataset: Any) -> str | None:
-    """Hash about a thousand rows of a data set of tensors; None for other data sets."""
-    found = unwrap_tensors(dataset)
-    if found is None:
-        return None
-    digest = hashlib.sha256()
-    for tensor in found[0]:
-        some = tensor[:: max(1, len(tensor) // 1000)].cpu()
-        digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
-        if some.numel():
-            digest.update(as_bytes(some).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _count_rows(dataset: Any) -> int | None:
-    try:
-        return len(dataset)
-    except TypeError:
-        return None
-
-
-# ------------------------------------------------------------------- validation
-
-
-@dataclass(frozen=True, kw_only=True)
-class ValidationStart:
-    """What validation changes, as it was before."""
-
-    random: StateDict  #: state of all random generators
-    #: position in the run, and the highest indices there
-    journal: int
-    indices: StateDict | None
-    lengths: dict[str, dict[str, int]]  #: length of each series of records
-    #: states of the callbacks that listen to validation
-    callbacks: dict[str, StateDict]
-    #: what hangs on the model, the loss and callbacks, if validation may change it
-    metrics: StateDict
-    objects: States
-    attributes: Attributes
-    extra: StateDict  #: state of modules beside tensors
-    #: options of each parameter group, such as learning rates, by optimizer
-    options: dict[str, list[StateDict]]
-    #: where each tensor of the model is, and how often it was changed
-    tensors: list[tuple[int, int]]
-
-    def has_same_tensors(self, model: nn.Module) -> bool:
-        """False if validation has changed the model, so that ``rewind`` is not enough."""
-        return self.tensors == mark_tensors(model)
-
-    def rewind(self, state: StateDict) -> None:
-        """Take a state captured in the middle of validation back to its beginning."""
-        state["metrics"] = self.metrics
-        for root, found in state["held"].items():
-            found |= {p: s for p, s in self.objects.get(root, {}).items() if p in found}
-        for root, found in state["fields"].items():
-            for path, own in found.items():
-                before = self.attributes.get(root, {}).get(path, {})
-                own |= {name: before[name] for name in own.keys() & before.keys()}
-        state["random"], state["journal"] = self.random, self.journal
-        state["indices"] = self.indices
-        state["extra"] = self.extra
-        for name, groups in option_groups(state["accelerator"]).items():
-            for group, options in zip(groups, self.options[name], strict=False):
-                group.update(options)
-        state["callbacks"] = state["callbacks"] | self.callbacks
-        state["records"] = {
-            what: {
-                split: series[: sets[split]]
-                for split, series in found.items()
-                if split in sets
-            }
-            for what, found in state["records"].items()
-            if (sets := self.lengths.get(what)) is not None
-        }
-
-
-def mark_validation(ctx: Context) -> None:
-    """Remember what a resume in the middle of validation starts again from.
-
-    Nothing is remembered in an evaluation, or if nothing saves the fit.
-    """
-    if ctx.train_pass is None or not ctx.is_saved:
-        return
-    search = search_context(ctx)
-    ctx.valid_start = ValidationStart(
-        random=get_rng_state(get_generators(ctx), ctx.device),
-        journal=ctx.run.position(),
-        indices=ctx.run.get_indices(),
-        lengths=ctx.record_book.count(),
-        callbacks={
-            name: copy.deepcopy(callback.state_dict())
-            for name, callback in name_callbacks(ctx.callbacks)
-            if any(hasattr(callback, event) for event in VALIDATION_EVENTS)
-            or (is_user_defined(callback) and hasattr(callback, "on_valid_end"))
-        },
-        metrics=copy.deepcopy(capture_metrics(ctx.model)),
-        objects=copy.deepcopy(capture_before_validation(search)),
-        attributes=copy_attributes(search),
-        extra=copy.deepcopy(get_extra_states(ctx.model)),
-        options={
-            name: [
-                {key: copy.deepcopy(group[key]) for key in group if key != "params"}
-                for group in opt.param_groups
-            ]
-            for name, opt in ctx.optimizers.items()
-        },
-        tensors=mark_tensors(ctx.model),
-    )
 
 
 def describe_left_out(model: nn.Module) -> dict[str, list[str]]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from harness.accelerators.devices import use_in_thread
 from harness.accelerators.host_copies import HostCopies
+from harness.checkpoint.description import read_description
 from harness.checkpoint.format import (
     Manifest,
     Phase,
@@ -31,7 +32,6 @@ from harness.checkpoint.state import (
     capture_state,
     get_position,
     mark_start,
-    read_description,
 )
 from harness.context import Context
 from harness.pytree import flatten

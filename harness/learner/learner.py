@@ -19,8 +19,8 @@ from harness.callback import Callback
 from harness.callbacks import Metrics, TrainValid
 from harness.callbacks.resuming import find_resume
 from harness.callbacks.train_valid import Mode
+from harness.checkpoint.description import describe_fit
 from harness.checkpoint.full_weights.placement import ModelPlacement
-from harness.checkpoint.state import describe_fit
 from harness.checks.arguments import (
     check_call_arguments,
     check_gather,

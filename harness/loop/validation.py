@@ -8,7 +8,8 @@ from contextlib import contextmanager
 
 import torch
 
-from harness.checkpoint.state import get_generators, mark_validation
+from harness.checkpoint.state import get_generators
+from harness.checkpoint.validation_start import mark_validation
 from harness.checks.hints import add_hint
 from harness.checks.model import get_method
 from harness.context import Context
