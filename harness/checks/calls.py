@@ -7,6 +7,7 @@ import difflib
 import functools
 import inspect
 import math
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -42,6 +43,7 @@ def explain_calls(function: Callable[P, R]) -> Callable[P, R]:
     An error that is explained by its message (``<place>: expected <what>``) ends in the line
     of the user that led to it, without the frames of this package below that line. A call
     with arguments that the function does not take gets a note of what it takes instead.
+    All frames stay if the environment variable ``HARNESS_DEBUG`` is set.
     """
 
     @functools.wraps(function)
@@ -55,11 +57,16 @@ def explain_calls(function: Callable[P, R]) -> Callable[P, R]:
                 hint = _hint_arguments(function, str(error))
                 if hint:
                     error.add_note(f"hint: {hint}")
-            elif ": expected " in str(error):
+            elif ": expected " in str(error) and not is_debugged():
                 _cut_own_frames(error.__traceback__)
             raise
 
     return call
+
+
+def is_debugged() -> bool:
+    """Whether errors keep all of their frames, for a report of a bug."""
+    return os.environ.get("HARNESS_DEBUG", "0") != "0"  # noqa: TID251
 
 
 def warn_user(message: str) -> None:

@@ -5,8 +5,10 @@ Heavy imports wait until a command runs, so that ``harness --help`` answers at o
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import click
@@ -30,10 +32,15 @@ STATE_COLOURS = {"ok": "green", "limited": "yellow", "broken": "red"}
 
 
 @click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.option("--debug", is_flag=True, envvar="HARNESS_DEBUG",
+              help="Show the whole traceback of an error.")  # fmt: skip
 @click.version_option(package_name="luz-harness")
-def main(debug: bool) -> None:
+@click.pass_context
+def main(ctx: click.Context, debug: bool) -> None:
     """Train PyTorch models, record every logged value, show runs in MLflow."""
+    if debug:  # also of the ranks that a command starts
+        os.environ["HARNESS_DEBUG"] = "1"  # noqa: TID251
+        ctx.call_on_close(partial(os.environ.pop, "HARNESS_DEBUG", None))  # noqa: TID251
 
 
 own_commands = (init, fit, resume, launch, evaluate, predict, export_weights)

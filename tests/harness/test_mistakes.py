@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -674,6 +675,15 @@ def test_explained_error_ends_in_the_line_of_the_user() -> None:
     with pytest.raises(TypeError, match="expected a number") as caught:
         fit(setup(Logs, None))
     assert caught.traceback[-1].name == "loss"
+
+
+def test_explained_error_keeps_all_frames_for_a_bug_report(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HARNESS_DEBUG", "1")
+    with pytest.raises(ValueError, match="expected") as caught:
+        setup().fit((X, Y[:3]), 1)
+    assert str(caught.traceback[-1].path).startswith(str(Path(harness.__file__).parent))
 
 
 def test_warning_is_of_the_line_of_the_user() -> None:
