@@ -1,7 +1,7 @@
 """The folder of a checkpoint: tensors and JSON, written completely or not at all.
 
     000007-epoch-3-batch-40-step-120/
-        manifest.json            format, position, and size and SHA-256 of every other file
+        manifest.json            format, position, and size and SHA-256 of every file
         rank-0.json              state of the rank without its tensors
         rank-0.safetensors       its tensors
         index.json               of several ranks: which part has which piece of a parameter
@@ -111,8 +111,18 @@ class Manifest:
     files: dict[str, FileInfo] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
-        """Write ``manifest.json`` into a folder."""
-        _write_json(folder / MANIFEST, asdict(self))
+        """Write ``manifest.json`` into a folder, with its own SHA-256."""
+        content = asdict(self)
+        _write_json(folder / MANIFEST, content | {DIGEST: _digest(content)})
+
+
+DIGEST = "sha256"
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    """SHA-256 of a manifest as JSON with sorted keys."""
+    text = json.dumps(content, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 # ---------------------------------------------------------------------- writing
@@ -432,6 +442,9 @@ def parse_manifest(path: Path, text: str) -> Manifest:
     found = content.get("format") if isinstance(content, dict) else content
     if found != FORMAT:
         raise _make_error(path, f"format {FORMAT}", repr(found)[:80])
+    digest = content.pop(DIGEST, None)  # earlier checkpoints have none
+    if digest is not None and digest != _digest(content):
+        raise _make_error(path, f"{MANIFEST} as it was written", "another content")
     try:
         manifest = msgspec.convert(content, Manifest)
     except msgspec.ValidationError as error:

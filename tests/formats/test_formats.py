@@ -196,6 +196,7 @@ def compared_json(text):
         for name in ENVIRONMENT:
             del content["about"][name]
         content["about"].pop("kernels", None)  # earlier files have none
+        content.pop("sha256", None)
     return json.dumps(content)
 
 

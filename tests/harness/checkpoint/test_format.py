@@ -256,8 +256,9 @@ class Canary:
 
 
 def change_manifest(place: Path, **changes: Any) -> None:
-    manifest = json.loads((place / "manifest.json").read_text())
-    (place / "manifest.json").write_text(json.dumps(manifest | changes))
+    manifest = json.loads((place / "manifest.json").read_text()) | changes
+    del manifest["sha256"]  # as in checkpoints from before there was one
+    (place / "manifest.json").write_text(json.dumps(manifest))
 
 
 def replaced(place: Path, name: str, data: bytes) -> None:
@@ -272,6 +273,11 @@ def flip(place: Path, name: str, at: int) -> None:
     data = bytearray((place / name).read_bytes())
     data[at] ^= 1
     (place / name).write_bytes(bytes(data))
+
+
+def digit_of_step(place: Path) -> int:
+    text = (place / "manifest.json").read_text()
+    return text.index('"step": ') + len('"step": ')
 
 
 def cut(place: Path, name: str, size: int) -> None:
@@ -307,6 +313,10 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "torn manifest": (
         lambda p: cut(p, "manifest.json", 50),
         "expected JSON in manifest",
+    ),
+    "flipped bit in the manifest": (
+        lambda p: flip(p, "manifest.json", digit_of_step(p)),
+        "manifest.json as it was written, got another content",
     ),
     "empty manifest": (
         lambda p: cut(p, "manifest.json", 0),
