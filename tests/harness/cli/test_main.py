@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
 
 import click
@@ -39,13 +40,14 @@ def test_help_fits_its_column_and_has_a_short_option():
     ("words", "expected"),
     [
         (("--lr", "3"), "of the optimizer is given as --opt lr=VALUE, one of the func"),
-        (("--epoch", "3"), "'--epoch'. Did you mean '--epochs'?"),
+        # click 8.2 writes it without quotes.
+        (("--epoch", "3"), "--epoch'?[.]? Did you mean '?--epochs"),
     ],
 )
 def test_unknown_option_is_answered_with_the_near_one_or_the_way(call, words, expected):
     shown = " ".join(call("fit", "x.py:x", *words).output.split())
-    assert expected in shown
-    assert "--help'?" not in shown
+    assert re.search(expected, shown)
+    assert "--help" not in shown.partition("Did you mean")[2]
 
 
 def test_unknown_option_of_another_command_gets_no_advice(call):

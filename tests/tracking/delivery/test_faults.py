@@ -352,7 +352,8 @@ def test_killed_trainer_and_delivery_leave_what_sync_finishes(
     os.waitpid(process, 0)
     assert tracking.open(path).status == "killed"
     code, report = fork_delivery("--sync", str(path), MLFLOW_TRACKING_URI=store).wait()
-    done = json.loads(report)
+    (line,) = (line for line in report.splitlines() if line.startswith("{"))
+    done = json.loads(line)  # MLflow logs beside it
     assert (code, done["phase"], done["behind"]) == (0, "done", 0)
     assert is_equal(path, store)
 
