@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 T = TypeVar("T")
@@ -274,7 +274,7 @@ _PLAIN = frozenset({int, bool, str, type(None)})
 _FLOATS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(slots=True)  # frozen ones take three times as long to make
 class _Leaf:
     """A tensor of a tree, its name and its plan."""
 
@@ -323,10 +323,13 @@ def flatten(tree: object, place: str = "state") -> tuple[Any, dict[str, Tensor]]
     return plan, found.tensors
 
 
-def _encode(value: object, path: str, found: _Found) -> object:
+def _encode(value: Any, path: str, found: _Found) -> object:
     """The plan of one value; its tensors are added to `found` under their paths."""
-    if type(value) is dict:  # most values; the other questions take longer
+    kind = type(value)
+    if kind is dict:  # most values; the other questions take longer
         return _encode_mapping(value, path, found)
+    if kind is Tensor or kind is nn.Parameter:
+        return _encode_tensor(value, path, found)
     if value is None or isinstance(value, bool | str):
         return value
     if isinstance(value, int):
@@ -335,7 +338,7 @@ def _encode(value: object, path: str, found: _Found) -> object:
         value = float(value)
         return value if math.isfinite(value) else {"$float": repr(value)}
     if isinstance(value, Tensor):
-        return _encode_tensor(value.detach(), path, found)
+        return _encode_tensor(value, path, found)
     if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
         found.tensors[path] = torch.from_numpy(np.ascontiguousarray(value))
         return {"$array": path}
@@ -348,6 +351,8 @@ def _encode(value: object, path: str, found: _Found) -> object:
 
 def _encode_tensor(value: Tensor, path: str, found: _Found) -> object:
     """The tensor's name, with what safetensors cannot hold: complex, order of dims."""
+    if value.requires_grad:
+        value = value.detach()
     if value.is_complex() and value.layout == torch.strided:
         value = value.resolve_conj()
         return {"$complex": _encode_tensor(torch.view_as_real(value), path, found)}
@@ -358,14 +363,14 @@ def _encode_tensor(value: Tensor, path: str, found: _Found) -> object:
     if value.layout != torch.strided or value.dtype not in DTYPES:
         msg = f"{path}: expected a dense tensor of a common dtype, got {value.dtype}"
         raise TypeError(f"{msg}, {value.layout}. Convert it in state_dict().")
-    order = sorted(range(value.dim()), key=value.stride().__getitem__, reverse=True)
-    if not value.is_contiguous() and value.permute(order).is_contiguous():
-        # For example channels last: kernels round differently for another order.
-        found.tensors[path] = value.permute(order)
-        plan: dict[str, object] = {"$permuted": [path, order]}
-    else:
-        found.tensors[path] = value
-        plan = {"$tensor": path}
+    found.tensors[path] = value
+    plan: dict[str, object] = {"$tensor": path}
+    if not value.is_contiguous():
+        order = sorted(range(value.dim()), key=value.stride().__getitem__, reverse=True)
+        if value.permute(order).is_contiguous():
+            # For example channels last: kernels round differently for another order.
+            found.tensors[path] = value.permute(order)
+            plan = {"$permuted": [path, order]}
     found.leaves.append(_Leaf(path, value, plan))
     return plan
 
@@ -432,9 +437,10 @@ def _encode_items(value: Sequence[object], path: str, found: _Found) -> list[Any
     return [_encode(item, f"{path}/{n}", found) for n, item in enumerate(value)]
 
 
-def _encode_mapping(value: Mapping[object, object], path: str, found: _Found) -> object:
+def _encode_mapping(value: Mapping[Any, object], path: str, found: _Found) -> object:
     """The plan of a mapping; keys that JSON cannot hold are written as pairs."""
-    if all(isinstance(key, str) and not key.startswith("$") for key in value):
+    is_plain = {*map(type, value)} <= {str} and "$" not in "".join(value)
+    if is_plain or all(isinstance(key, str) and key[:1] != "$" for key in value):
         return {
             key: _encode(item, f"{path}/{key}", found) for key, item in value.items()
         }
@@ -450,10 +456,13 @@ def _share_memory(found: _Found) -> None:
     storages: dict[tuple[object, ...], list[_Leaf]] = {}
     for leaf in found.leaves:
         tensor = leaf.tensor
-        with contextlib.suppress(RuntimeError, NotImplementedError):  # has no storage
-            if tensor.numel() and (address := tensor.untyped_storage().data_ptr()):
-                key = (tensor.device, address, tensor.dtype)
-                storages.setdefault(key, []).append(leaf)
+        try:
+            address = tensor.untyped_storage().data_ptr()
+        except (RuntimeError, NotImplementedError):  # it has no storage
+            continue
+        if address and tensor.numel():
+            key = (tensor.device, address, tensor.dtype)
+            storages.setdefault(key, []).append(leaf)
     for leaves in storages.values():
         if len(leaves) > 1 or 0 in leaves[0].tensor.stride():
             for group in _list_overlapping(leaves):

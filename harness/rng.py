@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import itertools
 import random
+from collections import OrderedDict, deque
 from collections.abc import (
     Callable,
     Iterable,
@@ -302,9 +303,9 @@ def find_generators(*roots: object, later: Sequence[object] = ()) -> list[Genera
 def _find_direct(roots: Sequence[object]) -> list[Generator]:
     """Generators that are attributes of loaders, samplers, data sets and modules."""
     found: list[Generator] = []
-    todo, seen = list(roots), set()
+    todo, seen = deque(roots), set()
     while todo:
-        thing = todo.pop(0)
+        thing = todo.popleft()
         if thing is None or id(thing) in seen:
             continue
         seen.add(id(thing))
@@ -366,9 +367,11 @@ _LOOKED_FOR = frozenset({*_HOLDERS, "transforms", "datasets", "generator"})
 
 
 def _get_all(thing: Any, names: Sequence[str]) -> list[object]:
-    """Attributes by name, None for what is not there, without a search for each."""
+    """Attributes of these names, as far as they are there, without a search for each."""
     kind: Any = type(thing)
     fields, on_class = getattr(thing, "__dict__", {}), _find_on_class(kind)
+    if not on_class:
+        return [fields[name] for name in names if name in fields]
     found = {name: fields.get(name) for name in names}
     for name in on_class & found.keys():
         with contextlib.suppress(Exception):  # a user's object, such as an unread file
@@ -391,7 +394,7 @@ def _find_on_class(kind: Any) -> frozenset[str]:
 def _own_generators(thing: object) -> Iterator[Generator]:
     fields = getattr(thing, "__dict__", {})
     for value in itertools.chain(_get_all(thing, ["generator"]), fields.values()):
-        if is_generator(value):
+        if type(value) not in _NO_GENERATORS and is_generator(value):
             yield value
 
 
@@ -408,3 +411,4 @@ def _is_class_of_generators(kind: type) -> bool:
 
 
 _PLAIN = frozenset({bool, int, float, str, type(None)})
+_NO_GENERATORS = _PLAIN | {dict, OrderedDict, list, tuple, set}

@@ -103,9 +103,9 @@ class HostCopies:
         for name, tensor in live.items():
             old = self._copies.get(name)
             if old is None or old.shape != tensor.shape or old.dtype != tensor.dtype:
-                old = _make_empty(tensor.shape, tensor.dtype, is_cuda=_is_cuda(tensor))
+                old = _make_empty(tensor.shape, tensor.dtype, is_cuda=tensor.is_cuda)
             copies[name] = old
-            if not _is_cuda(tensor):
+            if not tensor.is_cuda:
                 # A copy from a device of another kind is made when this returns.
                 old.copy_(tensor)
                 continue
@@ -120,10 +120,6 @@ class HostCopies:
         self._copies.update(copies)
         waits = [self._streams[device].end() for device in busy]
         return copies, partial(_wait_for, waits)
-
-
-def _is_cuda(tensor: Tensor) -> bool:
-    return tensor.device.type == "cuda"
 
 
 def _make_empty(shape: torch.Size, dtype: torch.dtype, *, is_cuda: bool) -> Tensor:

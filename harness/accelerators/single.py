@@ -485,27 +485,25 @@ class SingleDevice(Accelerator):
     def _capture(self) -> StateDict:
         model = self._model
         assert model is not None
+        named = dict(model.named_parameters())
+        params = [*named.values()]
         return {
             "world_size": 1,
-            "model": named_tensors(model),
+            "model": {**named, **dict(model.named_buffers())},
             "optimizers": {n: opt.state_dict() for n, opt in self._optimizers.items()},
             "layouts": {
-                n: make_plain_layout(model, list_parameters(opt))
+                n: make_plain_layout(params, list_parameters(opt))
                 for n, opt in self._optimizers.items()
             },
             "members": {
-                n: group_members(model, opt.param_groups)
+                n: group_members(params, opt.param_groups)
                 for n, opt in self._optimizers.items()
             },
             "kinds": {n: type(opt).__name__ for n, opt in self._optimizers.items()},
             "steps": dict(self.steps),
             "done": dict(self._done),
-            "grads": {
-                name: param.grad
-                for name, param in model.named_parameters()
-                if param.grad is not None
-            },
-            "frozen": [n for n, p in model.named_parameters() if not p.requires_grad],
+            "grads": {n: p.grad for n, p in named.items() if p.grad is not None},
+            "frozen": [n for n, p in named.items() if not p.requires_grad],
             **self._scaling_state(),
         }
 

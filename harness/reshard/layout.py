@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 ELEMENTWISE = frozenset(
     {"Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam"}
@@ -31,13 +31,13 @@ BY_MATRIX = frozenset({"Adafactor", "Muon"})
 _Piece = tuple[int, Tensor, int, int, int]
 
 
-def make_plain_layout(model: nn.Module, stepped: Sequence[Tensor]) -> Tensor:
-    """Make the layout of an optimizer that steps whole parameters."""
-    return _make_layout(model, _whole_pieces(stepped))
+def make_plain_layout(params: Iterable[Tensor], stepped: Sequence[Tensor]) -> Tensor:
+    """Make the layout of an optimizer that steps whole ones of a model's parameters."""
+    return _make_layout(params, _whole_pieces(stepped))
 
 
 def make_engine_layout(
-    model: nn.Module, engine: Any, stepped: Sequence[Tensor], rank: int
+    params: Iterable[Tensor], engine: Any, stepped: Sequence[Tensor], rank: int
 ) -> Tensor:
     """Make the layout of the tensors that an engine's optimizer steps on one rank.
 
@@ -49,31 +49,31 @@ def make_engine_layout(
     """
     wrapper = engine.optimizer
     if hasattr(wrapper, "fp32_partitioned_groups_flat"):
-        return _make_layout(model, _partitioned_pieces(wrapper, rank))
+        return _make_layout(params, _partitioned_pieces(wrapper, rank))
     for kind in ("bit16", "bf16", "fp16"):
         flats = getattr(wrapper, f"{kind}_groups_flat", None)
         if flats is not None:
             groups = getattr(wrapper, f"{kind}_groups")
-            return _make_layout(model, _flat_pieces(groups, flats, stepped, rank))
+            return _make_layout(params, _flat_pieces(groups, flats, stepped, rank))
     copied = getattr(wrapper, "fp16_groups", None)
-    params = stepped if copied is None else [p for group in copied for p in group]
-    return _make_layout(model, _whole_pieces(params))
+    whole = stepped if copied is None else [p for group in copied for p in group]
+    return _make_layout(params, _whole_pieces(whole))
 
 
 def group_members(
-    model: nn.Module, groups: Iterable[Mapping[str, Any]]
+    params: Iterable[Tensor], groups: Iterable[Mapping[str, Any]]
 ) -> list[list[int]]:
-    """Indexes of the parameters in each of an optimizer's groups."""
-    indexes = {id(param): n for n, param in enumerate(model.parameters())}
+    """Indexes, among a model's parameters, of those in each of an optimizer's groups."""
+    indexes = {id(param): n for n, param in enumerate(params)}
     return [
         [indexes[id(param)] for param in group["params"] if id(param) in indexes]
         for group in groups
     ]
 
 
-def _make_layout(model: nn.Module, pieces: Iterable[_Piece]) -> Tensor:
-    """Put the pieces in a tensor, with the index of each parameter."""
-    indexes = {id(param): n for n, param in enumerate(model.parameters())}
+def _make_layout(params: Iterable[Tensor], pieces: Iterable[_Piece]) -> Tensor:
+    """Put the pieces in a tensor, with the index of each parameter of a model."""
+    indexes = {id(param): n for n, param in enumerate(params)}
     rows = [
         (n, indexes[id(param)], at, start, length)
         for n, param, at, start, length in pieces

@@ -61,7 +61,7 @@ class NamedEngine:
         self._on_step = on_step
         self.name, self.engine, self.stage = name, engine, stage
         self._model = model
-        self.members = group_members(model, groups)
+        self.members = group_members(model.parameters(), groups)
         self._layout: Tensor | None = None
         self._places: dict[int, tuple[int, int, int]] | None = None
         self._stepped = 0
@@ -322,7 +322,9 @@ class NamedEngine:
         stepped = master_weights(self.engine)
         if self._layout is None or self._stepped != len(stepped):
             self._stepped = len(stepped)
-            self._layout = make_engine_layout(self._model, self.engine, stepped, rank)
+            self._layout = make_engine_layout(
+                self._model.parameters(), self.engine, stepped, rank
+            )
         return self._layout
 
     def finish(self) -> None:

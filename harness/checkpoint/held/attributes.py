@@ -163,7 +163,7 @@ def _own_fields(
     for name, value in fields_of(owner).items():
         if name in skipped or name.startswith(("ds_", "_ds", "_z3")):  # an engine's
             continue
-        if is_proxy(value) or (name in old and _is_clearly_same(value, old[name])):
+        if (name in old and _is_clearly_same(value, old[name])) or is_proxy(value):
             continue
         if isinstance(owner, Variables) and is_function(value):
             continue  # code, which decorators and torch replace
@@ -241,6 +241,8 @@ def _is_clearly_same(value: Any, old: Any) -> bool:
 
     A save stops training, and code may name large tables that never change.
     """
+    if type(value) in SCALARS:
+        return type(value) is type(old) and bool(value == old)
     if isinstance(old, _Mark):
         return old.is_same(value)
     if type(value) is not type(old) or type(value) not in CONTAINERS:

@@ -307,8 +307,8 @@ class Search:
                 place = f"{path}.{name}" if name else path
                 self.owners[root][place] = module
                 self._search_fields(root, place, module, depth)
-                for name in _HOOKS:
-                    hooks = vars(module).get(name, {}).values()
+                for name in filter(vars(module).get, _HOOKS):  # most have none
+                    hooks = vars(module)[name].values()
                     for n, hook in enumerate(filterfalse(_is_of_engine, hooks)):
                         self._search(root, f"{place}.{name}[{n}]", hook, depth + 1)
 
