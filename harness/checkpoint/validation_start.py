@@ -98,7 +98,7 @@ def mark_validation(ctx: Context) -> None:
         return
     search = search_context(ctx)
     ctx.valid_start = ValidationStart(
-        random=get_rng_state(get_generators(ctx), ctx.device),
+        random=get_rng_state(get_generators(ctx, search), ctx.device),
         journal=ctx.run.position(),
         indices=ctx.run.get_indices(),
         lengths=ctx.record_book.count(),
