@@ -473,12 +473,18 @@ def _translate_errors(exists: bool = False) -> Iterator[None]:
         raise
     except Exception as error:  # database drivers raise their own errors
         code = getattr(error, "error_code", None)
-        text = f"{type(error).__name__}: {error}"
+        text = f"{type(error).__name__}: {_shorten(str(error))}"
         if code in _REFUSALS or (exists and code == "RESOURCE_ALREADY_EXISTS"):
             raise RefusedError(text) from error
         if code == "RESOURCE_DOES_NOT_EXIST":
             raise GoneError(text) from error
         raise UnreachableError(text) from error
+
+
+def _shorten(text: str) -> str:
+    """What a database says, without SQLAlchemy's advice above it and the statement below."""
+    lines = text.partition("\n[SQL: ")[0].splitlines()
+    return "\n".join(line for line in lines if "session.no_autoflush" not in line)
 
 
 def as_json(value: object) -> str:
