@@ -7,7 +7,12 @@ import pytest
 
 from tests.tracking.stores import execute_sql
 from tracking.delivery.retry import GaveUpError
-from tracking.mlflow_store.client import limit_requests, prepare_environment
+from tracking.mlflow_store.client import (
+    Point,
+    UnreachableError,
+    limit_requests,
+    prepare_environment,
+)
 
 
 def test_database_of_another_version_stays_and_is_an_error(
@@ -24,20 +29,15 @@ def test_database_of_another_version_stays_and_is_an_error(
     assert execute_sql(store, "SELECT version_num FROM alembic_version") == [("0123",)]
 
 
-def test_error_of_a_database_is_told_without_its_statement(
-    record, deliver, store, cache, client_class
-):
-    client_class(store, cache)
+def test_error_of_a_database_is_told_without_its_statement(store, cache, client_class):
+    client = client_class(store, cache)
+    run = client.create_run("0", "run", 1, {})
     fail = "BEGIN INSERT INTO missing VALUES (1); END"
     execute_sql(store, f"CREATE TRIGGER fail BEFORE INSERT ON metrics {fail}")
-    run = record()
-    run.run.log("metrics", "train", {"loss": 1.0, "accuracy": 0.5}, index=1)
-    run.run.finish()
-    with pytest.raises(GaveUpError) as caught:
-        deliver(run.path, store)
-    assert "no such table: main.missing" in str(caught.value)
-    for word in ("SQL:", "parameters", "autoflush"):
-        assert word not in str(caught.value)
+    with pytest.raises(UnreachableError, match="no such table") as caught:
+        client.send(run.run_id, [Point("loss", 1.0, 1, 1)])
+    assert "SQL:" not in str(caught.value)
+    assert "autoflush" not in str(caught.value)
 
 
 def test_artifacts_of_a_new_experiment_lie_beside_the_database(
