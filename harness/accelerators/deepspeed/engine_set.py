@@ -153,6 +153,10 @@ def create_engines(
     groups = {name: _copy_groups(opt, stage) for name, opt in optimizers.items()}
     if not optimizers:
         owned, groups = {DEFAULT_NAME: trained}, {DEFAULT_NAME: [{"params": trained}]}
+    for param in model.parameters():
+        # DeepSpeed 0.19.8 cannot send others, such as transposed or channels_last ones.
+        if not param.is_contiguous():
+            param.data = param.data.contiguous()
     made = {}
     for name in owned:
         with (
@@ -169,6 +173,8 @@ def create_engines(
                 config=dict(config),
             )
         library.correct_half_autocast(made[name])
+        if stage in {1, 2} and made[name].world_size > 1:
+            library.OrderedReductions(made[name].optimizer, model)
         is_double = any(param.dtype == torch.float64 for param in owned[name])
         if is_double and "communication_data_type" not in config:
             # DeepSpeed would send them as float32.

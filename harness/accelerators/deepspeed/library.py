@@ -376,6 +376,83 @@ def correct_half_autocast(engine: Any) -> None:
         )
 
 
+class OrderedReductions:
+    """Lets ZeRO 1 and 2 reduce every gradient, in the same order on every rank.
+
+    DeepSpeed 0.19.8 reduces gradients as they come, and leaves out parameters without one. If
+    ranks use different layers (experts, a head for some rows), it adds the gradients of
+    different parameters: without an error where the sizes agree. Here a missing gradient
+    counts as zeros, and at ZeRO 2 a gradient that comes early waits for its turn.
+
+    Parameters
+    ----------
+    wrapper
+        DeepSpeed's optimizer of ZeRO 1 or 2, changed in place.
+
+    References
+    ----------
+    DeepSpeed 0.19.8: ``reduce_gradients`` and ``process_gradients`` in
+    ``zero/stage_1_and_2.py``.
+    """
+
+    def __init__(self, wrapper: Any, model: torch.nn.Module) -> None:
+        self._wrapper = wrapper
+        group_of = {id(p): n for n, g in enumerate(wrapper.bit16_groups) for p in g}
+        # Most backward passes reach the layers in this order, so few gradients wait.
+        params = [p for p in model.parameters() if id(p) in group_of][::-1]
+        self._params = [(param, group_of[id(param)]) for param in params]
+        self._present: set[int] = set()
+        self._num_reduced = 0
+        self._reduce = wrapper.reduce_ready_partitions_and_remove_grads
+        if wrapper.partition_gradients:
+            self._finish = wrapper.overlapping_partition_gradients_reduce_epilogue
+            wrapper.reduce_ready_partitions_and_remove_grads = self.reduce_in_turn
+            wrapper.overlapping_partition_gradients_reduce_epilogue = self.finish
+        else:
+            self._reduce_all = wrapper.reduce_gradients
+            wrapper.reduce_gradients = self.reduce_all
+
+    def reduce_in_turn(self, param: Any, group: int) -> None:
+        """Reduce a gradient, and those that waited for it, once all before it are reduced."""
+        if not getattr(param, "ds_grad_is_ready", True):  # DeepSpeed's tiled layers
+            return
+        if self._wrapper.params_already_reduced[self._wrapper.get_param_id(param)]:
+            self._reduce(param, group)  # refuses a second gradient
+        self._present.add(id(param))
+        self._reduce_present()
+
+    def _reduce_present(self) -> None:
+        while self._num_reduced < len(self._params):
+            param, group = self._params[self._num_reduced]
+            if id(param) not in self._present:
+                return
+            self._num_reduced += 1
+            self._reduce(param, group)
+
+    def finish(self) -> None:
+        """Reduce what is left at the end of a backward pass."""
+        self._wrapper.setup_buckets()
+        self._add_zeros()
+        self._present.update(id(param) for param, _ in self._params)
+        self._reduce_present()
+        self._present.clear()
+        self._num_reduced = 0
+        self._finish()
+
+    def reduce_all(self, *args: Any, **kwargs: Any) -> None:
+        """Reduce the gradients of a window at ZeRO 1."""
+        self._add_zeros()
+        self._reduce_all(*args, **kwargs)
+
+    def _add_zeros(self) -> None:
+        keeps_sums = self._wrapper.use_grad_accum_attribute
+        dtype = self._wrapper.gradient_accumulation_dtype if keeps_sums else None
+        for param, _ in self._params:
+            if self._wrapper.get_gradient_for_reduction(param) is None:
+                name = "grad_accum" if keeps_sums else "grad"
+                setattr(param, name, torch.zeros_like(param, dtype=dtype))
+
+
 def get_tracked_random() -> dict[str, torch.Tensor]:
     """States of the random streams of DeepSpeed's activation checkpointing, by name."""
     tracker = import_deepspeed().checkpointing.get_cuda_rng_tracker()

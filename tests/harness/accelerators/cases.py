@@ -234,7 +234,7 @@ def gradients(
     loss = (
         loss_of(model, name, batch) / size if size > 1 else loss_of(model, name, batch)
     )
-    return list(torch.autograd.grad(loss, owned(opt)))
+    return list(torch.autograd.grad(loss, owned(opt), materialize_grads=True))
 
 
 def averaged(found: list[list[Tensor]]) -> list[list[Tensor]]:
@@ -450,6 +450,35 @@ def case_float64_equals_plain_torch(lab: Lab) -> None:
 
 def case_tied_weights_equal_plain_torch(lab: Lab) -> None:
     run_equal(lab, Tied, two_rates, sizes=(1, 2))
+
+
+class Turned(Net):
+    """A net with a weight whose rows are not next to each other in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head.weight = nn.Parameter(torch.randn(7, 3).t())
+
+
+def case_weights_of_any_layout_equal_plain_torch(lab: Lab) -> None:
+    run_equal(lab, Turned, adam, sizes=(1, 2), rtol=1e-6, atol=1e-7)
+
+
+class Experts(Net):
+    """A net that runs one of two layers of one size, chosen by the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList([nn.Linear(7, 7), nn.Linear(7, 7)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        expert = self.experts[int(x[0, 0] > 0)]
+        return self.head(expert(torch.tanh(self.body(x))))
+
+
+def case_layers_that_one_rank_uses_equal_plain_torch(lab: Lab) -> None:
+    if lab.stage != 3:  # whose ranks must run the same layers
+        run_equal(lab, Experts, sgd, sizes=(1, 2, 3))
 
 
 def case_clipping_equals_plain_torch(lab: Lab) -> None:
