@@ -23,7 +23,7 @@ from tracking.delivery.process import handover_path, set_group_niceness
 from tracking.delivery.reconcile import Reconciler, Stage
 from tracking.delivery.retry import LONGEST_DELAY_S, GaveUpError, RetryPolicy
 from tracking.delivery.scan import JournalScan
-from tracking.delivery.state import DeliveryState, StateFile
+from tracking.delivery.state import DeliveryState, StateFile, rows_behind
 from tracking.delivery.thinning import THINNED
 from tracking.errors import DeliveryError
 from tracking.mlflow_store.client import (
@@ -428,7 +428,9 @@ class DeliveryWorker:
             self._state_file.set_phase("done")
 
     def _count_behind(self) -> int:
-        """Rows that MLflow does not have yet."""
+        """Rows that MLflow does not have yet, as far as is known."""
+        if getattr(self, "_writer", None) is None:  # nothing is compared yet
+            return rows_behind(self.run_path, self.state)
         count = self._reconciler.num_deferred + self._cursor.num_pending
         # Counting costs milliseconds; while all is well, new rows are read soon anyway.
         is_idle = self.state.phase == "delivering" and count == 0

@@ -10,6 +10,7 @@ import pytest
 
 from tests.tracking.stores import execute_sql, get_run
 from tracking.delivery.state import DeliveryState
+from tracking.errors import TrackingError
 from tracking.store import results_path
 
 CURVE = 30
@@ -318,3 +319,17 @@ def test_summaries_of_a_run_that_goes_on_are_left_out(record, make_worker, store
     made._write_summaries = lambda path: pytest.fail("the run has new rows")
     made.send_summaries()
     assert made.state.phase == "done"
+
+
+def test_rows_of_a_store_that_cannot_be_read_again_are_not_counted_as_missing(
+    record, deliver, make_worker, store, tmp_path
+):
+    run = record()
+    for i in range(9):
+        run.run.log("metrics", "train", {"loss": 0.1 * i}, index=i)
+    run.run.finish()
+    deliver(run.path, store)
+    (tmp_path / "mlflow.db").write_bytes(b"this is no database" * 100)
+    with pytest.raises(TrackingError, match="not a database"):
+        make_worker(run.path, store, is_sync=True).deliver()
+    assert DeliveryState.read(run.path).behind == 0
