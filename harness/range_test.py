@@ -317,5 +317,7 @@ def _restore_afterwards(data: object, options: Mapping[str, object]) -> Iterator
             yield
     finally:
         if isinstance(data, DataLoader) and workers is None:
+            # torch 2.13 waits five seconds for workers that the garbage collector ends.
+            getattr(data._iterator, "_shutdown_workers", lambda: None)()
             data._iterator = None
         set_rng_state(state, generators)

@@ -6,6 +6,7 @@ import random
 import signal
 from contextlib import nullcontext
 from dataclasses import replace
+from multiprocessing import active_children
 
 import numpy as np
 import pytest
@@ -330,8 +331,10 @@ def test_lr_finder_leaves_no_workers_that_would_change_a_later_fit():
         )
         seed_all(7)
         if is_tried:
+            before = {*active_children()}
             harness.lr_finder(line_learner(), loader, num_steps=3)
             assert loader._iterator is None
+            assert {*active_children()} <= before
         return line_learner().fit(loader, 2, tracker=False, verbose=False).model
 
     assert torch.equal(fit(False).w, fit(True).w)
