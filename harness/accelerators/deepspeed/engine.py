@@ -387,6 +387,18 @@ class EngineOptimizer(torch.optim.Optimizer):
             raise TypeError(f"{msg} Call accelerator.backward(loss) before the step.")
         self._step()
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refuse a group that comes after the engine was made, which would not train it.
+
+        Raises
+        ------
+        RuntimeError
+            Always.
+        """
+        msg = "add_param_group: expected all parameter groups before the first epoch under"
+        advice = "Add it in set_optimizers, or in prepare(ctx) of a callback."
+        raise RuntimeError(f"{msg} DeepSpeed, got one more. {advice}")
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Do nothing: the engine clears the gradients that it used."""
 

@@ -51,6 +51,14 @@ def test_closure_is_refused(make: Any) -> None:
         opts["opt"].step(lambda: 1.0)
 
 
+def test_parameter_group_added_later_is_refused(make: Any) -> None:
+    model, opts = prepared(make(1))
+    with pytest.raises(
+        RuntimeError, match=r"add_param_group: expected all .* in prepare"
+    ):
+        opts["opt"].add_param_group({"params": [*model.head.parameters()]})
+
+
 def test_optimizer_is_not_pickled(make: Any) -> None:
     _, opts = prepared(make(1))
     with pytest.raises(TypeError, match="got pickle or deepcopy"):
