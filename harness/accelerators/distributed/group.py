@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import copy
+import faulthandler
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -58,6 +59,10 @@ class PeerError(RuntimeError):
         self.rank = rank
 
 
+_STDERR = 2
+"""Its descriptor, whatever ``sys.stderr`` is."""
+
+
 class RankGroup:
     """The ranks of one launch, and the values that they send each other.
 
@@ -85,6 +90,9 @@ class RankGroup:
 
     def _connect(self, launch: Launch) -> None:
         """Create the process group; one rank needs neither launcher nor port."""
+        if self.world_size > 1 and not faulthandler.is_enabled():
+            # gloo ends the process where ranks send different sizes. This tells the line.
+            faulthandler.enable(_STDERR)
         agent = read_agent()
         if agent.has_store:
             self.server = f"torchrun's agent on {launch.address}"

@@ -235,6 +235,14 @@ def test_what_one_rank_does_alone_is_told(
     assert re.match(f"{does}, while {place}", told[1]), run.text()
 
 
+def test_rank_that_gloo_aborts_tells_the_line(start: object) -> None:
+    assert callable(start)
+    run = start(forked, "sizes")
+    assert run.code() != 0
+    run.check_nothing_left()
+    assert re.search('File ".*faulty.py", line \\d+ in alone', run.text()), run.text()
+
+
 @pytest.mark.slow
 def test_ranks_that_wait_for_one_another_end_and_tell_where(
     start: object, monkeypatch: pytest.MonkeyPatch
