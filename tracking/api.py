@@ -293,9 +293,7 @@ def _start_new(
 
 
 def _continue(
-    path: Path,
-    durability: Literal["process", "fsync"],
-    given: Mapping[str, str | None],
+    path: Path, durability: Literal["process", "fsync"], given: Mapping[str, str | None]
 ) -> Run:
     """Continue a run that has finished, failed or was killed."""
     manifest = Manifest.read(path)

@@ -555,12 +555,7 @@ class RowLogger:
         return True
 
     def _log_any(
-        self,
-        what: str,
-        set: str,
-        value: object,
-        append: bool,
-        **counts: int | None,
+        self, what: str, set: str, value: object, append: bool, **counts: int | None
     ) -> None:
         """Check all arguments, then write any kind of value."""
         place = describe_call(what, set)

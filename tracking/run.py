@@ -155,10 +155,7 @@ class Run(ArtifactLogger):
             return
         try:
             json.dumps(extra)
-        except (
-            TypeError,
-            ValueError,
-        ) as error:  # it would spoil the end of the run, too
+        except (TypeError, ValueError) as error:  # it would spoil the run's end, too
             raise type(error)(
                 f"Run.save_manifest: expected JSON values, got {extra!r:.200}: {error}. "
                 "Convert them to numbers, texts, lists and dicts."

@@ -273,9 +273,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileInfo:
 
 
 def write_each_tensor(
-    path: Path,
-    specs: Mapping[str, Tensor],
-    read: Callable[[str], Tensor],
+    path: Path, specs: Mapping[str, Tensor], read: Callable[[str], Tensor]
 ) -> FileInfo:
     """Write a safetensors file of tensors that are read one after another.
 

@@ -100,10 +100,7 @@ from harness.loss import (
     warn_of_untrained,
 )
 from harness.metrics.sets import MetricSet, as_metric_set
-from harness.model_copy import (
-    build_unshared,
-    keep_buffers,
-)
+from harness.model_copy import build_unshared, keep_buffers
 from harness.reshard.meta_parameters import count_bytes
 from harness.rng import seed_all, share_rng_state
 from harness.run_binding import (

@@ -10,11 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from harness.accelerators.base import (
-    Accelerator,
-    StepOpt,
-    needs_closure,
-)
+from harness.accelerators.base import Accelerator, StepOpt, needs_closure
 from harness.accelerators.optimizer_step import default_step_opt
 from harness.checkpoint.held.search import name_parameters
 from harness.checkpoint.state import search_context

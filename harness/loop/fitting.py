@@ -7,11 +7,7 @@ from typing import Any
 
 import torch
 
-from harness.checkpoint.state import (
-    get_generators,
-    get_pass_generators,
-    mark_pass,
-)
+from harness.checkpoint.state import get_generators, get_pass_generators, mark_pass
 from harness.context import Context
 from harness.data.pace import NO_LIMIT, validates_now
 from harness.data.train_pass import TrainPass
@@ -43,10 +39,8 @@ def fit(ctx: StepContext) -> None:
     """
     add_handlers(ctx)
     run_callback_checks(ctx)
-    with (
-        torch.enable_grad(),
-        report_exceptions(ctx),
-    ):  # also inside of another fit's event
+    # Gradients are off where it is called in an event of another fit.
+    with torch.enable_grad(), report_exceptions(ctx):
         with suppress_handled(ctx, lambda: ctx.handlers), noting_interrupt(ctx):
             ctx.call_callbacks("on_fit_begin")
             for ctx.epoch in iter_epochs(ctx):

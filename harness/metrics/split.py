@@ -293,13 +293,9 @@ class SplitMetrics:
             metric = self._metrics[name]
             if not _can_peek(metric):
                 continue
-            with suppress(
-                Exception
-            ):  # a display never ends a fit; the epoch's end tells
+            with suppress(Exception):  # a display never ends a fit
                 value = metric.compute()
-                metric._computed = (
-                    None  # torchmetrics 1.9: forget what the epoch asks for
-                )
+                metric._computed = None  # torchmetrics 1.9: keep none for the epoch
                 if isinstance(value, Tensor) and value.numel() == 1:
                     found[name] = float(value)
         return found

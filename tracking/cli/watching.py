@@ -39,9 +39,7 @@ def _iter_looks(run: PastRun, every_s: float) -> Iterator[tuple[str, Snapshot]]:
     known: SealedBlocks = {}
     while True:
         status = run.status  # before its rows, so that none is missing at the end
-        start = (
-            time.process_time()
-        )  # not the time in which nobody reads what is printed
+        start = time.process_time()  # without waits for who reads what is printed
         yield status, run.snapshot(known)
         if status != "running":
             return

@@ -12,11 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harness.accelerators.base import (
-    HOW_TO_STEP,
-    counts_on_device,
-    restore_named_state,
-)
+from harness.accelerators.base import HOW_TO_STEP, counts_on_device, restore_named_state
 from harness.errors import CheckpointError
 from harness.pytree import StateDict
 from harness.reshard.consolidated import copy_tensors, is_master_name, weights_dtype

@@ -83,11 +83,7 @@ def complete_config(
     return filled
 
 
-_PACKAGES = {
-    "tensorboard": "tensorboard",
-    "wandb": "wandb",
-    "comet": "comet_ml",
-}
+_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
 """Packages that sections of the config need, which DeepSpeed does not install."""
 
 

@@ -15,10 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from harness.accelerators.deepspeed.library import (
-    replace_linear,
-    share_and_divide,
-)
+from harness.accelerators.deepspeed.library import replace_linear, share_and_divide
 from harness.accelerators.deepspeed.precision import find_weights_dtype
 from harness.accelerators.distributed.group import RankGroup
 

@@ -54,9 +54,7 @@ class AveragedWeights(MetricsListener):
 
     weight = 45  # after KeepBestModel has copied the validated weights
     in_valid = False
-    event_weights = MappingProxyType(
-        {"on_fit_end": 35}
-    )  # before it restores the best ones
+    event_weights = MappingProxyType({"on_fit_end": 35})  # before KeepBestModel
 
     def __init__(self, *, opt_name: str | None = None, in_result: bool = True) -> None:
         check_flags(type(self).__name__, in_result=in_result)

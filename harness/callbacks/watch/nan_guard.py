@@ -147,9 +147,7 @@ class NaNGuard(Callback):
         weights = dict(ctx.model.state_dict())
         if not _is_finite(iter_tensors(weights)):
             return f" Weights that were not finite before: {_list_names(weights)}."
-        if (
-            get_method(ctx.model, "step") is not None
-        ):  # only the step knows how to call the model
+        if get_method(ctx.model, "step") is not None:  # how to call it is not known
             return ""
 
         def hook_for(name: str) -> Any:
