@@ -12,7 +12,6 @@ from harness.checkpoint.held.objects import get_extra_states, set_extra_states
 from harness.checkpoint.state import copy_loss_state, restore_loss_state
 from harness.errors import CheckpointError
 from harness.pytree import StateDict, map_tensors
-from harness.reshard.convert import convert_model_part
 from harness.reshard.model_part import (
     MODEL_PART,
     check_model_part,
@@ -97,12 +96,7 @@ class KeepBestModel(Monitor):
         self.loss = state.get("loss", {})
         self.model_part = state.get(MODEL_PART, {})
         model, live = self.ctx.model, self.ctx.accelerator.state_dict()
-        if "weights" in state:  # of an earlier version: all of them, on rank 0
-            if weights := self.ctx.accelerator.broadcast(state["weights"]):
-                self.model_part = convert_model_part(
-                    [{"model": weights}], model, live, self.ctx.accelerator.rank
-                )
-        elif self.model_part:
+        if self.model_part:
             check_model_part(self.model_part, take_model_part(live), model)
 
 

@@ -170,8 +170,6 @@ class Holder:
             name = f"process {self.process.pid} on {self.process.host}"
         if self.state != "unknown":
             return name
-        if not self.beat:
-            return f"{name} (an earlier version of this package, which left no lease)"
         since = f"since {_format_time(self.since)}, " if self.since else ""
         return f"{name} ({since}last heard of at {_format_time(self.beat)})"
 

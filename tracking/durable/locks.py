@@ -165,19 +165,11 @@ def _read_text(fd: int) -> str:
 def _find_holder(
     path: Path, lock: LockState, text: str, *, when_stale: bool = False
 ) -> Holder | None:
-    """Judge by the lock, by the lease, or by what an earlier version left in the lock."""
+    """Judge by the lease, and where there is none by the lock, which has a text."""
     holder = leases.judge(get_lease_path(path), lock, when_stale=when_stale)
-    if holder is not None:
-        return holder
-    if lock == "held":
+    if holder is None and lock == "held":
         return Holder(state="live", text=text)
-    if lock == "free" or not text:
-        return None
-    pid, _, host = text.partition(" on ")
-    is_here = host == socket.gethostname() and pid.isdecimal()
-    if is_here and leases.is_alive(int(pid), None) is False:
-        return None
-    return Holder(state="unknown", text=text)
+    return holder
 
 
 def _take(path: Path, fd: int) -> Lease:

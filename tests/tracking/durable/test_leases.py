@@ -412,26 +412,6 @@ def test_lease_says_when_another_process_has_taken_it_over(leave, tmp_path):
     assert path.exists()
 
 
-def test_lock_of_an_earlier_version_without_a_lease(tmp_path, preloaded):
-    lock = tmp_path / "lock"
-    script = (
-        "import sys, pathlib; from tracking.durable import find_holder; "
-        "print(find_holder(pathlib.Path(sys.argv[1])))"
-    )
-
-    def ask():
-        no_locks = {"LD_PRELOAD": preloaded, "FAKE_LOCK_ERRNO": str(errno.ENOSYS)}
-        return run_python(script, lock, **no_locks).communicate(timeout=60)[0].strip()
-
-    lock.write_text("12 on node7")
-    assert ask().startswith("process 12 on node7 (an earlier version")
-    lock.write_text(f"{DEAD['pid']} on {HERE.host}")
-    assert ask() == "None"
-    lock.write_text("")
-    assert ask() == "None"
-    assert find_holder(lock) is None
-
-
 SAVER = """
 import pathlib, sys
 from tracking.durable import replace_folder
