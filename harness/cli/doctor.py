@@ -146,7 +146,7 @@ def _deepspeed() -> Iterator[Check]:
             timeout=OPS_TIMEOUT_S,
             check=True,
         )
-        ops: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
+        ops: dict[str, list[str]] = json.loads(done.stdout.splitlines()[-1])
     except subprocess.CalledProcessError as error:
         last = (error.stderr.strip().splitlines() or ["no message"])[-1]
         advice = "Reinstall deepspeed and torch in versions that work together."
@@ -162,17 +162,9 @@ def _deepspeed() -> Iterator[Check]:
     yield _ops(ops)
 
 
-def _ops(ops: dict[str, str]) -> Check:
-    by_state: dict[str, list[str]] = {}
-    for name, state in ops.items():
-        by_state.setdefault(state, []).append(name)
-    parts = [
-        f"{state}: {', '.join(sorted(by_state[state]))}"
-        for state in ("built", "can be built", "cannot be built")
-        if state in by_state
-    ]
-    usable = by_state.get("built", []) + by_state.get("can be built", [])
-    if {"cpu_adam", "fused_adam"} & set(usable):
+def _ops(ops: dict[str, list[str]]) -> Check:
+    parts = [f"{state}: {', '.join(names)}" for state, names in ops.items() if names]
+    if {"cpu_adam", "fused_adam"} & {*ops["built"], *ops["can be built"]}:
         return Check("DeepSpeed's ops", "ok", "; ".join(parts))
     detail = "; ".join(parts) + ". DeepSpeed's own optimizers do not work; torch's do."
     advice = "Install a C++ compiler and ninja, and on a GPU the CUDA toolkit (nvcc)."

@@ -239,12 +239,6 @@ class TensorPieces:
             for piece in run.iter_within(start, end)
         ]
 
-    def assemble(self) -> Tensor:
-        """The whole tensor; call ``check`` first."""
-        found = [piece.read() for piece in self.list_pieces()] or [torch.empty(0)]
-        flat = found[0] if len(found) == 1 else torch.cat(found)
-        return flat.reshape(self.shape)
-
 
 class PieceCopier:
     """Tensors into which pieces are copied, the pieces of one rank after those of another.

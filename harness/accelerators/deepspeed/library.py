@@ -527,23 +527,25 @@ def _fields_of(model: Any) -> frozenset[str]:
     return frozenset(fields) | aliases
 
 
-def list_ops() -> dict[str, str]:
-    """What becomes of each of DeepSpeed's compiled ops here: how it is there, or is not.
+def list_ops() -> dict[str, list[str]]:
+    """What becomes of DeepSpeed's compiled ops here: how they are there, or are not.
 
     Asked for them, DeepSpeed tries compilers, with chatter on both outputs.
 
     Returns
     -------
     dict
-        ``built``, ``can be built`` or ``cannot be built``, by name of the op.
+        Their names by ``built``, ``can be built`` and ``cannot be built``.
     """
     built = import_deepspeed().git_version_info.installed_ops
     from deepspeed.ops.op_builder.all_ops import ALL_OPS  # noqa: PLC0415  see door
 
-    found = {}
-    for name, builder in ALL_OPS.items():
-        if name == "deepspeed_not_implemented":
-            continue
-        can = "can be built" if builder.is_compatible(False) else "cannot be built"
-        found[name] = "built" if built.get(name, False) else can
+    found: dict[str, list[str]] = {
+        "built": [],
+        "can be built": [],
+        "cannot be built": [],
+    }
+    for name in sorted(ALL_OPS.keys() - {"deepspeed_not_implemented"}):
+        can = "can" if ALL_OPS[name].is_compatible(False) else "cannot"
+        found["built" if built.get(name, False) else f"{can} be built"].append(name)
     return found
