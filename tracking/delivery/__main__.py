@@ -44,7 +44,6 @@ from tracking.delivery.process import (
 from tracking.delivery.retry import GaveUpError
 from tracking.delivery.service import DeliveryService, Request, SummaryProcess
 from tracking.delivery.state import DeliveryState
-from tracking.delivery.summaries import write_summaries
 from tracking.delivery.sync import SyncResult
 from tracking.delivery.worker import DeliveryWorker, lower_priority
 from tracking.durable import hold_lock
@@ -347,6 +346,8 @@ def _record_failure(path: Path, error: str) -> None:
 
 def _write_summaries() -> int:
     """Write the summaries of the runs named on stdin; this process may die of it."""
+    from tracking.delivery.summaries import write_summaries  # noqa: PLC0415 (only here)
+
     with contextlib.suppress(OSError):  # of all processes, it is the least needed
         Path("/proc/self/oom_score_adj").write_text("1000")
     for line in sys.stdin:

@@ -26,7 +26,7 @@ from tracking.settings import select_of_stores
 # installed. -P keeps the user's folder out of it: its modules could hide others.
 _BOOT: Final = (
     "import runpy, sys; sys.path.append(sys.argv.pop(1)); "
-    "from tracking.mlflow_store.imports import block_pandas; block_pandas(); "
+    "from tracking.mlflow_store.imports import block_frames; block_frames(); "
     "runpy.run_module('tracking.delivery', run_name='__main__', alter_sys=True)"
 )
 _POLL_S: Final = 0.1
