@@ -60,7 +60,8 @@ class JournalScan:
     def __init__(self, rank_dir: Path, known: JournalScan | None = None) -> None:
         self.rank_dir = rank_dir
         self.tombstones: Tombstones = known.tombstones if known else Tombstones()
-        self.keys = KeyMap(layout=_read_layout(rank_dir))
+        self._layout: int = known._layout if known else _read_layout(rank_dir)
+        self.keys = KeyMap(layout=self._layout)
         self.param_keys = KeyMap()
         self.tag_keys = KeyMap(reserved_prefix="luz.")
         self.last_seq = -1

@@ -205,7 +205,8 @@ class DeliveryWorker:
         _log.info(
             "delivering to MLflow run %s in %s", writer.run_id, self.state.tracking_uri
         )
-        self._start_reading(writer.delivered)
+        if max(writer.delivered, self._scan.last_seq) >= 0:
+            self._start_reading(writer.delivered)
 
     def _start_reading(self, position: int) -> None:
         """Read the journal from its first row; send what comes after a position."""
