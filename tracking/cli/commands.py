@@ -118,12 +118,13 @@ def list_(
             runs_dir, 0 if reads_all else max(limit, MAIN_RUNS)
         )
         facts = {run["id"]: list_facts(run) for run in found}
-        known = sorted({name for own in facts.values() for name in own})
-        if query is not None and found:
-            query.check(facts.values(), known)
-            found = [run for run in found if query.matches(facts[run["id"]])]
-        if sort is not None and facts:
-            check_name("--sort", key, known)
+        if facts and (query is not None or sort is not None):
+            known = sorted({name for own in facts.values() for name in own})
+            if query is not None:
+                query.check(facts.values(), known)
+                found = [run for run in found if query.matches(facts[run["id"]])]
+            if sort is not None:
+                check_name("--sort", key, known)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     candidates = found if query is not None else found[:num_main]
@@ -144,7 +145,9 @@ def list_(
     if as_json:
         render.print_json(found)
     else:
-        render.print_table(render.make_runs_table(found, metric or None, best))
+        values = {run["id"]: facts[run["id"]].get(metric, "") for run in found}
+        table = render.make_runs_table(found, metric or None, values, best)
+        render.print_table(table)
 
 
 def _summarize_runs(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final
@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from tracking.cli.chart import draw_chart
-from tracking.cli.query import list_facts
 from tracking.errors import escape_control, is_terminal, write_stderr
 
 if TYPE_CHECKING:
@@ -127,7 +126,10 @@ def _to_json(value: Any) -> Any:
 
 
 def make_runs_table(
-    runs: Sequence[dict[str, Any]], metric: str | None, best: str | None
+    runs: Sequence[dict[str, Any]],
+    metric: str | None = None,
+    values: Mapping[str, Any] | None = None,
+    best: str | None = None,
 ) -> Table:
     """One row for each run, from ``summarize_run``; as many columns as fit the terminal.
 
@@ -135,6 +137,8 @@ def make_runs_table(
     ----------
     metric
         Name of the fact that the runs are compared by; None if there is none.
+    values
+        Its value by run.
     best
         Id of the best run by it, which is marked; None: none.
     """
@@ -142,11 +146,10 @@ def make_runs_table(
         "run": [run["id"] for run in runs],
         "status": [run["status"] for run in runs],
     }
-    if metric is not None:
-        values = [format_value(list_facts(run).get(metric, "")) for run in runs]
+    if metric is not None and values is not None:
+        marks = {best: " *"}
         columns[metric] = [
-            f"{value} *" if run["id"] == best else value
-            for run, value in zip(runs, values, strict=True)
+            format_value(values[run["id"]]) + marks.get(run["id"], "") for run in runs
         ]
     columns["duration"] = [format_duration(run["duration_s"]) for run in runs]
     columns["MLflow"] = [format_behind(run["behind"]) for run in runs]

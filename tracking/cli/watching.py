@@ -53,7 +53,7 @@ def _render(run: PastRun, read: Snapshot) -> RenderableType:
     from rich.text import Text  # noqa: PLC0415  takes 20 ms
 
     found = summarize_run(run, read)
-    parts: list[RenderableType] = [render.make_runs_table([found], None, None)]
+    parts: list[RenderableType] = [render.make_runs_table([found])]
     if found["metrics"]:
         parts.append(render.make_metrics_table(found["metrics"]))
     room = render.make_console().height - 9 - len(found["metrics"])
