@@ -34,6 +34,7 @@ from pathlib import Path
 import numpy as np
 
 import tracking
+from tracking.delivery import worker as delivery_worker
 from tracking.delivery.worker import DeliveryWorker, lower_priority
 from tracking.mlflow_store.client import Point, StoreClient, prepare_environment
 from tracking.mlflow_store.runs import RunResolver
@@ -177,6 +178,7 @@ def main() -> None:
             delivered = delivered_s(folder, cache, options.points)
             gc.unfreeze()
             gc.set_threshold(*collecting)
+            delivery_worker._tune_process.cache_clear()  # for the next round
             page = page_s(folder)
             alone = training_s(folder, options.steps, delivery=False)
             beside = training_s(folder, options.steps, delivery=True)
