@@ -383,6 +383,8 @@ def can_keep(value: Tensor | np.ndarray | np.generic) -> bool:
         is_known = value.dtype in DTYPES or value.is_complex()
         return is_known and value.layout == torch.strided and not value.is_nested
     if isinstance(value, np.ndarray):
+        if isinstance(value, np.ma.MaskedArray | np.matrix):
+            return False  # it would come back as an array
         is_number = value.dtype.kind in "biuf" and value.dtype.isnative
         return is_number and value.dtype.itemsize <= _MAX_NUMBER_BYTES
     return isinstance(value.item(), bool | int | float | str | bytes)

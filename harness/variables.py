@@ -94,6 +94,23 @@ def of_function(function: types.FunctionType) -> Variables:
     return Variables(read, write)
 
 
+def of_container(value: Any) -> Variables:
+    """Items of a dict or list, by key; by position where the key is no text."""
+
+    def keys() -> dict[str, Any]:
+        own = value if isinstance(value, dict) else range(len(value))
+        return {k if isinstance(k, str) else f"#{n}": k for n, k in enumerate(own)}
+
+    def write(name: str, item: object) -> None:
+        key = keys().get(name, name)
+        if isinstance(value, dict) or key != name:
+            value[key] = item
+        else:  # the fit added it
+            value.append(item)
+
+    return Variables(lambda: {n: value[key] for n, key in keys().items()}, write)
+
+
 def of_module(names: set[str], values: dict[str, Any]) -> Variables:
     """Global variables of a module, as far as code of the fit names them."""
     return Variables(

@@ -375,6 +375,7 @@ def list_unmatched(ctx: Context, state: StateDict) -> dict[str, str]:
     }
     search = search_context(ctx)
     notes |= list_missing(search.objects, state.get("held", {}))
+    search.add_tensors(state.get("fields", {}))
     notes |= list_missing(search.owners, state.get("fields", {}))
     notes |= state.get("lost", {})
     return notes

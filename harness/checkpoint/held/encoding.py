@@ -10,12 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from harness.checkpoint.held.search import Search
-from harness.checkpoint.held.values import find_enum, map_items, name_enum
+from harness.checkpoint.held.values import (
+    find_class,
+    form_of,
+    is_rebuilt,
+    list_items,
+    map_items,
+    name_class,
+    rebuild,
+)
 
 Memory = Mapping[int, tuple[str, Tensor]]
 """Name and tensor of each parameter and buffer, by the address of its memory."""
 
 _MEMBER, _MEMBER_KEYS = "member", {"member", "class"}
+_FORM, _ITEMS = "rebuilt as", "of items"
 _VIEW = "view of"
 _VIEW_KEYS = {_VIEW, "shape", "stride", "offset"}
 
@@ -45,10 +54,15 @@ def address_of(tensor: Tensor) -> int:
 def encode(value: Any, memory: Memory) -> Any:
     """A plain value without graphs; of a view of a weight, only where in it it is."""
     if isinstance(value, Enum):
-        return {_MEMBER: value.name, "class": name_enum(type(value))}
+        return {_MEMBER: value.name, "class": name_class(type(value))}
     if isinstance(value, Tensor):
         view = memory.get(address_of(value))
         return value.detach() if view is None else _describe_view(value, *view)
+    if is_rebuilt(value):
+        items = [encode(item, memory) for item in list_items(value)]
+        form = form_of(value)
+        name = name_class(form) if isinstance(form, type) else list(form)
+        return {_FORM: name, _ITEMS: items}
     return map_items(value, lambda item: encode(item, memory))
 
 
@@ -83,11 +97,21 @@ class Decoder:
             offset = own.storage_offset() + value["offset"]
             return own.detach().as_strided(value["shape"], value["stride"], offset)
         if isinstance(value, dict) and value.keys() == _MEMBER_KEYS:
-            kind = find_enum(str(value["class"]))
-            return value if kind is None else kind.__members__[value[_MEMBER]]
+            kind = find_class(str(value["class"]))
+            is_enum = kind is not None and issubclass(kind, Enum)
+            return kind.__members__[value[_MEMBER]] if is_enum else value
+        if isinstance(value, dict) and value.keys() == {_FORM, _ITEMS}:
+            return self._rebuild(value[_FORM], [*map(self.decode, value[_ITEMS])])
         if isinstance(value, Tensor):
             return self._move(value)
         return map_items(value, self.decode)
+
+    def _rebuild(self, form: str | list[int], items: list[Any]) -> Any:
+        kind = find_class(form) if isinstance(form, str) else tuple(form)
+        try:
+            return rebuild(kind, items)
+        except (TypeError, ValueError, AttributeError):  # of other fields or no class
+            return items
 
     def _move(self, tensor: Tensor) -> Tensor:
         address = address_of(tensor)

@@ -26,6 +26,7 @@ def restore_attributes(
     same: Iterable[list[Place]] = (),
 ) -> None:
     """Restore what ``capture_attributes`` returned; new tensors go to the device."""
+    search.add_tensors(saved)
     memory = find_memory(search)
     decoder = Decoder(device, memory)
     places = [

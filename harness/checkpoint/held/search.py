@@ -24,7 +24,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from harness.accelerators.deepspeed.original_model import LEFTOVERS
 from harness.accelerators.single import SingleDevice
 from harness.callback import Callback
-from harness.checkpoint.held.values import PLAIN_TYPES, SCALARS, is_trained_leaf
+from harness.checkpoint.held.values import (
+    PLAIN_TYPES,
+    SCALARS,
+    is_compared,
+    is_plain,
+    is_trained_leaf,
+)
 from harness.context import Context
 from harness.data.stateful import walk_parts
 from harness.metrics.type_checks import is_metric
@@ -39,6 +45,7 @@ from harness.variables import (
     find_globals,
     is_of_user,
     of_class,
+    of_container,
     of_function,
     of_module,
     set_field,
@@ -79,6 +86,8 @@ _HOOKS = (
     *("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"),
     *("_backward_pre_hooks",),
 )
+_TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+_STEP_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 _OF_LOADER = ("collate_fn", "worker_init_fn", "transform", "target_transform")
 _FOREIGN = frozenset(
     {"torch", "numpy", "builtins", "threading", "_thread", "tracking", "harness"}
@@ -209,6 +218,7 @@ class Search:
             for name, item in _parts_of_function(value):
                 self._search(root, f"{path}.{name}", item, depth + 1)
         elif isinstance(value, _CONTAINERS):
+            self._add_items(root, path, value)
             for key, item in _items_of(value):
                 self._search(root, f"{path}[{key!r}]", item, depth + 1)
         elif not has_state(value) and (type(value) in _OPEN or not _is_library(value)):
@@ -217,6 +227,18 @@ class Search:
             if is_installed(type(value).__module__) and type(value) not in _OPEN:
                 self.foreign.add((root, path))
             self._search_fields(root, path, value, depth)
+
+    def _add_items(self, root: str, path: str, value: Any) -> None:
+        """Add the items of a dict or list that also holds objects, such as modules."""
+        if not path or root == DATA or not isinstance(value, dict | list):
+            return
+        is_mixed = len(value) <= MAX_ITEMS and not (
+            is_plain(value) or is_compared(value)
+        )
+        if is_mixed and not any(
+            path.startswith(p) for r, p in self.foreign if r == root
+        ):
+            self.owners[root][path] = of_container(value)
 
     def _search_functions(self, root: str, path: str, value: object) -> None:
         """Search functions, also in lists and dicts, and nothing else."""
@@ -307,10 +329,38 @@ class Search:
                 place = f"{path}.{name}" if name else path
                 self.owners[root][place] = module
                 self._search_fields(root, place, module, depth)
+                self._search_tensors(root, place, module, depth)
                 for name in filter(vars(module).get, _HOOKS):  # most have none
                     hooks = vars(module)[name].values()
                     for n, hook in enumerate(filterfalse(_is_of_engine, hooks)):
                         self._search(root, f"{place}.{name}[{n}]", hook, depth + 1)
+
+    def _search_tensors(
+        self, root: str, path: str, module: nn.Module, depth: int
+    ) -> None:
+        """Search attributes and hooks of parameters and buffers."""
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            place = f"{path}.{name}"
+            if tensor is None or hasattr(tensor, "ds_id"):  # an engine's
+                continue
+            if vars(tensor):
+                self.owners[root][place] = tensor
+                self._search_fields(root, place, tensor, depth)
+            for field in _TENSOR_HOOKS:
+                hooks = getattr(tensor, field) or {}
+                for n, hook in enumerate(filterfalse(_is_of_engine, hooks.values())):
+                    self._search(root, f"{place}.{field}[{n}]", hook, depth + 1)
+
+    def add_tensors(self, saved: Mapping[str, Mapping[str, object]]) -> None:
+        """Add the parameters and buffers of which attributes are saved, and which have none."""
+        for root, states in saved.items():
+            owners = self.owners.get(root, {})
+            for path in states.keys() - owners.keys():
+                place, _, name = path.rpartition(".")
+                fields = getattr(owners.get(place), "__dict__", {})
+                own = {**fields.get("_parameters", {}), **fields.get("_buffers", {})}
+                if own.get(name) is not None:
+                    owners[path] = own[name]
 
     def _search_fields(self, root: str, path: str, owner: object, depth: int) -> None:
         skipped = list_library_fields(owner)
@@ -337,6 +387,8 @@ def search_fit(ctx: Context, callbacks: Mapping[str, Callback]) -> Search:
     for name, opt in own.items():
         if not _is_library(opt):
             search.add_fields(f"{OPTIMIZERS}.{name}", opt)
+        elif hooks := [h for f in _STEP_HOOKS for h in getattr(opt, f, {}).values()]:
+            search.add(f"{OPTIMIZERS}.{name}", hooks)
     search.add("loss", ctx.loss_fn)
     search.add("model", ctx.model)
     search.add("backward", ctx.backward)
@@ -458,7 +510,13 @@ def _items_of(value: Any) -> list[tuple[object, object]]:
     """Keys and values of a container that is no data."""
     if len(value) > MAX_ITEMS:
         return []
-    return list(value.items() if isinstance(value, _MAPPINGS) else enumerate(value))
+    if not isinstance(value, _MAPPINGS):
+        return list(enumerate(value))
+    # The text of a tensor has its numbers, which change.
+    return [
+        (f"#{n}" if isinstance(key, Tensor) else key, item)
+        for n, (key, item) in enumerate(value.items())
+    ]
 
 
 def _parts_of_function(value: Any) -> Iterator[tuple[str, object]]:

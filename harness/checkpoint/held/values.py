@@ -61,15 +61,47 @@ _NUMBER_BYTES = 16
 """What a number or a short text counts as beside the bytes of tensors."""
 
 
+def is_container(value: object) -> bool:
+    """Whether a value is looked at item by item; named tuples and arrays of objects are."""
+    return type(value) in CONTAINERS or is_rebuilt(value)
+
+
+def is_rebuilt(value: object) -> bool:
+    """Whether a value is a named tuple or an array of objects, which are made from a list."""
+    if isinstance(value, np.ndarray):
+        return type(value) is np.ndarray and bool(value.dtype.kind == "O")
+    return is_named_tuple(type(value))
+
+
+def is_named_tuple(kind: type) -> bool:
+    """Whether a class is of named tuples."""
+    return issubclass(kind, tuple) and hasattr(kind, "_make")
+
+
+def rebuild(form: Any, items: list[Any]) -> Any:
+    """A named tuple of a class, or an array of objects of a shape."""
+    if isinstance(form, type):
+        return form._make(items)  # type: ignore[attr-defined]
+    made = np.empty(len(items), dtype=object)
+    for n, item in enumerate(items):  # all at once, NumPy would look into lists
+        made[n] = item
+    return made.reshape(form)
+
+
+def form_of(value: Any) -> Any:
+    """What ``rebuild`` makes such a value of."""
+    return type(value) if isinstance(value, tuple) else value.shape
+
+
 def is_long(value: object) -> bool:
     """Whether a value has too many items to be looked at one by one."""
-    if type(value) not in CONTAINERS:
+    if not is_container(value):
         return False
     waiting, num = [value], 0
     while waiting and num <= MAX_WALKED:
         inner: Any = waiting.pop()
         num += 1
-        if type(inner) in CONTAINERS and len(inner) > MAX_WALKED:
+        if is_container(inner) and len(inner) > MAX_WALKED:
             if len(inner) > MAX_COMPARED or not has_plain_items(inner):
                 return True
         elif not has_plain_items(inner):
@@ -86,10 +118,10 @@ def is_compared(value: object, depth: int = _MAX_DEPTH) -> bool:
         return is_alone and not has_state(value)
     if isinstance(value, (*_VALUES, Enum)) or is_function(value):
         return True
-    if isinstance(value, np.ndarray):
+    if isinstance(value, np.ndarray) and not is_rebuilt(value):
         return bool(value.dtype.kind != "O")
     items = list_items(value)
-    if type(value) not in CONTAINERS or not depth or len(items) > MAX_WALKED:
+    if not is_container(value) or not depth or len(items) > MAX_WALKED:
         return False
     return all(is_plain(v) or is_compared(v, depth - 1) for v in items)
 
@@ -106,11 +138,10 @@ def is_plain(value: object, depth: int = _MAX_DEPTH) -> bool:
     """Whether a value is a number, text, array or tensor, or a container of those."""
     if type(value) in SCALARS or is_proxy(value):
         return type(value) in _SIMPLE
-    if isinstance(value, np.ndarray | np.generic):
+    if isinstance(value, np.ndarray | np.generic) and not is_rebuilt(value):
         return can_keep(value)
-    if isinstance(value, Enum):
-        is_member = value.name in type(value).__members__  # not several flags
-        return is_member and find_enum(name_enum(type(value))) is type(value)
+    if isinstance(value, Enum):  # several flags have no name
+        return value.name in type(value).__members__ and _is_found(type(value))
     if isinstance(value, (*PLAIN_TYPES, bytes)):
         return not isinstance(value, complex)
     if isinstance(value, Tensor):
@@ -119,14 +150,23 @@ def is_plain(value: object, depth: int = _MAX_DEPTH) -> bool:
         if value.is_meta or is_functorch_wrapped_tensor(value):  # it escaped from vmap
             return False  # it has no numbers
         return not is_trained_leaf(value) and can_keep(value)
-    if type(value) not in CONTAINERS or not depth:
+    return is_container(value) and depth > 0 and _is_plain_container(value, depth)
+
+
+def _is_plain_container(value: Any, depth: int) -> bool:
+    if is_rebuilt(value) and isinstance(value, tuple) and not _is_found(type(value)):
         return False
     if has_plain_items(value):
         return True
     keys = [*value] if isinstance(value, dict) else []
-    if any(isinstance(own, Enum) for key in keys for own in walk_items(key)):
+    inner = [own for key in keys for own in walk_items(key)]
+    if any(isinstance(own, Enum) or is_rebuilt(own) for own in inner):
         return False  # keys are written as they are
     return all(is_plain(item, depth - 1) for item in list_items(value))
+
+
+def _is_found(kind: type) -> bool:
+    return find_class(name_class(kind)) is kind
 
 
 def find_obstacle(value: object) -> str:
@@ -154,7 +194,9 @@ def list_items(value: Any) -> list[object]:
     """Keys and values of a dict, or the items of another container; empty for a leaf."""
     if isinstance(value, dict):
         return [*value, *value.values()]
-    return list(value) if type(value) in CONTAINERS else []
+    if type(value) is np.ndarray:
+        return value.ravel().tolist() if is_rebuilt(value) else []
+    return list(value) if is_container(value) else []
 
 
 def has_plain_items(value: object) -> bool:
@@ -172,6 +214,8 @@ def walk_items(value: object) -> Iterator[object]:
 
 def map_items(value: Any, function: Callable[[Any], Any]) -> Any:
     """A plain value with other items, in a new container of the same kind."""
+    if is_rebuilt(value):
+        return rebuild(form_of(value), [function(item) for item in list_items(value)])
     if type(value) not in CONTAINERS:
         return value
     value = copy.copy(value)  # at once: a thread may change it meanwhile
@@ -190,7 +234,7 @@ def size_of(value: object) -> int:
     """Bytes of a plain value, about."""
     size = 0
     for inner in walk_items(value):
-        if isinstance(inner, np.ndarray):
+        if isinstance(inner, np.ndarray) and not is_rebuilt(inner):
             size += inner.nbytes
         elif isinstance(inner, Tensor):
             size += inner.numel() * inner.element_size()
@@ -208,9 +252,9 @@ def is_equal(one: Any, two: Any) -> bool:
         return forms[0] == forms[1] and torch.equal(as_bytes(one), as_bytes(two))
     if type(one) is not type(two):
         return False
-    if isinstance(one, np.ndarray):
+    if isinstance(one, np.ndarray) and not (is_rebuilt(one) and is_rebuilt(two)):
         return bool(np.array_equal(one, two))
-    if type(one) not in CONTAINERS or isinstance(one, set | frozenset):
+    if not is_container(one) or isinstance(one, set | frozenset):
         return bool(one == two)
     items, others = list_items(one), list_items(two)  # of a dict in their order
     if has_plain_items(one):
@@ -218,15 +262,17 @@ def is_equal(one: Any, two: Any) -> bool:
     return len(items) == len(others) and all(map(is_equal, items, others))
 
 
-def name_enum(kind: type) -> str:
-    """Name of an enum, by which ``find_enum`` finds it."""
+def name_class(kind: type) -> str:
+    """Name of a class, by which ``find_class`` finds it."""
     return f"{kind.__module__}:{kind.__qualname__}"
 
 
-def find_enum(name: str) -> type[Enum] | None:
-    """An enum of a module that is imported already; None if there is none."""
+def find_class(name: str) -> type[Any] | None:
+    """An enum or a named tuple of a module that is imported already; None if there is none."""
     module, _, path = name.partition(":")
     found: object = sys.modules.get(module)
     for part in path.split("."):
         found = getattr(found, "__dict__", {}).get(part)
-    return found if isinstance(found, type) and issubclass(found, Enum) else None
+    is_tuple = isinstance(found, type) and is_named_tuple(found)
+    is_known = is_tuple or (isinstance(found, type) and issubclass(found, Enum))
+    return found if is_known else None  # type: ignore[return-value]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import functools
 import random
 import signal
@@ -7,7 +8,7 @@ import warnings
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -145,6 +146,90 @@ class Replay:
         self.seen.append((value, self.count))
         self.count, self.sums = self.count + 1, self.sums + self.count
         self.sums = self.sums + self.random[0].random()
+
+
+class Seen(NamedTuple):
+    """What a replay buffer holds, as in torch's tutorial of DQN."""
+
+    value: torch.Tensor
+    place: int
+
+
+class HoldsRecords(Line):
+    """Named tuples, and an array of objects, as trees of priorities have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: deque[Seen] = deque(maxlen=3)
+        self.tree = np.zeros(4, dtype=object)
+
+    def forward(self, x):
+        pred = self.fc(x)
+        if self.training:
+            self.seen.append(Seen(pred.detach().mean(), len(self.seen)))
+            self.tree[len(self.seen)] = (self.seen[-1], None)
+        return pred * (1 + 0.01 * sum(self.weigh()))
+
+    def weigh(self) -> list[Any]:
+        assert all(type(own) is Seen for own in self.seen)
+        held = [pair[0].value for pair in self.tree if pair]
+        return [*(own.value + own.place for own in self.seen), *held]
+
+
+class HoldsMixed(Line):
+    """Numbers beside modules in a dict and a list, and averages by parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts: dict[str, Any] = {"old": copy.deepcopy(self.fc), "count": 0}
+        self.pair = [copy.deepcopy(self.fc), 0.0]
+        self.means = {param: param.detach().clone() for param in self.fc.parameters()}
+
+    def forward(self, x):
+        pred = self.fc(x)
+        if self.training:
+            self.parts["count"] += 1
+            self.parts["added"] = self.parts["count"] / 2
+            self.pair[1] += pred.detach().mean()
+            for param, mean in self.means.items():
+                mean.lerp_(param.detach(), 0.1)
+        return pred * (1 + 0.01 * sum(self.weigh()))
+
+    def weigh(self) -> list[Any]:
+        own = self.parts["count"], self.parts.get("added", 0), self.pair[1]
+        return [*own, *(mean.sum() for mean in self.means.values())]
+
+
+class MarksWeights(Line):
+    """Attributes of weights, and hooks of them and of the optimizer that keep something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("rows", torch.zeros(()))
+        vars(self.fc.bias)["slow"] = torch.zeros(1)
+        inner = {p: torch.optim.Adam([p], lr=0.01) for p in self.fc.parameters()}
+        for param in self.fc.parameters():
+            param.register_post_accumulate_grad_hook(lambda p: inner[p].step())
+
+    def set_optimizers(self):
+        opt, steps = torch.optim.SGD(self.parameters(), lr=0.1), [0]
+
+        def slow_down(opt, *_):
+            steps[0] += 1
+            opt.param_groups[0]["lr"] = 0.1 / steps[0]
+
+        opt.register_step_post_hook(slow_down)
+        return opt
+
+    def forward(self, x):
+        pred = self.fc(x)
+        if self.training:
+            vars(self.rows)["num"] = self.weigh()[0] + 1
+            vars(self.fc.bias)["slow"].lerp_(self.fc.bias.detach(), 0.1)
+        return pred * (1 + 0.01 * self.weigh()[1].sum()) + 0.01 * self.weigh()[0]
+
+    def weigh(self) -> list[Any]:
+        return [vars(self.rows).get("num", 0), vars(self.fc.bias)["slow"]]
 
 
 class HoldsReplay(Line):
@@ -379,6 +464,17 @@ PROGRAMS: dict[str, tuple[Any, Any, Callable[[Any], list[Any]]]] = {
         list,
         lambda f: f.model.weigh(),
     ),
+    "records": (lambda: sgd(HoldsRecords), list, lambda f: f.model.weigh()),
+    "modules beside numbers": (
+        lambda: sgd(HoldsMixed),
+        list,
+        lambda f: f.model.weigh(),
+    ),
+    "attributes and hooks of weights": (
+        lambda: harness.setup(MarksWeights, loss=nn.functional.mse_loss),
+        list,
+        lambda f: f.model.weigh(),
+    ),
     "an average on a callback": (sgd, lambda: [Average()], nothing),
     "an average that is saved": (sgd, lambda: [SavesAverage()], nothing),
     "a scheduler on a callback": (sgd, lambda: [Schedules()], nothing),
@@ -605,10 +701,12 @@ class Plays(Line):
         self.words = {f"word {n}": n for n in range(70_000)}
         self.games: list[Game] = []
         self.values = {"a": defaultdict(lambda: 1)}
+        self.masked = np.ma.masked_all(3)
 
     def forward(self, x):
         if self.training:
             self.games.append(Game())
+            self.masked[0] = len(self.games)
             self.games[0].score += self.values["a"][len(self.games)]
         return super().forward(x)
 
@@ -617,6 +715,7 @@ def test_state_of_objects_made_in_training_or_by_functions_is_named(tmp_path, ca
     report = report_of(sgd(Plays), [], [], tmp_path, capsys)
     assert "missing model.games[0] was saved, but this fit has none" in report
     assert "a defaultdict in it has your own function; use a dict" in report
+    assert "cannot hold a value of type MaskedArray" in report
     state = read_rank(list_checkpoints(tmp_path)[0], 0)
     assert "words" not in state["fields"]["model"].get("", {})
 
