@@ -212,6 +212,8 @@ def check_layers(model: nn.Module, stage: int, facts: ConfigFacts) -> None:
         BatchNorm cannot talk to other ranks.
     """
     is_divided, on_cpu = facts.world_size > 1, facts.device == "cpu"
+    if stage == 3:
+        _check_divisible(model, facts.world_size)
     for name, module in model.named_modules():
         own = list(module.parameters(recurse=False))
         if own and not any(weight.requires_grad for weight in own):
@@ -232,6 +234,23 @@ def check_layers(model: nn.Module, stage: int, facts: ConfigFacts) -> None:
         if isinstance(module, nn.SyncBatchNorm) and is_divided and on_cpu:
             msg = f"prepare: expected a GPU for SyncBatchNorm {name!r}, got the CPU."
             raise ValueError(f"{msg} Use BatchNorm, or a norm of each row.")
+
+
+def _check_divisible(model: nn.Module, world_size: int) -> None:
+    """Refuse what DeepSpeed 0.19.8 fails on at ZeRO 3, in its hooks or when it gathers."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            msg = f"prepare: expected layers without torch.jit at ZeRO 3, got {name!r}."
+            raise ValueError(f"{msg} Use the layer before torch.jit, or ZeRO 2.")
+        # It computes with divided weights, which ends the process by a signal.
+        kinds = {type(hook).__module__ for hook in module._forward_pre_hooks.values()}
+        if world_size > 1 and "torch.nn.utils.weight_norm" in kinds:
+            msg = f"prepare: expected torch.nn.utils.parametrizations.weight_norm of {name!r}"
+            raise ValueError(f"{msg} at ZeRO 3, got torch.nn.utils.weight_norm.")
+    for name, param in model.named_parameters():
+        if 0 in getattr(param, "ds_shape", param.shape):
+            msg = f"prepare: expected parameters with elements at ZeRO 3, got {name!r}"
+            raise ValueError(f"{msg} without any. Leave it out, or use ZeRO 2.")
 
 
 def check_dtypes(

@@ -105,6 +105,22 @@ def test_layers_that_need_one_device_or_a_gpu_are_refused_on_ranks() -> None:
     check_layers(model.requires_grad_(False), 3, facts)
 
 
+@pytest.mark.filterwarnings("ignore")  # both are deprecated in some versions
+def test_layers_that_zero_3_cannot_divide_are_refused() -> None:
+    facts = ConfigFacts(world_size=1, device="cpu")
+    scripted = in_parts(nn.Linear(2, 2), torch.jit.script(nn.Linear(2, 2)))
+    with pytest.raises(ValueError, match=r"without torch.jit at ZeRO 3, got 'second'"):
+        check_layers(scripted, 3, facts)
+    check_layers(scripted, 2, facts)
+    empty = in_parts(nn.Linear(2, 2), nn.ParameterList([torch.empty(0)]))
+    with pytest.raises(ValueError, match=r"elements at ZeRO 3, got 'second.0' without"):
+        check_layers(empty, 3, facts)
+    normed = in_parts(nn.Linear(2, 2), torch.nn.utils.weight_norm(nn.Linear(2, 2)))
+    with pytest.raises(ValueError, match=r"parametrizations.weight_norm of 'second'"):
+        check_layers(normed, 3, replace(facts, world_size=2))
+    check_layers(normed, 3, facts)
+
+
 def test_parameters_with_two_owners_are_refused(make: Any) -> None:
     model = Net()
     opts = {
