@@ -98,8 +98,9 @@ class Decoder:
             return own.detach().as_strided(value["shape"], value["stride"], offset)
         if isinstance(value, dict) and value.keys() == _MEMBER_KEYS:
             kind = find_class(str(value["class"]))
-            is_enum = kind is not None and issubclass(kind, Enum)
-            return kind.__members__[value[_MEMBER]] if is_enum else value
+            if kind is None or not issubclass(kind, Enum):
+                return value
+            return kind.__members__[value[_MEMBER]]
         if isinstance(value, dict) and value.keys() == {_FORM, _ITEMS}:
             return self._rebuild(value[_FORM], [*map(self.decode, value[_ITEMS])])
         if isinstance(value, Tensor):
