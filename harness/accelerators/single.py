@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial, wraps
@@ -123,14 +123,17 @@ def _load_entries(opt: Any, saved: StateDict) -> None:
     for n in saved.keys() - named.keys():
         param, group = params[int(n)]
         live = opt.state[param]
+        copy_to = partial(Tensor.to, device=param.device, copy=True)
         for key, value in saved[n].items():
             if isinstance(value, Tensor):
                 is_counter = key == "step" and not counts_on_device(group)
                 device = torch.device("cpu") if is_counter else live[key].device
                 live[key] = value.to(device, copy=True)
             elif isinstance(value, list | tuple | dict):  # as LBFGS has
-                copy_to = partial(Tensor.to, device=param.device, copy=True)
                 live[key] = map_tensors(value, copy_to)
+            elif isinstance(value, deque):  # torch makes one without its length
+                items = (map_tensors(item, copy_to) for item in value)
+                live[key] = deque(items, value.maxlen)
     if named:
         restore_named_state(opt, named, params[0][0].device)
 

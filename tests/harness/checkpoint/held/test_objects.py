@@ -232,6 +232,20 @@ class MarksWeights(Line):
         return [vars(self.rows).get("num", 0), vars(self.fc.bias)["slow"]]
 
 
+class Recent(torch.optim.Optimizer):
+    """Keeps the last norms of the gradients of each parameter."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for param in self.param_groups[0]["params"]:
+            norms = self.state[param].setdefault("norms", deque(maxlen=2))
+            norms.append(param.grad.norm())
+            param.sub_(param.grad * 0.1 / (1 + sum(norms)))
+
+
 class HoldsReplay(Line):
     """Containers of all kinds, and an object that has some; one list becomes long."""
 
@@ -463,6 +477,11 @@ PROGRAMS: dict[str, tuple[Any, Any, Callable[[Any], list[Any]]]] = {
         lambda: sgd(HoldsReplay),
         list,
         lambda f: f.model.weigh(),
+    ),
+    "an optimizer with a deque": (
+        lambda: harness.setup(Line, loss=nn.functional.mse_loss, optimizer=Recent),
+        list,
+        nothing,
     ),
     "records": (lambda: sgd(HoldsRecords), list, lambda f: f.model.weigh()),
     "modules beside numbers": (
