@@ -66,26 +66,29 @@ def collect_charts(read: Snapshot, most: int = MAX_CHARTS) -> Charts:
     for number, name in enumerate(points.names):
         line = points.get_line(number, fit)
         if len(line[0]):
-            lines.setdefault(name.metric, {})[name.set or name.metric] = line
+            label = name.set or name.metric
+            if fit > 1:
+                label += f", fit {fit}"
+            lines.setdefault(name.metric, {})[label] = line
     return choose_charts(lines, replace(LIMITS, charts=most))
 
 
 def compare_curves(reads: Mapping[str, Snapshot], key: str) -> Charts:
-    """Lines of one metric of several runs, in the last fit of each.
+    """Lines of one metric of several runs, in the first fit of each.
 
     Parameters
     ----------
     reads
         Records by the name of a run's line.
     key
-        The metric, as ``<set>/<name>``.
+        The metric, as ``<set>/<name>``; later fits have other names.
     """
     lines = {}
     for name, read in reads.items():
         points = read.points
         if key in points.keys:
             number = points.keys.index(key)
-            lines[name] = points.get_line(number, points.find_last_fit())
+            lines[name] = points.get_line(number, 1)
     return choose_charts({key: lines}, LIMITS)
 
 

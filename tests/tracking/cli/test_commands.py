@@ -290,6 +290,22 @@ def test_show_and_compare_draw_curves_and_what_differs(call, three):
     assert re.search("^valid/loss   [*] .*run-0.*   [+] .*run-1", output, re.MULTILINE)
 
 
+def test_curves_of_several_fits_are_those_that_their_names_say(call, tmp_path):
+    for name in ("folds", "other"):
+        with tracking.start(name=name, runs_dir="runs", delivery=False) as run:
+            for start in (1.0, 8.0):
+                run.begin_fit()
+                for index in (1, 2):
+                    run.log_metric("loss", start / index, set="valid", index=index)
+                run.end_fit()
+    output = call("runs", "show", "folds").output
+    assert "loss   * valid, fit 2" in output
+    assert re.search(r"^ *8 \|", output, re.MULTILINE)
+    output = call("runs", "compare", "folds", "other").output
+    curves = output[output.index("valid/loss   *") :]
+    assert re.search(r"^ *1 \|", curves, re.MULTILINE)  # of fit 1, as in the table
+
+
 def test_compare_shows_changed_code_and_data(call, record):
     for place in range(2):
         run = record(name=f"run-{place}")
