@@ -34,7 +34,7 @@ class ArtifactLogger(RowLogger):
     Parameters
     ----------
     path, rank, durability
-        As of ``RowLogger``.
+        As of ``Run``.
     """
 
     def log_artifact(

@@ -55,23 +55,7 @@ _DeferredRow = tuple[int, str, str, Leaf, Counts]
 class RowLogger:
     """Writes values to the journal of one rank; the logging half of ``Run``.
 
-    Any thread and any signal handler may log. A number, bool or string whose ``log``
-    call has returned survives if the process is killed at any later instant. A tensor
-    survives as soon as it has been read from its device, at most a second later.
-
-    Parameters
-    ----------
-    path
-        Folder of the run.
-    rank : >= 0
-        Rank of this process.
-    durability
-        As in ``start``.
-
-    Attributes
-    ----------
-    fit
-        Which fit of the run is logged, from 1; see ``begin_fit``.
+    Its parameters and attributes are those of ``Run``.
     """
 
     def __init__(

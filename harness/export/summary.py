@@ -20,6 +20,7 @@ from harness.callback import bind_context
 from harness.data.batch import num_rows
 from harness.export.sample import as_arguments, has_rows, suppress_output
 from harness.pytree import iter_tensors, map_tensors
+from harness.reshard.consolidated import whole_shape
 
 MAX_ROWS = 100
 """Layers that are shown. Of a larger model the innermost ones are left out."""
@@ -124,9 +125,9 @@ def summarize(
     tensors = known + [buffer for buffer in model.buffers() if not is_lazy(buffer)]
     return ModelSummary(
         layers=layers,
-        num_params=sum(map(count_elements, known)),
-        num_trainable=sum(count_elements(p) for p in known if p.requires_grad),
-        size_bytes=sum(count_elements(t) * t.element_size() for t in tensors),
+        num_params=sum(whole_shape(p).numel() for p in known),
+        num_trainable=sum(whole_shape(p).numel() for p in known if p.requires_grad),
+        size_bytes=sum(whole_shape(t).numel() * t.element_size() for t in tensors),
         is_complete=len(known) == len(params),
     )
 
@@ -149,7 +150,9 @@ def _add_layers(
             name=name,
             kind=type(module).__name__,
             depth=depth,
-            num_params=sum(map(count_elements, params)) if is_known else None,
+            num_params=sum(whole_shape(p).numel() for p in params)
+            if is_known
+            else None,
             shared_with=shared_with,
             shape=shapes.get(path, ""),
         )
@@ -161,12 +164,6 @@ def _add_layers(
         if child is not None:
             below = f"{path}.{child_name}" if path else child_name
             _add_layers(layers, child, child_name, below, depth + 1, shapes, seen)
-
-
-def count_elements(tensor: Tensor) -> int:
-    """Elements of a tensor; of one that DeepSpeed has split among ranks, all."""
-    whole: int = getattr(tensor, "ds_numel", tensor.numel())
-    return whole
 
 
 def find_shapes(model: nn.Module, example: object) -> dict[str, str]:
@@ -245,8 +242,7 @@ def copy_without_storage(model: nn.Module) -> nn.Module:
     """Copy a model in evaluation mode whose parameters and buffers have shapes alone."""
     memo: dict[int, object] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
-        shape = getattr(tensor, "ds_shape", tensor.shape)
-        empty = torch.empty(shape, dtype=tensor.dtype, device="meta")
+        empty = torch.empty(whole_shape(tensor), dtype=tensor.dtype, device="meta")
         is_param = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(empty, False) if is_param else empty
     twin = copy.deepcopy(model, memo)

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from harness.reshard.consolidated import whole_shape
+
 
 def has_meta_parameters(model: nn.Module) -> bool:
     """Whether a parameter of the model has no memory."""
@@ -79,4 +81,4 @@ def count_elements(model: nn.Module) -> int:
 def _count_each(model: nn.Module) -> Iterator[tuple[nn.Parameter, int]]:
     for param in model.parameters():
         if not isinstance(param, nn.parameter.UninitializedParameter):
-            yield param, int(getattr(param, "ds_numel", param.numel()))
+            yield param, whole_shape(param).numel()

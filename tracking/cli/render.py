@@ -75,7 +75,7 @@ def make_console() -> Console:
 
     console = Console(markup=False, emoji=False, highlight=False)
     if not console.is_terminal:
-        console = Console(markup=False, emoji=False, highlight=False, width=PIPE_WIDTH)
+        console.width = PIPE_WIDTH
     return console
 
 
