@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from harness.accelerators.base import (
@@ -43,7 +45,7 @@ from harness.errors import CheckpointError
 from harness.pytree import StateDict, map_tensors
 from harness.reshard.consolidated import copy_tensors
 from harness.reshard.index import select_named
-from harness.reshard.layout import group_members, make_plain_layout
+from harness.reshard.layout import OWN_FORM, group_members, make_plain_layout
 from harness.reshard.meta_parameters import release_parameters
 
 
@@ -78,23 +80,60 @@ def list_all_state(opt: Any) -> Iterator[None]:
         opt.param_groups.pop()
 
 
+def get_optimizer_state(opt: Any) -> StateDict:
+    """State of an optimizer as torch's own have it.
+
+    What an optimizer of another form returns, such as one that wraps others, is kept whole,
+    as `OWN_FORM`, beside the options of its groups.
+    """
+    state: StateDict = opt.state_dict()
+    if isinstance(state, dict) and {"state", "param_groups"} <= state.keys():
+        return state
+    count = itertools.count()
+    groups = [dict(group) for group in opt.param_groups]
+    for group in groups:  # last in it, as torch has them
+        group["params"] = [next(count) for _ in group.pop("params")]
+    return {"state": {}, "param_groups": groups, OWN_FORM: state}
+
+
 def load_optimizer_state(opt: Any, saved: StateDict, name: str) -> None:
     """Restore the state of an optimizer in its saved dtypes.
 
     Its groups and its state stay the same objects: another optimizer may share them.
     """
-    live_groups, own_groups = opt.param_groups, list(opt.param_groups)
-    live_state = vars(opt).get("state")
     before = [dict(group) for group in opt.param_groups]
     groups = [dict(group) for group in saved["param_groups"]]
     for group, had in zip(groups, before, strict=False):  # some are no longer stepped
         group.update({key: had[key] for key in HOW_TO_STEP & had.keys()})
+    wrapped = [own for own in vars(opt).values() if isinstance(own, Optimizer)]
     try:
-        opt.load_state_dict({**saved, "param_groups": groups})
+        with ExitStack() as stack:
+            for one in (opt, *wrapped):
+                stack.enter_context(_keeping_objects(one))
+            if OWN_FORM in saved:
+                opt.load_state_dict(saved[OWN_FORM])
+            else:
+                opt.load_state_dict({**saved, "param_groups": groups})
     except (ValueError, KeyError) as error:
         msg = f"resume: expected the saved groups of optimizer {name!r}, got: {error}"
         advice = "Resume with the learner that was saved."
         raise CheckpointError(f"{msg}. {advice}") from error
+    if OWN_FORM in saved:
+        for group, own in zip(opt.param_groups, groups, strict=False):
+            group.update({key: own[key] for key in own if key != "params"})
+    # Keep what a scheduler that is new in this fit has added.
+    for group, had in zip(opt.param_groups, before, strict=True):
+        group.update({k: v for k, v in had.items() if k not in group})
+    _load_entries(opt, saved["state"])
+    opt.param_groups[:] = [group for group in opt.param_groups if LEFT_OUT not in group]
+
+
+@contextmanager
+def _keeping_objects(opt: Any) -> Iterator[None]:
+    """Put what the block loads into the groups and the state that an optimizer had."""
+    live_groups, own_groups = opt.param_groups, list(opt.param_groups)
+    live_state = vars(opt).get("state")
+    yield
     if vars(opt).get("param_groups", live_groups) is not live_groups:
         for own, loaded in zip(own_groups, opt.param_groups, strict=True):
             own.clear()
@@ -106,11 +145,6 @@ def load_optimizer_state(opt: Any, saved: StateDict, name: str) -> None:
         live_state.clear()
         live_state.update(loaded)
         opt.state = live_state
-    # Keep what a scheduler that is new in this fit has added.
-    for group, had in zip(opt.param_groups, before, strict=True):
-        group.update({k: v for k, v in had.items() if k not in group})
-    _load_entries(opt, saved["state"])
-    opt.param_groups[:] = [group for group in opt.param_groups if LEFT_OUT not in group]
 
 
 def _load_entries(opt: Any, saved: StateDict) -> None:
@@ -493,7 +527,9 @@ class SingleDevice(Accelerator):
         return {
             "world_size": 1,
             "model": {**named, **dict(model.named_buffers())},
-            "optimizers": {n: opt.state_dict() for n, opt in self._optimizers.items()},
+            "optimizers": {
+                n: get_optimizer_state(opt) for n, opt in self._optimizers.items()
+            },
             "layouts": {
                 n: make_plain_layout(params, list_parameters(opt))
                 for n, opt in self._optimizers.items()

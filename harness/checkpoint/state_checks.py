@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from harness.accelerators.base import HOW_TO_STEP
+from harness.accelerators.single import get_optimizer_state
 from harness.checkpoint.callback_matching import name_callbacks
 from harness.checkpoint.format import Phase
 from harness.checkpoint.state import get_generators
@@ -245,7 +246,7 @@ def _check_optimizer(
 def _check_groups(saved: StateDict, opt: Optimizer, place: str) -> None:
     """Compare the options of groups with the live ones; a new scheduler adds others."""
     required = {"params", *opt.defaults}
-    live = opt.state_dict()["param_groups"]
+    live = get_optimizer_state(opt)["param_groups"]
     for own, group in zip(saved["param_groups"], live, strict=False):
         options = {
             name: value

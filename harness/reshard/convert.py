@@ -23,7 +23,7 @@ from harness.reshard.consolidated import (
     parameter_shapes,
 )
 from harness.reshard.index import PartIndex, named_entries
-from harness.reshard.layout import BY_MATRIX, ELEMENTWISE
+from harness.reshard.layout import BY_MATRIX, ELEMENTWISE, OWN_FORM
 from harness.reshard.model_part import take_model_part
 
 _STATE_KEYS = (
@@ -192,6 +192,10 @@ class _StateBuilder:
                 msg = f"resume: expected optimizer {name!r} to update each element separately"
                 advice = "Resume on as many ranks and at the same ZeRO stage as before."
                 raise CheckpointError(f"{msg}, got {kinds[name]}. {advice}")
+            if OWN_FORM in states[0].get("optimizers", {}).get(name, {}):
+                msg = f"resume: expected optimizer {name!r} to save 'state' and 'param_groups'"
+                advice = "Resume on one device, or restore only the weights."
+                raise CheckpointError(f"{msg}, got a state of its own form. {advice}")
             # A parameter without a layout would silently lose its state.
             known = self._saved.entries[name].keys() | set(states[0]["frozen"])
             for _, params in self._saved.groups[name]:

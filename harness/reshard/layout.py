@@ -28,6 +28,9 @@ ZeRO may divide their parameters anywhere.
 BY_MATRIX = frozenset({"Adafactor", "Muon"})
 """Optimizers whose state depends on the shape of the whole parameter."""
 
+OWN_FORM = "own_form"
+"""Key of a state that an optimizer returned in another form than torch's own."""
+
 _Piece = tuple[int, Tensor, int, int, int]
 
 

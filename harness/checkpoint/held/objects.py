@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from harness.accelerators.base import list_parameters
 from harness.accelerators.single import (
+    get_optimizer_state,
     list_all_state,
     load_optimizer_state,
     named_tensors,
@@ -125,7 +126,7 @@ def _capture(thing: Any, params: Mapping[str, Tensor], search: Search) -> StateD
     if isinstance(thing, Optimizer):
         state["groups"] = name_groups(thing, params)
         with list_all_state(thing):
-            return state | {"state": thing.state_dict()}
+            return state | {"state": get_optimizer_state(thing)}
     return state | {"state": thing.state_dict()}
 
 

@@ -476,6 +476,46 @@ def test_resume_after_a_batch_of_a_validation_that_changes_the_fit_is_exact(
     check_exact(CHANGES_IN_VALIDATION[name], tmp_path, [("on_valid_batch_end", 2)])
 
 
+class Lookahead(torch.optim.Optimizer):
+    """Wraps another optimizer, and saves its state in a form of its own."""
+
+    def __init__(self, params: Any, lr: float = 0.05) -> None:
+        self.base = torch.optim.SGD(params, lr, momentum=0.9)
+        super().__init__(self.base.param_groups, {"lr": lr})
+        self.param_groups, self.state = self.base.param_groups, self.base.state
+        self.num_steps = 0
+        self.slow = [p.detach().clone() for g in self.param_groups for p in g["params"]]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        self.base.step()
+        self.num_steps += 1
+        if self.num_steps % 3 == 0:
+            params = [p for group in self.param_groups for p in group["params"]]
+            for param, slow in zip(params, self.slow, strict=True):
+                slow.lerp_(param, 0.5)
+                param.copy_(slow)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"base": self.base.state_dict(), "num_steps": self.num_steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.base.load_state_dict(state["base"])
+        self.num_steps = state["num_steps"]
+
+
+def test_resume_of_an_optimizer_whose_state_has_a_form_of_its_own_is_exact(tmp_path):
+    def build() -> harness.Learner:
+        return harness.setup(Net, loss=nn.CrossEntropyLoss(), optimizer=Lookahead)
+
+    def schedule(folder: Path) -> list[harness.Callback]:
+        rate = torch.optim.lr_scheduler.ExponentialLR
+        return [LRScheduler(rate, gamma=0.9, call_on="on_train_batch_end")]
+
+    case = Case(learner=build, callbacks=schedule)
+    check_exact(case, tmp_path, [("on_train_batch_end", 5)])
+
+
 class SkipFirst(harness.Callback):
     """Leaves out the first epoch, so that its loader never starts."""
 
