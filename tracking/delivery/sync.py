@@ -189,8 +189,9 @@ def open_mlflow(patience_s: float = DEFAULT_PATIENCE_S) -> Iterator[MlflowReader
         def read(run: PastRun) -> MlflowContents:
             report = process.ask(run.path)
             if report.get("error"):
+                got = report["error"].rstrip(".")
                 raise DeliveryError(
-                    f"run {run.id}: expected it in MLflow, got {report['error']}. "
+                    f"run {run.id}: expected it in MLflow, got {got}. "
                     f"Run 'harness sync {run.id}'."
                 )
             path = Path(folder, f"{report.pop('run')}.arrow")
