@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harness.checks.calls import check_call, count_needed
+from harness.checks.calls import check_call, count_needed, warn_user
 from harness.events import nearest
 from harness.variables import unwrap
 
@@ -174,6 +174,15 @@ def check_definition(model: nn.Module | type, loss: object, optimizer: object) -
     name = model.__name__ if isinstance(model, type) else type(model).__name__
     check_model_names(model)
     check_loss(f"setup({name})", model, loss)
+    is_built = not isinstance(model, type)
+    if is_built and hasattr(model, "training_step") and not defines(model, "step"):
+        msg = (
+            f"{name}.training_step: expected a step(self), got a method of Lightning's"
+        )
+        advice = "It is never called, and the model is trained on the loss alone."
+        warn_user(
+            f"{msg}. {advice} Turn it into step, with self.ctx.batch, or remove it."
+        )
     if not defines(model, "step"):  # which may call the loss in another way
         if loss is not None:
             _check_loss_call("setup(loss)", loss)

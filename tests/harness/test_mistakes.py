@@ -689,6 +689,12 @@ def test_explained_error_keeps_all_frames_for_a_bug_report(
     assert str(caught.traceback[-1].path).startswith(str(Path(harness.__file__).parent))
 
 
+def test_training_step_that_is_never_called_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match="training_step: expected a step") as caught:
+        fit(setup(define_net(training_step=lambda self, batch, index: None)))
+    assert len(caught) == 1
+
+
 def test_warning_is_of_the_line_of_the_user() -> None:
     loader = DataLoader(TensorDataset(X, Y), 4)
     fitted = fit()
