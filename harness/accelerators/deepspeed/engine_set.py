@@ -173,8 +173,11 @@ def create_engines(
                 config=dict(config),
             )
         library.correct_half_autocast(made[name])
-        if stage in {1, 2} and made[name].world_size > 1:
-            library.OrderedReductions(made[name].optimizer, model)
+        wrapper, num_ranks = made[name].optimizer, made[name].world_size
+        # Sums of bfloat16 gradients in float32 have another wrapper at ZeRO 1, which has
+        # zeros for missing gradients itself.
+        if stage in {1, 2} and num_ranks > 1 and hasattr(wrapper, "bit16_groups"):
+            library.OrderedReductions(wrapper, model)
         is_double = any(param.dtype == torch.float64 for param in owned[name])
         if is_double and "communication_data_type" not in config:
             # DeepSpeed would send them as float32.

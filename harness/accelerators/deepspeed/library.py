@@ -418,6 +418,11 @@ class OrderedReductions:
             return
         if self._wrapper.params_already_reduced[self._wrapper.get_param_id(param)]:
             self._reduce(param, group)  # refuses a second gradient
+        # A backward that failed is never left; checkpointed layers may give two in one.
+        if id(param) in self._present and self._wrapper._backward_active_depth > 1:
+            msg = "backward: expected that none failed before at ZeRO 2, got one, whose"
+            advice = "Resume from the last checkpoint."
+            raise RuntimeError(f"{msg} gradients would count twice. {advice}")
         self._present.add(id(param))
         self._reduce_present()
 
@@ -432,25 +437,26 @@ class OrderedReductions:
     def finish(self) -> None:
         """Reduce what is left at the end of a backward pass."""
         self._wrapper.setup_buckets()
-        self._add_zeros()
-        self._present.update(id(param) for param, _ in self._params)
-        self._reduce_present()
+        # One at a time: those before are reduced, and ZeRO 2 has freed most of them.
+        for param, group in self._params[self._num_reduced :]:
+            self._add_zeros(param)
+            self._reduce(param, group)
         self._present.clear()
         self._num_reduced = 0
         self._finish()
 
     def reduce_all(self, *args: Any, **kwargs: Any) -> None:
         """Reduce the gradients of a window at ZeRO 1."""
-        self._add_zeros()
+        for param, _ in self._params:
+            self._add_zeros(param)
         self._reduce_all(*args, **kwargs)
 
-    def _add_zeros(self) -> None:
-        keeps_sums = self._wrapper.use_grad_accum_attribute
-        dtype = self._wrapper.gradient_accumulation_dtype if keeps_sums else None
-        for param, _ in self._params:
-            if self._wrapper.get_gradient_for_reduction(param) is None:
-                name = "grad_accum" if keeps_sums else "grad"
-                setattr(param, name, torch.zeros_like(param, dtype=dtype))
+    def _add_zeros(self, param: Any) -> None:
+        if self._wrapper.get_gradient_for_reduction(param) is None:
+            keeps_sums = self._wrapper.use_grad_accum_attribute
+            dtype = self._wrapper.gradient_accumulation_dtype if keeps_sums else None
+            name = "grad_accum" if keeps_sums else "grad"
+            setattr(param, name, torch.zeros_like(param, dtype=dtype))
 
 
 def get_tracked_random() -> dict[str, torch.Tensor]:

@@ -481,6 +481,75 @@ def case_layers_that_one_rank_uses_equal_plain_torch(lab: Lab) -> None:
         run_equal(lab, Experts, sgd, sizes=(1, 2, 3))
 
 
+def case_gradients_that_came_get_no_zeros(lab: Lab) -> None:
+    if lab.stage != 2 or lab.world == 1:
+        return
+    # Buckets so small that most gradients are reduced, and freed, during the backward.
+    accelerator = lab.make(zero_optimization={"reduce_bucket_size": 21})
+    model, opts = prepared(accelerator, Experts, sgd)
+    made = []
+    zeros = torch.zeros_like
+
+    def noted(param: Tensor, **options: Any) -> Tensor:
+        made.append(id(param))
+        return zeros(param, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "zeros_like", noted)
+        batch = torch.full((4, 5), 1.0), torch.zeros(4, 3)
+        train_window(lab, accelerator, model, opts, regression, [[batch] * lab.world])
+    net: Any = model
+    assert made == [id(param) for param in [*net.experts[0].parameters()][::-1]]
+    accelerator.finish()
+
+
+def case_backward_after_a_failed_one_is_refused(lab: Lab) -> None:
+    if lab.stage != 2 or lab.world == 1:
+        return
+    accelerator = lab.make()
+    model, _ = prepared(accelerator, Net, sgd)
+
+    def failing(grad: Tensor) -> None:
+        raise ValueError("it fails")
+
+    for error, told in ((ValueError, "it fails"), (RuntimeError, "none failed before")):
+        hidden = torch.tanh(model.body(torch.ones(2, 5)))
+        if error is ValueError:
+            hidden.register_hook(failing)
+        with accelerator.optimizing("opt"), pytest.raises(error, match=told):
+            accelerator.backward(model.head(hidden).mean(), "opt")
+    accelerator.finish()
+
+
+def case_bfloat16_gradients_summed_in_float32_train(lab: Lab) -> None:
+    if lab.stage not in {1, 2}:
+        return
+    config = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    accelerator = lab.make(**config)
+    model, opts = prepared(accelerator, Experts, sgd)
+    [[micro]] = windows(lab.world, [1])
+    for rank, (x, _) in enumerate(micro):
+        x[0, 0] = rank - 0.5
+
+    def loss_of(model: nn.Module, name: str, batch: Batch) -> Tensor:
+        return regression(model, name, (batch[0].bfloat16(), batch[1]))
+
+    wanted = seeded(Experts).bfloat16()
+    params = list(wanted.parameters())
+    sum(loss_of(wanted, "", batch) / lab.world for batch in micro).backward()  # type: ignore[union-attr]
+    grads = [torch.zeros(p.shape) if p.grad is None else p.grad.float() for p in params]
+    train_window(lab, accelerator, model, opts, loss_of, [micro])
+    found = accelerator.full_state_dict(model)
+    for (name, _), start, grad in zip(
+        wanted.named_parameters(), params, grads, strict=True
+    ):
+        if found:
+            torch.testing.assert_close(
+                found[name].float(), start.float() - 0.05 * grad, rtol=1e-2, atol=2e-3
+            )
+    accelerator.finish()
+
+
 def case_clipping_equals_plain_torch(lab: Lab) -> None:
     # DeepSpeed multiplies by the inverse of (norm + 1e-6) / max_norm, of a norm taken over
     # flat parts: the same number but for rounding. ZeRO 0 clips as torch does.
