@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import types
 import weakref
@@ -95,20 +96,35 @@ def of_function(function: types.FunctionType) -> Variables:
 
 
 def of_container(value: Any) -> Variables:
-    """Items of a dict or list, by key; by position where the key is no text."""
+    """Items of a dict or list, by key; by position where a text cannot tell the key."""
 
-    def keys() -> dict[str, Any]:
-        own = value if isinstance(value, dict) else range(len(value))
-        return {k if isinstance(k, str) else f"#{n}": k for n, k in enumerate(own)}
+    def items() -> dict[str, tuple[Any, Any]]:
+        # At once: a thread may change it. `__getitem__` may be the user's own.
+        own = list(value.items() if isinstance(value, dict) else enumerate(value))
+        return {_name_key(n, key): (key, item) for n, (key, item) in enumerate(own)}
 
     def write(name: str, item: object) -> None:
-        key = keys().get(name, name)
-        if isinstance(value, dict) or key != name:
-            value[key] = item
-        else:  # the fit added it
+        known = items()
+        if name in known:
+            value[known[name][0]] = item
+        elif not isinstance(value, dict):  # the fit added it, as what follows
             value.append(item)
+        elif not name.startswith(_AT):
+            value[ast.literal_eval(name[1:]) if name[:1] == "#" else name] = item
 
-    return Variables(lambda: {n: value[key] for n, key in keys().items()}, write)
+    return Variables(lambda: {name: item for name, (_, item) in items().items()}, write)
+
+
+_AT = "# "
+"""How names of items begin whose keys only their positions tell."""
+
+
+def _name_key(position: int, key: object) -> str:
+    if isinstance(key, str) and key[:1] != "#":
+        return key
+    parts = key if type(key) is tuple else (key,)
+    is_literal = {int, str}.issuperset(map(type, parts))
+    return f"#{key!r}" if is_literal else f"{_AT}{position}"
 
 
 def of_module(names: set[str], values: dict[str, Any]) -> Variables:

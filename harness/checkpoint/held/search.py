@@ -220,7 +220,7 @@ class Search:
         elif isinstance(value, _CONTAINERS):
             self._add_items(root, path, value)
             for key, item in _items_of(value):
-                self._search(root, f"{path}[{key!r}]", item, depth + 1)
+                self._search(root, f"{path}[{key}]", item, depth + 1)
         elif not has_state(value) and (type(value) in _OPEN or not _is_library(value)):
             if path:
                 self.owners[root][path] = value
@@ -246,7 +246,7 @@ class Search:
             self._search(root, path, value, 0)
         elif type(value) in {dict, list, tuple}:
             for key, item in _items_of(value):
-                self._search_functions(root, f"{path}[{key!r}]", item)
+                self._search_functions(root, f"{path}[{key}]", item)
 
     def _add_function(self, root: str, path: str, value: object) -> None:
         """Add the variables of a function of the user's own."""
@@ -506,17 +506,18 @@ def _is_of_engine(hook: object) -> bool:
     return package in {"deepspeed", "harness"}
 
 
-def _items_of(value: Any) -> list[tuple[object, object]]:
-    """Keys and values of a container that is no data."""
+def _items_of(value: Any) -> list[tuple[str, object]]:
+    """Items of a container that is no data, by a text that tells the key."""
     if len(value) > MAX_ITEMS:
         return []
     if not isinstance(value, _MAPPINGS):
-        return list(enumerate(value))
-    # The text of a tensor has its numbers, which change.
-    return [
-        (f"#{n}" if isinstance(key, Tensor) else key, item)
-        for n, (key, item) in enumerate(value.items())
-    ]
+        return [(str(n), item) for n, item in enumerate(list(value))]
+    found: dict[str, object] = {}
+    for n, (key, item) in enumerate(list(value.items())):  # a thread may change it
+        # The text of a tensor has its numbers, which change; others may have an address.
+        name = f"#{n}" if isinstance(key, Tensor) else repr(key)
+        found[f"#{n}" if name in found or " at 0x" in name else name] = item
+    return [*found.items()]
 
 
 def _parts_of_function(value: Any) -> Iterator[tuple[str, object]]:

@@ -101,8 +101,11 @@ def is_long(value: object) -> bool:
     while waiting and num <= MAX_WALKED:
         inner: Any = waiting.pop()
         num += 1
-        if is_container(inner) and len(inner) > MAX_WALKED:
-            if len(inner) > MAX_COMPARED or not has_plain_items(inner):
+        size = 0
+        if is_container(inner):  # an array without dimensions has no length
+            size = inner.size if isinstance(inner, np.ndarray) else len(inner)
+        if size > MAX_WALKED:
+            if size > MAX_COMPARED or not has_plain_items(inner):
                 return True
         elif not has_plain_items(inner):
             waiting += list_items(inner)

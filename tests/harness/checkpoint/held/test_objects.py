@@ -232,6 +232,47 @@ class MarksWeights(Line):
         return [vars(self.rows).get("num", 0), vars(self.fc.bias)["slow"]]
 
 
+class FromFiles(dict[Any, Any]):
+    """Reads what it is asked for."""
+
+    def __getitem__(self, key):
+        raise OSError("there is no such file")
+
+
+COUNTS = np.array({"calls": 0}, dtype=object)
+
+
+class HoldsOddKeys(Line):
+    """Items beside modules whose keys are no texts, or alike, or read files."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        COUNTS.item()["calls"] = 0
+        self.read = FromFiles(module=nn.Identity(), calls=0)
+        self.odd = {1: 0, "#0": nn.Identity(), (2, "a"): 0}
+        twins = nn.Identity(), nn.Identity()
+        self.twins = {twin: {"module": nn.Identity(), "num": 0} for twin in twins}
+        self.named = {object(): {"module": nn.Identity(), "num": 0}}
+
+    def forward(self, x):
+        if self.training:
+            COUNTS.item()["calls"] += 1
+            self.read["calls"] = self.read.get("calls") + 1
+            self.odd[1] += 1
+            self.odd[2, "a"] += 2
+            self.odd[len(self.odd)] = self.odd[f"#{len(self.odd)}"] = 1
+            for n, own in enumerate((*self.twins.values(), *self.named.values())):
+                own["num"] += n + 1
+        return self.fc(x) * (1 + 0.01 * sum(self.weigh()))
+
+    def weigh(self) -> list[Any]:
+        values = [COUNTS.item()["calls"], self.read.get("calls")]
+        values += [num for num in self.odd.values() if isinstance(num, int)]
+        values += [key for key in self.odd if isinstance(key, int)]
+        held = *self.twins.values(), *self.named.values()
+        return [*values, *(own["num"] * n for n, own in enumerate(held, 1))]
+
+
 class Recent(torch.optim.Optimizer):
     """Keeps the last norms of the gradients of each parameter."""
 
@@ -486,6 +527,11 @@ PROGRAMS: dict[str, tuple[Any, Any, Callable[[Any], list[Any]]]] = {
     "records": (lambda: sgd(HoldsRecords), list, lambda f: f.model.weigh()),
     "modules beside numbers": (
         lambda: sgd(HoldsMixed),
+        list,
+        lambda f: f.model.weigh(),
+    ),
+    "modules below odd keys": (
+        lambda: sgd(HoldsOddKeys),
         list,
         lambda f: f.model.weigh(),
     ),
