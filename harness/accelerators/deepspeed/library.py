@@ -447,6 +447,7 @@ class OrderedReductions:
 
     def reduce_all(self, *args: Any, **kwargs: Any) -> None:
         """Reduce the gradients of a window at ZeRO 1."""
+        self._wrapper.setup_buckets()
         for param, _ in self._params:
             self._add_zeros(param)
         self._reduce_all(*args, **kwargs)

@@ -481,6 +481,20 @@ def case_layers_that_one_rank_uses_equal_plain_torch(lab: Lab) -> None:
         run_equal(lab, Experts, sgd, sizes=(1, 2, 3))
 
 
+class Apart(Net):
+    """A net that some batches leave out altogether."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x[0, 0] > 0:
+            return x[:, :3].clone().requires_grad_()
+        return super().forward(x)
+
+
+def case_a_rank_that_uses_no_layer_equals_plain_torch(lab: Lab) -> None:
+    if lab.stage != 3:
+        run_equal(lab, Apart, sgd, sizes=(1, 2, 1))
+
+
 def case_gradients_that_came_get_no_zeros(lab: Lab) -> None:
     if lab.stage != 2 or lab.world == 1:
         return
