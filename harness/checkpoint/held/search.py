@@ -59,6 +59,9 @@ MAX_DEPTH = 6
 """How deep objects inside objects are searched."""
 
 _MODULE_FIELDS = frozenset(vars(nn.Module())) | LEFTOVERS | {"ctx"}
+_TENSOR_FIELDS = frozenset({"_zero_optimizer", "grad_accum"})
+"""Attributes of parameters at ZeRO 1 and 2 of DeepSpeed 0.19.8, which the engine saves."""
+
 _OPTIMIZER_FIELDS = frozenset({"defaults", "param_groups", "state", "_opt_called"})
 
 OPTIMIZERS = "optimizers"
@@ -493,6 +496,8 @@ def list_library_fields(owner: object) -> frozenset[str]:
         return _OPTIMIZER_FIELDS
     if isinstance(owner, Variables):
         return frozenset()
+    if isinstance(owner, Tensor):
+        return _TENSOR_FIELDS
     return _MODULE_FIELDS if isinstance(owner, nn.Module) else frozenset({"ctx"})
 
 

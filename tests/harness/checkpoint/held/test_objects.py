@@ -22,6 +22,8 @@ import harness
 from harness.accelerators.single import SingleDevice
 from harness.callbacks import ModelCheckpoint, ResumeFromCheckpoint
 from harness.checkpoint.format import list_checkpoints, read_rank
+from harness.checkpoint.held.attributes import copy_attributes
+from harness.checkpoint.held.search import Search
 from harness.errors import CheckpointError
 from tests.harness.stops import Line, X, Y, fit, fit_with_stop, sgd
 
@@ -850,6 +852,17 @@ class Shares(harness.Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.own = state
+
+
+def test_what_an_engine_sets_on_weights_is_not_saved_again():
+    model = Line()
+    for param in model.parameters():
+        vars(param)["_zero_optimizer"] = torch.optim.SGD([torch.ones(1)])
+        vars(param)["grad_accum"] = torch.ones(1)
+    search = Search()
+    search.add("model", model)
+    assert [*search.objects["model"]] == [""]
+    assert copy_attributes(search)["model"][".fc.bias"] == {}
 
 
 def test_tensors_that_share_memory_are_resumed_saved_and_loaded(tmp_path):
