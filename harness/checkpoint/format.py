@@ -120,9 +120,8 @@ DIGEST = "sha256"
 
 
 def _digest(content: Mapping[str, Any]) -> str:
-    """SHA-256 of a manifest as JSON with sorted keys."""
-    text = json.dumps(content, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    """SHA-256 of a manifest as JSON, which is the same when it is read again."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 # ---------------------------------------------------------------------- writing
