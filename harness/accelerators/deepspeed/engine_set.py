@@ -176,8 +176,9 @@ def create_engines(
         wrapper, num_ranks = made[name].optimizer, made[name].world_size
         # Sums of bfloat16 gradients in float32 have another wrapper at ZeRO 1, which has
         # zeros for missing gradients itself.
-        if stage in {1, 2} and num_ranks > 1 and hasattr(wrapper, "bit16_groups"):
-            library.OrderedReductions(wrapper, model)
+        is_summed = type(wrapper).__name__ == "BF16_Optimizer"
+        if stage in {1, 2} and num_ranks > 1 and not is_summed:
+            library.order_reductions(wrapper, model)
         is_double = any(param.dtype == torch.float64 for param in owned[name])
         if is_double and "communication_data_type" not in config:
             # DeepSpeed would send them as float32.

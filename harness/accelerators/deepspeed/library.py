@@ -376,6 +376,26 @@ def correct_half_autocast(engine: Any) -> None:
         )
 
 
+def order_reductions(wrapper: Any, model: torch.nn.Module) -> None:
+    """Install `OrderedReductions`, or warn where this DeepSpeed has not what it needs."""
+    missing = [name for name in _NEEDED if not hasattr(wrapper, name)]
+    if not missing:
+        OrderedReductions(wrapper, model)
+        return
+    msg = f"DeepSpeed {import_deepspeed().__version__} has no {missing[0]}: gradients may be"
+    advice = "Let all ranks use the same layers, or use DeepSpeed 0.19.8."
+    warnings.warn(f"{msg} wrong if ranks use different layers. {advice}", stacklevel=2)
+
+
+_NEEDED = (
+    *("bit16_groups", "partition_gradients", "params_already_reduced"),
+    *("use_grad_accum_attribute", "gradient_accumulation_dtype", "get_param_id"),
+    *("setup_buckets", "get_gradient_for_reduction", "reduce_gradients"),
+    *("reduce_ready_partitions_and_remove_grads", "_backward_active_depth"),
+    "overlapping_partition_gradients_reduce_epilogue",
+)
+
+
 class OrderedReductions:
     """Lets ZeRO 1 and 2 reduce every gradient, in the same order on every rank.
 

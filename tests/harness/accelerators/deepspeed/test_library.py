@@ -6,6 +6,7 @@ import copy
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from harness.accelerators.deepspeed.library import (
     choose_kind,
     get_tracked_random,
     import_deepspeed,
+    order_reductions,
     set_tracked_random,
 )
 from tests.harness.accelerators.cases import prepared
@@ -93,3 +95,10 @@ def test_functions_of_muon_are_compiled_when_they_are_called() -> None:
     # Five iterations in bfloat16, rounded in other places.
     torch.testing.assert_close(turn(value, steps=5), plain, rtol=0, atol=0.2)
     assert compiles["unique_graphs"] == 1
+
+
+def test_deepspeed_that_cannot_order_gradients_trains_with_a_warning() -> None:
+    wrapper = SimpleNamespace(bit16_groups=[], partition_gradients=True)
+    with pytest.warns(UserWarning, match="wrong if ranks use different layers"):
+        order_reductions(wrapper, torch.nn.Linear(2, 1))
+    assert vars(wrapper).keys() == {"bit16_groups", "partition_gradients"}
