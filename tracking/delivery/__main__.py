@@ -53,6 +53,7 @@ from tracking.mlflow_store.client import (
     UnreachableError,
     import_for,
     limit_requests,
+    name_error,
     prepare_environment,
 )
 from tracking.mlflow_store.runs import RunResolver
@@ -216,7 +217,7 @@ class Program:
         except GaveUpError:
             pass
         except Exception as error:  # noqa: BLE001 (nobody watches this process)
-            reason = self.settings.redact(_name_error(error))
+            reason = self.settings.redact(name_error(error))
             _record_failure(path, reason)
             changes = {"phase": "gave up", "error": reason}
         if worker is None:
@@ -318,7 +319,7 @@ class Program:
                 }
         except Exception as error:  # noqa: BLE001 (the other runs can be read)
             is_clear = isinstance(error, TrackingError | OSError)
-            text = str(error) if is_clear else _name_error(error)
+            text = str(error) if is_clear else name_error(error)
             report["error"] = self.settings.redact(text)
             waited_s = time.monotonic() - began
             if isinstance(error, UnreachableError) and waited_s > (
@@ -327,11 +328,6 @@ class Program:
                 self._silent[resolver.uri] = error
         _report(report)
         return int("error" in report)
-
-
-def _name_error(error: Exception) -> str:
-    """Class and text of an error; a MemoryError, for one, has no text."""
-    return f"{type(error).__name__}: {error}".removesuffix(": ")
 
 
 def _describe(path: Path, **changes: Any) -> SyncResult:

@@ -473,7 +473,7 @@ def _translate_errors(exists: bool = False) -> Iterator[None]:
         raise
     except Exception as error:  # database drivers raise their own errors
         code = getattr(error, "error_code", None)
-        text = f"{type(error).__name__}: {_shorten(str(error))}"
+        text = name_error(error)
         if code in _REFUSALS or (exists and code == "RESOURCE_ALREADY_EXISTS"):
             raise RefusedError(text) from error
         if code == "RESOURCE_DOES_NOT_EXIST":
@@ -481,10 +481,14 @@ def _translate_errors(exists: bool = False) -> Iterator[None]:
         raise UnreachableError(text) from error
 
 
-def _shorten(text: str) -> str:
-    """What a database says, without SQLAlchemy's advice above it and the statement below."""
-    lines = text.partition("\n[SQL: ")[0].splitlines()
-    return "\n".join(line for line in lines if "session.no_autoflush" not in line)
+def name_error(error: Exception) -> str:
+    """Class and text of an error; some, such as ``MemoryError``, have no text.
+
+    SQLAlchemy's advice above the text of a database and the statement below are left out.
+    """
+    lines = str(error).partition("\n[SQL: ")[0].splitlines()
+    text = "\n".join(line for line in lines if "session.no_autoflush" not in line)
+    return f"{type(error).__name__}: {text}".removesuffix(": ")
 
 
 def as_json(value: object) -> str:

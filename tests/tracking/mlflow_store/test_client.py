@@ -40,6 +40,19 @@ def test_error_of_a_database_is_told_without_its_statement(store, cache, client_
     assert "autoflush" not in str(caught.value)
 
 
+def test_error_without_a_text_is_told_by_its_class(
+    store, cache, client_class, monkeypatch
+):
+    client = client_class(store, cache)
+
+    def fail(*args: object, **options: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(client._client, "log_batch", fail)
+    with pytest.raises(UnreachableError, match=r"^MemoryError$"):
+        client.send("run", [Point("loss", 1.0, 1, 1)])
+
+
 def test_artifacts_of_a_new_experiment_lie_beside_the_database(
     record, deliver, store, client, tmp_path
 ):
