@@ -116,7 +116,7 @@ def of_container(value: Any) -> Variables:
 
 
 _AT = "# "
-"""How names of items begin whose keys only their positions tell."""
+"""Begins the name of an item whose key cannot be written as text; its position follows."""
 
 
 def _name_key(position: int, key: object) -> str:

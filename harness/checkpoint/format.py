@@ -50,6 +50,9 @@ FORMAT = 1
 """Version of the folder."""
 
 MANIFEST, INDEX = "manifest.json", "index.json"
+DIGEST = "sha256"
+"""Key of the manifest for its own digest."""
+
 MAX_JSON_BYTES = 1 << 28
 """Larger JSON files are refused unread."""
 
@@ -114,9 +117,6 @@ class Manifest:
         """Write ``manifest.json`` into a folder, with its own SHA-256."""
         content = asdict(self)
         _write_json(folder / MANIFEST, content | {DIGEST: _digest(content)})
-
-
-DIGEST = "sha256"
 
 
 def _digest(content: Mapping[str, Any]) -> str:

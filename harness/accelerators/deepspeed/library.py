@@ -377,7 +377,7 @@ def correct_half_autocast(engine: Any) -> None:
 
 
 def order_reductions(wrapper: Any, model: torch.nn.Module) -> None:
-    """Install `OrderedReductions`, or warn where this DeepSpeed has not what it needs."""
+    """Install `OrderedReductions`, or warn if this DeepSpeed lacks what it needs."""
     missing = [name for name in _NEEDED if not hasattr(wrapper, name)]
     if not missing:
         OrderedReductions(wrapper, model)
@@ -438,7 +438,8 @@ class OrderedReductions:
             return
         if self._wrapper.params_already_reduced[self._wrapper.get_param_id(param)]:
             self._reduce(param, group)  # refuses a second gradient
-        # A backward that failed is never left; checkpointed layers may give two in one.
+        # DeepSpeed never leaves a backward pass that failed. In a single pass, layers that are
+        # checkpointed may give a second gradient.
         if id(param) in self._present and self._wrapper._backward_active_depth > 1:
             msg = "backward: expected that none failed before at ZeRO 2, got one, whose"
             advice = "Resume from the last checkpoint."
@@ -555,7 +556,7 @@ def _fields_of(model: Any) -> frozenset[str]:
 
 
 def list_ops() -> dict[str, list[str]]:
-    """What becomes of DeepSpeed's compiled ops here: how they are there, or are not.
+    """Which of DeepSpeed's compiled ops are built here, can be built, or cannot be.
 
     Asked for them, DeepSpeed tries compilers, with chatter on both outputs.
 

@@ -276,6 +276,6 @@ def find_class(name: str) -> type[Any] | None:
     found: object = sys.modules.get(module)
     for part in path.split("."):
         found = getattr(found, "__dict__", {}).get(part)
-    is_tuple = isinstance(found, type) and is_named_tuple(found)
-    is_known = is_tuple or (isinstance(found, type) and issubclass(found, Enum))
-    return found if is_known else None  # type: ignore[return-value]
+    if isinstance(found, type) and (is_named_tuple(found) or issubclass(found, Enum)):
+        return found
+    return None
